@@ -1,0 +1,260 @@
+"""An API process's side of the engine: starts the engine process and talks to it. Free of torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import sys
+import tempfile
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from engine.config import EngineConfig
+from engine.messages import (
+    FINISH_ABORT,
+    AbortRequests,
+    AddRequest,
+    Dead,
+    EngineStats,
+    FromEngine,
+    Outputs,
+    Ready,
+    RequestOutput,
+)
+from engine.process import Launch
+
+ENGINE_COMMAND = (sys.executable, "-m", "engine.process")
+_STDERR = 2
+_STOP_S = 15.0
+"""How long a stopped engine process may take to end before it is killed; less while it is loading."""
+_STOP_LOADING_S = 2.0
+_LAST_WORD_S = 0.5
+"""How long to look for the reason after the engine process has ended."""
+
+logger = logging.getLogger(__name__)
+
+
+class EngineDead(RuntimeError):
+    """The engine is gone, or never came up; the message says why."""
+
+
+class EngineClient:
+    """One engine process and the requests this process has given it. Use from one event loop.
+
+    ready: what the engine said when it was up.
+    stats: the newest gauges and totals, at most about a second old.
+    dead: why the engine is gone; None while it lives.
+    """
+
+    def __init__(self, process: Process, directory: Path, socket_path: Path, timeout_s: float) -> None:
+        """Use `start`, which awaits the engine's first word."""
+        self._process = process
+        self._directory = directory
+        self._timeout_s = timeout_s
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(f"ipc://{socket_path}")
+        self._live: dict[str, asyncio.Queue[RequestOutput | None]] = {}
+        self._death = asyncio.Event()
+        self.dead: str | None = None
+        self.stats = EngineStats()
+        self.ready: Ready
+        self._stop_s = _STOP_LOADING_S
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(
+        cls,
+        config: EngineConfig,
+        *,
+        start_timeout_s: float,
+        timeout_s: float,
+        log_level: str = "info",
+        command: Sequence[str] = ENGINE_COMMAND,
+    ) -> EngineClient:
+        """Start an engine process and wait until it is ready.
+
+        start_timeout_s: how long it may take to load. timeout_s: silent for this long, it counts as hung.
+        Raises EngineDead if it does not come up; nothing of it remains then, nor if this call is cancelled.
+        """
+        directory = Path(tempfile.mkdtemp(prefix="magicdec-"))  # mode 0700
+        path = directory / "engine.sock"
+        try:
+            # The engine's stdout joins its stderr: a server's stdout is for its user.
+            process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=_STDERR)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        client = cls(process, directory, path, timeout_s)
+        try:
+            launch = Launch(config.model_dump(mode="json"), str(path), log_level)
+            assert process.stdin is not None
+            with contextlib.suppress(ConnectionError):  # it ended already: _first_word says so
+                process.stdin.write(msgspec.json.encode(launch) + b"\n")
+                await process.stdin.drain()
+            client.ready = await client._first_word(start_timeout_s)
+        except BaseException:
+            await client.close()
+            raise
+        client.stats = client.ready.stats
+        client._stop_s = _STOP_S
+        client._tasks = [asyncio.create_task(client._receive()), asyncio.create_task(client._watch())]
+        return client
+
+    @property
+    def live(self) -> int:
+        """Requests given to the engine that have not ended."""
+        return len(self._live)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of one request, round by round; the last one carries a finish_reason.
+
+        Closing the generator before that (aclose, cancellation) aborts the request. Raises EngineDead.
+        """
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        if request.id in self._live:
+            raise ValueError(f"request {request.id} is live already")
+        queue = self._live[request.id] = asyncio.Queue()
+        finished = False
+        try:
+            self._post(request)
+            while not finished:
+                output = await queue.get()
+                if output is None:
+                    raise EngineDead(self.dead)
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            # An aborted request has been taken out, and the engine told, already.
+            if self._live.pop(request.id, None) is not None and not finished and self.dead is None:
+                self._post(AbortRequests([request.id]))
+
+    def abort(self, ids: Iterable[str]) -> None:
+        """End these requests now: their generators yield a last output with finish_reason "abort"."""
+        mine = [id for id in ids if id in self._live]
+        for id in mine:
+            self._live.pop(id).put_nowait(RequestOutput(id=id, finish_reason=FINISH_ABORT))
+        if mine and self.dead is None:
+            self._post(AbortRequests(mine))
+
+    def abort_all(self) -> None:
+        self.abort(list(self._live))
+
+    async def wait_dead(self) -> str:
+        """Return the reason once the engine is gone."""
+        await self._death.wait()
+        assert self.dead is not None
+        return self.dead
+
+    async def close(self) -> None:
+        """End the engine process; no process, socket or file remains. Live requests raise EngineDead."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._die("the engine was stopped")
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            async with asyncio.timeout(self._stop_s):
+                await self._process.wait()
+        except TimeoutError:
+            logger.warning("the engine process does not stop; killing it")
+        finally:
+            self.kill()
+        await self._process.wait()
+        self._socket.close()
+        self._context.term()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def kill(self) -> None:
+        """End the engine process the hard way, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def _first_word(self, timeout_s: float) -> Ready:
+        self._post(AbortRequests([]))  # introduces this process
+        exit = asyncio.create_task(self._process.wait())
+        try:
+            async with asyncio.timeout(timeout_s):
+                word = asyncio.ensure_future(self._socket.recv())
+                await asyncio.wait({word, exit}, return_when=asyncio.FIRST_COMPLETED)
+                if not word.done():
+                    await asyncio.wait({word}, timeout=_LAST_WORD_S)
+        except TimeoutError:
+            raise EngineDead(f"the engine was not ready after {timeout_s:g} s") from None
+        finally:
+            exit.cancel()
+        if not word.done():
+            word.cancel()
+            status = self._process.returncode
+            raise EngineDead(f"the engine process ended with status {status} while starting")
+        message = msgspec.msgpack.decode(word.result(), type=FromEngine)
+        if isinstance(message, Ready):
+            return message
+        raise EngineDead(message.reason if isinstance(message, Dead) else "the engine spoke out of turn")
+
+    async def _receive(self) -> None:
+        decoder = msgspec.msgpack.Decoder(FromEngine)
+        while self.dead is None:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    data = await self._socket.recv()
+                message: Ready | Outputs | Dead = decoder.decode(data)
+            except TimeoutError:
+                self._die(f"the engine was silent for {self._timeout_s:g} s")
+                self.kill()
+                return
+            except (zmq.ZMQError, msgspec.MsgspecError) as error:
+                self._die(f"cannot hear the engine: {error}")
+                self.kill()
+                return
+            if isinstance(message, Outputs):
+                self.stats = message.stats
+                for output in message.outputs:
+                    self._deliver(output)
+            elif isinstance(message, Dead):
+                self._die(message.reason)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        queue = self._live.get(output.id)
+        if queue is None:  # aborted meanwhile
+            return
+        if output.finish_reason is not None:
+            del self._live[output.id]
+        queue.put_nowait(output)
+
+    async def _watch(self) -> None:
+        status = await self._process.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORD_S):
+                await self._death.wait()
+        self._die(f"the engine process ended with status {status}")
+
+    def _die(self, reason: str) -> None:
+        if self.dead is not None:
+            return
+        self.dead = reason
+        self._death.set()
+        for queue in self._live.values():
+            queue.put_nowait(None)
+        self._live.clear()
+
+    def _post(self, message: AddRequest | AbortRequests) -> None:
+        # The queue to the engine has no limit, so this never waits; a failure shows as a silent engine.
+        future = asyncio.ensure_future(self._socket.send(msgspec.msgpack.encode(message)))
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())

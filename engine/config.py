@@ -1,0 +1,152 @@
+"""Settings of a deployment: frozen, typed, validated once at start. Free of torch.
+
+A config is read from one YAML file (configs/ documents every key), then overridden by command-line flags. Unknown
+keys are errors. No environment variable changes behaviour, and nothing changes a config after it was validated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, out of range, or contradicts another; the message names it."""
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class CacheConfig(Settings):
+    """The target's KV pool."""
+
+    page_size: Positive = 16
+    """KV slots per page."""
+    num_pages: Positive | None = None
+    """Pages in the pool; None: as many as `memory_gb` holds."""
+    memory_gb: Annotated[float, Field(gt=0)] = 4.0
+
+
+class SchedulerConfig(Settings):
+    max_rows: Positive = 64
+    """Most requests running at once."""
+    max_batch_tokens: Positive = 512
+    """Most target positions computed per round: decode rows first, then prefill chunks."""
+    max_waiting: Positive = 1024
+    """Requests queued beyond this are refused."""
+
+
+class WindowConfig(Settings):
+    """Sink + window (StreamingLLM, arXiv 2309.17453) as a view into the target's pool."""
+
+    policy: Literal["window"] = "window"
+    budget: Positive = 512
+    """KV tokens one draft step may read per row; a multiple of page_size."""
+    sink: Positive = 16
+    """First tokens always read; rounded up to whole pages."""
+
+
+class SpeculationConfig(Settings):
+    gamma: Annotated[int, Field(ge=0, le=16)] = 3
+    """Tokens drafted per round; 0 is plain decoding."""
+    kv: WindowConfig = WindowConfig()
+
+
+class EngineConfig(Settings):
+    """Everything the engine process needs to know."""
+
+    model: str
+    """A model directory (config.json, *.safetensors, tokenizer.json), or `default`: the one `magicdec fetch` installs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where the device multiplies it natively, else float32."""
+    tensor_parallel_size: Positive = 1
+    max_model_len: Positive | None = None
+    """Most tokens of prompt and output together; None: what the model was trained for."""
+    attention_backend: Literal["auto", "reference"] = "auto"
+    threads: Positive | None = None
+    """CPU threads per rank; None: all cores."""
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+    check_invariants: bool = False
+    """Check after every round, not only when idle, that pages owned + pages free = pages total."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        page, kv = self.cache.page_size, self.speculation.kv
+        if self.speculation.gamma and kv.budget % page:
+            raise ValueError(f"speculation.kv.budget ({kv.budget}) must be a multiple of cache.page_size ({page})")
+        if self.speculation.gamma and kv.budget < -(-kv.sink // page) * page + page:
+            raise ValueError(
+                f"speculation.kv.budget ({kv.budget}) leaves no page for recent tokens beside a sink of {kv.sink}"
+            )
+        return self
+
+
+class ServerConfig(Settings):
+    """The HTTP side."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0 lets the system choose; the chosen port is printed."""
+    served_model_name: str | None = None
+    """Model id clients use; None: the model directory's name."""
+    max_body_mb: Annotated[float, Field(gt=0)] = 8.0
+    """Request bodies beyond this are refused with 413."""
+    engine_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """An engine silent for this long counts as hung."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
+    """On SIGTERM running requests may finish for this long; then they are aborted."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(Settings):
+    """One deployment: the content of one YAML file."""
+
+    engine: EngineConfig
+    server: ServerConfig = ServerConfig()
+
+
+def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
+    """Read `path` (None: built-in defaults) and apply `overrides`, {"engine.cache.page_size": 32, …}.
+
+    Raises ConfigError: unreadable file, not a mapping, unknown key, value out of range.
+    """
+    data: Any = {"engine": {"model": "default"}}
+    if path is not None:
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: expected a mapping of settings")
+    for dotted, value in overrides.items():
+        *parents, leaf = dotted.split(".")
+        node = data
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{path}: {parent} must be a mapping of settings")
+        node[leaf] = value
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from None
+
+
+def describe(error: ValidationError) -> str:
+    """One line per fault: `engine.cache.page_size: Input should be greater than 0`."""
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        message = "unknown setting" if fault["type"] == "extra_forbidden" else fault["msg"]
+        lines.append(f"{where}: {message}" if where else message)
+    return "\n".join(lines)

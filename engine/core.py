@@ -1,0 +1,224 @@
+"""The engine: scheduler and ranks, one round at a time. Knows tokens, not text."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+
+import msgspec
+import torch
+
+from engine.config import ConfigError, EngineConfig
+from engine.messages import AddRequest, EngineStats, Ready, RequestOutput, TokenLogprobs
+from engine.pages import PageAllocator
+from engine.plan import StepPlan, StepResult
+from engine.request import Request
+from engine.scheduler import RequestError, Scheduler
+from engine.speculation.controller import FixedGamma
+from engine.speculation.policies import make_policy
+from engine.stats import Accounts
+from engine.worker import Worker
+from kernels.kv_cache import KVPool
+from models.config import ModelConfig
+from models.default import resolve_model
+from models.llama import Llama
+from models.loader import load_model
+from parallel.group import Group
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Engine:
+    """Queues requests and runs them round by round. Not thread-safe: one loop owns it."""
+
+    def __init__(self, config: EngineConfig, *, model: Llama | None = None, progress: bool = True) -> None:
+        """Load the model and reserve its memory.
+
+        model: an already loaded one, in place of `config.model`'s weights. progress: a bar on stderr while loading.
+        Raises ValueError (ConfigError, ModelError) for settings or files that cannot be served.
+        """
+        if config.tensor_parallel_size > 1:
+            raise ConfigError("engine.tensor_parallel_size: more than one rank is not served yet")
+        path = resolve_model(config.model)
+        device = _device(config.device)
+        if device.type == "cpu" and config.threads is not None:
+            torch.set_num_threads(config.threads)
+        group = Group.single()
+        if model is None:
+            model = load_model(path, dtype=_dtype(config.dtype, device), device=device, group=group, progress=progress)
+        self._config = config
+        bytes_per_token = KVPool.bytes_per_token(
+            num_layers=model.num_layers, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=model.dtype
+        )
+        max_model_len = _max_model_len(config, model.config)
+        num_pages = _num_pages(config, max_model_len, bytes_per_token)
+        self._pages = PageAllocator(num_pages)
+        controller = FixedGamma(config.speculation.gamma)
+        self._scheduler = Scheduler(
+            pages=self._pages,
+            page_size=config.cache.page_size,
+            max_rows=config.scheduler.max_rows,
+            max_batch_tokens=config.scheduler.max_batch_tokens,
+            max_waiting=config.scheduler.max_waiting,
+            max_model_len=max_model_len,
+            eos_token_ids=model.config.eos_token_ids,
+            controller=controller,
+        )
+        self._worker = Worker(model, config, num_pages=num_pages, max_model_len=max_model_len, group=group)
+        self._accounts = Accounts(
+            pages_total=num_pages,
+            page_size=config.cache.page_size,
+            bytes_per_token=bytes_per_token,
+            gamma_max=controller.gamma_max,
+            draft_reads=make_policy(config.speculation.kv, config.cache.page_size).tokens_read
+            if controller.gamma_max
+            else lambda context: 0,
+        )
+        self.ready = Ready(
+            model=path.name,
+            max_model_len=max_model_len,
+            vocab_size=model.config.vocab_size,
+            eos_token_ids=list(model.config.eos_token_ids),
+            stats=self.stats(),
+        )
+        kv_gb = num_pages * config.cache.page_size * bytes_per_token / 1e9
+        log.info("%s in %s on %s, KV pool of %d pages (%.2f GB)", path.name, model.dtype, device, num_pages, kv_gb)
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request. Raises RequestError for one that can never run, QueueFull when too many wait."""
+        vocab_size = self.ready.vocab_size
+        params = request.params
+        for what, ids in (
+            ("prompt", request.prompt),
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise RequestError(f"{what}: token id {token} is not in the vocabulary of {vocab_size}")
+        self._scheduler.add(request)
+
+    def abort(self, ids: Iterable[str]) -> None:
+        """Forget requests; their pages are free at once. Unknown ids are fine."""
+        for request_id in ids:
+            self._scheduler.abort(request_id)
+        self._check_if_idle()
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def step(self) -> list[RequestOutput]:
+        """Run one round; does nothing when there is no work. Returns what it yielded, one per row that sampled."""
+        if not self._scheduler.has_work:
+            return []
+        began = time.perf_counter()
+        plan, requests = self._scheduler.schedule()
+        result = self._worker.execute(plan)
+        outputs = self._commit(plan, requests, result)
+        self._accounts.took(result, time.perf_counter() - began)
+        if self._config.check_invariants:
+            self._scheduler.check()
+        self._check_if_idle()
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """A copy of the counters as they stand."""
+        totals = self._accounts.totals
+        return msgspec.structs.replace(
+            totals,
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            pages_free=self._pages.free,
+            preemptions=self._scheduler.preemptions,
+            accepted_per_position=totals.accepted_per_position[:],
+            gamma_chosen=totals.gamma_chosen[:],
+        )
+
+    def close(self) -> None:
+        """Give memory back; the engine cannot be used after."""
+        del self._worker
+
+    def _commit(self, plan: StepPlan, requests: list[Request], result: StepResult) -> list[RequestOutput]:
+        self._accounts.round(plan, requests)
+        sampling = [work for work in plan.work if work.samples]
+        yielded = self._scheduler.commit(plan, requests, result)
+        outputs = []
+        for (request, tokens), work, row in zip(yielded, sampling, result.rows, strict=True):
+            accepted = min(row.accepted, len(tokens))
+            self._accounts.yielded(request, len(tokens), accepted)
+            outputs.append(
+                RequestOutput(
+                    id=request.id,
+                    tokens=tokens,
+                    logprobs=_asked(row.logprobs, request, len(tokens)),
+                    drafted=work.gamma,
+                    accepted=accepted,
+                    finish_reason=request.finish_reason,
+                    stop_reason=request.stop_reason,
+                    scheduled=request.scheduled or 0.0,
+                )
+            )
+        return outputs
+
+    def _check_if_idle(self) -> None:
+        if not self._scheduler.running:
+            self._scheduler.check()
+
+
+def _asked(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -> list[TokenLogprobs] | None:
+    """The first `count` reports, each with as many alternatives as this request asked for."""
+    most = request.params.logprobs
+    if logprobs is None or most is None:
+        return None
+    return [TokenLogprobs(at.logprob, at.top_ids[:most], at.top_logprobs[:most]) for at in logprobs[:count]]
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device: no CUDA device is visible")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies it natively, else float32."""
+    if name != "auto":
+        return _DTYPES[name]
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_model_len
+    if config.max_model_len > model.max_model_len:
+        raise ConfigError(
+            f"engine.max_model_len: {config.max_model_len} is more than the {model.max_model_len} tokens that the "
+            "model was made for"
+        )
+    return config.max_model_len
+
+
+def _num_pages(config: EngineConfig, max_model_len: int, bytes_per_token: int) -> int:
+    """Pages in the pool: what is configured or fits in memory_gb, but no more than all rows can ever use.
+
+    Raises ConfigError unless the longest request fits alone, so that whatever is admitted can finish.
+    """
+    page_size = config.cache.page_size
+    longest = -(-max_model_len // page_size)
+    pages = config.cache.num_pages or int(config.cache.memory_gb * 1e9) // (page_size * bytes_per_token)
+    if pages < longest:
+        raise ConfigError(
+            f"engine.cache: {pages} pages of {page_size} tokens hold less than one request of max_model_len "
+            f"{max_model_len} ({longest} pages); raise cache.memory_gb or lower max_model_len"
+        )
+    return min(pages, longest * config.scheduler.max_rows)

@@ -1,0 +1,116 @@
+"""What API processes and the engine process say to each other: msgspec structs, msgpack on a ZeroMQ socket.
+
+Free of torch, so that an API process never loads it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.params import SamplingParams
+
+FINISH_STOP = "stop"
+FINISH_LENGTH = "length"
+FINISH_ABORT = "abort"
+
+
+class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
+    """Queue a request. `id` is the caller's, unique among its live requests."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    arrival: float = 0.0
+    """time.monotonic() when the request reached the server (one clock for all processes of a machine)."""
+
+
+class AbortRequests(msgspec.Struct, tag="abort"):
+    """Forget these requests; unknown and finished ids are fine. No output follows for them."""
+
+    ids: list[str]
+
+
+ToEngine = AddRequest | AbortRequests
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities at one output position, of the target's unchanged logits."""
+
+    logprob: float
+    """Of the token that was output."""
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class RequestOutput(msgspec.Struct, omit_defaults=True):
+    """What one round yielded for one request. The last one carries `finish_reason`."""
+
+    id: str
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    """One per token, if asked for."""
+    drafted: int = 0
+    accepted: int = 0
+    """Of this round: tokens proposed by the draft, and how many of `tokens` were among them (the first ones)."""
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    """The token id that ended the request, unless it was the model's own end-of-sequence token."""
+    error: str | None = None
+    """Set when the engine could not serve an accepted request; `finish_reason` is then "abort"."""
+    scheduled: float = 0.0
+    """time.monotonic() when the request was first admitted."""
+
+
+class EngineStats(msgspec.Struct, omit_defaults=True):
+    """Gauges and running totals since start; every field is one metric."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    page_size: int = 0
+    rounds: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    drafts: int = 0
+    """Rows that entered a round with at least one drafted token."""
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: list[int] = []
+    """[i]: rounds and rows whose draft token i was accepted."""
+    gamma_chosen: list[int] = []
+    """[g]: rows that entered a round with g drafted tokens."""
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    host_seconds: float = 0.0
+    """Busy time of the engine outside draft and verify."""
+    kv_tokens_read: int = 0
+    """KV tokens (one token = all layers and heads) that draft and verify passes of decoding rows have read."""
+    kv_bytes_per_token: int = 0
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """First message of the engine to every API process that connects."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    stats: EngineStats
+
+
+class Outputs(msgspec.Struct, tag="outputs"):
+    """Sent after a round, and as a heartbeat (with no outputs) when nothing runs."""
+
+    outputs: list[RequestOutput]
+    stats: EngineStats
+
+
+class Dead(msgspec.Struct, tag="dead"):
+    """The engine's last word; every live request of the receiver is lost."""
+
+    reason: str
+
+
+FromEngine = Ready | Outputs | Dead

@@ -1,0 +1,243 @@
+"""The engine process: `python -m engine.process`, started by an API process (engine/client.py).
+
+The parent writes one JSON line to stdin, `Launch`, and keeps stdin open for as long as the engine shall
+live: when it closes, be it on purpose or because the parent died, the engine stops. Signals do not stop it,
+so that Ctrl-C in a terminal, or a supervisor that signals the whole group, leaves running requests to the
+API process, which drains first.
+
+A ROUTER socket talks to any number of API processes, each a DEALER. Whatever a peer says first introduces
+it, and is answered with Ready. Outputs go to the peer the request came from; about once a second every peer
+that heard nothing else gets Outputs without content, which says that the loop turns. A peer that cannot be
+reached any more loses its requests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from engine.config import EngineConfig
+from engine.messages import (
+    FINISH_ABORT,
+    AbortRequests,
+    AddRequest,
+    Dead,
+    EngineStats,
+    Outputs,
+    Ready,
+    RequestOutput,
+    ToEngine,
+)
+
+HEARTBEAT_S = 1.0
+_STDIN = 0
+_LAST_WORD_MS = 2000
+"""How long a dying engine tries to tell its peers why."""
+_ORPHAN_GRACE_S = 10.0
+"""How long a stopped engine may take to finish its round and close, before it is ended the hard way."""
+
+logger = logging.getLogger(__name__)
+
+
+class Launch(msgspec.Struct):
+    """What the parent tells the engine process to be."""
+
+    config: dict[str, Any]
+    """EngineConfig."""
+    socket: str
+    """Path of the ipc socket to create, in a directory of its own; both are removed when the engine ends."""
+    log_level: str = "info"
+
+
+class EngineLike(Protocol):
+    """What the loop needs of engine.core.Engine."""
+
+    ready: Ready
+
+    def add(self, request: AddRequest) -> None: ...
+    def abort(self, ids: Iterable[str]) -> None: ...
+    def has_work(self) -> bool: ...
+    def step(self) -> list[RequestOutput]: ...
+    def stats(self) -> EngineStats: ...
+    def close(self) -> None: ...
+
+
+class EngineServer:
+    """The loop between one engine and its peers."""
+
+    def __init__(self, socket: zmq.Socket[bytes], engine: EngineLike, stop: threading.Event) -> None:
+        """`stop` is set once stdin is closed."""
+        self._socket = socket
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(_STDIN, zmq.POLLIN)
+        self._engine = engine
+        self._stop = stop
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._last_sent: dict[bytes, float] = {}
+        self._owner: dict[str, bytes] = {}
+
+    @property
+    def peers(self) -> list[bytes]:
+        return list(self._last_sent)
+
+    def run(self) -> None:
+        """Serve until `stop` is set. Raises what engine.step raises."""
+        while not self._stop.is_set():
+            self._poller.poll(0 if self._engine.has_work() else int(HEARTBEAT_S * 1000))
+            self._receive()
+            if self._engine.has_work():
+                self._dispatch(self._engine.step())
+            self._heartbeat()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                peer, data = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message: AddRequest | AbortRequests = self._decoder.decode(data)
+            except msgspec.MsgspecError as error:
+                logger.error("dropped a message that is none: %s", error)
+                continue
+            if peer not in self._last_sent:
+                self._last_sent[peer] = 0.0
+                ready = self._engine.ready
+                self._send(peer, msgspec.structs.replace(ready, stats=self._engine.stats()))
+            if isinstance(message, AbortRequests):
+                self._abort(message.ids)
+            else:
+                self._add(peer, message)
+
+    def _add(self, peer: bytes, request: AddRequest) -> None:
+        try:
+            self._engine.add(request)
+        except ValueError as error:
+            refusal = RequestOutput(id=request.id, finish_reason=FINISH_ABORT, error=str(error))
+            self._send(peer, Outputs([refusal], self._engine.stats()))
+        else:
+            self._owner[request.id] = peer
+
+    def _abort(self, ids: list[str]) -> None:
+        self._engine.abort(ids)
+        for id in ids:
+            self._owner.pop(id, None)
+
+    def _dispatch(self, outputs: list[RequestOutput]) -> None:
+        by_peer: dict[bytes, list[RequestOutput]] = defaultdict(list)
+        for output in outputs:
+            peer = self._owner.get(output.id)
+            if peer is not None:
+                by_peer[peer].append(output)
+            if output.finish_reason is not None:
+                self._owner.pop(output.id, None)
+        if by_peer:
+            stats = self._engine.stats()
+            for peer, theirs in by_peer.items():
+                self._send(peer, Outputs(theirs, stats))
+
+    def _heartbeat(self) -> None:
+        due = time.monotonic() - HEARTBEAT_S
+        quiet = [peer for peer, sent in self._last_sent.items() if sent < due]
+        if quiet:
+            stats = self._engine.stats()
+            for peer in quiet:
+                self._send(peer, Outputs([], stats))
+
+    def _send(self, peer: bytes, message: Ready | Outputs) -> None:
+        try:
+            self._socket.send_multipart([peer, msgspec.msgpack.encode(message)])
+            self._last_sent[peer] = time.monotonic()
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            lost = [id for id, owner in self._owner.items() if owner == peer]
+            logger.warning("an API process is gone; aborting its %d requests", len(lost))
+            self._last_sent.pop(peer, None)
+            self._abort(lost)
+
+
+def say_dead(socket: zmq.Socket[bytes], reason: str, peers: Iterable[bytes]) -> None:
+    """Tell `peers`, and whoever introduces itself within a moment, that the engine is dead."""
+    known = set(peers)
+    while socket.poll(0 if known else _LAST_WORD_MS):
+        known.add(socket.recv_multipart()[0])
+    for peer in known:
+        with contextlib.suppress(zmq.ZMQError):
+            socket.send_multipart([peer, msgspec.msgpack.encode(Dead(reason))])
+
+
+def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
+    """Read Launch from stdin, load the engine, serve until stdin closes. Returns the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
+    logging.basicConfig(
+        level=launch.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    path = Path(launch.socket)
+    stop, closed = threading.Event(), threading.Event()
+    threading.Thread(target=_watch_parent, args=(stop, closed, path), daemon=True).start()
+
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(closed.set)
+        cleanup.callback(_remove, path)
+        context = cleanup.enter_context(zmq.Context())
+        socket = cleanup.enter_context(context.socket(zmq.ROUTER))
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.LINGER, _LAST_WORD_MS)
+        socket.bind(f"ipc://{path}")
+        server = None
+        try:
+            engine = load_engine(EngineConfig.model_validate(launch.config))
+            cleanup.callback(engine.close)
+            server = EngineServer(socket, engine, stop)
+            server.run()
+        except Exception as error:
+            # While loading, a ValueError is about the settings or the model; all else needs a traceback.
+            expected = server is None and isinstance(error, ValueError)
+            logger.error("the engine stopped: %s", error, exc_info=not expected)
+            say_dead(socket, _reason(error, expected), server.peers if server else ())
+            return 1
+    return 0
+
+
+def _watch_parent(stop: threading.Event, closed: threading.Event, path: Path) -> None:
+    while os.read(_STDIN, 4096):  # not sys.stdin: its lock must be free when the interpreter ends
+        pass
+    stop.set()
+    if not closed.wait(_ORPHAN_GRACE_S):
+        _remove(path)
+        os._exit(1)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
+
+
+def _reason(error: Exception, expected: bool) -> str:
+    text = str(error).strip()
+    return text if expected and text else f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    from engine.core import Engine
+
+    sys.exit(main(Engine))

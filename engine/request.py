@@ -1,0 +1,89 @@
+"""A request's state: its tokens, the pages it owns, and how far its KV has come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from engine.messages import FINISH_LENGTH, FINISH_STOP, AddRequest
+from engine.params import SamplingParams
+
+
+class Request:
+    """Counters, not phases: prefill, decode and verification all let `num_computed` catch up with `num_tokens`.
+
+        tokens   [ prompt ............ | output ...... pending ]
+        computed [ valid target KV ................. )              num_tokens - 1 once prefill is done
+        pages    [ reserved slots ................................... drafts ... )
+
+    The scheduler owns every field; `row` is None while the request waits.
+    """
+
+    __slots__ = (
+        "arrival",
+        "eos",
+        "finish_reason",
+        "id",
+        "num_computed",
+        "num_prompt",
+        "pages",
+        "params",
+        "row",
+        "scheduled",
+        "stop_reason",
+        "tokens",
+    )
+
+    def __init__(self, message: AddRequest, eos: Sequence[int]) -> None:
+        self.id = message.id
+        self.params: SamplingParams = message.params
+        self.arrival = message.arrival
+        self.tokens: list[int] = list(message.prompt)
+        self.num_prompt = len(message.prompt)
+        self.num_computed = 0
+        self.pages: list[int] = []
+        self.row: int | None = None
+        self.eos = frozenset() if message.params.ignore_eos else frozenset(eos)
+        self.scheduled: float | None = None
+        self.finish_reason: str | None = None
+        self.stop_reason: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Committed tokens: prompt and output."""
+        return len(self.tokens)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Committed tokens whose target KV is missing; 1 (the pending token) for a decoding row."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def decoding(self) -> bool:
+        return self.num_uncomputed == 1 and self.num_output > 0
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end the request, and that min_tokens forbids until then."""
+        return {*self.eos, *self.params.stop_token_ids}
+
+    def commit(self, tokens: Iterable[int]) -> list[int]:
+        """Append output tokens up to and including the one that ends the request; return those appended."""
+        appended = []
+        for token in tokens:
+            self.tokens.append(token)
+            appended.append(token)
+            if token in self.eos:
+                self.finish_reason = FINISH_STOP
+            elif token in self.params.stop_token_ids:
+                self.finish_reason, self.stop_reason = FINISH_STOP, token
+            elif self.num_output >= self.params.max_tokens:
+                self.finish_reason = FINISH_LENGTH
+            if self.finish_reason is not None:
+                break
+        return appended
+
+

@@ -1,0 +1,28 @@
+"""A model, the pool it writes to and the attention it reads with: what a forward needs, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.speculation.policies import KVPolicy
+from kernels.attention.base import AttentionBackend
+from kernels.kv_cache import KVPool
+from models.batch import ForwardBatch
+from models.llama import Llama
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Target and draft are two runners in one process; for self-speculation they share model and pool, and differ in
+    the KV they read. Each has its own attention backend, since a backend holds the plan of its latest forward."""
+
+    model: Llama
+    pool: KVPool
+    attention: AttentionBackend
+    policy: KVPolicy
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Logits of the positions asked for: [n, this rank's vocabulary]. Writes the batch's KV."""
+        return self.model.forward(batch, self.pool, self.attention)

@@ -1,0 +1,222 @@
+"""The one sampling rule, for draft and target alike: argmax over the vocabulary of l(v)/T + G(seed, position, v).
+
+Everything a request may ask for - penalties, bias, min_tokens, top-k, top-p, min-p - changes the logits l before the
+rule. Since the noise G is a function of (seed, position, token) alone, a draft that sees similar logits picks the same
+token, and the target's choice never depends on what was drafted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.params import SamplingParams
+from engine.plan import RowStart
+from engine.rows import Decisions, Ints, Rows
+from kernels.noise import gumbel_noise
+from parallel.sampling import VocabShard, truncation_threshold
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of the decisions whose rows ask for them: log-probabilities under the target's unchanged logits.
+
+    decisions: which decisions, host [n]. chosen: [n]. top: [n, k] in falling order, top_ids: [n, k] int64; k is the
+    most that any of these rows asks for.
+    """
+
+    decisions: Ints
+    chosen: Tensor
+    top: Tensor
+    top_ids: Tensor
+
+
+class Sampler:
+    """Sampling parameters of all row slots, and the rule.
+
+    Which rows ask for what is known to the host, and each adjustment touches only the decisions of rows that ask: a
+    greedy row costs an argmax, a sampled one its noise.
+    """
+
+    def __init__(self, rows: Rows, vocab: VocabShard) -> None:
+        max_rows, device = len(rows.tokens), rows.device
+        self._rows = rows
+        self._vocab = vocab
+        # Host: who asks.
+        self._params = [SamplingParams()] * max_rows
+        self._sampled = np.zeros(max_rows, dtype=bool)
+        self._truncated = np.zeros(max_rows, dtype=bool)
+        self._penalised = np.zeros(max_rows, dtype=bool)
+        self._edited = np.zeros(max_rows, dtype=bool)
+        self._reported = np.zeros(max_rows, dtype=bool)
+        # Device: with what.
+        self._seed = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._temperature = torch.ones(max_rows, dtype=torch.float64, device=device)
+        self._top_k = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._top_p = torch.ones(max_rows, dtype=torch.float64, device=device)
+        self._min_p = torch.zeros(max_rows, dtype=torch.float64, device=device)
+        self._penalties = torch.zeros(max_rows, 3, dtype=torch.float64, device=device)
+        self._edits: dict[int, _Edits] = {}
+        self._counts: _Counts | None = None  # made when the first penalised row arrives
+
+    # -- rows come, and commit -----------------------------------------------------------------------------------------
+
+    def start(self, start: RowStart) -> None:
+        """A request takes a row slot."""
+        row, params = start.row, start.params
+        self._params[row] = params
+        self._sampled[row] = params.temperature > 0
+        self._truncated[row] = params.truncated
+        self._penalised[row] = params.penalised
+        self._edited[row] = bool(params.logit_bias or params.min_tokens)
+        self._reported[row] = params.logprobs is not None
+        self._seed[row] = params.seed
+        self._temperature[row] = params.temperature or 1.0
+        self._top_k[row] = params.top_k
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        penalties = [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]
+        self._penalties[row] = torch.tensor(penalties, dtype=torch.float64)
+        if self._edited[row]:
+            self._edits[row] = _Edits.of(start, self._vocab, self._rows.device)
+        if params.penalised:
+            if self._counts is None:
+                self._counts = _Counts(len(self._params), self._vocab, self._rows.device)
+            self._counts.start(row, start.tokens[: start.num_prompt], start.tokens[start.num_prompt :])
+
+    def observe(self, decisions: Decisions, tokens: Tensor, committed: Tensor) -> None:
+        """Count what was committed: tokens [n], committed [n] bool, in the order of `decisions`."""
+        if self._counts is None or not self._penalised[decisions.rows].any():
+            return
+        asking = self._to_device(np.flatnonzero(self._penalised[decisions.rows]))
+        self._counts.add(decisions.row_index[asking], tokens[asking], committed[asking])
+
+    # -- the rule ------------------------------------------------------------------------------------------------------
+
+    def choose(self, logits: Tensor, decisions: Decisions) -> Tensor:
+        """The token each decision falls on.
+
+        logits: [n, this rank's vocabulary] float32 or float64, changed in place. Returns [n] int64.
+        """
+        rows = decisions.rows
+        if self._penalised[rows].any():
+            self._penalise(logits, decisions, self._to_device(np.flatnonzero(self._penalised[rows])))
+        for i in np.flatnonzero(self._edited[rows]).tolist():
+            self._edits[int(rows[i])].apply(logits[i], decisions.position[i])
+        sampled = np.flatnonzero(self._sampled[rows])
+        if len(sampled):
+            index = self._to_device(sampled)
+            slots = decisions.row_index[index]
+            scaled = logits[index] / self._temperature[slots, None].to(logits.dtype)
+            if self._truncated[rows[sampled]].any():
+                self._truncate(scaled, slots, self._to_device(np.flatnonzero(self._truncated[rows[sampled]])))
+            first, last = self._vocab.start, self._vocab.start + self._vocab.size
+            scaled += gumbel_noise(self._seed[slots], decisions.position[index], first, last)
+            logits[index] = scaled
+        return self._vocab.argmax(logits)
+
+    def logprobs(self, logits: Tensor, decisions: Decisions) -> Callable[[Tensor], Logprobs] | None:
+        """What rows asked to be told. Call before `choose`, with unchanged logits; call the result, if there is one,
+        with the tokens [n] that were chosen."""
+        asking = np.flatnonzero(self._reported[decisions.rows])
+        if not len(asking):
+            return None
+        index = self._to_device(asking)
+        most = max(self._params[row].logprobs or 0 for row in decisions.rows[asking])
+        logprobs = self._vocab.whole(logits[index]).log_softmax(-1)
+        top, top_ids = logprobs.topk(most)
+
+        def of(tokens: Tensor) -> Logprobs:
+            return Logprobs(asking, logprobs.gather(-1, tokens[index, None])[:, 0], top, top_ids)
+
+        return of
+
+    # -- adjustments ---------------------------------------------------------------------------------------------------
+
+    def _penalise(self, logits: Tensor, decisions: Decisions, asking: Tensor) -> None:
+        """Repetition, over prompt and output (CTRL, arXiv 1909.05858), then frequency and presence, over output, as the
+        OpenAI API defines them. The drafts before a decision count as output: if it stands, so do they."""
+        assert self._counts is not None
+        slots, offset = decisions.row_index[asking], decisions.offset[asking]
+        first_draft = decisions.position[asking] - offset
+        steps = torch.arange(decisions.most_drafted, device=logits.device)
+        columns = (first_draft[:, None] + steps).clamp_(max=self._rows.tokens.shape[1] - 1)
+        drafted = self._rows.tokens[slots[:, None], columns].long()
+        counts = self._counts.output_with(slots, drafted, steps < offset[:, None])
+        presence, frequency, repetition = self._penalties[slots, :, None].to(logits.dtype).unbind(1)
+        changed = logits[asking]
+        repeated = torch.where(changed > 0, changed / repetition, changed * repetition)
+        changed = torch.where((counts > 0) | self._counts.in_prompt[slots], repeated, changed)
+        logits[asking] = changed - frequency * counts - presence * (counts > 0)
+
+    def _truncate(self, scaled: Tensor, slots: Tensor, asking: Tensor) -> None:
+        slots, cut = slots[asking], scaled[asking]
+        top_p, min_p = self._top_p[slots].to(cut.dtype), self._min_p[slots].to(cut.dtype)
+        least = truncation_threshold(self._vocab.whole(cut), self._top_k[slots], top_p, min_p)
+        scaled[asking] = cut.masked_fill(cut < least[:, None], float("-inf"))
+
+    def _to_device(self, index: npt.NDArray[np.intp]) -> Tensor:
+        return self._rows.to_device(index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Edits:
+    """One row's sparse changes to its logits: bias, and stop tokens forbidden before `min_length`.
+
+    tokens: [m] index into this rank's slice; bias: [m]; forbidden: [m] 0 or -inf, added while the row is shorter.
+    """
+
+    tokens: Tensor
+    bias: Tensor
+    forbidden: Tensor
+    min_length: int
+
+    @classmethod
+    def of(cls, start: RowStart, vocab: VocabShard, device: torch.device) -> _Edits:
+        stops = start.stop_ids if start.params.min_tokens else []
+        ids = torch.tensor([*start.params.logit_bias, *stops], dtype=torch.int64)
+        bias = torch.tensor([*start.params.logit_bias.values(), *(0.0 for _ in stops)], dtype=torch.float64)
+        forbidden = torch.zeros_like(bias)
+        forbidden[len(start.params.logit_bias) :] = float("-inf")
+        mine = vocab.holds(ids)
+        tokens = vocab.local(ids)[mine]
+        min_length = start.num_prompt + start.params.min_tokens
+        return cls(tokens.to(device), bias[mine].to(device), forbidden[mine].to(device), min_length)
+
+    def apply(self, logits: Tensor, position: Tensor) -> None:
+        """Change one row of logits in place; position: [] int64, of the token being decided."""
+        change = self.bias + torch.where(position < self.min_length, self.forbidden, 0.0)
+        logits.index_add_(0, self.tokens, change.to(logits.dtype))
+
+
+class _Counts:
+    """How often each token of this rank's slice occurs in the rows that are penalised for it.
+
+    output: [max_rows, slice] int32. in_prompt: [max_rows, slice] bool. Rows that are not penalised hold leftovers.
+    """
+
+    def __init__(self, max_rows: int, vocab: VocabShard, device: torch.device) -> None:
+        self._vocab = vocab
+        self.output = torch.zeros(max_rows, vocab.size, dtype=torch.int32, device=device)
+        self.in_prompt = torch.zeros(max_rows, vocab.size, dtype=torch.bool, device=device)
+
+    def start(self, row: int, prompt: list[int], output: list[int]) -> None:
+        for counts, tokens in ((self.in_prompt, prompt), (self.output, output)):
+            ids = torch.tensor(tokens, dtype=torch.int64)
+            counted = torch.bincount(self._vocab.local(ids)[self._vocab.holds(ids)], minlength=self._vocab.size)
+            counts[row] = counted.to(counts.dtype)
+
+    def add(self, rows: Tensor, tokens: Tensor, committed: Tensor) -> None:
+        counted = (committed & self._vocab.holds(tokens)).to(torch.int32)
+        self.output.index_put_((rows, self._vocab.local(tokens)), counted, accumulate=True)
+
+    def output_with(self, rows: Tensor, drafted: Tensor, counted: Tensor) -> Tensor:
+        """Copies of the output counts of `rows` [n], with drafted [n, m] tokens added where counted [n, m]."""
+        counts = self.output[rows]
+        weights = (counted & self._vocab.holds(drafted)).to(torch.int32)
+        return counts.scatter_add_(1, self._vocab.local(drafted), weights)

@@ -1,0 +1,235 @@
+"""What runs next: admission, the token budget of a round, page reservations, preemption, and the counters after it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from engine.messages import AddRequest
+from engine.pages import PageAllocator
+from engine.plan import PageDelta, RowStart, RowWork, StepPlan, StepResult
+from engine.request import Request
+from engine.speculation.controller import Controller
+
+
+class RequestError(ValueError):
+    """A request that this engine can never serve, or has no room to queue."""
+
+
+class QueueFull(RequestError):
+    """Too many requests wait already."""
+
+
+class Scheduler:
+    """Emits one StepPlan per round. Invariant between rounds: every running row owns pages for all its committed
+    tokens, and a decoding row has exactly its pending token uncomputed.
+
+    Decode rows come first, each with its drafts; what is left of the token budget goes to prefill chunks, oldest
+    request first, then to new requests. A request is admitted when pages for all its tokens are free, so that a
+    prefill under way never waits for pages; when a decoding row needs one and none is free, first drafts are given up,
+    then the request admitted last is preempted: its pages go back, and its KV is recomputed when it returns.
+    """
+
+    def __init__(
+        self,
+        *,
+        pages: PageAllocator,
+        page_size: int,
+        max_rows: int,
+        max_batch_tokens: int,
+        max_waiting: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int],
+        controller: Controller,
+    ) -> None:
+        self._pages = pages
+        self._page_size = page_size
+        self._max_batch_tokens = max_batch_tokens
+        self._max_waiting = max_waiting
+        self._max_model_len = max_model_len
+        self._eos = tuple(eos_token_ids)
+        self._controller = controller
+        self._free_rows = list(range(max_rows - 1, -1, -1))
+        self._by_id: dict[str, Request] = {}
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
+        self.preemptions = 0
+        self._step = 0
+
+    # -- requests come and go ------------------------------------------------------------------------------------
+
+    def add(self, message: AddRequest) -> None:
+        """Queue a request. Raises RequestError for one that could never run, QueueFull when too many wait."""
+        if message.id in self._by_id:
+            raise RequestError(f"request id {message.id!r} is in use")
+        if not message.prompt:
+            raise RequestError("the prompt has no tokens")
+        if message.params.max_tokens < 1:
+            raise RequestError("max_tokens must be at least 1")
+        total = len(message.prompt) + message.params.max_tokens
+        if total > self._max_model_len:
+            raise RequestError(
+                f"{len(message.prompt)} prompt tokens and max_tokens {message.params.max_tokens} exceed the model's "
+                f"{self._max_model_len} tokens"
+            )
+        if len(self.waiting) >= self._max_waiting:
+            raise QueueFull(f"{len(self.waiting)} requests are waiting already")
+        request = Request(message, self._eos)
+        self._by_id[request.id] = request
+        self.waiting.append(request)
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request and free its pages at once; False if it is not here."""
+        request = self._by_id.pop(request_id, None)
+        if request is None:
+            return False
+        if request.row is None:
+            self.waiting.remove(request)
+        else:
+            self._leave(request)
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def check(self) -> None:
+        """Raise PageLeak unless every page is free or owned by a running request."""
+        self._pages.check(request.pages for request in self._by_id.values())
+
+    # -- one round -------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> tuple[StepPlan, list[Request]]:
+        """Plan the next round. Returns the plan and the requests its `work` refers to, in the same order."""
+        self._step += 1
+        plan = StepPlan(self._step, [], [], [])
+        # A preemption makes room by taking a row from the end of `running`: a row planned already is never taken,
+        # since rows are planned in order of admission.
+        work: list[tuple[Request, RowWork]] = []
+        budget = self._max_batch_tokens
+        budget -= self._plan_decodes(plan, work, budget)
+        budget -= self._plan_prefills(work, budget)
+        self._admit(plan, work, budget)
+        work.sort(key=lambda item: -item[1].gamma)
+        plan.work = [item for _, item in work]
+        return plan, [request for request, _ in work]
+
+    def _plan_decodes(self, plan: StepPlan, work: list[tuple[Request, RowWork]], budget: int) -> int:
+        """Every decoding row, with as many drafts as budget, limits and pages allow. Returns tokens planned."""
+        rows = [request for request in self.running if request.decoding]
+        gammas = dict(zip((row.id for row in rows), self._controller.choose(rows), strict=True))
+        spare = budget - len(rows)  # one token per row is certain; drafts share the rest
+        planned = 0
+        for request in rows:
+            if request.row is None:
+                continue  # preempted for a row planned before it
+            gamma = max(0, min(gammas[request.id], spare, self._most_drafts(request)))
+            if not self._reserve(plan, request, request.num_tokens + gamma):
+                gamma = 0
+                if not self._reserve_or_preempt(plan, request, request.num_tokens):
+                    continue
+            assert request.row is not None
+            spare -= gamma
+            planned += 1 + gamma
+            work.append((request, RowWork(request.row, request.num_computed, 1, gamma, True)))
+        return planned
+
+    def _most_drafts(self, request: Request) -> int:
+        """A verify pass yields one token beyond its drafts: more than what remains, less that one, is wasted."""
+        params = request.params
+        remaining = params.max_tokens - request.num_output - 1
+        return remaining if params.max_draft_tokens is None else min(remaining, params.max_draft_tokens)
+
+    def _plan_prefills(self, work: list[tuple[Request, RowWork]], budget: int) -> int:
+        planned = 0
+        for request in self.running:
+            if not request.decoding and planned < budget:
+                planned += self._plan_chunk(request, work, budget - planned)
+        return planned
+
+    def _plan_chunk(self, request: Request, work: list[tuple[Request, RowWork]], budget: int) -> int:
+        assert request.row is not None
+        new = min(request.num_uncomputed, budget)
+        samples = new == request.num_uncomputed
+        work.append((request, RowWork(request.row, request.num_computed, new, 0, samples)))
+        return new
+
+    def _admit(self, plan: StepPlan, work: list[tuple[Request, RowWork]], budget: int) -> None:
+        """First come, first served, while rows, budget and pages last."""
+        while self.waiting and self._free_rows and budget > 0:
+            request = self.waiting[0]
+            needed = -(-request.num_tokens // self._page_size)
+            # One page per running row stays free: an admission should not be paid for by a preemption next round.
+            if needed + len(self.running) > self._pages.free and self.running:
+                return
+            pages = self._pages.reserve(needed)
+            if pages is None:
+                return
+            self.waiting.popleft()
+            request.row = self._free_rows.pop()
+            request.pages = pages
+            request.scheduled = request.scheduled or time.monotonic()
+            self.running.append(request)
+            plan.starts.append(
+                RowStart(request.row, request.tokens[:], request.num_prompt, request.params, sorted(request.stop_ids))
+            )
+            plan.pages.append(PageDelta(request.row, 0, pages[:]))
+            budget -= self._plan_chunk(request, work, budget)
+
+    def _reserve(self, plan: StepPlan, request: Request, slots: int) -> bool:
+        """Own pages for `slots` KV slots; False, and nothing changed, if they are not free."""
+        missing = -(-slots // self._page_size) - len(request.pages)
+        if missing <= 0:
+            return True
+        pages = self._pages.reserve(missing)
+        if pages is None:
+            return False
+        assert request.row is not None
+        plan.pages.append(PageDelta(request.row, len(request.pages), pages))
+        request.pages += pages
+        return True
+
+    def _reserve_or_preempt(self, plan: StepPlan, request: Request, slots: int) -> bool:
+        """Reserve, preempting requests admitted later; False if `request` itself had to go."""
+        while not self._reserve(plan, request, slots):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._leave(request)
+        request.num_computed = 0
+        self.preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _leave(self, request: Request) -> None:
+        """Give row and pages back."""
+        assert request.row is not None
+        self._pages.release(request.pages)
+        request.pages = []
+        self._free_rows.append(request.row)
+        request.row = None
+        self.running.remove(request)
+
+    def commit(self, plan: StepPlan, requests: list[Request], result: StepResult) -> list[tuple[Request, list[int]]]:
+        """Move counters by what the round decided. Returns (request, tokens appended) per row that sampled.
+
+        Rejected drafts need no undoing: `num_computed` simply does not count them.
+        """
+        outcomes = iter(result.rows)
+        yielded = []
+        for request, work in zip(requests, plan.work, strict=True):
+            request.num_computed += work.new
+            if not work.samples:
+                continue
+            outcome = next(outcomes)
+            request.num_computed += outcome.accepted
+            yielded.append((request, request.commit(outcome.tokens)))
+            if request.finish_reason is not None:
+                self._leave(request)
+                del self._by_id[request.id]
+        self._controller.observe(plan, result)
+        return yielded

@@ -1,0 +1,82 @@
+"""Which KV a query reads. A policy knows page tables and lengths; nothing of models or sampling."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.config import WindowConfig
+
+
+class KVPolicy(Protocol):
+    """A rule that lists, for the queries at the end of a row, the pages they attend to.
+
+    A policy whose budget covers the context reads exactly what dense attention reads.
+    """
+
+    def tokens_read(self, context: int) -> int:
+        """KV slots read by the last query of a row with `context` tokens, its own included."""
+        ...
+
+    def pages(self, page_table: Tensor, rows: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """Page lists of some rows.
+
+        page_table: [max_rows, max_pages] int64. rows: [n] int64 row slots. lengths: [n] int64, tokens per row, the
+        queries included. longest: max(lengths), as a host integer.
+        Returns [n, width] int64; `tokens_read(length)` slots of each list count, the rest is padding.
+        """
+        ...
+
+
+class Dense:
+    """Everything: the target's own rule."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+
+    def tokens_read(self, context: int) -> int:
+        return context
+
+    def pages(self, page_table: Tensor, rows: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        return page_table[rows, : -(-longest // self._page_size)]
+
+
+class Window:
+    """Sink + window (StreamingLLM, arXiv 2309.17453) as a view: the first pages and the most recent ones.
+
+    Keys keep their absolute positions, so the view costs a page list and nothing else. The last page counts as full
+    towards the budget: a row reads between budget - page_size + 1 and budget slots.
+
+        context of 11 pages, budget of 4:   [0] 1 2 3 4 5 6 7 [8 9 10)
+    """
+
+    def __init__(self, *, budget: int, sink: int, page_size: int) -> None:
+        """budget: KV tokens, a multiple of page_size. sink: first tokens always read, rounded up to pages.
+
+        Raises ValueError if the budget is no multiple of the page size or leaves no page beside the sink.
+        """
+        self._page_size = page_size
+        self._sink = -(-sink // page_size)
+        self._width = budget // page_size
+        if budget % page_size:
+            raise ValueError(f"a budget of {budget} tokens is no whole number of pages of {page_size}")
+        if self._width <= self._sink:
+            raise ValueError(f"a budget of {budget} tokens leaves no page of {page_size} beside a sink of {sink}")
+
+    def tokens_read(self, context: int) -> int:
+        skipped = max(0, -(-context // self._page_size) - self._width)
+        return context - skipped * self._page_size
+
+    def pages(self, page_table: Tensor, rows: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        width = min(self._width, -(-longest // self._page_size))
+        listed = torch.arange(width, device=rows.device)
+        skipped = (-(-lengths // self._page_size) - self._width).clamp_(min=0)
+        columns = listed + torch.where(listed < self._sink, 0, skipped[:, None])
+        return page_table[rows[:, None], columns]
+
+
+def make_policy(config: WindowConfig, page_size: int) -> KVPolicy:
+    """The policy that `speculation.kv` describes."""
+    return Window(budget=config.budget, sink=config.sink, page_size=page_size)

@@ -1,0 +1,20 @@
+"""MagicDec on one screen (arXiv 2408.11049): draft with sparse KV, verify in one target pass, commit."""
+
+from __future__ import annotations
+
+from engine.rows import Round
+from engine.runner import Runner
+from engine.sampling import Sampler
+from engine.speculation.drafters import Drafter
+from engine.speculation.verify import Verdict, verify
+
+
+def run_round(rows: Round, target: Runner, drafter: Drafter, sampler: Sampler) -> Verdict:
+    """Draft, verify, commit. Prefill chunks ride along in the verify pass; a row with gamma = 0 decodes plainly."""
+    drafts = drafter.propose(rows)
+    logits = target.forward(rows.verify_batch(target.policy))  # only positions that decide a token
+    verdict = verify(drafts, rows.sampling_gamma, logits, rows.decisions, rows.grid, sampler)
+    rows.commit(verdict.accepted, verdict.chosen)  # counters only; rejected slots are simply not counted
+    sampler.observe(rows.decisions, verdict.chosen, verdict.committed)
+    drafter.observe(rows, verdict)
+    return verdict

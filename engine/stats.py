@@ -1,0 +1,59 @@
+"""Counting what the engine does: the numbers behind /metrics and --stats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from engine.messages import EngineStats
+from engine.plan import RowWork, StepPlan, StepResult
+from engine.request import Request
+
+
+class Accounts:
+    """Running totals. Host-side, O(rows) per round."""
+
+    def __init__(
+        self, *, pages_total: int, page_size: int, bytes_per_token: int, gamma_max: int, draft_reads: Callable[[int], int]
+    ) -> None:
+        """draft_reads: KV slots that a draft step reads of a row with so many tokens."""
+        self._draft_reads = draft_reads
+        self.totals = EngineStats(
+            pages_total=pages_total,
+            page_size=page_size,
+            kv_bytes_per_token=bytes_per_token,
+            accepted_per_position=[0] * gamma_max,
+            gamma_chosen=[0] * (gamma_max + 1),
+        )
+
+    def round(self, plan: StepPlan, requests: Sequence[Request]) -> None:
+        """Call with a round's plan and requests before it is committed."""
+        self.totals.rounds += 1
+        for request, work in zip(requests, plan.work, strict=True):
+            if request.decoding:
+                self._decode_row(work)
+
+    def _decode_row(self, work: RowWork) -> None:
+        totals, context = self.totals, work.computed + 1
+        totals.gamma_chosen[work.gamma] += 1
+        totals.kv_tokens_read += context + work.gamma
+        totals.kv_tokens_read += sum(self._draft_reads(context + step) for step in range(work.gamma))
+        if work.gamma:
+            totals.drafts += 1
+            totals.draft_tokens += work.gamma
+
+    def yielded(self, request: Request, tokens: int, accepted: int) -> None:
+        """A row yielded `tokens` output tokens, of which the first `accepted` had been drafted."""
+        totals = self.totals
+        if request.num_output == tokens:
+            totals.prompt_tokens += request.num_prompt
+        totals.generated_tokens += tokens
+        totals.accepted_tokens += accepted
+        for position in range(accepted):
+            totals.accepted_per_position[position] += 1
+
+    def took(self, result: StepResult, seconds: float) -> None:
+        """`seconds`: the whole round, from scheduling to commit."""
+        totals = self.totals
+        totals.draft_seconds += result.draft_seconds
+        totals.verify_seconds += result.verify_seconds
+        totals.host_seconds += seconds - result.draft_seconds - result.verify_seconds

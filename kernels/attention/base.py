@@ -1,0 +1,54 @@
+"""The one attention primitive: ragged queries over paged KV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, overload
+
+from torch import Tensor
+
+from kernels.kv_cache import LayerKV
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Which KV each row's queries read; the same for all layers of a forward.
+
+    Row r's queries stand at the *end* of its KV ("causal at the bottom right"): with n queries over length L, query
+    i sees the first L - n + i + 1 listed slots. A view that skips pages is simply a shorter list; positions play no
+    part here, since keys are rotated when they are written.
+
+        pages[r]:  [ 7 | 3 | 9 ]          page_size 4, kv_lengths[r] = 10
+        slots:      0123 4567 89..
+        n = 3:      query 0 sees slots 0-7, query 1 sees 0-8, query 2 sees 0-9
+
+    query_lengths: per row, number of queries; host integers, >= 1.
+    kv_lengths: per row, KV slots listed, >= the row's query length; host integers.
+    pages: [rows, width] int64 page ids, width * page_size >= max(kv_lengths); entries past a row's length are
+        any valid page id. Or [rows, kv_heads, width], one list per KV head (all of a row's lists equally long).
+    """
+
+    query_lengths: Sequence[int]
+    kv_lengths: Sequence[int]
+    pages: Tensor
+
+
+class AttentionBackend(Protocol):
+    """Exact softmax(q k^T * scale) v over the pages given. One `plan` serves all layers of a forward."""
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """Prepare for `batch`; stays valid until the next plan."""
+
+    @overload
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
+    @overload
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend with the planned batch.
+
+        q: [tokens, heads, head_dim], rows laid end to end; head h reads KV head h // (heads / kv_heads).
+        Returns o [tokens, heads, head_dim] in q's dtype and, with `lse`, the natural-log-sum-exp of the scaled
+        scores [tokens, heads] in float32 (float64 for float64 queries): segments merge by it (`merge_segments`).
+        """
+        ...

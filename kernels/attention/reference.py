@@ -1,0 +1,162 @@
+"""Attention in plain torch: any device, any dtype, any page size. The oracle that every other backend must agree with.
+
+Scores, softmax and sums are computed in float32 (float64 for float64 inputs) whatever the pool holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from kernels.attention.base import AttentionBatch
+from kernels.kv_cache import LayerKV
+
+_QUERY_BLOCK = 128  # queries of one row scored at a time: bounds the score matrix of a prefill chunk
+_GROUP_SLOTS = 16384  # padded KV slots gathered at a time: bounds the copy of a batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Queries [first, first + n) of the batch, all of one row, over that row's first `length` slots."""
+
+    first: int
+    n: int
+    row: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Pieces with equally many queries, padded to the longest and attended together.
+
+    queries: [pieces, n] index into the batch's tokens.
+    pages: [pieces, kv_heads or 1, width] page ids.
+    length: slots read per piece, before masking.
+    unmasked: slots below this are visible to every query.
+    hidden: [pieces, 1, 1, n, length - unmasked] True where a query must not look.
+    """
+
+    queries: Tensor
+    pages: Tensor
+    length: int
+    unmasked: int
+    hidden: Tensor
+
+
+class ReferenceAttention:
+    """`AttentionBackend` by gather, two matrix products and a softmax.
+
+    Rows of similar length are padded together, so that a batch of short rows costs a few torch calls, not a few per
+    row; long prefill chunks are cut into blocks of queries, each seeing just the prefix it may see.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._groups: list[_Group] = []
+
+    def plan(self, batch: AttentionBatch) -> None:
+        pieces = []
+        first = 0
+        for row, (n, length) in enumerate(zip(batch.query_lengths, batch.kv_lengths, strict=True)):
+            for start in range(0, n, _QUERY_BLOCK):
+                stop = min(start + _QUERY_BLOCK, n)
+                pieces.append(_Piece(first + start, stop - start, row, length - n + stop))
+            first += n
+        pieces.sort(key=lambda piece: (piece.n, piece.length))
+        self._groups = [self._group(members, batch.pages) for members in _similar(pieces)]
+
+    def _group(self, pieces: list[_Piece], page_table: Tensor) -> _Group:
+        device = page_table.device
+        n, length = pieces[0].n, pieces[-1].length
+        unmasked = min(piece.length for piece in pieces) - n + 1
+        width = -(-length // self._page_size)
+        steps = torch.arange(n)
+        rows = torch.tensor([piece.row for piece in pieces], device=device)
+        pages = page_table.index_select(0, rows)[..., :width]
+        visible = torch.tensor([piece.length for piece in pieces])[:, None] - n + 1 + steps  # [pieces, n]
+        hidden = torch.arange(unmasked, length) >= visible[..., None]
+        return _Group(
+            queries=(torch.tensor([piece.first for piece in pieces])[:, None] + steps).to(device),
+            pages=pages if pages.dim() == 3 else pages[:, None],
+            length=length,
+            unmasked=unmasked,
+            hidden=hidden[:, None, None].to(device),
+        )
+
+    @overload
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
+    @overload
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """See AttentionBackend.run."""
+        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = torch.empty_like(q)
+        sums = torch.empty(q.shape[:2], dtype=compute, device=q.device) if lse else None
+        for group in self._groups:
+            self._attend(group, layer, q, scale, out, sums)
+        return (out, sums) if sums is not None else out
+
+    def _attend(
+        self, group: _Group, layer: LayerKV, q: Tensor, scale: float, out: Tensor, sums: Tensor | None
+    ) -> None:
+        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+        kv_heads = layer.k.shape[1]
+        pieces, n = group.queries.shape
+        heads, head_dim = q.shape[1:]
+        k = _gather(layer.k, group.pages, group.length).to(compute)  # [pieces, kv_heads, length, head_dim]
+        v = _gather(layer.v, group.pages, group.length).to(compute)
+        grouped = q[group.queries].to(compute).view(pieces, n, kv_heads, heads // kv_heads, head_dim)
+        grouped = (grouped * scale).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [pieces, kv_heads, group * n, head_dim]
+        scores = torch.matmul(grouped, k.transpose(2, 3)).view(pieces, kv_heads, -1, n, group.length)
+        scores[..., group.unmasked :].masked_fill_(group.hidden, float("-inf"))
+        if sums is not None:
+            sums[group.queries] = torch.logsumexp(scores, -1).permute(0, 3, 1, 2).flatten(2, 3)
+        weights = torch.softmax(scores, -1).flatten(2, 3)
+        mixed = torch.matmul(weights, v).view(pieces, kv_heads, -1, n, head_dim)
+        out[group.queries] = mixed.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out.dtype)
+
+
+def _similar(pieces: list[_Piece]) -> list[list[_Piece]]:
+    """Cut pieces, sorted by (n, length), where padding would more than double the work or the copy grow too large."""
+    groups: list[list[_Piece]] = []
+    for piece in pieces:
+        group = groups[-1] if groups else None
+        if (
+            group
+            and group[0].n == piece.n
+            and piece.length <= 2 * group[0].length
+            and piece.length * (len(group) + 1) <= _GROUP_SLOTS
+        ):
+            group.append(piece)
+        else:
+            groups.append([piece])
+    return groups
+
+
+def _gather(cache: Tensor, pages: Tensor, length: int) -> Tensor:
+    """Copy listed pages of `cache` [all_pages, kv_heads, page_size, head_dim] into [rows, kv_heads, length, head_dim].
+
+    pages: [rows, kv_heads or 1, width].
+    """
+    _, kv_heads, page_size, head_dim = cache.shape
+    heads = torch.arange(kv_heads, device=cache.device)[:, None]
+    index = pages * kv_heads + heads  # one head's page is a row of contiguous memory
+    flat = cache.view(-1, page_size * head_dim).index_select(0, index.flatten())
+    return flat.view(pages.shape[0], kv_heads, -1, head_dim)[:, :, :length]
+
+
+def merge_segments(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Combine attention over disjoint segments of KV: o = sum_i exp(lse_i - lse) o_i.
+
+    outputs: each [tokens, heads, head_dim]; lses: each [tokens, heads], -inf where a segment is empty.
+    Returns the attention over all segments and its log-sum-exp.
+    """
+    stacked = torch.stack(lses)
+    total = torch.logsumexp(stacked, 0)
+    weights = torch.exp(stacked - total)
+    merged = sum(w[..., None] * o.to(w.dtype) for w, o in zip(weights, outputs, strict=True))
+    assert isinstance(merged, Tensor)
+    return merged.to(outputs[0].dtype), total

@@ -1,0 +1,60 @@
+"""The KV pool: all pages of one model on one rank, and writing to it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LayerKV(NamedTuple):
+    """One layer's pages: k and v, each [pages, kv_heads, page_size, head_dim].
+
+    Heads stand outside slots so that the pool is also [pages * kv_heads, 1, page_size, head_dim]: a page list per KV
+    head is then an ordinary page list, and one head's page is contiguous memory.
+    """
+
+    k: Tensor
+    v: Tensor
+
+
+class KVPool:
+    """Fixed-address storage for `num_pages` pages in every layer. Knows bytes, not owners: see PageAllocator."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, 2, num_pages, kv_heads, page_size, head_dim)
+        # Zeroed so that slots nobody has written hold finite numbers: a masked NaN would still poison a product.
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_pages = num_pages
+        self.page_size = page_size
+
+    def layer(self, index: int) -> LayerKV:
+        k, v = self.data[index]
+        return LayerKV(k, v)
+
+    @staticmethod
+    def bytes_per_token(*, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """KV bytes that one token takes on this rank, all layers."""
+        return 2 * num_layers * kv_heads * head_dim * dtype.itemsize
+
+
+def write_kv(layer: LayerKV, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """Store keys and values in the pool.
+
+    slots: [tokens] int64, page * page_size + offset, distinct. k, v: [tokens, kv_heads, head_dim].
+    """
+    page_size = layer.k.shape[2]
+    page, offset = slots // page_size, slots % page_size
+    layer.k[page, :, offset] = k
+    layer.v[page, :, offset] = v

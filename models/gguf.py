@@ -1,0 +1,101 @@
+"""Reading a Llama GGUF file: dequantized weights, config, tokenizer. Needs the extra `convert`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+
+from models.checkpoint import Checkpoint
+from models.config import ModelError
+
+INSTALL = "pip install 'magicdec[convert]'"
+_PACKAGES = ("transformers", "gguf", "accelerate")
+_CONFIG_KEYS = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
+    *("rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+)
+_SPLITS_TRANSFORMERS_KNOWS = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "gpt-2")
+"""Values of tokenizer.ggml.pre for which transformers restores how text is split before it merges."""
+
+
+def open_gguf(src: Path) -> Checkpoint:
+    """Raises ModelError: a package is missing, the file is broken, no Llama, or not to be carried over."""
+    for package in _PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(f"reading GGUF needs {package}: {INSTALL}")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers asks the network about a file that is here
+    import gguf
+    import transformers
+
+    try:
+        reader = gguf.GGUFReader(src)
+    except (ValueError, IndexError, OSError) as error:
+        raise ModelError(f"{src}: not a readable GGUF file: {error}") from error
+
+    def field(name: str) -> Any:
+        return reader.fields[name].contents() if name in reader.fields else None
+
+    if (kind := field("general.architecture")) != "llama":
+        raise ModelError(f"{src}: architecture {kind!r} is not supported in GGUF; llama is")
+    if field("llama.expert_count"):
+        raise ModelError(f"{src}: a mixture of experts is not supported")
+    scaling = field("llama.rope.scaling.type") not in (None, "none")
+    if scaling or any(tensor.name.startswith("rope_") for tensor in reader.tensors):
+        raise ModelError(f"{src}: GGUF does not say how its RoPE was scaled; convert the original weights")
+    split = field("tokenizer.ggml.pre")
+    if field("tokenizer.ggml.model") == "gpt2" and split not in ("smollm", *_SPLITS_TRANSFORMERS_KNOWS):
+        raise ModelError(f"{src}: its tokenizer is of unknown kind {split!r}; convert the original weights")
+
+    where: dict[str, Any] = {"gguf_file": src.name, "local_files_only": True}
+    model = transformers.AutoModelForCausalLM.from_pretrained(src.parent, dtype=torch.float32, **where)
+    front = transformers.AutoTokenizer.from_pretrained(src.parent, **where)
+    if model.config.model_type != "llama":
+        raise ModelError(f"{src}: model type {model.config.model_type!r} is not supported in GGUF; llama is")
+    tokenizer = Tokenizer.from_str(front.backend_tokenizer.to_str())
+    if split == "smollm":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    bos = field("tokenizer.ggml.bos_token_id")
+    adds_bos = field("tokenizer.ggml.add_bos_token")
+    if adds_bos is not None and (tokenizer.encode("a").ids[0] == bos) != adds_bos:
+        raise ModelError(f"{src}: its tokenizer's beginning-of-sequence token could not be carried over")
+    ends = (field("tokenizer.ggml.eos_token_id"), field("tokenizer.ggml.eot_token_id"))
+    eos = list(dict.fromkeys(token for token in ends if token is not None))
+    if not eos:
+        raise ModelError(f"{src}: names no end-of-sequence token")
+
+    special = {
+        "bos_token_id": bos,
+        "eos_token_id": eos if len(eos) > 1 else eos[0],
+        "pad_token_id": field("tokenizer.ggml.padding_token_id"),
+    }
+    config = {key: value for key, value in model.config.to_dict().items() if key in _CONFIG_KEYS}
+    config |= {"architectures": ["LlamaForCausalLM"], **special}
+    config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))  # GGUF keeps a float32
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **front.special_tokens_map,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config["max_position_embeddings"],
+        "chat_template": front.chat_template,
+    }
+    texts = {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": _to_text(tokenizer_config),
+        "generation_config.json": _to_text(special),
+    }
+    return Checkpoint(config, model.state_dict().items(), texts)
+
+
+def _to_text(values: dict[str, Any]) -> str:
+    present = {key: value for key, value in values.items() if value is not None}
+    return json.dumps(present, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,167 @@
+"""Filling a model's weights: from safetensors, or at random. Each rank reads only its own slices."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from models.config import ModelConfig, ModelError, read_config, read_json
+from models.llama import Llama
+from parallel.group import Group
+from parallel.layers import Placement, WeightSlot
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def load_model(
+    path: Path, *, dtype: torch.dtype, device: torch.device, group: Group, progress: bool
+) -> Llama:
+    """Load a model directory: config.json and *.safetensors, and tokenizer.json for a check if it is there.
+
+    Weights are converted to `dtype`. progress: whether to draw a bar on stderr. Pickled weights are never
+    opened.
+    Raises ModelError: missing or broken files, a model that is not supported, tensors that are missing,
+    unknown or of the wrong shape or type, a tokenizer with more tokens than the model embeds.
+    """
+    config = read_config(path)
+    _check_tokenizer(path, config.vocab_size)
+    files = _weight_files(path)
+    model = Llama(config, Placement(group, dtype, device))
+    slots = {slot.source: slot for slot in model.slots()}
+    wanted = set(slots)
+    total = sum(slot.tensor.nbytes for slot in slots.values())
+    head: tuple[Path, str] | None = None
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="Loading weights", file=sys.stderr, disable=not progress
+    ) as bar:
+        for file in files:
+            with _opened(file) as checkpoint:
+                for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                    if name in wanted:
+                        _fill(slots[name], checkpoint, file)
+                        wanted.remove(name)
+                        bar.update(slots[name].tensor.nbytes)
+                    elif name in slots:
+                        raise ModelError(f"{file}: tensor {name} also stands in another file")
+                    elif name == _HEAD and config.tie_word_embeddings:
+                        head = file, name
+                    elif not name.endswith(".rotary_emb.inv_freq"):
+                        raise ModelError(f"{file}: unexpected tensor {name}")
+    if wanted:
+        names = ", ".join(sorted(wanted)[:3]) + (f" and {len(wanted) - 3} more" if len(wanted) > 3 else "")
+        raise ModelError(f"{path}: tensors missing from the weight files: {names}")
+    if head is not None:
+        _check_tied(slots[_EMBEDDING], *head)
+    return model
+
+
+def random_model(
+    config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device, group: Group
+) -> Llama:
+    """A model with random weights: a function of config, seed and dtype alone, whatever the device and rank
+    count.
+
+    Matrices keep the scale of their input, norms are near 1, biases small.
+    """
+    model = Llama(config, Placement(group, dtype, device))
+    for slot in model.slots():
+        # Seeded by name, and drawn whole before it is cut, so that no rank's part depends on how it was
+        # split.
+        key = hashlib.sha256(f"{seed}/{slot.source}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        whole = torch.randn(slot.full_shape, generator=generator)
+        if slot.source.endswith("norm.weight"):
+            whole.mul_(0.1).add_(1)
+        else:
+            whole.mul_(0.1 if len(slot.full_shape) == 1 else slot.full_shape[1] ** -0.5)
+        slot.tensor.copy_(whole[slot.index])
+    return model
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files that make up the model: those the index lists, else the only or all the directory
+    holds.
+    """
+    index = path / _INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ModelError(f"{index}: weight_map does not map tensors to files")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(f"{index}: {name!r} is not a file of this directory")
+            if not (path / name).is_file():
+                raise ModelError(f"{path / name}: not found, but listed in {_INDEX}")
+        return [path / name for name in names]
+    if (path / _SINGLE).is_file():
+        return [path / _SINGLE]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{path}: only pickled weights ({pickles[0]}), which are not loaded: convert to safetensors"
+            )
+        raise ModelError(f"{path}: no *.safetensors files")
+    return files
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(file), framework="pt") as checkpoint:
+            yield checkpoint
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
+
+
+def _fill(slot: WeightSlot, checkpoint: Any, file: Path) -> None:
+    source = checkpoint.get_slice(slot.source)
+    shape = tuple(source.get_shape())
+    if shape != slot.full_shape:
+        raise ModelError(
+            f"{file}: tensor {slot.source} has shape {list(shape)}, expected {list(slot.full_shape)}"
+        )
+    if source.get_dtype() not in _FLOATS:
+        raise ModelError(f"{file}: tensor {slot.source} has unsupported type {source.get_dtype()}")
+    slot.tensor.copy_(source[slot.index])
+
+
+def _check_tied(embedding: WeightSlot, file: Path, name: str) -> None:
+    """Some checkpoints store the tied head as well; a different one would mean that config.json is wrong."""
+    twin = WeightSlot(torch.empty_like(embedding.tensor), name, embedding.full_shape, embedding.index)
+    with _opened(file) as checkpoint:
+        _fill(twin, checkpoint, file)
+    if not torch.equal(twin.tensor, embedding.tensor):
+        raise ModelError(f"{file}: {name} differs from {embedding.source}, but tie_word_embeddings is true")
+
+
+def _check_tokenizer(path: Path, vocab_size: int) -> None:
+    """A token id beyond the embedding would fail only when a prompt contains it: refuse the pair at once."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return
+    data = read_json(file)
+    try:
+        vocab = data["model"]["vocab"]
+        ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
+        tokens = 1 + max([*ids, *(token["id"] for token in data.get("added_tokens") or ())], default=-1)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file}: not a tokenizer: {error!r}") from error
+    if tokens > vocab_size:
+        raise ModelError(
+            f"{file}: {tokens} tokens, but the model embeds {vocab_size} (vocab_size in config.json)"
+        )

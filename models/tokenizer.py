@@ -1,0 +1,205 @@
+"""Text to tokens and back, from a model directory's tokenizer.json. Free of torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+REPLACEMENT = "\ufffd"
+_LONGEST_INCOMPLETE = 3
+"""Bytes of a UTF-8 character that can be there while it is still incomplete."""
+_WINDOW = 16
+"""Tokens an IncrementalDecoder looks back at most; enough for any character spread over byte tokens."""
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer file is missing or unreadable; the message names it."""
+
+
+class Tokenizer:
+    """A model's tokenizer and what its directory says about it.
+
+    Thread-safe: encode and decode may be called from any thread.
+
+    bos_token, eos_token: text of the special tokens, None if the model has none; likewise their ids.
+    chat_template: jinja2 source, None if the model has none.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """`path`: a model directory. Raises TokenizerError."""
+        directory = Path(path)
+        source = _read(directory / "tokenizer.json")
+        if source is None:
+            raise TokenizerError(f"{directory}: no tokenizer.json")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(source)
+            decoder = json.loads(source).get("decoder") or {}
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{directory / 'tokenizer.json'}: not a tokenizer: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        parts = [decoder, *decoder.get("decoders", [])]
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._bytes_of = _byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else None
+
+        config = _mapping(directory / "tokenizer_config.json")
+        self.bos_token = _special(config, "bos_token")
+        self.eos_token = _special(config, "eos_token")
+        self.chat_template = _read(directory / "chat_template.jinja") or _chat_template(config)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens with a text; a model may have more rows in its embedding."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return None if self.bos_token is None else self._tokenizer.token_to_id(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return None if self.eos_token is None else self._tokenizer.token_to_id(self.eos_token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """`text` must be encodable as UTF-8 (no lone surrogates)."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Ids without a token decode to nothing; bytes that are not UTF-8 decode to U+FFFD."""
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def is_silent(self, token: int, skip_special_tokens: bool = True) -> bool:
+        """Whether `decode` leaves this token out before it looks at any of them."""
+        if skip_special_tokens and token in self._special_ids:
+            return True
+        return self._tokenizer.id_to_token(token) is None
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for, which may be part of a character."""
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._bytes_of is not None:
+            try:
+                return bytes(self._bytes_of[char] for char in piece)
+            except KeyError:  # an added token: plain text
+                return piece.encode()
+        if match := _BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+
+class IncrementalDecoder:
+    """Turns a growing sequence of tokens into text that only ever grows.
+
+    A character spread over several tokens appears when its last byte does. For byte-level tokenizers the
+    pieces returned by `push` and `flush` join to exactly `tokenizer.decode(all tokens)`; byte-fallback
+    tokenizers agree wherever the tokens are valid UTF-8. `context` is what precedes the first token and is
+    not returned: some tokenizers write a word's leading space only when something precedes it.
+
+    The work per token is bounded, also over any number of invalid bytes (tokenizers' own DecodeStream decodes
+    all of them again for each token).
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        # decode(window)[:given] has been returned before; window[:settled] ends at a character's end.
+        self._window = list(context[-(_WINDOW // 2) :])
+        text = self._text()
+        if text.endswith(REPLACEMENT):
+            self._window, text = [], ""
+        self._settled, self._given = len(self._window), len(text)
+
+    def push(self, token: int) -> str:
+        """The text that is certain now that `token` follows; often one piece, sometimes none."""
+        if self._tokenizer.is_silent(token, self._skip):
+            return ""
+        self._window.append(token)
+        text = self._text()
+        certain = len(text) - _undecided(text)
+        piece = text[self._given : certain]
+        self._given = max(self._given, certain)
+        if piece and certain == len(text):
+            # Keep the tokens of the last piece: what the next one looks like may depend on them.
+            self._drop(self._settled, 0)
+            self._settled = len(self._window)
+        elif len(self._window) > _WINDOW:
+            self._drop(_WINDOW // 2, len(text) - certain)
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, which will not be completed any more."""
+        text = self._text()
+        piece = text[self._given :]
+        self._given = max(self._given, len(text))
+        return piece
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._window, self._skip)
+
+    def _drop(self, tokens: int, undecided: int) -> None:
+        del self._window[:tokens]
+        self._settled = max(0, self._settled - tokens)
+        self._given = max(0, len(self._text()) - undecided)
+
+
+def _undecided(text: str) -> int:
+    """Characters at the end that further bytes may turn into another one."""
+    count = 0
+    while count < _LONGEST_INCOMPLETE and text.endswith(REPLACEMENT, 0, len(text) - count):
+        count += 1
+    return count
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that byte-level vocabularies write for each byte: itself if printable, else U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: {error}") from None
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    source = _read(path)
+    if source is None:
+        return {}
+    try:
+        content = json.loads(source)
+    except ValueError as error:
+        raise TokenizerError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: expected a JSON object")
+    return content
+
+
+def _special(config: dict[str, Any], name: str) -> str | None:
+    value = config.get(name)
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _chat_template(config: dict[str, Any]) -> str | None:
+    value = config.get("chat_template")
+    if isinstance(value, list):  # named templates
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None

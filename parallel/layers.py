@@ -1,0 +1,238 @@
+"""Layers that hold one rank's share of their weights, each declaring which part where it allocates it.
+
+Every layer has `slots()`: the storage it wants filled and where in a checkpoint the content stands. Loading a
+model is copying `checkpoint[slot.source][slot.index]` into `slot.tensor` for each slot; nothing else knows
+how weights are sharded. Storage is uninitialised until then.
+
+Activations are [tokens, features]. Between layers they are whole on every rank; inside a column-row pair
+(q/k/v and o, gate/up and down) each rank holds its own features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.group import Group
+from parallel.split import HeadSplit, Range, split
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model's layers live."""
+
+    group: Group
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """Storage for this rank's part of one checkpoint tensor.
+
+    tensor: the storage, of shape `full_shape` cut by `index`; often a view into fused storage.
+    source: the checkpoint tensor's name; no two slots of a model share one.
+    index: one slice per dimension.
+    """
+
+    tensor: Tensor
+    source: str
+    full_shape: tuple[int, ...]
+    index: tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Output features of one checkpoint tensor pair (name.weight, name.bias) that a rank computes."""
+
+    name: str
+    total: int
+    kept: slice
+
+    @property
+    def size(self) -> int:
+        size: int = self.kept.stop - self.kept.start
+        return size
+
+
+class ColumnLinear:
+    """Output features are sharded; several checkpoint tensors with the same input can be fused into one
+    product.
+    """
+
+    def __init__(self, parts: Sequence[Columns], in_features: int, *, bias: bool, place: Placement) -> None:
+        self._parts = tuple(parts)
+        self._sizes = [part.size for part in parts]
+        self._in_features = in_features
+        self.weight = place.empty(sum(self._sizes), in_features)
+        self.bias = place.empty(sum(self._sizes)) if bias else None
+
+    def slots(self) -> Iterator[WeightSlot]:
+        columns = slice(0, self._in_features)
+        for part, weight in zip(self._parts, self.weight.split_with_sizes(self._sizes), strict=True):
+            shape = (part.total, self._in_features)
+            yield WeightSlot(weight, f"{part.name}.weight", shape, (part.kept, columns))
+        if self.bias is not None:
+            for part, bias in zip(self._parts, self.bias.split_with_sizes(self._sizes), strict=True):
+                yield WeightSlot(bias, f"{part.name}.bias", (part.total,), (part.kept,))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [tokens, in_features], whole. Returns this rank's features of all parts, [tokens, sum of
+        sizes].
+        """
+        return F.linear(x, self.weight, self.bias)
+
+
+class QKVLinear(ColumnLinear):
+    """Query, key and value projections in one product, sharded by attention head."""
+
+    def __init__(
+        self,
+        prefix: str,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        mine: HeadSplit,
+        bias: bool,
+        place: Placement,
+    ) -> None:
+        heads, kv_heads = mine.heads.slice(head_dim), mine.kv_heads.slice(head_dim)
+        parts = (
+            Columns(f"{prefix}.q_proj", num_heads * head_dim, heads),
+            Columns(f"{prefix}.k_proj", num_kv_heads * head_dim, kv_heads),
+            Columns(f"{prefix}.v_proj", num_kv_heads * head_dim, kv_heads),
+        )
+        super().__init__(parts, hidden_size, bias=bias, place=place)
+        self._heads = [mine.heads.size, mine.kv_heads.size, mine.kv_heads.size]
+        self._head_dim = head_dim
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [tokens, hidden_size]. Returns views: q [tokens, heads, head_dim], k, v [tokens, kv_heads, head_dim].
+
+        Both counts are this rank's.
+        """
+        q, k, v = self(x).view(x.shape[0], -1, self._head_dim).split_with_sizes(self._heads, dim=1)
+        return q, k, v
+
+
+class GateUpLinear(ColumnLinear):
+    """The two projections of a gated MLP in one product, sharded by intermediate feature."""
+
+    def __init__(
+        self,
+        prefix: str,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        mine: slice,
+        bias: bool,
+        place: Placement,
+    ) -> None:
+        """mine: the intermediate features this rank holds."""
+        parts = [Columns(f"{prefix}.{name}", intermediate_size, mine) for name in ("gate_proj", "up_proj")]
+        super().__init__(parts, hidden_size, bias=bias, place=place)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [tokens, hidden_size]. Returns gate and up, each [tokens, this rank's features]: views."""
+        gate, up = self(x).chunk(2, dim=-1)
+        return gate, up
+
+
+class RowLinear:
+    """Input features are sharded: every rank adds its part of the sum, in one all-reduce."""
+
+    def __init__(
+        self, name: str, in_features: int, out_features: int, *, mine: slice, bias: bool, place: Placement
+    ) -> None:
+        """mine: the input features this rank holds."""
+        self._name, self._shape, self._mine = name, (out_features, in_features), mine
+        self._group = place.group
+        self.weight = place.empty(out_features, mine.stop - mine.start)
+        self.bias = place.empty(out_features) if bias else None
+
+    def slots(self) -> Iterator[WeightSlot]:
+        rows = slice(0, self._shape[0])
+        yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, (rows, self._mine))
+        if self.bias is not None:
+            yield WeightSlot(self.bias, f"{self._name}.bias", self._shape[:1], (rows,))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [tokens, this rank's features]. Returns [tokens, out_features], whole on every rank."""
+        if self._group.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = self._group.all_reduce(F.linear(x, self.weight))
+        return y if self.bias is None else y.add_(self.bias)  # after the sum: once, not once per rank
+
+
+class RMSNorm:
+    """Root-mean-square norm over the last dimension, whole on every rank; computed in float32 or wider."""
+
+    def __init__(self, name: str, size: int, *, eps: float, place: Placement) -> None:
+        self._name, self._eps = name, eps
+        self.weight = place.empty(size)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        shape = tuple(self.weight.shape)
+        yield WeightSlot(self.weight, f"{self._name}.weight", shape, (slice(0, shape[0]),))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: […, size]; returns the same shape and dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
+
+
+class VocabEmbedding:
+    """Token embeddings, sharded by token id."""
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, *, place: Placement) -> None:
+        self.vocab: Range = split(vocab_size, place.group.size)[place.group.rank]
+        self._name, self._shape = name, (vocab_size, hidden_size)
+        self._group = place.group
+        self.weight = place.empty(self.vocab.size, hidden_size)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        index = (self.vocab.slice(), slice(0, self._shape[1]))
+        yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, index)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """token_ids: [tokens] int64 in the whole vocabulary. Returns [tokens, hidden_size], whole on every
+        rank.
+        """
+        if self._group.size == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self.vocab.start
+        elsewhere = (local < 0) | (local >= self.vocab.size)
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self._group.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
+
+
+class LMHead:
+    """Logits of this rank's part of the vocabulary."""
+
+    def __init__(
+        self, name: str, vocab_size: int, hidden_size: int, *, tied: VocabEmbedding | None, place: Placement
+    ) -> None:
+        """tied: the embedding whose weight is also the head's; the head then has no storage and no slots of
+        its own.
+        """
+        self.vocab: Range = tied.vocab if tied else split(vocab_size, place.group.size)[place.group.rank]
+        self._name, self._shape = name, (vocab_size, hidden_size)
+        self._tied = tied is not None
+        self.weight = tied.weight if tied else place.empty(self.vocab.size, hidden_size)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        if not self._tied:
+            index = (self.vocab.slice(), slice(0, self._shape[1]))
+            yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, index)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [tokens, hidden_size], whole. Returns [tokens, this rank's vocabulary]."""
+        return F.linear(x, self.weight)

@@ -1,0 +1,164 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from engine.messages import TokenLogprobs
+from models.tokenizer import Tokenizer
+from server.completions import finite
+from server.fields import choice_seed, read
+from server.generation import Choice, Generation, Piece, Usage
+from server.schemas import ChatFields, ChatRequest
+from server.service import Service
+from server.stream import stream, while_there
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create(request: Request) -> Response:
+    service: Service = request.app.state.service
+    body = await read(request, ChatRequest)
+    body.check()
+    service.check_model(body.model)
+    service.engine()
+    answer = await _Answer.prepare(service, body)
+    headers = {"X-Request-Id": answer.id}
+    if body.stream:
+        return await stream(request, answer.events(), headers)
+    return Response(
+        msgspec.json.encode(await while_there(request.receive, answer.whole())),
+        headers=headers,
+        media_type="application/json",
+    )
+
+
+async def prompt_tokens(service: Service, chat: ChatFields, add_special_tokens: bool | None) -> list[int]:
+    """The conversation in the model's own template, which writes special tokens itself. Raises ApiError."""
+    messages = [message.model_dump(include={"role", "content", "name"}) for message in chat.messages]
+    for message in messages:
+        if message["name"] is None:
+            del message["name"]
+    generate = True if chat.add_generation_prompt is None else chat.add_generation_prompt
+    return await service.encode(service.template.render(messages, generate), bool(add_special_tokens))
+
+
+class _Answer:
+    """One request's choices in this route's shapes."""
+
+    def __init__(self, service: Service, body: ChatRequest, generation: Generation) -> None:
+        self.id = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._service = service
+        self._body = body
+        self._generation = generation
+
+    @classmethod
+    async def prepare(cls, service: Service, body: ChatRequest) -> _Answer:
+        """Render, tokenize and check. Raises ApiError."""
+        tokens = await prompt_tokens(service, body, body.add_special_tokens)
+        if body.truncate_prompt_tokens is not None:
+            tokens = tokens[-body.truncate_prompt_tokens :]
+        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        params = body.sampling(
+            service.engine().ready,
+            max_tokens=service.fit(tokens, asked, None),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        choices = [
+            Choice(
+                number,
+                tokens,
+                msgspec.structs.replace(params, seed=choice_seed(params.seed, number)),
+                continues=False,
+            )
+            for number in range(body.choices)
+        ]
+        return cls(service, body, Generation(service, choices, Usage(len(tokens))))
+
+    async def whole(self) -> dict[str, Any]:
+        texts: list[list[str]] = [[] for _ in self._generation.choices]
+        logprobs: list[list[dict[str, Any]]] = [[] for _ in texts]
+        ends: list[Piece | None] = [None] * len(texts)
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for piece in pieces:
+                texts[piece.index].append(piece.text)
+                logprobs[piece.index] += self._logprobs(piece)
+                ends[piece.index] = piece
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": "".join(texts[index]), "refusal": None},
+                "logprobs": {"content": logprobs[index], "refusal": None} if self._body.logprobs else None,
+                "finish_reason": end.finish_reason if end else None,
+                "stop_reason": end.stop_reason if end else None,
+            }
+            for index, end in enumerate(ends)
+        ]
+        return self._object("chat.completion", choices) | {"usage": self._generation.usage.as_dict()}
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        usage = self._generation.usage
+        silent = {choice.index for choice in self._generation.choices}
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for piece in pieces:
+                if piece.index in silent:
+                    silent.remove(piece.index)
+                    yield self._chunk(_delta(piece.index, {"role": "assistant", "content": ""}))
+                logprobs = self._logprobs(piece)
+                if not (piece.text or logprobs or piece.finish_reason):
+                    continue  # all of it held back
+                choice = _delta(piece.index, {"content": piece.text} if piece.text else {})
+                choice["logprobs"] = {"content": logprobs, "refusal": None} if self._body.logprobs else None
+                choice["finish_reason"] = piece.finish_reason
+                choice["stop_reason"] = piece.stop_reason
+                yield self._chunk(choice)
+        if self._body.usage_at_end:
+            yield self._object("chat.completion.chunk", []) | {"usage": usage.as_dict()}
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = self._object("chat.completion.chunk", [choice])
+        if self._body.usage_always:
+            chunk["usage"] = self._generation.usage.as_dict()
+        elif self._body.usage_at_end:
+            chunk["usage"] = None
+        return chunk
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._service.model_id,
+            "choices": choices,
+        }
+
+    def _logprobs(self, piece: Piece) -> list[dict[str, Any]]:
+        tokenizer = self._service.tokenizer
+        return [
+            _token(tokenizer, token, entry.logprob) | {"top_logprobs": _top(tokenizer, entry)}
+            for token, entry in zip(piece.tokens, piece.logprobs or (), strict=piece.logprobs is not None)
+        ]
+
+
+def _delta(index: int, delta: dict[str, str]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _top(tokenizer: Tokenizer, entry: TokenLogprobs) -> list[dict[str, Any]]:
+    pairs = zip(entry.top_ids, entry.top_logprobs, strict=True)
+    return [_token(tokenizer, token, logprob) for token, logprob in pairs]
+
+
+def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """`bytes` is exact also where the token is only part of a character and `token` cannot be."""
+    raw = tokenizer.token_bytes(token)
+    return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}

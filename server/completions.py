@@ -1,0 +1,182 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from engine.messages import TokenLogprobs
+from models.tokenizer import REPLACEMENT, Tokenizer
+from server.fields import choice_seed, read
+from server.generation import Choice, Generation, Piece, Usage
+from server.schemas import CompletionRequest
+from server.service import Service
+from server.stream import stream, while_there
+
+DEFAULT_MAX_TOKENS = 16
+LOWEST_LOGPROB = -9999.0
+"""Stands for a probability of zero, which JSON cannot express as a logarithm."""
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def create(request: Request) -> Response:
+    service: Service = request.app.state.service
+    body = await read(request, CompletionRequest)
+    body.check()
+    service.check_model(body.model)
+    service.engine()
+    answer = await _Answer.prepare(service, body)
+    headers = {"X-Request-Id": answer.id}
+    if body.stream:
+        return await stream(request, answer.events(), headers)
+    return Response(
+        msgspec.json.encode(await while_there(request.receive, answer.whole())),
+        headers=headers,
+        media_type="application/json",
+    )
+
+
+class _Answer:
+    """One request's choices in this route's shapes."""
+
+    def __init__(
+        self, service: Service, body: CompletionRequest, generation: Generation, echoes: Sequence[str]
+    ) -> None:
+        """`echoes`: the text each choice begins with."""
+        self.id = f"cmpl-{body.request_id or uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._service = service
+        self._body = body
+        self._generation = generation
+        self._echoes = echoes
+        self._offsets = [len(echo) for echo in echoes]
+
+    @classmethod
+    async def prepare(cls, service: Service, body: CompletionRequest) -> _Answer:
+        """Tokenize and check. Raises ApiError."""
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+        ready = service.engine().ready
+        choices: list[Choice] = []
+        echoes: list[str] = []
+        prompt_tokens = 0
+        for prompt in body.prompt:
+            tokens = await service.encode(prompt, special) if isinstance(prompt, str) else prompt
+            whole = len(tokens)
+            if body.truncate_prompt_tokens is not None:
+                tokens = tokens[-body.truncate_prompt_tokens :]
+            max_tokens = service.fit(tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
+            params = body.sampling(ready, max_tokens=max_tokens, logprobs=body.logprobs)
+            prompt_tokens += len(tokens)
+            echo = ""
+            if body.echo:
+                as_given = isinstance(prompt, str) and len(tokens) == whole
+                echo = str(prompt) if as_given else service.tokenizer.decode(tokens, params.skip_special_tokens)
+            for number in range(body.choices):
+                own = msgspec.structs.replace(params, seed=choice_seed(params.seed, number))
+                choices.append(Choice(len(choices), tokens, own, continues=True))
+                echoes.append(echo)
+        return cls(service, body, Generation(service, choices, Usage(prompt_tokens)), echoes)
+
+    async def whole(self) -> dict[str, Any]:
+        texts = [[echo] for echo in self._echoes]
+        logprobs: list[dict[str, list[Any]] | None] = [None] * len(texts)
+        ends: list[Piece | None] = [None] * len(texts)
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for piece in pieces:
+                texts[piece.index].append(piece.text)
+                ends[piece.index] = piece
+                if (more := self._logprobs(piece)) is not None:
+                    have = logprobs[piece.index]
+                    logprobs[piece.index] = (
+                        more if have is None else {key: have[key] + more[key] for key in more}
+                    )
+        choices = [
+            _choice(index, "".join(texts[index]), logprobs[index], end) for index, end in enumerate(ends)
+        ]
+        return self._object(choices) | {"usage": self._generation.usage.as_dict()}
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        usage = self._generation.usage
+        echoes = list(self._echoes)
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for piece in pieces:
+                text, echoes[piece.index] = echoes[piece.index] + piece.text, ""
+                logprobs = self._logprobs(piece)
+                if not (text or logprobs or piece.finish_reason):
+                    continue  # all of it held back
+                chunk = self._object([_choice(piece.index, text, logprobs, piece)])
+                if self._body.usage_always:
+                    chunk["usage"] = usage.as_dict()
+                elif self._body.usage_at_end:
+                    chunk["usage"] = None
+                yield chunk
+        if self._body.usage_at_end:
+            yield self._object([]) | {"usage": usage.as_dict()}
+
+    def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._service.model_id,
+            "choices": choices,
+        }
+
+    def _logprobs(self, piece: Piece) -> dict[str, list[Any]] | None:
+        """Of the tokens of `piece`; each token's offset counts the texts of the tokens before it."""
+        if piece.logprobs is None:
+            return None
+        tokenizer = self._service.tokenizer
+        tokens = [token_text(tokenizer, token) for token in piece.tokens]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[piece.index])
+            self._offsets[piece.index] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [finite(entry.logprob) for entry in piece.logprobs],
+            "top_logprobs": [
+                _top(tokenizer, token, entry) for token, entry in zip(tokens, piece.logprobs, strict=True)
+            ],
+            "text_offset": offsets,
+        }
+
+
+def _choice(
+    index: int, text: str, logprobs: dict[str, list[Any]] | None, end: Piece | None
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": end.finish_reason if end else None,
+        "stop_reason": end.stop_reason if end else None,
+    }
+
+
+def _top(tokenizer: Tokenizer, token: str, entry: TokenLogprobs) -> dict[str, float]:
+    """The most likely tokens, and the one that was chosen."""
+    top = {
+        token_text(tokenizer, id): finite(logprob)
+        for id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
+    }
+    return top | {token: finite(entry.logprob)}
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token as text; one that is only part of a character as `bytes:\\xe2\\x82`, so that each is distinct."""
+    raw = tokenizer.token_bytes(token)
+    text = raw.decode(errors="replace")
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if REPLACEMENT in text else text
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,121 @@
+"""What clients are told when something cannot be served: one body shape, short messages, string codes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from engine.client import EngineDead
+
+MAX_MESSAGE = 500
+"""Longest message, in characters."""
+_MAX_NAME = 64
+"""Longest piece of the client's own input that a message repeats."""
+
+logger = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """Answered with `status` and the error body."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str = "invalid_value",
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        return {
+            "error": {
+                "message": printable(self.message, MAX_MESSAGE),
+                "type": "invalid_request_error" if self.status < 500 else "server_error",
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> Response:
+        return Response(
+            msgspec.json.encode(self.body()), self.status, self.headers, media_type="application/json"
+        )
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """503 that is worth trying again."""
+    return ApiError(message, status=503, code=code, headers={"Retry-After": "1"})
+
+
+def engine_dead(reason: str) -> ApiError:
+    return ApiError(f"the engine is gone: {reason}", status=503, code="engine_dead")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of `error`; one that nobody expected is logged, and not shown."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineDead):
+        return engine_dead(str(error).splitlines()[0] if str(error) else "unknown reason")
+    logger.error("a request failed", exc_info=error)
+    return ApiError("internal error", status=500, code="internal_error")
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first fault of a body that does not match its schema."""
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    fault = faults[0]
+    if fault["type"] == "json_invalid":
+        return ApiError(fault["msg"], code="invalid_json")
+    param = printable(".".join(str(part) for part in fault["loc"] if part != "[key]"), _MAX_NAME)
+    message, code = fault["msg"], "invalid_value"
+    if fault["type"] == "extra_forbidden":
+        message, code = "unknown field", "unknown_field"
+    elif fault["type"] == "missing":
+        message, code = "this field is required", "missing_field"
+    elif fault["type"] == "not_served":
+        code = "not_served"
+    more = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
+    return ApiError(f"{param}: {message}{more}" if param else message, code=code, param=param or None)
+
+
+def printable(text: str, limit: int) -> str:
+    """`text` on one line without control characters, cut to `limit` characters."""
+    cut = text if len(text) <= limit else text[: limit - 1] + "…"
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in cut)
+
+
+def add_handlers(app: FastAPI) -> None:
+    async def api_error(_: Request, error: Exception) -> Response:
+        return as_api_error(error).response()
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        where = printable(f"{request.method} {request.url.path}", _MAX_NAME)
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        return ApiError(
+            f"{where}: {error.detail}", status=error.status_code, code=code, headers=error.headers
+        ).response()
+
+    async def gone(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(EngineDead, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(Exception, api_error)

@@ -1,0 +1,204 @@
+"""Request fields that both completion routes take, and how they become SamplingParams."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from fastapi import Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError
+
+from engine.messages import Ready
+from engine.params import SamplingParams
+from server.errors import ApiError, from_validation
+
+MAX_STOPS = 16
+MAX_CHOICES = 128
+
+
+class Body(BaseModel):
+    """JSON types as they are (no "1" for 1), unknown fields refused; null means absent in optional fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+Model = TypeVar("Model", bound=Body)
+
+
+async def read(request: Request, model: type[Model]) -> Model:
+    """Parse the body. Raises ApiError."""
+    try:
+        return model.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+class only:  # noqa: N801 - reads as a word in annotations
+    """Validator of a field of which nothing but these values (and null) is served yet."""
+
+    def __init__(self, *values: object) -> None:
+        self._values = values
+
+    def __call__(self, value: Any) -> Any:
+        if value is None or any(type(value) is type(v) and value == v for v in self._values):
+            return value
+        if not self._values:
+            raise PydanticCustomError("not_served", "this field is not served yet")
+        served = " or ".join(msgspec.json.encode(v).decode() for v in self._values)
+        raise PydanticCustomError("not_served", f"nothing but {served} is served yet")
+
+
+NotServed = Annotated[Any, AfterValidator(only())]
+
+
+def _stop(value: Any) -> list[str] | None:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return None
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("stop", "expected a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise PydanticCustomError("stop", f"expected at most {MAX_STOPS} strings")
+    if not all(stops):
+        raise PydanticCustomError("stop", "a stop string cannot be empty")
+    return stops
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Speculation(Body):
+    enabled: bool | None = None
+    max_draft_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
+class CompletionFields(Body):
+    """Fields of both routes. Ranges of sampling parameters are those of SamplingParams."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: Annotated[list[str] | None, PlainValidator(_stop)] = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    request_id: Annotated[str, Field(pattern=r"\A[A-Za-z0-9._:-]{1,128}\z")] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    speculation: Speculation | None = None
+
+    # Known, and served only where they change nothing.
+    response_format: Annotated[Any, AfterValidator(only({"type": "text"}))] = None
+    priority: Annotated[Any, AfterValidator(only(0))] = None
+    use_beam_search: Annotated[Any, AfterValidator(only(False))] = None
+    length_penalty: Annotated[Any, AfterValidator(only(1.0, 1))] = None
+    spaces_between_special_tokens: Annotated[Any, AfterValidator(only(True))] = None
+    return_token_ids: Annotated[Any, AfterValidator(only(False))] = None
+    return_tokens_as_token_ids: Annotated[Any, AfterValidator(only(False))] = None
+    allowed_token_ids: NotServed = None
+    bad_words: NotServed = None
+    cache_salt: NotServed = None
+    guided_choice: NotServed = None
+    guided_decoding_backend: NotServed = None
+    guided_grammar: NotServed = None
+    guided_json: NotServed = None
+    guided_regex: NotServed = None
+    guided_whitespace_pattern: NotServed = None
+    kv_transfer_params: NotServed = None
+    logits_processors: NotServed = None
+    prompt_logprobs: NotServed = None
+    structural_tag: NotServed = None
+    structured_outputs: NotServed = None
+    vllm_xargs: NotServed = None
+
+    def check(self) -> None:
+        """What one field alone cannot tell. Raises ApiError."""
+        if self.best_of is not None and self.best_of != self.choices:
+            raise ApiError("best_of: served only when equal to n", code="not_served", param="best_of")
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("stream_options: only with stream", param="stream_options")
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def usage_at_end(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def usage_always(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def sampling(self, ready: Ready, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """Raises ApiError: a value out of range, or a token that the model does not have."""
+        wanted = {
+            "max_tokens": max_tokens,
+            "logprobs": logprobs,
+            "top_k": None if self.top_k == -1 else self.top_k,
+            "seed": secrets.randbits(63) if self.seed is None else self.seed,
+            "max_draft_tokens": self._max_draft_tokens(),
+        }
+        same_name = (
+            "min_tokens temperature top_p min_p presence_penalty frequency_penalty repetition_penalty"
+            " logit_bias stop stop_token_ids ignore_eos include_stop_str_in_output skip_special_tokens"
+        )
+        wanted |= {name: getattr(self, name) for name in same_name.split()}
+        try:
+            params = msgspec.convert({k: v for k, v in wanted.items() if v is not None}, SamplingParams)
+        except msgspec.ValidationError as error:
+            raise _out_of_range(error) from None
+        if params.min_tokens > max_tokens:
+            raise ApiError(f"min_tokens: more than max_tokens ({max_tokens})", param="min_tokens")
+        for param, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if unknown := [token for token in tokens if not 0 <= token < ready.vocab_size]:
+                raise ApiError(
+                    f"{param}: the model has no token {unknown[0]}, only 0 to {ready.vocab_size - 1}",
+                    param=param,
+                )
+        return params
+
+    def _max_draft_tokens(self) -> int | None:
+        if self.speculation is None:
+            return None
+        return 0 if self.speculation.enabled is False else self.speculation.max_draft_tokens
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """Seed (int64) of the index-th of several choices from one prompt; the first has the request's own."""
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _out_of_range(error: msgspec.ValidationError) -> ApiError:
+    """msgspec says: Expected `float` <= 100.0 - at `$.temperature`."""
+    text, _, path = str(error).partition(" - at ")
+    match = re.search(r"\$\.(\w+)", path)
+    param = match[1] if match else None
+    message = text[:1].lower() + text[1:].replace("`", "")
+    return ApiError(f"{param}: {message}" if param else message, param=param)

@@ -1,0 +1,145 @@
+"""The choices of one HTTP request: each a request to the engine, their outputs turned into text."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.client import EngineClient
+from engine.messages import FINISH_LENGTH, FINISH_STOP, AddRequest, TokenLogprobs
+from engine.params import SamplingParams
+from engine.text import TextStream
+from server.errors import ApiError
+from server.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    index: int
+    prompt: list[int]
+    params: SamplingParams
+    continues: bool
+    """Whether the output continues the prompt's text (a completion) or stands for itself (a chat answer)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one round added to one choice. The last one carries finish_reason."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+@dataclass(slots=True)
+class Usage:
+    prompt_tokens: int
+    """Each prompt once, however many choices it has."""
+    completion_tokens: int = 0
+    accepted: int = 0
+    rejected: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.rejected,
+            },
+        }
+
+
+@dataclass
+class Generation:
+    """All choices of one HTTP request.
+
+    usage: grows while `pieces` runs; complete when it ends.
+    """
+
+    service: Service
+    choices: Sequence[Choice]
+    usage: Usage
+    arrival: float = field(default_factory=time.monotonic)
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Pieces of all choices as they come. Closing early aborts them. Raises ApiError, EngineDead."""
+        with self.service.admit(len(self.choices)) as client:
+            async with aclosing(merge([self._run(client, choice) for choice in self.choices])) as merged:
+                async for piece in merged:
+                    yield piece
+
+    async def _run(self, client: EngineClient, choice: Choice) -> AsyncGenerator[Piece, None]:
+        if choice.params.max_tokens == 0:
+            logprobs: list[TokenLogprobs] | None = None if choice.params.logprobs is None else []
+            yield Piece(choice.index, "", [], logprobs, FINISH_LENGTH, None)
+            return
+        context = choice.prompt if choice.continues else ()
+        stream = TextStream(self.service.tokenizer, choice.params, context)
+        request = AddRequest(uuid.uuid4().hex, choice.prompt, choice.params, self.arrival)
+        with self.service.metrics.follow(self.arrival) as timing:
+            async with aclosing(client.generate(request)) as outputs:
+                async for output in outputs:
+                    if output.error is not None:
+                        raise ApiError(output.error, code="cannot_serve")
+                    by_token = output.finish_reason == FINISH_STOP
+                    chunk = stream.push(output.tokens, stop_token=by_token)
+                    text, stopped, used = chunk.text, chunk.stopped, chunk.tokens_used
+                    if output.finish_reason is not None and stopped is None:
+                        rest = stream.finish()
+                        text, stopped = text + rest.text, rest.stopped
+                    accepted = min(output.accepted, used)
+                    self.usage.completion_tokens += used
+                    self.usage.accepted += accepted
+                    self.usage.rejected += output.drafted - accepted
+                    reason = output.finish_reason if stopped is None else FINISH_STOP
+                    timing.output(used, output.scheduled, reason)
+                    yield Piece(
+                        choice.index,
+                        text,
+                        output.tokens[:used],
+                        None if output.logprobs is None else output.logprobs[:used],
+                        reason,
+                        output.stop_reason if stopped is None else stopped,
+                    )
+                    if reason is not None:
+                        return
+
+
+async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """Items of all sources as they come. The first exception ends all; so does closing."""
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+
+    async def pump(source: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with aclosing(source):
+                async for item in source:
+                    queue.put_nowait(item)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    pumps = [asyncio.create_task(pump(source)) for source in sources]
+    try:
+        running = len(pumps)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -1,0 +1,75 @@
+"""Routes about the server itself: models, health, metrics, version, load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+
+from server.errors import engine_dead
+from server.service import Service
+from server.version import COMMIT_UNKNOWN, commit, version
+
+router = APIRouter()
+
+
+def _card(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model_id,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "magicdec",
+        "root": service.config.engine.model,
+        "parent": None,
+        "max_model_len": service.engine().ready.max_model_len,
+    }
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    return {"object": "list", "data": [_card(request.app.state.service)]}
+
+
+@router.get("/v1/models/{model_id:path}")
+async def model(request: Request, model_id: str) -> dict[str, Any]:
+    service: Service = request.app.state.service
+    service.check_model(model_id)
+    return _card(service)
+
+
+@router.get("/health")
+async def health(request: Request) -> dict[str, str]:
+    """Alive: also while loading and while draining."""
+    client = request.app.state.service.client
+    if client is not None and client.dead is not None:
+        raise engine_dead(client.dead)
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> dict[str, str]:
+    request.app.state.service.engine()
+    return {"status": "ready"}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    return Response(request.app.state.service.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    return {"version": version(), "commit": commit() or COMMIT_UNKNOWN}
+
+
+@router.get("/load")
+async def load(request: Request) -> dict[str, int]:
+    """At most about a second old."""
+    stats = request.app.state.service.engine().stats
+    return {
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "pages_total": stats.pages_total,
+        "pages_free": stats.pages_free,
+    }

@@ -1,0 +1,154 @@
+"""One server process from start to end: engine and HTTP side come up, serve, drain and go together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+
+import uvicorn
+
+from engine.client import ENGINE_COMMAND, EngineClient, EngineDead
+from engine.config import Config
+from models.tokenizer import Tokenizer
+from server.app import create_app
+from server.service import Service
+
+_DEAD_LINGER_S = 2.0
+"""How long health checks can read the reason after the engine has died."""
+_CLOSE_S = 5
+"""How long connections may take to close at the end."""
+
+logger = logging.getLogger(__name__)
+
+
+class _HttpServer(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # Lifecycle handles them: draining must not close the listening socket
+
+
+class Lifecycle:
+    """Runs one deployment. First SIGTERM or SIGINT: drain; second: end at once."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        listener: socket.socket,
+        on_ready: Callable[[Service], None],
+        engine_command: Sequence[str] = ENGINE_COMMAND,
+    ) -> None:
+        """`listener`: bound, not yet listening; closed at the end. `on_ready` is called once requests are taken."""
+        self._config = config
+        self._tokenizer = tokenizer
+        self._listener = listener
+        self._on_ready = on_ready
+        self._engine_command = engine_command
+        self._stop = asyncio.Event()
+        self._force = asyncio.Event()
+
+    async def run(self) -> int:
+        """Returns the exit status: 0 after a drain, 1 if the engine failed or the end was forced."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        service = Service(self._config, self._tokenizer)
+        http = _HttpServer(
+            uvicorn.Config(
+                create_app(service),
+                http="httptools",
+                lifespan="off",
+                log_config=None,
+                access_log=self._config.server.log_level == "debug",
+                server_header=False,
+                timeout_graceful_shutdown=_CLOSE_S,
+            )
+        )
+        serving = asyncio.create_task(http.serve(sockets=[self._listener]))
+        try:
+            return await self._serve(service, serving)
+        finally:
+            http.should_exit = True
+            http.force_exit = self._force.is_set()
+            await asyncio.gather(serving, return_exceptions=True)
+            if service.client is not None:
+                if self._force.is_set():
+                    service.client.kill()
+                await service.client.close()
+
+    def _signalled(self) -> None:
+        if self._stop.is_set():
+            self._force.set()
+        self._stop.set()
+
+    async def _serve(self, service: Service, serving: asyncio.Task[None]) -> int:
+        settings = self._config.server
+        starting = asyncio.create_task(
+            EngineClient.start(
+                self._config.engine,
+                start_timeout_s=settings.start_timeout_s,
+                timeout_s=settings.engine_timeout_s,
+                log_level=settings.log_level,
+                command=self._engine_command,
+            )
+        )
+        if not await self._first_of(starting, serving):
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return self._how_it_ended(serving)
+        try:
+            service.client = starting.result()
+        except EngineDead as error:
+            logger.error("the engine did not start: %s", error)
+            return 1
+        self._on_ready(service)
+
+        dying = asyncio.create_task(service.client.wait_dead())
+        if await self._first_of(dying, serving):
+            return await self._buried(dying.result())
+        if serving.done():
+            return self._how_it_ended(serving)
+        service.draining = True
+        logger.info("draining")
+        idle = asyncio.create_task(service.wait_idle())
+        forced = asyncio.create_task(self._force.wait())
+        try:
+            await asyncio.wait(
+                {idle, forced, dying},
+                timeout=settings.drain_timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if dying.done():
+                return await self._buried(dying.result())
+            if not idle.done():
+                logger.warning("aborting the %d requests that still run", service.client.live)
+                service.client.abort_all()
+                await asyncio.wait({idle}, timeout=_CLOSE_S)
+            return 1 if forced.done() else 0
+        finally:
+            for task in (idle, forced, dying):
+                task.cancel()
+
+    async def _first_of(self, event: asyncio.Task[object], serving: asyncio.Task[None]) -> bool:
+        """Wait for `event`, unless a signal or the end of the HTTP server comes first: False then."""
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({event, stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        return event.done()
+
+    async def _buried(self, reason: str) -> int:
+        logger.error("the engine is gone: %s", reason)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DEAD_LINGER_S):
+                await self._force.wait()
+        return 1
+
+    def _how_it_ended(self, serving: asyncio.Task[None]) -> int:
+        if not serving.done():
+            return 0  # asked to end while loading
+        logger.error("the HTTP server ended by itself", exc_info=serving.exception())
+        return 1

@@ -1,0 +1,157 @@
+"""Bodies of the routes that take one: field by field what clients may send."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from engine.params import MAX_LOGPROBS
+from server.errors import ApiError
+from server.fields import Body, CompletionFields, NotServed, only
+
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+def _token_ids(value: Any) -> bool:
+    return isinstance(value, list) and set(map(type, value)) <= {int}
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """One prompt or several, each text or token ids, as a list."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if _token_ids(value):
+            return [value]
+        if all(isinstance(prompt, str) for prompt in value) or all(map(_token_ids, value)):
+            return value
+    raise PydanticCustomError(
+        "prompt", "expected a string, a list of strings, a list of token ids, or a list of lists of token ids"
+    )
+
+
+class CompletionRequest(CompletionFields):
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Logprobs | None = None
+    echo: bool | None = None
+
+    prompt_embeds: NotServed = None
+    suffix: NotServed = None
+
+    def check(self) -> None:
+        super().check()
+        if self.echo and self.logprobs is not None:
+            raise ApiError("echo: not served yet together with logprobs", code="not_served", param="echo")
+
+
+def _content(value: Any) -> str:
+    """Text, or a list of text parts, which are joined by line breaks."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise PydanticCustomError("content", "expected a string or a list of parts")
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise PydanticCustomError("not_served", "only parts of type text are served")
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise PydanticCustomError("content", 'expected parts like {"type": "text", "text": "…"}')
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, PlainValidator(_content)]
+    name: str | None = None
+
+    audio: NotServed = None
+    function_call: NotServed = None
+    reasoning: NotServed = None
+    reasoning_content: NotServed = None
+    refusal: NotServed = None
+    tool_call_id: NotServed = None
+    tool_calls: NotServed = None
+
+
+def _no_template(value: Any) -> Any:
+    if value is not None:
+        raise PydanticCustomError("not_served", "templates in requests are refused; the model's own is used")
+    return value
+
+
+class ChatFields(Body):
+    """What becomes the prompt."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    add_generation_prompt: bool | None = None
+
+    chat_template: Annotated[Any, AfterValidator(_no_template)] = None
+    chat_template_kwargs: NotServed = None
+    continue_final_message: Annotated[Any, AfterValidator(only(False))] = None
+
+
+class ChatRequest(ChatFields, CompletionFields):
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+
+    echo: Annotated[Any, AfterValidator(only(False))] = None
+    modalities: Annotated[Any, AfterValidator(only(["text"]))] = None
+    service_tier: Annotated[Any, AfterValidator(only("auto", "default"))] = None
+    store: Annotated[Any, AfterValidator(only(False))] = None
+    tool_choice: Annotated[Any, AfterValidator(only("none"))] = None
+    include_reasoning: Annotated[Any, AfterValidator(only(False))] = None
+    audio: NotServed = None
+    documents: NotServed = None
+    function_call: NotServed = None
+    functions: NotServed = None
+    mm_processor_kwargs: NotServed = None
+    parallel_tool_calls: NotServed = None
+    prediction: NotServed = None
+    prompt_cache_key: NotServed = None
+    prompt_cache_retention: NotServed = None
+    reasoning_effort: NotServed = None
+    safety_identifier: NotServed = None
+    tools: NotServed = None
+    verbosity: NotServed = None
+    web_search_options: NotServed = None
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ApiError("max_tokens: give either this or max_completion_tokens", param="max_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs: only with logprobs", param="top_logprobs")
+
+
+class TokenizeRequest(Body):
+    """`prompt`, or `messages` as on the chat route."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+    chat_template: Annotated[Any, AfterValidator(_no_template)] = None
+    chat_template_kwargs: NotServed = None
+    continue_final_message: Annotated[Any, AfterValidator(only(False))] = None
+    tools: NotServed = None
+
+    def check(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError("prompt: give either this or messages", param="prompt")
+        if self.prompt is not None and self.add_generation_prompt is not None:
+            raise ApiError("add_generation_prompt: only with messages", param="add_generation_prompt")
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, lt=2**32)]]
