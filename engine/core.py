@@ -153,7 +153,7 @@ class Engine:
         outputs = []
         for (request, tokens), work, row in zip(yielded, sampling, result.rows, strict=True):
             accepted = min(row.accepted, len(tokens))
-            self._accounts.yielded(request, len(tokens), accepted)
+            self._accounts.yielded(request, work, len(tokens), accepted)
             outputs.append(
                 RequestOutput(
                     id=request.id,

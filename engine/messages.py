@@ -57,6 +57,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     """The token id that ended the request, unless it was the model's own end-of-sequence token."""
     error: str | None = None
     """Set when the engine could not serve an accepted request; `finish_reason` is then "abort"."""
+    retry: bool = False
+    """With `error`: nothing is wrong with the request, the queue was full."""
     scheduled: float = 0.0
     """time.monotonic() when the request was first admitted."""
 
@@ -77,6 +79,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """Rows that entered a round with at least one drafted token."""
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    rejections: int = 0
+    """Rows and rounds in which the target disagreed with a draft."""
     accepted_per_position: list[int] = []
     """[i]: rounds and rows whose draft token i was accepted."""
     gamma_chosen: list[int] = []

@@ -40,6 +40,7 @@ from engine.messages import (
     RequestOutput,
     ToEngine,
 )
+from engine.scheduler import QueueFull
 
 HEARTBEAT_S = 1.0
 _STDIN = 0
@@ -126,7 +127,12 @@ class EngineServer:
         try:
             self._engine.add(request)
         except ValueError as error:
-            refusal = RequestOutput(id=request.id, finish_reason=FINISH_ABORT, error=str(error))
+            refusal = RequestOutput(
+                id=request.id,
+                finish_reason=FINISH_ABORT,
+                error=str(error),
+                retry=isinstance(error, QueueFull),
+            )
             self._send(peer, Outputs([refusal], self._engine.stats()))
         else:
             self._owner[request.id] = peer
@@ -211,7 +217,8 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
         except Exception as error:
             # While loading, a ValueError is about the settings or the model; all else needs a traceback.
             expected = server is None and isinstance(error, ValueError)
-            logger.error("the engine stopped: %s", error, exc_info=not expected)
+            if not expected:
+                logger.exception("the engine stopped")
             say_dead(socket, _reason(error, expected), server.peers if server else ())
             return 1
     return 0
@@ -237,7 +244,11 @@ def _reason(error: Exception, expected: bool) -> str:
     return text if expected and text else f"{type(error).__name__}: {text}"
 
 
-if __name__ == "__main__":
-    from engine.core import Engine
+def _start() -> int:
+    from engine.core import Engine  # loads torch, which processes that only talk to an engine go without
 
-    sys.exit(main(Engine))
+    return main(Engine)
+
+
+if __name__ == "__main__":
+    sys.exit(_start())

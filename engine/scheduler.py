@@ -126,9 +126,9 @@ class Scheduler:
                 continue  # preempted for a row planned before it
             gamma = max(0, min(gammas[request.id], spare, self._most_drafts(request)))
             if not self._reserve(plan, request, request.num_tokens + gamma):
-                gamma = 0
                 if not self._reserve_or_preempt(plan, request, request.num_tokens):
                     continue
+                gamma = min(gamma, len(request.pages) * self._page_size - request.num_tokens)
             assert request.row is not None
             spare -= gamma
             planned += 1 + gamma

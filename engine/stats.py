@@ -41,13 +41,17 @@ class Accounts:
             totals.drafts += 1
             totals.draft_tokens += work.gamma
 
-    def yielded(self, request: Request, tokens: int, accepted: int) -> None:
-        """A row yielded `tokens` output tokens, of which the first `accepted` had been drafted."""
+    def yielded(self, request: Request, work: RowWork, tokens: int, accepted: int) -> None:
+        """A row yielded `tokens` output tokens, of which the first `accepted` had been drafted.
+
+        Drafts behind the token that ended a request were never judged: they count as drafted, but not as rejected.
+        """
         totals = self.totals
         if request.num_output == tokens:
             totals.prompt_tokens += request.num_prompt
         totals.generated_tokens += tokens
         totals.accepted_tokens += accepted
+        totals.rejections += accepted < min(work.gamma, tokens)
         for position in range(accepted):
             totals.accepted_per_position[position] += 1
 
@@ -57,3 +61,13 @@ class Accounts:
         totals.draft_seconds += result.draft_seconds
         totals.verify_seconds += result.verify_seconds
         totals.host_seconds += seconds - result.draft_seconds - result.verify_seconds
+
+
+def acceptance(stats: EngineStats) -> float:
+    """Estimate of alpha, the probability that the target agrees with one drafted token.
+
+    A round's drafts are checked up to the first disagreement, so the estimate is accepted / (accepted + rejections),
+    where a round has a rejection if not all of its drafts were accepted. NaN if nothing was drafted.
+    """
+    tried = stats.accepted_tokens + stats.rejections
+    return stats.accepted_tokens / tried if tried else float("nan")

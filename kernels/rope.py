@@ -1,5 +1,6 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), half-rotation layout: element i pairs with i +
-head_dim / 2.
+"""Rotary position embedding (RoFormer, arXiv 2104.09864).
+
+Half-rotation layout: element i of a head pairs with element i + head_dim / 2.
 
 Angles, cosines and sines are float32 whatever the model's dtype, also for float64 models: a checkpoint was
 trained with float32 angles, and the difference to exact ones reaches 1e-4 rad at position 4,000.

@@ -72,8 +72,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
-                f"num_attention_heads ({self.num_heads}) is no multiple of "
-                f"num_key_value_heads ({self.num_kv_heads})"
+                f"num_attention_heads ({self.num_heads}) is no multiple of num_key_value_heads ({self.num_kv_heads})"
             )
         if self.head_dim % 2:
             raise ModelError(f"head_dim ({self.head_dim}) is odd: rotary embedding turns pairs")
@@ -149,9 +148,7 @@ def parse_config(data: Json, generation: Json | None = None) -> ModelConfig:
         qk_norm=model_type == "qwen3",
         sliding_window=_sliding_window(data, model_type),
         bos_token_id=None if bos is None else _integer(data, "bos_token_id", least=0),
-        eos_token_ids=tuple(
-            sorted({*_token_ids(data, "eos_token_id"), *_token_ids(generation or {}, "eos_token_id")})
-        ),
+        eos_token_ids=tuple(sorted({*_token_ids(data, "eos_token_id"), *_token_ids(generation or {}, "eos_token_id")})),
     )
 
 
@@ -159,9 +156,7 @@ def _supported(data: Json) -> str:
     """The model type, if everything that would change the arithmetic is something the decoder computes."""
     model_type = data.get("model_type")
     if model_type not in _ARCHITECTURES:
-        raise ModelError(
-            f"model_type {model_type!r} is not supported; these are: {', '.join(_ARCHITECTURES)}"
-        )
+        raise ModelError(f"model_type {model_type!r} is not supported; these are: {', '.join(_ARCHITECTURES)}")
     architectures = data.get("architectures")
     if architectures is not None and architectures != [_ARCHITECTURES[model_type]]:
         raise ModelError(f"architectures {architectures!r} is not supported for model_type {model_type!r}")

@@ -59,7 +59,11 @@ def open_gguf(src: Path) -> Checkpoint:
     front = transformers.AutoTokenizer.from_pretrained(src.parent, **where)
     if model.config.model_type != "llama":
         raise ModelError(f"{src}: model type {model.config.model_type!r} is not supported in GGUF; llama is")
-    tokenizer = Tokenizer.from_str(front.backend_tokenizer.to_str())
+    tokens = field("tokenizer.ggml.tokens")
+    data = json.loads(front.backend_tokenizer.to_str())
+    # transformers adds special tokens of its own, past those that the model embeds
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < len(tokens)]
+    tokenizer = Tokenizer.from_str(json.dumps(data))
     if split == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -73,17 +77,15 @@ def open_gguf(src: Path) -> Checkpoint:
     if not eos:
         raise ModelError(f"{src}: names no end-of-sequence token")
 
-    special = {
-        "bos_token_id": bos,
-        "eos_token_id": eos if len(eos) > 1 else eos[0],
-        "pad_token_id": field("tokenizer.ggml.padding_token_id"),
-    }
+    pad, unknown = field("tokenizer.ggml.padding_token_id"), field("tokenizer.ggml.unknown_token_id")
+    special = {"bos_token_id": bos, "eos_token_id": eos if len(eos) > 1 else eos[0], "pad_token_id": pad}
+    named = {"bos_token": bos, "eos_token": eos[0], "unk_token": unknown, "pad_token": pad}
     config = {key: value for key, value in model.config.to_dict().items() if key in _CONFIG_KEYS}
     config |= {"architectures": ["LlamaForCausalLM"], **special}
     config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))  # GGUF keeps a float32
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **front.special_tokens_map,
+        **{name: tokens[token] for name, token in named.items() if token is not None},
         "clean_up_tokenization_spaces": False,
         "model_max_length": config["max_position_embeddings"],
         "chat_template": front.chat_template,

@@ -87,9 +87,7 @@ class MLP:
     def __init__(self, prefix: str, config: ModelConfig, place: Placement) -> None:
         inner = config.intermediate_size
         mine = split(inner, place.group.size)[place.group.rank].slice()
-        self._gate_up = GateUpLinear(
-            prefix, config.hidden_size, inner, mine=mine, bias=config.mlp_bias, place=place
-        )
+        self._gate_up = GateUpLinear(prefix, config.hidden_size, inner, mine=mine, bias=config.mlp_bias, place=place)
         self._down = RowLinear(
             f"{prefix}.down_proj", inner, config.hidden_size, mine=mine, bias=config.mlp_bias, place=place
         )
@@ -146,12 +144,8 @@ class Llama:
         self.num_layers, self.head_dim = config.num_layers, config.head_dim
         try:
             mine = split_heads(config.num_heads, config.num_kv_heads, place.group.size)[place.group.rank]
-            self._embedding = VocabEmbedding(
-                "model.embed_tokens", config.vocab_size, config.hidden_size, place=place
-            )
-            self._layers = [
-                DecoderLayer(f"model.layers.{i}", config, mine, place) for i in range(config.num_layers)
-            ]
+            self._embedding = VocabEmbedding("model.embed_tokens", config.vocab_size, config.hidden_size, place=place)
+            self._layers = [DecoderLayer(f"model.layers.{i}", config, mine, place) for i in range(config.num_layers)]
         except ValueError as error:
             raise ModelError(f"tensor parallel size {place.group.size}: {error}") from error
         self._norm = RMSNorm("model.norm", config.hidden_size, eps=config.rms_norm_eps, place=place)

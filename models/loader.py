@@ -25,9 +25,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def load_model(
-    path: Path, *, dtype: torch.dtype, device: torch.device, group: Group, progress: bool
-) -> Llama:
+def load_model(path: Path, *, dtype: torch.dtype, device: torch.device, group: Group, progress: bool) -> Llama:
     """Load a model directory: config.json and *.safetensors, and tokenizer.json for a check if it is there.
 
     Weights are converted to `dtype`. progress: whether to draw a bar on stderr. Pickled weights are never
@@ -37,7 +35,7 @@ def load_model(
     """
     config = read_config(path)
     _check_tokenizer(path, config.vocab_size)
-    files = _weight_files(path)
+    files = weight_files(path)
     model = Llama(config, Placement(group, dtype, device))
     slots = {slot.source: slot for slot in model.slots()}
     wanted = set(slots)
@@ -67,9 +65,7 @@ def load_model(
     return model
 
 
-def random_model(
-    config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device, group: Group
-) -> Llama:
+def random_model(config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device, group: Group) -> Llama:
     """A model with random weights: a function of config, seed and dtype alone, whatever the device and rank
     count.
 
@@ -90,10 +86,8 @@ def random_model(
     return model
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files that make up the model: those the index lists, else the only or all the directory
-    holds.
-    """
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files that make up the model: those the index lists, else the only or all there are."""
     index = path / _INDEX
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -132,9 +126,7 @@ def _fill(slot: WeightSlot, checkpoint: Any, file: Path) -> None:
     source = checkpoint.get_slice(slot.source)
     shape = tuple(source.get_shape())
     if shape != slot.full_shape:
-        raise ModelError(
-            f"{file}: tensor {slot.source} has shape {list(shape)}, expected {list(slot.full_shape)}"
-        )
+        raise ModelError(f"{file}: tensor {slot.source} has shape {list(shape)}, expected {list(slot.full_shape)}")
     if source.get_dtype() not in _FLOATS:
         raise ModelError(f"{file}: tensor {slot.source} has unsupported type {source.get_dtype()}")
     slot.tensor.copy_(source[slot.index])
@@ -162,6 +154,4 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: not a tokenizer: {error!r}") from error
     if tokens > vocab_size:
-        raise ModelError(
-            f"{file}: {tokens} tokens, but the model embeds {vocab_size} (vocab_size in config.json)"
-        )
+        raise ModelError(f"{file}: {tokens} tokens, but the model embeds {vocab_size} (vocab_size in config.json)")

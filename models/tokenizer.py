@@ -75,6 +75,11 @@ class Tokenizer:
         """Ids without a token decode to nothing; bytes that are not UTF-8 decode to U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    @property
+    def byte_level(self) -> bool:
+        """Whether every token is a sequence of bytes, and a text nothing but its tokens' bytes joined."""
+        return self._bytes_of is not None
+
     def is_silent(self, token: int, skip_special_tokens: bool = True) -> bool:
         """Whether `decode` leaves this token out before it looks at any of them."""
         if skip_special_tokens and token in self._special_ids:
@@ -108,9 +113,7 @@ class IncrementalDecoder:
     all of them again for each token).
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, context: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         # decode(window)[:given] has been returned before; window[:settled] ends at a character's end.
@@ -126,14 +129,15 @@ class IncrementalDecoder:
             return ""
         self._window.append(token)
         text = self._text()
-        certain = len(text) - _undecided(text)
+        overflow = len(self._window) > _WINDOW
+        certain = len(text) - self._undecided(text, _LONGEST_INCOMPLETE if overflow else _WINDOW)
         piece = text[self._given : certain]
         self._given = max(self._given, certain)
         if piece and certain == len(text):
             # Keep the tokens of the last piece: what the next one looks like may depend on them.
             self._drop(self._settled, 0)
             self._settled = len(self._window)
-        elif len(self._window) > _WINDOW:
+        elif overflow:
             self._drop(_WINDOW // 2, len(text) - certain)
         return piece
 
@@ -147,18 +151,21 @@ class IncrementalDecoder:
     def _text(self) -> str:
         return self._tokenizer.decode(self._window, self._skip)
 
+    def _undecided(self, text: str, most: int) -> int:
+        """Characters at the end that further bytes may turn into another one.
+
+        Of a byte-level text that is one. With byte fallback it is all of a run of bytes that is not UTF-8 yet.
+        """
+        most = 1 if self._tokenizer.byte_level else most
+        count = 0
+        while count < most and text.endswith(REPLACEMENT, 0, len(text) - count):
+            count += 1
+        return count
+
     def _drop(self, tokens: int, undecided: int) -> None:
         del self._window[:tokens]
         self._settled = max(0, self._settled - tokens)
         self._given = max(0, len(self._text()) - undecided)
-
-
-def _undecided(text: str) -> int:
-    """Characters at the end that further bytes may turn into another one."""
-    count = 0
-    while count < _LONGEST_INCOMPLETE and text.endswith(REPLACEMENT, 0, len(text) - count):
-        count += 1
-    return count
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -41,7 +41,10 @@ class Group:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Every rank's x, in order of rank: [size, *x.shape]. x: contiguous, of one shape on all ranks."""
+        """Every rank's x, in order of rank: [size, *x.shape]. x: contiguous, on the device of the process group.
+
+        A group of one returns a view of x.
+        """
         if self._comm is None or self.size == 1:
             return x[None]
         gathered = x.new_empty((self.size, *x.shape))

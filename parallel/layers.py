@@ -63,9 +63,7 @@ class Columns:
 
 
 class ColumnLinear:
-    """Output features are sharded; several checkpoint tensors with the same input can be fused into one
-    product.
-    """
+    """Output features are sharded; checkpoint tensors with the same input can be fused into one product."""
 
     def __init__(self, parts: Sequence[Columns], in_features: int, *, bias: bool, place: Placement) -> None:
         self._parts = tuple(parts)
@@ -84,9 +82,7 @@ class ColumnLinear:
                 yield WeightSlot(bias, f"{part.name}.bias", (part.total,), (part.kept,))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [tokens, in_features], whole. Returns this rank's features of all parts, [tokens, sum of
-        sizes].
-        """
+        """x: [tokens, in_features], whole. Returns [tokens, this rank's features of all parts]."""
         return F.linear(x, self.weight, self.bias)
 
 

@@ -59,9 +59,7 @@ def split_heads(num_heads: int, num_kv_heads: int, ranks: int) -> list[HeadSplit
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly")
     if not 1 <= ranks <= num_heads:
-        raise ValueError(
-            f"{num_heads} query heads cannot be split over {ranks} ranks: each rank needs at least one"
-        )
+        raise ValueError(f"{num_heads} query heads cannot be split over {ranks} ranks: each rank needs at least one")
     group = num_heads // num_kv_heads
     if ranks <= num_kv_heads:
         return [HeadSplit(Range(kv.start * group, kv.stop * group), kv) for kv in split(num_kv_heads, ranks)]

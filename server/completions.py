@@ -77,8 +77,10 @@ class _Answer:
             prompt_tokens += len(tokens)
             echo = ""
             if body.echo:
-                as_given = isinstance(prompt, str) and len(tokens) == whole
-                echo = str(prompt) if as_given else service.tokenizer.decode(tokens, params.skip_special_tokens)
+                if isinstance(prompt, str) and len(tokens) == whole:
+                    echo = prompt
+                else:
+                    echo = service.tokenizer.decode(tokens, params.skip_special_tokens)
             for number in range(body.choices):
                 own = msgspec.structs.replace(params, seed=choice_seed(params.seed, number))
                 choices.append(Choice(len(choices), tokens, own, continues=True))
@@ -95,12 +97,8 @@ class _Answer:
                 ends[piece.index] = piece
                 if (more := self._logprobs(piece)) is not None:
                     have = logprobs[piece.index]
-                    logprobs[piece.index] = (
-                        more if have is None else {key: have[key] + more[key] for key in more}
-                    )
-        choices = [
-            _choice(index, "".join(texts[index]), logprobs[index], end) for index, end in enumerate(ends)
-        ]
+                    logprobs[piece.index] = more if have is None else {key: have[key] + more[key] for key in more}
+        choices = [_choice(index, "".join(texts[index]), logprobs[index], end) for index, end in enumerate(ends)]
         return self._object(choices) | {"usage": self._generation.usage.as_dict()}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -150,9 +148,7 @@ class _Answer:
         }
 
 
-def _choice(
-    index: int, text: str, logprobs: dict[str, list[Any]] | None, end: Piece | None
-) -> dict[str, Any]:
+def _choice(index: int, text: str, logprobs: dict[str, list[Any]] | None, end: Piece | None) -> dict[str, Any]:
     return {
         "index": index,
         "text": text,
@@ -172,7 +168,7 @@ def _top(tokenizer: Tokenizer, token: str, entry: TokenLogprobs) -> dict[str, fl
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text; one that is only part of a character as `bytes:\\xe2\\x82`, so that each is distinct."""
+    """A token as text; one that is only part of a character as `bytes:\\xe2\\x82`: each is distinct."""
     raw = tokenizer.token_bytes(token)
     text = raw.decode(errors="replace")
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if REPLACEMENT in text else text

@@ -51,9 +51,7 @@ class ApiError(Exception):
         }
 
     def response(self) -> Response:
-        return Response(
-            msgspec.json.encode(self.body()), self.status, self.headers, media_type="application/json"
-        )
+        return Response(msgspec.json.encode(self.body()), self.status, self.headers, media_type="application/json")
 
 
 def unavailable(message: str, code: str) -> ApiError:

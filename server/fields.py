@@ -37,7 +37,7 @@ async def read(request: Request, model: type[Model]) -> Model:
         raise from_validation(error) from None
 
 
-class only:  # noqa: N801 - reads as a word in annotations
+class only:
     """Validator of a field of which nothing but these values (and null) is served yet."""
 
     def __init__(self, *values: object) -> None:

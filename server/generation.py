@@ -14,7 +14,7 @@ from engine.client import EngineClient
 from engine.messages import FINISH_LENGTH, FINISH_STOP, AddRequest, TokenLogprobs
 from engine.params import SamplingParams
 from engine.text import TextStream
-from server.errors import ApiError
+from server.errors import ApiError, unavailable
 from server.service import Service
 
 
@@ -90,6 +90,8 @@ class Generation:
             async with aclosing(client.generate(request)) as outputs:
                 async for output in outputs:
                     if output.error is not None:
+                        if output.retry:
+                            raise unavailable(output.error, "queue_full")
                         raise ApiError(output.error, code="cannot_serve")
                     by_token = output.finish_reason == FINISH_STOP
                     chunk = stream.push(output.tokens, stop_token=by_token)

@@ -18,9 +18,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = ApiError(
-            f"the body is larger than {self._max_bytes} bytes", status=413, code="body_too_large"
-        )
+        refusal = ApiError(f"the body is larger than {self._max_bytes} bytes", status=413, code="body_too_large")
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self._max_bytes:
             await refusal.response()(scope, receive, send)

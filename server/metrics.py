@@ -1,4 +1,4 @@
-"""Prometheus metrics: what the engine reports and what requests see, under magicdec_* and under vLLM's names."""
+"""Prometheus metrics: what the engine reports and requests see, under magicdec_* and under vLLM's names."""
 
 from __future__ import annotations
 
@@ -123,11 +123,13 @@ class Timing:
         self._arrival = arrival
         self._first = self._last = 0.0
         self._tokens = 0
+        self._queued = False
 
     def output(self, tokens: int, scheduled: float, reason: str | None) -> None:
-        """`scheduled`: time.monotonic() of admission, in the first output; 0 in others."""
+        """`scheduled`: time.monotonic() of the request's first admission; 0 if it had none."""
         now = time.monotonic()
-        if scheduled:
+        if scheduled and not self._queued:
+            self._queued = True
             self._metrics.queued.observe(max(0.0, scheduled - self._arrival))
         if tokens and not self._tokens:
             self._first = now

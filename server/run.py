@@ -42,7 +42,7 @@ class Lifecycle:
         on_ready: Callable[[Service], None],
         engine_command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
-        """`listener`: bound, not yet listening; closed at the end. `on_ready` is called once requests are taken."""
+        """`listener`: a bound socket, closed at the end. `on_ready` is called once requests are taken."""
         self._config = config
         self._tokenizer = tokenizer
         self._listener = listener

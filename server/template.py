@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, TokenizerError
 from server.errors import ApiError
 
 
 class ChatTemplate:
-    """Raises TemplateError, on construction, if the model's template is not one."""
+    """Raises TokenizerError, on construction, if the model's template is not one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -25,7 +25,10 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         source = tokenizer.chat_template
-        self._template = None if source is None else environment.from_string(source)
+        try:
+            self._template = None if source is None else environment.from_string(source)
+        except TemplateError as error:
+            raise TokenizerError(f"the model's chat template is broken: {error}") from None
         self._special = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
 
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -37,9 +40,7 @@ class ChatTemplate:
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self._special
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise ApiError(
-                f"messages: the model's chat template refuses them: {error}", param="messages"
-            ) from None
+            raise ApiError(f"messages: the model's chat template refuses them: {error}", param="messages") from None
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,0 +1,36 @@
+"""The subcommands. Each has a file here, and imports what it needs only when it is called."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Annotated
+
+import typer
+
+from server.cli import convert, fetch, generate, serve
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve.serve)
+app.command()(generate.generate)
+app.command()(fetch.fetch)
+app.command()(convert.convert)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"magicdec {importlib.metadata.version('magicdec')}")
+        raise typer.Exit
+
+
+@app.callback()
+def magicdec(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve a language model with speculative decoding that reads only part of the KV cache (MagicDec)."""

@@ -1,0 +1,114 @@
+"""`magicdec generate`: complete one prompt in this process and stream it to the terminal."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server.cli import options
+
+if TYPE_CHECKING:
+    from engine.messages import EngineStats
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    config: options.ConfigFile = None,
+    model: options.Model = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    tensor_parallel_size: options.TensorParallel = None,
+    speculation: options.Speculation = None,
+    budget: options.Budget = None,
+    max_model_len: options.MaxModelLen = None,
+    threads: options.Threads = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total mass.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Cut tokens less likely than this times the likeliest.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text; drawn at random if not given.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this string; can be given several times.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Rounds, acceptance and speed, on stderr.")] = False,
+) -> None:
+    """Complete a prompt and stream the text to standard output."""
+    text = _prompt(prompt, prompt_file)
+    overrides = options.engine_overrides(
+        model=model,
+        device=device,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        speculation=speculation,
+        budget=budget,
+        max_model_len=max_model_len,
+        threads=threads,
+    )
+    import msgspec
+
+    from engine.config import load_config
+    from engine.llm import LLM
+    from engine.params import SamplingParams
+
+    settings = load_config(config, overrides)
+    fields = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": secrets.randbits(63) if seed is None else seed,
+        "stop": tuple(stop or ()),
+        "ignore_eos": ignore_eos,
+    }
+    try:
+        params = msgspec.convert(fields, SamplingParams)
+    except msgspec.ValidationError as error:
+        raise typer.BadParameter(str(error)) from None
+    with LLM(settings.engine, progress=sys.stderr.isatty()) as llm:
+        began = time.perf_counter()
+        first_at = None
+        count = 0
+        for piece in llm.stream(text, params):
+            first_at = first_at or time.perf_counter()
+            count += len(piece.token_ids)
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+        ended = time.perf_counter()
+        sys.stdout.write("\n")
+        if stats and first_at is not None:
+            _report(llm.stats, count, first_at - began, ended - first_at)
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise typer.BadParameter("give a prompt, or - for standard input, or --prompt-file")
+    if prompt_file is not None:
+        return prompt_file.read_text(encoding="utf-8")
+    return sys.stdin.read() if prompt == "-" else str(prompt)
+
+
+def _report(stats: EngineStats, tokens: int, prefill: float, decode: float) -> None:
+    """Tokens per second are of decoding: the first token belongs to the prefill."""
+    from engine.stats import acceptance
+
+    rounds = sum(stats.gamma_chosen)
+    lines = [
+        f"prompt        {stats.prompt_tokens} tokens in {prefill:.2f} s",
+        f"output        {tokens} tokens, {(tokens - 1) / decode if decode else 0:.1f} tokens/s after the first",
+        f"rounds        {rounds}, {(tokens - 1) / rounds if rounds else 0:.2f} tokens each",
+        f"drafted       {stats.draft_tokens} tokens, {stats.accepted_tokens} accepted",
+    ]
+    if stats.draft_tokens:
+        lines.append(f"acceptance    {acceptance(stats):.3f}")
+    lines.append(
+        f"time          draft {stats.draft_seconds:.2f} s, target {stats.verify_seconds:.2f} s, "
+        f"host {stats.host_seconds:.2f} s"
+    )
+    print("\n".join(lines), file=sys.stderr)

@@ -1,0 +1,85 @@
+"""Small engines for tests, and ways to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.messages import AddRequest, RequestOutput
+from engine.params import SamplingParams
+from models.config import ModelConfig
+from models.llama import Llama
+from models.loader import random_model
+from parallel.group import Group
+
+TINY = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=2048,
+    eos_token_ids=(1,),
+)
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, config: ModelConfig = TINY) -> Llama:
+    return random_model(config, seed=seed, dtype=dtype, device=torch.device("cpu"), group=Group.single())
+
+
+def tiny_engine(model: Llama, *, gamma: int, budget: int = 16, page_size: int = 4, **settings: Any) -> Engine:
+    """An engine whose draft sees so little that it is often wrong."""
+    scheduler = {"max_rows": 8, "max_batch_tokens": 64, **settings.pop("scheduler", {})}
+    config = EngineConfig.model_validate(
+        {
+            "model": "tiny",
+            "speculation": {"gamma": gamma, "kv": {"budget": budget, "sink": min(4, page_size)}},
+            "cache": {"page_size": page_size, "memory_gb": 0.1, **settings.pop("cache", {})},
+            "scheduler": scheduler,
+            "check_invariants": True,
+            **settings,
+        }
+    )
+    return Engine(config, model=model)
+
+
+def run(
+    engine: Engine,
+    requests: Iterable[AddRequest],
+    *,
+    joins: Mapping[str, int] | None = None,
+    leaves: Mapping[str, int] | None = None,
+) -> dict[str, list[RequestOutput]]:
+    """Run until nothing is left. joins, leaves: at which step a request arrives (default 0), or is aborted."""
+    waiting = {request.id: request for request in requests}
+    outputs: dict[str, list[RequestOutput]] = {request_id: [] for request_id in waiting}
+    step = 0
+    while waiting or engine.has_work():
+        for request_id in [r for r in waiting if (joins or {}).get(r, 0) <= step]:
+            engine.add(waiting.pop(request_id))
+        for request_id, at in (leaves or {}).items():
+            if at == step:
+                engine.abort([request_id])
+                waiting.pop(request_id, None)
+        for output in engine.step():
+            outputs[output.id].append(output)
+        step += 1
+    stats = engine.stats()
+    assert stats.pages_free == stats.pages_total
+    assert stats.running == stats.waiting == 0
+    return outputs
+
+
+def tokens(outputs: Sequence[RequestOutput]) -> list[int]:
+    return [token for output in outputs for token in output.tokens]
+
+
+def complete(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> list[int]:
+    """The output tokens of one request, alone."""
+    return tokens(run(engine, [AddRequest("alone", list(prompt), params)])["alone"])

@@ -1,0 +1,236 @@
+"""The rules of the tree: who may import whom, no circles, no torch in the server, nothing that unpickles."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS = ("server", "bench", "engine", "models", "parallel", "kernels")
+"""Top to bottom: a module imports its own layer and those below."""
+UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+UNPICKLING = {
+    *("broadcast_object_list", "scatter_object_list", "send_object_list", "recv_object_list"),
+    *("all_gather_object", "gather_object", "send_pyobj", "recv_pyobj", "unsafe_load", "full_load"),
+}
+UNPICKLING_CALLS = {("torch", "load"), ("torch", "save"), ("np", "load"), ("numpy", "load"), ("yaml", "load")}
+
+
+@dataclass(frozen=True)
+class Import:
+    target: str
+    line: int
+    lazy: bool
+    """In a function, or for type checkers or a program only: not done when the module is imported."""
+
+
+@dataclass(frozen=True)
+class Module:
+    name: str
+    path: Path
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.path.read_text(encoding="utf-8"), str(self.path))
+
+    @cached_property
+    def imports(self) -> list[Import]:
+        return list(self._imports(self.tree, lazy=False))
+
+    def _imports(self, node: ast.AST, lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Import(alias.name, child.lineno, lazy) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = self._base(child)
+                yield from (Import(f"{base}.{alias.name}", child.lineno, lazy) for alias in child.names)
+            later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            if isinstance(child, ast.If):
+                later = ast.unparse(child.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
+            yield from self._imports(child, lazy or later)
+
+    def _base(self, node: ast.ImportFrom) -> str:
+        if node.level == 0:
+            return node.module or ""
+        package = self.name if self.path.name == "__init__.py" else self.name.rpartition(".")[0]
+        parents = package.split(".")
+        parents = parents[: len(parents) - node.level + 1]
+        return ".".join([*parents, node.module] if node.module else parents)
+
+
+def find_modules(root: Path) -> dict[str, Module]:
+    modules = {}
+    for layer in LAYERS:
+        for path in sorted((root / layer).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            modules[name] = Module(name, path)
+    return modules
+
+
+def resolve(target: str, modules: dict[str, Module]) -> str | None:
+    """The module of ours that `target` names or is a name in."""
+    while target and target not in modules:
+        target = target.rpartition(".")[0]
+    return target or None
+
+
+def upward_imports(modules: dict[str, Module]) -> list[str]:
+    faults = []
+    for module in modules.values():
+        rank = LAYERS.index(module.name.partition(".")[0])
+        for item in module.imports:
+            layer = item.target.partition(".")[0]
+            if layer == "tests" or (layer in LAYERS and LAYERS.index(layer) < rank):
+                faults.append(f"{module.path}:{item.line} imports {item.target}")
+    return faults
+
+
+def find_cycle(modules: dict[str, Module]) -> list[str] | None:
+    graph = {}
+    for module in modules.values():
+        targets = {resolve(item.target, modules) for item in module.imports}
+        graph[module.name] = {target for target in targets if target and target != module.name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        cycle: list[str] = error.args[1]
+        return cycle
+    return None
+
+
+def route_to_torch(start: str, modules: dict[str, Module], lazy_too: bool) -> list[str] | None:
+    """How importing `start` (with `lazy_too`: or calling its functions) comes to import torch."""
+    routes = [[start]]
+    seen = {start}
+    for route in routes:
+        module = modules[route[-1]]
+        targets = {item.target for item in module.imports if not item.lazy or (lazy_too and len(route) == 1)}
+        parts = module.name.split(".")
+        targets |= {".".join(parts[:count]) for count in range(1, len(parts))}  # a module's packages come first
+        for target in sorted(targets):
+            if target.partition(".")[0] in ("torch", "transformers", "flashinfer", "triton"):
+                return [*route, target]
+            if (name := resolve(target, modules)) is not None and name not in seen:
+                seen.add(name)
+                routes.append([*route, name])
+    return None
+
+
+def unpickling(tree: ast.Module) -> list[str]:
+    faults = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name.partition(".")[0] for alias in node.names]
+            faults += [f"{node.lineno}: {name}" for name in names if name in UNPICKLERS]
+        elif isinstance(node, ast.ImportFrom):
+            names = [(node.module or "").partition(".")[0], *(alias.name for alias in node.names)]
+            faults += [f"{node.lineno}: {name}" for name in names if name in UNPICKLERS | UNPICKLING]
+            faults += [f"{node.lineno}: {name}" for name in names[1:] if (node.module, name) in UNPICKLING_CALLS]
+        elif isinstance(node, ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            if node.attr in UNPICKLING or (owner, node.attr) in UNPICKLING_CALLS:
+                faults.append(f"{node.lineno}: {owner}.{node.attr}")
+        elif isinstance(node, ast.keyword):
+            setting = f"{node.arg}={ast.unparse(node.value)}"
+            if setting in ("allow_pickle=True", "weights_only=False"):
+                faults.append(f"{node.value.lineno}: {setting}")
+    return faults
+
+
+MODULES = find_modules(ROOT)
+SERVER = [name for name in MODULES if name.partition(".")[0] == "server"]
+
+
+def test_every_layer_is_there() -> None:
+    assert {name.partition(".")[0] for name in MODULES} == set(LAYERS)
+
+
+def test_imports_run_downward() -> None:
+    assert upward_imports(MODULES) == []
+
+
+def test_no_import_cycles() -> None:
+    assert find_cycle(MODULES) is None
+
+
+@pytest.mark.parametrize("name", SERVER)
+def test_server_never_imports_torch(name: str) -> None:
+    """Commands run an engine in their own process: they may import it, but only when they are called."""
+    command = name.startswith("server.cli.")
+    assert route_to_torch(name, MODULES, lazy_too=not command) is None
+
+
+def test_server_runs_without_torch() -> None:
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+    code += "assert 'torch' not in sys.modules, 'torch was imported'"
+    done = subprocess.run([sys.executable, "-c", code, *SERVER], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_unpickles() -> None:
+    paths = [path for layer in (*LAYERS, "tests") for path in sorted((ROOT / layer).rglob("*.py"))]
+    faults = {path: unpickling(ast.parse(path.read_text(encoding="utf-8"))) for path in paths}
+    assert {path: found for path, found in faults.items() if found} == {}
+
+
+class TestTheChecksThemselves:
+    """Each finds what it looks for."""
+
+    @staticmethod
+    def tree(root: Path, files: dict[str, str]) -> dict[str, Module]:
+        for name, text in files.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        return find_modules(root)
+
+    def test_upward(self, tmp_path: Path) -> None:
+        modules = self.tree(tmp_path, {"models/a.py": "def f():\n    from engine.b import x\n", "engine/b.py": ""})
+        assert len(upward_imports(modules)) == 1
+
+    def test_cycle(self, tmp_path: Path) -> None:
+        files = {
+            "engine/a.py": "from . import b",
+            "engine/b.py": "def f():\n    import engine.a",
+            "engine/__init__.py": "",
+        }
+        assert set(find_cycle(self.tree(tmp_path, files)) or ()) == {"engine.a", "engine.b"}
+
+    def test_torch(self, tmp_path: Path) -> None:
+        files = {
+            "server/__init__.py": "",
+            "server/a.py": "import engine.b",
+            "engine/__init__.py": "import kernels.c",
+            "engine/b.py": "def f():\n    import torch",
+            "kernels/c.py": "from torch import Tensor",
+            "models/d.py": "def f():\n    import torch\nif __name__ == '__main__':\n    import torch",
+        }
+        modules = self.tree(tmp_path, files)
+        expected = ["server.a", "engine.b", "engine", "kernels.c", "torch.Tensor"]
+        assert route_to_torch("server.a", modules, lazy_too=False) == expected
+        assert route_to_torch("models.d", modules, lazy_too=False) is None
+        assert route_to_torch("models.d", modules, lazy_too=True) == ["models.d", "torch"]
+
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "import pickle",
+            "from pickle import loads",
+            "import torch\ntorch.load('x')",
+            "from torch import load",
+            "import torch.distributed as dist\ndist.broadcast_object_list([])",
+            "import numpy as np\nnp.fromfile('x', allow_pickle=True)",
+            "socket.recv_pyobj()",
+        ],
+    )
+    def test_unpickling(self, code: str) -> None:
+        assert unpickling(ast.parse(code))
