@@ -64,7 +64,7 @@ test-gpu: $(INSTALLED) gpu model ## Run the tests that need a CUDA device
 	@$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 bench-gpu: $(INSTALLED) gpu $(if $(MODEL),,model) ## Measure decoding on a CUDA device
-	@$(BIN)/magicdec bench decode $(SETTINGS) --device cuda $(ARGS)
+	@$(BIN)/magicdec bench decode $(SETTINGS) --device cuda --batch 8,32 --context 4000 $(ARGS)
 
 .PHONY: gpu
 gpu: $(INSTALLED)

@@ -15,7 +15,7 @@ from engine.pages import PageAllocator
 from engine.plan import StepPlan, StepResult
 from engine.request import Request
 from engine.scheduler import RequestError, Scheduler
-from engine.speculation.controller import FixedGamma
+from engine.speculation.controller import Controller, FixedGamma
 from engine.speculation.policies import make_policy
 from engine.stats import Accounts
 from engine.worker import Worker
@@ -39,10 +39,18 @@ _DTYPES = {
 class Engine:
     """Queues requests and runs them round by round. Not thread-safe: one loop owns it."""
 
-    def __init__(self, config: EngineConfig, *, model: Llama | None = None, progress: bool = True) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        model: Llama | None = None,
+        controller: Controller | None = None,
+        progress: bool = True,
+    ) -> None:
         """Load the model and reserve its memory.
 
-        model: an already loaded one, in place of `config.model`'s weights. progress: a bar on stderr while loading.
+        model: an already loaded one, in place of `config.model`'s weights. controller: in place of the one that the
+        config describes. progress: a bar on stderr while loading.
         Raises ValueError (ConfigError, ModelError) for settings or files that cannot be served.
         """
         if config.tensor_parallel_size > 1:
@@ -61,7 +69,7 @@ class Engine:
         max_model_len = _max_model_len(config, model.config)
         num_pages = _num_pages(config, max_model_len, bytes_per_token)
         self._pages = PageAllocator(num_pages)
-        controller = FixedGamma(config.speculation.gamma)
+        controller = controller or FixedGamma(config.speculation.gamma)
         self._scheduler = Scheduler(
             pages=self._pages,
             page_size=config.cache.page_size,
@@ -72,6 +80,7 @@ class Engine:
             eos_token_ids=model.config.eos_token_ids,
             controller=controller,
         )
+        self.weight_bytes = sum(slot.tensor.nbytes for slot in model.slots())
         self._worker = Worker(model, config, num_pages=num_pages, max_model_len=max_model_len, group=group)
         self._accounts = Accounts(
             pages_total=num_pages,

@@ -21,6 +21,7 @@ from engine.messages import FINISH_STOP, AddRequest, EngineStats, RequestOutput,
 from engine.params import SamplingParams
 from engine.text import TextStream
 from models.default import resolve_model
+from models.llama import Llama
 from models.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -55,8 +56,16 @@ class Piece:
 class LLM:
     """A model and an engine of one process. Not thread-safe."""
 
-    def __init__(self, model: str | Path | EngineConfig = "default", *, progress: bool = False, **settings: Any) -> None:
-        """model: a directory, `default`, or a complete config. settings: other fields of EngineConfig.
+    def __init__(
+        self,
+        model: str | Path | EngineConfig = "default",
+        *,
+        loaded: Llama | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> None:
+        """model: a directory, `default`, or a complete config. settings: other fields of EngineConfig. loaded: the
+        model's weights, if they are in memory already. progress: a bar on stderr while loading.
 
         Raises ValueError (ConfigError, ModelError, TokenizerError) for what cannot be served.
         """
@@ -70,7 +79,7 @@ class LLM:
             except ValidationError as error:
                 raise ConfigError(describe(error)) from None
         self.tokenizer = Tokenizer(resolve_model(config.model))
-        self.engine = Engine(config, progress=progress)
+        self.engine = Engine(config, model=loaded, progress=progress)
         self._ids = itertools.count()
 
     def __enter__(self) -> Self:

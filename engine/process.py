@@ -247,7 +247,7 @@ def _reason(error: Exception, expected: bool) -> str:
 def _start() -> int:
     from engine.core import Engine  # loads torch, which processes that only talk to an engine go without
 
-    return main(Engine)
+    return main(lambda config: Engine(config, progress=sys.stderr.isatty()))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ class KVPool:
     ) -> None:
         shape = (num_layers, 2, num_pages, kv_heads, page_size, head_dim)
         # Zeroed so that slots nobody has written hold finite numbers: a masked NaN would still poison a product.
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.data = _zeros(shape, dtype, device)
         self.num_pages = num_pages
         self.page_size = page_size
 
@@ -47,6 +49,14 @@ class KVPool:
     def bytes_per_token(*, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """KV bytes that one token takes on this rank, all layers."""
         return 2 * num_layers * kv_heads * head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU, memory that the system commits as pages of it are first written: an idle pool takes none."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's zeros come from calloc; torch's are written.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def write_kv(layer: LayerKV, slots: Tensor, k: Tensor, v: Tensor) -> None:

@@ -48,5 +48,5 @@ class Group:
         if self._comm is None or self.size == 1:
             return x[None]
         gathered = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(gathered, x, group=self._comm)
+        dist.all_gather(list(gathered), x, group=self._comm)
         return gathered

@@ -64,6 +64,7 @@ class _Answer:
     @classmethod
     async def prepare(cls, service: Service, body: ChatRequest) -> _Answer:
         """Render, tokenize and check. Raises ApiError."""
+        service.check_count(body.choices)
         tokens = await prompt_tokens(service, body, body.add_special_tokens)
         if body.truncate_prompt_tokens is not None:
             tokens = tokens[-body.truncate_prompt_tokens :]

@@ -62,6 +62,7 @@ class _Answer:
     @classmethod
     async def prepare(cls, service: Service, body: CompletionRequest) -> _Answer:
         """Tokenize and check. Raises ApiError."""
+        service.check_count(len(body.prompt) * body.choices)
         special = True if body.add_special_tokens is None else body.add_special_tokens
         ready = service.engine().ready
         choices: list[Choice] = []

@@ -22,7 +22,7 @@ def _card(service: Service) -> dict[str, Any]:
         "owned_by": "magicdec",
         "root": service.config.engine.model,
         "parent": None,
-        "max_model_len": service.engine().ready.max_model_len,
+        "max_model_len": service.loaded().ready.max_model_len,
     }
 
 
@@ -66,7 +66,7 @@ async def get_version() -> dict[str, str]:
 @router.get("/load")
 async def load(request: Request) -> dict[str, int]:
     """At most about a second old."""
-    stats = request.app.state.service.engine().stats
+    stats = request.app.state.service.loaded().stats
     return {
         "running": stats.running,
         "waiting": stats.waiting,

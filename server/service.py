@@ -44,15 +44,20 @@ class Service:
         """Most requests to the engine at once, running and waiting."""
         return self.config.engine.scheduler.max_rows + self.config.engine.scheduler.max_waiting
 
-    def engine(self) -> EngineClient:
-        """The engine, for a new request. Raises ApiError 503: loading, draining or dead."""
-        if self.client is not None and self.client.dead is not None:
-            raise engine_dead(self.client.dead)
-        if self.draining:
-            raise unavailable("the server is shutting down", "draining")
+    def loaded(self) -> EngineClient:
+        """The engine, to ask about it. Raises ApiError 503: loading or dead."""
         if self.client is None:
             raise unavailable("the model is still loading", "loading")
+        if self.client.dead is not None:
+            raise engine_dead(self.client.dead)
         return self.client
+
+    def engine(self) -> EngineClient:
+        """The engine, for a new request. Raises ApiError 503: loading, draining or dead."""
+        client = self.loaded()
+        if self.draining:
+            raise unavailable("the server is shutting down", "draining")
+        return client
 
     def check_model(self, model: str | None) -> None:
         if model is not None and model != self.model_id:
@@ -63,12 +68,15 @@ class Service:
                 param="model",
             )
 
+    def check_count(self, requests: int) -> None:
+        """Refuse what could never be taken, before any work goes into it. Raises ApiError."""
+        if requests > self.capacity:
+            raise ApiError(f"n: {requests} choices in all, but the server takes {self.capacity}", param="n")
+
     @contextmanager
     def admit(self, requests: int) -> Iterator[EngineClient]:
         """Hold places for this many requests to the engine. Raises ApiError 503 if there are not as many."""
         client = self.engine()
-        if requests > self.capacity:
-            raise ApiError(f"n: {requests} choices in all, but the server takes {self.capacity}", param="n")
         if self._admitted + requests > self.capacity:
             raise unavailable("the queue is full", "queue_full")
         self._admitted += requests

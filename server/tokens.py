@@ -20,7 +20,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     body = await read(request, TokenizeRequest)
     body.check()
     service.check_model(body.model)
-    ready = service.engine().ready
+    ready = service.loaded().ready
     if body.prompt is not None:
         special = True if body.add_special_tokens is None else body.add_special_tokens
         tokens = await service.encode(body.prompt, special)
@@ -43,5 +43,4 @@ async def detokenize(request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
     body = await read(request, DetokenizeRequest)
     service.check_model(body.model)
-    service.engine()
     return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}

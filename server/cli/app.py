@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli import convert, fetch, generate, serve
+from server.cli import bench, convert, fetch, generate, serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +19,7 @@ app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(fetch.fetch)
 app.command()(convert.convert)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ def request(prompt: list[int], **params: Any) -> AddRequest:
 
 
 @asynccontextmanager
-async def started(model: str = "fake", timeout_s: float = 30, start_timeout_s: float = 30) -> AsyncIterator[EngineClient]:
+async def started(
+    model: str = "fake", timeout_s: float = 30, start_timeout_s: float = 30
+) -> AsyncIterator[EngineClient]:
     client = await EngineClient.start(
         EngineConfig(model=model), start_timeout_s=start_timeout_s, timeout_s=timeout_s, command=COMMAND
     )
@@ -264,8 +266,8 @@ def test_closing_ends_waiting_requests() -> None:
 # The process itself, spoken to over a bare socket.
 
 
-@asynccontextmanager
-async def process(directory: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes], Callable[[], zmq.Socket[bytes]]]]:
+@contextmanager
+def process(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], zmq.Socket[bytes]]]]:
     directory.mkdir()
     path = directory / "s"
     child = subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
@@ -313,64 +315,48 @@ def finish(socket: zmq.Socket[bytes]) -> list[int]:
                     return tokens
 
 
-def synchronous(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(test())  # type: ignore[arg-type]
-
-
 def test_several_peers_with_the_same_socket(own_tmp: Path) -> None:
-    async def test() -> None:
-        async with process(own_tmp / "p") as (_, connect):
-            first, second = connect(), connect()
-            for number, peer in enumerate((first, second)):
-                send(peer, AddRequest(f"r{number}", [number], SamplingParams(max_tokens=8)))
-            for number, peer in enumerate((first, second)):
-                assert isinstance(receive(peer), Ready)
-                assert finish(peer) == expected(AddRequest("", [number], SamplingParams(max_tokens=8)))
-
-    synchronous(test)
+    with process(own_tmp / "p") as (_, connect):
+        first, second = connect(), connect()
+        for number, peer in enumerate((first, second)):
+            send(peer, AddRequest(f"r{number}", [number], SamplingParams(max_tokens=8)))
+        for number, peer in enumerate((first, second)):
+            assert isinstance(receive(peer), Ready)
+            assert finish(peer) == expected(AddRequest("", [number], SamplingParams(max_tokens=8)))
 
 
 def test_garbage_does_not_stop_it(own_tmp: Path) -> None:
-    async def test() -> None:
-        async with process(own_tmp / "p") as (_, connect):
-            peer = connect()
-            peer.send(b"garbage")
-            peer.send(msgspec.msgpack.encode({"type": "add", "id": 1}))
-            send(peer, AddRequest("r", [1], SamplingParams(max_tokens=8)))
-            assert isinstance(receive(peer), Ready)
-            assert len(finish(peer)) == 8
-
-    synchronous(test)
+    with process(own_tmp / "p") as (_, connect):
+        peer = connect()
+        peer.send(b"garbage")
+        peer.send(msgspec.msgpack.encode({"type": "add", "id": 1}))
+        send(peer, AddRequest("r", [1], SamplingParams(max_tokens=8)))
+        assert isinstance(receive(peer), Ready)
+        assert len(finish(peer)) == 8
 
 
 def test_requests_of_a_peer_that_left_are_aborted(own_tmp: Path) -> None:
-    async def test() -> None:
-        async with process(own_tmp / "p") as (_, connect):
-            leaving, staying = connect(), connect()
-            send(leaving, AddRequest("r", [SLOW], SamplingParams(max_tokens=100_000)))
-            assert isinstance(receive(leaving), Ready)
-            send(staying, AbortRequests([]))
-            receive(staying)
-            leaving.close()
-            while True:
-                message = receive(staying)
-                if message.stats.running == 0:
-                    break
-
-    synchronous(test)
+    with process(own_tmp / "p") as (_, connect):
+        leaving, staying = connect(), connect()
+        send(leaving, AddRequest("r", [SLOW], SamplingParams(max_tokens=100_000)))
+        assert isinstance(receive(leaving), Ready)
+        send(staying, AbortRequests([]))
+        receive(staying)
+        leaving.close()
+        while True:
+            message = receive(staying)
+            if message.stats.running == 0:
+                break
 
 
 def test_it_ends_when_its_parent_does(own_tmp: Path) -> None:
     """Closing stdin is what the end of the parent looks like."""
 
-    async def test() -> None:
-        async with process(own_tmp / "p") as (child, connect):
-            peer = connect()
-            send(peer, AddRequest("r", [SLOW], SamplingParams(max_tokens=100_000)))
-            receive(peer)
-            assert child.stdin is not None
-            child.stdin.close()
-            assert await asyncio.to_thread(child.wait, 20) == 0
-            assert not (own_tmp / "p").exists()
-
-    synchronous(test)
+    with process(own_tmp / "p") as (child, connect):
+        peer = connect()
+        send(peer, AddRequest("r", [SLOW], SamplingParams(max_tokens=100_000)))
+        receive(peer)
+        assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait(20) == 0
+        assert not (own_tmp / "p").exists()

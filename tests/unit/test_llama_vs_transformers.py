@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,69 +14,11 @@ import transformers
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from kernels.attention.base import AttentionBatch
-from kernels.attention.reference import ReferenceAttention
-from kernels.kv_cache import KVPool
-from models.batch import ForwardBatch
-from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
+from tests.rig import PagedRows
 
 CPU = torch.device("cpu")
-
-
-class PagedRows:
-    """Rows of one model over one pool, their pages dealt in random order from a pool full of junk."""
-
-    def __init__(self, model: Llama, lengths: Sequence[int], page_size: int, seed: int = 0) -> None:
-        """lengths: most tokens of each row."""
-        self.model, self.page_size = model, page_size
-        widths = [-(-length // page_size) for length in lengths]
-        order = torch.randperm(sum(widths) + 3, generator=torch.Generator().manual_seed(seed))
-        self.pages = torch.zeros(len(lengths), max(widths), dtype=torch.int64)
-        for row, width in enumerate(widths):
-            self.pages[row, :width], order = order[:width], order[width:]
-        self.computed = [0] * len(lengths)
-        self.attention = ReferenceAttention(page_size)
-        self.pool = KVPool(
-            num_layers=model.num_layers,
-            num_pages=sum(widths) + 3,
-            page_size=page_size,
-            kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            dtype=model.dtype,
-            device=CPU,
-        )
-        self.pool.data.fill_(1e3)
-
-    def forward(self, feed: Mapping[int, Sequence[int]], wanted: Mapping[int, Sequence[int]]) -> Tensor:
-        """Append feed[row] to each row it names. Returns logits at wanted[row], indices into feed[row]."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        logit_index: list[int] = []
-        for row, new in feed.items():
-            logit_index += [len(tokens) + i for i in wanted.get(row, ())]
-            for position in range(self.computed[row], self.computed[row] + len(new)):
-                page = int(self.pages[row, position // self.page_size])
-                positions.append(position)
-                slots.append(page * self.page_size + position % self.page_size)
-            tokens += new
-            self.computed[row] += len(new)
-        attention = AttentionBatch(
-            query_lengths=[len(new) for new in feed.values()],
-            kv_lengths=[self.computed[row] for row in feed],
-            pages=self.pages[list(feed)],
-        )
-        batch = ForwardBatch(
-            token_ids=torch.tensor(tokens),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
-            attention=attention,
-            logit_index=torch.tensor(logit_index, dtype=torch.int64),
-        )
-        with torch.inference_mode():
-            return self.model.forward(batch, self.pool, self.attention)
 
 
 TINY = {
@@ -304,6 +245,7 @@ def comparisons(model_dir: Path) -> list[Comparison]:
     return results
 
 
+@pytest.mark.timeout(1200)  # the fixture's work: a minute of two idle cores
 def test_default_model_logits(comparisons: list[Comparison]) -> None:
     """Prompts within 1e-4; decoded positions within float32's own noise.
 
@@ -317,6 +259,7 @@ def test_default_model_logits(comparisons: list[Comparison]) -> None:
         assert float(errors[in_prompt:].max()) <= 4e-4, f"after a prompt of {len(result.prompt)} tokens"
 
 
+@pytest.mark.timeout(1200)  # the fixture's work: a minute of two idle cores
 def test_default_model_greedy_text(comparisons: list[Comparison]) -> None:
     assert len(comparisons) >= 30
     for result in comparisons:

@@ -160,7 +160,7 @@ def test_rope_spellings(changes: dict[str, Any], rope: RopeConfig) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_reads_what_transformers_writes(model_type: str, tmp_path: Path) -> None:
     """Defaults included: an empty configuration of each family, saved and read, means the same to both."""
-    theirs = transformers.AutoConfig.for_model(model_type, architectures=parse_architectures(model_type))
+    theirs = transformers.AutoConfig.for_model(model_type, architectures=architectures_of(model_type))
     theirs.save_pretrained(tmp_path)
     ours = read_config(tmp_path)
     assert ours.num_kv_heads == theirs.num_key_value_heads
@@ -172,7 +172,7 @@ def test_reads_what_transformers_writes(model_type: str, tmp_path: Path) -> None
     assert ours.max_position_embeddings == theirs.max_position_embeddings
 
 
-def parse_architectures(model_type: str) -> list[str]:
+def architectures_of(model_type: str) -> list[str]:
     return [f"{model_type.capitalize()}ForCausalLM"]
 
 

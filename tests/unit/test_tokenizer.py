@@ -49,7 +49,7 @@ def test_incremental_text_is_the_whole_text(tokenizer: Tokenizer, ids: list[int]
     assert incremental(tokenizer, ids, skip) == tokenizer.decode(ids, skip)
 
 
-@given(raw=st.lists(st.sampled_from(list("aé日🙂".encode()) + [0x80, 0xFF, 0xF0]), max_size=80))
+@given(raw=st.lists(st.sampled_from([*"aé日🙂".encode(), 0x80, 0xFF, 0xF0]), max_size=80))
 def test_incremental_text_of_broken_characters(tokenizer: Tokenizer, raw: list[int]) -> None:
     """Single-byte tokens: characters begun, never finished, or never begun."""
     single = {tokenizer.token_bytes(token): token for token in range(320)}

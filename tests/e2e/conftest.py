@@ -1,0 +1,166 @@
+"""Real `magicdec serve` processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from tests.tiny import write_model
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 120.0
+"""How long anything may take before a test fails; nothing is expected to come near it."""
+
+
+@dataclass
+class Server:
+    """A server process; `tmp` is where it and its engine put temporary files."""
+
+    process: subprocess.Popen[str]
+    url: str
+    ready_line: str
+    tmp: Path
+    log: Path
+    family: list[psutil.Process] = field(default_factory=list)
+
+    @property
+    def engine(self) -> psutil.Process:
+        (engine,) = psutil.Process(self.process.pid).children()
+        return engine
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=PATIENCE_S)
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=PATIENCE_S)
+
+    def load(self) -> dict[str, int]:
+        answer: dict[str, int] = self.get("/load").raise_for_status().json()
+        return answer
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Exit status. Nothing of the server may remain then: no process, no file."""
+        status = self.process.wait(PATIENCE_S)
+        _, alive = psutil.wait_procs(self.family, PATIENCE_S)
+        assert alive == []
+        eventually(lambda: list(self.tmp.iterdir()) == [])
+        return status
+
+    def stop(self) -> None:
+        for process in [*self.family, psutil.Process(self.process.pid)] if self.process.poll() is None else self.family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.05)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from server.cli import main; main()", *arguments]
+
+
+def environment(tmp: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp), "PYTHONUNBUFFERED": "1"}
+
+
+def start(directory: Path, model: Path, *flags: str, config: dict[str, Any] | None = None) -> Server:
+    """Start a server on a free port and wait until it takes requests."""
+    tmp = directory / "t"
+    tmp.mkdir()
+    settings = directory / "config.yaml"
+    settings.write_text(yaml.safe_dump({"engine": {"model": str(model)}, **(config or {})}), encoding="utf-8")
+    log = directory / "log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command("serve", "--config", str(settings), "--model", str(model), "--port", "0", *flags),
+            cwd=ROOT,
+            env=environment(tmp),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    if found is None:
+        process.kill()
+        pytest.fail(f"the server did not start: {line!r}\n{log.read_text()}")
+    family = psutil.Process(process.pid).children(recursive=True)
+    return Server(process, found[0], line, tmp, log, family)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Server]:
+    """The default model in float32."""
+    config = {"engine": {"cache": {"memory_gb": 0.5}, "check_invariants": True}}
+    flags = ("--dtype", "float32", "--max-model-len", "2048", "--served-model-name", "default")
+    running = start(tmp_path_factory.mktemp("server"), model_dir, *flags, config=config)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny") / "tiny", max_model_len=4352)
+
+
+TINY: dict[str, Any] = {
+    "engine": {
+        "dtype": "float64",
+        "threads": 1,
+        "check_invariants": True,
+        "cache": {"page_size": 16, "num_pages": 2048},
+        "speculation": {"gamma": 3, "kv": {"budget": 64}},
+    },
+    "server": {"max_body_mb": 0.25},
+}
+"""Settings for the tiny model: float64, so that a batch's sums cannot differ from a single row's."""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
+    """A model that is fast and talks noise."""
+    running = start(tmp_path_factory.mktemp("tiny-server"), tiny_model, config=TINY)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def launch(tmp_path: Path, tiny_model: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers of the tiny model; launch(drain_timeout_s=1.0, …) sets `server.` settings."""
+    running: list[Server] = []
+
+    def start_one(*flags: str, **settings: Any) -> Server:
+        directory = tmp_path / str(len(running))
+        directory.mkdir()
+        config = {**TINY, "server": {**TINY["server"], **settings}}
+        running.append(start(directory, tiny_model, *flags, config=config))
+        return running[-1]
+
+    yield start_one
+    for server in running:
+        server.stop()

@@ -1,0 +1,359 @@
+"""The HTTP contract, byte by byte, with a plain HTTP client."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import PATIENCE_S, Server
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = [{"role": "user", "content": "hi"}]
+
+
+def fault(answer: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
+    """The error of a refusal, whose shape is checked."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["code"], str)
+    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    assert len(error["message"]) <= 500
+    assert "Traceback" not in error["message"]
+    assert ".py" not in error["message"]
+    if code is not None:
+        assert error["code"] == code
+    return error
+
+
+NOT_SERVED_ON_BOTH: dict[str, Any] = {
+    "allowed_token_ids": [1],
+    "bad_words": ["x"],
+    "cache_salt": "x",
+    "guided_choice": ["a"],
+    "guided_decoding_backend": "x",
+    "guided_grammar": "x",
+    "guided_json": {},
+    "guided_regex": "a",
+    "guided_whitespace_pattern": "x",
+    "kv_transfer_params": {},
+    "length_penalty": 0.5,
+    "logits_processors": [],
+    "priority": 1,
+    "prompt_logprobs": 1,
+    "response_format": {"type": "json_object"},
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "spaces_between_special_tokens": False,
+    "structural_tag": "x",
+    "structured_outputs": {"json": {}},
+    "use_beam_search": True,
+    "vllm_xargs": {},
+}
+NOT_SERVED_ON_COMPLETIONS: dict[str, Any] = {"suffix": "x", "prompt_embeds": "x", "best_of": 2}
+NOT_SERVED_ON_CHAT: dict[str, Any] = {
+    "audio": {},
+    "chat_template": "{{ messages }}",
+    "chat_template_kwargs": {},
+    "continue_final_message": True,
+    "documents": [],
+    "echo": True,
+    "function_call": "auto",
+    "functions": [],
+    "include_reasoning": True,
+    "mm_processor_kwargs": {},
+    "modalities": ["audio"],
+    "parallel_tool_calls": False,
+    "prediction": {},
+    "prompt_cache_key": "x",
+    "prompt_cache_retention": "x",
+    "reasoning_effort": "low",
+    "safety_identifier": "x",
+    "service_tier": "flex",
+    "store": True,
+    "tool_choice": "auto",
+    "tools": [],
+    "verbosity": "low",
+    "web_search_options": {},
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [*NOT_SERVED_ON_BOTH.items(), *NOT_SERVED_ON_COMPLETIONS.items()])
+def test_known_fields_not_served_on_completions(tiny: Server, field: str, value: Any) -> None:
+    error = fault(tiny.post(COMPLETIONS, {"prompt": "x", field: value}), 400, "not_served")
+    assert error["param"] == field
+    assert field in error["message"]
+
+
+@pytest.mark.parametrize(("field", "value"), [*NOT_SERVED_ON_BOTH.items(), *NOT_SERVED_ON_CHAT.items()])
+def test_known_fields_not_served_on_chat(tiny: Server, field: str, value: Any) -> None:
+    error = fault(tiny.post(CHAT, {"messages": USER, field: value}), 400, "not_served")
+    assert error["param"] == field
+    assert field in error["message"]
+
+
+HARMLESS_ON_BOTH: dict[str, Any] = {
+    "response_format": {"type": "text"},
+    "priority": 0,
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "user": "somebody",
+    "metadata": {"any": {"thing": 1}},
+    "best_of": 1,
+    "temperature": 0,
+    "top_k": -1,
+}
+
+
+def test_values_that_change_nothing_are_taken(tiny: Server) -> None:
+    assert tiny.post(COMPLETIONS, {"prompt": "x", "max_tokens": 1, **HARMLESS_ON_BOTH}).status_code == 200
+    chat = {"store": False, "tool_choice": "none", "service_tier": "auto", "modalities": ["text"], "echo": False}
+    assert tiny.post(CHAT, {"messages": USER, "max_tokens": 1, **HARMLESS_ON_BOTH, **chat}).status_code == 200
+
+
+NULLS = {
+    *("model", "n", "best_of", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop"),
+    *("stop_token_ids", "ignore_eos", "include_stop_str_in_output", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "logit_bias", "logprobs", "stream", "stream_options", "skip_special_tokens", "user"),
+    *("add_special_tokens", "truncate_prompt_tokens", "request_id", "metadata", "speculation", "response_format"),
+    *NOT_SERVED_ON_BOTH,
+}
+
+
+def test_null_is_absent(tiny: Server) -> None:
+    body = {"prompt": "x", **dict.fromkeys([*NULLS, *NOT_SERVED_ON_COMPLETIONS, "echo"])}
+    assert tiny.post(COMPLETIONS, body).status_code == 200
+    names = [*NULLS, *NOT_SERVED_ON_CHAT, "max_completion_tokens", "top_logprobs"]
+    assert tiny.post(CHAT, {"messages": USER, **dict.fromkeys(names), "max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({}, "prompt", "missing_field"),
+        ({"prompt": None}, "prompt", "invalid_value"),
+        ({"prompt": ""}, "prompt", "invalid_value"),
+        ({"prompt": []}, "prompt", "invalid_value"),
+        ({"prompt": [[]]}, "prompt", "invalid_value"),
+        ({"prompt": [1, "a"]}, "prompt", "invalid_value"),
+        ({"prompt": {"a": [1] * 1000}}, "prompt", "invalid_value"),
+        ({"prompt": [320]}, "prompt", "invalid_value"),
+        ({"prompt": [-1]}, "prompt", "invalid_value"),
+        ({"prompt": "x", "max_tokens": -1}, "max_tokens", "invalid_value"),
+        ({"prompt": "x", "max_tokens": "5"}, "max_tokens", "invalid_value"),
+        ({"prompt": "x", "max_tokens": 5000}, "max_tokens", "context_length_exceeded"),
+        ({"prompt": [5] * 5000}, "prompt", "context_length_exceeded"),
+        ({"prompt": [5] * 4352}, "prompt", "context_length_exceeded"),
+        ({"prompt": "x", "temperature": 1000}, "temperature", "invalid_value"),
+        ({"prompt": "x", "top_p": 0}, "top_p", "invalid_value"),
+        ({"prompt": "x", "seed": 2**64}, "seed", "invalid_value"),
+        ({"prompt": "x", "n": 0}, "n", "invalid_value"),
+        ({"prompt": ["x"] * 100, "n": 100}, "n", "invalid_value"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs", "invalid_value"),
+        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo", "not_served"),
+        ({"prompt": "x", "logit_bias": {"320": 1}}, "logit_bias", "invalid_value"),
+        ({"prompt": "x", "min_tokens": 20}, "min_tokens", "invalid_value"),
+        ({"prompt": "x", "stop": ["a"] * 17}, "stop", "invalid_value"),
+        ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"prompt": "x", "nonsense": 1}, "nonsense", "unknown_field"),
+        ({"prompt": "x", "model": 5}, "model", "invalid_value"),
+    ],
+)
+def test_completions_that_are_refused(tiny: Server, body: dict[str, Any], param: str, code: str) -> None:
+    assert fault(tiny.post(COMPLETIONS, body), 400, code)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({}, "messages", "missing_field"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": "hi"}, "messages", "invalid_value"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": USER, "max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"messages": USER, "max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", "invalid_value"),
+        ({"messages": USER, "top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"messages": USER, "logprobs": 2}, "logprobs", "invalid_value"),
+        ({"messages": USER, "prompt": "x"}, "prompt", "unknown_field"),
+        ({"messages": [{"role": "user", "content": "a" * 9000}]}, "prompt", "context_length_exceeded"),
+    ],
+)
+def test_chats_that_are_refused(tiny: Server, body: dict[str, Any], param: str, code: str) -> None:
+    assert fault(tiny.post(CHAT, body), 400, code)["param"] == param
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"nonsense", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"[" * 50_000, b"null", b"[]", b'"x"'],
+)
+def test_what_is_no_json_object(tiny: Server, content: bytes) -> None:
+    fault(httpx.post(tiny.url + COMPLETIONS, content=content, timeout=PATIENCE_S), 400)
+
+
+def test_input_is_hardly_repeated(tiny: Server) -> None:
+    long = "secret\x1b[31m\n" * 1000
+    for body in ({"prompt": {"x": long}}, {"prompt": "x", long: 1}, {"prompt": "x", "seed": long}):
+        error = fault(tiny.post(COMPLETIONS, body), 400)
+        assert error["message"].isprintable()
+        assert error["message"].count("secret") < 10
+    fault(tiny.post(COMPLETIONS, {"prompt": "x", "model": long}), 404, "model_not_found")
+
+
+def test_unknown_models_and_routes(tiny: Server) -> None:
+    error = fault(tiny.post(COMPLETIONS, {"prompt": "x", "model": "gpt"}), 404, "model_not_found")
+    assert error["param"] == "model"
+    fault(tiny.post(CHAT, {"messages": USER, "model": "gpt"}), 404, "model_not_found")
+    fault(tiny.post("/tokenize", {"prompt": "x", "model": "gpt"}), 404, "model_not_found")
+    fault(tiny.get("/v1/models/gpt"), 404, "model_not_found")
+    fault(tiny.get("/v1/nothing"), 404, "not_found")
+    assert "GET" in fault(tiny.get(COMPLETIONS), 405, "method_not_allowed")["message"]
+
+
+def body_of(size: int) -> bytes:
+    return json.dumps({"prompt": "x", "user": "u" * size}).encode()
+
+
+def test_body_cap(tiny: Server) -> None:
+    limit = 2**18
+
+    def chunks(content: bytes) -> Iterator[bytes]:
+        for place in range(0, len(content), 10_000):
+            yield content[place : place + 10_000]
+
+    small, large = body_of(limit - 1000), body_of(limit)
+    for content, whole in ((small, small), (chunks(small), small), (large, large), (chunks(large), large)):
+        answer = httpx.post(tiny.url + COMPLETIONS, content=content, timeout=PATIENCE_S)
+        if len(whole) > limit:
+            fault(answer, 413, "body_too_large")
+        else:
+            assert answer.status_code == 200
+
+
+def test_an_announced_length_is_refused_before_the_body_comes(tiny: Server) -> None:
+    host, port = tiny.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999999\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_sse_framing(tiny: Server) -> None:
+    body = {
+        "prompt": ["ab", "cd"],
+        "n": 2,
+        "max_tokens": 40,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "some_extension": 1},
+        "request_id": "my-id.1",
+    }
+    answer = tiny.post(COMPLETIONS, body)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-request-id"] == "cmpl-my-id.1"
+    assert answer.text.endswith("\n\ndata: [DONE]\n\n")
+    blocks = answer.text.removesuffix("\n\n").split("\n\n")
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    chunks = [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
+    assert {chunk["id"] for chunk in chunks} == {"cmpl-my-id.1"}
+    *content, usage = chunks
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 160
+    details = usage["usage"]["completion_tokens_details"]
+    assert set(details) == {"accepted_prediction_tokens", "rejected_prediction_tokens"}
+    assert all(chunk["usage"] is None for chunk in content)
+    reasons: dict[int, list[str | None]] = {}
+    for chunk in content:
+        (choice,) = chunk["choices"]
+        reasons.setdefault(choice["index"], []).append(choice["finish_reason"])
+    assert sorted(reasons) == [0, 1, 2, 3]
+    assert all(all(reason is None for reason in each[:-1]) and each[-1] == "length" for each in reasons.values())
+
+
+def test_models(tiny: Server) -> None:
+    listed = tiny.get("/v1/models").json()
+    assert listed["object"] == "list"
+    (card,) = listed["data"]
+    assert card == tiny.get("/v1/models/tiny").json()
+    assert (card["id"], card["object"], card["max_model_len"]) == ("tiny", "model", 4352)
+    assert card["root"].endswith("tiny")
+    assert isinstance(card["created"], int)
+
+
+def test_tokenize_and_detokenize(tiny: Server) -> None:
+    text = "größer 日本\n"
+    answer = tiny.post("/tokenize", {"prompt": text, "return_token_strs": True}).json()
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 4352
+    assert tiny.post("/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": text}
+    chat = tiny.post("/tokenize", {"messages": USER}).json()
+    rendered = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tiny.post("/detokenize", {"tokens": chat["tokens"]}).json() == {"prompt": rendered}
+    bare = tiny.post("/tokenize", {"messages": USER, "add_generation_prompt": False}).json()
+    assert bare["count"] < chat["count"]
+    fault(tiny.post("/tokenize", {}), 400)
+    fault(tiny.post("/detokenize", {"tokens": [-1]}), 400)
+    fault(tiny.post("/detokenize", {"tokens": [2**40]}), 400)
+    fault(tiny.post("/detokenize", {"tokens": "x"}), 400)
+
+
+def test_about_the_server(tiny: Server) -> None:
+    assert tiny.get("/health").json() == {"status": "ok"}
+    assert tiny.get("/ready").status_code == 200
+    assert set(tiny.get("/version").json()) == {"version", "commit"}
+    assert set(tiny.load()) == {"running", "waiting", "pages_total", "pages_free"}
+    metrics = tiny.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    for name in ("vllm:num_requests_running", "vllm:spec_decode_num_drafts_total", "magicdec_pages_free"):
+        assert f'\n{name}{{model_name="tiny"}} ' in metrics.text
+
+
+def test_echo(tiny: Server) -> None:
+    with_text = {"prompt": "größer ", "max_tokens": 5, "echo": True, "seed": 1, "ignore_eos": True}
+    without = tiny.post(COMPLETIONS, {**with_text, "echo": False}).json()
+    answer = tiny.post(COMPLETIONS, with_text).json()
+    assert answer["choices"][0]["text"] == "größer " + without["choices"][0]["text"]
+    assert answer["usage"] == without["usage"]
+    nothing = tiny.post(COMPLETIONS, {**with_text, "max_tokens": 0}).json()
+    assert nothing["choices"][0]["text"] == "größer "
+    assert nothing["choices"][0]["finish_reason"] == "length"
+    assert nothing["usage"]["completion_tokens"] == 0
+    ids = tiny.post("/tokenize", {"prompt": "größer "}).json()["tokens"]
+    answer = tiny.post(COMPLETIONS, {**with_text, "prompt": ids, "truncate_prompt_tokens": 2, "max_tokens": 0}).json()
+    assert answer["choices"][0]["text"] == tiny.post("/detokenize", {"tokens": ids[-2:]}).json()["prompt"]
+    assert answer["usage"]["prompt_tokens"] == 2
+
+
+def test_speculation_changes_no_text(tiny: Server) -> None:
+    body = {"prompt": "abc", "max_tokens": 60, "seed": 9, "n": 3, "ignore_eos": True}
+    answers = []
+    for speculation in (None, {"enabled": False}, {"max_draft_tokens": 1}):
+        answers.append(tiny.post(COMPLETIONS, {**body, "speculation": speculation}).json())
+    texts = [[choice["text"] for choice in answer["choices"]] for answer in answers]
+    assert texts[0] == texts[1] == texts[2]
+    plain = answers[1]["usage"]["completion_tokens_details"]
+    assert plain == {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+    drafted = answers[0]["usage"]["completion_tokens_details"]
+    assert sum(drafted.values()) > 0
+
+
+def test_logit_bias_and_stop_tokens(tiny: Server) -> None:
+    body = {"prompt": "abc", "max_tokens": 5, "logit_bias": {"100": 100}, "temperature": 0, "logprobs": 0}
+    answer = tiny.post(COMPLETIONS, body).json()
+    assert len(set(answer["choices"][0]["logprobs"]["tokens"])) == 1
+    text = answer["choices"][0]["text"]
+    stopped = tiny.post(COMPLETIONS, {**body, "stop_token_ids": [100]}).json()
+    (choice,) = stopped["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("", "stop", 100)
+    assert stopped["usage"]["completion_tokens"] == 1
+    shown = tiny.post(COMPLETIONS, {**body, "stop_token_ids": [100], "include_stop_str_in_output": True}).json()
+    assert text.startswith(shown["choices"][0]["text"])
+    assert len(shown["choices"][0]["text"]) > 0

@@ -1,0 +1,208 @@
+"""How a server starts and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.e2e.conftest import PATIENCE_S, ROOT, Server, command, environment, eventually
+
+Launch = Callable[..., Server]
+LONG = {"prompt": "abc", "max_tokens": 4000, "ignore_eos": True, "seed": 1}
+
+
+class Stream(threading.Thread):
+    """A streaming request of its own; `events` are its JSON chunks."""
+
+    def __init__(self, server: Server, body: dict[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self.status = 0
+        self.events: list[Any] = []
+        self.done = False
+        self.error: Exception | None = None
+        self._server, self._body = server, body
+        self.start()
+
+    def run(self) -> None:
+        body = {**self._body, "stream": True}
+        try:
+            with httpx.stream("POST", self._server.url + "/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+                self.status = answer.status_code
+                for line in answer.iter_lines():
+                    if line == "data: [DONE]":
+                        self.done = True
+                    elif line:
+                        self.events.append(json.loads(line.removeprefix("data: ")))
+        except httpx.HTTPError as error:
+            self.error = error
+
+    def flowing(self) -> bool:
+        return len(self.events) > 2
+
+
+def running(server: Server, body: dict[str, Any] = LONG, count: int = 1) -> list[Stream]:
+    streams = [Stream(server, body) for _ in range(count)]
+    eventually(lambda: all(stream.flowing() for stream in streams))
+    return streams
+
+
+def ended(stream: Stream) -> Stream:
+    stream.join(PATIENCE_S)
+    assert not stream.is_alive()
+    assert stream.error is None
+    return stream
+
+
+def test_the_ready_line_is_a_command_that_works(tiny: Server) -> None:
+    arguments = shlex.split(tiny.ready_line.removeprefix("ready: "))
+    assert arguments[0] == "curl"
+    url, headers, data = arguments[1], arguments[3], arguments[5]
+    name, _, value = headers.partition(": ")
+    answer = httpx.post(url, headers={name: value}, content=data, timeout=PATIENCE_S)
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_a_signal_drains(launch: Launch) -> None:
+    server = launch(drain_timeout_s=PATIENCE_S)
+    (stream,) = running(server, {**LONG, "max_tokens": 2500})
+    server.signal(signal.SIGTERM)
+    eventually(lambda: server.get("/ready").status_code == 503)
+    refused = server.post("/v1/completions", {"prompt": "x"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+    assert "retry-after" in refused.headers
+    assert server.get("/health").status_code == 200
+    assert stream.is_alive()
+    last = ended(stream).events[-1]
+    assert (stream.done, last["choices"][0]["finish_reason"]) == (True, "length")
+    assert server.wait() == 0
+
+
+def test_what_does_not_finish_in_time_is_aborted(launch: Launch) -> None:
+    server = launch(drain_timeout_s=0.2)
+    streams = running(server, count=3)
+    server.signal(signal.SIGTERM)
+    for stream in streams:
+        assert ended(stream).events[-1]["choices"][0]["finish_reason"] == "abort"
+        assert stream.done
+    assert server.wait() == 0
+
+
+def test_a_second_signal_ends_at_once(launch: Launch) -> None:
+    server = launch(drain_timeout_s=10_000)
+    streams = running(server)
+    server.signal(signal.SIGTERM)
+    eventually(lambda: server.get("/ready").status_code == 503)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 1
+    streams[0].join(PATIENCE_S)
+    assert not streams[0].is_alive()
+
+
+def test_ctrl_c_while_idle(launch: Launch) -> None:
+    server = launch()
+    server.signal(signal.SIGINT)
+    assert server.wait() == 0
+
+
+def test_an_engine_that_is_killed(launch: Launch) -> None:
+    server = launch()
+    streams = running(server, count=2)
+    whole: list[httpx.Response] = []
+    waiting = threading.Thread(target=lambda: whole.append(server.post("/v1/completions", LONG)))
+    waiting.start()
+    eventually(lambda: server.load()["running"] == 3)
+    server.engine.kill()
+    for stream in streams:
+        assert ended(stream).events[-1]["error"]["code"] == "engine_dead"
+        assert stream.done
+    waiting.join(PATIENCE_S)
+    assert (whole[0].status_code, whole[0].json()["error"]["code"]) == (503, "engine_dead")
+    health = server.get("/health")
+    assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_dead")
+    assert server.get("/ready").status_code == 503
+    assert server.wait() == 1
+
+
+def test_a_server_that_is_killed_leaves_no_engine(launch: Launch) -> None:
+    server = launch()
+    running(server)
+    os.kill(server.process.pid, signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL
+
+
+def test_what_a_killed_server_left_does_not_matter(launch: Launch) -> None:
+    """Both processes are killed at once, so that nobody cleans up; the next server starts beside their socket."""
+    first = launch()
+    engine = first.engine
+    (left,) = first.tmp.iterdir()
+    for process in (psutil.Process(first.process.pid), engine):
+        process.suspend()
+    for process in (psutil.Process(first.process.pid), engine):
+        process.kill()
+    first.process.wait(PATIENCE_S)
+    assert left.exists()
+    second = launch()
+    assert second.post("/v1/completions", {"prompt": "x"}).status_code == 200
+    second.signal(signal.SIGTERM)
+    assert second.wait() == 0
+
+
+def test_a_signal_while_loading(tmp_path: Path, tiny_model: Path) -> None:
+    tmp = tmp_path / "t"
+    tmp.mkdir()
+    process = subprocess.Popen(
+        command("serve", "--model", str(tiny_model), "--port", "0"),
+        cwd=ROOT,
+        env=environment(tmp),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    eventually(lambda: len(psutil.Process(process.pid).children()) == 1)
+    (engine,) = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, output) == (0, "")
+    assert not engine.is_running()
+    assert list(tmp.iterdir()) == []
+
+
+def refused(*arguments: str) -> str:
+    """What a command that cannot work says."""
+    done = subprocess.run(
+        command("serve", *arguments), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_settings_that_cannot_work(tmp_path: Path, tiny_model: Path, tiny: Server) -> None:
+    model = ("--model", str(tiny_model))
+    assert "no-such-dir" in refused("--model", str(tmp_path / "no-such-dir"))
+    assert "budget" in refused(*model, "--budget", "7")
+    assert "off" in refused(*model, "--speculation", "maybe")
+    assert "gamma" in refused(*model, "--speculation", "99")
+    assert "dtype" in refused(*model, "--dtype", "int3")
+    port = tiny.url.rpartition(":")[2]
+    assert "cannot listen" in refused(*model, "--port", port)
+    unknown = tmp_path / "c.yaml"
+    unknown.write_text("engine: {model: x, pages: 5}\n")
+    assert "engine.pages: unknown setting" in refused("--config", str(unknown))
+    assert "max_model_len" in refused(*model, "--port", "0", "--max-model-len", "999999")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    assert "tokenizer.json" in refused("--model", str(broken))

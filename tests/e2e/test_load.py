@@ -1,0 +1,97 @@
+"""Many clients at once, and clients that vanish. Random weights in float64: noise, but exactly reproducible."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from typing import Any
+
+import httpx
+
+from tests.e2e.conftest import PATIENCE_S, Server, eventually
+
+SHORT = [1, 2, 3, 5, 8, 13, 16, 17, 21, 30, 33, 40, 55, 64, 70]
+LENGTHS = [*SHORT * 4, 200, 500, 1000, 4000]
+"""Tokens each of 64 requests generates."""
+
+
+def body(number: int) -> dict[str, Any]:
+    """Prompts from one token to a few chunks; greedy and sampled; some with limits of their own on drafts."""
+    return {
+        "prompt": [3 + (number * 31 + place) % 300 for place in range(1 + (number * 37) % 200)],
+        "max_tokens": LENGTHS[number % len(LENGTHS)],
+        "seed": number,
+        "temperature": number % 3 / 2,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "speculation": {"max_draft_tokens": number % 4} if number % 5 == 0 else None,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+async def complete(http: httpx.AsyncClient, wanted: dict[str, Any]) -> tuple[str, str, int]:
+    """Text, finish reason and number of tokens of a streamed completion."""
+    text, reason, tokens, done = "", "", -1, False
+    async with http.stream("POST", "/v1/completions", json=wanted) as answer:
+        assert answer.status_code == 200
+        async for line in answer.aiter_lines():
+            if line == "data: [DONE]":
+                done = True
+            elif line:
+                chunk = json.loads(line.removeprefix("data: "))
+                for choice in chunk["choices"]:
+                    text += choice["text"]
+                    reason = choice["finish_reason"] or reason
+                if chunk["usage"] is not None:
+                    tokens = chunk["usage"]["completion_tokens"]
+    assert done
+    return text, reason, tokens
+
+
+def idle(server: Server) -> bool:
+    load = server.load()
+    return (load["running"], load["waiting"]) == (0, 0) and load["pages_free"] == load["pages_total"]
+
+
+def connected(server: Server) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S * 2, limits=limits)
+
+
+def test_64_streams_get_exactly_what_each_gets_alone(tiny: Server) -> None:
+    async def main() -> None:
+        async with connected(tiny) as http:
+            together = await asyncio.gather(*(complete(http, body(number)) for number in range(len(LENGTHS))))
+            for number, got in enumerate(together):
+                wanted = body(number)
+                assert got[1:] == ("length", wanted["max_tokens"])
+                assert got == await complete(http, wanted)
+
+    asyncio.run(main())
+    eventually(lambda: idle(tiny))
+
+
+def test_200_clients_that_vanish_leave_nothing_behind(tiny: Server) -> None:
+    chance = random.Random(0)
+
+    async def vanish(http: httpx.AsyncClient, number: int) -> None:
+        wanted = {**body(number), "max_tokens": 4000, "n": 1 + number % 3}
+        if number % 2:
+            wanted |= {"stream": False, "stream_options": None}
+        await asyncio.sleep(chance.uniform(0, 3))
+        task = asyncio.create_task(complete(http, wanted))
+        await asyncio.wait({task}, timeout=chance.choice([0.0, chance.uniform(0, 0.05), chance.uniform(0, 1)]))
+        assert not task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def main() -> None:
+        async with connected(tiny) as http:
+            await asyncio.gather(*(vanish(http, number) for number in range(200)))
+
+    asyncio.run(main())
+    eventually(lambda: idle(tiny))
+    answer = tiny.post("/v1/completions", {"prompt": "x", "max_tokens": 5, "ignore_eos": True}).json()
+    assert answer["usage"]["completion_tokens"] == 5

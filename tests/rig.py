@@ -1,0 +1,111 @@
+"""What tests of models drive them with: rows over a paged pool, and ranks that are threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kernels.attention.base import AttentionBatch
+from kernels.attention.reference import ReferenceAttention
+from kernels.kv_cache import KVPool
+from models.batch import ForwardBatch
+from models.llama import Llama
+from parallel.group import Group
+
+CPU = torch.device("cpu")
+
+Result = TypeVar("Result")
+
+
+class PagedRows:
+    """Rows of one model over one pool, their pages dealt in random order from a pool full of junk."""
+
+    def __init__(self, model: Llama, lengths: Sequence[int], page_size: int, seed: int = 0) -> None:
+        """lengths: most tokens of each row."""
+        self.model, self.page_size = model, page_size
+        widths = [-(-length // page_size) for length in lengths]
+        order = torch.randperm(sum(widths) + 3, generator=torch.Generator().manual_seed(seed))
+        self.pages = torch.zeros(len(lengths), max(widths), dtype=torch.int64)
+        for row, width in enumerate(widths):
+            self.pages[row, :width], order = order[:width], order[width:]
+        self.computed = [0] * len(lengths)
+        self.attention = ReferenceAttention(page_size)
+        self.pool = KVPool(
+            num_layers=model.num_layers,
+            num_pages=sum(widths) + 3,
+            page_size=page_size,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            device=CPU,
+        )
+        self.pool.data.fill_(1e3)
+
+    def forward(self, feed: Mapping[int, Sequence[int]], wanted: Mapping[int, Sequence[int]]) -> Tensor:
+        """Append feed[row] to each row it names. Returns logits at wanted[row], indices into feed[row]."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        logit_index: list[int] = []
+        for row, new in feed.items():
+            logit_index += [len(tokens) + i for i in wanted.get(row, ())]
+            for position in range(self.computed[row], self.computed[row] + len(new)):
+                page = int(self.pages[row, position // self.page_size])
+                positions.append(position)
+                slots.append(page * self.page_size + position % self.page_size)
+            tokens += new
+            self.computed[row] += len(new)
+        attention = AttentionBatch(
+            query_lengths=[len(new) for new in feed.values()],
+            kv_lengths=[self.computed[row] for row in feed],
+            pages=self.pages[list(feed)],
+        )
+        batch = ForwardBatch(
+            token_ids=torch.tensor(tokens),
+            positions=torch.tensor(positions),
+            slots=torch.tensor(slots),
+            attention=attention,
+            logit_index=torch.tensor(logit_index, dtype=torch.int64),
+        )
+        with torch.inference_mode():
+            return self.model.forward(batch, self.pool, self.attention)
+
+
+class ThreadGroup(Group):
+    """A group whose ranks are threads of this process."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, board: list[Tensor]) -> None:
+        """barrier, board: shared by the ranks; the board has a place for each of them."""
+        self.rank, self.size = rank, len(board)
+        self._barrier, self._board = barrier, board
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x.copy_(self.all_gather(x).sum(0))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        self._board[self.rank] = x
+        self._barrier.wait()
+        gathered = torch.stack(self._board)
+        self._barrier.wait()
+        return gathered
+
+
+def run_ranks(size: int, work: Callable[[Group], Result]) -> list[Result]:
+    """Run `work` on every rank of a ThreadGroup; results in rank order."""
+    barrier = threading.Barrier(size, timeout=60)
+    board = [torch.empty(0)] * size
+
+    def rank_work(rank: int) -> Result:
+        try:
+            return work(ThreadGroup(rank, barrier, board))
+        except BaseException:
+            barrier.abort()  # the others would wait for this rank
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(rank_work, range(size)))
