@@ -126,9 +126,7 @@ def measure(
     finally:
         engine.close()
     plain = rounds.get(0)
-    return [
-        _result(gamma, rounds[gamma], plain, config, len(prompts), len(prompts[0]), engine) for gamma in gammas
-    ]
+    return [_result(gamma, rounds[gamma], plain, config, len(prompts), len(prompts[0]), engine) for gamma in gammas]
 
 
 def _roomy(config: EngineConfig, batch: int, gamma: int) -> object:
@@ -189,7 +187,21 @@ def _result(
 
 def table(results: Iterable[DecodeResult], ceiling: float) -> str:
     """Results as text; `ceiling`: what a sequential read reaches, bytes per second."""
-    head = ("batch", "context", "draft", "tok/s", "x off", "accept", "T_T ms", "T_D ms", "T_V ms", "host ms", "KV MB/tok", "GB/s", "of read")
+    head = (
+        "batch",
+        "context",
+        "draft",
+        "tok/s",
+        "x off",
+        "accept",
+        "T_T ms",
+        "T_D ms",
+        "T_V ms",
+        "host ms",
+        "KV MB/tok",
+        "GB/s",
+        "of read",
+    )
     lines = ["".join(f"{name:>11}" for name in head)]
     for result in results:
         cells = (

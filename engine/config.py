@@ -62,7 +62,7 @@ class EngineConfig(Settings):
     """Everything the engine process needs to know."""
 
     model: str
-    """A model directory (config.json, *.safetensors, tokenizer.json), or `default`: the one `magicdec fetch` installs."""
+    """A model directory (config.json, *.safetensors, tokenizer.json), or `default`: what `magicdec fetch` installs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 where the device multiplies it natively, else float32."""
@@ -86,6 +86,12 @@ class EngineConfig(Settings):
         if self.speculation.gamma and kv.budget < -(-kv.sink // page) * page + page:
             raise ValueError(
                 f"speculation.kv.budget ({kv.budget}) leaves no page for recent tokens beside a sink of {kv.sink}"
+            )
+        decoding = self.scheduler.max_rows * (self.speculation.gamma + 1)
+        if self.scheduler.max_batch_tokens <= decoding:
+            raise ValueError(
+                f"scheduler.max_batch_tokens ({self.scheduler.max_batch_tokens}) must be more than "
+                f"max_rows * (gamma + 1) = {decoding}, or prefill could wait forever behind a full batch"
             )
         return self
 

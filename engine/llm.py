@@ -1,8 +1,8 @@
 """Offline use: the whole engine in this process.
 
-    llm = LLM("path/to/model")
-    for completion in llm.generate(["Once upon a time", "The capital of France is"], SamplingParams(max_tokens=32)):
-        print(completion.text)
+llm = LLM("path/to/model")
+for completion in llm.generate(["Once upon a time", "The capital of France is"], SamplingParams(max_tokens=32)):
+    print(completion.text)
 """
 
 from __future__ import annotations

@@ -85,5 +85,3 @@ class Request:
             if self.finish_reason is not None:
                 break
         return appended
-
-

@@ -13,7 +13,13 @@ class Accounts:
     """Running totals. Host-side, O(rows) per round."""
 
     def __init__(
-        self, *, pages_total: int, page_size: int, bytes_per_token: int, gamma_max: int, draft_reads: Callable[[int], int]
+        self,
+        *,
+        pages_total: int,
+        page_size: int,
+        bytes_per_token: int,
+        gamma_max: int,
+        draft_reads: Callable[[int], int],
     ) -> None:
         """draft_reads: KV slots that a draft step reads of a row with so many tokens."""
         self._draft_reads = draft_reads

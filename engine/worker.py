@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from engine.config import SpeculationConfig, EngineConfig
+from engine.config import EngineConfig, SpeculationConfig
 from engine.messages import TokenLogprobs
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
 from engine.rows import Rows
@@ -26,9 +26,7 @@ from parallel.sampling import VocabShard
 class Worker:
     """Owns everything of one rank. `execute` is the only thing that moves it."""
 
-    def __init__(
-        self, model: Llama, config: EngineConfig, *, num_pages: int, max_model_len: int, group: Group
-    ) -> None:
+    def __init__(self, model: Llama, config: EngineConfig, *, num_pages: int, max_model_len: int, group: Group) -> None:
         page_size = config.cache.page_size
         self._rows = Rows(
             max_rows=config.scheduler.max_rows,

@@ -1,4 +1,4 @@
-"""Whatever proposes tokens for the target to check. A drafter can be slow, wrong or empty; it never changes the text."""
+"""Whatever proposes tokens for the target to check. It can be slow, wrong or silent, but never change the text."""
 
 from __future__ import annotations
 

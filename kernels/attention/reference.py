@@ -99,9 +99,7 @@ class ReferenceAttention:
             self._attend(group, layer, q, scale, out, sums)
         return (out, sums) if sums is not None else out
 
-    def _attend(
-        self, group: _Group, layer: LayerKV, q: Tensor, scale: float, out: Tensor, sums: Tensor | None
-    ) -> None:
+    def _attend(self, group: _Group, layer: LayerKV, q: Tensor, scale: float, out: Tensor, sums: Tensor | None) -> None:
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         kv_heads = layer.k.shape[1]
         pieces, n = group.queries.shape

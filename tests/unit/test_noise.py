@@ -58,7 +58,9 @@ def test_blocks_of_rows_equal_single_rows() -> None:
     seeds, positions = torch.arange(9), torch.arange(9) * 3
     whole = gumbel_noise(seeds, positions, 0, 60_000)
     for row in range(9):
-        assert torch.equal(whole[row : row + 1], gumbel_noise(seeds[row : row + 1], positions[row : row + 1], 0, 60_000))
+        assert torch.equal(
+            whole[row : row + 1], gumbel_noise(seeds[row : row + 1], positions[row : row + 1], 0, 60_000)
+        )
 
 
 def test_distribution_is_gumbel() -> None:

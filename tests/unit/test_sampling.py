@@ -26,7 +26,9 @@ from tests.engines import run, tiny_engine, tiny_model, tokens
 VOCAB = 12
 
 
-def one_row(params: SamplingParams, prompt: list[int], output: list[int], drafts: list[int]) -> tuple[Sampler, Decisions]:
+def one_row(
+    params: SamplingParams, prompt: list[int], output: list[int], drafts: list[int]
+) -> tuple[Sampler, Decisions]:
     """A sampler whose row 2 holds prompt, output and drafts, and one decision behind each prefix of the drafts."""
     rows = Rows(max_rows=4, max_model_len=64, page_size=8, device=torch.device("cpu"))
     sampler = Sampler(rows, VocabShard(0, VOCAB, VOCAB, Group.single()))
@@ -83,7 +85,13 @@ PARAMS = st.fixed_dictionaries(
 TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=6)
 
 
-@given(fields=PARAMS, prompt=TOKENS, output=TOKENS, drafts=st.lists(st.integers(0, VOCAB - 1), max_size=4), seed=st.integers(0, 999))
+@given(
+    fields=PARAMS,
+    prompt=TOKENS,
+    output=TOKENS,
+    drafts=st.lists(st.integers(0, VOCAB - 1), max_size=4),
+    seed=st.integers(0, 999),
+)
 @settings(max_examples=200, deadline=None)
 def test_every_parameter_means_its_definition(
     fields: dict[str, Any], prompt: list[int], output: list[int], drafts: list[int], seed: int
@@ -172,7 +180,11 @@ def test_sampled_tokens_follow_the_exact_distribution(gamma: int, sampling: dict
     against the model's own probabilities."""
     model = tiny_model(config=SMALL)
     engine = tiny_engine(
-        model, gamma=gamma, budget=8, page_size=4, scheduler={"max_rows": 200, "max_batch_tokens": 2000, "max_waiting": 4000}
+        model,
+        gamma=gamma,
+        budget=8,
+        page_size=4,
+        scheduler={"max_rows": 200, "max_batch_tokens": 2000, "max_waiting": 4000},
     )
     prompt = [1 + i % (VOCAB - 1) for i in range(21)]
     requests = [AddRequest(str(i), prompt, SamplingParams(max_tokens=5, seed=i, **sampling)) for i in range(2000)]

@@ -20,7 +20,14 @@ EOS = 0
 
 
 def scheduler(
-    *, pages: int = 64, page_size: int = 4, max_rows: int = 4, batch: int = 40, gamma: int = 3, max_len: int = 120, max_waiting: int = 20
+    *,
+    pages: int = 64,
+    page_size: int = 4,
+    max_rows: int = 4,
+    batch: int = 40,
+    gamma: int = 3,
+    max_len: int = 120,
+    max_waiting: int = 20,
 ) -> tuple[Scheduler, PageAllocator]:
     allocator = PageAllocator(pages)
     made = Scheduler(
@@ -66,7 +73,7 @@ class Ranks:
             assert 1 <= work.new <= self._length[work.row] - work.computed
             assert 0 <= work.gamma <= self._gamma
             assert work.samples == (work.computed + work.new == self._length[work.row])
-            assert work.gamma == 0 or work.new == 1 and work.samples
+            assert work.gamma == 0 or (work.new == 1 and work.samples)
             # Every slot that the round writes is owned.
             assert work.computed + work.new + work.gamma <= len(self._pages[work.row]) * self._page_size
             self._computed[work.row] += work.new
@@ -106,7 +113,7 @@ def test_random_admit_accept_reject_abort_preempt(
     live: dict[str, int] = {}
     got: dict[str, int] = {}
     added = 0
-    for step in range(2000):
+    for _ in range(2000):
         while added < 25 and rng.random() < 0.4:
             length = rng.choice([1, page_size, page_size + 1, rng.randint(1, 40)])
             params = SamplingParams(max_tokens=rng.randint(1, max_len - length), ignore_eos=rng.random() < 0.5)
@@ -137,7 +144,6 @@ def test_random_admit_accept_reject_abort_preempt(
     assert not live, "requests were starved"
     assert not made.has_work
     assert allocator.free == allocator.total
-    assert step > 1
 
 
 def test_decode_rows_come_first_and_prefill_gets_the_rest() -> None:
@@ -162,7 +168,9 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
     seen = []
     for _ in range(7):
         plan, requests = made.schedule()
-        seen.append([(request.id, request.num_tokens, work.gamma) for request, work in zip(requests, plan.work, strict=True)])
+        seen.append(
+            [(request.id, request.num_tokens, work.gamma) for request, work in zip(requests, plan.work, strict=True)]
+        )
         results = [RowResult(0, [5], None) for _ in plan.work]
         made.commit(plan, requests, StepResult(plan.step, results, 0.0, 0.0))
     assert seen == [
