@@ -131,7 +131,7 @@ def measure(
 
 def _roomy(config: EngineConfig, batch: int, gamma: int) -> object:
     """The scheduler settings of `config`, with room for the whole batch."""
-    needed = batch * (gamma + 1) + 1
+    needed = batch * (gamma + 1) + 1  # no row's drafts are cut short for another's
     return config.scheduler.model_copy(
         update={"max_rows": batch, "max_batch_tokens": max(needed, config.scheduler.max_batch_tokens)}
     )

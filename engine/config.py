@@ -87,11 +87,11 @@ class EngineConfig(Settings):
             raise ValueError(
                 f"speculation.kv.budget ({kv.budget}) leaves no page for recent tokens beside a sink of {kv.sink}"
             )
-        decoding = self.scheduler.max_rows * (self.speculation.gamma + 1)
-        if self.scheduler.max_batch_tokens <= decoding:
+        rows, tokens = self.scheduler.max_rows, self.scheduler.max_batch_tokens
+        if tokens <= rows:
             raise ValueError(
-                f"scheduler.max_batch_tokens ({self.scheduler.max_batch_tokens}) must be more than "
-                f"max_rows * (gamma + 1) = {decoding}, or prefill could wait forever behind a full batch"
+                f"scheduler.max_batch_tokens ({tokens}) must be more than scheduler.max_rows ({rows}), "
+                "or a full batch would leave nothing for prefill"
             )
         return self
 

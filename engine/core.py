@@ -178,8 +178,8 @@ class Engine:
         return outputs
 
     def _check_if_idle(self) -> None:
-        if not self._scheduler.running:
-            self._scheduler.check()
+        if not self._scheduler.running and self._pages.free != self._pages.total:
+            self._scheduler.check()  # raises, and says which page
 
 
 def _asked(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -> list[TokenLogprobs] | None:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from engine.config import ConfigError, EngineConfig, describe
 from engine.core import Engine
-from engine.messages import FINISH_STOP, AddRequest, EngineStats, RequestOutput, TokenLogprobs
+from engine.messages import AddRequest, EngineStats, RequestOutput, TokenLogprobs
 from engine.params import SamplingParams
 from engine.text import TextStream
 from models.default import resolve_model
@@ -142,24 +142,17 @@ class LLM:
         completion = stream.completion
         if completion.finish_reason is not None:
             return Piece("", [], completion)  # cut by a stop string before the engine heard of it
-        chunk = stream.text.push(output.tokens, stop_token=output.finish_reason == FINISH_STOP)
-        text, stopped = chunk.text, chunk.stopped
-        if output.finish_reason is not None and stopped is None:
-            rest = stream.text.finish()
-            text, stopped = text + rest.text, rest.stopped
-        tokens = output.tokens[: chunk.tokens_used]
-        completion.text += text
-        completion.token_ids += tokens
-        if output.logprobs is not None:
-            completion.logprobs = (completion.logprobs or []) + output.logprobs[: len(tokens)]
-        completion.drafted += output.drafted
-        completion.accepted += min(output.accepted, len(tokens))
-        if stopped is not None:
-            completion.finish_reason, completion.stop_reason = FINISH_STOP, stopped
+        delta = stream.text.take(output)
+        completion.text += delta.text
+        completion.token_ids += delta.tokens
+        if delta.logprobs is not None:
+            completion.logprobs = (completion.logprobs or []) + delta.logprobs
+        completion.drafted += delta.drafted
+        completion.accepted += delta.accepted
+        completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
+        if delta.finish_reason is not None and output.finish_reason is None:
             self.engine.abort([stream.id])
-        else:
-            completion.finish_reason, completion.stop_reason = output.finish_reason, output.stop_reason
-        return Piece(text, tokens, completion)
+        return Piece(delta.text, delta.tokens, completion)
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,9 @@ class Scheduler:
         """Every decoding row, with as many drafts as budget, limits and pages allow. Returns tokens planned."""
         rows = [request for request in self.running if request.decoding]
         gammas = dict(zip((row.id for row in rows), self._controller.choose(rows), strict=True))
-        spare = budget - len(rows)  # one token per row is certain; drafts share the rest
+        spare = budget - len(rows)  # one token per row is certain; drafts share the rest,
+        if len(rows) < len(self.running) or self.waiting:
+            spare //= 2  # and leave half of it to prefills, or these could wait for ever behind a full batch
         planned = 0
         for request in rows:
             if request.row is None:

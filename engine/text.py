@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.messages import FINISH_STOP, RequestOutput, TokenLogprobs
 from engine.params import SamplingParams
 from models.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -18,6 +19,21 @@ class TextChunk:
     """How many of the round's tokens belong to the output; fewer than all only when `stopped`."""
     stopped: str | None = None
     """The stop string that ended the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one round added to a request's output. The last one carries finish_reason."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None
+    """One per token, if asked for."""
+    drafted: int
+    accepted: int
+    finish_reason: str | None
+    stop_reason: int | str | None
+    """The stop string or stop token that ended it; None for the model's own end of text."""
 
 
 class TextStream:
@@ -34,6 +50,26 @@ class TextStream:
         self._matchers = [_Matcher(stop) for stop in params.stop if stop]
         self._tokens = 0
         self._held = ""
+
+    def take(self, output: RequestOutput) -> Delta:
+        """The text of one round, and its numbers, cut where the output ends.
+
+        If a stop string ended it, the engine has not heard of that yet: abort the request there.
+        """
+        chunk = self.push(output.tokens, stop_token=output.finish_reason == FINISH_STOP)
+        text, stopped, used = chunk.text, chunk.stopped, chunk.tokens_used
+        if output.finish_reason is not None and stopped is None:
+            rest = self.finish()
+            text, stopped = text + rest.text, rest.stopped
+        return Delta(
+            text=text,
+            tokens=output.tokens[:used],
+            logprobs=None if output.logprobs is None else output.logprobs[:used],
+            drafted=output.drafted,
+            accepted=min(output.accepted, used),
+            finish_reason=output.finish_reason if stopped is None else FINISH_STOP,
+            stop_reason=output.stop_reason if stopped is None else stopped,
+        )
 
     def push(self, tokens: Sequence[int], stop_token: bool = False) -> TextChunk:
         """`stop_token`: the last of `tokens` is an end-of-sequence or stop token that ended the request.

@@ -67,12 +67,12 @@ class Worker:
 
 
 def _to_host(verdict: Verdict, plan: StepPlan) -> list[RowResult]:
-    accepted, tokens = verdict.accepted.tolist(), verdict.tokens.tolist()
+    decided = torch.cat([verdict.accepted[:, None], verdict.tokens], 1).tolist()  # the one copy of the round
     sampling = [work for work in plan.work if work.samples]
     logprobs = _logprobs_by_row(verdict.logprobs, sampling) if verdict.logprobs else {}
     return [
         RowResult(count, row[: count + 1], logprobs[i][: count + 1] if i in logprobs else None)
-        for i, (count, row) in enumerate(zip(accepted, tokens, strict=True))
+        for i, (count, *row) in enumerate(decided)
     ]
 
 

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from models.config import ModelConfig, ModelError, read_config, read_json
 from models.llama import Llama
+from models.weights import opened, weight_files
 from parallel.group import Group
 from parallel.layers import Placement, WeightSlot
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -45,7 +40,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device, group: G
         total=total, unit="B", unit_scale=True, desc="Loading weights", file=sys.stderr, disable=not progress
     ) as bar:
         for file in files:
-            with _opened(file) as checkpoint:
+            with opened(file) as checkpoint:
                 for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
                     if name in wanted:
                         _fill(slots[name], checkpoint, file)
@@ -86,42 +81,6 @@ def random_model(config: ModelConfig, seed: int, dtype: torch.dtype, device: tor
     return model
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files that make up the model: those the index lists, else the only or all there are."""
-    index = path / _INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ModelError(f"{index}: weight_map does not map tensors to files")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise ModelError(f"{index}: {name!r} is not a file of this directory")
-            if not (path / name).is_file():
-                raise ModelError(f"{path / name}: not found, but listed in {_INDEX}")
-        return [path / name for name in names]
-    if (path / _SINGLE).is_file():
-        return [path / _SINGLE]
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-        if pickles:
-            raise ModelError(
-                f"{path}: only pickled weights ({pickles[0]}), which are not loaded: convert to safetensors"
-            )
-        raise ModelError(f"{path}: no *.safetensors files")
-    return files
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(str(file), framework="pt") as checkpoint:
-            yield checkpoint
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: not a readable safetensors file: {error}") from error
-
-
 def _fill(slot: WeightSlot, checkpoint: Any, file: Path) -> None:
     source = checkpoint.get_slice(slot.source)
     shape = tuple(source.get_shape())
@@ -135,7 +94,7 @@ def _fill(slot: WeightSlot, checkpoint: Any, file: Path) -> None:
 def _check_tied(embedding: WeightSlot, file: Path, name: str) -> None:
     """Some checkpoints store the tied head as well; a different one would mean that config.json is wrong."""
     twin = WeightSlot(torch.empty_like(embedding.tensor), name, embedding.full_shape, embedding.index)
-    with _opened(file) as checkpoint:
+    with opened(file) as checkpoint:
         _fill(twin, checkpoint, file)
     if not torch.equal(twin.tensor, embedding.tensor):
         raise ModelError(f"{file}: {name} differs from {embedding.source}, but tie_word_embeddings is true")

@@ -18,7 +18,7 @@ from server.fields import choice_seed, read
 from server.generation import Choice, Generation, Piece, Usage
 from server.schemas import ChatFields, ChatRequest
 from server.service import Service
-from server.stream import stream, while_there
+from server.stream import respond
 
 router = APIRouter()
 
@@ -30,15 +30,7 @@ async def create(request: Request) -> Response:
     body.check()
     service.check_model(body.model)
     service.engine()
-    answer = await _Answer.prepare(service, body)
-    headers = {"X-Request-Id": answer.id}
-    if body.stream:
-        return await stream(request, answer.events(), headers)
-    return Response(
-        msgspec.json.encode(await while_there(request.receive, answer.whole())),
-        headers=headers,
-        media_type="application/json",
-    )
+    return await respond(request, await _Answer.prepare(service, body), bool(body.stream))
 
 
 async def prompt_tokens(service: Service, chat: ChatFields, add_special_tokens: bool | None) -> list[int]:
@@ -91,7 +83,7 @@ class _Answer:
         ends: list[Piece | None] = [None] * len(texts)
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
-                texts[piece.index].append(piece.text)
+                texts[piece.index].append(piece.delta.text)
                 logprobs[piece.index] += self._logprobs(piece)
                 ends[piece.index] = piece
         choices = [
@@ -99,8 +91,8 @@ class _Answer:
                 "index": index,
                 "message": {"role": "assistant", "content": "".join(texts[index]), "refusal": None},
                 "logprobs": {"content": logprobs[index], "refusal": None} if self._body.logprobs else None,
-                "finish_reason": end.finish_reason if end else None,
-                "stop_reason": end.stop_reason if end else None,
+                "finish_reason": end.delta.finish_reason if end else None,
+                "stop_reason": end.delta.stop_reason if end else None,
             }
             for index, end in enumerate(ends)
         ]
@@ -115,12 +107,12 @@ class _Answer:
                     silent.remove(piece.index)
                     yield self._chunk(_delta(piece.index, {"role": "assistant", "content": ""}))
                 logprobs = self._logprobs(piece)
-                if not (piece.text or logprobs or piece.finish_reason):
+                if not (piece.delta.text or logprobs or piece.delta.finish_reason):
                     continue  # all of it held back
-                choice = _delta(piece.index, {"content": piece.text} if piece.text else {})
+                choice = _delta(piece.index, {"content": piece.delta.text} if piece.delta.text else {})
                 choice["logprobs"] = {"content": logprobs, "refusal": None} if self._body.logprobs else None
-                choice["finish_reason"] = piece.finish_reason
-                choice["stop_reason"] = piece.stop_reason
+                choice["finish_reason"] = piece.delta.finish_reason
+                choice["stop_reason"] = piece.delta.stop_reason
                 yield self._chunk(choice)
         if self._body.usage_at_end:
             yield self._object("chat.completion.chunk", []) | {"usage": usage.as_dict()}
@@ -146,7 +138,9 @@ class _Answer:
         tokenizer = self._service.tokenizer
         return [
             _token(tokenizer, token, entry.logprob) | {"top_logprobs": _top(tokenizer, entry)}
-            for token, entry in zip(piece.tokens, piece.logprobs or (), strict=piece.logprobs is not None)
+            for token, entry in zip(
+                piece.delta.tokens, piece.delta.logprobs or (), strict=piece.delta.logprobs is not None
+            )
         ]
 
 

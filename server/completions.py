@@ -17,7 +17,7 @@ from server.fields import choice_seed, read
 from server.generation import Choice, Generation, Piece, Usage
 from server.schemas import CompletionRequest
 from server.service import Service
-from server.stream import stream, while_there
+from server.stream import respond
 
 DEFAULT_MAX_TOKENS = 16
 LOWEST_LOGPROB = -9999.0
@@ -33,15 +33,7 @@ async def create(request: Request) -> Response:
     body.check()
     service.check_model(body.model)
     service.engine()
-    answer = await _Answer.prepare(service, body)
-    headers = {"X-Request-Id": answer.id}
-    if body.stream:
-        return await stream(request, answer.events(), headers)
-    return Response(
-        msgspec.json.encode(await while_there(request.receive, answer.whole())),
-        headers=headers,
-        media_type="application/json",
-    )
+    return await respond(request, await _Answer.prepare(service, body), bool(body.stream))
 
 
 class _Answer:
@@ -94,7 +86,7 @@ class _Answer:
         ends: list[Piece | None] = [None] * len(texts)
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
-                texts[piece.index].append(piece.text)
+                texts[piece.index].append(piece.delta.text)
                 ends[piece.index] = piece
                 if (more := self._logprobs(piece)) is not None:
                     have = logprobs[piece.index]
@@ -107,9 +99,9 @@ class _Answer:
         echoes = list(self._echoes)
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
-                text, echoes[piece.index] = echoes[piece.index] + piece.text, ""
+                text, echoes[piece.index] = echoes[piece.index] + piece.delta.text, ""
                 logprobs = self._logprobs(piece)
-                if not (text or logprobs or piece.finish_reason):
+                if not (text or logprobs or piece.delta.finish_reason):
                     continue  # all of it held back
                 chunk = self._object([_choice(piece.index, text, logprobs, piece)])
                 if self._body.usage_always:
@@ -131,19 +123,19 @@ class _Answer:
 
     def _logprobs(self, piece: Piece) -> dict[str, list[Any]] | None:
         """Of the tokens of `piece`; each token's offset counts the texts of the tokens before it."""
-        if piece.logprobs is None:
+        if piece.delta.logprobs is None:
             return None
         tokenizer = self._service.tokenizer
-        tokens = [token_text(tokenizer, token) for token in piece.tokens]
+        tokens = [token_text(tokenizer, token) for token in piece.delta.tokens]
         offsets = []
         for token in tokens:
             offsets.append(self._offsets[piece.index])
             self._offsets[piece.index] += len(token)
         return {
             "tokens": tokens,
-            "token_logprobs": [finite(entry.logprob) for entry in piece.logprobs],
+            "token_logprobs": [finite(entry.logprob) for entry in piece.delta.logprobs],
             "top_logprobs": [
-                _top(tokenizer, token, entry) for token, entry in zip(tokens, piece.logprobs, strict=True)
+                _top(tokenizer, token, entry) for token, entry in zip(tokens, piece.delta.logprobs, strict=True)
             ],
             "text_offset": offsets,
         }
@@ -154,8 +146,8 @@ def _choice(index: int, text: str, logprobs: dict[str, list[Any]] | None, end: P
         "index": index,
         "text": text,
         "logprobs": logprobs,
-        "finish_reason": end.finish_reason if end else None,
-        "stop_reason": end.stop_reason if end else None,
+        "finish_reason": end.delta.finish_reason if end else None,
+        "stop_reason": end.delta.stop_reason if end else None,
     }
 
 

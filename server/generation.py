@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.client import EngineClient
-from engine.messages import FINISH_LENGTH, FINISH_STOP, AddRequest, TokenLogprobs
+from engine.messages import FINISH_LENGTH, AddRequest, TokenLogprobs
 from engine.params import SamplingParams
-from engine.text import TextStream
+from engine.text import Delta, TextStream
 from server.errors import ApiError, unavailable
 from server.service import Service
 
@@ -29,14 +29,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one round added to one choice. The last one carries finish_reason."""
+    """What one round added to one choice."""
 
     index: int
-    text: str
-    tokens: list[int]
-    logprobs: list[TokenLogprobs] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
+    delta: Delta
 
 
 @dataclass(slots=True)
@@ -81,7 +77,7 @@ class Generation:
     async def _run(self, client: EngineClient, choice: Choice) -> AsyncGenerator[Piece, None]:
         if choice.params.max_tokens == 0:
             logprobs: list[TokenLogprobs] | None = None if choice.params.logprobs is None else []
-            yield Piece(choice.index, "", [], logprobs, FINISH_LENGTH, None)
+            yield Piece(choice.index, Delta("", [], logprobs, 0, 0, FINISH_LENGTH, None))
             return
         context = choice.prompt if choice.continues else ()
         stream = TextStream(self.service.tokenizer, choice.params, context)
@@ -93,27 +89,13 @@ class Generation:
                         if output.retry:
                             raise unavailable(output.error, "queue_full")
                         raise ApiError(output.error, code="cannot_serve")
-                    by_token = output.finish_reason == FINISH_STOP
-                    chunk = stream.push(output.tokens, stop_token=by_token)
-                    text, stopped, used = chunk.text, chunk.stopped, chunk.tokens_used
-                    if output.finish_reason is not None and stopped is None:
-                        rest = stream.finish()
-                        text, stopped = text + rest.text, rest.stopped
-                    accepted = min(output.accepted, used)
-                    self.usage.completion_tokens += used
-                    self.usage.accepted += accepted
-                    self.usage.rejected += output.drafted - accepted
-                    reason = output.finish_reason if stopped is None else FINISH_STOP
-                    timing.output(used, output.scheduled, reason)
-                    yield Piece(
-                        choice.index,
-                        text,
-                        output.tokens[:used],
-                        None if output.logprobs is None else output.logprobs[:used],
-                        reason,
-                        output.stop_reason if stopped is None else stopped,
-                    )
-                    if reason is not None:
+                    delta = stream.take(output)
+                    self.usage.completion_tokens += len(delta.tokens)
+                    self.usage.accepted += delta.accepted
+                    self.usage.rejected += delta.drafted - delta.accepted
+                    timing.output(len(delta.tokens), output.scheduled, delta.finish_reason)
+                    yield Piece(choice.index, delta)
+                    if delta.finish_reason is not None:
                         return
 
 

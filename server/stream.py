@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import Request, Response
@@ -42,6 +42,24 @@ async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         task.cancel()
         gone.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class Answer(Protocol):
+    """What a completion route answers one request with: in one piece, or event by event."""
+
+    id: str
+
+    async def whole(self) -> Any: ...
+    def events(self) -> AsyncGenerator[Any, None]: ...
+
+
+async def respond(request: Request, answer: Answer, streaming: bool) -> Response:
+    """Send `answer`; its work ends with it, or when the client goes."""
+    headers = {"X-Request-Id": answer.id}
+    if streaming:
+        return await stream(request, answer.events(), headers)
+    body = msgspec.json.encode(await while_there(request.receive, answer.whole()))
+    return Response(body, headers=headers, media_type="application/json")
 
 
 async def stream(request: Request, events: AsyncGenerator[Any, None], headers: Mapping[str, str]) -> Response:

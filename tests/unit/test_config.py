@@ -147,3 +147,9 @@ def test_the_budget_holds_the_sink_and_a_recent_page(page: int, budget: int, sin
     else:
         assert gamma == 0 or fits
         assert config.engine.speculation.kv.budget == budget
+
+
+def test_a_full_batch_must_leave_tokens_for_prefill() -> None:
+    with pytest.raises(ConfigError, match="max_batch_tokens"):
+        load_config(None, {"engine.scheduler.max_rows": 64, "engine.scheduler.max_batch_tokens": 64})
+    load_config(None, {"engine.scheduler.max_rows": 64, "engine.scheduler.max_batch_tokens": 65})

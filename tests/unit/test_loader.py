@@ -114,7 +114,7 @@ def test_broken_index(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json: "):
             load(tmp_path)
     index.write_text('{"weight_map": {"a": "../a.safetensors"}}')
-    with pytest.raises(ModelError, match="not a file of this directory"):
+    with pytest.raises(ModelError, match="no file of this directory"):
         load(tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
 def test_pickled_weights_only(name: str, tmp_path: Path) -> None:
     write(tmp_path, {})
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"no \*\.safetensors files"):
+    with pytest.raises(ModelError, match=r"has no safetensors weights"):
         load(tmp_path)
     (tmp_path / name).write_bytes(b"never read")
     with pytest.raises(ModelError, match=f"only pickled weights \\({name}\\)"):

@@ -99,7 +99,7 @@ def test_random_admit_accept_reject_abort_preempt(
 ) -> None:
     rng = random.Random(seed)
     max_len = 60
-    batch = max_rows * (gamma + 1) + rng.randint(1, 30)
+    batch = max_rows + rng.randint(1, 30)
     made, allocator = scheduler(
         pages=-(-max_len // page_size) + spare,
         page_size=page_size,
