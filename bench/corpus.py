@@ -8,18 +8,30 @@ from pydoc_data.topics import topics
 from models.tokenizer import Tokenizer
 
 
+class BenchError(ValueError):
+    """A measurement that cannot be made as asked."""
+
+
 def read_text(path: Path | None) -> str:
-    """The text of a file, or, without one, of Python's help topics (about 700 kB of English prose and code)."""
-    return path.read_text(encoding="utf-8") if path is not None else "\n\n".join(topics.values())
+    """The text of a file, or, without one, of Python's help topics (about 700 kB of English prose and code).
+
+    Raises BenchError for a file that is not UTF-8.
+    """
+    if path is None:
+        return "\n\n".join(topics.values())
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise BenchError(f"{path}: not UTF-8 text") from None
 
 
 def passages(tokenizer: Tokenizer, text: str, *, count: int, length: int) -> list[list[int]]:
     """`count` stretches of `length` tokens, spread evenly over the text; they overlap if it is short.
 
-    Raises ValueError if the text has fewer than `length` tokens.
+    Raises BenchError if the text has fewer than `length` tokens.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < length:
-        raise ValueError(f"the text has {len(ids)} tokens, fewer than the {length} of one context")
+        raise BenchError(f"the text has {len(ids)} tokens, fewer than the {length} of one context")
     step = (len(ids) - length) / max(1, count - 1)
     return [ids[int(i * step) : int(i * step) + length] for i in range(count)]

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from statistics import mean, median
 from time import perf_counter
 
-from engine.config import EngineConfig
+import msgspec
+
+from bench.corpus import BenchError
+from engine.config import EngineConfig, SchedulerConfig
 from engine.core import Engine
 from engine.messages import AddRequest, EngineStats
 from engine.params import SamplingParams
@@ -102,69 +105,70 @@ def measure(
 ) -> list[DecodeResult]:
     """Decode `new_tokens` per row with each of `gammas`.
 
-    prompts: one per row, all of one length. Raises RequestError if prompt and output do not fit the model.
+    prompts: one per row, all of one length. Raises BenchError if prompt and output do not fit the model.
     """
-    config = config.model_copy(update={"scheduler": _roomy(config, len(prompts), max(gammas))})
+    batch, context = len(prompts), len(prompts[0])
+    scheduler = _roomy(config.scheduler, batch, max(gammas))
+    config = config.model_copy(update={"scheduler": scheduler})
     controller = TurnsOfGamma(max(gammas))
     engine = Engine(config, controller=controller, progress=False)
     try:
-        params = SamplingParams(
-            # Rows that are prefilled first decode while the others are; turns end a little late.
-            max_tokens=min(
-                new_tokens * len(gammas) + len(prompts) * len(prompts[0]) // config.scheduler.max_batch_tokens + 64,
-                engine.ready.max_model_len - len(prompts[0]),
-            ),
-            temperature=temperature,
-            ignore_eos=True,
-        )
+        # Rows that are prefilled first decode while the others are, and a turn can overshoot.
+        drift = batch * context // (scheduler.max_batch_tokens - batch) + 1
+        wanted = context + drift + sum(new_tokens + (_TURN + 1) * (gamma + 1) for gamma in gammas)
+        if wanted > engine.ready.max_model_len:
+            raise BenchError(
+                f"{context} tokens of context and {len(gammas)} x {new_tokens} new ones take {wanted} with what "
+                f"prefill and turns add, but the model has {engine.ready.max_model_len}"
+            )
+        room = engine.ready.max_model_len - context
+        params = msgspec.convert({"max_tokens": room, "temperature": temperature, "ignore_eos": True}, SamplingParams)
         for i, prompt in enumerate(prompts):
             engine.add(AddRequest(str(i), list(prompt), params))
         ready: set[str] = set()
-        while len(ready) < len(prompts):
+        while len(ready) < batch:
             ready |= {output.id for output in engine.step()}
-        rounds = _run_turns(engine, controller, gammas, new_tokens, len(prompts))
+        rounds = _run_turns(engine, controller, gammas, new_tokens, batch)
     finally:
         engine.close()
     plain = rounds.get(0)
-    return [_result(gamma, rounds[gamma], plain, config, len(prompts), len(prompts[0]), engine) for gamma in gammas]
+    return [_result(gamma, rounds[gamma], plain, config, batch, context, engine) for gamma in gammas]
 
 
-def _roomy(config: EngineConfig, batch: int, gamma: int) -> object:
-    """The scheduler settings of `config`, with room for the whole batch."""
-    needed = batch * (gamma + 1) + 1  # no row's drafts are cut short for another's
-    return config.scheduler.model_copy(
-        update={"max_rows": batch, "max_batch_tokens": max(needed, config.scheduler.max_batch_tokens)}
-    )
+def _roomy(scheduler: SchedulerConfig, batch: int, gamma: int) -> SchedulerConfig:
+    """These settings, with room for the whole batch: no row's drafts are cut short for another's."""
+    tokens = max(batch * (gamma + 1) + 1, scheduler.max_batch_tokens)
+    return scheduler.model_copy(update={"max_rows": batch, "max_batch_tokens": tokens})
 
 
 def _run_turns(
     engine: Engine, controller: TurnsOfGamma, gammas: Sequence[int], new_tokens: int, batch: int
 ) -> dict[int, _Rounds]:
+    """The next turn is always that of the gamma with the fewest tokens, so all meet the same contexts."""
     rounds = {gamma: _Rounds() for gamma in gammas}
     for gamma in gammas:  # one round each to warm up
         controller.gamma = gamma
         engine.step()
-    unfinished = list(gammas)
-    while unfinished:
-        for gamma in list(unfinished):
-            controller.gamma = gamma
-            for _ in range(_TURN):
-                before, began = engine.stats(), perf_counter()
-                engine.step()
-                seconds, after = perf_counter() - began, engine.stats()
-                if after.running < batch:
-                    return rounds  # the model's length is reached
-                rounds[gamma].add(before, after, seconds, (after.prompt_tokens + after.generated_tokens) / batch)
-            if rounds[gamma].total.generated_tokens >= new_tokens * batch:
-                unfinished.remove(gamma)
-    return rounds
+    while True:
+        gamma = min(gammas, key=lambda gamma: rounds[gamma].total.generated_tokens)
+        if rounds[gamma].total.generated_tokens >= new_tokens * batch:
+            return rounds
+        controller.gamma = gamma
+        for _ in range(_TURN):
+            before, began = engine.stats(), perf_counter()
+            engine.step()
+            seconds, after = perf_counter() - began, engine.stats()
+            if after.running < batch:
+                raise BenchError("a row reached the model's length before all rows had their tokens: ask for fewer")
+            context = (after.prompt_tokens + after.generated_tokens) / batch
+            rounds[gamma].add(before, after, seconds, context)
 
 
 def _result(
     gamma: int, rounds: _Rounds, plain: _Rounds | None, config: EngineConfig, batch: int, context: int, engine: Engine
 ) -> DecodeResult:
     speed = mean(rounds.tokens) / median(rounds.seconds)
-    kv_bytes = rounds.total.kv_tokens_read * engine.stats().kv_bytes_per_token
+    kv_bytes = rounds.total.kv_tokens_read * engine.stats().kv_token_bytes
     return DecodeResult(
         batch=batch,
         context=context,

@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class CacheConfig(Settings):
@@ -61,7 +61,7 @@ class SpeculationConfig(Settings):
 class EngineConfig(Settings):
     """Everything the engine process needs to know."""
 
-    model: str
+    model: str = "default"
     """A model directory (config.json, *.safetensors, tokenizer.json), or `default`: what `magicdec fetch` installs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
@@ -69,7 +69,6 @@ class EngineConfig(Settings):
     tensor_parallel_size: Positive = 1
     max_model_len: Positive | None = None
     """Most tokens of prompt and output together; None: what the model was trained for."""
-    attention_backend: Literal["auto", "reference"] = "auto"
     threads: Positive | None = None
     """CPU threads per rank; None: all cores."""
     cache: CacheConfig = CacheConfig()
@@ -117,8 +116,20 @@ class ServerConfig(Settings):
 class Config(Settings):
     """One deployment: the content of one YAML file."""
 
-    engine: EngineConfig
+    engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not the last one's victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
@@ -126,10 +137,10 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
 
     Raises ConfigError: unreadable file, not a mapping, unknown key, value out of range.
     """
-    data: Any = {"engine": {"model": "default"}}
+    data: Any = {}
     if path is not None:
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: {error}") from error
         if not isinstance(data, dict):

@@ -101,8 +101,8 @@ class Engine:
         kv_gb = num_pages * config.cache.page_size * bytes_per_token / 1e9
         log.info("%s in %s on %s, KV pool of %d pages (%.2f GB)", path.name, model.dtype, device, num_pages, kv_gb)
 
-    def add(self, request: AddRequest) -> None:
-        """Queue a request. Raises RequestError for one that can never run, QueueFull when too many wait."""
+    def check(self, request: AddRequest) -> None:
+        """Raise RequestError for a request that can never run."""
         vocab_size = self.ready.vocab_size
         params = request.params
         for what, ids in (
@@ -113,6 +113,11 @@ class Engine:
             for token in ids:
                 if not 0 <= token < vocab_size:
                     raise RequestError(f"{what}: token id {token} is not in the vocabulary of {vocab_size}")
+        self._scheduler.check_request(request)
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request. Raises RequestError for one that can never run, QueueFull when too many are here."""
+        self.check(request)
         self._scheduler.add(request)
 
     def abort(self, ids: Iterable[str]) -> None:
@@ -153,22 +158,21 @@ class Engine:
 
     def close(self) -> None:
         """Give memory back; the engine cannot be used after."""
-        del self._worker
+        self.__dict__.pop("_worker", None)
 
     def _commit(self, plan: StepPlan, requests: list[Request], result: StepResult) -> list[RequestOutput]:
         self._accounts.round(plan, requests)
-        sampling = [work for work in plan.work if work.samples]
         yielded = self._scheduler.commit(plan, requests, result)
         outputs = []
-        for (request, tokens), work, row in zip(yielded, sampling, result.rows, strict=True):
+        for (request, tokens), row in zip(yielded, result.rows, strict=True):
             accepted = min(row.accepted, len(tokens))
-            self._accounts.yielded(request, work, len(tokens), accepted)
+            self._accounts.yielded(request, row.drafted, accepted, len(tokens))
             outputs.append(
                 RequestOutput(
                     id=request.id,
                     tokens=tokens,
                     logprobs=_asked(row.logprobs, request, len(tokens)),
-                    drafted=work.gamma,
+                    drafted=row.drafted,
                     accepted=accepted,
                     finish_reason=request.finish_reason,
                     stop_reason=request.stop_reason,

@@ -8,18 +8,22 @@ for completion in llm.generate(["Once upon a time", "The capital of France is"],
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 from pydantic import ValidationError
 
 from engine.config import ConfigError, EngineConfig, describe
 from engine.core import Engine
-from engine.messages import AddRequest, EngineStats, RequestOutput, TokenLogprobs
+from engine.messages import AddRequest, EngineStats, TokenLogprobs
 from engine.params import SamplingParams
-from engine.text import TextStream
+from engine.scheduler import QueueFull, RequestError
+from engine.text import Delta, TextStream
 from models.default import resolve_model
 from models.llama import Llama
 from models.tokenizer import Tokenizer
@@ -81,6 +85,7 @@ class LLM:
         self.tokenizer = Tokenizer(resolve_model(config.model))
         self.engine = Engine(config, model=loaded, progress=progress)
         self._ids = itertools.count()
+        self._streams: dict[str, _Stream] = {}  # what the engine has, by request id
 
     def __enter__(self) -> Self:
         return self
@@ -89,6 +94,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
+        """Give the model's memory back. Streams that are still open end in an error."""
         self.engine.close()
 
     @property
@@ -101,48 +107,84 @@ class LLM:
         """Complete all prompts together, in their order.
 
         prompts: a text, a list of token ids, or a list of either. params: for all, or one each.
-        Raises RequestError, before anything runs, if one of them can never be served.
+        Raises ValueError, before anything runs, if one of them can never be served.
         """
         listed = _listed(prompts)
-        each = [params or SamplingParams()] * len(listed) if not isinstance(params, Sequence) else list(params)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
         if len(each) != len(listed):
-            raise ValueError(f"{len(listed)} prompts but {len(each)} sets of sampling parameters")
-        streams: dict[str, _Stream] = {}
+            raise RequestError(f"{len(listed)} prompts but {len(each)} sets of sampling parameters")
+        streams = [self._prepare(prompt, wanted) for prompt, wanted in zip(listed, each, strict=True)]
+        todo = deque(streams)
         try:
-            for prompt, wanted in zip(listed, each, strict=True):
-                stream = self._add(prompt, wanted)
-                streams[stream.id] = stream
-            while self.engine.has_work():
-                for output in self.engine.step():
-                    self._take(streams[output.id], output)
-        except BaseException:
-            self.engine.abort(streams)
-            raise
-        return [stream.completion for stream in streams.values()]
+            while any(stream.completion.finish_reason is None for stream in streams):
+                self._feed(todo)
+                self._step()
+        finally:
+            self._forget(streams)
+        return [stream.completion for stream in streams]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Complete one prompt, a piece per round. Leaving the loop early aborts the request."""
-        stream = self._add(prompt, params or SamplingParams())
+        """Complete one prompt, a piece per round. Leaving the loop early aborts the request; streams can be open side
+        by side, and beside `generate`. Raises ValueError if it can never be served."""
+        stream = self._prepare(prompt, params)
+        todo = deque([stream])
         try:
-            while stream.completion.finish_reason is None:
-                for output in self.engine.step():
-                    if output.id == stream.id:
-                        yield self._take(stream, output)
+            while stream.pieces or stream.completion.finish_reason is None:
+                while stream.pieces:
+                    yield stream.pieces.popleft()
+                if stream.completion.finish_reason is None:
+                    self._feed(todo)
+                    self._step()
         finally:
-            self.engine.abort([stream.id])
+            self._forget([stream])
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> _Stream:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        stream = _Stream(str(next(self._ids)), TextStream(self.tokenizer, params, ids), Completion(ids))
-        self.engine.add(AddRequest(stream.id, ids, params))
-        return stream
+    def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> _Stream:
+        if params is not None and not isinstance(params, SamplingParams):
+            raise RequestError(f"expected SamplingParams, not {type(params).__name__}")
+        # Structs check their fields when they are decoded, not when they are made.
+        params = msgspec.convert(msgspec.to_builtins(params or SamplingParams()), SamplingParams)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        request = AddRequest(str(next(self._ids)), ids, params)
+        self.engine.check(request)
+        return _Stream(request, TextStream(self.tokenizer, params, ids), Completion(ids), deque())
 
-    def _take(self, stream: _Stream, output: RequestOutput) -> Piece:
-        """Account for a round's tokens, cutting at a stop string."""
-        completion = stream.completion
-        if completion.finish_reason is not None:
-            return Piece("", [], completion)  # cut by a stop string before the engine heard of it
-        delta = stream.text.take(output)
+    def _feed(self, todo: deque[_Stream]) -> None:
+        """Give the engine as many requests as it takes."""
+        while todo:
+            try:
+                self.engine.add(todo[0].request)
+            except QueueFull:
+                return
+            self._streams[todo[0].request.id] = todo[0]
+            todo.popleft()
+
+    def _step(self) -> None:
+        """One round; its outputs go to whoever asked for them."""
+        for output in self.engine.step():
+            stream = self._streams[output.id]
+            delta = stream.text.take(output)
+            stream.add(delta)
+            if delta.finish_reason is not None:
+                del self._streams[output.id]
+                if output.finish_reason is None:  # a stop string: the engine has not heard of it yet
+                    self.engine.abort([output.id])
+
+    def _forget(self, streams: Iterable[_Stream]) -> None:
+        ids = [stream.request.id for stream in streams if stream.request.id in self._streams]
+        for request_id in ids:
+            del self._streams[request_id]
+        self.engine.abort(ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    request: AddRequest
+    text: TextStream
+    completion: Completion
+    pieces: deque[Piece]
+
+    def add(self, delta: Delta) -> None:
+        completion = self.completion
         completion.text += delta.text
         completion.token_ids += delta.tokens
         if delta.logprobs is not None:
@@ -150,21 +192,17 @@ class LLM:
         completion.drafted += delta.drafted
         completion.accepted += delta.accepted
         completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
-        if delta.finish_reason is not None and output.finish_reason is None:
-            self.engine.abort([stream.id])
-        return Piece(delta.text, delta.tokens, completion)
-
-
-@dataclass(frozen=True, slots=True)
-class _Stream:
-    id: str
-    text: TextStream
-    completion: Completion
+        self.pieces.append(Piece(delta.text, delta.tokens, completion))
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt is a list of one. Raises RequestError for token ids and texts side by side."""
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [[token for token in prompts if isinstance(token, int)]]
-    return [prompt for prompt in prompts if not isinstance(prompt, int)]
+    listed: list[Any] = list(prompts)
+    numbers = [isinstance(prompt, Integral) for prompt in listed]
+    if listed and all(numbers):
+        return [listed]
+    if any(numbers):
+        raise RequestError("a list holds token ids or prompts, not both")
+    return listed

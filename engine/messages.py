@@ -91,7 +91,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """Busy time of the engine outside draft and verify."""
     kv_tokens_read: int = 0
     """KV tokens (one token = all layers and heads) that draft and verify passes of decoding rows have read."""
-    kv_bytes_per_token: int = 0
+    kv_token_bytes: int = 0
 
 
 class Ready(msgspec.Struct, tag="ready"):

@@ -53,6 +53,8 @@ class StepPlan(msgspec.Struct):
 class RowResult(msgspec.Struct, array_like=True):
     """What verification decided for one row that samples, in the order of the plan."""
 
+    drafted: int
+    """Tokens that were proposed: at most the plan's gamma."""
     accepted: int
     tokens: list[int]
     """accepted + 1 tokens: the drafts that hold, and one more."""

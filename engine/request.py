@@ -13,7 +13,7 @@ class Request:
 
         tokens   [ prompt ............ | output ...... pending ]
         computed [ valid target KV ................. )              num_tokens - 1 once prefill is done
-        pages    [ reserved slots ................................... drafts ... )
+        pages    [ reserved slots, num_reserved in all .............. drafts ... )
 
     The scheduler owns every field; `row` is None while the request waits.
     """
@@ -25,6 +25,7 @@ class Request:
         "id",
         "num_computed",
         "num_prompt",
+        "num_reserved",
         "pages",
         "params",
         "row",
@@ -40,6 +41,7 @@ class Request:
         self.tokens: list[int] = list(message.prompt)
         self.num_prompt = len(message.prompt)
         self.num_computed = 0
+        self.num_reserved = 0
         self.pages: list[int] = []
         self.row: int | None = None
         self.eos = frozenset() if message.params.ignore_eos else frozenset(eos)

@@ -120,7 +120,9 @@ class Round:
         # [sampling rows, gamma_max + 1]: which decision stands where; padding repeats the row's last decision.
         steps = np.minimum(np.arange(self.gamma_max + 1), self._gamma[sampling][:, None])
         self.grid = state.to_device(steps + (decided.cumsum() - decided)[:, None])
-        self.sampling_gamma = state.to_device(self._gamma[sampling])
+        # [decisions]: which sampling row a decision belongs to. [sampling rows]: drafts asked for.
+        self.owner = state.to_device(np.repeat(np.arange(len(sampling)), decided))
+        self.gamma = state.to_device(self._gamma[sampling])
         self._sampling_index = state.to_device(sampling)
 
     def _decisions(self, rows: Ints, ahead: Ints, offset: Ints) -> Decisions:

@@ -70,13 +70,13 @@ class Sampler:
         """A request takes a row slot."""
         row, params = start.row, start.params
         self._params[row] = params
-        self._sampled[row] = params.temperature > 0
+        self._sampled[row] = params.sampled
         self._truncated[row] = params.truncated
         self._penalised[row] = params.penalised
         self._edited[row] = bool(params.logit_bias or params.min_tokens)
         self._reported[row] = params.logprobs is not None
         self._seed[row] = params.seed
-        self._temperature[row] = params.temperature or 1.0
+        self._temperature[row] = params.temperature if params.sampled else 1.0
         self._top_k[row] = params.top_k
         self._top_p[row] = params.top_p
         self._min_p[row] = params.min_p
@@ -129,7 +129,7 @@ class Sampler:
         index = self._to_device(asking)
         most = max(self._params[row].logprobs or 0 for row in decisions.rows[asking])
         logprobs = self._vocab.whole(logits[index]).log_softmax(-1)
-        top, top_ids = logprobs.topk(most)
+        top, top_ids = logprobs.topk(min(most, logprobs.shape[-1]))
 
         def of(tokens: Tensor) -> Logprobs:
             return Logprobs(asking, logprobs.gather(-1, tokens[index, None])[:, 0], top, top_ids)

@@ -22,8 +22,8 @@ class QueueFull(RequestError):
 
 
 class Scheduler:
-    """Emits one StepPlan per round. Invariant between rounds: every running row owns pages for all its committed
-    tokens, and a decoding row has exactly its pending token uncomputed.
+    """Emits one StepPlan per round. Invariant between rounds: every running row owns pages for all its computed tokens,
+    and a decoding row has exactly its pending token uncomputed.
 
     Decode rows come first, each with its drafts; what is left of the token budget goes to prefill chunks, oldest
     request first, then to new requests. A request is admitted when pages for all its tokens are free, so that a
@@ -46,7 +46,7 @@ class Scheduler:
         self._pages = pages
         self._page_size = page_size
         self._max_batch_tokens = max_batch_tokens
-        self._max_waiting = max_waiting
+        self._most_requests = max_rows + max_waiting
         self._max_model_len = max_model_len
         self._eos = tuple(eos_token_ids)
         self._controller = controller
@@ -60,9 +60,17 @@ class Scheduler:
     # -- requests come and go ------------------------------------------------------------------------------------
 
     def add(self, message: AddRequest) -> None:
-        """Queue a request. Raises RequestError for one that could never run, QueueFull when too many wait."""
+        """Queue a request that `check_request` lets pass. Raises RequestError if its id is in use, QueueFull."""
         if message.id in self._by_id:
             raise RequestError(f"request id {message.id!r} is in use")
+        if len(self._by_id) >= self._most_requests:
+            raise QueueFull(f"{len(self._by_id)} requests run or wait already")
+        request = Request(message, self._eos)
+        self._by_id[request.id] = request
+        self.waiting.append(request)
+
+    def check_request(self, message: AddRequest) -> None:
+        """Raises RequestError for a request that could never run."""
         if not message.prompt:
             raise RequestError("the prompt has no tokens")
         if message.params.max_tokens < 1:
@@ -73,11 +81,6 @@ class Scheduler:
                 f"{len(message.prompt)} prompt tokens and max_tokens {message.params.max_tokens} exceed the model's "
                 f"{self._max_model_len} tokens"
             )
-        if len(self.waiting) >= self._max_waiting:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting already")
-        request = Request(message, self._eos)
-        self._by_id[request.id] = request
-        self.waiting.append(request)
 
     def abort(self, request_id: str) -> bool:
         """Forget a request and free its pages at once; False if it is not here."""
@@ -116,23 +119,26 @@ class Scheduler:
         return plan, [request for request, _ in work]
 
     def _plan_decodes(self, plan: StepPlan, work: list[tuple[Request, RowWork]], budget: int) -> int:
-        """Every decoding row, with as many drafts as budget, limits and pages allow. Returns tokens planned."""
+        """Every decoding row, with as many drafts as budget, limits and pages allow. Returns tokens planned.
+
+        All rows get the page of their pending token before any gets one for drafts.
+        """
+        for request in [request for request in self.running if request.decoding]:
+            if request.row is not None:  # else preempted for a row before it
+                self._reserve_or_preempt(plan, request, request.num_tokens)
         rows = [request for request in self.running if request.decoding]
-        gammas = dict(zip((row.id for row in rows), self._controller.choose(rows), strict=True))
-        spare = budget - len(rows)  # one token per row is certain; drafts share the rest,
-        if len(rows) < len(self.running) or self.waiting:
+        if not rows:
+            return 0
+        spare = budget - len(rows)  # one token per row is certain; drafts share the rest evenly,
+        if len(rows) < len(self.running) or (self.waiting and self._free_rows):
             spare //= 2  # and leave half of it to prefills, or these could wait for ever behind a full batch
+        share = spare // len(rows)
         planned = 0
-        for request in rows:
-            if request.row is None:
-                continue  # preempted for a row planned before it
-            gamma = max(0, min(gammas[request.id], spare, self._most_drafts(request)))
+        for request, wanted in zip(rows, self._controller.choose(rows), strict=True):
+            gamma = max(0, min(wanted, share, self._most_drafts(request)))
             if not self._reserve(plan, request, request.num_tokens + gamma):
-                if not self._reserve_or_preempt(plan, request, request.num_tokens):
-                    continue
-                gamma = min(gamma, len(request.pages) * self._page_size - request.num_tokens)
+                gamma = min(gamma, request.num_reserved - request.num_tokens)
             assert request.row is not None
-            spare -= gamma
             planned += 1 + gamma
             work.append((request, RowWork(request.row, request.num_computed, 1, gamma, True)))
         return planned
@@ -170,7 +176,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             request.row = self._free_rows.pop()
-            request.pages = pages
+            self._own(request, pages)
             request.scheduled = request.scheduled or time.monotonic()
             self.running.append(request)
             plan.starts.append(
@@ -181,16 +187,19 @@ class Scheduler:
 
     def _reserve(self, plan: StepPlan, request: Request, slots: int) -> bool:
         """Own pages for `slots` KV slots; False, and nothing changed, if they are not free."""
-        missing = -(-slots // self._page_size) - len(request.pages)
-        if missing <= 0:
+        if slots <= request.num_reserved:
             return True
-        pages = self._pages.reserve(missing)
+        pages = self._pages.reserve(-(-(slots - request.num_reserved) // self._page_size))
         if pages is None:
             return False
         assert request.row is not None
         plan.pages.append(PageDelta(request.row, len(request.pages), pages))
-        request.pages += pages
+        self._own(request, pages)
         return True
+
+    def _own(self, request: Request, pages: list[int]) -> None:
+        request.pages += pages
+        request.num_reserved += len(pages) * self._page_size
 
     def _reserve_or_preempt(self, plan: StepPlan, request: Request, slots: int) -> bool:
         """Reserve, preempting requests admitted later; False if `request` itself had to go."""
@@ -211,7 +220,7 @@ class Scheduler:
         """Give row and pages back."""
         assert request.row is not None
         self._pages.release(request.pages)
-        request.pages = []
+        request.pages, request.num_reserved = [], 0
         self._free_rows.append(request.row)
         request.row = None
         self.running.remove(request)

@@ -26,7 +26,7 @@ class Accounts:
         self.totals = EngineStats(
             pages_total=pages_total,
             page_size=page_size,
-            kv_bytes_per_token=bytes_per_token,
+            kv_token_bytes=bytes_per_token,
             accepted_per_position=[0] * gamma_max,
             gamma_chosen=[0] * (gamma_max + 1),
         )
@@ -43,12 +43,9 @@ class Accounts:
         totals.gamma_chosen[work.gamma] += 1
         totals.kv_tokens_read += context + work.gamma
         totals.kv_tokens_read += sum(self._draft_reads(context + step) for step in range(work.gamma))
-        if work.gamma:
-            totals.drafts += 1
-            totals.draft_tokens += work.gamma
 
-    def yielded(self, request: Request, work: RowWork, tokens: int, accepted: int) -> None:
-        """A row yielded `tokens` output tokens, of which the first `accepted` had been drafted.
+    def yielded(self, request: Request, drafted: int, accepted: int, tokens: int) -> None:
+        """A row yielded `tokens` output tokens, of which the first `accepted` were among its `drafted` ones.
 
         Drafts behind the token that ended a request were never judged: they count as drafted, but not as rejected.
         """
@@ -57,7 +54,9 @@ class Accounts:
             totals.prompt_tokens += request.num_prompt
         totals.generated_tokens += tokens
         totals.accepted_tokens += accepted
-        totals.rejections += accepted < min(work.gamma, tokens)
+        totals.drafts += drafted > 0
+        totals.draft_tokens += drafted
+        totals.rejections += accepted < min(drafted, tokens)
         for position in range(accepted):
             totals.accepted_per_position[position] += 1
 

@@ -16,6 +16,7 @@ from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter, TimedDr
 from engine.speculation.policies import Dense, make_policy
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
+from engine.stopwatch import Stopwatch
 from kernels.attention.reference import ReferenceAttention
 from kernels.kv_cache import KVPool
 from models.llama import Llama
@@ -46,7 +47,8 @@ class Worker:
             device=model.device,
         )
         self._target = Runner(model, pool, ReferenceAttention(page_size), Dense(page_size))
-        self._drafter = TimedDrafter(self._make_drafter(config.speculation, page_size))
+        self._watch = Stopwatch(model.device)
+        self._drafter = TimedDrafter(self._make_drafter(config.speculation, page_size), self._watch)
 
     def _make_drafter(self, config: SpeculationConfig, page_size: int) -> Drafter:
         if config.gamma == 0:
@@ -57,22 +59,23 @@ class Worker:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one round. Its result is the only thing that crosses from device to host."""
-        began, drafted_before = time.perf_counter(), self._drafter.seconds
+        began = time.perf_counter()
         for start in plan.starts:
             self._sampler.start(start)
         verdict = run_round(self._rows.enter(plan), self._target, self._drafter, self._sampler)
         results = _to_host(verdict, plan)
-        draft_seconds = self._drafter.seconds - drafted_before
+        draft_seconds = self._watch.take()
         return StepResult(plan.step, results, draft_seconds, time.perf_counter() - began - draft_seconds)
 
 
 def _to_host(verdict: Verdict, plan: StepPlan) -> list[RowResult]:
-    decided = torch.cat([verdict.accepted[:, None], verdict.tokens], 1).tolist()  # the one copy of the round
+    counts = torch.stack([verdict.drafted, verdict.accepted], 1)
+    decided = torch.cat([counts, verdict.tokens], 1).tolist()  # the one copy of the round, but for log-probabilities
     sampling = [work for work in plan.work if work.samples]
     logprobs = _logprobs_by_row(verdict.logprobs, sampling) if verdict.logprobs else {}
     return [
-        RowResult(count, row[: count + 1], logprobs[i][: count + 1] if i in logprobs else None)
-        for i, (count, *row) in enumerate(decided)
+        RowResult(drafted, count, tokens[: count + 1], logprobs[i][: count + 1] if i in logprobs else None)
+        for i, (drafted, count, *tokens) in enumerate(decided)
     ]
 
 

@@ -1,7 +1,8 @@
 """Counter-based Gumbel noise: a pure function of (seed, position, token id).
 
-No generator carries state, so the noise of one token is the same on every rank, on every device and in every batch -
-which is what lets a draft and its target draw with common random numbers, and N ranks each add their own slice.
+No generator carries state, so the noise of one token is the same on every rank and in every batch - which is what lets
+a draft and its target draw with common random numbers, and N ranks each add their own slice. Its integers are the same
+on every device too; the logarithms taken of them may differ between devices in the last bit.
 
 Integers: a row's (seed, position) is mixed to 64 bits by the SplitMix64 finaliser (Steele, Lea & Flood, 2014); each
 token id is then mixed with both halves of that key by two rounds of a 32-bit xorshift-multiply hash. All arithmetic is

@@ -32,10 +32,10 @@ _GAUGES: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ...]
         lambda s: 1 - s.pages_free / s.pages_total if s.pages_total else 0.0,
     ),
     (
-        "kv_bytes_per_token",
+        "kv_token_bytes",
         None,
         "Bytes of KV cache per token, all layers and heads.",
-        lambda s: s.kv_bytes_per_token,
+        lambda s: s.kv_token_bytes,
     ),
 )
 _COUNTERS: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ...] = (

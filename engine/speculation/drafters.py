@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.rows import Round
 from engine.runner import Runner
 from engine.sampling import Sampler
 from engine.speculation.verify import Verdict
+from engine.stopwatch import Stopwatch
 
 
 class Drafter(Protocol):
     """Proposes tokens behind the committed ones of each row; never touches committed state."""
 
     def propose(self, rows: Round) -> Tensor:
-        """Draft up to gamma tokens per row. Returns [sampling rows, gamma_max] int64; a row with fewer drafts than
-        gamma_max is padded, and the padding never counts."""
+        """Place up to gamma tokens behind each row (`Round.place_drafts`).
+
+        Returns how many: [sampling rows] int64, at most `rows.gamma`. It may be fewer than asked, or none.
+        """
         ...
 
     def observe(self, rows: Round, verdict: Verdict) -> None:
@@ -30,7 +33,7 @@ class NoDrafter:
     """Proposes nothing: every round decodes plainly. For deployments whose gamma is always 0."""
 
     def propose(self, rows: Round) -> Tensor:
-        return rows.drafts()
+        return torch.zeros_like(rows.gamma)
 
     def observe(self, rows: Round, verdict: Verdict) -> None:
         """Nothing was drafted."""
@@ -53,24 +56,22 @@ class SelfDrafter:
             batch, decisions = rows.draft_batch(step, self._runner.policy)
             tokens = self._sampler.choose(self._runner.forward(batch), decisions)
             rows.place_drafts(decisions, tokens)
-        return rows.drafts()
+        return rows.gamma
 
     def observe(self, rows: Round, verdict: Verdict) -> None:
         """Its KV is the target's: nothing to catch up."""
 
 
 class TimedDrafter:
-    """Any drafter, and the seconds its proposals took."""
+    """Any drafter, with a watch on its proposals."""
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, watch: Stopwatch) -> None:
         self._drafter = drafter
-        self.seconds = 0.0
+        self._watch = watch
 
     def propose(self, rows: Round) -> Tensor:
-        began = time.perf_counter()
-        drafts = self._drafter.propose(rows)
-        self.seconds += time.perf_counter() - began
-        return drafts
+        with self._watch:
+            return self._drafter.propose(rows)
 
     def observe(self, rows: Round, verdict: Verdict) -> None:
         self._drafter.observe(rows, verdict)

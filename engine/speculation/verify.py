@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.rows import Decisions
+from engine.rows import Round
 from engine.sampling import Logprobs, Sampler
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """accepted: [rows] int64, drafts that hold. tokens: [rows, gamma_max + 1] int64, of which the first accepted + 1
-    count: the drafts that hold, and the bonus token. chosen: [n] int64, the same by decision; committed: [n] bool,
-    which of them count."""
+    """drafted: [rows] int64, tokens that were proposed. accepted: [rows] int64, how many of them hold.
+    tokens: [rows, gamma_max + 1] int64, of which the first accepted + 1 count: the drafts that hold, and the bonus.
+    chosen: [n] int64, the same by decision; committed: [n] bool, which of them count."""
 
+    drafted: Tensor
     accepted: Tensor
     tokens: Tensor
     chosen: Tensor
@@ -24,23 +25,20 @@ class Verdict:
     logprobs: Logprobs | None
 
 
-def verify(
-    drafts: Tensor, gamma: Tensor, logits: Tensor, decisions: Decisions, grid: Tensor, sampler: Sampler
-) -> Verdict:
+def verify(drafts: Tensor, drafted: Tensor, logits: Tensor, rows: Round, sampler: Sampler) -> Verdict:
     """Accept each row's drafts up to the first that is not what the target chooses there.
 
     The target's choice is made by `sampler` from the target's logits alone - what was drafted enters only as the
     context that those logits saw - so output with speculation is output without.
 
-    drafts: [rows, gamma_max] int64, padded. gamma: [rows] int64, how many are drafts. logits: [n, this rank's
-    vocabulary], changed in place. grid: [rows, gamma_max + 1] int64, which of the n decisions follows draft j of a row
-    (column 0: follows its committed tokens).
+    drafts: [rows, gamma_max] int64, padded. drafted: [rows] int64, how many of them count. logits: [n, this rank's
+    vocabulary] of `rows.decisions`, changed in place.
     """
-    report = sampler.logprobs(logits, decisions)
-    chosen = sampler.choose(logits, decisions)
-    tokens = chosen[grid]
+    report = sampler.logprobs(logits, rows.decisions)
+    chosen = sampler.choose(logits, rows.decisions)
+    tokens = chosen[rows.grid]
     steps = torch.arange(drafts.shape[1], device=drafts.device)
-    agrees = (drafts == tokens[:, :-1]) & (steps < gamma[:, None])
+    agrees = (drafts == tokens[:, :-1]) & (steps < drafted[:, None])
     accepted = agrees.cumprod(-1).sum(-1)
-    committed = decisions.offset <= accepted.repeat_interleave(gamma + 1, output_size=len(chosen))
-    return Verdict(accepted, tokens, chosen, committed, report(chosen) if report else None)
+    committed = rows.decisions.offset <= accepted[rows.owner]
+    return Verdict(drafted, accepted, tokens, chosen, committed, report(chosen) if report else None)

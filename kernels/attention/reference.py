@@ -112,6 +112,8 @@ class ReferenceAttention:
         scores[..., group.unmasked :].masked_fill_(group.hidden, float("-inf"))
         if sums is not None:
             sums[group.queries] = torch.logsumexp(scores, -1).permute(0, 3, 1, 2).flatten(2, 3)
+        # A weight of zero does not silence a NaN: slots past a piece's end may hold another request's overflow.
+        v[:, :, group.unmasked :].masked_fill_(group.hidden[:, 0, :, -1, :, None], 0.0)
         weights = torch.softmax(scores, -1).flatten(2, 3)
         mixed = torch.matmul(weights, v).view(pieces, kv_heads, -1, n, head_dim)
         out[group.queries] = mixed.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out.dtype)

@@ -51,6 +51,10 @@ def decode(
     from models.default import resolve_model
     from models.tokenizer import Tokenizer
 
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{json_file.parent} is no directory", param_hint="--json")
+    if not 0 <= temperature <= 100:
+        raise typer.BadParameter("must be from 0 to 100", param_hint="--temperature")
     if new_tokens < 1:
         raise typer.BadParameter("must be at least 1", param_hint="--new-tokens")
     settings = load_config(config, overrides).engine

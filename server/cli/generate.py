@@ -89,9 +89,14 @@ def generate(
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise typer.BadParameter("give a prompt, or - for standard input, or --prompt-file")
-    if prompt_file is not None:
-        return prompt_file.read_text(encoding="utf-8")
-    return sys.stdin.read() if prompt == "-" else str(prompt)
+    try:
+        if prompt_file is not None:
+            return prompt_file.read_text(encoding="utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8") if prompt == "-" else str(prompt)
+        text.encode("utf-8")
+        return text
+    except UnicodeError:
+        raise typer.BadParameter("the prompt is not UTF-8 text") from None
 
 
 def _report(stats: EngineStats, tokens: int, prefill: float, decode: float) -> None:

@@ -141,3 +141,19 @@ def test_write_kv_puts_each_token_in_its_slot() -> None:
         assert torch.equal(layer.k[slot // 4, :, slot % 4], k[i])
         assert torch.equal(layer.v[slot // 4, :, slot % 4], v[i])
     assert int((layer.k != before).any(-1).any(1).sum()) == 3
+
+
+def test_what_stands_past_a_row_never_reaches_it() -> None:
+    """Pages are reused without clearing: another request's NaN or inf must not leak through a zero weight."""
+    torch.manual_seed(0)
+    layer = pool_layer(12, 2, 4, 8, torch.float32)
+    q = torch.randn(4, 4, 8)
+    batch = AttentionBatch([1, 3], [6, 10], torch.tensor([[0, 1, 2], [3, 4, 5]]))
+    backend = ReferenceAttention(4)
+    backend.plan(batch)
+    clean = backend.run(layer, q, 0.5)
+    for cache in layer:
+        cache[1, :, 2:] = float("nan")  # row 0 ends at slot 6
+        cache[2] = float("inf")
+        cache[5, :, 2:] = float("nan")  # row 1 ends at slot 10
+    assert torch.equal(backend.run(layer, q, 0.5), clean)

@@ -73,8 +73,6 @@ def test_overrides_win_and_leave_the_rest(tmp_path: Path) -> None:
         ("engine: {model: m, page_size: 8}", "engine.page_size: unknown setting"),
         ("engine: {model: m, speculation: {kv: {policy: window, bugdet: 8}}}", "engine.speculation.kv.bugdet"),
         ("engine: {model: m}\nsrever: {}", "srever: unknown setting"),
-        ("engine: {}", "engine.model"),
-        ("{}", "engine"),
         ("engine: {model: m, device: tpu}", "engine.device"),
         ("engine: {model: m, cache: {page_size: 0}}", "engine.cache.page_size"),
         ("engine: {model: m, speculation: {gamma: 17}}", "engine.speculation.gamma"),
@@ -83,7 +81,10 @@ def test_overrides_win_and_leave_the_rest(tmp_path: Path) -> None:
         ("engine: {model: m, speculation: {kv: {budget: 100}}}", "multiple of cache.page_size"),
         ("engine: {model: m, speculation: {kv: {budget: 32, sink: 17}}}", "no page for recent tokens"),
         ("- engine", "expected a mapping"),
-        ("", "expected a mapping"),
+        ("engine: {scheduler: {max_rows: yes}}", "engine.scheduler.max_rows"),
+        ("engine: {speculation: {gamma: '3'}}", "engine.speculation.gamma"),
+        ("engine: {cache: {memory_gb: .inf}}", "engine.cache.memory_gb"),
+        ("engine: {model: a, model: b}", "'model' is given twice"),
         ("engine: [", "config.yaml"),
     ],
 )
@@ -153,3 +154,10 @@ def test_a_full_batch_must_leave_tokens_for_prefill() -> None:
     with pytest.raises(ConfigError, match="max_batch_tokens"):
         load_config(None, {"engine.scheduler.max_rows": 64, "engine.scheduler.max_batch_tokens": 64})
     load_config(None, {"engine.scheduler.max_rows": 64, "engine.scheduler.max_batch_tokens": 65})
+
+
+@pytest.mark.parametrize("text", ["", "engine: {}", "{}", "server: {port: 8000}"])
+def test_what_is_not_set_is_the_default(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert load_config(path, {}) == load_config(None, {})

@@ -7,11 +7,16 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.rows import Round
+from engine.speculation.policies import Dense
+from engine.speculation.verify import Verdict
 from engine.stats import acceptance
 from models.llama import Llama
 from tests.engines import TINY, complete, run, tiny_engine, tiny_model, tokens
@@ -168,3 +173,32 @@ def test_a_row_that_does_not_speculate_drafts_nothing() -> None:
     assert tokens(outputs["quiet"]) == tokens(outputs["eager"])
     assert all(output.drafted == 0 for output in outputs["quiet"])
     assert len(outputs["quiet"]) == 30 > len(outputs["eager"])
+
+
+class Silent:
+    """A drafter that is asked for drafts and has none, or fewer, or nonsense."""
+
+    def __init__(self, placed: int) -> None:
+        self._placed = placed
+
+    def propose(self, rows: Round) -> Tensor:
+        for step in range(min(self._placed, rows.gamma_max)):
+            _, decisions = rows.draft_batch(step, Dense(4))
+            rows.place_drafts(decisions, torch.full_like(decisions.position, 7 + step))
+        return rows.gamma.clamp(max=self._placed)
+
+    def observe(self, rows: Round, verdict: Verdict) -> None:
+        pass
+
+
+@pytest.mark.parametrize("placed", [0, 1, 3])
+def test_no_drafter_can_change_the_output(placed: int) -> None:
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=9, ignore_eos=True, frequency_penalty=0.5)
+    expected = complete(tiny_engine(model(), gamma=0), prompt_of(30, 4), params)
+    engine = tiny_engine(model(), gamma=3)
+    engine._worker._drafter = Silent(placed)  # type: ignore[assignment]
+    assert complete(engine, prompt_of(30, 4), params) == expected
+    stats = engine.stats()
+    assert (stats.draft_tokens > 0) == (placed > 0)
+    assert stats.draft_tokens <= placed * stats.rounds
+    assert stats.accepted_tokens <= stats.draft_tokens

@@ -212,3 +212,13 @@ def exact_distribution(context: list[int], sampling: dict[str, Any]) -> Tensor:
     logits = torch.empty(VOCAB, dtype=torch.float64)
     logits[report[0].top_ids] = torch.tensor(report[0].top_logprobs, dtype=torch.float64)
     return plain_definition(logits, SamplingParams(**sampling), [], [], []).exp()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-46, 1e-30, 9e-5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_temperatures_next_to_zero_are_greedy(temperature: float, dtype: torch.dtype) -> None:
+    params = SamplingParams(temperature=temperature, top_p=0.9, repetition_penalty=0.01)
+    sampler, decisions = one_row(params, [1, 2], [], [])
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    plain, _ = one_row(SamplingParams(temperature=0.0, repetition_penalty=0.01), [1, 2], [], [])
+    assert torch.equal(sampler.choose(logits.clone(), decisions), plain.choose(logits.clone(), decisions))

@@ -82,7 +82,7 @@ class Ranks:
                 tokens = [self._rng.choice([EOS, 5, 6, 7, 8, 9]) for _ in range(accepted + 1)]
                 self._computed[work.row] += accepted
                 self._length[work.row] += accepted + 1
-                results.append(RowResult(accepted, tokens, None))
+                results.append(RowResult(work.gamma, accepted, tokens, None))
         return StepResult(plan.step, results, 0.0, 0.0)
 
 
@@ -171,7 +171,7 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
         seen.append(
             [(request.id, request.num_tokens, work.gamma) for request, work in zip(requests, plan.work, strict=True)]
         )
-        results = [RowResult(0, [5], None) for _ in plan.work]
+        results = [RowResult(work.gamma, 0, [5], None) for work in plan.work]
         made.commit(plan, requests, StepResult(plan.step, results, 0.0, 0.0))
     assert seen == [
         [("a", 3, 0), ("b", 3, 0)],
@@ -187,6 +187,33 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
     assert allocator.free == 1
 
 
+def test_drafts_of_an_older_row_do_not_cost_a_younger_one_its_place() -> None:
+    """One page is free; both rows' committed tokens fit if the older one does not take it for drafts."""
+    made, _ = scheduler(pages=4, page_size=4, max_rows=2, gamma=3, max_len=16)
+    made.add(AddRequest("a", [5] * 5, SamplingParams(max_tokens=9, ignore_eos=True)))
+    made.add(AddRequest("b", [5] * 4, SamplingParams(max_tokens=9, ignore_eos=True)))
+    for _ in range(2):
+        plan, requests = made.schedule()
+        results = [RowResult(work.gamma, 0, [5], None) for work in plan.work]
+        made.commit(plan, requests, StepResult(plan.step, results, 0.0, 0.0))
+    assert made.preemptions == 0
+    assert [request.id for request in made.running] == ["a", "b"]
+
+
+def test_a_tight_budget_is_shared_evenly() -> None:
+    made, _ = scheduler(max_rows=4, batch=13, gamma=5, pages=200)
+    for i in range(4):
+        made.add(AddRequest(str(i), [5] * 3, SamplingParams(max_tokens=60, ignore_eos=True)))
+    for _ in range(2):
+        plan, requests = made.schedule()
+        results = [RowResult(work.gamma, 0, [5], None) for work in plan.work]
+        made.commit(plan, requests, StepResult(plan.step, results, 0.0, 0.0))
+    assert [work.gamma for work in plan.work] == [2, 2, 2, 2]
+    made.add(AddRequest("late", [5] * 3, SamplingParams()))  # no row is free: nothing is kept back for it
+    plan, _ = made.schedule()
+    assert [work.gamma for work in plan.work] == [2, 2, 2, 2]
+
+
 def test_requests_that_can_never_run_are_refused() -> None:
     made, _ = scheduler(max_len=20)
     for prompt, params, message in (
@@ -195,11 +222,11 @@ def test_requests_that_can_never_run_are_refused() -> None:
         ([5] * 10, SamplingParams(max_tokens=11), "exceed"),
     ):
         with pytest.raises(RequestError, match=message):
-            made.add(AddRequest("x", prompt, params))
+            made.check_request(AddRequest("x", prompt, params))
     made.add(AddRequest("x", [5] * 10, SamplingParams(max_tokens=10)))
     with pytest.raises(RequestError, match="in use"):
         made.add(AddRequest("x", [5], SamplingParams()))
-    for i in range(19):
+    for i in range(23):
         made.add(AddRequest(str(i), [5], SamplingParams()))
     with pytest.raises(QueueFull):
         made.add(AddRequest("one more", [5], SamplingParams()))

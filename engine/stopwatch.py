@@ -1,0 +1,45 @@
+"""Timing work that a device does while the host goes on."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Stopwatch:
+    """Adds up the time of the `with` blocks it is used in.
+
+    On CUDA the blocks only enqueue work: events are recorded around it, and `take` reads them. Call it when the host
+    has waited for the device anyway.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+        self._began = 0.0
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            self._events.append((_event(), _event()))
+            self._events[-1][0].record()
+        else:
+            self._began = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._began
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        milliseconds: float = sum(begin.elapsed_time(end) for begin, end in self._events)
+        seconds = self._seconds + milliseconds / 1e3
+        self._seconds, self._events = 0.0, []
+        return seconds
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
