@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import zmq
 import zmq.asyncio
 
 from engine.config import EngineConfig
+from engine.heartbeat import hung
 from engine.messages import (
     FINISH_ABORT,
     AbortRequests,
@@ -28,7 +30,7 @@ from engine.messages import (
     Ready,
     RequestOutput,
 )
-from engine.process import Launch
+from engine.process import HEARTBEAT, SOCKET, Launch
 
 ENGINE_COMMAND = (sys.executable, "-m", "engine.process")
 _STDERR = 2
@@ -53,17 +55,19 @@ class EngineClient:
     dead: why the engine is gone; None while it lives.
     """
 
-    def __init__(self, process: Process, directory: Path, socket_path: Path, timeout_s: float) -> None:
-        """Use `start`, which awaits the engine's first word."""
-        self._process = process
+    def __init__(self, directory: Path, round_s: float) -> None:
+        """Use `start`, which launches the process and awaits its first word."""
+        self._process: Process | None = None
         self._directory = directory
-        self._timeout_s = timeout_s
+        self._round_s = round_s
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(f"ipc://{socket_path}")
+        self._socket.connect(f"ipc://{directory / SOCKET}")
+        self._heartbeat = self._context.socket(zmq.SUB)
+        self._heartbeat.subscribe(b"")
+        self._heartbeat.connect(f"ipc://{directory / HEARTBEAT}")
         self._live: dict[str, asyncio.Queue[RequestOutput | None]] = {}
         self._death = asyncio.Event()
         self.dead: str | None = None
@@ -84,31 +88,30 @@ class EngineClient:
     ) -> EngineClient:
         """Start an engine process and wait until it is ready.
 
-        start_timeout_s: how long it may take to load. timeout_s: silent for this long, it counts as hung.
+        start_timeout_s: how long it may take to load. timeout_s: a round that takes longer counts as hung; a process
+        that gives no sign of life at all does much sooner.
         Raises EngineDead if it does not come up; nothing of it remains then, nor if this call is cancelled.
         """
-        directory = Path(tempfile.mkdtemp(prefix="magicdec-"))  # mode 0700
-        path = directory / "engine.sock"
+        client = cls(_socket_directory(), timeout_s)
         try:
             # The engine's stdout joins its stderr: a server's stdout is for its user.
-            process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=_STDERR)
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-        client = cls(process, directory, path, timeout_s)
-        try:
-            launch = Launch(config.model_dump(mode="json"), str(path), log_level)
-            assert process.stdin is not None
+            client._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=_STDERR)
+            launch = Launch(config.model_dump(mode="json"), str(client._directory), log_level)
+            assert client._process.stdin is not None
             with contextlib.suppress(ConnectionError):  # it ended already: _first_word says so
-                process.stdin.write(msgspec.json.encode(launch) + b"\n")
-                await process.stdin.drain()
-            client.ready = await client._first_word(start_timeout_s)
+                client._process.stdin.write(msgspec.json.encode(launch) + b"\n")
+                await client._process.stdin.drain()
+            client.ready = await client._first_word(client._process, start_timeout_s)
         except BaseException:
             await client.close()
             raise
         client.stats = client.ready.stats
         client._stop_s = _STOP_S
-        client._tasks = [asyncio.create_task(client._receive()), asyncio.create_task(client._watch())]
+        client._tasks = [
+            asyncio.create_task(client._receive()),
+            asyncio.create_task(client._watch_process(client._process)),
+            asyncio.create_task(client._watch_heartbeat()),
+        ]
         return client
 
     @property
@@ -118,6 +121,7 @@ class EngineClient:
 
     @property
     def pid(self) -> int:
+        assert self._process is not None
         return self._process.pid
 
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
@@ -167,42 +171,45 @@ class EngineClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._die("the engine was stopped")
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            async with asyncio.timeout(self._stop_s):
-                await self._process.wait()
-        except TimeoutError:
-            logger.warning("the engine process does not stop; killing it")
-        finally:
-            self.kill()
-        await self._process.wait()
-        self._socket.close()
-        self._context.term()
+        if self._process is not None:
+            await self._end(self._process)
+        self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def kill(self) -> None:
         """End the engine process the hard way, at once."""
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            if self._process is not None:
+                self._process.kill()
 
-    async def _first_word(self, timeout_s: float) -> Ready:
+    async def _end(self, process: Process) -> None:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(self._stop_s):
+                await process.wait()
+        except TimeoutError:
+            logger.warning("the engine process does not stop; killing it")
+        finally:
+            self.kill()
+        await process.wait()
+
+    async def _first_word(self, process: Process, timeout_s: float) -> Ready:
         self._post(AbortRequests([]))  # introduces this process
-        exit = asyncio.create_task(self._process.wait())
+        ended = asyncio.create_task(process.wait())
         try:
             async with asyncio.timeout(timeout_s):
                 word = asyncio.ensure_future(self._socket.recv())
-                await asyncio.wait({word, exit}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({word, ended}, return_when=asyncio.FIRST_COMPLETED)
                 if not word.done():
                     await asyncio.wait({word}, timeout=_LAST_WORD_S)
         except TimeoutError:
             raise EngineDead(f"the engine was not ready after {timeout_s:g} s") from None
         finally:
-            exit.cancel()
+            ended.cancel()
         if not word.done():
             word.cancel()
-            status = self._process.returncode
-            raise EngineDead(f"the engine process ended with status {status} while starting")
+            raise EngineDead(f"the engine process ended with status {process.returncode} while starting")
         message = msgspec.msgpack.decode(word.result(), type=FromEngine)
         if isinstance(message, Ready):
             return message
@@ -212,13 +219,7 @@ class EngineClient:
         decoder = msgspec.msgpack.Decoder(FromEngine)
         while self.dead is None:
             try:
-                async with asyncio.timeout(self._timeout_s):
-                    data = await self._socket.recv()
-                message: Ready | Outputs | Dead = decoder.decode(data)
-            except TimeoutError:
-                self._die(f"the engine was silent for {self._timeout_s:g} s")
-                self.kill()
-                return
+                message: Ready | Outputs | Dead = decoder.decode(await self._socket.recv())
             except (zmq.ZMQError, msgspec.MsgspecError) as error:
                 self._die(f"cannot hear the engine: {error}")
                 self.kill()
@@ -238,8 +239,12 @@ class EngineClient:
             del self._live[output.id]
         queue.put_nowait(output)
 
-    async def _watch(self) -> None:
-        status = await self._process.wait()
+    async def _watch_heartbeat(self) -> None:
+        self._die(await hung(self._heartbeat, self._round_s))
+        self.kill()
+
+    async def _watch_process(self, process: Process) -> None:
+        status = await process.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORD_S):
                 await self._death.wait()
@@ -255,6 +260,22 @@ class EngineClient:
         self._live.clear()
 
     def _post(self, message: AddRequest | AbortRequests) -> None:
-        # The queue to the engine has no limit, so this never waits; a failure shows as a silent engine.
+        # The queue to the engine has no limit, so this never waits.
         future = asyncio.ensure_future(self._socket.send(msgspec.msgpack.encode(message)))
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+def _socket_directory() -> Path:
+    """A new directory, mode 0700, whose name leaves room for the sockets. Raises EngineDead."""
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="magicdec-"))
+    except OSError as error:
+        raise EngineDead(f"no directory for the engine's sockets: {error}") from None
+    longest = max(len(os.fsencode(directory / name)) for name in (SOCKET, HEARTBEAT))
+    if longest > zmq.IPC_PATH_MAX_LEN:
+        directory.rmdir()
+        raise EngineDead(
+            f"{directory.parent}: too long a name for sockets in it, by {longest - zmq.IPC_PATH_MAX_LEN} bytes; "
+            "set TMPDIR to a shorter one"
+        )
+    return directory

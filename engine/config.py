@@ -106,7 +106,7 @@ class ServerConfig(Settings):
     max_body_mb: Annotated[float, Field(gt=0)] = 8.0
     """Request bodies beyond this are refused with 413."""
     engine_timeout_s: Annotated[float, Field(gt=0)] = 120.0
-    """An engine silent for this long counts as hung."""
+    """An engine whose round takes longer than this counts as hung."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     """On SIGTERM running requests may finish for this long; then they are aborted."""
@@ -140,7 +140,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
     data: Any = {}
     if path is not None:
         try:
-            data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
+            data = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data() or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: {error}") from error
         if not isinstance(data, dict):

@@ -7,8 +7,8 @@ API process, which drains first.
 
 A ROUTER socket talks to any number of API processes, each a DEALER. Whatever a peer says first introduces
 it, and is answered with Ready. Outputs go to the peer the request came from; about once a second every peer
-that heard nothing else gets Outputs without content, which says that the loop turns. A peer that cannot be
-reached any more loses its requests.
+that heard nothing else gets Outputs without content, for the stats. A peer that cannot be reached any more loses
+its requests. A second socket carries the heartbeat (engine/heartbeat.py).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ import msgspec
 import zmq
 
 from engine.config import EngineConfig
+from engine.heartbeat import Heart
+from engine.logs import set_up
 from engine.messages import (
     FINISH_ABORT,
     AbortRequests,
@@ -42,7 +44,10 @@ from engine.messages import (
 )
 from engine.scheduler import QueueFull
 
-HEARTBEAT_S = 1.0
+SOCKET, HEARTBEAT = "engine", "heartbeat"
+"""The ipc sockets in the launch directory."""
+_NEWS_S = 1.0
+"""How old the stats of a peer may get."""
 _STDIN = 0
 _LAST_WORD_MS = 2000
 """How long a dying engine tries to tell its peers why."""
@@ -57,8 +62,8 @@ class Launch(msgspec.Struct):
 
     config: dict[str, Any]
     """EngineConfig."""
-    socket: str
-    """Path of the ipc socket to create, in a directory of its own; both are removed when the engine ends."""
+    directory: str
+    """Where to create the ipc sockets, and nothing else; removed with them when the engine ends."""
     log_level: str = "info"
 
 
@@ -78,13 +83,14 @@ class EngineLike(Protocol):
 class EngineServer:
     """The loop between one engine and its peers."""
 
-    def __init__(self, socket: zmq.Socket[bytes], engine: EngineLike, stop: threading.Event) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], engine: EngineLike, heart: Heart, stop: threading.Event) -> None:
         """`stop` is set once stdin is closed."""
         self._socket = socket
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(_STDIN, zmq.POLLIN)
         self._engine = engine
+        self._heart = heart
         self._stop = stop
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._last_sent: dict[bytes, float] = {}
@@ -97,11 +103,12 @@ class EngineServer:
     def run(self) -> None:
         """Serve until `stop` is set. Raises what engine.step raises."""
         while not self._stop.is_set():
-            self._poller.poll(0 if self._engine.has_work() else int(HEARTBEAT_S * 1000))
+            self._poller.poll(0 if self._engine.has_work() else int(_NEWS_S * 1000))
+            self._heart.turn()
             self._receive()
             if self._engine.has_work():
                 self._dispatch(self._engine.step())
-            self._heartbeat()
+            self._news()
 
     def _receive(self) -> None:
         while True:
@@ -109,15 +116,17 @@ class EngineServer:
                 peer, data = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            try:
-                message: AddRequest | AbortRequests = self._decoder.decode(data)
-            except msgspec.MsgspecError as error:
-                logger.error("dropped a message that is none: %s", error)
-                continue
             if peer not in self._last_sent:
                 self._last_sent[peer] = 0.0
                 ready = self._engine.ready
                 self._send(peer, msgspec.structs.replace(ready, stats=self._engine.stats()))
+            try:
+                message: AddRequest | AbortRequests = self._decoder.decode(data)
+            except msgspec.MsgspecError as error:
+                logger.error("cannot read a message: %s", error)
+                if (id := _request_id(data)) is not None:
+                    self._refuse(peer, id, f"the engine cannot read the request: {error}")
+                continue
             if isinstance(message, AbortRequests):
                 self._abort(message.ids)
             else:
@@ -127,15 +136,13 @@ class EngineServer:
         try:
             self._engine.add(request)
         except ValueError as error:
-            refusal = RequestOutput(
-                id=request.id,
-                finish_reason=FINISH_ABORT,
-                error=str(error),
-                retry=isinstance(error, QueueFull),
-            )
-            self._send(peer, Outputs([refusal], self._engine.stats()))
+            self._refuse(peer, request.id, str(error), retry=isinstance(error, QueueFull))
         else:
             self._owner[request.id] = peer
+
+    def _refuse(self, peer: bytes, id: str, reason: str, retry: bool = False) -> None:
+        refusal = RequestOutput(id=id, finish_reason=FINISH_ABORT, error=reason, retry=retry)
+        self._send(peer, Outputs([refusal], self._engine.stats()))
 
     def _abort(self, ids: list[str]) -> None:
         self._engine.abort(ids)
@@ -155,8 +162,8 @@ class EngineServer:
             for peer, theirs in by_peer.items():
                 self._send(peer, Outputs(theirs, stats))
 
-    def _heartbeat(self) -> None:
-        due = time.monotonic() - HEARTBEAT_S
+    def _news(self) -> None:
+        due = time.monotonic() - _NEWS_S
         quiet = [peer for peer, sent in self._last_sent.items() if sent < due]
         if quiet:
             stats = self._engine.stats()
@@ -190,29 +197,31 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
     """Read Launch from stdin, load the engine, serve until stdin closes. Returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
-    logging.basicConfig(
-        level=launch.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    path = Path(launch.socket)
+    line = sys.stdin.buffer.readline()
+    if not line:  # the parent changed its mind
+        return 0
+    launch = msgspec.json.decode(line, type=Launch)
+    set_up(launch.log_level)
+    directory = Path(launch.directory)
     stop, closed = threading.Event(), threading.Event()
-    threading.Thread(target=_watch_parent, args=(stop, closed, path), daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(stop, closed, directory), daemon=True).start()
 
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(closed.set)
-        cleanup.callback(_remove, path)
+        cleanup.callback(_remove, directory)
         context = cleanup.enter_context(zmq.Context())
+        heart = cleanup.enter_context(Heart(context, directory / HEARTBEAT))
         socket = cleanup.enter_context(context.socket(zmq.ROUTER))
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.LINGER, _LAST_WORD_MS)
-        socket.bind(f"ipc://{path}")
+        socket.bind(f"ipc://{directory / SOCKET}")
         server = None
         try:
             engine = load_engine(EngineConfig.model_validate(launch.config))
             cleanup.callback(engine.close)
-            server = EngineServer(socket, engine, stop)
+            server = EngineServer(socket, engine, heart, stop)
             server.run()
         except Exception as error:
             # While loading, a ValueError is about the settings or the model; all else needs a traceback.
@@ -224,19 +233,32 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
     return 0
 
 
-def _watch_parent(stop: threading.Event, closed: threading.Event, path: Path) -> None:
+def _watch_parent(stop: threading.Event, closed: threading.Event, directory: Path) -> None:
     while os.read(_STDIN, 4096):  # not sys.stdin: its lock must be free when the interpreter ends
         pass
     stop.set()
     if not closed.wait(_ORPHAN_GRACE_S):
-        _remove(path)
+        _remove(directory)
         os._exit(1)
 
 
-def _remove(path: Path) -> None:
+def _remove(directory: Path) -> None:
     with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-        path.parent.rmdir()
+        for name in (SOCKET, HEARTBEAT):
+            (directory / name).unlink(missing_ok=True)
+        directory.rmdir()
+
+
+def _request_id(data: bytes) -> str | None:
+    """The id of a request that is not one otherwise: somebody waits for its end."""
+    try:
+        return msgspec.msgpack.decode(data, type=_Named).id
+    except msgspec.MsgspecError:
+        return None
+
+
+class _Named(msgspec.Struct):
+    id: str
 
 
 def _reason(error: Exception, expected: bool) -> str:

@@ -15,10 +15,15 @@ class TextChunk:
     """What one round's tokens added to the text."""
 
     text: str
-    tokens_used: int
-    """How many of the round's tokens belong to the output; fewer than all only when `stopped`."""
+    offsets: list[int]
+    """One per token that belongs to the output (fewer than were pushed only when `stopped`): where in the output's
+    text its own begins. Text held back counts, so that of a stop string that is cut off may lie beyond the end."""
     stopped: str | None = None
     """The stop string that ended the output."""
+
+    @property
+    def tokens_used(self) -> int:
+        return len(self.offsets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,8 @@ class Delta:
 
     text: str
     tokens: list[int]
+    offsets: list[int]
+    """One per token: where in the output's text its own begins."""
     logprobs: list[TokenLogprobs] | None
     """One per token, if asked for."""
     drafted: int
@@ -36,6 +43,34 @@ class Delta:
     """The stop string or stop token that ended it; None for the model's own end of text."""
 
 
+class StopString:
+    """A stop string, prepared once for any number of texts to be searched for it (Knuth, Morris, Pratt)."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        # border[i]: length of the longest proper prefix of text[:i] that is also its suffix.
+        self._border = [0, 0]
+        for char in text[1:]:
+            self._border.append(self._extend(self._border[-1], char))
+
+    def feed(self, matched: int, char: str) -> tuple[int, bool]:
+        """`matched`: length of the longest proper prefix of the stop string that a text ends with.
+
+        Returns the same once `char` follows, and whether the text then ends with the whole stop string.
+        """
+        matched = self._extend(matched, char)
+        return (matched, False) if matched < len(self.text) else (self._border[matched], True)
+
+    def _extend(self, matched: int, char: str) -> int:
+        while matched and self.text[matched] != char:
+            matched = self._border[matched]
+        return matched + 1 if self.text[matched] == char else 0
+
+
+def stop_strings(params: SamplingParams) -> list[StopString]:
+    return [StopString(stop) for stop in params.stop if stop]
+
+
 class TextStream:
     """The text of one request. Chunks join to the same text however its tokens were split into rounds.
 
@@ -43,12 +78,22 @@ class TextStream:
     when the token that completes it is the `min_tokens`-th or a later one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, context: Sequence[int] = ()) -> None:
-        """`context`: the prompt, where the output continues its text; not part of the output."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        context: Sequence[int] = (),
+        stops: Sequence[StopString] | None = None,
+    ) -> None:
+        """context: the prompt, where the output continues its text; not part of the output.
+        stops: stop_strings(params), where several streams share them.
+        """
         self._decoder = IncrementalDecoder(tokenizer, params.skip_special_tokens, context)
         self._params = params
-        self._matchers = [_Matcher(stop) for stop in params.stop if stop]
+        self._stops = stop_strings(params) if stops is None else stops
+        self._matched = [0] * len(self._stops)
         self._tokens = 0
+        self._length = 0  # of the text so far, held back or not
         self._held = ""
 
     def take(self, output: RequestOutput) -> Delta:
@@ -64,6 +109,7 @@ class TextStream:
         return Delta(
             text=text,
             tokens=output.tokens[:used],
+            offsets=chunk.offsets,
             logprobs=None if output.logprobs is None else output.logprobs[:used],
             drafted=output.drafted,
             accepted=min(output.accepted, used),
@@ -78,13 +124,15 @@ class TextStream:
         may be pushed after a chunk that stopped.
         """
         ready: list[str] = []
+        offsets: list[int] = []
         for used, token in enumerate(tokens, 1):
             self._tokens += 1
+            offsets.append(self._length)
             if stop_token and used == len(tokens) and not self._params.include_stop_str_in_output:
                 break
             if stopped := self._take(self._decoder.push(token), ready):
-                return TextChunk("".join(ready), used, stopped)
-        return TextChunk("".join(ready), len(tokens))
+                return TextChunk("".join(ready), offsets, stopped)
+        return TextChunk("".join(ready), offsets)
 
     def finish(self) -> TextChunk:
         """The text still held back, once the last token was pushed and nothing stopped the text."""
@@ -93,53 +141,30 @@ class TextStream:
         if not stopped:
             ready.append(self._held)
             self._held = ""
-        return TextChunk("".join(ready), 0, stopped)
+        return TextChunk("".join(ready), [], stopped)
 
     def _take(self, piece: str, ready: list[str]) -> str | None:
         """Move what is now certain to `ready`; return the stop string that `piece` completes."""
+        self._length += len(piece)
         if not piece:
             return None
-        if not self._matchers:
+        if not self._stops:
             ready.append(piece)
             return None
         text, before = self._held + piece, len(self._held)
         for position, char in enumerate(piece, before + 1):
-            complete = [matcher for matcher in self._matchers if matcher.feed(char)]
+            complete: list[str] = []
+            for index, stop in enumerate(self._stops):
+                self._matched[index], whole = stop.feed(self._matched[index], char)
+                if whole:
+                    complete.append(stop.text)
             if complete and self._tokens >= self._params.min_tokens:
-                longest = max(complete, key=lambda matcher: len(matcher.pattern))
-                dropped = 0 if self._params.include_stop_str_in_output else len(longest.pattern)
+                longest = max(complete, key=len)
+                dropped = 0 if self._params.include_stop_str_in_output else len(longest)
                 ready.append(text[: position - dropped])
                 self._held = ""
-                return longest.pattern
-        held = max(matcher.matched for matcher in self._matchers)
+                return longest
+        held = max(self._matched)
         ready.append(text[: len(text) - held])
         self._held = text[len(text) - held :]
         return None
-
-
-class _Matcher:
-    """Knuth-Morris-Pratt: one pattern against text that arrives one character at a time.
-
-    matched: length of the longest proper prefix of the pattern that the text so far ends with.
-    """
-
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern
-        self.matched = 0
-        # border[i]: length of the longest proper prefix of pattern[:i] that is also its suffix.
-        self._border = [0, 0]
-        for char in pattern[1:]:
-            self._border.append(self._extend(self._border[-1], char))
-
-    def feed(self, char: str) -> bool:
-        """Whether the text now ends with the pattern."""
-        self.matched = self._extend(self.matched, char)
-        if self.matched < len(self.pattern):
-            return False
-        self.matched = self._border[self.matched]
-        return True
-
-    def _extend(self, matched: int, char: str) -> int:
-        while matched and self.pattern[matched] != char:
-            matched = self._border[matched]
-        return matched + 1 if self.pattern[matched] == char else 0

@@ -46,6 +46,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         parts = [decoder, *decoder.get("decoders", [])]
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added = frozenset(added)
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
         self._bytes_of = _byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else None
 
@@ -69,7 +70,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """`text` must be encodable as UTF-8 (no lone surrogates)."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.encode_batch([text], add_special_tokens)[0]
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """`encode` of each text. Other threads can run meanwhile (the library's call for one text stops them)."""
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Ids without a token decode to nothing; bytes that are not UTF-8 decode to U+FFFD."""
@@ -92,10 +98,9 @@ class Tokenizer:
         if piece is None:
             return b""
         if self._bytes_of is not None:
-            try:
+            if token not in self._added and all(char in self._bytes_of for char in piece):
                 return bytes(self._bytes_of[char] for char in piece)
-            except KeyError:  # an added token: plain text
-                return piece.encode()
+            return piece.encode()
         if match := _BYTE_TOKEN.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return piece.replace("\u2581", " ").encode()

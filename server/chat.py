@@ -40,7 +40,9 @@ async def prompt_tokens(service: Service, chat: ChatFields, add_special_tokens: 
         if message["name"] is None:
             del message["name"]
     generate = True if chat.add_generation_prompt is None else chat.add_generation_prompt
-    return await service.encode(service.template.render(messages, generate), bool(add_special_tokens))
+    text = service.template.render(messages, generate)
+    (tokens,) = await service.encode([text], bool(add_special_tokens))
+    return tokens
 
 
 class _Answer:
@@ -56,7 +58,7 @@ class _Answer:
     @classmethod
     async def prepare(cls, service: Service, body: ChatRequest) -> _Answer:
         """Render, tokenize and check. Raises ApiError."""
-        service.check_count(body.choices)
+        service.check_count(1, body.choices)
         tokens = await prompt_tokens(service, body, body.add_special_tokens)
         if body.truncate_prompt_tokens is not None:
             tokens = tokens[-body.truncate_prompt_tokens :]

@@ -49,19 +49,20 @@ class _Answer:
         self._body = body
         self._generation = generation
         self._echoes = echoes
-        self._offsets = [len(echo) for echo in echoes]
 
     @classmethod
     async def prepare(cls, service: Service, body: CompletionRequest) -> _Answer:
         """Tokenize and check. Raises ApiError."""
-        service.check_count(len(body.prompt) * body.choices)
+        service.check_count(len(body.prompt), body.choices)
         special = True if body.add_special_tokens is None else body.add_special_tokens
         ready = service.engine().ready
         choices: list[Choice] = []
         echoes: list[str] = []
         prompt_tokens = 0
-        for prompt in body.prompt:
-            tokens = await service.encode(prompt, special) if isinstance(prompt, str) else prompt
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        ids = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
+        encoded = ids or await service.encode(texts, special)  # prompts are of one kind
+        for prompt, tokens in zip(body.prompt, encoded, strict=True):
             whole = len(tokens)
             if body.truncate_prompt_tokens is not None:
                 tokens = tokens[-body.truncate_prompt_tokens :]
@@ -122,22 +123,19 @@ class _Answer:
         }
 
     def _logprobs(self, piece: Piece) -> dict[str, list[Any]] | None:
-        """Of the tokens of `piece`; each token's offset counts the texts of the tokens before it."""
+        """Of the tokens of `piece`; offsets index into the choice's text."""
         if piece.delta.logprobs is None:
             return None
         tokenizer = self._service.tokenizer
         tokens = [token_text(tokenizer, token) for token in piece.delta.tokens]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[piece.index])
-            self._offsets[piece.index] += len(token)
+        echoed = len(self._echoes[piece.index])
         return {
             "tokens": tokens,
             "token_logprobs": [finite(entry.logprob) for entry in piece.delta.logprobs],
             "top_logprobs": [
                 _top(tokenizer, token, entry) for token, entry in zip(tokens, piece.delta.logprobs, strict=True)
             ],
-            "text_offset": offsets,
+            "text_offset": [echoed + offset for offset in piece.delta.offsets],
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 
@@ -10,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.client import EngineDead
 
@@ -17,6 +19,8 @@ MAX_MESSAGE = 500
 """Longest message, in characters."""
 _MAX_NAME = 64
 """Longest piece of the client's own input that a message repeats."""
+_MAX_FAULTS = 100
+"""A body with more faults than this is not told the first of them: finding it would take long."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,10 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(message, status=503, code=code, headers={"Retry-After": "1"})
 
 
+def draining() -> ApiError:
+    return unavailable("the server is shutting down", "draining")
+
+
 def engine_dead(reason: str) -> ApiError:
     return ApiError(f"the engine is gone: {reason}", status=503, code="engine_dead")
 
@@ -75,6 +83,8 @@ def as_api_error(error: Exception) -> ApiError:
 
 def from_validation(error: ValidationError) -> ApiError:
     """The first fault of a body that does not match its schema."""
+    if error.error_count() > _MAX_FAULTS:
+        return ApiError(f"the body has {error.error_count()} faults")
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     fault = faults[0]
     if fault["type"] == "json_invalid":
@@ -116,4 +126,31 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(EngineDead, api_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(ClientDisconnect, gone)
-    app.add_exception_handler(Exception, api_error)
+
+
+class LastResort:
+    """Answers for what no route expected: 500; and 503 to a request that is cancelled because the server ends.
+
+    Once the answer has begun, its connection is closed.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+            return
+        except asyncio.CancelledError:  # the end of this request's own task
+            answer = draining()
+        except Exception as error:
+            answer = as_api_error(error)
+        if scope["type"] == "http" and not begun:
+            await answer.response()(scope, receive, send)

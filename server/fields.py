@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 import msgspec
 from fastapi import Request
@@ -14,10 +14,17 @@ from pydantic_core import PydanticCustomError
 
 from engine.messages import Ready
 from engine.params import SamplingParams
-from server.errors import ApiError, from_validation
-
-MAX_STOPS = 16
-MAX_CHOICES = 128
+from server.errors import ApiError, draining, from_validation
+from server.limits import (
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_CHARS,
+    MAX_STOP_TOKENS,
+    MAX_STOPS,
+    check_tokens,
+)
+from server.service import Service
+from server.stream import before
 
 
 class Body(BaseModel):
@@ -30,9 +37,11 @@ Model = TypeVar("Model", bound=Body)
 
 
 async def read(request: Request, model: type[Model]) -> Model:
-    """Parse the body. Raises ApiError."""
+    """Parse the body. Raises ApiError; also if the server begins to drain before all of it has come."""
+    service: Service = request.app.state.service
+    body = await before(service.draining.wait(), request.body(), draining())
     try:
-        return model.model_validate_json(await request.body())
+        return model.model_validate_json(body)
     except ValidationError as error:
         raise from_validation(error) from None
 
@@ -65,7 +74,49 @@ def _stop(value: Any) -> list[str] | None:
         raise PydanticCustomError("stop", f"expected at most {MAX_STOPS} strings")
     if not all(stops):
         raise PydanticCustomError("stop", "a stop string cannot be empty")
+    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+        raise PydanticCustomError("stop", f"expected at most {MAX_STOP_CHARS} characters in a stop string")
     return stops
+
+
+def are_token_ids(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and set(map(type, value)) <= {int}
+
+
+# Lists and objects of any length have one validator each: pydantic's own would tell every entry's fault.
+
+
+def _stop_token_ids(value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    if not are_token_ids(value):
+        raise PydanticCustomError("token_ids", "expected a list of token ids")
+    if len(value) > MAX_STOP_TOKENS:
+        raise PydanticCustomError("token_ids", f"expected at most {MAX_STOP_TOKENS} token ids")
+    return value
+
+
+def _logit_bias(value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise PydanticCustomError("logit_bias", "expected an object from token ids to numbers")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("logit_bias", f"expected at most {MAX_LOGIT_BIAS} tokens")
+    if not all(_TOKEN_ID.fullmatch(key) for key in value):
+        raise PydanticCustomError("logit_bias", 'expected token ids like "42" as keys')
+    if not all(type(bias) in (int, float) and -100 <= bias <= 100 for bias in value.values()):
+        raise PydanticCustomError("logit_bias", "expected numbers from -100 to 100")
+    return {int(key): bias for key, bias in value.items()}
+
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+def _request_id(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", value):
+        raise PydanticCustomError("request_id", "expected 1 to 128 letters, digits and . _ : -")
+    return value
 
 
 class StreamOptions(BaseModel):
@@ -93,19 +144,19 @@ class CompletionFields(Body):
     min_p: float | None = None
     seed: int | None = None
     stop: Annotated[list[str] | None, PlainValidator(_stop)] = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int] | None, PlainValidator(_stop_token_ids)] = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[int, float] | None, PlainValidator(_logit_bias)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
-    request_id: Annotated[str, Field(pattern=r"\A[A-Za-z0-9._:-]{1,128}\z")] | None = None
+    request_id: Annotated[str | None, AfterValidator(_request_id)] = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     speculation: Speculation | None = None
@@ -174,11 +225,7 @@ class CompletionFields(Body):
         if params.min_tokens > max_tokens:
             raise ApiError(f"min_tokens: more than max_tokens ({max_tokens})", param="min_tokens")
         for param, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if unknown := [token for token in tokens if not 0 <= token < ready.vocab_size]:
-                raise ApiError(
-                    f"{param}: the model has no token {unknown[0]}, only 0 to {ready.vocab_size - 1}",
-                    param=param,
-                )
+            check_tokens(param, tokens, ready.vocab_size)
         return params
 
     def _max_draft_tokens(self) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 from engine.client import EngineClient
 from engine.messages import FINISH_LENGTH, AddRequest, TokenLogprobs
 from engine.params import SamplingParams
-from engine.text import Delta, TextStream
+from engine.text import Delta, StopString, TextStream, stop_strings
 from server.errors import ApiError, unavailable
 from server.service import Service
 
@@ -57,7 +57,7 @@ class Usage:
 
 @dataclass
 class Generation:
-    """All choices of one HTTP request.
+    """All choices of one HTTP request; they differ in prompt and seed only.
 
     usage: grows while `pieces` runs; complete when it ends.
     """
@@ -70,17 +70,20 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces of all choices as they come. Closing early aborts them. Raises ApiError, EngineDead."""
         with self.service.admit(len(self.choices)) as client:
-            async with aclosing(merge([self._run(client, choice) for choice in self.choices])) as merged:
+            stops = stop_strings(self.choices[0].params)
+            async with aclosing(merge([self._run(client, choice, stops) for choice in self.choices])) as merged:
                 async for piece in merged:
                     yield piece
 
-    async def _run(self, client: EngineClient, choice: Choice) -> AsyncGenerator[Piece, None]:
+    async def _run(
+        self, client: EngineClient, choice: Choice, stops: Sequence[StopString]
+    ) -> AsyncGenerator[Piece, None]:
         if choice.params.max_tokens == 0:
             logprobs: list[TokenLogprobs] | None = None if choice.params.logprobs is None else []
-            yield Piece(choice.index, Delta("", [], logprobs, 0, 0, FINISH_LENGTH, None))
+            yield Piece(choice.index, Delta("", [], [], logprobs, 0, 0, FINISH_LENGTH, None))
             return
         context = choice.prompt if choice.continues else ()
-        stream = TextStream(self.service.tokenizer, choice.params, context)
+        stream = TextStream(self.service.tokenizer, choice.params, context, stops)
         request = AddRequest(uuid.uuid4().hex, choice.prompt, choice.params, self.arrival)
         with self.service.metrics.follow(self.arrival) as timing:
             async with aclosing(client.generate(request)) as outputs:
@@ -92,7 +95,7 @@ class Generation:
                     delta = stream.take(output)
                     self.usage.completion_tokens += len(delta.tokens)
                     self.usage.accepted += delta.accepted
-                    self.usage.rejected += delta.drafted - delta.accepted
+                    self.usage.rejected += output.drafted - output.accepted
                     timing.output(len(delta.tokens), output.scheduled, delta.finish_reason)
                     yield Piece(choice.index, delta)
                     if delta.finish_reason is not None:

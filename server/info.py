@@ -9,7 +9,6 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from server.errors import engine_dead
 from server.service import Service
-from server.version import COMMIT_UNKNOWN, commit, version
 
 router = APIRouter()
 
@@ -59,8 +58,9 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/version")
-async def get_version() -> dict[str, str]:
-    return {"version": version(), "commit": commit() or COMMIT_UNKNOWN}
+async def version(request: Request) -> dict[str, str]:
+    build: dict[str, str] = request.app.state.service.build
+    return build
 
 
 @router.get("/load")

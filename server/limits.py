@@ -1,10 +1,31 @@
-"""Bounds on what a client may send."""
+"""Bounds on what a client may send. Those of sampling parameters are in engine/params.py."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 2**16
+MAX_MESSAGES = 4096
+"""Of one conversation; likewise parts of one message."""
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1000
+MAX_STOP_TOKENS = 1024
+MAX_LOGIT_BIAS = 4096
+MAX_INT = 2**31 - 1
+"""Of counts and token ids."""
+
+
+def check_tokens(param: str, tokens: Collection[int], vocab_size: int) -> None:
+    """Raises ApiError if the model lacks one of `tokens`."""
+    if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+        unknown = next(token for token in tokens if not 0 <= token < vocab_size)
+        shown = unknown if abs(unknown) <= MAX_INT else "with an id as large as one of these"
+        raise ApiError(f"{param}: the model has no token {shown}, only 0 to {vocab_size - 1}", param=param)
 
 
 class BodyLimit:
@@ -18,19 +39,18 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = ApiError(f"the body is larger than {self._max_bytes} bytes", status=413, code="body_too_large")
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > self._max_bytes:
-            await refusal.response()(scope, receive, send)
-            return
+        announced = dict(scope["headers"]).get(b"content-length", b"")
+        largest = int(announced) if announced.isdigit() else 0  # known before it has arrived
         received = 0
 
         async def counted() -> Message:
             nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise refusal
+            message: Message = {}
+            if largest <= self._max_bytes:
+                message = await receive()
+                received += len(message.get("body", b""))
+            if max(received, largest) > self._max_bytes:
+                raise ApiError(f"the body is larger than {self._max_bytes} bytes", status=413, code="body_too_large")
             return message
 
         await self._app(scope, counted, send)

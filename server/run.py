@@ -9,12 +9,15 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 
+import msgspec
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.client import ENGINE_COMMAND, EngineClient, EngineDead
 from engine.config import Config
 from models.tokenizer import Tokenizer
 from server.app import create_app
+from server.errors import ApiError
 from server.service import Service
 
 _DEAD_LINGER_S = 2.0
@@ -29,6 +32,15 @@ class _HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # Lifecycle handles them: draining must not close the listening socket
+
+
+class _Protocol(HttpToolsProtocol):
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP at all: the same error body as for everything else."""
+        body = msgspec.json.encode(ApiError(msg, code="invalid_http").body())
+        head = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()
 
 
 class Lifecycle:
@@ -57,13 +69,19 @@ class Lifecycle:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         service = Service(self._config, self._tokenizer)
+        debug = self._config.server.log_level == "debug"
         http = _HttpServer(
             uvicorn.Config(
                 create_app(service),
-                http="httptools",
+                http=_Protocol,
                 lifespan="off",
                 log_config=None,
-                access_log=self._config.server.log_level == "debug",
+                log_level="info" if debug else "warning",
+                access_log=debug,
+                # Said here lest environment variables say otherwise.
+                workers=1,
+                proxy_headers=False,
+                forwarded_allow_ips="",
                 server_header=False,
                 timeout_graceful_shutdown=_CLOSE_S,
             )
@@ -112,7 +130,7 @@ class Lifecycle:
             return await self._buried(dying.result())
         if serving.done():
             return self._how_it_ended(serving)
-        service.draining = True
+        service.draining.set()
         logger.info("draining")
         idle = asyncio.create_task(service.wait_idle())
         forced = asyncio.create_task(self._force.wait())

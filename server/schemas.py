@@ -9,13 +9,11 @@ from pydantic_core import PydanticCustomError
 
 from engine.params import MAX_LOGPROBS
 from server.errors import ApiError
-from server.fields import Body, CompletionFields, NotServed, only
+from server.fields import Body, CompletionFields, NotServed, are_token_ids, only
+from server.limits import MAX_INT, MAX_MESSAGES, MAX_PROMPTS
 
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-
-
-def _token_ids(value: Any) -> bool:
-    return isinstance(value, list) and set(map(type, value)) <= {int}
+MaxTokens = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -23,9 +21,11 @@ def _prompts(value: Any) -> list[str | list[int]]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
-        if _token_ids(value):
+        if are_token_ids(value):
             return [value]
-        if all(isinstance(prompt, str) for prompt in value) or all(map(_token_ids, value)):
+        if len(value) > MAX_PROMPTS:
+            raise PydanticCustomError("prompt", f"expected at most {MAX_PROMPTS} prompts")
+        if all(isinstance(prompt, str) for prompt in value) or all(map(are_token_ids, value)):
             return value
     raise PydanticCustomError(
         "prompt", "expected a string, a list of strings, a list of token ids, or a list of lists of token ids"
@@ -34,7 +34,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 class CompletionRequest(CompletionFields):
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: MaxTokens | None = None
     logprobs: Logprobs | None = None
     echo: bool | None = None
 
@@ -53,6 +53,8 @@ def _content(value: Any) -> str:
         return value
     if not isinstance(value, list) or not value:
         raise PydanticCustomError("content", "expected a string or a list of parts")
+    if len(value) > MAX_MESSAGES:
+        raise PydanticCustomError("content", f"expected at most {MAX_MESSAGES} parts")
     texts = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -69,6 +71,7 @@ class Message(Body):
     content: Annotated[str, PlainValidator(_content)]
     name: str | None = None
 
+    annotations: NotServed = None
     audio: NotServed = None
     function_call: NotServed = None
     reasoning: NotServed = None
@@ -87,7 +90,7 @@ def _no_template(value: Any) -> Any:
 class ChatFields(Body):
     """What becomes the prompt."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool | None = None
 
     chat_template: Annotated[Any, AfterValidator(_no_template)] = None
@@ -96,8 +99,8 @@ class ChatFields(Body):
 
 
 class ChatRequest(ChatFields, CompletionFields):
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[MaxTokens, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[MaxTokens, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
 
@@ -135,7 +138,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -152,6 +155,12 @@ class TokenizeRequest(Body):
             raise ApiError("add_generation_prompt: only with messages", param="add_generation_prompt")
 
 
+def _tokens(value: Any) -> list[int]:
+    if not are_token_ids(value) or (value and (min(value) < 0 or max(value) > MAX_INT)):
+        raise PydanticCustomError("token_ids", "expected a list of token ids")
+    return value
+
+
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**32)]]
+    tokens: Annotated[list[int], PlainValidator(_tokens)]

@@ -11,19 +11,22 @@ from pathlib import Path
 from engine.client import EngineClient
 from engine.config import Config
 from models.tokenizer import Tokenizer
-from server.errors import ApiError, engine_dead, unavailable
+from server.errors import ApiError, draining, engine_dead, unavailable
+from server.limits import check_tokens
 from server.metrics import Metrics
 from server.template import ChatTemplate
+from server.version import build
 
 _INLINE_CHARS = 2048
-"""Text longer than this is tokenized off the event loop."""
+"""More text than this is tokenized off the event loop."""
 
 
 class Service:
     """One model behind one engine. Used from the event loop only.
 
     client: None while the engine is loading.
-    draining: True once the process has been asked to end; nothing new is taken then.
+    draining: set once the process has been asked to end; nothing new is taken then.
+    build: which version this is.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
@@ -33,7 +36,8 @@ class Service:
         self.model_id = config.server.served_model_name or Path(config.engine.model).name
         self.created = int(time.time())
         self.client: EngineClient | None = None
-        self.draining = False
+        self.draining = asyncio.Event()
+        self.build = build()
         self.metrics = Metrics(self.model_id, lambda: self.client.stats if self.client else None)
         self._admitted = 0
         self._idle = asyncio.Event()
@@ -55,8 +59,8 @@ class Service:
     def engine(self) -> EngineClient:
         """The engine, for a new request. Raises ApiError 503: loading, draining or dead."""
         client = self.loaded()
-        if self.draining:
-            raise unavailable("the server is shutting down", "draining")
+        if self.draining.is_set():
+            raise draining()
         return client
 
     def check_model(self, model: str | None) -> None:
@@ -68,10 +72,13 @@ class Service:
                 param="model",
             )
 
-    def check_count(self, requests: int) -> None:
+    def check_count(self, prompts: int, choices: int) -> None:
         """Refuse what could never be taken, before any work goes into it. Raises ApiError."""
-        if requests > self.capacity:
-            raise ApiError(f"n: {requests} choices in all, but the server takes {self.capacity}", param="n")
+        if prompts * choices > self.capacity:
+            param = "n" if choices > 1 else "prompt"
+            raise ApiError(
+                f"{param}: {prompts * choices} choices in all, but the server takes {self.capacity}", param=param
+            )
 
     @contextmanager
     def admit(self, requests: int) -> Iterator[EngineClient]:
@@ -92,10 +99,10 @@ class Service:
         """Return once no admitted request is left."""
         await self._idle.wait()
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        if len(text) <= _INLINE_CHARS:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+    async def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        if sum(map(len, texts)) <= _INLINE_CHARS:
+            return self.tokenizer.encode_batch(texts, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode_batch, texts, add_special_tokens)
 
     def fit(self, prompt: Sequence[int], max_tokens: int | None, default: int | None) -> int:
         """How many tokens to generate at most. Raises ApiError: no tokens, unknown ones, or too many.
@@ -105,11 +112,7 @@ class Service:
         ready = self.engine().ready
         if not prompt:
             raise ApiError("prompt: no tokens", code="invalid_value", param="prompt")
-        if min(prompt) < 0 or max(prompt) >= ready.vocab_size:
-            unknown = next(token for token in prompt if not 0 <= token < ready.vocab_size)
-            raise ApiError(
-                f"prompt: the model has no token {unknown}, only 0 to {ready.vocab_size - 1}", param="prompt"
-            )
+        check_tokens("prompt", prompt, ready.vocab_size)
         room = ready.max_model_len - len(prompt)
         wanted = min(room, default or room) if max_tokens is None else max_tokens
         if wanted > room or (max_tokens is None and room < 1):

@@ -29,19 +29,24 @@ async def until_gone(receive: Receive) -> None:
         pass
 
 
-async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes. Raises ClientDisconnect then."""
+async def before(end: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T], late: Exception) -> T:
+    """The result of `work`. If `end` returns first, `work` is cancelled and `late` raised."""
     task = asyncio.create_task(work)
-    gone = asyncio.create_task(until_gone(receive))
+    ending = asyncio.create_task(end)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, ending}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientDisconnect
+            raise late
         return task.result()
     finally:
         task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        ending.cancel()
+        await asyncio.gather(task, ending, return_exceptions=True)
+
+
+async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes. Raises ClientDisconnect then."""
+    return await before(until_gone(receive), work, ClientDisconnect())
 
 
 class Answer(Protocol):

@@ -3,49 +3,80 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from models.tokenizer import Tokenizer, TokenizerError
+from models.tokenizer import Tokenizer
 from server.errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 
 class ChatTemplate:
-    """Raises TokenizerError, on construction, if the model's template is not one."""
+    """The model's own template. One that is broken is logged and costs the chat route only.
+
+    available: whether there is one that works.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        source = tokenizer.chat_template
-        try:
-            self._template = None if source is None else environment.from_string(source)
-        except TemplateError as error:
-            raise TokenizerError(f"the model's chat template is broken: {error}") from None
+        self._missing = "this model has no chat template"
+        self._template = None
+        if tokenizer.chat_template is not None:
+            try:
+                self._template = environment.from_string(tokenizer.chat_template)
+            except TemplateError as error:
+                self._missing = "this model's chat template is broken"
+                logger.warning("%s, so chat is refused: %s", self._missing, error)
         self._special = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+
+    @property
+    def available(self) -> bool:
+        return self._template is not None
 
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """`messages`: role, content, and name if given. Raises ApiError."""
         if self._template is None:
-            raise ApiError("this model has no chat template", code="not_served", param="messages")
+            raise ApiError(self._missing, code="not_served", param="messages")
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self._special
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program, and may fail in any way
             raise ApiError(f"messages: the model's chat template refuses them: {error}", param="messages") from None
+
+
+class _Generation(Extension):
+    """{% generation %} marks, for training, what the assistant says; here it means nothing."""
+
+    tags = {"generation"}  # noqa: RUF012  (the library's interface)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -23,7 +23,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     ready = service.loaded().ready
     if body.prompt is not None:
         special = True if body.add_special_tokens is None else body.add_special_tokens
-        tokens = await service.encode(body.prompt, special)
+        (tokens,) = await service.encode([body.prompt], special)
     else:
         chat = ChatFields(messages=body.messages or [], add_generation_prompt=body.add_generation_prompt)
         tokens = await prompt_tokens(service, chat, body.add_special_tokens)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-COMMIT_UNKNOWN = "unknown"
 _DISTRIBUTION = "magicdec"
 
 
-@cache
-def version() -> str:
+def build() -> dict[str, str]:
+    """Version of the package and commit of its source ("unknown" if there is none). Runs git: call it once."""
+    return {"version": _version(), "commit": _commit() or "unknown"}
+
+
+def _version() -> str:
     """Of the installed package; "0" in a tree that was never installed."""
     try:
         return metadata.version(_DISTRIBUTION)
@@ -21,8 +23,7 @@ def version() -> str:
         return "0"
 
 
-@cache
-def commit() -> str | None:
+def _commit() -> str | None:
     """Git commit of the checkout this runs from, or that the package was installed from; None if unknown."""
     root = Path(__file__).resolve().parent.parent
     if (root / ".git").exists():

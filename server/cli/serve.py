@@ -63,11 +63,11 @@ def serve(
 def _run(config: Config) -> int:
     import uvloop
 
+    from engine.logs import set_up
     from models.config import read_config
     from models.default import resolve_model
     from models.tokenizer import Tokenizer
     from server.listen import listen
-    from server.logs import set_up
     from server.run import Lifecycle
 
     directory = resolve_model(config.engine.model)
@@ -92,7 +92,7 @@ def example(address: str, port: int, service: Service) -> str:
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
     host = f"[{reachable}]" if ":" in reachable else reachable
     ask: dict[str, Any]
-    if service.tokenizer.chat_template is not None:
+    if service.template.available:
         route, ask = "chat/completions", {"messages": [{"role": "user", "content": "Say hello."}]}
     else:
         route, ask = "completions", {"prompt": "Once upon a time"}

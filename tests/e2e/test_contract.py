@@ -244,6 +244,15 @@ def test_an_announced_length_is_refused_before_the_body_comes(tiny: Server) -> N
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+def test_what_is_not_http(tiny: Server) -> None:
+    host, port = tiny.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
 def test_sse_framing(tiny: Server) -> None:
     body = {
         "prompt": ["ab", "cd"],

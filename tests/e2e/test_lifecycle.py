@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable
@@ -132,6 +133,30 @@ def test_an_engine_that_is_killed(launch: Launch) -> None:
     assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_dead")
     assert server.get("/ready").status_code == 503
     assert server.wait() == 1
+
+
+def test_an_engine_that_stands_still(launch: Launch) -> None:
+    server = launch(engine_timeout_s=10_000.0)
+    server.engine.suspend()
+    eventually(lambda: server.get("/health").status_code == 503)
+    assert "silent" in server.get("/health").json()["error"]["message"]
+    assert server.wait() == 1
+
+
+def test_a_signal_during_an_upload(launch: Launch) -> None:
+    server = launch()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as upload:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 100\r\n\r\n"
+        upload.sendall(head)
+        assert upload.recv(100).startswith(b"HTTP/1.1 100")  # it waits for the body
+        upload.sendall(b"{")
+        server.signal(signal.SIGTERM)
+        answer = upload.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b'"draining"' in answer
+    assert server.wait() == 0
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_a_server_that_is_killed_leaves_no_engine(launch: Launch) -> None:

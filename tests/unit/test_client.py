@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -22,8 +23,10 @@ import zmq
 
 from engine.client import EngineClient, EngineDead
 from engine.config import EngineConfig
+from engine.heartbeat import BEAT_S, MISSED_BEATS
 from engine.messages import AbortRequests, AddRequest, FromEngine, Outputs, Ready, RequestOutput
 from engine.params import SamplingParams
+from engine.process import SOCKET
 from tests import fake_engine
 from tests.fake_engine import COMMAND, CRASH, EXIT, FULL, HANG, PAGES, REFUSE, SLOW, expected
 
@@ -167,7 +170,7 @@ def test_an_id_cannot_be_live_twice() -> None:
     [
         (CRASH, "RuntimeError: it broke"),
         (EXIT, "the engine process ended with status 7"),
-        (HANG, "the engine was silent for 2 s"),
+        (HANG, "the engine has been at one round for more than 2 s"),
     ],
 )
 def test_every_waiting_request_hears_of_the_death(prompt: int, reason: str) -> None:
@@ -195,6 +198,24 @@ def test_killing_the_process_is_noticed() -> None:
             await task
 
     run(test)
+
+
+def test_a_stopped_process_counts_as_hung_long_before_a_round_does() -> None:
+    async def test(client: EngineClient) -> None:
+        os.kill(client.pid, signal.SIGSTOP)
+        assert await client.wait_dead() == "the engine process was silent for 3 s"
+
+    run(test, timeout_s=10_000)
+
+
+def test_a_client_that_stood_still_does_not_blame_the_engine() -> None:
+    async def test(client: EngineClient) -> None:
+        time.sleep(BEAT_S * (MISSED_BEATS + 1))
+        await asyncio.sleep(BEAT_S)
+        wanted = request([1], max_tokens=9)
+        assert await tokens_of(client, wanted) == expected(wanted)
+
+    run(test, timeout_s=1)
 
 
 def test_signals_do_not_stop_the_engine() -> None:
@@ -238,6 +259,25 @@ def test_a_command_that_ends_at_once() -> None:
     asyncio.run(main())
 
 
+def test_a_temporary_directory_with_too_long_a_name(own_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = own_tmp / ("x" * 100)
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+
+    async def main() -> None:
+        with pytest.raises(EngineDead, match="too long a name"):
+            async with started():
+                pass
+
+    asyncio.run(main())
+    assert list(place.iterdir()) == []
+
+
+def test_a_parent_that_says_nothing() -> None:
+    done = subprocess.run(COMMAND, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_nothing_remains(own_tmp: Path) -> None:
     seen: list[psutil.Process] = []
 
@@ -269,10 +309,9 @@ def test_closing_ends_waiting_requests() -> None:
 @contextmanager
 def process(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], zmq.Socket[bytes]]]]:
     directory.mkdir()
-    path = directory / "s"
     child = subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
     assert child.stdin is not None
-    launch = {"config": {"model": "fake"}, "socket": str(path)}
+    launch = {"config": {"model": "fake"}, "directory": str(directory)}
     child.stdin.write(json.dumps(launch).encode() + b"\n")
     child.stdin.flush()
     with zmq.Context() as context:
@@ -281,7 +320,7 @@ def process(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], Callable
         def connect() -> zmq.Socket[bytes]:
             socket = context.socket(zmq.DEALER)
             socket.rcvtimeo = 20_000
-            socket.connect(f"ipc://{path}")
+            socket.connect(f"ipc://{directory / SOCKET}")
             return socket
 
         try:
@@ -330,8 +369,14 @@ def test_garbage_does_not_stop_it(own_tmp: Path) -> None:
         peer = connect()
         peer.send(b"garbage")
         peer.send(msgspec.msgpack.encode({"type": "add", "id": 1}))
-        send(peer, AddRequest("r", [1], SamplingParams(max_tokens=8)))
+        peer.send(msgspec.msgpack.encode({"type": "add", "id": "r", "prompt": "text", "params": {}}))
         assert isinstance(receive(peer), Ready)
+        message = receive(peer)
+        assert isinstance(message, Outputs)
+        (refusal,) = message.outputs
+        assert (refusal.id, refusal.finish_reason) == ("r", "abort")
+        assert "cannot read" in (refusal.error or "")
+        send(peer, AddRequest("r", [1], SamplingParams(max_tokens=8)))
         assert len(finish(peer)) == 8
 
 

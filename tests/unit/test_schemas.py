@@ -14,7 +14,7 @@ from engine.messages import EngineStats, Ready
 from engine.params import SamplingParams
 from server.errors import MAX_MESSAGE, ApiError, from_validation, printable
 from server.fields import choice_seed
-from server.schemas import ChatRequest, CompletionRequest, TokenizeRequest
+from server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 READY = Ready(model="m", max_model_len=100, vocab_size=50, eos_token_ids=[2], stats=EngineStats())
 
@@ -143,9 +143,9 @@ def test_a_malformed_prompt_is_one_short_message(prompt: Any) -> None:
         ({"frequency_penalty": -2.5}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"logit_bias": {"50": 1}}, "logit_bias"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias"),
         ({"stop_token_ids": [50]}, "stop_token_ids"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [10**4000]}, "stop_token_ids"),
     ],
 )
 def test_out_of_range(fields: dict[str, Any], param: str) -> None:
@@ -153,6 +153,7 @@ def test_out_of_range(fields: dict[str, Any], param: str) -> None:
         params(**fields)
     assert caught.value.param == param
     assert param in caught.value.message
+    assert len(caught.value.message) < 100
 
 
 @pytest.mark.parametrize(
@@ -173,8 +174,22 @@ def test_out_of_range(fields: dict[str, Any], param: str) -> None:
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": ["a", 1]}, "stop"),
         ({"stream": 1}, "stream"),
-        ({"logit_bias": {"3": 101}}, "logit_bias.3"),
-        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"stop": ["a" * 1001]}, "stop"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"stop_token_ids": [5.0]}, "stop_token_ids"),
+        ({"stop_token_ids": [True]}, "stop_token_ids"),
+        ({"stop_token_ids": [5] * 1025}, "stop_token_ids"),
+        ({"stop_token_ids": [""] * 100_000}, "stop_token_ids"),
+        ({"max_tokens": 2**31}, "max_tokens"),
+        ({"logit_bias": {"3": 101}}, "logit_bias"),
+        ({"logit_bias": {"3": "1"}}, "logit_bias"),
+        ({"logit_bias": {"3": True}}, "logit_bias"),
+        ({"logit_bias": []}, "logit_bias"),
+        ({"logit_bias": {str(key): 1 for key in range(5000)}}, "logit_bias"),
+        *(
+            ({"logit_bias": {key: 1}}, "logit_bias")
+            for key in ("x", "", " 1", "1.0", "1_0", "01", "-1", "٣", "9" * 5000)
+        ),
         ({"request_id": "a b"}, "request_id"),
         ({"request_id": "é"}, "request_id"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
@@ -189,7 +204,37 @@ def test_wrong_types_and_values(fields: dict[str, Any], param: str) -> None:
     assert error.message.startswith(f"{param}: ")
 
 
+def test_a_bad_request_id_is_explained_in_words() -> None:
+    error = refusal(CompletionRequest, b'{"prompt": "x", "request_id": "a b"}')
+    assert error.message == "request_id: expected 1 to 128 letters, digits and . _ : -"
+
+
+def test_many_faults_are_not_told_one_by_one() -> None:
+    error = refusal(CompletionRequest, json.dumps({"prompt": "x", **{f"k{i}": 1 for i in range(1000)}}).encode())
+    assert (error.param, error.message) == (None, "the body has 1000 faults")
+
+
+@pytest.mark.parametrize("message", [{"role": "user", "content": [{"type": "text", "text": "a"}] * 5000}, None])
+def test_conversations_have_an_end(message: Any) -> None:
+    messages = [message] if message else [{"role": "user", "content": "a"}] * 5000
+    error = refusal(ChatRequest, json.dumps({"messages": messages}).encode())
+    assert (error.param or "").startswith("messages")
+    assert "at most" in error.message
+
+
+def test_an_answer_can_be_sent_back() -> None:
+    parts = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": None}
+    assert chat(messages=[{"role": "assistant", "content": "a", **parts}]).messages[0].content == "a"
+
+
+@pytest.mark.parametrize("tokens", [None, "a", [-1], [2**31], [10**4000], [1.5], [True], [[1]]])
+def test_tokens_that_are_none(tokens: Any) -> None:
+    with pytest.raises(ValidationError):
+        DetokenizeRequest.model_validate_json(json.dumps({"tokens": tokens}))
+
+
 def test_nan_is_refused() -> None:
+    assert refusal(CompletionRequest, b'{"prompt": "x", "logit_bias": {"1": NaN}}').param == "logit_bias"
     assert refusal(CompletionRequest, b'{"prompt": "x", "temperature": NaN}').param == "temperature"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,17 +13,18 @@ from typing import Any, cast
 
 import httpx
 import pytest
-from jinja2 import TemplateError
 from starlette.requests import ClientDisconnect
 
 from engine.client import EngineClient, EngineDead
 from engine.config import Config, EngineConfig, SchedulerConfig, ServerConfig
+from engine.logs import LineFormatter
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
-from models.tokenizer import Tokenizer, TokenizerError
+from models.tokenizer import Tokenizer
 from server.app import create_app
 from server.service import Service
 from server.stream import DONE, EventStream, while_there
+from server.template import ChatTemplate
 from tests.fake_engine import CRASH, FULL, MAX_LEN, REFUSE, FakeEngine, expected
 from tests.tiny import write_tokenizer
 
@@ -83,7 +86,7 @@ async def server(directory: Path, **settings: Any) -> AsyncIterator[tuple[httpx.
     service = Service(config, Tokenizer(directory))
     client = FakeClient()
     service.client = cast(EngineClient, client)
-    transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(create_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         yield http, client, service
 
@@ -123,7 +126,11 @@ def test_stop_string_aborts_and_counts_the_tokens_used(directory: Path) -> None:
             (choice,) = answer["choices"]
             assert choice["text"] == whole[: whole.index(stop)]
             assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
-            assert answer["usage"]["completion_tokens"] <= 7
+            used = answer["usage"]["completion_tokens"]
+            assert used <= 7
+            # Every round drafts three and accepts two: what the stop string cut off was not rejected.
+            details = answer["usage"]["completion_tokens_details"]
+            assert details["rejected_prediction_tokens"] == -(-used // 3)
             assert client.aborted == [client.requests[0].id]
 
     asyncio.run(main())
@@ -179,6 +186,23 @@ def test_chat_takes_all_the_room_there_is(directory: Path) -> None:
             await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
             (request,) = client.requests
             assert request.params.max_tokens == MAX_LEN - len(request.prompt)
+
+    asyncio.run(main())
+
+
+def test_text_offsets_index_into_the_text(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, service):
+            bias = {str(service.tokenizer.encode("größer")[0]): 100}
+            body = {"prompt": "ab", "max_tokens": 12, "seed": 5, "logprobs": 0, "echo": False}
+            for extra in ({}, {"logit_bias": bias}):
+                choice = (await http.post("/v1/completions", json={**body, **extra})).json()["choices"][0]
+                logprobs = choice["logprobs"]
+                assert logprobs["text_offset"][0] == 0
+                ends = [*logprobs["text_offset"][1:], len(choice["text"])]
+                for token, begin, end in zip(logprobs["tokens"], logprobs["text_offset"], ends, strict=True):
+                    if not token.startswith("bytes:"):
+                        assert choice["text"][begin:end].endswith(token)
 
     asyncio.run(main())
 
@@ -250,9 +274,10 @@ def test_a_full_queue(directory: Path) -> None:
                 assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_full")
                 assert answer.headers["retry-after"] == "1"
                 chat = {"messages": [{"role": "user", "content": "x"}], "n": 9}
-                for path, never in (("completions", {"prompt": ["x"] * 9}), ("chat/completions", chat)):
+                many = {"prompt": ["x"] * 9}
+                for path, never, param in (("completions", many, "prompt"), ("chat/completions", chat, "n")):
                     answer = await http.post(f"/v1/{path}", json=never)
-                    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+                    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
             assert (await http.post("/v1/completions", json={"prompt": [10], "n": 8})).status_code == 200
 
     asyncio.run(main())
@@ -263,7 +288,8 @@ def test_loading_and_draining(directory: Path) -> None:
         async with server(directory) as (http, client, service):
             for code in ("loading", "draining"):
                 service.client = None if code == "loading" else cast(EngineClient, client)
-                service.draining = code == "draining"
+                if code == "draining":
+                    service.draining.set()
                 for answer in (await http.get("/ready"), await http.post("/v1/completions", json={"prompt": "x"})):
                     assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)
                     assert "retry-after" in answer.headers
@@ -275,7 +301,7 @@ def test_loading_and_draining(directory: Path) -> None:
     asyncio.run(main())
 
 
-def test_an_unexpected_error_shows_nothing(directory: Path) -> None:
+def test_an_unexpected_error_shows_nothing(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with server(directory) as (http, client, _):
 
@@ -287,6 +313,35 @@ def test_an_unexpected_error_shows_nothing(directory: Path) -> None:
                 answer = await http.post("/v1/completions", json={"prompt": "x", "stream": stream})
                 assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
                 assert "secret" not in answer.text
+            assert caplog.text.count("Traceback") == 2  # each once
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_draining_ends_an_upload(directory: Path, cancelled: bool) -> None:
+    async def main() -> None:
+        async with server(directory) as (_, _, service):
+            app = create_app(service)
+            sent: list[Any] = []
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            async def receive() -> Any:
+                await asyncio.sleep(60)
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+            upload = asyncio.create_task(app(scope, receive, send))
+            await asyncio.sleep(0.01)
+            assert not sent
+            if cancelled:
+                upload.cancel()
+            else:
+                service.draining.set()
+            await upload
+            assert sent[0]["status"] == 503
+            assert json.loads(sent[1]["body"])["error"]["code"] == "draining"
 
     asyncio.run(main())
 
@@ -402,6 +457,9 @@ def test_done_is_what_clients_look_for() -> None:
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"),
         ("{{ messages.append(1) }}", "refuses"),
         ("{{ 1 + 'a' }}", "refuses"),
+        ("{{ 'x' * (10 ** 30) }}", "refuses"),
+        ("{{ '{nothing}'.format(x=1) }}", "refuses"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses"),
     ],
 )
 def test_a_template_that_fails_is_a_refusal(tmp_path: Path, template: str, reason: str) -> None:
@@ -429,8 +487,48 @@ def test_no_template(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_broken_template_is_found_at_start(tmp_path: Path) -> None:
+def test_a_broken_template_costs_chat_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tokenizer(tmp_path, chat_template="{% for %}")
-    with pytest.raises(TokenizerError, match="chat template") as caught:
-        Service(Config(engine=EngineConfig(model=str(tmp_path))), Tokenizer(tmp_path))
-    assert not isinstance(caught.value, TemplateError)
+
+    async def main() -> None:
+        async with server(tmp_path) as (http, _, _):
+            assert "chat template is broken" in caplog.text
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            answer = await http.post("/v1/chat/completions", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_served")
+            assert (await http.post("/v1/completions", json={"prompt": "x"})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_templates_written_for_transformers(tmp_path: Path) -> None:
+    source = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=False, separators=(',', ':'), sort_keys=True) }}"
+    )
+    write_tokenizer(tmp_path, chat_template=source)
+    template = ChatTemplate(Tokenizer(tmp_path))
+    assert template.render([{"role": "user", "content": "x"}]) == 'x{"a":1,"b":"é"}'
+
+
+def test_no_address_but_its_own(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, _):
+            for path in ("/v1/models/", "/health/"):
+                assert (await http.get(path)).status_code == 404
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("message", ["a\n2030-01-01 INFO forged", "a\r\x1b[2Jb\u2028c"])
+def test_nothing_passes_for_a_line_of_the_log(message: str) -> None:
+    try:
+        raise ValueError(message)
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "told: %s", (message,), sys.exc_info())
+    event, *trace = LineFormatter("%(message)s").format(record).split("\n")
+    assert event.startswith("told: a\\x")
+    assert "ValueError" in "".join(trace)
+    for line in trace:
+        assert line.startswith("    | ")
+        assert line.isprintable()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.params import SamplingParams
-from engine.text import TextStream
+from engine.text import TextStream, stop_strings
 from models.tokenizer import IncrementalDecoder, Tokenizer
 from tests.tiny import write_tokenizer
 
@@ -106,6 +106,23 @@ def test_any_tokens(tokenizer: Tokenizer, tokens: list[int], stops: list[str]) -
 
 def spell(letters: dict[str, int], text: str) -> list[int]:
     return [letters[char] for char in text]
+
+
+def test_offsets_say_where_a_token_begins(tokenizer: Tokenizer, letters: dict[str, int]) -> None:
+    tokens = [0, *(letters[chr(byte)] for byte in "aé日b".encode())]
+    stream = TextStream(tokenizer, SamplingParams(stop=("日c",)))
+    first, second = stream.push(tokens[:4]), stream.push(tokens[4:])
+    assert first.offsets + second.offsets == [0, 0, 1, 1, 2, 2, 2, 3]
+    assert first.text + second.text == "aé日b"
+
+
+def test_streams_that_share_stop_strings_do_not_share_text(tokenizer: Tokenizer, letters: dict[str, int]) -> None:
+    params = SamplingParams(stop=("abc",))
+    stops = stop_strings(params)
+    one, other = (TextStream(tokenizer, params, stops=stops) for _ in range(2))
+    assert one.push(spell(letters, "ab")).text == ""
+    assert other.push(spell(letters, "c")).text == "c"
+    assert one.push(spell(letters, "c")).stopped == "abc"
 
 
 def test_what_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer, letters: dict[str, int]) -> None:

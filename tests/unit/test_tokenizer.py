@@ -44,6 +44,23 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
+@given(texts=st.lists(st.text(max_size=20), max_size=5), special=st.booleans())
+def test_a_batch_is_its_texts(tokenizer: Tokenizer, texts: list[str], special: bool) -> None:
+    alone = [tokenizer._tokenizer.encode(text, add_special_tokens=special).ids for text in texts]
+    assert tokenizer.encode_batch(texts, special) == alone
+
+
+def test_added_tokens_are_plain_text(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    library.add_tokens(["<é>", "<日>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    for text in ("<é>", "<日>", "<|im_end|>"):
+        (token,) = tokenizer.encode(text)
+        assert tokenizer.token_bytes(token) == text.encode()
+
+
 @given(ids=st.lists(st.integers(0, 330), max_size=60), skip=st.booleans())
 def test_incremental_text_is_the_whole_text(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
     assert incremental(tokenizer, ids, skip) == tokenizer.decode(ids, skip)

@@ -1,0 +1,71 @@
+"""Whether an engine process lives, and how long it has been at one thing: both ends of its heartbeat. Free of torch.
+
+The beats have a thread and a socket of their own, so they go on while a round computes. No beat means that the
+process hangs or is stopped, and is noticed within seconds; one long round is allowed more.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+BEAT_S = 0.5
+"""Time between two beats."""
+MISSED_BEATS = 6
+"""This many in a row missing, the process counts as hung."""
+
+
+class Heart:
+    """The engine's end, to be used as a context manager: beats on `path`, an ipc socket, from start to exit."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
+        self._socket = context.socket(zmq.PUB)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(f"ipc://{path}")
+        self._turned: float | None = None  # loading: no turn yet
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)  # owns the socket from now on
+
+    def turn(self) -> None:
+        """The engine's loop begins a turn."""
+        self._turned = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        with self._socket:
+            while not self._ended.wait(BEAT_S):
+                busy = 0.0 if self._turned is None else time.monotonic() - self._turned
+                self._socket.send(msgspec.msgpack.encode(busy))
+
+
+async def hung(socket: zmq.asyncio.Socket, turn_s: float) -> str:
+    """Return the reason once the process at the other end of `socket` (SUB) counts as hung.
+
+    turn_s: how long one turn of its loop may take. Silence is counted in waits, not read off a clock: if this
+    process stands still itself, that is one wait, and the beats that came meanwhile are read after it.
+    """
+    missed = 0
+    while missed < MISSED_BEATS:
+        if not await socket.poll(int(BEAT_S * 1000)):
+            missed += 1
+            continue
+        missed = 0
+        if msgspec.msgpack.decode(await socket.recv(), type=float) > turn_s:
+            return f"the engine has been at one round for more than {turn_s:g} s"
+    return f"the engine process was silent for {BEAT_S * MISSED_BEATS:g} s"
