@@ -33,6 +33,7 @@ def decode(
     model: options.Model = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    tensor_parallel_size: options.TensorParallel = None,
     budget: options.Budget = None,
     threads: options.Threads = None,
 ) -> None:
@@ -40,7 +41,13 @@ def decode(
     batches, contexts = _counts(batch, "--batch"), _counts(context, "--context")
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
     overrides = options.engine_overrides(
-        model=model, device=device, dtype=dtype, budget=budget, threads=threads, speculation=str(max(gammas))
+        model=model,
+        device=device,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        budget=budget,
+        threads=threads,
+        speculation=str(max(gammas)),
     )
     import torch
 
