@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -37,8 +36,6 @@ from parallel import rendezvous
 from parallel.channel import Disconnected, Link
 from parallel.group import CollectiveError, Group
 from parallel.sampling import VocabShard
-
-_STDIN = 0
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +117,7 @@ def main() -> int:
     """Be a rank until rank 0 is gone. Returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    link = Link(socket.socket(fileno=_STDIN))
-    link.exit_when_gone()
+    link = Link.of_stdin()
     try:
         launch = msgspec.msgpack.decode(link.receive(), type=Launch)
         logging.basicConfig(

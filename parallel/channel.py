@@ -36,6 +36,14 @@ class Link:
             limit = struct.pack("ll", int(seconds), int(rest * 1e6))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
+    @classmethod
+    def of_stdin(cls) -> Link:
+        """The end that a process was started with (see parallel.launch). The process ends when the other end goes,
+        whatever it is busy with: it must own nothing that has to be put away."""
+        link = cls(socket.socket(fileno=0))
+        threading.Thread(target=link._exit_when_gone, daemon=True).start()
+        return link
+
     def fileno(self) -> int:
         return self._socket.fileno()
 
@@ -70,16 +78,11 @@ class Link:
                 raise Disconnected("the other end closed the connection")
             self._buffer += data
 
-    def exit_when_gone(self) -> None:
-        """End this process as soon as the other end is gone, whatever it is busy with; it must own nothing."""
-
-        def watch() -> None:
-            poll = select.poll()
-            poll.register(self._socket, _GONE)
-            poll.poll()
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
+    def _exit_when_gone(self) -> None:
+        poll = select.poll()
+        poll.register(self._socket, _GONE)
+        poll.poll()
+        os._exit(1)
 
     def close(self) -> None:
         self._socket.close()

@@ -131,7 +131,7 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     topk alone leaves open which of several equals it takes.
     """
     size = logits.shape[-1]
-    least = logits.topk(count).values[:, -1:]
+    least = logits.topk(max(1, count)).values[:, -1:]
     lowest_first = torch.arange(size, 0, -1, device=logits.device)
     worth = torch.where(logits > least, size + lowest_first, torch.where(logits == least, lowest_first, 0))
     index = worth.topk(count).indices.sort(-1).values

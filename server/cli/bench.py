@@ -76,6 +76,21 @@ def decode(
         json_file.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
 
 
+@app.command()
+def broadcast(
+    ranks: Annotated[str, typer.Option(help="Ranks, comma-separated.")] = "2,4,8",
+    rows: Annotated[int, typer.Option(min=1, help="Decoding rows in a plan.")] = 64,
+    floats: Annotated[int, typer.Option(min=1, help="float32 numbers that one all-reduce sums.")] = 4096,
+) -> None:
+    """Send plans to rank processes without a model, and sum a few numbers over them."""
+    counts = _counts(ranks, "--ranks")
+    if min(counts) < 2:
+        raise typer.BadParameter("a single rank has nobody to talk to", param_hint="--ranks")
+    from bench.broadcast import measure, table
+
+    print(table(measure(count, rows, floats) for count in counts))
+
+
 def _counts(text: str, flag: str) -> list[int]:
     values = [value.strip() for value in text.split(",")]
     if not all(value.isdecimal() and int(value) > 0 for value in values):
