@@ -110,7 +110,7 @@ class Engine:
             eos_token_ids=model.config.eos_token_ids,
             controller=controller,
         )
-        self.weight_bytes = sum(slot.tensor.nbytes for slot in model.slots())
+        self.weight_bytes = self._worker.weight_bytes + (self._ranks.weight_bytes if self._ranks else 0)
         self._accounts = Accounts(
             pages_total=num_pages,
             page_size=config.cache.page_size,

@@ -39,6 +39,8 @@ class Launch(msgspec.Struct):
 class Report(msgspec.Struct, omit_defaults=True):
     """What a rank says to rank 0: that it has come this far, or, once, why it goes."""
 
+    weight_bytes: int = 0
+    """Of its shard, once it is loaded."""
     failure: str | None = None
     lost: bool = False
     """The failure is that of a collective: some other rank is the cause."""
@@ -60,6 +62,7 @@ class Ranks:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Report)
         self._broken: str | None = None
+        self.weight_bytes = 0  # of all these ranks, once they are ready
         self.group: Group
 
     @classmethod
@@ -171,6 +174,7 @@ class Ranks:
                 self._reports.setdefault(rank, report)
             elif frame is not None:
                 self._hellos[rank] += 1
+                self.weight_bytes += report.weight_bytes
 
     # -- blame -------------------------------------------------------------------------------------------------------
 

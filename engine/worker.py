@@ -73,6 +73,11 @@ class Worker:
         policy, attention = make_policy(config.kv, page_size), ReferenceAttention(page_size)
         return SelfDrafter(Runner(self._target.model, self._target.pool, attention, policy), self._sampler)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of this rank's shard."""
+        return sum(slot.tensor.nbytes for slot in self._target.model.slots())
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one round. Its result is the only thing that crosses from device to host."""
@@ -128,7 +133,7 @@ def main() -> int:
         answer(link, Report())
         config = EngineConfig.model_validate_json(link.receive())
         worker = _load(config, launch.join)
-        answer(link, Report())
+        answer(link, Report(weight_bytes=worker.weight_bytes))
         follow(link, worker.execute)
     except Disconnected:
         return 1
@@ -136,7 +141,7 @@ def main() -> int:
         lost = isinstance(error, CollectiveError)
         if not lost:
             log.exception("this rank fails")
-        answer(link, Report(f"{type(error).__name__}: {error}", lost))
+        answer(link, Report(failure=f"{type(error).__name__}: {error}", lost=lost))
         return 1
 
 

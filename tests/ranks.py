@@ -80,7 +80,7 @@ class ThreadRanks:
         except Exception as error:
             self._barrier.abort()  # the others would wait for this rank
             with contextlib.suppress(Disconnected):
-                answer(link, Report(f"{type(error).__name__}: {error}"))
+                answer(link, Report(failure=f"{type(error).__name__}: {error}"))
         finally:
             link.close()
 
