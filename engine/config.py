@@ -31,6 +31,7 @@ class CacheConfig(Settings):
     num_pages: Positive | None = None
     """Pages in the pool; None: as many as `memory_gb` holds."""
     memory_gb: Annotated[float, Field(gt=0)] = 4.0
+    """Of each rank."""
 
 
 class SchedulerConfig(Settings):
@@ -67,10 +68,19 @@ class EngineConfig(Settings):
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 where the device multiplies it natively, else float32."""
     tensor_parallel_size: Positive = 1
+    """Ranks: processes that compute the model together, each with its share of weights and KV."""
+    collectives: Literal["auto", "shared", "gloo", "nccl"] = "auto"
+    """What ranks exchange tensors through; auto: NCCL on CUDA devices, else shared memory where it works, else gloo."""
+    step_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """A rank that keeps the others waiting for this long counts as hung."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long the ranks may take to start and load."""
+    digest_every: Annotated[int, Field(ge=0)] = 0
+    """Compare what the ranks hold of tokens, page tables and lengths every so many rounds; 0: never."""
     max_model_len: Positive | None = None
     """Most tokens of prompt and output together; None: what the model was trained for."""
     threads: Positive | None = None
-    """CPU threads per rank; None: all cores."""
+    """CPU threads per rank; None: an equal share of all cores."""
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     speculation: SpeculationConfig = SpeculationConfig()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import torch
@@ -13,6 +14,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.messages import AddRequest, EngineStats, Ready, RequestOutput, TokenLogprobs
 from engine.pages import PageAllocator
 from engine.plan import StepPlan, StepResult
+from engine.ranks import Ranks
 from engine.request import Request
 from engine.scheduler import RequestError, Scheduler
 from engine.speculation.controller import Controller, FixedGamma
@@ -20,11 +22,12 @@ from engine.speculation.policies import make_policy
 from engine.stats import Accounts
 from engine.worker import Worker
 from kernels.kv_cache import KVPool
-from models.config import ModelConfig
+from models.config import ModelConfig, read_config
 from models.default import resolve_model
 from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
+from parallel.split import split_heads
 
 log = logging.getLogger(__name__)
 
@@ -45,29 +48,56 @@ class Engine:
         *,
         model: Llama | None = None,
         controller: Controller | None = None,
+        ranks: Callable[[EngineConfig, torch.device], Ranks] = Ranks.launch,
         progress: bool = True,
     ) -> None:
-        """Load the model and reserve its memory.
+        """Load the model and reserve its memory, on all ranks.
 
-        model: an already loaded one, in place of `config.model`'s weights. controller: in place of the one that the
-        config describes. progress: a bar on stderr while loading.
-        Raises ValueError (ConfigError, ModelError) for settings or files that cannot be served.
+        model: an already loaded one, in place of `config.model`'s weights (rank 0's shard of it, with several ranks).
+        controller: in place of the one that the config describes. ranks: starts the other ranks, if there are any,
+        given the config with every setting resolved. progress: a bar on stderr while loading.
+        Raises ValueError (ConfigError, ModelError) for settings or files that cannot be served, RankFailure.
         """
-        if config.tensor_parallel_size > 1:
-            raise ConfigError("engine.tensor_parallel_size: more than one rank is not served yet")
         path = resolve_model(config.model)
-        device = _device(config.device)
-        if device.type == "cpu" and config.threads is not None:
-            torch.set_num_threads(config.threads)
-        group = Group.single()
-        if model is None:
-            model = load_model(path, dtype=_dtype(config.dtype, device), device=device, group=group, progress=progress)
-        self._config = config
+        size = config.tensor_parallel_size
+        device = _device(config.device, size)
+        shape = read_config(path) if model is None else model.config
+        dtype = _dtype(config.dtype, device) if model is None else model.dtype
+        try:
+            kv_heads = [mine.kv_heads.size for mine in split_heads(shape.num_heads, shape.num_kv_heads, size)]
+        except ValueError as error:
+            raise ConfigError(f"engine.tensor_parallel_size: {error}") from error
         bytes_per_token = KVPool.bytes_per_token(
-            num_layers=model.num_layers, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=model.dtype
+            num_layers=shape.num_layers, kv_heads=sum(kv_heads), head_dim=shape.head_dim, dtype=dtype
         )
-        max_model_len = _max_model_len(config, model.config)
-        num_pages = _num_pages(config, max_model_len, bytes_per_token)
+        max_model_len = _max_model_len(config, shape)
+        num_pages = _num_pages(config, max_model_len, bytes_per_token * max(kv_heads) // sum(kv_heads))
+        self._config = config
+        self._threads_before = torch.get_num_threads()
+        threads = config.threads or max(1, self._threads_before // size)
+        if device.type == "cpu":
+            torch.set_num_threads(threads)
+        self._ranks: Ranks | None = None
+        if size > 1:
+            resolved = {
+                "model": str(path),
+                "device": device.type,
+                "dtype": str(dtype).removeprefix("torch."),
+                "threads": threads,
+                "max_model_len": max_model_len,
+                "cache": config.cache.model_copy(update={"num_pages": num_pages}),
+            }
+            self._ranks = ranks(config.model_copy(update=resolved), device)
+        group = self._ranks.group if self._ranks else Group.single()
+        try:
+            if model is None:
+                model = load_model(path, dtype=dtype, device=device, group=group, progress=progress)
+            self._worker = Worker(model, config, num_pages=num_pages, max_model_len=max_model_len, group=group)
+            if self._ranks:
+                self._ranks.wait_ready(config.start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
         self._pages = PageAllocator(num_pages)
         controller = controller or FixedGamma(config.speculation.gamma)
         self._scheduler = Scheduler(
@@ -80,8 +110,7 @@ class Engine:
             eos_token_ids=model.config.eos_token_ids,
             controller=controller,
         )
-        self.weight_bytes = sum(slot.tensor.nbytes for slot in model.slots())
-        self._worker = Worker(model, config, num_pages=num_pages, max_model_len=max_model_len, group=group)
+        self.weight_bytes = self._worker.weight_bytes + (self._ranks.weight_bytes if self._ranks else 0)
         self._accounts = Accounts(
             pages_total=num_pages,
             page_size=config.cache.page_size,
@@ -99,7 +128,8 @@ class Engine:
             stats=self.stats(),
         )
         kv_gb = num_pages * config.cache.page_size * bytes_per_token / 1e9
-        log.info("%s in %s on %s, KV pool of %d pages (%.2f GB)", path.name, model.dtype, device, num_pages, kv_gb)
+        where = f"{size} × {device.type}" if size > 1 else str(device)
+        log.info("%s in %s on %s, KV pool of %d pages (%.2f GB)", path.name, dtype, where, num_pages, kv_gb)
 
     def check(self, request: AddRequest) -> None:
         """Raise RequestError for a request that can never run."""
@@ -135,7 +165,8 @@ class Engine:
             return []
         began = time.perf_counter()
         plan, requests = self._scheduler.schedule()
-        result = self._worker.execute(plan)
+        with self._ranks.round(plan) if self._ranks else contextlib.nullcontext():
+            result = self._worker.execute(plan)
         outputs = self._commit(plan, requests, result)
         self._accounts.took(result, time.perf_counter() - began)
         if self._config.check_invariants:
@@ -156,9 +187,17 @@ class Engine:
             gamma_chosen=totals.gamma_chosen[:],
         )
 
+    def check_ranks(self) -> None:
+        """For when there is no work. Raises RankFailure if a rank is gone."""
+        if self._ranks:
+            self._ranks.check()
+
     def close(self) -> None:
-        """Give memory back; the engine cannot be used after."""
+        """Give memory back and end the other ranks; the engine cannot be used after."""
+        if self._ranks:
+            self._ranks.close()
         self.__dict__.pop("_worker", None)
+        torch.set_num_threads(self._threads_before)
 
     def _commit(self, plan: StepPlan, requests: list[Request], result: StepResult) -> list[RequestOutput]:
         self._accounts.round(plan, requests)
@@ -194,11 +233,13 @@ def _asked(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -
     return [TokenLogprobs(at.logprob, at.top_ids[:most], at.top_logprobs[:most]) for at in logprobs[:count]]
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, ranks: int) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device: no CUDA device is visible")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks > torch.cuda.device_count():
+        raise ConfigError(f"engine.tensor_parallel_size: {ranks} ranks, but {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
 
 

@@ -76,6 +76,7 @@ class EngineLike(Protocol):
     def abort(self, ids: Iterable[str]) -> None: ...
     def has_work(self) -> bool: ...
     def step(self) -> list[RequestOutput]: ...
+    def check_ranks(self) -> None: ...
     def stats(self) -> EngineStats: ...
     def close(self) -> None: ...
 
@@ -101,13 +102,15 @@ class EngineServer:
         return list(self._last_sent)
 
     def run(self) -> None:
-        """Serve until `stop` is set. Raises what engine.step raises."""
+        """Serve until `stop` is set. Raises what engine.step and engine.check_ranks raise."""
         while not self._stop.is_set():
             self._poller.poll(0 if self._engine.has_work() else int(_NEWS_S * 1000))
             self._heart.turn()
             self._receive()
             if self._engine.has_work():
                 self._dispatch(self._engine.step())
+            else:
+                self._engine.check_ranks()
             self._news()
 
     def _receive(self) -> None:

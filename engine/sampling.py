@@ -19,7 +19,7 @@ from engine.params import SamplingParams
 from engine.plan import RowStart
 from engine.rows import Decisions, Ints, Rows
 from kernels.noise import gumbel_noise
-from parallel.sampling import VocabShard, truncation_threshold
+from parallel.sampling import VocabShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Sampler:
         # Host: who asks.
         self._params = [SamplingParams()] * max_rows
         self._sampled = np.zeros(max_rows, dtype=bool)
-        self._truncated = np.zeros(max_rows, dtype=bool)
+        self._candidates = np.zeros(max_rows, dtype=np.int64)  # how many logits decide a truncation; 0: none is asked
         self._penalised = np.zeros(max_rows, dtype=bool)
         self._edited = np.zeros(max_rows, dtype=bool)
         self._reported = np.zeros(max_rows, dtype=bool)
@@ -71,7 +71,7 @@ class Sampler:
         row, params = start.row, start.params
         self._params[row] = params
         self._sampled[row] = params.sampled
-        self._truncated[row] = params.truncated
+        self._candidates[row] = self._deciding(params)
         self._penalised[row] = params.penalised
         self._edited[row] = bool(params.logit_bias or params.min_tokens)
         self._reported[row] = params.logprobs is not None
@@ -113,8 +113,7 @@ class Sampler:
             index = self._to_device(sampled)
             slots = decisions.row_index[index]
             scaled = logits[index] / self._temperature[slots, None].to(logits.dtype)
-            if self._truncated[rows[sampled]].any():
-                self._truncate(scaled, slots, self._to_device(np.flatnonzero(self._truncated[rows[sampled]])))
+            self._truncate(scaled, slots, self._candidates[rows[sampled]])
             first, last = self._vocab.start, self._vocab.start + self._vocab.size
             scaled += gumbel_noise(self._seed[slots], decisions.position[index], first, last)
             logits[index] = scaled
@@ -127,12 +126,11 @@ class Sampler:
         if not len(asking):
             return None
         index = self._to_device(asking)
-        most = max(self._params[row].logprobs or 0 for row in decisions.rows[asking])
-        logprobs = self._vocab.whole(logits[index]).log_softmax(-1)
-        top, top_ids = logprobs.topk(min(most, logprobs.shape[-1]))
+        most = min(self._vocab.total, max(self._params[row].logprobs or 0 for row in decisions.rows[asking]))
+        unchanged = logits[index]
 
         def of(tokens: Tensor) -> Logprobs:
-            return Logprobs(asking, logprobs.gather(-1, tokens[index, None])[:, 0], top, top_ids)
+            return Logprobs(asking, *self._vocab.logprobs(unchanged, tokens[index], most))
 
         return of
 
@@ -154,11 +152,23 @@ class Sampler:
         changed = torch.where((counts > 0) | self._counts.in_prompt[slots], repeated, changed)
         logits[asking] = changed - frequency * counts - presence * (counts > 0)
 
-    def _truncate(self, scaled: Tensor, slots: Tensor, asking: Tensor) -> None:
-        slots, cut = slots[asking], scaled[asking]
-        top_p, min_p = self._top_p[slots].to(cut.dtype), self._min_p[slots].to(cut.dtype)
-        least = truncation_threshold(self._vocab.whole(cut), self._top_k[slots], top_p, min_p)
-        scaled[asking] = cut.masked_fill(cut < least[:, None], float("-inf"))
+    def _deciding(self, params: SamplingParams) -> int:
+        if not params.truncated:
+            return 0
+        if params.top_k:
+            return min(params.top_k, self._vocab.total)
+        return self._vocab.total if params.top_p < 1 else 1
+
+    def _truncate(self, scaled: Tensor, slots: Tensor, candidates: Ints) -> None:
+        """candidates: [n], per row of `scaled`. Rows whose cut takes a gather of all logits go by themselves."""
+        for asking in ((candidates > 0) & (candidates < self._vocab.total), candidates == self._vocab.total):
+            if not asking.any():
+                continue
+            index = self._to_device(np.flatnonzero(asking))
+            rows, cut = slots[index], scaled[index]
+            asked = self._top_k[rows], self._top_p[rows], self._min_p[rows]
+            least = self._vocab.cut(cut, *asked, candidates=int(candidates[asking].max()))
+            scaled[index] = cut.masked_fill(cut < least[:, None], float("-inf"))
 
     def _to_device(self, index: npt.NDArray[np.intp]) -> Tensor:
         return self._rows.to_device(index)

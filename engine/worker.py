@@ -1,14 +1,26 @@
-"""One rank's share of the engine: its shard of the model, its pool, its rows; runs the rounds it is told to."""
+"""One rank's share of the engine: its shard of the model, its pool, its rows; runs the rounds it is told to.
+
+As a program (`python -m engine.worker`) it is one of the ranks that engine.ranks starts; its standard input is its
+connection to rank 0.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
+import sys
 import time
+from pathlib import Path
 
+import msgspec
 import torch
 
+from engine import agreement
 from engine.config import EngineConfig, SpeculationConfig
 from engine.messages import TokenLogprobs
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
+from engine.ranks import Launch, Report, answer, follow
 from engine.rows import Rows
 from engine.runner import Runner
 from engine.sampling import Logprobs, Sampler
@@ -20,8 +32,13 @@ from engine.stopwatch import Stopwatch
 from kernels.attention.reference import ReferenceAttention
 from kernels.kv_cache import KVPool
 from models.llama import Llama
-from parallel.group import Group
+from models.loader import load_model
+from parallel import rendezvous
+from parallel.channel import Disconnected, Link
+from parallel.group import CollectiveError, Group
 from parallel.sampling import VocabShard
+
+log = logging.getLogger(__name__)
 
 
 class Worker:
@@ -29,6 +46,8 @@ class Worker:
 
     def __init__(self, model: Llama, config: EngineConfig, *, num_pages: int, max_model_len: int, group: Group) -> None:
         page_size = config.cache.page_size
+        self._group = group
+        self._digest_every = config.digest_every if group.size > 1 else 0
         self._rows = Rows(
             max_rows=config.scheduler.max_rows,
             max_model_len=max_model_len,
@@ -56,6 +75,11 @@ class Worker:
         policy, attention = make_policy(config.kv, page_size), ReferenceAttention(page_size)
         return SelfDrafter(Runner(self._target.model, self._target.pool, attention, policy), self._sampler)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of this rank's shard."""
+        return sum(slot.tensor.nbytes for slot in self._target.model.slots())
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one round. Its result is the only thing that crosses from device to host."""
@@ -64,6 +88,8 @@ class Worker:
             self._sampler.start(start)
         verdict = run_round(self._rows.enter(plan), self._target, self._drafter, self._sampler)
         results = _to_host(verdict, plan)
+        if self._digest_every and plan.step % self._digest_every == 0:
+            agreement.compare(self._rows, self._group, plan.step)
         draft_seconds = self._watch.take()
         return StepResult(plan.step, results, draft_seconds, time.perf_counter() - began - draft_seconds)
 
@@ -93,3 +119,52 @@ def _logprobs_by_row(logprobs: Logprobs, sampling: list[RowWork]) -> dict[int, l
     for decision, chosen, top_ids, top in columns:
         reports.setdefault(owner[decision], []).append(TokenLogprobs(chosen, top_ids, top))
     return reports
+
+
+def main() -> int:
+    """Be a rank until rank 0 is gone. Returns the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    link = Link.of_stdin()
+    try:
+        launch = msgspec.msgpack.decode(link.receive(), type=Launch)
+        logging.basicConfig(
+            level=launch.log_level,
+            stream=sys.stderr,
+            format=f"%(asctime)s %(levelname)s rank {launch.join.rank}: %(message)s",
+        )
+        answer(link, Report())
+        config = EngineConfig.model_validate_json(link.receive())
+        worker = _load(config, launch.join)
+        answer(link, Report(weight_bytes=worker.weight_bytes))
+        follow(link, worker.execute)
+    except Disconnected:
+        return 1
+    except Exception as error:
+        lost = isinstance(error, CollectiveError)
+        if not lost:
+            log.exception("this rank fails")
+        answer(link, Report(failure=f"{type(error).__name__}: {error}", lost=lost))
+        return 1
+
+
+def _load(config: EngineConfig, join: rendezvous.Join) -> Worker:
+    """config: with every setting resolved."""
+    assert config.cache.num_pages is not None
+    assert config.max_model_len is not None
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", join.rank)
+        torch.cuda.set_device(device)
+    elif config.threads is not None:
+        torch.set_num_threads(config.threads)
+    group = rendezvous.join(join, device)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    model = load_model(Path(config.model), dtype=dtype, device=device, group=group, progress=False)
+    return Worker(model, config, num_pages=config.cache.num_pages, max_model_len=config.max_model_len, group=group)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # without waiting for the threads of a broken group

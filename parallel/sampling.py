@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.group import Group
+from parallel.split import split
 
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
     """This rank's slice [start, start + size) of a vocabulary of `total` tokens, and what ranks agree on about it.
 
-    Results are identical on every rank. With a group of one nothing is sent.
+    Slices are those of parallel.split.split. Results are identical on every rank. With a group of one nothing is sent.
     """
 
     start: int
@@ -44,33 +46,95 @@ class VocabShard:
         best = values.amax(0)
         return tokens.masked_fill(values < best, float("inf")).amin(0).long()
 
+    def logprobs(self, logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of `tokens`, and of the `most` likeliest tokens; O(rows × most) traffic.
+
+        logits: [rows, size]. tokens: [rows] int64. most: at most `total`.
+        Returns [rows]; [rows, most], falling; and [rows, most] int64, their ids, the lowest first among equals.
+        """
+        top, ids = _largest(logits, min(most, self.size))
+        missing = (0, most - top.shape[1])
+        top, ids = F.pad(top, missing, value=float("-inf")), F.pad(ids + self.start, missing, value=self.total)
+        mass = logits.logsumexp(-1, keepdim=True)
+        mine = logits.gather(-1, self.local(tokens)[:, None])
+        mine = mine.masked_fill(~self.holds(tokens)[:, None], float("-inf"))
+        said = self.group.all_gather(torch.cat([mass.double(), mine.double(), top.double(), ids.double()], -1))
+        masses, chosen, tops, every_id = said.split_with_sizes([1, 1, most, most], -1)
+        total = masses.logsumexp(0)
+        # Ranks come in order, and so do ids among a rank's equals: a stable sort keeps the lowest id first.
+        merged, merged_ids = tops.transpose(0, 1).flatten(1), every_id.transpose(0, 1).flatten(1)
+        order = merged.sort(dim=-1, descending=True, stable=True).indices[:, :most]
+        likeliest = (merged.gather(-1, order) - total).to(logits.dtype)
+        return (chosen.amax(0) - total)[:, 0].to(logits.dtype), likeliest, merged_ids.gather(-1, order).long()
+
+    def cut(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, candidates: int) -> Tensor:
+        """The least logit that top-k, then top-p, and min-p keep; what ties with it is kept too.
+
+        One number per row says it all, so a rank needs no more to cut its own slice. It is computed from the same
+        numbers in the same order whatever the number of ranks.
+
+        logits: [rows, size], already divided by the temperature. top_k: [rows] int64, 0 for off. top_p, min_p: [rows]
+        float64, 1 and 0 for off. candidates: how many of a row's largest logits decide: no less than any top_k, and
+        `total` if a row has a top_p but no top_k. O(rows × candidates) traffic. Returns [rows] float64.
+        """
+        count = min(candidates, self.total)
+        ordered, least, unlisted = self._candidates(logits, count)
+        last = torch.where(top_k > 0, top_k, count).clamp(max=count)[:, None] - 1
+        kth = ordered.gather(-1, last)
+        ties = (ordered == kth).sum(-1, keepdim=True) + torch.where(least == kth[None], unlisted, 0).sum(0)
+        ordered = ordered[:, :count]
+        above = (ordered.double() - ordered[:, :1]).exp_().masked_fill_(ordered <= kth, 0)
+        before = above.cumsum(-1) - above  # mass of everything more likely
+        mass = above.sum(-1, keepdim=True) + ties * (kth.double() - ordered[:, :1]).exp()
+        nucleus = (before < top_p[:, None] * mass).sum(-1, keepdim=True).clamp(min=1) - 1
+        off = torch.full_like(kth, float("-inf"))
+        return torch.cat(
+            [
+                torch.where(top_k[:, None] > 0, kth, off),
+                torch.where(top_p[:, None] < 1, ordered.gather(-1, nucleus.minimum(last)), off),
+                ordered[:, :1] + min_p[:, None].log(),
+            ],
+            -1,
+        ).amax(-1)
+
+    def _candidates(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest logits of each row, `count` or more, falling: [rows, n].
+
+        And of each rank's share in them [ranks, rows, 1]: the least of it, and how many more that equal this least one
+        the rank has.
+        """
+        ranks = split(self.total, self.group.size)
+        if count >= ranks[-1].size:
+            ordered = self.whole(logits).sort(-1, descending=True).values
+            return ordered, ordered[None, :, -1:], ordered.new_zeros(1, len(ordered), 1)
+        listed = logits.topk(count).values
+        least = listed[:, -1:]
+        more = (logits == least).sum(-1, keepdim=True) - (listed == least).sum(-1, keepdim=True)
+        said = self.group.all_gather(torch.cat([listed, more.to(listed.dtype)], -1))
+        every, unlisted = said[..., :-1], said[..., -1:]
+        merged = every.transpose(0, 1).flatten(1)
+        return merged.sort(-1, descending=True).values, every[..., -1:], unlisted
+
     def whole(self, logits: Tensor) -> Tensor:
         """Every rank's slice side by side: [rows, size] to [rows, total]. For the rows that cannot do with less."""
         if self.group.size == 1:
             return logits
-        sizes = self.group.all_gather(torch.tensor([self.size], device=logits.device)).flatten().tolist()
-        padded = torch.nn.functional.pad(logits, (0, max(sizes) - self.size)).contiguous()
-        slices = self.group.all_gather(padded)
-        return torch.cat([part[:, :size] for part, size in zip(slices, sizes, strict=True)], -1)
+        slices = split(self.total, self.group.size)
+        padded = F.pad(logits, (0, slices[0].size - self.size)).contiguous()
+        gathered = self.group.all_gather(padded)
+        return torch.cat([part[:, : mine.size] for part, mine in zip(gathered, slices, strict=True)], -1)
 
 
-def truncation_threshold(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """The least logit that top-k, then top-p, and min-p keep; what ties with it is kept too.
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row, falling, the lowest index first among equals: values and indices [rows, count].
 
-    One number per row says it all, so a rank needs no more to cut its own slice.
-
-    logits: [rows, vocabulary], the whole of it, already divided by the temperature.
-    top_k: [rows] int64, 0 for off. top_p, min_p: [rows], 1 and 0 for off. Returns [rows].
+    topk alone leaves open which of several equals it takes.
     """
-    ordered = logits.sort(-1, descending=True).values
-    vocabulary = logits.shape[-1]
-    kth = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary) - 1
-    least_of_k = ordered.gather(-1, kth[:, None])
-    survivors = ordered.masked_fill(ordered < least_of_k, float("-inf"))
-    probabilities = survivors.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # mass of everything more likely
-    last = (before < top_p[:, None]).sum(-1, keepdim=True).clamp(min=1) - 1
-    # top_p = 1 keeps all of top-k, whatever the rounding of the sum.
-    least_of_p = torch.where(top_p[:, None] < 1, ordered.gather(-1, last), least_of_k)
-    least_of_min_p = ordered[:, :1] + min_p[:, None].log()
-    return torch.stack([least_of_k, least_of_p, least_of_min_p]).amax(0)[:, 0]
+    size = logits.shape[-1]
+    least = logits.topk(max(1, count)).values[:, -1:]
+    lowest_first = torch.arange(size, 0, -1, device=logits.device)
+    worth = torch.where(logits > least, size + lowest_first, torch.where(logits == least, lowest_first, 0))
+    index = worth.topk(count).indices.sort(-1).values
+    values = logits.gather(-1, index)
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values, index.gather(-1, order)

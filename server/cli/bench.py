@@ -33,6 +33,7 @@ def decode(
     model: options.Model = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    tensor_parallel_size: options.TensorParallel = None,
     budget: options.Budget = None,
     threads: options.Threads = None,
 ) -> None:
@@ -40,7 +41,13 @@ def decode(
     batches, contexts = _counts(batch, "--batch"), _counts(context, "--context")
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
     overrides = options.engine_overrides(
-        model=model, device=device, dtype=dtype, budget=budget, threads=threads, speculation=str(max(gammas))
+        model=model,
+        device=device,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        budget=budget,
+        threads=threads,
+        speculation=str(max(gammas)),
     )
     import torch
 
@@ -71,6 +78,21 @@ def decode(
     if json_file is not None:
         listed = [{**asdict(result), "speculation": result.speculation or "off"} for result in results]
         json_file.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def broadcast(
+    ranks: Annotated[str, typer.Option(help="Ranks, comma-separated.")] = "2,4,8",
+    rows: Annotated[int, typer.Option(min=1, help="Decoding rows in a plan.")] = 64,
+    floats: Annotated[int, typer.Option(min=1, help="float32 numbers that one all-reduce sums.")] = 4096,
+) -> None:
+    """Send plans to rank processes without a model, and sum a few numbers over them."""
+    counts = _counts(ranks, "--ranks")
+    if min(counts) < 2:
+        raise typer.BadParameter("a single rank has nobody to talk to", param_hint="--ranks")
+    from bench.broadcast import measure, table
+
+    print(table(measure(count, rows, floats) for count in counts))
 
 
 def _counts(text: str, flag: str) -> list[int]:

@@ -20,7 +20,7 @@ from engine.sampling import Sampler
 from kernels.noise import gumbel_noise
 from models.config import ModelConfig
 from parallel.group import Group
-from parallel.sampling import VocabShard, truncation_threshold
+from parallel.sampling import VocabShard
 from tests.engines import run, tiny_engine, tiny_model, tokens
 
 VOCAB = 12
@@ -119,11 +119,13 @@ def test_threshold_with_ties(rows: list[list[int]], top_k: int, top_p: float, mi
     """What ties with the last token kept is kept; the likeliest token always is."""
     logits = torch.tensor(rows, dtype=torch.float64) / 2
     n = len(rows)
-    least = truncation_threshold(logits, torch.full((n,), top_k), torch.full((n,), top_p), torch.full((n,), min_p))
+    vocab = VocabShard(0, 8, 8, Group.single())
+    asked = torch.full((n,), top_k), torch.full((n,), top_p).double(), torch.full((n,), min_p).double()
+    least = vocab.cut(logits, *asked, candidates=top_k or (8 if top_p < 1 else 1))
     for row, threshold in zip(logits, least.tolist(), strict=True):
         kept = row[row >= threshold]
         assert float(row.max()) >= threshold
-        assert threshold in row.tolist() or min_p > 0
+        assert threshold in row.tolist() or min_p > 0 or threshold == -math.inf
         if top_k:
             kth = float(row.sort(descending=True).values[min(top_k, 8) - 1])
             assert float(kept.min()) >= kth

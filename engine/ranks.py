@@ -1,0 +1,224 @@
+"""Rank 0's hold on the other ranks: start them, tell them what to run, notice when one is gone and say why."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NoReturn
+
+import msgspec
+import torch
+
+from engine.config import ConfigError, EngineConfig
+from engine.plan import StepPlan
+from parallel import rendezvous, shared
+from parallel.channel import Channel, Link
+from parallel.group import CollectiveError, Group, RankFailure
+from parallel.launch import RankProcesses
+from parallel.rendezvous import Join
+
+RANK_COMMAND = (sys.executable, "-m", "engine.worker")
+_LAST_WORD_S = 2.0
+"""How long to look for the first cause once something is wrong."""
+
+log = logging.getLogger(__name__)
+
+
+class Launch(msgspec.Struct):
+    """The first thing a rank is told. It answers with a Report, is then sent the EngineConfig as JSON, with every
+    setting resolved, answers with a second Report once it is ready, and from then on is sent StepPlans."""
+
+    join: Join
+    log_level: int
+
+
+class Report(msgspec.Struct, omit_defaults=True):
+    """What a rank says to rank 0: that it has come this far, or, once, why it goes."""
+
+    weight_bytes: int = 0
+    """Of its shard, once it is loaded."""
+    failure: str | None = None
+    lost: bool = False
+    """The failure is that of a collective: some other rank is the cause."""
+
+
+class Ranks:
+    """The ranks 1 … size - 1 of one group. Everything that is wrong with them becomes one RankFailure."""
+
+    def __init__(self, links: Mapping[int, Link], *, timeout_s: float, processes: RankProcesses | None = None) -> None:
+        """links: to each of them, by rank; owned. timeout_s: of a collective. processes: theirs, if they run on this
+        machine; owned.
+        """
+        self._channel = Channel(links)
+        self._processes = processes
+        self._timeout_s = timeout_s
+        self._silent = set(links)  # ranks that have not said why they go
+        self._reports: dict[int, Report] = {}
+        self._hellos = dict.fromkeys(links, 0)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Report)
+        self._broken: str | None = None
+        self.weight_bytes = 0  # of all these ranks, once they are ready
+        self.group: Group
+
+    @classmethod
+    def launch(cls, config: EngineConfig, device: torch.device) -> Ranks:
+        """Start the processes of `config`, whose settings are all resolved, and join them in a group.
+
+        device: rank 0's. Raises RankFailure; nothing remains then. They still have to load: see `wait_ready`.
+        """
+        size = config.tensor_parallel_size
+        try:
+            transport = rendezvous.choose(device, config.collectives)
+        except ValueError as error:
+            raise ConfigError(f"engine.collectives: {error}") from error
+        memory = shared.create(size) if transport == "shared" else None
+        try:
+            store = rendezvous.host_store(size, config.start_timeout_s) if memory is None else None
+            processes = RankProcesses(
+                RANK_COMMAND,
+                size,
+                send_timeout_s=config.step_timeout_s,
+                fds=() if memory is None else (memory,),
+            )
+            ranks = cls(processes.links, timeout_s=config.step_timeout_s, processes=processes)
+            join = Join(0, size, transport, config.step_timeout_s, store.port if store else None, memory)
+            try:
+                ranks.introduce(join, config)
+                ranks.group = rendezvous.join(join, device, store)
+            except CollectiveError as error:
+                failure = ranks._diagnose(error)
+                ranks.close()
+                raise failure from error
+            except BaseException:
+                ranks.close()
+                raise
+        finally:
+            if memory is not None:
+                os.close(memory)
+        if isinstance(ranks.group, shared.SharedGroup):
+            ranks.group.while_waiting = ranks.check
+        return ranks
+
+    def introduce(self, join: Join, config: EngineConfig) -> None:
+        """Tell each rank who it is, wait until all are there, and send them the settings. join: rank 0's."""
+        level = logging.getLogger().getEffectiveLevel()
+        for rank in self._hellos:
+            launch = Launch(msgspec.structs.replace(join, rank=rank), level)
+            self._channel.send(rank, self._encoder.encode(launch))
+        self._await_hello(1, config.start_timeout_s)
+        self._channel.broadcast(config.model_dump_json().encode())
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Return once every rank has loaded. Raises RankFailure."""
+        self._await_hello(2, timeout_s)
+
+    @contextmanager
+    def round(self, plan: StepPlan) -> Iterator[None]:
+        """Send the plan to all ranks; inside, rank 0 runs its own share. Raises RankFailure, then and ever after."""
+        self.check()
+        data = self._encoder.encode(plan)
+        self._channel.broadcast(data)
+        try:
+            yield
+        except CollectiveError as error:
+            raise self._diagnose(error) from error
+        except RankFailure as failure:
+            self._broken = str(failure)
+            raise
+        except BaseException as error:
+            # Whatever interrupts a round, Ctrl-C included, leaves the others somewhere inside it.
+            self._broken = self._broken or f"a round was cut short by {type(error).__name__}"
+            raise
+
+    def check(self) -> None:
+        """Raise RankFailure if a rank is gone. Costs a system call."""
+        if self._broken is not None:
+            raise RankFailure(self._broken)
+        self._listen(0)
+        if self._reports or len(self._channel.open) < len(self._hellos):
+            raise self._diagnose(None)
+
+    def close(self) -> None:
+        """End them. No process, socket or memory of theirs remains."""
+        self._broken = "the engine was closed"
+        if isinstance(group := getattr(self, "group", None), shared.SharedGroup):
+            group.while_waiting = shared.wait_patiently  # or memory would wait for the garbage collector
+        self._channel.close()
+        if self._processes is not None:
+            self._processes.close()
+
+    # -- listening ---------------------------------------------------------------------------------------------------
+
+    def _await_hello(self, number: int, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while late := [rank for rank, count in self._hellos.items() if count < number]:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self._broken = f"{_ranks(late)} not ready after {timeout_s:g} s"
+                raise RankFailure(self._broken)
+            self._listen(left)
+            if self._reports or len(self._channel.open) < len(self._hellos):
+                raise self._diagnose(None)
+
+    def _listen(self, timeout_s: float) -> None:
+        for rank, frame in self._channel.news(timeout_s):
+            report = Report() if frame is None else self._decoder.decode(frame)
+            if frame is None or report.failure is not None:
+                self._silent.discard(rank)
+            if report.failure is not None:
+                self._reports.setdefault(rank, report)
+            elif frame is not None:
+                self._hellos[rank] += 1
+                self.weight_bytes += report.weight_bytes
+
+    # -- blame -------------------------------------------------------------------------------------------------------
+
+    def _diagnose(self, error: CollectiveError | None) -> RankFailure:
+        """The first cause of what went wrong. error: how it shows on rank 0, if it was a collective that failed."""
+        deadline = time.monotonic() + _LAST_WORD_S
+        while (cause := self._cause()) is None and self._silent and (left := deadline - time.monotonic()) > 0:
+            self._listen(left)
+        self._broken = cause or self._suspicion(error)
+        log.error("%s", self._broken)
+        return RankFailure(self._broken)
+
+    def _cause(self) -> str | None:
+        """What cannot be the consequence of another rank's end."""
+        for rank, report in self._reports.items():
+            if not report.lost:
+                return f"rank {rank} failed: {report.failure}"
+        gone = set(self._hellos) - self._channel.open
+        for rank in sorted(gone - set(self._reports)):
+            ended = self._processes.how_it_ended(rank, _LAST_WORD_S) if self._processes else None
+            return f"rank {rank} {ended or 'closed its connection'}"
+        return None
+
+    def _suspicion(self, error: CollectiveError | None) -> str:
+        """Nobody is dead, nobody has failed by itself: somebody hangs."""
+        stopped = [rank for rank in sorted(self._silent) if self._processes and self._processes.is_stopped(rank)]
+        late = stopped or ([error.rank] if error and error.rank is not None else sorted(self._silent))
+        if not late:
+            return f"the ranks lost each other: {error}"
+        why = " (stopped by a signal)" if stopped else ""
+        return f"{_ranks(late)} did not answer within {self._timeout_s:g} s{why}"
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
+def answer(link: Link, report: Report) -> None:
+    """A rank's word to rank 0."""
+    link.send(msgspec.msgpack.encode(report))
+
+
+def follow(link: Link, execute: Callable[[StepPlan], object]) -> NoReturn:
+    """A rank's life: run the rounds that rank 0 announces. Raises Disconnected when rank 0 is gone."""
+    decoder = msgspec.msgpack.Decoder(StepPlan)
+    while True:
+        execute(decoder.decode(link.receive()))

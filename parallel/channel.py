@@ -1,0 +1,144 @@
+"""Bytes from rank 0 to every other rank, and their reports back: one stream socket per rank.
+
+Knows nothing of what the bytes mean. A frame is its length, 8 bytes little-endian, and then its bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Mapping
+
+_LENGTH = struct.Struct("<Q")
+_CHUNK = 1 << 16
+_GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+class Disconnected(ConnectionError):
+    """The other end is gone, or takes nothing any more."""
+
+
+class Link:
+    """One end of a connection; owns the socket."""
+
+    def __init__(self, connection: socket.socket, send_timeout_s: float | None = None) -> None:
+        """send_timeout_s: an end that takes nothing for this long counts as gone; None: wait for ever."""
+        self._socket = connection
+        self._buffer = bytearray()
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if send_timeout_s is not None:
+            seconds, rest = divmod(send_timeout_s, 1)
+            # Not settimeout: that would time `receive` too, and cost a poll before every call.
+            limit = struct.pack("ll", int(seconds), int(rest * 1e6))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    @classmethod
+    def of_stdin(cls) -> Link:
+        """The end that a process was started with (see parallel.launch). The process ends when the other end goes,
+        whatever it is busy with: it must own nothing that has to be put away."""
+        link = cls(socket.socket(fileno=0))
+        threading.Thread(target=link._exit_when_gone, daemon=True).start()
+        return link
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, data: bytes) -> None:
+        """Send one frame. Raises Disconnected."""
+        try:
+            self._socket.sendall(_LENGTH.pack(len(data)) + data)
+        except OSError as error:
+            raise Disconnected(str(error)) from error
+
+    def receive(self) -> bytes:
+        """Wait for one frame. Raises Disconnected."""
+        self._fill(_LENGTH.size)
+        end = _LENGTH.size + _LENGTH.unpack_from(self._buffer)[0]
+        self._fill(end)
+        frame = bytes(memoryview(self._buffer)[_LENGTH.size : end])
+        del self._buffer[:end]
+        return frame
+
+    @property
+    def pending(self) -> bool:
+        """Whether `receive` may find something without the socket having news."""
+        return bool(self._buffer)
+
+    def _fill(self, size: int) -> None:
+        while len(self._buffer) < size:
+            try:
+                data = self._socket.recv(max(_CHUNK, size - len(self._buffer)))
+            except OSError as error:
+                raise Disconnected(str(error)) from error
+            if not data:
+                raise Disconnected("the other end closed the connection")
+            self._buffer += data
+
+    def _exit_when_gone(self) -> None:
+        poll = select.poll()
+        poll.register(self._socket, _GONE)
+        poll.poll()
+        os._exit(1)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Channel:
+    """Rank 0's end: the links to all other ranks."""
+
+    def __init__(self, links: Mapping[int, Link]) -> None:
+        """links: by rank."""
+        self._links = dict(links)
+        self._rank_of = {link.fileno(): rank for rank, link in self._links.items()}
+        self._poll = select.poll()
+        for fd in self._rank_of:
+            self._poll.register(fd, select.POLLIN)
+
+    @property
+    def open(self) -> set[int]:
+        """Ranks that have not closed their end, as far as `news` has told."""
+        return set(self._rank_of.values())
+
+    def broadcast(self, data: bytes) -> None:
+        """Send one frame to every rank. A rank that is gone shows in `news`; so does one that takes nothing."""
+        for rank, link in self._links.items():
+            try:
+                link.send(data)
+            except Disconnected:
+                self._forget(rank)
+
+    def send(self, rank: int, data: bytes) -> None:
+        """Send one frame to one rank; see `broadcast`."""
+        try:
+            self._links[rank].send(data)
+        except Disconnected:
+            self._forget(rank)
+
+    def news(self, timeout_s: float) -> list[tuple[int, bytes | None]]:
+        """Wait at most timeout_s for something from any rank: (rank, frame), or (rank, None) once it is gone."""
+        found: list[tuple[int, bytes | None]] = []
+        for fd, _ in self._poll.poll(timeout_s * 1000):
+            rank = self._rank_of[fd]
+            link = self._links[rank]
+            try:
+                found.append((rank, link.receive()))
+                while link.pending:
+                    found.append((rank, link.receive()))
+            except Disconnected:
+                self._forget(rank)
+                found.append((rank, None))
+        return found
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+
+    def _forget(self, rank: int) -> None:
+        fd = self._links[rank].fileno()
+        if self._rank_of.pop(fd, None) is not None:
+            self._poll.unregister(fd)

@@ -1,0 +1,107 @@
+"""How the ranks of a group find each other.
+
+On the CPUs of one machine they map the same memory (`shared`); CUDA devices use NCCL; everything else is gloo, whose
+sockets are bound to the loopback interface unless an address of this machine is given.
+"""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+from typing import Any, Literal
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Backend, Store, TCPStore
+
+from parallel import shared
+from parallel.group import CollectiveError, Group
+
+Transport = Literal["shared", "gloo", "nccl"]
+LOOPBACK = "127.0.0.1"
+
+
+class Join(msgspec.Struct):
+    """What a rank needs in order to join."""
+
+    rank: int
+    size: int
+    transport: Transport
+    timeout_s: float
+    """How long a collective waits for another rank."""
+    port: int | None = None
+    """gloo and nccl: of rank 0's store on the loopback interface."""
+    fd: int | None = None
+    """shared: a file descriptor that this process has inherited; it is closed after joining."""
+
+
+def choose(device: torch.device, wanted: Transport | Literal["auto"]) -> Transport:
+    """The transport between ranks of one machine; auto: the fastest. Raises ValueError for what cannot work."""
+    if wanted == "auto":
+        if device.type == "cuda":
+            return "nccl"
+        return "shared" if shared.available() else "gloo"
+    if (wanted == "nccl") != (device.type == "cuda"):
+        raise ValueError(f"{wanted} cannot serve the device {device.type}")
+    if wanted == "shared" and not shared.available():
+        raise ValueError("shared needs Linux on x86")
+    return wanted
+
+
+def host_store(size: int, timeout_s: float) -> TCPStore:
+    """Rank 0's store on a free port of the loopback interface; it goes with this process."""
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    return TCPStore(
+        LOOPBACK,
+        port,
+        size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def join(how: Join, device: torch.device, store: Store | None = None) -> Group:
+    """Become a rank of the group; returns when all of them have.
+
+    store: rank 0's own. Raises CollectiveError if the others do not come within how.timeout_s.
+    """
+    if how.transport == "shared":
+        assert how.fd is not None
+        return shared.SharedGroup(how.fd, how.rank, how.size, how.timeout_s)
+    limit = timedelta(seconds=how.timeout_s)
+    try:
+        if store is None:
+            assert how.port is not None
+            store = TCPStore(LOOPBACK, how.port, how.size, is_master=False, timeout=limit)
+        return Group(connect(store, how.rank, how.size, device, limit))
+    except RuntimeError as error:
+        raise CollectiveError(str(error)) from error
+
+
+def connect(
+    store: Store, rank: int, size: int, device: torch.device, limit: timedelta, hostname: str = LOOPBACK
+) -> dist.ProcessGroup:
+    """A process group of its own, apart from torch's default one: a process can be in several.
+
+    hostname: what gloo's sockets are bound to.
+    """
+    group = dist.ProcessGroup(store, rank, size)
+    if device.type == "cuda":
+        nccl = dist.ProcessGroupNCCL.Options()
+        nccl._timeout = limit
+        backend: Backend = dist.ProcessGroupNCCL(store, rank, size, nccl)
+        kind = dist.ProcessGroup.BackendType.NCCL
+    else:
+        kind_of: Any = dist.ProcessGroupGloo  # its stub knows no options
+        gloo = kind_of._Options()
+        gloo._timeout = limit
+        gloo._threads = 1
+        gloo._devices = [kind_of.create_device(hostname=hostname)]
+        backend = kind_of(store, rank, size, gloo)
+        kind = dist.ProcessGroup.BackendType.GLOO
+    group._register_backend(device, kind, backend)
+    return group

@@ -1,0 +1,137 @@
+"""The law over ranks: text does not depend on how many processes compute it, with speculation or without."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from engine.messages import AddRequest, RequestOutput
+from engine.params import SamplingParams
+from engine.plan import StepPlan
+from models.config import ModelConfig
+from parallel.group import RankFailure
+from tests.engines import run, tokens
+from tests.ranks import threaded_engine
+
+
+def model(heads: int, kv_heads: int) -> ModelConfig:
+    """Odd sizes wherever a size is cut."""
+    return ModelConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=31,
+        num_layers=2,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=8,
+        max_position_embeddings=256,
+        eos_token_ids=(1,),
+    )
+
+
+SHAPES = [(8, 8), (9, 3), (8, 2), (8, 1)]
+"""Query heads and KV heads: 1, 3, 4 and 8 of the former to one of the latter."""
+
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 0.0, "logprobs": 3},
+    {"temperature": 1.0, "logprobs": 0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8, "logprobs": 20},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 0.0, "presence_penalty": 1.5, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "repetition_penalty": 1.4, "frequency_penalty": -0.3, "top_k": 3},
+    {"temperature": 1.0, "logit_bias": {5: 3.0, 9: -100.0, 40: 1.0}},
+    {"temperature": 1.0, "min_tokens": 20, "logit_bias": {1: 5.0}},
+]
+NEW_TOKENS = 14
+
+
+def requests() -> list[AddRequest]:
+    """One row for each way of sampling, with prompts of 1 to 37 tokens."""
+    return [
+        AddRequest(
+            str(i),
+            [2 + (7 * j + i) % 59 for j in range(1 + 4 * i)],
+            SamplingParams(max_tokens=NEW_TOKENS + i % 3, seed=i, **sampling),
+        )
+        for i, sampling in enumerate(SAMPLING)
+    ]
+
+
+@cache
+def alone(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, list[RequestOutput]]:
+    """What one rank makes of the requests, without speculation."""
+    engine, _ = threaded_engine(model(*shape), 1, gamma=0, dtype=dtype)
+    return run(engine, requests())
+
+
+def check(shape: tuple[int, int], size: int, gamma: int, dtype: torch.dtype) -> None:
+    expected = alone(shape, dtype)
+    engine, _ = threaded_engine(model(*shape), size, gamma=gamma, dtype=dtype, digest_every=3)
+    try:
+        outputs = run(engine, requests())
+        stats = engine.stats()
+    finally:
+        engine.close()
+    for request in requests():
+        assert tokens(outputs[request.id]) == tokens(expected[request.id]), request.params
+        said = [at for output in outputs[request.id] for at in output.logprobs or ()]
+        meant = [at for output in expected[request.id] for at in output.logprobs or ()]
+        assert [at.top_ids for at in said] == [at.top_ids for at in meant]
+        values = [torch.tensor([[at.logprob, *at.top_logprobs] for at in side]) for side in (said, meant)]
+        torch.testing.assert_close(*values)
+    if gamma:
+        assert stats.rejections > 0, "the draft was never wrong: nothing was shown"
+        assert stats.accepted_tokens > 0
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}of{shape[1]}")
+def test_ranks_never_change_output(shape: tuple[int, int], size: int, gamma: int) -> None:
+    check(shape, size, gamma, torch.float64)
+
+
+@pytest.mark.parametrize(("size", "gamma"), [(2, 3), (3, 0), (8, 2)])
+def test_nor_in_float32(size: int, gamma: int) -> None:
+    check((9, 3), size, gamma, torch.float32)
+
+
+def test_only_changes_are_broadcast() -> None:
+    """A long prompt crosses once; a round of decoding takes a few bytes per row, whatever the context."""
+    engine, ranks = threaded_engine(model(9, 3), 2, gamma=2)
+    try:
+        params = SamplingParams(max_tokens=40, ignore_eos=True)
+        run(engine, [AddRequest(str(i), [2 + j % 59 for j in range(200)], params) for i in range(2)])
+    finally:
+        engine.close()
+    plans = [msgspec.msgpack.decode(frame, type=StepPlan) for frame in ranks.plans]
+    assert sum(len(start.tokens) for plan in plans for start in plan.starts) == 400
+    decoding = [len(frame) for frame, plan in zip(ranks.plans, plans, strict=True) if not plan.starts]
+    assert len(decoding) > 10
+    assert max(decoding) < 100
+    pages = [delta for plan in plans for delta in plan.pages]
+    assert sum(len(delta.pages) for delta in pages) <= 2 * 60  # each page is named once
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [("tokens", "tokens"), ("page_table", "page tables"), ("computed", "lengths")]
+)
+def test_a_rank_that_disagrees_is_an_error(kind: str, named: str) -> None:
+    engine, ranks = threaded_engine(model(9, 3), 3, gamma=2, digest_every=2)
+    try:
+        engine.add(AddRequest("x", [5, 6, 7], SamplingParams(max_tokens=50, ignore_eos=True)))
+        for _ in range(5):
+            engine.step()
+        getattr(ranks.workers[2]._rows, kind)[9, ...] += 1  # of a row slot that nothing runs in
+        with pytest.raises(RankFailure, match=f"rank 2 and rank 0 disagree about {named} after round 6"):
+            engine.step()
+        with pytest.raises(RankFailure, match="disagree"):
+            engine.step()
+    finally:
+        engine.close()

@@ -1,0 +1,260 @@
+"""Ranks as processes: the same text, and one clear error - nothing else - when one of them is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from engine.config import ConfigError, EngineConfig
+from engine.core import Engine
+from engine.llm import LLM
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.ranks import Ranks
+from models.config import ModelConfig
+from parallel import rendezvous
+from parallel.group import RankFailure
+from tests.engines import run, tokens
+from tests.ranks import settings, write_random_model
+
+ROOT = Path(__file__).parents[2]
+MODEL = ModelConfig(
+    vocab_size=321,
+    hidden_size=24,
+    intermediate_size=31,
+    num_layers=2,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=8,
+    max_position_embeddings=2048,
+    eos_token_ids=(2,),
+)
+
+
+@pytest.fixture(scope="module")
+def random_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("models") / "random", MODEL)
+
+
+def held() -> dict[str, set[str]]:
+    """Processes, open files and temporary files that this process accounts for."""
+    gc.collect()
+    files = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            files.add(f"{fd.name} {fd.readlink()}")
+    return {
+        "processes": {str(child) for child in psutil.Process().children(recursive=True)},
+        "files": files,
+        "names": {str(path) for place in ("/tmp", "/dev/shm") for path in Path(place).glob("*magicdec*")},
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store_library() -> None:
+    """The first store of a process opens a pipe that the library keeps for good."""
+    rendezvous.host_store(1, timeout_s=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remains() -> Iterator[None]:
+    """No process, file descriptor or temporary file outlives an engine."""
+    before = held()
+    yield
+    after = held()
+    assert {kind: after[kind] - before[kind] for kind in after} == {kind: set() for kind in after}
+
+
+def start(random_dir: Path, size: int, gamma: int = 2, **others: Any) -> Engine:
+    chosen = settings(gamma, model=str(random_dir), dtype="float64", tensor_parallel_size=size, max_model_len=None)
+    config = EngineConfig.model_validate(chosen | others)
+    return Engine(config, progress=False)
+
+
+def requests() -> list[AddRequest]:
+    """Greedy, sampled, truncated and reported ones, with prompts of 1 to 100 tokens."""
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0.0, "logprobs": 2},
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_k": 7, "top_p": 0.9},
+        {"temperature": 1.2, "top_p": 0.7, "repetition_penalty": 1.2},
+    ]
+    return [
+        AddRequest(str(i), [3 + j % 300 for j in range(1 + 33 * i)], SamplingParams(max_tokens=20, seed=i, **way))
+        for i, way in enumerate(ways)
+    ]
+
+
+def pids(engine: Engine) -> dict[int, int]:
+    assert engine._ranks
+    assert engine._ranks._processes
+    return engine._ranks._processes.pids
+
+
+def test_processes_never_change_output(random_dir: Path) -> None:
+    """Through either transport, and with two engines side by side."""
+    plain = start(random_dir, 1, gamma=0)
+    expected = run(plain, requests())
+    plain.close()
+    engines = [start(random_dir, 3, digest_every=4), start(random_dir, 2, collectives="gloo")]
+    try:
+        for engine in engines:
+            outputs = run(engine, requests())
+            assert engine.stats().draft_tokens > 0
+            for request in requests():
+                assert tokens(outputs[request.id]) == tokens(expected[request.id])
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def test_default_model(model_dir: Path) -> None:
+    """In float32 over 1, 2 and 3 ranks: 9 query heads of 3 KV heads, and words instead of noise."""
+    prompts = ["The capital of France is", "def fibonacci(n):\n"]
+    params = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, temperature=0.8, top_p=0.95, seed=3)]
+    texts = []
+    for size in (1, 2, 3):
+        chosen = settings(3, model=str(model_dir), dtype="float32", tensor_parallel_size=size)
+        with LLM(EngineConfig.model_validate(chosen | {"scheduler": {}, "max_model_len": 512})) as llm:
+            texts.append([completion.token_ids for completion in llm.generate(prompts, params)])
+    assert texts[0] == texts[1] == texts[2]
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def busy(engine: Engine) -> None:
+    """Run until something happens."""
+    engine.add(AddRequest("busy", [5, 6, 7], SamplingParams(max_tokens=2000, ignore_eos=True)))
+    while engine.has_work():
+        engine.step()
+
+
+def fails(engine: Engine, named: str, *, idle: bool = False) -> None:
+    """The engine fails with one error, says it again when asked again, and leaves nothing."""
+    try:
+        with pytest.raises(RankFailure, match=named):
+            engine.check_ranks() if idle else busy(engine)
+        with pytest.raises(RankFailure, match=named):
+            engine.check_ranks()
+        remaining = pids(engine).values()
+    finally:
+        engine.close()
+    assert not any(psutil.pid_exists(pid) for pid in remaining)
+
+
+@pytest.mark.parametrize("collectives", ["shared", "gloo"])
+def test_killed_at_work(random_dir: Path, collectives: str) -> None:
+    engine = start(random_dir, 3, collectives=collectives)
+    timer = threading.Timer(0.3, os.kill, (pids(engine)[2], signal.SIGKILL))
+    timer.start()
+    fails(engine, r"rank 2 was killed by signal 9 \(SIGKILL\)")
+    timer.join()
+
+
+def test_killed_while_idle(random_dir: Path) -> None:
+    engine = start(random_dir, 2)
+    engine.check_ranks()
+    os.kill(pids(engine)[1], signal.SIGKILL)
+    while psutil.Process(pids(engine)[1]).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    fails(engine, "rank 1 was killed by signal 9", idle=True)
+
+
+@pytest.mark.parametrize("collectives", ["shared", "gloo"])
+def test_stopped(random_dir: Path, collectives: str) -> None:
+    engine = start(random_dir, 3, collectives=collectives, step_timeout_s=1)
+    os.kill(pids(engine)[2], signal.SIGSTOP)
+    fails(engine, r"rank 2 did not answer within 1 s \(stopped by a signal\)")
+
+
+def test_an_exception(random_dir: Path) -> None:
+    engine = start(random_dir, 3)
+    assert engine._ranks
+    engine._ranks._channel.send(2, b"no plan")
+    fails(engine, "rank 2 failed: ValidationError")
+
+
+def test_signals_for_rank_0_do_not_end_the_others(random_dir: Path) -> None:
+    """Ctrl-C in a terminal goes to every process; what rank 0 makes of it is its own affair."""
+    engine = start(random_dir, 2)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pids(engine)[1], number)
+    run(engine, requests())
+    engine.close()
+
+
+def test_an_interrupted_round_is_the_end(random_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks are somewhere inside it: the next round must not meet them there."""
+    engine = start(random_dir, 2)
+
+    def interrupt(plan: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._worker, "execute", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        busy(engine)
+    monkeypatch.undo()
+    with pytest.raises(RankFailure, match="cut short by KeyboardInterrupt"):
+        engine.step()
+    engine.close()
+
+
+def test_killed_while_loading(random_dir: Path) -> None:
+    def launch(config: EngineConfig, device: torch.device) -> Ranks:
+        ranks = Ranks.launch(config, device)
+        assert ranks._processes
+        os.kill(ranks._processes.pids[1], signal.SIGKILL)
+        return ranks
+
+    config = EngineConfig.model_validate(settings(0, model=str(random_dir), tensor_parallel_size=2))
+    with pytest.raises(RankFailure, match="rank 1 was killed by signal 9"):
+        Engine(config, ranks=launch, progress=False)
+
+
+def test_never_ready(random_dir: Path) -> None:
+    with pytest.raises(RankFailure, match=r"ranks 1, 2 not ready after 0\.01 s"):
+        start(random_dir, 3, start_timeout_s=0.01)
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ({"tensor_parallel_size": 10}, "engine.tensor_parallel_size: 9 query heads cannot be split over 10 ranks"),
+        ({"collectives": "nccl"}, "engine.collectives: nccl cannot serve the device cpu"),
+    ],
+)
+def test_settings_that_cannot_be(random_dir: Path, others: dict[str, Any], named: str) -> None:
+    config = settings(0, model=str(random_dir), tensor_parallel_size=2) | others
+    with pytest.raises(ConfigError, match=named):
+        Engine(EngineConfig.model_validate(config), progress=False)
+
+
+def test_ranks_end_with_rank_0(random_dir: Path) -> None:
+    """Even if it is killed while they wait for it inside a round."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tests.parallel.test_ranks import busy, pids, start\n"
+        "engine = start(Path(sys.argv[1]), 3)\nprint(*pids(engine).values(), flush=True)\nbusy(engine)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(random_dir)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as rank_0:
+        assert rank_0.stdout
+        others = [psutil.Process(int(pid)) for pid in rank_0.stdout.readline().split()]
+        assert len(others) == 2
+        rank_0.kill()
+    _, alive = psutil.wait_procs(others, timeout=10)
+    assert alive == []

@@ -1,0 +1,133 @@
+"""Engines of several ranks for tests: ranks that are threads, and model directories for ranks that are processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.ranks import Ranks, Report, answer, follow
+from engine.worker import Worker
+from models.config import ModelConfig
+from models.llama import Llama
+from models.loader import random_model
+from parallel.channel import Disconnected, Link
+from parallel.group import Group, RankFailure
+from tests.rig import CPU, ThreadGroup
+from tests.tiny import write_tokenizer
+
+
+class ThreadRanks:
+    """Ranks 1 … size - 1 of an engine as threads of this process, driven through real links.
+
+    workers: by rank, once the engine is up. plans: every frame that rank 1 was sent.
+    """
+
+    def __init__(self, config: ModelConfig, size: int, dtype: torch.dtype) -> None:
+        barrier = threading.Barrier(size, timeout=60)
+        board = [torch.empty(0)] * size
+        self._barrier = barrier
+        self._groups: list[Group] = [ThreadGroup(rank, barrier, board) for rank in range(size)]
+        self._config, self._dtype = config, dtype
+        self.workers: dict[int, Worker] = {}
+        self.plans: list[bytes] = []
+
+    def model(self, rank: int) -> Llama:
+        return random_model(self._config, 0, self._dtype, CPU, self._groups[rank])
+
+    def launch(self, config: EngineConfig, device: torch.device) -> Ranks:
+        links = {}
+        for rank in range(1, len(self._groups)):
+            ours, theirs = socket.socketpair()
+            links[rank] = Link(ours, 60)
+            threading.Thread(target=self._live, args=(rank, Link(theirs), config), daemon=True).start()
+        ranks = Ranks(links, timeout_s=60)
+        ranks.group = self._groups[0]
+        return ranks
+
+    def _live(self, rank: int, link: Link, config: EngineConfig) -> None:
+        try:
+            assert config.cache.num_pages
+            assert config.max_model_len
+            self.workers[rank] = worker = Worker(
+                self.model(rank),
+                config,
+                num_pages=config.cache.num_pages,
+                max_model_len=config.max_model_len,
+                group=self._groups[rank],
+            )
+            answer(link, Report())
+            answer(link, Report())
+            if rank == 1:
+                receive = link.receive
+
+                def recorded() -> bytes:
+                    self.plans.append(receive())
+                    return self.plans[-1]
+
+                link.receive = recorded  # type: ignore[method-assign]
+            follow(link, worker.execute)
+        except (Disconnected, RankFailure):
+            pass  # rank 0 is gone, or finds the same failure itself
+        except Exception as error:
+            self._barrier.abort()  # the others would wait for this rank
+            with contextlib.suppress(Disconnected):
+                answer(link, Report(failure=f"{type(error).__name__}: {error}"))
+        finally:
+            link.close()
+
+
+def settings(gamma: int, **others: Any) -> dict[str, Any]:
+    """Of a small engine whose draft sees so little that it is often wrong."""
+    return {
+        "model": "random",
+        "device": "cpu",
+        "max_model_len": 256,
+        "speculation": {"gamma": gamma, "kv": {"budget": 16, "sink": 4}},
+        "cache": {"page_size": 4, "memory_gb": 0.05},
+        "scheduler": {"max_rows": 16, "max_batch_tokens": 64},
+        "check_invariants": True,
+    } | others
+
+
+def threaded_engine(
+    config: ModelConfig, size: int, *, gamma: int, dtype: torch.dtype = torch.float64, **others: Any
+) -> tuple[Engine, ThreadRanks]:
+    """An engine over a random model, with `size` - 1 threads beside this one."""
+    ranks = ThreadRanks(config, size, dtype)
+    model = ranks.model(0) if size > 1 else random_model(config, 0, dtype, CPU, Group.single())
+    chosen = EngineConfig.model_validate(settings(gamma, tensor_parallel_size=size, **others))
+    return Engine(chosen, model=model, ranks=ranks.launch), ranks
+
+
+def write_random_model(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float64) -> Path:
+    """A model directory with the weights of `random_model`, seed 0, and a tokenizer; returns it."""
+    write_tokenizer(directory)
+    model = random_model(config, 0, dtype, CPU, Group.single())
+    save_file({slot.source: slot.tensor.contiguous() for slot in model.slots()}, directory / "model.safetensors")
+    fields = {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "eos_token_id": list(config.eos_token_ids),
+        "hidden_act": "silu",
+    }
+    (directory / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    return directory
