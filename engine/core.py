@@ -78,18 +78,19 @@ class Engine:
         if device.type == "cpu":
             torch.set_num_threads(threads)
         self._ranks: Ranks | None = None
-        if size > 1:
-            resolved = {
-                "model": str(path),
-                "device": device.type,
-                "dtype": str(dtype).removeprefix("torch."),
-                "threads": threads,
-                "max_model_len": max_model_len,
-                "cache": config.cache.model_copy(update={"num_pages": num_pages}),
-            }
-            self._ranks = ranks(config.model_copy(update=resolved), device)
-        group = self._ranks.group if self._ranks else Group.single()
+        group = Group.single()
         try:
+            if size > 1:
+                resolved = {
+                    "model": str(path),
+                    "device": device.type,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "threads": threads,
+                    "max_model_len": max_model_len,
+                    "cache": config.cache.model_copy(update={"num_pages": num_pages}),
+                }
+                self._ranks = ranks(config.model_copy(update=resolved), device)
+                group = self._ranks.group
             if model is None:
                 model = load_model(path, dtype=dtype, device=device, group=group, progress=progress)
             self._worker = Worker(model, config, num_pages=num_pages, max_model_len=max_model_len, group=group)

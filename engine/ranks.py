@@ -194,8 +194,11 @@ class Ranks:
                 return f"rank {rank} failed: {report.failure}"
         gone = set(self._hellos) - self._channel.open
         for rank in sorted(gone - set(self._reports)):
-            ended = self._processes.how_it_ended(rank, _LAST_WORD_S) if self._processes else None
-            return f"rank {rank} {ended or 'closed its connection'}"
+            if self._processes and (ended := self._processes.how_it_ended(rank, _LAST_WORD_S)):
+                return f"rank {rank} {ended}"
+            if self._processes and self._processes.is_stopped(rank):
+                return f"rank {rank} took no plan for {self._timeout_s:g} s (stopped by a signal)"
+            return f"rank {rank} is out of reach"
         return None
 
     def _suspicion(self, error: CollectiveError | None) -> str:

@@ -61,8 +61,9 @@ class VocabShard:
         said = self.group.all_gather(torch.cat([mass.double(), mine.double(), top.double(), ids.double()], -1))
         masses, chosen, tops, every_id = said.split_with_sizes([1, 1, most, most], -1)
         total = masses.logsumexp(0)
-        # Ranks come in order, and so do ids among a rank's equals: a stable sort keeps the lowest id first.
-        merged, merged_ids = tops.transpose(0, 1).flatten(1), every_id.transpose(0, 1).flatten(1)
+        # By id first: a stable sort by value then keeps the lowest id first among equals, and padding last.
+        merged_ids, by_id = every_id.transpose(0, 1).flatten(1).sort(-1)
+        merged = tops.transpose(0, 1).flatten(1).gather(-1, by_id)
         order = merged.sort(dim=-1, descending=True, stable=True).indices[:, :most]
         likeliest = (merged.gather(-1, order) - total).to(logits.dtype)
         return (chosen.amax(0) - total)[:, 0].to(logits.dtype), likeliest, merged_ids.gather(-1, order).long()

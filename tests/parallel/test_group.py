@@ -1,19 +1,22 @@
-"""Groups over gloo: every rank is a process of its own, running this file as a script."""
+"""Groups over gloo and over shared memory: every rank is a process of its own, running this file as a script."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch._C._distributed_c10d import FileStore
 
 from models.config import ModelConfig
 from models.loader import random_model
-from parallel.group import Group
+from parallel import rendezvous, shared
+from parallel.group import CollectiveError, Group
 from tests.rig import CPU, PagedRows
 
 CONFIG = ModelConfig(
@@ -31,13 +34,17 @@ TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64)
 
 
-def rank_main(rank: int, size: int, directory: Path) -> None:
-    """What one rank computes, left in `directory` as safetensors."""
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=size)
-    comm = dist.group.WORLD
-    assert comm is not None
-    group = Group(comm)
-    assert (group.rank, group.size) == (rank, size)
+def rank_main(rank: int, size: int, directory: Path, memory: int) -> None:
+    """What one rank computes, left in `directory` as safetensors. memory: file descriptor of the shared group."""
+    store = FileStore(f"{directory}/store", size)
+    gloo = Group(rendezvous.connect(store, rank, size, CPU, timedelta(seconds=60)))
+    for name, group in (("gloo", gloo), ("shared", shared.SharedGroup(memory, rank, size, 60))):
+        assert (group.rank, group.size) == (rank, size)
+        save_file(exercise(group), directory / f"{name}.{rank}.safetensors")
+
+
+def exercise(group: Group) -> dict[str, torch.Tensor]:
+    rank = group.rank
     results = {}
     for dtype in DTYPES:
         x = torch.tensor([[1, 10], [100, 1000]], dtype=dtype) * (rank + 1)
@@ -46,10 +53,13 @@ def rank_main(rank: int, size: int, directory: Path) -> None:
         results[f"reduced.{dtype}"] = x
     # Sums that depend on the order of their terms: every rank must still end with the same bits.
     results["noise"] = group.all_reduce(torch.randn(1000, generator=torch.Generator().manual_seed(rank)))
+    # More than shared memory takes at once, an odd number of them; and none at all.
+    results["large"] = group.all_gather(torch.arange(700_001.0) + rank)
+    results["large sum"] = group.all_reduce(torch.arange(700_001, dtype=torch.float64) + rank)
+    assert group.all_gather(torch.empty(0, 3)).shape == (group.size, 0, 3)
     model = random_model(CONFIG, 1, torch.float64, CPU, group)
     results["logits"] = PagedRows(model, [len(TEXT)], 4).forward({0: TEXT}, {0: range(len(TEXT))})
-    save_file(results, directory / f"{rank}.safetensors")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -57,10 +67,18 @@ def test_ranks_in_processes(size: int, tmp_path: Path) -> None:
     """Sums and gathers of every dtype, and a model over fewer and over more ranks than it has KV heads."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "tests.parallel.test_group"]
+    memory = shared.create(size)
     ranks = [
-        subprocess.Popen([*command, str(rank), str(size), str(tmp_path)], cwd=root, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(size), str(tmp_path), str(memory)],
+            cwd=root,
+            stderr=subprocess.PIPE,
+            text=True,
+            pass_fds=[memory],
+        )
         for rank in range(size)
     ]
+    os.close(memory)
     try:
         errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     finally:
@@ -68,7 +86,13 @@ def test_ranks_in_processes(size: int, tmp_path: Path) -> None:
             process.kill()
     assert [process.returncode for process in ranks] == [0] * size, "\n".join(errors)
 
-    results = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(size)]
+    for name in ("gloo", "shared"):
+        check([load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in range(size)])
+
+
+def check(results: list[dict[str, torch.Tensor]]) -> None:
+    """results: by rank."""
+    size = len(results)
     x = torch.tensor([[1, 10], [100, 1000]])
     for result in results:
         for dtype in DTYPES:
@@ -76,6 +100,9 @@ def test_ranks_in_processes(size: int, tmp_path: Path) -> None:
             assert torch.equal(result[f"gathered.{dtype}"], terms)
             torch.testing.assert_close(result[f"reduced.{dtype}"], terms.sum(0))
         assert torch.equal(result["noise"], results[0]["noise"])
+        for rank in range(size):
+            assert torch.equal(result["large"][rank], torch.arange(700_001.0) + rank)
+        assert torch.equal(result["large sum"], result["large"].double().sum(0))
 
     single = random_model(CONFIG, 1, torch.float64, CPU, Group.single())
     expected = PagedRows(single, [len(TEXT)], 4).forward({0: TEXT}, {0: range(len(TEXT))})
@@ -93,5 +120,18 @@ def test_group_of_one_does_nothing() -> None:
     assert gathered.data_ptr() == x.data_ptr()
 
 
+def test_shared_memory_names_the_rank_that_does_not_come() -> None:
+    memory = shared.create(3)
+    first, second = (shared.SharedGroup(memory, rank, 3, timeout_s=0.2) for rank in (0, 1))
+    os.close(memory)
+    waited: list[None] = []
+    first.while_waiting = lambda: waited.append(None)
+    with pytest.raises(CollectiveError, match=r"rank 1 did not answer within 0\.2 s"):
+        first.all_reduce(torch.ones(3))
+    with pytest.raises(CollectiveError, match="rank 2 did not answer"):  # rank 0 came, and has gone since
+        second.all_reduce(torch.ones(3))
+    assert waited
+
+
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    rank_main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
