@@ -17,7 +17,7 @@ def main() -> None:
 
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if not is_expected(error):
             raise
         sys.exit(_fail(str(error)))
@@ -25,7 +25,7 @@ def main() -> None:
 
 def is_expected(error: Exception) -> bool:
     """Whether its message is meant for the user: raised by this program as such, or about a file they named."""
-    ours = isinstance(error, ValueError) and type(error).__module__.partition(".")[0] in PACKAGES
+    ours = isinstance(error, (ValueError, RuntimeError)) and type(error).__module__.partition(".")[0] in PACKAGES
     return ours or (isinstance(error, OSError) and error.filename is not None)
 
 
