@@ -141,9 +141,10 @@ class Engine:
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
         ):
-            for token in ids:
-                if not 0 <= token < vocab_size:
-                    raise RequestError(f"{what}: token id {token} is not in the vocabulary of {vocab_size}")
+            # A prompt can have 100,000 tokens, and running rows wait for this.
+            if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+                token = next(token for token in ids if not 0 <= token < vocab_size)
+                raise RequestError(f"{what}: token id {token} is not in the vocabulary of {vocab_size}")
         self._scheduler.check_request(request)
 
     def add(self, request: AddRequest) -> None:

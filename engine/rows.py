@@ -134,13 +134,9 @@ class Round:
 
     # -- drafting ----------------------------------------------------------------------------------------------------
 
-    def drafting(self, step: int) -> int:
-        """How many rows (the first ones) draft a token at `step`."""
-        return int((self._gamma > step).sum())
-
     def draft_batch(self, step: int, policy: KVPolicy) -> tuple[ForwardBatch, Decisions]:
         """The forward that drafts token `step`, and what it decides: one query per drafting row."""
-        count = self.drafting(step)
+        count = int((self._gamma > step).sum())  # the first ones
         rows, ones = self._row[:count], np.ones(count, dtype=np.int64)
         batch = self.state.batch(rows, self._computed[:count], step, ones, policy, np.arange(count))
         return batch, self._decisions(rows, ones + step, ones * step)
