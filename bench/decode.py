@@ -174,7 +174,7 @@ def _result(
         context=context,
         speculation=gamma,
         policy=config.speculation.kv.policy if gamma else "none",
-        budget=config.speculation.kv.budget if gamma else 0,
+        budget=config.speculation.kv.budget or 0 if gamma else 0,
         tokens_per_second=speed,
         acceptance=acceptance(rounds.total) if gamma else None,
         t_target_ms=1e3 * median(plain.seconds) if plain else None,

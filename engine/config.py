@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 
 
 class ConfigError(ValueError):
     """A setting is unknown, out of range, or contradicts another; the message names it."""
+
+
+def _policy_of(value: Any) -> Any:
+    """Which kind of KV policy a setting is about; the default one need not be named."""
+    return value.get("policy", "window") if isinstance(value, dict) else getattr(value, "policy", None)
 
 
 class Settings(BaseModel):
@@ -44,19 +49,85 @@ class SchedulerConfig(Settings):
 
 
 class WindowConfig(Settings):
-    """Sink + window (StreamingLLM, arXiv 2309.17453) as a view into the target's pool."""
+    """Sink + window (StreamingLLM, arXiv 2309.17453): the first and the most recent tokens."""
 
     policy: Literal["window"] = "window"
     budget: Positive = 512
     """KV tokens one draft step may read per row; a multiple of page_size."""
     sink: Positive = 16
     """First tokens always read; rounded up to whole pages."""
+    positions: Literal["absolute", "relative"] = "absolute"
+    """relative: the draft sees the tokens it reads at positions 0 … budget - 1, as if there were no others."""
+
+
+class SnapKVConfig(Settings):
+    """The tokens that the prompt's last queries attended to most, per KV head (SnapKV, arXiv 2404.14469), and the
+    most recent ones; in a cache of the draft's own."""
+
+    policy: Literal["snapkv"]
+    budget: Positive = 512
+    """KV tokens one draft step may read per row; a multiple of page_size."""
+    recent: Positive = 32
+    """How many of them are the most recent ones; a multiple of page_size."""
+    queries: Positive = 32
+    """The prompt's last queries, which choose."""
+    kernel: Positive = 5
+    """Odd: scores are averaged over so many neighbouring tokens."""
+    reselect: Annotated[int, Field(ge=0)] = 0
+    """Choose again every so many new tokens; 0: never."""
+
+
+class TopKConfig(Settings):
+    """The tokens that carry most of each query's attention, per KV head. It reads all keys to find them: a measure of
+    what selection could reach at best, not a way to save time."""
+
+    policy: Literal["topk"]
+    budget: Positive = 512
+    """KV tokens attended to per row."""
+
+
+class AllConfig(Settings):
+    """Everything: ordinary speculative decoding, for a draft model that is small by itself."""
+
+    policy: Literal["all"]
+
+    @property
+    def budget(self) -> None:
+        """There is none."""
+
+
+KVConfig = Annotated[
+    Annotated[WindowConfig, Tag("window")]
+    | Annotated[SnapKVConfig, Tag("snapkv")]
+    | Annotated[TopKConfig, Tag("topk")]
+    | Annotated[AllConfig, Tag("all")],
+    Discriminator(
+        _policy_of,
+        custom_error_type="policy",
+        custom_error_message="expected settings of a policy: window, snapkv, topk or all",
+    ),
+]
 
 
 class SpeculationConfig(Settings):
     gamma: Annotated[int, Field(ge=0, le=16)] = 3
     """Tokens drafted per round; 0 is plain decoding."""
-    kv: WindowConfig = WindowConfig()
+    drafter: Literal["self", "model"] = "self"
+    """Who drafts: the target itself, with sparse KV, or a smaller model with the same vocabulary."""
+    model: str | None = None
+    """The directory of the draft model, if there is one."""
+    tensor_parallel_size: Positive | None = None
+    """Ranks that the draft model is split over, the first ones; None: all."""
+    verification: Literal["coupled", "rejection"] = "coupled"
+    """How sampled tokens are verified. coupled: draft and target draw with the same noise, and text does not depend on
+    what was drafted. rejection: speculative sampling (arXiv 2302.01318), from the same distribution."""
+    kv: KVConfig = WindowConfig()
+    """Which KV the draft reads."""
+
+    @property
+    def draft_model(self) -> str | None:
+        """The draft model that is to be loaded, if any."""
+        return self.model if self.gamma and self.drafter == "model" else None
 
 
 class EngineConfig(Settings):
@@ -89,13 +160,8 @@ class EngineConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        page, kv = self.cache.page_size, self.speculation.kv
-        if self.speculation.gamma and kv.budget % page:
-            raise ValueError(f"speculation.kv.budget ({kv.budget}) must be a multiple of cache.page_size ({page})")
-        if self.speculation.gamma and kv.budget < -(-kv.sink // page) * page + page:
-            raise ValueError(
-                f"speculation.kv.budget ({kv.budget}) leaves no page for recent tokens beside a sink of {kv.sink}"
-            )
+        if self.speculation.gamma:
+            self._check_speculation(self.speculation)
         rows, tokens = self.scheduler.max_rows, self.scheduler.max_batch_tokens
         if tokens <= rows:
             raise ValueError(
@@ -103,6 +169,37 @@ class EngineConfig(Settings):
                 "or a full batch would leave nothing for prefill"
             )
         return self
+
+    def _check_speculation(self, speculation: SpeculationConfig) -> None:
+        """Raises ValueError."""
+        page, kv = self.cache.page_size, speculation.kv
+        if (speculation.drafter == "model") != (speculation.model is not None):
+            raise ValueError("speculation.drafter: model needs speculation.model, and nothing else does")
+        ranks = speculation.tensor_parallel_size
+        if ranks is not None and speculation.drafter != "model":
+            raise ValueError("speculation.tensor_parallel_size is that of a draft model, and there is none")
+        if ranks is not None and ranks > self.tensor_parallel_size:
+            raise ValueError(f"speculation.tensor_parallel_size: {ranks} of {self.tensor_parallel_size} ranks")
+        if kv.policy == "window":
+            kept = -(-kv.sink // page) * page
+            if kv.budget % page:
+                raise ValueError(f"speculation.kv.budget ({kv.budget}) must be a multiple of cache.page_size ({page})")
+            if kv.budget < kept + page:
+                raise ValueError(
+                    f"speculation.kv.budget ({kv.budget}) leaves no page for recent tokens beside a sink of {kv.sink}"
+                )
+        if kv.policy == "snapkv":
+            for name, tokens in (("budget", kv.budget), ("recent", kv.recent)):
+                if tokens % page:
+                    raise ValueError(f"speculation.kv.{name} ({tokens}) must be a multiple of cache.page_size ({page})")
+            if kv.budget <= kv.recent:
+                raise ValueError(
+                    f"speculation.kv.budget ({kv.budget}) leaves nothing to choose beside {kv.recent} recent tokens"
+                )
+            if kv.reselect and speculation.drafter == "model":
+                raise ValueError("speculation.kv.reselect: a draft model keeps no KV to choose from again")
+            if kv.kernel % 2 == 0:
+                raise ValueError(f"speculation.kv.kernel ({kv.kernel}) must be odd")
 
 
 class ServerConfig(Settings):
@@ -173,7 +270,9 @@ def describe(error: ValidationError) -> str:
     """One line per fault: `engine.cache.page_size: Input should be greater than 0`."""
     lines = []
     for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"])
+        # A setting of a KV policy stands below the policy's tag, which no file contains.
+        parts = [str(part) for part in fault["loc"]]
+        where = ".".join(part for i, part in enumerate(parts) if i == 0 or parts[i - 1] != "kv" or i + 1 == len(parts))
         message = "unknown setting" if fault["type"] == "extra_forbidden" else fault["msg"]
         lines.append(f"{where}: {message}" if where else message)
     return "\n".join(lines)

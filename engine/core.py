@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable
 import msgspec
 import torch
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import ConfigError, EngineConfig, WindowConfig
 from engine.messages import AddRequest, EngineStats, Ready, RequestOutput, TokenLogprobs
 from engine.pages import PageAllocator
 from engine.plan import StepPlan, StepResult
 from engine.ranks import Ranks
 from engine.request import Request
 from engine.scheduler import RequestError, Scheduler
+from engine.speculation.build import load_draft
 from engine.speculation.controller import Controller, FixedGamma
 from engine.speculation.policies import make_policy
 from engine.stats import Accounts
@@ -67,11 +68,11 @@ class Engine:
             kv_heads = [mine.kv_heads.size for mine in split_heads(shape.num_heads, shape.num_kv_heads, size)]
         except ValueError as error:
             raise ConfigError(f"engine.tensor_parallel_size: {error}") from error
-        bytes_per_token = KVPool.bytes_per_token(
-            num_layers=shape.num_layers, kv_heads=sum(kv_heads), head_dim=shape.head_dim, dtype=dtype
-        )
+        bytes_per_token = _kv_bytes(shape, dtype, sum(kv_heads))
+        draft_shape = _draft_shape(config, shape)
+        draft_bytes = _draft_bytes(config, draft_shape, dtype) if draft_shape else 0
         max_model_len = _max_model_len(config, shape)
-        num_pages = _num_pages(config, max_model_len, bytes_per_token * max(kv_heads) // sum(kv_heads))
+        num_pages = _num_pages(config, max_model_len, _kv_bytes(shape, dtype, max(kv_heads)) + draft_bytes)
         self._config = config
         self._threads_before = torch.get_num_threads()
         threads = config.threads or max(1, self._threads_before // size)
@@ -93,7 +94,10 @@ class Engine:
                 group = self._ranks.group
             if model is None:
                 model = load_model(path, dtype=dtype, device=device, group=group, progress=progress)
-            self._worker = Worker(model, config, num_pages=num_pages, max_model_len=max_model_len, group=group)
+            draft = load_draft(config, model, max_model_len, group)
+            self._worker = Worker(
+                model, config, num_pages=num_pages, max_model_len=max_model_len, group=group, draft=draft
+            )
             if self._ranks:
                 self._ranks.wait_ready(config.start_timeout_s)
         except BaseException:
@@ -262,6 +266,37 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
             "model was made for"
         )
     return config.max_model_len
+
+
+def _kv_bytes(shape: ModelConfig, dtype: torch.dtype, kv_heads: int) -> int:
+    """Of one token."""
+    return KVPool.bytes_per_token(num_layers=shape.num_layers, kv_heads=kv_heads, head_dim=shape.head_dim, dtype=dtype)
+
+
+def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | None:
+    """Of the draft model, if there is one. Raises ConfigError if it cannot draft for the target."""
+    if config.speculation.draft_model is None:
+        return None
+    shape = read_config(resolve_model(config.speculation.draft_model))
+    if shape.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"engine.speculation.model: it has a vocabulary of {shape.vocab_size} tokens, the target of "
+            f"{target.vocab_size}"
+        )
+    return shape
+
+
+def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> int:
+    """Per token of the pool, on the rank that has most: a draft model that can look back at everything has a page for
+    each of the target's; one that reads a window has a pool of fixed size."""
+    if isinstance(config.speculation.kv, WindowConfig):
+        return 0
+    ranks = config.speculation.tensor_parallel_size or config.tensor_parallel_size
+    try:
+        heads = split_heads(shape.num_heads, shape.num_kv_heads, ranks)
+    except ValueError as error:
+        raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
+    return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads))
 
 
 def _num_pages(config: EngineConfig, max_model_len: int, bytes_per_token: int) -> int:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.plan import RowWork, StepPlan
-from engine.speculation.policies import KVPolicy
+from engine.plan import RowStart, RowWork, StepPlan
+from engine.speculation.policies import View
 from kernels.attention.base import AttentionBatch
 from models.batch import ForwardBatch
 
@@ -45,42 +45,48 @@ class Rows:
         for delta in plan.pages:
             last = delta.first + len(delta.pages)
             self.page_table[delta.row, delta.first : last] = torch.tensor(delta.pages, dtype=torch.int64)
-        return Round(self, plan.work)
+        return Round(self, plan)
 
     def batch(
-        self, rows: Ints, computed: Ints, drafted: int, queries: Ints, policy: KVPolicy, logit_index: Ints
+        self, rows: Ints, computed: Ints, ahead: Ints, queries: Ints, view: View, logit_index: Ints
     ) -> ForwardBatch:
-        """A forward over the next `queries[i]` tokens of row `rows[i]`, reading KV by `policy`.
+        """A forward over `queries[i]` tokens of row `rows[i]`, from `ahead[i]` behind its computed ones (negative:
+        before their end), that reads and writes KV through `view`.
 
-        `drafted` tokens behind the committed ones have their (draft's) KV already. `computed` repeats, for shapes
-        only, what the device's counters say; positions come from those counters.
+        `computed` repeats, for shapes only, what the device's counters say; positions come from those counters.
         """
-        total = int(queries.sum())
         row_slots = self.to_device(rows)
         row_index = self.to_device(np.repeat(rows, queries))
-        offset = self.to_device(np.arange(total) - np.repeat(queries.cumsum() - queries, queries) + drafted)
+        offset = self.to_device(ragged(queries) + np.repeat(ahead, queries))
         position = self.computed[row_index] + offset
-        page = self.page_table[row_index, position // self.page_size]
-        lengths = (computed + drafted + queries).tolist()
+        page = view.page_table[row_index, position // self.page_size]
+        lengths = (computed + ahead + queries).tolist()
+        read = [view.policy.tokens_read(length) for length in lengths]
         return ForwardBatch(
             token_ids=self.tokens[row_index, position].long(),
             positions=position,
             slots=page * self.page_size + position % self.page_size,
             attention=AttentionBatch(
                 query_lengths=queries.tolist(),
-                kv_lengths=[policy.tokens_read(length) for length in lengths],
-                pages=policy.pages(
-                    self.page_table,
+                kv_lengths=read,
+                pages=view.policy.pages(
+                    view.page_table,
                     row_slots,
-                    self.computed[row_slots] + self.to_device(queries) + drafted,
+                    self.computed[row_slots] + self.to_device(queries + ahead),
                     max(lengths),
                 ),
+                skipped=[length - slots for length, slots in zip(lengths, read, strict=True)],
             ),
             logit_index=self.to_device(logit_index),
         )
 
     def to_device(self, array: Ints) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def ragged(counts: Ints) -> Ints:
+    """0 … counts[0] - 1, 0 … counts[1] - 1, and so on: where each item stands within its row."""
+    return np.arange(int(counts.sum())) - np.repeat(counts.cumsum() - counts, counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,30 +106,43 @@ class Decisions:
 
 
 class Round:
-    """The rows of one round, in the order of its plan: `work` sorted by falling gamma."""
+    """The rows of one round, in the order of its plan: `work` sorted by falling gamma.
 
-    def __init__(self, state: Rows, work: list[RowWork]) -> None:
+    Host integers, [rows] each: row (slot), computed, new and gamma as in RowWork, and which rows sample.
+    starts: the requests that took a row slot in this round.
+    decisions: whose next tokens the round decides. gamma_asked: [sampling rows] int64, on the device.
+    """
+
+    def __init__(self, state: Rows, plan: StepPlan) -> None:
+        work: list[RowWork] = plan.work
         self.state = state
-        self._row = np.array([item.row for item in work], dtype=np.int64)
-        self._computed = np.array([item.computed for item in work], dtype=np.int64)
-        self._new = np.array([item.new for item in work], dtype=np.int64)
-        self._gamma = np.array([item.gamma for item in work], dtype=np.int64)
-        self._samples = np.array([item.samples for item in work], dtype=bool)
-        self.gamma_max = int(self._gamma.max(initial=0))
+        self.starts: list[RowStart] = plan.starts
+        self.row = np.array([item.row for item in work], dtype=np.int64)
+        self.computed = np.array([item.computed for item in work], dtype=np.int64)
+        self.new = np.array([item.new for item in work], dtype=np.int64)
+        self.gamma = np.array([item.gamma for item in work], dtype=np.int64)
+        self.samples = np.array([item.samples for item in work], dtype=bool)
+        self.gamma_max = int(self.gamma.max(initial=0))
 
-        sampling = np.flatnonzero(self._samples)
-        decided = self._gamma[sampling] + 1  # per sampling row: its drafts and one more
-        offset = np.arange(int(decided.sum())) - np.repeat(decided.cumsum() - decided, decided)
-        rows = np.repeat(self._row[sampling], decided)
-        new = np.repeat(self._new[sampling], decided)
+        sampling = np.flatnonzero(self.samples)
+        gamma = self.gamma[sampling]
+        decided = gamma + 1  # per sampling row: its drafts and one more
+        offset = ragged(decided)
+        rows = np.repeat(self.row[sampling], decided)
+        new = np.repeat(self.new[sampling], decided)
         self.decisions = self._decisions(rows, new + offset, offset)
         # [sampling rows, gamma_max + 1]: which decision stands where; padding repeats the row's last decision.
-        steps = np.minimum(np.arange(self.gamma_max + 1), self._gamma[sampling][:, None])
+        steps = np.minimum(np.arange(self.gamma_max + 1), gamma[:, None])
         self.grid = state.to_device(steps + (decided.cumsum() - decided)[:, None])
-        # [decisions]: which sampling row a decision belongs to. [sampling rows]: drafts asked for.
+        # [decisions]: which sampling row a decision belongs to.
         self.owner = state.to_device(np.repeat(np.arange(len(sampling)), decided))
-        self.gamma = state.to_device(self._gamma[sampling])
+        self.gamma_asked = state.to_device(gamma)
         self._sampling_index = state.to_device(sampling)
+
+    @property
+    def drafting(self) -> int:
+        """How many rows draft: the first ones."""
+        return int((self.gamma > 0).sum())
 
     def _decisions(self, rows: Ints, ahead: Ints, offset: Ints) -> Decisions:
         """ahead: how far behind the computed tokens the decided one stands."""
@@ -134,11 +153,17 @@ class Round:
 
     # -- drafting ----------------------------------------------------------------------------------------------------
 
-    def draft_batch(self, step: int, policy: KVPolicy) -> tuple[ForwardBatch, Decisions]:
-        """The forward that drafts token `step`, and what it decides: one query per drafting row."""
-        count = int((self._gamma > step).sum())  # the first ones
-        rows, ones = self._row[:count], np.ones(count, dtype=np.int64)
-        batch = self.state.batch(rows, self._computed[:count], step, ones, policy, np.arange(count))
+    def draft_batch(self, step: int, view: View, behind: Ints | None = None) -> tuple[ForwardBatch, Decisions]:
+        """The forward that drafts token `step`, and what it decides.
+
+        behind: [drafting rows], how many committed tokens before the pending one have no KV in the draft's pool yet
+        (first step only); None: the draft has it all, and each row is one query.
+        """
+        count = int((self.gamma > step).sum())  # the first ones
+        rows, ones = self.row[:count], np.ones(count, dtype=np.int64)
+        late = np.zeros(count, dtype=np.int64) if behind is None else behind
+        queries = late + 1
+        batch = self.state.batch(rows, self.computed[:count], step - late, queries, view, queries.cumsum() - 1)
         return batch, self._decisions(rows, ones + step, ones * step)
 
     def place_drafts(self, decisions: Decisions, tokens: Tensor) -> None:
@@ -147,20 +172,25 @@ class Round:
 
     # -- verification ------------------------------------------------------------------------------------------------
 
-    def verify_batch(self, policy: KVPolicy) -> ForwardBatch:
+    def verify_batch(self, view: View) -> ForwardBatch:
         """The target forward over every row's new tokens and, behind them, its drafts."""
-        queries = self._new + self._gamma
+        queries = self.new + self.gamma
         first = queries.cumsum() - queries
-        decided = np.where(self._samples, self._gamma + 1, 0)
-        within = np.arange(int(decided.sum())) - np.repeat(decided.cumsum() - decided, decided)
-        logit_index = np.repeat(first + self._new - 1, decided) + within
-        return self.state.batch(self._row, self._computed, 0, queries, policy, logit_index)
+        decided = np.where(self.samples, self.gamma + 1, 0)
+        logit_index = np.repeat(first + self.new - 1, decided) + ragged(decided)
+        return self.state.batch(self.row, self.computed, np.zeros_like(queries), queries, view, logit_index)
 
     def drafts(self) -> Tensor:
         """[sampling rows, gamma_max] int64: the drafted tokens, padded with whatever stands behind them."""
         decisions = self.decisions
         index = self.grid[:, : self.gamma_max]
         return self.state.tokens[decisions.row_index[index], decisions.position[index]].long()
+
+    def place(self, drafts: Tensor) -> None:
+        """The reverse of `drafts`."""
+        decisions = self.decisions
+        index = self.grid[:, : self.gamma_max]
+        self.state.tokens[decisions.row_index[index], decisions.position[index]] = drafts.to(torch.int32)
 
     def commit(self, accepted: Tensor, tokens: Tensor) -> None:
         """Make the verdict the state: accepted [sampling rows], tokens [decisions] as the target chose them.
@@ -170,6 +200,6 @@ class Round:
         """
         state, decisions = self.state, self.decisions
         state.tokens[decisions.row_index, decisions.position] = tokens.to(torch.int32)
-        advance = state.to_device(self._new)
+        advance = state.to_device(self.new)
         advance[self._sampling_index] += accepted
-        state.computed[state.to_device(self._row)] += advance
+        state.computed[state.to_device(self.row)] += advance

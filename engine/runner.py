@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.speculation.policies import KVPolicy
+from engine.speculation.policies import View
 from kernels.attention.base import AttentionBackend
 from kernels.kv_cache import KVPool
 from models.batch import ForwardBatch
@@ -21,7 +21,7 @@ class Runner:
     model: Llama
     pool: KVPool
     attention: AttentionBackend
-    policy: KVPolicy
+    view: View
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits of the positions asked for: [n, this rank's vocabulary]. Writes the batch's KV."""

@@ -17,20 +17,17 @@ import msgspec
 import torch
 
 from engine import agreement
-from engine.config import EngineConfig, SpeculationConfig
+from engine.config import EngineConfig
 from engine.messages import TokenLogprobs
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
 from engine.ranks import Launch, Report, answer, follow
 from engine.rows import Rows
-from engine.runner import Runner
 from engine.sampling import Logprobs, Sampler
-from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter, TimedDrafter
-from engine.speculation.policies import Dense, make_policy
+from engine.speculation.build import DraftModel, make_drafter, make_target
+from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
 from engine.stopwatch import Stopwatch
-from kernels.attention.reference import ReferenceAttention
-from kernels.kv_cache import KVPool
 from models.llama import Llama
 from models.loader import load_model
 from parallel import rendezvous
@@ -44,7 +41,17 @@ log = logging.getLogger(__name__)
 class Worker:
     """Owns everything of one rank. `execute` is the only thing that moves it."""
 
-    def __init__(self, model: Llama, config: EngineConfig, *, num_pages: int, max_model_len: int, group: Group) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        config: EngineConfig,
+        *,
+        num_pages: int,
+        max_model_len: int,
+        group: Group,
+        draft: DraftModel | None = None,
+    ) -> None:
+        """draft: the draft model, if the config has one."""
         page_size = config.cache.page_size
         self._group = group
         self._digest_every = config.digest_every if group.size > 1 else 0
@@ -54,31 +61,18 @@ class Worker:
             page_size=page_size,
             device=model.device,
         )
+        self._models = [model, *([draft.model] if draft and draft.model else [])]
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
         self._sampler = Sampler(self._rows, vocab)
-        pool = KVPool(
-            num_layers=model.num_layers,
-            num_pages=num_pages,
-            page_size=page_size,
-            kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            dtype=model.dtype,
-            device=model.device,
-        )
-        self._target = Runner(model, pool, ReferenceAttention(page_size), Dense(page_size))
+        target = make_target(model, self._rows, num_pages)
+        self._target, drafter = make_drafter(config, target, self._rows, self._sampler, group, draft or DraftModel())
         self._watch = Stopwatch(model.device)
-        self._drafter = TimedDrafter(self._make_drafter(config.speculation, page_size), self._watch)
-
-    def _make_drafter(self, config: SpeculationConfig, page_size: int) -> Drafter:
-        if config.gamma == 0:
-            return NoDrafter()
-        policy, attention = make_policy(config.kv, page_size), ReferenceAttention(page_size)
-        return SelfDrafter(Runner(self._target.model, self._target.pool, attention, policy), self._sampler)
+        self._drafter = TimedDrafter(drafter, self._watch)
 
     @property
     def weight_bytes(self) -> int:
-        """Of this rank's shard."""
-        return sum(slot.tensor.nbytes for slot in self._target.model.slots())
+        """Of this rank's shards."""
+        return sum(slot.tensor.nbytes for model in self._models for slot in model.slots())
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:

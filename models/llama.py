@@ -134,11 +134,14 @@ class Llama:
 
     vocab_start, vocab_size: the logits this rank computes are those of tokens vocab_start … vocab_start +
     vocab_size - 1.
-    kv_heads, head_dim, num_layers: what its KV pool must hold.
+    heads, kv_heads: this rank's. kv_heads, head_dim, num_layers: what its KV pool must hold.
+    rotary: cosines and sines of all positions, each [positions, head_dim / 2].
     """
 
-    def __init__(self, config: ModelConfig, place: Placement) -> None:
-        """Raises ModelError when the model cannot be split over that many ranks."""
+    def __init__(self, config: ModelConfig, place: Placement, max_positions: int | None = None) -> None:
+        """max_positions: run at more positions than the model was made for (a draft model, whose mistakes only cost
+        time). Raises ModelError when the model cannot be split over that many ranks.
+        """
         self.config = config
         self.dtype, self.device = place.dtype, place.device
         self.num_layers, self.head_dim = config.num_layers, config.head_dim
@@ -151,13 +154,13 @@ class Llama:
         self._norm = RMSNorm("model.norm", config.hidden_size, eps=config.rms_norm_eps, place=place)
         tied = self._embedding if config.tie_word_embeddings else None
         self._head = LMHead("lm_head", config.vocab_size, config.hidden_size, tied=tied, place=place)
-        self.kv_heads = mine.kv_heads.size
+        self.heads, self.kv_heads = mine.heads.size, mine.kv_heads.size
         self.vocab_start, self.vocab_size = self._head.vocab.start, self._head.vocab.size
         # Tables as wide as the arithmetic around them: float32 for models of 16 bits, which then round once.
         self._logit_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self._cos, self._sin = rotary_tables(
+        self.rotary = rotary_tables(
             _frequencies(config.rope, config.head_dim),
-            config.max_position_embeddings,
+            max(config.max_position_embeddings, max_positions or 0),
             dtype=self._logit_dtype,
             device=self.device,
         )
@@ -172,12 +175,13 @@ class Llama:
     def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
         """Write the batch's keys and values into the pool and compute the logits asked for.
 
-        Plans `attention` for the batch. Positions must be below config.max_position_embeddings.
+        Plans `attention` for the batch. Positions must be below the number of positions in `rotary`.
         Returns [n, vocab_size] for the n entries of batch.logit_index (n may be 0), in float32, or float64
         for float64 weights: this rank's shard of the vocabulary.
         """
         attention.plan(batch.attention)
-        rotary = self._cos.index_select(0, batch.positions), self._sin.index_select(0, batch.positions)
+        cos, sin = self.rotary
+        rotary = cos.index_select(0, batch.positions), sin.index_select(0, batch.positions)
         x = self._embedding(batch.token_ids)
         for index, layer in enumerate(self._layers):
             x = layer(x, rotary, batch.slots, pool.layer(index), attention)

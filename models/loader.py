@@ -20,18 +20,26 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def load_model(path: Path, *, dtype: torch.dtype, device: torch.device, group: Group, progress: bool) -> Llama:
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: Group,
+    progress: bool,
+    max_positions: int | None = None,
+) -> Llama:
     """Load a model directory: config.json and *.safetensors, and tokenizer.json for a check if it is there.
 
-    Weights are converted to `dtype`. progress: whether to draw a bar on stderr. Pickled weights are never
-    opened.
+    Weights are converted to `dtype`. progress: whether to draw a bar on stderr. max_positions: see Llama. Pickled
+    weights are never opened.
     Raises ModelError: missing or broken files, a model that is not supported, tensors that are missing,
     unknown or of the wrong shape or type, a tokenizer with more tokens than the model embeds.
     """
     config = read_config(path)
     _check_tokenizer(path, config.vocab_size)
     files = weight_files(path)
-    model = Llama(config, Placement(group, dtype, device))
+    model = Llama(config, Placement(group, dtype, device), max_positions)
     slots = {slot.source: slot for slot in model.slots()}
     wanted = set(slots)
     total = sum(slot.tensor.nbytes for slot in slots.values())

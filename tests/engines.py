@@ -36,10 +36,11 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, config: ModelC
 def tiny_engine(model: Llama, *, gamma: int, budget: int = 16, page_size: int = 4, **settings: Any) -> Engine:
     """An engine whose draft sees so little that it is often wrong."""
     scheduler = {"max_rows": 8, "max_batch_tokens": 64, **settings.pop("scheduler", {})}
+    speculation = {"kv": {"budget": budget, "sink": min(4, page_size)}, **settings.pop("speculation", {})}
     config = EngineConfig.model_validate(
         {
             "model": "tiny",
-            "speculation": {"gamma": gamma, "kv": {"budget": budget, "sink": min(4, page_size)}},
+            "speculation": {"gamma": gamma, **speculation},
             "cache": {"page_size": page_size, "memory_gb": 0.1, **settings.pop("cache", {})},
             "scheduler": scheduler,
             "check_invariants": True,

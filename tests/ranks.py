@@ -108,10 +108,10 @@ def threaded_engine(
     return Engine(chosen, model=model, ranks=ranks.launch), ranks
 
 
-def write_random_model(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float64) -> Path:
-    """A model directory with the weights of `random_model`, seed 0, and a tokenizer; returns it."""
+def write_random_model(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> Path:
+    """A model directory with the weights of `random_model` and a tokenizer; returns it."""
     write_tokenizer(directory)
-    model = random_model(config, 0, dtype, CPU, Group.single())
+    model = random_model(config, seed, dtype, CPU, Group.single())
     save_file({slot.source: slot.tensor.contiguous() for slot in model.slots()}, directory / "model.safetensors")
     fields = {
         "model_type": "llama",

@@ -7,9 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.rows import Round
+from engine.rows import Ints, Round
 from engine.runner import Runner
 from engine.sampling import Sampler
+from engine.speculation.draft_cache import DraftCache
 from engine.speculation.verify import Verdict
 from engine.stopwatch import Stopwatch
 
@@ -20,7 +21,7 @@ class Drafter(Protocol):
     def propose(self, rows: Round) -> Tensor:
         """Place up to gamma tokens behind each row (`Round.place_drafts`).
 
-        Returns how many: [sampling rows] int64, at most `rows.gamma`. It may be fewer than asked, or none.
+        Returns how many: [sampling rows] int64, at most `rows.gamma_asked`. It may be fewer than asked, or none.
         """
         ...
 
@@ -33,7 +34,7 @@ class NoDrafter:
     """Proposes nothing: every round decodes plainly. For deployments whose gamma is always 0."""
 
     def propose(self, rows: Round) -> Tensor:
-        return torch.zeros_like(rows.gamma)
+        return torch.zeros_like(rows.gamma_asked)
 
     def observe(self, rows: Round, verdict: Verdict) -> None:
         """Nothing was drafted."""
@@ -42,24 +43,37 @@ class NoDrafter:
 class SelfDrafter:
     """Self-speculation: the target's own weights, reading sparse KV (MagicDec, arXiv 2408.11049, section 4).
 
-    The draft reads a view into the target's pool and writes into slots that each row has reserved behind its committed
-    tokens. The verify pass overwrites those, so committed KV is always the target's, and a draft has no cache to keep.
+    The draft writes into slots that each row has reserved behind its committed tokens - of the target's pool, where it
+    reads a view into that, and the verify pass overwrites them; else of a cache of its own, which is brought up to date
+    from the target's pool. So what a draft reads of committed tokens is always the target's.
     """
 
-    def __init__(self, runner: Runner, sampler: Sampler) -> None:
-        """runner: the target's model and pool, with the draft's policy."""
+    def __init__(self, runner: Runner, sampler: Sampler, cache: DraftCache | None = None) -> None:
+        """runner: the target's model, with the pool and the view that drafts use: those of `cache`, if there is one."""
         self._runner = runner
         self._sampler = sampler
+        self._cache = cache
 
     def propose(self, rows: Round) -> Tensor:
-        for step in range(rows.gamma_max):
-            batch, decisions = rows.draft_batch(step, self._runner.policy)
-            tokens = self._sampler.choose(self._runner.forward(batch), decisions)
-            rows.place_drafts(decisions, tokens)
-        return rows.gamma
+        if self._cache is not None:
+            for start in rows.starts:
+                self._cache.start(start)
+            if rows.drafting:
+                self._cache.catch_up(rows, rows.computed[: rows.drafting])
+            self._cache.observe(rows.row, rows.computed, rows.new + rows.gamma)
+        draft(rows, self._runner, self._sampler)
+        return rows.gamma_asked
 
     def observe(self, rows: Round, verdict: Verdict) -> None:
-        """Its KV is the target's: nothing to catch up."""
+        """Its KV is the target's: nothing to learn."""
+
+
+def draft(rows: Round, runner: Runner, sampler: Sampler, behind: Ints | None = None) -> None:
+    """Draft up to gamma tokens behind each row, one forward per token. behind: see Round.draft_batch."""
+    for step in range(rows.gamma_max):
+        batch, decisions = rows.draft_batch(step, runner.view, behind if step == 0 else None)
+        tokens = sampler.choose(runner.forward(batch), decisions)
+        rows.place_drafts(decisions, tokens)
 
 
 class TimedDrafter:

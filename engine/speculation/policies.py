@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.config import WindowConfig
+from engine.config import KVConfig, SnapKVConfig, WindowConfig
 
 
 class KVPolicy(Protocol):
@@ -77,6 +78,37 @@ class Window:
         return page_table[rows[:, None], columns]
 
 
-def make_policy(config: WindowConfig, page_size: int) -> KVPolicy:
-    """The policy that `speculation.kv` describes."""
-    return Window(budget=config.budget, sink=config.sink, page_size=page_size)
+@dataclass(frozen=True, slots=True)
+class View:
+    """A policy, and the page table that says where in a pool the KV of each row's positions stands.
+
+    page_table: [max_rows, max_pages] int64. Several views can be of one pool.
+    """
+
+    policy: KVPolicy
+    page_table: Tensor
+
+
+def ring_table(max_rows: int, columns: int, first: int, ring: int) -> Tensor:
+    """Page table of a pool in which every row slot owns `first` + `ring` pages for good: [max_rows, columns] int64.
+
+        column   0 … first - 1 | first, first + 1, first + 2 …
+        page     0 … first - 1 | first + (column - first) % ring        (of the row's own)
+
+    Reading through a window of at most `ring` recent pages, a request of any length runs in it.
+    """
+    column = torch.arange(columns)
+    page = torch.where(column < first, column, first + (column - first) % ring)
+    return torch.arange(max_rows)[:, None] * (first + ring) + page
+
+
+def make_policy(config: KVConfig, page_size: int) -> KVPolicy:
+    """The list of pages that `speculation.kv` describes.
+
+    What SnapKV lists is a window whose sink are the tokens it chose: see engine.speculation.draft_cache.
+    """
+    if isinstance(config, WindowConfig):
+        return Window(budget=config.budget, sink=config.sink, page_size=page_size)
+    if isinstance(config, SnapKVConfig):
+        return Window(budget=config.budget, sink=config.budget - config.recent, page_size=page_size)
+    return Dense(page_size)

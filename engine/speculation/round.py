@@ -12,7 +12,7 @@ from engine.speculation.verify import Verdict, verify
 def run_round(rows: Round, target: Runner, drafter: Drafter, sampler: Sampler) -> Verdict:
     """Draft, verify, commit. Prefill chunks ride along in the verify pass; a row with gamma = 0 decodes plainly."""
     drafted = drafter.propose(rows)  # how many tokens it placed behind each row
-    logits = target.forward(rows.verify_batch(target.policy))  # only positions that decide a token
+    logits = target.forward(rows.verify_batch(target.view))  # only positions that decide a token
     verdict = verify(rows.drafts(), drafted, logits, rows, sampler)
     rows.commit(verdict.accepted, verdict.chosen)  # counters only; rejected slots are simply not counted
     sampler.observe(rows.decisions, verdict.chosen, verdict.committed)

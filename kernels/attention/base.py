@@ -27,11 +27,14 @@ class AttentionBatch:
     kv_lengths: per row, KV slots listed, >= the row's query length; host integers.
     pages: [rows, width] int64 page ids, width * page_size >= max(kv_lengths); entries past a row's length are
         any valid page id. Or [rows, kv_heads, width], one list per KV head (all of a row's lists equally long).
+    skipped: per row, how many of its tokens the list leaves out, host integers; empty: none. Only attention that
+        places keys anew needs it (see kernels.attention.relative).
     """
 
     query_lengths: Sequence[int]
     kv_lengths: Sequence[int]
     pages: Tensor
+    skipped: Sequence[int] = ()
 
 
 class AttentionBackend(Protocol):

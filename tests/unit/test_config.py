@@ -23,6 +23,8 @@ def settings(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             found |= settings(kind, f"{prefix}{name}.")
+        elif isinstance(field.default, BaseModel):
+            found |= settings(type(field.default), f"{prefix}{name}.")
         else:
             found[prefix + name] = None if field.is_required() else field.default
     return found

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.rows import Round
-from engine.speculation.policies import Dense
+from engine.speculation.build import dense
 from engine.speculation.verify import Verdict
 from engine.stats import acceptance
 from models.llama import Llama
@@ -183,9 +183,9 @@ class Silent:
 
     def propose(self, rows: Round) -> Tensor:
         for step in range(min(self._placed, rows.gamma_max)):
-            _, decisions = rows.draft_batch(step, Dense(4))
+            _, decisions = rows.draft_batch(step, dense(rows.state))
             rows.place_drafts(decisions, torch.full_like(decisions.position, 7 + step))
-        return rows.gamma.clamp(max=self._placed)
+        return rows.gamma_asked.clamp(max=self._placed)
 
     def observe(self, rows: Round, verdict: Verdict) -> None:
         pass

@@ -1,0 +1,141 @@
+"""Putting a drafter together: model, pool, view, attention and sampler, as the settings say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import EngineConfig, KVConfig, SnapKVConfig, TopKConfig, WindowConfig
+from engine.rows import Rows
+from engine.runner import Runner
+from engine.sampling import Sampler
+from engine.speculation.draft_cache import DraftCache
+from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
+from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
+from engine.speculation.policies import Dense, View, make_policy, ring_table
+from kernels.attention.base import AttentionBackend
+from kernels.attention.reference import ReferenceAttention
+from kernels.attention.relative import RelativeAttention
+from kernels.attention.topk import TopKAttention
+from kernels.kv_cache import KVPool
+from models.default import resolve_model
+from models.llama import Llama
+from models.loader import load_model
+from parallel.group import Group
+from parallel.sampling import VocabShard
+
+
+@dataclass(frozen=True, slots=True)
+class DraftModel:
+    """A separate draft model, as this rank sees it: the ranks that share it, and its shard of it. Both are None on a
+    rank that has no part in it."""
+
+    group: Group | None = None
+    model: Llama | None = None
+
+
+def make_target(model: Llama, rows: Rows, num_pages: int) -> Runner:
+    """The target over a pool of its own."""
+    page_size = rows.page_size
+    return Runner(model, make_pool(model, num_pages, page_size), ReferenceAttention(page_size), dense(rows))
+
+
+def make_drafter(
+    config: EngineConfig, target: Runner, rows: Rows, sampler: Sampler, group: Group, draft: DraftModel
+) -> tuple[Runner, Drafter]:
+    """The drafter that `config.speculation` describes, and the target as it must run beside it.
+
+    rows: of this rank. sampler: the target's. group: all ranks. draft: the draft model, if there is one.
+    """
+    settings = config.speculation
+    if settings.gamma == 0:
+        return target, NoDrafter()
+    if settings.drafter == "model":
+        drafter = _model_drafter(config, rows, target.pool.num_pages, draft)
+        shared = draft.group is None or draft.group.size < group.size
+        return target, SharedDrafts(drafter, group) if shared else drafter or NoDrafter()
+    if isinstance(settings.kv, SnapKVConfig):
+        cache = DraftCache(settings.kv, target.model, target.pool, rows, settings.gamma, target.attention)
+        runner = Runner(target.model, cache.pool, ReferenceAttention(rows.page_size), cache.view)
+        observed = Runner(target.model, target.pool, cache.attention, target.view)
+        return observed, SelfDrafter(runner, sampler, cache)
+    view = View(make_policy(settings.kv, rows.page_size), rows.page_table)
+    attention = make_attention(settings.kv, target.model, rows.page_size)
+    return target, SelfDrafter(Runner(target.model, target.pool, attention, view), sampler)
+
+
+def _model_drafter(config: EngineConfig, rows: Rows, num_pages: int, draft: DraftModel) -> Drafter | None:
+    """None on a rank that has no part in the draft model."""
+    model, group, settings = draft.model, draft.group, config.speculation
+    if model is None or group is None:
+        return None
+    page = rows.page_size
+    block = config.scheduler.max_batch_tokens
+    row_block = block
+    cache = None
+    if isinstance(settings.kv, WindowConfig):
+        # What a window reads is all that is kept: a pool of fixed size, whatever the context. Prompts go through it in
+        # blocks, lest the first query of one sees too little before it.
+        row_block = max(page, settings.kv.budget // 4 // page * page)
+        first = -(-settings.kv.sink // page)
+        ring = settings.kv.budget // page - first + -(-max(settings.gamma, row_block) // page)
+        columns = rows.page_table.shape[1]
+        table = ring_table(len(rows.tokens), columns, first, ring).to(rows.device)
+        pool = make_pool(model, len(rows.tokens) * (first + ring), page)
+        attention = make_attention(settings.kv, model, page)
+        full = runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table))
+    else:
+        full = runner = Runner(model, make_pool(model, num_pages, page), ReferenceAttention(page), dense(rows))
+        if isinstance(settings.kv, SnapKVConfig):
+            cache = DraftCache(settings.kv, model, full.pool, rows, settings.gamma, full.attention)
+            runner = Runner(model, cache.pool, ReferenceAttention(page), cache.view)
+            full = Runner(model, full.pool, cache.attention, full.view)
+        elif isinstance(settings.kv, TopKConfig):
+            runner = Runner(model, full.pool, make_attention(settings.kv, model, page), full.view)
+    vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
+    return ModelDrafter(rows, full, runner, Sampler(rows, vocab), row_block=row_block, block=block, cache=cache)
+
+
+def dense(rows: Rows) -> View:
+    """Everything, in a pool that is laid out as the scheduler says."""
+    return View(Dense(rows.page_size), rows.page_table)
+
+
+def make_attention(config: KVConfig, model: Llama, page_size: int) -> AttentionBackend:
+    """For drafts that read by `config`."""
+    if isinstance(config, TopKConfig):
+        return TopKAttention(page_size, config.budget)
+    if isinstance(config, WindowConfig) and config.positions == "relative":
+        near, sink = ReferenceAttention(page_size), ReferenceAttention(page_size)
+        sink_pages = -(-config.sink // page_size)
+        return RelativeAttention(near, sink, page_size=page_size, sink_pages=sink_pages, rotary=model.rotary)
+    return ReferenceAttention(page_size)
+
+
+def make_pool(model: Llama, num_pages: int, page_size: int) -> KVPool:
+    return KVPool(
+        num_layers=model.num_layers,
+        num_pages=num_pages,
+        page_size=page_size,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        dtype=model.dtype,
+        device=model.device,
+    )
+
+
+def load_draft(config: EngineConfig, target: Llama, max_model_len: int, group: Group | None) -> DraftModel:
+    """This rank's part in the draft model of `config`. group: the ranks that share it, None on all others.
+
+    Raises ModelError, ConfigError for one whose vocabulary is not the target's.
+    """
+    if config.speculation.draft_model is None or group is None:
+        return DraftModel()
+    model = load_model(
+        resolve_model(config.speculation.draft_model),
+        dtype=target.dtype,
+        device=target.device,
+        group=group,
+        progress=False,
+        max_positions=max_model_len,
+    )
+    return DraftModel(group, model)

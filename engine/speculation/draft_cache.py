@@ -1,0 +1,149 @@
+"""A draft's own KV cache: copies of the tokens a policy chose, per KV head, and a ring of the most recent ones.
+
+Its page table is that of a window whose sink are the chosen tokens, and whose recent pages go round (`ring_table`).
+While the context is within the budget every token stands at its own place, and the draft reads what the target reads.
+Once it is longer, the first pages are overwritten by the tokens chosen from all that came before the recent ones.
+Keys keep their positions in the text, so the order in which they are stored does not matter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from engine.config import SnapKVConfig
+from engine.plan import RowStart
+from engine.rows import Ints, Round, Rows, ragged
+from engine.speculation.policies import View, make_policy, ring_table
+from kernels.attention.base import AttentionBackend
+from kernels.attention.observed import ObservedAttention
+from kernels.kv_cache import KVPool
+from kernels.selection import attention_votes
+from models.llama import Llama
+
+
+class DraftCache:
+    """SnapKV (arXiv 2404.14469) for all row slots of one rank, over a pool that holds everything.
+
+    view: how a draft reads and writes the cache. pool: its bytes. attention: for the model whose queries choose; it
+    remembers them. A row's cache is brought up to date when the row is about to draft, so a row that does not draft
+    costs nothing but the copies of its prompt's last queries.
+    """
+
+    def __init__(
+        self, config: SnapKVConfig, model: Llama, full: KVPool, rows: Rows, gamma_max: int, inner: AttentionBackend
+    ) -> None:
+        """full: the pool that is chosen from, laid out by rows.page_table. gamma_max: most drafts per round. inner:
+        the attention that `attention` is made of.
+        """
+        max_rows, page = len(rows.tokens), rows.page_size
+        self._config = config
+        self._rows = rows
+        self._full = full
+        self._scale = model.head_dim**-0.5
+        self._chosen = (config.budget - config.recent) // page  # pages
+        self._recent = config.recent // page
+        # Drafts that came to nothing have overwritten what stood a ring before them: keep that out of the window.
+        ring = self._recent + -(-gamma_max // page)
+        self._per_row = self._chosen + ring
+        table = ring_table(max_rows, rows.page_table.shape[1], self._chosen, ring)
+        self.view = View(make_policy(config, page), table.to(rows.device))
+        self.pool = KVPool(
+            num_layers=model.num_layers,
+            num_pages=max_rows * self._per_row,
+            page_size=page,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        # Queries by position; those of drafts that came to nothing must not overwrite the last ones that count.
+        self._places = config.queries + (gamma_max if config.reselect else 0)
+        shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
+        self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.attention = ObservedAttention(inner, self._queries)
+        # Host, per row slot, in positions: where prefill ends; copied up to here; queries kept up to here; chosen when
+        # so many were there.
+        self._prefill = np.zeros(max_rows, dtype=np.int64)
+        self._copied = np.zeros(max_rows, dtype=np.int64)
+        self._observed = np.zeros(max_rows, dtype=np.int64)
+        self._chosen_at = np.zeros(max_rows, dtype=np.int64)
+
+    def start(self, start: RowStart) -> None:
+        """A request takes a row slot."""
+        self._prefill[start.row] = len(start.tokens)
+        self._copied[start.row] = self._observed[start.row] = self._chosen_at[start.row] = 0
+
+    def observe(self, rows: Ints, first: Ints, queries: Ints) -> None:
+        """The next forward of the observed model computes `queries[i]` tokens of row slot `rows[i]`, from position
+        `first[i]`. Rows that decode are observed only if choosing is repeated.
+        """
+        prefill = first < self._prefill[rows]
+        most = self._places if self._config.reselect else np.where(prefill, self._config.queries, 0)
+        kept = np.minimum(queries, most)
+        if not kept.any():
+            return
+        skipped = np.repeat(queries - kept, kept) + ragged(kept)
+        index = np.repeat(queries.cumsum() - queries, kept) + skipped
+        position = np.repeat(first, kept) + skipped
+        place = np.repeat(rows, kept) * self._places + position % self._places
+        self.attention.expect(self._rows.to_device(index), self._rows.to_device(place))
+        self._observed[rows] = np.where(prefill, first + queries, self._observed[rows])
+
+    def catch_up(self, rows: Round, upto: Ints) -> None:
+        """Bring the rows that are about to draft up to date. upto: [drafting rows], positions that the full pool holds;
+        up to its pending token, a row whose pool holds less writes the rest into the cache itself.
+        """
+        count = rows.drafting
+        slots = rows.row[:count]
+        self._copied[slots] = np.minimum(self._copied[slots], rows.computed[:count])  # behind: rejected drafts
+        todo = [
+            self._missing(row, computed, held)
+            for row, computed, held in zip(slots.tolist(), rows.computed[:count].tolist(), upto.tolist(), strict=True)
+        ]
+        self.wrote(slots, np.maximum(self._copied[slots], upto))
+        row_index = self._rows.to_device(np.repeat(slots, [len(positions) for positions in todo]))
+        position = self._rows.to_device(np.concatenate(todo))
+        page = self._rows.page_size
+        column, offset = position // page, position % page
+        source, target = self._rows.page_table[row_index, column], self.view.page_table[row_index, column]
+        self.pool.data[:, :, target, :, offset] = self._full.data[:, :, source, :, offset]
+
+    def wrote(self, slots: Ints, upto: Ints) -> None:
+        """The cache of these row slots now holds the positions before `upto`."""
+        self._copied[slots] = upto
+
+    def _missing(self, row: int, computed: int, upto: int) -> Ints:
+        """Positions to copy; chooses first, if it is time to."""
+        page, first = self._rows.page_size, int(self._copied[row])
+        recent = max(0, -(-(computed + 1) // page) - self._recent) * page  # first position that is read as recent
+        if self._config.reselect:
+            self._observed[row] = upto
+        if not self._chosen_at[row] or 0 < self._config.reselect <= computed - self._chosen_at[row]:
+            self._chosen_at[row] = computed
+            if self._observed[row] and recent > self._chosen * page:
+                self._choose(row, min(recent, int(self._observed[row])))
+                return np.arange(recent, upto)
+        # Behind the first pages, what is not recent any more is never read again.
+        prefix = np.arange(first, min(upto, self._chosen * page))
+        return np.concatenate([prefix, np.arange(max(first, recent, self._chosen * page), upto)])
+
+    def _choose(self, row: int, candidates: int) -> None:
+        """Fill the first pages of the row with the best of its first `candidates` tokens, per layer and KV head."""
+        length = int(self._observed[row])
+        count = self._chosen * self._rows.page_size
+        queries = min(self._config.queries, length)
+        places = row * self._places + np.arange(length - queries, length) % self._places
+        asked = self._queries[:, self._rows.to_device(places)]
+        pages = self._rows.page_table[row, : -(-length // self._rows.page_size)]
+        for index in range(len(asked)):
+            layer = self._full.layer(index)
+            keys, values = (part[pages].transpose(0, 1).flatten(1, 2) for part in layer)  # [kv_heads, slots, head_dim]
+            votes = attention_votes(
+                asked[index], keys[:, :length], self._scale, candidates=candidates, kernel=self._config.kernel
+            )
+            best = votes.topk(count).indices.sort(-1).values
+            chosen = self.pool.data[index, :, row * self._per_row :][:, : self._chosen]  # [2, pages, kv_heads, page, …]
+            for target, part in zip(chosen, (keys, values), strict=True):
+                picked = part.gather(1, best[..., None].expand(-1, -1, part.shape[-1]))
+                target.copy_(picked.view(len(part), self._chosen, -1, part.shape[-1]).transpose(0, 1))

@@ -1,0 +1,123 @@
+"""Drafting with a separate, smaller model of the same vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.rows import Ints, Round, Rows
+from engine.runner import Runner
+from engine.sampling import Sampler
+from engine.speculation.draft_cache import DraftCache
+from engine.speculation.drafters import Drafter, draft
+from engine.speculation.verify import Verdict
+from parallel.group import Group
+
+
+class ModelDrafter:
+    """The draft model has KV of its own, and has to see every token that the target commits.
+
+    Prompts are computed in the rounds in which the target computes them. A decoding row lacks nothing but its pending
+    token - or one more, if all drafts of the round before held: the last of them was proposed, but never fed. Both are
+    fed together. Rows that decoded without drafts catch up when they draft again.
+
+    computed: host, per row slot; the committed tokens whose KV the draft model has.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        full: Runner,
+        runner: Runner,
+        sampler: Sampler,
+        *,
+        row_block: int,
+        block: int,
+        cache: DraftCache | None = None,
+    ) -> None:
+        """full: the draft model as it reads while it computes prompts. runner: as it reads while it drafts; with a
+        cache, that one's pool and view. sampler: the draft model's own. row_block, block: most tokens of one row, and
+        of all, in one forward over prompts.
+        """
+        self._rows = rows
+        self._full = full
+        self._runner = runner
+        self._sampler = sampler
+        self._row_block, self._block = row_block, block
+        self._cache = cache
+        self._computed = np.zeros(len(rows.tokens), dtype=np.int64)
+
+    def propose(self, rows: Round) -> Tensor:
+        for start in rows.starts:
+            self._computed[start.row] = 0
+            self._sampler.start(start)
+            if self._cache is not None:
+                self._cache.start(start)
+        held = np.minimum(self._computed[rows.row], rows.computed)  # behind: rejected drafts
+        # A drafting row can still lack one token when it drafts; prompts are computed to their end.
+        prefill = (rows.new > 1) | ~rows.samples
+        wanted = np.where(prefill, rows.computed + rows.new, np.where(rows.gamma > 0, rows.computed, held))
+        held = self._feed(rows, held, np.where(prefill | (wanted > held + 1), wanted, held))
+        count = rows.drafting
+        if count:
+            if self._cache is not None:
+                self._cache.catch_up(rows, held[:count])
+            behind = rows.computed[:count] - held[:count]
+            draft(rows, self._runner, self._sampler, behind if behind.any() else None)
+            held[:count] = rows.computed[:count] + rows.gamma[:count]
+            if self._cache is not None:
+                self._cache.wrote(rows.row[:count], held[:count])
+        self._computed[rows.row] = held
+        return rows.gamma_asked
+
+    def _feed(self, rows: Round, held: Ints, wanted: Ints) -> Ints:
+        """Compute the KV of each row's tokens held … wanted - 1. Returns `wanted`, or `held` where that is more."""
+        for index, first, tokens in self._blocks(held, wanted):
+            slots = rows.row[index]
+            if self._cache is not None:
+                self._cache.observe(slots, first, tokens)
+            ahead = first - rows.computed[index]
+            nothing = np.empty(0, dtype=np.int64)
+            batch = self._rows.batch(slots, rows.computed[index], ahead, tokens, self._full.view, nothing)
+            self._full.forward(batch)
+        return np.maximum(held, wanted)
+
+    def _blocks(self, held: Ints, wanted: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
+        """What goes into one forward, again and again: which rows, from where, and how many tokens of each."""
+        held = held.copy()
+        while len(late := np.flatnonzero(held < wanted)):
+            tokens = np.minimum(wanted[late] - held[late], self._row_block)
+            before = tokens.cumsum() - tokens
+            tokens = np.minimum(tokens, self._block - before)
+            taken = tokens > 0
+            late, tokens = late[taken], tokens[taken]
+            yield late, held[late], tokens
+            held[late] += tokens
+
+    def observe(self, rows: Round, verdict: Verdict) -> None:
+        self._sampler.observe(rows.decisions, verdict.chosen, verdict.committed)
+
+
+class SharedDrafts:
+    """The drafts of the ranks that hold the draft model, made known to all; O(rows × gamma) traffic, once per round."""
+
+    def __init__(self, drafter: Drafter | None, group: Group) -> None:
+        """drafter: this rank's, if it has one; rank 0 has, and proposes as many tokens as it is asked for. group: all
+        ranks of the target."""
+        self._drafter = drafter
+        self._group = group
+
+    def propose(self, rows: Round) -> Tensor:
+        if self._drafter is not None:
+            self._drafter.propose(rows)
+        if rows.gamma_max:
+            drafts = rows.drafts()
+            rows.place(self._group.all_reduce(drafts if self._group.rank == 0 else torch.zeros_like(drafts)))
+        return rows.gamma_asked
+
+    def observe(self, rows: Round, verdict: Verdict) -> None:
+        if self._drafter is not None:
+            self._drafter.observe(rows, verdict)

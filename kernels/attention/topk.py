@@ -1,0 +1,61 @@
+"""Attention over each query's own best keys: the upper bound of what choosing tokens can reach. A measure, not a way to
+save time, since it scores every key to find them."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from kernels.attention.base import AttentionBatch
+from kernels.kv_cache import LayerKV
+
+
+class TopKAttention:
+    """Per query and KV head, softmax over the `budget` keys that carry most of the attention of the head's queries."""
+
+    def __init__(self, page_size: int, budget: int) -> None:
+        self._page_size = page_size
+        self._budget = budget
+        self._batch: AttentionBatch
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """batch.pages: [rows, width]; its lists are searched, not read as they are."""
+        self._batch = batch
+
+    @overload
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
+    @overload
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """See AttentionBackend.run."""
+        batch = self._batch
+        outs, sums = [], []
+        rows = zip(torch.split(q, list(batch.query_lengths)), batch.kv_lengths, batch.pages, strict=True)
+        for row_q, length, pages in rows:
+            out, total = self._row(layer, row_q, scale, length, pages[: -(-length // self._page_size)])
+            outs.append(out)
+            sums.append(total)
+        return (torch.cat(outs), torch.cat(sums)) if lse else torch.cat(outs)
+
+    def _row(self, layer: LayerKV, q: Tensor, scale: float, length: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """q: [n, heads, head_dim]. Returns the output, and its log-sum-exp [n, heads]."""
+        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+        n, heads, head_dim = q.shape
+        k, v = (
+            part[pages].transpose(0, 1).flatten(1, 2)[:, :length].to(compute)  # [kv_heads, length, head_dim]
+            for part in (layer.k, layer.v)
+        )
+        kv_heads = len(k)
+        grouped = (q.to(compute) * scale).view(n, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        scores = torch.einsum("hgnd,hld->hgnl", grouped, k)
+        seen = torch.arange(length - n, length, device=q.device)[:, None]
+        scores.masked_fill_(torch.arange(length, device=q.device) > seen, float("-inf"))
+        mass = torch.softmax(scores, -1).sum(1)  # [kv_heads, n, length]
+        best = mass.topk(min(self._budget, length)).indices
+        dropped = torch.ones_like(mass, dtype=torch.bool).scatter_(-1, best, False)
+        scores.masked_fill_(dropped[:, None], float("-inf"))
+        out = torch.einsum("hgnl,hld->nhgd", torch.softmax(scores, -1), v)
+        total = scores.logsumexp(-1).permute(2, 0, 1)
+        return out.reshape(n, heads, head_dim).to(q.dtype), total.reshape(n, heads)

@@ -1,0 +1,28 @@
+"""Which keys matter: scores by which a sparse cache chooses what to keep."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_votes(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+    """How much attention the last queries of a row pay to its earlier keys (SnapKV, arXiv 2404.14469, section 4).
+
+    The queries' softmax over all keys they may see is summed over the queries, averaged over `kernel` neighbouring
+    keys, and summed over the query heads that share a KV head.
+
+    q: [queries, heads, head_dim], the row's last positions; k: [kv_heads, length, head_dim]. candidates: only the first
+    so many keys are scored. kernel: odd. Returns [kv_heads, candidates] float32, or float64 for float64 queries.
+    """
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries, heads, head_dim = q.shape
+    kv_heads, length, _ = k.shape
+    grouped = (q.to(compute) * scale).transpose(0, 1).reshape(kv_heads, -1, head_dim)  # [kv_heads, group * queries, …]
+    scores = (grouped @ k.to(compute).transpose(1, 2)).view(heads, queries, length)
+    last = torch.arange(length - queries, length, device=q.device)
+    scores.masked_fill_(torch.arange(length, device=q.device) > last[:, None], float("-inf"))
+    votes = torch.softmax(scores, -1)[..., :candidates].sum(1)  # [heads, candidates]
+    votes = F.avg_pool1d(votes[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]
+    return votes.view(kv_heads, -1, candidates).sum(1)

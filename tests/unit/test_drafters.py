@@ -1,0 +1,164 @@
+"""The law for every drafter and policy, and what each reads. In float64, on tiny random models."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.config import ConfigError
+from engine.core import Engine
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.stats import acceptance
+from models.config import ModelConfig
+from models.llama import Llama
+from tests.engines import TINY, complete, run, tiny_engine, tiny_model, tokens
+from tests.ranks import write_random_model
+from tests.unit.test_law import EDGES, SAMPLING, prompt_of
+
+DRAFT = ModelConfig(
+    vocab_size=TINY.vocab_size,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_position_embeddings=512,
+    eos_token_ids=(1,),
+)
+
+
+@cache
+def model() -> Llama:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return untokenized(tmp_path_factory.mktemp("models") / "draft", DRAFT)
+
+
+@pytest.fixture(scope="module")
+def twin_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft model with the target's own weights."""
+    return untokenized(tmp_path_factory.mktemp("models") / "twin", TINY)
+
+
+def untokenized(directory: Path, config: ModelConfig) -> Path:
+    """These models have fewer tokens than any tokenizer."""
+    write_random_model(directory, config)
+    (directory / "tokenizer.json").unlink()
+    return directory
+
+
+def kv_of(policy: str, page_size: int, pages: int, reselect: int = 0) -> dict[str, Any]:
+    """A policy that reads about `pages` pages, and two more."""
+    budget = (pages + 2) * page_size
+    return {
+        "window": {"policy": "window", "budget": budget, "sink": page_size},
+        "relative": {"policy": "window", "budget": budget, "sink": page_size, "positions": "relative"},
+        "snapkv": {
+            "policy": "snapkv",
+            "budget": budget,
+            "recent": 2 * page_size,
+            "queries": 6,
+            "kernel": 3,
+            "reselect": reselect,
+        },
+        "topk": {"policy": "topk", "budget": budget},
+        "all": {"policy": "all"},
+    }[policy]
+
+
+POLICIES = ["window", "relative", "snapkv", "topk", "all"]
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_drafter_or_policy_changes_output(draft_dir: Path, drafter: str, policy: str, data: st.DataObject) -> None:
+    """Ragged batches that rows join and leave, chunked prompts, preemption, and rows that draft less than others."""
+    page_size = data.draw(st.sampled_from([1, 4, 8]))
+    gamma = data.draw(st.integers(1, 6))
+    reselect = data.draw(st.sampled_from([0, 5])) if drafter == "self" else 0
+    kv = kv_of(policy, page_size, data.draw(st.integers(1, 5)), reselect)
+    pages = data.draw(st.sampled_from([None, 200 // page_size + 4]))
+    engine = tiny_engine(
+        model(),
+        gamma=gamma,
+        page_size=page_size,
+        max_model_len=200,
+        cache={"num_pages": pages},
+        scheduler={"max_batch_tokens": data.draw(st.sampled_from([9, 40, 64]))},
+        speculation={"drafter": drafter, "model": str(draft_dir) if drafter == "model" else None, "kv": kv},
+    )
+    plain = tiny_engine(model(), gamma=0, page_size=16)
+    rng = random.Random(data.draw(st.integers(0, 1000)))
+    requests, joins, leaves = [], {}, {}
+    for i in range(rng.randrange(1, 7)):
+        params = SamplingParams(
+            max_tokens=rng.randrange(1, 60),
+            seed=i,
+            max_draft_tokens=rng.choice([None, None, None, 0, 2]),
+            ignore_eos=rng.random() < 0.7,
+            **rng.choice(SAMPLING),
+        )
+        requests.append(AddRequest(str(i), prompt_of(rng.choice(EDGES), rng.randrange(99)), params))
+        joins[str(i)] = rng.randrange(12)
+        if rng.random() < 0.2:
+            leaves[str(i)] = joins[str(i)] + rng.randrange(9)
+    outputs = run(engine, requests, joins=joins, leaves=leaves)
+    for request in requests:
+        expected, got = complete(plain, request.prompt, request.params), tokens(outputs[request.id])
+        assert got == (expected[: len(got)] if request.id in leaves else expected)
+
+
+def long_run(engine: Engine, prompt: int, new: int, temperature: float = 1.0) -> list[int]:
+    params = SamplingParams(max_tokens=new, temperature=temperature, seed=3, ignore_eos=True)
+    return complete(engine, prompt_of(prompt, 1), params)
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_thousand_tokens_past_a_small_budget(draft_dir: Path, drafter: str, policy: str) -> None:
+    expected = long_run(tiny_engine(model(), gamma=0), 100, 1100)
+    kv = kv_of(policy, 8, 4, reselect=100 if drafter == "self" else 0)
+    speculation = {"drafter": drafter, "model": str(draft_dir) if drafter == "model" else None, "kv": kv}
+    engine = tiny_engine(model(), gamma=3, page_size=8, max_model_len=1300, speculation=speculation)
+    assert long_run(engine, 100, 1100) == expected
+    stats = engine.stats()
+    assert stats.accepted_tokens > 10
+    assert (stats.rejections > 10) == (policy != "all" or drafter == "model")
+
+
+@pytest.mark.parametrize("prompt", [1, 30, 100])
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_budget_that_covers_the_context_is_dense(twin_dir: Path, drafter: str, policy: str, prompt: int) -> None:
+    """A draft with the target's weights that reads everything is the target, and never wrong; also after rounds in
+    which another row's end, or its own limit, left it fewer drafts."""
+    speculation = {
+        "drafter": drafter,
+        "model": str(twin_dir) if drafter == "model" else None,
+        "kv": kv_of(policy, 8, 24),
+    }
+    engine = tiny_engine(model(), gamma=4, page_size=8, max_model_len=208, speculation=speculation)
+    long_run(engine, prompt, 100)
+    stats = engine.stats()
+    assert acceptance(stats) == 1.0
+    assert stats.accepted_tokens > 70
+
+
+def test_a_draft_model_needs_the_same_vocabulary(tmp_path: Path) -> None:
+    other = untokenized(tmp_path / "other", replace(DRAFT, vocab_size=65))
+    with pytest.raises(ConfigError, match="vocabulary of 65 tokens, the target of 64"):
+        tiny_engine(model(), gamma=2, speculation={"drafter": "model", "model": str(other)})
