@@ -176,6 +176,8 @@ class EngineConfig(Settings):
         if (speculation.drafter == "model") != (speculation.model is not None):
             raise ValueError("speculation.drafter: model needs speculation.model, and nothing else does")
         ranks = speculation.tensor_parallel_size
+        if ranks not in (None, self.tensor_parallel_size) and speculation.verification == "rejection":
+            raise ValueError("speculation.verification: rejection needs the draft model on all ranks")
         if ranks is not None and speculation.drafter != "model":
             raise ValueError("speculation.tensor_parallel_size is that of a draft model, and there is none")
         if ranks is not None and ranks > self.tensor_parallel_size:

@@ -95,14 +95,15 @@ class Decisions:
 
     rows: host row slot of each; row_index: the same on the device, [n] int64.
     position: [n] int64, position of the token being decided.
-    offset: [n] int64, how many drafted tokens stand between the committed ones and it; most_drafted: the largest.
+    drafted: host, how many drafted tokens stand between the committed ones and it; offset: the same on the device, [n]
+        int64.
     """
 
     rows: Ints
+    drafted: Ints
     row_index: Tensor
     position: Tensor
     offset: Tensor
-    most_drafted: int
 
 
 class Round:
@@ -149,7 +150,7 @@ class Round:
         to_device = self.state.to_device
         row_index = to_device(rows)
         position = self.state.computed[row_index] + to_device(ahead)
-        return Decisions(rows, row_index, position, to_device(offset), int(offset.max(initial=0)))
+        return Decisions(rows, offset, row_index, position, to_device(offset))
 
     # -- drafting ----------------------------------------------------------------------------------------------------
 

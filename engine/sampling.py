@@ -64,6 +64,10 @@ class Sampler:
         self._edits: dict[int, _Edits] = {}
         self._counts: _Counts | None = None  # made when the first penalised row arrives
 
+    def twin(self, vocab: VocabShard) -> Sampler:
+        """A sampler for a draft model, with state of its own. vocab: its shard of the vocabulary."""
+        return Sampler(self._rows, vocab)
+
     # -- rows come, and commit -----------------------------------------------------------------------------------------
 
     def start(self, start: RowStart) -> None:
@@ -103,6 +107,18 @@ class Sampler:
 
         logits: [n, this rank's vocabulary] float32 or float64, changed in place. Returns [n] int64.
         """
+        self._adjust(logits, decisions)
+        sampled = self._to_device(np.flatnonzero(self._sampled[decisions.rows]))
+        if len(sampled):
+            logits[sampled] += self._noise(decisions, sampled)
+        return self._vocab.argmax(logits)
+
+    def draft(self, logits: Tensor, decisions: Decisions) -> Tensor:
+        """The token that a draft proposes, from its own logits; otherwise as `choose`."""
+        return self.choose(logits, decisions)
+
+    def _adjust(self, logits: Tensor, decisions: Decisions) -> None:
+        """Everything before the noise: sampled rows end with the logits of the distribution they sample from."""
         rows = decisions.rows
         if self._penalised[rows].any():
             self._penalise(logits, decisions, self._to_device(np.flatnonzero(self._penalised[rows])))
@@ -114,10 +130,14 @@ class Sampler:
             slots = decisions.row_index[index]
             scaled = logits[index] / self._temperature[slots, None].to(logits.dtype)
             self._truncate(scaled, slots, self._candidates[rows[sampled]])
-            first, last = self._vocab.start, self._vocab.start + self._vocab.size
-            scaled += gumbel_noise(self._seed[slots], decisions.position[index], first, last)
             logits[index] = scaled
-        return self._vocab.argmax(logits)
+
+    def _noise(self, decisions: Decisions, index: Tensor, stream: int = 0) -> Tensor:
+        """Gumbel noise of this rank's slice for the decisions `index` [n]: [n, slice] float32. stream: which of several
+        independent ones."""
+        seeds = self._seed[decisions.row_index[index]] ^ stream
+        first, last = self._vocab.start, self._vocab.start + self._vocab.size
+        return gumbel_noise(seeds, decisions.position[index], first, last)
 
     def logprobs(self, logits: Tensor, decisions: Decisions) -> Callable[[Tensor], Logprobs] | None:
         """What rows asked to be told. Call before `choose`, with unchanged logits; call the result, if there is one,
@@ -142,7 +162,7 @@ class Sampler:
         assert self._counts is not None
         slots, offset = decisions.row_index[asking], decisions.offset[asking]
         first_draft = decisions.position[asking] - offset
-        steps = torch.arange(decisions.most_drafted, device=logits.device)
+        steps = torch.arange(decisions.drafted.max(initial=0), device=logits.device)
         columns = (first_draft[:, None] + steps).clamp_(max=self._rows.tokens.shape[1] - 1)
         drafted = self._rows.tokens[slots[:, None], columns].long()
         counts = self._counts.output_with(slots, drafted, steps < offset[:, None])

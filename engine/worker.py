@@ -22,8 +22,8 @@ from engine.messages import TokenLogprobs
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
 from engine.ranks import Launch, Report, answer, follow
 from engine.rows import Rows
-from engine.sampling import Logprobs, Sampler
-from engine.speculation.build import DraftModel, make_drafter, make_target
+from engine.sampling import Logprobs
+from engine.speculation.build import DraftModel, make_drafter, make_sampler, make_target
 from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
@@ -63,7 +63,7 @@ class Worker:
         )
         self._models = [model, *([draft.model] if draft and draft.model else [])]
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
-        self._sampler = Sampler(self._rows, vocab)
+        self._sampler = make_sampler(config, self._rows, vocab)
         target = make_target(model, self._rows, num_pages)
         self._target, drafter = make_drafter(config, target, self._rows, self._sampler, group, draft or DraftModel())
         self._watch = Stopwatch(model.device)

@@ -46,6 +46,19 @@ class VocabShard:
         best = values.amax(0)
         return tokens.masked_fill(values < best, float("inf")).amin(0).long()
 
+    def normalised(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of this rank's slice: [rows, size], the softmax being over all slices; O(rows) traffic."""
+        mass = logits.logsumexp(-1, keepdim=True)
+        return logits - (mass if self.group.size == 1 else self.group.all_gather(mass).logsumexp(0))
+
+    def of(self, values: Tensor, tokens: Tensor) -> Tensor:
+        """Each row's value at one token, on every rank: values [rows, size], tokens [rows] int64; O(rows) traffic.
+
+        Returns [rows]. Values may be -inf.
+        """
+        mine = values.gather(-1, self.local(tokens)[:, None])[:, 0].masked_fill(~self.holds(tokens), float("-inf"))
+        return mine if self.group.size == 1 else self.group.all_gather(mine).amax(0)
+
     def logprobs(self, logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of `tokens`, and of the `most` likeliest tokens; O(rows × most) traffic.
 

@@ -22,7 +22,20 @@ from models.loader import random_model
 from parallel.channel import Disconnected, Link
 from parallel.group import Group, RankFailure
 from tests.rig import CPU, ThreadGroup
-from tests.tiny import write_tokenizer
+from tests.tiny import TOKENS, write_tokenizer
+
+DRAFT = ModelConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_position_embeddings=512,
+    eos_token_ids=(1,),
+)
+"""Drafts for tests.engines.TINY."""
 
 
 class ThreadRanks:
@@ -109,8 +122,11 @@ def threaded_engine(
 
 
 def write_random_model(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> Path:
-    """A model directory with the weights of `random_model` and a tokenizer; returns it."""
-    write_tokenizer(directory)
+    """A model directory with the weights of `random_model` and, if its vocabulary is large enough, a tokenizer; returns
+    it."""
+    if config.vocab_size >= TOKENS:
+        write_tokenizer(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     model = random_model(config, seed, dtype, CPU, Group.single())
     save_file({slot.source: slot.tensor.contiguous() for slot in model.slots()}, directory / "model.safetensors")
     fields = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+TOKENS = 320
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -21,7 +22,7 @@ def write_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) ->
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=TOKENS,
         special_tokens=[AddedToken(token, special=True) for token in SPECIAL],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -42,7 +43,7 @@ def write_model(directory: Path, *, max_model_len: int = 512) -> Path:
 
     write_tokenizer(directory)
     config = LlamaConfig(
-        vocab_size=320,
+        vocab_size=TOKENS,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

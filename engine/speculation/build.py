@@ -12,6 +12,7 @@ from engine.speculation.draft_cache import DraftCache
 from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
 from engine.speculation.policies import Dense, View, make_policy, ring_table
+from engine.speculation.rejection import Proposals, RejectionSampler
 from kernels.attention.base import AttentionBackend
 from kernels.attention.reference import ReferenceAttention
 from kernels.attention.relative import RelativeAttention
@@ -50,7 +51,7 @@ def make_drafter(
     if settings.gamma == 0:
         return target, NoDrafter()
     if settings.drafter == "model":
-        drafter = _model_drafter(config, rows, target.pool.num_pages, draft)
+        drafter = _model_drafter(config, rows, target.pool.num_pages, sampler, draft)
         shared = draft.group is None or draft.group.size < group.size
         return target, SharedDrafts(drafter, group) if shared else drafter or NoDrafter()
     if isinstance(settings.kv, SnapKVConfig):
@@ -63,7 +64,16 @@ def make_drafter(
     return target, SelfDrafter(Runner(target.model, target.pool, attention, view), sampler)
 
 
-def _model_drafter(config: EngineConfig, rows: Rows, num_pages: int, draft: DraftModel) -> Drafter | None:
+def make_sampler(config: EngineConfig, rows: Rows, vocab: VocabShard) -> Sampler:
+    """The target's."""
+    if config.speculation.verification == "rejection" and config.speculation.gamma:
+        return RejectionSampler(rows, vocab, Proposals(len(rows.tokens), config.speculation.gamma))
+    return Sampler(rows, vocab)
+
+
+def _model_drafter(
+    config: EngineConfig, rows: Rows, num_pages: int, sampler: Sampler, draft: DraftModel
+) -> Drafter | None:
     """None on a rank that has no part in the draft model."""
     model, group, settings = draft.model, draft.group, config.speculation
     if model is None or group is None:
@@ -91,8 +101,8 @@ def _model_drafter(config: EngineConfig, rows: Rows, num_pages: int, draft: Draf
             full = Runner(model, full.pool, cache.attention, full.view)
         elif isinstance(settings.kv, TopKConfig):
             runner = Runner(model, full.pool, make_attention(settings.kv, model, page), full.view)
-    vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
-    return ModelDrafter(rows, full, runner, Sampler(rows, vocab), row_block=row_block, block=block, cache=cache)
+    own = sampler.twin(VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group))
+    return ModelDrafter(rows, full, runner, own, row_block=row_block, block=block, cache=cache)
 
 
 def dense(rows: Rows) -> View:

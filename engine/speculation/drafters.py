@@ -72,7 +72,7 @@ def draft(rows: Round, runner: Runner, sampler: Sampler, behind: Ints | None = N
     """Draft up to gamma tokens behind each row, one forward per token. behind: see Round.draft_batch."""
     for step in range(rows.gamma_max):
         batch, decisions = rows.draft_batch(step, runner.view, behind if step == 0 else None)
-        tokens = sampler.choose(runner.forward(batch), decisions)
+        tokens = sampler.draft(runner.forward(batch), decisions)
         rows.place_drafts(decisions, tokens)
 
 

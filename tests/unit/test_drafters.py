@@ -17,23 +17,10 @@ from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.stats import acceptance
-from models.config import ModelConfig
 from models.llama import Llama
-from tests.engines import TINY, complete, run, tiny_engine, tiny_model, tokens
-from tests.ranks import write_random_model
+from tests.engines import complete, run, tiny_engine, tiny_model, tokens
+from tests.ranks import DRAFT, write_random_model
 from tests.unit.test_law import EDGES, SAMPLING, prompt_of
-
-DRAFT = ModelConfig(
-    vocab_size=TINY.vocab_size,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    max_position_embeddings=512,
-    eos_token_ids=(1,),
-)
 
 
 @cache
@@ -41,28 +28,10 @@ def model() -> Llama:
     return tiny_model()
 
 
-@pytest.fixture(scope="module")
-def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return untokenized(tmp_path_factory.mktemp("models") / "draft", DRAFT)
-
-
-@pytest.fixture(scope="module")
-def twin_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A draft model with the target's own weights."""
-    return untokenized(tmp_path_factory.mktemp("models") / "twin", TINY)
-
-
-def untokenized(directory: Path, config: ModelConfig) -> Path:
-    """These models have fewer tokens than any tokenizer."""
-    write_random_model(directory, config)
-    (directory / "tokenizer.json").unlink()
-    return directory
-
-
 def kv_of(policy: str, page_size: int, pages: int, reselect: int = 0) -> dict[str, Any]:
     """A policy that reads about `pages` pages, and two more."""
     budget = (pages + 2) * page_size
-    return {
+    policies: dict[str, dict[str, Any]] = {
         "window": {"policy": "window", "budget": budget, "sink": page_size},
         "relative": {"policy": "window", "budget": budget, "sink": page_size, "positions": "relative"},
         "snapkv": {
@@ -75,7 +44,8 @@ def kv_of(policy: str, page_size: int, pages: int, reselect: int = 0) -> dict[st
         },
         "topk": {"policy": "topk", "budget": budget},
         "all": {"policy": "all"},
-    }[policy]
+    }
+    return policies[policy]
 
 
 POLICIES = ["window", "relative", "snapkv", "topk", "all"]
@@ -159,6 +129,6 @@ def test_a_budget_that_covers_the_context_is_dense(twin_dir: Path, drafter: str,
 
 
 def test_a_draft_model_needs_the_same_vocabulary(tmp_path: Path) -> None:
-    other = untokenized(tmp_path / "other", replace(DRAFT, vocab_size=65))
+    other = write_random_model(tmp_path / "other", replace(DRAFT, vocab_size=65))
     with pytest.raises(ConfigError, match="vocabulary of 65 tokens, the target of 64"):
         tiny_engine(model(), gamma=2, speculation={"drafter": "model", "model": str(other)})

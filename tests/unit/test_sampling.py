@@ -38,7 +38,7 @@ def one_row(
     n = len(drafts) + 1
     offset = torch.arange(n)
     slots = np.full(n, 2)
-    return sampler, Decisions(slots, torch.from_numpy(slots), len(committed) + offset, offset, len(drafts))
+    return sampler, Decisions(slots, np.arange(n), torch.from_numpy(slots), len(committed) + offset, offset)
 
 
 def plain_definition(
