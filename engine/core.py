@@ -121,9 +121,7 @@ class Engine:
             page_size=config.cache.page_size,
             bytes_per_token=bytes_per_token,
             gamma_max=controller.gamma_max,
-            draft_reads=make_policy(config.speculation.kv, config.cache.page_size).tokens_read
-            if controller.gamma_max
-            else lambda context: 0,
+            draft_reads=_draft_reads(config) if controller.gamma_max else lambda context: 0,
         )
         self.ready = Ready(
             model=path.name,
@@ -297,6 +295,12 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
     except ValueError as error:
         raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
     return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads))
+
+
+def _draft_reads(config: EngineConfig) -> Callable[[int], int]:
+    """KV slots that a draft step reads of a row with so many tokens."""
+    policy = make_policy(config.speculation.kv, config.cache.page_size)
+    return lambda context: context - policy.skipped(context)
 
 
 def _num_pages(config: EngineConfig, max_model_len: int, bytes_per_token: int) -> int:

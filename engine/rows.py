@@ -60,8 +60,9 @@ class Rows:
         offset = self.to_device(ragged(queries) + np.repeat(ahead, queries))
         position = self.computed[row_index] + offset
         page = view.page_table[row_index, position // self.page_size]
-        lengths = (computed + ahead + queries).tolist()
-        read = [view.policy.tokens_read(length) for length in lengths]
+        first = computed + ahead + 1  # tokens that each row's first query sees at most
+        skipped = [view.policy.skipped(context) for context in first.tolist()]
+        read = [int(context) - out for context, out in zip(first + queries - 1, skipped, strict=True)]
         return ForwardBatch(
             token_ids=self.tokens[row_index, position].long(),
             positions=position,
@@ -72,10 +73,10 @@ class Rows:
                 pages=view.policy.pages(
                     view.page_table,
                     row_slots,
-                    self.computed[row_slots] + self.to_device(queries + ahead),
-                    max(lengths),
+                    self.computed[row_slots] + self.to_device(ahead + 1),
+                    -(-max(read) // self.page_size),
                 ),
-                skipped=[length - slots for length, slots in zip(lengths, read, strict=True)],
+                skipped=skipped,
             ),
             logit_index=self.to_device(logit_index),
         )

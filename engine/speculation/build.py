@@ -107,7 +107,7 @@ def _model_drafter(
 
 def dense(rows: Rows) -> View:
     """Everything, in a pool that is laid out as the scheduler says."""
-    return View(Dense(rows.page_size), rows.page_table)
+    return View(Dense(), rows.page_table)
 
 
 def make_attention(config: KVConfig, model: Llama, page_size: int) -> AttentionBackend:

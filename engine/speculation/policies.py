@@ -17,16 +17,16 @@ class KVPolicy(Protocol):
     A policy whose budget covers the context reads exactly what dense attention reads.
     """
 
-    def tokens_read(self, context: int) -> int:
-        """KV slots read by the last query of a row with `context` tokens, its own included."""
+    def skipped(self, context: int) -> int:
+        """KV slots, in whole pages, that the query at the end of `context` tokens leaves out."""
         ...
 
-    def pages(self, page_table: Tensor, rows: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    def pages(self, page_table: Tensor, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
         """Page lists of some rows.
 
-        page_table: [max_rows, max_pages] int64. rows: [n] int64 row slots. lengths: [n] int64, tokens per row, the
-        queries included. longest: max(lengths), as a host integer.
-        Returns [n, width] int64; `tokens_read(length)` slots of each list count, the rest is padding.
+        page_table: [max_rows, max_pages] int64. rows: [n] int64 row slots. contexts: [n] int64, tokens up to and with
+        each row's first query; what that one skips, the queries behind it skip too. width: pages to list.
+        Returns [n, width] int64; entries past a row's last token are padding.
         """
         ...
 
@@ -34,21 +34,18 @@ class KVPolicy(Protocol):
 class Dense:
     """Everything: the target's own rule."""
 
-    def __init__(self, page_size: int) -> None:
-        self._page_size = page_size
+    def skipped(self, context: int) -> int:
+        return 0
 
-    def tokens_read(self, context: int) -> int:
-        return context
-
-    def pages(self, page_table: Tensor, rows: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        return page_table[rows, : -(-longest // self._page_size)]
+    def pages(self, page_table: Tensor, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
+        return page_table[rows, :width]
 
 
 class Window:
     """Sink + window (StreamingLLM, arXiv 2309.17453) as a view: the first pages and the most recent ones.
 
     Keys keep their absolute positions, so the view costs a page list and nothing else. The last page counts as full
-    towards the budget: a row reads between budget - page_size + 1 and budget slots.
+    towards the budget: a row's first query reads between budget - page_size + 1 and budget slots.
 
         context of 11 pages, budget of 4:   [0] 1 2 3 4 5 6 7 [8 9 10)
     """
@@ -66,16 +63,14 @@ class Window:
         if self._width <= self._sink:
             raise ValueError(f"a budget of {budget} tokens leaves no page of {page_size} beside a sink of {sink}")
 
-    def tokens_read(self, context: int) -> int:
-        skipped = max(0, -(-context // self._page_size) - self._width)
-        return context - skipped * self._page_size
+    def skipped(self, context: int) -> int:
+        return max(0, -(-context // self._page_size) - self._width) * self._page_size
 
-    def pages(self, page_table: Tensor, rows: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        width = min(self._width, -(-longest // self._page_size))
+    def pages(self, page_table: Tensor, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
         listed = torch.arange(width, device=rows.device)
-        skipped = (-(-lengths // self._page_size) - self._width).clamp_(min=0)
+        skipped = (-(-contexts // self._page_size) - self._width).clamp_(min=0)
         columns = listed + torch.where(listed < self._sink, 0, skipped[:, None])
-        return page_table[rows[:, None], columns]
+        return page_table[rows[:, None], columns.clamp_(max=page_table.shape[1] - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,4 +106,4 @@ def make_policy(config: KVConfig, page_size: int) -> KVPolicy:
         return Window(budget=config.budget, sink=config.sink, page_size=page_size)
     if isinstance(config, SnapKVConfig):
         return Window(budget=config.budget, sink=config.budget - config.recent, page_size=page_size)
-    return Dense(page_size)
+    return Dense()

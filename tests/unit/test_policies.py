@@ -22,9 +22,10 @@ def test_window_reads_the_first_and_the_last_pages(page_size: int, sink: int, ex
     window = Window(budget=budget, sink=sink, page_size=page_size)
     table = torch.arange(len(lengths) * 300).view(len(lengths), 300) + 7
     rows = torch.arange(len(lengths))
-    listed = window.pages(table, rows, torch.tensor(lengths), max(lengths))
+    width = -(-max(length - window.skipped(length) for length in lengths) // page_size)
+    listed = window.pages(table, rows, torch.tensor(lengths), width)
     for row, length in enumerate(lengths):
-        read = window.tokens_read(length)
+        read = length - window.skipped(length)
         assert read <= budget
         pages = -(-length // page_size)
         slots = [
@@ -46,6 +47,6 @@ def test_window_refuses_budgets_it_cannot_keep(budget: int, sink: int) -> None:
 
 def test_dense_reads_everything() -> None:
     table = torch.arange(40).view(2, 20)
-    dense = Dense(4)
-    assert dense.tokens_read(17) == 17
-    assert dense.pages(table, torch.tensor([1]), torch.tensor([17]), 17).tolist() == [[20, 21, 22, 23, 24]]
+    dense = Dense()
+    assert dense.skipped(17) == 0
+    assert dense.pages(table, torch.tensor([1]), torch.tensor([17]), 5).tolist() == [[20, 21, 22, 23, 24]]
