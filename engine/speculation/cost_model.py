@@ -5,7 +5,7 @@ second predicts the time of one forward from shapes and data sheets:
 
     T(rows, Σcontext, n) = T_lin + T_att + T_comm + T_0
     T_lin  = max(2·P·rows·n / (N·F·u_f), W / (N·M·u_m))
-    T_att  = max(4·L·h·d_h·Σcontext·n / (N·F·u_f), k·Σcontext / (N'·M·u_kv))
+    T_att  = max(4·L·h·d_h·Σcontext·n / (N·F·u_f), k·Σcontext / (N'·M·u_kv)), times v where n > 1
     T_comm = 2·L·(t_ar + 2(N−1)/N·rows·n·d·bytes / link), none for N = 1
     T_0    = L·t_layer
 
@@ -104,8 +104,8 @@ class Placement:
 
     @property
     def _flops(self) -> float:
-        """Of all ranks, per second, as far as they are reached. Elements wider than 16 bits take longer."""
-        return self.ranks * self.device.flops * self.calibration.flops * 2 / self.element_bytes
+        """Of all ranks, per second, as far as they are reached."""
+        return self.ranks * self.device.flops * self.calibration.flops
 
     @property
     def kv_token_seconds(self) -> float:

@@ -165,6 +165,8 @@ def deploy(
     shape, device = find_shape(model), find_device(gpu, ranks)
     if not 1 <= ranks <= shape.num_heads:
         raise ForecastError(f"{model} has {shape.num_heads} query heads, which cannot be split over {ranks} ranks")
+    if dtype == "float32" and gpu != "cpu":
+        device = replace(device, flops=device.flops / 2)  # TF32
     target = Placement(
         model=shape,
         device=device,

@@ -13,8 +13,9 @@ from time import perf_counter
 class Device:
     """One GPU, or one rank's share of a machine. Peak values; what of them is reached is for Calibration to say.
 
-    flops: per second, dense, 16-bit (of a CPU: float32). bandwidth: of the memory, bytes per second. memory: bytes. link: bytes per second
-    to other ranks, one direction. all_reduce_s: an all-reduce too small for `link` to matter, seconds.
+    flops: per second, dense, 16-bit (of a CPU: float32). bandwidth: of the memory, bytes per second. memory: bytes.
+    link: bytes per second to other ranks, one direction. all_reduce_s: seconds of an all-reduce too small for `link`
+    to matter.
     """
 
     name: str
