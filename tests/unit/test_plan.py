@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bench.published import Row, read_rows
 from server.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +82,14 @@ def test_the_best_is_chosen(plan: Planner) -> None:
         for gamma in range(17):
             (other,) = plan(*where, "--budget", str(budget), "--gamma", str(gamma))
             assert other["speedup"] <= best["speedup"]
+
+
+@pytest.mark.parametrize("row", [row for row in read_rows() if row.fit])
+def test_published_rows(plan: Planner, row: Row) -> None:
+    where = ("--tp", "8", "--draft", row.draft, "--batch", str(row.batch), "--context", str(row.context))
+    (found,) = plan(*where, "--budget", str(row.budget), "--gamma", str(row.gamma), model=row.target)
+    assert found["speedup"] == pytest.approx(row.speedup, rel=0.15)
+    assert found["fits"] is True
 
 
 def test_several_budgets(plan: Planner) -> None:
@@ -192,6 +201,7 @@ def test_help_names_models_and_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_needs_neither_torch_nor_matplotlib() -> None:
     code = """
 import sys
+from bench.published import Row, read_rows
 from server.cli import main
 sys.argv = ["magicdec", "plan", "--model", "llama-3.1-8b", "--gpu", "h100"]
 try:
