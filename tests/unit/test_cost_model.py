@@ -11,7 +11,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from engine.config import SpeculationConfig
 from engine.speculation.cost_model import (
+    GAMMA_MAX,
     PUBLISHED,
     Calibration,
     Placement,
@@ -89,6 +91,11 @@ class TestTimesOfAnyOrigin:
         speeds = [speedup(other, alpha, target, draft, verify(other)) for other in range(most + 1)]
         assert speed == max(speeds) >= 1
         assert gamma == speeds.index(speed)
+
+    def test_gamma_max_is_what_settings_allow(self) -> None:
+        assert SpeculationConfig(gamma=GAMMA_MAX).gamma == GAMMA_MAX
+        with pytest.raises(ValueError, match="less than or equal"):
+            SpeculationConfig(gamma=GAMMA_MAX + 1)
 
     def test_best_gamma_from_measured_times(self) -> None:
         """As a start-up profile gives them: a table of T_V. Speed-ups 1, 1.38, 1.57, 1.37."""
