@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli import bench, convert, fetch, generate, serve
+from server.cli import bench, convert, fetch, generate, plan, serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command()(serve.serve)
 app.command()(generate.generate)
+app.command()(plan.plan)
 app.command()(fetch.fetch)
 app.command()(convert.convert)
 app.add_typer(bench.app, name="bench")

@@ -38,7 +38,7 @@ def decode(
     threads: options.Threads = None,
 ) -> None:
     """Decode real text offline; prefill is outside the clock, and all values of --speculation share one run."""
-    batches, contexts = _counts(batch, "--batch"), _counts(context, "--context")
+    batches, contexts = options.counts(batch, "--batch"), options.counts(context, "--context")
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
     overrides = options.engine_overrides(
         model=model,
@@ -87,16 +87,9 @@ def broadcast(
     floats: Annotated[int, typer.Option(min=1, help="float32 numbers that one all-reduce sums.")] = 4096,
 ) -> None:
     """Send plans to rank processes without a model, and sum a few numbers over them."""
-    counts = _counts(ranks, "--ranks")
+    counts = options.counts(ranks, "--ranks")
     if min(counts) < 2:
         raise typer.BadParameter("a single rank has nobody to talk to", param_hint="--ranks")
     from bench.broadcast import measure, table
 
     print(table(measure(count, rows, floats) for count in counts))
-
-
-def _counts(text: str, flag: str) -> list[int]:
-    values = [value.strip() for value in text.split(",")]
-    if not all(value.isdecimal() and int(value) > 0 for value in values):
-        raise typer.BadParameter(f"{text!r} is no list of positive numbers", param_hint=flag)
-    return [int(value) for value in values]

@@ -27,6 +27,14 @@ def gamma(speculation: str) -> int:
     raise typer.BadParameter(f"{speculation!r} is neither `off` nor a number of tokens", param_hint="--speculation")
 
 
+def counts(text: str, flag: str) -> list[int]:
+    """The numbers of a comma-separated list. Raises typer.BadParameter."""
+    values = [value.strip() for value in text.split(",")]
+    if not all(value.isdecimal() and int(value) > 0 for value in values):
+        raise typer.BadParameter(f"{text!r} is no list of positive numbers", param_hint=flag)
+    return [int(value) for value in values]
+
+
 def engine_overrides(
     *,
     model: str | None = None,

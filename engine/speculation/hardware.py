@@ -1,0 +1,90 @@
+"""What the cost model needs to know of a device. Free of torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One GPU, or one rank's share of a machine. Peak values; what of them is reached is for Calibration to say.
+
+    flops: per second, dense, 16-bit (of a CPU: float32). bandwidth: of the memory, bytes per second. memory: bytes.
+    link: bytes per second to other ranks, one direction. all_reduce_s: seconds of an all-reduce too small for `link`
+    to matter.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+    link: float
+    all_reduce_s: float
+
+
+_NVLINK_S = 10e-6
+_PCIE_S = 30e-6
+
+GPUS = {
+    device.name: device
+    for device in (
+        # Makers' data sheets; SXM where there is a choice. NVLink 3 and 4, PCIe 4 x16. The times of a small all-reduce
+        # are usual ones, not measured here.
+        Device(name="a100-80gb", flops=312e12, bandwidth=2.039e12, memory=80e9, link=300e9, all_reduce_s=_NVLINK_S),
+        Device(name="h100", flops=989e12, bandwidth=3.35e12, memory=80e9, link=450e9, all_reduce_s=_NVLINK_S),
+        Device(name="h200", flops=989e12, bandwidth=4.8e12, memory=141e9, link=450e9, all_reduce_s=_NVLINK_S),
+        Device(name="l40s", flops=362e12, bandwidth=0.864e12, memory=48e9, link=32e9, all_reduce_s=_PCIE_S),
+    )
+}
+
+NAMES = (*GPUS, "cpu")
+
+
+class UnknownDevice(ValueError):
+    """No such device; the message lists those there are."""
+
+
+def find_device(name: str, ranks: int) -> Device:
+    """One of NAMES. `cpu`: this machine, measured now, of which each of `ranks` has its share."""
+    if name == "cpu":
+        return this_cpu(ranks)
+    if name not in GPUS:
+        raise UnknownDevice(f"{name!r} is not a known GPU; these are: {', '.join(NAMES)}")
+    return GPUS[name]
+
+
+def this_cpu(ranks: int) -> Device:
+    """A rank's share of this machine, measured for a few tenths of a second: a sequential read on all cores and a
+    float32 matrix product. What else runs here counts against it."""
+    import numpy as np
+
+    cores = len(os.sched_getaffinity(0))
+    parts = np.array_split(np.ones(1 << 24, dtype=np.int64), cores)  # 128 MiB, beyond any cache
+    with ThreadPoolExecutor(cores) as pool:
+        read = _best(lambda: list(pool.map(np.sum, parts)))
+    size = 1024
+    matrix = np.ones((size, size), dtype=np.float32)
+    multiply = _best(lambda: matrix @ matrix)
+    bandwidth = 8 * sum(map(len, parts)) / read
+    return Device(
+        name="cpu",
+        flops=2 * size**3 / multiply / ranks,
+        bandwidth=bandwidth / ranks,
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks,
+        link=bandwidth / ranks / 2,  # a copy through shared memory: a write and a read
+        all_reduce_s=_PCIE_S,
+    )
+
+
+def _best(work: Callable[[], object], repeats: int = 5) -> float:
+    """Seconds of the fastest of several runs: the others were disturbed."""
+    seconds = []
+    for _ in range(repeats):
+        began = perf_counter()
+        work()
+        seconds.append(perf_counter() - began)
+    return min(seconds)

@@ -1,0 +1,144 @@
+"""What a model weighs, and the shapes of well-known ones by name. Free of torch and of weights."""
+
+from __future__ import annotations
+
+from models.config import ModelConfig, ModelError, RopeConfig, read_config
+from models.default import resolve_model
+
+_LLAMA_31_ROPE = RopeConfig(
+    theta=500000.0, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+)
+_LLAMA_32_ROPE = RopeConfig(
+    theta=500000.0, kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+)
+
+SHAPES = {
+    "llama-2-7b-32k": ModelConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        max_position_embeddings=32768,
+        rope=RopeConfig(kind="linear", factor=8.0),
+    ),
+    "llama-3.1-8b": ModelConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope=_LLAMA_31_ROPE,
+    ),
+    "llama-3.1-70b": ModelConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope=_LLAMA_31_ROPE,
+    ),
+    "llama-3.2-1b": ModelConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope=_LLAMA_32_ROPE,
+        tie_word_embeddings=True,
+    ),
+    "smollm2-135m": ModelConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rope=RopeConfig(theta=100000.0),
+        tie_word_embeddings=True,
+    ),
+    "tinyllama-1.1b": ModelConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_layers=22,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+    ),
+}
+"""As their makers published them."""
+
+
+def find_shape(name: str) -> ModelConfig:
+    """A name in SHAPES, `default`, or any directory with a config.json; weights need not be there.
+
+    Raises ModelError: none of these, or a config.json that is not supported.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    directory = resolve_model(name)
+    if not directory.is_dir():
+        raise ModelError(f"{name!r} is neither a model directory nor one of {', '.join(SHAPES)}")
+    return read_config(directory)
+
+
+def _key_value_parameters(model: ModelConfig) -> int:
+    """Of the projections to keys and values, all layers."""
+    return 2 * model.num_layers * model.hidden_size * model.num_kv_heads * model.head_dim
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Weights that one token is multiplied with: all matrices, the LM head among them, but not the embedding table,
+    of which a token looks up one row."""
+    attention = 2 * model.hidden_size * model.num_heads * model.head_dim
+    network = 3 * model.hidden_size * model.intermediate_size
+    head = model.vocab_size * model.hidden_size
+    return model.num_layers * (attention + network) + _key_value_parameters(model) + head
+
+
+def parameters(model: ModelConfig) -> int:
+    """All there are: matrices, embedding (once, if the LM head is tied to it), norms and biases."""
+    heads = model.num_heads + 2 * model.num_kv_heads
+    layer = 2 * model.hidden_size
+    layer += 2 * model.head_dim * model.qk_norm
+    layer += heads * model.head_dim * model.qkv_bias + model.hidden_size * model.o_bias
+    layer += (2 * model.intermediate_size + model.hidden_size) * model.mlp_bias
+    embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
+    return active_parameters(model) + embedding + model.num_layers * layer + model.hidden_size
+
+
+def kv_heads_per_rank(model: ModelConfig, ranks: int) -> int:
+    """KV heads on the rank that holds most (parallel/split.py): from 1, where heads are replicated."""
+    return -(-model.num_kv_heads // ranks)
+
+
+def rank_weight_bytes(model: ModelConfig, ranks: int, element_bytes: int) -> float:
+    """Weights of the fullest rank; the projections of replicated KV heads are replicated, too."""
+    keys_values = _key_value_parameters(model)
+    share = kv_heads_per_rank(model, ranks) / model.num_kv_heads
+    return element_bytes * ((parameters(model) - keys_values) / ranks + keys_values * share)
+
+
+def kv_token_bytes(model: ModelConfig, element_bytes: int) -> int:
+    """KV of one token: all layers, all KV heads, each once."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * element_bytes
+
+
+def rank_kv_token_bytes(model: ModelConfig, ranks: int, element_bytes: int) -> int:
+    """KV of one token on the fullest rank: with more ranks than KV heads it no longer shrinks."""
+    return 2 * model.num_layers * kv_heads_per_rank(model, ranks) * model.head_dim * element_bytes
