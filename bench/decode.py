@@ -21,6 +21,7 @@ from engine.messages import AddRequest, EngineStats
 from engine.params import SamplingParams
 from engine.plan import StepPlan, StepResult
 from engine.request import Request
+from engine.speculation.controller import Report
 from engine.stats import acceptance
 
 _TURN = 4  # rounds with one gamma before the next one's turn
@@ -32,6 +33,7 @@ class TurnsOfGamma:
     def __init__(self, gamma_max: int) -> None:
         self._gamma_max = gamma_max
         self.gamma = 0
+        self.report = Report()
 
     @property
     def gamma_max(self) -> int:
@@ -40,7 +42,7 @@ class TurnsOfGamma:
     def choose(self, rows: Sequence[Request]) -> list[int]:
         return [self.gamma] * len(rows)
 
-    def observe(self, plan: StepPlan, result: StepResult) -> None:
+    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
         """What a round took is read off the engine's statistics."""
 
 

@@ -110,8 +110,10 @@ KVConfig = Annotated[
 
 
 class SpeculationConfig(Settings):
-    gamma: Annotated[int, Field(ge=0, le=16)] = 3
-    """Tokens drafted per round; 0 is plain decoding."""
+    gamma: Annotated[int, Field(ge=0, le=16)] | Literal["auto"] = "auto"
+    """Tokens drafted per round; 0 is plain decoding. auto: what promises most, for each round and row."""
+    gamma_max: Annotated[int, Field(ge=1, le=16)] = 6
+    """auto never drafts more."""
     drafter: Literal["self", "model"] = "self"
     """Who drafts: the target itself, with sparse KV, or a smaller model with the same vocabulary."""
     model: str | None = None
@@ -127,7 +129,12 @@ class SpeculationConfig(Settings):
     @property
     def draft_model(self) -> str | None:
         """The draft model that is to be loaded, if any."""
-        return self.model if self.gamma and self.drafter == "model" else None
+        return self.model if self.most_drafts and self.drafter == "model" else None
+
+    @property
+    def most_drafts(self) -> int:
+        """Per row and round."""
+        return self.gamma_max if self.gamma == "auto" else self.gamma
 
 
 class EngineConfig(Settings):
@@ -160,7 +167,7 @@ class EngineConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.speculation.gamma:
+        if self.speculation.most_drafts:
             self._check_speculation(self.speculation)
         rows, tokens = self.scheduler.max_rows, self.scheduler.max_batch_tokens
         if tokens <= rows:

@@ -89,6 +89,14 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     verify_seconds: float = 0.0
     host_seconds: float = 0.0
     """Busy time of the engine outside draft and verify."""
+    decode_seconds: float = 0.0
+    """Of rounds that only decoded, where the controller keeps count of what speculation gains: what they took;"""
+    plain_seconds: float = 0.0
+    """what the same tokens would have taken without drafts, by its reckoning;"""
+    forecast_seconds: float = 0.0
+    """and what it promised when it chose."""
+    alpha: float = 0.0
+    """Its newest estimate of the probability that a drafted token holds; 0: none."""
     kv_tokens_read: int = 0
     """KV tokens (one token = all layers and heads) that draft and verify passes of decoding rows have read."""
     kv_token_bytes: int = 0

@@ -18,6 +18,8 @@ class RowStart(msgspec.Struct, array_like=True):
     params: SamplingParams
     stop_ids: list[int]
     """Tokens that min_tokens forbids."""
+    computed: int = 0
+    """Tokens whose KV is taken to be there already."""
 
 
 class PageDelta(msgspec.Struct, array_like=True):
@@ -48,6 +50,8 @@ class StepPlan(msgspec.Struct):
     starts: list[RowStart]
     pages: list[PageDelta]
     work: list[RowWork]
+    clear: list[int] = []
+    """Pages to fill with zeros before the round."""
 
 
 class RowResult(msgspec.Struct, array_like=True):

@@ -68,6 +68,13 @@ class Request:
         return self.num_uncomputed == 1 and self.num_output > 0
 
     @property
+    def most_drafts(self) -> int:
+        """A verify pass yields one token beyond its drafts: more than what remains, less that one, is wasted."""
+        remaining = self.params.max_tokens - self.num_output - 1
+        limit = self.params.max_draft_tokens
+        return remaining if limit is None else min(remaining, limit)
+
+    @property
     def stop_ids(self) -> set[int]:
         """Tokens that end the request, and that min_tokens forbids until then."""
         return {*self.eos, *self.params.stop_token_ids}

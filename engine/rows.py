@@ -41,7 +41,7 @@ class Rows:
         """Apply the plan's changes and lay out its round."""
         for start in plan.starts:
             self.tokens[start.row, : len(start.tokens)] = torch.tensor(start.tokens, dtype=torch.int32)
-            self.computed[start.row] = 0
+            self.computed[start.row] = start.computed
         for delta in plan.pages:
             last = delta.first + len(delta.pages)
             self.page_table[delta.row, delta.first : last] = torch.tensor(delta.pages, dtype=torch.int64)

@@ -49,7 +49,7 @@ class Scheduler:
         self._most_requests = max_rows + max_waiting
         self._max_model_len = max_model_len
         self._eos = tuple(eos_token_ids)
-        self._controller = controller
+        self.controller = controller
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._by_id: dict[str, Request] = {}
         self.waiting: deque[Request] = deque()
@@ -134,20 +134,14 @@ class Scheduler:
             spare //= 2  # and leave half of it to prefills, or these could wait for ever behind a full batch
         share = spare // len(rows)
         planned = 0
-        for request, wanted in zip(rows, self._controller.choose(rows), strict=True):
-            gamma = max(0, min(wanted, share, self._most_drafts(request)))
+        for request, wanted in zip(rows, self.controller.choose(rows), strict=True):
+            gamma = max(0, min(wanted, share, request.most_drafts))
             if not self._reserve(plan, request, request.num_tokens + gamma):
                 gamma = min(gamma, request.num_reserved - request.num_tokens)
             assert request.row is not None
             planned += 1 + gamma
             work.append((request, RowWork(request.row, request.num_computed, 1, gamma, True)))
         return planned
-
-    def _most_drafts(self, request: Request) -> int:
-        """A verify pass yields one token beyond its drafts: more than what remains, less that one, is wasted."""
-        params = request.params
-        remaining = params.max_tokens - request.num_output - 1
-        return remaining if params.max_draft_tokens is None else min(remaining, params.max_draft_tokens)
 
     def _plan_prefills(self, work: list[tuple[Request, RowWork]], budget: int) -> int:
         planned = 0
@@ -242,5 +236,5 @@ class Scheduler:
             if request.finish_reason is not None:
                 self._leave(request)
                 del self._by_id[request.id]
-        self._controller.observe(plan, result)
+        self.controller.observe(plan, requests, result)
         return yielded

@@ -78,6 +78,8 @@ class Worker:
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one round. Its result is the only thing that crosses from device to host."""
         began = time.perf_counter()
+        if plan.clear:
+            self._target.pool.clear(plan.clear)
         for start in plan.starts:
             self._sampler.start(start)
         verdict = run_round(self._rows.enter(plan), self._target, self._drafter, self._sampler)

@@ -45,6 +45,10 @@ class KVPool:
         k, v = self.data[index]
         return LayerKV(k, v)
 
+    def clear(self, pages: list[int]) -> None:
+        """Fill pages with zeros, in every layer. On a CPU this also makes their memory real."""
+        self.data[:, :, pages] = 0
+
     @staticmethod
     def bytes_per_token(*, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """KV bytes that one token takes on this rank, all layers."""

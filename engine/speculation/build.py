@@ -48,14 +48,14 @@ def make_drafter(
     rows: of this rank. sampler: the target's. group: all ranks. draft: the draft model, if there is one.
     """
     settings = config.speculation
-    if settings.gamma == 0:
+    if settings.most_drafts == 0:
         return target, NoDrafter()
     if settings.drafter == "model":
         drafter = _model_drafter(config, rows, target.pool.num_pages, sampler, draft)
         shared = draft.group is None or draft.group.size < group.size
         return target, SharedDrafts(drafter, group) if shared else drafter or NoDrafter()
     if isinstance(settings.kv, SnapKVConfig):
-        cache = DraftCache(settings.kv, target.model, target.pool, rows, settings.gamma, target.attention)
+        cache = DraftCache(settings.kv, target.model, target.pool, rows, settings.most_drafts, target.attention)
         runner = Runner(target.model, cache.pool, ReferenceAttention(rows.page_size), cache.view)
         observed = Runner(target.model, target.pool, cache.attention, target.view)
         return observed, SelfDrafter(runner, sampler, cache)
@@ -66,8 +66,8 @@ def make_drafter(
 
 def make_sampler(config: EngineConfig, rows: Rows, vocab: VocabShard) -> Sampler:
     """The target's."""
-    if config.speculation.verification == "rejection" and config.speculation.gamma:
-        return RejectionSampler(rows, vocab, Proposals(len(rows.tokens), config.speculation.gamma))
+    if config.speculation.verification == "rejection" and config.speculation.most_drafts:
+        return RejectionSampler(rows, vocab, Proposals(len(rows.tokens), config.speculation.most_drafts))
     return Sampler(rows, vocab)
 
 
@@ -87,7 +87,7 @@ def _model_drafter(
         # blocks, lest the first query of one sees too little before it.
         row_block = max(page, settings.kv.budget // 4 // page * page)
         first = -(-settings.kv.sink // page)
-        ring = settings.kv.budget // page - first + -(-max(settings.gamma, row_block) // page)
+        ring = settings.kv.budget // page - first + -(-max(settings.most_drafts, row_block) // page)
         columns = rows.page_table.shape[1]
         table = ring_table(len(rows.tokens), columns, first, ring).to(rows.device)
         pool = make_pool(model, len(rows.tokens) * (first + ring), page)
@@ -96,7 +96,7 @@ def _model_drafter(
     else:
         full = runner = Runner(model, make_pool(model, num_pages, page), ReferenceAttention(page), dense(rows))
         if isinstance(settings.kv, SnapKVConfig):
-            cache = DraftCache(settings.kv, model, full.pool, rows, settings.gamma, full.attention)
+            cache = DraftCache(settings.kv, model, full.pool, rows, settings.most_drafts, full.attention)
             runner = Runner(model, cache.pool, ReferenceAttention(page), cache.view)
             full = Runner(model, full.pool, cache.attention, full.view)
         elif isinstance(settings.kv, TopKConfig):

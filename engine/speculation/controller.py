@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from engine.plan import StepPlan, StepResult
 from engine.request import Request
 
 
+@dataclass(slots=True)
+class Report:
+    """What a controller makes of the rounds so far, in seconds of rounds that only decoded: what they took, what the
+    same tokens would have taken without drafts, and what was promised. Zeros: it does not know.
+
+    alpha: its newest estimate of the probability that a drafted token holds.
+    """
+
+    decode_seconds: float = 0.0
+    plain_seconds: float = 0.0
+    forecast_seconds: float = 0.0
+    alpha: float = 0.0
+
+
 class Controller(Protocol):
     """Host-side, O(rows) per round."""
+
+    @property
+    def report(self) -> Report: ...
 
     @property
     def gamma_max(self) -> int:
@@ -18,11 +36,14 @@ class Controller(Protocol):
         ...
 
     def choose(self, rows: Sequence[Request]) -> list[int]:
-        """Drafts per decoding row; 0 is plain decoding. The scheduler may lower them, never raise them."""
+        """Drafts per decoding row; 0 is plain decoding. The scheduler may lower them, never raise them.
+
+        It asks once per round that has decoding rows.
+        """
         ...
 
-    def observe(self, plan: StepPlan, result: StepResult) -> None:
-        """Learn from what the round took and what was accepted."""
+    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
+        """Learn from what the round took and what was accepted. requests: those of plan.work, after the commit."""
         ...
 
 
@@ -31,6 +52,7 @@ class FixedGamma:
 
     def __init__(self, gamma: int) -> None:
         self._gamma = gamma
+        self.report = Report()
 
     @property
     def gamma_max(self) -> int:
@@ -39,5 +61,5 @@ class FixedGamma:
     def choose(self, rows: Sequence[Request]) -> list[int]:
         return [self._gamma] * len(rows)
 
-    def observe(self, plan: StepPlan, result: StepResult) -> None:
+    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
         """A fixed choice learns nothing."""

@@ -72,7 +72,8 @@ class DraftCache:
     def start(self, start: RowStart) -> None:
         """A request takes a row slot."""
         self._prefill[start.row] = len(start.tokens)
-        self._copied[start.row] = self._observed[start.row] = self._chosen_at[start.row] = 0
+        self._copied[start.row] = start.computed
+        self._observed[start.row] = self._chosen_at[start.row] = 0
 
     def observe(self, rows: Ints, first: Ints, queries: Ints) -> None:
         """The next forward of the observed model computes `queries[i]` tokens of row slot `rows[i]`, from position

@@ -40,6 +40,9 @@ def decode(
     """Decode real text offline; prefill is outside the clock, and all values of --speculation share one run."""
     batches, contexts = options.counts(batch, "--batch"), options.counts(context, "--context")
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
+    fixed = [gamma for gamma in gammas if gamma != "auto"]
+    if len(fixed) < len(gammas):
+        raise typer.BadParameter("auto is no fixed number of tokens", param_hint="--speculation")
     overrides = options.engine_overrides(
         model=model,
         device=device,
@@ -47,7 +50,7 @@ def decode(
         tensor_parallel_size=tensor_parallel_size,
         budget=budget,
         threads=threads,
-        speculation=str(max(gammas)),
+        speculation=str(max(fixed)),
     )
     import torch
 
@@ -72,7 +75,7 @@ def decode(
         for length in contexts:
             print(f"batch {rows}, context {length} …", file=sys.stderr)
             prompts = passages(tokenizer, prose, count=rows, length=length)
-            results += measure(settings, prompts, gammas, new_tokens=new_tokens, temperature=temperature)
+            results += measure(settings, prompts, fixed, new_tokens=new_tokens, temperature=temperature)
     where = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
     print(table(results, read_bandwidth(torch.device(where))))
     if json_file is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,19 +12,23 @@ Model = Annotated[str | None, typer.Option(help="Model directory, or `default`."
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 TensorParallel = Annotated[int | None, typer.Option("--tensor-parallel-size", help="Ranks per model.")]
-Speculation = Annotated[str | None, typer.Option(help="off, or how many tokens to draft per round.")]
+Speculation = Annotated[str | None, typer.Option(help="off, auto, or how many tokens to draft per round.")]
 Budget = Annotated[int | None, typer.Option(help="KV tokens that one draft step may read per row.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens of prompt and output together.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads per rank.")]
 
 
-def gamma(speculation: str) -> int:
+def gamma(speculation: str) -> int | Literal["auto"]:
     """Tokens drafted per round that `--speculation` asks for. Raises typer.BadParameter."""
     if speculation == "off":
         return 0
+    if speculation == "auto":
+        return "auto"
     if speculation.isdecimal() and speculation.isascii():
         return int(speculation)
-    raise typer.BadParameter(f"{speculation!r} is neither `off` nor a number of tokens", param_hint="--speculation")
+    raise typer.BadParameter(
+        f"{speculation!r} is none of `off`, `auto` and a number of tokens", param_hint="--speculation"
+    )
 
 
 def counts(text: str, flag: str) -> list[int]:

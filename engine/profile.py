@@ -1,0 +1,160 @@
+"""The start-up profile: what plain steps, draft steps and verify passes take on this machine, on the real engine.
+
+It runs rounds over rows whose KV is zeros: times depend on shapes, not on values. Kept in the user's cache folder, by
+everything that the times depend on, so that only the first start takes the seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from engine.config import EngineConfig
+from engine.params import SamplingParams
+from engine.plan import PageDelta, RowStart, RowWork, StepPlan, StepResult
+from engine.sizing import Sizes
+from engine.speculation.step_times import StepSample
+from models.default import cache_dir
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+_SECONDS = 8.0
+"""About how long a profile may take."""
+_SHORT, _LONG_TOKENS = 64, 8192
+"""Tokens per row, and of all rows together, between which times are taken to be a straight line."""
+_ROWS = (1, 4, 16, 64, 256)
+_GAMMAS = (0, 1, 3)
+_REPEATS = 2
+_SLOW_S = 0.2
+"""A pass that takes longer is not repeated to find the fastest."""
+_ROOM = 128
+"""Tokens that a row may grow by while it is measured."""
+
+
+class Profiler:
+    """Measures rounds of an engine that has no requests."""
+
+    def __init__(self, run: Callable[[StepPlan], StepResult], config: EngineConfig, num_pages: int, max_model_len: int):
+        """run: a round on all ranks. config, num_pages, max_model_len: the engine's."""
+        self._run = run
+        self._page = config.cache.page_size
+        self._max_rows = config.scheduler.max_rows
+        self._max_model_len = max_model_len
+        self._pages = min(num_pages, _LONG_TOKENS // self._page + 1)
+        self._cleared = 0
+
+    def measure(self, rows: int, context: int, gamma: int, repeats: int = _REPEATS) -> StepSample:
+        """`rows` rows of `context` tokens each, all with gamma drafts; the fastest of `repeats`.
+
+        Raises ValueError for more rows or tokens than the engine takes.
+        """
+        if not 1 <= rows <= self._max_rows:
+            raise ValueError(f"{rows} rows, but the engine has {self._max_rows}")
+        if not 1 <= context <= self._max_model_len - _ROOM:
+            raise ValueError(f"a context of {context}, but there is room for 1 to {self._max_model_len - _ROOM} tokens")
+        work = [RowWork(row, context, 1, gamma, True) for row in range(rows)]
+        first = self._run(StepPlan(0, *self._starts(rows, context), work, self._fresh(rows, context)))
+        if first.verify_seconds > _SLOW_S:
+            repeats = 1
+        results = [self._run(StepPlan(0, [], [], work)) for _ in range(repeats)]
+        fastest = min(results, key=lambda result: result.draft_seconds + result.verify_seconds)
+        return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds)
+
+    def _width(self, context: int) -> int:
+        return -(-(context + _ROOM) // self._page)
+
+    def _fresh(self, rows: int, context: int) -> list[int]:
+        """Pages that are about to be read for the first time: memory that nobody has written reads too fast."""
+        needed = min(self._pages, rows * self._width(context))
+        fresh = list(range(self._cleared, needed))
+        self._cleared = max(self._cleared, needed)
+        return fresh
+
+    def _starts(self, rows: int, context: int) -> tuple[list[RowStart], list[PageDelta]]:
+        """Rows over pages that follow each other in the pool, and begin again at its end."""
+        width = self._width(context)
+        tokens, params = [0] * (context + 1), SamplingParams(temperature=0.0)
+        starts = [RowStart(row, tokens, context + 1, params, [], context) for row in range(rows)]
+        pages = [PageDelta(row, 0, [(row * width + i) % self._pages for i in range(width)]) for row in range(rows)]
+        return starts, pages
+
+
+def profile(profiler: Profiler, config: EngineConfig, max_model_len: int) -> list[StepSample]:
+    """Measure few batches that tell most: numbers of rows as far as the time lasts, a short and a long context each."""
+    most = config.speculation.most_drafts
+    gammas = sorted({gamma for gamma in _GAMMAS if gamma < most} | {most})
+    longest = max_model_len - _ROOM
+    began = time.perf_counter()
+    samples: list[StepSample] = []
+    last = 0.0
+    for rows in sorted({rows for rows in _ROWS if rows < config.scheduler.max_rows} | {config.scheduler.max_rows}):
+        spent = time.perf_counter() - began
+        if len({sample.rows for sample in samples}) > 1 and spent + 3 * last > _SECONDS:
+            break
+        contexts = sorted({min(_SHORT, longest), max(min(_SHORT, longest), min(_LONG_TOKENS // rows, longest))})
+        samples += [profiler.measure(rows, context, gamma) for context in contexts for gamma in gammas]
+        last = time.perf_counter() - began - spent
+    log.info("profiled %d batches in %.1f s", len(samples), time.perf_counter() - began)
+    return samples
+
+
+# -- the cache ------------------------------------------------------------------------------------------------------
+
+
+def profile_key(config: EngineConfig, sizes: Sizes) -> str:
+    """A name for everything that times depend on."""
+    parts: list[object] = [_VERSION, torch.__version__, str(sizes.dtype), sizes.max_model_len]
+    parts += [config.tensor_parallel_size, config.collectives, config.cache.page_size, config.scheduler.max_rows]
+    parts.append(config.speculation.model_dump_json())
+    for directory in (sizes.path, config.speculation.model and Path(config.speculation.model).expanduser()):
+        if directory:
+            with contextlib.suppress(OSError):
+                parts.append((directory / "config.json").read_text(encoding="utf-8"))
+    if sizes.device.type == "cuda":
+        parts.append(torch.cuda.get_device_name())
+    else:
+        parts += [_cpu_name(), os.cpu_count(), sizes.threads]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line
+    return platform.processor()
+
+
+def _file(key: str) -> Path:
+    return cache_dir().parent / "profiles" / f"{key}.json"
+
+
+def recall(key: str) -> list[StepSample] | None:
+    """The profile that was kept under this key, if any."""
+    try:
+        return msgspec.json.decode(_file(key).read_bytes(), type=list[StepSample])
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def keep(key: str, samples: Iterable[StepSample]) -> None:
+    """For the next start; not being able to is no error."""
+    file = _file(key)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
+            part.write(msgspec.json.encode(list(samples)))
+        os.replace(part.name, file)
+    except OSError as error:
+        log.warning("the profile cannot be kept: %s", error)

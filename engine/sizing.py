@@ -1,0 +1,163 @@
+"""What the settings come to for this model on this machine: device, precision, lengths, and how much KV fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.config import ConfigError, EngineConfig, WindowConfig
+from engine.speculation.policies import make_policy
+from kernels.kv_cache import KVPool
+from models.config import ModelConfig, read_config
+from models.default import resolve_model
+from models.llama import Llama
+from parallel.split import split_heads
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Settings with nothing left open.
+
+    path: the model's directory. threads: CPU threads per rank. num_pages: of the pool, the same on every rank.
+    kv_token_bytes: KV of one token, over all ranks.
+    """
+
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    max_model_len: int
+    num_pages: int
+    kv_token_bytes: int
+
+    def settle(self, config: EngineConfig) -> EngineConfig:
+        """The same deployment with these values, for ranks that are not to decide anything themselves."""
+        return config.model_copy(
+            update={
+                "model": str(self.path),
+                "device": self.device.type,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "threads": self.threads,
+                "max_model_len": self.max_model_len,
+                "cache": config.cache.model_copy(update={"num_pages": self.num_pages}),
+            }
+        )
+
+
+def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
+    """model: one that is loaded already, in place of `config.model`.
+
+    Raises ValueError (ConfigError, ModelError) for settings or a model that cannot be served.
+    """
+    path, ranks = resolve_model(config.model), config.tensor_parallel_size
+    device = _device(config.device, ranks)
+    shape = read_config(path) if model is None else model.config
+    dtype = _dtype(config.dtype, device) if model is None else model.dtype
+    try:
+        kv_heads = [mine.kv_heads.size for mine in split_heads(shape.num_heads, shape.num_kv_heads, ranks)]
+    except ValueError as error:
+        raise ConfigError(f"engine.tensor_parallel_size: {error}") from error
+    draft = _draft_shape(config, shape)
+    page_bytes = _kv_bytes(shape, dtype, max(kv_heads)) + (_draft_bytes(config, draft, dtype) if draft else 0)
+    max_model_len = _max_model_len(config, shape)
+    return Sizes(
+        path=path,
+        device=device,
+        dtype=dtype,
+        threads=config.threads or max(1, torch.get_num_threads() // ranks),
+        max_model_len=max_model_len,
+        num_pages=_num_pages(config, max_model_len, page_bytes),
+        kv_token_bytes=_kv_bytes(shape, dtype, sum(kv_heads)),
+    )
+
+
+def _device(name: str, ranks: int) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device: no CUDA device is visible")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks > torch.cuda.device_count():
+        raise ConfigError(f"engine.tensor_parallel_size: {ranks} ranks, but {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies it natively, else float32."""
+    if name != "auto":
+        return _DTYPES[name]
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_model_len
+    if config.max_model_len > model.max_model_len:
+        raise ConfigError(
+            f"engine.max_model_len: {config.max_model_len} is more than the {model.max_model_len} tokens that the "
+            "model was made for"
+        )
+    return config.max_model_len
+
+
+def _kv_bytes(shape: ModelConfig, dtype: torch.dtype, kv_heads: int) -> int:
+    """Of one token."""
+    return KVPool.bytes_per_token(num_layers=shape.num_layers, kv_heads=kv_heads, head_dim=shape.head_dim, dtype=dtype)
+
+
+def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | None:
+    """Of the draft model, if there is one. Raises ConfigError if it cannot draft for the target."""
+    if config.speculation.draft_model is None:
+        return None
+    shape = read_config(resolve_model(config.speculation.draft_model))
+    if shape.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"engine.speculation.model: it has a vocabulary of {shape.vocab_size} tokens, the target of "
+            f"{target.vocab_size}"
+        )
+    return shape
+
+
+def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> int:
+    """Per token of the pool, on the rank that has most: a draft model that can look back at everything has a page for
+    each of the target's; one that reads a window has a pool of fixed size."""
+    if isinstance(config.speculation.kv, WindowConfig):
+        return 0
+    ranks = config.speculation.tensor_parallel_size or config.tensor_parallel_size
+    try:
+        heads = split_heads(shape.num_heads, shape.num_kv_heads, ranks)
+    except ValueError as error:
+        raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
+    return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads))
+
+
+def draft_reads(config: EngineConfig) -> Callable[[int], int]:
+    """KV slots that a draft step reads of a row with so many tokens."""
+    policy = make_policy(config.speculation.kv, config.cache.page_size)
+    return lambda context: context - policy.skipped(context)
+
+
+def _num_pages(config: EngineConfig, max_model_len: int, bytes_per_token: int) -> int:
+    """Pages in the pool: what is configured or fits in memory_gb, but no more than all rows can ever use.
+
+    Raises ConfigError unless the longest request fits alone, so that whatever is admitted can finish.
+    """
+    page_size = config.cache.page_size
+    longest = -(-max_model_len // page_size)
+    pages = config.cache.num_pages or int(config.cache.memory_gb * 1e9) // (page_size * bytes_per_token)
+    if pages < longest:
+        raise ConfigError(
+            f"engine.cache: {pages} pages of {page_size} tokens hold less than one request of max_model_len "
+            f"{max_model_len} ({longest} pages); raise cache.memory_gb or lower max_model_len"
+        )
+    return min(pages, longest * config.scheduler.max_rows)
