@@ -180,6 +180,8 @@ class _EngineCollector(Collector):
                 yield counter
         yield from self._positions(stats)
         yield from self._rounds(stats)
+        if stats.decode_seconds:
+            yield from self._speedup(stats)
 
     def _positions(self, stats: EngineStats) -> Iterator[Metric]:
         for name in _names("accepted_tokens_per_position", "spec_decode_num_accepted_tokens_per_pos"):
@@ -211,6 +213,24 @@ class _EngineCollector(Collector):
         busy.add_metric([self._model_id, "verify"], stats.verify_seconds)
         busy.add_metric([self._model_id, "host"], stats.host_seconds)
         yield busy
+
+    def _speedup(self, stats: EngineStats) -> Iterator[Metric]:
+        """Where the controller keeps count of what speculation gains."""
+        decode = CounterMetricFamily(
+            "magicdec_decode_seconds",
+            "Rounds that only decoded: what they took, what the same tokens would have taken without drafts, and what "
+            "was predicted.",
+            labels=(*_MODEL, "of"),
+        )
+        decode.add_metric([self._model_id, "measured"], stats.decode_seconds)
+        decode.add_metric([self._model_id, "plain"], stats.plain_seconds)
+        decode.add_metric([self._model_id, "predicted"], stats.forecast_seconds)
+        yield decode
+        alpha = GaugeMetricFamily(
+            "magicdec_acceptance_estimate", "Probability that a drafted token holds, as estimated now.", labels=_MODEL
+        )
+        alpha.add_metric([self._model_id], stats.alpha)
+        yield alpha
 
 
 def _names(own: str, vllm: str | None) -> Iterator[str]:

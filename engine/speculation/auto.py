@@ -25,7 +25,7 @@ _EXPLORE_EVERY = 16
 """Rounds between two tries, at least."""
 _PRIOR_TRIALS = 8.0
 """A request's own record weighs as much as the prior after so many drafted tokens were judged."""
-_REQUEST_MEMORY, _PRIOR_MEMORY = 100.0, 2000.0
+_REQUEST_MEMORY, _PRIOR_MEMORY = 100.0, 500.0
 """Judged tokens that a request's estimate, and each prior, remember."""
 _START_ALPHA, _START_TRIALS = 0.8, 10.0
 

@@ -116,4 +116,11 @@ def _report(stats: EngineStats, tokens: int, prefill: float, decode: float) -> N
         f"time          draft {stats.draft_seconds:.2f} s, target {stats.verify_seconds:.2f} s, "
         f"host {stats.host_seconds:.2f} s"
     )
+    if stats.decode_seconds and stats.forecast_seconds:
+        shares = " ".join(f"{gamma}:{count}" for gamma, count in enumerate(stats.gamma_chosen))
+        lines.append(f"gamma         rounds by drafted tokens {shares}; acceptance is taken to be {stats.alpha:.3f}")
+        lines.append(
+            f"speed-up      {stats.plain_seconds / stats.decode_seconds:.2f} by the controller's reckoning, "
+            f"{stats.plain_seconds / stats.forecast_seconds:.2f} predicted"
+        )
     print("\n".join(lines), file=sys.stderr)

@@ -1,0 +1,261 @@
+"""The controller: it does what pays, notices when that changes, and does not lose much by trying."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.plan import RowResult, RowWork, StepPlan, StepResult
+from engine.request import Request
+from engine.speculation.auto import AutoGamma, Record
+from engine.speculation.corrections import Corrections
+from engine.speculation.step_times import StepSample, StepTimes
+
+BUDGET = 512
+GAMMA_MAX = 6
+
+
+@dataclass
+class Machine:
+    """What rounds take: each forward a base, a cost per query token and a cost per KV token read; each factor can be
+    changed while the engine runs."""
+
+    base: float = 10e-3
+    token: float = 0.2e-3
+    kv: float = 2e-6
+    slower: float = 1.0
+    drafts: float = 1.0
+
+    def verify(self, contexts: Sequence[int], gammas: Sequence[int]) -> float:
+        return self.slower * (self.base + self.token * (len(gammas) + sum(gammas)) + self.kv * sum(contexts))
+
+    def draft(self, contexts: Sequence[int], gammas: Sequence[int]) -> float:
+        total = 0.0
+        for step in range(max(gammas)):
+            reads = [min(context, BUDGET) for context, gamma in zip(contexts, gammas, strict=True) if gamma > step]
+            total += self.slower * self.drafts * (self.base + self.token * len(reads) + self.kv * sum(reads))
+        return total
+
+    def samples(self) -> list[StepSample]:
+        found = []
+        for rows in (1, 4, 16):
+            for context in (64, 4096):
+                for gamma in (0, 1, 3, GAMMA_MAX):
+                    batch = [context] * rows, [gamma] * rows
+                    found.append(StepSample(rows, context, gamma, self.draft(*batch), self.verify(*batch)))
+        return found
+
+
+@dataclass
+class Load:
+    """Rows that decode under a controller on a machine, with a true acceptance each. Contexts stay as they are."""
+
+    machine: Machine
+    contexts: list[int]
+    alphas: list[float]
+    known: Machine | None = None
+    seed: int = 0
+    limits: list[int | None] | None = None
+    controller: AutoGamma = field(init=False)
+    rows: list[Request] = field(init=False)
+    chosen: list[list[int]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        times = StepTimes((self.known or self.machine).samples(), lambda context: min(context, BUDGET))
+        self.controller = AutoGamma(times, GAMMA_MAX, BUDGET)
+        self.rng = random.Random(self.seed)
+        limits = self.limits or [None] * len(self.contexts)
+        self.rows = [
+            Request(AddRequest(str(i), [0] * context, SamplingParams(max_tokens=10**6, max_draft_tokens=limit)), ())
+            for i, (context, limit) in enumerate(zip(self.contexts, limits, strict=True))
+        ]
+
+    def run(self, rounds: int) -> float:
+        """Tokens per second of these rounds."""
+        tokens, seconds = self.tokens, self.seconds
+        for _ in range(rounds):
+            self._round()
+        return (self.tokens - tokens) / (self.seconds - seconds)
+
+    def _round(self) -> None:
+        gammas = [min(g, row.most_drafts) for g, row in zip(self.controller.choose(self.rows), self.rows, strict=True)]
+        contexts = [row.num_tokens for row in self.rows]
+        work, results = [], []
+        for i, (row, gamma, alpha) in enumerate(zip(self.rows, gammas, self.alphas, strict=True)):
+            accepted = 0
+            while accepted < gamma and self.rng.random() < alpha:
+                accepted += 1
+            work.append(RowWork(i, row.num_tokens - 1, 1, gamma, True))
+            results.append(RowResult(gamma, accepted, [0] * (accepted + 1), None))
+            self.tokens += accepted + 1
+        draft, verify = self.machine.draft(contexts, gammas), self.machine.verify(contexts, gammas)
+        self.seconds += draft + verify
+        self.chosen.append(gammas)
+        self.controller.observe(StepPlan(0, [], [], work), self.rows, StepResult(0, results, draft, verify))
+
+    def share_off(self, rounds: int) -> float:
+        return sum(not any(gammas) for gammas in self.chosen[-rounds:]) / rounds
+
+
+def fixed(machine: Machine, contexts: list[int], alphas: list[float], gamma: int, rounds: int = 400) -> float:
+    """Tokens per second with the same gamma in every round."""
+    load = Load(machine, contexts, alphas)
+    load.controller.choose = lambda rows: [gamma] * len(rows)  # type: ignore[method-assign]
+    return load.run(rounds)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("context", [100, 2000, 8000, 30000])
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 0.9])
+def test_as_fast_as_the_best_fixed_gamma(rows: int, context: int, alpha: float) -> None:
+    machine = Machine()
+    contexts, alphas = [context] * rows, [alpha] * rows
+    load = Load(machine, contexts, alphas)
+    load.run(100)
+    best = max(fixed(machine, contexts, alphas, gamma) for gamma in range(GAMMA_MAX + 1))
+    assert load.run(400) > 0.94 * best  # 400 rounds of random acceptance vary by some percent themselves
+
+
+def test_off_where_it_loses_and_on_where_it_wins() -> None:
+    short = Load(Machine(), [100] * 4, [0.8] * 4)
+    short.run(300)
+    assert short.share_off(200) > 0.9
+    long = Load(Machine(), [20000] * 4, [0.8] * 4)
+    long.run(300)
+    assert long.share_off(200) < 0.1
+
+
+def test_it_turns_on_again() -> None:
+    """Off because drafts were thought slow; trying now and then finds out that they are not."""
+    load = Load(Machine(), [20000] * 4, [0.8] * 4, known=Machine(drafts=40.0))
+    load.run(20)
+    assert load.share_off(20) > 0.9
+    load.run(3000)
+    assert load.share_off(100) < 0.1
+
+
+def test_it_turns_off_again() -> None:
+    machine = Machine()
+    load = Load(machine, [5000] * 4, [0.8] * 4)
+    load.run(100)
+    assert load.share_off(50) < 0.1
+    load.alphas = [0.02] * 4
+    load.run(300)
+    assert load.share_off(100) > 0.9
+
+
+def test_trying_costs_little() -> None:
+    """Against plain decoding on a load that never pays."""
+    machine = Machine()
+    load = Load(machine, [100] * 4, [0.0] * 4)
+    load.run(100)
+    assert load.run(2000) > 0.98 * fixed(machine, [100] * 4, [0.0] * 4, 0)
+    assert any(any(gammas) for gammas in load.chosen[-2000:])
+
+
+def test_a_slower_machine_changes_nothing() -> None:
+    machine = Machine()
+    load = Load(machine, [20000] * 4, [0.8] * 4)
+    before = load.run(300)
+    machine.slower = 3.0
+    load.run(50)
+    assert load.run(300) == pytest.approx(before / 3, rel=0.06)
+    assert load.share_off(300) < 0.1
+
+
+def test_rows_that_are_rarely_right_draft_less() -> None:
+    load = Load(Machine(token=1e-3), [20000] * 8, [0.95] * 4 + [0.1] * 4)
+    load.run(300)
+    mean = [sum(gammas[i] for gammas in load.chosen[-100:]) / 100 for i in range(8)]
+    assert min(mean[:4]) > max(mean[4:]) + 1
+
+
+def test_limits_of_requests_are_kept() -> None:
+    load = Load(Machine(), [20000] * 4, [0.9] * 4, limits=[0, 2, None, None])
+    load.run(100)
+    assert all(gammas[0] == 0 and gammas[1] <= 2 for gammas in load.chosen)
+    assert max(gammas[2] for gammas in load.chosen) > 2
+
+
+def test_reckoning() -> None:
+    """What it says speculation gains is what it gains."""
+    machine = Machine()
+    contexts, alphas = [20000] * 4, [0.8] * 4
+    load = Load(machine, contexts, alphas)
+    rate = load.run(400)
+    report = load.controller.report
+    plain = fixed(machine, contexts, alphas, 0)
+    assert report.decode_seconds == pytest.approx(load.seconds)
+    assert report.plain_seconds / report.decode_seconds == pytest.approx(rate / plain, rel=0.05)
+    assert report.plain_seconds / report.forecast_seconds == pytest.approx(rate / plain, rel=0.1)
+    assert report.alpha == pytest.approx(0.8, abs=0.05)
+
+
+@given(
+    rows=st.integers(1, 40),
+    contexts=st.lists(st.integers(1, 100000), min_size=40, max_size=40),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_batch_is_answered(rows: int, contexts: list[int], seed: int) -> None:
+    rng = random.Random(seed)
+    load = Load(Machine(), contexts[:rows], [rng.random() for _ in range(rows)], seed=seed)
+    load.run(20)
+    assert all(0 <= gamma <= GAMMA_MAX for gammas in load.chosen for gamma in gammas)
+
+
+def test_ended_requests_are_forgotten() -> None:
+    load = Load(Machine(), [20000] * 4, [0.8] * 4)
+    load.run(50)
+    assert len(load.controller._requests) == 4
+    for row in load.rows:
+        row.finish_reason = "stop"
+    load.run(1)
+    assert load.controller._requests == {}
+
+
+def test_acceptance_is_the_truncated_geometric_estimate() -> None:
+    record = Record()
+    record.add(3, 0, 1e9)  # all of 3 drafts held
+    record.add(1, 1, 1e9)  # the second failed, and those behind it were never judged
+    assert record.alpha(0.0, 0.0) == pytest.approx(4 / 5)
+    assert record.alpha(0.5, 5.0) == pytest.approx((4 + 2.5) / 10)
+
+
+def test_step_times_are_lines_between_what_was_measured() -> None:
+    machine = Machine()
+    times = StepTimes(machine.samples(), lambda context: min(context, BUDGET))
+    for rows, context, gamma in [(1, 64, 0), (16, 4096, 6), (4, 4096, 3), (2, 700, 2), (10, 9000, 1), (30, 100, 5)]:
+        assert times.verify(rows, rows * context, gamma) == pytest.approx(
+            machine.verify([context] * rows, [gamma] * rows)
+        )
+        expected = machine.draft([context] * rows, [1] * rows)
+        assert times.draft(rows, [context] * rows) == pytest.approx(expected)
+
+
+def test_step_times_need_plain_steps_and_drafts() -> None:
+    with pytest.raises(ValueError, match="plain steps"):
+        StepTimes([StepSample(1, 64, 0, 0.0, 1.0)], lambda context: context)
+    with pytest.raises(ValueError, match="plain steps"):
+        StepTimes([StepSample(1, 64, 2, 1.0, 1.0)], lambda context: context)
+
+
+def test_corrections_keep_kinds_comparable() -> None:
+    corrections = Corrections()
+    for _ in range(200):
+        corrections.observe("plain", 0, 2.0, 1.0)
+    assert corrections.factor("plain", 0) == pytest.approx(2.0, rel=0.01)
+    assert corrections.factor("draft", 0) > 1.2  # never seen, but on the same machine
+    for _ in range(200):
+        corrections.observe("plain", 0, 2.0, 1.0)
+        corrections.observe("draft", 0, 4.0, 1.0)
+    assert corrections.factor("draft", 0) / corrections.factor("plain", 0) == pytest.approx(2.0, rel=0.1)
