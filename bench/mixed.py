@@ -1,0 +1,149 @@
+"""A mixed load: short chats and long documents that arrive at random, with speculation never, always, and as it pays.
+
+    python -m bench.mixed --speculation off,3,auto --requests 24 --rate 0.5
+
+The same requests arrive at the same times in every run; runs take turns, `--repeats` times each, in one process that
+loads the weights once. What counts is how long the load takes, and how fast requests get their tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Literal
+
+import torch
+
+from bench.corpus import read_text
+from engine.config import EngineConfig, SpeculationConfig
+from engine.llm import LLM
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from models.default import resolve_model
+from models.llama import Llama
+from models.loader import load_model
+from parallel.group import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request: when it comes, in seconds, and where its prompt stands in the text."""
+
+    at: float
+    first: int
+    prompt: int
+    new: int
+    kind: Literal["chat", "document"]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One run of the whole load. Seconds; per token: of each request, after its first token."""
+
+    seconds: float
+    tokens: int
+    gammas: list[int]
+    first: list[float] = field(default_factory=list)
+    per_token: dict[str, list[float]] = field(default_factory=lambda: {"chat": [], "document": []})
+
+
+def arrivals(count: int, rate: float, documents: float, longest: int, text: int, seed: int) -> list[Arrival]:
+    """Poisson arrivals; a share `documents` has prompts of half to all of `longest` tokens, the rest of 50 to 300.
+    text: its length in tokens."""
+    rng = random.Random(seed)
+    at, found = 0.0, []
+    for _ in range(count):
+        at += rng.expovariate(rate)
+        long = rng.random() < documents
+        prompt = rng.randint(longest // 2, longest) if long else rng.randint(50, 300)
+        found.append(
+            Arrival(at, rng.randrange(text - prompt), prompt, rng.randint(40, 160), "document" if long else "chat")
+        )
+    return found
+
+
+def run(config: EngineConfig, model: Llama, load: Sequence[Arrival], text: Sequence[int]) -> Outcome:
+    """Serve the load once, in real time."""
+    with LLM(config, loaded=model) as llm:
+        engine, todo = llm.engine, list(load)
+        began = time.perf_counter()
+        seen: dict[str, tuple[float, int]] = {}  # first token at, tokens since
+        outcome = Outcome(0.0, 0, [])
+        while todo or engine.has_work():
+            now = time.perf_counter() - began
+            while todo and todo[0].at <= now:
+                arrival = todo.pop(0)
+                index = load.index(arrival)
+                prompt = list(text[arrival.first : arrival.first + arrival.prompt])
+                params = SamplingParams(max_tokens=arrival.new, seed=index, temperature=0.7, ignore_eos=True)
+                engine.add(AddRequest(str(index), prompt, params))
+            if not engine.has_work():
+                time.sleep(max(0.0, todo[0].at - now))
+                continue
+            for output in engine.step():
+                now = time.perf_counter() - began
+                arrival = load[int(output.id)]
+                if output.id not in seen:
+                    seen[output.id] = now, 0
+                    outcome.first.append(now - arrival.at)
+                else:
+                    first, count = seen[output.id]
+                    seen[output.id] = first, count + len(output.tokens)
+                if output.finish_reason is not None:
+                    first, count = seen[output.id]
+                    outcome.per_token[arrival.kind].append((now - first) / max(1, count))
+        outcome.seconds = time.perf_counter() - began
+        stats = engine.stats()
+        outcome.tokens, outcome.gammas = stats.generated_tokens, stats.gamma_chosen
+    return outcome
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--speculation", default="off,3,auto")
+    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--rate", type=float, default=0.5, help="arrivals per second")
+    parser.add_argument("--documents", type=float, default=0.3, help="share of long requests")
+    parser.add_argument("--longest", type=int, default=6000, help="tokens of the longest prompt")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", type=Path)
+    arguments = parser.parse_args()
+
+    base = EngineConfig(model=arguments.model)
+    with LLM(base.model_copy(update={"speculation": SpeculationConfig(gamma=0)})) as llm:
+        text = llm.tokenizer.encode(read_text(arguments.text), add_special_tokens=False)
+        dtype = llm.engine._worker._target.model.dtype
+    model = load_model(
+        resolve_model(arguments.model), dtype=dtype, device=torch.device("cpu"), group=Group.single(), progress=False
+    )
+    load = arrivals(
+        arguments.requests, arguments.rate, arguments.documents, arguments.longest, len(text), arguments.seed
+    )
+    ways = [value.strip() for value in arguments.speculation.split(",")]
+    outcomes: dict[str, list[Outcome]] = {way: [] for way in ways}
+    for _ in range(arguments.repeats):
+        for way in ways:
+            gamma = 0 if way == "off" else way if way == "auto" else int(way)
+            speculation = SpeculationConfig.model_validate({"gamma": gamma})
+            outcomes[way].append(run(base.model_copy(update={"speculation": speculation}), model, load, text))
+    for way, runs in outcomes.items():
+        per_token = {kind: [s for one in runs for s in one.per_token[kind]] for kind in ("chat", "document")}
+        print(
+            f"{way:>5}: {mean(one.seconds for one in runs):6.1f} s for the load "
+            f"({', '.join(f'{one.seconds:.1f}' for one in runs)}), "
+            f"{sum(one.tokens for one in runs) / sum(one.seconds for one in runs):5.1f} tokens/s, first token "
+            f"{median(s for one in runs for s in one.first):5.2f} s, per token "
+            + ", ".join(f"{kind} {1e3 * median(times):.0f} ms" for kind, times in per_token.items() if times)
+            + f"; gamma {[sum(counts) for counts in zip(*(one.gammas for one in runs), strict=True)]}"
+        )
+
+
+if __name__ == "__main__":
+    main()
