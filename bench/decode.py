@@ -34,6 +34,7 @@ class TurnsOfGamma:
         self._gamma_max = gamma_max
         self.gamma = 0
         self.report = Report()
+        self.budget = 0
 
     @property
     def gamma_max(self) -> int:

@@ -22,6 +22,7 @@ from engine.sizing import Sizes, draft_reads, size_up
 from engine.speculation.auto import AutoGamma
 from engine.speculation.build import load_draft
 from engine.speculation.controller import Controller, FixedGamma
+from engine.speculation.policies import budget_policies
 from engine.speculation.step_times import StepTimes
 from engine.stats import Accounts
 from engine.worker import Worker
@@ -98,7 +99,7 @@ class Engine:
             page_size=config.cache.page_size,
             bytes_per_token=sizes.kv_token_bytes,
             gamma_max=controller.gamma_max,
-            draft_reads=draft_reads(config) if controller.gamma_max else lambda context: 0,
+            draft_reads=draft_reads(config) if controller.gamma_max else lambda context, budget: 0,
         )
         self.ready = Ready(
             model=sizes.path.name,
@@ -200,7 +201,8 @@ class Engine:
         if samples is None:
             samples = profile(self.profiler, self._config, sizes.max_model_len)
             keep(key, samples)
-        return AutoGamma(StepTimes(samples, draft_reads(self._config)), speculation.gamma_max, speculation.kv.budget)
+        times = StepTimes(samples, draft_reads(self._config))
+        return AutoGamma(times, speculation.gamma_max, list(budget_policies(self._config)) or [0])
 
     def _commit(self, plan: StepPlan, requests: list[Request], result: StepResult) -> list[RequestOutput]:
         self._accounts.round(plan, requests)

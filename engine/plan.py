@@ -50,6 +50,8 @@ class StepPlan(msgspec.Struct):
     starts: list[RowStart]
     pages: list[PageDelta]
     work: list[RowWork]
+    budget: int = 0
+    """KV tokens that draft steps of this round read per row, where that can be chosen; 0: as configured."""
     clear: list[int] = []
     """Pages to fill with zeros before the round."""
 

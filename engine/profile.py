@@ -64,7 +64,7 @@ class Profiler:
         if not 1 <= context <= self._max_model_len - _ROOM:
             raise ValueError(f"a context of {context}, but there is room for 1 to {self._max_model_len - _ROOM} tokens")
         work = [RowWork(row, context, 1, gamma, True) for row in range(rows)]
-        first = self._run(StepPlan(0, *self._starts(rows, context), work, self._fresh(rows, context)))
+        first = self._run(StepPlan(0, *self._starts(rows, context), work, clear=self._fresh(rows, context)))
         if first.verify_seconds > _SLOW_S:
             repeats = 1
         results = [self._run(StepPlan(0, [], [], work)) for _ in range(repeats)]

@@ -111,7 +111,7 @@ class Round:
     """The rows of one round, in the order of its plan: `work` sorted by falling gamma.
 
     Host integers, [rows] each: row (slot), computed, new and gamma as in RowWork, and which rows sample.
-    starts: the requests that took a row slot in this round.
+    starts: the requests that took a row slot in this round. budget: see StepPlan.
     decisions: whose next tokens the round decides. gamma_asked: [sampling rows] int64, on the device.
     """
 
@@ -119,6 +119,7 @@ class Round:
         work: list[RowWork] = plan.work
         self.state = state
         self.starts: list[RowStart] = plan.starts
+        self.budget = plan.budget
         self.row = np.array([item.row for item in work], dtype=np.int64)
         self.computed = np.array([item.computed for item in work], dtype=np.int64)
         self.new = np.array([item.new for item in work], dtype=np.int64)

@@ -134,7 +134,9 @@ class Scheduler:
             spare //= 2  # and leave half of it to prefills, or these could wait for ever behind a full batch
         share = spare // len(rows)
         planned = 0
-        for request, wanted in zip(rows, self.controller.choose(rows), strict=True):
+        gammas = self.controller.choose(rows)
+        plan.budget = self.controller.budget
+        for request, wanted in zip(rows, gammas, strict=True):
             gamma = max(0, min(wanted, share, request.most_drafts))
             if not self._reserve(plan, request, request.num_tokens + gamma):
                 gamma = min(gamma, request.num_reserved - request.num_tokens)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.config import ConfigError, EngineConfig, WindowConfig
-from engine.speculation.policies import make_policy
+from engine.speculation.policies import budget_policies, make_policy
 from kernels.kv_cache import KVPool
 from models.config import ModelConfig, read_config
 from models.default import resolve_model
@@ -141,10 +141,11 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
     return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads))
 
 
-def draft_reads(config: EngineConfig) -> Callable[[int], int]:
-    """KV slots that a draft step reads of a row with so many tokens."""
-    policy = make_policy(config.speculation.kv, config.cache.page_size)
-    return lambda context: context - policy.skipped(context)
+def draft_reads(config: EngineConfig) -> Callable[[int, int], int]:
+    """KV slots that a draft step reads of a row with so many tokens, and with what budget; 0: the configured one."""
+    policies = {budget: make_policy(kv, config.cache.page_size) for budget, kv in budget_policies(config).items()}
+    policies[0] = make_policy(config.speculation.kv, config.cache.page_size)
+    return lambda context, budget: context - policies[budget].skipped(context)
 
 
 def _num_pages(config: EngineConfig, max_model_len: int, bytes_per_token: int) -> int:

@@ -19,9 +19,9 @@ class Accounts:
         page_size: int,
         bytes_per_token: int,
         gamma_max: int,
-        draft_reads: Callable[[int], int],
+        draft_reads: Callable[[int, int], int],
     ) -> None:
-        """draft_reads: KV slots that a draft step reads of a row with so many tokens."""
+        """draft_reads: KV slots that a draft step reads of a row with so many tokens, and with what budget."""
         self._draft_reads = draft_reads
         self.totals = EngineStats(
             pages_total=pages_total,
@@ -36,13 +36,13 @@ class Accounts:
         self.totals.rounds += 1
         for request, work in zip(requests, plan.work, strict=True):
             if request.decoding:
-                self._decode_row(work)
+                self._decode_row(work, plan.budget)
 
-    def _decode_row(self, work: RowWork) -> None:
+    def _decode_row(self, work: RowWork, budget: int) -> None:
         totals, context = self.totals, work.computed + 1
         totals.gamma_chosen[work.gamma] += 1
         totals.kv_tokens_read += context + work.gamma
-        totals.kv_tokens_read += sum(self._draft_reads(context + step) for step in range(work.gamma))
+        totals.kv_tokens_read += sum(self._draft_reads(context + step, budget) for step in range(work.gamma))
 
     def yielded(self, request: Request, drafted: int, accepted: int, tokens: int) -> None:
         """A row yielded `tokens` output tokens, of which the first `accepted` were among its `drafted` ones.

@@ -2,7 +2,7 @@
 
 A round is worth its tokens per second. Its time is predicted from the start-up profile, corrected by what rounds have
 really taken; its tokens from each row's acceptance. Each round takes the gammas with the highest predicted rate; zero,
-plain decoding, is always among them.
+plain decoding, is always among them. Where drafts can read with several budgets, so is the budget chosen.
 """
 
 from __future__ import annotations
@@ -15,37 +15,15 @@ from engine.request import Request
 from engine.speculation.controller import Report
 from engine.speculation.corrections import Corrections
 from engine.speculation.cost_model import expected_tokens
+from engine.speculation.estimates import Estimates
 from engine.speculation.step_times import StepTimes
 
 _HYSTERESIS = 1.02
-"""A new most-gamma must promise this much more than the last one."""
+"""Another way to run rounds must promise this much more than the present one."""
 _EXPLORE = 0.01
 """The share of time that may be lost to trying what is not thought best."""
 _EXPLORE_EVERY = 16
-"""Rounds between two tries, at least."""
-_PRIOR_TRIALS = 8.0
-"""A request's own record weighs as much as the prior after so many drafted tokens were judged."""
-_REQUEST_MEMORY, _PRIOR_MEMORY = 100.0, 500.0
-"""Judged tokens that a request's estimate, and each prior, remember."""
-_START_ALPHA, _START_TRIALS = 0.8, 10.0
-
-
-@dataclass(slots=True)
-class Record:
-    """Drafted tokens that were judged, and how many of them held; older ones fade."""
-
-    held: float = 0.0
-    judged: float = 0.0
-
-    def add(self, held: int, rejected: int, memory: float) -> None:
-        """The truncated geometric estimate: a round's drafts are judged up to the first that fails."""
-        fade = max(0.0, 1 - (held + rejected) / memory)
-        self.held = self.held * fade + held
-        self.judged = self.judged * fade + held + rejected
-
-    def alpha(self, prior: float, trials: float) -> float:
-        """The share that held, where `trials` more were judged as the prior says."""
-        return (self.held + prior * trials) / (self.judged + trials)
+"""Rounds between two tries, at least; and between two looks at other budgets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +31,7 @@ class _Choice:
     """A way to run a round, and what it promises. seconds and tokens: of the whole batch."""
 
     gammas: list[int]
+    budget: int
     seconds: float
     tokens: float
 
@@ -64,25 +43,26 @@ class _Choice:
 class AutoGamma:
     """Chooses per round and per row. Host-side, O(rows × gamma_max)."""
 
-    def __init__(self, times: StepTimes, gamma_max: int, budget: int | None) -> None:
-        """times: of this engine. budget: KV tokens that a draft reads per row; rows whose contexts are about as many
-        times longer share what was learnt of acceptance. None: it reads all.
+    def __init__(self, times: StepTimes, gamma_max: int, budgets: Sequence[int]) -> None:
+        """times: of this engine. budgets: KV tokens that a draft may read per row, the largest first; (0,) if it reads
+        everything.
         """
         self._times = times
         self._gamma_max = gamma_max
-        self._budget = budget
+        self._budgets = tuple(budgets)
         self._corrections = Corrections()
-        self._requests: dict[str, Record] = {}
-        self._overall = Record(_START_ALPHA * _START_TRIALS, _START_TRIALS)
-        self._priors: dict[int, Record] = {}
+        self._estimates = Estimates(budgets[0])
         self._cap = 0
-        self._since_try = 0
+        self._rounds = 0
+        self._tries = 0
+        self._tried_at = 0
         self._credit = 0.0  # seconds that trying may lose
-        self._trying = False
         self._best: _Choice | None = None
         self._chosen: _Choice | None = None
         self._plain_s = 0.0
+        self.budget = self._budgets[0]
         self.report = Report()
+        self._present = self.budget
 
     @property
     def gamma_max(self) -> int:
@@ -92,44 +72,65 @@ class AutoGamma:
 
     def choose(self, rows: Sequence[Request]) -> list[int]:
         """See Controller.choose."""
-        choices = self._choices(rows)
+        self._rounds += 1
+        choices = self._choices(rows, self._present)
+        if self._rounds % _EXPLORE_EVERY == 0:
+            choices = self._look_at_budgets(rows, choices)
         best = max(range(len(choices)), key=lambda cap: choices[cap].rate)
         last = min(self._cap, len(choices) - 1)
         if choices[best].rate < _HYSTERESIS * choices[last].rate:
             best = last
         self._cap = best
         self._best, self._plain_s = choices[best], choices[0].seconds
-        self._chosen = self._try(choices, best) or choices[best]
-        self._trying = self._chosen is not choices[best]
+        self._chosen = self._try(rows, choices, best) or choices[best]
+        self.budget = self._chosen.budget
         return self._chosen.gammas
 
-    def _try(self, choices: Sequence[_Choice], best: int) -> _Choice | None:
-        """Now and then, what is not thought best: drafts when they are off, none when they are on. Times that are not
-        measured go stale, and a batch that should speculate again would not be noticed."""
-        self._since_try += 1
-        others = choices[1:] if best == 0 else choices[:1]
-        if self._since_try < _EXPLORE_EVERY or not others:
-            return None
-        losses = [choice.seconds - choice.tokens / choices[best].rate for choice in others]
-        least = min(losses)
-        if least > self._credit:
-            return None
-        self._since_try = 0
-        return others[losses.index(least)]
+    def _look_at_budgets(self, rows: Sequence[Request], choices: list[_Choice]) -> list[_Choice]:
+        """The choices of the budget that promises most."""
+        best = max(choice.rate for choice in choices)
+        for budget in self._budgets:
+            others = self._choices(rows, budget) if budget != self._present else choices
+            rate = max(choice.rate for choice in others)
+            if rate > _HYSTERESIS * best:
+                self._present, choices, best = budget, others, rate
+        return choices
 
-    def _choices(self, rows: Sequence[Request]) -> list[_Choice]:
+    def _try(self, rows: Sequence[Request], choices: Sequence[_Choice], best: int) -> _Choice | None:
+        """Now and then, what is not thought best: drafts when they are off, none when they are on, another budget.
+
+        Times that are not measured go stale, and a batch that should speculate again would not be noticed.
+        """
+        if self._rounds - self._tried_at < _EXPLORE_EVERY:
+            return None
+        turn = self._tries % len(self._budgets)
+        if turn == 0:
+            others = choices[1:] if best == 0 else choices[:1]
+        else:
+            budget = [budget for budget in self._budgets if budget != self._present][turn - 1]
+            others = self._choices(rows, budget)[1:]
+        losses = [choice.seconds - choice.tokens / choices[best].rate for choice in others]
+        if not losses or min(losses) > self._credit:
+            # Not to be afforded yet: the next turn's may be.
+            self._tries += bool(losses) and len(self._budgets) > 1
+            return None
+        self._tries += 1
+        self._tried_at = self._rounds
+        return others[losses.index(min(losses))]
+
+    def _choices(self, rows: Sequence[Request], budget: int) -> list[_Choice]:
         """The best way with at most so many drafts per row, by that number; [0] is plain decoding."""
         count, total = len(rows), sum(request.num_tokens for request in rows)
         contexts = [request.num_tokens for request in rows]
         limits = [min(self._gamma_max, request.most_drafts) for request in rows]
-        alphas = [self._alpha(request) for request in rows]
+        alphas = [self._estimates.alpha(request.id, request.num_tokens, budget) for request in rows]
         plain = self._times.verify(count, total, 0) * self._factor("plain", count, total, 0)
         verify = [plain] + [
             self._times.verify(count, total, gamma) * self._factor("verify", count, total, gamma)
             for gamma in range(1, self._gamma_max + 1)
         ]
-        factor = self._factor("draft", count, total, 0)
-        one, all_rows = (factor * self._times.draft(n, contexts) for n in (1, count))
+        factor = self._factor("draft", count, total, budget)
+        one, all_rows = (factor * self._times.draft(n, contexts, budget) for n in (1, count))
         per_row = (all_rows - one) / (count - 1) if count > 1 else 0.0
 
         def choice(gammas: list[int]) -> _Choice:
@@ -139,9 +140,9 @@ class AutoGamma:
             for step in range(max(gammas)):
                 seconds += one + per_row * (sum(gamma > step for gamma in gammas) - 1)
             tokens = sum(expected_tokens(gamma, alpha) for gamma, alpha in zip(gammas, alphas, strict=True))
-            return _Choice(gammas, seconds, tokens)
+            return _Choice(gammas, budget, seconds, tokens)
 
-        choices = [_Choice([0] * count, plain, float(count))]
+        choices = [_Choice([0] * count, budget, plain, float(count))]
         for cap in range(1, min(self._gamma_max, max(limits, default=0)) + 1):
             even = choice([min(cap, limit) for limit in limits])
             # A row's next draft has to bring more than the time it takes would bring elsewhere.
@@ -150,17 +151,6 @@ class AutoGamma:
             trimmed = choice(worth) if any(worth) and worth != even.gammas else even
             choices.append(max(even, trimmed, key=lambda choice: choice.rate))
         return choices
-
-    def _alpha(self, request: Request) -> float:
-        overall = self._overall.alpha(_START_ALPHA, 0.0)
-        prior = self._priors.get(self._likeness(request.num_tokens))
-        expected = prior.alpha(overall, _START_TRIALS) if prior else overall
-        record = self._requests.get(request.id)
-        return record.alpha(expected, _PRIOR_TRIALS) if record else expected
-
-    def _likeness(self, context: int) -> int:
-        """Rows of about as many budgets share a prior."""
-        return (context // self._budget).bit_length() if self._budget else 0
 
     # -- learning ----------------------------------------------------------------------------------------------------
 
@@ -174,22 +164,15 @@ class AutoGamma:
             outcome = next(outcomes)
             tokens += outcome.accepted + 1
             if outcome.drafted:
-                self._judged(request, work.computed + 1, outcome.accepted, outcome.accepted < outcome.drafted)
+                rejected = outcome.accepted < outcome.drafted
+                self._estimates.judged(request.id, work.computed + 1, plan.budget, outcome.accepted, rejected)
             if request.finish_reason is not None:
-                self._requests.pop(request.id, None)
-        if len(self._requests) > 2 * len(requests) + 1000:  # of requests that were aborted
-            here = {request.id for request in requests}
-            self._requests = {id: record for id, record in self._requests.items() if id in here}
+                self._estimates.forget(request.id)
+        self._estimates.keep_only([request.id for request in requests], beyond=2 * len(requests) + 1000)
         decoding = all(work.new == 1 and work.samples for work in plan.work) and not plan.starts
         if decoding and self._chosen is not None and self._best is not None:
             self._timed(plan, result, tokens, self._chosen, self._best)
         self._chosen = None
-
-    def _judged(self, request: Request, context: int, held: int, rejected: bool) -> None:
-        record = self._requests.setdefault(request.id, Record())
-        prior = self._priors.setdefault(self._likeness(context), Record())
-        for known, memory in ((record, _REQUEST_MEMORY), (prior, _PRIOR_MEMORY), (self._overall, _PRIOR_MEMORY)):
-            known.add(held, int(rejected), memory)
 
     def _timed(self, plan: StepPlan, result: StepResult, tokens: int, chosen: _Choice, best: _Choice) -> None:
         gammas = [work.gamma for work in plan.work]
@@ -200,24 +183,25 @@ class AutoGamma:
         self._corrections.observe(kind, _bucket(count, total, round(mean)), result.verify_seconds, predicted)
         if mean:
             steps = [sum(gamma > step for gamma in gammas) for step in range(max(gammas))]
-            predicted = sum(self._times.draft(rows, contexts) for rows in steps)
-            self._corrections.observe("draft", _bucket(count, total, 0), result.draft_seconds, predicted)
+            predicted = sum(self._times.draft(rows, contexts, plan.budget) for rows in steps)
+            self._corrections.observe("draft", _bucket(count, total, plan.budget), result.draft_seconds, predicted)
         seconds = result.draft_seconds + result.verify_seconds
         self._credit = min(self._credit + _EXPLORE * seconds, 10 * seconds)
-        if self._trying:
+        if chosen is not best:
             self._credit -= max(0.0, seconds - tokens / best.rate)
         plain = tokens / count * self._plain_s
         self.report.decode_seconds += seconds
         self.report.plain_seconds += plain
         self.report.forecast_seconds += plain * (chosen.seconds / chosen.tokens) / (self._plain_s / count)
-        self.report.alpha = self._overall.alpha(_START_ALPHA, 0.0)
+        self.report.alpha = self._estimates.overall(plan.budget)
 
-    def _factor(self, kind: str, rows: int, total: int, gamma: int) -> float:
-        return self._corrections.factor(kind, _bucket(rows, total, gamma))
+    def _factor(self, kind: str, rows: int, total: int, detail: int) -> float:
+        return self._corrections.factor(kind, _bucket(rows, total, detail))
 
 
-def _bucket(rows: int, total: int, gamma: int) -> tuple[int, int, int]:
-    return rows.bit_length(), total.bit_length(), gamma
+def _bucket(rows: int, total: int, detail: int) -> tuple[int, int, int]:
+    """Batches of about this size. detail: gamma, or the drafts' budget."""
+    return rows.bit_length(), total.bit_length(), detail
 
 
 def _worthwhile(alpha: float, price: float, limit: int) -> int:

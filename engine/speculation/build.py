@@ -11,7 +11,7 @@ from engine.sampling import Sampler
 from engine.speculation.draft_cache import DraftCache
 from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
-from engine.speculation.policies import Dense, View, make_policy, ring_table
+from engine.speculation.policies import Dense, View, budget_policies, make_policy, ring_table
 from engine.speculation.rejection import Proposals, RejectionSampler
 from kernels.attention.base import AttentionBackend
 from kernels.attention.reference import ReferenceAttention
@@ -61,7 +61,10 @@ def make_drafter(
         return observed, SelfDrafter(runner, sampler, cache)
     view = View(make_policy(settings.kv, rows.page_size), rows.page_table)
     attention = make_attention(settings.kv, target.model, rows.page_size)
-    return target, SelfDrafter(Runner(target.model, target.pool, attention, view), sampler)
+    views = {
+        budget: View(make_policy(kv, rows.page_size), rows.page_table) for budget, kv in budget_policies(config).items()
+    }
+    return target, SelfDrafter(Runner(target.model, target.pool, attention, view), sampler, views=views)
 
 
 def make_sampler(config: EngineConfig, rows: Rows, vocab: VocabShard) -> Sampler:

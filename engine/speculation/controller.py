@@ -31,6 +31,11 @@ class Controller(Protocol):
     def report(self) -> Report: ...
 
     @property
+    def budget(self) -> int:
+        """What the drafts of the round that was chosen last read per row; 0: as configured."""
+        ...
+
+    @property
     def gamma_max(self) -> int:
         """Never more drafts per row and round than this."""
         ...
@@ -53,6 +58,7 @@ class FixedGamma:
     def __init__(self, gamma: int) -> None:
         self._gamma = gamma
         self.report = Report()
+        self.budget = 0
 
     @property
     def gamma_max(self) -> int:

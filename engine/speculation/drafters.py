@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from engine.rows import Ints, Round
 from engine.runner import Runner
 from engine.sampling import Sampler
 from engine.speculation.draft_cache import DraftCache
+from engine.speculation.policies import View
 from engine.speculation.verify import Verdict
 from engine.stopwatch import Stopwatch
 
@@ -48,9 +50,14 @@ class SelfDrafter:
     from the target's pool. So what a draft reads of committed tokens is always the target's.
     """
 
-    def __init__(self, runner: Runner, sampler: Sampler, cache: DraftCache | None = None) -> None:
-        """runner: the target's model, with the pool and the view that drafts use: those of `cache`, if there is one."""
+    def __init__(
+        self, runner: Runner, sampler: Sampler, cache: DraftCache | None = None, views: Mapping[int, View] | None = None
+    ) -> None:
+        """runner: the target's model, with the pool and the view that drafts use: those of `cache`, if there is one.
+        views: other views, by the budget that a round may ask for.
+        """
         self._runner = runner
+        self._views = views or {}
         self._sampler = sampler
         self._cache = cache
 
@@ -61,17 +68,20 @@ class SelfDrafter:
             if rows.drafting:
                 self._cache.catch_up(rows, rows.computed[: rows.drafting])
             self._cache.observe(rows.row, rows.computed, rows.new + rows.gamma)
-        draft(rows, self._runner, self._sampler)
+        draft(rows, self._runner, self._sampler, view=self._views.get(rows.budget))
         return rows.gamma_asked
 
     def observe(self, rows: Round, verdict: Verdict) -> None:
         """Its KV is the target's: nothing to learn."""
 
 
-def draft(rows: Round, runner: Runner, sampler: Sampler, behind: Ints | None = None) -> None:
-    """Draft up to gamma tokens behind each row, one forward per token. behind: see Round.draft_batch."""
+def draft(
+    rows: Round, runner: Runner, sampler: Sampler, *, view: View | None = None, behind: Ints | None = None
+) -> None:
+    """Draft up to gamma tokens behind each row, one forward per token. view: in place of the runner's. behind: see
+    Round.draft_batch."""
     for step in range(rows.gamma_max):
-        batch, decisions = rows.draft_batch(step, runner.view, behind if step == 0 else None)
+        batch, decisions = rows.draft_batch(step, view or runner.view, behind if step == 0 else None)
         tokens = sampler.draft(runner.forward(batch), decisions)
         rows.place_drafts(decisions, tokens)
 

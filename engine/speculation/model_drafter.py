@@ -66,7 +66,7 @@ class ModelDrafter:
             if self._cache is not None:
                 self._cache.catch_up(rows, held[:count])
             behind = rows.computed[:count] - held[:count]
-            draft(rows, self._runner, self._sampler, behind if behind.any() else None)
+            draft(rows, self._runner, self._sampler, behind=behind if behind.any() else None)
             held[:count] = rows.computed[:count] + rows.gamma[:count]
             if self._cache is not None:
                 self._cache.wrote(rows.row[:count], held[:count])

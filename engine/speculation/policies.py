@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.config import KVConfig, SnapKVConfig, WindowConfig
+from engine.config import EngineConfig, KVConfig, SnapKVConfig, WindowConfig
 
 
 class KVPolicy(Protocol):
@@ -107,3 +107,15 @@ def make_policy(config: KVConfig, page_size: int) -> KVPolicy:
     if isinstance(config, SnapKVConfig):
         return Window(budget=config.budget, sink=config.budget - config.recent, page_size=page_size)
     return Dense()
+
+
+def budget_policies(config: EngineConfig) -> dict[int, WindowConfig]:
+    """By budget, the largest first, what drafts may read with, where that can be chosen from round to round: a view of
+    a window costs nothing to change. The configured budget, half of it and a quarter, as far as pages and sink allow.
+    """
+    kv, page = config.speculation.kv, config.cache.page_size
+    if config.speculation.gamma != "auto" or config.speculation.drafter != "self" or not isinstance(kv, WindowConfig):
+        return {}
+    least = (-(-kv.sink // page) + 1) * page
+    budgets = [kv.budget // share // page * page for share in (1, 2, 4)]
+    return {budget: kv.model_copy(update={"budget": budget}) for budget in budgets if budget >= least}

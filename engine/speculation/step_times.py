@@ -43,8 +43,9 @@ class StepTimes:
     lines over rows and over gamma. No time is below a tenth of the least that was measured.
     """
 
-    def __init__(self, samples: Iterable[StepSample], draft_reads: Callable[[int], int]) -> None:
-        """draft_reads: KV tokens that a draft step reads of a row with so many tokens.
+    def __init__(self, samples: Iterable[StepSample], draft_reads: Callable[[int, int], int]) -> None:
+        """draft_reads: KV tokens that a draft step reads of a row with so many tokens, and with what budget; 0: with
+        the one that was measured.
 
         Raises ValueError unless plain steps and drafts were both measured.
         """
@@ -58,7 +59,7 @@ class StepTimes:
             for gamma in self.gammas
         }
         self._draft = _fit(
-            (s.rows, s.rows * float(draft_reads(s.context)), s.draft_s / s.gamma) for s in listed if s.gamma
+            (s.rows, s.rows * float(draft_reads(s.context, 0)), s.draft_s / s.gamma) for s in listed if s.gamma
         )
         self._least_verify = 0.1 * min(sample.verify_s for sample in listed)
         self._least_draft = 0.1 * min(sample.draft_s / sample.gamma for sample in listed if sample.gamma)
@@ -71,9 +72,9 @@ class StepTimes:
         t_high = _at(self._verify[high], rows, context_tokens)
         return max(self._least_verify, t_low + (t_high - t_low) * (gamma - low) / (high - low))
 
-    def draft(self, rows: int, contexts: Sequence[int]) -> float:
-        """One draft step of `rows` rows, whose contexts are like `contexts`."""
-        read = sum(map(self._reads, contexts)) * rows / len(contexts)
+    def draft(self, rows: int, contexts: Sequence[int], budget: int) -> float:
+        """One draft step of `rows` rows, whose contexts are like `contexts`. budget: see draft_reads."""
+        read = sum(self._reads(context, budget) for context in contexts) * rows / len(contexts)
         return max(self._least_draft, _at(self._draft, rows, read))
 
 

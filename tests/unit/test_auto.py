@@ -14,8 +14,9 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
 from engine.request import Request
-from engine.speculation.auto import AutoGamma, Record
+from engine.speculation.auto import AutoGamma
 from engine.speculation.corrections import Corrections
+from engine.speculation.estimates import Estimates, Record
 from engine.speculation.step_times import StepSample, StepTimes
 
 BUDGET = 512
@@ -36,11 +37,11 @@ class Machine:
     def verify(self, contexts: Sequence[int], gammas: Sequence[int]) -> float:
         return self.slower * (self.base + self.token * (len(gammas) + sum(gammas)) + self.kv * sum(contexts))
 
-    def draft(self, contexts: Sequence[int], gammas: Sequence[int]) -> float:
+    def draft(self, contexts: Sequence[int], gammas: Sequence[int], budget: int = BUDGET) -> float:
         total = 0.0
         for step in range(max(gammas)):
-            reads = [min(context, BUDGET) for context, gamma in zip(contexts, gammas, strict=True) if gamma > step]
-            total += self.slower * self.drafts * (self.base + self.token * len(reads) + self.kv * sum(reads))
+            read = [min(context, budget) for context, gamma in zip(contexts, gammas, strict=True) if gamma > step]
+            total += self.slower * self.drafts * (self.base + self.token * len(read) + self.kv * sum(read))
         return total
 
     def samples(self) -> list[StepSample]:
@@ -53,6 +54,10 @@ class Machine:
         return found
 
 
+def reads(context: int, budget: int) -> int:
+    return min(context, budget or BUDGET)
+
+
 @dataclass
 class Load:
     """Rows that decode under a controller on a machine, with a true acceptance each. Contexts stay as they are."""
@@ -63,6 +68,8 @@ class Load:
     known: Machine | None = None
     seed: int = 0
     limits: list[int | None] | None = None
+    budgets: tuple[int, ...] = (BUDGET,)
+    by_budget: dict[int, float] = field(default_factory=dict)
     controller: AutoGamma = field(init=False)
     rows: list[Request] = field(init=False)
     chosen: list[list[int]] = field(default_factory=list)
@@ -70,8 +77,8 @@ class Load:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        times = StepTimes((self.known or self.machine).samples(), lambda context: min(context, BUDGET))
-        self.controller = AutoGamma(times, GAMMA_MAX, BUDGET)
+        times = StepTimes((self.known or self.machine).samples(), reads)
+        self.controller = AutoGamma(times, GAMMA_MAX, self.budgets)
         self.rng = random.Random(self.seed)
         limits = self.limits or [None] * len(self.contexts)
         self.rows = [
@@ -92,15 +99,21 @@ class Load:
         work, results = [], []
         for i, (row, gamma, alpha) in enumerate(zip(self.rows, gammas, self.alphas, strict=True)):
             accepted = 0
+            alpha = self.by_budget.get(self.controller.budget, alpha)
             while accepted < gamma and self.rng.random() < alpha:
                 accepted += 1
             work.append(RowWork(i, row.num_tokens - 1, 1, gamma, True))
             results.append(RowResult(gamma, accepted, [0] * (accepted + 1), None))
             self.tokens += accepted + 1
-        draft, verify = self.machine.draft(contexts, gammas), self.machine.verify(contexts, gammas)
+        draft, verify = (
+            self.machine.draft(contexts, gammas, self.controller.budget),
+            self.machine.verify(contexts, gammas),
+        )
         self.seconds += draft + verify
         self.chosen.append(gammas)
-        self.controller.observe(StepPlan(0, [], [], work), self.rows, StepResult(0, results, draft, verify))
+        self.controller.observe(
+            StepPlan(0, [], [], work, self.controller.budget), self.rows, StepResult(0, results, draft, verify)
+        )
 
     def share_off(self, rounds: int) -> float:
         return sum(not any(gammas) for gammas in self.chosen[-rounds:]) / rounds
@@ -216,11 +229,11 @@ def test_any_batch_is_answered(rows: int, contexts: list[int], seed: int) -> Non
 def test_ended_requests_are_forgotten() -> None:
     load = Load(Machine(), [20000] * 4, [0.8] * 4)
     load.run(50)
-    assert len(load.controller._requests) == 4
+    assert len(load.controller._estimates._requests) == 4
     for row in load.rows:
         row.finish_reason = "stop"
     load.run(1)
-    assert load.controller._requests == {}
+    assert load.controller._estimates._requests == {}
 
 
 def test_acceptance_is_the_truncated_geometric_estimate() -> None:
@@ -233,20 +246,20 @@ def test_acceptance_is_the_truncated_geometric_estimate() -> None:
 
 def test_step_times_are_lines_between_what_was_measured() -> None:
     machine = Machine()
-    times = StepTimes(machine.samples(), lambda context: min(context, BUDGET))
+    times = StepTimes(machine.samples(), reads)
     for rows, context, gamma in [(1, 64, 0), (16, 4096, 6), (4, 4096, 3), (2, 700, 2), (10, 9000, 1), (30, 100, 5)]:
         assert times.verify(rows, rows * context, gamma) == pytest.approx(
             machine.verify([context] * rows, [gamma] * rows)
         )
         expected = machine.draft([context] * rows, [1] * rows)
-        assert times.draft(rows, [context] * rows) == pytest.approx(expected)
+        assert times.draft(rows, [context] * rows, 0) == pytest.approx(expected)
 
 
 def test_step_times_need_plain_steps_and_drafts() -> None:
     with pytest.raises(ValueError, match="plain steps"):
-        StepTimes([StepSample(1, 64, 0, 0.0, 1.0)], lambda context: context)
+        StepTimes([StepSample(1, 64, 0, 0.0, 1.0)], lambda context, budget: context)
     with pytest.raises(ValueError, match="plain steps"):
-        StepTimes([StepSample(1, 64, 2, 1.0, 1.0)], lambda context: context)
+        StepTimes([StepSample(1, 64, 2, 1.0, 1.0)], lambda context, budget: context)
 
 
 def test_corrections_keep_kinds_comparable() -> None:
@@ -259,3 +272,27 @@ def test_corrections_keep_kinds_comparable() -> None:
         corrections.observe("plain", 0, 2.0, 1.0)
         corrections.observe("draft", 0, 4.0, 1.0)
     assert corrections.factor("draft", 0) / corrections.factor("plain", 0) == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("by_budget", "best"), [({512: 0.9, 256: 0.88, 128: 0.86}, 128), ({512: 0.95, 256: 0.6, 128: 0.4}, 512)]
+)
+def test_the_budget_that_pays(by_budget: dict[int, float], best: int) -> None:
+    """Where reading is dear and little is lost by reading less, drafts read less; else they read all they may."""
+    machine = Machine(base=2e-3, kv=5e-6)
+    load = Load(machine, [8000] * 8, [0.0] * 8, budgets=(512, 256, 128), by_budget=by_budget)
+    load.run(1500)
+    budgets = []
+    for _ in range(100):
+        load.run(1)
+        budgets.append(load.controller.budget)
+    assert budgets.count(best) > 80
+
+
+def test_a_budget_that_was_not_tried_is_taken_to_be_worse() -> None:
+    estimates = Estimates(512)
+    for _ in range(100):
+        estimates.judged("a", 4000, 512, 9, True)
+    assert estimates.overall(512) == pytest.approx(0.9, abs=0.01)
+    assert estimates.overall(128) == pytest.approx(0.8, abs=0.02)
+    assert estimates.alpha("new", 4000, 512) == pytest.approx(0.9, abs=0.01)

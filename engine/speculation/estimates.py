@@ -1,0 +1,81 @@
+"""Acceptance as it is met: of each request, and of requests like it, for each budget that drafts have read with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_START_ALPHA, _START_TRIALS = 0.8, 10.0
+"""What is expected before anything was drafted, and how many judged tokens that is worth."""
+_REQUEST_TRIALS = 8.0
+"""A request's own record weighs as much as the prior after so many judged tokens."""
+_REQUEST_MEMORY, _PRIOR_MEMORY = 100.0, 500.0
+"""Judged tokens that a request's record, and each prior, remember."""
+_BUDGET_EXPONENT = 0.5
+"""Where a budget has not been tried, rejections are taken to fall with this power of it."""
+
+
+@dataclass(slots=True)
+class Record:
+    """Drafted tokens that were judged, and how many of them held; older ones fade."""
+
+    held: float = 0.0
+    judged: float = 0.0
+
+    def add(self, held: int, rejected: int, memory: float) -> None:
+        """The truncated geometric estimate: a round's drafts are judged up to the first that fails."""
+        fade = max(0.0, 1 - (held + rejected) / memory)
+        self.held = self.held * fade + held
+        self.judged = self.judged * fade + held + rejected
+
+    def alpha(self, prior: float, trials: float) -> float:
+        """The share that held, where `trials` more were judged as the prior says."""
+        return (self.held + prior * trials) / (self.judged + trials)
+
+
+class Estimates:
+    """Three levels, each the prior of the next: a budget; rows whose contexts are about as many budgets long; one
+    request. So a new request starts with what others have shown."""
+
+    def __init__(self, budget: int) -> None:
+        """budget: the largest one; 0 if drafts read everything."""
+        self._budget = budget
+        self._overall: dict[int, Record] = {}
+        self._priors: dict[tuple[int, int], Record] = {}
+        self._requests: dict[str, dict[int, Record]] = {}
+
+    def overall(self, budget: int) -> float:
+        """Probability that a drafted token holds, given that those before it did."""
+        expected = _START_ALPHA
+        if budget != self._budget:
+            expected = 1 - (1 - self.overall(self._budget)) * (self._budget / budget) ** _BUDGET_EXPONENT
+        record = self._overall.get(budget)
+        return record.alpha(max(0.0, expected), _START_TRIALS) if record else max(0.0, expected)
+
+    def alpha(self, request: str, context: int, budget: int) -> float:
+        """The same of one request."""
+        expected = self.overall(budget)
+        prior = self._priors.get((budget, self._likeness(context)))
+        if prior:
+            expected = prior.alpha(expected, _START_TRIALS)
+        record = self._requests.get(request, {}).get(budget)
+        return record.alpha(expected, _REQUEST_TRIALS) if record else expected
+
+    def judged(self, request: str, context: int, budget: int, held: int, rejected: bool) -> None:
+        """Of a round's drafts, `held` held, and the one behind them did not, or there was none."""
+        own = self._requests.setdefault(request, {}).setdefault(budget, Record())
+        own.add(held, rejected, _REQUEST_MEMORY)
+        prior = self._priors.setdefault((budget, self._likeness(context)), Record())
+        for record in (prior, self._overall.setdefault(budget, Record())):
+            record.add(held, rejected, _PRIOR_MEMORY)
+
+    def forget(self, request: str) -> None:
+        self._requests.pop(request, None)
+
+    def keep_only(self, requests: Iterable[str], beyond: int) -> None:
+        """Forget all other requests, once there are more than `beyond`: some end without a word."""
+        if len(self._requests) > beyond:
+            self._requests = {id: self._requests[id] for id in requests if id in self._requests}
+
+    def _likeness(self, context: int) -> int:
+        return (context // self._budget).bit_length() if self._budget else 0
