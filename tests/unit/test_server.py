@@ -15,11 +15,12 @@ import httpx
 import pytest
 from starlette.requests import ClientDisconnect
 
-from engine.client import EngineClient, EngineDead
+from engine.client import EngineDead
 from engine.config import Config, EngineConfig, SchedulerConfig, ServerConfig
 from engine.logs import LineFormatter
-from engine.messages import AddRequest, RequestOutput
+from engine.messages import RETRY_FULL, AddRequest, RequestOutput
 from engine.params import SamplingParams
+from engine.supervisor import Supervisor
 from models.tokenizer import Tokenizer
 from server.app import create_app
 from server.service import Service
@@ -30,12 +31,13 @@ from tests.tiny import write_tokenizer
 
 
 class FakeClient:
-    """EngineClient's surface over a FakeEngine that runs when somebody waits for it."""
+    """A Supervisor's surface over a FakeEngine that runs when somebody waits for it."""
 
     def __init__(self) -> None:
         self.engine = FakeEngine(EngineConfig(model="fake"))
         self.ready = self.engine.ready
         self.dead: str | None = None
+        self.down: str | None = None
         self.aborted: list[str] = []
         self.requests: list[AddRequest] = []
 
@@ -53,7 +55,7 @@ class FakeClient:
             try:
                 alone.add(request)
             except ValueError as error:
-                retry = type(error).__name__ == "QueueFull"
+                retry = RETRY_FULL if type(error).__name__ == "QueueFull" else None
                 yield RequestOutput(id=request.id, finish_reason="abort", error=str(error), retry=retry)
                 return
             while not ended:
@@ -85,7 +87,7 @@ async def server(directory: Path, **settings: Any) -> AsyncIterator[tuple[httpx.
     )
     service = Service(config, Tokenizer(directory))
     client = FakeClient()
-    service.client = cast(EngineClient, client)
+    service.client = cast(Supervisor, client)
     transport = httpx.ASGITransport(create_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         yield http, client, service
@@ -287,7 +289,7 @@ def test_loading_and_draining(directory: Path) -> None:
     async def main() -> None:
         async with server(directory) as (http, client, service):
             for code in ("loading", "draining"):
-                service.client = None if code == "loading" else cast(EngineClient, client)
+                service.client = None if code == "loading" else cast(Supervisor, client)
                 if code == "draining":
                     service.draining.set()
                 for answer in (await http.get("/ready"), await http.post("/v1/completions", json={"prompt": "x"})):
