@@ -94,7 +94,8 @@ class Ranks:
                 fds=() if memory is None else (memory,),
             )
             ranks = cls(processes.links, timeout_s=config.step_timeout_s, processes=processes)
-            join = Join(0, size, transport, config.step_timeout_s, store.port if store else None, memory)
+            port = store.port if store else None
+            join = Join(0, size, transport, config.step_timeout_s, port, memory, config.start_timeout_s)
             try:
                 ranks.introduce(join, config)
                 ranks.group = rendezvous.join(join, device, store)
