@@ -214,11 +214,15 @@ class Ranks:
     def _diagnose(self, error: CollectiveError | None) -> RankFailure:
         """The first cause of what went wrong. error: how it shows on rank 0, if it was a collective that failed."""
         deadline = time.monotonic() + _LAST_WORD_S
-        while (cause := self._cause()) is None and self._silent and (left := deadline - time.monotonic()) > 0:
+        while (cause := self._cause()) is None and self._may_speak() and (left := deadline - time.monotonic()) > 0:
             self._listen(left)
         self._broken = cause or self._suspicion(error)
         log.error("%s", self._broken)
         return RankFailure(self._broken)
+
+    def _may_speak(self) -> bool:
+        """Whether the reason of some rank can still come: one that a signal holds says nothing."""
+        return any(not (self._processes and self._processes.is_stopped(rank)) for rank in self._silent)
 
     def _cause(self) -> str | None:
         """What cannot be the consequence of another rank's end."""

@@ -303,7 +303,7 @@ def idle(engine: Engine, calls: int) -> None:
 def test_an_idle_engine_notices_a_stopped_rank(random_dir: Path) -> None:
     engine = start(random_dir, 3, step_timeout_s=1)
     try:
-        idle(engine, 6)
+        idle(engine, 3)
         os.kill(pids(engine)[2], signal.SIGSTOP)
         with pytest.raises(RankFailure, match=r"rank 2 did not answer within 1 s \(stopped by a signal\)"):
             idle(engine, 1000)
@@ -313,17 +313,17 @@ def test_an_idle_engine_notices_a_stopped_rank(random_dir: Path) -> None:
 
 def test_pings_do_not_disturb_rounds(random_dir: Path) -> None:
     """Answers arrive late, and rounds start while a ping is out; rank 0 itself stands still for a while."""
-    engine = start(random_dir, 2, step_timeout_s=2)
+    engine = start(random_dir, 2, step_timeout_s=1)
     try:
         plain = run(engine, requests())
-        for _ in range(6):
+        for _ in range(4):
             engine.check_ranks()
             outputs = run(engine, requests())
             assert {id: tokens(mine) for id, mine in outputs.items()} == {
                 id: tokens(mine) for id, mine in plain.items()
             }
         engine.check_ranks()
-        time.sleep(3)  # longer than any rank may take
+        time.sleep(1.5)  # longer than any rank may take
         idle(engine, 3)
         assert engine._ranks
         assert engine._ranks._asked >= 4
