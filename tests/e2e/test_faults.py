@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
         "scheduler": {"max_rows": 2, "max_batch_tokens": 64},
         "speculation": {"gamma": 3, "kv": {"budget": 64}},
     },
-    "server": {"restart": True, "restart_settled_s": 0.0},
+    "server": {"restart_settled_s": 0.0},
 }
 LONG = {"prompt": [5, 6, 7], "max_tokens": 4000, "ignore_eos": True, "seed": 1}
 SHORT = {"prompt": list(range(10, 110)), "max_tokens": 12, "ignore_eos": True, "seed": 2, "temperature": 1.0}
@@ -68,6 +68,7 @@ class Site:
     """A server, where its faults come from, what it held when it was new, and what was measured."""
 
     server: Server
+    model: Path
     faults: Path
     short: str
     files: int
@@ -84,9 +85,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     def program(*arguments: str) -> list[str]:
         return command(faults, *arguments)
 
-    server = start(place, model, config=SETTINGS, program=program)
+    server = start(place, model, "--restart", config=SETTINGS, program=program)
     short = server.post("/v1/completions", SHORT).json()["choices"][0]["text"]
-    site = Site(server, faults, short, server.files())
+    site = Site(server, model, faults, short, server.files())
     yield site
     print("\n| rank | phase | fault | noticed after | serves again after |\n|---|---|---|---|---|")
     print("\n".join(site.table))
@@ -205,6 +206,40 @@ def test_sigterm_for_a_rank_changes_nothing(site: Site, phase: str) -> None:
     assert site.server.metric("magicdec_engine_restarts_total") == restarts
     assert site.server.everyone() == before
     nothing_is_left(site)
+
+
+def test_one_rank_out_of_memory(site: Site, tmp_path: Path) -> None:
+    """Nobody else waits inside the round: its requests fail, and the engine goes on."""
+    faults = tmp_path / "f"
+    faults.mkdir()
+    server = start(
+        tmp_path,
+        site.model,
+        "--tensor-parallel-size",
+        "1",
+        config=SETTINGS,
+        program=lambda *arguments: command(faults, *arguments),
+    )
+    try:
+        streams = [Stream(server, LONG) for _ in range(2)]
+        eventually(lambda: all(stream.flowing() for stream in streams))
+        waiting = Whole(server, SHORT)
+        eventually(lambda: server.load()["waiting"] == 1)
+        arm(faults, 0, "verify", "memory")
+        for stream in streams:
+            stream.join(PATIENCE_S)
+            assert stream.done
+            assert stream.events[-1]["error"]["code"] == "out_of_memory"
+        assert waiting.text() == site.short
+        arm(faults, 0, "prefill", "memory")
+        refused = server.post("/v1/completions", SHORT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
+        eventually(server.idle)
+        assert server.metric("magicdec_engine_restarts_total") == 0
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    finally:
+        server.stop()
 
 
 def test_a_signal_while_there_is_no_engine(site: Site) -> None:

@@ -18,9 +18,9 @@ from starlette.requests import ClientDisconnect
 from engine.client import EngineDead
 from engine.config import Config, EngineConfig, SchedulerConfig, ServerConfig
 from engine.logs import LineFormatter
-from engine.messages import RETRY_FULL, AddRequest, RequestOutput
+from engine.messages import RETRY_FULL, RETRY_MEMORY, AddRequest, RequestOutput
 from engine.params import SamplingParams
-from engine.supervisor import Supervisor
+from engine.supervisor import EngineDown, Supervisor
 from models.tokenizer import Tokenizer
 from server.app import create_app
 from server.service import Service
@@ -262,6 +262,63 @@ def test_an_engine_that_dies_during_a_stream(directory: Path) -> None:
             health = await http.get("/health")
             assert (health.status_code, health.json()["error"]["message"]) == (503, "the engine is gone: it broke")
             assert (await http.post("/v1/completions", json=body)).status_code == 503
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_is_started_again(directory: Path, stream: bool) -> None:
+    """While it is gone, everybody hears why and may try again; what was under way ends."""
+
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+            body = {"prompt": [10], "max_tokens": 50, "stream": stream}
+            original = client.generate
+
+            async def cut(request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+                async for output in original(request):
+                    yield output
+                    client.down = "rank 1 was killed"
+                    raise EngineDown(client.down)
+
+            client.generate = cut  # type: ignore[method-assign]
+            answer = await http.post("/v1/completions", json=body)
+            error = events(answer.text)[-1]["error"] if stream else answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (200 if stream else 503, "engine_restarting")
+            assert error["message"].endswith("rank 1 was killed")
+            for refused in (
+                await http.get("/health"),
+                await http.get("/ready"),
+                await http.get("/load"),
+                await http.post("/v1/completions", json=body),
+            ):
+                assert (refused.status_code, refused.json()["error"]) == (503, error)
+                assert "retry-after" in refused.headers
+            assert (await http.get("/metrics")).status_code == 200
+            client.down = None
+            client.generate = original  # type: ignore[method-assign]
+            assert (await http.post("/v1/completions", json=body)).status_code == 200
+            assert (await http.get("/health")).status_code == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_out_of_memory(directory: Path, stream: bool) -> None:
+    """An error, also behind tokens that were sent already; the server is as well as before."""
+
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+
+            async def starved(request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+                yield RequestOutput(id=request.id, tokens=[70, 71])
+                yield RequestOutput(id=request.id, finish_reason="abort", error="too little", retry=RETRY_MEMORY)
+
+            client.generate = starved  # type: ignore[method-assign]
+            answer = await http.post("/v1/completions", json={"prompt": [10], "stream": stream})
+            error = events(answer.text)[-1]["error"] if stream else answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (200 if stream else 503, "out_of_memory")
+            assert (await http.get("/ready")).status_code == 200
 
     asyncio.run(main())
 
