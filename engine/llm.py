@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from engine.config import ConfigError, EngineConfig, describe
 from engine.core import Engine
+from engine.memory import OutOfMemory
 from engine.messages import AddRequest, EngineStats, TokenLogprobs
 from engine.params import SamplingParams
 from engine.scheduler import QueueFull, RequestError
@@ -107,7 +108,7 @@ class LLM:
         """Complete all prompts together, in their order.
 
         prompts: a text, a list of token ids, or a list of either. params: for all, or one each.
-        Raises ValueError, before anything runs, if one of them can never be served; MemoryError.
+        Raises ValueError, before anything runs, if one of them can never be served; OutOfMemory.
         """
         listed = _listed(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
@@ -127,7 +128,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Complete one prompt, a piece per round. Leaving the loop early aborts the request; streams can be open side
-        by side, and beside `generate`. Raises ValueError if it can never be served, MemoryError."""
+        by side, and beside `generate`. Raises ValueError if it can never be served, OutOfMemory."""
         stream = self._prepare(prompt, params)
         todo = deque([stream])
         try:
@@ -193,9 +194,9 @@ class _Stream:
     """Why the engine gave it up; at most one."""
 
     def check(self) -> None:
-        """Raises MemoryError if the engine has given it up."""
+        """Raises OutOfMemory if the engine has given it up."""
         if self.errors:
-            raise MemoryError(self.errors[0])
+            raise OutOfMemory(self.errors[0])
 
     def add(self, delta: Delta) -> None:
         completion = self.completion

@@ -1,4 +1,4 @@
-"""Telling an allocation that failed from every other error."""
+"""Running out of memory: telling it from every other error, and what is said of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import torch
 
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
 """torch has no class of its own for what its CPU allocator raises; the message names the allocator."""
+
+
+class OutOfMemory(RuntimeError):
+    """Memory did not suffice for a round; the engine itself goes on."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

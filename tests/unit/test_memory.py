@@ -11,7 +11,7 @@ import torch
 
 from engine.core import Engine
 from engine.llm import LLM
-from engine.memory import is_out_of_memory
+from engine.memory import OutOfMemory, is_out_of_memory
 from engine.messages import RETRY_MEMORY, AddRequest
 from engine.params import SamplingParams
 from engine.plan import StepPlan
@@ -98,7 +98,6 @@ def test_offline_it_is_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Also for a stream that another one's round was the last of."""
     write_tokenizer(tmp_path)
     small = {"num_pages": 200, "page_size": 4}
-    monkeypatch.setattr("engine.core.resolve_model", lambda name: tmp_path)
     loaded = tiny_model()
     with LLM(tmp_path, loaded=loaded, cache=small, max_model_len=200, speculation={"gamma": 0}) as llm:
         engine: Engine = llm.engine
@@ -106,13 +105,13 @@ def test_offline_it_is_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         next(first)
         next(second)
         starve(monkeypatch, 1)
-        with pytest.raises(MemoryError, match="out of memory in a batch of 2"):
+        with pytest.raises(OutOfMemory, match="out of memory in a batch of 2"):
             list(first)
-        with pytest.raises(MemoryError, match="out of memory in a batch of 2"):
+        with pytest.raises(OutOfMemory, match="out of memory in a batch of 2"):
             list(second)
         assert not engine.has_work()
         assert llm.generate([5, 6, 7], SamplingParams(max_tokens=3))[0].finish_reason == "length"
         starve(monkeypatch, 2)
-        with pytest.raises(MemoryError):
+        with pytest.raises(OutOfMemory):
             llm.generate([5, 6, 7], SamplingParams(max_tokens=9, ignore_eos=True))
         assert not engine.has_work()
