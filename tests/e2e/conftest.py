@@ -83,7 +83,10 @@ class Server:
         return status
 
     def stop(self) -> None:
-        for process in [*self.family, psutil.Process(self.process.pid)] if self.process.poll() is None else self.family:
+        left = list(self.family)
+        if self.process.poll() is None:
+            left += [*self.everyone(), psutil.Process(self.process.pid)]
+        for process in left:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
