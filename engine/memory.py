@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-_CPU_ALLOCATOR = "DefaultCPUAllocator"
-"""torch has no class of its own for what its CPU allocator raises; the message names the allocator."""
+_SIGNS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""In messages of errors that have no class of their own: of torch's CPU allocator, and of CUDA beside its allocator."""
 
 
 class OutOfMemory(RuntimeError):
@@ -16,7 +16,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory, of a device or of the host, was asked for and not there."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def what_failed(error: BaseException) -> str:

@@ -208,38 +208,46 @@ def test_sigterm_for_a_rank_changes_nothing(site: Site, phase: str) -> None:
     nothing_is_left(site)
 
 
-def test_one_rank_out_of_memory(site: Site, tmp_path: Path) -> None:
-    """Nobody else waits inside the round: its requests fail, and the engine goes on."""
-    faults = tmp_path / "f"
+@pytest.fixture(scope="module")
+def alone(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A server of a single rank."""
+    place = tmp_path_factory.mktemp("alone")
+    faults = place / "f"
     faults.mkdir()
-    server = start(
-        tmp_path,
-        site.model,
-        "--tensor-parallel-size",
-        "1",
-        config=SETTINGS,
-        program=lambda *arguments: command(faults, *arguments),
-    )
-    try:
-        streams = [Stream(server, LONG) for _ in range(2)]
-        eventually(lambda: all(stream.flowing() for stream in streams))
-        waiting = Whole(server, SHORT)
-        eventually(lambda: server.load()["waiting"] == 1)
-        arm(faults, 0, "verify", "memory")
-        for stream in streams:
-            stream.join(PATIENCE_S)
-            assert stream.done
-            assert stream.events[-1]["error"]["code"] == "out_of_memory"
-        assert waiting.text() == site.short
-        arm(faults, 0, "prefill", "memory")
-        refused = server.post("/v1/completions", SHORT)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
-        eventually(server.idle)
-        assert server.metric("magicdec_engine_restarts_total") == 0
-        server.signal(signal.SIGTERM)
-        assert server.wait() == 0
-    finally:
-        server.stop()
+
+    def program(*arguments: str) -> list[str]:
+        return command(faults, *arguments)
+
+    flags = ("--restart", "--tensor-parallel-size", "1")
+    server = start(place, site.model, *flags, config=SETTINGS, program=program)
+    yield Site(server, site.model, faults, site.short, server.files())
+    server.stop()
+
+
+def test_one_rank_out_of_memory(alone: Site) -> None:
+    """Nobody else waits inside the round: its requests fail, and the engine goes on."""
+    streams, waiting = strike(alone, 0, "verify", "memory")
+    for stream in streams:
+        stream.join(PATIENCE_S)
+        assert stream.done
+        assert stream.events[-1]["error"]["code"] == "out_of_memory"
+    assert [one.text() for one in waiting] == [alone.short]
+    arm(alone.faults, 0, "prefill", "memory")
+    refused = alone.server.post("/v1/completions", SHORT)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
+    eventually(alone.server.idle)
+    assert alone.server.metric("magicdec_engine_restarts_total") == 0
+
+
+def test_a_signal_while_a_request_waits_for_an_engine(alone: Site) -> None:
+    """The last test of this server: it drains, which means that there must be an engine first."""
+    arm(alone.faults, 0, "prefill", "SIGKILL")
+    waiting = Whole(alone.server, SHORT)
+    eventually(lambda: alone.server.get("/health").status_code == 503)
+    alone.server.signal(signal.SIGTERM)
+    eventually(lambda: alone.server.get("/ready").json()["error"]["code"] == "draining")
+    assert waiting.text() == alone.short
+    assert alone.server.wait() == 0
 
 
 def test_a_signal_while_there_is_no_engine(site: Site) -> None:

@@ -46,6 +46,7 @@ def test_what_counts_as_out_of_memory() -> None:
         exhaust()
     assert is_out_of_memory(error.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     with pytest.raises(MemoryError) as host:
         bytearray(sys.maxsize)
     assert is_out_of_memory(host.value)
@@ -63,7 +64,7 @@ def requests() -> list[AddRequest]:
     ]
 
 
-@pytest.mark.parametrize("forward", [1, 2, 5, 12])
+@pytest.mark.parametrize("forward", [1, 5, 12])
 def test_the_batch_fails_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, forward: int) -> None:
     engine = tiny_engine(tiny_model(), gamma=3, scheduler={"max_rows": 3})
     expected = {request.id: complete(engine, request.prompt, request.params) for request in requests()}
