@@ -13,15 +13,7 @@ import torch
 
 from engine.config import ConfigError, EngineConfig
 from engine.memory import is_out_of_memory
-from engine.messages import (
-    FINISH_ABORT,
-    RETRY_MEMORY,
-    AddRequest,
-    EngineStats,
-    Ready,
-    RequestOutput,
-    TokenLogprobs,
-)
+from engine.messages import FINISH_ABORT, RETRY_MEMORY, AddRequest, EngineStats, Ready, RequestOutput, TokenLogprobs
 from engine.pages import PageAllocator
 from engine.plan import StepPlan, StepResult
 from engine.ranks import Ranks
@@ -174,8 +166,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one round; does nothing when there is no work. Returns what it yielded, one per row that sampled.
 
-        Requests of a round that memory does not suffice for end with an error. With several ranks that is a
-        RankFailure instead: the others wait inside the round.
+        Requests of a round that memory does not suffice for end with an error; with several ranks it is a RankFailure.
         """
         if not self._scheduler.has_work:
             return []
