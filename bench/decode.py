@@ -17,7 +17,7 @@ import msgspec
 from bench.corpus import BenchError
 from engine.config import EngineConfig, SchedulerConfig
 from engine.core import Engine
-from engine.messages import AddRequest, EngineStats
+from engine.messages import AddRequest, EngineStats, RequestOutput
 from engine.params import SamplingParams
 from engine.plan import StepPlan, StepResult
 from engine.request import Request
@@ -130,12 +130,20 @@ def measure(
             engine.add(AddRequest(str(i), list(prompt), params))
         ready: set[str] = set()
         while len(ready) < batch:
-            ready |= {output.id for output in engine.step()}
+            ready |= {output.id for output in _step(engine)}
         rounds = _run_turns(engine, controller, gammas, new_tokens, batch)
     finally:
         engine.close()
     plain = rounds.get(0)
     return [_result(gamma, rounds[gamma], plain, config, batch, context, engine) for gamma in gammas]
+
+
+def _step(engine: Engine) -> list[RequestOutput]:
+    """One round. Raises BenchError if memory does not suffice for it."""
+    outputs = engine.step()
+    if failed := [output.error for output in outputs if output.error is not None]:
+        raise BenchError(failed[0])
+    return outputs
 
 
 def _roomy(scheduler: SchedulerConfig, batch: int, gamma: int) -> SchedulerConfig:
@@ -151,7 +159,7 @@ def _run_turns(
     rounds = {gamma: _Rounds() for gamma in gammas}
     for gamma in gammas:  # one round each to warm up
         controller.gamma = gamma
-        engine.step()
+        _step(engine)
     while True:
         gamma = min(gammas, key=lambda gamma: rounds[gamma].total.generated_tokens)
         if rounds[gamma].total.generated_tokens >= new_tokens * batch:
@@ -159,7 +167,7 @@ def _run_turns(
         controller.gamma = gamma
         for _ in range(_TURN):
             before, began = engine.stats(), perf_counter()
-            engine.step()
+            _step(engine)
             seconds, after = perf_counter() - began, engine.stats()
             if after.running < batch:
                 raise BenchError("a row reached the model's length before all rows had their tokens: ask for fewer")

@@ -224,6 +224,10 @@ class ServerConfig(Settings):
     engine_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """An engine whose round takes longer than this counts as hung."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    restart: bool = False
+    """Start the engine again when it dies, instead of ending with it."""
+    restart_settled_s: Annotated[float, Field(ge=0)] = 60.0
+    """An engine that dies sooner counts as a failed start, of which five in a row are the end."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     """On SIGTERM running requests may finish for this long; then they are aborted."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

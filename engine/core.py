@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -11,7 +12,8 @@ import msgspec
 import torch
 
 from engine.config import EngineConfig
-from engine.messages import AddRequest, EngineStats, Ready, RequestOutput, TokenLogprobs
+from engine.memory import is_out_of_memory
+from engine.messages import FINISH_ABORT, RETRY_MEMORY, AddRequest, EngineStats, Ready, RequestOutput, TokenLogprobs
 from engine.pages import PageAllocator
 from engine.plan import StepPlan, StepResult
 from engine.profile import Profiler, keep, profile, profile_key, recall
@@ -144,12 +146,20 @@ class Engine:
         return self._scheduler.has_work
 
     def step(self) -> list[RequestOutput]:
-        """Run one round; does nothing when there is no work. Returns what it yielded, one per row that sampled."""
+        """Run one round; does nothing when there is no work. Returns what it yielded, one per row that sampled.
+
+        Requests of a round that memory does not suffice for end with an error; with several ranks it is a RankFailure.
+        """
         if not self._scheduler.has_work:
             return []
         began = time.perf_counter()
         plan, requests = self._scheduler.schedule()
-        result = self._run(plan)
+        try:
+            result = self._run(plan)
+        except (RuntimeError, MemoryError) as error:
+            if self._ranks or not is_out_of_memory(error):
+                raise
+            return self._give_up(requests, error)
         outputs = self._commit(plan, requests, result)
         self._accounts.took(result, time.perf_counter() - began)
         if self._config.check_invariants:
@@ -174,10 +184,10 @@ class Engine:
             gamma_chosen=totals.gamma_chosen[:],
         )
 
-    def check_ranks(self) -> None:
-        """For when there is no work. Raises RankFailure if a rank is gone."""
-        if self._ranks:
-            self._ranks.check()
+    def check_ranks(self) -> float:
+        """For when there is no work: raises RankFailure if a rank is gone or does not answer. Returns after how many
+        seconds to call again at the latest."""
+        return self._ranks.ping() if self._ranks else math.inf
 
     def close(self) -> None:
         """Give memory back and end the other ranks; the engine cannot be used after."""
@@ -224,6 +234,15 @@ class Engine:
                 )
             )
         return outputs
+
+    def _give_up(self, requests: list[Request], error: Exception) -> list[RequestOutput]:
+        """End the requests of a round that failed. Nothing of it is left: a row's state is set anew when it starts."""
+        log.error("out of memory; a round of %d requests fails: %s", len(requests), error)
+        for request in requests:
+            self._scheduler.abort(request.id)
+        self._check_if_idle()
+        reason = f"the model ran out of memory in a batch of {len(requests)} requests"
+        return [RequestOutput(r.id, finish_reason=FINISH_ABORT, error=reason, retry=RETRY_MEMORY) for r in requests]
 
     def _check_if_idle(self) -> None:
         if not self._scheduler.running and self._pages.free != self._pages.total:

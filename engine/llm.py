@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from engine.config import ConfigError, EngineConfig, describe
 from engine.core import Engine
+from engine.memory import OutOfMemory
 from engine.messages import AddRequest, EngineStats, TokenLogprobs
 from engine.params import SamplingParams
 from engine.scheduler import QueueFull, RequestError
@@ -107,7 +108,7 @@ class LLM:
         """Complete all prompts together, in their order.
 
         prompts: a text, a list of token ids, or a list of either. params: for all, or one each.
-        Raises ValueError, before anything runs, if one of them can never be served.
+        Raises ValueError, before anything runs, if one of them can never be served; OutOfMemory.
         """
         listed = _listed(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
@@ -119,19 +120,22 @@ class LLM:
             while any(stream.completion.finish_reason is None for stream in streams):
                 self._feed(todo)
                 self._step()
+                for stream in streams:
+                    stream.check()
         finally:
             self._forget(streams)
         return [stream.completion for stream in streams]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Complete one prompt, a piece per round. Leaving the loop early aborts the request; streams can be open side
-        by side, and beside `generate`. Raises ValueError if it can never be served."""
+        by side, and beside `generate`. Raises ValueError if it can never be served, OutOfMemory."""
         stream = self._prepare(prompt, params)
         todo = deque([stream])
         try:
             while stream.pieces or stream.completion.finish_reason is None:
                 while stream.pieces:
                     yield stream.pieces.popleft()
+                stream.check()  # another one's round may have been its last
                 if stream.completion.finish_reason is None:
                     self._feed(todo)
                     self._step()
@@ -162,6 +166,10 @@ class LLM:
         """One round; its outputs go to whoever asked for them."""
         for output in self.engine.step():
             stream = self._streams[output.id]
+            if output.error is not None:
+                stream.errors.append(output.error)
+                del self._streams[output.id]
+                continue
             delta = stream.text.take(output)
             stream.add(delta)
             if delta.finish_reason is not None:
@@ -182,6 +190,13 @@ class _Stream:
     text: TextStream
     completion: Completion
     pieces: deque[Piece]
+    errors: list[str] = field(default_factory=list)
+    """Why the engine gave it up; at most one."""
+
+    def check(self) -> None:
+        """Raises OutOfMemory if the engine has given it up."""
+        if self.errors:
+            raise OutOfMemory(self.errors[0])
 
     def add(self, delta: Delta) -> None:
         completion = self.completion

@@ -12,6 +12,8 @@ from engine.params import SamplingParams
 FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
 FINISH_ABORT = "abort"
+RETRY_FULL = "queue_full"
+RETRY_MEMORY = "out_of_memory"
 
 
 class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
@@ -57,8 +59,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     """The token id that ended the request, unless it was the model's own end-of-sequence token."""
     error: str | None = None
     """Set when the engine could not serve an accepted request; `finish_reason` is then "abort"."""
-    retry: bool = False
-    """With `error`: nothing is wrong with the request, the queue was full."""
+    retry: str | None = None
+    """With `error`: nothing is wrong with the request, it met RETRY_FULL or RETRY_MEMORY."""
     scheduled: float = 0.0
     """time.monotonic() when the request was first admitted."""
 
@@ -100,6 +102,10 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     kv_tokens_read: int = 0
     """KV tokens (one token = all layers and heads) that draft and verify passes of decoding rows have read."""
     kv_token_bytes: int = 0
+    engine_restarts: int = 0
+    """Engines that took the place of one that died. This and the next are counted by engine.supervisor."""
+    requests_retried: int = 0
+    """Requests that were run once more, on such an engine."""
 
 
 class Ready(msgspec.Struct, tag="ready"):

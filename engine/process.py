@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ from engine.heartbeat import Heart
 from engine.logs import set_up
 from engine.messages import (
     FINISH_ABORT,
+    RETRY_FULL,
     AbortRequests,
     AddRequest,
     Dead,
@@ -76,7 +78,7 @@ class EngineLike(Protocol):
     def abort(self, ids: Iterable[str]) -> None: ...
     def has_work(self) -> bool: ...
     def step(self) -> list[RequestOutput]: ...
-    def check_ranks(self) -> None: ...
+    def check_ranks(self) -> float: ...
     def stats(self) -> EngineStats: ...
     def close(self) -> None: ...
 
@@ -103,14 +105,15 @@ class EngineServer:
 
     def run(self) -> None:
         """Serve until `stop` is set. Raises what engine.step and engine.check_ranks raise."""
+        idle_s = _NEWS_S
         while not self._stop.is_set():
-            self._poller.poll(0 if self._engine.has_work() else int(_NEWS_S * 1000))
+            self._poller.poll(0 if self._engine.has_work() else math.ceil(idle_s * 1000))
             self._heart.turn()
             self._receive()
             if self._engine.has_work():
                 self._dispatch(self._engine.step())
             else:
-                self._engine.check_ranks()
+                idle_s = min(_NEWS_S, self._engine.check_ranks())
             self._news()
 
     def _receive(self) -> None:
@@ -139,11 +142,11 @@ class EngineServer:
         try:
             self._engine.add(request)
         except ValueError as error:
-            self._refuse(peer, request.id, str(error), retry=isinstance(error, QueueFull))
+            self._refuse(peer, request.id, str(error), RETRY_FULL if isinstance(error, QueueFull) else None)
         else:
             self._owner[request.id] = peer
 
-    def _refuse(self, peer: bytes, id: str, reason: str, retry: bool = False) -> None:
+    def _refuse(self, peer: bytes, id: str, reason: str, retry: str | None = None) -> None:
         refusal = RequestOutput(id=id, finish_reason=FINISH_ABORT, error=reason, retry=retry)
         self._send(peer, Outputs([refusal], self._engine.stats()))
 

@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from engine.config import ConfigError, EngineConfig
+from engine.memory import what_failed
 from engine.plan import StepPlan
 from parallel import rendezvous, shared
 from parallel.channel import Channel, Link
@@ -24,24 +25,29 @@ from parallel.rendezvous import Join
 RANK_COMMAND = (sys.executable, "-m", "engine.worker")
 _LAST_WORD_S = 2.0
 """How long to look for the first cause once something is wrong."""
+_PING = b""
+"""The frame that asks a rank for a sign of life."""
+_PINGS = 4
+"""An idle engine sends this many in the time that a rank may keep it waiting."""
 
 log = logging.getLogger(__name__)
 
 
 class Launch(msgspec.Struct):
     """The first thing a rank is told. It answers with a Report, is then sent the EngineConfig as JSON, with every
-    setting resolved, answers with a second Report once it is ready, and from then on is sent StepPlans."""
+    setting resolved, answers with a second Report once it is ready, and from then on is sent StepPlans and pings."""
 
     join: Join
     log_level: int
 
 
 class Report(msgspec.Struct, omit_defaults=True):
-    """What a rank says to rank 0: that it has come this far, or, once, why it goes."""
+    """What a rank says to rank 0: that it has come this far, that it is there when asked, or, once, why it goes."""
 
     weight_bytes: int = 0
     """Of its shard, once it is loaded."""
     failure: str | None = None
+    """What becomes of it, to be read behind its name: `failed: …`."""
     lost: bool = False
     """The failure is that of a collective: some other rank is the cause."""
 
@@ -58,7 +64,9 @@ class Ranks:
         self._timeout_s = timeout_s
         self._silent = set(links)  # ranks that have not said why they go
         self._reports: dict[int, Report] = {}
-        self._hellos = dict.fromkeys(links, 0)
+        self._hellos = dict.fromkeys(links, 0)  # reports of each, without those of failure
+        self._asked = 0  # how many of those it should have sent, once all are here
+        self._pinged = 0.0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Report)
         self._broken: str | None = None
@@ -86,7 +94,8 @@ class Ranks:
                 fds=() if memory is None else (memory,),
             )
             ranks = cls(processes.links, timeout_s=config.step_timeout_s, processes=processes)
-            join = Join(0, size, transport, config.step_timeout_s, store.port if store else None, memory)
+            port = store.port if store else None
+            join = Join(0, size, transport, config.step_timeout_s, port, memory, config.start_timeout_s)
             try:
                 ranks.introduce(join, config)
                 ranks.group = rendezvous.join(join, device, store)
@@ -130,9 +139,12 @@ class Ranks:
         except RankFailure as failure:
             self._broken = str(failure)
             raise
+        except Exception as error:
+            self._broken = f"rank 0 {what_failed(error)}"
+            raise RankFailure(self._broken) from error
         except BaseException as error:
             # Whatever interrupts a round, Ctrl-C included, leaves the others somewhere inside it.
-            self._broken = self._broken or f"a round was cut short by {type(error).__name__}"
+            self._broken = f"a round was cut short by {type(error).__name__}"
             raise
 
     def check(self) -> None:
@@ -142,6 +154,26 @@ class Ranks:
         self._listen(0)
         if self._reports or len(self._channel.open) < len(self._hellos):
             raise self._diagnose(None)
+
+    def ping(self) -> float:
+        """For when there is no round in which a rank would be missed: ask all of them for a sign of life, now and then.
+
+        Returns after how many seconds to call again at the latest. A rank that fails to answer is noticed within the
+        time-out. What counts is pings without an answer, not time: if this process stands still itself, none are sent,
+        and the answers that came meanwhile are read before the next one is. An answer may be late, and a round may
+        start before it is there; it then comes first. Raises RankFailure.
+        """
+        self.check()
+        interval = self._timeout_s / _PINGS
+        left = self._pinged + interval - time.monotonic()
+        if left > 0:
+            return left
+        if late := [rank for rank, count in self._hellos.items() if count <= self._asked - (_PINGS - 1)]:
+            raise self._diagnose(CollectiveError("no sign of life", late[0]))
+        self._channel.broadcast(_PING)
+        self._asked += 1
+        self._pinged = time.monotonic()
+        return interval
 
     def close(self) -> None:
         """End them. No process, socket or memory of theirs remains."""
@@ -155,6 +187,7 @@ class Ranks:
     # -- listening ---------------------------------------------------------------------------------------------------
 
     def _await_hello(self, number: int, timeout_s: float) -> None:
+        self._asked = number
         deadline = time.monotonic() + timeout_s
         while late := [rank for rank, count in self._hellos.items() if count < number]:
             left = deadline - time.monotonic()
@@ -181,17 +214,21 @@ class Ranks:
     def _diagnose(self, error: CollectiveError | None) -> RankFailure:
         """The first cause of what went wrong. error: how it shows on rank 0, if it was a collective that failed."""
         deadline = time.monotonic() + _LAST_WORD_S
-        while (cause := self._cause()) is None and self._silent and (left := deadline - time.monotonic()) > 0:
+        while (cause := self._cause()) is None and self._may_speak() and (left := deadline - time.monotonic()) > 0:
             self._listen(left)
         self._broken = cause or self._suspicion(error)
         log.error("%s", self._broken)
         return RankFailure(self._broken)
 
+    def _may_speak(self) -> bool:
+        """Whether the reason of some rank can still come: one that a signal holds says nothing."""
+        return any(not (self._processes and self._processes.is_stopped(rank)) for rank in self._silent)
+
     def _cause(self) -> str | None:
         """What cannot be the consequence of another rank's end."""
         for rank, report in self._reports.items():
             if not report.lost:
-                return f"rank {rank} failed: {report.failure}"
+                return f"rank {rank} {report.failure}"
         gone = set(self._hellos) - self._channel.open
         for rank in sorted(gone - set(self._reports)):
             if self._processes and (ended := self._processes.how_it_ended(rank, _LAST_WORD_S)):
@@ -221,7 +258,12 @@ def answer(link: Link, report: Report) -> None:
 
 
 def follow(link: Link, execute: Callable[[StepPlan], object]) -> NoReturn:
-    """A rank's life: run the rounds that rank 0 announces. Raises Disconnected when rank 0 is gone."""
+    """A rank's life: run the rounds that rank 0 announces, and answer when asked. Raises Disconnected when rank 0 is
+    gone."""
     decoder = msgspec.msgpack.Decoder(StepPlan)
     while True:
-        execute(decoder.decode(link.receive()))
+        frame = link.receive()
+        if frame == _PING:
+            answer(link, Report())
+        else:
+            execute(decoder.decode(frame))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import msgspec
 
 from engine.messages import EngineStats
 from engine.plan import RowWork, StepPlan, StepResult
@@ -76,3 +80,19 @@ def acceptance(stats: EngineStats) -> float:
     """
     tried = stats.accepted_tokens + stats.rejections
     return stats.accepted_tokens / tried if tried else float("nan")
+
+
+_GAUGES = {"running", "waiting", "pages_total", "pages_free", "page_size", "kv_token_bytes"}
+
+
+def carried_on(stats: EngineStats, before: EngineStats) -> EngineStats:
+    """`stats` with its totals added to those of `before`, the engines that ran before this one; a copy."""
+
+    def total(name: str) -> Any:
+        mine, theirs = getattr(stats, name), getattr(before, name)
+        if isinstance(mine, list):
+            return [a + b for a, b in zip_longest(mine, theirs, fillvalue=0)]
+        return mine + theirs
+
+    totals = {name: total(name) for name in stats.__struct_fields__ if name not in _GAUGES}
+    return msgspec.structs.replace(stats, **totals)

@@ -18,6 +18,7 @@ import torch
 
 from engine import agreement
 from engine.config import EngineConfig
+from engine.memory import what_failed
 from engine.messages import TokenLogprobs
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
 from engine.ranks import Launch, Report, answer, follow
@@ -140,7 +141,7 @@ def main() -> int:
         lost = isinstance(error, CollectiveError)
         if not lost:
             log.exception("this rank fails")
-        answer(link, Report(failure=f"{type(error).__name__}: {error}", lost=lost))
+        answer(link, Report(failure=what_failed(error), lost=lost))
         return 1
 
 

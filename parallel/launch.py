@@ -33,7 +33,13 @@ class RankProcesses:
                 self.links[rank] = Link(ours, send_timeout_s)
                 with theirs:
                     self._processes[rank] = subprocess.Popen(
-                        command, stdin=theirs.fileno(), stdout=_STDERR, pass_fds=fds
+                        command,
+                        stdin=theirs.fileno(),
+                        stdout=_STDERR,
+                        pass_fds=fds,
+                        # Of its own: should the owner die while a signal holds this process, the system ends it too,
+                        # as it does with stopped groups that nobody can continue any more.
+                        process_group=0,
                     )
         except BaseException:
             self.close()

@@ -34,6 +34,8 @@ class Join(msgspec.Struct):
     """gloo and nccl: of rank 0's store on the loopback interface."""
     fd: int | None = None
     """shared: a file descriptor that this process has inherited; it is closed after joining."""
+    start_timeout_s: float | None = None
+    """How long joining waits for another rank; None: as long as a collective."""
 
 
 def choose(device: torch.device, wanted: Transport | Literal["auto"]) -> Transport:
@@ -67,17 +69,22 @@ def host_store(size: int, timeout_s: float) -> TCPStore:
 def join(how: Join, device: torch.device, store: Store | None = None) -> Group:
     """Become a rank of the group; returns when all of them have.
 
-    store: rank 0's own. Raises CollectiveError if the others do not come within how.timeout_s.
+    store: rank 0's own. Raises CollectiveError if the others do not come in time.
     """
     if how.transport == "shared":
         assert how.fd is not None
         return shared.SharedGroup(how.fd, how.rank, how.size, how.timeout_s)
-    limit = timedelta(seconds=how.timeout_s)
+    limit = timedelta(seconds=how.timeout_s if how.start_timeout_s is None else how.start_timeout_s)
     try:
         if store is None:
             assert how.port is not None
             store = TCPStore(LOOPBACK, how.port, how.size, is_master=False, timeout=limit)
-        return Group(connect(store, how.rank, how.size, device, limit))
+        comm = connect(store, how.rank, how.size, device, limit)
+        comm.allreduce([torch.zeros(1, device=device)]).wait()  # NCCL connects in the first collective
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        comm._get_backend(device)._set_default_timeout(timedelta(seconds=how.timeout_s))
+        return Group(comm)
     except RuntimeError as error:
         raise CollectiveError(str(error)) from error
 

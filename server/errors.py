@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.client import EngineDead
+from engine.supervisor import EngineDown
 
 MAX_MESSAGE = 500
 """Longest message, in characters."""
@@ -71,12 +72,17 @@ def engine_dead(reason: str) -> ApiError:
     return ApiError(f"the engine is gone: {reason}", status=503, code="engine_dead")
 
 
+def engine_restarting(reason: str) -> ApiError:
+    return unavailable(f"the engine is gone, and is being started again: {reason}", "engine_restarting")
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told of `error`; one that nobody expected is logged, and not shown."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineDead):
-        return engine_dead(str(error).splitlines()[0] if str(error) else "unknown reason")
+        reason = str(error).splitlines()[0] if str(error) else "unknown reason"
+        return engine_restarting(reason) if isinstance(error, EngineDown) else engine_dead(reason)
     logger.error("a request failed", exc_info=error)
     return ApiError("internal error", status=500, code="internal_error")
 

@@ -10,9 +10,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.client import EngineClient
 from engine.messages import FINISH_LENGTH, AddRequest, TokenLogprobs
 from engine.params import SamplingParams
+from engine.supervisor import Supervisor
 from engine.text import Delta, StopString, TextStream, stop_strings
 from server.errors import ApiError, unavailable
 from server.service import Service
@@ -76,7 +76,7 @@ class Generation:
                     yield piece
 
     async def _run(
-        self, client: EngineClient, choice: Choice, stops: Sequence[StopString]
+        self, client: Supervisor, choice: Choice, stops: Sequence[StopString]
     ) -> AsyncGenerator[Piece, None]:
         if choice.params.max_tokens == 0:
             logprobs: list[TokenLogprobs] | None = None if choice.params.logprobs is None else []
@@ -89,8 +89,8 @@ class Generation:
             async with aclosing(client.generate(request)) as outputs:
                 async for output in outputs:
                     if output.error is not None:
-                        if output.retry:
-                            raise unavailable(output.error, "queue_full")
+                        if output.retry is not None:
+                            raise unavailable(output.error, output.retry)
                         raise ApiError(output.error, code="cannot_serve")
                     delta = stream.take(output)
                     self.usage.completion_tokens += len(delta.tokens)

@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from server.errors import engine_dead
 from server.service import Service
 
 router = APIRouter()
@@ -40,9 +39,7 @@ async def model(request: Request, model_id: str) -> dict[str, Any]:
 @router.get("/health")
 async def health(request: Request) -> dict[str, str]:
     """Alive: also while loading and while draining."""
-    client = request.app.state.service.client
-    if client is not None and client.dead is not None:
-        raise engine_dead(client.dead)
+    request.app.state.service.check_alive()
     return {"status": "ok"}
 
 

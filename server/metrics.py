@@ -52,6 +52,8 @@ _COUNTERS: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ..
         lambda s: s.accepted_tokens,
     ),
     ("kv_tokens_read", None, "KV tokens read by draft and verify passes.", lambda s: s.kv_tokens_read),
+    ("engine_restarts", None, "Engines started in place of one that died.", lambda s: s.engine_restarts),
+    ("requests_retried", None, "Requests run once more after an engine died.", lambda s: s.requests_retried),
 )
 
 

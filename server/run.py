@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.client import ENGINE_COMMAND, EngineClient, EngineDead
 from engine.config import Config
+from engine.supervisor import Supervisor
 from models.tokenizer import Tokenizer
 from server.app import create_app
 from server.errors import ApiError
@@ -103,16 +104,20 @@ class Lifecycle:
             self._force.set()
         self._stop.set()
 
+    async def _start_engine(self) -> EngineClient:
+        settings = self._config.server
+        return await EngineClient.start(
+            self._config.engine,
+            start_timeout_s=settings.start_timeout_s,
+            timeout_s=settings.engine_timeout_s,
+            log_level=settings.log_level,
+            command=self._engine_command,
+        )
+
     async def _serve(self, service: Service, serving: asyncio.Task[None]) -> int:
         settings = self._config.server
         starting = asyncio.create_task(
-            EngineClient.start(
-                self._config.engine,
-                start_timeout_s=settings.start_timeout_s,
-                timeout_s=settings.engine_timeout_s,
-                log_level=settings.log_level,
-                command=self._engine_command,
-            )
+            Supervisor.start(self._start_engine, restart=settings.restart, settled_s=settings.restart_settled_s)
         )
         if not await self._first_of(starting, serving):
             starting.cancel()

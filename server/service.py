@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.client import EngineClient
 from engine.config import Config
+from engine.supervisor import Supervisor
 from models.tokenizer import Tokenizer
-from server.errors import ApiError, draining, engine_dead, unavailable
+from server.errors import ApiError, draining, engine_dead, engine_restarting, unavailable
 from server.limits import check_tokens
 from server.metrics import Metrics
 from server.template import ChatTemplate
@@ -35,7 +35,7 @@ class Service:
         self.template = ChatTemplate(tokenizer)
         self.model_id = config.server.served_model_name or Path(config.engine.model).name
         self.created = int(time.time())
-        self.client: EngineClient | None = None
+        self.client: Supervisor | None = None
         self.draining = asyncio.Event()
         self.build = build()
         self.metrics = Metrics(self.model_id, lambda: self.client.stats if self.client else None)
@@ -48,16 +48,22 @@ class Service:
         """Most requests to the engine at once, running and waiting."""
         return self.config.engine.scheduler.max_rows + self.config.engine.scheduler.max_waiting
 
-    def loaded(self) -> EngineClient:
-        """The engine, to ask about it. Raises ApiError 503: loading or dead."""
+    def loaded(self) -> Supervisor:
+        """The engine, to ask about it. Raises ApiError 503: loading, dead or restarting."""
         if self.client is None:
             raise unavailable("the model is still loading", "loading")
-        if self.client.dead is not None:
-            raise engine_dead(self.client.dead)
+        self.check_alive()
         return self.client
 
-    def engine(self) -> EngineClient:
-        """The engine, for a new request. Raises ApiError 503: loading, draining or dead."""
+    def check_alive(self) -> None:
+        """Raises ApiError 503 if the engine is gone, for good or not."""
+        if self.client is not None and self.client.dead is not None:
+            raise engine_dead(self.client.dead)
+        if self.client is not None and self.client.down is not None:
+            raise engine_restarting(self.client.down)
+
+    def engine(self) -> Supervisor:
+        """The engine, for a new request. Raises ApiError 503: loading, draining, dead or restarting."""
         client = self.loaded()
         if self.draining.is_set():
             raise draining()
@@ -81,7 +87,7 @@ class Service:
             )
 
     @contextmanager
-    def admit(self, requests: int) -> Iterator[EngineClient]:
+    def admit(self, requests: int) -> Iterator[Supervisor]:
         """Hold places for this many requests to the engine. Raises ApiError 503 if there are not as many."""
         client = self.engine()
         if self._admitted + requests > self.capacity:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.memory import what_failed
 from engine.ranks import Ranks, Report, answer, follow
 from engine.worker import Worker
 from models.config import ModelConfig
@@ -93,7 +94,7 @@ class ThreadRanks:
         except Exception as error:
             self._barrier.abort()  # the others would wait for this rank
             with contextlib.suppress(Disconnected):
-                answer(link, Report(failure=f"{type(error).__name__}: {error}"))
+                answer(link, Report(failure=what_failed(error)))
         finally:
             link.close()
 

@@ -35,6 +35,9 @@ def serve(
     max_model_len: options.MaxModelLen = None,
     threads: options.Threads = None,
     served_model_name: Annotated[str | None, typer.Option(help="Model id that clients use.")] = None,
+    restart: Annotated[
+        bool | None, typer.Option("--restart/--no-restart", help="Start the engine again when it dies.")
+    ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="What is logged, on stderr.")] = None,
 ) -> None:
     """Serve a model over HTTP. Prints one line, with a request to try, when it takes requests."""
@@ -52,6 +55,7 @@ def serve(
         "server.host": host,
         "server.port": port,
         "server.served_model_name": served_model_name,
+        "server.restart": restart,
         "server.log_level": log_level and log_level.value,
     }
     overrides |= {name: value for name, value in flags.items() if value is not None}

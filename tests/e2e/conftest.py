@@ -41,6 +41,26 @@ class Server:
         (engine,) = psutil.Process(self.process.pid).children()
         return engine
 
+    def everyone(self) -> list[psutil.Process]:
+        """The engine and all its ranks."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def files(self) -> int:
+        """Files and sockets that the server has open, without connections of HTTP clients."""
+        api = psutil.Process(self.process.pid)
+        return api.num_fds() - len(api.net_connections("tcp"))
+
+    def idle(self) -> bool:
+        """Nothing runs, nothing waits, and every page is free."""
+        load = self.load()
+        return (load["running"], load["waiting"]) == (0, 0) and load["pages_free"] == load["pages_total"]
+
+    def metric(self, name: str) -> float:
+        """One without further labels."""
+        found = re.search(rf"^{name}{{[^,}}]*}} (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        assert found, name
+        return float(found[1])
+
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=PATIENCE_S)
 
@@ -63,7 +83,10 @@ class Server:
         return status
 
     def stop(self) -> None:
-        for process in [*self.family, psutil.Process(self.process.pid)] if self.process.poll() is None else self.family:
+        left = list(self.family)
+        if self.process.poll() is None:
+            left += [*self.everyone(), psutil.Process(self.process.pid)]
+        for process in left:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
@@ -86,8 +109,14 @@ def environment(tmp: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp), "PYTHONUNBUFFERED": "1"}
 
 
-def start(directory: Path, model: Path, *flags: str, config: dict[str, Any] | None = None) -> Server:
-    """Start a server on a free port and wait until it takes requests."""
+def start(
+    directory: Path,
+    model: Path,
+    *flags: str,
+    config: dict[str, Any] | None = None,
+    program: Callable[..., list[str]] = command,
+) -> Server:
+    """Start a server on a free port and wait until it takes requests. program: its command line, given arguments."""
     tmp = directory / "t"
     tmp.mkdir()
     settings = directory / "config.yaml"
@@ -95,7 +124,7 @@ def start(directory: Path, model: Path, *flags: str, config: dict[str, Any] | No
     log = directory / "log"
     with log.open("w") as errors:
         process = subprocess.Popen(
-            command("serve", "--config", str(settings), "--model", str(model), "--port", "0", *flags),
+            program("serve", "--config", str(settings), "--model", str(model), "--port", "0", *flags),
             cwd=ROOT,
             env=environment(tmp),
             stdin=subprocess.DEVNULL,
@@ -109,8 +138,9 @@ def start(directory: Path, model: Path, *flags: str, config: dict[str, Any] | No
     if found is None:
         process.kill()
         pytest.fail(f"the server did not start: {line!r}\n{log.read_text()}")
-    family = psutil.Process(process.pid).children(recursive=True)
-    return Server(process, found[0], line, tmp, log, family)
+    server = Server(process, found[0], line, tmp, log)
+    server.family = server.everyone()
+    return server
 
 
 @pytest.fixture(scope="session")

@@ -50,11 +50,6 @@ async def complete(http: httpx.AsyncClient, wanted: dict[str, Any]) -> tuple[str
     return text, reason, tokens
 
 
-def idle(server: Server) -> bool:
-    load = server.load()
-    return (load["running"], load["waiting"]) == (0, 0) and load["pages_free"] == load["pages_total"]
-
-
 def connected(server: Server) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None)
     return httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S * 2, limits=limits)
@@ -70,7 +65,7 @@ def test_64_streams_get_exactly_what_each_gets_alone(tiny: Server) -> None:
                 assert got == await complete(http, wanted)
 
     asyncio.run(main())
-    eventually(lambda: idle(tiny))
+    eventually(lambda: tiny.idle())
 
 
 def test_200_clients_that_vanish_leave_nothing_behind(tiny: Server) -> None:
@@ -92,6 +87,6 @@ def test_200_clients_that_vanish_leave_nothing_behind(tiny: Server) -> None:
             await asyncio.gather(*(vanish(http, number) for number in range(200)))
 
     asyncio.run(main())
-    eventually(lambda: idle(tiny))
+    eventually(lambda: tiny.idle())
     answer = tiny.post("/v1/completions", {"prompt": "x", "max_tokens": 5, "ignore_eos": True}).json()
     assert answer["usage"]["completion_tokens"] == 5

@@ -221,6 +221,17 @@ def test_an_interrupted_round_is_the_end(random_dir: Path, monkeypatch: pytest.M
     engine.close()
 
 
+def test_rank_0_out_of_memory(random_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks wait inside the round, so that it is not only the batch that fails."""
+    engine = start(random_dir, 2)
+
+    def starve(plan: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(engine._worker, "execute", starve)
+    fails(engine, "rank 0 is out of memory: .*can't allocate memory")
+
+
 def test_killed_while_loading(random_dir: Path) -> None:
     def launch(config: EngineConfig, device: torch.device) -> Ranks:
         ranks = Ranks.launch(config, device)
@@ -251,18 +262,34 @@ def test_settings_that_cannot_be(random_dir: Path, others: dict[str, Any], named
         Engine(EngineConfig.model_validate(config), progress=False)
 
 
-def test_ranks_end_with_rank_0(random_dir: Path) -> None:
-    """Even if it is killed while they wait for it inside a round."""
+@contextlib.contextmanager
+def rank_0(random_dir: Path, then: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A process that starts an engine of three ranks and does `then` with it; and ranks 1 and 2."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom tests.parallel.test_ranks import busy, pids, start\n"
-        "engine = start(Path(sys.argv[1]), 3)\nprint(*pids(engine).values(), flush=True)\nbusy(engine)\n"
+        f"engine = start(Path(sys.argv[1]), 3)\nprint(*pids(engine).values(), flush=True)\n{then}\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(random_dir)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as rank_0:
-        assert rank_0.stdout
-        others = [psutil.Process(int(pid)) for pid in rank_0.stdout.readline().split()]
+        [sys.executable, "-c", code, str(random_dir)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        others = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
         assert len(others) == 2
-        rank_0.kill()
+        yield process, others
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_ranks_end_with_rank_0(random_dir: Path, held: bool) -> None:
+    """Even if it is killed while they wait for it inside a round, or while a signal holds one of them."""
+    with rank_0(random_dir, "sys.stdin.read()" if held else "busy(engine)") as (process, others):
+        if held:
+            others[0].suspend()
+        process.kill()
     _, alive = psutil.wait_procs(others, timeout=10)
+    for left in alive:
+        left.kill()
     assert alive == []

@@ -101,8 +101,8 @@ def test_a_refused_request_gets_an_answer_and_others_go_on() -> None:
         (refused,), (full,), tokens = await asyncio.gather(
             collect(client, request([REFUSE])), collect(client, request([FULL])), tokens_of(client, wanted)
         )
-        assert (refused.error, refused.retry, refused.finish_reason) == ("not this one", False, "abort")
-        assert (full.error, full.retry) == ("too many are waiting", True)
+        assert (refused.error, refused.retry, refused.finish_reason) == ("not this one", None, "abort")
+        assert (full.error, full.retry) == ("too many are waiting", "queue_full")
         assert tokens == expected(wanted)
 
     run(test)

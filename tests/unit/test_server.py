@@ -15,11 +15,12 @@ import httpx
 import pytest
 from starlette.requests import ClientDisconnect
 
-from engine.client import EngineClient, EngineDead
+from engine.client import EngineDead
 from engine.config import Config, EngineConfig, SchedulerConfig, ServerConfig
 from engine.logs import LineFormatter
-from engine.messages import AddRequest, RequestOutput
+from engine.messages import RETRY_FULL, RETRY_MEMORY, AddRequest, RequestOutput
 from engine.params import SamplingParams
+from engine.supervisor import EngineDown, Supervisor
 from models.tokenizer import Tokenizer
 from server.app import create_app
 from server.service import Service
@@ -30,12 +31,13 @@ from tests.tiny import write_tokenizer
 
 
 class FakeClient:
-    """EngineClient's surface over a FakeEngine that runs when somebody waits for it."""
+    """A Supervisor's surface over a FakeEngine that runs when somebody waits for it."""
 
     def __init__(self) -> None:
         self.engine = FakeEngine(EngineConfig(model="fake"))
         self.ready = self.engine.ready
         self.dead: str | None = None
+        self.down: str | None = None
         self.aborted: list[str] = []
         self.requests: list[AddRequest] = []
 
@@ -53,7 +55,7 @@ class FakeClient:
             try:
                 alone.add(request)
             except ValueError as error:
-                retry = type(error).__name__ == "QueueFull"
+                retry = RETRY_FULL if type(error).__name__ == "QueueFull" else None
                 yield RequestOutput(id=request.id, finish_reason="abort", error=str(error), retry=retry)
                 return
             while not ended:
@@ -85,7 +87,7 @@ async def server(directory: Path, **settings: Any) -> AsyncIterator[tuple[httpx.
     )
     service = Service(config, Tokenizer(directory))
     client = FakeClient()
-    service.client = cast(EngineClient, client)
+    service.client = cast(Supervisor, client)
     transport = httpx.ASGITransport(create_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         yield http, client, service
@@ -264,6 +266,63 @@ def test_an_engine_that_dies_during_a_stream(directory: Path) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_is_started_again(directory: Path, stream: bool) -> None:
+    """While it is gone, everybody hears why and may try again; what was under way ends."""
+
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+            body = {"prompt": [10], "max_tokens": 50, "stream": stream}
+            original = client.generate
+
+            async def cut(request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+                async for output in original(request):
+                    yield output
+                    client.down = "rank 1 was killed"
+                    raise EngineDown(client.down)
+
+            client.generate = cut  # type: ignore[method-assign]
+            answer = await http.post("/v1/completions", json=body)
+            error = events(answer.text)[-1]["error"] if stream else answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (200 if stream else 503, "engine_restarting")
+            assert error["message"].endswith("rank 1 was killed")
+            for refused in (
+                await http.get("/health"),
+                await http.get("/ready"),
+                await http.get("/load"),
+                await http.post("/v1/completions", json=body),
+            ):
+                assert (refused.status_code, refused.json()["error"]) == (503, error)
+                assert "retry-after" in refused.headers
+            assert (await http.get("/metrics")).status_code == 200
+            client.down = None
+            client.generate = original  # type: ignore[method-assign]
+            assert (await http.post("/v1/completions", json=body)).status_code == 200
+            assert (await http.get("/health")).status_code == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_out_of_memory(directory: Path, stream: bool) -> None:
+    """An error, also behind tokens that were sent already; the server is as well as before."""
+
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+
+            async def starved(request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+                yield RequestOutput(id=request.id, tokens=[70, 71])
+                yield RequestOutput(id=request.id, finish_reason="abort", error="too little", retry=RETRY_MEMORY)
+
+            client.generate = starved  # type: ignore[method-assign]
+            answer = await http.post("/v1/completions", json={"prompt": [10], "stream": stream})
+            error = events(answer.text)[-1]["error"] if stream else answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (200 if stream else 503, "out_of_memory")
+            assert (await http.get("/ready")).status_code == 200
+
+    asyncio.run(main())
+
+
 def test_a_full_queue(directory: Path) -> None:
     async def main() -> None:
         async with server(directory) as (http, _, service):
@@ -287,7 +346,7 @@ def test_loading_and_draining(directory: Path) -> None:
     async def main() -> None:
         async with server(directory) as (http, client, service):
             for code in ("loading", "draining"):
-                service.client = None if code == "loading" else cast(EngineClient, client)
+                service.client = None if code == "loading" else cast(Supervisor, client)
                 if code == "draining":
                     service.draining.set()
                 for answer in (await http.get("/ready"), await http.post("/v1/completions", json={"prompt": "x"})):

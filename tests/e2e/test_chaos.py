@@ -1,0 +1,13 @@
+"""A short run of tests/chaos.py."""
+
+from __future__ import annotations
+
+from tests import chaos
+
+
+def test_a_little_chaos() -> None:
+    summary = chaos.run(12, seed=3, calm_s=1.0)
+    print(summary)
+    assert summary.wrong == []
+    assert summary.requests["answered"] > 0
+    assert summary.restarts > 0

@@ -1,0 +1,259 @@
+"""Whatever happens to a rank of a real server, in whatever phase: clear errors, a new engine, and nothing left behind.
+
+`pytest tests/e2e/test_faults.py -s` prints how long it took to notice each fault and to serve again.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from models.config import ModelConfig
+from tests.e2e.conftest import PATIENCE_S, Server, eventually, start
+from tests.e2e.test_lifecycle import Stream
+from tests.faulty import arm, command, fired
+from tests.ranks import write_random_model
+
+MODEL = ModelConfig(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=4352,
+    eos_token_ids=(2,),
+)
+SETTINGS: dict[str, Any] = {
+    "engine": {
+        "dtype": "float64",
+        "tensor_parallel_size": 2,
+        "threads": 1,
+        "step_timeout_s": 1.0,
+        "max_model_len": 4352,
+        "check_invariants": True,
+        "cache": {"page_size": 16, "num_pages": 1024},
+        "scheduler": {"max_rows": 2, "max_batch_tokens": 64},
+        "speculation": {"gamma": 3, "kv": {"budget": 64}},
+    },
+    "server": {"restart_settled_s": 0.0},
+}
+LONG = {"prompt": [5, 6, 7], "max_tokens": 4000, "ignore_eos": True, "seed": 1}
+SHORT = {"prompt": list(range(10, 110)), "max_tokens": 12, "ignore_eos": True, "seed": 2, "temperature": 1.0}
+COUNTERS = ("engine_restarts", "requests_retried", "rounds")
+ENDS = {"SIGKILL": r"{} was killed by signal 9 \(SIGKILL\)", "exception": "{} failed: RuntimeError: a fault on purpose"}
+RANK_1 = ENDS | {
+    "SIGSTOP": r"{} did not answer within 1 s \(stopped by a signal\)",
+    "memory": "{} is out of memory: .*can't allocate memory",
+}
+RANK_0 = ENDS | {
+    "SIGKILL": "the engine process ended with status -9",
+    "SIGSTOP": "the engine process was silent for 3 s",
+}
+
+
+@dataclass
+class Site:
+    """A server, where its faults come from, what it held when it was new, and what was measured."""
+
+    server: Server
+    model: Path
+    faults: Path
+    short: str
+    files: int
+    table: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    place = tmp_path_factory.mktemp("faults")
+    model = write_random_model(place / "model", MODEL)
+    faults = place / "f"
+    faults.mkdir()
+
+    def program(*arguments: str) -> list[str]:
+        return command(faults, *arguments)
+
+    server = start(place, model, "--restart", config=SETTINGS, program=program)
+    short = server.post("/v1/completions", SHORT).json()["choices"][0]["text"]
+    site = Site(server, model, faults, short, server.files())
+    yield site
+    print("\n| rank | phase | fault | noticed after | serves again after |\n|---|---|---|---|---|")
+    print("\n".join(site.table))
+    server.stop()
+
+
+class Whole(threading.Thread):
+    """A request for an answer in one piece."""
+
+    def __init__(self, server: Server, body: dict[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self.answer: httpx.Response
+        self._server, self._body = server, body
+        self.start()
+
+    def run(self) -> None:
+        self.answer = self._server.post("/v1/completions", self._body)
+
+    def text(self) -> str:
+        self.join(PATIENCE_S)
+        assert self.answer.status_code == 200, self.answer.text
+        text: str = self.answer.json()["choices"][0]["text"]
+        return text
+
+
+def strike(site: Site, rank: int, phase: str, action: str) -> tuple[list[Stream], list[Whole]]:
+    """Have the fault happen while some requests are being answered and others wait. Returns both."""
+    server = site.server
+    if phase == "idle":
+        arm(site.faults, rank, phase, action)
+        begun: list[Stream] = []
+        waiting: list[Whole] = []
+    else:
+        rows = 1 if phase == "prefill" else 2  # all of them, so that a further request waits
+        begun = [Stream(server, LONG) for _ in range(rows)]
+        eventually(lambda: all(stream.flowing() for stream in begun))
+        if phase == "prefill":
+            arm(site.faults, rank, phase, action)
+        waiting = [Whole(server, SHORT)]
+        if phase != "prefill":
+            eventually(lambda: server.load()["waiting"] == 1)
+            arm(site.faults, rank, phase, action)
+    eventually(lambda: fired(site.faults) is not None)
+    return begun, waiting
+
+
+def mended(site: Site, rank: int, phase: str, action: str, why: str) -> None:
+    """One fault from its first moment until nothing of it is left."""
+    server = site.server
+    before = site.server.everyone()
+    restarts, retried, rounds = (server.metric(f"magicdec_{name}_total") for name in COUNTERS)
+    begun, waiting = strike(site, rank, phase, action)
+    at = fired(site.faults)
+    assert at is not None
+    while (health := server.get("/health")).status_code == 200:
+        time.sleep(0.05)
+    noticed = time.monotonic() - at
+    assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_restarting")
+    assert re.search(why, health.json()["error"]["message"])
+    assert server.get("/ready").status_code == 503
+    refused = server.post("/v1/completions", SHORT)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_restarting")
+    assert "retry-after" in refused.headers
+    while server.get("/ready").status_code != 200:
+        time.sleep(0.05)
+    site.table.append(f"| {rank} | {phase} | {action} | {noticed:.1f} s | {time.monotonic() - at:.1f} s |")
+    for stream in begun:
+        stream.join(PATIENCE_S)
+        assert stream.done
+        assert stream.events[-1]["error"]["code"] == "engine_restarting"
+        assert re.search(why, stream.events[-1]["error"]["message"])
+    assert [one.text() for one in waiting] == [site.short] * len(waiting)
+    assert server.post("/v1/completions", SHORT).json()["choices"][0]["text"] == site.short
+    assert site.server.metric("magicdec_engine_restarts_total") == restarts + 1
+    assert site.server.metric("magicdec_requests_retried_total") == retried + len(waiting)
+    assert site.server.metric("magicdec_rounds_total") > rounds
+    nothing_is_left(site)
+    _, alive = psutil.wait_procs(before, PATIENCE_S)
+    assert alive == []
+    server.family = site.server.everyone()
+
+
+def nothing_is_left(site: Site) -> None:
+    server = site.server
+    eventually(lambda: server.idle() and server.files() == site.files)
+    assert len(server.everyone()) == 2
+    assert len(list(server.tmp.iterdir())) == 1
+    assert [path.name for path in site.faults.iterdir()] == ["fired"]
+
+
+@pytest.mark.parametrize("action", ["SIGKILL", "SIGSTOP", "exception"])
+@pytest.mark.parametrize("phase", ["idle", "prefill", "draft", "verify"])
+def test_rank_1(site: Site, phase: str, action: str) -> None:
+    mended(site, 1, phase, action, RANK_1[action].format("rank 1"))
+
+
+@pytest.mark.parametrize(("phase", "action"), [("verify", "SIGKILL"), ("draft", "SIGSTOP"), ("prefill", "exception")])
+def test_rank_0(site: Site, phase: str, action: str) -> None:
+    mended(site, 0, phase, action, RANK_0[action].format("rank 0"))
+
+
+def test_a_rank_out_of_memory(site: Site) -> None:
+    mended(site, 1, "verify", "memory", RANK_1["memory"].format("rank 1"))
+
+
+@pytest.mark.parametrize("phase", ["idle", "prefill", "draft", "verify"])
+def test_sigterm_for_a_rank_changes_nothing(site: Site, phase: str) -> None:
+    """Rank 0 decides."""
+    restarts, before = site.server.metric("magicdec_engine_restarts_total"), site.server.everyone()
+    arm(site.faults, 1, phase, "SIGTERM")
+    if phase != "idle":
+        assert Whole(site.server, SHORT).text() == site.short
+    eventually(lambda: fired(site.faults) is not None)
+    assert Whole(site.server, SHORT).text() == site.short
+    assert site.server.get("/health").status_code == 200
+    assert site.server.metric("magicdec_engine_restarts_total") == restarts
+    assert site.server.everyone() == before
+    nothing_is_left(site)
+
+
+@pytest.fixture(scope="module")
+def alone(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A server of a single rank."""
+    place = tmp_path_factory.mktemp("alone")
+    faults = place / "f"
+    faults.mkdir()
+
+    def program(*arguments: str) -> list[str]:
+        return command(faults, *arguments)
+
+    flags = ("--restart", "--tensor-parallel-size", "1")
+    server = start(place, site.model, *flags, config=SETTINGS, program=program)
+    yield Site(server, site.model, faults, site.short, server.files())
+    server.stop()
+
+
+def test_one_rank_out_of_memory(alone: Site) -> None:
+    """Nobody else waits inside the round: its requests fail, and the engine goes on."""
+    streams, waiting = strike(alone, 0, "verify", "memory")
+    for stream in streams:
+        stream.join(PATIENCE_S)
+        assert stream.done
+        assert stream.events[-1]["error"]["code"] == "out_of_memory"
+    assert [one.text() for one in waiting] == [alone.short]
+    arm(alone.faults, 0, "prefill", "memory")
+    refused = alone.server.post("/v1/completions", SHORT)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
+    eventually(alone.server.idle)
+    assert alone.server.metric("magicdec_engine_restarts_total") == 0
+
+
+def test_a_signal_while_a_request_waits_for_an_engine(alone: Site) -> None:
+    """The last test of this server: it drains, which means that there must be an engine first."""
+    arm(alone.faults, 0, "prefill", "SIGKILL")
+    waiting = Whole(alone.server, SHORT)
+    eventually(lambda: alone.server.get("/health").status_code == 503)
+    alone.server.signal(signal.SIGTERM)
+    eventually(lambda: alone.server.get("/ready").json()["error"]["code"] == "draining")
+    assert waiting.text() == alone.short
+    assert alone.server.wait() == 0
+
+
+def test_a_signal_while_there_is_no_engine(site: Site) -> None:
+    """The last test of this server: it ends as it should, in the middle of a start."""
+    arm(site.faults, 1, "idle", "SIGKILL")
+    eventually(lambda: site.server.get("/health").status_code == 503)
+    site.server.family = site.server.everyone()
+    site.server.signal(signal.SIGTERM)
+    assert site.server.wait() == 0

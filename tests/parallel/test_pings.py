@@ -1,0 +1,109 @@
+"""Signs of life between rounds, over TCP as between two machines."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+
+import pytest
+
+from engine.plan import StepPlan
+from engine.ranks import Ranks, Report, answer, follow
+from parallel.channel import Disconnected, Link
+from parallel.group import RankFailure
+
+TIMEOUT_S = 0.8
+PLAN = StepPlan(1, [], [], [])
+
+
+@dataclass
+class Pair:
+    """Rank 0 with rank 2, which follows, and rank 1, whose end of the connection the test holds."""
+
+    ranks: Ranks
+    end: Link
+    followed: list[int] = field(default_factory=list)
+
+    def wait(self, calls: int) -> None:
+        for _ in range(calls):
+            time.sleep(self.ranks.ping())
+
+    def asked(self, count: int) -> None:
+        """Ping until rank 1 has been asked so many times."""
+        received = 0
+        self.wait(count)
+        while received < count:
+            assert self.end.receive() == b""
+            received += 1
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    links: dict[int, Link] = {}
+    ends: dict[int, Link] = {}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for rank in (1, 2):
+            links[rank] = Link(socket.create_connection(listener.getsockname()), 10)
+            ends[rank] = Link(listener.accept()[0])
+    ranks = Ranks(links, timeout_s=TIMEOUT_S)
+    pair = Pair(ranks, ends[1])
+
+    def live() -> None:
+        with suppress(Disconnected), closing(ends[2]):
+            follow(ends[2], lambda plan: pair.followed.append(plan.step))
+
+    follower = threading.Thread(target=live)
+    follower.start()
+    for end in ends.values():
+        answer(end, Report())
+        answer(end, Report())
+    ranks.wait_ready(30)
+    yield pair
+    ranks.close()
+    pair.end.close()
+    follower.join()
+
+
+def test_answers_may_be_late(pair: Pair) -> None:
+    for _ in range(3):
+        pair.asked(2)
+        answer(pair.end, Report())
+        answer(pair.end, Report())
+
+
+def test_a_round_may_start_while_a_ping_is_out(pair: Pair) -> None:
+    pair.wait(1)
+    with pair.ranks.round(PLAN):
+        assert pair.end.receive() == b""
+        answer(pair.end, Report())
+        assert pair.end.receive() != b""  # the plan, which comes behind it
+    while not pair.followed:
+        time.sleep(0.01)
+    pair.asked(1)
+    assert pair.followed == [1]
+
+
+def test_a_rank_that_says_nothing(pair: Pair) -> None:
+    with pytest.raises(RankFailure, match=r"rank 1 did not answer within 0\.8 s$"):
+        pair.wait(1000)
+    with pytest.raises(RankFailure, match="rank 1 did not answer"):
+        pair.ranks.ping()
+
+
+def test_a_rank_0_that_stood_still_blames_nobody(pair: Pair) -> None:
+    pair.wait(1)
+    time.sleep(2 * TIMEOUT_S)
+    assert pair.end.receive() == b""
+    answer(pair.end, Report())
+    pair.wait(2)
+
+
+def test_a_failure_in_answer_to_a_ping(pair: Pair) -> None:
+    pair.asked(1)
+    answer(pair.end, Report(failure="failed: RuntimeError: it broke"))
+    with pytest.raises(RankFailure, match="rank 1 failed: RuntimeError: it broke"):
+        pair.wait(1000)

@@ -1,0 +1,118 @@
+"""Memory that does not suffice for a round fails its requests, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.core import Engine
+from engine.llm import LLM
+from engine.memory import OutOfMemory, is_out_of_memory
+from engine.messages import RETRY_MEMORY, AddRequest
+from engine.params import SamplingParams
+from engine.plan import StepPlan
+from engine.runner import Runner
+from engine.speculation.policies import Dense
+from models.batch import ForwardBatch
+from tests.engines import complete, run, tiny_engine, tiny_model, tokens
+from tests.tiny import write_tokenizer
+
+
+def exhaust() -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def starve(monkeypatch: pytest.MonkeyPatch, forward: int) -> None:
+    """Let the target's forward of this number fail."""
+    through, count = Runner.forward, 0
+
+    def counted(runner: Runner, batch: ForwardBatch) -> torch.Tensor:
+        nonlocal count
+        if isinstance(runner.policy, Dense):
+            count += 1
+            if count == forward:
+                exhaust()
+        return through(runner, batch)
+
+    monkeypatch.setattr(Runner, "forward", counted)
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as error:
+        exhaust()
+    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    with pytest.raises(MemoryError) as host:
+        bytearray(sys.maxsize)
+    assert is_out_of_memory(host.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def requests() -> list[AddRequest]:
+    """More than there are rows for, with prompts of one to several chunks."""
+    ways: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"repetition_penalty": 1.3}]
+    return [
+        AddRequest(
+            str(i), [2 + j % 60 for j in range(1 + 29 * i)], SamplingParams(max_tokens=20, seed=i, **ways[i % 3])
+        )
+        for i in range(6)
+    ]
+
+
+@pytest.mark.parametrize("forward", [1, 5, 12])
+def test_the_batch_fails_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, forward: int) -> None:
+    engine = tiny_engine(tiny_model(), gamma=3, scheduler={"max_rows": 3})
+    expected = {request.id: complete(engine, request.prompt, request.params) for request in requests()}
+    starve(monkeypatch, forward)
+    outputs = run(engine, requests())  # which checks that no page is missing
+    failed = {id for id, mine in outputs.items() if mine[-1].error is not None}
+    assert 0 < len(failed) <= 3
+    for id, mine in outputs.items():
+        if id in failed:
+            assert (mine[-1].finish_reason, mine[-1].retry) == ("abort", RETRY_MEMORY)
+            assert "out of memory" in (mine[-1].error or "")
+            assert tokens(mine) == expected[id][: len(tokens(mine))]
+        else:
+            assert tokens(mine) == expected[id]
+    for request in requests():
+        assert complete(engine, request.prompt, request.params) == expected[request.id]
+
+
+def test_any_other_error_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(tiny_model(), gamma=0)
+
+    def broken(plan: StepPlan) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(engine._worker, "execute", broken)
+    engine.add(requests()[0])
+    with pytest.raises(RuntimeError, match="shapes"):
+        engine.step()
+
+
+def test_offline_it_is_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a stream that another one's round was the last of."""
+    write_tokenizer(tmp_path)
+    small = {"num_pages": 200, "page_size": 4}
+    loaded = tiny_model()
+    with LLM(tmp_path, loaded=loaded, cache=small, max_model_len=200, speculation={"gamma": 0}) as llm:
+        engine: Engine = llm.engine
+        first, second = llm.stream([5, 6, 7]), llm.stream([7, 6])
+        next(first)
+        next(second)
+        starve(monkeypatch, 1)
+        with pytest.raises(OutOfMemory, match="out of memory in a batch of 2"):
+            list(first)
+        with pytest.raises(OutOfMemory, match="out of memory in a batch of 2"):
+            list(second)
+        assert not engine.has_work()
+        assert llm.generate([5, 6, 7], SamplingParams(max_tokens=3))[0].finish_reason == "length"
+        starve(monkeypatch, 2)
+        with pytest.raises(OutOfMemory):
+            llm.generate([5, 6, 7], SamplingParams(max_tokens=9, ignore_eos=True))
+        assert not engine.has_work()
