@@ -1,16 +1,14 @@
-"""An API process's side of the engine: starts the engine process and talks to it. Free of torch."""
+"""An API process's side of the engine: starts the engine process, or finds one, and talks to it. Free of torch."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
 import sys
-import tempfile
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,6 +16,7 @@ import zmq
 import zmq.asyncio
 
 from engine.config import EngineConfig
+from engine.endpoint import HEARTBEAT, SOCKET, EndpointError, new_directory
 from engine.heartbeat import hung
 from engine.messages import (
     FINISH_ABORT,
@@ -30,7 +29,7 @@ from engine.messages import (
     Ready,
     RequestOutput,
 )
-from engine.process import HEARTBEAT, SOCKET, Launch
+from engine.process import Launch
 
 ENGINE_COMMAND = (sys.executable, "-m", "engine.process")
 _STDERR = 2
@@ -39,6 +38,8 @@ _STOP_S = 15.0
 _STOP_LOADING_S = 2.0
 _LAST_WORD_S = 0.5
 """How long to look for the reason after the engine process has ended."""
+_INTRODUCE_S = 0.5
+"""How often to say hello to an engine that does not answer yet."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,19 +56,17 @@ class EngineClient:
     dead: why the engine is gone; None while it lives.
     """
 
-    def __init__(self, directory: Path, round_s: float) -> None:
-        """Use `start`, which launches the process and awaits its first word."""
+    def __init__(self, directory: Path, round_s: float, *, owns_directory: bool = False) -> None:
+        """Use `start` or `attach`, which await the engine's first word."""
         self._process: Process | None = None
         self._directory = directory
+        self._owns_directory = owns_directory
         self._round_s = round_s
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(f"ipc://{directory / SOCKET}")
-        self._heartbeat = self._context.socket(zmq.SUB)
-        self._heartbeat.subscribe(b"")
-        self._heartbeat.connect(f"ipc://{directory / HEARTBEAT}")
         self._live: dict[str, asyncio.Queue[RequestOutput | None]] = {}
         self._death = asyncio.Event()
         self.dead: str | None = None
@@ -92,7 +91,10 @@ class EngineClient:
         that gives no sign of life at all does much sooner.
         Raises EngineDead if it does not come up; nothing of it remains then, nor if this call is cancelled.
         """
-        client = cls(_socket_directory(), timeout_s)
+        try:
+            client = cls(new_directory(), timeout_s, owns_directory=True)
+        except EndpointError as error:
+            raise EngineDead(str(error)) from None
         try:
             # The engine's stdout joins its stderr: a server's stdout is for its user.
             client._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=_STDERR)
@@ -105,14 +107,33 @@ class EngineClient:
         except BaseException:
             await client.close()
             raise
-        client.stats = client.ready.stats
         client._stop_s = _STOP_S
-        client._tasks = [
-            asyncio.create_task(client._receive()),
-            asyncio.create_task(client._watch_process(client._process)),
-            asyncio.create_task(client._watch_heartbeat()),
-        ]
+        client._begin(client._watch_process(client._process))
         return client
+
+    @classmethod
+    async def attach(cls, directory: Path, *, model: str, start_timeout_s: float, timeout_s: float) -> EngineClient:
+        """Wait for an engine that somebody else starts, with its sockets in `directory`.
+
+        model: the name of the one that it must serve. start_timeout_s: how long to wait; engines that fail to start
+        meanwhile may be followed by others. timeout_s: see `start`. Closing leaves the engine alone.
+        Raises EngineDead if there is none.
+        """
+        client = cls(directory, timeout_s)
+        try:
+            client.ready = await client._appearance(start_timeout_s)
+            if client.ready.model != model:
+                raise EngineDead(f"the engine in {directory} serves {client.ready.model}, not {model}")
+        except BaseException:
+            await client.close()
+            raise
+        client._begin()
+        return client
+
+    def _begin(self, *watches: Coroutine[None, None, None]) -> None:
+        """The engine is there: listen to it."""
+        self.stats = self.ready.stats
+        self._tasks = [asyncio.create_task(task) for task in (self._receive(), self._watch_heartbeat(), *watches)]
 
     @property
     def live(self) -> int:
@@ -166,7 +187,8 @@ class EngineClient:
         return self.dead
 
     async def close(self) -> None:
-        """End the engine process; no process, socket or file remains. Live requests raise EngineDead."""
+        """End the engine process, if this one has started it; no process, socket or file of it remains. Live requests
+        raise EngineDead."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -174,10 +196,11 @@ class EngineClient:
         if self._process is not None:
             await self._end(self._process)
         self._context.destroy(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._owns_directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def kill(self) -> None:
-        """End the engine process the hard way, at once."""
+        """End the engine process the hard way, at once, if this one has started it."""
         with contextlib.suppress(ProcessLookupError):
             if self._process is not None:
                 self._process.kill()
@@ -215,6 +238,25 @@ class EngineClient:
             return message
         raise EngineDead(message.reason if isinstance(message, Dead) else "the engine spoke out of turn")
 
+    async def _appearance(self, timeout_s: float) -> Ready:
+        """Say hello until an engine answers that it is ready: one that ends while it loads takes the hello with it."""
+        reason = ""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    self._post(AbortRequests([]))
+                    if not await self._socket.poll(int(_INTRODUCE_S * 1000)):
+                        continue
+                    message = msgspec.msgpack.decode(await self._socket.recv(), type=FromEngine)
+                    if isinstance(message, Ready):
+                        return message
+                    if isinstance(message, Dead) and message.reason != reason:
+                        reason = message.reason
+                        logger.warning("waiting for another engine, since this one ended: %s", reason)
+        except TimeoutError:
+            last = f"; the last one ended: {reason}" if reason else ""
+            raise EngineDead(f"no engine was ready in {self._directory} within {timeout_s:g} s{last}") from None
+
     async def _receive(self) -> None:
         decoder = msgspec.msgpack.Decoder(FromEngine)
         while self.dead is None:
@@ -230,6 +272,8 @@ class EngineClient:
                     self._deliver(output)
             elif isinstance(message, Dead):
                 self._die(message.reason)
+            else:
+                self._die("the engine has been started again")
 
     def _deliver(self, output: RequestOutput) -> None:
         queue = self._live.get(output.id)
@@ -240,7 +284,10 @@ class EngineClient:
         queue.put_nowait(output)
 
     async def _watch_heartbeat(self) -> None:
-        self._die(await hung(self._heartbeat, self._round_s))
+        with self._context.socket(zmq.SUB) as heartbeat:
+            heartbeat.subscribe(b"")
+            heartbeat.connect(f"ipc://{self._directory / HEARTBEAT}")
+            self._die(await hung(heartbeat, self._round_s))
         self.kill()
 
     async def _watch_process(self, process: Process) -> None:
@@ -263,19 +310,3 @@ class EngineClient:
         # The queue to the engine has no limit, so this never waits.
         future = asyncio.ensure_future(self._socket.send(msgspec.msgpack.encode(message)))
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-
-def _socket_directory() -> Path:
-    """A new directory, mode 0700, whose name leaves room for the sockets. Raises EngineDead."""
-    try:
-        directory = Path(tempfile.mkdtemp(prefix="magicdec-"))
-    except OSError as error:
-        raise EngineDead(f"no directory for the engine's sockets: {error}") from None
-    longest = max(len(os.fsencode(directory / name)) for name in (SOCKET, HEARTBEAT))
-    if longest > zmq.IPC_PATH_MAX_LEN:
-        directory.rmdir()
-        raise EngineDead(
-            f"{directory.parent}: too long a name for sockets in it, by {longest - zmq.IPC_PATH_MAX_LEN} bytes; "
-            "set TMPDIR to a shorter one"
-        )
-    return directory

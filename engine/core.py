@@ -60,7 +60,7 @@ class Engine:
         """
         path = resolve_model(config.model)
         size = config.tensor_parallel_size
-        device = _device(config.device, size)
+        device = _device(config.device)
         shape = read_config(path) if model is None else model.config
         dtype = _dtype(config.dtype, device) if model is None else model.dtype
         try:
@@ -235,13 +235,11 @@ def _asked(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -
     return [TokenLogprobs(at.logprob, at.top_ids[:most], at.top_logprobs[:most]) for at in logprobs[:count]]
 
 
-def _device(name: str, ranks: int) -> torch.device:
+def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device: no CUDA device is visible")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and ranks > torch.cuda.device_count():
-        raise ConfigError(f"engine.tensor_parallel_size: {ranks} ranks, but {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
 
 
