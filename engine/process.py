@@ -83,17 +83,15 @@ class EngineLike(Protocol):
 class EngineServer:
     """The loop between one engine and its peers."""
 
-    def __init__(
-        self, socket: zmq.Socket[bytes], engine: EngineLike, heart: Heart, stop: threading.Event, leash: int
-    ) -> None:
-        """`stop` is set once the other end of the file descriptor `leash` is closed."""
+    def __init__(self, socket: zmq.Socket[bytes], engine: EngineLike, heart: Heart, leash: int) -> None:
+        """leash: a file descriptor; the end has come when its other end is closed."""
         self._socket = socket
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(leash, zmq.POLLIN)
         self._engine = engine
         self._heart = heart
-        self._stop = stop
+        self._leash = leash
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._last_sent: dict[bytes, float] = {}
         self._owner: dict[str, bytes] = {}
@@ -103,9 +101,8 @@ class EngineServer:
         return list(self._last_sent)
 
     def run(self) -> None:
-        """Serve until `stop` is set. Raises what engine.step and engine.check_ranks raise."""
-        while not self._stop.is_set():
-            self._poller.poll(0 if self._engine.has_work() else int(_NEWS_S * 1000))
+        """Serve until the leash is let go. Raises what engine.step and engine.check_ranks raise."""
+        while self._leash not in dict(self._poller.poll(0 if self._engine.has_work() else int(_NEWS_S * 1000))):
             self._heart.turn()
             self._receive()
             if self._engine.has_work():
@@ -234,7 +231,7 @@ def serve(load_engine: Callable[[], EngineLike], directory: Path, leash: int, al
         try:
             engine = load_engine()
             cleanup.callback(engine.close)
-            server = EngineServer(socket, engine, heart, stop, leash)
+            server = EngineServer(socket, engine, heart, leash)
             server.run()
             if alone and server.peers:
                 say_dead(socket, _why_stopped(engine), server.peers)

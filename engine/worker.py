@@ -1,7 +1,7 @@
 """One rank's share of the engine: its shard of the model, its pool, its rows; runs the rounds it is told to.
 
 As a program (`python -m engine.worker`) it is one of the ranks that engine.ranks starts; its standard input is its
-connection to rank 0. With arguments it is any rank, 0 included, of a group that torchrun starts: see engine.torchrun.
+connection to rank 0. Otherwise it is any rank, 0 included, of a group that torchrun starts: see engine.torchrun.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -181,7 +182,7 @@ def _load(config: EngineConfig, device: torch.device, group: Group) -> Worker:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:] or not stat.S_ISSOCK(os.fstat(0).st_mode):
         from engine import torchrun
 
         status = torchrun.main(sys.argv[1:])
