@@ -287,7 +287,7 @@ class EngineClient:
         with self._context.socket(zmq.SUB) as heartbeat:
             heartbeat.subscribe(b"")
             heartbeat.connect(f"ipc://{self._directory / HEARTBEAT}")
-            self._die(await hung(heartbeat, self._round_s))
+            self._die(await hung(heartbeat, self.ready.heart, self._round_s))
         self.kill()
 
     async def _watch_process(self, process: Process) -> None:

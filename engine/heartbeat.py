@@ -37,7 +37,7 @@ class Heart:
         self._socket = context.socket(zmq.PUB)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(f"ipc://{path}")
-        self._name = os.urandom(8)
+        self.name = os.urandom(8)
         self._turned: float | None = None  # loading: no turn yet
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)  # owns the socket from now on
@@ -60,24 +60,24 @@ class Heart:
         with self._socket:
             while not self._ended.wait(BEAT_S):
                 busy = 0.0 if self._turned is None else time.monotonic() - self._turned
-                self._socket.send(msgspec.msgpack.encode(_Beat(self._name, busy)))
+                self._socket.send(msgspec.msgpack.encode(_Beat(self.name, busy)))
 
 
-async def hung(socket: zmq.asyncio.Socket, turn_s: float) -> str:
-    """Return the reason once the process at the other end of `socket` (SUB) counts as hung.
+async def hung(socket: zmq.asyncio.Socket, name: bytes, turn_s: float) -> str:
+    """Return the reason once the process whose heart has this name, at the other end of `socket` (SUB), counts as hung.
 
     turn_s: how long one turn of its loop may take. Silence is counted in waits, not read off a clock: if this
     process stands still itself, that is one wait, and the beats that came meanwhile are read after it.
     """
-    missed, name = 0, None
+    missed = 0
     while missed < MISSED_BEATS:
         if not await socket.poll(int(BEAT_S * 1000)):
             missed += 1
             continue
         missed = 0
         beat = msgspec.msgpack.decode(await socket.recv(), type=_Beat)
+        if beat.name != name:
+            return "the engine has been started again"
         if beat.busy > turn_s:
             return f"the engine has been at one round for more than {turn_s:g} s"
-        if beat.name != (name := name or beat.name):
-            return "the engine has been started again"
     return f"the engine process was silent for {BEAT_S * MISSED_BEATS:g} s"

@@ -119,8 +119,8 @@ class EngineServer:
                 return
             if peer not in self._last_sent:
                 self._last_sent[peer] = 0.0
-                ready = self._engine.ready
-                self._send(peer, msgspec.structs.replace(ready, stats=self._engine.stats()))
+                ready, stats = self._engine.ready, self._engine.stats()
+                self._send(peer, msgspec.structs.replace(ready, stats=stats, heart=self._heart.name))
             try:
                 message: AddRequest | AbortRequests = self._decoder.decode(data)
             except msgspec.MsgspecError as error:

@@ -203,8 +203,8 @@ def test_two_hosts(
     random_dir: Path,
     expected: str,
 ) -> None:
-    """The text of one rank; a rank is killed, clients are told, torchrun starts all again; stopped, or cut off from each
-    other, nothing remains of them."""
+    """The text of one rank; a rank is killed, clients are told, torchrun starts all again. In the end nothing remains,
+    whether they are stopped or cut off from each other."""
     servers = []
     with where() as hosts:
         agents = Agents(tmp_path, hosts, random_dir)
