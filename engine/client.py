@@ -17,6 +17,8 @@ import zmq.asyncio
 
 from engine.config import EngineConfig
 from engine.endpoint import HEARTBEAT, SOCKET, EndpointError, new_directory
+from engine.greeting import LAST_WORD_S, appearance, first_word
+from engine.greeting import EngineDead as EngineDead
 from engine.heartbeat import hung
 from engine.messages import (
     FINISH_ABORT,
@@ -36,16 +38,8 @@ _STDERR = 2
 _STOP_S = 15.0
 """How long a stopped engine process may take to end before it is killed; less while it is loading."""
 _STOP_LOADING_S = 2.0
-_LAST_WORD_S = 0.5
-"""How long to look for the reason after the engine process has ended."""
-_INTRODUCE_S = 0.5
-"""How often to say hello to an engine that does not answer yet."""
 
 logger = logging.getLogger(__name__)
-
-
-class EngineDead(RuntimeError):
-    """The engine is gone, or never came up; the message says why."""
 
 
 class EngineClient:
@@ -103,7 +97,7 @@ class EngineClient:
             with contextlib.suppress(ConnectionError):  # it ended already: _first_word says so
                 client._process.stdin.write(msgspec.json.encode(launch) + b"\n")
                 await client._process.stdin.drain()
-            client.ready = await client._first_word(client._process, start_timeout_s)
+            client.ready = await first_word(client._socket, client._process, start_timeout_s)
         except BaseException:
             await client.close()
             raise
@@ -121,7 +115,7 @@ class EngineClient:
         """
         client = cls(directory, timeout_s)
         try:
-            client.ready = await client._appearance(start_timeout_s)
+            client.ready = await appearance(client._socket, directory, start_timeout_s)
             if client.ready.model != model:
                 raise EngineDead(f"the engine in {directory} serves {client.ready.model}, not {model}")
         except BaseException:
@@ -217,46 +211,6 @@ class EngineClient:
             self.kill()
         await process.wait()
 
-    async def _first_word(self, process: Process, timeout_s: float) -> Ready:
-        self._post(AbortRequests([]))  # introduces this process
-        ended = asyncio.create_task(process.wait())
-        try:
-            async with asyncio.timeout(timeout_s):
-                word = asyncio.ensure_future(self._socket.recv())
-                await asyncio.wait({word, ended}, return_when=asyncio.FIRST_COMPLETED)
-                if not word.done():
-                    await asyncio.wait({word}, timeout=_LAST_WORD_S)
-        except TimeoutError:
-            raise EngineDead(f"the engine was not ready after {timeout_s:g} s") from None
-        finally:
-            ended.cancel()
-        if not word.done():
-            word.cancel()
-            raise EngineDead(f"the engine process ended with status {process.returncode} while starting")
-        message = msgspec.msgpack.decode(word.result(), type=FromEngine)
-        if isinstance(message, Ready):
-            return message
-        raise EngineDead(message.reason if isinstance(message, Dead) else "the engine spoke out of turn")
-
-    async def _appearance(self, timeout_s: float) -> Ready:
-        """Say hello until an engine answers that it is ready: one that ends while it loads takes the hello with it."""
-        reason = ""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    self._post(AbortRequests([]))
-                    if not await self._socket.poll(int(_INTRODUCE_S * 1000)):
-                        continue
-                    message = msgspec.msgpack.decode(await self._socket.recv(), type=FromEngine)
-                    if isinstance(message, Ready):
-                        return message
-                    if isinstance(message, Dead) and message.reason != reason:
-                        reason = message.reason
-                        logger.warning("waiting for another engine, since this one ended: %s", reason)
-        except TimeoutError:
-            last = f"; the last one ended: {reason}" if reason else ""
-            raise EngineDead(f"no engine was ready in {self._directory} within {timeout_s:g} s{last}") from None
-
     async def _receive(self) -> None:
         decoder = msgspec.msgpack.Decoder(FromEngine)
         while self.dead is None:
@@ -293,7 +247,7 @@ class EngineClient:
     async def _watch_process(self, process: Process) -> None:
         status = await process.wait()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORD_S):
+            async with asyncio.timeout(LAST_WORD_S):
                 await self._death.wait()
         self._die(f"the engine process ended with status {status}")
 
