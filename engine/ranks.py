@@ -274,7 +274,7 @@ class Ranks:
     def _suspicion(self, error: CollectiveError | None) -> str:
         """Nobody is dead, nobody has failed by itself: somebody hangs, or was told to end."""
         if told := self._told():
-            return f"{self._names(told)} ended as told by a signal"
+            return f"{self._names(told)} got a signal to end, or lost the torchrun agent"
         stopped = [rank for rank in sorted(self._silent) if self._processes and self._processes.is_stopped(rank)]
         late = stopped or ([error.rank] if error and error.rank is not None else sorted(self._silent))
         if not late:

@@ -102,7 +102,7 @@ def _follow(config: EngineConfig, place: Place) -> int:
     def end() -> None:
         if link is not None:
             with contextlib.suppress(Disconnected):
-                answer(link, Report(failure="ended as told by a signal", lost=True, told=True))
+                answer(link, Report(failure="told to end", lost=True, told=True))
         os._exit(1)
 
     _when_told(end)

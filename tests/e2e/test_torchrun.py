@@ -223,7 +223,7 @@ def test_two_hosts(
             assert set(agents.ranks().values()).isdisjoint(ranks.values())
             if hosts[0].cable is None:
                 reason = interrupted(servers[1], agents.stop)
-                assert "stopped" in reason or "ended as told" in reason
+                assert "stopped" in reason or "got a signal to end" in reason
             else:
                 # No connection is closed: silence alone says that the other ranks are gone.
                 cable = hosts[0].cable

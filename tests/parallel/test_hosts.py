@@ -123,7 +123,7 @@ def test_a_signal_for_one_rank(group: Callable[..., Group]) -> None:
     ranks.ranks[2].send_signal(signal.SIGTERM)
     status, said = ranks.ended()
     assert status == [1, 1, 1]
-    assert f"rank 2 (host {socket.gethostname()}) ended as told by a signal" in said[0]
+    assert f"rank 2 (host {socket.gethostname()}) got a signal to end" in said[0]
 
 
 def test_a_host_without_the_model(tmp_path: Path, random_dir: Path, group: Callable[..., Group]) -> None:
