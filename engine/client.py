@@ -1,16 +1,14 @@
-"""An API process's side of the engine: starts the engine process and talks to it. Free of torch."""
+"""An API process's side of the engine: starts the engine process, or finds one, and talks to it. Free of torch."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
 import sys
-import tempfile
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,6 +16,9 @@ import zmq
 import zmq.asyncio
 
 from engine.config import EngineConfig
+from engine.endpoint import HEARTBEAT, SOCKET, EndpointError, new_directory
+from engine.greeting import LAST_WORD_S, appearance, first_word
+from engine.greeting import EngineDead as EngineDead
 from engine.heartbeat import hung
 from engine.messages import (
     FINISH_ABORT,
@@ -30,21 +31,15 @@ from engine.messages import (
     Ready,
     RequestOutput,
 )
-from engine.process import HEARTBEAT, SOCKET, Launch
+from engine.process import Launch
 
 ENGINE_COMMAND = (sys.executable, "-m", "engine.process")
 _STDERR = 2
 _STOP_S = 15.0
 """How long a stopped engine process may take to end before it is killed; less while it is loading."""
 _STOP_LOADING_S = 2.0
-_LAST_WORD_S = 0.5
-"""How long to look for the reason after the engine process has ended."""
 
 logger = logging.getLogger(__name__)
-
-
-class EngineDead(RuntimeError):
-    """The engine is gone, or never came up; the message says why."""
 
 
 class EngineClient:
@@ -55,19 +50,17 @@ class EngineClient:
     dead: why the engine is gone; None while it lives.
     """
 
-    def __init__(self, directory: Path, round_s: float) -> None:
-        """Use `start`, which launches the process and awaits its first word."""
+    def __init__(self, directory: Path, round_s: float, *, owns_directory: bool = False) -> None:
+        """Use `start` or `attach`, which await the engine's first word."""
         self._process: Process | None = None
         self._directory = directory
+        self._owns_directory = owns_directory
         self._round_s = round_s
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(f"ipc://{directory / SOCKET}")
-        self._heartbeat = self._context.socket(zmq.SUB)
-        self._heartbeat.subscribe(b"")
-        self._heartbeat.connect(f"ipc://{directory / HEARTBEAT}")
         self._live: dict[str, asyncio.Queue[RequestOutput | None]] = {}
         self._death = asyncio.Event()
         self.dead: str | None = None
@@ -92,7 +85,10 @@ class EngineClient:
         that gives no sign of life at all does much sooner.
         Raises EngineDead if it does not come up; nothing of it remains then, nor if this call is cancelled.
         """
-        client = cls(_socket_directory(), timeout_s)
+        try:
+            client = cls(new_directory(), timeout_s, owns_directory=True)
+        except EndpointError as error:
+            raise EngineDead(str(error)) from None
         try:
             # The engine's stdout joins its stderr: a server's stdout is for its user.
             client._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=_STDERR)
@@ -101,18 +97,37 @@ class EngineClient:
             with contextlib.suppress(ConnectionError):  # it ended already: _first_word says so
                 client._process.stdin.write(msgspec.json.encode(launch) + b"\n")
                 await client._process.stdin.drain()
-            client.ready = await client._first_word(client._process, start_timeout_s)
+            client.ready = await first_word(client._socket, client._process, start_timeout_s)
         except BaseException:
             await client.close()
             raise
-        client.stats = client.ready.stats
         client._stop_s = _STOP_S
-        client._tasks = [
-            asyncio.create_task(client._receive()),
-            asyncio.create_task(client._watch_process(client._process)),
-            asyncio.create_task(client._watch_heartbeat()),
-        ]
+        client._begin(client._watch_process(client._process))
         return client
+
+    @classmethod
+    async def attach(cls, directory: Path, *, model: str, start_timeout_s: float, timeout_s: float) -> EngineClient:
+        """Wait for an engine that somebody else starts, with its sockets in `directory`.
+
+        model: the name of the one that it must serve. start_timeout_s: how long to wait; engines that fail to start
+        meanwhile may be followed by others. timeout_s: see `start`. Closing leaves the engine alone.
+        Raises EngineDead if there is none.
+        """
+        client = cls(directory, timeout_s)
+        try:
+            client.ready = await appearance(client._socket, directory, start_timeout_s)
+            if client.ready.model != model:
+                raise EngineDead(f"the engine in {directory} serves {client.ready.model}, not {model}")
+        except BaseException:
+            await client.close()
+            raise
+        client._begin()
+        return client
+
+    def _begin(self, *watches: Coroutine[None, None, None]) -> None:
+        """The engine is there: listen to it."""
+        self.stats = self.ready.stats
+        self._tasks = [asyncio.create_task(task) for task in (self._receive(), self._watch_heartbeat(), *watches)]
 
     @property
     def live(self) -> int:
@@ -166,7 +181,8 @@ class EngineClient:
         return self.dead
 
     async def close(self) -> None:
-        """End the engine process; no process, socket or file remains. Live requests raise EngineDead."""
+        """End the engine process, if this one has started it; no process, socket or file of it remains. Live requests
+        raise EngineDead."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -174,10 +190,11 @@ class EngineClient:
         if self._process is not None:
             await self._end(self._process)
         self._context.destroy(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._owns_directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def kill(self) -> None:
-        """End the engine process the hard way, at once."""
+        """End the engine process the hard way, at once, if this one has started it."""
         with contextlib.suppress(ProcessLookupError):
             if self._process is not None:
                 self._process.kill()
@@ -194,27 +211,6 @@ class EngineClient:
             self.kill()
         await process.wait()
 
-    async def _first_word(self, process: Process, timeout_s: float) -> Ready:
-        self._post(AbortRequests([]))  # introduces this process
-        ended = asyncio.create_task(process.wait())
-        try:
-            async with asyncio.timeout(timeout_s):
-                word = asyncio.ensure_future(self._socket.recv())
-                await asyncio.wait({word, ended}, return_when=asyncio.FIRST_COMPLETED)
-                if not word.done():
-                    await asyncio.wait({word}, timeout=_LAST_WORD_S)
-        except TimeoutError:
-            raise EngineDead(f"the engine was not ready after {timeout_s:g} s") from None
-        finally:
-            ended.cancel()
-        if not word.done():
-            word.cancel()
-            raise EngineDead(f"the engine process ended with status {process.returncode} while starting")
-        message = msgspec.msgpack.decode(word.result(), type=FromEngine)
-        if isinstance(message, Ready):
-            return message
-        raise EngineDead(message.reason if isinstance(message, Dead) else "the engine spoke out of turn")
-
     async def _receive(self) -> None:
         decoder = msgspec.msgpack.Decoder(FromEngine)
         while self.dead is None:
@@ -230,6 +226,8 @@ class EngineClient:
                     self._deliver(output)
             elif isinstance(message, Dead):
                 self._die(message.reason)
+            else:
+                self._die("the engine has been started again")
 
     def _deliver(self, output: RequestOutput) -> None:
         queue = self._live.get(output.id)
@@ -240,13 +238,16 @@ class EngineClient:
         queue.put_nowait(output)
 
     async def _watch_heartbeat(self) -> None:
-        self._die(await hung(self._heartbeat, self._round_s))
+        with self._context.socket(zmq.SUB) as heartbeat:
+            heartbeat.subscribe(b"")
+            heartbeat.connect(f"ipc://{self._directory / HEARTBEAT}")
+            self._die(await hung(heartbeat, self.ready.heart, self._round_s))
         self.kill()
 
     async def _watch_process(self, process: Process) -> None:
         status = await process.wait()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORD_S):
+            async with asyncio.timeout(LAST_WORD_S):
                 await self._death.wait()
         self._die(f"the engine process ended with status {status}")
 
@@ -263,19 +264,3 @@ class EngineClient:
         # The queue to the engine has no limit, so this never waits.
         future = asyncio.ensure_future(self._socket.send(msgspec.msgpack.encode(message)))
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-
-def _socket_directory() -> Path:
-    """A new directory, mode 0700, whose name leaves room for the sockets. Raises EngineDead."""
-    try:
-        directory = Path(tempfile.mkdtemp(prefix="magicdec-"))
-    except OSError as error:
-        raise EngineDead(f"no directory for the engine's sockets: {error}") from None
-    longest = max(len(os.fsencode(directory / name)) for name in (SOCKET, HEARTBEAT))
-    if longest > zmq.IPC_PATH_MAX_LEN:
-        directory.rmdir()
-        raise EngineDead(
-            f"{directory.parent}: too long a name for sockets in it, by {longest - zmq.IPC_PATH_MAX_LEN} bytes; "
-            "set TMPDIR to a shorter one"
-        )
-    return directory

@@ -131,6 +131,10 @@ class SpeculationConfig(Settings):
         """The draft model that is to be loaded, if any."""
         return self.model if self.most_drafts and self.drafter == "model" else None
 
+    def draft_ranks(self, ranks: int) -> int:
+        """How many of the target's ranks share the draft model; 0: there is none."""
+        return 0 if self.draft_model is None else self.tensor_parallel_size or ranks
+
     @property
     def most_drafts(self) -> int:
         """Per row and round."""

@@ -74,7 +74,7 @@ class Engine:
                 num_pages=sizes.num_pages,
                 max_model_len=sizes.max_model_len,
                 group=group,
-                draft=load_draft(config, model, sizes.max_model_len, group),
+                draft=load_draft(config, model, sizes.max_model_len, self._draft_group(group)),
             )
             if self._ranks:
                 self._ranks.wait_ready(config.start_timeout_s)
@@ -200,6 +200,11 @@ class Engine:
         """One round on all ranks."""
         with self._ranks.round(plan) if self._ranks else contextlib.nullcontext():
             return self._worker.execute(plan)
+
+    def _draft_group(self, group: Group) -> Group | None:
+        """The ranks that share the draft model, if there is one."""
+        count = self._config.speculation.draft_ranks(group.size)
+        return self._ranks.join_first(count) if self._ranks and 0 < count < group.size else group
 
     def _make_controller(self, sizes: Sizes) -> Controller:
         """The one that the config describes."""

@@ -1,11 +1,13 @@
 """Whether an engine process lives, and how long it has been at one thing: both ends of its heartbeat. Free of torch.
 
 The beats have a thread and a socket of their own, so they go on while a round computes. No beat means that the
-process hangs or is stopped, and is noticed within seconds; one long round is allowed more.
+process hangs or is stopped, and is noticed within seconds; one long round is allowed more. A beat also says which
+process it is of: another one can take the place of the first behind the same path.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -22,6 +24,12 @@ MISSED_BEATS = 6
 """This many in a row missing, the process counts as hung."""
 
 
+class _Beat(msgspec.Struct, array_like=True):
+    name: bytes
+    busy: float
+    """Seconds since the loop's turn began."""
+
+
 class Heart:
     """The engine's end, to be used as a context manager: beats on `path`, an ipc socket, from start to exit."""
 
@@ -29,6 +37,7 @@ class Heart:
         self._socket = context.socket(zmq.PUB)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(f"ipc://{path}")
+        self.name = os.urandom(8)
         self._turned: float | None = None  # loading: no turn yet
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)  # owns the socket from now on
@@ -51,11 +60,11 @@ class Heart:
         with self._socket:
             while not self._ended.wait(BEAT_S):
                 busy = 0.0 if self._turned is None else time.monotonic() - self._turned
-                self._socket.send(msgspec.msgpack.encode(busy))
+                self._socket.send(msgspec.msgpack.encode(_Beat(self.name, busy)))
 
 
-async def hung(socket: zmq.asyncio.Socket, turn_s: float) -> str:
-    """Return the reason once the process at the other end of `socket` (SUB) counts as hung.
+async def hung(socket: zmq.asyncio.Socket, name: bytes, turn_s: float) -> str:
+    """Return the reason once the process whose heart has this name, at the other end of `socket` (SUB), counts as hung.
 
     turn_s: how long one turn of its loop may take. Silence is counted in waits, not read off a clock: if this
     process stands still itself, that is one wait, and the beats that came meanwhile are read after it.
@@ -66,6 +75,9 @@ async def hung(socket: zmq.asyncio.Socket, turn_s: float) -> str:
             missed += 1
             continue
         missed = 0
-        if msgspec.msgpack.decode(await socket.recv(), type=float) > turn_s:
+        beat = msgspec.msgpack.decode(await socket.recv(), type=_Beat)
+        if beat.name != name:
+            return "the engine has been started again"
+        if beat.busy > turn_s:
             return f"the engine has been at one round for more than {turn_s:g} s"
     return f"the engine process was silent for {BEAT_S * MISSED_BEATS:g} s"

@@ -116,6 +116,8 @@ class Ready(msgspec.Struct, tag="ready"):
     vocab_size: int
     eos_token_ids: list[int]
     stats: EngineStats
+    heart: bytes = b""
+    """What this process is called in its heartbeats."""
 
 
 class Outputs(msgspec.Struct, tag="outputs"):

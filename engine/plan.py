@@ -43,7 +43,7 @@ class RowWork(msgspec.Struct, array_like=True):
     """False for a prefill chunk that does not reach the last token: it yields nothing."""
 
 
-class StepPlan(msgspec.Struct):
+class StepPlan(msgspec.Struct, omit_defaults=True):
     """One round. `work` is ordered by falling gamma, so that the rows of each draft step are a prefix."""
 
     step: int

@@ -3,7 +3,7 @@
 The parent writes one JSON line to stdin, `Launch`, and keeps stdin open for as long as the engine shall
 live: when it closes, be it on purpose or because the parent died, the engine stops. Signals do not stop it,
 so that Ctrl-C in a terminal, or a supervisor that signals the whole group, leaves running requests to the
-API process, which drains first.
+API process, which drains first. An engine that torchrun starts (engine/torchrun.py) is served by the same `serve`.
 
 A ROUTER socket talks to any number of API processes, each a DEALER. Whatever a peer says first introduces
 it, and is answered with Ready. Outputs go to the peer the request came from; about once a second every peer
@@ -30,6 +30,7 @@ import msgspec
 import zmq
 
 from engine.config import EngineConfig
+from engine.endpoint import HEARTBEAT, SOCKET, remove
 from engine.heartbeat import Heart
 from engine.logs import set_up
 from engine.messages import (
@@ -46,8 +47,6 @@ from engine.messages import (
 )
 from engine.scheduler import QueueFull
 
-SOCKET, HEARTBEAT = "engine", "heartbeat"
-"""The ipc sockets in the launch directory."""
 _NEWS_S = 1.0
 """How old the stats of a peer may get."""
 _STDIN = 0
@@ -86,15 +85,15 @@ class EngineLike(Protocol):
 class EngineServer:
     """The loop between one engine and its peers."""
 
-    def __init__(self, socket: zmq.Socket[bytes], engine: EngineLike, heart: Heart, stop: threading.Event) -> None:
-        """`stop` is set once stdin is closed."""
+    def __init__(self, socket: zmq.Socket[bytes], engine: EngineLike, heart: Heart, leash: int) -> None:
+        """leash: a file descriptor; the end has come when its other end is closed."""
         self._socket = socket
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(_STDIN, zmq.POLLIN)
+        self._poller.register(leash, zmq.POLLIN)
         self._engine = engine
         self._heart = heart
-        self._stop = stop
+        self._leash = leash
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._last_sent: dict[bytes, float] = {}
         self._owner: dict[str, bytes] = {}
@@ -104,10 +103,9 @@ class EngineServer:
         return list(self._last_sent)
 
     def run(self) -> None:
-        """Serve until `stop` is set. Raises what engine.step and engine.check_ranks raise."""
+        """Serve until the leash is let go. Raises what engine.step and engine.check_ranks raise."""
         idle_s = _NEWS_S
-        while not self._stop.is_set():
-            self._poller.poll(0 if self._engine.has_work() else math.ceil(idle_s * 1000))
+        while self._leash not in dict(self._poller.poll(0 if self._engine.has_work() else math.ceil(idle_s * 1000))):
             self._heart.turn()
             self._receive()
             if self._engine.has_work():
@@ -124,8 +122,8 @@ class EngineServer:
                 return
             if peer not in self._last_sent:
                 self._last_sent[peer] = 0.0
-                ready = self._engine.ready
-                self._send(peer, msgspec.structs.replace(ready, stats=self._engine.stats()))
+                ready, stats = self._engine.ready, self._engine.stats()
+                self._send(peer, msgspec.structs.replace(ready, stats=stats, heart=self._heart.name))
             try:
                 message: AddRequest | AbortRequests = self._decoder.decode(data)
             except msgspec.MsgspecError as error:
@@ -208,13 +206,22 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
         return 0
     launch = msgspec.json.decode(line, type=Launch)
     set_up(launch.log_level)
-    directory = Path(launch.directory)
+    config = launch.config
+    return serve(lambda: load_engine(EngineConfig.model_validate(config)), Path(launch.directory), _STDIN)
+
+
+def serve(load_engine: Callable[[], EngineLike], directory: Path, leash: int, alone: bool = False) -> int:
+    """Open the sockets, load the engine, serve until the other end of the file descriptor `leash` is closed.
+
+    directory: for the sockets; removed with them in the end. alone: no parent knows why the engine ends, so it logs
+    that and tells its peers. Returns the exit status: 1 if the engine failed.
+    """
     stop, closed = threading.Event(), threading.Event()
-    threading.Thread(target=_watch_parent, args=(stop, closed, directory), daemon=True).start()
+    threading.Thread(target=_watch, args=(leash, stop, closed, directory), daemon=True).start()
 
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(closed.set)
-        cleanup.callback(_remove, directory)
+        cleanup.callback(remove, directory)
         context = cleanup.enter_context(zmq.Context())
         heart = cleanup.enter_context(Heart(context, directory / HEARTBEAT))
         socket = cleanup.enter_context(context.socket(zmq.ROUTER))
@@ -225,34 +232,40 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
         socket.bind(f"ipc://{directory / SOCKET}")
         server = None
         try:
-            engine = load_engine(EngineConfig.model_validate(launch.config))
+            engine = load_engine()
             cleanup.callback(engine.close)
-            server = EngineServer(socket, engine, heart, stop)
+            server = EngineServer(socket, engine, heart, leash)
             server.run()
+            if alone and server.peers:
+                say_dead(socket, _why_stopped(engine), server.peers)
         except Exception as error:
             # While loading, a ValueError is about the settings or the model; all else needs a traceback.
             expected = server is None and isinstance(error, ValueError)
-            if not expected:
+            if not expected and not stop.is_set():
                 logger.exception("the engine stopped")
+            elif alone:
+                logger.error("the engine stopped: %s", error)
             say_dead(socket, _reason(error, expected), server.peers if server else ())
             return 1
     return 0
 
 
-def _watch_parent(stop: threading.Event, closed: threading.Event, directory: Path) -> None:
-    while os.read(_STDIN, 4096):  # not sys.stdin: its lock must be free when the interpreter ends
+def _why_stopped(engine: EngineLike) -> str:
+    """Whoever told it to stop may have done so because a rank is gone."""
+    try:
+        engine.check_ranks()
+    except RuntimeError as error:
+        return f"the engine was stopped: {error}"
+    return "the engine was stopped"
+
+
+def _watch(leash: int, stop: threading.Event, closed: threading.Event, directory: Path) -> None:
+    while os.read(leash, 4096):  # not sys.stdin: its lock must be free when the interpreter ends
         pass
     stop.set()
     if not closed.wait(_ORPHAN_GRACE_S):
-        _remove(directory)
+        remove(directory)
         os._exit(1)
-
-
-def _remove(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        for name in (SOCKET, HEARTBEAT):
-            (directory / name).unlink(missing_ok=True)
-        directory.rmdir()
 
 
 def _request_id(data: bytes) -> str | None:

@@ -116,11 +116,7 @@ def profile_key(config: EngineConfig, sizes: Sizes) -> str:
     """A name for everything that times depend on."""
     parts: list[object] = [_VERSION, torch.__version__, str(sizes.dtype), sizes.max_model_len]
     parts += [config.tensor_parallel_size, config.collectives, config.cache.page_size, config.scheduler.max_rows]
-    parts.append(config.speculation.model_dump_json())
-    for directory in (sizes.path, config.speculation.model and Path(config.speculation.model).expanduser()):
-        if directory:
-            with contextlib.suppress(OSError):
-                parts.append((directory / "config.json").read_text(encoding="utf-8"))
+    parts += [config.speculation.model_dump_json(), sizes.shape]
     if sizes.device.type == "cuda":
         parts.append(torch.cuda.get_device_name())
     else:

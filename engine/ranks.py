@@ -8,59 +8,51 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn
 
 import msgspec
 import torch
+from torch._C._distributed_c10d import Store
 
 from engine.config import ConfigError, EngineConfig
 from engine.memory import what_failed
+from engine.orders import PING, Launch, Report
 from engine.plan import StepPlan
 from parallel import rendezvous, shared
 from parallel.channel import Channel, Link
 from parallel.group import CollectiveError, Group, RankFailure
 from parallel.launch import RankProcesses
+from parallel.meeting import Guests
 from parallel.rendezvous import Join
 
 RANK_COMMAND = (sys.executable, "-m", "engine.worker")
 _LAST_WORD_S = 2.0
 """How long to look for the first cause once something is wrong."""
-_PING = b""
-"""The frame that asks a rank for a sign of life."""
 _PINGS = 4
 """An idle engine sends this many in the time that a rank may keep it waiting."""
 
 log = logging.getLogger(__name__)
 
 
-class Launch(msgspec.Struct):
-    """The first thing a rank is told. It answers with a Report, is then sent the EngineConfig as JSON, with every
-    setting resolved, answers with a second Report once it is ready, and from then on is sent StepPlans and pings."""
-
-    join: Join
-    log_level: int
-
-
-class Report(msgspec.Struct, omit_defaults=True):
-    """What a rank says to rank 0: that it has come this far, that it is there when asked, or, once, why it goes."""
-
-    weight_bytes: int = 0
-    """Of its shard, once it is loaded."""
-    failure: str | None = None
-    """What becomes of it, to be read behind its name: `failed: …`."""
-    lost: bool = False
-    """The failure is that of a collective: some other rank is the cause."""
-
-
 class Ranks:
     """The ranks 1 … size - 1 of one group. Everything that is wrong with them becomes one RankFailure."""
 
-    def __init__(self, links: Mapping[int, Link], *, timeout_s: float, processes: RankProcesses | None = None) -> None:
-        """links: to each of them, by rank; owned. timeout_s: of a collective. processes: theirs, if they run on this
-        machine; owned.
+    def __init__(
+        self,
+        links: Mapping[int, Link],
+        *,
+        timeout_s: float,
+        processes: RankProcesses | None = None,
+        hosts: Mapping[int, str] | None = None,
+        memory: int | None = None,
+    ) -> None:
+        """links: to each of them, by rank; owned. timeout_s: of a collective. processes: theirs, if they are this
+        process's children; owned. hosts: where the others run, for messages. memory: file descriptor of what they
+        share; owned.
         """
         self._channel = Channel(links)
         self._processes = processes
+        self._hosts = hosts or {}
+        self._memory = memory
         self._timeout_s = timeout_s
         self._silent = set(links)  # ranks that have not said why they go
         self._reports: dict[int, Report] = {}
@@ -72,6 +64,8 @@ class Ranks:
         self._broken: str | None = None
         self.weight_bytes = 0  # of all these ranks, once they are ready
         self.group: Group
+        self._join_first: Callable[[int], Group | None]
+        self._waiting: list[shared.SharedGroup] = []  # groups that look for news of the ranks while they wait
 
     @classmethod
     def launch(cls, config: EngineConfig, device: torch.device) -> Ranks:
@@ -80,6 +74,10 @@ class Ranks:
         device: rank 0's. Raises RankFailure; nothing remains then. They still have to load: see `wait_ready`.
         """
         size = config.tensor_parallel_size
+        if device.type == "cuda" and size > torch.cuda.device_count():
+            raise ConfigError(
+                f"engine.tensor_parallel_size: {size} ranks, but {torch.cuda.device_count()} CUDA devices"
+            )
         try:
             transport = rendezvous.choose(device, config.collectives)
         except ValueError as error:
@@ -93,25 +91,66 @@ class Ranks:
                 send_timeout_s=config.step_timeout_s,
                 fds=() if memory is None else (memory,),
             )
-            ranks = cls(processes.links, timeout_s=config.step_timeout_s, processes=processes)
-            port = store.port if store else None
-            join = Join(0, size, transport, config.step_timeout_s, port, memory, config.start_timeout_s)
-            try:
-                ranks.introduce(join, config)
-                ranks.group = rendezvous.join(join, device, store)
-            except CollectiveError as error:
-                failure = ranks._diagnose(error)
-                ranks.close()
-                raise failure from error
-            except BaseException:
-                ranks.close()
-                raise
-        finally:
+        except BaseException:
             if memory is not None:
                 os.close(memory)
-        if isinstance(ranks.group, shared.SharedGroup):
-            ranks.group.while_waiting = ranks.check
+            raise
+        ranks = cls(processes.links, timeout_s=config.step_timeout_s, processes=processes, memory=memory)
+        port = store.port if store else None
+        join = Join(0, size, transport, config.step_timeout_s, port, memory, start_timeout_s=config.start_timeout_s)
+        ranks._join(join, config, device, store, rendezvous.LOOPBACK)
         return ranks
+
+    @classmethod
+    def meet(
+        cls, config: EngineConfig, device: torch.device, guests: Guests, *, one_machine: bool, address: str
+    ) -> Ranks:
+        """Join ranks that somebody else has started, on any host: see `launch`.
+
+        one_machine: all ranks are on this one. address: of this host, for the others to reach.
+        """
+        size = config.tensor_parallel_size
+        ranks = cls(guests.links, timeout_s=config.step_timeout_s, hosts=guests.hosts)
+        try:
+            transport = rendezvous.choose(device, config.collectives, one_machine)
+        except ValueError as error:
+            ranks.close()
+            raise ConfigError(f"engine.collectives: {error}") from error
+        join = Join(0, size, transport, config.step_timeout_s, start_timeout_s=config.start_timeout_s)
+        if transport == "shared":
+            ranks._memory = join.fd = shared.create(size)
+            join.holder = os.getpid()
+        ranks._join(join, config, device, guests.store, address)
+        return ranks
+
+    def _join(self, join: Join, config: EngineConfig, device: torch.device, store: Store | None, address: str) -> None:
+        """join: rank 0's."""
+        try:
+            self.introduce(join, config)
+            self.group = rendezvous.join(join, device, store, address)
+        except CollectiveError as error:
+            failure = self._diagnose(error)
+            self.close()
+            raise failure from error
+        except BaseException:
+            self.close()
+            raise
+        self._join_first = lambda count: rendezvous.join_first(count, join, device, store, address)
+        self._look_while_waiting(self.group)
+
+    def join_first(self, count: int) -> Group | None:
+        """Rank 0's end of a second group, of the first `count` ranks: see rendezvous.join_first. Raises RankFailure."""
+        try:
+            group = self._join_first(count)
+        except CollectiveError as error:
+            raise self._diagnose(error) from error
+        self._look_while_waiting(group)
+        return group
+
+    def _look_while_waiting(self, group: Group | None) -> None:
+        if isinstance(group, shared.SharedGroup):
+            group.while_waiting = self.check
+            self._waiting.append(group)
 
     def introduce(self, join: Join, config: EngineConfig) -> None:
         """Tell each rank who it is, wait until all are there, and send them the settings. join: rank 0's."""
@@ -170,7 +209,7 @@ class Ranks:
             return left
         if late := [rank for rank, count in self._hellos.items() if count <= self._asked - (_PINGS - 1)]:
             raise self._diagnose(CollectiveError("no sign of life", late[0]))
-        self._channel.broadcast(_PING)
+        self._channel.broadcast(PING)
         self._asked += 1
         self._pinged = time.monotonic()
         return interval
@@ -178,11 +217,14 @@ class Ranks:
     def close(self) -> None:
         """End them. No process, socket or memory of theirs remains."""
         self._broken = "the engine was closed"
-        if isinstance(group := getattr(self, "group", None), shared.SharedGroup):
+        for group in self._waiting:
             group.while_waiting = shared.wait_patiently  # or memory would wait for the garbage collector
         self._channel.close()
         if self._processes is not None:
             self._processes.close()
+        if self._memory is not None:
+            os.close(self._memory)
+            self._memory = None
 
     # -- listening ---------------------------------------------------------------------------------------------------
 
@@ -192,7 +234,7 @@ class Ranks:
         while late := [rank for rank, count in self._hellos.items() if count < number]:
             left = deadline - time.monotonic()
             if left <= 0:
-                self._broken = f"{_ranks(late)} not ready after {timeout_s:g} s"
+                self._broken = f"{self._names(late)} not ready after {timeout_s:g} s"
                 raise RankFailure(self._broken)
             self._listen(left)
             if self._reports or len(self._channel.open) < len(self._hellos):
@@ -217,7 +259,7 @@ class Ranks:
         while (cause := self._cause()) is None and self._may_speak() and (left := deadline - time.monotonic()) > 0:
             self._listen(left)
         self._broken = cause or self._suspicion(error)
-        log.error("%s", self._broken)
+        log.log(logging.INFO if self._told() else logging.ERROR, "%s", self._broken)
         return RankFailure(self._broken)
 
     def _may_speak(self) -> bool:
@@ -228,42 +270,33 @@ class Ranks:
         """What cannot be the consequence of another rank's end."""
         for rank, report in self._reports.items():
             if not report.lost:
-                return f"rank {rank} {report.failure}"
+                return f"{self._names([rank])} {report.failure}"
         gone = set(self._hellos) - self._channel.open
         for rank in sorted(gone - set(self._reports)):
             if self._processes and (ended := self._processes.how_it_ended(rank, _LAST_WORD_S)):
                 return f"rank {rank} {ended}"
             if self._processes and self._processes.is_stopped(rank):
                 return f"rank {rank} took no plan for {self._timeout_s:g} s (stopped by a signal)"
-            return f"rank {rank} is out of reach"
+            return f"{self._names([rank])} is out of reach"
         return None
 
+    def _told(self) -> list[int]:
+        """Ranks that were told to end, unless there is more to it."""
+        told = [rank for rank, report in self._reports.items() if report.told]
+        return sorted(told) if told and self._cause() is None else []
+
     def _suspicion(self, error: CollectiveError | None) -> str:
-        """Nobody is dead, nobody has failed by itself: somebody hangs."""
+        """Nobody is dead, nobody has failed by itself: somebody hangs, or was told to end."""
+        if told := self._told():
+            return f"{self._names(told)} got a signal to end, or lost the torchrun agent"
         stopped = [rank for rank in sorted(self._silent) if self._processes and self._processes.is_stopped(rank)]
         late = stopped or ([error.rank] if error and error.rank is not None else sorted(self._silent))
         if not late:
             return f"the ranks lost each other: {error}"
         why = " (stopped by a signal)" if stopped else ""
-        return f"{_ranks(late)} did not answer within {self._timeout_s:g} s{why}"
+        return f"{self._names(late)} did not answer within {self._timeout_s:g} s{why}"
 
-
-def _ranks(numbers: list[int]) -> str:
-    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
-
-
-def answer(link: Link, report: Report) -> None:
-    """A rank's word to rank 0."""
-    link.send(msgspec.msgpack.encode(report))
-
-
-def follow(link: Link, execute: Callable[[StepPlan], object]) -> NoReturn:
-    """A rank's life: run the rounds that rank 0 announces, and answer when asked. Raises Disconnected when rank 0 is
-    gone."""
-    decoder = msgspec.msgpack.Decoder(StepPlan)
-    while True:
-        frame = link.receive()
-        if frame == _PING:
-            answer(link, Report())
-        else:
-            execute(decoder.decode(frame))
+    def _names(self, ranks: list[int]) -> str:
+        """`ranks 1, 2`; where hosts are known, `rank 3 (host b)`."""
+        names = [f"{rank} (host {self._hosts[rank]})" if rank in self._hosts else str(rank) for rank in ranks]
+        return f"rank{'s' * (len(names) > 1)} {', '.join(names)}"

@@ -28,11 +28,12 @@ _DTYPES = {
 class Sizes:
     """Settings with nothing left open.
 
-    path: the model's directory. threads: CPU threads per rank. num_pages: of the pool, the same on every rank.
+    path: the model's directory; shape: its config. threads: CPU threads per rank. num_pages: of the pool, the same on every rank.
     kv_token_bytes: KV of one token, over all ranks.
     """
 
     path: Path
+    shape: ModelConfig
     device: torch.device
     dtype: torch.dtype
     threads: int
@@ -60,7 +61,7 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
     Raises ValueError (ConfigError, ModelError) for settings or a model that cannot be served.
     """
     path, ranks = resolve_model(config.model), config.tensor_parallel_size
-    device = _device(config.device, ranks)
+    device = _device(config.device)
     shape = read_config(path) if model is None else model.config
     dtype = _dtype(config.dtype, device) if model is None else model.dtype
     try:
@@ -72,6 +73,7 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
     max_model_len = _max_model_len(config, shape)
     return Sizes(
         path=path,
+        shape=shape,
         device=device,
         dtype=dtype,
         threads=config.threads or max(1, torch.get_num_threads() // ranks),
@@ -81,13 +83,11 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
     )
 
 
-def _device(name: str, ranks: int) -> torch.device:
+def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device: no CUDA device is visible")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and ranks > torch.cuda.device_count():
-        raise ConfigError(f"engine.tensor_parallel_size: {ranks} ranks, but {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
 
 

@@ -1,7 +1,7 @@
 """One rank's share of the engine: its shard of the model, its pool, its rows; runs the rounds it is told to.
 
 As a program (`python -m engine.worker`) it is one of the ranks that engine.ranks starts; its standard input is its
-connection to rank 0.
+connection to rank 0. Otherwise it is any rank, 0 included, of a group that torchrun starts: see engine.torchrun.
 """
 
 from __future__ import annotations
@@ -9,22 +9,24 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
 
 import msgspec
 import torch
+from torch._C._distributed_c10d import Store
 
 from engine import agreement
-from engine.config import EngineConfig
+from engine.config import ConfigError, EngineConfig
 from engine.memory import what_failed
 from engine.messages import TokenLogprobs
+from engine.orders import Launch, Report, answer, follow
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
-from engine.ranks import Launch, Report, answer, follow
 from engine.rows import Rows
 from engine.sampling import Logprobs
-from engine.speculation.build import DraftModel, make_drafter, make_sampler, make_target
+from engine.speculation.build import DraftModel, load_draft, make_drafter, make_sampler, make_target
 from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
@@ -122,7 +124,16 @@ def main() -> int:
     """Be a rank until rank 0 is gone. Returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    link = Link.of_stdin()
+    return live(Link.of_stdin())
+
+
+def live(
+    link: Link, *, local_rank: int | None = None, store: Store | None = None, address: str = rendezvous.LOOPBACK
+) -> int:
+    """Be the rank that rank 0, at the other end of the link, says. Returns the exit status once rank 0 is gone.
+
+    local_rank: among those on this machine; None: all are. store, address: see rendezvous.join.
+    """
     try:
         launch = msgspec.msgpack.decode(link.receive(), type=Launch)
         logging.basicConfig(
@@ -132,7 +143,13 @@ def main() -> int:
         )
         answer(link, Report())
         config = EngineConfig.model_validate_json(link.receive())
-        worker = _load(config, launch.join)
+        device = _device(config, launch.join.rank if local_rank is None else local_rank)
+        group = rendezvous.join(launch.join, device, store, address)
+        count = config.speculation.draft_ranks(group.size)
+        draft_group: Group | None = group
+        if 0 < count < group.size:
+            draft_group = rendezvous.join_first(count, launch.join, device, store, address)
+        worker = _load(config, device, group, draft_group)
         answer(link, Report(weight_bytes=worker.weight_bytes))
         follow(link, worker.execute)
     except Disconnected:
@@ -145,23 +162,40 @@ def main() -> int:
         return 1
 
 
-def _load(config: EngineConfig, join: rendezvous.Join) -> Worker:
-    """config: with every setting resolved."""
+def _device(config: EngineConfig, local_rank: int) -> torch.device:
+    """What this rank computes on, ready for use. config: with every setting resolved."""
+    if config.device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"{torch.cuda.device_count()} CUDA devices are visible, rank {local_rank} has none")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return torch.device(config.device)
+
+
+def _load(config: EngineConfig, device: torch.device, group: Group, draft_group: Group | None) -> Worker:
+    """draft_group: the ranks that share the draft model, if this is one of them."""
     assert config.cache.num_pages is not None
     assert config.max_model_len is not None
-    device = torch.device(config.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", join.rank)
-        torch.cuda.set_device(device)
-    elif config.threads is not None:
-        torch.set_num_threads(config.threads)
-    group = rendezvous.join(join, device)
     dtype: torch.dtype = getattr(torch, config.dtype)
     model = load_model(Path(config.model), dtype=dtype, device=device, group=group, progress=False)
-    return Worker(model, config, num_pages=config.cache.num_pages, max_model_len=config.max_model_len, group=group)
+    return Worker(
+        model,
+        config,
+        num_pages=config.cache.num_pages,
+        max_model_len=config.max_model_len,
+        group=group,
+        draft=load_draft(config, model, config.max_model_len, draft_group),
+    )
 
 
 if __name__ == "__main__":
-    status = main()
+    if sys.argv[1:] or not stat.S_ISSOCK(os.fstat(0).st_mode):
+        from engine import torchrun
+
+        status = torchrun.main(sys.argv[1:])
+    else:
+        status = main()
     sys.stderr.flush()
     os._exit(status)  # without waiting for the threads of a broken group

@@ -25,7 +25,8 @@ class Link:
     """One end of a connection; owns the socket."""
 
     def __init__(self, connection: socket.socket, send_timeout_s: float | None = None) -> None:
-        """send_timeout_s: an end that takes nothing for this long counts as gone; None: wait for ever."""
+        """send_timeout_s: an end that takes nothing for this long counts as gone, and so does one on another host that
+        does not answer; None: wait for ever."""
         self._socket = connection
         self._buffer = bytearray()
         if connection.family != socket.AF_UNIX:
@@ -35,14 +36,20 @@ class Link:
             # Not settimeout: that would time `receive` too, and cost a poll before every call.
             limit = struct.pack("ll", int(seconds), int(rest * 1e6))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            if connection.family != socket.AF_UNIX:
+                _notice_silence(connection, send_timeout_s)
 
     @classmethod
     def of_stdin(cls) -> Link:
-        """The end that a process was started with (see parallel.launch). The process ends when the other end goes,
-        whatever it is busy with: it must own nothing that has to be put away."""
+        """The end that a process was started with (see parallel.launch); it ends with the other end."""
         link = cls(socket.socket(fileno=0))
-        threading.Thread(target=link._exit_when_gone, daemon=True).start()
+        link.end_together()
         return link
+
+    def end_together(self) -> None:
+        """From now on this process ends when the other end goes, whatever it is busy with: it must own nothing that
+        has to be put away."""
+        threading.Thread(target=self._exit_when_gone, daemon=True).start()
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -86,6 +93,22 @@ class Link:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _notice_silence(connection: socket.socket, timeout_s: float) -> None:
+    """Let a TCP connection break once the other host has answered nothing for timeout_s: it has lost its power, or the
+    cable. Systems that lack an option do without."""
+    probe = max(1, int(timeout_s / 4))
+    options = {
+        "TCP_KEEPIDLE": probe,
+        "TCP_KEEPINTVL": probe,
+        "TCP_KEEPCNT": 3,
+        "TCP_USER_TIMEOUT": max(1, int(timeout_s * 1000)),
+    }
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in options.items():
+        if (option := getattr(socket, name, None)) is not None:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class Channel:

@@ -1,11 +1,13 @@
 """How the ranks of a group find each other.
 
 On the CPUs of one machine they map the same memory (`shared`); CUDA devices use NCCL; everything else is gloo, whose
-sockets are bound to the loopback interface unless an address of this machine is given.
+sockets are bound to the loopback interface unless an address of this machine is given. NCCL and gloo meet in a store,
+of rank 0 or of whoever started the ranks.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from datetime import timedelta
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Backend, Store, TCPStore
+from torch._C._distributed_c10d import Backend, PrefixStore, Store, TCPStore
 
 from parallel import shared
 from parallel.group import CollectiveError, Group
@@ -33,19 +35,23 @@ class Join(msgspec.Struct):
     port: int | None = None
     """gloo and nccl: of rank 0's store on the loopback interface."""
     fd: int | None = None
-    """shared: a file descriptor that this process has inherited; it is closed after joining."""
+    """shared: a file descriptor of the memory, which stays open as long as the rank that created it needs."""
+    holder: int | None = None
+    """shared: the process id of the rank whose descriptor that is; None: this process has inherited it."""
     start_timeout_s: float | None = None
     """How long joining waits for another rank; None: as long as a collective."""
 
 
-def choose(device: torch.device, wanted: Transport | Literal["auto"]) -> Transport:
-    """The transport between ranks of one machine; auto: the fastest. Raises ValueError for what cannot work."""
+def choose(device: torch.device, wanted: Transport | Literal["auto"], one_machine: bool = True) -> Transport:
+    """The transport between ranks; auto: the fastest. Raises ValueError for what cannot work."""
     if wanted == "auto":
         if device.type == "cuda":
             return "nccl"
-        return "shared" if shared.available() else "gloo"
+        return "shared" if one_machine and shared.available() else "gloo"
     if (wanted == "nccl") != (device.type == "cuda"):
         raise ValueError(f"{wanted} cannot serve the device {device.type}")
+    if wanted == "shared" and not one_machine:
+        raise ValueError("shared needs all ranks on one machine, started together")
     if wanted == "shared" and not shared.available():
         raise ValueError("shared needs Linux on x86")
     return wanted
@@ -66,20 +72,48 @@ def host_store(size: int, timeout_s: float) -> TCPStore:
     )
 
 
-def join(how: Join, device: torch.device, store: Store | None = None) -> Group:
-    """Become a rank of the group; returns when all of them have.
+def join(how: Join, device: torch.device, store: Store | None = None, address: str = LOOPBACK) -> Group:
+    """Become a rank of the group; with NCCL and gloo, returns when all of them have.
 
-    store: rank 0's own. Raises CollectiveError if the others do not come in time.
+    store: this process's own end of it; None: the one at how.port. address: of this machine, for the others to reach.
+    Raises CollectiveError if the others do not come in time.
     """
+    return _enter(how, how.size, device, store, address)
+
+
+def join_first(
+    count: int, how: Join, device: torch.device, store: Store | None = None, address: str = LOOPBACK
+) -> Group | None:
+    """A second group, of ranks 0 … count - 1; None on the others. Called by every rank, at most once, after `join` and
+    with the same arguments. Raises CollectiveError.
+    """
+    if not 0 < count <= how.size:
+        raise ValueError(f"a group of {count} ranks out of {how.size}")
+    if how.rank >= count:
+        return None
+    return Group.single() if count == 1 else _enter(how, count, device, store, address, second=True)
+
+
+def _enter(
+    how: Join, size: int, device: torch.device, store: Store | None, address: str, second: bool = False
+) -> Group:
     if how.transport == "shared":
         assert how.fd is not None
-        return shared.SharedGroup(how.fd, how.rank, how.size, how.timeout_s)
+        inherited = how.holder is None
+        fd = how.fd if inherited else os.open(f"/proc/{how.holder}/fd/{how.fd}", os.O_RDWR)
+        try:
+            offset = shared.area_bytes(how.size) if second else 0
+            return shared.SharedGroup(fd, how.rank, size, how.timeout_s, offset)
+        finally:
+            if not inherited:
+                os.close(fd)
     limit = timedelta(seconds=how.timeout_s if how.start_timeout_s is None else how.start_timeout_s)
     try:
         if store is None:
             assert how.port is not None
             store = TCPStore(LOOPBACK, how.port, how.size, is_master=False, timeout=limit)
-        comm = connect(store, how.rank, how.size, device, limit)
+        part = PrefixStore("second" if second else "first", store)
+        comm = connect(part, how.rank, size, device, limit, address)
         comm.allreduce([torch.zeros(1, device=device)]).wait()  # NCCL connects in the first collective
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -31,10 +31,16 @@ def available() -> bool:
 
 
 def create(size: int) -> int:
-    """Memory for a group of `size` ranks, as a file descriptor that the caller owns; it has no name anywhere."""
+    """Memory for a group of `size` ranks and for one of its first ranks, as a file descriptor that the caller owns; it
+    has no name anywhere. What is not used costs nothing."""
     fd = os.memfd_create("magicdec-group")
-    os.ftruncate(fd, _flag_bytes(size) + 2 * size * _SLOT_BYTES)
+    os.ftruncate(fd, 2 * area_bytes(size))
     return fd
+
+
+def area_bytes(size: int) -> int:
+    """What a group of `size` ranks takes: whole pages."""
+    return _flag_bytes(size) + 2 * size * _SLOT_BYTES
 
 
 def wait_patiently() -> None:
@@ -59,11 +65,12 @@ class SharedGroup(Group):
     has read k.
     """
 
-    def __init__(self, fd: int, rank: int, size: int, timeout_s: float) -> None:
-        """fd: of `create(size)`; it can be closed afterwards. timeout_s: how long to wait for another rank."""
+    def __init__(self, fd: int, rank: int, size: int, timeout_s: float, offset: int = 0) -> None:
+        """fd: of `create`; it can be closed afterwards. timeout_s: how long to wait for another rank. offset: where
+        this group's area begins."""
         self.rank, self.size, self._comm = rank, size, None
         self._timeout_s = timeout_s
-        self._map = mmap.mmap(fd, 0)
+        self._map = mmap.mmap(fd, area_bytes(size), offset=offset)
         flag_bytes = _flag_bytes(size)
         self._flags = memoryview(self._map)[:flag_bytes].cast("q")
         self._banks = torch.frombuffer(self._map, dtype=torch.uint8, offset=flag_bytes).view(2, size, _SLOT_BYTES)

@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import msgspec
 import uvicorn
@@ -54,13 +55,18 @@ class Lifecycle:
         listener: socket.socket,
         on_ready: Callable[[Service], None],
         engine_command: Sequence[str] = ENGINE_COMMAND,
+        engine_directory: Path | None = None,
     ) -> None:
-        """`listener`: a bound socket, closed at the end. `on_ready` is called once requests are taken."""
+        """`listener`: a bound socket, closed at the end. `on_ready` is called once requests are taken.
+
+        engine_directory: of an engine to attach to, in place of starting one with engine_command.
+        """
         self._config = config
         self._tokenizer = tokenizer
         self._listener = listener
         self._on_ready = on_ready
         self._engine_command = engine_command
+        self._engine_directory = engine_directory
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
 
@@ -106,6 +112,13 @@ class Lifecycle:
 
     async def _start_engine(self) -> EngineClient:
         settings = self._config.server
+        if self._engine_directory is not None:
+            return await EngineClient.attach(
+                self._engine_directory,
+                model=Path(self._config.engine.model).name,
+                start_timeout_s=settings.start_timeout_s,
+                timeout_s=settings.engine_timeout_s,
+            )
         return await EngineClient.start(
             self._config.engine,
             start_timeout_s=settings.start_timeout_s,

@@ -69,14 +69,14 @@ def _insert(faults: _Faults) -> None:
     """Look for faults at every phase of this process."""
     import torch
 
-    from engine import ranks
+    from engine import orders, ranks
     from engine.runner import Runner
     from engine.speculation.policies import Dense
     from engine.worker import Worker
     from models.batch import ForwardBatch
     from parallel.channel import Link
 
-    init, forward, ping, answer = Worker.__init__, Runner.forward, ranks.Ranks.ping, ranks.answer
+    init, forward, ping, answer = Worker.__init__, Runner.forward, ranks.Ranks.ping, orders.answer
 
     @functools.wraps(init)
     def known(worker: Worker, *arguments: object, **others: object) -> None:
@@ -84,7 +84,7 @@ def _insert(faults: _Faults) -> None:
         faults.rank = worker._group.rank
 
     def faulty_forward(runner: Runner, batch: ForwardBatch) -> torch.Tensor:
-        if not isinstance(runner.policy, Dense):
+        if not isinstance(runner.view.policy, Dense):
             faults.at("draft")
         else:
             faults.at("prefill" if max(batch.attention.query_lengths) > _LONGEST_VERIFY else "verify")
@@ -94,14 +94,14 @@ def _insert(faults: _Faults) -> None:
         faults.at("idle")
         return ping(mine)
 
-    def faulty_answer(link: Link, report: ranks.Report) -> None:
+    def faulty_answer(link: Link, report: orders.Report) -> None:
         faults.at("idle")
         answer(link, report)
 
     Worker.__init__ = known  # type: ignore[method-assign, assignment]
     Runner.forward = faulty_forward  # type: ignore[method-assign, assignment]
     ranks.Ranks.ping = faulty_ping  # type: ignore[method-assign, assignment]
-    ranks.answer = faulty_answer
+    orders.answer = faulty_answer
 
 
 def _magicdec(directory: str, arguments: list[str]) -> None:

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.memory import what_failed
-from engine.ranks import Ranks, Report, answer, follow
+from engine.orders import Report, answer, follow
+from engine.ranks import Ranks
+from engine.speculation.build import load_draft
 from engine.worker import Worker
 from models.config import ModelConfig
 from models.llama import Llama
@@ -46,10 +48,9 @@ class ThreadRanks:
     """
 
     def __init__(self, config: ModelConfig, size: int, dtype: torch.dtype) -> None:
-        barrier = threading.Barrier(size, timeout=60)
-        board = [torch.empty(0)] * size
-        self._barrier = barrier
-        self._groups: list[Group] = [ThreadGroup(rank, barrier, board) for rank in range(size)]
+        self._barriers: list[threading.Barrier] = []
+        self._groups = self._new_groups(size)
+        self._draft_groups: list[Group] = []
         self._config, self._dtype = config, dtype
         self.workers: dict[int, Worker] = {}
         self.plans: list[bytes] = []
@@ -59,24 +60,36 @@ class ThreadRanks:
 
     def launch(self, config: EngineConfig, device: torch.device) -> Ranks:
         links = {}
-        for rank in range(1, len(self._groups)):
+        size = len(self._groups)
+        count = config.speculation.draft_ranks(size)
+        self._draft_groups = self._new_groups(count) if 0 < count < size else self._groups
+        for rank in range(1, size):
             ours, theirs = socket.socketpair()
             links[rank] = Link(ours, 60)
             threading.Thread(target=self._live, args=(rank, Link(theirs), config), daemon=True).start()
         ranks = Ranks(links, timeout_s=60)
         ranks.group = self._groups[0]
+        ranks._join_first = lambda count: self._draft_groups[0]
         return ranks
+
+    def _new_groups(self, size: int) -> list[Group]:
+        barrier, board = threading.Barrier(size, timeout=60), [torch.empty(0)] * size
+        self._barriers.append(barrier)
+        return [ThreadGroup(rank, barrier, board) for rank in range(size)]
 
     def _live(self, rank: int, link: Link, config: EngineConfig) -> None:
         try:
             assert config.cache.num_pages
             assert config.max_model_len
+            model = self.model(rank)
+            draft_group = self._draft_groups[rank] if rank < len(self._draft_groups) else None
             self.workers[rank] = worker = Worker(
-                self.model(rank),
+                model,
                 config,
                 num_pages=config.cache.num_pages,
                 max_model_len=config.max_model_len,
                 group=self._groups[rank],
+                draft=load_draft(config, model, config.max_model_len, draft_group),
             )
             answer(link, Report())
             answer(link, Report())
@@ -92,7 +105,8 @@ class ThreadRanks:
         except (Disconnected, RankFailure):
             pass  # rank 0 is gone, or finds the same failure itself
         except Exception as error:
-            self._barrier.abort()  # the others would wait for this rank
+            for barrier in self._barriers:
+                barrier.abort()  # the others would wait for this rank
             with contextlib.suppress(Disconnected):
                 answer(link, Report(failure=what_failed(error)))
         finally:

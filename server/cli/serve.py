@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,9 +39,23 @@ def serve(
     restart: Annotated[
         bool | None, typer.Option("--restart/--no-restart", help="Start the engine again when it dies.")
     ] = None,
+    engine: Annotated[
+        Path | None, typer.Option(help="Socket directory of an engine that torchrun runs; start none.")
+    ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="What is logged, on stderr.")] = None,
 ) -> None:
     """Serve a model over HTTP. Prints one line, with a request to try, when it takes requests."""
+    own = {
+        "--device": device,
+        "--dtype": dtype,
+        "--tensor-parallel-size": tensor_parallel_size,
+        "--speculation": speculation,
+        "--budget": budget,
+        "--max-model-len": max_model_len,
+        "--threads": threads,
+    }
+    if engine is not None and (given := [flag for flag, value in own.items() if value is not None]):
+        raise typer.BadParameter("--engine attaches to an engine that has its settings already", param_hint=given)
     overrides = options.engine_overrides(
         model=model,
         device=device,
@@ -61,10 +76,10 @@ def serve(
     overrides |= {name: value for name, value in flags.items() if value is not None}
     from engine.config import load_config
 
-    raise typer.Exit(_run(load_config(config, overrides)))
+    raise typer.Exit(_run(load_config(config, overrides), engine))
 
 
-def _run(config: Config) -> int:
+def _run(config: Config, engine: Path | None) -> int:
     import uvloop
 
     from engine.logs import set_up
@@ -86,7 +101,7 @@ def _run(config: Config) -> int:
         typer.echo(f"ready: {example(address, port, service)}")
 
     async def main() -> int:
-        return await Lifecycle(config, tokenizer, listener, ready).run()
+        return await Lifecycle(config, tokenizer, listener, ready, engine_directory=engine).run()
 
     return uvloop.run(main())
 

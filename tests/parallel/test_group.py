@@ -43,6 +43,23 @@ def rank_main(rank: int, size: int, directory: Path, memory: int) -> None:
         save_file(exercise(group), directory / f"{name}.{rank}.safetensors")
 
 
+def first_main(rank: int, size: int, count: int, directory: Path, memory: int) -> None:
+    """Sums in the group of all and in that of the first `count`, in turn, through either transport."""
+    store = FileStore(f"{directory}/store", -1)
+    results = {}
+    for name in ("gloo", "shared"):
+        how = rendezvous.Join(rank, size, name, 60, fd=memory)
+        group = rendezvous.join(how, CPU, store)
+        first = rendezvous.join_first(count, how, CPU, store)
+        assert (first is not None) == (rank < count)
+        for turn in range(3):
+            results[f"{name}.all.{turn}"] = group.all_reduce(torch.tensor([10.0**rank + turn]))
+            if first is not None:
+                assert (first.rank, first.size) == (rank, count)
+                results[f"{name}.first.{turn}"] = first.all_gather(torch.tensor([rank + turn]))
+    save_file(results, directory / f"{rank}.safetensors")
+
+
 def exercise(group: Group) -> dict[str, torch.Tensor]:
     rank = group.rank
     results = {}
@@ -62,15 +79,14 @@ def exercise(group: Group) -> dict[str, torch.Tensor]:
     return results
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_in_processes(size: int, tmp_path: Path) -> None:
-    """Sums and gathers of every dtype, and a model over fewer and over more ranks than it has KV heads."""
+def run_processes(work: str, size: int, *arguments: object) -> None:
+    """Run `work`, a function of this file, in a process per rank: work(rank, size, *arguments, memory)."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.parallel.test_group"]
+    command = [sys.executable, "-m", "tests.parallel.test_group", work]
     memory = shared.create(size)
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(size), str(tmp_path), str(memory)],
+            [*command, *map(str, (rank, size, *arguments, memory))],
             cwd=root,
             stderr=subprocess.PIPE,
             text=True,
@@ -86,8 +102,32 @@ def test_ranks_in_processes(size: int, tmp_path: Path) -> None:
             process.kill()
     assert [process.returncode for process in ranks] == [0] * size, "\n".join(errors)
 
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_in_processes(size: int, tmp_path: Path) -> None:
+    """Sums and gathers of every dtype, and a model over fewer and over more ranks than it has KV heads."""
+    run_processes("rank_main", size, tmp_path)
     for name in ("gloo", "shared"):
         check([load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in range(size)])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_group_of_the_first_ranks(count: int, tmp_path: Path) -> None:
+    run_processes("first_main", 3, count, tmp_path)
+    for rank in range(3):
+        results = load_file(tmp_path / f"{rank}.safetensors")
+        for name in ("gloo", "shared"):
+            for turn in range(3):
+                assert results[f"{name}.all.{turn}"].tolist() == [111 + 3 * turn]
+                if rank < count:
+                    assert results[f"{name}.first.{turn}"].tolist() == [[other + turn] for other in range(count)]
+
+
+def test_a_group_of_more_ranks_than_there_are() -> None:
+    how = rendezvous.Join(0, 2, "gloo", 60)
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"a group of {count} ranks out of 2"):
+            rendezvous.join_first(count, how, CPU)
 
 
 def check(results: list[dict[str, torch.Tensor]]) -> None:
@@ -134,4 +174,5 @@ def test_shared_memory_names_the_rank_that_does_not_come() -> None:
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    function, *numbers, place, descriptor = sys.argv[1:]
+    globals()[function](*map(int, numbers), Path(place), int(descriptor))

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from engine.orders import Report, answer, follow
 from engine.plan import StepPlan
-from engine.ranks import Ranks, Report, answer, follow
+from engine.ranks import Ranks
 from parallel.channel import Disconnected, Link
 from parallel.group import RankFailure
 

@@ -189,6 +189,21 @@ def test_stopped(random_dir: Path, collectives: str) -> None:
     fails(engine, r"rank 2 did not answer within 1 s \(stopped by a signal\)")
 
 
+def test_a_group_of_the_first_ranks_notices_too(random_dir: Path) -> None:
+    engine = start(random_dir, 3)
+    assert engine._ranks
+    alone, both = engine._ranks.join_first(1), engine._ranks.join_first(2)
+    assert alone
+    assert both
+    assert (alone.size, both.rank, both.size) == (1, 0, 2)
+    os.kill(pids(engine)[1], signal.SIGKILL)
+    try:
+        with pytest.raises(RankFailure, match="rank 1 was killed by signal 9"):
+            both.all_reduce(torch.ones(1))
+    finally:
+        engine.close()
+
+
 def test_an_exception(random_dir: Path) -> None:
     engine = start(random_dir, 3)
     assert engine._ranks

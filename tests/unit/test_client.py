@@ -23,10 +23,10 @@ import zmq
 
 from engine.client import EngineClient, EngineDead
 from engine.config import EngineConfig
+from engine.endpoint import SOCKET
 from engine.heartbeat import BEAT_S, MISSED_BEATS
 from engine.messages import AbortRequests, AddRequest, FromEngine, Outputs, Ready, RequestOutput
 from engine.params import SamplingParams
-from engine.process import SOCKET
 from tests import fake_engine
 from tests.fake_engine import COMMAND, CRASH, EXIT, FULL, HANG, PAGES, REFUSE, SLOW, expected
 

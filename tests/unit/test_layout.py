@@ -30,6 +30,8 @@ class Import:
     line: int
     lazy: bool
     """In a function, or for type checkers or a program only: not done when the module is imported."""
+    program: bool
+    """Done only when the module runs as a program: it is then not the module that others import."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,19 @@ class Module:
 
     @cached_property
     def imports(self) -> list[Import]:
-        return list(self._imports(self.tree, lazy=False))
+        return list(self._imports(self.tree, lazy=False, program=False))
 
-    def _imports(self, node: ast.AST, lazy: bool) -> Iterator[Import]:
+    def _imports(self, node: ast.AST, lazy: bool, program: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import):
-                yield from (Import(alias.name, child.lineno, lazy) for alias in child.names)
+                yield from (Import(alias.name, child.lineno, lazy, program) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 base = self._base(child)
-                yield from (Import(f"{base}.{alias.name}", child.lineno, lazy) for alias in child.names)
-            later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-            if isinstance(child, ast.If):
-                later = ast.unparse(child.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
-            yield from self._imports(child, lazy or later)
+                yield from (Import(f"{base}.{alias.name}", child.lineno, lazy, program) for alias in child.names)
+            test = ast.unparse(child.test) if isinstance(child, ast.If) else ""
+            main = test == "__name__ == '__main__'"
+            later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or test == "TYPE_CHECKING"
+            yield from self._imports(child, lazy or later or main, program or main)
 
     def _base(self, node: ast.ImportFrom) -> str:
         if node.level == 0:
@@ -97,7 +99,7 @@ def upward_imports(modules: dict[str, Module]) -> list[str]:
 def find_cycle(modules: dict[str, Module]) -> list[str] | None:
     graph = {}
     for module in modules.values():
-        targets = {resolve(item.target, modules) for item in module.imports}
+        targets = {resolve(item.target, modules) for item in module.imports if not item.program}
         graph[module.name] = {target for target in targets if target and target != module.name}
     try:
         TopologicalSorter(graph).prepare()
@@ -204,6 +206,8 @@ class TestTheChecksThemselves:
             "engine/__init__.py": "",
         }
         assert set(find_cycle(self.tree(tmp_path, files)) or ()) == {"engine.a", "engine.b"}
+        files["engine/b.py"] = "if __name__ == '__main__':\n    import engine.a"
+        assert find_cycle(self.tree(tmp_path, files)) is None
 
     def test_torch(self, tmp_path: Path) -> None:
         files = {

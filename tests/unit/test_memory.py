@@ -32,7 +32,7 @@ def starve(monkeypatch: pytest.MonkeyPatch, forward: int) -> None:
 
     def counted(runner: Runner, batch: ForwardBatch) -> torch.Tensor:
         nonlocal count
-        if isinstance(runner.policy, Dense):
+        if isinstance(runner.view.policy, Dense):
             count += 1
             if count == forward:
                 exhaust()

@@ -1,0 +1,81 @@
+"""Where API processes and an engine process meet: a directory with two ipc sockets in it. Free of torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import zmq
+
+SOCKET, HEARTBEAT = "engine", "heartbeat"
+"""The sockets in the directory."""
+
+
+class EndpointError(RuntimeError):
+    """There can be no sockets in this directory; the message says why."""
+
+
+def new_directory() -> Path:
+    """A directory of its own for an engine and the process that starts it. Raises EndpointError."""
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="magicdec-"))
+    except OSError as error:
+        raise EndpointError(f"no directory for the engine's sockets: {error}") from None
+    if excess := _excess(directory):
+        directory.rmdir()
+        raise EndpointError(
+            f"{directory.parent}: too long a name for sockets in it, by {excess} bytes; set TMPDIR to a shorter one"
+        )
+    return directory
+
+
+def default_directory() -> Path:
+    """Where this user's one engine that no API process has started is found."""
+    return Path(tempfile.gettempdir()) / f"magicdec-engine-{os.getuid()}"
+
+
+def claim(directory: Path) -> None:
+    """Make `directory` this process's own for as long as it lives, whatever an engine that was killed left there.
+
+    Nobody but this user may look into it. Raises EndpointError, also if another engine has it.
+    """
+    if excess := _excess(directory):
+        raise EndpointError(f"{directory}: too long a name for sockets in it, by {excess} bytes")
+    try:
+        while True:
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
+            # Never closed: the lock goes with the process, even if that is killed.
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            found = os.fstat(fd)
+            if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+                os.close(fd)
+                raise EndpointError(f"{directory}: not a directory that is only this user's (mode 0700)")
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise EndpointError(f"{directory}: another engine runs there") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(found, directory.stat()):
+                    return
+            os.close(fd)  # its engine has just ended and removed it
+    except OSError as error:
+        raise EndpointError(f"{directory}: no sockets there: {error.strerror}") from None
+
+
+def remove(directory: Path) -> None:
+    """Remove the sockets and the directory."""
+    with contextlib.suppress(OSError):
+        for name in (SOCKET, HEARTBEAT):
+            (directory / name).unlink(missing_ok=True)
+        directory.rmdir()
+
+
+def _excess(directory: Path) -> int:
+    """By how many bytes the names of the sockets are longer than the system allows."""
+    return max(0, max(len(os.fsencode(directory / name)) for name in (SOCKET, HEARTBEAT)) - zmq.IPC_PATH_MAX_LEN)

@@ -1,0 +1,71 @@
+"""The first word between an API process and an engine. Free of torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from asyncio.subprocess import Process
+from pathlib import Path
+
+import msgspec
+import zmq.asyncio
+
+from engine.messages import AbortRequests, Dead, FromEngine, Ready
+
+LAST_WORD_S = 0.5
+"""How long to look for the reason after the engine process has ended."""
+_AGAIN_S = 0.5
+"""How often to say hello to an engine that does not answer yet."""
+_HELLO = msgspec.msgpack.encode(AbortRequests([]))
+
+logger = logging.getLogger(__name__)
+
+
+class EngineDead(RuntimeError):
+    """The engine is gone, or never came up; the message says why."""
+
+
+async def first_word(socket: zmq.asyncio.Socket, process: Process, timeout_s: float) -> Ready:
+    """Wait until the engine of this process is ready. socket: a DEALER to it. Raises EngineDead."""
+    await socket.send(_HELLO)
+    ended = asyncio.create_task(process.wait())
+    try:
+        async with asyncio.timeout(timeout_s):
+            word = asyncio.ensure_future(socket.recv())
+            await asyncio.wait({word, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not word.done():
+                await asyncio.wait({word}, timeout=LAST_WORD_S)
+    except TimeoutError:
+        raise EngineDead(f"the engine was not ready after {timeout_s:g} s") from None
+    finally:
+        ended.cancel()
+    if not word.done():
+        word.cancel()
+        raise EngineDead(f"the engine process ended with status {process.returncode} while starting")
+    message = msgspec.msgpack.decode(word.result(), type=FromEngine)
+    if isinstance(message, Ready):
+        return message
+    raise EngineDead(message.reason if isinstance(message, Dead) else "the engine spoke out of turn")
+
+
+async def appearance(socket: zmq.asyncio.Socket, directory: Path, timeout_s: float) -> Ready:
+    """Wait until there is an engine in this directory, and ready. socket: a DEALER to it. Raises EngineDead.
+
+    One that ends while it loads takes the hello with it, so it is said again and again.
+    """
+    reason = ""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                await socket.send(_HELLO)
+                if not await socket.poll(int(_AGAIN_S * 1000)):
+                    continue
+                message = msgspec.msgpack.decode(await socket.recv(), type=FromEngine)
+                if isinstance(message, Ready):
+                    return message
+                if isinstance(message, Dead) and message.reason != reason:
+                    reason = message.reason
+                    logger.warning("waiting for another engine, since this one ended: %s", reason)
+    except TimeoutError:
+        last = f"; the last one ended: {reason}" if reason else ""
+        raise EngineDead(f"no engine was ready in {directory} within {timeout_s:g} s{last}") from None

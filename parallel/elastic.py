@@ -1,0 +1,92 @@
+"""What torchrun tells each process that it starts: the one place that reads its environment variables."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch._C._distributed_c10d import TCPStore
+
+from parallel.group import CollectiveError
+
+
+class ElasticError(ValueError):
+    """The variables are missing or make no sense; the message is one line for whoever started the process."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in the group that torchrun has started.
+
+    The count of restarts is left alone: an agent that restarts because another one did counts none, so hosts differ.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    """Among the ranks of this host."""
+    local_size: int
+    """Ranks on this host, of this agent."""
+    master: str
+    port: int
+    """Of the store that all ranks can reach."""
+    hosts_store: bool
+    """This process has to run that store: no torchrun agent does."""
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all ranks are known to be on this host."""
+        return self.local_size == self.size
+
+    def store(self, timeout_s: float) -> TCPStore:
+        """Reach the store. Raises CollectiveError."""
+        try:
+            return TCPStore(
+                self.master,
+                self.port,
+                self.size,
+                is_master=self.hosts_store,
+                timeout=timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+            )
+        except RuntimeError as error:
+            raise CollectiveError(f"the store at {self.master}:{self.port} is out of reach: {error}") from error
+
+    def address(self) -> str:
+        """The address of this host that the others can reach: the one from which it reaches the master."""
+        with contextlib.suppress(OSError):
+            for family, kind, protocol, _, target in socket.getaddrinfo(self.master, self.port, type=socket.SOCK_DGRAM):
+                with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                    probe.connect(target)  # a datagram socket: nothing is sent
+                    address: str = probe.getsockname()[0]
+                    return address
+        raise CollectiveError(f"this host has no way to {self.master}")
+
+
+def read_place(environment: Mapping[str, str]) -> Place:
+    """Raises ElasticError."""
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = environment.get(name, "")
+        if not (value.isascii() and value.isdecimal()):
+            what = f"is {value!r}" if value else "is not set"
+            raise ElasticError(f"{name} {what}: start this program with torchrun")
+        numbers[name] = int(value)
+    rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+    local_rank, local_size = numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"]
+    if not environment.get("MASTER_ADDR"):
+        raise ElasticError("MASTER_ADDR is not set: start this program with torchrun")
+    if not (rank < size and local_rank < local_size <= size):
+        raise ElasticError(f"rank {rank} of {size}, {local_rank} of {local_size} on this host: no such place")
+    return Place(
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        local_size=local_size,
+        master=environment["MASTER_ADDR"],
+        port=numbers["MASTER_PORT"],
+        hosts_store=rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+    )

@@ -1,0 +1,93 @@
+"""Drafters over ranks: every policy, and a draft model on all of the target's ranks or on the first ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.core import Engine
+from tests.engines import run, tokens
+from tests.parallel.test_law import alone, model, requests
+from tests.ranks import DRAFT, threaded_engine, write_random_model
+
+SHAPE = (9, 3)
+KV: dict[str, dict[str, Any]] = {
+    "window": {"budget": 16, "sink": 4},
+    "relative": {"budget": 16, "sink": 4, "positions": "relative"},
+    "snapkv": {"policy": "snapkv", "budget": 16, "recent": 8, "queries": 5, "kernel": 3},
+    "topk": {"policy": "topk", "budget": 8},
+    "all": {"policy": "all"},
+}
+
+
+@pytest.fixture(scope="module")
+def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draft = replace(DRAFT, vocab_size=model(*SHAPE).vocab_size)
+    return write_random_model(tmp_path_factory.mktemp("models") / "draft", draft)
+
+
+def start(size: int, speculation: dict[str, Any], gamma: int = 3) -> Engine:
+    return threaded_engine(model(*SHAPE), size, gamma=gamma, digest_every=3, speculation=speculation)[0]
+
+
+def texts(engine: Engine) -> dict[str, list[int]]:
+    try:
+        outputs = run(engine, requests())
+        stats = engine.stats()
+    finally:
+        engine.close()
+    assert stats.accepted_tokens > 0
+    assert stats.draft_tokens > 50
+    return {request.id: tokens(outputs[request.id]) for request in requests()}
+
+
+def expected() -> dict[str, list[int]]:
+    return {id: tokens(outputs) for id, outputs in alone(SHAPE, torch.float64).items()}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("policy", ["relative", "snapkv", "topk"])
+def test_self_speculation(policy: str, size: int) -> None:
+    assert texts(start(size, {"gamma": 3, "kv": KV[policy]})) == expected()
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, None), (2, 1), (3, 2), (4, 3)])
+@pytest.mark.parametrize("policy", ["window", "snapkv", "all"])
+def test_a_draft_model_on_all_ranks_or_fewer(draft_dir: Path, policy: str, size: int, count: int | None) -> None:
+    speculation = {
+        "gamma": 3,
+        "drafter": "model",
+        "model": str(draft_dir),
+        "tensor_parallel_size": count,
+        "kv": KV[policy],
+    }
+    engine = start(size, speculation)
+    assert texts(engine) == expected()
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+def test_rejection_does_not_depend_on_the_number_of_ranks(draft_dir: Path, drafter: str) -> None:
+    speculation = {
+        "gamma": 3,
+        "drafter": drafter,
+        "model": str(draft_dir) if drafter == "model" else None,
+        "verification": "rejection",
+        "kv": KV["window"],
+    }
+    first, *others = (texts(start(size, speculation)) for size in (1, 2, 3))
+    assert all(other == first for other in others)
+    assert first != expected()  # another text, from the same distribution
+
+
+def test_ranks_profile_together() -> None:
+    """With gamma: auto the ranks run the profile's rounds, and then requests."""
+    engine = start(2, {"gamma": "auto", "kv": KV["window"]})
+    try:
+        outputs = run(engine, requests())
+    finally:
+        engine.close()
+    assert {request.id: tokens(outputs[request.id]) for request in requests()} == expected()

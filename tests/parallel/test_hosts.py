@@ -1,0 +1,146 @@
+"""Ranks that something like torchrun starts: processes that find each other by their environment alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from engine.client import EngineClient
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from models.config import ModelConfig
+from tests.engines import complete
+from tests.ranks import settings, write_random_model
+
+ROOT = Path(__file__).parents[2]
+MODEL = ModelConfig(
+    vocab_size=321,
+    hidden_size=24,
+    intermediate_size=31,
+    num_layers=2,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=8,
+    max_position_embeddings=2048,
+    eos_token_ids=(2,),
+)
+PROMPT = list(range(3, 40))
+PARAMS = SamplingParams(max_tokens=20, temperature=1.0, seed=4, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def random_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("models") / "random", MODEL)
+
+
+class Group:
+    """Three ranks, 0 the host of their store, in the directory `place` of each."""
+
+    def __init__(self, directory: Path, places: list[Path], config: dict[str, Any]) -> None:
+        self.socket = directory / "e"
+        (directory / "c.yaml").write_text(yaml.safe_dump({"engine": config}), encoding="utf-8")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        size = str(len(places))
+        shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", "engine.worker", "--config", str(directory / "c.yaml")]
+        self.ranks = [
+            subprocess.Popen(
+                [*command, "--socket", str(self.socket)],
+                cwd=place,
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, place in enumerate(places)
+        ]
+
+    def ended(self) -> tuple[list[int], list[str]]:
+        """Exit status of each, and what it said."""
+        said = [rank.communicate(timeout=120)[1] for rank in self.ranks]
+        assert not self.socket.exists()
+        return [rank.returncode for rank in self.ranks], said
+
+
+@pytest.fixture
+def group(tmp_path: Path, random_dir: Path) -> Iterator[Callable[..., Group]]:
+    running: list[Group] = []
+
+    def start(*places: Path, **others: Any) -> Group:
+        config = settings(2, model=str(random_dir), dtype="float64", max_model_len=None, threads=1)
+        running.append(Group(tmp_path, list(places) or [ROOT] * 3, config | others))
+        return running[-1]
+
+    yield start
+    for started in running:
+        for rank in started.ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def served(group: Group) -> list[int]:
+    """What the engine answers to PROMPT."""
+
+    async def main() -> list[int]:
+        client = await EngineClient.attach(group.socket, model="random", start_timeout_s=120, timeout_s=60)
+        try:
+            request = AddRequest("r", PROMPT, PARAMS)
+            return [token async for output in client.generate(request) for token in output.tokens]
+        finally:
+            await client.close()
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("collectives", ["auto", "gloo"])
+def test_one_host(random_dir: Path, group: Callable[..., Group], collectives: str) -> None:
+    """Through shared memory too: all ranks are here. The signal is rank 0's; the others end with it."""
+    plain = Engine(EngineConfig.model_validate(settings(0, model=str(random_dir), dtype="float64")), progress=False)
+    expected = complete(plain, PROMPT, PARAMS)
+    plain.close()
+    ranks = group(collectives=collectives)
+    assert served(ranks) == expected
+    ranks.ranks[0].send_signal(signal.SIGTERM)
+    assert ranks.ended()[0] == [0, 1, 1]
+
+
+def test_a_signal_for_one_rank(group: Callable[..., Group]) -> None:
+    ranks = group()
+    served(ranks)
+    ranks.ranks[2].send_signal(signal.SIGTERM)
+    status, said = ranks.ended()
+    assert status == [1, 1, 1]
+    assert f"rank 2 (host {socket.gethostname()}) got a signal to end" in said[0]
+
+
+def test_a_host_without_the_model(tmp_path: Path, random_dir: Path, group: Callable[..., Group]) -> None:
+    ranks = group(random_dir.parent, random_dir.parent, tmp_path, model="random")
+    status, said = ranks.ended()
+    assert status == [1, 1, 1]
+    assert f"rank 2 (host {socket.gethostname()}) failed: ModelError: random" in said[0]
+
+
+def test_a_setting_for_another_number_of_ranks(group: Callable[..., Group]) -> None:
+    status, said = group(tensor_parallel_size=2).ended()
+    assert status == [2, 2, 2]
+    reason = "engine.tensor_parallel_size: 2, but torchrun has started 3 ranks; leave it out"
+    assert said == [f"error: {reason}\n"] * 3
+
+
+def test_a_transport_that_cannot_be(group: Callable[..., Group]) -> None:
+    status, said = group(collectives="nccl").ended()
+    assert status == [1, 1, 1]
+    assert "engine.collectives: nccl cannot serve the device cpu" in said[0]
