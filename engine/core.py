@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 
@@ -188,6 +189,11 @@ class Engine:
         """For when there is no work: raises RankFailure if a rank is gone or does not answer. Returns after how many
         seconds to call again at the latest."""
         return self._ranks.ping() if self._ranks else math.inf
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process of each rank on this machine, by rank."""
+        return {0: os.getpid(), **(self._ranks.pids if self._ranks else {})}
 
     def close(self) -> None:
         """Give memory back and end the other ranks; the engine cannot be used after."""

@@ -51,6 +51,7 @@ class Profiler:
         self._page = config.cache.page_size
         self._max_rows = config.scheduler.max_rows
         self._max_model_len = max_model_len
+        self._num_pages = num_pages
         self._pages = min(num_pages, _LONG_TOKENS // self._page + 1)
         self._cleared = 0
 
@@ -70,6 +71,11 @@ class Profiler:
         results = [self._run(StepPlan(0, [], [], work)) for _ in range(repeats)]
         fastest = min(results, key=lambda result: result.draft_seconds + result.verify_seconds)
         return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds)
+
+    def fill(self) -> None:
+        """Run a round that first makes all memory of the pools real."""
+        work = [RowWork(0, _SHORT, 1, 0, True)]
+        self._run(StepPlan(0, *self._starts(1, _SHORT), work, clear=list(range(self._num_pages))))
 
     def _width(self, context: int) -> int:
         return -(-(context + _ROOM) // self._page)

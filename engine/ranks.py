@@ -214,6 +214,11 @@ class Ranks:
         self._pinged = time.monotonic()
         return interval
 
+    @property
+    def pids(self) -> dict[int, int]:
+        """Of those that are this process's children, by rank."""
+        return self._processes.pids if self._processes else {}
+
     def close(self) -> None:
         """End them. No process, socket or memory of theirs remains."""
         self._broken = "the engine was closed"

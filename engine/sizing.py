@@ -28,8 +28,8 @@ _DTYPES = {
 class Sizes:
     """Settings with nothing left open.
 
-    path: the model's directory; shape: its config. threads: CPU threads per rank. num_pages: of the pool, the same on every rank.
-    kv_token_bytes: KV of one token, over all ranks.
+    path: the model's directory; shape: its config. threads: CPU threads per rank. num_pages: of the pool, the same on
+    every rank. kv_token_bytes: KV of one token, over all ranks.
     """
 
     path: Path
