@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli import bench, convert, fetch, generate, plan, serve
+from server.cli import bench, convert, fetch, generate, plan, profile, serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(plan.plan)
+app.command()(profile.profile)
 app.command()(fetch.fetch)
 app.command()(convert.convert)
 app.add_typer(bench.app, name="bench")

@@ -1,0 +1,57 @@
+"""`magicdec profile`: what plain steps, draft steps and verify passes take on this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.cli import options
+
+
+def profile(
+    rows: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1,4,16",
+    context: Annotated[str, typer.Option(help="Tokens per row, comma-separated.")] = "256,2000,7500",
+    gammas: Annotated[str, typer.Option("--gamma", help="Tokens drafted, comma-separated.")] = "1,3,6",
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="Acceptance, for what speculation would gain.")] = 0.8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the times here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw them into this PNG.")] = None,
+    config: options.ConfigFile = None,
+    model: options.Model = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    tensor_parallel_size: options.TensorParallel = None,
+    budget: options.Budget = None,
+    threads: options.Threads = None,
+) -> None:
+    """Measure rounds over rows and context, on the real engine and without waiting for prompts to be computed."""
+    counts = options.counts(rows, "--rows"), options.counts(context, "--context"), options.counts(gammas, "--gamma")
+    for file, flag in ((json_file, "--json"), (plot_file, "--plot")):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{file.parent} is no directory", param_hint=flag)
+    overrides = options.engine_overrides(
+        model=model,
+        device=device,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        budget=budget,
+        threads=threads,
+        speculation=str(max(counts[2])),
+    )
+    import msgspec
+
+    from bench.forecast import check_plotting
+    from bench.rounds import measure, plot, table
+    from engine.config import load_config
+
+    if plot_file is not None:
+        check_plotting()
+    times = measure(load_config(config, overrides).engine, *counts, alpha=alpha)
+    print(table(times, alpha))
+    if json_file is not None:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(times), indent=2))
+    if plot_file is not None:
+        plot(times, plot_file)
+        print(f"drawn into {plot_file}", file=sys.stderr)
