@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from engine.plan import StepPlan, StepResult
 from engine.request import Request
 from engine.speculation.controller import Report
 from engine.speculation.corrections import Corrections
-from engine.speculation.cost_model import expected_tokens
 from engine.speculation.estimates import Estimates
 from engine.speculation.step_times import StepTimes
 
@@ -124,6 +124,7 @@ class AutoGamma:
         contexts = [request.num_tokens for request in rows]
         limits = [min(self._gamma_max, request.most_drafts) for request in rows]
         alphas = [self._estimates.alpha(request.id, request.num_tokens, budget) for request in rows]
+        yields = [_yields(alpha, self._gamma_max) for alpha in alphas]
         plain = self._times.verify(count, total, 0) * self._factor("plain", count, total, 0)
         verify = [plain] + [
             self._times.verify(count, total, gamma) * self._factor("verify", count, total, gamma)
@@ -137,9 +138,9 @@ class AutoGamma:
             mean = sum(gammas) / count
             low = min(int(mean), self._gamma_max - 1)
             seconds = verify[low] + (verify[low + 1] - verify[low]) * (mean - low)
-            for step in range(max(gammas)):
-                seconds += one + per_row * (sum(gamma > step for gamma in gammas) - 1)
-            tokens = sum(expected_tokens(gamma, alpha) for gamma, alpha in zip(gammas, alphas, strict=True))
+            steps = max(gammas)  # the first row of each costs `one`, the others `per_row`
+            seconds += steps * one + (sum(gammas) - steps) * per_row
+            tokens = sum(row[gamma] for row, gamma in zip(yields, gammas, strict=True))
             return _Choice(gammas, budget, seconds, tokens)
 
         choices = [_Choice([0] * count, budget, plain, float(count))]
@@ -202,6 +203,11 @@ class AutoGamma:
 def _bucket(rows: int, total: int, detail: int) -> tuple[int, int, int]:
     """Batches of about this size. detail: gamma, or the drafts' budget."""
     return rows.bit_length(), total.bit_length(), detail
+
+
+def _yields(alpha: float, gamma_max: int) -> list[float]:
+    """Expected tokens of a row, by gamma: Ω(γ, α) of the cost model."""
+    return list(accumulate(alpha**gamma for gamma in range(gamma_max + 1)))
 
 
 def _worthwhile(alpha: float, price: float, limit: int) -> int:
