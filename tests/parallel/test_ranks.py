@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,23 @@ def test_processes_never_change_output(random_dir: Path) -> None:
     finally:
         for engine in engines:
             engine.close()
+
+
+@pytest.mark.parametrize("collectives", ["shared", "gloo"])
+def test_a_draft_model_on_the_first_ranks(random_dir: Path, tmp_path: Path, collectives: str) -> None:
+    draft = write_random_model(tmp_path / "draft", replace(MODEL, num_layers=1, num_heads=6, num_kv_heads=2), seed=1)
+    plain = start(random_dir, 1, gamma=0)
+    expected = run(plain, requests())
+    plain.close()
+    speculation = {"gamma": 2, "drafter": "model", "model": str(draft), "tensor_parallel_size": 2}
+    speculation["kv"] = {"budget": 16, "sink": 4}
+    engine = start(random_dir, 3, collectives=collectives, digest_every=4, speculation=speculation)
+    try:
+        outputs = run(engine, requests())
+        assert engine.stats().accepted_tokens > 0
+    finally:
+        engine.close()
+    assert {id: tokens(found) for id, found in outputs.items()} == {id: tokens(found) for id, found in expected.items()}
 
 
 def test_default_model(model_dir: Path) -> None:
