@@ -54,7 +54,7 @@ POLICIES = ["window", "relative", "snapkv", "topk", "all"]
 @pytest.mark.parametrize("drafter", ["self", "model"])
 @pytest.mark.parametrize("policy", POLICIES)
 @given(data=st.data())
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_drafter_or_policy_changes_output(draft_dir: Path, drafter: str, policy: str, data: st.DataObject) -> None:
     """Ragged batches that rows join and leave, chunked prompts, preemption, and rows that draft less than others."""
     page_size = data.draw(st.sampled_from([1, 4, 8]))
@@ -97,17 +97,23 @@ def long_run(engine: Engine, prompt: int, new: int, temperature: float = 1.0) ->
     return complete(engine, prompt_of(prompt, 1), params)
 
 
-@pytest.mark.parametrize("drafter", ["self", "model"])
-@pytest.mark.parametrize("policy", POLICIES)
+@cache
+def a_thousand_tokens() -> list[int]:
+    return long_run(tiny_engine(model(), gamma=0), 100, 1100)
+
+
+# The others have nothing that runs out or goes round.
+@pytest.mark.parametrize(
+    ("drafter", "policy"), [("self", "relative"), ("self", "snapkv"), ("model", "window"), ("model", "snapkv")]
+)
 def test_a_thousand_tokens_past_a_small_budget(draft_dir: Path, drafter: str, policy: str) -> None:
-    expected = long_run(tiny_engine(model(), gamma=0), 100, 1100)
     kv = kv_of(policy, 8, 4, reselect=100 if drafter == "self" else 0)
     speculation = {"drafter": drafter, "model": str(draft_dir) if drafter == "model" else None, "kv": kv}
     engine = tiny_engine(model(), gamma=3, page_size=8, max_model_len=1300, speculation=speculation)
-    assert long_run(engine, 100, 1100) == expected
+    assert long_run(engine, 100, 1100) == a_thousand_tokens()
     stats = engine.stats()
     assert stats.accepted_tokens > 10
-    assert (stats.rejections > 10) == (policy != "all" or drafter == "model")
+    assert stats.rejections > 10
 
 
 @pytest.mark.parametrize("prompt", [1, 30, 100])
