@@ -91,6 +91,13 @@ class AllConfig(Settings):
 
     policy: Literal["all"]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _unlimited(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "budget" in data:
+            raise ValueError("policy all reads everything and has no budget")
+        return data
+
     @property
     def budget(self) -> None:
         """There is none."""
@@ -242,8 +249,9 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
-    """Read `path` (None: built-in defaults) and apply `overrides`, {"engine.cache.page_size": 32, …}.
+    """Read `path` (None: built-in defaults) and apply `overrides`, {"engine.cache.page_size": 32, …}, in their order.
 
+    Another KV policy than the file's takes over its budget, and no other setting of `speculation.kv`.
     Raises ConfigError: unreadable file, not a mapping, unknown key, value out of range.
     """
     data: Any = {}
@@ -261,6 +269,10 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"{path}: {parent} must be a mapping of settings")
+        if parents[-1:] == ["kv"] and leaf == "policy" and value != _policy_of(node):
+            kept = {key: node[key] for key in node if key == "budget" and value != "all"}
+            node.clear()
+            node.update(kept)
         node[leaf] = value
     try:
         return Config.model_validate(data)

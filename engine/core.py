@@ -61,9 +61,9 @@ class Engine:
         """
         path = resolve_model(config.model)
         size = config.tensor_parallel_size
-        device = _device(config.device, size)
+        device = device_of(config.device, size)
         shape = read_config(path) if model is None else model.config
-        dtype = _dtype(config.dtype, device) if model is None else model.dtype
+        dtype = dtype_of(config.dtype, device) if model is None else model.dtype
         try:
             kv_heads = [mine.kv_heads.size for mine in split_heads(shape.num_heads, shape.num_kv_heads, size)]
         except ValueError as error:
@@ -237,7 +237,15 @@ def _asked(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -
     return [TokenLogprobs(at.logprob, at.top_ids[:most], at.top_logprobs[:most]) for at in logprobs[:count]]
 
 
-def _device(name: str, ranks: int) -> torch.device:
+def load_target(config: EngineConfig, *, progress: bool) -> Llama:
+    """The model of `config`, all of it, for several engines of this process to share."""
+    device = device_of(config.device, 1)
+    dtype = dtype_of(config.dtype, device)
+    return load_model(resolve_model(config.model), dtype=dtype, device=device, group=Group.single(), progress=progress)
+
+
+def device_of(name: str, ranks: int) -> torch.device:
+    """What the setting `engine.device` means for so many ranks. Raises ConfigError if it is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device: no CUDA device is visible")
     if name == "auto":
@@ -247,8 +255,8 @@ def _device(name: str, ranks: int) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it natively, else float32."""
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """`engine.dtype`: `auto` is bfloat16 where `device` multiplies it natively, else float32."""
     if name != "auto":
         return _DTYPES[name]
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli import bench, convert, fetch, generate, plan, serve
+from server.cli import bench, convert, fetch, generate, make_draft, plan, serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +20,7 @@ app.command()(generate.generate)
 app.command()(plan.plan)
 app.command()(fetch.fetch)
 app.command()(convert.convert)
+app.command()(make_draft.make_draft)
 app.add_typer(bench.app, name="bench")
 
 

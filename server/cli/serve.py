@@ -22,32 +22,16 @@ class LogLevel(StrEnum):
     error = "error"
 
 
+@options.engine_flags()
 def serve(
+    overrides: dict[str, Any],
     config: options.ConfigFile = None,
-    model: options.Model = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    tensor_parallel_size: options.TensorParallel = None,
-    speculation: options.Speculation = None,
-    budget: options.Budget = None,
-    max_model_len: options.MaxModelLen = None,
-    threads: options.Threads = None,
     served_model_name: Annotated[str | None, typer.Option(help="Model id that clients use.")] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="What is logged, on stderr.")] = None,
 ) -> None:
     """Serve a model over HTTP. Prints one line, with a request to try, when it takes requests."""
-    overrides = options.engine_overrides(
-        model=model,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        speculation=speculation,
-        budget=budget,
-        max_model_len=max_model_len,
-        threads=threads,
-    )
     flags = {
         "server.host": host,
         "server.port": port,
