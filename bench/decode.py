@@ -1,27 +1,35 @@
-"""Offline decode speed, several amounts of speculation side by side in one run.
+"""Offline decode speed, several amounts and kinds of speculation side by side in one run.
 
 All requests are prefilled first, outside the clock. Then rounds are run in short turns - so many rounds with each
 value of gamma, over and over - on the same rows, so that machine noise and the growing context meet all values alike.
 That is fair because speculation does not change the tokens.
+
+Each KV policy has an engine of its own, with the same prompts, and the turns go round the engines. A policy's rounds so
+bear what it costs to keep its own caches up to date, and nothing of another's. On one rank the engines share the
+target's weights. Plain rounds are measured in the first engine, for all.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, median
 from time import perf_counter
 
 import msgspec
+import torch
 
 from bench.corpus import BenchError
 from engine.config import EngineConfig, SchedulerConfig
-from engine.core import Engine
+from engine.core import Engine, load_target
 from engine.messages import AddRequest, EngineStats
 from engine.params import SamplingParams
 from engine.plan import StepPlan, StepResult
 from engine.request import Request
+from engine.speculation.cost_model import speedup
 from engine.stats import acceptance
+from models.llama import Llama
 
 _TURN = 4  # rounds with one gamma before the next one's turn
 
@@ -51,7 +59,8 @@ class DecodeResult:
     tokens_per_second: of the whole batch, mean tokens per round over the median round.
     t_target_ms: a plain round of the same run, if one was measured. t_draft_ms: one draft step. t_verify_ms: the
     target pass, which for gamma = 0 is the plain step. kv_bytes_per_token: KV read per emitted token, draft included.
-    bytes_per_second: weights and KV that a round has to read, over its time.
+    bytes_per_second: weights and KV that a round has to read, over its time. predicted: the speed-up that the cost
+    model's first half (engine.speculation.cost_model) makes of the acceptance and the three times measured here.
     """
 
     batch: int
@@ -68,6 +77,7 @@ class DecodeResult:
     kv_bytes_per_token: float
     bytes_per_second: float
     speedup: float | None
+    predicted: float | None
     rounds: int
     mean_context: float
 
@@ -96,43 +106,89 @@ class _Rounds:
 
 
 def measure(
-    config: EngineConfig,
+    configs: Sequence[EngineConfig],
     prompts: Sequence[Sequence[int]],
     gammas: Sequence[int],
     *,
     new_tokens: int,
     temperature: float = 0.0,
 ) -> list[DecodeResult]:
-    """Decode `new_tokens` per row with each of `gammas`.
+    """Decode `new_tokens` per row with each of `gammas`, as each of `configs` says.
 
-    prompts: one per row, all of one length. Raises BenchError if prompt and output do not fit the model.
+    configs: of one target; they differ in their speculation. prompts: one per row, all of one length.
+    Raises BenchError if prompt and output do not fit the model.
     """
-    batch, context = len(prompts), len(prompts[0])
+    config, batch = configs[0], len(prompts)
+    ranks = config.tensor_parallel_size
+    target = load_target(config, progress=False) if len(configs) > 1 and ranks == 1 else None
+    threads = config.threads or max(1, torch.get_num_threads() // ranks)  # before an engine changes their number
     scheduler = _roomy(config.scheduler, batch, max(gammas))
-    config = config.model_copy(update={"scheduler": scheduler})
-    controller = TurnsOfGamma(max(gammas))
-    engine = Engine(config, controller=controller, progress=False)
-    try:
+    contenders: list[_Contender] = []
+    with contextlib.ExitStack() as stack:
+        for described in configs:
+            settings = described.model_copy(update={"scheduler": scheduler, "threads": threads})
+            contender = _Contender(settings, target, max(gammas))
+            stack.callback(contender.engine.close)
+            contenders.append(contender)
+            contender.prefill(prompts, gammas, new_tokens, temperature)
+        drafting = [gamma for gamma in gammas if gamma]
+        turns = [(contenders[0], gamma) for gamma in gammas]
+        turns += [(contender, gamma) for contender in contenders[1:] for gamma in drafting]
+        _run_turns(turns, new_tokens * batch)
+        plain = contenders[0].rounds.get(0)
+        return [_result(gamma, contender, plain, prompts) for contender, gamma in turns]
+
+
+class _Contender:
+    """One policy's engine, and what its rounds were like, by gamma."""
+
+    def __init__(self, config: EngineConfig, target: Llama | None, gamma_max: int) -> None:
+        self.config = config
+        self.rounds: dict[int, _Rounds] = {}
+        self._controller = TurnsOfGamma(gamma_max)
+        self._batch = 0
+        self.engine = Engine(config, model=target, controller=self._controller, progress=False)
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], gammas: Sequence[int], new_tokens: int, temperature: float
+    ) -> None:
+        """Until every row decodes. Raises BenchError if there is no room for what comes."""
+        batch, context, most = len(prompts), len(prompts[0]), self.engine.ready.max_model_len
+        self._batch = batch
         # Rows that are prefilled first decode while the others are, and a turn can overshoot.
-        drift = batch * context // (scheduler.max_batch_tokens - batch) + 1
+        drift = batch * context // (self.config.scheduler.max_batch_tokens - batch) + 1
         wanted = context + drift + sum(new_tokens + (_TURN + 1) * (gamma + 1) for gamma in gammas)
-        if wanted > engine.ready.max_model_len:
+        if wanted > most:
             raise BenchError(
                 f"{context} tokens of context and {len(gammas)} x {new_tokens} new ones take {wanted} with what "
-                f"prefill and turns add, but the model has {engine.ready.max_model_len}"
+                f"prefill and turns add, but the model has {most}"
             )
-        room = engine.ready.max_model_len - context
-        params = msgspec.convert({"max_tokens": room, "temperature": temperature, "ignore_eos": True}, SamplingParams)
+        fields = {"max_tokens": most - context, "temperature": temperature, "ignore_eos": True}
+        params = msgspec.convert(fields, SamplingParams)
         for i, prompt in enumerate(prompts):
-            engine.add(AddRequest(str(i), list(prompt), params))
+            self.engine.add(AddRequest(str(i), list(prompt), params))
         ready: set[str] = set()
         while len(ready) < batch:
-            ready |= {output.id for output in engine.step()}
-        rounds = _run_turns(engine, controller, gammas, new_tokens, batch)
-    finally:
-        engine.close()
-    plain = rounds.get(0)
-    return [_result(gamma, rounds[gamma], plain, config, batch, context, engine) for gamma in gammas]
+            ready |= {output.id for output in self.engine.step()}
+
+    def warm_up(self, gamma: int) -> None:
+        """One round that does not count."""
+        self.rounds[gamma] = _Rounds()
+        self._controller.gamma = gamma
+        self.engine.step()
+
+    def turn(self, gamma: int) -> None:
+        """Raises BenchError if a row has reached the model's length."""
+        engine = self.engine
+        self._controller.gamma = gamma
+        for _ in range(_TURN):
+            before, began = engine.stats(), perf_counter()
+            engine.step()
+            seconds, after = perf_counter() - began, engine.stats()
+            if after.running < self._batch:
+                raise BenchError("a row reached the model's length before all rows had their tokens: ask for fewer")
+            context = (after.prompt_tokens + after.generated_tokens) / self._batch
+            self.rounds[gamma].add(before, after, seconds, context)
 
 
 def _roomy(scheduler: SchedulerConfig, batch: int, gamma: int) -> SchedulerConfig:
@@ -141,52 +197,56 @@ def _roomy(scheduler: SchedulerConfig, batch: int, gamma: int) -> SchedulerConfi
     return scheduler.model_copy(update={"max_rows": batch, "max_batch_tokens": tokens})
 
 
-def _run_turns(
-    engine: Engine, controller: TurnsOfGamma, gammas: Sequence[int], new_tokens: int, batch: int
-) -> dict[int, _Rounds]:
-    """The next turn is always that of the gamma with the fewest tokens, so all meet the same contexts."""
-    rounds = {gamma: _Rounds() for gamma in gammas}
-    for gamma in gammas:  # one round each to warm up
-        controller.gamma = gamma
-        engine.step()
+def _run_turns(turns: Sequence[tuple[_Contender, int]], wanted: int) -> None:
+    """The next turn is always that of the one with the fewest tokens, so all meet the same contexts."""
+    for contender, gamma in turns:
+        contender.warm_up(gamma)
+
+    def generated(turn: tuple[_Contender, int]) -> int:
+        contender, gamma = turn
+        return contender.rounds[gamma].total.generated_tokens
+
     while True:
-        gamma = min(gammas, key=lambda gamma: rounds[gamma].total.generated_tokens)
-        if rounds[gamma].total.generated_tokens >= new_tokens * batch:
-            return rounds
-        controller.gamma = gamma
-        for _ in range(_TURN):
-            before, began = engine.stats(), perf_counter()
-            engine.step()
-            seconds, after = perf_counter() - began, engine.stats()
-            if after.running < batch:
-                raise BenchError("a row reached the model's length before all rows had their tokens: ask for fewer")
-            context = (after.prompt_tokens + after.generated_tokens) / batch
-            rounds[gamma].add(before, after, seconds, context)
+        contender, gamma = turn = min(turns, key=generated)
+        if generated(turn) >= wanted:
+            return
+        contender.turn(gamma)
 
 
-def _result(
-    gamma: int, rounds: _Rounds, plain: _Rounds | None, config: EngineConfig, batch: int, context: int, engine: Engine
-) -> DecodeResult:
-    speed = mean(rounds.tokens) / median(rounds.seconds)
+def _result(gamma: int, contender: _Contender, plain: _Rounds | None, prompts: Sequence[Sequence[int]]) -> DecodeResult:
+    rounds, engine, kv = contender.rounds[gamma], contender.engine, contender.config.speculation.kv
+    seconds, t_verify = median(rounds.seconds), median(rounds.verify)
+    speed = mean(rounds.tokens) / seconds
     kv_bytes = rounds.total.kv_tokens_read * engine.stats().kv_token_bytes
+    t_target = median(plain.seconds) if plain else None
+    alpha = acceptance(rounds.total) if gamma else None
+    t_draft = median(rounds.draft) / gamma if gamma else None
+    predicted = None
+    if t_target is not None and alpha is not None and t_draft is not None:
+        predicted = speedup(gamma, alpha, t_target, t_draft, t_verify)
     return DecodeResult(
-        batch=batch,
-        context=context,
+        batch=len(prompts),
+        context=len(prompts[0]),
         speculation=gamma,
-        policy=config.speculation.kv.policy if gamma else "none",
-        budget=config.speculation.kv.budget or 0 if gamma else 0,
+        policy=kv.policy if gamma else "none",
+        budget=kv.budget or 0 if gamma else 0,
         tokens_per_second=speed,
-        acceptance=acceptance(rounds.total) if gamma else None,
-        t_target_ms=1e3 * median(plain.seconds) if plain else None,
-        t_draft_ms=1e3 * median(rounds.draft) / gamma if gamma else None,
-        t_verify_ms=1e3 * median(rounds.verify),
+        acceptance=alpha,
+        t_target_ms=_ms(t_target),
+        t_draft_ms=_ms(t_draft),
+        t_verify_ms=1e3 * t_verify,
         t_host_ms=1e3 * median(rounds.host),
         kv_bytes_per_token=kv_bytes / rounds.total.generated_tokens,
-        bytes_per_second=(engine.weight_bytes * (gamma + 1) + kv_bytes / len(rounds.seconds)) / median(rounds.seconds),
+        bytes_per_second=(engine.weight_bytes * (gamma + 1) + kv_bytes / len(rounds.seconds)) / seconds,
         speedup=speed / (mean(plain.tokens) / median(plain.seconds)) if plain else None,
+        predicted=predicted,
         rounds=len(rounds.seconds),
         mean_context=mean(rounds.contexts),
     )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
 
 
 def table(results: Iterable[DecodeResult], ceiling: float) -> str:
@@ -194,9 +254,11 @@ def table(results: Iterable[DecodeResult], ceiling: float) -> str:
     head = (
         "batch",
         "context",
+        "policy",
         "draft",
         "tok/s",
         "x off",
+        "x model",
         "accept",
         "T_T ms",
         "T_D ms",
@@ -211,9 +273,11 @@ def table(results: Iterable[DecodeResult], ceiling: float) -> str:
         cells = (
             str(result.batch),
             str(result.context),
+            result.policy,
             str(result.speculation or "off"),
             f"{result.tokens_per_second:.1f}",
             _cell(result.speedup, 2),
+            _cell(result.predicted, 2),
             _cell(result.acceptance, 3),
             _cell(result.t_target_ms, 1),
             _cell(result.t_draft_ms, 1),
@@ -224,6 +288,7 @@ def table(results: Iterable[DecodeResult], ceiling: float) -> str:
             f"{100 * result.bytes_per_second / ceiling:.0f} %",
         )
         lines.append("".join(f"{cell:>11}" for cell in cells))
+    lines.append("x model: the cost model's speed-up, Ω·T_T / (γ·T_D + T_V), from the times and acceptance of this run")
     lines.append(f"sequential read on this device: {ceiling / 1e9:.1f} GB/s")
     return "\n".join(lines)
 

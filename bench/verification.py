@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from bench.acceptance import AcceptanceResult, Setup, seeded
 from bench.corpus import BenchError
 from engine.config import EngineConfig
@@ -54,7 +56,8 @@ def measure_rounds(
     outputs: list[list[RequestOutput]] = [[] for _ in range(batch)]
     try:
         for i, (prompt, params) in enumerate(seeded(prompts, sampling)):
-            engine.add(AddRequest(str(i), list(prompt), params))
+            whole = msgspec.structs.replace(params, max_tokens=new_tokens, ignore_eos=True)
+            engine.add(AddRequest(str(i), list(prompt), whole))
         while engine.has_work():
             for output in engine.step():
                 outputs[int(output.id)].append(output)

@@ -286,7 +286,7 @@ def describe(error: ValidationError) -> str:
     for fault in error.errors():
         # A setting of a KV policy stands below the policy's tag, which no file contains.
         parts = [str(part) for part in fault["loc"]]
-        where = ".".join(part for i, part in enumerate(parts) if i == 0 or parts[i - 1] != "kv" or i + 1 == len(parts))
+        where = ".".join(part for i, part in enumerate(parts) if i == 0 or parts[i - 1] != "kv")
         message = "unknown setting" if fault["type"] == "extra_forbidden" else fault["msg"]
         lines.append(f"{where}: {message}" if where else message)
     return "\n".join(lines)

@@ -63,7 +63,7 @@ def _renumbered(tensors: NamedTensors, kept: list[int]) -> Iterator[tuple[str, T
 
 
 def choose_layers(
-    model: Llama, texts: Sequence[Sequence[int]], keep: int, progress: Callable[[int, float], None]
+    model: Llama, texts: Sequence[Sequence[int]], keep: int, progress: Callable[[list[int], float], None]
 ) -> list[int]:
     """`keep` layers of `model`, found by leaving out one layer at a time: the one without which the next tokens of
     `texts` are predicted most like by the whole model (the least Kullback-Leibler divergence).
@@ -86,7 +86,7 @@ def choose_layers(
             tried[left_out] = float(_divergence(expected, logits)), float(agree)
         least = min(tried, key=lambda layer: tried[layer][0])
         kept.remove(least)
-        progress(len(kept), tried[least][1])
+        progress(kept, tried[least][1])
     return kept
 
 

@@ -141,7 +141,7 @@ def acceptance(
     tokenizer, prose = Tokenizer(resolve_model(settings.model)), read_text(text)
     target = load_target(settings, progress=sys.stderr.isatty())
     ways = list(setups(draft.split(","), policies, budgets, recents, reselects))
-    params = [SamplingParams(temperature=t, top_p=p, ignore_eos=True, max_tokens=new_tokens) for t, p in drawn]
+    params = [SamplingParams(temperature=t, top_p=p) for t, p in drawn]
     results: list[AcceptanceResult] = []
     for length in contexts:
         print(f"context {length} …", file=sys.stderr)

@@ -64,8 +64,8 @@ def _measured(src: Path, keep: int, text: Path | None, tokens: int) -> list[int]
     from models.draft import choose_layers
     from models.tokenizer import Tokenizer
 
-    def progress(left: int, agree: float) -> None:
-        print(f"{left} layers left: the likeliest token is the same at {agree:.0%} of the text", file=sys.stderr)
+    def progress(left: list[int], agree: float) -> None:
+        print(f"{len(left)} layers left: the likeliest token is the same at {agree:.0%} of the text", file=sys.stderr)
 
     target = load_target(EngineConfig(model=str(src)), progress=sys.stderr.isatty())
     count = max(1, tokens // 128)

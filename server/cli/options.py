@@ -104,7 +104,7 @@ def engine_overrides(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Settings for engine.config.load_config; flags that were not given override nothing."""
-    settings = {
+    settings: dict[str, Any] = {
         "engine.model": model,
         "engine.device": device,
         "engine.dtype": dtype,
@@ -117,7 +117,8 @@ def engine_overrides(
         "engine.threads": threads,
     }
     overrides = {key: value for key, value in settings.items() if value is not None}
+    if draft == "self":
+        return overrides | {"engine.speculation.drafter": "self", "engine.speculation.model": None}
     if draft is not None:
-        overrides["engine.speculation.drafter"] = "self" if draft == "self" else "model"
-        overrides["engine.speculation.model"] = None if draft == "self" else draft
+        return overrides | {"engine.speculation.drafter": "model", "engine.speculation.model": draft}
     return overrides
