@@ -67,8 +67,9 @@ class SnapKVConfig(Settings):
     policy: Literal["snapkv"]
     budget: Positive = 512
     """KV tokens one draft step may read per row; a multiple of page_size."""
-    recent: Positive = 32
-    """How many of them are the most recent ones; a multiple of page_size."""
+    recent: Positive = 64
+    """How many of them are the most recent ones; a multiple of page_size. What a request has generated can be read no
+    further back, unless `reselect` chooses from it."""
     queries: Positive = 32
     """The prompt's last queries, which choose."""
     kernel: Positive = 5

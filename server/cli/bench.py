@@ -86,7 +86,7 @@ def acceptance(
         str, typer.Option(help=f"{', '.join(ACCEPTANCE_POLICIES)}, comma-separated.")
     ] = "window,relative,snapkv",
     budget: Annotated[str, typer.Option(help="KV tokens per draft step, comma-separated.")] = "64,128,256,512,1024",
-    recent: Annotated[str, typer.Option(help="Recent tokens that snapkv keeps, comma-separated.")] = "32",
+    recent: Annotated[str, typer.Option(help="Recent tokens that snapkv keeps, comma-separated.")] = "64",
     reselect: Annotated[
         str, typer.Option(help="snapkv chooses again every so many tokens, comma-separated; 0: never.")
     ] = "0",
