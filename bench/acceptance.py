@@ -33,13 +33,11 @@ from models.llama import Llama
 from parallel.group import Group
 from parallel.sampling import VocabShard
 
-POLICIES = ("window", "relative", "snapkv", "topk", "all")
-"""Those of engine.config, and sink + window at relative positions."""
-
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """A way to draft. draft: `self`, or the directory of a draft model. policy: one of POLICIES. budget: None for
+    """A way to draft. draft: `self`, or the directory of a draft model. policy: one of engine.config, or
+    `relative`: sink + window at relative positions. budget: None for
     `all`. recent, reselect: for snapkv only."""
 
     draft: str
@@ -174,7 +172,13 @@ def measure(
 
     @cache
     def draft_model(directory: str) -> DraftModel:
-        return load_draft(Setup(directory, "all").config(config, gamma), target, length, group)
+        draft = load_draft(Setup(directory, "all").config(config, gamma), target, length, group)
+        if draft.model and draft.model.config.vocab_size != target.config.vocab_size:
+            raise BenchError(
+                f"{directory}: a vocabulary of {draft.model.config.vocab_size} tokens, the target has "
+                f"{target.config.vocab_size}"
+            )
+        return draft
 
     drafters = []
     for way in ways:

@@ -63,7 +63,7 @@ def plot(results: Sequence[AcceptanceResult], path: Path) -> None:
         axes.set_title(f"context {context:,}", fontsize=10)
         axes.grid(alpha=0.3)
     pictures[0].set_ylabel("acceptance")
-    pictures[-1].legend(fontsize=8)
+    pictures[-1].legend(fontsize=8, loc="lower right")
     figure.savefig(path, format="png", dpi=90)
 
 

@@ -140,7 +140,9 @@ def acceptance(
         torch.set_num_threads(settings.threads)
     tokenizer, prose = Tokenizer(resolve_model(settings.model)), read_text(text)
     target = load_target(settings, progress=sys.stderr.isatty())
-    ways = list(setups(draft.split(","), policies, budgets, recents, reselects))
+    ways = list(setups([part.strip() for part in draft.split(",")], policies, budgets, recents, reselects))
+    if not ways:
+        raise typer.BadParameter("none is more than snapkv's --recent", param_hint="--budget")
     params = [SamplingParams(temperature=t, top_p=p) for t, p in drawn]
     results: list[AcceptanceResult] = []
     for length in contexts:

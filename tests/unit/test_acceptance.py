@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from engine.params import SamplingParams
 from models.llama import Llama
 from server.cli.app import app
 from tests.engines import complete, tiny_engine, tiny_model
+from tests.ranks import DRAFT, write_random_model
 from tests.tiny import write_model
 from tests.unit.test_law import prompt_of
 
@@ -116,7 +118,10 @@ def test_setups_that_mean_nothing_are_left_out() -> None:
     ]
 
 
-def test_refusals(model: Llama) -> None:
+def test_refusals(model: Llama, tmp_path: Path) -> None:
+    other = write_random_model(tmp_path / "other", replace(DRAFT, vocab_size=65))
+    with pytest.raises(BenchError, match="a vocabulary of 65 tokens, the target has 64"):
+        measure(CONFIG, model, PROMPTS, [Setup(str(other), "all")], gamma=1, new_tokens=2, sampling=[GREEDY])
     with pytest.raises(ConfigError, match="multiple of cache"):
         measure(CONFIG, model, PROMPTS, [Setup("self", "window", 18)], gamma=1, new_tokens=2, sampling=[GREEDY])
     with pytest.raises(BenchError, match="the model has 2048"):
@@ -171,6 +176,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--policy", "wide"], "'wide' is none of window, relative"),
         (["--verification", "none"], "'none' is none of coupled, rejection"),
         (["--budget", "0"], "positive"),
+        (["--policy", "snapkv"], "none is more than snapkv's --recent"),
         (["--plot", str(tmp_path / "no" / "x.png")], "no directory"),
     ):
         done = CliRunner().invoke(app, [*common, *arguments])
