@@ -67,8 +67,9 @@ class SnapKVConfig(Settings):
     policy: Literal["snapkv"]
     budget: Positive = 512
     """KV tokens one draft step may read per row; a multiple of page_size."""
-    recent: Positive = 32
-    """How many of them are the most recent ones; a multiple of page_size."""
+    recent: Positive = 64
+    """How many of them are the most recent ones; a multiple of page_size. What a request has generated can be read no
+    further back, unless `reselect` chooses from it."""
     queries: Positive = 32
     """The prompt's last queries, which choose."""
     kernel: Positive = 5
@@ -90,6 +91,13 @@ class AllConfig(Settings):
     """Everything: ordinary speculative decoding, for a draft model that is small by itself."""
 
     policy: Literal["all"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unlimited(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "budget" in data:
+            raise ValueError("policy all reads everything and has no budget")
+        return data
 
     @property
     def budget(self) -> None:
@@ -257,8 +265,9 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
-    """Read `path` (None: built-in defaults) and apply `overrides`, {"engine.cache.page_size": 32, …}.
+    """Read `path` (None: built-in defaults) and apply `overrides`, {"engine.cache.page_size": 32, …}, in their order.
 
+    Another KV policy than the file's takes over its budget, and no other setting of `speculation.kv`.
     Raises ConfigError: unreadable file, not a mapping, unknown key, value out of range.
     """
     data: Any = {}
@@ -276,6 +285,10 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"{path}: {parent} must be a mapping of settings")
+        if parents[-1:] == ["kv"] and leaf == "policy" and value != _policy_of(node):
+            kept = {key: node[key] for key in node if key == "budget" and value != "all"}
+            node.clear()
+            node.update(kept)
         node[leaf] = value
     try:
         return Config.model_validate(data)
@@ -289,7 +302,7 @@ def describe(error: ValidationError) -> str:
     for fault in error.errors():
         # A setting of a KV policy stands below the policy's tag, which no file contains.
         parts = [str(part) for part in fault["loc"]]
-        where = ".".join(part for i, part in enumerate(parts) if i == 0 or parts[i - 1] != "kv" or i + 1 == len(parts))
+        where = ".".join(part for i, part in enumerate(parts) if i == 0 or parts[i - 1] != "kv")
         message = "unknown setting" if fault["type"] == "extra_forbidden" else fault["msg"]
         lines.append(f"{where}: {message}" if where else message)
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from engine.profile import Profiler, keep, profile, profile_key, recall
 from engine.ranks import Ranks
 from engine.request import Request
 from engine.scheduler import RequestError, Scheduler
-from engine.sizing import Sizes, draft_reads, size_up
+from engine.sizing import draft_reads, size_up
 from engine.speculation.auto import AutoGamma
 from engine.speculation.build import load_draft
 from engine.speculation.controller import Controller, FixedGamma
@@ -57,7 +57,7 @@ class Engine:
         """
         sizes = size_up(config, model)
         size = config.tensor_parallel_size
-        self._config = config
+        self._config, self._sizes = config, sizes
         self._threads_before = torch.get_num_threads()
         if sizes.device.type == "cpu":
             torch.set_num_threads(sizes.threads)
@@ -85,7 +85,7 @@ class Engine:
         self._pages = PageAllocator(sizes.num_pages)
         self.profiler = Profiler(self._run, config, sizes.num_pages, sizes.max_model_len)
         if controller is None:
-            controller = self._make_controller(sizes)
+            controller = self.make_controller()
         self._scheduler = Scheduler(
             pages=self._pages,
             page_size=config.cache.page_size,
@@ -212,15 +212,15 @@ class Engine:
         count = self._config.speculation.draft_ranks(group.size)
         return self._ranks.join_first(count) if self._ranks and 0 < count < group.size else group
 
-    def _make_controller(self, sizes: Sizes) -> Controller:
-        """The one that the config describes."""
+    def make_controller(self) -> Controller:
+        """The one that the config describes. While there are no requests: it may have to measure rounds."""
         speculation = self._config.speculation
         if speculation.gamma != "auto":
             return FixedGamma(speculation.gamma)
-        key = profile_key(self._config, sizes)
+        key = profile_key(self._config, self._sizes)
         samples = recall(key)
         if samples is None:
-            samples = profile(self.profiler, self._config, sizes.max_model_len)
+            samples = profile(self.profiler, self._config, self._sizes.max_model_len)
             keep(key, samples)
         times = StepTimes(samples, draft_reads(self._config))
         return AutoGamma(times, speculation.gamma_max, list(budget_policies(self._config)) or [0])
@@ -266,3 +266,9 @@ def _asked(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -
     if logprobs is None or most is None:
         return None
     return [TokenLogprobs(at.logprob, at.top_ids[:most], at.top_logprobs[:most]) for at in logprobs[:count]]
+
+
+def load_target(config: EngineConfig, *, progress: bool) -> Llama:
+    """The model of `config`, all of it, for several engines of this process to share."""
+    sizes = size_up(config.model_copy(update={"tensor_parallel_size": 1}), None)
+    return load_model(sizes.path, dtype=sizes.dtype, device=sizes.device, group=Group.single(), progress=progress)

@@ -36,8 +36,14 @@ def convert(src: Path, dst: Path, *, force: bool = False, shard_bytes: int = SHA
     `shard_bytes` of tensors, or one larger tensor. Needs no network.
     Raises ModelError: the source cannot be read or served, the destination exists or cannot be written.
     """
-    _check_destination(src, dst, force)
-    checkpoint = _open(src)
+    check_destination(src, dst, force)
+    install(_open(src), src, dst, force=force, shard_bytes=shard_bytes)
+
+
+def install(
+    checkpoint: Checkpoint, src: Path, dst: Path, *, force: bool = False, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `checkpoint`, which was read from `src`, as the directory `dst`. See convert."""
     try:
         config = parse_config(checkpoint.config)
         tensors = _checked(config, checkpoint.tensors)
@@ -67,7 +73,8 @@ def _open(src: Path) -> Checkpoint:
     return open_gguf(src)
 
 
-def _check_destination(src: Path, dst: Path, force: bool) -> None:
+def check_destination(src: Path, dst: Path, force: bool) -> None:
+    """Raises ModelError if `dst` cannot become a directory made from `src`."""
     source, target = src.resolve(), dst.resolve()
     if target == source or target in source.parents:
         raise ModelError(f"{dst}: holds the source")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +166,13 @@ class Llama:
             dtype=self._logit_dtype,
             device=self.device,
         )
+
+    def with_layers(self, layers: Sequence[int]) -> Llama:
+        """The model that is left with these of its layers, in this order; it shares their weights."""
+        left = copy.copy(self)
+        left.config = dataclasses.replace(self.config, num_layers=len(layers))
+        left.num_layers, left._layers = len(layers), [self._layers[i] for i in layers]
+        return left
 
     def slots(self) -> Iterator[WeightSlot]:
         yield from self._embedding.slots()

@@ -6,81 +6,186 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from server.cli import options
 
-app = typer.Typer(no_args_is_help=True, help="Measure speed.")
+app = typer.Typer(no_args_is_help=True, help="Measure speed and acceptance.")
+
+TextFile = Annotated[Path | None, typer.Option(help="Take prompts from this file, not from Python's manual.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results here.")]
+ACCEPTANCE_POLICIES = ("window", "relative", "snapkv", "topk", "all")
 
 
 @app.callback()
 def bench() -> None:
-    """Measure speed."""
+    """Measure speed and acceptance."""
 
 
 @app.command()
+@options.engine_flags("speculation", "policy", "max_model_len")
 def decode(
+    overrides: dict[str, Any],
     batch: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "4",
     context: Annotated[str, typer.Option(help="Prompt tokens per row, comma-separated.")] = "2000",
     new_tokens: Annotated[int, typer.Option(help="Tokens per row and value of --speculation.")] = 64,
-    speculation: Annotated[str, typer.Option(help="off and numbers of drafted tokens, comma-separated.")] = "off,1,3",
-    text: Annotated[Path | None, typer.Option(help="Take prompts from this file, not from Python's manual.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    speculation: Annotated[
+        str, typer.Option(help="off, auto and numbers of drafted tokens, comma-separated.")
+    ] = "off,1,3,auto",
+    policy: Annotated[
+        str | None, typer.Option(help="Which KV a draft reads: window, snapkv, topk, all; comma-separated.")
+    ] = None,
+    text: TextFile = None,
+    json_file: JsonFile = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     config: options.ConfigFile = None,
-    model: options.Model = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    tensor_parallel_size: options.TensorParallel = None,
-    budget: options.Budget = None,
-    threads: options.Threads = None,
 ) -> None:
-    """Decode real text offline; prefill is outside the clock, and all values of --speculation share one run."""
+    """Decode real text offline; prefill is outside the clock, and all values of --speculation and --policy share one
+    run."""
     batches, contexts = options.counts(batch, "--batch"), options.counts(context, "--context")
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
-    fixed = [gamma for gamma in gammas if gamma != "auto"]
-    if len(fixed) < len(gammas):
-        raise typer.BadParameter("auto is no fixed number of tokens", param_hint="--speculation")
-    overrides = options.engine_overrides(
-        model=model,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        budget=budget,
-        threads=threads,
-        speculation=str(max(fixed)),
-    )
+    policies = options.names(policy, options.POLICIES, "--policy") if policy is not None else [None]
     import torch
 
     from bench.bandwidth import read_bandwidth
     from bench.corpus import passages, read_text
     from bench.decode import DecodeResult, measure, table
-    from engine.config import load_config
+    from engine.config import SpeculationConfig, load_config
     from models.default import resolve_model
     from models.tokenizer import Tokenizer
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{json_file.parent} is no directory", param_hint="--json")
+    _check_file(json_file, "--json")
     if not 0 <= temperature <= 100:
         raise typer.BadParameter("must be from 0 to 100", param_hint="--temperature")
     if new_tokens < 1:
         raise typer.BadParameter("must be at least 1", param_hint="--new-tokens")
-    settings = load_config(config, overrides).engine
-    tokenizer = Tokenizer(resolve_model(settings.model))
+    fixed = [gamma for gamma in gammas if gamma != "auto"]
+    overrides["engine.speculation.gamma"] = max(fixed) if fixed == gammas else "auto"
+    if max(fixed, default=0) > SpeculationConfig().gamma_max:
+        overrides["engine.speculation.gamma_max"] = max(fixed)
+    settings = [load_config(config, options.policy_override(name) | overrides).engine for name in policies]
+    tokenizer = Tokenizer(resolve_model(settings[0].model))
     prose = read_text(text)
     results: list[DecodeResult] = []
     for rows in batches:
         for length in contexts:
             print(f"batch {rows}, context {length} …", file=sys.stderr)
             prompts = passages(tokenizer, prose, count=rows, length=length)
-            results += measure(settings, prompts, fixed, new_tokens=new_tokens, temperature=temperature)
-    where = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+            results += measure(settings, prompts, gammas, new_tokens=new_tokens, temperature=temperature)
+    where = "cuda" if settings[0].device != "cpu" and torch.cuda.is_available() else "cpu"
     print(table(results, read_bandwidth(torch.device(where))))
     if json_file is not None:
-        listed = [{**asdict(result), "speculation": result.speculation or "off"} for result in results]
-        json_file.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        _write(json_file, [{**asdict(result), "speculation": result.speculation or "off"} for result in results])
+
+
+@app.command()
+@options.engine_flags(
+    "speculation", "draft", "policy", "budget", "verification", "max_model_len", "tensor_parallel_size"
+)
+def acceptance(
+    overrides: dict[str, Any],
+    draft: Annotated[str, typer.Option(help="self and directories of draft models, comma-separated.")] = "self",
+    policy: Annotated[
+        str, typer.Option(help=f"{', '.join(ACCEPTANCE_POLICIES)}, comma-separated.")
+    ] = "window,relative,snapkv",
+    budget: Annotated[str, typer.Option(help="KV tokens per draft step, comma-separated.")] = "64,128,256,512,1024",
+    recent: Annotated[str, typer.Option(help="Recent tokens that snapkv keeps, comma-separated.")] = "64",
+    reselect: Annotated[
+        str, typer.Option(help="snapkv chooses again every so many tokens, comma-separated; 0: never.")
+    ] = "0",
+    context: Annotated[str, typer.Option(help="Prompt tokens, comma-separated.")] = "2000",
+    passages: Annotated[int, typer.Option(min=1, help="Stretches of the text per context.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each of them.")] = 64,
+    gamma: Annotated[int, typer.Option(min=1, max=16, help="Tokens drafted per round.")] = 3,
+    sampling: Annotated[
+        str, typer.Option(help="Temperatures, or temperature:top-p, comma-separated; 0 is greedy.")
+    ] = "0",
+    verification: Annotated[
+        str | None, typer.Option(help="coupled, rejection: run the engine with each of these, comma-separated.")
+    ] = None,
+    text: TextFile = None,
+    json_file: JsonFile = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw acceptance over budget into this PNG.")] = None,
+    config: options.ConfigFile = None,
+) -> None:
+    """How often the target agrees with what is drafted, by policy, budget and context.
+
+    Every way to draft proposes behind the same tokens of one text; with --verification each is run by itself, as
+    it would be served.
+    """
+    contexts, budgets = options.counts(context, "--context"), options.counts(budget, "--budget")
+    recents, reselects = options.counts(recent, "--recent"), options.counts(reselect, "--reselect", least=0)
+    policies = options.names(policy, ACCEPTANCE_POLICIES, "--policy")
+    verifications = options.names(verification, ("coupled", "rejection"), "--verification") if verification else []
+    drawn = [_sampling(part.strip()) for part in sampling.split(",")]
+    _check_file(json_file, "--json")
+    _check_file(plot_file, "--plot")
+    import torch
+
+    from bench.acceptance import AcceptanceResult, measure, setups
+    from bench.acceptance_report import plot, table
+    from bench.corpus import BenchError, read_text
+    from bench.corpus import passages as cut
+    from bench.forecast import check_plotting
+    from bench.verification import measure_rounds
+    from engine.config import load_config
+    from engine.core import load_target
+    from engine.params import SamplingParams
+    from models.default import resolve_model
+    from models.tokenizer import Tokenizer
+
+    if plot_file is not None:
+        check_plotting()
+    settings = load_config(config, overrides).engine
+    if settings.tensor_parallel_size > 1:
+        raise BenchError("acceptance is measured on one rank: it does not depend on their number")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    tokenizer, prose = Tokenizer(resolve_model(settings.model)), read_text(text)
+    target = load_target(settings, progress=sys.stderr.isatty())
+    ways = list(setups([part.strip() for part in draft.split(",")], policies, budgets, recents, reselects))
+    if not ways:
+        raise typer.BadParameter("none is more than snapkv's --recent", param_hint="--budget")
+    params = [SamplingParams(temperature=t, top_p=p) for t, p in drawn]
+    results: list[AcceptanceResult] = []
+    for length in contexts:
+        print(f"context {length} …", file=sys.stderr)
+        prompts = cut(tokenizer, prose, count=passages, length=length)
+        if not verifications:
+            results += measure(settings, target, prompts, ways, gamma=gamma, new_tokens=new_tokens, sampling=params)
+        for way in ways if verifications else []:
+            for kind in verifications:
+                results += measure_rounds(
+                    settings, target, prompts, way, kind, gamma=gamma, new_tokens=new_tokens, sampling=params
+                )
+    print(table(results))
+    if json_file is not None:
+        _write(json_file, [{**asdict(result), "alpha": result.alpha} for result in results])
+    if plot_file is not None:
+        plot(results, plot_file)
+
+
+def _sampling(text: str) -> tuple[float, float]:
+    """Temperature and top-p."""
+    temperature, _, top_p = text.partition(":")
+    try:
+        drawn = float(temperature), float(top_p or 1)
+    except ValueError:
+        drawn = -1, 0
+    if not (0 <= drawn[0] <= 100 and 1e-6 <= drawn[1] <= 1):
+        raise typer.BadParameter(f"{text!r} is no temperature, or temperature:top-p", param_hint="--sampling")
+    return drawn
+
+
+def _check_file(file: Path | None, flag: str) -> None:
+    if file is not None and not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{file.parent} is no directory", param_hint=flag)
+
+
+def _write(file: Path, listed: list[dict[str, Any]]) -> None:
+    file.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
 
 
 @app.command()

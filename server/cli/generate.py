@@ -6,7 +6,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,18 +16,12 @@ if TYPE_CHECKING:
     from engine.messages import EngineStats
 
 
+@options.engine_flags()
 def generate(
+    overrides: dict[str, Any],
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     config: options.ConfigFile = None,
-    model: options.Model = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    tensor_parallel_size: options.TensorParallel = None,
-    speculation: options.Speculation = None,
-    budget: options.Budget = None,
-    max_model_len: options.MaxModelLen = None,
-    threads: options.Threads = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: from all.")] = 0,
@@ -40,16 +34,6 @@ def generate(
 ) -> None:
     """Complete a prompt and stream the text to standard output."""
     text = _prompt(prompt, prompt_file)
-    overrides = options.engine_overrides(
-        model=model,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        speculation=speculation,
-        budget=budget,
-        max_model_len=max_model_len,
-        threads=threads,
-    )
     import msgspec
 
     from engine.config import load_config

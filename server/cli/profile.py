@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from server.cli import options
 
 
+@options.engine_flags("speculation", "max_model_len")
 def profile(
+    overrides: dict[str, Any],
     rows: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1,4,16",
     context: Annotated[str, typer.Option(help="Tokens per row, comma-separated.")] = "256,2000,7500",
     gammas: Annotated[str, typer.Option("--gamma", help="Tokens drafted, comma-separated.")] = "1,3,6",
@@ -19,27 +21,13 @@ def profile(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the times here.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw them into this PNG.")] = None,
     config: options.ConfigFile = None,
-    model: options.Model = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    tensor_parallel_size: options.TensorParallel = None,
-    budget: options.Budget = None,
-    threads: options.Threads = None,
 ) -> None:
     """Measure rounds over rows and context, on the real engine and without waiting for prompts to be computed."""
     counts = options.counts(rows, "--rows"), options.counts(context, "--context"), options.counts(gammas, "--gamma")
     for file, flag in ((json_file, "--json"), (plot_file, "--plot")):
         if file is not None and not file.absolute().parent.is_dir():
             raise typer.BadParameter(f"{file.parent} is no directory", param_hint=flag)
-    overrides = options.engine_overrides(
-        model=model,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        budget=budget,
-        threads=threads,
-        speculation=str(max(counts[2])),
-    )
+    overrides["engine.speculation.gamma"] = max(counts[2])
     import msgspec
 
     from bench.forecast import check_plotting

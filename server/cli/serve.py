@@ -23,18 +23,12 @@ class LogLevel(StrEnum):
     error = "error"
 
 
+@options.engine_flags()
 def serve(
+    overrides: dict[str, Any],
     config: options.ConfigFile = None,
-    model: options.Model = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    tensor_parallel_size: options.TensorParallel = None,
-    speculation: options.Speculation = None,
-    budget: options.Budget = None,
-    max_model_len: options.MaxModelLen = None,
-    threads: options.Threads = None,
     served_model_name: Annotated[str | None, typer.Option(help="Model id that clients use.")] = None,
     restart: Annotated[
         bool | None, typer.Option("--restart/--no-restart", help="Start the engine again when it dies.")
@@ -45,27 +39,9 @@ def serve(
     log_level: Annotated[LogLevel | None, typer.Option(help="What is logged, on stderr.")] = None,
 ) -> None:
     """Serve a model over HTTP. Prints one line, with a request to try, when it takes requests."""
-    own = {
-        "--device": device,
-        "--dtype": dtype,
-        "--tensor-parallel-size": tensor_parallel_size,
-        "--speculation": speculation,
-        "--budget": budget,
-        "--max-model-len": max_model_len,
-        "--threads": threads,
-    }
-    if engine is not None and (given := [flag for flag, value in own.items() if value is not None]):
-        raise typer.BadParameter("--engine attaches to an engine that has its settings already", param_hint=given)
-    overrides = options.engine_overrides(
-        model=model,
-        device=device,
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel_size,
-        speculation=speculation,
-        budget=budget,
-        max_model_len=max_model_len,
-        threads=threads,
-    )
+    own = options.flags_of(name for name in overrides if name != "engine.model")
+    if engine is not None and own:
+        raise typer.BadParameter("--engine attaches to an engine that has its settings already", param_hint=own)
     flags = {
         "server.host": host,
         "server.port": port,

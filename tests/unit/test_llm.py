@@ -177,6 +177,25 @@ def test_bench_decode_writes_what_it_measured(directory: Path, tmp_path: Path) -
     assert "sequential read" in out
 
 
+def test_bench_decode_of_several_policies(directory: Path, tmp_path: Path) -> None:
+    target = tmp_path / "results.json"
+    arguments = ["bench", "decode", "--model", str(directory), "--dtype", "float32", "--budget", "64"]
+    arguments += ["--batch", "2", "--context", "200", "--new-tokens", "8", "--speculation", "off,1,3"]
+    code, out, error = command(*arguments, "--policy", "window,topk,snapkv", "--json", str(target))
+    assert code == 0, error
+    results = json.loads(target.read_text())
+    found = [(r["policy"], r["speculation"]) for r in results]
+    assert found == [("none", "off"), *((policy, gamma) for policy in ("window", "topk", "snapkv") for gamma in (1, 3))]
+    for result in results[1:]:
+        gamma, alpha = result["speculation"], result["acceptance"]
+        tokens = sum(alpha**i for i in range(gamma + 1))
+        round_ms = gamma * result["t_draft_ms"] + result["t_verify_ms"]
+        assert result["t_target_ms"] == results[0]["t_target_ms"]
+        assert result["predicted"] == pytest.approx(tokens * result["t_target_ms"] / round_ms)
+    assert results[0]["predicted"] is None
+    assert "x model" in out
+
+
 def test_bench_decode_refuses_what_does_not_fit(directory: Path, tmp_path: Path) -> None:
     common = ["bench", "decode", "--model", str(directory)]
     short = tmp_path / "short.txt"
@@ -186,6 +205,7 @@ def test_bench_decode_refuses_what_does_not_fit(directory: Path, tmp_path: Path)
         (["--json", str(tmp_path / "no" / "x.json")], "no directory"),
         (["--temperature", "-1"], "temperature"),
         (["--new-tokens", "0"], "at least 1"),
+        (["--policy", "window,wide"], "'wide' is none of window, snapkv, topk, all"),
     ):
         code, _, error = command(*common, *arguments)
         assert code == 2

@@ -1,0 +1,131 @@
+"""A draft model out of a target: some of its layers, everything else as it is. Nothing is trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.attention.base import AttentionBatch
+from kernels.attention.reference import ReferenceAttention
+from kernels.kv_cache import KVPool
+from models.batch import ForwardBatch
+from models.checkpoint import Checkpoint, NamedTensors, open_directory
+from models.config import ModelError, parse_config
+from models.convert import check_destination, install
+from models.llama import Llama
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_PAGE = 16
+
+
+def make_draft(src: Path, dst: Path, layers: Sequence[int], *, force: bool = False) -> None:
+    """Write the directory `dst`: the model directory `src` with only these of its layers, in rising order.
+
+    Tensors are read and written one after the other. Raises ModelError: a layer that the model does not have, and
+    what models.convert.convert raises.
+    """
+    check_destination(src, dst, force)
+    install(_with_layers(open_directory(src), layers), src, dst, force=force)
+
+
+def evenly(count: int, keep: int) -> list[int]:
+    """`keep` of `count` layers, evenly spread, the first and the last among them. Raises ModelError."""
+    if not 1 <= keep <= count:
+        raise ModelError(f"of {count} layers, 1 to {count} can be kept, not {keep}")
+    return [round(i * (count - 1) / max(1, keep - 1)) for i in range(keep)]
+
+
+def _with_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> Checkpoint:
+    count = parse_config(checkpoint.config).num_layers
+    kept = sorted(set(layers))
+    if not kept or not 0 <= kept[0] <= kept[-1] < count:
+        raise ModelError(f"layers {', '.join(map(str, layers)) or 'none'}: the model has layers 0 to {count - 1}")
+    config: dict[str, Any] = checkpoint.config | {"num_hidden_layers": len(kept)}
+    if isinstance(kinds := config.get("layer_types"), list) and len(kinds) == count:
+        config["layer_types"] = [kinds[i] for i in kept]
+    return replace(checkpoint, config=config, tensors=_renumbered(checkpoint.tensors, kept))
+
+
+def _renumbered(tensors: NamedTensors, kept: list[int]) -> Iterator[tuple[str, Tensor]]:
+    place = {layer: i for i, layer in enumerate(kept)}
+    for name, tensor in tensors:
+        found = _LAYER.match(name)
+        if found is None:
+            yield name, tensor
+        elif (layer := int(found[1])) in place:
+            yield f"model.layers.{place[layer]}.{name[found.end() :]}", tensor
+
+
+def choose_layers(
+    model: Llama, texts: Sequence[Sequence[int]], keep: int, progress: Callable[[list[int], float], None]
+) -> list[int]:
+    """`keep` layers of `model`, found by leaving out one layer at a time: the one without which the next tokens of
+    `texts` are predicted most like by the whole model (the least Kullback-Leibler divergence).
+
+    That takes about half of (layers² - keep²) forwards over the texts. texts: all of one length, at most what the model
+    takes. progress: told the layers that are left, and the share of tokens on which they agree with the whole model.
+    Raises ModelError.
+    """
+    count = model.num_layers
+    evenly(count, keep)
+    whole = _Reader(model, texts)
+    expected = torch.log_softmax(whole.logits(range(count)), -1)
+    kept = list(range(count))
+    while len(kept) > keep:
+        tried = {}
+        for left_out in kept:
+            rest = [layer for layer in kept if layer != left_out]
+            logits = whole.logits(rest)
+            agree = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
+            tried[left_out] = float(_divergence(expected, logits)), float(agree)
+        least = min(tried, key=lambda layer: tried[layer][0])
+        kept.remove(least)
+        progress(kept, tried[least][1])
+    return kept
+
+
+def _divergence(expected: Tensor, logits: Tensor) -> Tensor:
+    """Mean over tokens. expected: log-probabilities; both [tokens, vocabulary]."""
+    return (expected.exp() * (expected - torch.log_softmax(logits, -1))).sum(-1).mean()
+
+
+class _Reader:
+    """Whole texts through some layers of a model."""
+
+    def __init__(self, model: Llama, texts: Sequence[Sequence[int]]) -> None:
+        length, rows = len(texts[0]), len(texts)
+        width = -(-length // _PAGE)
+        pages = torch.arange(rows * width).view(rows, width)
+        position = torch.arange(length).repeat(rows)
+        row = torch.arange(rows).repeat_interleave(length)
+        tokens = rows * length
+        device = model.device
+        self._model = model
+        self._attention = ReferenceAttention(_PAGE)
+        self._pool = KVPool(
+            num_layers=model.num_layers,
+            num_pages=rows * width,
+            page_size=_PAGE,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+            device=device,
+        )
+        self._batch = ForwardBatch(
+            token_ids=torch.tensor([token for text in texts for token in text], device=device),
+            positions=position.to(device),
+            slots=(pages[row, position // _PAGE] * _PAGE + position % _PAGE).to(device),
+            attention=AttentionBatch([length] * rows, [length] * rows, pages.to(device)),
+            logit_index=torch.arange(tokens, device=device),
+        )
+
+    @torch.inference_mode()
+    def logits(self, layers: Sequence[int]) -> Tensor:
+        """[tokens, vocabulary]."""
+        return self._model.with_layers(list(layers)).forward(self._batch, self._pool, self._attention)

@@ -1,0 +1,73 @@
+"""`magicdec make-draft`: a draft model out of the target itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def make_draft(
+    dst: Annotated[Path, typer.Argument(help="The directory to create.")],
+    model: Annotated[str, typer.Option(help="The target: a model directory, or `default`.")] = "default",
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="How many layers to keep; two thirds if nothing is said.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="The layers to keep, from 0, comma-separated.")] = None,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="Keep layers at even distances, without measuring which matter.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option(help="Measure on this text, not on Python's manual.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to measure on.")] = 512,
+    force: Annotated[bool, typer.Option("--force", help="Replace a directory that is there.")] = False,
+) -> None:
+    """Keep some layers of a model as its draft model, for --draft. Nothing is trained.
+
+    Which ones is measured: layers are left out one by one, always the one whose absence changes predictions least.
+    """
+    if layers is not None and (keep is not None or spread or text is not None):
+        raise typer.BadParameter("it already says which layers to keep", param_hint="--layers")
+    if spread and text is not None:
+        raise typer.BadParameter("nothing is measured", param_hint="--spread")
+    from models.config import read_config
+    from models.convert import check_destination
+    from models.default import resolve_model
+    from models.draft import evenly
+    from models.draft import make_draft as run
+
+    src = resolve_model(model)
+    count = read_config(src).num_layers
+    check_destination(src, dst, force)
+    wanted = keep or -(-2 * count // 3)
+    evenly(count, wanted)  # raises for more than there are
+    if layers is not None:
+        kept = [_number(part.strip()) for part in layers.split(",")]
+    else:
+        kept = evenly(count, wanted) if spread or wanted == count else _measured(src, wanted, text, tokens)
+    run(src, dst, kept, force=force)
+    print(f"layers {', '.join(map(str, sorted(set(kept))))} of 0 to {count - 1}", file=sys.stderr)
+    typer.echo(dst)
+
+
+def _number(text: str) -> int:
+    if not (text.isdecimal() and text.isascii()):
+        raise typer.BadParameter(f"{text!r} is no layer's number", param_hint="--layers")
+    return int(text)
+
+
+def _measured(src: Path, keep: int, text: Path | None, tokens: int) -> list[int]:
+    from bench.corpus import passages, read_text
+    from engine.config import EngineConfig
+    from engine.core import load_target
+    from models.draft import choose_layers
+    from models.tokenizer import Tokenizer
+
+    def progress(left: list[int], agree: float) -> None:
+        print(f"{len(left)} layers left: the likeliest token is the same at {agree:.0%} of the text", file=sys.stderr)
+
+    target = load_target(EngineConfig(model=str(src)), progress=sys.stderr.isatty())
+    count = max(1, tokens // 128)
+    texts = passages(Tokenizer(src), read_text(text), count=count, length=tokens // count)
+    return choose_layers(target, texts, keep, progress)
