@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.acceptance import AcceptanceResult
 from bench.forecast import check_plotting
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
 
 _COLUMNS = (
     *(("context", 9), ("draft", 14), ("policy", 10), ("recent", 8), ("reselect", 10)),
@@ -43,17 +47,20 @@ def plot(results: Sequence[AcceptanceResult], path: Path) -> None:
     contexts = sorted({result.context for result in results})
     figure = Figure(figsize=(1 + 3.6 * len(contexts), 3.6), layout="constrained")
     pictures = figure.subplots(1, len(contexts), sharey=True, squeeze=False)[0]
+    labels = list(dict.fromkeys(_label(result, results) for result in results))
+    drawn: dict[str, Artist] = {}
     for axes, context in zip(pictures, contexts, strict=True):
         lines: dict[str, dict[int | None, float]] = {}
         for result in results:
             if result.context == context:
                 lines.setdefault(_label(result, results), {})[result.budget] = result.alpha
-        for i, (label, alphas) in enumerate(lines.items()):
+        for label, alphas in lines.items():
+            color = f"C{labels.index(label) % 10}"
             budgets = sorted(budget for budget in alphas if budget is not None)
             if budgets:
-                axes.plot(budgets, [alphas[b] for b in budgets], marker="o", ms=3.5, label=label, color=f"C{i % 10}")
+                (drawn[label],) = axes.plot(budgets, [alphas[b] for b in budgets], marker="o", ms=3.5, color=color)
             if None in alphas:
-                axes.axhline(alphas[None], linestyle=":", label=f"{label}", color=f"C{i % 10}")
+                drawn[label] = axes.axhline(alphas[None], linestyle=":", color=color)
         ticks = sorted({result.budget for result in results if result.budget})
         if ticks:
             axes.set_xscale("log", base=2)
@@ -63,7 +70,7 @@ def plot(results: Sequence[AcceptanceResult], path: Path) -> None:
         axes.set_title(f"context {context:,}", fontsize=10)
         axes.grid(alpha=0.3)
     pictures[0].set_ylabel("acceptance")
-    pictures[-1].legend(fontsize=8, loc="lower right")
+    pictures[-1].legend(list(drawn.values()), list(drawn), fontsize=8, loc="lower right")
     figure.savefig(path, format="png", dpi=90)
 
 

@@ -25,7 +25,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 def test_help_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     said = capsys.readouterr().out
-    assert all(f" {command} " in said for command in ("serve", "generate", "plan", "bench", "fetch", "convert"))
+    assert all(
+        f" {command} " in said for command in ("serve", "generate", "plan", "make-draft", "bench", "fetch", "convert")
+    )
 
 
 def test_expected_errors_are_one_line(

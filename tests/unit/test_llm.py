@@ -179,7 +179,7 @@ def test_bench_decode_writes_what_it_measured(directory: Path, tmp_path: Path) -
 
 def test_bench_decode_of_several_policies(directory: Path, tmp_path: Path) -> None:
     target = tmp_path / "results.json"
-    arguments = ["bench", "decode", "--model", str(directory), "--dtype", "float32", "--budget", "64"]
+    arguments = ["bench", "decode", "--model", str(directory), "--dtype", "float32", "--budget", "96"]
     arguments += ["--batch", "2", "--context", "200", "--new-tokens", "8", "--speculation", "off,1,3"]
     code, out, error = command(*arguments, "--policy", "window,topk,snapkv", "--json", str(target))
     assert code == 0, error
