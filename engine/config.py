@@ -74,8 +74,8 @@ class SnapKVConfig(Settings):
     """The prompt's last queries, which choose."""
     kernel: Positive = 5
     """Odd: scores are averaged over so many neighbouring tokens."""
-    reselect: Annotated[int, Field(ge=0)] = 0
-    """Choose again every so many new tokens; 0: never."""
+    reselect: Annotated[int, Field(ge=0)] | None = None
+    """Choose again every so many new tokens; 0: never; None: every 32, where the target drafts for itself."""
 
 
 class TopKConfig(Settings):

@@ -24,6 +24,10 @@ from models.loader import load_model
 from parallel.group import Group
 from parallel.sampling import VocabShard
 
+_RESELECT = 32
+"""New tokens after which SnapKV chooses again, where that is left to us: what a request generates would else leave the
+draft's sight. One look at all keys in so many steps costs little."""
+
 
 @dataclass(frozen=True, slots=True)
 class DraftModel:
@@ -55,7 +59,8 @@ def make_drafter(
         shared = draft.group is None or draft.group.size < group.size
         return target, SharedDrafts(drafter, group) if shared else drafter or NoDrafter()
     if isinstance(settings.kv, SnapKVConfig):
-        cache = DraftCache(settings.kv, target.model, target.pool, rows, settings.most_drafts, target.attention)
+        kv = settings.kv if settings.kv.reselect is not None else settings.kv.model_copy(update={"reselect": _RESELECT})
+        cache = DraftCache(kv, target.model, target.pool, rows, target.attention, most_drafts=settings.most_drafts)
         runner = Runner(target.model, cache.pool, ReferenceAttention(rows.page_size), cache.view)
         observed = Runner(target.model, target.pool, cache.attention, target.view)
         return observed, SelfDrafter(runner, sampler, cache)
@@ -99,7 +104,7 @@ def _model_drafter(
     else:
         full = runner = Runner(model, make_pool(model, num_pages, page), ReferenceAttention(page), dense(rows))
         if isinstance(settings.kv, SnapKVConfig):
-            cache = DraftCache(settings.kv, model, full.pool, rows, settings.most_drafts, full.attention)
+            cache = DraftCache(settings.kv, model, full.pool, rows, full.attention, most_drafts=settings.most_drafts)
             runner = Runner(model, cache.pool, ReferenceAttention(page), cache.view)
             full = Runner(model, full.pool, cache.attention, full.view)
         elif isinstance(settings.kv, TopKConfig):

@@ -31,20 +31,21 @@ class DraftCache:
     """
 
     def __init__(
-        self, config: SnapKVConfig, model: Llama, full: KVPool, rows: Rows, gamma_max: int, inner: AttentionBackend
+        self, config: SnapKVConfig, model: Llama, full: KVPool, rows: Rows, inner: AttentionBackend, *, most_drafts: int
     ) -> None:
-        """full: the pool that is chosen from, laid out by rows.page_table. gamma_max: most drafts per round. inner:
-        the attention that `attention` is made of.
+        """config: with `reselect` settled. full: the pool that is chosen from, laid out by rows.page_table. inner: the
+        attention that `attention` is made of. most_drafts: per row and round.
         """
         max_rows, page = len(rows.tokens), rows.page_size
         self._config = config
+        self._reselect = config.reselect or 0
         self._rows = rows
         self._full = full
         self._scale = model.head_dim**-0.5
         self._chosen = (config.budget - config.recent) // page  # pages
         self._recent = config.recent // page
         # Drafts that came to nothing have overwritten what stood a ring before them: keep that out of the window.
-        ring = self._recent + -(-gamma_max // page)
+        ring = self._recent + -(-most_drafts // page)
         self._per_row = self._chosen + ring
         table = ring_table(max_rows, rows.page_table.shape[1], self._chosen, ring)
         self.view = View(make_policy(config, page), table.to(rows.device))
@@ -58,7 +59,7 @@ class DraftCache:
             device=model.device,
         )
         # Queries by position; those of drafts that came to nothing must not overwrite the last ones that count.
-        self._places = config.queries + (gamma_max if config.reselect else 0)
+        self._places = config.queries + (most_drafts if self._reselect else 0)
         shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
         self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.attention = ObservedAttention(inner, self._queries)
@@ -80,7 +81,7 @@ class DraftCache:
         `first[i]`. Rows that decode are observed only if choosing is repeated.
         """
         prefill = first < self._prefill[rows]
-        most = self._places if self._config.reselect else np.where(prefill, self._config.queries, 0)
+        most = self._places if self._reselect else np.where(prefill, self._config.queries, 0)
         kept = np.minimum(queries, most)
         if not kept.any():
             return
@@ -118,9 +119,9 @@ class DraftCache:
         """Positions to copy; chooses first, if it is time to."""
         page, first = self._rows.page_size, int(self._copied[row])
         recent = max(0, -(-(computed + 1) // page) - self._recent) * page  # first position that is read as recent
-        if self._config.reselect:
+        if self._reselect:
             self._observed[row] = upto
-        if not self._chosen_at[row] or 0 < self._config.reselect <= computed - self._chosen_at[row]:
+        if not self._chosen_at[row] or 0 < self._reselect <= computed - self._chosen_at[row]:
             self._chosen_at[row] = computed
             if self._observed[row] and recent > self._chosen * page:
                 self._choose(row, min(recent, int(self._observed[row])))
