@@ -122,8 +122,10 @@ class DraftCache:
             self._observed[row] = upto
         if not self._chosen_at[row] or 0 < self._config.reselect <= computed - self._chosen_at[row]:
             self._chosen_at[row] = computed
-            if self._observed[row] and recent > self._chosen * page:
-                self._choose(row, min(recent, int(self._observed[row])))
+            candidates = min(recent, int(self._observed[row]))
+            # A prompt that fits into the first pages leaves no choice: they keep what came first.
+            if candidates > self._chosen * page:
+                self._choose(row, candidates)
                 return np.arange(recent, upto)
         # Behind the first pages, what is not recent any more is never read again.
         prefix = np.arange(first, min(upto, self._chosen * page))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,9 @@ from engine.config import ConfigError
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.plan import StepPlan, StepResult
+from engine.request import Request
+from engine.speculation.controller import Report
 from engine.stats import acceptance
 from models.llama import Llama
 from tests.engines import complete, run, tiny_engine, tiny_model, tokens
@@ -126,6 +130,42 @@ def test_a_budget_that_covers_the_context_is_dense(twin_dir: Path, drafter: str,
     stats = engine.stats()
     assert acceptance(stats) == 1.0
     assert stats.accepted_tokens > 70
+
+
+class Scripted:
+    """A controller whose rounds are told beforehand."""
+
+    def __init__(self, gammas: Sequence[int]) -> None:
+        self._gammas = iter(gammas)
+        self.gamma_max, self.budget, self.report = max(gammas), 0, Report()
+
+    def choose(self, rows: Sequence[Request]) -> list[int]:
+        gamma = next(self._gammas)
+        return [gamma] * len(rows)
+
+    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
+        pass
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("prompt", [1, 10, 33, 70])
+def test_a_row_that_first_drafts_long_after_a_short_prompt(draft_dir: Path, drafter: str, prompt: int) -> None:
+    """A prompt shorter than what SnapKV is to choose from it leaves nothing to choose."""
+    expected = long_run(tiny_engine(model(), gamma=0), prompt, 200)
+    engine = tiny_engine(
+        model(),
+        gamma=3,
+        page_size=8,
+        max_model_len=300,
+        speculation={
+            "drafter": drafter,
+            "model": str(draft_dir) if drafter == "model" else None,
+            "kv": kv_of("snapkv", 8, 4),
+        },
+    )
+    engine._scheduler.controller = Scripted([0] * 100 + [3] * 100)
+    assert long_run(engine, prompt, 200) == expected
+    assert engine.stats().draft_tokens > 50
 
 
 def test_a_draft_model_needs_the_same_vocabulary(tmp_path: Path) -> None:
