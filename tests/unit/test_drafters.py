@@ -168,6 +168,24 @@ def test_a_row_that_first_drafts_long_after_a_short_prompt(draft_dir: Path, draf
     assert engine.stats().draft_tokens > 50
 
 
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_dense_drafts_stay_right_however_often_they_pause(twin_dir: Path, drafter: str, policy: str) -> None:
+    """Rounds without drafts in between, of any number: whatever the draft lacks is made good."""
+    speculation = {
+        "drafter": drafter,
+        "model": str(twin_dir) if drafter == "model" else None,
+        "kv": kv_of(policy, 8, 24),
+    }
+    engine = tiny_engine(model(), gamma=4, page_size=8, max_model_len=208, speculation=speculation)
+    rng = random.Random(2)
+    engine._scheduler.controller = Scripted([rng.choice([0, 0, 0, 0, 1, 2, 4]) for _ in range(160)])
+    long_run(engine, 40, 150)
+    stats = engine.stats()
+    assert stats.rejections == 0
+    assert stats.accepted_tokens > 30
+
+
 def test_a_draft_model_needs_the_same_vocabulary(tmp_path: Path) -> None:
     other = write_random_model(tmp_path / "other", replace(DRAFT, vocab_size=65))
     with pytest.raises(ConfigError, match="vocabulary of 65 tokens, the target of 64"):
