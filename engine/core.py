@@ -220,7 +220,7 @@ class Engine:
         key = profile_key(self._config, sizes)
         samples = recall(key)
         if samples is None:
-            samples = profile(self.profiler, self._config, sizes.max_model_len)
+            samples = profile(self.profiler, self._config)
             keep(key, samples)
         times = StepTimes(samples, draft_reads(self._config))
         return AutoGamma(times, speculation.gamma_max, list(budget_policies(self._config)) or [0])
