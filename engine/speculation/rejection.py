@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.plan import RowStart
 from engine.rows import Decisions, Rows
 from engine.sampling import Sampler
 from kernels.noise import gumbel_noise
@@ -34,6 +35,10 @@ class Proposals:
         self._place[decisions.rows[index], decisions.drafted[index]] = self._count + np.arange(len(index))
         self._held.append(logprobs)
         self._count += len(index)
+
+    def drop(self, row: int) -> None:
+        """Nothing is proposed for this row slot: a round that failed leaves its proposals behind."""
+        self._place[row] = -1
 
     def take(self, decisions: Decisions) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
         """Which of the decisions [m] have a proposal, where it stands in the last item, and all proposals: [k, slice].
@@ -58,6 +63,10 @@ class RejectionSampler(Sampler):
 
     def twin(self, vocab: VocabShard) -> Sampler:
         return RejectionSampler(self._rows, vocab, self._proposals)
+
+    def start(self, start: RowStart) -> None:
+        super().start(start)
+        self._proposals.drop(start.row)
 
     def draft(self, logits: Tensor, decisions: Decisions) -> Tensor:
         self._adjust(logits, decisions)
