@@ -128,7 +128,8 @@ class DraftCache:
     def _missing(self, row: int, computed: int, upto: int) -> Ints:
         """Positions to copy; chooses first, if it is time to."""
         page, first = self._rows.page_size, int(self._copied[row])
-        recent = max(0, -(-(computed + 1) // page) - self._recent) * page  # first position that is read as recent
+        # The first position that is read as recent; the draft's first query stands at `upto`.
+        recent = max(0, -(-(upto + 1) // page) - self._recent) * page
         if self._config.reselect:
             self._observed[row] = upto
         if not self._chosen_at[row] or 0 < self._config.reselect <= computed - self._chosen_at[row]:

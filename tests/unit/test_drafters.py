@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from engine.config import ConfigError
 from engine.core import Engine
@@ -19,8 +20,10 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import StepPlan, StepResult
 from engine.request import Request
+from engine.runner import Runner
 from engine.speculation.controller import Report
 from engine.stats import acceptance
+from models.batch import ForwardBatch
 from models.llama import Llama
 from tests.engines import complete, run, tiny_engine, tiny_model, tokens
 from tests.ranks import DRAFT, write_random_model
@@ -184,6 +187,51 @@ def test_dense_drafts_stay_right_however_often_they_pause(twin_dir: Path, drafte
     stats = engine.stats()
     assert stats.rejections == 0
     assert stats.accepted_tokens > 30
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nothing_is_read_that_was_not_written(draft_dir: Path, drafter: str, policy: str, data: st.DataObject) -> None:
+    """Over pools that begin as NaN, in rounds with any number of drafts after pauses of any length."""
+    page_size, gamma = data.draw(st.sampled_from([1, 4, 8])), data.draw(st.sampled_from([1, 3, 6]))
+    engine = tiny_engine(
+        tiny_model(),
+        gamma=gamma,
+        page_size=page_size,
+        max_model_len=200,
+        scheduler={"max_batch_tokens": data.draw(st.sampled_from([9, 40]))},
+        speculation={
+            "drafter": drafter,
+            "model": str(draft_dir) if drafter == "model" else None,
+            "kv": kv_of(policy, page_size, data.draw(st.integers(1, 5))),
+        },
+    )
+    rng = random.Random(data.draw(st.integers(0, 1000)))
+    pause = rng.randrange(20)
+    engine._scheduler.controller = Scripted(
+        [gamma, *(rng.choice([0, gamma, rng.randrange(gamma + 1)]) if n % 40 > pause else 0 for n in range(400))]
+    )
+    proposer: Any = engine._worker._drafter
+    for runner in (engine._worker._target, proposer._drafter._runner, getattr(proposer._drafter, "_full", None)):
+        if runner is not None:
+            runner.pool.data.fill_(float("nan"))
+    forward = Runner.forward
+
+    def watched(runner: Runner, batch: ForwardBatch) -> Tensor:
+        logits = forward(runner, batch)
+        assert not logits.isnan().any()
+        return logits
+
+    requests, joins = [], {}
+    for i in range(4):
+        params = SamplingParams(max_tokens=rng.randrange(1, 60), temperature=1.0, seed=i, ignore_eos=True)
+        requests.append(AddRequest(str(i), prompt_of(rng.choice(EDGES), i), params))
+        joins[str(i)] = rng.randrange(20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "forward", watched)
+        run(engine, requests, joins=joins)
 
 
 def test_a_draft_model_needs_the_same_vocabulary(tmp_path: Path) -> None:
