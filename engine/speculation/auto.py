@@ -43,15 +43,15 @@ class _Choice:
 class AutoGamma:
     """Chooses per round and per row. Host-side, O(rows × gamma_max)."""
 
-    def __init__(self, times: StepTimes, gamma_max: int, budgets: Sequence[int]) -> None:
-        """times: of this engine. budgets: KV tokens that a draft may read per row, the largest first; (0,) if it reads
-        everything.
+    def __init__(self, times: StepTimes, gamma_max: int, budgets: Sequence[int], reads: int | None = None) -> None:
+        """times: of this engine. budgets: KV tokens per row that drafts can be told to read, the largest first; (0,) if
+        there is no choice. reads: how many they read then; None: everything, or the largest budget.
         """
         self._times = times
         self._gamma_max = gamma_max
         self._budgets = tuple(budgets)
         self._corrections = Corrections()
-        self._estimates = Estimates(budgets[0])
+        self._estimates = Estimates(budgets[0], reads or budgets[0])
         self._cap = 0
         self._rounds = 0
         self._tries = 0
@@ -171,11 +171,15 @@ class AutoGamma:
                 self._estimates.forget(request.id)
         self._estimates.keep_only([request.id for request in requests], beyond=2 * len(requests) + 1000)
         decoding = all(work.new == 1 and work.samples for work in plan.work) and not plan.starts
-        if decoding and self._chosen is not None and self._best is not None:
-            self._timed(plan, result, tokens, self._chosen, self._best)
+        if self._chosen is not None and self._best is not None:
+            if decoding:
+                self._timed(plan, result, tokens, self._chosen)
+            else:
+                # Prompts among them: nobody knows what the drafts took, so a try costs what it was thought to.
+                self._spend(self._best.seconds, self._chosen.seconds, self._chosen.tokens)
         self._chosen = None
 
-    def _timed(self, plan: StepPlan, result: StepResult, tokens: int, chosen: _Choice, best: _Choice) -> None:
+    def _timed(self, plan: StepPlan, result: StepResult, tokens: int, chosen: _Choice) -> None:
         gammas = [work.gamma for work in plan.work]
         contexts = [work.computed + 1 for work in plan.work]
         count, total, mean = len(gammas), sum(contexts), sum(gammas) / len(gammas)
@@ -187,14 +191,19 @@ class AutoGamma:
             predicted = sum(self._times.draft(rows, contexts, plan.budget) for rows in steps)
             self._corrections.observe("draft", _bucket(count, total, plan.budget), result.draft_seconds, predicted)
         seconds = result.draft_seconds + result.verify_seconds
-        self._credit = min(self._credit + _EXPLORE * seconds, 10 * seconds)
-        if chosen is not best:
-            self._credit -= max(0.0, seconds - tokens / best.rate)
+        self._spend(seconds, seconds, tokens)
         plain = tokens / count * self._plain_s
         self.report.decode_seconds += seconds
         self.report.plain_seconds += plain
         self.report.forecast_seconds += plain * (chosen.seconds / chosen.tokens) / (self._plain_s / count)
         self.report.alpha = self._estimates.overall(plan.budget)
+
+    def _spend(self, earned: float, seconds: float, tokens: float) -> None:
+        """A share of `earned` seconds may be lost to tries; a round of these seconds and tokens may have been one."""
+        assert self._best is not None
+        self._credit = min(self._credit + _EXPLORE * earned, 10 * earned)
+        if self._chosen is not self._best:
+            self._credit -= max(0.0, seconds - tokens / self._best.rate)
 
     def _factor(self, kind: str, rows: int, total: int, detail: int) -> float:
         return self._corrections.factor(kind, _bucket(rows, total, detail))

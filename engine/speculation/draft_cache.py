@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.config import SnapKVConfig
 from engine.plan import RowStart
@@ -104,27 +105,40 @@ class DraftCache:
             for row, computed, held in zip(slots.tolist(), rows.computed[:count].tolist(), upto.tolist(), strict=True)
         ]
         self.wrote(slots, np.maximum(self._copied[slots], upto))
-        row_index = self._rows.to_device(np.repeat(slots, [len(positions) for positions in todo]))
-        position = self._rows.to_device(np.concatenate(todo))
-        page = self._rows.page_size
-        column, offset = position // page, position % page
-        source, target = self._rows.page_table[row_index, column], self.view.page_table[row_index, column]
-        self.pool.data[:, :, target, :, offset] = self._full.data[:, :, source, :, offset]
+        full, cache, offset = self._places_of(np.repeat(slots, [len(each) for each in todo]), np.concatenate(todo))
+        self.pool.data[:, :, cache, :, offset] = self._full.data[:, :, full, :, offset]
 
     def wrote(self, slots: Ints, upto: Ints) -> None:
         """The cache of these row slots now holds the positions before `upto`."""
         self._copied[slots] = upto
 
+    def give_back(self, slots: Ints, first: Ints, upto: Ints) -> None:
+        """Copy what drafts have just written, positions `first` to `upto` of each row slot, into the full pool, for a
+        model that has no other KV of them."""
+        count = upto - first
+        full, cache, offset = self._places_of(np.repeat(slots, count), np.repeat(first, count) + ragged(count))
+        self._full.data[:, :, full, :, offset] = self.pool.data[:, :, cache, :, offset]
+
+    def _places_of(self, slots: Ints, positions: Ints) -> tuple[Tensor, Tensor, Tensor]:
+        """Page in the full pool, page in the cache, and place in the page, of position `positions[i]` of `slots[i]`."""
+        page = self._rows.page_size
+        row_index, position = self._rows.to_device(slots), self._rows.to_device(positions)
+        column, offset = position // page, position % page
+        return self._rows.page_table[row_index, column], self.view.page_table[row_index, column], offset
+
     def _missing(self, row: int, computed: int, upto: int) -> Ints:
         """Positions to copy; chooses first, if it is time to."""
         page, first = self._rows.page_size, int(self._copied[row])
-        recent = max(0, -(-(computed + 1) // page) - self._recent) * page  # first position that is read as recent
+        # The first position that is read as recent; the draft's first query stands at `upto`.
+        recent = max(0, -(-(upto + 1) // page) - self._recent) * page
         if self._reselect:
             self._observed[row] = upto
         if not self._chosen_at[row] or 0 < self._reselect <= computed - self._chosen_at[row]:
-            self._chosen_at[row] = computed
-            if self._observed[row] and recent > self._chosen * page:
-                self._choose(row, min(recent, int(self._observed[row])))
+            candidates = min(recent, int(self._observed[row]))
+            # A prompt that fits into the first pages leaves no choice: they keep what came first.
+            if candidates > self._chosen * page:
+                self._chosen_at[row] = computed
+                self._choose(row, candidates)
                 return np.arange(recent, upto)
         # Behind the first pages, what is not recent any more is never read again.
         prefix = np.arange(first, min(upto, self._chosen * page))

@@ -37,9 +37,11 @@ class Estimates:
     """Three levels, each the prior of the next: a budget; rows whose contexts are about as many budgets long; one
     request. So a new request starts with what others have shown."""
 
-    def __init__(self, budget: int) -> None:
-        """budget: the largest one; 0 if drafts read everything."""
+    def __init__(self, budget: int, reads: int) -> None:
+        """budget: the largest one, by the name that rounds know it by. reads: KV tokens that drafts read with it per
+        row; 0 if they read everything."""
         self._budget = budget
+        self._reads = reads
         self._overall: dict[int, Record] = {}
         self._priors: dict[tuple[int, int], Record] = {}
         self._requests: dict[str, dict[int, Record]] = {}
@@ -78,4 +80,4 @@ class Estimates:
             self._requests = {id: self._requests[id] for id in requests if id in self._requests}
 
     def _likeness(self, context: int) -> int:
-        return (context // self._budget).bit_length() if self._budget else 0
+        return (context // self._reads).bit_length() if self._reads else 0

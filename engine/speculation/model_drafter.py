@@ -67,9 +67,11 @@ class ModelDrafter:
                 self._cache.catch_up(rows, held[:count])
             behind = rows.computed[:count] - held[:count]
             draft(rows, self._runner, self._sampler, behind=behind if behind.any() else None)
-            held[:count] = rows.computed[:count] + rows.gamma[:count]
+            drafted = rows.computed[:count] + rows.gamma[:count]
             if self._cache is not None:
-                self._cache.wrote(rows.row[:count], held[:count])
+                self._cache.give_back(rows.row[:count], held[:count], drafted)
+                self._cache.wrote(rows.row[:count], drafted)
+            held[:count] = drafted
         self._computed[rows.row] = held
         return rows.gamma_asked
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.plan import RowStart
 from engine.rows import Decisions, Rows
 from engine.sampling import Sampler
 from kernels.noise import gumbel_noise
@@ -34,6 +35,10 @@ class Proposals:
         self._place[decisions.rows[index], decisions.drafted[index]] = self._count + np.arange(len(index))
         self._held.append(logprobs)
         self._count += len(index)
+
+    def drop(self, row: int) -> None:
+        """Nothing is proposed for this row slot: a round that failed leaves its proposals behind."""
+        self._place[row] = -1
 
     def take(self, decisions: Decisions) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
         """Which of the decisions [m] have a proposal, where it stands in the last item, and all proposals: [k, slice].
@@ -58,6 +63,10 @@ class RejectionSampler(Sampler):
 
     def twin(self, vocab: VocabShard) -> Sampler:
         return RejectionSampler(self._rows, vocab, self._proposals)
+
+    def start(self, start: RowStart) -> None:
+        super().start(start)
+        self._proposals.drop(start.row)
 
     def draft(self, logits: Tensor, decisions: Decisions) -> Tensor:
         self._adjust(logits, decisions)
@@ -86,6 +95,9 @@ class RejectionSampler(Sampler):
         keep = -torch.exp(-gumbel_noise(self._seed[slots] ^ _KEEP, position, 0, 1)[:, 0])
         kept = keep < self._vocab.of(p, drafts) - self._vocab.of(q, drafts)
         residual = torch.log((p.exp() - q.exp()).clamp_(min=0)) + self._noise(decisions, judged, _RESIDUAL)
+        # Where p is nowhere above q but for rounding, nothing is left to replace a draft with.
+        replaced = self._vocab.argmax(residual)
+        kept |= self._vocab.of(residual, replaced) == float("-inf")
         chosen = self._vocab.argmax(logits)
-        chosen[judged] = torch.where(kept, drafts, self._vocab.argmax(residual))
+        chosen[judged] = torch.where(kept, drafts, replaced)
         return chosen

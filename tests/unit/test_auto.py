@@ -70,6 +70,7 @@ class Load:
     limits: list[int | None] | None = None
     budgets: tuple[int, ...] = (BUDGET,)
     by_budget: dict[int, float] = field(default_factory=dict)
+    prompts: bool = False
     controller: AutoGamma = field(init=False)
     rows: list[Request] = field(init=False)
     chosen: list[list[int]] = field(default_factory=list)
@@ -85,6 +86,10 @@ class Load:
             Request(AddRequest(str(i), [0] * context, SamplingParams(max_tokens=10**6, max_draft_tokens=limit)), ())
             for i, (context, limit) in enumerate(zip(self.contexts, limits, strict=True))
         ]
+
+    @property
+    def prompt(self) -> Request:
+        return Request(AddRequest("prompt", [0] * 1000, SamplingParams(max_tokens=9)), ())
 
     def run(self, rounds: int) -> float:
         """Tokens per second of these rounds."""
@@ -111,8 +116,11 @@ class Load:
         )
         self.seconds += draft + verify
         self.chosen.append(gammas)
+        rows = self.rows
+        if self.prompts:  # a chunk of one rides along
+            rows, work = [*rows, self.prompt], [*work, RowWork(len(rows), 0, 50, 0, False)]
         self.controller.observe(
-            StepPlan(0, [], [], work, self.controller.budget), self.rows, StepResult(0, results, draft, verify)
+            StepPlan(0, [], [], work, self.controller.budget), rows, StepResult(0, results, draft, verify)
         )
 
     def share_off(self, rounds: int) -> float:
@@ -290,9 +298,20 @@ def test_the_budget_that_pays(by_budget: dict[int, float], best: int) -> None:
 
 
 def test_a_budget_that_was_not_tried_is_taken_to_be_worse() -> None:
-    estimates = Estimates(512)
+    estimates = Estimates(512, 512)
     for _ in range(100):
         estimates.judged("a", 4000, 512, 9, True)
     assert estimates.overall(512) == pytest.approx(0.9, abs=0.01)
     assert estimates.overall(128) == pytest.approx(0.8, abs=0.02)
     assert estimates.alpha("new", 4000, 512) == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_trying_costs_what_it_may_also_among_prompts(mixed: bool) -> None:
+    """Rounds in which prompts are computed teach no times, but what is tried in them is lost all the same."""
+    machine = Machine()
+    load = Load(machine, [100] * 4, [0.3] * 4, prompts=mixed)
+    load.run(2000)
+    plain = 4 / machine.verify([100] * 4, [0] * 4)
+    assert load.run(2000) > 0.98 * plain
+    assert load.share_off(2000) < 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,12 +12,18 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from engine.config import ConfigError
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.plan import StepPlan, StepResult
+from engine.request import Request
+from engine.runner import Runner
+from engine.speculation.controller import Report
 from engine.stats import acceptance
+from models.batch import ForwardBatch
 from models.llama import Llama
 from tests.engines import complete, run, tiny_engine, tiny_model, tokens
 from tests.ranks import DRAFT, write_random_model
@@ -132,6 +139,105 @@ def test_a_budget_that_covers_the_context_is_dense(twin_dir: Path, drafter: str,
     stats = engine.stats()
     assert acceptance(stats) == 1.0
     assert stats.accepted_tokens > 70
+
+
+class Scripted:
+    """A controller whose rounds are told beforehand."""
+
+    def __init__(self, gammas: Sequence[int]) -> None:
+        self._gammas = iter(gammas)
+        self.gamma_max, self.budget, self.report = max(gammas), 0, Report()
+
+    def choose(self, rows: Sequence[Request]) -> list[int]:
+        gamma = next(self._gammas)
+        return [gamma] * len(rows)
+
+    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
+        pass
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("prompt", [1, 10, 33, 70])
+def test_a_row_that_first_drafts_long_after_a_short_prompt(draft_dir: Path, drafter: str, prompt: int) -> None:
+    """A prompt shorter than what SnapKV is to choose from it leaves nothing to choose."""
+    expected = long_run(tiny_engine(model(), gamma=0), prompt, 200)
+    engine = tiny_engine(
+        model(),
+        gamma=3,
+        page_size=8,
+        max_model_len=300,
+        speculation={
+            "drafter": drafter,
+            "model": str(draft_dir) if drafter == "model" else None,
+            "kv": kv_of("snapkv", 8, 4),
+        },
+    )
+    engine._scheduler.controller = Scripted([0] * 100 + [3] * 100)
+    assert long_run(engine, prompt, 200) == expected
+    assert engine.stats().draft_tokens > 50
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_dense_drafts_stay_right_however_often_they_pause(twin_dir: Path, drafter: str, policy: str) -> None:
+    """Rounds without drafts in between, of any number: whatever the draft lacks is made good."""
+    speculation = {
+        "drafter": drafter,
+        "model": str(twin_dir) if drafter == "model" else None,
+        "kv": kv_of(policy, 8, 24),
+    }
+    engine = tiny_engine(model(), gamma=4, page_size=8, max_model_len=208, speculation=speculation)
+    rng = random.Random(2)
+    engine._scheduler.controller = Scripted([rng.choice([0, 0, 0, 0, 1, 2, 4]) for _ in range(160)])
+    long_run(engine, 40, 150)
+    stats = engine.stats()
+    assert stats.rejections == 0
+    assert stats.accepted_tokens > 30
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nothing_is_read_that_was_not_written(draft_dir: Path, drafter: str, policy: str, data: st.DataObject) -> None:
+    """Over pools that begin as NaN, in rounds with any number of drafts after pauses of any length."""
+    page_size, gamma = data.draw(st.sampled_from([1, 4, 8])), data.draw(st.sampled_from([1, 3, 6]))
+    engine = tiny_engine(
+        tiny_model(),
+        gamma=gamma,
+        page_size=page_size,
+        max_model_len=200,
+        scheduler={"max_batch_tokens": data.draw(st.sampled_from([9, 40]))},
+        speculation={
+            "drafter": drafter,
+            "model": str(draft_dir) if drafter == "model" else None,
+            "kv": kv_of(policy, page_size, data.draw(st.integers(1, 5))),
+        },
+    )
+    rng = random.Random(data.draw(st.integers(0, 1000)))
+    pause = rng.randrange(20)
+    engine._scheduler.controller = Scripted(
+        [gamma, *(rng.choice([0, gamma, rng.randrange(gamma + 1)]) if n % 40 > pause else 0 for n in range(400))]
+    )
+    proposer: Any = engine._worker._drafter
+    for runner in (engine._worker._target, proposer._drafter._runner, getattr(proposer._drafter, "_full", None)):
+        if runner is not None:
+            runner.pool.data.fill_(float("nan"))
+    forward = Runner.forward
+
+    def watched(runner: Runner, batch: ForwardBatch) -> Tensor:
+        logits = forward(runner, batch)
+        assert not logits.isnan().any()
+        return logits
+
+    requests, joins = [], {}
+    for i in range(4):
+        params = SamplingParams(max_tokens=rng.randrange(1, 60), temperature=1.0, seed=i, ignore_eos=True)
+        requests.append(AddRequest(str(i), prompt_of(rng.choice(EDGES), i), params))
+        joins[str(i)] = rng.randrange(20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "forward", watched)
+        run(engine, requests, joins=joins)
 
 
 def test_a_draft_model_needs_the_same_vocabulary(tmp_path: Path) -> None:

@@ -129,3 +129,25 @@ def test_needs_the_draft_model_on_all_ranks() -> None:
                 },
             }
         )
+
+
+def test_a_round_that_failed_leaves_no_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows end, and those that take their slots are not judged by what it proposed."""
+    engine = speculating("self", Path())
+    model = engine._worker._target.model
+    forward, calls = model.forward, [0]
+
+    def fail(*arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 6:  # a prompt, then rounds of two drafts and a pass: the second one's last draft
+            raise MemoryError
+        return forward(*arguments)
+
+    monkeypatch.setattr(model, "forward", fail)
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=4, ignore_eos=True)
+    outputs = run(engine, [AddRequest("fails", PROMPT, params)])
+    assert outputs["fails"][-1].error
+    plain = SamplingParams(max_tokens=1, temperature=1.0, seed=7, ignore_eos=True)
+    for prompt in range(1, 30):
+        expected = complete(tiny_engine(tiny_model(), gamma=0), prompt_of(prompt, prompt), plain)
+        assert complete(engine, prompt_of(prompt, prompt), plain) == expected
