@@ -277,6 +277,25 @@ def test_killed_while_loading(random_dir: Path) -> None:
         Engine(config, ranks=launch, progress=False)
 
 
+@pytest.mark.parametrize("failed", [RuntimeError, KeyboardInterrupt])
+def test_a_start_that_fails_when_all_ranks_are_ready(
+    random_dir: Path, monkeypatch: pytest.MonkeyPatch, failed: type[BaseException]
+) -> None:
+    ready: list[psutil.Process] = []
+
+    def profile(*_: object) -> None:
+        ready.extend(psutil.Process().children())
+        raise failed
+
+    monkeypatch.setattr("engine.core.recall", lambda key: None)
+    monkeypatch.setattr("engine.core.profile", profile)
+    with pytest.raises(failed) as caught:
+        start(random_dir, 2, speculation={"gamma": "auto", "kv": {"budget": 16, "sink": 4}})
+    assert len(ready) == 1
+    assert not ready[0].is_running()  # while the traceback still holds the engine
+    del caught
+
+
 def test_never_ready(random_dir: Path) -> None:
     with pytest.raises(RankFailure, match=r"ranks 1, 2 not ready after 0\.01 s"):
         start(random_dir, 3, start_timeout_s=0.01)
