@@ -110,6 +110,24 @@ def test_a_second_signal_ends_at_once(launch: Launch) -> None:
     assert not streams[0].is_alive()
 
 
+def test_a_second_signal_while_the_engine_does_not_end(launch: Launch) -> None:
+    server = launch()
+    engine = server.engine
+    engine.suspend()
+    server.signal(signal.SIGTERM)
+
+    def closed() -> bool:
+        try:
+            server.get("/ready")
+        except httpx.TransportError:
+            return True
+        return False
+
+    eventually(closed)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 1
+
+
 def test_ctrl_c_while_idle(launch: Launch) -> None:
     server = launch()
     server.signal(signal.SIGINT)
