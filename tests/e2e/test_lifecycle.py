@@ -153,6 +153,14 @@ def test_an_engine_that_is_killed(launch: Launch) -> None:
     assert server.wait() == 1
 
 
+def test_an_engine_that_stands_still_when_its_server_is_killed(launch: Launch) -> None:
+    server = launch()
+    server.engine.suspend()
+    server.process.kill()
+    _, alive = psutil.wait_procs(server.family, PATIENCE_S)
+    assert alive == []
+
+
 def test_an_engine_that_stands_still(launch: Launch) -> None:
     server = launch(engine_timeout_s=10_000.0)
     server.engine.suspend()
