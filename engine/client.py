@@ -16,7 +16,7 @@ import zmq
 import zmq.asyncio
 
 from engine.config import EngineConfig
-from engine.endpoint import HEARTBEAT, SOCKET, EndpointError, new_directory
+from engine.endpoint import HEARTBEAT, SOCKET, EndpointError, check_private, new_directory
 from engine.greeting import LAST_WORD_S, appearance, first_word
 from engine.greeting import EngineDead as EngineDead
 from engine.heartbeat import hung
@@ -111,13 +111,17 @@ class EngineClient:
 
         model: the name of the one that it must serve. start_timeout_s: how long to wait; engines that fail to start
         meanwhile may be followed by others. timeout_s: see `start`. Closing leaves the engine alone.
-        Raises EngineDead if there is none.
+        Raises EngineDead if there is none, or if other users could have put it there.
         """
         client = cls(directory, timeout_s)
         try:
             client.ready = await appearance(client._socket, directory, start_timeout_s)
+            check_private(directory)  # only now is there one
             if client.ready.model != model:
                 raise EngineDead(f"the engine in {directory} serves {client.ready.model}, not {model}")
+        except EndpointError as error:
+            await client.close()
+            raise EngineDead(str(error)) from None
         except BaseException:
             await client.close()
             raise
@@ -187,11 +191,13 @@ class EngineClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._die("the engine was stopped")
-        if self._process is not None:
-            await self._end(self._process)
-        self._context.destroy(linger=0)
-        if self._owns_directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        try:
+            if self._process is not None:
+                await self._end(self._process)
+        finally:  # also if this is cancelled: the process has been killed then
+            self._context.destroy(linger=0)
+            if self._owns_directory:
+                shutil.rmtree(self._directory, ignore_errors=True)
 
     def kill(self) -> None:
         """End the engine process the hard way, at once, if this one has started it."""

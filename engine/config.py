@@ -251,6 +251,15 @@ class Config(Settings):
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.engine.tensor_parallel_size > 1 and self.server.engine_timeout_s <= self.engine.step_timeout_s:
+            raise ValueError(
+                f"server.engine_timeout_s ({self.server.engine_timeout_s:g}) must be more than engine.step_timeout_s "
+                f"({self.engine.step_timeout_s:g}), or the server would give up before the engine says which rank hangs"
+            )
+        return self
+
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key given twice is an error, not the last one's victory."""

@@ -79,13 +79,13 @@ class Engine:
             )
             if self._ranks:
                 self._ranks.wait_ready(config.start_timeout_s)
+            self.profiler = Profiler(self._run, config, sizes.num_pages, sizes.max_model_len)
+            if controller is None:
+                controller = self.make_controller()
         except BaseException:
             self.close()
             raise
         self._pages = PageAllocator(sizes.num_pages)
-        self.profiler = Profiler(self._run, config, sizes.num_pages, sizes.max_model_len)
-        if controller is None:
-            controller = self.make_controller()
         self._scheduler = Scheduler(
             pages=self._pages,
             page_size=config.cache.page_size,

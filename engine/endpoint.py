@@ -52,9 +52,9 @@ def claim(directory: Path) -> None:
             # Never closed: the lock goes with the process, even if that is killed.
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             found = os.fstat(fd)
-            if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+            if not _is_private(found):
                 os.close(fd)
-                raise EndpointError(f"{directory}: not a directory that is only this user's (mode 0700)")
+                raise EndpointError(_not_private(directory))
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -66,6 +66,24 @@ def claim(directory: Path) -> None:
             os.close(fd)  # its engine has just ended and removed it
     except OSError as error:
         raise EndpointError(f"{directory}: no sockets there: {error.strerror}") from None
+
+
+def check_private(directory: Path) -> None:
+    """Raise EndpointError if somebody else may have made the sockets in this directory."""
+    try:
+        found = directory.lstat()
+    except OSError as error:
+        raise EndpointError(f"{directory}: {error.strerror}") from None
+    if not _is_private(found):
+        raise EndpointError(_not_private(directory))
+
+
+def _is_private(found: os.stat_result) -> bool:
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077
+
+
+def _not_private(directory: Path) -> str:
+    return f"{directory}: not a directory that is only this user's (mode 0700)"
 
 
 def remove(directory: Path) -> None:

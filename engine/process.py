@@ -201,6 +201,9 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
     """Read Launch from stdin, load the engine, serve until stdin closes. Returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.getpgrp() != os.getpid():
+        # A group of its own: should the parent die while a signal holds this process, the system ends it too.
+        os.setpgid(0, 0)
     line = sys.stdin.buffer.readline()
     if not line:  # the parent changed its mind
         return 0

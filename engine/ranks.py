@@ -171,6 +171,8 @@ class Ranks:
         self.check()
         data = self._encoder.encode(plan)
         self._channel.broadcast(data)
+        if len(self._channel.open) < len(self._hellos):  # or the collectives would wait for it as long again
+            raise self._diagnose(None)
         try:
             yield
         except CollectiveError as error:
@@ -297,7 +299,8 @@ class Ranks:
         stopped = [rank for rank in sorted(self._silent) if self._processes and self._processes.is_stopped(rank)]
         late = stopped or ([error.rank] if error and error.rank is not None else sorted(self._silent))
         if not late:
-            return f"the ranks lost each other: {error}"
+            reason = error or next(report.failure for report in self._reports.values())
+            return f"the ranks lost each other: {reason}"
         why = " (stopped by a signal)" if stopped else ""
         return f"{self._names(late)} did not answer within {self._timeout_s:g} s{why}"
 

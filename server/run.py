@@ -94,16 +94,24 @@ class Lifecycle:
             )
         )
         serving = asyncio.create_task(http.serve(sockets=[self._listener]))
+        forcing = asyncio.create_task(self._when_forced(http, serving, service))
         try:
-            return await self._serve(service, serving)
+            status = await self._serve(service, serving)
         finally:
             http.should_exit = True
-            http.force_exit = self._force.is_set()
             await asyncio.gather(serving, return_exceptions=True)
             if service.client is not None:
-                if self._force.is_set():
-                    service.client.kill()
                 await service.client.close()
+            forcing.cancel()
+        return 1 if self._force.is_set() else status
+
+    async def _when_forced(self, http: _HttpServer, serving: asyncio.Task[None], service: Service) -> None:
+        """Nothing that ends by itself is waited for any longer, also while all of it is ending already."""
+        await self._force.wait()
+        http.force_exit = True
+        await asyncio.wait({serving})
+        if service.client is not None:
+            service.client.kill()
 
     def _signalled(self) -> None:
         if self._stop.is_set():

@@ -110,6 +110,24 @@ def test_a_second_signal_ends_at_once(launch: Launch) -> None:
     assert not streams[0].is_alive()
 
 
+def test_a_second_signal_while_the_engine_does_not_end(launch: Launch) -> None:
+    server = launch()
+    engine = server.engine
+    engine.suspend()
+    server.signal(signal.SIGTERM)
+
+    def closed() -> bool:
+        try:
+            server.get("/ready")
+        except httpx.TransportError:
+            return True
+        return False
+
+    eventually(closed)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 1
+
+
 def test_ctrl_c_while_idle(launch: Launch) -> None:
     server = launch()
     server.signal(signal.SIGINT)
@@ -133,6 +151,14 @@ def test_an_engine_that_is_killed(launch: Launch) -> None:
     assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_dead")
     assert server.get("/ready").status_code == 503
     assert server.wait() == 1
+
+
+def test_an_engine_that_stands_still_when_its_server_is_killed(launch: Launch) -> None:
+    server = launch()
+    server.engine.suspend()
+    server.process.kill()
+    _, alive = psutil.wait_procs(server.family, PATIENCE_S)
+    assert alive == []
 
 
 def test_an_engine_that_stands_still(launch: Launch) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
 from engine.orders import Report, answer, follow
@@ -93,6 +94,28 @@ def test_a_rank_that_says_nothing(pair: Pair) -> None:
         pair.wait(1000)
     with pytest.raises(RankFailure, match="rank 1 did not answer"):
         pair.ranks.ping()
+
+
+def test_a_rank_that_takes_no_plan() -> None:
+    """It is not waited for once more inside the round."""
+    ours, theirs = socket.socketpair()
+    ranks = Ranks({1: Link(ours, 0.2)}, timeout_s=0.2)
+    plan = msgspec.structs.replace(PLAN, clear=list(range(1_000_000)))
+    with (
+        closing(theirs),
+        closing(ranks),
+        pytest.raises(RankFailure, match="rank 1 is out of reach"),
+        ranks.round(plan),
+    ):
+        pytest.fail("the round began")
+
+
+def test_a_rank_0_that_kept_the_others_waiting() -> None:
+    ours, theirs = socket.socketpair()
+    ranks, end = Ranks({1: Link(ours)}, timeout_s=0.2), Link(theirs)
+    answer(end, Report(failure="failed: CollectiveError: rank 0 did not answer", lost=True))
+    with closing(end), closing(ranks), pytest.raises(RankFailure, match=r"lost each other: .*rank 0 did not answer"):
+        ranks.check()
 
 
 def test_a_rank_0_that_stood_still_blames_nobody(pair: Pair) -> None:

@@ -140,15 +140,16 @@ def test_a_draft_model_on_the_first_ranks(random_dir: Path, tmp_path: Path, coll
 
 
 def test_default_model(model_dir: Path) -> None:
-    """In float32 over 1, 2 and 3 ranks: 9 query heads of 3 KV heads, and words instead of noise."""
+    """In float32 over 1, 2 and 3 ranks, with speculation and without: 9 query heads of 3 KV heads, and words instead of
+    noise."""
     prompts = ["The capital of France is", "def fibonacci(n):\n"]
     params = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, temperature=0.8, top_p=0.95, seed=3)]
     texts = []
-    for size in (1, 2, 3):
-        chosen = settings(3, model=str(model_dir), dtype="float32", tensor_parallel_size=size)
+    for size, gamma in ((1, 0), (1, 3), (2, 0), (2, 3), (3, 3)):
+        chosen = settings(gamma, model=str(model_dir), dtype="float32", tensor_parallel_size=size)
         with LLM(EngineConfig.model_validate(chosen | {"scheduler": {}, "max_model_len": 512})) as llm:
             texts.append([completion.token_ids for completion in llm.generate(prompts, params)])
-    assert texts[0] == texts[1] == texts[2]
+    assert all(other == texts[0] for other in texts[1:])
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
@@ -275,6 +276,25 @@ def test_killed_while_loading(random_dir: Path) -> None:
     config = EngineConfig.model_validate(settings(0, model=str(random_dir), tensor_parallel_size=2))
     with pytest.raises(RankFailure, match="rank 1 was killed by signal 9"):
         Engine(config, ranks=launch, progress=False)
+
+
+@pytest.mark.parametrize("failed", [RuntimeError, KeyboardInterrupt])
+def test_a_start_that_fails_when_all_ranks_are_ready(
+    random_dir: Path, monkeypatch: pytest.MonkeyPatch, failed: type[BaseException]
+) -> None:
+    ready: list[psutil.Process] = []
+
+    def profile(*_: object) -> None:
+        ready.extend(psutil.Process().children())
+        raise failed
+
+    monkeypatch.setattr("engine.core.recall", lambda key: None)
+    monkeypatch.setattr("engine.core.profile", profile)
+    with pytest.raises(failed) as caught:
+        start(random_dir, 2, speculation={"gamma": "auto", "kv": {"budget": 16, "sink": 4}})
+    assert len(ready) == 1
+    assert not ready[0].is_running()  # while the traceback still holds the engine
+    del caught
 
 
 def test_never_ready(random_dir: Path) -> None:

@@ -183,6 +183,20 @@ def test_two_engines_in_one_directory(tmp_path: Path, engines: Callable[..., sub
     run(test)
 
 
+def test_an_engine_that_another_user_may_have_put_there(
+    tmp_path: Path, engines: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    async def test() -> None:
+        engines()
+        async with attached(tmp_path):
+            os.chmod(tmp_path / "e", 0o755)
+            with pytest.raises(EngineDead, match="only this user's"):
+                async with attached(tmp_path):
+                    pass
+
+    run(test)
+
+
 def test_directories_that_cannot_be(tmp_path: Path) -> None:
     for name, mode in (("open", 0o755), ("mine", 0o700)):
         (tmp_path / name).mkdir()

@@ -292,6 +292,35 @@ def test_nothing_remains(own_tmp: Path) -> None:
     assert list(own_tmp.iterdir()) == []
 
 
+def test_nothing_remains_if_even_the_end_is_cut_short(own_tmp: Path) -> None:
+    """An engine that does not come up is being closed when whoever waits for it gives up."""
+    before = set(psutil.Process().children())
+
+    async def main() -> None:
+        starting = asyncio.create_task(
+            EngineClient.start(EngineConfig(model="slow"), start_timeout_s=0.5, timeout_s=30, command=COMMAND)
+        )
+        while not any(client.dead == "the engine was stopped" for client in clients):
+            await asyncio.sleep(0.02)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        for child in set(psutil.Process().children()) - before:
+            child.wait(30)
+
+    clients: list[EngineClient] = []
+    with pytest.MonkeyPatch.context() as patch:
+        init = EngineClient.__init__
+
+        def known(client: EngineClient, *arguments: Any, **others: Any) -> None:
+            init(client, *arguments, **others)
+            clients.append(client)
+
+        patch.setattr(EngineClient, "__init__", known)
+        asyncio.run(main())
+    assert list(own_tmp.iterdir()) == []
+
+
 def test_closing_ends_waiting_requests() -> None:
     async def main() -> None:
         async with started() as client:
