@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_START_ALPHA, _START_TRIALS = 0.8, 10.0
-"""What is expected before anything was drafted, and how many judged tokens that is worth."""
+_START_ALPHA, _START_TRIALS = 0.9, 10.0
+"""What is expected before anything was drafted, and how many judged tokens that is worth. Rather too much than too
+little: what is drafted is soon known, and what is not drafted never."""
 _REQUEST_TRIALS = 8.0
 """A request's own record weighs as much as the prior after so many judged tokens."""
 _REQUEST_MEMORY, _PRIOR_MEMORY = 100.0, 500.0
