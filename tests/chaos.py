@@ -26,21 +26,9 @@ from typing import Any
 import httpx
 import psutil
 
-from models.config import ModelConfig
 from tests.e2e.conftest import PATIENCE_S, Server, start
-from tests.ranks import write_random_model
+from tests.ranks import SERVED_MODEL, write_random_model
 
-MODEL = ModelConfig(
-    vocab_size=320,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=2048,
-    eos_token_ids=(2,),
-)
 CLIENTS = 8
 BODIES = 40
 """Different requests; each is asked for again and again."""
@@ -285,7 +273,7 @@ class Chaos:
 def run(seconds: float, *, seed: int, ranks: int = 2, calm_s: float = 3.0) -> Summary:
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         place = Path(name)
-        model = write_random_model(place / "model", MODEL)
+        model = write_random_model(place / "model", SERVED_MODEL)
         server = start(place, model, config=settings(ranks))
         try:
             return asyncio.run(Chaos(server, seed, calm_s).run(seconds))

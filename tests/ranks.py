@@ -27,6 +27,32 @@ from parallel.group import Group, RankFailure
 from tests.rig import CPU, ThreadGroup
 from tests.tiny import TOKENS, write_tokenizer
 
+PROCESS_MODEL = ModelConfig(
+    vocab_size=321,
+    hidden_size=24,
+    intermediate_size=31,
+    num_layers=2,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=8,
+    max_position_embeddings=2048,
+    eos_token_ids=(2,),
+)
+"""For ranks that are processes: odd sizes where they are cut, and heads that two ranks share unevenly."""
+
+SERVED_MODEL = ModelConfig(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=2048,
+    eos_token_ids=(2,),
+)
+"""For servers whose ranks are to be lost: as many tokens as its tokenizer has."""
+
 DRAFT = ModelConfig(
     vocab_size=64,
     hidden_size=16,

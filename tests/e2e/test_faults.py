@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,12 @@ import httpx
 import psutil
 import pytest
 
-from models.config import ModelConfig
 from tests.e2e.conftest import PATIENCE_S, Server, eventually, start
 from tests.e2e.test_lifecycle import Stream
 from tests.faulty import arm, command, fired
-from tests.ranks import write_random_model
+from tests.ranks import SERVED_MODEL, write_random_model
 
-MODEL = ModelConfig(
-    vocab_size=320,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=4352,
-    eos_token_ids=(2,),
-)
+MODEL = replace(SERVED_MODEL, max_position_embeddings=4352)
 SETTINGS: dict[str, Any] = {
     "engine": {
         "dtype": "float64",

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,10 @@ import yaml
 from engine.config import EngineConfig
 from engine.llm import LLM
 from engine.params import SamplingParams
-from models.config import ModelConfig
 from tests.e2e.conftest import PATIENCE_S, ROOT, Server, environment, eventually, start
-from tests.ranks import settings, write_random_model
+from tests.ranks import PROCESS_MODEL, settings, write_random_model
 
-MODEL = ModelConfig(
-    vocab_size=321,
-    hidden_size=24,
-    intermediate_size=31,
-    num_layers=2,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=8,
-    max_position_embeddings=4096,
-    eos_token_ids=(2,),
-)
+MODEL = replace(PROCESS_MODEL, max_position_embeddings=4096)
 PROMPT = list(range(3, 60))
 IP = shutil.which("ip", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/sbin")
 

@@ -20,29 +20,17 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from models.config import ModelConfig
 from tests.engines import complete
-from tests.ranks import settings, write_random_model
+from tests.ranks import PROCESS_MODEL, settings, write_random_model
 
 ROOT = Path(__file__).parents[2]
-MODEL = ModelConfig(
-    vocab_size=321,
-    hidden_size=24,
-    intermediate_size=31,
-    num_layers=2,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=8,
-    max_position_embeddings=2048,
-    eos_token_ids=(2,),
-)
 PROMPT = list(range(3, 40))
 PARAMS = SamplingParams(max_tokens=20, temperature=1.0, seed=4, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def random_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_model(tmp_path_factory.mktemp("models") / "random", MODEL)
+    return write_random_model(tmp_path_factory.mktemp("models") / "random", PROCESS_MODEL)
 
 
 class Group:

@@ -25,29 +25,17 @@ from engine.llm import LLM
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.ranks import Ranks
-from models.config import ModelConfig
 from parallel import rendezvous
 from parallel.group import RankFailure
 from tests.engines import run, tokens
-from tests.ranks import settings, write_random_model
+from tests.ranks import PROCESS_MODEL, settings, write_random_model
 
 ROOT = Path(__file__).parents[2]
-MODEL = ModelConfig(
-    vocab_size=321,
-    hidden_size=24,
-    intermediate_size=31,
-    num_layers=2,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=8,
-    max_position_embeddings=2048,
-    eos_token_ids=(2,),
-)
 
 
 @pytest.fixture(scope="module")
 def random_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_model(tmp_path_factory.mktemp("models") / "random", MODEL)
+    return write_random_model(tmp_path_factory.mktemp("models") / "random", PROCESS_MODEL)
 
 
 def held() -> dict[str, set[str]]:
@@ -124,7 +112,9 @@ def test_processes_never_change_output(random_dir: Path) -> None:
 
 @pytest.mark.parametrize("collectives", ["shared", "gloo"])
 def test_a_draft_model_on_the_first_ranks(random_dir: Path, tmp_path: Path, collectives: str) -> None:
-    draft = write_random_model(tmp_path / "draft", replace(MODEL, num_layers=1, num_heads=6, num_kv_heads=2), seed=1)
+    draft = write_random_model(
+        tmp_path / "draft", replace(PROCESS_MODEL, num_layers=1, num_heads=6, num_kv_heads=2), seed=1
+    )
     plain = start(random_dir, 1, gamma=0)
     expected = run(plain, requests())
     plain.close()
