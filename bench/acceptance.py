@@ -81,6 +81,34 @@ class AcceptanceResult:
     accepted: int
     rejected: int
 
+    @classmethod
+    def of(
+        cls,
+        way: Setup,
+        params: SamplingParams,
+        *,
+        context: int,
+        gamma: int,
+        verification: str,
+        accepted: int,
+        rejected: int,
+    ) -> AcceptanceResult:
+        """What came of drafting in this way. params: how the text was drawn."""
+        return cls(
+            context=context,
+            draft=way.draft,
+            policy=way.policy,
+            budget=way.budget,
+            recent=way.recent,
+            reselect=way.reselect,
+            verification=verification,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            gamma=gamma,
+            accepted=accepted,
+            rejected=rejected,
+        )
+
     @property
     def alpha(self) -> float:
         """See engine.stats.acceptance."""
@@ -213,17 +241,12 @@ def measure(
         for i, params in enumerate(sampling):
             mine = accepted[i * len(prompts) : (i + 1) * len(prompts)]
             results.append(
-                AcceptanceResult(
+                AcceptanceResult.of(
+                    way,
+                    params,
                     context=context,
-                    draft=way.draft,
-                    policy=way.policy,
-                    budget=way.budget,
-                    recent=way.recent,
-                    reselect=way.reselect,
-                    verification="coupled",
-                    temperature=params.temperature,
-                    top_p=params.top_p,
                     gamma=gamma,
+                    verification="coupled",
                     accepted=int(mine.sum()),
                     rejected=int((mine < gamma).sum()),
                 )

@@ -17,17 +17,15 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-import torch
-
 from bench.corpus import read_text
 from engine.config import EngineConfig, SpeculationConfig
+from engine.core import load_target
 from engine.llm import LLM
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from models.default import resolve_model
 from models.llama import Llama
-from models.loader import load_model
-from parallel.group import Group
+from models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +115,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     base = EngineConfig(model=arguments.model)
-    with LLM(base.model_copy(update={"speculation": SpeculationConfig(gamma=0)})) as llm:
-        text = llm.tokenizer.encode(read_text(arguments.text), add_special_tokens=False)
-        dtype = llm.engine._worker._target.model.dtype
-    model = load_model(
-        resolve_model(arguments.model), dtype=dtype, device=torch.device("cpu"), group=Group.single(), progress=False
-    )
+    text = Tokenizer(resolve_model(base.model)).encode(read_text(arguments.text), add_special_tokens=False)
+    model = load_target(base, progress=False)
     load = arrivals(
         arguments.requests, arguments.rate, arguments.documents, arguments.longest, len(text), arguments.seed
     )

@@ -67,17 +67,12 @@ def measure_rounds(
     for i, params in enumerate(sampling):
         rounds = [out for row in outputs[i * len(prompts) : (i + 1) * len(prompts)] for out in row if out.drafted]
         results.append(
-            AcceptanceResult(
+            AcceptanceResult.of(
+                way,
+                params,
                 context=context,
-                draft=way.draft,
-                policy=way.policy,
-                budget=way.budget,
-                recent=way.recent,
-                reselect=way.reselect,
-                verification=verification,
-                temperature=params.temperature,
-                top_p=params.top_p,
                 gamma=gamma,
+                verification=verification,
                 accepted=sum(out.accepted for out in rounds),
                 # Drafts behind the last token of a text were never judged.
                 rejected=sum(out.accepted < min(out.drafted, len(out.tokens)) for out in rounds),

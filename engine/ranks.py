@@ -265,8 +265,10 @@ class Ranks:
         deadline = time.monotonic() + _LAST_WORD_S
         while (cause := self._cause()) is None and self._may_speak() and (left := deadline - time.monotonic()) > 0:
             self._listen(left)
-        self._broken = cause or self._suspicion(error)
-        log.log(logging.INFO if self._told() else logging.ERROR, "%s", self._broken)
+        # Ranks that were told to end, unless there is more to it.
+        told = [] if cause else sorted(rank for rank, report in self._reports.items() if report.told)
+        self._broken = cause or self._suspicion(error, told)
+        log.log(logging.INFO if told else logging.ERROR, "%s", self._broken)
         return RankFailure(self._broken)
 
     def _may_speak(self) -> bool:
@@ -287,14 +289,9 @@ class Ranks:
             return f"{self._names([rank])} is out of reach"
         return None
 
-    def _told(self) -> list[int]:
-        """Ranks that were told to end, unless there is more to it."""
-        told = [rank for rank, report in self._reports.items() if report.told]
-        return sorted(told) if told and self._cause() is None else []
-
-    def _suspicion(self, error: CollectiveError | None) -> str:
+    def _suspicion(self, error: CollectiveError | None, told: list[int]) -> str:
         """Nobody is dead, nobody has failed by itself: somebody hangs, or was told to end."""
-        if told := self._told():
+        if told:
             return f"{self._names(told)} got a signal to end, or lost the torchrun agent"
         stopped = [rank for rank in sorted(self._silent) if self._processes and self._processes.is_stopped(rank)]
         late = stopped or ([error.rank] if error and error.rank is not None else sorted(self._silent))

@@ -133,7 +133,7 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
     each of the target's; one that reads a window has a pool of fixed size."""
     if isinstance(config.speculation.kv, WindowConfig):
         return 0
-    ranks = config.speculation.tensor_parallel_size or config.tensor_parallel_size
+    ranks = config.speculation.draft_ranks(config.tensor_parallel_size)
     try:
         heads = split_heads(shape.num_heads, shape.num_kv_heads, ranks)
     except ValueError as error:

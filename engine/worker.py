@@ -38,6 +38,8 @@ from parallel.channel import Disconnected, Link
 from parallel.group import CollectiveError, Group
 from parallel.sampling import VocabShard
 
+_NO_DRAFT_MODEL = DraftModel()
+
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +54,7 @@ class Worker:
         num_pages: int,
         max_model_len: int,
         group: Group,
-        draft: DraftModel | None = None,
+        draft: DraftModel = _NO_DRAFT_MODEL,
     ) -> None:
         """draft: the draft model, if the config has one."""
         page_size = config.cache.page_size
@@ -64,11 +66,11 @@ class Worker:
             page_size=page_size,
             device=model.device,
         )
-        self._models = [model, *([draft.model] if draft and draft.model else [])]
+        self._models = [model, *([draft.model] if draft.model else [])]
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
         self._sampler = make_sampler(config, self._rows, vocab)
         target = make_target(model, self._rows, num_pages)
-        self._target, drafter = make_drafter(config, target, self._rows, self._sampler, group, draft or DraftModel())
+        self._target, drafter = make_drafter(config, target, self._rows, self._sampler, group, draft)
         self._watch = Stopwatch(model.device)
         self._drafter = TimedDrafter(drafter, self._watch)
 

@@ -169,7 +169,7 @@ class AutoGamma:
                 self._estimates.judged(request.id, work.computed + 1, plan.budget, outcome.accepted, rejected)
             if request.finish_reason is not None:
                 self._estimates.forget(request.id)
-        self._estimates.keep_only([request.id for request in requests], beyond=2 * len(requests) + 1000)
+        self._estimates.keep_only((request.id for request in requests), beyond=2 * len(requests) + 1000)
         decoding = all(work.new == 1 and work.samples for work in plan.work) and not plan.starts
         if self._chosen is not None and self._best is not None:
             if decoding:

@@ -144,7 +144,7 @@ def make_pool(model: Llama, num_pages: int, page_size: int) -> KVPool:
 def load_draft(config: EngineConfig, target: Llama, max_model_len: int, group: Group | None) -> DraftModel:
     """This rank's part in the draft model of `config`. group: the ranks that share it, None on all others.
 
-    Raises ModelError, ConfigError for one whose vocabulary is not the target's.
+    Raises ModelError.
     """
     if config.speculation.draft_model is None or group is None:
         return DraftModel()
