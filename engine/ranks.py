@@ -1,4 +1,4 @@
-"""Rank 0's hold on the other ranks: start them, tell them what to run, notice when one is gone and say why."""
+"""Rank 0's hold on the other ranks: start them, tell them what to run, notice when one is gone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch._C._distributed_c10d import Store
 
 from engine.config import ConfigError, EngineConfig
 from engine.memory import what_failed
-from engine.orders import PING, Launch, Report
+from engine.orders import PING, Launch
 from engine.plan import StepPlan
+from engine.roster import Roster
 from parallel import rendezvous, shared
 from parallel.channel import Channel, Link
 from parallel.group import CollectiveError, Group, RankFailure
@@ -25,12 +26,8 @@ from parallel.meeting import Guests
 from parallel.rendezvous import Join
 
 RANK_COMMAND = (sys.executable, "-m", "engine.worker")
-_LAST_WORD_S = 2.0
-"""How long to look for the first cause once something is wrong."""
 _PINGS = 4
 """An idle engine sends this many in the time that a rank may keep it waiting."""
-
-log = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -51,18 +48,13 @@ class Ranks:
         """
         self._channel = Channel(links)
         self._processes = processes
-        self._hosts = hosts or {}
+        self._roster = Roster(self._channel, timeout_s=timeout_s, processes=processes, hosts=hosts)
         self._memory = memory
         self._timeout_s = timeout_s
-        self._silent = set(links)  # ranks that have not said why they go
-        self._reports: dict[int, Report] = {}
-        self._hellos = dict.fromkeys(links, 0)  # reports of each, without those of failure
-        self._asked = 0  # how many of those it should have sent, once all are here
+        self._asked = 0  # how many reports each should have sent, once all are here
         self._pinged = 0.0
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Report)
         self._broken: str | None = None
-        self.weight_bytes = 0  # of all these ranks, once they are ready
         self.group: Group
         self._join_first: Callable[[int], Group | None]
         self._waiting: list[shared.SharedGroup] = []  # groups that look for news of the ranks while they wait
@@ -129,7 +121,7 @@ class Ranks:
             self.introduce(join, config)
             self.group = rendezvous.join(join, device, store, address)
         except CollectiveError as error:
-            failure = self._diagnose(error)
+            failure = self._lost(error)
             self.close()
             raise failure from error
         except BaseException:
@@ -143,7 +135,7 @@ class Ranks:
         try:
             group = self._join_first(count)
         except CollectiveError as error:
-            raise self._diagnose(error) from error
+            raise self._lost(error) from error
         self._look_while_waiting(group)
         return group
 
@@ -155,7 +147,7 @@ class Ranks:
     def introduce(self, join: Join, config: EngineConfig) -> None:
         """Tell each rank who it is, wait until all are there, and send them the settings. join: rank 0's."""
         level = logging.getLogger().getEffectiveLevel()
-        for rank in self._hellos:
+        for rank in self._roster.ranks:
             launch = Launch(msgspec.structs.replace(join, rank=rank), level)
             self._channel.send(rank, self._encoder.encode(launch))
         self._await_hello(1, config.start_timeout_s)
@@ -171,12 +163,12 @@ class Ranks:
         self.check()
         data = self._encoder.encode(plan)
         self._channel.broadcast(data)
-        if len(self._channel.open) < len(self._hellos):  # or the collectives would wait for it as long again
-            raise self._diagnose(None)
+        if self._roster.broken:  # or the collectives would wait for it as long again
+            raise self._lost()
         try:
             yield
         except CollectiveError as error:
-            raise self._diagnose(error) from error
+            raise self._lost(error) from error
         except RankFailure as failure:
             self._broken = str(failure)
             raise
@@ -192,9 +184,9 @@ class Ranks:
         """Raise RankFailure if a rank is gone. Costs a system call."""
         if self._broken is not None:
             raise RankFailure(self._broken)
-        self._listen(0)
-        if self._reports or len(self._channel.open) < len(self._hellos):
-            raise self._diagnose(None)
+        self._roster.listen(0)
+        if self._roster.broken:
+            raise self._lost()
 
     def ping(self) -> float:
         """For when there is no round in which a rank would be missed: ask all of them for a sign of life, now and then.
@@ -209,12 +201,17 @@ class Ranks:
         left = self._pinged + interval - time.monotonic()
         if left > 0:
             return left
-        if late := [rank for rank, count in self._hellos.items() if count <= self._asked - (_PINGS - 1)]:
-            raise self._diagnose(CollectiveError("no sign of life", late[0]))
+        if late := self._roster.late(self._asked - (_PINGS - 2)):
+            raise self._lost(CollectiveError("no sign of life", late[0]))
         self._channel.broadcast(PING)
         self._asked += 1
         self._pinged = time.monotonic()
         return interval
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all these ranks' shards, once they are ready."""
+        return self._roster.weight_bytes
 
     @property
     def pids(self) -> dict[int, int]:
@@ -233,75 +230,19 @@ class Ranks:
             os.close(self._memory)
             self._memory = None
 
-    # -- listening ---------------------------------------------------------------------------------------------------
-
     def _await_hello(self, number: int, timeout_s: float) -> None:
         self._asked = number
         deadline = time.monotonic() + timeout_s
-        while late := [rank for rank, count in self._hellos.items() if count < number]:
+        while late := self._roster.late(number):
             left = deadline - time.monotonic()
             if left <= 0:
-                self._broken = f"{self._names(late)} not ready after {timeout_s:g} s"
+                self._broken = f"{self._roster.names(late)} not ready after {timeout_s:g} s"
                 raise RankFailure(self._broken)
-            self._listen(left)
-            if self._reports or len(self._channel.open) < len(self._hellos):
-                raise self._diagnose(None)
+            self._roster.listen(left)
+            if self._roster.broken:
+                raise self._lost()
 
-    def _listen(self, timeout_s: float) -> None:
-        for rank, frame in self._channel.news(timeout_s):
-            report = Report() if frame is None else self._decoder.decode(frame)
-            if frame is None or report.failure is not None:
-                self._silent.discard(rank)
-            if report.failure is not None:
-                self._reports.setdefault(rank, report)
-            elif frame is not None:
-                self._hellos[rank] += 1
-                self.weight_bytes += report.weight_bytes
-
-    # -- blame -------------------------------------------------------------------------------------------------------
-
-    def _diagnose(self, error: CollectiveError | None) -> RankFailure:
-        """The first cause of what went wrong. error: how it shows on rank 0, if it was a collective that failed."""
-        deadline = time.monotonic() + _LAST_WORD_S
-        while (cause := self._cause()) is None and self._may_speak() and (left := deadline - time.monotonic()) > 0:
-            self._listen(left)
-        # Ranks that were told to end, unless there is more to it.
-        told = [] if cause else sorted(rank for rank, report in self._reports.items() if report.told)
-        self._broken = cause or self._suspicion(error, told)
-        log.log(logging.INFO if told else logging.ERROR, "%s", self._broken)
+    def _lost(self, error: CollectiveError | None = None) -> RankFailure:
+        """What to raise now that something is wrong; see Roster.diagnose."""
+        self._broken = self._roster.diagnose(error)
         return RankFailure(self._broken)
-
-    def _may_speak(self) -> bool:
-        """Whether the reason of some rank can still come: one that a signal holds says nothing."""
-        return any(not (self._processes and self._processes.is_stopped(rank)) for rank in self._silent)
-
-    def _cause(self) -> str | None:
-        """What cannot be the consequence of another rank's end."""
-        for rank, report in self._reports.items():
-            if not report.lost:
-                return f"{self._names([rank])} {report.failure}"
-        gone = set(self._hellos) - self._channel.open
-        for rank in sorted(gone - set(self._reports)):
-            if self._processes and (ended := self._processes.how_it_ended(rank, _LAST_WORD_S)):
-                return f"rank {rank} {ended}"
-            if self._processes and self._processes.is_stopped(rank):
-                return f"rank {rank} took no plan for {self._timeout_s:g} s (stopped by a signal)"
-            return f"{self._names([rank])} is out of reach"
-        return None
-
-    def _suspicion(self, error: CollectiveError | None, told: list[int]) -> str:
-        """Nobody is dead, nobody has failed by itself: somebody hangs, or was told to end."""
-        if told:
-            return f"{self._names(told)} got a signal to end, or lost the torchrun agent"
-        stopped = [rank for rank in sorted(self._silent) if self._processes and self._processes.is_stopped(rank)]
-        late = stopped or ([error.rank] if error and error.rank is not None else sorted(self._silent))
-        if not late:
-            reason = error or next(report.failure for report in self._reports.values())
-            return f"the ranks lost each other: {reason}"
-        why = " (stopped by a signal)" if stopped else ""
-        return f"{self._names(late)} did not answer within {self._timeout_s:g} s{why}"
-
-    def _names(self, ranks: list[int]) -> str:
-        """`ranks 1, 2`; where hosts are known, `rank 3 (host b)`."""
-        names = [f"{rank} (host {self._hosts[rank]})" if rank in self._hosts else str(rank) for rank in ranks]
-        return f"rank{'s' * (len(names) > 1)} {', '.join(names)}"
