@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from engine.config import EngineConfig
-from engine.memory import is_out_of_memory
+from engine.memory import OutOfMemory
 from engine.messages import FINISH_ABORT, RETRY_MEMORY, AddRequest, EngineStats, Ready, RequestOutput, TokenLogprobs
 from engine.pages import PageAllocator
 from engine.plan import StepPlan, StepResult
@@ -149,7 +149,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one round; does nothing when there is no work. Returns what it yielded, one per row that sampled.
 
-        Requests of a round that memory does not suffice for end with an error; with several ranks it is a RankFailure.
+        Requests of a round that memory does not suffice for, on any rank, end with an error. Raises RankFailure, also
+        for that where ranks cannot give a round up (Group.can_give_up).
         """
         if not self._scheduler.has_work:
             return []
@@ -157,9 +158,7 @@ class Engine:
         plan, requests = self._scheduler.schedule()
         try:
             result = self._run(plan)
-        except (RuntimeError, MemoryError) as error:
-            if self._ranks or not is_out_of_memory(error):
-                raise
+        except OutOfMemory as error:
             return self._give_up(requests, error)
         outputs = self._commit(plan, requests, result)
         self._accounts.took(result, time.perf_counter() - began)

@@ -9,7 +9,7 @@ _SIGNS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALL
 
 
 class OutOfMemory(RuntimeError):
-    """Memory did not suffice for a round; the engine itself goes on."""
+    """Memory did not suffice for a round, which no rank has finished then; the engine itself goes on."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import NoReturn
 
 import msgspec
 
+from engine.memory import OutOfMemory
 from engine.plan import StepPlan
 from parallel.channel import Link
 from parallel.rendezvous import Join
@@ -42,12 +44,13 @@ def answer(link: Link, report: Report) -> None:
 
 
 def follow(link: Link, execute: Callable[[StepPlan], object]) -> NoReturn:
-    """A rank's life: run the rounds that rank 0 announces, and answer when asked. Raises Disconnected when rank 0 is
-    gone."""
+    """A rank's life: run the rounds that rank 0 announces, and answer when asked. Rank 0 sees for itself when a round
+    was given up. Raises Disconnected when rank 0 is gone."""
     decoder = msgspec.msgpack.Decoder(StepPlan)
     while True:
         frame = link.receive()
         if frame == PING:
             answer(link, Report())
         else:
-            execute(decoder.decode(frame))
+            with contextlib.suppress(OutOfMemory):
+                execute(decoder.decode(frame))

@@ -14,7 +14,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from engine.config import ConfigError, EngineConfig
-from engine.memory import what_failed
+from engine.memory import OutOfMemory, what_failed
 from engine.orders import PING, Launch
 from engine.plan import StepPlan
 from engine.roster import Roster
@@ -159,7 +159,8 @@ class Ranks:
 
     @contextmanager
     def round(self, plan: StepPlan) -> Iterator[None]:
-        """Send the plan to all ranks; inside, rank 0 runs its own share. Raises RankFailure, then and ever after."""
+        """Send the plan to all ranks; inside, rank 0 runs its own share. Raises RankFailure, then and ever after; lets
+        OutOfMemory through, with which all ranks give the round up."""
         self.check()
         data = self._encoder.encode(plan)
         self._channel.broadcast(data)
@@ -167,6 +168,8 @@ class Ranks:
             raise self._lost()
         try:
             yield
+        except OutOfMemory:
+            raise
         except CollectiveError as error:
             raise self._lost(error) from error
         except RankFailure as failure:

@@ -47,6 +47,13 @@ class Rows:
             self.page_table[delta.row, delta.first : last] = torch.tensor(delta.pages, dtype=torch.int64)
         return Round(self, plan)
 
+    def forget(self, plan: StepPlan) -> None:
+        """Empty the rows of a round that was given up, which ranks have left in different places: they hold the same
+        again, until these rows start anew."""
+        for work in plan.work:
+            for held in (self.tokens, self.page_table, self.computed):
+                held[work.row].zero_()
+
     def batch(
         self, rows: Ints, computed: Ints, ahead: Ints, queries: Ints, view: View, logit_index: Ints
     ) -> ForwardBatch:

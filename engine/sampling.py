@@ -93,6 +93,9 @@ class Sampler:
                 self._counts = _Counts(len(self._params), self._vocab, self._rows.device)
             self._counts.start(row, start.tokens[: start.num_prompt], start.tokens[start.num_prompt :])
 
+    def give_up(self) -> None:
+        """Forget what is held for the rest of a round: there is none. Rows of it start anew."""
+
     def observe(self, decisions: Decisions, tokens: Tensor, committed: Tensor) -> None:
         """Count what was committed: tokens [n], committed [n] bool, in the order of `decisions`."""
         if self._counts is None or not self._penalised[decisions.rows].any():

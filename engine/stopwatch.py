@@ -33,11 +33,15 @@ class Stopwatch:
         else:
             self._seconds += time.perf_counter() - self._began
 
+    def reset(self) -> None:
+        """Forget what was timed since the last `take`."""
+        self._seconds, self._events = 0.0, []
+
     def take(self) -> float:
         """Seconds since the last call."""
         milliseconds: float = sum(begin.elapsed_time(end) for begin, end in self._events)
         seconds = self._seconds + milliseconds / 1e3
-        self._seconds, self._events = 0.0, []
+        self.reset()
         return seconds
 
 

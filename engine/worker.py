@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import Store
 
 from engine import agreement
 from engine.config import ConfigError, EngineConfig
-from engine.memory import what_failed
+from engine.memory import OutOfMemory, is_out_of_memory, what_failed
 from engine.messages import TokenLogprobs
 from engine.orders import Launch, Report, answer, follow
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
@@ -35,7 +35,7 @@ from models.llama import Llama
 from models.loader import load_model
 from parallel import rendezvous
 from parallel.channel import Disconnected, Link
-from parallel.group import CollectiveError, Group
+from parallel.group import CollectiveError, Group, RoundGivenUp
 from parallel.sampling import VocabShard
 
 _NO_DRAFT_MODEL = DraftModel()
@@ -59,6 +59,7 @@ class Worker:
         """draft: the draft model, if the config has one."""
         page_size = config.cache.page_size
         self._group = group
+        self._groups = [group] if draft.group is None or draft.group is group else [group, draft.group]
         self._digest_every = config.digest_every if group.size > 1 else 0
         self._rows = Rows(
             max_rows=config.scheduler.max_rows,
@@ -81,7 +82,41 @@ class Worker:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one round. Its result is the only thing that crosses from device to host."""
+        """Run one round. Its result is the only thing that crosses from device to host.
+
+        Raises OutOfMemory, on every rank, if memory did not suffice on one of them: nothing is left of the round then,
+        and its rows have to start anew. A group that cannot give a round up raises what it comes to.
+        """
+        for group in self._groups:
+            group.begin_round()
+        result, reason = self._attempt(plan)
+        if result is None:
+            for group in self._groups:
+                group.give_up()
+        failed = self._group.agree(reason is not None)
+        if not failed:
+            assert result is not None  # who gives up has failed, or has seen one that has
+            return result
+        if reason is not None and self._group.rank > 0:  # rank 0 says it with the requests that fail
+            log.error("out of memory: %s", reason)
+        self._rows.forget(plan)
+        self._sampler.give_up()
+        self._watch.reset()
+        raise OutOfMemory(_on_ranks(failed, reason) if self._group.size > 1 else reason)
+
+    def _attempt(self, plan: StepPlan) -> tuple[StepResult | None, str | None]:
+        """The result, or how this rank ran out of memory; neither if another did. Lets go of the exception, and with it
+        of what the failed calls held."""
+        try:
+            return self._run(plan), None
+        except RoundGivenUp:
+            return None, None
+        except (RuntimeError, MemoryError) as error:
+            if not (self._group.can_give_up and is_out_of_memory(error)):
+                raise
+            return None, str(error)
+
+    def _run(self, plan: StepPlan) -> StepResult:
         began = time.perf_counter()
         if plan.clear:
             self._target.pool.clear(plan.clear)
@@ -95,6 +130,12 @@ class Worker:
         if self._digest_every and plan.step % self._digest_every == 0:
             agreement.compare(self._rows, self._group, plan.step)
         return result
+
+
+def _on_ranks(ranks: list[int], reason: str | None) -> str:
+    """reason: this rank's, if it is one of them."""
+    where = f"on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    return where if reason is None else f"{where}: {reason}"
 
 
 def _to_host(verdict: Verdict, plan: StepPlan) -> list[RowResult]:

@@ -17,6 +17,10 @@ class CollectiveError(RuntimeError):
         self.rank = rank
 
 
+class RoundGivenUp(RuntimeError):
+    """Another rank has given up the round that this collective belongs to."""
+
+
 class RankFailure(RuntimeError):
     """The group is broken for good; the message names the rank and says why."""
 
@@ -28,7 +32,15 @@ class Group:
     same shape and dtype. A group of one does nothing and costs nothing. This one talks through a torch process
     group; ranks that share a machine's memory have parallel.shared.
 
-    Collectives raise CollectiveError.
+    Collectives raise CollectiveError. Where a group `can_give_up`, they also raise RoundGivenUp, inside a round that
+    another rank has given up, and all ranks are in step again once they have called `agree`:
+
+        begin_round()          on every rank, before anything of the round is done
+        collectives            as many as each rank comes to
+        give_up()              on a rank that has failed, or has got RoundGivenUp
+        agree(failed)          on every rank: who has failed, if anyone
+
+    A second group of the first ranks begins and gives up its rounds with the first, whose `agree` is for both.
     """
 
     def __init__(self, comm: dist.ProcessGroup) -> None:
@@ -43,6 +55,23 @@ class Group:
         group = cls.__new__(cls)
         group._comm, group.rank, group.size = None, 0, 1
         return group
+
+    @property
+    def can_give_up(self) -> bool:
+        """Whether a round that fails on one rank can be given up by all. What a process group has begun can't be
+        called back: its ranks would wait for each other, and then take one collective's tensors for another's."""
+        return self.size == 1
+
+    def begin_round(self) -> None:
+        """Collectives from here to `agree` are given up together."""
+
+    def give_up(self) -> None:
+        """Let those who wait for this rank know that it comes to no further collective of the round."""
+
+    def agree(self, failed: bool) -> list[int]:
+        """End the round. failed: this rank could not finish it, and not because of another. Returns the ranks that say
+        so, the same on all ranks; if there are none, all have finished. A group that can't give up asks nobody."""
+        return [self.rank] if failed else []
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum x over the ranks, in place; returns x. x: contiguous, on the device of the group.

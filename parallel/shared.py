@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from parallel.group import CollectiveError, Group
+from parallel.group import CollectiveError, Group, RoundGivenUp
 
-_FLAG_STRIDE = 8  # in int64: one cache line per flag
+_LINE = 8  # int64 of a rank's own: one cache line
+_FLAG, _VERDICTS = 0, 1  # where in it
+_ROUND = 1 << 28
+"""More than the exchanges of any round."""
 _SLOT_BYTES = 1 << 20
 _SPINS, _YIELDS = 200, 200
 _NAP_S = 50e-6
@@ -48,13 +51,14 @@ def wait_patiently() -> None:
 
 
 def _flag_bytes(size: int) -> int:
-    return -(-size * _FLAG_STRIDE * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
+    return -(-size * _LINE * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class SharedGroup(Group):
     """Collectives over shared memory, sums in the order of rank.
 
-    Each rank has a flag, the number of the last exchange that it has written for, and a slot in each of two banks:
+    Each rank has a flag, the number of the last exchange that it has written for, two verdicts, and a slot in each of
+    two banks:
 
         flags  [ rank 0 | rank 1 | … ]
         bank 0 [ rank 0 | rank 1 | … ]      exchanges 0, 2, 4 …
@@ -63,6 +67,12 @@ class SharedGroup(Group):
     In exchange k a rank writes its slot of bank k % 2, raises its flag to k, waits for everyone's flag, and reads. It
     may overwrite that bank in exchange k + 2: it has then seen every flag at k + 1, which a rank raises only after it
     has read k.
+
+    The exchanges of round r are numbered from r * _ROUND + 1. A rank that gives a round up raises its flag to the last
+    number of the round, so nobody waits for it: who is at k and sees more than k + 1 knows. At the end of round r each
+    rank writes verdict r % 2, twice the round and one more if it has failed, and waits for everyone's. So nobody enters
+    round r + 1 before all have left r, whatever became of it; and a verdict is overwritten in round r + 2, when every
+    rank has read it. A second group of the first ranks is left by all when the first is.
     """
 
     def __init__(self, fd: int, rank: int, size: int, timeout_s: float, offset: int = 0) -> None:
@@ -75,9 +85,25 @@ class SharedGroup(Group):
         self._flags = memoryview(self._map)[:flag_bytes].cast("q")
         self._banks = torch.frombuffer(self._map, dtype=torch.uint8, offset=flag_bytes).view(2, size, _SLOT_BYTES)
         self._typed: dict[torch.dtype, Tensor] = {}
-        self._exchange = 0
+        self._exchange = self._round = 0
         self.while_waiting: Callable[[], None] = wait_patiently
         """Called now and then during a long wait; may raise."""
+
+    @property
+    def can_give_up(self) -> bool:
+        return True
+
+    def begin_round(self) -> None:
+        self._round += 1
+        self._exchange = self._round * _ROUND
+
+    def give_up(self) -> None:
+        self._flags[self.rank * _LINE + _FLAG] = (self._round + 1) * _ROUND - 1
+
+    def agree(self, failed: bool) -> list[int]:
+        place, least = _VERDICTS + self._round % 2, 2 * self._round
+        self._flags[self.rank * _LINE + place] = least + failed
+        return [rank for rank in range(self.size) if self._await(rank, place, least) > least]
 
     def all_reduce(self, x: Tensor) -> Tensor:
         flat = x.view(-1)
@@ -106,23 +132,25 @@ class SharedGroup(Group):
         self._exchange += 1
         bank = banks[self._exchange % 2, :, : x.numel()]
         bank[self.rank].copy_(x)
-        self._flags[self.rank * _FLAG_STRIDE] = self._exchange
+        self._flags[self.rank * _LINE + _FLAG] = self._exchange
         for rank in range(self.size):
-            self._await(rank)
+            if self._await(rank, _FLAG, self._exchange) > self._exchange + 1:
+                raise RoundGivenUp(f"rank {rank} has given up the round")
         return bank
 
-    def _await(self, rank: int) -> None:
-        """Spin while the other rank is about to come, give the core away when it is not, and sleep when it is late."""
-        flags, index, exchange = self._flags, rank * _FLAG_STRIDE, self._exchange
+    def _await(self, rank: int, place: int, least: int) -> int:
+        """Wait until another rank's number at `place` is at least this; returns it. Spin while the rank is about to
+        come, give the core away when it is not, and sleep when it is late."""
+        flags, index = self._flags, rank * _LINE + place
         for _ in range(_SPINS):
-            if flags[index] >= exchange:
-                return
+            if (found := flags[index]) >= least:
+                return found
         for _ in range(_YIELDS):
             os.sched_yield()
-            if flags[index] >= exchange:
-                return
+            if (found := flags[index]) >= least:
+                return found
         began = checked = time.monotonic()
-        while flags[index] < exchange:
+        while (found := flags[index]) < least:
             time.sleep(_NAP_S)
             now = time.monotonic()
             if now - checked > _CHECK_S:
@@ -130,3 +158,4 @@ class SharedGroup(Group):
                 self.while_waiting()
             if now - began > self._timeout_s:
                 raise CollectiveError(f"rank {rank} did not answer within {self._timeout_s:g} s", rank)
+        return found

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plan import RowStart
 from engine.rows import Decisions, Rows
 from engine.sampling import Sampler
 from kernels.noise import gumbel_noise
@@ -36,9 +35,10 @@ class Proposals:
         self._held.append(logprobs)
         self._count += len(index)
 
-    def drop(self, row: int) -> None:
-        """Nothing is proposed for this row slot: a round that failed leaves its proposals behind."""
-        self._place[row] = -1
+    def clear(self) -> None:
+        """Nothing is proposed."""
+        self._place.fill(-1)
+        self._held, self._count = [], 0
 
     def take(self, decisions: Decisions) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
         """Which of the decisions [m] have a proposal, where it stands in the last item, and all proposals: [k, slice].
@@ -48,8 +48,7 @@ class Proposals:
         drafted = np.minimum(decisions.drafted, self._place.shape[1] - 1)
         place = np.where(decisions.drafted < self._place.shape[1], self._place[decisions.rows, drafted], -1)
         held = torch.cat(self._held)
-        self._place.fill(-1)
-        self._held, self._count = [], 0
+        self.clear()
         found = np.flatnonzero(place >= 0)
         return found, place[found], held
 
@@ -64,9 +63,8 @@ class RejectionSampler(Sampler):
     def twin(self, vocab: VocabShard) -> Sampler:
         return RejectionSampler(self._rows, vocab, self._proposals)
 
-    def start(self, start: RowStart) -> None:
-        super().start(start)
-        self._proposals.drop(start.row)
+    def give_up(self) -> None:
+        self._proposals.clear()
 
     def draft(self, logits: Tensor, decisions: Decisions) -> Tensor:
         self._adjust(logits, decisions)

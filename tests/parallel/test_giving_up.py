@@ -1,0 +1,143 @@
+"""Rounds that one rank cannot finish: all ranks give them up, and are in step again. Ranks are threads."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from parallel import shared
+from parallel.group import CollectiveError, Group, RoundGivenUp
+from parallel.shared import SharedGroup
+
+pytestmark = pytest.mark.skipif(not shared.available(), reason="needs shared memory between ranks")
+ROUNDS = 300
+
+
+class Failing(SharedGroup):
+    """Can run out of memory in an exchange, when its own part is there for the others and theirs is not read."""
+
+    fails = False
+
+    def _await(self, rank: int, place: int, least: int) -> int:
+        if self.fails:
+            self.fails = False
+            raise MemoryError
+        return super()._await(rank, place, least)
+
+
+@dataclass
+class Ends:
+    """One rank's ends of the group of all, and of that of the first ranks, if it is one of them."""
+
+    whole: Failing
+    first: Failing | None
+
+
+def ends(size: int, count: int, timeout_s: float = 30) -> list[Ends]:
+    memory = shared.create(size)
+    try:
+        offset = shared.area_bytes(size)
+        return [
+            Ends(
+                Failing(memory, rank, size, timeout_s),
+                Failing(memory, rank, count, timeout_s, offset) if rank < count else None,
+            )
+            for rank in range(size)
+        ]
+    finally:
+        os.close(memory)
+
+
+def on_ranks(size: int, work: Callable[[int], list[list[int]]]) -> list[list[list[int]]]:
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(work, range(size)))
+
+
+@dataclass(frozen=True)
+class Script:
+    """A round. steps: (of the first ranks only, how many numbers). fails: before which step, by rank; the number of
+    steps is behind all of them. inside: in that step rather than before it."""
+
+    steps: list[tuple[bool, int]]
+    fails: dict[int, tuple[int, bool]]
+
+
+def scripts(size: int, seed: int) -> list[Script]:
+    made = random.Random(seed)
+    found = []
+    for _ in range(ROUNDS):
+        steps = [(made.random() < 0.5, made.choice([1, 7, 300_000])) for _ in range(made.randrange(6))]
+        failing = made.sample(range(size), made.choice([0, 0, 1, 1, 2]))
+        found.append(Script(steps, {rank: (made.randint(0, len(steps)), made.random() < 0.3) for rank in failing}))
+    return found
+
+
+def play(script: Script, mine: Ends, number: int) -> list[int]:
+    """One rank's part in a round. Returns who has failed."""
+    rank = mine.whole.rank
+    groups = [group for group in (mine.whole, mine.first) if group is not None]
+    for group in groups:
+        group.begin_round()
+    at, inside = script.fails.get(rank, (-1, False))
+    finished = failed = False
+    try:
+        for step, (first, count) in enumerate(script.steps):
+            group = mine.first if first else mine.whole
+            if step == at:
+                if group is None or not inside:
+                    raise MemoryError
+                group.fails = True
+            if group is not None:
+                total = group.all_reduce(torch.full((count,), 10.0**rank * (number + step)))
+                assert total.unique().tolist() == [(number + step) * sum(10.0**r for r in range(group.size))]
+        if at == len(script.steps):
+            raise MemoryError
+        finished = True
+    except MemoryError:
+        failed = True
+    except RoundGivenUp:
+        assert script.fails
+    if not finished:
+        for group in groups:
+            group.give_up()
+    return mine.whole.agree(failed)
+
+
+@pytest.mark.parametrize(("size", "count", "seed"), [(2, 1, 0), (2, 2, 1), (3, 2, 2), (4, 2, 3), (4, 3, 4)])
+def test_ranks_never_lose_step(size: int, count: int, seed: int) -> None:
+    """Whoever fails, wherever: before, in, between and behind collectives, of either group, alone or with another."""
+    rounds = scripts(size, seed)
+    groups = ends(size, count)
+
+    def work(rank: int) -> list[list[int]]:
+        return [play(script, groups[rank], number) for number, script in enumerate(rounds, 1)]
+
+    first, *others = on_ranks(size, work)
+    assert all(other == first for other in others)
+    for script, failed in zip(rounds, first, strict=True):
+        assert bool(failed) == bool(script.fails)
+        assert set(failed) <= set(script.fails)
+    assert any(len(failed) == 2 for failed in first)
+
+
+def test_nobody_waits_for_a_rank_that_is_gone_for_good() -> None:
+    """At the end of a round as inside it."""
+    first, _ = ends(2, 1, timeout_s=0.2)
+    first.whole.begin_round()
+    with pytest.raises(CollectiveError, match=r"rank 1 did not answer within 0\.2 s"):
+        first.whole.agree(False)
+
+
+def test_a_group_of_one_can_always_give_up() -> None:
+    group = Group.single()
+    assert group.can_give_up
+    group.begin_round()
+    group.give_up()
+    assert group.agree(True) == [0]
+    assert group.agree(False) == []
