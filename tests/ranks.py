@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 from pathlib import Path
@@ -22,6 +23,7 @@ from engine.worker import Worker
 from models.config import ModelConfig
 from models.llama import Llama
 from models.loader import random_model
+from parallel import shared
 from parallel.channel import Disconnected, Link
 from parallel.group import Group, RankFailure
 from tests.rig import CPU, ThreadGroup
@@ -73,7 +75,9 @@ class ThreadRanks:
     workers: by rank, once the engine is up. plans: every frame that rank 1 was sent.
     """
 
-    def __init__(self, config: ModelConfig, size: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, size: int, dtype: torch.dtype, share: bool = False) -> None:
+        """share: exchange tensors as ranks that are processes of one machine do."""
+        self._share = share
         self._barriers: list[threading.Barrier] = []
         self._groups = self._new_groups(size)
         self._draft_groups: list[Group] = []
@@ -98,7 +102,17 @@ class ThreadRanks:
         ranks._join_first = lambda count: self._draft_groups[0]
         return ranks
 
+    def groups(self, rank: int) -> list[Group]:
+        """The ends that this rank has."""
+        return [self._groups[rank], *self._draft_groups[rank : rank + 1]]
+
     def _new_groups(self, size: int) -> list[Group]:
+        if self._share:
+            memory = shared.create(size)
+            try:
+                return [shared.SharedGroup(memory, rank, size, timeout_s=60) for rank in range(size)]
+            finally:
+                os.close(memory)
         barrier, board = threading.Barrier(size, timeout=60), [torch.empty(0)] * size
         self._barriers.append(barrier)
         return [ThreadGroup(rank, barrier, board) for rank in range(size)]
@@ -153,10 +167,16 @@ def settings(gamma: int, **others: Any) -> dict[str, Any]:
 
 
 def threaded_engine(
-    config: ModelConfig, size: int, *, gamma: int, dtype: torch.dtype = torch.float64, **others: Any
+    config: ModelConfig,
+    size: int,
+    *,
+    gamma: int,
+    dtype: torch.dtype = torch.float64,
+    share: bool = False,
+    **others: Any,
 ) -> tuple[Engine, ThreadRanks]:
-    """An engine over a random model, with `size` - 1 threads beside this one."""
-    ranks = ThreadRanks(config, size, dtype)
+    """An engine over a random model, with `size` - 1 threads beside this one. share: see ThreadRanks."""
+    ranks = ThreadRanks(config, size, dtype, share)
     model = ranks.model(0) if size > 1 else random_model(config, 0, dtype, CPU, Group.single())
     chosen = EngineConfig.model_validate(settings(gamma, tensor_parallel_size=size, **others))
     return Engine(chosen, model=model, ranks=ranks.launch), ranks

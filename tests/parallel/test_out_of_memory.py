@@ -1,0 +1,144 @@
+"""Memory that does not suffice on any rank, at any place of a round: its requests fail, and the ranks stay together."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.messages import RETRY_MEMORY, RequestOutput
+from engine.rows import Round
+from engine.speculation.verify import Verdict
+from engine.worker import Worker
+from parallel import shared
+from parallel.shared import SharedGroup
+from tests.engines import run, tokens
+from tests.parallel.test_law import alone, model, requests
+from tests.ranks import DRAFT, ThreadRanks, threaded_engine, write_random_model
+
+pytestmark = pytest.mark.skipif(not shared.available(), reason="needs shared memory between ranks")
+SHAPE = (9, 3)
+PLACES = ("before", "behind", "end")
+WINDOW = {"budget": 16, "sink": 4}
+SNAPKV = {"policy": "snapkv", "budget": 16, "recent": 8, "queries": 5, "kernel": 3}
+
+
+class Shortage:
+    """Lets ranks run out of memory at random moments: before their part of an exchange, behind it, or at the end of a
+    round."""
+
+    def __init__(self, ranks: ThreadRanks, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._due: dict[tuple[int, str], int] = {}
+        self.happened: list[tuple[int, str]] = []
+        for rank in ranks.workers:
+            for group in {id(group): group for group in ranks.groups(rank)}.values():
+                assert isinstance(group, SharedGroup)
+                self._watch_exchanges(rank, group)
+            self._watch_ends(ranks.workers[rank], rank)
+
+    def order(self, rank: int, place: str) -> None:
+        """One more, soon."""
+        self._due[rank, place] = self._random.randint(1, 3 if place == "end" else 60)
+
+    def end(self) -> None:
+        """There is memory enough."""
+        self._due.clear()
+
+    def _at(self, rank: int, place: str) -> None:
+        left = self._due.pop((rank, place), None)
+        if left == 1:
+            self.happened.append((rank, place))
+            torch.empty(1 << 60, dtype=torch.uint8)
+        elif left is not None:
+            self._due[rank, place] = left - 1
+
+    def _watch_exchanges(self, rank: int, group: SharedGroup) -> None:
+        swap = group._swap
+
+        def watched(x: Tensor) -> Tensor:
+            self._at(rank, "before")
+            found = swap(x)
+            self._at(rank, "behind")
+            return found
+
+        group._swap = watched  # type: ignore[method-assign]
+
+    def _watch_ends(self, worker: Worker, rank: int) -> None:
+        drafter = worker._drafter
+        observe = drafter.observe
+
+        def watched(rows: Round, verdict: Verdict) -> None:
+            observe(rows, verdict)
+            self._at(rank, "end")
+
+        drafter.observe = watched  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draft = replace(DRAFT, vocab_size=model(*SHAPE).vocab_size)
+    return write_random_model(tmp_path_factory.mktemp("models") / "draft", draft)
+
+
+@pytest.mark.parametrize(
+    ("size", "speculation"),
+    [
+        (2, {"kv": WINDOW}),
+        (3, {"kv": SNAPKV}),
+        (2, {"kv": WINDOW, "verification": "rejection"}),
+        (2, {"kv": SNAPKV, "drafter": "model"}),
+        (3, {"kv": WINDOW, "drafter": "model", "tensor_parallel_size": 2}),
+        (3, {"kv": SNAPKV, "drafter": "model", "tensor_parallel_size": 1}),
+    ],
+)
+def test_the_batch_fails_and_the_rest_goes_on(draft_dir: Path, size: int, speculation: dict[str, Any]) -> None:
+    """With greedy, sampled, truncated and penalised rows, and prompts in several chunks. What ranks hold is compared in
+    every round."""
+    speculation = {"gamma": 2, **speculation}
+    if "drafter" in speculation:
+        speculation["model"] = str(draft_dir)
+    engine, ranks = threaded_engine(
+        model(*SHAPE),
+        size,
+        gamma=2,
+        share=True,
+        digest_every=1,
+        speculation=speculation,
+        scheduler={"max_rows": 3, "max_batch_tokens": 24},
+    )
+    ranks.workers[0] = engine._worker
+    try:
+        if "verification" in speculation:
+            expected = {id: tokens(outputs) for id, outputs in run(engine, requests()).items()}
+        else:
+            expected = {id: tokens(outputs) for id, outputs in alone(SHAPE, torch.float64).items()}
+        shortage = Shortage(ranks, seed=size)
+        for place in PLACES:
+            for rank in range(size):
+                shortage.order(rank, place)
+                shortage.order((rank + 1) % size, PLACES[rank % len(PLACES)])
+                assert check(run(engine, requests()), expected) > 0
+        assert set(shortage.happened) >= set(product(range(size), PLACES))
+        shortage.end()
+        assert check(run(engine, requests()), expected) == 0
+    finally:
+        engine.close()
+
+
+def check(outputs: dict[str, list[RequestOutput]], expected: dict[str, list[int]]) -> int:
+    """How many requests have failed; all others have their text."""
+    failed = [id for id, mine in outputs.items() if mine[-1].error is not None]
+    for id, mine in outputs.items():
+        if id in failed:
+            assert (mine[-1].finish_reason, mine[-1].retry) == ("abort", RETRY_MEMORY)
+            assert tokens(mine) == expected[id][: len(tokens(mine))]
+        else:
+            assert tokens(mine) == expected[id]
+    return len(failed)
