@@ -1,4 +1,5 @@
-"""What it costs to tell the other ranks what to run, and what a sum over ranks costs: processes without a model."""
+"""What it costs to tell the other ranks what to run, to sum over ranks, and to agree that a round is done: processes
+without a model."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _TIMEOUT_S = 60.0
 
 
 class Task(msgspec.Struct):
-    """What one rank process of this benchmark does: answer every frame, then sum `floats` numbers so many times."""
+    """What one rank process of this benchmark does: answer every frame, sum `floats` numbers as often, then agree."""
 
     join: Join
     floats: int
@@ -34,7 +35,8 @@ class BroadcastResult:
     """Medians in microseconds.
 
     send: encoding a plan and handing it to the system: what a round costs rank 0. reached: until every rank has
-    decoded it and has said so. shared, gloo: one all-reduce of a few rows, None where it is not available.
+    decoded it and has said so. shared, gloo: one all-reduce of a few rows, None where it is not available. agree: that
+    all ranks have finished a round, through shared memory.
     """
 
     ranks: int
@@ -44,20 +46,22 @@ class BroadcastResult:
     reached: float
     shared: float | None
     gloo: float
+    agree: float | None
 
 
 def measure(ranks: int, rows: int, floats: int) -> BroadcastResult:
     """rows: in the plan, all decoding; one in 16 gets a page. floats: numbers that an all-reduce sums."""
     work = [RowWork(row, 12_345, 1, 3, True) for row in range(rows)]
     plan = StepPlan(123_456, [], [PageDelta(row, 700, [4321]) for row in range(0, rows, 16)], work)
-    sums = {}
+    sums, agrees = {}, {}
     transports: list[Transport] = ["shared", "gloo"] if shared.available() else ["gloo"]
     for transport in transports:
-        send, reached, sums[transport], size = _run(ranks, transport, plan, floats)
-    return BroadcastResult(ranks, rows, size, send, reached, sums.get("shared"), sums["gloo"])
+        send, reached, sums[transport], agrees[transport] = _run(ranks, transport, plan, floats)
+    size = len(msgspec.msgpack.encode(plan))
+    return BroadcastResult(ranks, rows, size, send, reached, sums.get("shared"), sums["gloo"], agrees.get("shared"))
 
 
-def _run(ranks: int, transport: Transport, plan: StepPlan, floats: int) -> tuple[float, float, float, int]:
+def _run(ranks: int, transport: Transport, plan: StepPlan, floats: int) -> tuple[float, float, float, float]:
     memory = shared.create(ranks) if transport == "shared" else None
     store = rendezvous.host_store(ranks, _TIMEOUT_S) if memory is None else None
     processes = RankProcesses(
@@ -75,7 +79,7 @@ def _run(ranks: int, transport: Transport, plan: StepPlan, floats: int) -> tuple
         _answers(channel, ranks - 1)
         group = rendezvous.join(join, torch.device("cpu"), store)
         encoder = msgspec.msgpack.Encoder()
-        sending, reaching, summing = [], [], []
+        sending, reaching, summing, agreeing = [], [], [], []
         for _ in range(_ROUNDS):
             began = perf_counter()
             channel.broadcast(encoder.encode(plan))
@@ -88,12 +92,17 @@ def _run(ranks: int, transport: Transport, plan: StepPlan, floats: int) -> tuple
             began = perf_counter()
             group.all_reduce(x)
             summing.append(perf_counter() - began)
+        for _ in range(_ROUNDS):
+            began = perf_counter()
+            group.begin_round()
+            group.agree(False)
+            agreeing.append(perf_counter() - began)
     finally:
         channel.close()
         processes.close()
         if memory is not None:
             os.close(memory)
-    return 1e6 * median(sending), 1e6 * median(reaching), 1e6 * median(summing), len(encoder.encode(plan))
+    return 1e6 * median(sending), 1e6 * median(reaching), 1e6 * median(summing), 1e6 * median(agreeing)
 
 
 def _answers(channel: Channel, count: int) -> None:
@@ -106,11 +115,12 @@ def _answers(channel: Channel, count: int) -> None:
 
 def table(results: Iterable[BroadcastResult]) -> str:
     """Results as text."""
-    head = ("ranks", "rows", "plan bytes", "send us", "reached us", "sum us", "sum us, gloo")
+    head = ("ranks", "rows", "plan bytes", "send us", "reached us", "sum us", "sum us, gloo", "agree us")
     lines = ["".join(f"{name:>14}" for name in head)]
     for result in results:
-        times = ["-" if us is None else f"{us:.0f}" for us in (result.send, result.reached, result.shared, result.gloo)]
-        cells = [str(result.ranks), str(result.rows), str(result.plan_bytes), *times]
+        times = (result.send, result.reached, result.shared, result.gloo, result.agree)
+        shown = ["-" if us is None else f"{us:.0f}" for us in times]
+        cells = [str(result.ranks), str(result.rows), str(result.plan_bytes), *shown]
         lines.append("".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
 
@@ -128,6 +138,9 @@ def _rank() -> None:
     x = torch.zeros(task.floats)
     for _ in range(_ROUNDS):
         group.all_reduce(x)
+    for _ in range(_ROUNDS):
+        group.begin_round()
+        group.agree(False)
     try:
         link.receive()
     except Disconnected:

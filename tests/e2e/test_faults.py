@@ -1,4 +1,5 @@
 """Whatever happens to a rank of a real server, in whatever phase: clear errors, a new engine, and nothing left behind.
+Out of memory it is the same engine.
 
 `pytest tests/e2e/test_faults.py -s` prints how long it took to notice each fault and to serve again.
 """
@@ -42,10 +43,7 @@ LONG = {"prompt": [5, 6, 7], "max_tokens": 4000, "ignore_eos": True, "seed": 1}
 SHORT = {"prompt": list(range(10, 110)), "max_tokens": 12, "ignore_eos": True, "seed": 2, "temperature": 1.0}
 COUNTERS = ("engine_restarts", "requests_retried", "rounds")
 ENDS = {"SIGKILL": r"{} was killed by signal 9 \(SIGKILL\)", "exception": "{} failed: RuntimeError: a fault on purpose"}
-RANK_1 = ENDS | {
-    "SIGSTOP": r"{} did not answer within 1 s \(stopped by a signal\)",
-    "memory": "{} is out of memory: .*can't allocate memory",
-}
+RANK_1 = ENDS | {"SIGSTOP": r"{} did not answer within 1 s \(stopped by a signal\)"}
 RANK_0 = ENDS | {
     "SIGKILL": "the engine process ended with status -9",
     "SIGSTOP": "the engine process was silent for 3 s",
@@ -64,23 +62,28 @@ class Site:
     table: list[str] = field(default_factory=list)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    place = tmp_path_factory.mktemp("faults")
-    model = write_random_model(place / "model", MODEL)
+def faulty(place: Path, model: Path, *flags: str, **engine: Any) -> Site:
+    """A server that restarts its engine. engine: further settings of that."""
     faults = place / "f"
     faults.mkdir()
 
     def program(*arguments: str) -> list[str]:
         return command(faults, *arguments)
 
-    server = start(place, model, "--restart", config=SETTINGS, program=program)
+    config = SETTINGS | {"engine": SETTINGS["engine"] | engine}
+    server = start(place, model, "--restart", *flags, config=config, program=program)
     short = server.post("/v1/completions", SHORT).json()["choices"][0]["text"]
-    site = Site(server, model, faults, short, server.files())
+    return Site(server, model, faults, short, server.files())
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    place = tmp_path_factory.mktemp("faults")
+    site = faulty(place, write_random_model(place / "model", MODEL))
     yield site
     print("\n| rank | phase | fault | noticed after | serves again after |\n|---|---|---|---|---|")
     print("\n".join(site.table))
-    server.stop()
+    site.server.stop()
 
 
 class Whole(threading.Thread):
@@ -159,10 +162,39 @@ def mended(site: Site, rank: int, phase: str, action: str, why: str) -> None:
     server.family = site.server.everyone()
 
 
+def survived(site: Site, rank: int, phase: str) -> None:
+    """Memory that does not suffice on one rank: the batch fails, the same engine goes on."""
+    server = site.server
+    before = server.everyone()
+    counts = [server.metric(f"magicdec_{name}_total") for name in ("engine_restarts", "requests_retried")]
+    begun, waiting = strike(site, rank, phase, "memory")
+    for stream in begun:
+        stream.join(PATIENCE_S)
+        assert stream.done
+        assert stream.events[-1]["error"]["code"] == "out_of_memory"
+        assert "out of memory in a batch of 2 requests" in stream.events[-1]["error"]["message"]
+    if phase == "prefill":
+        (refused,) = waiting
+        refused.join(PATIENCE_S)
+        assert (refused.answer.status_code, refused.answer.json()["error"]["code"]) == (503, "out_of_memory")
+        assert "retry-after" in refused.answer.headers
+    at = fired(site.faults)
+    assert at is not None
+    noticed = time.monotonic() - at
+    if phase != "prefill":
+        assert [one.text() for one in waiting] == [site.short]
+    assert Whole(server, SHORT).text() == site.short
+    site.table.append(f"| {rank} | {phase} | out of memory | {noticed:.1f} s | goes on |")
+    assert server.get("/health").status_code == 200
+    assert [server.metric(f"magicdec_{name}_total") for name in ("engine_restarts", "requests_retried")] == counts
+    assert server.everyone() == before
+    nothing_is_left(site)
+
+
 def nothing_is_left(site: Site) -> None:
     server = site.server
     eventually(lambda: server.idle() and server.files() == site.files)
-    assert len(server.everyone()) == 2
+    assert len(server.everyone()) == len(server.family)
     assert len(list(server.tmp.iterdir())) == 1
     assert [path.name for path in site.faults.iterdir()] == ["fired"]
 
@@ -178,8 +210,19 @@ def test_rank_0(site: Site, phase: str, action: str) -> None:
     mended(site, 0, phase, action, RANK_0[action].format("rank 0"))
 
 
-def test_a_rank_out_of_memory(site: Site) -> None:
-    mended(site, 1, "verify", "memory", RANK_1["memory"].format("rank 1"))
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", ["prefill", "draft", "verify"])
+def test_a_rank_out_of_memory(site: Site, phase: str, rank: int) -> None:
+    survived(site, rank, phase)
+
+
+def test_a_rank_out_of_memory_that_cannot_call_the_others_back(site: Site, tmp_path: Path) -> None:
+    """Over sockets the round cannot be given up: a new engine."""
+    sockets = faulty(tmp_path, site.model, collectives="gloo")
+    try:
+        mended(sockets, 1, "verify", "memory", "rank 1 is out of memory: .*can't allocate memory")
+    finally:
+        sockets.server.stop()
 
 
 @pytest.mark.parametrize("phase", ["idle", "prefill", "draft", "verify"])
@@ -200,32 +243,15 @@ def test_sigterm_for_a_rank_changes_nothing(site: Site, phase: str) -> None:
 @pytest.fixture(scope="module")
 def alone(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A server of a single rank."""
-    place = tmp_path_factory.mktemp("alone")
-    faults = place / "f"
-    faults.mkdir()
-
-    def program(*arguments: str) -> list[str]:
-        return command(faults, *arguments)
-
-    flags = ("--restart", "--tensor-parallel-size", "1")
-    server = start(place, site.model, *flags, config=SETTINGS, program=program)
-    yield Site(server, site.model, faults, site.short, server.files())
-    server.stop()
+    alone = faulty(tmp_path_factory.mktemp("alone"), site.model, "--tensor-parallel-size", "1")
+    assert alone.short == site.short
+    yield alone
+    alone.server.stop()
 
 
-def test_one_rank_out_of_memory(alone: Site) -> None:
-    """Nobody else waits inside the round: its requests fail, and the engine goes on."""
-    streams, waiting = strike(alone, 0, "verify", "memory")
-    for stream in streams:
-        stream.join(PATIENCE_S)
-        assert stream.done
-        assert stream.events[-1]["error"]["code"] == "out_of_memory"
-    assert [one.text() for one in waiting] == [alone.short]
-    arm(alone.faults, 0, "prefill", "memory")
-    refused = alone.server.post("/v1/completions", SHORT)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
-    eventually(alone.server.idle)
-    assert alone.server.metric("magicdec_engine_restarts_total") == 0
+@pytest.mark.parametrize("phase", ["prefill", "draft", "verify"])
+def test_the_only_rank_out_of_memory(alone: Site, phase: str) -> None:
+    survived(alone, 0, phase)
 
 
 def test_a_signal_while_a_request_waits_for_an_engine(alone: Site) -> None:

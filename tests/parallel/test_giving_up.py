@@ -81,9 +81,9 @@ def scripts(size: int, seed: int) -> list[Script]:
 def play(script: Script, mine: Ends, number: int) -> list[int]:
     """One rank's part in a round. Returns who has failed."""
     rank = mine.whole.rank
-    groups = [group for group in (mine.whole, mine.first) if group is not None]
-    for group in groups:
-        group.begin_round()
+    groups = [mine.whole] if mine.first is None else [mine.whole, mine.first]
+    for each in groups:
+        each.begin_round()
     at, inside = script.fails.get(rank, (-1, False))
     finished = failed = False
     try:
@@ -95,7 +95,7 @@ def play(script: Script, mine: Ends, number: int) -> list[int]:
                 group.fails = True
             if group is not None:
                 total = group.all_reduce(torch.full((count,), 10.0**rank * (number + step)))
-                assert total.unique().tolist() == [(number + step) * sum(10.0**r for r in range(group.size))]
+                assert (total == (number + step) * sum(10.0**r for r in range(group.size))).all()
         if at == len(script.steps):
             raise MemoryError
         finished = True
@@ -104,8 +104,8 @@ def play(script: Script, mine: Ends, number: int) -> list[int]:
     except RoundGivenUp:
         assert script.fails
     if not finished:
-        for group in groups:
-            group.give_up()
+        for each in groups:
+            each.give_up()
     return mine.whole.agree(failed)
 
 

@@ -25,6 +25,8 @@ from engine.llm import LLM
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.ranks import Ranks
+from engine.runner import Runner
+from models.batch import ForwardBatch
 from parallel import rendezvous
 from parallel.group import RankFailure
 from tests.engines import run, tokens
@@ -245,14 +247,14 @@ def test_an_interrupted_round_is_the_end(random_dir: Path, monkeypatch: pytest.M
     engine.close()
 
 
-def test_rank_0_out_of_memory(random_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ranks wait inside the round, so that it is not only the batch that fails."""
-    engine = start(random_dir, 2)
+def test_rank_0_out_of_memory_over_gloo(random_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks wait inside the round and cannot be called back, so that it is not only the batch that fails."""
+    engine = start(random_dir, 2, collectives="gloo")
 
-    def starve(plan: object) -> None:
+    def starve(runner: Runner, batch: ForwardBatch) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(engine._worker, "execute", starve)
+    monkeypatch.setattr(Runner, "forward", starve)
     fails(engine, "rank 0 is out of memory: .*can't allocate memory")
 
 
