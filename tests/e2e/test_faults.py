@@ -219,6 +219,7 @@ def test_a_rank_out_of_memory(site: Site, phase: str, rank: int) -> None:
 def test_a_rank_out_of_memory_that_cannot_call_the_others_back(site: Site, tmp_path: Path) -> None:
     """Over sockets the round cannot be given up: a new engine."""
     sockets = faulty(tmp_path, site.model, collectives="gloo")
+    sockets.table = site.table
     try:
         mended(sockets, 1, "verify", "memory", "rank 1 is out of memory: .*can't allocate memory")
     finally:
