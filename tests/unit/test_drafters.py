@@ -240,6 +240,71 @@ def test_nothing_is_read_that_was_not_written(draft_dir: Path, drafter: str, pol
         run(engine, requests, joins=joins)
 
 
+def forwards(patch: pytest.MonkeyPatch, engine: Engine) -> list[int]:
+    """Tokens of every forward of the engine's draft model from here on."""
+    drafter: Any = engine._worker._drafter
+    draft, found = drafter._drafter._runner.model, []
+    forward = Runner.forward
+
+    def counted(runner: Runner, batch: ForwardBatch) -> Tensor:
+        if runner.model is draft:
+            found.append(len(batch.token_ids))
+        return forward(runner, batch)
+
+    patch.setattr(Runner, "forward", counted)
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_draft_model_sees_nothing_before_it_drafts(draft_dir: Path, policy: str) -> None:
+    """Then it catches up, in rounds of a bounded number of tokens, in which the row decodes plainly."""
+    engine = tiny_engine(
+        model(),
+        gamma=3,
+        page_size=4,
+        max_model_len=300,
+        scheduler={"max_batch_tokens": 32},
+        speculation={"drafter": "model", "model": str(draft_dir), "kv": kv_of(policy, 4, 6)},
+    )
+    engine._scheduler.controller = Scripted([0] * 20 + [3] * 100)
+    rounds: list[tuple[int, int, int]] = []
+    execute = engine._worker.execute
+
+    with pytest.MonkeyPatch.context() as patch:
+        found = forwards(patch, engine)
+
+        def watched(plan: StepPlan) -> StepResult:
+            before = len(found)
+            result = execute(plan)
+            rounds.append(
+                (sum(work.new for work in plan.work), sum(found[before:]), result.rows[0].drafted if result.rows else 0)
+            )
+            return result
+
+        patch.setattr(engine._worker, "execute", watched)
+        text = long_run(engine, 150, 100)
+    assert text == long_run(tiny_engine(model(), gamma=0), 150, 100)
+    prompt = -(-150 // 32)
+    assert all((fed, drafted) == (0, 0) for _, fed, drafted in rounds[: prompt + 20])
+    catching_up = [fed for _, fed, drafted in rounds[prompt + 20 :] if not drafted]
+    assert catching_up[:5] == [32] * 5
+    assert all(fed <= 32 + 2 * 3 for _, fed, _ in rounds)
+    first = next(fed for _, fed, drafted in rounds if drafted)
+    assert first > 3  # the rest, and the drafts
+    assert engine.stats().draft_tokens > 50
+
+
+def test_a_request_that_may_not_draft_costs_a_draft_model_nothing(draft_dir: Path) -> None:
+    speculation = {"drafter": "model", "model": str(draft_dir), "kv": kv_of("all", 4, 6)}
+    engine = tiny_engine(model(), gamma=3, max_model_len=300, speculation=speculation)
+    with pytest.MonkeyPatch.context() as patch:
+        found = forwards(patch, engine)
+        complete(engine, prompt_of(130, 1), SamplingParams(max_tokens=40, max_draft_tokens=0, ignore_eos=True))
+        assert found == []
+        complete(engine, prompt_of(130, 1), SamplingParams(max_tokens=40, ignore_eos=True))
+        assert sum(found) > 130
+
+
 def test_a_draft_model_needs_the_same_vocabulary(tmp_path: Path) -> None:
     other = write_random_model(tmp_path / "other", replace(DRAFT, vocab_size=65))
     with pytest.raises(ConfigError, match="vocabulary of 65 tokens, the target of 64"):
