@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from engine.config import EngineConfig, KVConfig, SnapKVConfig, TopKConfig, WindowConfig
 from engine.rows import Rows
 from engine.runner import Runner
@@ -66,9 +68,7 @@ def make_drafter(
         return observed, SelfDrafter(runner, sampler, cache)
     view = View(make_policy(settings.kv, rows.page_size), rows.page_table)
     attention = make_attention(settings.kv, target.model, rows.page_size)
-    views = {
-        budget: View(make_policy(kv, rows.page_size), rows.page_table) for budget, kv in budget_policies(config).items()
-    }
+    views = _views(config, rows.page_table)
     return target, SelfDrafter(Runner(target.model, target.pool, attention, view), sampler, views=views)
 
 
@@ -89,7 +89,7 @@ def _model_drafter(
     page = rows.page_size
     block = config.scheduler.max_batch_tokens
     row_block = block
-    cache = None
+    cache, views = None, {}
     if isinstance(settings.kv, WindowConfig):
         # What a window reads is all that is kept: a pool of fixed size, whatever the context. Prompts go through it in
         # blocks, lest the first query of one sees too little before it.
@@ -101,6 +101,7 @@ def _model_drafter(
         pool = make_pool(model, len(rows.tokens) * (first + ring), page)
         attention = make_attention(settings.kv, model, page)
         full = runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table))
+        views = _views(config, table)
     else:
         full = runner = Runner(model, make_pool(model, num_pages, page), ReferenceAttention(page), dense(rows))
         if isinstance(settings.kv, SnapKVConfig):
@@ -110,7 +111,13 @@ def _model_drafter(
         elif isinstance(settings.kv, TopKConfig):
             runner = Runner(model, full.pool, make_attention(settings.kv, model, page), full.view)
     own = sampler.twin(VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group))
-    return ModelDrafter(rows, full, runner, own, row_block=row_block, block=block, cache=cache)
+    return ModelDrafter(rows, full, runner, own, row_block=row_block, block=block, cache=cache, views=views)
+
+
+def _views(config: EngineConfig, page_table: Tensor) -> dict[int, View]:
+    """Of the pool laid out by page_table, by the budget that a round may ask for."""
+    page = config.cache.page_size
+    return {budget: View(make_policy(kv, page), page_table) for budget, kv in budget_policies(config).items()}
 
 
 def dense(rows: Rows) -> View:

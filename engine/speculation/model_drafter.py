@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from engine.runner import Runner
 from engine.sampling import Sampler
 from engine.speculation.draft_cache import DraftCache
 from engine.speculation.drafters import Drafter, draft
+from engine.speculation.policies import View
 from engine.speculation.verify import Verdict
 from parallel.group import Group
 
@@ -38,10 +39,11 @@ class ModelDrafter:
         row_block: int,
         block: int,
         cache: DraftCache | None = None,
+        views: Mapping[int, View] | None = None,
     ) -> None:
         """full: the draft model as it reads while it computes prompts. runner: as it reads while it drafts; with a
         cache, that one's pool and view. sampler: the draft model's own. row_block, block: most tokens of one row, and
-        of all, in one forward over prompts.
+        of all, in one forward over prompts. views: other views to draft with, by the budget that a round may ask for.
         """
         self._rows = rows
         self._full = full
@@ -49,6 +51,7 @@ class ModelDrafter:
         self._sampler = sampler
         self._row_block, self._block = row_block, block
         self._cache = cache
+        self._views = views or {}
         self._computed = np.zeros(len(rows.tokens), dtype=np.int64)
 
     def propose(self, rows: Round) -> Tensor:
@@ -65,7 +68,8 @@ class ModelDrafter:
             if self._cache is not None:
                 self._cache.catch_up(rows, held[:count])
             behind = rows.computed[:count] - held[:count]
-            draft(rows, self._runner, self._sampler, behind=behind if behind.any() else None)
+            view = self._views.get(rows.budget)
+            draft(rows, self._runner, self._sampler, view=view, behind=behind if behind.any() else None)
             drafted = rows.computed[:count] + rows.gamma[:count]
             if self._cache is not None:
                 self._cache.give_back(rows.row[:count], held[:count], drafted)

@@ -97,8 +97,10 @@ def test_ranks_agree_on_who_has_caught_up(draft_dir: Path, policy: str, size: in
         "tensor_parallel_size": count,
         "kv": KV[policy],
     }
-    config = {"scheduler": {"max_rows": 4, "max_batch_tokens": 24}}
-    engine, ranks = threaded_engine(model(*SHAPE), size, gamma=3, digest_every=1, speculation=speculation, **config)
+    scheduler = {"max_rows": 4, "max_batch_tokens": 24}
+    engine, ranks = threaded_engine(
+        model(*SHAPE), size, gamma=3, digest_every=1, speculation=speculation, scheduler=scheduler
+    )
     engine._scheduler.controller = InTurns()
     assert texts(engine) == expected()
     plans = [msgspec.msgpack.decode(frame, type=StepPlan) for frame in ranks.plans if frame]

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,50 @@ def test_a_request_that_may_not_draft_costs_a_draft_model_nothing(draft_dir: Pat
         assert found == []
         complete(engine, prompt_of(130, 1), SamplingParams(max_tokens=40, ignore_eos=True))
         assert sum(found) > 130
+
+
+class Budgets(Scripted):
+    """Rounds with several budgets, in turns."""
+
+    def __init__(self, gamma: int, budgets: Sequence[int]) -> None:
+        super().__init__([gamma] * 500)
+        self._budgets = cycle(budgets)
+
+    def choose(self, rows: Sequence[Request]) -> list[int]:
+        self.budget = next(self._budgets)
+        return super().choose(rows)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
+@pytest.mark.parametrize("drafter", ["self", "model"])
+def test_windows_of_several_budgets(draft_dir: Path, drafter: str, positions: str) -> None:
+    """Each round's drafts read what the round may; the text is what it always is."""
+    speculation = {
+        "drafter": drafter,
+        "model": str(draft_dir) if drafter == "model" else None,
+        "kv": {"policy": "window", "budget": 64, "sink": 4, "positions": positions},
+    }
+    engine = tiny_engine(model(), gamma="auto", max_model_len=400, speculation=speculation)  # type: ignore[arg-type]
+    engine._scheduler.controller = Budgets(3, [64, 32, 16])
+    proposer: Any = engine._worker._drafter
+    pool = proposer._drafter._runner.pool
+    read: list[int] = []
+    forward = Runner.forward
+
+    def watched(runner: Runner, batch: ForwardBatch) -> Tensor:
+        if runner.pool is pool and runner.view.policy is not target and batch.attention.query_lengths == [1]:
+            read.append(batch.attention.kv_lengths[0])
+        return forward(runner, batch)
+
+    target = engine._worker._target.view.policy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "forward", watched)
+        text = long_run(engine, 150, 100)
+    assert text == long_run(tiny_engine(model(), gamma=0), 150, 100)
+    for budget in (64, 32, 16):
+        assert any(budget - 4 < each <= budget for each in read)
+    assert max(read) <= 64
+    assert engine.stats().accepted_tokens > 0
 
 
 def test_a_draft_model_needs_the_same_vocabulary(tmp_path: Path) -> None:
