@@ -18,11 +18,12 @@ from statistics import mean, median
 from typing import Literal
 
 from bench.corpus import read_text
-from engine.config import EngineConfig, SpeculationConfig
+from engine.config import EngineConfig
 from engine.core import load_target
 from engine.llm import LLM
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.speculation.settings import SpeculationConfig
 from models.default import resolve_model
 from models.llama import Llama
 from models.tokenizer import Tokenizer

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from engine.config import ConfigError, EngineConfig, WindowConfig
+from engine.config import ConfigError, EngineConfig
 from engine.speculation.policies import budget_policies, make_policy
+from engine.speculation.settings import WindowConfig
 from kernels.kv_cache import KVPool
 from models.config import ModelConfig, read_config
 from models.default import resolve_model

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.config import EngineConfig, KVConfig, SnapKVConfig, TopKConfig, WindowConfig
+from engine.config import EngineConfig
 from engine.rows import Rows
 from engine.runner import Runner
 from engine.sampling import Sampler
@@ -15,6 +15,7 @@ from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
 from engine.speculation.policies import Dense, View, budget_policies, make_policy, ring_table
 from engine.speculation.rejection import Proposals, RejectionSampler
+from engine.speculation.settings import KVConfig, SnapKVConfig, TopKConfig, WindowConfig
 from kernels.attention.base import AttentionBackend
 from kernels.attention.reference import ReferenceAttention
 from kernels.attention.relative import RelativeAttention

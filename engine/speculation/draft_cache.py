@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import SnapKVConfig
 from engine.plan import RowStart
 from engine.rows import Ints, Round, Rows, ragged
 from engine.speculation.policies import View, make_policy, ring_table
+from engine.speculation.settings import SnapKVConfig
 from kernels.attention.base import AttentionBackend
 from kernels.attention.observed import ObservedAttention
 from kernels.kv_cache import KVPool

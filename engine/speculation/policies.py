@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.config import EngineConfig, KVConfig, SnapKVConfig, WindowConfig
+from engine.config import EngineConfig
+from engine.speculation.settings import KVConfig, SnapKVConfig, WindowConfig
 
 
 class KVPolicy(Protocol):
