@@ -14,8 +14,9 @@ from torch import Tensor
 
 from engine.plan import RowStart
 from engine.rows import Ints, Round, Rows, ragged
+from engine.speculation.footprint import footprint
 from engine.speculation.policies import View, make_policy, ring_table
-from engine.speculation.settings import SnapKVConfig
+from engine.speculation.settings import SnapKVConfig, SpeculationConfig
 from kernels.attention.base import AttentionBackend
 from kernels.attention.observed import ObservedAttention
 from kernels.kv_cache import KVPool
@@ -32,23 +33,21 @@ class DraftCache:
     """
 
     def __init__(
-        self, config: SnapKVConfig, model: Llama, full: KVPool, rows: Rows, inner: AttentionBackend, *, most_drafts: int
+        self, settings: SpeculationConfig, model: Llama, full: KVPool, rows: Rows, inner: AttentionBackend
     ) -> None:
-        """config: with `reselect` settled. full: the pool that is chosen from, laid out by rows.page_table. inner: the
-        attention that `attention` is made of. most_drafts: per row and round.
+        """settings: whose policy is SnapKV. full: the pool that is chosen from, laid out by rows.page_table. inner: the
+        attention that `attention` is made of.
         """
         max_rows, page = len(rows.tokens), rows.page_size
+        config, kept = settings.settled_kv, footprint(settings, page)
+        assert isinstance(config, SnapKVConfig)
         self._config = config
         self._reselect = config.reselect or 0
         self._rows = rows
         self._full = full
         self._scale = model.head_dim**-0.5
-        self._chosen = (config.budget - config.recent) // page  # pages
-        self._recent = config.recent // page
-        # Drafts that came to nothing have overwritten what stood a ring before them: keep that out of the window.
-        ring = self._recent + -(-most_drafts // page)
-        self._per_row = self._chosen + ring
-        table = ring_table(max_rows, rows.page_table.shape[1], self._chosen, ring)
+        self._chosen, self._recent, self._per_row = kept.first, config.recent // page, kept.pages  # in pages
+        table = ring_table(max_rows, rows.page_table.shape[1], kept.first, kept.ring)
         self.view = View(make_policy(config, page), table.to(rows.device))
         self.pool = KVPool(
             num_layers=model.num_layers,
@@ -59,8 +58,7 @@ class DraftCache:
             dtype=model.dtype,
             device=model.device,
         )
-        # Queries by position; those of drafts that came to nothing must not overwrite the last ones that count.
-        self._places = config.queries + (most_drafts if self._reselect else 0)
+        self._places = kept.queries  # by position
         shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
         self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.attention = ObservedAttention(inner, self._queries)
