@@ -98,10 +98,16 @@ class DraftCache:
         count = rows.drafting
         slots = rows.row[:count]
         self._copied[slots] = np.minimum(self._copied[slots], rows.computed[:count])  # behind: rejected drafts
-        todo = [
-            self._missing(row, computed, held)
-            for row, computed, held in zip(slots.tolist(), rows.computed[:count].tolist(), upto.tolist(), strict=True)
-        ]
+        if self._reselect:
+            self._observed[slots] = upto
+        todo = []
+        for row, computed, held in zip(slots.tolist(), rows.computed[:count].tolist(), upto.tolist(), strict=True):
+            if candidates := self._due(row, computed, held):
+                self._choose(row, computed, candidates)
+                first = self._first_recent(held)  # what came before is chosen, or will not be read
+            else:
+                first = int(self._copied[row])
+            todo.append(self._missing(first, held))
         self.wrote(slots, np.maximum(self._copied[slots], upto))
         full, cache, offset = self._places_of(np.repeat(slots, [len(each) for each in todo]), np.concatenate(todo))
         self.pool.data[:, :, cache, :, offset] = self._full.data[:, :, full, :, offset]
@@ -124,26 +130,28 @@ class DraftCache:
         column, offset = position // page, position % page
         return self._rows.page_table[row_index, column], self.view.page_table[row_index, column], offset
 
-    def _missing(self, row: int, computed: int, upto: int) -> Ints:
-        """Positions to copy; chooses first, if it is time to."""
-        page, first = self._rows.page_size, int(self._copied[row])
-        # The first position that is read as recent; the draft's first query stands at `upto`.
-        recent = max(0, -(-(upto + 1) // page) - self._recent) * page
-        if self._reselect:
-            self._observed[row] = upto
-        if not self._chosen_at[row] or 0 < self._reselect <= computed - self._chosen_at[row]:
-            candidates = min(recent, int(self._observed[row]))
-            # A prompt that fits into the first pages leaves no choice: they keep what came first.
-            if candidates > self._chosen * page:
-                self._chosen_at[row] = computed
-                self._choose(row, candidates)
-                return np.arange(recent, upto)
-        # Behind the first pages, what is not recent any more is never read again.
-        prefix = np.arange(first, min(upto, self._chosen * page))
-        return np.concatenate([prefix, np.arange(max(first, recent, self._chosen * page), upto)])
+    def _first_recent(self, upto: int) -> int:
+        """The first position that is read as recent by a query at `upto`, the draft's first one."""
+        return max(0, -(-(upto + 1) // self._rows.page_size) - self._recent) * self._rows.page_size
 
-    def _choose(self, row: int, candidates: int) -> None:
+    def _due(self, row: int, computed: int, upto: int) -> int:
+        """From how many tokens the row's cache is to be chosen anew; 0: it is not time to, or leaves no choice."""
+        if self._chosen_at[row] and not 0 < self._reselect <= computed - self._chosen_at[row]:
+            return 0
+        candidates = min(self._first_recent(upto), int(self._observed[row]))
+        # What fits into the first pages leaves no choice: they keep what came first.
+        return candidates if candidates > self._chosen * self._rows.page_size else 0
+
+    def _missing(self, first: int, upto: int) -> Ints:
+        """Positions from `first` to `upto` that will be read. Behind the first pages, what is not recent any more never
+        is."""
+        prefix = self._chosen * self._rows.page_size
+        recent = np.arange(max(first, self._first_recent(upto), prefix), upto)
+        return np.concatenate([np.arange(first, min(upto, prefix)), recent])
+
+    def _choose(self, row: int, computed: int, candidates: int) -> None:
         """Fill the first pages of the row with the best of its first `candidates` tokens, per layer and KV head."""
+        self._chosen_at[row] = computed
         length = int(self._observed[row])
         count = self._chosen * self._rows.page_size
         queries = min(self._config.queries, length)
