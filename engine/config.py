@@ -21,14 +21,14 @@ class ConfigError(ValueError):
 
 
 class CacheConfig(Settings):
-    """The target's KV pool."""
+    """KV of target and drafts."""
 
     page_size: Positive = 16
     """KV slots per page."""
     num_pages: Positive | None = None
-    """Pages in the pool; None: as many as `memory_gb` holds."""
+    """Pages in the target's pool; None: as many as `memory_gb` holds beside what drafts keep."""
     memory_gb: Annotated[float, Field(gt=0)] = 4.0
-    """Of each rank."""
+    """KV of each rank: the target's pool, a draft model's, and caches of fixed size."""
 
 
 class SchedulerConfig(Settings):

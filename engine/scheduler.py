@@ -138,21 +138,21 @@ class Scheduler:
         if len(rows) < len(self.running) or (self.waiting and self._free_rows):
             spare //= 2  # and leave half of it to prefills, or these could wait for ever behind a full batch
         share = spare // len(rows)
-        planned, late = 0, self._max_batch_tokens
+        planned, unseen = 0, self._max_batch_tokens
         gammas = self.controller.choose(rows)
         plan.budget = self.controller.budget
         for request, wanted in zip(rows, gammas, strict=True):
             gamma = max(0, min(wanted, share, request.most_drafts))
-            caught = 0
-            if gamma and request.draft_lag > 1:  # one token more than the pending one is fed along with that
-                caught = min(request.draft_lag, late)
-                late -= caught
-                gamma = gamma if caught == request.draft_lag else 0
+            catch_up = 0
+            if gamma and request.draft_lag > 1:  # one token beside the pending one is fed along with it
+                catch_up = min(request.draft_lag, unseen)
+                unseen -= catch_up
+                gamma = gamma if catch_up == request.draft_lag else 0
             if not self._reserve(plan, request, request.num_tokens + gamma):
                 gamma = min(gamma, request.num_reserved - request.num_tokens)
             assert request.row is not None
             planned += 1 + gamma
-            work.append((request, RowWork(request.row, request.num_computed, 1, gamma, True, caught)))
+            work.append((request, RowWork(request.row, request.num_computed, 1, gamma, True, catch_up)))
         return planned
 
     def _plan_prefills(self, work: list[tuple[Request, RowWork]], budget: int) -> int:

@@ -306,6 +306,21 @@ def test_a_request_that_may_not_draft_costs_a_draft_model_nothing(draft_dir: Pat
         assert sum(found) > 130
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_draft_model_as_it_pays(draft_dir: Path, policy: str) -> None:
+    """gamma: auto, with long prompts and short ones: some rows catch up, and the text is what it always is."""
+    speculation = {"drafter": "model", "model": str(draft_dir), "kv": kv_of(policy, 4, 6)}
+    engine = tiny_engine(model(), gamma="auto", max_model_len=400, speculation=speculation)  # type: ignore[arg-type]
+    requests = [
+        AddRequest(str(i), prompt_of(length, i), SamplingParams(max_tokens=70, temperature=1.0, seed=i))
+        for i, length in enumerate([250, 5, 120, 33, 9, 190])
+    ]
+    outputs = run(engine, requests, joins={"2": 5, "4": 40})
+    plain = tiny_engine(model(), gamma=0)
+    for request in requests:
+        assert tokens(outputs[request.id]) == complete(plain, request.prompt, request.params)
+
+
 class Budgets(Scripted):
     """Rounds with several budgets, in turns."""
 
