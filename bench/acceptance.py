@@ -231,7 +231,10 @@ def measure(
             pages = []
     for computed in range(context, context + rounds * stride + gamma):
         drafts = gamma if computed < context + rounds * stride and (computed - context) % stride == 0 else 0
-        step([RowWork(row, computed, 1, drafts, True) for row in range(len(texts))])
+        # What a draft model has not seen: the prompt at first, then what was written since it drafted.
+        unseen = computed if computed == context else gamma
+        catch_up = unseen if drafts and unseen > 1 else 0
+        step([RowWork(row, computed, 1, drafts, True, catch_up) for row in range(len(texts))])
 
     # Round i drafted for the positions from context + 1 + i * stride on.
     written = rows.tokens[:, context + 1 :].long().unfold(1, gamma, stride)[:, :rounds]  # [texts, rounds, gamma]

@@ -14,8 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.config import CacheConfig, EngineConfig, SpeculationConfig
+from engine.config import CacheConfig, EngineConfig
 from engine.core import Engine
+from engine.speculation.settings import SpeculationConfig
 from models.config import read_config
 from models.default import resolve_model
 from parallel.split import split_heads

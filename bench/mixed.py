@@ -1,6 +1,6 @@
 """A mixed load: short chats and long documents that arrive at random, with speculation never, always, and as it pays.
 
-    python -m bench.mixed --speculation off,3,auto --requests 24 --rate 0.5
+    python -m bench.mixed --speculation off,3,auto --requests 24 --rate 0.5 --json mixed.json
 
 The same requests arrive at the same times in every run; runs take turns, `--repeats` times each, in one process that
 loads the weights once. What counts is how long the load takes, and how fast requests get their tokens.
@@ -17,12 +17,15 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
+import msgspec
+
 from bench.corpus import read_text
-from engine.config import EngineConfig, SpeculationConfig
+from engine.config import EngineConfig
 from engine.core import load_target
 from engine.llm import LLM
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.speculation.settings import SpeculationConfig
 from models.default import resolve_model
 from models.llama import Llama
 from models.tokenizer import Tokenizer
@@ -101,6 +104,64 @@ def run(config: EngineConfig, model: Llama, load: Sequence[Arrival], text: Seque
     return outcome
 
 
+class Result(msgspec.Struct):
+    """All runs of one way. Seconds; load_s: mean, runs_s: each; the rest are medians over requests, absent where there
+    were none. gamma_chosen: rows and rounds, by gamma."""
+
+    speculation: str
+    load_s: float
+    runs_s: list[float]
+    tokens_per_second: float
+    first_token_s: float
+    chat_token_s: float | None
+    document_token_s: float | None
+    gamma_chosen: list[int]
+
+    @classmethod
+    def of(cls, way: str, runs: Sequence[Outcome]) -> Result:
+        seconds = [one.seconds for one in runs]
+        per_token = {kind: [s for one in runs for s in one.per_token[kind]] for kind in ("chat", "document")}
+        return cls(
+            speculation=way,
+            load_s=mean(seconds),
+            runs_s=seconds,
+            tokens_per_second=sum(one.tokens for one in runs) / sum(seconds),
+            first_token_s=median(s for one in runs for s in one.first),
+            chat_token_s=median(per_token["chat"]) if per_token["chat"] else None,
+            document_token_s=median(per_token["document"]) if per_token["document"] else None,
+            gamma_chosen=[sum(counts) for counts in zip(*(one.gammas for one in runs), strict=True)],
+        )
+
+
+_MEASURES = {
+    "load_s": "the load",
+    "first_token_s": "first token",
+    "chat_token_s": "chat, per token",
+    "document_token_s": "document, per token",
+}
+
+
+def report(results: Sequence[Result]) -> str:
+    """As text: a line for each way, then for each measure the best way, and how much longer the others take."""
+    lines = []
+    for result in results:
+        times = [(result.chat_token_s, "chat"), (result.document_token_s, "document")]
+        lines.append(
+            f"{result.speculation:>5}: {result.load_s:6.1f} s for the load "
+            f"({', '.join(f'{seconds:.1f}' for seconds in result.runs_s)}), "
+            f"{result.tokens_per_second:5.1f} tokens/s, first token {result.first_token_s:5.2f} s, per token "
+            + ", ".join(f"{kind} {1e3 * seconds:.0f} ms" for seconds, kind in times if seconds is not None)
+            + f"; gamma {result.gamma_chosen}"
+        )
+    for name, what in _MEASURES.items():
+        ranked = sorted((seconds, result.speculation) for result in results if (seconds := getattr(result, name)))
+        if ranked:
+            best, way = ranked[0]
+            others = ", ".join(f"{other} x {seconds / best:.2f}" for seconds, other in ranked[1:])
+            lines.append(f"best for {what}: {way}" + (f" ({others})" if others else ""))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
@@ -112,6 +173,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     base = EngineConfig(model=arguments.model)
@@ -127,16 +189,10 @@ def main() -> None:
             gamma = 0 if way == "off" else way if way == "auto" else int(way)
             speculation = SpeculationConfig.model_validate({"gamma": gamma})
             outcomes[way].append(run(base.model_copy(update={"speculation": speculation}), model, load, text))
-    for way, runs in outcomes.items():
-        per_token = {kind: [s for one in runs for s in one.per_token[kind]] for kind in ("chat", "document")}
-        print(
-            f"{way:>5}: {mean(one.seconds for one in runs):6.1f} s for the load "
-            f"({', '.join(f'{one.seconds:.1f}' for one in runs)}), "
-            f"{sum(one.tokens for one in runs) / sum(one.seconds for one in runs):5.1f} tokens/s, first token "
-            f"{median(s for one in runs for s in one.first):5.2f} s, per token "
-            + ", ".join(f"{kind} {1e3 * median(times):.0f} ms" for kind, times in per_token.items() if times)
-            + f"; gamma {[sum(counts) for counts in zip(*(one.gammas for one in runs), strict=True)]}"
-        )
+    results = [Result.of(way, runs) for way, runs in outcomes.items()]
+    print(report(results))
+    if arguments.json:
+        arguments.json.write_bytes(msgspec.json.encode(results))
 
 
 if __name__ == "__main__":

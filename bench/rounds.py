@@ -69,9 +69,9 @@ def _times(samples: list[StepSample], most: int, alpha: float) -> list[RoundTime
     rows, context, target = plain.rows, plain.context, plain.verify_s
     # One batch: what drafts read plays no part.
     times = StepTimes(samples, lambda context, budget: 1)
-    draft = times.draft(rows, [context], 0)
+    draft = times.draft(rows, 1)
     best, gain = best_gamma(
-        alpha, target, draft, lambda gamma: times.verify(rows, rows * context, gamma), gamma_max=most
+        alpha, target, draft, lambda gamma: times.verify(rows, rows * context, [gamma])[0], gamma_max=most
     )
     return [
         RoundTimes(

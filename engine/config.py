@@ -10,33 +10,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
+from engine.settings import Positive, Settings
+from engine.speculation.settings import SpeculationConfig, policy_of
 
 
 class ConfigError(ValueError):
     """A setting is unknown, out of range, or contradicts another; the message names it."""
 
 
-def _policy_of(value: Any) -> Any:
-    """Which kind of KV policy a setting is about; the default one need not be named."""
-    return value.get("policy", "window") if isinstance(value, dict) else getattr(value, "policy", None)
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
 class CacheConfig(Settings):
-    """The target's KV pool."""
+    """KV of target and drafts."""
 
     page_size: Positive = 16
     """KV slots per page."""
     num_pages: Positive | None = None
-    """Pages in the pool; None: as many as `memory_gb` holds."""
+    """Pages in the target's pool; None: as many as `memory_gb` holds beside what drafts keep."""
     memory_gb: Annotated[float, Field(gt=0)] = 4.0
-    """Of each rank."""
+    """KV of each rank: the target's pool, a draft model's, and caches of fixed size."""
 
 
 class SchedulerConfig(Settings):
@@ -46,107 +38,6 @@ class SchedulerConfig(Settings):
     """Most target positions computed per round: decode rows first, then prefill chunks."""
     max_waiting: Positive = 1024
     """Requests queued beyond this are refused."""
-
-
-class WindowConfig(Settings):
-    """Sink + window (StreamingLLM, arXiv 2309.17453): the first and the most recent tokens."""
-
-    policy: Literal["window"] = "window"
-    budget: Positive = 512
-    """KV tokens one draft step may read per row; a multiple of page_size."""
-    sink: Positive = 16
-    """First tokens always read; rounded up to whole pages."""
-    positions: Literal["absolute", "relative"] = "absolute"
-    """relative: the draft sees the tokens it reads at positions 0 … budget - 1, as if there were no others."""
-
-
-class SnapKVConfig(Settings):
-    """The tokens that the prompt's last queries attended to most, per KV head (SnapKV, arXiv 2404.14469), and the
-    most recent ones; in a cache of the draft's own."""
-
-    policy: Literal["snapkv"]
-    budget: Positive = 512
-    """KV tokens one draft step may read per row; a multiple of page_size."""
-    recent: Positive = 64
-    """How many of them are the most recent ones; a multiple of page_size. What a request has generated can be read no
-    further back, unless `reselect` chooses from it."""
-    queries: Positive = 32
-    """The prompt's last queries, which choose."""
-    kernel: Positive = 5
-    """Odd: scores are averaged over so many neighbouring tokens."""
-    reselect: Annotated[int, Field(ge=0)] | None = None
-    """Choose again every so many new tokens; 0: never; None: every 32, where the target drafts for itself."""
-
-
-class TopKConfig(Settings):
-    """The tokens that carry most of each query's attention, per KV head. It reads all keys to find them: a measure of
-    what selection could reach at best, not a way to save time."""
-
-    policy: Literal["topk"]
-    budget: Positive = 512
-    """KV tokens attended to per row."""
-
-
-class AllConfig(Settings):
-    """Everything: ordinary speculative decoding, for a draft model that is small by itself."""
-
-    policy: Literal["all"]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unlimited(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "budget" in data:
-            raise ValueError("policy all reads everything and has no budget")
-        return data
-
-    @property
-    def budget(self) -> None:
-        """There is none."""
-
-
-KVConfig = Annotated[
-    Annotated[WindowConfig, Tag("window")]
-    | Annotated[SnapKVConfig, Tag("snapkv")]
-    | Annotated[TopKConfig, Tag("topk")]
-    | Annotated[AllConfig, Tag("all")],
-    Discriminator(
-        _policy_of,
-        custom_error_type="policy",
-        custom_error_message="expected settings of a policy: window, snapkv, topk or all",
-    ),
-]
-
-
-class SpeculationConfig(Settings):
-    gamma: Annotated[int, Field(ge=0, le=16)] | Literal["auto"] = "auto"
-    """Tokens drafted per round; 0 is plain decoding. auto: what promises most, for each round and row."""
-    gamma_max: Annotated[int, Field(ge=1, le=16)] = 6
-    """auto never drafts more."""
-    drafter: Literal["self", "model"] = "self"
-    """Who drafts: the target itself, with sparse KV, or a smaller model with the same vocabulary."""
-    model: str | None = None
-    """The directory of the draft model, if there is one."""
-    tensor_parallel_size: Positive | None = None
-    """Ranks that the draft model is split over, the first ones; None: all."""
-    verification: Literal["coupled", "rejection"] = "coupled"
-    """How sampled tokens are verified. coupled: draft and target draw with the same noise, and text does not depend on
-    what was drafted. rejection: speculative sampling (arXiv 2302.01318), from the same distribution."""
-    kv: KVConfig = WindowConfig()
-    """Which KV the draft reads."""
-
-    @property
-    def draft_model(self) -> str | None:
-        """The draft model that is to be loaded, if any."""
-        return self.model if self.most_drafts and self.drafter == "model" else None
-
-    def draft_ranks(self, ranks: int) -> int:
-        """How many of the target's ranks share the draft model; 0: there is none."""
-        return 0 if self.draft_model is None else self.tensor_parallel_size or ranks
-
-    @property
-    def most_drafts(self) -> int:
-        """Per row and round."""
-        return self.gamma_max if self.gamma == "auto" else self.gamma
 
 
 class EngineConfig(Settings):
@@ -179,8 +70,7 @@ class EngineConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.speculation.most_drafts:
-            self._check_speculation(self.speculation)
+        self.speculation.check(self.cache.page_size, self.tensor_parallel_size)
         rows, tokens = self.scheduler.max_rows, self.scheduler.max_batch_tokens
         if tokens <= rows:
             raise ValueError(
@@ -188,39 +78,6 @@ class EngineConfig(Settings):
                 "or a full batch would leave nothing for prefill"
             )
         return self
-
-    def _check_speculation(self, speculation: SpeculationConfig) -> None:
-        """Raises ValueError."""
-        page, kv = self.cache.page_size, speculation.kv
-        if (speculation.drafter == "model") != (speculation.model is not None):
-            raise ValueError("speculation.drafter: model needs speculation.model, and nothing else does")
-        ranks = speculation.tensor_parallel_size
-        if ranks not in (None, self.tensor_parallel_size) and speculation.verification == "rejection":
-            raise ValueError("speculation.verification: rejection needs the draft model on all ranks")
-        if ranks is not None and speculation.drafter != "model":
-            raise ValueError("speculation.tensor_parallel_size is that of a draft model, and there is none")
-        if ranks is not None and ranks > self.tensor_parallel_size:
-            raise ValueError(f"speculation.tensor_parallel_size: {ranks} of {self.tensor_parallel_size} ranks")
-        if kv.policy == "window":
-            kept = -(-kv.sink // page) * page
-            if kv.budget % page:
-                raise ValueError(f"speculation.kv.budget ({kv.budget}) must be a multiple of cache.page_size ({page})")
-            if kv.budget < kept + page:
-                raise ValueError(
-                    f"speculation.kv.budget ({kv.budget}) leaves no page for recent tokens beside a sink of {kv.sink}"
-                )
-        if kv.policy == "snapkv":
-            for name, tokens in (("budget", kv.budget), ("recent", kv.recent)):
-                if tokens % page:
-                    raise ValueError(f"speculation.kv.{name} ({tokens}) must be a multiple of cache.page_size ({page})")
-            if kv.budget <= kv.recent:
-                raise ValueError(
-                    f"speculation.kv.budget ({kv.budget}) leaves nothing to choose beside {kv.recent} recent tokens"
-                )
-            if kv.reselect and speculation.drafter == "model":
-                raise ValueError("speculation.kv.reselect: a draft model keeps no KV to choose from again")
-            if kv.kernel % 2 == 0:
-                raise ValueError(f"speculation.kv.kernel ({kv.kernel}) must be odd")
 
 
 class ServerConfig(Settings):
@@ -294,7 +151,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"{path}: {parent} must be a mapping of settings")
-        if parents[-1:] == ["kv"] and leaf == "policy" and value != _policy_of(node):
+        if parents[-1:] == ["kv"] and leaf == "policy" and value != policy_of(node):
             kept = {key: node[key] for key in node if key == "budget" and value != "all"}
             node.clear()
             node.update(kept)

@@ -95,6 +95,7 @@ class Engine:
             max_model_len=sizes.max_model_len,
             eos_token_ids=model.config.eos_token_ids,
             controller=controller,
+            draft_kv=config.speculation.draft_model is not None,
         )
         self.weight_bytes = self._worker.weight_bytes + (self._ranks.weight_bytes if self._ranks else 0)
         self._accounts = Accounts(

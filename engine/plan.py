@@ -41,6 +41,8 @@ class RowWork(msgspec.Struct, array_like=True):
     gamma: int
     samples: bool
     """False for a prefill chunk that does not reach the last token: it yields nothing."""
+    catch_up: int = 0
+    """Committed tokens whose KV a draft model computes before it drafts, from the first one that it lacks."""
 
 
 class StepPlan(msgspec.Struct, omit_defaults=True):

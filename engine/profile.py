@@ -14,6 +14,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -24,12 +25,12 @@ from engine.params import SamplingParams
 from engine.plan import PageDelta, RowStart, RowWork, StepPlan, StepResult
 from engine.sizing import Sizes
 from engine.speculation.step_times import StepSample, StepTimes
-from models.config import read_config
+from models.config import ModelConfig, RopeConfig, read_config
 from models.default import cache_dir, resolve_model
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _SECONDS = 8.0
 """About how long a profile may take."""
 _SHORT, _LONG_TOKENS = 64, 8192
@@ -135,17 +136,38 @@ def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
 
 
 def profile_key(config: EngineConfig, sizes: Sizes) -> str:
-    """A name for everything that times depend on."""
-    parts: list[object] = [_VERSION, torch.__version__, str(sizes.dtype), sizes.max_model_len]
+    """A name for everything that times, or what is measured of them, depend on, and for nothing else."""
+    speculation = config.speculation
+    parts: list[object] = [
+        _VERSION,
+        torch.__version__,
+        str(sizes.dtype),
+        min(sizes.max_model_len, _LONG_TOKENS + _ROOM),
+    ]
     parts += [config.tensor_parallel_size, config.collectives, config.cache.page_size, config.scheduler.max_rows]
-    parts += [config.speculation.model_dump_json(), sizes.shape]
-    if config.speculation.draft_model is not None:  # a name says little: another one can come to stand there
-        parts.append(read_config(resolve_model(config.speculation.draft_model)))
+    # Rows are measured with gammas of the profile's own, and greedily; which pages a window reads changes nothing.
+    without: dict[str, bool | set[str]] = {"gamma": True, "model": True, "verification": True, "kv": {"sink"}}
+    parts += [speculation.model_dump_json(exclude=without), _work(sizes.shape)]
+    if speculation.draft_model is not None:  # a name says little: another one can come to stand there
+        parts.append(_work(read_config(resolve_model(speculation.draft_model))))
     if sizes.device.type == "cuda":
         parts.append(torch.cuda.get_device_name())
     else:
         parts += [_cpu_name(), os.cpu_count(), sizes.threads]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _work(shape: ModelConfig) -> ModelConfig:
+    """Without what makes a forward compute other numbers, but not more or fewer of them."""
+    return replace(
+        shape,
+        max_position_embeddings=0,
+        rms_norm_eps=0.0,
+        rope=RopeConfig(),
+        sliding_window=None,
+        bos_token_id=None,
+        eos_token_ids=(),
+    )
 
 
 def _cpu_name() -> str:

@@ -15,11 +15,13 @@ class Request:
         computed [ valid target KV ................. )              num_tokens - 1 once prefill is done
         pages    [ reserved slots, num_reserved in all .............. drafts ... )
 
-    The scheduler owns every field; `row` is None while the request waits.
+    The scheduler owns every field; `row` is None while the request waits. draft_lag: computed tokens that a draft model
+    has not seen, and has to before it drafts; stays 0 where drafts read the target's own KV.
     """
 
     __slots__ = (
         "arrival",
+        "draft_lag",
         "eos",
         "finish_reason",
         "id",
@@ -41,6 +43,7 @@ class Request:
         self.tokens: list[int] = list(message.prompt)
         self.num_prompt = len(message.prompt)
         self.num_computed = 0
+        self.draft_lag = 0
         self.num_reserved = 0
         self.pages: list[int] = []
         self.row: int | None = None

@@ -117,7 +117,7 @@ class Decisions:
 class Round:
     """The rows of one round, in the order of its plan: `work` sorted by falling gamma.
 
-    Host integers, [rows] each: row (slot), computed, new and gamma as in RowWork, and which rows sample.
+    Host integers, [rows] each: row (slot), computed, new, gamma and catch_up as in RowWork, and which rows sample.
     starts: the requests that took a row slot in this round. budget: see StepPlan.
     decisions: whose next tokens the round decides. gamma_asked: [sampling rows] int64, on the device.
     """
@@ -131,6 +131,7 @@ class Round:
         self.computed = np.array([item.computed for item in work], dtype=np.int64)
         self.new = np.array([item.new for item in work], dtype=np.int64)
         self.gamma = np.array([item.gamma for item in work], dtype=np.int64)
+        self.catch_up = np.array([item.catch_up for item in work], dtype=np.int64)
         self.samples = np.array([item.samples for item in work], dtype=bool)
         self.gamma_max = int(self.gamma.max(initial=0))
 

@@ -42,7 +42,9 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Iterable[int],
         controller: Controller,
+        draft_kv: bool = False,
     ) -> None:
+        """draft_kv: drafts read KV of their own, which a row's tokens have to be computed for before it drafts."""
         self._pages = pages
         self._page_size = page_size
         self._max_batch_tokens = max_batch_tokens
@@ -50,6 +52,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos = tuple(eos_token_ids)
         self.controller = controller
+        self._draft_kv = draft_kv
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._by_id: dict[str, Request] = {}
         self.waiting: deque[Request] = deque()
@@ -121,7 +124,9 @@ class Scheduler:
     def _plan_decodes(self, plan: StepPlan, work: list[tuple[Request, RowWork]], budget: int) -> int:
         """Every decoding row, with as many drafts as budget, limits and pages allow. Returns tokens planned.
 
-        All rows get the page of their pending token before any gets one for drafts.
+        All rows get the page of their pending token before any gets one for drafts. A row that a draft model is to
+        draft for, but has not seen all of, catches up first, the oldest row before others, with at most
+        `max_batch_tokens` tokens of all rows per round: a long prompt delays no one's next token by more than that.
         """
         for request in [request for request in self.running if request.decoding]:
             if request.row is not None:  # else preempted for a row before it
@@ -133,16 +138,21 @@ class Scheduler:
         if len(rows) < len(self.running) or (self.waiting and self._free_rows):
             spare //= 2  # and leave half of it to prefills, or these could wait for ever behind a full batch
         share = spare // len(rows)
-        planned = 0
+        planned, unseen = 0, self._max_batch_tokens
         gammas = self.controller.choose(rows)
         plan.budget = self.controller.budget
         for request, wanted in zip(rows, gammas, strict=True):
             gamma = max(0, min(wanted, share, request.most_drafts))
+            catch_up = 0
+            if gamma and request.draft_lag > 1:  # one token beside the pending one is fed along with it
+                catch_up = min(request.draft_lag, unseen)
+                unseen -= catch_up
+                gamma = gamma if catch_up == request.draft_lag else 0
             if not self._reserve(plan, request, request.num_tokens + gamma):
                 gamma = min(gamma, request.num_reserved - request.num_tokens)
             assert request.row is not None
             planned += 1 + gamma
-            work.append((request, RowWork(request.row, request.num_computed, 1, gamma, True)))
+            work.append((request, RowWork(request.row, request.num_computed, 1, gamma, True, catch_up)))
         return planned
 
     def _plan_prefills(self, work: list[tuple[Request, RowWork]], budget: int) -> int:
@@ -208,7 +218,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self._leave(request)
-        request.num_computed = 0
+        request.num_computed = request.draft_lag = 0
         self.preemptions += 1
         self.waiting.appendleft(request)
 
@@ -230,10 +240,14 @@ class Scheduler:
         yielded = []
         for request, work in zip(requests, plan.work, strict=True):
             request.num_computed += work.new
+            if self._draft_kv:
+                request.draft_lag += work.new - work.catch_up
             if not work.samples:
                 continue
             outcome = next(outcomes)
             request.num_computed += outcome.accepted
+            if self._draft_kv and work.gamma:  # of drafts that all hold, the last one was never fed
+                request.draft_lag = int(outcome.accepted == work.gamma)
             yielded.append((request, request.commit(outcome.tokens)))
             if request.finish_reason is not None:
                 self._leave(request)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
-from engine.config import ConfigError, EngineConfig, WindowConfig
+from engine.config import ConfigError, EngineConfig
+from engine.speculation.footprint import footprint
 from engine.speculation.policies import budget_policies, make_policy
+from engine.speculation.settings import WindowConfig
 from kernels.kv_cache import KVPool
 from models.config import ModelConfig, read_config
 from models.default import resolve_model
@@ -69,7 +71,8 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
     except ValueError as error:
         raise ConfigError(f"engine.tensor_parallel_size: {error}") from error
     draft = _draft_shape(config, shape)
-    page_bytes = _kv_bytes(shape, dtype, max(kv_heads)) + (_draft_bytes(config, draft, dtype) if draft else 0)
+    token_bytes, kept_bytes = _draft_bytes(config, draft or shape, dtype)
+    token_bytes += _kv_bytes(shape, dtype, max(kv_heads))
     max_model_len = _max_model_len(config, shape)
     return Sizes(
         path=path,
@@ -78,7 +81,7 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
         dtype=dtype,
         threads=config.threads or max(1, torch.get_num_threads() // ranks),
         max_model_len=max_model_len,
-        num_pages=_num_pages(config, max_model_len, page_bytes),
+        num_pages=_num_pages(config, max_model_len, token_bytes, kept_bytes),
         kv_token_bytes=_kv_bytes(shape, dtype, sum(kv_heads)),
     )
 
@@ -128,17 +131,27 @@ def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | Non
     return shape
 
 
-def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> int:
-    """Per token of the pool, on the rank that has most: a draft model that can look back at everything has a page for
-    each of the target's; one that reads a window has a pool of fixed size."""
-    if isinstance(config.speculation.kv, WindowConfig):
-        return 0
-    ranks = config.speculation.draft_ranks(config.tensor_parallel_size)
+def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """What drafts take on the rank that has most: bytes per token of the pool, and bytes whatever its size.
+
+    A draft model that can look back at everything has a page for each of the target's. SnapKV's cache, the queries that
+    choose, and what a draft model keeps that reads a window are of fixed size. shape: of the model that drafts.
+    """
+    settings = config.speculation
+    ranks = settings.draft_ranks(config.tensor_parallel_size) or config.tensor_parallel_size
     try:
         heads = split_heads(shape.num_heads, shape.num_kv_heads, ranks)
     except ValueError as error:
         raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
-    return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads))
+    kept, page = footprint(settings, config.cache.page_size), config.cache.page_size
+    query_bytes = shape.num_layers * shape.head_dim * dtype.itemsize
+    kept_bytes = config.scheduler.max_rows * max(
+        kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size) + kept.queries * mine.heads.size * query_bytes
+        for mine in heads
+    )
+    if settings.draft_model is None or isinstance(settings.kv, WindowConfig):
+        return 0, kept_bytes
+    return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads)), kept_bytes
 
 
 def draft_reads(config: EngineConfig) -> Callable[[int, int], int]:
@@ -148,17 +161,33 @@ def draft_reads(config: EngineConfig) -> Callable[[int, int], int]:
     return lambda context, budget: context - policies[budget].skipped(context)
 
 
-def _num_pages(config: EngineConfig, max_model_len: int, bytes_per_token: int) -> int:
-    """Pages in the pool: what is configured or fits in memory_gb, but no more than all rows can ever use.
+def _num_pages(config: EngineConfig, max_model_len: int, token_bytes: int, kept_bytes: int) -> int:
+    """Pages in the pool: what is configured or fits in memory_gb beside what drafts keep, but no more than all rows can
+    ever use. token_bytes, kept_bytes: per token of the pool, and whatever its size.
 
     Raises ConfigError unless the longest request fits alone, so that whatever is admitted can finish.
     """
-    page_size = config.cache.page_size
+    page_size, memory = config.cache.page_size, config.cache.memory_gb
     longest = -(-max_model_len // page_size)
-    pages = config.cache.num_pages or int(config.cache.memory_gb * 1e9) // (page_size * bytes_per_token)
+    if config.cache.num_pages is not None:
+        pages, beside = config.cache.num_pages, ""
+    else:
+        pages = max(0, int(memory * 1e9) - kept_bytes) // (page_size * token_bytes)
+        beside = _beside(config, kept_bytes)
     if pages < longest:
         raise ConfigError(
-            f"engine.cache: {pages} pages of {page_size} tokens hold less than one request of max_model_len "
+            f"engine.cache: {pages} pages of {page_size} tokens{beside} hold less than one request of max_model_len "
             f"{max_model_len} ({longest} pages); raise cache.memory_gb or lower max_model_len"
         )
     return min(pages, longest * config.scheduler.max_rows)
+
+
+def _beside(config: EngineConfig, kept_bytes: int) -> str:
+    """What to say of a pool that shares `memory_gb` with what drafts keep."""
+    if not kept_bytes:
+        return ""
+    rows = config.scheduler.max_rows
+    return (
+        f", beside the {kept_bytes / 1e9:.3g} GB of {config.cache.memory_gb:g} that drafts keep for {rows} rows "
+        "(speculation.kv.budget, scheduler.max_rows),"
+    )

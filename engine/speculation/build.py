@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config import EngineConfig, KVConfig, SnapKVConfig, TopKConfig, WindowConfig
+from torch import Tensor
+
+from engine.config import EngineConfig
 from engine.rows import Rows
 from engine.runner import Runner
 from engine.sampling import Sampler
 from engine.speculation.draft_cache import DraftCache
 from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
+from engine.speculation.footprint import footprint
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
 from engine.speculation.policies import Dense, View, budget_policies, make_policy, ring_table
 from engine.speculation.rejection import Proposals, RejectionSampler
+from engine.speculation.settings import KVConfig, SnapKVConfig, TopKConfig, WindowConfig
 from kernels.attention.base import AttentionBackend
 from kernels.attention.reference import ReferenceAttention
 from kernels.attention.relative import RelativeAttention
@@ -23,10 +27,6 @@ from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
 from parallel.sampling import VocabShard
-
-_RESELECT = 32
-"""New tokens after which SnapKV chooses again, where that is left to us: what a request generates would else leave the
-draft's sight. One look at all keys in so many steps costs little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +59,13 @@ def make_drafter(
         shared = draft.group is None or draft.group.size < group.size
         return target, SharedDrafts(drafter, group) if shared else drafter or NoDrafter()
     if isinstance(settings.kv, SnapKVConfig):
-        kv = settings.kv if settings.kv.reselect is not None else settings.kv.model_copy(update={"reselect": _RESELECT})
-        cache = DraftCache(kv, target.model, target.pool, rows, target.attention, most_drafts=settings.most_drafts)
+        cache = DraftCache(settings, target.model, target.pool, rows, target.attention)
         runner = Runner(target.model, cache.pool, ReferenceAttention(rows.page_size), cache.view)
         observed = Runner(target.model, target.pool, cache.attention, target.view)
         return observed, SelfDrafter(runner, sampler, cache)
     view = View(make_policy(settings.kv, rows.page_size), rows.page_table)
     attention = make_attention(settings.kv, target.model, rows.page_size)
-    views = {
-        budget: View(make_policy(kv, rows.page_size), rows.page_table) for budget, kv in budget_policies(config).items()
-    }
+    views = _views(config, rows.page_table)
     return target, SelfDrafter(Runner(target.model, target.pool, attention, view), sampler, views=views)
 
 
@@ -89,28 +86,32 @@ def _model_drafter(
     page = rows.page_size
     block = config.scheduler.max_batch_tokens
     row_block = block
-    cache = None
+    cache, views = None, {}
     if isinstance(settings.kv, WindowConfig):
-        # What a window reads is all that is kept: a pool of fixed size, whatever the context. Prompts go through it in
-        # blocks, lest the first query of one sees too little before it.
-        row_block = max(page, settings.kv.budget // 4 // page * page)
-        first = -(-settings.kv.sink // page)
-        ring = settings.kv.budget // page - first + -(-max(settings.most_drafts, row_block) // page)
+        kept = footprint(settings, page)  # what a window reads is all that is kept
+        row_block = kept.block or block
         columns = rows.page_table.shape[1]
-        table = ring_table(len(rows.tokens), columns, first, ring).to(rows.device)
-        pool = make_pool(model, len(rows.tokens) * (first + ring), page)
+        table = ring_table(len(rows.tokens), columns, kept.first, kept.ring).to(rows.device)
+        pool = make_pool(model, len(rows.tokens) * kept.pages, page)
         attention = make_attention(settings.kv, model, page)
         full = runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table))
+        views = _views(config, table)
     else:
         full = runner = Runner(model, make_pool(model, num_pages, page), ReferenceAttention(page), dense(rows))
         if isinstance(settings.kv, SnapKVConfig):
-            cache = DraftCache(settings.kv, model, full.pool, rows, full.attention, most_drafts=settings.most_drafts)
+            cache = DraftCache(settings, model, full.pool, rows, full.attention)
             runner = Runner(model, cache.pool, ReferenceAttention(page), cache.view)
             full = Runner(model, full.pool, cache.attention, full.view)
         elif isinstance(settings.kv, TopKConfig):
             runner = Runner(model, full.pool, make_attention(settings.kv, model, page), full.view)
     own = sampler.twin(VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group))
-    return ModelDrafter(rows, full, runner, own, row_block=row_block, block=block, cache=cache)
+    return ModelDrafter(rows, full, runner, own, row_block=row_block, block=block, cache=cache, views=views)
+
+
+def _views(config: EngineConfig, page_table: Tensor) -> dict[int, View]:
+    """Of the pool laid out by page_table, by the budget that a round may ask for."""
+    page = config.cache.page_size
+    return {budget: View(make_policy(kv, page), page_table) for budget, kv in budget_policies(config).items()}
 
 
 def dense(rows: Rows) -> View:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import SnapKVConfig
 from engine.plan import RowStart
 from engine.rows import Ints, Round, Rows, ragged
+from engine.speculation.footprint import footprint
 from engine.speculation.policies import View, make_policy, ring_table
+from engine.speculation.settings import SnapKVConfig, SpeculationConfig
 from kernels.attention.base import AttentionBackend
 from kernels.attention.observed import ObservedAttention
 from kernels.kv_cache import KVPool
@@ -32,23 +33,21 @@ class DraftCache:
     """
 
     def __init__(
-        self, config: SnapKVConfig, model: Llama, full: KVPool, rows: Rows, inner: AttentionBackend, *, most_drafts: int
+        self, settings: SpeculationConfig, model: Llama, full: KVPool, rows: Rows, inner: AttentionBackend
     ) -> None:
-        """config: with `reselect` settled. full: the pool that is chosen from, laid out by rows.page_table. inner: the
-        attention that `attention` is made of. most_drafts: per row and round.
+        """settings: whose policy is SnapKV. full: the pool that is chosen from, laid out by rows.page_table. inner: the
+        attention that `attention` is made of.
         """
         max_rows, page = len(rows.tokens), rows.page_size
+        config, kept = settings.settled_kv, footprint(settings, page)
+        assert isinstance(config, SnapKVConfig)
         self._config = config
         self._reselect = config.reselect or 0
         self._rows = rows
         self._full = full
         self._scale = model.head_dim**-0.5
-        self._chosen = (config.budget - config.recent) // page  # pages
-        self._recent = config.recent // page
-        # Drafts that came to nothing have overwritten what stood a ring before them: keep that out of the window.
-        ring = self._recent + -(-most_drafts // page)
-        self._per_row = self._chosen + ring
-        table = ring_table(max_rows, rows.page_table.shape[1], self._chosen, ring)
+        self._chosen, self._recent, self._per_row = kept.first, config.recent // page, kept.pages  # in pages
+        table = ring_table(max_rows, rows.page_table.shape[1], kept.first, kept.ring)
         self.view = View(make_policy(config, page), table.to(rows.device))
         self.pool = KVPool(
             num_layers=model.num_layers,
@@ -59,8 +58,7 @@ class DraftCache:
             dtype=model.dtype,
             device=model.device,
         )
-        # Queries by position; those of drafts that came to nothing must not overwrite the last ones that count.
-        self._places = config.queries + (most_drafts if self._reselect else 0)
+        self._places = kept.queries  # by position
         shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
         self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.attention = ObservedAttention(inner, self._queries)
@@ -100,10 +98,16 @@ class DraftCache:
         count = rows.drafting
         slots = rows.row[:count]
         self._copied[slots] = np.minimum(self._copied[slots], rows.computed[:count])  # behind: rejected drafts
-        todo = [
-            self._missing(row, computed, held)
-            for row, computed, held in zip(slots.tolist(), rows.computed[:count].tolist(), upto.tolist(), strict=True)
-        ]
+        if self._reselect:
+            self._observed[slots] = upto
+        todo = []
+        for row, computed, held in zip(slots.tolist(), rows.computed[:count].tolist(), upto.tolist(), strict=True):
+            if candidates := self._due(row, computed, held):
+                self._choose(row, computed, candidates)
+                first = self._first_recent(held)  # what came before is chosen, or will not be read
+            else:
+                first = int(self._copied[row])
+            todo.append(self._missing(first, held))
         self.wrote(slots, np.maximum(self._copied[slots], upto))
         full, cache, offset = self._places_of(np.repeat(slots, [len(each) for each in todo]), np.concatenate(todo))
         self.pool.data[:, :, cache, :, offset] = self._full.data[:, :, full, :, offset]
@@ -126,26 +130,28 @@ class DraftCache:
         column, offset = position // page, position % page
         return self._rows.page_table[row_index, column], self.view.page_table[row_index, column], offset
 
-    def _missing(self, row: int, computed: int, upto: int) -> Ints:
-        """Positions to copy; chooses first, if it is time to."""
-        page, first = self._rows.page_size, int(self._copied[row])
-        # The first position that is read as recent; the draft's first query stands at `upto`.
-        recent = max(0, -(-(upto + 1) // page) - self._recent) * page
-        if self._reselect:
-            self._observed[row] = upto
-        if not self._chosen_at[row] or 0 < self._reselect <= computed - self._chosen_at[row]:
-            candidates = min(recent, int(self._observed[row]))
-            # A prompt that fits into the first pages leaves no choice: they keep what came first.
-            if candidates > self._chosen * page:
-                self._chosen_at[row] = computed
-                self._choose(row, candidates)
-                return np.arange(recent, upto)
-        # Behind the first pages, what is not recent any more is never read again.
-        prefix = np.arange(first, min(upto, self._chosen * page))
-        return np.concatenate([prefix, np.arange(max(first, recent, self._chosen * page), upto)])
+    def _first_recent(self, upto: int) -> int:
+        """The first position that is read as recent by a query at `upto`, the draft's first one."""
+        return max(0, -(-(upto + 1) // self._rows.page_size) - self._recent) * self._rows.page_size
 
-    def _choose(self, row: int, candidates: int) -> None:
+    def _due(self, row: int, computed: int, upto: int) -> int:
+        """From how many tokens the row's cache is to be chosen anew; 0: it is not time to, or leaves no choice."""
+        if self._chosen_at[row] and not 0 < self._reselect <= computed - self._chosen_at[row]:
+            return 0
+        candidates = min(self._first_recent(upto), int(self._observed[row]))
+        # What fits into the first pages leaves no choice: they keep what came first.
+        return candidates if candidates > self._chosen * self._rows.page_size else 0
+
+    def _missing(self, first: int, upto: int) -> Ints:
+        """Positions from `first` to `upto` that will be read. Behind the first pages, what is not recent any more never
+        is."""
+        prefix = self._chosen * self._rows.page_size
+        recent = np.arange(max(first, self._first_recent(upto), prefix), upto)
+        return np.concatenate([np.arange(first, min(upto, prefix)), recent])
+
+    def _choose(self, row: int, computed: int, candidates: int) -> None:
         """Fill the first pages of the row with the best of its first `candidates` tokens, per layer and KV head."""
+        self._chosen_at[row] = computed
         length = int(self._observed[row])
         count = self._chosen * self._rows.page_size
         queries = min(self._config.queries, length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _START_ALPHA, _START_TRIALS = 0.9, 10.0
@@ -45,7 +45,7 @@ class Estimates:
         self._reads = reads
         self._overall: dict[int, Record] = {}
         self._priors: dict[tuple[int, int], Record] = {}
-        self._requests: dict[str, dict[int, Record]] = {}
+        self._requests: dict[tuple[str, int], Record] = {}
 
     def overall(self, budget: int) -> float:
         """Probability that a drafted token holds, given that those before it did."""
@@ -55,30 +55,46 @@ class Estimates:
         record = self._overall.get(budget)
         return record.alpha(max(0.0, expected), _START_TRIALS) if record else max(0.0, expected)
 
-    def alpha(self, request: str, context: int, budget: int) -> float:
-        """The same of one request."""
-        expected = self.overall(budget)
-        prior = self._priors.get((budget, self._likeness(context)))
-        if prior:
-            expected = prior.alpha(expected, _START_TRIALS)
-        record = self._requests.get(request, {}).get(budget)
-        return record.alpha(expected, _REQUEST_TRIALS) if record else expected
+    def alphas(self, requests: Sequence[str], contexts: Sequence[int], budget: int) -> list[float]:
+        """The same of each request."""
+        overall = self.overall(budget)
+        priors: dict[int, float] = {}
+        found = []
+        for request, context in zip(requests, contexts, strict=True):
+            likeness = self._likeness(context)
+            if likeness not in priors:
+                prior = self._priors.get((budget, likeness))
+                priors[likeness] = prior.alpha(overall, _START_TRIALS) if prior else overall
+            record = self._requests.get((request, budget))
+            found.append(record.alpha(priors[likeness], _REQUEST_TRIALS) if record else priors[likeness])
+        return found
 
-    def judged(self, request: str, context: int, budget: int, held: int, rejected: bool) -> None:
-        """Of a round's drafts, `held` held, and the one behind them did not, or there was none."""
-        own = self._requests.setdefault(request, {}).setdefault(budget, Record())
-        own.add(held, rejected, _REQUEST_MEMORY)
-        prior = self._priors.setdefault((budget, self._likeness(context)), Record())
-        for record in (prior, self._overall.setdefault(budget, Record())):
-            record.add(held, rejected, _PRIOR_MEMORY)
+    def judged(self, budget: int, rows: Iterable[tuple[str, int, int, bool]]) -> None:
+        """A round's drafts with this budget. rows: of each that drafted its request, its context, how many drafts held,
+        and whether the one behind them did not, rather than there being none."""
+        sums: dict[int, list[int]] = {}
+        for request, context, held, rejected in rows:
+            own = self._requests.get((request, budget))
+            if own is None:
+                own = self._requests[request, budget] = Record()
+            own.add(held, rejected, _REQUEST_MEMORY)
+            like = sums.setdefault(self._likeness(context), [0, 0])
+            like[0] += held
+            like[1] += rejected
+        for likeness, (held, rejections) in sums.items():
+            prior = self._priors.setdefault((budget, likeness), Record())
+            for record in (prior, self._overall.setdefault(budget, Record())):
+                record.add(held, rejections, _PRIOR_MEMORY)
 
     def forget(self, request: str) -> None:
-        self._requests.pop(request, None)
+        for budget in self._overall:
+            self._requests.pop((request, budget), None)
 
     def keep_only(self, requests: Iterable[str], beyond: int) -> None:
-        """Forget all other requests, once there are more than `beyond`: some end without a word."""
+        """Forget all other requests, once there are more than `beyond` records: some end without a word."""
         if len(self._requests) > beyond:
-            self._requests = {id: self._requests[id] for id in requests if id in self._requests}
+            kept = set(requests)
+            self._requests = {key: record for key, record in self._requests.items() if key[0] in kept}
 
     def _likeness(self, context: int) -> int:
         return (context // self._reads).bit_length() if self._reads else 0

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from engine.speculation.acceptance import Policy, expected_alpha
 from engine.speculation.cost_model import PUBLISHED, REFERENCE_ON_CPU, Placement, Speculation
+from engine.speculation.footprint import Footprint, footprint
 from engine.speculation.hardware import find_device
+from engine.speculation.settings import SnapKVConfig, SpeculationConfig, WindowConfig
 from models.shapes import find_shape, rank_kv_token_bytes, rank_weight_bytes
 
 BUDGETS = (512, 128, 256, 1024, 2048)
@@ -140,7 +143,7 @@ class Deployment:
         """Bytes on the fullest rank: the target's weights, its KV per row, a draft's own weights, its own KV per row.
 
         A row owns gamma + 1 slots beyond its context. Sink + window with the target's weights reads the target's own
-        KV. Any other draft keeps what it reads, and its slots.
+        KV. A draft model that reads everything, or chooses from it, has KV of that; for the rest see footprint.
         """
         target, draft, slots = self.target, self.drafter, gamma + 1
         weights = rank_weight_bytes(target.model, target.ranks, target.element_bytes)
@@ -150,8 +153,19 @@ class Deployment:
         draft_weights = (
             rank_weight_bytes(draft.model, draft.ranks, draft.element_bytes) if self.has_own_weights else 0.0
         )
-        kept = (context if budget is None else min(context, budget)) + slots
-        return weights, kv, draft_weights, kept * rank_kv_token_bytes(draft.model, draft.ranks, draft.element_bytes)
+        kept = Footprint() if budget is None else self._footprint(budget, gamma)
+        tokens = kept.pages
+        if self.has_own_weights and (budget is None or self.policy == "snapkv"):
+            tokens += context + slots
+        queries = kept.queries * draft.model.num_layers * draft.model.head_dim * draft.element_bytes
+        own = tokens * rank_kv_token_bytes(draft.model, draft.ranks, draft.element_bytes)
+        return weights, kv, draft_weights, own + queries * -(-draft.model.num_heads // draft.ranks)
+
+    def _footprint(self, budget: int, gamma: int) -> Footprint:
+        """With pages of one token."""
+        kv = WindowConfig(budget=budget) if self.policy == "window" else SnapKVConfig(policy="snapkv", budget=budget)
+        drafter: Literal["self", "model"] = "model" if self.has_own_weights else "self"
+        return footprint(SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=kv), 1)
 
 
 def deploy(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -13,16 +13,18 @@ from engine.runner import Runner
 from engine.sampling import Sampler
 from engine.speculation.draft_cache import DraftCache
 from engine.speculation.drafters import Drafter, draft
+from engine.speculation.policies import View
 from engine.speculation.verify import Verdict
 from parallel.group import Group
 
 
 class ModelDrafter:
-    """The draft model has KV of its own, and has to see every token that the target commits.
+    """The draft model has KV of its own, and has to see every token that the target commits before it drafts.
 
-    Prompts are computed in the rounds in which the target computes them. A decoding row lacks nothing but its pending
-    token - or one more, if all drafts of the round before held: the last of them was proposed, but never fed. Both are
-    fed together. Rows that decoded without drafts catch up when they draft again.
+    It sees them when they are needed: rows that do not draft cost nothing, and the plan says how many tokens of a row
+    that is about to draft are computed first, or some of them, if they are too many for one round. A row that
+    drafts round after round lacks nothing but its pending token - or one more, if all drafts of the round before held:
+    the last of them was proposed, but never fed. Both are fed together.
 
     computed: host, per row slot; the committed tokens whose KV the draft model has.
     """
@@ -37,10 +39,11 @@ class ModelDrafter:
         row_block: int,
         block: int,
         cache: DraftCache | None = None,
+        views: Mapping[int, View] | None = None,
     ) -> None:
         """full: the draft model as it reads while it computes prompts. runner: as it reads while it drafts; with a
         cache, that one's pool and view. sampler: the draft model's own. row_block, block: most tokens of one row, and
-        of all, in one forward over prompts.
+        of all, in one forward over prompts. views: other views to draft with, by the budget that a round may ask for.
         """
         self._rows = rows
         self._full = full
@@ -48,6 +51,7 @@ class ModelDrafter:
         self._sampler = sampler
         self._row_block, self._block = row_block, block
         self._cache = cache
+        self._views = views or {}
         self._computed = np.zeros(len(rows.tokens), dtype=np.int64)
 
     def propose(self, rows: Round) -> Tensor:
@@ -57,16 +61,15 @@ class ModelDrafter:
             if self._cache is not None:
                 self._cache.start(start)
         held = np.minimum(self._computed[rows.row], rows.computed)  # behind: rejected drafts
-        # A drafting row can still lack one token when it drafts; prompts are computed to their end.
-        prefill = (rows.new > 1) | ~rows.samples
-        wanted = np.where(prefill, rows.computed + rows.new, np.where(rows.gamma > 0, rows.computed, held))
-        held = self._feed(rows, held, np.where(prefill | (wanted > held + 1), wanted, held))
+        self._feed(rows, held, held + rows.catch_up)
+        held += rows.catch_up
         count = rows.drafting
         if count:
             if self._cache is not None:
                 self._cache.catch_up(rows, held[:count])
             behind = rows.computed[:count] - held[:count]
-            draft(rows, self._runner, self._sampler, behind=behind if behind.any() else None)
+            view = self._views.get(rows.budget)
+            draft(rows, self._runner, self._sampler, view=view, behind=behind if behind.any() else None)
             drafted = rows.computed[:count] + rows.gamma[:count]
             if self._cache is not None:
                 self._cache.give_back(rows.row[:count], held[:count], drafted)
@@ -75,8 +78,8 @@ class ModelDrafter:
         self._computed[rows.row] = held
         return rows.gamma_asked
 
-    def _feed(self, rows: Round, held: Ints, wanted: Ints) -> Ints:
-        """Compute the KV of each row's tokens held … wanted - 1. Returns `wanted`, or `held` where that is more."""
+    def _feed(self, rows: Round, held: Ints, wanted: Ints) -> None:
+        """Compute the KV of each row's tokens held … wanted - 1."""
         for index, first, tokens in self._blocks(held, wanted):
             slots = rows.row[index]
             if self._cache is not None:
@@ -85,7 +88,6 @@ class ModelDrafter:
             nothing = np.empty(0, dtype=np.int64)
             batch = self._rows.batch(slots, rows.computed[index], ahead, tokens, self._full.view, nothing)
             self._full.forward(batch)
-        return np.maximum(held, wanted)
 
     def _blocks(self, held: Ints, wanted: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
         """What goes into one forward, again and again: which rows, from where, and how many tokens of each."""

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.config import EngineConfig, KVConfig, SnapKVConfig, WindowConfig
+from engine.config import EngineConfig
+from engine.speculation.settings import KVConfig, SnapKVConfig, WindowConfig
 
 
 class KVPolicy(Protocol):
@@ -110,11 +111,15 @@ def make_policy(config: KVConfig, page_size: int) -> KVPolicy:
 
 
 def budget_policies(config: EngineConfig) -> dict[int, WindowConfig]:
-    """By budget, the largest first, what drafts may read with, where that can be chosen from round to round: a view of
-    a window costs nothing to change. The configured budget, half of it and a quarter, as far as pages and sink allow.
+    """By budget, the largest first, what drafts may read with, where that can be chosen from round to round: a window
+    is a page list into a pool that holds more, the target's or a draft model's own, and costs nothing to narrow. The
+    configured budget, half of it and a quarter, as far as pages and sink allow.
+
+    The others have one budget. SnapKV's cache is filled for its budget: fewer recent pages would save little, and which
+    of the chosen tokens matter least is not kept. topk reads all keys whatever it attends to; all has no budget.
     """
     kv, page = config.speculation.kv, config.cache.page_size
-    if config.speculation.gamma != "auto" or config.speculation.drafter != "self" or not isinstance(kv, WindowConfig):
+    if config.speculation.gamma != "auto" or not isinstance(kv, WindowConfig):
         return {}
     least = (-(-kv.sink // page) + 1) * page
     budgets = [kv.budget // share // page * page for share in (1, 2, 4)]

@@ -54,41 +54,62 @@ class StepTimes:
         if not listed or self.gammas[0] != 0 or len(self.gammas) < 2:
             raise ValueError("a profile needs plain steps and at least one gamma")
         self._reads = draft_reads
-        self._verify = {
-            gamma: _fit((s.rows, s.rows * float(s.context), s.verify_s) for s in listed if s.gamma == gamma)
+        self._verify = [
+            _Plane((s.rows, s.rows * float(s.context), s.verify_s) for s in listed if s.gamma == gamma)
             for gamma in self.gammas
-        }
-        self._draft = _fit(
+        ]
+        self._draft = _Plane(
             (s.rows, s.rows * float(draft_reads(s.context, 0)), s.draft_s / s.gamma) for s in listed if s.gamma
         )
         self._least_verify = 0.1 * min(sample.verify_s for sample in listed)
         self._least_draft = 0.1 * min(sample.draft_s / sample.gamma for sample in listed if sample.gamma)
 
-    def verify(self, rows: int, context_tokens: float, gamma: float) -> float:
-        """A pass over `rows` rows with `context_tokens` tokens in all, and gamma drafts each on average."""
-        i = min(max(bisect_right(self.gammas, gamma), 1), len(self.gammas) - 1)
-        low, high = self.gammas[i - 1], self.gammas[i]
-        t_low = _at(self._verify[low], rows, context_tokens)
-        t_high = _at(self._verify[high], rows, context_tokens)
-        return max(self._least_verify, t_low + (t_high - t_low) * (gamma - low) / (high - low))
+    def verify(self, rows: int, context_tokens: float, gammas: Iterable[float]) -> list[float]:
+        """Passes over `rows` rows with `context_tokens` tokens in all, and so many drafts each on average."""
+        measured = [plane(rows, context_tokens) for plane in self._verify]
+        found = []
+        for gamma in gammas:
+            i = min(max(bisect_right(self.gammas, gamma), 1), len(self.gammas) - 1)
+            share = (gamma - self.gammas[i - 1]) / (self.gammas[i] - self.gammas[i - 1])
+            found.append(max(self._least_verify, measured[i - 1] + (measured[i] - measured[i - 1]) * share))
+        return found
 
-    def draft(self, rows: int, contexts: Sequence[int], budget: int) -> float:
-        """One draft step of `rows` rows, whose contexts are like `contexts`. budget: see draft_reads."""
-        read = sum(self._reads(context, budget) for context in contexts) * rows / len(contexts)
-        return max(self._least_draft, _at(self._draft, rows, read))
+    def read(self, contexts: Sequence[int], budget: int) -> float:
+        """KV tokens that a draft step reads of such rows, on average. budget: see draft_reads."""
+        return sum([self._reads(context, budget) for context in contexts]) / len(contexts)
 
-
-def _fit(points: Iterable[tuple[int, float, float]]) -> list[tuple[int, _Line]]:
-    """By rows: seconds as a line over KV tokens read. points: (rows, KV tokens, seconds)."""
-    by_rows: dict[int, dict[float, list[float]]] = {}
-    for rows, tokens, seconds in points:
-        by_rows.setdefault(rows, {}).setdefault(tokens, []).append(seconds)
-    return [
-        (rows, _Line([(tokens, min(seconds)) for tokens, seconds in sorted(by_tokens.items())]))
-        for rows, by_tokens in sorted(by_rows.items())
-    ]
+    def draft(self, rows: int, read: float) -> float:
+        """One draft step of `rows` rows, that reads `read` KV tokens of each."""
+        return max(self._least_draft, self._draft(rows, rows * read))
 
 
-def _at(lines: list[tuple[int, _Line]], rows: int, tokens: float) -> float:
-    """Between the two measured numbers of rows nearest to `rows`, at the same KV tokens."""
-    return _Line([(float(known), line(tokens)) for known, line in lines])(rows)
+class _Plane:
+    """Seconds over rows and KV tokens: a line over tokens for each number of rows, and straight on between the two
+    nearest ones, at the same tokens."""
+
+    def __init__(self, points: Iterable[tuple[int, float, float]]) -> None:
+        """points: (rows, KV tokens, seconds); of several at the same place, the fastest."""
+        by_rows: dict[int, dict[float, list[float]]] = {}
+        for rows, tokens, seconds in points:
+            by_rows.setdefault(rows, {}).setdefault(tokens, []).append(seconds)
+        self._lines = {
+            rows: _Line([(tokens, min(seconds)) for tokens, seconds in sorted(by_tokens.items())])
+            for rows, by_tokens in sorted(by_rows.items())
+        }
+        self._between: dict[int, tuple[_Line, _Line, float]] = {}
+
+    def __call__(self, rows: int, tokens: float) -> float:
+        if rows not in self._between:
+            self._between[rows] = self._neighbours(rows)
+        low, high, share = self._between[rows]
+        below = low(tokens)
+        return below + (high(tokens) - below) * share if share else below
+
+    def _neighbours(self, rows: int) -> tuple[_Line, _Line, float]:
+        """The lines of the numbers of rows on both sides, and how far from the first to the second `rows` is."""
+        known = list(self._lines)
+        if len(known) == 1:
+            return self._lines[known[0]], self._lines[known[0]], 0.0
+        i = min(max(bisect_right(known, rows), 1), len(known) - 1)
+        low, high = known[i - 1], known[i]
+        return self._lines[low], self._lines[high], (rows - low) / (high - low)

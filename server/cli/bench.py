@@ -52,7 +52,8 @@ def decode(
     from bench.bandwidth import read_bandwidth
     from bench.corpus import passages, read_text
     from bench.decode import DecodeResult, measure, table
-    from engine.config import SpeculationConfig, load_config
+    from engine.config import load_config
+    from engine.speculation.settings import SpeculationConfig
     from models.default import resolve_model
     from models.tokenizer import Tokenizer
 

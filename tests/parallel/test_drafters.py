@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from engine.core import Engine
+from engine.plan import StepPlan
+from engine.request import Request
+from engine.speculation.controller import FixedGamma
 from tests.engines import run, tokens
 from tests.parallel.test_law import alone, model, requests
 from tests.ranks import DRAFT, threaded_engine, write_random_model
@@ -28,6 +33,18 @@ KV: dict[str, dict[str, Any]] = {
 def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draft = replace(DRAFT, vocab_size=model(*SHAPE).vocab_size)
     return write_random_model(tmp_path_factory.mktemp("models") / "draft", draft)
+
+
+class InTurns(FixedGamma):
+    """Rows draft in some rounds, and not in others."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self._round = 0
+
+    def choose(self, rows: Sequence[Request]) -> list[int]:
+        self._round += 1
+        return [3 if (self._round // 5 + i) % 3 else 0 for i in range(len(rows))]
 
 
 def start(size: int, speculation: dict[str, Any], gamma: int = 3) -> Engine:
@@ -67,6 +84,28 @@ def test_a_draft_model_on_all_ranks_or_fewer(draft_dir: Path, policy: str, size:
     }
     engine = start(size, speculation)
     assert texts(engine) == expected()
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, None), (3, 1), (4, 3)])
+@pytest.mark.parametrize("policy", ["window", "snapkv", "all"])
+def test_ranks_agree_on_who_has_caught_up(draft_dir: Path, policy: str, size: int, count: int | None) -> None:
+    """Also those without the draft model, where rows draft, catch up, do both, or neither."""
+    speculation = {
+        "gamma": 3,
+        "drafter": "model",
+        "model": str(draft_dir),
+        "tensor_parallel_size": count,
+        "kv": KV[policy],
+    }
+    scheduler = {"max_rows": 4, "max_batch_tokens": 24}
+    engine, ranks = threaded_engine(
+        model(*SHAPE), size, gamma=3, digest_every=1, speculation=speculation, scheduler=scheduler
+    )
+    engine._scheduler.controller = InTurns()
+    assert texts(engine) == expected()
+    plans = [msgspec.msgpack.decode(frame, type=StepPlan) for frame in ranks.plans if frame]
+    kinds = {(work.gamma > 0, work.catch_up > 0) for plan in plans for work in plan.work}
+    assert kinds == {(False, False), (False, True), (True, False), (True, True)}
 
 
 @pytest.mark.parametrize("drafter", ["self", "model"])

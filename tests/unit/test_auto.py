@@ -71,11 +71,15 @@ class Load:
     budgets: tuple[int, ...] = (BUDGET,)
     by_budget: dict[int, float] = field(default_factory=dict)
     prompts: bool = False
+    max_tokens: int = 10**6
+    lags: list[int] | None = None
+    catch_up_s: float = 0.0
     controller: AutoGamma = field(init=False)
     rows: list[Request] = field(init=False)
     chosen: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
+    caught_up: int = 0
 
     def __post_init__(self) -> None:
         times = StepTimes((self.known or self.machine).samples(), reads)
@@ -83,9 +87,14 @@ class Load:
         self.rng = random.Random(self.seed)
         limits = self.limits or [None] * len(self.contexts)
         self.rows = [
-            Request(AddRequest(str(i), [0] * context, SamplingParams(max_tokens=10**6, max_draft_tokens=limit)), ())
+            Request(
+                AddRequest(str(i), [0] * context, SamplingParams(max_tokens=self.max_tokens, max_draft_tokens=limit)),
+                (),
+            )
             for i, (context, limit) in enumerate(zip(self.contexts, limits, strict=True))
         ]
+        for row, lag in zip(self.rows, self.lags or [], strict=False):
+            row.draft_lag = lag
 
     @property
     def prompt(self) -> Request:
@@ -102,18 +111,28 @@ class Load:
         gammas = [min(g, row.most_drafts) for g, row in zip(self.controller.choose(self.rows), self.rows, strict=True)]
         contexts = [row.num_tokens for row in self.rows]
         work, results = [], []
+        left = caught_up = 512
         for i, (row, gamma, alpha) in enumerate(zip(self.rows, gammas, self.alphas, strict=True)):
-            accepted = 0
+            accepted = catch_up = 0
+            if gamma and row.draft_lag > 1:
+                catch_up = min(row.draft_lag, left)
+                left -= catch_up
+                row.draft_lag -= catch_up
+                gammas[i] = gamma = 0 if row.draft_lag else gamma
             alpha = self.by_budget.get(self.controller.budget, alpha)
             while accepted < gamma and self.rng.random() < alpha:
                 accepted += 1
-            work.append(RowWork(i, row.num_tokens - 1, 1, gamma, True))
+            if self.lags and not gamma:
+                row.draft_lag += 1
+            work.append(RowWork(i, row.num_tokens - 1, 1, gamma, True, catch_up))
             results.append(RowResult(gamma, accepted, [0] * (accepted + 1), None))
             self.tokens += accepted + 1
         draft, verify = (
             self.machine.draft(contexts, gammas, self.controller.budget),
             self.machine.verify(contexts, gammas),
         )
+        draft += (caught_up - left) * self.catch_up_s
+        self.caught_up += caught_up - left
         self.seconds += draft + verify
         self.chosen.append(gammas)
         rows = self.rows
@@ -256,11 +275,11 @@ def test_step_times_are_lines_between_what_was_measured() -> None:
     machine = Machine()
     times = StepTimes(machine.samples(), reads)
     for rows, context, gamma in [(1, 64, 0), (16, 4096, 6), (4, 4096, 3), (2, 700, 2), (10, 9000, 1), (30, 100, 5)]:
-        assert times.verify(rows, rows * context, gamma) == pytest.approx(
-            machine.verify([context] * rows, [gamma] * rows)
+        assert times.verify(rows, rows * context, [0, gamma]) == pytest.approx(
+            [machine.verify([context] * rows, [each] * rows) for each in (0, gamma)]
         )
         expected = machine.draft([context] * rows, [1] * rows)
-        assert times.draft(rows, [context] * rows, 0) == pytest.approx(expected)
+        assert times.draft(rows, times.read([context] * rows, 0)) == pytest.approx(expected)
 
 
 def test_step_times_need_plain_steps_and_drafts() -> None:
@@ -300,10 +319,10 @@ def test_the_budget_that_pays(by_budget: dict[int, float], best: int) -> None:
 def test_a_budget_that_was_not_tried_is_taken_to_be_worse() -> None:
     estimates = Estimates(512, 512)
     for _ in range(100):
-        estimates.judged("a", 4000, 512, 9, True)
+        estimates.judged(512, [("a", 4000, 9, True)])
     assert estimates.overall(512) == pytest.approx(0.9, abs=0.01)
     assert estimates.overall(128) == pytest.approx(0.8, abs=0.02)
-    assert estimates.alpha("new", 4000, 512) == pytest.approx(0.9, abs=0.01)
+    assert estimates.alphas(["new"], [4000], 512) == [pytest.approx(0.9, abs=0.01)]
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -315,3 +334,51 @@ def test_trying_costs_what_it_may_also_among_prompts(mixed: bool) -> None:
     plain = 4 / machine.verify([100] * 4, [0] * 4)
     assert load.run(2000) > 0.98 * plain
     assert load.share_off(2000) < 1.0
+
+
+def test_rows_catch_up_where_that_pays() -> None:
+    load = Load(Machine(), [20000] * 4, [0.8] * 4, lags=[20000] * 4, catch_up_s=0.02e-3)
+    load.run(400)
+    assert load.caught_up == pytest.approx(4 * 20000, rel=0.02)
+    assert load.share_off(200) < 0.1
+    never_late = Load(Machine(), [20000] * 4, [0.8] * 4)
+    never_late.run(400)
+    assert load.run(400) == pytest.approx(never_late.run(400), rel=0.05)
+
+
+@pytest.mark.parametrize(("lag", "others"), [(20000, 0), (20000, 3)])
+def test_rows_do_not_catch_up_where_that_costs_more_than_it_brings(lag: int, others: int) -> None:
+    """A late row among others that draft decodes plainly; what is spent on it is what may be spent on tries."""
+    contexts, alphas = [20000] * (1 + others), [0.8] * (1 + others)
+    load = Load(Machine(), contexts, alphas, lags=[lag] + [0] * others, catch_up_s=1e-3, max_tokens=2000)
+    load.run(200)  # in which it learns what that costs
+    before = load.caught_up
+    load.run(2000)
+    assert (load.caught_up - before) * 1e-3 < 0.03 * load.seconds
+    if others:
+        assert all(gammas[0] == 0 for gammas in load.chosen[-200:])
+        assert load.share_off(200) < 0.1
+    else:
+        assert load.share_off(200) == 1.0
+
+
+def test_trying_a_row_that_is_late_costs_what_trying_may() -> None:
+    """On a load that never pays, with a prompt that takes many tries to catch up with."""
+    machine = Machine()
+    load = Load(machine, [3000] * 4, [0.0] * 4, lags=[3000] * 4, catch_up_s=0.1e-3)
+    load.run(100)
+    plain = fixed(machine, [3000] * 4, [0.0] * 4, 0)
+    assert load.run(20000) > 0.98 * plain
+    assert load.caught_up > 3000
+    assert any(any(gammas) for gammas in load.chosen[-10000:])
+
+
+def test_catching_up_teaches_nothing_about_drafts() -> None:
+    load = Load(Machine(), [20000] * 4, [0.8] * 4, lags=[5000] * 4, catch_up_s=0.5e-3)
+    factors = []
+    for _ in range(200):
+        load.run(1)
+        factors.append(load.controller._corrections.factor("draft", (3, 17, BUDGET)))
+    assert load.caught_up > 4 * 5000
+    assert all(factor == pytest.approx(1.0, abs=0.05) for factor in factors)
+    assert load.controller._catch_up.seconds(1000) == pytest.approx(0.5, rel=0.05)

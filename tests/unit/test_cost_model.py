@@ -11,7 +11,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from engine.config import SpeculationConfig
 from engine.speculation.cost_model import (
     GAMMA_MAX,
     PUBLISHED,
@@ -23,6 +22,7 @@ from engine.speculation.cost_model import (
     speedup,
 )
 from engine.speculation.hardware import GPUS, Device
+from engine.speculation.settings import SpeculationConfig
 from models.config import ModelConfig, ModelError
 from models.shapes import (
     SHAPES,

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,130 @@ def test_nothing_is_read_that_was_not_written(draft_dir: Path, drafter: str, pol
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "forward", watched)
         run(engine, requests, joins=joins)
+
+
+def forwards(patch: pytest.MonkeyPatch, engine: Engine) -> list[int]:
+    """Tokens of every forward of the engine's draft model from here on."""
+    drafter: Any = engine._worker._drafter
+    draft, found = drafter._drafter._runner.model, []
+    forward = Runner.forward
+
+    def counted(runner: Runner, batch: ForwardBatch) -> Tensor:
+        if runner.model is draft:
+            found.append(len(batch.token_ids))
+        return forward(runner, batch)
+
+    patch.setattr(Runner, "forward", counted)
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_draft_model_sees_nothing_before_it_drafts(draft_dir: Path, policy: str) -> None:
+    """Then it catches up, in rounds of a bounded number of tokens, in which the row decodes plainly."""
+    engine = tiny_engine(
+        model(),
+        gamma=3,
+        page_size=4,
+        max_model_len=300,
+        scheduler={"max_batch_tokens": 32},
+        speculation={"drafter": "model", "model": str(draft_dir), "kv": kv_of(policy, 4, 6)},
+    )
+    engine._scheduler.controller = Scripted([0] * 20 + [3] * 100)
+    rounds: list[tuple[int, int, int]] = []
+    execute = engine._worker.execute
+
+    with pytest.MonkeyPatch.context() as patch:
+        found = forwards(patch, engine)
+
+        def watched(plan: StepPlan) -> StepResult:
+            before = len(found)
+            result = execute(plan)
+            rounds.append(
+                (sum(work.new for work in plan.work), sum(found[before:]), result.rows[0].drafted if result.rows else 0)
+            )
+            return result
+
+        patch.setattr(engine._worker, "execute", watched)
+        text = long_run(engine, 150, 100)
+    assert text == long_run(tiny_engine(model(), gamma=0), 150, 100)
+    prompt = -(-150 // 32)
+    assert all((fed, drafted) == (0, 0) for _, fed, drafted in rounds[: prompt + 20])
+    catching_up = [fed for _, fed, drafted in rounds[prompt + 20 :] if not drafted]
+    assert catching_up[:5] == [32] * 5
+    assert all(fed <= 32 + 2 * 3 for _, fed, _ in rounds)
+    first = next(fed for _, fed, drafted in rounds if drafted)
+    assert first > 3  # the rest, and the drafts
+    assert engine.stats().draft_tokens > 50
+
+
+def test_a_request_that_may_not_draft_costs_a_draft_model_nothing(draft_dir: Path) -> None:
+    speculation = {"drafter": "model", "model": str(draft_dir), "kv": kv_of("all", 4, 6)}
+    engine = tiny_engine(model(), gamma=3, max_model_len=300, speculation=speculation)
+    with pytest.MonkeyPatch.context() as patch:
+        found = forwards(patch, engine)
+        complete(engine, prompt_of(130, 1), SamplingParams(max_tokens=40, max_draft_tokens=0, ignore_eos=True))
+        assert found == []
+        complete(engine, prompt_of(130, 1), SamplingParams(max_tokens=40, ignore_eos=True))
+        assert sum(found) > 130
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_draft_model_as_it_pays(draft_dir: Path, policy: str) -> None:
+    """gamma: auto, with long prompts and short ones: some rows catch up, and the text is what it always is."""
+    speculation = {"drafter": "model", "model": str(draft_dir), "kv": kv_of(policy, 4, 6)}
+    engine = tiny_engine(model(), gamma="auto", max_model_len=400, speculation=speculation)  # type: ignore[arg-type]
+    requests = [
+        AddRequest(str(i), prompt_of(length, i), SamplingParams(max_tokens=70, temperature=1.0, seed=i))
+        for i, length in enumerate([250, 5, 120, 33, 9, 190])
+    ]
+    outputs = run(engine, requests, joins={"2": 5, "4": 40})
+    plain = tiny_engine(model(), gamma=0)
+    for request in requests:
+        assert tokens(outputs[request.id]) == complete(plain, request.prompt, request.params)
+
+
+class Budgets(Scripted):
+    """Rounds with several budgets, in turns."""
+
+    def __init__(self, gamma: int, budgets: Sequence[int]) -> None:
+        super().__init__([gamma] * 500)
+        self._budgets = cycle(budgets)
+
+    def choose(self, rows: Sequence[Request]) -> list[int]:
+        self.budget = next(self._budgets)
+        return super().choose(rows)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
+@pytest.mark.parametrize("drafter", ["self", "model"])
+def test_windows_of_several_budgets(draft_dir: Path, drafter: str, positions: str) -> None:
+    """Each round's drafts read what the round may; the text is what it always is."""
+    speculation = {
+        "drafter": drafter,
+        "model": str(draft_dir) if drafter == "model" else None,
+        "kv": {"policy": "window", "budget": 64, "sink": 4, "positions": positions},
+    }
+    engine = tiny_engine(model(), gamma="auto", max_model_len=400, speculation=speculation)  # type: ignore[arg-type]
+    engine._scheduler.controller = Budgets(3, [64, 32, 16])
+    proposer: Any = engine._worker._drafter
+    pool = proposer._drafter._runner.pool
+    read: list[int] = []
+    forward = Runner.forward
+
+    def watched(runner: Runner, batch: ForwardBatch) -> Tensor:
+        if runner.pool is pool and runner.view.policy is not target and batch.attention.query_lengths == [1]:
+            read.append(batch.attention.kv_lengths[0])
+        return forward(runner, batch)
+
+    target = engine._worker._target.view.policy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "forward", watched)
+        text = long_run(engine, 150, 100)
+    assert text == long_run(tiny_engine(model(), gamma=0), 150, 100)
+    for budget in (64, 32, 16):
+        assert any(budget - 4 < each <= budget for each in read)
+    assert max(read) <= 64
+    assert engine.stats().accepted_tokens > 0
 
 
 def test_a_draft_model_needs_the_same_vocabulary(tmp_path: Path) -> None:

@@ -56,13 +56,21 @@ class TestMemory:
 
     def test_a_private_cache(self) -> None:
         found = self.deployment(policy="snapkv").forecast(4, 8000, budgets=(512,), gamma=3)
-        assert found.draft_bytes == 4 * 516 * 16_384
+        queries = (32 + 3) * 32 * 4 * 128 * 2  # layers, query heads of a rank, head size
+        assert found.draft_bytes == 4 * ((512 + 3) * 16_384 + queries)
 
-    @pytest.mark.parametrize(("budget", "kept"), [(512, 516), (None, 8004), (9000, 8004)])
+    @pytest.mark.parametrize(("budget", "kept"), [(512, 512 + 128), (8, 8 + 3), (None, 8004), (9000, 9000 + 2250)])
     def test_a_draft_model(self, budget: int | None, kept: int) -> None:
+        """A window, and room for a block of the prompt or its drafts; or everything."""
         found = self.deployment("llama-3.2-1b").forecast(4, 8000, budgets=(budget,), gamma=3)
         weights = rank_weight_bytes(SHAPES["llama-3.2-1b"], 8, 2)
         assert found.draft_bytes == weights + 4 * kept * 2 * 16 * 64 * 2
+
+    def test_a_draft_model_that_chooses(self) -> None:
+        found = self.deployment("llama-3.2-1b", "snapkv").forecast(4, 8000, budgets=(512,), gamma=3)
+        weights, token = rank_weight_bytes(SHAPES["llama-3.2-1b"], 8, 2), 2 * 16 * 64 * 2
+        queries = 32 * 16 * 4 * 64 * 2
+        assert found.draft_bytes == weights + 4 * ((8004 + 515) * token + queries)
 
     def test_largest_batch_is_largest(self) -> None:
         deployment = self.deployment("llama-3.2-1b")

@@ -196,6 +196,17 @@ def test_bench_decode_of_several_policies(directory: Path, tmp_path: Path) -> No
     assert "x model" in out
 
 
+def test_bench_decode_of_a_draft_model(directory: Path, tmp_path: Path) -> None:
+    """The target itself, over KV of its own: it is never wrong once it has seen the prompts, which is not measured."""
+    target = tmp_path / "results.json"
+    arguments = ["bench", "decode", "--model", str(directory), "--dtype", "float64", "--draft", str(directory)]
+    arguments += ["--policy", "all", "--batch", "3", "--context", "400", "--new-tokens", "8"]
+    code, _, error = command(*arguments, "--speculation", "off,2", "--json", str(target))
+    assert code == 0, error
+    plain, drafted = json.loads(target.read_text())
+    assert (plain["gamma"], drafted["gamma"], drafted["acceptance"]) == (0.0, 2.0, 1.0)
+
+
 def test_bench_decode_refuses_what_does_not_fit(directory: Path, tmp_path: Path) -> None:
     common = ["bench", "decode", "--model", str(directory)]
     short = tmp_path / "short.txt"

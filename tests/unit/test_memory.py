@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config import ConfigError
 from engine.core import Engine
 from engine.llm import LLM
 from engine.memory import OutOfMemory, is_out_of_memory
@@ -19,6 +20,7 @@ from engine.runner import Runner
 from engine.speculation.policies import Dense
 from models.batch import ForwardBatch
 from tests.engines import complete, run, tiny_engine, tiny_model, tokens
+from tests.ranks import DRAFT, write_random_model
 from tests.tiny import write_tokenizer
 
 
@@ -116,3 +118,39 @@ def test_offline_it_is_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(OutOfMemory):
             llm.generate([5, 6, 7], SamplingParams(max_tokens=9, ignore_eos=True))
         assert not engine.has_work()
+
+
+KEPT: list[dict[str, Any]] = [
+    {"kv": {"policy": "snapkv", "budget": 32, "recent": 8, "queries": 5, "kernel": 3}},
+    {"kv": {"policy": "snapkv", "budget": 32, "recent": 8, "queries": 5, "kernel": 3, "reselect": 0}},
+    {"drafter": "model", "kv": {"budget": 32, "sink": 4}},
+    {"drafter": "model", "kv": {"policy": "snapkv", "budget": 32, "recent": 8, "queries": 5, "kernel": 3}},
+    {"drafter": "model", "kv": {"policy": "all"}},
+    {"kv": {"budget": 32, "sink": 4}},
+]
+
+
+@pytest.mark.parametrize("speculation", KEPT)
+def test_memory_gb_bounds_all_kv(tmp_path: Path, speculation: dict[str, Any]) -> None:
+    """The pools, caches and kept queries of an engine, whatever drafts; and not a page more would fit."""
+    if speculation.get("drafter") == "model":
+        speculation = speculation | {"model": str(write_random_model(tmp_path / "draft", DRAFT))}
+    memory = 2_000_000
+    engine = tiny_engine(tiny_model(), gamma=3, cache={"memory_gb": memory / 1e9}, speculation=speculation)
+    drafter: Any = engine._worker._drafter
+    proposer = drafter._drafter
+    runners = [engine._worker._target, getattr(proposer, "_full", None), proposer._runner]
+    pools = {id(runner.pool): runner.pool.data.nbytes for runner in runners if runner is not None}
+    cache = proposer._cache
+    taken = sum(pools.values()) + (cache._queries.nbytes if cache is not None else 0)
+    assert memory - 4 * 800 < taken <= memory  # a page of 4 tokens, 512 bytes each in the target and 64 in the draft
+
+
+def test_drafts_that_keep_more_than_there_is() -> None:
+    speculation = {"kv": {"policy": "snapkv", "budget": 512, "recent": 8}}
+    with pytest.raises(
+        ConfigError, match=r"0 pages of 4 tokens, beside the 0\.00\d+ GB of 0\.001 that drafts keep for 8 rows"
+    ):
+        tiny_engine(tiny_model(), gamma=3, cache={"memory_gb": 0.001}, speculation=speculation)
+    engine = tiny_engine(tiny_model(), gamma=0, cache={"memory_gb": 0.001}, max_model_len=1900, speculation=speculation)
+    assert engine.stats().pages_total * 4 * 512 > 990_000  # nothing is drafted, and nothing kept

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from engine import agreement, worker
+from engine.config import EngineConfig
 from engine.params import SamplingParams
 from engine.profile import _file, keep, profile_key, recall
 from engine.sizing import size_up
 from engine.speculation.step_times import StepSample
+from models.config import ModelConfig
 from tests.engines import TINY, complete, tiny_engine, tiny_model
 from tests.ranks import DRAFT, write_random_model
 from tests.unit.test_law import prompt_of
@@ -72,3 +74,47 @@ def test_another_draft_model_in_the_same_place_is_profiled_anew(tmp_path: Path) 
     assert TINY.vocab_size == DRAFT.vocab_size
     assert key(1) != key(2)
     assert key(1) == key(1)
+
+
+def key_of(config: dict[str, Any], shape: ModelConfig = TINY) -> str:
+    """Of the settings, for a model of this shape."""
+    model = tiny_model(config=shape)
+    settings = EngineConfig.model_validate({"model": "tiny", "cache": {"num_pages": 2000, "page_size": 4}} | config)
+    return profile_key(settings, size_up(settings, model))
+
+
+LONG = replace(TINY, max_position_embeddings=20000)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        ({"cache": {"num_pages": 6000, "page_size": 4}}, LONG),
+        ({"max_model_len": 9000, "cache": {"num_pages": 6000, "page_size": 4}}, LONG),
+        ({"cache": {"memory_gb": 1.0, "page_size": 4}}, replace(LONG, eos_token_ids=(5, 6), rms_norm_eps=1e-5)),
+        ({"cache": {"num_pages": 6000, "page_size": 4}, "scheduler": {"max_batch_tokens": 99, "max_waiting": 7}}, LONG),
+        ({"cache": {"num_pages": 6000, "page_size": 4}, "speculation": {"kv": {"sink": 32}}}, LONG),
+        ({"cache": {"num_pages": 6000, "page_size": 4}, "speculation": {"verification": "rejection"}}, LONG),
+        ({"cache": {"num_pages": 6000, "page_size": 4}, "check_invariants": True, "step_timeout_s": 5.0}, LONG),
+    ],
+)
+def test_settings_that_change_no_times_share_a_profile(config: dict[str, Any], shape: ModelConfig) -> None:
+    assert key_of(config, shape) == key_of({"cache": {"num_pages": 6000, "page_size": 4}}, LONG)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        ({"max_model_len": 1000}, TINY),
+        ({"cache": {"num_pages": 2000, "page_size": 8}}, TINY),
+        ({"scheduler": {"max_rows": 3}}, TINY),
+        ({"threads": 1}, TINY),
+        ({"speculation": {"gamma_max": 4}}, TINY),
+        ({"speculation": {"kv": {"budget": 256}}}, TINY),
+        ({"speculation": {"kv": {"positions": "relative"}}}, TINY),
+        ({"speculation": {"kv": {"policy": "topk"}}}, TINY),
+        ({}, replace(TINY, num_layers=3)),
+    ],
+)
+def test_settings_that_change_times_do_not(config: dict[str, Any], shape: ModelConfig) -> None:
+    assert key_of(config, shape) != key_of({"threads": 2} if "threads" in config else {})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engine.messages import AddRequest
 from engine.pages import PageAllocator
 from engine.params import SamplingParams
-from engine.plan import RowResult, StepPlan, StepResult
+from engine.plan import RowResult, RowWork, StepPlan, StepResult
 from engine.request import Request
 from engine.scheduler import QueueFull, RequestError, Scheduler
 from engine.speculation.controller import FixedGamma
@@ -28,6 +28,7 @@ def scheduler(
     gamma: int = 3,
     max_len: int = 120,
     max_waiting: int = 20,
+    draft_kv: bool = False,
 ) -> tuple[Scheduler, PageAllocator]:
     allocator = PageAllocator(pages)
     made = Scheduler(
@@ -39,6 +40,7 @@ def scheduler(
         max_model_len=max_len,
         eos_token_ids=[EOS],
         controller=FixedGamma(gamma),
+        draft_kv=draft_kv,
     )
     return made, allocator
 
@@ -46,7 +48,9 @@ def scheduler(
 class Ranks:
     """Follows plans as a rank would, and checks that each makes sense; draws verdicts at random."""
 
-    def __init__(self, rng: random.Random, *, page_size: int, batch: int, gamma: int) -> None:
+    def __init__(self, rng: random.Random, *, page_size: int, batch: int, gamma: int, draft_kv: bool = False) -> None:
+        self._draft_kv = draft_kv
+        self._held: dict[int, int] = {}  # tokens that a draft model has seen, by row
         self._rng = rng
         self._page_size, self._batch, self._gamma = page_size, batch, gamma
         self._pages: dict[int, list[int]] = {}
@@ -57,6 +61,7 @@ class Ranks:
         for start in plan.starts:
             self._pages[start.row] = []
             self._length[start.row], self._computed[start.row] = len(start.tokens), 0
+            self._held[start.row] = 0
         for delta in plan.pages:
             assert len(self._pages[delta.row]) == delta.first
             self._pages[delta.row] += delta.pages
@@ -66,9 +71,11 @@ class Ranks:
         assert [work.gamma for work in plan.work] == sorted((work.gamma for work in plan.work), reverse=True)
         touched = [page for row in rows for page in self._pages[row]]
         assert len(set(touched)) == len(touched)
+        assert sum(work.catch_up for work in plan.work) <= self._batch
         results = []
         for request, work in zip(requests, plan.work, strict=True):
             assert request.row == work.row
+            self._draft(request, work)
             assert work.computed == self._computed[work.row]
             assert 1 <= work.new <= self._length[work.row] - work.computed
             assert 0 <= work.gamma <= self._gamma
@@ -85,6 +92,20 @@ class Ranks:
                 results.append(RowResult(work.gamma, accepted, tokens, None))
         return StepResult(plan.step, results, 0.0, 0.0)
 
+    def _draft(self, request: Request, work: RowWork) -> None:
+        if not self._draft_kv:
+            assert request.draft_lag == work.catch_up == 0
+            return
+        held = min(self._held[work.row], work.computed)
+        assert request.draft_lag == work.computed - held
+        assert work.catch_up <= work.computed - held
+        assert work.catch_up == 0 or (work.samples and work.new == 1), "the prompt waits until the row drafts"
+        held += work.catch_up
+        if work.gamma:
+            assert work.computed - held <= 1
+            held = work.computed + work.gamma
+        self._held[work.row] = held
+
 
 @given(
     seed=st.integers(0, 2**32),
@@ -92,10 +113,11 @@ class Ranks:
     gamma=st.integers(0, 5),
     spare=st.integers(0, 40),
     max_rows=st.integers(1, 6),
+    draft_kv=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
 def test_random_admit_accept_reject_abort_preempt(
-    seed: int, page_size: int, gamma: int, spare: int, max_rows: int
+    seed: int, page_size: int, gamma: int, spare: int, max_rows: int, draft_kv: bool
 ) -> None:
     rng = random.Random(seed)
     max_len = 60
@@ -108,8 +130,9 @@ def test_random_admit_accept_reject_abort_preempt(
         gamma=gamma,
         max_len=max_len,
         max_waiting=25,
+        draft_kv=draft_kv,
     )
-    ranks = Ranks(rng, page_size=page_size, batch=batch, gamma=gamma)
+    ranks = Ranks(rng, page_size=page_size, batch=batch, gamma=gamma, draft_kv=draft_kv)
     live: dict[str, int] = {}
     got: dict[str, int] = {}
     added = 0
@@ -212,6 +235,29 @@ def test_a_tight_budget_is_shared_evenly() -> None:
     made.add(AddRequest("late", [5] * 3, SamplingParams()))  # no row is free: nothing is kept back for it
     plan, _ = made.schedule()
     assert [work.gamma for work in plan.work] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("gamma", [0, 2])
+def test_a_long_prompt_catches_up_over_rounds_and_only_to_draft(gamma: int) -> None:
+    """Of two rows, the older one first; both go on decoding meanwhile."""
+    made, _ = scheduler(batch=40, gamma=gamma, draft_kv=True)
+    for name, length in (("old", 60), ("new", 30)):
+        made.add(AddRequest(name, [5] * length, SamplingParams(max_tokens=50, ignore_eos=True)))
+    ranks = Ranks(random.Random(1), page_size=4, batch=40, gamma=gamma, draft_kv=True)
+    seen = []
+    for _ in range(8):
+        plan, requests = made.schedule()
+        made.commit(plan, requests, ranks.execute(plan, requests))
+        work = {request.id: (item.catch_up, item.gamma) for request, item in zip(requests, plan.work, strict=True)}
+        seen.append([work.get(name, (0, 0)) for name in ("old", "new")])
+    if gamma == 0:
+        assert seen == [[(0, 0), (0, 0)]] * 8
+        return
+    assert seen[:3] == [[(0, 0), (0, 0)], [(0, 0), (0, 0)], [(40, 0), (0, 0)]]  # prompts, then the first chunk
+    assert seen[3] == [(21, 2), (19, 0)]  # the rest of it and the token since: it drafts
+    assert seen[4][1] == (12, 2)
+    assert all(catch_up == 0 for round in seen[5:] for catch_up, _ in round)
+    assert all(drafts == 2 for round in seen[5:] for _, drafts in round)
 
 
 def test_requests_that_can_never_run_are_refused() -> None:
