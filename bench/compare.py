@@ -5,8 +5,8 @@
 Every contender is a process that loads the model once (bench/peers/); all but the one whose turn it is are stopped.
 At each point (batch x context) every row is prefilled, then decoding goes in turns of --new-tokens per row. What is
 reported of decoding is the median turn; of whole requests, from prompts to their last tokens, and of the first token,
-the median of their repeats. Other engines are installed into environments of their own (bench/peer_install.py); one that
-cannot be had is named with the reason, and the others are measured.
+the median of their repeats. Other engines are installed into environments of their own (bench/peer_install.py); one
+that cannot be had is named with the reason, and the others are measured.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ class Plan:
     points: Sequence[tuple[int, int]]
     first: int
     """Tokens of the prompt whose first token is timed; 0: none."""
+    warm_up: int
+    """Tokens per row before the turns."""
     new_tokens: int
     rounds: int
     totals: int
@@ -114,10 +116,11 @@ class Plan:
         """Tokens of a row at most. longest: what the model was made for. Raises BenchError if that is too few."""
         # Rows that are ready go on while others are prefilled; where drafts are accepted some rows are ahead of others.
         ahead = batch * context // (_PREFILL_CHUNK - batch) + 1
-        wanted = context + ahead + self.rounds * self.new_tokens
+        new = self.warm_up + self.rounds * self.new_tokens
+        wanted = context + ahead + new
         if wanted > longest:
             raise BenchError(f"{batch}x{context} takes {wanted} tokens per row, but the model has {longest}")
-        return min(longest, wanted + self.rounds * self.new_tokens + 64)
+        return min(longest, wanted + new + 64)
 
     def settings(self, model: Path, shape: ModelConfig, threads: int) -> dict[str, Any]:
         """Of every contender; see bench/peers/driver.py. Raises BenchError."""
@@ -261,6 +264,8 @@ def measure_point(lineup: Lineup, prompts: Sequence[Sequence[int]], limit: int, 
             if answer := turns.ask(name, "start", prompts=prompts, limit=limit):
                 points[name].prefill_s = answer["first_token_s"]
                 _append(texts[name], answer["tokens"])
+                if plan.warm_up and (answer := turns.ask(name, "decode", new_tokens=plan.warm_up)):
+                    _append(texts[name], answer["tokens"])
         for i in range(plan.rounds):
             shift = i % len(group)  # nobody always follows the same one
             for name in (*group[shift:], *group[:shift]):
@@ -333,6 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--variant", action="append", default=[], help="NAME: key=value …, magicdec with these settings"
     )
     parser.add_argument("--new-tokens", type=int, default=16, help="per row and turn, and of whole requests")
+    parser.add_argument("--warm-up", type=int, default=8, help="tokens per row before the turns")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument("--totals", type=int, default=1, help="how often whole requests are timed; 0: not")
     parser.add_argument("--first", type=int, default=4000, help="prompt tokens for the time to the first token; 0: not")
@@ -347,14 +353,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--plot", type=Path, help="draw them into this PNG")
     given = parser.parse_args(arguments)
-    if min(given.new_tokens, given.rounds, given.threads) < 1 or min(given.totals, given.first) < 0:
-        parser.error("--new-tokens, --rounds and --threads must be at least 1, --totals and --first at least 0")
+    if min(given.new_tokens, given.rounds, given.threads) < 1 or min(given.totals, given.first, given.warm_up) < 0:
+        parser.error(
+            "--new-tokens, --rounds and --threads must be at least 1, --warm-up, --totals and --first at least 0"
+        )
     try:
         if given.plot is not None:
             check_plotting()
         contenders = choose(given.contenders, [variant(text) for text in given.variant])
         points = parse_points(given.points)
-        plan = Plan(points, given.first, given.new_tokens, given.rounds, given.totals, given.separately)
+        plan = Plan(points, given.first, given.warm_up, given.new_tokens, given.rounds, given.totals, given.separately)
         model = resolve_model(given.model)
         settings = plan.settings(model, read_config(model), given.threads)
         tokenizer, text = Tokenizer(model), read_text(given.text)

