@@ -1,0 +1,163 @@
+"""The program that every contender runs in: loads one model, then answers JSON lines. Standard library only.
+
+    python -P driver.py PEER.py SETTINGS        -P: files beside this one are named after the packages they drive
+
+SETTINGS, a JSON object: `model` its directory, `threads`, `rows` and `row_tokens`, the most rows at once and the most
+tokens of one, `kv_bytes`, what the KV of the largest batch takes, and `options`, the contender's own. The first line
+that is written is {"ready": {...}}; then one line answers each request:
+
+    {"op": "start", "prompts": [[ids]], "limit": n}          {"first_token_s", "tokens"}
+    {"op": "decode", "new_tokens": n}                        {"decode_s", "tokens"}
+    {"op": "stop"}                                           {}
+    {"op": "complete", "prompts": [[ids]], "new_tokens": n}  {"first_token_s", "decode_s", "total_s", "tokens"}
+
+`start` prefills until every row has its first token; `decode` goes on until n tokens per row, on average, are new;
+`complete` gives every row exactly n, as a server would. `tokens` are those of this request, by row. Seconds are those
+of the steps alone: memory is set up, and given back, outside the clock. What fails is {"error": "..."}, and the next
+request starts afresh.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any, Protocol
+
+
+class Peer(Protocol):
+    """What a contender's file defines as `Peer(settings)`. Text is greedy, and goes on behind an end of text."""
+
+    max_batch: int | None
+    """Most rows at once; None: as many as asked for in the settings."""
+    about: str
+    """Version and kind, for the report."""
+
+    def prepare(self, rows: int, row_tokens: int) -> None:
+        """Get memory ready for so many rows of so many tokens."""
+
+    def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
+        """Take in one request per prompt, of at most `limit` new tokens; computes nothing yet. together: rows that are
+        prefilled first should not run far ahead of the others."""
+
+    def step(self) -> Sequence[tuple[int, Sequence[int]]]:
+        """One step of all rows, or a part of prefill. Returns what it yielded: (row, new tokens)."""
+
+    def stop(self) -> None:
+        """Forget all rows and give their memory back; also when there are none, and after a step that failed."""
+
+
+class Driver:
+    """The requests, in terms of a peer's steps."""
+
+    def __init__(self, peer: Peer, row_tokens: int) -> None:
+        self._peer, self._row_tokens = peer, row_tokens
+        self._left: list[int] = []  # tokens that each row may still generate
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Raises whatever the peer does."""
+        op = request["op"]
+        if op == "start":
+            first_s, tokens = self._start(request["prompts"], request["limit"], together=True)
+            return {"first_token_s": first_s, "tokens": tokens}
+        if op == "decode":
+            return self._decode(request["new_tokens"])
+        if op == "complete":
+            return self._complete(request["prompts"], request["new_tokens"])
+        if op == "stop":
+            self._stop()
+            return {}
+        raise ValueError(f"unknown op {op!r}")
+
+    def _start(self, prompts: list[list[int]], limit: int, *, together: bool) -> tuple[float, list[list[int]]]:
+        self._stop()
+        rows = len(prompts)
+        if self._peer.max_batch is not None and rows > self._peer.max_batch:
+            raise ValueError(f"{rows} rows, but it takes {self._peer.max_batch} at most")
+        self._peer.prepare(rows, min(self._row_tokens, max(map(len, prompts)) + limit))
+        self._left = [limit] * rows
+        tokens: list[list[int]] = [[] for _ in prompts]
+        began = perf_counter()
+        self._peer.start(prompts, limit, together=together)
+        while not all(tokens):
+            self._step(tokens)
+        return perf_counter() - began, tokens
+
+    def _decode(self, new_tokens: int) -> dict[str, Any]:
+        rows = len(self._left)
+        if not rows:
+            raise ValueError("nothing was started")
+        tokens: list[list[int]] = [[] for _ in range(rows)]
+        began = perf_counter()
+        while sum(map(len, tokens)) < new_tokens * rows:
+            self._step(tokens)
+        seconds = perf_counter() - began
+        if min(self._left) <= 0:
+            raise ValueError("a row reached its limit, and the rest was a smaller batch: ask for fewer tokens")
+        return {"decode_s": seconds, "tokens": tokens}
+
+    def _complete(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        first_s, tokens = self._start(prompts, new_tokens, together=False)
+        began = perf_counter()
+        while min(map(len, tokens)) < new_tokens:
+            self._step(tokens)
+        decode_s = perf_counter() - began
+        self._stop()
+        return {"first_token_s": first_s, "decode_s": decode_s, "total_s": first_s + decode_s, "tokens": tokens}
+
+    def _step(self, tokens: list[list[int]]) -> None:
+        for row, new in self._peer.step():
+            tokens[row] += new
+            self._left[row] -= len(new)
+
+    def _stop(self) -> None:
+        self._left = []
+        self._peer.stop()
+
+
+def load_peer(path: str, settings: dict[str, Any]) -> Peer:
+    """Run the file at `path` and create its `Peer`."""
+    spec = importlib.util.spec_from_file_location("peer", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    peer: Peer = module.Peer(settings)
+    return peer
+
+
+def main(path: str, settings: dict[str, Any]) -> None:
+    # Packages write to standard output as they like: it becomes standard error, and answers get a descriptor of
+    # their own.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    try:
+        peer = load_peer(path, settings)
+    except Exception as error:
+        say({"error": _words(error)})
+        raise
+    driver = Driver(peer, settings["row_tokens"])
+    say({"ready": {"max_batch": peer.max_batch, "about": peer.about}})
+    for line in sys.stdin:
+        try:
+            answer = driver.answer(json.loads(line))
+        except Exception as error:
+            answer = {"error": _words(error)}
+        say(answer)
+
+
+def _words(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

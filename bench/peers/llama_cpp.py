@@ -1,0 +1,128 @@
+"""llama.cpp through llama-cpp-python's low-level API: several sequences in one context, as its server has them.
+
+Options: `gguf`, the weights, and `weights`, the type that they are to have, None: as they are; `flash` (default false)
+and `kv` (f16 or bf16, default f16), how attention is computed. The defaults are what was fastest on a CPU with AVX-512.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+_BATCH, _MICRO_BATCH = 2048, 512
+"""Tokens given to one call, and computed at once: llama.cpp's own defaults."""
+
+_BF16 = 30
+"""ggml's GGML_TYPE_BF16, which the Python package does not name."""
+
+_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+"""llama.cpp's file types, by the names that files have."""
+
+
+class Peer:
+    def __init__(self, settings: dict[str, Any]) -> None:
+        options = settings["options"]
+        self._threads = settings["threads"]
+        self._flash = options.get("flash", False)
+        self._kv = {"f16": llama_cpp.GGML_TYPE_F16, "bf16": _BF16}[options.get("kv", "f16")]
+        llama_cpp.llama_backend_init()
+        gguf = _with_weights(Path(options["gguf"]), options.get("weights"), self._threads)
+        self._model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise ValueError(f"{gguf}: cannot be loaded")
+        self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+        self._context: Any = None
+        self._tokens: list[list[int]] = []
+        self._computed: list[int] = []
+        self._prompts: list[int] = []
+        self._limit = 0
+        self.max_batch = None
+        self.about = f"llama-cpp-python {llama_cpp.__version__}, {gguf.stem.rpartition('.')[2]} weights"
+
+    def prepare(self, rows: int, row_tokens: int) -> None:
+        params = llama_cpp.llama_context_default_params()
+        # Every sequence has its own stretch of the cache, in multiples of 256 tokens.
+        params.n_ctx = rows * (-(-row_tokens // 256) * 256)
+        params.n_seq_max, params.kv_unified = rows, False
+        params.n_batch, params.n_ubatch = _BATCH, _MICRO_BATCH
+        params.n_threads = params.n_threads_batch = self._threads
+        flash = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = flash[0] if self._flash else flash[1]
+        params.type_k = params.type_v = self._kv
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise MemoryError("llama.cpp has no room for the context")
+
+    def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
+        self._tokens = [list(prompt) for prompt in prompts]
+        self._computed = [0] * len(prompts)
+        self._prompts = [len(prompt) for prompt in prompts]
+        self._limit = limit
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        """Rows that are prefilled wait for the others: a call has tokens of prompts, or one of each row."""
+        left = [len(tokens) - computed for tokens, computed in zip(self._tokens, self._computed, strict=True)]
+        made = [len(tokens) - prompt for tokens, prompt in zip(self._tokens, self._prompts, strict=True)]
+        prefilling = [row for row, new in enumerate(made) if not new]
+        running = prefilling or [row for row, new in enumerate(made) if new < self._limit]
+        if not running:
+            raise RuntimeError("all rows are at their end")
+        count, last = 0, {}
+        for row in running:
+            take = min(left[row], _BATCH - count)
+            for _ in range(take):
+                position = self._computed[row]
+                self._put(count, row, position, wanted=position == len(self._tokens[row]) - 1)
+                last[row] = count
+                self._computed[row] += 1
+                count += 1
+        self._batch.n_tokens = count
+        status = llama_cpp.llama_decode(self._context, self._batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        yielded = []
+        for row, index in last.items():
+            if self._computed[row] == len(self._tokens[row]):
+                logits = np.ctypeslib.as_array(
+                    llama_cpp.llama_get_logits_ith(self._context, index), shape=(self._vocab,)
+                )
+                token = int(logits.argmax())
+                self._tokens[row].append(token)
+                yielded.append((row, [token]))
+        return yielded
+
+    def _put(self, index: int, row: int, position: int, *, wanted: bool) -> None:
+        """wanted: its logits."""
+        batch = self._batch
+        batch.token[index] = self._tokens[row][position]
+        batch.pos[index] = position
+        batch.n_seq_id[index] = 1
+        batch.seq_id[index][0] = row
+        batch.logits[index] = wanted
+
+    def stop(self) -> None:
+        context, self._context = self._context, None
+        if context:
+            llama_cpp.llama_free(context)
+
+
+def _with_weights(gguf: Path, weights: str | None, threads: int) -> Path:
+    """A file beside `gguf`, made once, with the same weights in another type."""
+    if weights is None:
+        return gguf
+    made = gguf.with_name(f"{gguf.stem}.{weights}.gguf")
+    if not made.exists():
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.allow_requantize, params.nthread = _TYPES[weights], True, threads
+        part = made.with_suffix(".part")
+        status = llama_cpp.llama_model_quantize(str(gguf).encode(), str(part).encode(), params)
+        if status:
+            raise ValueError(f"{gguf}: llama.cpp cannot convert it to {weights} (status {status})")
+        os.replace(part, made)
+    return made

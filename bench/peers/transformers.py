@@ -1,0 +1,142 @@
+"""transformers: `generate` with a batch and a KV cache, stopped between its steps.
+
+Options: `lookup`, so many tokens are looked up in the prompt and verified at once (assisted generation, one row);
+`continuous`, its continuous batching instead of `generate`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+
+
+class Peer:
+    def __init__(self, settings: dict[str, Any]) -> None:
+        options = settings["options"]
+        torch.set_num_threads(settings["threads"])
+        # Ready for inference: from_pretrained leaves a model in evaluation mode.
+        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            settings["model"], dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+        self._lookup: int | None = options.get("lookup")
+        self._continuous = bool(options.get("continuous"))
+        self._run: _Generation | _Continuous | None = None
+        self.max_batch = 1 if self._lookup else None
+        self.about = f"transformers {transformers.__version__}, bfloat16 weights"
+
+    def prepare(self, rows: int, row_tokens: int) -> None:
+        """The cache grows by itself; continuous batching has a pool."""
+        if self._continuous:
+            self._run = _Continuous(self._model, rows, row_tokens)
+
+    def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
+        if isinstance(self._run, _Continuous):
+            self._run.add(prompts, limit)
+        else:
+            self._run = _Generation(self._model, prompts, limit, self._lookup)
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        assert self._run is not None
+        return self._run.step()
+
+    def stop(self) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            run.close()
+
+
+class _Generation:
+    """One call of `generate`, in a thread that waits in its stopping criterion, which is asked after every step."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], limit: int, lookup: int | None) -> None:
+        self._ids = torch.tensor([list(prompt) for prompt in prompts])
+        self._seen = self._ids.shape[1]
+        self._go, self._came = threading.Semaphore(0), threading.Semaphore(0)
+        self._new: list[list[int]] = []
+        self._over = False
+        self._error: BaseException | None = None
+        arguments: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "eos_token_id": None}
+        if lookup:
+            arguments["prompt_lookup_num_tokens"] = lookup
+        self._thread = threading.Thread(target=self._generate, args=(model, arguments), daemon=True)
+        self._thread.start()
+
+    def _generate(self, model: Any, arguments: dict[str, Any]) -> None:
+        self._go.acquire()
+        try:
+            if not self._over:
+                with torch.inference_mode():
+                    mask = torch.ones_like(self._ids)
+                    model.generate(self._ids, attention_mask=mask, stopping_criteria=[self._stepped], **arguments)
+        except Exception as error:
+            self._error = error
+        self._over = True
+        self._came.release()
+
+    def _stepped(self, ids: torch.Tensor, scores: Any, **others: Any) -> torch.Tensor:
+        """ids: [rows, tokens so far]. Returns [rows], whether each is to end."""
+        self._new = ids[:, self._seen :].tolist()
+        self._seen = ids.shape[1]
+        self._came.release()
+        self._go.acquire()
+        return torch.full((len(ids),), self._over)
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        if self._over:
+            raise RuntimeError("all rows are at their end") from self._error
+        self._go.release()
+        self._came.acquire()
+        if self._error is not None:
+            raise self._error
+        return list(enumerate(self._new))
+
+    def close(self) -> None:
+        self._over = True
+        self._go.release()
+        self._thread.join()
+
+
+class _Continuous:
+    """The manager's own loop, a turn of it at a time, in this thread instead of its own."""
+
+    def __init__(self, model: Any, rows: int, row_tokens: int) -> None:
+        block = 256
+        config = transformers.ContinuousBatchingConfig(
+            block_size=block,
+            num_blocks=rows * (-(-row_tokens // block) + 1),
+            max_batch_tokens=512,
+            use_async_batching=False,
+        )
+        generation = transformers.GenerationConfig.from_dict({"do_sample": False, "eos_token_id": -1})
+        with torch.inference_mode():
+            self._manager = model.init_continuous_batching(generation, continuous_batching_config=config)
+            self._processor = self._manager._create_batch_processor()
+            self._manager.batch_processor = self._processor
+            self._manager.current_batch = 0
+        self._seen: dict[str, int] = {}
+
+    def add(self, prompts: Sequence[Sequence[int]], limit: int) -> None:
+        for row, prompt in enumerate(prompts):
+            self._seen[str(row)] = 0
+            self._manager.add_request(list(prompt), str(row), max_new_tokens=limit, streaming=True)
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        with torch.inference_mode():
+            self._manager._generation_loop_body(self._processor, bootstrapping=False)
+        yielded = []
+        results = self._manager.output_router.output_queue
+        while not results.empty():
+            output = results.get()
+            if output.error is not None:
+                raise RuntimeError(output.error)
+            tokens = list(output.generated_tokens)
+            yielded.append((int(output.request_id), tokens[self._seen[output.request_id] :]))
+            self._seen[output.request_id] = len(tokens)
+        return yielded
+
+    def close(self) -> None:
+        self._manager.destroy()

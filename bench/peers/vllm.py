@@ -1,0 +1,60 @@
+"""vLLM on the CPU: its engine in this process, stepped by hand. No options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+
+class Peer:
+    def __init__(self, settings: dict[str, Any]) -> None:
+        # Read when vllm is imported. Whole GiB of KV; cores, one per thread.
+        cores = sorted(os.sched_getaffinity(0))[: settings["threads"]]
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(-(-int(1.05 * settings["kv_bytes"]) // (1 << 30)))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        import vllm
+
+        self._sampling = vllm.SamplingParams
+        self._engine = vllm.LLM(
+            model=settings["model"],
+            dtype="bfloat16",
+            max_model_len=settings["row_tokens"],
+            max_num_seqs=settings["rows"],
+            enable_prefix_caching=False,  # each prompt comes more than once
+            disable_log_stats=True,
+        ).llm_engine
+        self._started = 0
+        self._seen: dict[str, int] = {}
+        self.max_batch = None
+        self.about = f"vllm {vllm.__version__}, bfloat16 weights"
+
+    def prepare(self, rows: int, row_tokens: int) -> None:
+        """The pool is there from the start."""
+
+    def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
+        params = self._sampling(temperature=0.0, max_tokens=limit, ignore_eos=True, detokenize=False)
+        self._started += 1
+        for row, prompt in enumerate(prompts):
+            # The engine gives ids of its own to what it runs, and these back with its outputs.
+            name = f"{self._started}-{row}"
+            self._seen[name] = 0
+            self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        if not self._engine.has_unfinished_requests():
+            raise RuntimeError("all rows are at their end")
+        yielded = []
+        for output in self._engine.step():
+            tokens = list(output.outputs[0].token_ids)
+            name = output.request_id
+            yielded.append((int(name.partition("-")[2]), tokens[self._seen[name] :]))
+            self._seen[name] = len(tokens)
+        return yielded
+
+    def stop(self) -> None:
+        self._engine.abort_request(list(self._seen))
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        self._seen.clear()
