@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.decode import TurnsOfGamma
+from bench.turns import TurnsOfGamma
 from engine.config import EngineConfig, load_config
 from engine.core import Engine
 from engine.messages import AddRequest
