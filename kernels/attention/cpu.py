@@ -1,0 +1,40 @@
+"""Attention on CPUs, by compiled kernels."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from kernels.attention.base import AttentionBatch
+from kernels.cpu.library import CpuKernels
+from kernels.kv_cache import LayerKV
+
+
+class CpuAttention:
+    """`AttentionBackend` for float32, bfloat16 and float16 on a CPU, head_dim a multiple of 16.
+
+    A query's result has the same bits whatever is in the batch beside it, and whether it comes alone, with drafts
+    behind it or as part of a prefill chunk.
+    """
+
+    def __init__(self, kernels: CpuKernels) -> None:
+        self._kernels = kernels
+        self._queries: Tensor
+        self._lengths: Tensor
+        self._pages: Tensor
+
+    def plan(self, batch: AttentionBatch) -> None:
+        self._queries = torch.tensor(batch.query_lengths, dtype=torch.int64)
+        self._lengths = torch.tensor(batch.kv_lengths, dtype=torch.int64)
+        self._pages = batch.pages
+
+    @overload
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
+    @overload
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """See AttentionBackend.run."""
+        o, sums = self._kernels.attention(q, *layer, self._queries, self._lengths, self._pages, scale, lse)
+        return (o, sums) if lse else o

@@ -1,0 +1,130 @@
+"""Compiling the CPU kernels, once per processor type and version of torch, into the user's cache.
+
+Two kinds of libraries come of `csrc/`: the kernels, for one instruction set each and free of torch, and the operators
+by which torch calls them. Both are built when they are first asked for; whoever finds a finished one uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_SOURCES = Path(__file__).parent / "csrc"
+_TIMEOUT_S = 600
+
+
+class KernelsUnavailable(RuntimeError):
+    """There is no compiler, or it fails; the message says which. The reference backend serves instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionSet:
+    """name: of the kernels. features: what the processor must have, as Linux calls it. flags: for the compiler."""
+
+    name: str
+    features: frozenset[str]
+    flags: tuple[str, ...]
+
+
+def _instruction_set(name: str, features: str, compiler_names: str) -> InstructionSet:
+    return InstructionSet(name, frozenset(features.split()), tuple(f"-m{each}" for each in compiler_names.split()))
+
+
+_AVX2 = "avx2 fma f16c"
+_AVX512 = "avx512f avx512bw avx512vl avx512dq"
+INSTRUCTION_SETS = (
+    _instruction_set(
+        "avx512_bf16", f"{_AVX2} {_AVX512} avx512_vnni avx512_bf16", f"{_AVX2} {_AVX512} avx512vnni avx512bf16"
+    ),
+    _instruction_set("avx512", f"{_AVX2} {_AVX512}", f"{_AVX2} {_AVX512}"),
+    _instruction_set("avx2", _AVX2, _AVX2),
+    _instruction_set("portable", "", ""),
+)
+"""The best first."""
+
+
+def supported() -> list[InstructionSet]:
+    """Those that this processor has, the best first; the last one every processor has."""
+    features = _processor_features()
+    return [each for each in INSTRUCTION_SETS if each.features <= features]
+
+
+def _processor_features() -> set[str]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+
+
+def build_kernels(target: InstructionSet) -> Path:
+    """The library of kernels for one instruction set. Raises KernelsUnavailable."""
+    openmp = sorted(str(file) for file in _torch_folder("lib").glob("libgomp*.so*"))  # the team of torch's own threads
+    flags = ["-std=gnu++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", *target.flags]
+    return _build(f"kernels-{target.name}", "kernels.cpp", flags, openmp[:1])
+
+
+def build_operators() -> Path:
+    """The library that makes torch know the operators. Raises KernelsUnavailable."""
+    include = _torch_folder("include")
+    flags = ["-std=gnu++20", "-O2", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
+    flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    return _build("operators", "ops.cpp", flags, [f"-L{_torch_folder('lib')}", "-ltorch", "-ltorch_cpu", "-lc10"])
+
+
+def _torch_folder(name: str) -> Path:
+    return Path(torch.__file__).parent / name
+
+
+def _build(name: str, source: str, flags: list[str], libraries: list[str]) -> Path:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise KernelsUnavailable("no C++ compiler (g++ or clang++) is installed")
+    command = [compiler, *flags, "-fPIC", "-shared", str(_SOURCES / source)]
+    target = _cache_dir() / f"{name}-{_digest(command, libraries)}.so"
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / "made.so"
+            subprocess.run(
+                [*command, "-o", str(made), *libraries],
+                check=True,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                stdin=subprocess.DEVNULL,
+                timeout=_TIMEOUT_S,
+            )
+            os.replace(made, target)  # whole or not at all, and whoever built it at the same time built the same
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line]
+        raise KernelsUnavailable(f"{compiler} fails: {lines[0] if lines else error}") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelsUnavailable(f"cannot build kernels: {error}") from error
+    return target
+
+
+def _digest(command: list[str], libraries: list[str]) -> str:
+    """Changes with whatever a library is made of."""
+    hashed = hashlib.sha256(repr((command, libraries, torch.__version__)).encode())
+    for file in sorted(_SOURCES.iterdir()):
+        hashed.update(file.name.encode() + file.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
+def _cache_dir() -> Path:
+    """The user's cache folder (XDG convention)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "magicdec" / "kernels"

@@ -1,0 +1,99 @@
+// What the kernels are, once per instruction set; no torch here. All pointers are to contiguous memory unless strides say
+// otherwise; strides count elements. Kernels run on the threads of the OpenMP team of the caller.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace magicdec {
+
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Weights : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
+
+constexpr int BLOCK = 32;  // columns (output features) that are packed together
+
+// y = x w^T + bias, or silu(gate) * up of its two halves.
+struct LinearArgs {
+  Weights format;
+  const uint32_t* packed;  // [blocks][words][BLOCK]: words of neighbouring input features
+  const float* scales;     // i8: [blocks * BLOCK], of each column
+  const float* offsets;    // i8: [blocks * BLOCK], what an input of all -128 would yield, before scaling
+  const float* bias;       // [blocks * BLOCK], or null
+  int words;               // of a row, the last one padded with zeros
+  int columns;             // output features; with silu_mul, half of those that are packed
+  bool silu_mul;           // each block: 16 columns of the gate, then the same 16 of up
+  Type in, out;
+  const void* x;           // [rows, features]
+  int features;
+  int64_t x_stride;
+  void* y;                 // [rows, columns]
+  int64_t y_stride;
+  int rows;
+  void* scratch;           // linear_scratch bytes, 64-byte aligned
+};
+
+struct AttentionArgs {
+  Type type;  // of q, k, v and out
+  const void *q, *k, *v;
+  void* out;   // [tokens, heads, head_dim]
+  float* lse;  // [tokens, heads], or null
+  int rows, heads, kv_heads, head_dim, page_size;
+  int64_t q_stride;         // from token to token; heads are contiguous
+  int64_t page_stride;      // of k and v, from page to page; one head's page is contiguous
+  const int64_t* queries;   // [rows]
+  const int64_t* lengths;   // [rows]
+  const int64_t* pages;     // [rows, width] or [rows, kv_heads, width]
+  int64_t row_stride, head_stride;  // of pages; head_stride 0: one list for all KV heads
+  float scale;
+  void* scratch;
+};
+
+struct NormArgs {
+  Type type;
+  void* x;            // [rows, size]: the residual stream; delta is added to it
+  const void* delta;  // [rows, size], or null
+  const void* weight; // [size]
+  void* out;          // [rows, size]
+  int rows, size;
+  float eps;
+};
+
+// Rotates queries and keys, stores keys and values in the pool.
+struct RotaryArgs {
+  Type type;
+  void* qkv;  // [tokens, heads + 2 kv_heads, head_dim]; queries are rotated in place
+  const float *cos, *sin;  // [positions, head_dim / 2]
+  const int64_t* positions;  // [tokens]
+  const int64_t* slots;      // [tokens]
+  const void *q_norm, *k_norm;  // [head_dim], or null
+  float eps;
+  void *k, *v;  // [pages, kv_heads, page_size, head_dim]
+  int64_t page_stride;
+  int tokens, heads, kv_heads, head_dim, page_size;
+};
+
+struct SampleArgs {
+  const float* logits;  // [rows, size]
+  int64_t stride;
+  int rows;
+  int64_t size, first;          // this rank's slice of the vocabulary: tokens first … first + size - 1
+  const float* temperature;     // [rows]; 0: the largest logit, without noise
+  const int64_t *seeds, *positions;  // [rows]
+  float* values;                // [rows]: the largest logit / temperature + noise
+  int64_t* tokens;              // [rows]: where, the lowest token among equals
+};
+
+struct Kernels {
+  size_t (*linear_scratch)(const LinearArgs&);
+  void (*linear)(const LinearArgs&);
+  size_t (*attention_scratch)(const AttentionArgs&);
+  void (*attention)(const AttentionArgs&);
+  void (*norm)(const NormArgs&);
+  void (*rotary)(const RotaryArgs&);
+  void (*sample)(const SampleArgs&);
+};
+
+}  // namespace magicdec
+
+// What a library of kernels exports.
+extern "C" const magicdec::Kernels* magicdec_kernels();

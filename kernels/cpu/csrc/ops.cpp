@@ -1,0 +1,219 @@
+// The kernels as torch operators: checks what it is given, and hands over pointers. `kernels` is what `open` returned.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <dlfcn.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace {
+
+using at::Tensor;
+using namespace magicdec;
+
+int64_t open(const std::string& path) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  TORCH_CHECK(library, dlerror());
+  auto* kernels = reinterpret_cast<decltype(&magicdec_kernels)>(dlsym(library, "magicdec_kernels"));
+  TORCH_CHECK(kernels, path, " holds no kernels");
+  return reinterpret_cast<int64_t>(kernels());
+}
+
+const Kernels& table(int64_t kernels) { return *reinterpret_cast<const Kernels*>(kernels); }
+
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return Type::f32;
+    case at::kBFloat16:
+      return Type::bf16;
+    case at::kHalf:
+      return Type::f16;
+    default:
+      TORCH_CHECK(false, "no kernel for ", x.scalar_type());
+  }
+}
+
+Tensor scratch_of(size_t bytes) { return at::empty({int64_t(bytes)}, at::kByte); }
+
+void check_ints(const Tensor& x, const char* name) {
+  TORCH_CHECK(x.scalar_type() == at::kLong && x.is_contiguous(), name, ": expected contiguous int64");
+}
+
+// Fails unless the last `dims` dimensions of x are contiguous.
+void check_rows(const Tensor& x, int dims, const char* name) {
+  int64_t expected = 1;
+  for (int64_t i = x.dim() - 1; i >= x.dim() - dims; i--) {
+    TORCH_CHECK(x.stride(i) == expected || x.size(i) == 1, name, ": rows must be contiguous");
+    expected *= x.size(i);
+  }
+}
+
+const float* floats(const std::optional<Tensor>& x) { return x ? x->const_data_ptr<float>() : nullptr; }
+
+Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
+              const std::optional<Tensor>& offsets, const std::optional<Tensor>& bias, int64_t columns, bool silu_mul,
+              bool float_out) {
+  TORCH_CHECK(x.dim() == 2 && packed.dim() == 4 && packed.size(2) == BLOCK && packed.is_contiguous(), "linear: shapes");
+  check_rows(x, 1, "x");
+  LinearArgs args{};
+  const bool bytes = packed.scalar_type() == at::kChar;
+  args.format = bytes ? Weights::i8 : Weights(int(type_of(packed)));
+  args.in = type_of(x);
+  TORCH_CHECK(bytes || int(args.format) == int(args.in), "linear: weights are ", packed.scalar_type(), ", x is ", x.scalar_type());
+  args.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
+  args.scales = floats(scales);
+  args.offsets = floats(offsets);
+  args.bias = floats(bias);
+  args.words = int(packed.size(1));
+  args.columns = int(columns);
+  args.silu_mul = silu_mul;
+  args.x = x.const_data_ptr();
+  args.features = int(x.size(1));
+  args.x_stride = x.stride(0);
+  args.rows = int(x.size(0));
+  const int64_t held = packed.size(1) * packed.size(3);
+  TORCH_CHECK(x.size(1) <= held && x.size(1) > held - packed.size(3), "linear: x has ", x.size(1), " features, the weights ", held);
+  const int64_t packed_columns = columns * (silu_mul ? 2 : 1);
+  TORCH_CHECK(packed_columns <= packed.size(0) * BLOCK, "linear: more columns than weights");
+  for (const auto* each : {&scales, &offsets, &bias})
+    TORCH_CHECK(!*each || (*each)->numel() == packed.size(0) * BLOCK, "linear: one number per packed column");
+  Tensor y = at::empty({x.size(0), columns}, x.options().dtype(float_out ? at::kFloat : x.scalar_type()));
+  args.out = type_of(y);
+  args.y = y.mutable_data_ptr();
+  args.y_stride = columns;
+  if (args.rows == 0) return y;
+  const size_t bytes_needed = table(kernels).linear_scratch(args);
+  Tensor scratch;
+  if (bytes_needed) {
+    scratch = scratch_of(bytes_needed);
+    args.scratch = scratch.mutable_data_ptr();
+  }
+  table(kernels).linear(args);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& queries, const Tensor& lengths, const Tensor& pages, double scale,
+                                     bool lse) {
+  TORCH_CHECK(q.dim() == 3 && k.dim() == 4 && k.sizes() == v.sizes() && k.strides() == v.strides(), "attention: shapes");
+  TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "attention: types differ");
+  TORCH_CHECK(q.size(2) == k.size(3) && q.size(2) % 16 == 0 && q.size(1) % k.size(1) == 0, "attention: heads");
+  check_rows(q, 2, "q");
+  check_rows(k, 3, "k");
+  check_ints(queries, "queries");
+  check_ints(lengths, "lengths");
+  TORCH_CHECK(pages.scalar_type() == at::kLong && pages.size(0) == queries.size(0) && lengths.numel() == queries.numel(), "attention: pages");
+  check_rows(pages, 1, "pages");
+  AttentionArgs args{};
+  args.type = type_of(q);
+  args.q = q.const_data_ptr();
+  args.k = k.const_data_ptr();
+  args.v = v.const_data_ptr();
+  args.rows = int(queries.numel());
+  args.heads = int(q.size(1));
+  args.kv_heads = int(k.size(1));
+  args.head_dim = int(q.size(2));
+  args.page_size = int(k.size(2));
+  args.q_stride = q.stride(0);
+  args.page_stride = k.stride(0);
+  args.queries = queries.const_data_ptr<int64_t>();
+  args.lengths = lengths.const_data_ptr<int64_t>();
+  args.pages = pages.const_data_ptr<int64_t>();
+  args.row_stride = pages.stride(0);
+  args.head_stride = pages.dim() == 3 ? pages.stride(1) : 0;
+  args.scale = float(scale);
+  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor sums = at::empty({lse ? q.size(0) : 0, q.size(1)}, q.options().dtype(at::kFloat));
+  args.out = out.mutable_data_ptr();
+  args.lse = lse ? sums.mutable_data_ptr<float>() : nullptr;
+  if (args.rows == 0) return {out, sums};
+  Tensor scratch = scratch_of(table(kernels).attention_scratch(args));
+  args.scratch = scratch.mutable_data_ptr();
+  table(kernels).attention(args);
+  return {out, sums};
+}
+
+Tensor norm(int64_t kernels, Tensor x, const std::optional<Tensor>& delta, const Tensor& weight, double eps) {
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && weight.numel() == x.size(1), "norm: shapes");
+  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "norm: types differ");
+  TORCH_CHECK(!delta || (delta->sizes() == x.sizes() && delta->is_contiguous() && delta->scalar_type() == x.scalar_type()), "norm: delta");
+  Tensor out = at::empty_like(x);
+  table(kernels).norm({type_of(x), x.mutable_data_ptr(), delta ? delta->const_data_ptr() : nullptr, weight.const_data_ptr(),
+                       out.mutable_data_ptr(), int(x.size(0)), int(x.size(1)), float(eps)});
+  return out;
+}
+
+void rotary(int64_t kernels, Tensor qkv, const Tensor& cos, const Tensor& sin, const Tensor& positions, const Tensor& slots,
+            Tensor k, Tensor v, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps) {
+  TORCH_CHECK(qkv.dim() == 3 && qkv.is_contiguous() && k.dim() == 4 && k.sizes() == v.sizes() && k.strides() == v.strides(), "rotary: shapes");
+  TORCH_CHECK(k.scalar_type() == qkv.scalar_type() && v.scalar_type() == qkv.scalar_type(), "rotary: types differ");
+  TORCH_CHECK(cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat && cos.is_contiguous() && sin.is_contiguous() &&
+              cos.size(1) * 2 == qkv.size(2) && k.size(3) == qkv.size(2), "rotary: angles");
+  TORCH_CHECK(!q_norm == !k_norm, "rotary: both norms or none");
+  TORCH_CHECK(qkv.size(1) > 2 * k.size(1) && positions.numel() == qkv.size(0) && slots.numel() == qkv.size(0), "rotary: sizes");
+  check_ints(positions, "positions");
+  check_ints(slots, "slots");
+  check_rows(k, 3, "k");
+  RotaryArgs args{};
+  args.type = type_of(qkv);
+  args.qkv = qkv.mutable_data_ptr();
+  args.cos = cos.const_data_ptr<float>();
+  args.sin = sin.const_data_ptr<float>();
+  args.positions = positions.const_data_ptr<int64_t>();
+  args.slots = slots.const_data_ptr<int64_t>();
+  args.q_norm = q_norm ? q_norm->const_data_ptr() : nullptr;
+  args.k_norm = k_norm ? k_norm->const_data_ptr() : nullptr;
+  args.eps = float(eps);
+  args.k = k.mutable_data_ptr();
+  args.v = v.mutable_data_ptr();
+  args.page_stride = k.stride(0);
+  args.tokens = int(qkv.size(0));
+  args.kv_heads = int(k.size(1));
+  args.heads = int(qkv.size(1)) - 2 * args.kv_heads;
+  args.head_dim = int(qkv.size(2));
+  args.page_size = int(k.size(2));
+  table(kernels).rotary(args);
+}
+
+std::tuple<Tensor, Tensor> sample(int64_t kernels, const Tensor& logits, const Tensor& temperature, const Tensor& seeds,
+                                  const Tensor& positions, int64_t first) {
+  TORCH_CHECK(logits.dim() == 2 && logits.scalar_type() == at::kFloat && temperature.scalar_type() == at::kFloat, "sample: types");
+  const int64_t rows = logits.size(0);
+  TORCH_CHECK(temperature.numel() == rows && seeds.numel() == rows && positions.numel() == rows && temperature.is_contiguous(), "sample: shapes");
+  check_rows(logits, 1, "logits");
+  check_ints(seeds, "seeds");
+  check_ints(positions, "positions");
+  Tensor values = at::empty({rows}, logits.options());
+  Tensor tokens = at::full({rows}, -1, seeds.options());
+  if (rows == 0) return {values, tokens};
+  table(kernels).sample({logits.const_data_ptr<float>(), logits.stride(0), int(rows), logits.size(1), first,
+                         temperature.const_data_ptr<float>(), seeds.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(),
+                         values.mutable_data_ptr<float>(), tokens.mutable_data_ptr<int64_t>()});
+  return {values, tokens};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(magicdec_cpu, m) {
+  m.def("open(str path) -> int", &open);
+  m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int columns, bool silu_mul, bool float_out) -> Tensor");
+  m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, bool lse) -> (Tensor, Tensor)");
+  m.def("norm(int kernels, Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
+  m.def("rotary(int kernels, Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k, Tensor(c!) v, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
+  m.def("sample(int kernels, Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, int first) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(magicdec_cpu, CPU, m) {
+  m.impl("linear", &linear);
+  m.impl("attention", &attention);
+  m.impl("norm", &norm);
+  m.impl("rotary", &rotary);
+  m.impl("sample", &sample);
+}

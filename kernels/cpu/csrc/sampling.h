@@ -1,0 +1,88 @@
+// The coupled sampling rule over a slice of the vocabulary, in one pass: argmax of logit / T + G(seed, position, token).
+// Its integers are those of kernels/noise.py.
+#pragma once
+
+#include <omp.h>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace magicdec {
+
+MAGICDEC_INLINE uint64_t mix64(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+MAGICDEC_INLINE u32x16 mix32(u32x16 x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+struct NoiseKey {
+  uint32_t low, high;
+  NoiseKey(int64_t seed, int64_t position) {
+    const uint64_t key = mix64(mix64(uint64_t(position) + 0x9E3779B97F4A7C15u) + uint64_t(seed));
+    low = uint32_t(key), high = uint32_t(key >> 32);
+  }
+  MAGICDEC_INLINE u32x16 operator()(u32x16 tokens) const { return mix32(mix32((tokens * 0x9E3779B1u) ^ low) + high); }
+};
+
+// -ln(-ln(1 - u)) with u = (bits + 1/2) / 2^32.
+MAGICDEC_INLINE f32x16 gumbel(u32x16 random) {
+  const f32x16 u = minimum((__builtin_convertvector(random, f32x16) + 0.5f) * 0x1p-32f, splat(1.0f - 0x1p-24f));
+  // ln(1 - u): the rounding of 1 - u is made up for by u / (1 - (1 - u)).
+  const f32x16 rest = 1.0f - u, lost = 1.0f - rest;
+  const i32x16 tiny = lost == f32x16{};
+  const f32x16 exact = logarithm(rest) * (u / select(tiny, splat(1.0f), lost));
+  return -logarithm(-select(tiny, -u, exact));
+}
+
+inline void sample(const SampleArgs& args) {
+  constexpr int64_t PART = 4096;  // tokens of one piece of work
+  const int64_t parts = (args.size + PART - 1) / PART;
+  const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#pragma omp parallel
+  {
+    for (int row = 0; row < args.rows; row++) {
+      // Nobody waits: each thread does its share of all rows, and they meet once, below.
+      const float temperature = args.temperature[row];
+      const NoiseKey noise(args.seeds[row], args.positions[row]);
+      const float* logits = args.logits + row * args.stride;
+      f32x16 best = splat(-INFINITY);
+      i32x16 where = lanes * 0 - 1;
+      float tail_best = -INFINITY;
+      int64_t tail_where = -1;
+#pragma omp for schedule(static) nowait
+      for (int64_t part = 0; part < parts; part++) {
+        const int64_t end = std::min(args.size, (part + 1) * PART);
+        for (int64_t t = part * PART; t < end; t += LANES) {
+          const int n = int(std::min<int64_t>(LANES, end - t));
+          const i32x16 token = lanes + int32_t(t);
+          f32x16 v = n == LANES ? load<f32x16>(logits + t) : load_some(logits + t, n);
+          if (temperature > 0) v = v / temperature + gumbel(noise(bits<u32x16>(token + int32_t(args.first))));
+          if (n < LANES) v = select(lanes < n, v, splat(-INFINITY));
+          const i32x16 better = v > best;
+          best = select(better, v, best);
+          where = (better & token) | (~better & where);
+        }
+      }
+      for (int lane = 0; lane < LANES; lane++) {
+        if (where[lane] < 0) continue;
+        if (best[lane] > tail_best || (best[lane] == tail_best && where[lane] < tail_where))
+          tail_best = best[lane], tail_where = where[lane];
+      }
+#pragma omp critical
+      {
+        const bool none = args.tokens[row] < 0;
+        if (tail_where >= 0 && (none || tail_best > args.values[row] ||
+                                (tail_best == args.values[row] && tail_where + args.first < args.tokens[row])))
+          args.values[row] = tail_best, args.tokens[row] = tail_where + args.first;
+      }
+    }
+  }
+}
+
+}  // namespace magicdec

@@ -1,0 +1,53 @@
+// The one loop that everything heavy goes through: a few rows times a block of columns, sums in registers.
+//
+//     sums[m][n] += sum over w of  a[m][w] · b[w][n]          a, b: words of neighbouring elements (see Dot… in vec.h)
+//
+// Each sum runs over w in rising order, whatever tile it is part of: a row's result does not depend on the rows around it.
+#pragma once
+
+#include "vec.h"
+
+namespace magicdec {
+
+#if defined(__AVX512F__)
+constexpr int MAX_ROWS = 12;  // of a tile with two vectors of columns: 24 of 32 registers hold sums
+#else
+constexpr int MAX_ROWS = 3;  // a vector takes two or four of 16 registers
+#endif
+
+template <class Dot, int M, int C>
+MAGICDEC_INLINE void tile(typename Dot::Sums (&sums)[M][C], const uint32_t* a, size_t a_stride, const uint32_t* b,
+                          size_t b_stride, int words) {
+  for (int w = 0; w < words; w++) {
+    u32x16 right[C];
+    for (int c = 0; c < C; c++) right[c] = load<u32x16>(b + w * b_stride + c * LANES);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const uint32_t left = a[m * a_stride + w];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) sums[m][c] = Dot::add(sums[m][c], left, right[c]);
+    }
+  }
+}
+
+// Calls f(std::integral_constant<int, M>) for M = rows, 1 <= rows <= MAX.
+template <int M>
+struct Count {
+  static constexpr int value = M;
+};
+template <int MAX, class F>
+MAGICDEC_INLINE void with_rows(int rows, F&& f) {
+  if constexpr (MAX > 1) {
+    if (rows < MAX) return with_rows<MAX - 1>(rows, static_cast<F&&>(f));
+  }
+  f(Count<MAX>{});
+}
+
+// Rows of the tile that begins at `row` when `rows` are cut into as few tiles of nearly equal height as `most` allows.
+MAGICDEC_INLINE int tile_height(int rows, int row, int most) {
+  const int tiles = (rows + most - 1) / most;
+  const int height = rows / tiles, taller = rows % tiles;  // the first `taller` tiles have one more
+  return row < taller * (height + 1) ? height + 1 : height;
+}
+
+}  // namespace magicdec

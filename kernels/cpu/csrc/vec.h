@@ -1,0 +1,288 @@
+// Sixteen lanes of everything, written once for every instruction set: the compiler splits these vectors into whatever
+// registers there are. Where an instruction set has a better way (dot products of 16-bit pairs, of bytes), it is used.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace magicdec {
+
+#define MAGICDEC_INLINE inline __attribute__((always_inline))
+
+constexpr int LANES = 16;
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+template <class To, class From>
+MAGICDEC_INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+template <class V>
+MAGICDEC_INLINE V load(const void* from) {
+  V x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <class V>
+MAGICDEC_INLINE void store(void* to, V x) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+MAGICDEC_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+MAGICDEC_INLINE u32x16 splat_bits(uint32_t x) { return u32x16{} + x; }
+MAGICDEC_INLINE f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
+  return bits<f32x16>((mask & bits<i32x16>(yes)) | (~mask & bits<i32x16>(no)));
+}
+MAGICDEC_INLINE f32x16 maximum(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+MAGICDEC_INLINE f32x16 minimum(f32x16 a, f32x16 b) { return select(a < b, a, b); }
+
+MAGICDEC_INLINE float sum(f32x16 x) {
+  x += __builtin_shuffle(x, i32x16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+  x += __builtin_shuffle(x, i32x16{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+  x += __builtin_shuffle(x, i32x16{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+  return x[0] + x[1];
+}
+
+MAGICDEC_INLINE float largest(f32x16 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float lane[LANES];
+  std::memcpy(lane, &x, sizeof x);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+  return lane[0];
+#endif
+}
+
+// -- 16-bit floats ----------------------------------------------------------------------------------------------------
+
+struct bf16 {
+  uint16_t raw;
+};
+struct f16 {
+  uint16_t raw;
+};
+
+MAGICDEC_INLINE u32x16 widen(u16x16 x) { return __builtin_convertvector(x, u32x16); }
+MAGICDEC_INLINE u16x16 narrow(u32x16 x) { return __builtin_convertvector(x, u16x16); }
+
+MAGICDEC_INLINE f32x16 float_of_half(u32x16 x) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_cvtph_ps((__m256i)narrow(x));
+#else
+  // The exponent is rebased by a product, which also makes denormals right.
+  const u32x16 magnitude = (x & 0x7fff) << 13;
+  const f32x16 scaled = bits<f32x16>(magnitude) * 0x1p112f;
+  const i32x16 special = bits<i32x16>(magnitude) >= (0x7c00 << 13);
+  const u32x16 value = (bits<u32x16>(special) & (magnitude | 0x7f800000)) | (~bits<u32x16>(special) & bits<u32x16>(scaled));
+  return bits<f32x16>(value | ((x & 0x8000) << 16));
+#endif
+}
+
+MAGICDEC_INLINE u16x16 half_of_float(f32x16 x) {
+#if defined(__AVX512F__)
+  return (u16x16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  uint16_t out[LANES];
+  for (int i = 0; i < LANES; i++) {
+    uint32_t word = bits<uint32_t>(x[i]);
+    const uint32_t sign = (word >> 16) & 0x8000;
+    word &= 0x7fffffff;
+    uint32_t half;
+    if (word >= 0x47800000)
+      half = word > 0x7f800000 ? 0x7e00 : 0x7c00;
+    else if (word < 0x38800000)
+      // Adding 1/2 leaves the denormal's bits, rounded, at the end of the sum.
+      half = bits<uint32_t>(bits<float>(word) + 0.5f) - 0x3f000000;
+    else
+      half = (word + 0xc8000fff + ((word >> 13) & 1)) >> 13;
+    out[i] = uint16_t(sign | half);
+  }
+  return load<u16x16>(out);
+#endif
+}
+
+MAGICDEC_INLINE u32x16 bf16_of_float(f32x16 x) {  // in the low halves; rounds to nearest even, keeps NaN
+  const u32x16 word = bits<u32x16>(x);
+  const u32x16 rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+  const u32x16 nan = bits<u32x16>(x != x);
+  return (nan & 0x7fc0) | (~nan & rounded);
+}
+
+template <class T>
+MAGICDEC_INLINE f32x16 load_floats(const T* from);
+template <>
+MAGICDEC_INLINE f32x16 load_floats(const float* from) {
+  return load<f32x16>(from);
+}
+template <>
+MAGICDEC_INLINE f32x16 load_floats(const bf16* from) {
+  return bits<f32x16>(widen(load<u16x16>(from)) << 16);
+}
+template <>
+MAGICDEC_INLINE f32x16 load_floats(const f16* from) {
+  return float_of_half(widen(load<u16x16>(from)));
+}
+
+MAGICDEC_INLINE void store_floats(float* to, f32x16 x) { store(to, x); }
+MAGICDEC_INLINE void store_floats(bf16* to, f32x16 x) {
+#if defined(__AVX512BF16__)
+  store(to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  store(to, narrow(bf16_of_float(x)));
+#endif
+}
+MAGICDEC_INLINE void store_floats(f16* to, f32x16 x) { store(to, half_of_float(x)); }
+
+// `n` < 16 of them.
+template <class T>
+MAGICDEC_INLINE f32x16 load_some(const T* from, int n) {
+  T padded[LANES] = {};
+  std::memcpy(padded, from, n * sizeof(T));
+  return load_floats(padded);
+}
+template <class T>
+MAGICDEC_INLINE void store_some(T* to, f32x16 x, int n) {
+  T padded[LANES];
+  store_floats(padded, x);
+  std::memcpy(to, padded, n * sizeof(T));
+}
+
+// -- exponentials and logarithms --------------------------------------------------------------------------------------
+
+// 2^x for x <= 0 (-inf included), within 2 units in the last place; 0 below -126.
+MAGICDEC_INLINE f32x16 exp2_falling(f32x16 x) {
+  const i32x16 gone = x < splat(-126.0f);
+  x = select(gone, splat(-126.0f), x);
+  const i32x16 whole = __builtin_convertvector(x - 0.5f, i32x16);  // truncates towards zero: rounds to nearest
+  const f32x16 rest = x - __builtin_convertvector(whole, f32x16);  // in [-1/2, 1/2]
+  // Taylor series of 2^r: the term of r^7 is below 2^-24.
+  f32x16 y = rest * 1.5403530e-4f + 1.3333558e-3f;
+  y = y * rest + 9.6181291e-3f;
+  y = y * rest + 5.5504109e-2f;
+  y = y * rest + 2.4022651e-1f;
+  y = y * rest + 6.9314718e-1f;
+  y = y * rest + 1.0f;
+  const f32x16 scaled = bits<f32x16>(bits<i32x16>(y) + (whole << 23));
+  return select(gone, f32x16{}, scaled);
+}
+
+// e^x for any x, within 2 units in the last place; saturates beyond ±87.
+MAGICDEC_INLINE f32x16 exponential(f32x16 x) {
+  x = minimum(maximum(x, splat(-87.0f)), splat(87.0f));
+  const f32x16 turns = x * 1.44269504f;
+  const f32x16 half = select(turns < f32x16{}, splat(-0.5f), splat(0.5f));
+  const i32x16 whole = __builtin_convertvector(turns + half, i32x16);
+  const f32x16 n = __builtin_convertvector(whole, f32x16);
+  const f32x16 rest = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
+  f32x16 y = rest * 1.9841270e-4f + 1.3888889e-3f;
+  y = y * rest + 8.3333333e-3f;
+  y = y * rest + 4.1666667e-2f;
+  y = y * rest + 1.6666667e-1f;
+  y = y * rest + 0.5f;
+  y = y * rest * rest + rest + 1.0f;
+  return bits<f32x16>(bits<i32x16>(y) + (whole << 23));
+}
+
+// ln x for normal x > 0, within 2 units in the last place.
+MAGICDEC_INLINE f32x16 logarithm(f32x16 x) {
+  const i32x16 word = bits<i32x16>(x);
+  const i32x16 exponent = (word - 0x3f3504f3) >> 23;  // so that the mantissa is in [sqrt(1/2), sqrt(2))
+  const f32x16 m = bits<f32x16>(word - (exponent << 23)) - 1.0f;
+  const f32x16 e = __builtin_convertvector(exponent, f32x16);
+  // ln(1 + m) = 2 atanh(m / (2 + m))
+  const f32x16 s = m / (m + 2.0f), z = s * s;
+  f32x16 tail = z * 0.2222222f + 0.2857143f;
+  tail = tail * z + 0.4000000f;
+  tail = tail * z + 0.6666667f;
+  // 2 s = m - s m, which keeps the leading part exact.
+  return e * 0.693359375f + (m - (s * (m - z * tail) - e * -2.12194440e-4f));
+}
+
+// -- dot products -----------------------------------------------------------------------------------------------------
+
+// A word holds neighbouring elements along the dimension that is summed over: one float, two 16-bit floats, four bytes.
+// `add` adds the products of a word of the left matrix with words of sixteen columns of the right one.
+
+struct DotF32 {
+  static constexpr int ELEMENTS = 1;
+  using Sums = f32x16;
+  static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) { return sums + bits<f32x16>(splat_bits(a)) * bits<f32x16>(b); }
+};
+
+struct DotBF16 {
+  static constexpr int ELEMENTS = 2;
+  using Sums = f32x16;
+  static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) {
+#if defined(__AVX512BF16__)
+    return (f32x16)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#else
+    sums = sums + splat(bits<float>(a << 16)) * bits<f32x16>(b << 16);
+    return sums + splat(bits<float>(a & 0xffff0000)) * bits<f32x16>(b & 0xffff0000);
+#endif
+  }
+};
+
+struct DotF16 {
+  static constexpr int ELEMENTS = 2;
+  using Sums = f32x16;
+  static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) {
+    const u32x16 pair = splat_bits(a);
+    sums = sums + float_of_half(pair & 0xffff) * float_of_half(b & 0xffff);
+    return sums + float_of_half(pair >> 16) * float_of_half(b >> 16);
+  }
+};
+
+struct DotI8 {  // the left matrix unsigned, the right one signed
+  static constexpr int ELEMENTS = 4;
+  using Sums = i32x16;
+  static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) {
+#if defined(__AVX512VNNI__)
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(a), (__m512i)b);
+#else
+    for (int byte = 0; byte < 4; byte++) {
+      const i32x16 signed_byte = bits<i32x16>(b << (24 - 8 * byte)) >> 24;
+      sums += signed_byte * int32_t((a >> (8 * byte)) & 0xff);
+    }
+    return sums;
+#endif
+  }
+};
+
+template <class T>
+struct DotOf;
+template <>
+struct DotOf<float> {
+  using type = DotF32;
+};
+template <>
+struct DotOf<bf16> {
+  using type = DotBF16;
+};
+template <>
+struct DotOf<f16> {
+  using type = DotF16;
+};
+
+}  // namespace magicdec

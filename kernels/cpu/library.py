@@ -1,0 +1,124 @@
+"""The CPU kernels as Python calls them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.build import InstructionSet, build_kernels, build_operators, supported
+
+BLOCK = 32
+"""Output features that are packed together; BLOCK of csrc/kernels.h."""
+_ELEMENTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 2, torch.int8: 4}
+"""Neighbouring input features in a word of 32 bits."""
+
+
+class CpuKernels:
+    """One instruction set's kernels, compiled if need be. All tensors are on the CPU.
+
+    dtypes below: float32, bfloat16 or float16. Results of a row depend on that row alone, not on the rows beside it,
+    their number, or the number of threads.
+    """
+
+    def __init__(self, target: InstructionSet | None = None) -> None:
+        """target: one that this processor has; None: the best. Raises KernelsUnavailable."""
+        target = target or supported()[0]
+        torch.ops.load_library(str(build_operators()))  # type: ignore[no-untyped-call]
+        self._ops = torch.ops.magicdec_cpu
+        self._kernels: int = self._ops.open(str(build_kernels(target)))
+        self.name = target.name
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, lengths: Tensor, pages: Tensor, scale: float, lse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See kernels.attention.base.
+
+        q: [tokens, heads, head_dim], head_dim a multiple of 16. k, v: [pages, kv_heads, page_size, head_dim]. queries,
+        lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. Returns o, in q's dtype, and the
+        log-sum-exp [tokens, heads] float32, empty unless asked for.
+        """
+        o, sums = self._ops.attention(self._kernels, q, k, v, queries, lengths, pages, scale, lse)
+        return o, sums
+
+    def linear(self, x: Tensor, weights: PackedWeights, *, silu_mul: bool = False, float_out: bool = False) -> Tensor:
+        """x w^T + bias: [rows, features] to [rows, columns], of x's dtype or float32.
+
+        weights: in x's dtype, or int8; then x is quantised too, each row by its largest element. silu_mul: the columns
+        are gates and as many values, 16 of each in turn (`pack_gated`); what comes out is silu(gate) * value.
+        """
+        columns = weights.columns // 2 if silu_mul else weights.columns
+        y: Tensor = self._ops.linear(
+            self._kernels,
+            x,
+            weights.packed,
+            weights.scales,
+            weights.offsets,
+            weights.bias,
+            columns,
+            silu_mul,
+            float_out,
+        )
+        return y
+
+    def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """Add delta to x, in place, and return the root-mean-square norm of that: all [rows, size] of one dtype."""
+        out: Tensor = self._ops.norm(self._kernels, x, delta, weight, eps)
+        return out
+
+    def rotary(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, k: Tensor, v: Tensor
+    ) -> None:
+        """Rotate queries and keys in place, and store keys and values in the pool.
+
+        qkv: [tokens, heads + 2 kv_heads, head_dim]. cos, sin: [positions, head_dim / 2] float32, of all positions.
+        positions, slots: [tokens] int64. k, v: [pages, kv_heads, page_size, head_dim].
+        """
+        self._ops.rotary(self._kernels, qkv, cos, sin, positions, slots, k, v, None, None, 0.0)
+
+    def sample(
+        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """The coupled sampling rule: each row's largest logit / temperature + noise, and its token id.
+
+        logits: [rows, size] float32, of the tokens from `first` on. temperature: [rows] float32, 0 for the largest
+        logit itself. seeds, positions: [rows] int64. Returns [rows] float32 and [rows] int64, the lowest id among
+        equals.
+        """
+        values, tokens = self._ops.sample(self._kernels, logits, temperature, seeds, positions, first)
+        return values, tokens
+
+
+class PackedWeights:
+    """A weight matrix as `CpuKernels.linear` reads it: blocks of BLOCK output features, within them words of
+    neighbouring input features, [blocks, words, BLOCK, elements of a word]. It costs what the matrix does, rounded
+    up.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight: [columns, features] float32, bfloat16 or float16. bias: [columns]."""
+        self.columns, features = weight.shape
+        self.scales: Tensor | None = None
+        self.offsets: Tensor | None = None
+        padding = -self.columns % BLOCK
+        self.bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, padding))
+        elements = _ELEMENTS[weight.dtype]
+        padded = torch.nn.functional.pad(weight, (0, -features % elements, 0, padding))
+        self.packed = padded.view(-1, BLOCK, padded.shape[1] // elements, elements).transpose(1, 2).contiguous()
+
+    @classmethod
+    def int8(cls, weight: Tensor, bias: Tensor | None = None) -> PackedWeights:
+        """Rounded to 8 bits, with a scale for each output feature: its largest element is 127."""
+        wide = weight.float()
+        scales = (wide.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        whole = (wide / scales[:, None]).round()
+        packed = cls(whole.to(torch.int8), bias)
+        padding = -len(weight) % BLOCK
+        packed.scales = torch.nn.functional.pad(scales, (0, padding))
+        # Inputs are stored as bytes from 0 to 255, 128 too large.
+        packed.offsets = torch.nn.functional.pad(-128 * whole.sum(1), (0, padding))
+        return packed
+
+
+def pack_gated(gate: Tensor, value: Tensor) -> Tensor:
+    """Rows of both, 16 of each in turn: [features, n] twice to [2 features, n], features a multiple of 16."""
+    return torch.stack([part.view(-1, BLOCK // 2, part.shape[1]) for part in (gate, value)], 1).flatten(0, 2)

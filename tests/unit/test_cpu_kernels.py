@@ -1,0 +1,249 @@
+"""The compiled CPU kernels, of every instruction set that this processor has, against plain torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.attention.base import AttentionBatch
+from kernels.attention.cpu import CpuAttention
+from kernels.attention.reference import ReferenceAttention
+from kernels.cpu import build
+from kernels.cpu.build import InstructionSet, KernelsUnavailable, supported
+from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
+from kernels.kv_cache import KVPool, LayerKV, write_kv
+from kernels.noise import gumbel_noise
+from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
+
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALVES]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(scope="module", params=supported(), ids=lambda target: target.name)
+def kernels(request: pytest.FixtureRequest) -> CpuKernels:
+    target: InstructionSet = request.param
+    try:
+        return CpuKernels(target)
+    except KernelsUnavailable as reason:
+        pytest.skip(f"no CPU kernels: {reason}")
+
+
+def pool_layer(pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
+    pool = KVPool(
+        num_layers=1,
+        num_pages=pages,
+        page_size=page_size,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    pool.data.normal_()
+    return pool.layer(0)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([1, 2, 4, 7, 30, 70]), st.sampled_from([0, 1, 15, 63, 64, 65, 1023, 1500])),
+        min_size=1,
+        max_size=4,
+    ),
+    page_size=st.sampled_from([1, 7, 16, 32]),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    head_dim=st.sampled_from([16, 48, 64, 80, 128]),
+    per_head=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_attention(
+    kernels: CpuKernels,
+    rows: list[tuple[int, int]],
+    page_size: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    per_head: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    queries = [n for n, _ in rows]
+    lengths = [n + before for n, before in rows]
+    width = -(-max(lengths) // page_size)
+    layer = pool_layer(97, kv_heads, page_size, head_dim, dtype)
+    pages = torch.randint(97, (len(rows), kv_heads, width) if per_head else (len(rows), width))
+    q = torch.randn(sum(queries), kv_heads * group, head_dim).to(dtype)
+    batch = AttentionBatch(queries, lengths, pages)
+    oracle, backend = ReferenceAttention(page_size), CpuAttention(kernels)
+    oracle.plan(batch)
+    backend.plan(batch)
+    expected, expected_lse = oracle.run(layer, q, head_dim**-0.5, lse=True)
+    o, lse = backend.run(layer, q, head_dim**-0.5, lse=True)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(o.float(), expected.float(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=max(1e-5, tolerance / 2))
+    assert torch.equal(backend.run(layer, q, head_dim**-0.5), o)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_of_a_query_depends_on_nothing_else(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    """Not on the queries beside it, other rows, or threads: to the bit."""
+    torch.manual_seed(1)
+    length, n, page_size = 2500, 300, 16
+    layer = pool_layer(200, 3, page_size, 64, dtype)
+    pages = torch.randperm(200)[None, : -(-length // page_size)]
+    q = torch.randn(n, 9, 64).to(dtype)
+    backend = CpuAttention(kernels)
+
+    def run(first: int, count: int, before: int = 0) -> Tensor:
+        """Queries first … first + count - 1, behind a row of `before` others."""
+        ends = length - n + first + count
+        rows = [before, count] if before else [count]
+        backend.plan(AttentionBatch(rows, [ends] * len(rows), pages.repeat(len(rows), 1)))
+        return backend.run(layer, torch.cat([q[:before], q[first : first + count]]), 0.125)[before:]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = run(0, n)
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for first, queries, before in (
+                (299, 1, 0),
+                (296, 4, 1),
+                (100, 1, 7),
+                (100, 16, 0),
+                (280, 20, 40),
+                (270, 25, 0),
+            ):
+                assert torch.equal(run(first, queries, before), whole[first : first + queries])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_attention_ignores_what_is_not_there(kernels: CpuKernels) -> None:
+    """Slots behind a row's end can hold another request's overflow."""
+    layer = pool_layer(5, 1, 16, 64, torch.bfloat16)
+    backend = CpuAttention(kernels)
+    backend.plan(AttentionBatch([2], [70], torch.arange(5)[None]))
+    q = torch.randn(2, 3, 64).bfloat16()
+    expected = backend.run(layer, q, 0.125)
+    layer.k[4, :, 6:] = layer.v[4, :, 6:] = float("nan")
+    assert torch.equal(backend.run(layer, q, 0.125), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "features", "columns"), [(1, 576, 960), (5, 577, 100), (13, 64, 31), (250, 96, 96)])
+def test_linear(kernels: CpuKernels, dtype: torch.dtype, rows: int, features: int, columns: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, features).to(dtype)
+    weight, bias = (torch.randn(columns, features) * features**-0.5).to(dtype), torch.randn(columns).to(dtype)
+    expected = x.double() @ weight.double().T + bias
+    y = kernels.linear(x, PackedWeights(weight, bias), float_out=True)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    rounded = kernels.linear(x, PackedWeights(weight, bias))
+    assert rounded.dtype == dtype
+    torch.testing.assert_close(rounded.float(), y, rtol=2**-8, atol=1e-6)
+    coarse = kernels.linear(x, PackedWeights.int8(weight, bias), float_out=True)
+    assert (coarse - expected).norm() < 0.02 * (expected - bias).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_of_a_row_depends_on_nothing_else(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(300, 576).to(dtype), torch.randn(200, 576).to(dtype)
+    for packed in (PackedWeights(weight), PackedWeights.int8(weight)):
+        whole = kernels.linear(x, packed, float_out=True)
+        for first, last in ((0, 1), (3, 8), (10, 40), (299, 300)):
+            assert torch.equal(kernels.linear(x[first:last], packed, float_out=True), whole[first:last])
+
+
+def test_gated_linear(kernels: CpuKernels) -> None:
+    torch.manual_seed(0)
+    x, gate, value = torch.randn(7, 64), torch.randn(48, 64) / 8, torch.randn(48, 64) / 8
+    y = kernels.linear(x, PackedWeights(pack_gated(gate, value)), silu_mul=True)
+    expected = torch.nn.functional.silu(x @ gate.T) * (x @ value.T)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [576, 37])
+def test_norm(kernels: CpuKernels, dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(0)
+    x, delta, weight = torch.randn(9, size).to(dtype), torch.randn(9, size).to(dtype), torch.randn(size).to(dtype)
+    added = x + delta
+    out = kernels.norm(x, delta, weight, 1e-5)
+    assert torch.equal(x, added)
+    expected = torch.nn.functional.rms_norm(added.float(), (size,), weight.float(), 1e-5)
+    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotary(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tokens, heads, kv_heads, head_dim, page_size = 11, 4, 2, 48, 7
+    layer, expected = (pool_layer(5, kv_heads, page_size, head_dim, dtype) for _ in range(2))
+    for part, other in zip(layer, expected, strict=True):
+        other.copy_(part)
+    cos, sin = rotary_tables(rotary_frequencies(head_dim, 1e4), 100, dtype=torch.float32, device=torch.device("cpu"))
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(dtype)
+    positions, slots = torch.randint(100, (tokens,)), torch.randperm(5 * page_size)[:tokens]
+    q, k, v = qkv.clone().split_with_sizes([heads, kv_heads, kv_heads], 1)
+    q, k = (apply_rope(part, cos[positions], sin[positions]) for part in (q, k))
+    write_kv(expected, slots, k, v)
+    kernels.rotary(qkv, cos, sin, positions, slots, *layer)
+    torch.testing.assert_close(qkv[:, :heads], q, rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(layer.k, expected.k, rtol=2**-7, atol=1e-5)
+    assert torch.equal(layer.v, expected.v)
+
+
+def test_sample(kernels: CpuKernels) -> None:
+    torch.manual_seed(0)
+    rows, size, first = 40, 5003, 700
+    logits = torch.randn(rows, size) * 3
+    seeds, positions = torch.randint(-(2**62), 2**62, (rows,)), torch.randint(0, 8000, (rows,))
+    temperature = torch.tensor([0.0, 0.3, 1.0, 2.0]).repeat(rows // 4)
+    values, tokens = kernels.sample(logits, temperature, seeds, positions, first)
+    noise = gumbel_noise(seeds, positions, first, first + size)
+    scaled = torch.where(temperature[:, None] > 0, logits / temperature[:, None].clamp(min=0.1) + noise, logits)
+    torch.testing.assert_close(values, scaled.amax(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scaled.gather(1, tokens[:, None] - first)[:, 0], values, rtol=1e-5, atol=1e-5)
+
+
+def test_sample_takes_the_lowest_of_equals(kernels: CpuKernels) -> None:
+    logits = torch.zeros(3, 20_000)
+    logits[1, [19_999, 4097, 8000]] = 1.0
+    logits[2, [5, 16_500]] = 2.0
+    zeros = torch.zeros(3, dtype=torch.int64)
+    _, tokens = kernels.sample(logits, torch.zeros(3), zeros, zeros, 10)
+    assert tokens.tolist() == [10, 4107, 15]
+
+
+def test_what_does_not_fit_is_refused(kernels: CpuKernels) -> None:
+    with pytest.raises(RuntimeError, match="weights are"):
+        kernels.linear(torch.randn(2, 64), PackedWeights(torch.randn(32, 64).bfloat16()))
+    with pytest.raises(RuntimeError, match="features"):
+        kernels.linear(torch.randn(2, 60), PackedWeights(torch.randn(32, 64)))
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(KernelsUnavailable, match=r"no C\+\+ compiler"):
+        CpuKernels()
+
+
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(KernelsUnavailable, match=r"fails: .*error"):
+        build.build_kernels(InstructionSet("none", frozenset(), ("-mno-such-thing",)))
+    assert not list(tmp_path.rglob("*.so"))
