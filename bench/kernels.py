@@ -63,8 +63,8 @@ def attention(kernels: CpuKernels, rows: int, context: int, ceiling: float) -> N
         taken = seconds(lambda q=q, layers=layers: backend.run(next(layers), q, 0.125), 60)  # type: ignore[misc]
         first = first or taken
         print(
-            f"attention {rows:3} x {context:5}, {queries} queries: {1e3 * taken:7.2f} ms, {read / taken / 1e9:5.1f} GB/s, "
-            f"{read / taken / ceiling:4.0%} of a read, {taken / first:.2f} x one query"
+            f"attention {rows:3} x {context:5}, {queries} queries: {1e3 * taken:.2f} ms, {read / taken / 1e9:.1f} GB/s,"
+            f" {read / taken / ceiling:.0%} of a read, {taken / first:.2f} x one query"
         )
 
 
@@ -88,7 +88,7 @@ def products(kernels: CpuKernels, rows: int) -> None:
 
     bf16, int8, theirs = seconds(lambda: own(packed), 5), seconds(lambda: own(coarse), 5), seconds(torchs, 5)
     print(
-        f"products of {rows:3} rows: bf16 {1e3 * bf16:6.1f} ms ({size / bf16 / 1e9:4.1f} GB/s, "
+        f"products of {rows:3} rows: bf16 {1e3 * bf16:6.1f} ms ({size / bf16 / 1e9:4.1f} GB/s,"
         f"{size * rows / bf16 / 1e9:4.0f} GFLOP/s), int8 {1e3 * int8:6.1f} ms; torch bf16 {1e3 * theirs:6.1f} ms, "
         f"{theirs / bf16:.2f} x ours"
     )
