@@ -145,8 +145,8 @@ def start(
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Server]:
-    """The default model in float32."""
-    config = {"engine": {"cache": {"memory_gb": 0.5}, "check_invariants": True}}
+    """The default model in float32; a fixed gamma, since what pays depends on what else the machine does."""
+    config = {"engine": {"cache": {"memory_gb": 0.5}, "check_invariants": True, "speculation": {"gamma": 3}}}
     flags = ("--dtype", "float32", "--max-model-len", "2048", "--served-model-name", "default")
     running = start(tmp_path_factory.mktemp("server"), model_dir, *flags, config=config)
     yield running
