@@ -51,6 +51,17 @@ def start(size: int, speculation: dict[str, Any], gamma: int = 3) -> Engine:
     return threaded_engine(model(*SHAPE), size, gamma=gamma, digest_every=3, speculation=speculation)[0]
 
 
+def of_model(draft_dir: Path, policy: str, count: int | None) -> dict[str, Any]:
+    """Settings of speculation by a draft model on the first `count` ranks; None: on all."""
+    return {
+        "gamma": 3,
+        "drafter": "model",
+        "model": str(draft_dir),
+        "tensor_parallel_size": count,
+        "kv": KV[policy],
+    }
+
+
 def texts(engine: Engine) -> dict[str, list[int]]:
     try:
         outputs = run(engine, requests())
@@ -75,14 +86,7 @@ def test_self_speculation(policy: str, size: int) -> None:
 @pytest.mark.parametrize(("size", "count"), [(2, None), (2, 1), (3, 2), (4, 3)])
 @pytest.mark.parametrize("policy", ["window", "snapkv", "all"])
 def test_a_draft_model_on_all_ranks_or_fewer(draft_dir: Path, policy: str, size: int, count: int | None) -> None:
-    speculation = {
-        "gamma": 3,
-        "drafter": "model",
-        "model": str(draft_dir),
-        "tensor_parallel_size": count,
-        "kv": KV[policy],
-    }
-    engine = start(size, speculation)
+    engine = start(size, of_model(draft_dir, policy, count))
     assert texts(engine) == expected()
 
 
@@ -90,13 +94,7 @@ def test_a_draft_model_on_all_ranks_or_fewer(draft_dir: Path, policy: str, size:
 @pytest.mark.parametrize("policy", ["window", "snapkv", "all"])
 def test_ranks_agree_on_who_has_caught_up(draft_dir: Path, policy: str, size: int, count: int | None) -> None:
     """Also those without the draft model, where rows draft, catch up, do both, or neither."""
-    speculation = {
-        "gamma": 3,
-        "drafter": "model",
-        "model": str(draft_dir),
-        "tensor_parallel_size": count,
-        "kv": KV[policy],
-    }
+    speculation = of_model(draft_dir, policy, count)
     scheduler = {"max_rows": 4, "max_batch_tokens": 24}
     engine, ranks = threaded_engine(
         model(*SHAPE), size, gamma=3, digest_every=1, speculation=speculation, scheduler=scheduler
