@@ -22,6 +22,7 @@ from kernels.attention.base import AttentionBatch
 from kernels.attention.cpu import CpuAttention
 from kernels.cpu.library import CpuKernels, PackedWeights
 from kernels.kv_cache import KVPool
+from models.default import user_cache
 
 _HEADS, _KV_HEADS, _HEAD_DIM, _PAGE = 9, 3, 64, 16
 _SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     threads = parser.parse_args().threads
     torch.set_num_threads(threads)
-    kernels = CpuKernels()
+    kernels = CpuKernels(user_cache() / "kernels")
     ceiling = read_bandwidth(torch.device("cpu"))
     print(f"{kernels.name}, {threads} threads, sequential read {ceiling / 1e9:.1f} GB/s")
     for rows, context in ((1, 2048), (8, 8192), (16, 7500), (16, 512)):

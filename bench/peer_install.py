@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.default import cache_dir, default_model_dir
+from models.default import default_model_dir, user_cache
 from models.fetch import MEMBER, download, extract
 
 
@@ -40,7 +40,7 @@ class PeerError(RuntimeError):
 
 def peers_dir() -> Path:
     """Where environments are, unless asked otherwise: in the user's cache."""
-    return cache_dir().parent / "peers"
+    return user_cache() / "peers"
 
 
 def environment(name: str, directory: Path, say: Callable[[str], None], *, install: bool) -> Path:

@@ -26,7 +26,7 @@ from engine.plan import PageDelta, RowStart, RowWork, StepPlan, StepResult
 from engine.sizing import Sizes
 from engine.speculation.step_times import StepSample, StepTimes
 from models.config import ModelConfig, RopeConfig, read_config
-from models.default import cache_dir, resolve_model
+from models.default import resolve_model, user_cache
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def _cpu_name() -> str:
 
 
 def _file(key: str) -> Path:
-    return cache_dir().parent / "profiles" / f"{key}.json"
+    return user_cache() / "profiles" / f"{key}.json"
 
 
 def recall(key: str) -> list[StepSample] | None:

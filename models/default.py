@@ -10,11 +10,16 @@ from models.config import ModelError
 NAME = "SmolLM2-135M-Instruct"
 
 
-def cache_dir() -> Path:
-    """The user's cache folder (XDG convention): everything in it can be downloaded again."""
+def user_cache() -> Path:
+    """The user's cache folder (XDG convention): everything in it can be made or downloaded again."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "magicdec" / "models"
+    return root / "magicdec"
+
+
+def cache_dir() -> Path:
+    """Where downloaded models are."""
+    return user_cache() / "models"
 
 
 def default_model_dir() -> Path:

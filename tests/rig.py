@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference import ReferenceAttention
-from kernels.kv_cache import KVPool
+from kernels.kv_cache import KVPool, LayerKV
 from models.batch import ForwardBatch
 from models.llama import Llama
 from parallel.group import Group
@@ -20,6 +20,21 @@ from parallel.group import Group
 CPU = torch.device("cpu")
 
 Result = TypeVar("Result")
+
+
+def pool_layer(pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
+    """One layer of a pool of random numbers."""
+    pool = KVPool(
+        num_layers=1,
+        num_pages=pages,
+        page_size=page_size,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=CPU,
+    )
+    pool.data.normal_()
+    return pool.layer(0)
 
 
 class PagedRows:

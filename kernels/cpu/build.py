@@ -1,4 +1,4 @@
-"""Compiling the CPU kernels, once per processor type and version of torch, into the user's cache.
+"""Compiling the CPU kernels, once per processor type and version of torch, into a folder that is kept.
 
 Two kinds of libraries come of `csrc/`: the kernels, for one instruction set each and free of torch, and the operators
 by which torch calls them. Both are built when they are first asked for; whoever finds a finished one uses it.
@@ -67,37 +67,39 @@ def _processor_features() -> set[str]:
     return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
 
 
-def build_kernels(target: InstructionSet) -> Path:
-    """The library of kernels for one instruction set. Raises KernelsUnavailable."""
+def build_kernels(target: InstructionSet, folder: Path) -> Path:
+    """The library of kernels for one instruction set, in `folder`. Raises KernelsUnavailable."""
     openmp = sorted(str(file) for file in _torch_folder("lib").glob("libgomp*.so*"))  # the team of torch's own threads
     flags = ["-std=gnu++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", *target.flags]
-    return _build(f"kernels-{target.name}", "kernels.cpp", flags, openmp[:1])
+    return _build(folder, f"kernels-{target.name}", "kernels.cpp", flags, openmp[:1])
 
 
-def build_operators() -> Path:
-    """The library that makes torch know the operators. Raises KernelsUnavailable."""
+def build_operators(folder: Path) -> Path:
+    """The library that makes torch know the operators, in `folder`. Raises KernelsUnavailable."""
     include = _torch_folder("include")
     flags = ["-std=gnu++20", "-O2", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    return _build("operators", "ops.cpp", flags, [f"-L{_torch_folder('lib')}", "-ltorch", "-ltorch_cpu", "-lc10"])
+    return _build(
+        folder, "operators", "ops.cpp", flags, [f"-L{_torch_folder('lib')}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    )
 
 
 def _torch_folder(name: str) -> Path:
     return Path(torch.__file__).parent / name
 
 
-def _build(name: str, source: str, flags: list[str], libraries: list[str]) -> Path:
+def _build(folder: Path, name: str, source: str, flags: list[str], libraries: list[str]) -> Path:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise KernelsUnavailable("no C++ compiler (g++ or clang++) is installed")
     command = [compiler, *flags, "-fPIC", "-shared", str(_SOURCES / source)]
-    target = _cache_dir() / f"{name}-{_digest(command, libraries)}.so"
+    target = folder / f"{name}-{_digest(command, libraries)}.so"
     if target.is_file():
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / "made.so"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            made = Path(aside) / "made.so"
             subprocess.run(
                 [*command, "-o", str(made), *libraries],
                 check=True,
@@ -122,9 +124,3 @@ def _digest(command: list[str], libraries: list[str]) -> str:
     for file in sorted(_SOURCES.iterdir()):
         hashed.update(file.name.encode() + file.read_bytes())
     return hashed.hexdigest()[:16]
-
-
-def _cache_dir() -> Path:
-    """The user's cache folder (XDG convention)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "magicdec" / "kernels"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,13 @@ class CpuKernels:
     their number, or the number of threads.
     """
 
-    def __init__(self, target: InstructionSet | None = None) -> None:
-        """target: one that this processor has; None: the best. Raises KernelsUnavailable."""
+    def __init__(self, folder: Path, target: InstructionSet | None = None) -> None:
+        """folder: where compiled ones are kept. target: an instruction set that this processor has; None: the best.
+        Raises KernelsUnavailable."""
         target = target or supported()[0]
-        torch.ops.load_library(str(build_operators()))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(build_operators(folder)))  # type: ignore[no-untyped-call]
         self._ops = torch.ops.magicdec_cpu
-        self._kernels: int = self._ops.open(str(build_kernels(target)))
+        self._kernels: int = self._ops.open(str(build_kernels(target, folder)))
         self.name = target.name
 
     def attention(

@@ -12,21 +12,8 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference import ReferenceAttention, merge_segments
-from kernels.kv_cache import KVPool, LayerKV, write_kv
-
-
-def pool_layer(pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
-    pool = KVPool(
-        num_layers=1,
-        num_pages=pages,
-        page_size=page_size,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
-    pool.data.normal_()
-    return pool.layer(0)
+from kernels.kv_cache import LayerKV, write_kv
+from tests.rig import pool_layer
 
 
 def one_query(layer: LayerKV, q: Tensor, pages: Tensor, visible: int, scale: float) -> tuple[Tensor, Tensor]:

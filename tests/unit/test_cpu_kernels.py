@@ -17,9 +17,11 @@ from kernels.attention.reference import ReferenceAttention
 from kernels.cpu import build
 from kernels.cpu.build import InstructionSet, KernelsUnavailable, supported
 from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
-from kernels.kv_cache import KVPool, LayerKV, write_kv
+from kernels.kv_cache import write_kv
 from kernels.noise import gumbel_noise
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
+from models.default import user_cache
+from tests.rig import pool_layer
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
@@ -30,23 +32,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     target: InstructionSet = request.param
     try:
-        return CpuKernels(target)
+        return CpuKernels(user_cache() / "kernels", target)
     except KernelsUnavailable as reason:
         pytest.skip(f"no CPU kernels: {reason}")
-
-
-def pool_layer(pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
-    pool = KVPool(
-        num_layers=1,
-        num_pages=pages,
-        page_size=page_size,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
-    pool.data.normal_()
-    return pool.layer(0)
 
 
 @given(
@@ -228,6 +216,14 @@ def test_sample_takes_the_lowest_of_equals(kernels: CpuKernels) -> None:
     assert tokens.tolist() == [10, 4107, 15]
 
 
+def test_sample_where_all_is_impossible(kernels: CpuKernels) -> None:
+    """A rank whose slice is forbidden as a whole still answers; another's token is likelier."""
+    zeros = torch.zeros(2, dtype=torch.int64)
+    values, tokens = kernels.sample(torch.full((2, 50), float("-inf")), torch.tensor([0.0, 1.0]), zeros, zeros, 10)
+    assert values.tolist() == [float("-inf")] * 2
+    assert tokens.tolist() == [10, 10]
+
+
 def test_what_does_not_fit_is_refused(kernels: CpuKernels) -> None:
     with pytest.raises(RuntimeError, match="weights are"):
         kernels.linear(torch.randn(2, 64), PackedWeights(torch.randn(32, 64).bfloat16()))
@@ -236,14 +232,12 @@ def test_what_does_not_fit_is_refused(kernels: CpuKernels) -> None:
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(KernelsUnavailable, match=r"no C\+\+ compiler"):
-        CpuKernels()
+        CpuKernels(tmp_path)
 
 
-def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_compiler_that_fails(tmp_path: Path) -> None:
     with pytest.raises(KernelsUnavailable, match=r"fails: .*error"):
-        build.build_kernels(InstructionSet("none", frozenset(), ("-mno-such-thing",)))
+        build.build_kernels(InstructionSet("none", frozenset(), ("-mno-such-thing",)), tmp_path)
     assert not list(tmp_path.rglob("*.so"))

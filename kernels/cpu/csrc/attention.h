@@ -15,7 +15,7 @@
 #include <atomic>
 #include <limits>
 
-#include "kernels.h"
+#include "dispatch.h"
 #include "tile.h"
 
 namespace magicdec {
@@ -293,16 +293,15 @@ MAGICDEC_INLINE void mix_few(const Block<T>& block, const Block<T>& next, int he
   for (; d < head_dim; d += LANES) columns(d, Count<1>{});
 }
 
-// out[m][n] = (keep ? out[m][n] : 0) + a · b over `columns` columns, a multiple of 16.
+// out[m][n] = (KEEP ? out[m][n] : 0) + a · b over `columns` columns, a multiple of 16.
 template <class Dot, bool KEEP>
 MAGICDEC_INLINE void product(const uint32_t* a, size_t a_stride, const uint32_t* b, int words, float* out, size_t out_stride,
                              int rows, int columns) {
-  const auto columns_of = [&](auto width, int most, int column) {
+  const auto columns_of = [&](auto width, int column) {
     constexpr int C = decltype(width)::value;
-    constexpr int MOST = C == 4 ? std::max(1, MAX_ROWS / 2) : MAX_ROWS;
     for (int row = 0; row < rows;) {
-      const int height = tile_height(rows, row, most);
-      with_rows<MOST>(height, [&](auto count) {
+      const int height = tile_height(rows, row, MAX_ROWS);
+      with_rows<MAX_ROWS>(height, [&](auto count) {
         constexpr int M = decltype(count)::value;
         typename Dot::Sums sums[M][C];
         float* o = out + row * out_stride + column;
@@ -316,13 +315,8 @@ MAGICDEC_INLINE void product(const uint32_t* a, size_t a_stride, const uint32_t*
     }
   };
   int column = 0;
-#if defined(__AVX512F__)
-  // Few rows: wide tiles, or the sums of one step would wait for those of the one before.
-  if (rows <= MAX_ROWS / 2)
-    for (; column + 4 * LANES <= columns; column += 4 * LANES) columns_of(Count<4>{}, MAX_ROWS / 2, column);
-#endif
-  for (; column + 2 * LANES <= columns; column += 2 * LANES) columns_of(Count<2>{}, MAX_ROWS, column);
-  if (column < columns) columns_of(Count<1>{}, MAX_ROWS, column);
+  for (; column + 2 * LANES <= columns; column += 2 * LANES) columns_of(Count<2>{}, column);
+  if (column < columns) columns_of(Count<1>{}, column);
 }
 
 // Scores of one query against a block become weights. seen: how many of its slots the query may look at.
@@ -513,23 +507,21 @@ inline int64_t count_pieces(const AttentionArgs& args) {
   return pieces;
 }
 
-inline size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 inline size_t attention_scratch(const AttentionArgs& args) {
   size_t floats = Workspace::floats(args) * omp_get_max_threads();
   for (int row = 0; row < args.rows; row++) floats += Cut(args, row).partials(args, row) + LANES;
-  return round_up(floats * sizeof(float)) + round_up(count_pieces(args) * sizeof(Piece)) +
-         round_up(args.rows * (sizeof(int64_t) + sizeof(float*)));
+  return to_whole_lines(floats * sizeof(float)) + to_whole_lines(count_pieces(args) * sizeof(Piece)) +
+         to_whole_lines(args.rows * (sizeof(int64_t) + sizeof(float*)));
 }
 
 template <class T>
 void attention(const AttentionArgs& args) {
   char* memory = static_cast<char*>(args.scratch);
   auto* pieces = reinterpret_cast<Piece*>(memory);
-  memory += round_up(count_pieces(args) * sizeof(Piece));
+  memory += to_whole_lines(count_pieces(args) * sizeof(Piece));
   auto* tokens = reinterpret_cast<int64_t*>(memory);
   auto** partials = reinterpret_cast<float**>(tokens + args.rows);
-  memory += round_up(args.rows * (sizeof(int64_t) + sizeof(float*)));
+  memory += to_whole_lines(args.rows * (sizeof(int64_t) + sizeof(float*)));
   auto* floats = reinterpret_cast<float*>(memory);
 
   int64_t count = 0, token = 0;
@@ -581,17 +573,6 @@ void attention(const AttentionArgs& args) {
         finish_queries<T>(args, tokens[row], cut.queries, head, cut.group, all, 0);
       }
     }
-  }
-}
-
-inline void attention_any(const AttentionArgs& args) {
-  switch (args.type) {
-    case Type::f32:
-      return attention<float>(args);
-    case Type::bf16:
-      return attention<bf16>(args);
-    case Type::f16:
-      return attention<f16>(args);
   }
 }
 

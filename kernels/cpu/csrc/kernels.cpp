@@ -1,5 +1,6 @@
 // A library of kernels for one instruction set: the compiler's flags say which (kernels/cpu/build.py).
 #include "attention.h"
+#include "dispatch.h"
 #include "kernels.h"
 #include "linear.h"
 #include "pointwise.h"
@@ -7,26 +8,16 @@
 
 namespace magicdec {
 
+static void attention_any(const AttentionArgs& args) {
+  with_type(args.type, [&](auto zero) { attention<decltype(zero)>(args); });
+}
+
 static void norm_any(const NormArgs& args) {
-  switch (args.type) {
-    case Type::f32:
-      return norm<float>(args);
-    case Type::bf16:
-      return norm<bf16>(args);
-    case Type::f16:
-      return norm<f16>(args);
-  }
+  with_type(args.type, [&](auto zero) { norm<decltype(zero)>(args); });
 }
 
 static void rotary_any(const RotaryArgs& args) {
-  switch (args.type) {
-    case Type::f32:
-      return rotary<float>(args);
-    case Type::bf16:
-      return rotary<bf16>(args);
-    case Type::f16:
-      return rotary<f16>(args);
-  }
+  with_type(args.type, [&](auto zero) { rotary<decltype(zero)>(args); });
 }
 
 }  // namespace magicdec

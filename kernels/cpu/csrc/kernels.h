@@ -79,8 +79,8 @@ struct SampleArgs {
   int64_t size, first;          // this rank's slice of the vocabulary: tokens first … first + size - 1
   const float* temperature;     // [rows]; 0: the largest logit, without noise
   const int64_t *seeds, *positions;  // [rows]
-  float* values;                // [rows]: the largest logit / temperature + noise
-  int64_t* tokens;              // [rows]: where, the lowest token among equals
+  float* values;                // [rows], -inf before: the largest logit / temperature + noise
+  int64_t* tokens;              // [rows], `first` before: where, the lowest token among equals
 };
 
 struct Kernels {

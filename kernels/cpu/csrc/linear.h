@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "kernels.h"
+#include "dispatch.h"
 #include "tile.h"
 
 namespace magicdec {
@@ -112,25 +112,22 @@ void linear_block(const LinearArgs& args, Rows x, const float* scales, int row, 
   }
 }
 
-inline size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 inline bool needs_copy(const LinearArgs& args) {
   if (args.format == Weights::i8) return true;
   const int elements = args.format == Weights::f32 ? 1 : 2;
-  const bool same = int(args.format) == int(args.in);
-  return !same || args.features != args.words * elements || args.x_stride % elements != 0;
+  return args.features != args.words * elements || args.x_stride % elements != 0;
 }
 
 inline size_t linear_scratch(const LinearArgs& args) {
   if (!needs_copy(args)) return 0;
-  return aligned(size_t(args.rows) * args.words * 4) + aligned(size_t(args.rows) * sizeof(float));
+  return to_whole_lines(size_t(args.rows) * args.words * 4) + to_whole_lines(size_t(args.rows) * sizeof(float));
 }
 
 template <class Dot, class In, class Out>
 void linear(const LinearArgs& args) {
   const bool copied = needs_copy(args);
   auto* copy = static_cast<uint32_t*>(args.scratch);
-  auto* scales = copied ? reinterpret_cast<float*>(static_cast<char*>(args.scratch) + aligned(size_t(args.rows) * args.words * 4)) : nullptr;
+  auto* scales = copied ? reinterpret_cast<float*>(static_cast<char*>(args.scratch) + to_whole_lines(size_t(args.rows) * args.words * 4)) : nullptr;
   const Rows x = copied ? Rows{copy, size_t(args.words)}
                         : Rows{static_cast<const uint32_t*>(args.x), size_t(args.x_stride) / Dot::ELEMENTS};
   const int columns = args.silu_mul ? args.columns * 2 : args.columns;
@@ -171,20 +168,15 @@ void linear_to(const LinearArgs& args) {
   if constexpr (!std::is_same_v<In, float>) linear<Dot, In, In>(args);
 }
 
-// Formats that meet: 16-bit weights with inputs of the same type, bytes with any; outputs of the input's type or float32.
+// Formats that meet: weights with inputs of the same type, bytes with any; outputs of the input's type or float32.
 inline void linear_any(const LinearArgs& args) {
-  switch (args.format) {
-    case Weights::f32:
-      return linear_to<DotF32, float>(args);
-    case Weights::bf16:
-      return linear_to<DotBF16, bf16>(args);
-    case Weights::f16:
-      return linear_to<DotF16, f16>(args);
-    case Weights::i8:
-      if (args.in == Type::f32) return linear_to<DotI8, float>(args);
-      if (args.in == Type::bf16) return linear_to<DotI8, bf16>(args);
-      return linear_to<DotI8, f16>(args);
-  }
+  with_type(args.in, [&](auto zero) {
+    using In = decltype(zero);
+    if (args.format == Weights::i8)
+      linear_to<DotI8, In>(args);
+    else
+      linear_to<typename DotOf<In>::type, In>(args);
+  });
 }
 
 }  // namespace magicdec

@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -190,8 +191,8 @@ std::tuple<Tensor, Tensor> sample(int64_t kernels, const Tensor& logits, const T
   check_rows(logits, 1, "logits");
   check_ints(seeds, "seeds");
   check_ints(positions, "positions");
-  Tensor values = at::empty({rows}, logits.options());
-  Tensor tokens = at::full({rows}, -1, seeds.options());
+  Tensor values = at::full({rows}, -std::numeric_limits<float>::infinity(), logits.options());
+  Tensor tokens = at::full({rows}, first, seeds.options());
   if (rows == 0) return {values, tokens};
   table(kernels).sample({logits.const_data_ptr<float>(), logits.stride(0), int(rows), logits.size(1), first,
                          temperature.const_data_ptr<float>(), seeds.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(),

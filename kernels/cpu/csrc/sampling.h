@@ -53,8 +53,6 @@ inline void sample(const SampleArgs& args) {
       const float* logits = args.logits + row * args.stride;
       f32x16 best = splat(-INFINITY);
       i32x16 where = lanes * 0 - 1;
-      float tail_best = -INFINITY;
-      int64_t tail_where = -1;
 #pragma omp for schedule(static) nowait
       for (int64_t part = 0; part < parts; part++) {
         const int64_t end = std::min(args.size, (part + 1) * PART);
@@ -69,17 +67,12 @@ inline void sample(const SampleArgs& args) {
           where = (better & token) | (~better & where);
         }
       }
-      for (int lane = 0; lane < LANES; lane++) {
-        if (where[lane] < 0) continue;
-        if (best[lane] > tail_best || (best[lane] == tail_best && where[lane] < tail_where))
-          tail_best = best[lane], tail_where = where[lane];
-      }
+      // The row's numbers begin as -inf at its first token: what stays where all are impossible.
 #pragma omp critical
-      {
-        const bool none = args.tokens[row] < 0;
-        if (tail_where >= 0 && (none || tail_best > args.values[row] ||
-                                (tail_best == args.values[row] && tail_where + args.first < args.tokens[row])))
-          args.values[row] = tail_best, args.tokens[row] = tail_where + args.first;
+      for (int lane = 0; lane < LANES; lane++) {
+        const int64_t token = where[lane] + args.first;
+        const bool better = best[lane] > args.values[row] || (best[lane] == args.values[row] && token < args.tokens[row]);
+        if (where[lane] >= 0 && better) args.values[row] = best[lane], args.tokens[row] = token;
       }
     }
   }

@@ -30,7 +30,7 @@ MAGICDEC_INLINE void tile(typename Dot::Sums (&sums)[M][C], const uint32_t* a, s
   }
 }
 
-// Calls f(std::integral_constant<int, M>) for M = rows, 1 <= rows <= MAX.
+// Calls f(Count<M>) for M = rows, 1 <= rows <= MAX.
 template <int M>
 struct Count {
   static constexpr int value = M;
