@@ -16,10 +16,10 @@ MODEL :=
 ARGS :=
 SETTINGS = --config $(CONFIG) $(if $(MODEL),--model '$(MODEL)')
 
-.PHONY: help setup model serve test lint format typecheck bench test-gpu bench-gpu clean
+.PHONY: help setup model serve test lint format typecheck bench bench-compare test-gpu bench-gpu clean
 
 help: ## List the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Variables: CONFIG (deployment, $(CONFIG)), MODEL (directory), HOST, PORT, ARGS (more flags)."
 
@@ -59,6 +59,9 @@ typecheck: $(INSTALLED) ## Check types
 
 bench: $(INSTALLED) $(if $(MODEL),,model) ## Measure decoding with and without speculation
 	@$(BIN)/magicdec bench decode $(SETTINGS) $(ARGS)
+
+bench-compare: $(INSTALLED) $(if $(MODEL),,model) ## Measure other engines beside this one, by turns
+	@$(BIN)/python -m bench.compare $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 test-gpu: $(INSTALLED) gpu model ## Run the tests that need a CUDA device
 	@$(BIN)/python -m pytest tests/gpu $(ARGS)
