@@ -35,6 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	echo "setting up $(VENV) (the first time takes minutes)"; \
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,convert]'
+	@$(BIN)/magicdec kernels >/dev/null
 	@touch $@
 
 model: $(INSTALLED) ## Download and convert the default model, once per user

@@ -195,7 +195,8 @@ def measure(
     row_width = -(-length // config.cache.page_size)
     rows = Rows(max_rows=len(texts), max_model_len=length, page_size=config.cache.page_size, device=target.device)
     group = Group.single()
-    sampler = Sampler(rows, VocabShard(target.vocab_start, target.vocab_size, target.config.vocab_size, group))
+    vocab = VocabShard(target.vocab_start, target.vocab_size, target.config.vocab_size, group)
+    sampler = Sampler(rows, vocab, target.ops)
     runner = make_target(target, rows, len(texts) * row_width)
 
     @cache

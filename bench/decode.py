@@ -101,6 +101,8 @@ def _result(
     gamma = mean(rounds.gammas)
     speed = mean(rounds.tokens) / seconds
     kv_bytes = rounds.total.kv_tokens_read * engine.stats().kv_token_bytes
+    weights = engine.weight_bytes
+    weight_bytes = weights.target + gamma * (weights.draft or weights.target)
     t_target = median(plain.seconds) if plain else None
     alpha = acceptance(rounds.total) if gamma else None
     t_draft = median(rounds.draft) / gamma if gamma and speculation != "auto" else None
@@ -121,7 +123,7 @@ def _result(
         t_verify_ms=1e3 * t_verify,
         t_host_ms=1e3 * median(rounds.host),
         kv_bytes_per_token=kv_bytes / rounds.total.generated_tokens,
-        bytes_per_second=(engine.weight_bytes * (gamma + 1) + kv_bytes / len(rounds.seconds)) / seconds,
+        bytes_per_second=(weight_bytes + kv_bytes / len(rounds.seconds)) / seconds,
         speedup=speed / (mean(plain.tokens) / plain.typical_s) if plain else None,
         predicted=predicted,
         rounds=len(rounds.seconds),

@@ -73,7 +73,7 @@ def products(kernels: CpuKernels, rows: int) -> None:
     """All products of all layers, by format."""
     weights = [[torch.randn(n, k, dtype=torch.bfloat16) for k, n in _SHAPES] for _ in range(_LAYERS)]
     packed = [[PackedWeights(weight) for weight in layer] for layer in weights]
-    coarse = [[PackedWeights.int8(weight) for weight in layer] for layer in weights]
+    coarse = [[PackedWeights(weight).rounded() for weight in layer] for layer in weights]
     xs = [torch.randn(rows, k, dtype=torch.bfloat16) for k, _ in _SHAPES]
     size = sum(weight.nbytes for layer in weights for weight in layer)
 

@@ -41,7 +41,7 @@ def report(config: EngineConfig) -> None:
         ranks = config.tensor_parallel_size
         heads = [mine.kv_heads.size for mine in split_heads(shape.num_heads, shape.num_kv_heads, ranks)]
         kv = stats.pages_total * stats.page_size * stats.kv_token_bytes
-        weights = engine.weight_bytes / ranks
+        weights = engine.weight_bytes.total / ranks
         for rank, pid in engine.pids.items():
             own, mine = own_bytes(pid), kv * heads[rank] / sum(heads)
             print(

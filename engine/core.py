@@ -21,7 +21,7 @@ from engine.profile import Profiler, keep, profile, profile_key, recall
 from engine.ranks import Ranks
 from engine.request import Request
 from engine.scheduler import RequestError, Scheduler
-from engine.sizing import draft_reads, size_up
+from engine.sizing import Sizes, draft_reads, size_up
 from engine.speculation.auto import AutoGamma
 from engine.speculation.build import load_draft
 from engine.speculation.controller import Controller, FixedGamma
@@ -68,7 +68,7 @@ class Engine:
                 self._ranks = ranks(sizes.settle(config), sizes.device)
                 group = self._ranks.group
             if model is None:
-                model = load_model(sizes.path, dtype=sizes.dtype, device=sizes.device, group=group, progress=progress)
+                model = _load(config, sizes, group, progress)
             self._worker = Worker(
                 model,
                 config,
@@ -97,7 +97,9 @@ class Engine:
             controller=controller,
             draft_kv=config.speculation.draft_model is not None,
         )
-        self.weight_bytes = self._worker.weight_bytes + (self._ranks.weight_bytes if self._ranks else 0)
+        self.weight_bytes = self._worker.weight_bytes
+        if self._ranks:
+            self.weight_bytes += self._ranks.weight_bytes
         self._accounts = Accounts(
             pages_total=sizes.num_pages,
             page_size=config.cache.page_size,
@@ -272,4 +274,16 @@ def _asked(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -
 def load_target(config: EngineConfig, *, progress: bool) -> Llama:
     """The model of `config`, all of it, for several engines of this process to share."""
     sizes = size_up(config.model_copy(update={"tensor_parallel_size": 1}), None)
-    return load_model(sizes.path, dtype=sizes.dtype, device=sizes.device, group=Group.single(), progress=progress)
+    return _load(config, sizes, Group.single(), progress)
+
+
+def _load(config: EngineConfig, sizes: Sizes, group: Group, progress: bool) -> Llama:
+    return load_model(
+        sizes.path,
+        dtype=sizes.dtype,
+        device=sizes.device,
+        group=group,
+        progress=progress,
+        ops=sizes.ops,
+        int8=config.weights == "int8",
+    )

@@ -25,11 +25,26 @@ class Launch(msgspec.Struct):
     log_level: int
 
 
+class WeightBytes(msgspec.Struct, frozen=True):
+    """target: matrices that a target step reads. draft: others, which draft steps read. tables: embeddings beside."""
+
+    target: int = 0
+    draft: int = 0
+    tables: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.target + self.draft + self.tables
+
+    def __add__(self, other: WeightBytes) -> WeightBytes:
+        return WeightBytes(self.target + other.target, self.draft + other.draft, self.tables + other.tables)
+
+
 class Report(msgspec.Struct, omit_defaults=True):
     """What a rank says to rank 0: that it has come this far, that it is there when asked, or, once, why it goes."""
 
-    weight_bytes: int = 0
-    """Of its shard, once it is loaded."""
+    weight_bytes: WeightBytes = WeightBytes()
+    """Of its shards, once they are loaded."""
     failure: str | None = None
     """What becomes of it, to be read behind its name: `failed: …`."""
     lost: bool = False

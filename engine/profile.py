@@ -30,7 +30,7 @@ from models.default import resolve_model, user_cache
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _SECONDS = 8.0
 """About how long a profile may take."""
 _SHORT, _LONG_TOKENS = 64, 8192
@@ -142,6 +142,8 @@ def profile_key(config: EngineConfig, sizes: Sizes) -> str:
         _VERSION,
         torch.__version__,
         str(sizes.dtype),
+        sizes.ops.name,
+        config.weights,
         min(sizes.max_model_len, _LONG_TOKENS + _ROOM),
     ]
     parts += [config.tensor_parallel_size, config.collectives, config.cache.page_size, config.scheduler.max_rows]

@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import Store
 
 from engine.config import ConfigError, EngineConfig
 from engine.memory import OutOfMemory, what_failed
-from engine.orders import PING, Launch
+from engine.orders import PING, Launch, WeightBytes
 from engine.plan import StepPlan
 from engine.roster import Roster
 from parallel import rendezvous, shared
@@ -212,7 +212,7 @@ class Ranks:
         return interval
 
     @property
-    def weight_bytes(self) -> int:
+    def weight_bytes(self) -> WeightBytes:
         """Of all these ranks' shards, once they are ready."""
         return self._roster.weight_bytes
 

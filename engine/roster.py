@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from engine.orders import Report
+from engine.orders import Report, WeightBytes
 from parallel.channel import Channel
 from parallel.group import CollectiveError
 from parallel.launch import RankProcesses
@@ -34,7 +34,7 @@ class Roster:
         hosts: where the others run, for messages.
         """
         self.ranks = sorted(channel.open)
-        self.weight_bytes = 0  # of all these ranks, once they are ready
+        self.weight_bytes = WeightBytes()  # of all these ranks, once they are ready
         self._channel = channel
         self._timeout_s = timeout_s
         self._processes = processes

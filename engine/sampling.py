@@ -19,6 +19,8 @@ from engine.params import SamplingParams
 from engine.plan import RowStart
 from engine.rows import Decisions, Ints, Rows
 from kernels.noise import gumbel_noise
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
 from parallel.sampling import VocabShard
 
 
@@ -43,10 +45,12 @@ class Sampler:
     greedy row costs an argmax, a sampled one its noise.
     """
 
-    def __init__(self, rows: Rows, vocab: VocabShard) -> None:
+    def __init__(self, rows: Rows, vocab: VocabShard, ops: Ops = REFERENCE) -> None:
+        """ops: what computes the rule, as it computed the logits."""
         max_rows, device = len(rows.tokens), rows.device
         self._rows = rows
         self._vocab = vocab
+        self._ops = ops
         # Host: who asks.
         self._params = [SamplingParams()] * max_rows
         self._sampled = np.zeros(max_rows, dtype=bool)
@@ -56,7 +60,7 @@ class Sampler:
         self._reported = np.zeros(max_rows, dtype=bool)
         # Device: with what.
         self._seed = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._temperature = torch.ones(max_rows, dtype=torch.float64, device=device)
+        self._temperature = torch.zeros(max_rows, dtype=torch.float64, device=device)
         self._top_k = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._top_p = torch.ones(max_rows, dtype=torch.float64, device=device)
         self._min_p = torch.zeros(max_rows, dtype=torch.float64, device=device)
@@ -66,7 +70,7 @@ class Sampler:
 
     def twin(self, vocab: VocabShard) -> Sampler:
         """A sampler for a draft model, with state of its own. vocab: its shard of the vocabulary."""
-        return Sampler(self._rows, vocab)
+        return Sampler(self._rows, vocab, self._ops)
 
     # -- rows come, and commit -----------------------------------------------------------------------------------------
 
@@ -80,7 +84,7 @@ class Sampler:
         self._edited[row] = bool(params.logit_bias or params.min_tokens)
         self._reported[row] = params.logprobs is not None
         self._seed[row] = params.seed
-        self._temperature[row] = params.temperature if params.sampled else 1.0
+        self._temperature[row] = params.temperature if params.sampled else 0.0
         self._top_k[row] = params.top_k
         self._top_p[row] = params.top_p
         self._min_p[row] = params.min_p
@@ -110,30 +114,39 @@ class Sampler:
 
         logits: [n, this rank's vocabulary] float32 or float64, changed in place. Returns [n] int64.
         """
-        self._adjust(logits, decisions)
-        sampled = self._to_device(np.flatnonzero(self._sampled[decisions.rows]))
-        if len(sampled):
-            logits[sampled] += self._noise(decisions, sampled)
-        return self._vocab.argmax(logits)
+        return self._decide(logits, self._adjust(logits, decisions), decisions)
 
     def draft(self, logits: Tensor, decisions: Decisions) -> Tensor:
         """The token that a draft proposes, from its own logits; otherwise as `choose`."""
         return self.choose(logits, decisions)
 
-    def _adjust(self, logits: Tensor, decisions: Decisions) -> None:
-        """Everything before the noise: sampled rows end with the logits of the distribution they sample from."""
+    def _adjust(self, logits: Tensor, decisions: Decisions, *, divide: bool = False) -> Tensor:
+        """Everything before the noise: sampled rows end with the logits of the distribution they sample from, once
+        divided by the temperatures that are returned, [n] float64, 0 for greedy rows.
+
+        divide: leave no sampled row to be divided.
+        """
         rows = decisions.rows
         if self._penalised[rows].any():
             self._penalise(logits, decisions, self._to_device(np.flatnonzero(self._penalised[rows])))
         for i in np.flatnonzero(self._edited[rows]).tolist():
             self._edits[int(rows[i])].apply(logits[i], decisions.position[i])
-        sampled = np.flatnonzero(self._sampled[rows])
-        if len(sampled):
-            index = self._to_device(sampled)
+        temperature = self._temperature[decisions.row_index]
+        now = np.flatnonzero(self._sampled[rows] & (divide | (self._candidates[rows] > 0)))
+        if len(now):
+            index = self._to_device(now)
             slots = decisions.row_index[index]
-            scaled = logits[index] / self._temperature[slots, None].to(logits.dtype)
-            self._truncate(scaled, slots, self._candidates[rows[sampled]])
+            scaled = logits[index] / temperature[index, None].to(logits.dtype)
+            self._truncate(scaled, slots, self._candidates[rows[now]])
             logits[index] = scaled
+            temperature[index] = 1.0
+        return temperature
+
+    def _decide(self, logits: Tensor, temperature: Tensor, decisions: Decisions) -> Tensor:
+        """The rule itself, on what `_adjust` has made."""
+        seeds = self._seed[decisions.row_index]
+        best = self._ops.sample(logits, temperature, seeds, decisions.position, self._vocab.start)
+        return self._vocab.best(*best)
 
     def _noise(self, decisions: Decisions, index: Tensor, stream: int = 0) -> Tensor:
         """Gumbel noise of this rank's slice for the decisions `index` [n]: [n, slice] float32. stream: which of several

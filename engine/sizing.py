@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
+from engine.backend import choose_ops
 from engine.config import ConfigError, EngineConfig
 from engine.speculation.footprint import footprint
 from engine.speculation.policies import budget_policies, make_policy
 from engine.speculation.settings import WindowConfig
 from kernels.kv_cache import KVPool
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
 from models.config import ModelConfig, read_config
 from models.default import resolve_model
 from models.llama import Llama
@@ -30,14 +33,15 @@ _DTYPES = {
 class Sizes:
     """Settings with nothing left open.
 
-    path: the model's directory; shape: its config. threads: CPU threads per rank. num_pages: of the pool, the same on
-    every rank. kv_token_bytes: KV of one token, over all ranks.
+    path: the model's directory; shape: its config. ops: the kernels. threads: CPU threads per rank. num_pages: of the
+    pool, the same on every rank. kv_token_bytes: KV of one token, over all ranks.
     """
 
     path: Path
     shape: ModelConfig
     device: torch.device
     dtype: torch.dtype
+    ops: Ops
     threads: int
     max_model_len: int
     num_pages: int
@@ -50,6 +54,7 @@ class Sizes:
                 "model": str(self.path),
                 "device": self.device.type,
                 "dtype": str(self.dtype).removeprefix("torch."),
+                "kernels": "reference" if self.ops is REFERENCE else "cpu",
                 "threads": self.threads,
                 "max_model_len": self.max_model_len,
                 "cache": config.cache.model_copy(update={"num_pages": self.num_pages}),
@@ -79,6 +84,7 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
         shape=shape,
         device=device,
         dtype=dtype,
+        ops=choose_ops(config.kernels, device, dtype) if model is None else model.ops,
         threads=config.threads or max(1, torch.get_num_threads() // ranks),
         max_model_len=max_model_len,
         num_pages=_num_pages(config, max_model_len, token_bytes, kept_bytes),

@@ -19,14 +19,15 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from engine import agreement
+from engine.backend import choose_ops
 from engine.config import ConfigError, EngineConfig
 from engine.memory import OutOfMemory, is_out_of_memory, what_failed
 from engine.messages import TokenLogprobs
-from engine.orders import Launch, Report, answer, follow
+from engine.orders import Launch, Report, WeightBytes, answer, follow
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
 from engine.rows import Rows
 from engine.sampling import Logprobs
-from engine.speculation.build import DraftModel, load_draft, make_drafter, make_sampler, make_target
+from engine.speculation.build import DraftModel, drafting_model, load_draft, make_drafter, make_sampler, make_target
 from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
@@ -67,18 +68,20 @@ class Worker:
             page_size=page_size,
             device=model.device,
         )
-        self._models = [model, *([draft.model] if draft.model else [])]
+        self._model, self._own_draft = model, draft.model
+        self._drafting = drafting_model(config, model, draft)
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
-        self._sampler = make_sampler(config, self._rows, vocab)
+        self._sampler = make_sampler(config, self._rows, vocab, model.ops)
         target = make_target(model, self._rows, num_pages)
         self._target, drafter = make_drafter(config, target, self._rows, self._sampler, group, draft)
         self._watch = Stopwatch(model.device)
         self._drafter = TimedDrafter(drafter, self._watch)
 
     @property
-    def weight_bytes(self) -> int:
+    def weight_bytes(self) -> WeightBytes:
         """Of this rank's shards."""
-        return sum(slot.tensor.nbytes for model in self._models for slot in model.slots())
+        tables = self._model.table_bytes + (self._own_draft.table_bytes if self._own_draft else 0)
+        return WeightBytes(self._model.matrix_bytes, self._drafting.matrix_bytes if self._drafting else 0, tables)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -224,7 +227,15 @@ def _load(config: EngineConfig, device: torch.device, group: Group, draft_group:
     assert config.cache.num_pages is not None
     assert config.max_model_len is not None
     dtype: torch.dtype = getattr(torch, config.dtype)
-    model = load_model(Path(config.model), dtype=dtype, device=device, group=group, progress=False)
+    model = load_model(
+        Path(config.model),
+        dtype=dtype,
+        device=device,
+        group=group,
+        progress=False,
+        ops=choose_ops(config.kernels, device, dtype),
+        int8=config.weights == "int8",
+    )
     return Worker(
         model,
         config,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
-from kernels.attention.reference import ReferenceAttention
 from kernels.kv_cache import KVPool
 from models.batch import ForwardBatch
 from models.checkpoint import Checkpoint, NamedTensors, open_directory
@@ -107,7 +106,7 @@ class _Reader:
         tokens = rows * length
         device = model.device
         self._model = model
-        self._attention = ReferenceAttention(_PAGE)
+        self._attention = model.ops.attention(_PAGE, model.head_dim)
         self._pool = KVPool(
             num_layers=model.num_layers,
             num_pages=rows * width,

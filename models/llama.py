@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend
-from kernels.kv_cache import KVPool, LayerKV, write_kv
-from kernels.rope import apply_rope, llama3_frequencies, rotary_frequencies, rotary_tables
+from kernels.kv_cache import KVPool, LayerKV
+from kernels.rope import llama3_frequencies, rotary_frequencies, rotary_tables
 from models.batch import ForwardBatch
 from models.config import ModelConfig, ModelError, RopeConfig
 from parallel.layers import (
@@ -26,6 +26,15 @@ from parallel.layers import (
     WeightSlot,
 )
 from parallel.split import HeadSplit, split, split_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers of one forward share. rotary: cosines and sines of all positions. attention: planned."""
+
+    batch: ForwardBatch
+    rotary: tuple[Tensor, Tensor]
+    attention: AttentionBackend
 
 
 class Attention:
@@ -56,6 +65,7 @@ class Attention:
             self._q_norm = RMSNorm(f"{prefix}.q_norm", head_dim, eps=config.rms_norm_eps, place=place)
             self._k_norm = RMSNorm(f"{prefix}.k_norm", head_dim, eps=config.rms_norm_eps, place=place)
         self._scale = head_dim**-0.5
+        self._ops = place.ops
 
     def slots(self) -> Iterator[WeightSlot]:
         yield from self._qkv.slots()
@@ -64,23 +74,27 @@ class Attention:
             yield from self._q_norm.slots()
             yield from self._k_norm.slots()
 
-    def __call__(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        slots: Tensor,
-        kv: LayerKV,
-        attention: AttentionBackend,
-    ) -> Tensor:
-        """x: [tokens, hidden_size]; rotary: cos and sin, [tokens, head_dim / 2]. Returns [tokens,
-        hidden_size].
-        """
-        q, k, v = self._qkv.project(x)
+    def pack(self, int8: bool) -> None:
+        self._qkv.pack(int8)
+        self._out.pack(int8)
+
+    @property
+    def nbytes(self) -> int:
+        return self._qkv.nbytes + self._out.nbytes
+
+    def rounded(self) -> Attention:
+        twin = copy.copy(self)
+        twin._qkv, twin._out = self._qkv.rounded(), self._out.rounded()
+        return twin
+
+    def __call__(self, x: Tensor, step: Step, kv: LayerKV) -> Tensor:
+        """x: [tokens, hidden_size]. Returns the same shape."""
+        norms = None
         if self._q_norm and self._k_norm:
-            q, k = self._q_norm(q), self._k_norm(k)
-        q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
-        write_kv(kv, slots, k, v)
-        return self._out(attention.run(kv, q, self._scale).flatten(1))
+            norms = self._q_norm.weight, self._k_norm.weight, self._q_norm.eps
+        qkv = self._qkv.project(x)
+        q = self._ops.rotary(qkv, step.rotary, step.batch.positions, step.batch.slots, kv, norms)
+        return self._out(step.attention.run(kv, q, self._scale).flatten(1))
 
 
 class MLP:
@@ -98,14 +112,26 @@ class MLP:
         yield from self._gate_up.slots()
         yield from self._down.slots()
 
+    def pack(self, int8: bool) -> None:
+        self._gate_up.pack(int8)
+        self._down.pack(int8)
+
+    @property
+    def nbytes(self) -> int:
+        return self._gate_up.nbytes + self._down.nbytes
+
+    def rounded(self) -> MLP:
+        twin = copy.copy(self)
+        twin._gate_up, twin._down = self._gate_up.rounded(), self._down.rounded()
+        return twin
+
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, hidden_size]; returns the same shape."""
-        gate, up = self._gate_up.project(x)
-        return self._down(F.silu(gate).mul_(up))
+        return self._down(self._gate_up(x))
 
 
 class DecoderLayer:
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, each behind a norm, which first adds to the residual stream what came before it."""
 
     def __init__(self, prefix: str, config: ModelConfig, mine: HeadSplit, place: Placement) -> None:
         hidden, eps = config.hidden_size, config.rms_norm_eps
@@ -118,22 +144,30 @@ class DecoderLayer:
         for part in (self._input_norm, self._attention, self._mlp_norm, self._mlp):
             yield from part.slots()
 
-    def __call__(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        slots: Tensor,
-        kv: LayerKV,
-        attention: AttentionBackend,
-    ) -> Tensor:
-        """See Attention.__call__."""
-        x = x + self._attention(self._input_norm(x), rotary, slots, kv, attention)
-        return x + self._mlp(self._mlp_norm(x))
+    def pack(self, int8: bool) -> None:
+        self._attention.pack(int8)
+        self._mlp.pack(int8)
+
+    @property
+    def nbytes(self) -> int:
+        return self._attention.nbytes + self._mlp.nbytes
+
+    def rounded(self) -> DecoderLayer:
+        twin = copy.copy(self)
+        twin._attention, twin._mlp = self._attention.rounded(), self._mlp.rounded()
+        return twin
+
+    def __call__(self, x: Tensor, delta: Tensor | None, step: Step, kv: LayerKV) -> Tensor:
+        """x: [tokens, hidden_size], the residual stream, changed in place. delta: what the layer before adds to it.
+        Returns what this one adds to it.
+        """
+        delta = self._attention(self._input_norm(x, delta), step, kv)
+        return self._mlp(self._mlp_norm(x, delta))
 
 
 class Llama:
-    """One rank's shard of a decoder. Its weights are uninitialised until every slot of `slots()` is filled.
-
+    """One rank's shard of a decoder. Its weights are uninitialised until every slot of `slots()` is filled; then it
+    wants `pack`.
     vocab_start, vocab_size: the logits this rank computes are those of tokens vocab_start … vocab_start +
     vocab_size - 1.
     heads, kv_heads: this rank's. kv_heads, head_dim, num_layers: what its KV pool must hold.
@@ -145,7 +179,7 @@ class Llama:
         time). Raises ModelError when the model cannot be split over that many ranks.
         """
         self.config = config
-        self.dtype, self.device = place.dtype, place.device
+        self.dtype, self.device, self.ops = place.dtype, place.device, place.ops
         self.num_layers, self.head_dim = config.num_layers, config.head_dim
         try:
             mine = split_heads(config.num_heads, config.num_kv_heads, place.group.size)[place.group.rank]
@@ -159,17 +193,19 @@ class Llama:
         self.heads, self.kv_heads = mine.heads.size, mine.kv_heads.size
         self.vocab_start, self.vocab_size = self._head.vocab.start, self._head.vocab.size
         # Tables as wide as the arithmetic around them: float32 for models of 16 bits, which then round once.
-        self._logit_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.rotary = rotary_tables(
             _frequencies(config.rope, config.head_dim),
             max(config.max_position_embeddings, max_positions or 0),
-            dtype=self._logit_dtype,
+            dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
             device=self.device,
         )
+        self._int8 = False
+        self._twin: Llama | None = None
 
     def with_layers(self, layers: Sequence[int]) -> Llama:
         """The model that is left with these of its layers, in this order; it shares their weights."""
         left = copy.copy(self)
+        left._twin = None
         left.config = dataclasses.replace(self.config, num_layers=len(layers))
         left.num_layers, left._layers = len(layers), [self._layers[i] for i in layers]
         return left
@@ -181,6 +217,34 @@ class Llama:
         yield from self._norm.slots()
         yield from self._head.slots()
 
+    def pack(self, int8: bool = False) -> None:
+        """All slots are filled: get ready to compute. int8: with matrices rounded to 8 bits; see kernels.ops."""
+        for layer in self._layers:  # one after the other, so that little is in memory twice
+            layer.pack(int8)
+        self._head.pack(int8)
+        self._int8 = int8
+
+    @property
+    def matrix_bytes(self) -> int:
+        """What the matrices take; a forward reads all of them."""
+        return self._head.nbytes + sum(layer.nbytes for layer in self._layers)
+
+    @property
+    def table_bytes(self) -> int:
+        """What the embedding takes beside them; a forward reads a few rows of it."""
+        return 0 if self._head.shares else self._embedding.weight.nbytes
+
+    def rounded(self) -> Llama:
+        """The model with matrices of 8 bits, sharing all else; made once. Itself, if it has them."""
+        if self._int8:
+            return self
+        if self._twin is None:
+            twin = copy.copy(self)
+            twin._layers, twin._head = [layer.rounded() for layer in self._layers], self._head.rounded()
+            twin._int8 = True
+            self._twin = twin
+        return self._twin
+
     def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
         """Write the batch's keys and values into the pool and compute the logits asked for.
 
@@ -189,13 +253,12 @@ class Llama:
         for float64 weights: this rank's shard of the vocabulary.
         """
         attention.plan(batch.attention)
-        cos, sin = self.rotary
-        rotary = cos.index_select(0, batch.positions), sin.index_select(0, batch.positions)
-        x = self._embedding(batch.token_ids)
+        step = Step(batch, self.rotary, attention)
+        x, delta = self._embedding(batch.token_ids), None
         for index, layer in enumerate(self._layers):
-            x = layer(x, rotary, batch.slots, pool.layer(index), attention)
-        x = self._norm(x.index_select(0, batch.logit_index))
-        return self._head(x).to(self._logit_dtype)
+            delta = layer(x, delta, step, pool.layer(index))
+        asked = batch.logit_index
+        return self._head(self._norm(x[asked], None if delta is None else delta[asked]))
 
 
 def _frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
 from models.config import ModelConfig, ModelError, read_config, read_json
 from models.llama import Llama
 from models.weights import opened, weight_files
@@ -28,18 +30,20 @@ def load_model(
     group: Group,
     progress: bool,
     max_positions: int | None = None,
+    ops: Ops = REFERENCE,
+    int8: bool = False,
 ) -> Llama:
     """Load a model directory: config.json and *.safetensors, and tokenizer.json for a check if it is there.
 
-    Weights are converted to `dtype`. progress: whether to draw a bar on stderr. max_positions: see Llama. Pickled
-    weights are never opened.
+    Weights are converted to `dtype`. progress: whether to draw a bar on stderr. max_positions: see Llama. ops: what it
+    computes with. int8: with matrices rounded to 8 bits. Pickled weights are never opened.
     Raises ModelError: missing or broken files, a model that is not supported, tensors that are missing,
     unknown or of the wrong shape or type, a tokenizer with more tokens than the model embeds.
     """
     config = read_config(path)
     _check_tokenizer(path, config.vocab_size)
     files = weight_files(path)
-    model = Llama(config, Placement(group, dtype, device), max_positions)
+    model = Llama(config, Placement(group, dtype, device, ops), max_positions)
     slots = {slot.source: slot for slot in model.slots()}
     wanted = set(slots)
     total = sum(slot.tensor.nbytes for slot in slots.values())
@@ -65,16 +69,26 @@ def load_model(
         raise ModelError(f"{path}: tensors missing from the weight files: {names}")
     if head is not None:
         _check_tied(slots[_EMBEDDING], *head)
+    del slots
+    model.pack(int8)
     return model
 
 
-def random_model(config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device, group: Group) -> Llama:
+def random_model(
+    config: ModelConfig,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: Group,
+    ops: Ops = REFERENCE,
+    int8: bool = False,
+) -> Llama:
     """A model with random weights: a function of config, seed and dtype alone, whatever the device and rank
     count.
 
     Matrices keep the scale of their input, norms are near 1, biases small.
     """
-    model = Llama(config, Placement(group, dtype, device))
+    model = Llama(config, Placement(group, dtype, device, ops))
     for slot in model.slots():
         # Seeded by name, and drawn whole before it is cut, so that no rank's part depends on how it was
         # split.
@@ -86,6 +100,7 @@ def random_model(config: ModelConfig, seed: int, dtype: torch.dtype, device: tor
         else:
             whole.mul_(0.1 if len(slot.full_shape) == 1 else slot.full_shape[1] ** -0.5)
         slot.tensor.copy_(whole[slot.index])
+    model.pack(int8)
     return model
 
 

@@ -4,30 +4,39 @@ Every layer has `slots()`: the storage it wants filled and where in a checkpoint
 model is copying `checkpoint[slot.source][slot.index]` into `slot.tensor` for each slot; nothing else knows
 how weights are sharded. Storage is uninitialised until then.
 
+`pack(int8)` follows, once: matrices go into the form in which their device multiplies by them (kernels.ops), rounded
+to 8 bits if so asked. Only then can a layer be called; its slots are gone, unless the device multiplies by what was
+filled. `rounded()` is the same layer with matrices of 8 bits, sharing all else; `nbytes` what matrices take.
+
 Activations are [tokens, features]. Between layers they are whole on every rank; inside a column-row pair
 (q/k/v and o, gate/up and down) each rank holds its own features.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.ops import Ops, Product
+from kernels.reference import REFERENCE
 from parallel.group import Group
 from parallel.split import HeadSplit, Range, split
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model's layers live."""
+    """Where a model's layers live, and what computes there."""
 
     group: Group
     dtype: torch.dtype
     device: torch.device
+    ops: Ops = REFERENCE
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -62,28 +71,70 @@ class Columns:
         return size
 
 
-class ColumnLinear:
+class _Linear:
+    """A layer that is one product; its subclasses say which slots fill it."""
+
+    def __init__(
+        self, rows: int, columns: int, *, bias: bool, place: Placement, gated: bool = False, wide: bool = False
+    ) -> None:
+        """rows: output features of this rank. gated, wide: see Ops.product."""
+        self._place, self._gated, self._wide = place, gated, wide
+        self._weight: Tensor | None = place.empty(rows, columns)
+        self._bias = place.empty(rows) if bias else None
+        self._added = self._bias  # by the product itself
+        self._product: Product | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The storage, [rows, columns], while there is one."""
+        assert self._weight is not None, "packed: no storage is left"
+        return self._weight
+
+    def pack(self, int8: bool = False) -> None:
+        """Multiply by what storage holds, from here on."""
+        product = self._place.ops.product(self.weight, self._added, gated=self._gated, wide=self._wide)
+        self._product = product.int8() if int8 else product
+        if not self._product.keeps_weights:
+            self._weight = None
+
+    def rounded(self) -> Self:
+        twin = copy.copy(self)
+        twin._product, twin._weight = self.product.int8(), None
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        return self.product.nbytes
+
+    @property
+    def product(self) -> Product:
+        assert self._product is not None, "not packed yet"
+        return self._product
+
+
+class ColumnLinear(_Linear):
     """Output features are sharded; checkpoint tensors with the same input can be fused into one product."""
 
-    def __init__(self, parts: Sequence[Columns], in_features: int, *, bias: bool, place: Placement) -> None:
+    def __init__(
+        self, parts: Sequence[Columns], in_features: int, *, bias: bool, place: Placement, gated: bool = False
+    ) -> None:
         self._parts = tuple(parts)
         self._sizes = [part.size for part in parts]
         self._in_features = in_features
-        self.weight = place.empty(sum(self._sizes), in_features)
-        self.bias = place.empty(sum(self._sizes)) if bias else None
+        super().__init__(sum(self._sizes), in_features, bias=bias, place=place, gated=gated)
 
     def slots(self) -> Iterator[WeightSlot]:
         columns = slice(0, self._in_features)
         for part, weight in zip(self._parts, self.weight.split_with_sizes(self._sizes), strict=True):
             shape = (part.total, self._in_features)
             yield WeightSlot(weight, f"{part.name}.weight", shape, (part.kept, columns))
-        if self.bias is not None:
-            for part, bias in zip(self._parts, self.bias.split_with_sizes(self._sizes), strict=True):
+        if self._bias is not None:
+            for part, bias in zip(self._parts, self._bias.split_with_sizes(self._sizes), strict=True):
                 yield WeightSlot(bias, f"{part.name}.bias", (part.total,), (part.kept,))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, in_features], whole. Returns [tokens, this rank's features of all parts]."""
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x)
 
 
 class QKVLinear(ColumnLinear):
@@ -108,20 +159,17 @@ class QKVLinear(ColumnLinear):
             Columns(f"{prefix}.v_proj", num_kv_heads * head_dim, kv_heads),
         )
         super().__init__(parts, hidden_size, bias=bias, place=place)
-        self._heads = [mine.heads.size, mine.kv_heads.size, mine.kv_heads.size]
         self._head_dim = head_dim
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [tokens, hidden_size]. Returns views: q [tokens, heads, head_dim], k, v [tokens, kv_heads, head_dim].
-
-        Both counts are this rank's.
+    def project(self, x: Tensor) -> Tensor:
+        """x: [tokens, hidden_size]. Returns [tokens, heads + 2 kv_heads, head_dim]: this rank's queries, keys and
+        values.
         """
-        q, k, v = self(x).view(x.shape[0], -1, self._head_dim).split_with_sizes(self._heads, dim=1)
-        return q, k, v
+        return self(x).view(x.shape[0], -1, self._head_dim)
 
 
 class GateUpLinear(ColumnLinear):
-    """The two projections of a gated MLP in one product, sharded by intermediate feature."""
+    """The two projections of a gated MLP in one product, sharded by intermediate feature: silu(gate) * up."""
 
     def __init__(
         self,
@@ -135,15 +183,10 @@ class GateUpLinear(ColumnLinear):
     ) -> None:
         """mine: the intermediate features this rank holds."""
         parts = [Columns(f"{prefix}.{name}", intermediate_size, mine) for name in ("gate_proj", "up_proj")]
-        super().__init__(parts, hidden_size, bias=bias, place=place)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [tokens, hidden_size]. Returns gate and up, each [tokens, this rank's features]: views."""
-        gate, up = self(x).chunk(2, dim=-1)
-        return gate, up
+        super().__init__(parts, hidden_size, bias=bias, place=place, gated=True)
 
 
-class RowLinear:
+class RowLinear(_Linear):
     """Input features are sharded: every rank adds its part of the sum, in one all-reduce."""
 
     def __init__(
@@ -151,38 +194,38 @@ class RowLinear:
     ) -> None:
         """mine: the input features this rank holds."""
         self._name, self._shape, self._mine = name, (out_features, in_features), mine
-        self._group = place.group
-        self.weight = place.empty(out_features, mine.stop - mine.start)
-        self.bias = place.empty(out_features) if bias else None
+        super().__init__(out_features, mine.stop - mine.start, bias=bias, place=place)
+        if place.group.size > 1:
+            self._added = None  # but after the sum over ranks: once, not once per rank
 
     def slots(self) -> Iterator[WeightSlot]:
         rows = slice(0, self._shape[0])
         yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, (rows, self._mine))
-        if self.bias is not None:
-            yield WeightSlot(self.bias, f"{self._name}.bias", self._shape[:1], (rows,))
+        if self._bias is not None:
+            yield WeightSlot(self._bias, f"{self._name}.bias", self._shape[:1], (rows,))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, this rank's features]. Returns [tokens, out_features], whole on every rank."""
-        if self._group.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = self._group.all_reduce(F.linear(x, self.weight))
-        return y if self.bias is None else y.add_(self.bias)  # after the sum: once, not once per rank
+        if self._place.group.size == 1:
+            return self.product(x)
+        y = self._place.group.all_reduce(self.product(x))
+        return y if self._bias is None else y.add_(self._bias)
 
 
 class RMSNorm:
     """Root-mean-square norm over the last dimension, whole on every rank; computed in float32 or wider."""
 
     def __init__(self, name: str, size: int, *, eps: float, place: Placement) -> None:
-        self._name, self._eps = name, eps
-        self.weight = place.empty(size)
+        self._name, self._ops = name, place.ops
+        self.weight, self.eps = place.empty(size), eps
 
     def slots(self) -> Iterator[WeightSlot]:
         shape = tuple(self.weight.shape)
         yield WeightSlot(self.weight, f"{self._name}.weight", shape, (slice(0, shape[0]),))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: […, size]; returns the same shape and dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
+    def __call__(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        """x: [tokens, size], to which delta is added in place, if there is one. Returns the norm of that."""
+        return self._ops.norm(x, delta, self.weight, self.eps)
 
 
 class VocabEmbedding:
@@ -210,7 +253,7 @@ class VocabEmbedding:
         return self._group.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
 
 
-class LMHead:
+class LMHead(_Linear):
     """Logits of this rank's part of the vocabulary."""
 
     def __init__(
@@ -222,13 +265,20 @@ class LMHead:
         self.vocab: Range = tied.vocab if tied else split(vocab_size, place.group.size)[place.group.rank]
         self._name, self._shape = name, (vocab_size, hidden_size)
         self._tied = tied is not None
-        self.weight = tied.weight if tied else place.empty(self.vocab.size, hidden_size)
+        super().__init__(0 if tied else self.vocab.size, hidden_size, bias=False, place=place, wide=True)
+        if tied:
+            self._weight = tied.weight
 
     def slots(self) -> Iterator[WeightSlot]:
         if not self._tied:
             index = (self.vocab.slice(), slice(0, self._shape[1]))
             yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, index)
 
+    @property
+    def shares(self) -> bool:
+        """Whether it reads the embedding itself."""
+        return self._tied and self.product.keeps_weights
+
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [tokens, hidden_size], whole. Returns [tokens, this rank's vocabulary]."""
-        return F.linear(x, self.weight)
+        """x: [tokens, hidden_size], whole. Returns [tokens, this rank's vocabulary], float32 or wider."""
+        return self.product(x)

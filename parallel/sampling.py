@@ -38,7 +38,13 @@ class VocabShard:
         logits: [rows, size]. Returns [rows] int64.
         """
         values, index = logits.max(-1)
-        tokens = index + self.start
+        return self.best(values, index + self.start)
+
+    def best(self, values: Tensor, tokens: Tensor) -> Tensor:
+        """Of each row's largest value on every rank the token that has the largest, the lowest id among equals.
+
+        values: [rows]. tokens: [rows] int64. Returns [rows] int64.
+        """
         if self.group.size == 1:
             return tokens
         pairs = torch.stack([values.double(), tokens.double()], -1)  # a double holds every token id exactly

@@ -18,10 +18,11 @@ from engine.speculation.policies import Dense, View, budget_policies, make_polic
 from engine.speculation.rejection import Proposals, RejectionSampler
 from engine.speculation.settings import KVConfig, SnapKVConfig, TopKConfig, WindowConfig
 from kernels.attention.base import AttentionBackend
-from kernels.attention.reference import ReferenceAttention
 from kernels.attention.relative import RelativeAttention
 from kernels.attention.topk import TopKAttention
 from kernels.kv_cache import KVPool
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
 from models.default import resolve_model
 from models.llama import Llama
 from models.loader import load_model
@@ -41,7 +42,21 @@ class DraftModel:
 def make_target(model: Llama, rows: Rows, num_pages: int) -> Runner:
     """The target over a pool of its own."""
     page_size = rows.page_size
-    return Runner(model, make_pool(model, num_pages, page_size), ReferenceAttention(page_size), dense(rows))
+    return Runner(model, make_pool(model, num_pages, page_size), _exact(model, page_size), dense(rows))
+
+
+def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Llama | None:
+    """Whose weights a draft step of this rank reads, if that is not the target: the draft model, or a rounded twin."""
+    settings = config.speculation
+    if settings.most_drafts == 0 or settings.drafter == "model":
+        return draft.model
+    return target.rounded() if _rounded(config, target) and config.weights != "int8" else None
+
+
+def _rounded(config: EngineConfig, target: Llama) -> bool:
+    """Whether drafts are made with matrices of 8 bits."""
+    wanted = config.speculation.weights
+    return wanted == "int8" or (wanted == "auto" and target.ops is not REFERENCE)
 
 
 def make_drafter(
@@ -58,22 +73,23 @@ def make_drafter(
         drafter = _model_drafter(config, rows, target.pool.num_pages, sampler, draft)
         shared = draft.group is None or draft.group.size < group.size
         return target, SharedDrafts(drafter, group) if shared else drafter or NoDrafter()
+    model = drafting_model(config, target.model, draft) or target.model
     if isinstance(settings.kv, SnapKVConfig):
         cache = DraftCache(settings, target.model, target.pool, rows, target.attention)
-        runner = Runner(target.model, cache.pool, ReferenceAttention(rows.page_size), cache.view)
+        runner = Runner(model, cache.pool, _exact(model, rows.page_size), cache.view)
         observed = Runner(target.model, target.pool, cache.attention, target.view)
         return observed, SelfDrafter(runner, sampler, cache)
     view = View(make_policy(settings.kv, rows.page_size), rows.page_table)
-    attention = make_attention(settings.kv, target.model, rows.page_size)
+    attention = make_attention(settings.kv, model, rows.page_size)
     views = _views(config, rows.page_table)
-    return target, SelfDrafter(Runner(target.model, target.pool, attention, view), sampler, views=views)
+    return target, SelfDrafter(Runner(model, target.pool, attention, view), sampler, views=views)
 
 
-def make_sampler(config: EngineConfig, rows: Rows, vocab: VocabShard) -> Sampler:
+def make_sampler(config: EngineConfig, rows: Rows, vocab: VocabShard, ops: Ops) -> Sampler:
     """The target's."""
     if config.speculation.verification == "rejection" and config.speculation.most_drafts:
-        return RejectionSampler(rows, vocab, Proposals(len(rows.tokens), config.speculation.most_drafts))
-    return Sampler(rows, vocab)
+        return RejectionSampler(rows, vocab, Proposals(len(rows.tokens), config.speculation.most_drafts), ops)
+    return Sampler(rows, vocab, ops)
 
 
 def _model_drafter(
@@ -97,10 +113,10 @@ def _model_drafter(
         full = runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table))
         views = _views(config, table)
     else:
-        full = runner = Runner(model, make_pool(model, num_pages, page), ReferenceAttention(page), dense(rows))
+        full = runner = Runner(model, make_pool(model, num_pages, page), _exact(model, page), dense(rows))
         if isinstance(settings.kv, SnapKVConfig):
             cache = DraftCache(settings, model, full.pool, rows, full.attention)
-            runner = Runner(model, cache.pool, ReferenceAttention(page), cache.view)
+            runner = Runner(model, cache.pool, _exact(model, page), cache.view)
             full = Runner(model, full.pool, cache.attention, full.view)
         elif isinstance(settings.kv, TopKConfig):
             runner = Runner(model, full.pool, make_attention(settings.kv, model, page), full.view)
@@ -124,10 +140,14 @@ def make_attention(config: KVConfig, model: Llama, page_size: int) -> AttentionB
     if isinstance(config, TopKConfig):
         return TopKAttention(page_size, config.budget)
     if isinstance(config, WindowConfig) and config.positions == "relative":
-        near, sink = ReferenceAttention(page_size), ReferenceAttention(page_size)
+        near, sink = _exact(model, page_size), _exact(model, page_size)
         sink_pages = -(-config.sink // page_size)
         return RelativeAttention(near, sink, page_size=page_size, sink_pages=sink_pages, rotary=model.rotary)
-    return ReferenceAttention(page_size)
+    return _exact(model, page_size)
+
+
+def _exact(model: Llama, page_size: int) -> AttentionBackend:
+    return model.ops.attention(page_size, model.head_dim)
 
 
 def make_pool(model: Llama, num_pages: int, page_size: int) -> KVPool:
@@ -156,5 +176,7 @@ def load_draft(config: EngineConfig, target: Llama, max_model_len: int, group: G
         group=group,
         progress=False,
         max_positions=max_model_len,
+        ops=target.ops,
+        int8=_rounded(config, target),
     )
     return DraftModel(group, model)

@@ -15,6 +15,8 @@ from torch import Tensor
 from engine.rows import Decisions, Rows
 from engine.sampling import Sampler
 from kernels.noise import gumbel_noise
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
 from parallel.sampling import VocabShard
 
 _KEEP, _RESIDUAL = 0x5A6F9E2D3B1C7F01, 0x2F8D1C6B7A4E9035
@@ -56,24 +58,22 @@ class Proposals:
 class RejectionSampler(Sampler):
     """The sampler of a target, or of its draft, that share their proposals."""
 
-    def __init__(self, rows: Rows, vocab: VocabShard, proposals: Proposals) -> None:
-        super().__init__(rows, vocab)
+    def __init__(self, rows: Rows, vocab: VocabShard, proposals: Proposals, ops: Ops = REFERENCE) -> None:
+        super().__init__(rows, vocab, ops)
         self._proposals = proposals
 
     def twin(self, vocab: VocabShard) -> Sampler:
-        return RejectionSampler(self._rows, vocab, self._proposals)
+        return RejectionSampler(self._rows, vocab, self._proposals, self._ops)
 
     def give_up(self) -> None:
         self._proposals.clear()
 
     def draft(self, logits: Tensor, decisions: Decisions) -> Tensor:
-        self._adjust(logits, decisions)
+        temperature = self._adjust(logits, decisions, divide=True)
         sampled = np.flatnonzero(self._sampled[decisions.rows])
         if len(sampled):
-            index = self._to_device(sampled)
-            self._proposals.add(decisions, sampled, self._vocab.normalised(logits[index]))
-            logits[index] += self._noise(decisions, index)
-        return self._vocab.argmax(logits)
+            self._proposals.add(decisions, sampled, self._vocab.normalised(logits[self._to_device(sampled)]))
+        return self._decide(logits, temperature, decisions)
 
     def choose(self, logits: Tensor, decisions: Decisions) -> Tensor:
         """See Sampler.choose. Where a draft was sampled, the choice is to keep it or what replaces it."""
@@ -81,12 +81,10 @@ class RejectionSampler(Sampler):
         if taken is None:
             return super().choose(logits, decisions)
         found, place, proposals = taken
-        self._adjust(logits, decisions)
+        temperature = self._adjust(logits, decisions, divide=True)
         judged = self._to_device(found)
         p = self._vocab.normalised(logits[judged])
         q = proposals[self._to_device(place)]
-        sampled = self._to_device(np.flatnonzero(self._sampled[decisions.rows]))
-        logits[sampled] += self._noise(decisions, sampled)
         slots, position = decisions.row_index[judged], decisions.position[judged]
         drafts = self._rows.tokens[slots, position].long()
         # u = exp(-exp(-G)) is uniform; u < p(d) / q(d) is compared by logarithms.
@@ -96,6 +94,6 @@ class RejectionSampler(Sampler):
         # Where p is nowhere above q but for rounding, nothing is left to replace a draft with.
         replaced = self._vocab.argmax(residual)
         kept |= self._vocab.of(residual, replaced) == float("-inf")
-        chosen = self._vocab.argmax(logits)
+        chosen = self._decide(logits, temperature, decisions)
         chosen[judged] = torch.where(kept, drafts, replaced)
         return chosen

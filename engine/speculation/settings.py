@@ -101,6 +101,8 @@ class SpeculationConfig(Settings):
     verification: Literal["coupled", "rejection"] = "coupled"
     """How sampled tokens are verified. coupled: draft and target draw with the same noise, and text does not depend on
     what was drafted. rejection: speculative sampling (arXiv 2302.01318), from the same distribution."""
+    weights: Literal["auto", "same", "int8"] = "auto"
+    """Of whoever drafts. int8: see engine.weights, kept beside the target's; auto: int8 where that is faster."""
     kv: KVConfig = WindowConfig()
     """Which KV the draft reads."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.build import InstructionSet, build_kernels, build_operators, supported
@@ -46,10 +47,9 @@ class CpuKernels:
     def linear(self, x: Tensor, weights: PackedWeights, *, silu_mul: bool = False, float_out: bool = False) -> Tensor:
         """x w^T + bias: [rows, features] to [rows, columns], of x's dtype or float32.
 
-        weights: in x's dtype, or int8; then x is quantised too, each row by its largest element. silu_mul: the columns
-        are gates and as many values, 16 of each in turn (`pack_gated`); what comes out is silu(gate) * value.
+        weights: in x's dtype, or int8; then x is quantised too, each row by its largest element. silu_mul: what is
+        packed are gates and as many values (`pack_gated`); what comes out is silu(gate) * value.
         """
-        columns = weights.columns // 2 if silu_mul else weights.columns
         y: Tensor = self._ops.linear(
             self._kernels,
             x,
@@ -57,7 +57,7 @@ class CpuKernels:
             weights.scales,
             weights.offsets,
             weights.bias,
-            columns,
+            weights.columns,
             silu_mul,
             float_out,
         )
@@ -69,14 +69,24 @@ class CpuKernels:
         return out
 
     def rotary(
-        self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, k: Tensor, v: Tensor
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: tuple[Tensor, Tensor, float] | None = None,
     ) -> None:
         """Rotate queries and keys in place, and store keys and values in the pool.
 
         qkv: [tokens, heads + 2 kv_heads, head_dim]. cos, sin: [positions, head_dim / 2] float32, of all positions.
-        positions, slots: [tokens] int64. k, v: [pages, kv_heads, page_size, head_dim].
+        positions, slots: [tokens] int64. k, v: [pages, kv_heads, page_size, head_dim]. norms: of queries and of keys,
+        their weights [head_dim] and their eps.
         """
-        self._ops.rotary(self._kernels, qkv, cos, sin, positions, slots, k, v, None, None, 0.0)
+        of_q, of_k, eps = norms or (None, None, 0.0)
+        self._ops.rotary(self._kernels, qkv, cos, sin, positions, slots, k, v, of_q, of_k, eps)
 
     def sample(
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
@@ -97,31 +107,38 @@ class PackedWeights:
     up.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight: [columns, features] float32, bfloat16 or float16. bias: [columns]."""
-        self.columns, features = weight.shape
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, columns: int | None = None) -> None:
+        """weight: [n, features] float32, bfloat16, float16 or int8. bias: [n]. columns: of the result, if not n."""
+        rows, features = weight.shape
+        self.columns = rows if columns is None else columns
         self.scales: Tensor | None = None
         self.offsets: Tensor | None = None
-        padding = -self.columns % BLOCK
-        self.bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, padding))
+        padding = -rows % BLOCK
+        self.bias = None if bias is None else F.pad(bias.float(), (0, padding))
         elements = _ELEMENTS[weight.dtype]
-        padded = torch.nn.functional.pad(weight, (0, -features % elements, 0, padding))
+        padded = F.pad(weight, (0, -features % elements, 0, padding))
         self.packed = padded.view(-1, BLOCK, padded.shape[1] // elements, elements).transpose(1, 2).contiguous()
 
-    @classmethod
-    def int8(cls, weight: Tensor, bias: Tensor | None = None) -> PackedWeights:
-        """Rounded to 8 bits, with a scale for each output feature: its largest element is 127."""
-        wide = weight.float()
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.packed, self.scales, self.offsets, self.bias) if part is not None)
+
+    def rounded(self) -> PackedWeights:
+        """The same matrix in 8 bits, with a scale for each output feature: its largest element is 127."""
+        if self.scales is not None:
+            return self
+        wide = self.packed.transpose(1, 2).flatten(2).flatten(0, 1).float()
         scales = (wide.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         whole = (wide / scales[:, None]).round()
-        packed = cls(whole.to(torch.int8), bias)
-        padding = -len(weight) % BLOCK
-        packed.scales = torch.nn.functional.pad(scales, (0, padding))
-        # Inputs are stored as bytes from 0 to 255, 128 too large.
-        packed.offsets = torch.nn.functional.pad(-128 * whole.sum(1), (0, padding))
-        return packed
+        rounded = PackedWeights(whole.to(torch.int8), self.bias, columns=self.columns)
+        rounded.scales = scales
+        rounded.offsets = -128 * whole.sum(1)  # inputs are stored as bytes from 0 to 255, 128 too large
+        return rounded
 
 
-def pack_gated(gate: Tensor, value: Tensor) -> Tensor:
-    """Rows of both, 16 of each in turn: [features, n] twice to [2 features, n], features a multiple of 16."""
-    return torch.stack([part.view(-1, BLOCK // 2, part.shape[1]) for part in (gate, value)], 1).flatten(0, 2)
+def pack_gated(weight: Tensor) -> Tensor:
+    """Gates and as many values, [2 n, features], as 16 of each in turn, [2 m, features]: m is n rounded up to 16, with
+    zeros."""
+    half = BLOCK // 2
+    parts = F.pad(weight.view(2, len(weight) // 2, -1), (0, 0, 0, -(len(weight) // 2) % half))
+    return parts.view(2, -1, half, weight.shape[1]).transpose(0, 1).flatten(0, 2)

@@ -17,9 +17,12 @@ _FLAGS: dict[str, Any] = {
     "model": Annotated[str | None, typer.Option(help="Model directory, or `default`.")],
     "device": Annotated[str | None, typer.Option(help="auto, cpu or cuda.")],
     "dtype": Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16 or float64.")],
+    "kernels": Annotated[str | None, typer.Option(help="auto, cpu (compiled) or reference (plain torch).")],
+    "weights": Annotated[str | None, typer.Option(help="full, or int8: matrices rounded to 8 bits.")],
     "tensor_parallel_size": Annotated[int | None, typer.Option("--tensor-parallel-size", help="Ranks per model.")],
     "speculation": Annotated[str | None, typer.Option(help="off, auto, or how many tokens to draft per round.")],
     "draft": Annotated[str | None, typer.Option(help="Directory of a draft model; self: the target drafts.")],
+    "draft_weights": Annotated[str | None, typer.Option(help="Of drafts: auto, same as the target's, or int8.")],
     "policy": Annotated[str | None, typer.Option(help="Which KV a draft reads: window, snapkv, topk or all.")],
     "budget": Annotated[int | None, typer.Option(help="KV tokens that one draft step may read per row.")],
     "verification": Annotated[str | None, typer.Option(help="Of sampled tokens: coupled or rejection.")],
@@ -98,9 +101,12 @@ def engine_overrides(
     model: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    kernels: str | None = None,
+    weights: str | None = None,
     tensor_parallel_size: int | None = None,
     speculation: str | None = None,
     draft: str | None = None,
+    draft_weights: str | None = None,
     policy: str | None = None,
     budget: int | None = None,
     verification: str | None = None,
@@ -112,8 +118,11 @@ def engine_overrides(
         "engine.model": model,
         "engine.device": device,
         "engine.dtype": dtype,
+        "engine.kernels": kernels,
+        "engine.weights": weights,
         "engine.tensor_parallel_size": tensor_parallel_size,
         "engine.speculation.gamma": None if speculation is None else gamma(speculation),
+        "engine.speculation.weights": draft_weights,
         "engine.speculation.kv.policy": policy,  # before what belongs to it
         "engine.speculation.kv.budget": budget,
         "engine.speculation.verification": verification,
@@ -130,6 +139,10 @@ def engine_overrides(
 
 def flags_of(settings: Iterable[str]) -> list[str]:
     """The flags behind overrides that engine_overrides made, each once."""
-    other = {"gamma": "speculation", "drafter": "draft"}
-    leaves = [name.rpartition(".")[2] for name in settings if name != "engine.speculation.model"]
-    return [f"--{other.get(leaf, leaf).replace('_', '-')}" for leaf in leaves]
+    other = {
+        "engine.speculation.gamma": "speculation",
+        "engine.speculation.drafter": "draft",
+        "engine.speculation.weights": "draft_weights",
+    }
+    names = [other.get(name, name.rpartition(".")[2]) for name in settings if name != "engine.speculation.model"]
+    return [f"--{name.replace('_', '-')}" for name in names]

@@ -141,7 +141,7 @@ def test_linear(kernels: CpuKernels, dtype: torch.dtype, rows: int, features: in
     rounded = kernels.linear(x, PackedWeights(weight, bias))
     assert rounded.dtype == dtype
     torch.testing.assert_close(rounded.float(), y, rtol=2**-8, atol=1e-6)
-    coarse = kernels.linear(x, PackedWeights.int8(weight, bias), float_out=True)
+    coarse = kernels.linear(x, PackedWeights(weight, bias).rounded(), float_out=True)
     assert (coarse - expected).norm() < 0.02 * (expected - bias).norm()
 
 
@@ -149,7 +149,7 @@ def test_linear(kernels: CpuKernels, dtype: torch.dtype, rows: int, features: in
 def test_linear_of_a_row_depends_on_nothing_else(kernels: CpuKernels, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(300, 576).to(dtype), torch.randn(200, 576).to(dtype)
-    for packed in (PackedWeights(weight), PackedWeights.int8(weight)):
+    for packed in (PackedWeights(weight), PackedWeights(weight).rounded()):
         whole = kernels.linear(x, packed, float_out=True)
         for first, last in ((0, 1), (3, 8), (10, 40), (299, 300)):
             assert torch.equal(kernels.linear(x[first:last], packed, float_out=True), whole[first:last])
@@ -158,7 +158,7 @@ def test_linear_of_a_row_depends_on_nothing_else(kernels: CpuKernels, dtype: tor
 def test_gated_linear(kernels: CpuKernels) -> None:
     torch.manual_seed(0)
     x, gate, value = torch.randn(7, 64), torch.randn(48, 64) / 8, torch.randn(48, 64) / 8
-    y = kernels.linear(x, PackedWeights(pack_gated(gate, value)), silu_mul=True)
+    y = kernels.linear(x, PackedWeights(pack_gated(torch.cat([gate, value])), columns=len(gate)), silu_mul=True)
     expected = torch.nn.functional.silu(x @ gate.T) * (x @ value.T)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 

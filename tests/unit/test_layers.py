@@ -65,6 +65,8 @@ def test_column_then_row(size: int, bias: bool) -> None:
         column = ColumnLinear([Columns("a", 7, mine), Columns("b", 4, other)], 5, bias=bias, place=place(group))
         row = RowLinear("c", 7, 6, mine=mine, bias=bias, place=place(group))
         filled([*column.slots(), *row.slots()], checkpoint)
+        column.pack()
+        row.pack()
         a, b = column(x).split_with_sizes([mine.stop - mine.start, other.stop - other.start], dim=1)
         return a, b, row(a)
 
@@ -91,6 +93,7 @@ def test_vocabulary(size: int, tied: bool) -> None:
         head = LMHead("head", 11, 4, tied=embedding if tied else None, place=place(group))
         filled([*embedding.slots(), *head.slots()], checkpoint)
         assert (head.weight is embedding.weight) == tied
+        head.pack()
         return embedding(ids), head(x), head.vocab.start
 
     ranks = run_ranks(size, work)

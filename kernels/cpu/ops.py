@@ -1,0 +1,70 @@
+"""`kernels.ops` by compiled kernels, for models of float32, bfloat16 and float16 on CPUs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.attention.base import AttentionBackend
+from kernels.attention.cpu import CpuAttention
+from kernels.attention.reference import ReferenceAttention
+from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
+from kernels.kv_cache import LayerKV
+
+
+class CpuProduct:
+    """Weights packed for one kernel."""
+
+    keeps_weights = False
+
+    def __init__(self, kernels: CpuKernels, weights: PackedWeights, gated: bool, wide: bool) -> None:
+        self._kernels, self._weights = kernels, weights
+        self._gated, self._wide = gated, wide
+
+    @property
+    def nbytes(self) -> int:
+        return self._weights.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._kernels.linear(x, self._weights, silu_mul=self._gated, float_out=self._wide)
+
+    def int8(self) -> CpuProduct:
+        return CpuProduct(self._kernels, self._weights.rounded(), self._gated, self._wide)
+
+
+class CpuOps:
+    """See kernels.ops.Ops. Results of a row do not depend on the rows beside it at all."""
+
+    def __init__(self, kernels: CpuKernels) -> None:
+        self._kernels = kernels
+        self.name = kernels.name
+
+    def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> CpuProduct:
+        if not gated:
+            return CpuProduct(self._kernels, PackedWeights(weight, bias), gated, wide)
+        columns = len(weight) // 2
+        packed = pack_gated(weight)
+        biases = None if bias is None else pack_gated(bias[:, None])[:, 0]
+        return CpuProduct(self._kernels, PackedWeights(packed, biases, columns=columns), gated, wide)
+
+    def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        return self._kernels.norm(x, delta, weight, eps)
+
+    def rotary(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        positions: Tensor,
+        slots: Tensor,
+        kv: LayerKV,
+        norms: tuple[Tensor, Tensor, float] | None,
+    ) -> Tensor:
+        self._kernels.rotary(qkv, *rotary, positions, slots, *kv, norms)
+        return qkv[:, : qkv.shape[1] - 2 * kv.k.shape[1]]
+
+    def sample(
+        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
+    ) -> tuple[Tensor, Tensor]:
+        return self._kernels.sample(logits, temperature.float(), seeds, positions, first)
+
+    def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
+        return ReferenceAttention(page_size) if head_dim % 16 else CpuAttention(self._kernels)
