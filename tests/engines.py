@@ -11,6 +11,8 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
 from models.config import ModelConfig
 from models.llama import Llama
 from models.loader import random_model
@@ -29,8 +31,10 @@ TINY = ModelConfig(
 )
 
 
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, config: ModelConfig = TINY) -> Llama:
-    return random_model(config, seed=seed, dtype=dtype, device=torch.device("cpu"), group=Group.single())
+def tiny_model(
+    seed: int = 0, dtype: torch.dtype = torch.float64, config: ModelConfig = TINY, ops: Ops = REFERENCE
+) -> Llama:
+    return random_model(config, seed=seed, dtype=dtype, device=torch.device("cpu"), group=Group.single(), ops=ops)
 
 
 def tiny_engine(model: Llama, *, gamma: int, budget: int = 16, page_size: int = 4, **settings: Any) -> Engine:

@@ -20,6 +20,8 @@ from engine.orders import Report, answer, follow
 from engine.ranks import Ranks
 from engine.speculation.build import load_draft
 from engine.worker import Worker
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
 from models.config import ModelConfig
 from models.llama import Llama
 from models.loader import random_model
@@ -75,18 +77,20 @@ class ThreadRanks:
     workers: by rank, once the engine is up. plans: every frame that rank 1 was sent.
     """
 
-    def __init__(self, config: ModelConfig, size: int, dtype: torch.dtype, share: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, size: int, dtype: torch.dtype, share: bool = False, ops: Ops = REFERENCE
+    ) -> None:
         """share: exchange tensors as ranks that are processes of one machine do."""
         self._share = share
         self._barriers: list[threading.Barrier] = []
         self._groups = self._new_groups(size)
         self._draft_groups: list[Group] = []
-        self._config, self._dtype = config, dtype
+        self._config, self._dtype, self._ops = config, dtype, ops
         self.workers: dict[int, Worker] = {}
         self.plans: list[bytes] = []
 
     def model(self, rank: int) -> Llama:
-        return random_model(self._config, 0, self._dtype, CPU, self._groups[rank])
+        return random_model(self._config, 0, self._dtype, CPU, self._groups[rank], self._ops)
 
     def launch(self, config: EngineConfig, device: torch.device) -> Ranks:
         links = {}
@@ -173,11 +177,12 @@ def threaded_engine(
     gamma: int,
     dtype: torch.dtype = torch.float64,
     share: bool = False,
+    ops: Ops = REFERENCE,
     **others: Any,
 ) -> tuple[Engine, ThreadRanks]:
     """An engine over a random model, with `size` - 1 threads beside this one. share: see ThreadRanks."""
-    ranks = ThreadRanks(config, size, dtype, share)
-    model = ranks.model(0) if size > 1 else random_model(config, 0, dtype, CPU, Group.single())
+    ranks = ThreadRanks(config, size, dtype, share, ops)
+    model = ranks.model(0) if size > 1 else random_model(config, 0, dtype, CPU, Group.single(), ops)
     chosen = EngineConfig.model_validate(settings(gamma, tensor_parallel_size=size, **others))
     return Engine(chosen, model=model, ranks=ranks.launch), ranks
 

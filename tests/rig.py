@@ -5,15 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
-from kernels.attention.reference import ReferenceAttention
+from kernels.cpu.build import KernelsUnavailable
+from kernels.cpu.library import CpuKernels
+from kernels.cpu.ops import CpuOps
 from kernels.kv_cache import KVPool, LayerKV
 from models.batch import ForwardBatch
+from models.default import user_cache
 from models.llama import Llama
 from parallel.group import Group
 
@@ -37,6 +42,15 @@ def pool_layer(pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: 
     return pool.layer(0)
 
 
+@cache
+def compiled() -> CpuOps:
+    """The kernels for this processor."""
+    try:
+        return CpuOps(CpuKernels(user_cache() / "kernels"))
+    except KernelsUnavailable as reason:
+        pytest.skip(f"no CPU kernels: {reason}")
+
+
 class PagedRows:
     """Rows of one model over one pool, their pages dealt in random order from a pool full of junk."""
 
@@ -49,7 +63,7 @@ class PagedRows:
         for row, width in enumerate(widths):
             self.pages[row, :width], order = order[:width], order[width:]
         self.computed = [0] * len(lengths)
-        self.attention = ReferenceAttention(page_size)
+        self.attention = model.ops.attention(page_size, model.head_dim)
         self.pool = KVPool(
             num_layers=model.num_layers,
             num_pages=sum(widths) + 3,

@@ -12,10 +12,13 @@ import torch
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
 from engine.plan import StepPlan
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
 from models.config import ModelConfig
 from parallel.group import RankFailure
 from tests.engines import run, tokens
 from tests.ranks import threaded_engine
+from tests.rig import compiled
 
 
 def model(heads: int, kv_heads: int) -> ModelConfig:
@@ -27,7 +30,7 @@ def model(heads: int, kv_heads: int) -> ModelConfig:
         num_layers=2,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=8,
+        head_dim=16,
         max_position_embeddings=256,
         eos_token_ids=(1,),
     )
@@ -63,16 +66,20 @@ def requests() -> list[AddRequest]:
     ]
 
 
+def ops_of(on_kernels: bool) -> Ops:
+    return compiled() if on_kernels else REFERENCE
+
+
 @cache
-def alone(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, list[RequestOutput]]:
+def alone(shape: tuple[int, int], dtype: torch.dtype, on_kernels: bool = False) -> dict[str, list[RequestOutput]]:
     """What one rank makes of the requests, without speculation."""
-    engine, _ = threaded_engine(model(*shape), 1, gamma=0, dtype=dtype)
+    engine, _ = threaded_engine(model(*shape), 1, gamma=0, dtype=dtype, ops=ops_of(on_kernels))
     return run(engine, requests())
 
 
-def check(shape: tuple[int, int], size: int, gamma: int, dtype: torch.dtype) -> None:
-    expected = alone(shape, dtype)
-    engine, _ = threaded_engine(model(*shape), size, gamma=gamma, dtype=dtype, digest_every=3)
+def check(shape: tuple[int, int], size: int, gamma: int, dtype: torch.dtype, on_kernels: bool = False) -> None:
+    expected = alone(shape, dtype, on_kernels)
+    engine, _ = threaded_engine(model(*shape), size, gamma=gamma, dtype=dtype, digest_every=3, ops=ops_of(on_kernels))
     try:
         outputs = run(engine, requests())
         stats = engine.stats()
@@ -100,6 +107,12 @@ def test_ranks_never_change_output(shape: tuple[int, int], size: int, gamma: int
 @pytest.mark.parametrize(("size", "gamma"), [(2, 3), (3, 0), (8, 2)])
 def test_nor_in_float32(size: int, gamma: int) -> None:
     check((9, 3), size, gamma, torch.float32)
+
+
+@pytest.mark.parametrize(("size", "gamma"), [(2, 3), (3, 0), (3, 4), (8, 2)])
+def test_nor_on_compiled_kernels(size: int, gamma: int) -> None:
+    """With drafts whose weights have 8 bits."""
+    check((9, 3), size, gamma, torch.float32, on_kernels=True)
 
 
 def test_only_changes_are_broadcast() -> None:

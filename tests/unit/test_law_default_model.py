@@ -1,4 +1,4 @@
-"""The law on the default model and real text, in float32."""
+"""The law on the default model and real text: in float32, and in bfloat16 on compiled kernels with coarse drafts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from engine.llm import LLM, Completion
 from engine.messages import EngineStats
 from engine.params import SamplingParams
 from engine.stats import acceptance
+from kernels.reference import REFERENCE
 from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
+from tests.rig import CPU, compiled
 
 NEW_TOKENS = 120
 
@@ -27,9 +29,10 @@ PROMPTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def model(model_dir: Path) -> Llama:
-    return load_model(model_dir, dtype=torch.float32, device=torch.device("cpu"), group=Group.single(), progress=False)
+@pytest.fixture(scope="module", params=["float32 reference", "bfloat16 compiled"])
+def model(model_dir: Path, request: pytest.FixtureRequest) -> Llama:
+    dtype, ops = (torch.float32, REFERENCE) if "reference" in request.param else (torch.bfloat16, compiled())
+    return load_model(model_dir, dtype=dtype, device=CPU, group=Group.single(), progress=False, ops=ops)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def complete(model: Llama, model_dir: Path, speculation: dict[str, Any]) -> tupl
         for prompt in PROMPTS:
             prompts.append(prompt)
             params.append(SamplingParams(max_tokens=NEW_TOKENS, temperature=temperature, seed=7, ignore_eos=True))
-    with LLM(str(model_dir), dtype="float32", loaded=model, speculation=speculation) as llm:
+    with LLM(str(model_dir), loaded=model, speculation=speculation) as llm:
         return llm.generate(prompts, params), llm.stats
 
 
