@@ -124,7 +124,7 @@ def requests() -> list[AddRequest]:
 @cache
 def alone(dtype: torch.dtype) -> dict[str, list[int]]:
     """What each request comes to by itself, without drafts, its prompt in one piece."""
-    found = {}
+    found: dict[str, list[int]] = {}
     for request in requests():
         engine = tiny_engine(on_kernels(dtype), gamma=0, page_size=16, max_model_len=256)
         found |= {name: tokens(outputs) for name, outputs in run(engine, [request]).items()}
