@@ -40,10 +40,10 @@ class KVPool:
         self.data = _zeros(shape, dtype, device)
         self.num_pages = num_pages
         self.page_size = page_size
+        self._layers = [LayerKV(k, v) for k, v in self.data]
 
     def layer(self, index: int) -> LayerKV:
-        k, v = self.data[index]
-        return LayerKV(k, v)
+        return self._layers[index]
 
     def clear(self, pages: list[int]) -> None:
         """Fill pages with zeros, in every layer. On a CPU this also makes their memory real."""

@@ -28,9 +28,12 @@ class CpuKernels:
         Raises KernelsUnavailable."""
         target = target or supported()[0]
         torch.ops.load_library(str(build_operators(folder)))  # type: ignore[no-untyped-call]
-        self._ops = torch.ops.magicdec_cpu
-        self._kernels: int = self._ops.open(str(build_kernels(target, folder)))
+        ops = torch.ops.magicdec_cpu
+        self._kernels: int = ops.open(str(build_kernels(target, folder)))
         self.name = target.name
+        # Looked up once: a model makes hundreds of calls per token.
+        self._attention, self._linear, self._norm = ops.attention.default, ops.linear.default, ops.norm.default
+        self._rotary, self._sample = ops.rotary.default, ops.sample.default
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, lengths: Tensor, pages: Tensor, scale: float, lse: bool
@@ -41,7 +44,7 @@ class CpuKernels:
         lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. Returns o, in q's dtype, and the
         log-sum-exp [tokens, heads] float32, empty unless asked for.
         """
-        o, sums = self._ops.attention(self._kernels, q, k, v, queries, lengths, pages, scale, lse)
+        o, sums = self._attention(self._kernels, q, k, v, queries, lengths, pages, scale, lse)
         return o, sums
 
     def linear(self, x: Tensor, weights: PackedWeights, *, silu_mul: bool = False, float_out: bool = False) -> Tensor:
@@ -50,7 +53,7 @@ class CpuKernels:
         weights: in x's dtype, or int8; then x is quantised too, each row by its largest element. silu_mul: what is
         packed are gates and as many values (`pack_gated`); what comes out is silu(gate) * value.
         """
-        y: Tensor = self._ops.linear(
+        y: Tensor = self._linear(
             self._kernels,
             x,
             weights.packed,
@@ -65,7 +68,7 @@ class CpuKernels:
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """Add delta to x, in place, and return the root-mean-square norm of that: all [rows, size] of one dtype."""
-        out: Tensor = self._ops.norm(self._kernels, x, delta, weight, eps)
+        out: Tensor = self._norm(self._kernels, x, delta, weight, eps)
         return out
 
     def rotary(
@@ -86,7 +89,7 @@ class CpuKernels:
         their weights [head_dim] and their eps.
         """
         of_q, of_k, eps = norms or (None, None, 0.0)
-        self._ops.rotary(self._kernels, qkv, cos, sin, positions, slots, k, v, of_q, of_k, eps)
+        self._rotary(self._kernels, qkv, cos, sin, positions, slots, k, v, of_q, of_k, eps)
 
     def sample(
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
@@ -97,7 +100,7 @@ class CpuKernels:
         logit itself. seeds, positions: [rows] int64. Returns [rows] float32 and [rows] int64, the lowest id among
         equals.
         """
-        values, tokens = self._ops.sample(self._kernels, logits, temperature, seeds, positions, first)
+        values, tokens = self._sample(self._kernels, logits, temperature, seeds, positions, first)
         return values, tokens
 
 
