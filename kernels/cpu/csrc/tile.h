@@ -15,10 +15,16 @@ constexpr int MAX_ROWS = 12;  // of a tile with two vectors of columns: 24 of 32
 constexpr int MAX_ROWS = 3;  // a vector takes two or four of 16 registers
 #endif
 
-template <class Dot, int M, int C>
+struct Nothing {
+  MAGICDEC_INLINE void operator()(int) const {}
+};
+
+// meanwhile: called with each w, for what can be done beside the products.
+template <class Dot, int M, int C, class F = Nothing>
 MAGICDEC_INLINE void tile(typename Dot::Sums (&sums)[M][C], const uint32_t* a, size_t a_stride, const uint32_t* b,
-                          size_t b_stride, int words) {
+                          size_t b_stride, int words, F&& meanwhile = {}) {
   for (int w = 0; w < words; w++) {
+    meanwhile(w);
     u32x16 right[C];
     for (int c = 0; c < C; c++) right[c] = load<u32x16>(b + w * b_stride + c * LANES);
 #pragma GCC unroll 16

@@ -63,6 +63,15 @@ MAGICDEC_INLINE float sum(f32x16 x) {
   return x[0] + x[1];
 }
 
+// Whether any lane of x is larger than y; may say so where none is.
+MAGICDEC_INLINE bool may_exceed(f32x16 x, float y) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(y), _CMP_GT_OQ) != 0;
+#else
+  return true;
+#endif
+}
+
 MAGICDEC_INLINE float largest(f32x16 x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
@@ -171,21 +180,30 @@ MAGICDEC_INLINE void store_some(T* to, f32x16 x, int n) {
 
 // -- exponentials and logarithms --------------------------------------------------------------------------------------
 
+// 2^r for r in [-1/2, 1/2]: its Taylor series, of which the term of r^7 is below 2^-24.
+MAGICDEC_INLINE f32x16 exp2_series(f32x16 r) {
+  f32x16 y = r * 1.5403530e-4f + 1.3333558e-3f;
+  y = y * r + 9.6181291e-3f;
+  y = y * r + 5.5504109e-2f;
+  y = y * r + 2.4022651e-1f;
+  y = y * r + 6.9314718e-1f;
+  return y * r + 1.0f;
+}
+
 // 2^x for x <= 0 (-inf included), within 2 units in the last place; 0 below -126.
 MAGICDEC_INLINE f32x16 exp2_falling(f32x16 x) {
+#if defined(__AVX512F__)
+  x = maximum(x, splat(-1000.0f));
+  const f32x16 whole = (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (f32x16)_mm512_scalef_ps((__m512)exp2_series(x - whole), (__m512)whole);
+#else
   const i32x16 gone = x < splat(-126.0f);
   x = select(gone, splat(-126.0f), x);
   const i32x16 whole = __builtin_convertvector(x - 0.5f, i32x16);  // truncates towards zero: rounds to nearest
   const f32x16 rest = x - __builtin_convertvector(whole, f32x16);  // in [-1/2, 1/2]
-  // Taylor series of 2^r: the term of r^7 is below 2^-24.
-  f32x16 y = rest * 1.5403530e-4f + 1.3333558e-3f;
-  y = y * rest + 9.6181291e-3f;
-  y = y * rest + 5.5504109e-2f;
-  y = y * rest + 2.4022651e-1f;
-  y = y * rest + 6.9314718e-1f;
-  y = y * rest + 1.0f;
-  const f32x16 scaled = bits<f32x16>(bits<i32x16>(y) + (whole << 23));
+  const f32x16 scaled = bits<f32x16>(bits<i32x16>(exp2_series(rest)) + (whole << 23));
   return select(gone, f32x16{}, scaled);
+#endif
 }
 
 // e^x for any x, within 2 units in the last place; saturates beyond ±87.

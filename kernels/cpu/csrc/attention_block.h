@@ -1,0 +1,336 @@
+// What attention does with one block of keys and values: finding it, laying it out, meeting queries, a softmax between.
+// See attention.h for what the blocks are part of.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "dispatch.h"
+#include "tile.h"
+
+namespace magicdec {
+
+constexpr int SLOTS = 64;      // of a block
+
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+
+// Running softmax of some queries: o is the sum of values weighted by 2^(score - most), total the sum of the weights.
+struct Running {
+  float* most;   // [rows]
+  float* total;  // [rows, LANES]: in sixteen parts
+  float* o;      // [rows, head_dim]
+
+  static size_t floats(int rows, int head_dim) { return size_t(rows) * (head_dim + LANES + 1); }
+  static Running at(float* memory, int rows) { return {memory, memory + rows, memory + (LANES + 1) * rows}; }
+  void clear(int rows, int head_dim) const {
+    std::fill(most, most + rows, NOTHING);
+    std::fill(total, total + size_t(rows) * LANES, 0.0f);
+    std::fill(o, o + size_t(rows) * head_dim, 0.0f);
+  }
+};
+
+MAGICDEC_INLINE float exp2_of(float x) { return exp2_falling(splat(x))[0]; }
+
+inline void merge(Running into, int to, Running from, int row, int head_dim) {
+  if (from.most[row] == NOTHING) return;
+  const float most = std::max(into.most[to], from.most[row]);
+  const float mine = exp2_of(into.most[to] - most), its = exp2_of(from.most[row] - most);
+  into.most[to] = most;
+  float *total = into.total + to * LANES, *other_total = from.total + row * LANES;
+  store(total, load<f32x16>(total) * mine + load<f32x16>(other_total) * its);
+  float* o = into.o + size_t(to) * head_dim;
+  const float* other = from.o + size_t(row) * head_dim;
+  for (int d = 0; d < head_dim; d += LANES) store(o + d, load<f32x16>(o + d) * mine + load<f32x16>(other + d) * its);
+}
+
+// Swaps rows and columns of 16 × 16 words.
+MAGICDEC_INLINE void transpose(u32x16 (&x)[LANES]) {
+#if defined(__AVX512F__)
+  __m512i a[LANES], b[LANES];
+  for (int i = 0; i < LANES; i++) a[i] = (__m512i)x[i];
+  for (int i = 0; i < 8; i++) {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+  }
+  // a[4 i + j]: column j of each 128-bit lane, of rows 4 i … 4 i + 3.
+  for (int j = 0; j < 4; j++) {
+    const __m512i low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), high = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512i high2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+    x[j] = (u32x16)_mm512_shuffle_i32x4(low, low2, 0x88);
+    x[8 + j] = (u32x16)_mm512_shuffle_i32x4(low, low2, 0xdd);
+    x[4 + j] = (u32x16)_mm512_shuffle_i32x4(high, high2, 0x88);
+    x[12 + j] = (u32x16)_mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+#else
+  uint32_t words[LANES][LANES];
+  for (int i = 0; i < LANES; i++) store(words[i], x[i]);
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < LANES; j++) x[i][j] = words[j][i];
+#endif
+}
+
+// Sixteen slots, one after the other, of keys and of values: where a block's four groups of them stand.
+template <class T>
+struct Block {
+  static constexpr int GROUPS = SLOTS / LANES;
+  const T* at[2 * GROUPS];  // keys, then values
+
+  MAGICDEC_INLINE const T* keys(int group) const { return at[group]; }
+  MAGICDEC_INLINE const T* values(int group) const { return at[GROUPS + group]; }
+
+  // Asks for memory that will be read soon: of the eighths from `from` to `to`, which are keys up to the fourth, part
+  // `part` of `parts`. A processor has room for few requests, and who makes more of them at once waits: so they are
+  // made while there is something else to do, some at a time.
+  MAGICDEC_INLINE void fetch(int from, int to, int part, int parts, int head_dim) const {
+    const int lines = LANES * head_dim * int(sizeof(T)) / 64;  // of a group
+    const int eighth = lines * 2 * GROUPS / 8, asked = eighth * (to - from);
+    for (int line = eighth * from + asked * part / parts; line < eighth * from + asked * (part + 1) / parts; line++)
+      __builtin_prefetch(reinterpret_cast<const char*>(at[line / lines]) + line % lines * 64, 0, 0);
+  }
+};
+
+// The block that begins at slot `start` of a row whose slots end at `end`, of one KV head. Where groups are not whole
+// pieces of pages, or not whole, they are copied; slots that do not count become zeros, whatever they hold.
+template <class T>
+MAGICDEC_INLINE Block<T> find_block(const AttentionArgs& args, const int64_t* list, int head, int64_t start, int64_t end, T* staged) {
+  const int head_dim = args.head_dim;
+  const size_t head_offset = size_t(head) * args.page_size * head_dim;
+  const auto* keys = static_cast<const T*>(args.k) + head_offset;
+  const auto* values = static_cast<const T*>(args.v) + head_offset;
+  const auto at = [&](int64_t slot) {
+    return size_t(list[slot / args.page_size]) * args.page_stride + size_t(slot % args.page_size) * head_dim;
+  };
+  Block<T> block;
+  if (args.page_size % LANES == 0 && start + SLOTS <= end) {
+    for (int group = 0; group < block.GROUPS; group++) {
+      const size_t place = at(start + group * LANES);
+      block.at[group] = keys + place, block.at[block.GROUPS + group] = values + place;
+    }
+    return block;
+  }
+  for (int group = 0; group < block.GROUPS; group++) {
+    block.at[group] = staged + size_t(group) * LANES * head_dim;
+    block.at[block.GROUPS + group] = block.at[group] + size_t(SLOTS) * head_dim;
+  }
+  const size_t bytes = head_dim * sizeof(T);
+  for (int slot = 0; slot < SLOTS; slot++) {
+    T *key = staged + size_t(slot) * head_dim, *value = key + size_t(SLOTS) * head_dim;
+    if (start + slot < end) {
+      const size_t place = at(start + slot);
+      std::memcpy(key, keys + place, bytes);
+      std::memcpy(value, values + place, bytes);
+    } else {
+      std::memset(key, 0, bytes);
+      std::memset(value, 0, bytes);
+    }
+  }
+  return block;
+}
+
+// Words w … w + 15 of sixteen keys, [slot][word], become [word][slot].
+template <class T>
+MAGICDEC_INLINE void turn_keys(const T* keys, int head_dim, int w, int count, u32x16 (&x)[LANES]) {
+  constexpr int ELEMENTS = DotOf<T>::type::ELEMENTS;
+  for (int i = 0; i < LANES; i++) {
+    const T* from = keys + i * head_dim + w * ELEMENTS;
+    if (count == LANES) {
+      x[i] = load<u32x16>(from);
+    } else {
+      x[i] = u32x16{};
+      std::memcpy(&x[i], from, count * sizeof(uint32_t));
+    }
+  }
+  transpose(x);
+}
+
+// Becomes [head_dim / ELEMENTS words][SLOTS].
+template <class T>
+MAGICDEC_INLINE void pack_keys(const Block<T>& block, const Block<T>& next, int head_dim, uint32_t* packed) {
+  const int words = head_dim / DotOf<T>::type::ELEMENTS, chunks = (words + LANES - 1) / LANES;
+  for (int group = 0; group < block.GROUPS; group++) {
+    for (int w = 0; w < words; w += LANES) {
+      const int n = std::min(LANES, words - w);
+      u32x16 x[LANES];
+      next.fetch(0, 1, group * chunks + w / LANES, block.GROUPS * chunks, head_dim);
+      turn_keys(block.keys(group), head_dim, w, n, x);
+      for (int i = 0; i < n; i++) store(packed + (w + i) * SLOTS + group * LANES, x[i]);
+    }
+  }
+}
+
+// Two slots' values of 16 columns, side by side in words; for float32 one slot's.
+template <class T>
+MAGICDEC_INLINE u32x16 pair_values(const T* values, int head_dim) {
+  if constexpr (sizeof(T) == 4)
+    return load<u32x16>(values);
+  else
+    return widen(load<u16x16>(values)) | (widen(load<u16x16>(values + head_dim)) << 16);
+}
+
+// The same for 32 columns.
+template <class T>
+MAGICDEC_INLINE void pair_values(const T* values, int head_dim, u32x16& first, u32x16& second) {
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(T) == 2) {
+    alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    alignas(64) static constexpr uint16_t HIGH[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                      24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    const __m512i a = _mm512_loadu_si512(values), b = _mm512_loadu_si512(values + head_dim);
+    first = (u32x16)_mm512_permutex2var_epi16(a, _mm512_load_si512(LOW), b);
+    second = (u32x16)_mm512_permutex2var_epi16(a, _mm512_load_si512(HIGH), b);
+    return;
+  }
+#endif
+  first = pair_values(values, head_dim), second = pair_values(values + LANES, head_dim);
+}
+
+// Becomes [SLOTS / ELEMENTS words][head_dim].
+template <class T>
+MAGICDEC_INLINE void pack_values(const Block<T>& block, const Block<T>& next, int head_dim, uint32_t* packed) {
+  constexpr int ELEMENTS = DotOf<T>::type::ELEMENTS;
+  for (int group = 0; group < block.GROUPS; group++) {
+    const T* values = block.values(group);
+    for (int slot = 0; slot < LANES; slot += ELEMENTS, values += ELEMENTS * head_dim, packed += head_dim) {
+      next.fetch(1, 2, (group * LANES + slot) / ELEMENTS, SLOTS / ELEMENTS, head_dim);
+      int d = 0;
+      for (; d + 2 * LANES <= head_dim; d += 2 * LANES) {
+        u32x16 first, second;
+        pair_values(values + d, head_dim, first, second);
+        store(packed + d, first);
+        store(packed + d + LANES, second);
+      }
+      if (d < head_dim) store(packed + d, pair_values(values + d, head_dim));
+    }
+  }
+}
+
+// -- a block meets queries --------------------------------------------------------------------------------------------
+
+// For few rows of queries: each word of a key meets them in the register in which it was turned.
+template <class T, int M>
+MAGICDEC_INLINE void score_few(const Block<T>& block, const Block<T>& next, int head_dim, const uint32_t* q, float* scores) {
+  using Dot = typename DotOf<T>::type;
+  const int words = head_dim / Dot::ELEMENTS, chunks = (words + LANES - 1) / LANES;
+  for (int group = 0; group < block.GROUPS; group++) {
+    f32x16 sums[M] = {};
+    for (int w = 0; w < words; w += LANES) {
+      const int n = std::min(LANES, words - w);
+      u32x16 x[LANES];
+      next.fetch(0, 4, group * chunks + w / LANES, block.GROUPS * chunks, head_dim);
+      turn_keys(block.keys(group), head_dim, w, n, x);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) {
+        if (i >= n) break;
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) sums[m] = Dot::add(sums[m], q[m * words + w + i], x[i]);
+      }
+    }
+    for (int m = 0; m < M; m++) store(scores + m * SLOTS + group * LANES, sums[m]);
+  }
+}
+
+// For few rows of weights [M][SLOTS]: o[M][head_dim] += weights · values.
+template <class T, int M>
+MAGICDEC_INLINE void mix_few(const Block<T>& block, const Block<T>& next, int head_dim, const T* weights, float* o) {
+  using Dot = typename DotOf<T>::type;
+  constexpr int C = M <= 6 ? 4 : 2;  // of 32 registers 24 hold sums
+  const auto* words = reinterpret_cast<const uint32_t*>(weights);
+  const int passes = std::max(1, head_dim / (C * LANES));
+  const auto columns = [&](int d, auto width) {
+    constexpr int N = decltype(width)::value;
+    f32x16 sums[M][N];
+    for (int m = 0; m < M; m++)
+      for (int c = 0; c < N; c++) sums[m][c] = load<f32x16>(o + m * head_dim + d + c * LANES);
+    for (int slot = 0; slot < SLOTS; slot += Dot::ELEMENTS) {
+      const T* values = block.values(slot / LANES) + (slot % LANES) * head_dim + d;
+      if (N == C) next.fetch(4, 8, (d / (C * LANES) * SLOTS + slot) / Dot::ELEMENTS, passes * SLOTS / Dot::ELEMENTS, head_dim);
+      u32x16 right[N];
+      if constexpr (N == 1)
+        right[0] = pair_values(values, head_dim);
+      else
+        for (int c = 0; c < N; c += 2) pair_values(values + c * LANES, head_dim, right[c], right[c + 1]);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const uint32_t left = words[(m * SLOTS + slot) / Dot::ELEMENTS];
+#pragma GCC unroll 4
+        for (int c = 0; c < N; c++) sums[m][c] = Dot::add(sums[m][c], left, right[c]);
+      }
+    }
+    for (int m = 0; m < M; m++)
+      for (int c = 0; c < N; c++) store(o + m * head_dim + d + c * LANES, sums[m][c]);
+  };
+  int d = 0;
+  for (; d + C * LANES <= head_dim; d += C * LANES) columns(d, Count<C>{});
+  for (; d < head_dim; d += LANES) columns(d, Count<1>{});
+}
+
+// out[m][n] = (KEEP ? out[m][n] : 0) + a · b over `columns` columns, a multiple of 16.
+// meanwhile: called with i and n, for each i < n in rising order.
+template <class Dot, bool KEEP, class F>
+MAGICDEC_INLINE void product(const uint32_t* a, size_t a_stride, const uint32_t* b, int words, float* out, size_t out_stride,
+                             int rows, int columns, F&& meanwhile) {
+  const int all = (rows + MAX_ROWS - 1) / MAX_ROWS * ((columns + 2 * LANES - 1) / (2 * LANES)) * words;
+  int done = 0;
+  const auto columns_of = [&](auto width, int column) {
+    constexpr int C = decltype(width)::value;
+    for (int row = 0; row < rows;) {
+      const int height = tile_height(rows, row, MAX_ROWS);
+      with_rows<MAX_ROWS>(height, [&](auto count) {
+        constexpr int M = decltype(count)::value;
+        typename Dot::Sums sums[M][C];
+        float* o = out + row * out_stride + column;
+        for (int m = 0; m < M; m++)
+          for (int c = 0; c < C; c++) sums[m][c] = KEEP ? load<f32x16>(o + m * out_stride + c * LANES) : f32x16{};
+        tile<Dot, M, C>(sums, a + row * a_stride, a_stride, b + column, columns, words,
+                        [&](int w) { meanwhile(done + w, all); });
+        done += words;
+        for (int m = 0; m < M; m++)
+          for (int c = 0; c < C; c++) store(o + m * out_stride + c * LANES, sums[m][c]);
+      });
+      row += height;
+    }
+  };
+  int column = 0;
+  for (; column + 2 * LANES <= columns; column += 2 * LANES) columns_of(Count<2>{}, column);
+  if (column < columns) columns_of(Count<1>{}, column);
+}
+
+// Scores of one query against a block become weights. seen: how many of its slots the query may look at.
+template <class T>
+MAGICDEC_INLINE void weigh(float* scores, int seen, float scale, Running state, int row, int head_dim, T* weights) {
+  f32x16 s[SLOTS / LANES], most = splat(NOTHING);
+  for (int i = 0; i < SLOTS / LANES; i++) {
+    s[i] = load<f32x16>(scores + i * LANES) * scale;
+    if (seen < (i + 1) * LANES) {
+      const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      s[i] = select(lane < seen - i * LANES, s[i], splat(NOTHING));
+    }
+    most = maximum(most, s[i]);
+  }
+  const float before = state.most[row], now = may_exceed(most, before) ? std::max(before, largest(most)) : before;
+  f32x16 total{};
+  for (int i = 0; i < SLOTS / LANES; i++) {
+    store_floats(weights + i * LANES, exp2_falling(s[i] - now));
+    total += load_floats(weights + i * LANES);  // as they will be multiplied: rounded
+  }
+  float* totals = state.total + row * LANES;
+  if (now == before) {
+    store(totals, load<f32x16>(totals) + total);
+    return;
+  }
+  state.most[row] = now;
+  const float shrink = exp2_of(before - now);
+  store(totals, load<f32x16>(totals) * shrink + total);
+  float* o = state.o + size_t(row) * head_dim;
+  for (int d = 0; d < head_dim; d += LANES) store(o + d, load<f32x16>(o + d) * shrink);
+}
+
+}  // namespace magicdec
