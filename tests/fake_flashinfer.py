@@ -133,6 +133,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         rope_theta: float | None = None,
         q_data_type: torch.dtype = torch.float16,
         kv_data_type: torch.dtype | None = None,
+        o_data_type: torch.dtype | None = None,
         non_blocking: bool = True,
     ) -> None:
         assert causal
@@ -178,11 +179,13 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         num_kv_heads: int,
         head_dim: int,
         page_size: int,
+        *,
         pos_encoding_mode: str = "NONE",
         window_left: int = -1,
         logits_soft_cap: float | None = None,
         q_data_type: torch.dtype = torch.float16,
         kv_data_type: torch.dtype | None = None,
+        o_data_type: torch.dtype | None = None,
         data_type: torch.dtype | None = None,
         sm_scale: float | None = None,
         rope_scale: float | None = None,
