@@ -2,8 +2,9 @@
 
     python -m tests.compile_gpu_kernels ARCHITECTURE [DTYPE ...]
 
-ARCHITECTURE: 80 for an A100, 90 for an H100. DTYPE: all if none is named. Launchers run as they are, on tensors of the CPU; where they would launch,
-Triton compiles to the GPU's machine code and stops. Prints a line for each binary: kernel, bytes of shared memory.
+ARCHITECTURE: 80 for an A100, 90 for an H100. DTYPE: all if none is named. Launchers run as they are, on tensors of the
+CPU; where they would launch, Triton compiles to the GPU's machine code and stops. Prints a line for each binary:
+kernel, bytes of shared memory.
 """
 
 from __future__ import annotations

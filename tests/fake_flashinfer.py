@@ -24,8 +24,7 @@ def _attend(
         pages = indices[int(indptr[row]) : int(indptr[row + 1])].long()
         length = (len(pages) - 1) * k.shape[2] + int(last[row])
         keys, values = (
-            part[pages].transpose(0, 1).flatten(1, 2)[:, :length].float().repeat_interleave(group, 0)
-            for part in (k, v)
+            part[pages].transpose(0, 1).flatten(1, 2)[:, :length].float().repeat_interleave(group, 0) for part in (k, v)
         )
         n = end - first
         scores = torch.einsum("nhd,hld->hnl", q[first:end].float(), keys) * sm_scale
@@ -40,9 +39,7 @@ class _Wrapper:
     def __init__(self, workspace: Tensor, kv_layout: str) -> None:
         assert kv_layout == "HND"
         assert workspace.dtype == torch.uint8
-        self.plans = 0
         self._planned: tuple[Any, ...] = ()
-        self._indices_buf: Tensor | None = None
 
     def _keep(
         self,
@@ -62,7 +59,6 @@ class _Wrapper:
         assert len(indices) == int(indptr[-1])
         assert bool(((last >= 1) & (last <= page_size)).all())
         self._planned = starts, indptr, indices, last, sizes, dtypes, sm_scale
-        self.plans += 1
 
     def run(
         self,

@@ -82,7 +82,7 @@ class _Planned:
             self.read.synchronize()
         self.wrapper.plan(*arguments, **options)
         if device.type == "cuda":
-            self.read = self.read or torch.cuda.Event()
+            self.read = self.read or torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.read.record()
 
 
@@ -245,10 +245,7 @@ def _by_row_and_head(queries: Ints, kv_heads: int) -> Ints:
     starts = queries.cumsum() - queries
     heads = np.arange(kv_heads)
     return np.concatenate(
-        [
-            ((start + np.arange(n)) * kv_heads + heads[:, None]).ravel()
-            for start, n in zip(starts, queries, strict=True)
-        ]
+        [((start + np.arange(n)) * kv_heads + heads[:, None]).ravel() for start, n in zip(starts, queries, strict=True)]
     )
 
 

@@ -49,6 +49,7 @@ def commit(
     chosen: Tensor,
     first: Tensor,
     decided: Tensor,
+    *,
     most: int,
 ) -> Tensor:
     """Accept each row's drafts up to the first that is not what the target chooses there, and make that the state.

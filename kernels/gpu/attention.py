@@ -42,9 +42,9 @@ class Tiles:
     block: int
 
     def to(self, device: torch.device) -> Tiles:
-        moved = (part.to(device, non_blocking=True) for part in (self.row, self.first, self.start))
-        queries, lengths = (part.to(device, non_blocking=True) for part in (self.queries, self.lengths))
-        return Tiles(*moved, queries, lengths, self.pages, self.block)
+        parts = (self.row, self.first, self.start, self.queries, self.lengths)
+        row, first, start, queries, lengths = (part.to(device, non_blocking=True) for part in parts)
+        return Tiles(row, first, start, queries, lengths, self.pages, self.block)
 
 
 def lay_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int) -> Tiles:

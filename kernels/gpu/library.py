@@ -77,7 +77,8 @@ class GpuKernels:
         chosen: Tensor,
         first: Tensor,
         decided: Tensor,
+        *,
         most: int,
     ) -> Tensor:
         """See kernels.gpu.acceptance.commit."""
-        return acceptance.commit(tokens, computed, rows, new, drafted, chosen, first, decided, most)
+        return acceptance.commit(tokens, computed, rows, new, drafted, chosen, first, decided, most=most)

@@ -63,9 +63,7 @@ def _warps(elements: int) -> int:
 
 
 @triton.jit
-def _silu_mul_kernel(
-    pairs: tl.tensor, out: tl.tensor, stride: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr
-) -> None:
+def _silu_mul_kernel(pairs: tl.tensor, out: tl.tensor, stride: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
     """One program per row and block of features."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -122,9 +122,7 @@ def _best_kernel(
     tl.store(best_token + row, tl.min(tl.where(inside & (value == best), token, 0x7FFFFFFFFFFFFFFF), 0))
 
 
-def sample(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """See kernels.ops.Ops.sample. logits: [rows, size], at least one row and one token, elements of a row beside each
     other. Returns [rows] float32 and [rows] int64, by which ranks find the best of all their slices.
     """

@@ -115,9 +115,7 @@ def _votes_kernel(
     tl.store(votes + head.to(tl.int64) * candidates + n, sums, mask=n < candidates)
 
 
-def attention_votes(
-    q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, span: int = _SPAN
-) -> Tensor:
+def attention_votes(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, span: int = _SPAN) -> Tensor:
     """See kernels.selection.attention_votes. Not for float64.
 
     q: [queries, heads, head_dim]; k: [kv_heads, length, head_dim]; elements of a head beside each other. span: keys
@@ -141,12 +139,14 @@ def attention_votes(
     }
     spans = triton.cdiv(length, span)
     parts = torch.empty(kv_heads, spans, total, dtype=torch.float32, device=q.device)
-    grid = triton.cdiv(total, m), kv_heads, spans
-    _mass_kernel[grid](q, k, parts, scale, *strides, queries, length, SPAN=span, **sizes)
+    _mass_kernel[triton.cdiv(total, m), kv_heads, spans](
+        q, k, parts, scale, *strides, queries, length, SPAN=span, **sizes
+    )
     masses = parts.logsumexp(1) if spans > 1 else parts[:, 0]
     votes = torch.empty(kv_heads, candidates, dtype=torch.float32, device=q.device)
     if candidates:
-        grid = triton.cdiv(candidates, _KEYS), kv_heads
-        _votes_kernel[grid](q, k, masses, votes, scale, *strides, queries, length, candidates, **sizes)
+        _votes_kernel[triton.cdiv(candidates, _KEYS), kv_heads](
+            q, k, masses, votes, scale, *strides, queries, length, candidates, **sizes
+        )
     # Sums over heads and averages over neighbours may change places.
     return F.avg_pool1d(votes[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]

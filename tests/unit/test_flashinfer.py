@@ -53,9 +53,7 @@ def check(ours: FlashInferAttention, batch: AttentionBatch, layer: LayerKV, head
 
 
 @given(
-    rows=st.lists(
-        st.tuples(st.sampled_from([1, 1, 2, 5]), st.sampled_from([0, 1, 3, 4, 17])), min_size=1, max_size=4
-    ),
+    rows=st.lists(st.tuples(st.sampled_from([1, 1, 2, 5]), st.sampled_from([0, 1, 3, 4, 17])), min_size=1, max_size=4),
     page_size=st.sampled_from([1, 4, 7]),
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 3, 4]),
@@ -87,9 +85,12 @@ def test_a_plan_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> 
     """And in `plan`, once shapes are known, so that a captured run can follow; the next ones go to other wrappers."""
     planned: list[Any] = []
     keep = fake_flashinfer._Wrapper._keep
-    monkeypatch.setattr(
-        fake_flashinfer._Wrapper, "_keep", lambda self, *rest: (planned.append(self), keep(self, *rest))[1]
-    )
+
+    def note(self: fake_flashinfer._Wrapper, *arguments: Any) -> None:
+        planned.append(self)
+        keep(self, *arguments)
+
+    monkeypatch.setattr(fake_flashinfer._Wrapper, "_keep", note)
     layer = pool_layer(PAGES, 1, 4, 64, torch.float16)
     ours = backend(4)
     q = torch.randn(2, 4, 64).half()

@@ -220,7 +220,7 @@ class Chooses(Sampler):
 def test_commit_follows_verify(rows: list[tuple[int, int, int, int, bool]], seed: int) -> None:
     """Against the engine's own verification, over its own rows."""
     torch.manual_seed(seed)
-    rows = sorted(((gamma if samples else 0, *rest, samples) for gamma, *rest, samples in rows), reverse=True)
+    rows = sorted([(row[0] if row[4] else 0, *row[1:]) for row in rows], reverse=True)
     slots = torch.randperm(7)[: len(rows)].tolist()
     work = [
         RowWork(slot, computed, new, gamma, samples)
@@ -351,9 +351,6 @@ def test_what_does_not_fit_is_refused() -> None:
     layer = pool(9, 2, 4, 8, torch.float32)
     with pytest.raises(ValueError, match="norm: elements"):
         KERNELS.norm(randn(8, 4).T, None, randn(8), 1e-5)
+    index, otherwise = torch.zeros(1, dtype=torch.int64, device=DEVICE), layer.k.transpose(1, 2).contiguous()
     with pytest.raises(ValueError, match="pages of the pool"):
-        KERNELS.rotary(
-            *(randn(1, 6, 8), randn(4, 4), randn(4, 4)),
-            *torch.zeros(2, 1, dtype=torch.int64, device=DEVICE),
-            *(layer.k.transpose(1, 2).contiguous().transpose(1, 2), layer.v),
-        )
+        KERNELS.rotary(randn(1, 6, 8), randn(4, 4), randn(4, 4), index, index, otherwise.transpose(1, 2), layer.v)

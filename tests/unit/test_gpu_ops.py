@@ -13,8 +13,8 @@ from engine.params import SamplingParams
 from kernels.ops import Ops
 from kernels.reference import REFERENCE
 from models.config import ModelConfig
-from parallel.group import Group
 from models.loader import random_model
+from parallel.group import Group
 from tests.engines import TINY, run, tiny_engine, tokens
 from tests.rig import PagedRows
 
