@@ -65,7 +65,7 @@ bench-compare: $(INSTALLED) $(if $(MODEL),,model) ## Measure other engines besid
 	@$(BIN)/python -m bench.compare $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 test-gpu: $(INSTALLED) gpu model ## Run the tests that need a CUDA device
-	@$(BIN)/python -m pytest tests/gpu $(ARGS)
+	@$(BIN)/python -m pytest tests/gpu tests/unit/test_gpu_kernels.py $(ARGS)
 
 bench-gpu: $(INSTALLED) gpu $(if $(MODEL),,model) ## Measure decoding on a CUDA device
 	@$(BIN)/magicdec bench decode $(SETTINGS) --device cuda --batch 8,32 --context 4000 $(ARGS)

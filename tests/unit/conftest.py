@@ -1,13 +1,18 @@
-"""Draft models on disk."""
+"""Draft models on disk, and Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.engines import TINY
 from tests.ranks import DRAFT, write_random_model
+
+if not torch.cuda.is_available():  # Triton looks when it is first imported, which is in test modules
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,14 @@
+"""Device kernels in Triton, for NVIDIA GPUs; Triton's interpreter runs the same functions on a CPU, for tests.
+
+Importing this package needs Triton, so it is imported where a GPU is chosen, not at the head of other modules.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError("kernels for GPUs need Triton: pip install 'magicdec[cuda]'") from error
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+"""Whether Triton interprets (TRITON_INTERPRET=1, decided when Triton is first imported)."""

@@ -1,0 +1,238 @@
+"""Paged attention: ragged queries over page lists, long lists split over programs and merged by log-sum-exp.
+
+A tile is some queries of one row, all query heads of one KV head: what reads a page reads it for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu import INTERPRETED
+from kernels.gpu.pointwise import check_pool
+from kernels.gpu.tile import product, scores_of
+from kernels.kv_cache import LayerKV
+
+SPAN = 256
+"""KV slots that are worth a program of their own."""
+_PROGRAMS = 512  # lists are not split further than that many programs: a few for each multiprocessor
+_SPANS = 64  # merged by one program
+_SLOTS = 64  # scored at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How queries are dealt to programs; the same for all layers of a forward.
+
+    row: [tiles] int64, `rows` where a tile is not needed: their number is bounded by shapes alone. first: [tiles]
+    int64, the tile's first query in its row. start: [rows] int64, a row's first query in the batch. queries, lengths:
+    [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. block: queries of a tile.
+    """
+
+    row: Tensor
+    first: Tensor
+    start: Tensor
+    queries: Tensor
+    lengths: Tensor
+    pages: Tensor
+    block: int
+
+    def to(self, device: torch.device) -> Tiles:
+        parts = (self.row, self.first, self.start, self.queries, self.lengths)
+        row, first, start, queries, lengths = (part.to(device, non_blocking=True) for part in parts)
+        return Tiles(row, first, start, queries, lengths, self.pages, self.block)
+
+
+def lay_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int) -> Tiles:
+    """Nothing is asked of the device: shapes follow from `tokens`, the sum of `queries`, and the number of rows."""
+    rows = len(queries)
+    # Rows of one query, rows with drafts behind it, chunks of a prompt.
+    block = 1 if tokens == rows else 4 if tokens <= 8 * rows else 16
+    needed = (queries + block - 1) // block
+    behind = needed.cumsum(0)
+    tile = torch.arange(tokens // block + rows if block > 1 else rows, device=queries.device)
+    row = torch.searchsorted(behind, tile, right=True)
+    inside = row.clamp(max=rows - 1)
+    first = (tile - (behind - needed)[inside]) * block
+    return Tiles(row, first, queries.cumsum(0) - queries, queries, lengths, pages, block)
+
+
+@triton.jit
+def _attend_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    tile_row: tl.tensor,
+    tile_first: tl.tensor,
+    row_start: tl.tensor,
+    queries: tl.tensor,
+    lengths: tl.tensor,
+    pages: tl.tensor,
+    scale: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    page_stride: tl.tensor,
+    list_stride: tl.tensor,
+    head_list_stride: tl.tensor,
+    rows: tl.tensor,
+    tokens: tl.tensor,
+    page_size: tl.tensor,
+    span: tl.tensor,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    Q: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> None:
+    """One program per tile, KV head and span of slots. out: [spans, tokens, heads, HEAD_DIM]; lse: [spans, tokens,
+    heads]."""
+    tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(tile_row + tile)
+    if row < rows:
+        n_queries, length = tl.load(queries + row), tl.load(lengths + row)
+        m = tl.arange(0, M)
+        d = tl.arange(0, D)
+        query = tl.load(tile_first + tile) + m // GROUP
+        live = (m < Q * GROUP) & (query < n_queries)
+        visible = tl.where(live, length - n_queries + query + 1, 0)
+        token = tl.load(row_start + row) + query
+        of = head * GROUP + m % GROUP
+        q_at = token * token_stride + of * head_stride
+        in_head = d < HEAD_DIM
+        q_tile = tl.load(q + q_at[:, None] + d[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
+        top = tl.full([M], float("-inf"), tl.float32)
+        mass = tl.zeros([M], tl.float32)
+        mixed = tl.zeros([M, D], tl.float32)
+        page_list = pages + row * list_stride + head * head_list_stride
+        begin = part * span
+        end = tl.minimum(begin + span, tl.max(visible, 0))
+        for at in range(begin, end, N):
+            slot = at + tl.arange(0, N)
+            listed = slot < end  # what lies behind may be another request's overflow: it is never read
+            page = tl.load(page_list + slot // page_size, mask=listed, other=0)
+            where = page * page_stride + (head * page_size + slot % page_size) * HEAD_DIM
+            k_tile = tl.load(k + where[None, :] + d[:, None], mask=listed[None, :] & in_head[:, None], other=0.0)
+            v_tile = tl.load(v + where[:, None] + d[None, :], mask=listed[:, None] & in_head[None, :], other=0.0)
+            sees = listed[None, :] & (slot[None, :] < visible[:, None])
+            scores = scores_of(q_tile, k_tile, scale, sees, WIDEN)
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            against = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = tl.exp(scores - against[:, None])
+            shrink = tl.exp(top - against)
+            mass = mass * shrink + tl.sum(weights, 1)
+            mixed = mixed * shrink[:, None] + product(weights.to(v.dtype.element_ty), v_tile, WIDEN)
+            top = new_top
+        # A span that a query sees nothing of: zero, with a log-sum-exp of -inf.
+        mass = tl.where(mass > 0, mass, 1.0)
+        result = mixed / mass[:, None]
+        to = (part.to(tl.int64) * tokens + token) * (tl.num_programs(1) * GROUP) + of
+        tl.store(
+            out + to[:, None] * HEAD_DIM + d[None, :],
+            result.to(out.dtype.element_ty),
+            mask=live[:, None] & in_head[None, :],
+        )
+        tl.store(lse + to, top + tl.log(mass), mask=live)
+
+
+@triton.jit
+def _merge_kernel(
+    parts: tl.tensor,
+    part_lse: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    spans: tl.tensor,
+    total: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+) -> None:
+    """One program per token and head: o = Σ e^(lse_i - lse) o_i."""
+    at = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, S)
+    d = tl.arange(0, D)
+    inside = s < spans
+    each = tl.load(part_lse + s * total + at, mask=inside, other=float("-inf"))
+    top = tl.max(each, 0)
+    weights = tl.exp(each - top)
+    mass = tl.sum(weights, 0)
+    values = tl.load(
+        parts + (s * total + at)[:, None] * HEAD_DIM + d[None, :],
+        mask=inside[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    mixed = tl.sum(values * weights[:, None], 0) / mass
+    tl.store(out + at * HEAD_DIM + d, mixed.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+    tl.store(lse + at, top + tl.log(mass))
+
+
+def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN) -> tuple[Tensor, Tensor]:
+    """See kernels.attention.base. q: [tokens, heads, head_dim], elements of a head beside each other.
+
+    span: KV slots that are worth a program of their own, a multiple of 64. Returns o in q's dtype, and the log-sum-exp
+    [tokens, heads] float32.
+    """
+    tokens, heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = kv.k.shape
+    if q.stride(2) != 1:
+        raise ValueError("attention: elements of a head are not beside each other")
+    page_stride = check_pool(kv)
+    group = heads // kv_heads
+    pages = tiles.pages
+    width = pages.shape[-1]
+    lists = pages.stride(0), pages.stride(1) if pages.dim() == 3 else 0
+    spans = _spans(width * page_size, len(tiles.row) * kv_heads, span)
+    each = triton.cdiv(triton.cdiv(width * page_size, spans), _SLOTS) * _SLOTS
+    out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    parts, part_lse = out, lse
+    if spans > 1:
+        parts = torch.empty(spans, *out.shape, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(spans, *lse.shape, dtype=torch.float32, device=q.device)
+    d = max(16, triton.next_power_of_2(head_dim))
+    _attend_kernel[(len(tiles.row), kv_heads, spans)](
+        q,
+        kv.k,
+        kv.v,
+        parts,
+        part_lse,
+        tiles.row,
+        tiles.first,
+        tiles.start,
+        tiles.queries,
+        tiles.lengths,
+        pages,
+        scale,
+        q.stride(0),
+        q.stride(1),
+        page_stride,
+        *lists,
+        len(tiles.queries),
+        tokens,
+        page_size,
+        each,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        Q=tiles.block,
+        M=max(16, triton.next_power_of_2(tiles.block * group)),
+        N=_SLOTS,
+        D=d,
+        WIDEN=INTERPRETED,
+    )
+    if spans > 1:
+        _merge_kernel[(tokens * heads,)](
+            parts, part_lse, out, lse, spans, tokens * heads, HEAD_DIM=head_dim, S=triton.next_power_of_2(spans), D=d
+        )
+    return out, lse
+
+
+def _spans(slots: int, programs: int, span: int) -> int:
+    """Into how many spans the longest list is cut: as many as keep the device busy, none shorter than `span`."""
+    return max(1, min(slots // span, _PROGRAMS // programs, _SPANS))

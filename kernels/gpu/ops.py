@@ -1,0 +1,68 @@
+"""`kernels.ops` by kernels in Triton, and products by torch, for models of float32, bfloat16 and float16 on GPUs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.attention.gpu import GpuAttention
+from kernels.gpu.library import GpuKernels
+from kernels.gpu.pointwise import silu_mul
+from kernels.kv_cache import LayerKV
+from kernels.ops import Product
+from kernels.reference import ReferenceProduct
+
+
+class GpuProduct:
+    """A product by torch, with Triton's gates behind it."""
+
+    def __init__(self, inner: Product, gated: bool) -> None:
+        self._inner, self._gated = inner, gated
+
+    @property
+    def nbytes(self) -> int:
+        return self._inner.nbytes
+
+    @property
+    def keeps_weights(self) -> bool:
+        return self._inner.keeps_weights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._inner(x)
+        return silu_mul(y) if self._gated else y
+
+    def int8(self) -> GpuProduct:
+        return GpuProduct(self._inner.int8(), self._gated)
+
+
+class GpuOps:
+    """See kernels.ops.Ops. Products are torch's, by its BLAS: Triton has the rest."""
+
+    def __init__(self) -> None:
+        self._kernels = GpuKernels()
+        self.name = self._kernels.name
+
+    def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> GpuProduct:
+        return GpuProduct(ReferenceProduct(weight, bias, gated=False, wide=wide), gated)
+
+    def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        return self._kernels.norm(x, delta, weight, eps)
+
+    def rotary(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        positions: Tensor,
+        slots: Tensor,
+        kv: LayerKV,
+        norms: tuple[Tensor, Tensor, float] | None,
+    ) -> Tensor:
+        self._kernels.rotary(qkv, *rotary, positions, slots, *kv, norms)
+        return qkv[:, : qkv.shape[1] - 2 * kv.k.shape[1]]
+
+    def sample(
+        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
+    ) -> tuple[Tensor, Tensor]:
+        return self._kernels.sample(logits, temperature, seeds, positions, first)
+
+    def attention(self, page_size: int, head_dim: int) -> GpuAttention:
+        return GpuAttention()

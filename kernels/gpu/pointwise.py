@@ -1,0 +1,204 @@
+"""What stands between the matrix products of a layer: norms, gates, rotation. Computed in float32."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.kv_cache import LayerKV
+
+_WIDE = 1024  # elements that one program of an elementwise kernel works on
+
+
+@triton.jit
+def _norm_kernel(
+    x: tl.tensor,
+    delta: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    x_stride: tl.tensor,
+    delta_stride: tl.tensor,
+    size: tl.tensor,
+    eps: tl.tensor,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < size
+    at = x + row * x_stride + i
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(delta + row * delta_stride + i, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(x.dtype.element_ty)
+        tl.store(at, rounded, mask=inside)
+        value = rounded.to(tl.float32)  # the norm is of what is kept
+    factor = tl.rsqrt(tl.sum(value * value, 0) / size + eps)
+    scaled = value * factor * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * size + i, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """See kernels.ops.Ops.norm. Rows may be strided, elements of a row not."""
+    rows, size = x.shape
+    if x.stride(1) != 1 or (delta is not None and delta.stride(1) != 1):
+        raise ValueError("norm: elements of a row are not beside each other")
+    out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
+    if rows:
+        other = x if delta is None else delta
+        strides = x.stride(0), other.stride(0)
+        block = triton.next_power_of_2(size)
+        _norm_kernel[(rows,)](
+            x, other, weight, out, *strides, size, eps, ADD=delta is not None, BLOCK=block, num_warps=_warps(block)
+        )
+    return out
+
+
+def _warps(elements: int) -> int:
+    """Warps for a program that holds so many elements: 8 or more each thread."""
+    return min(16, max(1, elements // 256))
+
+
+@triton.jit
+def _silu_mul_kernel(pairs: tl.tensor, out: tl.tensor, stride: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """One program per row and block of features."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    gate = tl.load(pairs + row * stride + i, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(pairs + row * stride + size + i, mask=inside, other=0.0).to(tl.float32)
+    result = gate / (1.0 + tl.exp(-gate)) * value
+    tl.store(out + row * size + i, result.to(out.dtype.element_ty), mask=inside)
+
+
+def silu_mul(pairs: Tensor) -> Tensor:
+    """silu(gate) * value: [rows, 2 size], gates first, to [rows, size]."""
+    rows, size = pairs.shape[0], pairs.shape[1] // 2
+    if pairs.stride(1) != 1:
+        raise ValueError("silu_mul: elements of a row are not beside each other")
+    out = torch.empty(rows, size, dtype=pairs.dtype, device=pairs.device)
+    if rows:
+        block = min(_WIDE, triton.next_power_of_2(size))
+        _silu_mul_kernel[(rows, triton.cdiv(size, block))](pairs, out, pairs.stride(0), size, BLOCK=block)
+    return out
+
+
+@triton.jit
+def _rotary_kernel(
+    qkv: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    positions: tl.tensor,
+    slots: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    q_norm: tl.tensor,
+    k_norm: tl.tensor,
+    token_stride: tl.tensor,
+    page_stride: tl.tensor,
+    heads: tl.tensor,
+    kv_heads: tl.tensor,
+    page_size: tl.tensor,
+    eps: tl.tensor,
+    NORM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program per token and head: of queries, of keys, of values in turn."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, BLOCK)
+    inside = i < HALF
+    at = qkv + token * token_stride + head * (2 * HALF) + i
+    first = tl.load(at, mask=inside, other=0.0)
+    second = tl.load(at + HALF, mask=inside, other=0.0)
+    if head < heads + kv_heads:
+        if NORM:
+            wide, wide_too = first.to(tl.float32), second.to(tl.float32)
+            squares = tl.sum(wide * wide, 0) + tl.sum(wide_too * wide_too, 0)
+            factor = tl.rsqrt(squares / (2 * HALF) + eps)
+            if head < heads:
+                weight = tl.load(q_norm + i, mask=inside, other=0.0).to(tl.float32)
+                weight_too = tl.load(q_norm + HALF + i, mask=inside, other=0.0).to(tl.float32)
+            else:
+                weight = tl.load(k_norm + i, mask=inside, other=0.0).to(tl.float32)
+                weight_too = tl.load(k_norm + HALF + i, mask=inside, other=0.0).to(tl.float32)
+            first = (wide * factor * weight).to(qkv.dtype.element_ty)
+            second = (wide_too * factor * weight_too).to(qkv.dtype.element_ty)
+        angle = tl.load(positions + token) * HALF + i
+        c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        first = (a * c - b * s).to(qkv.dtype.element_ty)
+        second = (b * c + a * s).to(qkv.dtype.element_ty)
+        tl.store(at, first, mask=inside)
+        tl.store(at + HALF, second, mask=inside)
+    if head >= heads:
+        slot = tl.load(slots + token)
+        page, offset = slot // page_size, slot % page_size
+        is_value = head >= heads + kv_heads
+        of = head - heads
+        if is_value:
+            of -= kv_heads
+        to = page * page_stride + (of * page_size + offset) * (2 * HALF) + i
+        if is_value:
+            tl.store(v + to, first, mask=inside)
+            tl.store(v + to + HALF, second, mask=inside)
+        else:
+            tl.store(k + to, first, mask=inside)
+            tl.store(k + to + HALF, second, mask=inside)
+
+
+def rotary(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    kv: LayerKV,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+) -> None:
+    """Rotate queries and keys in place, after the norms if there are any, and store keys and values in the pool.
+
+    qkv: [tokens, heads + 2 kv_heads, head_dim]. cos, sin: [positions, head_dim / 2], of all positions. positions,
+    slots: [tokens] int64. norms: of queries and of keys, their weights [head_dim] and their eps.
+    """
+    tokens, all_heads, head_dim = qkv.shape
+    _, kv_heads, page_size, _ = kv.k.shape
+    if qkv.stride()[1:] != (head_dim, 1):
+        raise ValueError("rotary: heads of a token are not beside each other")
+    page_stride = check_pool(kv)
+    if not tokens:
+        return
+    of_q, of_k, eps = norms or (qkv, qkv, 0.0)
+    half = head_dim // 2
+    _rotary_kernel[(tokens, all_heads)](
+        qkv,
+        cos,
+        sin,
+        positions,
+        slots,
+        *kv,
+        of_q,
+        of_k,
+        qkv.stride(0),
+        page_stride,
+        all_heads - 2 * kv_heads,
+        kv_heads,
+        page_size,
+        eps,
+        NORM=norms is not None,
+        HALF=half,
+        BLOCK=triton.next_power_of_2(half),
+        num_warps=1,
+    )
+
+
+def check_pool(kv: LayerKV) -> int:
+    """Elements from one page to the next; pages themselves are contiguous and lie alike in both tensors."""
+    _, _, page_size, head_dim = kv.k.shape
+    if kv.k.stride() != kv.v.stride() or kv.k.stride()[1:] != (page_size * head_dim, head_dim, 1):
+        raise ValueError("pages of the pool are not contiguous, or keys and values lie differently")
+    return kv.k.stride(0)

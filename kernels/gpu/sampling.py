@@ -1,0 +1,143 @@
+"""The coupled sampling rule over a slice of the vocabulary: argmax of logit / T + G(seed, position, token).
+
+Its integers are those of kernels.noise, bit for bit; the logarithms taken of them may differ in the last bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PART = 4096  # tokens that one program looks at
+
+
+@triton.jit
+def _mix_64(x: tl.tensor) -> tl.tensor:
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _mix_32(x: tl.tensor) -> tl.tensor:
+    x = x ^ (x >> 16)
+    x = tl.mul(x, 0x7FEB352D, sanitize_overflow=False)  # modulo 2^32 is what is meant
+    x = x ^ (x >> 15)
+    x = tl.mul(x, 0x846CA68B, sanitize_overflow=False)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _bits(seed: tl.tensor, position: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+    """seed, position: int64. tokens: uint32. Returns uint32, one per token."""
+    key = _mix_64(_mix_64(position.to(tl.uint64) + 0x9E3779B97F4A7C15) + seed.to(tl.uint64))
+    low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
+    mixed = _mix_32(tl.mul(tokens, 0x9E3779B1, sanitize_overflow=False) ^ low)
+    return _mix_32(tl.add(mixed, high, sanitize_overflow=False))
+
+
+@triton.jit
+def _gumbel(bits: tl.tensor) -> tl.tensor:
+    """-log(-log(1 - u)) with u = (bits + 1/2) / 2^32, rounded as in kernels.noise."""
+    signed = bits.to(tl.int32, bitcast=True)
+    upper = signed.to(tl.float32)
+    upper = tl.where(signed < 0, upper + 4294967296.0, upper)
+    upper = tl.minimum((upper + 0.5) * 2.3283064365386963e-10, 0.999999940395355224609375)
+    # log(1 - u): what the rounding of 1 - u lost is made up for by u / (1 - (1 - u)).
+    rest = 1.0 - upper
+    lost = 1.0 - rest
+    tiny = lost == 0.0
+    log_rest = tl.where(tiny, -upper, tl.log(rest) * tl.div_rn(upper, tl.where(tiny, 1.0, lost)))
+    return -tl.log(-log_rest)
+
+
+@triton.jit
+def _bits_kernel(
+    seeds: tl.tensor, positions: tl.tensor, out: tl.tensor, first: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    bits = _bits(tl.load(seeds + row), tl.load(positions + row), (first + i).to(tl.uint32))
+    tl.store(out + row * size + i, bits.to(tl.int32, bitcast=True), mask=i < size)
+
+
+def noise_bits(seeds: Tensor, positions: Tensor, start: int, stop: int) -> Tensor:
+    """kernels.noise.noise_bits, as the kernel below draws them."""
+    size = stop - start
+    out = torch.empty(len(seeds), size, dtype=torch.int32, device=seeds.device)
+    block = min(_PART, triton.next_power_of_2(size))
+    _bits_kernel[(len(seeds), triton.cdiv(size, block))](seeds, positions, out, start, size, BLOCK=block)
+    return out
+
+
+@triton.jit
+def _part_kernel(
+    logits: tl.tensor,
+    temperature: tl.tensor,
+    seeds: tl.tensor,
+    positions: tl.tensor,
+    values: tl.tensor,
+    tokens: tl.tensor,
+    stride: tl.tensor,
+    size: tl.tensor,
+    first: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program per row and part of the vocabulary: the part's largest, the lowest id among equals."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = part * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    value = tl.load(logits + row * stride + i, mask=inside, other=float("-inf")).to(tl.float32)
+    heat = tl.load(temperature + row).to(tl.float32)
+    if heat > 0:
+        bits = _bits(tl.load(seeds + row), tl.load(positions + row), (first + i).to(tl.uint32))
+        value = tl.div_rn(value, heat) + _gumbel(bits)
+    value = tl.where(inside & (value == value), value, float("-inf"))  # what is not a number is never chosen
+    best = tl.max(value, 0)
+    token = tl.min(tl.where(inside & (value == best), i, 2147483647), 0)
+    at = row * tl.num_programs(1) + part
+    tl.store(values + at, best)
+    tl.store(tokens + at, token.to(tl.int64) + first)
+
+
+@triton.jit
+def _best_kernel(
+    values: tl.tensor,
+    tokens: tl.tensor,
+    best_value: tl.tensor,
+    best_token: tl.tensor,
+    parts: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program per row: the best of its parts."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < parts
+    value = tl.load(values + row * parts + i, mask=inside, other=float("-inf"))
+    token = tl.load(tokens + row * parts + i, mask=inside, other=0x7FFFFFFFFFFFFFFF)
+    best = tl.max(value, 0)
+    tl.store(best_value + row, best)
+    tl.store(best_token + row, tl.min(tl.where(inside & (value == best), token, 0x7FFFFFFFFFFFFFFF), 0))
+
+
+def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """See kernels.ops.Ops.sample. logits: [rows, size], at least one row and one token, elements of a row beside each
+    other. Returns [rows] float32 and [rows] int64, by which ranks find the best of all their slices.
+    """
+    rows, size = logits.shape
+    if logits.stride(1) != 1:
+        raise ValueError("sample: logits of a row are not beside each other")
+    block = min(_PART, triton.next_power_of_2(size))
+    parts = triton.cdiv(size, block)
+    values = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
+    tokens = torch.empty(rows, parts, dtype=torch.int64, device=logits.device)
+    _part_kernel[(rows, parts)](
+        logits, temperature, seeds, positions, values, tokens, logits.stride(0), size, first, BLOCK=block
+    )
+    if parts == 1:
+        return values[:, 0], tokens[:, 0]
+    value, token = values.new_empty(rows), tokens.new_empty(rows)
+    _best_kernel[(rows,)](values, tokens, value, token, parts, BLOCK=triton.next_power_of_2(parts), num_warps=1)
+    return value, token

@@ -1,0 +1,152 @@
+"""How much attention the last queries of a row pay to its earlier keys, without a score matrix in memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu import INTERPRETED
+from kernels.gpu.tile import scores_of
+
+_KEYS = 64  # scored at a time
+_SPAN = 4096  # keys that one program of the first pass goes through
+
+
+@triton.jit
+def _queries(
+    q: tl.tensor,
+    head: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    m: tl.tensor,
+    total: tl.tensor,
+    d: tl.tensor,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+) -> tl.tensor:
+    """Rows m of the queries of a KV head, query by query: [M, D]."""
+    at = (m // GROUP).to(tl.int64) * token_stride + (head * GROUP + m % GROUP) * head_stride
+    inside = (m < total)[:, None] & (d < HEAD_DIM)[None, :]
+    return tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _mass_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    masses: tl.tensor,
+    scale: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    kv_stride: tl.tensor,
+    key_stride: tl.tensor,
+    queries: tl.tensor,
+    length: tl.tensor,
+    SPAN: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> None:
+    """One program per block of queries, KV head and span of keys: the span's log-sum-exp for each query."""
+    head, span = tl.program_id(1), tl.program_id(2)
+    m = tl.program_id(0) * M + tl.arange(0, M)
+    total = queries * GROUP
+    d = tl.arange(0, D)
+    q_tile = _queries(q, head, token_stride, head_stride, m, total, d, GROUP, HEAD_DIM)
+    visible = length - queries + m // GROUP + 1
+    top = tl.full([M], float("-inf"), tl.float32)
+    mass = tl.zeros([M], tl.float32)
+    keys = k + head.to(tl.int64) * kv_stride
+    for start in range(span * SPAN, tl.minimum(length, span * SPAN + SPAN), N):
+        n = start + tl.arange(0, N)
+        at = keys + n.to(tl.int64) * key_stride
+        k_tile = tl.load(at[None, :] + d[:, None], mask=(n < length)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+        scores = scores_of(q_tile, k_tile, scale, n[None, :] < visible[:, None], WIDEN)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        against = tl.where(new_top == float("-inf"), 0.0, new_top)
+        mass = mass * tl.exp(top - against) + tl.sum(tl.exp(scores - against[:, None]), 1)
+        top = new_top
+    at = (head * tl.num_programs(2) + span) * total + m
+    tl.store(masses + at, top + tl.log(tl.where(mass > 0, mass, 1.0)), mask=m < total)
+
+
+@triton.jit
+def _votes_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    masses: tl.tensor,
+    votes: tl.tensor,
+    scale: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    kv_stride: tl.tensor,
+    key_stride: tl.tensor,
+    queries: tl.tensor,
+    length: tl.tensor,
+    candidates: tl.tensor,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> None:
+    """One program per block of keys and KV head: their softmax weights summed over all queries."""
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    head = tl.program_id(1)
+    total = queries * GROUP
+    d = tl.arange(0, D)
+    at = k + head.to(tl.int64) * kv_stride + n.to(tl.int64) * key_stride
+    k_tile = tl.load(at[None, :] + d[:, None], mask=(n < length)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+    sums = tl.zeros([N], tl.float32)
+    for start in range(0, total, M):
+        m = start + tl.arange(0, M)
+        q_tile = _queries(q, head, token_stride, head_stride, m, total, d, GROUP, HEAD_DIM)
+        sees = (n[None, :] < (length - queries + m // GROUP + 1)[:, None]) & (m < total)[:, None]
+        mass = tl.load(masses + head * total + m, mask=m < total, other=0.0)
+        scores = scores_of(q_tile, k_tile, scale, sees, WIDEN)
+        sums += tl.sum(tl.exp(scores - mass[:, None]), 0)
+    tl.store(votes + head.to(tl.int64) * candidates + n, sums, mask=n < candidates)
+
+
+def attention_votes(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, span: int = _SPAN) -> Tensor:
+    """See kernels.selection.attention_votes. Not for float64.
+
+    q: [queries, heads, head_dim]; k: [kv_heads, length, head_dim]; elements of a head beside each other. span: keys
+    that one program of the first pass goes through, a multiple of 64.
+    """
+    queries, heads, head_dim = q.shape
+    kv_heads, length, _ = k.shape
+    if q.stride(2) != 1 or k.stride(2) != 1:
+        raise ValueError("attention_votes: elements of a head are not beside each other")
+    group = heads // kv_heads
+    total = queries * group
+    m = min(64, max(16, triton.next_power_of_2(total)))
+    strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1)
+    sizes = {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "M": m,
+        "N": _KEYS,
+        "D": max(16, triton.next_power_of_2(head_dim)),
+        "WIDEN": INTERPRETED,
+    }
+    spans = triton.cdiv(length, span)
+    parts = torch.empty(kv_heads, spans, total, dtype=torch.float32, device=q.device)
+    _mass_kernel[triton.cdiv(total, m), kv_heads, spans](
+        q, k, parts, scale, *strides, queries, length, SPAN=span, **sizes
+    )
+    masses = parts.logsumexp(1) if spans > 1 else parts[:, 0]
+    votes = torch.empty(kv_heads, candidates, dtype=torch.float32, device=q.device)
+    if candidates:
+        _votes_kernel[triton.cdiv(candidates, _KEYS), kv_heads](
+            q, k, masses, votes, scale, *strides, queries, length, candidates, **sizes
+        )
+    # Sums over heads and averages over neighbours may change places.
+    return F.avg_pool1d(votes[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]

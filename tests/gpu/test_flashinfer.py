@@ -1,0 +1,94 @@
+"""FlashInfer's own kernels, through our backend, against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.attention.base import AttentionBatch
+from kernels.attention.flashinfer import Fixed, FlashInferAttention, make_workspace
+from kernels.attention.reference import ReferenceAttention
+from kernels.kv_cache import LayerKV
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device is present", allow_module_level=True)
+pytest.importorskip("flashinfer", reason="FlashInfer is not installed: pip install 'magicdec[cuda]'")
+
+CUDA = torch.device("cuda")
+ROWS = [
+    ([1] * 6, [30, 4000, 17, 900, 64, 2500]),  # decode
+    ([5, 1, 3, 5], [3000, 40, 800, 5]),  # verify
+    ([700, 1, 5], [1000, 2000, 300]),  # a chunk of a prompt beside them
+]
+
+
+def layer_of(kv_heads: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
+    k, v = torch.randn(2, 300, kv_heads, 16, head_dim, device=CUDA).to(dtype)
+    return LayerKV(k, v)
+
+
+def pages_of(rows: int, kv_heads: int, per_head: bool) -> torch.Tensor:
+    return torch.randint(300, (rows, kv_heads, 256) if per_head else (rows, 256), device=CUDA)
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 128), (9, 3, 64), (32, 32, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_equals_the_oracle(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, per_head: bool) -> None:
+    torch.manual_seed(0)
+    layer = layer_of(kv_heads, head_dim, dtype)
+    oracle, backend = ReferenceAttention(16), FlashInferAttention(16, make_workspace(CUDA))
+    for queries, lengths in ROWS:
+        batch = AttentionBatch(queries, lengths, pages_of(len(queries), kv_heads, per_head))
+        oracle.plan(batch)
+        backend.plan(batch)
+        for _ in range(2):
+            q = torch.randn(sum(queries), heads, head_dim, device=CUDA).to(dtype)
+            expected, expected_lse = oracle.run(layer, q, head_dim**-0.5, lse=True)
+            o, lse = backend.run(layer, q, head_dim**-0.5, lse=True)
+            torch.testing.assert_close(o, expected, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
+
+
+def test_plans_made_ahead_of_the_device() -> None:
+    """Many steps are enqueued before any is looked at; none reads another's plan."""
+    torch.manual_seed(0)
+    layer = layer_of(8, 128, torch.bfloat16)
+    oracle, backend = ReferenceAttention(16), FlashInferAttention(16, make_workspace(CUDA))
+    q = torch.randn(6, 32, 128, device=CUDA).bfloat16()
+    batches = [AttentionBatch([1] * 6, [7 + 300 * step] * 6, pages_of(6, 8, False)) for step in range(12)]
+    backend.plan(batches[0])
+    backend.run(layer, q, 0.1)  # compiles
+    outs = []
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+    for batch in batches:
+        backend.plan(batch)
+        outs.append(backend.run(layer, q, 0.1))
+    for batch, out in zip(batches, outs, strict=True):
+        oracle.plan(batch)
+        torch.testing.assert_close(out, oracle.run(layer, q, 0.1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
+def test_captured_runs_follow_new_plans(per_head: bool) -> None:
+    torch.manual_seed(0)
+    layer = layer_of(8, 128, torch.bfloat16)
+    backend = FlashInferAttention(16, make_workspace(CUDA), Fixed(rows=3, tokens=9, pages=3 * 256 * 8))
+    q = torch.randn(9, 32, 128, device=CUDA).bfloat16()
+    backend.plan(AttentionBatch([5, 1, 3], [4000, 4000, 4000], pages_of(3, 8, per_head)))
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        backend.run(layer, q, 0.1)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = backend.run(layer, q, 0.1)
+    oracle = ReferenceAttention(16)
+    for queries, lengths in (([5, 1, 3], [17, 1000, 5]), ([1, 7, 1], [900, 30, 2222])):
+        batch = AttentionBatch(queries, lengths, pages_of(3, 8, per_head))
+        backend.plan(batch)
+        graph.replay()
+        oracle.plan(batch)
+        torch.testing.assert_close(out, oracle.run(layer, q, 0.1), rtol=1e-2, atol=1e-2)

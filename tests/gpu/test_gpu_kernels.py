@@ -1,0 +1,121 @@
+"""What only a GPU can show of the kernels in Triton: shapes that models have, and CUDA graphs.
+
+Parity in small shapes is in tests/unit/test_gpu_kernels.py, which runs on the GPU where there is one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from kernels.attention.base import AttentionBatch
+from kernels.attention.reference import ReferenceAttention
+from kernels.kv_cache import LayerKV
+from kernels.reference import REFERENCE
+from models.loader import random_model
+from parallel.group import Group
+from tests.engines import TINY, run, tiny_engine, tokens
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device is present", allow_module_level=True)
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'magicdec[cuda]'")
+
+from kernels.attention.gpu import GpuAttention
+from kernels.gpu.library import GpuKernels
+from kernels.gpu.ops import GpuOps
+
+CUDA = torch.device("cuda")
+ROWS = [
+    ([1] * 6, [30, 4000, 17, 900, 64, 2500]),  # decode
+    ([5, 1, 3, 5], [3000, 40, 800, 5]),  # verify
+    ([700, 1, 5], [1000, 2000, 300]),  # a chunk of a prompt beside them
+]
+
+
+def layer_of(kv_heads: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
+    k, v = torch.randn(2, 300, kv_heads, 16, head_dim, device=CUDA).to(dtype)
+    return LayerKV(k, v)
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 128), (9, 3, 64), (32, 32, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, per_head: bool) -> None:
+    torch.manual_seed(0)
+    layer = layer_of(kv_heads, head_dim, dtype)
+    oracle, backend = ReferenceAttention(16), GpuAttention()
+    for queries, lengths in ROWS:
+        pages = torch.randint(300, (len(queries), kv_heads, 256) if per_head else (len(queries), 256), device=CUDA)
+        batch = AttentionBatch(queries, lengths, pages)
+        q = torch.randn(sum(queries), heads, head_dim, device=CUDA).to(dtype)
+        oracle.plan(batch)
+        backend.plan(batch)
+        expected, expected_lse = oracle.run(layer, q, head_dim**-0.5, lse=True)
+        o, lse = backend.run(layer, q, head_dim**-0.5, lse=True)
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(o, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
+
+
+def captured(work: Any) -> torch.cuda.CUDAGraph:
+    """`work`, run once to compile what it needs, then captured."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def test_a_step_is_captured_and_replayed_for_other_lengths() -> None:
+    """Attention, sampling and commit from what is on the device; a replay sees what has changed there."""
+    torch.manual_seed(0)
+    kernels, layer = GpuKernels(), layer_of(8, 128, torch.bfloat16)
+    queries = torch.tensor([5, 1, 3], device=CUDA)
+    lengths = torch.tensor([300, 40, 90], device=CUDA)
+    pages = torch.randint(300, (3, 64), device=CUDA)
+    q = torch.randn(9, 32, 128, device=CUDA).bfloat16()
+    logits = torch.randn(9, 32_000, device=CUDA)
+    temperature, seeds, positions = torch.ones(9, device=CUDA), torch.arange(9, device=CUDA), lengths.repeat(3)
+    held: dict[str, Tensor] = {}
+
+    def work() -> None:
+        held["o"], _ = kernels.attention(q, *layer, queries, lengths, pages, 0.1, False)
+        held["values"], held["tokens"] = kernels.sample(logits, temperature, seeds, positions, 0)
+
+    graph = captured(work)
+    lengths.copy_(torch.tensor([17, 1000, 5]))
+    positions.copy_(lengths.repeat(3))
+    graph.replay()
+    oracle = ReferenceAttention(16)
+    oracle.plan(AttentionBatch([5, 1, 3], [17, 1000, 5], pages))
+    torch.testing.assert_close(held["o"], oracle.run(layer, q, 0.1), rtol=1e-2, atol=1e-2)
+    values, chosen = REFERENCE.sample(logits.clone(), temperature, seeds, positions, 0)
+    torch.testing.assert_close(held["values"], values, rtol=1e-5, atol=1e-5)
+    assert torch.equal(held["tokens"], chosen)
+
+
+def test_speculation_never_changes_output() -> None:
+    """float32, which is as wide as these kernels go."""
+    model = random_model(TINY, 0, torch.float32, CUDA, Group.single(), GpuOps())
+    requests = [
+        AddRequest(
+            str(i),
+            [2 + (i * 7 + j) % 60 for j in range(1 + 17 * i)],
+            SamplingParams(max_tokens=60, temperature=temperature, seed=i, ignore_eos=True),
+        )
+        for i, temperature in enumerate([0.0, 1.0, 0.7, 0.0, 1.0])
+    ]
+    plain = run(tiny_engine(model, gamma=0), requests)
+    engine = tiny_engine(model, gamma=3, budget=32)
+    drafted = run(engine, requests)
+    assert {name: tokens(out) for name, out in drafted.items()} == {name: tokens(out) for name, out in plain.items()}
+    assert engine.stats().rejections > 0

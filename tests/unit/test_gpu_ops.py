@@ -1,0 +1,68 @@
+"""Models on the kernels in Triton: what they compute, and the law. See test_gpu_kernels for where these run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
+from models.config import ModelConfig
+from models.loader import random_model
+from parallel.group import Group
+from tests.engines import TINY, run, tiny_engine, tokens
+from tests.rig import PagedRows
+
+pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
+
+from kernels.gpu import INTERPRETED
+from kernels.gpu.ops import GpuOps
+
+if not INTERPRETED:
+    pytest.skip("tests/gpu has these on a GPU", allow_module_level=True)
+
+VARIANTS = {
+    "plain": TINY,
+    "biases": dataclasses.replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "qk_norm": dataclasses.replace(TINY, qk_norm=True),
+}
+TEXT = [2 + 7 * i % 60 for i in range(14)]
+
+
+def logits(config: ModelConfig, ops: Ops, int8: bool) -> torch.Tensor:
+    """Of a text that comes in a chunk and two single tokens, beside another row."""
+    model = random_model(config, 1, torch.float32, torch.device("cpu"), Group.single(), ops, int8)
+    rows = PagedRows(model, [16, 16], page_size=4)
+    parts = []
+    for first, last in ((0, 12), (12, 13), (13, 14)):
+        parts.append(rows.forward({0: TEXT[first:last], 1: TEXT[::-1][first:last]}, {0: range(last - first)}))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(("variant", "int8"), [("plain", False), ("biases", False), ("qk_norm", True)])
+def test_models_agree_with_the_reference(variant: str, int8: bool) -> None:
+    ours, theirs = (logits(VARIANTS[variant], ops, int8) for ops in (GpuOps(), REFERENCE))
+    if not int8:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    else:  # where a sum falls beside the middle of two whole numbers, they round it to different ones
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_speculation_never_changes_output() -> None:
+    model = random_model(TINY, 0, torch.float32, torch.device("cpu"), Group.single(), GpuOps())
+    sampling: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 9}]
+    requests = [
+        AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=10, seed=i, ignore_eos=True, **each))
+        for i, each in enumerate(sampling)
+    ]
+    plain = run(tiny_engine(model, gamma=0), requests)
+    engine = tiny_engine(model, gamma=3, budget=8)
+    drafted = run(engine, requests)
+    assert {name: tokens(out) for name, out in drafted.items()} == {name: tokens(out) for name, out in plain.items()}
+    assert engine.stats().rejections > 0
+    assert engine.stats().accepted_tokens > 0
