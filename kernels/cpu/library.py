@@ -29,8 +29,9 @@ class CpuKernels:
         target = target or supported()[0]
         torch.ops.load_library(str(build_operators(folder)))  # type: ignore[no-untyped-call]
         ops = torch.ops.magicdec_cpu
-        self._kernels: int = ops.open(str(build_kernels(target, folder)))
-        self.name = target.name
+        library = build_kernels(target, folder)
+        self._kernels: int = ops.open(str(library))
+        self.name = library.stem
         # Looked up once: a model makes hundreds of calls per token.
         self._attention, self._linear, self._norm = ops.attention.default, ops.linear.default, ops.norm.default
         self._rotary, self._sample = ops.rotary.default, ops.sample.default

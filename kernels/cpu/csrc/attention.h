@@ -160,7 +160,7 @@ void attend(const AttentionArgs& args, const Piece& piece, int64_t first_token, 
         float* o = state.o + size_t(h) * rows * head_dim;
         const auto weigh_all = [&] {
           for (int row = 0; row < rows; row++) {
-            if (rows > FEW) next.fetch(6, 8, row, rows, head_dim);
+            if (rows > FEW && row < 2 * LANES) next.fetch(2 * 3 + row / LANES, row % LANES, 1, head_dim);
             const int64_t visible = std::min<int64_t>(seen + row / group - start, SLOTS);
             if (visible > 0)
               weigh(space.scores + row * SLOTS, int(visible), scale, state, h * rows + row, head_dim, weights + row * SLOTS);
@@ -180,10 +180,10 @@ void attend(const AttentionArgs& args, const Piece& piece, int64_t first_token, 
         pack_keys(block, next, head_dim, space.keys);
         pack_values(block, next, head_dim, space.values);
         product<Dot, false>(q, words, space.keys, words, space.scores, SLOTS, rows, SLOTS,
-                             [&](int i, int n) { next.fetch(2, 6, i, n, head_dim); });
+                             [&](int i) { next.fetch(2 + i / LANES, i % LANES, 1, head_dim); });
         weigh_all();
         product<Dot, true>(reinterpret_cast<const uint32_t*>(weights), SLOTS / Dot::ELEMENTS, space.values,
-                           SLOTS / Dot::ELEMENTS, o, head_dim, rows, head_dim, [](int, int) {});
+                           SLOTS / Dot::ELEMENTS, o, head_dim, rows, head_dim, [](int) {});
       }
     }
     if (!piece.partial && !whole)

@@ -85,14 +85,13 @@ struct Block {
   MAGICDEC_INLINE const T* keys(int group) const { return at[group]; }
   MAGICDEC_INLINE const T* values(int group) const { return at[GROUPS + group]; }
 
-  // Asks for memory that will be read soon: of the eighths from `from` to `to`, which are keys up to the fourth, part
-  // `part` of `parts`. A processor has room for few requests, and who makes more of them at once waits: so they are
-  // made while there is something else to do, some at a time.
-  MAGICDEC_INLINE void fetch(int from, int to, int part, int parts, int head_dim) const {
-    const int lines = LANES * head_dim * int(sizeof(T)) / 64;  // of a group
-    const int eighth = lines * 2 * GROUPS / 8, asked = eighth * (to - from);
-    for (int line = eighth * from + asked * part / parts; line < eighth * from + asked * (part + 1) / parts; line++)
-      __builtin_prefetch(reinterpret_cast<const char*>(at[line / lines]) + line % lines * 64, 0, 0);
+  // Asks for memory that will be read soon: `count` slots of a group of keys (0 … GROUPS - 1) or values (from GROUPS on).
+  // A processor has room for few requests, and who makes more of them at once waits: so they are made while there is
+  // something else to do, some at a time.
+  MAGICDEC_INLINE void fetch(int group, int slot, int count, int head_dim) const {
+    const char* from = reinterpret_cast<const char*>(at[group] + slot * head_dim);
+#pragma GCC unroll 16
+    for (int i = 0; i < count * head_dim * int(sizeof(T)); i += 64) __builtin_prefetch(from + i, 0, 0);
   }
 };
 
@@ -153,12 +152,12 @@ MAGICDEC_INLINE void turn_keys(const T* keys, int head_dim, int w, int count, u3
 // Becomes [head_dim / ELEMENTS words][SLOTS].
 template <class T>
 MAGICDEC_INLINE void pack_keys(const Block<T>& block, const Block<T>& next, int head_dim, uint32_t* packed) {
-  const int words = head_dim / DotOf<T>::type::ELEMENTS, chunks = (words + LANES - 1) / LANES;
+  const int words = head_dim / DotOf<T>::type::ELEMENTS;
   for (int group = 0; group < block.GROUPS; group++) {
     for (int w = 0; w < words; w += LANES) {
       const int n = std::min(LANES, words - w);
       u32x16 x[LANES];
-      next.fetch(0, 1, group * chunks + w / LANES, block.GROUPS * chunks, head_dim);
+      if (w == 0) next.fetch(0, group * 4, 4, head_dim);
       turn_keys(block.keys(group), head_dim, w, n, x);
       for (int i = 0; i < n; i++) store(packed + (w + i) * SLOTS + group * LANES, x[i]);
     }
@@ -199,7 +198,7 @@ MAGICDEC_INLINE void pack_values(const Block<T>& block, const Block<T>& next, in
   for (int group = 0; group < block.GROUPS; group++) {
     const T* values = block.values(group);
     for (int slot = 0; slot < LANES; slot += ELEMENTS, values += ELEMENTS * head_dim, packed += head_dim) {
-      next.fetch(1, 2, (group * LANES + slot) / ELEMENTS, SLOTS / ELEMENTS, head_dim);
+      if (slot % 4 == 0) next.fetch(1, group * 4 + slot / 4, 1, head_dim);
       int d = 0;
       for (; d + 2 * LANES <= head_dim; d += 2 * LANES) {
         u32x16 first, second;
@@ -224,7 +223,7 @@ MAGICDEC_INLINE void score_few(const Block<T>& block, const Block<T>& next, int 
     for (int w = 0; w < words; w += LANES) {
       const int n = std::min(LANES, words - w);
       u32x16 x[LANES];
-      next.fetch(0, 4, group * chunks + w / LANES, block.GROUPS * chunks, head_dim);
+      next.fetch(group, w / LANES * LANES / chunks, LANES / chunks, head_dim);
       turn_keys(block.keys(group), head_dim, w, n, x);
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; i++) {
@@ -243,7 +242,6 @@ MAGICDEC_INLINE void mix_few(const Block<T>& block, const Block<T>& next, int he
   using Dot = typename DotOf<T>::type;
   constexpr int C = M <= 6 ? 4 : 2;  // of 32 registers 24 hold sums
   const auto* words = reinterpret_cast<const uint32_t*>(weights);
-  const int passes = std::max(1, head_dim / (C * LANES));
   const auto columns = [&](int d, auto width) {
     constexpr int N = decltype(width)::value;
     f32x16 sums[M][N];
@@ -251,7 +249,7 @@ MAGICDEC_INLINE void mix_few(const Block<T>& block, const Block<T>& next, int he
       for (int c = 0; c < N; c++) sums[m][c] = load<f32x16>(o + m * head_dim + d + c * LANES);
     for (int slot = 0; slot < SLOTS; slot += Dot::ELEMENTS) {
       const T* values = block.values(slot / LANES) + (slot % LANES) * head_dim + d;
-      if (N == C) next.fetch(4, 8, (d / (C * LANES) * SLOTS + slot) / Dot::ELEMENTS, passes * SLOTS / Dot::ELEMENTS, head_dim);
+      if (d == 0) next.fetch(block.GROUPS + slot / LANES, slot % LANES, Dot::ELEMENTS, head_dim);
       u32x16 right[N];
       if constexpr (N == 1)
         right[0] = pair_values(values, head_dim);
@@ -273,11 +271,10 @@ MAGICDEC_INLINE void mix_few(const Block<T>& block, const Block<T>& next, int he
 }
 
 // out[m][n] = (KEEP ? out[m][n] : 0) + a · b over `columns` columns, a multiple of 16.
-// meanwhile: called with i and n, for each i < n in rising order.
+// meanwhile: called once with each i < SLOTS, in rising order.
 template <class Dot, bool KEEP, class F>
 MAGICDEC_INLINE void product(const uint32_t* a, size_t a_stride, const uint32_t* b, int words, float* out, size_t out_stride,
                              int rows, int columns, F&& meanwhile) {
-  const int all = (rows + MAX_ROWS - 1) / MAX_ROWS * ((columns + 2 * LANES - 1) / (2 * LANES)) * words;
   int done = 0;
   const auto columns_of = [&](auto width, int column) {
     constexpr int C = decltype(width)::value;
@@ -290,8 +287,9 @@ MAGICDEC_INLINE void product(const uint32_t* a, size_t a_stride, const uint32_t*
         for (int m = 0; m < M; m++)
           for (int c = 0; c < C; c++) sums[m][c] = KEEP ? load<f32x16>(o + m * out_stride + c * LANES) : f32x16{};
         tile<Dot, M, C>(sums, a + row * a_stride, a_stride, b + column, columns, words,
-                        [&](int w) { meanwhile(done + w, all); });
-        done += words;
+                        [&](int) {
+                          if (done < SLOTS) meanwhile(done++);
+                        });
         for (int m = 0; m < M; m++)
           for (int c = 0; c < C; c++) store(o + m * out_stride + c * LANES, sums[m][c]);
       });

@@ -254,7 +254,8 @@ struct DotBF16 {
   using Sums = f32x16;
   static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) {
 #if defined(__AVX512BF16__)
-    return (f32x16)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+    // In this order an instruction can take its last operand from memory.
+    return (f32x16)_mm512_dpbf16_ps((__m512)sums, (__m512bh)b, (__m512bh)_mm512_set1_epi32(a));
 #else
     sums = sums + splat(bits<float>(a << 16)) * bits<f32x16>(b << 16);
     return sums + splat(bits<float>(a & 0xffff0000)) * bits<f32x16>(b & 0xffff0000);
