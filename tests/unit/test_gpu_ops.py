@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 from typing import Any
 
@@ -55,6 +56,13 @@ def test_models_agree_with_the_reference(variant: str, int8: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     else:  # where a sum falls beside the middle of two whole numbers, they round it to different ones
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "kernels.gpu")
+    with pytest.raises(ImportError, match=r"pip install 'magicdec\[cuda\]'"):
+        importlib.import_module("kernels.gpu")
 
 
 def test_whose_attention(monkeypatch: pytest.MonkeyPatch) -> None:
