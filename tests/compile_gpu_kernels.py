@@ -65,13 +65,15 @@ def launch_all(dtypes: list[torch.dtype]) -> None:
                     attention = GpuAttention()
                     attention.plan(AttentionBatch([queries] * 2, [900] * 2, pages))
                     attention.run(layer, torch.zeros(2 * queries, heads, head_dim, dtype=dtype), 0.1)
+            attention.plan(AttentionBatch([1], [1], pages[:1, ..., :1]))
+            attention.run(layer, torch.zeros(1, heads, head_dim, dtype=dtype), 0.1)
             q, k = (torch.zeros(n, h, head_dim, dtype=dtype) for n, h in ((32, heads), (9000, kv_heads)))
             votes.attention_votes(q, k.transpose(0, 1), 0.1, candidates=8000, kernel=5)
-    for rows, size in ((2, 128_256), (1, 100)):
+    for rows, size in ((2, 128_256), (1, 100), (1, 1)):
         index = torch.zeros(rows, dtype=torch.int64)
         kernels.sample(torch.zeros(rows, size), torch.zeros(rows), index, index, 0)
         sampling.noise_bits(index, index, 0, size)
-        kernels.commit(torch.zeros(rows, 64, dtype=torch.int32), index, *[index] * 6, most=5)
+        kernels.commit(torch.zeros(rows, 64, dtype=torch.int32), index, *[index] * 6, most=rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import INTERPRETED
-from kernels.gpu.pointwise import check_pool
+from kernels.gpu.checks import check_dtype, check_pool
 from kernels.gpu.tile import product, scores_of
 from kernels.kv_cache import LayerKV
 
@@ -179,6 +179,7 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
     span: KV slots that are worth a program of their own, a multiple of 64. Returns o in q's dtype, and the log-sum-exp
     [tokens, heads] float32.
     """
+    check_dtype(q)
     tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = kv.k.shape
     if q.stride(2) != 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kernels.attention.base import AttentionBackend
+from kernels.attention.flashinfer import HEAD_DIMS, FlashInferAttention
 from kernels.attention.gpu import GpuAttention
 from kernels.gpu.library import GpuKernels
 from kernels.gpu.pointwise import silu_mul
@@ -35,11 +37,14 @@ class GpuProduct:
 
 
 class GpuOps:
-    """See kernels.ops.Ops. Products are torch's, by its BLAS: Triton has the rest."""
+    """See kernels.ops.Ops. Products are torch's, by its BLAS; Triton has the rest, or FlashInfer attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, workspace: Tensor | None = None) -> None:
+        """workspace: FlashInfer's (see kernels.attention.flashinfer.make_workspace), for models of float16 and bfloat16
+        whose head_dim it knows; None: attention in Triton too."""
         self._kernels = GpuKernels()
-        self.name = self._kernels.name
+        self._workspace = workspace
+        self.name = self._kernels.name if workspace is None else f"{self._kernels.name}, flashinfer"
 
     def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> GpuProduct:
         return GpuProduct(ReferenceProduct(weight, bias, gated=False, wide=wide), gated)
@@ -64,5 +69,7 @@ class GpuOps:
     ) -> tuple[Tensor, Tensor]:
         return self._kernels.sample(logits, temperature, seeds, positions, first)
 
-    def attention(self, page_size: int, head_dim: int) -> GpuAttention:
-        return GpuAttention()
+    def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
+        if self._workspace is None or head_dim not in HEAD_DIMS:
+            return GpuAttention()
+        return FlashInferAttention(page_size, self._workspace)

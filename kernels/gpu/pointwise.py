@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.checks import check_dtype, check_pool
 from kernels.kv_cache import LayerKV
 
 _WIDE = 1024  # elements that one program of an elementwise kernel works on
@@ -43,6 +44,7 @@ def _norm_kernel(
 
 def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """See kernels.ops.Ops.norm. Rows may be strided, elements of a row not."""
+    check_dtype(x)
     rows, size = x.shape
     if x.stride(1) != 1 or (delta is not None and delta.stride(1) != 1):
         raise ValueError("norm: elements of a row are not beside each other")
@@ -76,6 +78,7 @@ def _silu_mul_kernel(pairs: tl.tensor, out: tl.tensor, stride: tl.tensor, size: 
 
 def silu_mul(pairs: Tensor) -> Tensor:
     """silu(gate) * value: [rows, 2 size], gates first, to [rows, size]."""
+    check_dtype(pairs)
     rows, size = pairs.shape[0], pairs.shape[1] // 2
     if pairs.stride(1) != 1:
         raise ValueError("silu_mul: elements of a row are not beside each other")
@@ -165,6 +168,7 @@ def rotary(
     qkv: [tokens, heads + 2 kv_heads, head_dim]. cos, sin: [positions, head_dim / 2], of all positions. positions,
     slots: [tokens] int64. norms: of queries and of keys, their weights [head_dim] and their eps.
     """
+    check_dtype(qkv)
     tokens, all_heads, head_dim = qkv.shape
     _, kv_heads, page_size, _ = kv.k.shape
     if qkv.stride()[1:] != (head_dim, 1):
@@ -194,11 +198,3 @@ def rotary(
         BLOCK=triton.next_power_of_2(half),
         num_warps=1,
     )
-
-
-def check_pool(kv: LayerKV) -> int:
-    """Elements from one page to the next; pages themselves are contiguous and lie alike in both tensors."""
-    _, _, page_size, head_dim = kv.k.shape
-    if kv.k.stride() != kv.v.stride() or kv.k.stride()[1:] != (page_size * head_dim, head_dim, 1):
-        raise ValueError("pages of the pool are not contiguous, or keys and values lie differently")
-    return kv.k.stride(0)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.checks import check_dtype
+
 _PART = 4096  # tokens that one program looks at
 
 
@@ -126,6 +128,7 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
     """See kernels.ops.Ops.sample. logits: [rows, size], at least one row and one token, elements of a row beside each
     other. Returns [rows] float32 and [rows] int64, by which ranks find the best of all their slices.
     """
+    check_dtype(logits)
     rows, size = logits.shape
     if logits.stride(1) != 1:
         raise ValueError("sample: logits of a row are not beside each other")

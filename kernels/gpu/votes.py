@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import INTERPRETED
+from kernels.gpu.checks import check_dtype
 from kernels.gpu.tile import scores_of
 
 _KEYS = 64  # scored at a time
@@ -121,6 +122,7 @@ def attention_votes(q: Tensor, k: Tensor, scale: float, *, candidates: int, kern
     q: [queries, heads, head_dim]; k: [kv_heads, length, head_dim]; elements of a head beside each other. span: keys
     that one program of the first pass goes through, a multiple of 64.
     """
+    check_dtype(q)
     queries, heads, head_dim = q.shape
     kv_heads, length, _ = k.shape
     if q.stride(2) != 1 or k.stride(2) != 1:

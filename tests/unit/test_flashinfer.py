@@ -3,6 +3,7 @@ computes. tests/gpu has the latter."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -11,11 +12,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.messages import AddRequest
+from engine.params import SamplingParams
 from kernels.attention.base import AttentionBatch
 from kernels.attention.flashinfer import Fixed, FlashInferAttention, load_flashinfer, make_workspace
 from kernels.attention.reference import ReferenceAttention
 from kernels.kv_cache import LayerKV
+from kernels.reference import REFERENCE, ReferenceOps
+from models.loader import random_model
+from parallel.group import Group
 from tests import fake_flashinfer
+from tests.engines import TINY, run, tiny_engine, tokens
 from tests.rig import CPU, pool_layer
 
 PAGES = 23
@@ -139,6 +146,42 @@ def test_without_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
         backend(4)
     with pytest.raises(ImportError):
         load_flashinfer()
+
+
+class OverTheDouble(ReferenceOps):
+    def attention(self, page_size: int, head_dim: int) -> FlashInferAttention:  # type: ignore[override]
+        return backend(page_size)
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        {"budget": 16, "sink": 4},
+        {"budget": 16, "sink": 4, "positions": "relative"},
+        {"policy": "snapkv", "budget": 24, "recent": 8, "queries": 4},
+    ],
+    ids=["window", "relative", "snapkv"],
+)
+def test_engines_on_it(kv: dict[str, Any]) -> None:
+    """Drafts, views, lists per head and verify passes come to what the oracle writes, but for near ties."""
+    config = dataclasses.replace(TINY, head_dim=64)
+    model, oracle = (
+        random_model(config, 0, torch.float16, CPU, Group.single(), ops) for ops in (OverTheDouble(), REFERENCE)
+    )
+    requests = [
+        AddRequest(
+            str(i),
+            [2 + (i * 7 + j) % 60 for j in range(3 + 11 * i)],
+            SamplingParams(max_tokens=24, temperature=temperature, seed=i, ignore_eos=True),
+        )
+        for i, temperature in enumerate([0.0, 1.0, 0.7, 0.0])
+    ]
+    expected = run(tiny_engine(oracle, gamma=0), requests)
+    engine = tiny_engine(model, gamma=3, speculation={"kv": kv})
+    outputs = run(engine, requests)
+    assert engine.stats().accepted_tokens > 0
+    assert engine.stats().rejections > 0
+    assert sum(tokens(outputs[name]) == tokens(expected[name]) for name in outputs) >= 3
 
 
 def test_workspace() -> None:

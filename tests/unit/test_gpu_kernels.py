@@ -162,6 +162,9 @@ def test_sample_of_what_is_impossible_or_not_a_number(size: int) -> None:
     logits[:, 7] = -50.0
     _, tokens = KERNELS.sample(logits, temperature, zeros, zeros, 10)
     assert tokens.tolist() == [17, 17]
+    values, tokens = KERNELS.sample(torch.full_like(logits, float("nan")), temperature, zeros, zeros, 10)
+    assert values.tolist() == [float("-inf")] * 2
+    assert tokens.tolist() == [10, 10]
 
 
 @given(
@@ -349,6 +352,8 @@ def test_tiles_hold_every_query_once(queries: list[int]) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     layer = pool(9, 2, 4, 8, torch.float32)
+    with pytest.raises(ValueError, match="have no float64"):
+        KERNELS.norm(randn(4, 8).double(), None, randn(8).double(), 1e-5)
     with pytest.raises(ValueError, match="norm: elements"):
         KERNELS.norm(randn(8, 4).T, None, randn(8), 1e-5)
     index, otherwise = torch.zeros(1, dtype=torch.int64, device=DEVICE), layer.k.transpose(1, 2).contiguous()

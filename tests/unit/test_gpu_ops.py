@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 from typing import Any
 
 import pytest
@@ -15,11 +17,14 @@ from kernels.reference import REFERENCE
 from models.config import ModelConfig
 from models.loader import random_model
 from parallel.group import Group
+from tests import fake_flashinfer
 from tests.engines import TINY, run, tiny_engine, tokens
 from tests.rig import PagedRows
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
+from kernels.attention.flashinfer import FlashInferAttention
+from kernels.attention.gpu import GpuAttention
 from kernels.gpu import INTERPRETED
 from kernels.gpu.ops import GpuOps
 
@@ -51,6 +56,22 @@ def test_models_agree_with_the_reference(variant: str, int8: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     else:  # where a sum falls beside the middle of two whole numbers, they round it to different ones
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "kernels.gpu")
+    with pytest.raises(ImportError, match=r"pip install 'magicdec\[cuda\]'"):
+        importlib.import_module("kernels.gpu")
+
+
+def test_whose_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    ops = GpuOps(torch.zeros(16, dtype=torch.uint8))
+    assert isinstance(ops.attention(16, 64), FlashInferAttention)
+    assert isinstance(ops.attention(16, 80), GpuAttention)
+    assert isinstance(GpuOps().attention(16, 64), GpuAttention)
+    assert ops.name != GpuOps().name
 
 
 def test_speculation_never_changes_output() -> None:
