@@ -1,6 +1,6 @@
 """What rounding costs: perplexity of real text under a model as it is loaded, and with matrices of 8 bits.
 
-    python -m bench.perplexity --text book.txt
+python -m bench.perplexity --text book.txt
 """
 
 from __future__ import annotations
