@@ -17,8 +17,8 @@ from models.default import user_cache
 
 log = logging.getLogger(__name__)
 
-KernelsSetting = Literal["auto", "reference", "cpu"]
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KernelsSetting = Literal["auto", "reference", "cpu", "triton", "flashinfer"]
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def choose_ops(setting: KernelsSetting, device: torch.device, dtype: torch.dtype) -> Ops:
@@ -29,14 +29,33 @@ def choose_ops(setting: KernelsSetting, device: torch.device, dtype: torch.dtype
     """
     if setting == "reference":
         return REFERENCE
-    if device.type != "cpu" or dtype not in _DTYPES:
-        if setting == "cpu":
-            raise ConfigError(f"engine.kernels: cpu has none for {str(dtype).removeprefix('torch.')} on {device.type}")
-        return REFERENCE
+    if setting != "auto":
+        return _named(setting, device, dtype)
+    reasons = []
+    for name in ("cpu",) if device.type == "cpu" else ("flashinfer", "triton"):
+        try:
+            return _named(name, device, dtype)
+        except ConfigError as error:
+            reasons.append(str(error).removeprefix("engine.kernels: "))
+    if dtype != torch.float64:  # which only plain torch has
+        log.warning("plain torch computes, several times slower than kernels would: %s", "; ".join(reasons))
+    return REFERENCE
+
+
+def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    dtypes = _HALVES if name == "flashinfer" else (torch.float32, *_HALVES)
+    if (name == "cpu") != (device.type == "cpu") or dtype not in dtypes:
+        named = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"engine.kernels: {name} has none for {named} on {device.type}")
     try:
-        return CpuOps(CpuKernels(user_cache() / "kernels"))
-    except KernelsUnavailable as error:
-        if setting == "cpu":
-            raise ConfigError(f"engine.kernels: {error}") from error
-        log.warning("no compiled kernels, several times slower without: %s", error)
-        return REFERENCE
+        if name == "cpu":
+            return CpuOps(CpuKernels(user_cache() / "kernels"))
+        from kernels.attention.flashinfer import load_flashinfer, make_workspace  # imported where there is a GPU
+        from kernels.gpu.ops import GpuOps
+
+        if name == "triton":
+            return GpuOps()
+        load_flashinfer()
+        return GpuOps(make_workspace(device))
+    except (KernelsUnavailable, ImportError) as error:
+        raise ConfigError(f"engine.kernels: {error}") from error

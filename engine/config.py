@@ -48,8 +48,9 @@ class EngineConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 where the device multiplies it natively, else float32."""
-    kernels: Literal["auto", "reference", "cpu"] = "auto"
-    """What computes. cpu: compiled for this processor; reference: plain torch; auto: the fastest that there is."""
+    kernels: Literal["auto", "reference", "cpu", "triton", "flashinfer"] = "auto"
+    """What computes. cpu: compiled for this processor; triton, flashinfer: on GPUs, the latter with its attention;
+    reference: plain torch; auto: the fastest that there is."""
     weights: Literal["full", "int8"] = "full"
     """Of matrices. full: in `dtype`. int8: rounded to 8 bits, with a scale for each column; so are inputs."""
     tensor_parallel_size: Positive = 1

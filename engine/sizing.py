@@ -15,7 +15,6 @@ from engine.speculation.policies import budget_policies, make_policy
 from engine.speculation.settings import WindowConfig
 from kernels.kv_cache import KVPool
 from kernels.ops import Ops
-from kernels.reference import REFERENCE
 from models.config import ModelConfig, read_config
 from models.default import resolve_model
 from models.llama import Llama
@@ -54,7 +53,7 @@ class Sizes:
                 "model": str(self.path),
                 "device": self.device.type,
                 "dtype": str(self.dtype).removeprefix("torch."),
-                "kernels": "reference" if self.ops is REFERENCE else "cpu",
+                "kernels": self.ops.kind,
                 "threads": self.threads,
                 "max_model_len": self.max_model_len,
                 "cache": config.cache.model_copy(update={"num_pages": self.num_pages}),

@@ -39,8 +39,12 @@ class Ops(Protocol):
     further than the rounding of sums."""
 
     @property
+    def kind(self) -> str:
+        """Which value of the setting `engine.kernels` asks for it."""
+
+    @property
     def name(self) -> str:
-        """For people, and for what is remembered of measurements."""
+        """What measurements are remembered by: other kernels, another name."""
 
     def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> Product:
         """May copy the weights, or keep them.

@@ -69,7 +69,7 @@ class Int8Product(ReferenceProduct):
 class ReferenceOps:
     """See kernels.ops.Ops."""
 
-    name = "reference"
+    kind = name = "reference"
 
     def product(
         self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False

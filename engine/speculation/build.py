@@ -22,7 +22,6 @@ from kernels.attention.relative import RelativeAttention
 from kernels.attention.topk import TopKAttention
 from kernels.kv_cache import KVPool
 from kernels.ops import Ops
-from kernels.reference import REFERENCE
 from models.default import resolve_model
 from models.llama import Llama
 from models.loader import load_model
@@ -56,7 +55,7 @@ def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Ll
 def _rounded(config: EngineConfig, target: Llama) -> bool:
     """Whether drafts are made with matrices of 8 bits."""
     wanted = config.speculation.weights
-    return wanted == "int8" or (wanted == "auto" and target.ops is not REFERENCE)
+    return wanted == "int8" or (wanted == "auto" and target.ops.kind == "cpu")
 
 
 def make_drafter(

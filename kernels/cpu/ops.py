@@ -34,6 +34,8 @@ class CpuProduct:
 class CpuOps:
     """See kernels.ops.Ops. Results of a row do not depend on the rows beside it at all."""
 
+    kind = "cpu"
+
     def __init__(self, kernels: CpuKernels) -> None:
         self._kernels = kernels
         self.name = kernels.name

@@ -44,7 +44,8 @@ class GpuOps:
         whose head_dim it knows; None: attention in Triton too."""
         self._kernels = GpuKernels()
         self._workspace = workspace
-        self.name = self._kernels.name if workspace is None else f"{self._kernels.name}, flashinfer"
+        self.kind = "triton" if workspace is None else "flashinfer"
+        self.name = self.kind
 
     def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> GpuProduct:
         return GpuProduct(ReferenceProduct(weight, bias, gated=False, wide=wide), gated)

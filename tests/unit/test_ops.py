@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 from functools import cache
 from typing import Any
 
@@ -171,7 +172,26 @@ def test_which_kernels_serve(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     monkeypatch.setattr("engine.backend.CpuKernels", fail)
     assert choose_ops("auto", CPU, torch.bfloat16) is REFERENCE
     assert caplog.messages == [
-        "no compiled kernels, several times slower without: no C++ compiler (g++ or clang++) is installed"
+        "plain torch computes, several times slower than kernels would: no C++ compiler (g++ or clang++) is installed"
     ]
     with pytest.raises(ConfigError, match=r"engine\.kernels: no C\+\+ compiler"):
         choose_ops("cpu", CPU, torch.bfloat16)
+
+
+def test_which_kernels_serve_on_gpus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    cuda = torch.device("cuda")
+    assert choose_ops("triton", cuda, torch.float32).kind == "triton"
+    for setting, dtype, message in (
+        ("cpu", torch.bfloat16, "cpu has none for bfloat16 on cuda"),
+        ("flashinfer", torch.float32, "flashinfer has none for float32 on cuda"),
+        ("triton", torch.float64, "triton has none for float64 on cuda"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            choose_ops(setting, cuda, dtype)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    assert choose_ops("auto", cuda, torch.bfloat16).kind == "triton"
+    with pytest.raises(ConfigError, match=r"engine\.kernels: attention by FlashInfer needs its package"):
+        choose_ops("flashinfer", cuda, torch.bfloat16)
+    assert choose_ops("auto", cuda, torch.float64) is REFERENCE
+    assert not caplog.messages
