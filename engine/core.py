@@ -117,7 +117,13 @@ class Engine:
         kv_gb = sizes.num_pages * config.cache.page_size * sizes.kv_token_bytes / 1e9
         where = f"{size} × {sizes.device.type}" if size > 1 else str(sizes.device)
         log.info(
-            "%s in %s on %s, KV pool of %d pages (%.2f GB)", sizes.path.name, sizes.dtype, where, sizes.num_pages, kv_gb
+            "%s in %s on %s, kernels %s, KV pool of %d pages (%.2f GB)",
+            sizes.path.name,
+            str(sizes.dtype).removeprefix("torch."),
+            where,
+            sizes.ops.name,
+            sizes.num_pages,
+            kv_gb,
         )
 
     def check(self, request: AddRequest) -> None:

@@ -31,7 +31,7 @@ class CpuKernels:
         ops = torch.ops.magicdec_cpu
         library = build_kernels(target, folder)
         self._kernels: int = ops.open(str(library))
-        self.name = library.stem
+        self.name = library.stem.removeprefix("kernels-")
         # Looked up once: a model makes hundreds of calls per token.
         self._attention, self._linear, self._norm = ops.attention.default, ops.linear.default, ops.norm.default
         self._rotary, self._sample = ops.rotary.default, ops.sample.default
