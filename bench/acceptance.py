@@ -197,7 +197,8 @@ def measure(
     group = Group.single()
     vocab = VocabShard(target.vocab_start, target.vocab_size, target.config.vocab_size, group)
     sampler = Sampler(rows, vocab, target.ops)
-    runner = make_target(target, rows, len(texts) * row_width)
+    config = config.model_copy(update={"cuda_graphs": False})  # every way would capture its own
+    runner = make_target(config, target, rows, len(texts) * row_width)
 
     @cache
     def draft_model(directory: str) -> DraftModel:

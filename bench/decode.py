@@ -63,9 +63,11 @@ def measure(
     gammas: Sequence[Gamma],
     *,
     new_tokens: int,
+    history: int = 0,
     temperature: float = 0.0,
 ) -> list[DecodeResult]:
-    """Decode `new_tokens` per row with each of `gammas`, as each of `configs` says.
+    """Decode `new_tokens` per row with each of `gammas`, as each of `configs` says; with `auto`, after `history` tokens
+    that it learns from outside the clock.
 
     configs: of one target; they differ in their speculation. With `auto` among the gammas, theirs must be too: their
     gamma_max bounds it. prompts: one per row, all of one length.
@@ -77,6 +79,7 @@ def measure(
     threads = config.threads or max(1, torch.get_num_threads() // ranks)  # before an engine changes their number
     most = max(config.speculation.gamma_max if gamma == "auto" else gamma for gamma in gammas)
     scheduler = roomy(config.scheduler, batch, most)
+    history = history if "auto" in gammas else 0
     contenders: list[Contender] = []
     with contextlib.ExitStack() as stack:
         for described in configs:
@@ -84,11 +87,11 @@ def measure(
             contender = Contender(settings, target, most, "auto" in gammas)
             stack.callback(contender.engine.close)
             contenders.append(contender)
-            contender.prefill(prompts, len(gammas), most, new_tokens, temperature)
+            contender.prefill(prompts, len(gammas), most, new_tokens, history, temperature)
         drafting = [gamma for gamma in gammas if gamma]
         turns = [(contenders[0], gamma) for gamma in gammas]
         turns += [(contender, gamma) for contender in contenders[1:] for gamma in drafting]
-        run_turns(turns, new_tokens * batch)
+        run_turns(turns, new_tokens * batch, history)
         plain = contenders[0].rounds.get(0)
         return [_result(gamma, contender, plain, prompts) for contender, gamma in turns]
 

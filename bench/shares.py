@@ -22,7 +22,7 @@ from engine.sizing import size_up
 from engine.speculation.controller import FixedGamma
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.kv_cache import LayerKV
-from kernels.ops import Ops, Product
+from kernels.ops import Graphs, Ops, Product
 from models.loader import load_model
 from parallel.group import Group
 
@@ -95,6 +95,7 @@ class TimedOps:
     def __init__(self, inner: Ops, clock: Clock) -> None:
         self._inner, self._clock = inner, clock
         self.kind, self.name = inner.kind, inner.name
+        self.graphs: Graphs | None = None
 
     def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> TimedProduct:
         inner = self._inner.product(weight, bias, gated=gated, wide=wide)

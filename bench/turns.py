@@ -101,9 +101,10 @@ class Contender:
             self._controller.auto = self.engine.make_controller()
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], turns: int, most: int, new_tokens: int, temperature: float
+        self, prompts: Sequence[Sequence[int]], turns: int, most: int, new_tokens: int, history: int, temperature: float
     ) -> None:
-        """Until every row decodes. Raises BenchError if there is no room for what comes."""
+        """Until every row decodes. Raises BenchError if there is no room for what comes: of each row, `history` tokens
+        before its `turns` x `new_tokens`."""
         batch, context, room = len(prompts), len(prompts[0]), self.engine.ready.max_model_len
         self._batch = batch
         # Rows that are prefilled first decode while the others are, and rows that a draft model has seen draft while it
@@ -111,10 +112,10 @@ class Contender:
         drift = batch * context // (self.config.scheduler.max_batch_tokens - batch) + 1
         if self.config.speculation.draft_model is not None:
             drift *= most + 2
-        wanted = context + drift + turns * (new_tokens + (_TURN + 1) * (most + 1))
+        wanted = context + drift + history + turns * (new_tokens + (_TURN + 1) * (most + 1))
         if wanted > room:
             raise BenchError(
-                f"{context} tokens of context and {turns} x {new_tokens} new ones take {wanted} with what "
+                f"{context} tokens of context and {history} + {turns} x {new_tokens} new ones take {wanted} with what "
                 f"prefill and turns add, but the model has {room}"
             )
         fields = {"max_tokens": room - context, "temperature": temperature, "ignore_eos": True}
@@ -125,15 +126,21 @@ class Contender:
         while len(ready) < batch:
             ready |= {output.id for output in _step(self.engine)}
 
-    def warm_up(self, gamma: Gamma) -> None:
-        """Rounds that do not count: one, and those in which a draft model sees the rows that are to draft so much."""
+    def warm_up(self, gamma: Gamma, history: int) -> None:
+        """Rounds that do not count: one, and those in which a draft model sees the rows that are to draft so much; of
+        `auto`, those that it learns from until every row has about `history` tokens."""
         self.rounds[gamma] = Rounds()
         self._controller.gamma = gamma
+        first = self.engine.stats().generated_tokens
         while True:
             before = self.engine.stats()
             _step(self.engine)
             after = self.engine.stats()
-            if gamma == "auto" or after.gamma_chosen[gamma] - before.gamma_chosen[gamma] == self._batch:
+            if gamma == "auto":
+                warm = after.generated_tokens - first >= history * self._batch
+            else:
+                warm = after.gamma_chosen[gamma] - before.gamma_chosen[gamma] == self._batch
+            if warm:
                 return
             self._check_running(after)
 
@@ -168,10 +175,10 @@ def roomy(scheduler: SchedulerConfig, batch: int, gamma: int) -> SchedulerConfig
     return scheduler.model_copy(update={"max_rows": batch, "max_batch_tokens": tokens})
 
 
-def run_turns(turns: Sequence[tuple[Contender, Gamma]], wanted: int) -> None:
+def run_turns(turns: Sequence[tuple[Contender, Gamma]], wanted: int, history: int) -> None:
     """The next turn is always that of the one with the fewest tokens, so all meet the same contexts."""
     for contender, gamma in turns:
-        contender.warm_up(gamma)
+        contender.warm_up(gamma, history)
 
     def generated(turn: tuple[Contender, Gamma]) -> int:
         contender, gamma = turn

@@ -51,11 +51,12 @@ def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
         if name == "cpu":
             return CpuOps(CpuKernels(user_cache() / "kernels"))
         from kernels.attention.flashinfer import load_flashinfer, make_workspace  # imported where there is a GPU
+        from kernels.gpu.graphs import CudaGraphs
         from kernels.gpu.ops import GpuOps
 
         if name == "triton":
-            return GpuOps()
+            return GpuOps(recorder=CudaGraphs(device))
         load_flashinfer()
-        return GpuOps(make_workspace(device))
+        return GpuOps(make_workspace(device), CudaGraphs(device))
     except (KernelsUnavailable, ImportError) as error:
         raise ConfigError(f"engine.kernels: {error}") from error

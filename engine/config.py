@@ -51,6 +51,9 @@ class EngineConfig(Settings):
     kernels: Literal["auto", "reference", "cpu", "triton", "flashinfer"] = "auto"
     """What computes. cpu: compiled for this processor; triton, flashinfer: on GPUs, the latter with its attention;
     reference: plain torch; auto: the fastest that there is."""
+    cuda_graphs: bool = True
+    """On GPUs, capture forwards of decoding rows at the start and replay them: less work for the host, for some memory
+    and some seconds."""
     weights: Literal["full", "int8"] = "full"
     """Of matrices. full: in `dtype`. int8: rounded to 8 bits, with a scale for each column; so are inputs."""
     tensor_parallel_size: Positive = 1

@@ -153,7 +153,7 @@ def profile_key(config: EngineConfig, sizes: Sizes) -> str:
     if speculation.draft_model is not None:  # a name says little: another one can come to stand there
         parts.append(_work(read_config(resolve_model(speculation.draft_model))))
     if sizes.device.type == "cuda":
-        parts.append(torch.cuda.get_device_name())
+        parts += [torch.cuda.get_device_name(), config.cuda_graphs]
     else:
         parts += [_cpu_name(), os.cpu_count(), sizes.threads]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from engine.graphs import ForwardGraphs
 from engine.speculation.policies import View
 from kernels.attention.base import AttentionBackend
+from kernels.attention.observed import ObservedAttention
 from kernels.kv_cache import KVPool
 from models.batch import ForwardBatch
 from models.llama import Llama
@@ -16,13 +18,22 @@ from models.llama import Llama
 @dataclass(frozen=True, slots=True)
 class Runner:
     """Target and draft are two runners in one process; for self-speculation they share model and pool, and differ in
-    the KV they read. Each has its own attention backend, since a backend holds the plan of its latest forward."""
+    the KV they read. Each has its own attention backend, since a backend holds the plan of its latest forward.
+
+    graphs: replay what they can of its forwards; those whose queries are kept are not.
+    """
 
     model: Llama
     pool: KVPool
     attention: AttentionBackend
     view: View
+    graphs: ForwardGraphs | None = None
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits of the positions asked for: [n, this rank's vocabulary]. Writes the batch's KV."""
+        kept = isinstance(self.attention, ObservedAttention) and self.attention.expecting
+        if self.graphs is not None and not kept:
+            logits = self.graphs.forward(batch)
+            if logits is not None:
+                return logits
         return self.model.forward(batch, self.pool, self.attention)

@@ -72,7 +72,7 @@ class Worker:
         self._drafting = drafting_model(config, model, draft)
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
         self._sampler = make_sampler(config, self._rows, vocab, model.ops)
-        target = make_target(model, self._rows, num_pages)
+        target = make_target(config, model, self._rows, num_pages)
         self._target, drafter = make_drafter(config, target, self._rows, self._sampler, group, draft)
         self._watch = Stopwatch(model.device)
         self._drafter = TimedDrafter(drafter, self._watch)

@@ -22,7 +22,8 @@ class LayerKV(NamedTuple):
 
 
 class KVPool:
-    """Fixed-address storage for `num_pages` pages in every layer. Knows bytes, not owners: see PageAllocator."""
+    """Fixed-address storage for `num_pages` pages in every layer, and perhaps one more, `scratch`, which is nobody's:
+    what is written there is read by nobody. Knows bytes, not owners: see PageAllocator."""
 
     def __init__(
         self,
@@ -34,11 +35,13 @@ class KVPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        scratch: bool = False,
     ) -> None:
-        shape = (num_layers, 2, num_pages, kv_heads, page_size, head_dim)
+        shape = (num_layers, 2, num_pages + scratch, kv_heads, page_size, head_dim)
         # Zeroed so that slots nobody has written hold finite numbers: a masked NaN would still poison a product.
         self.data = _zeros(shape, dtype, device)
         self.num_pages = num_pages
+        self.scratch = num_pages if scratch else None
         self.page_size = page_size
         self._layers = [LayerKV(k, v) for k, v in self.data]
 

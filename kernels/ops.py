@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend
+from kernels.attention.base import AttentionBackend, Fixed
 from kernels.kv_cache import LayerKV
 
 
@@ -34,6 +35,17 @@ class Product(Protocol):
         """
 
 
+class Graphs(Protocol):
+    """Work on a device that is enqueued once, and then replayed as a whole."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Do `work`, and return what does it again on the same addresses, in place of a call. `work` must not wait for
+        the device, nor read tensors that are not there any more at a replay."""
+
+    def attention(self, page_size: int, head_dim: int, fixed: Fixed) -> AttentionBackend:
+        """A backend whose runs can be captured. Plans are made outside, and hold for replays."""
+
+
 class Ops(Protocol):
     """One device's arithmetic, in the dtype of what it is given. Results of a row do not depend on the rows beside it
     further than the rounding of sums."""
@@ -45,6 +57,10 @@ class Ops(Protocol):
     @property
     def name(self) -> str:
         """What measurements are remembered by: other kernels, another name."""
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """What captures this arithmetic; None where that gains nothing."""
 
     def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> Product:
         """May copy the weights, or keep them.

@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.attention.reference import ReferenceAttention
 from kernels.kv_cache import LayerKV, write_kv
 from kernels.noise import gumbel_noise
+from kernels.ops import Graphs
 from kernels.rope import apply_rope
 
 
@@ -70,6 +71,7 @@ class ReferenceOps:
     """See kernels.ops.Ops."""
 
     kind = name = "reference"
+    graphs: Graphs | None = None
 
     def product(
         self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False

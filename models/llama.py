@@ -253,12 +253,23 @@ class Llama:
         for float64 weights: this rank's shard of the vocabulary.
         """
         attention.plan(batch.attention)
+        return self.logits(self.states(batch, pool, attention, batch.logit_index))
+
+    def states(
+        self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend, asked: Tensor | None = None
+    ) -> Tensor:
+        """As `forward`, up to what `logits` are made of: [n, hidden_size]. attention: planned for the batch. asked: [n]
+        int64, of which tokens; None: of all."""
         step = Step(batch, self.rotary, attention)
         x, delta = self._embedding(batch.token_ids), None
         for index, layer in enumerate(self._layers):
             delta = layer(x, delta, step, pool.layer(index))
-        asked = batch.logit_index
-        return self._head(self._norm(x[asked], None if delta is None else delta[asked]))
+        if asked is not None:
+            x, delta = x[asked], None if delta is None else delta[asked]
+        return self._norm(x, delta)
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self._head(states)
 
 
 def _frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

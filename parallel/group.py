@@ -6,6 +6,7 @@ from typing import Self
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
 
 
 class CollectiveError(RuntimeError):
@@ -76,12 +77,14 @@ class Group:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum x over the ranks, in place; returns x. x: contiguous, on the device of the group.
 
-        Every rank ends with the same bits. On CUDA the sum is enqueued on the current stream; the host does
-        not wait.
+        Every rank ends with the same bits. On CUDA the sum is enqueued on the current stream, also where that is being
+        captured in a graph; the host does not wait.
         """
         if self._comm is not None and self.size > 1:
+            options = dist.AllreduceOptions()
+            options.asyncOp = False
             try:
-                self._comm.allreduce([x]).wait()
+                _wait(self._comm.allreduce([x], options))
             except RuntimeError as error:
                 raise CollectiveError(str(error)) from error
         return x
@@ -94,8 +97,16 @@ class Group:
         if self._comm is None or self.size == 1:
             return x[None]
         gathered = x.new_empty((self.size, *x.shape))
+        options = AllgatherOptions()
+        options.asyncOp = False
         try:
-            self._comm._allgather_base(gathered.view(-1), x.view(-1)).wait()
+            _wait(self._comm._allgather_base(gathered.view(-1), x.view(-1), options))
         except RuntimeError as error:
             raise CollectiveError(str(error)) from error
         return gathered
+
+
+def _wait(work: dist.Work | None) -> None:
+    """On the host for gloo; NCCL has enqueued it on the stream that goes on with it."""
+    if work is not None:
+        work.wait()

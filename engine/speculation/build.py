@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.graphs import ForwardGraphs, row_counts
 from engine.rows import Rows
 from engine.runner import Runner
 from engine.sampling import Sampler
@@ -38,10 +40,23 @@ class DraftModel:
     model: Llama | None = None
 
 
-def make_target(model: Llama, rows: Rows, num_pages: int) -> Runner:
+def make_target(config: EngineConfig, model: Llama, rows: Rows, num_pages: int) -> Runner:
     """The target over a pool of its own."""
-    page_size = rows.page_size
-    return Runner(model, make_pool(model, num_pages, page_size), _exact(model, page_size), dense(rows))
+    pool, settings = make_pool(model, num_pages, rows.page_size), config.speculation
+    # A plain step, and passes over drafts: of fixed gamma fewer only where a request ends.
+    drafts = range(settings.most_drafts + 1) if settings.gamma == "auto" else {0, settings.most_drafts}
+    graphs = _graphs(config, model, pool, {gamma + 1 for gamma in drafts}, rows.page_table.shape[1])
+    return Runner(model, pool, _exact(model, rows.page_size), dense(rows), graphs)
+
+
+def _graphs(
+    config: EngineConfig, model: Llama, pool: KVPool, queries: Iterable[int], width: int
+) -> ForwardGraphs | None:
+    """See ForwardGraphs; None where there are none."""
+    if model.ops.graphs is None or not config.cuda_graphs:
+        return None
+    rows = row_counts(config.scheduler.max_rows)
+    return ForwardGraphs(model, pool, model.ops.graphs, rows=rows, queries=queries, width=width)
 
 
 def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Llama | None:
@@ -75,13 +90,17 @@ def make_drafter(
     model = drafting_model(config, target.model, draft) or target.model
     if isinstance(settings.kv, SnapKVConfig):
         cache = DraftCache(settings, target.model, target.pool, rows, target.attention)
-        runner = Runner(model, cache.pool, _exact(model, rows.page_size), cache.view)
-        observed = Runner(target.model, target.pool, cache.attention, target.view)
-        return observed, SelfDrafter(runner, sampler, cache)
+        graphs = _graphs(config, model, cache.pool, {1}, _width(settings.kv, rows))
+        runner = Runner(model, cache.pool, _exact(model, rows.page_size), cache.view, graphs)
+        return replace(target, attention=cache.attention), SelfDrafter(runner, sampler, cache)
     view = View(make_policy(settings.kv, rows.page_size), rows.page_table)
     attention = make_attention(settings.kv, model, rows.page_size)
     views = _views(config, rows.page_table)
-    return target, SelfDrafter(Runner(model, target.pool, attention, view), sampler, views=views)
+    graphs = None
+    if _is_exact(settings.kv):
+        own = model is not target.model
+        graphs = _graphs(config, model, target.pool, {1}, _width(settings.kv, rows)) if own else target.graphs
+    return target, SelfDrafter(Runner(model, target.pool, attention, view, graphs), sampler, views=views)
 
 
 def make_sampler(config: EngineConfig, rows: Rows, vocab: VocabShard, ops: Ops) -> Sampler:
@@ -109,16 +128,20 @@ def _model_drafter(
         table = ring_table(len(rows.tokens), columns, kept.first, kept.ring).to(rows.device)
         pool = make_pool(model, len(rows.tokens) * kept.pages, page)
         attention = make_attention(settings.kv, model, page)
-        full = runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table))
+        graphs = _graphs(config, model, pool, {1, 2}, _width(settings.kv, rows)) if _is_exact(settings.kv) else None
+        full = runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table), graphs)
         views = _views(config, table)
     else:
         full = runner = Runner(model, make_pool(model, num_pages, page), _exact(model, page), dense(rows))
         if isinstance(settings.kv, SnapKVConfig):
             cache = DraftCache(settings, model, full.pool, rows, full.attention)
-            runner = Runner(model, cache.pool, _exact(model, page), cache.view)
-            full = Runner(model, full.pool, cache.attention, full.view)
+            graphs = _graphs(config, model, cache.pool, {1, 2}, _width(settings.kv, rows))
+            runner = Runner(model, cache.pool, _exact(model, page), cache.view, graphs)
+            full = replace(full, attention=cache.attention)
         elif isinstance(settings.kv, TopKConfig):
-            runner = Runner(model, full.pool, make_attention(settings.kv, model, page), full.view)
+            runner = replace(full, attention=make_attention(settings.kv, model, page))
+        else:
+            runner = replace(full, graphs=_graphs(config, model, full.pool, {1, 2}, rows.page_table.shape[1]))
     own = sampler.twin(VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group))
     return ModelDrafter(rows, full, runner, own, row_block=row_block, block=block, cache=cache, views=views)
 
@@ -132,6 +155,17 @@ def _views(config: EngineConfig, page_table: Tensor) -> dict[int, View]:
 def dense(rows: Rows) -> View:
     """Everything, in a pool that is laid out as the scheduler says."""
     return View(Dense(), rows.page_table)
+
+
+def _is_exact(config: KVConfig) -> bool:
+    """Whether drafts attend to what is listed, as it is: what graphs can capture."""
+    return not (isinstance(config, TopKConfig) or (isinstance(config, WindowConfig) and config.positions == "relative"))
+
+
+def _width(config: KVConfig, rows: Rows) -> int:
+    """Most pages that a draft's list has. Two tokens can stand behind a window's last page."""
+    most = rows.page_table.shape[1]
+    return min(most, config.budget // rows.page_size + 1) if config.budget else most
 
 
 def make_attention(config: KVConfig, model: Llama, page_size: int) -> AttentionBackend:
@@ -158,6 +192,7 @@ def make_pool(model: Llama, num_pages: int, page_size: int) -> KVPool:
         head_dim=model.head_dim,
         dtype=model.dtype,
         device=model.device,
+        scratch=model.ops.graphs is not None,
     )
 
 

@@ -57,6 +57,7 @@ class DraftCache:
             head_dim=model.head_dim,
             dtype=model.dtype,
             device=model.device,
+            scratch=model.ops.graphs is not None,
         )
         self._places = kept.queries  # by position
         shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)

@@ -37,6 +37,26 @@ class AttentionBatch:
     skipped: Sequence[int] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """What every batch has to be of a backend whose kernels are captured in a CUDA graph: `rows` rows, with at most
+    `tokens` queries together, and lists of at most `width` pages. Queries are always [tokens, …]; those behind the last
+    row's are nobody's, and so are their results. The first batch has `tokens` of them."""
+
+    rows: int
+    tokens: int
+    width: int
+
+    def check(self, batch: AttentionBatch) -> None:
+        """Raises ValueError for another batch."""
+        rows, tokens, width = len(batch.query_lengths), sum(batch.query_lengths), batch.pages.shape[-1]
+        if rows != self.rows or tokens > self.tokens or width > self.width:
+            raise ValueError(
+                f"{rows} rows with {tokens} queries and lists of {width} pages, not the {self.rows} with at most "
+                f"{self.tokens} and {self.width} that are captured"
+            )
+
+
 class AttentionBackend(Protocol):
     """Exact softmax(q k^T * scale) v over the pages given. One `plan` serves all layers of a forward."""
 

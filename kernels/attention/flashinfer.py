@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBatch
+from kernels.attention.base import AttentionBatch, Fixed
 from kernels.kv_cache import LayerKV
 
 WORKSPACE_BYTES = 128 << 20
@@ -42,16 +42,6 @@ def load_flashinfer() -> ModuleType:
 def make_workspace(device: torch.device) -> Tensor:
     """Scratch memory for all backends of one device that run on one stream."""
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-
-
-@dataclass(frozen=True, slots=True)
-class Fixed:
-    """What a batch has to be for kernels that were captured in a CUDA graph: `rows` rows, `tokens` queries, at most
-    `pages` listed pages (of all KV heads together, where each has its list)."""
-
-    rows: int
-    tokens: int
-    pages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +105,8 @@ class FlashInferAttention:
 
     def plan(self, batch: AttentionBatch) -> None:
         """Raises ValueError for a batch that is not as `fixed` says."""
-        if (fixed := self._fixed) is not None:
-            tokens = sum(batch.query_lengths)
-            if (len(batch.query_lengths), tokens) != (fixed.rows, fixed.tokens):
-                raise ValueError(
-                    f"{len(batch.query_lengths)} rows with {tokens} queries, not the {fixed.rows} with {fixed.tokens} "
-                    "that are captured"
-                )
+        if self._fixed is not None:
+            self._fixed.check(batch)
         self._batch = batch
         self._wrapper = None
         if self._call is not None:
@@ -168,8 +153,9 @@ class FlashInferAttention:
         self._order = None
         if pages.dim() == 3:
             pages = (pages * kv_heads + torch.arange(kv_heads, device=pages.device)[:, None]).flatten(0, 1)
-            if (queries > 1).any():
-                self._order = self._keep_order(_by_row_and_head(queries, kv_heads))
+            most = self._fixed.tokens if self._fixed else int(queries.sum())
+            if most > len(queries):
+                self._order = self._keep_order(_by_row_and_head(queries, kv_heads, most))
             queries, lengths = queries.repeat(kv_heads), lengths.repeat(kv_heads)
             heads, kv_heads = heads // kv_heads, 1
         counts = -(-lengths // self._page_size)
@@ -215,7 +201,7 @@ class FlashInferAttention:
         sizes = {
             "qo_indptr_buf": rows + 1,
             "paged_kv_indptr_buf": rows + 1,
-            "paged_kv_indices_buf": self._fixed.pages,
+            "paged_kv_indices_buf": rows * self._fixed.width,
             "paged_kv_last_page_len_buf": rows,
         }
         buffers = {name: torch.zeros(n, dtype=torch.int32, device=self._device) for name, n in sizes.items()}
@@ -225,7 +211,7 @@ class FlashInferAttention:
         moved = self._to_device(order)
         if self._fixed is None:
             return moved
-        if self._kept_order is None or len(self._kept_order) != len(moved):
+        if self._kept_order is None:
             self._kept_order = moved
         return self._kept_order.copy_(moved)
 
@@ -239,13 +225,19 @@ class FlashInferAttention:
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
 
-def _by_row_and_head(queries: Ints, kv_heads: int) -> Ints:
+def _by_row_and_head(queries: Ints, kv_heads: int, tokens: int) -> Ints:
     """Which of [tokens * kv_heads], heads of a token side by side, stands where if a head's queries are side by
-    side."""
+    side. tokens: at least the sum of `queries`; those that are nobody's stay behind them."""
     starts = queries.cumsum() - queries
     heads = np.arange(kv_heads)
     return np.concatenate(
-        [((start + np.arange(n)) * kv_heads + heads[:, None]).ravel() for start, n in zip(starts, queries, strict=True)]
+        [
+            *(
+                ((start + np.arange(n)) * kv_heads + heads[:, None]).ravel()
+                for start, n in zip(starts, queries, strict=True)
+            ),
+            np.arange(queries.sum() * kv_heads, tokens * kv_heads),
+        ]
     )
 
 

@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBatch
+from kernels.attention.base import AttentionBatch, Fixed
 from kernels.gpu.attention import SPAN, Tiles, attend, lay_tiles
 from kernels.kv_cache import LayerKV
 
@@ -18,17 +18,29 @@ class GpuAttention:
     A query's result may differ in rounding with the rows beside it: they decide into how many spans lists are cut.
     """
 
-    def __init__(self, span: int = SPAN) -> None:
-        """span: KV slots that are worth a program of their own, a multiple of 64."""
+    def __init__(self, span: int = SPAN, fixed: Fixed | None = None) -> None:
+        """span: KV slots that are worth a program of their own, a multiple of 64. fixed: of batches that a CUDA graph
+        replays; others are refused, and what a plan says is kept at fixed addresses."""
         self._span = span
-        self._tiles: Tiles
+        self._fixed = fixed
+        self._tiles: Tiles | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
-        """Laid out on the host, from host integers; the device is not waited for."""
+        """Laid out on the host, from host integers; the device is not waited for. Raises ValueError for a batch that is
+        not as `fixed` says."""
         queries = torch.tensor(batch.query_lengths, dtype=torch.int64)
         lengths = torch.tensor(batch.kv_lengths, dtype=torch.int64)
-        tiles = lay_tiles(queries, lengths, batch.pages, sum(batch.query_lengths))
-        self._tiles = tiles.to(batch.pages.device)
+        if (fixed := self._fixed) is None:
+            self._tiles = lay_tiles(queries, lengths, batch.pages, sum(batch.query_lengths)).to(batch.pages.device)
+            return
+        fixed.check(batch)
+        pages = batch.pages
+        if self._tiles is None or self._tiles.pages.shape[:-1] != pages.shape[:-1]:
+            kept = pages.new_zeros(*pages.shape[:-1], fixed.width)
+            self._tiles = lay_tiles(queries, lengths, kept, fixed.tokens).to(pages.device)
+        else:
+            self._tiles.take(lay_tiles(queries, lengths, pages, fixed.tokens))
+        self._tiles.pages[..., : pages.shape[-1]] = pages
 
     @overload
     def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
@@ -36,5 +48,6 @@ class GpuAttention:
     def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
+        assert self._tiles is not None, "run before plan"
         o, sums = attend(self._tiles, layer, q, scale, self._span)
         return (o, sums) if lse else o

@@ -24,6 +24,11 @@ class ObservedAttention:
         """Of the next forward, keep these: [n] int64 index into its tokens, [n] int64 index into `kept`."""
         self._expected = queries, places
 
+    @property
+    def expecting(self) -> bool:
+        """Whether queries of the next forward are to be kept."""
+        return self._expected is not None
+
     def plan(self, batch: AttentionBatch) -> None:
         self._layer = 0
         self._inner.plan(batch)

@@ -9,6 +9,7 @@ from kernels.attention.cpu import CpuAttention
 from kernels.attention.reference import ReferenceAttention
 from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
 from kernels.kv_cache import LayerKV
+from kernels.ops import Graphs
 
 
 class CpuProduct:
@@ -35,6 +36,7 @@ class CpuOps:
     """See kernels.ops.Ops. Results of a row do not depend on the rows beside it at all."""
 
     kind = "cpu"
+    graphs: Graphs | None = None
 
     def __init__(self, kernels: CpuKernels) -> None:
         self._kernels = kernels

@@ -42,9 +42,22 @@ class Tiles:
     block: int
 
     def to(self, device: torch.device) -> Tiles:
-        parts = (self.row, self.first, self.start, self.queries, self.lengths)
-        row, first, start, queries, lengths = (part.to(device, non_blocking=True) for part in parts)
+        row, first, start, queries, lengths = (_send(part, device) for part in self._laid)
         return Tiles(row, first, start, queries, lengths, self.pages, self.block)
+
+    def take(self, other: Tiles) -> None:
+        """All but the pages, from tiles of the same shapes."""
+        for mine, theirs in zip(self._laid, other._laid, strict=True):
+            mine.copy_(_send(theirs, mine.device))
+
+    @property
+    def _laid(self) -> tuple[Tensor, ...]:
+        return self.row, self.first, self.start, self.queries, self.lengths
+
+
+def _send(part: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory, so that the host need not wait for it."""
+    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
 
 
 def lay_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int) -> Tiles:
@@ -92,8 +105,8 @@ def _attend_kernel(
     D: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """One program per tile, KV head and span of slots. out: [spans, tokens, heads, HEAD_DIM]; lse: [spans, tokens,
-    heads]."""
+    """One program per tile, KV head and span of slots: each tile's list is cut evenly into as many as there are, none
+    shorter than `span`. out: [spans, tokens, heads, HEAD_DIM]; lse: [spans, tokens, heads]."""
     tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(tile_row + tile)
     if row < rows:
@@ -112,8 +125,10 @@ def _attend_kernel(
         mass = tl.zeros([M], tl.float32)
         mixed = tl.zeros([M, D], tl.float32)
         page_list = pages + row * list_stride + head * head_list_stride
-        begin = part * span
-        end = tl.minimum(begin + span, tl.max(visible, 0))
+        most = tl.max(visible, 0)
+        each = tl.maximum(span, tl.cdiv(tl.cdiv(most, tl.num_programs(2)), N) * N)
+        begin = part * each
+        end = tl.minimum(begin + each, most)
         for at in range(begin, end, N):
             slot = at + tl.arange(0, N)
             listed = slot < end  # what lies behind may be another request's overflow: it is never read
@@ -190,7 +205,6 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
     width = pages.shape[-1]
     lists = pages.stride(0), pages.stride(1) if pages.dim() == 3 else 0
     spans = _spans(width * page_size, len(tiles.row) * kv_heads, span)
-    each = triton.cdiv(triton.cdiv(width * page_size, spans), _SLOTS) * _SLOTS
     out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     parts, part_lse = out, lse
@@ -218,7 +232,7 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
         len(tiles.queries),
         tokens,
         page_size,
-        each,
+        span,
         GROUP=group,
         HEAD_DIM=head_dim,
         Q=tiles.block,
@@ -235,5 +249,6 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
 
 
 def _spans(slots: int, programs: int, span: int) -> int:
-    """Into how many spans the longest list is cut: as many as keep the device busy, none shorter than `span`."""
+    """Into how many spans lists of at most so many slots are cut: as many as keep the device busy, none shorter than
+    `span`."""
     return max(1, min(slots // span, _PROGRAMS // programs, _SPANS))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend
+from kernels.attention.base import AttentionBackend, Fixed
 from kernels.attention.flashinfer import HEAD_DIMS, FlashInferAttention
 from kernels.attention.gpu import GpuAttention
 from kernels.gpu.library import GpuKernels
@@ -36,14 +39,32 @@ class GpuProduct:
         return GpuProduct(self._inner.int8(), self._gated)
 
 
+class Recorder(Protocol):
+    """What captures: see kernels.gpu.graphs."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]: ...
+
+
+class GpuGraphs:
+    """See kernels.ops.Graphs."""
+
+    def __init__(self, recorder: Recorder, workspace: Tensor | None) -> None:
+        self._workspace = workspace
+        self.capture = recorder.capture
+
+    def attention(self, page_size: int, head_dim: int, fixed: Fixed) -> AttentionBackend:
+        return _attention(page_size, head_dim, self._workspace, fixed)
+
+
 class GpuOps:
     """See kernels.ops.Ops. Products are torch's, by its BLAS; Triton has the rest, or FlashInfer attention."""
 
-    def __init__(self, workspace: Tensor | None = None) -> None:
+    def __init__(self, workspace: Tensor | None = None, recorder: Recorder | None = None) -> None:
         """workspace: FlashInfer's (see kernels.attention.flashinfer.make_workspace), for models of float16 and bfloat16
-        whose head_dim it knows; None: attention in Triton too."""
+        whose head_dim it knows; None: attention in Triton too. recorder: captures graphs; None: there are none."""
         self._kernels = GpuKernels()
         self._workspace = workspace
+        self.graphs = None if recorder is None else GpuGraphs(recorder, workspace)
         self.kind = "triton" if workspace is None else "flashinfer"
         self.name = self.kind
 
@@ -71,6 +92,10 @@ class GpuOps:
         return self._kernels.sample(logits, temperature, seeds, positions, first)
 
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
-        if self._workspace is None or head_dim not in HEAD_DIMS:
-            return GpuAttention()
-        return FlashInferAttention(page_size, self._workspace)
+        return _attention(page_size, head_dim, self._workspace)
+
+
+def _attention(page_size: int, head_dim: int, workspace: Tensor | None, fixed: Fixed | None = None) -> AttentionBackend:
+    if workspace is None or head_dim not in HEAD_DIMS:
+        return GpuAttention(fixed=fixed)
+    return FlashInferAttention(page_size, workspace, fixed)

@@ -31,6 +31,9 @@ def decode(
     batch: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "4",
     context: Annotated[str, typer.Option(help="Prompt tokens per row, comma-separated.")] = "2000",
     new_tokens: Annotated[int, typer.Option(help="Tokens per row and value of --speculation.")] = 64,
+    history: Annotated[
+        int, typer.Option(min=0, help="Tokens per row from which auto learns before it is measured.")
+    ] = 0,
     speculation: Annotated[
         str, typer.Option(help="off, auto and numbers of drafted tokens, comma-separated.")
     ] = "off,1,3,auto",
@@ -74,7 +77,9 @@ def decode(
         for length in contexts:
             print(f"batch {rows}, context {length} …", file=sys.stderr)
             prompts = passages(tokenizer, prose, count=rows, length=length)
-            results += measure(settings, prompts, gammas, new_tokens=new_tokens, temperature=temperature)
+            results += measure(
+                settings, prompts, gammas, new_tokens=new_tokens, history=history, temperature=temperature
+            )
     where = "cuda" if settings[0].device != "cpu" and torch.cuda.is_available() else "cpu"
     print(table(results, read_bandwidth(torch.device(where))))
     if json_file is not None:

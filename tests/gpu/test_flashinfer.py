@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.attention.base import AttentionBatch
-from kernels.attention.flashinfer import Fixed, FlashInferAttention, make_workspace
+from kernels.attention.base import AttentionBatch, Fixed
+from kernels.attention.flashinfer import FlashInferAttention, make_workspace
 from kernels.attention.reference import ReferenceAttention
 from kernels.kv_cache import LayerKV
 
@@ -74,7 +74,7 @@ def test_plans_made_ahead_of_the_device() -> None:
 def test_captured_runs_follow_new_plans(per_head: bool) -> None:
     torch.manual_seed(0)
     layer = layer_of(8, 128, torch.bfloat16)
-    backend = FlashInferAttention(16, make_workspace(CUDA), Fixed(rows=3, tokens=9, pages=3 * 256 * 8))
+    backend = FlashInferAttention(16, make_workspace(CUDA), Fixed(rows=3, tokens=9, width=256))
     q = torch.randn(9, 32, 128, device=CUDA).bfloat16()
     backend.plan(AttentionBatch([5, 1, 3], [4000, 4000, 4000], pages_of(3, 8, per_head)))
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from kernels.attention.base import AttentionBatch
-from kernels.attention.flashinfer import Fixed, FlashInferAttention, load_flashinfer, make_workspace
+from kernels.attention.base import AttentionBatch, Fixed
+from kernels.attention.flashinfer import FlashInferAttention, load_flashinfer, make_workspace
 from kernels.attention.reference import ReferenceAttention
 from kernels.kv_cache import LayerKV
 from kernels.reference import REFERENCE, ReferenceOps
@@ -46,17 +46,27 @@ def batch_of(rows: list[tuple[int, int]], page_size: int, kv_heads: int = 0) -> 
     return AttentionBatch(queries, lengths, torch.randint(PAGES, shape))
 
 
-def check(ours: FlashInferAttention, batch: AttentionBatch, layer: LayerKV, heads: int, scale: float = 0.1) -> None:
+def check(
+    ours: FlashInferAttention,
+    batch: AttentionBatch,
+    layer: LayerKV,
+    heads: int,
+    scale: float = 0.1,
+    *,
+    tokens: int | None = None,
+) -> None:
+    """tokens: queries there are, those that are nobody's included."""
     oracle = ReferenceAttention(layer.k.shape[2])
     oracle.plan(batch)
     ours.plan(batch)
+    asked = sum(batch.query_lengths)
     for _ in range(2):  # layers of a forward
-        q = torch.randn(sum(batch.query_lengths), heads, 64).half()
-        expected, expected_lse = oracle.run(layer, q, scale, lse=True)
+        q = torch.randn(tokens or asked, heads, 64).half()
+        expected, expected_lse = oracle.run(layer, q[:asked], scale, lse=True)
         o, lse = ours.run(layer, q, scale, lse=True)
-        torch.testing.assert_close(o, expected, rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
-        assert torch.equal(ours.run(layer, q, scale), o)
+        torch.testing.assert_close(o[:asked], expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(lse[:asked], expected_lse, rtol=1e-3, atol=1e-3)
+        assert torch.equal(ours.run(layer, q, scale)[:asked], o[:asked])
 
 
 @given(
@@ -117,17 +127,17 @@ def test_a_plan_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("per_head", [0, 2])
 def test_fixed_batches_keep_their_addresses(per_head: int) -> None:
     torch.manual_seed(0)
-    ours = backend(4, Fixed(rows=2, tokens=6, pages=40))
+    ours = backend(4, Fixed(rows=2, tokens=6, width=10))
     layer = pool_layer(PAGES, 2, 4, 64, torch.float16)
     addresses = set()
-    for rows in ([(3, 5), (3, 20)], [(1, 9), (5, 0)], [(3, 30), (3, 1)]):
-        check(ours, batch_of(rows, 4, per_head), layer, 4)
+    for rows in ([(3, 5), (3, 20)], [(1, 9), (5, 0)], [(1, 30), (3, 1)], [(1, 2), (1, 0)]):
+        check(ours, batch_of(rows, 4, per_head), layer, 4, tokens=6)
         (ring,) = ours._wrappers.values()
         (planned,) = ring
         order = None if ours._order is None else ours._order.data_ptr()
         addresses.add((planned.wrapper, *(buffer.data_ptr() for buffer in planned.wrapper._buffers), order))
     assert len(addresses) == 1
-    with pytest.raises(ValueError, match="1 rows with 6 queries, not the 2 with 6"):
+    with pytest.raises(ValueError, match="1 rows with 6 queries and lists of 2 pages, not the 2 with at most 6"):
         ours.plan(batch_of([(6, 0)], 4))
 
 

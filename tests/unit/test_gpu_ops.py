@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from engine.graphs import row_counts
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from kernels.attention.base import AttentionBatch, Fixed
+from kernels.attention.reference import ReferenceAttention
 from kernels.ops import Ops
 from kernels.reference import REFERENCE
 from models.config import ModelConfig
@@ -19,7 +23,7 @@ from models.loader import random_model
 from parallel.group import Group
 from tests import fake_flashinfer
 from tests.engines import TINY, run, tiny_engine, tokens
-from tests.rig import PagedRows
+from tests.rig import PagedRows, pool_layer
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
@@ -74,16 +78,74 @@ def test_whose_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.name != GpuOps().name
 
 
-def test_speculation_never_changes_output() -> None:
-    model = random_model(TINY, 0, torch.float32, torch.device("cpu"), Group.single(), GpuOps())
+class Repeats:
+    """In place of CUDA graphs: does the captured work again, and counts."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+        work()
+
+        def again() -> None:
+            self.replayed += 1
+            work()
+
+        return again
+
+
+def law(ops: GpuOps, **settings: Any) -> None:
+    model = random_model(TINY, 0, torch.float32, torch.device("cpu"), Group.single(), ops)
     sampling: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 9}]
     requests = [
         AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=10, seed=i, ignore_eos=True, **each))
         for i, each in enumerate(sampling)
     ]
-    plain = run(tiny_engine(model, gamma=0), requests)
-    engine = tiny_engine(model, gamma=3, budget=8)
+    plain = run(tiny_engine(model, gamma=0, cuda_graphs=False), requests)
+    engine = tiny_engine(model, gamma=3, budget=8, **settings)
     drafted = run(engine, requests)
     assert {name: tokens(out) for name, out in drafted.items()} == {name: tokens(out) for name, out in plain.items()}
     assert engine.stats().rejections > 0
     assert engine.stats().accepted_tokens > 0
+
+
+def test_speculation_never_changes_output() -> None:
+    law(GpuOps())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what nobody's queries come to is left to chance
+@pytest.mark.parametrize("policy", ["window", "snapkv"])
+def test_nor_do_graphs(policy: str) -> None:
+    """Three rows in graphs of four, whose last queries are nobody's while rows have different numbers of drafts."""
+    repeats = Repeats()
+    kv = {"policy": policy, "budget": 8, **({"recent": 4} if policy == "snapkv" else {"sink": 4})}
+    law(GpuOps(recorder=repeats), scheduler={"max_rows": 4, "max_batch_tokens": 24}, speculation={"kv": kv})
+    # For 1, 2 and 4 rows: a plain step, and a pass over three drafts; SnapKV drafts in another pool.
+    assert repeats.captured == (6 if policy == "window" else 9)
+    assert repeats.replayed > 10
+
+
+def test_plans_of_captured_attention_stand_where_they_stood() -> None:
+    torch.manual_seed(0)
+    layer = pool_layer(9, 2, 4, 16, torch.float32)
+    ours, oracle = GpuAttention(fixed=Fixed(rows=2, tokens=8, width=5)), ReferenceAttention(4)
+    places = set()
+    for queries, lengths in (([4, 4], [4, 4]), ([1, 4], [9, 17]), ([3, 1], [20, 1]), ([1, 1], [5, 8])):
+        batch = AttentionBatch(queries, lengths, torch.randint(9, (2, -(-max(lengths) // 4))))
+        for backend in (ours, oracle):
+            backend.plan(batch)
+        q = torch.randn(8, 4, 16)
+        count = sum(queries)
+        torch.testing.assert_close(ours.run(layer, q, 0.25)[:count], oracle.run(layer, q[:count], 0.25))
+        assert ours._tiles is not None
+        places.add(tuple(part.data_ptr() for part in (*ours._tiles._laid, ours._tiles.pages)))
+    assert len(places) == 1
+    with pytest.raises(ValueError, match="2 rows with 9 queries and lists of 3 pages, not the 2 with at most 8 and 5"):
+        ours.plan(AttentionBatch([5, 4], [9, 9], torch.zeros(2, 3, dtype=torch.int64)))
+
+
+def test_row_counts() -> None:
+    assert row_counts(1) == [1]
+    assert row_counts(6) == [1, 2, 4, 6]
+    assert row_counts(100) == [1, 2, 4, 8, 16, 32, 64, 96, 100]

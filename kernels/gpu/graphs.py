@@ -1,0 +1,34 @@
+"""CUDA graphs: work that is enqueued once, and replayed as one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_WARM_UPS = 2  # libraries allocate and choose kernels in their first calls, which cannot be captured
+
+
+class CudaGraphs:
+    """Captures work on one device. All graphs share one memory pool, so they are to be replayed one at a time, on one
+    stream, and what they leave behind is to be read before the next one is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Do `work` and return what does it again, with the same kernels on the same addresses. It must not wait for
+        the device."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                work()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may call the driver meanwhile: NCCL's watchdog does.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        graph.replay()
+        return graph.replay
