@@ -27,8 +27,11 @@ class CacheConfig(Settings):
     """KV slots per page."""
     num_pages: Positive | None = None
     """Pages in the target's pool; None: as many as `memory_gb` holds beside what drafts keep."""
-    memory_gb: Annotated[float, Field(gt=0)] = 4.0
-    """KV of each rank: the target's pool, a draft model's, and caches of fixed size."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """KV of each rank: the target's pool, a draft model's, and caches of fixed size. None: 4 on CPUs; on GPUs what is
+    left of `gpu_memory_utilization` once the models are there and have run."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """The share of each GPU's memory that may be in use, by this and all other processes."""
 
 
 class SchedulerConfig(Settings):

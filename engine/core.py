@@ -13,6 +13,7 @@ import msgspec
 import torch
 
 from engine.config import EngineConfig
+from engine.fitting import fit_pages
 from engine.memory import OutOfMemory
 from engine.messages import FINISH_ABORT, RETRY_MEMORY, AddRequest, EngineStats, Ready, RequestOutput, TokenLogprobs
 from engine.pages import PageAllocator
@@ -69,23 +70,27 @@ class Engine:
                 group = self._ranks.group
             if model is None:
                 model = _load(config, sizes, group, progress)
+            draft = load_draft(config, model, sizes.max_model_len, self._draft_group(group))
+            num_pages = sizes.num_pages
+            if num_pages is None:
+                num_pages = fit_pages(config, sizes, model, group)
             self._worker = Worker(
                 model,
                 config,
-                num_pages=sizes.num_pages,
+                num_pages=num_pages,
                 max_model_len=sizes.max_model_len,
                 group=group,
-                draft=load_draft(config, model, sizes.max_model_len, self._draft_group(group)),
+                draft=draft,
             )
             if self._ranks:
                 self._ranks.wait_ready(config.start_timeout_s)
-            self.profiler = Profiler(self._run, config, sizes.num_pages, sizes.max_model_len)
+            self.profiler = Profiler(self._run, config, num_pages, sizes.max_model_len)
             if controller is None:
                 controller = self.make_controller()
         except BaseException:
             self.close()
             raise
-        self._pages = PageAllocator(sizes.num_pages)
+        self._pages = PageAllocator(num_pages)
         self._scheduler = Scheduler(
             pages=self._pages,
             page_size=config.cache.page_size,
@@ -101,7 +106,7 @@ class Engine:
         if self._ranks:
             self.weight_bytes += self._ranks.weight_bytes
         self._accounts = Accounts(
-            pages_total=sizes.num_pages,
+            pages_total=num_pages,
             page_size=config.cache.page_size,
             bytes_per_token=sizes.kv_token_bytes,
             gamma_max=controller.gamma_max,
@@ -114,7 +119,7 @@ class Engine:
             eos_token_ids=list(model.config.eos_token_ids),
             stats=self.stats(),
         )
-        kv_gb = sizes.num_pages * config.cache.page_size * sizes.kv_token_bytes / 1e9
+        kv_gb = num_pages * config.cache.page_size * sizes.kv_token_bytes / 1e9
         where = f"{size} × {sizes.device.type}" if size > 1 else str(sizes.device)
         log.info(
             "%s in %s on %s, kernels %s, KV pool of %d pages (%.2f GB)",
@@ -122,7 +127,7 @@ class Engine:
             str(sizes.dtype).removeprefix("torch."),
             where,
             sizes.ops.name,
-            sizes.num_pages,
+            num_pages,
             kv_gb,
         )
 

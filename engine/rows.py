@@ -89,7 +89,9 @@ class Rows:
         )
 
     def to_device(self, array: Ints) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        """Without waiting: to a GPU from pinned memory, which torch keeps until it has been read."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
 def ragged(counts: Ints) -> Ints:

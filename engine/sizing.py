@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from models.default import resolve_model
 from models.llama import Llama
 from parallel.split import split_heads
 
+_CPU_MEMORY_GB = 4.0
 _DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -30,10 +31,12 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Settings with nothing left open.
+    """Settings with nothing left open, but perhaps for the pool.
 
     path: the model's directory; shape: its config. ops: the kernels. threads: CPU threads per rank. num_pages: of the
-    pool, the same on every rank. kv_token_bytes: KV of one token, over all ranks.
+    pool, the same on every rank; None: what fits on the devices, see engine.fitting. kv_token_bytes: KV of one token,
+    over all ranks. token_bytes, kept_bytes: on the rank that has most, KV for each token of the pool, and what drafts
+    keep whatever its size. longest: pages of the longest request. most: pages that all rows together can use.
     """
 
     path: Path
@@ -43,8 +46,12 @@ class Sizes:
     ops: Ops
     threads: int
     max_model_len: int
-    num_pages: int
+    num_pages: int | None
     kv_token_bytes: int
+    token_bytes: int
+    kept_bytes: int
+    longest: int
+    most: int
 
     def settle(self, config: EngineConfig) -> EngineConfig:
         """The same deployment with these values, for ranks that are not to decide anything themselves."""
@@ -78,7 +85,8 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
     token_bytes, kept_bytes = _draft_bytes(config, draft or shape, dtype)
     token_bytes += _kv_bytes(shape, dtype, max(kv_heads))
     max_model_len = _max_model_len(config, shape)
-    return Sizes(
+    longest = -(-max_model_len // config.cache.page_size)
+    sizes = Sizes(
         path=path,
         shape=shape,
         device=device,
@@ -86,9 +94,16 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
         ops=choose_ops(config.kernels, device, dtype) if model is None else model.ops,
         threads=config.threads or max(1, torch.get_num_threads() // ranks),
         max_model_len=max_model_len,
-        num_pages=_num_pages(config, max_model_len, token_bytes, kept_bytes),
+        num_pages=None,
         kv_token_bytes=_kv_bytes(shape, dtype, sum(kv_heads)),
+        token_bytes=token_bytes,
+        kept_bytes=kept_bytes,
+        longest=longest,
+        most=longest * config.scheduler.max_rows,
     )
+    if config.cache.num_pages is None and config.cache.memory_gb is None and device.type == "cuda":
+        return sizes
+    return replace(sizes, num_pages=_num_pages(config, sizes))
 
 
 def _device(name: str) -> torch.device:
@@ -166,33 +181,40 @@ def draft_reads(config: EngineConfig) -> Callable[[int, int], int]:
     return lambda context, budget: context - policies[budget].skipped(context)
 
 
-def _num_pages(config: EngineConfig, max_model_len: int, token_bytes: int, kept_bytes: int) -> int:
-    """Pages in the pool: what is configured or fits in memory_gb beside what drafts keep, but no more than all rows can
-    ever use. token_bytes, kept_bytes: per token of the pool, and whatever its size.
+def _num_pages(config: EngineConfig, sizes: Sizes) -> int:
+    """Pages in the pool: what is configured, or fits in memory_gb."""
+    if config.cache.num_pages is not None:
+        return checked_pages(config, sizes, config.cache.num_pages)
+    memory = _CPU_MEMORY_GB if config.cache.memory_gb is None else config.cache.memory_gb
+    return pages_within(config, sizes, int(memory * 1e9), f"cache.memory_gb, {memory:g}")
+
+
+def pages_within(config: EngineConfig, sizes: Sizes, memory: int, source: str) -> int:
+    """Pages that fit into so many bytes beside what drafts keep. source: what that memory is, for messages. Raises
+    ConfigError."""
+    pages = max(0, memory - sizes.kept_bytes) // (config.cache.page_size * sizes.token_bytes)
+    return checked_pages(config, sizes, pages, _beside(config, sizes.kept_bytes, source))
+
+
+def checked_pages(config: EngineConfig, sizes: Sizes, pages: int, beside: str = "") -> int:
+    """No more pages than all rows can ever use. beside: what else the memory is for.
 
     Raises ConfigError unless the longest request fits alone, so that whatever is admitted can finish.
     """
-    page_size, memory = config.cache.page_size, config.cache.memory_gb
-    longest = -(-max_model_len // page_size)
-    if config.cache.num_pages is not None:
-        pages, beside = config.cache.num_pages, ""
-    else:
-        pages = max(0, int(memory * 1e9) - kept_bytes) // (page_size * token_bytes)
-        beside = _beside(config, kept_bytes)
-    if pages < longest:
+    if pages < sizes.longest:
         raise ConfigError(
-            f"engine.cache: {pages} pages of {page_size} tokens{beside} hold less than one request of max_model_len "
-            f"{max_model_len} ({longest} pages); raise cache.memory_gb or lower max_model_len"
+            f"engine.cache: {pages} pages of {config.cache.page_size} tokens{beside} hold less than one request of "
+            f"max_model_len {sizes.max_model_len} ({sizes.longest} pages); raise cache.memory_gb or lower max_model_len"
         )
-    return min(pages, longest * config.scheduler.max_rows)
+    return min(pages, sizes.most)
 
 
-def _beside(config: EngineConfig, kept_bytes: int) -> str:
-    """What to say of a pool that shares `memory_gb` with what drafts keep."""
+def _beside(config: EngineConfig, kept_bytes: int, source: str) -> str:
+    """What to say of a pool that shares its memory with what drafts keep."""
     if not kept_bytes:
         return ""
     rows = config.scheduler.max_rows
     return (
-        f", beside the {kept_bytes / 1e9:.3g} GB of {config.cache.memory_gb:g} that drafts keep for {rows} rows "
-        "(speculation.kv.budget, scheduler.max_rows),"
+        f", beside the {kept_bytes / 1e9:.3g} GB of {source}, that drafts keep for {rows} rows (speculation.kv.budget, "
+        "scheduler.max_rows),"
     )

@@ -12,21 +12,21 @@ import signal
 import stat
 import sys
 import time
-from pathlib import Path
 
 import msgspec
 import torch
 from torch._C._distributed_c10d import Store
 
 from engine import agreement
-from engine.backend import choose_ops
 from engine.config import ConfigError, EngineConfig
+from engine.fitting import fit_pages
 from engine.memory import OutOfMemory, is_out_of_memory, what_failed
 from engine.messages import TokenLogprobs
 from engine.orders import Launch, Report, WeightBytes, answer, follow
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
 from engine.rows import Rows
 from engine.sampling import Logprobs
+from engine.sizing import size_up
 from engine.speculation.build import DraftModel, drafting_model, load_draft, make_drafter, make_sampler, make_target
 from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
@@ -224,26 +224,21 @@ def _device(config: EngineConfig, local_rank: int) -> torch.device:
 
 def _load(config: EngineConfig, device: torch.device, group: Group, draft_group: Group | None) -> Worker:
     """draft_group: the ranks that share the draft model, if this is one of them."""
-    assert config.cache.num_pages is not None
-    assert config.max_model_len is not None
-    dtype: torch.dtype = getattr(torch, config.dtype)
+    sizes = size_up(config, None)
     model = load_model(
-        Path(config.model),
-        dtype=dtype,
+        sizes.path,
+        dtype=sizes.dtype,
         device=device,
         group=group,
         progress=False,
-        ops=choose_ops(config.kernels, device, dtype),
+        ops=sizes.ops,
         int8=config.weights == "int8",
     )
-    return Worker(
-        model,
-        config,
-        num_pages=config.cache.num_pages,
-        max_model_len=config.max_model_len,
-        group=group,
-        draft=load_draft(config, model, config.max_model_len, draft_group),
-    )
+    draft = load_draft(config, model, sizes.max_model_len, draft_group)
+    num_pages = sizes.num_pages
+    if num_pages is None:
+        num_pages = fit_pages(config, sizes, model, group)
+    return Worker(model, config, num_pages=num_pages, max_model_len=sizes.max_model_len, group=group, draft=draft)
 
 
 if __name__ == "__main__":
