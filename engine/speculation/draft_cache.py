@@ -84,6 +84,7 @@ class DraftCache:
         most = self._places if self._reselect else np.where(prefill, self._config.queries, 0)
         kept = np.minimum(queries, most)
         if not kept.any():
+            self.attention.expect_nothing()
             return
         skipped = np.repeat(queries - kept, kept) + ragged(kept)
         index = np.repeat(queries.cumsum() - queries, kept) + skipped

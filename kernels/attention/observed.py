@@ -24,6 +24,10 @@ class ObservedAttention:
         """Of the next forward, keep these: [n] int64 index into its tokens, [n] int64 index into `kept`."""
         self._expected = queries, places
 
+    def expect_nothing(self) -> None:
+        """Whatever was expected of a forward that failed on its way."""
+        self._expected = None
+
     @property
     def expecting(self) -> bool:
         """Whether queries of the next forward are to be kept."""

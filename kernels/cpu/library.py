@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.build import InstructionSet, build_kernels, build_operators, supported
+from kernels.cpu.build import InstructionSet, KernelsUnavailable, build_kernels, build_operators, supported
 
 BLOCK = 32
 """Output features that are packed together; BLOCK of csrc/kernels.h."""
@@ -27,10 +27,20 @@ class CpuKernels:
         """folder: where compiled ones are kept. target: an instruction set that this processor has; None: the best.
         Raises KernelsUnavailable."""
         target = target or supported()[0]
-        torch.ops.load_library(str(build_operators(folder)))  # type: ignore[no-untyped-call]
+        library = build_operators(folder)
+        try:
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+            library = build_kernels(target, folder)
+            self._kernels: int = torch.ops.magicdec_cpu.open(str(library))
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, KernelsUnavailable):
+                raise
+            # A file that was not written to its end, or a folder from which nothing may be executed.
+            reason = str(error).partition("\n")[0]
+            raise KernelsUnavailable(
+                f"{library} cannot be loaded; remove it to have it built anew: {reason}"
+            ) from error
         ops = torch.ops.magicdec_cpu
-        library = build_kernels(target, folder)
-        self._kernels: int = ops.open(str(library))
         self.name = library.stem.removeprefix("kernels-")
         # Looked up once: a model makes hundreds of calls per token.
         self._attention, self._linear, self._norm = ops.attention.default, ops.linear.default, ops.norm.default

@@ -237,6 +237,16 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         CpuKernels(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["build_operators", "build_kernels"])
+def test_a_library_that_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str) -> None:
+    CpuKernels(user_cache() / "kernels")  # so that there are operators to open the other with
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"\x7fELF, but no more than that")
+    monkeypatch.setattr(f"kernels.cpu.library.{part}", lambda *_: broken)
+    with pytest.raises(KernelsUnavailable, match=r"broken\.so cannot be loaded; remove it"):
+        CpuKernels(user_cache() / "kernels")
+
+
 def test_a_compiler_that_fails(tmp_path: Path) -> None:
     with pytest.raises(KernelsUnavailable, match=r"fails: .*error"):
         build.build_kernels(InstructionSet("none", frozenset(), ("-mno-such-thing",)), tmp_path)
