@@ -64,15 +64,18 @@ bench: $(INSTALLED) $(if $(MODEL),,model) ## Measure decoding with and without s
 bench-compare: $(INSTALLED) $(if $(MODEL),,model) ## Measure other engines beside this one, by turns
 	@$(BIN)/python -m bench.compare $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
-test-gpu: $(INSTALLED) gpu model ## Run the tests that need a CUDA device
-	@$(BIN)/python -m pytest tests/gpu tests/unit/test_gpu_kernels.py $(ARGS)
+test-gpu: gpu ## Run the tests that need a CUDA device
+	@$(GPU_PYTHON) -m pytest tests/gpu tests/unit/test_gpu_kernels.py tests/unit/test_gpu_ops.py $(ARGS)
 
-bench-gpu: $(INSTALLED) gpu $(if $(MODEL),,model) ## Measure decoding on a CUDA device
-	@$(BIN)/magicdec bench decode $(SETTINGS) --device cuda --batch 8,32 --context 4000 $(ARGS)
+bench-gpu: gpu ## Measure rounds of large models, with random weights, on a CUDA device
+	@$(GPU_PYTHON) -m bench.gpu $(ARGS)
+
+# GPU_PYTHON=python3 takes an environment that is there already, offline: torch for CUDA, Triton, perhaps FlashInfer.
+GPU_PYTHON := $(BIN)/python
 
 .PHONY: gpu
-gpu: $(INSTALLED)
-	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	    echo "error: no CUDA device is present" >&2; exit 1; }
 
 clean: ## Remove .venv and everything built; downloaded models stay

@@ -1,0 +1,56 @@
+"""Rounds in which chance decides how many drafts hold: for studies of speed where weights are random and nothing would.
+
+Nothing outside this file can bring it about: the engine's own round knows no such thing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import torch
+
+from engine.rows import Round
+from engine.runner import Runner
+from engine.sampling import Sampler
+from engine.speculation.drafters import Drafter
+from engine.speculation.verify import Verdict, verify
+
+
+class Chance:
+    """`engine.speculation.round.run_round`, but that each draft is accepted with a probability, up to the first that is
+    not; the work is the same."""
+
+    def __init__(self, alpha: float, seed: int = 0) -> None:
+        self._alpha = alpha
+        self._random = random.Random(seed)
+
+    def __call__(self, rows: Round, target: Runner, drafter: Drafter, sampler: Sampler) -> Verdict:
+        drafted = drafter.propose(rows)
+        logits = target.forward(rows.verify_batch(target.view))
+        verdict = self._judge(verify(rows.drafts(), drafted, logits, rows, sampler), rows)
+        rows.commit(verdict.accepted, verdict.chosen)
+        sampler.observe(rows.decisions, verdict.chosen, verdict.committed)
+        drafter.observe(rows, verdict)
+        return verdict
+
+    def _judge(self, verdict: Verdict, rows: Round) -> Verdict:
+        held = [self._held(int(gamma)) for gamma in rows.gamma[rows.samples]]
+        accepted = rows.state.to_device(torch.tensor(held, dtype=torch.int64).numpy())
+        return replace(verdict, accepted=accepted, committed=rows.decisions.offset <= accepted[rows.owner])
+
+    def _held(self, gamma: int) -> int:
+        held = 0
+        while held < gamma and self._random.random() < self._alpha:
+            held += 1
+        return held
+
+
+@contextmanager
+def accepting(alpha: float) -> Iterator[None]:
+    """Engines of this process run such rounds meanwhile."""
+    with patch("engine.worker.run_round", Chance(alpha)):
+        yield

@@ -1,0 +1,114 @@
+"""Whole engines on a GPU: CUDA graphs change nothing, random loads stay right, and the pool takes what is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.fitting import fit_pages, measure
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.sizing import size_up
+from models.default import default_model_dir
+from models.llama import Llama
+from models.loader import random_model
+from models.tokenizer import Tokenizer
+from parallel.group import Group
+from tests.engines import TINY, run, tiny_engine, tokens
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device is present", allow_module_level=True)
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'magicdec[cuda]'")
+
+from kernels.gpu.graphs import CudaGraphs
+from kernels.gpu.ops import GpuOps
+
+CUDA = torch.device("cuda")
+SHAPE = dataclasses.replace(TINY, num_layers=3, hidden_size=96, num_heads=6, num_kv_heads=2, head_dim=16)
+WINDOW = {"policy": "window", "budget": 32, "sink": 4}
+SNAPKV = {"policy": "snapkv", "budget": 32, "recent": 16}
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    """float32, so that batch shapes cannot tip a near tie."""
+    return random_model(SHAPE, 0, torch.float32, CUDA, Group.single(), GpuOps(recorder=CudaGraphs(CUDA)))
+
+
+def requests(count: int, seed: int) -> list[AddRequest]:
+    chance = random.Random(seed)
+    sampling: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.9, "top_k": 9}]
+    return [
+        AddRequest(
+            str(i),
+            [chance.randrange(2, 64) for _ in range(chance.choice([1, 7, 60, 200]))],
+            SamplingParams(max_tokens=chance.choice([1, 30, 90]), seed=i, ignore_eos=True, **chance.choice(sampling)),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kv", [WINDOW, SNAPKV], ids=["window", "snapkv"])
+def test_graphs_and_speculation_change_nothing(model: Llama, kv: dict[str, Any]) -> None:
+    wanted = requests(12, seed=1)
+    plain = {id: tokens(out) for id, out in run(tiny_engine(model, gamma=0, cuda_graphs=False), wanted).items()}
+    for gamma, graphs in ((0, True), (3, False), (3, True)):
+        engine = tiny_engine(model, gamma=gamma, speculation={"kv": kv}, cuda_graphs=graphs)
+        assert {id: tokens(out) for id, out in run(engine, wanted).items()} == plain, (gamma, graphs)
+        if gamma:
+            assert engine.stats().rejections > 0
+        engine.close()
+
+
+def test_a_random_load_stays_right(model: Llama) -> None:
+    """Requests come and go at any time, pages are few: some are preempted."""
+    engine = tiny_engine(model, gamma=3, speculation={"kv": WINDOW}, cache={"num_pages": 300}, max_model_len=400)
+    for seed in range(6):
+        chance, wanted = random.Random(seed), requests(30, seed)
+        alone = {each.id: tokens(run(engine, [each])[each.id]) for each in wanted}
+        joins = {each.id: chance.randrange(60) for each in wanted}
+        leaves = {each.id: chance.randrange(80) for each in wanted if chance.random() < 0.3}
+        for id, out in run(engine, wanted, joins=joins, leaves=leaves).items():
+            found = tokens(out)
+            assert found == (alone[id] if id not in leaves else alone[id][: len(found)])
+    engine.close()
+
+
+def test_the_pool_takes_what_is_left(model: Llama) -> None:
+    config = EngineConfig.model_validate({"model": "tiny", "device": "cuda", "max_model_len": 2000})
+    memory = measure(config, model)
+    assert 0 < memory.running < memory.total
+    assert 0 < memory.used < memory.total
+    sizes = dataclasses.replace(size_up(config, model), num_pages=None)
+    assert fit_pages(config, sizes, model, Group.single()) == sizes.most
+
+
+def test_the_default_model_follows_the_law() -> None:
+    directory = default_model_dir()
+    if not directory.is_dir():
+        pytest.skip("the default model is not there: magicdec fetch")
+    prompts = ["The whale is", "def fibonacci(n):", "Once upon a time there was a"]
+    texts = []
+    for gamma in (0, 4):
+        config = EngineConfig.model_validate(
+            {
+                "model": str(directory),
+                "device": "cuda",
+                "dtype": "float32",
+                "cache": {"memory_gb": 2},
+                "speculation": {"gamma": gamma, "kv": {"budget": 64}},
+            }
+        )
+        engine = Engine(config, progress=False)
+        tokenizer = Tokenizer(directory)
+        params = SamplingParams(max_tokens=120, temperature=0.7, seed=3, ignore_eos=True)
+        wanted = [AddRequest(text, tokenizer.encode(text), params) for text in prompts]
+        texts.append({id: tokens(out) for id, out in run(engine, wanted).items()})
+        engine.close()
+    assert texts[0] == texts[1]
