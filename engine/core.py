@@ -139,11 +139,15 @@ class Engine:
             ("prompt", request.prompt),
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
+            ("allowed_token_ids", params.allowed_token_ids),
+            ("bad_words", [token for word in params.bad_words for token in word]),
         ):
             # A prompt can have 100,000 tokens, and running rows wait for this.
             if ids and (min(ids) < 0 or max(ids) >= vocab_size):
                 token = next(token for token in ids if not 0 <= token < vocab_size)
                 raise RequestError(f"{what}: token id {token} is not in the vocabulary of {vocab_size}")
+        if params.grammar is not None and not (self._sizes.path / "tokenizer.json").is_file():
+            raise RequestError("grammar: the model's tokenizer.json is not there")
         self._scheduler.check_request(request)
 
     def add(self, request: AddRequest) -> None:

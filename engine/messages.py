@@ -24,6 +24,8 @@ class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
     params: SamplingParams
     arrival: float = 0.0
     """time.monotonic() when the request reached the server (one clock for all processes of a machine)."""
+    priority: int = 0
+    """Those with lower ones are admitted first."""
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):

@@ -45,6 +45,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     """None: no log-probabilities. k: that of each output token and of the k most likely, of the unchanged logits."""
+    grammar: str | None = None
+    """What the output has to match, as llguidance writes it: Lark, or its JSON. It ends where the grammar does."""
+    allowed_token_ids: tuple[Token, ...] = ()
+    """No other token can be drawn; empty: all can."""
+    bad_words: tuple[tuple[Token, ...], ...] = ()
+    """Sequences of tokens of which the last one cannot be drawn behind the others."""
     max_draft_tokens: Annotated[int, _COUNT] | None = None
     """Most tokens a draft may propose per round for this request (0: never speculate); None leaves it to the engine."""
 

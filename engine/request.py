@@ -30,6 +30,7 @@ class Request:
         "num_reserved",
         "pages",
         "params",
+        "priority",
         "row",
         "scheduled",
         "stop_reason",
@@ -40,6 +41,7 @@ class Request:
         self.id = message.id
         self.params: SamplingParams = message.params
         self.arrival = message.arrival
+        self.priority = message.priority
         self.tokens: list[int] = list(message.prompt)
         self.num_prompt = len(message.prompt)
         self.num_computed = 0

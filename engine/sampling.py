@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.grammar import Grammars
 from engine.params import SamplingParams
 from engine.plan import RowStart
 from engine.rows import Decisions, Ints, Rows
@@ -45,9 +46,10 @@ class Sampler:
     greedy row costs an argmax, a sampled one its noise.
     """
 
-    def __init__(self, rows: Rows, vocab: VocabShard, ops: Ops = REFERENCE) -> None:
-        """ops: what computes the rule, as it computed the logits."""
+    def __init__(self, rows: Rows, vocab: VocabShard, ops: Ops = REFERENCE, grammars: Grammars | None = None) -> None:
+        """ops: what computes the rule, as it computed the logits. grammars: of the rows; read, never moved."""
         max_rows, device = len(rows.tokens), rows.device
+        self._grammars = grammars
         self._rows = rows
         self._vocab = vocab
         self._ops = ops
@@ -70,7 +72,7 @@ class Sampler:
 
     def twin(self, vocab: VocabShard) -> Sampler:
         """A sampler for a draft model, with state of its own. vocab: its shard of the vocabulary."""
-        return Sampler(self._rows, vocab, self._ops)
+        return Sampler(self._rows, vocab, self._ops, self._grammars)
 
     # -- rows come, and commit -----------------------------------------------------------------------------------------
 
@@ -81,7 +83,7 @@ class Sampler:
         self._sampled[row] = params.sampled
         self._candidates[row] = self._deciding(params)
         self._penalised[row] = params.penalised
-        self._edited[row] = bool(params.logit_bias or params.min_tokens)
+        self._edited[row] = bool(params.logit_bias or params.min_tokens or params.allowed_token_ids or params.bad_words)
         self._reported[row] = params.logprobs is not None
         self._seed[row] = params.seed
         self._temperature[row] = params.temperature if params.sampled else 0.0
@@ -130,7 +132,10 @@ class Sampler:
         if self._penalised[rows].any():
             self._penalise(logits, decisions, self._to_device(np.flatnonzero(self._penalised[rows])))
         for i in np.flatnonzero(self._edited[rows]).tolist():
-            self._edits[int(rows[i])].apply(logits[i], decisions.position[i])
+            row = int(rows[i])
+            self._edits[row].apply(logits[i], decisions.position[i], self._rows.tokens[row])
+        if self._grammars is not None and (bound := np.flatnonzero(self._grammars.bound[rows])).size:
+            self._bind(logits, decisions, bound)
         temperature = self._temperature[decisions.row_index]
         now = np.flatnonzero(self._sampled[rows] & (divide | (self._candidates[rows] > 0)))
         if len(now):
@@ -176,17 +181,41 @@ class Sampler:
         """Repetition, over prompt and output (CTRL, arXiv 1909.05858), then frequency and presence, over output, as the
         OpenAI API defines them. The drafts before a decision count as output: if it stands, so do they."""
         assert self._counts is not None
-        slots, offset = decisions.row_index[asking], decisions.offset[asking]
-        first_draft = decisions.position[asking] - offset
-        steps = torch.arange(decisions.drafted.max(initial=0), device=logits.device)
-        columns = (first_draft[:, None] + steps).clamp_(max=self._rows.tokens.shape[1] - 1)
-        drafted = self._rows.tokens[slots[:, None], columns].long()
-        counts = self._counts.output_with(slots, drafted, steps < offset[:, None])
+        slots = decisions.row_index[asking]
+        counts = self._counts.output_with(slots, *self._drafted(decisions, asking))
         presence, frequency, repetition = self._penalties[slots, :, None].to(logits.dtype).unbind(1)
         changed = logits[asking]
         repeated = torch.where(changed > 0, changed / repetition, changed * repetition)
         changed = torch.where((counts > 0) | self._counts.in_prompt[slots], repeated, changed)
         logits[asking] = changed - frequency * counts - presence * (counts > 0)
+
+    def _drafted(self, decisions: Decisions, asking: Tensor) -> tuple[Tensor, Tensor]:
+        """The drafts before the decisions `asking` [n], and which of them stand before each: [n, most drafts] int64 and
+        bool."""
+        slots, offset = decisions.row_index[asking], decisions.offset[asking]
+        first_draft = decisions.position[asking] - offset
+        steps = torch.arange(decisions.drafted.max(initial=0), device=self._rows.device)
+        columns = (first_draft[:, None] + steps).clamp_(max=self._rows.tokens.shape[1] - 1)
+        return self._rows.tokens[slots[:, None], columns].long(), steps < offset[:, None]
+
+    def _bind(self, logits: Tensor, decisions: Decisions, bound: npt.NDArray[np.intp]) -> None:
+        """Leave only what grammars allow. bound: which decisions. The host has to see the drafts for it."""
+        assert self._grammars is not None
+        index = self._to_device(bound)
+        rows, counts = decisions.rows[bound], decisions.drafted[bound]
+        drafted = self._drafted(decisions, index)[0].tolist()
+        words = []
+        for row in dict.fromkeys(rows.tolist()):  # a row's decisions stand together, behind one draft more each
+            mine = np.flatnonzero(rows == row)
+            first, last = int(counts[mine[0]]), int(counts[mine[-1]])
+            words.append(self._grammars.masks(row, drafted[mine[-1]][:last], first))
+        packed = torch.from_numpy(np.concatenate(words)).to(logits.device)
+        token = torch.arange(self._vocab.start, self._vocab.start + self._vocab.size, device=logits.device)
+        allowed = ((packed[:, token // 32] >> (token % 32).int()) & 1).bool()
+        kept = logits[index].masked_fill(~allowed, float("-inf"))
+        # Where nothing else is left, what min_tokens or a bias has ruled out is not.
+        nothing = self._vocab.largest(kept) == float("-inf")
+        logits[index] = torch.where(nothing[:, None] & allowed, 0.0, kept)
 
     def _deciding(self, params: SamplingParams) -> int:
         if not params.truncated:
@@ -212,32 +241,56 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class _Edits:
-    """One row's sparse changes to its logits: bias, and stop tokens forbidden before `min_length`.
+    """One row's changes to its logits: bias, stop tokens forbidden before `min_length`, tokens and words that are not
+    allowed.
 
     tokens: [m] index into this rank's slice; bias: [m]; forbidden: [m] 0 or -inf, added while the row is shorter.
+    excluded: [slice] bool, or None. words: of each what it begins with, and its last token in this rank's slice.
     """
 
     tokens: Tensor
     bias: Tensor
     forbidden: Tensor
     min_length: int
+    excluded: Tensor | None
+    words: list[tuple[Tensor, int]]
 
     @classmethod
     def of(cls, start: RowStart, vocab: VocabShard, device: torch.device) -> _Edits:
-        stops = start.stop_ids if start.params.min_tokens else []
-        ids = torch.tensor([*start.params.logit_bias, *stops], dtype=torch.int64)
-        bias = torch.tensor([*start.params.logit_bias.values(), *(0.0 for _ in stops)], dtype=torch.float64)
+        params = start.params
+        stops = start.stop_ids if params.min_tokens else []
+        ids = torch.tensor([*params.logit_bias, *stops], dtype=torch.int64)
+        bias = torch.tensor([*params.logit_bias.values(), *(0.0 for _ in stops)], dtype=torch.float64)
         forbidden = torch.zeros_like(bias)
-        forbidden[len(start.params.logit_bias) :] = float("-inf")
+        forbidden[len(params.logit_bias) :] = float("-inf")
         mine = vocab.holds(ids)
         tokens = vocab.local(ids)[mine]
-        min_length = start.num_prompt + start.params.min_tokens
-        return cls(tokens.to(device), bias[mine].to(device), forbidden[mine].to(device), min_length)
+        min_length = start.num_prompt + params.min_tokens
+        excluded = None
+        if params.allowed_token_ids:
+            allowed = torch.tensor(params.allowed_token_ids, dtype=torch.int64)
+            excluded = torch.ones(vocab.size, dtype=torch.bool)
+            excluded[vocab.local(allowed)[vocab.holds(allowed)]] = False
+            excluded = excluded.to(device)
+        last = range(vocab.start, vocab.start + vocab.size)
+        words = [
+            (torch.tensor(word[:-1], dtype=torch.int32, device=device), word[-1] - vocab.start)
+            for word in params.bad_words
+            if word[-1] in last
+        ]
+        return cls(tokens.to(device), bias[mine].to(device), forbidden[mine].to(device), min_length, excluded, words)
 
-    def apply(self, logits: Tensor, position: Tensor) -> None:
-        """Change one row of logits in place; position: [] int64, of the token being decided."""
+    def apply(self, logits: Tensor, position: Tensor, row: Tensor) -> None:
+        """Change one row of logits in place; position: [] int64, of the token being decided. row: [max_model_len], the
+        row's tokens, drafts among them."""
         change = self.bias + torch.where(position < self.min_length, self.forbidden, 0.0)
         logits.index_add_(0, self.tokens, change.to(logits.dtype))
+        if self.excluded is not None:
+            logits.masked_fill_(self.excluded, float("-inf"))
+        for begins, token in self.words:
+            before = torch.arange(-len(begins), 0, device=row.device) + position
+            matches = (row[before.clamp(min=0)] == begins).all() & (position >= len(begins))
+            logits[token] = torch.where(matches, float("-inf"), logits[token])
 
 
 class _Counts:

@@ -28,7 +28,8 @@ class Scheduler:
     Decode rows come first, each with its drafts; what is left of the token budget goes to prefill chunks, oldest
     request first, then to new requests. A request is admitted when pages for all its tokens are free, so that a
     prefill under way never waits for pages; when a decoding row needs one and none is free, first drafts are given up,
-    then the request admitted last is preempted: its pages go back, and its KV is recomputed when it returns.
+    then the request admitted last is preempted: its pages go back, and its KV is recomputed when it returns, before
+    others of its priority. Priorities order those who wait; they take no row from a request that runs.
     """
 
     def __init__(
@@ -70,7 +71,10 @@ class Scheduler:
             raise QueueFull(f"{len(self._by_id)} requests run or wait already")
         request = Request(message, self._eos)
         self._by_id[request.id] = request
-        self.waiting.append(request)
+        behind = len(self.waiting)
+        while behind and self.waiting[behind - 1].priority > request.priority:
+            behind -= 1
+        self.waiting.insert(behind, request)
 
     def check_request(self, message: AddRequest) -> None:
         """Raises RequestError for a request that could never run."""
@@ -170,7 +174,7 @@ class Scheduler:
         return new
 
     def _admit(self, plan: StepPlan, work: list[tuple[Request, RowWork]], budget: int) -> None:
-        """First come, first served, while rows, budget and pages last."""
+        """By priority, then first come, first served, while rows, budget and pages last."""
         while self.waiting and self._free_rows and budget > 0:
             request = self.waiting[0]
             needed = -(-request.num_tokens // self._page_size)
@@ -220,7 +224,10 @@ class Scheduler:
         self._leave(request)
         request.num_computed = request.draft_lag = 0
         self.preemptions += 1
-        self.waiting.appendleft(request)
+        before = 0
+        while before < len(self.waiting) and self.waiting[before].priority < request.priority:
+            before += 1
+        self.waiting.insert(before, request)
 
     def _leave(self, request: Request) -> None:
         """Give row and pages back."""

@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import Store
 from engine import agreement
 from engine.config import ConfigError, EngineConfig
 from engine.fitting import fit_pages
+from engine.grammar import Grammars
 from engine.memory import OutOfMemory, is_out_of_memory, what_failed
 from engine.messages import TokenLogprobs
 from engine.orders import Launch, Report, WeightBytes, answer, follow
@@ -32,6 +33,7 @@ from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
 from engine.stopwatch import Stopwatch
+from models.default import resolve_model
 from models.llama import Llama
 from models.loader import load_model
 from parallel import rendezvous
@@ -71,7 +73,10 @@ class Worker:
         self._model, self._own_draft = model, draft.model
         self._drafting = drafting_model(config, model, draft)
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
-        self._sampler = make_sampler(config, self._rows, vocab, model.ops)
+        eos = model.config.eos_token_ids
+        tokenizer = resolve_model(config.model) / "tokenizer.json"
+        self._grammars = Grammars(config.scheduler.max_rows, tokenizer, model.config.vocab_size, eos)
+        self._sampler = make_sampler(config, self._rows, vocab, model.ops, self._grammars)
         target = make_target(config, model, self._rows, num_pages)
         self._target, drafter = make_drafter(config, target, self._rows, self._sampler, group, draft)
         self._watch = Stopwatch(model.device)
@@ -124,9 +129,12 @@ class Worker:
         if plan.clear:
             self._target.pool.clear(plan.clear)
         for start in plan.starts:
+            self._grammars.start(start)
             self._sampler.start(start)
         verdict = run_round(self._rows.enter(plan), self._target, self._drafter, self._sampler)
         results = _to_host(verdict, plan)
+        for row, decided in zip((work.row for work in plan.work if work.samples), results, strict=True):
+            self._grammars.commit(row, decided.tokens)
         draft_seconds = self._watch.take()
         result = StepResult(plan.step, results, draft_seconds, time.perf_counter() - began - draft_seconds)
         # Not part of what the round takes: neither a profile nor the controller is to see it.

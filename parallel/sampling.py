@@ -52,6 +52,11 @@ class VocabShard:
         best = values.amax(0)
         return tokens.masked_fill(values < best, float("inf")).amin(0).long()
 
+    def largest(self, logits: Tensor) -> Tensor:
+        """The largest logit of each row, on all ranks: [rows, size] to [rows]; O(rows) traffic."""
+        values = logits.amax(-1)
+        return values if self.group.size == 1 else self.group.all_gather(values).amax(0)
+
     def normalised(self, logits: Tensor) -> Tensor:
         """Log-probabilities of this rank's slice: [rows, size], the softmax being over all slices; O(rows) traffic."""
         mass = logits.logsumexp(-1, keepdim=True)

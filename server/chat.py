@@ -67,12 +67,14 @@ class _Answer:
             service.engine().ready,
             max_tokens=service.fit(tokens, asked, None),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            constraints=await body.constraints(service),
         )
         choices = [
             Choice(
                 number,
                 tokens,
                 msgspec.structs.replace(params, seed=choice_seed(params.seed, number)),
+                body.priority or 0,
                 continues=False,
             )
             for number in range(body.choices)

@@ -55,7 +55,7 @@ class _Answer:
         """Tokenize and check. Raises ApiError."""
         service.check_count(len(body.prompt), body.choices)
         special = True if body.add_special_tokens is None else body.add_special_tokens
-        ready = service.engine().ready
+        ready, constraints = service.engine().ready, await body.constraints(service)
         choices: list[Choice] = []
         echoes: list[str] = []
         prompt_tokens = 0
@@ -67,7 +67,7 @@ class _Answer:
             if body.truncate_prompt_tokens is not None:
                 tokens = tokens[-body.truncate_prompt_tokens :]
             max_tokens = service.fit(tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
-            params = body.sampling(ready, max_tokens=max_tokens, logprobs=body.logprobs)
+            params = body.sampling(ready, max_tokens=max_tokens, logprobs=body.logprobs, constraints=constraints)
             prompt_tokens += len(tokens)
             echo = ""
             if body.echo:
@@ -77,7 +77,7 @@ class _Answer:
                     echo = service.tokenizer.decode(tokens, params.skip_special_tokens)
             for number in range(body.choices):
                 own = msgspec.structs.replace(params, seed=choice_seed(params.seed, number))
-                choices.append(Choice(len(choices), tokens, own, continues=True))
+                choices.append(Choice(len(choices), tokens, own, body.priority or 0, continues=True))
                 echoes.append(echo)
         return cls(service, body, Generation(service, choices, Usage(prompt_tokens)), echoes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeGuard, TypeVar
 
 import msgspec
@@ -16,7 +17,9 @@ from engine.messages import Ready
 from engine.params import SamplingParams
 from server.errors import ApiError, draining, from_validation
 from server.limits import (
+    MAX_BAD_WORDS,
     MAX_CHOICES,
+    MAX_INT,
     MAX_LOGIT_BIAS,
     MAX_STOP_CHARS,
     MAX_STOP_TOKENS,
@@ -25,13 +28,8 @@ from server.limits import (
 )
 from server.service import Service
 from server.stream import before
-
-
-class Body(BaseModel):
-    """JSON types as they are (no "1" for 1), unknown fields refused; null means absent in optional fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
+from server.strict import Body, NotServed, only
+from server.structured import ResponseFormat, StructuredOutputs, check_grammar, grammar_of
 
 Model = TypeVar("Model", bound=Body)
 
@@ -44,24 +42,6 @@ async def read(request: Request, model: type[Model]) -> Model:
         return model.model_validate_json(body)
     except ValidationError as error:
         raise from_validation(error) from None
-
-
-class only:
-    """Validator of a field of which nothing but these values (and null) is served yet."""
-
-    def __init__(self, *values: object) -> None:
-        self._values = values
-
-    def __call__(self, value: Any) -> Any:
-        if value is None or any(type(value) is type(v) and value == v for v in self._values):
-            return value
-        if not self._values:
-            raise PydanticCustomError("not_served", "this field is not served yet")
-        served = " or ".join(msgspec.json.encode(v).decode() for v in self._values)
-        raise PydanticCustomError("not_served", f"nothing but {served} is served yet")
-
-
-NotServed = Annotated[Any, AfterValidator(only())]
 
 
 def _stop(value: Any) -> list[str] | None:
@@ -93,6 +73,26 @@ def _stop_token_ids(value: Any) -> list[int] | None:
         raise PydanticCustomError("token_ids", "expected a list of token ids")
     if len(value) > MAX_STOP_TOKENS:
         raise PydanticCustomError("token_ids", f"expected at most {MAX_STOP_TOKENS} token ids")
+    return value
+
+
+def _allowed_token_ids(value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    if not are_token_ids(value) or not value:
+        raise PydanticCustomError("token_ids", "expected a list of token ids")
+    return value
+
+
+def _bad_words(value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(word, str) and word for word in value):
+        raise PydanticCustomError("bad_words", "expected a list of strings that are not empty")
+    if len(value) > MAX_BAD_WORDS or any(len(word) > MAX_STOP_CHARS for word in value):
+        raise PydanticCustomError(
+            "bad_words", f"expected at most {MAX_BAD_WORDS} words of at most {MAX_STOP_CHARS} characters"
+        )
     return value
 
 
@@ -161,16 +161,18 @@ class CompletionFields(Body):
     metadata: dict[str, Any] | None = None
     speculation: Speculation | None = None
 
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    allowed_token_ids: Annotated[list[int] | None, PlainValidator(_allowed_token_ids)] = None
+    bad_words: Annotated[list[str] | None, PlainValidator(_bad_words)] = None
+    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
+
     # Known, and served only where they change nothing.
-    response_format: Annotated[Any, AfterValidator(only({"type": "text"}))] = None
-    priority: Annotated[Any, AfterValidator(only(0))] = None
     use_beam_search: Annotated[Any, AfterValidator(only(False))] = None
     length_penalty: Annotated[Any, AfterValidator(only(1.0, 1))] = None
     spaces_between_special_tokens: Annotated[Any, AfterValidator(only(True))] = None
     return_token_ids: Annotated[Any, AfterValidator(only(False))] = None
     return_tokens_as_token_ids: Annotated[Any, AfterValidator(only(False))] = None
-    allowed_token_ids: NotServed = None
-    bad_words: NotServed = None
     cache_salt: NotServed = None
     guided_choice: NotServed = None
     guided_decoding_backend: NotServed = None
@@ -182,7 +184,6 @@ class CompletionFields(Body):
     logits_processors: NotServed = None
     prompt_logprobs: NotServed = None
     structural_tag: NotServed = None
-    structured_outputs: NotServed = None
     vllm_xargs: NotServed = None
 
     def check(self) -> None:
@@ -204,11 +205,28 @@ class CompletionFields(Body):
     def usage_always(self) -> bool:
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
-    def sampling(self, ready: Ready, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        """Raises ApiError: a value out of range, or a token that the model does not have."""
+    async def constraints(self, service: Service) -> dict[str, Any]:
+        """Sampling parameters that take a tokenizer, or long: `grammar` and `bad_words`. Raises ApiError."""
+        found: dict[str, Any] = {}
+        if (asked := grammar_of(self.response_format, self.structured_outputs)) is not None:
+            await check_grammar(*asked)
+            found["grammar"] = asked[1]
+        if self.bad_words:
+            # As a word begins a text, and as it stands behind a space.
+            texts = [text for word in self.bad_words for text in (word, f" {word.lstrip()}")]
+            spelt = await service.encode(texts, False)
+            found["bad_words"] = [list(tokens) for tokens in dict.fromkeys(map(tuple, spelt)) if tokens]
+        return found
+
+    def sampling(
+        self, ready: Ready, *, max_tokens: int, logprobs: int | None, constraints: Mapping[str, Any] | None = None
+    ) -> SamplingParams:
+        """constraints: see there. Raises ApiError: a value out of range, or a token that the model does not have."""
         wanted = {
+            **(constraints or {}),
             "max_tokens": max_tokens,
             "logprobs": logprobs,
+            "allowed_token_ids": self.allowed_token_ids,
             "top_k": None if self.top_k == -1 else self.top_k,
             "seed": secrets.randbits(63) if self.seed is None else self.seed,
             "max_draft_tokens": self._max_draft_tokens(),
@@ -224,8 +242,8 @@ class CompletionFields(Body):
             raise _out_of_range(error) from None
         if params.min_tokens > max_tokens:
             raise ApiError(f"min_tokens: more than max_tokens ({max_tokens})", param="min_tokens")
-        for param, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            check_tokens(param, tokens, ready.vocab_size)
+        for param in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            check_tokens(param, getattr(params, param), ready.vocab_size)
         return params
 
     def _max_draft_tokens(self) -> int | None:

@@ -23,6 +23,7 @@ class Choice:
     index: int
     prompt: list[int]
     params: SamplingParams
+    priority: int
     continues: bool
     """Whether the output continues the prompt's text (a completion) or stands for itself (a chat answer)."""
 
@@ -84,7 +85,7 @@ class Generation:
             return
         context = choice.prompt if choice.continues else ()
         stream = TextStream(self.service.tokenizer, choice.params, context, stops)
-        request = AddRequest(uuid.uuid4().hex, choice.prompt, choice.params, self.arrival)
+        request = AddRequest(uuid.uuid4().hex, choice.prompt, choice.params, self.arrival, choice.priority)
         with self.service.metrics.follow(self.arrival) as timing:
             async with aclosing(client.generate(request)) as outputs:
                 async for output in outputs:

@@ -9,8 +9,9 @@ from pydantic_core import PydanticCustomError
 
 from engine.params import MAX_LOGPROBS
 from server.errors import ApiError
-from server.fields import Body, CompletionFields, NotServed, are_token_ids, only
+from server.fields import CompletionFields, are_token_ids
 from server.limits import MAX_INT, MAX_MESSAGES, MAX_PROMPTS
+from server.strict import Body, NotServed, only
 
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 MaxTokens = Annotated[int, Field(ge=0, le=MAX_INT)]

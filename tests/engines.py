@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,13 +38,15 @@ def tiny_model(
     return random_model(config, seed=seed, dtype=dtype, device=torch.device("cpu"), group=Group.single(), ops=ops)
 
 
-def tiny_engine(model: Llama, *, gamma: int, budget: int = 16, page_size: int = 4, **settings: Any) -> Engine:
-    """An engine whose draft sees so little that it is often wrong."""
+def tiny_engine(
+    model: Llama, *, gamma: int, budget: int = 16, page_size: int = 4, directory: Path | None = None, **settings: Any
+) -> Engine:
+    """An engine whose draft sees so little that it is often wrong. directory: where its tokenizer is, if it has one."""
     scheduler = {"max_rows": 8, "max_batch_tokens": 64, **settings.pop("scheduler", {})}
     speculation = {"kv": {"budget": budget, "sink": min(4, page_size)}, **settings.pop("speculation", {})}
     config = EngineConfig.model_validate(
         {
-            "model": "tiny",
+            "model": str(directory or "tiny"),
             "speculation": {"gamma": gamma, **speculation},
             "cache": {"page_size": page_size, "memory_gb": 0.1, **settings.pop("cache", {})},
             "scheduler": scheduler,

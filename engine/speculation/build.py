@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.grammar import Grammars
 from engine.graphs import ForwardGraphs, row_counts
 from engine.rows import Rows
 from engine.runner import Runner
@@ -103,11 +104,14 @@ def make_drafter(
     return target, SelfDrafter(Runner(model, target.pool, attention, view, graphs), sampler, views=views)
 
 
-def make_sampler(config: EngineConfig, rows: Rows, vocab: VocabShard, ops: Ops) -> Sampler:
+def make_sampler(
+    config: EngineConfig, rows: Rows, vocab: VocabShard, ops: Ops, grammars: Grammars | None = None
+) -> Sampler:
     """The target's."""
     if config.speculation.verification == "rejection" and config.speculation.most_drafts:
-        return RejectionSampler(rows, vocab, Proposals(len(rows.tokens), config.speculation.most_drafts), ops)
-    return Sampler(rows, vocab, ops)
+        proposals = Proposals(len(rows.tokens), config.speculation.most_drafts)
+        return RejectionSampler(rows, vocab, proposals, ops, grammars)
+    return Sampler(rows, vocab, ops, grammars)
 
 
 def _model_drafter(

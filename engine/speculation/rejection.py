@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.grammar import Grammars
 from engine.rows import Decisions, Rows
 from engine.sampling import Sampler
 from kernels.noise import gumbel_noise
@@ -58,12 +59,19 @@ class Proposals:
 class RejectionSampler(Sampler):
     """The sampler of a target, or of its draft, that share their proposals."""
 
-    def __init__(self, rows: Rows, vocab: VocabShard, proposals: Proposals, ops: Ops = REFERENCE) -> None:
-        super().__init__(rows, vocab, ops)
+    def __init__(
+        self,
+        rows: Rows,
+        vocab: VocabShard,
+        proposals: Proposals,
+        ops: Ops = REFERENCE,
+        grammars: Grammars | None = None,
+    ) -> None:
+        super().__init__(rows, vocab, ops, grammars)
         self._proposals = proposals
 
     def twin(self, vocab: VocabShard) -> Sampler:
-        return RejectionSampler(self._rows, vocab, self._proposals, self._ops)
+        return RejectionSampler(self._rows, vocab, self._proposals, self._ops, self._grammars)
 
     def give_up(self) -> None:
         self._proposals.clear()

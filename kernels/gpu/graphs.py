@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Do `work` and return what does it again, with the same kernels on the same addresses. It must not wait for
@@ -26,6 +27,7 @@ class CudaGraphs:
             for _ in range(_WARM_UPS):
                 work()
         torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads may call the driver meanwhile: NCCL's watchdog does.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -35,8 +35,6 @@ def fault(answer: httpx.Response, status: int, code: str | None = None) -> dict[
 
 
 NOT_SERVED_ON_BOTH: dict[str, Any] = {
-    "allowed_token_ids": [1],
-    "bad_words": ["x"],
     "cache_salt": "x",
     "guided_choice": ["a"],
     "guided_decoding_backend": "x",
@@ -47,14 +45,11 @@ NOT_SERVED_ON_BOTH: dict[str, Any] = {
     "kv_transfer_params": {},
     "length_penalty": 0.5,
     "logits_processors": [],
-    "priority": 1,
     "prompt_logprobs": 1,
-    "response_format": {"type": "json_object"},
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,
     "spaces_between_special_tokens": False,
     "structural_tag": "x",
-    "structured_outputs": {"json": {}},
     "use_beam_search": True,
     "vllm_xargs": {},
 }

@@ -137,7 +137,7 @@ def test_fixed_batches_keep_their_addresses(per_head: int) -> None:
         order = None if ours._order is None else ours._order.data_ptr()
         addresses.add((planned.wrapper, *(buffer.data_ptr() for buffer in planned.wrapper._buffers), order))
     assert len(addresses) == 1
-    with pytest.raises(ValueError, match="1 rows with 6 queries and lists of 2 pages, not the 2 with at most 6"):
+    with pytest.raises(ValueError, match="1 rows with 6 queries and lists of 3 pages, not the 2 with at most 6"):
         ours.plan(batch_of([(6, 0)], 4))
 
 

@@ -285,3 +285,14 @@ def test_first_come_first_served() -> None:
     _, requests = made.schedule()
     assert [request.id for request in requests] == ["0", "1"]
     assert [request.id for request in made.waiting] == ["2", "3"]
+
+
+def test_lower_priorities_come_first() -> None:
+    made, _ = scheduler(max_rows=1, batch=100)
+    for id, priority in (("a", 0), ("b", 5), ("c", 0), ("d", -1), ("e", 5), ("f", -1)):
+        made.add(AddRequest(id, [5] * 3, SamplingParams(), priority=priority))
+    assert [request.id for request in made.waiting] == ["d", "f", "a", "c", "b", "e"]
+    made.schedule()
+    (running,) = made.running
+    made._preempt(running)  # before others of its priority
+    assert [request.id for request in made.waiting] == ["d", "f", "a", "c", "b", "e"]

@@ -1,0 +1,84 @@
+"""Which tokens may come next where a request's output has to match a grammar: by llguidance, on every rank alike.
+
+A matcher stands behind a row's committed tokens. To see what may follow drafts it goes along them, and back again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from engine.plan import RowStart
+
+log = logging.getLogger(__name__)
+
+Words = npt.NDArray[np.int32]
+
+LIMITS = LLParserLimits(max_grammar_size=100_000, initial_lexer_fuel=500_000)
+"""What a grammar may cost to compile: some 100 ms at most, during which its round's rows wait."""
+
+
+class Grammars:
+    """The grammars of all row slots of one rank."""
+
+    def __init__(self, max_rows: int, tokenizer: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """tokenizer: the model's tokenizer.json; read when the first grammar comes."""
+        self._file = tokenizer
+        self._vocab_size = vocab_size
+        self._eos = list(eos_token_ids)
+        self._tokenizer: LLTokenizer | None = None
+        self._matchers: dict[int, LLMatcher] = {}
+        self.bound = np.zeros(max_rows, dtype=bool)
+        """[max_rows]: rows that have one."""
+
+    def start(self, start: RowStart) -> None:
+        """A request takes a row slot."""
+        row, grammar = start.row, start.params.grammar
+        self._matchers.pop(row, None)
+        self.bound[row] = grammar is not None
+        if grammar is not None:
+            if self._tokenizer is None:
+                self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocab_size, eos_token=self._eos)
+            self._matchers[row] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+            self.commit(row, start.tokens[start.num_prompt :])
+
+    def commit(self, row: int, tokens: Sequence[int]) -> None:
+        """Output of a row; of one without a grammar, nothing is remembered."""
+        if (matcher := self._matchers.get(row)) is None:
+            return
+        consumed = matcher.try_consume_tokens(list(tokens))
+        # What is behind the end, an end of sequence among it, leaves the matcher where it is.
+        if matcher.is_error() or (consumed < len(tokens) and not matcher.is_stopped()):
+            log.error("a grammar fails, and its output ends: %s", matcher.get_error() or "a token does not match")
+
+    def masks(self, row: int, drafted: Sequence[int], first: int = 0) -> Words:
+        """What may stand behind the row's committed tokens and `first` of its drafts, and behind each further draft:
+        [len(drafted) + 1 - first, words], a bit for each token. Behind a draft that does not match nothing is said:
+        all that was allowed before it is, there."""
+        matcher = self._matchers[row]
+        consumed = matcher.try_consume_tokens(list(drafted[:first]))
+        matching = consumed == first
+        words = np.zeros((len(drafted) + 1 - first, -(-self._vocab_size // 32)), dtype=np.int32)
+        for i, at in enumerate(words):
+            if i and matching:
+                matching = matcher.try_consume_tokens([drafted[first + i - 1]]) == 1
+                consumed += matching
+            if i and not matching:
+                at[:] = words[i - 1]
+            elif matcher.is_error():
+                self._only_eos(at)
+            else:
+                matcher.unsafe_compute_mask_ptr(at.ctypes.data, at.nbytes)
+        if consumed:
+            matcher.rollback(consumed)
+        return words
+
+    def _only_eos(self, words: Words) -> None:
+        """A grammar that has become too complex ends its request."""
+        for token in self._eos:
+            words[token // 32] |= np.uint32(1 << token % 32).astype(np.int32)

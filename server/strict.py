@@ -1,0 +1,33 @@
+"""What all request bodies have in common: nothing that is known and not served passes silently."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
+
+
+class Body(BaseModel):
+    """JSON types as they are (no "1" for 1), unknown fields refused; null means absent in optional fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class only:
+    """Validator of a field of which nothing but these values (and null) is served yet."""
+
+    def __init__(self, *values: object) -> None:
+        self._values = values
+
+    def __call__(self, value: Any) -> Any:
+        if value is None or any(type(value) is type(v) and value == v for v in self._values):
+            return value
+        if not self._values:
+            raise PydanticCustomError("not_served", "this field is not served yet")
+        served = " or ".join(msgspec.json.encode(v).decode() for v in self._values)
+        raise PydanticCustomError("not_served", f"nothing but {served} is served yet")
+
+
+NotServed = Annotated[Any, AfterValidator(only())]
