@@ -20,6 +20,7 @@ from engine.endpoint import HEARTBEAT, SOCKET, EndpointError, check_private, new
 from engine.greeting import LAST_WORD_S, appearance, first_word
 from engine.greeting import EngineDead as EngineDead
 from engine.heartbeat import hung
+from engine.logs import LogFormat
 from engine.messages import (
     FINISH_ABORT,
     AbortRequests,
@@ -77,6 +78,7 @@ class EngineClient:
         start_timeout_s: float,
         timeout_s: float,
         log_level: str = "info",
+        log_format: LogFormat = "text",
         command: Sequence[str] = ENGINE_COMMAND,
     ) -> EngineClient:
         """Start an engine process and wait until it is ready.
@@ -92,7 +94,7 @@ class EngineClient:
         try:
             # The engine's stdout joins its stderr: a server's stdout is for its user.
             client._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=_STDERR)
-            launch = Launch(config.model_dump(mode="json"), str(client._directory), log_level)
+            launch = Launch(config.model_dump(mode="json"), str(client._directory), log_level, log_format)
             assert client._process.stdin is not None
             with contextlib.suppress(ConnectionError):  # it ended already: _first_word says so
                 client._process.stdin.write(msgspec.json.encode(launch) + b"\n")

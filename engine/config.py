@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 
+from engine.logs import LogFormat
 from engine.settings import Positive, Settings
 from engine.speculation.settings import SpeculationConfig, policy_of
 
@@ -111,6 +112,24 @@ class ServerConfig(Settings):
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     """On SIGTERM running requests may finish for this long; then they are aborted."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = "text"
+    """json: an object per line. Neither holds text of prompts or answers."""
+    api_keys: list[SecretStr] = Field(default=[])
+    """Requests must carry one of them, but to /, /health, /ready and /metrics. None, here and in the file: all may
+    ask."""
+    api_keys_file: str | None = None
+    """More of them, one per line; read at the start."""
+    cors_origins: list[str] = Field(default=[])
+    """Origins whose pages may send requests; "*": all."""
+    tls_cert: str | None = None
+    """Certificate chain (PEM) to serve HTTPS with."""
+    tls_key: str | None = None
+    head_timeout_s: Annotated[float, Field(gt=0)] = 20.0
+    """Until a connection has sent all headers of a request."""
+    body_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Until the body is there, from the headers on."""
+    max_queued_tokens: Positive | None = None
+    """Prompt tokens of all requests that run or wait; what comes beyond is refused with 503. None: any number."""
 
 
 class Config(Settings):
@@ -126,6 +145,8 @@ class Config(Settings):
                 f"server.engine_timeout_s ({self.server.engine_timeout_s:g}) must be more than engine.step_timeout_s "
                 f"({self.engine.step_timeout_s:g}), or the server would give up before the engine says which rank hangs"
             )
+        if (self.server.tls_cert is None) != (self.server.tls_key is None):
+            raise ValueError("server.tls_cert and server.tls_key belong together")
         return self
 
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import msgspec
 
+from engine.logs import LogFormat
 from engine.memory import OutOfMemory
 from engine.plan import StepPlan
 from parallel.channel import Link
@@ -22,7 +23,8 @@ class Launch(msgspec.Struct):
     setting resolved, answers with a second Report once it is ready, and from then on is sent StepPlans and pings."""
 
     join: Join
-    log_level: int
+    log_level: str
+    log_format: LogFormat
 
 
 class WeightBytes(msgspec.Struct, frozen=True):

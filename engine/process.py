@@ -32,7 +32,7 @@ import zmq
 from engine.config import EngineConfig
 from engine.endpoint import HEARTBEAT, SOCKET, remove
 from engine.heartbeat import Heart
-from engine.logs import set_up
+from engine.logs import LogFormat, set_up
 from engine.messages import (
     FINISH_ABORT,
     RETRY_FULL,
@@ -66,6 +66,7 @@ class Launch(msgspec.Struct):
     directory: str
     """Where to create the ipc sockets, and nothing else; removed with them when the engine ends."""
     log_level: str = "info"
+    log_format: LogFormat = "text"
 
 
 class EngineLike(Protocol):
@@ -208,7 +209,7 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
     if not line:  # the parent changed its mind
         return 0
     launch = msgspec.json.decode(line, type=Launch)
-    set_up(launch.log_level)
+    set_up(launch.log_level, launch.log_format)
     config = launch.config
     return serve(lambda: load_engine(EngineConfig.model_validate(config)), Path(launch.directory), _STDIN)
 

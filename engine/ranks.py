@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from engine.config import ConfigError, EngineConfig
+from engine.logs import in_use
 from engine.memory import OutOfMemory, what_failed
 from engine.orders import PING, Launch, WeightBytes
 from engine.plan import StepPlan
@@ -146,9 +146,9 @@ class Ranks:
 
     def introduce(self, join: Join, config: EngineConfig) -> None:
         """Tell each rank who it is, wait until all are there, and send them the settings. join: rank 0's."""
-        level = logging.getLogger().getEffectiveLevel()
+        level, format = in_use()
         for rank in self._roster.ranks:
-            launch = Launch(msgspec.structs.replace(join, rank=rank), level)
+            launch = Launch(msgspec.structs.replace(join, rank=rank), level, format)
             self._channel.send(rank, self._encoder.encode(launch))
         self._await_hello(1, config.start_timeout_s)
         self._channel.broadcast(config.model_dump_json().encode())

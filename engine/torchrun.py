@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     except (ElasticError, ConfigError, EndpointError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    set_up(config.server.log_level)
+    set_up(config.server.log_level, config.server.log_format)
     return _lead(settings, place, options.socket) if place.rank == 0 else _follow(settings, place)
 
 

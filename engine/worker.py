@@ -21,6 +21,7 @@ from engine import agreement
 from engine.config import ConfigError, EngineConfig
 from engine.fitting import fit_pages
 from engine.grammar import Grammars
+from engine.logs import set_up
 from engine.memory import OutOfMemory, is_out_of_memory, what_failed
 from engine.messages import TokenLogprobs
 from engine.orders import Launch, Report, WeightBytes, answer, follow
@@ -192,11 +193,7 @@ def live(
     """
     try:
         launch = msgspec.msgpack.decode(link.receive(), type=Launch)
-        logging.basicConfig(
-            level=launch.log_level,
-            stream=sys.stderr,
-            format=f"%(asctime)s %(levelname)s rank {launch.join.rank}: %(message)s",
-        )
+        set_up(launch.log_level, launch.log_format, f"rank {launch.join.rank}")
         answer(link, Report())
         config = EngineConfig.model_validate_json(link.receive())
         device = _device(config, launch.join.rank if local_rank is None else local_rank)

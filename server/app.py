@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from server import chat, completions, info, tokens
+from server.access import AccessLog
 from server.errors import LastResort, add_handlers
+from server.keys import ApiKeys
 from server.limits import BodyLimit
 from server.service import Service
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, keys: frozenset[str] = frozenset()) -> FastAPI:
+    """keys: API keys; none: all may ask."""
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -21,8 +25,17 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     add_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=int(service.config.server.max_body_mb * 2**20))
-    app.add_middleware(LastResort)  # outermost
+    settings = service.config.server
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=int(settings.max_body_mb * 2**20), timeout_s=settings.body_timeout_s)
+    if keys:
+        app.add_middleware(ApiKeys, keys=keys)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(LastResort)
+    app.add_middleware(AccessLog)
     for routes in (completions, chat, tokens, info):
         app.include_router(routes.router)
     return app

@@ -54,6 +54,7 @@ class _Answer:
         self._service = service
         self._body = body
         self._generation = generation
+        self.facts = generation.facts
 
     @classmethod
     async def prepare(cls, service: Service, body: ChatRequest) -> _Answer:

@@ -48,6 +48,7 @@ class _Answer:
         self._service = service
         self._body = body
         self._generation = generation
+        self.facts = generation.facts
         self._echoes = echoes
 
     @classmethod

@@ -59,9 +59,9 @@ class ApiError(Exception):
         return Response(msgspec.json.encode(self.body()), self.status, self.headers, media_type="application/json")
 
 
-def unavailable(message: str, code: str) -> ApiError:
-    """503 that is worth trying again."""
-    return ApiError(message, status=503, code=code, headers={"Retry-After": "1"})
+def unavailable(message: str, code: str, retry_after_s: int = 1) -> ApiError:
+    """503 that is worth trying again after so many seconds."""
+    return ApiError(message, status=503, code=code, headers={"Retry-After": str(retry_after_s)})
 
 
 def draining() -> ApiError:

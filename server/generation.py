@@ -67,10 +67,24 @@ class Generation:
     choices: Sequence[Choice]
     usage: Usage
     arrival: float = field(default_factory=time.monotonic)
+    first: float | None = None
+    """time.monotonic() of the first token of any choice."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the log; see server.access."""
+        usage = self.usage
+        return {
+            "choices": len(self.choices),
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": lambda: usage.completion_tokens,
+            "accepted_tokens": lambda: usage.accepted,
+            "first_token_seconds": lambda: None if self.first is None else round(self.first - self.arrival, 4),
+        }
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces of all choices as they come. Closing early aborts them. Raises ApiError, EngineDead."""
-        with self.service.admit(len(self.choices)) as client:
+        with self.service.admit(len(self.choices), sum(len(choice.prompt) for choice in self.choices)) as client:
             stops = stop_strings(self.choices[0].params)
             async with aclosing(merge([self._run(client, choice, stops) for choice in self.choices])) as merged:
                 async for piece in merged:
@@ -94,6 +108,8 @@ class Generation:
                             raise unavailable(output.error, output.retry)
                         raise ApiError(output.error, code="cannot_serve")
                     delta = stream.take(output)
+                    if self.first is None and output.tokens:
+                        self.first = time.monotonic()
                     self.usage.completion_tokens += len(delta.tokens)
                     self.usage.accepted += delta.accepted
                     self.usage.rejected += output.drafted - output.accepted

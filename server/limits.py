@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,11 +35,13 @@ def check_tokens(param: str, tokens: Collection[int], vocab_size: int) -> None:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `max_bytes` with 413, by the bytes that arrive, however they are framed."""
+    """Refuses bodies of more than `max_bytes` with 413, by the bytes that arrive, however they are framed; and with 408
+    those that have not arrived after `timeout_s`."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,14 +49,23 @@ class BodyLimit:
             return
         announced = dict(scope["headers"]).get(b"content-length", b"")
         largest = int(announced) if announced.isdigit() else 0  # known before it has arrived
-        received = 0
+        received, whole = 0, False
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
 
         async def counted() -> Message:
-            nonlocal received
+            nonlocal received, whole
             message: Message = {}
             if largest <= self._max_bytes:
-                message = await receive()
+                try:
+                    async with asyncio.timeout_at(None if whole else deadline):
+                        message = await receive()
+                except TimeoutError:
+                    reason = f"the body was not there after {self._timeout_s:g} s"
+                    raise ApiError(
+                        reason, status=408, code="request_timeout", headers={"Connection": "close"}
+                    ) from None
                 received += len(message.get("body", b""))
+                whole = whole or not message.get("more_body", False)
             if max(received, largest) > self._max_bytes:
                 raise ApiError(f"the body is larger than {self._max_bytes} bytes", status=413, code="body_too_large")
             return message

@@ -10,16 +10,14 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import msgspec
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from engine.client import ENGINE_COMMAND, EngineClient, EngineDead
 from engine.config import Config
 from engine.supervisor import Supervisor
 from models.tokenizer import Tokenizer
 from server.app import create_app
-from server.errors import ApiError
+from server.protocol import protocol
 from server.service import Service
 
 _DEAD_LINGER_S = 2.0
@@ -36,15 +34,6 @@ class _HttpServer(uvicorn.Server):
         yield  # Lifecycle handles them: draining must not close the listening socket
 
 
-class _Protocol(HttpToolsProtocol):
-    def send_400_response(self, msg: str) -> None:
-        """What is not HTTP at all: the same error body as for everything else."""
-        body = msgspec.json.encode(ApiError(msg, code="invalid_http").body())
-        head = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\n"
-        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        self.transport.close()
-
-
 class Lifecycle:
     """Runs one deployment. First SIGTERM or SIGINT: drain; second: end at once."""
 
@@ -54,17 +43,20 @@ class Lifecycle:
         tokenizer: Tokenizer,
         listener: socket.socket,
         on_ready: Callable[[Service], None],
+        keys: frozenset[str] = frozenset(),
         engine_command: Sequence[str] = ENGINE_COMMAND,
         engine_directory: Path | None = None,
     ) -> None:
         """`listener`: a bound socket, closed at the end. `on_ready` is called once requests are taken.
 
-        engine_directory: of an engine to attach to, in place of starting one with engine_command.
+        keys: API keys; none: all may ask. engine_directory: of an engine to attach to, in place of starting one with
+        engine_command.
         """
         self._config = config
         self._tokenizer = tokenizer
         self._listener = listener
         self._on_ready = on_ready
+        self._keys = keys
         self._engine_command = engine_command
         self._engine_directory = engine_directory
         self._stop = asyncio.Event()
@@ -76,15 +68,18 @@ class Lifecycle:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         service = Service(self._config, self._tokenizer)
-        debug = self._config.server.log_level == "debug"
+        settings = self._config.server
+        debug = settings.log_level == "debug"
         http = _HttpServer(
             uvicorn.Config(
-                create_app(service),
-                http=_Protocol,
+                create_app(service, self._keys),
+                http=protocol(settings.head_timeout_s),  # type: ignore[arg-type]
+                ssl_certfile=settings.tls_cert,
+                ssl_keyfile=settings.tls_key,
                 lifespan="off",
                 log_config=None,
                 log_level="info" if debug else "warning",
-                access_log=debug,
+                access_log=False,
                 # Said here lest environment variables say otherwise.
                 workers=1,
                 proxy_headers=False,
@@ -132,6 +127,7 @@ class Lifecycle:
             start_timeout_s=settings.start_timeout_s,
             timeout_s=settings.engine_timeout_s,
             log_level=settings.log_level,
+            log_format=settings.log_format,
             command=self._engine_command,
         )
 

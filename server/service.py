@@ -17,6 +17,9 @@ from server.metrics import Metrics
 from server.template import ChatTemplate
 from server.version import build
 
+_TYPICAL_RATE = 0.05
+"""What one request changes of how long requests are taken to take."""
+_MOST_RETRY_S = 30
 _INLINE_CHARS = 2048
 """More text than this is tokenized off the event loop."""
 
@@ -39,7 +42,8 @@ class Service:
         self.draining = asyncio.Event()
         self.build = build()
         self.metrics = Metrics(self.model_id, lambda: self.client.stats if self.client else None)
-        self._admitted = 0
+        self._admitted = self._admitted_tokens = 0
+        self._typical_s = 1.0  # of a request, waiting included
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -87,19 +91,32 @@ class Service:
             )
 
     @contextmanager
-    def admit(self, requests: int) -> Iterator[Supervisor]:
-        """Hold places for this many requests to the engine. Raises ApiError 503 if there are not as many."""
+    def admit(self, requests: int, tokens: int) -> Iterator[Supervisor]:
+        """Hold places for this many requests to the engine, with so many prompt tokens. Raises ApiError 503 if there
+        are not as many."""
         client = self.engine()
+        most = self.config.server.max_queued_tokens
         if self._admitted + requests > self.capacity:
-            raise unavailable("the queue is full", "queue_full")
+            raise unavailable("the queue is full", "queue_full", self._retry_after())
+        # Whoever comes to an idle server is served, however long the prompt is.
+        if most is not None and self._admitted and self._admitted_tokens + tokens > most:
+            raise unavailable("the queue holds as many tokens as it may", "queue_full", self._retry_after())
         self._admitted += requests
+        self._admitted_tokens += tokens
         self._idle.clear()
+        began = time.monotonic()
         try:
             yield client
         finally:
             self._admitted -= requests
+            self._admitted_tokens -= tokens
+            self._typical_s += _TYPICAL_RATE * (time.monotonic() - began - self._typical_s)
             if not self._admitted:
                 self._idle.set()
+
+    def _retry_after(self) -> int:
+        """Seconds after which half of those who are here will have gone, at the present rate."""
+        return max(1, min(_MOST_RETRY_S, round(self._typical_s / 2)))
 
     async def wait_idle(self) -> None:
         """Return once no admitted request is left."""

@@ -12,6 +12,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from server.access import note
 from server.errors import as_api_error
 
 T = TypeVar("T")
@@ -53,6 +54,8 @@ class Answer(Protocol):
     """What a completion route answers one request with: in one piece, or event by event."""
 
     id: str
+    facts: dict[str, Any]
+    """For the log: values, or calls that give them in the end."""
 
     async def whole(self) -> Any: ...
     def events(self) -> AsyncGenerator[Any, None]: ...
@@ -61,6 +64,7 @@ class Answer(Protocol):
 async def respond(request: Request, answer: Answer, streaming: bool) -> Response:
     """Send `answer`; its work ends with it, or when the client goes."""
     headers = {"X-Request-Id": answer.id}
+    note(request, id=answer.id, **answer.facts)
     if streaming:
         return await stream(request, answer.events(), headers)
     body = msgspec.json.encode(await while_there(request.receive, answer.whole()))

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from server.service import Service
 
 
+class LogStyle(StrEnum):
+    text = "text"
+    json = "json"
+
+
 class LogLevel(StrEnum):
     debug = "debug"
     info = "info"
@@ -37,6 +42,17 @@ def serve(
         Path | None, typer.Option(help="Socket directory of an engine that torchrun runs; start none.")
     ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="What is logged, on stderr.")] = None,
+    log_format: Annotated[LogStyle | None, typer.Option(help="text or json, a line per event.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A key that requests must carry; several are fine. Others see flags: prefer --api-keys-file."
+        ),
+    ] = None,
+    api_keys_file: Annotated[Path | None, typer.Option(help="A file of such keys, one per line.")] = None,
+    cors_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask; * for all.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM): serve HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
 ) -> None:
     """Serve a model over HTTP. Prints one line, with a request to try, when it takes requests."""
     own = options.flags_of(name for name in overrides if name != "engine.model")
@@ -48,6 +64,12 @@ def serve(
         "server.served_model_name": served_model_name,
         "server.restart": restart,
         "server.log_level": log_level and log_level.value,
+        "server.log_format": log_format and log_format.value,
+        "server.api_keys": api_key,
+        "server.api_keys_file": api_keys_file and str(api_keys_file),
+        "server.cors_origins": cors_origin,
+        "server.tls_cert": tls_cert and str(tls_cert),
+        "server.tls_key": tls_key and str(tls_key),
     }
     overrides |= {name: value for name, value in flags.items() if value is not None}
     from engine.config import load_config
@@ -62,12 +84,13 @@ def _run(config: Config, engine: Path | None) -> int:
     from models.config import read_config
     from models.default import resolve_model
     from models.tokenizer import Tokenizer
+    from server.keys import read_keys
     from server.listen import listen
     from server.run import Lifecycle
 
     directory = resolve_model(config.engine.model)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"model": str(directory)})})
-    set_up(config.server.log_level)
+    set_up(config.server.log_level, config.server.log_format)
     read_config(directory)
     tokenizer = Tokenizer(directory)
     listener = listen(config.server.host, config.server.port)
@@ -76,10 +99,16 @@ def _run(config: Config, engine: Path | None) -> int:
     def ready(service: Service) -> None:
         typer.echo(f"ready: {example(address, port, service)}")
 
+    keys = read_keys([key.get_secret_value() for key in config.server.api_keys], _path(config.server.api_keys_file))
+
     async def main() -> int:
-        return await Lifecycle(config, tokenizer, listener, ready, engine_directory=engine).run()
+        return await Lifecycle(config, tokenizer, listener, ready, keys=keys, engine_directory=engine).run()
 
     return uvloop.run(main())
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def example(address: str, port: int, service: Service) -> str:
@@ -92,4 +121,7 @@ def example(address: str, port: int, service: Service) -> str:
     else:
         route, ask = "completions", {"prompt": "Once upon a time"}
     body = json.dumps({**ask, "max_tokens": 32})
-    return f"curl http://{host}:{port}/v1/{route} -H 'Content-Type: application/json' -d '{body}'"
+    scheme, key = ("https" if service.config.server.tls_cert else "http"), ""
+    if service.config.server.api_keys or service.config.server.api_keys_file:
+        key = " -H 'Authorization: Bearer KEY'"
+    return f"curl {scheme}://{host}:{port}/v1/{route} -H 'Content-Type: application/json'{key} -d '{body}'"

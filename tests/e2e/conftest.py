@@ -134,7 +134,7 @@ def start(
         )
     assert process.stdout is not None
     line = process.stdout.readline()
-    found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    found = re.search(r"https?://127\.0\.0\.1:\d+", line)
     if found is None:
         process.kill()
         pytest.fail(f"the server did not start: {line!r}\n{log.read_text()}")

@@ -326,7 +326,7 @@ def test_an_engine_out_of_memory(directory: Path, stream: bool) -> None:
 def test_a_full_queue(directory: Path) -> None:
     async def main() -> None:
         async with server(directory) as (http, _, service):
-            with service.admit(6):
+            with service.admit(6, 6):
                 two = {"prompt": [10], "n": 2}
                 assert (await http.post("/v1/completions", json=two)).status_code == 200
                 answer = await http.post("/v1/completions", json={"prompt": [10], "n": 3})
