@@ -1,0 +1,93 @@
+"""What a load is made of: when requests arrive, how long they are, and of what text."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bench.corpus import BenchError
+
+Arrivals = Literal["poisson", "constant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """A distribution of numbers of tokens. spec: as `parse` takes it."""
+
+    spec: str
+    draw: Callable[[random.Random], int]
+    most: int
+
+    @classmethod
+    def parse(cls, spec: str) -> Lengths:
+        """`500`: always; `uniform:100:900`: any of these; `lognormal:500:0.8:4000`: with this median and sigma, at most
+        the last. Raises BenchError."""
+        kind, *numbers = spec.split(":")
+        try:
+            if kind.isdecimal() and not numbers and int(kind) > 0:
+                only = int(kind)
+                return cls(spec, lambda rng: only, only)
+            if kind == "uniform" and len(numbers) == 2:
+                least, most = map(int, numbers)
+                if 0 < least <= most:
+                    return cls(spec, lambda rng: rng.randint(least, most), most)
+            if kind == "lognormal" and len(numbers) == 3:
+                middle, sigma, most = float(numbers[0]), float(numbers[1]), int(numbers[2])
+                if middle >= 1 and sigma > 0 and most >= 1:
+                    mu = math.log(middle)
+                    return cls(spec, lambda rng: min(most, max(1, round(rng.lognormvariate(mu, sigma)))), most)
+        except ValueError:
+            pass
+        raise BenchError(f"{spec!r} is no length: N, uniform:LEAST:MOST or lognormal:MEDIAN:SIGMA:MOST")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One request. prompt: token ids. output: tokens to generate."""
+
+    prompt: list[int]
+    output: int
+
+
+def items(
+    tokens: Sequence[int],
+    count: int,
+    prompt: Lengths,
+    output: Lengths,
+    *,
+    shared: int = 0,
+    groups: int = 1,
+    seed: int = 0,
+) -> list[Item]:
+    """Requests over stretches of a text, the same for the same seed.
+
+    tokens: of the text. shared: how many tokens the prompts of a group begin with; of `groups` groups, which requests
+    belong to by turns. A prompt is never longer than it was drawn to be. Raises BenchError if the text is too short.
+    """
+    if len(tokens) < prompt.most:
+        raise BenchError(f"the text has {len(tokens)} tokens, fewer than the {prompt.most} of the longest prompt")
+    rng = random.Random(seed)
+
+    def stretch(length: int) -> list[int]:
+        first = rng.randint(0, len(tokens) - length)
+        return list(tokens[first : first + length])
+
+    prefixes = [stretch(min(shared, prompt.most)) for _ in range(groups)]
+    found = []
+    for i in range(count):
+        length = prompt.draw(rng)
+        begins = prefixes[i % groups][:length]
+        found.append(Item(begins + stretch(length - len(begins)), output.draw(rng)))
+    return found
+
+
+def arrival_times(arrivals: Arrivals, rate: float, seed: int) -> Iterator[float]:
+    """Seconds from the start, without end: independent of each other (poisson), or evenly spread."""
+    rng = random.Random(seed)
+    at = 0.0
+    while True:
+        yield at
+        at += rng.expovariate(rate) if arrivals == "poisson" else 1 / rate

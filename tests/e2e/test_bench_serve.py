@@ -1,0 +1,66 @@
+"""`magicdec bench serve` against a real server: every request is accounted for, also those that are refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import PATIENCE_S, ROOT, Server, command, environment
+
+
+def bench(tmp_path: Path, url: str, tokenizer: Path, *flags: str) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit status, summaries, and what was printed."""
+    file = tmp_path / "load.json"
+    file.unlink(missing_ok=True)
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 100, encoding="utf-8")
+    ran = subprocess.run(
+        command(
+            *("bench", "serve", "--url", url, "--tokenizer", str(tokenizer), "--text", str(text), "--json", str(file)),
+            *flags,
+        ),
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    return ran.returncode, json.loads(file.read_text()) if file.exists() else [], ran.stdout + ran.stderr
+
+
+def test_both_loops(tmp_path: Path, tiny: Server, tiny_model: Path) -> None:
+    lengths = ("--prompt", "uniform:20:60", "--output", "12", "--shared-prefix", "10", "--requests", "12")
+    drafts = ("--speculation", "on,off", "--slo", "ttft:60000")
+    for loop in (("--rate", "50,200"), ("--concurrency", "1,6"), ("--rate", "50,90", "--arrivals", "constant")):
+        status, found, said = bench(tmp_path, f"{tiny.url}/v1", tiny_model, *lengths, *drafts, *loop)
+        assert status == 0, said
+        assert [each["speculation"] for each in found] == ["on", "off", "on", "off"]
+        for each in found:
+            assert each["fates"] == {"answered": 12}
+            assert each["tokens_per_s"] == pytest.approx(12 * each["requests_per_s"])
+            assert each["goodput"] == each["requests_per_s"]
+            assert 0 < each["ttft_ms"]["p50"] <= each["e2e_ms"]["p99"]
+            assert each["tpot_ms"]["p50"] > 0
+        assert "tpot95" in said
+
+
+def test_refusals_are_counted(tmp_path: Path, launch: Callable[..., Server], tiny_model: Path) -> None:
+    small = launch(max_queued_tokens=45)
+    flags = ("--prompt", "20", "--output", "100", "--requests", "20", "--rate", "500")
+    status, (found,), said = bench(tmp_path, small.url, tiny_model, *flags)
+    assert status == 0
+    assert found["fates"]["refused"] > 5
+    assert found["fates"]["refused"] + found["fates"]["answered"] == 20
+    assert "the queue holds as many tokens as it may" in said
+
+
+def test_nobody_there(tmp_path: Path, tiny_model: Path) -> None:
+    status, _, said = bench(tmp_path, "http://127.0.0.1:9", tiny_model, "--rate", "1")
+    assert status == 2
+    assert "no model is served there" in said
+    assert "Traceback" not in said
