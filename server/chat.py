@@ -16,6 +16,7 @@ from models.tokenizer import Tokenizer
 from server.completions import finite
 from server.fields import choice_seed, read
 from server.generation import Choice, Generation, Piece, Usage
+from server.report import Reports
 from server.schemas import ChatFields, ChatRequest
 from server.service import Service
 from server.stream import respond
@@ -76,6 +77,7 @@ class _Answer:
                 tokens,
                 msgspec.structs.replace(params, seed=choice_seed(params.seed, number)),
                 body.priority or 0,
+                body.wants_report,
                 continues=False,
             )
             for number in range(body.choices)
@@ -86,11 +88,13 @@ class _Answer:
         texts: list[list[str]] = [[] for _ in self._generation.choices]
         logprobs: list[list[dict[str, Any]]] = [[] for _ in texts]
         ends: list[Piece | None] = [None] * len(texts)
+        reports = Reports()
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 texts[piece.index].append(piece.delta.text)
                 logprobs[piece.index] += self._logprobs(piece)
                 ends[piece.index] = piece
+                reports.add(piece.index, piece.report)
         choices = [
             {
                 "index": index,
@@ -98,6 +102,7 @@ class _Answer:
                 "logprobs": {"content": logprobs[index], "refusal": None} if self._body.logprobs else None,
                 "finish_reason": end.delta.finish_reason if end else None,
                 "stop_reason": end.delta.stop_reason if end else None,
+                **reports.of(index),
             }
             for index, end in enumerate(ends)
         ]
@@ -112,12 +117,14 @@ class _Answer:
                     silent.remove(piece.index)
                     yield self._chunk(_delta(piece.index, {"role": "assistant", "content": ""}))
                 logprobs = self._logprobs(piece)
-                if not (piece.delta.text or logprobs or piece.delta.finish_reason):
+                if not (piece.delta.text or logprobs or piece.report or piece.delta.finish_reason):
                     continue  # all of it held back
                 choice = _delta(piece.index, {"content": piece.delta.text} if piece.delta.text else {})
                 choice["logprobs"] = {"content": logprobs, "refusal": None} if self._body.logprobs else None
                 choice["finish_reason"] = piece.delta.finish_reason
                 choice["stop_reason"] = piece.delta.stop_reason
+                if piece.report is not None:
+                    choice["speculation"] = piece.report
                 yield self._chunk(choice)
         if self._body.usage_at_end:
             yield self._object("chat.completion.chunk", []) | {"usage": usage.as_dict()}

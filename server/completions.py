@@ -15,6 +15,7 @@ from engine.messages import TokenLogprobs
 from models.tokenizer import REPLACEMENT, Tokenizer
 from server.fields import choice_seed, read
 from server.generation import Choice, Generation, Piece, Usage
+from server.report import Reports
 from server.schemas import CompletionRequest
 from server.service import Service
 from server.stream import respond
@@ -78,7 +79,7 @@ class _Answer:
                     echo = service.tokenizer.decode(tokens, params.skip_special_tokens)
             for number in range(body.choices):
                 own = msgspec.structs.replace(params, seed=choice_seed(params.seed, number))
-                choices.append(Choice(len(choices), tokens, own, body.priority or 0, continues=True))
+                choices.append(Choice(len(choices), tokens, own, body.priority or 0, body.wants_report, continues=True))
                 echoes.append(echo)
         return cls(service, body, Generation(service, choices, Usage(prompt_tokens)), echoes)
 
@@ -86,14 +87,19 @@ class _Answer:
         texts = [[echo] for echo in self._echoes]
         logprobs: list[dict[str, list[Any]] | None] = [None] * len(texts)
         ends: list[Piece | None] = [None] * len(texts)
+        reports = Reports()
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 texts[piece.index].append(piece.delta.text)
                 ends[piece.index] = piece
+                reports.add(piece.index, piece.report)
                 if (more := self._logprobs(piece)) is not None:
                     have = logprobs[piece.index]
                     logprobs[piece.index] = more if have is None else {key: have[key] + more[key] for key in more}
-        choices = [_choice(index, "".join(texts[index]), logprobs[index], end) for index, end in enumerate(ends)]
+        choices = [
+            _choice(index, "".join(texts[index]), logprobs[index], end) | reports.of(index)
+            for index, end in enumerate(ends)
+        ]
         return self._object(choices) | {"usage": self._generation.usage.as_dict()}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -103,9 +109,10 @@ class _Answer:
             async for piece in pieces:
                 text, echoes[piece.index] = echoes[piece.index] + piece.delta.text, ""
                 logprobs = self._logprobs(piece)
-                if not (text or logprobs or piece.delta.finish_reason):
+                if not (text or logprobs or piece.report or piece.delta.finish_reason):
                     continue  # all of it held back
-                chunk = self._object([_choice(piece.index, text, logprobs, piece)])
+                told = {} if piece.report is None else {"speculation": piece.report}
+                chunk = self._object([_choice(piece.index, text, logprobs, piece) | told])
                 if self._body.usage_always:
                     chunk["usage"] = usage.as_dict()
                 elif self._body.usage_at_end:

@@ -129,6 +129,7 @@ class StreamOptions(BaseModel):
 class Speculation(Body):
     enabled: bool | None = None
     max_draft_tokens: Annotated[int, Field(ge=0)] | None = None
+    report: bool | None = None
 
 
 class CompletionFields(Body):
@@ -196,6 +197,10 @@ class CompletionFields(Body):
     @property
     def choices(self) -> int:
         return self.n or 1
+
+    @property
+    def wants_report(self) -> bool:
+        return bool(self.speculation and self.speculation.report)
 
     @property
     def usage_at_end(self) -> bool:

@@ -15,6 +15,7 @@ from engine.params import SamplingParams
 from engine.supervisor import Supervisor
 from engine.text import Delta, StopString, TextStream, stop_strings
 from server.errors import ApiError, unavailable
+from server.report import Report
 from server.service import Service
 
 
@@ -24,6 +25,8 @@ class Choice:
     prompt: list[int]
     params: SamplingParams
     priority: int
+    report: bool
+    """Whether it is told what speculation did."""
     continues: bool
     """Whether the output continues the prompt's text (a completion) or stands for itself (a chat answer)."""
 
@@ -34,6 +37,8 @@ class Piece:
 
     index: int
     delta: Delta
+    report: dict[str, Any] | None = None
+    """See server.report."""
 
 
 @dataclass(slots=True)
@@ -100,6 +105,7 @@ class Generation:
         context = choice.prompt if choice.continues else ()
         stream = TextStream(self.service.tokenizer, choice.params, context, stops)
         request = AddRequest(uuid.uuid4().hex, choice.prompt, choice.params, self.arrival, choice.priority)
+        report = Report(self.arrival) if choice.report else None
         with self.service.metrics.follow(self.arrival) as timing:
             async with aclosing(client.generate(request)) as outputs:
                 async for output in outputs:
@@ -114,7 +120,7 @@ class Generation:
                     self.usage.accepted += delta.accepted
                     self.usage.rejected += output.drafted - output.accepted
                     timing.output(len(delta.tokens), output.scheduled, delta.finish_reason)
-                    yield Piece(choice.index, delta)
+                    yield Piece(choice.index, delta, report.take(output, delta) if report else None)
                     if delta.finish_reason is not None:
                         return
 

@@ -1,7 +1,8 @@
-"""Compiling the CPU kernels, once per processor type and version of torch, into a folder that is kept.
+"""Compiling the CPU kernels, once per instruction set and version of torch, into a folder that is kept.
 
 Two kinds of libraries come of `csrc/`: the kernels, for one instruction set each and free of torch, and the operators
-by which torch calls them. Both are built when they are first asked for; whoever finds a finished one uses it.
+by which torch calls them. Both are built when they are first asked for; whoever finds a finished one uses it, there
+or in BUILT, where images have them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 
 _SOURCES = Path(__file__).parent / "csrc"
+BUILT = Path(__file__).parent / "built"
+"""Libraries that came with the installation."""
 _TIMEOUT_S = 600
 
 
@@ -89,13 +92,16 @@ def _torch_folder(name: str) -> Path:
 
 
 def _build(folder: Path, name: str, source: str, flags: list[str], libraries: list[str]) -> Path:
+    flags = [*flags, "-fPIC", "-shared"]
+    file = f"{name}-{_digest(flags, source)}.so"
+    target = folder / file
+    for place in (target, BUILT / file):
+        if place.is_file():
+            return place
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise KernelsUnavailable("no C++ compiler (g++ or clang++) is installed")
-    command = [compiler, *flags, "-fPIC", "-shared", str(_SOURCES / source)]
-    target = folder / f"{name}-{_digest(command, libraries)}.so"
-    if target.is_file():
-        return target
+    command = [compiler, *flags, str(_SOURCES / source)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:
@@ -118,9 +124,10 @@ def _build(folder: Path, name: str, source: str, flags: list[str], libraries: li
     return target
 
 
-def _digest(command: list[str], libraries: list[str]) -> str:
-    """Changes with whatever a library is made of."""
-    hashed = hashlib.sha256(repr((command, libraries, torch.__version__)).encode())
+def _digest(flags: list[str], source: str) -> str:
+    """Changes with whatever a library is made of, wherever torch is installed."""
+    kept = [flag for flag in flags if not flag.startswith("-I")]
+    hashed = hashlib.sha256(repr((kept, source, torch.__version__, platform.machine())).encode())
     for file in sorted(_SOURCES.iterdir()):
         hashed.update(file.name.encode() + file.read_bytes())
     return hashed.hexdigest()[:16]

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 
-def kernels() -> None:
+def kernels(
+    every: Annotated[
+        bool, typer.Option("--every", help="For all instruction sets, into the installation: images need no compiler.")
+    ] = False,
+) -> None:
     """Compile the kernels for this processor unless that is done, and print which they are; `reference` without a
     compiler."""
     import torch
 
     from engine.backend import choose_ops
+    from kernels.cpu.build import BUILT, INSTRUCTION_SETS, build_kernels, build_operators
 
+    if every:
+        for library in (build_operators(BUILT), *(build_kernels(each, BUILT) for each in INSTRUCTION_SETS)):
+            typer.echo(library.name)
+        return
     typer.echo(choose_ops("auto", torch.device("cpu"), torch.float32).name)

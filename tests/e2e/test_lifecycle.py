@@ -155,7 +155,9 @@ def test_an_engine_that_is_killed(launch: Launch) -> None:
 
 def test_an_engine_that_stands_still_when_its_server_is_killed(launch: Launch) -> None:
     server = launch()
-    server.engine.suspend()
+    engine = server.engine
+    engine.suspend()
+    eventually(lambda: engine.status() == psutil.STATUS_STOPPED)  # on a busy machine that takes its time
     server.process.kill()
     _, alive = psutil.wait_procs(server.family, PATIENCE_S)
     assert alive == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -186,3 +187,38 @@ def test_errors(client: openai.OpenAI) -> None:
             tools=[{"type": "function", "function": {"name": "f"}}],
         )
     assert (tools.value.code, tools.value.param) == ("not_served", "tools")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_speculation_did(client: openai.OpenAI, stream: bool) -> None:
+    """Of each token how it came; asking changes nothing else."""
+
+    def ask(**speculation: object) -> tuple[str, list[dict[str, Any]]]:
+        """The text, and the reports in order."""
+        body = {"speculation": speculation}
+        answer: Any = client.completions.create(
+            model=MODEL, prompt="1 2 3 4 5 6 7 8", max_tokens=60, temperature=0, stream=stream, extra_body=body
+        )
+        chunks = list(answer) if stream else [answer]
+        choices = [choice for chunk in chunks for choice in chunk.choices]
+        reports = [
+            choice.model_extra["speculation"] for choice in choices if "speculation" in (choice.model_extra or {})
+        ]
+        return "".join(choice.text for choice in choices), reports, chunks[-1].usage
+
+    text, reports = ask(report=True, max_draft_tokens=4)
+    assert reports
+    origins = [origin for report in reports for origin in report["origins"]]
+    offsets = [offset for report in reports for offset in report["offsets"]]
+    total = reports[-1]["total"] if stream else reports[-1]
+    assert len(origins) == len(offsets) == 60
+    assert offsets == sorted(offsets)
+    assert offsets[-1] <= len(text)
+    assert origins.count("accepted") == total["accepted"]
+    assert sum(total["accepted_per_round"]) == total["rounds"] == 60 - total["accepted"]
+    assert 0 <= total["queue_s"] <= total["first_token_s"]
+    plain, told = ask(report=True, enabled=False)
+    assert plain == text
+    assert {origin for report in told for origin in report["origins"]} == {"plain"}
+    quiet, nothing = ask(max_draft_tokens=4)
+    assert (quiet, nothing) == (text, [])
