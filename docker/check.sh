@@ -2,7 +2,8 @@
 # Checks the deployment as far as a machine without a container engine can: Debian's buildah, debootstrap, docker-compose,
 # prometheus and nginx-light have to be there, and root. Takes minutes. With --no-image, all but the image.
 #
-# PIP_ARGS: for the image's pip. MIRROR: of Debian, for the base image.
+# PIP_ARGS: for the image's pip. MIRROR: of Debian, for the base image. OVERLAY: a folder that is laid over it, with
+# certificates or settings of pip that a proxy needs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -87,10 +88,9 @@ done
 
 say 'the base image'
 if ! buildah images -q magicdec-base >/dev/null 2>&1; then
-    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$WORK/root" "${MIRROR:-http://deb.debian.org/debian}" \
-        >"$WORK/debootstrap.log"
-    cp /etc/apt/sources.list "$WORK/root/etc/apt/" 2>/dev/null || true
-    cp /etc/pip.conf "$WORK/root/etc/" 2>/dev/null || true
+    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$WORK/root" \
+        "${MIRROR:-http://deb.debian.org/debian}" >"$WORK/debootstrap.log"
+    [ -z "${OVERLAY:-}" ] || cp -a "$OVERLAY/." "$WORK/root/"
     container=$(buildah from scratch)
     buildah add -q "$container" "$WORK/root" / >/dev/null
     buildah commit -q "$container" magicdec-base >/dev/null

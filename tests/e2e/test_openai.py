@@ -204,7 +204,7 @@ def test_what_speculation_did(client: openai.OpenAI, stream: bool) -> None:
         reports = [
             choice.model_extra["speculation"] for choice in choices if "speculation" in (choice.model_extra or {})
         ]
-        return "".join(choice.text for choice in choices), reports, chunks[-1].usage
+        return "".join(choice.text for choice in choices), reports
 
     text, reports = ask(report=True, max_draft_tokens=4)
     assert reports
