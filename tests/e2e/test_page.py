@@ -1,0 +1,69 @@
+"""The page at GET /: what it may do, and what it does in a browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.browser import CHROMIUM, Page, browser
+from tests.e2e.conftest import Server
+
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+def test_one_page_that_asks_nobody_else(tiny: Server) -> None:
+    answer = tiny.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "connect-src 'self'" in answer.headers["content-security-policy"]
+    assert not re.search(r"""(src|href)=["']""", answer.text)
+    assert set(re.findall(r"https?://[^\s\"'`]*", answer.text)) == {"http://www.w3.org/2000/svg"}
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    with browser(tmp_path) as opened:
+        yield opened
+
+
+@in_a_browser
+def test_the_playground_compares(page: Page, server: Server) -> None:
+    page.open(server.url)
+    page.run("document.getElementById('prompt').value = '1 2 3 4 5 6 7 8 9'")
+    page.run("document.getElementById('tokens').value = 60")
+    page.run("document.getElementById('both').click()")
+    page.until("document.getElementById('verdict').textContent !== ''")
+    verdict = page.run("document.getElementById('verdict').textContent")
+    assert verdict.startswith("The same text; ")
+    texts = [page.run(f"document.getElementById('out-{side}').textContent") for side in ("on", "off")]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 20
+    kinds = page.run("[...new Set([...document.querySelectorAll('#out-off span')].map(span => span.className))]")
+    assert kinds == ["plain"]
+    assert page.run("document.querySelectorAll('#out-on span').length") == 60
+    assert page.errors == []
+
+
+@in_a_browser
+def test_charts_follow_and_text_is_no_markup(page: Page, tiny: Server) -> None:
+    page.open(tiny.url, width=375)
+    assert page.run("document.documentElement.scrollWidth") <= 375
+    page.run("document.getElementById('prompt').value = '<b>x</b><script>boom()</script>'")
+    page.run("document.getElementById('kind').value = 'chat'")
+    page.run("document.getElementById('one').click()")
+    page.until("document.getElementById('facts-on').textContent.includes('tokens in')")
+    page.until("[...document.querySelectorAll('#charts b')].some(b => parseFloat(b.textContent) > 0)")
+    assert page.run("document.querySelectorAll('.out b, .out script').length") == 0
+    assert page.run("document.getElementById('state').textContent") == "ready"
+    assert page.errors == []
+
+
+@in_a_browser
+def test_it_says_what_is_wrong(page: Page, tiny: Server) -> None:
+    page.open(tiny.url)
+    page.run("document.getElementById('tokens').value = 100000")
+    page.run("document.getElementById('one').click()")
+    page.until("document.getElementById('verdict').textContent.includes('tokens')")
+    assert page.run("document.getElementById('verdict').className") == "bad"
