@@ -15,7 +15,16 @@ import torch
 from engine.config import EngineConfig
 from engine.fitting import fit_pages
 from engine.memory import OutOfMemory
-from engine.messages import FINISH_ABORT, RETRY_MEMORY, AddRequest, EngineStats, Ready, RequestOutput, TokenLogprobs
+from engine.messages import (
+    FINISH_ABORT,
+    RETRY_MEMORY,
+    AddRequest,
+    EngineStats,
+    PromptLogprobs,
+    Ready,
+    RequestOutput,
+    TokenLogprobs,
+)
 from engine.pages import PageAllocator
 from engine.plan import StepPlan, StepResult
 from engine.profile import Profiler, keep, profile, profile_key, recall
@@ -255,6 +264,7 @@ class Engine:
                     id=request.id,
                     tokens=tokens,
                     logprobs=_asked(row.logprobs, request, len(tokens)),
+                    prompt_logprobs=_of_prompt(request) if request.num_output == len(tokens) else None,
                     drafted=row.drafted,
                     accepted=accepted,
                     finish_reason=request.finish_reason,
@@ -284,6 +294,17 @@ def _asked(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -
     if logprobs is None or most is None:
         return None
     return [TokenLogprobs(at.logprob, at.top_ids[:most], at.top_logprobs[:most]) for at in logprobs[:count]]
+
+
+def _of_prompt(request: Request) -> list[PromptLogprobs] | None:
+    """With as many alternatives as were asked for."""
+    most = request.params.prompt_logprobs
+    if most is None:
+        return None
+    return [
+        msgspec.structs.replace(each, top_ids=each.top_ids[:most], top_logprobs=each.top_logprobs[:most])
+        for each in request.prompt_logprobs
+    ]
 
 
 def load_target(config: EngineConfig, *, progress: bool) -> Llama:

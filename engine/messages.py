@@ -46,6 +46,17 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
     top_logprobs: list[float]
 
 
+class PromptLogprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities of one prompt token, given those before it."""
+
+    token: int
+    logprob: float
+    rank: int
+    """How many tokens are likelier, and one."""
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
 class RequestOutput(msgspec.Struct, omit_defaults=True):
     """What one round yielded for one request. The last one carries `finish_reason`."""
 
@@ -53,6 +64,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     """One per token, if asked for."""
+    prompt_logprobs: list[PromptLogprobs] | None = None
+    """With the first output, if asked for: one per prompt token but the first."""
     drafted: int = 0
     accepted: int = 0
     """Of this round: tokens proposed by the draft, and how many of `tokens` were among them (the first ones)."""

@@ -51,6 +51,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """No other token can be drawn; empty: all can."""
     bad_words: tuple[tuple[Token, ...], ...] = ()
     """Sequences of tokens of which the last one cannot be drawn behind the others."""
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    """The same of each prompt token but the first."""
     max_draft_tokens: Annotated[int, _COUNT] | None = None
     """Most tokens a draft may propose per round for this request (0: never speculate); None leaves it to the engine."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.messages import TokenLogprobs
+from engine.messages import PromptLogprobs, TokenLogprobs
 from engine.params import SamplingParams
 
 
@@ -43,6 +43,8 @@ class RowWork(msgspec.Struct, array_like=True):
     """False for a prefill chunk that does not reach the last token: it yields nothing."""
     catch_up: int = 0
     """Committed tokens whose KV a draft model computes before it drafts, from the first one that it lacks."""
+    told: int = 0
+    """Of the new tokens, how many first ones are to be told the log-probability of the token behind them."""
 
 
 class StepPlan(msgspec.Struct, omit_defaults=True):
@@ -74,3 +76,5 @@ class StepResult(msgspec.Struct):
     rows: list[RowResult]
     draft_seconds: float
     verify_seconds: float
+    prompts: list[PromptLogprobs] = []
+    """What rows are told of their prompts (RowWork.told), in the order of the plan."""

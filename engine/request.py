@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from engine.messages import FINISH_LENGTH, FINISH_STOP, AddRequest
+from engine.messages import FINISH_LENGTH, FINISH_STOP, AddRequest, PromptLogprobs
 from engine.params import SamplingParams
 
 
@@ -31,6 +31,7 @@ class Request:
         "pages",
         "params",
         "priority",
+        "prompt_logprobs",
         "row",
         "scheduled",
         "stop_reason",
@@ -42,6 +43,7 @@ class Request:
         self.params: SamplingParams = message.params
         self.arrival = message.arrival
         self.priority = message.priority
+        self.prompt_logprobs: list[PromptLogprobs] = []
         self.tokens: list[int] = list(message.prompt)
         self.num_prompt = len(message.prompt)
         self.num_computed = 0

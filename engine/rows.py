@@ -119,7 +119,8 @@ class Decisions:
 class Round:
     """The rows of one round, in the order of its plan: `work` sorted by falling gamma.
 
-    Host integers, [rows] each: row (slot), computed, new, gamma and catch_up as in RowWork, and which rows sample.
+    Host integers, [rows] each: row (slot), computed, new, gamma, catch_up and told as in RowWork, and which rows
+    sample.
     starts: the requests that took a row slot in this round. budget: see StepPlan.
     decisions: whose next tokens the round decides. gamma_asked: [sampling rows] int64, on the device.
     """
@@ -135,6 +136,7 @@ class Round:
         self.gamma = np.array([item.gamma for item in work], dtype=np.int64)
         self.catch_up = np.array([item.catch_up for item in work], dtype=np.int64)
         self.samples = np.array([item.samples for item in work], dtype=bool)
+        self.told = np.array([item.told for item in work], dtype=np.int64)
         self.gamma_max = int(self.gamma.max(initial=0))
 
         sampling = np.flatnonzero(self.samples)
@@ -191,7 +193,17 @@ class Round:
         first = queries.cumsum() - queries
         decided = np.where(self.samples, self.gamma + 1, 0)
         logit_index = np.repeat(first + self.new - 1, decided) + ragged(decided)
+        if self.told.any():  # behind the decisions
+            logit_index = np.concatenate([logit_index, np.repeat(first, self.told) + ragged(self.told)])
         return self.state.batch(self.row, self.computed, np.zeros_like(queries), queries, view, logit_index)
+
+    def told_tokens(self) -> tuple[Ints, Tensor]:
+        """Of prompt tokens that are to be told their log-probabilities, in the order of their logits: row slots, host
+        [n], and the tokens, [n] int64."""
+        rows = np.repeat(self.row, self.told)
+        ahead = self.state.to_device(ragged(self.told) + 1)
+        slots = self.state.to_device(rows)
+        return rows, self.state.tokens[slots, self.state.computed[slots] + ahead].long()
 
     def drafts(self) -> Tensor:
         """[sampling rows, gamma_max] int64: the drafted tokens, padded with whatever stands behind them."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.grammar import Grammars
 from engine.params import SamplingParams
 from engine.plan import RowStart
-from engine.rows import Decisions, Ints, Rows
+from engine.rows import Decisions, Ints, Round, Rows
 from kernels.noise import gumbel_noise
 from kernels.ops import Ops
 from kernels.reference import REFERENCE
@@ -35,6 +35,18 @@ class Logprobs:
 
     decisions: Ints
     chosen: Tensor
+    top: Tensor
+    top_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReport:
+    """Of prompt tokens, [n] each: the token, its log-probability, its rank; and top, [n, k] in falling order, with
+    their ids."""
+
+    tokens: Tensor
+    chosen: Tensor
+    rank: Tensor
     top: Tensor
     top_ids: Tensor
 
@@ -174,6 +186,13 @@ class Sampler:
             return Logprobs(asking, *self._vocab.logprobs(unchanged, tokens[index], most))
 
         return of
+
+    def prompts(self, logits: Tensor, rows: Round) -> PromptReport:
+        """What rows asked to be told of their prompts. logits: [n, this rank's vocabulary], of `rows.told_tokens`."""
+        slots, tokens = rows.told_tokens()
+        most = min(self._vocab.total, max(self._params[row].prompt_logprobs or 0 for row in set(slots.tolist())))
+        chosen, top, top_ids = self._vocab.logprobs(logits, tokens, most)
+        return PromptReport(tokens, chosen, self._vocab.rank(logits, tokens), top, top_ids)
 
     # -- adjustments ---------------------------------------------------------------------------------------------------
 

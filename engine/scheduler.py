@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 
 from engine.messages import AddRequest
 from engine.pages import PageAllocator
 from engine.plan import PageDelta, RowStart, RowWork, StepPlan, StepResult
 from engine.request import Request
 from engine.speculation.controller import Controller
+
+_TOLD_AT_ONCE = 256
+"""Tokens of a chunk of a prompt that is told log-probabilities: each takes logits of the whole vocabulary."""
 
 
 class RequestError(ValueError):
@@ -169,8 +173,12 @@ class Scheduler:
     def _plan_chunk(self, request: Request, work: list[tuple[Request, RowWork]], budget: int) -> int:
         assert request.row is not None
         new = min(request.num_uncomputed, budget)
+        told = 0
+        if request.params.prompt_logprobs is not None:
+            new = min(new, _TOLD_AT_ONCE)
+            told = max(0, min(new, request.num_prompt - 1 - request.num_computed))
         samples = new == request.num_uncomputed
-        work.append((request, RowWork(request.row, request.num_computed, new, 0, samples)))
+        work.append((request, RowWork(request.row, request.num_computed, new, 0, samples, told=told)))
         return new
 
     def _admit(self, plan: StepPlan, work: list[tuple[Request, RowWork]], budget: int) -> None:
@@ -244,8 +252,11 @@ class Scheduler:
         Rejected drafts need no undoing: `num_computed` simply does not count them.
         """
         outcomes = iter(result.rows)
+        prompts = iter(result.prompts)
         yielded = []
         for request, work in zip(requests, plan.work, strict=True):
+            if work.told:  # a prompt that is computed again is told again
+                request.prompt_logprobs[work.computed :] = islice(prompts, work.told)
             request.num_computed += work.new
             if self._draft_kv:
                 request.draft_lag += work.new - work.catch_up

@@ -23,11 +23,11 @@ from engine.fitting import fit_pages
 from engine.grammar import Grammars
 from engine.logs import set_up
 from engine.memory import OutOfMemory, is_out_of_memory, what_failed
-from engine.messages import TokenLogprobs
+from engine.messages import PromptLogprobs, TokenLogprobs
 from engine.orders import Launch, Report, WeightBytes, answer, follow
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
 from engine.rows import Rows
-from engine.sampling import Logprobs
+from engine.sampling import Logprobs, PromptReport
 from engine.sizing import size_up
 from engine.speculation.build import DraftModel, drafting_model, load_draft, make_drafter, make_sampler, make_target
 from engine.speculation.drafters import TimedDrafter
@@ -137,7 +137,8 @@ class Worker:
         for row, decided in zip((work.row for work in plan.work if work.samples), results, strict=True):
             self._grammars.commit(row, decided.tokens)
         draft_seconds = self._watch.take()
-        result = StepResult(plan.step, results, draft_seconds, time.perf_counter() - began - draft_seconds)
+        prompts = _prompts_to_host(verdict.prompts) if verdict.prompts else []
+        result = StepResult(plan.step, results, draft_seconds, time.perf_counter() - began - draft_seconds, prompts)
         # Not part of what the round takes: neither a profile nor the controller is to see it.
         if self._digest_every and plan.step % self._digest_every == 0:
             agreement.compare(self._rows, self._group, plan.step)
@@ -159,6 +160,11 @@ def _to_host(verdict: Verdict, plan: StepPlan) -> list[RowResult]:
         RowResult(drafted, count, tokens[: count + 1], logprobs[i][: count + 1] if i in logprobs else None)
         for i, (drafted, count, *tokens) in enumerate(decided)
     ]
+
+
+def _prompts_to_host(report: PromptReport) -> list[PromptLogprobs]:
+    parts = (report.tokens, report.chosen, report.rank, report.top_ids, report.top)
+    return [PromptLogprobs(*each) for each in zip(*(part.tolist() for part in parts), strict=True)]
 
 
 def _logprobs_by_row(logprobs: Logprobs, sampling: list[RowWork]) -> dict[int, list[TokenLogprobs]]:

@@ -70,6 +70,11 @@ class VocabShard:
         mine = values.gather(-1, self.local(tokens)[:, None])[:, 0].masked_fill(~self.holds(tokens), float("-inf"))
         return mine if self.group.size == 1 else self.group.all_gather(mine).amax(0)
 
+    def rank(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """How many tokens have a larger logit than `tokens` [rows] int64, and one: [rows] int64; O(rows) traffic."""
+        larger = (logits > self.of(logits, tokens)[:, None]).sum(-1)
+        return 1 + (larger if self.group.size == 1 else self.group.all_gather(larger).sum(0))
+
     def logprobs(self, logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of `tokens`, and of the `most` likeliest tokens; O(rows × most) traffic.
 

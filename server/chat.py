@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from engine.messages import TokenLogprobs
 from models.tokenizer import Tokenizer
-from server.completions import finite
+from server.completions import finite, prompt_logprobs
 from server.fields import choice_seed, read
 from server.generation import Choice, Generation, Piece, Usage
 from server.report import Reports
@@ -89,12 +89,15 @@ class _Answer:
         logprobs: list[list[dict[str, Any]]] = [[] for _ in texts]
         ends: list[Piece | None] = [None] * len(texts)
         reports = Reports()
+        prompt: dict[str, Any] = {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 texts[piece.index].append(piece.delta.text)
                 logprobs[piece.index] += self._logprobs(piece)
                 ends[piece.index] = piece
                 reports.add(piece.index, piece.report)
+                if piece.prompt is not None:
+                    prompt = {"prompt_logprobs": prompt_logprobs(self._service.tokenizer, piece.prompt)}
         choices = [
             {
                 "index": index,
@@ -106,7 +109,7 @@ class _Answer:
             }
             for index, end in enumerate(ends)
         ]
-        return self._object("chat.completion", choices) | {"usage": self._generation.usage.as_dict()}
+        return self._object("chat.completion", choices) | {"usage": self._generation.usage.as_dict()} | prompt
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         usage = self._generation.usage

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from engine.messages import TokenLogprobs
-from models.tokenizer import REPLACEMENT, Tokenizer
+from engine.messages import PromptLogprobs, TokenLogprobs
+from models.tokenizer import REPLACEMENT, IncrementalDecoder, Tokenizer
 from server.fields import choice_seed, read
 from server.generation import Choice, Generation, Piece, Usage
 from server.report import Reports
@@ -69,7 +69,11 @@ class _Answer:
             if body.truncate_prompt_tokens is not None:
                 tokens = tokens[-body.truncate_prompt_tokens :]
             max_tokens = service.fit(tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
+            # What is echoed is told its log-probabilities too.
+            told = body.logprobs if body.echo and body.prompt_logprobs is None else None
             params = body.sampling(ready, max_tokens=max_tokens, logprobs=body.logprobs, constraints=constraints)
+            if told is not None:
+                params = msgspec.structs.replace(params, prompt_logprobs=told)
             prompt_tokens += len(tokens)
             echo = ""
             if body.echo:
@@ -88,16 +92,19 @@ class _Answer:
         logprobs: list[dict[str, list[Any]] | None] = [None] * len(texts)
         ends: list[Piece | None] = [None] * len(texts)
         reports = Reports()
+        prompts: dict[int, dict[str, Any]] = {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for piece in pieces:
                 texts[piece.index].append(piece.delta.text)
                 ends[piece.index] = piece
                 reports.add(piece.index, piece.report)
+                if self._body.prompt_logprobs is not None and piece.prompt is not None:
+                    prompts[piece.index] = {"prompt_logprobs": prompt_logprobs(self._service.tokenizer, piece.prompt)}
                 if (more := self._logprobs(piece)) is not None:
                     have = logprobs[piece.index]
                     logprobs[piece.index] = more if have is None else {key: have[key] + more[key] for key in more}
         choices = [
-            _choice(index, "".join(texts[index]), logprobs[index], end) | reports.of(index)
+            _choice(index, "".join(texts[index]), logprobs[index], end) | reports.of(index) | prompts.get(index, {})
             for index, end in enumerate(ends)
         ]
         return self._object(choices) | {"usage": self._generation.usage.as_dict()}
@@ -131,18 +138,38 @@ class _Answer:
         }
 
     def _logprobs(self, piece: Piece) -> dict[str, list[Any]] | None:
-        """Of the tokens of `piece`; offsets index into the choice's text."""
+        """Of the tokens of `piece`, and of the prompt if it is echoed; offsets index into the choice's text."""
         if piece.delta.logprobs is None:
             return None
+        found = self._of_tokens(piece, piece.delta.logprobs)
+        if self._body.echo and piece.prompt is not None:
+            prompt = self._of_prompt(self._generation.choices[piece.index].prompt, piece.prompt)
+            found = {name: prompt[name] + found[name] for name in found}
+        return found
+
+    def _of_prompt(self, prompt: list[int], told: list[PromptLogprobs]) -> dict[str, list[Any]]:
+        """Nothing is told of the first token."""
+        tokenizer, most = self._service.tokenizer, self._body.logprobs or 0
+        tokens = [token_text(tokenizer, token) for token in prompt]
+        decoder, offsets, length = IncrementalDecoder(tokenizer, False), [], 0
+        for token in prompt:
+            offsets.append(length)
+            length += len(decoder.push(token))
+        top: list[dict[str, float] | None] = [None]
+        for text, each in zip(tokens[1:], told, strict=True):
+            entry = TokenLogprobs(each.logprob, each.top_ids[:most], each.top_logprobs[:most])
+            top.append(_top(tokenizer, text, entry))
+        logprobs = [None, *(finite(each.logprob) for each in told)]
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+
+    def _of_tokens(self, piece: Piece, logprobs: list[TokenLogprobs]) -> dict[str, list[Any]]:
         tokenizer = self._service.tokenizer
         tokens = [token_text(tokenizer, token) for token in piece.delta.tokens]
         echoed = len(self._echoes[piece.index])
         return {
             "tokens": tokens,
-            "token_logprobs": [finite(entry.logprob) for entry in piece.delta.logprobs],
-            "top_logprobs": [
-                _top(tokenizer, token, entry) for token, entry in zip(tokens, piece.delta.logprobs, strict=True)
-            ],
+            "token_logprobs": [finite(entry.logprob) for entry in logprobs],
+            "top_logprobs": [_top(tokenizer, token, entry) for token, entry in zip(tokens, logprobs, strict=True)],
             "text_offset": [echoed + offset for offset in piece.delta.offsets],
         }
 
@@ -164,6 +191,20 @@ def _top(tokenizer: Tokenizer, token: str, entry: TokenLogprobs) -> dict[str, fl
         for id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
     }
     return top | {token: finite(entry.logprob)}
+
+
+def prompt_logprobs(tokenizer: Tokenizer, told: list[PromptLogprobs]) -> list[dict[str, Any] | None]:
+    """By token id, of each prompt token and of the likeliest in its place; nothing of the first."""
+
+    def entry(token: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": finite(logprob), "rank": rank, "decoded_token": token_text(tokenizer, token)}
+
+    found: list[dict[str, Any] | None] = [None]
+    for each in told:
+        top = zip(each.top_ids, each.top_logprobs, strict=True)
+        entries = {str(id): entry(id, logprob, rank) for rank, (id, logprob) in enumerate(top, 1)}
+        found.append(entries | {str(each.token): entry(each.token, each.logprob, each.rank)})
+    return found
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

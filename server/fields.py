@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from pydantic_core import PydanticCustomError
 
 from engine.messages import Ready
-from engine.params import SamplingParams
+from engine.params import MAX_LOGPROBS, SamplingParams
 from server.errors import ApiError, draining, from_validation
 from server.limits import (
     MAX_BAD_WORDS,
@@ -166,6 +166,7 @@ class CompletionFields(Body):
     structured_outputs: StructuredOutputs | None = None
     allowed_token_ids: Annotated[list[int] | None, PlainValidator(_allowed_token_ids)] = None
     bad_words: Annotated[list[str] | None, PlainValidator(_bad_words)] = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
 
     # Known, and served only where they change nothing.
@@ -183,7 +184,6 @@ class CompletionFields(Body):
     guided_whitespace_pattern: NotServed = None
     kv_transfer_params: NotServed = None
     logits_processors: NotServed = None
-    prompt_logprobs: NotServed = None
     structural_tag: NotServed = None
     vllm_xargs: NotServed = None
 
@@ -191,6 +191,8 @@ class CompletionFields(Body):
         """What one field alone cannot tell. Raises ApiError."""
         if self.best_of is not None and self.best_of != self.choices:
             raise ApiError("best_of: served only when equal to n", code="not_served", param="best_of")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ApiError("prompt_logprobs: not with stream", param="prompt_logprobs")
         if self.stream_options is not None and not self.stream:
             raise ApiError("stream_options: only with stream", param="stream_options")
 
@@ -232,6 +234,7 @@ class CompletionFields(Body):
             "max_tokens": max_tokens,
             "logprobs": logprobs,
             "allowed_token_ids": self.allowed_token_ids,
+            "prompt_logprobs": self.prompt_logprobs,
             "top_k": None if self.top_k == -1 else self.top_k,
             "seed": secrets.randbits(63) if self.seed is None else self.seed,
             "max_draft_tokens": self._max_draft_tokens(),

@@ -10,7 +10,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.messages import FINISH_LENGTH, AddRequest, TokenLogprobs
+import msgspec
+
+from engine.messages import FINISH_LENGTH, AddRequest, PromptLogprobs
 from engine.params import SamplingParams
 from engine.supervisor import Supervisor
 from engine.text import Delta, StopString, TextStream, stop_strings
@@ -39,6 +41,8 @@ class Piece:
     delta: Delta
     report: dict[str, Any] | None = None
     """See server.report."""
+    prompt: list[PromptLogprobs] | None = None
+    """With the first piece, if asked for."""
 
 
 @dataclass(slots=True)
@@ -98,13 +102,16 @@ class Generation:
     async def _run(
         self, client: Supervisor, choice: Choice, stops: Sequence[StopString]
     ) -> AsyncGenerator[Piece, None]:
-        if choice.params.max_tokens == 0:
-            logprobs: list[TokenLogprobs] | None = None if choice.params.logprobs is None else []
-            yield Piece(choice.index, Delta("", [], [], logprobs, 0, 0, FINISH_LENGTH, None))
+        nothing = choice.params.max_tokens == 0
+        ended = Delta("", [], [], None if choice.params.logprobs is None else [], 0, 0, FINISH_LENGTH, None)
+        if nothing and choice.params.prompt_logprobs is None:
+            yield Piece(choice.index, ended)
             return
         context = choice.prompt if choice.continues else ()
         stream = TextStream(self.service.tokenizer, choice.params, context, stops)
-        request = AddRequest(uuid.uuid4().hex, choice.prompt, choice.params, self.arrival, choice.priority)
+        # What is asked about the prompt alone takes a pass over it, which yields a token in any case.
+        params = msgspec.structs.replace(choice.params, max_tokens=1, min_tokens=0) if nothing else choice.params
+        request = AddRequest(uuid.uuid4().hex, choice.prompt, params, self.arrival, choice.priority)
         report = Report(self.arrival) if choice.report else None
         with self.service.metrics.follow(self.arrival) as timing:
             async with aclosing(client.generate(request)) as outputs:
@@ -113,14 +120,16 @@ class Generation:
                         if output.retry is not None:
                             raise unavailable(output.error, output.retry)
                         raise ApiError(output.error, code="cannot_serve")
-                    delta = stream.take(output)
+                    delta = ended if nothing else stream.take(output)
                     if self.first is None and output.tokens:
                         self.first = time.monotonic()
                     self.usage.completion_tokens += len(delta.tokens)
                     self.usage.accepted += delta.accepted
                     self.usage.rejected += output.drafted - output.accepted
                     timing.output(len(delta.tokens), output.scheduled, delta.finish_reason)
-                    yield Piece(choice.index, delta, report.take(output, delta) if report else None)
+                    yield Piece(
+                        choice.index, delta, report.take(output, delta) if report else None, output.prompt_logprobs
+                    )
                     if delta.finish_reason is not None:
                         return
 

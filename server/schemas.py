@@ -42,11 +42,6 @@ class CompletionRequest(CompletionFields):
     prompt_embeds: NotServed = None
     suffix: NotServed = None
 
-    def check(self) -> None:
-        super().check()
-        if self.echo and self.logprobs is not None:
-            raise ApiError("echo: not served yet together with logprobs", code="not_served", param="echo")
-
 
 def _content(value: Any) -> str:
     """Text, or a list of text parts, which are joined by line breaks."""

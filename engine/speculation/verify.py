@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.rows import Round
-from engine.sampling import Logprobs, Sampler
+from engine.sampling import Logprobs, PromptReport, Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Verdict:
     chosen: Tensor
     committed: Tensor
     logprobs: Logprobs | None
+    prompts: PromptReport | None = None
 
 
 def verify(drafts: Tensor, drafted: Tensor, logits: Tensor, rows: Round, sampler: Sampler) -> Verdict:
@@ -32,8 +33,10 @@ def verify(drafts: Tensor, drafted: Tensor, logits: Tensor, rows: Round, sampler
     context that those logits saw - so output with speculation is output without.
 
     drafts: [rows, gamma_max] int64, padded. drafted: [rows] int64, how many of them count. logits: [n, this rank's
-    vocabulary] of `rows.decisions`, changed in place.
+    vocabulary] of `rows.decisions`, and behind them of prompt tokens that are told theirs; changed in place.
     """
+    prompts = sampler.prompts(logits[len(rows.decisions.rows) :], rows) if rows.told.any() else None
+    logits = logits[: len(rows.decisions.rows)]
     report = sampler.logprobs(logits, rows.decisions)
     chosen = sampler.choose(logits, rows.decisions)
     tokens = chosen[rows.grid]
@@ -41,4 +44,4 @@ def verify(drafts: Tensor, drafted: Tensor, logits: Tensor, rows: Round, sampler
     agrees = (drafts == tokens[:, :-1]) & (steps < drafted[:, None])
     accepted = agrees.cumprod(-1).sum(-1)
     committed = rows.decisions.offset <= accepted[rows.owner]
-    return Verdict(drafted, accepted, tokens, chosen, committed, report(chosen) if report else None)
+    return Verdict(drafted, accepted, tokens, chosen, committed, report(chosen) if report else None, prompts)

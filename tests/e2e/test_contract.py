@@ -45,7 +45,6 @@ NOT_SERVED_ON_BOTH: dict[str, Any] = {
     "kv_transfer_params": {},
     "length_penalty": 0.5,
     "logits_processors": [],
-    "prompt_logprobs": 1,
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,
     "spaces_between_special_tokens": False,
@@ -153,7 +152,8 @@ def test_null_is_absent(tiny: Server) -> None:
         ({"prompt": "x", "n": 0}, "n", "invalid_value"),
         ({"prompt": ["x"] * 100, "n": 100}, "n", "invalid_value"),
         ({"prompt": "x", "logprobs": 21}, "logprobs", "invalid_value"),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo", "not_served"),
+        ({"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs", "invalid_value"),
+        ({"prompt": "x", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "invalid_value"),
         ({"prompt": "x", "logit_bias": {"320": 1}}, "logit_bias", "invalid_value"),
         ({"prompt": "x", "min_tokens": 20}, "min_tokens", "invalid_value"),
         ({"prompt": "x", "stop": ["a"] * 17}, "stop", "invalid_value"),
@@ -361,3 +361,36 @@ def test_logit_bias_and_stop_tokens(tiny: Server) -> None:
     shown = tiny.post(COMPLETIONS, {**body, "stop_token_ids": [100], "include_stop_str_in_output": True}).json()
     assert text.startswith(shown["choices"][0]["text"])
     assert len(shown["choices"][0]["text"]) > 0
+
+
+def test_log_probabilities_of_prompts(tiny: Server) -> None:
+    """As echo has them, and by their own field; streamed or not, with tokens behind them or none."""
+    text = "größer → the quick 🙂 fox"
+    ids = tiny.post("/tokenize", {"prompt": text}).json()["tokens"]
+    body = {"prompt": text, "temperature": 0, "logprobs": 2, "echo": True}
+    (whole,) = tiny.post(COMPLETIONS, body | {"max_tokens": 3}).json()["choices"]
+    said = whole["logprobs"]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert len(said[name]) == len(ids) + 3
+    assert (said["token_logprobs"][0], said["top_logprobs"][0], said["text_offset"][0]) == (None, None, 0)
+    assert all(logprob < 0 for logprob in said["token_logprobs"][1:])
+    assert said["text_offset"][len(ids)] == len(text)
+    assert said["text_offset"] == sorted(said["text_offset"])
+    (alone,) = tiny.post(COMPLETIONS, body | {"max_tokens": 0}).json()["choices"]
+    assert (alone["text"], alone["finish_reason"]) == (text, "length")
+    for name, values in alone["logprobs"].items():
+        assert values == said[name][: len(ids)]
+    lines = tiny.post(COMPLETIONS, body | {"max_tokens": 3, "stream": True}).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    streamed = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
+    assert [logprob for each in streamed for logprob in each["token_logprobs"]] == said["token_logprobs"]
+    asked = {"prompt": text, "temperature": 0, "max_tokens": 0, "prompt_logprobs": 2}
+    (own,) = tiny.post(COMPLETIONS, asked).json()["choices"]
+    first, *others = own["prompt_logprobs"]
+    assert first is None
+    for token, each, logprob in zip(ids[1:], others, said["token_logprobs"][1:], strict=False):
+        assert each[str(token)]["logprob"] == logprob
+        assert each[str(token)]["rank"] >= 1
+        assert len(each) in (2, 3)
+    chat = tiny.post(CHAT, {"messages": USER, "max_tokens": 1, "prompt_logprobs": 0}).json()
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]

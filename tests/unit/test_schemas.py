@@ -283,7 +283,7 @@ def test_messages_that_are_refused(message: Any) -> None:
         ({"best_of": 2}, "best_of"),
         ({"best_of": 2, "n": 3}, "best_of"),
         ({"stream_options": {}}, "stream_options"),
-        ({"echo": True, "logprobs": 0}, "echo"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ],
 )
 def test_fields_that_contradict_each_other(fields: dict[str, Any], param: str) -> None:
