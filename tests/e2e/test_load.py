@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
+from collections import Counter
 from typing import Any
 
 import httpx
+import psutil
 
 from tests.e2e.conftest import PATIENCE_S, Server, eventually
 
@@ -90,3 +93,53 @@ def test_200_clients_that_vanish_leave_nothing_behind(tiny: Server) -> None:
     eventually(lambda: tiny.idle())
     answer = tiny.post("/v1/completions", {"prompt": "x", "max_tokens": 5, "ignore_eos": True}).json()
     assert answer["usage"]["completion_tokens"] == 5
+
+
+def test_2000_requests_of_which_a_third_vanishes(tiny: Server) -> None:
+    """200 at a time; what the server holds is the same before and after, and it answers health checks all the while."""
+    chance = random.Random(1)
+    fates: Counter[str] = Counter()
+    health: list[float] = []
+    process = psutil.Process(tiny.process.pid)
+
+    async def one(http: httpx.AsyncClient, places: asyncio.Semaphore, number: int) -> None:
+        wanted = {**body(number), "max_tokens": 1 + number % 20, "prompt": [3 + number % 300] * (1 + number % 50)}
+        async with places:
+            task = asyncio.create_task(complete(http, wanted))
+            if chance.random() < 0.3:
+                await asyncio.wait({task}, timeout=chance.uniform(0, 0.3))
+                task.cancel()
+            (end,) = await asyncio.gather(task, return_exceptions=True)
+        fates["vanished" if isinstance(end, asyncio.CancelledError) else "answered"] += 1
+        if isinstance(end, Exception):
+            raise end
+
+    async def watch(http: httpx.AsyncClient) -> None:
+        while True:
+            began = time.perf_counter()
+            assert (await http.get("/health")).status_code == 200
+            health.append(time.perf_counter() - began)
+            await asyncio.sleep(0.05)
+
+    async def load(requests: int) -> None:
+        places = asyncio.Semaphore(200)
+        async with connected(tiny) as http, connected(tiny) as other:
+            watching = asyncio.create_task(watch(other))
+            await asyncio.gather(*(one(http, places, number) for number in range(requests)))
+            assert not watching.done()
+            watching.cancel()
+
+    def held() -> tuple[int, int]:
+        return tiny.files(), len(process.threads())
+
+    asyncio.run(load(400))  # until whatever grows once has grown
+    eventually(lambda: tiny.idle() and not process.net_connections("tcp")[1:])
+    before, memory = held(), process.memory_info().rss
+    fates.clear()
+    asyncio.run(load(2000))
+    eventually(lambda: tiny.idle() and held() == before)
+    assert sum(fates.values()) == 2000
+    assert fates["vanished"] > 100
+    assert process.memory_info().rss - memory < 64 << 20
+    # Of this process too, which is busy with 200 streams: a number to look at, no bound.
+    print(f"99 of 100 health checks took less than {1e3 * sorted(health)[int(0.99 * len(health))]:.0f} ms")
