@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from server import chat, completions, info, page, tokens
+from server import chat, completions, info, openapi, page, tokens
 from server.access import AccessLog
 from server.errors import LastResort, add_handlers
 from server.keys import ApiKeys
@@ -36,6 +36,6 @@ def create_app(service: Service, keys: frozenset[str] = frozenset()) -> FastAPI:
         )
     app.add_middleware(LastResort)
     app.add_middleware(AccessLog)
-    for routes in (completions, chat, tokens, info, page):
+    for routes in (completions, chat, tokens, info, page, openapi):
         app.include_router(routes.router)
     return app

@@ -119,6 +119,16 @@ def _request_id(value: str | None) -> str | None:
     return value
 
 
+# What they become, and what clients may send.
+Stops = Annotated[list[str] | None, PlainValidator(_stop, json_schema_input_type=str | list[str] | None)]
+StopTokens = Annotated[list[int] | None, PlainValidator(_stop_token_ids, json_schema_input_type=list[int] | None)]
+LogitBias = Annotated[
+    dict[int, float] | None, PlainValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)
+]
+AllowedTokens = Annotated[list[int] | None, PlainValidator(_allowed_token_ids, json_schema_input_type=list[int] | None)]
+BadWords = Annotated[list[str] | None, PlainValidator(_bad_words, json_schema_input_type=list[str] | None)]
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -144,14 +154,14 @@ class CompletionFields(Body):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: Annotated[list[str] | None, PlainValidator(_stop)] = None
-    stop_token_ids: Annotated[list[int] | None, PlainValidator(_stop_token_ids)] = None
+    stop: Stops = None
+    stop_token_ids: StopTokens = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float] | None, PlainValidator(_logit_bias)] = None
+    logit_bias: LogitBias = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool | None = None
@@ -164,8 +174,8 @@ class CompletionFields(Body):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    allowed_token_ids: Annotated[list[int] | None, PlainValidator(_allowed_token_ids)] = None
-    bad_words: Annotated[list[str] | None, PlainValidator(_bad_words)] = None
+    allowed_token_ids: AllowedTokens = None
+    bad_words: BadWords = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
 

@@ -33,8 +33,14 @@ def _prompts(value: Any) -> list[str | list[int]]:
     )
 
 
+Prompts = Annotated[
+    list[str | list[int]],
+    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+
+
 class CompletionRequest(CompletionFields):
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    prompt: Prompts
     max_tokens: MaxTokens | None = None
     logprobs: Logprobs | None = None
     echo: bool | None = None
@@ -64,7 +70,7 @@ def _content(value: Any) -> str:
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(_content)]
+    content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]])]
     name: str | None = None
 
     annotations: NotServed = None
@@ -159,4 +165,4 @@ def _tokens(value: Any) -> list[int]:
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: Annotated[list[int], PlainValidator(_tokens)]
+    tokens: Annotated[list[int], PlainValidator(_tokens, json_schema_input_type=list[int])]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 
 from tests.e2e.conftest import PATIENCE_S, Server
@@ -394,3 +396,23 @@ def test_log_probabilities_of_prompts(tiny: Server) -> None:
         assert len(each) in (2, 3)
     chat = tiny.post(CHAT, {"messages": USER, "max_tokens": 1, "prompt_logprobs": 0}).json()
     assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+
+
+def test_openapi(tiny: Server) -> None:
+    """Bodies that its schemas allow are read, and every reference leads somewhere."""
+    document = tiny.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert references <= set(schemas)
+    for path, name, body in (
+        (COMPLETIONS, "CompletionRequest", {"prompt": [[1, 2], [3]], "stop": "a", "logit_bias": {"5": 1.0}}),
+        (CHAT, "ChatRequest", {"messages": USER, "response_format": {"type": "text"}, "bad_words": ["x"]}),
+    ):
+        validator = jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", **document})
+        validator.validate(body)
+        assert tiny.post(path, body | {"max_tokens": 1}).status_code == 200
+        wrong = body | {"n": "many"}
+        assert not validator.is_valid(wrong)
+        error = fault(tiny.post(path, wrong), 400)
+        jsonschema.validate({"error": error}, schemas["Error"])
+        assert set(document["paths"][path]["post"]["responses"]) >= {"200", "400", "401", "413", "503"}
