@@ -40,6 +40,8 @@ Prompts = Annotated[
 
 
 class CompletionRequest(CompletionFields):
+    """Continue a text, or several."""
+
     prompt: Prompts
     max_tokens: MaxTokens | None = None
     logprobs: Logprobs | None = None
@@ -101,6 +103,8 @@ class ChatFields(Body):
 
 
 class ChatRequest(ChatFields, CompletionFields):
+    """Answer a conversation."""
+
     max_tokens: Annotated[MaxTokens, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[MaxTokens, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -164,5 +168,7 @@ def _tokens(value: Any) -> list[int]:
 
 
 class DetokenizeRequest(Body):
+    """Token ids to text."""
+
     model: str | None = None
     tokens: Annotated[list[int], PlainValidator(_tokens, json_schema_input_type=list[int])]
