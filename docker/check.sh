@@ -89,7 +89,7 @@ done
 say 'the base image'
 if ! buildah images -q magicdec-base >/dev/null 2>&1; then
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$WORK/root" \
-        "${MIRROR:-http://deb.debian.org/debian}" >"$WORK/debootstrap.log"
+        ${MIRROR:+"$MIRROR"} >"$WORK/debootstrap.log"
     [ -z "${OVERLAY:-}" ] || cp -a "$OVERLAY/." "$WORK/root/"
     container=$(buildah from scratch)
     buildah add -q "$container" "$WORK/root" / >/dev/null
