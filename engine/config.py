@@ -114,6 +114,8 @@ class ServerConfig(Settings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: LogFormat = "text"
     """json: an object per line. Neither holds text of prompts or answers."""
+    tracing: bool = False
+    """Send OpenTelemetry spans of requests; where to, the OTEL_EXPORTER_OTLP_* variables say."""
     api_keys: list[SecretStr] = Field(default=[])
     """Requests must carry one of them, but to /, /health, /ready and /metrics. None, here and in the file: all may
     ask."""

@@ -54,8 +54,7 @@ class _Answer:
         self._created = int(time.time())
         self._service = service
         self._body = body
-        self._generation = generation
-        self.facts = generation.facts
+        self.generation = generation
 
     @classmethod
     async def prepare(cls, service: Service, body: ChatRequest) -> _Answer:
@@ -85,12 +84,12 @@ class _Answer:
         return cls(service, body, Generation(service, choices, Usage(len(tokens))))
 
     async def whole(self) -> dict[str, Any]:
-        texts: list[list[str]] = [[] for _ in self._generation.choices]
+        texts: list[list[str]] = [[] for _ in self.generation.choices]
         logprobs: list[list[dict[str, Any]]] = [[] for _ in texts]
         ends: list[Piece | None] = [None] * len(texts)
         reports = Reports()
         prompt: dict[str, Any] = {}
-        async with aclosing(self._generation.pieces()) as pieces:
+        async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 texts[piece.index].append(piece.delta.text)
                 logprobs[piece.index] += self._logprobs(piece)
@@ -109,12 +108,12 @@ class _Answer:
             }
             for index, end in enumerate(ends)
         ]
-        return self._object("chat.completion", choices) | {"usage": self._generation.usage.as_dict()} | prompt
+        return self._object("chat.completion", choices) | {"usage": self.generation.usage.as_dict()} | prompt
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        usage = self._generation.usage
-        silent = {choice.index for choice in self._generation.choices}
-        async with aclosing(self._generation.pieces()) as pieces:
+        usage = self.generation.usage
+        silent = {choice.index for choice in self.generation.choices}
+        async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 if piece.index in silent:
                     silent.remove(piece.index)
@@ -135,7 +134,7 @@ class _Answer:
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         chunk = self._object("chat.completion.chunk", [choice])
         if self._body.usage_always:
-            chunk["usage"] = self._generation.usage.as_dict()
+            chunk["usage"] = self.generation.usage.as_dict()
         elif self._body.usage_at_end:
             chunk["usage"] = None
         return chunk

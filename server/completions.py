@@ -48,8 +48,7 @@ class _Answer:
         self._created = int(time.time())
         self._service = service
         self._body = body
-        self._generation = generation
-        self.facts = generation.facts
+        self.generation = generation
         self._echoes = echoes
 
     @classmethod
@@ -93,7 +92,7 @@ class _Answer:
         ends: list[Piece | None] = [None] * len(texts)
         reports = Reports()
         prompts: dict[int, dict[str, Any]] = {}
-        async with aclosing(self._generation.pieces()) as pieces:
+        async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 texts[piece.index].append(piece.delta.text)
                 ends[piece.index] = piece
@@ -107,12 +106,12 @@ class _Answer:
             _choice(index, "".join(texts[index]), logprobs[index], end) | reports.of(index) | prompts.get(index, {})
             for index, end in enumerate(ends)
         ]
-        return self._object(choices) | {"usage": self._generation.usage.as_dict()}
+        return self._object(choices) | {"usage": self.generation.usage.as_dict()}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        usage = self._generation.usage
+        usage = self.generation.usage
         echoes = list(self._echoes)
-        async with aclosing(self._generation.pieces()) as pieces:
+        async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 text, echoes[piece.index] = echoes[piece.index] + piece.delta.text, ""
                 logprobs = self._logprobs(piece)
@@ -143,7 +142,7 @@ class _Answer:
             return None
         found = self._of_tokens(piece, piece.delta.logprobs)
         if self._body.echo and piece.prompt is not None:
-            prompt = self._of_prompt(self._generation.choices[piece.index].prompt, piece.prompt)
+            prompt = self._of_prompt(self.generation.choices[piece.index].prompt, piece.prompt)
             found = {name: prompt[name] + found[name] for name in found}
         return found
 

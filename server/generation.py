@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,8 @@ class Generation:
     arrival: float = field(default_factory=time.monotonic)
     first: float | None = None
     """time.monotonic() of the first token of any choice."""
+    parent: str | None = None
+    """The request's traceparent header."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -113,7 +115,9 @@ class Generation:
         params = msgspec.structs.replace(choice.params, max_tokens=1, min_tokens=0) if nothing else choice.params
         request = AddRequest(uuid.uuid4().hex, choice.prompt, params, self.arrival, choice.priority)
         report = Report(self.arrival) if choice.report else None
-        with self.service.metrics.follow(self.arrival) as timing:
+        tracing = self.service.tracing
+        traced = tracing.follow(self.parent, self.arrival, len(choice.prompt)) if tracing else nullcontext()
+        with traced as trace, self.service.metrics.follow(self.arrival) as timing:
             async with aclosing(client.generate(request)) as outputs:
                 async for output in outputs:
                     if output.error is not None:
@@ -126,6 +130,8 @@ class Generation:
                     self.usage.completion_tokens += len(delta.tokens)
                     self.usage.accepted += delta.accepted
                     self.usage.rejected += output.drafted - output.accepted
+                    if trace is not None:
+                        trace.output(output, delta)
                     timing.output(len(delta.tokens), output.scheduled, delta.finish_reason)
                     yield Piece(
                         choice.index, delta, report.take(output, delta) if report else None, output.prompt_logprobs

@@ -97,6 +97,8 @@ class Lifecycle:
             await asyncio.gather(serving, return_exceptions=True)
             if service.client is not None:
                 await service.client.close()
+            if service.tracing is not None:
+                await asyncio.to_thread(service.tracing.close)
             forcing.cancel()
         return 1 if self._force.is_set() else status
 

@@ -15,6 +15,7 @@ from server.errors import ApiError, draining, engine_dead, engine_restarting, un
 from server.limits import check_tokens
 from server.metrics import Metrics
 from server.template import ChatTemplate
+from server.tracing import Tracing
 from server.version import build
 
 _TYPICAL_RATE = 0.05
@@ -29,7 +30,7 @@ class Service:
 
     client: None while the engine is loading.
     draining: set once the process has been asked to end; nothing new is taken then.
-    build: which version this is.
+    build: which version this is. tracing: None if it is off.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
@@ -41,6 +42,7 @@ class Service:
         self.client: Supervisor | None = None
         self.draining = asyncio.Event()
         self.build = build()
+        self.tracing = Tracing(self.model_id) if config.server.tracing else None
         self.metrics = Metrics(self.model_id, lambda: self.client.stats if self.client else None)
         self._admitted = self._admitted_tokens = 0
         self._typical_s = 1.0  # of a request, waiting included

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.access import note
 from server.errors import as_api_error
+from server.generation import Generation
 
 T = TypeVar("T")
 
@@ -54,8 +55,7 @@ class Answer(Protocol):
     """What a completion route answers one request with: in one piece, or event by event."""
 
     id: str
-    facts: dict[str, Any]
-    """For the log: values, or calls that give them in the end."""
+    generation: Generation
 
     async def whole(self) -> Any: ...
     def events(self) -> AsyncGenerator[Any, None]: ...
@@ -64,7 +64,8 @@ class Answer(Protocol):
 async def respond(request: Request, answer: Answer, streaming: bool) -> Response:
     """Send `answer`; its work ends with it, or when the client goes."""
     headers = {"X-Request-Id": answer.id}
-    note(request, id=answer.id, **answer.facts)
+    note(request, id=answer.id, **answer.generation.facts)
+    answer.generation.parent = request.headers.get("traceparent")
     if streaming:
         return await stream(request, answer.events(), headers)
     body = msgspec.json.encode(await while_there(request.receive, answer.whole()))

@@ -1,0 +1,102 @@
+"""OpenTelemetry spans of what requests to the engine go through: waiting, their prompt, their tokens. Off unless asked
+for; where they are sent is for the usual OTEL_EXPORTER_OTLP_* variables to say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from engine.config import ConfigError
+from engine.messages import RequestOutput
+from engine.text import Delta
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+
+class Trace:
+    """Of one request to the engine. Times are time.monotonic()."""
+
+    def __init__(self) -> None:
+        self.scheduled = self.first = self.last = 0.0
+        self.rounds = self.tokens = self.drafted = self.accepted = 0
+        self.reason: str | None = None
+
+    def output(self, output: RequestOutput, delta: Delta) -> None:
+        """One round."""
+        now = time.monotonic()
+        self.scheduled = self.scheduled or output.scheduled
+        self.first = self.first or now
+        self.last = now
+        self.rounds += 1
+        self.tokens += len(delta.tokens)
+        self.drafted += output.drafted
+        self.accepted += delta.accepted
+        self.reason = delta.finish_reason
+
+
+class Tracing:
+    """Sends spans in the background, in batches."""
+
+    def __init__(self, model_id: str, exporter: SpanExporter | None = None) -> None:
+        """exporter: in place of OTLP over HTTP. Raises ConfigError without the packages."""
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        except ImportError:
+            raise ConfigError("server.tracing needs OpenTelemetry: pip install 'magicdec[otel]'") from None
+        self._provider = TracerProvider(resource=Resource.create({"service.name": "magicdec"}))
+        self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
+        self._tracer = self._provider.get_tracer("magicdec")
+        self._propagator = TraceContextTextMapPropagator()
+        self._model_id = model_id
+
+    @contextmanager
+    def follow(self, parent: str | None, arrival: float, prompt_tokens: int) -> Iterator[Trace]:
+        """parent: the request's traceparent header."""
+        trace = Trace()
+        try:
+            yield trace
+        finally:
+            self._send(trace, parent, arrival, prompt_tokens)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._provider.shutdown()
+
+    def _send(self, trace: Trace, parent: str | None, arrival: float, prompt_tokens: int) -> None:
+        from opentelemetry.trace import SpanKind, set_span_in_context
+
+        origin = time.time_ns() - int(time.monotonic() * 1e9)  # of the monotonic clock
+        context = self._propagator.extract({"traceparent": parent}) if parent else None
+        ended = time.monotonic()
+        span = self._tracer.start_span(
+            "request",
+            context,
+            SpanKind.SERVER,
+            attributes={
+                "gen_ai.request.model": self._model_id,
+                "gen_ai.usage.input_tokens": prompt_tokens,
+                "gen_ai.usage.output_tokens": trace.tokens,
+                "gen_ai.response.finish_reasons": [trace.reason or "abort"],
+            },
+            start_time=origin + int(arrival * 1e9),
+        )
+        inside = set_span_in_context(span)
+        decode = {"rounds": trace.rounds, "drafted": trace.drafted, "accepted": trace.accepted}
+        for name, start, end, attributes in (
+            ("queue", arrival, trace.scheduled, {}),
+            ("prefill", trace.scheduled, trace.first, {}),
+            ("decode", trace.first, trace.last, decode),
+        ):
+            if start and end:
+                child = self._tracer.start_span(
+                    name, inside, attributes=attributes, start_time=origin + int(start * 1e9)
+                )
+                child.end(origin + int(max(start, end) * 1e9))
+        span.end(origin + int(ended * 1e9))
