@@ -1,0 +1,93 @@
+"""Changes to logits before the sampling rule, as requests ask for them: edits of single tokens, and penalties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.plan import RowStart
+from parallel.sampling import VocabShard
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """One row's changes to its logits: bias, stop tokens forbidden before `min_length`, tokens and words that are not
+    allowed.
+
+    tokens: [m] index into this rank's slice; bias: [m]; forbidden: [m] 0 or -inf, added while the row is shorter.
+    excluded: [slice] bool, or None. words: of each what it begins with, and its last token in this rank's slice.
+    """
+
+    tokens: Tensor
+    bias: Tensor
+    forbidden: Tensor
+    min_length: int
+    excluded: Tensor | None
+    words: list[tuple[Tensor, int]]
+
+    @classmethod
+    def of(cls, start: RowStart, vocab: VocabShard, device: torch.device) -> Edits:
+        params = start.params
+        stops = start.stop_ids if params.min_tokens else []
+        ids = torch.tensor([*params.logit_bias, *stops], dtype=torch.int64)
+        bias = torch.tensor([*params.logit_bias.values(), *(0.0 for _ in stops)], dtype=torch.float64)
+        forbidden = torch.zeros_like(bias)
+        forbidden[len(params.logit_bias) :] = float("-inf")
+        mine = vocab.holds(ids)
+        tokens = vocab.local(ids)[mine]
+        min_length = start.num_prompt + params.min_tokens
+        excluded = None
+        if params.allowed_token_ids:
+            allowed = torch.tensor(params.allowed_token_ids, dtype=torch.int64)
+            excluded = torch.ones(vocab.size, dtype=torch.bool)
+            excluded[vocab.local(allowed)[vocab.holds(allowed)]] = False
+            excluded = excluded.to(device)
+        last = range(vocab.start, vocab.start + vocab.size)
+        words = [
+            (torch.tensor(word[:-1], dtype=torch.int32, device=device), word[-1] - vocab.start)
+            for word in params.bad_words
+            if word[-1] in last
+        ]
+        return cls(tokens.to(device), bias[mine].to(device), forbidden[mine].to(device), min_length, excluded, words)
+
+    def apply(self, logits: Tensor, position: Tensor, row: Tensor) -> None:
+        """Change one row of logits in place; position: [] int64, of the token being decided. row: [max_model_len], the
+        row's tokens, drafts among them."""
+        change = self.bias + torch.where(position < self.min_length, self.forbidden, 0.0)
+        logits.index_add_(0, self.tokens, change.to(logits.dtype))
+        if self.excluded is not None:
+            logits.masked_fill_(self.excluded, float("-inf"))
+        for begins, token in self.words:
+            before = torch.arange(-len(begins), 0, device=row.device) + position
+            matches = (row[before.clamp(min=0)] == begins).all() & (position >= len(begins))
+            logits[token] = torch.where(matches, float("-inf"), logits[token])
+
+
+class Counts:
+    """How often each token of this rank's slice occurs in the rows that are penalised for it.
+
+    output: [max_rows, slice] int32. in_prompt: [max_rows, slice] bool. Rows that are not penalised hold leftovers.
+    """
+
+    def __init__(self, max_rows: int, vocab: VocabShard, device: torch.device) -> None:
+        self._vocab = vocab
+        self.output = torch.zeros(max_rows, vocab.size, dtype=torch.int32, device=device)
+        self.in_prompt = torch.zeros(max_rows, vocab.size, dtype=torch.bool, device=device)
+
+    def start(self, row: int, prompt: list[int], output: list[int]) -> None:
+        for counts, tokens in ((self.in_prompt, prompt), (self.output, output)):
+            ids = torch.tensor(tokens, dtype=torch.int64)
+            counted = torch.bincount(self._vocab.local(ids)[self._vocab.holds(ids)], minlength=self._vocab.size)
+            counts[row] = counted.to(counts.dtype)
+
+    def add(self, rows: Tensor, tokens: Tensor, committed: Tensor) -> None:
+        counted = (committed & self._vocab.holds(tokens)).to(torch.int32)
+        self.output.index_put_((rows, self._vocab.local(tokens)), counted, accumulate=True)
+
+    def output_with(self, rows: Tensor, drafted: Tensor, counted: Tensor) -> Tensor:
+        """Copies of the output counts of `rows` [n], with drafted [n, m] tokens added where counted [n, m]."""
+        counts = self.output[rows]
+        weights = (counted & self._vocab.holds(drafted)).to(torch.int32)
+        return counts.scatter_add_(1, self._vocab.local(drafted), weights)
