@@ -26,6 +26,8 @@ class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
     """time.monotonic() when the request reached the server (one clock for all processes of a machine)."""
     priority: int = 0
     """Those with lower ones are admitted first."""
+    like: str | None = None
+    """A request with the same prompt that was queued before: pages of the prompt that it has computed are shared."""
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):

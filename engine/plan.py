@@ -20,6 +20,8 @@ class RowStart(msgspec.Struct, array_like=True):
     """Tokens that min_tokens forbids."""
     computed: int = 0
     """Tokens whose KV is taken to be there already."""
+    shared: bool = False
+    """It is, in pages of another row; a draft's own KV of them is not."""
 
 
 class PageDelta(msgspec.Struct, array_like=True):

@@ -25,6 +25,7 @@ class Request:
         "eos",
         "finish_reason",
         "id",
+        "like",
         "num_computed",
         "num_prompt",
         "num_reserved",
@@ -43,6 +44,7 @@ class Request:
         self.params: SamplingParams = message.params
         self.arrival = message.arrival
         self.priority = message.priority
+        self.like = message.like
         self.prompt_logprobs: list[PromptLogprobs] = []
         self.tokens: list[int] = list(message.prompt)
         self.num_prompt = len(message.prompt)

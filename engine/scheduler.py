@@ -48,8 +48,11 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         controller: Controller,
         draft_kv: bool = False,
+        own_tokens: int = 1,
     ) -> None:
-        """draft_kv: drafts read KV of their own, which a row's tokens have to be computed for before it drafts."""
+        """draft_kv: drafts read KV of their own, which a row's tokens have to be computed for before it drafts.
+        own_tokens: at the end of a prompt, which a row computes itself in any case.
+        """
         self._pages = pages
         self._page_size = page_size
         self._max_batch_tokens = max_batch_tokens
@@ -58,6 +61,7 @@ class Scheduler:
         self._eos = tuple(eos_token_ids)
         self.controller = controller
         self._draft_kv = draft_kv
+        self._own_tokens = own_tokens
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._by_id: dict[str, Request] = {}
         self.waiting: deque[Request] = deque()
@@ -183,25 +187,53 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, work: list[tuple[Request, RowWork]], budget: int) -> None:
         """By priority, then first come, first served, while rows, budget and pages last."""
-        while self.waiting and self._free_rows and budget > 0:
-            request = self.waiting[0]
-            needed = -(-request.num_tokens // self._page_size)
+        for request in list(self.waiting):
+            if not self._free_rows or budget <= 0:
+                return
+            leader = self._leader(request)
+            if leader is not None and not leader.num_output:
+                continue  # a little later there is nothing left to compute
+            shared = self._shared(request, leader) if leader else []
+            needed = -(-request.num_tokens // self._page_size) - len(shared)
             # One page per running row stays free: an admission should not be paid for by a preemption next round.
             if needed + len(self.running) > self._pages.free and self.running:
                 return
             pages = self._pages.reserve(needed)
             if pages is None:
                 return
-            self.waiting.popleft()
+            self.waiting.remove(request)
             request.row = self._free_rows.pop()
-            self._own(request, pages)
+            self._pages.share(shared)
+            self._own(request, shared + pages)
+            request.num_computed = len(shared) * self._page_size
+            request.draft_lag = request.num_computed if self._draft_kv else 0
             request.scheduled = request.scheduled or time.monotonic()
             self.running.append(request)
             plan.starts.append(
-                RowStart(request.row, request.tokens[:], request.num_prompt, request.params, sorted(request.stop_ids))
+                RowStart(
+                    request.row,
+                    request.tokens[:],
+                    request.num_prompt,
+                    request.params,
+                    sorted(request.stop_ids),
+                    request.num_computed,
+                    bool(shared),
+                )
             )
-            plan.pages.append(PageDelta(request.row, 0, pages[:]))
+            plan.pages.append(PageDelta(request.row, 0, request.pages[:]))
             budget -= self._plan_chunk(request, work, budget)
+
+    def _leader(self, request: Request) -> Request | None:
+        """A running request whose prompt it can share, if there is one."""
+        leader = self._by_id.get(request.like) if request.like else None
+        if leader is None or leader.row is None or request.params.prompt_logprobs is not None:
+            return None
+        return leader if leader.tokens[: leader.num_prompt] == request.tokens[: request.num_prompt] else None
+
+    def _shared(self, request: Request, leader: Request) -> list[int]:
+        """Whole pages of the prompt. What comes behind them, the row computes and writes itself."""
+        tokens = min(leader.num_computed, request.num_prompt - self._own_tokens)
+        return leader.pages[: max(0, tokens) // self._page_size]
 
     def _reserve(self, plan: StepPlan, request: Request, slots: int) -> bool:
         """Own pages for `slots` KV slots; False, and nothing changed, if they are not free."""

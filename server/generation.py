@@ -97,12 +97,19 @@ class Generation:
         """Pieces of all choices as they come. Closing early aborts them. Raises ApiError, EngineDead."""
         with self.service.admit(len(self.choices), sum(len(choice.prompt) for choice in self.choices)) as client:
             stops = stop_strings(self.choices[0].params)
-            async with aclosing(merge([self._run(client, choice, stops) for choice in self.choices])) as merged:
+            # The first of several choices from one prompt computes it, and the others share what it has.
+            first = {id(choice.prompt): choice.index for choice in reversed(self.choices)}
+            names = [uuid.uuid4().hex for _ in self.choices]
+            runs = []
+            for choice, name in zip(self.choices, names, strict=True):
+                leader = first[id(choice.prompt)]
+                runs.append(self._run(client, choice, stops, name, None if leader == choice.index else names[leader]))
+            async with aclosing(merge(runs)) as merged:
                 async for piece in merged:
                     yield piece
 
     async def _run(
-        self, client: Supervisor, choice: Choice, stops: Sequence[StopString]
+        self, client: Supervisor, choice: Choice, stops: Sequence[StopString], name: str, like: str | None
     ) -> AsyncGenerator[Piece, None]:
         nothing = choice.params.max_tokens == 0
         ended = Delta("", [], [], None if choice.params.logprobs is None else [], 0, 0, FINISH_LENGTH, None)
@@ -113,7 +120,7 @@ class Generation:
         stream = TextStream(self.service.tokenizer, choice.params, context, stops)
         # What is asked about the prompt alone takes a pass over it, which yields a token in any case.
         params = msgspec.structs.replace(choice.params, max_tokens=1, min_tokens=0) if nothing else choice.params
-        request = AddRequest(uuid.uuid4().hex, choice.prompt, params, self.arrival, choice.priority)
+        request = AddRequest(name, choice.prompt, params, self.arrival, choice.priority, like)
         report = Report(self.arrival) if choice.report else None
         tracing = self.service.tracing
         traced = tracing.follow(self.parent, self.arrival, len(choice.prompt)) if tracing else nullcontext()

@@ -73,7 +73,7 @@ class DraftCache:
     def start(self, start: RowStart) -> None:
         """A request takes a row slot."""
         self._prefill[start.row] = len(start.tokens)
-        self._copied[start.row] = start.computed
+        self._copied[start.row] = 0 if start.shared else start.computed
         self._observed[start.row] = self._chosen_at[start.row] = 0
 
     def observe(self, rows: Ints, first: Ints, queries: Ints) -> None:

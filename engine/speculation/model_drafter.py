@@ -56,7 +56,7 @@ class ModelDrafter:
 
     def propose(self, rows: Round) -> Tensor:
         for start in rows.starts:
-            self._computed[start.row] = start.computed
+            self._computed[start.row] = 0 if start.shared else start.computed
             self._sampler.start(start)
             if self._cache is not None:
                 self._cache.start(start)

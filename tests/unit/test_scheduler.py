@@ -60,8 +60,10 @@ class Ranks:
     def execute(self, plan: StepPlan, requests: list[Request]) -> StepResult:
         for start in plan.starts:
             self._pages[start.row] = []
-            self._length[start.row], self._computed[start.row] = len(start.tokens), 0
+            self._length[start.row], self._computed[start.row] = len(start.tokens), start.computed
             self._held[start.row] = 0
+            assert start.computed < start.num_prompt
+            assert start.shared == (start.computed > 0)
         for delta in plan.pages:
             assert len(self._pages[delta.row]) == delta.first
             self._pages[delta.row] += delta.pages
@@ -69,8 +71,12 @@ class Ranks:
         assert len(set(rows)) == len(rows) == len(requests)
         assert sum(work.new + work.gamma for work in plan.work) <= self._batch
         assert [work.gamma for work in plan.work] == sorted((work.gamma for work in plan.work), reverse=True)
-        touched = [page for row in rows for page in self._pages[row]]
-        assert len(set(touched)) == len(touched)
+        # What a row writes is its own.
+        first = {work.row: work.computed // self._page_size for work in plan.work}
+        written = [page for row in rows for page in self._pages[row][first[row] :]]
+        assert len(set(written)) == len(written)
+        read = {page for row in rows for page in self._pages[row][: first[row]]}
+        assert read.isdisjoint(written)
         assert sum(work.catch_up for work in plan.work) <= self._batch
         results = []
         for request, work in zip(requests, plan.work, strict=True):
@@ -136,11 +142,16 @@ def test_random_admit_accept_reject_abort_preempt(
     live: dict[str, int] = {}
     got: dict[str, int] = {}
     added = 0
+    prompts: dict[str, int] = {}
     for _ in range(2000):
         while added < 25 and rng.random() < 0.4:
             length = rng.choice([1, page_size, page_size + 1, rng.randint(1, 40)])
             params = SamplingParams(max_tokens=rng.randint(1, max_len - length), ignore_eos=rng.random() < 0.5)
-            made.add(AddRequest(str(added), [5] * length, params))
+            like = str(rng.randrange(added)) if added and rng.random() < 0.5 else None
+            if like in prompts and rng.random() < 0.9:
+                length = min(prompts[like], max_len - params.max_tokens)
+            prompts[str(added)] = length
+            made.add(AddRequest(str(added), [5] * length, params, like=like))
             live[str(added)], got[str(added)] = params.max_tokens, 0
             added += 1
         if live and rng.random() < 0.05:
