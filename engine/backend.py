@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -42,6 +43,14 @@ def choose_ops(setting: KernelsSetting, device: torch.device, dtype: torch.dtype
     return REFERENCE
 
 
+def _folder() -> Path | None:
+    """Where kernels are kept that are compiled here; None for a user who has no place."""
+    try:
+        return user_cache() / "kernels"
+    except OSError:
+        return None
+
+
 def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
     dtypes = _HALVES if name == "flashinfer" else (torch.float32, *_HALVES)
     if (name == "cpu") != (device.type == "cpu") or dtype not in dtypes:
@@ -49,7 +58,7 @@ def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
         raise ConfigError(f"engine.kernels: {name} has none for {named} on {device.type}")
     try:
         if name == "cpu":
-            return CpuOps(CpuKernels(user_cache() / "kernels"))
+            return CpuOps(CpuKernels(_folder()))
         from kernels.attention.flashinfer import load_flashinfer, make_workspace  # imported where there is a GPU
         from kernels.gpu.graphs import CudaGraphs
         from kernels.gpu.ops import GpuOps

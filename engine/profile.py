@@ -196,8 +196,8 @@ def recall(key: str) -> list[StepSample] | None:
 
 def keep(key: str, samples: Iterable[StepSample]) -> None:
     """For the next start; not being able to is no error."""
-    file = _file(key)
     try:
+        file = _file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
             part.write(msgspec.json.encode(list(samples)))

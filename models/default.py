@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -11,10 +12,18 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def user_cache() -> Path:
-    """The user's cache folder (XDG convention): everything in it can be made or downloaded again."""
+    """The user's cache folder (XDG convention): everything in it can be made or downloaded again.
+
+    Raises FileNotFoundError for a user without a home, as a number that a container was told to run as.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "magicdec"
+    if os.path.isabs(base):
+        return Path(base) / "magicdec"
+    try:
+        return Path.home() / ".cache" / "magicdec"
+    except RuntimeError as error:
+        why = "the user has no home directory; set HOME or XDG_CACHE_HOME"
+        raise FileNotFoundError(errno.ENOENT, why, "~") from error
 
 
 def cache_dir() -> Path:

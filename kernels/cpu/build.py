@@ -70,15 +70,16 @@ def _processor_features() -> set[str]:
     return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
 
 
-def build_kernels(target: InstructionSet, folder: Path) -> Path:
-    """The library of kernels for one instruction set, in `folder`. Raises KernelsUnavailable."""
+def build_kernels(target: InstructionSet, folder: Path | None) -> Path:
+    """The library of kernels for one instruction set, in `folder` (None: nothing can be kept, and only BUILT serves).
+    Raises KernelsUnavailable."""
     openmp = sorted(str(file) for file in _torch_folder("lib").glob("libgomp*.so*"))  # the team of torch's own threads
     flags = ["-std=gnu++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", *target.flags]
     return _build(folder, f"kernels-{target.name}", "kernels.cpp", flags, openmp[:1])
 
 
-def build_operators(folder: Path) -> Path:
-    """The library that makes torch know the operators, in `folder`. Raises KernelsUnavailable."""
+def build_operators(folder: Path | None) -> Path:
+    """The library that makes torch know the operators; otherwise as `build_kernels`."""
     include = _torch_folder("include")
     flags = ["-std=gnu++20", "-O2", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
@@ -91,13 +92,19 @@ def _torch_folder(name: str) -> Path:
     return Path(torch.__file__).parent / name
 
 
-def _build(folder: Path, name: str, source: str, flags: list[str], libraries: list[str]) -> Path:
+def _build(folder: Path | None, name: str, source: str, flags: list[str], libraries: list[str]) -> Path:
     flags = [*flags, "-fPIC", "-shared"]
     file = f"{name}-{_digest(flags, source)}.so"
+    if (BUILT / file).is_file():
+        return BUILT / file
+    if folder is None:
+        raise KernelsUnavailable("no folder is known to keep kernels in; set HOME or XDG_CACHE_HOME")
     target = folder / file
-    for place in (target, BUILT / file):
-        if place.is_file():
-            return place
+    try:
+        if target.is_file() and _is_whole(target):
+            return target
+    except OSError as error:
+        raise KernelsUnavailable(f"cannot read kernels: {error}") from error
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise KernelsUnavailable("no C++ compiler (g++ or clang++) is installed")
@@ -122,6 +129,20 @@ def _build(folder: Path, name: str, source: str, flags: list[str], libraries: li
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelsUnavailable(f"cannot build kernels: {error}") from error
     return target
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library reaches the end that its head tells of. One that a full disk or a crash has cut off must not be
+    loaded: the loader would map what is not there, and the process end by SIGBUS."""
+    with library.open("rb") as file:
+        head = file.read(64)
+        size = os.fstat(file.fileno()).st_size
+    if len(head) < 64:
+        return False
+    if head[:6] != b"\x7fELF\2\1":  # not ELF of 64 bits, little-endian: its loader has to see
+        return True
+    sections, each, count = (int.from_bytes(head[at : at + n], "little") for at, n in ((40, 8), (58, 2), (60, 2)))
+    return sections + each * count <= size  # linkers write that table last
 
 
 def _digest(flags: list[str], source: str) -> str:

@@ -23,9 +23,9 @@ class CpuKernels:
     their number, or the number of threads.
     """
 
-    def __init__(self, folder: Path, target: InstructionSet | None = None) -> None:
-        """folder: where compiled ones are kept. target: an instruction set that this processor has; None: the best.
-        Raises KernelsUnavailable."""
+    def __init__(self, folder: Path | None, target: InstructionSet | None = None) -> None:
+        """folder: where compiled ones are kept; None: only those of the installation serve. target: an instruction set
+        that this processor has; None: the best. Raises KernelsUnavailable."""
         target = target or supported()[0]
         library = build_operators(folder)
         try:
@@ -146,7 +146,7 @@ class PackedWeights:
         whole = (wide / scales[:, None]).round()
         rounded = PackedWeights(whole.to(torch.int8), self.bias, columns=self.columns)
         rounded.scales = scales
-        rounded.offsets = -128 * whole.sum(1)  # inputs are stored as bytes from 0 to 255, 128 too large
+        rounded.offsets = (-128 * whole.sum(1)).int()  # inputs are stored as bytes from 0 to 255, 128 too large
         return rounded
 
 

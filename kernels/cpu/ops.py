@@ -33,7 +33,8 @@ class CpuProduct:
 
 
 class CpuOps:
-    """See kernels.ops.Ops. Results of a row do not depend on the rows beside it at all."""
+    """See kernels.ops.Ops. Results of a row do not depend on the rows beside it at all, but for attention with heads
+    whose size is no multiple of 16: plain torch computes that."""
 
     kind = "cpu"
     graphs: Graphs | None = None

@@ -231,6 +231,46 @@ def test_what_does_not_fit_is_refused(kernels: CpuKernels) -> None:
         kernels.linear(torch.randn(2, 60), PackedWeights(torch.randn(32, 64)))
 
 
+def test_memory_that_is_not_there_is_not_touched(kernels: CpuKernels) -> None:
+    """A wrong index is an error here as it is in plain torch, not a write into whatever stands there."""
+    layer, angles, norms = pool_layer(2, 1, 16, 32, torch.float32), torch.randn(9, 16), torch.randn(31)
+    for position, slot, message in ((9, 0, "positions: 9"), (-1, 0, "positions: -1"), (0, 32, "slots: 32")):
+        with pytest.raises(RuntimeError, match=message):
+            kernels.rotary(
+                torch.randn(1, 3, 32), angles, angles, torch.tensor([position]), torch.tensor([slot]), layer.k, layer.v
+            )
+    zero = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="rotary: norms"):
+        kernels.rotary(torch.randn(1, 3, 32), angles, angles, zero, zero, layer.k, layer.v, (norms, norms, 1e-5))
+    backend, q = CpuAttention(kernels), torch.randn(3, 1, 32)
+    for queries, length in ((3, 33), (3, 2), (0, 5), (2, 5), (4, 5)):
+        backend.plan(AttentionBatch([queries], [length], torch.arange(2)[None]))
+        with pytest.raises(RuntimeError, match=f"{queries} queries over {length} slots|3 queries, not {queries}"):
+            backend.run(layer, q, 0.125)
+
+
+def test_nothing_comes_of_nothing(kernels: CpuKernels) -> None:
+    weights = PackedWeights(torch.empty(0, 8))
+    assert kernels.linear(torch.randn(3, 8), weights).shape == (3, 0)
+    assert kernels.linear(torch.randn(3, 8), weights.rounded()).shape == (3, 0)
+    assert kernels.linear(torch.randn(0, 8), PackedWeights(torch.randn(5, 8))).shape == (0, 5)
+
+
+def test_sums_of_bytes_are_exact(kernels: CpuKernels) -> None:
+    """Inputs are stored 128 too large; what that adds to a long sum is more than a float32 tells apart."""
+    x = torch.tensor([127.0, -127.0]).repeat(4096)[None]
+    x[0, 0] = 126.0
+    y = kernels.linear(x, PackedWeights(torch.full((2, x.shape[1]), 127.0)).rounded())
+    assert y.tolist() == [[-127.0, -127.0]]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_linear_of_rows_that_begin_within_a_word(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    wide, weights = torch.randn(5, 66).to(dtype), PackedWeights(torch.randn(40, 64).to(dtype))
+    assert torch.equal(kernels.linear(wide[:, 1:65], weights), kernels.linear(wide[:, 1:65].contiguous(), weights))
+
+
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(KernelsUnavailable, match=r"no C\+\+ compiler"):
@@ -245,6 +285,46 @@ def test_a_library_that_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(f"kernels.cpu.library.{part}", lambda *_: broken)
     with pytest.raises(KernelsUnavailable, match=r"broken\.so cannot be loaded; remove it"):
         CpuKernels(user_cache() / "kernels")
+
+
+@pytest.mark.parametrize("left", [0, 40, 0.3, 0.8], ids=str)
+def test_a_library_that_was_cut_off_is_built_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: float) -> None:
+    """Loading it would end the process by SIGBUS."""
+    whole = build.build_operators(user_cache() / "kernels")
+    monkeypatch.setattr(build, "BUILT", Path("/nowhere"))
+    cut = tmp_path / whole.name
+    content = whole.read_bytes()
+    cut.write_bytes(content[: left if isinstance(left, int) else int(left * len(content))])
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(KernelsUnavailable, match=r"no C\+\+ compiler"):
+        build.build_operators(tmp_path)
+    cut.write_bytes(content)
+    assert build.build_operators(tmp_path) == cut
+
+
+def test_a_folder_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The home of somebody else, say."""
+    is_file = Path.is_file
+
+    def denied(path: Path) -> bool:
+        if path.parent == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(build, "BUILT", Path("/nowhere"))
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(KernelsUnavailable, match=r"cannot read kernels: .*Permission denied"):
+        CpuKernels(tmp_path)
+
+
+def test_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came with the installation serves, whoever asks."""
+    monkeypatch.setattr(build, "BUILT", Path("/nowhere"))
+    with pytest.raises(KernelsUnavailable, match="set HOME or XDG_CACHE_HOME"):
+        CpuKernels(None)
+    monkeypatch.setattr(build, "BUILT", user_cache() / "kernels")
+    CpuKernels(user_cache() / "kernels")
+    assert CpuKernels(None).name == CpuKernels(user_cache() / "kernels").name
 
 
 def test_a_compiler_that_fails(tmp_path: Path) -> None:

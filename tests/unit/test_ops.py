@@ -6,6 +6,7 @@ import dataclasses
 import random
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from engine.backend import choose_ops
 from engine.config import ConfigError
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.profile import keep, recall
 from kernels.cpu.build import KernelsUnavailable
 from kernels.reference import REFERENCE
 from models.config import ModelConfig
+from models.default import default_model_dir
 from models.llama import Llama
 from models.loader import random_model
 from parallel.group import Group
@@ -176,6 +179,28 @@ def test_which_kernels_serve(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     ]
     with pytest.raises(ConfigError, match=r"engine\.kernels: no C\+\+ compiler"):
         choose_ops("cpu", CPU, torch.bfloat16)
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As a container has one that was told to run as some number."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr("kernels.cpu.build.BUILT", Path("/nowhere"))
+    assert choose_ops("auto", CPU, torch.bfloat16) is REFERENCE
+    assert [message.partition(": ")[2] for message in caplog.messages] == [
+        "no folder is known to keep kernels in; set HOME or XDG_CACHE_HOME"
+    ]
+    with pytest.raises(ConfigError, match=r"engine\.kernels: no folder is known"):
+        choose_ops("cpu", CPU, torch.bfloat16)
+    with pytest.raises(FileNotFoundError, match="set HOME or XDG_CACHE_HOME"):
+        default_model_dir()
+    assert recall("a") is None
+    keep("a", [])
+    assert "the profile cannot be kept" in caplog.messages[-1]
 
 
 def test_which_kernels_serve_on_gpus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

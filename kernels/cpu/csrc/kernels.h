@@ -17,7 +17,7 @@ struct LinearArgs {
   Weights format;
   const uint32_t* packed;  // [blocks][words][BLOCK]: words of neighbouring input features
   const float* scales;     // i8: [blocks * BLOCK], of each column
-  const float* offsets;    // i8: [blocks * BLOCK], what an input of all -128 would yield, before scaling
+  const int32_t* offsets;  // i8: [blocks * BLOCK], what an input of all -128 would yield, before scaling
   const float* bias;       // [blocks * BLOCK], or null
   int words;               // of a row, the last one padded with zeros
   int columns;             // output features; with silu_mul, half of those that are packed

@@ -98,10 +98,10 @@ void linear_block(const LinearArgs& args, Rows x, const float* scales, int row, 
       if constexpr (Dot::ELEMENTS == 4) {
         f32x16 scaled[M][2];
         for (int c = 0; c < 2; c++) {
-          const f32x16 offset = load<f32x16>(args.offsets + block * BLOCK + c * LANES);
+          const i32x16 offset = load<i32x16>(args.offsets + block * BLOCK + c * LANES);
           const f32x16 column = load<f32x16>(args.scales + block * BLOCK + c * LANES);
           for (int m = 0; m < M; m++)
-            scaled[m][c] = (__builtin_convertvector(sums[m][c], f32x16) + offset) * (column * scales[row + done + m]);
+            scaled[m][c] = __builtin_convertvector(sums[m][c] + offset, f32x16) * (column * scales[row + done + m]);
         }
         finish<Out, M>(args, scaled, row + done, block);
       } else {
@@ -115,7 +115,8 @@ void linear_block(const LinearArgs& args, Rows x, const float* scales, int row, 
 inline bool needs_copy(const LinearArgs& args) {
   if (args.format == Weights::i8) return true;
   const int elements = args.format == Weights::f32 ? 1 : 2;
-  return args.features != args.words * elements || args.x_stride % elements != 0;
+  const bool words = args.x_stride % elements == 0 && reinterpret_cast<uintptr_t>(args.x) % sizeof(uint32_t) == 0;
+  return args.features != args.words * elements || !words;
 }
 
 inline size_t linear_scratch(const LinearArgs& args) {

@@ -56,6 +56,13 @@ void check_rows(const Tensor& x, int dims, const char* name) {
   }
 }
 
+// Fails unless all of x, contiguous int64, are in [0, limit).
+void check_range(const Tensor& x, int64_t limit, const char* name) {
+  const int64_t* values = x.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < x.numel(); i++)
+    TORCH_CHECK(values[i] >= 0 && values[i] < limit, name, ": ", values[i], " is not below ", limit);
+}
+
 const float* floats(const std::optional<Tensor>& x) { return x ? x->const_data_ptr<float>() : nullptr; }
 
 Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
@@ -68,9 +75,10 @@ Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std:
   args.format = bytes ? Weights::i8 : Weights(int(type_of(packed)));
   args.in = type_of(x);
   TORCH_CHECK(bytes || int(args.format) == int(args.in), "linear: weights are ", packed.scalar_type(), ", x is ", x.scalar_type());
+  TORCH_CHECK(!bytes || (scales && offsets), "linear: bytes need scales and offsets");
   args.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
   args.scales = floats(scales);
-  args.offsets = floats(offsets);
+  args.offsets = offsets ? offsets->const_data_ptr<int32_t>() : nullptr;
   args.bias = floats(bias);
   args.words = int(packed.size(1));
   args.columns = int(columns);
@@ -84,12 +92,12 @@ Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std:
   const int64_t packed_columns = columns * (silu_mul ? 2 : 1);
   TORCH_CHECK(packed_columns <= packed.size(0) * BLOCK, "linear: more columns than weights");
   for (const auto* each : {&scales, &offsets, &bias})
-    TORCH_CHECK(!*each || (*each)->numel() == packed.size(0) * BLOCK, "linear: one number per packed column");
+    TORCH_CHECK(!*each || ((*each)->numel() == packed.size(0) * BLOCK && (*each)->is_contiguous()), "linear: one number per packed column");
   Tensor y = at::empty({x.size(0), columns}, x.options().dtype(float_out ? at::kFloat : x.scalar_type()));
   args.out = type_of(y);
   args.y = y.mutable_data_ptr();
   args.y_stride = columns;
-  if (args.rows == 0) return y;
+  if (y.numel() == 0) return y;
   const size_t bytes_needed = table(kernels).linear_scratch(args);
   Tensor scratch;
   if (bytes_needed) {
@@ -112,6 +120,14 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
   check_ints(lengths, "lengths");
   TORCH_CHECK(pages.scalar_type() == at::kLong && pages.size(0) == queries.size(0) && lengths.numel() == queries.numel(), "attention: pages");
   check_rows(pages, 1, "pages");
+  TORCH_CHECK(pages.dim() == 2 || (pages.dim() == 3 && pages.size(1) == k.size(1)), "attention: pages");
+  int64_t tokens = 0;
+  for (int64_t row = 0; row < queries.numel(); row++) {
+    const int64_t n = queries.const_data_ptr<int64_t>()[row], length = lengths.const_data_ptr<int64_t>()[row];
+    TORCH_CHECK(n >= 1 && n <= length && length <= pages.size(-1) * k.size(2), "attention: ", n, " queries over ", length, " slots of ", pages.size(-1), " pages");
+    tokens += n;
+  }
+  TORCH_CHECK(tokens == q.size(0), "attention: ", q.size(0), " queries, not ", tokens);
   AttentionArgs args{};
   args.type = type_of(q);
   args.q = q.const_data_ptr();
@@ -142,7 +158,7 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
 }
 
 Tensor norm(int64_t kernels, Tensor x, const std::optional<Tensor>& delta, const Tensor& weight, double eps) {
-  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && weight.numel() == x.size(1), "norm: shapes");
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && weight.numel() == x.size(1) && weight.is_contiguous(), "norm: shapes");
   TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "norm: types differ");
   TORCH_CHECK(!delta || (delta->sizes() == x.sizes() && delta->is_contiguous() && delta->scalar_type() == x.scalar_type()), "norm: delta");
   Tensor out = at::empty_like(x);
@@ -156,12 +172,16 @@ void rotary(int64_t kernels, Tensor qkv, const Tensor& cos, const Tensor& sin, c
   TORCH_CHECK(qkv.dim() == 3 && qkv.is_contiguous() && k.dim() == 4 && k.sizes() == v.sizes() && k.strides() == v.strides(), "rotary: shapes");
   TORCH_CHECK(k.scalar_type() == qkv.scalar_type() && v.scalar_type() == qkv.scalar_type(), "rotary: types differ");
   TORCH_CHECK(cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat && cos.is_contiguous() && sin.is_contiguous() &&
-              cos.size(1) * 2 == qkv.size(2) && k.size(3) == qkv.size(2), "rotary: angles");
+              cos.sizes() == sin.sizes() && cos.size(1) * 2 == qkv.size(2) && k.size(3) == qkv.size(2), "rotary: angles");
   TORCH_CHECK(!q_norm == !k_norm, "rotary: both norms or none");
+  for (const auto* each : {&q_norm, &k_norm})
+    TORCH_CHECK(!*each || ((*each)->numel() == qkv.size(2) && (*each)->is_contiguous() && (*each)->scalar_type() == qkv.scalar_type()), "rotary: norms");
   TORCH_CHECK(qkv.size(1) > 2 * k.size(1) && positions.numel() == qkv.size(0) && slots.numel() == qkv.size(0), "rotary: sizes");
   check_ints(positions, "positions");
   check_ints(slots, "slots");
   check_rows(k, 3, "k");
+  check_range(positions, cos.size(0), "positions");
+  check_range(slots, k.size(0) * k.size(2), "slots");
   RotaryArgs args{};
   args.type = type_of(qkv);
   args.qkv = qkv.mutable_data_ptr();
