@@ -16,7 +16,8 @@ class Request:
         pages    [ reserved slots, num_reserved in all .............. drafts ... )
 
     The scheduler owns every field; `row` is None while the request waits. draft_lag: computed tokens that a draft model
-    has not seen, and has to before it drafts; stays 0 where drafts read the target's own KV.
+    has not seen, and has to before it drafts; stays 0 where drafts read the target's own KV. leader: a request with the
+    same prompt, whose pages this one can begin with while it runs.
     """
 
     __slots__ = (
@@ -25,7 +26,7 @@ class Request:
         "eos",
         "finish_reason",
         "id",
-        "like",
+        "leader",
         "num_computed",
         "num_prompt",
         "num_reserved",
@@ -44,7 +45,7 @@ class Request:
         self.params: SamplingParams = message.params
         self.arrival = message.arrival
         self.priority = message.priority
-        self.like = message.like
+        self.leader: Request | None = None
         self.prompt_logprobs: list[PromptLogprobs] = []
         self.tokens: list[int] = list(message.prompt)
         self.num_prompt = len(message.prompt)

@@ -78,6 +78,7 @@ class Scheduler:
         if len(self._by_id) >= self._most_requests:
             raise QueueFull(f"{len(self._by_id)} requests run or wait already")
         request = Request(message, self._eos)
+        request.leader = self._leader(message)
         self._by_id[request.id] = request
         behind = len(self.waiting)
         while behind and self.waiting[behind - 1].priority > request.priority:
@@ -190,10 +191,10 @@ class Scheduler:
         for request in list(self.waiting):
             if not self._free_rows or budget <= 0:
                 return
-            leader = self._leader(request)
-            if leader is not None and not leader.num_output:
+            leader = request.leader
+            if leader is not None and leader.row is not None and not leader.num_output:
                 continue  # a little later there is nothing left to compute
-            shared = self._shared(request, leader) if leader else []
+            shared = self._shared(request)
             needed = -(-request.num_tokens // self._page_size) - len(shared)
             # One page per running row stays free: an admission should not be paid for by a preemption next round.
             if needed + len(self.running) > self._pages.free and self.running:
@@ -223,15 +224,18 @@ class Scheduler:
             plan.pages.append(PageDelta(request.row, 0, request.pages[:]))
             budget -= self._plan_chunk(request, work, budget)
 
-    def _leader(self, request: Request) -> Request | None:
-        """A running request whose prompt it can share, if there is one."""
-        leader = self._by_id.get(request.like) if request.like else None
-        if leader is None or leader.row is None or request.params.prompt_logprobs is not None:
+    def _leader(self, message: AddRequest) -> Request | None:
+        """The request whose prompt this one can share, if there is one."""
+        leader = self._by_id.get(message.like) if message.like else None
+        if leader is None or message.params.prompt_logprobs is not None:
             return None
-        return leader if leader.tokens[: leader.num_prompt] == request.tokens[: request.num_prompt] else None
+        return leader if leader.tokens[: leader.num_prompt] == message.prompt else None
 
-    def _shared(self, request: Request, leader: Request) -> list[int]:
+    def _shared(self, request: Request) -> list[int]:
         """Whole pages of the prompt. What comes behind them, the row computes and writes itself."""
+        leader = request.leader
+        if leader is None or leader.row is None:
+            return []
         tokens = min(leader.num_computed, request.num_prompt - self._own_tokens)
         return leader.pages[: max(0, tokens) // self._page_size]
 
