@@ -17,7 +17,6 @@ from torch import Tensor
 from bench.corpus import passages, read_text
 from engine.config import EngineConfig
 from engine.core import load_target
-from engine.speculation.build import make_pool
 from kernels.attention.base import AttentionBatch
 from models.batch import ForwardBatch
 from models.default import resolve_model
@@ -31,7 +30,7 @@ _PAGE, _CHUNK = 16, 256
 def logprobs(model: Llama, text: Sequence[int]) -> Tensor:
     """Log-probability of each token of a text but the first, given all before it: [len(text) - 1] float32."""
     width = -(-len(text) // _PAGE)
-    pool = make_pool(model, width, _PAGE)
+    pool = model.make_pool(width, _PAGE)
     attention = model.ops.attention(_PAGE, model.head_dim)
     tokens, pages = torch.tensor(text), torch.arange(width)[None]
     parts = []

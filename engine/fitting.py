@@ -9,7 +9,6 @@ import torch
 from engine.config import EngineConfig
 from engine.sizing import Sizes, pages_within
 from kernels.attention.base import AttentionBatch
-from kernels.kv_cache import KVPool
 from models.batch import ForwardBatch
 from models.llama import Llama
 from parallel.group import Group
@@ -63,18 +62,9 @@ def run_once(config: EngineConfig, model: Llama) -> None:
     tokens, page_size = config.scheduler.max_batch_tokens, config.cache.page_size
     tokens = min(tokens, len(model.rotary[0]))
     pages = -(-tokens // page_size)
-    pool = KVPool(
-        num_layers=model.num_layers,
-        num_pages=pages,
-        page_size=page_size,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        dtype=model.dtype,
-        device=model.device,
-    )
     position = torch.arange(tokens, device=model.device)
     lists = torch.arange(pages, device=model.device)[None]
     asked = min(tokens, config.scheduler.max_rows * (config.speculation.most_drafts + 1))
     attention = AttentionBatch([tokens], [tokens], lists)
     batch = ForwardBatch(torch.zeros_like(position), position, position, attention, position[:asked])
-    model.forward(batch, pool, model.ops.attention(page_size, model.head_dim))
+    model.forward(batch, model.make_pool(pages, page_size), model.ops.attention(page_size, model.head_dim))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
-from kernels.kv_cache import KVPool
 from models.batch import ForwardBatch
 from models.checkpoint import Checkpoint, NamedTensors, open_directory
 from models.config import ModelError, parse_config
@@ -107,15 +106,7 @@ class _Reader:
         device = model.device
         self._model = model
         self._attention = model.ops.attention(_PAGE, model.head_dim)
-        self._pool = KVPool(
-            num_layers=model.num_layers,
-            num_pages=rows * width,
-            page_size=_PAGE,
-            kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            dtype=model.dtype,
-            device=device,
-        )
+        self._pool = model.make_pool(rows * width, _PAGE)
         self._batch = ForwardBatch(
             token_ids=torch.tensor([token for text in texts for token in text], device=device),
             positions=position.to(device),

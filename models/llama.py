@@ -170,7 +170,7 @@ class Llama:
     wants `pack`.
     vocab_start, vocab_size: the logits this rank computes are those of tokens vocab_start … vocab_start +
     vocab_size - 1.
-    heads, kv_heads: this rank's. kv_heads, head_dim, num_layers: what its KV pool must hold.
+    heads, kv_heads: this rank's. kv_heads, head_dim, num_layers: what its KV pool holds.
     rotary: cosines and sines of all positions, each [positions, head_dim / 2].
     """
 
@@ -244,6 +244,19 @@ class Llama:
             twin._int8 = True
             self._twin = twin
         return self._twin
+
+    def make_pool(self, num_pages: int, page_size: int) -> KVPool:
+        """For its KV; with the scratch page that graphs need, where there are graphs."""
+        return KVPool(
+            num_layers=self.num_layers,
+            num_pages=num_pages,
+            page_size=page_size,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            scratch=self.ops.graphs is not None,
+        )
 
     def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
         """Write the batch's keys and values into the pool and compute the logits asked for.

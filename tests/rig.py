@@ -64,15 +64,7 @@ class PagedRows:
             self.pages[row, :width], order = order[:width], order[width:]
         self.computed = [0] * len(lengths)
         self.attention = model.ops.attention(page_size, model.head_dim)
-        self.pool = KVPool(
-            num_layers=model.num_layers,
-            num_pages=sum(widths) + 3,
-            page_size=page_size,
-            kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            dtype=model.dtype,
-            device=CPU,
-        )
+        self.pool = model.make_pool(sum(widths) + 3, page_size)
         self.pool.data.fill_(1e3)
 
     def forward(self, feed: Mapping[int, Sequence[int]], wanted: Mapping[int, Sequence[int]]) -> Tensor:

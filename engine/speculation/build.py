@@ -43,7 +43,7 @@ class DraftModel:
 
 def make_target(config: EngineConfig, model: Llama, rows: Rows, num_pages: int) -> Runner:
     """The target over a pool of its own."""
-    pool, settings = make_pool(model, num_pages, rows.page_size), config.speculation
+    pool, settings = model.make_pool(num_pages, rows.page_size), config.speculation
     # A plain step, and passes over drafts: of fixed gamma fewer only where a request ends.
     drafts = range(settings.most_drafts + 1) if settings.gamma == "auto" else {0, settings.most_drafts}
     graphs = _graphs(config, model, pool, {gamma + 1 for gamma in drafts}, rows.page_table.shape[1])
@@ -130,13 +130,13 @@ def _model_drafter(
         row_block = kept.block or block
         columns = rows.page_table.shape[1]
         table = ring_table(len(rows.tokens), columns, kept.first, kept.ring).to(rows.device)
-        pool = make_pool(model, len(rows.tokens) * kept.pages, page)
+        pool = model.make_pool(len(rows.tokens) * kept.pages, page)
         attention = make_attention(settings.kv, model, page)
         graphs = _graphs(config, model, pool, {1, 2}, _width(settings.kv, rows)) if _is_exact(settings.kv) else None
         full = runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table), graphs)
         views = _views(config, table)
     else:
-        full = runner = Runner(model, make_pool(model, num_pages, page), _exact(model, page), dense(rows))
+        full = runner = Runner(model, model.make_pool(num_pages, page), _exact(model, page), dense(rows))
         if isinstance(settings.kv, SnapKVConfig):
             cache = DraftCache(settings, model, full.pool, rows, full.attention)
             graphs = _graphs(config, model, cache.pool, {1, 2}, _width(settings.kv, rows))
@@ -185,19 +185,6 @@ def make_attention(config: KVConfig, model: Llama, page_size: int) -> AttentionB
 
 def _exact(model: Llama, page_size: int) -> AttentionBackend:
     return model.ops.attention(page_size, model.head_dim)
-
-
-def make_pool(model: Llama, num_pages: int, page_size: int) -> KVPool:
-    return KVPool(
-        num_layers=model.num_layers,
-        num_pages=num_pages,
-        page_size=page_size,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        dtype=model.dtype,
-        device=model.device,
-        scratch=model.ops.graphs is not None,
-    )
 
 
 def load_draft(config: EngineConfig, target: Llama, max_model_len: int, group: Group | None) -> DraftModel:

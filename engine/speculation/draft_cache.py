@@ -49,16 +49,7 @@ class DraftCache:
         self._chosen, self._recent, self._per_row = kept.first, config.recent // page, kept.pages  # in pages
         table = ring_table(max_rows, rows.page_table.shape[1], kept.first, kept.ring)
         self.view = View(make_policy(config, page), table.to(rows.device))
-        self.pool = KVPool(
-            num_layers=model.num_layers,
-            num_pages=max_rows * self._per_row,
-            page_size=page,
-            kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            dtype=model.dtype,
-            device=model.device,
-            scratch=model.ops.graphs is not None,
-        )
+        self.pool = model.make_pool(max_rows * self._per_row, page)
         self._places = kept.queries  # by position
         shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
         self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
