@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.plan import RowStart, RowWork, StepPlan
 from engine.speculation.policies import View
 from kernels.attention.base import AttentionBatch
+from kernels.transfer import send
 from models.batch import ForwardBatch
 
 Ints = npt.NDArray[np.int64]
@@ -89,9 +90,8 @@ class Rows:
         )
 
     def to_device(self, array: Ints) -> Tensor:
-        """Without waiting: to a GPU from pinned memory, which torch keeps until it has been read."""
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        """Without waiting."""
+        return send(torch.from_numpy(array), self.device)
 
 
 def ragged(counts: Ints) -> Ints:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBatch, Fixed
 from kernels.kv_cache import LayerKV
+from kernels.transfer import send
 
 WORKSPACE_BYTES = 128 << 20
 HEAD_DIMS = (64, 128, 256)
@@ -221,8 +222,7 @@ class FlashInferAttention:
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def _to_device(self, values: Ints) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+        return send(torch.from_numpy(values), self._device)
 
 
 def _by_row_and_head(queries: Ints, kv_heads: int, tokens: int) -> Ints:

@@ -16,6 +16,7 @@ from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_dtype, check_pool
 from kernels.gpu.tile import product, scores_of
 from kernels.kv_cache import LayerKV
+from kernels.transfer import send
 
 SPAN = 256
 """KV slots that are worth a program of their own."""
@@ -42,22 +43,17 @@ class Tiles:
     block: int
 
     def to(self, device: torch.device) -> Tiles:
-        row, first, start, queries, lengths = (_send(part, device) for part in self._laid)
+        row, first, start, queries, lengths = (send(part, device) for part in self._laid)
         return Tiles(row, first, start, queries, lengths, self.pages, self.block)
 
     def take(self, other: Tiles) -> None:
         """All but the pages, from tiles of the same shapes."""
         for mine, theirs in zip(self._laid, other._laid, strict=True):
-            mine.copy_(_send(theirs, mine.device))
+            mine.copy_(send(theirs, mine.device))
 
     @property
     def _laid(self) -> tuple[Tensor, ...]:
         return self.row, self.first, self.start, self.queries, self.lengths
-
-
-def _send(part: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory, so that the host need not wait for it."""
-    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
 
 
 def lay_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int) -> Tiles:
