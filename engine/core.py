@@ -36,7 +36,6 @@ from engine.speculation.auto import AutoGamma
 from engine.speculation.build import load_draft
 from engine.speculation.controller import Controller, FixedGamma
 from engine.speculation.policies import budget_policies
-from engine.speculation.settings import SnapKVConfig
 from engine.speculation.step_times import StepTimes
 from engine.stats import Accounts
 from engine.worker import Worker
@@ -81,9 +80,7 @@ class Engine:
             if model is None:
                 model = _load(config, sizes, group, progress)
             draft = load_draft(config, model, sizes.max_model_len, self._draft_group(group))
-            num_pages = sizes.num_pages
-            if num_pages is None:
-                num_pages = fit_pages(config, sizes, model, group)
+            num_pages = fit_pages(config, sizes, model, group)
             self._worker = Worker(
                 model,
                 config,
@@ -111,7 +108,7 @@ class Engine:
             eos_token_ids=model.config.eos_token_ids,
             controller=controller,
             draft_kv=config.speculation.draft_model is not None,
-            own_tokens=_own_tokens(config),
+            own_tokens=config.speculation.own_tokens,
         )
         self.weight_bytes = self._worker.weight_bytes
         if self._ranks:
@@ -296,12 +293,6 @@ def _asked(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -
     if logprobs is None or most is None:
         return None
     return [TokenLogprobs(at.logprob, at.top_ids[:most], at.top_logprobs[:most]) for at in logprobs[:count]]
-
-
-def _own_tokens(config: EngineConfig) -> int:
-    """At the end of its prompt, a row's own: the last token, which decides the first one; SnapKV's queries."""
-    kv = config.speculation.settled_kv
-    return max(1, kv.queries) if config.speculation.most_drafts and isinstance(kv, SnapKVConfig) else 1
 
 
 def _of_prompt(request: Request) -> list[PromptLogprobs] | None:

@@ -26,10 +26,13 @@ class DeviceMemory:
 def fit_pages(
     config: EngineConfig, sizes: Sizes, model: Llama, group: Group, memory: DeviceMemory | None = None
 ) -> int:
-    """Pages of the target's pool, the same on every rank. Called by every rank, with all of its weights loaded.
+    """Pages of the target's pool, the same on every rank: as sized up, or what fits where that was left to memory.
+    Called by every rank, with all of its weights loaded.
 
     memory: in place of what is measured. Raises ConfigError, on every rank, if the longest request does not fit.
     """
+    if sizes.num_pages is not None:
+        return sizes.num_pages
     if memory is None:
         memory = measure(config, model)
     share = config.cache.gpu_memory_utilization

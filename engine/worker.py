@@ -246,9 +246,7 @@ def _load(config: EngineConfig, device: torch.device, group: Group, draft_group:
         int8=config.weights == "int8",
     )
     draft = load_draft(config, model, sizes.max_model_len, draft_group)
-    num_pages = sizes.num_pages
-    if num_pages is None:
-        num_pages = fit_pages(config, sizes, model, group)
+    num_pages = fit_pages(config, sizes, model, group)
     return Worker(model, config, num_pages=num_pages, max_model_len=sizes.max_model_len, group=group, draft=draft)
 
 

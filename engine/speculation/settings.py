@@ -127,6 +127,11 @@ class SpeculationConfig(Settings):
             return self.kv
         return self.kv.model_copy(update={"reselect": _RESELECT if self.drafter == "self" else 0})
 
+    @property
+    def own_tokens(self) -> int:
+        """At the end of its prompt, a row's own to compute: the last, which decides what follows; SnapKV's queries."""
+        return max(1, self.kv.queries) if self.most_drafts and self.kv.policy == "snapkv" else 1
+
     def check(self, page_size: int, ranks: int) -> None:
         """Raises ValueError for what cannot be in an engine with such pages and so many ranks."""
         if self.most_drafts == 0:
