@@ -80,6 +80,9 @@ class Sampler:
         self._top_p = torch.ones(max_rows, dtype=torch.float64, device=device)
         self._min_p = torch.zeros(max_rows, dtype=torch.float64, device=device)
         self._penalties = torch.zeros(max_rows, 3, dtype=torch.float64, device=device)
+        if grammars is not None:  # where in the packed words of a mask this rank's tokens stand
+            token = torch.arange(vocab.start, vocab.start + vocab.size, device=device)
+            self._word, self._bit = token // 32, (token % 32).int()
         self._edits: dict[int, Edits] = {}
         self._counts: Counts | None = None  # made when the first penalised row arrives
 
@@ -230,8 +233,7 @@ class Sampler:
             first, last = int(counts[mine[0]]), int(counts[mine[-1]])
             words.append(self._grammars.masks(row, drafted[mine[-1]][:last], first))
         packed = torch.from_numpy(np.concatenate(words)).to(logits.device)
-        token = torch.arange(self._vocab.start, self._vocab.start + self._vocab.size, device=logits.device)
-        allowed = ((packed[:, token // 32] >> (token % 32).int()) & 1).bool()
+        allowed = ((packed[:, self._word] >> self._bit) & 1).bool()
         kept = logits[index].masked_fill(~allowed, float("-inf"))
         # Where nothing else is left, what min_tokens or a bias has ruled out is not.
         nothing = self._vocab.largest(kept) == float("-inf")

@@ -8,6 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
+_REDUCE, _GATHER = dist.AllreduceOptions(), AllgatherOptions()
+_REDUCE.asyncOp = _GATHER.asyncOp = False  # on the caller's stream
+
 
 class CollectiveError(RuntimeError):
     """A collective failed on this rank: another one is gone, or did not come in time."""
@@ -81,10 +84,8 @@ class Group:
         captured in a graph; the host does not wait.
         """
         if self._comm is not None and self.size > 1:
-            options = dist.AllreduceOptions()
-            options.asyncOp = False
             try:
-                _wait(self._comm.allreduce([x], options))
+                _wait(self._comm.allreduce([x], _REDUCE))
             except RuntimeError as error:
                 raise CollectiveError(str(error)) from error
         return x
@@ -97,10 +98,8 @@ class Group:
         if self._comm is None or self.size == 1:
             return x[None]
         gathered = x.new_empty((self.size, *x.shape))
-        options = AllgatherOptions()
-        options.asyncOp = False
         try:
-            _wait(self._comm._allgather_base(gathered.view(-1), x.view(-1), options))
+            _wait(self._comm._allgather_base(gathered.view(-1), x.view(-1), _GATHER))
         except RuntimeError as error:
             raise CollectiveError(str(error)) from error
         return gathered

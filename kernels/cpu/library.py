@@ -32,9 +32,9 @@ class CpuKernels:
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
             library = build_kernels(target, folder)
             self._kernels: int = torch.ops.magicdec_cpu.open(str(library))
+        except KernelsUnavailable:
+            raise
         except (OSError, RuntimeError) as error:
-            if isinstance(error, KernelsUnavailable):
-                raise
             # A file that was not written to its end, or a folder from which nothing may be executed.
             reason = str(error).partition("\n")[0]
             raise KernelsUnavailable(
