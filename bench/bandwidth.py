@@ -1,4 +1,4 @@
-"""What the memory of this device gives a plain sequential read: the ceiling of decoding."""
+"""What the memory of this device gives a plain sequential read, or a copy: the ceiling of decoding."""
 
 from __future__ import annotations
 
@@ -16,3 +16,23 @@ def read_bandwidth(device: torch.device, *, size: int = 1 << 30, repeats: int = 
         data.sum().item()
         best = min(best, time.perf_counter() - began)
     return size / best
+
+
+def copy_bandwidth(device: torch.device, *, size: int = 2 << 30, repeats: int = 10) -> float:
+    """Bytes per second, read and written, of copying `size` bytes: the ceiling. The best of `repeats`."""
+    source = torch.ones(size // 8, dtype=torch.int64, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(repeats):
+        wait(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size / best
+
+
+def wait(device: torch.device) -> None:
+    """For all that was sent to it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

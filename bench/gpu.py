@@ -19,7 +19,8 @@ from pathlib import Path
 import msgspec
 import torch
 
-from bench.gpu_rounds import Bench, GpuResult, copy_bandwidth
+from bench.bandwidth import copy_bandwidth
+from bench.gpu_rounds import Bench, GpuResult
 from engine.backend import choose_ops
 from models.shapes import SHAPES
 

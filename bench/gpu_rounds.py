@@ -10,11 +10,12 @@ from statistics import median
 
 import torch
 
+from bench.bandwidth import wait
 from bench.synthetic import accepting
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.params import SamplingParams
-from engine.plan import PageDelta, RowStart, RowWork, StepPlan, StepResult
+from engine.plan import RowWork, StepPlan, StepResult
+from engine.profile import blank_rows
 from engine.speculation.controller import FixedGamma
 from engine.speculation.cost_model import speedup
 from kernels.ops import Ops
@@ -53,20 +54,6 @@ class GpuResult:
     accepted: float
     speedup: float
     predicted: float
-
-
-def copy_bandwidth(device: torch.device, *, size: int = 2 << 30, repeats: int = 10) -> float:
-    """Bytes per second, read and written, of copying `size` bytes: the ceiling. The best of `repeats`."""
-    source = torch.ones(size // 8, dtype=torch.int64, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(repeats):
-        _wait(device)
-        began = time.perf_counter()
-        target.copy_(source)
-        _wait(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size / best
 
 
 def random_shape(shape: ModelConfig, dtype: torch.dtype, device: torch.device, ops: Ops) -> Llama:
@@ -130,7 +117,7 @@ class Bench:
         )
         self._engine = Engine(config, model=self._model, controller=FixedGamma(gamma), progress=False)
         self._engine._worker._target.pool.data.normal_(0, 0.1)
-        self._run: Callable[[StepPlan], StepResult] = self._engine.profiler._run
+        self._run: Callable[[StepPlan], StepResult] = self._engine.profiler.run
 
     def measure(self, rows: int, context: int, *, alpha: float, ceiling: float) -> GpuResult:
         _, _, t_target = self._rounds_of(rows, context, 0)
@@ -184,21 +171,19 @@ class Bench:
             return None
         lengths = self._start(rows, context)
         self._round(lengths, gamma)
-        _wait(self._device)
+        wait(self._device)
         began = time.perf_counter()
         with _busy_seconds() as busy:
             for _ in range(3):
                 self._round(lengths, gamma)
-            _wait(self._device)
+            wait(self._device)
             taken = time.perf_counter() - began
         return max(0.0, 1 - busy[0] / taken) if busy else None
 
     def _start(self, rows: int, context: int) -> list[int]:
         """Rows take their slots, over pages of their own. Returns their lengths."""
         width = self._width(context)
-        tokens, params = [0] * (context + 1), SamplingParams(temperature=0.0)
-        starts = [RowStart(row, tokens, context + 1, params, [], context) for row in range(rows)]
-        pages = [PageDelta(row, 0, list(range(row * width, (row + 1) * width))) for row in range(rows)]
+        starts, pages = blank_rows(rows, context, width, rows * width)
         work = [RowWork(row, context, 1, 0, True) for row in range(rows)]
         self._run(StepPlan(0, starts, pages, work))
         return [context + 1] * rows
@@ -242,8 +227,3 @@ def _covered(spans: Sequence[tuple[float, float]]) -> float:
         covered += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return covered
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

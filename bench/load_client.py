@@ -61,6 +61,10 @@ class Target:
     timeout_s: float = 600.0
     body: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+
 
 class LoadClient:
     """Sends one load. done: called after every request."""
@@ -95,10 +99,9 @@ class LoadClient:
         return [records[number] for number in range(len(items))]
 
     def _session(self) -> aiohttp.ClientSession:
-        headers = {} if self._target.key is None else {"Authorization": f"Bearer {self._target.key}"}
         timeout = aiohttp.ClientTimeout(total=self._target.timeout_s)
         connector = aiohttp.TCPConnector(limit=0)
-        return aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector)
+        return aiohttp.ClientSession(headers=self._target.headers, timeout=timeout, connector=connector)
 
     async def _ask(self, session: aiohttp.ClientSession, item: Item, due: float) -> Record:
         record = Record(due, time.perf_counter())
@@ -146,9 +149,8 @@ class LoadClient:
 
 async def list_model(target: Target) -> str:
     """The id of the model that is served. Raises aiohttp.ClientError, TimeoutError, LookupError."""
-    headers = {} if target.key is None else {"Authorization": f"Bearer {target.key}"}
     async with (
-        aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=30)) as session,
+        aiohttp.ClientSession(headers=target.headers, timeout=aiohttp.ClientTimeout(total=30)) as session,
         session.get(f"{target.url}/v1/models", raise_for_status=True) as answer,
     ):
         models = await answer.json()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.params import SamplingParams
-from engine.plan import PageDelta, RowStart, RowWork, StepPlan
+from engine.plan import RowWork, StepPlan
+from engine.profile import blank_rows
 from engine.sizing import size_up
 from engine.speculation.controller import FixedGamma
 from kernels.attention.base import AttentionBackend, AttentionBatch
@@ -154,14 +154,11 @@ def main() -> None:
     )
     engine = Engine(config, model=model, controller=FixedGamma(arguments.gamma), progress=False)
     # Rows over pages of their own, which hold zeros: times depend on shapes, and on what caches hold.
-    rows, context = range(arguments.rows), arguments.context
+    context = arguments.context
     width = (context + arguments.rounds * (arguments.gamma + 1) + 64) // config.cache.page_size + 1
-    starts = [
-        RowStart(row, [0] * (context + 1), context + 1, SamplingParams(temperature=0.0), [], context) for row in rows
-    ]
-    pages = [PageDelta(row, 0, list(range(row * width, (row + 1) * width))) for row in rows]
-    work = [RowWork(row, context, 1, arguments.gamma, True) for row in rows]
-    run = engine.profiler._run
+    starts, pages = blank_rows(arguments.rows, context, width, arguments.rows * width)
+    work = [RowWork(row, context, 1, arguments.gamma, True) for row in range(arguments.rows)]
+    run = engine.profiler.run
     run(StepPlan(0, starts, pages, work, clear=list(range(arguments.rows * width))))
     clock.clear()
     began = time.perf_counter()

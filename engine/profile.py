@@ -49,7 +49,7 @@ class Profiler:
 
     def __init__(self, run: Callable[[StepPlan], StepResult], config: EngineConfig, num_pages: int, max_model_len: int):
         """run: a round on all ranks. config, num_pages, max_model_len: the engine's."""
-        self._run = run
+        self.run = run
         self._page = config.cache.page_size
         self._max_rows = config.scheduler.max_rows
         self._max_model_len = max_model_len
@@ -70,11 +70,11 @@ class Profiler:
         if gamma > self.most_drafts:
             raise ValueError(f"{gamma} drafts, but there is room for {self.most_drafts}")
         work = [RowWork(row, context, 1, gamma, True) for row in range(rows)]
-        first = self._run(StepPlan(0, *self._starts(rows, context), work, clear=self._fresh(rows, context)))
+        first = self.run(StepPlan(0, *self._starts(rows, context), work, clear=self._fresh(rows, context)))
         if first.verify_seconds > _SLOW_S:
             repeats = 1
         again = [] if self._room == _ROOM else self._starts(rows, context)[0]  # short rows must not grow
-        results = [self._run(StepPlan(0, again, [], work)) for _ in range(repeats)]
+        results = [self.run(StepPlan(0, again, [], work)) for _ in range(repeats)]
         fastest = min(results, key=lambda result: result.draft_seconds + result.verify_seconds)
         return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds)
 
@@ -92,7 +92,7 @@ class Profiler:
         """Run a round that first makes all memory of the pools real."""
         context = min(_SHORT, self.longest)
         work = [RowWork(0, context, 1, 0, True)]
-        self._run(StepPlan(0, *self._starts(1, context), work, clear=list(range(self._num_pages))))
+        self.run(StepPlan(0, *self._starts(1, context), work, clear=list(range(self._num_pages))))
 
     def _width(self, context: int) -> int:
         return -(-(context + self._room) // self._page)
@@ -105,12 +105,15 @@ class Profiler:
         return fresh
 
     def _starts(self, rows: int, context: int) -> tuple[list[RowStart], list[PageDelta]]:
-        """Rows over pages that follow each other in the pool, and begin again at its end."""
-        width = self._width(context)
-        tokens, params = [0] * (context + 1), SamplingParams(temperature=0.0)
-        starts = [RowStart(row, tokens, context + 1, params, [], context) for row in range(rows)]
-        pages = [PageDelta(row, 0, [(row * width + i) % self._pages for i in range(width)]) for row in range(rows)]
-        return starts, pages
+        return blank_rows(rows, context, self._width(context), self._pages)
+
+
+def blank_rows(rows: int, context: int, width: int, pages: int) -> tuple[list[RowStart], list[PageDelta]]:
+    """Rows of `context` computed tokens and a pending one, all 0, over `width` pages each. Their pages follow each
+    other in the pool, and begin again after the first `pages`."""
+    tokens, params = [0] * (context + 1), SamplingParams(temperature=0.0)
+    starts = [RowStart(row, tokens, context + 1, params, [], context) for row in range(rows)]
+    return starts, [PageDelta(row, 0, [(row * width + i) % pages for i in range(width)]) for row in range(rows)]
 
 
 def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:

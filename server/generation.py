@@ -6,18 +6,19 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from engine.messages import FINISH_LENGTH, AddRequest, PromptLogprobs
+from engine.messages import FINISH_ABORT, FINISH_LENGTH, AddRequest, PromptLogprobs
 from engine.params import SamplingParams
 from engine.supervisor import Supervisor
 from engine.text import Delta, StopString, TextStream, stop_strings
+from server.course import Course
 from server.errors import ApiError, unavailable
-from server.report import Report
+from server.report import of_round
 from server.service import Service
 
 
@@ -121,10 +122,8 @@ class Generation:
         # What is asked about the prompt alone takes a pass over it, which yields a token in any case.
         params = msgspec.structs.replace(choice.params, max_tokens=1, min_tokens=0) if nothing else choice.params
         request = AddRequest(name, choice.prompt, params, self.arrival, choice.priority, like)
-        report = Report(self.arrival) if choice.report else None
-        tracing = self.service.tracing
-        traced = tracing.follow(self.parent, self.arrival, len(choice.prompt)) if tracing else nullcontext()
-        with traced as trace, self.service.metrics.follow(self.arrival) as timing:
+        course = Course(self.arrival, len(choice.prompt))
+        try:
             async with aclosing(client.generate(request)) as outputs:
                 async for output in outputs:
                     if output.error is not None:
@@ -132,19 +131,21 @@ class Generation:
                             raise unavailable(output.error, output.retry)
                         raise ApiError(output.error, code="cannot_serve")
                     delta = ended if nothing else stream.take(output)
+                    seconds = course.take(output, delta)
                     if self.first is None and output.tokens:
-                        self.first = time.monotonic()
+                        self.first = course.last
                     self.usage.completion_tokens += len(delta.tokens)
                     self.usage.accepted += delta.accepted
                     self.usage.rejected += output.drafted - output.accepted
-                    if trace is not None:
-                        trace.output(output, delta)
-                    timing.output(len(delta.tokens), output.scheduled, delta.finish_reason)
-                    yield Piece(
-                        choice.index, delta, report.take(output, delta) if report else None, output.prompt_logprobs
-                    )
-                    if delta.finish_reason is not None:
+                    self.service.metrics.round(course, len(delta.tokens), seconds)
+                    report = of_round(course, output, delta) if choice.report else None
+                    yield Piece(choice.index, delta, report, output.prompt_logprobs)
+                    if course.reason is not None:
                         return
+        finally:
+            self.service.metrics.finished(course.reason or FINISH_ABORT)
+            if self.service.tracing:
+                self.service.tracing.send(course, self.parent)
 
 
 async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

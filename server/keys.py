@@ -16,12 +16,12 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics"})
 """For whoever watches the server; GET / is a page without data."""
 
 
-def read_keys(given: Iterable[str], file: Path | None) -> frozenset[str]:
+def read_keys(given: Iterable[str], file: str | None) -> frozenset[str]:
     """All keys: those given, and those of a file, one per line, with # before remarks. Raises ConfigError."""
     keys = list(given)
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"server.api_keys_file: cannot read {file}: {error}") from None
         keys += [line.strip() for line in lines if line.strip() and not line.startswith("#")]

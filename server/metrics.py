@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import (
@@ -15,7 +13,8 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from engine.messages import FINISH_ABORT, EngineStats
+from engine.messages import EngineStats
+from server.course import Course
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _MODEL = ("model_name",)
@@ -103,50 +102,22 @@ class Metrics:
         for counter in self._finished:
             counter.labels(self._model_id, reason).inc()
 
-    @contextmanager
-    def follow(self, arrival: float) -> Iterator[Timing]:
-        """Time one request to the engine; one that ends without a finish reason counts as aborted."""
-        timing = Timing(self, arrival)
-        try:
-            yield timing
-        finally:
-            self.finished(timing.reason or FINISH_ABORT)
+    def round(self, course: Course, tokens: int, seconds: float) -> None:
+        """One output more. tokens: that it brought; seconds: since the one before it, or since the request came."""
+        if course.rounds == 1 and course.scheduled:
+            self.queued.observe(max(0.0, course.scheduled - course.arrival))
+        if tokens and tokens == course.tokens:
+            self.first_token.observe(seconds)
+        else:
+            for _ in range(tokens):
+                self.between_tokens.observe(seconds / tokens)
+        if course.reason is not None:
+            self.whole.observe(course.last - course.arrival)
+            if course.per_token is not None:
+                self.per_token.observe(course.per_token)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
-
-
-class Timing:
-    """When the tokens of one request came."""
-
-    def __init__(self, metrics: Metrics, arrival: float) -> None:
-        self.reason: str | None = None
-        self._metrics = metrics
-        self._arrival = arrival
-        self._first = self._last = 0.0
-        self._tokens = 0
-        self._queued = False
-
-    def output(self, tokens: int, scheduled: float, reason: str | None) -> None:
-        """`scheduled`: time.monotonic() of the request's first admission; 0 if it had none."""
-        now = time.monotonic()
-        if scheduled and not self._queued:
-            self._queued = True
-            self._metrics.queued.observe(max(0.0, scheduled - self._arrival))
-        if tokens and not self._tokens:
-            self._first = now
-            self._metrics.first_token.observe(now - self._arrival)
-        elif tokens:
-            for _ in range(tokens):
-                self._metrics.between_tokens.observe((now - self._last) / tokens)
-        if tokens:
-            self._last = now
-            self._tokens += tokens
-        if reason is not None:
-            self.reason = reason
-            self._metrics.whole.observe(now - self._arrival)
-            if self._tokens > 1:
-                self._metrics.per_token.observe((self._last - self._first) / (self._tokens - 1))
 
 
 class _Both:

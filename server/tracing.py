@@ -4,37 +4,13 @@ for; where they are sent is for the usual OTEL_EXPORTER_OTLP_* variables to say.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from engine.config import ConfigError
-from engine.messages import RequestOutput
-from engine.text import Delta
+from server.course import Course
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
-
-
-class Trace:
-    """Of one request to the engine. Times are time.monotonic()."""
-
-    def __init__(self) -> None:
-        self.scheduled = self.first = self.last = 0.0
-        self.rounds = self.tokens = self.drafted = self.accepted = 0
-        self.reason: str | None = None
-
-    def output(self, output: RequestOutput, delta: Delta) -> None:
-        """One round."""
-        now = time.monotonic()
-        self.scheduled = self.scheduled or output.scheduled
-        self.first = self.first or now
-        self.last = now
-        self.rounds += 1
-        self.tokens += len(delta.tokens)
-        self.drafted += output.drafted
-        self.accepted += delta.accepted
-        self.reason = delta.finish_reason
 
 
 class Tracing:
@@ -56,20 +32,12 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
         self._model_id = model_id
 
-    @contextmanager
-    def follow(self, parent: str | None, arrival: float, prompt_tokens: int) -> Iterator[Trace]:
-        """parent: the request's traceparent header."""
-        trace = Trace()
-        try:
-            yield trace
-        finally:
-            self._send(trace, parent, arrival, prompt_tokens)
-
     def close(self) -> None:
         """Send what is left."""
         self._provider.shutdown()
 
-    def _send(self, trace: Trace, parent: str | None, arrival: float, prompt_tokens: int) -> None:
+    def send(self, course: Course, parent: str | None) -> None:
+        """The spans of a request that has ended. parent: its traceparent header."""
         from opentelemetry.trace import SpanKind, set_span_in_context
 
         origin = time.time_ns() - int(time.monotonic() * 1e9)  # of the monotonic clock
@@ -81,18 +49,18 @@ class Tracing:
             SpanKind.SERVER,
             attributes={
                 "gen_ai.request.model": self._model_id,
-                "gen_ai.usage.input_tokens": prompt_tokens,
-                "gen_ai.usage.output_tokens": trace.tokens,
-                "gen_ai.response.finish_reasons": [trace.reason or "abort"],
+                "gen_ai.usage.input_tokens": course.prompt_tokens,
+                "gen_ai.usage.output_tokens": course.tokens,
+                "gen_ai.response.finish_reasons": [course.reason or "abort"],
             },
-            start_time=origin + int(arrival * 1e9),
+            start_time=origin + int(course.arrival * 1e9),
         )
         inside = set_span_in_context(span)
-        decode = {"rounds": trace.rounds, "drafted": trace.drafted, "accepted": trace.accepted}
+        decode = {"rounds": course.rounds, "drafted": course.drafted, "accepted": course.accepted}
         for name, start, end, attributes in (
-            ("queue", arrival, trace.scheduled, {}),
-            ("prefill", trace.scheduled, trace.first, {}),
-            ("decode", trace.first, trace.last, decode),
+            ("queue", course.arrival, course.scheduled, {}),
+            ("prefill", course.scheduled, course.first, {}),
+            ("decode", course.first, course.last, decode),
         ):
             if start and end:
                 child = self._tracer.start_span(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,13 +90,13 @@ def serve(
     load = items(tokens, requests + warm_up, *lengths, shared=shared_prefix, groups=groups, seed=seed)
     target = Target(url.rstrip("/").removesuffix("/v1"), model, api_key, timeout, {"temperature": temperature})
     try:
-        target = _with(target, model=model or asyncio.run(list_model(target)))
+        target = replace(target, model=model or asyncio.run(list_model(target)))
     except (aiohttp.ClientError, TimeoutError, LookupError) as error:
         raise BenchError(f"{url}: no model is served there: {error or type(error).__name__}") from None
     summaries: list[Summary] = []
     for index, level in enumerate(levels):
         for value in wanted if index % 2 == 0 else wanted[::-1]:
-            sent = _with(target, body=target.body | VALUES[value])
+            sent = replace(target, body=target.body | VALUES[value])
             if not summaries and warm_up:
                 _run(sent, load[:warm_up], 1, closed=True, arrivals=arrivals, seed=seed)
             records = _run(sent, load[warm_up:], level, closed=rate is None, arrivals=arrivals, seed=seed)
@@ -106,12 +107,6 @@ def serve(
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(summaries), indent=2) + b"\n")
     if plot_file is not None:
         plot(summaries, plot_file)
-
-
-def _with(target: Target, **changes: Any) -> Target:
-    import dataclasses
-
-    return dataclasses.replace(target, **changes)
 
 
 def _run(

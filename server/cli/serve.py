@@ -99,16 +99,12 @@ def _run(config: Config, engine: Path | None) -> int:
     def ready(service: Service) -> None:
         typer.echo(f"ready: {example(address, port, service)}")
 
-    keys = read_keys([key.get_secret_value() for key in config.server.api_keys], _path(config.server.api_keys_file))
+    keys = read_keys([key.get_secret_value() for key in config.server.api_keys], config.server.api_keys_file)
 
     async def main() -> int:
         return await Lifecycle(config, tokenizer, listener, ready, keys=keys, engine_directory=engine).run()
 
     return uvloop.run(main())
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)
 
 
 def example(address: str, port: int, service: Service) -> str:

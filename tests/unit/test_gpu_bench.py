@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bench import gpu
-from bench.gpu_rounds import Bench, _covered, copy_bandwidth
+from bench.bandwidth import copy_bandwidth
+from bench.gpu_rounds import Bench, _covered
 from bench.synthetic import accepting
 from engine import worker
 from engine.speculation.round import run_round

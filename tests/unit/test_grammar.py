@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,14 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RowStart
 from engine.scheduler import RequestError
-from models.config import ModelConfig
 from models.tokenizer import Tokenizer
 from parallel import shared
-from tests.engines import complete, run, tiny_engine, tiny_model, tokens
+from tests.engines import TINY, complete, run, tiny_engine, tiny_model, tokens
 from tests.ranks import threaded_engine
 from tests.schemas import random_schema
 from tests.tiny import TOKENS, write_tokenizer
 
-SHAPE = ModelConfig(
-    vocab_size=TOKENS,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=2048,
-    eos_token_ids=(2,),
-)
+SHAPE = replace(TINY, vocab_size=TOKENS, eos_token_ids=(2,))
 SEEDS = range(40)
 
 
