@@ -123,6 +123,20 @@ class TimedOps:
         with self._clock.time("sampling"):
             return self._inner.sample(logits, temperature, seeds, positions, first)
 
+    def accept(
+        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
+    ) -> Tensor:
+        with self._clock.time("verdict"):
+            return self._inner.accept(tokens, computed, ledger, drafted, chosen, most)
+
+    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
+        with self._clock.time("verdict"):
+            self._inner.commit(tokens, computed, ledger, verdict)
+
+    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+        with self._clock.time("votes"):
+            return self._inner.votes(q, k, scale, candidates=candidates, kernel=kernel)
+
     def attention(self, page_size: int, head_dim: int) -> TimedAttention:
         return TimedAttention(self._inner.attention(page_size, head_dim), self._clock)
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from unittest.mock import patch
 
-import torch
+import numpy as np
 
 from engine.rows import Round
 from engine.runner import Runner
@@ -31,16 +30,16 @@ class Chance:
     def __call__(self, rows: Round, target: Runner, drafter: Drafter, sampler: Sampler) -> Verdict:
         drafted = drafter.propose(rows)
         logits = target.forward(rows.verify_batch(target.view))
-        verdict = self._judge(verify(rows.drafts(), drafted, logits, rows, sampler), rows)
-        rows.commit(verdict.accepted, verdict.chosen)
-        sampler.observe(rows.decisions, verdict.chosen, verdict.committed)
+        verdict = self._judge(verify(drafted, logits, rows, sampler), rows)
+        rows.commit(verdict.rows)
+        sampler.observe(rows, verdict.chosen, verdict.accepted)
         drafter.observe(rows, verdict)
         return verdict
 
     def _judge(self, verdict: Verdict, rows: Round) -> Verdict:
-        held = [self._held(int(gamma)) for gamma in rows.gamma[rows.samples]]
-        accepted = rows.state.to_device(torch.tensor(held, dtype=torch.int64).numpy())
-        return replace(verdict, accepted=accepted, committed=rows.decisions.offset <= accepted[rows.owner])
+        held = np.array([self._held(int(gamma)) for gamma in rows.gamma])
+        verdict.rows[:, 1] = rows.state.to_device(held)
+        return verdict
 
     def _held(self, gamma: int) -> int:
         held = 0

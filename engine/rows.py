@@ -16,6 +16,8 @@ from torch import Tensor
 from engine.plan import RowStart, RowWork, StepPlan
 from engine.speculation.policies import View
 from kernels.attention.base import AttentionBatch
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
 from kernels.transfer import send
 from models.batch import ForwardBatch
 
@@ -31,9 +33,13 @@ class Rows:
     computed: [max_rows] int64, committed tokens whose target KV is valid.
     """
 
-    def __init__(self, *, max_rows: int, max_model_len: int, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self, *, max_rows: int, max_model_len: int, page_size: int, device: torch.device, ops: Ops = REFERENCE
+    ) -> None:
+        """ops: of the device."""
         self.page_size = page_size
         self.device = device
+        self.ops = ops
         self.tokens = torch.zeros(max_rows, max_model_len, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(max_rows, -(-max_model_len // page_size), dtype=torch.int64, device=device)
         self.computed = torch.zeros(max_rows, dtype=torch.int64, device=device)
@@ -41,11 +47,16 @@ class Rows:
     def enter(self, plan: StepPlan) -> Round:
         """Apply the plan's changes and lay out its round."""
         for start in plan.starts:
-            self.tokens[start.row, : len(start.tokens)] = torch.tensor(start.tokens, dtype=torch.int32)
-            self.computed[start.row] = start.computed
-        for delta in plan.pages:
-            last = delta.first + len(delta.pages)
-            self.page_table[delta.row, delta.first : last] = torch.tensor(delta.pages, dtype=torch.int64)
+            tokens = torch.tensor(start.tokens, dtype=torch.int32)
+            self.tokens[start.row, : len(tokens)] = send(tokens, self.device)
+            self.computed[start.row].fill_(start.computed)
+        if plan.pages:
+            counts = [len(delta.pages) for delta in plan.pages]
+            row = np.repeat([delta.row for delta in plan.pages], counts)
+            column = np.repeat([delta.first for delta in plan.pages], counts) + ragged(np.array(counts))
+            page = np.concatenate([np.array(delta.pages, dtype=np.int64) for delta in plan.pages])
+            row_index, columns, pages = self.to_device(np.stack([row, column, page]))
+            self.page_table[row_index, columns] = pages
         return Round(self, plan)
 
     def forget(self, plan: StepPlan) -> None:
@@ -122,7 +133,8 @@ class Round:
     Host integers, [rows] each: row (slot), computed, new, gamma, catch_up and told as in RowWork, and which rows
     sample.
     starts: the requests that took a row slot in this round. budget: see StepPlan.
-    decisions: whose next tokens the round decides. gamma_asked: [sampling rows] int64, on the device.
+    decisions: whose next tokens the round decides. gamma_asked, [rows] int64, and ledger, [rows, 4] int64 (see
+    kernels.acceptance), are on the device.
     """
 
     def __init__(self, state: Rows, plan: StepPlan) -> None:
@@ -139,20 +151,13 @@ class Round:
         self.told = np.array([item.told for item in work], dtype=np.int64)
         self.gamma_max = int(self.gamma.max(initial=0))
 
-        sampling = np.flatnonzero(self.samples)
-        gamma = self.gamma[sampling]
-        decided = gamma + 1  # per sampling row: its drafts and one more
-        offset = ragged(decided)
-        rows = np.repeat(self.row[sampling], decided)
-        new = np.repeat(self.new[sampling], decided)
-        self.decisions = self._decisions(rows, new + offset, offset)
-        # [sampling rows, gamma_max + 1]: which decision stands where; padding repeats the row's last decision.
-        steps = np.minimum(np.arange(self.gamma_max + 1), gamma[:, None])
-        self.grid = state.to_device(steps + (decided.cumsum() - decided)[:, None])
-        # [decisions]: which sampling row a decision belongs to.
-        self.owner = state.to_device(np.repeat(np.arange(len(sampling)), decided))
-        self.gamma_asked = state.to_device(gamma)
-        self._sampling_index = state.to_device(sampling)
+        self._decided = np.where(self.samples, self.gamma + 1, 0)  # a row's drafts and one more
+        offset = ragged(self._decided)
+        ahead = np.repeat(self.new, self._decided) + offset
+        self.decisions = self._decisions(np.repeat(self.row, self._decided), ahead, offset)
+        self.gamma_asked = state.to_device(self.gamma)
+        first = self._decided.cumsum() - self._decided
+        self.ledger = state.to_device(np.stack([self.row, self.new, first, self._decided], 1))
 
     @property
     def drafting(self) -> int:
@@ -191,8 +196,7 @@ class Round:
         """The target forward over every row's new tokens and, behind them, its drafts."""
         queries = self.new + self.gamma
         first = queries.cumsum() - queries
-        decided = np.where(self.samples, self.gamma + 1, 0)
-        logit_index = np.repeat(first + self.new - 1, decided) + ragged(decided)
+        logit_index = np.repeat(first + self.new - 1, self._decided) + ragged(self._decided)
         if self.told.any():  # behind the decisions
             logit_index = np.concatenate([logit_index, np.repeat(first, self.told) + ragged(self.told)])
         return self.state.batch(self.row, self.computed, np.zeros_like(queries), queries, view, logit_index)
@@ -207,24 +211,30 @@ class Round:
 
     def drafts(self) -> Tensor:
         """[sampling rows, gamma_max] int64: the drafted tokens, padded with whatever stands behind them."""
-        decisions = self.decisions
-        index = self.grid[:, : self.gamma_max]
-        return self.state.tokens[decisions.row_index[index], decisions.position[index]].long()
+        return self.state.tokens[self._draft_places()].long()
 
     def place(self, drafts: Tensor) -> None:
         """The reverse of `drafts`."""
-        decisions = self.decisions
-        index = self.grid[:, : self.gamma_max]
-        self.state.tokens[decisions.row_index[index], decisions.position[index]] = drafts.to(torch.int32)
+        self.state.tokens[self._draft_places()] = drafts.to(torch.int32)
 
-    def commit(self, accepted: Tensor, tokens: Tensor) -> None:
-        """Make the verdict the state: accepted [sampling rows], tokens [decisions] as the target chose them.
+    def _draft_places(self) -> tuple[Tensor, Tensor]:
+        """Padding repeats the place behind a row's drafts."""
+        decided = self._decided[self.samples]
+        steps = np.minimum(np.arange(self.gamma_max), decided[:, None] - 1)
+        index = self.state.to_device(steps + (decided.cumsum() - decided)[:, None])
+        return self.decisions.row_index[index], self.decisions.position[index]
 
-        Tokens behind the first disagreement are written too: they are beyond the committed length and count for
-        nothing, just as the KV of rejected drafts does.
-        """
-        state, decisions = self.state, self.decisions
-        state.tokens[decisions.row_index, decisions.position] = tokens.to(torch.int32)
-        advance = state.to_device(self.new)
-        advance[self._sampling_index] += accepted
-        state.computed[state.to_device(self.row)] += advance
+    def accept(self, drafted: Tensor, chosen: Tensor) -> Tensor:
+        """See kernels.acceptance.accept. drafted: [rows] int64. chosen: [decisions] int64, by the target. Returns
+        [rows, 2 + most decisions of a row]."""
+        state, most = self.state, int(self._decided.max(initial=0))
+        return state.ops.accept(state.tokens, state.computed, self.ledger, drafted, chosen, most)
+
+    def commit(self, verdict: Tensor) -> None:
+        """See kernels.acceptance.commit. Counters only: rejected slots are simply not counted."""
+        self.state.ops.commit(self.state.tokens, self.state.computed, self.ledger, verdict)
+
+    def holding(self, accepted: Tensor) -> Tensor:
+        """Which decisions stand, [decisions] bool. accepted: [rows]."""
+        owner = self.state.to_device(np.repeat(np.arange(len(self.row)), self._decided))
+        return self.decisions.offset <= accepted[owner]

@@ -118,12 +118,13 @@ class Sampler:
     def give_up(self) -> None:
         """Forget what is held for the rest of a round: there is none. Rows of it start anew."""
 
-    def observe(self, decisions: Decisions, tokens: Tensor, committed: Tensor) -> None:
-        """Count what was committed: tokens [n], committed [n] bool, in the order of `decisions`."""
+    def observe(self, rows: Round, tokens: Tensor, accepted: Tensor) -> None:
+        """Count what was committed: tokens [n], in the order of `rows.decisions`; accepted [rows], drafts of each."""
+        decisions = rows.decisions
         if self._counts is None or not self._penalised[decisions.rows].any():
             return
         asking = self._to_device(np.flatnonzero(self._penalised[decisions.rows]))
-        self._counts.add(decisions.row_index[asking], tokens[asking], committed[asking])
+        self._counts.add(decisions.row_index[asking], tokens[asking], rows.holding(accepted)[asking])
 
     # -- the rule ------------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ class Worker:
             max_model_len=max_model_len,
             page_size=page_size,
             device=model.device,
+            ops=model.ops,
         )
         self._model, self._own_draft = model, draft.model
         self._drafting = drafting_model(config, model, draft)
@@ -152,13 +153,12 @@ def _on_ranks(ranks: list[int], reason: str | None) -> str:
 
 
 def _to_host(verdict: Verdict, plan: StepPlan) -> list[RowResult]:
-    counts = torch.stack([verdict.drafted, verdict.accepted], 1)
-    decided = torch.cat([counts, verdict.tokens], 1).tolist()  # the one copy of the round, but for log-probabilities
-    sampling = [work for work in plan.work if work.samples]
-    logprobs = _logprobs_by_row(verdict.logprobs, sampling) if verdict.logprobs else {}
+    rows = verdict.rows.tolist()  # the one copy of the round, but for log-probabilities
+    sampling = [(work, row) for work, row in zip(plan.work, rows, strict=True) if work.samples]
+    logprobs = _logprobs_by_row(verdict.logprobs, [work for work, _ in sampling]) if verdict.logprobs else {}
     return [
         RowResult(drafted, count, tokens[: count + 1], logprobs[i][: count + 1] if i in logprobs else None)
-        for i, (drafted, count, *tokens) in enumerate(decided)
+        for i, (_, (drafted, count, *tokens)) in enumerate(sampling)
     ]
 
 

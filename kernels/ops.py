@@ -99,5 +99,16 @@ class Ops(Protocol):
         lowest id among equals.
         """
 
+    def accept(
+        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
+    ) -> Tensor:
+        """See kernels.acceptance.accept."""
+
+    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
+        """See kernels.acceptance.commit."""
+
+    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+        """See kernels.selection.attention_votes."""
+
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
         """A backend of its own for whoever asks, since it holds a plan."""

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import acceptance
 from kernels.attention.reference import ReferenceAttention
 from kernels.kv_cache import LayerKV, write_kv
 from kernels.noise import gumbel_noise
 from kernels.ops import Graphs
 from kernels.rope import apply_rope
+from kernels.selection import attention_votes
 
 
 class ReferenceProduct:
@@ -114,6 +116,17 @@ class ReferenceOps:
             logits[rows] = divided + gumbel_noise(seeds[rows], positions[rows], first, last)
         values, index = logits.max(-1)
         return values, index + first
+
+    def accept(
+        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
+    ) -> Tensor:
+        return acceptance.accept(tokens, computed, ledger, drafted, chosen, most)
+
+    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
+        acceptance.commit(tokens, computed, ledger, verdict)
+
+    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+        return attention_votes(q, k, scale, candidates=candidates, kernel=kernel)
 
     def attention(self, page_size: int, head_dim: int) -> ReferenceAttention:
         return ReferenceAttention(page_size)

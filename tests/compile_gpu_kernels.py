@@ -73,7 +73,8 @@ def launch_all(dtypes: list[torch.dtype]) -> None:
         index = torch.zeros(rows, dtype=torch.int64)
         kernels.sample(torch.zeros(rows, size), torch.zeros(rows), index, index, 0)
         sampling.noise_bits(index, index, 0, size)
-        kernels.commit(torch.zeros(rows, 64, dtype=torch.int32), index, *[index] * 6, most=rows)
+        state = torch.zeros(rows, 64, dtype=torch.int32), index, torch.zeros(rows, 4, dtype=torch.int64)
+        kernels.commit(*state, kernels.accept(*state, index, index, rows))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from engine.speculation.settings import SnapKVConfig, SpeculationConfig
 from kernels.attention.base import AttentionBackend
 from kernels.attention.observed import ObservedAttention
 from kernels.kv_cache import KVPool
-from kernels.selection import attention_votes
 from models.llama import Llama
 
 
@@ -45,7 +44,7 @@ class DraftCache:
         self._reselect = config.reselect or 0
         self._rows = rows
         self._full = full
-        self._scale = model.head_dim**-0.5
+        self._ops, self._scale = model.ops, model.head_dim**-0.5
         self._chosen, self._recent, self._per_row = kept.first, config.recent // page, kept.pages  # in pages
         table = ring_table(max_rows, rows.page_table.shape[1], kept.first, kept.ring)
         self.view = View(make_policy(config, page), table.to(rows.device))
@@ -154,7 +153,7 @@ class DraftCache:
         for index in range(len(asked)):
             layer = self._full.layer(index)
             keys, values = (part[pages].transpose(0, 1).flatten(1, 2) for part in layer)  # [kv_heads, slots, head_dim]
-            votes = attention_votes(
+            votes = self._ops.votes(
                 asked[index], keys[:, :length], self._scale, candidates=candidates, kernel=self._config.kernel
             )
             best = votes.topk(count).indices.sort(-1).values

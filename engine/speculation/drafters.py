@@ -23,7 +23,7 @@ class Drafter(Protocol):
     def propose(self, rows: Round) -> Tensor:
         """Place up to gamma tokens behind each row (`Round.place_drafts`).
 
-        Returns how many: [sampling rows] int64, at most `rows.gamma_asked`. It may be fewer than asked, or none.
+        Returns how many: [rows] int64, at most `rows.gamma_asked`. It may be fewer than asked, or none.
         """
         ...
 

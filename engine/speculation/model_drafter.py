@@ -102,7 +102,7 @@ class ModelDrafter:
             held[late] += tokens
 
     def observe(self, rows: Round, verdict: Verdict) -> None:
-        self._sampler.observe(rows.decisions, verdict.chosen, verdict.committed)
+        self._sampler.observe(rows, verdict.chosen, verdict.accepted)
 
 
 class SharedDrafts:

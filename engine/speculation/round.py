@@ -13,8 +13,8 @@ def run_round(rows: Round, target: Runner, drafter: Drafter, sampler: Sampler) -
     """Draft, verify, commit. Prefill chunks ride along in the verify pass; a row with gamma = 0 decodes plainly."""
     drafted = drafter.propose(rows)  # how many tokens it placed behind each row
     logits = target.forward(rows.verify_batch(target.view))  # only positions that decide a token
-    verdict = verify(rows.drafts(), drafted, logits, rows, sampler)
-    rows.commit(verdict.accepted, verdict.chosen)  # counters only; rejected slots are simply not counted
-    sampler.observe(rows.decisions, verdict.chosen, verdict.committed)
+    verdict = verify(drafted, logits, rows, sampler)
+    rows.commit(verdict.rows)  # counters only; rejected slots are simply not counted
+    sampler.observe(rows, verdict.chosen, verdict.accepted)
     drafter.observe(rows, verdict)
     return verdict

@@ -1,4 +1,4 @@
-"""Accepting drafts and committing them: what becomes of a round's decisions, in one launch."""
+"""`kernels.acceptance` in one launch each."""
 
 from __future__ import annotations
 
@@ -9,74 +9,71 @@ from torch import Tensor
 
 
 @triton.jit
-def _commit_kernel(
+def _accept_kernel(
     tokens: tl.tensor,
     computed: tl.tensor,
-    rows: tl.tensor,
-    new: tl.tensor,
+    ledger: tl.tensor,
     drafted: tl.tensor,
     chosen: tl.tensor,
-    first: tl.tensor,
-    decided: tl.tensor,
-    accepted: tl.tensor,
+    verdict: tl.tensor,
     stride: tl.tensor,
+    most: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """One program per row of the round."""
-    at = tl.program_id(0)
-    row = tl.load(rows + at)
-    length = tl.load(computed + row)
-    advance = tl.load(new + at)
-    count = tl.load(decided + at)
+    at = tl.program_id(0).to(tl.int64)
+    row = tl.load(ledger + at * 4)
+    new = tl.load(ledger + at * 4 + 1)
+    first = tl.load(ledger + at * 4 + 2)
+    count = tl.load(ledger + at * 4 + 3)
     step = tl.arange(0, BLOCK)
     inside = step < count
-    choice = tl.load(chosen + tl.load(first + at) + step, mask=inside, other=0)
-    there = tokens + row * stride + length + advance + step
-    draft = tl.load(there, mask=inside, other=0)
-    fails = (step >= tl.minimum(tl.load(drafted + at), count - 1)) | (draft != choice)
-    holding = tl.maximum(tl.min(tl.where(fails, step, BLOCK), 0), 0)
-    tl.store(there, choice.to(tl.int32), mask=inside)
-    tl.store(accepted + at, holding.to(tl.int64))
-    tl.store(computed + row, length + advance + holding)
+    choice = tl.load(chosen + first + step, mask=inside, other=0)
+    draft = tl.load(tokens + row * stride + tl.load(computed + row) + new + step, mask=inside, other=0)
+    proposed = tl.load(drafted + at)
+    fails = (step >= tl.minimum(proposed, count - 1)) | (draft != choice)
+    out = verdict + at * (most + 2)
+    tl.store(out, proposed)
+    tl.store(out + 1, tl.min(tl.where(fails, step, BLOCK), 0).to(tl.int64))
+    tl.store(out + 2 + step, choice, mask=step < most)
 
 
-def commit(
-    tokens: Tensor,
-    computed: Tensor,
-    rows: Tensor,
-    new: Tensor,
-    drafted: Tensor,
-    chosen: Tensor,
-    first: Tensor,
-    decided: Tensor,
-    *,
-    most: int,
-) -> Tensor:
-    """Accept each row's drafts up to the first that is not what the target chooses there, and make that the state.
+@triton.jit
+def _commit_kernel(
+    tokens: tl.tensor,
+    computed: tl.tensor,
+    ledger: tl.tensor,
+    verdict: tl.tensor,
+    stride: tl.tensor,
+    most: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program per row of the round."""
+    at = tl.program_id(0).to(tl.int64)
+    row = tl.load(ledger + at * 4)
+    length = tl.load(computed + row) + tl.load(ledger + at * 4 + 1)
+    step = tl.arange(0, BLOCK)
+    choice = tl.load(verdict + at * (most + 2) + 2 + step, mask=step < most, other=0)
+    tl.store(tokens + row * stride + length + step, choice.to(tl.int32), mask=step < tl.load(ledger + at * 4 + 3))
+    tl.store(computed + row, length + tl.load(verdict + at * (most + 2) + 1))
 
-    It is the rule of coupled verification: a row's drafts stand in its token list, behind its committed tokens; the
-    target's choices are written over them, those behind the first disagreement too, which count for nothing.
 
-    tokens: [max_rows, max_len] int32 and computed: [max_rows] int64, changed in place. The rest is of the round's rows
-    and int64. rows: [n] distinct row slots. new: [n], committed tokens whose KV the round wrote. drafted: [n], how many
-    proposals count, at most decided - 1. chosen: all decisions, those of row i from first[i] on, decided[i] of them; 0
-    where a row decides nothing. most: the largest decided. Returns accepted [n] int64.
-    """
-    accepted = torch.empty_like(new)
-    if len(new):
+def accept(tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int) -> Tensor:
+    """See kernels.acceptance.accept. Matrices are contiguous."""
+    verdict = torch.empty(len(ledger), 2 + most, dtype=torch.int64, device=tokens.device)
+    if len(ledger):
         block = triton.next_power_of_2(max(most, 1))
-        _commit_kernel[(len(new),)](
-            tokens,
-            computed,
-            rows,
-            new,
-            drafted,
-            chosen,
-            first,
-            decided,
-            accepted,
-            tokens.stride(0),
-            BLOCK=block,
-            num_warps=1,
+        _accept_kernel[(len(ledger),)](
+            tokens, computed, ledger, drafted, chosen, verdict, tokens.stride(0), most, BLOCK=block, num_warps=1
         )
-    return accepted
+    return verdict
+
+
+def commit(tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
+    """See kernels.acceptance.commit. Matrices are contiguous, and row slots are all different."""
+    if len(ledger):
+        most = verdict.shape[1] - 2
+        block = triton.next_power_of_2(max(most, 1))
+        _commit_kernel[(len(ledger),)](
+            tokens, computed, ledger, verdict, tokens.stride(0), most, BLOCK=block, num_warps=1
+        )

@@ -67,18 +67,12 @@ class GpuKernels:
         """See kernels.selection.attention_votes."""
         return votes.attention_votes(q, k, scale, candidates=candidates, kernel=kernel)
 
-    def commit(
-        self,
-        tokens: Tensor,
-        computed: Tensor,
-        rows: Tensor,
-        new: Tensor,
-        drafted: Tensor,
-        chosen: Tensor,
-        first: Tensor,
-        decided: Tensor,
-        *,
-        most: int,
+    def accept(
+        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
     ) -> Tensor:
-        """See kernels.gpu.acceptance.commit."""
-        return acceptance.commit(tokens, computed, rows, new, drafted, chosen, first, decided, most=most)
+        """See kernels.acceptance.accept."""
+        return acceptance.accept(tokens, computed, ledger, drafted, chosen, most)
+
+    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
+        """See kernels.acceptance.commit."""
+        acceptance.commit(tokens, computed, ledger, verdict)

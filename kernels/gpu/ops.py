@@ -91,6 +91,17 @@ class GpuOps:
     ) -> tuple[Tensor, Tensor]:
         return self._kernels.sample(logits, temperature, seeds, positions, first)
 
+    def accept(
+        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
+    ) -> Tensor:
+        return self._kernels.accept(tokens, computed, ledger, drafted, chosen, most)
+
+    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
+        self._kernels.commit(tokens, computed, ledger, verdict)
+
+    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+        return self._kernels.votes(q, k, scale, candidates=candidates, kernel=kernel)
+
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
         return _attention(page_size, head_dim, self._workspace)
 

@@ -14,10 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.plan import RowWork, StepPlan
-from engine.rows import Decisions, Rows
-from engine.sampling import Sampler
-from engine.speculation.verify import verify
+from kernels import acceptance
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference import ReferenceAttention
 from kernels.kv_cache import LayerKV, write_kv
@@ -26,6 +23,7 @@ from kernels.reference import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from kernels.selection import attention_votes
 from tests.rig import pool_layer
+from tests.verdicts import DecidedRound, rounds
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
@@ -192,71 +190,22 @@ def test_votes(
     torch.testing.assert_close(whole.sum(1).cpu(), torch.full((kv_heads,), float(queries * group)))
 
 
-class Chooses(Sampler):
-    """A target whose choices are known."""
-
-    def __init__(self, chosen: Tensor) -> None:
-        self._chosen = chosen
-
-    def logprobs(self, logits: Tensor, decisions: Decisions) -> None:
-        return None
-
-    def choose(self, logits: Tensor, decisions: Decisions) -> Tensor:
-        return self._chosen
-
-
-@given(
-    rows=st.lists(
-        st.tuples(
-            st.integers(0, 6),  # gamma
-            st.integers(0, 6),  # of these, how many were drafted
-            st.integers(1, 3),  # new
-            st.integers(0, 9),  # computed
-            st.booleans(),  # samples
-        ),
-        min_size=1,
-        max_size=5,
-    ),
-    seed=st.integers(0, 1000),
-)
+@given(round_=rounds())
 @settings(max_examples=25, deadline=None)
-def test_commit_follows_verify(rows: list[tuple[int, int, int, int, bool]], seed: int) -> None:
-    """Against the engine's own verification, over its own rows."""
-    torch.manual_seed(seed)
-    rows = sorted([(row[0] if row[4] else 0, *row[1:]) for row in rows], reverse=True)
-    slots = torch.randperm(7)[: len(rows)].tolist()
-    work = [
-        RowWork(slot, computed, new, gamma, samples)
-        for slot, (gamma, _, new, computed, samples) in zip(slots, rows, strict=True)
-    ]
-    state = Rows(max_rows=7, max_model_len=32, page_size=4, device=torch.device("cpu"))
-    state.tokens.random_(3)  # so few that drafts often hold
-    state.computed[:] = torch.randint(9, (7,))
-    for item in work:
-        state.computed[item.row] = item.computed
-    tokens, computed = state.tokens.to(DEVICE, copy=True), state.computed.to(DEVICE, copy=True)
-    round_ = state.enter(StepPlan(step=0, starts=[], pages=[], work=work))
-    sampling_rows = [i for i, item in enumerate(work) if item.samples]
-    drafted = torch.tensor([min(rows[i][1], rows[i][0]) for i in sampling_rows], dtype=torch.int64)
-    chosen = torch.randint(3, (len(round_.owner),))
-    verdict = verify(round_.drafts(), drafted, torch.empty(0), round_, Chooses(chosen))
-    round_.commit(verdict.accepted, verdict.chosen)
-
-    decided = torch.tensor([item.gamma + 1 if item.samples else 0 for item in work])
-    all_drafted = torch.zeros(len(work), dtype=torch.int64)
-    all_drafted[sampling_rows] = drafted
-    arguments = [
-        torch.tensor(slots),
-        torch.tensor([item.new for item in work]),
-        all_drafted,
-        chosen,
-        decided.cumsum(0) - decided,
-        decided,
-    ]
-    accepted = KERNELS.commit(tokens, computed, *(part.to(DEVICE) for part in arguments), most=int(decided.max()))
-    assert torch.equal(accepted.cpu()[sampling_rows], verdict.accepted)
-    assert torch.equal(computed.cpu(), state.computed)
-    assert torch.equal(tokens.cpu(), state.tokens)
+def test_accept_and_commit(round_: DecidedRound) -> None:
+    tokens, computed, ledger = (part.to(DEVICE) for part in round_.copy())
+    drafted, chosen = round_.drafted.to(DEVICE), round_.chosen.to(DEVICE)
+    verdict = KERNELS.accept(tokens, computed, ledger, drafted, chosen, round_.most)
+    state = round_.copy()
+    expected = acceptance.accept(*state, round_.drafted, round_.chosen, round_.most)
+    for found, wanted, count in zip(verdict.cpu(), expected, round_.ledger[:, 3].tolist(), strict=True):
+        assert torch.equal(found[: 2 + count], wanted[: 2 + count])
+    assert torch.equal(tokens.cpu(), round_.tokens)
+    assert torch.equal(computed.cpu(), round_.computed)
+    KERNELS.commit(tokens, computed, ledger, verdict)
+    acceptance.commit(*state, expected)
+    assert torch.equal(tokens.cpu(), state[0])
+    assert torch.equal(computed.cpu(), state[1])
 
 
 @given(
