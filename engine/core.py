@@ -20,11 +20,10 @@ from engine.messages import (
     RETRY_MEMORY,
     AddRequest,
     EngineStats,
-    PromptLogprobs,
     Ready,
     RequestOutput,
-    TokenLogprobs,
 )
+from engine.outputs import output_of
 from engine.pages import PageAllocator
 from engine.plan import StepPlan, StepResult
 from engine.profile import Profiler, keep, profile, profile_key, recall
@@ -97,6 +96,9 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        self._overlaps = sizes.device.type != "cpu"  # the host is free while a round is under way
+        self._under_way = False
+        self._leaving: list[str] = []  # requests aborted meanwhile
         self._pages = PageAllocator(num_pages)
         self._scheduler = Scheduler(
             pages=self._pages,
@@ -164,7 +166,10 @@ class Engine:
         self._scheduler.add(request)
 
     def abort(self, ids: Iterable[str]) -> None:
-        """Forget requests; their pages are free at once. Unknown ids are fine."""
+        """Forget requests; their pages are free at once, or when the round under way is over. Unknown ids are fine."""
+        if self._under_way:
+            self._leaving += ids
+            return
         for request_id in ids:
             self._scheduler.abort(request_id)
         self._check_if_idle()
@@ -172,22 +177,40 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
-    def step(self) -> list[RequestOutput]:
-        """Run one round; does nothing when there is no work. Returns what it yielded, one per row that sampled.
+    def step(self, meanwhile: Callable[[], None] | None = None) -> list[RequestOutput]:
+        """Run one round; nothing is run when there is no work. Returns what it yielded, one per row that sampled.
 
+        meanwhile: what else the host has to do, called once, if there is work: while a device is busy with the round,
+        or before it where the host itself computes, and it would have to wait.
         Requests of a round that memory does not suffice for, on any rank, end with an error. Raises RankFailure, also
         for that where ranks cannot give a round up (Group.can_give_up).
         """
         if not self._scheduler.has_work:
             return []
+        todo = [] if meanwhile is None else [meanwhile]
+
+        def now() -> None:
+            while todo:
+                todo.pop()()
+
+        if not self._overlaps:
+            now()
         began = time.perf_counter()
         plan, requests = self._scheduler.schedule()
+        self._under_way = True
         try:
-            result = self._run(plan)
+            result = self._run(plan, now)
         except OutOfMemory as error:
-            return self._give_up(requests, error)
-        outputs = self._commit(plan, requests, result)
-        self._accounts.took(result, time.perf_counter() - began)
+            outputs = self._give_up(requests, error)
+        else:
+            outputs = self._commit(plan, requests, result)
+            self._accounts.took(result, time.perf_counter() - began)
+        finally:
+            self._under_way = False
+            now()  # also if the round came to nothing before it was sent
+        leaving, self._leaving = self._leaving, []
+        for request_id in leaving:
+            self._scheduler.abort(request_id)
         if self._config.check_invariants:
             self._scheduler.check()
         self._check_if_idle()
@@ -227,10 +250,10 @@ class Engine:
         self.__dict__.pop("_worker", None)
         torch.set_num_threads(self._threads_before)
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _run(self, plan: StepPlan, meanwhile: Callable[[], None] | None = None) -> StepResult:
         """One round on all ranks."""
         with self._ranks.round(plan) if self._ranks else contextlib.nullcontext():
-            return self._worker.execute(plan)
+            return self._worker.execute(plan, meanwhile)
 
     def _draft_group(self, group: Group) -> Group | None:
         """The ranks that share the draft model, if there is one."""
@@ -258,19 +281,7 @@ class Engine:
         for (request, tokens), row in zip(yielded, result.rows, strict=True):
             accepted = min(row.accepted, len(tokens))
             self._accounts.yielded(request, row.drafted, accepted, len(tokens))
-            outputs.append(
-                RequestOutput(
-                    id=request.id,
-                    tokens=tokens,
-                    logprobs=_asked(row.logprobs, request, len(tokens)),
-                    prompt_logprobs=_of_prompt(request) if request.num_output == len(tokens) else None,
-                    drafted=row.drafted,
-                    accepted=accepted,
-                    finish_reason=request.finish_reason,
-                    stop_reason=request.stop_reason,
-                    scheduled=request.scheduled or 0.0,
-                )
-            )
+            outputs.append(output_of(request, tokens, row))
         return outputs
 
     def _give_up(self, requests: list[Request], error: Exception) -> list[RequestOutput]:
@@ -278,32 +289,12 @@ class Engine:
         log.error("out of memory; a round of %d requests fails: %s", len(requests), error)
         for request in requests:
             self._scheduler.abort(request.id)
-        self._check_if_idle()
         reason = f"the model ran out of memory in a batch of {len(requests)} requests"
         return [RequestOutput(r.id, finish_reason=FINISH_ABORT, error=reason, retry=RETRY_MEMORY) for r in requests]
 
     def _check_if_idle(self) -> None:
         if not self._scheduler.running and self._pages.free != self._pages.total:
             self._scheduler.check()  # raises, and says which page
-
-
-def _asked(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -> list[TokenLogprobs] | None:
-    """The first `count` reports, each with as many alternatives as this request asked for."""
-    most = request.params.logprobs
-    if logprobs is None or most is None:
-        return None
-    return [TokenLogprobs(at.logprob, at.top_ids[:most], at.top_logprobs[:most]) for at in logprobs[:count]]
-
-
-def _of_prompt(request: Request) -> list[PromptLogprobs] | None:
-    """With as many alternatives as were asked for."""
-    most = request.params.prompt_logprobs
-    if most is None:
-        return None
-    return [
-        msgspec.structs.replace(each, top_ids=each.top_ids[:most], top_logprobs=each.top_logprobs[:most])
-        for each in request.prompt_logprobs
-    ]
 
 
 def load_target(config: EngineConfig, *, progress: bool) -> Llama:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +34,58 @@ def row_counts(max_rows: int) -> list[int]:
     return sorted(count for count in counts if count <= max_rows)
 
 
+class Frame:
+    """What a captured forward reads, at fixed addresses: for a number of rows, with room for queries of each.
+
+    ids, positions, slots: [rows * queries] int64. attention: planned for what was put in last.
+    """
+
+    def __init__(self, model: Llama, pool: KVPool, graphs: Graphs, *, rows: int, queries: int, width: int) -> None:
+        """width: most pages that a row's list has. pool: has a scratch page."""
+        assert pool.scratch is not None
+        device, page_size = model.device, pool.page_size
+        self.rows, self.queries = rows, queries
+        # What stands where no token does: its id, its position, the slot that its KV goes to.
+        nowhere = torch.tensor([0, 0, pool.scratch * page_size], device=device)
+        self._nowhere = nowhere[0:1], nowhere[1:2], nowhere[2:3]
+        self.ids, self.positions, self.slots = (each.repeat(rows * queries) for each in self._nowhere)
+        self._scratch = torch.full((rows, width), pool.scratch, device=device)
+        self.attention: AttentionBackend = graphs.attention(
+            page_size, model.head_dim, Fixed(rows, rows * queries, width)
+        )
+        self._whole = AttentionBatch([queries] * rows, [queries] * rows, self._scratch[:, : -(-queries // page_size)])
+        self.attention.plan(self._whole)
+
+    @property
+    def batch(self) -> ForwardBatch:
+        """Of all tokens there is room for."""
+        return ForwardBatch(self.ids, self.positions, self.slots, self._whole, self.positions)
+
+    def fits(self, batch: ForwardBatch) -> bool:
+        lengths = batch.attention.query_lengths
+        return 0 < len(lengths) <= self.rows and max(lengths) <= self.queries
+
+    def put(self, batch: ForwardBatch) -> None:
+        """What the next replay computes. Rows that are missing become rows of one query each, which sees nothing but
+        the scratch page."""
+        new = batch.token_ids, batch.positions, batch.slots
+        for kept, values, nowhere in zip((self.ids, self.positions, self.slots), new, self._nowhere, strict=True):
+            kept[: len(values)] = values
+            if len(values) < len(kept):
+                kept[len(values) :] = nowhere
+        asked = batch.attention
+        if missing := self.rows - len(asked.query_lengths):
+            ones = [1] * missing
+            pages = torch.cat([asked.pages, self._scratch[:missing, : asked.pages.shape[1]]])
+            asked = AttentionBatch([*asked.query_lengths, *ones], [*asked.kv_lengths, *ones], pages)
+        self.attention.plan(asked)
+
+
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """One graph. inputs: token ids, positions and slots, [tokens] int64 each; states: [tokens, hidden_size]."""
+    """One graph. states: [tokens, hidden_size]."""
 
-    inputs: tuple[Tensor, Tensor, Tensor]
-    attention: AttentionBackend
+    frame: Frame
     states: Tensor
     replay: Callable[[], None]
 
@@ -61,73 +108,50 @@ class ForwardGraphs:
 
         width: most pages that a row's list has.
         """
-        assert pool.scratch is not None
         self._model, self._pool, self._graphs = model, pool, graphs
         self._rows, self._queries = sorted(rows), sorted(queries)
         self._width = width
-        self._scratch_lists = torch.full((self._rows[-1], width), pool.scratch, device=model.device)
-        # What stands where no token does: its id, its position, the slot that its KV goes to.
-        nowhere = torch.tensor([0, 0, pool.scratch * pool.page_size], device=model.device)
-        self._nowhere = nowhere[0:1], nowhere[1:2], nowhere[2:3]
         most = self._rows[-1] * self._queries[-1]
         self._states = torch.zeros(most, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        began, before = time.perf_counter(), _used(model.device)
         # The largest first, so that the others fit into its memory.
         shapes = sorted(((count, each) for count in self._rows for each in self._queries), key=_tokens, reverse=True)
-        self._captured = {shape: self._capture(*shape) for shape in shapes}
-        log.info(
-            "captured %d forwards of up to %d rows in %.1f s, %.2f GB",
-            len(shapes),
-            self._rows[-1],
-            time.perf_counter() - began,
-            (_used(model.device) - before) / 1e9,
-        )
+        with reported(f"{len(shapes)} forwards of up to {self._rows[-1]} rows", model.device):
+            self._captured = {shape: self._capture(*shape) for shape in shapes}
 
     def forward(self, batch: ForwardBatch) -> Tensor | None:
         """As Llama.forward; None if no graph has room for the batch."""
         queries = batch.attention.query_lengths
-        count, tokens = len(queries), sum(queries)
-        if not count:
+        if not queries:
             return None
-        rows, each = _at_least(self._rows, count), _at_least(self._queries, max(queries))
+        rows, each = at_least(self._rows, len(queries)), at_least(self._queries, max(queries))
         if rows is None or each is None:
             return None
         graph = self._captured[rows, each]
-        new = batch.token_ids, batch.positions, batch.slots
-        for kept, values, nowhere in zip(graph.inputs, new, self._nowhere, strict=True):
-            kept[:tokens] = values
-            if tokens < len(kept):
-                kept[tokens:] = nowhere
-        graph.attention.plan(self._filled(batch.attention, rows - count))
+        graph.frame.put(batch)
         graph.replay()
         return self._model.logits(graph.states[batch.logit_index])
 
     def _capture(self, rows: int, each: int) -> _Captured:
-        tokens, page_size = rows * each, self._pool.page_size
-        fixed = Fixed(rows, tokens, self._width)
-        attention = self._graphs.attention(page_size, self._model.head_dim, fixed)
-        ids, positions, slots = (nowhere.repeat(tokens) for nowhere in self._nowhere)
-        states = self._states[:tokens]
-        lists = self._scratch_lists[:rows, : -(-each // page_size)]
-        whole = AttentionBatch([each] * rows, [each] * rows, lists)
-        batch = ForwardBatch(ids, positions, slots, whole, positions)
-        attention.plan(whole)
+        frame = Frame(self._model, self._pool, self._graphs, rows=rows, queries=each, width=self._width)
+        states = self._states[: rows * each]
 
         def work() -> None:
-            states.copy_(self._model.states(batch, self._pool, attention))
+            states.copy_(self._model.states(frame.batch, self._pool, frame.attention))
 
-        return _Captured((ids, positions, slots), attention, states, self._graphs.capture(work))
-
-    def _filled(self, batch: AttentionBatch, missing: int) -> AttentionBatch:
-        """With so many more rows, of one query each that sees nothing but the scratch page."""
-        if not missing:
-            return batch
-        ones = [1] * missing
-        pages = torch.cat([batch.pages, self._scratch_lists[:missing, : batch.pages.shape[1]]])
-        return AttentionBatch([*batch.query_lengths, *ones], [*batch.kv_lengths, *ones], pages)
+        return _Captured(frame, states, self._graphs.capture(work))
 
 
-def _at_least(rising: list[int], wanted: int) -> int | None:
+@contextmanager
+def reported(what: str, device: torch.device) -> Iterator[None]:
+    """Log how long it took to capture `what`, and how much memory that cost."""
+    began, before = time.perf_counter(), _used(device)
+    yield
+    seconds = time.perf_counter() - began
+    log.info("captured %s in %.1f s, %.2f GB", what, seconds, (_used(device) - before) / 1e9)
+
+
+def at_least(rising: list[int], wanted: int) -> int | None:
+    """The first of them that is no less than `wanted`."""
     at = bisect_left(rising, wanted)
     return rising[at] if at < len(rising) else None
 

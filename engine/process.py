@@ -23,6 +23,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,7 +78,7 @@ class EngineLike(Protocol):
     def add(self, request: AddRequest) -> None: ...
     def abort(self, ids: Iterable[str]) -> None: ...
     def has_work(self) -> bool: ...
-    def step(self) -> list[RequestOutput]: ...
+    def step(self, meanwhile: Callable[[], None] | None = None) -> list[RequestOutput]: ...
     def check_ranks(self) -> float: ...
     def stats(self) -> EngineStats: ...
     def close(self) -> None: ...
@@ -104,14 +105,20 @@ class EngineServer:
         return list(self._last_sent)
 
     def run(self) -> None:
-        """Serve until the leash is let go. Raises what engine.step and engine.check_ranks raise."""
+        """Serve until the leash is let go. Raises what engine.step and engine.check_ranks raise.
+
+        Peers hear of a round while the device is busy with the next one: it does not wait for that.
+        """
         idle_s = _NEWS_S
+        outputs: list[RequestOutput] = []
         while self._leash not in dict(self._poller.poll(0 if self._engine.has_work() else math.ceil(idle_s * 1000))):
             self._heart.turn()
             self._receive()
             if self._engine.has_work():
-                self._dispatch(self._engine.step())
-            else:
+                outputs = self._engine.step(partial(self._dispatch, outputs))
+            if not self._engine.has_work():
+                self._dispatch(outputs)
+                outputs = []
                 idle_s = min(_NEWS_S, self._engine.check_ranks())
             self._news()
 

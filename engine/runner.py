@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.graphs import ForwardGraphs
+from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.policies import View
 from kernels.attention.base import AttentionBackend
 from kernels.attention.observed import ObservedAttention
@@ -20,7 +21,8 @@ class Runner:
     """Target and draft are two runners in one process; for self-speculation they share model and pool, and differ in
     the KV they read. Each has its own attention backend, since a backend holds the plan of its latest forward.
 
-    graphs: replay what they can of its forwards; those whose queries are kept are not.
+    graphs: replay what they can of its forwards; those whose queries are kept are not. drafts: replay all forwards of a
+    round's drafts as one.
     """
 
     model: Llama
@@ -28,6 +30,7 @@ class Runner:
     attention: AttentionBackend
     view: View
     graphs: ForwardGraphs | None = None
+    drafts: DraftGraphs | None = None
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits of the positions asked for: [n, this rank's vocabulary]. Writes the batch's KV."""

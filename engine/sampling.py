@@ -166,9 +166,21 @@ class Sampler:
 
     def _decide(self, logits: Tensor, temperature: Tensor, decisions: Decisions) -> Tensor:
         """The rule itself, on what `_adjust` has made."""
-        seeds = self._seed[decisions.row_index]
-        best = self._ops.sample(logits, temperature, seeds, decisions.position, self._vocab.start)
-        return self._vocab.best(*best)
+        return self.rule(logits, temperature, self._seed[decisions.row_index], decisions.position)
+
+    def rule(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        """argmax of logits / temperature + noise over the whole vocabulary. logits: [n, this rank's vocabulary], left
+        in any state. temperature: [n] float64. seeds, positions: [n] int64. Returns [n] int64."""
+        return self._vocab.best(*self._ops.sample(logits, temperature, seeds, positions, self._vocab.start))
+
+    def by_rule(self, rows: Ints) -> bool:
+        """Whether a draft for these row slots is what `rule` makes of its logits as they are."""
+        changed = (self._penalised[rows] | self._edited[rows] | (self._candidates[rows] > 0)).any()
+        return not (changed or (self._grammars is not None and self._grammars.bound[rows].any()))
+
+    def asked(self, decisions: Decisions) -> tuple[Tensor, Tensor]:
+        """Temperatures, [n] float64, and seeds, [n] int64."""
+        return self._temperature[decisions.row_index], self._seed[decisions.row_index]
 
     def _noise(self, decisions: Decisions, index: Tensor, stream: int = 0) -> Tensor:
         """Gumbel noise of this rank's slice for the decisions `index` [n]: [n, slice] float32. stream: which of several

@@ -12,9 +12,11 @@ import signal
 import stat
 import sys
 import time
+from collections.abc import Callable
 
 import msgspec
 import torch
+from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from engine import agreement
@@ -34,6 +36,7 @@ from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
 from engine.stopwatch import Stopwatch
+from kernels.transfer import fetch
 from models.default import resolve_model
 from models.llama import Llama
 from models.loader import load_model
@@ -91,15 +94,16 @@ class Worker:
         return WeightBytes(self._model.matrix_bytes, self._drafting.matrix_bytes if self._drafting else 0, tables)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, meanwhile: Callable[[], None] | None = None) -> StepResult:
         """Run one round. Its result is the only thing that crosses from device to host.
 
+        meanwhile: called once all of the round is sent to the device, before its result is waited for.
         Raises OutOfMemory, on every rank, if memory did not suffice on one of them: nothing is left of the round then,
         and its rows have to start anew. A group that cannot give a round up raises what it comes to.
         """
         for group in self._groups:
             group.begin_round()
-        result, reason = self._attempt(plan)
+        result, reason = self._attempt(plan, meanwhile)
         if result is None:
             for group in self._groups:
                 group.give_up()
@@ -114,11 +118,11 @@ class Worker:
         self._watch.reset()
         raise OutOfMemory(_on_ranks(failed, reason) if self._group.size > 1 else reason)
 
-    def _attempt(self, plan: StepPlan) -> tuple[StepResult | None, str | None]:
+    def _attempt(self, plan: StepPlan, meanwhile: Callable[[], None] | None) -> tuple[StepResult | None, str | None]:
         """The result, or how this rank ran out of memory; neither if another did. Lets go of the exception, and with it
         of what the failed calls held."""
         try:
-            return self._run(plan), None
+            return self._run(plan, meanwhile), None
         except RoundGivenUp:
             return None, None
         except (RuntimeError, MemoryError) as error:
@@ -126,7 +130,7 @@ class Worker:
                 raise
             return None, str(error)
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _run(self, plan: StepPlan, meanwhile: Callable[[], None] | None) -> StepResult:
         began = time.perf_counter()
         if plan.clear:
             self._target.pool.clear(plan.clear)
@@ -134,16 +138,20 @@ class Worker:
             self._grammars.start(start)
             self._sampler.start(start)
         verdict = run_round(self._rows.enter(plan), self._target, self._drafter, self._sampler)
-        results = _to_host(verdict, plan)
-        for row, decided in zip((work.row for work in plan.work if work.samples), results, strict=True):
-            self._grammars.commit(row, decided.tokens)
+        decided = fetch(verdict.rows)  # the one copy of the round, but for log-probabilities
+        if meanwhile is not None:
+            meanwhile()
+        results = _to_host(verdict, decided(), plan)
+        for row, result in zip((work.row for work in plan.work if work.samples), results, strict=True):
+            self._grammars.commit(row, result.tokens)
         draft_seconds = self._watch.take()
         prompts = _prompts_to_host(verdict.prompts) if verdict.prompts else []
-        result = StepResult(plan.step, results, draft_seconds, time.perf_counter() - began - draft_seconds, prompts)
+        verify_seconds = time.perf_counter() - began - draft_seconds
+        step = StepResult(plan.step, results, draft_seconds, verify_seconds, prompts)
         # Not part of what the round takes: neither a profile nor the controller is to see it.
         if self._digest_every and plan.step % self._digest_every == 0:
             agreement.compare(self._rows, self._group, plan.step)
-        return result
+        return step
 
 
 def _on_ranks(ranks: list[int], reason: str | None) -> str:
@@ -152,9 +160,9 @@ def _on_ranks(ranks: list[int], reason: str | None) -> str:
     return where if reason is None else f"{where}: {reason}"
 
 
-def _to_host(verdict: Verdict, plan: StepPlan) -> list[RowResult]:
-    rows = verdict.rows.tolist()  # the one copy of the round, but for log-probabilities
-    sampling = [(work, row) for work, row in zip(plan.work, rows, strict=True) if work.samples]
+def _to_host(verdict: Verdict, rows: Tensor, plan: StepPlan) -> list[RowResult]:
+    """rows: the verdict's, on the host."""
+    sampling = [(work, row) for work, row in zip(plan.work, rows.tolist(), strict=True) if work.samples]
     logprobs = _logprobs_by_row(verdict.logprobs, [work for work, _ in sampling]) if verdict.logprobs else {}
     return [
         RowResult(drafted, count, tokens[: count + 1], logprobs[i][: count + 1] if i in logprobs else None)

@@ -12,6 +12,9 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
+from engine.plan import StepPlan, StepResult
+from engine.request import Request
+from engine.speculation.controller import Report
 from kernels.ops import Ops
 from kernels.reference import REFERENCE
 from models.config import ModelConfig
@@ -55,6 +58,22 @@ def tiny_engine(
         }
     )
     return Engine(config, model=model)
+
+
+class Scripted:
+    """A controller whose rounds are told beforehand: one gamma for all rows, or one for each, again and again."""
+
+    def __init__(self, gammas: Sequence[int | Sequence[int]]) -> None:
+        self._gammas = iter([[each] if isinstance(each, int) else each for each in gammas])
+        self.gamma_max = max(each if isinstance(each, int) else max(each) for each in gammas)
+        self.budget, self.report = 0, Report()
+
+    def choose(self, rows: Sequence[Request]) -> list[int]:
+        gammas = next(self._gammas)
+        return [gammas[i % len(gammas)] for i in range(len(rows))]
+
+    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
+        pass
 
 
 def run(

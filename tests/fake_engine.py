@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from engine.config import EngineConfig
@@ -79,7 +79,9 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._live)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, meanwhile: Callable[[], None] | None = None) -> list[RequestOutput]:
+        if meanwhile is not None:
+            meanwhile()
         outputs = []
         for id, (request, tokens) in list(self._live.items()):
             kind = request.prompt[0]

@@ -14,6 +14,7 @@ from engine.rows import Rows
 from engine.runner import Runner
 from engine.sampling import Sampler
 from engine.speculation.draft_cache import DraftCache
+from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
 from engine.speculation.footprint import footprint
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
@@ -60,6 +61,17 @@ def _graphs(
     return ForwardGraphs(model, pool, model.ops.graphs, rows=rows, queries=queries, width=width)
 
 
+def _draft_graphs(
+    config: EngineConfig, model: Llama, pool: KVPool, sampler: Sampler, width: int, first: int = 1
+) -> DraftGraphs | None:
+    """See DraftGraphs; None where there are none. sampler: of whoever drafts."""
+    if model.ops.graphs is None or not config.cuda_graphs:
+        return None
+    settings, rows = config.speculation, row_counts(config.scheduler.max_rows)
+    gammas = range(1, settings.most_drafts + 1) if settings.gamma == "auto" else [settings.most_drafts]
+    return DraftGraphs(model, pool, model.ops.graphs, sampler, rows=rows, gammas=gammas, first=first, width=width)
+
+
 def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Llama | None:
     """Whose weights a draft step of this rank reads, if that is not the target: the draft model, or a rounded twin."""
     settings = config.speculation
@@ -91,17 +103,20 @@ def make_drafter(
     model = drafting_model(config, target.model, draft) or target.model
     if isinstance(settings.kv, SnapKVConfig):
         cache = DraftCache(settings, target.model, target.pool, rows, target.attention)
-        graphs = _graphs(config, model, cache.pool, {1}, _width(settings.kv, rows))
-        runner = Runner(model, cache.pool, _exact(model, rows.page_size), cache.view, graphs)
+        width = _width(settings.kv, rows)
+        graphs = _graphs(config, model, cache.pool, {1}, width)
+        drafts = _draft_graphs(config, model, cache.pool, sampler, width)
+        runner = Runner(model, cache.pool, _exact(model, rows.page_size), cache.view, graphs, drafts)
         return replace(target, attention=cache.attention), SelfDrafter(runner, sampler, cache)
     view = View(make_policy(settings.kv, rows.page_size), rows.page_table)
     attention = make_attention(settings.kv, model, rows.page_size)
     views = _views(config, rows.page_table)
-    graphs = None
+    graphs = drafts = None
     if _is_exact(settings.kv):
-        own = model is not target.model
-        graphs = _graphs(config, model, target.pool, {1}, _width(settings.kv, rows)) if own else target.graphs
-    return target, SelfDrafter(Runner(model, target.pool, attention, view, graphs), sampler, views=views)
+        own, width = model is not target.model, _width(settings.kv, rows)
+        graphs = _graphs(config, model, target.pool, {1}, width) if own else target.graphs
+        drafts = _draft_graphs(config, model, target.pool, sampler, width)
+    return target, SelfDrafter(Runner(model, target.pool, attention, view, graphs, drafts), sampler, views=views)
 
 
 def make_sampler(
@@ -121,10 +136,11 @@ def _model_drafter(
     model, group, settings = draft.model, draft.group, config.speculation
     if model is None or group is None:
         return None
-    page = rows.page_size
+    page, width = rows.page_size, _width(settings.kv, rows)
     block = config.scheduler.max_batch_tokens
     row_block = block
     cache, views = None, {}
+    own = sampler.twin(VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group))
     if isinstance(settings.kv, WindowConfig):
         kept = footprint(settings, page)  # what a window reads is all that is kept
         row_block = kept.block or block
@@ -132,21 +148,25 @@ def _model_drafter(
         table = ring_table(len(rows.tokens), columns, kept.first, kept.ring).to(rows.device)
         pool = model.make_pool(len(rows.tokens) * kept.pages, page)
         attention = make_attention(settings.kv, model, page)
-        graphs = _graphs(config, model, pool, {1, 2}, _width(settings.kv, rows)) if _is_exact(settings.kv) else None
-        full = runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table), graphs)
+        graphs = drafts = None
+        if _is_exact(settings.kv):
+            graphs = _graphs(config, model, pool, {1, 2}, width)
+            drafts = _draft_graphs(config, model, pool, own, width, first=2)
+        full = runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table), graphs, drafts)
         views = _views(config, table)
     else:
         full = runner = Runner(model, model.make_pool(num_pages, page), _exact(model, page), dense(rows))
         if isinstance(settings.kv, SnapKVConfig):
             cache = DraftCache(settings, model, full.pool, rows, full.attention)
-            graphs = _graphs(config, model, cache.pool, {1, 2}, _width(settings.kv, rows))
-            runner = Runner(model, cache.pool, _exact(model, page), cache.view, graphs)
+            graphs = _graphs(config, model, cache.pool, {1, 2}, width)
+            drafts = _draft_graphs(config, model, cache.pool, own, width, first=2)
+            runner = Runner(model, cache.pool, _exact(model, page), cache.view, graphs, drafts)
             full = replace(full, attention=cache.attention)
         elif isinstance(settings.kv, TopKConfig):
             runner = replace(full, attention=make_attention(settings.kv, model, page))
         else:
-            runner = replace(full, graphs=_graphs(config, model, full.pool, {1, 2}, rows.page_table.shape[1]))
-    own = sampler.twin(VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group))
+            graphs = _graphs(config, model, full.pool, {1, 2}, width)
+            runner = replace(full, graphs=graphs, drafts=_draft_graphs(config, model, full.pool, own, width, first=2))
     return ModelDrafter(rows, full, runner, own, row_block=row_block, block=block, cache=cache, views=views)
 
 

@@ -80,6 +80,8 @@ def draft(
 ) -> None:
     """Draft up to gamma tokens behind each row, one forward per token. view: in place of the runner's. behind: see
     Round.draft_batch."""
+    if runner.drafts is not None and runner.drafts.draft(rows, view or runner.view, behind):
+        return
     for step in range(rows.gamma_max):
         batch, decisions = rows.draft_batch(step, view or runner.view, behind if step == 0 else None)
         tokens = sampler.draft(runner.forward(batch), decisions)

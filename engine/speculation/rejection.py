@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.grammar import Grammars
-from engine.rows import Decisions, Rows
+from engine.rows import Decisions, Ints, Rows
 from engine.sampling import Sampler
 from kernels.noise import gumbel_noise
 from kernels.ops import Ops
@@ -82,6 +82,10 @@ class RejectionSampler(Sampler):
         if len(sampled):
             self._proposals.add(decisions, sampled, self._vocab.normalised(logits[self._to_device(sampled)]))
         return self._decide(logits, temperature, decisions)
+
+    def by_rule(self, rows: Ints) -> bool:
+        """Proposals have to be kept."""
+        return not self._sampled[rows].any() and super().by_rule(rows)
 
     def choose(self, logits: Tensor, decisions: Decisions) -> Tensor:
         """See Sampler.choose. Where a draft was sampled, the choice is to keep it or what replaces it."""

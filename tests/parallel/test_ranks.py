@@ -235,7 +235,7 @@ def test_an_interrupted_round_is_the_end(random_dir: Path, monkeypatch: pytest.M
     """The other ranks are somewhere inside it: the next round must not meet them there."""
     engine = start(random_dir, 2)
 
-    def interrupt(plan: object) -> None:
+    def interrupt(plan: object, meanwhile: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine._worker, "execute", interrupt)

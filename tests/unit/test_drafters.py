@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import cycle
@@ -22,11 +22,10 @@ from engine.params import SamplingParams
 from engine.plan import StepPlan, StepResult
 from engine.request import Request
 from engine.runner import Runner
-from engine.speculation.controller import Report
 from engine.stats import acceptance
 from models.batch import ForwardBatch
 from models.llama import Llama
-from tests.engines import complete, run, tiny_engine, tiny_model, tokens
+from tests.engines import Scripted, complete, run, tiny_engine, tiny_model, tokens
 from tests.ranks import DRAFT, write_random_model
 from tests.unit.test_law import EDGES, SAMPLING, prompt_of
 
@@ -140,21 +139,6 @@ def test_a_budget_that_covers_the_context_is_dense(twin_dir: Path, drafter: str,
     stats = engine.stats()
     assert acceptance(stats) == 1.0
     assert stats.accepted_tokens > 70
-
-
-class Scripted:
-    """A controller whose rounds are told beforehand."""
-
-    def __init__(self, gammas: Sequence[int]) -> None:
-        self._gammas = iter(gammas)
-        self.gamma_max, self.budget, self.report = max(gammas), 0, Report()
-
-    def choose(self, rows: Sequence[Request]) -> list[int]:
-        gamma = next(self._gammas)
-        return [gamma] * len(rows)
-
-    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
-        pass
 
 
 @pytest.mark.parametrize("drafter", ["self", "model"])
@@ -274,9 +258,9 @@ def test_a_draft_model_sees_nothing_before_it_drafts(draft_dir: Path, policy: st
     with pytest.MonkeyPatch.context() as patch:
         found = forwards(patch, engine)
 
-        def watched(plan: StepPlan) -> StepResult:
+        def watched(plan: StepPlan, meanwhile: Callable[[], None] | None) -> StepResult:
             before = len(found)
-            result = execute(plan)
+            result = execute(plan, meanwhile)
             rounds.append(
                 (sum(work.new for work in plan.work), sum(found[before:]), result.rows[0].drafted if result.rows else 0)
             )

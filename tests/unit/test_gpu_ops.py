@@ -5,24 +5,27 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from engine.core import Engine
 from engine.graphs import row_counts
-from engine.messages import AddRequest
+from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
 from kernels.attention.base import AttentionBatch, Fixed
 from kernels.attention.reference import ReferenceAttention
 from kernels.ops import Ops
 from kernels.reference import REFERENCE
 from models.config import ModelConfig
+from models.llama import Llama
 from models.loader import random_model
 from parallel.group import Group
 from tests import fake_flashinfer
-from tests.engines import TINY, run, tiny_engine, tokens
+from tests.engines import TINY, Scripted, run, tiny_engine, tokens
 from tests.rig import PagedRows, pool_layer
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
@@ -34,6 +37,8 @@ from kernels.gpu.ops import GpuOps
 
 if not INTERPRETED:
     pytest.skip("tests/gpu has these on a GPU", allow_module_level=True)
+
+from tests.recorded import Recorded
 
 VARIANTS = {
     "plain": TINY,
@@ -78,52 +83,92 @@ def test_whose_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.name != GpuOps().name
 
 
-class Repeats:
-    """In place of CUDA graphs: does the captured work again, and counts."""
-
-    def __init__(self) -> None:
-        self.captured = self.replayed = 0
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        self.captured += 1
-        work()
-
-        def again() -> None:
-            self.replayed += 1
-            work()
-
-        return again
+def model_on(ops: GpuOps) -> Llama:
+    return random_model(TINY, 0, torch.float32, torch.device("cpu"), Group.single(), ops)
 
 
-def law(ops: GpuOps, **settings: Any) -> None:
-    model = random_model(TINY, 0, torch.float32, torch.device("cpu"), Group.single(), ops)
+def requests() -> list[AddRequest]:
     sampling: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 9}]
-    requests = [
+    return [
         AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=10, seed=i, ignore_eos=True, **each))
         for i, each in enumerate(sampling)
     ]
-    plain = run(tiny_engine(model, gamma=0, cuda_graphs=False), requests)
-    engine = tiny_engine(model, gamma=3, budget=8, **settings)
-    drafted = run(engine, requests)
+
+
+def test_speculation_never_changes_output() -> None:
+    model = model_on(GpuOps())
+    plain = run(tiny_engine(model, gamma=0), requests())
+    engine = tiny_engine(model, gamma=3, budget=8)
+    drafted = run(engine, requests())
     assert {name: tokens(out) for name, out in drafted.items()} == {name: tokens(out) for name, out in plain.items()}
     assert engine.stats().rejections > 0
     assert engine.stats().accepted_tokens > 0
 
 
-def test_speculation_never_changes_output() -> None:
-    law(GpuOps())
+def rounds_of(engine: Engine, requests: list[AddRequest]) -> dict[str, list[tuple[list[int], int, int]]]:
+    """By request, what each of its rounds came to: its tokens, how many were drafted, and how many of these held."""
+    outputs = run(engine, requests)
+    return {name: [(each.tokens, each.drafted, each.accepted) for each in out] for name, out in outputs.items()}
+
+
+SNAPKV = {"policy": "snapkv", "budget": 8, "recent": 4}
+WINDOW = {"policy": "window", "budget": 8, "sink": 4}
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what nobody's queries come to is left to chance
-@pytest.mark.parametrize("policy", ["window", "snapkv"])
-def test_nor_do_graphs(policy: str) -> None:
+@pytest.mark.parametrize(
+    ("drafter", "kv", "captured"),
+    # For 1 row and 2: a plain step, a pass over three drafts, and three draft steps at once. Those that draft in
+    # another pool, or feed two tokens, have forwards of their own for rows that ask for top-k and draft step by step.
+    [("self", WINDOW, 6), ("self", SNAPKV, 8), ("model", WINDOW, 10), ("model", SNAPKV, 10)],
+    ids=["window", "snapkv", "model, window", "model, snapkv"],
+)
+def test_graphs_change_neither_output_nor_drafts(
+    twin_dir: Path, drafter: str, kv: dict[str, Any], captured: int
+) -> None:
     """One row or two, whose last queries are nobody's while they have different numbers of drafts."""
-    repeats = Repeats()
-    kv = {"policy": policy, "budget": 8, **({"recent": 4} if policy == "snapkv" else {"sink": 4})}
-    law(GpuOps(recorder=repeats), scheduler={"max_rows": 2, "max_batch_tokens": 24}, speculation={"kv": kv})
-    # For 1 row and 2: a plain step, and a pass over three drafts; SnapKV drafts in another pool.
-    assert repeats.captured == (4 if policy == "window" else 6)
-    assert repeats.replayed > 10
+    recorded = Recorded()
+    model = model_on(GpuOps(recorder=recorded))
+    speculation = {"drafter": drafter, "kv": kv, **({"model": str(twin_dir)} if drafter == "model" else {})}
+    settings: dict[str, Any] = {"scheduler": {"max_rows": 2, "max_batch_tokens": 24}, "max_model_len": 200}
+    plain = tiny_engine(model, gamma=3, speculation=speculation, cuda_graphs=False, **settings)
+    expected = rounds_of(plain, requests())
+    assert rounds_of(tiny_engine(model, gamma=3, speculation=speculation, **settings), requests()) == expected
+    assert recorded.captured == captured
+    assert recorded.replayed > 10
+    assert plain.stats().accepted_tokens > 5
+    assert drafter == "model" or plain.stats().rejections > 5
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_drafts_of_any_number_are_one_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And rows of a round may have different numbers of them."""
+    recorded = Recorded()
+    model = model_on(GpuOps(recorder=recorded))
+    asked = [
+        AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=12 + 5 * i, temperature=1.0, seed=i))
+        for i in range(2)
+    ]
+    script = [[2, 3], [1, 1], [3, 1], [0, 0], [0, 2], [2, 2], [1, 3]] * 4
+    monkeypatch.setattr(Engine, "make_controller", lambda self: Scripted(script))
+
+    def made(graphs: bool) -> Engine:
+        speculation = {"gamma": "auto", "gamma_max": 3}
+        scheduler = {"max_rows": 2}
+        return tiny_engine(model, gamma=0, budget=8, scheduler=scheduler, speculation=speculation, cuda_graphs=graphs)
+
+    expected = rounds_of(made(graphs=False), asked)
+    engine = made(graphs=True)
+    replays, step = [recorded.replayed], engine.step
+
+    def step_and_count() -> list[RequestOutput]:
+        outputs = step()
+        replays.append(recorded.replayed)
+        return outputs
+
+    monkeypatch.setattr(engine, "step", step_and_count)
+    assert rounds_of(engine, asked) == expected
+    assert max(after - before for before, after in pairwise(replays)) == 2  # drafts, and the pass over them
 
 
 def test_plans_of_captured_attention_stand_where_they_stood() -> None:

@@ -85,10 +85,42 @@ def test_the_batch_fails_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, f
         assert complete(engine, request.prompt, request.params) == expected[request.id]
 
 
+def test_aborts_wait_for_the_round_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that is busy with it: its row is still written to."""
+    engine = tiny_engine(tiny_model(), gamma=3)
+    engine._overlaps = True
+    wanted = requests()
+    expected = {request.id: complete(engine, request.prompt, request.params) for request in wanted}
+    for request in wanted:
+        engine.add(request)
+    found: dict[str, list[int]] = {request.id: [] for request in wanted}
+    pages = []
+
+    def meanwhile() -> None:
+        pages.append(engine.stats().pages_free)
+        engine.abort(["1", "nobody"])
+        pages.append(engine.stats().pages_free)
+
+    while engine.has_work():
+        for output in engine.step(meanwhile):
+            found[output.id] += output.tokens
+    assert pages[::2] == pages[1::2]
+    assert len(found.pop("1")) < 20
+    assert all(found[id] == expected[id] for id in found)
+    starve(monkeypatch, 1)
+    engine.add(wanted[0])
+    engine.add(wanted[1])
+    calls = len(pages)
+    assert [output.retry for output in engine.step(meanwhile)] == [RETRY_MEMORY] * 2
+    assert len(pages) == calls + 2
+    assert not engine.has_work()
+    assert engine.stats().pages_free == engine.stats().pages_total
+
+
 def test_any_other_error_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine(tiny_model(), gamma=0)
 
-    def broken(plan: StepPlan) -> None:
+    def broken(plan: StepPlan, meanwhile: object) -> None:
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(engine._worker, "execute", broken)

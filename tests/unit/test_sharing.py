@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ def watched(engine: Engine) -> dict[int, int]:
     found: dict[int, int] = {}
     execute = engine._worker.execute
 
-    def execute_and_look(plan: StepPlan) -> StepResult:
+    def execute_and_look(plan: StepPlan, meanwhile: Callable[[], None] | None = None) -> StepResult:
         found.update({start.row: start.computed for start in plan.starts if start.shared})
-        return execute(plan)
+        return execute(plan, meanwhile)
 
     engine._worker.execute = execute_and_look  # type: ignore[method-assign]
     return found

@@ -1,0 +1,119 @@
+"""All steps of drafting in one graph: what a step chooses is what the next one is fed, and no one asks the host.
+
+A step of a small model is done in less time than the host takes to launch its kernels one by one, or to choose a token
+in between. What each step reads is known before the first one runs, but for the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.graphs import Frame, at_least, reported
+from engine.rows import Ints, Round
+from engine.sampling import Sampler
+from engine.speculation.policies import View
+from kernels.kv_cache import KVPool
+from kernels.ops import Graphs
+from models.llama import Llama
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """frame: what the step's forward reads. last: [rows] int64, where in the frame each row's last query stands.
+    position: [rows] int64, of what is decided. chosen: [rows] int64, the tokens decided on."""
+
+    frame: Frame
+    last: Tensor
+    position: Tensor
+    chosen: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Steps for a number of rows, which graphs of any number of steps share. temperature: [rows] float64; seeds: [rows]
+    int64. replays: by how many steps."""
+
+    steps: list[_Step]
+    temperature: Tensor
+    seeds: Tensor
+    replays: dict[int, Callable[[], None]]
+
+
+class DraftGraphs:
+    """Of one model over one pool that has a scratch page."""
+
+    def __init__(
+        self,
+        model: Llama,
+        pool: KVPool,
+        graphs: Graphs,
+        sampler: Sampler,
+        *,
+        rows: Iterable[int],
+        gammas: Iterable[int],
+        first: int,
+        width: int,
+    ) -> None:
+        """Captures, for each of `rows`, each of `gammas` steps. Every rank that shares the model does that at the same
+        time.
+
+        first: queries of a row in the first step, at most; the others have one. width: most pages that a row's list
+        has.
+        """
+        self._model, self._pool, self._graphs, self._sampler = model, pool, graphs, sampler
+        self._rows, self._gammas = sorted(rows), sorted(gammas)
+        self._first, self._width = first, width
+        what = f"drafts of up to {self._gammas[-1]} tokens for up to {self._rows[-1]} rows"
+        with reported(what, model.device):  # the largest first, so that the others fit into its memory
+            self._buckets = {count: self._capture(count) for count in self._rows[::-1]}
+
+    def draft(self, rows: Round, view: View, behind: Ints | None) -> bool:
+        """Draft for all rows of the round that ask for it; see engine.speculation.drafters.draft. False, and nothing is
+        done, where no graph can."""
+        count = at_least(self._rows, rows.drafting)
+        if count is None or rows.gamma_max not in self._gammas or not self._sampler.by_rule(rows.row[: rows.drafting]):
+            return False
+        bucket = self._buckets[count]
+        planned = [rows.draft_batch(step, view, None if step else behind) for step in range(rows.gamma_max)]
+        if not bucket.steps[0].frame.fits(planned[0][0]):
+            return False
+        for step, (batch, decisions) in zip(bucket.steps, planned, strict=False):
+            step.frame.put(batch)
+            step.last[: len(batch.logit_index)] = batch.logit_index
+            step.position[: len(decisions.position)] = decisions.position
+        first = planned[0][1]
+        temperature, seeds = self._sampler.asked(first)
+        bucket.temperature[: rows.drafting], bucket.seeds[: rows.drafting] = temperature, seeds
+        bucket.replays[rows.gamma_max]()
+        for step, (_, decisions) in zip(bucket.steps, planned, strict=False):
+            rows.place_drafts(decisions, step.chosen[: len(decisions.position)])
+        return True
+
+    def _capture(self, rows: int) -> _Bucket:
+        steps = [self._step(rows, 1 if index else self._first) for index in range(self._gammas[-1])]
+        device = self._model.device
+        temperature = torch.zeros(rows, dtype=torch.float64, device=device)
+        bucket = _Bucket(steps, temperature, torch.zeros(rows, dtype=torch.int64, device=device), {})
+        for gamma in self._gammas[::-1]:
+            bucket.replays[gamma] = self._graphs.capture(partial(self._work, bucket, gamma))
+        return bucket
+
+    def _step(self, rows: int, queries: int) -> _Step:
+        frame = Frame(self._model, self._pool, self._graphs, rows=rows, queries=queries, width=self._width)
+        position, chosen = torch.zeros(2, rows, dtype=torch.int64, device=self._model.device)
+        return _Step(frame, torch.arange(rows, device=self._model.device), position, chosen)
+
+    def _work(self, bucket: _Bucket, gamma: int) -> None:
+        fed = None
+        for step in bucket.steps[:gamma]:
+            if fed is not None:
+                step.frame.ids.copy_(fed)
+            states = self._model.states(step.frame.batch, self._pool, step.frame.attention, step.last)
+            logits = self._model.logits(states)
+            step.chosen.copy_(self._sampler.rule(logits, bucket.temperature, bucket.seeds, step.position))
+            fed = step.chosen
