@@ -62,8 +62,9 @@ class EngineConfig(Settings):
     """Of matrices. full: in `dtype`. int8: rounded to 8 bits, with a scale for each column; so are inputs."""
     tensor_parallel_size: Positive = 1
     """Ranks: processes that compute the model together, each with its share of weights and KV."""
-    collectives: Literal["auto", "shared", "gloo", "nccl"] = "auto"
-    """What ranks exchange tensors through; auto: NCCL on CUDA devices, else shared memory where it works, else gloo."""
+    collectives: Literal["auto", "shared", "gloo", "nccl", "symmetric"] = "auto"
+    """What ranks exchange tensors through; auto: NCCL on CUDA devices, else shared memory where it works, else gloo.
+    symmetric: NCCL, but small sums through memory that the GPUs of one machine see of each other."""
     step_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """A rank that keeps the others waiting for this long counts as hung."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0

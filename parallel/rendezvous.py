@@ -1,6 +1,7 @@
 """How the ranks of a group find each other.
 
-On the CPUs of one machine they map the same memory (`shared`); CUDA devices use NCCL; everything else is gloo, whose
+On the CPUs of one machine they map the same memory (`shared`); CUDA devices use NCCL, beside which small sums can go
+through memory that the devices of one machine see (`symmetric`); everything else is gloo, whose
 sockets are bound to the loopback interface unless an address of this machine is given. NCCL and gloo meet in a store,
 of rank 0 or of whoever started the ranks.
 """
@@ -17,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Backend, PrefixStore, Store, TCPStore
 
-from parallel import shared
+from parallel import shared, symmetric
 from parallel.group import CollectiveError, Group
 
-Transport = Literal["shared", "gloo", "nccl"]
+Transport = Literal["shared", "gloo", "nccl", "symmetric"]
 LOOPBACK = "127.0.0.1"
 
 
@@ -33,7 +34,7 @@ class Join(msgspec.Struct):
     timeout_s: float
     """How long a collective waits for another rank."""
     port: int | None = None
-    """gloo and nccl: of rank 0's store on the loopback interface."""
+    """All but shared: of rank 0's store on the loopback interface."""
     fd: int | None = None
     """shared: a file descriptor of the memory, which stays open as long as the rank that created it needs."""
     holder: int | None = None
@@ -48,10 +49,10 @@ def choose(device: torch.device, wanted: Transport | Literal["auto"], one_machin
         if device.type == "cuda":
             return "nccl"
         return "shared" if one_machine and shared.available() else "gloo"
-    if (wanted == "nccl") != (device.type == "cuda"):
+    if (wanted in ("nccl", "symmetric")) != (device.type == "cuda"):
         raise ValueError(f"{wanted} cannot serve the device {device.type}")
-    if wanted == "shared" and not one_machine:
-        raise ValueError("shared needs all ranks on one machine, started together")
+    if wanted in ("shared", "symmetric") and not one_machine:
+        raise ValueError(f"{wanted} needs all ranks on one machine")
     if wanted == "shared" and not shared.available():
         raise ValueError("shared needs Linux on x86")
     return wanted
@@ -118,6 +119,8 @@ def _enter(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         comm._get_backend(device)._set_default_timeout(timedelta(seconds=how.timeout_s))
+        if how.transport == "symmetric":
+            return symmetric.join(comm, part, device, f"magicdec, {'second' if second else 'first'}")
         return Group(comm)
     except RuntimeError as error:
         raise CollectiveError(str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from models.loader import random_model
 from models.tokenizer import Tokenizer
 from parallel.group import Group
 from tests.engines import TINY, run, tiny_engine, tokens
+from tests.ranks import write_random_model
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device is present", allow_module_level=True)
@@ -54,16 +56,28 @@ def requests(count: int, seed: int) -> list[AddRequest]:
     ]
 
 
+@pytest.fixture(scope="module")
+def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft model with fewer layers."""
+    return write_random_model(tmp_path_factory.mktemp("models") / "draft", dataclasses.replace(SHAPE, num_layers=2))
+
+
 @pytest.mark.parametrize("kv", [WINDOW, SNAPKV], ids=["window", "snapkv"])
-def test_graphs_and_speculation_change_nothing(model: Llama, kv: dict[str, Any]) -> None:
+@pytest.mark.parametrize("drafter", ["self", "model"])
+def test_graphs_and_speculation_change_nothing(model: Llama, draft_dir: Path, drafter: str, kv: dict[str, Any]) -> None:
     wanted = requests(12, seed=1)
     plain = {id: tokens(out) for id, out in run(tiny_engine(model, gamma=0, cuda_graphs=False), wanted).items()}
+    speculation = {"kv": kv, "drafter": drafter, **({"model": str(draft_dir)} if drafter == "model" else {})}
+    accepted = {}
     for gamma, graphs in ((0, True), (3, False), (3, True)):
-        engine = tiny_engine(model, gamma=gamma, speculation={"kv": kv}, cuda_graphs=graphs)
+        engine = tiny_engine(model, gamma=gamma, speculation=speculation, cuda_graphs=graphs, max_model_len=400)
         assert {id: tokens(out) for id, out in run(engine, wanted).items()} == plain, (gamma, graphs)
+        stats = engine.stats()
+        accepted[gamma, graphs] = stats.accepted_tokens / max(1, stats.draft_tokens)
         if gamma:
-            assert engine.stats().rejections > 0
+            assert stats.rejections > 0
         engine.close()
+    assert accepted[3, True] == pytest.approx(accepted[3, False], abs=0.02)  # drafts are the same too, but for rounding
 
 
 def test_a_random_load_stays_right(model: Llama) -> None:

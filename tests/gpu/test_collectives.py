@@ -1,0 +1,69 @@
+"""Sums between GPUs, through NCCL and through memory that they share; every rank is a process running this file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._C._distributed_c10d import FileStore
+
+from parallel import rendezvous
+from parallel.group import Group
+
+RANKS = min(torch.cuda.device_count(), 8)
+
+
+def part(rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * rank + size)
+    return torch.randint(-8, 8, (size,), generator=generator).to(dtype)  # sums are exact
+
+
+def check(group: Group, device: torch.device) -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.int64):
+        for size in (1, 64, 4096, 1 << 20):
+            total = sum(part(rank, size, dtype) for rank in range(group.size))
+            assert isinstance(total, torch.Tensor)
+            x = part(group.rank, size, dtype).to(device)
+            assert torch.equal(group.all_reduce(x).cpu(), total), (dtype, size)
+    x, given = torch.zeros(2, 4096, device=device)
+    given.fill_(group.rank + 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        x.copy_(given)
+        group.all_reduce(x)
+    for factor in (1, 3):
+        given.fill_(factor * (group.rank + 1))
+        graph.replay()
+        assert x.tolist() == [factor * group.size * (group.size + 1) / 2] * len(x)
+
+
+def rank_main(rank: int, size: int, transport: rendezvous.Transport, store: str) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    check(rendezvous.join(rendezvous.Join(rank, size, transport, 60), device, FileStore(store, size)), device)
+
+
+@pytest.mark.skipif(RANKS < 2, reason="fewer than two CUDA devices are present")
+@pytest.mark.parametrize("transport", ["nccl", "symmetric"])
+def test_sums_between_gpus(tmp_path: Path, transport: str) -> None:
+    command = [sys.executable, "-m", "tests.gpu.test_collectives"]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(RANKS), transport, str(tmp_path / "store")],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        for rank in range(RANKS)
+    ]
+    for process in ranks:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+
+
+if __name__ == "__main__":
+    _, rank, size, transport, store = sys.argv
+    rank_main(int(rank), int(size), "symmetric" if transport == "symmetric" else "nccl", store)
