@@ -21,8 +21,8 @@ class Runner:
     """Target and draft are two runners in one process; for self-speculation they share model and pool, and differ in
     the KV they read. Each has its own attention backend, since a backend holds the plan of its latest forward.
 
-    graphs: replay what they can of its forwards; those whose queries are kept are not. drafts: replay all forwards of a
-    round's drafts as one.
+    graphs: replay what they can of its forwards; those whose queries are kept are not. drafts: replay the forwards of a
+    round's drafts without the host.
     """
 
     model: Llama

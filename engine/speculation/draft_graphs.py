@@ -1,7 +1,8 @@
-"""All steps of drafting in one graph: what a step chooses is what the next one is fed, and no one asks the host.
+"""All steps of drafting in two graphs: what a step chooses is what the next one is fed, and no one asks the host.
 
 A step of a small model is done in less time than the host takes to launch its kernels one by one, or to choose a token
-in between. What each step reads is known before the first one runs, but for the tokens.
+in between. What each step reads is known before the first one runs, but for the tokens. The first step is a graph of
+its own, so that the device is busy with it while the host gets the others ready.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from engine.graphs import Frame, at_least, reported
-from engine.rows import Ints, Round
+from engine.rows import Decisions, Ints, Round
 from engine.sampling import Sampler
 from engine.speculation.policies import View
 from kernels.kv_cache import KVPool
 from kernels.ops import Graphs
+from models.batch import ForwardBatch
 from models.llama import Llama
 
 
@@ -32,16 +34,22 @@ class _Step:
     position: Tensor
     chosen: Tensor
 
+    def put(self, batch: ForwardBatch, decisions: Decisions) -> None:
+        """What the next replay computes."""
+        self.frame.put(batch)
+        self.last[: len(batch.logit_index)] = batch.logit_index
+        self.position[: len(decisions.position)] = decisions.position
+
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
     """Steps for a number of rows, which graphs of any number of steps share. temperature: [rows] float64; seeds: [rows]
-    int64. replays: by how many steps."""
+    int64. replays: by which steps, from the first that it does to the one behind its last."""
 
     steps: list[_Step]
     temperature: Tensor
     seeds: Tensor
-    replays: dict[int, Callable[[], None]]
+    replays: dict[tuple[int, int], Callable[[], None]]
 
 
 class DraftGraphs:
@@ -59,8 +67,8 @@ class DraftGraphs:
         first: int,
         width: int,
     ) -> None:
-        """Captures, for each of `rows`, each of `gammas` steps. Every rank that shares the model does that at the same
-        time.
+        """Captures, for each of `rows`, what makes each of `gammas` steps. All ranks that share the model do that at the
+        same time.
 
         first: queries of a row in the first step, at most; the others have one. width: most pages that a row's list
         has.
@@ -78,20 +86,22 @@ class DraftGraphs:
         count = at_least(self._rows, rows.drafting)
         if count is None or rows.gamma_max not in self._gammas or not self._sampler.by_rule(rows.row[: rows.drafting]):
             return False
-        bucket = self._buckets[count]
-        planned = [rows.draft_batch(step, view, None if step else behind) for step in range(rows.gamma_max)]
-        if not bucket.steps[0].frame.fits(planned[0][0]):
+        bucket, gamma = self._buckets[count], rows.gamma_max
+        planned = [rows.draft_batch(0, view, behind)]
+        batch, decisions = planned[0]
+        if not bucket.steps[0].frame.fits(batch):
             return False
-        for step, (batch, decisions) in zip(bucket.steps, planned, strict=False):
-            step.frame.put(batch)
-            step.last[: len(batch.logit_index)] = batch.logit_index
-            step.position[: len(decisions.position)] = decisions.position
-        first = planned[0][1]
-        temperature, seeds = self._sampler.asked(first)
+        temperature, seeds = self._sampler.asked(decisions)
         bucket.temperature[: rows.drafting], bucket.seeds[: rows.drafting] = temperature, seeds
-        bucket.replays[rows.gamma_max]()
-        for step, (_, decisions) in zip(bucket.steps, planned, strict=False):
-            rows.place_drafts(decisions, step.chosen[: len(decisions.position)])
+        bucket.steps[0].put(batch, decisions)
+        bucket.replays[0, 1]()
+        for step in range(1, gamma):
+            planned.append(rows.draft_batch(step, view))
+            bucket.steps[step].put(*planned[step])
+        if gamma > 1:
+            bucket.replays[1, gamma]()
+        for taken, (_, decisions) in zip(bucket.steps, planned, strict=False):
+            rows.place_drafts(decisions, taken.chosen[: len(decisions.position)])
         return True
 
     def _capture(self, rows: int) -> _Bucket:
@@ -99,8 +109,8 @@ class DraftGraphs:
         device = self._model.device
         temperature = torch.zeros(rows, dtype=torch.float64, device=device)
         bucket = _Bucket(steps, temperature, torch.zeros(rows, dtype=torch.int64, device=device), {})
-        for gamma in self._gammas[::-1]:
-            bucket.replays[gamma] = self._graphs.capture(partial(self._work, bucket, gamma))
+        for first, end in [*((1, gamma) for gamma in self._gammas[::-1] if gamma > 1), (0, 1)]:
+            bucket.replays[first, end] = self._graphs.capture(partial(self._work, bucket, first, end))
         return bucket
 
     def _step(self, rows: int, queries: int) -> _Step:
@@ -108,12 +118,11 @@ class DraftGraphs:
         position, chosen = torch.zeros(2, rows, dtype=torch.int64, device=self._model.device)
         return _Step(frame, torch.arange(rows, device=self._model.device), position, chosen)
 
-    def _work(self, bucket: _Bucket, gamma: int) -> None:
-        fed = None
-        for step in bucket.steps[:gamma]:
-            if fed is not None:
-                step.frame.ids.copy_(fed)
+    def _work(self, bucket: _Bucket, first: int, end: int) -> None:
+        for index in range(first, end):
+            step = bucket.steps[index]
+            if index:
+                step.frame.ids.copy_(bucket.steps[index - 1].chosen)
             states = self._model.states(step.frame.batch, self._pool, step.frame.attention, step.last)
             logits = self._model.logits(states)
             step.chosen.copy_(self._sampler.rule(logits, bucket.temperature, bucket.seeds, step.position))
-            fed = step.chosen
