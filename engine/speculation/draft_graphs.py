@@ -67,7 +67,7 @@ class DraftGraphs:
         first: int,
         width: int,
     ) -> None:
-        """Captures, for each of `rows`, what makes each of `gammas` steps. All ranks that share the model do that at the
+        """Captures, for each of `rows`, what makes each of `gammas` steps. All ranks that share the model do so at the
         same time.
 
         first: queries of a row in the first step, at most; the others have one. width: most pages that a row's list
