@@ -137,6 +137,10 @@ class TimedOps:
         with self._clock.time("votes"):
             return self._inner.votes(q, k, scale, candidates=candidates, kernel=kernel)
 
+    def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        with self._clock.time("merging"):
+            return self._inner.merge(outputs, lses)
+
     def attention(self, page_size: int, head_dim: int) -> TimedAttention:
         return TimedAttention(self._inner.attention(page_size, head_dim), self._clock)
 

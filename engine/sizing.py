@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.backend import choose_ops
-from engine.config import ConfigError, EngineConfig
+from engine.config import CacheConfig, ConfigError, EngineConfig
 from engine.speculation.footprint import footprint
 from engine.speculation.policies import budget_policies, make_policy
 from engine.speculation.settings import WindowConfig
@@ -103,6 +103,9 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
     )
     if config.cache.num_pages is None and config.cache.memory_gb is None and device.type == "cuda":
         return sizes
+    if config.cache.gpu_memory_utilization != CacheConfig.model_fields["gpu_memory_utilization"].default:
+        instead = "num_pages" if config.cache.num_pages is not None else "memory_gb"
+        raise ConfigError(f"engine.cache.gpu_memory_utilization: {instead} says how large the pool is")
     return replace(sizes, num_pages=_num_pages(config, sizes))
 
 

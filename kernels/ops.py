@@ -110,5 +110,8 @@ class Ops(Protocol):
     def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         """See kernels.selection.attention_votes."""
 
+    def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """See kernels.attention.reference.merge_segments."""
+
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
         """A backend of its own for whoever asks, since it holds a plan."""

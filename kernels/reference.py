@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import acceptance
-from kernels.attention.reference import ReferenceAttention
+from kernels.attention.reference import ReferenceAttention, merge_segments
 from kernels.kv_cache import LayerKV, write_kv
 from kernels.noise import gumbel_noise
 from kernels.ops import Graphs
@@ -127,6 +127,9 @@ class ReferenceOps:
 
     def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         return attention_votes(q, k, scale, candidates=candidates, kernel=kernel)
+
+    def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return merge_segments(outputs, lses)
 
     def attention(self, page_size: int, head_dim: int) -> ReferenceAttention:
         return ReferenceAttention(page_size)

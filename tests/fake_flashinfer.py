@@ -35,6 +35,15 @@ def _attend(
     return out, lse
 
 
+def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of two segments; log-sum-exps, [tokens, heads] float32, are to base 2."""
+    assert v_a.dtype == v_b.dtype
+    assert s_a.dtype == s_b.dtype == torch.float32
+    total = torch.logaddexp2(s_a, s_b)
+    parts = (v.float() * torch.exp2(s - total)[..., None] for v, s in ((v_a, s_a), (v_b, s_b)))
+    return sum(parts, torch.zeros(())).to(v_a.dtype), total
+
+
 class _Wrapper:
     def __init__(self, workspace: Tensor, kv_layout: str) -> None:
         assert kv_layout == "HND"

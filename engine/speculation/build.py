@@ -199,7 +199,9 @@ def make_attention(config: KVConfig, model: Llama, page_size: int) -> AttentionB
     if isinstance(config, WindowConfig) and config.positions == "relative":
         near, sink = _exact(model, page_size), _exact(model, page_size)
         sink_pages = -(-config.sink // page_size)
-        return RelativeAttention(near, sink, page_size=page_size, sink_pages=sink_pages, rotary=model.rotary)
+        return RelativeAttention(
+            near, sink, page_size=page_size, sink_pages=sink_pages, rotary=model.rotary, merge=model.ops.merge
+        )
     return _exact(model, page_size)
 
 

@@ -225,6 +225,15 @@ class FlashInferAttention:
         return send(torch.from_numpy(values), self._device)
 
 
+def merge_states(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """kernels.attention.reference.merge_segments by FlashInfer, for float16 and bfloat16, head_dim in HEAD_DIMS."""
+    merge = load_flashinfer().merge_state
+    merged, total = outputs[0], lses[0] / math.log(2)
+    for output, lse in zip(outputs[1:], lses[1:], strict=True):
+        merged, total = merge(merged, total, output, lse / math.log(2))
+    return merged, _natural(total)
+
+
 def _by_row_and_head(queries: Ints, kv_heads: int, tokens: int) -> Ints:
     """Which of [tokens * kv_heads], heads of a token side by side, stands where if a head's queries are side by
     side. tokens: at least the sum of `queries`; those that are nobody's stay behind them."""

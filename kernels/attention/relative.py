@@ -9,6 +9,7 @@ cache of un-rotated keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -20,6 +21,9 @@ from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.attention.reference import merge_segments
 from kernels.kv_cache import LayerKV
 from kernels.rope import apply_rope
+
+Merge = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
+"""See merge_segments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,12 @@ class RelativeAttention:
         page_size: int,
         sink_pages: int,
         rotary: tuple[Tensor, Tensor],
+        merge: Merge = merge_segments,
     ) -> None:
-        """near, sink: backends for the two segments. rotary: cosines and sines of all positions, each [positions,
-        head_dim / 2].
+        """near, sink: backends for the two segments, which `merge` puts together. rotary: cosines and sines of all
+        positions, each [positions, head_dim / 2].
         """
+        self._merge = merge
         self._near, self._far = near, sink
         self._page_size = page_size
         self._sink_pages = sink_pages
@@ -89,7 +95,7 @@ class RelativeAttention:
         out, total = self._near.run(layer, q, scale, lse=True)
         turned = apply_rope(q[sink.tokens], sink.cos, sink.sin)
         of_sink, of_sink_total = self._far.run(layer, turned, scale, lse=True)
-        out[sink.tokens], total[sink.tokens] = merge_segments(
+        out[sink.tokens], total[sink.tokens] = self._merge(
             [out[sink.tokens], of_sink], [total[sink.tokens], of_sink_total]
         )
         return (out, total) if lse else out

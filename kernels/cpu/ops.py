@@ -7,7 +7,7 @@ from torch import Tensor
 from kernels import acceptance
 from kernels.attention.base import AttentionBackend
 from kernels.attention.cpu import CpuAttention
-from kernels.attention.reference import ReferenceAttention
+from kernels.attention.reference import ReferenceAttention, merge_segments
 from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs
@@ -83,6 +83,9 @@ class CpuOps:
 
     def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         return attention_votes(q, k, scale, candidates=candidates, kernel=kernel)
+
+    def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return merge_segments(outputs, lses)
 
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
         return ReferenceAttention(page_size) if head_dim % 16 else CpuAttention(self._kernels)

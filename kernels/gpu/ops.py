@@ -8,8 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, Fixed
-from kernels.attention.flashinfer import HEAD_DIMS, FlashInferAttention
+from kernels.attention.flashinfer import HEAD_DIMS, FlashInferAttention, merge_states
 from kernels.attention.gpu import GpuAttention
+from kernels.attention.reference import merge_segments
 from kernels.gpu.library import GpuKernels
 from kernels.gpu.pointwise import silu_mul
 from kernels.kv_cache import LayerKV
@@ -101,6 +102,10 @@ class GpuOps:
 
     def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         return self._kernels.votes(q, k, scale, candidates=candidates, kernel=kernel)
+
+    def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        known = self._workspace is not None and outputs[0].shape[-1] in HEAD_DIMS
+        return merge_states(outputs, lses) if known else merge_segments(outputs, lses)
 
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
         return _attention(page_size, head_dim, self._workspace)

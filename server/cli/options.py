@@ -27,6 +27,10 @@ _FLAGS: dict[str, Any] = {
     "budget": Annotated[int | None, typer.Option(help="KV tokens that one draft step may read per row.")],
     "verification": Annotated[str | None, typer.Option(help="Of sampled tokens: coupled or rejection.")],
     "max_model_len": Annotated[int | None, typer.Option(help="Most tokens of prompt and output together.")],
+    "gpu_memory_utilization": Annotated[
+        float | None,
+        typer.Option(help="Share of each GPU's memory to use: KV takes what is left."),
+    ],
     "threads": Threads,
 }
 """Settings of the engine that have a flag."""
@@ -111,6 +115,7 @@ def engine_overrides(
     budget: int | None = None,
     verification: str | None = None,
     max_model_len: int | None = None,
+    gpu_memory_utilization: float | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Settings for engine.config.load_config; flags that were not given override nothing."""
@@ -127,6 +132,7 @@ def engine_overrides(
         "engine.speculation.kv.budget": budget,
         "engine.speculation.verification": verification,
         "engine.max_model_len": max_model_len,
+        "engine.cache.gpu_memory_utilization": gpu_memory_utilization,
         "engine.threads": threads,
     }
     overrides = {key: value for key, value in settings.items() if value is not None}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kernels.attention.base import AttentionBatch, Fixed
-from kernels.attention.flashinfer import FlashInferAttention, make_workspace
-from kernels.attention.reference import ReferenceAttention
+from kernels.attention.flashinfer import FlashInferAttention, make_workspace, merge_states
+from kernels.attention.reference import ReferenceAttention, merge_segments
 from kernels.kv_cache import LayerKV
 
 if not torch.cuda.is_available():
@@ -92,3 +92,14 @@ def test_captured_runs_follow_new_plans(per_head: bool) -> None:
         graph.replay()
         oracle.plan(batch)
         torch.testing.assert_close(out, oracle.run(layer, q, 0.1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_segments_are_merged(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    outputs = [torch.randn(50, 32, 128, device=CUDA).to(dtype) for _ in range(3)]
+    lses = [5 * torch.randn(50, 32, device=CUDA) for _ in range(3)]
+    expected, expected_lse = merge_segments(outputs, lses)
+    merged, lse = merge_states(outputs, lses)
+    torch.testing.assert_close(merged, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)

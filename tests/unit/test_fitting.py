@@ -22,8 +22,9 @@ PAGE = 4 * 2 * 2 * 2 * 8 * 8  # bytes: tokens, keys and values, layers, heads, e
 
 def sized(model: Llama, **cache: Any) -> tuple[EngineConfig, Sizes]:
     """As on a GPU: nothing is said of the pool."""
-    config = EngineConfig.model_validate({"model": "tiny", "cache": {"page_size": 4, **cache}, "max_model_len": 400})
-    return config, dataclasses.replace(size_up(config, model), num_pages=None)
+    settings = {"model": "tiny", "cache": {"page_size": 4}, "max_model_len": 400}
+    sizes = dataclasses.replace(size_up(EngineConfig.model_validate(settings), model), num_pages=None)
+    return EngineConfig.model_validate(settings | {"cache": {"page_size": 4, **cache}}), sizes
 
 
 def test_the_pool_takes_what_is_left() -> None:
@@ -35,6 +36,13 @@ def test_the_pool_takes_what_is_left() -> None:
     assert fit_pages(config, sizes, model, Group.single(), memory) == 3 * MEGABYTE // PAGE
     plenty = dataclasses.replace(memory, used=0)
     assert fit_pages(config, sizes, model, Group.single(), plenty) == 100 * config.scheduler.max_rows
+
+
+@pytest.mark.parametrize("said", [{"num_pages": 900}, {"memory_gb": 1}, {}], ids=["num_pages", "memory_gb", "cpu"])
+def test_a_share_of_what_does_not_count_is_refused(said: dict[str, Any]) -> None:
+    config = EngineConfig.model_validate({"model": "tiny", "cache": {"gpu_memory_utilization": 0.5, **said}})
+    with pytest.raises(ConfigError, match=f"{next(iter(said), 'memory_gb')} says how large the pool is"):
+        size_up(config, tiny_model())
 
 
 def test_too_little_is_an_error() -> None:

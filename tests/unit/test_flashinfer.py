@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from kernels.attention.base import AttentionBatch, Fixed
-from kernels.attention.flashinfer import FlashInferAttention, load_flashinfer, make_workspace
-from kernels.attention.reference import ReferenceAttention
+from kernels.attention.flashinfer import FlashInferAttention, load_flashinfer, make_workspace, merge_states
+from kernels.attention.reference import ReferenceAttention, merge_segments
 from kernels.kv_cache import LayerKV
 from kernels.reference import REFERENCE, ReferenceOps
 from models.loader import random_model
@@ -196,3 +196,13 @@ def test_engines_on_it(kv: dict[str, Any]) -> None:
 
 def test_workspace() -> None:
     assert make_workspace(CPU).nbytes == 128 * 2**20
+
+
+def test_segments_are_merged() -> None:
+    torch.manual_seed(0)
+    outputs = [torch.randn(5, 3, 64).half() for _ in range(3)]
+    lses = [torch.randn(5, 3) * 5 for _ in range(3)]
+    expected, expected_lse = merge_segments(outputs, lses)
+    merged, lse = merge_states(outputs, lses)
+    torch.testing.assert_close(merged, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
