@@ -1,0 +1,131 @@
+"""Clients and a fuzzer that others wrote, as they are, against real servers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel
+
+from tests.e2e.conftest import PATIENCE_S, Server, eventually
+
+QUESTION = "What is the capital of France? Answer with one word."
+
+
+class City(BaseModel):
+    name: Literal["Paris", "London", "Lima"]
+    continent: Literal["Africa", "America", "Europe"]
+
+
+class TestLangChain:
+    @pytest.fixture
+    def model(self, server: Server) -> Any:
+        from langchain_openai import ChatOpenAI
+
+        return ChatOpenAI(
+            model="default",
+            base_url=f"{server.url}/v1",
+            api_key="none",  # type: ignore[arg-type]
+            temperature=0,
+            max_completion_tokens=40,
+            timeout=PATIENCE_S,
+            max_retries=0,
+        )
+
+    def test_invoke(self, model: Any) -> None:
+        answer = model.invoke(QUESTION)
+        assert "Paris" in answer.content
+        assert answer.response_metadata["finish_reason"] == "stop"
+        assert answer.usage_metadata["total_tokens"] == sum(
+            answer.usage_metadata[name] for name in ("input_tokens", "output_tokens")
+        )
+
+    def test_stream(self, model: Any) -> None:
+        chunks = list(model.stream(QUESTION))
+        assert len(chunks) > 2
+        assert "".join(chunk.content for chunk in chunks) == model.invoke(QUESTION).content
+
+    def test_batch(self, model: Any) -> None:
+        answers = model.batch([QUESTION, "Say hello.", QUESTION])
+        assert answers[0].content == answers[2].content != answers[1].content
+
+    def test_structured_output(self, model: Any) -> None:
+        found = model.with_structured_output(City, method="json_schema").invoke("Tell me of Paris.")
+        assert isinstance(found, City)
+
+    def test_errors(self, model: Any) -> None:
+        import openai
+
+        with pytest.raises(openai.BadRequestError, match="tools"):
+            model.bind(tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}]).invoke(QUESTION)
+
+
+class TestLiteLLM:
+    @pytest.fixture
+    def ask(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or importing it asks the network
+        return {
+            "model": "openai/default",
+            "api_base": f"{server.url}/v1",
+            "api_key": "none",
+            "messages": [{"role": "user", "content": QUESTION}],
+            "temperature": 0,
+            "max_tokens": 40,
+            "timeout": PATIENCE_S,
+            "num_retries": 0,
+        }
+
+    def test_completion(self, ask: dict[str, Any]) -> None:
+        import litellm
+
+        answer = litellm.completion(**ask)
+        assert "Paris" in answer.choices[0].message.content
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.usage.completion_tokens > 0
+
+    def test_stream(self, ask: dict[str, Any]) -> None:
+        import litellm
+
+        chunks = list(litellm.completion(**ask, stream=True))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == litellm.completion(**ask).choices[0].message.content
+
+    def test_structured_output(self, ask: dict[str, Any]) -> None:
+        import litellm
+
+        ask["messages"] = [{"role": "user", "content": "Tell me of Paris."}]
+        answer = litellm.completion(**ask, response_format=City)
+        City.model_validate_json(answer.choices[0].message.content)
+
+    def test_errors(self, ask: dict[str, Any]) -> None:
+        import litellm
+        from litellm.exceptions import BadRequestError, NotFoundError
+
+        with pytest.raises(BadRequestError, match="top_p"):
+            litellm.completion(**ask | {"top_p": 7})
+        with pytest.raises(NotFoundError):
+            litellm.completion(**ask | {"model": "openai/another"})
+
+
+CHECKS = "not_a_server_error,response_schema_conformance,status_code_conformance,content_type_conformance"
+
+
+def test_schemathesis(tiny: Server, tmp_path: Path) -> None:
+    """Requests made up from the schema, good and bad: no answer but those that the schema knows."""
+    done = subprocess.run(
+        [
+            *(str(Path(sys.executable).parent / "schemathesis"), "run", f"{tiny.url}/openapi.json"),
+            *("--phases", "fuzzing", "--max-examples", "60", "--seed", "7", "--checks", CHECKS, "--no-color"),
+        ],
+        cwd=tmp_path,  # it leaves files where it runs
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2 * PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    print(done.stdout[-400:])
+    eventually(lambda: tiny.idle())
