@@ -34,6 +34,7 @@ from engine.sizing import Sizes, draft_reads, size_up
 from engine.speculation.auto import AutoGamma
 from engine.speculation.build import load_draft
 from engine.speculation.controller import Controller, FixedGamma
+from engine.speculation.footprint import footprint
 from engine.speculation.policies import budget_policies
 from engine.speculation.step_times import StepTimes
 from engine.stats import Accounts
@@ -121,6 +122,8 @@ class Engine:
             bytes_per_token=sizes.kv_token_bytes,
             gamma_max=controller.gamma_max,
             draft_reads=draft_reads(config) if controller.gamma_max else lambda context, budget: 0,
+            policy=config.speculation.kv.policy if config.speculation.most_drafts else "",
+            draft_pages_per_row=footprint(config.speculation, config.cache.page_size).pages,
         )
         self.ready = Ready(
             model=sizes.path.name,

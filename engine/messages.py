@@ -116,6 +116,10 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """and what it promised when it chose."""
     alpha: float = 0.0
     """Its newest estimate of the probability that a drafted token holds; 0: none."""
+    policy: str = ""
+    """Which KV drafts read; empty where nothing is ever drafted."""
+    draft_pages_per_row: int = 0
+    """Pages of KV that drafts keep for each running request, beside the target's pool."""
     kv_tokens_read: int = 0
     """KV tokens (one token = all layers and heads) that draft and verify passes of decoding rows have read."""
     kv_token_bytes: int = 0

@@ -24,13 +24,18 @@ class Accounts:
         bytes_per_token: int,
         gamma_max: int,
         draft_reads: Callable[[int, int], int],
+        policy: str,
+        draft_pages_per_row: int,
     ) -> None:
-        """draft_reads: KV slots that a draft step reads of a row with so many tokens, and with what budget."""
+        """draft_reads: KV slots that a draft step reads of a row with so many tokens, and with what budget. policy,
+        draft_pages_per_row: see EngineStats."""
         self._draft_reads = draft_reads
         self.totals = EngineStats(
             pages_total=pages_total,
             page_size=page_size,
             kv_token_bytes=bytes_per_token,
+            policy=policy,
+            draft_pages_per_row=draft_pages_per_row,
             accepted_per_position=[0] * gamma_max,
             gamma_chosen=[0] * (gamma_max + 1),
         )
@@ -82,7 +87,16 @@ def acceptance(stats: EngineStats) -> float:
     return stats.accepted_tokens / tried if tried else float("nan")
 
 
-_GAUGES = {"running", "waiting", "pages_total", "pages_free", "page_size", "kv_token_bytes"}
+_GAUGES = {
+    "running",
+    "waiting",
+    "pages_total",
+    "pages_free",
+    "page_size",
+    "kv_token_bytes",
+    "policy",
+    "draft_pages_per_row",
+}
 
 
 def carried_on(stats: EngineStats, before: EngineStats) -> EngineStats:

@@ -151,10 +151,20 @@ class _EngineCollector(Collector):
                 counter = CounterMetricFamily(name, text, labels=_MODEL)
                 counter.add_metric(model, value(stats))
                 yield counter
+        yield from self._pools(stats)
         yield from self._positions(stats)
         yield from self._rounds(stats)
         if stats.decode_seconds:
             yield from self._speedup(stats)
+
+    def _pools(self, stats: EngineStats) -> Iterator[Metric]:
+        used = GaugeMetricFamily(
+            "magicdec_pages_in_use", "Pages of KV that belong to running requests.", labels=(*_MODEL, "pool")
+        )
+        used.add_metric([self._model_id, "target"], stats.pages_total - stats.pages_free)
+        if stats.draft_pages_per_row:
+            used.add_metric([self._model_id, "draft"], stats.running * stats.draft_pages_per_row)
+        yield used
 
     def _positions(self, stats: EngineStats) -> Iterator[Metric]:
         for name in _names("accepted_tokens_per_position", "spec_decode_num_accepted_tokens_per_pos"):
@@ -200,9 +210,11 @@ class _EngineCollector(Collector):
         decode.add_metric([self._model_id, "predicted"], stats.forecast_seconds)
         yield decode
         alpha = GaugeMetricFamily(
-            "magicdec_acceptance_estimate", "Probability that a drafted token holds, as estimated now.", labels=_MODEL
+            "magicdec_acceptance_estimate",
+            "Probability that a drafted token holds, as estimated now.",
+            labels=(*_MODEL, "policy"),
         )
-        alpha.add_metric([self._model_id], stats.alpha)
+        alpha.add_metric([self._model_id, stats.policy], stats.alpha)
         yield alpha
 
 

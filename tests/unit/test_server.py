@@ -18,11 +18,12 @@ from starlette.requests import ClientDisconnect
 from engine.client import EngineDead
 from engine.config import Config, EngineConfig, SchedulerConfig, ServerConfig
 from engine.logs import LineFormatter
-from engine.messages import RETRY_FULL, RETRY_MEMORY, AddRequest, RequestOutput
+from engine.messages import RETRY_FULL, RETRY_MEMORY, AddRequest, EngineStats, RequestOutput
 from engine.params import SamplingParams
 from engine.supervisor import EngineDown, Supervisor
 from models.tokenizer import Tokenizer
 from server.app import create_app
+from server.metrics import Metrics
 from server.service import Service
 from server.stream import DONE, EventStream, while_there
 from server.template import ChatTemplate
@@ -446,6 +447,19 @@ def test_metrics_have_both_names(directory: Path) -> None:
 
 
 # Pieces that a whole server cannot show.
+
+
+def test_metrics_of_what_drafts_keep_and_gain() -> None:
+    stats = EngineStats(
+        running=3, pages_total=10, pages_free=4, policy="snapkv", draft_pages_per_row=5, alpha=0.75, decode_seconds=2.0
+    )
+    lines = Metrics("m", lambda: stats).text().decode().splitlines()
+    assert 'magicdec_pages_in_use{model_name="m",pool="target"} 6.0' in lines
+    assert 'magicdec_pages_in_use{model_name="m",pool="draft"} 15.0' in lines
+    assert 'magicdec_acceptance_estimate{model_name="m",policy="snapkv"} 0.75' in lines
+    plain = Metrics("m", lambda: EngineStats(pages_total=10)).text().decode()
+    assert 'pool="draft"' not in plain
+    assert "acceptance_estimate" not in plain
 
 
 def test_while_there_cancels_the_work_of_a_client_that_left() -> None:
