@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from models.tokenizer import Tokenizer
 from server.errors import ApiError
+from server.sandbox import Sandbox, render
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,8 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
+        extensions = ["jinja2.ext.loopcontrols", _Generation]
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -36,8 +35,8 @@ class ChatTemplate:
         self._template = None
         if tokenizer.chat_template is not None:
             try:
-                self._template = environment.from_string(tokenizer.chat_template)
-            except TemplateError as error:
+                self._template = environment.compiled(tokenizer.chat_template)
+            except Exception as error:  # Python's own compiler has its say too
                 self._missing = "this model's chat template is broken"
                 logger.warning("%s, so chat is refused: %s", self._missing, error)
         self._special = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
@@ -47,13 +46,13 @@ class ChatTemplate:
         return self._template is not None
 
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """`messages`: role, content, and name if given. Raises ApiError."""
+        """`messages`: role, content, and name if given. May take seconds. Raises ApiError."""
         if self._template is None:
             raise ApiError(self._missing, code="not_served", param="messages")
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self._special
-            )
+            variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None}
+            chars = sum(len(text) for message in messages for text in message.values())
+            return render(self._template, variables | self._special, chars)
         except Exception as error:  # a template is a program, and may fail in any way
             raise ApiError(f"messages: the model's chat template refuses them: {error}", param="messages") from None
 

@@ -22,6 +22,7 @@ from engine.messages import RETRY_FULL, RETRY_MEMORY, AddRequest, EngineStats, R
 from engine.params import SamplingParams
 from engine.supervisor import EngineDown, Supervisor
 from models.tokenizer import Tokenizer
+from server import sandbox
 from server.app import create_app
 from server.metrics import Metrics
 from server.service import Service
@@ -522,6 +523,9 @@ def test_done_is_what_clients_look_for() -> None:
     assert DONE == b"data: [DONE]\n\n"
 
 
+LOOPS = "{% for i in range(99999) %}"
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
@@ -533,9 +537,16 @@ def test_done_is_what_clients_look_for() -> None:
         ("{{ 'x' * (10 ** 30) }}", "refuses"),
         ("{{ '{nothing}'.format(x=1) }}", "refuses"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses"),
+        ("{{ 7 ** 10000000 }}", "too large"),
+        ("{% for i in range(99999) %}{{ 'a word or two' }}{% endfor %}", "too long"),
+        (LOOPS * 3 + "{% endfor %}" * 3, "more than 0.2 seconds"),
+        ("{% set check_clock = 1 %}{% for i in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}", "refuses"),
     ],
 )
-def test_a_template_that_fails_is_a_refusal(tmp_path: Path, template: str, reason: str) -> None:
+def test_a_template_that_fails_is_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
+) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     write_tokenizer(tmp_path, chat_template=template)
 
     async def main() -> None:
@@ -560,8 +571,9 @@ def test_no_template(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_broken_template_costs_chat_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_tokenizer(tmp_path, chat_template="{% for %}")
+@pytest.mark.parametrize("template", ["{% for %}", LOOPS * 40 + "{% endfor %}" * 40], ids=["syntax", "nesting"])
+def test_a_broken_template_costs_chat_only(tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str) -> None:
+    write_tokenizer(tmp_path, chat_template=template)
 
     async def main() -> None:
         async with server(tmp_path) as (http, _, _):
