@@ -20,7 +20,7 @@ import torch
 
 from bench.turns import Contender, Gamma, Rounds, roomy, run_turns
 from engine.config import EngineConfig
-from engine.core import load_target
+from engine.loading import load_target
 from engine.speculation.cost_model import speedup
 from engine.stats import acceptance
 

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import msgspec
 import torch
 
+from bench.shares import Clock
 from engine.messages import AddRequest
 from engine.outputs import output_of
 from engine.pages import PageAllocator
@@ -34,19 +31,6 @@ from kernels.attention.gpu import GpuAttention
 
 _PAGE = 16
 _WARM_UPS = 5
-
-
-class Parts:
-    """Seconds by part."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def time(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - began
 
 
 class Host:
@@ -76,18 +60,18 @@ class Host:
         self._target = GpuAttention(fixed=Fixed(rows, rows * (gamma + 1), self._rows.page_table.shape[1]))
         self._encoder = msgspec.msgpack.Encoder()
 
-    def run(self) -> Parts:
+    def run(self) -> Clock:
         """Of one round, on average. The first round computes the prompts."""
         for _ in range(_WARM_UPS):
-            self._round(Parts())
-        parts = Parts()
+            self._round(Clock())
+        parts = Clock()
         for _ in range(self._rounds - _WARM_UPS):
             self._round(parts)
         for part in parts.seconds:
             parts.seconds[part] /= self._rounds - _WARM_UPS
         return parts
 
-    def _round(self, parts: Parts) -> None:
+    def _round(self, parts: Clock) -> None:
         with parts.time("plan the round"):
             plan, requests = self._scheduler.schedule()
         with parts.time("patch what a rank knows"):

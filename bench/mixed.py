@@ -21,8 +21,8 @@ import msgspec
 
 from bench.corpus import read_text
 from engine.config import EngineConfig
-from engine.core import load_target
 from engine.llm import LLM
+from engine.loading import load_target
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.speculation.settings import SpeculationConfig

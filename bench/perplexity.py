@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.corpus import passages, read_text
 from engine.config import EngineConfig
-from engine.core import load_target
+from engine.loading import load_target
 from kernels.attention.base import AttentionBatch
 from models.batch import ForwardBatch
 from models.default import resolve_model

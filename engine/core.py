@@ -14,6 +14,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.fitting import fit_pages
+from engine.loading import load_shard
 from engine.memory import OutOfMemory
 from engine.messages import (
     FINISH_ABORT,
@@ -30,7 +31,7 @@ from engine.profile import Profiler, keep, profile, profile_key, recall
 from engine.ranks import Ranks
 from engine.request import Request
 from engine.scheduler import RequestError, Scheduler
-from engine.sizing import Sizes, draft_reads, size_up
+from engine.sizing import draft_reads, size_up
 from engine.speculation.auto import AutoGamma
 from engine.speculation.build import load_draft
 from engine.speculation.controller import Controller, FixedGamma
@@ -40,7 +41,6 @@ from engine.speculation.step_times import StepTimes
 from engine.stats import Accounts
 from engine.worker import Worker
 from models.llama import Llama
-from models.loader import load_model
 from parallel.group import Group
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Engine:
                 self._ranks = ranks(sizes.settle(config), sizes.device)
                 group = self._ranks.group
             if model is None:
-                model = _load(config, sizes, group, progress)
+                model = load_shard(config, sizes, sizes.device, group, progress=progress)
             draft = load_draft(config, model, sizes.max_model_len, self._draft_group(group))
             num_pages = fit_pages(config, sizes, model, group)
             self._worker = Worker(
@@ -298,21 +298,3 @@ class Engine:
     def _check_if_idle(self) -> None:
         if not self._scheduler.running and self._pages.free != self._pages.total:
             self._scheduler.check()  # raises, and says which page
-
-
-def load_target(config: EngineConfig, *, progress: bool) -> Llama:
-    """The model of `config`, all of it, for several engines of this process to share."""
-    sizes = size_up(config.model_copy(update={"tensor_parallel_size": 1}), None)
-    return _load(config, sizes, Group.single(), progress)
-
-
-def _load(config: EngineConfig, sizes: Sizes, group: Group, progress: bool) -> Llama:
-    return load_model(
-        sizes.path,
-        dtype=sizes.dtype,
-        device=sizes.device,
-        group=group,
-        progress=progress,
-        ops=sizes.ops,
-        int8=config.weights == "int8",
-    )

@@ -25,7 +25,7 @@ from parallel.launch import RankProcesses
 from parallel.meeting import Guests
 from parallel.rendezvous import Join
 
-RANK_COMMAND = (sys.executable, "-m", "engine.worker")
+RANK_COMMAND = (sys.executable, "-m", "engine.rank")
 _PINGS = 4
 """An idle engine sends this many in the time that a rank may keep it waiting."""
 

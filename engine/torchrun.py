@@ -1,4 +1,4 @@
-"""The engine over processes that torchrun starts, on any number of hosts: `torchrun … -m engine.worker --config FILE`.
+"""The engine over processes that torchrun starts, on any number of hosts: `torchrun … -m engine.torchrun --config F`.
 
 Every process reads the settings; those of rank 0 hold. Rank 0 is the engine process: it waits for the others, and
 serves API processes on its host through sockets in a directory. torchrun starts all of them again when one fails.
@@ -22,12 +22,13 @@ from pathlib import Path
 
 import torch
 
-from engine import process, worker
+from engine import process
 from engine.config import ConfigError, EngineConfig, load_config
 from engine.core import Engine
 from engine.endpoint import EndpointError, claim, default_directory
 from engine.logs import set_up
 from engine.orders import Report, answer
+from engine.rank import leave, live
 from engine.ranks import Ranks
 from parallel import meeting
 from parallel.channel import Disconnected, Link
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str]) -> int:
     """Be the rank that the environment says. Returns the exit status; threads of a broken group may be left."""
-    parser = argparse.ArgumentParser(prog="torchrun … -m engine.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="torchrun … -m engine.torchrun", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of settings, as of `magicdec serve`")
     parser.add_argument(
         "--socket",
@@ -119,7 +120,7 @@ def _follow(config: EngineConfig, place: Place) -> int:
         log.error("rank %d: %s", place.rank, error)
         return 1
     link.end_together()
-    return worker.live(link, local_rank=place.local_rank, store=store, address=address)
+    return live(link, local_rank=place.local_rank, store=store, address=address)
 
 
 def _when_told(act: Callable[[], None]) -> None:
@@ -138,3 +139,7 @@ def _when_told(act: Callable[[], None]) -> None:
         act()
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

@@ -1,37 +1,24 @@
-"""One rank's share of the engine: its shard of the model, its pool, its rows; runs the rounds it is told to.
-
-As a program (`python -m engine.worker`) it is one of the ranks that engine.ranks starts; its standard input is its
-connection to rank 0. Otherwise it is any rank, 0 included, of a group that torchrun starts: see engine.torchrun.
-"""
+"""One rank's share of the engine: its shard of the model, its pool, its rows; runs the rounds it is told to."""
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import stat
-import sys
 import time
 from collections.abc import Callable
 
-import msgspec
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import Store
 
 from engine import agreement
-from engine.config import ConfigError, EngineConfig
-from engine.fitting import fit_pages
+from engine.config import EngineConfig
 from engine.grammar import Grammars
-from engine.logs import set_up
-from engine.memory import OutOfMemory, is_out_of_memory, what_failed
+from engine.memory import OutOfMemory, is_out_of_memory
 from engine.messages import PromptLogprobs, TokenLogprobs
-from engine.orders import Launch, Report, WeightBytes, answer, follow
+from engine.orders import WeightBytes
 from engine.plan import RowResult, RowWork, StepPlan, StepResult
 from engine.rows import Rows
 from engine.sampling import Logprobs, PromptReport
-from engine.sizing import size_up
-from engine.speculation.build import DraftModel, drafting_model, load_draft, make_drafter, make_sampler, make_target
+from engine.speculation.build import DraftModel, drafting_model, make_drafter, make_sampler, make_target
 from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
@@ -39,10 +26,7 @@ from engine.stopwatch import Stopwatch
 from kernels.transfer import fetch
 from models.default import resolve_model
 from models.llama import Llama
-from models.loader import load_model
-from parallel import rendezvous
-from parallel.channel import Disconnected, Link
-from parallel.group import CollectiveError, Group, RoundGivenUp
+from parallel.group import Group, RoundGivenUp
 from parallel.sampling import VocabShard
 
 _NO_DRAFT_MODEL = DraftModel()
@@ -189,81 +173,3 @@ def _logprobs_by_row(logprobs: Logprobs, sampling: list[RowWork]) -> dict[int, l
     for decision, chosen, top_ids, top in columns:
         reports.setdefault(owner[decision], []).append(TokenLogprobs(chosen, top_ids, top))
     return reports
-
-
-def main() -> int:
-    """Be a rank until rank 0 is gone. Returns the exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return live(Link.of_stdin())
-
-
-def live(
-    link: Link, *, local_rank: int | None = None, store: Store | None = None, address: str = rendezvous.LOOPBACK
-) -> int:
-    """Be the rank that rank 0, at the other end of the link, says. Returns the exit status once rank 0 is gone.
-
-    local_rank: among those on this machine; None: all are. store, address: see rendezvous.join.
-    """
-    try:
-        launch = msgspec.msgpack.decode(link.receive(), type=Launch)
-        set_up(launch.log_level, launch.log_format, f"rank {launch.join.rank}")
-        answer(link, Report())
-        config = EngineConfig.model_validate_json(link.receive())
-        device = _device(config, launch.join.rank if local_rank is None else local_rank)
-        group = rendezvous.join(launch.join, device, store, address)
-        count = config.speculation.draft_ranks(group.size)
-        draft_group: Group | None = group
-        if 0 < count < group.size:
-            draft_group = rendezvous.join_first(count, launch.join, device, store, address)
-        worker = _load(config, device, group, draft_group)
-        answer(link, Report(weight_bytes=worker.weight_bytes))
-        follow(link, worker.execute)
-    except Disconnected:
-        return 1
-    except Exception as error:
-        lost = isinstance(error, CollectiveError)
-        if not lost:
-            log.exception("this rank fails")
-        answer(link, Report(failure=what_failed(error), lost=lost))
-        return 1
-
-
-def _device(config: EngineConfig, local_rank: int) -> torch.device:
-    """What this rank computes on, ready for use. config: with every setting resolved."""
-    if config.device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"{torch.cuda.device_count()} CUDA devices are visible, rank {local_rank} has none")
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    return torch.device(config.device)
-
-
-def _load(config: EngineConfig, device: torch.device, group: Group, draft_group: Group | None) -> Worker:
-    """draft_group: the ranks that share the draft model, if this is one of them."""
-    sizes = size_up(config, None)
-    model = load_model(
-        sizes.path,
-        dtype=sizes.dtype,
-        device=device,
-        group=group,
-        progress=False,
-        ops=sizes.ops,
-        int8=config.weights == "int8",
-    )
-    draft = load_draft(config, model, sizes.max_model_len, draft_group)
-    num_pages = fit_pages(config, sizes, model, group)
-    return Worker(model, config, num_pages=num_pages, max_model_len=sizes.max_model_len, group=group, draft=draft)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] or not stat.S_ISSOCK(os.fstat(0).st_mode):
-        from engine import torchrun
-
-        status = torchrun.main(sys.argv[1:])
-    else:
-        status = main()
-    sys.stderr.flush()
-    os._exit(status)  # without waiting for the threads of a broken group

@@ -69,7 +69,25 @@ class Int8Product(ReferenceProduct):
         return self
 
 
-class ReferenceOps:
+class PlainOps:
+    """Of kernels.ops.Ops, what plain torch is good enough for on any CPU."""
+
+    def accept(
+        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
+    ) -> Tensor:
+        return acceptance.accept(tokens, computed, ledger, drafted, chosen, most)
+
+    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
+        acceptance.commit(tokens, computed, ledger, verdict)
+
+    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+        return attention_votes(q, k, scale, candidates=candidates, kernel=kernel)
+
+    def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return merge_segments(outputs, lses)
+
+
+class ReferenceOps(PlainOps):
     """See kernels.ops.Ops."""
 
     kind = name = "reference"
@@ -116,20 +134,6 @@ class ReferenceOps:
             logits[rows] = divided + gumbel_noise(seeds[rows], positions[rows], first, last)
         values, index = logits.max(-1)
         return values, index + first
-
-    def accept(
-        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
-    ) -> Tensor:
-        return acceptance.accept(tokens, computed, ledger, drafted, chosen, most)
-
-    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
-        acceptance.commit(tokens, computed, ledger, verdict)
-
-    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
-        return attention_votes(q, k, scale, candidates=candidates, kernel=kernel)
-
-    def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return merge_segments(outputs, lses)
 
     def attention(self, page_size: int, head_dim: int) -> ReferenceAttention:
         return ReferenceAttention(page_size)

@@ -122,10 +122,10 @@ def _engine(directory: str) -> int:
 
 
 def _rank(directory: str) -> int:
-    from engine import worker
+    from engine import rank
 
     _insert(_Faults(Path(directory)))
-    return worker.main()
+    return rank.main()
 
 
 def main() -> None:

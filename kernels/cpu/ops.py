@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels import acceptance
 from kernels.attention.base import AttentionBackend
 from kernels.attention.cpu import CpuAttention
-from kernels.attention.reference import ReferenceAttention, merge_segments
+from kernels.attention.reference import ReferenceAttention
 from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs
-from kernels.selection import attention_votes
+from kernels.reference import PlainOps
 
 
 class CpuProduct:
@@ -34,7 +33,7 @@ class CpuProduct:
         return CpuProduct(self._kernels, self._weights.rounded(), self._gated, self._wide)
 
 
-class CpuOps:
+class CpuOps(PlainOps):
     """See kernels.ops.Ops. Results of a row do not depend on the rows beside it at all, but for attention with heads
     whose size is no multiple of 16: plain torch computes that."""
 
@@ -72,20 +71,6 @@ class CpuOps:
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
     ) -> tuple[Tensor, Tensor]:
         return self._kernels.sample(logits, temperature.float(), seeds, positions, first)
-
-    def accept(
-        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
-    ) -> Tensor:
-        return acceptance.accept(tokens, computed, ledger, drafted, chosen, most)
-
-    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
-        acceptance.commit(tokens, computed, ledger, verdict)
-
-    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
-        return attention_votes(q, k, scale, candidates=candidates, kernel=kernel)
-
-    def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return merge_segments(outputs, lses)
 
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
         return ReferenceAttention(page_size) if head_dim % 16 else CpuAttention(self._kernels)

@@ -137,7 +137,7 @@ def acceptance(
     from bench.forecast import check_plotting
     from bench.verification import measure_rounds
     from engine.config import load_config
-    from engine.core import load_target
+    from engine.loading import load_target
     from engine.params import SamplingParams
     from models.default import resolve_model
     from models.tokenizer import Tokenizer

@@ -103,7 +103,7 @@ class Agents:
                 command += ["--nproc-per-node=2", "--max-restarts=1", "--rdzv-backend=c10d"]
                 command += [f"--rdzv-endpoint={hosts[0].address}:{port}", f"--rdzv-conf=is_host={int(number == 0)}"]
                 command += [f"--local-addr={host.address}"]
-                command += ["-m", "engine.worker", "--config", str(file), "--socket", str(self.socket)]
+                command += ["-m", "engine.torchrun", "--config", str(file), "--socket", str(self.socket)]
                 self.processes.append(
                     subprocess.Popen(
                         command,

@@ -43,7 +43,7 @@ class Group:
             port = free.getsockname()[1]
         size = str(len(places))
         shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-m", "engine.worker", "--config", str(directory / "c.yaml")]
+        command = [sys.executable, "-m", "engine.torchrun", "--config", str(directory / "c.yaml")]
         self.ranks = [
             subprocess.Popen(
                 [*command, "--socket", str(self.socket)],
