@@ -37,7 +37,7 @@ class Host:
     """The host's side of an engine whose rows all decode."""
 
     def __init__(self, rows: int, context: int, gamma: int, budget: int, rounds: int) -> None:
-        most = context + (rounds + 1) * (gamma + 1) + 1
+        most = context + (rounds + _WARM_UPS + 1) * (gamma + 1) + 1
         width = -(-most // _PAGE)
         self._rounds, self._chance = rounds, random.Random(0)
         self._scheduler = Scheduler(
@@ -65,10 +65,10 @@ class Host:
         for _ in range(_WARM_UPS):
             self._round(Clock())
         parts = Clock()
-        for _ in range(self._rounds - _WARM_UPS):
+        for _ in range(self._rounds):
             self._round(parts)
         for part in parts.seconds:
-            parts.seconds[part] /= self._rounds - _WARM_UPS
+            parts.seconds[part] /= self._rounds
         return parts
 
     def _round(self, parts: Clock) -> None:
@@ -104,6 +104,10 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=100)
     arguments = parser.parse_args()
+    if min(arguments.rows, arguments.context, arguments.rounds) < 1 or not 0 <= arguments.gamma <= 16:
+        parser.error("--rows, --context and --rounds are at least 1, --gamma is from 0 to 16")
+    if arguments.budget % _PAGE or arguments.budget < 2 * _PAGE:
+        parser.error(f"--budget is a multiple of {_PAGE}, and at least {2 * _PAGE}")
     torch.set_num_threads(1)
     host = Host(arguments.rows, arguments.context, arguments.gamma, arguments.budget, arguments.rounds)
     parts = host.run()

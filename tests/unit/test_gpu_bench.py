@@ -13,6 +13,7 @@ import torch
 from bench import gpu
 from bench.bandwidth import copy_bandwidth
 from bench.gpu_rounds import Bench, _covered
+from bench.host import Host
 from bench.synthetic import accepting
 from engine import worker
 from engine.speculation.round import run_round
@@ -98,3 +99,19 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 1
     assert capsys.readouterr().err == "error: no CUDA device is present\n"
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+def test_what_a_device_waits_for(gamma: int) -> None:
+    """Contexts grow over page after page meanwhile."""
+    parts = Host(3, 40, gamma, 32, 30).run().seconds
+    assert set(parts) - {"first draft step", "further draft steps"} == {
+        "plan the round",
+        "patch what a rank knows",
+        "pass over drafts",
+        "commit",
+        "say what came of it",
+        "encode that for peers",
+    }
+    assert ("further draft steps" in parts) == (gamma > 1)
+    assert all(seconds > 0 for seconds in parts.values())
