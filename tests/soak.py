@@ -170,14 +170,12 @@ class Soak:
 
     def _settle(self) -> None:
         """Nothing may be left of the requests."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not self.server.idle():
+        deadline, before, files = time.monotonic() + PATIENCE_S, self.held[0].files, -1
+        while not (self.server.idle() and (files := self.server.files()) <= before):
             if time.monotonic() > deadline:
-                self.wrong.append(f"not idle: {self.server.load()}")
+                self.wrong.append(f"left over: {self.server.load()}, {files} open files, {before} before")
                 return
             time.sleep(0.2)
-        if self.server.files() > self.held[0].files:
-            self.wrong.append(f"{self.server.files()} open files, {self.held[0].files} before")
 
     def judge(self) -> None:
         """Compare the last third of the run with the middle one; the first is for what grows once."""
