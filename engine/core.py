@@ -97,7 +97,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        self._overlaps = sizes.device.type != "cpu"  # the host is free while a round is under way
+        self.overlaps = sizes.device.type != "cpu"  # the host is free while a round is under way
         self._under_way = False
         self._leaving: list[str] = []  # requests aborted meanwhile
         self._pages = PageAllocator(num_pages)
@@ -196,10 +196,11 @@ class Engine:
             while todo:
                 todo.pop()()
 
-        if not self._overlaps:
-            now()
         began = time.perf_counter()
         plan, requests = self._scheduler.schedule()
+        # A grammar has to see the drafts before the round is all sent.
+        if not self.overlaps or any(request.params.grammar is not None for request in requests):
+            now()
         self._under_way = True
         try:
             result = self._run(plan, now)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import EngineConfig
+from engine.graphs import row_counts
 from engine.sizing import Sizes, pages_within
 from kernels.attention.base import AttentionBatch
+from kernels.attention.flashinfer import PLAN_BYTES
 from models.batch import ForwardBatch
 from models.llama import Llama
 from parallel.group import Group
@@ -36,12 +38,23 @@ def fit_pages(
     if memory is None:
         memory = measure(config, model)
     share = config.cache.gpu_memory_utilization
-    # What runs is captured in graphs too, which keep memory of their own for it.
-    running = memory.running * (2 if config.cuda_graphs and model.ops.graphs is not None else 1)
-    left = int(memory.total * share) - memory.used - running
+    left = int(memory.total * share) - memory.used - memory.running - captured_bytes(config, model, memory.running)
     least = group.all_gather(torch.tensor([left], dtype=torch.int64, device=model.device)).min()
     named = f"the {int(least) / 1e9:.3g} that gpu_memory_utilization {share:g} leaves"
     return pages_within(config, sizes, int(least), named)
+
+
+def captured_bytes(config: EngineConfig, model: Llama, running: int) -> int:
+    """What graphs keep beside that, about: what runs in them, and the workspace of each attention that is captured.
+
+    running: what the largest round takes.
+    """
+    if not config.cuda_graphs or model.ops.graphs is None:
+        return 0
+    most = config.speculation.most_drafts
+    # The target's pass over each number of drafts, one or two forwards of a draft, and its steps.
+    forwards = len(row_counts(config.scheduler.max_rows)) * (2 * most + 3)
+    return running + forwards * (PLAN_BYTES if model.ops.kind == "flashinfer" else 0)
 
 
 def measure(config: EngineConfig, model: Llama) -> DeviceMemory:

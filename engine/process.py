@@ -23,7 +23,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +73,8 @@ class EngineLike(Protocol):
     """What the loop needs of engine.core.Engine."""
 
     ready: Ready
+    overlaps: bool
+    """Whether the host is free while a round is under way."""
 
     def add(self, request: AddRequest) -> None: ...
     def abort(self, ids: Iterable[str]) -> None: ...
@@ -99,6 +100,7 @@ class EngineServer:
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._last_sent: dict[bytes, float] = {}
         self._owner: dict[str, bytes] = {}
+        self._untold: list[RequestOutput] = []  # of the newest round
 
     @property
     def peers(self) -> list[bytes]:
@@ -107,18 +109,17 @@ class EngineServer:
     def run(self) -> None:
         """Serve until the leash is let go. Raises what engine.step and engine.check_ranks raise.
 
-        Peers hear of a round while the device is busy with the next one: it does not wait for that.
+        Peers hear of a round at once, or while a device is busy with the next one: it does not wait for that.
         """
         idle_s = _NEWS_S
-        outputs: list[RequestOutput] = []
         while self._leash not in dict(self._poller.poll(0 if self._engine.has_work() else math.ceil(idle_s * 1000))):
             self._heart.turn()
             self._receive()
             if self._engine.has_work():
-                outputs = self._engine.step(partial(self._dispatch, outputs))
+                self._untold = self._engine.step(self._tell)
+            if not self._engine.overlaps or not self._engine.has_work():
+                self._tell()
             if not self._engine.has_work():
-                self._dispatch(outputs)
-                outputs = []
                 idle_s = min(_NEWS_S, self._engine.check_ranks())
             self._news()
 
@@ -160,6 +161,11 @@ class EngineServer:
         self._engine.abort(ids)
         for id in ids:
             self._owner.pop(id, None)
+        self._untold = [output for output in self._untold if output.id not in ids]  # the id may soon be another's
+
+    def _tell(self) -> None:
+        outputs, self._untold = self._untold, []
+        self._dispatch(outputs)
 
     def _dispatch(self, outputs: list[RequestOutput]) -> None:
         by_peer: dict[bytes, list[RequestOutput]] = defaultdict(list)

@@ -30,7 +30,7 @@ from models.default import resolve_model, user_cache
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3
+_VERSION = 4
 _SECONDS = 8.0
 """About how long a profile may take."""
 _SHORT, _LONG_TOKENS = 64, 8192

@@ -105,7 +105,8 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
         return sizes
     if config.cache.gpu_memory_utilization != CacheConfig.model_fields["gpu_memory_utilization"].default:
         instead = "num_pages" if config.cache.num_pages is not None else "memory_gb"
-        raise ConfigError(f"engine.cache.gpu_memory_utilization: {instead} says how large the pool is")
+        where = "" if device.type == "cuda" else "on a CPU "
+        raise ConfigError(f"engine.cache.gpu_memory_utilization: {where}{instead} says how large the pool is")
     return replace(sizes, num_pages=_num_pages(config, sizes))
 
 

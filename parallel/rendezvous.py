@@ -120,7 +120,7 @@ def _enter(
             torch.cuda.synchronize(device)
         comm._get_backend(device)._set_default_timeout(timedelta(seconds=how.timeout_s))
         if how.transport == "symmetric":
-            return symmetric.join(comm, part, device, f"magicdec, {'second' if second else 'first'}")
+            return symmetric.join(comm, part, device)
         return Group(comm)
     except RuntimeError as error:
         raise CollectiveError(str(error)) from error

@@ -7,6 +7,7 @@ symmetric memory (`torch.distributed._symmetric_memory`). It runs on the current
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -45,13 +46,19 @@ class SymmetricGroup(Group):
             raise CollectiveError(str(error)) from error
 
 
-def join(comm: dist.ProcessGroup, store: Store, device: torch.device, name: str) -> SymmetricGroup:
+def join(comm: dist.ProcessGroup, store: Store, device: torch.device) -> SymmetricGroup:
     """Give the ranks of `comm` memory that all of them see. Every rank does that at the same time.
 
-    store: theirs. name: of the group, in this process. Raises CollectiveError where GPUs have no such memory.
+    store: theirs, and of no other group. Raises CollectiveError where GPUs have no such memory.
     """
-    memory_of: Any = torch._C._distributed_c10d._SymmetricMemory
+    c10d: Any = torch._C._distributed_c10d
+    memory_of = c10d._SymmetricMemory
+    if comm.rank() == 0:
+        store.set("symmetric", f"magicdec-{uuid.uuid4().hex}")  # names are for good, and processes can have many groups
+    name = store.get("symmetric").decode()
     try:
+        # Which of the two torch asks for its group has changed between versions.
+        c10d._register_process_group(name, comm)
         memory_of.set_group_info(name, comm.rank(), comm.size(), store)
         memory = memory_of.empty_strided_p2p((MOST_BYTES,), (1,), torch.uint8, device)
         memory_of.rendezvous(memory, name)

@@ -31,9 +31,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Raises TemplateError."""
         tree = self.parse(source)
         for loop in list(tree.find_all(nodes.For)):
-            # By its place in Python: a name could be taken by the template.
-            tick = nodes.Call(nodes.ImportedName(f"{__name__}.check_clock"), [], [], None, None)
-            loop.body.insert(0, nodes.ExprStmt(tick).set_lineno(loop.lineno).set_environment(self))
+            loop.body.insert(0, nodes.ExprStmt(_tick()).set_lineno(loop.lineno).set_environment(self))
+            if loop.test is not None:  # turns that it rejects do not come to the body
+                loop.test = nodes.And(nodes.Not(_tick()), loop.test).set_lineno(loop.lineno).set_environment(self)
         return self.from_string(tree)
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,13 +41,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """What is small may not become large at once."""
+        """A text that is repeated, and a power, may not become large at once."""
         if operator == "**" and (abs(left) > 1 and right > _MOST_DIGITS):
             raise TemplateError("a number is too large")
         for many, times in ((left, right), (right, left)):
             if operator == "*" and hasattr(many, "__len__") and len(many) * times > CHARS:
                 raise TemplateError("a text is too long")
         return super().call_binop(context, operator, left, right)
+
+
+def _tick() -> nodes.Call:
+    """By its place in Python: a name could be taken by the template."""
+    return nodes.Call(nodes.ImportedName(f"{__name__}.check_clock"), [], [], None, None)
 
 
 def render(template: Template, variables: dict[str, Any], chars: int) -> str:

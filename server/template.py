@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -31,6 +33,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self._threads = ThreadPoolExecutor(2, "chat-template")
         self._missing = "this model has no chat template"
         self._template = None
         if tokenizer.chat_template is not None:
@@ -44,6 +47,12 @@ class ChatTemplate:
     @property
     def available(self) -> bool:
         return self._template is not None
+
+    async def render_beside(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """`render`, in threads of its own: a slow template holds up chats only."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self.render, messages, add_generation_prompt
+        )
 
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """`messages`: role, content, and name if given. May take seconds. Raises ApiError."""

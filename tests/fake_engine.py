@@ -63,6 +63,8 @@ class FakeEngine:
             model=config.model, max_model_len=MAX_LEN, vocab_size=VOCAB, eos_token_ids=[EOS], stats=self.stats()
         )
 
+    overlaps = False
+
     def add(self, request: AddRequest) -> None:
         from engine.scheduler import QueueFull, RequestError
 

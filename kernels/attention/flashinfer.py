@@ -22,6 +22,8 @@ from kernels.kv_cache import LayerKV
 from kernels.transfer import send
 
 WORKSPACE_BYTES = 128 << 20
+PLAN_BYTES = 8 << 20
+"""What each of FlashInfer's wrappers takes for its plans, on the device and once more of pinned memory."""
 HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
 _IN_FLIGHT = 4  # plans that the host may be ahead of the device

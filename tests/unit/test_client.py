@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import psutil
@@ -27,8 +28,9 @@ from engine.endpoint import SOCKET
 from engine.heartbeat import BEAT_S, MISSED_BEATS
 from engine.messages import AbortRequests, AddRequest, FromEngine, Outputs, Ready, RequestOutput
 from engine.params import SamplingParams
+from engine.process import EngineServer
 from tests import fake_engine
-from tests.fake_engine import COMMAND, CRASH, EXIT, FULL, HANG, PAGES, REFUSE, SLOW, expected
+from tests.fake_engine import COMMAND, CRASH, EXIT, FULL, HANG, PAGES, REFUSE, SLOW, FakeEngine, expected
 
 Test = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
@@ -434,3 +436,21 @@ def test_it_ends_when_its_parent_does(own_tmp: Path) -> None:
         child.stdin.close()
         assert child.wait(20) == 0
         assert not (own_tmp / "p").exists()
+
+
+def test_what_is_not_told_yet_of_a_request_goes_with_it() -> None:
+    """Its id may be another's before it would have been told."""
+    told: list[RequestOutput] = []
+    leash, end = os.pipe()
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        server = EngineServer(socket, FakeEngine(EngineConfig()), Mock(), leash)
+        server._owner = {"a": b"peer", "b": b"peer"}
+        server._untold = [RequestOutput("a", [1]), RequestOutput("b", [2])]
+        server._send = lambda peer, message: told.extend(message.outputs)  # type: ignore[method-assign, union-attr]
+        server._abort(["a"])
+        server._owner["a"] = b"peer"
+        server._tell()
+        server._tell()
+    os.close(leash)
+    os.close(end)
+    assert [output.id for output in told] == ["b"]

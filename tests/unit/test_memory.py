@@ -88,7 +88,7 @@ def test_the_batch_fails_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, f
 def test_aborts_wait_for_the_round_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device that is busy with it: its row is still written to."""
     engine = tiny_engine(tiny_model(), gamma=3)
-    engine._overlaps = True
+    engine.overlaps = True
     wanted = requests()
     expected = {request.id: complete(engine, request.prompt, request.params) for request in wanted}
     for request in wanted:

@@ -540,6 +540,11 @@ LOOPS = "{% for i in range(99999) %}"
         ("{{ 7 ** 10000000 }}", "too large"),
         ("{% for i in range(99999) %}{{ 'a word or two' }}{% endfor %}", "too long"),
         (LOOPS * 3 + "{% endfor %}" * 3, "more than 0.2 seconds"),
+        (LOOPS + LOOPS.replace("%}", "if i < 0 %}") + "{% endfor %}" * 2, "more than 0.2 seconds"),
+        (
+            "{% for i in range(99999) if (range(9999) | list | sort | length) < 0 %}{% endfor %}",
+            "more than 0.2 seconds",
+        ),
         ("{% set check_clock = 1 %}{% for i in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}", "refuses"),
     ],
 )
