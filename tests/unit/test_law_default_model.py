@@ -51,12 +51,9 @@ def complete(model: Llama, model_dir: Path, speculation: dict[str, Any]) -> tupl
         return llm.generate(prompts, params), llm.stats
 
 
-@pytest.mark.parametrize(("gamma", "budget"), [(3, 64), (5, 256)])
-def test_speculation_never_changes_text(
-    model: Llama, model_dir: Path, plain: list[Completion], gamma: int, budget: int
-) -> None:
-    """A ragged batch, prompts of 1 to 1,700 tokens, of which all outgrow the smaller budget."""
-    drafted, stats = complete(model, model_dir, {"gamma": gamma, "kv": {"budget": budget}})
+def test_speculation_never_changes_text(model: Llama, model_dir: Path, plain: list[Completion]) -> None:
+    """A ragged batch, prompts of 1 to 1,700 tokens, of which all outgrow the budget."""
+    drafted, stats = complete(model, model_dir, {"gamma": 4, "kv": {"budget": 64}})
     for completion, expected in zip(drafted, plain, strict=True):
         assert completion.token_ids == expected.token_ids
         assert completion.text == expected.text
