@@ -121,6 +121,7 @@ def _build(folder: Path | None, name: str, source: str, flags: list[str], librar
                 errors="replace",
                 stdin=subprocess.DEVNULL,
                 timeout=_TIMEOUT_S,
+                env=os.environ | {"TMPDIR": aside},  # what a compiler that is killed leaves, it leaves there
             )
             os.replace(made, target)  # whole or not at all, and whoever built it at the same time built the same
     except subprocess.CalledProcessError as error:

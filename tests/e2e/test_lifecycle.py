@@ -231,9 +231,8 @@ def test_a_signal_while_loading(tmp_path: Path, tiny_model: Path) -> None:
             return [child for child in children if "engine.process" in child.cmdline()]
         return []
 
-    found: list[psutil.Process] = []
-    eventually(lambda: bool(found.extend(engines()) or found))
-    (engine,) = found
+    eventually(lambda: len(engines()) == 1)
+    (engine,) = engines()
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, output) == (0, "")
