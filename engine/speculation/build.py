@@ -20,7 +20,7 @@ from engine.speculation.footprint import footprint
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
 from engine.speculation.policies import Dense, View, budget_policies, make_policy, ring_table
 from engine.speculation.rejection import Proposals, RejectionSampler
-from engine.speculation.settings import KVConfig, SnapKVConfig, TopKConfig, WindowConfig
+from engine.speculation.settings import KVConfig, SnapKVConfig, SpeculationConfig, TopKConfig, WindowConfig
 from kernels.attention.base import AttentionBackend
 from kernels.attention.relative import RelativeAttention
 from kernels.attention.topk import TopKAttention
@@ -44,10 +44,9 @@ class DraftModel:
 
 def make_target(config: EngineConfig, model: Llama, rows: Rows, num_pages: int) -> Runner:
     """The target over a pool of its own."""
-    pool, settings = model.make_pool(num_pages, rows.page_size), config.speculation
-    # A plain step, and passes over drafts: of fixed gamma fewer only where a request ends.
-    drafts = range(settings.most_drafts + 1) if settings.gamma == "auto" else {0, settings.most_drafts}
-    graphs = _graphs(config, model, pool, {gamma + 1 for gamma in drafts}, rows.page_table.shape[1])
+    pool = model.make_pool(num_pages, rows.page_size)
+    queries = {gamma + 1 for gamma in _gammas(config.speculation)}  # a plain step, and passes over drafts
+    graphs = _graphs(config, model, pool, queries, rows.page_table.shape[1])
     return Runner(model, pool, _exact(model, rows.page_size), dense(rows), graphs)
 
 
@@ -61,15 +60,26 @@ def _graphs(
     return ForwardGraphs(model, pool, model.ops.graphs, rows=rows, queries=queries, width=width)
 
 
-def _draft_graphs(
-    config: EngineConfig, model: Llama, pool: KVPool, sampler: Sampler, width: int, first: int = 1
-) -> DraftGraphs | None:
-    """See DraftGraphs; None where there are none. sampler: of whoever drafts."""
-    if model.ops.graphs is None or not config.cuda_graphs:
-        return None
-    settings, rows = config.speculation, row_counts(config.scheduler.max_rows)
-    gammas = range(1, settings.most_drafts + 1) if settings.gamma == "auto" else [settings.most_drafts]
-    return DraftGraphs(model, pool, model.ops.graphs, sampler, rows=rows, gammas=gammas, first=first, width=width)
+def _captured(config: EngineConfig, runner: Runner, sampler: Sampler, width: int, first: int = 1) -> Runner:
+    """The runner with graphs of what drafts do, where there are graphs: step by step, but for one that has some
+    already, and all steps together.
+
+    sampler: of whoever drafts. width: most pages that a row's list has. first: queries of a row in the first step, at
+    most.
+    """
+    graphs, ops = runner.graphs or _graphs(config, runner.model, runner.pool, {1, first}, width), runner.model.ops
+    if graphs is None or ops.graphs is None:
+        return runner
+    rows, gammas = row_counts(config.scheduler.max_rows), _gammas(config.speculation) - {0}
+    drafts = DraftGraphs(
+        runner.model, runner.pool, ops.graphs, sampler, rows=rows, gammas=gammas, first=first, width=width
+    )
+    return replace(runner, graphs=graphs, drafts=drafts)
+
+
+def _gammas(settings: SpeculationConfig) -> set[int]:
+    """How many drafts rounds have: of fixed gamma fewer only where a request ends."""
+    return set(range(settings.most_drafts + 1)) if settings.gamma == "auto" else {0, settings.most_drafts}
 
 
 def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Llama | None:
@@ -103,20 +113,17 @@ def make_drafter(
     model = drafting_model(config, target.model, draft) or target.model
     if isinstance(settings.kv, SnapKVConfig):
         cache = DraftCache(settings, target.model, target.pool, rows, target.attention)
-        width = _width(settings.kv, rows)
-        graphs = _graphs(config, model, cache.pool, {1}, width)
-        drafts = _draft_graphs(config, model, cache.pool, sampler, width)
-        runner = Runner(model, cache.pool, _exact(model, rows.page_size), cache.view, graphs, drafts)
+        runner = Runner(model, cache.pool, _exact(model, rows.page_size), cache.view)
+        runner = _captured(config, runner, sampler, _width(settings.kv, rows))
         return replace(target, attention=cache.attention), SelfDrafter(runner, sampler, cache)
     view = View(make_policy(settings.kv, rows.page_size), rows.page_table)
     attention = make_attention(settings.kv, model, rows.page_size)
-    views = _views(config, rows.page_table)
-    graphs = drafts = None
+    runner = Runner(model, target.pool, attention, view)
     if _is_exact(settings.kv):
-        own, width = model is not target.model, _width(settings.kv, rows)
-        graphs = _graphs(config, model, target.pool, {1}, width) if own else target.graphs
-        drafts = _draft_graphs(config, model, target.pool, sampler, width)
-    return target, SelfDrafter(Runner(model, target.pool, attention, view, graphs, drafts), sampler, views=views)
+        if model is target.model:
+            runner = replace(runner, graphs=target.graphs)
+        runner = _captured(config, runner, sampler, _width(settings.kv, rows))
+    return target, SelfDrafter(runner, sampler, views=_views(config, rows.page_table))
 
 
 def make_sampler(
@@ -148,25 +155,21 @@ def _model_drafter(
         table = ring_table(len(rows.tokens), columns, kept.first, kept.ring).to(rows.device)
         pool = model.make_pool(len(rows.tokens) * kept.pages, page)
         attention = make_attention(settings.kv, model, page)
-        graphs = drafts = None
+        full = runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table))
         if _is_exact(settings.kv):
-            graphs = _graphs(config, model, pool, {1, 2}, width)
-            drafts = _draft_graphs(config, model, pool, own, width, first=2)
-        full = runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table), graphs, drafts)
+            full = runner = _captured(config, runner, own, width, first=2)
         views = _views(config, table)
     else:
         full = runner = Runner(model, model.make_pool(num_pages, page), _exact(model, page), dense(rows))
         if isinstance(settings.kv, SnapKVConfig):
             cache = DraftCache(settings, model, full.pool, rows, full.attention)
-            graphs = _graphs(config, model, cache.pool, {1, 2}, width)
-            drafts = _draft_graphs(config, model, cache.pool, own, width, first=2)
-            runner = Runner(model, cache.pool, _exact(model, page), cache.view, graphs, drafts)
+            runner = Runner(model, cache.pool, _exact(model, page), cache.view)
+            runner = _captured(config, runner, own, width, first=2)
             full = replace(full, attention=cache.attention)
         elif isinstance(settings.kv, TopKConfig):
             runner = replace(full, attention=make_attention(settings.kv, model, page))
         else:
-            graphs = _graphs(config, model, full.pool, {1, 2}, width)
-            runner = replace(full, graphs=graphs, drafts=_draft_graphs(config, model, full.pool, own, width, first=2))
+            runner = _captured(config, full, own, width, first=2)
     return ModelDrafter(rows, full, runner, own, row_block=row_block, block=block, cache=cache, views=views)
 
 
