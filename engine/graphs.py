@@ -49,7 +49,7 @@ class Frame:
         nowhere = torch.tensor([0, 0, pool.scratch * page_size], device=device)
         self._nowhere = nowhere[0:1], nowhere[1:2], nowhere[2:3]
         self.ids, self.positions, self.slots = (each.repeat(rows * queries) for each in self._nowhere)
-        self._scratch = torch.full((rows, width), pool.scratch, device=device)
+        self._scratch = torch.full((1, 1), pool.scratch, device=device).expand(rows, width)
         self.attention: AttentionBackend = graphs.attention(
             page_size, model.head_dim, Fixed(rows, rows * queries, width)
         )
