@@ -39,7 +39,7 @@ from engine.speculation.footprint import footprint
 from engine.speculation.policies import budget_policies
 from engine.speculation.step_times import StepTimes
 from engine.stats import Accounts
-from engine.worker import Worker
+from engine.worker import Worker, nothing
 from models.llama import Llama
 from parallel.group import Group
 
@@ -180,44 +180,35 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
-    def step(self, meanwhile: Callable[[], None] | None = None) -> list[RequestOutput]:
+    def step(self, meanwhile: Callable[[], None] = nothing) -> list[RequestOutput]:
         """Run one round; nothing is run when there is no work. Returns what it yielded, one per row that sampled.
 
-        meanwhile: what else the host has to do, called once, if there is work: while a device is busy with the round,
-        or before it where the host itself computes, and it would have to wait.
+        meanwhile: what else there is to do for the host; called, perhaps again, while a device is busy with the round.
         Requests of a round that memory does not suffice for, on any rank, end with an error. Raises RankFailure, also
         for that where ranks cannot give a round up (Group.can_give_up).
         """
         if not self._scheduler.has_work:
             return []
-        todo = [] if meanwhile is None else [meanwhile]
-
-        def now() -> None:
-            while todo:
-                todo.pop()()
-
         began = time.perf_counter()
         plan, requests = self._scheduler.schedule()
-        # A grammar has to see the drafts before the round is all sent.
-        if not self.overlaps or any(request.params.grammar is not None for request in requests):
-            now()
         self._under_way = True
         try:
-            result = self._run(plan, now)
+            # A grammar has to see the drafts before the round is all sent.
+            if any(request.params.grammar is not None for request in requests):
+                meanwhile()
+            result = self._run(plan, meanwhile)
         except OutOfMemory as error:
+            meanwhile()  # which the round may not have come to
             outputs = self._give_up(requests, error)
         else:
             outputs = self._commit(plan, requests, result)
             self._accounts.took(result, time.perf_counter() - began)
         finally:
             self._under_way = False
-            now()  # also if the round came to nothing before it was sent
         leaving, self._leaving = self._leaving, []
-        for request_id in leaving:
-            self._scheduler.abort(request_id)
+        self.abort(leaving)  # which looks whether the engine is idle, too
         if self._config.check_invariants:
             self._scheduler.check()
-        self._check_if_idle()
         return outputs
 
     def stats(self) -> EngineStats:
@@ -254,7 +245,7 @@ class Engine:
         self.__dict__.pop("_worker", None)
         torch.set_num_threads(self._threads_before)
 
-    def _run(self, plan: StepPlan, meanwhile: Callable[[], None] | None = None) -> StepResult:
+    def _run(self, plan: StepPlan, meanwhile: Callable[[], None] = nothing) -> StepResult:
         """One round on all ranks."""
         with self._ranks.round(plan) if self._ranks else contextlib.nullcontext():
             return self._worker.execute(plan, meanwhile)

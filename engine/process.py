@@ -79,7 +79,7 @@ class EngineLike(Protocol):
     def add(self, request: AddRequest) -> None: ...
     def abort(self, ids: Iterable[str]) -> None: ...
     def has_work(self) -> bool: ...
-    def step(self, meanwhile: Callable[[], None] | None = None) -> list[RequestOutput]: ...
+    def step(self, meanwhile: Callable[[], None]) -> list[RequestOutput]: ...
     def check_ranks(self) -> float: ...
     def stats(self) -> EngineStats: ...
     def close(self) -> None: ...
@@ -111,12 +111,19 @@ class EngineServer:
 
         Peers hear of a round at once, or while a device is busy with the next one: it does not wait for that.
         """
+        try:
+            self._serve()
+        finally:
+            self._tell()  # of the round before one that fails, too
+
+    def _serve(self) -> None:
         idle_s = _NEWS_S
         while self._leash not in dict(self._poller.poll(0 if self._engine.has_work() else math.ceil(idle_s * 1000))):
             self._heart.turn()
             self._receive()
             if self._engine.has_work():
-                self._untold = self._engine.step(self._tell)
+                outputs = self._engine.step(self._tell)
+                self._untold += outputs
             if not self._engine.overlaps or not self._engine.has_work():
                 self._tell()
             if not self._engine.has_work():

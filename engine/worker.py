@@ -34,6 +34,10 @@ _NO_DRAFT_MODEL = DraftModel()
 log = logging.getLogger(__name__)
 
 
+def nothing() -> None:
+    """What the host has to do while a device computes, where there is nothing else."""
+
+
 class Worker:
     """Owns everything of one rank. `execute` is the only thing that moves it."""
 
@@ -78,7 +82,7 @@ class Worker:
         return WeightBytes(self._model.matrix_bytes, self._drafting.matrix_bytes if self._drafting else 0, tables)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, meanwhile: Callable[[], None] | None = None) -> StepResult:
+    def execute(self, plan: StepPlan, meanwhile: Callable[[], None] = nothing) -> StepResult:
         """Run one round. Its result is the only thing that crosses from device to host.
 
         meanwhile: called once all of the round is sent to the device, before its result is waited for.
@@ -102,7 +106,7 @@ class Worker:
         self._watch.reset()
         raise OutOfMemory(_on_ranks(failed, reason) if self._group.size > 1 else reason)
 
-    def _attempt(self, plan: StepPlan, meanwhile: Callable[[], None] | None) -> tuple[StepResult | None, str | None]:
+    def _attempt(self, plan: StepPlan, meanwhile: Callable[[], None]) -> tuple[StepResult | None, str | None]:
         """The result, or how this rank ran out of memory; neither if another did. Lets go of the exception, and with it
         of what the failed calls held."""
         try:
@@ -114,7 +118,7 @@ class Worker:
                 raise
             return None, str(error)
 
-    def _run(self, plan: StepPlan, meanwhile: Callable[[], None] | None) -> StepResult:
+    def _run(self, plan: StepPlan, meanwhile: Callable[[], None]) -> StepResult:
         began = time.perf_counter()
         if plan.clear:
             self._target.pool.clear(plan.clear)
@@ -123,8 +127,7 @@ class Worker:
             self._sampler.start(start)
         verdict = run_round(self._rows.enter(plan), self._target, self._drafter, self._sampler)
         decided = fetch(verdict.rows)  # the one copy of the round, but for log-probabilities
-        if meanwhile is not None:
-            meanwhile()
+        meanwhile()
         results = _to_host(verdict, decided(), plan)
         for row, result in zip((work.row for work in plan.work if work.samples), results, strict=True):
             self._grammars.commit(row, result.tokens)

@@ -81,9 +81,8 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._live)
 
-    def step(self, meanwhile: Callable[[], None] | None = None) -> list[RequestOutput]:
-        if meanwhile is not None:
-            meanwhile()
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[RequestOutput]:
+        meanwhile()
         outputs = []
         for id, (request, tokens) in list(self._live.items()):
             kind = request.prompt[0]

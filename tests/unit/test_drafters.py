@@ -258,7 +258,7 @@ def test_a_draft_model_sees_nothing_before_it_drafts(draft_dir: Path, policy: st
     with pytest.MonkeyPatch.context() as patch:
         found = forwards(patch, engine)
 
-        def watched(plan: StepPlan, meanwhile: Callable[[], None] | None) -> StepResult:
+        def watched(plan: StepPlan, meanwhile: Callable[[], None]) -> StepResult:
             before = len(found)
             result = execute(plan, meanwhile)
             rounds.append(

@@ -12,6 +12,7 @@ from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import StepPlan, StepResult
+from engine.worker import nothing
 from tests.engines import complete, run, tiny_engine, tiny_model, tokens
 
 PROMPT = [2 + 7 * i % 60 for i in range(90)]
@@ -37,7 +38,7 @@ def watched(engine: Engine) -> dict[int, int]:
     found: dict[int, int] = {}
     execute = engine._worker.execute
 
-    def execute_and_look(plan: StepPlan, meanwhile: Callable[[], None] | None = None) -> StepResult:
+    def execute_and_look(plan: StepPlan, meanwhile: Callable[[], None] = nothing) -> StepResult:
         found.update({start.row: start.computed for start in plan.starts if start.shared})
         return execute(plan, meanwhile)
 
