@@ -62,10 +62,10 @@ bench: $(INSTALLED) $(if $(MODEL),,model) ## Measure decoding with and without s
 	@$(BIN)/magicdec bench decode $(SETTINGS) $(ARGS)
 
 bench-compare: $(INSTALLED) $(if $(MODEL),,model) ## Measure other engines beside this one, by turns
-	@$(BIN)/python -m bench.compare $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+	@$(BIN)/python -m bench.peers.compare $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 test-gpu: gpu ## Run the tests that need a CUDA device
-	@$(GPU_PYTHON) -m pytest tests/gpu tests/unit/test_gpu_kernels.py $(ARGS)
+	@$(GPU_PYTHON) -m pytest tests/gpu tests/unit/kernels/test_gpu_kernels.py $(ARGS)
 
 bench-gpu: gpu ## Measure rounds of large models, with random weights, on a CUDA device
 	@$(GPU_PYTHON) -m bench.gpu $(ARGS)

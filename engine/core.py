@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable
 import msgspec
 import torch
 
-from engine.config import EngineConfig
-from engine.fitting import fit_pages
-from engine.loading import load_shard
-from engine.memory import OutOfMemory
+from engine.config.deployment import EngineConfig
+from engine.control.auto import AutoGamma
+from engine.control.step_times import StepTimes
+from engine.kv.draft_spec import footprint
+from engine.kv.policies import budget_policies
 from engine.messages import (
     FINISH_ABORT,
     RETRY_MEMORY,
@@ -24,22 +25,21 @@ from engine.messages import (
     Ready,
     RequestOutput,
 )
-from engine.outputs import output_of
-from engine.pages import PageAllocator
+from engine.oom import OutOfMemory
 from engine.plan import StepPlan, StepResult
-from engine.profile import Profiler, keep, profile, profile_key, recall
-from engine.ranks import Ranks
-from engine.request import Request
-from engine.scheduler import RequestError, Scheduler
-from engine.sizing import draft_reads, size_up
-from engine.speculation.auto import AutoGamma
-from engine.speculation.build import load_draft
-from engine.speculation.controller import Controller, FixedGamma
-from engine.speculation.footprint import footprint
-from engine.speculation.policies import budget_policies
-from engine.speculation.step_times import StepTimes
-from engine.stats import Accounts
-from engine.worker import Worker, nothing
+from engine.ranks.executor import Ranks
+from engine.scheduler.controller import Controller, FixedGamma
+from engine.scheduler.outputs import output_of
+from engine.scheduler.pages import PageAllocator
+from engine.scheduler.request import Request
+from engine.scheduler.scheduler import RequestError, Scheduler
+from engine.scheduler.stats import Accounts
+from engine.worker.build import load_draft
+from engine.worker.kv_memory import fit_pages
+from engine.worker.loading import load_shard
+from engine.worker.profiler import Profiler, keep, profile, profile_key, recall
+from engine.worker.resolve import draft_reads, size_up
+from engine.worker.worker import Worker, nothing
 from models.llama import Llama
 from parallel.group import Group
 

@@ -18,12 +18,12 @@ from typing import Any, Self
 import msgspec
 from pydantic import ValidationError
 
-from engine.config import ConfigError, EngineConfig, describe
+from engine.config.deployment import ConfigError, EngineConfig, describe
 from engine.core import Engine
-from engine.memory import OutOfMemory
 from engine.messages import AddRequest, EngineStats, TokenLogprobs
+from engine.oom import OutOfMemory
 from engine.params import SamplingParams
-from engine.scheduler import QueueFull, RequestError
+from engine.scheduler.scheduler import QueueFull, RequestError
 from engine.text import Delta, TextStream
 from models.default import resolve_model
 from models.llama import Llama

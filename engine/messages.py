@@ -124,7 +124,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """KV tokens (one token = all layers and heads) that draft and verify passes of decoding rows have read."""
     kv_token_bytes: int = 0
     engine_restarts: int = 0
-    """Engines that took the place of one that died. This and the next are counted by engine.supervisor."""
+    """Engines that took the place of one that died. This and the next are counted by engine.processes.supervisor."""
     requests_retried: int = 0
     """Requests that were run once more, on such an engine."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from server import chat, completions, info, openapi, page, tokens
-from server.access import AccessLog
+from server import page
 from server.errors import LastResort, add_handlers
 from server.keys import ApiKeys
 from server.limits import BodyLimit
+from server.observe.access_log import AccessLog
+from server.routes import chat, completions, info, openapi, tokens
 from server.service import Service
 
 

@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.client import EngineDead
-from engine.supervisor import EngineDown
+from engine.processes.client import EngineDead
+from engine.processes.supervisor import EngineDown
 
 MAX_MESSAGE = 500
 """Longest message, in characters."""

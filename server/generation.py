@@ -14,11 +14,11 @@ import msgspec
 
 from engine.messages import FINISH_ABORT, FINISH_LENGTH, AddRequest, PromptLogprobs
 from engine.params import SamplingParams
-from engine.supervisor import Supervisor
+from engine.processes.supervisor import Supervisor
 from engine.text import Delta, StopString, TextStream, stop_strings
-from server.course import Course
 from server.errors import ApiError, unavailable
-from server.report import of_round
+from server.observe.request_stats import Course
+from server.observe.speculation_report import of_round
 from server.service import Service
 
 
@@ -41,7 +41,7 @@ class Piece:
     index: int
     delta: Delta
     report: dict[str, Any] | None = None
-    """See server.report."""
+    """See server.observe.speculation_report."""
     prompt: list[PromptLogprobs] | None = None
     """With the first piece, if asked for."""
 
@@ -84,7 +84,7 @@ class Generation:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For the log; see server.access."""
+        """For the log; see server.observe.access_log."""
         usage = self.usage
         return {
             "choices": len(self.choices),

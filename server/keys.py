@@ -9,7 +9,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from engine.config import ConfigError
+from engine.config.deployment import ConfigError
 from server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics"})

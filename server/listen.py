@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from engine.config import ConfigError
+from engine.config.deployment import ConfigError
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.config import Config
-from engine.supervisor import Supervisor
+from engine.config.deployment import Config
+from engine.processes.supervisor import Supervisor
 from models.tokenizer import Tokenizer
 from server.errors import ApiError, draining, engine_dead, engine_restarting, unavailable
 from server.limits import check_tokens
-from server.metrics import Metrics
-from server.template import ChatTemplate
-from server.tracing import Tracing
+from server.observe.metrics import Metrics
+from server.observe.tracing import Tracing
+from server.text.template import ChatTemplate
 from server.version import build
 
 _TYPICAL_RATE = 0.05

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batch.rows import Ints, Round, Rows, ragged
+from engine.config.speculation import SnapKVConfig, SpeculationConfig
+from engine.kv.draft_spec import footprint
+from engine.kv.policies import View, make_policy, ring_table
 from engine.plan import RowStart
-from engine.rows import Ints, Round, Rows, ragged
-from engine.speculation.footprint import footprint
-from engine.speculation.policies import View, make_policy, ring_table
-from engine.speculation.settings import SnapKVConfig, SpeculationConfig
 from kernels.attention.base import AttentionBackend
 from kernels.attention.observed import ObservedAttention
 from kernels.kv_cache import KVPool

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.graphs import Frame, at_least, reported
-from engine.rows import Decisions, Ints, Round
-from engine.sampling import Sampler
-from engine.speculation.policies import View
+from engine.batch.forward_graphs import Frame, at_least, reported
+from engine.batch.rows import Decisions, Ints, Round
+from engine.kv.policies import View
+from engine.sampling.sampler import Sampler
 from kernels.kv_cache import KVPool
 from kernels.ops import Graphs
 from models.batch import ForwardBatch

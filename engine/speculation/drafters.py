@@ -8,13 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.rows import Ints, Round
-from engine.runner import Runner
-from engine.sampling import Sampler
+from engine.batch.rows import Ints, Round
+from engine.batch.runner import Runner
+from engine.batch.stopwatch import Stopwatch
+from engine.kv.policies import View
+from engine.sampling.sampler import Sampler
 from engine.speculation.draft_cache import DraftCache
-from engine.speculation.policies import View
 from engine.speculation.verify import Verdict
-from engine.stopwatch import Stopwatch
 
 
 class Drafter(Protocol):

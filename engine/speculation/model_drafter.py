@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.rows import Ints, Round, Rows
-from engine.runner import Runner
-from engine.sampling import Sampler
+from engine.batch.rows import Ints, Round, Rows
+from engine.batch.runner import Runner
+from engine.kv.policies import View
+from engine.sampling.sampler import Sampler
 from engine.speculation.draft_cache import DraftCache
 from engine.speculation.drafters import Drafter, draft
-from engine.speculation.policies import View
 from engine.speculation.verify import Verdict
 from parallel.group import Group
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from engine.rows import Round
-from engine.runner import Runner
-from engine.sampling import Sampler
+from engine.batch.rows import Round
+from engine.batch.runner import Runner
+from engine.sampling.sampler import Sampler
 from engine.speculation.drafters import Drafter
 from engine.speculation.verify import Verdict, verify
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.rows import Round
-from engine.sampling import Logprobs, PromptReport, Sampler
+from engine.batch.rows import Round
+from engine.sampling.sampler import Logprobs, PromptReport, Sampler
 
 
 @dataclass(frozen=True, slots=True)

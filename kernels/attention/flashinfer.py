@@ -1,6 +1,6 @@
 """Attention on NVIDIA GPUs by FlashInfer (arXiv 2501.01005).
 
-Where there is no GPU it is tested against a double of FlashInfer in torch, tests/fake_flashinfer.py, which says nothing
+Where there is no GPU it is tested against a double of FlashInfer in torch, tests/support/fake_flashinfer.py, which says nothing
 of FlashInfer's own kernels; tests/gpu compares those with the oracle.
 """
 

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-PACKAGES = ("server", "bench", "engine", "models", "parallel", "kernels")
+PACKAGES = ("server", "bench", "planner", "engine", "models", "parallel", "kernels")
 
 
 def main() -> None:

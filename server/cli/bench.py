@@ -52,11 +52,11 @@ def decode(
     policies = options.names(policy, options.POLICIES, "--policy") if policy is not None else [None]
     import torch
 
-    from bench.bandwidth import read_bandwidth
     from bench.corpus import passages, read_text
-    from bench.decode import DecodeResult, measure, table
-    from engine.config import load_config
-    from engine.speculation.settings import SpeculationConfig
+    from bench.micro.bandwidth import read_bandwidth
+    from bench.offline.decode import DecodeResult, measure, table
+    from engine.config.deployment import load_config
+    from engine.config.speculation import SpeculationConfig
     from models.default import resolve_model
     from models.tokenizer import Tokenizer
 
@@ -130,15 +130,15 @@ def acceptance(
     _check_file(plot_file, "--plot")
     import torch
 
-    from bench.acceptance import AcceptanceResult, measure, setups
-    from bench.acceptance_report import plot, table
     from bench.corpus import BenchError, read_text
     from bench.corpus import passages as cut
-    from bench.forecast import check_plotting
-    from bench.verification import measure_rounds
-    from engine.config import load_config
-    from engine.loading import load_target
+    from bench.offline.acceptance_report import plot, table
+    from bench.offline.acceptance_sweep import AcceptanceResult, measure, setups
+    from bench.offline.verification import measure_rounds
+    from bench.paper.forecast_report import check_plotting
+    from engine.config.deployment import load_config
     from engine.params import SamplingParams
+    from engine.worker.loading import load_target
     from models.default import resolve_model
     from models.tokenizer import Tokenizer
 
@@ -204,6 +204,6 @@ def broadcast(
     counts = options.counts(ranks, "--ranks")
     if min(counts) < 2:
         raise typer.BadParameter("a single rank has nobody to talk to", param_hint="--ranks")
-    from bench.broadcast import measure, table
+    from bench.micro.broadcast import measure, table
 
     print(table(measure(count, rows, floats) for count in counts))

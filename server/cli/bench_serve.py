@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from bench.load import Item
-    from bench.load_client import Record, Target
+    from bench.serving.load import Item
+    from bench.serving.load_client import Record, Target
 
 VALUES: dict[str, dict[str, Any]] = {
     "as-is": {},
@@ -75,10 +75,10 @@ def serve(
         import aiohttp
     except ImportError:
         raise BenchError("sending a load needs aiohttp: pip install 'magicdec[load]'") from None
-    from bench.forecast import check_plotting
-    from bench.load import Lengths, items
-    from bench.load_client import Target, list_model
-    from bench.load_report import Slo, Summary, plot, table
+    from bench.paper.forecast_report import check_plotting
+    from bench.serving.load import Lengths, items
+    from bench.serving.load_client import Target, list_model
+    from bench.serving.load_report import Slo, Summary, plot, table
     from models.default import resolve_model
     from models.tokenizer import Tokenizer
 
@@ -114,7 +114,7 @@ def _run(
 ) -> list[Record]:
     from tqdm import tqdm
 
-    from bench.load_client import LoadClient
+    from bench.serving.load_client import LoadClient
 
     about = f"{level:g} {'users' if closed else 'requests/s'}"
     with tqdm(total=len(load), desc=about, unit="request", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:

@@ -36,7 +36,7 @@ def generate(
     text = _prompt(prompt, prompt_file)
     import msgspec
 
-    from engine.config import load_config
+    from engine.config.deployment import load_config
     from engine.llm import LLM
     from engine.params import SamplingParams
 
@@ -85,7 +85,7 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
 def _report(stats: EngineStats, tokens: int, prefill: float, decode: float) -> None:
     """Tokens per second are of decoding: the first token belongs to the prefill."""
-    from engine.stats import acceptance
+    from engine.scheduler.stats import acceptance
 
     rounds = sum(stats.gamma_chosen)
     lines = [

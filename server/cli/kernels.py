@@ -16,7 +16,7 @@ def kernels(
     compiler."""
     import torch
 
-    from engine.backend import choose_ops
+    from engine.worker.kernels import choose_ops
     from kernels.cpu.build import BUILT, INSTRUCTION_SETS, build_kernels, build_operators
 
     if every:

@@ -59,8 +59,8 @@ def _number(text: str) -> int:
 
 def _measured(src: Path, keep: int, text: Path | None, tokens: int) -> list[int]:
     from bench.corpus import passages, read_text
-    from engine.config import EngineConfig
-    from engine.loading import load_target
+    from engine.config.deployment import EngineConfig
+    from engine.worker.loading import load_target
     from models.draft import choose_layers
     from models.tokenizer import Tokenizer
 

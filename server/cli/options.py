@@ -38,7 +38,7 @@ _FLAGS: dict[str, Any] = {
 
 def engine_flags(*but: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the flags of the engine's settings, behind its own flag `config`. What they override reaches its
-    parameter `overrides`, for engine.config.load_config. but: flags that it goes without."""
+    parameter `overrides`, for engine.config.deployment.load_config. but: flags that it goes without."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         flags = {name: flag for name, flag in _FLAGS.items() if name not in but}
@@ -118,7 +118,7 @@ def engine_overrides(
     gpu_memory_utilization: float | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Settings for engine.config.load_config; flags that were not given override nothing."""
+    """Settings for engine.config.deployment.load_config; flags that were not given override nothing."""
     settings: dict[str, Any] = {
         "engine.model": model,
         "engine.device": device,

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from engine.speculation.cost_model import GAMMA_MAX
-from engine.speculation.forecast import BUDGETS, deploy
-from engine.speculation.hardware import NAMES
 from models.shapes import SHAPES
+from planner.cost_model import GAMMA_MAX
+from planner.forecast import BUDGETS, deploy
+from planner.hardware import NAMES
 from server.cli import options
 
 
@@ -53,7 +53,7 @@ def plan(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw them into this PNG.")] = None,
 ) -> None:
     """Predict speed-up, best gamma and budget, memory and break-even context. Needs no weights and no GPU."""
-    from bench.forecast import check_plotting, plot, table
+    from bench.paper.forecast_report import check_plotting, plot, table
 
     batches, contexts = options.counts(batch, "--batch"), options.counts(context, "--context")
     for file, flag in ((json_file, "--json"), (plot_file, "--plot")):

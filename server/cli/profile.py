@@ -30,9 +30,9 @@ def profile(
     overrides["engine.speculation.gamma"] = max(counts[2])
     import msgspec
 
-    from bench.forecast import check_plotting
-    from bench.rounds import measure, plot, table
-    from engine.config import load_config
+    from bench.micro.rounds import measure, plot, table
+    from bench.paper.forecast_report import check_plotting
+    from engine.config.deployment import load_config
 
     if plot_file is not None:
         check_plotting()

@@ -12,7 +12,7 @@ import typer
 from server.cli import options
 
 if TYPE_CHECKING:
-    from engine.config import Config
+    from engine.config.deployment import Config
     from server.service import Service
 
 
@@ -72,7 +72,7 @@ def serve(
         "server.tls_key": tls_key and str(tls_key),
     }
     overrides |= {name: value for name, value in flags.items() if value is not None}
-    from engine.config import load_config
+    from engine.config.deployment import load_config
 
     raise typer.Exit(_run(load_config(config, overrides), engine))
 
@@ -85,8 +85,8 @@ def _run(config: Config, engine: Path | None) -> int:
     from models.default import resolve_model
     from models.tokenizer import Tokenizer
     from server.keys import read_keys
+    from server.lifecycle import Lifecycle
     from server.listen import listen
-    from server.run import Lifecycle
 
     directory = resolve_model(config.engine.model)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"model": str(directory)})})

@@ -18,9 +18,9 @@ import psutil
 import pytest
 import yaml
 
-from tests.tiny import write_model
+from tests.support.paths import ROOT
+from tests.support.tiny import write_model
 
-ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120.0
 """How long anything may take before a test fails; nothing is expected to come near it."""
 

@@ -1,8 +1,8 @@
-"""A short run of tests/chaos.py."""
+"""A short run of tests/support/chaos.py."""
 
 from __future__ import annotations
 
-from tests import chaos
+from tests.support import chaos
 
 
 def test_a_little_chaos() -> None:

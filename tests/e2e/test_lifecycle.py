@@ -228,7 +228,7 @@ def test_a_signal_while_loading(tmp_path: Path, tiny_model: Path) -> None:
         """Other children, such as git for the version, come and go."""
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(process.pid).children()
-            return [child for child in children if "engine.process" in child.cmdline()]
+            return [child for child in children if "engine.processes.engine_server" in child.cmdline()]
         return []
 
     eventually(lambda: len(engines()) == 1)

@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 from tests.e2e.conftest import PATIENCE_S, Server
-from tests.schemas import random_schema
+from tests.support.schemas import random_schema
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "Tell me about a person."}]

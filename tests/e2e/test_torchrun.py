@@ -20,11 +20,11 @@ import psutil
 import pytest
 import yaml
 
-from engine.config import EngineConfig
+from engine.config.deployment import EngineConfig
 from engine.llm import LLM
 from engine.params import SamplingParams
 from tests.e2e.conftest import PATIENCE_S, ROOT, Server, environment, eventually, start
-from tests.ranks import PROCESS_MODEL, settings, write_random_model
+from tests.support.ranks import PROCESS_MODEL, settings, write_random_model
 
 MODEL = replace(PROCESS_MODEL, max_position_embeddings=4096)
 PROMPT = list(range(3, 60))
@@ -103,7 +103,7 @@ class Agents:
                 command += ["--nproc-per-node=2", "--max-restarts=1", "--rdzv-backend=c10d"]
                 command += [f"--rdzv-endpoint={hosts[0].address}:{port}", f"--rdzv-conf=is_host={int(number == 0)}"]
                 command += [f"--local-addr={host.address}"]
-                command += ["-m", "engine.torchrun", "--config", str(file), "--socket", str(self.socket)]
+                command += ["-m", "engine.processes.torchrun", "--config", str(file), "--socket", str(self.socket)]
                 self.processes.append(
                     subprocess.Popen(
                         command,

@@ -12,6 +12,7 @@ from torch._C._distributed_c10d import FileStore
 
 from parallel import rendezvous
 from parallel.group import Group
+from tests.support.paths import ROOT
 
 RANKS = min(torch.cuda.device_count(), 8)
 
@@ -55,7 +56,7 @@ def test_sums_between_gpus(tmp_path: Path, transport: str) -> None:
             [*command, str(rank), str(RANKS), transport, str(tmp_path / "store")],
             stderr=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
         )
         for rank in range(RANKS)
     ]

@@ -13,7 +13,7 @@ from kernels.kv_cache import LayerKV
 from kernels.noise import gumbel_noise, noise_bits
 from models.loader import random_model
 from parallel.group import Group
-from tests.engines import TINY, run, tiny_engine, tokens
+from tests.support.engines import TINY, run, tiny_engine, tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is present")
 

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import EngineConfig
+from engine.config.deployment import EngineConfig
 from engine.core import Engine
-from engine.fitting import fit_pages, measure
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.sizing import size_up
+from engine.worker.kv_memory import fit_pages, measure
+from engine.worker.resolve import size_up
 from models.default import default_model_dir
 from models.llama import Llama
 from models.loader import random_model
 from models.tokenizer import Tokenizer
 from parallel.group import Group
-from tests.engines import TINY, run, tiny_engine, tokens
-from tests.ranks import write_random_model
+from tests.support.engines import TINY, run, tiny_engine, tokens
+from tests.support.ranks import write_random_model
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device is present", allow_module_level=True)

@@ -1,6 +1,6 @@
 """What only a GPU can show of the kernels in Triton: shapes that models have, and CUDA graphs.
 
-Parity in small shapes is in tests/unit/test_gpu_kernels.py, which runs on the GPU where there is one.
+Parity in small shapes is in tests/unit/kernels/test_gpu_kernels.py, which runs on the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kernels.kv_cache import LayerKV
 from kernels.reference import REFERENCE
 from models.loader import random_model
 from parallel.group import Group
-from tests.engines import TINY, run, tiny_engine, tokens
+from tests.support.engines import TINY, run, tiny_engine, tokens
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device is present", allow_module_level=True)

@@ -13,11 +13,11 @@ import torch
 
 from engine.core import Engine
 from engine.plan import StepPlan
-from engine.request import Request
-from engine.speculation.controller import FixedGamma
-from tests.engines import run, tokens
+from engine.scheduler.controller import FixedGamma
+from engine.scheduler.request import Request
 from tests.parallel.test_law import alone, model, requests
-from tests.ranks import DRAFT, threaded_engine, write_random_model
+from tests.support.engines import run, tokens
+from tests.support.ranks import DRAFT, threaded_engine, write_random_model
 
 SHAPE = (9, 3)
 KV: dict[str, dict[str, Any]] = {

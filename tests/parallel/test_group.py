@@ -17,7 +17,8 @@ from models.config import ModelConfig
 from models.loader import random_model
 from parallel import rendezvous, shared
 from parallel.group import CollectiveError, Group
-from tests.rig import CPU, PagedRows
+from tests.support.paths import ROOT
+from tests.support.rig import CPU, PagedRows
 
 CONFIG = ModelConfig(
     vocab_size=53,
@@ -81,7 +82,7 @@ def exercise(group: Group) -> dict[str, torch.Tensor]:
 
 def run_processes(work: str, size: int, *arguments: object) -> None:
     """Run `work`, a function of this file, in a process per rank: work(rank, size, *arguments, memory)."""
-    root = Path(__file__).parents[2]
+    root = ROOT
     command = [sys.executable, "-m", "tests.parallel.test_group", work]
     memory = shared.create(size)
     ranks = [

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.client import EngineClient
-from engine.config import EngineConfig
+from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from tests.engines import complete
-from tests.ranks import PROCESS_MODEL, settings, write_random_model
+from engine.processes.client import EngineClient
+from tests.support.engines import complete
+from tests.support.paths import ROOT
+from tests.support.ranks import PROCESS_MODEL, settings, write_random_model
 
-ROOT = Path(__file__).parents[2]
 PROMPT = list(range(3, 40))
 PARAMS = SamplingParams(max_tokens=20, temperature=1.0, seed=4, ignore_eos=True)
 
@@ -43,7 +43,7 @@ class Group:
             port = free.getsockname()[1]
         size = str(len(places))
         shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-m", "engine.torchrun", "--config", str(directory / "c.yaml")]
+        command = [sys.executable, "-m", "engine.processes.torchrun", "--config", str(directory / "c.yaml")]
         self.ranks = [
             subprocess.Popen(
                 [*command, "--socket", str(self.socket)],

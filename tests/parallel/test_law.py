@@ -16,9 +16,9 @@ from kernels.ops import Ops
 from kernels.reference import REFERENCE
 from models.config import ModelConfig
 from parallel.group import RankFailure
-from tests.engines import run, tokens
-from tests.ranks import threaded_engine
-from tests.rig import compiled
+from tests.support.engines import run, tokens
+from tests.support.ranks import threaded_engine
+from tests.support.rig import compiled
 
 
 def model(heads: int, kv_heads: int) -> ModelConfig:

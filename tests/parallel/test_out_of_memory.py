@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.batch.rows import Round
 from engine.messages import RETRY_MEMORY, RequestOutput
-from engine.rows import Round
 from engine.speculation.verify import Verdict
-from engine.worker import Worker
+from engine.worker.worker import Worker
 from parallel import shared
 from parallel.shared import SharedGroup
-from tests.engines import run, tokens
 from tests.parallel.test_law import alone, model, requests
-from tests.ranks import DRAFT, ThreadRanks, threaded_engine, write_random_model
+from tests.support.engines import run, tokens
+from tests.support.ranks import DRAFT, ThreadRanks, threaded_engine, write_random_model
 
 pytestmark = pytest.mark.skipif(not shared.available(), reason="needs shared memory between ranks")
 SHAPE = (9, 3)

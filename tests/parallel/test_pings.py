@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
-from engine.orders import Report, answer, follow
 from engine.plan import StepPlan
-from engine.ranks import Ranks
+from engine.ranks.executor import Ranks
+from engine.ranks.protocol import Report, answer, follow
 from parallel.channel import Disconnected, Link
 from parallel.group import RankFailure
 

@@ -19,20 +19,19 @@ import psutil
 import pytest
 import torch
 
-from engine.config import ConfigError, EngineConfig
+from engine.batch.runner import Runner
+from engine.config.deployment import ConfigError, EngineConfig
 from engine.core import Engine
 from engine.llm import LLM
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.ranks import Ranks
-from engine.runner import Runner
+from engine.ranks.executor import Ranks
 from models.batch import ForwardBatch
 from parallel import rendezvous
 from parallel.group import RankFailure
-from tests.engines import run, tokens
-from tests.ranks import PROCESS_MODEL, settings, write_random_model
-
-ROOT = Path(__file__).parents[2]
+from tests.support.engines import run, tokens
+from tests.support.paths import ROOT
+from tests.support.ranks import PROCESS_MODEL, settings, write_random_model
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor
 from parallel.group import Group
 from parallel.sampling import VocabShard
 from parallel.split import split
-from tests.rig import run_ranks
+from tests.support.rig import run_ranks
 
 
 class Choices(NamedTuple):

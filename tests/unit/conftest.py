@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engines import TINY
-from tests.ranks import DRAFT, write_random_model
+from tests.support.engines import TINY
+from tests.support.ranks import DRAFT, write_random_model
 
 if not torch.cuda.is_available():  # Triton looks when it is first imported, which is in test modules
     os.environ["TRITON_INTERPRET"] = "1"

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-LAYERS = ("server", "bench", "engine", "models", "parallel", "kernels")
+from tests.support.paths import ROOT
+
+LAYERS = ("server", "bench", "planner", "engine", "models", "parallel", "kernels")
 """Top to bottom: a module imports its own layer and those below."""
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 UNPICKLING = {

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.cli import PACKAGES, foreign_package
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def run_python(code: str, *search: Path) -> subprocess.CompletedProcess[str]:

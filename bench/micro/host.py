@@ -1,0 +1,124 @@
+"""What the host does for a round beside sending it to a device: all that a device may have to wait for between rounds.
+
+    python -m bench.micro.host --rows 32 --context 8000 --gamma 3
+
+Nothing is computed: the scheduler plans, the rank's state is patched, index tensors are built and attention is planned
+as for a GPU, but in the memory of the host. On a GPU every operation on a tensor takes some microseconds more, for its
+launch. What the others of a round do not wait for comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+
+import msgspec
+import torch
+
+from bench.micro.shares import Clock
+from engine.batch.rows import Rows
+from engine.kv.policies import View, Window
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.plan import RowResult, StepResult
+from engine.scheduler.controller import FixedGamma
+from engine.scheduler.outputs import output_of
+from engine.scheduler.pages import PageAllocator
+from engine.scheduler.scheduler import Scheduler
+from engine.worker.build import dense
+from kernels.attention.base import Fixed
+from kernels.attention.gpu import GpuAttention
+
+_PAGE = 16
+_WARM_UPS = 5
+
+
+class Host:
+    """The host's side of an engine whose rows all decode."""
+
+    def __init__(self, rows: int, context: int, gamma: int, budget: int, rounds: int) -> None:
+        most = context + (rounds + _WARM_UPS + 1) * (gamma + 1) + 1
+        width = -(-most // _PAGE)
+        self._rounds, self._chance = rounds, random.Random(0)
+        self._scheduler = Scheduler(
+            pages=PageAllocator(rows * (width + 1)),
+            page_size=_PAGE,
+            max_rows=rows,
+            max_batch_tokens=rows * most,
+            max_waiting=rows,
+            max_model_len=2 * most,
+            eos_token_ids=[],
+            controller=FixedGamma(gamma),
+        )
+        params = SamplingParams(max_tokens=most, temperature=0.0)
+        for row in range(rows):
+            self._scheduler.add(AddRequest(str(row), [0] * context, params))
+        self._rows = Rows(max_rows=rows, max_model_len=2 * most, page_size=_PAGE, device=torch.device("cpu"))
+        self._view = View(Window(budget=budget, sink=_PAGE, page_size=_PAGE), self._rows.page_table)
+        draft_width = min(budget // _PAGE + 1, width)
+        self._steps = [GpuAttention(fixed=Fixed(rows, rows, draft_width)) for _ in range(gamma)]
+        self._target = GpuAttention(fixed=Fixed(rows, rows * (gamma + 1), self._rows.page_table.shape[1]))
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def run(self) -> Clock:
+        """Of one round, on average. The first round computes the prompts."""
+        for _ in range(_WARM_UPS):
+            self._round(Clock())
+        parts = Clock()
+        for _ in range(self._rounds):
+            self._round(parts)
+        for part in parts.seconds:
+            parts.seconds[part] /= self._rounds
+        return parts
+
+    def _round(self, parts: Clock) -> None:
+        with parts.time("plan the round"):
+            plan, requests = self._scheduler.schedule()
+        with parts.time("patch what a rank knows"):
+            round_ = self._rows.enter(plan)
+        for step, attention in enumerate(self._steps[: round_.gamma_max]):
+            with parts.time("first draft step" if step == 0 else "further draft steps"):
+                attention.plan(round_.draft_batch(step, self._view)[0].attention)
+        with parts.time("pass over drafts"):
+            batch = round_.verify_batch(dense(self._rows))
+            if round_.gamma_max or (round_.new == 1).all():
+                self._target.plan(batch.attention)
+        results = []
+        for work in plan.work:
+            held = self._chance.randrange(work.gamma + 1)
+            results.append(RowResult(work.gamma, held, [0] * (held + 1), None))
+            self._rows.computed[work.row] += work.new + held
+        with parts.time("commit"):
+            yielded = self._scheduler.commit(plan, requests, StepResult(plan.step, results, 0.0, 0.0))
+        with parts.time("say what came of it"):
+            outputs = [output_of(request, new, row) for (request, new), row in zip(yielded, results, strict=True)]
+        with parts.time("encode that for peers"):
+            self._encoder.encode(outputs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--context", type=int, default=8000)
+    parser.add_argument("--gamma", type=int, default=3)
+    parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=100)
+    arguments = parser.parse_args()
+    if min(arguments.rows, arguments.context, arguments.rounds) < 1 or not 0 <= arguments.gamma <= 16:
+        parser.error("--rows, --context and --rounds are at least 1, --gamma is from 0 to 16")
+    if arguments.budget % _PAGE or arguments.budget < 2 * _PAGE:
+        parser.error(f"--budget is a multiple of {_PAGE}, and at least {2 * _PAGE}")
+    torch.set_num_threads(1)
+    host = Host(arguments.rows, arguments.context, arguments.gamma, arguments.budget, arguments.rounds)
+    parts = host.run()
+    print(f"{arguments.rows} rows of {arguments.context} tokens, gamma {arguments.gamma}, microseconds per round:")
+    for part, seconds in parts.seconds.items():
+        print(f"  {part:26}{1e6 * seconds:8.0f}")
+    first = "first draft step" if arguments.gamma else "pass over drafts"
+    waited = ("commit", "say what came of it", "plan the round", "patch what a rank knows", first)
+    total = sum(parts.seconds[part] for part in waited)
+    print(f"  from one round's result to the next one's first kernel: {1e6 * total:.0f}")
+
+
+if __name__ == "__main__":
+    main()

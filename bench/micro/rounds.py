@@ -1,0 +1,133 @@
+"""What the parts of a round take over rows and context: T_T, T_D and T_V of the cost model, on the real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from bench.corpus import BenchError
+from bench.paper.forecast_report import check_plotting
+from engine.config.deployment import EngineConfig, SchedulerConfig
+from engine.control.step_times import StepSample, StepTimes
+from engine.core import Engine
+from engine.scheduler.controller import FixedGamma
+from planner.cost_model import best_gamma, speedup
+
+
+class RoundTimes(msgspec.Struct):
+    """Milliseconds at one (rows, context, gamma). speedup: at the acceptance that was asked about; best_gamma: of those
+    from 0 to the largest that was measured, verify passes between them interpolated."""
+
+    rows: int
+    context: int
+    gamma: int
+    t_target_ms: float
+    t_draft_ms: float
+    t_verify_ms: float
+    speedup: float
+    best_gamma: int
+    best_speedup: float
+
+
+def measure(
+    config: EngineConfig,
+    rows: Sequence[int],
+    contexts: Sequence[int],
+    gammas: Sequence[int],
+    *,
+    alpha: float,
+    repeats: int = 3,
+) -> list[RoundTimes]:
+    """config: whose drafter and policy are measured. alpha: acceptance, for the speed-ups.
+
+    Raises BenchError for what the engine has no room for.
+    """
+    most = max(gammas)
+    tokens = max(max(rows) * (most + 1) + 1, config.scheduler.max_batch_tokens)
+    scheduler = SchedulerConfig(max_rows=max(rows), max_batch_tokens=tokens, max_waiting=config.scheduler.max_waiting)
+    speculation = config.speculation.model_copy(update={"gamma": most})
+    config = config.model_copy(update={"scheduler": scheduler, "speculation": speculation})
+    engine = Engine(config, controller=FixedGamma(most), progress=False)
+    found: list[RoundTimes] = []
+    try:
+        for count in rows:
+            for context in contexts:
+                samples = [engine.profiler.measure(count, context, gamma, repeats) for gamma in (0, *gammas)]
+                found += _times(samples, most, alpha)
+    except ValueError as error:
+        raise BenchError(str(error)) from error
+    finally:
+        engine.close()
+    return found
+
+
+def _times(samples: list[StepSample], most: int, alpha: float) -> list[RoundTimes]:
+    """samples: of one batch; the first without drafts."""
+    plain, *others = samples
+    rows, context, target = plain.rows, plain.context, plain.verify_s
+    # One batch: what drafts read plays no part.
+    times = StepTimes(samples, lambda context, budget: 1)
+    draft = times.draft(rows, 1)
+    best, gain = best_gamma(
+        alpha, target, draft, lambda gamma: times.verify(rows, rows * context, [gamma])[0], gamma_max=most
+    )
+    return [
+        RoundTimes(
+            rows=rows,
+            context=context,
+            gamma=sample.gamma,
+            t_target_ms=1e3 * target,
+            t_draft_ms=1e3 * sample.draft_s / sample.gamma,
+            t_verify_ms=1e3 * sample.verify_s,
+            speedup=speedup(sample.gamma, alpha, target, sample.draft_s / sample.gamma, sample.verify_s),
+            best_gamma=best,
+            best_speedup=gain,
+        )
+        for sample in others
+    ]
+
+
+def table(times: Sequence[RoundTimes], alpha: float) -> str:
+    """As text."""
+    names = ("rows", "context", "gamma", "T_T ms", "T_D ms", "T_V ms", "T_D/T_T", "T_V/T_T", "x plain", "best gamma")
+    lines = ["".join(f"{name:>11}" for name in names)]
+    for at in times:
+        cells = (
+            str(at.rows),
+            str(at.context),
+            str(at.gamma),
+            f"{at.t_target_ms:.1f}",
+            f"{at.t_draft_ms:.1f}",
+            f"{at.t_verify_ms:.1f}",
+            f"{at.t_draft_ms / at.t_target_ms:.2f}",
+            f"{at.t_verify_ms / at.t_target_ms:.2f}",
+            f"{at.speedup:.2f}",
+            f"{at.best_gamma} ({at.best_speedup:.2f})",
+        )
+        lines.append("".join(f"{cell:>11}" for cell in cells))
+    lines.append(f"x plain and best gamma are what an acceptance of {alpha:g} would give")
+    return "\n".join(lines)
+
+
+def plot(times: Sequence[RoundTimes], path: Path) -> None:
+    """A PNG: times over context, a panel per number of rows. Raises PlotError without matplotlib."""
+    check_plotting()
+    from matplotlib.figure import Figure
+
+    rows = sorted({at.rows for at in times})
+    figure = Figure(figsize=(3.5 * len(rows), 3.5), layout="constrained")
+    for axes, count in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+        here = [at for at in times if at.rows == count]
+        most = max(at.gamma for at in here)
+        last = [at for at in here if at.gamma == most]
+        contexts = [at.context for at in last]
+        axes.plot(contexts, [at.t_target_ms for at in last], marker="o", label="plain step")
+        axes.plot(contexts, [at.t_draft_ms for at in last], marker="o", label="draft step")
+        axes.plot(contexts, [at.t_verify_ms for at in last], marker="o", label=f"verify, gamma {most}")
+        axes.set(xlabel="context (tokens per row)", title=f"{count} row{'s' * (count > 1)}")
+        axes.set_ylim(bottom=0)
+    figure.axes[0].set_ylabel("ms")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,198 @@
+"""Where the time of a round goes: kernels of each kind, and everything else, which is the host's.
+
+python -m bench.micro.shares --rows 16 --context 7500 --gamma 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, overload
+
+from torch import Tensor
+
+from engine.config.deployment import EngineConfig
+from engine.core import Engine
+from engine.plan import RowWork, StepPlan
+from engine.scheduler.controller import FixedGamma
+from engine.worker.profiler import blank_rows
+from engine.worker.resolve import size_up
+from kernels.attention.base import AttentionBackend, AttentionBatch
+from kernels.kv_cache import LayerKV
+from kernels.ops import Graphs, Ops, Product
+from models.loader import load_model
+from parallel.group import Group
+
+
+class Clock:
+    """Seconds and calls by name. Nothing is asked of a device: on GPUs it would say nothing."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+        self.calls[name] += 1
+
+    def clear(self) -> None:
+        self.seconds.clear()
+        self.calls.clear()
+
+
+class TimedProduct:
+    """A product on the clock."""
+
+    def __init__(self, inner: Product, name: str, clock: Clock) -> None:
+        self._inner, self._name, self._clock = inner, name, clock
+
+    @property
+    def nbytes(self) -> int:
+        return self._inner.nbytes
+
+    @property
+    def keeps_weights(self) -> bool:
+        return self._inner.keeps_weights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with self._clock.time(self._name):
+            return self._inner(x)
+
+    def int8(self) -> TimedProduct:
+        return TimedProduct(self._inner.int8(), f"{self._name}, int8", self._clock)
+
+
+class TimedAttention:
+    """Attention on the clock."""
+
+    def __init__(self, inner: AttentionBackend, clock: Clock) -> None:
+        self._inner, self._clock = inner, clock
+        self._name = ""
+
+    def plan(self, batch: AttentionBatch) -> None:
+        self._name = f"attention, {max(batch.query_lengths)} queries over {max(batch.kv_lengths)}"
+        self._inner.plan(batch)
+
+    @overload
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
+    @overload
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """See AttentionBackend.run."""
+        with self._clock.time(self._name):
+            return self._inner.run(layer, q, scale, lse=True) if lse else self._inner.run(layer, q, scale)
+
+
+class TimedOps:
+    """Any `Ops`, on the clock."""
+
+    def __init__(self, inner: Ops, clock: Clock) -> None:
+        self._inner, self._clock = inner, clock
+        self.kind, self.name = inner.kind, inner.name
+        self.graphs: Graphs | None = None
+
+    def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> TimedProduct:
+        inner = self._inner.product(weight, bias, gated=gated, wide=wide)
+        return TimedProduct(inner, "head" if wide else "products", self._clock)
+
+    def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        with self._clock.time("norms"):
+            return self._inner.norm(x, delta, weight, eps)
+
+    def rotary(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        positions: Tensor,
+        slots: Tensor,
+        kv: LayerKV,
+        norms: tuple[Tensor, Tensor, float] | None,
+    ) -> Tensor:
+        with self._clock.time("rotation, KV write"):
+            return self._inner.rotary(qkv, rotary, positions, slots, kv, norms)
+
+    def sample(
+        self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
+    ) -> tuple[Tensor, Tensor]:
+        with self._clock.time("sampling"):
+            return self._inner.sample(logits, temperature, seeds, positions, first)
+
+    def accept(
+        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
+    ) -> Tensor:
+        with self._clock.time("verdict"):
+            return self._inner.accept(tokens, computed, ledger, drafted, chosen, most)
+
+    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
+        with self._clock.time("verdict"):
+            self._inner.commit(tokens, computed, ledger, verdict)
+
+    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+        with self._clock.time("votes"):
+            return self._inner.votes(q, k, scale, candidates=candidates, kernel=kernel)
+
+    def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        with self._clock.time("merging"):
+            return self._inner.merge(outputs, lses)
+
+    def attention(self, page_size: int, head_dim: int) -> TimedAttention:
+        return TimedAttention(self._inner.attention(page_size, head_dim), self._clock)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--context", type=int, default=7500)
+    parser.add_argument("--gamma", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=8)
+    arguments = parser.parse_args()
+    config = EngineConfig.model_validate(
+        {
+            "model": arguments.model,
+            "device": "cpu",
+            "scheduler": {"max_rows": arguments.rows},
+            "speculation": {"gamma": arguments.gamma},
+        }
+    )
+    sizes, clock = size_up(config, None), Clock()
+    model = load_model(
+        sizes.path,
+        dtype=sizes.dtype,
+        device=sizes.device,
+        group=Group.single(),
+        progress=False,
+        ops=TimedOps(sizes.ops, clock),
+    )
+    engine = Engine(config, model=model, controller=FixedGamma(arguments.gamma), progress=False)
+    # Rows over pages of their own, which hold zeros: times depend on shapes, and on what caches hold.
+    context = arguments.context
+    width = (context + arguments.rounds * (arguments.gamma + 1) + 64) // config.cache.page_size + 1
+    starts, pages = blank_rows(arguments.rows, context, width, arguments.rows * width)
+    work = [RowWork(row, context, 1, arguments.gamma, True) for row in range(arguments.rows)]
+    run = engine.profiler.run
+    run(StepPlan(0, starts, pages, work, clear=list(range(arguments.rows * width))))
+    clock.clear()
+    began = time.perf_counter()
+    for _ in range(arguments.rounds):
+        run(StepPlan(0, [], [], work))
+    taken = (time.perf_counter() - began) / arguments.rounds
+    engine.close()
+    print(f"{arguments.rows} rows of {context} tokens, gamma {arguments.gamma}: {1e3 * taken:.1f} ms per round")
+    for name, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
+        seconds /= arguments.rounds
+        print(
+            f"  {name:32} {1e3 * seconds:7.2f} ms {seconds / taken:6.1%}, {clock.calls[name] // arguments.rounds} calls"
+        )
+    rest = taken - sum(clock.seconds.values()) / arguments.rounds
+    print(f"  {'everything else':32} {1e3 * rest:7.2f} ms {rest / taken:6.1%}")
+
+
+if __name__ == "__main__":
+    main()

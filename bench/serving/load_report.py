@@ -1,0 +1,169 @@
+"""What became of a load: percentiles, throughput, goodput; as a table, and as curves of latency over throughput."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from bench.corpus import BenchError
+from bench.paper.forecast_report import check_plotting
+from bench.serving.load_client import Record
+
+PERCENTILES = (50, 90, 95, 99)
+
+
+class Slo(msgspec.Struct, frozen=True):
+    """Seconds that a request may take: until its first token, per further token, and in all; None: any."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+    e2e: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Slo:
+        """Like `ttft:500,tpot:50`, in milliseconds. Raises BenchError."""
+        try:
+            parts = dict(part.strip().split(":") for part in text.split(",") if part.strip())
+            limits = {name: float(value) / 1e3 for name, value in parts.items()}
+            if any(limit <= 0 for limit in limits.values()):
+                raise ValueError
+            return cls(**limits)
+        except (TypeError, ValueError):
+            raise BenchError(
+                f"{text!r} is no SLO: ttft, tpot and e2e with milliseconds, like ttft:500,tpot:50"
+            ) from None
+
+    def met(self, record: Record) -> bool:
+        """Only by an answer."""
+        if record.fate != "answered" or not record.chunks:
+            return False
+        each = (self.ttft, record.first_s), (self.tpot, record.per_token_s), (self.e2e, record.whole_s)
+        return all(limit is None or taken is None or taken <= limit for limit, taken in each)
+
+
+class Summary(msgspec.Struct):
+    """One level of load with one value of --speculation. Times in milliseconds, by percentile, of answered requests.
+
+    level: requests per second, or how many are under way. fates: how many requests ended how. seconds: from the first
+    request due to the last end. requests_per_s, tokens_per_s: answered ones, and their output. goodput: answered ones
+    per second that met the SLO; None without one. ttft: from when a request was due to its first text. tpot: per token
+    after that, by the server's count. itl: between chunks, of all requests. late: how late requests were sent.
+    """
+
+    level: float
+    closed: bool
+    speculation: str
+    fates: dict[str, int]
+    seconds: float
+    requests_per_s: float
+    tokens_per_s: float
+    goodput: float | None
+    ttft_ms: dict[str, float]
+    tpot_ms: dict[str, float]
+    itl_ms: dict[str, float]
+    e2e_ms: dict[str, float]
+    late_ms: dict[str, float]
+    reasons: dict[str, int]
+
+    @classmethod
+    def of(cls, records: Sequence[Record], level: float, closed: bool, speculation: str, slo: Slo | None) -> Summary:
+        answered = [record for record in records if record.fate == "answered" and record.chunks]
+        seconds = max(record.ended for record in records) - min(record.due for record in records)
+        good = None if slo is None else sum(map(slo.met, records)) / seconds
+        return cls(
+            level=level,
+            closed=closed,
+            speculation=speculation,
+            fates=dict(Counter(record.fate for record in records)),
+            seconds=seconds,
+            requests_per_s=len(answered) / seconds,
+            tokens_per_s=sum(record.tokens for record in answered) / seconds,
+            goodput=good,
+            ttft_ms=percentiles(record.first_s for record in answered),
+            tpot_ms=percentiles(each for record in answered if (each := record.per_token_s) is not None),
+            itl_ms=percentiles(gap for record in answered for gap in record.gaps_s),
+            e2e_ms=percentiles(record.whole_s for record in answered),
+            late_ms=percentiles(record.sent - record.due for record in records),
+            reasons=dict(Counter(record.reason for record in records if record.reason).most_common(5)),
+        )
+
+
+def percentiles(seconds: Iterable[float]) -> dict[str, float]:
+    """In milliseconds, by nearest rank: p50 … p99, and the mean; empty if there is nothing."""
+    ordered = sorted(seconds)
+    if not ordered:
+        return {}
+    found = {f"p{p}": 1e3 * ordered[max(0, -(-len(ordered) * p // 100) - 1)] for p in PERCENTILES}
+    return found | {"mean": 1e3 * sum(ordered) / len(ordered)}
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    head = (
+        "load",
+        "drafts",
+        "ok",
+        "other",
+        "req/s",
+        "tok/s",
+        "goodput",
+        "ttft50",
+        "ttft95",
+        "tpot50",
+        "tpot95",
+        "e2e50",
+    )
+    lines = ["".join(f"{name:>10}" for name in (*head, "e2e95"))]
+    for each in summaries:
+        ok = each.fates.get("answered", 0)
+        cells = (
+            f"{each.level:g} {'users' if each.closed else '/s'}",
+            each.speculation,
+            ok,
+            sum(each.fates.values()) - ok,
+            f"{each.requests_per_s:.2f}",
+            f"{each.tokens_per_s:.1f}",
+            "-" if each.goodput is None else f"{each.goodput:.2f}",
+            *(_ms(times, p) for times in (each.ttft_ms, each.tpot_ms, each.e2e_ms) for p in ("p50", "p95")),
+        )
+        lines.append("".join(f"{cell!s:>10}" for cell in cells))
+    for each in summaries:
+        for reason, count in each.reasons.items():
+            lines.append(f"{each.level:g}, {each.speculation}: {count} x {reason}")
+    lines.append("times in ms; from when a request was due; tpot: per token after the first, by the server's count")
+    return "\n".join(lines)
+
+
+def _ms(times: dict[str, float], percentile: str) -> str:
+    return f"{times[percentile]:.0f}" if times else "-"
+
+
+def plot(summaries: Sequence[Summary], path: Path) -> None:
+    """A PNG: time to the first token and time per token, medians and 95th percentiles, over throughput. Raises
+    PlotError without matplotlib, OSError if the file cannot be written."""
+    check_plotting()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4))
+    for speculation in dict.fromkeys(each.speculation for each in summaries):
+        mine = [each for each in summaries if each.speculation == speculation and each.ttft_ms and each.tpot_ms]
+        for panel, name, times in (
+            (panels[0], "time to first token", [each.ttft_ms for each in mine]),
+            (panels[1], "time per output token", [each.tpot_ms for each in mine]),
+        ):
+            across = [each.tokens_per_s for each in mine]
+            (line,) = panel.plot(across, [t["p50"] for t in times], marker="o", label=f"speculation {speculation}")
+            panel.plot(across, [t["p95"] for t in times], marker=".", linestyle=":", color=line.get_color())
+            panel.set(xlabel="output tokens per second", ylabel=f"{name}, ms (dotted: p95)")
+    for panel in panels:
+        panel.set_ylim(bottom=0)
+        panel.legend()
+        panel.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

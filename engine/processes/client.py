@@ -1,0 +1,274 @@
+"""An API process's side of the engine: starts the engine process, or finds one, and talks to it. Free of torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from engine.config.deployment import EngineConfig
+from engine.logs import LogFormat
+from engine.messages import (
+    FINISH_ABORT,
+    AbortRequests,
+    AddRequest,
+    Dead,
+    EngineStats,
+    FromEngine,
+    Outputs,
+    Ready,
+    RequestOutput,
+)
+from engine.processes.endpoint import HEARTBEAT, SOCKET, EndpointError, check_private, new_directory
+from engine.processes.engine_server import Launch
+from engine.processes.handshake import LAST_WORD_S, appearance, first_word
+from engine.processes.handshake import EngineDead as EngineDead
+from engine.processes.heartbeat import hung
+
+ENGINE_COMMAND = (sys.executable, "-m", "engine.processes.engine_server")
+_STDERR = 2
+_STOP_S = 15.0
+"""How long a stopped engine process may take to end before it is killed; less while it is loading."""
+_STOP_LOADING_S = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+class EngineClient:
+    """One engine process and the requests this process has given it. Use from one event loop.
+
+    ready: what the engine said when it was up.
+    stats: the newest gauges and totals, at most about a second old.
+    dead: why the engine is gone; None while it lives.
+    """
+
+    def __init__(self, directory: Path, round_s: float, *, owns_directory: bool = False) -> None:
+        """Use `start` or `attach`, which await the engine's first word."""
+        self._process: Process | None = None
+        self._directory = directory
+        self._owns_directory = owns_directory
+        self._round_s = round_s
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.connect(f"ipc://{directory / SOCKET}")
+        self._live: dict[str, asyncio.Queue[RequestOutput | None]] = {}
+        self._death = asyncio.Event()
+        self.dead: str | None = None
+        self.stats = EngineStats()
+        self.ready: Ready
+        self._stop_s = _STOP_LOADING_S
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(
+        cls,
+        config: EngineConfig,
+        *,
+        start_timeout_s: float,
+        timeout_s: float,
+        log_level: str = "info",
+        log_format: LogFormat = "text",
+        command: Sequence[str] = ENGINE_COMMAND,
+    ) -> EngineClient:
+        """Start an engine process and wait until it is ready.
+
+        start_timeout_s: how long it may take to load. timeout_s: a round that takes longer counts as hung; a process
+        that gives no sign of life at all does much sooner.
+        Raises EngineDead if it does not come up; nothing of it remains then, nor if this call is cancelled.
+        """
+        try:
+            client = cls(new_directory(), timeout_s, owns_directory=True)
+        except EndpointError as error:
+            raise EngineDead(str(error)) from None
+        try:
+            # The engine's stdout joins its stderr: a server's stdout is for its user.
+            client._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=_STDERR)
+            launch = Launch(config.model_dump(mode="json"), str(client._directory), log_level, log_format)
+            assert client._process.stdin is not None
+            with contextlib.suppress(ConnectionError):  # it ended already: _first_word says so
+                client._process.stdin.write(msgspec.json.encode(launch) + b"\n")
+                await client._process.stdin.drain()
+            client.ready = await first_word(client._socket, client._process, start_timeout_s)
+        except BaseException:
+            await client.close()
+            raise
+        client._stop_s = _STOP_S
+        client._begin(client._watch_process(client._process))
+        return client
+
+    @classmethod
+    async def attach(cls, directory: Path, *, model: str, start_timeout_s: float, timeout_s: float) -> EngineClient:
+        """Wait for an engine that somebody else starts, with its sockets in `directory`.
+
+        model: the name of the one that it must serve. start_timeout_s: how long to wait; engines that fail to start
+        meanwhile may be followed by others. timeout_s: see `start`. Closing leaves the engine alone.
+        Raises EngineDead if there is none, or if other users could have put it there.
+        """
+        client = cls(directory, timeout_s)
+        try:
+            client.ready = await appearance(client._socket, directory, start_timeout_s)
+            check_private(directory)  # only now is there one
+            if client.ready.model != model:
+                raise EngineDead(f"the engine in {directory} serves {client.ready.model}, not {model}")
+        except EndpointError as error:
+            await client.close()
+            raise EngineDead(str(error)) from None
+        except BaseException:
+            await client.close()
+            raise
+        client._begin()
+        return client
+
+    def _begin(self, *watches: Coroutine[None, None, None]) -> None:
+        """The engine is there: listen to it."""
+        self.stats = self.ready.stats
+        self._tasks = [asyncio.create_task(task) for task in (self._receive(), self._watch_heartbeat(), *watches)]
+
+    @property
+    def live(self) -> int:
+        """Requests given to the engine that have not ended."""
+        return len(self._live)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of one request, round by round; the last one carries a finish_reason.
+
+        Closing the generator before that (aclose, cancellation) aborts the request. Raises EngineDead.
+        """
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        if request.id in self._live:
+            raise ValueError(f"request {request.id} is live already")
+        queue = self._live[request.id] = asyncio.Queue()
+        finished = False
+        try:
+            self._post(request)
+            while not finished:
+                output = await queue.get()
+                if output is None:
+                    raise EngineDead(self.dead)
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            # An aborted request has been taken out, and the engine told, already.
+            if self._live.pop(request.id, None) is not None and not finished and self.dead is None:
+                self._post(AbortRequests([request.id]))
+
+    def abort(self, ids: Iterable[str]) -> None:
+        """End these requests now: their generators yield a last output with finish_reason "abort"."""
+        mine = [id for id in ids if id in self._live]
+        for id in mine:
+            self._live.pop(id).put_nowait(RequestOutput(id=id, finish_reason=FINISH_ABORT))
+        if mine and self.dead is None:
+            self._post(AbortRequests(mine))
+
+    def abort_all(self) -> None:
+        self.abort(list(self._live))
+
+    async def wait_dead(self) -> str:
+        """Return the reason once the engine is gone."""
+        await self._death.wait()
+        assert self.dead is not None
+        return self.dead
+
+    async def close(self) -> None:
+        """End the engine process, if this one has started it; no process, socket or file of it remains. Live requests
+        raise EngineDead."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._die("the engine was stopped")
+        try:
+            if self._process is not None:
+                await self._end(self._process)
+        finally:  # also if this is cancelled: the process has been killed then
+            self._context.destroy(linger=0)
+            if self._owns_directory:
+                shutil.rmtree(self._directory, ignore_errors=True)
+
+    def kill(self) -> None:
+        """End the engine process the hard way, at once, if this one has started it."""
+        with contextlib.suppress(ProcessLookupError):
+            if self._process is not None:
+                self._process.kill()
+
+    async def _end(self, process: Process) -> None:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(self._stop_s):
+                await process.wait()
+        except TimeoutError:
+            logger.warning("the engine process does not stop; killing it")
+        finally:
+            self.kill()
+        await process.wait()
+
+    async def _receive(self) -> None:
+        decoder = msgspec.msgpack.Decoder(FromEngine)
+        while self.dead is None:
+            try:
+                message: Ready | Outputs | Dead = decoder.decode(await self._socket.recv())
+            except (zmq.ZMQError, msgspec.MsgspecError) as error:
+                self._die(f"cannot hear the engine: {error}")
+                self.kill()
+                return
+            if isinstance(message, Outputs):
+                self.stats = message.stats
+                for output in message.outputs:
+                    self._deliver(output)
+            elif isinstance(message, Dead):
+                self._die(message.reason)
+            else:
+                self._die("the engine has been started again")
+
+    def _deliver(self, output: RequestOutput) -> None:
+        queue = self._live.get(output.id)
+        if queue is None:  # aborted meanwhile
+            return
+        if output.finish_reason is not None:
+            del self._live[output.id]
+        queue.put_nowait(output)
+
+    async def _watch_heartbeat(self) -> None:
+        with self._context.socket(zmq.SUB) as heartbeat:
+            heartbeat.subscribe(b"")
+            heartbeat.connect(f"ipc://{self._directory / HEARTBEAT}")
+            self._die(await hung(heartbeat, self.ready.heart, self._round_s))
+        self.kill()
+
+    async def _watch_process(self, process: Process) -> None:
+        status = await process.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD_S):
+                await self._death.wait()
+        self._die(f"the engine process ended with status {status}")
+
+    def _die(self, reason: str) -> None:
+        if self.dead is not None:
+            return
+        self.dead = reason
+        self._death.set()
+        for queue in self._live.values():
+            queue.put_nowait(None)
+        self._live.clear()
+
+    def _post(self, message: AddRequest | AbortRequests) -> None:
+        # The queue to the engine has no limit, so this never waits.
+        future = asyncio.ensure_future(self._socket.send(msgspec.msgpack.encode(message)))
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -1,0 +1,319 @@
+"""The engine process: `python -m engine.processes.engine_server`, started by an API process (engine/processes/client.py).
+
+The parent writes one JSON line to stdin, `Launch`, and keeps stdin open for as long as the engine shall
+live: when it closes, be it on purpose or because the parent died, the engine stops. Signals do not stop it,
+so that Ctrl-C in a terminal, or a supervisor that signals the whole group, leaves running requests to the
+API process, which drains first. An engine that torchrun starts (engine/processes/torchrun.py) is served by the same `serve`.
+
+A ROUTER socket talks to any number of API processes, each a DEALER. Whatever a peer says first introduces
+it, and is answered with Ready. Outputs go to the peer the request came from; about once a second every peer
+that heard nothing else gets Outputs without content, for the stats. A peer that cannot be reached any more loses
+its requests. A second socket carries the heartbeat (engine/processes/heartbeat.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from engine.config.deployment import EngineConfig
+from engine.logs import LogFormat, set_up
+from engine.messages import (
+    FINISH_ABORT,
+    RETRY_FULL,
+    AbortRequests,
+    AddRequest,
+    Dead,
+    EngineStats,
+    Outputs,
+    Ready,
+    RequestOutput,
+    ToEngine,
+)
+from engine.processes.endpoint import HEARTBEAT, SOCKET, remove
+from engine.processes.heartbeat import Heart
+from engine.scheduler.scheduler import QueueFull
+
+_NEWS_S = 1.0
+"""How old the stats of a peer may get."""
+_STDIN = 0
+_LAST_WORD_MS = 2000
+"""How long a dying engine tries to tell its peers why."""
+_ORPHAN_GRACE_S = 10.0
+"""How long a stopped engine may take to finish its round and close, before it is ended the hard way."""
+
+logger = logging.getLogger(__name__)
+
+
+class Launch(msgspec.Struct):
+    """What the parent tells the engine process to be."""
+
+    config: dict[str, Any]
+    """EngineConfig."""
+    directory: str
+    """Where to create the ipc sockets, and nothing else; removed with them when the engine ends."""
+    log_level: str = "info"
+    log_format: LogFormat = "text"
+
+
+class EngineLike(Protocol):
+    """What the loop needs of engine.core.Engine."""
+
+    ready: Ready
+    overlaps: bool
+    """Whether the host is free while a round is under way."""
+
+    def add(self, request: AddRequest) -> None: ...
+    def abort(self, ids: Iterable[str]) -> None: ...
+    def has_work(self) -> bool: ...
+    def step(self, meanwhile: Callable[[], None]) -> list[RequestOutput]: ...
+    def check_ranks(self) -> float: ...
+    def stats(self) -> EngineStats: ...
+    def close(self) -> None: ...
+
+
+class EngineServer:
+    """The loop between one engine and its peers."""
+
+    def __init__(self, socket: zmq.Socket[bytes], engine: EngineLike, heart: Heart, leash: int) -> None:
+        """leash: a file descriptor; the end has come when its other end is closed."""
+        self._socket = socket
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(leash, zmq.POLLIN)
+        self._engine = engine
+        self._heart = heart
+        self._leash = leash
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._last_sent: dict[bytes, float] = {}
+        self._owner: dict[str, bytes] = {}
+        self._untold: list[RequestOutput] = []  # of the newest round
+
+    @property
+    def peers(self) -> list[bytes]:
+        return list(self._last_sent)
+
+    def run(self) -> None:
+        """Serve until the leash is let go. Raises what engine.step and engine.check_ranks raise.
+
+        Peers hear of a round at once, or while a device is busy with the next one: it does not wait for that.
+        """
+        try:
+            self._serve()
+        finally:
+            self._tell()  # of the round before one that fails, too
+
+    def _serve(self) -> None:
+        idle_s = _NEWS_S
+        while self._leash not in dict(self._poller.poll(0 if self._engine.has_work() else math.ceil(idle_s * 1000))):
+            self._heart.turn()
+            self._receive()
+            if self._engine.has_work():
+                outputs = self._engine.step(self._tell)
+                self._untold += outputs
+            if not self._engine.overlaps or not self._engine.has_work():
+                self._tell()
+            if not self._engine.has_work():
+                idle_s = min(_NEWS_S, self._engine.check_ranks())
+            self._news()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                peer, data = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if peer not in self._last_sent:
+                self._last_sent[peer] = 0.0
+                ready, stats = self._engine.ready, self._engine.stats()
+                self._send(peer, msgspec.structs.replace(ready, stats=stats, heart=self._heart.name))
+            try:
+                message: AddRequest | AbortRequests = self._decoder.decode(data)
+            except msgspec.MsgspecError as error:
+                logger.error("cannot read a message: %s", error)
+                if (id := _request_id(data)) is not None:
+                    self._refuse(peer, id, f"the engine cannot read the request: {error}")
+                continue
+            if isinstance(message, AbortRequests):
+                self._abort(message.ids)
+            else:
+                self._add(peer, message)
+
+    def _add(self, peer: bytes, request: AddRequest) -> None:
+        try:
+            self._engine.add(request)
+        except ValueError as error:
+            self._refuse(peer, request.id, str(error), RETRY_FULL if isinstance(error, QueueFull) else None)
+        else:
+            self._owner[request.id] = peer
+
+    def _refuse(self, peer: bytes, id: str, reason: str, retry: str | None = None) -> None:
+        refusal = RequestOutput(id=id, finish_reason=FINISH_ABORT, error=reason, retry=retry)
+        self._send(peer, Outputs([refusal], self._engine.stats()))
+
+    def _abort(self, ids: list[str]) -> None:
+        self._engine.abort(ids)
+        for id in ids:
+            self._owner.pop(id, None)
+        self._untold = [output for output in self._untold if output.id not in ids]  # the id may soon be another's
+
+    def _tell(self) -> None:
+        outputs, self._untold = self._untold, []
+        self._dispatch(outputs)
+
+    def _dispatch(self, outputs: list[RequestOutput]) -> None:
+        by_peer: dict[bytes, list[RequestOutput]] = defaultdict(list)
+        for output in outputs:
+            peer = self._owner.get(output.id)
+            if peer is not None:
+                by_peer[peer].append(output)
+            if output.finish_reason is not None:
+                self._owner.pop(output.id, None)
+        if by_peer:
+            stats = self._engine.stats()
+            for peer, theirs in by_peer.items():
+                self._send(peer, Outputs(theirs, stats))
+
+    def _news(self) -> None:
+        due = time.monotonic() - _NEWS_S
+        quiet = [peer for peer, sent in self._last_sent.items() if sent < due]
+        if quiet:
+            stats = self._engine.stats()
+            for peer in quiet:
+                self._send(peer, Outputs([], stats))
+
+    def _send(self, peer: bytes, message: Ready | Outputs) -> None:
+        try:
+            self._socket.send_multipart([peer, msgspec.msgpack.encode(message)])
+            self._last_sent[peer] = time.monotonic()
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            lost = [id for id, owner in self._owner.items() if owner == peer]
+            logger.warning("an API process is gone; aborting its %d requests", len(lost))
+            self._last_sent.pop(peer, None)
+            self._abort(lost)
+
+
+def say_dead(socket: zmq.Socket[bytes], reason: str, peers: Iterable[bytes]) -> None:
+    """Tell `peers`, and whoever introduces itself within a moment, that the engine is dead."""
+    known = set(peers)
+    while socket.poll(0 if known else _LAST_WORD_MS):
+        known.add(socket.recv_multipart()[0])
+    for peer in known:
+        with contextlib.suppress(zmq.ZMQError):
+            socket.send_multipart([peer, msgspec.msgpack.encode(Dead(reason))])
+
+
+def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
+    """Read Launch from stdin, load the engine, serve until stdin closes. Returns the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.getpgrp() != os.getpid():
+        # A group of its own: should the parent die while a signal holds this process, the system ends it too.
+        os.setpgid(0, 0)
+    line = sys.stdin.buffer.readline()
+    if not line:  # the parent changed its mind
+        return 0
+    launch = msgspec.json.decode(line, type=Launch)
+    set_up(launch.log_level, launch.log_format)
+    config = launch.config
+    return serve(lambda: load_engine(EngineConfig.model_validate(config)), Path(launch.directory), _STDIN)
+
+
+def serve(load_engine: Callable[[], EngineLike], directory: Path, leash: int, alone: bool = False) -> int:
+    """Open the sockets, load the engine, serve until the other end of the file descriptor `leash` is closed.
+
+    directory: for the sockets; removed with them in the end. alone: no parent knows why the engine ends, so it logs
+    that and tells its peers. Returns the exit status: 1 if the engine failed.
+    """
+    stop, closed = threading.Event(), threading.Event()
+    threading.Thread(target=_watch, args=(leash, stop, closed, directory), daemon=True).start()
+
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(closed.set)
+        cleanup.callback(remove, directory)
+        context = cleanup.enter_context(zmq.Context())
+        heart = cleanup.enter_context(Heart(context, directory / HEARTBEAT))
+        socket = cleanup.enter_context(context.socket(zmq.ROUTER))
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.LINGER, _LAST_WORD_MS)
+        socket.bind(f"ipc://{directory / SOCKET}")
+        server = None
+        try:
+            engine = load_engine()
+            cleanup.callback(engine.close)
+            server = EngineServer(socket, engine, heart, leash)
+            server.run()
+            if alone and server.peers:
+                say_dead(socket, _why_stopped(engine), server.peers)
+        except Exception as error:
+            # While loading, a ValueError is about the settings or the model; all else needs a traceback.
+            expected = server is None and isinstance(error, ValueError)
+            if not expected and not stop.is_set():
+                logger.exception("the engine stopped")
+            elif alone:
+                logger.error("the engine stopped: %s", error)
+            say_dead(socket, _reason(error, expected), server.peers if server else ())
+            return 1
+    return 0
+
+
+def _why_stopped(engine: EngineLike) -> str:
+    """Whoever told it to stop may have done so because a rank is gone."""
+    try:
+        engine.check_ranks()
+    except RuntimeError as error:
+        return f"the engine was stopped: {error}"
+    return "the engine was stopped"
+
+
+def _watch(leash: int, stop: threading.Event, closed: threading.Event, directory: Path) -> None:
+    while os.read(leash, 4096):  # not sys.stdin: its lock must be free when the interpreter ends
+        pass
+    stop.set()
+    if not closed.wait(_ORPHAN_GRACE_S):
+        remove(directory)
+        os._exit(1)
+
+
+def _request_id(data: bytes) -> str | None:
+    """The id of a request that is not one otherwise: somebody waits for its end."""
+    try:
+        return msgspec.msgpack.decode(data, type=_Named).id
+    except msgspec.MsgspecError:
+        return None
+
+
+class _Named(msgspec.Struct):
+    id: str
+
+
+def _reason(error: Exception, expected: bool) -> str:
+    text = str(error).strip()
+    return text if expected and text else f"{type(error).__name__}: {text}"
+
+
+def _start() -> int:
+    from engine.core import Engine  # loads torch, which processes that only talk to an engine go without
+
+    return main(lambda config: Engine(config, progress=sys.stderr.isatty()))
+
+
+if __name__ == "__main__":
+    sys.exit(_start())

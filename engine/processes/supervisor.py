@@ -1,0 +1,206 @@
+"""Engines one after the other: what an API process holds in place of one EngineClient, so that it can outlive it.
+
+Free of torch. An engine that dies is, with `restart`, followed by another one: requests that had yielded nothing run
+once more on it, all others end with the cause. Without, its death is the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import aclosing
+
+import msgspec
+
+from engine.messages import FINISH_ABORT, AddRequest, EngineStats, Ready, RequestOutput
+from engine.processes.client import EngineClient, EngineDead
+from engine.scheduler.stats import carried_on
+
+MOST_FAILED_STARTS = 5
+"""In a row; no further one is tried."""
+_BACKOFF_S = 1.0
+"""Wait after the first failed start; it doubles with every further one."""
+
+logger = logging.getLogger(__name__)
+
+
+class EngineDown(EngineDead):
+    """The engine is gone, and is being started again; the message says why it went."""
+
+
+class Supervisor:
+    """The engine as the server sees it: an EngineClient that may be replaced by another. Use from one event loop.
+
+    dead: why there is no engine, and will be none. down: why there is none for now.
+    """
+
+    def __init__(
+        self, start: Callable[[], Awaitable[EngineClient]], client: EngineClient, *, restart: bool, settled_s: float
+    ) -> None:
+        """Use `start`, which awaits the first engine."""
+        self._start = start
+        self._client = client  # the latest, dead or alive; owned
+        self._restart = restart
+        self._settled_s = settled_s
+        self._born = asyncio.get_running_loop().time()
+        self._before = EngineStats()  # totals of the engines before this one
+        self._waiting: dict[str, asyncio.Future[EngineClient | None]] = {}  # requests that wait for the next engine
+        self._start_error: str | None = None  # how the latest attempt to start one failed
+        self._dead: str | None = None
+        self._death = asyncio.Event()
+        self._task = asyncio.create_task(self._supervise())
+
+    @classmethod
+    async def start(
+        cls, start: Callable[[], Awaitable[EngineClient]], *, restart: bool, settled_s: float
+    ) -> Supervisor:
+        """The first engine is up when this returns; one that does not come up is not tried again.
+
+        start: brings up one engine, or raises EngineDead. settled_s: an engine that lives for less counts as a failed
+        start. Raises EngineDead.
+        """
+        return cls(start, await start(), restart=restart, settled_s=settled_s)
+
+    @property
+    def ready(self) -> Ready:
+        """What the latest engine said when it was up."""
+        return self._client.ready
+
+    @property
+    def dead(self) -> str | None:
+        return self._dead if self._restart or self._dead else self._client.dead
+
+    @property
+    def down(self) -> str | None:
+        if self._client.dead is None or self.dead is not None:
+            return None
+        return self._client.dead if self._start_error is None else f"{self._client.dead}; then: {self._start_error}"
+
+    @property
+    def live(self) -> int:
+        """Requests that have not ended, those that wait for an engine included."""
+        return self._client.live + len(self._waiting)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The newest gauges, and totals of all engines so far. Without an engine nothing runs and no page is there."""
+        stats = carried_on(self._client.stats, self._before)
+        if self._client.dead is not None:
+            return msgspec.structs.replace(stats, running=0, waiting=len(self._waiting), pages_total=0, pages_free=0)
+        return stats
+
+    async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of one request; see EngineClient.generate.
+
+        A request that has yielded nothing when the engine dies is given to the next one; only once, lest it be what
+        kills them. Raises EngineDown for one that has, or that comes while there is no engine; EngineDead if there will
+        be none.
+        """
+        client = self._client
+        if client.dead is not None:
+            raise self._gone(client)
+        for last in (False, True):
+            begun = False
+            try:
+                async with aclosing(client.generate(request)) as outputs:
+                    async for output in outputs:
+                        begun = True
+                        yield output
+                return
+            except EngineDead:
+                if last or begun or not self._restart:
+                    raise self._gone(client) from None
+            successor = await self._successor(client, request.id)
+            if successor is None:
+                yield RequestOutput(id=request.id, finish_reason=FINISH_ABORT)
+                return
+            client = successor
+            self._before.requests_retried += 1
+
+    def abort(self, ids: Iterable[str]) -> None:
+        """End these requests now: their generators yield a last output with finish_reason "abort"."""
+        ids = list(ids)
+        self._client.abort(ids)
+        for waiting in [self._waiting[id] for id in ids if id in self._waiting]:
+            if not waiting.done():
+                waiting.set_result(None)
+
+    def abort_all(self) -> None:
+        self._client.abort_all()
+        self.abort(list(self._waiting))
+
+    async def wait_dead(self) -> str:
+        """Return the reason once the engine is gone for good."""
+        await self._death.wait()
+        assert self.dead is not None
+        return self.dead
+
+    async def close(self) -> None:
+        """End the engine, or the attempt to start one; nothing of it remains. Live requests raise EngineDead."""
+        self._bury(self.dead or "the engine was stopped")
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self._client.close()
+
+    def kill(self) -> None:
+        """End the engine the hard way, at once."""
+        self._client.kill()
+
+    # -- one engine after the other ------------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        failed = 0
+        while True:
+            reason = await self._client.wait_dead()
+            if not self._restart:
+                return self._bury(reason)
+            lived = asyncio.get_running_loop().time() - self._born
+            failed = 0 if lived >= self._settled_s else failed + 1
+            logger.error("the engine is gone: %s", reason)
+            await self._client.close()  # what it held is free before the next one asks for it
+            client = None
+            while client is None:
+                if failed >= MOST_FAILED_STARTS:
+                    return self._bury(f"{self.down} ({failed} starts in a row have failed)")
+                if failed:
+                    await asyncio.sleep(_BACKOFF_S * 2 ** (failed - 1))
+                logger.warning("starting the engine again")
+                try:
+                    client = await self._start()
+                except Exception as error:
+                    failed += 1
+                    self._start_error = str(error) or type(error).__name__
+                    logger.error("the engine did not start: %s", self._start_error)
+            self._succeed(client)
+
+    def _succeed(self, client: EngineClient) -> None:
+        self._before = carried_on(self._client.stats, self._before)
+        self._before.engine_restarts += 1
+        self._client, self._start_error = client, None
+        self._born = asyncio.get_running_loop().time()
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_result(client)
+
+    async def _successor(self, client: EngineClient, id: str) -> EngineClient | None:
+        """The engine after `client`; None if the request is aborted meanwhile. Raises EngineDead."""
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        if self._client is not client:
+            return self._client
+        self._waiting[id] = asyncio.get_running_loop().create_future()
+        try:
+            return await self._waiting[id]
+        finally:
+            del self._waiting[id]
+
+    def _gone(self, client: EngineClient) -> EngineDead:
+        return EngineDead(self.dead) if self.dead is not None else EngineDown(client.dead)
+
+    def _bury(self, reason: str) -> None:
+        self._dead = reason
+        self._death.set()
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(EngineDead(reason))

@@ -1,0 +1,310 @@
+"""What runs next: admission, the token budget of a round, page reservations, preemption, and the counters after it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from itertools import islice
+
+from engine.messages import AddRequest
+from engine.plan import PageDelta, RowStart, RowWork, StepPlan, StepResult
+from engine.scheduler.controller import Controller
+from engine.scheduler.pages import PageAllocator
+from engine.scheduler.request import Request
+
+_TOLD_AT_ONCE = 256
+"""Tokens of a chunk of a prompt that is told log-probabilities: each takes logits of the whole vocabulary."""
+
+
+class RequestError(ValueError):
+    """A request that this engine can never serve, or has no room to queue."""
+
+
+class QueueFull(RequestError):
+    """Too many requests wait already."""
+
+
+class Scheduler:
+    """Emits one StepPlan per round. Invariant between rounds: every running row owns pages for all its computed tokens,
+    and a decoding row has exactly its pending token uncomputed.
+
+    Decode rows come first, each with its drafts; what is left of the token budget goes to prefill chunks, oldest
+    request first, then to new requests. A request is admitted when pages for all its tokens are free, so that a
+    prefill under way never waits for pages; when a decoding row needs one and none is free, first drafts are given up,
+    then the request admitted last is preempted: its pages go back, and its KV is recomputed when it returns, before
+    others of its priority. Priorities order those who wait; they take no row from a request that runs.
+    """
+
+    def __init__(
+        self,
+        *,
+        pages: PageAllocator,
+        page_size: int,
+        max_rows: int,
+        max_batch_tokens: int,
+        max_waiting: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int],
+        controller: Controller,
+        draft_kv: bool = False,
+        own_tokens: int = 1,
+    ) -> None:
+        """draft_kv: drafts read KV of their own, which a row's tokens have to be computed for before it drafts.
+        own_tokens: at the end of a prompt, which a row computes itself in any case.
+        """
+        self._pages = pages
+        self._page_size = page_size
+        self._max_batch_tokens = max_batch_tokens
+        self._most_requests = max_rows + max_waiting
+        self._max_model_len = max_model_len
+        self._eos = tuple(eos_token_ids)
+        self.controller = controller
+        self._draft_kv = draft_kv
+        self._own_tokens = own_tokens
+        self._free_rows = list(range(max_rows - 1, -1, -1))
+        self._by_id: dict[str, Request] = {}
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
+        self.preemptions = 0
+        self._step = 0
+
+    # -- requests come and go ------------------------------------------------------------------------------------
+
+    def add(self, message: AddRequest) -> None:
+        """Queue a request that `check_request` lets pass. Raises RequestError if its id is in use, QueueFull."""
+        if message.id in self._by_id:
+            raise RequestError(f"request id {message.id!r} is in use")
+        if len(self._by_id) >= self._most_requests:
+            raise QueueFull(f"{len(self._by_id)} requests run or wait already")
+        request = Request(message, self._eos)
+        request.leader = self._leader(message)
+        self._by_id[request.id] = request
+        behind = len(self.waiting)
+        while behind and self.waiting[behind - 1].priority > request.priority:
+            behind -= 1
+        self.waiting.insert(behind, request)
+
+    def check_request(self, message: AddRequest) -> None:
+        """Raises RequestError for a request that could never run."""
+        if not message.prompt:
+            raise RequestError("the prompt has no tokens")
+        if message.params.max_tokens < 1:
+            raise RequestError("max_tokens must be at least 1")
+        total = len(message.prompt) + message.params.max_tokens
+        if total > self._max_model_len:
+            raise RequestError(
+                f"{len(message.prompt)} prompt tokens and max_tokens {message.params.max_tokens} exceed the model's "
+                f"{self._max_model_len} tokens"
+            )
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request and free its pages at once; False if it is not here."""
+        request = self._by_id.pop(request_id, None)
+        if request is None:
+            return False
+        if request.row is None:
+            self.waiting.remove(request)
+        else:
+            self._leave(request)
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def check(self) -> None:
+        """Raise PageLeak unless every page is free or owned by a running request."""
+        self._pages.check(request.pages for request in self._by_id.values())
+
+    # -- one round -------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> tuple[StepPlan, list[Request]]:
+        """Plan the next round. Returns the plan and the requests its `work` refers to, in the same order."""
+        self._step += 1
+        plan = StepPlan(self._step, [], [], [])
+        # A preemption makes room by taking a row from the end of `running`: a row planned already is never taken,
+        # since rows are planned in order of admission.
+        work: list[tuple[Request, RowWork]] = []
+        budget = self._max_batch_tokens
+        budget -= self._plan_decodes(plan, work, budget)
+        budget -= self._plan_prefills(work, budget)
+        self._admit(plan, work, budget)
+        work.sort(key=lambda item: -item[1].gamma)
+        plan.work = [item for _, item in work]
+        return plan, [request for request, _ in work]
+
+    def _plan_decodes(self, plan: StepPlan, work: list[tuple[Request, RowWork]], budget: int) -> int:
+        """Every decoding row, with as many drafts as budget, limits and pages allow. Returns tokens planned.
+
+        All rows get the page of their pending token before any gets one for drafts. A row that a draft model is to
+        draft for, but has not seen all of, catches up first, the oldest row before others, with at most
+        `max_batch_tokens` tokens of all rows per round: a long prompt delays no one's next token by more than that.
+        """
+        for request in [request for request in self.running if request.decoding]:
+            if request.row is not None:  # else preempted for a row before it
+                self._reserve_or_preempt(plan, request, request.num_tokens)
+        rows = [request for request in self.running if request.decoding]
+        if not rows:
+            return 0
+        spare = budget - len(rows)  # one token per row is certain; drafts share the rest evenly,
+        if len(rows) < len(self.running) or (self.waiting and self._free_rows):
+            spare //= 2  # and leave half of it to prefills, or these could wait for ever behind a full batch
+        share = spare // len(rows)
+        planned, unseen = 0, self._max_batch_tokens
+        gammas = self.controller.choose(rows)
+        plan.budget = self.controller.budget
+        for request, wanted in zip(rows, gammas, strict=True):
+            gamma = max(0, min(wanted, share, request.most_drafts))
+            catch_up = 0
+            if gamma and request.draft_lag > 1:  # one token beside the pending one is fed along with it
+                catch_up = min(request.draft_lag, unseen)
+                unseen -= catch_up
+                gamma = gamma if catch_up == request.draft_lag else 0
+            if not self._reserve(plan, request, request.num_tokens + gamma):
+                gamma = min(gamma, request.num_reserved - request.num_tokens)
+            assert request.row is not None
+            planned += 1 + gamma
+            work.append((request, RowWork(request.row, request.num_computed, 1, gamma, True, catch_up)))
+        return planned
+
+    def _plan_prefills(self, work: list[tuple[Request, RowWork]], budget: int) -> int:
+        planned = 0
+        for request in self.running:
+            if not request.decoding and planned < budget:
+                planned += self._plan_chunk(request, work, budget - planned)
+        return planned
+
+    def _plan_chunk(self, request: Request, work: list[tuple[Request, RowWork]], budget: int) -> int:
+        assert request.row is not None
+        new = min(request.num_uncomputed, budget)
+        told = 0
+        if request.params.prompt_logprobs is not None:
+            new = min(new, _TOLD_AT_ONCE)
+            told = max(0, min(new, request.num_prompt - 1 - request.num_computed))
+        samples = new == request.num_uncomputed
+        work.append((request, RowWork(request.row, request.num_computed, new, 0, samples, told=told)))
+        return new
+
+    def _admit(self, plan: StepPlan, work: list[tuple[Request, RowWork]], budget: int) -> None:
+        """By priority, then first come, first served, while rows, budget and pages last."""
+        for request in list(self.waiting):
+            if not self._free_rows or budget <= 0:
+                return
+            leader = request.leader
+            if leader is not None and leader.row is not None and not leader.num_output:
+                continue  # a little later there is nothing left to compute
+            shared = self._shared(request)
+            needed = -(-request.num_tokens // self._page_size) - len(shared)
+            # One page per running row stays free: an admission should not be paid for by a preemption next round.
+            if needed + len(self.running) > self._pages.free and self.running:
+                return
+            pages = self._pages.reserve(needed)
+            if pages is None:
+                return
+            self.waiting.remove(request)
+            request.row = self._free_rows.pop()
+            self._pages.share(shared)
+            self._own(request, shared + pages)
+            request.num_computed = len(shared) * self._page_size
+            request.draft_lag = request.num_computed if self._draft_kv else 0
+            request.scheduled = request.scheduled or time.monotonic()
+            self.running.append(request)
+            plan.starts.append(
+                RowStart(
+                    request.row,
+                    request.tokens[:],
+                    request.num_prompt,
+                    request.params,
+                    sorted(request.stop_ids),
+                    request.num_computed,
+                    bool(shared),
+                )
+            )
+            plan.pages.append(PageDelta(request.row, 0, request.pages[:]))
+            budget -= self._plan_chunk(request, work, budget)
+
+    def _leader(self, message: AddRequest) -> Request | None:
+        """The request whose prompt this one can share, if there is one."""
+        leader = self._by_id.get(message.like) if message.like else None
+        if leader is None or message.params.prompt_logprobs is not None:
+            return None
+        return leader if leader.tokens[: leader.num_prompt] == message.prompt else None
+
+    def _shared(self, request: Request) -> list[int]:
+        """Whole pages of the prompt. What comes behind them, the row computes and writes itself."""
+        leader = request.leader
+        if leader is None or leader.row is None:
+            return []
+        tokens = min(leader.num_computed, request.num_prompt - self._own_tokens)
+        return leader.pages[: max(0, tokens) // self._page_size]
+
+    def _reserve(self, plan: StepPlan, request: Request, slots: int) -> bool:
+        """Own pages for `slots` KV slots; False, and nothing changed, if they are not free."""
+        if slots <= request.num_reserved:
+            return True
+        pages = self._pages.reserve(-(-(slots - request.num_reserved) // self._page_size))
+        if pages is None:
+            return False
+        assert request.row is not None
+        plan.pages.append(PageDelta(request.row, len(request.pages), pages))
+        self._own(request, pages)
+        return True
+
+    def _own(self, request: Request, pages: list[int]) -> None:
+        request.pages += pages
+        request.num_reserved += len(pages) * self._page_size
+
+    def _reserve_or_preempt(self, plan: StepPlan, request: Request, slots: int) -> bool:
+        """Reserve, preempting requests admitted later; False if `request` itself had to go."""
+        while not self._reserve(plan, request, slots):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._leave(request)
+        request.num_computed = request.draft_lag = 0
+        self.preemptions += 1
+        before = 0
+        while before < len(self.waiting) and self.waiting[before].priority < request.priority:
+            before += 1
+        self.waiting.insert(before, request)
+
+    def _leave(self, request: Request) -> None:
+        """Give row and pages back."""
+        assert request.row is not None
+        self._pages.release(request.pages)
+        request.pages, request.num_reserved = [], 0
+        self._free_rows.append(request.row)
+        request.row = None
+        self.running.remove(request)
+
+    def commit(self, plan: StepPlan, requests: list[Request], result: StepResult) -> list[tuple[Request, list[int]]]:
+        """Move counters by what the round decided. Returns (request, tokens appended) per row that sampled.
+
+        Rejected drafts need no undoing: `num_computed` simply does not count them.
+        """
+        outcomes = iter(result.rows)
+        prompts = iter(result.prompts)
+        yielded = []
+        for request, work in zip(requests, plan.work, strict=True):
+            if work.told:  # a prompt that is computed again is told again
+                request.prompt_logprobs[work.computed :] = islice(prompts, work.told)
+            request.num_computed += work.new
+            if self._draft_kv:
+                request.draft_lag += work.new - work.catch_up
+            if not work.samples:
+                continue
+            outcome = next(outcomes)
+            request.num_computed += outcome.accepted
+            if self._draft_kv and work.gamma:  # of drafts that all hold, the last one was never fed
+                request.draft_lag = int(outcome.accepted == work.gamma)
+            yielded.append((request, request.commit(outcome.tokens)))
+            if request.finish_reason is not None:
+                self._leave(request)
+                del self._by_id[request.id]
+        self.controller.observe(plan, requests, result)
+        return yielded

@@ -1,0 +1,112 @@
+"""Counting what the engine does: the numbers behind /metrics and --stats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import msgspec
+
+from engine.messages import EngineStats
+from engine.plan import RowWork, StepPlan, StepResult
+from engine.scheduler.request import Request
+
+
+class Accounts:
+    """Running totals. Host-side, O(rows) per round."""
+
+    def __init__(
+        self,
+        *,
+        pages_total: int,
+        page_size: int,
+        bytes_per_token: int,
+        gamma_max: int,
+        draft_reads: Callable[[int, int], int],
+        policy: str,
+        draft_pages_per_row: int,
+    ) -> None:
+        """draft_reads: KV slots that a draft step reads of a row with so many tokens, and with what budget. policy,
+        draft_pages_per_row: see EngineStats."""
+        self._draft_reads = draft_reads
+        self.totals = EngineStats(
+            pages_total=pages_total,
+            page_size=page_size,
+            kv_token_bytes=bytes_per_token,
+            policy=policy,
+            draft_pages_per_row=draft_pages_per_row,
+            accepted_per_position=[0] * gamma_max,
+            gamma_chosen=[0] * (gamma_max + 1),
+        )
+
+    def round(self, plan: StepPlan, requests: Sequence[Request]) -> None:
+        """Call with a round's plan and requests before it is committed."""
+        self.totals.rounds += 1
+        for request, work in zip(requests, plan.work, strict=True):
+            if request.decoding:
+                self._decode_row(work, plan.budget)
+
+    def _decode_row(self, work: RowWork, budget: int) -> None:
+        totals, context = self.totals, work.computed + 1
+        totals.gamma_chosen[work.gamma] += 1
+        totals.kv_tokens_read += context + work.gamma
+        totals.kv_tokens_read += sum(self._draft_reads(context + step, budget) for step in range(work.gamma))
+
+    def yielded(self, request: Request, drafted: int, accepted: int, tokens: int) -> None:
+        """A row yielded `tokens` output tokens, of which the first `accepted` were among its `drafted` ones.
+
+        Drafts behind the token that ended a request were never judged: they count as drafted, but not as rejected.
+        """
+        totals = self.totals
+        if request.num_output == tokens:
+            totals.prompt_tokens += request.num_prompt
+        totals.generated_tokens += tokens
+        totals.accepted_tokens += accepted
+        totals.drafts += drafted > 0
+        totals.draft_tokens += drafted
+        totals.rejections += accepted < min(drafted, tokens)
+        for position in range(accepted):
+            totals.accepted_per_position[position] += 1
+
+    def took(self, result: StepResult, seconds: float) -> None:
+        """`seconds`: the whole round, from scheduling to commit."""
+        totals = self.totals
+        totals.draft_seconds += result.draft_seconds
+        totals.verify_seconds += result.verify_seconds
+        totals.host_seconds += seconds - result.draft_seconds - result.verify_seconds
+
+
+def acceptance(stats: EngineStats) -> float:
+    """Estimate of alpha, the probability that the target agrees with one drafted token.
+
+    A round's drafts are checked up to the first disagreement, so the estimate is accepted / (accepted + rejections),
+    where a round has a rejection if not all of its drafts were accepted. NaN if nothing was drafted.
+    """
+    tried = stats.accepted_tokens + stats.rejections
+    return stats.accepted_tokens / tried if tried else float("nan")
+
+
+_GAUGES = {
+    "running",
+    "waiting",
+    "pages_total",
+    "pages_free",
+    "page_size",
+    "kv_token_bytes",
+    "policy",
+    "draft_pages_per_row",
+}
+
+
+def carried_on(stats: EngineStats, before: EngineStats) -> EngineStats:
+    """`stats` with its totals added to those of `before`, the engines that ran before this one; a copy."""
+
+    def total(name: str) -> Any:
+        mine, theirs = getattr(stats, name), getattr(before, name)
+        if isinstance(mine, list):
+            return [a + b for a, b in zip_longest(mine, theirs, fillvalue=0)]
+        return mine + theirs
+
+    totals = {name: total(name) for name in stats.__struct_fields__ if name not in _GAUGES}
+    return msgspec.structs.replace(stats, **totals)

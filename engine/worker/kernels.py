@@ -1,0 +1,71 @@
+"""Which kernels a model runs on."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from engine.config.deployment import ConfigError
+from kernels.cpu.build import KernelsUnavailable
+from kernels.cpu.library import CpuKernels
+from kernels.cpu.ops import CpuOps
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
+from models.default import user_cache
+
+log = logging.getLogger(__name__)
+
+KernelsSetting = Literal["auto", "reference", "cpu", "triton", "flashinfer"]
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def choose_ops(setting: KernelsSetting, device: torch.device, dtype: torch.dtype) -> Ops:
+    """What `engine.kernels` means for a model of this dtype on this device. The first choice of compiled ones on a
+    machine compiles them.
+
+    Raises ConfigError for kernels that were asked for by name and cannot serve.
+    """
+    if setting == "reference":
+        return REFERENCE
+    if setting != "auto":
+        return _named(setting, device, dtype)
+    reasons = []
+    for name in ("cpu",) if device.type == "cpu" else ("flashinfer", "triton"):
+        try:
+            return _named(name, device, dtype)
+        except ConfigError as error:
+            reasons.append(str(error).removeprefix("engine.kernels: "))
+    if dtype != torch.float64:  # which only plain torch has
+        log.warning("plain torch computes, several times slower than kernels would: %s", "; ".join(reasons))
+    return REFERENCE
+
+
+def _folder() -> Path | None:
+    """Where kernels are kept that are compiled here; None for a user who has no place."""
+    try:
+        return user_cache() / "kernels"
+    except OSError:
+        return None
+
+
+def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    dtypes = _HALVES if name == "flashinfer" else (torch.float32, *_HALVES)
+    if (name == "cpu") != (device.type == "cpu") or dtype not in dtypes:
+        named = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"engine.kernels: {name} has none for {named} on {device.type}")
+    try:
+        if name == "cpu":
+            return CpuOps(CpuKernels(_folder()))
+        from kernels.attention.flashinfer import load_flashinfer, make_workspace  # imported where there is a GPU
+        from kernels.gpu.graphs import CudaGraphs
+        from kernels.gpu.ops import GpuOps
+
+        if name == "triton":
+            return GpuOps(recorder=CudaGraphs(device))
+        load_flashinfer()
+        return GpuOps(make_workspace(device), CudaGraphs(device))
+    except (KernelsUnavailable, ImportError) as error:
+        raise ConfigError(f"engine.kernels: {error}") from error

@@ -1,0 +1,86 @@
+"""How large the KV pool can be on GPUs: what is left of their memory once the models are there and have run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.batch.forward_graphs import row_counts
+from engine.config.deployment import EngineConfig
+from engine.worker.resolve import Sizes, pages_within
+from kernels.attention.base import AttentionBatch
+from kernels.attention.flashinfer import PLAN_BYTES
+from models.batch import ForwardBatch
+from models.llama import Llama
+from parallel.group import Group
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of one device. used: by all processes, before the model runs. running: the most that it takes more then."""
+
+    total: int
+    used: int
+    running: int
+
+
+def fit_pages(
+    config: EngineConfig, sizes: Sizes, model: Llama, group: Group, memory: DeviceMemory | None = None
+) -> int:
+    """Pages of the target's pool, the same on every rank: as sized up, or what fits where that was left to memory.
+    Called by every rank, with all of its weights loaded.
+
+    memory: in place of what is measured. Raises ConfigError, on every rank, if the longest request does not fit.
+    """
+    if sizes.num_pages is not None:
+        return sizes.num_pages
+    if memory is None:
+        memory = measure(config, model)
+    share = config.cache.gpu_memory_utilization
+    left = int(memory.total * share) - memory.used - memory.running - captured_bytes(config, model, memory.running)
+    least = group.all_gather(torch.tensor([left], dtype=torch.int64, device=model.device)).min()
+    named = f"the {int(least) / 1e9:.3g} that gpu_memory_utilization {share:g} leaves"
+    return pages_within(config, sizes, int(least), named)
+
+
+def captured_bytes(config: EngineConfig, model: Llama, running: int) -> int:
+    """What graphs keep beside that, about: what runs in them, and the workspace of each attention that is captured.
+
+    running: what the largest round takes.
+    """
+    if not config.cuda_graphs or model.ops.graphs is None:
+        return 0
+    most = config.speculation.most_drafts
+    # The target's pass over each number of drafts, one or two forwards of a draft, and its steps.
+    forwards = len(row_counts(config.scheduler.max_rows)) * (2 * most + 3)
+    return running + forwards * (PLAN_BYTES if model.ops.kind == "flashinfer" else 0)
+
+
+def measure(config: EngineConfig, model: Llama) -> DeviceMemory:
+    """Run the model once over as many tokens as a round can have, with as many logits as it can ask for."""
+    device = model.device
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run_once(config, model)
+    torch.cuda.synchronize(device)
+    running = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return DeviceMemory(total, total - free, running)
+
+
+@torch.inference_mode()
+def run_once(config: EngineConfig, model: Llama) -> None:
+    """The largest round, over a pool of its own that is soon gone."""
+    tokens, page_size = config.scheduler.max_batch_tokens, config.cache.page_size
+    tokens = min(tokens, len(model.rotary[0]))
+    pages = -(-tokens // page_size)
+    position = torch.arange(tokens, device=model.device)
+    lists = torch.arange(pages, device=model.device)[None]
+    asked = min(tokens, config.scheduler.max_rows * (config.speculation.most_drafts + 1))
+    attention = AttentionBatch([tokens], [tokens], lists)
+    batch = ForwardBatch(torch.zeros_like(position), position, position, attention, position[:asked])
+    model.forward(batch, model.make_pool(pages, page_size), model.ops.attention(page_size, model.head_dim))

@@ -1,0 +1,224 @@
+"""What the settings come to for this model on this machine: device, precision, lengths, and how much KV fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine.config.deployment import CacheConfig, ConfigError, EngineConfig
+from engine.config.speculation import WindowConfig
+from engine.kv.draft_spec import footprint
+from engine.kv.policies import budget_policies, make_policy
+from engine.worker.kernels import choose_ops
+from kernels.kv_cache import KVPool
+from kernels.ops import Ops
+from models.config import ModelConfig, read_config
+from models.default import resolve_model
+from models.llama import Llama
+from parallel.split import split_heads
+
+_CPU_MEMORY_GB = 4.0
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Settings with nothing left open, but perhaps for the pool.
+
+    path: the model's directory; shape: its config. ops: the kernels. threads: CPU threads per rank. num_pages: of the
+    pool, the same on every rank; None: what fits on the devices, see engine.worker.kv_memory. kv_token_bytes: KV of one token,
+    over all ranks. token_bytes, kept_bytes: on the rank that has most, KV for each token of the pool, and what drafts
+    keep whatever its size. longest: pages of the longest request. most: pages that all rows together can use.
+    """
+
+    path: Path
+    shape: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    ops: Ops
+    threads: int
+    max_model_len: int
+    num_pages: int | None
+    kv_token_bytes: int
+    token_bytes: int
+    kept_bytes: int
+    longest: int
+    most: int
+
+    def settle(self, config: EngineConfig) -> EngineConfig:
+        """The same deployment with these values, for ranks that are not to decide anything themselves."""
+        return config.model_copy(
+            update={
+                "model": str(self.path),
+                "device": self.device.type,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "kernels": self.ops.kind,
+                "threads": self.threads,
+                "max_model_len": self.max_model_len,
+                "cache": config.cache.model_copy(update={"num_pages": self.num_pages}),
+            }
+        )
+
+
+def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
+    """model: one that is loaded already, in place of `config.model`.
+
+    Raises ValueError (ConfigError, ModelError) for settings or a model that cannot be served.
+    """
+    path, ranks = resolve_model(config.model), config.tensor_parallel_size
+    device = _device(config.device)
+    shape = read_config(path) if model is None else model.config
+    dtype = _dtype(config.dtype, device) if model is None else model.dtype
+    try:
+        kv_heads = [mine.kv_heads.size for mine in split_heads(shape.num_heads, shape.num_kv_heads, ranks)]
+    except ValueError as error:
+        raise ConfigError(f"engine.tensor_parallel_size: {error}") from error
+    draft = _draft_shape(config, shape)
+    token_bytes, kept_bytes = _draft_bytes(config, draft or shape, dtype)
+    token_bytes += _kv_bytes(shape, dtype, max(kv_heads))
+    max_model_len = _max_model_len(config, shape)
+    longest = -(-max_model_len // config.cache.page_size)
+    sizes = Sizes(
+        path=path,
+        shape=shape,
+        device=device,
+        dtype=dtype,
+        ops=choose_ops(config.kernels, device, dtype) if model is None else model.ops,
+        threads=config.threads or max(1, torch.get_num_threads() // ranks),
+        max_model_len=max_model_len,
+        num_pages=None,
+        kv_token_bytes=_kv_bytes(shape, dtype, sum(kv_heads)),
+        token_bytes=token_bytes,
+        kept_bytes=kept_bytes,
+        longest=longest,
+        most=longest * config.scheduler.max_rows,
+    )
+    if config.cache.num_pages is None and config.cache.memory_gb is None and device.type == "cuda":
+        return sizes
+    if config.cache.gpu_memory_utilization != CacheConfig.model_fields["gpu_memory_utilization"].default:
+        instead = "num_pages" if config.cache.num_pages is not None else "memory_gb"
+        where = "" if device.type == "cuda" else "on a CPU "
+        raise ConfigError(f"engine.cache.gpu_memory_utilization: {where}{instead} says how large the pool is")
+    return replace(sizes, num_pages=_num_pages(config, sizes))
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device: no CUDA device is visible")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies it natively, else float32."""
+    if name != "auto":
+        return _DTYPES[name]
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_model_len
+    if config.max_model_len > model.max_model_len:
+        raise ConfigError(
+            f"engine.max_model_len: {config.max_model_len} is more than the {model.max_model_len} tokens that the "
+            "model was made for"
+        )
+    return config.max_model_len
+
+
+def _kv_bytes(shape: ModelConfig, dtype: torch.dtype, kv_heads: int) -> int:
+    """Of one token."""
+    return KVPool.bytes_per_token(num_layers=shape.num_layers, kv_heads=kv_heads, head_dim=shape.head_dim, dtype=dtype)
+
+
+def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | None:
+    """Of the draft model, if there is one. Raises ConfigError if it cannot draft for the target."""
+    if config.speculation.draft_model is None:
+        return None
+    shape = read_config(resolve_model(config.speculation.draft_model))
+    if shape.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"engine.speculation.model: it has a vocabulary of {shape.vocab_size} tokens, the target of "
+            f"{target.vocab_size}"
+        )
+    return shape
+
+
+def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """What drafts take on the rank that has most: bytes per token of the pool, and bytes whatever its size.
+
+    A draft model that can look back at everything has a page for each of the target's. SnapKV's cache, the queries that
+    choose, and what a draft model keeps that reads a window are of fixed size. shape: of the model that drafts.
+    """
+    settings = config.speculation
+    ranks = settings.draft_ranks(config.tensor_parallel_size) or config.tensor_parallel_size
+    try:
+        heads = split_heads(shape.num_heads, shape.num_kv_heads, ranks)
+    except ValueError as error:
+        raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
+    kept, page = footprint(settings, config.cache.page_size), config.cache.page_size
+    query_bytes = shape.num_layers * shape.head_dim * dtype.itemsize
+    kept_bytes = config.scheduler.max_rows * max(
+        kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size) + kept.queries * mine.heads.size * query_bytes
+        for mine in heads
+    )
+    if settings.draft_model is None or isinstance(settings.kv, WindowConfig):
+        return 0, kept_bytes
+    return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads)), kept_bytes
+
+
+def draft_reads(config: EngineConfig) -> Callable[[int, int], int]:
+    """KV slots that a draft step reads of a row with so many tokens, and with what budget; 0: the configured one."""
+    policies = {budget: make_policy(kv, config.cache.page_size) for budget, kv in budget_policies(config).items()}
+    policies[0] = make_policy(config.speculation.kv, config.cache.page_size)
+    return lambda context, budget: context - policies[budget].skipped(context)
+
+
+def _num_pages(config: EngineConfig, sizes: Sizes) -> int:
+    """Pages in the pool: what is configured, or fits in memory_gb."""
+    if config.cache.num_pages is not None:
+        return checked_pages(config, sizes, config.cache.num_pages)
+    memory = _CPU_MEMORY_GB if config.cache.memory_gb is None else config.cache.memory_gb
+    return pages_within(config, sizes, int(memory * 1e9), f"cache.memory_gb, {memory:g}")
+
+
+def pages_within(config: EngineConfig, sizes: Sizes, memory: int, source: str) -> int:
+    """Pages that fit into so many bytes beside what drafts keep. source: what that memory is, for messages. Raises
+    ConfigError."""
+    pages = max(0, memory - sizes.kept_bytes) // (config.cache.page_size * sizes.token_bytes)
+    return checked_pages(config, sizes, pages, _beside(config, sizes.kept_bytes, source))
+
+
+def checked_pages(config: EngineConfig, sizes: Sizes, pages: int, beside: str = "") -> int:
+    """No more pages than all rows can ever use. beside: what else the memory is for.
+
+    Raises ConfigError unless the longest request fits alone, so that whatever is admitted can finish.
+    """
+    if pages < sizes.longest:
+        raise ConfigError(
+            f"engine.cache: {pages} pages of {config.cache.page_size} tokens{beside} hold less than one request of "
+            f"max_model_len {sizes.max_model_len} ({sizes.longest} pages); raise cache.memory_gb or lower max_model_len"
+        )
+    return min(pages, sizes.most)
+
+
+def _beside(config: EngineConfig, kept_bytes: int, source: str) -> str:
+    """What to say of a pool that shares its memory with what drafts keep."""
+    if not kept_bytes:
+        return ""
+    rows = config.scheduler.max_rows
+    return (
+        f", beside the {kept_bytes / 1e9:.3g} GB of {source}, that drafts keep for {rows} rows (speculation.kv.budget, "
+        "scheduler.max_rows),"
+    )

@@ -1,0 +1,195 @@
+"""What speculation would bring on hardware that need not be there: speed, the best gamma and budget, memory.
+
+Free of torch and of weights: shapes, data sheets and the cost model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from engine.config.speculation import SnapKVConfig, SpeculationConfig, WindowConfig
+from engine.kv.draft_spec import Footprint, footprint
+from models.shapes import find_shape, rank_kv_token_bytes, rank_weight_bytes
+from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, Placement, Speculation
+from planner.expected_acceptance import Policy, expected_alpha
+from planner.hardware import find_device
+
+BUDGETS = (512, 128, 256, 1024, 2048)
+"""What is tried where no budget is given; the first of equally good ones is taken."""
+USABLE_MEMORY = 0.9
+"""Of a device, for weights and KV; the rest is for activations, workspaces and the driver."""
+ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+class ForecastError(ValueError):
+    """A deployment that cannot be; the message names what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """One (batch, context). Times in milliseconds, memory in bytes of one device.
+
+    budget: KV tokens that a draft step reads; None: all. t_target_ms: a plain step. t_draft_ms: one draft step.
+    t_verify_ms: the verify pass. kv_bytes: the target's KV of the whole batch. draft_bytes: a draft's own weights and
+    KV. largest_batch: that fits at this context. break_even_context: at this batch and budget; break_even_limit: as the
+    batch grows, at this gamma and alpha; None: never.
+    """
+
+    model: str
+    draft: str
+    gpu: str
+    tensor_parallel: int
+    policy: Policy
+    batch: int
+    context: int
+    budget: int | None
+    alpha: float
+    gamma: int
+    speedup: float
+    fits: bool
+    largest_batch: int
+    break_even_context: int | None
+    break_even_limit: int | None
+    tokens_per_second: float
+    plain_tokens_per_second: float
+    t_target_ms: float
+    t_draft_ms: float
+    t_verify_ms: float
+    weight_bytes: float
+    kv_bytes: float
+    draft_bytes: float
+    memory_bytes: float
+    usable_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A target, who drafts for it, and where. alpha: None lets `expected_alpha` guess it."""
+
+    model: str
+    draft: str
+    target: Placement
+    drafter: Placement
+    policy: Policy
+    alpha: float | None
+
+    def expected_alpha(self, budget: int | None, context: int) -> float:
+        if self.alpha is not None:
+            return self.alpha
+        return expected_alpha(self.policy, budget, context, draft_model=self.has_own_weights)
+
+    @property
+    def has_own_weights(self) -> bool:
+        return self.drafter is not self.target
+
+    def forecast(self, batch: int, context: int, *, budgets: tuple[int | None, ...], gamma: int | None) -> Forecast:
+        """budgets: the best of these is taken. gamma: None takes the best.
+
+        Raises ForecastError: a context that the target is not made for.
+        """
+        if context > self.target.model.max_model_len:
+            raise ForecastError(f"{self.model} is made for {self.target.model.max_model_len} tokens, not {context}")
+        speed, budget, chosen = max(
+            (self._speed(batch, context, budget, gamma) for budget in budgets), key=lambda found: found[0]
+        )
+        speculation = Speculation(target=self.target, draft=self.drafter, budget=budget)
+        alpha = self.expected_alpha(budget, context)
+        limit = speculation.break_even_limit(chosen, alpha)
+        t_target = speculation.target_seconds(batch, context)
+        weights, kv, draft_weights, draft_kv = self._memory(context, budget, chosen)
+        usable = USABLE_MEMORY * self.target.device.memory
+        free = usable - weights - draft_weights
+        largest = max(0, int(free // (kv + draft_kv)))
+        return Forecast(
+            model=self.model,
+            draft=self.draft,
+            gpu=self.target.device.name,
+            tensor_parallel=self.target.ranks,
+            policy=self.policy,
+            batch=batch,
+            context=context,
+            budget=budget,
+            alpha=alpha,
+            gamma=chosen,
+            speedup=speed,
+            fits=batch <= largest,
+            largest_batch=largest,
+            break_even_context=speculation.break_even(batch, lambda length: self.expected_alpha(budget, length), gamma),
+            break_even_limit=None if math.isinf(limit) else math.ceil(limit),
+            tokens_per_second=speed * batch / t_target,
+            plain_tokens_per_second=batch / t_target,
+            t_target_ms=1e3 * t_target,
+            t_draft_ms=1e3 * speculation.draft_seconds(batch, context),
+            t_verify_ms=1e3 * speculation.verify_seconds(batch, context, chosen),
+            weight_bytes=weights,
+            kv_bytes=batch * kv,
+            draft_bytes=draft_weights + batch * draft_kv,
+            memory_bytes=weights + draft_weights + batch * (kv + draft_kv),
+            usable_bytes=usable,
+        )
+
+    def _speed(self, batch: int, context: int, budget: int | None, gamma: int | None) -> tuple[float, int | None, int]:
+        """Speed-up, budget, gamma."""
+        speculation = Speculation(target=self.target, draft=self.drafter, budget=budget)
+        alpha = self.expected_alpha(budget, context)
+        if gamma is not None:
+            return speculation.speedup(batch, context, gamma, alpha), budget, gamma
+        chosen, speed = speculation.best_gamma(batch, context, alpha)
+        return speed, budget, chosen
+
+    def _memory(self, context: int, budget: int | None, gamma: int) -> tuple[float, int, float, int]:
+        """Bytes on the fullest rank: the target's weights, its KV per row, a draft's own weights, its own KV per row.
+
+        A row owns gamma + 1 slots beyond its context. Sink + window with the target's weights reads the target's own
+        KV. A draft model that reads everything, or chooses from it, has KV of that; for the rest see footprint.
+        """
+        target, draft, slots = self.target, self.drafter, gamma + 1
+        weights = rank_weight_bytes(target.model, target.ranks, target.element_bytes)
+        kv = (context + slots) * rank_kv_token_bytes(target.model, target.ranks, target.element_bytes)
+        if not self.has_own_weights and self.policy == "window":
+            return weights, kv, 0.0, 0
+        draft_weights = (
+            rank_weight_bytes(draft.model, draft.ranks, draft.element_bytes) if self.has_own_weights else 0.0
+        )
+        kept = Footprint() if budget is None else self._footprint(budget, gamma)
+        tokens = kept.pages
+        if self.has_own_weights and (budget is None or self.policy == "snapkv"):
+            tokens += context + slots
+        queries = kept.queries * draft.model.num_layers * draft.model.head_dim * draft.element_bytes
+        own = tokens * rank_kv_token_bytes(draft.model, draft.ranks, draft.element_bytes)
+        return weights, kv, draft_weights, own + queries * -(-draft.model.num_heads // draft.ranks)
+
+    def _footprint(self, budget: int, gamma: int) -> Footprint:
+        """With pages of one token."""
+        kv = WindowConfig(budget=budget) if self.policy == "window" else SnapKVConfig(policy="snapkv", budget=budget)
+        drafter: Literal["self", "model"] = "model" if self.has_own_weights else "self"
+        return footprint(SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=kv), 1)
+
+
+def deploy(
+    *, model: str, draft: str, gpu: str, ranks: int, policy: Policy, dtype: str, alpha: float | None
+) -> Deployment:
+    """model, draft: names in models.shapes.SHAPES or directories; a draft may be `self`. gpu: one of hardware.NAMES.
+
+    A draft model is split over as many ranks as it has query heads for. Raises ModelError, UnknownDevice, and
+    ForecastError for more ranks than the target has query heads.
+    """
+    shape, device = find_shape(model), find_device(gpu, ranks)
+    if not 1 <= ranks <= shape.num_heads:
+        raise ForecastError(f"{model} has {shape.num_heads} query heads, which cannot be split over {ranks} ranks")
+    if dtype == "float32" and gpu != "cpu":
+        device = replace(device, flops=device.flops / 2)  # TF32
+    target = Placement(
+        model=shape,
+        device=device,
+        ranks=ranks,
+        element_bytes=ELEMENT_BYTES[dtype],
+        calibration=REFERENCE_ON_CPU if gpu == "cpu" else PUBLISHED,
+    )
+    drafter = target
+    if draft != "self":
+        small = find_shape(draft)
+        drafter = replace(target, model=small, ranks=min(ranks, small.num_heads))
+    return Deployment(model=model, draft=draft, target=target, drafter=drafter, policy=policy, alpha=alpha)

@@ -1,0 +1,224 @@
+"""Prometheus metrics: what the engine reports and requests see, under magicdec_* and under vLLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from engine.messages import EngineStats
+from server.observe.request_stats import Course
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_MODEL = ("model_name",)
+
+_GAUGES: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ...] = (
+    ("requests_running", "num_requests_running", "Requests running.", lambda s: s.running),
+    ("requests_waiting", "num_requests_waiting", "Requests waiting.", lambda s: s.waiting),
+    ("pages_total", None, "Pages of the target's KV pool.", lambda s: s.pages_total),
+    ("pages_free", None, "Free pages of the target's KV pool.", lambda s: s.pages_free),
+    (
+        "kv_cache_usage_ratio",
+        "kv_cache_usage_perc",
+        "Share of the target's KV pool in use (1 is all).",
+        lambda s: 1 - s.pages_free / s.pages_total if s.pages_total else 0.0,
+    ),
+    (
+        "kv_token_bytes",
+        None,
+        "Bytes of KV cache per token, all layers and heads.",
+        lambda s: s.kv_token_bytes,
+    ),
+)
+_COUNTERS: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ...] = (
+    ("rounds", None, "Rounds run.", lambda s: s.rounds),
+    ("prompt_tokens", "prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
+    ("generated_tokens", "generation_tokens", "Tokens generated.", lambda s: s.generated_tokens),
+    ("preemptions", "num_preemptions", "Requests preempted.", lambda s: s.preemptions),
+    ("drafts", "spec_decode_num_drafts", "Rows that entered a round with a draft.", lambda s: s.drafts),
+    ("draft_tokens", "spec_decode_num_draft_tokens", "Tokens drafted.", lambda s: s.draft_tokens),
+    (
+        "accepted_tokens",
+        "spec_decode_num_accepted_tokens",
+        "Drafted tokens accepted.",
+        lambda s: s.accepted_tokens,
+    ),
+    ("kv_tokens_read", None, "KV tokens read by draft and verify passes.", lambda s: s.kv_tokens_read),
+    ("engine_restarts", None, "Engines started in place of one that died.", lambda s: s.engine_restarts),
+    ("requests_retried", None, "Requests run once more after an engine died.", lambda s: s.requests_retried),
+)
+
+
+class Metrics:
+    """A registry of its own, fed by the routes and by `stats` (None while the engine is loading)."""
+
+    def __init__(self, model_id: str, stats: Callable[[], EngineStats | None]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(model_id, stats))
+        registry, self._model_id = self._registry, model_id
+
+        def histogram(own: str, vllm: str, text: str) -> _Both:
+            return _Both(
+                Histogram(f"magicdec_{own}", text, _MODEL, registry=registry, buckets=_SECONDS),
+                Histogram(f"vllm:{vllm}", text, _MODEL, registry=registry, buckets=_SECONDS),
+                model_id,
+            )
+
+        self.first_token = histogram(
+            "time_to_first_token_seconds",
+            "time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+        )
+        self.between_tokens = histogram(
+            "inter_token_latency_seconds",
+            "inter_token_latency_seconds",
+            "Time between tokens; tokens of one round share its time evenly.",
+        )
+        self.per_token = histogram(
+            "time_per_output_token_seconds",
+            "request_time_per_output_token_seconds",
+            "Mean time per token of a request after its first token.",
+        )
+        self.whole = histogram(
+            "request_seconds", "e2e_request_latency_seconds", "From a request's arrival to its last token."
+        )
+        self.queued = histogram(
+            "queue_seconds", "request_queue_time_seconds", "From a request's arrival to its first round."
+        )
+        labels = (*_MODEL, "finished_reason")
+        self._finished = [
+            Counter(name, "Requests by how they ended.", labels, registry=registry)
+            for name in ("magicdec_requests_finished", "vllm:request_success")
+        ]
+
+    def finished(self, reason: str) -> None:
+        for counter in self._finished:
+            counter.labels(self._model_id, reason).inc()
+
+    def round(self, course: Course, tokens: int, seconds: float) -> None:
+        """One output more. tokens: that it brought; seconds: since the one before it, or since the request came."""
+        if course.rounds == 1 and course.scheduled:
+            self.queued.observe(max(0.0, course.scheduled - course.arrival))
+        if tokens and tokens == course.tokens:
+            self.first_token.observe(seconds)
+        else:
+            for _ in range(tokens):
+                self.between_tokens.observe(seconds / tokens)
+        if course.reason is not None:
+            self.whole.observe(course.last - course.arrival)
+            if course.per_token is not None:
+                self.per_token.observe(course.per_token)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _Both:
+    """One histogram under two names."""
+
+    def __init__(self, own: Histogram, vllm: Histogram, model_id: str) -> None:
+        self._histograms = (own.labels(model_id), vllm.labels(model_id))
+
+    def observe(self, seconds: float) -> None:
+        for histogram in self._histograms:
+            histogram.observe(seconds)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, model_id: str, stats: Callable[[], EngineStats | None]) -> None:
+        self._model_id = model_id
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        if stats is None:
+            return
+        model = [self._model_id]
+        for own, vllm, text, value in _GAUGES:
+            for name in _names(own, vllm):
+                gauge = GaugeMetricFamily(name, text, labels=_MODEL)
+                gauge.add_metric(model, value(stats))
+                yield gauge
+        for own, vllm, text, value in _COUNTERS:
+            for name in _names(own, vllm):
+                counter = CounterMetricFamily(name, text, labels=_MODEL)
+                counter.add_metric(model, value(stats))
+                yield counter
+        yield from self._pools(stats)
+        yield from self._positions(stats)
+        yield from self._rounds(stats)
+        if stats.decode_seconds:
+            yield from self._speedup(stats)
+
+    def _pools(self, stats: EngineStats) -> Iterator[Metric]:
+        used = GaugeMetricFamily(
+            "magicdec_pages_in_use", "Pages of KV that belong to running requests.", labels=(*_MODEL, "pool")
+        )
+        used.add_metric([self._model_id, "target"], stats.pages_total - stats.pages_free)
+        if stats.draft_pages_per_row:
+            used.add_metric([self._model_id, "draft"], stats.running * stats.draft_pages_per_row)
+        yield used
+
+    def _positions(self, stats: EngineStats) -> Iterator[Metric]:
+        for name in _names("accepted_tokens_per_position", "spec_decode_num_accepted_tokens_per_pos"):
+            counter = CounterMetricFamily(
+                name, "Accepted draft tokens by place in the draft.", labels=(*_MODEL, "position")
+            )
+            for position, count in enumerate(stats.accepted_per_position):
+                counter.add_metric([self._model_id, str(position)], count)
+            yield counter
+
+    def _rounds(self, stats: EngineStats) -> Iterator[Metric]:
+        gamma = HistogramMetricFamily(
+            "magicdec_gamma", "Drafted tokens with which a row entered a round.", labels=_MODEL
+        )
+        buckets, total = [], 0
+        for tokens, count in enumerate(stats.gamma_chosen):
+            total += count
+            buckets.append((f"{tokens}.0", float(total)))
+        gamma.add_metric(
+            [self._model_id],
+            [*buckets, ("+Inf", float(total))],
+            float(sum(tokens * count for tokens, count in enumerate(stats.gamma_chosen))),
+        )
+        yield gamma
+        busy = CounterMetricFamily(
+            "magicdec_round_seconds", "Busy time of the engine by part of a round.", labels=(*_MODEL, "part")
+        )
+        busy.add_metric([self._model_id, "draft"], stats.draft_seconds)
+        busy.add_metric([self._model_id, "verify"], stats.verify_seconds)
+        busy.add_metric([self._model_id, "host"], stats.host_seconds)
+        yield busy
+
+    def _speedup(self, stats: EngineStats) -> Iterator[Metric]:
+        """Where the controller keeps count of what speculation gains."""
+        decode = CounterMetricFamily(
+            "magicdec_decode_seconds",
+            "Rounds that only decoded: what they took, what the same tokens would have taken without drafts, and what "
+            "was predicted.",
+            labels=(*_MODEL, "of"),
+        )
+        decode.add_metric([self._model_id, "measured"], stats.decode_seconds)
+        decode.add_metric([self._model_id, "plain"], stats.plain_seconds)
+        decode.add_metric([self._model_id, "predicted"], stats.forecast_seconds)
+        yield decode
+        alpha = GaugeMetricFamily(
+            "magicdec_acceptance_estimate",
+            "Probability that a drafted token holds, as estimated now.",
+            labels=(*_MODEL, "policy"),
+        )
+        alpha.add_metric([self._model_id, stats.policy], stats.alpha)
+        yield alpha
+
+
+def _names(own: str, vllm: str | None) -> Iterator[str]:
+    yield f"magicdec_{own}"
+    if vllm is not None:
+        yield f"vllm:{vllm}"

@@ -1,0 +1,55 @@
+"""What speculation did for one choice: of each token how it came, and sums at the end. For requests that ask."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from engine.messages import RequestOutput
+from engine.text import Delta
+from server.observe.request_stats import Course
+
+Origin = Literal["accepted", "bonus", "plain"]
+"""accepted: drafted, and the target agreed; bonus: the target's own, behind drafts; plain: of a round without any."""
+
+
+def of_round(course: Course, output: RequestOutput, delta: Delta) -> dict[str, Any]:
+    """What is said of one round, and of all with the last one. course: with this round in it. `offsets`: where in the
+    choice's text, from the first token that was generated on, each of the round's tokens begins."""
+    rest: Origin = "bonus" if output.drafted else "plain"
+    origins: list[Origin] = ["accepted"] * delta.accepted
+    origins += [rest] * (len(delta.tokens) - delta.accepted)
+    said = {"drafted": output.drafted, "accepted": delta.accepted, "origins": origins, "offsets": delta.offsets}
+    return said if delta.finish_reason is None else said | {"total": _total(course)}
+
+
+def _total(course: Course) -> dict[str, Any]:
+    return {
+        "rounds": course.rounds,
+        "drafted": course.drafted,
+        "accepted": course.accepted,
+        "mean_drafted": course.drafted / course.rounds,
+        "accepted_per_round": [course.held[held] for held in range(max(course.held) + 1)],
+        "queue_s": max(0.0, course.scheduled - course.arrival) if course.scheduled else None,
+        "first_token_s": course.first - course.arrival,
+        "per_token_s": course.per_token,
+    }
+
+
+class Reports:
+    """Of all choices of an answer in one piece, from what is said of their rounds."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, dict[str, Any]] = {}
+
+    def add(self, index: int, said: dict[str, Any] | None) -> None:
+        """said: by `of_round`, of choice `index`; None: it does not ask."""
+        if said is None:
+            return
+        found = self._found.setdefault(index, {"origins": [], "offsets": []})
+        found["origins"] += said["origins"]
+        found["offsets"] += said["offsets"]
+        found |= said.get("total", {})
+
+    def of(self, index: int) -> dict[str, Any]:
+        """Fields of the choice."""
+        return {"speculation": self._found[index]} if index in self._found else {}

@@ -1,0 +1,173 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from engine.messages import TokenLogprobs
+from models.tokenizer import Tokenizer
+from server.bodies.fields import choice_seed, read
+from server.bodies.schemas import ChatFields, ChatRequest
+from server.generation import Choice, Generation, Piece, Usage
+from server.observe.speculation_report import Reports
+from server.routes.completions import finite, prompt_logprobs
+from server.routes.stream import respond
+from server.service import Service
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create(request: Request) -> Response:
+    service: Service = request.app.state.service
+    body = await read(request, ChatRequest)
+    body.check()
+    service.check_model(body.model)
+    service.engine()
+    return await respond(request, await _Answer.prepare(service, body), bool(body.stream))
+
+
+async def prompt_tokens(service: Service, chat: ChatFields, add_special_tokens: bool | None) -> list[int]:
+    """The conversation in the model's own template, which writes special tokens itself. Raises ApiError."""
+    messages = [message.model_dump(include={"role", "content", "name"}) for message in chat.messages]
+    for message in messages:
+        if message["name"] is None:
+            del message["name"]
+    generate = True if chat.add_generation_prompt is None else chat.add_generation_prompt
+    text = await service.template.render_beside(messages, generate)
+    (tokens,) = await service.encode([text], bool(add_special_tokens))
+    return tokens
+
+
+class _Answer:
+    """One request's choices in this route's shapes."""
+
+    def __init__(self, service: Service, body: ChatRequest, generation: Generation) -> None:
+        self.id = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._service = service
+        self._body = body
+        self.generation = generation
+
+    @classmethod
+    async def prepare(cls, service: Service, body: ChatRequest) -> _Answer:
+        """Render, tokenize and check. Raises ApiError."""
+        service.check_count(1, body.choices)
+        tokens = await prompt_tokens(service, body, body.add_special_tokens)
+        if body.truncate_prompt_tokens is not None:
+            tokens = tokens[-body.truncate_prompt_tokens :]
+        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        params = body.sampling(
+            service.engine().ready,
+            max_tokens=service.fit(tokens, asked, None),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            constraints=await body.constraints(service),
+        )
+        choices = [
+            Choice(
+                number,
+                tokens,
+                msgspec.structs.replace(params, seed=choice_seed(params.seed, number)),
+                body.priority or 0,
+                body.wants_report,
+                continues=False,
+            )
+            for number in range(body.choices)
+        ]
+        return cls(service, body, Generation(service, choices, Usage(len(tokens))))
+
+    async def whole(self) -> dict[str, Any]:
+        texts: list[list[str]] = [[] for _ in self.generation.choices]
+        logprobs: list[list[dict[str, Any]]] = [[] for _ in texts]
+        ends: list[Piece | None] = [None] * len(texts)
+        reports = Reports()
+        prompt: dict[str, Any] = {}
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                texts[piece.index].append(piece.delta.text)
+                logprobs[piece.index] += self._logprobs(piece)
+                ends[piece.index] = piece
+                reports.add(piece.index, piece.report)
+                if piece.prompt is not None:
+                    prompt = {"prompt_logprobs": prompt_logprobs(self._service.tokenizer, piece.prompt)}
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": "".join(texts[index]), "refusal": None},
+                "logprobs": {"content": logprobs[index], "refusal": None} if self._body.logprobs else None,
+                "finish_reason": end.delta.finish_reason if end else None,
+                "stop_reason": end.delta.stop_reason if end else None,
+                **reports.of(index),
+            }
+            for index, end in enumerate(ends)
+        ]
+        return self._object("chat.completion", choices) | {"usage": self.generation.usage.as_dict()} | prompt
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        usage = self.generation.usage
+        silent = {choice.index for choice in self.generation.choices}
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                if piece.index in silent:
+                    silent.remove(piece.index)
+                    yield self._chunk(_delta(piece.index, {"role": "assistant", "content": ""}))
+                logprobs = self._logprobs(piece)
+                if not (piece.delta.text or logprobs or piece.report or piece.delta.finish_reason):
+                    continue  # all of it held back
+                choice = _delta(piece.index, {"content": piece.delta.text} if piece.delta.text else {})
+                choice["logprobs"] = {"content": logprobs, "refusal": None} if self._body.logprobs else None
+                choice["finish_reason"] = piece.delta.finish_reason
+                choice["stop_reason"] = piece.delta.stop_reason
+                if piece.report is not None:
+                    choice["speculation"] = piece.report
+                yield self._chunk(choice)
+        if self._body.usage_at_end:
+            yield self._object("chat.completion.chunk", []) | {"usage": usage.as_dict()}
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = self._object("chat.completion.chunk", [choice])
+        if self._body.usage_always:
+            chunk["usage"] = self.generation.usage.as_dict()
+        elif self._body.usage_at_end:
+            chunk["usage"] = None
+        return chunk
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._service.model_id,
+            "choices": choices,
+        }
+
+    def _logprobs(self, piece: Piece) -> list[dict[str, Any]]:
+        tokenizer = self._service.tokenizer
+        return [
+            _token(tokenizer, token, entry.logprob) | {"top_logprobs": _top(tokenizer, entry)}
+            for token, entry in zip(
+                piece.delta.tokens, piece.delta.logprobs or (), strict=piece.delta.logprobs is not None
+            )
+        ]
+
+
+def _delta(index: int, delta: dict[str, str]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _top(tokenizer: Tokenizer, entry: TokenLogprobs) -> list[dict[str, Any]]:
+    pairs = zip(entry.top_ids, entry.top_logprobs, strict=True)
+    return [_token(tokenizer, token, logprob) for token, logprob in pairs]
+
+
+def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    """`bytes` is exact also where the token is only part of a character and `token` cannot be."""
+    raw = tokenizer.token_bytes(token)
+    return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}

@@ -1,0 +1,217 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from engine.messages import PromptLogprobs, TokenLogprobs
+from models.tokenizer import REPLACEMENT, IncrementalDecoder, Tokenizer
+from server.bodies.fields import choice_seed, read
+from server.bodies.schemas import CompletionRequest
+from server.generation import Choice, Generation, Piece, Usage
+from server.observe.speculation_report import Reports
+from server.routes.stream import respond
+from server.service import Service
+
+DEFAULT_MAX_TOKENS = 16
+LOWEST_LOGPROB = -9999.0
+"""Stands for a probability of zero, which JSON cannot express as a logarithm."""
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def create(request: Request) -> Response:
+    service: Service = request.app.state.service
+    body = await read(request, CompletionRequest)
+    body.check()
+    service.check_model(body.model)
+    service.engine()
+    return await respond(request, await _Answer.prepare(service, body), bool(body.stream))
+
+
+class _Answer:
+    """One request's choices in this route's shapes."""
+
+    def __init__(
+        self, service: Service, body: CompletionRequest, generation: Generation, echoes: Sequence[str]
+    ) -> None:
+        """`echoes`: the text each choice begins with."""
+        self.id = f"cmpl-{body.request_id or uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._service = service
+        self._body = body
+        self.generation = generation
+        self._echoes = echoes
+
+    @classmethod
+    async def prepare(cls, service: Service, body: CompletionRequest) -> _Answer:
+        """Tokenize and check. Raises ApiError."""
+        service.check_count(len(body.prompt), body.choices)
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+        ready, constraints = service.engine().ready, await body.constraints(service)
+        choices: list[Choice] = []
+        echoes: list[str] = []
+        prompt_tokens = 0
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        ids = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
+        encoded = ids or await service.encode(texts, special)  # prompts are of one kind
+        for prompt, tokens in zip(body.prompt, encoded, strict=True):
+            whole = len(tokens)
+            if body.truncate_prompt_tokens is not None:
+                tokens = tokens[-body.truncate_prompt_tokens :]
+            max_tokens = service.fit(tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
+            # What is echoed is told its log-probabilities too.
+            told = body.logprobs if body.echo and body.prompt_logprobs is None else None
+            params = body.sampling(ready, max_tokens=max_tokens, logprobs=body.logprobs, constraints=constraints)
+            if told is not None:
+                params = msgspec.structs.replace(params, prompt_logprobs=told)
+            prompt_tokens += len(tokens)
+            echo = ""
+            if body.echo:
+                if isinstance(prompt, str) and len(tokens) == whole:
+                    echo = prompt
+                else:
+                    echo = service.tokenizer.decode(tokens, params.skip_special_tokens)
+            for number in range(body.choices):
+                own = msgspec.structs.replace(params, seed=choice_seed(params.seed, number))
+                choices.append(Choice(len(choices), tokens, own, body.priority or 0, body.wants_report, continues=True))
+                echoes.append(echo)
+        return cls(service, body, Generation(service, choices, Usage(prompt_tokens)), echoes)
+
+    async def whole(self) -> dict[str, Any]:
+        texts = [[echo] for echo in self._echoes]
+        logprobs: list[dict[str, list[Any]] | None] = [None] * len(texts)
+        ends: list[Piece | None] = [None] * len(texts)
+        reports = Reports()
+        prompts: dict[int, dict[str, Any]] = {}
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                texts[piece.index].append(piece.delta.text)
+                ends[piece.index] = piece
+                reports.add(piece.index, piece.report)
+                if self._body.prompt_logprobs is not None and piece.prompt is not None:
+                    prompts[piece.index] = {"prompt_logprobs": prompt_logprobs(self._service.tokenizer, piece.prompt)}
+                if (more := self._logprobs(piece)) is not None:
+                    have = logprobs[piece.index]
+                    logprobs[piece.index] = more if have is None else {key: have[key] + more[key] for key in more}
+        choices = [
+            _choice(index, "".join(texts[index]), logprobs[index], end) | reports.of(index) | prompts.get(index, {})
+            for index, end in enumerate(ends)
+        ]
+        return self._object(choices) | {"usage": self.generation.usage.as_dict()}
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        usage = self.generation.usage
+        echoes = list(self._echoes)
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                text, echoes[piece.index] = echoes[piece.index] + piece.delta.text, ""
+                logprobs = self._logprobs(piece)
+                if not (text or logprobs or piece.report or piece.delta.finish_reason):
+                    continue  # all of it held back
+                told = {} if piece.report is None else {"speculation": piece.report}
+                chunk = self._object([_choice(piece.index, text, logprobs, piece) | told])
+                if self._body.usage_always:
+                    chunk["usage"] = usage.as_dict()
+                elif self._body.usage_at_end:
+                    chunk["usage"] = None
+                yield chunk
+        if self._body.usage_at_end:
+            yield self._object([]) | {"usage": usage.as_dict()}
+
+    def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._service.model_id,
+            "choices": choices,
+        }
+
+    def _logprobs(self, piece: Piece) -> dict[str, list[Any]] | None:
+        """Of the tokens of `piece`, and of the prompt if it is echoed; offsets index into the choice's text."""
+        if piece.delta.logprobs is None:
+            return None
+        found = self._of_tokens(piece, piece.delta.logprobs)
+        if self._body.echo and piece.prompt is not None:
+            prompt = self._of_prompt(self.generation.choices[piece.index].prompt, piece.prompt)
+            found = {name: prompt[name] + found[name] for name in found}
+        return found
+
+    def _of_prompt(self, prompt: list[int], told: list[PromptLogprobs]) -> dict[str, list[Any]]:
+        """Nothing is told of the first token."""
+        tokenizer, most = self._service.tokenizer, self._body.logprobs or 0
+        tokens = [token_text(tokenizer, token) for token in prompt]
+        decoder, offsets, length = IncrementalDecoder(tokenizer, False), [], 0
+        for token in prompt:
+            offsets.append(length)
+            length += len(decoder.push(token))
+        top: list[dict[str, float] | None] = [None]
+        for text, each in zip(tokens[1:], told, strict=True):
+            entry = TokenLogprobs(each.logprob, each.top_ids[:most], each.top_logprobs[:most])
+            top.append(_top(tokenizer, text, entry))
+        logprobs = [None, *(finite(each.logprob) for each in told)]
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+
+    def _of_tokens(self, piece: Piece, logprobs: list[TokenLogprobs]) -> dict[str, list[Any]]:
+        tokenizer = self._service.tokenizer
+        tokens = [token_text(tokenizer, token) for token in piece.delta.tokens]
+        echoed = len(self._echoes[piece.index])
+        return {
+            "tokens": tokens,
+            "token_logprobs": [finite(entry.logprob) for entry in logprobs],
+            "top_logprobs": [_top(tokenizer, token, entry) for token, entry in zip(tokens, logprobs, strict=True)],
+            "text_offset": [echoed + offset for offset in piece.delta.offsets],
+        }
+
+
+def _choice(index: int, text: str, logprobs: dict[str, list[Any]] | None, end: Piece | None) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": end.delta.finish_reason if end else None,
+        "stop_reason": end.delta.stop_reason if end else None,
+    }
+
+
+def _top(tokenizer: Tokenizer, token: str, entry: TokenLogprobs) -> dict[str, float]:
+    """The most likely tokens, and the one that was chosen."""
+    top = {
+        token_text(tokenizer, id): finite(logprob)
+        for id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
+    }
+    return top | {token: finite(entry.logprob)}
+
+
+def prompt_logprobs(tokenizer: Tokenizer, told: list[PromptLogprobs]) -> list[dict[str, Any] | None]:
+    """By token id, of each prompt token and of the likeliest in its place; nothing of the first."""
+
+    def entry(token: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": finite(logprob), "rank": rank, "decoded_token": token_text(tokenizer, token)}
+
+    found: list[dict[str, Any] | None] = [None]
+    for each in told:
+        top = zip(each.top_ids, each.top_logprobs, strict=True)
+        entries = {str(id): entry(id, logprob, rank) for rank, (id, logprob) in enumerate(top, 1)}
+        found.append(entries | {str(each.token): entry(each.token, each.logprob, each.rank)})
+    return found
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token as text; one that is only part of a character as `bytes:\\xe2\\x82`: each is distinct."""
+    raw = tokenizer.token_bytes(token)
+    text = raw.decode(errors="replace")
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if REPLACEMENT in text else text
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,106 @@
+"""GET /openapi.json: what clients may send and what they are answered, from the models that read it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from server.bodies.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+_STREAMING = ("/v1/completions", "/v1/chat/completions")
+_PLACES = {
+    "/v1/models": "Models that are served.",
+    "/v1/models/{model_id}": "One of them.",
+    "/health": "Whether engine and ranks live.",
+    "/ready": "Whether requests are taken.",
+    "/metrics": "Prometheus text.",
+    "/version": "Version and commit.",
+    "/load": "Requests and pages.",
+    "/": "Dashboard and playground.",
+}
+_TEXTS = {"/metrics": "text/plain", "/": "text/html"}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string", "maxLength": 500},
+                "type": {"enum": ["invalid_request_error", "server_error"]},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+_STATUSES = {
+    400: "A value that cannot be served; `param` names it.",
+    401: "No valid API key.",
+    404: "No such model or route.",
+    405: "No such method on this route.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    503: "Loading, full, draining, or the engine is gone; with Retry-After where that helps.",
+}
+
+router = APIRouter()
+
+
+@cache
+def document(version: str) -> dict[str, Any]:
+    """OpenAPI 3.1."""
+    read: Literal["validation"] = "validation"
+    models = [(model, read) for model in _BODIES.values()]
+    _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
+    paths: dict[str, Any] = {}
+    for path, model in _BODIES.items():
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
+        answer: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+        if path in _STREAMING:
+            answer["text/event-stream"] = {"schema": {}}
+        paths[path] = {
+            "post": _operation((model.__doc__ or "").strip(), answer, {"required": True, "content": content})
+        }
+    for path, about in _PLACES.items():
+        operation = _operation(about, {_TEXTS.get(path, "application/json"): {"schema": {}}}, None)
+        if "{" in path:
+            parameter = {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}
+            operation["parameters"] = [parameter]
+        paths[path] = {"get": operation}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "magicdec", "version": version},
+        "paths": paths,
+        "components": {
+            "schemas": {**schemas.get("$defs", {}), "Error": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}, {}],
+    }
+
+
+def _operation(about: str, answer: dict[str, Any], body: dict[str, Any] | None) -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    statuses = {str(status): {"description": text, "content": error} for status, text in _STATUSES.items()}
+    found: dict[str, Any] = {
+        "summary": about,
+        "responses": {"200": {"description": "OK", "content": answer}, **statuses},
+    }
+    return found if body is None else found | {"requestBody": body}
+
+
+@router.get("/openapi.json")
+async def openapi(request: Request) -> dict[str, Any]:
+    return document(request.app.state.service.build["version"])

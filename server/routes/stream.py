@@ -1,0 +1,124 @@
+"""Answers that must end when the client goes away: server-sent events, and long waits for one JSON body."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from server.errors import as_api_error
+from server.generation import Generation
+from server.observe.access_log import note
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(data: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+async def until_gone(receive: Receive) -> None:
+    """Return when the client has gone. The body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def before(end: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T], late: Exception) -> T:
+    """The result of `work`. If `end` returns first, `work` is cancelled and `late` raised."""
+    task = asyncio.create_task(work)
+    ending = asyncio.create_task(end)
+    try:
+        await asyncio.wait({task, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise late
+        return task.result()
+    finally:
+        task.cancel()
+        ending.cancel()
+        await asyncio.gather(task, ending, return_exceptions=True)
+
+
+async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes. Raises ClientDisconnect then."""
+    return await before(until_gone(receive), work, ClientDisconnect())
+
+
+class Answer(Protocol):
+    """What a completion route answers one request with: in one piece, or event by event."""
+
+    id: str
+    generation: Generation
+
+    async def whole(self) -> Any: ...
+    def events(self) -> AsyncGenerator[Any, None]: ...
+
+
+async def respond(request: Request, answer: Answer, streaming: bool) -> Response:
+    """Send `answer`; its work ends with it, or when the client goes."""
+    headers = {"X-Request-Id": answer.id}
+    note(request, id=answer.id, **answer.generation.facts)
+    answer.generation.parent = request.headers.get("traceparent")
+    if streaming:
+        return await stream(request, answer.events(), headers)
+    body = msgspec.json.encode(await while_there(request.receive, answer.whole()))
+    return Response(body, headers=headers, media_type="application/json")
+
+
+async def stream(request: Request, events: AsyncGenerator[Any, None], headers: Mapping[str, str]) -> Response:
+    """Answer with `events` (JSON values), then [DONE].
+
+    Whatever goes wrong before the first event is raised, to be answered with its own status.
+    """
+
+    async def first() -> Any:
+        return await anext(events)
+
+    try:
+        head = await while_there(request.receive, first())
+    except BaseException:
+        await events.aclose()
+        raise
+    return EventStream(_encoded(head, events), headers)
+
+
+async def _encoded(head: Any, events: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        try:
+            yield event(head)
+            async for item in events:
+                yield event(item)
+        except Exception as error:
+            yield event(as_api_error(error).body())
+        yield DONE
+
+
+class EventStream(Response):
+    """Sends until the source ends or the client goes; closes the source in either case."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, source: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
+        del self.headers["content-length"]
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._source):
+            try:
+                await while_there(receive, self._send(send))
+            except ClientDisconnect:
+                return
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for chunk in self._source:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,46 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from server.bodies.fields import read
+from server.bodies.schemas import ChatFields, DetokenizeRequest, TokenizeRequest
+from server.routes.chat import prompt_tokens
+from server.service import Service
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> dict[str, Any]:
+    service: Service = request.app.state.service
+    body = await read(request, TokenizeRequest)
+    body.check()
+    service.check_model(body.model)
+    ready = service.loaded().ready
+    if body.prompt is not None:
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+        (tokens,) = await service.encode([body.prompt], special)
+    else:
+        chat = ChatFields(messages=body.messages or [], add_generation_prompt=body.add_generation_prompt)
+        tokens = await prompt_tokens(service, chat, body.add_special_tokens)
+    strings = None
+    if body.return_token_strs:
+        strings = [service.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+    return {
+        "count": len(tokens),
+        "max_model_len": ready.max_model_len,
+        "tokens": tokens,
+        "token_strs": strings,
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> dict[str, Any]:
+    service: Service = request.app.state.service
+    body = await read(request, DetokenizeRequest)
+    service.check_model(body.model)
+    return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -1,0 +1,90 @@
+"""Chat messages to prompt text, by the template that comes with the model, in a sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+
+from models.tokenizer import Tokenizer
+from server.errors import ApiError
+from server.text.sandbox import Sandbox, render
+
+logger = logging.getLogger(__name__)
+
+
+class ChatTemplate:
+    """The model's own template. One that is broken is logged and costs the chat route only.
+
+    available: whether there is one that works.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        extensions = ["jinja2.ext.loopcontrols", _Generation]
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self._threads = ThreadPoolExecutor(2, "chat-template")
+        self._missing = "this model has no chat template"
+        self._template = None
+        if tokenizer.chat_template is not None:
+            try:
+                self._template = environment.compiled(tokenizer.chat_template)
+            except Exception as error:  # Python's own compiler has its say too
+                self._missing = "this model's chat template is broken"
+                logger.warning("%s, so chat is refused: %s", self._missing, error)
+        self._special = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+
+    @property
+    def available(self) -> bool:
+        return self._template is not None
+
+    async def render_beside(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """`render`, in threads of its own: a slow template holds up chats only."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self.render, messages, add_generation_prompt
+        )
+
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """`messages`: role, content, and name if given. May take seconds. Raises ApiError."""
+        if self._template is None:
+            raise ApiError(self._missing, code="not_served", param="messages")
+        try:
+            variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None}
+            chars = sum(len(text) for message in messages for text in message.values())
+            return render(self._template, variables | self._special, chars)
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise ApiError(f"messages: the model's chat template refuses them: {error}", param="messages") from None
+
+
+class _Generation(Extension):
+    """{% generation %} marks, for training, what the assistant says; here it means nothing."""
+
+    tags = {"generation"}  # noqa: RUF012  (the library's interface)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,112 @@
+"""Small engines for tests, and ways to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config.deployment import EngineConfig
+from engine.core import Engine
+from engine.messages import AddRequest, RequestOutput
+from engine.params import SamplingParams
+from engine.plan import StepPlan, StepResult
+from engine.scheduler.controller import Report
+from engine.scheduler.request import Request
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
+from models.config import ModelConfig
+from models.llama import Llama
+from models.loader import random_model
+from parallel.group import Group
+
+TINY = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=2048,
+    eos_token_ids=(1,),
+)
+
+
+def tiny_model(
+    seed: int = 0, dtype: torch.dtype = torch.float64, config: ModelConfig = TINY, ops: Ops = REFERENCE
+) -> Llama:
+    return random_model(config, seed=seed, dtype=dtype, device=torch.device("cpu"), group=Group.single(), ops=ops)
+
+
+def tiny_engine(
+    model: Llama, *, gamma: int, budget: int = 16, page_size: int = 4, directory: Path | None = None, **settings: Any
+) -> Engine:
+    """An engine whose draft sees so little that it is often wrong. directory: where its tokenizer is, if it has one."""
+    scheduler = {"max_rows": 8, "max_batch_tokens": 64, **settings.pop("scheduler", {})}
+    speculation = {"kv": {"budget": budget, "sink": min(4, page_size)}, **settings.pop("speculation", {})}
+    config = EngineConfig.model_validate(
+        {
+            "model": str(directory or "tiny"),
+            "speculation": {"gamma": gamma, **speculation},
+            "cache": {"page_size": page_size, "memory_gb": 0.1, **settings.pop("cache", {})},
+            "scheduler": scheduler,
+            "check_invariants": True,
+            **settings,
+        }
+    )
+    return Engine(config, model=model)
+
+
+class Scripted:
+    """A controller whose rounds are told beforehand: one gamma for all rows, or one for each, again and again."""
+
+    def __init__(self, gammas: Sequence[int | Sequence[int]]) -> None:
+        self._gammas = iter([[each] if isinstance(each, int) else each for each in gammas])
+        self.gamma_max = max(each if isinstance(each, int) else max(each) for each in gammas)
+        self.budget, self.report = 0, Report()
+
+    def choose(self, rows: Sequence[Request]) -> list[int]:
+        gammas = next(self._gammas)
+        return [gammas[i % len(gammas)] for i in range(len(rows))]
+
+    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
+        pass
+
+
+def run(
+    engine: Engine,
+    requests: Iterable[AddRequest],
+    *,
+    joins: Mapping[str, int] | None = None,
+    leaves: Mapping[str, int] | None = None,
+) -> dict[str, list[RequestOutput]]:
+    """Run until nothing is left. joins, leaves: at which step a request arrives (default 0), or is aborted."""
+    waiting = {request.id: request for request in requests}
+    outputs: dict[str, list[RequestOutput]] = {request_id: [] for request_id in waiting}
+    step = 0
+    while waiting or engine.has_work():
+        for request_id in [r for r in waiting if (joins or {}).get(r, 0) <= step]:
+            engine.add(waiting.pop(request_id))
+        for request_id, at in (leaves or {}).items():
+            if at == step:
+                engine.abort([request_id])
+                waiting.pop(request_id, None)
+        for output in engine.step():
+            outputs[output.id].append(output)
+        step += 1
+    stats = engine.stats()
+    assert stats.pages_free == stats.pages_total
+    assert stats.running == stats.waiting == 0
+    return outputs
+
+
+def tokens(outputs: Sequence[RequestOutput]) -> list[int]:
+    return [token for output in outputs for token in output.tokens]
+
+
+def complete(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> list[int]:
+    """The output tokens of one request, alone."""
+    return tokens(run(engine, [AddRequest("alone", list(prompt), params)])["alone"])

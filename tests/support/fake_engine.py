@@ -1,0 +1,132 @@
+"""An engine without a model: deterministic tokens, and misbehaviour on demand."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+from engine.config.deployment import EngineConfig
+from engine.messages import (
+    FINISH_LENGTH,
+    FINISH_STOP,
+    AddRequest,
+    EngineStats,
+    Ready,
+    RequestOutput,
+    TokenLogprobs,
+)
+from tests.support.paths import ROOT
+
+COMMAND = (
+    sys.executable,
+    "-c",
+    f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    "from engine.processes.engine_server import main\nfrom tests.support.fake_engine import FakeEngine\nsys.exit(main(FakeEngine))",
+)
+"""Starts an engine process around a FakeEngine."""
+
+VOCAB, MAX_LEN, EOS = 320, 64, 2
+PAGES = 1000
+REFUSE, FULL, CRASH, HANG, EXIT, SLOW = 300, 301, 302, 303, 304, 305
+"""A prompt that begins with one of these: is refused, is refused for now, ends the engine in one of three ways,
+or gets a token only every 10 ms."""
+
+
+def expected(request: AddRequest) -> list[int]:
+    """The tokens that a request gets. logit_bias {t: 100} makes all of them t."""
+    forced = [token for token, bias in request.params.logit_bias.items() if bias == 100]
+    tokens = []
+    for position in range(request.params.max_tokens):
+        token = 10 + (sum(request.prompt) * 7 + request.params.seed + position * 13) % 280
+        tokens.append(forced[0] if forced else token)
+        if tokens[-1] == EOS and not request.params.ignore_eos:
+            break
+    return tokens
+
+
+class FakeEngine:
+    """Yields three tokens per request and round, one less accepted, until `expected` is used up."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.model == "no-such-model":
+            raise ValueError("there is no such model")
+        if config.model == "bug":
+            raise RuntimeError("cannot load")
+        if config.model == "slow":
+            time.sleep(60)
+        self._live: dict[str, tuple[AddRequest, list[int]]] = {}
+        self._done = 0
+        self.ready = Ready(
+            model=config.model, max_model_len=MAX_LEN, vocab_size=VOCAB, eos_token_ids=[EOS], stats=self.stats()
+        )
+
+    overlaps = False
+
+    def add(self, request: AddRequest) -> None:
+        from engine.scheduler.scheduler import QueueFull, RequestError
+
+        if request.prompt[0] == REFUSE:
+            raise RequestError("not this one")
+        if request.prompt[0] == FULL:
+            raise QueueFull("too many are waiting")
+        self._live[request.id] = (request, expected(request))
+
+    def abort(self, ids: Iterable[str]) -> None:
+        for id in ids:
+            self._live.pop(id, None)
+
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[RequestOutput]:
+        meanwhile()
+        outputs = []
+        for id, (request, tokens) in list(self._live.items()):
+            kind = request.prompt[0]
+            if kind == CRASH:
+                raise RuntimeError("it broke")
+            if kind == EXIT:
+                sys.stderr.flush()
+                import os
+
+                os._exit(7)
+            if kind == HANG:
+                time.sleep(60)
+            if kind == SLOW:
+                time.sleep(0.01)
+            count = 1 if kind == SLOW else 3
+            new, rest = tokens[:count], tokens[count:]
+            self._live[id] = (request, rest)
+            self._done += len(new)
+            output = RequestOutput(
+                id=id, tokens=new, drafted=3, accepted=max(0, len(new) - 1), scheduled=time.monotonic()
+            )
+            if request.params.logprobs is not None:
+                top = list(range(request.params.logprobs))
+                output.logprobs = [TokenLogprobs(-1.5, top, [-1.0 - token for token in top]) for _ in new]
+            if not rest:
+                del self._live[id]
+                ended = new[-1] == EOS and not request.params.ignore_eos
+                output.finish_reason = FINISH_STOP if ended else FINISH_LENGTH
+            outputs.append(output)
+        return outputs
+
+    def check_ranks(self) -> float:
+        """It never fails while idle."""
+        return math.inf
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self._live),
+            pages_total=PAGES,
+            pages_free=PAGES - len(self._live),
+            page_size=16,
+            generated_tokens=self._done,
+            accepted_per_position=[3, 2],
+            gamma_chosen=[1, 0, 4],
+        )
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,215 @@
+"""Engines of several ranks for tests: ranks that are threads, and model directories for ranks that are processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from engine.config.deployment import EngineConfig
+from engine.core import Engine
+from engine.oom import what_failed
+from engine.ranks.executor import Ranks
+from engine.ranks.protocol import Report, answer, follow
+from engine.worker.build import load_draft
+from engine.worker.worker import Worker
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
+from models.config import ModelConfig
+from models.llama import Llama
+from models.loader import random_model
+from parallel import shared
+from parallel.channel import Disconnected, Link
+from parallel.group import Group, RankFailure
+from tests.support.rig import CPU, ThreadGroup
+from tests.support.tiny import TOKENS, write_tokenizer
+
+PROCESS_MODEL = ModelConfig(
+    vocab_size=321,
+    hidden_size=24,
+    intermediate_size=31,
+    num_layers=2,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=8,
+    max_position_embeddings=2048,
+    eos_token_ids=(2,),
+)
+"""For ranks that are processes: odd sizes where they are cut, and heads that two ranks share unevenly."""
+
+SERVED_MODEL = ModelConfig(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=2048,
+    eos_token_ids=(2,),
+)
+"""For servers whose ranks are to be lost: as many tokens as its tokenizer has."""
+
+DRAFT = ModelConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_position_embeddings=512,
+    eos_token_ids=(1,),
+)
+"""Drafts for tests.support.engines.TINY."""
+
+
+class ThreadRanks:
+    """Ranks 1 … size - 1 of an engine as threads of this process, driven through real links.
+
+    workers: by rank, once the engine is up. plans: every frame that rank 1 was sent.
+    """
+
+    def __init__(
+        self, config: ModelConfig, size: int, dtype: torch.dtype, share: bool = False, ops: Ops = REFERENCE
+    ) -> None:
+        """share: exchange tensors as ranks that are processes of one machine do."""
+        self._share = share
+        self._barriers: list[threading.Barrier] = []
+        self._groups = self._new_groups(size)
+        self._draft_groups: list[Group] = []
+        self._config, self._dtype, self._ops = config, dtype, ops
+        self.workers: dict[int, Worker] = {}
+        self.plans: list[bytes] = []
+
+    def model(self, rank: int) -> Llama:
+        return random_model(self._config, 0, self._dtype, CPU, self._groups[rank], self._ops)
+
+    def launch(self, config: EngineConfig, device: torch.device) -> Ranks:
+        links = {}
+        size = len(self._groups)
+        count = config.speculation.draft_ranks(size)
+        self._draft_groups = self._new_groups(count) if 0 < count < size else self._groups
+        for rank in range(1, size):
+            ours, theirs = socket.socketpair()
+            links[rank] = Link(ours, 60)
+            threading.Thread(target=self._live, args=(rank, Link(theirs), config), daemon=True).start()
+        ranks = Ranks(links, timeout_s=60)
+        ranks.group = self._groups[0]
+        ranks._join_first = lambda count: self._draft_groups[0]
+        return ranks
+
+    def groups(self, rank: int) -> list[Group]:
+        """The ends that this rank has."""
+        return [self._groups[rank], *self._draft_groups[rank : rank + 1]]
+
+    def _new_groups(self, size: int) -> list[Group]:
+        if self._share:
+            memory = shared.create(size)
+            try:
+                return [shared.SharedGroup(memory, rank, size, timeout_s=60) for rank in range(size)]
+            finally:
+                os.close(memory)
+        barrier, board = threading.Barrier(size, timeout=60), [torch.empty(0)] * size
+        self._barriers.append(barrier)
+        return [ThreadGroup(rank, barrier, board) for rank in range(size)]
+
+    def _live(self, rank: int, link: Link, config: EngineConfig) -> None:
+        try:
+            assert config.cache.num_pages
+            assert config.max_model_len
+            model = self.model(rank)
+            draft_group = self._draft_groups[rank] if rank < len(self._draft_groups) else None
+            self.workers[rank] = worker = Worker(
+                model,
+                config,
+                num_pages=config.cache.num_pages,
+                max_model_len=config.max_model_len,
+                group=self._groups[rank],
+                draft=load_draft(config, model, config.max_model_len, draft_group),
+            )
+            answer(link, Report())
+            answer(link, Report())
+            if rank == 1:
+                receive = link.receive
+
+                def recorded() -> bytes:
+                    self.plans.append(receive())
+                    return self.plans[-1]
+
+                link.receive = recorded  # type: ignore[method-assign]
+            follow(link, worker.execute)
+        except (Disconnected, RankFailure):
+            pass  # rank 0 is gone, or finds the same failure itself
+        except Exception as error:
+            for barrier in self._barriers:
+                barrier.abort()  # the others would wait for this rank
+            with contextlib.suppress(Disconnected):
+                answer(link, Report(failure=what_failed(error)))
+        finally:
+            link.close()
+
+
+def settings(gamma: int, **others: Any) -> dict[str, Any]:
+    """Of a small engine whose draft sees so little that it is often wrong."""
+    return {
+        "model": "random",
+        "device": "cpu",
+        "max_model_len": 256,
+        "speculation": {"gamma": gamma, "kv": {"budget": 16, "sink": 4}},
+        "cache": {"page_size": 4, "memory_gb": 0.05},
+        "scheduler": {"max_rows": 16, "max_batch_tokens": 64},
+        "check_invariants": True,
+    } | others
+
+
+def threaded_engine(
+    config: ModelConfig,
+    size: int,
+    *,
+    gamma: int,
+    dtype: torch.dtype = torch.float64,
+    share: bool = False,
+    ops: Ops = REFERENCE,
+    **others: Any,
+) -> tuple[Engine, ThreadRanks]:
+    """An engine over a random model, with `size` - 1 threads beside this one. share: see ThreadRanks."""
+    ranks = ThreadRanks(config, size, dtype, share, ops)
+    model = ranks.model(0) if size > 1 else random_model(config, 0, dtype, CPU, Group.single(), ops)
+    chosen = EngineConfig.model_validate(settings(gamma, tensor_parallel_size=size, **others))
+    return Engine(chosen, model=model, ranks=ranks.launch), ranks
+
+
+def write_random_model(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> Path:
+    """A model directory with the weights of `random_model` and, if its vocabulary is large enough, a tokenizer; returns
+    it."""
+    if config.vocab_size >= TOKENS:
+        write_tokenizer(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    model = random_model(config, seed, dtype, CPU, Group.single())
+    save_file({slot.source: slot.tensor.contiguous() for slot in model.slots()}, directory / "model.safetensors")
+    fields = {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "eos_token_id": list(config.eos_token_ids),
+        "hidden_act": "silu",
+    }
+    (directory / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    return directory

@@ -1,0 +1,185 @@
+"""bench.peers.compare with contenders that only count: the protocol over real processes, turns, failures and the table."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.corpus import BenchError
+from bench.peers.compare import Contender, Plan, choose, parse_points, run, same_tokens, variant
+from bench.peers.compare_report import Report, table
+from bench.peers.install import PeerError, environment, requirements
+from bench.peers.process import PeerProcess
+
+COUNTS = '''
+class Peer:
+    """Row r's tokens are r, r + 1, r + 2 …; a prompt that begins with 13 is bad luck."""
+
+    def __init__(self, settings):
+        print("packages write here as they like")
+        if settings["options"].get("broken"):
+            raise ValueError("cannot load\\nin detail")
+        self.max_batch = settings["options"].get("max_batch")
+        self.about = "counts"
+        self.step_of = settings["options"].get("step", 1)
+        self.rows = []
+
+    def prepare(self, rows, row_tokens):
+        self.room = row_tokens
+
+    def start(self, prompts, limit, *, together):
+        if prompts[0][0] == 13:
+            raise RuntimeError("bad luck")
+        self.rows = [[row, 0, limit] for row in range(len(prompts))]
+
+    def step(self):
+        if self.rows and self.rows[0][2] == 999:
+            raise SystemExit(3)
+        yielded = []
+        for row in self.rows:
+            new = list(range(row[0] + row[1], row[0] + row[1] + self.step_of))[: row[2] - row[1]]
+            row[1] += len(new)
+            if new:
+                yielded.append((row[0], new))
+        return yielded
+
+    def stop(self):
+        self.rows = []
+'''
+
+Start = Callable[[Contender], PeerProcess]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a contender that counts."""
+    peer = tmp_path / "peer.py"
+    peer.write_text(COUNTS)
+    with ExitStack() as stack:
+
+        def start_one(contender: Contender) -> PeerProcess:
+            settings: dict[str, Any] = {"threads": 1, "row_tokens": 4000, "options": dict(contender.options)}
+            log = tmp_path / f"{contender.name}.log"
+            process = PeerProcess(Path(sys.executable), peer, settings, log=log, timeout_s=60)
+            stack.callback(process.close)
+            return process
+
+        yield start_one
+
+
+def test_one_contender(start: Start) -> None:
+    peer = start(Contender("one", "fake", {"step": 2}))
+    assert (peer.about, peer.max_batch) == ("counts", None)
+    answer = peer.ask("start", prompts=[[1], [1]], limit=100)
+    assert answer["tokens"] == [[0, 1], [1, 2]]
+    answer = peer.ask("decode", new_tokens=3)
+    assert answer["tokens"] == [[2, 3, 4, 5], [3, 4, 5, 6]]
+    assert answer["decode_s"] > 0
+    whole = peer.ask("complete", prompts=[[1]], new_tokens=5)
+    assert whole["tokens"] == [[0, 1, 2, 3, 4]]
+    assert whole["total_s"] == whole["first_token_s"] + whole["decode_s"]
+
+
+def test_what_goes_wrong_is_said_and_the_next_request_starts_afresh(start: Start) -> None:
+    peer = start(Contender("one", "fake"))
+    with pytest.raises(PeerError, match="bad luck"):
+        peer.ask("start", prompts=[[13]], limit=10)
+    with pytest.raises(PeerError, match="unknown op"):
+        peer.ask("dance")
+    peer.ask("start", prompts=[[1]], limit=3)
+    with pytest.raises(PeerError, match="reached its limit"):
+        peer.ask("decode", new_tokens=2)
+    assert peer.ask("complete", prompts=[[1]], new_tokens=2)["tokens"] == [[0, 1]]
+    assert not peer.ended
+
+
+def test_a_contender_that_ends(start: Start) -> None:
+    peer = start(Contender("one", "fake"))
+    with pytest.raises(PeerError, match="it ended"):
+        peer.ask("start", prompts=[[1]], limit=999)
+    assert peer.ended
+
+
+def test_one_run(start: Start) -> None:
+    """All points and turns are measured; who cannot be had, or takes fewer rows, is named with the reason."""
+    contenders = [
+        Contender("counts", "fake"),
+        Contender("broken", "fake", {"broken": True}),
+        Contender("alone", "fake", {"max_batch": 1}),
+    ]
+    plan = Plan([(1, 20), (2, 20)], first=7, warm_up=1, new_tokens=3, rounds=2, totals=1)
+    said: list[str] = []
+    settings = {"threads": 1, "row_tokens": 4000}
+    report = run(contenders, start, plan, lambda count, length: [[1] * length] * count, settings, said.append)
+    counts, broken, alone = report.contenders
+    assert (counts.error, counts.same) == (None, 1.0)
+    assert broken.error == "ValueError: cannot load"
+    assert alone.error is None
+    single, single_alone, double, double_alone = report.points
+    for point in (single, single_alone, double):
+        assert len(point.step_ms) == 2
+        assert min(point.step_ms) > 0
+        assert (len(point.total_s), point.same, point.error) == (1, 1.0, None)
+    assert (double_alone.step_ms, double_alone.error) == ([], "takes 1 row at most")
+    assert [first.context for first in report.firsts] == [7, 7]
+    text = table(report)
+    assert "(ValueError: cannot load)" in text
+    assert "(takes 1 row at most)" in text
+    assert "time to the first token of 7" in text
+
+
+def test_an_empty_table() -> None:
+    assert "2 threads" in table(Report(threads=2, new_tokens=1, rounds=1))
+
+
+def test_points() -> None:
+    assert parse_points("1x2048,16x7500") == [(1, 2048), (16, 7500)]
+    for wrong in ("", "1x", "1x2x3", "0x5", "axb"):
+        with pytest.raises(BenchError, match="BATCHxCONTEXT"):
+            parse_points(wrong)
+
+
+def test_contenders() -> None:
+    fast = variant("fast: speculation.gamma=2 dtype=bfloat16")
+    assert fast.options == {"engine.speculation.gamma": 2, "engine.dtype": "bfloat16"}
+    assert [one.name for one in choose("vllm,magicdec off", [fast])] == ["vllm", "magicdec off", "fast"]
+    usual = [one.name for one in choose(None, [fast])]
+    assert usual[-1] == "fast"
+    assert "llama.cpp q8_0" not in usual
+    with pytest.raises(BenchError, match="no contender 'sglang'"):
+        choose("sglang", [])
+    for wrong in ("fast", ": a=1", "fast: a", "fast: =1"):
+        with pytest.raises(BenchError, match="--variant"):
+            variant(wrong)
+
+
+def test_more_tokens_than_the_model_has() -> None:
+    plan = Plan([(1, 100)], first=0, warm_up=0, new_tokens=10, rounds=1, totals=0)
+    assert plan.row_tokens(1, 100, 4000) > 110
+    with pytest.raises(BenchError, match="but the model has 105"):
+        plan.row_tokens(1, 100, 105)
+
+
+def test_same_tokens() -> None:
+    assert same_tokens([[1, 2, 3]], [[1, 9]]) == 0.5
+    assert same_tokens([[1]], [[]]) is None
+
+
+def test_requirements_of_a_wheel(tmp_path: Path) -> None:
+    wheel = tmp_path / "x.whl"
+    lines = ["Name: x", "Requires-Dist: torch==2.9", "Requires-Dist: numpy>=1", 'Requires-Dist: rich; extra == "cli"']
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("x-1.dist-info/METADATA", "\n".join(lines))
+    assert requirements(wheel, ("torch",)) == ["numpy>=1"]
+
+
+def test_an_environment_that_may_not_be_made(tmp_path: Path) -> None:
+    with pytest.raises(PeerError, match="not installed"):
+        environment("transformers", tmp_path, print, install=False)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,166 @@
+"""Settings: strict, overridable, free of contradictions, and documented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from engine.config.deployment import Config, ConfigError, load_config
+from tests.support.paths import ROOT
+
+CONFIGS = ROOT / "configs"
+
+
+def settings(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> default of every setting below `model`; the one without a default is None."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= settings(kind, f"{prefix}{name}.")
+        elif isinstance(field.default, BaseModel):
+            found |= settings(type(field.default), f"{prefix}{name}.")
+        else:
+            found[prefix + name] = None if field.is_required() else field.default
+    return found
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_built_in_defaults() -> None:
+    config = load_config(None, {})
+    assert config.engine.model == "default"
+    assert config == Config.model_validate({"engine": {"model": "default"}})
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_deployment_loads(path: Path) -> None:
+    assert isinstance(load_config(path, {}), Config)
+
+
+def test_cpu_config_mentions_every_setting_at_its_default() -> None:
+    path = CONFIGS / "cpu.yaml"
+    mentioned = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    assert mentioned == settings(Config) | {"engine.model": "default"}
+    assert load_config(path, {}) == load_config(None, {})
+
+
+def test_overrides_win_and_leave_the_rest(tmp_path: Path) -> None:
+    path = write(tmp_path, "engine: {model: m, cache: {page_size: 8}}\nserver: {port: 1}\n")
+    config = load_config(path, {"engine.cache.page_size": 32, "engine.speculation.gamma": 0, "server.port": 2})
+    assert (config.engine.model, config.engine.cache.page_size) == ("m", 32)
+    assert (config.engine.speculation.gamma, config.server.port) == (0, 2)
+    assert config.engine.cache.memory_gb == load_config(None, {}).engine.cache.memory_gb
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("engine: {model: m, page_size: 8}", "engine.page_size: unknown setting"),
+        ("engine: {model: m, speculation: {kv: {policy: window, bugdet: 8}}}", "engine.speculation.kv.bugdet"),
+        ("engine: {model: m}\nsrever: {}", "srever: unknown setting"),
+        ("engine: {model: m, device: tpu}", "engine.device"),
+        ("engine: {model: m, cache: {page_size: 0}}", "engine.cache.page_size"),
+        ("engine: {model: m, speculation: {gamma: 17}}", "engine.speculation.gamma"),
+        ("engine: {model: m, speculation: {gamma: -1}}", "engine.speculation.gamma"),
+        ("engine: {model: m}\nserver: {port: 65536}", "server.port"),
+        ("engine: {model: m, speculation: {kv: {budget: 100}}}", "multiple of cache.page_size"),
+        ("engine: {model: m, speculation: {kv: {budget: 32, sink: 17}}}", "no page for recent tokens"),
+        ("- engine", "expected a mapping"),
+        ("engine: {scheduler: {max_rows: yes}}", "engine.scheduler.max_rows"),
+        ("engine: {speculation: {gamma: '3'}}", "engine.speculation.gamma"),
+        ("engine: {cache: {memory_gb: .inf}}", "engine.cache.memory_gb"),
+        ("engine: {model: a, model: b}", "'model' is given twice"),
+        ("engine: [", "config.yaml"),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text), {})
+    assert named in str(caught.value)
+
+
+def test_every_fault_gets_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "engine: {model: m, threads: 0, tensor_parallel_size: none}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {"server.port": -1})
+    lines = str(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "engine.tensor_parallel_size",
+        "engine.threads",
+        "server.port",
+    ]
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.yaml"):
+        load_config(tmp_path / "missing.yaml", {})
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary\.yaml"):
+        load_config(binary, {})
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"engine.no_such": 1}, {"engine.model.name": 1}, {"engine.cache.page_size": "many"}, {"server.port": None}],
+)
+def test_bad_overrides(override: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        load_config(None, override)
+
+
+def test_nothing_changes_a_config() -> None:
+    config = load_config(None, {})
+    with pytest.raises(ValidationError, match="frozen"):
+        config.engine.speculation.gamma = 0
+
+
+@given(page=st.integers(1, 64), budget=st.integers(1, 1024), sink=st.integers(1, 256), gamma=st.integers(0, 16))
+def test_the_budget_holds_the_sink_and_a_recent_page(page: int, budget: int, sink: int, gamma: int) -> None:
+    overrides = {
+        "engine.cache.page_size": page,
+        "engine.speculation.gamma": gamma,
+        "engine.speculation.kv.budget": budget,
+        "engine.speculation.kv.sink": sink,
+    }
+    sink_pages = (sink + page - 1) // page
+    fits = budget % page == 0 and budget // page > sink_pages
+    try:
+        config = load_config(None, overrides)
+    except ConfigError:
+        assert gamma > 0
+        assert not fits
+    else:
+        assert gamma == 0 or fits
+        assert config.engine.speculation.kv.budget == budget
+
+
+def test_a_full_batch_must_leave_tokens_for_prefill() -> None:
+    with pytest.raises(ConfigError, match="max_batch_tokens"):
+        load_config(None, {"engine.scheduler.max_rows": 64, "engine.scheduler.max_batch_tokens": 64})
+    load_config(None, {"engine.scheduler.max_rows": 64, "engine.scheduler.max_batch_tokens": 65})
+
+
+@pytest.mark.parametrize("text", ["", "engine: {}", "{}", "server: {port: 8000}"])
+def test_what_is_not_set_is_the_default(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert load_config(path, {}) == load_config(None, {})

@@ -1,0 +1,384 @@
+"""The controller: it does what pays, notices when that changes, and does not lose much by trying."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.control.acceptance import Estimates, Record
+from engine.control.auto import AutoGamma
+from engine.control.calibration import Corrections
+from engine.control.step_times import StepSample, StepTimes
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.plan import RowResult, RowWork, StepPlan, StepResult
+from engine.scheduler.request import Request
+
+BUDGET = 512
+GAMMA_MAX = 6
+
+
+@dataclass
+class Machine:
+    """What rounds take: each forward a base, a cost per query token and a cost per KV token read; each factor can be
+    changed while the engine runs."""
+
+    base: float = 10e-3
+    token: float = 0.2e-3
+    kv: float = 2e-6
+    slower: float = 1.0
+    drafts: float = 1.0
+
+    def verify(self, contexts: Sequence[int], gammas: Sequence[int]) -> float:
+        return self.slower * (self.base + self.token * (len(gammas) + sum(gammas)) + self.kv * sum(contexts))
+
+    def draft(self, contexts: Sequence[int], gammas: Sequence[int], budget: int = BUDGET) -> float:
+        total = 0.0
+        for step in range(max(gammas)):
+            read = [min(context, budget) for context, gamma in zip(contexts, gammas, strict=True) if gamma > step]
+            total += self.slower * self.drafts * (self.base + self.token * len(read) + self.kv * sum(read))
+        return total
+
+    def samples(self) -> list[StepSample]:
+        found = []
+        for rows in (1, 4, 16):
+            for context in (64, 4096):
+                for gamma in (0, 1, 3, GAMMA_MAX):
+                    batch = [context] * rows, [gamma] * rows
+                    found.append(StepSample(rows, context, gamma, self.draft(*batch), self.verify(*batch)))
+        return found
+
+
+def reads(context: int, budget: int) -> int:
+    return min(context, budget or BUDGET)
+
+
+@dataclass
+class Load:
+    """Rows that decode under a controller on a machine, with a true acceptance each. Contexts stay as they are."""
+
+    machine: Machine
+    contexts: list[int]
+    alphas: list[float]
+    known: Machine | None = None
+    seed: int = 0
+    limits: list[int | None] | None = None
+    budgets: tuple[int, ...] = (BUDGET,)
+    by_budget: dict[int, float] = field(default_factory=dict)
+    prompts: bool = False
+    max_tokens: int = 10**6
+    lags: list[int] | None = None
+    catch_up_s: float = 0.0
+    controller: AutoGamma = field(init=False)
+    rows: list[Request] = field(init=False)
+    chosen: list[list[int]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+    caught_up: int = 0
+
+    def __post_init__(self) -> None:
+        times = StepTimes((self.known or self.machine).samples(), reads)
+        self.controller = AutoGamma(times, GAMMA_MAX, self.budgets)
+        self.rng = random.Random(self.seed)
+        limits = self.limits or [None] * len(self.contexts)
+        self.rows = [
+            Request(
+                AddRequest(str(i), [0] * context, SamplingParams(max_tokens=self.max_tokens, max_draft_tokens=limit)),
+                (),
+            )
+            for i, (context, limit) in enumerate(zip(self.contexts, limits, strict=True))
+        ]
+        for row, lag in zip(self.rows, self.lags or [], strict=False):
+            row.draft_lag = lag
+
+    @property
+    def prompt(self) -> Request:
+        return Request(AddRequest("prompt", [0] * 1000, SamplingParams(max_tokens=9)), ())
+
+    def run(self, rounds: int) -> float:
+        """Tokens per second of these rounds."""
+        tokens, seconds = self.tokens, self.seconds
+        for _ in range(rounds):
+            self._round()
+        return (self.tokens - tokens) / (self.seconds - seconds)
+
+    def _round(self) -> None:
+        gammas = [min(g, row.most_drafts) for g, row in zip(self.controller.choose(self.rows), self.rows, strict=True)]
+        contexts = [row.num_tokens for row in self.rows]
+        work, results = [], []
+        left = caught_up = 512
+        for i, (row, gamma, alpha) in enumerate(zip(self.rows, gammas, self.alphas, strict=True)):
+            accepted = catch_up = 0
+            if gamma and row.draft_lag > 1:
+                catch_up = min(row.draft_lag, left)
+                left -= catch_up
+                row.draft_lag -= catch_up
+                gammas[i] = gamma = 0 if row.draft_lag else gamma
+            alpha = self.by_budget.get(self.controller.budget, alpha)
+            while accepted < gamma and self.rng.random() < alpha:
+                accepted += 1
+            if self.lags and not gamma:
+                row.draft_lag += 1
+            work.append(RowWork(i, row.num_tokens - 1, 1, gamma, True, catch_up))
+            results.append(RowResult(gamma, accepted, [0] * (accepted + 1), None))
+            self.tokens += accepted + 1
+        draft, verify = (
+            self.machine.draft(contexts, gammas, self.controller.budget),
+            self.machine.verify(contexts, gammas),
+        )
+        draft += (caught_up - left) * self.catch_up_s
+        self.caught_up += caught_up - left
+        self.seconds += draft + verify
+        self.chosen.append(gammas)
+        rows = self.rows
+        if self.prompts:  # a chunk of one rides along
+            rows, work = [*rows, self.prompt], [*work, RowWork(len(rows), 0, 50, 0, False)]
+        self.controller.observe(
+            StepPlan(0, [], [], work, self.controller.budget), rows, StepResult(0, results, draft, verify)
+        )
+
+    def share_off(self, rounds: int) -> float:
+        return sum(not any(gammas) for gammas in self.chosen[-rounds:]) / rounds
+
+
+def fixed(machine: Machine, contexts: list[int], alphas: list[float], gamma: int, rounds: int = 400) -> float:
+    """Tokens per second with the same gamma in every round."""
+    load = Load(machine, contexts, alphas)
+    load.controller.choose = lambda rows: [gamma] * len(rows)  # type: ignore[method-assign]
+    return load.run(rounds)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("context", [100, 2000, 8000, 30000])
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 0.9])
+def test_as_fast_as_the_best_fixed_gamma(rows: int, context: int, alpha: float) -> None:
+    machine = Machine()
+    contexts, alphas = [context] * rows, [alpha] * rows
+    load = Load(machine, contexts, alphas)
+    load.run(100)
+    best = max(fixed(machine, contexts, alphas, gamma) for gamma in range(GAMMA_MAX + 1))
+    assert load.run(400) > 0.94 * best  # 400 rounds of random acceptance vary by some percent themselves
+
+
+def test_off_where_it_loses_and_on_where_it_wins() -> None:
+    short = Load(Machine(), [100] * 4, [0.8] * 4)
+    short.run(300)
+    assert short.share_off(200) > 0.9
+    long = Load(Machine(), [20000] * 4, [0.8] * 4)
+    long.run(300)
+    assert long.share_off(200) < 0.1
+
+
+def test_it_turns_on_again() -> None:
+    """Off because drafts were thought slow; trying now and then finds out that they are not."""
+    load = Load(Machine(), [20000] * 4, [0.8] * 4, known=Machine(drafts=40.0))
+    load.run(20)
+    assert load.share_off(20) > 0.9
+    load.run(3000)
+    assert load.share_off(100) < 0.1
+
+
+def test_it_turns_off_again() -> None:
+    machine = Machine()
+    load = Load(machine, [5000] * 4, [0.8] * 4)
+    load.run(100)
+    assert load.share_off(50) < 0.1
+    load.alphas = [0.02] * 4
+    load.run(300)
+    assert load.share_off(100) > 0.9
+
+
+def test_trying_costs_little() -> None:
+    """Against plain decoding on a load that never pays."""
+    machine = Machine()
+    load = Load(machine, [100] * 4, [0.0] * 4)
+    load.run(100)
+    assert load.run(2000) > 0.98 * fixed(machine, [100] * 4, [0.0] * 4, 0)
+    assert any(any(gammas) for gammas in load.chosen[-2000:])
+
+
+def test_a_slower_machine_changes_nothing() -> None:
+    machine = Machine()
+    load = Load(machine, [20000] * 4, [0.8] * 4)
+    before = load.run(300)
+    machine.slower = 3.0
+    load.run(50)
+    assert load.run(300) == pytest.approx(before / 3, rel=0.06)
+    assert load.share_off(300) < 0.1
+
+
+def test_rows_that_are_rarely_right_draft_less() -> None:
+    load = Load(Machine(token=1e-3), [20000] * 8, [0.95] * 4 + [0.1] * 4)
+    load.run(300)
+    mean = [sum(gammas[i] for gammas in load.chosen[-100:]) / 100 for i in range(8)]
+    assert min(mean[:4]) > max(mean[4:]) + 1
+
+
+def test_limits_of_requests_are_kept() -> None:
+    load = Load(Machine(), [20000] * 4, [0.9] * 4, limits=[0, 2, None, None])
+    load.run(100)
+    assert all(gammas[0] == 0 and gammas[1] <= 2 for gammas in load.chosen)
+    assert max(gammas[2] for gammas in load.chosen) > 2
+
+
+def test_reckoning() -> None:
+    """What it says speculation gains is what it gains."""
+    machine = Machine()
+    contexts, alphas = [20000] * 4, [0.8] * 4
+    load = Load(machine, contexts, alphas)
+    rate = load.run(400)
+    report = load.controller.report
+    plain = fixed(machine, contexts, alphas, 0)
+    assert report.decode_seconds == pytest.approx(load.seconds)
+    assert report.plain_seconds / report.decode_seconds == pytest.approx(rate / plain, rel=0.05)
+    assert report.plain_seconds / report.forecast_seconds == pytest.approx(rate / plain, rel=0.1)
+    assert report.alpha == pytest.approx(0.8, abs=0.05)
+
+
+@given(
+    rows=st.integers(1, 40),
+    contexts=st.lists(st.integers(1, 100000), min_size=40, max_size=40),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_batch_is_answered(rows: int, contexts: list[int], seed: int) -> None:
+    rng = random.Random(seed)
+    load = Load(Machine(), contexts[:rows], [rng.random() for _ in range(rows)], seed=seed)
+    load.run(20)
+    assert all(0 <= gamma <= GAMMA_MAX for gammas in load.chosen for gamma in gammas)
+
+
+def test_ended_requests_are_forgotten() -> None:
+    load = Load(Machine(), [20000] * 4, [0.8] * 4)
+    load.run(50)
+    assert len(load.controller._estimates._requests) == 4
+    for row in load.rows:
+        row.finish_reason = "stop"
+    load.run(1)
+    assert load.controller._estimates._requests == {}
+
+
+def test_acceptance_is_the_truncated_geometric_estimate() -> None:
+    record = Record()
+    record.add(3, 0, 1e9)  # all of 3 drafts held
+    record.add(1, 1, 1e9)  # the second failed, and those behind it were never judged
+    assert record.alpha(0.0, 0.0) == pytest.approx(4 / 5)
+    assert record.alpha(0.5, 5.0) == pytest.approx((4 + 2.5) / 10)
+
+
+def test_step_times_are_lines_between_what_was_measured() -> None:
+    machine = Machine()
+    times = StepTimes(machine.samples(), reads)
+    for rows, context, gamma in [(1, 64, 0), (16, 4096, 6), (4, 4096, 3), (2, 700, 2), (10, 9000, 1), (30, 100, 5)]:
+        assert times.verify(rows, rows * context, [0, gamma]) == pytest.approx(
+            [machine.verify([context] * rows, [each] * rows) for each in (0, gamma)]
+        )
+        expected = machine.draft([context] * rows, [1] * rows)
+        assert times.draft(rows, times.read([context] * rows, 0)) == pytest.approx(expected)
+
+
+def test_step_times_need_plain_steps_and_drafts() -> None:
+    with pytest.raises(ValueError, match="plain steps"):
+        StepTimes([StepSample(1, 64, 0, 0.0, 1.0)], lambda context, budget: context)
+    with pytest.raises(ValueError, match="plain steps"):
+        StepTimes([StepSample(1, 64, 2, 1.0, 1.0)], lambda context, budget: context)
+
+
+def test_corrections_keep_kinds_comparable() -> None:
+    corrections = Corrections()
+    for _ in range(200):
+        corrections.observe("plain", 0, 2.0, 1.0)
+    assert corrections.factor("plain", 0) == pytest.approx(2.0, rel=0.01)
+    assert corrections.factor("draft", 0) > 1.2  # never seen, but on the same machine
+    for _ in range(200):
+        corrections.observe("plain", 0, 2.0, 1.0)
+        corrections.observe("draft", 0, 4.0, 1.0)
+    assert corrections.factor("draft", 0) / corrections.factor("plain", 0) == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("by_budget", "best"), [({512: 0.9, 256: 0.895, 128: 0.89}, 128), ({512: 0.95, 256: 0.6, 128: 0.4}, 512)]
+)
+def test_the_budget_that_pays(by_budget: dict[int, float], best: int) -> None:
+    """Where reading is dear and little is lost by reading less, drafts read less; else they read all they may."""
+    machine = Machine(base=2e-3, kv=5e-6)
+    load = Load(machine, [8000] * 8, [0.0] * 8, budgets=(512, 256, 128), by_budget=by_budget)
+    load.run(1500)
+    budgets = []
+    for _ in range(100):
+        load.run(1)
+        budgets.append(load.controller.budget)
+    assert budgets.count(best) > 80
+
+
+def test_a_budget_that_was_not_tried_is_taken_to_be_worse() -> None:
+    estimates = Estimates(512, 512)
+    for _ in range(100):
+        estimates.judged(512, [("a", 4000, 9, True)])
+    assert estimates.overall(512) == pytest.approx(0.9, abs=0.01)
+    assert estimates.overall(128) == pytest.approx(0.8, abs=0.02)
+    assert estimates.alphas(["new"], [4000], 512) == [pytest.approx(0.9, abs=0.01)]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_trying_costs_what_it_may_also_among_prompts(mixed: bool) -> None:
+    """Rounds in which prompts are computed teach no times, but what is tried in them is lost all the same."""
+    machine = Machine()
+    load = Load(machine, [100] * 4, [0.3] * 4, prompts=mixed)
+    load.run(2000)
+    plain = 4 / machine.verify([100] * 4, [0] * 4)
+    assert load.run(2000) > 0.98 * plain
+    assert load.share_off(2000) < 1.0
+
+
+def test_rows_catch_up_where_that_pays() -> None:
+    load = Load(Machine(), [20000] * 4, [0.8] * 4, lags=[20000] * 4, catch_up_s=0.02e-3)
+    load.run(400)
+    assert load.caught_up == pytest.approx(4 * 20000, rel=0.02)
+    assert load.share_off(200) < 0.1
+    never_late = Load(Machine(), [20000] * 4, [0.8] * 4)
+    never_late.run(400)
+    assert load.run(400) == pytest.approx(never_late.run(400), rel=0.05)
+
+
+@pytest.mark.parametrize(("lag", "others"), [(20000, 0), (20000, 3)])
+def test_rows_do_not_catch_up_where_that_costs_more_than_it_brings(lag: int, others: int) -> None:
+    """A late row among others that draft decodes plainly; what is spent on it is what may be spent on tries."""
+    contexts, alphas = [20000] * (1 + others), [0.8] * (1 + others)
+    load = Load(Machine(), contexts, alphas, lags=[lag] + [0] * others, catch_up_s=1e-3, max_tokens=2000)
+    load.run(200)  # in which it learns what that costs
+    before = load.caught_up
+    load.run(2000)
+    assert (load.caught_up - before) * 1e-3 < 0.03 * load.seconds
+    if others:
+        assert all(gammas[0] == 0 for gammas in load.chosen[-200:])
+        assert load.share_off(200) < 0.1
+    else:
+        assert load.share_off(200) == 1.0
+
+
+def test_trying_a_row_that_is_late_costs_what_trying_may() -> None:
+    """On a load that never pays, with a prompt that takes many tries to catch up with."""
+    machine = Machine()
+    load = Load(machine, [3000] * 4, [0.0] * 4, lags=[3000] * 4, catch_up_s=0.1e-3)
+    load.run(100)
+    plain = fixed(machine, [3000] * 4, [0.0] * 4, 0)
+    assert load.run(20000) > 0.98 * plain
+    assert load.caught_up > 3000
+    assert any(any(gammas) for gammas in load.chosen[-10000:])
+
+
+def test_catching_up_teaches_nothing_about_drafts() -> None:
+    load = Load(Machine(), [20000] * 4, [0.8] * 4, lags=[5000] * 4, catch_up_s=0.5e-3)
+    factors = []
+    for _ in range(200):
+        load.run(1)
+        factors.append(load.controller._corrections.factor("draft", (3, 17, BUDGET)))
+    assert load.caught_up > 4 * 5000
+    assert all(factor == pytest.approx(1.0, abs=0.05) for factor in factors)
+    assert load.controller._catch_up.seconds(1000) == pytest.approx(0.5, rel=0.05)

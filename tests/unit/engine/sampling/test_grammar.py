@@ -1,0 +1,203 @@
+"""Output that has to match a grammar: what is allowed where, and that drafts and ranks change nothing of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from llguidance import LLMatcher
+from numpy.typing import NDArray
+
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.plan import RowStart
+from engine.sampling.grammar import Grammars
+from engine.scheduler.scheduler import RequestError
+from models.tokenizer import Tokenizer
+from parallel import shared
+from tests.support.engines import TINY, complete, run, tiny_engine, tiny_model, tokens
+from tests.support.ranks import threaded_engine
+from tests.support.schemas import random_schema
+from tests.support.tiny import TOKENS, write_tokenizer
+
+SHAPE = replace(TINY, vocab_size=TOKENS, eos_token_ids=(2,))
+SEEDS = range(40)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the engine needs of a model's directory, beside a model that is loaded."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    write_tokenizer(path)
+    return path
+
+
+def of_schema(schema: dict[str, Any]) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+
+
+def schemas() -> list[dict[str, Any]]:
+    return [random_schema(random.Random(seed)) for seed in SEEDS]
+
+
+def requests(**others: Any) -> list[AddRequest]:
+    """One for each schema, and some without among them."""
+    found = []
+    for seed, schema in zip(SEEDS, schemas(), strict=True):
+        params = SamplingParams(
+            max_tokens=250,
+            temperature=(0.0, 1.0, 1.5)[seed % 3],
+            top_k=(0, 20)[seed % 2],
+            seed=seed,
+            grammar=of_schema(schema),
+            **others,
+        )
+        found.append(AddRequest(str(seed), [3 + (seed * 7 + i) % 300 for i in range(1 + seed % 30)], params))
+        if seed % 4 == 0:
+            free = SamplingParams(max_tokens=30, temperature=1.0, seed=seed)
+            found.append(AddRequest(f"free {seed}", [5, 6, 7], free))
+    return found
+
+
+def check(directory: Path, outputs: dict[str, list[int]]) -> None:
+    tokenizer = Tokenizer(directory)
+    for seed, schema in zip(SEEDS, schemas(), strict=True):
+        mine = outputs[str(seed)]
+        assert mine[-1] == 2
+        jsonschema.validate(json.loads(tokenizer.decode(mine)), schema)
+
+
+@pytest.mark.parametrize("policy", ["window", "snapkv"])
+def test_every_output_matches_with_and_without_drafts(directory: Path, policy: str) -> None:
+    model = tiny_model(config=SHAPE)
+    plain = run(tiny_engine(model, gamma=0, directory=directory), requests())
+    check(directory, {id: tokens(out) for id, out in plain.items()})
+    kv = {"policy": policy, "budget": 16} | ({"recent": 8} if policy == "snapkv" else {"sink": 4})
+    engine = tiny_engine(model, gamma=3, directory=directory, speculation={"kv": kv})
+    drafted = run(engine, requests())
+    assert {id: tokens(out) for id, out in drafted.items()} == {id: tokens(out) for id, out in plain.items()}
+    assert engine.stats().accepted_tokens > engine.stats().rounds / 2  # much of JSON leaves no choice
+    assert engine.stats().rejections > 0
+
+
+def test_preempted_requests_go_on_where_they_were(directory: Path) -> None:
+    model = tiny_model(config=SHAPE)
+    plain = run(tiny_engine(model, gamma=0, directory=directory), requests())
+    engine = tiny_engine(model, gamma=2, directory=directory, cache={"num_pages": 75}, max_model_len=290)
+    found = run(engine, requests())
+    assert engine.stats().preemptions > 0
+    assert {id: tokens(out) for id, out in found.items()} == {id: tokens(out) for id, out in plain.items()}
+
+
+def test_rejection_keeps_to_grammars_too(directory: Path) -> None:
+    speculation = {"verification": "rejection", "gamma": 3}
+    engine = tiny_engine(tiny_model(config=SHAPE), gamma=3, directory=directory, speculation=speculation)
+    check(directory, {id: tokens(out) for id, out in run(engine, requests()).items()})
+
+
+@pytest.mark.skipif(not shared.available(), reason="needs shared memory between ranks")
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_agree(directory: Path, size: int) -> None:
+    plain = run(tiny_engine(tiny_model(config=SHAPE), gamma=0, directory=directory), requests())
+    engine, _ = threaded_engine(
+        SHAPE, size, gamma=3, share=True, digest_every=1, model=str(directory), max_model_len=400
+    )
+    found = run(engine, requests())
+    engine.close()
+    assert {id: tokens(out) for id, out in found.items()} == {id: tokens(out) for id, out in plain.items()}
+
+
+def test_what_is_ruled_out_elsewhere_gives_way(directory: Path) -> None:
+    """A grammar that leaves nothing but an end that min_tokens forbids, or a token that a bias does."""
+    engine = tiny_engine(tiny_model(config=SHAPE), gamma=2, directory=directory)
+    text = Tokenizer(directory).encode("no")
+    for others in ({"min_tokens": 20}, {"logit_bias": dict.fromkeys(text, -100.0)}, {"allowed_token_ids": (9,)}):
+        params = SamplingParams(max_tokens=40, temperature=1.0, grammar='start: "no"', **others)
+        assert Tokenizer(directory).decode(complete(engine, [5], params)) == "no"
+
+
+def test_a_model_without_a_tokenizer_has_no_grammars() -> None:
+    engine = tiny_engine(tiny_model(config=SHAPE), gamma=0)
+    with pytest.raises(RequestError, match=r"grammar: the model's tokenizer\.json is not there"):
+        engine.add(AddRequest("0", [5], SamplingParams(grammar='start: "no"')))
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def allowed(words: NDArray[np.int32]) -> list[set[int]]:
+    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+    return [set(np.flatnonzero(row).tolist()) for row in bits]
+
+
+def grammars(directory: Path, grammar: str, output: list[int] | None = None) -> Grammars:
+    made = Grammars(4, directory / "tokenizer.json", TOKENS, [2])
+    made.start(RowStart(1, [7, 8, *(output or [])], 2, SamplingParams(grammar=grammar), []))
+    return made
+
+
+def test_masks_behind_drafts(directory: Path) -> None:
+    a, b, c = (Tokenizer(directory).encode(text)[0] for text in "abc")
+    made = grammars(directory, 'start: "a" ("b" | "c") "a"')
+    assert allowed(made.masks(1, [])) == [{a}]
+    assert allowed(made.masks(1, [a, b, a])) == [{a}, {b, c}, {a}, {2}]
+    assert allowed(made.masks(1, [a, b, a, 2, 2])) == [{a}, {b, c}, {a}, {2}, {2}, {2}]
+    assert allowed(made.masks(1, [a, b, a], first=2)) == [{a}, {2}]
+    assert allowed(made.masks(1, [a, a, b])) == [{a}, {b, c}, {b, c}, {b, c}]  # behind what does not match
+    assert allowed(made.masks(1, [])) == [{a}]  # and back
+    made.commit(1, [a, c])
+    made.commit(0, [a])  # without one
+    assert allowed(made.masks(1, [a])) == [{a}, {2}]
+    made.commit(1, [a, 2])
+    assert allowed(made.masks(1, [])) == [{2}]
+    assert allowed(grammars(directory, 'start: "a" ("b" | "c") "a"', [a, c]).masks(1, [])) == [{a}]
+    made.start(RowStart(1, [7], 1, SamplingParams(), []))
+    assert not made.bound.any()
+
+
+def test_a_grammar_that_fails_ends_its_request(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Resources can run out long after it was found to be right."""
+    made = grammars(directory, "start: nothing")
+    assert allowed(made.masks(1, [5])) == [{2}, {2}]
+    made.commit(1, [5])
+    assert "a grammar fails" in caplog.text
+
+
+# -- tokens and words --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+def test_only_allowed_tokens(gamma: int) -> None:
+    engine = tiny_engine(tiny_model(config=SHAPE), gamma=gamma)
+    params = SamplingParams(max_tokens=60, temperature=2.0, ignore_eos=True, allowed_token_ids=(3, 50, 319))
+    assert set(complete(engine, [5, 6], params)) == {3, 50, 319}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_words_that_are_not_allowed(size: int) -> None:
+    """Of three tokens that can be drawn, one may not follow another, and none may come a third time."""
+    if size > 1 and not shared.available():
+        pytest.skip("needs shared memory between ranks")
+    words = ((3, 50), (50, 50, 50), (319,), (3, 3, 3))
+    found = []
+    for gamma in (0, 3):
+        engine, _ = threaded_engine(SHAPE, size, gamma=gamma, share=size > 1)
+        params = SamplingParams(
+            max_tokens=100, temperature=5.0, ignore_eos=True, allowed_token_ids=(3, 50, 60, 319), bad_words=words
+        )
+        out = complete(engine, [3], params)
+        engine.close()
+        assert set(out) == {3, 50, 60}
+        text = [3, *out]
+        for word in words:
+            assert all(tuple(text[i : i + len(word)]) != word for i in range(len(text)))
+        assert (50, 3) in set(pairwise(out))
+        found.append(out)
+    assert found[0] == found[1]

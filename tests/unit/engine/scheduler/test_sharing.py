@@ -1,0 +1,93 @@
+"""Requests with one prompt share the pages of it that one of them has computed, and get what each gets alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.core import Engine
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.plan import StepPlan, StepResult
+from engine.worker.worker import nothing
+from tests.support.engines import complete, run, tiny_engine, tiny_model, tokens
+
+PROMPT = [2 + 7 * i % 60 for i in range(90)]
+SNAPKV = {"policy": "snapkv", "budget": 16, "recent": 8, "queries": 6}
+
+
+def requests(count: int = 4, **others: Any) -> list[AddRequest]:
+    """Choices from one prompt, of different lengths, and somebody else among them."""
+    found = []
+    for i in range(count):
+        params = SamplingParams(max_tokens=20 + 10 * i, temperature=1.0, seed=i, ignore_eos=True, **others)
+        found.append(AddRequest(str(i), PROMPT, params, like=None if i == 0 else "0"))
+    found.insert(2, AddRequest("other", PROMPT[::-1], SamplingParams(max_tokens=30, temperature=1.0, ignore_eos=True)))
+    return found
+
+
+def alone(engine: Engine, wanted: list[AddRequest]) -> dict[str, list[int]]:
+    return {each.id: complete(engine, each.prompt, each.params) for each in wanted}
+
+
+def watched(engine: Engine) -> dict[int, int]:
+    """How many tokens each row slot was given by another row."""
+    found: dict[int, int] = {}
+    execute = engine._worker.execute
+
+    def execute_and_look(plan: StepPlan, meanwhile: Callable[[], None] = nothing) -> StepResult:
+        found.update({start.row: start.computed for start in plan.starts if start.shared})
+        return execute(plan, meanwhile)
+
+    engine._worker.execute = execute_and_look  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+@pytest.mark.parametrize("kv", [{"budget": 16, "sink": 4}, SNAPKV, {"policy": "all"}], ids=["window", "snapkv", "all"])
+@pytest.mark.parametrize("drafter", ["self", "model"])
+def test_choices_are_what_they_are_alone(draft_dir: Path, drafter: str, kv: dict[str, Any], gamma: int) -> None:
+    speculation: dict[str, Any] = {"kv": kv, "drafter": drafter}
+    if drafter == "model":
+        speculation["model"] = str(draft_dir)
+    engine = tiny_engine(tiny_model(), gamma=gamma, speculation=speculation, max_model_len=300)
+    expected = alone(engine, requests())
+    shared = watched(engine)
+    outputs = run(engine, requests())
+    assert {id: tokens(out) for id, out in outputs.items()} == expected
+    own = 6 if gamma and kv is SNAPKV else 1
+    assert set(shared.values()) == {(len(PROMPT) - own) // 4 * 4}
+    assert len(shared) == 3
+
+
+def test_preempted_and_aborted_choices_leave_no_page_behind() -> None:
+    engine = tiny_engine(tiny_model(), gamma=2, cache={"num_pages": 50}, max_model_len=190)
+    expected = alone(engine, requests(6))
+    for leaves in ({}, {"0": 4}, {"0": 30, "3": 12}, {"1": 8, "2": 9}):
+        outputs = run(engine, requests(6), leaves=leaves)  # checks after every round that pages are accounted for
+        for id, out in outputs.items():
+            found = tokens(out)
+            assert found == (expected[id][: len(found)] if id in leaves else expected[id])
+    assert engine.stats().preemptions > 0
+
+
+def test_who_is_told_of_its_prompt_computes_it() -> None:
+    engine = tiny_engine(tiny_model(), gamma=0, max_model_len=300)
+    shared = watched(engine)
+    outputs = run(engine, requests(3, prompt_logprobs=0))
+    assert not shared
+    for i in range(3):
+        assert len(outputs[str(i)][0].prompt_logprobs or ()) == len(PROMPT) - 1
+
+
+def test_other_prompts_are_not_shared() -> None:
+    engine = tiny_engine(tiny_model(), gamma=0, max_model_len=300)
+    shared = watched(engine)
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    pair = [AddRequest("a", PROMPT, params), AddRequest("b", [3, *PROMPT[1:]], params, like="a")]
+    expected = alone(engine, pair)
+    assert {id: tokens(out) for id, out in run(engine, pair).items()} == expected
+    assert not shared

@@ -1,0 +1,206 @@
+"""What sparse drafts read: chosen keys, best keys, and keys at other positions; each against its plain definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.kv.policies import Window
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.speculation.draft_cache import DraftCache
+from engine.speculation.drafters import SelfDrafter
+from kernels.attention.base import AttentionBatch
+from kernels.attention.reference import ReferenceAttention
+from kernels.attention.relative import RelativeAttention
+from kernels.attention.topk import TopKAttention
+from kernels.kv_cache import LayerKV, write_kv
+from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
+from kernels.selection import attention_votes
+from tests.support.engines import TINY, tiny_engine, tiny_model
+from tests.support.rig import PagedRows
+from tests.unit.engine.test_law import prompt_of
+
+HEADS, KV_HEADS, DIM, PAGE = 4, 2, 8, 4
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def paged(keys: list[Tensor], values: list[Tensor]) -> tuple[LayerKV, Tensor]:
+    """Rows [length, kv_heads, dim] in a pool whose pages stand in random order. Returns it and the page table."""
+    widths = [-(-len(k) // PAGE) for k in keys]
+    order = torch.randperm(sum(widths), generator=torch.Generator().manual_seed(1))
+    layer = LayerKV(*(torch.zeros(sum(widths), KV_HEADS, PAGE, DIM, dtype=torch.float64) for _ in "kv"))
+    table = torch.zeros(len(keys), max(widths), dtype=torch.int64)
+    for row, (k, v) in enumerate(zip(keys, values, strict=True)):
+        table[row, : widths[row]], order = order[: widths[row]], order[widths[row] :]
+        position = torch.arange(len(k))
+        write_kv(layer, table[row, position // PAGE] * PAGE + position % PAGE, k, v)
+    return layer, table
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One query [heads, dim] over k, v [length, kv_heads, dim]."""
+    group = HEADS // KV_HEADS
+    weights = torch.softmax(torch.einsum("hd,lhd->hl", q, k.repeat_interleave(group, 1)) * scale, -1)
+    return torch.einsum("hl,lhd->hd", weights, v.repeat_interleave(group, 1))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    queries=st.integers(1, 3),
+    pages=st.integers(2, 6),
+)
+@settings(max_examples=40, deadline=None)
+def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queries: int, pages: int) -> None:
+    lengths = [max(length, queries) for length in lengths]
+    rotary = rotary_tables(rotary_frequencies(DIM, 10000.0), 100, dtype=torch.float64, device=torch.device("cpu"))
+    window = Window(budget=pages * PAGE, sink=PAGE, page_size=PAGE)
+    raw = [random(length, KV_HEADS, DIM, seed=i) for i, length in enumerate(lengths)]
+    values = [random(length, KV_HEADS, DIM, seed=50 + i) for i, length in enumerate(lengths)]
+    asked = [random(queries, HEADS, DIM, seed=90 + i) for i in range(len(lengths))]
+
+    def at(x: Tensor, positions: Tensor) -> Tensor:
+        return apply_rope(x, rotary[0][positions], rotary[1][positions])
+
+    layer, table = paged([at(k, torch.arange(len(k))) for k in raw], values)
+    contexts = [length - queries + 1 for length in lengths]
+    skipped = [window.skipped(context) for context in contexts]
+    read = [length - out for length, out in zip(lengths, skipped, strict=True)]
+    listed = window.pages(table, torch.arange(len(lengths)), torch.tensor(contexts), -(-max(read) // PAGE))
+    backend = RelativeAttention(
+        ReferenceAttention(PAGE), ReferenceAttention(PAGE), page_size=PAGE, sink_pages=1, rotary=rotary
+    )
+    backend.plan(AttentionBatch([queries] * len(lengths), read, listed, skipped))
+    q = torch.cat([at(x, torch.arange(length - queries, length)) for x, length in zip(asked, lengths, strict=True)])
+    out = backend.run(layer, q, DIM**-0.5).split(queries)  # type: ignore[no-untyped-call]
+    for row, length in enumerate(lengths):
+        for i in range(queries):
+            seen = length - queries + i + 1
+            kept = [p for p in range(seen) if p < PAGE or p >= PAGE + skipped[row]] if skipped[row] else range(seen)
+            index = torch.tensor(list(kept))
+            keys = at(raw[row][index], torch.arange(len(index)))
+            query = at(asked[row][i : i + 1], torch.tensor([len(index) - 1]))[0]
+            expected = attend(query, keys, values[row][index], DIM**-0.5)
+            torch.testing.assert_close(out[row][i], expected, rtol=0, atol=2e-5)  # angles are float32
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=4), budget=st.integers(1, 50)
+)
+@settings(max_examples=40, deadline=None)
+def test_top_k_keeps_the_keys_with_most_attention(rows: list[tuple[int, int]], budget: int) -> None:
+    lengths = [max(rows[i]) for i in range(len(rows))]
+    queries = [min(rows[i]) for i in range(len(rows))]
+    keys = [random(length, KV_HEADS, DIM, seed=i) for i, length in enumerate(lengths)]
+    values = [random(length, KV_HEADS, DIM, seed=50 + i) for i, length in enumerate(lengths)]
+    q = random(sum(queries), HEADS, DIM, seed=7)
+    layer, table = paged(keys, values)
+    batch = AttentionBatch(queries, lengths, table)
+    backend, dense = TopKAttention(PAGE, budget), ReferenceAttention(PAGE)
+    backend.plan(batch)
+    dense.plan(batch)
+    out, total = backend.run(layer, q, 0.7, lse=True)
+    if budget >= max(lengths):
+        expected, expected_total = dense.run(layer, q, 0.7, lse=True)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(total, expected_total)
+    group, first = HEADS // KV_HEADS, 0
+    for row, n in enumerate(queries):
+        for i in range(n):
+            seen = lengths[row] - n + i + 1
+            for head in range(KV_HEADS):
+                mine = q[first + i, head * group : (head + 1) * group]
+                scores = mine @ keys[row][:seen, head].T * 0.7
+                best = torch.softmax(scores, -1).sum(0).topk(min(budget, seen)).indices
+                expected = torch.softmax(scores[:, best], -1) @ values[row][best, head]
+                torch.testing.assert_close(out[first + i, head * group : (head + 1) * group], expected)
+                torch.testing.assert_close(
+                    total[first + i, head * group : (head + 1) * group], scores[:, best].logsumexp(-1)
+                )
+        first += n
+
+
+@pytest.mark.parametrize(("length", "queries", "candidates", "kernel"), [(20, 6, 14, 5), (9, 4, 7, 3), (5, 5, 5, 1)])
+def test_votes_are_attention_of_the_last_queries(length: int, queries: int, candidates: int, kernel: int) -> None:
+    q, k = random(queries, HEADS, DIM), random(KV_HEADS, length, DIM, seed=1)
+    votes = attention_votes(q, k, 0.5, candidates=candidates, kernel=kernel)
+    summed = torch.zeros(HEADS, candidates, dtype=torch.float64)
+    for i in range(queries):
+        seen = length - queries + i + 1
+        for head in range(HEADS):
+            weights = torch.softmax(k[head // (HEADS // KV_HEADS), :seen] @ q[i, head] * 0.5, 0)
+            summed[head, : min(seen, candidates)] += weights[:candidates]
+    for head in range(KV_HEADS):
+        for key in range(candidates):
+            near = [p for p in range(key - kernel // 2, key + kernel // 2 + 1) if 0 <= p < candidates]
+            mean = summed[head * 2 : head * 2 + 2, near].sum() / kernel
+            assert votes[head, key].item() == pytest.approx(mean.item())
+
+
+class Spy(ReferenceAttention):
+    """Remembers every query, layer by layer."""
+
+    def __init__(self, page_size: int) -> None:
+        super().__init__(page_size)
+        self.queries: list[Tensor] = []
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Any:
+        self.queries.append(q.clone())
+        return super().run(layer, q, scale)
+
+
+@pytest.mark.parametrize("batch_tokens", [13, 64, 200])
+@pytest.mark.parametrize("prompt", [70, 131])
+def test_snapkv_copies_what_the_last_queries_attend_to(prompt: int, batch_tokens: int) -> None:
+    """Whatever chunks the prompt was computed in: the chosen tokens stand first, the recent ones in their ring."""
+    model, page, recent, queries, kernel = tiny_model(), 4, 8, 6, 3
+    budget = 32
+    kv = {"policy": "snapkv", "budget": budget, "recent": recent, "queries": queries, "kernel": kernel}
+    engine = tiny_engine(
+        model, gamma=2, page_size=page, scheduler={"max_batch_tokens": batch_tokens}, speculation={"kv": kv}
+    )
+    text = prompt_of(prompt, 5)
+    other = prompt_of(30, 6)
+    engine.add(AddRequest("other", other, SamplingParams(max_tokens=60, ignore_eos=True)))
+    engine.add(AddRequest("row", text, SamplingParams(max_tokens=40, ignore_eos=True)))
+    emitted: list[int] = []
+    while len(emitted) < 2:  # the first round that drafts has brought the cache up to date
+        emitted += [token for output in engine.step() if output.id == "row" for token in output.tokens]
+
+    drafter = engine._worker._drafter._drafter
+    assert isinstance(drafter, SelfDrafter)
+    cache = drafter._cache
+    assert isinstance(cache, DraftCache)
+
+    oracle = PagedRows(model, [prompt], page)
+    spy = oracle.attention = Spy(page)
+    oracle.forward({0: text}, {})
+    request = next(request for request in engine._scheduler.running if request.id == "row")
+    assert request.row is not None
+    first_recent = (-(-(prompt + 1) // page) - recent // page) * page
+    count = budget - recent
+    for index in range(TINY.num_layers):
+        layer = oracle.pool.layer(index)
+        keys = torch.stack([part[oracle.pages[0]].transpose(0, 1).flatten(1, 2)[:, :prompt] for part in layer])
+        votes = attention_votes(
+            spy.queries[index][-queries:], keys[0], TINY.head_dim**-0.5, candidates=first_recent, kernel=kernel
+        )
+        best = votes.topk(count).indices.sort(-1).values
+        stored = cache.pool.layer(index)
+        pages = cache.view.page_table[request.row]
+        for head in range(TINY.num_kv_heads):
+            for part in range(2):
+                held = stored[part][pages[: count // page], head].flatten(0, 1)
+                torch.testing.assert_close(held, keys[part, head, best[head]])
+        for position in np.arange(first_recent, prompt).tolist():
+            held = stored[0][pages[position // page], :, position % page]
+            torch.testing.assert_close(held, keys[0, :, position])

@@ -1,0 +1,355 @@
+"""The law for every drafter and policy, and what each reads. In float64, on tiny random models."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.batch.runner import Runner
+from engine.config.deployment import ConfigError
+from engine.core import Engine
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.plan import StepPlan, StepResult
+from engine.scheduler.request import Request
+from engine.scheduler.stats import acceptance
+from models.batch import ForwardBatch
+from models.llama import Llama
+from tests.support.engines import Scripted, complete, run, tiny_engine, tiny_model, tokens
+from tests.support.ranks import DRAFT, write_random_model
+from tests.unit.engine.test_law import EDGES, SAMPLING, prompt_of
+
+
+@cache
+def model() -> Llama:
+    return tiny_model()
+
+
+def kv_of(policy: str, page_size: int, pages: int, reselect: int = 0) -> dict[str, Any]:
+    """A policy that reads about `pages` pages, and two more."""
+    budget = (pages + 2) * page_size
+    policies: dict[str, dict[str, Any]] = {
+        "window": {"policy": "window", "budget": budget, "sink": page_size},
+        "relative": {"policy": "window", "budget": budget, "sink": page_size, "positions": "relative"},
+        "snapkv": {
+            "policy": "snapkv",
+            "budget": budget,
+            "recent": 2 * page_size,
+            "queries": 6,
+            "kernel": 3,
+            "reselect": reselect,
+        },
+        "topk": {"policy": "topk", "budget": budget},
+        "all": {"policy": "all"},
+    }
+    return policies[policy]
+
+
+POLICIES = ["window", "relative", "snapkv", "topk", "all"]
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data())
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_drafter_or_policy_changes_output(draft_dir: Path, drafter: str, policy: str, data: st.DataObject) -> None:
+    """Ragged batches that rows join and leave, chunked prompts, preemption, and rows that draft less than others."""
+    page_size = data.draw(st.sampled_from([1, 4, 8]))
+    gamma = data.draw(st.integers(1, 6))
+    reselect = data.draw(st.sampled_from([0, 5])) if drafter == "self" else 0
+    kv = kv_of(policy, page_size, data.draw(st.integers(1, 5)), reselect)
+    pages = data.draw(st.sampled_from([None, 200 // page_size + 4]))
+    engine = tiny_engine(
+        model(),
+        gamma=gamma,
+        page_size=page_size,
+        max_model_len=200,
+        cache={"num_pages": pages},
+        scheduler={"max_batch_tokens": data.draw(st.sampled_from([9, 40, 64]))},
+        speculation={"drafter": drafter, "model": str(draft_dir) if drafter == "model" else None, "kv": kv},
+    )
+    plain = tiny_engine(model(), gamma=0, page_size=16)
+    rng = random.Random(data.draw(st.integers(0, 1000)))
+    requests, joins, leaves = [], {}, {}
+    for i in range(rng.randrange(1, 7)):
+        params = SamplingParams(
+            max_tokens=rng.randrange(1, 60),
+            seed=i,
+            max_draft_tokens=rng.choice([None, None, None, 0, 2]),
+            ignore_eos=rng.random() < 0.7,
+            **rng.choice(SAMPLING),
+        )
+        requests.append(AddRequest(str(i), prompt_of(rng.choice(EDGES), rng.randrange(99)), params))
+        joins[str(i)] = rng.randrange(12)
+        if rng.random() < 0.2:
+            leaves[str(i)] = joins[str(i)] + rng.randrange(9)
+    outputs = run(engine, requests, joins=joins, leaves=leaves)
+    for request in requests:
+        expected, got = complete(plain, request.prompt, request.params), tokens(outputs[request.id])
+        assert got == (expected[: len(got)] if request.id in leaves else expected)
+
+
+def long_run(engine: Engine, prompt: int, new: int, temperature: float = 1.0) -> list[int]:
+    params = SamplingParams(max_tokens=new, temperature=temperature, seed=3, ignore_eos=True)
+    return complete(engine, prompt_of(prompt, 1), params)
+
+
+@cache
+def a_thousand_tokens() -> list[int]:
+    return long_run(tiny_engine(model(), gamma=0), 100, 1100)
+
+
+# The others have nothing that runs out or goes round.
+@pytest.mark.parametrize(
+    ("drafter", "policy"), [("self", "relative"), ("self", "snapkv"), ("model", "window"), ("model", "snapkv")]
+)
+def test_a_thousand_tokens_past_a_small_budget(draft_dir: Path, drafter: str, policy: str) -> None:
+    kv = kv_of(policy, 8, 4, reselect=100 if drafter == "self" else 0)
+    speculation = {"drafter": drafter, "model": str(draft_dir) if drafter == "model" else None, "kv": kv}
+    engine = tiny_engine(model(), gamma=3, page_size=8, max_model_len=1300, speculation=speculation)
+    assert long_run(engine, 100, 1100) == a_thousand_tokens()
+    stats = engine.stats()
+    assert stats.accepted_tokens > 10
+    assert stats.rejections > 10
+
+
+@pytest.mark.parametrize("prompt", [1, 30, 100])
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_budget_that_covers_the_context_is_dense(twin_dir: Path, drafter: str, policy: str, prompt: int) -> None:
+    """A draft with the target's weights that reads everything is the target, and never wrong; also after rounds in
+    which another row's end, or its own limit, left it fewer drafts."""
+    speculation = {
+        "drafter": drafter,
+        "model": str(twin_dir) if drafter == "model" else None,
+        "kv": kv_of(policy, 8, 24),
+    }
+    engine = tiny_engine(model(), gamma=4, page_size=8, max_model_len=208, speculation=speculation)
+    long_run(engine, prompt, 100)
+    stats = engine.stats()
+    assert acceptance(stats) == 1.0
+    assert stats.accepted_tokens > 70
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("prompt", [1, 10, 33, 70])
+def test_a_row_that_first_drafts_long_after_a_short_prompt(draft_dir: Path, drafter: str, prompt: int) -> None:
+    """A prompt shorter than what SnapKV is to choose from it leaves nothing to choose."""
+    expected = long_run(tiny_engine(model(), gamma=0), prompt, 200)
+    engine = tiny_engine(
+        model(),
+        gamma=3,
+        page_size=8,
+        max_model_len=300,
+        speculation={
+            "drafter": drafter,
+            "model": str(draft_dir) if drafter == "model" else None,
+            "kv": kv_of("snapkv", 8, 4),
+        },
+    )
+    engine._scheduler.controller = Scripted([0] * 100 + [3] * 100)
+    assert long_run(engine, prompt, 200) == expected
+    assert engine.stats().draft_tokens > 50
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_dense_drafts_stay_right_however_often_they_pause(twin_dir: Path, drafter: str, policy: str) -> None:
+    """Rounds without drafts in between, of any number: whatever the draft lacks is made good."""
+    speculation = {
+        "drafter": drafter,
+        "model": str(twin_dir) if drafter == "model" else None,
+        "kv": kv_of(policy, 8, 24),
+    }
+    engine = tiny_engine(model(), gamma=4, page_size=8, max_model_len=208, speculation=speculation)
+    rng = random.Random(2)
+    engine._scheduler.controller = Scripted([rng.choice([0, 0, 0, 0, 1, 2, 4]) for _ in range(160)])
+    long_run(engine, 40, 150)
+    stats = engine.stats()
+    assert stats.rejections == 0
+    assert stats.accepted_tokens > 30
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nothing_is_read_that_was_not_written(draft_dir: Path, drafter: str, policy: str, data: st.DataObject) -> None:
+    """Over pools that begin as NaN, in rounds with any number of drafts after pauses of any length."""
+    page_size, gamma = data.draw(st.sampled_from([1, 4, 8])), data.draw(st.sampled_from([1, 3, 6]))
+    engine = tiny_engine(
+        tiny_model(),
+        gamma=gamma,
+        page_size=page_size,
+        max_model_len=200,
+        scheduler={"max_batch_tokens": data.draw(st.sampled_from([9, 40]))},
+        speculation={
+            "drafter": drafter,
+            "model": str(draft_dir) if drafter == "model" else None,
+            "kv": kv_of(policy, page_size, data.draw(st.integers(1, 5))),
+        },
+    )
+    rng = random.Random(data.draw(st.integers(0, 1000)))
+    pause = rng.randrange(20)
+    engine._scheduler.controller = Scripted(
+        [gamma, *(rng.choice([0, gamma, rng.randrange(gamma + 1)]) if n % 40 > pause else 0 for n in range(400))]
+    )
+    proposer: Any = engine._worker._drafter
+    for runner in (engine._worker._target, proposer._drafter._runner, getattr(proposer._drafter, "_full", None)):
+        if runner is not None:
+            runner.pool.data.fill_(float("nan"))
+    forward = Runner.forward
+
+    def watched(runner: Runner, batch: ForwardBatch) -> Tensor:
+        logits = forward(runner, batch)
+        assert not logits.isnan().any()
+        return logits
+
+    requests, joins = [], {}
+    for i in range(4):
+        params = SamplingParams(max_tokens=rng.randrange(1, 60), temperature=1.0, seed=i, ignore_eos=True)
+        requests.append(AddRequest(str(i), prompt_of(rng.choice(EDGES), i), params))
+        joins[str(i)] = rng.randrange(20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "forward", watched)
+        run(engine, requests, joins=joins)
+
+
+def forwards(patch: pytest.MonkeyPatch, engine: Engine) -> list[int]:
+    """Tokens of every forward of the engine's draft model from here on."""
+    drafter: Any = engine._worker._drafter
+    draft, found = drafter._drafter._runner.model, []
+    forward = Runner.forward
+
+    def counted(runner: Runner, batch: ForwardBatch) -> Tensor:
+        if runner.model is draft:
+            found.append(len(batch.token_ids))
+        return forward(runner, batch)
+
+    patch.setattr(Runner, "forward", counted)
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_draft_model_sees_nothing_before_it_drafts(draft_dir: Path, policy: str) -> None:
+    """Then it catches up, in rounds of a bounded number of tokens, in which the row decodes plainly."""
+    engine = tiny_engine(
+        model(),
+        gamma=3,
+        page_size=4,
+        max_model_len=300,
+        scheduler={"max_batch_tokens": 32},
+        speculation={"drafter": "model", "model": str(draft_dir), "kv": kv_of(policy, 4, 6)},
+    )
+    engine._scheduler.controller = Scripted([0] * 20 + [3] * 100)
+    rounds: list[tuple[int, int, int]] = []
+    execute = engine._worker.execute
+
+    with pytest.MonkeyPatch.context() as patch:
+        found = forwards(patch, engine)
+
+        def watched(plan: StepPlan, meanwhile: Callable[[], None]) -> StepResult:
+            before = len(found)
+            result = execute(plan, meanwhile)
+            rounds.append(
+                (sum(work.new for work in plan.work), sum(found[before:]), result.rows[0].drafted if result.rows else 0)
+            )
+            return result
+
+        patch.setattr(engine._worker, "execute", watched)
+        text = long_run(engine, 150, 100)
+    assert text == long_run(tiny_engine(model(), gamma=0), 150, 100)
+    prompt = -(-150 // 32)
+    assert all((fed, drafted) == (0, 0) for _, fed, drafted in rounds[: prompt + 20])
+    catching_up = [fed for _, fed, drafted in rounds[prompt + 20 :] if not drafted]
+    assert catching_up[:5] == [32] * 5
+    assert all(fed <= 32 + 2 * 3 for _, fed, _ in rounds)
+    first = next(fed for _, fed, drafted in rounds if drafted)
+    assert first > 3  # the rest, and the drafts
+    assert engine.stats().draft_tokens > 50
+
+
+def test_a_request_that_may_not_draft_costs_a_draft_model_nothing(draft_dir: Path) -> None:
+    speculation = {"drafter": "model", "model": str(draft_dir), "kv": kv_of("all", 4, 6)}
+    engine = tiny_engine(model(), gamma=3, max_model_len=300, speculation=speculation)
+    with pytest.MonkeyPatch.context() as patch:
+        found = forwards(patch, engine)
+        complete(engine, prompt_of(130, 1), SamplingParams(max_tokens=40, max_draft_tokens=0, ignore_eos=True))
+        assert found == []
+        complete(engine, prompt_of(130, 1), SamplingParams(max_tokens=40, ignore_eos=True))
+        assert sum(found) > 130
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_draft_model_as_it_pays(draft_dir: Path, policy: str) -> None:
+    """gamma: auto, with long prompts and short ones: some rows catch up, and the text is what it always is."""
+    speculation = {"drafter": "model", "model": str(draft_dir), "kv": kv_of(policy, 4, 6)}
+    engine = tiny_engine(model(), gamma="auto", max_model_len=400, speculation=speculation)  # type: ignore[arg-type]
+    requests = [
+        AddRequest(str(i), prompt_of(length, i), SamplingParams(max_tokens=70, temperature=1.0, seed=i))
+        for i, length in enumerate([250, 5, 120, 33, 9, 190])
+    ]
+    outputs = run(engine, requests, joins={"2": 5, "4": 40})
+    plain = tiny_engine(model(), gamma=0)
+    for request in requests:
+        assert tokens(outputs[request.id]) == complete(plain, request.prompt, request.params)
+
+
+class Budgets(Scripted):
+    """Rounds with several budgets, in turns."""
+
+    def __init__(self, gamma: int, budgets: Sequence[int]) -> None:
+        super().__init__([gamma] * 500)
+        self._budgets = cycle(budgets)
+
+    def choose(self, rows: Sequence[Request]) -> list[int]:
+        self.budget = next(self._budgets)
+        return super().choose(rows)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
+@pytest.mark.parametrize("drafter", ["self", "model"])
+def test_windows_of_several_budgets(draft_dir: Path, drafter: str, positions: str) -> None:
+    """Each round's drafts read what the round may; the text is what it always is."""
+    speculation = {
+        "drafter": drafter,
+        "model": str(draft_dir) if drafter == "model" else None,
+        "kv": {"policy": "window", "budget": 64, "sink": 4, "positions": positions},
+    }
+    engine = tiny_engine(model(), gamma="auto", max_model_len=400, speculation=speculation)  # type: ignore[arg-type]
+    engine._scheduler.controller = Budgets(3, [64, 32, 16])
+    proposer: Any = engine._worker._drafter
+    pool = proposer._drafter._runner.pool
+    read: list[int] = []
+    forward = Runner.forward
+
+    def watched(runner: Runner, batch: ForwardBatch) -> Tensor:
+        if runner.pool is pool and runner.view.policy is not target and batch.attention.query_lengths == [1]:
+            read.append(batch.attention.kv_lengths[0])
+        return forward(runner, batch)
+
+    target = engine._worker._target.view.policy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "forward", watched)
+        text = long_run(engine, 150, 100)
+    assert text == long_run(tiny_engine(model(), gamma=0), 150, 100)
+    for budget in (64, 32, 16):
+        assert any(budget - 4 < each <= budget for each in read)
+    assert max(read) <= 64
+    assert engine.stats().accepted_tokens > 0
+
+
+def test_a_draft_model_needs_the_same_vocabulary(tmp_path: Path) -> None:
+    other = write_random_model(tmp_path / "other", replace(DRAFT, vocab_size=65))
+    with pytest.raises(ConfigError, match="vocabulary of 65 tokens, the target of 64"):
+        tiny_engine(model(), gamma=2, speculation={"drafter": "model", "model": str(other)})

@@ -1,0 +1,204 @@
+"""The law: output with speculation is output without, token for token. Here in float64, on a tiny random model."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.batch.rows import Round
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.scheduler.stats import acceptance
+from engine.speculation.verify import Verdict
+from engine.worker.build import dense
+from models.llama import Llama
+from tests.support.engines import TINY, complete, run, tiny_engine, tiny_model, tokens
+
+
+@cache
+def model() -> Llama:
+    return tiny_model()
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(2, TINY.vocab_size) for _ in range(length)]
+
+
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 0.0, "presence_penalty": 1.5, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "repetition_penalty": 1.4, "frequency_penalty": -0.3},
+    {"temperature": 0.0, "repetition_penalty": 0.8},
+    {"temperature": 1.0, "logit_bias": {5: 3.0, 9: -100.0, 40: 1.0}},
+    {"temperature": 1.0, "min_tokens": 20, "logit_bias": {1: 5.0}},
+    {"temperature": 0.5, "stop_token_ids": (7, 11, 13), "min_tokens": 3},
+]
+EDGES = [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 130]
+
+
+@given(
+    gamma=st.integers(1, 6),
+    page_size=st.sampled_from([1, 2, 4, 8, 16]),
+    budget_pages=st.integers(1, 6),
+    batch_tokens=st.sampled_from([64, 80, 200]),
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from(EDGES),  # prompt length
+            st.integers(1, 40),  # new tokens
+            st.sampled_from(SAMPLING),
+            st.integers(-5, 5),  # seed
+            st.integers(0, 12),  # joins at this step
+            st.sampled_from([None, None, None, 1, 4, 9]),  # aborted at this step
+            st.sampled_from([None, None, 0, 2]),  # its own limit on drafts
+        ),
+        min_size=1,
+        max_size=7,
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_speculation_never_changes_output(
+    gamma: int,
+    page_size: int,
+    budget_pages: int,
+    batch_tokens: int,
+    rows: list[tuple[int, int, dict[str, Any], int, int, int | None, int | None]],
+) -> None:
+    """Ragged batches that rows join and leave, any page size, budget and gamma, against each row decoded alone and
+    plainly."""
+    sink_pages = -(-min(4, page_size) // page_size)
+    engine = tiny_engine(
+        model(),
+        gamma=gamma,
+        page_size=page_size,
+        budget=(sink_pages + budget_pages) * page_size,
+        scheduler={"max_batch_tokens": batch_tokens},
+    )
+    plain = tiny_engine(model(), gamma=0, page_size=16)
+    requests: list[AddRequest] = []
+    joins: dict[str, int] = {}
+    leaves: dict[str, int] = {}
+    limits: dict[str, int] = {}
+    for i, (length, new, sampling, seed, join, leave, limit) in enumerate(rows):
+        params = SamplingParams(max_tokens=new, seed=seed, max_draft_tokens=limit, **sampling)
+        requests.append(AddRequest(str(i), prompt_of(length, i), params))
+        joins[str(i)] = join
+        limits[str(i)] = gamma if limit is None else limit
+        if leave is not None:
+            leaves[str(i)] = leave
+    outputs = run(engine, requests, joins=joins, leaves=leaves)
+    for request in requests:
+        expected = complete(plain, request.prompt, request.params)
+        got = tokens(outputs[request.id])
+        if request.id in leaves:
+            assert got == expected[: len(got)]
+        else:
+            assert got == expected
+            assert outputs[request.id][-1].finish_reason is not None
+        for output in outputs[request.id]:
+            assert output.accepted <= output.drafted <= min(gamma, limits[request.id])
+            assert len(output.tokens) <= output.drafted + 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_thousand_tokens_past_a_small_budget(temperature: float) -> None:
+    prompt = prompt_of(100, 1)
+    params = SamplingParams(max_tokens=1200, temperature=temperature, seed=3, ignore_eos=True)
+    plain = complete(tiny_engine(model(), gamma=0), prompt, params)
+    engine = tiny_engine(model(), gamma=3, budget=64, page_size=16)
+    assert complete(engine, prompt, params) == plain
+    assert len(plain) == 1200
+    stats = engine.stats()
+    # The draft must be neither always right nor always wrong, or the equality above shows little.
+    assert stats.rejections > 10
+    assert stats.accepted_tokens > 10
+
+
+def test_budget_covering_the_context_accepts_everything() -> None:
+    """A dense draft with the target's weights is the target."""
+    engine = tiny_engine(model(), gamma=4, budget=256, page_size=8)
+    params = SamplingParams(max_tokens=100, temperature=1.0, seed=5, ignore_eos=True)
+    complete(engine, prompt_of(100, 2), params)
+    stats = engine.stats()
+    assert stats.rejections == 0
+    assert acceptance(stats) == 1.0
+    assert stats.accepted_tokens == sum(stats.accepted_per_position) > 50
+
+
+@given(pages=st.integers(35, 60), gamma=st.integers(0, 4), seed=st.integers(0, 50))
+@settings(max_examples=25, deadline=None)
+def test_preemption_changes_nothing(pages: int, gamma: int, seed: int) -> None:
+    """A pool too small for the batch: rows are preempted, recomputed, and end with the same tokens."""
+    cache = {"num_pages": pages, "memory_gb": 1.0}
+    engine = tiny_engine(model(), gamma=gamma, cache=cache, max_model_len=140)
+    plain = tiny_engine(model(), gamma=0)
+    rng = random.Random(seed)
+    requests = [
+        AddRequest(
+            str(i),
+            prompt_of(rng.randrange(1, 50), seed + i),
+            SamplingParams(max_tokens=rng.randrange(20, 90), ignore_eos=True, seed=i, **rng.choice(SAMPLING[:9])),
+        )
+        for i in range(6)
+    ]
+    outputs = run(engine, requests)
+    for request in requests:
+        assert tokens(outputs[request.id]) == complete(plain, request.prompt, request.params)
+
+
+def test_that_pool_does_preempt() -> None:
+    engine = tiny_engine(model(), gamma=2, cache={"num_pages": 35}, max_model_len=140)
+    params = SamplingParams(max_tokens=80, ignore_eos=True)
+    run(engine, [AddRequest(str(i), prompt_of(40, i), params) for i in range(5)])
+    assert engine.stats().preemptions > 0
+
+
+def test_a_row_that_does_not_speculate_drafts_nothing() -> None:
+    engine = tiny_engine(model(), gamma=3)
+    quiet = SamplingParams(max_tokens=30, max_draft_tokens=0, ignore_eos=True)
+    eager = SamplingParams(max_tokens=30, ignore_eos=True)
+    outputs = run(engine, [AddRequest("quiet", prompt_of(9, 1), quiet), AddRequest("eager", prompt_of(9, 1), eager)])
+    assert tokens(outputs["quiet"]) == tokens(outputs["eager"])
+    assert all(output.drafted == 0 for output in outputs["quiet"])
+    assert len(outputs["quiet"]) == 30 > len(outputs["eager"])
+
+
+class Silent:
+    """A drafter that is asked for drafts and has none, or fewer, or nonsense."""
+
+    def __init__(self, placed: int) -> None:
+        self._placed = placed
+
+    def propose(self, rows: Round) -> Tensor:
+        for step in range(min(self._placed, rows.gamma_max)):
+            _, decisions = rows.draft_batch(step, dense(rows.state))
+            rows.place_drafts(decisions, torch.full_like(decisions.position, 7 + step))
+        return rows.gamma_asked.clamp(max=self._placed)
+
+    def observe(self, rows: Round, verdict: Verdict) -> None:
+        pass
+
+
+@pytest.mark.parametrize("placed", [0, 1, 3])
+def test_no_drafter_can_change_the_output(placed: int) -> None:
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=9, ignore_eos=True, frequency_penalty=0.5)
+    expected = complete(tiny_engine(model(), gamma=0), prompt_of(30, 4), params)
+    engine = tiny_engine(model(), gamma=3)
+    engine._worker._drafter = Silent(placed)  # type: ignore[assignment]
+    assert complete(engine, prompt_of(30, 4), params) == expected
+    stats = engine.stats()
+    assert (stats.draft_tokens > 0) == (placed > 0)
+    assert stats.draft_tokens <= placed * stats.rounds
+    assert stats.accepted_tokens <= stats.draft_tokens

@@ -1,0 +1,62 @@
+"""The law on the default model and real text: in float32, and in bfloat16 on compiled kernels with coarse drafts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+
+from engine.llm import LLM, Completion
+from engine.messages import EngineStats
+from engine.params import SamplingParams
+from engine.scheduler.stats import acceptance
+from kernels.reference import REFERENCE
+from models.llama import Llama
+from models.loader import load_model
+from parallel.group import Group
+from tests.support.rig import CPU, compiled
+
+NEW_TOKENS = 120
+
+PROMPTS = (
+    "The",
+    "Explain in two sentences why the sky is blue.\n",
+    topics["assert"][:900],
+    topics["import"][:6000],
+)
+
+
+@pytest.fixture(scope="module", params=["float32 reference", "bfloat16 compiled"])
+def model(model_dir: Path, request: pytest.FixtureRequest) -> Llama:
+    dtype, ops = (torch.float32, REFERENCE) if "reference" in request.param else (torch.bfloat16, compiled())
+    return load_model(model_dir, dtype=dtype, device=CPU, group=Group.single(), progress=False, ops=ops)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Llama, model_dir: Path) -> list[Completion]:
+    """What plain decoding makes of every prompt, greedy and sampled."""
+    return complete(model, model_dir, {"gamma": 0})[0]
+
+
+def complete(model: Llama, model_dir: Path, speculation: dict[str, Any]) -> tuple[list[Completion], EngineStats]:
+    prompts, params = [], []
+    for temperature in (0.0, 0.8):
+        for prompt in PROMPTS:
+            prompts.append(prompt)
+            params.append(SamplingParams(max_tokens=NEW_TOKENS, temperature=temperature, seed=7, ignore_eos=True))
+    with LLM(str(model_dir), loaded=model, speculation=speculation) as llm:
+        return llm.generate(prompts, params), llm.stats
+
+
+def test_speculation_never_changes_text(model: Llama, model_dir: Path, plain: list[Completion]) -> None:
+    """A ragged batch, prompts of 1 to 1,700 tokens, of which all outgrow the budget."""
+    drafted, stats = complete(model, model_dir, {"gamma": 4, "kv": {"budget": 64}})
+    for completion, expected in zip(drafted, plain, strict=True):
+        assert completion.token_ids == expected.token_ids
+        assert completion.text == expected.text
+        assert len(completion.token_ids) == NEW_TOKENS
+    assert stats.rejections > 0, "the draft was never wrong: nothing was shown"
+    assert acceptance(stats) > 0.5

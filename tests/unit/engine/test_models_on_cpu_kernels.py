@@ -1,0 +1,222 @@
+"""Models on compiled kernels: what they compute, and the law, in every dtype that they have."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config.deployment import ConfigError
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.worker.kernels import choose_ops
+from engine.worker.profiler import keep, recall
+from kernels.cpu.build import KernelsUnavailable
+from kernels.reference import REFERENCE
+from models.config import ModelConfig
+from models.default import default_model_dir
+from models.llama import Llama
+from models.loader import random_model
+from parallel.group import Group
+from tests.support.engines import run, tiny_engine, tokens
+from tests.support.rig import CPU, PagedRows, compiled
+
+SHAPE = ModelConfig(
+    vocab_size=211,
+    hidden_size=72,
+    intermediate_size=90,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    eos_token_ids=(1,),
+)
+VARIANTS = {
+    "plain": SHAPE,
+    "tied": dataclasses.replace(SHAPE, tie_word_embeddings=True),
+    "biases": dataclasses.replace(SHAPE, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "qk_norm": dataclasses.replace(SHAPE, qk_norm=True),
+    "odd heads": dataclasses.replace(SHAPE, head_dim=12, intermediate_size=31),
+}
+TEXT = random.Random(0).choices(range(2, 211), k=60)
+
+
+@cache
+def on_kernels(dtype: torch.dtype, variant: str = "tied") -> Llama:
+    return random_model(VARIANTS[variant], 1, dtype, CPU, Group.single(), compiled())
+
+
+def logits(model: Llama) -> torch.Tensor:
+    """Of a text that comes in two chunks and three single tokens, beside another row."""
+    rows = PagedRows(model, [64, 64], page_size=4)
+    parts = []
+    for first, last in ((0, 30), (30, 57), (57, 58), (58, 59), (59, 60)):
+        feed = {0: TEXT[first:last], 1: TEXT[::-1][first:last]}
+        parts.append(rows.forward(feed, {0: range(last - first)}))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("int8", [False, True], ids=["full", "int8"])
+def test_models_agree_with_the_reference(variant: str, int8: bool) -> None:
+    arguments = VARIANTS[variant], 1, torch.float32, CPU, Group.single()
+    ours = logits(random_model(*arguments, compiled(), int8))
+    theirs = logits(random_model(*arguments, REFERENCE, int8))
+    assert ours.dtype == torch.float32
+    if not int8:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    else:  # where a sum falls beside the middle of two whole numbers, they round it to different ones
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize("ops", ["reference", "compiled"])
+def test_the_rounded_twin(ops: str) -> None:
+    """It computes what a model that is rounded as it is loaded computes, shares the embedding, and is made once."""
+    chosen = REFERENCE if ops == "reference" else compiled()
+    model = random_model(SHAPE, 1, torch.float32, CPU, Group.single(), chosen)
+    rounded = random_model(SHAPE, 1, torch.float32, CPU, Group.single(), chosen, int8=True)
+    before = logits(model)
+    twin = model.rounded()
+    assert torch.equal(logits(twin), logits(rounded))
+    assert torch.equal(logits(model), before)
+    assert 0.005 < (before - logits(twin)).norm() / before.norm() < 0.1
+    assert twin is model.rounded()
+    assert rounded.rounded() is rounded
+    assert twin.matrix_bytes == rounded.matrix_bytes < 0.32 * model.matrix_bytes
+    assert twin.table_bytes == model.table_bytes == 211 * 72 * 4
+
+
+def test_bytes_of_a_tied_head() -> None:
+    model = random_model(VARIANTS["tied"], 1, torch.float32, CPU, Group.single())
+    assert model.table_bytes == 0  # the head reads the embedding itself
+    assert model.matrix_bytes == sum(s.tensor.nbytes for s in model.slots() if not s.source.endswith("norm.weight"))
+    assert on_kernels(torch.float32).table_bytes == 211 * 72 * 4  # the head reads a packed copy
+
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "window": {"kv": {"budget": 16, "sink": 4}},
+    "same weights": {"kv": {"budget": 16, "sink": 4}, "weights": "same"},
+    "relative": {"kv": {"budget": 16, "sink": 4, "positions": "relative"}},
+    "snapkv": {"kv": {"policy": "snapkv", "budget": 24, "recent": 8, "queries": 4}},
+    "topk": {"kv": {"policy": "topk", "budget": 16}},
+}
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 12, "top_p": 0.9},
+    {"temperature": 1.1, "min_p": 0.05},
+    {"temperature": 0.0, "frequency_penalty": 0.7},
+    {"temperature": 1.0, "logit_bias": {5: 3.0, 9: -100.0}, "repetition_penalty": 1.2},
+    {"temperature": 0.7, "logprobs": 3},
+]
+
+
+def requests() -> list[AddRequest]:
+    return [
+        AddRequest(str(i), TEXT[: 2 + 9 * i], SamplingParams(max_tokens=30, seed=i, ignore_eos=True, **sampling))
+        for i, sampling in enumerate(SAMPLING)
+    ]
+
+
+@cache
+def alone(dtype: torch.dtype) -> dict[str, list[int]]:
+    """What each request comes to by itself, without drafts, its prompt in one piece."""
+    found: dict[str, list[int]] = {}
+    for request in requests():
+        engine = tiny_engine(on_kernels(dtype), gamma=0, page_size=16, max_model_len=256)
+        found |= {name: tokens(outputs) for name, outputs in run(engine, [request]).items()}
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_law_holds_in_every_dtype(dtype: torch.dtype, policy: str) -> None:
+    """To the bit: neither drafts, nor rows beside it, nor how its prompt is cut, change a row's text."""
+    rejections = 0
+    for gamma, scheduler in ((1, {"max_batch_tokens": 32}), (4, {"max_batch_tokens": 90})):
+        speculation = POLICIES[policy]
+        settings: dict[str, Any] = {"scheduler": scheduler, "max_model_len": 256, "speculation": speculation}
+        engine = tiny_engine(on_kernels(dtype), gamma=gamma, **settings)
+        outputs = run(engine, requests(), joins={"2": 3, "4": 7})
+        assert {name: tokens(outputs[name]) for name in outputs} == alone(dtype)
+        stats = engine.stats()
+        assert stats.accepted_tokens > 0
+        rejections += stats.rejections
+    assert rejections > 0, "the draft was never wrong: nothing was shown"
+
+
+def test_the_law_holds_for_rounded_targets() -> None:
+    model = random_model(SHAPE, 1, torch.bfloat16, CPU, Group.single(), compiled(), int8=True)
+    found: list[dict[str, list[int]]] = []
+    for gamma in (0, 3):
+        engine = tiny_engine(model, gamma=gamma, max_model_len=256, weights="int8")
+        found.append({name: tokens(outputs) for name, outputs in run(engine, requests()).items()})
+        assert (engine.weight_bytes.draft == 0) or gamma
+    assert found[0] == found[1]
+
+
+def test_which_kernels_serve(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_ops("reference", CPU, torch.float32) is REFERENCE
+    assert choose_ops("auto", CPU, torch.float64) is REFERENCE
+    with pytest.raises(ConfigError, match=r"engine\.kernels: cpu has none for float64 on cpu"):
+        choose_ops("cpu", CPU, torch.float64)
+    assert choose_ops("auto", CPU, torch.bfloat16).name == compiled().name
+
+    def fail(*_: object) -> None:
+        raise KernelsUnavailable("no C++ compiler (g++ or clang++) is installed")
+
+    monkeypatch.setattr("engine.worker.kernels.CpuKernels", fail)
+    assert choose_ops("auto", CPU, torch.bfloat16) is REFERENCE
+    assert caplog.messages == [
+        "plain torch computes, several times slower than kernels would: no C++ compiler (g++ or clang++) is installed"
+    ]
+    with pytest.raises(ConfigError, match=r"engine\.kernels: no C\+\+ compiler"):
+        choose_ops("cpu", CPU, torch.bfloat16)
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As a container has one that was told to run as some number."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr("kernels.cpu.build.BUILT", Path("/nowhere"))
+    assert choose_ops("auto", CPU, torch.bfloat16) is REFERENCE
+    assert [message.partition(": ")[2] for message in caplog.messages] == [
+        "no folder is known to keep kernels in; set HOME or XDG_CACHE_HOME"
+    ]
+    with pytest.raises(ConfigError, match=r"engine\.kernels: no folder is known"):
+        choose_ops("cpu", CPU, torch.bfloat16)
+    with pytest.raises(FileNotFoundError, match="set HOME or XDG_CACHE_HOME"):
+        default_model_dir()
+    assert recall("a") is None
+    keep("a", [])
+    assert "the profile cannot be kept" in caplog.messages[-1]
+
+
+def test_which_kernels_serve_on_gpus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    cuda = torch.device("cuda")
+    assert choose_ops("triton", cuda, torch.float32).kind == "triton"
+    for setting, dtype, message in (
+        ("cpu", torch.bfloat16, "cpu has none for bfloat16 on cuda"),
+        ("flashinfer", torch.float32, "flashinfer has none for float32 on cuda"),
+        ("triton", torch.float64, "triton has none for float64 on cuda"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            choose_ops(setting, cuda, dtype)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    assert choose_ops("auto", cuda, torch.bfloat16).kind == "triton"
+    with pytest.raises(ConfigError, match=r"engine\.kernels: attention by FlashInfer needs its package"):
+        choose_ops("flashinfer", cuda, torch.bfloat16)
+    assert choose_ops("auto", cuda, torch.float64) is REFERENCE
+    assert not caplog.messages

@@ -1,0 +1,196 @@
+"""Models on the kernels in Triton: what they compute, and the law. See test_gpu_kernels for where these run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.batch.forward_graphs import row_counts
+from engine.core import Engine
+from engine.messages import AddRequest, RequestOutput
+from engine.params import SamplingParams
+from kernels.attention.base import AttentionBatch, Fixed
+from kernels.attention.reference import ReferenceAttention
+from kernels.ops import Ops
+from kernels.reference import REFERENCE
+from models.config import ModelConfig
+from models.llama import Llama
+from models.loader import random_model
+from parallel.group import Group
+from tests.support import fake_flashinfer
+from tests.support.engines import TINY, Scripted, run, tiny_engine, tokens
+from tests.support.rig import PagedRows, pool_layer
+
+pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
+
+from kernels.attention.flashinfer import FlashInferAttention
+from kernels.attention.gpu import GpuAttention
+from kernels.gpu import INTERPRETED
+from kernels.gpu.ops import GpuOps
+
+if not INTERPRETED:
+    pytest.skip("tests/gpu has these on a GPU", allow_module_level=True)
+
+from tests.support.recorded import Recorded
+
+VARIANTS = {
+    "plain": TINY,
+    "biases": dataclasses.replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "qk_norm": dataclasses.replace(TINY, qk_norm=True),
+}
+TEXT = [2 + 7 * i % 60 for i in range(14)]
+
+
+def logits(config: ModelConfig, ops: Ops, int8: bool) -> torch.Tensor:
+    """Of a text that comes in a chunk and two single tokens, beside another row."""
+    model = random_model(config, 1, torch.float32, torch.device("cpu"), Group.single(), ops, int8)
+    rows = PagedRows(model, [16, 16], page_size=4)
+    parts = []
+    for first, last in ((0, 12), (12, 13), (13, 14)):
+        parts.append(rows.forward({0: TEXT[first:last], 1: TEXT[::-1][first:last]}, {0: range(last - first)}))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(("variant", "int8"), [("plain", False), ("biases", False), ("qk_norm", True)])
+def test_models_agree_with_the_reference(variant: str, int8: bool) -> None:
+    ours, theirs = (logits(VARIANTS[variant], ops, int8) for ops in (GpuOps(), REFERENCE))
+    if not int8:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    else:  # where a sum falls beside the middle of two whole numbers, they round it to different ones
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "kernels.gpu")
+    with pytest.raises(ImportError, match=r"pip install 'magicdec\[cuda\]'"):
+        importlib.import_module("kernels.gpu")
+
+
+def test_whose_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    ops = GpuOps(torch.zeros(16, dtype=torch.uint8))
+    assert isinstance(ops.attention(16, 64), FlashInferAttention)
+    assert isinstance(ops.attention(16, 80), GpuAttention)
+    assert isinstance(GpuOps().attention(16, 64), GpuAttention)
+    assert ops.name != GpuOps().name
+
+
+def model_on(ops: GpuOps) -> Llama:
+    return random_model(TINY, 0, torch.float32, torch.device("cpu"), Group.single(), ops)
+
+
+def requests() -> list[AddRequest]:
+    sampling: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 9}]
+    return [
+        AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=10, seed=i, ignore_eos=True, **each))
+        for i, each in enumerate(sampling)
+    ]
+
+
+def test_speculation_never_changes_output() -> None:
+    model = model_on(GpuOps())
+    plain = run(tiny_engine(model, gamma=0), requests())
+    engine = tiny_engine(model, gamma=3, budget=8)
+    drafted = run(engine, requests())
+    assert {name: tokens(out) for name, out in drafted.items()} == {name: tokens(out) for name, out in plain.items()}
+    assert engine.stats().rejections > 0
+    assert engine.stats().accepted_tokens > 0
+
+
+def rounds_of(engine: Engine, requests: list[AddRequest]) -> dict[str, list[tuple[list[int], int, int]]]:
+    """By request, what each of its rounds came to: its tokens, how many were drafted, and how many of these held."""
+    outputs = run(engine, requests)
+    return {name: [(each.tokens, each.drafted, each.accepted) for each in out] for name, out in outputs.items()}
+
+
+SNAPKV = {"policy": "snapkv", "budget": 8, "recent": 4}
+WINDOW = {"policy": "window", "budget": 8, "sink": 4}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what nobody's queries come to is left to chance
+@pytest.mark.parametrize(
+    ("drafter", "kv", "captured"),
+    # For 1 row and 2: a plain step, a pass over three drafts, the first draft step, and the other two at once. Those
+    # that draft in another pool, or feed two tokens, have forwards of their own for rows that ask for top-k.
+    [("self", WINDOW, 8), ("self", SNAPKV, 10), ("model", WINDOW, 12), ("model", SNAPKV, 12)],
+    ids=["window", "snapkv", "model, window", "model, snapkv"],
+)
+def test_graphs_change_neither_output_nor_drafts(
+    twin_dir: Path, drafter: str, kv: dict[str, Any], captured: int
+) -> None:
+    """One row or two, whose last queries are nobody's while they have different numbers of drafts."""
+    recorded = Recorded()
+    model = model_on(GpuOps(recorder=recorded))
+    speculation = {"drafter": drafter, "kv": kv, **({"model": str(twin_dir)} if drafter == "model" else {})}
+    settings: dict[str, Any] = {"scheduler": {"max_rows": 2, "max_batch_tokens": 24}, "max_model_len": 200}
+    plain = tiny_engine(model, gamma=3, speculation=speculation, cuda_graphs=False, **settings)
+    expected = rounds_of(plain, requests())
+    assert rounds_of(tiny_engine(model, gamma=3, speculation=speculation, **settings), requests()) == expected
+    assert recorded.captured == captured
+    assert recorded.replayed > 10
+    assert plain.stats().accepted_tokens > 5
+    assert drafter == "model" or plain.stats().rejections > 5
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And rows of a round may have different numbers of them."""
+    recorded = Recorded()
+    model = model_on(GpuOps(recorder=recorded))
+    asked = [
+        AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=12 + 5 * i, temperature=1.0, seed=i))
+        for i in range(2)
+    ]
+    script = [[2, 3], [1, 1], [3, 1], [0, 0], [0, 2], [2, 2], [1, 3]] * 4
+    monkeypatch.setattr(Engine, "make_controller", lambda self: Scripted(script))
+
+    def made(graphs: bool) -> Engine:
+        speculation = {"gamma": "auto", "gamma_max": 3}
+        scheduler = {"max_rows": 2}
+        return tiny_engine(model, gamma=0, budget=8, scheduler=scheduler, speculation=speculation, cuda_graphs=graphs)
+
+    expected = rounds_of(made(graphs=False), asked)
+    engine = made(graphs=True)
+    replays, step = [recorded.replayed], engine.step
+
+    def step_and_count() -> list[RequestOutput]:
+        outputs = step()
+        replays.append(recorded.replayed)
+        return outputs
+
+    monkeypatch.setattr(engine, "step", step_and_count)
+    assert rounds_of(engine, asked) == expected
+    assert max(after - before for before, after in pairwise(replays)) == 3  # two for drafts, one for the pass over them
+
+
+def test_plans_of_captured_attention_stand_where_they_stood() -> None:
+    torch.manual_seed(0)
+    layer = pool_layer(9, 2, 4, 16, torch.float32)
+    ours, oracle = GpuAttention(fixed=Fixed(rows=2, tokens=8, width=5)), ReferenceAttention(4)
+    places = set()
+    for queries, lengths in (([4, 4], [4, 4]), ([1, 4], [9, 17]), ([3, 1], [20, 1]), ([1, 1], [5, 8])):
+        batch = AttentionBatch(queries, lengths, torch.randint(9, (2, -(-max(lengths) // 4))))
+        for backend in (ours, oracle):
+            backend.plan(batch)
+        q = torch.randn(8, 4, 16)
+        count = sum(queries)
+        torch.testing.assert_close(ours.run(layer, q, 0.25)[:count], oracle.run(layer, q[:count], 0.25))
+        assert ours._tiles is not None
+        places.add(tuple(part.data_ptr() for part in (*ours._tiles._laid, ours._tiles.pages)))
+    assert len(places) == 1
+    with pytest.raises(ValueError, match="2 rows with 9 queries and lists of 3 pages, not the 2 with at most 8 and 5"):
+        ours.plan(AttentionBatch([5, 4], [9, 9], torch.zeros(2, 3, dtype=torch.int64)))
+
+
+def test_row_counts() -> None:
+    assert row_counts(1) == [1]
+    assert row_counts(6) == [1, 2, 4, 6]
+    assert row_counts(100) == [1, 2, 4, 8, 16, 32, 64, 96, 100]

@@ -1,0 +1,121 @@
+"""The start-up profile: engines of any length can be measured, and what is kept is only used where it holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.config.deployment import EngineConfig
+from engine.control.step_times import StepSample
+from engine.params import SamplingParams
+from engine.worker import consistency
+from engine.worker.profiler import _file, keep, profile_key, recall
+from engine.worker.resolve import size_up
+from engine.worker.worker import worker
+from models.config import ModelConfig
+from tests.support.engines import TINY, complete, tiny_engine, tiny_model
+from tests.support.ranks import DRAFT, write_random_model
+from tests.unit.engine.test_law import prompt_of
+
+KV: dict[str, dict[str, Any]] = {
+    "window": {"budget": 16, "sink": 4},
+    "snapkv": {"policy": "snapkv", "budget": 16, "recent": 8, "queries": 5, "kernel": 3, "reselect": 4},
+}
+
+
+@pytest.mark.parametrize("policy", sorted(KV))
+@pytest.mark.parametrize("length", [4, 8, 20, 127, 128, 129, 140])
+def test_short_engines_and_small_pools_can_be_profiled(length: int, policy: str) -> None:
+    engine = tiny_engine(
+        tiny_model(),
+        gamma="auto",  # type: ignore[arg-type]
+        max_model_len=length,
+        cache={"num_pages": -(-length // 4)},
+        speculation={"kv": KV[policy]},
+    )
+    params = SamplingParams(max_tokens=length - 2, seed=1, ignore_eos=True)
+    assert complete(engine, prompt_of(2, 1), params) == complete(
+        tiny_engine(tiny_model(), gamma=0), prompt_of(2, 1), params
+    )
+
+
+def test_comparing_ranks_is_no_part_of_what_a_round_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(tiny_model(), gamma=2)
+    now = [0.0]
+
+    def compare(*_: object) -> None:
+        now[0] += 100.0
+
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(consistency, "compare", compare)
+    engine._worker._digest_every = 1
+    complete(engine, prompt_of(9, 1), SamplingParams(max_tokens=9))
+    assert now[0] >= 100.0
+    assert engine.stats().verify_seconds < 100.0
+
+
+@pytest.mark.parametrize("kept", [[], [StepSample(1, 64, 0, 0.0, 0.1)], [StepSample(1, 64, 3, 0.1, 0.1)]])
+def test_a_kept_profile_that_says_too_little_is_no_profile(kept: list[StepSample]) -> None:
+    keep("little", kept)
+    assert _file("little").exists()
+    assert recall("little") is None
+
+
+def test_another_draft_model_in_the_same_place_is_profiled_anew(tmp_path: Path) -> None:
+    def key(num_layers: int) -> str:
+        path = write_random_model(tmp_path / "draft", replace(DRAFT, num_layers=num_layers))
+        speculation = {"drafter": "model", "model": str(path)}
+        config = tiny_engine(tiny_model(), gamma=2, speculation=speculation)._config
+        return profile_key(config, size_up(config, tiny_model()))
+
+    assert TINY.vocab_size == DRAFT.vocab_size
+    assert key(1) != key(2)
+    assert key(1) == key(1)
+
+
+def key_of(config: dict[str, Any], shape: ModelConfig = TINY) -> str:
+    """Of the settings, for a model of this shape."""
+    model = tiny_model(config=shape)
+    settings = EngineConfig.model_validate({"model": "tiny", "cache": {"num_pages": 2000, "page_size": 4}} | config)
+    return profile_key(settings, size_up(settings, model))
+
+
+LONG = replace(TINY, max_position_embeddings=20000)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        ({"cache": {"num_pages": 6000, "page_size": 4}}, LONG),
+        ({"max_model_len": 9000, "cache": {"num_pages": 6000, "page_size": 4}}, LONG),
+        ({"cache": {"memory_gb": 1.0, "page_size": 4}}, replace(LONG, eos_token_ids=(5, 6), rms_norm_eps=1e-5)),
+        ({"cache": {"num_pages": 6000, "page_size": 4}, "scheduler": {"max_batch_tokens": 99, "max_waiting": 7}}, LONG),
+        ({"cache": {"num_pages": 6000, "page_size": 4}, "speculation": {"kv": {"sink": 32}}}, LONG),
+        ({"cache": {"num_pages": 6000, "page_size": 4}, "speculation": {"verification": "rejection"}}, LONG),
+        ({"cache": {"num_pages": 6000, "page_size": 4}, "check_invariants": True, "step_timeout_s": 5.0}, LONG),
+    ],
+)
+def test_settings_that_change_no_times_share_a_profile(config: dict[str, Any], shape: ModelConfig) -> None:
+    assert key_of(config, shape) == key_of({"cache": {"num_pages": 6000, "page_size": 4}}, LONG)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        ({"max_model_len": 1000}, TINY),
+        ({"cache": {"num_pages": 2000, "page_size": 8}}, TINY),
+        ({"scheduler": {"max_rows": 3}}, TINY),
+        ({"threads": 1}, TINY),
+        ({"speculation": {"gamma_max": 4}}, TINY),
+        ({"speculation": {"kv": {"budget": 256}}}, TINY),
+        ({"speculation": {"kv": {"positions": "relative"}}}, TINY),
+        ({"speculation": {"kv": {"policy": "topk"}}}, TINY),
+        ({}, replace(TINY, num_layers=3)),
+    ],
+)
+def test_settings_that_change_times_do_not(config: dict[str, Any], shape: ModelConfig) -> None:
+    assert key_of(config, shape) != key_of({"threads": 2} if "threads" in config else {})

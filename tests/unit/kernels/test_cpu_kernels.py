@@ -1,0 +1,333 @@
+"""The compiled CPU kernels, of every instruction set that this processor has, against plain torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.attention.base import AttentionBatch
+from kernels.attention.cpu import CpuAttention
+from kernels.attention.reference import ReferenceAttention
+from kernels.cpu import build
+from kernels.cpu.build import InstructionSet, KernelsUnavailable, supported
+from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
+from kernels.kv_cache import write_kv
+from kernels.noise import gumbel_noise
+from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
+from models.default import user_cache
+from tests.support.rig import pool_layer
+
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALVES]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(scope="module", params=supported(), ids=lambda target: target.name)
+def kernels(request: pytest.FixtureRequest) -> CpuKernels:
+    target: InstructionSet = request.param
+    try:
+        return CpuKernels(user_cache() / "kernels", target)
+    except KernelsUnavailable as reason:
+        pytest.skip(f"no CPU kernels: {reason}")
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([1, 2, 4, 7, 30, 70]), st.sampled_from([0, 1, 15, 63, 64, 65, 1023, 1500])),
+        min_size=1,
+        max_size=4,
+    ),
+    page_size=st.sampled_from([1, 7, 16, 32]),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    head_dim=st.sampled_from([16, 48, 64, 80, 128]),
+    per_head=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_attention(
+    kernels: CpuKernels,
+    rows: list[tuple[int, int]],
+    page_size: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    per_head: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    queries = [n for n, _ in rows]
+    lengths = [n + before for n, before in rows]
+    width = -(-max(lengths) // page_size)
+    layer = pool_layer(97, kv_heads, page_size, head_dim, dtype)
+    pages = torch.randint(97, (len(rows), kv_heads, width) if per_head else (len(rows), width))
+    q = torch.randn(sum(queries), kv_heads * group, head_dim).to(dtype)
+    batch = AttentionBatch(queries, lengths, pages)
+    oracle, backend = ReferenceAttention(page_size), CpuAttention(kernels)
+    oracle.plan(batch)
+    backend.plan(batch)
+    expected, expected_lse = oracle.run(layer, q, head_dim**-0.5, lse=True)
+    o, lse = backend.run(layer, q, head_dim**-0.5, lse=True)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(o.float(), expected.float(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=max(1e-5, tolerance / 2))
+    assert torch.equal(backend.run(layer, q, head_dim**-0.5), o)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_of_a_query_depends_on_nothing_else(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    """Not on the queries beside it, other rows, or threads: to the bit."""
+    torch.manual_seed(1)
+    length, n, page_size = 2500, 300, 16
+    layer = pool_layer(200, 3, page_size, 64, dtype)
+    pages = torch.randperm(200)[None, : -(-length // page_size)]
+    q = torch.randn(n, 9, 64).to(dtype)
+    backend = CpuAttention(kernels)
+
+    def run(first: int, count: int, before: int = 0) -> Tensor:
+        """Queries first … first + count - 1, behind a row of `before` others."""
+        ends = length - n + first + count
+        rows = [before, count] if before else [count]
+        backend.plan(AttentionBatch(rows, [ends] * len(rows), pages.repeat(len(rows), 1)))
+        return backend.run(layer, torch.cat([q[:before], q[first : first + count]]), 0.125)[before:]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = run(0, n)
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for first, queries, before in (
+                (299, 1, 0),
+                (296, 4, 1),
+                (100, 1, 7),
+                (100, 16, 0),
+                (280, 20, 40),
+                (270, 25, 0),
+            ):
+                assert torch.equal(run(first, queries, before), whole[first : first + queries])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_attention_ignores_what_is_not_there(kernels: CpuKernels) -> None:
+    """Slots behind a row's end can hold another request's overflow."""
+    layer = pool_layer(5, 1, 16, 64, torch.bfloat16)
+    backend = CpuAttention(kernels)
+    backend.plan(AttentionBatch([2], [70], torch.arange(5)[None]))
+    q = torch.randn(2, 3, 64).bfloat16()
+    expected = backend.run(layer, q, 0.125)
+    layer.k[4, :, 6:] = layer.v[4, :, 6:] = float("nan")
+    assert torch.equal(backend.run(layer, q, 0.125), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "features", "columns"), [(1, 576, 960), (5, 577, 100), (13, 64, 31), (250, 96, 96)])
+def test_linear(kernels: CpuKernels, dtype: torch.dtype, rows: int, features: int, columns: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, features).to(dtype)
+    weight, bias = (torch.randn(columns, features) * features**-0.5).to(dtype), torch.randn(columns).to(dtype)
+    expected = x.double() @ weight.double().T + bias
+    y = kernels.linear(x, PackedWeights(weight, bias), float_out=True)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    rounded = kernels.linear(x, PackedWeights(weight, bias))
+    assert rounded.dtype == dtype
+    torch.testing.assert_close(rounded.float(), y, rtol=2**-8, atol=1e-6)
+    coarse = kernels.linear(x, PackedWeights(weight, bias).rounded(), float_out=True)
+    assert (coarse - expected).norm() < 0.02 * (expected - bias).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_of_a_row_depends_on_nothing_else(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(300, 576).to(dtype), torch.randn(200, 576).to(dtype)
+    for packed in (PackedWeights(weight), PackedWeights(weight).rounded()):
+        whole = kernels.linear(x, packed, float_out=True)
+        for first, last in ((0, 1), (3, 8), (10, 40), (299, 300)):
+            assert torch.equal(kernels.linear(x[first:last], packed, float_out=True), whole[first:last])
+
+
+def test_gated_linear(kernels: CpuKernels) -> None:
+    torch.manual_seed(0)
+    x, gate, value = torch.randn(7, 64), torch.randn(48, 64) / 8, torch.randn(48, 64) / 8
+    y = kernels.linear(x, PackedWeights(pack_gated(torch.cat([gate, value])), columns=len(gate)), silu_mul=True)
+    expected = torch.nn.functional.silu(x @ gate.T) * (x @ value.T)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [576, 37])
+def test_norm(kernels: CpuKernels, dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(0)
+    x, delta, weight = torch.randn(9, size).to(dtype), torch.randn(9, size).to(dtype), torch.randn(size).to(dtype)
+    added = x + delta
+    out = kernels.norm(x, delta, weight, 1e-5)
+    assert torch.equal(x, added)
+    expected = torch.nn.functional.rms_norm(added.float(), (size,), weight.float(), 1e-5)
+    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotary(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tokens, heads, kv_heads, head_dim, page_size = 11, 4, 2, 48, 7
+    layer, expected = (pool_layer(5, kv_heads, page_size, head_dim, dtype) for _ in range(2))
+    for part, other in zip(layer, expected, strict=True):
+        other.copy_(part)
+    cos, sin = rotary_tables(rotary_frequencies(head_dim, 1e4), 100, dtype=torch.float32, device=torch.device("cpu"))
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(dtype)
+    positions, slots = torch.randint(100, (tokens,)), torch.randperm(5 * page_size)[:tokens]
+    q, k, v = qkv.clone().split_with_sizes([heads, kv_heads, kv_heads], 1)
+    q, k = (apply_rope(part, cos[positions], sin[positions]) for part in (q, k))
+    write_kv(expected, slots, k, v)
+    kernels.rotary(qkv, cos, sin, positions, slots, *layer)
+    torch.testing.assert_close(qkv[:, :heads], q, rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(layer.k, expected.k, rtol=2**-7, atol=1e-5)
+    assert torch.equal(layer.v, expected.v)
+
+
+def test_sample(kernels: CpuKernels) -> None:
+    torch.manual_seed(0)
+    rows, size, first = 40, 5003, 700
+    logits = torch.randn(rows, size) * 3
+    seeds, positions = torch.randint(-(2**62), 2**62, (rows,)), torch.randint(0, 8000, (rows,))
+    temperature = torch.tensor([0.0, 0.3, 1.0, 2.0]).repeat(rows // 4)
+    values, tokens = kernels.sample(logits, temperature, seeds, positions, first)
+    noise = gumbel_noise(seeds, positions, first, first + size)
+    scaled = torch.where(temperature[:, None] > 0, logits / temperature[:, None].clamp(min=0.1) + noise, logits)
+    torch.testing.assert_close(values, scaled.amax(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scaled.gather(1, tokens[:, None] - first)[:, 0], values, rtol=1e-5, atol=1e-5)
+
+
+def test_sample_takes_the_lowest_of_equals(kernels: CpuKernels) -> None:
+    logits = torch.zeros(3, 20_000)
+    logits[1, [19_999, 4097, 8000]] = 1.0
+    logits[2, [5, 16_500]] = 2.0
+    zeros = torch.zeros(3, dtype=torch.int64)
+    _, tokens = kernels.sample(logits, torch.zeros(3), zeros, zeros, 10)
+    assert tokens.tolist() == [10, 4107, 15]
+
+
+def test_sample_where_all_is_impossible(kernels: CpuKernels) -> None:
+    """A rank whose slice is forbidden as a whole still answers; another's token is likelier."""
+    zeros = torch.zeros(2, dtype=torch.int64)
+    values, tokens = kernels.sample(torch.full((2, 50), float("-inf")), torch.tensor([0.0, 1.0]), zeros, zeros, 10)
+    assert values.tolist() == [float("-inf")] * 2
+    assert tokens.tolist() == [10, 10]
+
+
+def test_what_does_not_fit_is_refused(kernels: CpuKernels) -> None:
+    with pytest.raises(RuntimeError, match="weights are"):
+        kernels.linear(torch.randn(2, 64), PackedWeights(torch.randn(32, 64).bfloat16()))
+    with pytest.raises(RuntimeError, match="features"):
+        kernels.linear(torch.randn(2, 60), PackedWeights(torch.randn(32, 64)))
+
+
+def test_memory_that_is_not_there_is_not_touched(kernels: CpuKernels) -> None:
+    """A wrong index is an error here as it is in plain torch, not a write into whatever stands there."""
+    layer, angles, norms = pool_layer(2, 1, 16, 32, torch.float32), torch.randn(9, 16), torch.randn(31)
+    for position, slot, message in ((9, 0, "positions: 9"), (-1, 0, "positions: -1"), (0, 32, "slots: 32")):
+        with pytest.raises(RuntimeError, match=message):
+            kernels.rotary(
+                torch.randn(1, 3, 32), angles, angles, torch.tensor([position]), torch.tensor([slot]), layer.k, layer.v
+            )
+    zero = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="rotary: norms"):
+        kernels.rotary(torch.randn(1, 3, 32), angles, angles, zero, zero, layer.k, layer.v, (norms, norms, 1e-5))
+    backend, q = CpuAttention(kernels), torch.randn(3, 1, 32)
+    for queries, length in ((3, 33), (3, 2), (0, 5), (2, 5), (4, 5)):
+        backend.plan(AttentionBatch([queries], [length], torch.arange(2)[None]))
+        with pytest.raises(RuntimeError, match=f"{queries} queries over {length} slots|3 queries, not {queries}"):
+            backend.run(layer, q, 0.125)
+
+
+def test_nothing_comes_of_nothing(kernels: CpuKernels) -> None:
+    weights = PackedWeights(torch.empty(0, 8))
+    assert kernels.linear(torch.randn(3, 8), weights).shape == (3, 0)
+    assert kernels.linear(torch.randn(3, 8), weights.rounded()).shape == (3, 0)
+    assert kernels.linear(torch.randn(0, 8), PackedWeights(torch.randn(5, 8))).shape == (0, 5)
+
+
+def test_sums_of_bytes_are_exact(kernels: CpuKernels) -> None:
+    """Inputs are stored 128 too large; what that adds to a long sum is more than a float32 tells apart."""
+    x = torch.tensor([127.0, -127.0]).repeat(4096)[None]
+    x[0, 0] = 126.0
+    y = kernels.linear(x, PackedWeights(torch.full((2, x.shape[1]), 127.0)).rounded())
+    assert y.tolist() == [[-127.0, -127.0]]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_linear_of_rows_that_begin_within_a_word(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    wide, weights = torch.randn(5, 66).to(dtype), PackedWeights(torch.randn(40, 64).to(dtype))
+    assert torch.equal(kernels.linear(wide[:, 1:65], weights), kernels.linear(wide[:, 1:65].contiguous(), weights))
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(KernelsUnavailable, match=r"no C\+\+ compiler"):
+        CpuKernels(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["build_operators", "build_kernels"])
+def test_a_library_that_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str) -> None:
+    CpuKernels(user_cache() / "kernels")  # so that there are operators to open the other with
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"\x7fELF, but no more than that")
+    monkeypatch.setattr(f"kernels.cpu.library.{part}", lambda *_: broken)
+    with pytest.raises(KernelsUnavailable, match=r"broken\.so cannot be loaded; remove it"):
+        CpuKernels(user_cache() / "kernels")
+
+
+@pytest.mark.parametrize("left", [0, 40, 0.3, 0.8], ids=str)
+def test_a_library_that_was_cut_off_is_built_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: float) -> None:
+    """Loading it would end the process by SIGBUS."""
+    whole = build.build_operators(user_cache() / "kernels")
+    monkeypatch.setattr(build, "BUILT", Path("/nowhere"))
+    cut = tmp_path / whole.name
+    content = whole.read_bytes()
+    cut.write_bytes(content[: left if isinstance(left, int) else int(left * len(content))])
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(KernelsUnavailable, match=r"no C\+\+ compiler"):
+        build.build_operators(tmp_path)
+    cut.write_bytes(content)
+    assert build.build_operators(tmp_path) == cut
+
+
+def test_a_folder_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The home of somebody else, say."""
+    is_file = Path.is_file
+
+    def denied(path: Path) -> bool:
+        if path.parent == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(build, "BUILT", Path("/nowhere"))
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(KernelsUnavailable, match=r"cannot read kernels: .*Permission denied"):
+        CpuKernels(tmp_path)
+
+
+def test_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came with the installation serves, whoever asks."""
+    monkeypatch.setattr(build, "BUILT", Path("/nowhere"))
+    with pytest.raises(KernelsUnavailable, match="set HOME or XDG_CACHE_HOME"):
+        CpuKernels(None)
+    monkeypatch.setattr(build, "BUILT", user_cache() / "kernels")
+    CpuKernels(user_cache() / "kernels")
+    assert CpuKernels(None).name == CpuKernels(user_cache() / "kernels").name
+
+
+def test_a_compiler_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(KernelsUnavailable, match=r"fails: .*error"):
+        build.build_kernels(InstructionSet("none", frozenset(), ("-mno-such-thing",)), tmp_path)
+    assert not list(tmp_path.rglob("*.so"))

@@ -1,0 +1,310 @@
+"""The kernels in Triton against plain torch: on a GPU where there is one, else as Triton's interpreter runs them.
+
+The interpreter cuts bfloat16 off where a GPU rounds it: tolerances allow for a whole last bit.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import acceptance
+from kernels.attention.base import AttentionBatch
+from kernels.attention.reference import ReferenceAttention
+from kernels.kv_cache import LayerKV, write_kv
+from kernels.noise import noise_bits
+from kernels.reference import REFERENCE
+from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
+from kernels.selection import attention_votes
+from tests.support.rig import pool_layer
+from tests.support.verdicts import DecidedRound, rounds
+
+pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
+
+from kernels.attention.gpu import GpuAttention
+from kernels.gpu import sampling, votes
+from kernels.gpu.attention import lay_tiles
+from kernels.gpu.library import GpuKernels
+
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") else "cuda")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.7e-2, torch.float16: 2e-3}
+KERNELS = GpuKernels()
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def pool(pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
+    return LayerKV(*(part.to(DEVICE) for part in pool_layer(pages, kv_heads, page_size, head_dim, dtype)))
+
+
+def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance / 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [64, 37])
+@pytest.mark.parametrize("add", [True, False])
+def test_norm(dtype: torch.dtype, size: int, add: bool) -> None:
+    torch.manual_seed(0)
+    wide = randn(3, size + 5, dtype=dtype)
+    x, delta, weight = wide[:, :size], randn(3, size, dtype=dtype), randn(size, dtype=dtype)  # rows stand apart
+    before, behind = x.clone(), wide[:, size:].clone()
+    out = KERNELS.norm(x, delta if add else None, weight, 1e-5)
+    close(x, before + delta if add else before, dtype)
+    close(out, F.rms_norm(x.float(), (size,), weight.float(), 1e-5), dtype)
+    assert torch.equal(wide[:, size:], behind)
+    assert KERNELS.norm(x[:0], None, weight, 1e-5).shape == (0, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [16, 1100])
+def test_silu_mul(dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(0)
+    pairs = randn(2, 2 * size, dtype=dtype)
+    gate, value = pairs.float().chunk(2, 1)
+    out = KERNELS.silu_mul(pairs)
+    assert out.dtype == dtype
+    close(out, F.silu(gate) * value, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norms", [False, True], ids=["plain", "qk_norm"])
+def test_rotary(dtype: torch.dtype, norms: bool) -> None:
+    torch.manual_seed(0)
+    tokens, heads, kv_heads, head_dim, page_size = 3, 4, 2, 12, 5
+    layer = pool(4, kv_heads, page_size, head_dim, dtype)
+    expected = LayerKV(layer.k.clone(), layer.v.clone())
+    tables = rotary_tables(rotary_frequencies(head_dim, 1e4), 100, dtype=torch.float32, device=DEVICE)
+    qkv = randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    positions, slots = (part.to(DEVICE) for part in (torch.randint(100, (tokens,)), torch.randperm(20)[:tokens]))
+    weights = randn(head_dim, dtype=dtype), randn(head_dim, dtype=dtype)
+    q, k, v = qkv.clone().split_with_sizes([heads, kv_heads, kv_heads], 1)
+    if norms:
+        q, k = (F.rms_norm(part, (head_dim,), weight, 1e-5) for part, weight in zip((q, k), weights, strict=True))
+    cos, sin = (table[positions] for table in tables)
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    write_kv(expected, slots, k, v)
+    KERNELS.rotary(qkv, *tables, positions, slots, *layer, (*weights, 1e-5) if norms else None)
+    # Norm and rotation round one after the other.
+    for ours, theirs in ((qkv[:, :heads], q), (layer.k, expected.k)):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+    assert torch.equal(layer.v, expected.v)
+
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(
+    rows=st.lists(st.tuples(INT64, st.integers(0, 2**31)), min_size=1, max_size=4),
+    start=st.integers(0, 2**20),
+    size=st.integers(1, 5000),
+)
+@settings(max_examples=20, deadline=None)
+def test_noise_has_the_integers_of_its_definition(rows: list[tuple[int, int]], start: int, size: int) -> None:
+    seeds, positions = torch.tensor(rows, device=DEVICE).unbind(1)
+    seeds, positions = seeds.contiguous(), positions.contiguous()
+    ours = sampling.noise_bits(seeds, positions, start, start + size)
+    assert torch.equal(ours, noise_bits(seeds, positions, start, start + size))
+
+
+@pytest.mark.parametrize("size", [700, 5003])
+def test_sample(size: int) -> None:
+    torch.manual_seed(0)
+    rows, first = 8, 900
+    logits = randn(rows, size) * 3
+    seeds, positions = torch.randint(-(2**62), 2**62, (rows,)), torch.randint(0, 8000, (rows,))
+    temperature = torch.tensor([0.0, 0.3, 1.0, 2.0], dtype=torch.float64).repeat(2)
+    seeds, positions, temperature = (part.to(DEVICE) for part in (seeds, positions, temperature))
+    expected, expected_tokens = REFERENCE.sample(logits.clone(), temperature, seeds, positions, first)
+    values, tokens = KERNELS.sample(logits, temperature, seeds, positions, first)
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(tokens, expected_tokens)
+    # Slices of the vocabulary, of any size, come to the same: value and token to the bit.
+    slices = [(0, 1), (1, 450), (450, size)]
+    parts = [KERNELS.sample(logits[:, a:b], temperature, seeds, positions, first + a) for a, b in slices]
+    every = torch.stack([value for value, _ in parts])
+    chosen = torch.stack([token for _, token in parts]).masked_fill(every < every.amax(0), 2**40).amin(0)
+    assert torch.equal(every.amax(0), values)
+    assert torch.equal(chosen, tokens)
+
+
+def test_sample_takes_the_lowest_of_equals() -> None:
+    logits = torch.zeros(3, 9000, device=DEVICE)
+    logits[1, [8999, 4097, 5000]] = 1.0
+    logits[2, [5, 8600]] = 2.0
+    zeros = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    _, tokens = KERNELS.sample(logits, torch.zeros(3, device=DEVICE), zeros, zeros, 10)
+    assert tokens.tolist() == [10, 4107, 15]
+
+
+@pytest.mark.parametrize("size", [50, 5000])
+def test_sample_of_what_is_impossible_or_not_a_number(size: int) -> None:
+    """A rank whose slice is forbidden as a whole still answers; another's token is likelier."""
+    zeros = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    temperature = torch.tensor([0.0, 1.0], device=DEVICE)
+    logits = torch.full((2, size), float("-inf"), device=DEVICE)
+    logits[:, 3] = float("nan")
+    values, tokens = KERNELS.sample(logits, temperature, zeros, zeros, 10)
+    assert values.tolist() == [float("-inf")] * 2
+    assert tokens.tolist() == [10, 10]
+    logits[:, 7] = -50.0
+    _, tokens = KERNELS.sample(logits, temperature, zeros, zeros, 10)
+    assert tokens.tolist() == [17, 17]
+    values, tokens = KERNELS.sample(torch.full_like(logits, float("nan")), temperature, zeros, zeros, 10)
+    assert values.tolist() == [float("-inf")] * 2
+    assert tokens.tolist() == [10, 10]
+
+
+@given(
+    queries=st.integers(1, 9),
+    before=st.sampled_from([0, 1, 63, 64, 150]),
+    kv_heads=st.integers(1, 2),
+    group=st.sampled_from([1, 3, 8]),
+    head_dim=st.sampled_from([8, 20]),
+    kernel=st.sampled_from([1, 5]),
+    span=st.sampled_from([64, 4096]),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=12, deadline=None)
+def test_votes(
+    queries: int, before: int, kv_heads: int, group: int, head_dim: int, kernel: int, span: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    q = randn(queries, kv_heads * group, head_dim, dtype=dtype)
+    k = randn(queries + before, kv_heads, head_dim, dtype=dtype).transpose(0, 1)
+    for candidates in {before, max(0, before - 3), queries + before} - {0}:
+        expected = attention_votes(q, k, 0.3, candidates=candidates, kernel=kernel)
+        ours = votes.attention_votes(q, k, 0.3, candidates=candidates, kernel=kernel, span=span)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    whole = KERNELS.votes(q, k, 0.3, candidates=queries + before, kernel=1)
+    torch.testing.assert_close(whole.sum(1).cpu(), torch.full((kv_heads,), float(queries * group)))
+
+
+@given(round_=rounds())
+@settings(max_examples=25, deadline=None)
+def test_accept_and_commit(round_: DecidedRound) -> None:
+    tokens, computed, ledger = (part.to(DEVICE) for part in round_.copy())
+    drafted, chosen = round_.drafted.to(DEVICE), round_.chosen.to(DEVICE)
+    verdict = KERNELS.accept(tokens, computed, ledger, drafted, chosen, round_.most)
+    state = round_.copy()
+    expected = acceptance.accept(*state, round_.drafted, round_.chosen, round_.most)
+    for found, wanted, count in zip(verdict.cpu(), expected, round_.ledger[:, 3].tolist(), strict=True):
+        assert torch.equal(found[: 2 + count], wanted[: 2 + count])
+    assert torch.equal(tokens.cpu(), round_.tokens)
+    assert torch.equal(computed.cpu(), round_.computed)
+    KERNELS.commit(tokens, computed, ledger, verdict)
+    acceptance.commit(*state, expected)
+    assert torch.equal(tokens.cpu(), state[0])
+    assert torch.equal(computed.cpu(), state[1])
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([1, 1, 2, 5, 20]), st.sampled_from([0, 1, 15, 63, 64, 130])), min_size=1, max_size=3
+    ),
+    page_size=st.sampled_from([1, 7, 16]),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 5),
+    head_dim=st.sampled_from([8, 16, 20]),
+    per_head=st.booleans(),
+    span=st.sampled_from([64, 4096]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=30, deadline=None)
+def test_attention(
+    rows: list[tuple[int, int]],
+    page_size: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    per_head: bool,
+    span: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    queries = [n for n, _ in rows]
+    lengths = [n + before for n, before in rows]
+    width = -(-max(lengths) // page_size)
+    layer = pool(31, kv_heads, page_size, head_dim, dtype)
+    pages = torch.randint(31, (len(rows), kv_heads, width) if per_head else (len(rows), width)).to(DEVICE)
+    qkv = randn(sum(queries), kv_heads * (group + 2), head_dim, dtype=dtype)
+    q = qkv[:, : kv_heads * group]  # as it comes out of the rotation: tokens stand apart
+    batch = AttentionBatch(queries, lengths, pages)
+    oracle, backend = ReferenceAttention(page_size), GpuAttention(span)
+    oracle.plan(batch)
+    backend.plan(batch)
+    expected, expected_lse = oracle.run(layer, q, head_dim**-0.5, lse=True)
+    o, lse = backend.run(layer, q, head_dim**-0.5, lse=True)
+    assert o.dtype == dtype
+    close(o, expected, dtype)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
+    assert torch.equal(backend.run(layer, q, head_dim**-0.5), o)
+
+
+def test_attention_from_lengths_on_the_device() -> None:
+    """As CpuKernels has it: nothing about the batch is known to the host but shapes."""
+    torch.manual_seed(0)
+    layer = pool(9, 2, 4, 16, torch.float32)
+    queries, lengths, pages = (part.to(DEVICE) for part in (torch.tensor([1, 4]), torch.tensor([9, 17]), PAGES))
+    q = randn(5, 4, 16)
+    oracle = ReferenceAttention(4)
+    oracle.plan(AttentionBatch([1, 4], [9, 17], pages))
+    expected, expected_lse = oracle.run(layer, q, 0.25, lse=True)
+    o, lse = KERNELS.attention(q, *layer, queries, lengths, pages, 0.25, True)
+    torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    assert KERNELS.attention(q, *layer, queries, lengths, pages, 0.25, False)[1].numel() == 0
+
+
+PAGES = torch.tensor([[3, 1, 8, 0, 0], [2, 5, 4, 7, 6]])
+
+
+@pytest.mark.parametrize("span", [64, 4096])
+def test_attention_ignores_what_is_not_there(span: int) -> None:
+    """Slots behind a row's end can hold another request's overflow."""
+    torch.manual_seed(0)
+    layer = pool(9, 1, 16, 16, torch.float32)
+    backend = GpuAttention(span)
+    backend.plan(AttentionBatch([2], [134], torch.arange(9, device=DEVICE)[None]))
+    q = randn(2, 3, 16)
+    expected = backend.run(layer, q, 0.25)
+    layer.k[8, :, 6:] = layer.v[8, :, 6:] = float("nan")
+    assert torch.equal(backend.run(layer, q, 0.25), expected)
+
+
+@given(queries=st.lists(st.integers(1, 40), min_size=1, max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_tiles_hold_every_query_once(queries: list[int]) -> None:
+    counts = torch.tensor(queries)
+    tiles = lay_tiles(counts, counts, torch.zeros(len(queries), 3, dtype=torch.int64), sum(queries))
+    seen = [
+        (row, query)
+        for row, first in zip(tiles.row.tolist(), tiles.first.tolist(), strict=True)
+        if row < len(queries)
+        for query in range(first, min(first + tiles.block, queries[row]))
+    ]
+    assert sorted(seen) == [(row, query) for row, n in enumerate(queries) for query in range(n)]
+    assert tiles.start.tolist() == [sum(queries[:row]) for row in range(len(queries))]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layer = pool(9, 2, 4, 8, torch.float32)
+    with pytest.raises(ValueError, match="have no float64"):
+        KERNELS.norm(randn(4, 8).double(), None, randn(8).double(), 1e-5)
+    with pytest.raises(ValueError, match="norm: elements"):
+        KERNELS.norm(randn(8, 4).T, None, randn(8), 1e-5)
+    index, otherwise = torch.zeros(1, dtype=torch.int64, device=DEVICE), layer.k.transpose(1, 2).contiguous()
+    with pytest.raises(ValueError, match="pages of the pool"):
+        KERNELS.rotary(randn(1, 6, 8), randn(4, 4), randn(4, 4), index, index, otherwise.transpose(1, 2), layer.v)

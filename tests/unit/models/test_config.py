@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from models.config import ModelConfig, ModelError, RopeConfig, parse_config, read_config
+from tests.support.paths import ROOT
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+}
+
+
+def llama(**changes: Any) -> dict[str, Any]:
+    return {**LLAMA, **changes}
+
+
+def of_type(model_type: str, **changes: Any) -> dict[str, Any]:
+    """As that family's files look: no rope_scaling, heads that fit."""
+    names = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    architectures = [f"{names[model_type]}ForCausalLM"]
+    return llama(model_type=model_type, architectures=architectures, rope_scaling=None, **changes)
+
+
+def without(data: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in keys}
+
+
+def test_llama_3_1() -> None:
+    assert parse_config(LLAMA) == ModelConfig(
+        model_type="llama",
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(
+            theta=500000.0,
+            kind="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_positions=8192,
+        ),
+        bos_token_id=128000,
+        eos_token_ids=(128001, 128008, 128009),
+    )
+    assert parse_config(LLAMA).max_model_len == 131072
+
+
+def test_llama_2_and_its_kin() -> None:
+    """Old files: no head_dim, no KV heads, no rope keys, one end token."""
+    config = parse_config(without(llama(eos_token_id=2), "num_key_value_heads", "rope_theta", "rope_scaling"))
+    assert (config.num_kv_heads, config.head_dim) == (32, 128)
+    assert config.rope == RopeConfig(theta=10000.0)
+    assert config.eos_token_ids == (2,)
+    tied = parse_config(llama(tie_word_embeddings=True, attention_bias=True, mlp_bias=True))
+    assert tied.tie_word_embeddings
+    assert (tied.qkv_bias, tied.o_bias, tied.mlp_bias) == (True, True, True)
+
+
+def test_mistral() -> None:
+    config = parse_config(of_type("mistral", sliding_window=None, head_dim=64, attention_bias=True))
+    assert (config.head_dim, config.qkv_bias, config.o_bias, config.qk_norm) == (64, False, False, False)
+    assert config.sliding_window is None
+    assert config.max_model_len == 131072
+    assert parse_config(of_type("mistral", sliding_window=4096)).max_model_len == 4096
+    assert parse_config(of_type("mistral")).max_model_len == 4096  # the family's default
+    assert parse_config(of_type("mistral", sliding_window=10**6)).max_model_len == 131072
+
+
+def test_qwen2() -> None:
+    window = {"sliding_window": 4096, "max_window_layers": 28}
+    config = parse_config(of_type("qwen2", use_sliding_window=False, **window))
+    assert (config.qkv_bias, config.o_bias, config.qk_norm) == (True, False, False)
+    assert config.sliding_window is None
+    assert parse_config(of_type("qwen2", use_sliding_window=True, **window)).max_model_len == 4096
+    assert (
+        parse_config(of_type("qwen2", use_sliding_window=True, num_hidden_layers=28, **window)).sliding_window is None
+    )
+    layers = {"layer_types": ["full_attention"] * 32}
+    assert parse_config(of_type("qwen2", use_sliding_window=True, **window, **layers)).sliding_window is None
+    layers = {"layer_types": ["full_attention"] * 31 + ["sliding_attention"]}
+    assert parse_config(of_type("qwen2", use_sliding_window=True, **window, **layers)).sliding_window == 4096
+
+
+def test_qwen3() -> None:
+    config = parse_config(of_type("qwen3", hidden_size=1024, num_attention_heads=16))
+    assert (config.head_dim, config.qk_norm, config.qkv_bias) == (128, True, False)
+    assert parse_config(of_type("qwen3", head_dim=64, attention_bias=True)).o_bias
+
+
+@pytest.mark.parametrize(
+    ("changes", "rope"),
+    [
+        ({"rope_scaling": None}, RopeConfig(theta=500000.0)),
+        ({"rope_scaling": {}}, RopeConfig(theta=500000.0)),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, RopeConfig(theta=500000.0, kind="linear", factor=2.0)),
+        (
+            {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            RopeConfig(theta=1e6),
+        ),
+        (
+            {
+                "rope_scaling": None,
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 7.0, "factor": 3.0},
+            },
+            RopeConfig(theta=7.0, kind="linear", factor=3.0),
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 32.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                },
+                "max_position_embeddings": 4096,
+            },
+            RopeConfig(theta=500000.0, kind="llama3", factor=32.0, original_max_positions=4096),
+        ),
+    ],
+)
+def test_rope_spellings(changes: dict[str, Any], rope: RopeConfig) -> None:
+    assert parse_config(llama(**changes)).rope == rope
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_reads_what_transformers_writes(model_type: str, tmp_path: Path) -> None:
+    """Defaults included: an empty configuration of each family, saved and read, means the same to both."""
+    theirs = transformers.AutoConfig.for_model(model_type, architectures=architectures_of(model_type))
+    theirs.save_pretrained(tmp_path)
+    ours = read_config(tmp_path)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+
+
+def architectures_of(model_type: str) -> list[str]:
+    return [f"{model_type.capitalize()}ForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (llama(model_type="gpt2"), "model_type 'gpt2'"),
+        (without(LLAMA, "model_type"), "model_type None"),
+        (llama(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+        (llama(quantization_config={"quant_method": "awq"}), "quantization_config .*awq"),
+        (llama(num_local_experts=8), "num_local_experts 8"),
+        (llama(hidden_act="gelu"), "hidden_act 'gelu'"),
+        (llama(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling: rope_type 'yarn'"),
+        (llama(rope_scaling={"type": "dynamic", "factor": 4.0}), "rope_type 'dynamic'"),
+        (llama(rope_scaling={"type": "linear"}), "factor None"),
+        (llama(rope_scaling={"type": "linear", "factor": 0}), "factor 0"),
+        (llama(rope_scaling={**LLAMA["rope_scaling"], "low_freq_factor": 4.0}), "low_freq_factor"),
+        (llama(rope_scaling="linear"), "rope_scaling 'linear'"),
+        (llama(rope_scaling=None, rope_parameters={"full_attention": {"rope_theta": 1.0}}), "full_attention"),
+        (llama(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        (llama(rope_theta="big"), "rope_theta 'big'"),
+        (without(LLAMA, "vocab_size"), "vocab_size None"),
+        (llama(num_hidden_layers=0), "num_hidden_layers 0"),
+        (llama(hidden_size=4096.5), "hidden_size 4096.5"),
+        (llama(num_attention_heads=True), "num_attention_heads True"),
+        (llama(num_key_value_heads=5), "num_key_value_heads"),
+        (llama(num_attention_heads=24), "hidden_size"),
+        (llama(head_dim=63), "head_dim"),
+        (llama(tie_word_embeddings="yes"), "tie_word_embeddings 'yes'"),
+        (llama(rms_norm_eps=-1), "rms_norm_eps -1"),
+        (llama(eos_token_id="</s>"), "eos_token_id '</s>'"),
+        (llama(eos_token_id=[1, None]), "eos_token_id"),
+        (llama(bos_token_id=-1), "bos_token_id -1"),
+        (of_type("qwen2", use_sliding_window=True, layer_types=["chunked_attention"]), "layer_types"),
+    ],
+)
+def test_refusals_name_the_key(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        parse_config(data)
+
+
+def test_end_tokens_of_both_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(llama(eos_token_id=9)))
+    assert read_config(tmp_path).eos_token_ids == (9,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 4]}')
+    assert read_config(tmp_path).eos_token_ids == (4, 9)
+    (tmp_path / "config.json").write_text(json.dumps(llama(eos_token_id=None, bos_token_id=None)))
+    assert read_config(tmp_path).eos_token_ids == (4, 9)
+    assert read_config(tmp_path).bos_token_id is None
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere: no such model directory"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"config\.json: not found"):
+        read_config(tmp_path)
+    path = tmp_path / "config.json"
+    for content in ("{", "[]", "\udcff"):
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ModelError, match=r"config\.json: "):
+            read_config(tmp_path)
+    path.write_text(json.dumps(llama(hidden_act="gelu")))
+    with pytest.raises(ModelError, match=r"config\.json: hidden_act"):
+        read_config(tmp_path)
+    path.write_text(json.dumps(LLAMA))
+    (tmp_path / "generation_config.json").write_text("nonsense")
+    with pytest.raises(ModelError, match=r"generation_config\.json: "):
+        read_config(tmp_path)
+
+
+def test_is_free_of_torch() -> None:
+    """The server reads it, and the server never loads torch."""
+    code = "import sys, models.config; sys.exit('torch' in sys.modules)"
+    root = ROOT
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.config import ModelError, parse_config
+from models.llama import Llama
+from models.loader import load_model, random_model
+from parallel.group import Group
+from tests.support.rig import CPU, run_ranks
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 29,
+    "hidden_size": 16,
+    "intermediate_size": 11,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def weights(seed: int = 0, **changes: Any) -> dict[str, Tensor]:
+    model = random_model(parse_config({**CONFIG, **changes}), seed, torch.float32, CPU, Group.single())
+    return {slot.source: slot.tensor.clone() for slot in model.slots()}
+
+
+def write(path: Path, tensors: dict[str, Tensor], file: str = "model.safetensors", **changes: Any) -> None:
+    (path / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    save_file(tensors, path / file)
+
+
+def load(path: Path, *, dtype: torch.dtype = torch.float32, progress: bool = False) -> Llama:
+    return load_model(path, dtype=dtype, device=CPU, group=Group.single(), progress=progress)
+
+
+def assert_holds(model: Llama, tensors: dict[str, Tensor]) -> None:
+    slots = list(model.slots())
+    assert {slot.source for slot in slots} == set(tensors)
+    for slot in slots:
+        assert torch.equal(slot.tensor, tensors[slot.source].to(model.dtype)[slot.index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_loads_and_converts(dtype: torch.dtype, stored: torch.dtype, tmp_path: Path) -> None:
+    tensors = {name: tensor.to(stored) for name, tensor in weights().items()}
+    write(tmp_path, tensors)
+    model = load(tmp_path, dtype=dtype)
+    assert model.dtype == dtype
+    assert_holds(model, tensors)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_each_rank_loads_its_slices(size: int, tmp_path: Path) -> None:
+    tensors = weights(attention_bias=True, mlp_bias=True)
+    write(tmp_path, tensors, attention_bias=True, mlp_bias=True)
+
+    def work(group: Group) -> None:
+        model = load_model(tmp_path, dtype=torch.float32, device=CPU, group=group, progress=False)
+        assert_holds(model, tensors)
+        assert sum(slot.tensor.nbytes for slot in model.slots()) < sum(t.nbytes for t in tensors.values())
+
+    run_ranks(size, work)
+
+
+def write_sharded(path: Path, tensors: dict[str, Tensor], *, index: bool) -> list[str]:
+    """Two files of alternating tensors."""
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for part, file in enumerate(files):
+        write(path, {name: tensors[name] for name in sorted(tensors)[part::2]}, file)
+    if index:
+        weight_map = {name: files[i % 2] for i, name in enumerate(sorted(tensors))}
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return files
+
+
+def test_sharded_checkpoints(tmp_path: Path) -> None:
+    tensors = weights()
+    files = write_sharded(tmp_path, tensors, index=False)
+    assert_holds(load(tmp_path), tensors)  # without an index: all files there are
+    write_sharded(tmp_path, tensors, index=True)
+    save_file({"something": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    assert_holds(load(tmp_path), tensors)  # with one: what it lists
+    (tmp_path / files[1]).unlink()
+    with pytest.raises(ModelError, match=f"{files[1]}: not found, but listed in model.safetensors.index.json"):
+        load(tmp_path)
+
+
+def test_one_file_beside_others(tmp_path: Path) -> None:
+    """model.safetensors is the model; what else lies there, pickles included, is left alone."""
+    tensors = weights()
+    write(tmp_path, tensors)
+    save_file({"something": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+    assert_holds(load(tmp_path), tensors)
+
+
+def test_broken_index(tmp_path: Path) -> None:
+    tensors = weights()
+    write_sharded(tmp_path, tensors, index=True)
+    index = tmp_path / "model.safetensors.index.json"
+    for content in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{"):
+        index.write_text(content)
+        with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json: "):
+            load(tmp_path)
+    index.write_text('{"weight_map": {"a": "../a.safetensors"}}')
+    with pytest.raises(ModelError, match="no file of this directory"):
+        load(tmp_path)
+
+
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    tensors = weights()
+    write(tmp_path, tensors, "a.safetensors")
+    write(tmp_path, {DOWN: tensors[DOWN]}, "b.safetensors")
+    with pytest.raises(ModelError, match=f"b.safetensors: tensor {DOWN} also stands in another file"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
+def test_pickled_weights_only(name: str, tmp_path: Path) -> None:
+    write(tmp_path, {})
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no safetensors weights"):
+        load(tmp_path)
+    (tmp_path / name).write_bytes(b"never read")
+    with pytest.raises(ModelError, match=f"only pickled weights \\({name}\\)"):
+        load(tmp_path)
+
+
+def test_no_directory_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such model directory"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"config\.json: not found"):
+        load(tmp_path)
+
+
+def changed(**tensors: Tensor | None) -> Callable[[dict[str, Tensor]], None]:
+    def change(checkpoint: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if tensor is None:
+                del checkpoint[name]
+            else:
+                checkpoint[name] = tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed(**{DOWN: None}), f"tensors missing from the weight files: {DOWN}"),
+        (dict.clear, "lm_head.weight, .* and 18 more"),
+        (changed(extra=torch.zeros(2)), "model.safetensors: unexpected tensor extra"),
+        (changed(**{"model.layers.2.mlp.down_proj.weight": torch.zeros(16, 11)}), r"unexpected tensor model.layers.2"),
+        (changed(**{DOWN: torch.zeros(11, 16)}), rf"{DOWN} has shape \[11, 16\], expected \[16, 11\]"),
+        (changed(**{DOWN: torch.zeros(16, 12)}), rf"{DOWN} has shape \[16, 12\]"),
+        (changed(**{DOWN: torch.zeros(16 * 11)}), rf"{DOWN} has shape \[176\]"),
+        (changed(**{DOWN: torch.zeros(16, 11, dtype=torch.int8)}), f"{DOWN} has unsupported type I8"),
+        (changed(**{"lm_head.weight": torch.zeros(30, 16)}), r"lm_head.weight has shape \[30, 16\]"),
+    ],
+)
+def test_wrong_tensors(change: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path) -> None:
+    tensors = weights()
+    change(tensors)
+    write(tmp_path, tensors)
+    with pytest.raises(ModelError, match=message):
+        load(tmp_path)
+
+
+def test_rotary_buffers_are_no_surprise(tmp_path: Path) -> None:
+    tensors = weights()
+    write(tmp_path, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)})
+    assert_holds(load(tmp_path), tensors)
+
+
+def test_tied_head(tmp_path: Path) -> None:
+    """A stored copy of the tied head is fine; another head is not."""
+    tensors = weights(tie_word_embeddings=True)
+    assert "lm_head.weight" not in tensors
+    write(tmp_path, tensors, tie_word_embeddings=True)
+    assert_holds(load(tmp_path), tensors)
+    embedding = tensors["model.embed_tokens.weight"]
+    write(tmp_path, {**tensors, "lm_head.weight": embedding.clone()}, tie_word_embeddings=True)
+    assert_holds(load(tmp_path), tensors)
+    write(tmp_path, {**tensors, "lm_head.weight": embedding + 1}, tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load(tmp_path)
+    write(tmp_path, tensors)
+    with pytest.raises(ModelError, match=r"missing from the weight files: lm_head\.weight"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["header", "truncated", "empty"])
+def test_damaged_file(damage: str, tmp_path: Path) -> None:
+    write(tmp_path, weights())
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes({"header": b"\xff" * 16 + content[16:], "truncated": content[:-4], "empty": b""}[damage])
+    with pytest.raises(ModelError, match=r"model\.safetensors: not a readable safetensors file"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "tokens"),
+    [
+        ({"model": {"vocab": {"a": 0, "b": 28}}}, 29),
+        ({"model": {"vocab": {"a": 0, "b": 29}}}, 30),
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 29}]}, 30),
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 28}]}, 29),
+        ({"model": {"vocab": [["a", 0.0]] * 29}}, 29),
+        ({"model": {"vocab": [["a", 0.0]] * 31}}, 31),
+    ],
+)
+def test_tokenizer_must_fit(tokenizer: dict[str, Any], tokens: int, tmp_path: Path) -> None:
+    write(tmp_path, weights())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if tokens <= CONFIG["vocab_size"]:
+        load(tmp_path)
+    else:
+        with pytest.raises(ModelError, match=rf"tokenizer\.json: {tokens} tokens, but the model embeds 29"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model": {"vocab": 3}}', '{"model": {"vocab": {"a": "b"}}}'])
+def test_broken_tokenizer(content: str, tmp_path: Path) -> None:
+    write(tmp_path, weights())
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match=r"tokenizer\.json: "):
+        load(tmp_path)
+
+
+def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, weights())
+    load(tmp_path, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Loading weights: 100%" in err
+    load(tmp_path, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_random_models_repeat() -> None:
+    """A function of config and seed, that leaves torch's own generator alone."""
+    state = torch.get_rng_state()
+    first, again, other = weights(3), weights(3), weights(4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+    layers = [first[f"model.layers.{i}.mlp.down_proj.weight"] for i in range(2)]
+    assert not torch.equal(*layers)
+
+
+def test_random_models_do_not_depend_on_ranks() -> None:
+    config = parse_config({**CONFIG, "attention_bias": True})
+    whole = weights(3, attention_bias=True)
+
+    def work(group: Group) -> None:
+        assert_holds(random_model(config, 3, torch.float32, CPU, group), whole)
+
+    run_ranks(3, work)

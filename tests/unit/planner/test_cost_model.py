@@ -1,0 +1,286 @@
+"""The cost model: its formulas against numbers worked out by hand, and its laws."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from engine.config.speculation import SpeculationConfig
+from models.config import ModelConfig, ModelError
+from models.shapes import (
+    SHAPES,
+    active_parameters,
+    find_shape,
+    kv_token_bytes,
+    parameters,
+    rank_kv_token_bytes,
+    rank_weight_bytes,
+)
+from planner.cost_model import (
+    GAMMA_MAX,
+    PUBLISHED,
+    Calibration,
+    Placement,
+    Speculation,
+    best_gamma,
+    expected_tokens,
+    speedup,
+)
+from planner.hardware import GPUS, Device
+
+SMALL = ModelConfig(
+    vocab_size=100,
+    hidden_size=10,
+    intermediate_size=20,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=2,
+    max_position_embeddings=100_000,
+)
+# A layer: queries and output 2·10·8, keys and values 2·10·4, network 3·10·20. Head: 1000.
+SMALL_ACTIVE = 3 * (160 + 80 + 600) + 1000
+ROUND = Device(name="round", flops=1e6, bandwidth=1e5, memory=1e6, link=1e4, all_reduce_s=0.001)
+EXACT = Calibration(flops=0.5, weights=0.8, kv=0.5, verify_attention=1.5, layer_s=0.01)
+
+alphas = st.floats(0, 1)
+gammas = st.integers(1, 16)
+seconds = st.floats(1e-6, 10)
+self_speculating = st.sampled_from(sorted(SHAPES))
+
+
+def place(model: str, gpu: str = "a100-80gb", ranks: int = 8) -> Placement:
+    return Placement(model=SHAPES[model], device=GPUS[gpu], ranks=ranks)
+
+
+class TestTimesOfAnyOrigin:
+    def test_expected_tokens(self) -> None:
+        assert expected_tokens(3, 0.8) == pytest.approx(1 + 0.8 + 0.64 + 0.512)
+        assert expected_tokens(4, 1.0) == 5
+        assert expected_tokens(4, 0.0) == 1
+        assert expected_tokens(0, 0.3) == 1
+
+    @given(gammas, st.floats(0, 0.999))
+    def test_closed_form(self, gamma: int, alpha: float) -> None:
+        assert expected_tokens(gamma, alpha) == pytest.approx((1 - alpha ** (gamma + 1)) / (1 - alpha))
+
+    def test_speedup(self) -> None:
+        # 1.5 tokens in 0.2 + 1.1 times a plain step
+        assert speedup(1, 0.5, 0.010, 0.002, 0.011) == pytest.approx(1.5 / 1.3)
+
+    @given(alphas, seconds, seconds, seconds)
+    def test_no_drafts_is_plain_decoding(self, alpha: float, target: float, draft: float, verify: float) -> None:
+        assert speedup(0, alpha, target, draft, verify) == 1.0
+
+    @given(gammas, seconds, seconds, st.floats(1, 5))
+    def test_drafts_that_never_hold_never_pay(self, gamma: int, target: float, draft: float, longer: float) -> None:
+        assert speedup(gamma, 0.0, target, draft, target * longer) < 1
+
+    @given(alphas, seconds, seconds, st.floats(0, 1), st.integers(0, 16))
+    def test_best_gamma_is_best(self, alpha: float, target: float, draft: float, slope: float, most: int) -> None:
+        def verify(gamma: int) -> float:
+            return target * (1 + slope * gamma)
+
+        gamma, speed = best_gamma(alpha, target, draft, verify, most)
+        speeds = [speedup(other, alpha, target, draft, verify(other)) for other in range(most + 1)]
+        assert speed == max(speeds) >= 1
+        assert gamma == speeds.index(speed)
+
+    def test_gamma_max_is_what_settings_allow(self) -> None:
+        assert SpeculationConfig(gamma=GAMMA_MAX).gamma == GAMMA_MAX
+        with pytest.raises(ValueError, match="less than or equal"):
+            SpeculationConfig(gamma=GAMMA_MAX + 1)
+
+    def test_best_gamma_from_measured_times(self) -> None:
+        """As a start-up profile gives them: a table of T_V. Speed-ups 1, 1.38, 1.57, 1.37."""
+        table = [0.0100, 0.0110, 0.0115, 0.0190]
+        gamma, speed = best_gamma(0.8, 0.010, 0.002, table.__getitem__, gamma_max=3)
+        assert gamma == 2
+        assert speed == pytest.approx((1 + 0.8 + 0.64) * 10 / (2 * 2 + 11.5))
+
+
+class TestShapes:
+    @pytest.mark.parametrize(
+        ("name", "count"),
+        [
+            # What the published checkpoints hold.
+            ("llama-2-7b-32k", 6_738_415_616),
+            ("llama-3.1-8b", 8_030_261_248),
+            ("llama-3.1-70b", 70_553_706_496),
+            ("llama-3.2-1b", 1_235_814_400),
+            ("smollm2-135m", 134_515_008),
+            ("tinyllama-1.1b", 1_100_048_384),
+        ],
+    )
+    def test_parameters(self, name: str, count: int) -> None:
+        assert parameters(SHAPES[name]) == count
+
+    def test_what_a_token_meets(self) -> None:
+        assert active_parameters(SMALL) == SMALL_ACTIVE
+        assert parameters(SMALL) == SMALL_ACTIVE + 1000 + 3 * 20 + 10  # embedding, norms
+        tied = replace(SMALL, tie_word_embeddings=True)
+        assert active_parameters(tied) == SMALL_ACTIVE
+        assert parameters(tied) == SMALL_ACTIVE + 3 * 20 + 10
+
+    def test_biases_and_head_norms(self) -> None:
+        more = replace(SMALL, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
+        assert parameters(more) - parameters(SMALL) == 3 * ((4 + 2 * 2) * 2 + 10 + (20 + 20 + 10) + 2 * 2)
+
+    def test_kv(self) -> None:
+        assert kv_token_bytes(SHAPES["llama-3.1-8b"], 2) == 131_072
+        assert kv_token_bytes(SHAPES["llama-2-7b-32k"], 2) == 524_288
+
+    def test_kv_heads_stop_shrinking(self) -> None:
+        shape = SHAPES["llama-3.1-8b"]
+        assert [rank_kv_token_bytes(shape, ranks, 2) for ranks in (1, 2, 8, 16, 32)] == [
+            131_072, 65_536, 16_384, 16_384, 16_384
+        ]  # fmt: skip
+        assert rank_kv_token_bytes(shape, 3, 2) == 131_072 * 3 // 8  # three ranks hold 3, 3 and 2 heads
+
+    def test_rank_weights(self) -> None:
+        total = parameters(SMALL)
+        assert rank_weight_bytes(SMALL, 1, 2) == 2 * total
+        assert rank_weight_bytes(SMALL, 2, 2) == total
+        assert rank_weight_bytes(SMALL, 4, 2) == 2 * ((total - 240) / 4 + 120)  # each rank has one of two KV heads
+
+    def test_any_directory_will_do(self, tmp_path: Path) -> None:
+        config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
+        config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512}
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert find_shape(str(tmp_path)).num_kv_heads == 2
+        with pytest.raises(ModelError, match=r"'gpt-5' is neither .* llama-3.1-8b"):
+            find_shape("gpt-5")
+
+
+class TestForward:
+    def test_one_rank_bound_by_reading(self) -> None:
+        placement = Placement(model=SMALL, device=ROUND, ranks=1, calibration=EXACT)
+        linear = SMALL_ACTIVE * 2 / (1e5 * 0.8)  # against 2·3520·2 / (1e6 · 0.5)
+        attention = 48 * 1000 / (1e5 * 0.5)  # 2·3·2·2·2 bytes a token
+        assert placement.forward_seconds(2, 1000) == pytest.approx(linear + attention + 0.03)
+
+    def test_one_rank_bound_by_arithmetic(self) -> None:
+        placement = Placement(model=SMALL, device=ROUND, ranks=1, calibration=EXACT)
+        linear = 2 * SMALL_ACTIVE * 10 * 20 / (1e6 * 0.5)
+        attention = 4 * 3 * 4 * 2 * 1000 * 20 / (1e6 * 0.5)  # against 0.96 s of reading
+        assert placement.forward_seconds(10, 1000, 20) == pytest.approx(linear + 1.5 * attention + 0.03)
+
+    def test_more_ranks_than_kv_heads(self) -> None:
+        placement = Placement(model=SMALL, device=ROUND, ranks=4, calibration=EXACT)
+        linear = SMALL_ACTIVE * 2 / (4 * 1e5 * 0.8)
+        attention = 48 * 1000 / (2 * 1e5 * 0.5)  # two KV heads: as with two ranks
+        communication = 2 * 3 * (0.001 + 2 * 3 / 4 * 2 * 10 * 2 / 1e4)
+        assert placement.forward_seconds(2, 1000) == pytest.approx(linear + attention + communication + 0.03)
+
+    def test_a_draft_reads_its_budget_only(self) -> None:
+        target = place("llama-3.1-8b")
+        speculation = Speculation(target=target, draft=target, budget=512)
+        assert speculation.draft_seconds(4, 300) == target.forward_seconds(4, 4 * 300)
+        assert speculation.draft_seconds(4, 32000) == target.forward_seconds(4, 4 * 512)
+        assert replace(speculation, budget=None).draft_seconds(4, 32000) == speculation.target_seconds(4, 32000)
+
+    @given(self_speculating, st.sampled_from(sorted(GPUS)), st.integers(1, 256), st.integers(1, 100_000))
+    def test_nothing_gets_cheaper_by_being_more(self, model: str, gpu: str, rows: int, context: int) -> None:
+        placement = place(model, gpu, ranks=1)
+        time = placement.forward_seconds(rows, rows * context)
+        assert placement.forward_seconds(rows + 1, rows * context) >= time
+        assert placement.forward_seconds(rows, rows * context + 1) >= time
+        assert placement.forward_seconds(rows, rows * context, 2) >= time
+
+
+class TestSpeedUp:
+    @given(
+        self_speculating,
+        st.sampled_from(sorted(GPUS)),
+        st.integers(1, 128),
+        st.integers(513, 60_000),
+        st.floats(1, 2),
+        gammas,
+        alphas,
+    )
+    def test_grows_with_context(
+        self, model: str, gpu: str, rows: int, context: int, longer: float, gamma: int, alpha: float
+    ) -> None:
+        """Self-speculation at the same acceptance, while attention is bound by reading KV."""
+        target = place(model, gpu, ranks=1)
+        speculation = Speculation(target=target, draft=target, budget=512)
+        shape, flops = target.model, target.device.flops * target.calibration.flops
+        products = 4 * shape.num_layers * shape.num_heads * shape.head_dim * (gamma + 1)
+        assume(target.kv_token_seconds > products / flops)
+        before = speculation.speedup(rows, context, gamma, alpha)
+        after = speculation.speedup(rows, int(context * longer), gamma, alpha)
+        assert after >= before * (1 - 1e-9)
+
+    @given(
+        st.sampled_from(["llama-2-7b-32k", "llama-3.1-8b"]),
+        st.sampled_from(["a100-80gb", "h100", "h200"]),
+        st.integers(8, 128),
+        st.integers(24_000, 128_000),
+        st.floats(0.7, 0.95),
+    )
+    def test_grows_with_batch_where_kv_is_what_is_read(
+        self, model: str, gpu: str, rows: int, context: int, alpha: float
+    ) -> None:
+        target = place(model, gpu)
+        speculation = Speculation(target=target, draft=target, budget=512)
+        assert (
+            speculation.best_gamma(2 * rows, context, alpha)[1]
+            >= speculation.best_gamma(rows, context, alpha)[1] - 0.01
+        )
+
+    @given(self_speculating, st.integers(1, 256), st.integers(1, 100_000), gammas)
+    def test_never_pays_without_agreement(self, model: str, rows: int, context: int, gamma: int) -> None:
+        target = place(model, ranks=1)
+        speculation = Speculation(target=target, draft=target, budget=512)
+        assert speculation.speedup(rows, context, gamma, 0.0) < 1
+        assert speculation.best_gamma(rows, context, 0.0) == (0, 1.0)
+
+    @given(self_speculating, st.integers(1, 256), st.integers(1, 100_000), gammas)
+    def test_a_draft_that_reads_everything_never_pays(self, model: str, rows: int, context: int, gamma: int) -> None:
+        target = place(model, ranks=1)
+        assert Speculation(target=target, draft=target, budget=None).speedup(rows, context, gamma, 1.0) < 1
+
+
+class TestBreakEven:
+    @pytest.mark.parametrize("gamma", [None, 2, 4])
+    @pytest.mark.parametrize("rows", [16, 128])
+    def test_is_where_it_begins_to_pay(self, gamma: int | None, rows: int) -> None:
+        target = place("llama-3.1-8b")
+        speculation = Speculation(target=target, draft=target, budget=512)
+        context = speculation.break_even(rows, lambda _: 0.82, gamma)
+        assert context is not None
+
+        def speed(length: int) -> float:
+            if gamma is None:
+                return speculation.best_gamma(rows, length, 0.82)[1]
+            return speculation.speedup(rows, length, gamma, 0.82)
+
+        assert speed(context) > 1 >= speed(context - 1)
+
+    def test_never(self) -> None:
+        target = place("llama-3.1-8b")
+        speculation = Speculation(target=target, draft=target, budget=512)
+        assert speculation.break_even(32, lambda _: 0.1) is None
+
+    def test_limit_by_hand(self) -> None:
+        """S* = [(2γ + 1 − Ω)·a/b + γ·K] / (Ω − 1), with a = 2P/F, b = k/M."""
+        ideal = Calibration(flops=1, weights=1, kv=1, verify_attention=1, layer_s=0)
+        target = Placement(model=SMALL, device=ROUND, ranks=1, calibration=ideal)
+        speculation = Speculation(target=target, draft=target, budget=64)
+        tokens, ratio = 1 + 0.8 + 0.64, (2 * SMALL_ACTIVE / 1e6) / (48 / 1e5)
+        expected = ((2 * 2 + 1 - tokens) * ratio + 2 * 64) / (tokens - 1)
+        assert speculation.break_even_limit(2, 0.8) == pytest.approx(expected)
+        assert speculation.break_even_limit(2, 0.0) == math.inf
+
+    @pytest.mark.parametrize("draft", ["llama-3.1-8b", "llama-3.2-1b"])
+    def test_limit_is_what_large_batches_come_to(self, draft: str) -> None:
+        target = replace(place("llama-3.1-8b", ranks=1), calibration=replace(PUBLISHED, layer_s=0.0))
+        speculation = Speculation(target=target, draft=replace(target, model=SHAPES[draft]), budget=512)
+        context = speculation.break_even(10**7, lambda _: 0.8, 3)
+        assert context == pytest.approx(speculation.break_even_limit(3, 0.8), rel=0.01)

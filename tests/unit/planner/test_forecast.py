@@ -1,0 +1,91 @@
+"""Forecasts: what acceptance is expected, what memory is counted, what a device is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.shapes import SHAPES, rank_weight_bytes
+from planner.cost_model import Placement
+from planner.expected_acceptance import DRAFT_MODEL, Policy, expected_alpha
+from planner.forecast import Deployment
+from planner.hardware import GPUS, find_device
+
+
+def place(model: str, ranks: int = 8) -> Placement:
+    return Placement(model=SHAPES[model], device=GPUS["a100-80gb"], ranks=ranks)
+
+
+class TestAcceptance:
+    def test_published_values(self) -> None:
+        contexts = (4000, 8000, 16000, 32000, 64000, 100_000)
+        assert [expected_alpha("window", 512, context, draft_model=False) for context in contexts] == pytest.approx(
+            [0.84, 0.83, 0.82, 0.81, 0.79, 0.79]
+        )
+        assert 0.82 < expected_alpha("window", 512, 11_000, draft_model=False) < 0.83
+
+    @given(st.sampled_from(["window", "snapkv"]), st.integers(1, 4096), st.integers(1, 200_000), st.booleans())
+    def test_laws(self, policy: Policy, budget: int, context: int, small: bool) -> None:
+        alpha = expected_alpha(policy, budget, context, draft_model=small)
+        assert 0 <= alpha <= (DRAFT_MODEL if small else 1)
+        assert expected_alpha(policy, budget + 1, context, draft_model=small) >= alpha
+        assert expected_alpha("snapkv", budget, context, draft_model=small) >= alpha
+
+    def test_reading_everything_is_agreeing(self) -> None:
+        assert expected_alpha("window", 512, 512, draft_model=False) == 1
+        assert expected_alpha("window", None, 9000, draft_model=False) == 1
+
+
+class TestMemory:
+    """The fullest rank holds weights, and the KV of each row's context and gamma + 1 slots."""
+
+    def deployment(self, draft: str = "self", policy: Policy = "window") -> Deployment:
+        target = place("llama-3.1-8b")
+        drafter = target if draft == "self" else replace(target, model=SHAPES[draft])
+        return Deployment(model="m", draft=draft, target=target, drafter=drafter, policy=policy, alpha=0.8)
+
+    def test_a_view_costs_nothing(self) -> None:
+        found = self.deployment().forecast(4, 8000, budgets=(512,), gamma=3)
+        assert found.draft_bytes == 0
+        assert found.kv_bytes == 4 * 8004 * 16_384
+        assert found.memory_bytes == found.weight_bytes + found.kv_bytes
+        assert found.largest_batch == (72e9 - found.weight_bytes) // (8004 * 16_384)
+
+    def test_a_private_cache(self) -> None:
+        found = self.deployment(policy="snapkv").forecast(4, 8000, budgets=(512,), gamma=3)
+        queries = (32 + 3) * 32 * 4 * 128 * 2  # layers, query heads of a rank, head size
+        assert found.draft_bytes == 4 * ((512 + 3) * 16_384 + queries)
+
+    @pytest.mark.parametrize(("budget", "kept"), [(512, 512 + 128), (8, 8 + 3), (None, 8004), (9000, 9000 + 2250)])
+    def test_a_draft_model(self, budget: int | None, kept: int) -> None:
+        """A window, and room for a block of the prompt or its drafts; or everything."""
+        found = self.deployment("llama-3.2-1b").forecast(4, 8000, budgets=(budget,), gamma=3)
+        weights = rank_weight_bytes(SHAPES["llama-3.2-1b"], 8, 2)
+        assert found.draft_bytes == weights + 4 * kept * 2 * 16 * 64 * 2
+
+    def test_a_draft_model_that_chooses(self) -> None:
+        found = self.deployment("llama-3.2-1b", "snapkv").forecast(4, 8000, budgets=(512,), gamma=3)
+        weights, token = rank_weight_bytes(SHAPES["llama-3.2-1b"], 8, 2), 2 * 16 * 64 * 2
+        queries = 32 * 16 * 4 * 64 * 2
+        assert found.draft_bytes == weights + 4 * ((8004 + 515) * token + queries)
+
+    def test_largest_batch_is_largest(self) -> None:
+        deployment = self.deployment("llama-3.2-1b")
+        most = deployment.forecast(1, 8000, budgets=(512,), gamma=3).largest_batch
+        assert deployment.forecast(most, 8000, budgets=(512,), gamma=3).fits
+        assert not deployment.forecast(most + 1, 8000, budgets=(512,), gamma=3).fits
+
+    def test_weights_that_do_not_fit(self) -> None:
+        target = place("llama-3.1-70b", ranks=1)
+        alone = Deployment(model="m", draft="self", target=target, drafter=target, policy="window", alpha=None)
+        found = alone.forecast(1, 1000, budgets=(512,), gamma=None)
+        assert (found.fits, found.largest_batch) == (False, 0)
+
+
+def test_this_cpu() -> None:
+    whole, half = find_device("cpu", 1), find_device("cpu", 2)
+    assert half.memory == whole.memory / 2
+    assert min(whole.flops, whole.bandwidth, whole.link) > 1e6

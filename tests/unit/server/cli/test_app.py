@@ -1,0 +1,85 @@
+"""The command line as a whole: expected errors are one message, everything else is a bug and shows as one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.config.deployment import ConfigError
+from models.config import ModelError
+from server.cli import is_expected, main
+from tests.support.paths import ROOT
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["magicdec", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_help_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    assert all(
+        f" {command} " in said for command in ("serve", "generate", "plan", "make-draft", "bench", "fetch", "convert")
+    )
+
+
+def test_expected_errors_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "convert", str(tmp_path / "absent"), str(tmp_path / "new")) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"error: {tmp_path / 'absent'}: no such file or directory\n"
+
+
+def test_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "convert", "only-one") == 2
+    assert run(monkeypatch, "no-such-command") == 2
+    assert "no-such-command" in capsys.readouterr().err
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(src: Path, dst: Path, *, force: bool) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("models.convert.convert", broken)
+    monkeypatch.setattr(sys, "argv", ["magicdec", "convert", "a", "b"])
+    with pytest.raises(ValueError, match="a bug"):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConfigError("x"), True),
+        (ModelError("x"), True),
+        (FileNotFoundError(2, "No such file", "x.yaml"), True),
+        (ValueError("x"), False),
+        (UnicodeError("x"), False),
+        (OSError("x"), False),
+        (RuntimeError("x"), False),
+    ],
+)
+def test_what_is_expected(error: Exception, expected: bool) -> None:
+    assert is_expected(error) is expected
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = """
+import sys
+from server.cli import main
+sys.argv = ["magicdec", "--help"]
+try:
+    main()
+except SystemExit:
+    heavy = {"torch", "transformers", "fastapi", "uvicorn", "numpy"} & set(sys.modules)
+    sys.exit(f"imported: {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

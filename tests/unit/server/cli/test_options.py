@@ -1,0 +1,91 @@
+"""Flags that become settings of the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from engine.config.deployment import Config, ConfigError, load_config
+from server.cli import options
+from tests.support.paths import ROOT
+
+CPU_YAML = ROOT / "configs" / "cpu.yaml"
+
+
+def parse(*arguments: str, but: tuple[str, ...] = ()) -> Config:
+    app = typer.Typer()
+    seen: list[dict[str, Any]] = []
+
+    @app.command()
+    @options.engine_flags(*but)
+    def command(overrides: dict[str, Any], config: options.ConfigFile = None, other: int = 1) -> None:
+        seen.append({"config": config, "overrides": overrides})
+
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    return load_config(seen[0]["config"], seen[0]["overrides"])
+
+
+def test_no_flag_changes_nothing() -> None:
+    assert parse() == load_config(None, {})
+
+
+def test_every_flag_arrives() -> None:
+    engine = parse(
+        *("--model", "m", "--device", "cpu", "--dtype", "float32", "--tensor-parallel-size", "2", "--speculation", "5"),
+        *("--draft", "d", "--policy", "snapkv", "--budget", "128", "--verification", "rejection"),
+        *("--max-model-len", "99", "--threads", "3", "--other", "4"),
+    ).engine
+    assert (engine.model, engine.device, engine.dtype, engine.tensor_parallel_size) == ("m", "cpu", "float32", 2)
+    assert (engine.max_model_len, engine.threads) == (99, 3)
+    speculation = engine.speculation
+    assert (speculation.gamma, speculation.drafter, speculation.model) == (5, "model", "d")
+    assert (speculation.kv.policy, speculation.kv.budget, speculation.verification) == ("snapkv", 128, "rejection")
+
+
+def test_a_command_can_go_without() -> None:
+    with pytest.raises(AssertionError, match="No such option"):
+        parse("--budget", "16", but=("budget",))
+
+
+@pytest.mark.parametrize("policy", ["window", "snapkv", "topk", "all"])
+def test_another_policy_than_the_files(tmp_path: Path, policy: str) -> None:
+    """Its settings are those of that policy; only a budget goes on to mean something."""
+    path = tmp_path / "config.yaml"
+    path.write_text("engine: {speculation: {kv: {policy: window, budget: 256, sink: 32}}}")
+    kv = parse("--config", str(path), "--policy", policy).engine.speculation.kv
+    assert (kv.policy, kv.budget) == (policy, None if policy == "all" else 256)
+    assert getattr(kv, "sink", None) == (32 if policy == "window" else None)
+    assert parse("--config", str(CPU_YAML), "--policy", policy).engine.speculation.kv.policy == policy
+
+
+def test_a_file_that_names_no_policy_has_a_window(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("engine: {speculation: {kv: {budget: 256, sink: 32}}}")
+    kv = parse("--config", str(path), "--policy", "window", "--budget", "128").engine.speculation.kv
+    assert kv.model_dump() == {"policy": "window", "budget": 128, "sink": 32, "positions": "absolute"}
+
+
+def test_the_target_can_draft_where_a_file_has_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("engine: {speculation: {drafter: model, model: d}}")
+    assert parse("--config", str(path)).engine.speculation.draft_model == "d"
+    assert parse("--config", str(path), "--draft", "self").engine.speculation.draft_model is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--policy", "all", "--budget", "64"], "engine.speculation.kv: Value error, policy all reads everything"),
+        (["--policy", "wide"], "expected settings of a policy: window, snapkv, topk or all"),
+        (["--verification", "none"], "engine.speculation.verification: Input should be 'coupled' or 'rejection'"),
+    ],
+)
+def test_faults_are_named(arguments: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(*arguments)
+    assert says in str(caught.value)

@@ -1,0 +1,214 @@
+"""`magicdec plan`: what it prints and writes, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.paper.published import Row, read_rows
+from server.cli import main
+from tests.support.paths import ROOT
+
+FIELDS = {
+    *("model", "draft", "gpu", "tensor_parallel", "batch", "context", "budget", "alpha", "gamma", "speedup", "fits"),
+    *("policy", "largest_batch", "break_even_context", "break_even_limit", "tokens_per_second"),
+    *("plain_tokens_per_second", "t_target_ms", "t_draft_ms", "t_verify_ms", "weight_bytes", "kv_bytes"),
+    *("draft_bytes", "memory_bytes", "usable_bytes"),
+}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["magicdec", "plan", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+class Planner:
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._file = directory / "plan.json"
+        self._monkeypatch = monkeypatch
+
+    def __call__(self, *arguments: str, model: str = "llama-3.1-8b", gpu: str = "a100-80gb") -> list[dict[str, Any]]:
+        code = run(self._monkeypatch, "--model", model, "--gpu", gpu, "--json", str(self._file), *arguments)
+        assert code == 0
+        listed: list[dict[str, Any]] = json.loads(self._file.read_text(encoding="utf-8"))
+        return listed
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planner:
+    return Planner(tmp_path, monkeypatch)
+
+
+def test_json(plan: Planner) -> None:
+    found = plan("--tp", "8", "--batch", "32,64,128", "--context", "8000,32000")
+    assert [(row["context"], row["batch"]) for row in found] == [
+        (context, batch) for context in (8000, 32000) for batch in (32, 64, 128)
+    ]
+    for row in found:
+        assert set(row) == FIELDS
+        assert (row["model"], row["draft"], row["gpu"]) == ("llama-3.1-8b", "self", "a100-80gb")
+        assert row["tensor_parallel"] == 8
+        assert row["fits"] is True
+        assert 0 < row["alpha"] < 1 <= row["speedup"]
+        tokens = sum(row["alpha"] ** i for i in range(row["gamma"] + 1))
+        taken = row["gamma"] * row["t_draft_ms"] + row["t_verify_ms"]
+        assert row["speedup"] == pytest.approx(tokens * row["t_target_ms"] / taken)
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] * tokens / taken * 1e3)
+    assert found[-1]["speedup"] > found[0]["speedup"] + 0.3
+
+
+def test_what_is_given_is_taken(plan: Planner) -> None:
+    (row,) = plan(*("--tp", "8", "--batch", "64", "--context", "32000"), *("--budget", "256", "--alpha", "0.7"))
+    assert (row["budget"], row["alpha"]) == (256, 0.7)
+    (row,) = plan(*("--tp", "8", "--batch", "64", "--context", "32000"), *("--gamma", "2", "--budget", "all"))
+    assert (row["gamma"], row["budget"]) == (2, "all")
+    assert row["speedup"] < 1
+    (row,) = plan("--gamma", "0", "--batch", "64")
+    assert row["speedup"] == 1
+
+
+def test_the_best_is_chosen(plan: Planner) -> None:
+    where = ("--tp", "8", "--batch", "64", "--context", "32000")
+    (best,) = plan(*where)
+    for budget in (128, 256, 512, 1024, 2048):
+        for gamma in range(17):
+            (other,) = plan(*where, "--budget", str(budget), "--gamma", str(gamma))
+            assert other["speedup"] <= best["speedup"]
+
+
+@pytest.mark.parametrize("row", [row for row in read_rows() if row.fit])
+def test_published_rows(plan: Planner, row: Row) -> None:
+    where = ("--tp", "8", "--draft", row.draft, "--batch", str(row.batch), "--context", str(row.context))
+    (found,) = plan(*where, "--budget", str(row.budget), "--gamma", str(row.gamma), model=row.target)
+    assert found["speedup"] == pytest.approx(row.speedup, rel=0.15)
+    assert found["fits"] is True
+
+
+def test_several_budgets(plan: Planner) -> None:
+    (row,) = plan("--tp", "8", "--batch", "64", "--context", "32000", "--budget", "128,256")
+    assert row["budget"] == 256
+
+
+def test_draft_model(plan: Planner) -> None:
+    (row,) = plan("--draft", "tinyllama-1.1b", "--tp", "8", "--batch", "32", model="llama-2-7b-32k")
+    assert row["draft"] == "tinyllama-1.1b"
+    assert row["draft_bytes"] > 2.2e9 / 8
+    assert row["t_draft_ms"] < row["t_target_ms"] / 2
+
+
+def test_directory(plan: Planner, tmp_path: Path) -> None:
+    config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (row,) = plan("--batch", "2", "--context", "500", model=str(tmp_path), gpu="cpu")
+    assert row["kv_bytes"] == 2 * (500 + row["gamma"] + 1) * 2 * 2 * 32 * 2
+
+
+def test_wider_weights(plan: Planner) -> None:
+    (narrow,), (wide,) = (
+        plan("--batch", "8", "--gamma", "0"),
+        plan("--batch", "8", "--gamma", "0", "--dtype", "float32"),
+    )
+    assert wide["memory_bytes"] == 2 * narrow["memory_bytes"]
+    assert wide["t_target_ms"] > 1.5 * narrow["t_target_ms"]
+
+
+def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--model", "llama-2-7b-32k", "--gpu", "a100-80gb", "--tp", "8", "--context", "32000")
+    assert run(monkeypatch, *where, "--batch", "32,64") == 0
+    title, head, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("llama-2-7b-32k on 8 x a100-80gb, self-speculation")
+    assert head.split()[:3] == ["batch", "context", "budget"]
+    assert {len(line) for line in (head, *rows)} == {len(head)}
+    assert [row.split()[-3] for row in rows] == ["yes", "no"]
+
+
+@pytest.mark.parametrize("batches", ["32,64", "32"])
+def test_plot(plan: Planner, tmp_path: Path, batches: str) -> None:
+    file = tmp_path / "plan.png"
+    plan("--tp", "8", "--batch", batches, "--context", "8000,130000", "--plot", str(file))
+    assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    file = tmp_path / "plan.png"
+    assert run(monkeypatch, "--model", "llama-3.1-8b", "--gpu", "h100", "--plot", str(file)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "error: plots need matplotlib: pip install 'magicdec[plot]'\n"
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "gpt-5"), "error: 'gpt-5' is neither a model directory nor one of llama-2-7b-32k, llama-3.1-8b,"),
+        (("--draft", "gpt-5"), "error: 'gpt-5' is neither a model directory nor one of llama-2-7b-32k, llama-3.1-8b,"),
+        (("--gpu", "tpu"), "error: 'tpu' is not a known GPU; these are: a100-80gb, h100, h200, l40s, cpu"),
+        (("--tp", "33"), "error: llama-3.1-8b has 32 query heads, which cannot be split over 33 ranks"),
+        (("--context", "140000"), "error: llama-3.1-8b is made for 131072 tokens, not 140000"),
+    ],
+)
+def test_one_line(
+    arguments: tuple[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--model", "llama-3.1-8b", "--gpu", "h100", *arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--tp", "0"), ("--batch", "0"), ("--batch", "8,"), ("--context", "x"), ("--budget", "0")),
+        *(("--budget", "some"), ("--alpha", "1.5"), ("--alpha", "nan"), ("--gamma", "17"), ("--gamma", "-1")),
+        *(("--policy", "h2o"), ("--dtype", "int3"), ("--json", "/no/such/dir/x.json"), ("--plot", "/no/such/dir/x")),
+    ],
+)
+def test_wrong_usage(
+    flag: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--model", "llama-3.1-8b", "--gpu", "h100", flag, value) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert flag in said.err
+
+
+def test_missing_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--gpu", "h100") == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_help_names_models_and_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("llama-3.1-70b", "tinyllama-1.1b", "a100-80gb", "l40s", "cpu"))
+
+
+def test_needs_neither_torch_nor_matplotlib() -> None:
+    code = """
+import sys
+from bench.paper.published import Row, read_rows
+from server.cli import main
+sys.argv = ["magicdec", "plan", "--model", "llama-3.1-8b", "--gpu", "h100"]
+try:
+    main()
+except SystemExit as ended:
+    heavy = {"torch", "transformers", "matplotlib", "numpy"} & set(sys.modules)
+    sys.exit(f"imported: {heavy}" if heavy else ended.code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

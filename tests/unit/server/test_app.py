@@ -1,0 +1,624 @@
+"""The HTTP application around a FakeEngine in the same process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+from starlette.requests import ClientDisconnect
+
+from engine.config.deployment import Config, EngineConfig, SchedulerConfig, ServerConfig
+from engine.logs import LineFormatter
+from engine.messages import RETRY_FULL, RETRY_MEMORY, AddRequest, EngineStats, RequestOutput
+from engine.params import SamplingParams
+from engine.processes.client import EngineDead
+from engine.processes.supervisor import EngineDown, Supervisor
+from models.tokenizer import Tokenizer
+from server.app import create_app
+from server.observe.metrics import Metrics
+from server.routes.stream import DONE, EventStream, while_there
+from server.service import Service
+from server.text import sandbox
+from server.text.template import ChatTemplate
+from tests.support.fake_engine import CRASH, FULL, MAX_LEN, REFUSE, FakeEngine, expected
+from tests.support.tiny import write_tokenizer
+
+
+class FakeClient:
+    """A Supervisor's surface over a FakeEngine that runs when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.engine = FakeEngine(EngineConfig(model="fake"))
+        self.ready = self.engine.ready
+        self.dead: str | None = None
+        self.down: str | None = None
+        self.aborted: list[str] = []
+        self.requests: list[AddRequest] = []
+
+    @property
+    def stats(self) -> Any:
+        return self.engine.stats()
+
+    async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        self.requests.append(request)
+        alone = FakeEngine(EngineConfig(model="fake"))
+        ended = False
+        try:
+            try:
+                alone.add(request)
+            except ValueError as error:
+                retry = RETRY_FULL if type(error).__name__ == "QueueFull" else None
+                yield RequestOutput(id=request.id, finish_reason="abort", error=str(error), retry=retry)
+                return
+            while not ended:
+                await asyncio.sleep(0)
+                try:
+                    (output,) = alone.step()
+                except RuntimeError as error:
+                    self.dead = str(error)
+                    raise EngineDead(self.dead) from None
+                ended = output.finish_reason is not None
+                yield output
+        finally:
+            if not ended:
+                self.aborted.append(request.id)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    write_tokenizer(directory)
+    return directory
+
+
+@asynccontextmanager
+async def server(directory: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FakeClient, Service]]:
+    config = Config(
+        engine=EngineConfig(model=str(directory), scheduler=SchedulerConfig(max_rows=4, max_waiting=4)),
+        server=ServerConfig(served_model_name="tiny", **settings),
+    )
+    service = Service(config, Tokenizer(directory))
+    client = FakeClient()
+    service.client = cast(Supervisor, client)
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        yield http, client, service
+
+
+def events(text: str) -> list[Any]:
+    lines = [line for line in text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    assert all(line.startswith("data: ") for line in lines)
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_usage_counts_tokens_and_drafts(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, _):
+            body = {"prompt": [[10, 11], [12]], "max_tokens": 5, "n": 2, "seed": 3}
+            answer = (await http.post("/v1/completions", json=body)).json()
+            assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+            # Each choice: three tokens (two of them drafted), then two (one drafted); three drafted each time.
+            assert answer["usage"] == {
+                "prompt_tokens": 3,
+                "completion_tokens": 20,
+                "total_tokens": 23,
+                "completion_tokens_details": {"accepted_prediction_tokens": 12, "rejected_prediction_tokens": 12},
+            }
+
+    asyncio.run(main())
+
+
+def test_stop_string_aborts_and_counts_the_tokens_used(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, client, service):
+            tokens = expected(AddRequest("", [10], SamplingParams(max_tokens=30, seed=1)))
+            whole = service.tokenizer.decode(tokens[:7])
+            stop = whole[-2:]
+            body = {"prompt": [10], "max_tokens": 30, "seed": 1, "stop": stop}
+            answer = (await http.post("/v1/completions", json=body)).json()
+            (choice,) = answer["choices"]
+            assert choice["text"] == whole[: whole.index(stop)]
+            assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+            used = answer["usage"]["completion_tokens"]
+            assert used <= 7
+            # Every round drafts three and accepts two: what the stop string cut off was not rejected.
+            details = answer["usage"]["completion_tokens_details"]
+            assert details["rejected_prediction_tokens"] == -(-used // 3)
+            assert client.aborted == [client.requests[0].id]
+
+    asyncio.run(main())
+
+
+def test_streamed_text_is_the_text(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, _):
+            body = {"prompt": [10, 20], "max_tokens": 40, "n": 3, "seed": 5, "logprobs": 2}
+            whole = (await http.post("/v1/completions", json=body)).json()
+            options = {"include_usage": True, "continuous_usage_stats": True}
+            streamed = await http.post("/v1/completions", json={**body, "stream": True, "stream_options": options})
+            chunks = events(streamed.text)
+            assert chunks[-1]["choices"] == []
+            assert chunks[-1]["usage"] == whole["usage"]
+            for choice in whole["choices"]:
+                mine = [c["choices"][0] for c in chunks[:-1] if c["choices"][0]["index"] == choice["index"]]
+                assert "".join(chunk["text"] for chunk in mine) == choice["text"]
+                for key, values in choice["logprobs"].items():
+                    assert [value for chunk in mine for value in chunk["logprobs"][key]] == values
+                assert [chunk["finish_reason"] for chunk in mine[-2:]] == [None, "length"]
+            counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+            assert counts == sorted(counts)
+            assert counts[-1] == 120
+
+    asyncio.run(main())
+
+
+def test_chat_streams_role_then_content(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, client, service):
+            messages = [{"role": "user", "content": "a"}]
+            body = {"messages": messages, "max_tokens": 20, "seed": 5, "logprobs": True, "top_logprobs": 1}
+            whole = (await http.post("/v1/chat/completions", json=body)).json()["choices"][0]
+            chunks = events((await http.post("/v1/chat/completions", json={**body, "stream": True})).text)
+            deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+            assert deltas[0] == {"role": "assistant", "content": ""}
+            assert "".join(delta.get("content", "") for delta in deltas) == whole["message"]["content"]
+            got = [e for chunk in chunks[1:] for e in chunk["choices"][0]["logprobs"]["content"]]
+            assert got == whole["logprobs"]["content"]
+            tokens = expected(client.requests[0])
+            assert [bytes(entry["bytes"]) for entry in got] == [service.tokenizer.token_bytes(t) for t in tokens]
+            rendered = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+            assert client.requests[0].prompt == service.tokenizer.encode(rendered)
+            assert client.requests[0].prompt[0] == 1
+
+    asyncio.run(main())
+
+
+def test_chat_takes_all_the_room_there_is(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+            await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
+            (request,) = client.requests
+            assert request.params.max_tokens == MAX_LEN - len(request.prompt)
+
+    asyncio.run(main())
+
+
+def test_text_offsets_index_into_the_text(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, service):
+            bias = {str(service.tokenizer.encode("größer")[0]): 100}
+            body = {"prompt": "ab", "max_tokens": 12, "seed": 5, "logprobs": 0, "echo": False}
+            for extra in ({}, {"logit_bias": bias}):
+                choice = (await http.post("/v1/completions", json={**body, **extra})).json()["choices"][0]
+                logprobs = choice["logprobs"]
+                assert logprobs["text_offset"][0] == 0
+                ends = [*logprobs["text_offset"][1:], len(choice["text"])]
+                for token, begin, end in zip(logprobs["tokens"], logprobs["text_offset"], ends, strict=True):
+                    if not token.startswith("bytes:"):
+                        assert choice["text"][begin:end].endswith(token)
+
+    asyncio.run(main())
+
+
+def test_prompts_of_a_list_get_what_they_get_alone(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, _):
+            body = {"max_tokens": 9, "n": 2, "seed": 7}
+            both = (await http.post("/v1/completions", json={**body, "prompt": [[10], [11]]})).json()["choices"]
+            alone = []
+            for prompt in ([10], [11]):
+                alone += (await http.post("/v1/completions", json={**body, "prompt": prompt})).json()["choices"]
+            assert [choice["text"] for choice in both] == [choice["text"] for choice in alone]
+            assert both[0]["text"] != both[1]["text"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("first", "status", "code"),
+    [(REFUSE, 400, "cannot_serve"), (FULL, 503, "queue_full"), (CRASH, 503, "engine_dead")],
+)
+def test_what_the_engine_refuses(directory: Path, first: int, status: int, code: str, stream: bool) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, _):
+            answer = await http.post("/v1/completions", json={"prompt": [first], "stream": stream})
+            assert answer.status_code == status
+            assert answer.json()["error"]["code"] == code
+            assert ("retry-after" in answer.headers) == (code == "queue_full")
+            assert (await http.get("/health")).status_code == (503 if first == CRASH else 200)
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_dies_during_a_stream(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+            body = {"prompt": [[10], [CRASH]], "max_tokens": 50, "stream": True}
+            original = client.generate
+
+            async def late(request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+                if request.prompt == [CRASH]:
+                    await asyncio.sleep(0.05)
+                async for output in original(request):
+                    await asyncio.sleep(0.01)
+                    yield output
+
+            client.generate = late  # type: ignore[method-assign]
+            answer = await http.post("/v1/completions", json=body)
+            assert answer.status_code == 200
+            chunks = events(answer.text)
+            assert chunks[0]["choices"][0]["text"]
+            assert chunks[-1]["error"]["code"] == "engine_dead"
+            health = await http.get("/health")
+            assert (health.status_code, health.json()["error"]["message"]) == (503, "the engine is gone: it broke")
+            assert (await http.post("/v1/completions", json=body)).status_code == 503
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_is_started_again(directory: Path, stream: bool) -> None:
+    """While it is gone, everybody hears why and may try again; what was under way ends."""
+
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+            body = {"prompt": [10], "max_tokens": 50, "stream": stream}
+            original = client.generate
+
+            async def cut(request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+                async for output in original(request):
+                    yield output
+                    client.down = "rank 1 was killed"
+                    raise EngineDown(client.down)
+
+            client.generate = cut  # type: ignore[method-assign]
+            answer = await http.post("/v1/completions", json=body)
+            error = events(answer.text)[-1]["error"] if stream else answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (200 if stream else 503, "engine_restarting")
+            assert error["message"].endswith("rank 1 was killed")
+            for refused in (
+                await http.get("/health"),
+                await http.get("/ready"),
+                await http.get("/load"),
+                await http.post("/v1/completions", json=body),
+            ):
+                assert (refused.status_code, refused.json()["error"]) == (503, error)
+                assert "retry-after" in refused.headers
+            assert (await http.get("/metrics")).status_code == 200
+            client.down = None
+            client.generate = original  # type: ignore[method-assign]
+            assert (await http.post("/v1/completions", json=body)).status_code == 200
+            assert (await http.get("/health")).status_code == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_out_of_memory(directory: Path, stream: bool) -> None:
+    """An error, also behind tokens that were sent already; the server is as well as before."""
+
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+
+            async def starved(request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+                yield RequestOutput(id=request.id, tokens=[70, 71])
+                yield RequestOutput(id=request.id, finish_reason="abort", error="too little", retry=RETRY_MEMORY)
+
+            client.generate = starved  # type: ignore[method-assign]
+            answer = await http.post("/v1/completions", json={"prompt": [10], "stream": stream})
+            error = events(answer.text)[-1]["error"] if stream else answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (200 if stream else 503, "out_of_memory")
+            assert (await http.get("/ready")).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_full_queue(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, service):
+            with service.admit(6, 6):
+                two = {"prompt": [10], "n": 2}
+                assert (await http.post("/v1/completions", json=two)).status_code == 200
+                answer = await http.post("/v1/completions", json={"prompt": [10], "n": 3})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_full")
+                assert answer.headers["retry-after"] == "1"
+                chat = {"messages": [{"role": "user", "content": "x"}], "n": 9}
+                many = {"prompt": ["x"] * 9}
+                for path, never, param in (("completions", many, "prompt"), ("chat/completions", chat, "n")):
+                    answer = await http.post(f"/v1/{path}", json=never)
+                    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+            assert (await http.post("/v1/completions", json={"prompt": [10], "n": 8})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_loading_and_draining(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, client, service):
+            for code in ("loading", "draining"):
+                service.client = None if code == "loading" else cast(Supervisor, client)
+                if code == "draining":
+                    service.draining.set()
+                for answer in (await http.get("/ready"), await http.post("/v1/completions", json={"prompt": "x"})):
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)
+                    assert "retry-after" in answer.headers
+                assert (await http.get("/health")).status_code == 200
+                assert (await http.get("/metrics")).status_code == 200
+                for path in ("/load", "/v1/models"):
+                    assert (await http.get(path)).status_code == (200 if service.client else 503)
+
+    asyncio.run(main())
+
+
+def test_an_unexpected_error_shows_nothing(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+
+            def broken(request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+                raise OSError("/secret/path")
+
+            client.generate = broken  # type: ignore[method-assign]
+            for stream in (False, True):
+                answer = await http.post("/v1/completions", json={"prompt": "x", "stream": stream})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+                assert "secret" not in answer.text
+            assert caplog.text.count("Traceback") == 2  # each once
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_draining_ends_an_upload(directory: Path, cancelled: bool) -> None:
+    async def main() -> None:
+        async with server(directory) as (_, _, service):
+            app = create_app(service)
+            sent: list[Any] = []
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            async def receive() -> Any:
+                await asyncio.sleep(60)
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+            upload = asyncio.create_task(app(scope, receive, send))
+            await asyncio.sleep(0.01)
+            assert not sent
+            if cancelled:
+                upload.cancel()
+            else:
+                service.draining.set()
+            await upload
+            assert sent[0]["status"] == 503
+            assert json.loads(sent[1]["body"])["error"]["code"] == "draining"
+
+    asyncio.run(main())
+
+
+def test_the_queue_is_free_after_every_kind_of_end(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, service):
+            for body in ({"prompt": "x"}, {"prompt": "x", "stream": True}, {"prompt": [REFUSE]}, {"prompt": [CRASH]}):
+                await http.post("/v1/completions", json=body)
+            await service.wait_idle()
+            assert service._admitted == 0
+
+    asyncio.run(main())
+
+
+def test_metrics_have_both_names(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, _):
+            await http.post("/v1/completions", json={"prompt": [10], "max_tokens": 7})
+            await http.post("/v1/completions", json={"prompt": [REFUSE]})
+            text = (await http.get("/metrics")).text
+            label = '{model_name="tiny"}'
+            for line in (
+                f"vllm:num_requests_running{label} 0.0",
+                f"vllm:kv_cache_usage_perc{label} 0.0",
+                f"magicdec_pages_free{label} 1000.0",
+                'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="tiny",position="1"} 2.0',
+                f"magicdec_gamma_count{label} 5.0",
+                f"magicdec_gamma_sum{label} 8.0",
+                'magicdec_gamma_bucket{le="0.0",model_name="tiny"} 1.0',
+                f"vllm:time_to_first_token_seconds_count{label} 1.0",
+                f"magicdec_time_to_first_token_seconds_count{label} 1.0",
+                f"vllm:inter_token_latency_seconds_count{label} 4.0",
+                f"vllm:request_time_per_output_token_seconds_count{label} 1.0",
+                f"vllm:e2e_request_latency_seconds_count{label} 1.0",
+                f"vllm:request_queue_time_seconds_count{label} 1.0",
+                'vllm:request_success_total{finished_reason="length",model_name="tiny"} 1.0',
+                'magicdec_requests_finished_total{finished_reason="abort",model_name="tiny"} 1.0',
+            ):
+                assert line in text.splitlines()
+
+    asyncio.run(main())
+
+
+# Pieces that a whole server cannot show.
+
+
+def test_metrics_of_what_drafts_keep_and_gain() -> None:
+    stats = EngineStats(
+        running=3, pages_total=10, pages_free=4, policy="snapkv", draft_pages_per_row=5, alpha=0.75, decode_seconds=2.0
+    )
+    lines = Metrics("m", lambda: stats).text().decode().splitlines()
+    assert 'magicdec_pages_in_use{model_name="m",pool="target"} 6.0' in lines
+    assert 'magicdec_pages_in_use{model_name="m",pool="draft"} 15.0' in lines
+    assert 'magicdec_acceptance_estimate{model_name="m",policy="snapkv"} 0.75' in lines
+    plain = Metrics("m", lambda: EngineStats(pages_total=10)).text().decode()
+    assert 'pool="draft"' not in plain
+    assert "acceptance_estimate" not in plain
+
+
+def test_while_there_cancels_the_work_of_a_client_that_left() -> None:
+    async def main() -> None:
+        cancelled = asyncio.Event()
+
+        async def work() -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                cancelled.set()
+
+        messages: list[dict[str, Any]] = [{"type": "http.request", "body": b""}, {"type": "http.disconnect"}]
+
+        async def receive() -> dict[str, Any]:
+            return messages.pop(0)
+
+        with pytest.raises(ClientDisconnect):
+            await while_there(receive, work())
+        assert cancelled.is_set()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_stream_closes_its_source(leaves: bool) -> None:
+    async def main() -> None:
+        closed = asyncio.Event()
+
+        async def source() -> AsyncGenerator[bytes, None]:
+            try:
+                while True:
+                    yield b"x"
+                    await asyncio.sleep(0)
+                    if not leaves:
+                        return
+            finally:
+                closed.set()
+
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> dict[str, Any]:
+            while not leaves or len(sent) < 5:
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        async with asyncio.timeout(10):
+            await EventStream(source(), {})({"type": "http"}, receive, send)
+        assert closed.is_set()
+        assert sent[0]["type"] == "http.response.start"
+        assert sent[-1].get("more_body") is leaves
+
+    asyncio.run(main())
+
+
+def test_done_is_what_clients_look_for() -> None:
+    assert DONE == b"data: [DONE]\n\n"
+
+
+LOOPS = "{% for i in range(99999) %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content.nothing.at_all }}", "refuses"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"),
+        ("{{ messages.append(1) }}", "refuses"),
+        ("{{ 1 + 'a' }}", "refuses"),
+        ("{{ 'x' * (10 ** 30) }}", "refuses"),
+        ("{{ '{nothing}'.format(x=1) }}", "refuses"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses"),
+        ("{{ 7 ** 10000000 }}", "too large"),
+        ("{% for i in range(99999) %}{{ 'a word or two' }}{% endfor %}", "too long"),
+        (LOOPS * 3 + "{% endfor %}" * 3, "more than 0.2 seconds"),
+        (LOOPS + LOOPS.replace("%}", "if i < 0 %}") + "{% endfor %}" * 2, "more than 0.2 seconds"),
+        (
+            "{% for i in range(99999) if (range(9999) | list | sort | length) < 0 %}{% endfor %}",
+            "more than 0.2 seconds",
+        ),
+        ("{% set check_clock = 1 %}{% for i in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}", "refuses"),
+    ],
+)
+def test_a_template_that_fails_is_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
+) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    write_tokenizer(tmp_path, chat_template=template)
+
+    async def main() -> None:
+        async with server(tmp_path) as (http, _, _):
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            answer = await http.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 400
+            assert reason in answer.json()["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_no_template(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, chat_template=None)
+
+    async def main() -> None:
+        async with server(tmp_path) as (http, _, _):
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            answer = await http.post("/v1/chat/completions", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_served")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("template", ["{% for %}", LOOPS * 40 + "{% endfor %}" * 40], ids=["syntax", "nesting"])
+def test_a_broken_template_costs_chat_only(tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str) -> None:
+    write_tokenizer(tmp_path, chat_template=template)
+
+    async def main() -> None:
+        async with server(tmp_path) as (http, _, _):
+            assert "chat template is broken" in caplog.text
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            answer = await http.post("/v1/chat/completions", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_served")
+            assert (await http.post("/v1/completions", json={"prompt": "x"})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_templates_written_for_transformers(tmp_path: Path) -> None:
+    source = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=False, separators=(',', ':'), sort_keys=True) }}"
+    )
+    write_tokenizer(tmp_path, chat_template=source)
+    template = ChatTemplate(Tokenizer(tmp_path))
+    assert template.render([{"role": "user", "content": "x"}]) == 'x{"a":1,"b":"é"}'
+
+
+def test_no_address_but_its_own(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, _):
+            for path in ("/v1/models/", "/health/"):
+                assert (await http.get(path)).status_code == 404
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("message", ["a\n2030-01-01 INFO forged", "a\r\x1b[2Jb\u2028c"])
+def test_nothing_passes_for_a_line_of_the_log(message: str) -> None:
+    try:
+        raise ValueError(message)
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "told: %s", (message,), sys.exc_info())
+    event, *trace = LineFormatter("%(message)s").format(record).split("\n")
+    assert event.startswith("told: a\\x")
+    assert "ValueError" in "".join(trace)
+    for line in trace:
+        assert line.startswith("    | ")
+        assert line.isprintable()
