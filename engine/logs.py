@@ -1,4 +1,4 @@
-"""Logging of all our processes: one line per event on stderr, and nothing that can pass for one."""
+"""Logging of all processes: one line per event on stderr. Messages cannot fake a line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _format: LogFormat = "text"
 
 
 class LineFormatter(logging.Formatter):
-    """Escapes control characters in messages; what an exception says is indented, line by line. `facts` of a record
+    """Escapes control characters in messages, and indents tracebacks line by line. A record's `facts`
     (`extra={"facts": …}`) follow its message."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
@@ -53,7 +53,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(level: str, format: LogFormat = "text", who: str = "") -> None:
-    """level: debug, info, warning or error. who: what this process is, if it is not the server or its engine."""
+    """level: debug, info, warning or error. who: names this process, if it is not the server or its engine."""
     global _format
     _format = format
     handler = logging.StreamHandler(sys.stderr)
@@ -63,7 +63,7 @@ def set_up(level: str, format: LogFormat = "text", who: str = "") -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-def in_use() -> tuple[str, LogFormat]:
+def current_setup() -> tuple[str, LogFormat]:
     """Level and format of this process, for processes that it starts."""
     return logging.getLevelName(logging.getLogger().getEffectiveLevel()).lower(), _format
 

@@ -137,7 +137,7 @@ class Ready(msgspec.Struct, tag="ready"):
     vocab_size: int
     eos_token_ids: list[int]
     stats: EngineStats
-    heart: bytes = b""
+    heartbeat: bytes = b""
     """What this process is called in its heartbeats."""
 
 

@@ -1,4 +1,4 @@
-"""What rank 0 tells all ranks to run for one round, and what comes back. Only what changed crosses."""
+"""What rank 0 sends all ranks to run one round, and what comes back. Only changes cross."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class RowStart(msgspec.Struct, array_like=True):
     stop_ids: list[int]
     """Tokens that min_tokens forbids."""
     computed: int = 0
-    """Tokens whose KV is taken to be there already."""
+    """Leading tokens whose target KV exists."""
     shared: bool = False
-    """It is, in pages of another row; a draft's own KV of them is not."""
+    """True if that KV lives in another row's pages; the draft's own KV of these tokens does not exist."""
 
 
 class PageDelta(msgspec.Struct, array_like=True):
@@ -34,7 +34,7 @@ class PageDelta(msgspec.Struct, array_like=True):
 
 
 class RowWork(msgspec.Struct, array_like=True):
-    """What one row does in the round: `new` committed tokens get their KV, `gamma` drafts are verified behind them."""
+    """One row's part of a round: `new` committed tokens get their KV, `gamma` drafts after them are verified."""
 
     row: int
     computed: int
@@ -45,14 +45,14 @@ class RowWork(msgspec.Struct, array_like=True):
     """False for a prefill chunk that does not reach the last token: it yields nothing."""
     catch_up: int = 0
     """Committed tokens whose KV a draft model computes before it drafts, from the first one that it lacks."""
-    told: int = 0
-    """Of the new tokens, how many first ones are to be told the log-probability of the token behind them."""
+    num_prompt_logprobs: int = 0
+    """Number of new tokens that need prompt logprobs, the first ones: each reports on the token after it."""
 
 
-class StepPlan(msgspec.Struct, omit_defaults=True):
+class RoundPlan(msgspec.Struct, omit_defaults=True):
     """One round. `work` is ordered by falling gamma, so that the rows of each draft step are a prefix."""
 
-    step: int
+    number: int
     starts: list[RowStart]
     pages: list[PageDelta]
     work: list[RowWork]
@@ -63,20 +63,22 @@ class StepPlan(msgspec.Struct, omit_defaults=True):
 
 
 class RowResult(msgspec.Struct, array_like=True):
-    """What verification decided for one row that samples, in the order of the plan."""
+    """Verification's outcome for one row that samples, in the order of the plan."""
 
     drafted: int
-    """Tokens that were proposed: at most the plan's gamma."""
+    """Number of proposed tokens: at most the plan's gamma."""
     accepted: int
     tokens: list[int]
-    """accepted + 1 tokens: the drafts that hold, and one more."""
+    """accepted + 1 tokens: the accepted drafts, and the bonus token."""
     logprobs: list[TokenLogprobs] | None
 
 
-class StepResult(msgspec.Struct):
-    step: int
+class RoundResult(msgspec.Struct):
+    """A round's outcome. Times in seconds, on rank 0."""
+
+    number: int
     rows: list[RowResult]
     draft_seconds: float
     verify_seconds: float
-    prompts: list[PromptLogprobs] = []
-    """What rows are told of their prompts (RowWork.told), in the order of the plan."""
+    prompt_logprobs: list[PromptLogprobs] = []
+    """Those that the plan's rows asked for (RowWork.num_prompt_logprobs), in its order."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-class LayerKV(NamedTuple):
-    """One layer's pages: k and v, each [pages, kv_heads, page_size, head_dim].
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """One layer's pages: k and v, each [pages, kv_heads, page_size, head_dim]. index: of the layer in its pool.
 
     Heads stand outside slots so that the pool is also [pages * kv_heads, 1, page_size, head_dim]: a page list per KV
     head is then an ordinary page list, and one head's page is contiguous memory.
@@ -19,6 +20,7 @@ class LayerKV(NamedTuple):
 
     k: Tensor
     v: Tensor
+    index: int = 0
 
 
 class KVPool:
@@ -43,7 +45,7 @@ class KVPool:
         self.num_pages = num_pages
         self.scratch = num_pages if scratch else None
         self.page_size = page_size
-        self._layers = [LayerKV(k, v) for k, v in self.data]
+        self._layers = [LayerKV(k, v, index) for index, (k, v) in enumerate(self.data)]
 
     def layer(self, index: int) -> LayerKV:
         return self._layers[index]

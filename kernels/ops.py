@@ -1,6 +1,6 @@
 """What the layers of a model, and sampling, ask of a device: one interface, a twin for each kind of device.
 
-`kernels.reference` says in plain torch what each of these computes; other twins must agree with it.
+`kernels.reference_ops` says in plain torch what each of these computes; other twins must agree with it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend, Fixed
+from kernels.attention.base import AttentionBackend, GraphShape
 from kernels.kv_cache import LayerKV
 
 
-class Product(Protocol):
+class Linear(Protocol):
     """A weight matrix in the form in which a device multiplies by it."""
 
     @property
@@ -26,9 +26,9 @@ class Product(Protocol):
         """Whether it reads what it was made of, rather than a copy."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x w^T + bias: [rows, features] to [rows, columns]; see `Ops.product` for what may come after that."""
+        """x w^T + bias: [rows, features] to [rows, columns]; see `Ops.linear` for what may come after that."""
 
-    def int8(self) -> Product:
+    def quantized(self) -> Linear:
         """The same product with weights of 8 bits, a scale for each column: the column's largest weight is 127.
 
         Inputs are rounded to 8 bits too, each row by its largest element; sums are exact.
@@ -42,7 +42,7 @@ class Graphs(Protocol):
         """Do `work`, and return what does it again on the same addresses, in place of a call. `work` must not wait for
         the device, nor read tensors that are not there any more at a replay."""
 
-    def attention(self, page_size: int, head_dim: int, fixed: Fixed) -> AttentionBackend:
+    def attention(self, page_size: int, head_dim: int, fixed: GraphShape) -> AttentionBackend:
         """A backend whose runs can be captured. Plans are made outside, and hold for replays."""
 
 
@@ -62,7 +62,7 @@ class Ops(Protocol):
     def graphs(self) -> Graphs | None:
         """What captures this arithmetic; None where that gains nothing."""
 
-    def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> Product:
+    def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> Linear:
         """May copy the weights, or keep them.
 
         weight: [columns, features]. bias: [columns]. gated: the first half of the columns are gates of the second, g
@@ -73,7 +73,7 @@ class Ops(Protocol):
         """Add delta to x, in place, and return the root-mean-square norm of that, computed in float32 or wider: all
         [rows, size] of one dtype."""
 
-    def rotary(
+    def rotate_and_cache(
         self,
         qkv: Tensor,
         rotary: tuple[Tensor, Tensor],
@@ -82,7 +82,7 @@ class Ops(Protocol):
         kv: LayerKV,
         norms: tuple[Tensor, Tensor, float] | None,
     ) -> Tensor:
-        """Rotate queries and keys, after the norms if there are any, and store keys and values in the pool.
+        """Norm queries and keys, if there are norms, rotate both, and write keys and values into the pool.
 
         qkv: [tokens, heads + 2 kv_heads, head_dim], changed in place. rotary: cosines and sines of all positions, each
         [positions, head_dim / 2]. positions, slots: [tokens] int64. norms: weights of the norms of queries and of keys,
@@ -99,19 +99,28 @@ class Ops(Protocol):
         lowest id among equals.
         """
 
-    def accept(
-        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
-    ) -> Tensor:
-        """See kernels.acceptance.accept."""
+    @property
+    def accept(self) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor] | None:
+        """`engine.speculation.verify.accept_drafts` in one launch; None: that function serves.
 
-    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
-        """See kernels.acceptance.commit."""
+        Takes tokens [max_rows, max_model_len] int32, computed [max_rows] int64, row_spans [rows, 4] int64 (see
+        engine.batch.round_batch), drafted [rows] int64, chosen [samples] int64, and the largest number of samples of a
+        row. Returns [rows, 2 + that number] int64: drafted, accepted, and the row's chosen tokens, of which
+        accepted + 1 count; those after are any token. Changes nothing.
+        """
 
-    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
-        """See kernels.selection.attention_votes."""
+    @property
+    def commit(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], None] | None:
+        """`engine.speculation.verify.commit_tokens` in one launch; None: that function serves.
+
+        Takes tokens, computed and row_spans as `accept`, and what that returned; changes tokens and computed.
+        """
+
+    def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+        """See kernels.snapkv.snapkv_scores."""
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """See kernels.attention.reference.merge_segments."""
+        """See kernels.attention.reference_attention.merge_segments."""
 
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
         """A backend of its own for whoever asks, since it holds a plan."""

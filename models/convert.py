@@ -87,7 +87,7 @@ def check_destination(src: Path, dst: Path, force: bool) -> None:
 def _checked(config: ModelConfig, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
     """`tensors` in bf16: exactly those the model has, in its shapes. Raises ModelError when they are not."""
     model = Llama(config, Placement(Group.single(), torch.bfloat16, torch.device("meta")))
-    missing = {slot.source: slot.full_shape for slot in model.slots()}
+    missing = {slot.source: slot.full_shape for slot in model.weight_slots()}
     twins: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         if name.endswith(".rotary_emb.inv_freq"):

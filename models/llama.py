@@ -29,7 +29,7 @@ from parallel.split import HeadSplit, split, split_heads
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class LayerInputs:
     """What all layers of one forward share. rotary: cosines and sines of all positions. attention: planned."""
 
     batch: ForwardBatch
@@ -67,34 +67,35 @@ class Attention:
         self._scale = head_dim**-0.5
         self._ops = place.ops
 
-    def slots(self) -> Iterator[WeightSlot]:
-        yield from self._qkv.slots()
-        yield from self._out.slots()
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        yield from self._qkv.weight_slots()
+        yield from self._out.weight_slots()
         if self._q_norm and self._k_norm:
-            yield from self._q_norm.slots()
-            yield from self._k_norm.slots()
+            yield from self._q_norm.weight_slots()
+            yield from self._k_norm.weight_slots()
 
-    def pack(self, int8: bool) -> None:
-        self._qkv.pack(int8)
-        self._out.pack(int8)
+    def prepare(self, int8: bool) -> None:
+        self._qkv.prepare(int8)
+        self._out.prepare(int8)
 
     @property
     def nbytes(self) -> int:
         return self._qkv.nbytes + self._out.nbytes
 
-    def rounded(self) -> Attention:
+    def quantized(self) -> Attention:
         twin = copy.copy(self)
-        twin._qkv, twin._out = self._qkv.rounded(), self._out.rounded()
+        twin._qkv, twin._out = self._qkv.quantized(), self._out.quantized()
         return twin
 
-    def __call__(self, x: Tensor, step: Step, kv: LayerKV) -> Tensor:
+    def __call__(self, x: Tensor, step: LayerInputs, kv: LayerKV) -> Tensor:
         """x: [tokens, hidden_size]. Returns the same shape."""
         norms = None
         if self._q_norm and self._k_norm:
             norms = self._q_norm.weight, self._k_norm.weight, self._q_norm.eps
         qkv = self._qkv.project(x)
-        q = self._ops.rotary(qkv, step.rotary, step.batch.positions, step.batch.slots, kv, norms)
-        return self._out(step.attention.run(kv, q, self._scale).flatten(1))
+        q = self._ops.rotate_and_cache(qkv, step.rotary, step.batch.positions, step.batch.slots, kv, norms)
+        o, _ = step.attention.run(kv, q, self._scale)
+        return self._out(o.flatten(1))
 
 
 class MLP:
@@ -108,21 +109,21 @@ class MLP:
             f"{prefix}.down_proj", inner, config.hidden_size, mine=mine, bias=config.mlp_bias, place=place
         )
 
-    def slots(self) -> Iterator[WeightSlot]:
-        yield from self._gate_up.slots()
-        yield from self._down.slots()
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        yield from self._gate_up.weight_slots()
+        yield from self._down.weight_slots()
 
-    def pack(self, int8: bool) -> None:
-        self._gate_up.pack(int8)
-        self._down.pack(int8)
+    def prepare(self, int8: bool) -> None:
+        self._gate_up.prepare(int8)
+        self._down.prepare(int8)
 
     @property
     def nbytes(self) -> int:
         return self._gate_up.nbytes + self._down.nbytes
 
-    def rounded(self) -> MLP:
+    def quantized(self) -> MLP:
         twin = copy.copy(self)
-        twin._gate_up, twin._down = self._gate_up.rounded(), self._down.rounded()
+        twin._gate_up, twin._down = self._gate_up.quantized(), self._down.quantized()
         return twin
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -140,24 +141,24 @@ class DecoderLayer:
         self._mlp_norm = RMSNorm(f"{prefix}.post_attention_layernorm", hidden, eps=eps, place=place)
         self._mlp = MLP(f"{prefix}.mlp", config, place)
 
-    def slots(self) -> Iterator[WeightSlot]:
+    def weight_slots(self) -> Iterator[WeightSlot]:
         for part in (self._input_norm, self._attention, self._mlp_norm, self._mlp):
-            yield from part.slots()
+            yield from part.weight_slots()
 
-    def pack(self, int8: bool) -> None:
-        self._attention.pack(int8)
-        self._mlp.pack(int8)
+    def prepare(self, int8: bool) -> None:
+        self._attention.prepare(int8)
+        self._mlp.prepare(int8)
 
     @property
     def nbytes(self) -> int:
         return self._attention.nbytes + self._mlp.nbytes
 
-    def rounded(self) -> DecoderLayer:
+    def quantized(self) -> DecoderLayer:
         twin = copy.copy(self)
-        twin._attention, twin._mlp = self._attention.rounded(), self._mlp.rounded()
+        twin._attention, twin._mlp = self._attention.quantized(), self._mlp.quantized()
         return twin
 
-    def __call__(self, x: Tensor, delta: Tensor | None, step: Step, kv: LayerKV) -> Tensor:
+    def __call__(self, x: Tensor, delta: Tensor | None, step: LayerInputs, kv: LayerKV) -> Tensor:
         """x: [tokens, hidden_size], the residual stream, changed in place. delta: what the layer before adds to it.
         Returns what this one adds to it.
         """
@@ -166,11 +167,9 @@ class DecoderLayer:
 
 
 class Llama:
-    """One rank's shard of a decoder. Its weights are uninitialised until every slot of `slots()` is filled; then it
-    wants `pack`.
-    vocab_start, vocab_size: the logits this rank computes are those of tokens vocab_start … vocab_start +
-    vocab_size - 1.
-    heads, kv_heads: this rank's. kv_heads, head_dim, num_layers: what its KV pool holds.
+    """One rank's shard of a decoder. Its weights are uninitialised until every slot of `weight_slots()` is filled; then
+    it wants `prepare`. vocab_start, vocab_size: the logits this rank computes are those of tokens vocab_start …
+    vocab_start + vocab_size - 1. heads, kv_heads: this rank's. kv_heads, head_dim, num_layers: what its KV pool holds.
     rotary: cosines and sines of all positions, each [positions, head_dim / 2].
     """
 
@@ -210,18 +209,18 @@ class Llama:
         left.num_layers, left._layers = len(layers), [self._layers[i] for i in layers]
         return left
 
-    def slots(self) -> Iterator[WeightSlot]:
-        yield from self._embedding.slots()
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        yield from self._embedding.weight_slots()
         for layer in self._layers:
-            yield from layer.slots()
-        yield from self._norm.slots()
-        yield from self._head.slots()
+            yield from layer.weight_slots()
+        yield from self._norm.weight_slots()
+        yield from self._head.weight_slots()
 
-    def pack(self, int8: bool = False) -> None:
+    def prepare(self, int8: bool = False) -> None:
         """All slots are filled: get ready to compute. int8: with matrices rounded to 8 bits; see kernels.ops."""
         for layer in self._layers:  # one after the other, so that little is in memory twice
-            layer.pack(int8)
-        self._head.pack(int8)
+            layer.prepare(int8)
+        self._head.prepare(int8)
         self._int8 = int8
 
     @property
@@ -234,13 +233,13 @@ class Llama:
         """What the embedding takes beside them; a forward reads a few rows of it."""
         return 0 if self._head.shares else self._embedding.weight.nbytes
 
-    def rounded(self) -> Llama:
+    def quantized(self) -> Llama:
         """The model with matrices of 8 bits, sharing all else; made once. Itself, if it has them."""
         if self._int8:
             return self
         if self._twin is None:
             twin = copy.copy(self)
-            twin._layers, twin._head = [layer.rounded() for layer in self._layers], self._head.rounded()
+            twin._layers, twin._head = [layer.quantized() for layer in self._layers], self._head.quantized()
             twin._int8 = True
             self._twin = twin
         return self._twin
@@ -273,7 +272,7 @@ class Llama:
     ) -> Tensor:
         """As `forward`, up to what `logits` are made of: [n, hidden_size]. attention: planned for the batch. asked: [n]
         int64, of which tokens; None: of all."""
-        step = Step(batch, self.rotary, attention)
+        step = LayerInputs(batch, self.rotary, attention)
         x, delta = self._embedding(batch.token_ids), None
         for index, layer in enumerate(self._layers):
             delta = layer(x, delta, step, pool.layer(index))

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from kernels.ops import Ops
-from kernels.reference import REFERENCE
+from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig, ModelError, read_config, read_json
 from models.llama import Llama
 from models.weights import opened, weight_files
@@ -44,7 +44,7 @@ def load_model(
     _check_tokenizer(path, config.vocab_size)
     files = weight_files(path)
     model = Llama(config, Placement(group, dtype, device, ops), max_positions)
-    slots = {slot.source: slot for slot in model.slots()}
+    slots = {slot.source: slot for slot in model.weight_slots()}
     wanted = set(slots)
     total = sum(slot.tensor.nbytes for slot in slots.values())
     head: tuple[Path, str] | None = None
@@ -70,7 +70,7 @@ def load_model(
     if head is not None:
         _check_tied(slots[_EMBEDDING], *head)
     del slots
-    model.pack(int8)
+    model.prepare(int8)
     return model
 
 
@@ -89,7 +89,7 @@ def random_model(
     Matrices keep the scale of their input, norms are near 1, biases small.
     """
     model = Llama(config, Placement(group, dtype, device, ops))
-    for slot in model.slots():
+    for slot in model.weight_slots():
         # Seeded by name, and drawn whole before it is cut, so that no rank's part depends on how it was
         # split.
         key = hashlib.sha256(f"{seed}/{slot.source}".encode()).digest()
@@ -100,7 +100,7 @@ def random_model(
         else:
             whole.mul_(0.1 if len(slot.full_shape) == 1 else slot.full_shape[1] ** -0.5)
         slot.tensor.copy_(whole[slot.index])
-    model.pack(int8)
+    model.prepare(int8)
     return model
 
 

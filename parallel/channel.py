@@ -40,13 +40,13 @@ class Link:
                 _notice_silence(connection, send_timeout_s)
 
     @classmethod
-    def of_stdin(cls) -> Link:
+    def from_stdin(cls) -> Link:
         """The end that a process was started with (see parallel.launch); it ends with the other end."""
         link = cls(socket.socket(fileno=0))
-        link.end_together()
+        link.exit_with_peer()
         return link
 
-    def end_together(self) -> None:
+    def exit_with_peer(self) -> None:
         """From now on this process ends when the other end goes, whatever it is busy with: it must own nothing that
         has to be put away."""
         threading.Thread(target=self._exit_when_gone, daemon=True).start()
@@ -124,11 +124,11 @@ class Channel:
 
     @property
     def open(self) -> set[int]:
-        """Ranks that have not closed their end, as far as `news` has told."""
+        """Ranks that have not closed their end, as far as `frames` has seen."""
         return set(self._rank_of.values())
 
     def broadcast(self, data: bytes) -> None:
-        """Send one frame to every rank. A rank that is gone shows in `news`; so does one that takes nothing."""
+        """Send one frame to every rank. A rank that is gone, or takes nothing, shows in `frames`."""
         for rank, link in self._links.items():
             try:
                 link.send(data)
@@ -142,7 +142,7 @@ class Channel:
         except Disconnected:
             self._forget(rank)
 
-    def news(self, timeout_s: float) -> list[tuple[int, bytes | None]]:
+    def frames(self, timeout_s: float) -> list[tuple[int, bytes | None]]:
         """Wait at most timeout_s for something from any rank: (rank, frame), or (rank, None) once it is gone."""
         found: list[tuple[int, bytes | None]] = []
         for fd, _ in self._poll.poll(timeout_s * 1000):

@@ -21,7 +21,7 @@ class CollectiveError(RuntimeError):
         self.rank = rank
 
 
-class RoundGivenUp(RuntimeError):
+class RoundAbandoned(RuntimeError):
     """Another rank has given up the round that this collective belongs to."""
 
 
@@ -34,14 +34,14 @@ class Group:
 
     Only tensors travel, never objects. Every rank makes the same calls in the same order with tensors of the
     same shape and dtype. A group of one does nothing and costs nothing. This one talks through a torch process
-    group; ranks that share a machine's memory have parallel.shared.
+    group; ranks that share a machine's memory have parallel.shm.
 
-    Collectives raise CollectiveError. Where a group `can_give_up`, they also raise RoundGivenUp, inside a round that
+    Collectives raise CollectiveError. Where a group `can_abandon`, they also raise RoundAbandoned, inside a round that
     another rank has given up, and all ranks are in step again once they have called `agree`:
 
         begin_round()          on every rank, before anything of the round is done
         collectives            as many as each rank comes to
-        give_up()              on a rank that has failed, or has got RoundGivenUp
+        abandon()              on a rank that has failed, or has got RoundAbandoned
         agree(failed)          on every rank: who has failed, if anyone
 
     A second group of the first ranks begins and gives up its rounds with the first, whose `agree` is for both.
@@ -61,7 +61,7 @@ class Group:
         return group
 
     @property
-    def can_give_up(self) -> bool:
+    def can_abandon(self) -> bool:
         """Whether a round that fails on one rank can be given up by all. What a process group has begun can't be
         called back: its ranks would wait for each other, and then take one collective's tensors for another's."""
         return self.size == 1
@@ -69,7 +69,7 @@ class Group:
     def begin_round(self) -> None:
         """Collectives from here to `agree` are given up together."""
 
-    def give_up(self) -> None:
+    def abandon(self) -> None:
         """Let those who wait for this rank know that it comes to no further collective of the round."""
 
     def agree(self, failed: bool) -> list[int]:

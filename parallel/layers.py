@@ -1,10 +1,10 @@
 """Layers that hold one rank's share of their weights, each declaring which part where it allocates it.
 
-Every layer has `slots()`: the storage it wants filled and where in a checkpoint the content stands. Loading a
+Every layer has `weight_slots()`: the storage it wants filled and where in a checkpoint the content stands. Loading a
 model is copying `checkpoint[slot.source][slot.index]` into `slot.tensor` for each slot; nothing else knows
 how weights are sharded. Storage is uninitialised until then.
 
-`pack(int8)` follows, once: matrices go into the form in which their device multiplies by them (kernels.ops), rounded
+`prepare(int8)` follows, once: matrices go into the form in which their device multiplies by them (kernels.ops), rounded
 to 8 bits if so asked. Only then can a layer be called; its slots are gone, unless the device multiplies by what was
 filled. `rounded()` is the same layer with matrices of 8 bits, sharing all else; `nbytes` what matrices take.
 
@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import Ops, Product
-from kernels.reference import REFERENCE
+from kernels.ops import Linear, Ops
+from kernels.reference_ops import REFERENCE
 from parallel.group import Group
 from parallel.split import HeadSplit, Range, split
 
@@ -71,18 +71,18 @@ class Columns:
         return size
 
 
-class _Linear:
+class _LinearLayer:
     """A layer that is one product; its subclasses say which slots fill it."""
 
     def __init__(
         self, rows: int, columns: int, *, bias: bool, place: Placement, gated: bool = False, wide: bool = False
     ) -> None:
-        """rows: output features of this rank. gated, wide: see Ops.product."""
+        """rows: output features of this rank. gated, wide: see Ops.linear."""
         self._place, self._gated, self._wide = place, gated, wide
         self._weight: Tensor | None = place.empty(rows, columns)
         self._bias = place.empty(rows) if bias else None
         self._added = self._bias  # by the product itself
-        self._product: Product | None = None
+        self._linear: Linear | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -90,29 +90,29 @@ class _Linear:
         assert self._weight is not None, "packed: no storage is left"
         return self._weight
 
-    def pack(self, int8: bool = False) -> None:
+    def prepare(self, int8: bool = False) -> None:
         """Multiply by what storage holds, from here on."""
-        product = self._place.ops.product(self.weight, self._added, gated=self._gated, wide=self._wide)
-        self._product = product.int8() if int8 else product
-        if not self._product.keeps_weights:
+        linear = self._place.ops.linear(self.weight, self._added, gated=self._gated, wide=self._wide)
+        self._linear = linear.quantized() if int8 else linear
+        if not self._linear.keeps_weights:
             self._weight = None
 
-    def rounded(self) -> Self:
+    def quantized(self) -> Self:
         twin = copy.copy(self)
-        twin._product, twin._weight = self.product.int8(), None
+        twin._linear, twin._weight = self.linear.quantized(), None
         return twin
 
     @property
     def nbytes(self) -> int:
-        return self.product.nbytes
+        return self.linear.nbytes
 
     @property
-    def product(self) -> Product:
-        assert self._product is not None, "not packed yet"
-        return self._product
+    def linear(self) -> Linear:
+        assert self._linear is not None, "not packed yet"
+        return self._linear
 
 
-class ColumnLinear(_Linear):
+class ColumnLinear(_LinearLayer):
     """Output features are sharded; checkpoint tensors with the same input can be fused into one product."""
 
     def __init__(
@@ -123,7 +123,7 @@ class ColumnLinear(_Linear):
         self._in_features = in_features
         super().__init__(sum(self._sizes), in_features, bias=bias, place=place, gated=gated)
 
-    def slots(self) -> Iterator[WeightSlot]:
+    def weight_slots(self) -> Iterator[WeightSlot]:
         columns = slice(0, self._in_features)
         for part, weight in zip(self._parts, self.weight.split_with_sizes(self._sizes), strict=True):
             shape = (part.total, self._in_features)
@@ -134,7 +134,7 @@ class ColumnLinear(_Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, in_features], whole. Returns [tokens, this rank's features of all parts]."""
-        return self.product(x)
+        return self.linear(x)
 
 
 class QKVLinear(ColumnLinear):
@@ -186,7 +186,7 @@ class GateUpLinear(ColumnLinear):
         super().__init__(parts, hidden_size, bias=bias, place=place, gated=True)
 
 
-class RowLinear(_Linear):
+class RowLinear(_LinearLayer):
     """Input features are sharded: every rank adds its part of the sum, in one all-reduce."""
 
     def __init__(
@@ -198,7 +198,7 @@ class RowLinear(_Linear):
         if place.group.size > 1:
             self._added = None  # but after the sum over ranks: once, not once per rank
 
-    def slots(self) -> Iterator[WeightSlot]:
+    def weight_slots(self) -> Iterator[WeightSlot]:
         rows = slice(0, self._shape[0])
         yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, (rows, self._mine))
         if self._bias is not None:
@@ -207,8 +207,8 @@ class RowLinear(_Linear):
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, this rank's features]. Returns [tokens, out_features], whole on every rank."""
         if self._place.group.size == 1:
-            return self.product(x)
-        y = self._place.group.all_reduce(self.product(x))
+            return self.linear(x)
+        y = self._place.group.all_reduce(self.linear(x))
         return y if self._bias is None else y.add_(self._bias)
 
 
@@ -219,7 +219,7 @@ class RMSNorm:
         self._name, self._ops = name, place.ops
         self.weight, self.eps = place.empty(size), eps
 
-    def slots(self) -> Iterator[WeightSlot]:
+    def weight_slots(self) -> Iterator[WeightSlot]:
         shape = tuple(self.weight.shape)
         yield WeightSlot(self.weight, f"{self._name}.weight", shape, (slice(0, shape[0]),))
 
@@ -237,7 +237,7 @@ class VocabEmbedding:
         self._group = place.group
         self.weight = place.empty(self.vocab.size, hidden_size)
 
-    def slots(self) -> Iterator[WeightSlot]:
+    def weight_slots(self) -> Iterator[WeightSlot]:
         index = (self.vocab.slice(), slice(0, self._shape[1]))
         yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, index)
 
@@ -253,7 +253,7 @@ class VocabEmbedding:
         return self._group.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
 
 
-class LMHead(_Linear):
+class LMHead(_LinearLayer):
     """Logits of this rank's part of the vocabulary."""
 
     def __init__(
@@ -269,7 +269,7 @@ class LMHead(_Linear):
         if tied:
             self._weight = tied.weight
 
-    def slots(self) -> Iterator[WeightSlot]:
+    def weight_slots(self) -> Iterator[WeightSlot]:
         if not self._tied:
             index = (self.vocab.slice(), slice(0, self._shape[1]))
             yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, index)
@@ -277,8 +277,8 @@ class LMHead(_Linear):
     @property
     def shares(self) -> bool:
         """Whether it reads the embedding itself."""
-        return self._tied and self.product.keeps_weights
+        return self._tied and self.linear.keeps_weights
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, hidden_size], whole. Returns [tokens, this rank's vocabulary], float32 or wider."""
-        return self.product(x)
+        return self.linear(x)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Backend, PrefixStore, Store, TCPStore
 
-from parallel import shared, symmetric
+from parallel import shm, symm_mem
 from parallel.group import CollectiveError, Group
 
 Transport = Literal["shared", "gloo", "nccl", "symmetric"]
@@ -48,12 +48,12 @@ def choose(device: torch.device, wanted: Transport | Literal["auto"], one_machin
     if wanted == "auto":
         if device.type == "cuda":
             return "nccl"
-        return "shared" if one_machine and shared.available() else "gloo"
+        return "shared" if one_machine and shm.available() else "gloo"
     if (wanted in ("nccl", "symmetric")) != (device.type == "cuda"):
         raise ValueError(f"{wanted} cannot serve the device {device.type}")
     if wanted in ("shared", "symmetric") and not one_machine:
         raise ValueError(f"{wanted} needs all ranks on one machine")
-    if wanted == "shared" and not shared.available():
+    if wanted == "shared" and not shm.available():
         raise ValueError("shared needs Linux on x86")
     return wanted
 
@@ -103,8 +103,8 @@ def _enter(
         inherited = how.holder is None
         fd = how.fd if inherited else os.open(f"/proc/{how.holder}/fd/{how.fd}", os.O_RDWR)
         try:
-            offset = shared.area_bytes(how.size) if second else 0
-            return shared.SharedGroup(fd, how.rank, size, how.timeout_s, offset)
+            offset = shm.area_bytes(how.size) if second else 0
+            return shm.ShmGroup(fd, how.rank, size, how.timeout_s, offset)
         finally:
             if not inherited:
                 os.close(fd)
@@ -120,7 +120,7 @@ def _enter(
             torch.cuda.synchronize(device)
         comm._get_backend(device)._set_default_timeout(timedelta(seconds=how.timeout_s))
         if how.transport == "symmetric":
-            return symmetric.join(comm, part, device)
+            return symm_mem.join(comm, part, device)
         return Group(comm)
     except RuntimeError as error:
         raise CollectiveError(str(error)) from error

@@ -54,9 +54,10 @@ def best_gamma(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """What of a device is reached. Of the defaults, which are for GPUs, only `layer_s` is fitted (bench/paper/published.py);
-    the others are usual values, kept fixed because the published ratios hardly tell them from `layer_s`."""
+class Efficiency:
+    """What of a device is reached. Of the defaults, which are for GPUs, only `layer_s` is fitted
+    (bench/paper/published.py); the others are usual values, kept fixed because the published ratios hardly tell them
+    from `layer_s`."""
 
     flops: float = 0.6
     """u_f, of the peak, in matrix products and attention."""
@@ -70,27 +71,27 @@ class Calibration:
     """t_layer: launches and synchronisation of one layer, seconds, whatever it computes."""
 
 
-PUBLISHED = Calibration()
-REFERENCE_ON_CPU = Calibration(flops=1.0, weights=0.8, kv=0.04, verify_attention=1.1, layer_s=1e-3)
+PUBLISHED = Efficiency()
+REFERENCE_ON_CPU = Efficiency(flops=1.0, weights=0.8, kv=0.04, verify_attention=1.1, layer_s=1e-3)
 """The reference attention, read off the batches of 1 and 8 on two cores in docs/benchmarks.md. flops: of float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class PlacedModel:
     """One model on `ranks` devices. element_bytes: of weights, KV and activations alike."""
 
     model: ModelConfig
     device: Device
     ranks: int
     element_bytes: int = 2
-    calibration: Calibration = PUBLISHED
+    efficiency: Efficiency = PUBLISHED
 
     def forward_seconds(self, rows: int, context_tokens: float, queries: int = 1) -> float:
         """T: a forward of `queries` tokens in each of `rows` rows.
 
         context_tokens: KV tokens that are read, summed over rows (each once, however many queries read it).
         """
-        model, reached = self.model, self.calibration
+        model, reached = self.model, self.efficiency
         weights = active_parameters(model) * self.element_bytes
         linear = max(
             self.token_seconds * rows * queries,
@@ -105,13 +106,13 @@ class Placement:
     @property
     def _flops(self) -> float:
         """Of all ranks, per second, as far as they are reached."""
-        return self.ranks * self.device.flops * self.calibration.flops
+        return self.ranks * self.device.flops * self.efficiency.flops
 
     @property
     def kv_token_seconds(self) -> float:
         """Reading one token's KV, on the rank that holds most of it."""
         share = rank_kv_token_bytes(self.model, self.ranks, self.element_bytes)
-        return share / (self.device.bandwidth * self.calibration.kv)
+        return share / (self.device.bandwidth * self.efficiency.kv)
 
     @property
     def token_seconds(self) -> float:
@@ -127,14 +128,14 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speculation:
+class SpeculationCost:
     """Who drafts for whom. draft: the target itself (the same object), or a model of its own.
 
     budget: KV tokens per row that a draft step reads; None: all.
     """
 
-    target: Placement
-    draft: Placement
+    target: PlacedModel
+    draft: PlacedModel
     budget: int | None
 
     def draft_context(self, context: int) -> int:
@@ -192,7 +193,7 @@ class Speculation:
         [(2γ + 1 − Ω)·a/b + γ·K] / (Ω − 1). Infinite if no context is long enough.
         """
         target, draft = self.target, self.draft
-        tokens, longer = expected_tokens(gamma, alpha), target.calibration.verify_attention
+        tokens, longer = expected_tokens(gamma, alpha), target.efficiency.verify_attention
         if self.budget is None or tokens <= longer:
             return math.inf
         drafting = gamma * (draft.token_seconds + draft.kv_token_seconds * self.budget)

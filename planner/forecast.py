@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from engine.config.speculation import SnapKVConfig, SpeculationConfig, WindowConfig
-from engine.kv.draft_spec import Footprint, footprint
+from engine.kv.draft_spec import DraftKVSpec, draft_kv_spec
 from models.shapes import find_shape, rank_kv_token_bytes, rank_weight_bytes
-from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, Placement, Speculation
+from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, PlacedModel, SpeculationCost
 from planner.expected_acceptance import Policy, expected_alpha
 from planner.hardware import find_device
 
@@ -70,8 +70,8 @@ class Deployment:
 
     model: str
     draft: str
-    target: Placement
-    drafter: Placement
+    target: PlacedModel
+    drafter: PlacedModel
     policy: Policy
     alpha: float | None
 
@@ -94,7 +94,7 @@ class Deployment:
         speed, budget, chosen = max(
             (self._speed(batch, context, budget, gamma) for budget in budgets), key=lambda found: found[0]
         )
-        speculation = Speculation(target=self.target, draft=self.drafter, budget=budget)
+        speculation = SpeculationCost(target=self.target, draft=self.drafter, budget=budget)
         alpha = self.expected_alpha(budget, context)
         limit = speculation.break_even_limit(chosen, alpha)
         t_target = speculation.target_seconds(batch, context)
@@ -132,7 +132,7 @@ class Deployment:
 
     def _speed(self, batch: int, context: int, budget: int | None, gamma: int | None) -> tuple[float, int | None, int]:
         """Speed-up, budget, gamma."""
-        speculation = Speculation(target=self.target, draft=self.drafter, budget=budget)
+        speculation = SpeculationCost(target=self.target, draft=self.drafter, budget=budget)
         alpha = self.expected_alpha(budget, context)
         if gamma is not None:
             return speculation.speedup(batch, context, gamma, alpha), budget, gamma
@@ -153,7 +153,7 @@ class Deployment:
         draft_weights = (
             rank_weight_bytes(draft.model, draft.ranks, draft.element_bytes) if self.has_own_weights else 0.0
         )
-        kept = Footprint() if budget is None else self._footprint(budget, gamma)
+        kept = DraftKVSpec() if budget is None else self._footprint(budget, gamma)
         tokens = kept.pages
         if self.has_own_weights and (budget is None or self.policy == "snapkv"):
             tokens += context + slots
@@ -161,11 +161,11 @@ class Deployment:
         own = tokens * rank_kv_token_bytes(draft.model, draft.ranks, draft.element_bytes)
         return weights, kv, draft_weights, own + queries * -(-draft.model.num_heads // draft.ranks)
 
-    def _footprint(self, budget: int, gamma: int) -> Footprint:
+    def _footprint(self, budget: int, gamma: int) -> DraftKVSpec:
         """With pages of one token."""
         kv = WindowConfig(budget=budget) if self.policy == "window" else SnapKVConfig(policy="snapkv", budget=budget)
         drafter: Literal["self", "model"] = "model" if self.has_own_weights else "self"
-        return footprint(SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=kv), 1)
+        return draft_kv_spec(SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=kv), 1)
 
 
 def deploy(
@@ -181,12 +181,12 @@ def deploy(
         raise ForecastError(f"{model} has {shape.num_heads} query heads, which cannot be split over {ranks} ranks")
     if dtype == "float32" and gpu != "cpu":
         device = replace(device, flops=device.flops / 2)  # TF32
-    target = Placement(
+    target = PlacedModel(
         model=shape,
         device=device,
         ranks=ranks,
         element_bytes=ELEMENT_BYTES[dtype],
-        calibration=REFERENCE_ON_CPU if gpu == "cpu" else PUBLISHED,
+        efficiency=REFERENCE_ON_CPU if gpu == "cpu" else PUBLISHED,
     )
     drafter = target
     if draft != "self":

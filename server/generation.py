@@ -17,7 +17,7 @@ from engine.params import SamplingParams
 from engine.processes.supervisor import Supervisor
 from engine.text import Delta, StopString, TextStream, stop_strings
 from server.errors import ApiError, unavailable
-from server.observe.request_stats import Course
+from server.observe.request_stats import RequestStats
 from server.observe.speculation_report import of_round
 from server.service import Service
 
@@ -35,7 +35,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ChoiceDelta:
     """What one round added to one choice."""
 
     index: int
@@ -94,7 +94,7 @@ class Generation:
             "first_token_seconds": lambda: None if self.first is None else round(self.first - self.arrival, 4),
         }
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
+    async def pieces(self) -> AsyncGenerator[ChoiceDelta, None]:
         """Pieces of all choices as they come. Closing early aborts them. Raises ApiError, EngineDead."""
         with self.service.admit(len(self.choices), sum(len(choice.prompt) for choice in self.choices)) as client:
             stops = stop_strings(self.choices[0].params)
@@ -111,18 +111,18 @@ class Generation:
 
     async def _run(
         self, client: Supervisor, choice: Choice, stops: Sequence[StopString], name: str, like: str | None
-    ) -> AsyncGenerator[Piece, None]:
+    ) -> AsyncGenerator[ChoiceDelta, None]:
         nothing = choice.params.max_tokens == 0
         ended = Delta("", [], [], None if choice.params.logprobs is None else [], 0, 0, FINISH_LENGTH, None)
         if nothing and choice.params.prompt_logprobs is None:
-            yield Piece(choice.index, ended)
+            yield ChoiceDelta(choice.index, ended)
             return
         context = choice.prompt if choice.continues else ()
         stream = TextStream(self.service.tokenizer, choice.params, context, stops)
         # What is asked about the prompt alone takes a pass over it, which yields a token in any case.
         params = msgspec.structs.replace(choice.params, max_tokens=1, min_tokens=0) if nothing else choice.params
         request = AddRequest(name, choice.prompt, params, self.arrival, choice.priority, like)
-        course = Course(self.arrival, len(choice.prompt))
+        course = RequestStats(self.arrival, len(choice.prompt))
         try:
             async with aclosing(client.generate(request)) as outputs:
                 async for output in outputs:
@@ -139,7 +139,7 @@ class Generation:
                     self.usage.rejected += output.drafted - output.accepted
                     self.service.metrics.round(course, len(delta.tokens), seconds)
                     report = of_round(course, output, delta) if choice.report else None
-                    yield Piece(choice.index, delta, report, output.prompt_logprobs)
+                    yield ChoiceDelta(choice.index, delta, report, output.prompt_logprobs)
                     if course.reason is not None:
                         return
         finally:
@@ -148,11 +148,11 @@ class Generation:
                 self.service.tracing.send(course, self.parent)
 
 
-async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+async def merge(sources: Sequence[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
     """Items of all sources as they come. The first exception ends all; so does closing."""
-    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
 
-    async def pump(source: AsyncGenerator[Piece, None]) -> None:
+    async def pump(source: AsyncGenerator[ChoiceDelta, None]) -> None:
         try:
             async with aclosing(source):
                 async for item in source:

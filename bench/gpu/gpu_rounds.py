@@ -14,7 +14,7 @@ from bench.gpu.synthetic import accepting
 from bench.micro.bandwidth import wait
 from engine.config.deployment import EngineConfig
 from engine.core import Engine
-from engine.plan import RowWork, StepPlan, StepResult
+from engine.plan import RoundPlan, RoundResult, RowWork
 from engine.scheduler.controller import FixedGamma
 from engine.worker.profiler import blank_rows
 from kernels.ops import Ops
@@ -60,12 +60,12 @@ def random_shape(shape: ModelConfig, dtype: torch.dtype, device: torch.device, o
     """Weights drawn on the device; see models.loader.random_model for those that tests agree on."""
     model = Llama(shape, Placement(Group.single(), dtype, device, ops))
     generator = torch.Generator(device).manual_seed(0)
-    for slot in model.slots():
+    for slot in model.weight_slots():
         if len(slot.full_shape) == 1:
             slot.tensor.fill_(1.0 if slot.source.endswith("norm.weight") else 0.0)
         else:
             slot.tensor.normal_(0, slot.full_shape[1] ** -0.5, generator=generator)
-    model.pack()
+    model.prepare()
     return model
 
 
@@ -117,7 +117,7 @@ class Bench:
         )
         self._engine = Engine(config, model=self._model, controller=FixedGamma(gamma), progress=False)
         self._engine._worker._target.pool.data.normal_(0, 0.1)
-        self._run: Callable[[StepPlan], StepResult] = self._engine.profiler.run
+        self._run: Callable[[RoundPlan], RoundResult] = self._engine.profiler.run
 
     def measure(self, rows: int, context: int, *, alpha: float, ceiling: float) -> GpuResult:
         _, _, t_target = self._rounds_of(rows, context, 0)
@@ -153,7 +153,7 @@ class Bench:
             del self._engine, self._run
         del self._model
 
-    def _rounds_of(self, rows: int, context: int, gamma: int) -> tuple[list[StepResult], int, float]:
+    def _rounds_of(self, rows: int, context: int, gamma: int) -> tuple[list[RoundResult], int, float]:
         """Results, tokens that they yielded, and seconds of the median round, of so many in a row."""
         lengths = self._start(rows, context)
         results, seconds = [], []
@@ -185,11 +185,11 @@ class Bench:
         width = self._width(context)
         starts, pages = blank_rows(rows, context, width, rows * width)
         work = [RowWork(row, context, 1, 0, True) for row in range(rows)]
-        self._run(StepPlan(0, starts, pages, work))
+        self._run(RoundPlan(0, starts, pages, work))
         return [context + 1] * rows
 
-    def _round(self, lengths: list[int], gamma: int) -> StepResult:
-        result = self._run(StepPlan(0, [], [], [RowWork(i, n, 1, gamma, True) for i, n in enumerate(lengths)]))
+    def _round(self, lengths: list[int], gamma: int) -> RoundResult:
+        result = self._run(RoundPlan(0, [], [], [RowWork(i, n, 1, gamma, True) for i, n in enumerate(lengths)]))
         for i, row in enumerate(result.rows):
             lengths[i] += row.accepted + 1
         return result

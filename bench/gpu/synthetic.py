@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from engine.batch.rows import Round
+from engine.batch.rows import RoundBatch
 from engine.batch.runner import Runner
 from engine.sampling.sampler import Sampler
 from engine.speculation.drafters import Drafter
@@ -27,7 +27,7 @@ class Chance:
         self._alpha = alpha
         self._random = random.Random(seed)
 
-    def __call__(self, rows: Round, target: Runner, drafter: Drafter, sampler: Sampler) -> Verdict:
+    def __call__(self, rows: RoundBatch, target: Runner, drafter: Drafter, sampler: Sampler) -> Verdict:
         drafted = drafter.propose(rows)
         logits = target.forward(rows.verify_batch(target.view))
         verdict = self._judge(verify(drafted, logits, rows, sampler), rows)
@@ -36,7 +36,7 @@ class Chance:
         drafter.observe(rows, verdict)
         return verdict
 
-    def _judge(self, verdict: Verdict, rows: Round) -> Verdict:
+    def _judge(self, verdict: Verdict, rows: RoundBatch) -> Verdict:
         held = np.array([self._held(int(gamma)) for gamma in rows.gamma])
         verdict.rows[:, 1] = rows.state.to_device(held)
         return verdict

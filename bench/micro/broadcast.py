@@ -13,8 +13,8 @@ from time import perf_counter
 import msgspec
 import torch
 
-from engine.plan import PageDelta, RowWork, StepPlan
-from parallel import rendezvous, shared
+from engine.plan import PageDelta, RoundPlan, RowWork
+from parallel import rendezvous, shm
 from parallel.channel import Channel, Disconnected, Link
 from parallel.launch import RankProcesses
 from parallel.rendezvous import Join, Transport
@@ -52,17 +52,17 @@ class BroadcastResult:
 def measure(ranks: int, rows: int, floats: int) -> BroadcastResult:
     """rows: in the plan, all decoding; one in 16 gets a page. floats: numbers that an all-reduce sums."""
     work = [RowWork(row, 12_345, 1, 3, True) for row in range(rows)]
-    plan = StepPlan(123_456, [], [PageDelta(row, 700, [4321]) for row in range(0, rows, 16)], work)
+    plan = RoundPlan(123_456, [], [PageDelta(row, 700, [4321]) for row in range(0, rows, 16)], work)
     sums, agrees = {}, {}
-    transports: list[Transport] = ["shared", "gloo"] if shared.available() else ["gloo"]
+    transports: list[Transport] = ["shared", "gloo"] if shm.available() else ["gloo"]
     for transport in transports:
         send, reached, sums[transport], agrees[transport] = _run(ranks, transport, plan, floats)
     size = len(msgspec.msgpack.encode(plan))
     return BroadcastResult(ranks, rows, size, send, reached, sums.get("shared"), sums["gloo"], agrees.get("shared"))
 
 
-def _run(ranks: int, transport: Transport, plan: StepPlan, floats: int) -> tuple[float, float, float, float]:
-    memory = shared.create(ranks) if transport == "shared" else None
+def _run(ranks: int, transport: Transport, plan: RoundPlan, floats: int) -> tuple[float, float, float, float]:
+    memory = shm.create(ranks) if transport == "shared" else None
     store = rendezvous.host_store(ranks, _TIMEOUT_S) if memory is None else None
     processes = RankProcesses(
         [sys.executable, "-m", "bench.micro.broadcast"],
@@ -107,7 +107,7 @@ def _run(ranks: int, transport: Transport, plan: StepPlan, floats: int) -> tuple
 
 def _answers(channel: Channel, count: int) -> None:
     while count:
-        for rank, frame in channel.news(_TIMEOUT_S):
+        for rank, frame in channel.frames(_TIMEOUT_S):
             if frame is None:
                 raise RuntimeError(f"rank {rank} of the benchmark is gone")
             count -= 1
@@ -127,11 +127,11 @@ def table(results: Iterable[BroadcastResult]) -> str:
 
 def _rank() -> None:
     torch.set_num_threads(1)
-    link = Link.of_stdin()
+    link = Link.from_stdin()
     task = msgspec.msgpack.decode(link.receive(), type=Task)
     link.send(b"here")
     group = rendezvous.join(task.join, torch.device("cpu"))
-    decoder = msgspec.msgpack.Decoder(StepPlan)
+    decoder = msgspec.msgpack.Decoder(RoundPlan)
     for _ in range(_ROUNDS):
         decoder.decode(link.receive())
         link.send(b"got it")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from bench.micro.bandwidth import read_bandwidth
 from kernels.attention.base import AttentionBatch
-from kernels.attention.cpu import CpuAttention
+from kernels.attention.cpu_attention import CpuAttention
 from kernels.cpu.library import CpuKernels, PackedWeights
 from kernels.kv_cache import KVPool
 from models.default import user_cache
@@ -73,7 +73,7 @@ def products(kernels: CpuKernels, rows: int) -> None:
     """All products of all layers, by format."""
     weights = [[torch.randn(n, k, dtype=torch.bfloat16) for k, n in _SHAPES] for _ in range(_LAYERS)]
     packed = [[PackedWeights(weight) for weight in layer] for layer in weights]
-    coarse = [[PackedWeights(weight).rounded() for weight in layer] for layer in weights]
+    coarse = [[PackedWeights(weight).quantized() for weight in layer] for layer in weights]
     xs = [torch.randn(rows, k, dtype=torch.bfloat16) for k, _ in _SHAPES]
     size = sum(weight.nbytes for layer in weights for weight in layer)
 

@@ -16,18 +16,18 @@ import msgspec
 import torch
 
 from bench.micro.shares import Clock
-from engine.batch.rows import Rows
+from engine.batch.rows import RowState
 from engine.kv.policies import View, Window
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.plan import RowResult, StepResult
+from engine.plan import RoundResult, RowResult
 from engine.scheduler.controller import FixedGamma
-from engine.scheduler.outputs import output_of
+from engine.scheduler.outputs import make_output
 from engine.scheduler.pages import PageAllocator
 from engine.scheduler.scheduler import Scheduler
 from engine.worker.build import dense
-from kernels.attention.base import Fixed
-from kernels.attention.gpu import GpuAttention
+from kernels.attention.base import GraphShape
+from kernels.attention.triton_attention import GpuAttention
 
 _PAGE = 16
 _WARM_UPS = 5
@@ -53,11 +53,11 @@ class Host:
         params = SamplingParams(max_tokens=most, temperature=0.0)
         for row in range(rows):
             self._scheduler.add(AddRequest(str(row), [0] * context, params))
-        self._rows = Rows(max_rows=rows, max_model_len=2 * most, page_size=_PAGE, device=torch.device("cpu"))
+        self._rows = RowState(max_rows=rows, max_model_len=2 * most, page_size=_PAGE, device=torch.device("cpu"))
         self._view = View(Window(budget=budget, sink=_PAGE, page_size=_PAGE), self._rows.page_table)
         draft_width = min(budget // _PAGE + 1, width)
-        self._steps = [GpuAttention(fixed=Fixed(rows, rows, draft_width)) for _ in range(gamma)]
-        self._target = GpuAttention(fixed=Fixed(rows, rows * (gamma + 1), self._rows.page_table.shape[1]))
+        self._steps = [GpuAttention(fixed=GraphShape(rows, rows, draft_width)) for _ in range(gamma)]
+        self._target = GpuAttention(fixed=GraphShape(rows, rows * (gamma + 1), self._rows.page_table.shape[1]))
         self._encoder = msgspec.msgpack.Encoder()
 
     def run(self) -> Clock:
@@ -89,9 +89,9 @@ class Host:
             results.append(RowResult(work.gamma, held, [0] * (held + 1), None))
             self._rows.computed[work.row] += work.new + held
         with parts.time("commit"):
-            yielded = self._scheduler.commit(plan, requests, StepResult(plan.step, results, 0.0, 0.0))
+            yielded = self._scheduler.commit(plan, requests, RoundResult(plan.number, results, 0.0, 0.0))
         with parts.time("say what came of it"):
-            outputs = [output_of(request, new, row) for (request, new), row in zip(yielded, results, strict=True)]
+            outputs = [make_output(request, new, row) for (request, new), row in zip(yielded, results, strict=True)]
         with parts.time("encode that for peers"):
             self._encoder.encode(outputs)
 

@@ -10,19 +10,18 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, overload
 
 from torch import Tensor
 
 from engine.config.deployment import EngineConfig
 from engine.core import Engine
-from engine.plan import RowWork, StepPlan
+from engine.plan import RoundPlan, RowWork
 from engine.scheduler.controller import FixedGamma
 from engine.worker.profiler import blank_rows
-from engine.worker.resolve import size_up
+from engine.worker.resolve import resolve
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.kv_cache import LayerKV
-from kernels.ops import Graphs, Ops, Product
+from kernels.ops import Graphs, Linear, Ops
 from models.loader import load_model
 from parallel.group import Group
 
@@ -46,10 +45,10 @@ class Clock:
         self.calls.clear()
 
 
-class TimedProduct:
+class TimedLinear:
     """A product on the clock."""
 
-    def __init__(self, inner: Product, name: str, clock: Clock) -> None:
+    def __init__(self, inner: Linear, name: str, clock: Clock) -> None:
         self._inner, self._name, self._clock = inner, name, clock
 
     @property
@@ -64,8 +63,8 @@ class TimedProduct:
         with self._clock.time(self._name):
             return self._inner(x)
 
-    def int8(self) -> TimedProduct:
-        return TimedProduct(self._inner.int8(), f"{self._name}, int8", self._clock)
+    def quantized(self) -> TimedLinear:
+        return TimedLinear(self._inner.quantized(), f"{self._name}, int8", self._clock)
 
 
 class TimedAttention:
@@ -79,14 +78,10 @@ class TimedAttention:
         self._name = f"attention, {max(batch.query_lengths)} queries over {max(batch.kv_lengths)}"
         self._inner.plan(batch)
 
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
         with self._clock.time(self._name):
-            return self._inner.run(layer, q, scale, lse=True) if lse else self._inner.run(layer, q, scale)
+            return self._inner.run(layer, q, scale)
 
 
 class TimedOps:
@@ -97,9 +92,9 @@ class TimedOps:
         self.kind, self.name = inner.kind, inner.name
         self.graphs: Graphs | None = None
 
-    def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> TimedProduct:
-        inner = self._inner.product(weight, bias, gated=gated, wide=wide)
-        return TimedProduct(inner, "head" if wide else "products", self._clock)
+    def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> TimedLinear:
+        inner = self._inner.linear(weight, bias, gated=gated, wide=wide)
+        return TimedLinear(inner, "head" if wide else "products", self._clock)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         with self._clock.time("norms"):
@@ -124,14 +119,14 @@ class TimedOps:
             return self._inner.sample(logits, temperature, seeds, positions, first)
 
     def accept(
-        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
+        self, tokens: Tensor, computed: Tensor, row_spans: Tensor, drafted: Tensor, chosen: Tensor, most: int
     ) -> Tensor:
         with self._clock.time("verdict"):
-            return self._inner.accept(tokens, computed, ledger, drafted, chosen, most)
+            return self._inner.accept(tokens, computed, row_spans, drafted, chosen, most)
 
-    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
+    def commit(self, tokens: Tensor, computed: Tensor, row_spans: Tensor, verdict: Tensor) -> None:
         with self._clock.time("verdict"):
-            self._inner.commit(tokens, computed, ledger, verdict)
+            self._inner.commit(tokens, computed, row_spans, verdict)
 
     def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         with self._clock.time("votes"):
@@ -161,7 +156,7 @@ def main() -> None:
             "speculation": {"gamma": arguments.gamma},
         }
     )
-    sizes, clock = size_up(config, None), Clock()
+    sizes, clock = resolve(config, None), Clock()
     model = load_model(
         sizes.path,
         dtype=sizes.dtype,
@@ -177,11 +172,11 @@ def main() -> None:
     starts, pages = blank_rows(arguments.rows, context, width, arguments.rows * width)
     work = [RowWork(row, context, 1, arguments.gamma, True) for row in range(arguments.rows)]
     run = engine.profiler.run
-    run(StepPlan(0, starts, pages, work, clear=list(range(arguments.rows * width))))
+    run(RoundPlan(0, starts, pages, work, clear=list(range(arguments.rows * width))))
     clock.clear()
     began = time.perf_counter()
     for _ in range(arguments.rounds):
-        run(StepPlan(0, [], [], work))
+        run(RoundPlan(0, [], [], work))
     taken = (time.perf_counter() - began) / arguments.rounds
     engine.close()
     print(f"{arguments.rows} rows of {context} tokens, gamma {arguments.gamma}: {1e3 * taken:.1f} ms per round")

@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bench.corpus import BenchError
-from engine.batch.rows import Round, Rows
+from engine.batch.rows import RoundBatch, RowState
 from engine.config.deployment import ConfigError, EngineConfig, describe
 from engine.params import SamplingParams
-from engine.plan import PageDelta, RowStart, RowWork, StepPlan
+from engine.plan import PageDelta, RoundPlan, RowStart, RowWork
 from engine.sampling.sampler import Sampler
 from engine.speculation.drafters import Drafter
 from engine.speculation.round import run_round
@@ -31,7 +31,7 @@ from engine.speculation.verify import Verdict
 from engine.worker.build import DraftModel, load_draft, make_drafter, make_target
 from models.llama import Llama
 from parallel.group import Group
-from parallel.sampling import VocabShard
+from parallel.vocab_shard import VocabShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +157,14 @@ class Panel:
         self._drafters = drafters
         self.proposed: list[list[Tensor]] = [[] for _ in drafters]
 
-    def propose(self, rows: Round) -> Tensor:
+    def propose(self, rows: RoundBatch) -> Tensor:
         for drafter, proposed in zip(self._drafters, self.proposed, strict=True):
             drafter.propose(rows)
             if rows.gamma_max:
                 proposed.append(rows.drafts())
         return torch.zeros_like(rows.gamma_asked)
 
-    def observe(self, rows: Round, verdict: Verdict) -> None:
+    def observe(self, rows: RoundBatch, verdict: Verdict) -> None:
         for drafter in self._drafters:
             drafter.observe(rows, verdict)
 
@@ -193,7 +193,7 @@ def measure(
         raise BenchError(f"{length} tokens of context and text, but the model has {target.config.max_model_len}")
     texts = seeded(prompts, sampling)
     row_width = -(-length // config.cache.page_size)
-    rows = Rows(max_rows=len(texts), max_model_len=length, page_size=config.cache.page_size, device=target.device)
+    rows = RowState(max_rows=len(texts), max_model_len=length, page_size=config.cache.page_size, device=target.device)
     group = Group.single()
     vocab = VocabShard(target.vocab_start, target.vocab_size, target.config.vocab_size, group)
     sampler = Sampler(rows, vocab, target.ops)
@@ -220,7 +220,7 @@ def measure(
     def step(work: list[RowWork], start: RowStart | None = None, pages: Sequence[PageDelta] = ()) -> None:
         if start is not None:
             sampler.start(start)
-        plan = StepPlan(0, [start] if start else [], list(pages), work)
+        plan = RoundPlan(0, [start] if start else [], list(pages), work)
         run_round(rows.enter(plan), runner, panel, sampler)
 
     chunk = config.scheduler.max_batch_tokens

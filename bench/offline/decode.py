@@ -20,7 +20,7 @@ import torch
 
 from bench.offline.interleave import Contender, Gamma, Rounds, roomy, run_turns
 from engine.config.deployment import EngineConfig
-from engine.scheduler.stats import acceptance
+from engine.scheduler.stats import acceptance_rate
 from engine.worker.loading import load_target
 from planner.cost_model import speedup
 
@@ -107,7 +107,7 @@ def _result(
     weights = engine.weight_bytes
     weight_bytes = weights.target + gamma * (weights.draft or weights.target)
     t_target = median(plain.seconds) if plain else None
-    alpha = acceptance(rounds.total) if gamma else None
+    alpha = acceptance_rate(rounds.total) if gamma else None
     t_draft = median(rounds.draft) / gamma if gamma and speculation != "auto" else None
     predicted = None
     if t_target is not None and alpha is not None and t_draft is not None and speculation != "auto":

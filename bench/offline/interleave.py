@@ -15,8 +15,8 @@ from engine.config.deployment import EngineConfig, SchedulerConfig
 from engine.core import Engine
 from engine.messages import AddRequest, EngineStats, RequestOutput
 from engine.params import SamplingParams
-from engine.plan import StepPlan, StepResult
-from engine.scheduler.controller import Controller, FixedGamma, Report
+from engine.plan import RoundPlan, RoundResult
+from engine.scheduler.controller import Controller, ControllerReport, FixedGamma
 from engine.scheduler.request import Request
 from models.llama import Llama
 
@@ -33,7 +33,7 @@ class TurnsOfGamma:
         self._gamma_max = gamma_max
         self.gamma: Gamma = 0
         self.auto: Controller = FixedGamma(gamma_max)
-        self.report = Report()
+        self.report = ControllerReport()
         self.budget = 0
 
     @property
@@ -48,7 +48,7 @@ class TurnsOfGamma:
         self.budget = 0
         return [self.gamma] * len(rows)
 
-    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
+    def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
         """What a round took is read off the engine's statistics."""
         if self.gamma == "auto":
             self.auto.observe(plan, requests, result)

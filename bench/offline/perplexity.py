@@ -59,12 +59,12 @@ def main() -> None:
     tokenizer = Tokenizer(resolve_model(arguments.model))
     texts = passages(tokenizer, read_text(arguments.text), count=arguments.passages, length=arguments.length)
     model = load_target(EngineConfig(model=arguments.model, device="cpu", dtype=arguments.dtype), progress=False)
-    found = [torch.cat([logprobs(each, text) for text in texts]) for each in (model, model.rounded())]
+    found = [torch.cat([logprobs(each, text) for text in texts]) for each in (model, model.quantized())]
     names = str(model.dtype).removeprefix("torch."), "int8"
     for name, values in zip(names, found, strict=True):
         print(f"{name:>9}: perplexity {math.exp(-float(values.mean())):.3f} over {len(values)} tokens")
-    for full, rounded in pairwise(found):
-        change = full - rounded
+    for full, quantized in pairwise(found):
+        change = full - quantized
         error = float(change.std()) / len(change) ** 0.5
         print(f"int8 costs {float(change.mean()):.4f} ± {error:.4f} nats per token")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.shapes import SHAPES
-from planner.cost_model import PUBLISHED, Calibration, Placement, Speculation
+from planner.cost_model import PUBLISHED, Efficiency, PlacedModel, SpeculationCost
 from planner.expected_acceptance import DRAFT_MODEL, expected_alpha
 from planner.hardware import GPUS
 
@@ -50,13 +50,13 @@ class Row:
         small = self.draft != "self"
         return expected_alpha("window", self.budget, self.context, draft_model=small, most=constants.draft_model)
 
-    def speculation(self, calibration: Calibration) -> Speculation:
+    def speculation(self, efficiency: Efficiency) -> SpeculationCost:
         """As it was published: the draft on no more GPUs than it has KV heads."""
-        target = _place(self.gpu, self.target, self.tensor_parallel, calibration)
+        target = _place(self.gpu, self.target, self.tensor_parallel, efficiency)
         if self.draft == "self":
-            return Speculation(target=target, draft=target, budget=self.budget)
+            return SpeculationCost(target=target, draft=target, budget=self.budget)
         ranks = min(self.tensor_parallel, SHAPES[self.draft].num_kv_heads)
-        return Speculation(target=target, draft=_place(self.gpu, self.draft, ranks, calibration), budget=self.budget)
+        return SpeculationCost(target=target, draft=_place(self.gpu, self.draft, ranks, efficiency), budget=self.budget)
 
     def predict(self, constants: Constants) -> float:
         """The speed-up at the published gamma."""
@@ -70,7 +70,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PublishedStep:
     """One published time of plain decoding."""
 
     gpu: str
@@ -82,13 +82,13 @@ class Step:
 
     def predict(self, constants: Constants) -> float:
         """Milliseconds."""
-        calibration = replace(PUBLISHED, layer_s=constants.layer_s)
-        target = _place(self.gpu, self.target, self.tensor_parallel, calibration)
+        efficiency = replace(PUBLISHED, layer_s=constants.layer_s)
+        target = _place(self.gpu, self.target, self.tensor_parallel, efficiency)
         return 1e3 * target.forward_seconds(self.batch, self.batch * self.context)
 
 
-def _place(gpu: str, model: str, ranks: int, calibration: Calibration) -> Placement:
-    return Placement(model=SHAPES[model], device=GPUS[gpu], ranks=ranks, calibration=calibration)
+def _place(gpu: str, model: str, ranks: int, efficiency: Efficiency) -> PlacedModel:
+    return PlacedModel(model=SHAPES[model], device=GPUS[gpu], ranks=ranks, efficiency=efficiency)
 
 
 def read_rows() -> list[Row]:
@@ -109,9 +109,9 @@ def read_rows() -> list[Row]:
     ]
 
 
-def read_steps() -> list[Step]:
+def read_steps() -> list[PublishedStep]:
     return [
-        Step(
+        PublishedStep(
             gpu=row["gpu"],
             tensor_parallel=int(row["tensor_parallel"]),
             target=row["target"],
@@ -157,7 +157,7 @@ def left_out(rows: Sequence[Row]) -> list[float]:
 
 def roofline(row: Row) -> float:
     """The speed-up at the published gamma if data sheets were all there is to it."""
-    sheet = Calibration(flops=1.0, weights=1.0, kv=1.0, verify_attention=1.0, layer_s=0.0)
+    sheet = Efficiency(flops=1.0, weights=1.0, kv=1.0, verify_attention=1.0, layer_s=0.0)
     speculation = row.speculation(sheet)
     return speculation.speedup(row.batch, row.context, row.gamma, row.alpha(Constants()))
 

@@ -26,7 +26,7 @@ import yaml
 
 from bench.corpus import BenchError, passages, read_text
 from bench.paper.forecast_report import check_plotting
-from bench.peers.compare_report import Entry, First, Point, Report, plot, table
+from bench.peers.compare_report import ComparisonReport, Entry, First, Point, plot, table
 from bench.peers.install import PeerError, default_gguf, environment, is_default, peers_dir
 from bench.peers.process import PEERS, PeerProcess
 from models.config import ModelConfig, ModelError, read_config
@@ -42,7 +42,7 @@ _PREFILL_CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Peer:
     """A line of the table. options: see the head of bench/peers/{peer}.py."""
 
     name: str
@@ -53,28 +53,28 @@ class Contender:
 
 
 CONTENDERS = (
-    Contender("magicdec off", "magicdec", {"engine.speculation.gamma": 0}),
-    Contender("magicdec auto", "magicdec", {"engine.speculation.gamma": "auto"}),
-    Contender("vllm", "vllm"),
-    Contender("llama.cpp bf16", "llama_cpp", {"weights": "BF16"}),
-    Contender("llama.cpp q8_0", "llama_cpp", {"weights": "Q8_0"}, usual=False),
-    Contender("llama.cpp as is", "llama_cpp", usual=False),
-    Contender("transformers", "transformers"),
-    Contender("transformers lookup", "transformers", {"lookup": 4}),
-    Contender("transformers continuous", "transformers", {"continuous": True}, usual=False),
+    Peer("magicdec off", "magicdec", {"engine.speculation.gamma": 0}),
+    Peer("magicdec auto", "magicdec", {"engine.speculation.gamma": "auto"}),
+    Peer("vllm", "vllm"),
+    Peer("llama.cpp bf16", "llama_cpp", {"weights": "BF16"}),
+    Peer("llama.cpp q8_0", "llama_cpp", {"weights": "Q8_0"}, usual=False),
+    Peer("llama.cpp as is", "llama_cpp", usual=False),
+    Peer("transformers", "transformers"),
+    Peer("transformers lookup", "transformers", {"lookup": 4}),
+    Peer("transformers continuous", "transformers", {"continuous": True}, usual=False),
 )
 
 
-def variant(text: str) -> Contender:
+def variant(text: str) -> Peer:
     """`NAME: key=value key=value`, settings of `engine`: another kind of magicdec. Raises BenchError."""
     name, colon, settings = text.partition(":")
     pairs = [setting.partition("=") for setting in settings.split()]
     if not colon or not name.strip() or not all(key and equals for key, equals, _ in pairs):
         raise BenchError(f"--variant {text!r}: expected NAME: key=value key=value")
-    return Contender(name.strip(), "magicdec", {f"engine.{key}": yaml.safe_load(value) for key, _, value in pairs})
+    return Peer(name.strip(), "magicdec", {f"engine.{key}": yaml.safe_load(value) for key, _, value in pairs})
 
 
-def choose(names: str | None, more: Sequence[Contender]) -> list[Contender]:
+def choose(names: str | None, more: Sequence[Peer]) -> list[Peer]:
     """names: comma-separated, None: the usual ones; `more`, the variants, always. Raises BenchError."""
     known = {contender.name: contender for contender in (*CONTENDERS, *more)}
     if names is None:
@@ -156,11 +156,11 @@ class Lineup:
             raise
 
 
-Start = Callable[[Contender], PeerProcess]
+Start = Callable[[Peer], PeerProcess]
 
 
 @contextlib.contextmanager
-def line_up(contenders: Sequence[Contender], start: Start, say: Callable[[str], None]) -> Iterator[Lineup]:
+def line_up(contenders: Sequence[Peer], start: Start, say: Callable[[str], None]) -> Iterator[Lineup]:
     """Start all of them, one by one; those that cannot be had are noted."""
     lineup = Lineup()
     with contextlib.ExitStack() as stack:
@@ -186,7 +186,7 @@ def starter(
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    def start(contender: Contender) -> PeerProcess:
+    def start(contender: Peer) -> PeerProcess:
         python, options = Path(sys.executable), dict(contender.options)
         variables = {}
         if contender.peer in ENVIRONMENTS:
@@ -305,15 +305,15 @@ def _append(rows: list[list[int]], new: Sequence[Sequence[int]]) -> None:
 
 
 def run(
-    contenders: Sequence[Contender],
+    contenders: Sequence[Peer],
     start: Start,
     plan: Plan,
     cut: Callable[[int, int], list[list[int]]],
     settings: Mapping[str, Any],
     say: Callable[[str], None],
-) -> Report:
+) -> ComparisonReport:
     """cut: (count, length) -> so many passages of the text, as token ids. settings: see Plan.settings."""
-    report = Report(threads=settings["threads"], new_tokens=plan.new_tokens, rounds=plan.rounds)
+    report = ComparisonReport(threads=settings["threads"], new_tokens=plan.new_tokens, rounds=plan.rounds)
     with line_up(contenders, start, say) as lineup:
         report.contenders = lineup.entries
         check(lineup, cut(_CHECK_PROMPTS, _CHECK_LENGTH))

@@ -53,7 +53,7 @@ class First(msgspec.Struct):
     error: str | None = None
 
 
-class Report(msgspec.Struct):
+class ComparisonReport(msgspec.Struct):
     threads: int
     new_tokens: int
     rounds: int
@@ -72,7 +72,7 @@ class Report(msgspec.Struct):
 _HEAD = ("batch", "context", "step ms", "least", "most", "tok/s", "x first", "prefill s", "total s", "same")
 
 
-def table(report: Report, only: tuple[int, int] | None = None) -> str:
+def table(report: ComparisonReport, only: tuple[int, int] | None = None) -> str:
     """As text. only: the lines of one point, no legend."""
     width = max((len(entry.name) for entry in report.contenders), default=0) + 2
     places = report.places() if only is None else [only]
@@ -133,7 +133,7 @@ def _note(error: str | None) -> str:
     return "" if error is None else f"  ({error})"
 
 
-def plot(report: Report, path: Path) -> None:
+def plot(report: ComparisonReport, path: Path) -> None:
     """A PNG: tokens per second by contender, a panel per point; a last one for the first token.
 
     Raises PlotError without matplotlib, OSError if the file cannot be written.

@@ -1,4 +1,5 @@
-"""One contender as a process: asked by JSON lines (bench/peers/programs/driver.py), stopped while others are measured."""
+"""One contender as a process: asked by JSON lines (bench/peers/programs/driver.py), stopped while others are
+measured."""
 
 from __future__ import annotations
 

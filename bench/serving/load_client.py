@@ -19,7 +19,7 @@ out: no end within the time-out; broken off: the connection, before the end."""
 
 
 @dataclass(slots=True)
-class Record:
+class RequestRecord:
     """One request. Times in seconds of time.perf_counter(): due, when it should have been sent; sent; chunks, when text
     came. tokens: as the server counts them."""
 
@@ -73,7 +73,7 @@ class LoadClient:
         self._target = target
         self._done = done
 
-    async def at_rate(self, items: Sequence[Item], rate: float, arrivals: Arrivals, seed: int) -> list[Record]:
+    async def at_rate(self, items: Sequence[Item], rate: float, arrivals: Arrivals, seed: int) -> list[RequestRecord]:
         """Open loop: requests are sent when they are due, however many are under way."""
         async with self._session() as session:
             began = time.perf_counter()
@@ -84,10 +84,10 @@ class LoadClient:
                 tasks.append(asyncio.create_task(self._ask(session, item, due)))
             return list(await asyncio.gather(*tasks))
 
-    async def at_concurrency(self, items: Sequence[Item], concurrency: int) -> list[Record]:
+    async def at_concurrency(self, items: Sequence[Item], concurrency: int) -> list[RequestRecord]:
         """Closed loop: so many requests under way, the next one when one has ended."""
         left = list(enumerate(items))[::-1]
-        records: dict[int, Record] = {}
+        records: dict[int, RequestRecord] = {}
         async with self._session() as session:
 
             async def user() -> None:
@@ -103,8 +103,8 @@ class LoadClient:
         connector = aiohttp.TCPConnector(limit=0)
         return aiohttp.ClientSession(headers=self._target.headers, timeout=timeout, connector=connector)
 
-    async def _ask(self, session: aiohttp.ClientSession, item: Item, due: float) -> Record:
-        record = Record(due, time.perf_counter())
+    async def _ask(self, session: aiohttp.ClientSession, item: Item, due: float) -> RequestRecord:
+        record = RequestRecord(due, time.perf_counter())
         body = {
             "prompt": item.prompt,
             "max_tokens": item.output,
@@ -129,7 +129,7 @@ class LoadClient:
         self._done()
         return record
 
-    async def _read(self, answer: aiohttp.ClientResponse, record: Record) -> None:
+    async def _read(self, answer: aiohttp.ClientResponse, record: RequestRecord) -> None:
         async for line in answer.content:
             if not line.startswith(b"data:"):
                 continue

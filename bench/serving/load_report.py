@@ -10,7 +10,7 @@ import msgspec
 
 from bench.corpus import BenchError
 from bench.paper.forecast_report import check_plotting
-from bench.serving.load_client import Record
+from bench.serving.load_client import RequestRecord
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -36,7 +36,7 @@ class Slo(msgspec.Struct, frozen=True):
                 f"{text!r} is no SLO: ttft, tpot and e2e with milliseconds, like ttft:500,tpot:50"
             ) from None
 
-    def met(self, record: Record) -> bool:
+    def met(self, record: RequestRecord) -> bool:
         """Only by an answer."""
         if record.fate != "answered" or not record.chunks:
             return False
@@ -69,7 +69,9 @@ class Summary(msgspec.Struct):
     reasons: dict[str, int]
 
     @classmethod
-    def of(cls, records: Sequence[Record], level: float, closed: bool, speculation: str, slo: Slo | None) -> Summary:
+    def of(
+        cls, records: Sequence[RequestRecord], level: float, closed: bool, speculation: str, slo: Slo | None
+    ) -> Summary:
         answered = [record for record in records if record.fate == "answered" and record.chunks]
         seconds = max(record.ended for record in records) - min(record.due for record in records)
         good = None if slo is None else sum(map(slo.met, records)) / seconds

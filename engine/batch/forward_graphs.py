@@ -1,7 +1,8 @@
-"""Forwards that are captured in graphs at the start, and replayed: a round of few rows is hundreds of launches else.
+"""Forwards captured in graphs at start-up and replayed: launched one by one, a round of few rows is hundreds of
+kernels.
 
-A captured forward has a fixed number of rows, and room for a number of queries of each. Batches are filled up with rows
-of the pool's scratch page, which is nobody's.
+A captured forward has a fixed number of rows, and room for a fixed number of queries of each. Smaller batches are
+padded with rows of the pool's scratch page, which nobody owns.
 """
 
 from __future__ import annotations
@@ -16,82 +17,82 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend, AttentionBatch, Fixed
+from kernels.attention.base import AttentionBackend, AttentionBatch, GraphShape
 from kernels.kv_cache import KVPool
 from kernels.ops import Graphs
 from models.batch import ForwardBatch
 from models.llama import Llama
 
-_EVERY = 32  # up to here row counts are powers of two, then its multiples
+_STRIDE = 32
+"""Row counts are powers of two up to here, then its multiples."""
 
 log = logging.getLogger(__name__)
 
 
-def row_counts(max_rows: int) -> list[int]:
-    """For how many rows forwards are captured, rising; the last one is `max_rows`."""
-    powers = [2**i for i in range(_EVERY.bit_length())]
-    counts = {*powers, *range(_EVERY, max_rows, _EVERY), max_rows}
+def graph_row_counts(max_rows: int) -> list[int]:
+    """Numbers of rows for which forwards are captured, rising; the last one is `max_rows`."""
+    powers = [2**i for i in range(_STRIDE.bit_length())]
+    counts = {*powers, *range(_STRIDE, max_rows, _STRIDE), max_rows}
     return sorted(count for count in counts if count <= max_rows)
 
 
-class Frame:
-    """What a captured forward reads, at fixed addresses: for a number of rows, with room for queries of each.
+class GraphInputs:
+    """Inputs of a captured forward, at fixed addresses: for a number of rows, with room for queries of each.
 
-    ids, positions, slots: [rows * queries] int64. attention: planned for what was put in last.
+    ids, positions, slots: [rows * queries] int64. attention: planned for the inputs copied last.
     """
 
     def __init__(self, model: Llama, pool: KVPool, graphs: Graphs, *, rows: int, queries: int, width: int) -> None:
-        """width: most pages that a row's list has. pool: has a scratch page."""
+        """width: largest number of pages in a row's list. pool: has a scratch page."""
         assert pool.scratch is not None
         device, page_size = model.device, pool.page_size
         self.rows, self.queries = rows, queries
-        # What stands where no token does: its id, its position, the slot that its KV goes to.
-        nowhere = torch.tensor([0, 0, pool.scratch * page_size], device=device)
-        self._nowhere = nowhere[0:1], nowhere[1:2], nowhere[2:3]
-        self.ids, self.positions, self.slots = (each.repeat(rows * queries) for each in self._nowhere)
+        # Padding values: token id, position, KV slot.
+        padding = torch.tensor([0, 0, pool.scratch * page_size], device=device)
+        self._padding = padding[0:1], padding[1:2], padding[2:3]
+        self.ids, self.positions, self.slots = (each.repeat(rows * queries) for each in self._padding)
         self._scratch = torch.full((1, 1), pool.scratch, device=device).expand(rows, width)
-        self.attention: AttentionBackend = graphs.attention(
-            page_size, model.head_dim, Fixed(rows, rows * queries, width)
-        )
+        shape = GraphShape(rows, rows * queries, width)
+        self.attention: AttentionBackend = graphs.attention(page_size, model.head_dim, shape)
         self._whole = AttentionBatch([queries] * rows, [queries] * rows, self._scratch[:, : -(-queries // page_size)])
         self.attention.plan(self._whole)
 
     @property
-    def batch(self) -> ForwardBatch:
-        """Of all tokens there is room for."""
+    def whole(self) -> ForwardBatch:
+        """Inputs of all tokens there is room for."""
         return ForwardBatch(self.ids, self.positions, self.slots, self._whole, self.positions)
 
-    def fits(self, batch: ForwardBatch) -> bool:
-        lengths = batch.attention.query_lengths
+    def fits(self, inputs: ForwardBatch) -> bool:
+        lengths = inputs.attention.query_lengths
         return 0 < len(lengths) <= self.rows and max(lengths) <= self.queries
 
-    def put(self, batch: ForwardBatch) -> None:
-        """What the next replay computes. Rows that are missing become rows of one query each, which sees nothing but
-        the scratch page."""
-        new = batch.token_ids, batch.positions, batch.slots
-        for kept, values, nowhere in zip((self.ids, self.positions, self.slots), new, self._nowhere, strict=True):
-            kept[: len(values)] = values
-            if len(values) < len(kept):
-                kept[len(values) :] = nowhere
-        asked = batch.attention
-        if missing := self.rows - len(asked.query_lengths):
+    def copy(self, inputs: ForwardBatch) -> None:
+        """Copy in what the next replay computes. Missing rows become rows of one query that sees nothing but the
+        scratch page."""
+        new = inputs.token_ids, inputs.positions, inputs.slots
+        for fixed, values, padding in zip((self.ids, self.positions, self.slots), new, self._padding, strict=True):
+            fixed[: len(values)] = values
+            if len(values) < len(fixed):
+                fixed[len(values) :] = padding
+        batch = inputs.attention
+        if missing := self.rows - len(batch.query_lengths):
             ones = [1] * missing
-            pages = torch.cat([asked.pages, self._scratch[:missing, : asked.pages.shape[1]]])
-            asked = AttentionBatch([*asked.query_lengths, *ones], [*asked.kv_lengths, *ones], pages)
-        self.attention.plan(asked)
+            pages = torch.cat([batch.pages, self._scratch[:missing, : batch.pages.shape[1]]])
+            batch = AttentionBatch([*batch.query_lengths, *ones], [*batch.kv_lengths, *ones], pages)
+        self.attention.plan(batch)
 
 
 @dataclass(frozen=True, slots=True)
-class _Captured:
+class _CapturedForward:
     """One graph. states: [tokens, hidden_size]."""
 
-    frame: Frame
+    inputs: GraphInputs
     states: Tensor
     replay: Callable[[], None]
 
 
 class ForwardGraphs:
-    """Of one model over one pool that has a scratch page. All graphs leave what they compute in the same place."""
+    """Captured forwards of one model over one pool with a scratch page. All leave their results in the same place."""
 
     def __init__(
         self,
@@ -103,10 +104,10 @@ class ForwardGraphs:
         queries: Iterable[int],
         width: int,
     ) -> None:
-        """Captures a forward for each of `rows` with up to each of `queries` per row. Every rank does that at the same
+        """Capture a forward for each of `rows` with up to each of `queries` per row. Every rank does so at the same
         time.
 
-        width: most pages that a row's list has.
+        width: largest number of pages in a row's list.
         """
         self._model, self._pool, self._graphs = model, pool, graphs
         self._rows, self._queries = sorted(rows), sorted(queries)
@@ -115,43 +116,43 @@ class ForwardGraphs:
         self._states = torch.zeros(most, model.config.hidden_size, dtype=model.dtype, device=model.device)
         # The largest first, so that the others fit into its memory.
         shapes = sorted(((count, each) for count in self._rows for each in self._queries), key=_tokens, reverse=True)
-        with reported(f"{len(shapes)} forwards of up to {self._rows[-1]} rows", model.device):
+        with log_capture(f"{len(shapes)} forwards of up to {self._rows[-1]} rows", model.device):
             self._captured = {shape: self._capture(*shape) for shape in shapes}
 
-    def forward(self, batch: ForwardBatch) -> Tensor | None:
-        """As Llama.forward; None if no graph has room for the batch."""
-        queries = batch.attention.query_lengths
+    def forward(self, inputs: ForwardBatch) -> Tensor | None:
+        """Same as Llama.forward; None if no graph has room for the inputs."""
+        queries = inputs.attention.query_lengths
         if not queries:
             return None
-        rows, each = at_least(self._rows, len(queries)), at_least(self._queries, max(queries))
+        rows, each = round_up(self._rows, len(queries)), round_up(self._queries, max(queries))
         if rows is None or each is None:
             return None
         graph = self._captured[rows, each]
-        graph.frame.put(batch)
+        graph.inputs.copy(inputs)
         graph.replay()
-        return self._model.logits(graph.states[batch.logit_index])
+        return self._model.logits(graph.states[inputs.logit_index])
 
-    def _capture(self, rows: int, each: int) -> _Captured:
-        frame = Frame(self._model, self._pool, self._graphs, rows=rows, queries=each, width=self._width)
+    def _capture(self, rows: int, each: int) -> _CapturedForward:
+        inputs = GraphInputs(self._model, self._pool, self._graphs, rows=rows, queries=each, width=self._width)
         states = self._states[: rows * each]
 
         def work() -> None:
-            states.copy_(self._model.states(frame.batch, self._pool, frame.attention))
+            states.copy_(self._model.states(inputs.whole, self._pool, inputs.attention))
 
-        return _Captured(frame, states, self._graphs.capture(work))
+        return _CapturedForward(inputs, states, self._graphs.capture(work))
 
 
 @contextmanager
-def reported(what: str, device: torch.device) -> Iterator[None]:
-    """Log how long it took to capture `what`, and how much memory that cost."""
+def log_capture(what: str, device: torch.device) -> Iterator[None]:
+    """Log the time and the memory that capturing `what` took."""
     began, before = time.perf_counter(), _used(device)
     yield
     seconds = time.perf_counter() - began
     log.info("captured %s in %.1f s, %.2f GB", what, seconds, (_used(device) - before) / 1e9)
 
 
-def at_least(rising: list[int], wanted: int) -> int | None:
-    """The first of them that is no less than `wanted`."""
+def round_up(rising: list[int], wanted: int) -> int | None:
+    """The first of `rising` that is no less than `wanted`."""
     at = bisect_left(rising, wanted)
     return rising[at] if at < len(rising) else None
 
@@ -161,7 +162,7 @@ def _tokens(shape: tuple[int, int]) -> int:
 
 
 def _used(device: torch.device) -> int:
-    """Bytes of the device's memory, whoever holds them."""
+    """Bytes of the device's memory in use, by any process."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)

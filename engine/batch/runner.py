@@ -8,9 +8,8 @@ from torch import Tensor
 
 from engine.batch.forward_graphs import ForwardGraphs
 from engine.kv.policies import View
-from engine.speculation.draft_graphs import DraftGraphs
 from kernels.attention.base import AttentionBackend
-from kernels.attention.observed import ObservedAttention
+from kernels.attention.query_capture import QueryCapture
 from kernels.kv_cache import KVPool
 from models.batch import ForwardBatch
 from models.llama import Llama
@@ -18,11 +17,11 @@ from models.llama import Llama
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Target and draft are two runners in one process; for self-speculation they share model and pool, and differ in
+    """Target and draft are two runners in one process. For self-speculation they share model and pool, and differ in
     the KV they read. Each has its own attention backend, since a backend holds the plan of its latest forward.
 
-    graphs: replay what they can of its forwards; those whose queries are kept are not. drafts: replay the forwards of a
-    round's drafts without the host.
+    graphs: replay forwards where they can.
+    query_capture: in place of `attention`, for a forward some of whose queries are kept; no graph replays that.
     """
 
     model: Llama
@@ -30,13 +29,14 @@ class Runner:
     attention: AttentionBackend
     view: View
     graphs: ForwardGraphs | None = None
-    drafts: DraftGraphs | None = None
+    query_capture: QueryCapture | None = None
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Logits of the positions asked for: [n, this rank's vocabulary]. Writes the batch's KV."""
-        kept = isinstance(self.attention, ObservedAttention) and self.attention.expecting
-        if self.graphs is not None and not kept:
-            logits = self.graphs.forward(batch)
-            if logits is not None:
-                return logits
-        return self.model.forward(batch, self.pool, self.attention)
+    def forward(self, inputs: ForwardBatch) -> Tensor:
+        """Logits of the positions asked for: [n, this rank's vocabulary]. Writes the inputs' KV."""
+        if self.query_capture is not None and self.query_capture.capturing:
+            logits = self.model.forward(inputs, self.pool, self.query_capture)
+            self.query_capture.capture_nothing()
+            return logits
+        if self.graphs is not None and (logits := self.graphs.forward(inputs)) is not None:
+            return logits
+        return self.model.forward(inputs, self.pool, self.attention)

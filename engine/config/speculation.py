@@ -109,19 +109,19 @@ class SpeculationConfig(Settings):
     @property
     def draft_model(self) -> str | None:
         """The draft model that is to be loaded, if any."""
-        return self.model if self.most_drafts and self.drafter == "model" else None
+        return self.model if self.max_draft_tokens and self.drafter == "model" else None
 
     def draft_ranks(self, ranks: int) -> int:
         """How many of the target's ranks share the draft model; 0: there is none."""
         return 0 if self.draft_model is None else self.tensor_parallel_size or ranks
 
     @property
-    def most_drafts(self) -> int:
+    def max_draft_tokens(self) -> int:
         """Per row and round."""
         return self.gamma_max if self.gamma == "auto" else self.gamma
 
     @property
-    def settled_kv(self) -> KVConfig:
+    def resolved_kv(self) -> KVConfig:
         """`kv` with nothing left open."""
         if self.kv.policy != "snapkv" or self.kv.reselect is not None:
             return self.kv
@@ -130,11 +130,11 @@ class SpeculationConfig(Settings):
     @property
     def own_tokens(self) -> int:
         """At the end of its prompt, a row's own to compute: the last, which decides what follows; SnapKV's queries."""
-        return max(1, self.kv.queries) if self.most_drafts and self.kv.policy == "snapkv" else 1
+        return max(1, self.kv.queries) if self.max_draft_tokens and self.kv.policy == "snapkv" else 1
 
     def check(self, page_size: int, ranks: int) -> None:
         """Raises ValueError for what cannot be in an engine with such pages and so many ranks."""
-        if self.most_drafts == 0:
+        if self.max_draft_tokens == 0:
             return
         self._check_drafter(ranks)
         self._check_policy(page_size)

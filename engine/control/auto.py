@@ -1,8 +1,8 @@
 """The controller that decides when to speculate, and how much (MagicDec, arXiv 2408.11049, section 3).
 
-A round is worth its tokens per second. Its time is predicted from the start-up profile, corrected by what rounds have
-really taken; its tokens from each row's acceptance. Each round takes the gammas with the highest predicted rate; zero,
-plain decoding, is always among them. Where drafts can read with several budgets, so is the budget chosen.
+Each round runs the option with the highest predicted tokens per second (engine.control.goodput): gamma per row, and the
+budget where drafts can read with several. Plain decoding, gamma = 0, is always an option. Predictions start from the
+profile and are corrected by the times and the acceptance of real rounds.
 """
 
 from __future__ import annotations
@@ -11,56 +11,57 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from engine.control.acceptance import Estimates
-from engine.control.calibration import Corrections
+from engine.control.acceptance import AcceptanceEstimates
+from engine.control.calibration import Calibration
 from engine.control.catch_up import CatchUp, is_late, nearest
-from engine.control.goodput import Batch, Promises, Way, Ways, bucket
+from engine.control.goodput import Batch, Goodput, Option, Options, bucket
 from engine.control.step_times import StepTimes
-from engine.plan import StepPlan, StepResult
-from engine.scheduler.controller import Report
+from engine.plan import RoundPlan, RoundResult
+from engine.scheduler.controller import ControllerReport
 from engine.scheduler.request import Request
 
 _HYSTERESIS = 1.02
-"""Another way to run rounds must promise this much more than the present one."""
+"""Another option must promise this much more than the present one."""
 _EXPLORE = 0.01
-"""The share of time that may be lost to trying what is not thought best."""
+"""Share of time that may be lost to exploring options that are not predicted to be best."""
 _EXPLORE_EVERY = 16
-"""Rounds between two tries, at least; and between two looks at other budgets."""
+"""Smallest number of rounds between two explorations, and between two comparisons of budgets."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
-    """About one round. best: what is thought best; chosen: that, or a try. plain_s: seconds of a plain round."""
+    """The decision for one round. best: the option predicted to be best. chosen: that one, or an exploration. plain_s:
+    predicted seconds of a plain round."""
 
     batch: Batch
-    best: Way
-    chosen: Way
+    best: Option
+    chosen: Option
     plain_s: float
 
 
 class AutoGamma:
-    """Chooses per round and per row. Host-side, O(rows × gamma_max)."""
+    """Chooses gamma per round and row. Host-side, O(rows × gamma_max)."""
 
     def __init__(self, times: StepTimes, gamma_max: int, budgets: Sequence[int], reads: int | None = None) -> None:
-        """times: of this engine. budgets: KV tokens per row that drafts can be told to read, the largest first; (0,) if
-        there is no choice. reads: how many they read then; None: everything, or the largest budget.
+        """times: of this engine. budgets: KV tokens per row that drafts may read, the largest first; (0,) if there is
+        no choice. reads: number that they read then; None: all, or the largest budget.
         """
         self._times = times
         self._gamma_max = gamma_max
         self._budgets = tuple(budgets)
-        self._corrections = Corrections()
-        self._estimates = Estimates(budgets[0], reads or budgets[0])
-        self._promises = Promises(times, self._corrections, self._estimates, gamma_max)
+        self._calibration = Calibration()
+        self._acceptance = AcceptanceEstimates(budgets[0], reads or budgets[0])
+        self._goodput = Goodput(times, self._calibration, self._acceptance, gamma_max)
         self._catch_up = CatchUp()
         self._rounds = 0
-        self._tries = 0
-        self._tried_at = 0
-        self._credit = 0.0  # seconds that trying may lose
-        # The present way: what is thought best, for as long as nothing promises clearly more.
-        self._cap, self._present = 0, self._budgets[0]
-        self._under_way: _Decision | None = None
+        self._explorations = 0
+        self._explored_at = 0
+        self._explore_credit = 0.0  # seconds that explorations may lose
+        # The present option; kept until another one promises clearly more.
+        self._max_gamma, self._present = 0, self._budgets[0]
+        self._pending: _Decision | None = None
         self.budget = self._budgets[0]
-        self.report = Report()
+        self.report = ControllerReport()
 
     @property
     def gamma_max(self) -> int:
@@ -72,63 +73,64 @@ class AutoGamma:
         """See Controller.choose."""
         self._rounds += 1
         batch = Batch.of(rows, self._gamma_max)
-        ways = self._promises.ways(batch, self._present)
+        options = self._goodput.options(batch, self._present)
         if self._rounds % _EXPLORE_EVERY == 0:
-            ways = self._look_at_budgets(batch, ways)
+            options = self._compare_budgets(batch, options)
         drafting = batch
         if any(is_late(request) for request in rows):
-            saved = 1 / ways.rates[0] - 1 / ways.rates.max()
+            saved = 1 / options.rates[0] - 1 / options.rates.max()
             drafting = batch.limited(self._catch_up.worthwhile(rows, batch.limits, saved))
-            ways = self._promises.ways(drafting, self._present)
-        self._cap = self._stay(ways)
-        best = ways[self._cap]
-        chosen = self._try(drafting, batch, ways, best) or best
-        self._under_way = _Decision(batch, best, chosen, float(ways.seconds[0]))
+            options = self._goodput.options(drafting, self._present)
+        self._max_gamma = self._stay(options)
+        best = options[self._max_gamma]
+        chosen = self._explore(drafting, batch, options, best) or best
+        self._pending = _Decision(batch, best, chosen, float(options.seconds[0]))
         self.budget = chosen.budget
         return chosen.gammas
 
-    def _stay(self, ways: Ways) -> int:
-        """The best cap, or the last one if that is about as good."""
-        best, last = ways.best, min(self._cap, len(ways) - 1)
-        return last if ways.rates[best] < _HYSTERESIS * ways.rates[last] else best
+    def _stay(self, options: Options) -> int:
+        """The best max_gamma, or the present one if that is about as good."""
+        best, last = options.best, min(self._max_gamma, len(options) - 1)
+        return last if options.rates[best] < _HYSTERESIS * options.rates[last] else best
 
-    def _look_at_budgets(self, batch: Batch, ways: Ways) -> Ways:
-        """The ways with the budget that promises most."""
-        best = ways.rates.max()
+    def _compare_budgets(self, batch: Batch, options: Options) -> Options:
+        """Options with the budget that promises most."""
+        best = options.rates.max()
         for budget in self._budgets:
-            others = self._promises.ways(batch, budget) if budget != self._present else ways
+            others = self._goodput.options(batch, budget) if budget != self._present else options
             if others.rates.max() > _HYSTERESIS * best:
-                self._present, ways, best = budget, others, others.rates.max()
-        return ways
+                self._present, options, best = budget, others, others.rates.max()
+        return options
 
-    def _try(self, drafting: Batch, batch: Batch, ways: Ways, best: Way) -> Way | None:
-        """Now and then, what is not thought best: drafts when they are off, none when they are on, another budget.
+    def _explore(self, drafting: Batch, batch: Batch, options: Options, best: Option) -> Option | None:
+        """Now and then, an option that is not predicted to be best: drafts when they are off, none when they are on,
+        another budget.
 
         Times that are not measured go stale, and a batch that should speculate again would not be noticed. Where a
-        draft model has seen none of the rows, it is shown one, so many tokens with each try; what that takes is
-        charged when it is known, and the next try waits until it is paid.
+        draft model lacks the tokens of all rows, it catches up on one row, a part with each exploration; the time that
+        takes is charged when it is known, and the next exploration waits until it is paid.
         """
-        if self._rounds - self._tried_at < _EXPLORE_EVERY:
+        if self._rounds - self._explored_at < _EXPLORE_EVERY:
             return None
-        turn = self._tries % len(self._budgets)
-        self._tries += 1
+        turn = self._explorations % len(self._budgets)
+        self._explorations += 1
         if turn:
-            ways = self._promises.ways(
+            options = self._goodput.options(
                 drafting, [budget for budget in self._budgets if budget != self._present][turn - 1]
             )
         elif not drafting.limits.any():
-            ways = self._promises.ways(batch.limited(nearest(batch.rows, batch.limits)), self._present)
-        others = range(1, len(ways)) if turn or not any(best.gammas) else range(1)
-        losses = {cap: float(ways.seconds[cap] - ways.tokens[cap] / best.rate) for cap in others}
-        cap = min(losses, key=losses.__getitem__, default=0)
-        if not losses or losses[cap] > self._credit:
-            return None  # not to be afforded yet: the next turn's may be
-        self._tried_at = self._rounds
-        return ways[cap]
+            options = self._goodput.options(batch.limited(nearest(batch.rows, batch.limits)), self._present)
+        others = range(1, len(options)) if turn or not any(best.gammas) else range(1)
+        losses = {each: float(options.seconds[each] - options.tokens[each] / best.rate) for each in others}
+        max_gamma = min(losses, key=losses.__getitem__, default=0)
+        if not losses or losses[max_gamma] > self._explore_credit:
+            return None  # too expensive for now; the next turn's may not be
+        self._explored_at = self._rounds
+        return options[max_gamma]
 
     # -- learning ----------------------------------------------------------------------------------------------------
 
-    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
+    def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
         """See Controller.observe."""
         outcomes = iter(result.rows)
         tokens, decoding = 0, not plan.starts
@@ -144,55 +146,58 @@ class AutoGamma:
                 judged.append((request.id, work.computed + 1, outcome.accepted, outcome.accepted < outcome.drafted))
             if request.finish_reason is not None:
                 ended.append(request.id)
-        self._estimates.judged(plan.budget, judged)
+        self._acceptance.update(plan.budget, judged)
         for request_id in ended:
-            self._estimates.forget(request_id)
-        self._estimates.keep_only((request.id for request in requests), beyond=6 * len(requests) + 1000)
-        decision, self._under_way = self._under_way, None
+            self._acceptance.forget(request_id)
+        self._acceptance.retain((request.id for request in requests), beyond=6 * len(requests) + 1000)
+        decision, self._pending = self._pending, None
         if decision is None:
             return
         caught_up = sum([work.catch_up for work in plan.work])
         if decoding:
-            self._timed(decision, plan, result, tokens, caught_up)
+            self._observe_time(decision, plan, result, tokens, caught_up)
         else:
-            # Prompts among them: nobody knows what the drafts took, so a try costs what it was thought to.
+            # With prompts in the round the time of its drafts is unknown, so an exploration costs what was predicted.
             seconds = decision.chosen.seconds + self._catch_up.seconds(caught_up)
-            self._spend(decision, decision.best.seconds, seconds, decision.chosen.tokens)
+            self._charge(decision, decision.best.seconds, seconds, decision.chosen.tokens)
 
-    def _timed(self, decision: _Decision, plan: StepPlan, result: StepResult, tokens: int, caught_up: int) -> None:
-        """A round that only decoded."""
+    def _observe_time(
+        self, decision: _Decision, plan: RoundPlan, result: RoundResult, tokens: int, caught_up: int
+    ) -> None:
+        """Learn from the times of a round that only decoded."""
         batch, gammas = decision.batch, [work.gamma for work in plan.work]
         mean = sum(gammas) / batch.count
         predicted = self._times.verify(batch.count, batch.total, [mean])[0]
         kind = "verify" if mean else "plain"
-        self._corrections.observe(kind, bucket(batch, round(mean)), result.verify_seconds, predicted)
+        self._calibration.update(kind, bucket(batch, round(mean)), result.verify_seconds, predicted)
         drafting = 0.0
         if mean:
             read = batch.read(self._times, plan.budget)
             drafting = sum(self._times.draft(rows, read) for rows in _rows_by_step(gammas))
         where = bucket(batch, plan.budget)
-        if caught_up:  # says nothing of how long drafts take
-            drafting *= self._corrections.factor("draft", where)
-            self._catch_up.observe(caught_up, result.draft_seconds - drafting)
+        if caught_up:  # the time of the drafts alone is unknown
+            drafting *= self._calibration.factor("draft", where)
+            self._catch_up.record(caught_up, result.draft_seconds - drafting)
         elif mean:
-            self._corrections.observe("draft", where, result.draft_seconds, drafting)
+            self._calibration.update("draft", where, result.draft_seconds, drafting)
         seconds = result.draft_seconds + result.verify_seconds
-        self._spend(decision, seconds, seconds, tokens)
+        self._charge(decision, seconds, seconds, tokens)
         plain, chosen = tokens / batch.count * decision.plain_s, decision.chosen
         self.report.decode_seconds += seconds
         self.report.plain_seconds += plain
         self.report.forecast_seconds += plain * (chosen.seconds / chosen.tokens) / (decision.plain_s / batch.count)
-        self.report.alpha = self._estimates.overall(plan.budget)
+        self.report.alpha = self._acceptance.alpha(plan.budget)
 
-    def _spend(self, decision: _Decision, earned: float, seconds: float, tokens: float) -> None:
-        """A share of `earned` seconds may be lost to tries; a round of these seconds and tokens may have been one."""
-        self._credit = min(self._credit + _EXPLORE * earned, 10 * earned)
+    def _charge(self, decision: _Decision, earned: float, seconds: float, tokens: float) -> None:
+        """Earn credit for explorations, a share of `earned` seconds, and pay for this round of `seconds` and `tokens`
+        if it was one."""
+        self._explore_credit = min(self._explore_credit + _EXPLORE * earned, 10 * earned)
         if decision.chosen is not decision.best:
-            self._credit -= max(0.0, seconds - tokens / decision.best.rate)
+            self._explore_credit -= max(0.0, seconds - tokens / decision.best.rate)
 
 
 def _rows_by_step(gammas: Sequence[int]) -> list[int]:
-    """How many rows take part in each draft step."""
+    """Number of rows that take part in each draft step."""
     last = [0] * (max(gammas) + 1)
     for gamma in gammas:
         last[gamma] += 1

@@ -1,4 +1,4 @@
-"""When it pays to let a draft model see what a row has so far, which it must before it drafts for it. Free of torch."""
+"""Decides when filling in a draft model's missing KV pays off. Free of torch."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ import numpy.typing as npt
 from engine.scheduler.request import Request
 
 _HORIZON = 256
-"""A row is taken to go on for so many tokens at most, whatever it may."""
+"""A row is assumed to go on for at most this many tokens."""
 _MEMORY = 0.9
-"""The share of what was learnt that is left after the next round."""
+"""Share of earlier measurements that is left after a further one."""
 
 
 class CatchUp:
-    """What it costs per token, learnt from rounds in which it is done, and which rows are worth it.
+    """The cost of catching up per token, learnt from rounds that do it, and the rows that are worth it.
 
-    Until the first such round it is taken to cost nothing: what is done is soon known, what is not done never.
+    Until the first such round the cost is assumed to be zero: a wrong guess is then soon measured.
     """
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._tokens = 0.0
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """A round in which `tokens` tokens took `seconds`, beside its drafts."""
+    def record(self, tokens: int, seconds: float) -> None:
+        """Learn from a round in which `tokens` tokens took `seconds`, without its drafts."""
         self._seconds = _MEMORY * self._seconds + max(0.0, seconds)
         self._tokens = _MEMORY * self._tokens + tokens
 
     def seconds(self, tokens: float) -> float:
-        """What so many take."""
+        """Predicted seconds of catching up on `tokens` tokens."""
         return self._seconds / self._tokens * tokens if self._tokens else 0.0
 
     def worthwhile(self, rows: Sequence[Request], limits: npt.NDArray[np.int64], saved: float) -> npt.NDArray[np.int64]:
-        """Drafts that rows may make if only those draft that have little to catch up with: `limits`, or 0.
+        """Limits on drafts: `limits`, or 0 for rows on which catching up costs more than it saves.
 
-        saved: seconds that a drafted-for row saves per token it yields; not positive: drafts do not pay.
+        saved: seconds that drafts save per token that a row yields; not positive: drafts do not pay.
         """
         found = limits.copy()
         for i, request in enumerate(rows):
@@ -49,12 +49,12 @@ class CatchUp:
 
 
 def is_late(request: Request) -> bool:
-    """Whether a draft model would have to compute more than it feeds along with the pending token."""
+    """Whether a draft model lacks more tokens than it feeds along with the pending one."""
     return request.draft_lag > 1
 
 
 def nearest(rows: Sequence[Request], limits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Limits that let only the row draft that has least to catch up with: what a try costs at least."""
+    """Limits that let only the row with the smallest lag draft: the cheapest exploration."""
     able = [i for i, limit in enumerate(limits.tolist()) if limit]
     found = np.zeros_like(limits)
     if able:

@@ -1,4 +1,4 @@
-"""What the parts of a round take, from measurements at a few batches: what a start-up profile knows. Free of torch."""
+"""Times of the parts of a round, interpolated from the start-up profile. Free of torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 
 class StepSample(msgspec.Struct, frozen=True):
-    """One batch that was measured: `rows` rows of `context` tokens each, every one with `gamma` drafts."""
+    """One measured batch: `rows` rows of `context` tokens each, all with `gamma` drafts."""
 
     rows: int
     context: int
@@ -21,7 +21,7 @@ class StepSample(msgspec.Struct, frozen=True):
 
 
 class _Line:
-    """Straight pieces between known points, straight on beyond them."""
+    """Linear interpolation between known points; the outer pieces extend beyond them."""
 
     def __init__(self, points: Sequence[tuple[float, float]]) -> None:
         """points: (x, y), distinct x, in rising order; one point is a constant."""
@@ -37,15 +37,15 @@ class _Line:
 
 
 class StepTimes:
-    """Times of draft steps and target passes at any batch, in seconds.
+    """Times of draft steps and verify passes at any batch, in seconds.
 
-    For each number of rows (and gamma) that was measured, a base and a cost per KV token read; in between, straight
-    lines over rows and over gamma. No time is below a tenth of the least that was measured.
+    Each measured number of rows (and gamma) has a base and a cost per KV token read; in between, times are linear in
+    rows and in gamma. No time is below a tenth of the smallest measured one.
     """
 
-    def __init__(self, samples: Iterable[StepSample], draft_reads: Callable[[int, int], int]) -> None:
-        """draft_reads: KV tokens that a draft step reads of a row with so many tokens, and with what budget; 0: with
-        the one that was measured.
+    def __init__(self, samples: Iterable[StepSample], tokens_read: Callable[[int, int], int]) -> None:
+        """tokens_read: from a row's tokens and a budget to the KV tokens that a draft step reads; budget 0: the
+        measured one.
 
         Raises ValueError unless plain steps and drafts were both measured.
         """
@@ -53,42 +53,42 @@ class StepTimes:
         self.gammas = sorted({sample.gamma for sample in listed})
         if not listed or self.gammas[0] != 0 or len(self.gammas) < 2:
             raise ValueError("a profile needs plain steps and at least one gamma")
-        self._reads = draft_reads
+        self._tokens_read = tokens_read
         self._verify = [
             _Plane((s.rows, s.rows * float(s.context), s.verify_s) for s in listed if s.gamma == gamma)
             for gamma in self.gammas
         ]
         self._draft = _Plane(
-            (s.rows, s.rows * float(draft_reads(s.context, 0)), s.draft_s / s.gamma) for s in listed if s.gamma
+            (s.rows, s.rows * float(tokens_read(s.context, 0)), s.draft_s / s.gamma) for s in listed if s.gamma
         )
-        self._least_verify = 0.1 * min(sample.verify_s for sample in listed)
-        self._least_draft = 0.1 * min(sample.draft_s / sample.gamma for sample in listed if sample.gamma)
+        self._min_verify = 0.1 * min(sample.verify_s for sample in listed)
+        self._min_draft = 0.1 * min(sample.draft_s / sample.gamma for sample in listed if sample.gamma)
 
     def verify(self, rows: int, context_tokens: float, gammas: Iterable[float]) -> list[float]:
-        """Passes over `rows` rows with `context_tokens` tokens in all, and so many drafts each on average."""
+        """Verify passes over `rows` rows with `context_tokens` tokens in all, by mean number of drafts per row."""
         measured = [plane(rows, context_tokens) for plane in self._verify]
         found = []
         for gamma in gammas:
             i = min(max(bisect_right(self.gammas, gamma), 1), len(self.gammas) - 1)
             share = (gamma - self.gammas[i - 1]) / (self.gammas[i] - self.gammas[i - 1])
-            found.append(max(self._least_verify, measured[i - 1] + (measured[i] - measured[i - 1]) * share))
+            found.append(max(self._min_verify, measured[i - 1] + (measured[i] - measured[i - 1]) * share))
         return found
 
     def read(self, contexts: Sequence[int], budget: int) -> float:
-        """KV tokens that a draft step reads of such rows, on average. budget: see draft_reads."""
-        return sum([self._reads(context, budget) for context in contexts]) / len(contexts)
+        """Mean number of KV tokens that a draft step reads of rows with these contexts. budget: see `__init__`."""
+        return sum([self._tokens_read(context, budget) for context in contexts]) / len(contexts)
 
     def draft(self, rows: int, read: float) -> float:
-        """One draft step of `rows` rows, that reads `read` KV tokens of each."""
-        return max(self._least_draft, self._draft(rows, rows * read))
+        """One draft step of `rows` rows that reads `read` KV tokens of each."""
+        return max(self._min_draft, self._draft(rows, rows * read))
 
 
 class _Plane:
-    """Seconds over rows and KV tokens: a line over tokens for each number of rows, and straight on between the two
-    nearest ones, at the same tokens."""
+    """Seconds over rows and KV tokens: a line over tokens for each number of rows, linear in rows between the two
+    nearest lines."""
 
     def __init__(self, points: Iterable[tuple[int, float, float]]) -> None:
-        """points: (rows, KV tokens, seconds); of several at the same place, the fastest."""
+        """points: (rows, KV tokens, seconds); the fastest of those at the same place counts."""
         by_rows: dict[int, dict[float, list[float]]] = {}
         for rows, tokens, seconds in points:
             by_rows.setdefault(rows, {}).setdefault(tokens, []).append(seconds)
@@ -106,7 +106,7 @@ class _Plane:
         return below + (high(tokens) - below) * share if share else below
 
     def _neighbours(self, rows: int) -> tuple[_Line, _Line, float]:
-        """The lines of the numbers of rows on both sides, and how far from the first to the second `rows` is."""
+        """The lines of the two nearest numbers of rows, and how far `rows` is from the first to the second."""
         known = list(self._lines)
         if len(known) == 1:
             return self._lines[known[0]], self._lines[known[0]], 0.0

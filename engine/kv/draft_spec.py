@@ -1,4 +1,4 @@
-"""What drafts keep for each row slot, beside the pages that requests own: pools of fixed size. Free of torch."""
+"""KV that drafts keep for each row slot, beside the pages that requests own: pools of fixed size. Free of torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from engine.config.speculation import SpeculationConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Footprint:
-    """Of a row slot, whatever the context.
+class DraftKVSpec:
+    """What one row slot keeps, whatever its context.
 
-    first, ring: pages of KV that stay where they are, and that go round (see policies.ring_table). queries: positions
-    whose queries are kept, in every layer and query head. block: most tokens of one row that a forward may compute
-    through the ring; None: as many as it likes.
+    first, ring: pages of KV that stay in place, and that wrap around (see policies.ring_table). queries: positions
+    whose queries are kept, in every layer and query head. block: largest number of tokens of one row that a forward may
+    compute through the ring; None: no limit.
     """
 
     first: int = 0
@@ -26,22 +26,22 @@ class Footprint:
         return self.first + self.ring
 
 
-def footprint(settings: SpeculationConfig, page_size: int) -> Footprint:
-    """Of the drafts that the settings describe; nothing, where they read pages that requests own."""
-    kv, most = settings.settled_kv, settings.most_drafts
+def draft_kv_spec(settings: SpeculationConfig, page_size: int) -> DraftKVSpec:
+    """KV of the drafts that `settings` describe; all zero where they read pages that requests own."""
+    kv, most = settings.resolved_kv, settings.max_draft_tokens
     if most and kv.policy == "snapkv":
-        # Drafts that came to nothing have overwritten what stood a ring before them, and must not overwrite queries
-        # that count: there is room for them beside both.
-        return Footprint(
+        # Rejected drafts overwrite the previous turn of the ring; reserve room so that recent pages and saved queries
+        # survive them.
+        return DraftKVSpec(
             first=(kv.budget - kv.recent) // page_size,
             ring=kv.recent // page_size + -(-most // page_size),
             queries=kv.queries + (most if kv.reselect else 0),
         )
     if most and kv.policy == "window" and settings.drafter == "model":
-        # The window, and what is written ahead of it. Prompts go through it in blocks of a quarter, lest the first
-        # query of one sees too little before it.
+        # The window, and room for what is written ahead of it. Prompts pass through it in blocks of a quarter, so that
+        # the first query of a block still has most of a window before it.
         block = max(page_size, kv.budget // 4 // page_size * page_size)
         first = -(-kv.sink // page_size)
         ring = kv.budget // page_size - first + -(-max(most, block) // page_size)
-        return Footprint(first=first, ring=ring, block=block)
-    return Footprint()
+        return DraftKVSpec(first=first, ring=ring, block=block)
+    return DraftKVSpec()

@@ -1,4 +1,4 @@
-"""Which KV a query reads. A policy knows page tables and lengths; nothing of models or sampling."""
+"""KV policies: which KV a query reads. A policy knows page tables and lengths; nothing of models or sampling."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.config.deployment import EngineConfig
-from engine.config.speculation import KVConfig, SnapKVConfig, WindowConfig
+from engine.config.speculation import KVConfig, SnapKVConfig, SpeculationConfig, WindowConfig
 
 
 class KVPolicy(Protocol):
@@ -19,21 +18,21 @@ class KVPolicy(Protocol):
     """
 
     def skipped(self, context: int) -> int:
-        """KV slots, in whole pages, that the query at the end of `context` tokens leaves out."""
+        """Number of KV slots, in whole pages, that the query at the end of `context` tokens leaves out."""
         ...
 
     def pages(self, page_table: Tensor, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
         """Page lists of some rows.
 
-        page_table: [max_rows, max_pages] int64. rows: [n] int64 row slots. contexts: [n] int64, tokens up to and with
-        each row's first query; what that one skips, the queries behind it skip too. width: pages to list.
+        page_table: [max_rows, max_pages] int64. rows: [n] int64 row slots. contexts: [n] int64, tokens up to and
+        including each row's first query; later queries of the row skip what the first one skips. width: pages to list.
         Returns [n, width] int64; entries past a row's last token are padding.
         """
         ...
 
 
 class Dense:
-    """Everything: the target's own rule."""
+    """Reads everything: the target's own policy."""
 
     def skipped(self, context: int) -> int:
         return 0
@@ -52,7 +51,7 @@ class Window:
     """
 
     def __init__(self, *, budget: int, sink: int, page_size: int) -> None:
-        """budget: KV tokens, a multiple of page_size. sink: first tokens always read, rounded up to pages.
+        """budget: KV tokens, a multiple of page_size. sink: number of first tokens always read, rounded up to pages.
 
         Raises ValueError if the budget is no multiple of the page size or leaves no page beside the sink.
         """
@@ -76,9 +75,9 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A policy, and the page table that says where in a pool the KV of each row's positions stands.
+    """A policy, and the page table that places the KV of each row's positions in a pool.
 
-    page_table: [max_rows, max_pages] int64. Several views can be of one pool.
+    page_table: [max_rows, max_pages] int64. One pool can have several views.
     """
 
     policy: KVPolicy
@@ -86,12 +85,12 @@ class View:
 
 
 def ring_table(max_rows: int, columns: int, first: int, ring: int) -> Tensor:
-    """Page table of a pool in which every row slot owns `first` + `ring` pages for good: [max_rows, columns] int64.
+    """Page table of a pool in which every row slot owns `first` + `ring` pages for good, [max_rows, columns] int64.
 
         column   0 … first - 1 | first, first + 1, first + 2 …
-        page     0 … first - 1 | first + (column - first) % ring        (of the row's own)
+        page     0 … first - 1 | first + (column - first) % ring        (the row's own)
 
-    Reading through a window of at most `ring` recent pages, a request of any length runs in it.
+    A request of any length fits, read through a window of at most `ring` recent pages.
     """
     column = torch.arange(columns)
     page = torch.where(column < first, column, first + (column - first) % ring)
@@ -99,9 +98,10 @@ def ring_table(max_rows: int, columns: int, first: int, ring: int) -> Tensor:
 
 
 def make_policy(config: KVConfig, page_size: int) -> KVPolicy:
-    """The list of pages that `speculation.kv` describes.
+    """The page lists of a `speculation.kv` setting.
 
-    What SnapKV lists is a window whose sink are the tokens it chose: see engine.speculation.draft_cache.
+    SnapKV's are those of a window over its cache, whose sink is the tokens it chose: see
+    engine.speculation.draft_cache.
     """
     if isinstance(config, WindowConfig):
         return Window(budget=config.budget, sink=config.sink, page_size=page_size)
@@ -110,17 +110,19 @@ def make_policy(config: KVConfig, page_size: int) -> KVPolicy:
     return Dense()
 
 
-def budget_policies(config: EngineConfig) -> dict[int, WindowConfig]:
-    """By budget, the largest first, what drafts may read with, where that can be chosen from round to round: a window
-    is a page list into a pool that holds more, the target's or a draft model's own, and costs nothing to narrow. The
-    configured budget, half of it and a quarter, as far as pages and sink allow.
+def budget_policies(speculation: SpeculationConfig, page_size: int) -> dict[int, WindowConfig]:
+    """Policies that drafts may read with, by budget, the largest first, where the budget can change from round to
+    round.
 
-    The others have one budget. SnapKV's cache is filled for its budget: fewer recent pages would save little, and which
-    of the chosen tokens matter least is not kept. topk reads all keys whatever it attends to; all has no budget.
+    A window is a page list into a pool that holds more (the target's, or a draft model's own) and costs nothing to
+    narrow: the configured budget, half of it and a quarter, as far as pages and sink allow.
+
+    Empty for the others, which have one budget. SnapKV's cache is filled for its budget: fewer recent pages would save
+    little, and the chosen tokens are not ranked. topk reads all keys whatever it attends to; all has no budget.
     """
-    kv, page = config.speculation.kv, config.cache.page_size
-    if config.speculation.gamma != "auto" or not isinstance(kv, WindowConfig):
+    kv = speculation.kv
+    if speculation.gamma != "auto" or not isinstance(kv, WindowConfig):
         return {}
-    least = (-(-kv.sink // page) + 1) * page
-    budgets = [kv.budget // share // page * page for share in (1, 2, 4)]
-    return {budget: kv.model_copy(update={"budget": budget}) for budget in budgets if budget >= least}
+    smallest = (-(-kv.sink // page_size) + 1) * page_size
+    budgets = [kv.budget // share // page_size * page_size for share in (1, 2, 4)]
+    return {budget: kv.model_copy(update={"budget": budget}) for budget in budgets if budget >= smallest}

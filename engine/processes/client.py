@@ -1,4 +1,4 @@
-"""An API process's side of the engine: starts the engine process, or finds one, and talks to it. Free of torch."""
+"""An API process's client of the engine: starts the engine process, or attaches to one. Free of torch."""
 
 from __future__ import annotations
 
@@ -29,30 +29,29 @@ from engine.messages import (
     RequestOutput,
 )
 from engine.processes.endpoint import HEARTBEAT, SOCKET, EndpointError, check_private, new_directory
-from engine.processes.engine_server import Launch
-from engine.processes.handshake import LAST_WORD_S, appearance, first_word
+from engine.processes.engine_server import EngineLaunch
+from engine.processes.handshake import REASON_TIMEOUT_S, wait_for_engine, wait_ready
 from engine.processes.handshake import EngineDead as EngineDead
-from engine.processes.heartbeat import hung
+from engine.processes.heartbeat import wait_hung
 
 ENGINE_COMMAND = (sys.executable, "-m", "engine.processes.engine_server")
 _STDERR = 2
 _STOP_S = 15.0
-"""How long a stopped engine process may take to end before it is killed; less while it is loading."""
+"""Time that a stopped engine process may take to end before it is killed; less while it is loading."""
 _STOP_LOADING_S = 2.0
 
 logger = logging.getLogger(__name__)
 
 
 class EngineClient:
-    """One engine process and the requests this process has given it. Use from one event loop.
+    """One engine process and the requests this process sent it. Use from one event loop.
 
-    ready: what the engine said when it was up.
-    stats: the newest gauges and totals, at most about a second old.
-    dead: why the engine is gone; None while it lives.
+    ready: the engine's first message. stats: the newest gauges and totals, at most about a second old. dead: why the
+    engine is gone; None while it is alive.
     """
 
     def __init__(self, directory: Path, round_s: float, *, owns_directory: bool = False) -> None:
-        """Use `start` or `attach`, which await the engine's first word."""
+        """Use `start` or `attach`, which wait until the engine is ready."""
         self._process: Process | None = None
         self._directory = directory
         self._owns_directory = owns_directory
@@ -94,12 +93,12 @@ class EngineClient:
         try:
             # The engine's stdout joins its stderr: a server's stdout is for its user.
             client._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=_STDERR)
-            launch = Launch(config.model_dump(mode="json"), str(client._directory), log_level, log_format)
+            launch = EngineLaunch(config.model_dump(mode="json"), str(client._directory), log_level, log_format)
             assert client._process.stdin is not None
-            with contextlib.suppress(ConnectionError):  # it ended already: _first_word says so
+            with contextlib.suppress(ConnectionError):  # it has ended already: wait_ready reports it
                 client._process.stdin.write(msgspec.json.encode(launch) + b"\n")
                 await client._process.stdin.drain()
-            client.ready = await first_word(client._socket, client._process, start_timeout_s)
+            client.ready = await wait_ready(client._socket, client._process, start_timeout_s)
         except BaseException:
             await client.close()
             raise
@@ -117,7 +116,7 @@ class EngineClient:
         """
         client = cls(directory, timeout_s)
         try:
-            client.ready = await appearance(client._socket, directory, start_timeout_s)
+            client.ready = await wait_for_engine(client._socket, directory, start_timeout_s)
             check_private(directory)  # only now is there one
             if client.ready.model != model:
                 raise EngineDead(f"the engine in {directory} serves {client.ready.model}, not {model}")
@@ -249,13 +248,13 @@ class EngineClient:
         with self._context.socket(zmq.SUB) as heartbeat:
             heartbeat.subscribe(b"")
             heartbeat.connect(f"ipc://{self._directory / HEARTBEAT}")
-            self._die(await hung(heartbeat, self.ready.heart, self._round_s))
+            self._die(await wait_hung(heartbeat, self.ready.heartbeat, self._round_s))
         self.kill()
 
     async def _watch_process(self, process: Process) -> None:
         status = await process.wait()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_WORD_S):
+            async with asyncio.timeout(REASON_TIMEOUT_S):
                 await self._death.wait()
         self._die(f"the engine process ended with status {status}")
 

@@ -1,4 +1,4 @@
-"""Where API processes and an engine process meet: a directory with two ipc sockets in it. Free of torch."""
+"""The directory with the ipc sockets between API processes and an engine process. Free of torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SOCKET, HEARTBEAT = "engine", "heartbeat"
 
 
 class EndpointError(RuntimeError):
-    """There can be no sockets in this directory; the message says why."""
+    """No sockets can be in this directory; the message says why."""
 
 
 def new_directory() -> Path:
-    """A directory of its own for an engine and the process that starts it. Raises EndpointError."""
+    """Make a private directory for an engine and the process that starts it. Raises EndpointError."""
     try:
         directory = Path(tempfile.mkdtemp(prefix="magicdec-"))
     except OSError as error:
@@ -34,14 +34,14 @@ def new_directory() -> Path:
 
 
 def default_directory() -> Path:
-    """Where this user's one engine that no API process has started is found."""
+    """The directory of this user's engine that torchrun starts."""
     return Path(tempfile.gettempdir()) / f"magicdec-engine-{os.getuid()}"
 
 
 def claim(directory: Path) -> None:
-    """Make `directory` this process's own for as long as it lives, whatever an engine that was killed left there.
+    """Reserve `directory` for this process, for its whole life; clear what a killed engine left there.
 
-    Nobody but this user may look into it. Raises EndpointError, also if another engine has it.
+    Only this user may look into it. Raises EndpointError, also if another engine has it.
     """
     if excess := _excess(directory):
         raise EndpointError(f"{directory}: too long a name for sockets in it, by {excess} bytes")
@@ -49,7 +49,7 @@ def claim(directory: Path) -> None:
         while True:
             with contextlib.suppress(FileExistsError):
                 directory.mkdir(mode=0o700)
-            # Never closed: the lock goes with the process, even if that is killed.
+            # Never closed: the lock ends with the process, even if that is killed.
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             found = os.fstat(fd)
             if not _is_private(found):
@@ -69,7 +69,7 @@ def claim(directory: Path) -> None:
 
 
 def check_private(directory: Path) -> None:
-    """Raise EndpointError if somebody else may have made the sockets in this directory."""
+    """Raise EndpointError if another user may have made the sockets in this directory."""
     try:
         found = directory.lstat()
     except OSError as error:
@@ -95,5 +95,5 @@ def remove(directory: Path) -> None:
 
 
 def _excess(directory: Path) -> int:
-    """By how many bytes the names of the sockets are longer than the system allows."""
+    """Number of bytes by which the sockets' paths exceed the system's limit."""
     return max(0, max(len(os.fsencode(directory / name)) for name in (SOCKET, HEARTBEAT)) - zmq.IPC_PATH_MAX_LEN)

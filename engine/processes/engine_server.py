@@ -1,14 +1,14 @@
-"""The engine process: `python -m engine.processes.engine_server`, started by an API process (engine/processes/client.py).
+"""The engine process: `python -m engine.processes.engine_server`, started by an API process (client.py beside it).
 
-The parent writes one JSON line to stdin, `Launch`, and keeps stdin open for as long as the engine shall
-live: when it closes, be it on purpose or because the parent died, the engine stops. Signals do not stop it,
-so that Ctrl-C in a terminal, or a supervisor that signals the whole group, leaves running requests to the
-API process, which drains first. An engine that torchrun starts (engine/processes/torchrun.py) is served by the same `serve`.
+The parent writes one JSON line to stdin, `EngineLaunch`, and keeps stdin open: when it closes, on purpose or because
+the parent died, the engine stops. Signals do not stop it, so that Ctrl-C in a terminal, or a supervisor that signals
+the whole group, leaves running requests to the API process, which drains first. An engine that torchrun starts
+(torchrun.py beside it) is served by the same `serve`.
 
-A ROUTER socket talks to any number of API processes, each a DEALER. Whatever a peer says first introduces
-it, and is answered with Ready. Outputs go to the peer the request came from; about once a second every peer
-that heard nothing else gets Outputs without content, for the stats. A peer that cannot be reached any more loses
-its requests. A second socket carries the heartbeat (engine/processes/heartbeat.py).
+A ROUTER socket talks to any number of API processes, each a DEALER. A peer's first message introduces it, and is
+answered with Ready. Outputs go to the peer the request came from; about once a second every other peer gets Outputs
+without content, for the stats. A peer that cannot be reached any more loses its requests. A second socket carries the
+heartbeat (heartbeat.py).
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ from engine.messages import (
     ToEngine,
 )
 from engine.processes.endpoint import HEARTBEAT, SOCKET, remove
-from engine.processes.heartbeat import Heart
+from engine.processes.heartbeat import HeartbeatSender
 from engine.scheduler.scheduler import QueueFull
 
-_NEWS_S = 1.0
-"""How old the stats of a peer may get."""
+_STATS_S = 1.0
+"""Largest age of a peer's stats."""
 _STDIN = 0
-_LAST_WORD_MS = 2000
-"""How long a dying engine tries to tell its peers why."""
+_DEAD_TIMEOUT_MS = 2000
+"""Time that a dying engine takes to tell its peers why."""
 _ORPHAN_GRACE_S = 10.0
-"""How long a stopped engine may take to finish its round and close, before it is ended the hard way."""
+"""Time that a stopped engine may take to finish its round and close, before it is killed."""
 
 logger = logging.getLogger(__name__)
 
 
-class Launch(msgspec.Struct):
-    """What the parent tells the engine process to be."""
+class EngineLaunch(msgspec.Struct):
+    """The parent's message to the engine process."""
 
     config: dict[str, Any]
     """EngineConfig."""
@@ -70,7 +70,7 @@ class Launch(msgspec.Struct):
 
 
 class EngineLike(Protocol):
-    """What the loop needs of engine.core.Engine."""
+    """The part of engine.core.Engine that the loop uses."""
 
     ready: Ready
     overlaps: bool
@@ -88,47 +88,51 @@ class EngineLike(Protocol):
 class EngineServer:
     """The loop between one engine and its peers."""
 
-    def __init__(self, socket: zmq.Socket[bytes], engine: EngineLike, heart: Heart, leash: int) -> None:
-        """leash: a file descriptor; the end has come when its other end is closed."""
+    def __init__(
+        self, socket: zmq.Socket[bytes], engine: EngineLike, heartbeat: HeartbeatSender, parent_fd: int
+    ) -> None:
+        """parent_fd: a file descriptor that is readable once the parent has closed its end: the engine then stops."""
         self._socket = socket
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(leash, zmq.POLLIN)
+        self._poller.register(parent_fd, zmq.POLLIN)
         self._engine = engine
-        self._heart = heart
-        self._leash = leash
+        self._heartbeat = heartbeat
+        self._parent_fd = parent_fd
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._last_sent: dict[bytes, float] = {}
         self._owner: dict[str, bytes] = {}
-        self._untold: list[RequestOutput] = []  # of the newest round
+        self._pending: list[RequestOutput] = []  # outputs of the newest round, not sent yet
 
     @property
     def peers(self) -> list[bytes]:
         return list(self._last_sent)
 
     def run(self) -> None:
-        """Serve until the leash is let go. Raises what engine.step and engine.check_ranks raise.
+        """Serve until the parent closes its end. Raises what engine.step and engine.check_ranks raise.
 
-        Peers hear of a round at once, or while a device is busy with the next one: it does not wait for that.
+        A round's outputs are sent at once, or while a device is busy with the next round: it does not wait for that.
         """
         try:
             self._serve()
         finally:
-            self._tell()  # of the round before one that fails, too
+            self._flush()  # also when a round fails: the outputs of the round before it
 
     def _serve(self) -> None:
-        idle_s = _NEWS_S
-        while self._leash not in dict(self._poller.poll(0 if self._engine.has_work() else math.ceil(idle_s * 1000))):
-            self._heart.turn()
+        idle_s = _STATS_S
+        while self._parent_fd not in dict(
+            self._poller.poll(0 if self._engine.has_work() else math.ceil(idle_s * 1000))
+        ):
+            self._heartbeat.turn()
             self._receive()
             if self._engine.has_work():
-                outputs = self._engine.step(self._tell)
-                self._untold += outputs
+                outputs = self._engine.step(self._flush)
+                self._pending += outputs
             if not self._engine.overlaps or not self._engine.has_work():
-                self._tell()
+                self._flush()
             if not self._engine.has_work():
-                idle_s = min(_NEWS_S, self._engine.check_ranks())
-            self._news()
+                idle_s = min(_STATS_S, self._engine.check_ranks())
+            self._refresh_stats()
 
     def _receive(self) -> None:
         while True:
@@ -139,7 +143,7 @@ class EngineServer:
             if peer not in self._last_sent:
                 self._last_sent[peer] = 0.0
                 ready, stats = self._engine.ready, self._engine.stats()
-                self._send(peer, msgspec.structs.replace(ready, stats=stats, heart=self._heart.name))
+                self._send(peer, msgspec.structs.replace(ready, stats=stats, heartbeat=self._heartbeat.name))
             try:
                 message: AddRequest | AbortRequests = self._decoder.decode(data)
             except msgspec.MsgspecError as error:
@@ -168,10 +172,12 @@ class EngineServer:
         self._engine.abort(ids)
         for id in ids:
             self._owner.pop(id, None)
-        self._untold = [output for output in self._untold if output.id not in ids]  # the id may soon be another's
+        self._pending = [
+            output for output in self._pending if output.id not in ids
+        ]  # another request may soon have the id
 
-    def _tell(self) -> None:
-        outputs, self._untold = self._untold, []
+    def _flush(self) -> None:
+        outputs, self._pending = self._pending, []
         self._dispatch(outputs)
 
     def _dispatch(self, outputs: list[RequestOutput]) -> None:
@@ -187,8 +193,8 @@ class EngineServer:
             for peer, theirs in by_peer.items():
                 self._send(peer, Outputs(theirs, stats))
 
-    def _news(self) -> None:
-        due = time.monotonic() - _NEWS_S
+    def _refresh_stats(self) -> None:
+        due = time.monotonic() - _STATS_S
         quiet = [peer for peer, sent in self._last_sent.items() if sent < due]
         if quiet:
             stats = self._engine.stats()
@@ -208,10 +214,10 @@ class EngineServer:
             self._abort(lost)
 
 
-def say_dead(socket: zmq.Socket[bytes], reason: str, peers: Iterable[bytes]) -> None:
-    """Tell `peers`, and whoever introduces itself within a moment, that the engine is dead."""
+def send_dead(socket: zmq.Socket[bytes], reason: str, peers: Iterable[bytes]) -> None:
+    """Tell `peers`, and peers that introduce themselves within a moment, that the engine is dead."""
     known = set(peers)
-    while socket.poll(0 if known else _LAST_WORD_MS):
+    while socket.poll(0 if known else _DEAD_TIMEOUT_MS):
         known.add(socket.recv_multipart()[0])
     for peer in known:
         with contextlib.suppress(zmq.ZMQError):
@@ -219,7 +225,7 @@ def say_dead(socket: zmq.Socket[bytes], reason: str, peers: Iterable[bytes]) -> 
 
 
 def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
-    """Read Launch from stdin, load the engine, serve until stdin closes. Returns the exit status."""
+    """Read EngineLaunch from stdin, load the engine, serve until stdin closes. Returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.getpgrp() != os.getpid():
@@ -228,40 +234,40 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
     line = sys.stdin.buffer.readline()
     if not line:  # the parent changed its mind
         return 0
-    launch = msgspec.json.decode(line, type=Launch)
+    launch = msgspec.json.decode(line, type=EngineLaunch)
     set_up(launch.log_level, launch.log_format)
     config = launch.config
     return serve(lambda: load_engine(EngineConfig.model_validate(config)), Path(launch.directory), _STDIN)
 
 
-def serve(load_engine: Callable[[], EngineLike], directory: Path, leash: int, alone: bool = False) -> int:
-    """Open the sockets, load the engine, serve until the other end of the file descriptor `leash` is closed.
+def serve(load_engine: Callable[[], EngineLike], directory: Path, parent_fd: int, alone: bool = False) -> int:
+    """Open the sockets, load the engine, serve until the other end of the file descriptor `parent_fd` is closed.
 
-    directory: for the sockets; removed with them in the end. alone: no parent knows why the engine ends, so it logs
-    that and tells its peers. Returns the exit status: 1 if the engine failed.
+    directory: for the sockets; removed with them at the end. alone: there is no parent to know why the engine ends, so
+    it logs the reason and tells its peers. Returns the exit status: 1 if the engine failed.
     """
     stop, closed = threading.Event(), threading.Event()
-    threading.Thread(target=_watch, args=(leash, stop, closed, directory), daemon=True).start()
+    threading.Thread(target=_watch, args=(parent_fd, stop, closed, directory), daemon=True).start()
 
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(closed.set)
         cleanup.callback(remove, directory)
         context = cleanup.enter_context(zmq.Context())
-        heart = cleanup.enter_context(Heart(context, directory / HEARTBEAT))
+        heartbeat = cleanup.enter_context(HeartbeatSender(context, directory / HEARTBEAT))
         socket = cleanup.enter_context(context.socket(zmq.ROUTER))
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.LINGER, _LAST_WORD_MS)
+        socket.setsockopt(zmq.LINGER, _DEAD_TIMEOUT_MS)
         socket.bind(f"ipc://{directory / SOCKET}")
         server = None
         try:
             engine = load_engine()
             cleanup.callback(engine.close)
-            server = EngineServer(socket, engine, heart, leash)
+            server = EngineServer(socket, engine, heartbeat, parent_fd)
             server.run()
             if alone and server.peers:
-                say_dead(socket, _why_stopped(engine), server.peers)
+                send_dead(socket, _stop_reason(engine), server.peers)
         except Exception as error:
             # While loading, a ValueError is about the settings or the model; all else needs a traceback.
             expected = server is None and isinstance(error, ValueError)
@@ -269,13 +275,13 @@ def serve(load_engine: Callable[[], EngineLike], directory: Path, leash: int, al
                 logger.exception("the engine stopped")
             elif alone:
                 logger.error("the engine stopped: %s", error)
-            say_dead(socket, _reason(error, expected), server.peers if server else ())
+            send_dead(socket, _reason(error, expected), server.peers if server else ())
             return 1
     return 0
 
 
-def _why_stopped(engine: EngineLike) -> str:
-    """Whoever told it to stop may have done so because a rank is gone."""
+def _stop_reason(engine: EngineLike) -> str:
+    """The engine may have been stopped because a rank is gone."""
     try:
         engine.check_ranks()
     except RuntimeError as error:
@@ -283,8 +289,8 @@ def _why_stopped(engine: EngineLike) -> str:
     return "the engine was stopped"
 
 
-def _watch(leash: int, stop: threading.Event, closed: threading.Event, directory: Path) -> None:
-    while os.read(leash, 4096):  # not sys.stdin: its lock must be free when the interpreter ends
+def _watch(parent_fd: int, stop: threading.Event, closed: threading.Event, directory: Path) -> None:
+    while os.read(parent_fd, 4096):  # not sys.stdin: its lock must be free when the interpreter ends
         pass
     stop.set()
     if not closed.wait(_ORPHAN_GRACE_S):
@@ -293,7 +299,7 @@ def _watch(leash: int, stop: threading.Event, closed: threading.Event, directory
 
 
 def _request_id(data: bytes) -> str | None:
-    """The id of a request that is not one otherwise: somebody waits for its end."""
+    """The id of an otherwise unreadable request: its sender waits for an end."""
     try:
         return msgspec.msgpack.decode(data, type=_Named).id
     except msgspec.MsgspecError:

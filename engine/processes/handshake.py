@@ -1,4 +1,4 @@
-"""The first word between an API process and an engine. Free of torch."""
+"""Handshake between an API process and an engine process. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import zmq.asyncio
 
 from engine.messages import AbortRequests, Dead, FromEngine, Ready
 
-LAST_WORD_S = 0.5
-"""How long to look for the reason after the engine process has ended."""
-_AGAIN_S = 0.5
-"""How often to say hello to an engine that does not answer yet."""
+REASON_TIMEOUT_S = 0.5
+"""Time to look for the reason after the engine process has ended."""
+_HELLO_INTERVAL_S = 0.5
+"""Time between hellos to an engine that does not answer yet."""
 _HELLO = msgspec.msgpack.encode(AbortRequests([]))
 
 logger = logging.getLogger(__name__)
@@ -25,40 +25,40 @@ class EngineDead(RuntimeError):
     """The engine is gone, or never came up; the message says why."""
 
 
-async def first_word(socket: zmq.asyncio.Socket, process: Process, timeout_s: float) -> Ready:
+async def wait_ready(socket: zmq.asyncio.Socket, process: Process, timeout_s: float) -> Ready:
     """Wait until the engine of this process is ready. socket: a DEALER to it. Raises EngineDead."""
     await socket.send(_HELLO)
     ended = asyncio.create_task(process.wait())
     try:
         async with asyncio.timeout(timeout_s):
-            word = asyncio.ensure_future(socket.recv())
-            await asyncio.wait({word, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not word.done():
-                await asyncio.wait({word}, timeout=LAST_WORD_S)
+            reply = asyncio.ensure_future(socket.recv())
+            await asyncio.wait({reply, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not reply.done():
+                await asyncio.wait({reply}, timeout=REASON_TIMEOUT_S)
     except TimeoutError:
         raise EngineDead(f"the engine was not ready after {timeout_s:g} s") from None
     finally:
         ended.cancel()
-    if not word.done():
-        word.cancel()
+    if not reply.done():
+        reply.cancel()
         raise EngineDead(f"the engine process ended with status {process.returncode} while starting")
-    message = msgspec.msgpack.decode(word.result(), type=FromEngine)
+    message = msgspec.msgpack.decode(reply.result(), type=FromEngine)
     if isinstance(message, Ready):
         return message
     raise EngineDead(message.reason if isinstance(message, Dead) else "the engine spoke out of turn")
 
 
-async def appearance(socket: zmq.asyncio.Socket, directory: Path, timeout_s: float) -> Ready:
-    """Wait until there is an engine in this directory, and ready. socket: a DEALER to it. Raises EngineDead.
+async def wait_for_engine(socket: zmq.asyncio.Socket, directory: Path, timeout_s: float) -> Ready:
+    """Wait until a ready engine is in this directory. socket: a DEALER to it. Raises EngineDead.
 
-    One that ends while it loads takes the hello with it, so it is said again and again.
+    An engine that ends while it loads takes the hello with it, so hellos are repeated.
     """
     reason = ""
     try:
         async with asyncio.timeout(timeout_s):
             while True:
                 await socket.send(_HELLO)
-                if not await socket.poll(int(_AGAIN_S * 1000)):
+                if not await socket.poll(int(_HELLO_INTERVAL_S * 1000)):
                     continue
                 message = msgspec.msgpack.decode(await socket.recv(), type=FromEngine)
                 if isinstance(message, Ready):

@@ -1,8 +1,8 @@
-"""Whether an engine process lives, and how long it has been at one thing: both ends of its heartbeat. Free of torch.
+"""Both ends of an engine process's heartbeat: is it alive, and how long has it been in one turn? Free of torch.
 
-The beats have a thread and a socket of their own, so they go on while a round computes. No beat means that the
-process hangs or is stopped, and is noticed within seconds; one long round is allowed more. A beat also says which
-process it is of: another one can take the place of the first behind the same path.
+Beats have a thread and a socket of their own, so they go on while a round computes. A missing beat means that the
+process hangs or is stopped, and is noticed within seconds; one long round is allowed more. A beat also carries the
+process's name, since another process can take over the same path.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import zmq.asyncio
 BEAT_S = 0.5
 """Time between two beats."""
 MISSED_BEATS = 6
-"""This many in a row missing, the process counts as hung."""
+"""After this many missing beats in a row the process counts as hung."""
 
 
 class _Beat(msgspec.Struct, array_like=True):
     name: bytes
     busy: float
-    """Seconds since the loop's turn began."""
+    """Seconds since the loop's present turn began."""
 
 
-class Heart:
-    """The engine's end, to be used as a context manager: beats on `path`, an ipc socket, from start to exit."""
+class HeartbeatSender:
+    """The engine's end, a context manager: sends beats on `path`, an ipc socket, from start to exit."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
         self._socket = context.socket(zmq.PUB)
@@ -63,11 +63,12 @@ class Heart:
                 self._socket.send(msgspec.msgpack.encode(_Beat(self.name, busy)))
 
 
-async def hung(socket: zmq.asyncio.Socket, name: bytes, turn_s: float) -> str:
-    """Return the reason once the process whose heart has this name, at the other end of `socket` (SUB), counts as hung.
+async def wait_hung(socket: zmq.asyncio.Socket, name: bytes, turn_s: float) -> str:
+    """Wait until the engine process counts as hung, and return the reason.
 
-    turn_s: how long one turn of its loop may take. Silence is counted in waits, not read off a clock: if this
-    process stands still itself, that is one wait, and the beats that came meanwhile are read after it.
+    socket: SUB, connected to its heartbeat. name: of the process (Ready.heartbeat). turn_s: time that one turn of its
+    loop may take. Silence is counted in waits, not read off a clock: if this process itself stops, that is one wait,
+    and the beats that arrived meanwhile are read after it.
     """
     missed = 0
     while missed < MISSED_BEATS:

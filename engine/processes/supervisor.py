@@ -1,7 +1,7 @@
-"""Engines one after the other: what an API process holds in place of one EngineClient, so that it can outlive it.
+"""Restarts a dead engine; a drop-in for EngineClient. Free of torch.
 
-Free of torch. An engine that dies is, with `restart`, followed by another one: requests that had yielded nothing run
-once more on it, all others end with the cause. Without, its death is the end.
+With `restart`, another engine follows one that dies: requests that had yielded nothing run once more on it, all others
+end with the cause. Without `restart`, its death is the end.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import msgspec
 
 from engine.messages import FINISH_ABORT, AddRequest, EngineStats, Ready, RequestOutput
 from engine.processes.client import EngineClient, EngineDead
-from engine.scheduler.stats import carried_on
+from engine.scheduler.stats import add_totals
 
-MOST_FAILED_STARTS = 5
-"""In a row; no further one is tried."""
+MAX_FAILED_STARTS = 5
+"""In a row; then no further start is tried."""
 _BACKOFF_S = 1.0
-"""Wait after the first failed start; it doubles with every further one."""
+"""Wait after the first failed start; it doubles with each further one."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +30,20 @@ class EngineDown(EngineDead):
 
 
 class Supervisor:
-    """The engine as the server sees it: an EngineClient that may be replaced by another. Use from one event loop.
+    """An EngineClient that may be replaced by another. Use from one event loop.
 
-    dead: why there is no engine, and will be none. down: why there is none for now.
+    dead: why there is no engine, for good. down: why there is none for now.
     """
 
     def __init__(
         self, start: Callable[[], Awaitable[EngineClient]], client: EngineClient, *, restart: bool, settled_s: float
     ) -> None:
-        """Use `start`, which awaits the first engine."""
+        """Use `start`, which waits for the first engine."""
         self._start = start
-        self._client = client  # the latest, dead or alive; owned
+        self._client = client  # the newest, dead or alive; owned
         self._restart = restart
         self._settled_s = settled_s
-        self._born = asyncio.get_running_loop().time()
+        self._started_at = asyncio.get_running_loop().time()
         self._before = EngineStats()  # totals of the engines before this one
         self._waiting: dict[str, asyncio.Future[EngineClient | None]] = {}  # requests that wait for the next engine
         self._start_error: str | None = None  # how the latest attempt to start one failed
@@ -55,16 +55,16 @@ class Supervisor:
     async def start(
         cls, start: Callable[[], Awaitable[EngineClient]], *, restart: bool, settled_s: float
     ) -> Supervisor:
-        """The first engine is up when this returns; one that does not come up is not tried again.
+        """Start the first engine; if it does not come up, no other is tried.
 
-        start: brings up one engine, or raises EngineDead. settled_s: an engine that lives for less counts as a failed
+        start: starts one engine, or raises EngineDead. settled_s: an engine that lives for less counts as a failed
         start. Raises EngineDead.
         """
         return cls(start, await start(), restart=restart, settled_s=settled_s)
 
     @property
     def ready(self) -> Ready:
-        """What the latest engine said when it was up."""
+        """The newest engine's first message."""
         return self._client.ready
 
     @property
@@ -79,13 +79,14 @@ class Supervisor:
 
     @property
     def live(self) -> int:
-        """Requests that have not ended, those that wait for an engine included."""
+        """Number of requests that have not ended, including those that wait for an engine."""
         return self._client.live + len(self._waiting)
 
     @property
     def stats(self) -> EngineStats:
-        """The newest gauges, and totals of all engines so far. Without an engine nothing runs and no page is there."""
-        stats = carried_on(self._client.stats, self._before)
+        """The newest gauges, and totals over all engines so far. Without an engine nothing runs and there are no
+        pages."""
+        stats = add_totals(self._client.stats, self._before)
         if self._client.dead is not None:
             return msgspec.structs.replace(stats, running=0, waiting=len(self._waiting), pages_total=0, pages_free=0)
         return stats
@@ -93,13 +94,13 @@ class Supervisor:
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one request; see EngineClient.generate.
 
-        A request that has yielded nothing when the engine dies is given to the next one; only once, lest it be what
-        kills them. Raises EngineDown for one that has, or that comes while there is no engine; EngineDead if there will
-        be none.
+        A request that has yielded nothing when the engine dies runs on the next one; only once, since it may be what
+        kills them. Raises EngineDown for a request that has yielded, or that arrives while there is no engine;
+        EngineDead if there will be none.
         """
         client = self._client
         if client.dead is not None:
-            raise self._gone(client)
+            raise self._error(client)
         for last in (False, True):
             begun = False
             try:
@@ -110,8 +111,8 @@ class Supervisor:
                 return
             except EngineDead:
                 if last or begun or not self._restart:
-                    raise self._gone(client) from None
-            successor = await self._successor(client, request.id)
+                    raise self._error(client) from None
+            successor = await self._next_client(client, request.id)
             if successor is None:
                 yield RequestOutput(id=request.id, finish_reason=FINISH_ABORT)
                 return
@@ -137,32 +138,32 @@ class Supervisor:
         return self.dead
 
     async def close(self) -> None:
-        """End the engine, or the attempt to start one; nothing of it remains. Live requests raise EngineDead."""
-        self._bury(self.dead or "the engine was stopped")
+        """End the engine, or the attempt to start one, without leaving anything. Live requests raise EngineDead."""
+        self._end_for_good(self.dead or "the engine was stopped")
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         await self._client.close()
 
     def kill(self) -> None:
-        """End the engine the hard way, at once."""
+        """Kill the engine."""
         self._client.kill()
 
-    # -- one engine after the other ------------------------------------------------------------------------------------
+    # -- replacing the engine ------------------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
         failed = 0
         while True:
             reason = await self._client.wait_dead()
             if not self._restart:
-                return self._bury(reason)
-            lived = asyncio.get_running_loop().time() - self._born
+                return self._end_for_good(reason)
+            lived = asyncio.get_running_loop().time() - self._started_at
             failed = 0 if lived >= self._settled_s else failed + 1
             logger.error("the engine is gone: %s", reason)
-            await self._client.close()  # what it held is free before the next one asks for it
+            await self._client.close()  # free what it held before the next one needs it
             client = None
             while client is None:
-                if failed >= MOST_FAILED_STARTS:
-                    return self._bury(f"{self.down} ({failed} starts in a row have failed)")
+                if failed >= MAX_FAILED_STARTS:
+                    return self._end_for_good(f"{self.down} ({failed} starts in a row have failed)")
                 if failed:
                     await asyncio.sleep(_BACKOFF_S * 2 ** (failed - 1))
                 logger.warning("starting the engine again")
@@ -172,18 +173,18 @@ class Supervisor:
                     failed += 1
                     self._start_error = str(error) or type(error).__name__
                     logger.error("the engine did not start: %s", self._start_error)
-            self._succeed(client)
+            self._replace_client(client)
 
-    def _succeed(self, client: EngineClient) -> None:
-        self._before = carried_on(self._client.stats, self._before)
+    def _replace_client(self, client: EngineClient) -> None:
+        self._before = add_totals(self._client.stats, self._before)
         self._before.engine_restarts += 1
         self._client, self._start_error = client, None
-        self._born = asyncio.get_running_loop().time()
+        self._started_at = asyncio.get_running_loop().time()
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_result(client)
 
-    async def _successor(self, client: EngineClient, id: str) -> EngineClient | None:
+    async def _next_client(self, client: EngineClient, id: str) -> EngineClient | None:
         """The engine after `client`; None if the request is aborted meanwhile. Raises EngineDead."""
         if self.dead is not None:
             raise EngineDead(self.dead)
@@ -195,10 +196,10 @@ class Supervisor:
         finally:
             del self._waiting[id]
 
-    def _gone(self, client: EngineClient) -> EngineDead:
+    def _error(self, client: EngineClient) -> EngineDead:
         return EngineDead(self.dead) if self.dead is not None else EngineDown(client.dead)
 
-    def _bury(self, reason: str) -> None:
+    def _end_for_good(self, reason: str) -> None:
         self._dead = reason
         self._death.set()
         for waiting in self._waiting.values():

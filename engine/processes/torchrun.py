@@ -1,9 +1,9 @@
-"""The engine over processes that torchrun starts, on any number of hosts: `torchrun … -m engine.processes.torchrun --config F`.
+"""Run the engine on any number of hosts: `torchrun … -m engine.processes.torchrun --config FILE`.
 
-Every process reads the settings; those of rank 0 hold. Rank 0 is the engine process: it waits for the others, and
-serves API processes on its host through sockets in a directory. torchrun starts all of them again when one fails.
+Every process reads the settings; those of rank 0 count. Rank 0 is the engine process: it waits for the others, and
+serves API processes on its host through sockets in a directory. torchrun restarts all of them when one fails.
 
-SIGTERM and SIGINT end any of them, and so does the end of the torchrun agent that started it.
+SIGTERM, SIGINT and the end of its torchrun agent end each process.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from engine.core import Engine
 from engine.logs import set_up
 from engine.processes import engine_server
 from engine.processes.endpoint import EndpointError, claim, default_directory
-from engine.processes.rank import leave, live
-from engine.ranks.executor import Ranks
-from engine.ranks.protocol import Report, answer
-from parallel import meeting
+from engine.processes.rank import exit_now, run_rank
+from engine.ranks.executor import RankExecutor
+from engine.ranks.protocol import RankReport, send_report
+from parallel import tcp_bootstrap
 from parallel.channel import Disconnected, Link
-from parallel.elastic import ElasticError, Place, read_place
 from parallel.group import CollectiveError
+from parallel.torchrun_env import ElasticError, TorchrunEnv, read_torchrun_env
 
 _AGENT_CHECK_S = 1.0
 
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Be the rank that the environment says. Returns the exit status; threads of a broken group may be left."""
+    """Run as the rank that the environment names. Returns the exit status; threads of a broken group may be left."""
     parser = argparse.ArgumentParser(prog="torchrun … -m engine.processes.torchrun", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of settings, as of `magicdec serve`")
     parser.add_argument(
@@ -52,89 +52,89 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        place = read_place(os.environ)
+        env = read_torchrun_env(os.environ)
         config = load_config(options.config, {})
-        settings = _settings(config.engine, place)
-        if place.rank == 0:
+        settings = _settings(config.engine, env)
+        if env.rank == 0:
             claim(options.socket)
     except (ElasticError, ConfigError, EndpointError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     set_up(config.server.log_level, config.server.log_format)
-    return _lead(settings, place, options.socket) if place.rank == 0 else _follow(settings, place)
+    return _run_rank_0(settings, env, options.socket) if env.rank == 0 else _run_other_rank(settings, env)
 
 
-def _settings(config: EngineConfig, place: Place) -> EngineConfig:
-    if config.tensor_parallel_size not in (1, place.size):
+def _settings(config: EngineConfig, env: TorchrunEnv) -> EngineConfig:
+    if config.tensor_parallel_size not in (1, env.size):
         raise ConfigError(
-            f"engine.tensor_parallel_size: {config.tensor_parallel_size}, but torchrun has started {place.size} ranks; "
+            f"engine.tensor_parallel_size: {config.tensor_parallel_size}, but torchrun has started {env.size} ranks; "
             "leave it out"
         )
     # torchrun tells OpenMP to use one thread, whatever the machine has.
-    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // place.local_size)
-    return config.model_copy(update={"tensor_parallel_size": place.size, "threads": threads})
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // env.local_size)
+    return config.model_copy(update={"tensor_parallel_size": env.size, "threads": threads})
 
 
-def _lead(config: EngineConfig, place: Place, directory: Path) -> int:
-    leash, held = os.pipe()
-    _when_told(lambda: os.close(held))
-    ranks = functools.partial(_gather, place=place)
-    log.info("rank 0 of %d; `magicdec serve --engine %s` on this host attaches to it", place.size, directory)
+def _run_rank_0(config: EngineConfig, env: TorchrunEnv, directory: Path) -> int:
+    parent_fd, held = os.pipe()
+    _on_stop(lambda: os.close(held))
+    ranks = functools.partial(_connect_ranks, env=env)
+    log.info("rank 0 of %d; `magicdec serve --engine %s` on this host attaches to it", env.size, directory)
     return engine_server.serve(
-        lambda: Engine(config, ranks=ranks, progress=sys.stderr.isatty()), directory, leash, alone=True
+        lambda: Engine(config, ranks=ranks, progress=sys.stderr.isatty()), directory, parent_fd, alone=True
     )
 
 
-def _gather(config: EngineConfig, device: torch.device, place: Place) -> Ranks:
-    """Engine's way to its ranks. Raises RankFailure, CollectiveError."""
-    address = place.address()
-    guests = meeting.receive(
-        place.store(config.start_timeout_s),
+def _connect_ranks(config: EngineConfig, device: torch.device, env: TorchrunEnv) -> RankExecutor:
+    """Connect to the other ranks, for Engine. Raises RankFailure, CollectiveError."""
+    address = env.address()
+    connections = tcp_bootstrap.accept_ranks(
+        env.store(config.start_timeout_s),
         address,
-        place.size,
+        env.size,
         timeout_s=config.start_timeout_s,
         link_timeout_s=config.step_timeout_s,
     )
-    return Ranks.meet(config, device, guests, one_machine=place.one_host, address=address)
+    return RankExecutor.connect(config, device, connections, one_machine=env.one_host, address=address)
 
 
-def _follow(config: EngineConfig, place: Place) -> int:
+def _run_other_rank(config: EngineConfig, env: TorchrunEnv) -> int:
     link: Link | None = None
 
     def end() -> None:
         if link is not None:
             with contextlib.suppress(Disconnected):
-                answer(link, Report(failure="was told to end", lost=True, told=True))
+                send_report(link, RankReport(failure="was told to end", lost=True, told_to_end=True))
         os._exit(1)
 
-    _when_told(end)
+    _on_stop(end)
     try:
-        link, store = meeting.visit(
-            place.store(config.start_timeout_s),
-            place.rank,
+        link, store = tcp_bootstrap.connect(
+            env.store(config.start_timeout_s),
+            env.rank,
             timeout_s=config.start_timeout_s,
             link_timeout_s=config.step_timeout_s,
         )
-        address = place.address()
+        address = env.address()
     except CollectiveError as error:
-        log.error("rank %d: %s", place.rank, error)
+        log.error("rank %d: %s", env.rank, error)
         return 1
-    link.end_together()
-    return live(link, local_rank=place.local_rank, store=store, address=address)
+    link.exit_with_peer()
+    return run_rank(link, local_rank=env.local_rank, store=store, address=address)
 
 
-def _when_told(act: Callable[[], None]) -> None:
-    """Call `act`, once and from a thread, on SIGTERM or SIGINT or when the parent is gone, whatever this process is
-    busy with: Python runs handlers of signals only when no library call holds its main thread."""
-    told, teller = os.pipe()
-    os.set_blocking(teller, False)
+def _on_stop(act: Callable[[], None]) -> None:
+    """Call `act`, once and from a thread, on SIGTERM or SIGINT or when the parent is gone. A signal handler would not
+    do: Python runs it only when no library call holds the main thread."""
+    stop, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(teller)  # written to at once
+    signal.set_wakeup_fd(wakeup)  # written to at once
     parent = os.getppid()
 
     def wait() -> None:
-        while os.getppid() == parent and not select.select([told], [], [], _AGENT_CHECK_S)[0]:
+        while os.getppid() == parent and not select.select([stop], [], [], _AGENT_CHECK_S)[0]:
             pass
         act()
 
@@ -142,4 +142,4 @@ def _when_told(act: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_now(main(sys.argv[1:]))

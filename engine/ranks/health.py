@@ -1,4 +1,4 @@
-"""What rank 0 hears from the other ranks and, once something is wrong, which of them it is and why."""
+"""The health of the other ranks as rank 0 sees it and, once something is wrong, which of them failed and why."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Mapping
 
 import msgspec
 
-from engine.ranks.protocol import Report, WeightBytes
+from engine.ranks.protocol import RankReport, WeightBytes
 from parallel.channel import Channel
 from parallel.group import CollectiveError
 from parallel.launch import RankProcesses
 
-_LAST_WORD_S = 2.0
-"""How long to look for the first cause once something is wrong."""
+_DIAGNOSIS_S = 2.0
+"""Time to look for the first cause once something is wrong."""
 
 log = logging.getLogger(__name__)
 
 
-class Roster:
-    """The ranks 1 … size - 1 as their reports show them, and as the system does."""
+class RankHealth:
+    """The ranks 1 … size - 1, by their reports and by what the system says of their processes."""
 
     def __init__(
         self,
@@ -34,83 +34,82 @@ class Roster:
         hosts: where the others run, for messages.
         """
         self.ranks = sorted(channel.open)
-        self.weight_bytes = WeightBytes()  # of all these ranks, once they are ready
+        self.weight_bytes = WeightBytes()  # sum over these ranks, once they are ready
         self._channel = channel
         self._timeout_s = timeout_s
         self._processes = processes
         self._hosts = hosts or {}
-        self._silent = set(self.ranks)  # ranks that have not said why they go
-        self._reports: dict[int, Report] = {}  # why they go
-        self._hellos = dict.fromkeys(self.ranks, 0)  # reports of each, without those
-        self._decoder = msgspec.msgpack.Decoder(Report)
+        self._silent = set(self.ranks)  # ranks that have not reported why they end
+        self._failures: dict[int, RankReport] = {}
+        self._num_reports = dict.fromkeys(self.ranks, 0)  # of each rank, failures not counted
+        self._decoder = msgspec.msgpack.Decoder(RankReport)
 
     # -- listening ---------------------------------------------------------------------------------------------------
 
     def listen(self, timeout_s: float) -> None:
-        """Take in what the ranks have said; wait at most timeout_s for it."""
-        for rank, frame in self._channel.news(timeout_s):
-            report = Report() if frame is None else self._decoder.decode(frame)
+        """Read the reports that have arrived; wait at most timeout_s for one."""
+        for rank, frame in self._channel.frames(timeout_s):
+            report = RankReport() if frame is None else self._decoder.decode(frame)
             if frame is None or report.failure is not None:
                 self._silent.discard(rank)
             if report.failure is not None:
-                self._reports.setdefault(rank, report)
+                self._failures.setdefault(rank, report)
             elif frame is not None:
-                self._hellos[rank] += 1
+                self._num_reports[rank] += 1
                 self.weight_bytes += report.weight_bytes
 
     @property
     def broken(self) -> bool:
-        """Whether a rank has gone, or has said that it goes."""
-        return bool(self._reports) or len(self._channel.open) < len(self.ranks)
+        """Whether a rank has ended, or has reported that it does."""
+        return bool(self._failures) or len(self._channel.open) < len(self.ranks)
 
     def late(self, number: int) -> list[int]:
-        """Ranks that have not sent so many reports yet."""
-        return [rank for rank, count in self._hellos.items() if count < number]
+        """Ranks that have sent fewer than `number` reports."""
+        return [rank for rank, count in self._num_reports.items() if count < number]
 
-    # -- blame -------------------------------------------------------------------------------------------------------
+    # -- diagnosis ---------------------------------------------------------------------------------------------------
 
     def diagnose(self, error: CollectiveError | None) -> str:
-        """The first cause of what went wrong. error: how it shows on rank 0, if it was a collective that failed."""
-        deadline = time.monotonic() + _LAST_WORD_S
-        while (cause := self._cause()) is None and self._may_speak() and (left := deadline - time.monotonic()) > 0:
+        """Find the first cause. error: rank 0's own, if a collective failed there."""
+        deadline = time.monotonic() + _DIAGNOSIS_S
+        while (cause := self._cause()) is None and self._may_report() and (left := deadline - time.monotonic()) > 0:
             self.listen(left)
-        # Ranks that were told to end, unless there is more to it.
-        told = [] if cause else sorted(rank for rank, report in self._reports.items() if report.told)
-        why = cause or self._suspicion(error, told)
-        log.log(logging.INFO if told else logging.ERROR, "%s", why)
-        return why
+        ended = [] if cause else sorted(rank for rank, report in self._failures.items() if report.told_to_end)
+        reason = cause or self._suspicion(error, ended)
+        log.log(logging.INFO if ended else logging.ERROR, "%s", reason)
+        return reason
 
     def names(self, ranks: list[int]) -> str:
         """`ranks 1, 2`; where hosts are known, `rank 3 (host b)`."""
         names = [f"{rank} (host {self._hosts[rank]})" if rank in self._hosts else str(rank) for rank in ranks]
         return f"rank{'s' * (len(names) > 1)} {', '.join(names)}"
 
-    def _may_speak(self) -> bool:
-        """Whether the reason of some rank can still come: one that a signal holds says nothing."""
+    def _may_report(self) -> bool:
+        """Whether a rank can still report its reason; one that is stopped by a signal cannot."""
         return any(not (self._processes and self._processes.is_stopped(rank)) for rank in self._silent)
 
     def _cause(self) -> str | None:
-        """What cannot be the consequence of another rank's end."""
-        for rank, report in self._reports.items():
+        """A failure that is not the consequence of another rank's end."""
+        for rank, report in self._failures.items():
             if not report.lost:
                 return f"{self.names([rank])} {report.failure}"
         gone = set(self.ranks) - self._channel.open
-        for rank in sorted(gone - set(self._reports)):
-            if self._processes and (ended := self._processes.how_it_ended(rank, _LAST_WORD_S)):
+        for rank in sorted(gone - set(self._failures)):
+            if self._processes and (ended := self._processes.how_it_ended(rank, _DIAGNOSIS_S)):
                 return f"rank {rank} {ended}"
             if self._processes and self._processes.is_stopped(rank):
                 return f"rank {rank} took no plan for {self._timeout_s:g} s (stopped by a signal)"
             return f"{self.names([rank])} is out of reach"
         return None
 
-    def _suspicion(self, error: CollectiveError | None, told: list[int]) -> str:
-        """Nobody is dead, nobody has failed by itself: somebody hangs, or was told to end."""
-        if told:
-            return f"{self.names(told)} got a signal to end, or lost the torchrun agent"
+    def _suspicion(self, error: CollectiveError | None, ended: list[int]) -> str:
+        """No rank is dead or has failed by itself: one hangs, or was told to end. ended: ranks that were told."""
+        if ended:
+            return f"{self.names(ended)} got a signal to end, or lost the torchrun agent"
         stopped = [rank for rank in sorted(self._silent) if self._processes and self._processes.is_stopped(rank)]
         late = stopped or ([error.rank] if error and error.rank is not None else sorted(self._silent))
         if not late:
-            reason = error or next(report.failure for report in self._reports.values())
+            reason = error or next(report.failure for report in self._failures.values())
             return f"the ranks lost each other: {reason}"
         why = " (stopped by a signal)" if stopped else ""
         return f"{self.names(late)} did not answer within {self._timeout_s:g} s{why}"

@@ -1,4 +1,4 @@
-"""What rank 0 and the other ranks say to each other, and the others' life between it."""
+"""Messages between rank 0 and the others, and the others' main loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 
 from engine.logs import LogFormat
 from engine.oom import OutOfMemory
-from engine.plan import StepPlan
+from engine.plan import RoundPlan
 from parallel.channel import Link
 from parallel.rendezvous import Join
 
@@ -18,9 +18,12 @@ PING = b""
 """The frame that asks a rank for a sign of life."""
 
 
-class Launch(msgspec.Struct):
-    """The first thing a rank is told. It answers with a Report, is then sent the EngineConfig as JSON, with every
-    setting resolved, answers with a second Report once it is ready, and from then on is sent StepPlans and pings."""
+class RankLaunch(msgspec.Struct):
+    """The first message to a rank.
+
+    The rank answers with a RankReport, is then sent the EngineConfig as JSON, with every setting resolved, answers with
+    a second RankReport once it is ready, and from then on is sent RoundPlans and pings.
+    """
 
     join: Join
     log_level: str
@@ -28,7 +31,8 @@ class Launch(msgspec.Struct):
 
 
 class WeightBytes(msgspec.Struct, frozen=True):
-    """target: matrices that a target step reads. draft: others, which draft steps read. tables: embeddings beside."""
+    """Bytes of weights. target: matrices that a target step reads. draft: other matrices that draft steps read. tables:
+    embeddings beside them."""
 
     target: int = 0
     draft: int = 0
@@ -42,32 +46,32 @@ class WeightBytes(msgspec.Struct, frozen=True):
         return WeightBytes(self.target + other.target, self.draft + other.draft, self.tables + other.tables)
 
 
-class Report(msgspec.Struct, omit_defaults=True):
-    """What a rank says to rank 0: that it has come this far, that it is there when asked, or, once, why it goes."""
+class RankReport(msgspec.Struct, omit_defaults=True):
+    """A rank's message to rank 0: a step of start-up is done, an answer to a ping, or, once, why the rank ends."""
 
     weight_bytes: WeightBytes = WeightBytes()
-    """Of its shards, once they are loaded."""
+    """Bytes of its shards, once they are loaded."""
     failure: str | None = None
-    """What becomes of it, to be read behind its name: `failed: …`."""
+    """Why the rank ends, to be read after its name: `failed: …`."""
     lost: bool = False
     """The failure is that of a collective: some other rank is the cause."""
-    told: bool = False
-    """With `lost`: whoever started this rank told it to end, perhaps since another one is gone."""
+    told_to_end: bool = False
+    """With `lost`: whoever started this rank ended it, perhaps because another one is gone."""
 
 
-def answer(link: Link, report: Report) -> None:
-    """A rank's word to rank 0."""
+def send_report(link: Link, report: RankReport) -> None:
+    """Send rank 0 a report."""
     link.send(msgspec.msgpack.encode(report))
 
 
-def follow(link: Link, execute: Callable[[StepPlan], object]) -> NoReturn:
-    """A rank's life: run the rounds that rank 0 announces, and answer when asked. Rank 0 sees for itself when a round
-    was given up. Raises Disconnected when rank 0 is gone."""
-    decoder = msgspec.msgpack.Decoder(StepPlan)
+def worker_loop(link: Link, execute: Callable[[RoundPlan], object]) -> NoReturn:
+    """Run the rounds that rank 0 sends, and answer its pings. Rank 0 sees for itself when a round was abandoned. Raises
+    Disconnected when rank 0 is gone."""
+    decoder = msgspec.msgpack.Decoder(RoundPlan)
     while True:
         frame = link.receive()
         if frame == PING:
-            answer(link, Report())
+            send_report(link, RankReport())
         else:
             with contextlib.suppress(OutOfMemory):
                 execute(decoder.decode(frame))

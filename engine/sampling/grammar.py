@@ -1,6 +1,6 @@
-"""Which tokens may come next where a request's output has to match a grammar: by llguidance, on every rank alike.
+"""Grammars: which tokens may come next where output has to match one (llguidance), on every rank alike.
 
-A matcher stands behind a row's committed tokens. To see what may follow drafts it goes along them, and back again.
+A matcher stands after a row's committed tokens. To see what may follow drafts it advances along them, and rolls back.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ log = logging.getLogger(__name__)
 Words = npt.NDArray[np.int32]
 
 LIMITS = LLParserLimits(max_grammar_size=100_000, initial_lexer_fuel=500_000)
-"""What a grammar may cost to compile: some 100 ms at most, during which its round's rows wait."""
+"""Bounds the cost of compiling a grammar to some 100 ms, during which the rows of its round wait."""
 
 
 class Grammars:
     """The grammars of all row slots of one rank."""
 
     def __init__(self, max_rows: int, tokenizer: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """tokenizer: the model's tokenizer.json; read when the first grammar comes."""
+        """tokenizer: the model's tokenizer.json; read when the first grammar arrives."""
         self._file = tokenizer
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
         self._tokenizer: LLTokenizer | None = None
         self._matchers: dict[int, LLMatcher] = {}
-        self.bound = np.zeros(max_rows, dtype=bool)
-        """[max_rows]: rows that have one."""
+        self.constrained = np.zeros(max_rows, dtype=bool)
+        """[max_rows]: rows that have a grammar."""
 
     def start(self, start: RowStart) -> None:
         """A request takes a row slot."""
         row, grammar = start.row, start.params.grammar
         self._matchers.pop(row, None)
-        self.bound[row] = grammar is not None
+        self.constrained[row] = grammar is not None
         if grammar is not None:
             if self._tokenizer is None:
                 self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocab_size, eos_token=self._eos)
@@ -48,18 +48,20 @@ class Grammars:
             self.commit(row, start.tokens[start.num_prompt :])
 
     def commit(self, row: int, tokens: Sequence[int]) -> None:
-        """Output of a row; of one without a grammar, nothing is remembered."""
+        """Advance a row's matcher over its output; a row without a grammar keeps no state."""
         if (matcher := self._matchers.get(row)) is None:
             return
         consumed = matcher.try_consume_tokens(list(tokens))
-        # What is behind the end, an end of sequence among it, leaves the matcher where it is.
+        # Tokens after the end, an end of sequence among them, leave the matcher where it is.
         if matcher.is_error() or (consumed < len(tokens) and not matcher.is_stopped()):
             log.error("a grammar fails, and its output ends: %s", matcher.get_error() or "a token does not match")
 
     def masks(self, row: int, drafted: Sequence[int], first: int = 0) -> Words:
-        """What may stand behind the row's committed tokens and `first` of its drafts, and behind each further draft:
-        [len(drafted) + 1 - first, words], a bit for each token. Behind a draft that does not match nothing is said:
-        all that was allowed before it is, there."""
+        """Tokens allowed after the row's committed tokens and `first` of its drafts, and after each further draft.
+
+        Returns [len(drafted) + 1 - first, words], one bit per token. After a draft that does not match, the mask of the
+        place before it is repeated.
+        """
         matcher = self._matchers[row]
         consumed = matcher.try_consume_tokens(list(drafted[:first]))
         matching = consumed == first

@@ -1,4 +1,4 @@
-"""Changes to logits before the sampling rule, as requests ask for them: edits of single tokens, and penalties."""
+"""Logits processors: changes to logits before the sampling rule, as requests ask for them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from engine.plan import RowStart
-from parallel.sampling import VocabShard
+from parallel.vocab_shard import VocabShard
 
 
 @dataclass(frozen=True, slots=True)
-class Edits:
-    """One row's changes to its logits: bias, stop tokens forbidden before `min_length`, tokens and words that are not
-    allowed.
+class LogitEdits:
+    """One row's edits of single logits: bias, stop tokens forbidden before `min_length`, excluded tokens and words.
 
-    tokens: [m] index into this rank's slice; bias: [m]; forbidden: [m] 0 or -inf, added while the row is shorter.
-    excluded: [slice] bool, or None. words: of each what it begins with, and its last token in this rank's slice.
+    tokens: [m] index into this rank's slice. bias: [m]. forbidden: [m] 0 or -inf, added while the row is shorter than
+    `min_length`. excluded: [slice] bool, or None. words: for each bad word that ends in this rank's slice, the tokens
+    before its last one, and the index of its last one.
     """
 
     tokens: Tensor
@@ -28,7 +28,7 @@ class Edits:
     words: list[tuple[Tensor, int]]
 
     @classmethod
-    def of(cls, start: RowStart, vocab: VocabShard, device: torch.device) -> Edits:
+    def of(cls, start: RowStart, vocab: VocabShard, device: torch.device) -> LogitEdits:
         params = start.params
         stops = start.stop_ids if params.min_tokens else []
         ids = torch.tensor([*params.logit_bias, *stops], dtype=torch.int64)
@@ -53,8 +53,8 @@ class Edits:
         return cls(tokens.to(device), bias[mine].to(device), forbidden[mine].to(device), min_length, excluded, words)
 
     def apply(self, logits: Tensor, position: Tensor, row: Tensor) -> None:
-        """Change one row of logits in place; position: [] int64, of the token being decided. row: [max_model_len], the
-        row's tokens, drafts among them."""
+        """Edit one row of logits in place. position: [] int64, of the token being sampled. row: [max_model_len], the
+        row's tokens, drafts included."""
         change = self.bias + torch.where(position < self.min_length, self.forbidden, 0.0)
         logits.index_add_(0, self.tokens, change.to(logits.dtype))
         if self.excluded is not None:
@@ -65,10 +65,10 @@ class Edits:
             logits[token] = torch.where(matches, float("-inf"), logits[token])
 
 
-class Counts:
-    """How often each token of this rank's slice occurs in the rows that are penalised for it.
+class TokenCounts:
+    """Occurrences of each token of this rank's slice in the rows that have penalties.
 
-    output: [max_rows, slice] int32. in_prompt: [max_rows, slice] bool. Rows that are not penalised hold leftovers.
+    output: [max_rows, slice] int32. in_prompt: [max_rows, slice] bool. Other rows hold leftovers.
     """
 
     def __init__(self, max_rows: int, vocab: VocabShard, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """The one sampling rule, for draft and target alike: argmax over the vocabulary of l(v)/T + G(seed, position, v).
 
-Everything a request may ask for - penalties, bias, min_tokens, top-k, top-p, min-p - changes the logits l before the
-rule. Since the noise G is a function of (seed, position, token) alone, a draft that sees similar logits picks the same
-token, and the target's choice never depends on what was drafted.
+Everything a request may ask for - penalties, bias, min_tokens, grammar, top-k, top-p, min-p - changes the logits l
+before the rule. Since the noise G is a function of (seed, position, token) alone, a draft that sees similar logits
+picks the same token, and the target's choice never depends on what was drafted.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.batch.rows import Decisions, Ints, Round, Rows
+from engine.batch.round_batch import RoundBatch, SamplePositions
+from engine.batch.row_state import Ints, RowState
 from engine.params import SamplingParams
 from engine.plan import RowStart
 from engine.sampling.grammar import Grammars
-from engine.sampling.logits_processors import Counts, Edits
+from engine.sampling.logits_processors import LogitEdits, TokenCounts
 from kernels.noise import gumbel_noise
 from kernels.ops import Ops
-from kernels.reference import REFERENCE
-from parallel.sampling import VocabShard
+from kernels.reference_ops import REFERENCE
+from parallel.vocab_shard import VocabShard
 
 
 @dataclass(frozen=True, slots=True)
-class Logprobs:
-    """Of the decisions whose rows ask for them: log-probabilities under the target's unchanged logits.
+class LogprobTensors:
+    """Log-probabilities under the target's unchanged logits, of the samples whose rows ask for them.
 
-    decisions: which decisions, host [n]. chosen: [n]. top: [n, k] in falling order, top_ids: [n, k] int64; k is the
-    most that any of these rows asks for.
+    index: host, [n], into the round's samples. chosen: [n]. top: [n, k], falling; top_ids: [n, k] int64; k is the
+    largest number that any of these rows asks for.
     """
 
-    decisions: Ints
+    index: Ints
     chosen: Tensor
     top: Tensor
     top_ids: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class PromptReport:
-    """Of prompt tokens, [n] each: the token, its log-probability, its rank; and top, [n, k] in falling order, with
-    their ids."""
+class PromptLogprobTensors:
+    """Log-probabilities of prompt tokens. tokens, chosen, rank: [n]. top: [n, k], falling; top_ids: [n, k] int64."""
 
     tokens: Tensor
     chosen: Tensor
@@ -55,52 +55,56 @@ class PromptReport:
 class Sampler:
     """Sampling parameters of all row slots, and the rule.
 
-    Which rows ask for what is known to the host, and each adjustment touches only the decisions of rows that ask: a
-    greedy row costs an argmax, a sampled one its noise.
+    The host knows which rows ask for what, and each logits processor touches only their samples: a greedy row costs an
+    argmax, a sampled one its noise.
     """
 
-    def __init__(self, rows: Rows, vocab: VocabShard, ops: Ops = REFERENCE, grammars: Grammars | None = None) -> None:
-        """ops: what computes the rule, as it computed the logits. grammars: of the rows; read, never moved."""
-        max_rows, device = len(rows.tokens), rows.device
+    def __init__(
+        self, state: RowState, vocab: VocabShard, ops: Ops = REFERENCE, grammars: Grammars | None = None
+    ) -> None:
+        """ops: computes the rule, as it computed the logits. grammars: of the rows; read, never advanced."""
+        max_rows, device = len(state.tokens), state.device
         self._grammars = grammars
-        self._rows = rows
+        self._state = state
         self._vocab = vocab
         self._ops = ops
-        # Host: who asks.
+        # Host: what each row asks for.
         self._params = [SamplingParams()] * max_rows
-        self._sampled = np.zeros(max_rows, dtype=bool)
-        self._candidates = np.zeros(max_rows, dtype=np.int64)  # how many logits decide a truncation; 0: none is asked
-        self._penalised = np.zeros(max_rows, dtype=bool)
-        self._edited = np.zeros(max_rows, dtype=bool)
-        self._reported = np.zeros(max_rows, dtype=bool)
-        # Device: with what.
+        self._random = np.zeros(max_rows, dtype=bool)
+        self._num_candidates = np.zeros(max_rows, dtype=np.int64)  # logits that decide a truncation; 0: none
+        self._has_penalties = np.zeros(max_rows, dtype=bool)
+        self._has_edits = np.zeros(max_rows, dtype=bool)
+        self._wants_logprobs = np.zeros(max_rows, dtype=bool)
+        # Device: the values.
         self._seed = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._temperature = torch.zeros(max_rows, dtype=torch.float64, device=device)
         self._top_k = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._top_p = torch.ones(max_rows, dtype=torch.float64, device=device)
         self._min_p = torch.zeros(max_rows, dtype=torch.float64, device=device)
         self._penalties = torch.zeros(max_rows, 3, dtype=torch.float64, device=device)
-        if grammars is not None:  # where in the packed words of a mask this rank's tokens stand
+        if grammars is not None:  # places of this rank's tokens in the packed words of a mask
             token = torch.arange(vocab.start, vocab.start + vocab.size, device=device)
             self._word, self._bit = token // 32, (token % 32).int()
-        self._edits: dict[int, Edits] = {}
-        self._counts: Counts | None = None  # made when the first penalised row arrives
+        self._edits: dict[int, LogitEdits] = {}
+        self._counts: TokenCounts | None = None  # made when the first row with penalties arrives
 
-    def twin(self, vocab: VocabShard) -> Sampler:
-        """A sampler for a draft model, with state of its own. vocab: its shard of the vocabulary."""
-        return Sampler(self._rows, vocab, self._ops, self._grammars)
+    def for_draft(self, vocab: VocabShard) -> Sampler:
+        """A sampler for a draft model, with state of its own. vocab: the draft model's shard of the vocabulary."""
+        return Sampler(self._state, vocab, self._ops, self._grammars)
 
-    # -- rows come, and commit -----------------------------------------------------------------------------------------
+    # -- rows start, and commit ----------------------------------------------------------------------------------------
 
     def start(self, start: RowStart) -> None:
         """A request takes a row slot."""
         row, params = start.row, start.params
         self._params[row] = params
-        self._sampled[row] = params.sampled
-        self._candidates[row] = self._deciding(params)
-        self._penalised[row] = params.penalised
-        self._edited[row] = bool(params.logit_bias or params.min_tokens or params.allowed_token_ids or params.bad_words)
-        self._reported[row] = params.logprobs is not None
+        self._random[row] = params.sampled
+        self._num_candidates[row] = self._candidates_of(params)
+        self._has_penalties[row] = params.penalised
+        self._has_edits[row] = bool(
+            params.logit_bias or params.min_tokens or params.allowed_token_ids or params.bad_words
+        )
+        self._wants_logprobs[row] = params.logprobs is not None
         self._seed[row] = params.seed
         self._temperature[row] = params.temperature if params.sampled else 0.0
         self._top_k[row] = params.top_k
@@ -108,167 +112,176 @@ class Sampler:
         self._min_p[row] = params.min_p
         penalties = [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]
         self._penalties[row] = torch.tensor(penalties, dtype=torch.float64)
-        if self._edited[row]:
-            self._edits[row] = Edits.of(start, self._vocab, self._rows.device)
+        if self._has_edits[row]:
+            self._edits[row] = LogitEdits.of(start, self._vocab, self._state.device)
         if params.penalised:
             if self._counts is None:
-                self._counts = Counts(len(self._params), self._vocab, self._rows.device)
+                self._counts = TokenCounts(len(self._params), self._vocab, self._state.device)
             self._counts.start(row, start.tokens[: start.num_prompt], start.tokens[start.num_prompt :])
 
-    def give_up(self) -> None:
-        """Forget what is held for the rest of a round: there is none. Rows of it start anew."""
+    def abandon_round(self) -> None:
+        """Drop what is kept for the rest of a round that will not go on. Its rows start anew."""
 
-    def observe(self, rows: Round, tokens: Tensor, accepted: Tensor) -> None:
-        """Count what was committed: tokens [n], in the order of `rows.decisions`; accepted [rows], drafts of each."""
-        decisions = rows.decisions
-        if self._counts is None or not self._penalised[decisions.rows].any():
+    def count_tokens(self, batch: RoundBatch, tokens: Tensor, accepted: Tensor) -> None:
+        """Count committed tokens, for penalties. tokens: [samples]. accepted: [rows], drafts accepted of each."""
+        samples = batch.samples
+        if self._counts is None or not self._has_penalties[samples.rows].any():
             return
-        asking = self._to_device(np.flatnonzero(self._penalised[decisions.rows]))
-        self._counts.add(decisions.row_index[asking], tokens[asking], rows.holding(accepted)[asking])
+        index = self._to_device(np.flatnonzero(self._has_penalties[samples.rows]))
+        self._counts.add(samples.row_index[index], tokens[index], batch.committed_samples(accepted)[index])
 
     # -- the rule ------------------------------------------------------------------------------------------------------
 
-    def choose(self, logits: Tensor, decisions: Decisions) -> Tensor:
-        """The token each decision falls on.
+    def choose(self, logits: Tensor, samples: SamplePositions) -> Tensor:
+        """Sample a token at each position.
 
         logits: [n, this rank's vocabulary] float32 or float64, changed in place. Returns [n] int64.
         """
-        return self._decide(logits, self._adjust(logits, decisions), decisions)
+        return self._sample_at(logits, self._process(logits, samples), samples)
 
-    def draft(self, logits: Tensor, decisions: Decisions) -> Tensor:
-        """The token that a draft proposes, from its own logits; otherwise as `choose`."""
-        return self.choose(logits, decisions)
+    def draft(self, logits: Tensor, samples: SamplePositions) -> Tensor:
+        """Sample the token that a draft proposes, from its own logits; otherwise as `choose`."""
+        return self.choose(logits, samples)
 
-    def _adjust(self, logits: Tensor, decisions: Decisions, *, divide: bool = False) -> Tensor:
-        """Everything before the noise: sampled rows end with the logits of the distribution they sample from, once
-        divided by the temperatures that are returned, [n] float64, 0 for greedy rows.
+    def sample(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        """argmax of logits / temperature + noise over the whole vocabulary.
 
-        divide: leave no sampled row to be divided.
+        logits: [n, this rank's vocabulary], left in any state. temperature: [n] float64, 0 for no noise. seeds,
+        positions: [n] int64. Returns [n] int64.
         """
-        rows = decisions.rows
-        if self._penalised[rows].any():
-            self._penalise(logits, decisions, self._to_device(np.flatnonzero(self._penalised[rows])))
-        for i in np.flatnonzero(self._edited[rows]).tolist():
-            row = int(rows[i])
-            self._edits[row].apply(logits[i], decisions.position[i], self._rows.tokens[row])
-        if self._grammars is not None and (bound := np.flatnonzero(self._grammars.bound[rows])).size:
-            self._bind(logits, decisions, bound)
-        temperature = self._temperature[decisions.row_index]
-        now = np.flatnonzero(self._sampled[rows] & (divide | (self._candidates[rows] > 0)))
-        if len(now):
-            index = self._to_device(now)
-            slots = decisions.row_index[index]
-            scaled = logits[index] / temperature[index, None].to(logits.dtype)
-            self._truncate(scaled, slots, self._candidates[rows[now]])
-            logits[index] = scaled
-            temperature[index] = 1.0
-        return temperature
-
-    def _decide(self, logits: Tensor, temperature: Tensor, decisions: Decisions) -> Tensor:
-        """The rule itself, on what `_adjust` has made."""
-        return self.rule(logits, temperature, self._seed[decisions.row_index], decisions.position)
-
-    def rule(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        """argmax of logits / temperature + noise over the whole vocabulary. logits: [n, this rank's vocabulary], left
-        in any state. temperature: [n] float64. seeds, positions: [n] int64. Returns [n] int64."""
         return self._vocab.best(*self._ops.sample(logits, temperature, seeds, positions, self._vocab.start))
 
-    def by_rule(self, rows: Ints) -> bool:
-        """Whether a draft for these row slots is what `rule` makes of its logits as they are."""
-        changed = (self._penalised[rows] | self._edited[rows] | (self._candidates[rows] > 0)).any()
-        return not (changed or (self._grammars is not None and self._grammars.bound[rows].any()))
+    def is_plain(self, rows: Ints) -> bool:
+        """Whether these row slots sample from their logits as they are, by `sample` alone."""
+        processed = (self._has_penalties[rows] | self._has_edits[rows] | (self._num_candidates[rows] > 0)).any()
+        return not (processed or (self._grammars is not None and self._grammars.constrained[rows].any()))
 
-    def asked(self, decisions: Decisions) -> tuple[Tensor, Tensor]:
+    def temperatures_and_seeds(self, samples: SamplePositions) -> tuple[Tensor, Tensor]:
         """Temperatures, [n] float64, and seeds, [n] int64."""
-        return self._temperature[decisions.row_index], self._seed[decisions.row_index]
+        return self._temperature[samples.row_index], self._seed[samples.row_index]
 
-    def _noise(self, decisions: Decisions, index: Tensor, stream: int = 0) -> Tensor:
-        """Gumbel noise of this rank's slice for the decisions `index` [n]: [n, slice] float32. stream: which of several
-        independent ones."""
-        seeds = self._seed[decisions.row_index[index]] ^ stream
+    def _sample_at(self, logits: Tensor, temperature: Tensor, samples: SamplePositions) -> Tensor:
+        return self.sample(logits, temperature, self._seed[samples.row_index], samples.position)
+
+    def _noise(self, samples: SamplePositions, index: Tensor, stream: int = 0) -> Tensor:
+        """Gumbel noise of this rank's slice for the samples `index` [n]: [n, slice] float32. stream: selects one of
+        several independent noises."""
+        seeds = self._seed[samples.row_index[index]] ^ stream
         first, last = self._vocab.start, self._vocab.start + self._vocab.size
-        return gumbel_noise(seeds, decisions.position[index], first, last)
+        return gumbel_noise(seeds, samples.position[index], first, last)
 
-    def logprobs(self, logits: Tensor, decisions: Decisions) -> Callable[[Tensor], Logprobs] | None:
-        """What rows asked to be told. Call before `choose`, with unchanged logits; call the result, if there is one,
-        with the tokens [n] that were chosen."""
-        asking = np.flatnonzero(self._reported[decisions.rows])
-        if not len(asking):
+    # -- log-probabilities ---------------------------------------------------------------------------------------------
+
+    def logprobs(self, logits: Tensor, samples: SamplePositions) -> Callable[[Tensor], LogprobTensors] | None:
+        """Prepare the log-probabilities that rows ask for; None if no row does.
+
+        Call it with unchanged logits, before `choose`; call the result with the tokens [n] that were chosen.
+        """
+        host_index = np.flatnonzero(self._wants_logprobs[samples.rows])
+        if not len(host_index):
             return None
-        index = self._to_device(asking)
-        most = min(self._vocab.total, max(self._params[row].logprobs or 0 for row in decisions.rows[asking]))
+        index = self._to_device(host_index)
+        most = min(self._vocab.total, max(self._params[row].logprobs or 0 for row in samples.rows[host_index]))
         unchanged = logits[index]
 
-        def of(tokens: Tensor) -> Logprobs:
-            return Logprobs(asking, *self._vocab.logprobs(unchanged, tokens[index], most))
+        def report(tokens: Tensor) -> LogprobTensors:
+            return LogprobTensors(host_index, *self._vocab.logprobs(unchanged, tokens[index], most))
 
-        return of
+        return report
 
-    def prompts(self, logits: Tensor, rows: Round) -> PromptReport:
-        """What rows asked to be told of their prompts. logits: [n, this rank's vocabulary], of `rows.told_tokens`."""
-        slots, tokens = rows.told_tokens()
+    def prompt_logprobs(self, logits: Tensor, batch: RoundBatch) -> PromptLogprobTensors:
+        """Log-probabilities of prompt tokens. logits: [n, this rank's vocabulary], one row per
+        `batch.prompt_tokens`."""
+        slots, tokens = batch.prompt_tokens()
         most = min(self._vocab.total, max(self._params[row].prompt_logprobs or 0 for row in set(slots.tolist())))
         chosen, top, top_ids = self._vocab.logprobs(logits, tokens, most)
-        return PromptReport(tokens, chosen, self._vocab.rank(logits, tokens), top, top_ids)
+        return PromptLogprobTensors(tokens, chosen, self._vocab.rank(logits, tokens), top, top_ids)
 
-    # -- adjustments ---------------------------------------------------------------------------------------------------
+    # -- logits processors ---------------------------------------------------------------------------------------------
 
-    def _penalise(self, logits: Tensor, decisions: Decisions, asking: Tensor) -> None:
+    def _process(self, logits: Tensor, samples: SamplePositions, *, divide: bool = False) -> Tensor:
+        """Apply everything that comes before the noise: penalties, edits, grammars, truncation.
+
+        Afterwards the logits of a sampled row, divided by the temperature returned for it, are those of the
+        distribution it samples from. Returns [n] float64, 0 for greedy rows. divide: leave no sampled row to be
+        divided.
+        """
+        rows = samples.rows
+        if self._has_penalties[rows].any():
+            self._apply_penalties(logits, samples, self._to_device(np.flatnonzero(self._has_penalties[rows])))
+        for i in np.flatnonzero(self._has_edits[rows]).tolist():
+            row = int(rows[i])
+            self._edits[row].apply(logits[i], samples.position[i], self._state.tokens[row])
+        if self._grammars is not None and (index := np.flatnonzero(self._grammars.constrained[rows])).size:
+            self._apply_grammars(logits, samples, index)
+        temperature = self._temperature[samples.row_index]
+        truncated = np.flatnonzero(self._random[rows] & (divide | (self._num_candidates[rows] > 0)))
+        if len(truncated):
+            device_index = self._to_device(truncated)
+            slots = samples.row_index[device_index]
+            scaled = logits[device_index] / temperature[device_index, None].to(logits.dtype)
+            self._apply_truncation(scaled, slots, self._num_candidates[rows[truncated]])
+            logits[device_index] = scaled
+            temperature[device_index] = 1.0
+        return temperature
+
+    def _apply_penalties(self, logits: Tensor, samples: SamplePositions, index: Tensor) -> None:
         """Repetition, over prompt and output (CTRL, arXiv 1909.05858), then frequency and presence, over output, as the
-        OpenAI API defines them. The drafts before a decision count as output: if it stands, so do they."""
+        OpenAI API defines them. The drafts before a sample count as output: if it is committed, so are they."""
         assert self._counts is not None
-        slots = decisions.row_index[asking]
-        counts = self._counts.output_with(slots, *self._drafted(decisions, asking))
+        slots = samples.row_index[index]
+        counts = self._counts.output_with(slots, *self._drafts_before(samples, index))
         presence, frequency, repetition = self._penalties[slots, :, None].to(logits.dtype).unbind(1)
-        changed = logits[asking]
+        changed = logits[index]
         repeated = torch.where(changed > 0, changed / repetition, changed * repetition)
         changed = torch.where((counts > 0) | self._counts.in_prompt[slots], repeated, changed)
-        logits[asking] = changed - frequency * counts - presence * (counts > 0)
+        logits[index] = changed - frequency * counts - presence * (counts > 0)
 
-    def _drafted(self, decisions: Decisions, asking: Tensor) -> tuple[Tensor, Tensor]:
-        """The drafts before the decisions `asking` [n], and which of them stand before each: [n, most drafts] int64 and
-        bool."""
-        slots, offset = decisions.row_index[asking], decisions.offset[asking]
-        first_draft = decisions.position[asking] - offset
-        steps = torch.arange(decisions.drafted.max(initial=0), device=self._rows.device)
-        columns = (first_draft[:, None] + steps).clamp_(max=self._rows.tokens.shape[1] - 1)
-        return self._rows.tokens[slots[:, None], columns].long(), steps < offset[:, None]
+    def _drafts_before(self, samples: SamplePositions, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Drafts of the rows of samples `index` [n], and which of them precede each: [n, max drafts] int64 and bool."""
+        slots, offset = samples.row_index[index], samples.offset[index]
+        first_draft = samples.position[index] - offset
+        steps = torch.arange(samples.drafted.max(initial=0), device=self._state.device)
+        columns = (first_draft[:, None] + steps).clamp_(max=self._state.tokens.shape[1] - 1)
+        return self._state.tokens[slots[:, None], columns].long(), steps < offset[:, None]
 
-    def _bind(self, logits: Tensor, decisions: Decisions, bound: npt.NDArray[np.intp]) -> None:
-        """Leave only what grammars allow. bound: which decisions. The host has to see the drafts for it."""
+    def _apply_grammars(self, logits: Tensor, samples: SamplePositions, index: npt.NDArray[np.intp]) -> None:
+        """Leave only the tokens that grammars allow, in the samples `index`. The host has to see the drafts for it."""
         assert self._grammars is not None
-        index = self._to_device(bound)
-        rows, counts = decisions.rows[bound], decisions.drafted[bound]
-        drafted = self._drafted(decisions, index)[0].tolist()
+        device_index = self._to_device(index)
+        rows, counts = samples.rows[index], samples.drafted[index]
+        drafted = self._drafts_before(samples, device_index)[0].tolist()
         words = []
-        for row in dict.fromkeys(rows.tolist()):  # a row's decisions stand together, behind one draft more each
+        for row in dict.fromkeys(rows.tolist()):  # a row's samples stand side by side, each after one draft more
             mine = np.flatnonzero(rows == row)
             first, last = int(counts[mine[0]]), int(counts[mine[-1]])
             words.append(self._grammars.masks(row, drafted[mine[-1]][:last], first))
         packed = torch.from_numpy(np.concatenate(words)).to(logits.device)
         allowed = ((packed[:, self._word] >> self._bit) & 1).bool()
-        kept = logits[index].masked_fill(~allowed, float("-inf"))
-        # Where nothing else is left, what min_tokens or a bias has ruled out is not.
-        nothing = self._vocab.largest(kept) == float("-inf")
-        logits[index] = torch.where(nothing[:, None] & allowed, 0.0, kept)
+        kept = logits[device_index].masked_fill(~allowed, float("-inf"))
+        # Where nothing else is left, tokens that min_tokens or a bias ruled out are allowed again.
+        empty = self._vocab.largest(kept) == float("-inf")
+        logits[device_index] = torch.where(empty[:, None] & allowed, 0.0, kept)
 
-    def _deciding(self, params: SamplingParams) -> int:
+    def _candidates_of(self, params: SamplingParams) -> int:
+        """Number of a row's largest logits that decide its truncation; 0: it has none."""
         if not params.truncated:
             return 0
         if params.top_k:
             return min(params.top_k, self._vocab.total)
         return self._vocab.total if params.top_p < 1 else 1
 
-    def _truncate(self, scaled: Tensor, slots: Tensor, candidates: Ints) -> None:
-        """candidates: [n], per row of `scaled`. Rows whose cut takes a gather of all logits go by themselves."""
-        for asking in ((candidates > 0) & (candidates < self._vocab.total), candidates == self._vocab.total):
-            if not asking.any():
+    def _apply_truncation(self, scaled: Tensor, slots: Tensor, candidates: Ints) -> None:
+        """Top-k, top-p and min-p. candidates: [n], per row of `scaled`. Rows whose cut takes a gather of all logits go
+        by themselves."""
+        for group in ((candidates > 0) & (candidates < self._vocab.total), candidates == self._vocab.total):
+            if not group.any():
                 continue
-            index = self._to_device(np.flatnonzero(asking))
+            index = self._to_device(np.flatnonzero(group))
             rows, cut = slots[index], scaled[index]
-            asked = self._top_k[rows], self._top_p[rows], self._min_p[rows]
-            least = self._vocab.cut(cut, *asked, candidates=int(candidates[asking].max()))
-            scaled[index] = cut.masked_fill(cut < least[:, None], float("-inf"))
+            limits = self._top_k[rows], self._top_p[rows], self._min_p[rows]
+            threshold = self._vocab.cut(cut, *limits, candidates=int(candidates[group].max()))
+            scaled[index] = cut.masked_fill(cut < threshold[:, None], float("-inf"))
 
     def _to_device(self, index: npt.NDArray[np.intp]) -> Tensor:
-        return self._rows.to_device(index)
+        return self._state.to_device(index)

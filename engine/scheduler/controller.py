@@ -1,4 +1,4 @@
-"""Who decides how many tokens each row drafts."""
+"""The interface of whatever decides how many tokens each row drafts."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.plan import StepPlan, StepResult
+from engine.plan import RoundPlan, RoundResult
 from engine.scheduler.request import Request
 
 
 @dataclass(slots=True)
-class Report:
-    """What a controller makes of the rounds so far, in seconds of rounds that only decoded: what they took, what the
-    same tokens would have taken without drafts, and what was promised. Zeros: it does not know.
+class ControllerReport:
+    """A controller's account of the rounds so far that only decoded. Zeros where it keeps none.
 
-    alpha: its newest estimate of the probability that a drafted token holds.
+    decode_seconds: time they took. plain_seconds: time the same tokens would have taken without drafts, as estimated.
+    forecast_seconds: time predicted when the rounds were chosen. alpha: newest estimate of the probability that a
+    drafted token is accepted.
     """
 
     decode_seconds: float = 0.0
@@ -28,27 +29,27 @@ class Controller(Protocol):
     """Host-side, O(rows) per round."""
 
     @property
-    def report(self) -> Report: ...
+    def report(self) -> ControllerReport: ...
 
     @property
     def budget(self) -> int:
-        """What the drafts of the round that was chosen last read per row; 0: as configured."""
+        """KV tokens that drafts of the round chosen last read per row; 0: as configured."""
         ...
 
     @property
     def gamma_max(self) -> int:
-        """Never more drafts per row and round than this."""
+        """Largest number of drafts per row and round."""
         ...
 
     def choose(self, rows: Sequence[Request]) -> list[int]:
-        """Drafts per decoding row; 0 is plain decoding. The scheduler may lower them, never raise them.
-
-        It asks once per round that has decoding rows.
+        """Choose the number of drafts of each decoding row; 0 is plain decoding. The scheduler may lower it, never
+        raise it. Called once per round that has decoding rows.
         """
         ...
 
-    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
-        """Learn from what the round took and what was accepted. requests: those of plan.work, after the commit."""
+    def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
+        """Learn from the time that the round took and from what was accepted. requests: those of plan.work, after the
+        commit."""
         ...
 
 
@@ -57,7 +58,7 @@ class FixedGamma:
 
     def __init__(self, gamma: int) -> None:
         self._gamma = gamma
-        self.report = Report()
+        self.report = ControllerReport()
         self.budget = 0
 
     @property
@@ -67,5 +68,5 @@ class FixedGamma:
     def choose(self, rows: Sequence[Request]) -> list[int]:
         return [self._gamma] * len(rows)
 
-    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
+    def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
         """A fixed choice learns nothing."""

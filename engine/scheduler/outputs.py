@@ -1,4 +1,4 @@
-"""What a request is told of a round."""
+"""Build a RequestOutput from a row's result."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from engine.plan import RowResult
 from engine.scheduler.request import Request
 
 
-def output_of(request: Request, tokens: list[int], row: RowResult) -> RequestOutput:
-    """tokens: what the round, whose result `row` is, has added to the request; it may have ended with them."""
+def make_output(request: Request, tokens: list[int], row: RowResult) -> RequestOutput:
+    """tokens: those that the round added to the request, which may have ended with them. row: the round's result."""
     return RequestOutput(
         id=request.id,
         tokens=tokens,
-        logprobs=_asked(row.logprobs, request, len(tokens)),
-        prompt_logprobs=_of_prompt(request) if request.num_output == len(tokens) else None,
+        logprobs=_token_logprobs(row.logprobs, request, len(tokens)),
+        prompt_logprobs=_prompt_logprobs(request) if request.num_output == len(tokens) else None,
         drafted=row.drafted,
         accepted=min(row.accepted, len(tokens)),
         finish_reason=request.finish_reason,
@@ -24,16 +24,16 @@ def output_of(request: Request, tokens: list[int], row: RowResult) -> RequestOut
     )
 
 
-def _asked(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -> list[TokenLogprobs] | None:
-    """The first `count` reports, each with as many alternatives as this request asked for."""
+def _token_logprobs(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -> list[TokenLogprobs] | None:
+    """The first `count` of them, each with as many alternatives as this request asked for."""
     most = request.params.logprobs
     if logprobs is None or most is None:
         return None
     return [TokenLogprobs(at.logprob, at.top_ids[:most], at.top_logprobs[:most]) for at in logprobs[:count]]
 
 
-def _of_prompt(request: Request) -> list[PromptLogprobs] | None:
-    """With as many alternatives as were asked for."""
+def _prompt_logprobs(request: Request) -> list[PromptLogprobs] | None:
+    """Those of the prompt, with as many alternatives as this request asked for."""
     most = request.params.prompt_logprobs
     if most is None:
         return None

@@ -1,4 +1,4 @@
-"""Who owns which KV page. Counts, never bytes: the pool itself is kernels.kv_cache.KVPool."""
+"""Page allocation: which KV page has how many owners. Counts, never bytes; the pool itself is KVPool."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ class PageLeak(AssertionError):
 class PageAllocator:
     """Reference-counted pages 0 … total-1. All or nothing: a reservation that does not fit is refused.
 
-    A page belongs to whoever reserved it; `share` lets a further owner hold it. It is free again when its last owner
-    has released it.
+    `reserve` gives a page its first owner, `share` adds one. A page is free again when its last owner has released it.
     """
 
     def __init__(self, total: int) -> None:

@@ -15,9 +15,9 @@ class Request:
         computed [ valid target KV ................. )              num_tokens - 1 once prefill is done
         pages    [ reserved slots, num_reserved in all .............. drafts ... )
 
-    The scheduler owns every field; `row` is None while the request waits. draft_lag: computed tokens that a draft model
-    has not seen, and has to before it drafts; stays 0 where drafts read the target's own KV. leader: a request with the
-    same prompt, whose pages this one can begin with while it runs.
+    The scheduler owns every field; `row` is None while the request waits. draft_lag: number of computed
+    tokens that a draft model lacks, and has to compute before it drafts; stays 0 where drafts read the target's own KV.
+    leader: a request with the same prompt, whose pages this one can begin with while the leader runs.
     """
 
     __slots__ = (
@@ -78,8 +78,8 @@ class Request:
         return self.num_uncomputed == 1 and self.num_output > 0
 
     @property
-    def most_drafts(self) -> int:
-        """A verify pass yields one token beyond its drafts: more than what remains, less that one, is wasted."""
+    def max_draft_tokens(self) -> int:
+        """Largest useful number of drafts: a verify pass yields one token beyond them, and no more than remain."""
         remaining = self.params.max_tokens - self.num_output - 1
         limit = self.params.max_draft_tokens
         return remaining if limit is None else min(remaining, limit)

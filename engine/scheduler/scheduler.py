@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from itertools import islice
 
 from engine.messages import AddRequest
-from engine.plan import PageDelta, RowStart, RowWork, StepPlan, StepResult
+from engine.plan import PageDelta, RoundPlan, RoundResult, RowStart, RowWork
 from engine.scheduler.controller import Controller
 from engine.scheduler.pages import PageAllocator
 from engine.scheduler.request import Request
 
-_TOLD_AT_ONCE = 256
-"""Tokens of a chunk of a prompt that is told log-probabilities: each takes logits of the whole vocabulary."""
+_MAX_PROMPT_LOGPROBS = 256
+"""Tokens of a chunk whose prompt logprobs are asked for: each takes logits of the whole vocabulary."""
 
 
 class RequestError(ValueError):
@@ -26,14 +26,14 @@ class QueueFull(RequestError):
 
 
 class Scheduler:
-    """Emits one StepPlan per round. Invariant between rounds: every running row owns pages for all its computed tokens,
-    and a decoding row has exactly its pending token uncomputed.
+    """Emits one RoundPlan per round. Invariant between rounds: every running row owns pages for all its computed
+    tokens, and a decoding row has exactly its pending token uncomputed.
 
-    Decode rows come first, each with its drafts; what is left of the token budget goes to prefill chunks, oldest
+    Decode rows come first, each with its drafts; the tokens left in the round go to prefill chunks, oldest
     request first, then to new requests. A request is admitted when pages for all its tokens are free, so that a
-    prefill under way never waits for pages; when a decoding row needs one and none is free, first drafts are given up,
-    then the request admitted last is preempted: its pages go back, and its KV is recomputed when it returns, before
-    others of its priority. Priorities order those who wait; they take no row from a request that runs.
+    prefill under way never waits for pages; when a decoding row needs one and none is free, drafts are dropped
+    first, then the request admitted last is preempted: its pages go back, and its KV is recomputed when it returns,
+    before others of its priority. Priorities order waiting requests; they take no row from a running one.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Scheduler:
         draft_kv: bool = False,
         own_tokens: int = 1,
     ) -> None:
-        """draft_kv: drafts read KV of their own, which a row's tokens have to be computed for before it drafts.
-        own_tokens: at the end of a prompt, which a row computes itself in any case.
+        """draft_kv: drafts read KV of their own, which has to be computed for a row's tokens before it drafts.
+        own_tokens: number of tokens at the end of a prompt that a row computes itself in any case.
         """
         self._pages = pages
         self._page_size = page_size
         self._max_batch_tokens = max_batch_tokens
-        self._most_requests = max_rows + max_waiting
+        self._max_requests = max_rows + max_waiting
         self._max_model_len = max_model_len
         self._eos = tuple(eos_token_ids)
         self.controller = controller
@@ -67,23 +67,23 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.preemptions = 0
-        self._step = 0
+        self._round = 0
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
     def add(self, message: AddRequest) -> None:
-        """Queue a request that `check_request` lets pass. Raises RequestError if its id is in use, QueueFull."""
+        """Queue a request that passed `check_request`. Raises RequestError if its id is in use, QueueFull."""
         if message.id in self._by_id:
             raise RequestError(f"request id {message.id!r} is in use")
-        if len(self._by_id) >= self._most_requests:
+        if len(self._by_id) >= self._max_requests:
             raise QueueFull(f"{len(self._by_id)} requests run or wait already")
         request = Request(message, self._eos)
         request.leader = self._leader(message)
         self._by_id[request.id] = request
-        behind = len(self.waiting)
-        while behind and self.waiting[behind - 1].priority > request.priority:
-            behind -= 1
-        self.waiting.insert(behind, request)
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].priority > request.priority:
+            place -= 1
+        self.waiting.insert(place, request)
 
     def check_request(self, message: AddRequest) -> None:
         """Raises RequestError for a request that could never run."""
@@ -119,47 +119,47 @@ class Scheduler:
 
     # -- one round -------------------------------------------------------------------------------------------------
 
-    def schedule(self) -> tuple[StepPlan, list[Request]]:
+    def schedule(self) -> tuple[RoundPlan, list[Request]]:
         """Plan the next round. Returns the plan and the requests its `work` refers to, in the same order."""
-        self._step += 1
-        plan = StepPlan(self._step, [], [], [])
+        self._round += 1
+        plan = RoundPlan(self._round, [], [], [])
         # A preemption makes room by taking a row from the end of `running`: a row planned already is never taken,
         # since rows are planned in order of admission.
         work: list[tuple[Request, RowWork]] = []
-        budget = self._max_batch_tokens
-        budget -= self._plan_decodes(plan, work, budget)
-        budget -= self._plan_prefills(work, budget)
-        self._admit(plan, work, budget)
+        tokens_left = self._max_batch_tokens
+        tokens_left -= self._plan_decodes(plan, work, tokens_left)
+        tokens_left -= self._plan_prefills(work, tokens_left)
+        self._admit(plan, work, tokens_left)
         work.sort(key=lambda item: -item[1].gamma)
         plan.work = [item for _, item in work]
         return plan, [request for request, _ in work]
 
-    def _plan_decodes(self, plan: StepPlan, work: list[tuple[Request, RowWork]], budget: int) -> int:
-        """Every decoding row, with as many drafts as budget, limits and pages allow. Returns tokens planned.
+    def _plan_decodes(self, plan: RoundPlan, work: list[tuple[Request, RowWork]], tokens_left: int) -> int:
+        """Plan every decoding row, with as many drafts as tokens, limits and pages allow. Returns tokens planned.
 
-        All rows get the page of their pending token before any gets one for drafts. A row that a draft model is to
-        draft for, but has not seen all of, catches up first, the oldest row before others, with at most
-        `max_batch_tokens` tokens of all rows per round: a long prompt delays no one's next token by more than that.
+        All rows get the page of their pending token before any gets one for drafts. Before a row
+        drafts, the draft model catches up on tokens of it that it lacks: the oldest row before others, and at most
+        `max_batch_tokens` tokens of all rows per round, so that a long prompt delays no one's next token by more.
         """
         for request in [request for request in self.running if request.decoding]:
-            if request.row is not None:  # else preempted for a row before it
+            if request.row is not None:  # else preempted for an earlier row
                 self._reserve_or_preempt(plan, request, request.num_tokens)
         rows = [request for request in self.running if request.decoding]
         if not rows:
             return 0
-        spare = budget - len(rows)  # one token per row is certain; drafts share the rest evenly,
+        spare = tokens_left - len(rows)  # one token per row is certain; drafts share the rest evenly,
         if len(rows) < len(self.running) or (self.waiting and self._free_rows):
             spare //= 2  # and leave half of it to prefills, or these could wait for ever behind a full batch
         share = spare // len(rows)
-        planned, unseen = 0, self._max_batch_tokens
+        planned, catch_up_left = 0, self._max_batch_tokens
         gammas = self.controller.choose(rows)
         plan.budget = self.controller.budget
         for request, wanted in zip(rows, gammas, strict=True):
-            gamma = max(0, min(wanted, share, request.most_drafts))
+            gamma = max(0, min(wanted, share, request.max_draft_tokens))
             catch_up = 0
             if gamma and request.draft_lag > 1:  # one token beside the pending one is fed along with it
-                catch_up = min(request.draft_lag, unseen)
-                unseen -= catch_up
+                catch_up = min(request.draft_lag, catch_up_left)
+                catch_up_left -= catch_up
                 gamma = gamma if catch_up == request.draft_lag else 0
             if not self._reserve(plan, request, request.num_tokens + gamma):
                 gamma = min(gamma, request.num_reserved - request.num_tokens)
@@ -168,32 +168,32 @@ class Scheduler:
             work.append((request, RowWork(request.row, request.num_computed, 1, gamma, True, catch_up)))
         return planned
 
-    def _plan_prefills(self, work: list[tuple[Request, RowWork]], budget: int) -> int:
+    def _plan_prefills(self, work: list[tuple[Request, RowWork]], tokens_left: int) -> int:
         planned = 0
         for request in self.running:
-            if not request.decoding and planned < budget:
-                planned += self._plan_chunk(request, work, budget - planned)
+            if not request.decoding and planned < tokens_left:
+                planned += self._plan_chunk(request, work, tokens_left - planned)
         return planned
 
-    def _plan_chunk(self, request: Request, work: list[tuple[Request, RowWork]], budget: int) -> int:
+    def _plan_chunk(self, request: Request, work: list[tuple[Request, RowWork]], tokens_left: int) -> int:
         assert request.row is not None
-        new = min(request.num_uncomputed, budget)
-        told = 0
+        new, logprobs = min(request.num_uncomputed, tokens_left), 0
         if request.params.prompt_logprobs is not None:
-            new = min(new, _TOLD_AT_ONCE)
-            told = max(0, min(new, request.num_prompt - 1 - request.num_computed))
+            new = min(new, _MAX_PROMPT_LOGPROBS)
+            logprobs = max(0, min(new, request.num_prompt - 1 - request.num_computed))
         samples = new == request.num_uncomputed
-        work.append((request, RowWork(request.row, request.num_computed, new, 0, samples, told=told)))
+        row_work = RowWork(request.row, request.num_computed, new, 0, samples, num_prompt_logprobs=logprobs)
+        work.append((request, row_work))
         return new
 
-    def _admit(self, plan: StepPlan, work: list[tuple[Request, RowWork]], budget: int) -> None:
-        """By priority, then first come, first served, while rows, budget and pages last."""
+    def _admit(self, plan: RoundPlan, work: list[tuple[Request, RowWork]], tokens_left: int) -> None:
+        """Admit by priority, then first come, first served, while rows, tokens and pages last."""
         for request in list(self.waiting):
-            if not self._free_rows or budget <= 0:
+            if not self._free_rows or tokens_left <= 0:
                 return
             leader = request.leader
             if leader is not None and leader.row is not None and not leader.num_output:
-                continue  # a little later there is nothing left to compute
+                continue  # once it has its first token, nothing of the prompt is left to compute
             shared = self._shared(request)
             needed = -(-request.num_tokens // self._page_size) - len(shared)
             # One page per running row stays free: an admission should not be paid for by a preemption next round.
@@ -222,25 +222,25 @@ class Scheduler:
                 )
             )
             plan.pages.append(PageDelta(request.row, 0, request.pages[:]))
-            budget -= self._plan_chunk(request, work, budget)
+            tokens_left -= self._plan_chunk(request, work, tokens_left)
 
     def _leader(self, message: AddRequest) -> Request | None:
-        """The request whose prompt this one can share, if there is one."""
+        """Find the request whose prompt this one can share."""
         leader = self._by_id.get(message.like) if message.like else None
         if leader is None or message.params.prompt_logprobs is not None:
             return None
         return leader if leader.tokens[: leader.num_prompt] == message.prompt else None
 
     def _shared(self, request: Request) -> list[int]:
-        """Whole pages of the prompt. What comes behind them, the row computes and writes itself."""
+        """Whole pages of the prompt that the leader has computed. The row computes what follows them itself."""
         leader = request.leader
         if leader is None or leader.row is None:
             return []
         tokens = min(leader.num_computed, request.num_prompt - self._own_tokens)
         return leader.pages[: max(0, tokens) // self._page_size]
 
-    def _reserve(self, plan: StepPlan, request: Request, slots: int) -> bool:
-        """Own pages for `slots` KV slots; False, and nothing changed, if they are not free."""
+    def _reserve(self, plan: RoundPlan, request: Request, slots: int) -> bool:
+        """Reserve pages for `slots` KV slots in all; False, and nothing changed, if they are not free."""
         if slots <= request.num_reserved:
             return True
         pages = self._pages.reserve(-(-(slots - request.num_reserved) // self._page_size))
@@ -255,7 +255,7 @@ class Scheduler:
         request.pages += pages
         request.num_reserved += len(pages) * self._page_size
 
-    def _reserve_or_preempt(self, plan: StepPlan, request: Request, slots: int) -> bool:
+    def _reserve_or_preempt(self, plan: RoundPlan, request: Request, slots: int) -> bool:
         """Reserve, preempting requests admitted later; False if `request` itself had to go."""
         while not self._reserve(plan, request, slots):
             victim = self.running[-1]
@@ -282,17 +282,17 @@ class Scheduler:
         request.row = None
         self.running.remove(request)
 
-    def commit(self, plan: StepPlan, requests: list[Request], result: StepResult) -> list[tuple[Request, list[int]]]:
-        """Move counters by what the round decided. Returns (request, tokens appended) per row that sampled.
+    def commit(self, plan: RoundPlan, requests: list[Request], result: RoundResult) -> list[tuple[Request, list[int]]]:
+        """Move counters by the round's result. Returns (request, tokens appended) per row that sampled.
 
         Rejected drafts need no undoing: `num_computed` simply does not count them.
         """
         outcomes = iter(result.rows)
-        prompts = iter(result.prompts)
+        prompt_logprobs = iter(result.prompt_logprobs)
         yielded = []
         for request, work in zip(requests, plan.work, strict=True):
-            if work.told:  # a prompt that is computed again is told again
-                request.prompt_logprobs[work.computed :] = islice(prompts, work.told)
+            if work.num_prompt_logprobs:  # those of a prompt that is recomputed are replaced
+                request.prompt_logprobs[work.computed :] = islice(prompt_logprobs, work.num_prompt_logprobs)
             request.num_computed += work.new
             if self._draft_kv:
                 request.draft_lag += work.new - work.catch_up
@@ -300,7 +300,7 @@ class Scheduler:
                 continue
             outcome = next(outcomes)
             request.num_computed += outcome.accepted
-            if self._draft_kv and work.gamma:  # of drafts that all hold, the last one was never fed
+            if self._draft_kv and work.gamma:  # the last of drafts that were all accepted was never fed
                 request.draft_lag = int(outcome.accepted == work.gamma)
             yielded.append((request, request.commit(outcome.tokens)))
             if request.finish_reason is not None:

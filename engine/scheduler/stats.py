@@ -1,4 +1,4 @@
-"""Counting what the engine does: the numbers behind /metrics and --stats."""
+"""Count the engine's work: the numbers behind /metrics and --stats."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 
 from engine.messages import EngineStats
-from engine.plan import RowWork, StepPlan, StepResult
+from engine.plan import RoundPlan, RoundResult, RowWork
 from engine.scheduler.request import Request
 
 
-class Accounts:
+class StatsRecorder:
     """Running totals. Host-side, O(rows) per round."""
 
     def __init__(
@@ -23,13 +23,13 @@ class Accounts:
         page_size: int,
         bytes_per_token: int,
         gamma_max: int,
-        draft_reads: Callable[[int, int], int],
+        draft_tokens_read: Callable[[int, int], int],
         policy: str,
         draft_pages_per_row: int,
     ) -> None:
-        """draft_reads: KV slots that a draft step reads of a row with so many tokens, and with what budget. policy,
+        """draft_tokens_read: from a row's tokens and a budget to the KV slots that a draft step reads. policy,
         draft_pages_per_row: see EngineStats."""
-        self._draft_reads = draft_reads
+        self._draft_tokens_read = draft_tokens_read
         self.totals = EngineStats(
             pages_total=pages_total,
             page_size=page_size,
@@ -40,8 +40,8 @@ class Accounts:
             gamma_chosen=[0] * (gamma_max + 1),
         )
 
-    def round(self, plan: StepPlan, requests: Sequence[Request]) -> None:
-        """Call with a round's plan and requests before it is committed."""
+    def record_plan(self, plan: RoundPlan, requests: Sequence[Request]) -> None:
+        """Count a round's rows. Call before the round is committed."""
         self.totals.rounds += 1
         for request, work in zip(requests, plan.work, strict=True):
             if request.decoding:
@@ -51,12 +51,12 @@ class Accounts:
         totals, context = self.totals, work.computed + 1
         totals.gamma_chosen[work.gamma] += 1
         totals.kv_tokens_read += context + work.gamma
-        totals.kv_tokens_read += sum(self._draft_reads(context + step, budget) for step in range(work.gamma))
+        totals.kv_tokens_read += sum(self._draft_tokens_read(context + step, budget) for step in range(work.gamma))
 
-    def yielded(self, request: Request, drafted: int, accepted: int, tokens: int) -> None:
-        """A row yielded `tokens` output tokens, of which the first `accepted` were among its `drafted` ones.
+    def record_row(self, request: Request, drafted: int, accepted: int, tokens: int) -> None:
+        """Count a row's `tokens` output tokens, of which the first `accepted` were among its `drafted` ones.
 
-        Drafts behind the token that ended a request were never judged: they count as drafted, but not as rejected.
+        Drafts after the token that ended a request were never judged: they count as drafted, but not as rejected.
         """
         totals = self.totals
         if request.num_output == tokens:
@@ -69,16 +69,16 @@ class Accounts:
         for position in range(accepted):
             totals.accepted_per_position[position] += 1
 
-    def took(self, result: StepResult, seconds: float) -> None:
-        """`seconds`: the whole round, from scheduling to commit."""
+    def record_time(self, result: RoundResult, seconds: float) -> None:
+        """seconds: of the whole round, from scheduling to commit."""
         totals = self.totals
         totals.draft_seconds += result.draft_seconds
         totals.verify_seconds += result.verify_seconds
         totals.host_seconds += seconds - result.draft_seconds - result.verify_seconds
 
 
-def acceptance(stats: EngineStats) -> float:
-    """Estimate of alpha, the probability that the target agrees with one drafted token.
+def acceptance_rate(stats: EngineStats) -> float:
+    """Estimate alpha, the probability that the target agrees with one drafted token.
 
     A round's drafts are checked up to the first disagreement, so the estimate is accepted / (accepted + rejections),
     where a round has a rejection if not all of its drafts were accepted. NaN if nothing was drafted.
@@ -99,8 +99,8 @@ _GAUGES = {
 }
 
 
-def carried_on(stats: EngineStats, before: EngineStats) -> EngineStats:
-    """`stats` with its totals added to those of `before`, the engines that ran before this one; a copy."""
+def add_totals(stats: EngineStats, before: EngineStats) -> EngineStats:
+    """A copy of `stats` whose totals include those of `before`, the engines that ran before this one."""
 
     def total(name: str) -> Any:
         mine, theirs = getattr(stats, name), getattr(before, name)

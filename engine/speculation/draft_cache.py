@@ -1,7 +1,7 @@
 """A draft's own KV cache: copies of the tokens a policy chose, per KV head, and a ring of the most recent ones.
 
-Its page table is that of a window whose sink are the chosen tokens, and whose recent pages go round (`ring_table`).
-While the context is within the budget every token stands at its own place, and the draft reads what the target reads.
+Its page table is that of a window whose sink is the chosen tokens, and whose recent pages wrap around (`ring_table`).
+While the context is within the budget, every token stands at its own place and the draft reads what the target reads.
 Once it is longer, the first pages are overwritten by the tokens chosen from all that came before the recent ones.
 Keys keep their positions in the text, so the order in which they are stored does not matter.
 """
@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.rows import Ints, Round, Rows, ragged
+from engine.batch.round_batch import RoundBatch
+from engine.batch.row_state import Ints, RowState, ragged_arange
 from engine.config.speculation import SnapKVConfig, SpeculationConfig
-from engine.kv.draft_spec import footprint
+from engine.kv.draft_spec import draft_kv_spec
 from engine.kv.policies import View, make_policy, ring_table
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend
-from kernels.attention.observed import ObservedAttention
+from kernels.attention.query_capture import QueryCapture
 from kernels.kv_cache import KVPool
 from models.llama import Llama
 
@@ -26,137 +27,140 @@ from models.llama import Llama
 class DraftCache:
     """SnapKV (arXiv 2404.14469) for all row slots of one rank, over a pool that holds everything.
 
-    view: how a draft reads and writes the cache. pool: its bytes. attention: for the model whose queries choose; it
-    remembers them. A row's cache is brought up to date when the row is about to draft, so a row that does not draft
-    costs nothing but the copies of its prompt's last queries.
+    view: how a draft reads and writes the cache. pool: its bytes. query_capture: attention for the model whose queries
+    choose; it keeps them. A row's cache is brought up to date when the row is about to draft, so a row that does not
+    draft costs nothing but the copies of its prompt's last queries.
     """
 
     def __init__(
-        self, settings: SpeculationConfig, model: Llama, full: KVPool, rows: Rows, inner: AttentionBackend
+        self, settings: SpeculationConfig, model: Llama, full: KVPool, state: RowState, inner: AttentionBackend
     ) -> None:
-        """settings: whose policy is SnapKV. full: the pool that is chosen from, laid out by rows.page_table. inner: the
-        attention that `attention` is made of.
+        """settings: with SnapKV as the policy. full: the pool that tokens are chosen from, laid out by
+        state.page_table. inner: the attention inside `query_capture`.
         """
-        max_rows, page = len(rows.tokens), rows.page_size
-        config, kept = settings.settled_kv, footprint(settings, page)
+        max_rows, page = len(state.tokens), state.page_size
+        config, spec = settings.resolved_kv, draft_kv_spec(settings, page)
         assert isinstance(config, SnapKVConfig)
         self._config = config
         self._reselect = config.reselect or 0
-        self._rows = rows
+        self._state = state
         self._full = full
         self._ops, self._scale = model.ops, model.head_dim**-0.5
-        self._chosen, self._recent, self._per_row = kept.first, config.recent // page, kept.pages  # in pages
-        table = ring_table(max_rows, rows.page_table.shape[1], kept.first, kept.ring)
-        self.view = View(make_policy(config, page), table.to(rows.device))
+        self._chosen, self._recent, self._per_row = spec.first, config.recent // page, spec.pages  # in pages
+        table = ring_table(max_rows, state.page_table.shape[1], spec.first, spec.ring)
+        self.view = View(make_policy(config, page), table.to(state.device))
         self.pool = model.make_pool(max_rows * self._per_row, page)
-        self._places = kept.queries  # by position
+        self._places = spec.queries  # by position
         shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
         self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self.attention = ObservedAttention(inner, self._queries)
-        # Host, per row slot, in positions: where prefill ends; copied up to here; queries kept up to here; chosen when
-        # so many were there.
+        self.query_capture = QueryCapture(inner, self._queries)
+        # Host, per row slot, in positions: end of prefill; end of what is copied; end of the queries that are kept; the
+        # length at which tokens were last chosen (0: never).
         self._prefill = np.zeros(max_rows, dtype=np.int64)
         self._copied = np.zeros(max_rows, dtype=np.int64)
-        self._observed = np.zeros(max_rows, dtype=np.int64)
+        self._captured = np.zeros(max_rows, dtype=np.int64)
         self._chosen_at = np.zeros(max_rows, dtype=np.int64)
 
     def start(self, start: RowStart) -> None:
         """A request takes a row slot."""
         self._prefill[start.row] = len(start.tokens)
         self._copied[start.row] = 0 if start.shared else start.computed
-        self._observed[start.row] = self._chosen_at[start.row] = 0
+        self._captured[start.row] = self._chosen_at[start.row] = 0
 
-    def observe(self, rows: Ints, first: Ints, queries: Ints) -> None:
-        """The next forward of the observed model computes `queries[i]` tokens of row slot `rows[i]`, from position
-        `first[i]`. Rows that decode are observed only if choosing is repeated.
+    def capture_queries(self, rows: Ints, first: Ints, queries: Ints) -> None:
+        """Keep queries of the next forward, which computes `queries[i]` tokens of row slot `rows[i]` from position
+        `first[i]`. Queries of decoding rows are kept only if choosing is repeated.
         """
         prefill = first < self._prefill[rows]
         most = self._places if self._reselect else np.where(prefill, self._config.queries, 0)
         kept = np.minimum(queries, most)
         if not kept.any():
-            self.attention.expect_nothing()
+            self.query_capture.capture_nothing()
             return
-        skipped = np.repeat(queries - kept, kept) + ragged(kept)
+        skipped = np.repeat(queries - kept, kept) + ragged_arange(kept)
         index = np.repeat(queries.cumsum() - queries, kept) + skipped
         position = np.repeat(first, kept) + skipped
         place = np.repeat(rows, kept) * self._places + position % self._places
-        self.attention.expect(self._rows.to_device(index), self._rows.to_device(place))
-        self._observed[rows] = np.where(prefill, first + queries, self._observed[rows])
+        self.query_capture.capture(self._state.to_device(index), self._state.to_device(place))
+        self._captured[rows] = np.where(prefill, first + queries, self._captured[rows])
 
-    def catch_up(self, rows: Round, upto: Ints) -> None:
-        """Bring the rows that are about to draft up to date. upto: [drafting rows], positions that the full pool holds;
-        up to its pending token, a row whose pool holds less writes the rest into the cache itself.
+    def catch_up(self, batch: RoundBatch, end: Ints) -> None:
+        """Bring the rows that are about to draft up to date.
+
+        end: [drafting rows], number of positions that the full pool holds. A row whose pool lacks some before its
+        pending token writes those into the cache itself.
         """
-        count = rows.drafting
-        slots = rows.row[:count]
-        self._copied[slots] = np.minimum(self._copied[slots], rows.computed[:count])  # behind: rejected drafts
+        count = batch.num_drafting
+        slots, lengths = batch.row[:count], batch.computed[:count]
+        self._copied[slots] = np.minimum(self._copied[slots], lengths)  # minus rejected drafts
         if self._reselect:
-            self._observed[slots] = upto
-        todo = []
-        for row, computed, held in zip(slots.tolist(), rows.computed[:count].tolist(), upto.tolist(), strict=True):
-            if candidates := self._due(row, computed, held):
+            self._captured[slots] = end
+        missing = []
+        for row, computed, stop in zip(slots.tolist(), lengths.tolist(), end.tolist(), strict=True):
+            if candidates := self._num_candidates(row, computed, stop):
                 self._choose(row, computed, candidates)
-                first = self._first_recent(held)  # what came before is chosen, or will not be read
+                first = self._first_recent(stop)  # earlier ones are chosen, or will not be read
             else:
                 first = int(self._copied[row])
-            todo.append(self._missing(first, held))
-        self.wrote(slots, np.maximum(self._copied[slots], upto))
-        full, cache, offset = self._places_of(np.repeat(slots, [len(each) for each in todo]), np.concatenate(todo))
+            missing.append(self._readable(first, stop))
+        self.mark_written(slots, np.maximum(self._copied[slots], end))
+        full, cache, offset = self._locate(np.repeat(slots, [len(each) for each in missing]), np.concatenate(missing))
         self.pool.data[:, :, cache, :, offset] = self._full.data[:, :, full, :, offset]
 
-    def wrote(self, slots: Ints, upto: Ints) -> None:
-        """The cache of these row slots now holds the positions before `upto`."""
-        self._copied[slots] = upto
+    def mark_written(self, slots: Ints, end: Ints) -> None:
+        """The cache of these row slots now holds the positions before `end`."""
+        self._copied[slots] = end
 
-    def give_back(self, slots: Ints, first: Ints, upto: Ints) -> None:
-        """Copy what drafts have just written, positions `first` to `upto` of each row slot, into the full pool, for a
+    def copy_back(self, slots: Ints, first: Ints, end: Ints) -> None:
+        """Copy what drafts have just written, positions first … end - 1 of each row slot, into the full pool, for a
         model that has no other KV of them."""
-        count = upto - first
-        full, cache, offset = self._places_of(np.repeat(slots, count), np.repeat(first, count) + ragged(count))
+        count = end - first
+        full, cache, offset = self._locate(np.repeat(slots, count), np.repeat(first, count) + ragged_arange(count))
         self._full.data[:, :, full, :, offset] = self.pool.data[:, :, cache, :, offset]
 
-    def _places_of(self, slots: Ints, positions: Ints) -> tuple[Tensor, Tensor, Tensor]:
-        """Page in the full pool, page in the cache, and place in the page, of position `positions[i]` of `slots[i]`."""
-        page = self._rows.page_size
-        row_index, position = self._rows.to_device(slots), self._rows.to_device(positions)
+    def _locate(self, slots: Ints, positions: Ints) -> tuple[Tensor, Tensor, Tensor]:
+        """Page in the full pool, page in the cache, and offset in the page, of position `positions[i]` of
+        `slots[i]`."""
+        page = self._state.page_size
+        row_index, position = self._state.to_device(slots), self._state.to_device(positions)
         column, offset = position // page, position % page
-        return self._rows.page_table[row_index, column], self.view.page_table[row_index, column], offset
+        return self._state.page_table[row_index, column], self.view.page_table[row_index, column], offset
 
-    def _first_recent(self, upto: int) -> int:
-        """The first position that is read as recent by a query at `upto`, the draft's first one."""
-        return max(0, -(-(upto + 1) // self._rows.page_size) - self._recent) * self._rows.page_size
+    def _first_recent(self, end: int) -> int:
+        """The first position that is read as recent by a query at `end`, the draft's first one."""
+        return max(0, -(-(end + 1) // self._state.page_size) - self._recent) * self._state.page_size
 
-    def _due(self, row: int, computed: int, upto: int) -> int:
-        """From how many tokens the row's cache is to be chosen anew; 0: it is not time to, or leaves no choice."""
+    def _num_candidates(self, row: int, computed: int, end: int) -> int:
+        """Number of tokens that the row's cache is to be chosen from now; 0: it is not due, or leaves no choice."""
         if self._chosen_at[row] and not 0 < self._reselect <= computed - self._chosen_at[row]:
             return 0
-        candidates = min(self._first_recent(upto), int(self._observed[row]))
+        candidates = min(self._first_recent(end), int(self._captured[row]))
         # What fits into the first pages leaves no choice: they keep what came first.
-        return candidates if candidates > self._chosen * self._rows.page_size else 0
+        return candidates if candidates > self._chosen * self._state.page_size else 0
 
-    def _missing(self, first: int, upto: int) -> Ints:
-        """Positions from `first` to `upto` that will be read. Behind the first pages, what is not recent any more never
-        is."""
-        prefix = self._chosen * self._rows.page_size
-        recent = np.arange(max(first, self._first_recent(upto), prefix), upto)
-        return np.concatenate([np.arange(first, min(upto, prefix)), recent])
+    def _readable(self, first: int, end: int) -> Ints:
+        """Positions first … end - 1 that will be read: those of the first pages, and the recent ones."""
+        prefix = self._chosen * self._state.page_size
+        recent = np.arange(max(first, self._first_recent(end), prefix), end)
+        return np.concatenate([np.arange(first, min(end, prefix)), recent])
 
     def _choose(self, row: int, computed: int, candidates: int) -> None:
         """Fill the first pages of the row with the best of its first `candidates` tokens, per layer and KV head."""
         self._chosen_at[row] = computed
-        length = int(self._observed[row])
-        count = self._chosen * self._rows.page_size
-        queries = min(self._config.queries, length)
-        places = row * self._places + np.arange(length - queries, length) % self._places
-        asked = self._queries[:, self._rows.to_device(places)]
-        pages = self._rows.page_table[row, : -(-length // self._rows.page_size)]
-        for index in range(len(asked)):
+        length = int(self._captured[row])
+        count = self._chosen * self._state.page_size
+        num_queries = min(self._config.queries, length)
+        places = row * self._places + np.arange(length - num_queries, length) % self._places
+        queries = self._queries[:, self._state.to_device(places)]
+        pages = self._state.page_table[row, : -(-length // self._state.page_size)]
+        for index in range(len(queries)):
             layer = self._full.layer(index)
-            keys, values = (part[pages].transpose(0, 1).flatten(1, 2) for part in layer)  # [kv_heads, slots, head_dim]
-            votes = self._ops.votes(
-                asked[index], keys[:, :length], self._scale, candidates=candidates, kernel=self._config.kernel
+            # [kv_heads, slots, head_dim]
+            keys, values = (part[pages].transpose(0, 1).flatten(1, 2) for part in (layer.k, layer.v))
+            scores = self._ops.snapkv_scores(
+                queries[index], keys[:, :length], self._scale, candidates=candidates, kernel=self._config.kernel
             )
-            best = votes.topk(count).indices.sort(-1).values
+            best = scores.topk(count).indices.sort(-1).values
             chosen = self.pool.data[index, :, row * self._per_row :][:, : self._chosen]  # [2, pages, kv_heads, page, …]
             for target, part in zip(chosen, (keys, values), strict=True):
                 picked = part.gather(1, best[..., None].expand(-1, -1, part.shape[-1]))

@@ -1,8 +1,8 @@
-"""All steps of drafting in two graphs: what a step chooses is what the next one is fed, and no one asks the host.
+"""All steps of drafting in two graphs: sampled tokens feed the next step on the device, without a host sync.
 
-A step of a small model is done in less time than the host takes to launch its kernels one by one, or to choose a token
-in between. What each step reads is known before the first one runs, but for the tokens. The first step is a graph of
-its own, so that the device is busy with it while the host gets the others ready.
+A step of a small model takes less time than the host needs to launch its kernels one by one, or to sample a token in
+between. Everything that a step reads is known before the first one runs, except the tokens. The first step is a graph
+of its own, so that the device is busy with it while the host prepares the others.
 """
 
 from __future__ import annotations
@@ -14,37 +14,39 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.batch.forward_graphs import Frame, at_least, reported
-from engine.batch.rows import Decisions, Ints, Round
+from engine.batch.forward_graphs import GraphInputs, log_capture, round_up
+from engine.batch.round_batch import RoundBatch, SamplePositions
+from engine.batch.row_state import Ints
+from engine.batch.runner import Runner
 from engine.kv.policies import View
 from engine.sampling.sampler import Sampler
-from kernels.kv_cache import KVPool
 from kernels.ops import Graphs
 from models.batch import ForwardBatch
-from models.llama import Llama
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """frame: what the step's forward reads. last: [rows] int64, where in the frame each row's last query stands.
-    position: [rows] int64, of what is decided. chosen: [rows] int64, the tokens decided on."""
+    """One captured step. last: [rows] int64, index of each row's last query in `inputs`. position: [rows] int64,
+    position that is sampled. chosen: [rows] int64, the sampled tokens."""
 
-    frame: Frame
+    inputs: GraphInputs
     last: Tensor
     position: Tensor
     chosen: Tensor
 
-    def put(self, batch: ForwardBatch, decisions: Decisions) -> None:
-        """What the next replay computes."""
-        self.frame.put(batch)
-        self.last[: len(batch.logit_index)] = batch.logit_index
-        self.position[: len(decisions.position)] = decisions.position
+    def copy(self, inputs: ForwardBatch, samples: SamplePositions) -> None:
+        """Copy in what the next replay computes."""
+        self.inputs.copy(inputs)
+        self.last[: len(inputs.logit_index)] = inputs.logit_index
+        self.position[: len(samples.position)] = samples.position
 
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
-    """Steps for a number of rows, which graphs of any number of steps share. temperature: [rows] float64; seeds: [rows]
-    int64. replays: by which steps, from the first that it does to the one behind its last."""
+    """Steps for a number of rows, shared by graphs of any number of steps.
+
+    temperature: [rows] float64. seeds: [rows] int64. replays: by (first step, last step + 1).
+    """
 
     steps: list[_Step]
     temperature: Tensor
@@ -53,12 +55,11 @@ class _Bucket:
 
 
 class DraftGraphs:
-    """Of one model over one pool that has a scratch page."""
+    """Captured draft steps of one runner, whose pool has a scratch page."""
 
     def __init__(
         self,
-        model: Llama,
-        pool: KVPool,
+        runner: Runner,
         graphs: Graphs,
         sampler: Sampler,
         *,
@@ -67,41 +68,41 @@ class DraftGraphs:
         first: int,
         width: int,
     ) -> None:
-        """Captures, for each of `rows`, what makes each of `gammas` steps. All ranks that share the model do so at the
-        same time.
+        """Capture, for each of `rows`, each of `gammas` steps. All ranks that share the model do so at the same time.
 
-        first: queries of a row in the first step, at most; the others have one. width: most pages that a row's list
-        has.
+        first: largest number of queries of a row in the first step; later steps have one. width: largest number of
+        pages in a row's list.
         """
-        self._model, self._pool, self._graphs, self._sampler = model, pool, graphs, sampler
+        self._model, self._pool, self._graphs, self._sampler = runner.model, runner.pool, graphs, sampler
         self._rows, self._gammas = sorted(rows), sorted(gammas)
         self._first, self._width = first, width
         what = f"drafts of up to {self._gammas[-1]} tokens for up to {self._rows[-1]} rows"
-        with reported(what, model.device):  # the largest first, so that the others fit into its memory
+        with log_capture(what, self._model.device):  # the largest first, so that the others fit into its memory
             self._buckets = {count: self._capture(count) for count in self._rows[::-1]}
 
-    def draft(self, rows: Round, view: View, behind: Ints | None) -> bool:
-        """Draft for all rows of the round that ask for it; see engine.speculation.drafters.draft. False, and nothing is
-        done, where no graph can."""
-        count = at_least(self._rows, rows.drafting)
-        if count is None or rows.gamma_max not in self._gammas or not self._sampler.by_rule(rows.row[: rows.drafting]):
+    def draft(self, batch: RoundBatch, view: View, lag: Ints | None) -> bool:
+        """Draft for all drafting rows of the round; see engine.speculation.drafters.draft. False, and nothing is done,
+        where no graph can."""
+        count, gamma = round_up(self._rows, batch.num_drafting), batch.gamma_max
+        if count is None or gamma not in self._gammas or not self._sampler.is_plain(batch.row[: batch.num_drafting]):
             return False
-        bucket, gamma = self._buckets[count], rows.gamma_max
-        planned = [rows.draft_batch(0, view, behind)]
-        batch, decisions = planned[0]
-        if not bucket.steps[0].frame.fits(batch):
+        bucket = self._buckets[count]
+        inputs, samples = batch.draft_inputs(0, view, lag)
+        if not bucket.steps[0].inputs.fits(inputs):
             return False
-        temperature, seeds = self._sampler.asked(decisions)
-        bucket.temperature[: rows.drafting], bucket.seeds[: rows.drafting] = temperature, seeds
-        bucket.steps[0].put(batch, decisions)
+        temperature, seeds = self._sampler.temperatures_and_seeds(samples)
+        bucket.temperature[: batch.num_drafting], bucket.seeds[: batch.num_drafting] = temperature, seeds
+        bucket.steps[0].copy(inputs, samples)
         bucket.replays[0, 1]()
+        drafted = [samples]
         for step in range(1, gamma):
-            planned.append(rows.draft_batch(step, view))
-            bucket.steps[step].put(*planned[step])
+            inputs, samples = batch.draft_inputs(step, view)
+            bucket.steps[step].copy(inputs, samples)
+            drafted.append(samples)
         if gamma > 1:
             bucket.replays[1, gamma]()
-        for taken, (_, decisions) in zip(bucket.steps, planned, strict=False):
-            rows.place_drafts(decisions, taken.chosen[: len(decisions.position)])
+        for replayed, samples in zip(bucket.steps, drafted, strict=False):
+            batch.place_drafts(samples, replayed.chosen[: len(samples.position)])
         return True
 
     def _capture(self, rows: int) -> _Bucket:
@@ -114,15 +115,15 @@ class DraftGraphs:
         return bucket
 
     def _step(self, rows: int, queries: int) -> _Step:
-        frame = Frame(self._model, self._pool, self._graphs, rows=rows, queries=queries, width=self._width)
+        inputs = GraphInputs(self._model, self._pool, self._graphs, rows=rows, queries=queries, width=self._width)
         position, chosen = torch.zeros(2, rows, dtype=torch.int64, device=self._model.device)
-        return _Step(frame, torch.arange(rows, device=self._model.device), position, chosen)
+        return _Step(inputs, torch.arange(rows, device=self._model.device), position, chosen)
 
     def _work(self, bucket: _Bucket, first: int, end: int) -> None:
         for index in range(first, end):
             step = bucket.steps[index]
             if index:
-                step.frame.ids.copy_(bucket.steps[index - 1].chosen)
-            states = self._model.states(step.frame.batch, self._pool, step.frame.attention, step.last)
+                step.inputs.ids.copy_(bucket.steps[index - 1].chosen)
+            states = self._model.states(step.inputs.whole, self._pool, step.inputs.attention, step.last)
             logits = self._model.logits(states)
-            step.chosen.copy_(self._sampler.rule(logits, bucket.temperature, bucket.seeds, step.position))
+            step.chosen.copy_(self._sampler.sample(logits, bucket.temperature, bucket.seeds, step.position))

@@ -1,4 +1,4 @@
-"""Whatever proposes tokens for the target to check. It can be slow, wrong or silent, but never change the text."""
+"""Propose tokens for the target to check. A drafter may be slow, wrong or silent; it never changes the text."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.batch.rows import Ints, Round
+from engine.batch.round_batch import RoundBatch
+from engine.batch.row_state import Ints
 from engine.batch.runner import Runner
 from engine.batch.stopwatch import Stopwatch
 from engine.kv.policies import View
+from engine.plan import RowStart
 from engine.sampling.sampler import Sampler
 from engine.speculation.draft_cache import DraftCache
+from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.verify import Verdict
 
 
 class Drafter(Protocol):
-    """Proposes tokens behind the committed ones of each row; never touches committed state."""
+    """Proposes tokens after the committed ones of each row; never touches committed state."""
 
-    def propose(self, rows: Round) -> Tensor:
-        """Place up to gamma tokens behind each row (`Round.place_drafts`).
+    def start(self, start: RowStart) -> None:
+        """A request takes a row slot; called before the first round that the row is in."""
+        ...
 
-        Returns how many: [rows] int64, at most `rows.gamma_asked`. It may be fewer than asked, or none.
+    def propose(self, batch: RoundBatch) -> Tensor:
+        """Place up to gamma tokens after each row (`RoundBatch.place_drafts`).
+
+        Returns how many, [rows] int64: at most `batch.gamma_device`; it may be fewer, or none.
         """
         ...
 
-    def observe(self, rows: Round, verdict: Verdict) -> None:
+    def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
         """Learn what the target decided."""
         ...
 
@@ -35,69 +42,92 @@ class Drafter(Protocol):
 class NoDrafter:
     """Proposes nothing: every round decodes plainly. For deployments whose gamma is always 0."""
 
-    def propose(self, rows: Round) -> Tensor:
-        return torch.zeros_like(rows.gamma_asked)
+    def start(self, start: RowStart) -> None:
+        """No state is kept."""
 
-    def observe(self, rows: Round, verdict: Verdict) -> None:
+    def propose(self, batch: RoundBatch) -> Tensor:
+        return torch.zeros_like(batch.gamma_device)
+
+    def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
         """Nothing was drafted."""
 
 
 class SelfDrafter:
     """Self-speculation: the target's own weights, reading sparse KV (MagicDec, arXiv 2408.11049, section 4).
 
-    The draft writes into slots that each row has reserved behind its committed tokens - of the target's pool, where it
-    reads a view into that, and the verify pass overwrites them; else of a cache of its own, which is brought up to date
-    from the target's pool. So what a draft reads of committed tokens is always the target's.
+    The draft writes into slots that each row has reserved after its committed tokens. They are slots of the target's
+    pool where the draft reads a view into it, and the verify pass overwrites them; else of a cache of the draft's own,
+    which is brought up to date from the target's pool. So the KV that a draft reads of committed tokens is always the
+    target's.
     """
 
     def __init__(
-        self, runner: Runner, sampler: Sampler, cache: DraftCache | None = None, views: Mapping[int, View] | None = None
+        self,
+        runner: Runner,
+        sampler: Sampler,
+        cache: DraftCache | None = None,
+        views: Mapping[int, View] | None = None,
+        graphs: DraftGraphs | None = None,
     ) -> None:
-        """runner: the target's model, with the pool and the view that drafts use: those of `cache`, if there is one.
-        views: other views, by the budget that a round may ask for.
+        """runner: the target's model with the pool and the view that drafts use: those of `cache`, if there is one.
+        views: other views, by the budget that a round may ask for. graphs: replay all steps of a round.
         """
         self._runner = runner
         self._views = views or {}
         self._sampler = sampler
         self._cache = cache
+        self._graphs = graphs
 
-    def propose(self, rows: Round) -> Tensor:
+    def start(self, start: RowStart) -> None:
         if self._cache is not None:
-            for start in rows.starts:
-                self._cache.start(start)
-            if rows.drafting:
-                self._cache.catch_up(rows, rows.computed[: rows.drafting])
-            self._cache.observe(rows.row, rows.computed, rows.new + rows.gamma)
-        draft(rows, self._runner, self._sampler, view=self._views.get(rows.budget))
-        return rows.gamma_asked
+            self._cache.start(start)
 
-    def observe(self, rows: Round, verdict: Verdict) -> None:
-        """Its KV is the target's: nothing to learn."""
+    def propose(self, batch: RoundBatch) -> Tensor:
+        if self._cache is not None:
+            if batch.num_drafting:
+                self._cache.catch_up(batch, batch.computed[: batch.num_drafting])
+            self._cache.capture_queries(batch.row, batch.computed, batch.new + batch.gamma)
+        draft(batch, self._runner, self._sampler, self._graphs, view=self._views.get(batch.budget))
+        return batch.gamma_device
+
+    def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
+        """The KV it reads is the target's: nothing to learn."""
 
 
 def draft(
-    rows: Round, runner: Runner, sampler: Sampler, *, view: View | None = None, behind: Ints | None = None
+    batch: RoundBatch,
+    runner: Runner,
+    sampler: Sampler,
+    graphs: DraftGraphs | None,
+    *,
+    view: View | None = None,
+    lag: Ints | None = None,
 ) -> None:
-    """Draft up to gamma tokens behind each row, one forward per token. view: in place of the runner's. behind: see
-    Round.draft_batch."""
-    if runner.drafts is not None and runner.drafts.draft(rows, view or runner.view, behind):
+    """Draft up to gamma tokens after each row, one forward per token.
+
+    graphs: replay all steps where they can. view: in place of the runner's. lag: see RoundBatch.draft_inputs.
+    """
+    if graphs is not None and graphs.draft(batch, view or runner.view, lag):
         return
-    for step in range(rows.gamma_max):
-        batch, decisions = rows.draft_batch(step, view or runner.view, behind if step == 0 else None)
-        tokens = sampler.draft(runner.forward(batch), decisions)
-        rows.place_drafts(decisions, tokens)
+    for step in range(batch.gamma_max):
+        inputs, samples = batch.draft_inputs(step, view or runner.view, lag if step == 0 else None)
+        tokens = sampler.draft(runner.forward(inputs), samples)
+        batch.place_drafts(samples, tokens)
 
 
 class TimedDrafter:
-    """Any drafter, with a watch on its proposals."""
+    """Any drafter, with a stopwatch on its proposals."""
 
     def __init__(self, drafter: Drafter, watch: Stopwatch) -> None:
         self._drafter = drafter
         self._watch = watch
 
-    def propose(self, rows: Round) -> Tensor:
-        with self._watch:
-            return self._drafter.propose(rows)
+    def start(self, start: RowStart) -> None:
+        self._drafter.start(start)
 
-    def observe(self, rows: Round, verdict: Verdict) -> None:
-        self._drafter.observe(rows, verdict)
+    def propose(self, batch: RoundBatch) -> Tensor:
+        with self._watch:
+            return self._drafter.propose(batch)
+
+    def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
+        self._drafter.observe(batch, verdict)

@@ -8,30 +8,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.rows import Ints, Round, Rows
+from engine.batch.round_batch import RoundBatch
+from engine.batch.row_state import Ints, RowState
 from engine.batch.runner import Runner
 from engine.kv.policies import View
+from engine.plan import RowStart
 from engine.sampling.sampler import Sampler
 from engine.speculation.draft_cache import DraftCache
+from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.drafters import Drafter, draft
 from engine.speculation.verify import Verdict
 from parallel.group import Group
 
 
 class ModelDrafter:
-    """The draft model has KV of its own, and has to see every token that the target commits before it drafts.
+    """The draft model has KV of its own, and computes every token that the target commits before it drafts.
 
-    It sees them when they are needed: rows that do not draft cost nothing, and the plan says how many tokens of a row
-    that is about to draft are computed first, or some of them, if they are too many for one round. A row that
-    drafts round after round lacks nothing but its pending token - or one more, if all drafts of the round before held:
-    the last of them was proposed, but never fed. Both are fed together.
-
-    computed: host, per row slot; the committed tokens whose KV the draft model has.
+    It does so on demand: rows that do not draft cost nothing, and the plan says how many tokens of a row that is about
+    to draft are computed first (all that are missing, or a part if they are too many for one round). A row that drafts
+    round after round misses nothing but its pending token - or one more, if all drafts of the round before were
+    accepted: the last of them was proposed but never fed. Both are fed together.
     """
 
     def __init__(
         self,
-        rows: Rows,
+        state: RowState,
         full: Runner,
         runner: Runner,
         sampler: Sampler,
@@ -40,88 +41,98 @@ class ModelDrafter:
         block: int,
         cache: DraftCache | None = None,
         views: Mapping[int, View] | None = None,
+        graphs: DraftGraphs | None = None,
     ) -> None:
         """full: the draft model as it reads while it computes prompts. runner: as it reads while it drafts; with a
-        cache, that one's pool and view. sampler: the draft model's own. row_block, block: most tokens of one row, and
-        of all, in one forward over prompts. views: other views to draft with, by the budget that a round may ask for.
+        cache, the cache's pool and view. sampler: the draft model's own. row_block, block: largest number of tokens of
+        one row, and of all rows, in one forward over prompts. views: other views to draft with, by the budget that a
+        round may ask for. graphs: replay all draft steps of a round.
         """
-        self._rows = rows
+        self._state = state
         self._full = full
         self._runner = runner
         self._sampler = sampler
         self._row_block, self._block = row_block, block
         self._cache = cache
         self._views = views or {}
-        self._computed = np.zeros(len(rows.tokens), dtype=np.int64)
+        self._graphs = graphs
+        # Host, per row slot: committed tokens whose KV the draft model has.
+        self._computed = np.zeros(len(state.tokens), dtype=np.int64)
 
-    def propose(self, rows: Round) -> Tensor:
-        for start in rows.starts:
-            self._computed[start.row] = 0 if start.shared else start.computed
-            self._sampler.start(start)
-            if self._cache is not None:
-                self._cache.start(start)
-        held = np.minimum(self._computed[rows.row], rows.computed)  # behind: rejected drafts
-        self._feed(rows, held, held + rows.catch_up)
-        held += rows.catch_up
-        count = rows.drafting
+    def start(self, start: RowStart) -> None:
+        self._computed[start.row] = 0 if start.shared else start.computed
+        self._sampler.start(start)
+        if self._cache is not None:
+            self._cache.start(start)
+
+    def propose(self, batch: RoundBatch) -> Tensor:
+        computed = np.minimum(self._computed[batch.row], batch.computed)  # minus rejected drafts
+        self._compute(batch, computed, computed + batch.catch_up)
+        computed += batch.catch_up
+        count = batch.num_drafting
         if count:
             if self._cache is not None:
-                self._cache.catch_up(rows, held[:count])
-            behind = rows.computed[:count] - held[:count]
-            view = self._views.get(rows.budget)
-            draft(rows, self._runner, self._sampler, view=view, behind=behind if behind.any() else None)
-            drafted = rows.computed[:count] + rows.gamma[:count]
+                self._cache.catch_up(batch, computed[:count])
+            lag = batch.computed[:count] - computed[:count]
+            view = self._views.get(batch.budget)
+            draft(batch, self._runner, self._sampler, self._graphs, view=view, lag=lag if lag.any() else None)
+            drafted = batch.computed[:count] + batch.gamma[:count]
             if self._cache is not None:
-                self._cache.give_back(rows.row[:count], held[:count], drafted)
-                self._cache.wrote(rows.row[:count], drafted)
-            held[:count] = drafted
-        self._computed[rows.row] = held
-        return rows.gamma_asked
+                self._cache.copy_back(batch.row[:count], computed[:count], drafted)
+                self._cache.mark_written(batch.row[:count], drafted)
+            computed[:count] = drafted
+        self._computed[batch.row] = computed
+        return batch.gamma_device
 
-    def _feed(self, rows: Round, held: Ints, wanted: Ints) -> None:
-        """Compute the KV of each row's tokens held … wanted - 1."""
-        for index, first, tokens in self._blocks(held, wanted):
-            slots = rows.row[index]
+    def _compute(self, batch: RoundBatch, computed: Ints, end: Ints) -> None:
+        """Compute the KV of each row's tokens computed … end - 1."""
+        for index, first, tokens in self._blocks(computed, end):
+            slots = batch.row[index]
             if self._cache is not None:
-                self._cache.observe(slots, first, tokens)
-            ahead = first - rows.computed[index]
-            nothing = np.empty(0, dtype=np.int64)
-            batch = self._rows.batch(slots, rows.computed[index], ahead, tokens, self._full.view, nothing)
-            self._full.forward(batch)
+                self._cache.capture_queries(slots, first, tokens)
+            ahead = first - batch.computed[index]
+            no_logits = np.empty(0, dtype=np.int64)
+            self._full.forward(
+                self._state.forward_inputs(slots, batch.computed[index], ahead, tokens, self._full.view, no_logits)
+            )
 
-    def _blocks(self, held: Ints, wanted: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
-        """What goes into one forward, again and again: which rows, from where, and how many tokens of each."""
-        held = held.copy()
-        while len(late := np.flatnonzero(held < wanted)):
-            tokens = np.minimum(wanted[late] - held[late], self._row_block)
+    def _blocks(self, computed: Ints, end: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
+        """Cut missing tokens into forwards: which rows, their first token, and the number of tokens of each."""
+        computed = computed.copy()
+        while len(late := np.flatnonzero(computed < end)):
+            tokens = np.minimum(end[late] - computed[late], self._row_block)
             before = tokens.cumsum() - tokens
             tokens = np.minimum(tokens, self._block - before)
             taken = tokens > 0
             late, tokens = late[taken], tokens[taken]
-            yield late, held[late], tokens
-            held[late] += tokens
+            yield late, computed[late], tokens
+            computed[late] += tokens
 
-    def observe(self, rows: Round, verdict: Verdict) -> None:
-        self._sampler.observe(rows, verdict.chosen, verdict.accepted)
+    def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
+        self._sampler.count_tokens(batch, verdict.chosen, verdict.accepted)
 
 
 class SharedDrafts:
-    """The drafts of the ranks that hold the draft model, made known to all; O(rows × gamma) traffic, once per round."""
+    """Makes the drafts of the ranks that hold the draft model known to all ranks; O(rows × gamma) traffic per round."""
 
     def __init__(self, drafter: Drafter | None, group: Group) -> None:
-        """drafter: this rank's, if it has one; rank 0 has, and proposes as many tokens as it is asked for. group: all
-        ranks of the target."""
+        """drafter: this rank's, if it has one. Rank 0 has, and its drafter proposes as many tokens as the plan asks.
+        group: all ranks of the target."""
         self._drafter = drafter
         self._group = group
 
-    def propose(self, rows: Round) -> Tensor:
+    def start(self, start: RowStart) -> None:
         if self._drafter is not None:
-            self._drafter.propose(rows)
-        if rows.gamma_max:
-            drafts = rows.drafts()
-            rows.place(self._group.all_reduce(drafts if self._group.rank == 0 else torch.zeros_like(drafts)))
-        return rows.gamma_asked
+            self._drafter.start(start)
 
-    def observe(self, rows: Round, verdict: Verdict) -> None:
+    def propose(self, batch: RoundBatch) -> Tensor:
         if self._drafter is not None:
-            self._drafter.observe(rows, verdict)
+            self._drafter.propose(batch)
+        if batch.gamma_max:
+            drafts = batch.read_drafts()
+            batch.write_drafts(self._group.all_reduce(drafts if self._group.rank == 0 else torch.zeros_like(drafts)))
+        return batch.gamma_device
+
+    def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
+        if self._drafter is not None:
+            self._drafter.observe(batch, verdict)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from engine.batch.rows import Round
+from engine.batch.round_batch import RoundBatch
 from engine.batch.runner import Runner
 from engine.sampling.sampler import Sampler
 from engine.speculation.drafters import Drafter
-from engine.speculation.verify import Verdict, verify
+from engine.speculation.verify import Verdict, commit, verify
 
 
-def run_round(rows: Round, target: Runner, drafter: Drafter, sampler: Sampler) -> Verdict:
+def run_round(batch: RoundBatch, target: Runner, drafter: Drafter, sampler: Sampler) -> Verdict:
     """Draft, verify, commit. Prefill chunks ride along in the verify pass; a row with gamma = 0 decodes plainly."""
-    drafted = drafter.propose(rows)  # how many tokens it placed behind each row
-    logits = target.forward(rows.verify_batch(target.view))  # only positions that decide a token
-    verdict = verify(drafted, logits, rows, sampler)
-    rows.commit(verdict.rows)  # counters only; rejected slots are simply not counted
-    sampler.observe(rows, verdict.chosen, verdict.accepted)
-    drafter.observe(rows, verdict)
+    drafted = drafter.propose(batch)  # number of tokens placed after each row
+    logits = target.forward(batch.verify_inputs(target.view))  # only where a token is sampled
+    verdict = verify(drafted, logits, batch, sampler)
+    commit(verdict, batch)  # rejected drafts need no undoing: they are beyond the computed length
+    sampler.count_tokens(batch, verdict.chosen, verdict.accepted)
+    drafter.observe(batch, verdict)
     return verdict

@@ -1,4 +1,4 @@
-"""Which kernels a model runs on."""
+"""Choose the kernels that a model runs on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 
 from engine.config.deployment import ConfigError
-from kernels.cpu.build import KernelsUnavailable
+from kernels.cpu.compiler import KernelsUnavailable
+from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
-from kernels.cpu.ops import CpuOps
 from kernels.ops import Ops
-from kernels.reference import REFERENCE
+from kernels.reference_ops import REFERENCE
 from models.default import user_cache
 
 log = logging.getLogger(__name__)
@@ -23,8 +23,8 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def choose_ops(setting: KernelsSetting, device: torch.device, dtype: torch.dtype) -> Ops:
-    """What `engine.kernels` means for a model of this dtype on this device. The first choice of compiled ones on a
-    machine compiles them.
+    """Choose kernels for a model of this dtype on this device, as `engine.kernels` says. The first use of compiled
+    kernels on a machine compiles them.
 
     Raises ConfigError for kernels that were asked for by name and cannot serve.
     """
@@ -38,13 +38,13 @@ def choose_ops(setting: KernelsSetting, device: torch.device, dtype: torch.dtype
             return _named(name, device, dtype)
         except ConfigError as error:
             reasons.append(str(error).removeprefix("engine.kernels: "))
-    if dtype != torch.float64:  # which only plain torch has
+    if dtype != torch.float64:  # only plain torch has float64
         log.warning("plain torch computes, several times slower than kernels would: %s", "; ".join(reasons))
     return REFERENCE
 
 
 def _folder() -> Path | None:
-    """Where kernels are kept that are compiled here; None for a user who has no place."""
+    """Folder for kernels compiled on this machine; None for a user without a home."""
     try:
         return user_cache() / "kernels"
     except OSError:
@@ -60,8 +60,8 @@ def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
         if name == "cpu":
             return CpuOps(CpuKernels(_folder()))
         from kernels.attention.flashinfer import load_flashinfer, make_workspace  # imported where there is a GPU
-        from kernels.gpu.graphs import CudaGraphs
-        from kernels.gpu.ops import GpuOps
+        from kernels.gpu.cuda_graphs import CudaGraphs
+        from kernels.gpu.gpu_ops import GpuOps
 
         if name == "triton":
             return GpuOps(recorder=CudaGraphs(device))

@@ -1,4 +1,4 @@
-"""How large the KV pool can be on GPUs: what is left of their memory once the models are there and have run."""
+"""Size the KV pool on GPUs: what is left of their memory once the models are loaded and have run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.batch.forward_graphs import row_counts
+from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import EngineConfig
-from engine.worker.resolve import Sizes, pages_within
+from engine.worker.resolve import Resolved, pages_within
 from kernels.attention.base import AttentionBatch
 from kernels.attention.flashinfer import PLAN_BYTES
 from models.batch import ForwardBatch
@@ -18,42 +18,43 @@ from parallel.group import Group
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes of one device. used: by all processes, before the model runs. running: the most that it takes more then."""
+    """Bytes of one device. used: by all processes, before the model runs. running: the largest amount it takes beyond
+    that while it runs."""
 
     total: int
     used: int
     running: int
 
 
-def fit_pages(
-    config: EngineConfig, sizes: Sizes, model: Llama, group: Group, memory: DeviceMemory | None = None
+def determine_num_pages(
+    config: EngineConfig, resolved: Resolved, model: Llama, group: Group, memory: DeviceMemory | None = None
 ) -> int:
-    """Pages of the target's pool, the same on every rank: as sized up, or what fits where that was left to memory.
-    Called by every rank, with all of its weights loaded.
+    """Pages of the target's pool, the same on every rank: as resolved, or as many as fit on the rank that has least.
 
-    memory: in place of what is measured. Raises ConfigError, on every rank, if the longest request does not fit.
+    Every rank calls this, with all of its weights loaded. memory: in place of what is measured. Raises ConfigError, on
+    every rank, if the longest request does not fit.
     """
-    if sizes.num_pages is not None:
-        return sizes.num_pages
+    if resolved.num_pages is not None:
+        return resolved.num_pages
     if memory is None:
         memory = measure(config, model)
     share = config.cache.gpu_memory_utilization
     left = int(memory.total * share) - memory.used - memory.running - captured_bytes(config, model, memory.running)
-    least = group.all_gather(torch.tensor([left], dtype=torch.int64, device=model.device)).min()
-    named = f"the {int(least) / 1e9:.3g} that gpu_memory_utilization {share:g} leaves"
-    return pages_within(config, sizes, int(least), named)
+    smallest = group.all_gather(torch.tensor([left], dtype=torch.int64, device=model.device)).min()
+    named = f"the {int(smallest) / 1e9:.3g} that gpu_memory_utilization {share:g} leaves"
+    return pages_within(config, resolved, int(smallest), named)
 
 
 def captured_bytes(config: EngineConfig, model: Llama, running: int) -> int:
-    """What graphs keep beside that, about: what runs in them, and the workspace of each attention that is captured.
+    """Estimate the bytes that graphs keep: what runs in them, and the workspace of each captured attention.
 
-    running: what the largest round takes.
+    running: bytes that the largest round takes.
     """
     if not config.cuda_graphs or model.ops.graphs is None:
         return 0
-    most = config.speculation.most_drafts
+    most = config.speculation.max_draft_tokens
     # The target's pass over each number of drafts, one or two forwards of a draft, and its steps.
-    forwards = len(row_counts(config.scheduler.max_rows)) * (2 * most + 3)
+    forwards = len(graph_row_counts(config.scheduler.max_rows)) * (2 * most + 3)
     return running + forwards * (PLAN_BYTES if model.ops.kind == "flashinfer" else 0)
 
 
@@ -65,7 +66,7 @@ def measure(config: EngineConfig, model: Llama) -> DeviceMemory:
     free, total = torch.cuda.mem_get_info(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    run_once(config, model)
+    run_largest_round(config, model)
     torch.cuda.synchronize(device)
     running = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
@@ -73,14 +74,14 @@ def measure(config: EngineConfig, model: Llama) -> DeviceMemory:
 
 
 @torch.inference_mode()
-def run_once(config: EngineConfig, model: Llama) -> None:
-    """The largest round, over a pool of its own that is soon gone."""
+def run_largest_round(config: EngineConfig, model: Llama) -> None:
+    """Run the largest round there can be, over a temporary pool of its own."""
     tokens, page_size = config.scheduler.max_batch_tokens, config.cache.page_size
     tokens = min(tokens, len(model.rotary[0]))
     pages = -(-tokens // page_size)
     position = torch.arange(tokens, device=model.device)
     lists = torch.arange(pages, device=model.device)[None]
-    asked = min(tokens, config.scheduler.max_rows * (config.speculation.most_drafts + 1))
+    num_logits = min(tokens, config.scheduler.max_rows * (config.speculation.max_draft_tokens + 1))
     attention = AttentionBatch([tokens], [tokens], lists)
-    batch = ForwardBatch(torch.zeros_like(position), position, position, attention, position[:asked])
-    model.forward(batch, model.make_pool(pages, page_size), model.ops.attention(page_size, model.head_dim))
+    inputs = ForwardBatch(torch.zeros_like(position), position, position, attention, position[:num_logits])
+    model.forward(inputs, model.make_pool(pages, page_size), model.ops.attention(page_size, model.head_dim))

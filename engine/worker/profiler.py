@@ -1,7 +1,7 @@
-"""The start-up profile: what plain steps, draft steps and verify passes take on this machine, on the real engine.
+"""The start-up profile: times of plain steps, draft steps and verify passes of this engine on this machine.
 
-It runs rounds over rows whose KV is zeros: times depend on shapes, not on values. Kept in the user's cache folder, by
-everything that the times depend on, so that only the first start takes the seconds.
+It runs rounds over rows whose KV is zeros: times depend on shapes, not on values. Saved in the user's cache folder
+under a key of everything that times depend on, so that only the first start spends the seconds.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 from engine.config.deployment import EngineConfig
 from engine.control.step_times import StepSample, StepTimes
 from engine.params import SamplingParams
-from engine.plan import PageDelta, RowStart, RowWork, StepPlan, StepResult
-from engine.worker.resolve import Sizes
+from engine.plan import PageDelta, RoundPlan, RoundResult, RowStart, RowWork
+from engine.worker.resolve import Resolved
 from models.config import ModelConfig, RopeConfig, read_config
 from models.default import resolve_model, user_cache
 
@@ -32,22 +32,24 @@ log = logging.getLogger(__name__)
 
 _VERSION = 4
 _SECONDS = 8.0
-"""About how long a profile may take."""
+"""Approximate limit of a profile's time."""
 _SHORT, _LONG_TOKENS = 64, 8192
-"""Tokens per row, and of all rows together, between which times are taken to be a straight line."""
+"""Tokens per row, and of all rows together, between which times are assumed to be linear."""
 _ROWS = (1, 4, 16, 64, 256)
 _GAMMAS = (0, 1, 3)
 _REPEATS = 2
 _SLOW_S = 0.2
-"""A pass that takes longer is not repeated to find the fastest."""
+"""A pass that takes longer is not repeated."""
 _ROOM = 128
-"""Tokens that a row may grow by while it is measured."""
+"""Tokens by which a row may grow while it is measured."""
 
 
 class Profiler:
     """Measures rounds of an engine that has no requests."""
 
-    def __init__(self, run: Callable[[StepPlan], StepResult], config: EngineConfig, num_pages: int, max_model_len: int):
+    def __init__(
+        self, run: Callable[[RoundPlan], RoundResult], config: EngineConfig, num_pages: int, max_model_len: int
+    ):
         """run: a round on all ranks. config, num_pages, max_model_len: the engine's."""
         self.run = run
         self._page = config.cache.page_size
@@ -59,46 +61,46 @@ class Profiler:
         self._cleared = 0
 
     def measure(self, rows: int, context: int, gamma: int, repeats: int = _REPEATS) -> StepSample:
-        """`rows` rows of `context` tokens each, all with gamma drafts; the fastest of `repeats`.
+        """Measure `rows` rows of `context` tokens each, all with gamma drafts; the fastest of `repeats`.
 
         Raises ValueError for more rows or tokens than the engine takes.
         """
         if not 1 <= rows <= self._max_rows:
             raise ValueError(f"{rows} rows, but the engine has {self._max_rows}")
-        if not 1 <= context <= self.longest:
-            raise ValueError(f"a context of {context}, but there is room for 1 to {self.longest} tokens")
-        if gamma > self.most_drafts:
-            raise ValueError(f"{gamma} drafts, but there is room for {self.most_drafts}")
+        if not 1 <= context <= self.max_context:
+            raise ValueError(f"a context of {context}, but there is room for 1 to {self.max_context} tokens")
+        if gamma > self.max_draft_tokens:
+            raise ValueError(f"{gamma} drafts, but there is room for {self.max_draft_tokens}")
         work = [RowWork(row, context, 1, gamma, True) for row in range(rows)]
-        first = self.run(StepPlan(0, *self._starts(rows, context), work, clear=self._fresh(rows, context)))
+        first = self.run(RoundPlan(0, *self._starts(rows, context), work, clear=self._fresh(rows, context)))
         if first.verify_seconds > _SLOW_S:
             repeats = 1
         again = [] if self._room == _ROOM else self._starts(rows, context)[0]  # short rows must not grow
-        results = [self.run(StepPlan(0, again, [], work)) for _ in range(repeats)]
+        results = [self.run(RoundPlan(0, again, [], work)) for _ in range(repeats)]
         fastest = min(results, key=lambda result: result.draft_seconds + result.verify_seconds)
         return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds)
 
     @property
-    def longest(self) -> int:
-        """Most tokens of a row that is measured."""
+    def max_context(self) -> int:
+        """Largest number of tokens of a measured row."""
         return self._max_model_len - self._room
 
     @property
-    def most_drafts(self) -> int:
-        """Of such a row; behind them stand the pending token and one more."""
+    def max_draft_tokens(self) -> int:
+        """Largest number of drafts of a measured row; the pending token and one more need room too."""
         return self._room - 2
 
     def fill(self) -> None:
-        """Run a round that first makes all memory of the pools real."""
-        context = min(_SHORT, self.longest)
+        """Run a round that first touches all memory of the pools."""
+        context = min(_SHORT, self.max_context)
         work = [RowWork(0, context, 1, 0, True)]
-        self.run(StepPlan(0, *self._starts(1, context), work, clear=list(range(self._num_pages))))
+        self.run(RoundPlan(0, *self._starts(1, context), work, clear=list(range(self._num_pages))))
 
     def _width(self, context: int) -> int:
         return -(-(context + self._room) // self._page)
 
     def _fresh(self, rows: int, context: int) -> list[int]:
-        """Pages that are about to be read for the first time: memory that nobody has written reads too fast."""
+        """Pages that are about to be read for the first time: memory that was never written reads too fast."""
         needed = min(self._pages, rows * self._width(context))
         fresh = list(range(self._cleared, needed))
         self._cleared = max(self._cleared, needed)
@@ -109,18 +111,18 @@ class Profiler:
 
 
 def blank_rows(rows: int, context: int, width: int, pages: int) -> tuple[list[RowStart], list[PageDelta]]:
-    """Rows of `context` computed tokens and a pending one, all 0, over `width` pages each. Their pages follow each
-    other in the pool, and begin again after the first `pages`."""
+    """Rows of `context` computed tokens and a pending one, all 0, over `width` pages each, taken in order from the
+    first `pages` of the pool, again and again."""
     tokens, params = [0] * (context + 1), SamplingParams(temperature=0.0)
     starts = [RowStart(row, tokens, context + 1, params, [], context) for row in range(rows)]
     return starts, [PageDelta(row, 0, [(row * width + i) % pages for i in range(width)]) for row in range(rows)]
 
 
 def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
-    """Measure few batches that tell most: numbers of rows as far as the time lasts, a short and a long context each."""
-    most = min(config.speculation.most_drafts, profiler.most_drafts)
+    """Measure a few informative batches: a short and a long context for each number of rows, while the time lasts."""
+    most = min(config.speculation.max_draft_tokens, profiler.max_draft_tokens)
     gammas = sorted({gamma for gamma in _GAMMAS if gamma < most} | {most})
-    longest = profiler.longest
+    longest = profiler.max_context
     began = time.perf_counter()
     samples: list[StepSample] = []
     last = 0.0
@@ -138,8 +140,8 @@ def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
 # -- the cache ------------------------------------------------------------------------------------------------------
 
 
-def profile_key(config: EngineConfig, sizes: Sizes) -> str:
-    """A name for everything that times, or what is measured of them, depend on, and for nothing else."""
+def profile_key(config: EngineConfig, sizes: Resolved) -> str:
+    """A hash of everything that the measured times depend on, and of nothing else."""
     speculation = config.speculation
     parts: list[object] = [
         _VERSION,
@@ -150,10 +152,10 @@ def profile_key(config: EngineConfig, sizes: Sizes) -> str:
         min(sizes.max_model_len, _LONG_TOKENS + _ROOM),
     ]
     parts += [config.tensor_parallel_size, config.collectives, config.cache.page_size, config.scheduler.max_rows]
-    # Rows are measured with gammas of the profile's own, and greedily; which pages a window reads changes nothing.
+    # Left out: settings that change no measured time. Rows are measured greedily, with the profile's own gammas.
     without: dict[str, bool | set[str]] = {"gamma": True, "model": True, "verification": True, "kv": {"sink"}}
     parts += [speculation.model_dump_json(exclude=without), _work(sizes.shape)]
-    if speculation.draft_model is not None:  # a name says little: another one can come to stand there
+    if speculation.draft_model is not None:  # its name does not identify it: another model can take its place
         parts.append(_work(read_config(resolve_model(speculation.draft_model))))
     if sizes.device.type == "cuda":
         parts += [torch.cuda.get_device_name(), config.cuda_graphs]
@@ -163,7 +165,7 @@ def profile_key(config: EngineConfig, sizes: Sizes) -> str:
 
 
 def _work(shape: ModelConfig) -> ModelConfig:
-    """Without what makes a forward compute other numbers, but not more or fewer of them."""
+    """The config without fields that change the results of a forward but not its work."""
     return replace(
         shape,
         max_position_embeddings=0,
@@ -183,27 +185,27 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def _file(key: str) -> Path:
+def _path(key: str) -> Path:
     return user_cache() / "profiles" / f"{key}.json"
 
 
-def recall(key: str) -> list[StepSample] | None:
-    """The profile that was kept under this key, if there is one that can be used."""
+def load_profile(key: str) -> list[StepSample] | None:
+    """The profile saved under this key, if there is a usable one."""
     try:
-        samples = msgspec.json.decode(_file(key).read_bytes(), type=list[StepSample])
+        samples = msgspec.json.decode(_path(key).read_bytes(), type=list[StepSample])
         StepTimes(samples, lambda context, budget: context)
     except (OSError, msgspec.MsgspecError, ValueError):
         return None
     return samples
 
 
-def keep(key: str, samples: Iterable[StepSample]) -> None:
-    """For the next start; not being able to is no error."""
+def save_profile(key: str, samples: Iterable[StepSample]) -> None:
+    """Save a profile for the next start. Failing to is no error."""
     try:
-        file = _file(key)
+        file = _path(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
             part.write(msgspec.json.encode(list(samples)))
         os.replace(part.name, file)
     except OSError as error:
-        log.warning("the profile cannot be kept: %s", error)
+        log.warning("the profile cannot be saved: %s", error)

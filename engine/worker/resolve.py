@@ -1,4 +1,4 @@
-"""What the settings come to for this model on this machine: device, precision, lengths, and how much KV fits."""
+"""Resolve the settings for this model and machine: device, precision, lengths, and how much KV fits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from engine.config.deployment import CacheConfig, ConfigError, EngineConfig
 from engine.config.speculation import WindowConfig
-from engine.kv.draft_spec import footprint
+from engine.kv.draft_spec import draft_kv_spec
 from engine.kv.policies import budget_policies, make_policy
 from engine.worker.kernels import choose_ops
 from kernels.kv_cache import KVPool
@@ -30,13 +30,14 @@ _DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """Settings with nothing left open, but perhaps for the pool.
+class Resolved:
+    """Settings with nothing left open, except perhaps the size of the pool.
 
-    path: the model's directory; shape: its config. ops: the kernels. threads: CPU threads per rank. num_pages: of the
-    pool, the same on every rank; None: what fits on the devices, see engine.worker.kv_memory. kv_token_bytes: KV of one token,
-    over all ranks. token_bytes, kept_bytes: on the rank that has most, KV for each token of the pool, and what drafts
-    keep whatever its size. longest: pages of the longest request. most: pages that all rows together can use.
+    path: the model's directory. shape: its config. ops: the kernels. threads: CPU threads per rank. num_pages: pages of
+    the pool, the same on every rank; None: as many as fit on the devices (engine.worker.kv_memory). kv_token_bytes: KV
+    of one token, over all ranks. token_bytes, fixed_bytes: on the rank that has most, KV for each token of the pool,
+    and what drafts keep whatever its size. min_pages: pages of the longest request. max_pages: pages that all rows
+    together can use.
     """
 
     path: Path
@@ -49,12 +50,12 @@ class Sizes:
     num_pages: int | None
     kv_token_bytes: int
     token_bytes: int
-    kept_bytes: int
-    longest: int
-    most: int
+    fixed_bytes: int
+    min_pages: int
+    max_pages: int
 
-    def settle(self, config: EngineConfig) -> EngineConfig:
-        """The same deployment with these values, for ranks that are not to decide anything themselves."""
+    def fill_in(self, config: EngineConfig) -> EngineConfig:
+        """The same deployment with these values, for ranks that must not decide anything themselves."""
         return config.model_copy(
             update={
                 "model": str(self.path),
@@ -68,8 +69,8 @@ class Sizes:
         )
 
 
-def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
-    """model: one that is loaded already, in place of `config.model`.
+def resolve(config: EngineConfig, model: Llama | None) -> Resolved:
+    """Resolve a deployment's settings. model: one that is loaded already, in place of `config.model`.
 
     Raises ValueError (ConfigError, ModelError) for settings or a model that cannot be served.
     """
@@ -82,11 +83,11 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
     except ValueError as error:
         raise ConfigError(f"engine.tensor_parallel_size: {error}") from error
     draft = _draft_shape(config, shape)
-    token_bytes, kept_bytes = _draft_bytes(config, draft or shape, dtype)
+    token_bytes, fixed_bytes = _draft_bytes(config, draft or shape, dtype)
     token_bytes += _kv_bytes(shape, dtype, max(kv_heads))
     max_model_len = _max_model_len(config, shape)
-    longest = -(-max_model_len // config.cache.page_size)
-    sizes = Sizes(
+    min_pages = -(-max_model_len // config.cache.page_size)
+    resolved = Resolved(
         path=path,
         shape=shape,
         device=device,
@@ -97,17 +98,34 @@ def size_up(config: EngineConfig, model: Llama | None) -> Sizes:
         num_pages=None,
         kv_token_bytes=_kv_bytes(shape, dtype, sum(kv_heads)),
         token_bytes=token_bytes,
-        kept_bytes=kept_bytes,
-        longest=longest,
-        most=longest * config.scheduler.max_rows,
+        fixed_bytes=fixed_bytes,
+        min_pages=min_pages,
+        max_pages=min_pages * config.scheduler.max_rows,
     )
     if config.cache.num_pages is None and config.cache.memory_gb is None and device.type == "cuda":
-        return sizes
+        return resolved
     if config.cache.gpu_memory_utilization != CacheConfig.model_fields["gpu_memory_utilization"].default:
         instead = "num_pages" if config.cache.num_pages is not None else "memory_gb"
         where = "" if device.type == "cuda" else "on a CPU "
         raise ConfigError(f"engine.cache.gpu_memory_utilization: {where}{instead} says how large the pool is")
-    return replace(sizes, num_pages=_num_pages(config, sizes))
+    return replace(resolved, num_pages=_num_pages(config, resolved))
+
+
+def draft_tokens_read(config: EngineConfig) -> Callable[[int, int], int]:
+    """A function from a row's tokens and a budget to the KV slots that a draft step reads; budget 0: the configured
+    one."""
+    page_size = config.cache.page_size
+    by_budget = budget_policies(config.speculation, page_size)
+    policies = {budget: make_policy(kv, page_size) for budget, kv in by_budget.items()}
+    policies[0] = make_policy(config.speculation.kv, page_size)
+    return lambda context, budget: context - policies[budget].skipped(context)
+
+
+def pages_within(config: EngineConfig, resolved: Resolved, memory: int, source: str) -> int:
+    """Number of pages that fit into `memory` bytes beside what drafts keep. source: names that memory in messages.
+    Raises ConfigError."""
+    pages = max(0, memory - resolved.fixed_bytes) // (config.cache.page_size * resolved.token_bytes)
+    return _check_pages(config, resolved, pages, _describe_drafts(config, resolved.fixed_bytes, source))
 
 
 def _device(name: str) -> torch.device:
@@ -138,12 +156,12 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _kv_bytes(shape: ModelConfig, dtype: torch.dtype, kv_heads: int) -> int:
-    """Of one token."""
+    """Bytes of KV per token."""
     return KVPool.bytes_per_token(num_layers=shape.num_layers, kv_heads=kv_heads, head_dim=shape.head_dim, dtype=dtype)
 
 
 def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | None:
-    """Of the draft model, if there is one. Raises ConfigError if it cannot draft for the target."""
+    """Config of the draft model, if there is one. Raises ConfigError if it cannot draft for the target."""
     if config.speculation.draft_model is None:
         return None
     shape = read_config(resolve_model(config.speculation.draft_model))
@@ -156,10 +174,10 @@ def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | Non
 
 
 def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """What drafts take on the rank that has most: bytes per token of the pool, and bytes whatever its size.
+    """Memory of drafts on the rank that has most: bytes per token of the pool, and bytes whatever its size.
 
     A draft model that can look back at everything has a page for each of the target's. SnapKV's cache, the queries that
-    choose, and what a draft model keeps that reads a window are of fixed size. shape: of the model that drafts.
+    choose, and the window of a draft model are of fixed size. shape: config of the model that drafts.
     """
     settings = config.speculation
     ranks = settings.draft_ranks(config.tensor_parallel_size) or config.tensor_parallel_size
@@ -167,58 +185,45 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
         heads = split_heads(shape.num_heads, shape.num_kv_heads, ranks)
     except ValueError as error:
         raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
-    kept, page = footprint(settings, config.cache.page_size), config.cache.page_size
+    spec, page = draft_kv_spec(settings, config.cache.page_size), config.cache.page_size
     query_bytes = shape.num_layers * shape.head_dim * dtype.itemsize
-    kept_bytes = config.scheduler.max_rows * max(
-        kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size) + kept.queries * mine.heads.size * query_bytes
+    fixed_bytes = config.scheduler.max_rows * max(
+        spec.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size) + spec.queries * mine.heads.size * query_bytes
         for mine in heads
     )
     if settings.draft_model is None or isinstance(settings.kv, WindowConfig):
-        return 0, kept_bytes
-    return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads)), kept_bytes
+        return 0, fixed_bytes
+    return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads)), fixed_bytes
 
 
-def draft_reads(config: EngineConfig) -> Callable[[int, int], int]:
-    """KV slots that a draft step reads of a row with so many tokens, and with what budget; 0: the configured one."""
-    policies = {budget: make_policy(kv, config.cache.page_size) for budget, kv in budget_policies(config).items()}
-    policies[0] = make_policy(config.speculation.kv, config.cache.page_size)
-    return lambda context, budget: context - policies[budget].skipped(context)
-
-
-def _num_pages(config: EngineConfig, sizes: Sizes) -> int:
-    """Pages in the pool: what is configured, or fits in memory_gb."""
+def _num_pages(config: EngineConfig, resolved: Resolved) -> int:
+    """Pages in the pool: as configured, or as many as fit in memory_gb."""
     if config.cache.num_pages is not None:
-        return checked_pages(config, sizes, config.cache.num_pages)
+        return _check_pages(config, resolved, config.cache.num_pages)
     memory = _CPU_MEMORY_GB if config.cache.memory_gb is None else config.cache.memory_gb
-    return pages_within(config, sizes, int(memory * 1e9), f"cache.memory_gb, {memory:g}")
+    return pages_within(config, resolved, int(memory * 1e9), f"cache.memory_gb, {memory:g}")
 
 
-def pages_within(config: EngineConfig, sizes: Sizes, memory: int, source: str) -> int:
-    """Pages that fit into so many bytes beside what drafts keep. source: what that memory is, for messages. Raises
-    ConfigError."""
-    pages = max(0, memory - sizes.kept_bytes) // (config.cache.page_size * sizes.token_bytes)
-    return checked_pages(config, sizes, pages, _beside(config, sizes.kept_bytes, source))
+def _check_pages(config: EngineConfig, resolved: Resolved, pages: int, beside: str = "") -> int:
+    """Limit `pages` to what all rows can ever use. beside: describes what else the memory holds.
 
-
-def checked_pages(config: EngineConfig, sizes: Sizes, pages: int, beside: str = "") -> int:
-    """No more pages than all rows can ever use. beside: what else the memory is for.
-
-    Raises ConfigError unless the longest request fits alone, so that whatever is admitted can finish.
+    Raises ConfigError unless the longest request fits alone, so that every admitted request can finish.
     """
-    if pages < sizes.longest:
+    if pages < resolved.min_pages:
         raise ConfigError(
             f"engine.cache: {pages} pages of {config.cache.page_size} tokens{beside} hold less than one request of "
-            f"max_model_len {sizes.max_model_len} ({sizes.longest} pages); raise cache.memory_gb or lower max_model_len"
+            f"max_model_len {resolved.max_model_len} ({resolved.min_pages} pages); raise cache.memory_gb or lower "
+            "max_model_len"
         )
-    return min(pages, sizes.most)
+    return min(pages, resolved.max_pages)
 
 
-def _beside(config: EngineConfig, kept_bytes: int, source: str) -> str:
-    """What to say of a pool that shares its memory with what drafts keep."""
-    if not kept_bytes:
+def _describe_drafts(config: EngineConfig, fixed_bytes: int, source: str) -> str:
+    """For messages about a pool that shares its memory with what drafts keep."""
+    if not fixed_bytes:
         return ""
     rows = config.scheduler.max_rows
     return (
-        f", beside the {kept_bytes / 1e9:.3g} GB of {source}, that drafts keep for {rows} rows (speculation.kv.budget, "
-        "scheduler.max_rows),"
+        f", beside the {fixed_bytes / 1e9:.3g} GB of {source}, that drafts keep for {rows} rows "
+        "(speculation.kv.budget, scheduler.max_rows),"
     )

@@ -1,45 +1,74 @@
-"""One rank's share of the engine: its shard of the model, its pool, its rows; runs the rounds it is told to."""
+"""One rank's share of the engine: its shard of the model, its pool and its rows. Runs the rounds it is sent."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from engine.batch.rows import Rows
+from engine.batch.round_batch import RoundBatch
+from engine.batch.row_state import RowState
 from engine.batch.stopwatch import Stopwatch
 from engine.config.deployment import EngineConfig
 from engine.messages import PromptLogprobs, TokenLogprobs
 from engine.oom import OutOfMemory, is_out_of_memory
-from engine.plan import RowResult, RowWork, StepPlan, StepResult
+from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
 from engine.ranks.protocol import WeightBytes
 from engine.sampling.grammar import Grammars
-from engine.sampling.sampler import Logprobs, PromptReport
+from engine.sampling.sampler import LogprobTensors, PromptLogprobTensors
 from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
-from engine.worker.build import DraftModel, drafting_model, make_drafter, make_sampler, make_target
-from engine.worker.worker import consistency
+from engine.worker import consistency
+from engine.worker.build import DraftModel, drafting_model, load_draft, make_drafter, make_sampler, make_target
+from engine.worker.kv_memory import determine_num_pages
+from engine.worker.loading import load_shard
+from engine.worker.resolve import Resolved
 from kernels.transfer import fetch
 from models.default import resolve_model
 from models.llama import Llama
-from parallel.group import Group, RoundGivenUp
-from parallel.sampling import VocabShard
-
-_NO_DRAFT_MODEL = DraftModel()
+from parallel.group import Group, RoundAbandoned
+from parallel.vocab_shard import VocabShard
 
 log = logging.getLogger(__name__)
 
 
-def nothing() -> None:
-    """What the host has to do while a device computes, where there is nothing else."""
+def noop() -> None:
+    """Do nothing: the default for `meanwhile`."""
 
 
 class Worker:
-    """Owns everything of one rank. `execute` is the only thing that moves it."""
+    """Owns everything of one rank. Only `execute` changes its state.
+
+    model: this rank's shard of the target. num_pages: of the target's pool.
+    """
+
+    @classmethod
+    def load(
+        cls,
+        config: EngineConfig,
+        resolved: Resolved,
+        device: torch.device,
+        group: Group,
+        draft_group: Group | None,
+        *,
+        model: Llama | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Load this rank's shards, size its pool and build it. All ranks do so together.
+
+        device: this rank's. draft_group: the ranks that share the draft model, if this is one of them. model: a shard
+        that is loaded already. progress: show a bar on stderr. Raises ConfigError, ModelError.
+        """
+        if model is None:
+            model = load_shard(config, resolved, device, group, progress=progress)
+        draft = load_draft(config, model, resolved.max_model_len, draft_group)
+        num_pages = determine_num_pages(config, resolved, model, group)
+        return cls(model, config, num_pages=num_pages, max_model_len=resolved.max_model_len, group=group, draft=draft)
 
     def __init__(
         self,
@@ -49,96 +78,99 @@ class Worker:
         num_pages: int,
         max_model_len: int,
         group: Group,
-        draft: DraftModel = _NO_DRAFT_MODEL,
+        draft: DraftModel,
     ) -> None:
-        """draft: the draft model, if the config has one."""
-        page_size = config.cache.page_size
+        """Use `load`."""
+        self.model, self.num_pages = model, num_pages
         self._group = group
         self._groups = [group] if draft.group is None or draft.group is group else [group, draft.group]
         self._digest_every = config.digest_every if group.size > 1 else 0
-        self._rows = Rows(
+        self._state = RowState(
             max_rows=config.scheduler.max_rows,
             max_model_len=max_model_len,
-            page_size=page_size,
+            page_size=config.cache.page_size,
             device=model.device,
             ops=model.ops,
         )
-        self._model, self._own_draft = model, draft.model
-        self._drafting = drafting_model(config, model, draft)
+        self._draft_model = draft.model
+        self._drafting_model = drafting_model(config, model, draft)
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
         eos = model.config.eos_token_ids
         tokenizer = resolve_model(config.model) / "tokenizer.json"
         self._grammars = Grammars(config.scheduler.max_rows, tokenizer, model.config.vocab_size, eos)
-        self._sampler = make_sampler(config, self._rows, vocab, model.ops, self._grammars)
-        target = make_target(config, model, self._rows, num_pages)
-        self._target, drafter = make_drafter(config, target, self._rows, self._sampler, group, draft)
+        self._sampler = make_sampler(config, self._state, vocab, model.ops, self._grammars)
+        target = make_target(config, model, self._state, num_pages)
+        self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft)
         self._watch = Stopwatch(model.device)
         self._drafter = TimedDrafter(drafter, self._watch)
 
     @property
     def weight_bytes(self) -> WeightBytes:
-        """Of this rank's shards."""
-        tables = self._model.table_bytes + (self._own_draft.table_bytes if self._own_draft else 0)
-        return WeightBytes(self._model.matrix_bytes, self._drafting.matrix_bytes if self._drafting else 0, tables)
+        """Bytes of this rank's shards."""
+        tables = self.model.table_bytes + (self._draft_model.table_bytes if self._draft_model else 0)
+        drafting = self._drafting_model.matrix_bytes if self._drafting_model else 0
+        return WeightBytes(self.model.matrix_bytes, drafting, tables)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, meanwhile: Callable[[], None] = nothing) -> StepResult:
+    def execute(self, plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
         """Run one round. Its result is the only thing that crosses from device to host.
 
-        meanwhile: called once all of the round is sent to the device, before its result is waited for.
-        Raises OutOfMemory, on every rank, if memory did not suffice on one of them: nothing is left of the round then,
-        and its rows have to start anew. A group that cannot give a round up raises what it comes to.
+        meanwhile: called once the whole round is sent to the device, before its result is waited for.
+        Raises OutOfMemory, on every rank, if memory did not suffice on one of them; nothing is left of the round then,
+        and its rows have to start anew. In a group that cannot abandon a round, other errors of that rank pass through.
         """
         for group in self._groups:
             group.begin_round()
         result, reason = self._attempt(plan, meanwhile)
         if result is None:
             for group in self._groups:
-                group.give_up()
+                group.abandon()
         failed = self._group.agree(reason is not None)
         if not failed:
-            assert result is not None  # who gives up has failed, or has seen one that has
+            assert result is not None  # a rank without a result has failed, or has seen one that has
             return result
-        if reason is not None and self._group.rank > 0:  # rank 0 says it with the requests that fail
+        if reason is not None and self._group.rank > 0:  # rank 0 logs it with the requests that fail
             log.error("out of memory: %s", reason)
-        self._rows.forget(plan)
-        self._sampler.give_up()
+        self._state.reset_rows(plan)
+        self._sampler.abandon_round()
         self._watch.reset()
         raise OutOfMemory(_on_ranks(failed, reason) if self._group.size > 1 else reason)
 
-    def _attempt(self, plan: StepPlan, meanwhile: Callable[[], None]) -> tuple[StepResult | None, str | None]:
-        """The result, or how this rank ran out of memory; neither if another did. Lets go of the exception, and with it
-        of what the failed calls held."""
+    def _attempt(self, plan: RoundPlan, meanwhile: Callable[[], None]) -> tuple[RoundResult | None, str | None]:
+        """Return the result, or how this rank ran out of memory; neither if another rank did. Drops the exception, and
+        with it what the failed calls held."""
         try:
             return self._run(plan, meanwhile), None
-        except RoundGivenUp:
+        except RoundAbandoned:
             return None, None
         except (RuntimeError, MemoryError) as error:
-            if not (self._group.can_give_up and is_out_of_memory(error)):
+            if not (self._group.can_abandon and is_out_of_memory(error)):
                 raise
             return None, str(error)
 
-    def _run(self, plan: StepPlan, meanwhile: Callable[[], None]) -> StepResult:
+    def _run(self, plan: RoundPlan, meanwhile: Callable[[], None]) -> RoundResult:
         began = time.perf_counter()
         if plan.clear:
             self._target.pool.clear(plan.clear)
         for start in plan.starts:
             self._grammars.start(start)
             self._sampler.start(start)
-        verdict = run_round(self._rows.enter(plan), self._target, self._drafter, self._sampler)
-        decided = fetch(verdict.rows)  # the one copy of the round, but for log-probabilities
+            self._drafter.start(start)
+        self._state.apply(plan)
+        verdict = run_round(RoundBatch(self._state, plan), self._target, self._drafter, self._sampler)
+        wait_for_rows = fetch(verdict.rows)  # the only copy of a round without log-probabilities
         meanwhile()
-        results = _to_host(verdict, decided(), plan)
-        for row, result in zip((work.row for work in plan.work if work.samples), results, strict=True):
-            self._grammars.commit(row, result.tokens)
+        results = _row_results(verdict, wait_for_rows(), plan)
+        for row, each in zip((work.row for work in plan.work if work.samples), results, strict=True):
+            self._grammars.commit(row, each.tokens)
         draft_seconds = self._watch.take()
-        prompts = _prompts_to_host(verdict.prompts) if verdict.prompts else []
+        prompt_logprobs = _prompt_logprobs(verdict.prompt_logprobs) if verdict.prompt_logprobs else []
         verify_seconds = time.perf_counter() - began - draft_seconds
-        step = StepResult(plan.step, results, draft_seconds, verify_seconds, prompts)
-        # Not part of what the round takes: neither a profile nor the controller is to see it.
-        if self._digest_every and plan.step % self._digest_every == 0:
-            consistency.compare(self._rows, self._group, plan.step)
-        return step
+        result = RoundResult(plan.number, results, draft_seconds, verify_seconds, prompt_logprobs)
+        # Not counted in the round's time: neither a profile nor the controller may see it.
+        if self._digest_every and plan.number % self._digest_every == 0:
+            consistency.compare(self._state, self._group, plan.number)
+        return result
 
 
 def _on_ranks(ranks: list[int], reason: str | None) -> str:
@@ -147,8 +179,8 @@ def _on_ranks(ranks: list[int], reason: str | None) -> str:
     return where if reason is None else f"{where}: {reason}"
 
 
-def _to_host(verdict: Verdict, rows: Tensor, plan: StepPlan) -> list[RowResult]:
-    """rows: the verdict's, on the host."""
+def _row_results(verdict: Verdict, rows: Tensor, plan: RoundPlan) -> list[RowResult]:
+    """Results of the rows that sample. rows: the verdict's, on the host."""
     sampling = [(work, row) for work, row in zip(plan.work, rows.tolist(), strict=True) if work.samples]
     logprobs = _logprobs_by_row(verdict.logprobs, [work for work, _ in sampling]) if verdict.logprobs else {}
     return [
@@ -157,22 +189,23 @@ def _to_host(verdict: Verdict, rows: Tensor, plan: StepPlan) -> list[RowResult]:
     ]
 
 
-def _prompts_to_host(report: PromptReport) -> list[PromptLogprobs]:
-    parts = (report.tokens, report.chosen, report.rank, report.top_ids, report.top)
+def _prompt_logprobs(tensors: PromptLogprobTensors) -> list[PromptLogprobs]:
+    parts = (tensors.tokens, tensors.chosen, tensors.rank, tensors.top_ids, tensors.top)
     return [PromptLogprobs(*each) for each in zip(*(part.tolist() for part in parts), strict=True)]
 
 
-def _logprobs_by_row(logprobs: Logprobs, sampling: list[RowWork]) -> dict[int, list[TokenLogprobs]]:
-    """What each row that asks is told, keyed by its index among the rows that sample; drafts that failed included."""
+def _logprobs_by_row(logprobs: LogprobTensors, sampling: list[RowWork]) -> dict[int, list[TokenLogprobs]]:
+    """Log-probabilities of each row that asks, keyed by its index among the rows that sample; those after a rejected
+    draft included."""
     owner = [i for i, work in enumerate(sampling) for _ in range(work.gamma + 1)]
-    reports: dict[int, list[TokenLogprobs]] = {}
+    by_row: dict[int, list[TokenLogprobs]] = {}
     columns = zip(
-        logprobs.decisions.tolist(),
+        logprobs.index.tolist(),
         logprobs.chosen.tolist(),
         logprobs.top_ids.tolist(),
         logprobs.top.tolist(),
         strict=True,
     )
-    for decision, chosen, top_ids, top in columns:
-        reports.setdefault(owner[decision], []).append(TokenLogprobs(chosen, top_ids, top))
-    return reports
+    for sample, chosen, top_ids, top in columns:
+        by_row.setdefault(owner[sample], []).append(TokenLogprobs(chosen, top_ids, top))
+    return by_row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, overload
+from typing import Protocol
 
 from torch import Tensor
 
@@ -38,7 +38,7 @@ class AttentionBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Fixed:
+class GraphShape:
     """What every batch has to be of a backend whose kernels are captured in a CUDA graph: `rows` rows, with at most
     `tokens` queries together, and lists of at most `width` pages. Queries are always [tokens, …]; those behind the last
     row's are nobody's, and so are their results. The first batch has `tokens` of them."""
@@ -63,15 +63,11 @@ class AttentionBackend(Protocol):
     def plan(self, batch: AttentionBatch) -> None:
         """Prepare for `batch`; stays valid until the next plan."""
 
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Attend with the planned batch.
 
         q: [tokens, heads, head_dim], rows laid end to end; head h reads KV head h // (heads / kv_heads).
-        Returns o [tokens, heads, head_dim] in q's dtype and, with `lse`, the natural-log-sum-exp of the scaled
-        scores [tokens, heads] in float32 (float64 for float64 queries): segments merge by it (`merge_segments`).
+        Returns o [tokens, heads, head_dim] in q's dtype, and the natural log-sum-exp of the scaled scores,
+        [tokens, heads] in float32 (float64 for float64 queries), by which segments merge (`merge_segments`).
         """
         ...

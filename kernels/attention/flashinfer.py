@@ -1,7 +1,7 @@
 """Attention on NVIDIA GPUs by FlashInfer (arXiv 2501.01005).
 
-Where there is no GPU it is tested against a double of FlashInfer in torch, tests/support/fake_flashinfer.py, which says nothing
-of FlashInfer's own kernels; tests/gpu compares those with the oracle.
+Where there is no GPU it is tested against a double of FlashInfer in torch, tests/support/fake_flashinfer.py, which says
+nothing of FlashInfer's own kernels; tests/gpu compares those with the oracle.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBatch, Fixed
+from kernels.attention.base import AttentionBatch, GraphShape
 from kernels.kv_cache import LayerKV
 from kernels.transfer import send
 
@@ -91,7 +91,7 @@ class FlashInferAttention:
     than a few plans ahead, or one where plans are kept at fixed addresses.
     """
 
-    def __init__(self, page_size: int, workspace: Tensor, fixed: Fixed | None = None) -> None:
+    def __init__(self, page_size: int, workspace: Tensor, fixed: GraphShape | None = None) -> None:
         """workspace: see `make_workspace`. fixed: of batches that a CUDA graph replays; others are refused, and plans
         are kept at fixed addresses. Raises ImportError where FlashInfer is missing."""
         self._library = load_flashinfer()
@@ -115,11 +115,7 @@ class FlashInferAttention:
         if self._call is not None:
             self._prepare(batch, self._call)
 
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run. Raises ValueError for dtypes and head_dims that FlashInfer has no kernels for."""
         batch = self._batch
         assert batch is not None, "run before plan"
@@ -130,18 +126,15 @@ class FlashInferAttention:
             self._prepare(batch, call)
             self._call = call
         if batch.pages.dim() == 2:
-            found = self._wrapper.run(q, (layer.k, layer.v), return_lse=lse)
-            return (found[0], _natural(found[1])) if lse else found
+            o, lse = self._wrapper.run(q, (layer.k, layer.v), return_lse=True)
+            return o, _natural(lse)
         group = heads // call.kv_heads
         grouped = q.reshape(tokens * call.kv_heads, group, head_dim)
         if self._order is not None:
             grouped = grouped.index_select(0, self._order)
-        pool = tuple(part.view(-1, 1, *part.shape[2:]) for part in layer)
-        found = self._wrapper.run(grouped, pool, return_lse=lse)
-        if not lse:
-            return self._back(found).view(tokens, heads, head_dim)
-        o, sums = found
-        return self._back(o).view(tokens, heads, head_dim), _natural(self._back(sums).view(tokens, heads))
+        pool = tuple(part.view(-1, 1, *part.shape[2:]) for part in (layer.k, layer.v))
+        o, lse = self._wrapper.run(grouped, pool, return_lse=True)
+        return self._back(o).view(tokens, heads, head_dim), _natural(self._back(lse).view(tokens, heads))
 
     def _back(self, results: Tensor) -> Tensor:
         """From the order in which heads are rows to that of the queries."""
@@ -228,7 +221,8 @@ class FlashInferAttention:
 
 
 def merge_states(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """kernels.attention.reference.merge_segments by FlashInfer, for float16 and bfloat16, head_dim in HEAD_DIMS."""
+    """kernels.attention.reference_attention.merge_segments by FlashInfer, for float16 and bfloat16, head_dim in
+    HEAD_DIMS."""
     merge = load_flashinfer().merge_state
     merged, total = outputs[0], lses[0] / math.log(2)
     for output, lse in zip(outputs[1:], lses[1:], strict=True):
@@ -262,5 +256,5 @@ def _check(call: _Call) -> None:
 
 
 def _natural(lse: Tensor) -> Tensor:
-    """FlashInfer's log-sum-exp is to base 2."""
-    return lse * math.log(2)
+    """Convert FlashInfer's log-sum-exp, which is to base 2, in place."""
+    return lse.mul_(math.log(2))

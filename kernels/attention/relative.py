@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, AttentionBatch
-from kernels.attention.reference import merge_segments
+from kernels.attention.reference_attention import merge_segments
 from kernels.kv_cache import LayerKV
 from kernels.rope import apply_rope
 
@@ -83,19 +82,15 @@ class RelativeAttention:
         cos, sin = self._rotary
         self._sink = _Sink(torch.from_numpy(tokens).to(device), cos[turned], -sin[turned])
 
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
         if self._sink is None:
-            return self._near.run(layer, q, scale, lse=True) if lse else self._near.run(layer, q, scale)
+            return self._near.run(layer, q, scale)
         sink = self._sink
-        out, total = self._near.run(layer, q, scale, lse=True)
+        out, total = self._near.run(layer, q, scale)
         turned = apply_rope(q[sink.tokens], sink.cos, sink.sin)
-        of_sink, of_sink_total = self._far.run(layer, turned, scale, lse=True)
+        of_sink, of_sink_total = self._far.run(layer, turned, scale)
         out[sink.tokens], total[sink.tokens] = self._merge(
             [out[sink.tokens], of_sink], [total[sink.tokens], of_sink_total]
         )
-        return (out, total) if lse else out
+        return out, total

@@ -3,8 +3,6 @@ save time, since it scores every key to find them."""
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
@@ -24,11 +22,7 @@ class TopKAttention:
         """batch.pages: [rows, width]; its lists are searched, not read as they are."""
         self._batch = batch
 
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
         batch = self._batch
         outs, sums = [], []
@@ -37,7 +31,7 @@ class TopKAttention:
             out, total = self._row(layer, row_q, scale, length, pages[: -(-length // self._page_size)])
             outs.append(out)
             sums.append(total)
-        return (torch.cat(outs), torch.cat(sums)) if lse else torch.cat(outs)
+        return torch.cat(outs), torch.cat(sums)
 
     def _row(self, layer: LayerKV, q: Tensor, scale: float, length: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """q: [n, heads, head_dim]. Returns the output, and its log-sum-exp [n, heads]."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.build import InstructionSet, KernelsUnavailable, build_kernels, build_operators, supported
+from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, build_kernels, build_operators, supported
 
 BLOCK = 32
 """Output features that are packed together; BLOCK of csrc/kernels.h."""
@@ -47,15 +47,15 @@ class CpuKernels:
         self._rotary, self._sample = ops.rotary.default, ops.sample.default
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, lengths: Tensor, pages: Tensor, scale: float, lse: bool
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, lengths: Tensor, pages: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See kernels.attention.base.
 
         q: [tokens, heads, head_dim], head_dim a multiple of 16. k, v: [pages, kv_heads, page_size, head_dim]. queries,
         lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. Returns o, in q's dtype, and the
-        log-sum-exp [tokens, heads] float32, empty unless asked for.
+        log-sum-exp [tokens, heads] float32.
         """
-        o, sums = self._attention(self._kernels, q, k, v, queries, lengths, pages, scale, lse)
+        o, sums = self._attention(self._kernels, q, k, v, queries, lengths, pages, scale)
         return o, sums
 
     def linear(self, x: Tensor, weights: PackedWeights, *, silu_mul: bool = False, float_out: bool = False) -> Tensor:
@@ -137,17 +137,17 @@ class PackedWeights:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.packed, self.scales, self.offsets, self.bias) if part is not None)
 
-    def rounded(self) -> PackedWeights:
+    def quantized(self) -> PackedWeights:
         """The same matrix in 8 bits, with a scale for each output feature: its largest element is 127."""
         if self.scales is not None:
             return self
         wide = self.packed.transpose(1, 2).flatten(2).flatten(0, 1).float()
         scales = (wide.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         whole = (wide / scales[:, None]).round()
-        rounded = PackedWeights(whole.to(torch.int8), self.bias, columns=self.columns)
-        rounded.scales = scales
-        rounded.offsets = (-128 * whole.sum(1)).int()  # inputs are stored as bytes from 0 to 255, 128 too large
-        return rounded
+        quantized = PackedWeights(whole.to(torch.int8), self.bias, columns=self.columns)
+        quantized.scales = scales
+        quantized.offsets = (-128 * whole.sum(1)).int()  # inputs are stored as bytes from 0 to 255, 128 too large
+        return quantized
 
 
 def pack_gated(weight: Tensor) -> Tensor:

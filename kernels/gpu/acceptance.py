@@ -1,4 +1,5 @@
-"""`kernels.acceptance` in one launch each."""
+"""Accepting drafts and committing them, in one launch each; the reference is engine.speculation.verify. Each line of
+row_spans, [rows, 4] int64, is a row's slot, its new tokens, the index of its first sample, and their number."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch import Tensor
 def _accept_kernel(
     tokens: tl.tensor,
     computed: tl.tensor,
-    ledger: tl.tensor,
+    row_spans: tl.tensor,
     drafted: tl.tensor,
     chosen: tl.tensor,
     verdict: tl.tensor,
@@ -22,10 +23,10 @@ def _accept_kernel(
 ) -> None:
     """One program per row of the round."""
     at = tl.program_id(0).to(tl.int64)
-    row = tl.load(ledger + at * 4)
-    new = tl.load(ledger + at * 4 + 1)
-    first = tl.load(ledger + at * 4 + 2)
-    count = tl.load(ledger + at * 4 + 3)
+    row = tl.load(row_spans + at * 4)
+    new = tl.load(row_spans + at * 4 + 1)
+    first = tl.load(row_spans + at * 4 + 2)
+    count = tl.load(row_spans + at * 4 + 3)
     step = tl.arange(0, BLOCK)
     inside = step < count
     choice = tl.load(chosen + first + step, mask=inside, other=0)
@@ -42,7 +43,7 @@ def _accept_kernel(
 def _commit_kernel(
     tokens: tl.tensor,
     computed: tl.tensor,
-    ledger: tl.tensor,
+    row_spans: tl.tensor,
     verdict: tl.tensor,
     stride: tl.tensor,
     most: tl.tensor,
@@ -50,30 +51,30 @@ def _commit_kernel(
 ) -> None:
     """One program per row of the round."""
     at = tl.program_id(0).to(tl.int64)
-    row = tl.load(ledger + at * 4)
-    length = tl.load(computed + row) + tl.load(ledger + at * 4 + 1)
+    row = tl.load(row_spans + at * 4)
+    length = tl.load(computed + row) + tl.load(row_spans + at * 4 + 1)
     step = tl.arange(0, BLOCK)
     choice = tl.load(verdict + at * (most + 2) + 2 + step, mask=step < most, other=0)
-    tl.store(tokens + row * stride + length + step, choice.to(tl.int32), mask=step < tl.load(ledger + at * 4 + 3))
+    tl.store(tokens + row * stride + length + step, choice.to(tl.int32), mask=step < tl.load(row_spans + at * 4 + 3))
     tl.store(computed + row, length + tl.load(verdict + at * (most + 2) + 1))
 
 
-def accept(tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int) -> Tensor:
-    """See kernels.acceptance.accept. Matrices are contiguous."""
-    verdict = torch.empty(len(ledger), 2 + most, dtype=torch.int64, device=tokens.device)
-    if len(ledger):
+def accept(tokens: Tensor, computed: Tensor, row_spans: Tensor, drafted: Tensor, chosen: Tensor, most: int) -> Tensor:
+    """See kernels.ops.Ops.accept. Matrices are contiguous."""
+    verdict = torch.empty(len(row_spans), 2 + most, dtype=torch.int64, device=tokens.device)
+    if len(row_spans):
         block = triton.next_power_of_2(max(most, 1))
-        _accept_kernel[(len(ledger),)](
-            tokens, computed, ledger, drafted, chosen, verdict, tokens.stride(0), most, BLOCK=block, num_warps=1
+        _accept_kernel[(len(row_spans),)](
+            tokens, computed, row_spans, drafted, chosen, verdict, tokens.stride(0), most, BLOCK=block, num_warps=1
         )
     return verdict
 
 
-def commit(tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
-    """See kernels.acceptance.commit. Matrices are contiguous, and row slots are all different."""
-    if len(ledger):
+def commit(tokens: Tensor, computed: Tensor, row_spans: Tensor, verdict: Tensor) -> None:
+    """See kernels.ops.Ops.commit. Matrices are contiguous, and row slots are all different."""
+    if len(row_spans):
         most = verdict.shape[1] - 2
         block = triton.next_power_of_2(max(most, 1))
-        _commit_kernel[(len(ledger),)](
-            tokens, computed, ledger, verdict, tokens.stride(0), most, BLOCK=block, num_warps=1
+        _commit_kernel[(len(row_spans),)](
+            tokens, computed, row_spans, verdict, tokens.stride(0), most, BLOCK=block, num_warps=1
         )

@@ -136,7 +136,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class Speculation(Body):
+class SpeculationFields(Body):
     enabled: bool | None = None
     max_draft_tokens: Annotated[int, Field(ge=0)] | None = None
     report: bool | None = None
@@ -170,7 +170,7 @@ class CompletionFields(Body):
     request_id: Annotated[str | None, AfterValidator(_request_id)] = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
-    speculation: Speculation | None = None
+    speculation: SpeculationFields | None = None
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

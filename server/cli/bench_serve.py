@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from bench.serving.load import Item
-    from bench.serving.load_client import Record, Target
+    from bench.serving.load_client import RequestRecord, Target
 
 VALUES: dict[str, dict[str, Any]] = {
     "as-is": {},
@@ -111,7 +111,7 @@ def serve(
 
 def _run(
     target: Target, load: list[Item], level: float, *, closed: bool, arrivals: Arrivals, seed: int
-) -> list[Record]:
+) -> list[RequestRecord]:
     from tqdm import tqdm
 
     from bench.serving.load_client import LoadClient

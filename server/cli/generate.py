@@ -85,7 +85,7 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
 def _report(stats: EngineStats, tokens: int, prefill: float, decode: float) -> None:
     """Tokens per second are of decoding: the first token belongs to the prefill."""
-    from engine.scheduler.stats import acceptance
+    from engine.scheduler.stats import acceptance_rate
 
     rounds = sum(stats.gamma_chosen)
     lines = [
@@ -95,7 +95,7 @@ def _report(stats: EngineStats, tokens: int, prefill: float, decode: float) -> N
         f"drafted       {stats.draft_tokens} tokens, {stats.accepted_tokens} accepted",
     ]
     if stats.draft_tokens:
-        lines.append(f"acceptance    {acceptance(stats):.3f}")
+        lines.append(f"acceptance    {acceptance_rate(stats):.3f}")
     lines.append(
         f"time          draft {stats.draft_seconds:.2f} s, target {stats.verify_seconds:.2f} s, "
         f"host {stats.host_seconds:.2f} s"

@@ -17,7 +17,7 @@ def kernels(
     import torch
 
     from engine.worker.kernels import choose_ops
-    from kernels.cpu.build import BUILT, INSTRUCTION_SETS, build_kernels, build_operators
+    from kernels.cpu.compiler import BUILT, INSTRUCTION_SETS, build_kernels, build_operators
 
     if every:
         for library in (build_operators(BUILT), *(build_kernels(each, BUILT) for each in INSTRUCTION_SETS)):

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from engine.messages import EngineStats
-from server.observe.request_stats import Course
+from server.observe.request_stats import RequestStats
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _MODEL = ("model_name",)
@@ -102,7 +102,7 @@ class Metrics:
         for counter in self._finished:
             counter.labels(self._model_id, reason).inc()
 
-    def round(self, course: Course, tokens: int, seconds: float) -> None:
+    def round(self, course: RequestStats, tokens: int, seconds: float) -> None:
         """One output more. tokens: that it brought; seconds: since the one before it, or since the request came."""
         if course.rounds == 1 and course.scheduled:
             self.queued.observe(max(0.0, course.scheduled - course.arrival))

@@ -11,7 +11,7 @@ from engine.text import Delta
 
 
 @dataclass(slots=True)
-class Course:
+class RequestStats:
     """Times are time.monotonic(), and 0 until there is one."""
 
     arrival: float

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from engine.messages import RequestOutput
 from engine.text import Delta
-from server.observe.request_stats import Course
+from server.observe.request_stats import RequestStats
 
 Origin = Literal["accepted", "bonus", "plain"]
 """accepted: drafted, and the target agreed; bonus: the target's own, behind drafts; plain: of a round without any."""
 
 
-def of_round(course: Course, output: RequestOutput, delta: Delta) -> dict[str, Any]:
+def of_round(course: RequestStats, output: RequestOutput, delta: Delta) -> dict[str, Any]:
     """What is said of one round, and of all with the last one. course: with this round in it. `offsets`: where in the
     choice's text, from the first token that was generated on, each of the round's tokens begins."""
     rest: Origin = "bonus" if output.drafted else "plain"
@@ -22,7 +22,7 @@ def of_round(course: Course, output: RequestOutput, delta: Delta) -> dict[str, A
     return said if delta.finish_reason is None else said | {"total": _total(course)}
 
 
-def _total(course: Course) -> dict[str, Any]:
+def _total(course: RequestStats) -> dict[str, Any]:
     return {
         "rounds": course.rounds,
         "drafted": course.drafted,
@@ -35,7 +35,7 @@ def _total(course: Course) -> dict[str, Any]:
     }
 
 
-class Reports:
+class SpeculationReports:
     """Of all choices of an answer in one piece, from what is said of their rounds."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from engine.config.deployment import ConfigError
-from server.observe.request_stats import Course
+from server.observe.request_stats import RequestStats
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -36,7 +36,7 @@ class Tracing:
         """Send what is left."""
         self._provider.shutdown()
 
-    def send(self, course: Course, parent: str | None) -> None:
+    def send(self, course: RequestStats, parent: str | None) -> None:
         """The spans of a request that has ended. parent: its traceparent header."""
         from opentelemetry.trace import SpanKind, set_span_in_context
 

@@ -15,8 +15,8 @@ from engine.messages import TokenLogprobs
 from models.tokenizer import Tokenizer
 from server.bodies.fields import choice_seed, read
 from server.bodies.schemas import ChatFields, ChatRequest
-from server.generation import Choice, Generation, Piece, Usage
-from server.observe.speculation_report import Reports
+from server.generation import Choice, ChoiceDelta, Generation, Usage
+from server.observe.speculation_report import SpeculationReports
 from server.routes.completions import finite, prompt_logprobs
 from server.routes.stream import respond
 from server.service import Service
@@ -86,8 +86,8 @@ class _Answer:
     async def whole(self) -> dict[str, Any]:
         texts: list[list[str]] = [[] for _ in self.generation.choices]
         logprobs: list[list[dict[str, Any]]] = [[] for _ in texts]
-        ends: list[Piece | None] = [None] * len(texts)
-        reports = Reports()
+        ends: list[ChoiceDelta | None] = [None] * len(texts)
+        reports = SpeculationReports()
         prompt: dict[str, Any] = {}
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
@@ -148,7 +148,7 @@ class _Answer:
             "choices": choices,
         }
 
-    def _logprobs(self, piece: Piece) -> list[dict[str, Any]]:
+    def _logprobs(self, piece: ChoiceDelta) -> list[dict[str, Any]]:
         tokenizer = self._service.tokenizer
         return [
             _token(tokenizer, token, entry.logprob) | {"top_logprobs": _top(tokenizer, entry)}

@@ -15,8 +15,8 @@ from engine.messages import PromptLogprobs, TokenLogprobs
 from models.tokenizer import REPLACEMENT, IncrementalDecoder, Tokenizer
 from server.bodies.fields import choice_seed, read
 from server.bodies.schemas import CompletionRequest
-from server.generation import Choice, Generation, Piece, Usage
-from server.observe.speculation_report import Reports
+from server.generation import Choice, ChoiceDelta, Generation, Usage
+from server.observe.speculation_report import SpeculationReports
 from server.routes.stream import respond
 from server.service import Service
 
@@ -89,8 +89,8 @@ class _Answer:
     async def whole(self) -> dict[str, Any]:
         texts = [[echo] for echo in self._echoes]
         logprobs: list[dict[str, list[Any]] | None] = [None] * len(texts)
-        ends: list[Piece | None] = [None] * len(texts)
-        reports = Reports()
+        ends: list[ChoiceDelta | None] = [None] * len(texts)
+        reports = SpeculationReports()
         prompts: dict[int, dict[str, Any]] = {}
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
@@ -136,7 +136,7 @@ class _Answer:
             "choices": choices,
         }
 
-    def _logprobs(self, piece: Piece) -> dict[str, list[Any]] | None:
+    def _logprobs(self, piece: ChoiceDelta) -> dict[str, list[Any]] | None:
         """Of the tokens of `piece`, and of the prompt if it is echoed; offsets index into the choice's text."""
         if piece.delta.logprobs is None:
             return None
@@ -161,7 +161,7 @@ class _Answer:
         logprobs = [None, *(finite(each.logprob) for each in told)]
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
 
-    def _of_tokens(self, piece: Piece, logprobs: list[TokenLogprobs]) -> dict[str, list[Any]]:
+    def _of_tokens(self, piece: ChoiceDelta, logprobs: list[TokenLogprobs]) -> dict[str, list[Any]]:
         tokenizer = self._service.tokenizer
         tokens = [token_text(tokenizer, token) for token in piece.delta.tokens]
         echoed = len(self._echoes[piece.index])
@@ -173,7 +173,7 @@ class _Answer:
         }
 
 
-def _choice(index: int, text: str, logprobs: dict[str, list[Any]] | None, end: Piece | None) -> dict[str, Any]:
+def _choice(index: int, text: str, logprobs: dict[str, list[Any]] | None, end: ChoiceDelta | None) -> dict[str, Any]:
     return {
         "index": index,
         "text": text,

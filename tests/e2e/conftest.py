@@ -2,145 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
-import yaml
 
-from tests.support.paths import ROOT
+from tests.support.servers import Server, start
 from tests.support.tiny import write_model
-
-PATIENCE_S = 120.0
-"""How long anything may take before a test fails; nothing is expected to come near it."""
-
-
-@dataclass
-class Server:
-    """A server process; `tmp` is where it and its engine put temporary files."""
-
-    process: subprocess.Popen[str]
-    url: str
-    ready_line: str
-    tmp: Path
-    log: Path
-    family: list[psutil.Process] = field(default_factory=list)
-
-    @property
-    def engine(self) -> psutil.Process:
-        (engine,) = psutil.Process(self.process.pid).children()
-        return engine
-
-    def everyone(self) -> list[psutil.Process]:
-        """The engine and all its ranks."""
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def files(self) -> int:
-        """Files and sockets that the server has open, without connections of HTTP clients."""
-        api = psutil.Process(self.process.pid)
-        return api.num_fds() - len(api.net_connections("tcp"))
-
-    def idle(self) -> bool:
-        """Nothing runs, nothing waits, and every page is free."""
-        load = self.load()
-        return (load["running"], load["waiting"]) == (0, 0) and load["pages_free"] == load["pages_total"]
-
-    def metric(self, name: str) -> float:
-        """One without further labels."""
-        found = re.search(rf"^{name}{{[^,}}]*}} (\S+)$", self.get("/metrics").text, re.MULTILINE)
-        assert found, name
-        return float(found[1])
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=PATIENCE_S)
-
-    def post(self, path: str, body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=PATIENCE_S)
-
-    def load(self) -> dict[str, int]:
-        answer: dict[str, int] = self.get("/load").raise_for_status().json()
-        return answer
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def wait(self) -> int:
-        """Exit status. Nothing of the server may remain then: no process, no file."""
-        status = self.process.wait(PATIENCE_S)
-        _, alive = psutil.wait_procs(self.family, PATIENCE_S)
-        assert alive == []
-        eventually(lambda: list(self.tmp.iterdir()) == [])
-        return status
-
-    def stop(self) -> None:
-        left = list(self.family)
-        if self.process.poll() is None:
-            left += [*self.everyone(), psutil.Process(self.process.pid)]
-        for process in left:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        self.process.wait()
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.05)
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from server.cli import main; main()", *arguments]
-
-
-def environment(tmp: Path) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp), "PYTHONUNBUFFERED": "1"}
-
-
-def start(
-    directory: Path,
-    model: Path,
-    *flags: str,
-    config: dict[str, Any] | None = None,
-    program: Callable[..., list[str]] = command,
-) -> Server:
-    """Start a server on a free port and wait until it takes requests. program: its command line, given arguments."""
-    tmp = directory / "t"
-    tmp.mkdir()
-    settings = directory / "config.yaml"
-    settings.write_text(yaml.safe_dump({"engine": {"model": str(model)}, **(config or {})}), encoding="utf-8")
-    log = directory / "log"
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            program("serve", "--config", str(settings), "--model", str(model), "--port", "0", *flags),
-            cwd=ROOT,
-            env=environment(tmp),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    found = re.search(r"https?://127\.0\.0\.1:\d+", line)
-    if found is None:
-        process.kill()
-        pytest.fail(f"the server did not start: {line!r}\n{log.read_text()}")
-    server = Server(process, found[0], line, tmp, log)
-    server.family = server.everyone()
-    return server
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import PATIENCE_S, ROOT, Server, command, environment
+from tests.support.paths import ROOT
+from tests.support.servers import PATIENCE_S, Server, command, environment
 
 
 def bench(tmp_path: Path, url: str, tokenizer: Path, *flags: str) -> tuple[int, list[dict[str, Any]], str]:

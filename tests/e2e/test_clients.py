@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
-from tests.e2e.conftest import PATIENCE_S, Server, eventually
+from tests.support.servers import PATIENCE_S, Server, eventually
 
 QUESTION = "What is the capital of France? Answer with one word."
 

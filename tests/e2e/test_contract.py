@@ -12,7 +12,7 @@ import httpx
 import jsonschema
 import pytest
 
-from tests.e2e.conftest import PATIENCE_S, Server
+from tests.support.servers import PATIENCE_S, Server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "hi"}]

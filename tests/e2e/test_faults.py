@@ -19,10 +19,9 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.conftest import PATIENCE_S, Server, eventually, start
-from tests.e2e.test_lifecycle import Stream
 from tests.support.faulty import arm, command, fired
 from tests.support.ranks import SERVED_MODEL, write_random_model
+from tests.support.servers import PATIENCE_S, Server, Stream, eventually, start
 
 MODEL = replace(SERVED_MODEL, max_position_embeddings=4352)
 SETTINGS: dict[str, Any] = {

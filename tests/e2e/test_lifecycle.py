@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -17,39 +16,11 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.e2e.conftest import PATIENCE_S, ROOT, Server, command, environment, eventually
+from tests.support.paths import ROOT
+from tests.support.servers import PATIENCE_S, Server, Stream, command, environment, eventually
 
 Launch = Callable[..., Server]
 LONG = {"prompt": "abc", "max_tokens": 4000, "ignore_eos": True, "seed": 1}
-
-
-class Stream(threading.Thread):
-    """A streaming request of its own; `events` are its JSON chunks."""
-
-    def __init__(self, server: Server, body: dict[str, Any]) -> None:
-        super().__init__(daemon=True)
-        self.status = 0
-        self.events: list[Any] = []
-        self.done = False
-        self.error: Exception | None = None
-        self._server, self._body = server, body
-        self.start()
-
-    def run(self) -> None:
-        body = {**self._body, "stream": True}
-        try:
-            with httpx.stream("POST", self._server.url + "/v1/completions", json=body, timeout=PATIENCE_S) as answer:
-                self.status = answer.status_code
-                for line in answer.iter_lines():
-                    if line == "data: [DONE]":
-                        self.done = True
-                    elif line:
-                        self.events.append(json.loads(line.removeprefix("data: ")))
-        except httpx.HTTPError as error:
-            self.error = error
-
-    def flowing(self) -> bool:
-        return len(self.events) > 2
 
 
 def running(server: Server, body: dict[str, Any] = LONG, count: int = 1) -> list[Stream]:

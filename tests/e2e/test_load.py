@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.e2e.conftest import PATIENCE_S, Server, eventually
+from tests.support.servers import PATIENCE_S, Server, eventually
 
 SHORT = [1, 2, 3, 5, 8, 13, 16, 17, 21, 30, 33, 40, 55, 64, 70]
 LENGTHS = [*SHORT * 4, 200, 500, 1000, 4000]

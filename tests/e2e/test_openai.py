@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.conftest import PATIENCE_S, Server
+from tests.support.servers import PATIENCE_S, Server
 
 MODEL = "default"
 

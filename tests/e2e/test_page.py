@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Server
 from tests.support.browser import CHROMIUM, Page, browser
+from tests.support.servers import Server
 
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 

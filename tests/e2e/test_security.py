@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import PATIENCE_S, Server, eventually, start
+from tests.support.servers import PATIENCE_S, Server, eventually, start
 
 COMPLETIONS = "/v1/completions"
 BODY = {"prompt": "the secret word is swordfish", "max_tokens": 3}

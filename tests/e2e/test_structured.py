@@ -14,8 +14,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.e2e.conftest import PATIENCE_S, Server
 from tests.support.schemas import random_schema
+from tests.support.servers import PATIENCE_S, Server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "Tell me about a person."}]

@@ -23,8 +23,9 @@ import yaml
 from engine.config.deployment import EngineConfig
 from engine.llm import LLM
 from engine.params import SamplingParams
-from tests.e2e.conftest import PATIENCE_S, ROOT, Server, environment, eventually, start
+from tests.support.paths import ROOT
 from tests.support.ranks import PROCESS_MODEL, settings, write_random_model
+from tests.support.servers import PATIENCE_S, Server, environment, eventually, start
 
 MODEL = replace(PROCESS_MODEL, max_position_embeddings=4096)
 PROMPT = list(range(3, 60))

@@ -8,7 +8,7 @@ import torch
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from kernels.attention.base import AttentionBatch
-from kernels.attention.reference import ReferenceAttention
+from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv_cache import LayerKV
 from kernels.noise import gumbel_noise, noise_bits
 from models.loader import random_model
@@ -38,9 +38,9 @@ def test_attention_equals_the_cpu(dtype: torch.dtype) -> None:
     pages = torch.randperm(80)[:75].view(3, 25)
     backend = ReferenceAttention(16)
     backend.plan(AttentionBatch([1, 4, 200], [30, 400, 333], pages))
-    expected = backend.run(layer, q, 0.125)
+    expected, _ = backend.run(layer, q, 0.125)
     backend.plan(AttentionBatch([1, 4, 200], [30, 400, 333], pages.to(CUDA)))
-    out = backend.run(LayerKV(layer.k.to(CUDA), layer.v.to(CUDA)), q.to(CUDA), 0.125)
+    out, _ = backend.run(LayerKV(layer.k.to(CUDA), layer.v.to(CUDA)), q.to(CUDA), 0.125)
     torch.testing.assert_close(out.cpu().float(), expected.float(), rtol=2e-2, atol=2e-3)
 
 

@@ -14,8 +14,8 @@ from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.worker.kv_memory import fit_pages, measure
-from engine.worker.resolve import size_up
+from engine.worker.kv_memory import determine_num_pages, measure
+from engine.worker.resolve import resolve
 from models.default import default_model_dir
 from models.llama import Llama
 from models.loader import random_model
@@ -28,8 +28,8 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device is present", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'magicdec[cuda]'")
 
-from kernels.gpu.graphs import CudaGraphs
-from kernels.gpu.ops import GpuOps
+from kernels.gpu.cuda_graphs import CudaGraphs
+from kernels.gpu.gpu_ops import GpuOps
 
 CUDA = torch.device("cuda")
 SHAPE = dataclasses.replace(TINY, num_layers=3, hidden_size=96, num_heads=6, num_kv_heads=2, head_dim=16)
@@ -99,8 +99,8 @@ def test_the_pool_takes_what_is_left(model: Llama) -> None:
     memory = measure(config, model)
     assert 0 < memory.running < memory.total
     assert 0 < memory.used < memory.total
-    sizes = dataclasses.replace(size_up(config, model), num_pages=None)
-    assert fit_pages(config, sizes, model, Group.single()) == sizes.most
+    sizes = dataclasses.replace(resolve(config, model), num_pages=None)
+    assert determine_num_pages(config, sizes, model, Group.single()) == sizes.most
 
 
 def test_the_default_model_follows_the_law() -> None:

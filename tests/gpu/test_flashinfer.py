@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.attention.base import AttentionBatch, Fixed
+from kernels.attention.base import AttentionBatch, GraphShape
 from kernels.attention.flashinfer import FlashInferAttention, make_workspace, merge_states
-from kernels.attention.reference import ReferenceAttention, merge_segments
+from kernels.attention.reference_attention import ReferenceAttention, merge_segments
 from kernels.kv_cache import LayerKV
 
 if not torch.cuda.is_available():
@@ -44,8 +44,8 @@ def test_equals_the_oracle(heads: int, kv_heads: int, head_dim: int, dtype: torc
         backend.plan(batch)
         for _ in range(2):
             q = torch.randn(sum(queries), heads, head_dim, device=CUDA).to(dtype)
-            expected, expected_lse = oracle.run(layer, q, head_dim**-0.5, lse=True)
-            o, lse = backend.run(layer, q, head_dim**-0.5, lse=True)
+            expected, expected_lse = oracle.run(layer, q, head_dim**-0.5)
+            o, lse = backend.run(layer, q, head_dim**-0.5)
             torch.testing.assert_close(o, expected, rtol=1e-2, atol=1e-2)
             torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
 
@@ -64,17 +64,17 @@ def test_plans_made_ahead_of_the_device() -> None:
     torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
     for batch in batches:
         backend.plan(batch)
-        outs.append(backend.run(layer, q, 0.1))
+        outs.append(backend.run(layer, q, 0.1)[0])
     for batch, out in zip(batches, outs, strict=True):
         oracle.plan(batch)
-        torch.testing.assert_close(out, oracle.run(layer, q, 0.1), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(out, oracle.run(layer, q, 0.1)[0], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
 def test_captured_runs_follow_new_plans(per_head: bool) -> None:
     torch.manual_seed(0)
     layer = layer_of(8, 128, torch.bfloat16)
-    backend = FlashInferAttention(16, make_workspace(CUDA), Fixed(rows=3, tokens=9, width=256))
+    backend = FlashInferAttention(16, make_workspace(CUDA), GraphShape(rows=3, tokens=9, width=256))
     q = torch.randn(9, 32, 128, device=CUDA).bfloat16()
     backend.plan(AttentionBatch([5, 1, 3], [4000, 4000, 4000], pages_of(3, 8, per_head)))
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -84,14 +84,14 @@ def test_captured_runs_follow_new_plans(per_head: bool) -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = backend.run(layer, q, 0.1)
+        out, _ = backend.run(layer, q, 0.1)
     oracle = ReferenceAttention(16)
     for queries, lengths in (([5, 1, 3], [17, 1000, 5]), ([1, 7, 1], [900, 30, 2222])):
         batch = AttentionBatch(queries, lengths, pages_of(3, 8, per_head))
         backend.plan(batch)
         graph.replay()
         oracle.plan(batch)
-        torch.testing.assert_close(out, oracle.run(layer, q, 0.1), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(out, oracle.run(layer, q, 0.1)[0], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

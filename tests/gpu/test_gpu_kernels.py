@@ -14,9 +14,9 @@ from torch import Tensor
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from kernels.attention.base import AttentionBatch
-from kernels.attention.reference import ReferenceAttention
+from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv_cache import LayerKV
-from kernels.reference import REFERENCE
+from kernels.reference_ops import REFERENCE
 from models.loader import random_model
 from parallel.group import Group
 from tests.support.engines import TINY, run, tiny_engine, tokens
@@ -25,9 +25,10 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device is present", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'magicdec[cuda]'")
 
-from kernels.attention.gpu import GpuAttention
-from kernels.gpu.library import GpuKernels
-from kernels.gpu.ops import GpuOps
+from kernels.attention.triton_attention import GpuAttention
+from kernels.gpu.attention import attend, lay_tiles
+from kernels.gpu.gpu_ops import GpuOps
+from kernels.gpu.sample import sample
 
 CUDA = torch.device("cuda")
 ROWS = [
@@ -55,8 +56,8 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype,
         q = torch.randn(sum(queries), heads, head_dim, device=CUDA).to(dtype)
         oracle.plan(batch)
         backend.plan(batch)
-        expected, expected_lse = oracle.run(layer, q, head_dim**-0.5, lse=True)
-        o, lse = backend.run(layer, q, head_dim**-0.5, lse=True)
+        expected, expected_lse = oracle.run(layer, q, head_dim**-0.5)
+        o, lse = backend.run(layer, q, head_dim**-0.5)
         tolerance = 1e-4 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(o, expected, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
@@ -78,7 +79,7 @@ def captured(work: Any) -> torch.cuda.CUDAGraph:
 def test_a_step_is_captured_and_replayed_for_other_lengths() -> None:
     """Attention, sampling and commit from what is on the device; a replay sees what has changed there."""
     torch.manual_seed(0)
-    kernels, layer = GpuKernels(), layer_of(8, 128, torch.bfloat16)
+    layer = layer_of(8, 128, torch.bfloat16)
     queries = torch.tensor([5, 1, 3], device=CUDA)
     lengths = torch.tensor([300, 40, 90], device=CUDA)
     pages = torch.randint(300, (3, 64), device=CUDA)
@@ -88,8 +89,8 @@ def test_a_step_is_captured_and_replayed_for_other_lengths() -> None:
     held: dict[str, Tensor] = {}
 
     def work() -> None:
-        held["o"], _ = kernels.attention(q, *layer, queries, lengths, pages, 0.1, False)
-        held["values"], held["tokens"] = kernels.sample(logits, temperature, seeds, positions, 0)
+        held["o"], _ = attend(lay_tiles(queries, lengths, pages, len(q)), layer, q, 0.1)
+        held["values"], held["tokens"] = sample(logits, temperature, seeds, positions, 0)
 
     graph = captured(work)
     lengths.copy_(torch.tensor([17, 1000, 5]))
@@ -97,7 +98,7 @@ def test_a_step_is_captured_and_replayed_for_other_lengths() -> None:
     graph.replay()
     oracle = ReferenceAttention(16)
     oracle.plan(AttentionBatch([5, 1, 3], [17, 1000, 5], pages))
-    torch.testing.assert_close(held["o"], oracle.run(layer, q, 0.1), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(held["o"], oracle.run(layer, q, 0.1)[0], rtol=1e-2, atol=1e-2)
     values, chosen = REFERENCE.sample(logits.clone(), temperature, seeds, positions, 0)
     torch.testing.assert_close(held["values"], values, rtol=1e-5, atol=1e-5)
     assert torch.equal(held["tokens"], chosen)

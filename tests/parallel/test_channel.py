@@ -51,16 +51,16 @@ def test_frames_arrive_whole_and_in_order(ends: Ends) -> None:
 def test_news_of_every_rank(ends: Ends) -> None:
     ours, theirs = ends
     channel = Channel(ours)
-    assert channel.news(0) == []
+    assert channel.frames(0) == []
     theirs[2].send(b"one")
     theirs[2].send(b"two")
     theirs[3].send(b"three")
-    assert sorted(channel.news(1)) == [(2, b"one"), (2, b"two"), (3, b"three")]
+    assert sorted(channel.frames(1)) == [(2, b"one"), (2, b"two"), (3, b"three")]
     theirs[1].send(b"last word")
     theirs[1].close()
     heard: list[tuple[int, bytes | None]] = []
     while (1, None) not in heard:
-        heard += channel.news(1)
+        heard += channel.frames(1)
     assert heard == [(1, b"last word"), (1, None)]
     assert channel.open == {2, 3}
     channel.broadcast(b"to those who are left")

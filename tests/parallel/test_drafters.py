@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from engine.core import Engine
-from engine.plan import StepPlan
+from engine.plan import RoundPlan
 from engine.scheduler.controller import FixedGamma
 from engine.scheduler.request import Request
-from tests.parallel.test_law import alone, model, requests
 from tests.support.engines import run, tokens
+from tests.support.rank_law import alone, model, requests
 from tests.support.ranks import DRAFT, threaded_engine, write_random_model
 
 SHAPE = (9, 3)
@@ -101,7 +101,7 @@ def test_ranks_agree_on_who_has_caught_up(draft_dir: Path, policy: str, size: in
     )
     engine._scheduler.controller = InTurns()
     assert texts(engine) == expected()
-    plans = [msgspec.msgpack.decode(frame, type=StepPlan) for frame in ranks.plans if frame]
+    plans = [msgspec.msgpack.decode(frame, type=RoundPlan) for frame in ranks.plans if frame]
     kinds = {(work.gamma > 0, work.catch_up > 0) for plan in plans for work in plan.work}
     assert kinds == {(False, False), (False, True), (True, False), (True, True)}
 

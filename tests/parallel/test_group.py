@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import FileStore
 
 from models.config import ModelConfig
 from models.loader import random_model
-from parallel import rendezvous, shared
+from parallel import rendezvous, shm
 from parallel.group import CollectiveError, Group
 from tests.support.paths import ROOT
 from tests.support.rig import CPU, PagedRows
@@ -39,7 +39,7 @@ def rank_main(rank: int, size: int, directory: Path, memory: int) -> None:
     """What one rank computes, left in `directory` as safetensors. memory: file descriptor of the shared group."""
     store = FileStore(f"{directory}/store", size)
     gloo = Group(rendezvous.connect(store, rank, size, CPU, timedelta(seconds=60)))
-    for name, group in (("gloo", gloo), ("shared", shared.SharedGroup(memory, rank, size, 60))):
+    for name, group in (("gloo", gloo), ("shared", shm.ShmGroup(memory, rank, size, 60))):
         assert (group.rank, group.size) == (rank, size)
         save_file(exercise(group), directory / f"{name}.{rank}.safetensors")
 
@@ -84,7 +84,7 @@ def run_processes(work: str, size: int, *arguments: object) -> None:
     """Run `work`, a function of this file, in a process per rank: work(rank, size, *arguments, memory)."""
     root = ROOT
     command = [sys.executable, "-m", "tests.parallel.test_group", work]
-    memory = shared.create(size)
+    memory = shm.create(size)
     ranks = [
         subprocess.Popen(
             [*command, *map(str, (rank, size, *arguments, memory))],
@@ -162,8 +162,8 @@ def test_group_of_one_does_nothing() -> None:
 
 
 def test_shared_memory_names_the_rank_that_does_not_come() -> None:
-    memory = shared.create(3)
-    first, second = (shared.SharedGroup(memory, rank, 3, timeout_s=0.2) for rank in (0, 1))
+    memory = shm.create(3)
+    first, second = (shm.ShmGroup(memory, rank, 3, timeout_s=0.2) for rank in (0, 1))
     os.close(memory)
     waited: list[None] = []
     first.while_waiting = lambda: waited.append(None)

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch.rows import Round
+from engine.batch.rows import RoundBatch
 from engine.messages import RETRY_MEMORY, RequestOutput
 from engine.speculation.verify import Verdict
 from engine.worker.worker import Worker
-from parallel import shared
-from parallel.shared import SharedGroup
-from tests.parallel.test_law import alone, model, requests
+from parallel import shm
+from parallel.shm import ShmGroup
 from tests.support.engines import run, tokens
+from tests.support.rank_law import alone, model, requests
 from tests.support.ranks import DRAFT, ThreadRanks, threaded_engine, write_random_model
 
-pytestmark = pytest.mark.skipif(not shared.available(), reason="needs shared memory between ranks")
+pytestmark = pytest.mark.skipif(not shm.available(), reason="needs shared memory between ranks")
 SHAPE = (9, 3)
 PLACES = ("before", "behind", "end")
 WINDOW = {"budget": 16, "sink": 4}
@@ -39,7 +39,7 @@ class Shortage:
         self.happened: list[tuple[int, str]] = []
         for rank in ranks.workers:
             for group in {id(group): group for group in ranks.groups(rank)}.values():
-                assert isinstance(group, SharedGroup)
+                assert isinstance(group, ShmGroup)
                 self._watch_exchanges(rank, group)
             self._watch_ends(ranks.workers[rank], rank)
 
@@ -59,7 +59,7 @@ class Shortage:
         elif left is not None:
             self._due[rank, place] = left - 1
 
-    def _watch_exchanges(self, rank: int, group: SharedGroup) -> None:
+    def _watch_exchanges(self, rank: int, group: ShmGroup) -> None:
         swap = group._swap
 
         def watched(x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Shortage:
         drafter = worker._drafter
         observe = drafter.observe
 
-        def watched(rows: Round, verdict: Verdict) -> None:
+        def watched(rows: RoundBatch, verdict: Verdict) -> None:
             observe(rows, verdict)
             self._at(rank, "end")
 

@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
-from engine.plan import StepPlan
-from engine.ranks.executor import Ranks
-from engine.ranks.protocol import Report, answer, follow
+from engine.plan import RoundPlan
+from engine.ranks.executor import RankExecutor
+from engine.ranks.protocol import RankReport, send_report, worker_loop
 from parallel.channel import Disconnected, Link
 from parallel.group import RankFailure
 
 TIMEOUT_S = 0.8
-PLAN = StepPlan(1, [], [], [])
+PLAN = RoundPlan(1, [], [], [])
 
 
 @dataclass
 class Pair:
     """Rank 0 with rank 2, which follows, and rank 1, whose end of the connection the test holds."""
 
-    ranks: Ranks
+    ranks: RankExecutor
     end: Link
     followed: list[int] = field(default_factory=list)
 
@@ -51,18 +51,18 @@ def pair() -> Iterator[Pair]:
         for rank in (1, 2):
             links[rank] = Link(socket.create_connection(listener.getsockname()), 10)
             ends[rank] = Link(listener.accept()[0])
-    ranks = Ranks(links, timeout_s=TIMEOUT_S)
+    ranks = RankExecutor(links, timeout_s=TIMEOUT_S)
     pair = Pair(ranks, ends[1])
 
     def live() -> None:
         with suppress(Disconnected), closing(ends[2]):
-            follow(ends[2], lambda plan: pair.followed.append(plan.step))
+            worker_loop(ends[2], lambda plan: pair.followed.append(plan.number))
 
     follower = threading.Thread(target=live)
     follower.start()
     for end in ends.values():
-        answer(end, Report())
-        answer(end, Report())
+        send_report(end, RankReport())
+        send_report(end, RankReport())
     ranks.wait_ready(30)
     yield pair
     ranks.close()
@@ -73,15 +73,15 @@ def pair() -> Iterator[Pair]:
 def test_answers_may_be_late(pair: Pair) -> None:
     for _ in range(3):
         pair.asked(2)
-        answer(pair.end, Report())
-        answer(pair.end, Report())
+        send_report(pair.end, RankReport())
+        send_report(pair.end, RankReport())
 
 
 def test_a_round_may_start_while_a_ping_is_out(pair: Pair) -> None:
     pair.wait(1)
     with pair.ranks.round(PLAN):
         assert pair.end.receive() == b""
-        answer(pair.end, Report())
+        send_report(pair.end, RankReport())
         assert pair.end.receive() != b""  # the plan, which comes behind it
     while not pair.followed:
         time.sleep(0.01)
@@ -99,7 +99,7 @@ def test_a_rank_that_says_nothing(pair: Pair) -> None:
 def test_a_rank_that_takes_no_plan() -> None:
     """It is not waited for once more inside the round."""
     ours, theirs = socket.socketpair()
-    ranks = Ranks({1: Link(ours, 0.2)}, timeout_s=0.2)
+    ranks = RankExecutor({1: Link(ours, 0.2)}, timeout_s=0.2)
     plan = msgspec.structs.replace(PLAN, clear=list(range(1_000_000)))
     with (
         closing(theirs),
@@ -112,8 +112,8 @@ def test_a_rank_that_takes_no_plan() -> None:
 
 def test_a_rank_0_that_kept_the_others_waiting() -> None:
     ours, theirs = socket.socketpair()
-    ranks, end = Ranks({1: Link(ours)}, timeout_s=0.2), Link(theirs)
-    answer(end, Report(failure="failed: CollectiveError: rank 0 did not answer", lost=True))
+    ranks, end = RankExecutor({1: Link(ours)}, timeout_s=0.2), Link(theirs)
+    send_report(end, RankReport(failure="failed: CollectiveError: rank 0 did not answer", lost=True))
     with closing(end), closing(ranks), pytest.raises(RankFailure, match=r"lost each other: .*rank 0 did not answer"):
         ranks.check()
 
@@ -122,12 +122,12 @@ def test_a_rank_0_that_stood_still_blames_nobody(pair: Pair) -> None:
     pair.wait(1)
     time.sleep(2 * TIMEOUT_S)
     assert pair.end.receive() == b""
-    answer(pair.end, Report())
+    send_report(pair.end, RankReport())
     pair.wait(2)
 
 
 def test_a_failure_in_answer_to_a_ping(pair: Pair) -> None:
     pair.asked(1)
-    answer(pair.end, Report(failure="failed: RuntimeError: it broke"))
+    send_report(pair.end, RankReport(failure="failed: RuntimeError: it broke"))
     with pytest.raises(RankFailure, match="rank 1 failed: RuntimeError: it broke"):
         pair.wait(1000)

@@ -25,7 +25,7 @@ from engine.core import Engine
 from engine.llm import LLM
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.ranks.executor import Ranks
+from engine.ranks.executor import RankExecutor
 from models.batch import ForwardBatch
 from parallel import rendezvous
 from parallel.group import RankFailure
@@ -258,8 +258,8 @@ def test_rank_0_out_of_memory_over_gloo(random_dir: Path, monkeypatch: pytest.Mo
 
 
 def test_killed_while_loading(random_dir: Path) -> None:
-    def launch(config: EngineConfig, device: torch.device) -> Ranks:
-        ranks = Ranks.launch(config, device)
+    def launch(config: EngineConfig, device: torch.device) -> RankExecutor:
+        ranks = RankExecutor.launch(config, device)
         assert ranks._processes
         os.kill(ranks._processes.pids[1], signal.SIGKILL)
         return ranks

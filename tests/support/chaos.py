@@ -26,8 +26,8 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.e2e.conftest import PATIENCE_S, Server, start
 from tests.support.ranks import SERVED_MODEL, write_random_model
+from tests.support.servers import PATIENCE_S, Server, start
 
 CLIENTS = 8
 BODIES = 40

@@ -19,9 +19,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kernels.attention.base import AttentionBatch
-from kernels.attention.gpu import GpuAttention
-from kernels.gpu import sampling, votes
-from kernels.gpu.library import GpuKernels
+from kernels.attention.triton_attention import GpuAttention
+from kernels.gpu import acceptance, pointwise, sample, snapkv_scores
 from kernels.kv_cache import LayerKV
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -46,20 +45,19 @@ def compile_only(architecture: int) -> None:
 
 
 def launch_all(dtypes: list[torch.dtype]) -> None:
-    kernels = GpuKernels()
     for dtype in dtypes:
         for heads, kv_heads, head_dim in ((32, 8, 128), (1, 1, 80)):
             x = torch.zeros(2, heads * head_dim, dtype=dtype)
-            kernels.norm(x, x.clone(), x[0], 1e-5)
-            kernels.norm(x, None, x[0], 1e-5)
-            kernels.silu_mul(x)
+            pointwise.norm(x, x.clone(), x[0], 1e-5)
+            pointwise.norm(x, None, x[0], 1e-5)
+            pointwise.silu_mul(x)
             layer = LayerKV(*torch.zeros(2, 9, kv_heads, 16, head_dim, dtype=dtype))
             qkv = torch.zeros(2, heads + 2 * kv_heads, head_dim, dtype=dtype)
             table = torch.zeros(9, head_dim // 2)
             index = torch.zeros(2, dtype=torch.int64)
             norms = torch.ones(head_dim, dtype=dtype), torch.ones(head_dim, dtype=dtype), 1e-5
             for each in (None, norms):
-                kernels.rotary(qkv, table, table, index, index, *layer, each)
+                pointwise.rotary(qkv, table, table, index, index, layer, each)
             for queries in (1, 5, 40):
                 for pages in (torch.zeros(2, 64, dtype=torch.int64), torch.zeros(2, kv_heads, 64, dtype=torch.int64)):
                     attention = GpuAttention()
@@ -68,13 +66,13 @@ def launch_all(dtypes: list[torch.dtype]) -> None:
             attention.plan(AttentionBatch([1], [1], pages[:1, ..., :1]))
             attention.run(layer, torch.zeros(1, heads, head_dim, dtype=dtype), 0.1)
             q, k = (torch.zeros(n, h, head_dim, dtype=dtype) for n, h in ((32, heads), (9000, kv_heads)))
-            votes.attention_votes(q, k.transpose(0, 1), 0.1, candidates=8000, kernel=5)
+            snapkv_scores.snapkv_scores(q, k.transpose(0, 1), 0.1, candidates=8000, kernel=5)
     for rows, size in ((2, 128_256), (1, 100), (1, 1)):
         index = torch.zeros(rows, dtype=torch.int64)
-        kernels.sample(torch.zeros(rows, size), torch.zeros(rows), index, index, 0)
-        sampling.noise_bits(index, index, 0, size)
+        sample.sample(torch.zeros(rows, size), torch.zeros(rows), index, index, 0)
+        sample.noise_bits(index, index, 0, size)
         state = torch.zeros(rows, 64, dtype=torch.int32), index, torch.zeros(rows, 4, dtype=torch.int64)
-        kernels.commit(*state, kernels.accept(*state, index, index, rows))
+        acceptance.commit(*state, acceptance.accept(*state, index, index, rows))
 
 
 if __name__ == "__main__":

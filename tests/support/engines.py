@@ -12,11 +12,11 @@ from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
-from engine.plan import StepPlan, StepResult
-from engine.scheduler.controller import Report
+from engine.plan import RoundPlan, RoundResult
+from engine.scheduler.controller import ControllerReport
 from engine.scheduler.request import Request
 from kernels.ops import Ops
-from kernels.reference import REFERENCE
+from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig
 from models.llama import Llama
 from models.loader import random_model
@@ -66,13 +66,13 @@ class Scripted:
     def __init__(self, gammas: Sequence[int | Sequence[int]]) -> None:
         self._gammas = iter([[each] if isinstance(each, int) else each for each in gammas])
         self.gamma_max = max(each if isinstance(each, int) else max(each) for each in gammas)
-        self.budget, self.report = 0, Report()
+        self.budget, self.report = 0, ControllerReport()
 
     def choose(self, rows: Sequence[Request]) -> list[int]:
         gammas = next(self._gammas)
         return [gammas[i % len(gammas)] for i in range(len(rows))]
 
-    def observe(self, plan: StepPlan, requests: Sequence[Request], result: StepResult) -> None:
+    def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
         pass
 
 

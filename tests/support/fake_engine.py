@@ -23,7 +23,8 @@ COMMAND = (
     sys.executable,
     "-c",
     f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-    "from engine.processes.engine_server import main\nfrom tests.support.fake_engine import FakeEngine\nsys.exit(main(FakeEngine))",
+    "from engine.processes.engine_server import main\n"
+    "from tests.support.fake_engine import FakeEngine\nsys.exit(main(FakeEngine))",
 )
 """Starts an engine process around a FakeEngine."""
 

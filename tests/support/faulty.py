@@ -76,7 +76,7 @@ def _insert(faults: _Faults) -> None:
     from models.batch import ForwardBatch
     from parallel.channel import Link
 
-    init, forward, ping, answer = Worker.__init__, Runner.forward, executor.Ranks.ping, protocol.answer
+    init, forward, ping, send_report = Worker.__init__, Runner.forward, executor.RankExecutor.ping, protocol.send_report
 
     @functools.wraps(init)
     def known(worker: Worker, *arguments: object, **others: object) -> None:
@@ -90,18 +90,18 @@ def _insert(faults: _Faults) -> None:
             faults.at("prefill" if max(batch.attention.query_lengths) > _LONGEST_VERIFY else "verify")
         return forward(runner, batch)
 
-    def faulty_ping(mine: executor.Ranks) -> float:
+    def faulty_ping(mine: executor.RankExecutor) -> float:
         faults.at("idle")
         return ping(mine)
 
-    def faulty_answer(link: Link, report: protocol.Report) -> None:
+    def faulty_answer(link: Link, report: protocol.RankReport) -> None:
         faults.at("idle")
-        answer(link, report)
+        send_report(link, report)
 
     Worker.__init__ = known  # type: ignore[method-assign, assignment]
     Runner.forward = faulty_forward  # type: ignore[method-assign, assignment]
-    executor.Ranks.ping = faulty_ping  # type: ignore[method-assign, assignment]
-    protocol.answer = faulty_answer
+    executor.RankExecutor.ping = faulty_ping  # type: ignore[method-assign, assignment]
+    protocol.send_report = faulty_answer
 
 
 def _magicdec(directory: str, arguments: list[str]) -> None:

@@ -15,17 +15,17 @@ from safetensors.torch import save_file
 
 from engine.config.deployment import EngineConfig
 from engine.core import Engine
-from engine.oom import what_failed
-from engine.ranks.executor import Ranks
-from engine.ranks.protocol import Report, answer, follow
+from engine.oom import describe_failure
+from engine.ranks.executor import RankExecutor
+from engine.ranks.protocol import RankReport, send_report, worker_loop
 from engine.worker.build import load_draft
 from engine.worker.worker import Worker
 from kernels.ops import Ops
-from kernels.reference import REFERENCE
+from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig
 from models.llama import Llama
 from models.loader import random_model
-from parallel import shared
+from parallel import shm
 from parallel.channel import Disconnected, Link
 from parallel.group import Group, RankFailure
 from tests.support.rig import CPU, ThreadGroup
@@ -92,7 +92,7 @@ class ThreadRanks:
     def model(self, rank: int) -> Llama:
         return random_model(self._config, 0, self._dtype, CPU, self._groups[rank], self._ops)
 
-    def launch(self, config: EngineConfig, device: torch.device) -> Ranks:
+    def launch(self, config: EngineConfig, device: torch.device) -> RankExecutor:
         links = {}
         size = len(self._groups)
         count = config.speculation.draft_ranks(size)
@@ -101,7 +101,7 @@ class ThreadRanks:
             ours, theirs = socket.socketpair()
             links[rank] = Link(ours, 60)
             threading.Thread(target=self._live, args=(rank, Link(theirs), config), daemon=True).start()
-        ranks = Ranks(links, timeout_s=60)
+        ranks = RankExecutor(links, timeout_s=60)
         ranks.group = self._groups[0]
         ranks._join_first = lambda count: self._draft_groups[0]
         return ranks
@@ -112,9 +112,9 @@ class ThreadRanks:
 
     def _new_groups(self, size: int) -> list[Group]:
         if self._share:
-            memory = shared.create(size)
+            memory = shm.create(size)
             try:
-                return [shared.SharedGroup(memory, rank, size, timeout_s=60) for rank in range(size)]
+                return [shm.ShmGroup(memory, rank, size, timeout_s=60) for rank in range(size)]
             finally:
                 os.close(memory)
         barrier, board = threading.Barrier(size, timeout=60), [torch.empty(0)] * size
@@ -135,8 +135,8 @@ class ThreadRanks:
                 group=self._groups[rank],
                 draft=load_draft(config, model, config.max_model_len, draft_group),
             )
-            answer(link, Report())
-            answer(link, Report())
+            send_report(link, RankReport())
+            send_report(link, RankReport())
             if rank == 1:
                 receive = link.receive
 
@@ -145,14 +145,14 @@ class ThreadRanks:
                     return self.plans[-1]
 
                 link.receive = recorded  # type: ignore[method-assign]
-            follow(link, worker.execute)
+            worker_loop(link, worker.execute)
         except (Disconnected, RankFailure):
             pass  # rank 0 is gone, or finds the same failure itself
         except Exception as error:
             for barrier in self._barriers:
                 barrier.abort()  # the others would wait for this rank
             with contextlib.suppress(Disconnected):
-                answer(link, Report(failure=what_failed(error)))
+                send_report(link, RankReport(failure=describe_failure(error)))
         finally:
             link.close()
 
@@ -194,7 +194,7 @@ def write_random_model(directory: Path, config: ModelConfig, dtype: torch.dtype 
         write_tokenizer(directory)
     directory.mkdir(parents=True, exist_ok=True)
     model = random_model(config, seed, dtype, CPU, Group.single())
-    save_file({slot.source: slot.tensor.contiguous() for slot in model.slots()}, directory / "model.safetensors")
+    save_file({slot.source: slot.tensor.contiguous() for slot in model.weight_slots()}, directory / "model.safetensors")
     fields = {
         "model_type": "llama",
         "vocab_size": config.vocab_size,

@@ -44,7 +44,7 @@ def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) 
 
 
 class Recorded:
-    """In place of kernels.gpu.graphs.CudaGraphs, for kernels in Triton as its interpreter runs them. Counts."""
+    """In place of kernels.gpu.cuda_graphs.CudaGraphs, for kernels in Triton as its interpreter runs them. Counts."""
 
     def __init__(self) -> None:
         self.captured = self.replayed = 0

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
-from kernels.cpu.build import KernelsUnavailable
+from kernels.cpu.compiler import KernelsUnavailable
+from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
-from kernels.cpu.ops import CpuOps
 from kernels.kv_cache import KVPool, LayerKV
 from models.batch import ForwardBatch
 from models.default import user_cache

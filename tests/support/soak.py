@@ -26,7 +26,7 @@ import httpx
 import psutil
 
 from models.default import resolve_model
-from tests.e2e.conftest import PATIENCE_S, Server, start
+from tests.support.servers import PATIENCE_S, Server, start
 
 CLIENTS = 12
 BODIES = 70

@@ -11,36 +11,36 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class DecidedRound:
-    """See kernels.acceptance."""
+    """Arguments of engine.speculation.verify.accept_drafts."""
 
     tokens: Tensor
     computed: Tensor
-    ledger: Tensor
+    row_spans: Tensor
     drafted: Tensor
     chosen: Tensor
 
     @property
     def most(self) -> int:
-        return int(self.ledger[:, 3].max())
+        return int(self.row_spans[:, 3].max())
 
     def copy(self) -> tuple[Tensor, Tensor, Tensor]:
         """tokens, computed, ledger."""
-        return self.tokens.clone(), self.computed.clone(), self.ledger.clone()
+        return self.tokens.clone(), self.computed.clone(), self.row_spans.clone()
 
 
 @st.composite
 def rounds(draw: st.DrawFn) -> DecidedRound:
     """Of up to five rows, some of which decide nothing, over token lists that some fill to the end."""
     slots = draw(st.lists(st.integers(0, 6), min_size=1, max_size=5, unique=True))
-    computed, ledger, drafted = torch.randint(9, (7,)), [], []
+    computed, row_spans, drafted = torch.randint(9, (7,)), [], []
     first = 0
     for slot in slots:
         decided = draw(st.integers(0, 7))
         new = draw(st.integers(1, 3))
         computed[slot] = draw(st.one_of(st.integers(0, 9), st.just(32 - new - decided)))
-        ledger.append([slot, new, first, decided])
+        row_spans.append([slot, new, first, decided])
         drafted.append(draw(st.integers(0, max(0, decided - 1))))
         first += decided
     torch.manual_seed(draw(st.integers(0, 1000)))
     tokens = torch.randint(3, (7, 32), dtype=torch.int32)  # of so few that drafts often hold
-    return DecidedRound(tokens, computed, torch.tensor(ledger), torch.tensor(drafted), torch.randint(3, (first,)))
+    return DecidedRound(tokens, computed, torch.tensor(row_spans), torch.tensor(drafted), torch.randint(3, (first,)))

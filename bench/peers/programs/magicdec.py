@@ -17,7 +17,7 @@ class Peer:
         self._settings = settings
         self._config = self._configure()
         self._engine: Engine | None = None
-        self._controller = TurnsOfGamma(self._config.speculation.most_drafts)
+        self._controller = TurnsOfGamma(self._config.speculation.max_draft_tokens)
         self._waiting: set[int] = set()
         self.max_batch = None
         gamma = self._config.speculation.gamma
@@ -27,7 +27,7 @@ class Peer:
         """Raises ConfigError for options that are none."""
         own = {"engine.model": self._settings["model"], "engine.threads": self._settings["threads"]}
         config = load_config(None, own | self._settings["options"]).engine
-        rows, gamma = self._settings["rows"], config.speculation.most_drafts
+        rows, gamma = self._settings["rows"], config.speculation.max_draft_tokens
         # Room for the whole batch: no row's drafts are cut short for another's. The same for every point, since a
         # profile is made for one number of rows.
         tokens = max(rows * (gamma + 1) + 1, config.scheduler.max_batch_tokens)
@@ -37,11 +37,11 @@ class Peer:
     def prepare(self, rows: int, row_tokens: int) -> None:
         page, longest = self._config.cache.page_size, self._settings["row_tokens"]
         # Beside each row's own pages: room for its drafts, and the page that the scheduler keeps free.
-        per_row = -(-(row_tokens + self._config.speculation.most_drafts + 1) // page) + 1
+        per_row = -(-(row_tokens + self._config.speculation.max_draft_tokens + 1) // page) + 1
         pages = max(rows * per_row, -(-longest // page) + 1)
         cache = self._config.cache.model_copy(update={"num_pages": pages})
         config = self._config.model_copy(update={"cache": cache, "max_model_len": longest})
-        self._controller = TurnsOfGamma(config.speculation.most_drafts)
+        self._controller = TurnsOfGamma(config.speculation.max_draft_tokens)
         self._engine = Engine(config, controller=self._controller, progress=False)
         self._controller.auto = self._engine.make_controller()
 

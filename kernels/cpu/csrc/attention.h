@@ -115,7 +115,7 @@ void finish_queries(const AttentionArgs& args, int64_t token, int queries, int h
       T* out = static_cast<T*>(args.out) + place * args.head_dim;
       for (int d = 0; d < args.head_dim; d += LANES)
         store_floats(out + d, load<f32x16>(state.o + size_t(row) * args.head_dim + d) * inverse);
-      if (args.lse) args.lse[place] = (state.most[row] + logarithm(splat(total))[0] * 1.44269504f) * 0.69314718f;
+      args.lse[place] = (state.most[row] + logarithm(splat(total))[0] * 1.44269504f) * 0.69314718f;
     }
   }
 }

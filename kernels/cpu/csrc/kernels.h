@@ -36,7 +36,7 @@ struct AttentionArgs {
   Type type;  // of q, k, v and out
   const void *q, *k, *v;
   void* out;   // [tokens, heads, head_dim]
-  float* lse;  // [tokens, heads], or null
+  float* lse;  // [tokens, heads]
   int rows, heads, kv_heads, head_dim, page_size;
   int64_t q_stride;         // from token to token; heads are contiguous
   int64_t page_stride;      // of k and v, from page to page; one head's page is contiguous

@@ -20,7 +20,7 @@ from server.cli.app import app
 from tests.support.engines import complete, tiny_engine, tiny_model
 from tests.support.ranks import DRAFT, write_random_model
 from tests.support.tiny import write_model
-from tests.unit.engine.test_law import prompt_of
+from tests.support.workloads import prompt_of
 
 CONFIG = EngineConfig.model_validate(
     {"model": "tiny", "cache": {"page_size": 4, "memory_gb": 0.1}, "scheduler": {"max_rows": 8, "max_batch_tokens": 48}}

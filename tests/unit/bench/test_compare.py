@@ -1,4 +1,5 @@
-"""bench.peers.compare with contenders that only count: the protocol over real processes, turns, failures and the table."""
+"""bench.peers.compare with contenders that only count: the protocol over real processes, turns, failures and the
+table."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 
 from bench.corpus import BenchError
-from bench.peers.compare import Contender, Plan, choose, parse_points, run, same_tokens, variant
-from bench.peers.compare_report import Report, table
+from bench.peers.compare import Peer, Plan, choose, parse_points, run, same_tokens, variant
+from bench.peers.compare_report import ComparisonReport, table
 from bench.peers.install import PeerError, environment, requirements
 from bench.peers.process import PeerProcess
 
@@ -53,7 +54,7 @@ class Peer:
         self.rows = []
 '''
 
-Start = Callable[[Contender], PeerProcess]
+Start = Callable[[Peer], PeerProcess]
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     peer.write_text(COUNTS)
     with ExitStack() as stack:
 
-        def start_one(contender: Contender) -> PeerProcess:
+        def start_one(contender: Peer) -> PeerProcess:
             settings: dict[str, Any] = {"threads": 1, "row_tokens": 4000, "options": dict(contender.options)}
             log = tmp_path / f"{contender.name}.log"
             process = PeerProcess(Path(sys.executable), peer, settings, log=log, timeout_s=60)
@@ -74,7 +75,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def test_one_contender(start: Start) -> None:
-    peer = start(Contender("one", "fake", {"step": 2}))
+    peer = start(Peer("one", "fake", {"step": 2}))
     assert (peer.about, peer.max_batch) == ("counts", None)
     answer = peer.ask("start", prompts=[[1], [1]], limit=100)
     assert answer["tokens"] == [[0, 1], [1, 2]]
@@ -87,7 +88,7 @@ def test_one_contender(start: Start) -> None:
 
 
 def test_what_goes_wrong_is_said_and_the_next_request_starts_afresh(start: Start) -> None:
-    peer = start(Contender("one", "fake"))
+    peer = start(Peer("one", "fake"))
     with pytest.raises(PeerError, match="bad luck"):
         peer.ask("start", prompts=[[13]], limit=10)
     with pytest.raises(PeerError, match="unknown op"):
@@ -100,7 +101,7 @@ def test_what_goes_wrong_is_said_and_the_next_request_starts_afresh(start: Start
 
 
 def test_a_contender_that_ends(start: Start) -> None:
-    peer = start(Contender("one", "fake"))
+    peer = start(Peer("one", "fake"))
     with pytest.raises(PeerError, match="it ended"):
         peer.ask("start", prompts=[[1]], limit=999)
     assert peer.ended
@@ -109,9 +110,9 @@ def test_a_contender_that_ends(start: Start) -> None:
 def test_one_run(start: Start) -> None:
     """All points and turns are measured; who cannot be had, or takes fewer rows, is named with the reason."""
     contenders = [
-        Contender("counts", "fake"),
-        Contender("broken", "fake", {"broken": True}),
-        Contender("alone", "fake", {"max_batch": 1}),
+        Peer("counts", "fake"),
+        Peer("broken", "fake", {"broken": True}),
+        Peer("alone", "fake", {"max_batch": 1}),
     ]
     plan = Plan([(1, 20), (2, 20)], first=7, warm_up=1, new_tokens=3, rounds=2, totals=1)
     said: list[str] = []
@@ -135,7 +136,7 @@ def test_one_run(start: Start) -> None:
 
 
 def test_an_empty_table() -> None:
-    assert "2 threads" in table(Report(threads=2, new_tokens=1, rounds=1))
+    assert "2 threads" in table(ComparisonReport(threads=2, new_tokens=1, rounds=1))
 
 
 def test_points() -> None:

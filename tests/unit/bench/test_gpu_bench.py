@@ -17,7 +17,7 @@ from bench.micro.bandwidth import copy_bandwidth
 from bench.micro.host import Host
 from engine.speculation.round import run_round
 from engine.worker.worker import worker
-from kernels.reference import REFERENCE
+from kernels.reference_ops import REFERENCE
 from models.shapes import SHAPES
 from tests.support.engines import TINY
 from tests.support.rig import CPU

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench.corpus import BenchError
 from bench.serving.load import Lengths, arrival_times, items
-from bench.serving.load_client import Record
+from bench.serving.load_client import RequestRecord
 from bench.serving.load_report import Slo, Summary, percentiles, plot, table
 
 
@@ -77,8 +77,8 @@ def test_arrivals() -> None:
     assert list(islice(arrival_times("poisson", 4.0, 1), 9)) == list(islice(arrival_times("poisson", 4.0, 1), 9))
 
 
-def answered(due: float, chunks: list[float], tokens: int) -> Record:
-    return Record(due, due + 0.01, chunks, chunks[-1] + 0.05, 7, tokens, "answered")
+def answered(due: float, chunks: list[float], tokens: int) -> RequestRecord:
+    return RequestRecord(due, due + 0.01, chunks, chunks[-1] + 0.05, 7, tokens, "answered")
 
 
 def test_what_is_measured() -> None:
@@ -94,8 +94,8 @@ def test_a_summary_counts_everything() -> None:
     records = [
         answered(0.0, [0.1, 0.4], 4),
         answered(1.0, [1.6, 2.0], 5),
-        Record(2.0, 2.0, ended=2.1, fate="refused", reason="503 full"),
-        Record(3.0, 3.0, ended=4.0, fate="timed out"),
+        RequestRecord(2.0, 2.0, ended=2.1, fate="refused", reason="503 full"),
+        RequestRecord(3.0, 3.0, ended=4.0, fate="timed out"),
     ]
     found = Summary.of(records, 1.0, False, "on", Slo.parse("ttft:500"))
     assert found.fates == {"answered": 2, "refused": 1, "timed out": 1}
@@ -126,7 +126,7 @@ def test_slo() -> None:
     assert not slo.met(answered(0, [0.6, 0.8], 4))
     assert not slo.met(answered(0, [0.4, 1.8], 4))
     assert not slo.met(answered(0, [0.4, 2.0], 40))
-    assert not slo.met(Record(0, fate="refused"))
+    assert not slo.met(RequestRecord(0, fate="refused"))
     for wrong in ("ttft", "ttft:x", "first:5", "ttft:0", "ttft:5:6"):
         with pytest.raises(BenchError, match="is no SLO"):
             Slo.parse(wrong)
@@ -135,7 +135,7 @@ def test_slo() -> None:
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     records = [answered(0.0, [0.1, 0.4], 4)]
-    nothing = [Record(0, ended=1)]
+    nothing = [RequestRecord(0, ended=1)]
     made = [Summary.of(each, 1.0, False, value, None) for value in ("on", "off") for each in (records, nothing)]
     plot(made, tmp_path / "load.png")
     assert (tmp_path / "load.png").stat().st_size > 1000

@@ -9,7 +9,7 @@ import pytest
 
 from bench.paper import published
 from models.shapes import SHAPES
-from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, Placement, Speculation
+from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, PlacedModel, SpeculationCost
 from planner.expected_acceptance import DRAFT_MODEL
 from planner.hardware import Device
 from tests.support.paths import ROOT
@@ -76,8 +76,8 @@ def test_it_runs() -> None:
 def test_our_own_cpu_table() -> None:
     """docs/benchmarks.md, batch 8, context 4000, whose sequential read was 47.8 GB/s."""
     cpu = Device(name="cpu", flops=67e9, bandwidth=47.8e9, memory=24e9, link=24e9, all_reduce_s=3e-5)
-    target = Placement(model=SHAPES["smollm2-135m"], device=cpu, ranks=1, calibration=REFERENCE_ON_CPU)
-    speculation = Speculation(target=target, draft=target, budget=512)
+    target = PlacedModel(model=SHAPES["smollm2-135m"], device=cpu, ranks=1, efficiency=REFERENCE_ON_CPU)
+    speculation = SpeculationCost(target=target, draft=target, budget=512)
     measured = {1: (1.0, 1.39), 2: (1.0, 1.85), 3: (0.995, 2.05), 4: (0.996, 2.15)}
     for gamma, (alpha, speed) in measured.items():
         assert speculation.speedup(8, 4000, gamma, alpha) == pytest.approx(speed, rel=0.15)

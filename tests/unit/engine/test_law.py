@@ -12,41 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.batch.rows import Round
+from engine.batch.rows import RoundBatch
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.scheduler.stats import acceptance
+from engine.scheduler.stats import acceptance_rate
 from engine.speculation.verify import Verdict
 from engine.worker.build import dense
 from models.llama import Llama
-from tests.support.engines import TINY, complete, run, tiny_engine, tiny_model, tokens
+from tests.support.engines import complete, run, tiny_engine, tiny_model, tokens
+from tests.support.workloads import EDGES, SAMPLING, prompt_of
 
 
 @cache
 def model() -> Llama:
     return tiny_model()
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(2, TINY.vocab_size) for _ in range(length)]
-
-
-SAMPLING: list[dict[str, Any]] = [
-    {"temperature": 0.0},
-    {"temperature": 1.0},
-    {"temperature": 0.7, "top_k": 5},
-    {"temperature": 1.3, "top_p": 0.8},
-    {"temperature": 1.0, "min_p": 0.1},
-    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
-    {"temperature": 0.0, "presence_penalty": 1.5, "frequency_penalty": 0.5},
-    {"temperature": 1.0, "repetition_penalty": 1.4, "frequency_penalty": -0.3},
-    {"temperature": 0.0, "repetition_penalty": 0.8},
-    {"temperature": 1.0, "logit_bias": {5: 3.0, 9: -100.0, 40: 1.0}},
-    {"temperature": 1.0, "min_tokens": 20, "logit_bias": {1: 5.0}},
-    {"temperature": 0.5, "stop_token_ids": (7, 11, 13), "min_tokens": 3},
-]
-EDGES = [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 130]
 
 
 @given(
@@ -133,7 +112,7 @@ def test_budget_covering_the_context_accepts_everything() -> None:
     complete(engine, prompt_of(100, 2), params)
     stats = engine.stats()
     assert stats.rejections == 0
-    assert acceptance(stats) == 1.0
+    assert acceptance_rate(stats) == 1.0
     assert stats.accepted_tokens == sum(stats.accepted_per_position) > 50
 
 
@@ -181,13 +160,13 @@ class Silent:
     def __init__(self, placed: int) -> None:
         self._placed = placed
 
-    def propose(self, rows: Round) -> Tensor:
+    def propose(self, rows: RoundBatch) -> Tensor:
         for step in range(min(self._placed, rows.gamma_max)):
             _, decisions = rows.draft_batch(step, dense(rows.state))
             rows.place_drafts(decisions, torch.full_like(decisions.position, 7 + step))
         return rows.gamma_asked.clamp(max=self._placed)
 
-    def observe(self, rows: Round, verdict: Verdict) -> None:
+    def observe(self, rows: RoundBatch, verdict: Verdict) -> None:
         pass
 
 

@@ -12,8 +12,8 @@ import torch
 from engine.llm import LLM, Completion
 from engine.messages import EngineStats
 from engine.params import SamplingParams
-from engine.scheduler.stats import acceptance
-from kernels.reference import REFERENCE
+from engine.scheduler.stats import acceptance_rate
+from kernels.reference_ops import REFERENCE
 from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
@@ -59,4 +59,4 @@ def test_speculation_never_changes_text(model: Llama, model_dir: Path, plain: li
         assert completion.text == expected.text
         assert len(completion.token_ids) == NEW_TOKENS
     assert stats.rejections > 0, "the draft was never wrong: nothing was shown"
-    assert acceptance(stats) > 0.5
+    assert acceptance_rate(stats) > 0.5

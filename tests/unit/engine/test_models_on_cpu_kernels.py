@@ -17,8 +17,8 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.worker.kernels import choose_ops
 from engine.worker.profiler import keep, recall
-from kernels.cpu.build import KernelsUnavailable
-from kernels.reference import REFERENCE
+from kernels.cpu.compiler import KernelsUnavailable
+from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig
 from models.default import default_model_dir
 from models.llama import Llama
@@ -81,22 +81,24 @@ def test_the_rounded_twin(ops: str) -> None:
     """It computes what a model that is rounded as it is loaded computes, shares the embedding, and is made once."""
     chosen = REFERENCE if ops == "reference" else compiled()
     model = random_model(SHAPE, 1, torch.float32, CPU, Group.single(), chosen)
-    rounded = random_model(SHAPE, 1, torch.float32, CPU, Group.single(), chosen, int8=True)
+    quantized = random_model(SHAPE, 1, torch.float32, CPU, Group.single(), chosen, int8=True)
     before = logits(model)
-    twin = model.rounded()
-    assert torch.equal(logits(twin), logits(rounded))
+    twin = model.quantized()
+    assert torch.equal(logits(twin), logits(quantized))
     assert torch.equal(logits(model), before)
     assert 0.005 < (before - logits(twin)).norm() / before.norm() < 0.1
-    assert twin is model.rounded()
-    assert rounded.rounded() is rounded
-    assert twin.matrix_bytes == rounded.matrix_bytes < 0.32 * model.matrix_bytes
+    assert twin is model.quantized()
+    assert quantized.quantized() is quantized
+    assert twin.matrix_bytes == quantized.matrix_bytes < 0.32 * model.matrix_bytes
     assert twin.table_bytes == model.table_bytes == 211 * 72 * 4
 
 
 def test_bytes_of_a_tied_head() -> None:
     model = random_model(VARIANTS["tied"], 1, torch.float32, CPU, Group.single())
     assert model.table_bytes == 0  # the head reads the embedding itself
-    assert model.matrix_bytes == sum(s.tensor.nbytes for s in model.slots() if not s.source.endswith("norm.weight"))
+    assert model.matrix_bytes == sum(
+        s.tensor.nbytes for s in model.weight_slots() if not s.source.endswith("norm.weight")
+    )
     assert on_kernels(torch.float32).table_bytes == 211 * 72 * 4  # the head reads a packed copy
 
 
@@ -189,7 +191,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.setattr("kernels.cpu.build.BUILT", Path("/nowhere"))
+    monkeypatch.setattr("kernels.cpu.compiler.BUILT", Path("/nowhere"))
     assert choose_ops("auto", CPU, torch.bfloat16) is REFERENCE
     assert [message.partition(": ")[2] for message in caplog.messages] == [
         "no folder is known to keep kernels in; set HOME or XDG_CACHE_HOME"

@@ -16,10 +16,10 @@ from engine.batch.forward_graphs import row_counts
 from engine.core import Engine
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
-from kernels.attention.base import AttentionBatch, Fixed
-from kernels.attention.reference import ReferenceAttention
+from kernels.attention.base import AttentionBatch, GraphShape
+from kernels.attention.reference_attention import ReferenceAttention
 from kernels.ops import Ops
-from kernels.reference import REFERENCE
+from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig
 from models.llama import Llama
 from models.loader import random_model
@@ -31,9 +31,9 @@ from tests.support.rig import PagedRows, pool_layer
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
 from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.gpu import GpuAttention
+from kernels.attention.triton_attention import GpuAttention
 from kernels.gpu import INTERPRETED
-from kernels.gpu.ops import GpuOps
+from kernels.gpu.gpu_ops import GpuOps
 
 if not INTERPRETED:
     pytest.skip("tests/gpu has these on a GPU", allow_module_level=True)
@@ -174,7 +174,7 @@ def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -
 def test_plans_of_captured_attention_stand_where_they_stood() -> None:
     torch.manual_seed(0)
     layer = pool_layer(9, 2, 4, 16, torch.float32)
-    ours, oracle = GpuAttention(fixed=Fixed(rows=2, tokens=8, width=5)), ReferenceAttention(4)
+    ours, oracle = GpuAttention(fixed=GraphShape(rows=2, tokens=8, width=5)), ReferenceAttention(4)
     places = set()
     for queries, lengths in (([4, 4], [4, 4]), ([1, 4], [9, 17]), ([3, 1], [20, 1]), ([1, 1], [5, 8])):
         batch = AttentionBatch(queries, lengths, torch.randint(9, (2, -(-max(lengths) // 4))))
@@ -182,7 +182,7 @@ def test_plans_of_captured_attention_stand_where_they_stood() -> None:
             backend.plan(batch)
         q = torch.randn(8, 4, 16)
         count = sum(queries)
-        torch.testing.assert_close(ours.run(layer, q, 0.25)[:count], oracle.run(layer, q[:count], 0.25))
+        torch.testing.assert_close(ours.run(layer, q, 0.25)[0][:count], oracle.run(layer, q[:count], 0.25)[0])
         assert ours._tiles is not None
         places.add(tuple(part.data_ptr() for part in (*ours._tiles._laid, ours._tiles.pages)))
     assert len(places) == 1

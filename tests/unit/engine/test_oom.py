@@ -17,7 +17,7 @@ from engine.llm import LLM
 from engine.messages import RETRY_MEMORY, AddRequest
 from engine.oom import OutOfMemory, is_out_of_memory
 from engine.params import SamplingParams
-from engine.plan import StepPlan
+from engine.plan import RoundPlan
 from models.batch import ForwardBatch
 from tests.support.engines import complete, run, tiny_engine, tiny_model, tokens
 from tests.support.ranks import DRAFT, write_random_model
@@ -120,7 +120,7 @@ def test_aborts_wait_for_the_round_that_is_under_way(monkeypatch: pytest.MonkeyP
 def test_any_other_error_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine(tiny_model(), gamma=0)
 
-    def broken(plan: StepPlan, meanwhile: object) -> None:
+    def broken(plan: RoundPlan, meanwhile: object) -> None:
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(engine._worker, "execute", broken)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
-from kernels.attention.reference import ReferenceAttention, merge_segments
+from kernels.attention.reference_attention import ReferenceAttention, merge_segments
 from kernels.kv_cache import LayerKV, write_kv
 from tests.support.rig import pool_layer
 
@@ -55,7 +55,7 @@ def test_equals_written_out(
     q = torch.randn(sum(queries), kv_heads * group, head_dim, dtype=torch.float64)
     backend = ReferenceAttention(page_size)
     backend.plan(AttentionBatch(queries, lengths, pages))
-    out, lse = backend.run(layer, q, 0.3, lse=True)
+    out, lse = backend.run(layer, q, 0.3)
     token = 0
     for row, (n, length) in enumerate(zip(queries, lengths, strict=True)):
         listed = pages[row] if per_head else pages[row].expand(kv_heads, width)
@@ -75,8 +75,8 @@ def test_long_chunk_equals_torch() -> None:
     q = torch.randn(n, heads, head_dim)
     backend = ReferenceAttention(page_size)
     backend.plan(AttentionBatch([n], [length], pages))
-    out = backend.run(layer, q, 1 / math.sqrt(head_dim))
-    k, v = (cache[pages[0]].transpose(0, 1).flatten(1, 2)[None, :, :length] for cache in layer)
+    out, _ = backend.run(layer, q, 1 / math.sqrt(head_dim))
+    k, v = (cache[pages[0]].transpose(0, 1).flatten(1, 2)[None, :, :length] for cache in (layer.k, layer.v))
     mask = torch.ones(n, length, dtype=torch.bool).tril(length - n)
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=True
@@ -91,8 +91,8 @@ def test_half_precision_pool_loses_only_its_own_rounding(dtype: torch.dtype) -> 
     q = torch.randn(3, 4, 32).to(dtype)
     backend = ReferenceAttention(16)
     backend.plan(AttentionBatch([3], [600], torch.randperm(40)[None]))
-    out = backend.run(layer, q, 0.2)
-    exact = backend.run(LayerKV(layer.k.double(), layer.v.double()), q.double(), 0.2)
+    out, _ = backend.run(layer, q, 0.2)
+    exact, _ = backend.run(LayerKV(layer.k.double(), layer.v.double()), q.double(), 0.2)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), exact, atol=2e-3, rtol=1e-2)
 
@@ -106,13 +106,13 @@ def test_disjoint_segments_merge_by_log_sum_exp(cut: int, seed: int) -> None:
     page_lists = torch.randperm(8)
     backend = ReferenceAttention(8)
     backend.plan(AttentionBatch([1], [64], page_lists[None]))
-    whole, whole_lse = backend.run(layer, q, 0.5, lse=True)
+    whole, whole_lse = backend.run(layer, q, 0.5)
     cut = max(8, cut // 8 * 8)  # segments are whole pages
     parts = []
     for segment in (page_lists[: cut // 8], page_lists[cut // 8 :]):
         if len(segment):
             backend.plan(AttentionBatch([1], [len(segment) * 8], segment[None]))
-            parts.append(backend.run(layer, q, 0.5, lse=True))
+            parts.append(backend.run(layer, q, 0.5))
     merged, merged_lse = merge_segments([o for o, _ in parts], [lse for _, lse in parts])
     torch.testing.assert_close(merged, whole)
     torch.testing.assert_close(merged_lse, whole_lse)
@@ -138,9 +138,9 @@ def test_what_stands_past_a_row_never_reaches_it() -> None:
     batch = AttentionBatch([1, 3], [6, 10], torch.tensor([[0, 1, 2], [3, 4, 5]]))
     backend = ReferenceAttention(4)
     backend.plan(batch)
-    clean = backend.run(layer, q, 0.5)
-    for cache in layer:
+    clean, _ = backend.run(layer, q, 0.5)
+    for cache in (layer.k, layer.v):
         cache[1, :, 2:] = float("nan")  # row 0 ends at slot 6
         cache[2] = float("inf")
         cache[5, :, 2:] = float("nan")  # row 1 ends at slot 10
-    assert torch.equal(backend.run(layer, q, 0.5), clean)
+    assert torch.equal(backend.run(layer, q, 0.5)[0], clean)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
-from kernels.attention.cpu import CpuAttention
-from kernels.attention.reference import ReferenceAttention
-from kernels.cpu import build
-from kernels.cpu.build import InstructionSet, KernelsUnavailable, supported
+from kernels.attention.cpu_attention import CpuAttention
+from kernels.attention.reference_attention import ReferenceAttention
+from kernels.cpu import compiler
+from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, supported
 from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
 from kernels.kv_cache import write_kv
 from kernels.noise import gumbel_noise
@@ -74,12 +74,12 @@ def test_attention(
     oracle, backend = ReferenceAttention(page_size), CpuAttention(kernels)
     oracle.plan(batch)
     backend.plan(batch)
-    expected, expected_lse = oracle.run(layer, q, head_dim**-0.5, lse=True)
-    o, lse = backend.run(layer, q, head_dim**-0.5, lse=True)
+    expected, expected_lse = oracle.run(layer, q, head_dim**-0.5)
+    o, lse = backend.run(layer, q, head_dim**-0.5)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(o.float(), expected.float(), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=max(1e-5, tolerance / 2))
-    assert torch.equal(backend.run(layer, q, head_dim**-0.5), o)
+    assert torch.equal(backend.run(layer, q, head_dim**-0.5)[0], o)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,7 +97,7 @@ def test_attention_of_a_query_depends_on_nothing_else(kernels: CpuKernels, dtype
         ends = length - n + first + count
         rows = [before, count] if before else [count]
         backend.plan(AttentionBatch(rows, [ends] * len(rows), pages.repeat(len(rows), 1)))
-        return backend.run(layer, torch.cat([q[:before], q[first : first + count]]), 0.125)[before:]
+        return backend.run(layer, torch.cat([q[:before], q[first : first + count]]), 0.125)[0][before:]
 
     threads = torch.get_num_threads()
     try:
@@ -124,9 +124,9 @@ def test_attention_ignores_what_is_not_there(kernels: CpuKernels) -> None:
     backend = CpuAttention(kernels)
     backend.plan(AttentionBatch([2], [70], torch.arange(5)[None]))
     q = torch.randn(2, 3, 64).bfloat16()
-    expected = backend.run(layer, q, 0.125)
+    expected, _ = backend.run(layer, q, 0.125)
     layer.k[4, :, 6:] = layer.v[4, :, 6:] = float("nan")
-    assert torch.equal(backend.run(layer, q, 0.125), expected)
+    assert torch.equal(backend.run(layer, q, 0.125)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,10 +138,10 @@ def test_linear(kernels: CpuKernels, dtype: torch.dtype, rows: int, features: in
     expected = x.double() @ weight.double().T + bias
     y = kernels.linear(x, PackedWeights(weight, bias), float_out=True)
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
-    rounded = kernels.linear(x, PackedWeights(weight, bias))
-    assert rounded.dtype == dtype
-    torch.testing.assert_close(rounded.float(), y, rtol=2**-8, atol=1e-6)
-    coarse = kernels.linear(x, PackedWeights(weight, bias).rounded(), float_out=True)
+    quantized = kernels.linear(x, PackedWeights(weight, bias))
+    assert quantized.dtype == dtype
+    torch.testing.assert_close(quantized.float(), y, rtol=2**-8, atol=1e-6)
+    coarse = kernels.linear(x, PackedWeights(weight, bias).quantized(), float_out=True)
     assert (coarse - expected).norm() < 0.02 * (expected - bias).norm()
 
 
@@ -149,7 +149,7 @@ def test_linear(kernels: CpuKernels, dtype: torch.dtype, rows: int, features: in
 def test_linear_of_a_row_depends_on_nothing_else(kernels: CpuKernels, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(300, 576).to(dtype), torch.randn(200, 576).to(dtype)
-    for packed in (PackedWeights(weight), PackedWeights(weight).rounded()):
+    for packed in (PackedWeights(weight), PackedWeights(weight).quantized()):
         whole = kernels.linear(x, packed, float_out=True)
         for first, last in ((0, 1), (3, 8), (10, 40), (299, 300)):
             assert torch.equal(kernels.linear(x[first:last], packed, float_out=True), whole[first:last])
@@ -252,7 +252,7 @@ def test_memory_that_is_not_there_is_not_touched(kernels: CpuKernels) -> None:
 def test_nothing_comes_of_nothing(kernels: CpuKernels) -> None:
     weights = PackedWeights(torch.empty(0, 8))
     assert kernels.linear(torch.randn(3, 8), weights).shape == (3, 0)
-    assert kernels.linear(torch.randn(3, 8), weights.rounded()).shape == (3, 0)
+    assert kernels.linear(torch.randn(3, 8), weights.quantized()).shape == (3, 0)
     assert kernels.linear(torch.randn(0, 8), PackedWeights(torch.randn(5, 8))).shape == (0, 5)
 
 
@@ -260,7 +260,7 @@ def test_sums_of_bytes_are_exact(kernels: CpuKernels) -> None:
     """Inputs are stored 128 too large; what that adds to a long sum is more than a float32 tells apart."""
     x = torch.tensor([127.0, -127.0]).repeat(4096)[None]
     x[0, 0] = 126.0
-    y = kernels.linear(x, PackedWeights(torch.full((2, x.shape[1]), 127.0)).rounded())
+    y = kernels.linear(x, PackedWeights(torch.full((2, x.shape[1]), 127.0)).quantized())
     assert y.tolist() == [[-127.0, -127.0]]
 
 
@@ -290,16 +290,16 @@ def test_a_library_that_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 @pytest.mark.parametrize("left", [0, 40, 0.3, 0.8], ids=str)
 def test_a_library_that_was_cut_off_is_built_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: float) -> None:
     """Loading it would end the process by SIGBUS."""
-    whole = build.build_operators(user_cache() / "kernels")
-    monkeypatch.setattr(build, "BUILT", Path("/nowhere"))
+    whole = compiler.build_operators(user_cache() / "kernels")
+    monkeypatch.setattr(compiler, "BUILT", Path("/nowhere"))
     cut = tmp_path / whole.name
     content = whole.read_bytes()
     cut.write_bytes(content[: left if isinstance(left, int) else int(left * len(content))])
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(KernelsUnavailable, match=r"no C\+\+ compiler"):
-        build.build_operators(tmp_path)
+        compiler.build_operators(tmp_path)
     cut.write_bytes(content)
-    assert build.build_operators(tmp_path) == cut
+    assert compiler.build_operators(tmp_path) == cut
 
 
 def test_a_folder_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_folder_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path
             raise PermissionError(13, "Permission denied", str(path))
         return is_file(path)
 
-    monkeypatch.setattr(build, "BUILT", Path("/nowhere"))
+    monkeypatch.setattr(compiler, "BUILT", Path("/nowhere"))
     monkeypatch.setattr(Path, "is_file", denied)
     with pytest.raises(KernelsUnavailable, match=r"cannot read kernels: .*Permission denied"):
         CpuKernels(tmp_path)
@@ -319,15 +319,15 @@ def test_a_folder_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """What came with the installation serves, whoever asks."""
-    monkeypatch.setattr(build, "BUILT", Path("/nowhere"))
+    monkeypatch.setattr(compiler, "BUILT", Path("/nowhere"))
     with pytest.raises(KernelsUnavailable, match="set HOME or XDG_CACHE_HOME"):
         CpuKernels(None)
-    monkeypatch.setattr(build, "BUILT", user_cache() / "kernels")
+    monkeypatch.setattr(compiler, "BUILT", user_cache() / "kernels")
     CpuKernels(user_cache() / "kernels")
     assert CpuKernels(None).name == CpuKernels(user_cache() / "kernels").name
 
 
 def test_a_compiler_that_fails(tmp_path: Path) -> None:
     with pytest.raises(KernelsUnavailable, match=r"fails: .*error"):
-        build.build_kernels(InstructionSet("none", frozenset(), ("-mno-such-thing",)), tmp_path)
+        compiler.build_kernels(InstructionSet("none", frozenset(), ("-mno-such-thing",)), tmp_path)
     assert not list(tmp_path.rglob("*.so"))

@@ -14,28 +14,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import acceptance
+from engine.speculation.verify import accept_drafts, commit_tokens
 from kernels.attention.base import AttentionBatch
-from kernels.attention.reference import ReferenceAttention
+from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv_cache import LayerKV, write_kv
 from kernels.noise import noise_bits
-from kernels.reference import REFERENCE
+from kernels.reference_ops import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
-from kernels.selection import attention_votes
+from kernels.snapkv import snapkv_scores
 from tests.support.rig import pool_layer
 from tests.support.verdicts import DecidedRound, rounds
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
-from kernels.attention.gpu import GpuAttention
-from kernels.gpu import sampling, votes
-from kernels.gpu.attention import lay_tiles
-from kernels.gpu.library import GpuKernels
+from kernels.attention.triton_attention import GpuAttention
+from kernels.gpu import acceptance, pointwise, sample
+from kernels.gpu import snapkv_scores as triton_snapkv
+from kernels.gpu.attention import attend, lay_tiles
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") else "cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.7e-2, torch.float16: 2e-3}
-KERNELS = GpuKernels()
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -43,7 +42,8 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def pool(pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
-    return LayerKV(*(part.to(DEVICE) for part in pool_layer(pages, kv_heads, page_size, head_dim, dtype)))
+    layer = pool_layer(pages, kv_heads, page_size, head_dim, dtype)
+    return LayerKV(layer.k.to(DEVICE), layer.v.to(DEVICE))
 
 
 def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
@@ -59,11 +59,11 @@ def test_norm(dtype: torch.dtype, size: int, add: bool) -> None:
     wide = randn(3, size + 5, dtype=dtype)
     x, delta, weight = wide[:, :size], randn(3, size, dtype=dtype), randn(size, dtype=dtype)  # rows stand apart
     before, behind = x.clone(), wide[:, size:].clone()
-    out = KERNELS.norm(x, delta if add else None, weight, 1e-5)
+    out = pointwise.norm(x, delta if add else None, weight, 1e-5)
     close(x, before + delta if add else before, dtype)
     close(out, F.rms_norm(x.float(), (size,), weight.float(), 1e-5), dtype)
     assert torch.equal(wide[:, size:], behind)
-    assert KERNELS.norm(x[:0], None, weight, 1e-5).shape == (0, size)
+    assert pointwise.norm(x[:0], None, weight, 1e-5).shape == (0, size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,7 +72,7 @@ def test_silu_mul(dtype: torch.dtype, size: int) -> None:
     torch.manual_seed(0)
     pairs = randn(2, 2 * size, dtype=dtype)
     gate, value = pairs.float().chunk(2, 1)
-    out = KERNELS.silu_mul(pairs)
+    out = pointwise.silu_mul(pairs)
     assert out.dtype == dtype
     close(out, F.silu(gate) * value, dtype)
 
@@ -94,7 +94,7 @@ def test_rotary(dtype: torch.dtype, norms: bool) -> None:
     cos, sin = (table[positions] for table in tables)
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     write_kv(expected, slots, k, v)
-    KERNELS.rotary(qkv, *tables, positions, slots, *layer, (*weights, 1e-5) if norms else None)
+    pointwise.rotary(qkv, *tables, positions, slots, layer, (*weights, 1e-5) if norms else None)
     # Norm and rotation round one after the other.
     for ours, theirs in ((qkv[:, :heads], q), (layer.k, expected.k)):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
@@ -113,7 +113,7 @@ INT64 = st.integers(-(2**63), 2**63 - 1)
 def test_noise_has_the_integers_of_its_definition(rows: list[tuple[int, int]], start: int, size: int) -> None:
     seeds, positions = torch.tensor(rows, device=DEVICE).unbind(1)
     seeds, positions = seeds.contiguous(), positions.contiguous()
-    ours = sampling.noise_bits(seeds, positions, start, start + size)
+    ours = sample.noise_bits(seeds, positions, start, start + size)
     assert torch.equal(ours, noise_bits(seeds, positions, start, start + size))
 
 
@@ -126,12 +126,12 @@ def test_sample(size: int) -> None:
     temperature = torch.tensor([0.0, 0.3, 1.0, 2.0], dtype=torch.float64).repeat(2)
     seeds, positions, temperature = (part.to(DEVICE) for part in (seeds, positions, temperature))
     expected, expected_tokens = REFERENCE.sample(logits.clone(), temperature, seeds, positions, first)
-    values, tokens = KERNELS.sample(logits, temperature, seeds, positions, first)
+    values, tokens = sample.sample(logits, temperature, seeds, positions, first)
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(tokens, expected_tokens)
     # Slices of the vocabulary, of any size, come to the same: value and token to the bit.
     slices = [(0, 1), (1, 450), (450, size)]
-    parts = [KERNELS.sample(logits[:, a:b], temperature, seeds, positions, first + a) for a, b in slices]
+    parts = [sample.sample(logits[:, a:b], temperature, seeds, positions, first + a) for a, b in slices]
     every = torch.stack([value for value, _ in parts])
     chosen = torch.stack([token for _, token in parts]).masked_fill(every < every.amax(0), 2**40).amin(0)
     assert torch.equal(every.amax(0), values)
@@ -143,7 +143,7 @@ def test_sample_takes_the_lowest_of_equals() -> None:
     logits[1, [8999, 4097, 5000]] = 1.0
     logits[2, [5, 8600]] = 2.0
     zeros = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    _, tokens = KERNELS.sample(logits, torch.zeros(3, device=DEVICE), zeros, zeros, 10)
+    _, tokens = sample.sample(logits, torch.zeros(3, device=DEVICE), zeros, zeros, 10)
     assert tokens.tolist() == [10, 4107, 15]
 
 
@@ -154,13 +154,13 @@ def test_sample_of_what_is_impossible_or_not_a_number(size: int) -> None:
     temperature = torch.tensor([0.0, 1.0], device=DEVICE)
     logits = torch.full((2, size), float("-inf"), device=DEVICE)
     logits[:, 3] = float("nan")
-    values, tokens = KERNELS.sample(logits, temperature, zeros, zeros, 10)
+    values, tokens = sample.sample(logits, temperature, zeros, zeros, 10)
     assert values.tolist() == [float("-inf")] * 2
     assert tokens.tolist() == [10, 10]
     logits[:, 7] = -50.0
-    _, tokens = KERNELS.sample(logits, temperature, zeros, zeros, 10)
+    _, tokens = sample.sample(logits, temperature, zeros, zeros, 10)
     assert tokens.tolist() == [17, 17]
-    values, tokens = KERNELS.sample(torch.full_like(logits, float("nan")), temperature, zeros, zeros, 10)
+    values, tokens = sample.sample(torch.full_like(logits, float("nan")), temperature, zeros, zeros, 10)
     assert values.tolist() == [float("-inf")] * 2
     assert tokens.tolist() == [10, 10]
 
@@ -183,27 +183,27 @@ def test_votes(
     q = randn(queries, kv_heads * group, head_dim, dtype=dtype)
     k = randn(queries + before, kv_heads, head_dim, dtype=dtype).transpose(0, 1)
     for candidates in {before, max(0, before - 3), queries + before} - {0}:
-        expected = attention_votes(q, k, 0.3, candidates=candidates, kernel=kernel)
-        ours = votes.attention_votes(q, k, 0.3, candidates=candidates, kernel=kernel, span=span)
+        expected = snapkv_scores(q, k, 0.3, candidates=candidates, kernel=kernel)
+        ours = triton_snapkv.snapkv_scores(q, k, 0.3, candidates=candidates, kernel=kernel, span=span)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    whole = KERNELS.votes(q, k, 0.3, candidates=queries + before, kernel=1)
+    whole = triton_snapkv.snapkv_scores(q, k, 0.3, candidates=queries + before, kernel=1)
     torch.testing.assert_close(whole.sum(1).cpu(), torch.full((kv_heads,), float(queries * group)))
 
 
 @given(round_=rounds())
 @settings(max_examples=25, deadline=None)
 def test_accept_and_commit(round_: DecidedRound) -> None:
-    tokens, computed, ledger = (part.to(DEVICE) for part in round_.copy())
+    tokens, computed, row_spans = (part.to(DEVICE) for part in round_.copy())
     drafted, chosen = round_.drafted.to(DEVICE), round_.chosen.to(DEVICE)
-    verdict = KERNELS.accept(tokens, computed, ledger, drafted, chosen, round_.most)
+    verdict = acceptance.accept(tokens, computed, row_spans, drafted, chosen, round_.most)
     state = round_.copy()
-    expected = acceptance.accept(*state, round_.drafted, round_.chosen, round_.most)
-    for found, wanted, count in zip(verdict.cpu(), expected, round_.ledger[:, 3].tolist(), strict=True):
+    expected = accept_drafts(*state, round_.drafted, round_.chosen, round_.most)
+    for found, wanted, count in zip(verdict.cpu(), expected, round_.row_spans[:, 3].tolist(), strict=True):
         assert torch.equal(found[: 2 + count], wanted[: 2 + count])
     assert torch.equal(tokens.cpu(), round_.tokens)
     assert torch.equal(computed.cpu(), round_.computed)
-    KERNELS.commit(tokens, computed, ledger, verdict)
-    acceptance.commit(*state, expected)
+    acceptance.commit(tokens, computed, row_spans, verdict)
+    commit_tokens(*state, expected)
     assert torch.equal(tokens.cpu(), state[0])
     assert torch.equal(computed.cpu(), state[1])
 
@@ -245,27 +245,25 @@ def test_attention(
     oracle, backend = ReferenceAttention(page_size), GpuAttention(span)
     oracle.plan(batch)
     backend.plan(batch)
-    expected, expected_lse = oracle.run(layer, q, head_dim**-0.5, lse=True)
-    o, lse = backend.run(layer, q, head_dim**-0.5, lse=True)
+    expected, expected_lse = oracle.run(layer, q, head_dim**-0.5)
+    o, lse = backend.run(layer, q, head_dim**-0.5)
     assert o.dtype == dtype
     close(o, expected, dtype)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
-    assert torch.equal(backend.run(layer, q, head_dim**-0.5), o)
 
 
 def test_attention_from_lengths_on_the_device() -> None:
-    """As CpuKernels has it: nothing about the batch is known to the host but shapes."""
+    """The host knows nothing of the batch but shapes."""
     torch.manual_seed(0)
     layer = pool(9, 2, 4, 16, torch.float32)
     queries, lengths, pages = (part.to(DEVICE) for part in (torch.tensor([1, 4]), torch.tensor([9, 17]), PAGES))
     q = randn(5, 4, 16)
     oracle = ReferenceAttention(4)
     oracle.plan(AttentionBatch([1, 4], [9, 17], pages))
-    expected, expected_lse = oracle.run(layer, q, 0.25, lse=True)
-    o, lse = KERNELS.attention(q, *layer, queries, lengths, pages, 0.25, True)
+    expected, expected_lse = oracle.run(layer, q, 0.25)
+    o, lse = attend(lay_tiles(queries, lengths, pages, len(q)), layer, q, 0.25)
     torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
-    assert KERNELS.attention(q, *layer, queries, lengths, pages, 0.25, False)[1].numel() == 0
 
 
 PAGES = torch.tensor([[3, 1, 8, 0, 0], [2, 5, 4, 7, 6]])
@@ -279,9 +277,9 @@ def test_attention_ignores_what_is_not_there(span: int) -> None:
     backend = GpuAttention(span)
     backend.plan(AttentionBatch([2], [134], torch.arange(9, device=DEVICE)[None]))
     q = randn(2, 3, 16)
-    expected = backend.run(layer, q, 0.25)
+    expected, _ = backend.run(layer, q, 0.25)
     layer.k[8, :, 6:] = layer.v[8, :, 6:] = float("nan")
-    assert torch.equal(backend.run(layer, q, 0.25), expected)
+    assert torch.equal(backend.run(layer, q, 0.25)[0], expected)
 
 
 @given(queries=st.lists(st.integers(1, 40), min_size=1, max_size=12))
@@ -302,9 +300,10 @@ def test_tiles_hold_every_query_once(queries: list[int]) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     layer = pool(9, 2, 4, 8, torch.float32)
     with pytest.raises(ValueError, match="have no float64"):
-        KERNELS.norm(randn(4, 8).double(), None, randn(8).double(), 1e-5)
+        pointwise.norm(randn(4, 8).double(), None, randn(8).double(), 1e-5)
     with pytest.raises(ValueError, match="norm: elements"):
-        KERNELS.norm(randn(8, 4).T, None, randn(8), 1e-5)
+        pointwise.norm(randn(8, 4).T, None, randn(8), 1e-5)
     index, otherwise = torch.zeros(1, dtype=torch.int64, device=DEVICE), layer.k.transpose(1, 2).contiguous()
+    kv = LayerKV(otherwise.transpose(1, 2), layer.v)
     with pytest.raises(ValueError, match="pages of the pool"):
-        KERNELS.rotary(randn(1, 6, 8), randn(4, 4), randn(4, 4), index, index, otherwise.transpose(1, 2), layer.v)
+        pointwise.rotary(randn(1, 6, 8), randn(4, 4), randn(4, 4), index, index, kv, None)

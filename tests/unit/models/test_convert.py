@@ -53,7 +53,7 @@ TOKENS = [*SPECIAL, *ALPHABET, "ab", "abc", "ĠĠ"]
 def random_weights(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Weights:
     model = Llama(parse_config(config), Placement(Group.single(), torch.float32, torch.device("meta")))
     generator = torch.Generator().manual_seed(0)
-    return {slot.source: torch.randn(slot.full_shape, generator=generator).to(dtype) for slot in model.slots()}
+    return {slot.source: torch.randn(slot.full_shape, generator=generator).to(dtype) for slot in model.weight_slots()}
 
 
 def write_checkpoint(directory: Path, config: dict[str, Any], weights: Weights) -> Path:

@@ -31,7 +31,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 def weights(seed: int = 0, **changes: Any) -> dict[str, Tensor]:
     model = random_model(parse_config({**CONFIG, **changes}), seed, torch.float32, CPU, Group.single())
-    return {slot.source: slot.tensor.clone() for slot in model.slots()}
+    return {slot.source: slot.tensor.clone() for slot in model.weight_slots()}
 
 
 def write(path: Path, tensors: dict[str, Tensor], file: str = "model.safetensors", **changes: Any) -> None:
@@ -44,7 +44,7 @@ def load(path: Path, *, dtype: torch.dtype = torch.float32, progress: bool = Fal
 
 
 def assert_holds(model: Llama, tensors: dict[str, Tensor]) -> None:
-    slots = list(model.slots())
+    slots = list(model.weight_slots())
     assert {slot.source for slot in slots} == set(tensors)
     for slot in slots:
         assert torch.equal(slot.tensor, tensors[slot.source].to(model.dtype)[slot.index])
@@ -68,7 +68,7 @@ def test_each_rank_loads_its_slices(size: int, tmp_path: Path) -> None:
     def work(group: Group) -> None:
         model = load_model(tmp_path, dtype=torch.float32, device=CPU, group=group, progress=False)
         assert_holds(model, tensors)
-        assert sum(slot.tensor.nbytes for slot in model.slots()) < sum(t.nbytes for t in tensors.values())
+        assert sum(slot.tensor.nbytes for slot in model.weight_slots()) < sum(t.nbytes for t in tensors.values())
 
     run_ranks(size, work)
 

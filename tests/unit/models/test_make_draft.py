@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.params import SamplingParams
-from engine.scheduler.stats import acceptance
+from engine.scheduler.stats import acceptance_rate
 from models.config import ModelError, read_config
 from models.draft import choose_layers, evenly, make_draft
 from models.loader import load_model
@@ -23,7 +23,7 @@ from server.cli.app import app
 from tests.support.engines import TINY, complete, tiny_model
 from tests.support.ranks import write_random_model
 from tests.support.rig import CPU
-from tests.unit.engine.test_law import prompt_of
+from tests.support.workloads import prompt_of
 
 DEEP = replace(TINY, num_layers=6, vocab_size=320)
 
@@ -67,7 +67,7 @@ def test_all_layers_are_the_target(target: Path, tmp_path: Path) -> None:
     config = EngineConfig.model_validate({"model": str(target), "dtype": "float64", "speculation": speculation})
     engine = Engine(config.model_copy(update={"max_model_len": 256}), progress=False)
     complete(engine, prompt_of(50, 0), SamplingParams(max_tokens=40, seed=1, ignore_eos=True))
-    assert acceptance(engine.stats()) == 1.0
+    assert acceptance_rate(engine.stats()) == 1.0
     engine.close()
 
 
@@ -101,7 +101,7 @@ def test_what_is_there_stays(target: Path, tmp_path: Path) -> None:
 
 def test_layers_that_do_nothing_go_first() -> None:
     model = tiny_model(config=replace(DEEP, vocab_size=64))
-    slots = {slot.source: slot.tensor for slot in model.slots()}
+    slots = {slot.source: slot.tensor for slot in model.weight_slots()}
     for layer in (1, 4):
         for part in ("self_attn.o_proj", "mlp.down_proj"):
             slots[f"model.layers.{layer}.{part}.weight"].zero_()

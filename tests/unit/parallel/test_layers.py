@@ -64,9 +64,9 @@ def test_column_then_row(size: int, bias: bool) -> None:
         mine, other = (split(total, group.size)[group.rank].slice() for total in (7, 4))
         column = ColumnLinear([Columns("a", 7, mine), Columns("b", 4, other)], 5, bias=bias, place=place(group))
         row = RowLinear("c", 7, 6, mine=mine, bias=bias, place=place(group))
-        filled([*column.slots(), *row.slots()], checkpoint)
-        column.pack()
-        row.pack()
+        filled([*column.weight_slots(), *row.weight_slots()], checkpoint)
+        column.prepare()
+        row.prepare()
         a, b = column(x).split_with_sizes([mine.stop - mine.start, other.stop - other.start], dim=1)
         return a, b, row(a)
 
@@ -91,9 +91,9 @@ def test_vocabulary(size: int, tied: bool) -> None:
     def work(group: Group) -> tuple[Tensor, Tensor, int]:
         embedding = VocabEmbedding("embed", 11, 4, place=place(group))
         head = LMHead("head", 11, 4, tied=embedding if tied else None, place=place(group))
-        filled([*embedding.slots(), *head.slots()], checkpoint)
+        filled([*embedding.weight_slots(), *head.weight_slots()], checkpoint)
         assert (head.weight is embedding.weight) == tied
-        head.pack()
+        head.prepare()
         return embedding(ids), head(x), head.vocab.start
 
     ranks = run_ranks(size, work)
@@ -113,7 +113,7 @@ def test_slots_cover_the_checkpoint(variant: str, size: int) -> None:
     held: dict[str, Tensor] = {}
 
     def work(group: Group) -> list[WeightSlot]:
-        return list(Llama(config, place(group)).slots())
+        return list(Llama(config, place(group)).weight_slots())
 
     for slots in run_ranks(size, work):
         assert len({slot.source for slot in slots}) == len(slots)

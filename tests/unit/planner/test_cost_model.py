@@ -25,9 +25,9 @@ from models.shapes import (
 from planner.cost_model import (
     GAMMA_MAX,
     PUBLISHED,
-    Calibration,
-    Placement,
-    Speculation,
+    Efficiency,
+    PlacedModel,
+    SpeculationCost,
     best_gamma,
     expected_tokens,
     speedup,
@@ -47,7 +47,7 @@ SMALL = ModelConfig(
 # A layer: queries and output 2·10·8, keys and values 2·10·4, network 3·10·20. Head: 1000.
 SMALL_ACTIVE = 3 * (160 + 80 + 600) + 1000
 ROUND = Device(name="round", flops=1e6, bandwidth=1e5, memory=1e6, link=1e4, all_reduce_s=0.001)
-EXACT = Calibration(flops=0.5, weights=0.8, kv=0.5, verify_attention=1.5, layer_s=0.01)
+EXACT = Efficiency(flops=0.5, weights=0.8, kv=0.5, verify_attention=1.5, layer_s=0.01)
 
 alphas = st.floats(0, 1)
 gammas = st.integers(1, 16)
@@ -55,8 +55,8 @@ seconds = st.floats(1e-6, 10)
 self_speculating = st.sampled_from(sorted(SHAPES))
 
 
-def place(model: str, gpu: str = "a100-80gb", ranks: int = 8) -> Placement:
-    return Placement(model=SHAPES[model], device=GPUS[gpu], ranks=ranks)
+def place(model: str, gpu: str = "a100-80gb", ranks: int = 8) -> PlacedModel:
+    return PlacedModel(model=SHAPES[model], device=GPUS[gpu], ranks=ranks)
 
 
 class TestTimesOfAnyOrigin:
@@ -160,19 +160,19 @@ class TestShapes:
 
 class TestForward:
     def test_one_rank_bound_by_reading(self) -> None:
-        placement = Placement(model=SMALL, device=ROUND, ranks=1, calibration=EXACT)
+        placement = PlacedModel(model=SMALL, device=ROUND, ranks=1, efficiency=EXACT)
         linear = SMALL_ACTIVE * 2 / (1e5 * 0.8)  # against 2·3520·2 / (1e6 · 0.5)
         attention = 48 * 1000 / (1e5 * 0.5)  # 2·3·2·2·2 bytes a token
         assert placement.forward_seconds(2, 1000) == pytest.approx(linear + attention + 0.03)
 
     def test_one_rank_bound_by_arithmetic(self) -> None:
-        placement = Placement(model=SMALL, device=ROUND, ranks=1, calibration=EXACT)
+        placement = PlacedModel(model=SMALL, device=ROUND, ranks=1, efficiency=EXACT)
         linear = 2 * SMALL_ACTIVE * 10 * 20 / (1e6 * 0.5)
         attention = 4 * 3 * 4 * 2 * 1000 * 20 / (1e6 * 0.5)  # against 0.96 s of reading
         assert placement.forward_seconds(10, 1000, 20) == pytest.approx(linear + 1.5 * attention + 0.03)
 
     def test_more_ranks_than_kv_heads(self) -> None:
-        placement = Placement(model=SMALL, device=ROUND, ranks=4, calibration=EXACT)
+        placement = PlacedModel(model=SMALL, device=ROUND, ranks=4, efficiency=EXACT)
         linear = SMALL_ACTIVE * 2 / (4 * 1e5 * 0.8)
         attention = 48 * 1000 / (2 * 1e5 * 0.5)  # two KV heads: as with two ranks
         communication = 2 * 3 * (0.001 + 2 * 3 / 4 * 2 * 10 * 2 / 1e4)
@@ -180,7 +180,7 @@ class TestForward:
 
     def test_a_draft_reads_its_budget_only(self) -> None:
         target = place("llama-3.1-8b")
-        speculation = Speculation(target=target, draft=target, budget=512)
+        speculation = SpeculationCost(target=target, draft=target, budget=512)
         assert speculation.draft_seconds(4, 300) == target.forward_seconds(4, 4 * 300)
         assert speculation.draft_seconds(4, 32000) == target.forward_seconds(4, 4 * 512)
         assert replace(speculation, budget=None).draft_seconds(4, 32000) == speculation.target_seconds(4, 32000)
@@ -209,8 +209,8 @@ class TestSpeedUp:
     ) -> None:
         """Self-speculation at the same acceptance, while attention is bound by reading KV."""
         target = place(model, gpu, ranks=1)
-        speculation = Speculation(target=target, draft=target, budget=512)
-        shape, flops = target.model, target.device.flops * target.calibration.flops
+        speculation = SpeculationCost(target=target, draft=target, budget=512)
+        shape, flops = target.model, target.device.flops * target.efficiency.flops
         products = 4 * shape.num_layers * shape.num_heads * shape.head_dim * (gamma + 1)
         assume(target.kv_token_seconds > products / flops)
         before = speculation.speedup(rows, context, gamma, alpha)
@@ -228,7 +228,7 @@ class TestSpeedUp:
         self, model: str, gpu: str, rows: int, context: int, alpha: float
     ) -> None:
         target = place(model, gpu)
-        speculation = Speculation(target=target, draft=target, budget=512)
+        speculation = SpeculationCost(target=target, draft=target, budget=512)
         assert (
             speculation.best_gamma(2 * rows, context, alpha)[1]
             >= speculation.best_gamma(rows, context, alpha)[1] - 0.01
@@ -237,14 +237,14 @@ class TestSpeedUp:
     @given(self_speculating, st.integers(1, 256), st.integers(1, 100_000), gammas)
     def test_never_pays_without_agreement(self, model: str, rows: int, context: int, gamma: int) -> None:
         target = place(model, ranks=1)
-        speculation = Speculation(target=target, draft=target, budget=512)
+        speculation = SpeculationCost(target=target, draft=target, budget=512)
         assert speculation.speedup(rows, context, gamma, 0.0) < 1
         assert speculation.best_gamma(rows, context, 0.0) == (0, 1.0)
 
     @given(self_speculating, st.integers(1, 256), st.integers(1, 100_000), gammas)
     def test_a_draft_that_reads_everything_never_pays(self, model: str, rows: int, context: int, gamma: int) -> None:
         target = place(model, ranks=1)
-        assert Speculation(target=target, draft=target, budget=None).speedup(rows, context, gamma, 1.0) < 1
+        assert SpeculationCost(target=target, draft=target, budget=None).speedup(rows, context, gamma, 1.0) < 1
 
 
 class TestBreakEven:
@@ -252,7 +252,7 @@ class TestBreakEven:
     @pytest.mark.parametrize("rows", [16, 128])
     def test_is_where_it_begins_to_pay(self, gamma: int | None, rows: int) -> None:
         target = place("llama-3.1-8b")
-        speculation = Speculation(target=target, draft=target, budget=512)
+        speculation = SpeculationCost(target=target, draft=target, budget=512)
         context = speculation.break_even(rows, lambda _: 0.82, gamma)
         assert context is not None
 
@@ -265,14 +265,14 @@ class TestBreakEven:
 
     def test_never(self) -> None:
         target = place("llama-3.1-8b")
-        speculation = Speculation(target=target, draft=target, budget=512)
+        speculation = SpeculationCost(target=target, draft=target, budget=512)
         assert speculation.break_even(32, lambda _: 0.1) is None
 
     def test_limit_by_hand(self) -> None:
         """S* = [(2γ + 1 − Ω)·a/b + γ·K] / (Ω − 1), with a = 2P/F, b = k/M."""
-        ideal = Calibration(flops=1, weights=1, kv=1, verify_attention=1, layer_s=0)
-        target = Placement(model=SMALL, device=ROUND, ranks=1, calibration=ideal)
-        speculation = Speculation(target=target, draft=target, budget=64)
+        ideal = Efficiency(flops=1, weights=1, kv=1, verify_attention=1, layer_s=0)
+        target = PlacedModel(model=SMALL, device=ROUND, ranks=1, efficiency=ideal)
+        speculation = SpeculationCost(target=target, draft=target, budget=64)
         tokens, ratio = 1 + 0.8 + 0.64, (2 * SMALL_ACTIVE / 1e6) / (48 / 1e5)
         expected = ((2 * 2 + 1 - tokens) * ratio + 2 * 64) / (tokens - 1)
         assert speculation.break_even_limit(2, 0.8) == pytest.approx(expected)
@@ -280,7 +280,7 @@ class TestBreakEven:
 
     @pytest.mark.parametrize("draft", ["llama-3.1-8b", "llama-3.2-1b"])
     def test_limit_is_what_large_batches_come_to(self, draft: str) -> None:
-        target = replace(place("llama-3.1-8b", ranks=1), calibration=replace(PUBLISHED, layer_s=0.0))
-        speculation = Speculation(target=target, draft=replace(target, model=SHAPES[draft]), budget=512)
+        target = replace(place("llama-3.1-8b", ranks=1), efficiency=replace(PUBLISHED, layer_s=0.0))
+        speculation = SpeculationCost(target=target, draft=replace(target, model=SHAPES[draft]), budget=512)
         context = speculation.break_even(10**7, lambda _: 0.8, 3)
         assert context == pytest.approx(speculation.break_even_limit(3, 0.8), rel=0.01)

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.shapes import SHAPES, rank_weight_bytes
-from planner.cost_model import Placement
+from planner.cost_model import PlacedModel
 from planner.expected_acceptance import DRAFT_MODEL, Policy, expected_alpha
 from planner.forecast import Deployment
 from planner.hardware import GPUS, find_device
 
 
-def place(model: str, ranks: int = 8) -> Placement:
-    return Placement(model=SHAPES[model], device=GPUS["a100-80gb"], ranks=ranks)
+def place(model: str, ranks: int = 8) -> PlacedModel:
+    return PlacedModel(model=SHAPES[model], device=GPUS["a100-80gb"], ranks=ranks)
 
 
 class TestAcceptance:

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.control.acceptance import Estimates, Record
+from engine.control.acceptance import AcceptanceEstimates, AcceptanceRecord
 from engine.control.auto import AutoGamma
-from engine.control.calibration import Corrections
+from engine.control.calibration import Calibration
 from engine.control.step_times import StepSample, StepTimes
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.plan import RowResult, RowWork, StepPlan, StepResult
+from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
 from engine.scheduler.request import Request
 
 BUDGET = 512
@@ -108,7 +108,9 @@ class Load:
         return (self.tokens - tokens) / (self.seconds - seconds)
 
     def _round(self) -> None:
-        gammas = [min(g, row.most_drafts) for g, row in zip(self.controller.choose(self.rows), self.rows, strict=True)]
+        gammas = [
+            min(g, row.max_draft_tokens) for g, row in zip(self.controller.choose(self.rows), self.rows, strict=True)
+        ]
         contexts = [row.num_tokens for row in self.rows]
         work, results = [], []
         left = caught_up = 512
@@ -139,7 +141,7 @@ class Load:
         if self.prompts:  # a chunk of one rides along
             rows, work = [*rows, self.prompt], [*work, RowWork(len(rows), 0, 50, 0, False)]
         self.controller.observe(
-            StepPlan(0, [], [], work, self.controller.budget), rows, StepResult(0, results, draft, verify)
+            RoundPlan(0, [], [], work, self.controller.budget), rows, RoundResult(0, results, draft, verify)
         )
 
     def share_off(self, rounds: int) -> float:
@@ -256,15 +258,15 @@ def test_any_batch_is_answered(rows: int, contexts: list[int], seed: int) -> Non
 def test_ended_requests_are_forgotten() -> None:
     load = Load(Machine(), [20000] * 4, [0.8] * 4)
     load.run(50)
-    assert len(load.controller._estimates._requests) == 4
+    assert len(load.controller._acceptance._requests) == 4
     for row in load.rows:
         row.finish_reason = "stop"
     load.run(1)
-    assert load.controller._estimates._requests == {}
+    assert load.controller._acceptance._requests == {}
 
 
 def test_acceptance_is_the_truncated_geometric_estimate() -> None:
-    record = Record()
+    record = AcceptanceRecord()
     record.add(3, 0, 1e9)  # all of 3 drafts held
     record.add(1, 1, 1e9)  # the second failed, and those behind it were never judged
     assert record.alpha(0.0, 0.0) == pytest.approx(4 / 5)
@@ -290,15 +292,15 @@ def test_step_times_need_plain_steps_and_drafts() -> None:
 
 
 def test_corrections_keep_kinds_comparable() -> None:
-    corrections = Corrections()
+    calibration = Calibration()
     for _ in range(200):
-        corrections.observe("plain", 0, 2.0, 1.0)
-    assert corrections.factor("plain", 0) == pytest.approx(2.0, rel=0.01)
-    assert corrections.factor("draft", 0) > 1.2  # never seen, but on the same machine
+        calibration.update("plain", 0, 2.0, 1.0)
+    assert calibration.factor("plain", 0) == pytest.approx(2.0, rel=0.01)
+    assert calibration.factor("draft", 0) > 1.2  # never seen, but on the same machine
     for _ in range(200):
-        corrections.observe("plain", 0, 2.0, 1.0)
-        corrections.observe("draft", 0, 4.0, 1.0)
-    assert corrections.factor("draft", 0) / corrections.factor("plain", 0) == pytest.approx(2.0, rel=0.1)
+        calibration.update("plain", 0, 2.0, 1.0)
+        calibration.update("draft", 0, 4.0, 1.0)
+    assert calibration.factor("draft", 0) / calibration.factor("plain", 0) == pytest.approx(2.0, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -317,11 +319,11 @@ def test_the_budget_that_pays(by_budget: dict[int, float], best: int) -> None:
 
 
 def test_a_budget_that_was_not_tried_is_taken_to_be_worse() -> None:
-    estimates = Estimates(512, 512)
+    estimates = AcceptanceEstimates(512, 512)
     for _ in range(100):
-        estimates.judged(512, [("a", 4000, 9, True)])
-    assert estimates.overall(512) == pytest.approx(0.9, abs=0.01)
-    assert estimates.overall(128) == pytest.approx(0.8, abs=0.02)
+        estimates.update(512, [("a", 4000, 9, True)])
+    assert estimates.alpha(512) == pytest.approx(0.9, abs=0.01)
+    assert estimates.alpha(128) == pytest.approx(0.8, abs=0.02)
     assert estimates.alphas(["new"], [4000], 512) == [pytest.approx(0.9, abs=0.01)]
 
 
@@ -378,7 +380,7 @@ def test_catching_up_teaches_nothing_about_drafts() -> None:
     factors = []
     for _ in range(200):
         load.run(1)
-        factors.append(load.controller._corrections.factor("draft", (3, 17, BUDGET)))
+        factors.append(load.controller._calibration.factor("draft", (3, 17, BUDGET)))
     assert load.caught_up > 4 * 5000
     assert all(factor == pytest.approx(1.0, abs=0.05) for factor in factors)
     assert load.controller._catch_up.seconds(1000) == pytest.approx(0.5, rel=0.05)

@@ -441,16 +441,16 @@ def test_it_ends_when_its_parent_does(own_tmp: Path) -> None:
 def test_what_is_not_told_yet_of_a_request_goes_with_it() -> None:
     """Its id may be another's before it would have been told."""
     told: list[RequestOutput] = []
-    leash, end = os.pipe()
+    parent_fd, end = os.pipe()
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
-        server = EngineServer(socket, FakeEngine(EngineConfig()), Mock(), leash)
+        server = EngineServer(socket, FakeEngine(EngineConfig()), Mock(), parent_fd)
         server._owner = {"a": b"peer", "b": b"peer"}
-        server._untold = [RequestOutput("a", [1]), RequestOutput("b", [2])]
+        server._pending = [RequestOutput("a", [1]), RequestOutput("b", [2])]
         server._send = lambda peer, message: told.extend(message.outputs)  # type: ignore[method-assign, union-attr]
         server._abort(["a"])
         server._owner["a"] = b"peer"
-        server._tell()
-        server._tell()
-    os.close(leash)
+        server._flush()
+        server._flush()
+    os.close(parent_fd)
     os.close(end)
     assert [output.id for output in told] == ["b"]

@@ -18,7 +18,7 @@ from engine.config.deployment import EngineConfig
 from engine.messages import AddRequest, EngineStats, Ready, RequestOutput
 from engine.params import SamplingParams
 from engine.processes.client import EngineClient, EngineDead
-from engine.processes.supervisor import MOST_FAILED_STARTS, EngineDown, Supervisor
+from engine.processes.supervisor import MAX_FAILED_STARTS, EngineDown, Supervisor
 from tests.support.fake_engine import COMMAND, SLOW, expected
 
 
@@ -262,7 +262,7 @@ def test_starts_that_fail_are_the_end(no_backoff: list[float]) -> None:
             with pytest.raises(EngineDead, match="no memory") as error:
                 await request
             assert not isinstance(error.value, EngineDown)
-            assert puppets.starts == 1 + MOST_FAILED_STARTS
+            assert puppets.starts == 1 + MAX_FAILED_STARTS
             assert no_backoff == [1, 2, 4, 8]
 
     asyncio.run(main())
@@ -273,7 +273,7 @@ def test_a_crash_loop_ends(no_backoff: list[float]) -> None:
 
     async def main() -> None:
         async with supervised(settled_s=1000) as (engines, puppets):
-            for number in range(1, MOST_FAILED_STARTS + 1):
+            for number in range(1, MAX_FAILED_STARTS + 1):
                 (await puppets.up(number)).die(f"death {number}")
             assert await engines.wait_dead() == "death 5 (5 starts in a row have failed)"
             assert no_backoff == [1, 2, 4, 8]
@@ -284,7 +284,7 @@ def test_a_crash_loop_ends(no_backoff: list[float]) -> None:
 def test_an_engine_that_lived_makes_up_for_failures(no_backoff: list[float]) -> None:
     async def main() -> None:
         async with supervised(settled_s=0) as (engines, puppets):
-            for number in range(1, 3 * MOST_FAILED_STARTS):
+            for number in range(1, 3 * MAX_FAILED_STARTS):
                 (await puppets.up(number)).die(f"death {number}")
                 await puppets.up(number + 1)
             assert engines.dead is None

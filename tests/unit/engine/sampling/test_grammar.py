@@ -21,7 +21,7 @@ from engine.plan import RowStart
 from engine.sampling.grammar import Grammars
 from engine.scheduler.scheduler import RequestError
 from models.tokenizer import Tokenizer
-from parallel import shared
+from parallel import shm
 from tests.support.engines import TINY, complete, run, tiny_engine, tiny_model, tokens
 from tests.support.ranks import threaded_engine
 from tests.support.schemas import random_schema
@@ -102,7 +102,7 @@ def test_rejection_keeps_to_grammars_too(directory: Path) -> None:
     check(directory, {id: tokens(out) for id, out in run(engine, requests()).items()})
 
 
-@pytest.mark.skipif(not shared.available(), reason="needs shared memory between ranks")
+@pytest.mark.skipif(not shm.available(), reason="needs shared memory between ranks")
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_agree(directory: Path, size: int) -> None:
     plain = run(tiny_engine(tiny_model(config=SHAPE), gamma=0, directory=directory), requests())
@@ -183,7 +183,7 @@ def test_only_allowed_tokens(gamma: int) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_words_that_are_not_allowed(size: int) -> None:
     """Of three tokens that can be drawn, one may not follow another, and none may come a third time."""
-    if size > 1 and not shared.available():
+    if size > 1 and not shm.available():
         pytest.skip("needs shared memory between ranks")
     words = ((3, 50), (50, 50, 50), (319,), (3, 3, 3))
     found = []

@@ -7,7 +7,7 @@ import torch
 
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from parallel import shared
+from parallel import shm
 from tests.support.engines import TINY, run, tiny_engine, tiny_model, tokens
 from tests.support.ranks import threaded_engine
 from tests.support.rig import PagedRows
@@ -30,7 +30,7 @@ def requests() -> list[AddRequest]:
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("gamma", [0, 3])
 def test_as_a_plain_pass_has_them(size: int, gamma: int) -> None:
-    if size > 1 and not shared.available():
+    if size > 1 and not shm.available():
         pytest.skip("needs shared memory between ranks")
     engine, _ = threaded_engine(TINY, size, gamma=gamma, share=size > 1, max_model_len=600)
     outputs = run(engine, requests())

@@ -18,8 +18,7 @@ from engine.params import SamplingParams
 from models.llama import Llama
 from tests.support.engines import complete, run, tiny_engine, tiny_model, tokens
 from tests.support.rig import PagedRows
-from tests.unit.engine.speculation.test_drafters import kv_of
-from tests.unit.engine.test_law import prompt_of
+from tests.support.workloads import kv_of, prompt_of
 
 PROMPT = prompt_of(40, 3)
 KEPT, LENGTH = 3, 4

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.batch.rows import Decisions, Rows
+from engine.batch.rows import RowState, SamplePositions
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RowStart
@@ -20,7 +20,7 @@ from engine.sampling.sampler import Sampler
 from kernels.noise import gumbel_noise
 from models.config import ModelConfig
 from parallel.group import Group
-from parallel.sampling import VocabShard
+from parallel.vocab_shard import VocabShard
 from tests.support.engines import run, tiny_engine, tiny_model, tokens
 
 VOCAB = 12
@@ -28,9 +28,9 @@ VOCAB = 12
 
 def one_row(
     params: SamplingParams, prompt: list[int], output: list[int], drafts: list[int]
-) -> tuple[Sampler, Decisions]:
+) -> tuple[Sampler, SamplePositions]:
     """A sampler whose row 2 holds prompt, output and drafts, and one decision behind each prefix of the drafts."""
-    rows = Rows(max_rows=4, max_model_len=64, page_size=8, device=torch.device("cpu"))
+    rows = RowState(max_rows=4, max_model_len=64, page_size=8, device=torch.device("cpu"))
     sampler = Sampler(rows, VocabShard(0, VOCAB, VOCAB, Group.single()))
     committed = prompt + output
     sampler.start(RowStart(2, committed, len(prompt), params, [0, 3]))
@@ -38,7 +38,7 @@ def one_row(
     n = len(drafts) + 1
     offset = torch.arange(n)
     slots = np.full(n, 2)
-    return sampler, Decisions(slots, np.arange(n), torch.from_numpy(slots), len(committed) + offset, offset)
+    return sampler, SamplePositions(slots, np.arange(n), torch.from_numpy(slots), len(committed) + offset, offset)
 
 
 def plain_definition(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.plan import RowResult, RowWork, StepPlan, StepResult
+from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
 from engine.scheduler.controller import FixedGamma
 from engine.scheduler.pages import PageAllocator
 from engine.scheduler.request import Request
@@ -45,7 +45,7 @@ def scheduler(
     return made, allocator
 
 
-class Ranks:
+class RankExecutor:
     """Follows plans as a rank would, and checks that each makes sense; draws verdicts at random."""
 
     def __init__(self, rng: random.Random, *, page_size: int, batch: int, gamma: int, draft_kv: bool = False) -> None:
@@ -57,7 +57,7 @@ class Ranks:
         self._length: dict[int, int] = {}  # committed tokens by row
         self._computed: dict[int, int] = {}
 
-    def execute(self, plan: StepPlan, requests: list[Request]) -> StepResult:
+    def execute(self, plan: RoundPlan, requests: list[Request]) -> RoundResult:
         for start in plan.starts:
             self._pages[start.row] = []
             self._length[start.row], self._computed[start.row] = len(start.tokens), start.computed
@@ -96,7 +96,7 @@ class Ranks:
                 self._computed[work.row] += accepted
                 self._length[work.row] += accepted + 1
                 results.append(RowResult(work.gamma, accepted, tokens, None))
-        return StepResult(plan.step, results, 0.0, 0.0)
+        return RoundResult(plan.number, results, 0.0, 0.0)
 
     def _draft(self, request: Request, work: RowWork) -> None:
         if not self._draft_kv:
@@ -138,7 +138,7 @@ def test_random_admit_accept_reject_abort_preempt(
         max_waiting=25,
         draft_kv=draft_kv,
     )
-    ranks = Ranks(rng, page_size=page_size, batch=batch, gamma=gamma, draft_kv=draft_kv)
+    ranks = RankExecutor(rng, page_size=page_size, batch=batch, gamma=gamma, draft_kv=draft_kv)
     live: dict[str, int] = {}
     got: dict[str, int] = {}
     added = 0
@@ -182,7 +182,7 @@ def test_random_admit_accept_reject_abort_preempt(
 
 def test_decode_rows_come_first_and_prefill_gets_the_rest() -> None:
     made, _ = scheduler(batch=16, gamma=3)
-    ranks = Ranks(random.Random(0), page_size=4, batch=16, gamma=3)
+    ranks = RankExecutor(random.Random(0), page_size=4, batch=16, gamma=3)
     made.add(AddRequest("a", [5] * 6, SamplingParams(max_tokens=40, ignore_eos=True)))
     plan, requests = made.schedule()
     made.commit(plan, requests, ranks.execute(plan, requests))
@@ -206,7 +206,7 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
             [(request.id, request.num_tokens, work.gamma) for request, work in zip(requests, plan.work, strict=True)]
         )
         results = [RowResult(work.gamma, 0, [5], None) for work in plan.work]
-        made.commit(plan, requests, StepResult(plan.step, results, 0.0, 0.0))
+        made.commit(plan, requests, RoundResult(plan.number, results, 0.0, 0.0))
     assert seen == [
         [("a", 3, 0), ("b", 3, 0)],
         [("a", 4, 3), ("b", 4, 3)],
@@ -229,7 +229,7 @@ def test_drafts_of_an_older_row_do_not_cost_a_younger_one_its_place() -> None:
     for _ in range(2):
         plan, requests = made.schedule()
         results = [RowResult(work.gamma, 0, [5], None) for work in plan.work]
-        made.commit(plan, requests, StepResult(plan.step, results, 0.0, 0.0))
+        made.commit(plan, requests, RoundResult(plan.number, results, 0.0, 0.0))
     assert made.preemptions == 0
     assert [request.id for request in made.running] == ["a", "b"]
 
@@ -241,7 +241,7 @@ def test_a_tight_budget_is_shared_evenly() -> None:
     for _ in range(2):
         plan, requests = made.schedule()
         results = [RowResult(work.gamma, 0, [5], None) for work in plan.work]
-        made.commit(plan, requests, StepResult(plan.step, results, 0.0, 0.0))
+        made.commit(plan, requests, RoundResult(plan.number, results, 0.0, 0.0))
     assert [work.gamma for work in plan.work] == [2, 2, 2, 2]
     made.add(AddRequest("late", [5] * 3, SamplingParams()))  # no row is free: nothing is kept back for it
     plan, _ = made.schedule()
@@ -254,7 +254,7 @@ def test_a_long_prompt_catches_up_over_rounds_and_only_to_draft(gamma: int) -> N
     made, _ = scheduler(batch=40, gamma=gamma, draft_kv=True)
     for name, length in (("old", 60), ("new", 30)):
         made.add(AddRequest(name, [5] * length, SamplingParams(max_tokens=50, ignore_eos=True)))
-    ranks = Ranks(random.Random(1), page_size=4, batch=40, gamma=gamma, draft_kv=True)
+    ranks = RankExecutor(random.Random(1), page_size=4, batch=40, gamma=gamma, draft_kv=True)
     seen = []
     for _ in range(8):
         plan, requests = made.schedule()

@@ -11,7 +11,7 @@ import pytest
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.plan import StepPlan, StepResult
+from engine.plan import RoundPlan, RoundResult
 from engine.worker.worker import nothing
 from tests.support.engines import complete, run, tiny_engine, tiny_model, tokens
 
@@ -38,7 +38,7 @@ def watched(engine: Engine) -> dict[int, int]:
     found: dict[int, int] = {}
     execute = engine._worker.execute
 
-    def execute_and_look(plan: StepPlan, meanwhile: Callable[[], None] = nothing) -> StepResult:
+    def execute_and_look(plan: RoundPlan, meanwhile: Callable[[], None] = nothing) -> RoundResult:
         found.update({start.row: start.computed for start in plan.starts if start.shared})
         return execute(plan, meanwhile)
 

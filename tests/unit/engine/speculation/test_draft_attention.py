@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -17,15 +15,15 @@ from engine.params import SamplingParams
 from engine.speculation.draft_cache import DraftCache
 from engine.speculation.drafters import SelfDrafter
 from kernels.attention.base import AttentionBatch
-from kernels.attention.reference import ReferenceAttention
+from kernels.attention.reference_attention import ReferenceAttention
 from kernels.attention.relative import RelativeAttention
 from kernels.attention.topk import TopKAttention
 from kernels.kv_cache import LayerKV, write_kv
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
-from kernels.selection import attention_votes
+from kernels.snapkv import snapkv_scores
 from tests.support.engines import TINY, tiny_engine, tiny_model
 from tests.support.rig import PagedRows
-from tests.unit.engine.test_law import prompt_of
+from tests.support.workloads import prompt_of
 
 HEADS, KV_HEADS, DIM, PAGE = 4, 2, 8, 4
 
@@ -38,7 +36,7 @@ def paged(keys: list[Tensor], values: list[Tensor]) -> tuple[LayerKV, Tensor]:
     """Rows [length, kv_heads, dim] in a pool whose pages stand in random order. Returns it and the page table."""
     widths = [-(-len(k) // PAGE) for k in keys]
     order = torch.randperm(sum(widths), generator=torch.Generator().manual_seed(1))
-    layer = LayerKV(*(torch.zeros(sum(widths), KV_HEADS, PAGE, DIM, dtype=torch.float64) for _ in "kv"))
+    layer = LayerKV(*torch.zeros(2, sum(widths), KV_HEADS, PAGE, DIM, dtype=torch.float64))
     table = torch.zeros(len(keys), max(widths), dtype=torch.int64)
     for row, (k, v) in enumerate(zip(keys, values, strict=True)):
         table[row, : widths[row]], order = order[: widths[row]], order[widths[row] :]
@@ -81,7 +79,7 @@ def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queri
     )
     backend.plan(AttentionBatch([queries] * len(lengths), read, listed, skipped))
     q = torch.cat([at(x, torch.arange(length - queries, length)) for x, length in zip(asked, lengths, strict=True)])
-    out = backend.run(layer, q, DIM**-0.5).split(queries)  # type: ignore[no-untyped-call]
+    out = backend.run(layer, q, DIM**-0.5)[0].split(queries)  # type: ignore[no-untyped-call]
     for row, length in enumerate(lengths):
         for i in range(queries):
             seen = length - queries + i + 1
@@ -108,9 +106,9 @@ def test_top_k_keeps_the_keys_with_most_attention(rows: list[tuple[int, int]], b
     backend, dense = TopKAttention(PAGE, budget), ReferenceAttention(PAGE)
     backend.plan(batch)
     dense.plan(batch)
-    out, total = backend.run(layer, q, 0.7, lse=True)
+    out, total = backend.run(layer, q, 0.7)
     if budget >= max(lengths):
-        expected, expected_total = dense.run(layer, q, 0.7, lse=True)
+        expected, expected_total = dense.run(layer, q, 0.7)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(total, expected_total)
     group, first = HEADS // KV_HEADS, 0
@@ -130,9 +128,11 @@ def test_top_k_keeps_the_keys_with_most_attention(rows: list[tuple[int, int]], b
 
 
 @pytest.mark.parametrize(("length", "queries", "candidates", "kernel"), [(20, 6, 14, 5), (9, 4, 7, 3), (5, 5, 5, 1)])
-def test_votes_are_attention_of_the_last_queries(length: int, queries: int, candidates: int, kernel: int) -> None:
+def test_snapkv_scores_are_attention_of_the_last_queries(
+    length: int, queries: int, candidates: int, kernel: int
+) -> None:
     q, k = random(queries, HEADS, DIM), random(KV_HEADS, length, DIM, seed=1)
-    votes = attention_votes(q, k, 0.5, candidates=candidates, kernel=kernel)
+    votes = snapkv_scores(q, k, 0.5, candidates=candidates, kernel=kernel)
     summed = torch.zeros(HEADS, candidates, dtype=torch.float64)
     for i in range(queries):
         seen = length - queries + i + 1
@@ -153,7 +153,7 @@ class Spy(ReferenceAttention):
         super().__init__(page_size)
         self.queries: list[Tensor] = []
 
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Any:
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         self.queries.append(q.clone())
         return super().run(layer, q, scale)
 
@@ -190,8 +190,10 @@ def test_snapkv_copies_what_the_last_queries_attend_to(prompt: int, batch_tokens
     count = budget - recent
     for index in range(TINY.num_layers):
         layer = oracle.pool.layer(index)
-        keys = torch.stack([part[oracle.pages[0]].transpose(0, 1).flatten(1, 2)[:, :prompt] for part in layer])
-        votes = attention_votes(
+        keys = torch.stack(
+            [part[oracle.pages[0]].transpose(0, 1).flatten(1, 2)[:, :prompt] for part in (layer.k, layer.v)]
+        )
+        votes = snapkv_scores(
             spy.queries[index][-queries:], keys[0], TINY.head_dim**-0.5, candidates=first_recent, kernel=kernel
         )
         best = votes.topk(count).indices.sort(-1).values

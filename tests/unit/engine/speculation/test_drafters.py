@@ -20,39 +20,19 @@ from engine.config.deployment import ConfigError
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.plan import StepPlan, StepResult
+from engine.plan import RoundPlan, RoundResult
 from engine.scheduler.request import Request
-from engine.scheduler.stats import acceptance
+from engine.scheduler.stats import acceptance_rate
 from models.batch import ForwardBatch
 from models.llama import Llama
 from tests.support.engines import Scripted, complete, run, tiny_engine, tiny_model, tokens
 from tests.support.ranks import DRAFT, write_random_model
-from tests.unit.engine.test_law import EDGES, SAMPLING, prompt_of
+from tests.support.workloads import EDGES, SAMPLING, kv_of, prompt_of
 
 
 @cache
 def model() -> Llama:
     return tiny_model()
-
-
-def kv_of(policy: str, page_size: int, pages: int, reselect: int = 0) -> dict[str, Any]:
-    """A policy that reads about `pages` pages, and two more."""
-    budget = (pages + 2) * page_size
-    policies: dict[str, dict[str, Any]] = {
-        "window": {"policy": "window", "budget": budget, "sink": page_size},
-        "relative": {"policy": "window", "budget": budget, "sink": page_size, "positions": "relative"},
-        "snapkv": {
-            "policy": "snapkv",
-            "budget": budget,
-            "recent": 2 * page_size,
-            "queries": 6,
-            "kernel": 3,
-            "reselect": reselect,
-        },
-        "topk": {"policy": "topk", "budget": budget},
-        "all": {"policy": "all"},
-    }
-    return policies[policy]
 
 
 POLICIES = ["window", "relative", "snapkv", "topk", "all"]
@@ -137,7 +117,7 @@ def test_a_budget_that_covers_the_context_is_dense(twin_dir: Path, drafter: str,
     engine = tiny_engine(model(), gamma=4, page_size=8, max_model_len=208, speculation=speculation)
     long_run(engine, prompt, 100)
     stats = engine.stats()
-    assert acceptance(stats) == 1.0
+    assert acceptance_rate(stats) == 1.0
     assert stats.accepted_tokens > 70
 
 
@@ -258,7 +238,7 @@ def test_a_draft_model_sees_nothing_before_it_drafts(draft_dir: Path, policy: st
     with pytest.MonkeyPatch.context() as patch:
         found = forwards(patch, engine)
 
-        def watched(plan: StepPlan, meanwhile: Callable[[], None]) -> StepResult:
+        def watched(plan: RoundPlan, meanwhile: Callable[[], None]) -> RoundResult:
             before = len(found)
             result = execute(plan, meanwhile)
             rounds.append(

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from engine.config.deployment import ConfigError, EngineConfig
-from engine.worker.kv_memory import DeviceMemory, fit_pages, run_once
-from engine.worker.resolve import Sizes, size_up
+from engine.worker.kv_memory import DeviceMemory, determine_num_pages, run_once
+from engine.worker.resolve import Resolved, resolve
 from models.llama import Llama
 from parallel.group import Group
 from tests.support.engines import tiny_model
@@ -20,10 +20,10 @@ MEGABYTE = 1_000_000
 PAGE = 4 * 2 * 2 * 2 * 8 * 8  # bytes: tokens, keys and values, layers, heads, elements, of float64
 
 
-def sized(model: Llama, **cache: Any) -> tuple[EngineConfig, Sizes]:
+def sized(model: Llama, **cache: Any) -> tuple[EngineConfig, Resolved]:
     """As on a GPU: nothing is said of the pool."""
     settings = {"model": "tiny", "cache": {"page_size": 4}, "max_model_len": 400}
-    sizes = dataclasses.replace(size_up(EngineConfig.model_validate(settings), model), num_pages=None)
+    sizes = dataclasses.replace(resolve(EngineConfig.model_validate(settings), model), num_pages=None)
     return EngineConfig.model_validate(settings | {"cache": {"page_size": 4, **cache}}), sizes
 
 
@@ -31,18 +31,18 @@ def test_the_pool_takes_what_is_left() -> None:
     model = tiny_model()
     config, sizes = sized(model)
     memory = DeviceMemory(total=100 * MEGABYTE, used=70 * MEGABYTE, running=15 * MEGABYTE)
-    assert fit_pages(config, sizes, model, Group.single(), memory) == 5 * MEGABYTE // PAGE
+    assert determine_num_pages(config, sizes, model, Group.single(), memory) == 5 * MEGABYTE // PAGE
     config, sizes = sized(model, gpu_memory_utilization=0.88)
-    assert fit_pages(config, sizes, model, Group.single(), memory) == 3 * MEGABYTE // PAGE
+    assert determine_num_pages(config, sizes, model, Group.single(), memory) == 3 * MEGABYTE // PAGE
     plenty = dataclasses.replace(memory, used=0)
-    assert fit_pages(config, sizes, model, Group.single(), plenty) == 100 * config.scheduler.max_rows
+    assert determine_num_pages(config, sizes, model, Group.single(), plenty) == 100 * config.scheduler.max_rows
 
 
 @pytest.mark.parametrize("said", [{"num_pages": 900}, {"memory_gb": 1}, {}], ids=["num_pages", "memory_gb", "cpu"])
 def test_a_share_of_what_does_not_count_is_refused(said: dict[str, Any]) -> None:
     config = EngineConfig.model_validate({"model": "tiny", "cache": {"gpu_memory_utilization": 0.5, **said}})
     with pytest.raises(ConfigError, match=f"{next(iter(said), 'memory_gb')} says how large the pool is"):
-        size_up(config, tiny_model())
+        resolve(config, tiny_model())
 
 
 def test_too_little_is_an_error() -> None:
@@ -50,7 +50,7 @@ def test_too_little_is_an_error() -> None:
     config, sizes = sized(model)
     memory = DeviceMemory(total=100 * MEGABYTE, used=85 * MEGABYTE, running=9 * MEGABYTE)
     with pytest.raises(ConfigError, match="0 pages of 4 tokens hold less than one request of max_model_len 400"):
-        fit_pages(config, sizes, model, Group.single(), memory)
+        determine_num_pages(config, sizes, model, Group.single(), memory)
 
 
 def test_the_rank_with_least_decides() -> None:
@@ -59,7 +59,7 @@ def test_the_rank_with_least_decides() -> None:
 
     def fit(group: Group) -> int:
         memory = DeviceMemory(100 * MEGABYTE, (60 + 7 * group.rank) * MEGABYTE, 10 * MEGABYTE)
-        return fit_pages(config, sizes, model, group, memory)
+        return determine_num_pages(config, sizes, model, group, memory)
 
     assert run_ranks(3, fit) == [6 * MEGABYTE // PAGE] * 3
 
@@ -76,4 +76,4 @@ def test_the_largest_round_runs(monkeypatch: pytest.MonkeyPatch, tokens: int) ->
 
     monkeypatch.setattr(Llama, "logits", watched)
     run_once(config, tiny_model())
-    assert asked == [min(tokens, config.scheduler.max_rows * (config.speculation.most_drafts + 1))]
+    assert asked == [min(tokens, config.scheduler.max_rows * (config.speculation.max_draft_tokens + 1))]

@@ -13,13 +13,13 @@ from engine.config.deployment import EngineConfig
 from engine.control.step_times import StepSample
 from engine.params import SamplingParams
 from engine.worker import consistency
-from engine.worker.profiler import _file, keep, profile_key, recall
-from engine.worker.resolve import size_up
+from engine.worker.profiler import _path, load_profile, profile_key, save_profile
+from engine.worker.resolve import resolve
 from engine.worker.worker import worker
 from models.config import ModelConfig
 from tests.support.engines import TINY, complete, tiny_engine, tiny_model
 from tests.support.ranks import DRAFT, write_random_model
-from tests.unit.engine.test_law import prompt_of
+from tests.support.workloads import prompt_of
 
 KV: dict[str, dict[str, Any]] = {
     "window": {"budget": 16, "sink": 4},
@@ -60,9 +60,9 @@ def test_comparing_ranks_is_no_part_of_what_a_round_takes(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("kept", [[], [StepSample(1, 64, 0, 0.0, 0.1)], [StepSample(1, 64, 3, 0.1, 0.1)]])
 def test_a_kept_profile_that_says_too_little_is_no_profile(kept: list[StepSample]) -> None:
-    keep("little", kept)
-    assert _file("little").exists()
-    assert recall("little") is None
+    save_profile("little", kept)
+    assert _path("little").exists()
+    assert load_profile("little") is None
 
 
 def test_another_draft_model_in_the_same_place_is_profiled_anew(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_another_draft_model_in_the_same_place_is_profiled_anew(tmp_path: Path) 
         path = write_random_model(tmp_path / "draft", replace(DRAFT, num_layers=num_layers))
         speculation = {"drafter": "model", "model": str(path)}
         config = tiny_engine(tiny_model(), gamma=2, speculation=speculation)._config
-        return profile_key(config, size_up(config, tiny_model()))
+        return profile_key(config, resolve(config, tiny_model()))
 
     assert TINY.vocab_size == DRAFT.vocab_size
     assert key(1) != key(2)
@@ -81,7 +81,7 @@ def key_of(config: dict[str, Any], shape: ModelConfig = TINY) -> str:
     """Of the settings, for a model of this shape."""
     model = tiny_model(config=shape)
     settings = EngineConfig.model_validate({"model": "tiny", "cache": {"num_pages": 2000, "page_size": 4}} | config)
-    return profile_key(settings, size_up(settings, model))
+    return profile_key(settings, resolve(settings, model))
 
 
 LONG = replace(TINY, max_position_embeddings=20000)

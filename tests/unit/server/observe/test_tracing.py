@@ -9,9 +9,8 @@ import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from server.observe.tracing import Tracing
-from tests.unit.server.test_app import directory, server
+from tests.support.app import server
 
-__all__ = ["directory"]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 

@@ -116,8 +116,8 @@ def _votes_kernel(
     tl.store(votes + head.to(tl.int64) * candidates + n, sums, mask=n < candidates)
 
 
-def attention_votes(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, span: int = _SPAN) -> Tensor:
-    """See kernels.selection.attention_votes. Not for float64.
+def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, span: int = _SPAN) -> Tensor:
+    """See kernels.snapkv.snapkv_scores. Not for float64.
 
     q: [queries, heads, head_dim]; k: [kv_heads, length, head_dim]; elements of a head beside each other. span: keys
     that one program of the first pass goes through, a multiple of 64.
@@ -126,7 +126,7 @@ def attention_votes(q: Tensor, k: Tensor, scale: float, *, candidates: int, kern
     queries, heads, head_dim = q.shape
     kv_heads, length, _ = k.shape
     if q.stride(2) != 1 or k.stride(2) != 1:
-        raise ValueError("attention_votes: elements of a head are not beside each other")
+        raise ValueError("snapkv_scores: elements of a head are not beside each other")
     group = heads // kv_heads
     total = queries * group
     m = min(64, max(16, triton.next_power_of_2(total)))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parallel.group import Group
-from parallel.sampling import VocabShard
 from parallel.split import split
+from parallel.vocab_shard import VocabShard
 from tests.support.rig import run_ranks
 
 

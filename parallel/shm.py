@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from parallel.group import CollectiveError, Group, RoundGivenUp
+from parallel.group import CollectiveError, Group, RoundAbandoned
 
 _LINE = 8  # int64 of a rank's own: one cache line
 _FLAG, _VERDICTS = 0, 1  # where in it
@@ -46,15 +46,15 @@ def area_bytes(size: int) -> int:
     return _flag_bytes(size) + 2 * size * _SLOT_BYTES
 
 
-def wait_patiently() -> None:
-    """What a rank does by default while it waits for another."""
+def no_check() -> None:
+    """Do nothing: the default for `while_waiting`."""
 
 
 def _flag_bytes(size: int) -> int:
     return -(-size * _LINE * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-class SharedGroup(Group):
+class ShmGroup(Group):
     """Collectives over shared memory, sums in the order of rank.
 
     Each rank has a flag, the number of the last exchange that it has written for, two verdicts, and a slot in each of
@@ -86,18 +86,18 @@ class SharedGroup(Group):
         self._banks = torch.frombuffer(self._map, dtype=torch.uint8, offset=flag_bytes).view(2, size, _SLOT_BYTES)
         self._typed: dict[torch.dtype, Tensor] = {}
         self._exchange = self._round = 0
-        self.while_waiting: Callable[[], None] = wait_patiently
+        self.while_waiting: Callable[[], None] = no_check
         """Called now and then during a long wait; may raise."""
 
     @property
-    def can_give_up(self) -> bool:
+    def can_abandon(self) -> bool:
         return True
 
     def begin_round(self) -> None:
         self._round += 1
         self._exchange = self._round * _ROUND
 
-    def give_up(self) -> None:
+    def abandon(self) -> None:
         self._flags[self.rank * _LINE + _FLAG] = (self._round + 1) * _ROUND - 1
 
     def agree(self, failed: bool) -> list[int]:
@@ -135,7 +135,7 @@ class SharedGroup(Group):
         self._flags[self.rank * _LINE + _FLAG] = self._exchange
         for rank in range(self.size):
             if self._await(rank, _FLAG, self._exchange) > self._exchange + 1:
-                raise RoundGivenUp(f"rank {rank} has given up the round")
+                raise RoundAbandoned(f"rank {rank} has given up the round")
         return bank
 
     def _await(self, rank: int, place: int, least: int) -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBatch, Fixed
+from kernels.attention.base import AttentionBatch, GraphShape
 from kernels.gpu.attention import SPAN, Tiles, attend, lay_tiles
 from kernels.kv_cache import LayerKV
 
@@ -18,7 +16,7 @@ class GpuAttention:
     A query's result may differ in rounding with the rows beside it: they decide into how many spans lists are cut.
     """
 
-    def __init__(self, span: int = SPAN, fixed: Fixed | None = None) -> None:
+    def __init__(self, span: int = SPAN, fixed: GraphShape | None = None) -> None:
         """span: KV slots that are worth a program of their own, a multiple of 64. fixed: of batches that a CUDA graph
         replays; others are refused, and what a plan says is kept at fixed addresses."""
         self._span = span
@@ -42,12 +40,8 @@ class GpuAttention:
             self._tiles.take(lay_tiles(queries, lengths, pages, fixed.tokens))
         self._tiles.pages[..., : pages.shape[-1]] = pages
 
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
         assert self._tiles is not None, "run before plan"
         o, sums = attend(self._tiles, layer, q, scale, self._span)
-        return (o, sums) if lse else o
+        return o, sums

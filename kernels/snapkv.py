@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention_votes(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
     """How much attention the last queries of a row pay to its earlier keys (SnapKV, arXiv 2404.14469, section 4).
 
     The queries' softmax over all keys they may see is summed over the queries, averaged over `kernel` neighbouring

@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend
-from kernels.attention.cpu import CpuAttention
-from kernels.attention.reference import ReferenceAttention
+from kernels.attention.cpu_attention import CpuAttention
+from kernels.attention.reference_attention import ReferenceAttention
 from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs
-from kernels.reference import PlainOps
+from kernels.reference_ops import PlainOps
 
 
-class CpuProduct:
+class CpuLinear:
     """Weights packed for one kernel."""
 
     keeps_weights = False
@@ -29,8 +29,8 @@ class CpuProduct:
     def __call__(self, x: Tensor) -> Tensor:
         return self._kernels.linear(x, self._weights, silu_mul=self._gated, float_out=self._wide)
 
-    def int8(self) -> CpuProduct:
-        return CpuProduct(self._kernels, self._weights.rounded(), self._gated, self._wide)
+    def quantized(self) -> CpuLinear:
+        return CpuLinear(self._kernels, self._weights.quantized(), self._gated, self._wide)
 
 
 class CpuOps(PlainOps):
@@ -44,18 +44,18 @@ class CpuOps(PlainOps):
         self._kernels = kernels
         self.name = kernels.name
 
-    def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> CpuProduct:
+    def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> CpuLinear:
         if not gated:
-            return CpuProduct(self._kernels, PackedWeights(weight, bias), gated, wide)
+            return CpuLinear(self._kernels, PackedWeights(weight, bias), gated, wide)
         columns = len(weight) // 2
         packed = pack_gated(weight)
         biases = None if bias is None else pack_gated(bias[:, None])[:, 0]
-        return CpuProduct(self._kernels, PackedWeights(packed, biases, columns=columns), gated, wide)
+        return CpuLinear(self._kernels, PackedWeights(packed, biases, columns=columns), gated, wide)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         return self._kernels.norm(x, delta, weight, eps)
 
-    def rotary(
+    def rotate_and_cache(
         self,
         qkv: Tensor,
         rotary: tuple[Tensor, Tensor],
@@ -64,7 +64,7 @@ class CpuOps(PlainOps):
         kv: LayerKV,
         norms: tuple[Tensor, Tensor, float] | None,
     ) -> Tensor:
-        self._kernels.rotary(qkv, *rotary, positions, slots, *kv, norms)
+        self._kernels.rotary(qkv, *rotary, positions, slots, kv.k, kv.v, norms)
         return qkv[:, : qkv.shape[1] - 2 * kv.k.shape[1]]
 
     def sample(

@@ -7,21 +7,21 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend, Fixed
+from kernels.attention.base import AttentionBackend, GraphShape
 from kernels.attention.flashinfer import HEAD_DIMS, FlashInferAttention, merge_states
-from kernels.attention.gpu import GpuAttention
-from kernels.attention.reference import merge_segments
-from kernels.gpu.library import GpuKernels
-from kernels.gpu.pointwise import silu_mul
+from kernels.attention.reference_attention import merge_segments
+from kernels.attention.triton_attention import GpuAttention
+from kernels.gpu import acceptance, pointwise, sample
+from kernels.gpu.snapkv_scores import snapkv_scores
 from kernels.kv_cache import LayerKV
-from kernels.ops import Product
-from kernels.reference import ReferenceProduct
+from kernels.ops import Linear
+from kernels.reference_ops import ReferenceLinear
 
 
-class GpuProduct:
+class GpuLinear:
     """A product by torch, with Triton's gates behind it."""
 
-    def __init__(self, inner: Product, gated: bool) -> None:
+    def __init__(self, inner: Linear, gated: bool) -> None:
         self._inner, self._gated = inner, gated
 
     @property
@@ -34,14 +34,14 @@ class GpuProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._inner(x)
-        return silu_mul(y) if self._gated else y
+        return pointwise.silu_mul(y) if self._gated else y
 
-    def int8(self) -> GpuProduct:
-        return GpuProduct(self._inner.int8(), self._gated)
+    def quantized(self) -> GpuLinear:
+        return GpuLinear(self._inner.quantized(), self._gated)
 
 
 class Recorder(Protocol):
-    """What captures: see kernels.gpu.graphs."""
+    """What captures: see kernels.gpu.cuda_graphs."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]: ...
 
@@ -53,7 +53,7 @@ class GpuGraphs:
         self._workspace = workspace
         self.capture = recorder.capture
 
-    def attention(self, page_size: int, head_dim: int, fixed: Fixed) -> AttentionBackend:
+    def attention(self, page_size: int, head_dim: int, fixed: GraphShape) -> AttentionBackend:
         return _attention(page_size, head_dim, self._workspace, fixed)
 
 
@@ -63,19 +63,18 @@ class GpuOps:
     def __init__(self, workspace: Tensor | None = None, recorder: Recorder | None = None) -> None:
         """workspace: FlashInfer's (see kernels.attention.flashinfer.make_workspace), for models of float16 and bfloat16
         whose head_dim it knows; None: attention in Triton too. recorder: captures graphs; None: there are none."""
-        self._kernels = GpuKernels()
         self._workspace = workspace
         self.graphs = None if recorder is None else GpuGraphs(recorder, workspace)
         self.kind = "triton" if workspace is None else "flashinfer"
         self.name = self.kind
 
-    def product(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> GpuProduct:
-        return GpuProduct(ReferenceProduct(weight, bias, gated=False, wide=wide), gated)
+    def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> GpuLinear:
+        return GpuLinear(ReferenceLinear(weight, bias, gated=False, wide=wide), gated)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        return self._kernels.norm(x, delta, weight, eps)
+        return pointwise.norm(x, delta, weight, eps)
 
-    def rotary(
+    def rotate_and_cache(
         self,
         qkv: Tensor,
         rotary: tuple[Tensor, Tensor],
@@ -84,24 +83,19 @@ class GpuOps:
         kv: LayerKV,
         norms: tuple[Tensor, Tensor, float] | None,
     ) -> Tensor:
-        self._kernels.rotary(qkv, *rotary, positions, slots, *kv, norms)
+        pointwise.rotary(qkv, *rotary, positions, slots, kv, norms)
         return qkv[:, : qkv.shape[1] - 2 * kv.k.shape[1]]
 
     def sample(
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
     ) -> tuple[Tensor, Tensor]:
-        return self._kernels.sample(logits, temperature, seeds, positions, first)
+        return sample.sample(logits, temperature, seeds, positions, first)
 
-    def accept(
-        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
-    ) -> Tensor:
-        return self._kernels.accept(tokens, computed, ledger, drafted, chosen, most)
+    accept = staticmethod(acceptance.accept)
+    commit = staticmethod(acceptance.commit)
 
-    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
-        self._kernels.commit(tokens, computed, ledger, verdict)
-
-    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
-        return self._kernels.votes(q, k, scale, candidates=candidates, kernel=kernel)
+    def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+        return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         known = self._workspace is not None and outputs[0].shape[-1] in HEAD_DIMS
@@ -111,7 +105,9 @@ class GpuOps:
         return _attention(page_size, head_dim, self._workspace)
 
 
-def _attention(page_size: int, head_dim: int, workspace: Tensor | None, fixed: Fixed | None = None) -> AttentionBackend:
+def _attention(
+    page_size: int, head_dim: int, workspace: Tensor | None, fixed: GraphShape | None = None
+) -> AttentionBackend:
     if workspace is None or head_dim not in HEAD_DIMS:
         return GpuAttention(fixed=fixed)
     return FlashInferAttention(page_size, workspace, fixed)

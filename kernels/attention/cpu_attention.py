@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
@@ -30,11 +28,6 @@ class CpuAttention:
         self._lengths = torch.tensor(batch.kv_lengths, dtype=torch.int64)
         self._pages = batch.pages
 
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
-        o, sums = self._kernels.attention(q, *layer, self._queries, self._lengths, self._pages, scale, lse)
-        return (o, sums) if lse else o
+        return self._kernels.attention(q, layer.k, layer.v, self._queries, self._lengths, self._pages, scale)

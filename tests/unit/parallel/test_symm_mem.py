@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, _resolve_process_group
 
-from parallel import rendezvous, symmetric
+from parallel import rendezvous, symm_mem
 from parallel.group import CollectiveError
-from parallel.symmetric import MOST_BYTES, SymmetricGroup
+from parallel.symm_mem import MOST_BYTES, SymmetricGroup
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -94,6 +94,6 @@ def test_where_it_can_be() -> None:
         store = HashStore()
         comm = dist.ProcessGroup(store, 0, 1)
         with pytest.raises(CollectiveError, match="no memory that all of them see"):
-            symmetric.join(comm, store, CPU)
+            symm_mem.join(comm, store, CPU)
         name = store.get("symmetric").decode()
         assert _resolve_process_group(name).rank() == 0  # type: ignore[arg-type]  # where torch's operators look for it

@@ -18,7 +18,7 @@ class ElasticError(ValueError):
 
 
 @dataclass(frozen=True)
-class Place:
+class TorchrunEnv:
     """Where this process stands in the group that torchrun has started.
 
     The count of restarts is left alone: an agent that restarts because another one did counts none, so hosts differ.
@@ -66,7 +66,7 @@ class Place:
         raise CollectiveError(f"this host has no way to {self.master}")
 
 
-def read_place(environment: Mapping[str, str]) -> Place:
+def read_torchrun_env(environment: Mapping[str, str]) -> TorchrunEnv:
     """Raises ElasticError."""
     numbers = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
@@ -81,7 +81,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
         raise ElasticError("MASTER_ADDR is not set: start this program with torchrun")
     if not (rank < size and local_rank < local_size <= size):
         raise ElasticError(f"rank {rank} of {size}, {local_rank} of {local_size} on this host: no such place")
-    return Place(
+    return TorchrunEnv(
         rank=rank,
         size=size,
         local_rank=local_rank,

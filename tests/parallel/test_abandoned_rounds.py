@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from parallel import shared
-from parallel.group import CollectiveError, Group, RoundGivenUp
-from parallel.shared import SharedGroup
+from parallel import shm
+from parallel.group import CollectiveError, Group, RoundAbandoned
+from parallel.shm import ShmGroup
 
-pytestmark = pytest.mark.skipif(not shared.available(), reason="needs shared memory between ranks")
+pytestmark = pytest.mark.skipif(not shm.available(), reason="needs shared memory between ranks")
 ROUNDS = 300
 
 
-class Failing(SharedGroup):
+class Failing(ShmGroup):
     """Can run out of memory in an exchange, when its own part is there for the others and theirs is not read."""
 
     fails = False
@@ -40,9 +40,9 @@ class Ends:
 
 
 def ends(size: int, count: int, timeout_s: float = 30) -> list[Ends]:
-    memory = shared.create(size)
+    memory = shm.create(size)
     try:
-        offset = shared.area_bytes(size)
+        offset = shm.area_bytes(size)
         return [
             Ends(
                 Failing(memory, rank, size, timeout_s),
@@ -101,11 +101,11 @@ def play(script: Script, mine: Ends, number: int) -> list[int]:
         finished = True
     except MemoryError:
         failed = True
-    except RoundGivenUp:
+    except RoundAbandoned:
         assert script.fails
     if not finished:
         for each in groups:
-            each.give_up()
+            each.abandon()
     return mine.whole.agree(failed)
 
 
@@ -134,10 +134,10 @@ def test_nobody_waits_for_a_rank_that_is_gone_for_good() -> None:
         first.whole.agree(False)
 
 
-def test_a_group_of_one_can_always_give_up() -> None:
+def test_a_group_of_one_can_always_abandon() -> None:
     group = Group.single()
-    assert group.can_give_up
+    assert group.can_abandon
     group.begin_round()
-    group.give_up()
+    group.abandon()
     assert group.agree(True) == [0]
     assert group.agree(False) == []

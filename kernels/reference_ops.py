@@ -6,16 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import acceptance
-from kernels.attention.reference import ReferenceAttention, merge_segments
+from kernels.attention.reference_attention import ReferenceAttention, merge_segments
 from kernels.kv_cache import LayerKV, write_kv
 from kernels.noise import gumbel_noise
 from kernels.ops import Graphs
 from kernels.rope import apply_rope
-from kernels.selection import attention_votes
+from kernels.snapkv import snapkv_scores
 
 
-class ReferenceProduct:
+class ReferenceLinear:
     """Multiplies by the weights as they are."""
 
     keeps_weights = True
@@ -31,8 +30,8 @@ class ReferenceProduct:
     def __call__(self, x: Tensor) -> Tensor:
         return self._finish(F.linear(x, self._weight, self._bias))
 
-    def int8(self) -> Int8Product:
-        return Int8Product(self._weight, self._bias, self._gated, self._wide)
+    def quantized(self) -> Int8Linear:
+        return Int8Linear(self._weight, self._bias, self._gated, self._wide)
 
     def _finish(self, y: Tensor) -> Tensor:
         if self._gated:
@@ -41,7 +40,7 @@ class ReferenceProduct:
         return y.float() if self._wide and y.dtype != torch.float64 else y
 
 
-class Int8Product(ReferenceProduct):
+class Int8Linear(ReferenceLinear):
     """Products of whole numbers, computed in a float type that holds them."""
 
     keeps_weights = False
@@ -65,23 +64,18 @@ class Int8Product(ReferenceProduct):
         y = self._finish(sums)
         return y if self._wide else y.to(x.dtype)
 
-    def int8(self) -> Int8Product:
+    def quantized(self) -> Int8Linear:
         return self
 
 
 class PlainOps:
     """Of kernels.ops.Ops, what plain torch is good enough for on any CPU."""
 
-    def accept(
-        self, tokens: Tensor, computed: Tensor, ledger: Tensor, drafted: Tensor, chosen: Tensor, most: int
-    ) -> Tensor:
-        return acceptance.accept(tokens, computed, ledger, drafted, chosen, most)
+    accept = None
+    commit = None
 
-    def commit(self, tokens: Tensor, computed: Tensor, ledger: Tensor, verdict: Tensor) -> None:
-        acceptance.commit(tokens, computed, ledger, verdict)
-
-    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
-        return attention_votes(q, k, scale, candidates=candidates, kernel=kernel)
+    def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+        return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         return merge_segments(outputs, lses)
@@ -93,17 +87,17 @@ class ReferenceOps(PlainOps):
     kind = name = "reference"
     graphs: Graphs | None = None
 
-    def product(
+    def linear(
         self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False
-    ) -> ReferenceProduct:
-        return ReferenceProduct(weight, bias, gated, wide)
+    ) -> ReferenceLinear:
+        return ReferenceLinear(weight, bias, gated, wide)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         if delta is not None:
             x += delta
         return F.rms_norm(x, weight.shape, weight, eps)
 
-    def rotary(
+    def rotate_and_cache(
         self,
         qkv: Tensor,
         rotary: tuple[Tensor, Tensor],

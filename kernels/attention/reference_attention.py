@@ -6,7 +6,6 @@ Scores, softmax and sums are computed in float32 (float64 for float64 inputs) wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -86,20 +85,16 @@ class ReferenceAttention:
             hidden=hidden[:, None, None].to(device),
         )
 
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[False] = False) -> Tensor: ...
-    @overload
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def run(self, layer: LayerKV, q: Tensor, scale: float, *, lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = torch.empty_like(q)
-        sums = torch.empty(q.shape[:2], dtype=compute, device=q.device) if lse else None
+        sums = torch.empty(q.shape[:2], dtype=compute, device=q.device)
         for group in self._groups:
             self._attend(group, layer, q, scale, out, sums)
-        return (out, sums) if sums is not None else out
+        return out, sums
 
-    def _attend(self, group: _Group, layer: LayerKV, q: Tensor, scale: float, out: Tensor, sums: Tensor | None) -> None:
+    def _attend(self, group: _Group, layer: LayerKV, q: Tensor, scale: float, out: Tensor, sums: Tensor) -> None:
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         kv_heads = layer.k.shape[1]
         pieces, n = group.queries.shape
@@ -110,8 +105,7 @@ class ReferenceAttention:
         grouped = (grouped * scale).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [pieces, kv_heads, group * n, head_dim]
         scores = torch.matmul(grouped, k.transpose(2, 3)).view(pieces, kv_heads, -1, n, group.length)
         scores[..., group.unmasked :].masked_fill_(group.hidden, float("-inf"))
-        if sums is not None:
-            sums[group.queries] = torch.logsumexp(scores, -1).permute(0, 3, 1, 2).flatten(2, 3)
+        sums[group.queries] = torch.logsumexp(scores, -1).permute(0, 3, 1, 2).flatten(2, 3)
         # A weight of zero does not silence a NaN: slots past a piece's end may hold another request's overflow.
         v[:, :, group.unmasked :].masked_fill_(group.hidden[:, 0, :, -1, :, None], 0.0)
         weights = torch.softmax(scores, -1).flatten(2, 3)

@@ -1,0 +1,158 @@
+"""The rows of one round as index tensors, laid out from its plan before the round begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch.row_state import Ints, RowState, ragged_arange
+from engine.kv.policies import View
+from engine.plan import RoundPlan, RowWork
+from models.batch import ForwardBatch
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePositions:
+    """Positions whose next token is sampled, one row of logits each. All have length n.
+
+    rows: host, row slot of each. row_index: the same on the device, int64.
+    position: int64, position of the token being sampled.
+    drafted: host, number of drafted tokens between the committed ones and this one. offset: the same on the device,
+        int64.
+    """
+
+    rows: Ints
+    drafted: Ints
+    row_index: Tensor
+    position: Tensor
+    offset: Tensor
+
+
+class RoundBatch:
+    """The rows of one round, in the order of its plan: `work` sorted by falling gamma.
+
+    row, computed, new, gamma, catch_up, num_prompt_logprobs: host, [rows], as in RowWork. sampling: host, [rows] bool,
+        rows that sample.
+    budget: see RoundPlan.
+    samples: the positions that the round samples: of each sampling row its drafts' and one more.
+    gamma_device: [rows] int64, gamma on the device.
+    row_spans: [rows, 4] int64 on the device, what accepting and committing need of each row:
+
+        slot    the row's slot
+        new     committed tokens that get their KV in the round
+        first   index in `samples` of the row's first one
+        count   how many it has there; 0 for a row that does not sample
+
+        tokens of a row   [ committed ........................... ) drafts
+                          [ computed .......... ) new ............ )^ the first sample
+    """
+
+    def __init__(self, state: RowState, plan: RoundPlan) -> None:
+        """state: with the plan applied."""
+        work: list[RowWork] = plan.work
+        self.state = state
+        self.budget = plan.budget
+        self.row = np.array([item.row for item in work], dtype=np.int64)
+        self.computed = np.array([item.computed for item in work], dtype=np.int64)
+        self.new = np.array([item.new for item in work], dtype=np.int64)
+        self.gamma = np.array([item.gamma for item in work], dtype=np.int64)
+        self.catch_up = np.array([item.catch_up for item in work], dtype=np.int64)
+        self.sampling = np.array([item.samples for item in work], dtype=bool)
+        self.num_prompt_logprobs = np.array([item.num_prompt_logprobs for item in work], dtype=np.int64)
+        self.gamma_max = int(self.gamma.max(initial=0))
+
+        self._num_samples = np.where(self.sampling, self.gamma + 1, 0)  # a row's drafts and one more
+        offset = ragged_arange(self._num_samples)
+        ahead = np.repeat(self.new, self._num_samples) + offset
+        self.samples = self._sample_positions(np.repeat(self.row, self._num_samples), ahead, offset)
+        self.gamma_device = state.to_device(self.gamma)
+        first = self._num_samples.cumsum() - self._num_samples
+        self.row_spans = state.to_device(np.stack([self.row, self.new, first, self._num_samples], 1))
+
+    @property
+    def num_drafting(self) -> int:
+        """Number of rows that draft: the first ones."""
+        return int((self.gamma > 0).sum())
+
+    @property
+    def max_samples(self) -> int:
+        """Largest number of samples of a row."""
+        return int(self._num_samples.max(initial=0))
+
+    def _sample_positions(self, rows: Ints, ahead: Ints, offset: Ints) -> SamplePositions:
+        """ahead: offset of each sampled token from its row's computed ones."""
+        to_device = self.state.to_device
+        row_index = to_device(rows)
+        position = self.state.computed[row_index] + to_device(ahead)
+        return SamplePositions(rows, offset, row_index, position, to_device(offset))
+
+    # -- drafting ----------------------------------------------------------------------------------------------------
+
+    def draft_inputs(self, step: int, view: View, lag: Ints | None = None) -> tuple[ForwardBatch, SamplePositions]:
+        """Inputs of the forward that drafts token `step`, and the positions it samples.
+
+        lag: [drafting rows], number of committed tokens before the pending one that have no KV in the draft's pool yet
+        (first step only); None: none is missing, and each row is one query.
+        """
+        count = int((self.gamma > step).sum())  # the first ones
+        rows, ones = self.row[:count], np.ones(count, dtype=np.int64)
+        missing = np.zeros(count, dtype=np.int64) if lag is None else lag
+        queries = missing + 1
+        last = queries.cumsum() - 1
+        inputs = self.state.forward_inputs(rows, self.computed[:count], step - missing, queries, view, last)
+        return inputs, self._sample_positions(rows, ones + step, ones * step)
+
+    def place_drafts(self, samples: SamplePositions, tokens: Tensor) -> None:
+        """Write drafted `tokens` [n] where they would stand if accepted. Committed tokens are not touched."""
+        self.state.tokens[samples.row_index, samples.position] = tokens.to(torch.int32)
+
+    def read_drafts(self) -> Tensor:
+        """Drafted tokens, [sampling rows, gamma_max] int64, padded with whatever stands after them."""
+        return self.state.tokens[self._draft_places()].long()
+
+    def write_drafts(self, drafts: Tensor) -> None:
+        """Reverse `read_drafts`."""
+        self.state.tokens[self._draft_places()] = drafts.to(torch.int32)
+
+    def _draft_places(self) -> tuple[Tensor, Tensor]:
+        """Padding repeats the place after a row's drafts."""
+        counts = self._num_samples[self.sampling]
+        steps = np.minimum(np.arange(self.gamma_max), counts[:, None] - 1)
+        index = self.state.to_device(steps + (counts.cumsum() - counts)[:, None])
+        return self.samples.row_index[index], self.samples.position[index]
+
+    # -- verification ------------------------------------------------------------------------------------------------
+
+    def verify_inputs(self, view: View) -> ForwardBatch:
+        """Inputs of the target forward over every row's new tokens and, after them, its drafts.
+
+        Logits are those of `samples` and, after them, of `prompt_tokens`.
+        """
+        queries = self.new + self.gamma
+        first = queries.cumsum() - queries
+        logit_index = np.repeat(first + self.new - 1, self._num_samples) + ragged_arange(self._num_samples)
+        if self.num_prompt_logprobs.any():
+            count = self.num_prompt_logprobs
+            logit_index = np.concatenate([logit_index, np.repeat(first, count) + ragged_arange(count)])
+        return self.state.forward_inputs(self.row, self.computed, np.zeros_like(queries), queries, view, logit_index)
+
+    def prompt_tokens(self) -> tuple[Ints, Tensor]:
+        """Prompt tokens whose log-probabilities are asked for, in the order of their logits.
+
+        Returns their row slots (host, [n]) and the tokens ([n] int64).
+        """
+        rows = np.repeat(self.row, self.num_prompt_logprobs)
+        ahead = self.state.to_device(ragged_arange(self.num_prompt_logprobs) + 1)
+        slots = self.state.to_device(rows)
+        return rows, self.state.tokens[slots, self.state.computed[slots] + ahead].long()
+
+    def committed_samples(self, accepted: Tensor) -> Tensor:
+        """Mask of the samples that are committed, [samples] bool: each row's accepted drafts and its bonus token.
+
+        accepted: [rows].
+        """
+        owner = self.state.to_device(np.repeat(np.arange(len(self.row)), self._num_samples))
+        return self.samples.offset <= accepted[owner]

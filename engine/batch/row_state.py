@@ -1,0 +1,108 @@
+"""A rank's state of its rows: tokens, page tables and lengths, in fixed-address tensors indexed by row slot.
+
+A plan only patches them. Index tensors are built from host integers alone, so that nothing inside a round asks the
+device a question.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.kv.policies import View
+from engine.plan import RoundPlan
+from kernels.attention.base import AttentionBatch
+from kernels.ops import Ops
+from kernels.reference_ops import REFERENCE
+from kernels.transfer import send
+from models.batch import ForwardBatch
+
+Ints = npt.NDArray[np.int64]
+
+
+class RowState:
+    """State of all row slots of one rank.
+
+    tokens: [max_rows, max_model_len] int32. Drafts stand after the committed tokens until they are committed or
+        overwritten.
+    page_table: [max_rows, max_pages] int64, page ids in order.
+    computed: [max_rows] int64, number of committed tokens whose target KV is valid.
+    """
+
+    def __init__(
+        self, *, max_rows: int, max_model_len: int, page_size: int, device: torch.device, ops: Ops = REFERENCE
+    ) -> None:
+        """ops: arithmetic of `device`."""
+        self.page_size = page_size
+        self.device = device
+        self.ops = ops
+        self.tokens = torch.zeros(max_rows, max_model_len, dtype=torch.int32, device=device)
+        self.page_table = torch.zeros(max_rows, -(-max_model_len // page_size), dtype=torch.int64, device=device)
+        self.computed = torch.zeros(max_rows, dtype=torch.int64, device=device)
+
+    def apply(self, plan: RoundPlan) -> None:
+        """Apply the plan's changes: new rows, and pages appended to rows."""
+        for start in plan.starts:
+            tokens = torch.tensor(start.tokens, dtype=torch.int32)
+            self.tokens[start.row, : len(tokens)] = send(tokens, self.device)
+            self.computed[start.row].fill_(start.computed)
+        if plan.pages:
+            counts = [len(delta.pages) for delta in plan.pages]
+            row = np.repeat([delta.row for delta in plan.pages], counts)
+            column = np.repeat([delta.first for delta in plan.pages], counts) + ragged_arange(np.array(counts))
+            page = np.concatenate([np.array(delta.pages, dtype=np.int64) for delta in plan.pages])
+            row_index, columns, pages = self.to_device(np.stack([row, column, page]))
+            self.page_table[row_index, columns] = pages
+
+    def reset_rows(self, plan: RoundPlan) -> None:
+        """Zero the rows of an abandoned round. Ranks left them in different states; zeroed, they agree again until the
+        rows start anew."""
+        for work in plan.work:
+            for state in (self.tokens, self.page_table, self.computed):
+                state[work.row].zero_()
+
+    def forward_inputs(
+        self, rows: Ints, computed: Ints, ahead: Ints, queries: Ints, view: View, logit_index: Ints
+    ) -> ForwardBatch:
+        """Inputs of a forward that reads and writes KV through `view`.
+
+        rows: row slots. computed: the device's counters of these rows, for shapes only; positions come from the
+        counters themselves. ahead: offset of each row's first query from its computed tokens; may be negative. queries:
+        number of queries of each row. All [n]. logit_index: [m], indices into all queries.
+        """
+        row_slots = self.to_device(rows)
+        row_index = self.to_device(np.repeat(rows, queries))
+        offset = self.to_device(ragged_arange(queries) + np.repeat(ahead, queries))
+        position = self.computed[row_index] + offset
+        page = view.page_table[row_index, position // self.page_size]
+        context = computed + ahead + 1  # tokens that each row's first query may see
+        skipped = [view.policy.skipped(length) for length in context.tolist()]
+        kv_lengths = [int(end) - out for end, out in zip(context + queries - 1, skipped, strict=True)]
+        return ForwardBatch(
+            token_ids=self.tokens[row_index, position].long(),
+            positions=position,
+            slots=page * self.page_size + position % self.page_size,
+            attention=AttentionBatch(
+                query_lengths=queries.tolist(),
+                kv_lengths=kv_lengths,
+                pages=view.policy.pages(
+                    view.page_table,
+                    row_slots,
+                    self.computed[row_slots] + self.to_device(ahead + 1),
+                    -(-max(kv_lengths) // self.page_size),
+                ),
+                skipped=skipped,
+            ),
+            logit_index=self.to_device(logit_index),
+        )
+
+    def to_device(self, array: Ints) -> Tensor:
+        """Copy a host array to the device without waiting for it."""
+        return send(torch.from_numpy(array), self.device)
+
+
+def ragged_arange(counts: Ints) -> Ints:
+    """Concatenate 0 … count - 1 of each count: the place of every item within its own row."""
+    return np.arange(int(counts.sum())) - np.repeat(counts.cumsum() - counts, counts)

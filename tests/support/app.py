@@ -1,0 +1,76 @@
+"""The HTTP application around a FakeEngine in the same process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+
+from engine.config.deployment import Config, EngineConfig, SchedulerConfig, ServerConfig
+from engine.messages import RETRY_FULL, AddRequest, RequestOutput
+from engine.processes.client import EngineDead
+from engine.processes.supervisor import Supervisor
+from models.tokenizer import Tokenizer
+from server.app import create_app
+from server.service import Service
+from tests.support.fake_engine import FakeEngine
+
+
+class FakeClient:
+    """A Supervisor's surface over a FakeEngine that runs when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.engine = FakeEngine(EngineConfig(model="fake"))
+        self.ready = self.engine.ready
+        self.dead: str | None = None
+        self.down: str | None = None
+        self.aborted: list[str] = []
+        self.requests: list[AddRequest] = []
+
+    @property
+    def stats(self) -> Any:
+        return self.engine.stats()
+
+    async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        self.requests.append(request)
+        alone = FakeEngine(EngineConfig(model="fake"))
+        ended = False
+        try:
+            try:
+                alone.add(request)
+            except ValueError as error:
+                retry = RETRY_FULL if type(error).__name__ == "QueueFull" else None
+                yield RequestOutput(id=request.id, finish_reason="abort", error=str(error), retry=retry)
+                return
+            while not ended:
+                await asyncio.sleep(0)
+                try:
+                    (output,) = alone.step()
+                except RuntimeError as error:
+                    self.dead = str(error)
+                    raise EngineDead(self.dead) from None
+                ended = output.finish_reason is not None
+                yield output
+        finally:
+            if not ended:
+                self.aborted.append(request.id)
+
+
+@asynccontextmanager
+async def server(directory: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FakeClient, Service]]:
+    config = Config(
+        engine=EngineConfig(model=str(directory), scheduler=SchedulerConfig(max_rows=4, max_waiting=4)),
+        server=ServerConfig(served_model_name="tiny", **settings),
+    )
+    service = Service(config, Tokenizer(directory))
+    client = FakeClient()
+    service.client = cast(Supervisor, client)
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        yield http, client, service

@@ -1,0 +1,52 @@
+"""Prompts, sampling parameters and KV policies that many tests run."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from tests.support.engines import TINY
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(2, TINY.vocab_size) for _ in range(length)]
+
+
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 0.0, "presence_penalty": 1.5, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "repetition_penalty": 1.4, "frequency_penalty": -0.3},
+    {"temperature": 0.0, "repetition_penalty": 0.8},
+    {"temperature": 1.0, "logit_bias": {5: 3.0, 9: -100.0, 40: 1.0}},
+    {"temperature": 1.0, "min_tokens": 20, "logit_bias": {1: 5.0}},
+    {"temperature": 0.5, "stop_token_ids": (7, 11, 13), "min_tokens": 3},
+]
+
+
+EDGES = [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 130]
+
+
+def kv_of(policy: str, page_size: int, pages: int, reselect: int = 0) -> dict[str, Any]:
+    """A policy that reads about `pages` pages, and two more."""
+    budget = (pages + 2) * page_size
+    policies: dict[str, dict[str, Any]] = {
+        "window": {"policy": "window", "budget": budget, "sink": page_size},
+        "relative": {"policy": "window", "budget": budget, "sink": page_size, "positions": "relative"},
+        "snapkv": {
+            "policy": "snapkv",
+            "budget": budget,
+            "recent": 2 * page_size,
+            "queries": 6,
+            "kernel": 3,
+            "reselect": reselect,
+        },
+        "topk": {"policy": "topk", "budget": budget},
+        "all": {"policy": "all"},
+    }
+    return policies[policy]
