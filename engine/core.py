@@ -50,6 +50,8 @@ class Engine:
     weight_bytes: of all ranks. overlaps: whether the host is free while a round runs.
     """
 
+    _ranks: RankExecutor | None = None
+
     def __init__(
         self,
         config: EngineConfig,
@@ -68,7 +70,6 @@ class Engine:
         """
         self._config, self._resolved = config, resolve(config, model)
         self._threads_before = torch.get_num_threads()
-        self._ranks: RankExecutor | None = None
         try:
             self._worker = self._start_ranks(model, ranks, progress)
             self.profiler = Profiler(self._run, config, self._worker.num_pages, self._resolved.max_model_len)

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from bench.gpu.synthetic import accepting
+from bench.gpu.synthetic import synthetic_acceptance
 from bench.micro.bandwidth import wait
 from engine.config.deployment import EngineConfig
 from engine.core import Engine
@@ -122,7 +122,7 @@ class Bench:
     def measure(self, rows: int, context: int, *, alpha: float, ceiling: float) -> GpuResult:
         _, _, t_target = self._rounds_of(rows, context, 0)
         gap_plain = self._gap(rows, context, 0)
-        with accepting(alpha):
+        with synthetic_acceptance(alpha):
             drafted, tokens, round_s = self._rounds_of(rows, context, self._gamma)
             gap = self._gap(rows, context, self._gamma)
         t_verify = median(result.verify_seconds for result in drafted)

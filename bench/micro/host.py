@@ -1,10 +1,10 @@
-"""What the host does for a round beside sending it to a device: all that a device may have to wait for between rounds.
+"""Time the host's work for a round, other than launches: all that a device may wait for between rounds.
 
     python -m bench.micro.host --rows 32 --context 8000 --gamma 3
 
 Nothing is computed: the scheduler plans, the rank's state is patched, index tensors are built and attention is planned
-as for a GPU, but in the memory of the host. On a GPU every operation on a tensor takes some microseconds more, for its
-launch. What the others of a round do not wait for comes last.
+as for a GPU, but in host memory. On a GPU every tensor operation takes some microseconds more, for its launch. Parts
+that the next round does not wait for are printed last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import msgspec
 import torch
 
 from bench.micro.shares import Clock
-from engine.batch.rows import RowState
+from engine.batch.round_batch import RoundBatch
+from engine.batch.row_state import RowState
 from engine.kv.policies import View, Window
 from engine.messages import AddRequest
 from engine.params import SamplingParams
@@ -53,15 +54,15 @@ class Host:
         params = SamplingParams(max_tokens=most, temperature=0.0)
         for row in range(rows):
             self._scheduler.add(AddRequest(str(row), [0] * context, params))
-        self._rows = RowState(max_rows=rows, max_model_len=2 * most, page_size=_PAGE, device=torch.device("cpu"))
-        self._view = View(Window(budget=budget, sink=_PAGE, page_size=_PAGE), self._rows.page_table)
+        self._state = RowState(max_rows=rows, max_model_len=2 * most, page_size=_PAGE, device=torch.device("cpu"))
+        self._view = View(Window(budget=budget, sink=_PAGE, page_size=_PAGE), self._state.page_table)
         draft_width = min(budget // _PAGE + 1, width)
         self._steps = [GpuAttention(fixed=GraphShape(rows, rows, draft_width)) for _ in range(gamma)]
-        self._target = GpuAttention(fixed=GraphShape(rows, rows * (gamma + 1), self._rows.page_table.shape[1]))
+        self._target = GpuAttention(fixed=GraphShape(rows, rows * (gamma + 1), self._state.page_table.shape[1]))
         self._encoder = msgspec.msgpack.Encoder()
 
     def run(self) -> Clock:
-        """Of one round, on average. The first round computes the prompts."""
+        """Mean times of one round. The first round computes the prompts."""
         for _ in range(_WARM_UPS):
             self._round(Clock())
         parts = Clock()
@@ -74,25 +75,26 @@ class Host:
     def _round(self, parts: Clock) -> None:
         with parts.time("plan the round"):
             plan, requests = self._scheduler.schedule()
-        with parts.time("patch what a rank knows"):
-            round_ = self._rows.enter(plan)
-        for step, attention in enumerate(self._steps[: round_.gamma_max]):
+        with parts.time("patch the rank's state"):
+            self._state.apply(plan)
+            batch = RoundBatch(self._state, plan)
+        for step, attention in enumerate(self._steps[: batch.gamma_max]):
             with parts.time("first draft step" if step == 0 else "further draft steps"):
-                attention.plan(round_.draft_batch(step, self._view)[0].attention)
-        with parts.time("pass over drafts"):
-            batch = round_.verify_batch(dense(self._rows))
-            if round_.gamma_max or (round_.new == 1).all():
-                self._target.plan(batch.attention)
+                attention.plan(batch.draft_inputs(step, self._view)[0].attention)
+        with parts.time("verify pass"):
+            inputs = batch.verify_inputs(dense(self._state))
+            if batch.gamma_max or (batch.new == 1).all():
+                self._target.plan(inputs.attention)
         results = []
         for work in plan.work:
-            held = self._chance.randrange(work.gamma + 1)
-            results.append(RowResult(work.gamma, held, [0] * (held + 1), None))
-            self._rows.computed[work.row] += work.new + held
+            accepted = self._chance.randrange(work.gamma + 1)
+            results.append(RowResult(work.gamma, accepted, [0] * (accepted + 1), None))
+            self._state.computed[work.row] += work.new + accepted
         with parts.time("commit"):
             yielded = self._scheduler.commit(plan, requests, RoundResult(plan.number, results, 0.0, 0.0))
-        with parts.time("say what came of it"):
+        with parts.time("build outputs"):
             outputs = [make_output(request, new, row) for (request, new), row in zip(yielded, results, strict=True)]
-        with parts.time("encode that for peers"):
+        with parts.time("encode outputs"):
             self._encoder.encode(outputs)
 
 
@@ -114,8 +116,8 @@ def main() -> None:
     print(f"{arguments.rows} rows of {arguments.context} tokens, gamma {arguments.gamma}, microseconds per round:")
     for part, seconds in parts.seconds.items():
         print(f"  {part:26}{1e6 * seconds:8.0f}")
-    first = "first draft step" if arguments.gamma else "pass over drafts"
-    waited = ("commit", "say what came of it", "plan the round", "patch what a rank knows", first)
+    first = "first draft step" if arguments.gamma else "verify pass"
+    waited = ("commit", "build outputs", "plan the round", "patch the rank's state", first)
     total = sum(parts.seconds[part] for part in waited)
     print(f"  from one round's result to the next one's first kernel: {1e6 * total:.0f}")
 

@@ -17,6 +17,7 @@ from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.plan import RoundPlan, RowWork
 from engine.scheduler.controller import FixedGamma
+from engine.speculation.verify import accept_drafts, commit_tokens
 from engine.worker.profiler import blank_rows
 from engine.worker.resolve import resolve
 from kernels.attention.base import AttentionBackend, AttentionBatch
@@ -100,7 +101,7 @@ class TimedOps:
         with self._clock.time("norms"):
             return self._inner.norm(x, delta, weight, eps)
 
-    def rotary(
+    def rotate_and_cache(
         self,
         qkv: Tensor,
         rotary: tuple[Tensor, Tensor],
@@ -110,7 +111,7 @@ class TimedOps:
         norms: tuple[Tensor, Tensor, float] | None,
     ) -> Tensor:
         with self._clock.time("rotation, KV write"):
-            return self._inner.rotary(qkv, rotary, positions, slots, kv, norms)
+            return self._inner.rotate_and_cache(qkv, rotary, positions, slots, kv, norms)
 
     def sample(
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
@@ -122,15 +123,15 @@ class TimedOps:
         self, tokens: Tensor, computed: Tensor, row_spans: Tensor, drafted: Tensor, chosen: Tensor, most: int
     ) -> Tensor:
         with self._clock.time("verdict"):
-            return self._inner.accept(tokens, computed, row_spans, drafted, chosen, most)
+            return (self._inner.accept or accept_drafts)(tokens, computed, row_spans, drafted, chosen, most)
 
     def commit(self, tokens: Tensor, computed: Tensor, row_spans: Tensor, verdict: Tensor) -> None:
         with self._clock.time("verdict"):
-            self._inner.commit(tokens, computed, row_spans, verdict)
+            (self._inner.commit or commit_tokens)(tokens, computed, row_spans, verdict)
 
-    def votes(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
-        with self._clock.time("votes"):
-            return self._inner.votes(q, k, scale, candidates=candidates, kernel=kernel)
+    def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+        with self._clock.time("SnapKV scores"):
+            return self._inner.snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         with self._clock.time("merging"):

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bench.corpus import BenchError
-from engine.batch.rows import RoundBatch, RowState
+from engine.batch.round_batch import RoundBatch
+from engine.batch.row_state import RowState
 from engine.config.deployment import ConfigError, EngineConfig, describe
 from engine.params import SamplingParams
 from engine.plan import PageDelta, RoundPlan, RowStart, RowWork
@@ -157,16 +158,20 @@ class Panel:
         self._drafters = drafters
         self.proposed: list[list[Tensor]] = [[] for _ in drafters]
 
-    def propose(self, rows: RoundBatch) -> Tensor:
-        for drafter, proposed in zip(self._drafters, self.proposed, strict=True):
-            drafter.propose(rows)
-            if rows.gamma_max:
-                proposed.append(rows.drafts())
-        return torch.zeros_like(rows.gamma_asked)
-
-    def observe(self, rows: RoundBatch, verdict: Verdict) -> None:
+    def start(self, start: RowStart) -> None:
         for drafter in self._drafters:
-            drafter.observe(rows, verdict)
+            drafter.start(start)
+
+    def propose(self, batch: RoundBatch) -> Tensor:
+        for drafter, proposed in zip(self._drafters, self.proposed, strict=True):
+            drafter.propose(batch)
+            if batch.gamma_max:
+                proposed.append(batch.read_drafts())
+        return torch.zeros_like(batch.gamma_device)
+
+    def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
+        for drafter in self._drafters:
+            drafter.observe(batch, verdict)
 
 
 @torch.inference_mode()
@@ -193,12 +198,12 @@ def measure(
         raise BenchError(f"{length} tokens of context and text, but the model has {target.config.max_model_len}")
     texts = seeded(prompts, sampling)
     row_width = -(-length // config.cache.page_size)
-    rows = RowState(max_rows=len(texts), max_model_len=length, page_size=config.cache.page_size, device=target.device)
+    state = RowState(max_rows=len(texts), max_model_len=length, page_size=config.cache.page_size, device=target.device)
     group = Group.single()
     vocab = VocabShard(target.vocab_start, target.vocab_size, target.config.vocab_size, group)
-    sampler = Sampler(rows, vocab, target.ops)
+    sampler = Sampler(state, vocab, target.ops)
     config = config.model_copy(update={"cuda_graphs": False})  # every way would capture its own
-    runner = make_target(config, target, rows, len(texts) * row_width)
+    runner = make_target(config, target, state, len(texts) * row_width)
 
     @cache
     def draft_model(directory: str) -> DraftModel:
@@ -213,15 +218,17 @@ def measure(
     drafters = []
     for way in ways:
         draft = DraftModel() if way.draft == "self" else draft_model(way.draft)
-        runner, drafter = make_drafter(way.config(config, gamma), runner, rows, sampler, group, draft)
+        runner, drafter = make_drafter(way.config(config, gamma), runner, state, sampler, group, draft)
         drafters.append(drafter)
     panel = Panel(drafters)
 
     def step(work: list[RowWork], start: RowStart | None = None, pages: Sequence[PageDelta] = ()) -> None:
         if start is not None:
             sampler.start(start)
+            panel.start(start)
         plan = RoundPlan(0, [start] if start else [], list(pages), work)
-        run_round(rows.enter(plan), runner, panel, sampler)
+        state.apply(plan)
+        run_round(RoundBatch(state, plan), runner, panel, sampler)
 
     chunk = config.scheduler.max_batch_tokens
     for row, (prompt, params) in enumerate(texts):
@@ -233,13 +240,13 @@ def measure(
             pages = []
     for computed in range(context, context + rounds * stride + gamma):
         drafts = gamma if computed < context + rounds * stride and (computed - context) % stride == 0 else 0
-        # What a draft model has not seen: the prompt at first, then what was written since it drafted.
-        unseen = computed if computed == context else gamma
-        catch_up = unseen if drafts and unseen > 1 else 0
+        # A draft model lacks the prompt at first, then the tokens since it last drafted.
+        lag = computed if computed == context else gamma
+        catch_up = lag if drafts and lag > 1 else 0
         step([RowWork(row, computed, 1, drafts, True, catch_up) for row in range(len(texts))])
 
     # Round i drafted for the positions from context + 1 + i * stride on.
-    written = rows.tokens[:, context + 1 :].long().unfold(1, gamma, stride)[:, :rounds]  # [texts, rounds, gamma]
+    written = state.tokens[:, context + 1 :].long().unfold(1, gamma, stride)[:, :rounds]  # [texts, rounds, gamma]
     results = []
     for way, proposed in zip(ways, panel.proposed, strict=True):
         accepted = (torch.stack(proposed, 1) == written).cumprod(-1).sum(-1)

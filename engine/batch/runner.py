@@ -34,9 +34,7 @@ class Runner:
     def forward(self, inputs: ForwardBatch) -> Tensor:
         """Logits of the positions asked for: [n, this rank's vocabulary]. Writes the inputs' KV."""
         if self.query_capture is not None and self.query_capture.capturing:
-            logits = self.model.forward(inputs, self.pool, self.query_capture)
-            self.query_capture.capture_nothing()
-            return logits
+            return self.model.forward(inputs, self.pool, self.query_capture)
         if self.graphs is not None and (logits := self.graphs.forward(inputs)) is not None:
             return logits
         return self.model.forward(inputs, self.pool, self.attention)

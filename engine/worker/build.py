@@ -95,7 +95,7 @@ def make_drafter(
         return target, SharedDrafts(drafter, group) if is_shared else drafter or NoDrafter()
     model = drafting_model(config, target.model, draft) or target.model
     if isinstance(settings.kv, SnapKVConfig):
-        cache = DraftCache(settings, target.model, target.pool, state, target.attention)
+        cache = DraftCache(settings, target.model, target.pool, state, target.query_capture or target.attention)
         runner = Runner(model, cache.pool, _exact(model, state.page_size), cache.view)
         runner, graphs = _with_graphs(config, runner, sampler, _width(settings.kv, state))
         return replace(target, query_capture=cache.query_capture), SelfDrafter(runner, sampler, cache, graphs=graphs)

@@ -9,7 +9,8 @@ from kernels.kv_cache import LayerKV
 
 
 class QueryCapture:
-    """Any backend; copies the queries named to `capture` out of the next forward, in every layer."""
+    """Any backend, another capture included; copies the queries named to `capture` out of the next forward, in every
+    layer."""
 
     def __init__(self, inner: AttentionBackend, queries: Tensor) -> None:
         """queries: [layers, places, heads, head_dim], where captured queries go."""
@@ -28,7 +29,8 @@ class QueryCapture:
     @property
     def capturing(self) -> bool:
         """Whether queries of the next forward are kept. Such a forward cannot be replayed from a graph."""
-        return self._captured is not None
+        within = isinstance(self._inner, QueryCapture) and self._inner.capturing
+        return within or self._captured is not None
 
     def plan(self, batch: AttentionBatch) -> None:
         self._inner.plan(batch)
@@ -38,4 +40,6 @@ class QueryCapture:
         if self._captured is not None:
             index, places = self._captured
             self._queries[layer.index, places] = q[index]
+            if layer.index == len(self._queries) - 1:
+                self._captured = None
         return self._inner.run(layer, q, scale)

@@ -100,7 +100,7 @@ def test_the_pool_takes_what_is_left(model: Llama) -> None:
     assert 0 < memory.running < memory.total
     assert 0 < memory.used < memory.total
     sizes = dataclasses.replace(resolve(config, model), num_pages=None)
-    assert determine_num_pages(config, sizes, model, Group.single()) == sizes.most
+    assert determine_num_pages(config, sizes, model, Group.single()) == sizes.max_pages
 
 
 def test_the_default_model_follows_the_law() -> None:

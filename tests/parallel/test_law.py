@@ -82,7 +82,7 @@ def test_a_rank_that_disagrees_is_an_error(kind: str, named: str) -> None:
         engine.add(AddRequest("x", [5, 6, 7], SamplingParams(max_tokens=50, ignore_eos=True)))
         for _ in range(5):
             engine.step()
-        getattr(ranks.workers[2]._rows, kind)[9, ...] += 1  # of a row slot that nothing runs in
+        getattr(ranks.workers[2]._state, kind)[9, ...] += 1  # of a row slot that nothing runs in
         with pytest.raises(RankFailure, match=f"rank 2 and rank 0 disagree about {named} after round 6"):
             engine.step()
         with pytest.raises(RankFailure, match="disagree"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch.rows import RoundBatch
+from engine.batch.round_batch import RoundBatch
 from engine.messages import RETRY_MEMORY, RequestOutput
 from engine.speculation.verify import Verdict
 from engine.worker.worker import Worker
@@ -74,8 +74,8 @@ class Shortage:
         drafter = worker._drafter
         observe = drafter.observe
 
-        def watched(rows: RoundBatch, verdict: Verdict) -> None:
-            observe(rows, verdict)
+        def watched(batch: RoundBatch, verdict: Verdict) -> None:
+            observe(batch, verdict)
             self._at(rank, "end")
 
         drafter.observe = watched  # type: ignore[method-assign]

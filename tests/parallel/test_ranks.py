@@ -279,7 +279,7 @@ def test_a_start_that_fails_when_all_ranks_are_ready(
         ready.extend(psutil.Process().children())
         raise failed
 
-    monkeypatch.setattr("engine.core.recall", lambda key: None)
+    monkeypatch.setattr("engine.core.load_profile", lambda key: None)
     monkeypatch.setattr("engine.core.profile", profile)
     with pytest.raises(failed) as caught:
         start(random_dir, 2, speculation={"gamma": "auto", "kv": {"budget": 16, "sink": 4}})

@@ -12,11 +12,11 @@ import torch
 
 from bench.gpu import __main__ as gpu
 from bench.gpu.gpu_rounds import Bench, _covered
-from bench.gpu.synthetic import accepting
+from bench.gpu.synthetic import synthetic_acceptance
 from bench.micro.bandwidth import copy_bandwidth
 from bench.micro.host import Host
 from engine.speculation.round import run_round
-from engine.worker.worker import worker
+from engine.worker import worker
 from kernels.reference_ops import REFERENCE
 from models.shapes import SHAPES
 from tests.support.engines import TINY
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_left_out() -> None:
 
 def test_engines_know_of_no_chance() -> None:
     assert vars(worker)["run_round"] is run_round
-    with accepting(0.5):
+    with synthetic_acceptance(0.5):
         assert vars(worker)["run_round"] is not run_round
     assert vars(worker)["run_round"] is run_round
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.batch.rows import RoundBatch
+from engine.batch.round_batch import RoundBatch
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.plan import RowStart
 from engine.scheduler.stats import acceptance_rate
 from engine.speculation.verify import Verdict
 from engine.worker.build import dense
@@ -160,13 +161,16 @@ class Silent:
     def __init__(self, placed: int) -> None:
         self._placed = placed
 
-    def propose(self, rows: RoundBatch) -> Tensor:
-        for step in range(min(self._placed, rows.gamma_max)):
-            _, decisions = rows.draft_batch(step, dense(rows.state))
-            rows.place_drafts(decisions, torch.full_like(decisions.position, 7 + step))
-        return rows.gamma_asked.clamp(max=self._placed)
+    def start(self, start: RowStart) -> None:
+        pass
 
-    def observe(self, rows: RoundBatch, verdict: Verdict) -> None:
+    def propose(self, batch: RoundBatch) -> Tensor:
+        for step in range(min(self._placed, batch.gamma_max)):
+            _, samples = batch.draft_inputs(step, dense(batch.state))
+            batch.place_drafts(samples, torch.full_like(samples.position, 7 + step))
+        return batch.gamma_device.clamp(max=self._placed)
+
+    def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
         pass
 
 

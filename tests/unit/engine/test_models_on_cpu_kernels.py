@@ -16,7 +16,7 @@ from engine.config.deployment import ConfigError
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.worker.kernels import choose_ops
-from engine.worker.profiler import keep, recall
+from engine.worker.profiler import load_profile, save_profile
 from kernels.cpu.compiler import KernelsUnavailable
 from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig
@@ -200,8 +200,8 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
         choose_ops("cpu", CPU, torch.bfloat16)
     with pytest.raises(FileNotFoundError, match="set HOME or XDG_CACHE_HOME"):
         default_model_dir()
-    assert recall("a") is None
-    keep("a", [])
+    assert load_profile("a") is None
+    save_profile("a", [])
     assert "the profile cannot be kept" in caplog.messages[-1]
 
 

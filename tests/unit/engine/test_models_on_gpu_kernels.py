@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.batch.forward_graphs import row_counts
+from engine.batch.forward_graphs import graph_row_counts
 from engine.core import Engine
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
@@ -190,7 +190,7 @@ def test_plans_of_captured_attention_stand_where_they_stood() -> None:
         ours.plan(AttentionBatch([5, 4], [9, 9], torch.zeros(2, 3, dtype=torch.int64)))
 
 
-def test_row_counts() -> None:
-    assert row_counts(1) == [1]
-    assert row_counts(6) == [1, 2, 4, 6]
-    assert row_counts(100) == [1, 2, 4, 8, 16, 32, 64, 96, 100]
+def test_graph_row_counts() -> None:
+    assert graph_row_counts(1) == [1]
+    assert graph_row_counts(6) == [1, 2, 4, 6]
+    assert graph_row_counts(100) == [1, 2, 4, 8, 16, 32, 64, 96, 100]

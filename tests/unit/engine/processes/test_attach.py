@@ -19,20 +19,21 @@ from engine.params import SamplingParams
 from engine.processes.client import EngineClient, EngineDead
 from engine.processes.endpoint import EndpointError, claim, remove
 from server.cli.serve import serve
-from tests.support.fake_engine import ROOT, SLOW, expected
+from tests.support.fake_engine import SLOW, expected
+from tests.support.paths import ROOT
 
 CODE = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from engine.config import EngineConfig
+from engine.config.deployment import EngineConfig
 from engine.processes.endpoint import claim
 from engine.processes.engine_server import serve
 from tests.support.fake_engine import FakeEngine
-leash, held = os.pipe()
+parent_fd, held = os.pipe()
 signal.signal(signal.SIGTERM, lambda *_: os.close(held))
 claim(Path(sys.argv[1]))
-sys.exit(serve(lambda: FakeEngine(EngineConfig(model=sys.argv[2])), Path(sys.argv[1]), leash, alone=True))
+sys.exit(serve(lambda: FakeEngine(EngineConfig(model=sys.argv[2])), Path(sys.argv[1]), parent_fd, alone=True))
 """
 
 

@@ -159,7 +159,7 @@ def test_masks_behind_drafts(directory: Path) -> None:
     assert allowed(made.masks(1, [])) == [{2}]
     assert allowed(grammars(directory, 'start: "a" ("b" | "c") "a"', [a, c]).masks(1, [])) == [{a}]
     made.start(RowStart(1, [7], 1, SamplingParams(), []))
-    assert not made.bound.any()
+    assert not made.constrained.any()
 
 
 def test_a_grammar_that_fails_ends_its_request(directory: Path, caplog: pytest.LogCaptureFixture) -> None:

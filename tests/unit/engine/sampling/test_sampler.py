@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.batch.rows import RowState, SamplePositions
+from engine.batch.round_batch import SamplePositions
+from engine.batch.row_state import RowState
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RowStart

@@ -12,7 +12,7 @@ from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult
-from engine.worker.worker import nothing
+from engine.worker.worker import noop
 from tests.support.engines import complete, run, tiny_engine, tiny_model, tokens
 
 PROMPT = [2 + 7 * i % 60 for i in range(90)]
@@ -38,7 +38,7 @@ def watched(engine: Engine) -> dict[int, int]:
     found: dict[int, int] = {}
     execute = engine._worker.execute
 
-    def execute_and_look(plan: RoundPlan, meanwhile: Callable[[], None] = nothing) -> RoundResult:
+    def execute_and_look(plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
         found.update({start.row: start.computed for start in plan.starts if start.shared})
         return execute(plan, meanwhile)
 

@@ -200,9 +200,9 @@ def test_snapkv_copies_what_the_last_queries_attend_to(prompt: int, batch_tokens
         stored = cache.pool.layer(index)
         pages = cache.view.page_table[request.row]
         for head in range(TINY.num_kv_heads):
-            for part in range(2):
-                held = stored[part][pages[: count // page], head].flatten(0, 1)
-                torch.testing.assert_close(held, keys[part, head, best[head]])
+            for part, whole in zip((stored.k, stored.v), keys, strict=True):
+                copied = part[pages[: count // page], head].flatten(0, 1)
+                torch.testing.assert_close(copied, whole[head, best[head]])
         for position in np.arange(first_recent, prompt).tolist():
-            held = stored[0][pages[position // page], :, position % page]
-            torch.testing.assert_close(held, keys[0, :, position])
+            copied = stored.k[pages[position // page], :, position % page]
+            torch.testing.assert_close(copied, keys[0, :, position])

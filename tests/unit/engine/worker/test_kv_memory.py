@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.config.deployment import ConfigError, EngineConfig
-from engine.worker.kv_memory import DeviceMemory, determine_num_pages, run_once
+from engine.worker.kv_memory import DeviceMemory, determine_num_pages, run_largest_round
 from engine.worker.resolve import Resolved, resolve
 from models.llama import Llama
 from parallel.group import Group
@@ -75,5 +75,5 @@ def test_the_largest_round_runs(monkeypatch: pytest.MonkeyPatch, tokens: int) ->
         return logits(self, states)
 
     monkeypatch.setattr(Llama, "logits", watched)
-    run_once(config, tiny_model())
+    run_largest_round(config, tiny_model())
     assert asked == [min(tokens, config.scheduler.max_rows * (config.speculation.max_draft_tokens + 1))]

@@ -12,10 +12,9 @@ import pytest
 from engine.config.deployment import EngineConfig
 from engine.control.step_times import StepSample
 from engine.params import SamplingParams
-from engine.worker import consistency
+from engine.worker import consistency, worker
 from engine.worker.profiler import _path, load_profile, profile_key, save_profile
 from engine.worker.resolve import resolve
-from engine.worker.worker import worker
 from models.config import ModelConfig
 from tests.support.engines import TINY, complete, tiny_engine, tiny_model
 from tests.support.ranks import DRAFT, write_random_model
