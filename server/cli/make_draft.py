@@ -12,7 +12,7 @@ import typer
 def make_draft(
     dst: Annotated[Path, typer.Argument(help="The directory to create.")],
     model: Annotated[str, typer.Option(help="The target: a model directory, or `default`.")] = "default",
-    save_profile: Annotated[
+    keep: Annotated[
         int | None, typer.Option(min=1, help="How many layers to keep; two thirds if nothing is said.")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="The layers to keep, from 0, comma-separated.")] = None,
@@ -27,7 +27,7 @@ def make_draft(
 
     Which ones is measured: layers are left out one by one, always the one whose absence changes predictions least.
     """
-    if layers is not None and (save_profile is not None or spread or text is not None):
+    if layers is not None and (keep is not None or spread or text is not None):
         raise typer.BadParameter("it already says which layers to keep", param_hint="--layers")
     if spread and text is not None:
         raise typer.BadParameter("nothing is measured", param_hint="--spread")
@@ -40,7 +40,7 @@ def make_draft(
     src = resolve_model(model)
     count = read_config(src).num_layers
     check_destination(src, dst, force)
-    wanted = save_profile or -(-2 * count // 3)
+    wanted = keep or -(-2 * count // 3)
     evenly(count, wanted)  # raises for more than there are
     if layers is not None:
         kept = [_number(part.strip()) for part in layers.split(",")]
@@ -57,7 +57,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _measured(src: Path, save_profile: int, text: Path | None, tokens: int) -> list[int]:
+def _measured(src: Path, keep: int, text: Path | None, tokens: int) -> list[int]:
     from bench.corpus import passages, read_text
     from engine.config.deployment import EngineConfig
     from engine.worker.loading import load_target
@@ -70,4 +70,4 @@ def _measured(src: Path, save_profile: int, text: Path | None, tokens: int) -> l
     target = load_target(EngineConfig(model=str(src)), progress=sys.stderr.isatty())
     count = max(1, tokens // 128)
     texts = passages(Tokenizer(src), read_text(text), count=count, length=tokens // count)
-    return choose_layers(target, texts, save_profile, progress)
+    return choose_layers(target, texts, keep, progress)

@@ -15,8 +15,8 @@ from bench.gpu.gpu_rounds import Bench, _covered
 from bench.gpu.synthetic import synthetic_acceptance
 from bench.micro.bandwidth import copy_bandwidth
 from bench.micro.host import Host
-from engine.speculation.round import run_round
-from engine.worker import worker
+from engine.speculation import round as round_module
+from engine.speculation.verify import verify
 from kernels.reference_ops import REFERENCE
 from models.shapes import SHAPES
 from tests.support.engines import TINY
@@ -64,10 +64,10 @@ def test_what_does_not_fit_is_left_out() -> None:
 
 
 def test_engines_know_of_no_chance() -> None:
-    assert vars(worker)["run_round"] is run_round
+    assert vars(round_module)["verify"] is verify
     with synthetic_acceptance(0.5):
-        assert vars(worker)["run_round"] is not run_round
-    assert vars(worker)["run_round"] is run_round
+        assert vars(round_module)["verify"] is not verify
+    assert vars(round_module)["verify"] is verify
 
 
 def test_covered() -> None:
@@ -107,11 +107,11 @@ def test_what_a_device_waits_for(gamma: int) -> None:
     parts = Host(3, 40, gamma, 32, 30).run().seconds
     assert set(parts) - {"first draft step", "further draft steps"} == {
         "plan the round",
-        "patch what a rank knows",
-        "pass over drafts",
+        "patch the rank's state",
+        "verify pass",
         "commit",
-        "say what came of it",
-        "encode that for peers",
+        "build outputs",
+        "encode outputs",
     }
     assert ("further draft steps" in parts) == (gamma > 1)
     assert all(seconds > 0 for seconds in parts.values())

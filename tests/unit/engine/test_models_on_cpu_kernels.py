@@ -202,7 +202,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
         default_model_dir()
     assert load_profile("a") is None
     save_profile("a", [])
-    assert "the profile cannot be kept" in caplog.messages[-1]
+    assert "the profile cannot be saved" in caplog.messages[-1]
 
 
 def test_which_kernels_serve_on_gpus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
