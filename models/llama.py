@@ -1,11 +1,12 @@
-"""The decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3), one rank's shard of it."""
+"""The decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3): one rank's shard."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,21 +24,21 @@ from parallel.layers import (
     RMSNorm,
     RowLinear,
     VocabEmbedding,
-    WeightSlot,
 )
+from parallel.module import Module
 from parallel.split import HeadSplit, split, split_heads
 
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """What all layers of one forward share. rotary: cosines and sines of all positions. attention: planned."""
+    """Inputs shared by all layers of one forward. rotary: cosines and sines of all positions. attention: planned."""
 
     batch: ForwardBatch
     rotary: tuple[Tensor, Tensor]
     attention: AttentionBackend
 
 
-class Attention:
+class Attention(Module):
     """Self-attention of one layer: this rank's heads, summed over ranks by the output projection."""
 
     def __init__(self, prefix: str, config: ModelConfig, mine: HeadSplit, place: Placement) -> None:
@@ -67,38 +68,18 @@ class Attention:
         self._scale = head_dim**-0.5
         self._ops = place.ops
 
-    def weight_slots(self) -> Iterator[WeightSlot]:
-        yield from self._qkv.weight_slots()
-        yield from self._out.weight_slots()
-        if self._q_norm and self._k_norm:
-            yield from self._q_norm.weight_slots()
-            yield from self._k_norm.weight_slots()
-
-    def prepare(self, int8: bool) -> None:
-        self._qkv.prepare(int8)
-        self._out.prepare(int8)
-
-    @property
-    def nbytes(self) -> int:
-        return self._qkv.nbytes + self._out.nbytes
-
-    def quantized(self) -> Attention:
-        twin = copy.copy(self)
-        twin._qkv, twin._out = self._qkv.quantized(), self._out.quantized()
-        return twin
-
-    def __call__(self, x: Tensor, step: LayerInputs, kv: LayerKV) -> Tensor:
+    def __call__(self, x: Tensor, inputs: LayerInputs, kv: LayerKV) -> Tensor:
         """x: [tokens, hidden_size]. Returns the same shape."""
         norms = None
         if self._q_norm and self._k_norm:
             norms = self._q_norm.weight, self._k_norm.weight, self._q_norm.eps
         qkv = self._qkv.project(x)
-        q = self._ops.rotate_and_cache(qkv, step.rotary, step.batch.positions, step.batch.slots, kv, norms)
-        o, _ = step.attention.run(kv, q, self._scale)
+        q = self._ops.rotate_and_cache(qkv, inputs.rotary, inputs.batch.positions, inputs.batch.slots, kv, norms)
+        o, _ = inputs.attention.run(kv, q, self._scale)
         return self._out(o.flatten(1))
 
 
-class MLP:
+class MLP(Module):
     """The gated feed-forward network of one layer."""
 
     def __init__(self, prefix: str, config: ModelConfig, place: Placement) -> None:
@@ -109,30 +90,13 @@ class MLP:
             f"{prefix}.down_proj", inner, config.hidden_size, mine=mine, bias=config.mlp_bias, place=place
         )
 
-    def weight_slots(self) -> Iterator[WeightSlot]:
-        yield from self._gate_up.weight_slots()
-        yield from self._down.weight_slots()
-
-    def prepare(self, int8: bool) -> None:
-        self._gate_up.prepare(int8)
-        self._down.prepare(int8)
-
-    @property
-    def nbytes(self) -> int:
-        return self._gate_up.nbytes + self._down.nbytes
-
-    def quantized(self) -> MLP:
-        twin = copy.copy(self)
-        twin._gate_up, twin._down = self._gate_up.quantized(), self._down.quantized()
-        return twin
-
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, hidden_size]; returns the same shape."""
         return self._down(self._gate_up(x))
 
 
-class DecoderLayer:
-    """Attention and MLP, each behind a norm, which first adds to the residual stream what came before it."""
+class DecoderLayer(Module):
+    """Attention and MLP. The norm before each of them first adds the previous output to the residual stream."""
 
     def __init__(self, prefix: str, config: ModelConfig, mine: HeadSplit, place: Placement) -> None:
         hidden, eps = config.hidden_size, config.rms_norm_eps
@@ -141,40 +105,24 @@ class DecoderLayer:
         self._mlp_norm = RMSNorm(f"{prefix}.post_attention_layernorm", hidden, eps=eps, place=place)
         self._mlp = MLP(f"{prefix}.mlp", config, place)
 
-    def weight_slots(self) -> Iterator[WeightSlot]:
-        for part in (self._input_norm, self._attention, self._mlp_norm, self._mlp):
-            yield from part.weight_slots()
-
-    def prepare(self, int8: bool) -> None:
-        self._attention.prepare(int8)
-        self._mlp.prepare(int8)
-
-    @property
-    def nbytes(self) -> int:
-        return self._attention.nbytes + self._mlp.nbytes
-
-    def quantized(self) -> DecoderLayer:
-        twin = copy.copy(self)
-        twin._attention, twin._mlp = self._attention.quantized(), self._mlp.quantized()
-        return twin
-
-    def __call__(self, x: Tensor, delta: Tensor | None, step: LayerInputs, kv: LayerKV) -> Tensor:
-        """x: [tokens, hidden_size], the residual stream, changed in place. delta: what the layer before adds to it.
-        Returns what this one adds to it.
+    def __call__(self, x: Tensor, delta: Tensor | None, inputs: LayerInputs, kv: LayerKV) -> Tensor:
+        """x: [tokens, hidden_size], the residual stream, changed in place. delta: the previous layer's output, still to
+        be added. Returns this layer's output.
         """
-        delta = self._attention(self._input_norm(x, delta), step, kv)
+        delta = self._attention(self._input_norm(x, delta), inputs, kv)
         return self._mlp(self._mlp_norm(x, delta))
 
 
-class Llama:
-    """One rank's shard of a decoder. Its weights are uninitialised until every slot of `weight_slots()` is filled; then
-    it wants `prepare`. vocab_start, vocab_size: the logits this rank computes are those of tokens vocab_start …
-    vocab_start + vocab_size - 1. heads, kv_heads: this rank's. kv_heads, head_dim, num_layers: what its KV pool holds.
+class Llama(Module):
+    """One rank's shard of a decoder. Fill every slot of `weight_slots()` and call `prepare()` before anything else.
+
+    vocab_start, vocab_size: this rank computes the logits of tokens vocab_start … vocab_start + vocab_size - 1.
+    heads, kv_heads: this rank's. kv_heads, head_dim, num_layers: sizes of its KV pool.
     rotary: cosines and sines of all positions, each [positions, head_dim / 2].
     """
 
     def __init__(self, config: ModelConfig, place: Placement, max_positions: int | None = None) -> None:
-        """max_positions: run at more positions than the model was made for (a draft model, whose mistakes only cost
+        """max_positions: run at more positions than the model was made for (for a draft model, whose mistakes cost only
         time). Raises ModelError when the model cannot be split over that many ranks.
         """
         self.config = config
@@ -199,53 +147,37 @@ class Llama:
             device=self.device,
         )
         self._int8 = False
-        self._twin: Llama | None = None
+        self._twin: tuple[Self, ...] = ()  # the model in 8 bits, once made; in a tuple, since it is no child
 
     def with_layers(self, layers: Sequence[int]) -> Llama:
-        """The model that is left with these of its layers, in this order; it shares their weights."""
+        """The model with only these of its layers, in this order; it shares their weights."""
         left = copy.copy(self)
-        left._twin = None
+        left._twin = ()
         left.config = dataclasses.replace(self.config, num_layers=len(layers))
         left.num_layers, left._layers = len(layers), [self._layers[i] for i in layers]
         return left
 
-    def weight_slots(self) -> Iterator[WeightSlot]:
-        yield from self._embedding.weight_slots()
-        for layer in self._layers:
-            yield from layer.weight_slots()
-        yield from self._norm.weight_slots()
-        yield from self._head.weight_slots()
-
-    def prepare(self, int8: bool = False) -> None:
-        """All slots are filled: get ready to compute. int8: with matrices rounded to 8 bits; see kernels.ops."""
-        for layer in self._layers:  # one after the other, so that little is in memory twice
-            layer.prepare(int8)
-        self._head.prepare(int8)
-        self._int8 = int8
-
-    @property
-    def matrix_bytes(self) -> int:
-        """What the matrices take; a forward reads all of them."""
-        return self._head.nbytes + sum(layer.nbytes for layer in self._layers)
-
     @property
     def table_bytes(self) -> int:
-        """What the embedding takes beside them; a forward reads a few rows of it."""
+        """Bytes of the embedding, where the head has its own weights; a forward reads a few rows of it."""
         return 0 if self._head.shares else self._embedding.weight.nbytes
 
-    def quantized(self) -> Llama:
-        """The model with matrices of 8 bits, sharing all else; made once. Itself, if it has them."""
+    def prepare(self, int8: bool = False) -> None:
+        super().prepare(int8)
+        self._int8 = int8
+
+    def quantized(self) -> Self:
+        """The model with matrices of 8 bits, sharing all else; made once. Itself, if it has them already."""
         if self._int8:
             return self
-        if self._twin is None:
-            twin = copy.copy(self)
-            twin._layers, twin._head = [layer.quantized() for layer in self._layers], self._head.quantized()
+        if not self._twin:
+            twin = super().quantized()
             twin._int8 = True
-            self._twin = twin
-        return self._twin
+            self._twin = (twin,)
+        return self._twin[0]
 
     def make_pool(self, num_pages: int, page_size: int) -> KVPool:
-        """For its KV; with the scratch page that graphs need, where there are graphs."""
+        """A pool for this model's KV, with the scratch page that graphs need, where there are graphs."""
         return KVPool(
             num_layers=self.num_layers,
             num_pages=num_pages,
@@ -268,19 +200,20 @@ class Llama:
         return self.logits(self.states(batch, pool, attention, batch.logit_index))
 
     def states(
-        self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend, asked: Tensor | None = None
+        self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend, index: Tensor | None = None
     ) -> Tensor:
-        """As `forward`, up to what `logits` are made of: [n, hidden_size]. attention: planned for the batch. asked: [n]
-        int64, of which tokens; None: of all."""
-        step = LayerInputs(batch, self.rotary, attention)
+        """Run `forward` up to the final hidden states, [n, hidden_size]. attention: planned for the batch. index: [n]
+        int64, the tokens whose states are wanted; None: all."""
+        inputs = LayerInputs(batch, self.rotary, attention)
         x, delta = self._embedding(batch.token_ids), None
-        for index, layer in enumerate(self._layers):
-            delta = layer(x, delta, step, pool.layer(index))
-        if asked is not None:
-            x, delta = x[asked], None if delta is None else delta[asked]
+        for number, layer in enumerate(self._layers):
+            delta = layer(x, delta, inputs, pool.layer(number))
+        if index is not None:
+            x, delta = x[index], None if delta is None else delta[index]
         return self._norm(x, delta)
 
     def logits(self, states: Tensor) -> Tensor:
+        """states: [n, hidden_size]. Returns [n, this rank's vocabulary]."""
         return self._head(states)
 
 

@@ -16,7 +16,8 @@ from models.config import ModelConfig, ModelError, read_config, read_json
 from models.llama import Llama
 from models.weights import opened, weight_files
 from parallel.group import Group
-from parallel.layers import Placement, WeightSlot
+from parallel.layers import Placement
+from parallel.module import WeightSlot
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -1,15 +1,12 @@
-"""Layers that hold one rank's share of their weights, each declaring which part where it allocates it.
+"""Layers that hold one rank's share of their weights. Each declares its share where it allocates it.
 
-Every layer has `weight_slots()`: the storage it wants filled and where in a checkpoint the content stands. Loading a
-model is copying `checkpoint[slot.source][slot.index]` into `slot.tensor` for each slot; nothing else knows
-how weights are sharded. Storage is uninitialised until then.
+`weight_slots()` lists the storage to fill and its place in a checkpoint. Loading a model is copying
+`checkpoint[slot.source][slot.index]` into `slot.tensor` for each slot; nothing else knows how weights are sharded.
+Storage is uninitialised until then. After `prepare()` the slots are gone, unless the device multiplies by the storage
+itself.
 
-`prepare(int8)` follows, once: matrices go into the form in which their device multiplies by them (kernels.ops), rounded
-to 8 bits if so asked. Only then can a layer be called; its slots are gone, unless the device multiplies by what was
-filled. `rounded()` is the same layer with matrices of 8 bits, sharing all else; `nbytes` what matrices take.
-
-Activations are [tokens, features]. Between layers they are whole on every rank; inside a column-row pair
-(q/k/v and o, gate/up and down) each rank holds its own features.
+Activations are [tokens, features]. Between layers they are whole on every rank; inside a column-row pair (q/k/v and o,
+gate/up and down) each rank holds its own features.
 """
 
 from __future__ import annotations
@@ -26,12 +23,13 @@ from torch import Tensor
 from kernels.ops import Linear, Ops
 from kernels.reference_ops import REFERENCE
 from parallel.group import Group
+from parallel.module import Module, WeightSlot
 from parallel.split import HeadSplit, Range, split
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model's layers live, and what computes there."""
+    """Group, dtype, device and arithmetic of a model's layers."""
 
     group: Group
     dtype: torch.dtype
@@ -40,21 +38,6 @@ class Placement:
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSlot:
-    """Storage for this rank's part of one checkpoint tensor.
-
-    tensor: the storage, of shape `full_shape` cut by `index`; often a view into fused storage.
-    source: the checkpoint tensor's name; no two slots of a model share one.
-    index: one slice per dimension.
-    """
-
-    tensor: Tensor
-    source: str
-    full_shape: tuple[int, ...]
-    index: tuple[slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,28 +54,27 @@ class Columns:
         return size
 
 
-class _LinearLayer:
-    """A layer that is one product; its subclasses say which slots fill it."""
+class _LinearLayer(Module):
+    """A layer that is one matrix product; subclasses list the slots that fill it."""
 
     def __init__(
         self, rows: int, columns: int, *, bias: bool, place: Placement, gated: bool = False, wide: bool = False
     ) -> None:
-        """rows: output features of this rank. gated, wide: see Ops.linear."""
+        """rows: output features of this rank. columns: input features. gated, wide: see Ops.linear."""
         self._place, self._gated, self._wide = place, gated, wide
         self._weight: Tensor | None = place.empty(rows, columns)
         self._bias = place.empty(rows) if bias else None
-        self._added = self._bias  # by the product itself
+        self._fused_bias = self._bias  # added by the product itself
         self._linear: Linear | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The storage, [rows, columns], while there is one."""
-        assert self._weight is not None, "packed: no storage is left"
+        """The storage, [rows, columns]; there is none once the device has its own copy."""
+        assert self._weight is not None, "prepared: no storage is left"
         return self._weight
 
     def prepare(self, int8: bool = False) -> None:
-        """Multiply by what storage holds, from here on."""
-        linear = self._place.ops.linear(self.weight, self._added, gated=self._gated, wide=self._wide)
+        linear = self._place.ops.linear(self.weight, self._fused_bias, gated=self._gated, wide=self._wide)
         self._linear = linear.quantized() if int8 else linear
         if not self._linear.keeps_weights:
             self._weight = None
@@ -103,12 +85,12 @@ class _LinearLayer:
         return twin
 
     @property
-    def nbytes(self) -> int:
+    def matrix_bytes(self) -> int:
         return self.linear.nbytes
 
     @property
     def linear(self) -> Linear:
-        assert self._linear is not None, "not packed yet"
+        assert self._linear is not None, "not prepared yet"
         return self._linear
 
 
@@ -196,7 +178,7 @@ class RowLinear(_LinearLayer):
         self._name, self._shape, self._mine = name, (out_features, in_features), mine
         super().__init__(out_features, mine.stop - mine.start, bias=bias, place=place)
         if place.group.size > 1:
-            self._added = None  # but after the sum over ranks: once, not once per rank
+            self._fused_bias = None  # added after the sum over ranks: once, not once per rank
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         rows = slice(0, self._shape[0])
@@ -212,7 +194,7 @@ class RowLinear(_LinearLayer):
         return y if self._bias is None else y.add_(self._bias)
 
 
-class RMSNorm:
+class RMSNorm(Module):
     """Root-mean-square norm over the last dimension, whole on every rank; computed in float32 or wider."""
 
     def __init__(self, name: str, size: int, *, eps: float, place: Placement) -> None:
@@ -224,11 +206,11 @@ class RMSNorm:
         yield WeightSlot(self.weight, f"{self._name}.weight", shape, (slice(0, shape[0]),))
 
     def __call__(self, x: Tensor, delta: Tensor | None) -> Tensor:
-        """x: [tokens, size], to which delta is added in place, if there is one. Returns the norm of that."""
+        """Add delta, if there is one, to x [tokens, size] in place. Returns the norm of the sum."""
         return self._ops.norm(x, delta, self.weight, self.eps)
 
 
-class VocabEmbedding:
+class VocabEmbedding(Module):
     """Token embeddings, sharded by token id."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, *, place: Placement) -> None:
@@ -259,25 +241,23 @@ class LMHead(_LinearLayer):
     def __init__(
         self, name: str, vocab_size: int, hidden_size: int, *, tied: VocabEmbedding | None, place: Placement
     ) -> None:
-        """tied: the embedding whose weight is also the head's; the head then has no storage and no slots of
-        its own.
-        """
+        """tied: the embedding whose weight is also the head's; the head then has no storage and no slots of its own."""
         self.vocab: Range = tied.vocab if tied else split(vocab_size, place.group.size)[place.group.rank]
         self._name, self._shape = name, (vocab_size, hidden_size)
-        self._tied = tied is not None
+        self._is_tied = tied is not None
         super().__init__(0 if tied else self.vocab.size, hidden_size, bias=False, place=place, wide=True)
         if tied:
             self._weight = tied.weight
 
     def weight_slots(self) -> Iterator[WeightSlot]:
-        if not self._tied:
+        if not self._is_tied:
             index = (self.vocab.slice(), slice(0, self._shape[1]))
             yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, index)
 
     @property
     def shares(self) -> bool:
-        """Whether it reads the embedding itself."""
-        return self._tied and self.linear.keeps_weights
+        """Whether the head multiplies by the embedding's own storage."""
+        return self._is_tied and self.linear.keeps_weights
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, hidden_size], whole. Returns [tokens, this rank's vocabulary], float32 or wider."""

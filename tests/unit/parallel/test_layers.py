@@ -15,7 +15,8 @@ from models.config import ModelConfig, ModelError
 from models.llama import Llama
 from models.loader import random_model
 from parallel.group import Group
-from parallel.layers import ColumnLinear, Columns, LMHead, Placement, RowLinear, VocabEmbedding, WeightSlot
+from parallel.layers import ColumnLinear, Columns, LMHead, Placement, RowLinear, VocabEmbedding
+from parallel.module import WeightSlot
 from parallel.split import split
 from tests.support.rig import CPU, PagedRows, run_ranks
 
