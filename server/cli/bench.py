@@ -122,7 +122,7 @@ def acceptance(
     it would be served.
     """
     contexts, budgets = options.counts(context, "--context"), options.counts(budget, "--budget")
-    recents, reselects = options.counts(recent, "--recent"), options.counts(reselect, "--reselect", least=0)
+    recents, reselects = options.counts(recent, "--recent"), options.counts(reselect, "--reselect", minimum=0)
     policies = options.names(policy, ACCEPTANCE_POLICIES, "--policy")
     verifications = options.names(verification, ("coupled", "rejection"), "--verification") if verification else []
     drawn = [_sampling(part.strip()) for part in sampling.split(",")]
