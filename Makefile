@@ -7,7 +7,9 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Marks of what is installed: what serving needs, and what developing needs besides.
 INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
 
 CONFIG := configs/cpu.yaml
 HOST :=
@@ -15,15 +17,19 @@ PORT :=
 MODEL :=
 ARGS :=
 SETTINGS = --config $(CONFIG) $(if $(MODEL),--model '$(MODEL)')
+PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Test processes, one per core; those of one file, and all of e2e, run in one process.
+WORKERS := $(shell nproc 2>/dev/null || echo 2)
+PYTEST = $(BIN)/python -m pytest tests/e2e tests/parallel tests/unit -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help setup model serve test lint format typecheck bench bench-compare test-gpu bench-gpu clean
+.PHONY: help setup setup-dev model serve test test-all lint format typecheck bench bench-compare test-gpu bench-gpu clean
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Variables: CONFIG (deployment, $(CONFIG)), MODEL (directory), HOST, PORT, ARGS (more flags)."
 
-setup: $(INSTALLED) ## Create .venv with the pinned dependencies
+setup: $(INSTALLED) ## Create .venv with what serving needs
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@python=; for name in python3.13 python3.12 python3.11 python3; do \
@@ -34,34 +40,53 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    echo "error: $$python cannot create environments; on Debian and Ubuntu install python3-venv" >&2; exit 1; }; \
 	echo "setting up $(VENV) (the first time takes minutes)"; \
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,convert]'
+	@$(PIP) -e .
 	@$(BIN)/magicdec kernels >/dev/null
 	@touch $@
 
+setup-dev: $(INSTALLED_DEV) ## Add what tests, checks and benchmarks need
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# Converting takes packages that serving does not: where they are missing, they go into an environment on top of .venv
+# that is removed afterwards.
 model: $(INSTALLED) ## Download and convert the default model, once per user
-	@$(BIN)/magicdec fetch
+	@if $(BIN)/python -c 'import sys; from models import default as d; sys.exit(not d.is_model_dir(d.default_model_dir()))'; \
+	then exit; fi; \
+	if $(BIN)/python -c 'import gguf, transformers' 2>/dev/null; then exec $(BIN)/magicdec fetch; fi; \
+	top=$$(mktemp -d); trap 'rm -rf "$$top"' EXIT; \
+	$(BIN)/python -m venv --without-pip "$$top"; \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$(echo "$$top"/lib/python*/site-packages)/below.pth"; \
+	$(PIP) --python "$$top/bin/python" '.[convert]'; \
+	"$$top/bin/magicdec" fetch
 
 serve: $(INSTALLED) $(if $(MODEL),,model) ## Serve the API on http://127.0.0.1:8000
 	@exec $(BIN)/magicdec serve $(SETTINGS) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(ARGS)
 
-test: $(INSTALLED) model ## Run all tests that need no GPU
-	@$(BIN)/python -m pytest tests/unit tests/parallel tests/e2e $(ARGS)
+test: $(INSTALLED_DEV) model ## Run the tests that need no GPU
+	@$(PYTEST) $(ARGS)
 
-lint: $(INSTALLED) ## Check style
+test-all: $(INSTALLED_DEV) model ## Run them with all cases, and more random examples
+	@$(PYTEST) --hypothesis-profile=all $(ARGS)
+
+lint: $(INSTALLED_DEV) ## Check style
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-format: $(INSTALLED) ## Put style right where that can be done by machine
+format: $(INSTALLED_DEV) ## Put style right where that can be done by machine
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-typecheck: $(INSTALLED) ## Check types
+typecheck: $(INSTALLED_DEV) ## Check types
 	@$(BIN)/mypy
 
-bench: $(INSTALLED) $(if $(MODEL),,model) ## Measure decoding with and without speculation
+bench: $(INSTALLED_DEV) $(if $(MODEL),,model) ## Measure decoding with and without speculation
 	@$(BIN)/magicdec bench decode $(SETTINGS) $(ARGS)
 
-bench-compare: $(INSTALLED) $(if $(MODEL),,model) ## Measure other engines beside this one, by turns
+bench-compare: $(INSTALLED_DEV) $(if $(MODEL),,model) ## Measure other engines beside this one, by turns
 	@$(BIN)/python -m bench.peers.compare $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 test-gpu: gpu ## Run the tests that need a CUDA device
@@ -74,7 +99,7 @@ bench-gpu: gpu ## Measure rounds of large models, with random weights, on a CUDA
 GPU_PYTHON := $(BIN)/python
 
 .PHONY: gpu
-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED_DEV))
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	    echo "error: no CUDA device is present" >&2; exit 1; }
 

@@ -1,4 +1,4 @@
-"""What tests of every kind share."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -7,21 +7,48 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-from models.default import default_model_dir, is_model_dir
+from models.default import default_model_dir, is_model_dir, user_cache
+from tests.support.paths import ROOT
+from tests.support.profiles import ALL, FAST
 
 # Before any test module imports torch: threads that sleep, not spin, where several processes share few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-_DEFAULT_MODEL = default_model_dir()
-_CACHE = tempfile.TemporaryDirectory(prefix="tests-cache-")
-# What engines keep for their next start is not for the user's.
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+def _private_cache() -> tempfile.TemporaryDirectory[str]:
+    """A cache folder with the user's models and compiled kernels, and nothing else: profiles that engines save are not
+    the user's. Kernels that tests compile stay with the user, under the hash of their source."""
+    cache = tempfile.TemporaryDirectory(prefix="tests-cache-")
+    folder = Path(cache.name) / "magicdec"
+    folder.mkdir()
+    for name in ("models", "kernels"):
+        (user_cache() / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(user_cache() / name)
+    return cache
+
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the variable
+    _CACHE = _private_cache()
+    os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+settings.register_profile(FAST, deadline=None, derandomize=True, database=None)
+settings.register_profile(ALL, deadline=None)
+settings.load_profile(FAST)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep the tests of a file in one process, for its fixtures; and all of e2e, whose servers must not disturb each
+    other."""
+    inside = item.path.relative_to(ROOT).parts
+    item.add_marker(pytest.mark.xdist_group("e2e" if inside[1] == "e2e" else "/".join(inside)))
 
 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
     """The default model's directory."""
-    if not is_model_dir(_DEFAULT_MODEL):
-        pytest.fail(f"the default model is not in {_DEFAULT_MODEL}: run `make model`", pytrace=False)
-    return _DEFAULT_MODEL
+    directory = default_model_dir()
+    if not is_model_dir(directory):
+        pytest.fail(f"the default model is not in {directory.resolve()}: run `make model`", pytrace=False)
+    return directory

@@ -54,7 +54,8 @@ async def complete(http: httpx.AsyncClient, wanted: dict[str, Any]) -> tuple[str
 
 
 def connected(server: Server) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None)
+    # Shorter than the server keeps idle connections: a request on one that it has just closed would fail.
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
     return httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S * 2, limits=limits)
 
 

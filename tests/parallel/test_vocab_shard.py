@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from parallel.group import Group
 from parallel.split import split
 from parallel.vocab_shard import VocabShard
+from tests.support.profiles import examples
 from tests.support.rig import run_ranks
 
 
@@ -41,7 +42,7 @@ def choose(
 
 
 @given(data=st.data(), size=st.sampled_from([2, 3, 5]), dtype=st.sampled_from([torch.float32, torch.float64]))
-@settings(max_examples=60, deadline=None)
+@examples(30, 120)
 def test_slices_choose_as_one(data: st.DataObject, size: int, dtype: torch.dtype) -> None:
     """Few distinct logits, so that ties stand at every cut, and on several ranks."""
     total = data.draw(st.integers(size, 24))
@@ -76,7 +77,7 @@ def test_slices_choose_as_one(data: st.DataObject, size: int, dtype: torch.dtype
 
 
 @given(seed=st.integers(0, 1000), size=st.sampled_from([2, 4]))
-@settings(max_examples=20, deadline=None)
+@examples(10, 40)
 def test_few_candidates_decide_as_all_do(seed: int, size: int) -> None:
     """With a top-k, what is exchanged grows with k, not with the vocabulary; the cut is that of the whole rows."""
     generator = torch.Generator().manual_seed(seed)

@@ -107,6 +107,12 @@ def tokens(outputs: Sequence[RequestOutput]) -> list[int]:
     return [token for output in outputs for token in output.tokens]
 
 
+def complete_all(engine: Engine, requests: Sequence[AddRequest]) -> dict[str, list[int]]:
+    """Output tokens by request. On an engine without speculation this is the oracle of the law: test_law shows that
+    each gets what it gets alone."""
+    return {id: tokens(outputs) for id, outputs in run(engine, requests).items()}
+
+
 def complete(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> list[int]:
     """The output tokens of one request, alone."""
     return tokens(run(engine, [AddRequest("alone", list(prompt), params)])["alone"])

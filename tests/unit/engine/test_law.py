@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,7 +20,8 @@ from engine.scheduler.stats import acceptance_rate
 from engine.speculation.verify import Verdict
 from engine.worker.build import dense
 from models.llama import Llama
-from tests.support.engines import complete, run, tiny_engine, tiny_model, tokens
+from tests.support.engines import complete, complete_all, run, tiny_engine, tiny_model, tokens
+from tests.support.profiles import examples
 from tests.support.workloads import EDGES, SAMPLING, prompt_of
 
 
@@ -48,7 +49,7 @@ def model() -> Llama:
         max_size=7,
     ),
 )
-@settings(max_examples=60, deadline=None)
+@examples(25, 120)
 def test_speculation_never_changes_output(
     gamma: int,
     page_size: int,
@@ -79,9 +80,9 @@ def test_speculation_never_changes_output(
         if leave is not None:
             leaves[str(i)] = leave
     outputs = run(engine, requests, joins=joins, leaves=leaves)
+    oracle = complete_all(plain, requests)
     for request in requests:
-        expected = complete(plain, request.prompt, request.params)
-        got = tokens(outputs[request.id])
+        expected, got = oracle[request.id], tokens(outputs[request.id])
         if request.id in leaves:
             assert got == expected[: len(got)]
         else:
@@ -118,7 +119,7 @@ def test_budget_covering_the_context_accepts_everything() -> None:
 
 
 @given(pages=st.integers(35, 60), gamma=st.integers(0, 4), seed=st.integers(0, 50))
-@settings(max_examples=25, deadline=None)
+@examples(12, 50)
 def test_preemption_changes_nothing(pages: int, gamma: int, seed: int) -> None:
     """A pool too small for the batch: rows are preempted, recomputed, and end with the same tokens."""
     cache = {"num_pages": pages, "memory_gb": 1.0}
@@ -133,9 +134,18 @@ def test_preemption_changes_nothing(pages: int, gamma: int, seed: int) -> None:
         )
         for i in range(6)
     ]
-    outputs = run(engine, requests)
-    for request in requests:
-        assert tokens(outputs[request.id]) == complete(plain, request.prompt, request.params)
+    assert complete_all(engine, requests) == complete_all(plain, requests)
+
+
+def test_a_batch_gives_each_row_what_it_gets_alone() -> None:
+    """Without speculation; so the other tests may take a batch for their oracle."""
+    engine = tiny_engine(model(), gamma=0)
+    requests = [
+        AddRequest(str(i), prompt_of(EDGES[i], i), SamplingParams(max_tokens=30, seed=i, **sampling))
+        for i, sampling in enumerate(SAMPLING)
+    ]
+    alone = {request.id: complete(engine, request.prompt, request.params) for request in requests}
+    assert complete_all(engine, requests) == alone
 
 
 def test_that_pool_does_preempt() -> None:

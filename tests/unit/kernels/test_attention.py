@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention, merge_segments
 from kernels.kv_cache import LayerKV, write_kv
+from tests.support.profiles import examples
 from tests.support.rig import pool_layer
 
 
@@ -40,7 +41,7 @@ def one_query(layer: LayerKV, q: Tensor, pages: Tensor, visible: int, scale: flo
     per_head=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@examples(40, 120)
 def test_equals_written_out(
     rows: list[tuple[int, int]], page_size: int, kv_heads: int, group: int, per_head: bool, seed: int
 ) -> None:
@@ -98,7 +99,7 @@ def test_half_precision_pool_loses_only_its_own_rounding(dtype: torch.dtype) -> 
 
 
 @given(cut=st.integers(0, 63), seed=st.integers(0, 100))
-@settings(max_examples=20, deadline=None)
+@examples(20, 40)
 def test_disjoint_segments_merge_by_log_sum_exp(cut: int, seed: int) -> None:
     torch.manual_seed(seed)
     layer = pool_layer(8, 2, 8, 4, torch.float64)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from kernels.kv_cache import write_kv
 from kernels.noise import gumbel_noise
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from models.default import user_cache
+from tests.support.profiles import examples
 from tests.support.rig import pool_layer
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -51,7 +52,7 @@ def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(20, 80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_attention(
     kernels: CpuKernels,
     rows: list[tuple[int, int]],

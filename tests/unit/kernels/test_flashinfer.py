@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from engine.messages import AddRequest
@@ -23,6 +23,7 @@ from models.loader import random_model
 from parallel.group import Group
 from tests.support import fake_flashinfer
 from tests.support.engines import TINY, run, tiny_engine, tokens
+from tests.support.profiles import examples
 from tests.support.rig import CPU, pool_layer
 
 PAGES = 23
@@ -76,7 +77,7 @@ def check(
     per_head=st.booleans(),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(15, 50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_the_oracle(
     rows: list[tuple[int, int]], page_size: int, kv_heads: int, group: int, per_head: bool, seed: int
 ) -> None:

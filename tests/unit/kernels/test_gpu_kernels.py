@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from kernels.noise import noise_bits
 from kernels.reference_ops import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from kernels.snapkv import snapkv_scores
+from tests.support.profiles import examples
 from tests.support.rig import pool_layer
 from tests.support.verdicts import DecidedRound, rounds
 
@@ -109,7 +110,7 @@ INT64 = st.integers(-(2**63), 2**63 - 1)
     start=st.integers(0, 2**20),
     size=st.integers(1, 5000),
 )
-@settings(max_examples=20, deadline=None)
+@examples(10, 40)
 def test_noise_has_the_integers_of_its_definition(rows: list[tuple[int, int]], start: int, size: int) -> None:
     seeds, positions = torch.tensor(rows, device=DEVICE).unbind(1)
     seeds, positions = seeds.contiguous(), positions.contiguous()
@@ -175,7 +176,7 @@ def test_sample_of_what_is_impossible_or_not_a_number(size: int) -> None:
     span=st.sampled_from([64, 4096]),
     dtype=st.sampled_from(DTYPES),
 )
-@settings(max_examples=12, deadline=None)
+@examples(6, 24)
 def test_votes(
     queries: int, before: int, kv_heads: int, group: int, head_dim: int, kernel: int, span: int, dtype: torch.dtype
 ) -> None:
@@ -191,7 +192,7 @@ def test_votes(
 
 
 @given(round_=rounds())
-@settings(max_examples=25, deadline=None)
+@examples(12, 50)
 def test_accept_and_commit(round_: DecidedRound) -> None:
     tokens, computed, row_spans = (part.to(DEVICE) for part in round_.copy())
     drafted, chosen = round_.drafted.to(DEVICE), round_.chosen.to(DEVICE)
@@ -221,7 +222,7 @@ def test_accept_and_commit(round_: DecidedRound) -> None:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=30, deadline=None)
+@examples(15, 60)
 def test_attention(
     rows: list[tuple[int, int]],
     page_size: int,
@@ -283,7 +284,7 @@ def test_attention_ignores_what_is_not_there(span: int) -> None:
 
 
 @given(queries=st.lists(st.integers(1, 40), min_size=1, max_size=12))
-@settings(max_examples=100, deadline=None)
+@examples(50, 200)
 def test_tiles_hold_every_query_once(queries: list[int]) -> None:
     counts = torch.tensor(queries)
     tiles = lay_tiles(counts, counts, torch.zeros(len(queries), 3, dtype=torch.int64), sum(queries))

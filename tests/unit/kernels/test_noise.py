@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.noise import gumbel_noise, noise_bits
+from tests.support.profiles import examples
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -34,7 +35,7 @@ def written_out(seed: int, position: int, token: int) -> int:
 
 
 @given(seed=INT64, position=st.integers(0, 2**31), token=st.integers(0, 2**20))
-@settings(max_examples=200, deadline=None)
+@examples(100, 400)
 def test_integers_equal_their_definition(seed: int, position: int, token: int) -> None:
     bits = noise_bits(torch.tensor([seed]), torch.tensor([position]), token, token + 1)
     assert int(bits[0, 0]) & 0xFFFFFFFF == written_out(seed, position, token)
@@ -45,7 +46,7 @@ def test_integers_equal_their_definition(seed: int, position: int, token: int) -
     count=st.integers(1, 5000),
     rows=st.lists(st.integers(0, 6), min_size=1, max_size=6),
 )
-@settings(max_examples=50, deadline=None)
+@examples(25, 100)
 def test_a_tokens_noise_does_not_depend_on_batch_or_shard(start: int, count: int, rows: list[int]) -> None:
     seeds = torch.tensor([3, -9, 2**40, 0, 3, 5, 2**62])
     positions = torch.tensor([0, 7, 7, 12, 1, 100_000, 3])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.loader import load_model
 from parallel.group import Group
+from tests.support.profiles import is_all
 from tests.support.rig import PagedRows
 
 CPU = torch.device("cpu")
@@ -182,7 +183,29 @@ QUESTIONS = [
     "The mitochondrion is",
     "友達と一緒に",
 ]  # fmt: skip
-TOPIC_LENGTHS = [1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129, 200, 333, 334, 1000, 4000]
+TOPIC_LENGTHS = [
+    1,
+    2,
+    3,
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    47,
+    63,
+    64,
+    65,
+    100,
+    127,
+    128,
+    129,
+    200,
+    333,
+    334,
+    *([1000, 4000] if is_all() else [700]),
+]
 NEW_TOKENS = 16
 CHUNK = 333
 
@@ -212,7 +235,7 @@ def comparisons(model_dir: Path) -> list[Comparison]:
     pages = sorted(topics.values(), key=len)[-len(TOPIC_LENGTHS) :]
     book = tokenizer.encode("\n".join(topics[name] for name in sorted(topics))).ids
     prompts += [
-        (book if length > 1000 else tokenizer.encode(page).ids)[:length]
+        (book if length > 500 else tokenizer.encode(page).ids)[:length]
         for page, length in zip(pages, TOPIC_LENGTHS, strict=True)
     ]
     assert [len(prompt) for prompt in prompts[len(QUESTIONS) :]] == TOPIC_LENGTHS
@@ -261,7 +284,7 @@ def test_default_model_logits(comparisons: list[Comparison]) -> None:
 
 @pytest.mark.timeout(1200)  # the fixture's work: a minute of two idle cores
 def test_default_model_greedy_text(comparisons: list[Comparison]) -> None:
-    assert len(comparisons) >= 30
+    assert len(comparisons) >= 29
     for result in comparisons:
         expected = result.theirs[-NEW_TOKENS:].argmax(-1).tolist()
         assert result.generated == expected, f"prompt of {len(result.prompt)} tokens"

@@ -484,7 +484,8 @@ LOOPS = "{% for i in range(99999) %}"
 def test_a_template_that_fails_is_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
 ) -> None:
-    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    if "seconds" in reason:
+        monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     write_tokenizer(tmp_path, chat_template=template)
 
     async def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.control.acceptance import AcceptanceEstimates, AcceptanceRecord
@@ -18,6 +18,7 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
 from engine.scheduler.request import Request
+from tests.support.profiles import examples
 
 BUDGET = 512
 GAMMA_MAX = 6
@@ -247,7 +248,7 @@ def test_reckoning() -> None:
     contexts=st.lists(st.integers(1, 100000), min_size=40, max_size=40),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=30, deadline=None)
+@examples(15, 60)
 def test_any_batch_is_answered(rows: int, contexts: list[int], seed: int) -> None:
     rng = random.Random(seed)
     load = Load(Machine(), contexts[:rows], [rng.random() for _ in range(rows)], seed=seed)

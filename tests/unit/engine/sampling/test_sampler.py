@@ -23,6 +23,7 @@ from models.config import ModelConfig
 from parallel.group import Group
 from parallel.vocab_shard import VocabShard
 from tests.support.engines import run, tiny_engine, tiny_model, tokens
+from tests.support.profiles import examples
 
 VOCAB = 12
 
@@ -93,7 +94,7 @@ TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=6)
     drafts=st.lists(st.integers(0, VOCAB - 1), max_size=4),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=200, deadline=None)
+@examples(100, 400)
 def test_every_parameter_means_its_definition(
     fields: dict[str, Any], prompt: list[int], output: list[int], drafts: list[int], seed: int
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.messages import AddRequest
@@ -15,6 +15,7 @@ from engine.scheduler.controller import FixedGamma
 from engine.scheduler.pages import PageAllocator
 from engine.scheduler.request import Request
 from engine.scheduler.scheduler import QueueFull, RequestError, Scheduler
+from tests.support.profiles import examples
 
 EOS = 0
 
@@ -121,7 +122,7 @@ class RankExecutor:
     max_rows=st.integers(1, 6),
     draft_kv=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@examples(75, 300)
 def test_random_admit_accept_reject_abort_preempt(
     seed: int, page_size: int, gamma: int, spare: int, max_rows: int, draft_kv: bool
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from kernels.kv_cache import LayerKV, write_kv
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from kernels.snapkv import snapkv_scores
 from tests.support.engines import TINY, tiny_engine, tiny_model
+from tests.support.profiles import examples
 from tests.support.rig import PagedRows
 from tests.support.workloads import prompt_of
 
@@ -57,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     queries=st.integers(1, 3),
     pages=st.integers(2, 6),
 )
-@settings(max_examples=40, deadline=None)
+@examples(20, 80)
 def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queries: int, pages: int) -> None:
     lengths = [max(length, queries) for length in lengths]
     rotary = rotary_tables(rotary_frequencies(DIM, 10000.0), 100, dtype=torch.float64, device=torch.device("cpu"))
@@ -94,7 +95,7 @@ def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queri
 @given(
     rows=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=4), budget=st.integers(1, 50)
 )
-@settings(max_examples=40, deadline=None)
+@examples(20, 80)
 def test_top_k_keeps_the_keys_with_most_attention(rows: list[tuple[int, int]], budget: int) -> None:
     lengths = [max(rows[i]) for i in range(len(rows))]
     queries = [min(rows[i]) for i in range(len(rows))]
