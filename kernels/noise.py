@@ -23,7 +23,7 @@ _CPU_BLOCK = 1 << 17  # elements per block, so that the dozen passes over a bloc
 
 
 def _shift_right(x: Tensor, bits: int, width: int) -> Tensor:
-    """Logical right shift of signed integers of `width` bits."""
+    """Shift signed integers of `width` bits right, filling with zeros."""
     return (x >> bits) & ((1 << (width - bits)) - 1)
 
 

@@ -18,7 +18,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the host, after the work enqueued on its device so far.
+    """Start copying a tensor to the host, after the work enqueued on its device so far.
 
     Returns a function that waits for the copy, but not for work enqueued later, and returns the copy.
     """

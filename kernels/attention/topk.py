@@ -13,7 +13,7 @@ from kernels.kv_cache import LayerKV
 
 
 class TopKAttention:
-    """Softmax, per query and KV head, over the `budget` keys with most of the attention of the query's heads."""
+    """Softmax, per query and KV head, over the `budget` keys to which the KV head's query heads attend most."""
 
     def __init__(self, page_size: int, budget: int) -> None:
         self._page_size = page_size

@@ -52,7 +52,7 @@ def _commit_kernel(
     most: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Commit a row's chosen tokens. One program per row of the round."""
+    """Commit a row's verdict. One program per row of the round."""
     at = tl.program_id(0).to(tl.int64)
     row = tl.load(row_spans + at * 4)
     length = tl.load(computed + row) + tl.load(row_spans + at * 4 + 1)

@@ -20,7 +20,7 @@ from kernels.transfer import send
 
 SPAN = 256
 """Smallest number of KV slots for a program of its own."""
-_PROGRAMS = 512  # lists are split to at most this many programs: a few per multiprocessor
+_PROGRAMS = 512  # lists are not split beyond this many programs: a few per multiprocessor
 _SPANS = 64  # largest number that one program merges
 _SLOTS = 64  # KV slots scored at a time
 

@@ -58,7 +58,7 @@ class GpuGraphs:
 
 
 class GpuOps:
-    """See kernels.ops.Ops. torch's BLAS computes products; Triton the rest, with attention optionally by FlashInfer."""
+    """See kernels.ops.Ops. BLAS computes products; Triton, or FlashInfer for attention, computes the rest."""
 
     def __init__(self, workspace: Tensor | None = None, recorder: Recorder | None = None) -> None:
         """workspace: FlashInfer's (see kernels.attention.flashinfer.make_workspace), for float16 and bfloat16 models

@@ -12,7 +12,7 @@ namespace magicdec {
 
 constexpr int ROW_CHUNK = 96;  // rows whose input stays in the L2 cache while all weights are read
 
-// Rows in the layout that tiles read: the caller's memory if it has that layout, else a copy.
+// Rows of `words` words in the layout that tiles read: the caller's memory if it has that layout, else a copy.
 struct Rows {
   const uint32_t* data;
   size_t stride;

@@ -49,8 +49,8 @@ MAGICDEC_INLINE void with_rows(int rows, F&& f) {
   f(Count<MAX>{});
 }
 
-// Returns the height of the tile that begins at `row`. `rows` rows are cut into as few tiles of nearly equal height as
-// `most`, the largest height, allows.
+// Returns the height of the tile that begins at `row`, if `rows` rows are cut into the fewest tiles of at most `most`
+// rows and of nearly equal height.
 MAGICDEC_INLINE int tile_height(int rows, int row, int most) {
   const int tiles = (rows + most - 1) / most;
   const int height = rows / tiles, taller = rows % tiles;  // the first `taller` tiles have one more
