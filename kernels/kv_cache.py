@@ -1,4 +1,4 @@
-"""The KV pool: all pages of one model on one rank, and writing to it."""
+"""KV pool: all pages of one model on one rank, and writes to them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """One layer's pages: k and v, each [pages, kv_heads, page_size, head_dim]. index: of the layer in its pool.
+    """One layer's pages. k, v: [pages, kv_heads, page_size, head_dim]. index: position of the layer in its pool.
 
-    Heads stand outside slots so that the pool is also [pages * kv_heads, 1, page_size, head_dim]: a page list per KV
-    head is then an ordinary page list, and one head's page is contiguous memory.
+    Heads come before slots so that the pool can also be viewed as [pages * kv_heads, 1, page_size, head_dim]: a page
+    list per KV head is then an ordinary page list, and one head's page is contiguous memory.
     """
 
     k: Tensor
@@ -24,8 +24,10 @@ class LayerKV:
 
 
 class KVPool:
-    """Fixed-address storage for `num_pages` pages in every layer, and perhaps one more, `scratch`, which is nobody's:
-    what is written there is read by nobody. Knows bytes, not owners: see PageAllocator."""
+    """Fixed-address storage for `num_pages` pages in every layer. PageAllocator tracks the owners of pages.
+
+    scratch: index of an optional extra page without an owner; data written there is never used.
+    """
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class KVPool:
         scratch: bool = False,
     ) -> None:
         shape = (num_layers, 2, num_pages + scratch, kv_heads, page_size, head_dim)
-        # Zeroed so that slots nobody has written hold finite numbers: a masked NaN would still poison a product.
+        # Zeroed so that unwritten slots hold finite numbers: a masked NaN would still poison a product.
         self.data = _zeros(shape, dtype, device)
         self.num_pages = num_pages
         self.scratch = num_pages if scratch else None
@@ -51,20 +53,20 @@ class KVPool:
         return self._layers[index]
 
     def clear(self, pages: list[int]) -> None:
-        """Fill pages with zeros, in every layer. On a CPU this also makes their memory real."""
+        """Zero pages in every layer. On a CPU this also makes the system commit their memory."""
         self.data[:, :, pages] = 0
 
     @staticmethod
     def bytes_per_token(*, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """KV bytes that one token takes on this rank, all layers."""
+        """Return the KV bytes of one token on this rank, over all layers."""
         return 2 * num_layers * kv_heads * head_dim * dtype.itemsize
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU, memory that the system commits as pages of it are first written: an idle pool takes none."""
+    """Allocate zeros. On a CPU the system commits memory when it is first written, so an idle pool takes none."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros come from calloc; torch's are written.
+    # numpy allocates zeros with calloc; torch writes them.
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 

@@ -1,12 +1,12 @@
 """Counter-based Gumbel noise: a pure function of (seed, position, token id).
 
-No generator carries state, so the noise of one token is the same on every rank and in every batch - which is what lets
-a draft and its target draw with common random numbers, and N ranks each add their own slice. Its integers are the same
-on every device too; the logarithms taken of them may differ between devices in the last bit.
+There is no generator state, so the noise of a token is the same on every rank and in every batch. A draft and its
+target can therefore draw with common random numbers, and each of N ranks can add its own slice. The integers are
+identical on every device; their logarithms may differ between devices in the last bit.
 
-Integers: a row's (seed, position) is mixed to 64 bits by the SplitMix64 finaliser (Steele, Lea & Flood, 2014); each
-token id is then mixed with both halves of that key by two rounds of a 32-bit xorshift-multiply hash. All arithmetic is
-modulo 2^32 or 2^64, hence bit-identical wherever it runs.
+Integers: the SplitMix64 finaliser (Steele, Lea & Flood, 2014) mixes a row's (seed, position) to a 64-bit key. Two
+rounds of a 32-bit xorshift-multiply hash then mix each token id with both halves of that key. All arithmetic is modulo
+2^32 or 2^64, hence bit-identical everywhere.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _MIX_64 = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # 0xBF58476D1CE4E5B9, 0x94
 _GOLDEN_32 = -0x61C8864F  # 0x9E3779B1 as a signed 32-bit number
 _MIX_32 = (0x7FEB352D, -0x7B935975)  # 0x7FEB352D, 0x846CA68B
 _BELOW_ONE = 1.0 - 2.0**-24
-_CPU_BLOCK = 1 << 17  # elements worked on at a time, so that the dozen passes over them stay in cache
+_CPU_BLOCK = 1 << 17  # elements per block, so that the dozen passes over a block stay in cache
 
 
 def _shift_right(x: Tensor, bits: int, width: int) -> Tensor:
-    """Logical right shift of signed integers of `width` bits."""
+    """Shift signed integers of `width` bits right, filling with zeros."""
     return (x >> bits) & ((1 << (width - bits)) - 1)
 
 
@@ -34,7 +34,7 @@ def _mix_64(x: Tensor) -> Tensor:
 
 
 def _mix_32_(x: Tensor) -> Tensor:
-    """In place: this runs over rows * vocabulary."""
+    """Mix in place, because x has rows * vocabulary elements."""
     x ^= _shift_right(x, 16, 32)
     x *= _MIX_32[0]
     x ^= _shift_right(x, 15, 32)
@@ -44,7 +44,7 @@ def _mix_32_(x: Tensor) -> Tensor:
 
 
 def noise_bits(seeds: Tensor, positions: Tensor, start: int, stop: int) -> Tensor:
-    """32 random bits per (row, token id).
+    """Generate 32 random bits per (row, token id).
 
     seeds, positions: [rows] int64. start, stop: range of token ids.
     Returns [rows, stop - start] int32.
@@ -58,10 +58,10 @@ def noise_bits(seeds: Tensor, positions: Tensor, start: int, stop: int) -> Tenso
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, start: int, stop: int) -> Tensor:
-    """Standard Gumbel noise G = -log(-log(u)) per (row, token id); arguments as `noise_bits`. Returns float32.
+    """Generate standard Gumbel noise G = -log(-log(u)) per (row, token id). Arguments as in `noise_bits`.
 
-    u is taken as 1 - (bits + 1/2) / 2^32, so that the upper tail - the part that decides an argmax - is resolved with
-    all 32 bits: G reaches 22.9.
+    u = 1 - (bits + 1/2) / 2^32, so that all 32 bits resolve the upper tail, which decides an argmax: G reaches 22.9.
+    Returns [rows, stop - start] float32.
     """
     noise = torch.empty(len(seeds), stop - start, dtype=torch.float32, device=seeds.device)
     rows = len(seeds) if seeds.is_cuda else max(1, _CPU_BLOCK // (stop - start))

@@ -1,6 +1,6 @@
-"""What the layers of a model, and sampling, ask of a device: one interface, a twin for each kind of device.
+"""Device operations of model layers and of sampling: one interface, with an implementation per kind of device.
 
-`kernels.reference_ops` says in plain torch what each of these computes; other twins must agree with it.
+`kernels.reference_ops` defines each operation in plain torch; all other implementations must agree with it.
 """
 
 from __future__ import annotations
@@ -15,63 +15,67 @@ from kernels.kv_cache import LayerKV
 
 
 class Linear(Protocol):
-    """A weight matrix in the form in which a device multiplies by it."""
+    """A weight matrix in the layout that a device multiplies by."""
 
     @property
     def nbytes(self) -> int:
-        """Of memory that it takes."""
+        """Bytes of memory that the matrix takes."""
 
     @property
     def keeps_weights(self) -> bool:
-        """Whether it reads what it was made of, rather than a copy."""
+        """Whether the product reads the tensors it was made from, rather than a copy."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x w^T + bias: [rows, features] to [rows, columns]; see `Ops.linear` for what may come after that."""
+        """Compute x w^T + bias, [rows, features] to [rows, columns], and the epilogue chosen in `Ops.linear`."""
 
     def quantized(self) -> Linear:
-        """The same product with weights of 8 bits, a scale for each column: the column's largest weight is 127.
+        """Return the same product with 8-bit weights and one scale per column: a column's largest weight becomes 127.
 
-        Inputs are rounded to 8 bits too, each row by its largest element; sums are exact.
+        Inputs are rounded to 8 bits too, with one scale per row from its largest element. Sums are exact.
         """
 
 
 class Graphs(Protocol):
-    """Work on a device that is enqueued once, and then replayed as a whole."""
+    """Capture of device work, which is enqueued once and then replayed as a whole."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Do `work`, and return what does it again on the same addresses, in place of a call. `work` must not wait for
-        the device, nor read tensors that are not there any more at a replay."""
+        """Run `work`, and return a function that replays it on the same addresses.
+
+        `work` must not wait for the device, nor read tensors that are freed before a replay.
+        """
 
     def attention(self, page_size: int, head_dim: int, fixed: GraphShape) -> AttentionBackend:
-        """A backend whose runs can be captured. Plans are made outside, and hold for replays."""
+        """Create a backend whose runs can be captured. Plans are made outside a capture and apply to replays."""
 
 
 class Ops(Protocol):
-    """One device's arithmetic, in the dtype of what it is given. Results of a row do not depend on the rows beside it
-    further than the rounding of sums."""
+    """Arithmetic of one device, in the dtype of its inputs. Other rows of a batch affect a row's results only in the
+    rounding of sums."""
 
     @property
     def kind(self) -> str:
-        """Which value of the setting `engine.kernels` asks for it."""
+        """Value of the setting `engine.kernels` that selects this implementation."""
 
     @property
     def name(self) -> str:
-        """What measurements are remembered by: other kernels, another name."""
+        """Key of stored measurements: different kernels have different names."""
 
     @property
     def graphs(self) -> Graphs | None:
-        """What captures this arithmetic; None where that gains nothing."""
+        """Graph capture for this device; None if capturing gains nothing."""
 
     def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> Linear:
-        """May copy the weights, or keep them.
+        """Prepare a weight matrix for products. The result copies the weights or keeps them.
 
-        weight: [columns, features]. bias: [columns]. gated: the first half of the columns are gates of the second, g
-        and u, and silu(g) * u is what comes out. wide: results are float32, or float64 for float64 weights.
+        weight: [columns, features]. bias: [columns]. gated: the first half of the columns are gates g for the second
+        half u, and the result is silu(g) * u. wide: results are float32, or float64 for float64 weights.
         """
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """Add delta to x, in place, and return the root-mean-square norm of that, computed in float32 or wider: all
-        [rows, size] of one dtype."""
+        """Add delta to x in place, and return the root-mean-square norm of the sum, computed in float32 or wider.
+
+        x, delta and the result: [rows, size] of one dtype.
+        """
 
     def rotate_and_cache(
         self,
@@ -82,7 +86,7 @@ class Ops(Protocol):
         kv: LayerKV,
         norms: tuple[Tensor, Tensor, float] | None,
     ) -> Tensor:
-        """Norm queries and keys, if there are norms, rotate both, and write keys and values into the pool.
+        """Normalize queries and keys if there are norms, rotate both, and write keys and values into the pool.
 
         qkv: [tokens, heads + 2 kv_heads, head_dim], changed in place. rotary: cosines and sines of all positions, each
         [positions, head_dim / 2]. positions, slots: [tokens] int64. norms: weights of the norms of queries and of keys,
@@ -92,35 +96,35 @@ class Ops(Protocol):
     def sample(
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
     ) -> tuple[Tensor, Tensor]:
-        """The coupled sampling rule (see kernels.noise): each row's largest logit / temperature + noise, and its id.
+        """Apply the coupled sampling rule (see kernels.noise): each row's largest logit / temperature + noise.
 
-        logits: [rows, size], of the tokens from `first` on; left in any state. temperature: [rows] float64, 0 for the
-        largest logit itself. seeds, positions: [rows] int64. Returns [rows] of the logits' dtype and [rows] int64, the
-        lowest id among equals.
+        logits: [rows, size], of the tokens from `first` on; may be overwritten. temperature: [rows] float64; 0 selects
+        the largest logit. seeds, positions: [rows] int64. Returns the largest values, [rows] of the logits' dtype, and
+        their token ids, [rows] int64, the lowest id among equals.
         """
 
     @property
     def accept(self) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor] | None:
-        """`engine.speculation.verify.accept_drafts` in one launch; None: that function serves.
+        """`engine.speculation.verify.accept_drafts` in one launch; None: use that function.
 
         Takes tokens [max_rows, max_model_len] int32, computed [max_rows] int64, row_spans [rows, 4] int64 (see
         engine.batch.round_batch), drafted [rows] int64, chosen [samples] int64, and the largest number of samples of a
-        row. Returns [rows, 2 + that number] int64: drafted, accepted, and the row's chosen tokens, of which
-        accepted + 1 count; those after are any token. Changes nothing.
+        row. Returns [rows, 2 + that number] int64: drafted, accepted, and the row's chosen tokens. The first
+        accepted + 1 of these are valid; later ones are arbitrary. Modifies no argument.
         """
 
     @property
     def commit(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], None] | None:
-        """`engine.speculation.verify.commit_tokens` in one launch; None: that function serves.
+        """`engine.speculation.verify.commit_tokens` in one launch; None: use that function.
 
-        Takes tokens, computed and row_spans as `accept`, and what that returned; changes tokens and computed.
+        Takes tokens, computed and row_spans as `accept` does, and its result. Modifies tokens and computed.
         """
 
     def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
-        """See kernels.snapkv.snapkv_scores."""
+        """Score keys; see kernels.snapkv.snapkv_scores."""
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """See kernels.attention.reference_attention.merge_segments."""
+        """Merge segments; see kernels.attention.reference_attention.merge_segments."""
 
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
-        """A backend of its own for whoever asks, since it holds a plan."""
+        """Create a backend. Each caller needs its own, because a backend holds a plan."""

@@ -1,4 +1,4 @@
-"""`kernels.ops` in plain torch: any device, any dtype. What every other twin must agree with."""
+"""`kernels.ops` in plain torch, for any device and dtype: the reference for all other implementations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kernels.snapkv import snapkv_scores
 
 
 class ReferenceLinear:
-    """Multiplies by the weights as they are."""
+    """Product with the weights as given."""
 
     keeps_weights = True
 
@@ -41,7 +41,7 @@ class ReferenceLinear:
 
 
 class Int8Linear(ReferenceLinear):
-    """Products of whole numbers, computed in a float type that holds them."""
+    """Product of 8-bit integers, computed in a float type that represents each of them exactly."""
 
     keeps_weights = False
 
@@ -69,7 +69,7 @@ class Int8Linear(ReferenceLinear):
 
 
 class PlainOps:
-    """Of kernels.ops.Ops, what plain torch is good enough for on any CPU."""
+    """Operations of kernels.ops.Ops for which plain torch is good enough on any CPU."""
 
     accept = None
     commit = None
@@ -119,7 +119,7 @@ class ReferenceOps(PlainOps):
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
     ) -> tuple[Tensor, Tensor]:
         last = first + logits.shape[1]
-        if logits.is_cuda:  # which rows are sampled is not asked: the host would have to wait for the answer
+        if logits.is_cuda:  # by mask: selecting the sampled rows would make the host wait for the device
             divided = logits / torch.where(temperature > 0, temperature, 1.0)[:, None].to(logits.dtype)
             noisy = divided + gumbel_noise(seeds, positions, first, last)
             logits = torch.where((temperature > 0)[:, None], noisy, logits)

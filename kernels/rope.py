@@ -2,8 +2,8 @@
 
 Half-rotation layout: element i of a head pairs with element i + head_dim / 2.
 
-Angles, cosines and sines are float32 whatever the model's dtype, also for float64 models: a checkpoint was
-trained with float32 angles, and the difference to exact ones reaches 1e-4 rad at position 4,000.
+Angles, cosines and sines are float32 whatever the model's dtype, including float64: checkpoints are trained with
+float32 angles, which differ from exact ones by up to 1e-4 rad at position 4,000.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def rotary_frequencies(head_dim: int, theta: float) -> Tensor:
-    """Radians per position of each pair: theta^(-2i / head_dim). Returns [head_dim / 2] float32."""
+    """Compute the radians per position of each pair: theta^(-2i / head_dim). Returns [head_dim / 2] float32."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     return torch.reciprocal(theta**exponent)
 
@@ -28,11 +28,10 @@ def llama3_frequencies(
     high_freq_factor: float,
     original_max_positions: int,
 ) -> Tensor:
-    """Llama 3.1's context extension: slow pairs turn `factor` times slower, fast ones stay, a ramp lies
-    between.
+    """Apply Llama 3.1's context extension: divide slow frequencies by `factor`, keep fast ones, interpolate between.
 
-    A pair is slow when it makes less than low_freq_factor turns over original_max_positions, fast when it
-    makes more than high_freq_factor. frequencies: [head_dim / 2] float32; returns the same.
+    A pair is slow if it makes fewer than low_freq_factor turns over original_max_positions, and fast if it makes more
+    than high_freq_factor. frequencies: [head_dim / 2] float32. Returns the same shape and dtype.
     """
     wavelength = 2 * math.pi / frequencies
     turns = original_max_positions / wavelength
@@ -46,10 +45,9 @@ def llama3_frequencies(
 def rotary_tables(
     frequencies: Tensor, max_positions: int, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position: (cos, sin), each [max_positions, head_dim / 2] of `dtype`.
+    """Compute the cosines and sines of every position: (cos, sin), each [max_positions, head_dim / 2] of `dtype`.
 
-    frequencies: [head_dim / 2] float32. Computed on the CPU, so that every device and rank gets the same
-    table.
+    frequencies: [head_dim / 2] float32. The CPU computes the tables, so that every device and rank gets the same ones.
     """
     angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
@@ -58,13 +56,13 @@ def rotary_tables(
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate every head by its token's angles.
 
-    x: [tokens, heads, head_dim], any strides; cos, sin: [tokens, head_dim / 2]. The arithmetic is done in the
-    dtype of the tables. Returns a new contiguous [tokens, heads, head_dim] of x's dtype.
+    x: [tokens, heads, head_dim], any strides. cos, sin: [tokens, head_dim / 2]; their dtype is that of the arithmetic.
+    Returns a new contiguous [tokens, heads, head_dim] of x's dtype.
     """
     wide = x.to(cos.dtype)
     cos, sin = cos[:, None], sin[:, None]
     first, second = wide.chunk(2, dim=-1)
-    # Written half by half into the result: no temporaries, which is what a long prefill chunk would wait for.
+    # Write each half directly into the result: temporaries would slow down a long prefill chunk.
     out = torch.empty(x.shape, dtype=wide.dtype, device=x.device)
     out_first, out_second = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)

@@ -1,4 +1,4 @@
-"""Which keys matter: scores by which a sparse cache chooses what to keep."""
+"""Scores by which a sparse cache chooses the keys to keep."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
-    """How much attention the last queries of a row pay to its earlier keys (SnapKV, arXiv 2404.14469, section 4).
+    """Score a row's earlier keys by the attention of its last queries (SnapKV, arXiv 2404.14469, section 4).
 
-    The queries' softmax over all keys they may see is summed over the queries, averaged over `kernel` neighbouring
-    keys, and summed over the query heads that share a KV head.
+    Each query's softmax over all keys it sees is summed over the queries, averaged over `kernel` neighbouring keys,
+    and summed over the query heads that share a KV head.
 
-    q: [queries, heads, head_dim], the row's last positions; k: [kv_heads, length, head_dim]. candidates: only the first
-    so many keys are scored. kernel: odd. Returns [kv_heads, candidates] float32, or float64 for float64 queries.
+    q: [queries, heads, head_dim], the row's last positions. k: [kv_heads, length, head_dim]. candidates: number of
+    leading keys to score. kernel: odd. Returns [kv_heads, candidates] float32, or float64 for float64 queries.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     queries, heads, head_dim = q.shape

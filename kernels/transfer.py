@@ -1,4 +1,4 @@
-"""Between the host and where kernels run, without one waiting for the other."""
+"""Copies between the host and a device without one waiting for the other."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`, without waiting: to a GPU from pinned memory, which torch keeps until it has been
-    read. Shares the memory of `tensor` where the device is the host."""
+    """Copy a host tensor to `device` without waiting.
+
+    A copy to a GPU goes through pinned memory, which torch keeps until it has been read. If the device is the host, the
+    result shares the memory of `tensor`.
+    """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to the host, behind what was sent to its device so far. Returns what waits for it, and for
-    nothing that was sent later."""
+    """Start copying a tensor to the host, after the work enqueued on its device so far.
+
+    Returns a function that waits for the copy, but not for work enqueued later, and returns the copy.
+    """
     if tensor.device.type != "cuda":
         return lambda: tensor
     copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

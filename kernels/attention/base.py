@@ -1,4 +1,4 @@
-"""The one attention primitive: ragged queries over paged KV."""
+"""The single attention primitive: ragged queries over paged KV."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kernels.kv_cache import LayerKV
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """Which KV each row's queries read; the same for all layers of a forward.
+    """KV that each row's queries read; the same for all layers of a forward.
 
-    Row r's queries stand at the *end* of its KV ("causal at the bottom right"): with n queries over length L, query
-    i sees the first L - n + i + 1 listed slots. A view that skips pages is simply a shorter list; positions play no
-    part here, since keys are rotated when they are written.
+    Row r's queries are at the *end* of its KV ("causal at the bottom right"): with n queries over length L, query i
+    sees the first L - n + i + 1 listed slots. A view that skips pages is a shorter list. Positions are not needed,
+    because keys are rotated when they are written.
 
         pages[r]:  [ 7 | 3 | 9 ]          page_size 4, kv_lengths[r] = 10
         slots:      0123 4567 89..
@@ -27,8 +27,8 @@ class AttentionBatch:
     kv_lengths: per row, KV slots listed, >= the row's query length; host integers.
     pages: [rows, width] int64 page ids, width * page_size >= max(kv_lengths); entries past a row's length are
         any valid page id. Or [rows, kv_heads, width], one list per KV head (all of a row's lists equally long).
-    skipped: per row, how many of its tokens the list leaves out, host integers; empty: none. Only attention that
-        places keys anew needs it (see kernels.attention.relative).
+    skipped: per row, number of tokens that its list leaves out, host integers; empty: none. Only attention that
+        changes the positions of keys needs it (see kernels.attention.relative).
     """
 
     query_lengths: Sequence[int]
@@ -39,16 +39,19 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True)
 class GraphShape:
-    """What every batch has to be of a backend whose kernels are captured in a CUDA graph: `rows` rows, with at most
-    `tokens` queries together, and lists of at most `width` pages. Queries are always [tokens, …]; those behind the last
-    row's are nobody's, and so are their results. The first batch has `tokens` of them."""
+    """Shape of all batches of a backend whose kernels are captured in a CUDA graph.
+
+    A batch has exactly `rows` rows, at most `tokens` queries in total, and page lists of at most `width` pages. The
+    query tensor is always [tokens, …]; queries after those of the last row are padding, and their results are unused.
+    The first batch has exactly `tokens` queries.
+    """
 
     rows: int
     tokens: int
     width: int
 
     def check(self, batch: AttentionBatch) -> None:
-        """Raises ValueError for another batch."""
+        """Raise ValueError if the batch does not have this shape."""
         rows, tokens, width = len(batch.query_lengths), sum(batch.query_lengths), batch.pages.shape[-1]
         if rows != self.rows or tokens > self.tokens or width > self.width:
             raise ValueError(
@@ -58,16 +61,17 @@ class GraphShape:
 
 
 class AttentionBackend(Protocol):
-    """Exact softmax(q k^T * scale) v over the pages given. One `plan` serves all layers of a forward."""
+    """Exact softmax(q k^T * scale) v over the listed pages. One `plan` serves all layers of a forward."""
 
     def plan(self, batch: AttentionBatch) -> None:
-        """Prepare for `batch`; stays valid until the next plan."""
+        """Prepare for `batch`. The plan stays valid until the next one."""
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Attend with the planned batch.
 
-        q: [tokens, heads, head_dim], rows laid end to end; head h reads KV head h // (heads / kv_heads).
-        Returns o [tokens, heads, head_dim] in q's dtype, and the natural log-sum-exp of the scaled scores,
-        [tokens, heads] in float32 (float64 for float64 queries), by which segments merge (`merge_segments`).
+        q: [tokens, heads, head_dim], the queries of all rows concatenated. Head h reads KV head
+        h // (heads / kv_heads). Returns o [tokens, heads, head_dim] in q's dtype, and the natural log-sum-exp of the
+        scaled scores, [tokens, heads] in float32 (float64 for float64 queries), by which `merge_segments` combines
+        segments.
         """
         ...

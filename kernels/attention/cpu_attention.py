@@ -1,4 +1,4 @@
-"""Attention on CPUs, by compiled kernels."""
+"""Attention on CPUs by compiled kernels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kernels.kv_cache import LayerKV
 class CpuAttention:
     """`AttentionBackend` for float32, bfloat16 and float16 on a CPU, head_dim a multiple of 16.
 
-    A query's result has the same bits whatever is in the batch beside it, and whether it comes alone, with drafts
-    behind it or as part of a prefill chunk.
+    A query's result is bit-identical whatever else is in the batch, and whether the query comes alone, with drafts
+    after it or as part of a prefill chunk.
     """
 
     def __init__(self, kernels: CpuKernels) -> None:

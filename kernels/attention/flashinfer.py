@@ -1,7 +1,7 @@
 """Attention on NVIDIA GPUs by FlashInfer (arXiv 2501.01005).
 
-Where there is no GPU it is tested against a double of FlashInfer in torch, tests/support/fake_flashinfer.py, which says
-nothing of FlashInfer's own kernels; tests/gpu compares those with the oracle.
+Without a GPU, tests run it against a torch stand-in for FlashInfer, tests/support/fake_flashinfer.py, which does not
+cover FlashInfer's own kernels; tests/gpu compares those with the oracle.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from kernels.transfer import send
 
 WORKSPACE_BYTES = 128 << 20
 PLAN_BYTES = 8 << 20
-"""What each of FlashInfer's wrappers takes for its plans, on the device and once more of pinned memory."""
+"""Memory of one FlashInfer wrapper for its plans: this much on the device, and as much pinned."""
 HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
-_IN_FLIGHT = 4  # plans that the host may be ahead of the device
-_TENSOR_CORES = 4  # query heads per KV head from which FlashInfer's decode is faster on tensor cores
+_IN_FLIGHT = 4  # largest number of plans by which the host is ahead of the device
+_TENSOR_CORES = 4  # query heads per KV head at which FlashInfer's decode becomes faster on tensor cores
 
 Ints = npt.NDArray[np.int64]
 
 
 def load_flashinfer() -> ModuleType:
-    """Raises ImportError, with what to install."""
+    """Import FlashInfer. Raises ImportError with an installation hint."""
     try:
         import flashinfer
     except ImportError as error:
@@ -43,13 +43,13 @@ def load_flashinfer() -> ModuleType:
 
 
 def make_workspace(device: torch.device) -> Tensor:
-    """Scratch memory for all backends of one device that run on one stream."""
+    """Allocate scratch memory, shared by all backends of one device that run on one stream."""
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What the queries of a forward look like; FlashInfer plans for it."""
+    """Parameters of a forward's attention that FlashInfer plans for."""
 
     heads: int
     kv_heads: int
@@ -61,10 +61,10 @@ class _Call:
 
 @dataclass(slots=True)
 class _Planned:
-    """One of FlashInfer's wrappers, and when the device has read its last plan.
+    """A FlashInfer wrapper. read: event after which the device has read its last plan.
 
-    FlashInfer writes a plan into pinned memory of the wrapper's and copies it from there without waiting, so a wrapper
-    that is planned again too early spoils the plan that is on its way.
+    FlashInfer writes a plan into the wrapper's pinned memory and copies it from there without waiting. Planning the
+    wrapper again before that copy ends would corrupt the earlier plan.
     """
 
     wrapper: Any
@@ -82,18 +82,18 @@ class _Planned:
 class FlashInferAttention:
     """`AttentionBackend` for float16 and bfloat16, head_dim 64, 128 or 256.
 
-    FlashInfer has one page list for all KV heads. Where each head has its own, heads become rows: the pool is also
+    FlashInfer takes one page list for all KV heads. If each head has its own, heads become rows: the pool is also
     [pages * kv_heads, 1, page_size, head_dim] (see LayerKV).
 
-    FlashInfer plans for a number of heads, a scale and dtypes, which the first `run` shows; from then on `plan` has
-    done all that is for the host to do, so that a captured `run` can be replayed after it. What decides a plan's shape
-    is known to the host, and page ids are gathered on the device: nothing waits for it, but that the host gets no more
-    than a few plans ahead, or one where plans are kept at fixed addresses.
+    FlashInfer plans for a number of heads, a scale and dtypes, which the first `run` supplies. From then on `plan` does
+    all of the host's work, so that a captured `run` can be replayed after it. A plan's shape follows from host data,
+    and page ids are gathered on the device. So the host does not wait for the device, except to stay at most a few
+    plans ahead, or one if plans are kept at fixed addresses.
     """
 
     def __init__(self, page_size: int, workspace: Tensor, fixed: GraphShape | None = None) -> None:
-        """workspace: see `make_workspace`. fixed: of batches that a CUDA graph replays; others are refused, and plans
-        are kept at fixed addresses. Raises ImportError where FlashInfer is missing."""
+        """workspace: see `make_workspace`. fixed: shape of batches that a CUDA graph replays; other batches are
+        refused, and plans are kept at fixed addresses. Raises ImportError if FlashInfer is missing."""
         self._library = load_flashinfer()
         self._page_size = page_size
         self._workspace = workspace
@@ -107,7 +107,7 @@ class FlashInferAttention:
         self._kept_order: Tensor | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
-        """Raises ValueError for a batch that is not as `fixed` says."""
+        """Plan for `batch`. Raises ValueError if it does not fit `fixed`."""
         if self._fixed is not None:
             self._fixed.check(batch)
         self._batch = batch
@@ -116,7 +116,7 @@ class FlashInferAttention:
             self._prepare(batch, self._call)
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """See AttentionBackend.run. Raises ValueError for dtypes and head_dims that FlashInfer has no kernels for."""
+        """See AttentionBackend.run. Raises ValueError for dtypes and head_dims without FlashInfer kernels."""
         batch = self._batch
         assert batch is not None, "run before plan"
         tokens, heads, head_dim = q.shape
@@ -137,7 +137,7 @@ class FlashInferAttention:
         return self._back(o).view(tokens, heads, head_dim), _natural(self._back(lse).view(tokens, heads))
 
     def _back(self, results: Tensor) -> Tensor:
-        """From the order in which heads are rows to that of the queries."""
+        """Reorder results from the order in which heads are rows to that of the queries."""
         if self._order is None:
             return results
         return torch.empty_like(results).index_copy_(0, self._order, results)
@@ -177,8 +177,11 @@ class FlashInferAttention:
         self._wrapper = planned.wrapper
 
     def _next(self, kind: Literal["decode", "prefill"], variant: int) -> _Planned:
-        """The wrapper whose plan is the oldest. variant: of decode, whether on tensor cores; of prefill, to how many of
-        FlashInfer's rows it is fixed, 0 for none."""
+        """Return a new wrapper, or, if there are enough, the one with the oldest plan.
+
+        variant: for decode, whether it uses tensor cores; for prefill, the number of FlashInfer's rows that it is fixed
+        to, 0 if it is not.
+        """
         ring = self._wrappers.setdefault((kind, variant), deque())
         if len(ring) < (1 if self._fixed else _IN_FLIGHT):
             ring.append(_Planned(self._make_decode(bool(variant)) if kind == "decode" else self._make_prefill(variant)))
@@ -212,7 +215,7 @@ class FlashInferAttention:
         return self._kept_order.copy_(moved)
 
     def _host(self, values: Ints) -> Tensor:
-        """int32, where a copy to the device need not be waited for."""
+        """Convert to int32, in pinned memory for a GPU, so that copies to it need no wait."""
         tensor = torch.from_numpy(values.astype(np.int32))
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
@@ -221,8 +224,8 @@ class FlashInferAttention:
 
 
 def merge_states(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """kernels.attention.reference_attention.merge_segments by FlashInfer, for float16 and bfloat16, head_dim in
-    HEAD_DIMS."""
+    """Compute kernels.attention.reference_attention.merge_segments by FlashInfer, for float16 and bfloat16, and
+    head_dim in HEAD_DIMS."""
     merge = load_flashinfer().merge_state
     merged, total = outputs[0], lses[0] / math.log(2)
     for output, lse in zip(outputs[1:], lses[1:], strict=True):
@@ -231,8 +234,9 @@ def merge_states(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Ten
 
 
 def _by_row_and_head(queries: Ints, kv_heads: int, tokens: int) -> Ints:
-    """Which of [tokens * kv_heads], heads of a token side by side, stands where if a head's queries are side by
-    side. tokens: at least the sum of `queries`; those that are nobody's stay behind them."""
+    """Return the order that makes each row's queries of one head adjacent: indices into [tokens * kv_heads], in which
+    the heads of one token are adjacent. tokens: at least the sum of `queries`; surplus ones are padding and stay at the
+    end."""
     starts = queries.cumsum() - queries
     heads = np.arange(kv_heads)
     return np.concatenate(
@@ -256,5 +260,5 @@ def _check(call: _Call) -> None:
 
 
 def _natural(lse: Tensor) -> Tensor:
-    """Convert FlashInfer's log-sum-exp, which is to base 2, in place."""
+    """Convert FlashInfer's base-2 log-sum-exp to the natural one, in place."""
     return lse.mul_(math.log(2))

@@ -1,4 +1,4 @@
-"""Attention that keeps some of the queries it is asked, for policies that score keys by them."""
+"""Attention that keeps some of its queries, for KV policies that score keys by them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from kernels.kv_cache import LayerKV
 
 
 class QueryCapture:
-    """Any backend, another capture included; copies the queries named to `capture` out of the next forward, in every
-    layer."""
+    """Wrapper of any backend, including another QueryCapture. It copies the queries selected by `capture` out of the
+    next forward, in every layer."""
 
     def __init__(self, inner: AttentionBackend, queries: Tensor) -> None:
-        """queries: [layers, places, heads, head_dim], where captured queries go."""
+        """queries: [layers, places, heads, head_dim], destination of captured queries."""
         self._inner = inner
         self._queries = queries
         self._captured: tuple[Tensor, Tensor] | None = None

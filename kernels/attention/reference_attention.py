@@ -1,6 +1,6 @@
-"""Attention in plain torch: any device, any dtype, any page size. The oracle that every other backend must agree with.
+"""Attention in plain torch for any device, dtype and page size: the oracle that every other backend must agree with.
 
-Scores, softmax and sums are computed in float32 (float64 for float64 inputs) whatever the pool holds.
+Scores, softmax and sums are computed in float32 (float64 for float64 inputs) whatever the pool's dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GROUP_SLOTS = 16384  # padded KV slots gathered at a time: bounds the copy of a
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Queries [first, first + n) of the batch, all of one row, over that row's first `length` slots."""
+    """Queries [first, first + n) of the batch, all of one row, with that row's first `length` slots."""
 
     first: int
     n: int
@@ -29,13 +29,13 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Pieces with equally many queries, padded to the longest and attended together.
+    """Pieces with equal numbers of queries, padded to the longest and attended together.
 
     queries: [pieces, n] index into the batch's tokens.
     pages: [pieces, kv_heads or 1, width] page ids.
     length: slots read per piece, before masking.
     unmasked: slots below this are visible to every query.
-    hidden: [pieces, 1, 1, n, length - unmasked] True where a query must not look.
+    hidden: [pieces, 1, 1, n, length - unmasked] True where a slot is masked for a query.
     """
 
     queries: Tensor
@@ -49,7 +49,7 @@ class ReferenceAttention:
     """`AttentionBackend` by gather, two matrix products and a softmax.
 
     Rows of similar length are padded together, so that a batch of short rows costs a few torch calls, not a few per
-    row; long prefill chunks are cut into blocks of queries, each seeing just the prefix it may see.
+    row. Long prefill chunks are cut into blocks of queries, each of which reads only the prefix that it sees.
     """
 
     def __init__(self, page_size: int) -> None:
@@ -106,7 +106,7 @@ class ReferenceAttention:
         scores = torch.matmul(grouped, k.transpose(2, 3)).view(pieces, kv_heads, -1, n, group.length)
         scores[..., group.unmasked :].masked_fill_(group.hidden, float("-inf"))
         sums[group.queries] = torch.logsumexp(scores, -1).permute(0, 3, 1, 2).flatten(2, 3)
-        # A weight of zero does not silence a NaN: slots past a piece's end may hold another request's overflow.
+        # A weight of zero does not cancel a NaN, and slots past a piece's end may hold another request's overflow.
         v[:, :, group.unmasked :].masked_fill_(group.hidden[:, 0, :, -1, :, None], 0.0)
         weights = torch.softmax(scores, -1).flatten(2, 3)
         mixed = torch.matmul(weights, v).view(pieces, kv_heads, -1, n, head_dim)
@@ -114,7 +114,7 @@ class ReferenceAttention:
 
 
 def _similar(pieces: list[_Piece]) -> list[list[_Piece]]:
-    """Cut pieces, sorted by (n, length), where padding would more than double the work or the copy grow too large."""
+    """Split pieces, sorted by (n, length), where padding would more than double the work or the copy grow too large."""
     groups: list[list[_Piece]] = []
     for piece in pieces:
         group = groups[-1] if groups else None
@@ -137,7 +137,7 @@ def _gather(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     """
     _, kv_heads, page_size, head_dim = cache.shape
     heads = torch.arange(kv_heads, device=cache.device)[:, None]
-    index = pages * kv_heads + heads  # one head's page is a row of contiguous memory
+    index = pages * kv_heads + heads  # one head's page is contiguous memory
     flat = cache.view(-1, page_size * head_dim).index_select(0, index.flatten())
     return flat.view(pages.shape[0], kv_heads, -1, head_dim)[:, :, :length]
 
@@ -145,7 +145,7 @@ def _gather(cache: Tensor, pages: Tensor, length: int) -> Tensor:
 def merge_segments(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Combine attention over disjoint segments of KV: o = sum_i exp(lse_i - lse) o_i.
 
-    outputs: each [tokens, heads, head_dim]; lses: each [tokens, heads], -inf where a segment is empty.
+    outputs: each [tokens, heads, head_dim]. lses: each [tokens, heads], -inf where a segment is empty.
     Returns the attention over all segments and its log-sum-exp.
     """
     stacked = torch.stack(lses)

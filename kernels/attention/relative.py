@@ -1,10 +1,10 @@
-"""Attention to the first and the last tokens of a row as if nothing stood between them.
+"""Attention to the first and the last tokens of a row as if they were adjacent.
 
 StreamingLLM (arXiv 2309.17453, section 3.2) rotates keys at their positions in the cache, 0 … budget - 1, not in the
-text. Rotations compose, and only distances matter: against the last tokens nothing changes, and the first ones come
-nearer by as many positions as were left out between. So keys stay as they were written, at their positions in the text,
-and queries meet the first tokens turned back by that many positions. Two segments, merged by log-sum-exp, and no
-cache of un-rotated keys.
+text. Rotations compose, and only distances matter: distances to the last tokens do not change, and distances to the
+first tokens shrink by the number of positions left out. Keys therefore stay as written, at their positions in the text,
+and queries are rotated back by that number of positions before they attend to the first tokens. The two segments are
+merged by log-sum-exp, and no cache of un-rotated keys is needed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from kernels.kv_cache import LayerKV
 from kernels.rope import apply_rope
 
 Merge = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
-"""See merge_segments."""
+"""Signature of merge_segments."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Sink:
-    """The queries of rows that leave something out: tokens [n] int64; cos, sin: [n, head_dim / 2], how they turn."""
+    """Queries of rows that leave tokens out. tokens: [n] int64, their indices. cos, sin: [n, head_dim / 2], the
+    rotation of each before it attends to the sink."""
 
     tokens: Tensor
     cos: Tensor
@@ -35,7 +36,7 @@ class _Sink:
 
 
 class RelativeAttention:
-    """Over batches whose page lists are a sink and, where `skipped` says so, the last pages of a row."""
+    """Attention over page lists that start with a sink; if `skipped` > 0, the rest are the last pages of the row."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class RelativeAttention:
         rotary: tuple[Tensor, Tensor],
         merge: Merge = merge_segments,
     ) -> None:
-        """near, sink: backends for the two segments, which `merge` puts together. rotary: cosines and sines of all
+        """near, sink: backends of the two segments. merge: combines their results. rotary: cosines and sines of all
         positions, each [positions, head_dim / 2].
         """
         self._merge = merge
@@ -71,7 +72,7 @@ class RelativeAttention:
         columns = (torch.arange(width, device=device) + first[:, None]).clamp_(max=width - 1)
         lengths = np.array(batch.kv_lengths) - np.where(far, sink * self._page_size, 0)
         self._near.plan(AttentionBatch(batch.query_lengths, lengths.tolist(), batch.pages.gather(1, columns)))
-        # All of the sink stands before every query of these rows: each is a row of its own there.
+        # Every query of these rows sees the whole sink, so that each can be a row of its own there.
         queries = np.array(batch.query_lengths)
         rows = np.repeat(np.arange(len(queries)), queries)
         tokens = np.flatnonzero(far[rows])

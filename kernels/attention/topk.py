@@ -1,5 +1,7 @@
-"""Attention over each query's own best keys: the upper bound of what choosing tokens can reach. A measure, not a way to
-save time, since it scores every key to find them."""
+"""Attention over each query's own best keys: the upper bound of what a selection of tokens can achieve.
+
+It scores every key to find the best ones, so it serves to measure quality, not to save time.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from kernels.kv_cache import LayerKV
 
 
 class TopKAttention:
-    """Per query and KV head, softmax over the `budget` keys that carry most of the attention of the head's queries."""
+    """Softmax, per query and KV head, over the `budget` keys to which the KV head's query heads attend most."""
 
     def __init__(self, page_size: int, budget: int) -> None:
         self._page_size = page_size
@@ -19,7 +21,7 @@ class TopKAttention:
         self._batch: AttentionBatch
 
     def plan(self, batch: AttentionBatch) -> None:
-        """batch.pages: [rows, width]; its lists are searched, not read as they are."""
+        """batch.pages: [rows, width]; `run` searches these lists for the best keys."""
         self._batch = batch
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -34,7 +36,7 @@ class TopKAttention:
         return torch.cat(outs), torch.cat(sums)
 
     def _row(self, layer: LayerKV, q: Tensor, scale: float, length: int, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """q: [n, heads, head_dim]. Returns the output, and its log-sum-exp [n, heads]."""
+        """Attend with one row. q: [n, heads, head_dim]. Returns the output, and its log-sum-exp [n, heads]."""
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         n, heads, head_dim = q.shape
         k, v = (

@@ -1,4 +1,4 @@
-"""Attention on GPUs, by kernels in Triton."""
+"""Attention on GPUs by Triton kernels."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from kernels.kv_cache import LayerKV
 class GpuAttention:
     """`AttentionBackend` for float32, bfloat16 and float16, any head_dim and page size.
 
-    A query's result may differ in rounding with the rows beside it: they decide into how many spans lists are cut.
+    Other rows of the batch may change the rounding of a query's result: they decide how many spans lists are cut into.
     """
 
     def __init__(self, span: int = SPAN, fixed: GraphShape | None = None) -> None:
-        """span: KV slots that are worth a program of their own, a multiple of 64. fixed: of batches that a CUDA graph
-        replays; others are refused, and what a plan says is kept at fixed addresses."""
+        """span: smallest number of KV slots for a program of its own, a multiple of 64. fixed: shape of batches that a
+        CUDA graph replays; other batches are refused, and plans are kept at fixed addresses."""
         self._span = span
         self._fixed = fixed
         self._tiles: Tiles | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
-        """Laid out on the host, from host integers; the device is not waited for. Raises ValueError for a batch that is
-        not as `fixed` says."""
+        """Plan on the host, from host integers, without waiting for the device. Raises ValueError if the batch does not
+        fit `fixed`."""
         queries = torch.tensor(batch.query_lengths, dtype=torch.int64)
         lengths = torch.tensor(batch.kv_lengths, dtype=torch.int64)
         if (fixed := self._fixed) is None:

@@ -1,8 +1,8 @@
-"""Compiling the CPU kernels, once per instruction set and version of torch, into a folder that is kept.
+"""Compile the CPU kernels, once per instruction set and version of torch, into a persistent folder.
 
-Two kinds of libraries come of `csrc/`: the kernels, for one instruction set each and free of torch, and the operators
-by which torch calls them. Both are built when they are first asked for; whoever finds a finished one uses it, there
-or in BUILT, where images have them.
+`csrc/` yields two kinds of libraries: the kernels, one library per instruction set and independent of torch, and the
+operators by which torch calls them. Both are built on first use. A finished library is reused, from that folder or
+from BUILT, where images have them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ import torch
 
 _SOURCES = Path(__file__).parent / "csrc"
 BUILT = Path(__file__).parent / "built"
-"""Libraries that came with the installation."""
+"""Folder of the libraries that came with the installation."""
 _TIMEOUT_S = 600
 
 
 class KernelsUnavailable(RuntimeError):
-    """There is no compiler, or it fails; the message says which. The reference backend serves instead."""
+    """Failure to build or load the kernels; the message has the reason. The reference backend is used instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class InstructionSet:
-    """name: of the kernels. features: what the processor must have, as Linux calls it. flags: for the compiler."""
+    """Target of the compiler. name: that of the kernels. features: required processor features, as Linux names them.
+    flags: compiler flags."""
 
     name: str
     features: frozenset[str]
@@ -51,11 +52,11 @@ INSTRUCTION_SETS = (
     _instruction_set("avx2", _AVX2, _AVX2),
     _instruction_set("portable", "", ""),
 )
-"""The best first."""
+"""All instruction sets, the best first."""
 
 
 def supported() -> list[InstructionSet]:
-    """Those that this processor has, the best first; the last one every processor has."""
+    """List the instruction sets of this processor, the best first. Every processor has the last one."""
     features = _processor_features()
     return [each for each in INSTRUCTION_SETS if each.features <= features]
 
@@ -71,15 +72,18 @@ def _processor_features() -> set[str]:
 
 
 def build_kernels(target: InstructionSet, folder: Path | None) -> Path:
-    """The library of kernels for one instruction set, in `folder` (None: nothing can be kept, and only BUILT serves).
-    Raises KernelsUnavailable."""
-    openmp = sorted(str(file) for file in _torch_folder("lib").glob("libgomp*.so*"))  # the team of torch's own threads
+    """Return the library of kernels for one instruction set; build it if missing.
+
+    folder: where built libraries are kept; None: there is no such folder, and only BUILT is searched.
+    Raises KernelsUnavailable.
+    """
+    openmp = sorted(str(file) for file in _torch_folder("lib").glob("libgomp*.so*"))  # torch's thread team
     flags = ["-std=gnu++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", *target.flags]
     return _build(folder, f"kernels-{target.name}", "kernels.cpp", flags, openmp[:1])
 
 
 def build_operators(folder: Path | None) -> Path:
-    """The library that makes torch know the operators; otherwise as `build_kernels`."""
+    """Return the library that registers the operators with torch; otherwise as `build_kernels`."""
     include = _torch_folder("include")
     flags = ["-std=gnu++20", "-O2", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
@@ -121,9 +125,9 @@ def _build(folder: Path | None, name: str, source: str, flags: list[str], librar
                 errors="replace",
                 stdin=subprocess.DEVNULL,
                 timeout=_TIMEOUT_S,
-                env=os.environ | {"TMPDIR": aside},  # what a compiler that is killed leaves, it leaves there
+                env=os.environ | {"TMPDIR": aside},  # a killed compiler leaves its files there
             )
-            os.replace(made, target)  # whole or not at all, and whoever built it at the same time built the same
+            os.replace(made, target)  # atomic; a concurrent build produces the same library
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line]
         raise KernelsUnavailable(f"{compiler} fails: {lines[0] if lines else error}") from error
@@ -133,21 +137,21 @@ def _build(folder: Path | None, name: str, source: str, flags: list[str], librar
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a library reaches the end that its head tells of. One that a full disk or a crash has cut off must not be
-    loaded: the loader would map what is not there, and the process end by SIGBUS."""
+    """Whether a library is as long as its ELF header requires. A file truncated by a full disk or a crash must not be
+    loaded: the loader would map memory past its end, and SIGBUS would kill the process."""
     with library.open("rb") as file:
         head = file.read(64)
         size = os.fstat(file.fileno()).st_size
     if len(head) < 64:
         return False
-    if head[:6] != b"\x7fELF\2\1":  # not ELF of 64 bits, little-endian: its loader has to see
+    if head[:6] != b"\x7fELF\2\1":  # not 64-bit little-endian ELF: left to the loader
         return True
     sections, each, count = (int.from_bytes(head[at : at + n], "little") for at, n in ((40, 8), (58, 2), (60, 2)))
-    return sections + each * count <= size  # linkers write that table last
+    return sections + each * count <= size  # linkers write the section table last
 
 
 def _digest(flags: list[str], source: str) -> str:
-    """Changes with whatever a library is made of, wherever torch is installed."""
+    """Hash all inputs of a library, except where torch is installed."""
     kept = [flag for flag in flags if not flag.startswith("-I")]
     hashed = hashlib.sha256(repr((kept, source, torch.__version__, platform.machine())).encode())
     for file in sorted(_SOURCES.iterdir()):

@@ -1,4 +1,4 @@
-"""`kernels.ops` by compiled kernels, for models of float32, bfloat16 and float16 on CPUs."""
+"""`kernels.ops` on CPUs by compiled kernels, for float32, bfloat16 and float16 models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kernels.reference_ops import PlainOps
 
 
 class CpuLinear:
-    """Weights packed for one kernel."""
+    """Product with packed weights."""
 
     keeps_weights = False
 
@@ -34,8 +34,8 @@ class CpuLinear:
 
 
 class CpuOps(PlainOps):
-    """See kernels.ops.Ops. Results of a row do not depend on the rows beside it at all, but for attention with heads
-    whose size is no multiple of 16: plain torch computes that."""
+    """See kernels.ops.Ops. A row's results do not depend on other rows at all, except in attention with a head_dim that
+    is no multiple of 16, which plain torch computes."""
 
     kind = "cpu"
     graphs: Graphs | None = None

@@ -1,4 +1,4 @@
-"""The CPU kernels as Python calls them."""
+"""Python interface of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, build_kernels, build_operators, supported
 
 BLOCK = 32
-"""Output features that are packed together; BLOCK of csrc/kernels.h."""
+"""Number of output features that are packed together; same as BLOCK of csrc/kernels.h."""
 _ELEMENTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 2, torch.int8: 4}
-"""Neighbouring input features in a word of 32 bits."""
+"""Number of neighbouring input features in a 32-bit word."""
 
 
 class CpuKernels:
-    """One instruction set's kernels, compiled if need be. All tensors are on the CPU.
+    """Kernels for one instruction set, compiled if needed. All tensors are on the CPU.
 
-    dtypes below: float32, bfloat16 or float16. Results of a row depend on that row alone, not on the rows beside it,
-    their number, or the number of threads.
+    dtypes are float32, bfloat16 or float16 unless stated otherwise. A row's results depend on that row alone, not on
+    other rows, their number, or the number of threads.
     """
 
     def __init__(self, folder: Path | None, target: InstructionSet | None = None) -> None:
-        """folder: where compiled ones are kept; None: only those of the installation serve. target: an instruction set
-        that this processor has; None: the best. Raises KernelsUnavailable."""
+        """folder: where compiled libraries are kept; None: use only those of the installation. target: an instruction
+        set that this processor has; None: the best. Raises KernelsUnavailable."""
         target = target or supported()[0]
         library = build_operators(folder)
         try:
@@ -35,7 +35,7 @@ class CpuKernels:
         except KernelsUnavailable:
             raise
         except (OSError, RuntimeError) as error:
-            # A file that was not written to its end, or a folder from which nothing may be executed.
+            # The file is truncated, or its folder does not allow execution.
             reason = str(error).partition("\n")[0]
             raise KernelsUnavailable(
                 f"{library} cannot be loaded; remove it to have it built anew: {reason}"
@@ -49,7 +49,7 @@ class CpuKernels:
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, lengths: Tensor, pages: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See kernels.attention.base.
+        """Compute attention; see kernels.attention.base.
 
         q: [tokens, heads, head_dim], head_dim a multiple of 16. k, v: [pages, kv_heads, page_size, head_dim]. queries,
         lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. Returns o, in q's dtype, and the
@@ -59,10 +59,10 @@ class CpuKernels:
         return o, sums
 
     def linear(self, x: Tensor, weights: PackedWeights, *, silu_mul: bool = False, float_out: bool = False) -> Tensor:
-        """x w^T + bias: [rows, features] to [rows, columns], of x's dtype or float32.
+        """Compute x w^T + bias: [rows, features] to [rows, columns], in x's dtype, or in float32 with float_out.
 
-        weights: in x's dtype, or int8; then x is quantised too, each row by its largest element. silu_mul: what is
-        packed are gates and as many values (`pack_gated`); what comes out is silu(gate) * value.
+        weights: in x's dtype, or int8; then x is quantized too, with one scale per row from its largest element.
+        silu_mul: weights are gates and as many values (`pack_gated`), and the result is silu(gate) * value.
         """
         y: Tensor = self._linear(
             self._kernels,
@@ -78,7 +78,7 @@ class CpuKernels:
         return y
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """Add delta to x, in place, and return the root-mean-square norm of that: all [rows, size] of one dtype."""
+        """Add delta to x in place, and return the root-mean-square norm of the sum, all [rows, size] of one dtype."""
         out: Tensor = self._norm(self._kernels, x, delta, weight, eps)
         return out
 
@@ -95,9 +95,9 @@ class CpuKernels:
     ) -> None:
         """Rotate queries and keys in place, and store keys and values in the pool.
 
-        qkv: [tokens, heads + 2 kv_heads, head_dim]. cos, sin: [positions, head_dim / 2] float32, of all positions.
-        positions, slots: [tokens] int64. k, v: [pages, kv_heads, page_size, head_dim]. norms: of queries and of keys,
-        their weights [head_dim] and their eps.
+        qkv: [tokens, heads + 2 kv_heads, head_dim]. cos, sin: [positions, head_dim / 2] float32, for all positions.
+        positions, slots: [tokens] int64. k, v: [pages, kv_heads, page_size, head_dim]. norms: weights of the norms of
+        queries and of keys, [head_dim] each, and their eps; applied before the rotation.
         """
         of_q, of_k, eps = norms or (None, None, 0.0)
         self._rotary(self._kernels, qkv, cos, sin, positions, slots, k, v, of_q, of_k, eps)
@@ -105,20 +105,19 @@ class CpuKernels:
     def sample(
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
     ) -> tuple[Tensor, Tensor]:
-        """The coupled sampling rule: each row's largest logit / temperature + noise, and its token id.
+        """Apply the coupled sampling rule: each row's largest logit / temperature + noise, and its token id.
 
-        logits: [rows, size] float32, of the tokens from `first` on. temperature: [rows] float32, 0 for the largest
-        logit itself. seeds, positions: [rows] int64. Returns [rows] float32 and [rows] int64, the lowest id among
-        equals.
+        logits: [rows, size] float32, of the tokens from `first` on. temperature: [rows] float32; 0 selects the largest
+        logit. seeds, positions: [rows] int64. Returns [rows] float32 and [rows] int64, the lowest id among equals.
         """
         values, tokens = self._sample(self._kernels, logits, temperature, seeds, positions, first)
         return values, tokens
 
 
 class PackedWeights:
-    """A weight matrix as `CpuKernels.linear` reads it: blocks of BLOCK output features, within them words of
-    neighbouring input features, [blocks, words, BLOCK, elements of a word]. It costs what the matrix does, rounded
-    up.
+    """A weight matrix in the layout that `CpuKernels.linear` reads: blocks of BLOCK output features, and in them words
+    of neighbouring input features, [blocks, words, BLOCK, elements of a word]. It takes as much memory as the matrix,
+    rounded up.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, columns: int | None = None) -> None:
@@ -138,7 +137,7 @@ class PackedWeights:
         return sum(part.nbytes for part in (self.packed, self.scales, self.offsets, self.bias) if part is not None)
 
     def quantized(self) -> PackedWeights:
-        """The same matrix in 8 bits, with a scale for each output feature: its largest element is 127."""
+        """Return the same matrix in 8 bits, with one scale per output feature: its largest element becomes 127."""
         if self.scales is not None:
             return self
         wide = self.packed.transpose(1, 2).flatten(2).flatten(0, 1).float()
@@ -146,13 +145,15 @@ class PackedWeights:
         whole = (wide / scales[:, None]).round()
         quantized = PackedWeights(whole.to(torch.int8), self.bias, columns=self.columns)
         quantized.scales = scales
-        quantized.offsets = (-128 * whole.sum(1)).int()  # inputs are stored as bytes from 0 to 255, 128 too large
+        quantized.offsets = (-128 * whole.sum(1)).int()  # inputs are stored as bytes from 0 to 255: 128 is added
         return quantized
 
 
 def pack_gated(weight: Tensor) -> Tensor:
-    """Gates and as many values, [2 n, features], as 16 of each in turn, [2 m, features]: m is n rounded up to 16, with
-    zeros."""
+    """Interleave gates and as many values, [2 n, features], 16 of each in turn, to [2 m, features].
+
+    m is n rounded up to a multiple of 16; padding is zero.
+    """
     half = BLOCK // 2
     parts = F.pad(weight.view(2, len(weight) // 2, -1), (0, 0, 0, -(len(weight) // 2) % half))
     return parts.view(2, -1, half, weight.shape[1]).transpose(0, 1).flatten(0, 2)

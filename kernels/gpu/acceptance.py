@@ -1,5 +1,8 @@
-"""Accepting drafts and committing them, in one launch each; the reference is engine.speculation.verify. Each line of
-row_spans, [rows, 4] int64, is a row's slot, its new tokens, the index of its first sample, and their number."""
+"""Accept drafts and commit them, in one launch each; the reference is engine.speculation.verify.
+
+Each line of row_spans, [rows, 4] int64, holds a row's slot, its number of new tokens, the index of its first sample,
+and its number of samples.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def _accept_kernel(
     most: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per row of the round."""
+    """Accept a row's drafts. One program per row of the round."""
     at = tl.program_id(0).to(tl.int64)
     row = tl.load(row_spans + at * 4)
     new = tl.load(row_spans + at * 4 + 1)
@@ -49,7 +52,7 @@ def _commit_kernel(
     most: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per row of the round."""
+    """Commit a row's verdict. One program per row of the round."""
     at = tl.program_id(0).to(tl.int64)
     row = tl.load(row_spans + at * 4)
     length = tl.load(computed + row) + tl.load(row_spans + at * 4 + 1)
@@ -60,7 +63,7 @@ def _commit_kernel(
 
 
 def accept(tokens: Tensor, computed: Tensor, row_spans: Tensor, drafted: Tensor, chosen: Tensor, most: int) -> Tensor:
-    """See kernels.ops.Ops.accept. Matrices are contiguous."""
+    """See kernels.ops.Ops.accept. Matrices must be contiguous."""
     verdict = torch.empty(len(row_spans), 2 + most, dtype=torch.int64, device=tokens.device)
     if len(row_spans):
         block = triton.next_power_of_2(max(most, 1))
@@ -71,7 +74,7 @@ def accept(tokens: Tensor, computed: Tensor, row_spans: Tensor, drafted: Tensor,
 
 
 def commit(tokens: Tensor, computed: Tensor, row_spans: Tensor, verdict: Tensor) -> None:
-    """See kernels.ops.Ops.commit. Matrices are contiguous, and row slots are all different."""
+    """See kernels.ops.Ops.commit. Matrices must be contiguous, and row slots distinct."""
     if len(row_spans):
         most = verdict.shape[1] - 2
         block = triton.next_power_of_2(max(most, 1))

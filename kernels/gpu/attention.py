@@ -1,6 +1,6 @@
-"""Paged attention: ragged queries over page lists, long lists split over programs and merged by log-sum-exp.
+"""Paged attention: ragged queries over page lists. Long lists are split over programs and merged by log-sum-exp.
 
-A tile is some queries of one row, all query heads of one KV head: what reads a page reads it for all of them.
+A tile holds some queries of one row, for all query heads of one KV head, so that one read of a page serves them all.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from kernels.kv_cache import LayerKV
 from kernels.transfer import send
 
 SPAN = 256
-"""KV slots that are worth a program of their own."""
-_PROGRAMS = 512  # lists are not split further than that many programs: a few for each multiprocessor
-_SPANS = 64  # merged by one program
-_SLOTS = 64  # scored at a time
+"""Smallest number of KV slots for a program of its own."""
+_PROGRAMS = 512  # lists are not split beyond this many programs: a few per multiprocessor
+_SPANS = 64  # largest number that one program merges
+_SLOTS = 64  # KV slots scored at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How queries are dealt to programs; the same for all layers of a forward.
+    """Assignment of queries to programs; the same for all layers of a forward.
 
-    row: [tiles] int64, `rows` where a tile is not needed: their number is bounded by shapes alone. first: [tiles]
-    int64, the tile's first query in its row. start: [rows] int64, a row's first query in the batch. queries, lengths:
-    [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. block: queries of a tile.
+    row: [tiles] int64, the tile's row, or `rows` for an unused tile: shapes alone bound the number of tiles. first:
+    [tiles] int64, the tile's first query in its row. start: [rows] int64, a row's first query in the batch. queries,
+    lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. block: queries per tile.
     """
 
     row: Tensor
@@ -47,7 +47,7 @@ class Tiles:
         return Tiles(row, first, start, queries, lengths, self.pages, self.block)
 
     def take(self, other: Tiles) -> None:
-        """All but the pages, from tiles of the same shapes."""
+        """Copy everything but the pages from tiles of the same shapes."""
         for mine, theirs in zip(self._laid, other._laid, strict=True):
             mine.copy_(send(theirs, mine.device))
 
@@ -57,9 +57,12 @@ class Tiles:
 
 
 def lay_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int) -> Tiles:
-    """Nothing is asked of the device: shapes follow from `tokens`, the sum of `queries`, and the number of rows."""
+    """Assign queries to tiles without waiting for the device.
+
+    tokens: sum of `queries`, or an upper bound of it. It decides all shapes, together with the number of rows.
+    """
     rows = len(queries)
-    # Rows of one query, rows with drafts behind it, chunks of a prompt.
+    # Rows of one query, rows with drafts, chunks of a prompt.
     block = 1 if tokens == rows else 4 if tokens <= 8 * rows else 16
     needed = (queries + block - 1) // block
     behind = needed.cumsum(0)
@@ -101,8 +104,11 @@ def _attend_kernel(
     D: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """One program per tile, KV head and span of slots: each tile's list is cut evenly into as many as there are, none
-    shorter than `span`. out: [spans, tokens, heads, HEAD_DIM]; lse: [spans, tokens, heads]."""
+    """Attend over one span of slots. One program per tile, KV head and span.
+
+    Each tile's list is cut evenly into at most as many spans as the grid has, none shorter than `span`. out:
+    [spans, tokens, heads, HEAD_DIM]. lse: [spans, tokens, heads].
+    """
     tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(tile_row + tile)
     if row < rows:
@@ -127,7 +133,7 @@ def _attend_kernel(
         end = tl.minimum(begin + each, most)
         for at in range(begin, end, N):
             slot = at + tl.arange(0, N)
-            listed = slot < end  # what lies behind may be another request's overflow: it is never read
+            listed = slot < end  # later slots may hold another request's overflow: they are never read
             page = tl.load(page_list + slot // page_size, mask=listed, other=0)
             where = page * page_stride + (head * page_size + slot % page_size) * HEAD_DIM
             k_tile = tl.load(k + where[None, :] + d[:, None], mask=listed[None, :] & in_head[:, None], other=0.0)
@@ -141,7 +147,7 @@ def _attend_kernel(
             mass = mass * shrink + tl.sum(weights, 1)
             mixed = mixed * shrink[:, None] + product(weights.to(v.dtype.element_ty), v_tile, WIDEN)
             top = new_top
-        # A span that a query sees nothing of: zero, with a log-sum-exp of -inf.
+        # A query that sees nothing of the span gets zero, with a log-sum-exp of -inf.
         mass = tl.where(mass > 0, mass, 1.0)
         result = mixed / mass[:, None]
         to = (part.to(tl.int64) * tokens + token) * (tl.num_programs(1) * GROUP) + of
@@ -165,7 +171,7 @@ def _merge_kernel(
     S: tl.constexpr,
     D: tl.constexpr,
 ) -> None:
-    """One program per token and head: o = Σ e^(lse_i - lse) o_i."""
+    """Merge the spans. One program per token and head: o = Σ e^(lse_i - lse) o_i."""
     at = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, S)
     d = tl.arange(0, D)
@@ -185,10 +191,10 @@ def _merge_kernel(
 
 
 def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN) -> tuple[Tensor, Tensor]:
-    """See kernels.attention.base. q: [tokens, heads, head_dim], elements of a head beside each other.
+    """See kernels.attention.base. q: [tokens, heads, head_dim]; the elements of a head are contiguous.
 
-    span: KV slots that are worth a program of their own, a multiple of 64. Returns o in q's dtype, and the log-sum-exp
-    [tokens, heads] float32.
+    span: smallest number of KV slots for a program of its own, a multiple of 64. Returns o in q's dtype, and the
+    log-sum-exp [tokens, heads] float32.
     """
     check_dtype(q)
     tokens, heads, head_dim = q.shape
@@ -245,6 +251,8 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
 
 
 def _spans(slots: int, programs: int, span: int) -> int:
-    """Into how many spans lists of at most so many slots are cut: as many as keep the device busy, none shorter than
-    `span`."""
+    """Return the number of spans to cut lists into: as many as keep the device busy, none shorter than `span`.
+
+    slots: largest length of a list. programs: number of programs without a split.
+    """
     return max(1, min(slots // span, _PROGRAMS // programs, _SPANS))

@@ -1,4 +1,4 @@
-"""What kernels can be asked of: checked on the host, from shapes alone."""
+"""Host-side checks of kernel arguments, which read no device memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_dtype(x: Tensor) -> None:
-    """Raises ValueError for float64, which would be computed in float32."""
+    """Raise ValueError for dtypes outside DTYPES: kernels would compute float64 in float32."""
     if x.dtype not in DTYPES:
         raise ValueError(f"kernels for GPUs have no {str(x.dtype).removeprefix('torch.')}")
 
 
 def check_pool(kv: LayerKV) -> int:
-    """Elements from one page to the next; pages themselves are contiguous and lie alike in both tensors.
+    """Return the number of elements from one page to the next.
 
-    Raises ValueError where they do not.
+    Raises ValueError unless pages are contiguous and have the same strides in both tensors.
     """
     _, _, page_size, head_dim = kv.k.shape
     if kv.k.stride() != kv.v.stride() or kv.k.stride()[1:] != (page_size * head_dim, head_dim, 1):

@@ -1,4 +1,4 @@
-"""CUDA graphs: work that is enqueued once, and replayed as one launch."""
+"""CUDA graphs: work that is enqueued once and replayed as one launch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 
-_WARM_UPS = 2  # libraries allocate and choose kernels in their first calls, which cannot be captured
+_WARM_UPS = 2  # first calls of libraries allocate memory and choose kernels, which cannot be captured
 
 
 class CudaGraphs:
-    """Captures work on one device. All graphs share one memory pool, so they are to be replayed one at a time, on one
-    stream, and what they leave behind is to be read before the next one is."""
+    """Graph capture on one device. All graphs share one memory pool, so callers must replay them one at a time, on one
+    stream, and read the results of one before they replay the next."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Do `work` and return what does it again, with the same kernels on the same addresses. It must not wait for
-        the device."""
+        """Run `work`, and return a function that replays it with the same kernels on the same addresses.
+
+        `work` must not wait for the device.
+        """
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -29,7 +31,7 @@ class CudaGraphs:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may call the driver meanwhile: NCCL's watchdog does.
+        # Other threads may call the driver during the capture: NCCL's watchdog does.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         graph.replay()

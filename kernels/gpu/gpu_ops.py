@@ -1,4 +1,4 @@
-"""`kernels.ops` by kernels in Triton, and products by torch, for models of float32, bfloat16 and float16 on GPUs."""
+"""`kernels.ops` on GPUs, for float32, bfloat16 and float16 models: matrix products by torch, the rest in Triton."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kernels.reference_ops import ReferenceLinear
 
 
 class GpuLinear:
-    """A product by torch, with Triton's gates behind it."""
+    """Product by torch, followed by gating in Triton."""
 
     def __init__(self, inner: Linear, gated: bool) -> None:
         self._inner, self._gated = inner, gated
@@ -41,7 +41,7 @@ class GpuLinear:
 
 
 class Recorder(Protocol):
-    """What captures: see kernels.gpu.cuda_graphs."""
+    """Interface of graph capture; see kernels.gpu.cuda_graphs."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]: ...
 
@@ -58,11 +58,11 @@ class GpuGraphs:
 
 
 class GpuOps:
-    """See kernels.ops.Ops. Products are torch's, by its BLAS; Triton has the rest, or FlashInfer attention."""
+    """See kernels.ops.Ops. BLAS computes products; Triton, or FlashInfer for attention, computes the rest."""
 
     def __init__(self, workspace: Tensor | None = None, recorder: Recorder | None = None) -> None:
-        """workspace: FlashInfer's (see kernels.attention.flashinfer.make_workspace), for models of float16 and bfloat16
-        whose head_dim it knows; None: attention in Triton too. recorder: captures graphs; None: there are none."""
+        """workspace: FlashInfer's (see kernels.attention.flashinfer.make_workspace), for float16 and bfloat16 models
+        with a head_dim that it supports; None: attention in Triton. recorder: captures graphs; None: no graphs."""
         self._workspace = workspace
         self.graphs = None if recorder is None else GpuGraphs(recorder, workspace)
         self.kind = "triton" if workspace is None else "flashinfer"

@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a layer: norms, gates, rotation. Computed in float32."""
+"""Operations between the matrix products of a layer: norms, gates, rotation. Computed in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.gpu.checks import check_dtype, check_pool
 from kernels.kv_cache import LayerKV
 
-_WIDE = 1024  # elements that one program of an elementwise kernel works on
+_WIDE = 1024  # elements per program of an elementwise kernel
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _norm_kernel(
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per row."""
+    """Normalize a row. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < size
@@ -36,14 +36,14 @@ def _norm_kernel(
         value += tl.load(delta + row * delta_stride + i, mask=inside, other=0.0).to(tl.float32)
         rounded = value.to(x.dtype.element_ty)
         tl.store(at, rounded, mask=inside)
-        value = rounded.to(tl.float32)  # the norm is of what is kept
+        value = rounded.to(tl.float32)  # the norm is that of the stored value
     factor = tl.rsqrt(tl.sum(value * value, 0) / size + eps)
     scaled = value * factor * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * size + i, scaled.to(out.dtype.element_ty), mask=inside)
 
 
 def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """See kernels.ops.Ops.norm. Rows may be strided, elements of a row not."""
+    """See kernels.ops.Ops.norm. Rows may be strided; the elements of a row must be contiguous."""
     check_dtype(x)
     rows, size = x.shape
     if x.stride(1) != 1 or (delta is not None and delta.stride(1) != 1):
@@ -60,13 +60,13 @@ def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
 
 
 def _warps(elements: int) -> int:
-    """Warps for a program that holds so many elements: 8 or more each thread."""
+    """Return the number of warps for a program with so many elements: 8 or more per thread."""
     return min(16, max(1, elements // 256))
 
 
 @triton.jit
 def _silu_mul_kernel(pairs: tl.tensor, out: tl.tensor, stride: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
-    """One program per row and block of features."""
+    """Gate a block of features. One program per row and block."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -77,7 +77,7 @@ def _silu_mul_kernel(pairs: tl.tensor, out: tl.tensor, stride: tl.tensor, size: 
 
 
 def silu_mul(pairs: Tensor) -> Tensor:
-    """silu(gate) * value: [rows, 2 size], gates first, to [rows, size]."""
+    """Compute silu(gate) * value: [rows, 2 size], gates first, to [rows, size]."""
     check_dtype(pairs)
     rows, size = pairs.shape[0], pairs.shape[1] // 2
     if pairs.stride(1) != 1:
@@ -110,7 +110,7 @@ def _rotary_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per token and head: of queries, of keys, of values in turn."""
+    """Rotate and store a head. One program per token and head: those of queries, then keys, then values."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, BLOCK)
     inside = i < HALF
@@ -165,8 +165,8 @@ def rotary(
 ) -> None:
     """Rotate queries and keys in place, after the norms if there are any, and store keys and values in the pool.
 
-    qkv: [tokens, heads + 2 kv_heads, head_dim]. cos, sin: [positions, head_dim / 2], of all positions. positions,
-    slots: [tokens] int64. norms: of queries and of keys, their weights [head_dim] and their eps.
+    qkv: [tokens, heads + 2 kv_heads, head_dim]. cos, sin: [positions, head_dim / 2], for all positions. positions,
+    slots: [tokens] int64. norms: weights of the norms of queries and of keys, [head_dim] each, and their eps.
     """
     check_dtype(qkv)
     tokens, all_heads, head_dim = qkv.shape

@@ -1,6 +1,6 @@
 """The coupled sampling rule over a slice of the vocabulary: argmax of logit / T + G(seed, position, token).
 
-Its integers are those of kernels.noise, bit for bit; the logarithms taken of them may differ in the last bits.
+Its integers equal those of kernels.noise bit for bit; their logarithms may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.gpu.checks import check_dtype
 
-_PART = 4096  # tokens that one program looks at
+_PART = 4096  # tokens per program
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _mix_64(x: tl.tensor) -> tl.tensor:
 @triton.jit
 def _mix_32(x: tl.tensor) -> tl.tensor:
     x = x ^ (x >> 16)
-    x = tl.mul(x, 0x7FEB352D, sanitize_overflow=False)  # modulo 2^32 is what is meant
+    x = tl.mul(x, 0x7FEB352D, sanitize_overflow=False)  # intended to wrap modulo 2^32
     x = x ^ (x >> 15)
     x = tl.mul(x, 0x846CA68B, sanitize_overflow=False)
     return x ^ (x >> 16)
@@ -33,7 +33,7 @@ def _mix_32(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _bits(seed: tl.tensor, position: tl.tensor, tokens: tl.tensor) -> tl.tensor:
-    """seed, position: int64. tokens: uint32. Returns uint32, one per token."""
+    """Mix a row's key with token ids. seed, position: int64. tokens: uint32. Returns uint32, one per token."""
     key = _mix_64(_mix_64(position.to(tl.uint64) + 0x9E3779B97F4A7C15) + seed.to(tl.uint64))
     low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
     mixed = _mix_32(tl.mul(tokens, 0x9E3779B1, sanitize_overflow=False) ^ low)
@@ -42,12 +42,12 @@ def _bits(seed: tl.tensor, position: tl.tensor, tokens: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _gumbel(bits: tl.tensor) -> tl.tensor:
-    """-log(-log(1 - u)) with u = (bits + 1/2) / 2^32, rounded as in kernels.noise."""
+    """Compute -log(-log(1 - u)) with u = (bits + 1/2) / 2^32, rounded as in kernels.noise."""
     signed = bits.to(tl.int32, bitcast=True)
     upper = signed.to(tl.float32)
     upper = tl.where(signed < 0, upper + 4294967296.0, upper)
     upper = tl.minimum((upper + 0.5) * 2.3283064365386963e-10, 0.999999940395355224609375)
-    # log(1 - u): what the rounding of 1 - u lost is made up for by u / (1 - (1 - u)).
+    # log(1 - u): the factor u / (1 - (1 - u)) corrects for the rounding of 1 - u.
     rest = 1.0 - upper
     lost = 1.0 - rest
     tiny = lost == 0.0
@@ -66,7 +66,7 @@ def _bits_kernel(
 
 
 def noise_bits(seeds: Tensor, positions: Tensor, start: int, stop: int) -> Tensor:
-    """kernels.noise.noise_bits, as the kernel below draws them."""
+    """Compute kernels.noise.noise_bits with the code that the kernel below uses."""
     size = stop - start
     out = torch.empty(len(seeds), size, dtype=torch.int32, device=seeds.device)
     block = min(_PART, triton.next_power_of_2(size))
@@ -87,7 +87,7 @@ def _part_kernel(
     first: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per row and part of the vocabulary: the part's largest, the lowest id among equals."""
+    """Find a part's largest value and the lowest id among equals. One program per row and part of the vocabulary."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = part * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -96,7 +96,7 @@ def _part_kernel(
     if heat > 0:
         bits = _bits(tl.load(seeds + row), tl.load(positions + row), (first + i).to(tl.uint32))
         value = tl.div_rn(value, heat) + _gumbel(bits)
-    value = tl.where(inside & (value == value), value, float("-inf"))  # what is not a number is never chosen
+    value = tl.where(inside & (value == value), value, float("-inf"))  # NaN is never chosen
     best = tl.max(value, 0)
     token = tl.min(tl.where(inside & (value == best), i, 2147483647), 0)
     at = row * tl.num_programs(1) + part
@@ -113,7 +113,7 @@ def _best_kernel(
     parts: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per row: the best of its parts."""
+    """Find the best of a row's parts. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < parts
@@ -125,8 +125,8 @@ def _best_kernel(
 
 
 def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """See kernels.ops.Ops.sample. logits: [rows, size], at least one row and one token, elements of a row beside each
-    other. Returns [rows] float32 and [rows] int64, by which ranks find the best of all their slices.
+    """See kernels.ops.Ops.sample. logits: [rows, size], at least one row and one token; the elements of a row are
+    contiguous. Returns [rows] float32 and [rows] int64, by which ranks find the best of all their slices.
     """
     check_dtype(logits)
     rows, size = logits.shape

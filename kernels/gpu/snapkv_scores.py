@@ -1,4 +1,4 @@
-"""How much attention the last queries of a row pay to its earlier keys, without a score matrix in memory."""
+"""Attention of a row's last queries to its earlier keys, summed without a score matrix in memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_dtype
 from kernels.gpu.tile import scores_of
 
-_KEYS = 64  # scored at a time
-_SPAN = 4096  # keys that one program of the first pass goes through
+_KEYS = 64  # keys scored at a time
+_SPAN = 4096  # keys per program of the first pass
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _queries(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ) -> tl.tensor:
-    """Rows m of the queries of a KV head, query by query: [M, D]."""
+    """Load rows m of the queries of a KV head, ordered by query, then by head: [M, D]."""
     at = (m // GROUP).to(tl.int64) * token_stride + (head * GROUP + m % GROUP) * head_stride
     inside = (m < total)[:, None] & (d < HEAD_DIM)[None, :]
     return tl.load(q + at[:, None] + d[None, :], mask=inside, other=0.0)
@@ -54,7 +54,7 @@ def _mass_kernel(
     D: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """One program per block of queries, KV head and span of keys: the span's log-sum-exp for each query."""
+    """Compute a span's log-sum-exp for each query. One program per block of queries, KV head and span of keys."""
     head, span = tl.program_id(1), tl.program_id(2)
     m = tl.program_id(0) * M + tl.arange(0, M)
     total = queries * GROUP
@@ -98,7 +98,7 @@ def _votes_kernel(
     D: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """One program per block of keys and KV head: their softmax weights summed over all queries."""
+    """Sum the softmax weights of keys over all queries. One program per block of keys and KV head."""
     n = tl.program_id(0) * N + tl.arange(0, N)
     head = tl.program_id(1)
     total = queries * GROUP
@@ -117,10 +117,10 @@ def _votes_kernel(
 
 
 def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, span: int = _SPAN) -> Tensor:
-    """See kernels.snapkv.snapkv_scores. Not for float64.
+    """See kernels.snapkv.snapkv_scores. Raises ValueError for float64.
 
-    q: [queries, heads, head_dim]; k: [kv_heads, length, head_dim]; elements of a head beside each other. span: keys
-    that one program of the first pass goes through, a multiple of 64.
+    q: [queries, heads, head_dim]. k: [kv_heads, length, head_dim]. The elements of a head are contiguous in both. span:
+    keys per program of the first pass, a multiple of 64.
     """
     check_dtype(q)
     queries, heads, head_dim = q.shape
@@ -150,5 +150,5 @@ def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel
         _votes_kernel[triton.cdiv(candidates, _KEYS), kv_heads](
             q, k, masses, votes, scale, *strides, queries, length, candidates, **sizes
         )
-    # Sums over heads and averages over neighbours may change places.
+    # The average over neighbours commutes with the sum over heads.
     return F.avg_pool1d(votes[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]

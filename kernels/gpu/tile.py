@@ -1,4 +1,4 @@
-"""Products of two tiles, which several kernels take."""
+"""Products of two tiles, shared by several kernels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import triton.language as tl
 
 @triton.jit
 def product(a: tl.tensor, b: tl.tensor, WIDEN: tl.constexpr) -> tl.tensor:
-    """a [M, K] times b [K, N], summed in float32; float32 is not rounded to TF32.
+    """Multiply a [M, K] by b [K, N], with sums in float32. float32 inputs are not rounded to TF32.
 
-    WIDEN: convert first, which changes nothing in the result. Triton's interpreter needs it: it multiplies the bit
-    patterns of bfloat16.
+    WIDEN: convert the inputs to float32 first, which does not change the result. Triton's interpreter needs it, because
+    it multiplies the bit patterns of bfloat16.
     """
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -20,5 +20,5 @@ def product(a: tl.tensor, b: tl.tensor, WIDEN: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def scores_of(q: tl.tensor, k: tl.tensor, scale: tl.tensor, sees: tl.tensor, WIDEN: tl.constexpr) -> tl.tensor:
-    """q [M, D] times k [D, N] times scale, -inf where not `sees` [M, N]."""
+    """Compute q [M, D] times k [D, N] times scale, -inf where `sees` [M, N] is false."""
     return tl.where(sees, product(q, k, WIDEN) * scale, float("-inf"))

@@ -1,12 +1,13 @@
 // Attention of ragged queries over paged keys and values.
 //
-// A row's slots are cut into SEGMENTs, a segment into SLOTS blocks, both counted from the first slot that the row's page
-// list names. A block's keys and values are laid out for `tile` once and then meet all queries of the row, of all heads
-// that share them: two small matrix products with a softmax between. Within a segment the softmax runs along (Milakov &
-// Gimelshein, arXiv 1805.02867); segments, which may go to different threads, are merged in rising order.
+// A row's slots are cut into segments of SEGMENT slots, and these into blocks of SLOTS, both counted from the first
+// slot of the row's page list. A block's keys and values are packed for `tile` once and then multiplied with all
+// queries of the row, of all heads that share them: two small matrix products with a softmax between. Within a segment
+// the softmax is computed online (Milakov & Gimelshein, arXiv 1805.02867). Segments, which may go to different threads,
+// are merged in ascending order.
 //
-// So each query's numbers depend on its own slots and on nothing else: not on the queries beside it, on other rows, or
-// on the number of threads. Slots that a query must not see count with a weight of exactly zero.
+// A query's result therefore depends on its own slots alone, not on other queries, other rows, or the number of
+// threads. Slots that a query must not see get a weight of exactly zero.
 #pragma once
 
 #include <omp.h>
@@ -18,14 +19,14 @@
 
 namespace magicdec {
 
-constexpr int SEGMENT = 1024;  // slots of one piece of work
-constexpr int TALL = 64;       // queries times heads of a group from which on a row's work is cut by queries as well
+constexpr int SEGMENT = 1024;  // slots per piece of work
+constexpr int TALL = 64;       // largest product of queries and heads per group for which a row is cut by segment
 
-// Rows of queries up to which a block meets them as it stands, without being laid out anew. D: see attend.
+// Largest number of query rows for which a block is read in place, without packing. D: see attend.
 template <class T, int D>
 constexpr int few() {
 #if defined(__AVX512F__)
-  return D > 0 ? 15 : 6;  // each number is compiled apart, so only the usual heads have all
+  return D > 0 ? 15 : 6;  // each number is compiled separately, so only the usual heads have all
 #else
   return 0;
 #endif
@@ -37,11 +38,11 @@ constexpr int few() {
 struct Piece {
   int row, query, queries, head, head_end;
   int64_t first, last;
-  float* partial;  // where the softmax of this segment goes; null: the piece is all there is of its queries
+  float* partial;  // destination of this segment's softmax; null: the piece covers all slots of its queries
 };
 
-// The block that is read after one: that of the next KV head, of the first of them further along the list; itself where
-// there is none, or where pages are too small to be asked for ahead of time.
+// Returns the block that is read after `block`: that of the next KV head, or, after the last head, that of the first
+// head at the next slots. Returns `block` if there is none, or if pages are too small to be prefetched.
 template <class T>
 MAGICDEC_INLINE Block<T> block_after(const AttentionArgs& args, const Piece& piece, int head, int64_t start, const Block<T>& block) {
   const bool same = head + 1 < piece.head_end;
@@ -51,10 +52,10 @@ MAGICDEC_INLINE Block<T> block_after(const AttentionArgs& args, const Piece& pie
   return find_block<T>(args, args.pages + piece.row * args.row_stride + then * args.head_stride, then, next, end, nullptr);
 }
 
-// How a row's work is cut. Rows of few queries: by segment, all heads together. Others: by query and head.
+// Division of a row's work. Rows of few queries are cut by segment, all heads together; others by query and head.
 struct Cut {
   int group;    // query heads per KV head
-  int queries;  // of one piece
+  int queries;  // per piece
   bool tall;
   int64_t segments;
 
@@ -65,14 +66,14 @@ struct Cut {
     queries = tall ? std::max(1, TALL * 3 / group) : int(n);
     segments = (args.lengths[row] + SEGMENT - 1) / SEGMENT;
   }
-  // Floats of all partial results of the row.
+  // Number of floats of all partial results of the row.
   size_t partials(const AttentionArgs& args, int row) const {
     if (tall || segments == 1) return 0;
     return segments * Running::floats(int(args.queries[row]) * args.heads, args.head_dim);
   }
 };
 
-// Memory of one thread.
+// Scratch memory of one thread.
 struct Workspace {
   uint32_t *q, *keys, *values;
   float *scores, *weights, *segment, *all, *staged;
@@ -82,7 +83,7 @@ struct Workspace {
     return rows * args.head_dim + 4 * size_t(SLOTS) * args.head_dim + 2 * rows * SLOTS +
            2 * Running::floats(int(rows), args.head_dim) + 8 * LANES;
   }
-  // Query rows of a piece, all its heads.
+  // Largest number of query rows of a piece, over all its heads.
   static size_t most_rows(const AttentionArgs& args) {
     const int group = args.heads / args.kv_heads;
     return std::max({TALL * args.kv_heads, std::max(1, TALL * 3 / group) * group, args.heads});
@@ -120,25 +121,25 @@ void finish_queries(const AttentionArgs& args, int64_t token, int queries, int h
   }
 }
 
-// D: head_dim, where the compiler knows it; else 0.
+// Computes one piece. D: head_dim if it is known at compile time, else 0.
 template <class T, int D>
 void attend(const AttentionArgs& args, const Piece& piece, int64_t first_token, const Workspace& space) {
   using Dot = typename DotOf<T>::type;
   constexpr int FEW = few<T, D>();
   const int group = args.heads / args.kv_heads, head_dim = D > 0 ? D : args.head_dim, words = head_dim / Dot::ELEMENTS;
-  const int rows = piece.queries * group;  // of one KV head
+  const int rows = piece.queries * group;  // per KV head
   const int heads = piece.head_end - piece.head;
   const int64_t token = first_token + piece.query;
   const float scale = args.scale * 1.44269504f;
 
-  // Query rows of a KV head, together: [heads][queries][group].
+  // Gather the query rows of each KV head: [heads][queries][group].
   for (int h = 0; h < heads; h++)
     for (int i = 0; i < piece.queries; i++)
       std::memcpy(space.q + (size_t(h) * rows + size_t(i) * group) * words,
                   static_cast<const T*>(args.q) + (token + i) * args.q_stride + size_t(piece.head + h) * group * head_dim,
                   size_t(group) * head_dim * sizeof(T));
 
-  // What a query sees of the row's list: up to its own slot.
+  // Slots of the row's list that the first query sees: up to its own.
   const int64_t seen = args.lengths[piece.row] - args.queries[piece.row] + piece.query + 1;
   float* memory = piece.partial ? piece.partial : space.segment;
   const Running state = Running::at(memory, rows * heads);
@@ -230,7 +231,7 @@ void attention(const AttentionArgs& args) {
     token += n;
     partials[row] = nullptr;
     if (cut.tall) {
-      // The last queries see most: they go first.
+      // The last queries see the most slots, so they go first.
       for (int64_t query = (n - 1) / cut.queries * cut.queries; query >= 0; query -= cut.queries) {
         const int queries = int(std::min<int64_t>(cut.queries, n - query));
         for (int head = 0; head < args.kv_heads; head++)
@@ -259,7 +260,7 @@ void attention(const AttentionArgs& args) {
     for (int row = 0; row < args.rows; row++) {
       if (partials[row] == nullptr) continue;
       const Cut cut(args, row);
-      const int rows = cut.queries * cut.group;  // of one KV head
+      const int rows = cut.queries * cut.group;  // per KV head
       const size_t size = Running::floats(cut.queries * args.heads, args.head_dim);
       const Running all = Running::at(space.all, rows);
       for (int head = 0; head < args.kv_heads; head++) {

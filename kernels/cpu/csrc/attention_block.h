@@ -1,5 +1,5 @@
-// What attention does with one block of keys and values: finding it, laying it out, meeting queries, a softmax between.
-// See attention.h for what the blocks are part of.
+// Attention over one block of keys and values: find it, pack it, multiply it with queries, with a softmax between.
+// attention.h divides rows into blocks and combines their results.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +10,14 @@
 
 namespace magicdec {
 
-constexpr int SLOTS = 64;      // of a block
+constexpr int SLOTS = 64;      // per block
 
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-// Running softmax of some queries: o is the sum of values weighted by 2^(score - most), total the sum of the weights.
+// Running softmax of some queries. o: sum of the values weighted by 2^(score - most). total: sum of the weights.
 struct Running {
   float* most;   // [rows]
-  float* total;  // [rows, LANES]: in sixteen parts
+  float* total;  // [rows, LANES]: sixteen partial sums
   float* o;      // [rows, head_dim]
 
   static size_t floats(int rows, int head_dim) { return size_t(rows) * (head_dim + LANES + 1); }
@@ -43,7 +43,7 @@ inline void merge(Running into, int to, Running from, int row, int head_dim) {
   for (int d = 0; d < head_dim; d += LANES) store(o + d, load<f32x16>(o + d) * mine + load<f32x16>(other + d) * its);
 }
 
-// Swaps rows and columns of 16 × 16 words.
+// Transposes 16 × 16 words.
 MAGICDEC_INLINE void transpose(u32x16 (&x)[LANES]) {
 #if defined(__AVX512F__)
   __m512i a[LANES], b[LANES];
@@ -76,7 +76,7 @@ MAGICDEC_INLINE void transpose(u32x16 (&x)[LANES]) {
 #endif
 }
 
-// Sixteen slots, one after the other, of keys and of values: where a block's four groups of them stand.
+// Addresses of a block's keys and values, in groups of sixteen consecutive slots.
 template <class T>
 struct Block {
   static constexpr int GROUPS = SLOTS / LANES;
@@ -85,9 +85,8 @@ struct Block {
   MAGICDEC_INLINE const T* keys(int group) const { return at[group]; }
   MAGICDEC_INLINE const T* values(int group) const { return at[GROUPS + group]; }
 
-  // Asks for memory that will be read soon: `count` slots of a group of keys (0 … GROUPS - 1) or values (from GROUPS on).
-  // A processor has room for few requests, and who makes more of them at once waits: so they are made while there is
-  // something else to do, some at a time.
+  // Prefetches memory that will be read soon: `count` slots of a group of keys (0 … GROUPS - 1) or values (from GROUPS
+  // on). A core has room for few requests at once, and stalls on more, so callers spread them over other work.
   MAGICDEC_INLINE void fetch(int group, int slot, int count, int head_dim) const {
     const char* from = reinterpret_cast<const char*>(at[group] + slot * head_dim);
 #pragma GCC unroll 16
@@ -95,8 +94,8 @@ struct Block {
   }
 };
 
-// The block that begins at slot `start` of a row whose slots end at `end`, of one KV head. Where groups are not whole
-// pieces of pages, or not whole, they are copied; slots that do not count become zeros, whatever they hold.
+// Returns the block of one KV head that begins at slot `start` of a row whose slots end at `end`. A block is copied to
+// `staged` if its groups may cross pages or it is not full; slots from `end` on become zeros, whatever they hold.
 template <class T>
 MAGICDEC_INLINE Block<T> find_block(const AttentionArgs& args, const int64_t* list, int head, int64_t start, int64_t end, T* staged) {
   const int head_dim = args.head_dim;
@@ -133,7 +132,7 @@ MAGICDEC_INLINE Block<T> find_block(const AttentionArgs& args, const int64_t* li
   return block;
 }
 
-// Words w … w + 15 of sixteen keys, [slot][word], become [word][slot].
+// Transposes words w … w + 15 of sixteen keys, from [slot][word] to [word][slot].
 template <class T>
 MAGICDEC_INLINE void turn_keys(const T* keys, int head_dim, int w, int count, u32x16 (&x)[LANES]) {
   constexpr int ELEMENTS = DotOf<T>::type::ELEMENTS;
@@ -149,7 +148,7 @@ MAGICDEC_INLINE void turn_keys(const T* keys, int head_dim, int w, int count, u3
   transpose(x);
 }
 
-// Becomes [head_dim / ELEMENTS words][SLOTS].
+// Packs a block's keys to [head_dim / ELEMENTS words][SLOTS].
 template <class T>
 MAGICDEC_INLINE void pack_keys(const Block<T>& block, const Block<T>& next, int head_dim, uint32_t* packed) {
   const int words = head_dim / DotOf<T>::type::ELEMENTS;
@@ -164,7 +163,7 @@ MAGICDEC_INLINE void pack_keys(const Block<T>& block, const Block<T>& next, int 
   }
 }
 
-// Two slots' values of 16 columns, side by side in words; for float32 one slot's.
+// Loads the values of two slots in 16 columns, paired in words; for float32 those of one slot.
 template <class T>
 MAGICDEC_INLINE u32x16 pair_values(const T* values, int head_dim) {
   if constexpr (sizeof(T) == 4)
@@ -191,7 +190,7 @@ MAGICDEC_INLINE void pair_values(const T* values, int head_dim, u32x16& first, u
   first = pair_values(values, head_dim), second = pair_values(values + LANES, head_dim);
 }
 
-// Becomes [SLOTS / ELEMENTS words][head_dim].
+// Packs a block's values to [SLOTS / ELEMENTS words][head_dim].
 template <class T>
 MAGICDEC_INLINE void pack_values(const Block<T>& block, const Block<T>& next, int head_dim, uint32_t* packed) {
   constexpr int ELEMENTS = DotOf<T>::type::ELEMENTS;
@@ -211,9 +210,9 @@ MAGICDEC_INLINE void pack_values(const Block<T>& block, const Block<T>& next, in
   }
 }
 
-// -- a block meets queries --------------------------------------------------------------------------------------------
+// -- products of a block and queries ----------------------------------------------------------------------------------
 
-// For few rows of queries: each word of a key meets them in the register in which it was turned.
+// For few rows of queries: each word of a key is used in the register in which it was transposed.
 template <class T, int M>
 MAGICDEC_INLINE void score_few(const Block<T>& block, const Block<T>& next, int head_dim, const uint32_t* q, float* scores) {
   using Dot = typename DotOf<T>::type;
@@ -240,7 +239,7 @@ MAGICDEC_INLINE void score_few(const Block<T>& block, const Block<T>& next, int 
 template <class T, int M>
 MAGICDEC_INLINE void mix_few(const Block<T>& block, const Block<T>& next, int head_dim, const T* weights, float* o) {
   using Dot = typename DotOf<T>::type;
-  constexpr int C = M <= 6 ? 4 : 2;  // of 32 registers 24 hold sums
+  constexpr int C = M <= 6 ? 4 : 2;  // 24 of 32 registers hold sums
   const auto* words = reinterpret_cast<const uint32_t*>(weights);
   const auto columns = [&](int d, auto width) {
     constexpr int N = decltype(width)::value;
@@ -271,7 +270,7 @@ MAGICDEC_INLINE void mix_few(const Block<T>& block, const Block<T>& next, int he
 }
 
 // out[m][n] = (KEEP ? out[m][n] : 0) + a · b over `columns` columns, a multiple of 16.
-// meanwhile: called once with each i < SLOTS, in rising order.
+// meanwhile: called once with each i < SLOTS, in ascending order.
 template <class Dot, bool KEEP, class F>
 MAGICDEC_INLINE void product(const uint32_t* a, size_t a_stride, const uint32_t* b, int words, float* out, size_t out_stride,
                              int rows, int columns, F&& meanwhile) {
@@ -301,7 +300,8 @@ MAGICDEC_INLINE void product(const uint32_t* a, size_t a_stride, const uint32_t*
   if (column < columns) columns_of(Count<1>{}, column);
 }
 
-// Scores of one query against a block become weights. seen: how many of its slots the query may look at.
+// Converts the scores of one query against a block to weights, and updates its running softmax. seen: number of the
+// block's slots that the query sees.
 template <class T>
 MAGICDEC_INLINE void weigh(float* scores, int seen, float scale, Running state, int row, int head_dim, T* weights) {
   f32x16 s[SLOTS / LANES], most = splat(NOTHING);
@@ -317,7 +317,7 @@ MAGICDEC_INLINE void weigh(float* scores, int seen, float scale, Running state, 
   f32x16 total{};
   for (int i = 0; i < SLOTS / LANES; i++) {
     store_floats(weights + i * LANES, exp2_falling(s[i] - now));
-    total += load_floats(weights + i * LANES);  // as they will be multiplied: rounded
+    total += load_floats(weights + i * LANES);  // rounded, as they are multiplied
   }
   float* totals = state.total + row * LANES;
   if (now == before) {

@@ -1,4 +1,4 @@
-// From types that are known when a kernel is called to types that the compiler knows.
+// Dispatch from types known at run time to types known at compile time.
 #pragma once
 
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// A library of kernels for one instruction set: the compiler's flags say which (kernels/cpu/build.py).
+// A library of kernels for one instruction set, which the compiler's flags select (kernels/cpu/compiler.py).
 #include "attention.h"
 #include "dispatch.h"
 #include "kernels.h"

@@ -1,5 +1,5 @@
-// What the kernels are, once per instruction set; no torch here. All pointers are to contiguous memory unless strides say
-// otherwise; strides count elements. Kernels run on the threads of the OpenMP team of the caller.
+// Interface of the kernels, which are compiled once per instruction set and do not depend on torch. All pointers are to
+// contiguous memory unless strides say otherwise; strides count elements. Kernels run on the caller's OpenMP team.
 #pragma once
 
 #include <cstddef>
@@ -16,11 +16,11 @@ constexpr int BLOCK = 32;  // columns (output features) that are packed together
 struct LinearArgs {
   Weights format;
   const uint32_t* packed;  // [blocks][words][BLOCK]: words of neighbouring input features
-  const float* scales;     // i8: [blocks * BLOCK], of each column
-  const int32_t* offsets;  // i8: [blocks * BLOCK], what an input of all -128 would yield, before scaling
+  const float* scales;     // i8: [blocks * BLOCK], one per column
+  const int32_t* offsets;  // i8: [blocks * BLOCK], product of an input of all -128, before scaling
   const float* bias;       // [blocks * BLOCK], or null
-  int words;               // of a row, the last one padded with zeros
-  int columns;             // output features; with silu_mul, half of those that are packed
+  int words;               // per row, the last one padded with zeros
+  int columns;             // output features; with silu_mul, half of the packed ones
   bool silu_mul;           // each block: 16 columns of the gate, then the same 16 of up
   Type in, out;
   const void* x;           // [rows, features]
@@ -79,8 +79,8 @@ struct SampleArgs {
   int64_t size, first;          // this rank's slice of the vocabulary: tokens first … first + size - 1
   const float* temperature;     // [rows]; 0: the largest logit, without noise
   const int64_t *seeds, *positions;  // [rows]
-  float* values;                // [rows], -inf before: the largest logit / temperature + noise
-  int64_t* tokens;              // [rows], `first` before: where, the lowest token among equals
+  float* values;                // [rows], in: -inf; out: the largest logit / temperature + noise
+  int64_t* tokens;              // [rows], in: `first`; out: the token of that value, the lowest among equals
 };
 
 struct Kernels {
@@ -95,5 +95,5 @@ struct Kernels {
 
 }  // namespace magicdec
 
-// What a library of kernels exports.
+// The symbol that a library of kernels exports.
 extern "C" const magicdec::Kernels* magicdec_kernels();

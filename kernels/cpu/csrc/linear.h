@@ -1,4 +1,4 @@
-// Thin matrix products: a few rows against weights that are read once.
+// Thin matrix products: a few rows times weights, which are read once.
 #pragma once
 
 #include <omp.h>
@@ -10,9 +10,9 @@
 
 namespace magicdec {
 
-constexpr int ROW_CHUNK = 96;  // rows whose input stays in the second-level cache while all weights pass
+constexpr int ROW_CHUNK = 96;  // rows whose input stays in the L2 cache while all weights are read
 
-// Rows of `words` words that tiles can read: the caller's memory where it has that form, else a copy.
+// Rows of `words` words in the layout that tiles read: the caller's memory if it has that layout, else a copy.
 struct Rows {
   const uint32_t* data;
   size_t stride;
@@ -24,7 +24,7 @@ MAGICDEC_INLINE void copy_row(const T* from, uint32_t* to, int features, int wor
   std::memset(reinterpret_cast<T*>(to) + features, 0, (size_t(words) * elements - features) * sizeof(T));
 }
 
-// Bytes of one row, as round(x / scale) + 128, with scale = max |x| / 127. Returns the scale.
+// Quantizes a row to bytes, round(x / scale) + 128, with scale = max |x| / 127. Returns the scale.
 template <class T>
 MAGICDEC_INLINE float quantise_row(const T* x, uint8_t* to, int features, int words) {
   f32x16 most{};
@@ -83,7 +83,7 @@ MAGICDEC_INLINE void finish(const LinearArgs& args, f32x16 (&sums)[M][2], int ro
   }
 }
 
-// All tiles of rows [row, end) against one block of columns.
+// Computes all tiles of rows [row, end) times one block of columns.
 template <class Dot, class Out>
 void linear_block(const LinearArgs& args, Rows x, const float* scales, int row, int end, int block) {
   const uint32_t* b = args.packed + size_t(block) * args.words * BLOCK;
@@ -147,7 +147,7 @@ void linear(const LinearArgs& args) {
           copy_row(from, to, args.features, args.words, Dot::ELEMENTS);
       }
     }
-    // Few rows: each thread takes some of the columns. Many: some of the rows, so that their input stays in its cache.
+    // Few rows: threads split the columns. Many: threads split the rows, so that a thread's input stays in its cache.
     const int fitting = (args.rows + ROW_CHUNK - 1) / ROW_CHUNK;
     const int chunks = fitting < threads ? 1 : (fitting + threads - 1) / threads * threads;
     if (chunks == 1) {
@@ -169,7 +169,7 @@ void linear_to(const LinearArgs& args) {
   if constexpr (!std::is_same_v<In, float>) linear<Dot, In, In>(args);
 }
 
-// Formats that meet: weights with inputs of the same type, bytes with any; outputs of the input's type or float32.
+// Supported formats: weights of the input's type, or bytes with any input; outputs of the input's type or float32.
 inline void linear_any(const LinearArgs& args) {
   with_type(args.in, [&](auto zero) {
     using In = decltype(zero);

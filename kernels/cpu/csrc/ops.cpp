@@ -1,4 +1,4 @@
-// The kernels as torch operators: checks what it is given, and hands over pointers. `kernels` is what `open` returned.
+// The kernels as torch operators, which check their arguments and pass pointers on. kernels: what `open` returned.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>

@@ -1,4 +1,4 @@
-// What stands between the matrix products of a layer.
+// Operations between the matrix products of a layer: norms and rotation.
 #pragma once
 
 #include <omp.h>
@@ -10,7 +10,7 @@
 
 namespace magicdec {
 
-constexpr int SERIAL = 1 << 14;  // elements that one thread is done with before a second one has woken up
+constexpr int SERIAL = 1 << 14;  // elements that one thread finishes before a second one has woken up
 
 template <class T>
 MAGICDEC_INLINE float mean_square(const T* x, int size) {
@@ -51,7 +51,7 @@ void norm(const NormArgs& args) {
   }
 }
 
-// Half-rotation: element i turns with element i + head_dim / 2.
+// Half-rotation: element i pairs with element i + head_dim / 2.
 template <class T>
 MAGICDEC_INLINE void rotate(T* x, const float* cos, const float* sin, int half) {
   int i = 0;

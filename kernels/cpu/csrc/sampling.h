@@ -1,5 +1,5 @@
 // The coupled sampling rule over a slice of the vocabulary, in one pass: argmax of logit / T + G(seed, position, token).
-// Its integers are those of kernels/noise.py.
+// Its integers equal those of kernels/noise.py.
 #pragma once
 
 #include <omp.h>
@@ -33,7 +33,7 @@ struct NoiseKey {
 // -ln(-ln(1 - u)) with u = (bits + 1/2) / 2^32.
 MAGICDEC_INLINE f32x16 gumbel(u32x16 random) {
   const f32x16 u = minimum((__builtin_convertvector(random, f32x16) + 0.5f) * 0x1p-32f, splat(1.0f - 0x1p-24f));
-  // ln(1 - u): the rounding of 1 - u is made up for by u / (1 - (1 - u)).
+  // ln(1 - u): the factor u / (1 - (1 - u)) corrects for the rounding of 1 - u.
   const f32x16 rest = 1.0f - u, lost = 1.0f - rest;
   const i32x16 tiny = lost == f32x16{};
   const f32x16 exact = logarithm(rest) * (u / select(tiny, splat(1.0f), lost));
@@ -41,13 +41,13 @@ MAGICDEC_INLINE f32x16 gumbel(u32x16 random) {
 }
 
 inline void sample(const SampleArgs& args) {
-  constexpr int64_t PART = 4096;  // tokens of one piece of work
+  constexpr int64_t PART = 4096;  // tokens per piece of work
   const int64_t parts = (args.size + PART - 1) / PART;
   const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #pragma omp parallel
   {
     for (int row = 0; row < args.rows; row++) {
-      // Nobody waits: each thread does its share of all rows, and they meet once, below.
+      // No barriers: each thread scans its share of every row and merges its result below.
       const float temperature = args.temperature[row];
       const NoiseKey noise(args.seeds[row], args.positions[row]);
       const float* logits = args.logits + row * args.stride;
@@ -67,7 +67,7 @@ inline void sample(const SampleArgs& args) {
           where = (better & token) | (~better & where);
         }
       }
-      // The row's numbers begin as -inf at its first token: what stays where all are impossible.
+      // The caller sets each row to -inf at token `first`, which stays if all tokens are impossible.
 #pragma omp critical
       for (int lane = 0; lane < LANES; lane++) {
         const int64_t token = where[lane] + args.first;

@@ -1,8 +1,8 @@
-// The one loop that everything heavy goes through: a few rows times a block of columns, sums in registers.
+// The inner loop of the matrix products: a few rows times a block of columns, with sums in registers.
 //
 //     sums[m][n] += sum over w of  a[m][w] · b[w][n]          a, b: words of neighbouring elements (see Dot… in vec.h)
 //
-// Each sum runs over w in rising order, whatever tile it is part of: a row's result does not depend on the rows around it.
+// Each sum runs over w in ascending order, whatever its tile, so a row's result does not depend on other rows.
 #pragma once
 
 #include "vec.h"
@@ -10,7 +10,7 @@
 namespace magicdec {
 
 #if defined(__AVX512F__)
-constexpr int MAX_ROWS = 12;  // of a tile with two vectors of columns: 24 of 32 registers hold sums
+constexpr int MAX_ROWS = 12;  // per tile with two vectors of columns: 24 of 32 registers hold sums
 #else
 constexpr int MAX_ROWS = 3;  // a vector takes two or four of 16 registers
 #endif
@@ -19,7 +19,7 @@ struct Nothing {
   MAGICDEC_INLINE void operator()(int) const {}
 };
 
-// meanwhile: called with each w, for what can be done beside the products.
+// meanwhile: called with each w, for work that overlaps with the products.
 template <class Dot, int M, int C, class F = Nothing>
 MAGICDEC_INLINE void tile(typename Dot::Sums (&sums)[M][C], const uint32_t* a, size_t a_stride, const uint32_t* b,
                           size_t b_stride, int words, F&& meanwhile = {}) {
@@ -49,7 +49,8 @@ MAGICDEC_INLINE void with_rows(int rows, F&& f) {
   f(Count<MAX>{});
 }
 
-// Rows of the tile that begins at `row` when `rows` are cut into as few tiles of nearly equal height as `most` allows.
+// Returns the height of the tile that begins at `row`, if `rows` rows are cut into the fewest tiles of at most `most`
+// rows and of nearly equal height.
 MAGICDEC_INLINE int tile_height(int rows, int row, int most) {
   const int tiles = (rows + most - 1) / most;
   const int height = rows / tiles, taller = rows % tiles;  // the first `taller` tiles have one more

@@ -1,5 +1,5 @@
-// Sixteen lanes of everything, written once for every instruction set: the compiler splits these vectors into whatever
-// registers there are. Where an instruction set has a better way (dot products of 16-bit pairs, of bytes), it is used.
+// Vectors of sixteen lanes, written once for all instruction sets: the compiler splits them into the registers that the
+// target has. Intrinsics are used where a target offers better (dot products of 16-bit pairs, of bytes).
 #pragma once
 
 #include <cmath>
@@ -63,7 +63,7 @@ MAGICDEC_INLINE float sum(f32x16 x) {
   return x[0] + x[1];
 }
 
-// Whether any lane of x is larger than y; may say so where none is.
+// Whether any lane of x is larger than y; false positives are possible.
 MAGICDEC_INLINE bool may_exceed(f32x16 x, float y) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(y), _CMP_GT_OQ) != 0;
@@ -100,7 +100,7 @@ MAGICDEC_INLINE f32x16 float_of_half(u32x16 x) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_cvtph_ps((__m256i)narrow(x));
 #else
-  // The exponent is rebased by a product, which also makes denormals right.
+  // A product rebases the exponent, which also converts denormals correctly.
   const u32x16 magnitude = (x & 0x7fff) << 13;
   const f32x16 scaled = bits<f32x16>(magnitude) * 0x1p112f;
   const i32x16 special = bits<i32x16>(magnitude) >= (0x7c00 << 13);
@@ -122,7 +122,7 @@ MAGICDEC_INLINE u16x16 half_of_float(f32x16 x) {
     if (word >= 0x47800000)
       half = word > 0x7f800000 ? 0x7e00 : 0x7c00;
     else if (word < 0x38800000)
-      // Adding 1/2 leaves the denormal's bits, rounded, at the end of the sum.
+      // Adding 1/2 leaves the denormal's rounded bits in the low bits of the sum.
       half = bits<uint32_t>(bits<float>(word) + 0.5f) - 0x3f000000;
     else
       half = (word + 0xc8000fff + ((word >> 13) & 1)) >> 13;
@@ -164,7 +164,7 @@ MAGICDEC_INLINE void store_floats(bf16* to, f32x16 x) {
 }
 MAGICDEC_INLINE void store_floats(f16* to, f32x16 x) { store(to, half_of_float(x)); }
 
-// `n` < 16 of them.
+// The same for `n` < 16 elements.
 template <class T>
 MAGICDEC_INLINE f32x16 load_some(const T* from, int n) {
   T padded[LANES] = {};
@@ -180,7 +180,7 @@ MAGICDEC_INLINE void store_some(T* to, f32x16 x, int n) {
 
 // -- exponentials and logarithms --------------------------------------------------------------------------------------
 
-// 2^r for r in [-1/2, 1/2]: its Taylor series, of which the term of r^7 is below 2^-24.
+// 2^r for r in [-1/2, 1/2]: its Taylor series up to r^6; the term of r^7 is below 2^-23.
 MAGICDEC_INLINE f32x16 exp2_series(f32x16 r) {
   f32x16 y = r * 1.5403530e-4f + 1.3333558e-3f;
   y = y * r + 9.6181291e-3f;
@@ -254,7 +254,7 @@ struct DotBF16 {
   using Sums = f32x16;
   static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) {
 #if defined(__AVX512BF16__)
-    // In this order an instruction can take its last operand from memory.
+    // In this operand order the instruction can take its last operand from memory.
     return (f32x16)_mm512_dpbf16_ps((__m512)sums, (__m512bh)b, (__m512bh)_mm512_set1_epi32(a));
 #else
     sums = sums + splat(bits<float>(a << 16)) * bits<f32x16>(b << 16);
