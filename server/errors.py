@@ -77,7 +77,7 @@ def engine_restarting(reason: str) -> ApiError:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Convert `error` to the error for the client. An unexpected one is logged, and its text is not sent."""
+    """Convert `error` to an ApiError. An unexpected one is logged, and its text is not sent."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineDead):

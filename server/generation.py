@@ -49,7 +49,7 @@ class ChoiceDelta:
 @dataclass(slots=True)
 class Usage:
     prompt_tokens: int
-    """Counts each prompt once, however many choices it has."""
+    """Tokens of all prompts; each counts once, however many choices it has."""
     completion_tokens: int = 0
     accepted: int = 0
     rejected: int = 0

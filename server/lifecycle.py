@@ -63,7 +63,7 @@ class Lifecycle:
         self._force = asyncio.Event()
 
     async def run(self) -> int:
-        """Run to the end. Returns the exit status: 0 after a drain, 1 if the engine failed or the end was forced."""
+        """Run until the end. Returns the exit status: 0 after a drain, 1 if the engine failed or the end was forced."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)

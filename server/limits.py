@@ -48,7 +48,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         announced = dict(scope["headers"]).get(b"content-length", b"")
-        largest = int(announced) if announced.isdigit() else 0  # refused before it arrives
+        largest = int(announced) if announced.isdigit() else 0  # a large body is refused before it arrives
         received, whole = 0, False
         deadline = asyncio.get_running_loop().time() + self._timeout_s
 

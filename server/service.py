@@ -117,7 +117,7 @@ class Service:
                 self._idle.set()
 
     def _retry_after(self) -> int:
-        """Estimate the seconds after which half of the admitted requests will have finished."""
+        """Estimate the seconds until half of the admitted requests have finished, at the present rate."""
         return max(1, min(_MOST_RETRY_S, round(self._typical_s / 2)))
 
     async def wait_idle(self) -> None:

@@ -119,7 +119,7 @@ def _request_id(value: str | None) -> str | None:
     return value
 
 
-# Each has the parsed type, and the type that clients may send.
+# Each: the parsed type, then the type that clients may send.
 Stops = Annotated[list[str] | None, PlainValidator(_stop, json_schema_input_type=str | list[str] | None)]
 StopTokens = Annotated[list[int] | None, PlainValidator(_stop_token_ids, json_schema_input_type=list[int] | None)]
 LogitBias = Annotated[

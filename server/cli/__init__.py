@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def is_expected(error: Exception) -> bool:
-    """Whether the message is meant for the user: an error type of this program, or about a file they named."""
+    """Whether the error's message is meant for the user: a type of this program, or about a file they named."""
     ours = isinstance(error, (ValueError, RuntimeError)) and type(error).__module__.partition(".")[0] in PACKAGES
     return ours or (isinstance(error, OSError) and error.filename is not None)
 

@@ -107,7 +107,7 @@ def acceptance(
         str, typer.Option(help="Temperatures or temperature:top-p pairs, comma-separated; 0 is greedy.")
     ] = "0",
     verification: Annotated[
-        str | None, typer.Option(help="Run the engine with each of coupled, rejection; comma-separated.")
+        str | None, typer.Option(help="Run the engine with each of these: coupled, rejection; comma-separated.")
     ] = None,
     text: TextFile = None,
     json_file: JsonFile = None,
@@ -198,7 +198,7 @@ def broadcast(
     rows: Annotated[int, typer.Option(min=1, help="Decoding rows in a plan.")] = 64,
     floats: Annotated[int, typer.Option(min=1, help="float32 values per all-reduce.")] = 4096,
 ) -> None:
-    """Time plans sent to rank processes without a model, and all-reduces of a few values over them."""
+    """Measure the time to send plans to rank processes without a model, and to all-reduce a few values."""
     counts = options.counts(ranks, "--ranks")
     if min(counts) < 2:
         raise typer.BadParameter("a single rank has nobody to talk to", param_hint="--ranks")

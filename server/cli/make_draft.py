@@ -23,7 +23,7 @@ def make_draft(
 ) -> None:
     """Keep some layers of a model as its draft model, for --draft. Nothing is trained.
 
-    Measurement selects the layers: it removes one at a time, always the one whose absence changes predictions least.
+    Layers are removed one by one, always the one whose absence, as measured, changes predictions least.
     """
     if layers is not None and (keep is not None or spread or text is not None):
         raise typer.BadParameter("it already says which layers to keep", param_hint="--layers")

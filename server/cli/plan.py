@@ -1,4 +1,4 @@
-"""`magicdec plan`: predict the gain of speculation, without a machine or a model."""
+"""`magicdec plan`: predict the gain of speculation, without a GPU or weights."""
 
 from __future__ import annotations
 

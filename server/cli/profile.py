@@ -16,7 +16,7 @@ def profile(
     overrides: dict[str, Any],
     rows: Annotated[str, typer.Option(help="Numbers of rows, comma-separated.")] = "1,4,16",
     context: Annotated[str, typer.Option(help="Tokens per row, comma-separated.")] = "256,2000,7500",
-    gammas: Annotated[str, typer.Option("--gamma", help="Tokens drafted, comma-separated.")] = "1,3,6",
+    gammas: Annotated[str, typer.Option("--gamma", help="Tokens drafted per round, comma-separated.")] = "1,3,6",
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Acceptance rate for the predicted gain.")] = 0.8,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the times to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot the times to this PNG.")] = None,

@@ -1,4 +1,4 @@
-"""Access log: one line per request with route, status and timing. Never contains text of a prompt."""
+"""Access log: one line per request, with its status and timing. Never contains text of a prompt."""
 
 from __future__ import annotations
 

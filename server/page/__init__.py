@@ -14,7 +14,7 @@ _HERE = Path(__file__).parent
 
 
 def _page() -> tuple[bytes, str]:
-    """Return the page and its Content-Security-Policy: run no other script, connect to no other server."""
+    """Return the page and its Content-Security-Policy: only its own script runs, and only this server is reached."""
     sample = html.escape((_HERE / "sample.txt").read_text(encoding="utf-8"), quote=False)
     text = (_HERE / "index.html").read_text(encoding="utf-8").replace("{{SAMPLE}}", sample)
     allowed = {

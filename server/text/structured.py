@@ -93,7 +93,7 @@ def grammar_of(response_format: ResponseFormat | None, structured: StructuredOut
 
 
 async def check_grammar(param: str, grammar: str) -> None:
-    """Validate by compiling once, off the event loop: bounded work, up to some 100 ms. Raises ApiError."""
+    """Validate `grammar` by compiling once, off the event loop: bounded work, up to some 100 ms. Raises ApiError."""
     wrong, said = await asyncio.to_thread(LLMatcher.validate_grammar_with_warnings, grammar, None, limits=LIMITS)
     if wrong:
         raise _wrong(param, said[0].partition("\n")[0] if said else "not a grammar")
