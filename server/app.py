@@ -15,19 +15,19 @@ from server.service import Service
 
 
 def create_app(service: Service, keys: frozenset[str] = frozenset()) -> FastAPI:
-    """keys: API keys; none: all may ask."""
+    """Create the application. keys: API keys; empty: no key is needed."""
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
-        # Off, and said so, lest environment variables switch it on.
+        # Explicitly off, so that environment variables do not switch it on.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
     app.state.service = service
     add_handlers(app)
     settings = service.config.server
-    # The last one added is the outermost.
+    # The middleware added last is the outermost.
     app.add_middleware(BodyLimit, max_bytes=int(settings.max_body_mb * 2**20), timeout_s=settings.body_timeout_s)
     if keys:
         app.add_middleware(ApiKeys, keys=keys)

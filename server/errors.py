@@ -1,4 +1,4 @@
-"""What clients are told when something cannot be served: one body shape, short messages, string codes."""
+"""Error answers: one body shape, short messages, string codes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from engine.processes.client import EngineDead
 from engine.processes.supervisor import EngineDown
 
 MAX_MESSAGE = 500
-"""Longest message, in characters."""
+"""Maximum length of a message, in characters."""
 _MAX_NAME = 64
-"""Longest piece of the client's own input that a message repeats."""
+"""Maximum length of client input that a message quotes, in characters."""
 _MAX_FAULTS = 100
-"""A body with more faults than this is not told the first of them: finding it would take long."""
+"""With more faults than this, the message gives only their number: finding the first would take long."""
 
 logger = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """Answered with `status` and the error body."""
+    """Error that is answered with `status` and the error body."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class ApiError(Exception):
 
 
 def unavailable(message: str, code: str, retry_after_s: int = 1) -> ApiError:
-    """503 that is worth trying again after so many seconds."""
+    """Create a 503 error that tells the client to retry after `retry_after_s`."""
     return ApiError(message, status=503, code=code, headers={"Retry-After": str(retry_after_s)})
 
 
@@ -77,7 +77,7 @@ def engine_restarting(reason: str) -> ApiError:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of `error`; one that nobody expected is logged, and not shown."""
+    """Convert `error` to an ApiError. An unexpected one is logged, and its text is not sent."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineDead):
@@ -88,7 +88,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first fault of a body that does not match its schema."""
+    """Describe the first fault of a body that does not match its schema."""
     if error.error_count() > _MAX_FAULTS:
         return ApiError(f"the body has {error.error_count()} faults")
     faults = error.errors(include_url=False, include_input=False, include_context=False)
@@ -108,7 +108,7 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def printable(text: str, limit: int) -> str:
-    """`text` on one line without control characters, cut to `limit` characters."""
+    """Cut `text` to `limit` characters and escape control characters, so that it fits on one line."""
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in cut)
 
@@ -126,7 +126,7 @@ def add_handlers(app: FastAPI) -> None:
         ).response()
 
     async def gone(_: Request, __: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client is gone
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(EngineDead, api_error)
@@ -135,9 +135,9 @@ def add_handlers(app: FastAPI) -> None:
 
 
 class LastResort:
-    """Answers for what no route expected: 500; and 503 to a request that is cancelled because the server ends.
+    """ASGI middleware that answers unexpected errors with 500, and requests cancelled at shutdown with 503.
 
-    Once the answer has begun, its connection is closed.
+    Once the answer has begun, the connection is closed instead.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -154,7 +154,7 @@ class LastResort:
         try:
             await self._app(scope, receive, watched)
             return
-        except asyncio.CancelledError:  # the end of this request's own task
+        except asyncio.CancelledError:  # the server ends and cancels this request's task
             answer = draining()
         except Exception as error:
             answer = as_api_error(error)

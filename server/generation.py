@@ -1,4 +1,4 @@
-"""The choices of one HTTP request: each a request to the engine, their outputs turned into text."""
+"""Run the choices of one HTTP request, each as one engine request, and convert their outputs to text."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ class Choice:
     params: SamplingParams
     priority: int
     report: bool
-    """Whether it is told what speculation did."""
+    """Whether the answer includes a speculation report."""
     continues: bool
-    """Whether the output continues the prompt's text (a completion) or stands for itself (a chat answer)."""
+    """Whether the output continues the prompt's text (a completion) or stands alone (a chat answer)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """What one round added to one choice."""
+    """Output that one round added to one choice."""
 
     index: int
     delta: Delta
     report: dict[str, Any] | None = None
     """See server.observe.speculation_report."""
     prompt: list[PromptLogprobs] | None = None
-    """With the first piece, if asked for."""
+    """Log-probabilities of the prompt; in the first piece, if requested."""
 
 
 @dataclass(slots=True)
 class Usage:
     prompt_tokens: int
-    """Each prompt once, however many choices it has."""
+    """Tokens of all prompts; each counts once, however many choices it has."""
     completion_tokens: int = 0
     accepted: int = 0
     rejected: int = 0
@@ -84,7 +84,7 @@ class Generation:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For the log; see server.observe.access_log."""
+        """Fields for the access log; see server.observe.access_log."""
         usage = self.usage
         return {
             "choices": len(self.choices),
@@ -95,10 +95,10 @@ class Generation:
         }
 
     async def pieces(self) -> AsyncGenerator[ChoiceDelta, None]:
-        """Pieces of all choices as they come. Closing early aborts them. Raises ApiError, EngineDead."""
+        """Yield pieces of all choices as they arrive. Closing early aborts the choices. Raises ApiError, EngineDead."""
         with self.service.admit(len(self.choices), sum(len(choice.prompt) for choice in self.choices)) as client:
             stops = stop_strings(self.choices[0].params)
-            # The first of several choices from one prompt computes it, and the others share what it has.
+            # Of several choices from one prompt, the first computes it and the others share its pages.
             first = {id(choice.prompt): choice.index for choice in reversed(self.choices)}
             names = [uuid.uuid4().hex for _ in self.choices]
             runs = []
@@ -119,7 +119,7 @@ class Generation:
             return
         context = choice.prompt if choice.continues else ()
         stream = TextStream(self.service.tokenizer, choice.params, context, stops)
-        # What is asked about the prompt alone takes a pass over it, which yields a token in any case.
+        # Log-probabilities of the prompt alone still take a forward pass, which always yields a token.
         params = msgspec.structs.replace(choice.params, max_tokens=1, min_tokens=0) if nothing else choice.params
         request = AddRequest(name, choice.prompt, params, self.arrival, choice.priority, like)
         course = RequestStats(self.arrival, len(choice.prompt))
@@ -149,7 +149,7 @@ class Generation:
 
 
 async def merge(sources: Sequence[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
-    """Items of all sources as they come. The first exception ends all; so does closing."""
+    """Yield items of all sources as they arrive. The first exception ends all sources; so does closing."""
     queue: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
 
     async def pump(source: AsyncGenerator[ChoiceDelta, None]) -> None:

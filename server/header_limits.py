@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it, with bounds on how long and how large what comes before the body may be."""
+"""uvicorn's HTTP/1.1 protocol, with bounds on the time and the size of request line and headers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from server.errors import ApiError
 
 MAX_HEAD_BYTES = 64 * 1024
-"""Request line and headers."""
+"""Maximum size of request line and headers."""
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 
 
 def protocol(head_timeout_s: float) -> Callable[..., asyncio.Protocol]:
-    """What uvicorn makes for each connection. head_timeout_s: from its beginning, or that of a further request, until
-    all headers are there."""
+    """Return the protocol factory that uvicorn calls for each connection. head_timeout_s: from the start of the
+    connection, or of a further request, until all headers have arrived."""
     return partial(_Protocol, head_timeout_s=head_timeout_s)
 
 
@@ -42,7 +42,7 @@ class _Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
-            # One packet can hold the head and much of a body: what is in the way is a head that does not end.
+            # One packet can hold the head and much of a body, so only a head that has not ended is refused.
             if self._head_bytes > MAX_HEAD_BYTES and b"\r\n\r\n" not in data:
                 self._refuse(431, "the headers are too large", "headers_too_large")
                 return
@@ -61,7 +61,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP at all: the same error body as for everything else."""
+        """Answer invalid HTTP with the same error body as any other error."""
         self._refuse(400, msg, "invalid_http")
 
     def _await_head(self) -> None:
@@ -78,7 +78,7 @@ class _Protocol(HttpToolsProtocol):
         if self._head_bytes:
             self._refuse(408, f"no headers within {self._head_timeout_s:g} s", "request_timeout")
         else:
-            self.transport.close()  # nothing was asked
+            self.transport.close()  # no request has begun
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         if self.transport.is_closing():

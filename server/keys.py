@@ -1,4 +1,4 @@
-"""API keys: who may use which route."""
+"""API keys, and the routes that need none."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from engine.config.deployment import ConfigError
 from server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics"})
-"""For whoever watches the server; GET / is a page without data."""
+"""Routes without a key, for monitoring; GET / is a page without data."""
 
 
 def read_keys(given: Iterable[str], file: str | None) -> frozenset[str]:
-    """All keys: those given, and those of a file, one per line, with # before remarks. Raises ConfigError."""
+    """Return the keys in `given` and in `file`: one per line, # starts a comment line. Raises ConfigError."""
     keys = list(given)
     if file is not None:
         try:
@@ -34,14 +34,14 @@ def read_keys(given: Iterable[str], file: str | None) -> frozenset[str]:
 
 
 class ApiKeys:
-    """Lets requests with a key pass, and all to OPEN_PATHS; answers others with 401."""
+    """ASGI middleware that passes requests with a valid key, and all to OPEN_PATHS; it answers others with 401."""
 
     def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
         self._app = app
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        preflight = scope["type"] == "http" and scope["method"] == "OPTIONS"  # carries no key
+        preflight = scope["type"] == "http" and scope["method"] == "OPTIONS"  # CORS preflights carry no key
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or preflight or self._known(scope):
             await self._app(scope, receive, send)
             return
@@ -54,7 +54,7 @@ class ApiKeys:
         await error.response()(scope, receive, send)
 
     def _known(self, scope: Scope) -> bool:
-        """In a time that tells nothing of the keys: all of them are compared, by their digests."""
+        """Check the key in a time that reveals nothing about the keys: compare the digests of all of them."""
         found = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, given = (found[0] if len(found) == 1 else b"").partition(b" ")
         digest = _digest(given.strip())

@@ -1,4 +1,4 @@
-"""One server process from start to end: engine and HTTP side come up, serve, drain and go together."""
+"""Lifecycle of a server process: engine and HTTP server start, serve, drain and stop together."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from server.header_limits import protocol
 from server.service import Service
 
 _DEAD_LINGER_S = 2.0
-"""How long health checks can read the reason after the engine has died."""
+"""Seconds for which health checks can read the reason after the engine has died."""
 _CLOSE_S = 5
-"""How long connections may take to close at the end."""
+"""Seconds that connections may take to close at the end."""
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 class _HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # Lifecycle handles them: draining must not close the listening socket
+        yield  # Lifecycle handles signals: draining must not close the listening socket
 
 
 class Lifecycle:
-    """Runs one deployment. First SIGTERM or SIGINT: drain; second: end at once."""
+    """One running deployment. The first SIGTERM or SIGINT drains, the second ends at once."""
 
     def __init__(
         self,
@@ -47,10 +47,10 @@ class Lifecycle:
         engine_command: Sequence[str] = ENGINE_COMMAND,
         engine_directory: Path | None = None,
     ) -> None:
-        """`listener`: a bound socket, closed at the end. `on_ready` is called once requests are taken.
+        """listener: a bound socket, closed at the end. on_ready: called once the server takes requests.
 
-        keys: API keys; none: all may ask. engine_directory: of an engine to attach to, in place of starting one with
-        engine_command.
+        keys: API keys; empty: no key is needed. engine_directory: socket directory of an engine to attach to, instead
+        of starting one with engine_command.
         """
         self._config = config
         self._tokenizer = tokenizer
@@ -63,7 +63,7 @@ class Lifecycle:
         self._force = asyncio.Event()
 
     async def run(self) -> int:
-        """Returns the exit status: 0 after a drain, 1 if the engine failed or the end was forced."""
+        """Run until the end. Returns the exit status: 0 after a drain, 1 if the engine failed or the end was forced."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
@@ -80,7 +80,7 @@ class Lifecycle:
                 log_config=None,
                 log_level="info" if debug else "warning",
                 access_log=False,
-                # Said here lest environment variables say otherwise.
+                # Explicit, so that environment variables do not set them.
                 workers=1,
                 proxy_headers=False,
                 forwarded_allow_ips="",
@@ -103,7 +103,7 @@ class Lifecycle:
         return 1 if self._force.is_set() else status
 
     async def _when_forced(self, http: _HttpServer, serving: asyncio.Task[None], service: Service) -> None:
-        """Nothing that ends by itself is waited for any longer, also while all of it is ending already."""
+        """On a forced end, stop waiting for connections and kill the engine, also if both are already ending."""
         await self._force.wait()
         http.force_exit = True
         await asyncio.wait({serving})
@@ -176,7 +176,7 @@ class Lifecycle:
                 task.cancel()
 
     async def _first_of(self, event: asyncio.Task[object], serving: asyncio.Task[None]) -> bool:
-        """Wait for `event`, unless a signal or the end of the HTTP server comes first: False then."""
+        """Wait for `event`. Returns False if a signal or the end of the HTTP server comes first."""
         stop = asyncio.create_task(self._stop.wait())
         await asyncio.wait({event, stop, serving}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
@@ -191,6 +191,6 @@ class Lifecycle:
 
     def _how_it_ended(self, serving: asyncio.Task[None]) -> int:
         if not serving.done():
-            return 0  # asked to end while loading
+            return 0  # a signal while loading
         logger.error("the HTTP server ended by itself", exc_info=serving.exception())
         return 1

@@ -1,4 +1,4 @@
-"""Bounds on what a client may send. Those of sampling parameters are in engine/params.py."""
+"""Bounds on what a client may send. engine/params.py has the bounds of sampling parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.errors import ApiError
 MAX_CHOICES = 128
 MAX_PROMPTS = 2**16
 MAX_MESSAGES = 4096
-"""Of one conversation; likewise parts of one message."""
+"""Largest number of messages in a conversation, and of parts in a message."""
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKENS = 1024
@@ -21,13 +21,13 @@ MAX_BAD_WORDS = 256
 MAX_GRAMMAR_CHARS = 2**16
 MAX_GRAMMAR_CHOICES = 1024
 MAX_CHOICE_CHARS = 2**14
-"""Of all choices together."""
+"""Total length of all grammar choices of a request."""
 MAX_INT = 2**31 - 1
-"""Of counts and token ids."""
+"""Largest count or token id."""
 
 
 def check_tokens(param: str, tokens: Collection[int], vocab_size: int) -> None:
-    """Raises ApiError if the model lacks one of `tokens`."""
+    """Raise ApiError if the model lacks one of `tokens`."""
     if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
         unknown = next(token for token in tokens if not 0 <= token < vocab_size)
         shown = unknown if abs(unknown) <= MAX_INT else "with an id as large as one of these"
@@ -35,8 +35,8 @@ def check_tokens(param: str, tokens: Collection[int], vocab_size: int) -> None:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `max_bytes` with 413, by the bytes that arrive, however they are framed; and with 408
-    those that have not arrived after `timeout_s`."""
+    """ASGI middleware that refuses bodies of more than `max_bytes` with 413, and bodies that are incomplete after
+    `timeout_s` with 408. It counts the bytes that arrive, however they are framed."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
@@ -48,7 +48,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         announced = dict(scope["headers"]).get(b"content-length", b"")
-        largest = int(announced) if announced.isdigit() else 0  # known before it has arrived
+        largest = int(announced) if announced.isdigit() else 0  # a large body is refused before it arrives
         received, whole = 0, False
         deadline = asyncio.get_running_loop().time() + self._timeout_s
 

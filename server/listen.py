@@ -1,4 +1,4 @@
-"""The socket the server listens on."""
+"""The socket that the server listens on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from engine.config.deployment import ConfigError
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound TCP socket; port 0 takes a free one. Raises ConfigError."""
+    """Create a bound TCP socket; port 0 picks a free port. Raises ConfigError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]

@@ -1,4 +1,4 @@
-"""What the routes share: the model's tokenizer, the engine, and who may use it now."""
+"""State shared by the routes: the model's tokenizer, the engine, and admission to it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from server.text.template import ChatTemplate
 from server.version import build
 
 _TYPICAL_RATE = 0.05
-"""What one request changes of how long requests are taken to take."""
+"""Weight of the newest request in the moving average of request durations."""
 _MOST_RETRY_S = 30
 _INLINE_CHARS = 2048
-"""More text than this is tokenized off the event loop."""
+"""Longer texts are tokenized off the event loop."""
 
 
 class Service:
-    """One model behind one engine. Used from the event loop only.
+    """One model and its engine. Use only from the event loop.
 
     client: None while the engine is loading.
-    draining: set once the process has been asked to end; nothing new is taken then.
-    build: which version this is. tracing: None if it is off.
+    draining: set once the process must end; new requests are refused then.
+    build: version and commit. tracing: None if it is off.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
@@ -45,31 +45,31 @@ class Service:
         self.tracing = Tracing(self.model_id) if config.server.tracing else None
         self.metrics = Metrics(self.model_id, lambda: self.client.stats if self.client else None)
         self._admitted = self._admitted_tokens = 0
-        self._typical_s = 1.0  # of a request, waiting included
+        self._typical_s = 1.0  # typical duration of a request, waiting included
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def capacity(self) -> int:
-        """Most requests to the engine at once, running and waiting."""
+        """Largest number of requests in the engine, running and waiting."""
         return self.config.engine.scheduler.max_rows + self.config.engine.scheduler.max_waiting
 
     def loaded(self) -> Supervisor:
-        """The engine, to ask about it. Raises ApiError 503: loading, dead or restarting."""
+        """Return the engine, for queries about it. Raises ApiError 503: loading, dead or restarting."""
         if self.client is None:
             raise unavailable("the model is still loading", "loading")
         self.check_alive()
         return self.client
 
     def check_alive(self) -> None:
-        """Raises ApiError 503 if the engine is gone, for good or not."""
+        """Raise ApiError 503 if the engine is dead or restarting."""
         if self.client is not None and self.client.dead is not None:
             raise engine_dead(self.client.dead)
         if self.client is not None and self.client.down is not None:
             raise engine_restarting(self.client.down)
 
     def engine(self) -> Supervisor:
-        """The engine, for a new request. Raises ApiError 503: loading, draining, dead or restarting."""
+        """Return the engine, for a new request. Raises ApiError 503: loading, draining, dead or restarting."""
         client = self.loaded()
         if self.draining.is_set():
             raise draining()
@@ -85,7 +85,7 @@ class Service:
             )
 
     def check_count(self, prompts: int, choices: int) -> None:
-        """Refuse what could never be taken, before any work goes into it. Raises ApiError."""
+        """Refuse more choices than the server can ever hold, before any work is done. Raises ApiError."""
         if prompts * choices > self.capacity:
             param = "n" if choices > 1 else "prompt"
             raise ApiError(
@@ -94,13 +94,13 @@ class Service:
 
     @contextmanager
     def admit(self, requests: int, tokens: int) -> Iterator[Supervisor]:
-        """Hold places for this many requests to the engine, with so many prompt tokens. Raises ApiError 503 if there
-        are not as many."""
+        """Admit this many requests to the engine, with `tokens` prompt tokens in all, until the block ends. Raises
+        ApiError 503 if there is no room for them."""
         client = self.engine()
         most = self.config.server.max_queued_tokens
         if self._admitted + requests > self.capacity:
             raise unavailable("the queue is full", "queue_full", self._retry_after())
-        # Whoever comes to an idle server is served, however long the prompt is.
+        # An idle server takes any request, however long its prompt.
         if most is not None and self._admitted and self._admitted_tokens + tokens > most:
             raise unavailable("the queue holds as many tokens as it may", "queue_full", self._retry_after())
         self._admitted += requests
@@ -117,11 +117,11 @@ class Service:
                 self._idle.set()
 
     def _retry_after(self) -> int:
-        """Seconds after which half of those who are here will have gone, at the present rate."""
+        """Estimate the seconds until half of the admitted requests have finished, at the present rate."""
         return max(1, min(_MOST_RETRY_S, round(self._typical_s / 2)))
 
     async def wait_idle(self) -> None:
-        """Return once no admitted request is left."""
+        """Wait until no admitted request is left."""
         await self._idle.wait()
 
     async def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -130,9 +130,9 @@ class Service:
         return await asyncio.to_thread(self.tokenizer.encode_batch, texts, add_special_tokens)
 
     def fit(self, prompt: Sequence[int], max_tokens: int | None, default: int | None) -> int:
-        """How many tokens to generate at most. Raises ApiError: no tokens, unknown ones, or too many.
+        """Return the largest number of tokens to generate. Raises ApiError: no tokens, unknown ones, or too many.
 
-        max_tokens: what was asked for; None means `default`, or all there is room for.
+        max_tokens: as requested; None means `default`, or all there is room for.
         """
         ready = self.engine().ready
         if not prompt:

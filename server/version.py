@@ -1,4 +1,4 @@
-"""Which build this is."""
+"""Version and commit of this build."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _DISTRIBUTION = "magicdec"
 
 
 def build() -> dict[str, str]:
-    """Version of the package and commit of its source ("unknown" if there is none). Runs git: call it once."""
+    """Return the package's version and the commit of its source ("unknown" if none). Runs git: call it once."""
     return {"version": _version(), "commit": _commit() or "unknown"}
 
 
 def _version() -> str:
-    """Of the installed package; "0" in a tree that was never installed."""
+    """Return the version of the installed package; "0" in a tree that was never installed."""
     try:
         return metadata.version(_DISTRIBUTION)
     except metadata.PackageNotFoundError:
@@ -24,7 +24,7 @@ def _version() -> str:
 
 
 def _commit() -> str | None:
-    """Git commit of the checkout this runs from, or that the package was installed from; None if unknown."""
+    """Return the Git commit of the checkout this runs from, or that the package was installed from; None if unknown."""
     root = Path(__file__).resolve().parent.parent
     if (root / ".git").exists():
         try:

@@ -1,4 +1,4 @@
-"""Request fields that both completion routes take, and how they become SamplingParams."""
+"""Request fields of both completion routes, and their conversion to SamplingParams."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Model = TypeVar("Model", bound=Body)
 
 
 async def read(request: Request, model: type[Model]) -> Model:
-    """Parse the body. Raises ApiError; also if the server begins to drain before all of it has come."""
+    """Parse the body. Raises ApiError, also if the server begins to drain before the whole body has arrived."""
     service: Service = request.app.state.service
     body = await before(service.draining.wait(), request.body(), draining())
     try:
@@ -63,7 +63,7 @@ def are_token_ids(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
-# Lists and objects of any length have one validator each: pydantic's own would tell every entry's fault.
+# Lists and objects of any length have one validator each: pydantic's own would report a fault per entry.
 
 
 def _stop_token_ids(value: Any) -> list[int] | None:
@@ -119,7 +119,7 @@ def _request_id(value: str | None) -> str | None:
     return value
 
 
-# What they become, and what clients may send.
+# Each: the parsed type, then the type that clients may send.
 Stops = Annotated[list[str] | None, PlainValidator(_stop, json_schema_input_type=str | list[str] | None)]
 StopTokens = Annotated[list[int] | None, PlainValidator(_stop_token_ids, json_schema_input_type=list[int] | None)]
 LogitBias = Annotated[
@@ -143,7 +143,7 @@ class SpeculationFields(Body):
 
 
 class CompletionFields(Body):
-    """Fields of both routes. Ranges of sampling parameters are those of SamplingParams."""
+    """Fields of both routes. SamplingParams defines the ranges of sampling parameters."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -179,7 +179,7 @@ class CompletionFields(Body):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
 
-    # Known, and served only where they change nothing.
+    # Known fields, served only with values that change nothing.
     use_beam_search: Annotated[Any, AfterValidator(only(False))] = None
     length_penalty: Annotated[Any, AfterValidator(only(1.0, 1))] = None
     spaces_between_special_tokens: Annotated[Any, AfterValidator(only(True))] = None
@@ -198,7 +198,7 @@ class CompletionFields(Body):
     vllm_xargs: NotServed = None
 
     def check(self) -> None:
-        """What one field alone cannot tell. Raises ApiError."""
+        """Check combinations of fields. Raises ApiError."""
         if self.best_of is not None and self.best_of != self.choices:
             raise ApiError("best_of: served only when equal to n", code="not_served", param="best_of")
         if self.prompt_logprobs is not None and self.stream:
@@ -223,13 +223,13 @@ class CompletionFields(Body):
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     async def constraints(self, service: Service) -> dict[str, Any]:
-        """Sampling parameters that take a tokenizer, or long: `grammar` and `bad_words`. Raises ApiError."""
+        """Return the sampling parameters that need a tokenizer or are slow: `grammar`, `bad_words`. Raises ApiError."""
         found: dict[str, Any] = {}
         if (asked := grammar_of(self.response_format, self.structured_outputs)) is not None:
             await check_grammar(*asked)
             found["grammar"] = asked[1]
         if self.bad_words:
-            # As a word begins a text, and as it stands behind a space.
+            # Each word at the start of a text, and after a space.
             texts = [text for word in self.bad_words for text in (word, f" {word.lstrip()}")]
             spelt = await service.encode(texts, False)
             found["bad_words"] = [list(tokens) for tokens in dict.fromkeys(map(tuple, spelt)) if tokens]
@@ -238,7 +238,8 @@ class CompletionFields(Body):
     def sampling(
         self, ready: Ready, *, max_tokens: int, logprobs: int | None, constraints: Mapping[str, Any] | None = None
     ) -> SamplingParams:
-        """constraints: see there. Raises ApiError: a value out of range, or a token that the model does not have."""
+        """Convert to SamplingParams. constraints: result of `constraints`. Raises ApiError: a value out of range, or a
+        token that the model does not have."""
         wanted = {
             **(constraints or {}),
             "max_tokens": max_tokens,
@@ -271,7 +272,7 @@ class CompletionFields(Body):
 
 
 def choice_seed(seed: int, index: int) -> int:
-    """Seed (int64) of the index-th of several choices from one prompt; the first has the request's own."""
+    """Return the seed (int64) of choice `index` of several from one prompt; the first has the request's own."""
     if index == 0:
         return seed
     digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
@@ -279,7 +280,7 @@ def choice_seed(seed: int, index: int) -> int:
 
 
 def _out_of_range(error: msgspec.ValidationError) -> ApiError:
-    """msgspec says: Expected `float` <= 100.0 - at `$.temperature`."""
+    """Convert a msgspec error, such as: Expected `float` <= 100.0 - at `$.temperature`."""
     text, _, path = str(error).partition(" - at ")
     match = re.search(r"\$\.(\w+)", path)
     param = match[1] if match else None

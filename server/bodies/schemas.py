@@ -1,4 +1,4 @@
-"""Bodies of the routes that take one: field by field what clients may send."""
+"""Request bodies: the fields that clients may send."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MaxTokens = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """One prompt or several, each text or token ids, as a list."""
+    """Convert one prompt or several, each text or token ids, to a list."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -40,7 +40,7 @@ Prompts = Annotated[
 
 
 class CompletionRequest(CompletionFields):
-    """Continue a text, or several."""
+    """Complete one prompt or several."""
 
     prompt: Prompts
     max_tokens: MaxTokens | None = None
@@ -52,7 +52,7 @@ class CompletionRequest(CompletionFields):
 
 
 def _content(value: Any) -> str:
-    """Text, or a list of text parts, which are joined by line breaks."""
+    """Return the text; text parts of a list are joined with line breaks."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -92,7 +92,7 @@ def _no_template(value: Any) -> Any:
 
 
 class ChatFields(Body):
-    """What becomes the prompt."""
+    """Fields that form the prompt."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool | None = None
@@ -140,7 +140,7 @@ class ChatRequest(ChatFields, CompletionFields):
 
 
 class TokenizeRequest(Body):
-    """`prompt`, or `messages` as on the chat route."""
+    """Tokenize `prompt`, or `messages` as on the chat route."""
 
     model: str | None = None
     prompt: str | None = None
@@ -168,7 +168,7 @@ def _tokens(value: Any) -> list[int]:
 
 
 class DetokenizeRequest(Body):
-    """Token ids to text."""
+    """Convert token ids to text."""
 
     model: str | None = None
     tokens: Annotated[list[int], PlainValidator(_tokens, json_schema_input_type=list[int])]

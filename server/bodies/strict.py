@@ -1,4 +1,4 @@
-"""What all request bodies have in common: nothing that is known and not served passes silently."""
+"""Base of all request bodies: a known field that is not served is refused, never ignored."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pydantic_core import PydanticCustomError
 
 
 class Body(BaseModel):
-    """JSON types as they are (no "1" for 1), unknown fields refused; null means absent in optional fields."""
+    """Base model: strict JSON types (no "1" for 1), no unknown fields; null means absent in optional fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class only:
-    """Validator of a field of which nothing but these values (and null) is served yet."""
+    """Validator of a field of which only these values (and null) are served yet."""
 
     def __init__(self, *values: object) -> None:
         self._values = values

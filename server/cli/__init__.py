@@ -1,4 +1,4 @@
-"""The command `magicdec`."""
+"""The `magicdec` command."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ PACKAGES = ("server", "bench", "planner", "engine", "models", "parallel", "kerne
 
 
 def main() -> None:
-    """Run the command line. What the user can put right ends in a message on stderr and status 2."""
+    """Run the command line. Errors that the user can fix end in a message on stderr and status 2."""
     if (fault := foreign_package(Path(__file__).parents[2])) is not None:
         sys.exit(_fail(fault))
-    from server.cli.app import app  # only now is it certain whose packages that imports
+    from server.cli.app import app  # not earlier: the check above ensures that it imports our packages
 
     try:
         app()
@@ -24,15 +24,15 @@ def main() -> None:
 
 
 def is_expected(error: Exception) -> bool:
-    """Whether its message is meant for the user: raised by this program as such, or about a file they named."""
+    """Whether the error's message is meant for the user: a type of this program, or about a file they named."""
     ours = isinstance(error, (ValueError, RuntimeError)) and type(error).__module__.partition(".")[0] in PACKAGES
     return ours or (isinstance(error, OSError) and error.filename is not None)
 
 
 def foreign_package(root: Path) -> str | None:
-    """What is wrong if one of our top-level packages would be imported from elsewhere than `root`.
+    """Describe the fault if one of our top-level packages would be imported from elsewhere than `root`; else None.
 
-    Other distributions install packages of the same names (`kernels` is one), and sys.path decides who wins.
+    Other distributions install packages of the same names (`kernels` is one), and sys.path decides which is imported.
     """
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)

@@ -1,4 +1,4 @@
-"""The subcommands. Each has a file here, and imports what it needs only when it is called."""
+"""The subcommands. Each has a module here, which imports its dependencies only when it is called."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ def magicdec(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Serve a language model with speculative decoding that reads only part of the KV cache (MagicDec)."""
+    """Serve a language model with speculative decoding whose drafts read only part of the KV cache (MagicDec)."""

@@ -1,4 +1,4 @@
-"""`magicdec bench`: measurements."""
+"""`magicdec bench`: measure speed and acceptance."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from server.cli import options
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and acceptance.")
 
-TextFile = Annotated[Path | None, typer.Option(help="Take prompts from this file, not from Python's manual.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results here.")]
+TextFile = Annotated[Path | None, typer.Option(help="Take prompts from this file instead of Python's manual.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 ACCEPTANCE_POLICIES = ("window", "relative", "snapkv", "topk", "all")
 
 
@@ -28,25 +28,23 @@ def bench() -> None:
 @options.engine_flags("speculation", "policy", "max_model_len")
 def decode(
     overrides: dict[str, Any],
-    batch: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "4",
+    batch: Annotated[str, typer.Option(help="Numbers of rows, comma-separated.")] = "4",
     context: Annotated[str, typer.Option(help="Prompt tokens per row, comma-separated.")] = "2000",
-    new_tokens: Annotated[int, typer.Option(help="Tokens per row and value of --speculation.")] = 64,
-    history: Annotated[
-        int, typer.Option(min=0, help="Tokens per row from which auto learns before it is measured.")
-    ] = 0,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode per row and value of --speculation.")] = 64,
+    history: Annotated[int, typer.Option(min=0, help="Untimed tokens per row that auto learns from first.")] = 0,
     speculation: Annotated[
-        str, typer.Option(help="off, auto and numbers of drafted tokens, comma-separated.")
+        str, typer.Option(help="off, auto or numbers of tokens to draft, comma-separated.")
     ] = "off,1,3,auto",
     policy: Annotated[
-        str | None, typer.Option(help="Which KV a draft reads: window, snapkv, topk, all; comma-separated.")
+        str | None, typer.Option(help="KV that a draft reads: window, snapkv, topk, all; comma-separated.")
     ] = None,
     text: TextFile = None,
     json_file: JsonFile = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     config: options.ConfigFile = None,
 ) -> None:
-    """Decode real text offline; prefill is outside the clock, and all values of --speculation and --policy share one
-    run."""
+    """Measure offline decoding of real text. Prefill is not timed; all values of --speculation and --policy share
+    one run."""
     batches, contexts = options.counts(batch, "--batch"), options.counts(context, "--context")
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
     policies = options.names(policy, options.POLICIES, "--policy") if policy is not None else [None]
@@ -92,34 +90,34 @@ def decode(
 )
 def acceptance(
     overrides: dict[str, Any],
-    draft: Annotated[str, typer.Option(help="self and directories of draft models, comma-separated.")] = "self",
+    draft: Annotated[str, typer.Option(help="self or directories of draft models, comma-separated.")] = "self",
     policy: Annotated[
-        str, typer.Option(help=f"{', '.join(ACCEPTANCE_POLICIES)}, comma-separated.")
+        str, typer.Option(help=f"KV that a draft reads: {', '.join(ACCEPTANCE_POLICIES)}; comma-separated.")
     ] = "window,relative,snapkv",
     budget: Annotated[str, typer.Option(help="KV tokens per draft step, comma-separated.")] = "64,128,256,512,1024",
     recent: Annotated[str, typer.Option(help="Recent tokens that snapkv keeps, comma-separated.")] = "64",
     reselect: Annotated[
-        str, typer.Option(help="snapkv chooses again every so many tokens, comma-separated; 0: never.")
+        str, typer.Option(help="Tokens after which snapkv selects again, comma-separated; 0: never.")
     ] = "0",
     context: Annotated[str, typer.Option(help="Prompt tokens, comma-separated.")] = "2000",
-    passages: Annotated[int, typer.Option(min=1, help="Stretches of the text per context.")] = 8,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each of them.")] = 64,
+    passages: Annotated[int, typer.Option(min=1, help="Passages of the text per context.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each passage.")] = 64,
     gamma: Annotated[int, typer.Option(min=1, max=16, help="Tokens drafted per round.")] = 3,
     sampling: Annotated[
-        str, typer.Option(help="Temperatures, or temperature:top-p, comma-separated; 0 is greedy.")
+        str, typer.Option(help="Temperatures or temperature:top-p pairs, comma-separated; 0 is greedy.")
     ] = "0",
     verification: Annotated[
-        str | None, typer.Option(help="coupled, rejection: run the engine with each of these, comma-separated.")
+        str | None, typer.Option(help="Run the engine with each of these: coupled, rejection; comma-separated.")
     ] = None,
     text: TextFile = None,
     json_file: JsonFile = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw acceptance over budget into this PNG.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot acceptance over budget to this PNG.")] = None,
     config: options.ConfigFile = None,
 ) -> None:
-    """How often the target agrees with what is drafted, by policy, budget and context.
+    """Measure how often the target agrees with drafts, by policy, budget and context.
 
-    Every way to draft proposes behind the same tokens of one text; with --verification each is run by itself, as
-    it would be served.
+    All drafters propose after the same tokens of one text. With --verification each one runs by itself, as in
+    serving.
     """
     contexts, budgets = options.counts(context, "--context"), options.counts(budget, "--budget")
     recents, reselects = options.counts(recent, "--recent"), options.counts(reselect, "--reselect", minimum=0)
@@ -174,7 +172,7 @@ def acceptance(
 
 
 def _sampling(text: str) -> tuple[float, float]:
-    """Temperature and top-p."""
+    """Parse temperature and top-p."""
     temperature, _, top_p = text.partition(":")
     try:
         drawn = float(temperature), float(top_p or 1)
@@ -196,11 +194,11 @@ def _write(file: Path, listed: list[dict[str, Any]]) -> None:
 
 @app.command()
 def broadcast(
-    ranks: Annotated[str, typer.Option(help="Ranks, comma-separated.")] = "2,4,8",
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, comma-separated.")] = "2,4,8",
     rows: Annotated[int, typer.Option(min=1, help="Decoding rows in a plan.")] = 64,
-    floats: Annotated[int, typer.Option(min=1, help="float32 numbers that one all-reduce sums.")] = 4096,
+    floats: Annotated[int, typer.Option(min=1, help="float32 values per all-reduce.")] = 4096,
 ) -> None:
-    """Send plans to rank processes without a model, and sum a few numbers over them."""
+    """Measure the time to send plans to rank processes without a model, and to all-reduce a few values."""
     counts = options.counts(ranks, "--ranks")
     if min(counts) < 2:
         raise typer.BadParameter("a single rank has nobody to talk to", param_hint="--ranks")

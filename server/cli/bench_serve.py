@@ -1,4 +1,4 @@
-"""`magicdec bench serve`: a load for any OpenAI-compatible server, and how it bore it."""
+"""`magicdec bench serve`: load-test any OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -28,38 +28,45 @@ class Arrivals(StrEnum):
 
 
 def serve(
-    url: Annotated[str, typer.Option(help="Of the server, without /v1.")] = "http://127.0.0.1:8000",
-    rate: Annotated[str | None, typer.Option(help="Requests per second, comma-separated: an open loop.")] = None,
-    concurrency: Annotated[str | None, typer.Option(help="Requests under way, comma-separated: a closed loop.")] = None,
-    arrivals: Annotated[Arrivals, typer.Option(help="How an open loop's requests arrive.")] = Arrivals.poisson,
-    requests: Annotated[int, typer.Option(min=1, help="Per level of load and value of --speculation.")] = 50,
-    warm_up: Annotated[int, typer.Option(min=0, help="Requests before the first, which do not count.")] = 2,
-    prompt: Annotated[str, typer.Option(help="Tokens: N, uniform:A:B or lognormal:MEDIAN:SIGMA:MOST.")] = "1000",
-    output: Annotated[str, typer.Option(help="Tokens to generate, likewise.")] = "64",
-    shared_prefix: Annotated[int, typer.Option(min=0, help="Tokens that prompts of a group begin with.")] = 0,
-    groups: Annotated[int, typer.Option(min=1, help="Groups of prompts with one beginning each.")] = 1,
+    url: Annotated[str, typer.Option(help="URL of the server, without /v1.")] = "http://127.0.0.1:8000",
+    rate: Annotated[str | None, typer.Option(help="Requests per second of an open loop, comma-separated.")] = None,
+    concurrency: Annotated[
+        str | None, typer.Option(help="Concurrent requests of a closed loop, comma-separated.")
+    ] = None,
+    arrivals: Annotated[Arrivals, typer.Option(help="Arrival process of an open loop.")] = Arrivals.poisson,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per level of load and value of --speculation.")] = 50,
+    warm_up: Annotated[int, typer.Option(min=0, help="Requests before the first level, not counted.")] = 2,
+    prompt: Annotated[
+        str, typer.Option(help="Prompt tokens: N, uniform:MIN:MAX or lognormal:MEDIAN:SIGMA:MAX.")
+    ] = "1000",
+    output: Annotated[str, typer.Option(help="Tokens to generate, in the same form.")] = "64",
+    shared_prefix: Annotated[int, typer.Option(min=0, help="Tokens of the prefix that a group of prompts shares.")] = 0,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of prompts, each with its own prefix.")] = 1,
     speculation: Annotated[
-        str, typer.Option(help="as-is, or on and off by turns (a field of magicdec's own), comma-separated.")
+        str,
+        typer.Option(
+            help="as-is, on or off, comma-separated, run alternately; on and off set a field of magicdec's own."
+        ),
     ] = "as-is",
     temperature: Annotated[float, typer.Option(min=0, max=100)] = 0.0,
-    slo: Annotated[
-        str | None, typer.Option(help="What counts as good, in ms: ttft:500,tpot:50,e2e:5000, any of them.")
+    slo: Annotated[str | None, typer.Option(help="Limits for goodput in ms, any of ttft:500,tpot:50,e2e:5000.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Timeout of a request in seconds.")] = 600.0,
+    seed: Annotated[int, typer.Option(help="Seed of lengths, texts and arrivals.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Model id; the first served one if not given.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="API key, sent as a bearer token.")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
-    seed: Annotated[int, typer.Option(help="Of lengths, texts and arrivals.")] = 0,
-    model: Annotated[str | None, typer.Option(help="Model id; the first one that is served, if not given.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Sent as a bearer token.")] = None,
     tokenizer: Annotated[
-        str, typer.Option(help="Directory with the model's tokenizer, to cut prompts by; or `default`.")
+        str, typer.Option(help="Directory with the model's tokenizer, to cut prompts to length; or `default`.")
     ] = "default",
-    text: Annotated[Path | None, typer.Option(help="Take prompts from this file, not from Python's manual.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw latency over throughput.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Take prompts from this file instead of Python's manual.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot latency over throughput to this PNG.")] = None,
 ) -> None:
-    """Send a load over HTTP and report latency, throughput and goodput.
+    """Load-test a server over HTTP and report latency, throughput and goodput.
 
-    Prompts are token ids, so their lengths are exact. In an open loop requests are sent when they are due, and what
-    they wait counts from then. Every request is accounted for.
+    Prompts are token ids, so their lengths are exact. An open loop sends requests when they are due, and measures
+    latency from then. Every request is accounted for.
     """
     if (rate is None) == (concurrency is None):
         raise typer.BadParameter("give one of --rate and --concurrency", param_hint="--rate")

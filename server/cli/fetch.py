@@ -8,7 +8,7 @@ from models.default import default_model_dir, is_model_dir
 
 
 def fetch() -> None:
-    """Download and convert the default model unless it is there, and print its directory."""
+    """Download and convert the default model unless it exists, and print its directory."""
     directory = default_model_dir()
     if not is_model_dir(directory):
         from models.fetch import fetch as run

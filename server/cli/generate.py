@@ -22,15 +22,15 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     config: options.ConfigFile = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total mass.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Cut tokens less likely than this times the likeliest.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text; drawn at random if not given.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End at this string; can be given several times.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Rounds, acceptance and speed, on stderr.")] = False,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Exclude tokens less likely than this times the most likely.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Sampling seed: same seed, same text; random if not given.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this string; can be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end of sequence.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print rounds, acceptance and speed to stderr.")] = False,
 ) -> None:
     """Complete a prompt and stream the text to standard output."""
     text = _prompt(prompt, prompt_file)
@@ -84,7 +84,7 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 def _report(stats: EngineStats, tokens: int, prefill: float, decode: float) -> None:
-    """Tokens per second are of decoding: the first token belongs to the prefill."""
+    """Print statistics. Tokens per second are those of decoding: the first token belongs to the prefill."""
     from engine.scheduler.stats import acceptance_rate
 
     rounds = sum(stats.gamma_chosen)

@@ -9,10 +9,13 @@ import typer
 
 def kernels(
     every: Annotated[
-        bool, typer.Option("--every", help="For all instruction sets, into the installation: images need no compiler.")
+        bool,
+        typer.Option(
+            "--every", help="Compile for all instruction sets, into the installation: images need no compiler."
+        ),
     ] = False,
 ) -> None:
-    """Compile the kernels for this processor unless that is done, and print which they are; `reference` without a
+    """Compile the kernels for this processor unless that is done, and print their name; `reference` without a
     compiler."""
     import torch
 

@@ -1,4 +1,4 @@
-"""`magicdec make-draft`: a draft model out of the target itself."""
+"""`magicdec make-draft`: make a draft model from layers of the target."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ import typer
 def make_draft(
     dst: Annotated[Path, typer.Argument(help="The directory to create.")],
     model: Annotated[str, typer.Option(help="The target: a model directory, or `default`.")] = "default",
-    keep: Annotated[
-        int | None, typer.Option(min=1, help="How many layers to keep; two thirds if nothing is said.")
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="The layers to keep, from 0, comma-separated.")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Number of layers to keep; two thirds if not given.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to keep, numbered from 0, comma-separated.")] = None,
     spread: Annotated[
-        bool, typer.Option("--spread", help="Keep layers at even distances, without measuring which matter.")
+        bool, typer.Option("--spread", help="Keep evenly spaced layers, without measuring which matter.")
     ] = False,
-    text: Annotated[Path | None, typer.Option(help="Measure on this text, not on Python's manual.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Measure on this text instead of Python's manual.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to measure on.")] = 512,
-    force: Annotated[bool, typer.Option("--force", help="Replace a directory that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
 ) -> None:
     """Keep some layers of a model as its draft model, for --draft. Nothing is trained.
 
-    Which ones is measured: layers are left out one by one, always the one whose absence changes predictions least.
+    Layers are removed one by one, always the one whose absence, as measured, changes predictions least.
     """
     if layers is not None and (keep is not None or spread or text is not None):
         raise typer.BadParameter("it already says which layers to keep", param_hint="--layers")
@@ -41,7 +39,7 @@ def make_draft(
     count = read_config(src).num_layers
     check_destination(src, dst, force)
     wanted = keep or -(-2 * count // 3)
-    evenly(count, wanted)  # raises for more than there are
+    evenly(count, wanted)  # raises if there are fewer layers
     if layers is not None:
         kept = [_number(part.strip()) for part in layers.split(",")]
     else:

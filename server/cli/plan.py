@@ -1,4 +1,4 @@
-"""`magicdec plan`: what speculation would bring, before there is a machine or a model."""
+"""`magicdec plan`: predict the gain of speculation, without a GPU or weights."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ _SHAPES = ", ".join(SHAPES)
 
 
 def plan(
-    model: Annotated[str, typer.Option(help=f"{_SHAPES}; or a directory with a config.json (no weights needed).")],
-    gpu: Annotated[str, typer.Option(help=f"{', '.join(NAMES)} (this machine, measured now).")],
-    draft: Annotated[str, typer.Option(help="self, or a model as for --model.")] = "self",
-    tensor_parallel: Annotated[int, typer.Option("--tp", "--tensor-parallel-size", min=1, help="Ranks.")] = 1,
-    batch: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1,8,32",
+    model: Annotated[str, typer.Option(help=f"{_SHAPES}, or a directory with a config.json (no weights needed).")],
+    gpu: Annotated[str, typer.Option(help=f"{', '.join(NAMES)}. cpu: this machine, measured now.")],
+    draft: Annotated[str, typer.Option(help="self, or a draft model in the form of --model.")] = "self",
+    tensor_parallel: Annotated[int, typer.Option("--tp", "--tensor-parallel-size", min=1, help="Number of ranks.")] = 1,
+    batch: Annotated[str, typer.Option(help="Numbers of rows, comma-separated.")] = "1,8,32",
     context: Annotated[str, typer.Option(help="Tokens per row, comma-separated.")] = "8000",
     budget: Annotated[
         str | None, typer.Option(help="KV tokens that a draft step reads per row, or `all`; the best if not given.")
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Acceptance; guessed from published ones if not given.")
+        float | None, typer.Option(min=0, max=1, help="Acceptance rate; estimated from published ones if not given.")
     ] = None,
     gamma: Annotated[
         int | None, typer.Option(min=0, max=GAMMA_MAX, help="Tokens drafted per round; the best if not given.")
     ] = None,
-    policy: Annotated[Policy, typer.Option(help="Which KV a draft reads.")] = Policy.window,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and KV.")] = Dtype.bfloat16,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the forecasts here.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw them into this PNG.")] = None,
+    policy: Annotated[Policy, typer.Option(help="KV that a draft reads.")] = Policy.window,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of weights and KV.")] = Dtype.bfloat16,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the forecasts to this file.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot the forecasts to this PNG.")] = None,
 ) -> None:
     """Predict speed-up, best gamma and budget, memory and break-even context. Needs no weights and no GPU."""
     from bench.paper.forecast_report import check_plotting, plot, table

@@ -1,4 +1,4 @@
-"""`magicdec profile`: what plain steps, draft steps and verify passes take on this machine."""
+"""`magicdec profile`: time plain steps, draft steps and verify passes on this machine."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from server.cli import options
 @options.engine_flags("speculation", "max_model_len")
 def profile(
     overrides: dict[str, Any],
-    rows: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1,4,16",
+    rows: Annotated[str, typer.Option(help="Numbers of rows, comma-separated.")] = "1,4,16",
     context: Annotated[str, typer.Option(help="Tokens per row, comma-separated.")] = "256,2000,7500",
-    gammas: Annotated[str, typer.Option("--gamma", help="Tokens drafted, comma-separated.")] = "1,3,6",
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="Acceptance, for what speculation would gain.")] = 0.8,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the times here.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw them into this PNG.")] = None,
+    gammas: Annotated[str, typer.Option("--gamma", help="Tokens drafted per round, comma-separated.")] = "1,3,6",
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="Acceptance rate for the predicted gain.")] = 0.8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the times to this file.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot the times to this PNG.")] = None,
     config: options.ConfigFile = None,
 ) -> None:
-    """Measure rounds over rows and context, on the real engine and without waiting for prompts to be computed."""
+    """Measure rounds over rows and context, on the real engine but without computing prompts."""
     counts = options.counts(rows, "--rows"), options.counts(context, "--context"), options.counts(gammas, "--gamma")
     for file, flag in ((json_file, "--json"), (plot_file, "--plot")):
         if file is not None and not file.absolute().parent.is_dir():

@@ -33,28 +33,30 @@ def serve(
     overrides: dict[str, Any],
     config: options.ConfigFile = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Model id that clients use.")] = None,
     restart: Annotated[
-        bool | None, typer.Option("--restart/--no-restart", help="Start the engine again when it dies.")
+        bool | None, typer.Option("--restart/--no-restart", help="Restart the engine when it dies.")
     ] = None,
     engine: Annotated[
-        Path | None, typer.Option(help="Socket directory of an engine that torchrun runs; start none.")
+        Path | None, typer.Option(help="Socket directory of an engine under torchrun to attach to; starts none.")
     ] = None,
-    log_level: Annotated[LogLevel | None, typer.Option(help="What is logged, on stderr.")] = None,
-    log_format: Annotated[LogStyle | None, typer.Option(help="text or json, a line per event.")] = None,
+    log_level: Annotated[LogLevel | None, typer.Option(help="Lowest level that is logged to stderr.")] = None,
+    log_format: Annotated[LogStyle | None, typer.Option(help="Log format: text or json, one line per event.")] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            help="A key that requests must carry; several are fine. Others see flags: prefer --api-keys-file."
+            help="API key that requests must carry; can be repeated. Other users see flags: prefer --api-keys-file."
         ),
     ] = None,
-    api_keys_file: Annotated[Path | None, typer.Option(help="A file of such keys, one per line.")] = None,
-    cors_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask; * for all.")] = None,
+    api_keys_file: Annotated[Path | None, typer.Option(help="File of API keys, one per line.")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may send requests; * for all.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM): serve HTTPS.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM).")] = None,
 ) -> None:
-    """Serve a model over HTTP. Prints one line, with a request to try, when it takes requests."""
+    """Serve a model over HTTP. Prints one line with an example request once it takes requests."""
     own = options.flags_of(name for name in overrides if name != "engine.model")
     if engine is not None and own:
         raise typer.BadParameter("--engine attaches to an engine that has its settings already", param_hint=own)
@@ -108,7 +110,7 @@ def _run(config: Config, engine: Path | None) -> int:
 
 
 def example(address: str, port: int, service: Service) -> str:
-    """A shell command that gets an answer from the server."""
+    """Return a shell command that gets an answer from the server."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
     host = f"[{reachable}]" if ":" in reachable else reachable
     ask: dict[str, Any]

@@ -1,4 +1,4 @@
-"""One line of the log for each request: what was asked, what was answered, what it took. No word of any prompt."""
+"""Access log: one line per request, with its status and timing. Never contains text of a prompt."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from server.errors import printable
 
 _MAX_PATH = 100
 _QUIET = frozenset({"/health", "/ready", "/metrics", "/load"})
-"""Asked over and over by machines: logged at debug."""
+"""Paths that monitoring polls; logged at debug."""
 
 log = logging.getLogger(__name__)
 
 
 def note(request: Request, **facts: Any) -> None:
-    """Something for the line of this request; the last of equal names counts."""
+    """Add fields to the line of this request. A later value replaces an earlier one of the same name."""
     request.scope.setdefault("magicdec.facts", {}).update(facts)
 
 
 class AccessLog:
-    """Outermost, so that it sees every answer."""
+    """ASGI middleware that writes the lines; outermost, so that it sees every answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -52,7 +52,7 @@ class AccessLog:
                 seen: dict[str, Any] = {
                     "method": scope["method"],
                     "path": printable(scope["path"], _MAX_PATH),
-                    "status": status or 499,  # the client went before there was an answer
+                    "status": status or 499,  # the client disconnected before an answer
                     "seconds": round(time.monotonic() - began, 4),
                 }
                 if first:

@@ -1,4 +1,4 @@
-"""Prometheus metrics: what the engine reports and requests see, under magicdec_* and under vLLM's names."""
+"""Prometheus metrics of the engine and of requests, under magicdec_* and under vLLM's names."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _COUNTERS: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ..
 
 
 class Metrics:
-    """A registry of its own, fed by the routes and by `stats` (None while the engine is loading)."""
+    """Metrics in their own registry, updated by the routes and read from `stats` (None while the engine loads)."""
 
     def __init__(self, model_id: str, stats: Callable[[], EngineStats | None]) -> None:
         self._registry = CollectorRegistry()
@@ -103,7 +103,7 @@ class Metrics:
             counter.labels(self._model_id, reason).inc()
 
     def round(self, course: RequestStats, tokens: int, seconds: float) -> None:
-        """One output more. tokens: that it brought; seconds: since the one before it, or since the request came."""
+        """Record one output. tokens: their number. seconds: since the previous one, or since the request's arrival."""
         if course.rounds == 1 and course.scheduled:
             self.queued.observe(max(0.0, course.scheduled - course.arrival))
         if tokens and tokens == course.tokens:
@@ -198,7 +198,7 @@ class _EngineCollector(Collector):
         yield busy
 
     def _speedup(self, stats: EngineStats) -> Iterator[Metric]:
-        """Where the controller keeps count of what speculation gains."""
+        """Yield the gain of speculation, for a controller that tracks it."""
         decode = CounterMetricFamily(
             "magicdec_decode_seconds",
             "Rounds that only decoded: what they took, what the same tokens would have taken without drafts, and what "

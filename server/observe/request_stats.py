@@ -1,4 +1,4 @@
-"""What became of one request to the engine so far: kept once, for its metrics, its trace and its report."""
+"""Statistics of one engine request, kept once for its metrics, its trace and its report."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from engine.text import Delta
 
 @dataclass(slots=True)
 class RequestStats:
-    """Times are time.monotonic(), and 0 until there is one."""
+    """Statistics of one request so far. Times are time.monotonic(), 0 until known."""
 
     arrival: float
     prompt_tokens: int
     scheduled: float = 0.0
-    """When it was first admitted."""
+    """Time of the request's first admission."""
     first: float = 0.0
     last: float = 0.0
-    """When its first and its newest output came."""
+    """Arrival times of the first and the newest output."""
     tokens: int = 0
     drafted: int = 0
     held: Counter[int] = field(default_factory=Counter)
-    """By how many drafted tokens were accepted: rounds."""
+    """Number of rounds, by number of accepted drafts."""
     reason: str | None = None
-    """Why it ended; None before, and where it was broken off."""
+    """Finish reason; None before the end, and for a request that was cut short."""
 
     @property
     def rounds(self) -> int:
@@ -38,11 +38,11 @@ class RequestStats:
 
     @property
     def per_token(self) -> float | None:
-        """Mean seconds per token after the first output; None where there is none."""
+        """Mean seconds per token after the first output; None if there are no such tokens."""
         return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
 
     def take(self, output: RequestOutput, delta: Delta) -> float:
-        """One round more. Returns the seconds since the output before it, or since the request came."""
+        """Add one round. Returns the seconds since the previous output, or since the request's arrival."""
         before, self.last = self.last or self.arrival, time.monotonic()
         self.first = self.first or self.last
         self.scheduled = self.scheduled or output.scheduled

@@ -1,4 +1,4 @@
-"""What speculation did for one choice: of each token how it came, and sums at the end. For requests that ask."""
+"""Speculation report of a choice, on request: the origin of each token, and totals at the end."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from engine.text import Delta
 from server.observe.request_stats import RequestStats
 
 Origin = Literal["accepted", "bonus", "plain"]
-"""accepted: drafted, and the target agreed; bonus: the target's own, behind drafts; plain: of a round without any."""
+"""accepted: drafted, and the target agreed. bonus: the target's own, after drafts. plain: of a round without any."""
 
 
 def of_round(course: RequestStats, output: RequestOutput, delta: Delta) -> dict[str, Any]:
-    """What is said of one round, and of all with the last one. course: with this round in it. `offsets`: where in the
-    choice's text, from the first token that was generated on, each of the round's tokens begins."""
+    """Report one round; the last report adds the totals of all rounds. course: includes this round. `offsets`: start
+    of each of the round's tokens in the generated text of the choice."""
     rest: Origin = "bonus" if output.drafted else "plain"
     origins: list[Origin] = ["accepted"] * delta.accepted
     origins += [rest] * (len(delta.tokens) - delta.accepted)
@@ -36,13 +36,13 @@ def _total(course: RequestStats) -> dict[str, Any]:
 
 
 class SpeculationReports:
-    """Of all choices of an answer in one piece, from what is said of their rounds."""
+    """Reports of all choices of a non-streamed answer, merged from the reports of their rounds."""
 
     def __init__(self) -> None:
         self._found: dict[int, dict[str, Any]] = {}
 
     def add(self, index: int, said: dict[str, Any] | None) -> None:
-        """said: by `of_round`, of choice `index`; None: it does not ask."""
+        """Add a round of choice `index`. said: result of `of_round`; None: not requested."""
         if said is None:
             return
         found = self._found.setdefault(index, {"origins": [], "offsets": []})
@@ -51,5 +51,5 @@ class SpeculationReports:
         found |= said.get("total", {})
 
     def of(self, index: int) -> dict[str, Any]:
-        """Fields of the choice."""
+        """Return the fields that the report adds to the choice."""
         return {"speculation": self._found[index]} if index in self._found else {}

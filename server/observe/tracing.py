@@ -1,5 +1,5 @@
-"""OpenTelemetry spans of what requests to the engine go through: waiting, their prompt, their tokens. Off unless asked
-for; where they are sent is for the usual OTEL_EXPORTER_OTLP_* variables to say."""
+"""OpenTelemetry spans of engine requests: queue, prefill and decode. Off by default; the usual OTEL_EXPORTER_OTLP_*
+variables set the destination."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Tracing:
-    """Sends spans in the background, in batches."""
+    """Exporter of spans, in the background and in batches."""
 
     def __init__(self, model_id: str, exporter: SpanExporter | None = None) -> None:
-        """exporter: in place of OTLP over HTTP. Raises ConfigError without the packages."""
+        """exporter: replaces OTLP over HTTP. Raises ConfigError if the packages are not installed."""
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
@@ -33,14 +33,14 @@ class Tracing:
         self._model_id = model_id
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self._provider.shutdown()
 
     def send(self, course: RequestStats, parent: str | None) -> None:
-        """The spans of a request that has ended. parent: its traceparent header."""
+        """Send the spans of a request that has ended. parent: its traceparent header."""
         from opentelemetry.trace import SpanKind, set_span_in_context
 
-        origin = time.time_ns() - int(time.monotonic() * 1e9)  # of the monotonic clock
+        origin = time.time_ns() - int(time.monotonic() * 1e9)  # Unix time of the monotonic clock's zero
         context = self._propagator.extract({"traceparent": parent}) if parent else None
         ended = time.monotonic()
         span = self._tracer.start_span(

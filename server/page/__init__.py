@@ -1,4 +1,4 @@
-"""GET /: the dashboard and playground, one page without data of its own; it asks the other routes."""
+"""GET /: the dashboard and playground, one page without data of its own; it queries the other routes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HERE = Path(__file__).parent
 
 
 def _page() -> tuple[bytes, str]:
-    """The page, and what a browser may do with it: run its script and no other, and ask this server only."""
+    """Return the page and its Content-Security-Policy: only its own script runs, and only this server is reached."""
     sample = html.escape((_HERE / "sample.txt").read_text(encoding="utf-8"), quote=False)
     text = (_HERE / "index.html").read_text(encoding="utf-8").replace("{{SAMPLE}}", sample)
     allowed = {

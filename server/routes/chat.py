@@ -35,7 +35,7 @@ async def create(request: Request) -> Response:
 
 
 async def prompt_tokens(service: Service, chat: ChatFields, add_special_tokens: bool | None) -> list[int]:
-    """The conversation in the model's own template, which writes special tokens itself. Raises ApiError."""
+    """Tokenize the conversation in the model's own template, which writes special tokens itself. Raises ApiError."""
     messages = [message.model_dump(include={"role", "content", "name"}) for message in chat.messages]
     for message in messages:
         if message["name"] is None:
@@ -47,7 +47,7 @@ async def prompt_tokens(service: Service, chat: ChatFields, add_special_tokens: 
 
 
 class _Answer:
-    """One request's choices in this route's shapes."""
+    """Choices of one request in this route's format."""
 
     def __init__(self, service: Service, body: ChatRequest, generation: Generation) -> None:
         self.id = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
@@ -120,7 +120,7 @@ class _Answer:
                     yield self._chunk(_delta(piece.index, {"role": "assistant", "content": ""}))
                 logprobs = self._logprobs(piece)
                 if not (piece.delta.text or logprobs or piece.report or piece.delta.finish_reason):
-                    continue  # all of it held back
+                    continue  # the whole piece is held back
                 choice = _delta(piece.index, {"content": piece.delta.text} if piece.delta.text else {})
                 choice["logprobs"] = {"content": logprobs, "refusal": None} if self._body.logprobs else None
                 choice["finish_reason"] = piece.delta.finish_reason
@@ -168,6 +168,6 @@ def _top(tokenizer: Tokenizer, entry: TokenLogprobs) -> list[dict[str, Any]]:
 
 
 def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """`bytes` is exact also where the token is only part of a character and `token` cannot be."""
+    """Describe a token. `bytes` is exact even for part of a character, which `token` cannot represent."""
     raw = tokenizer.token_bytes(token)
     return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}

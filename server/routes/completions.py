@@ -22,7 +22,7 @@ from server.service import Service
 
 DEFAULT_MAX_TOKENS = 16
 LOWEST_LOGPROB = -9999.0
-"""Stands for a probability of zero, which JSON cannot express as a logarithm."""
+"""Log-probability that stands for a probability of zero: JSON cannot express minus infinity."""
 
 router = APIRouter()
 
@@ -38,12 +38,12 @@ async def create(request: Request) -> Response:
 
 
 class _Answer:
-    """One request's choices in this route's shapes."""
+    """Choices of one request in this route's format."""
 
     def __init__(
         self, service: Service, body: CompletionRequest, generation: Generation, echoes: Sequence[str]
     ) -> None:
-        """`echoes`: the text each choice begins with."""
+        """echoes: the text that each choice begins with."""
         self.id = f"cmpl-{body.request_id or uuid.uuid4().hex}"
         self._created = int(time.time())
         self._service = service
@@ -62,13 +62,13 @@ class _Answer:
         prompt_tokens = 0
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
         ids = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
-        encoded = ids or await service.encode(texts, special)  # prompts are of one kind
+        encoded = ids or await service.encode(texts, special)  # all prompts are texts, or all are token ids
         for prompt, tokens in zip(body.prompt, encoded, strict=True):
             whole = len(tokens)
             if body.truncate_prompt_tokens is not None:
                 tokens = tokens[-body.truncate_prompt_tokens :]
             max_tokens = service.fit(tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
-            # What is echoed is told its log-probabilities too.
+            # An echoed prompt gets log-probabilities too.
             told = body.logprobs if body.echo and body.prompt_logprobs is None else None
             params = body.sampling(ready, max_tokens=max_tokens, logprobs=body.logprobs, constraints=constraints)
             if told is not None:
@@ -116,7 +116,7 @@ class _Answer:
                 text, echoes[piece.index] = echoes[piece.index] + piece.delta.text, ""
                 logprobs = self._logprobs(piece)
                 if not (text or logprobs or piece.report or piece.delta.finish_reason):
-                    continue  # all of it held back
+                    continue  # the whole piece is held back
                 told = {} if piece.report is None else {"speculation": piece.report}
                 chunk = self._object([_choice(piece.index, text, logprobs, piece) | told])
                 if self._body.usage_always:
@@ -137,7 +137,7 @@ class _Answer:
         }
 
     def _logprobs(self, piece: ChoiceDelta) -> dict[str, list[Any]] | None:
-        """Of the tokens of `piece`, and of the prompt if it is echoed; offsets index into the choice's text."""
+        """Return logprobs of `piece`, and of the prompt if it is echoed; offsets index into the choice's text."""
         if piece.delta.logprobs is None:
             return None
         found = self._of_tokens(piece, piece.delta.logprobs)
@@ -147,7 +147,7 @@ class _Answer:
         return found
 
     def _of_prompt(self, prompt: list[int], told: list[PromptLogprobs]) -> dict[str, list[Any]]:
-        """Nothing is told of the first token."""
+        """Return logprobs of the prompt. Its first token has none."""
         tokenizer, most = self._service.tokenizer, self._body.logprobs or 0
         tokens = [token_text(tokenizer, token) for token in prompt]
         decoder, offsets, length = IncrementalDecoder(tokenizer, False), [], 0
@@ -184,7 +184,7 @@ def _choice(index: int, text: str, logprobs: dict[str, list[Any]] | None, end: C
 
 
 def _top(tokenizer: Tokenizer, token: str, entry: TokenLogprobs) -> dict[str, float]:
-    """The most likely tokens, and the one that was chosen."""
+    """Return the most likely tokens, and the one that was chosen."""
     top = {
         token_text(tokenizer, id): finite(logprob)
         for id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
@@ -193,7 +193,7 @@ def _top(tokenizer: Tokenizer, token: str, entry: TokenLogprobs) -> dict[str, fl
 
 
 def prompt_logprobs(tokenizer: Tokenizer, told: list[PromptLogprobs]) -> list[dict[str, Any] | None]:
-    """By token id, of each prompt token and of the likeliest in its place; nothing of the first."""
+    """Return, per prompt token, logprobs by token id: of it and of the likeliest in its place; None for the first."""
 
     def entry(token: int, logprob: float, rank: int) -> dict[str, Any]:
         return {"logprob": finite(logprob), "rank": rank, "decoded_token": token_text(tokenizer, token)}
@@ -207,7 +207,7 @@ def prompt_logprobs(tokenizer: Tokenizer, told: list[PromptLogprobs]) -> list[di
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text; one that is only part of a character as `bytes:\\xe2\\x82`: each is distinct."""
+    """Return a token as text; part of a character as `bytes:\\xe2\\x82`, so that each token is distinct."""
     raw = tokenizer.token_bytes(token)
     text = raw.decode(errors="replace")
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if REPLACEMENT in text else text

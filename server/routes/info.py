@@ -38,7 +38,7 @@ async def model(request: Request, model_id: str) -> dict[str, Any]:
 
 @router.get("/health")
 async def health(request: Request) -> dict[str, str]:
-    """Alive: also while loading and while draining."""
+    """Report liveness: also while loading and while draining."""
     request.app.state.service.check_alive()
     return {"status": "ok"}
 
@@ -62,7 +62,7 @@ async def version(request: Request) -> dict[str, str]:
 
 @router.get("/load")
 async def load(request: Request) -> dict[str, int]:
-    """At most about a second old."""
+    """Report the load; at most about a second old."""
     stats = request.app.state.service.loaded().stats
     return {
         "running": stats.running,

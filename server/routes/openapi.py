@@ -1,4 +1,4 @@
-"""GET /openapi.json: what clients may send and what they are answered, from the models that read it."""
+"""GET /openapi.json: requests and answers of all routes, generated from the models that parse requests."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ router = APIRouter()
 
 @cache
 def document(version: str) -> dict[str, Any]:
-    """OpenAPI 3.1."""
+    """Build the OpenAPI 3.1 document."""
     read: Literal["validation"] = "validation"
     models = [(model, read) for model in _BODIES.values()]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")

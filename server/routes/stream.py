@@ -1,4 +1,4 @@
-"""Answers that must end when the client goes away: server-sent events, and long waits for one JSON body."""
+"""Answers that must end when the client disconnects: server-sent events, and JSON bodies that take long."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def event(data: Any) -> bytes:
 
 
 async def until_gone(receive: Receive) -> None:
-    """Return when the client has gone. The body must have been read."""
+    """Wait until the client disconnects. The body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def before(end: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T], late: Exception) -> T:
-    """The result of `work`. If `end` returns first, `work` is cancelled and `late` raised."""
+    """Return the result of `work`. If `end` returns first, cancel `work` and raise `late`."""
     task = asyncio.create_task(work)
     ending = asyncio.create_task(end)
     try:
@@ -47,12 +47,12 @@ async def before(end: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T],
 
 
 async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes. Raises ClientDisconnect then."""
+    """Return the result of `work`. If the client disconnects first, cancel it and raise ClientDisconnect."""
     return await before(until_gone(receive), work, ClientDisconnect())
 
 
 class Answer(Protocol):
-    """What a completion route answers one request with: in one piece, or event by event."""
+    """Answer of a completion route to one request: in one piece, or event by event."""
 
     id: str
     generation: Generation
@@ -62,7 +62,7 @@ class Answer(Protocol):
 
 
 async def respond(request: Request, answer: Answer, streaming: bool) -> Response:
-    """Send `answer`; its work ends with it, or when the client goes."""
+    """Send `answer`. Its work ends with it, or when the client disconnects."""
     headers = {"X-Request-Id": answer.id}
     note(request, id=answer.id, **answer.generation.facts)
     answer.generation.parent = request.headers.get("traceparent")
@@ -75,7 +75,7 @@ async def respond(request: Request, answer: Answer, streaming: bool) -> Response
 async def stream(request: Request, events: AsyncGenerator[Any, None], headers: Mapping[str, str]) -> Response:
     """Answer with `events` (JSON values), then [DONE].
 
-    Whatever goes wrong before the first event is raised, to be answered with its own status.
+    Errors before the first event are raised, so that they are answered with their own status.
     """
 
     async def first() -> Any:
@@ -101,7 +101,7 @@ async def _encoded(head: Any, events: AsyncGenerator[Any, None]) -> AsyncGenerat
 
 
 class EventStream(Response):
-    """Sends until the source ends or the client goes; closes the source in either case."""
+    """Response that sends until the source ends or the client disconnects, then closes the source."""
 
     media_type = "text/event-stream"
 

@@ -1,7 +1,7 @@
-"""Where a model's chat template runs: it can reach nothing but the messages, for so long, and write so much.
+"""Sandbox for a model's chat template: it reaches nothing but the messages, with bounded run time and output.
 
-A template comes with the weights and is as trusted as these; what it must not do is hold up the server, which one that
-loops over what a client sends can.
+A template comes with the weights and is as trusted as they are. It must not block the server, which a template that
+loops over client input could do.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 5.0
 CHARS = 1 << 20
-"""Of text, beside four times as much as the messages have."""
+"""Maximum characters of output, in addition to four times those of the messages."""
 _MOST_DIGITS = 100
 
 _until = threading.local()
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Templates that look at the clock in every turn of a loop and at every call."""
+    """Jinja environment whose templates check the clock in every loop iteration and at every call."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def compiled(self, source: str) -> Template:
-        """Raises TemplateError."""
+        """Compile `source`. Raises TemplateError."""
         tree = self.parse(source)
         for loop in list(tree.find_all(nodes.For)):
             loop.body.insert(0, nodes.ExprStmt(_tick()).set_lineno(loop.lineno).set_environment(self))
-            if loop.test is not None:  # turns that it rejects do not come to the body
+            if loop.test is not None:  # iterations that it rejects do not reach the body
                 loop.test = nodes.And(nodes.Not(_tick()), loop.test).set_lineno(loop.lineno).set_environment(self)
         return self.from_string(tree)
 
@@ -41,7 +41,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """A text that is repeated, and a power, may not become large at once."""
+        """Refuse a repetition or a power that would get large in a single operation."""
         if operator == "**" and (abs(left) > 1 and right > _MOST_DIGITS):
             raise TemplateError("a number is too large")
         for many, times in ((left, right), (right, left)):
@@ -51,12 +51,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _tick() -> nodes.Call:
-    """By its place in Python: a name could be taken by the template."""
+    """Build a call of check_clock by its import path: a template could redefine a name."""
     return nodes.Call(nodes.ImportedName(f"{__name__}.check_clock"), [], [], None, None)
 
 
 def render(template: Template, variables: dict[str, Any], chars: int) -> str:
-    """chars: that the messages have. Raises TemplateError where that takes too long or comes to too much."""
+    """Render within the bounds. chars: length of the messages. Raises TemplateError if time or output exceed them."""
     _until.time = time.monotonic() + SECONDS
     pieces, left = [], CHARS + 4 * chars
     for piece in template.generate(**variables):
@@ -69,7 +69,7 @@ def render(template: Template, variables: dict[str, Any], chars: int) -> str:
 
 
 def check_clock() -> str:
-    """Raises TemplateError when the time of this thread's template is over. Returns nothing to write."""
+    """Raise TemplateError when the time of this thread's template is over. Returns an empty string."""
     if time.monotonic() > _until.time:
         raise TemplateError(f"it takes more than {SECONDS:g} seconds")
     return ""

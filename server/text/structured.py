@@ -1,4 +1,4 @@
-"""What `response_format` and `structured_outputs` want the output to match, as a grammar."""
+"""Convert `response_format` and `structured_outputs` to the grammar that the output must match."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.errors import ApiError
 from server.limits import MAX_CHOICE_CHARS, MAX_GRAMMAR_CHARS, MAX_GRAMMAR_CHOICES
 
 _WHITESPACE = r"[\x20\x0A\x09]{0,20}"
-"""Between the parts of JSON. Models that are in doubt write spaces, and would never stop."""
+"""Whitespace allowed between the parts of JSON. Bounded: an uncertain model writes spaces and would never stop."""
 
 
 class JsonSchema(Body):
@@ -30,7 +30,7 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
     def grammar(self) -> str | None:
-        """Raises ApiError."""
+        """Return the grammar; None for text. Raises ApiError."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise _wrong("response_format", "json_schema goes with the type json_schema")
         if self.type == "text":
@@ -42,7 +42,7 @@ class ResponseFormat(Body):
 
 
 class StructuredOutputs(Body):
-    """One of the first five."""
+    """Constraint on the output: exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -59,7 +59,7 @@ class StructuredOutputs(Body):
     whitespace_pattern: NotServed = None
 
     def compiled(self) -> str:
-        """Raises ApiError."""
+        """Return the grammar. Raises ApiError."""
         param = "structured_outputs"
         given = [self.content, self.regex, self.choice, self.grammar, self.json_object or None]
         if sum(each is not None for each in given) != 1:
@@ -83,7 +83,7 @@ class StructuredOutputs(Body):
 
 
 def grammar_of(response_format: ResponseFormat | None, structured: StructuredOutputs | None) -> tuple[str, str] | None:
-    """The field that asks, and the grammar, which is not checked yet; None: anything goes. Raises ApiError."""
+    """Return the requesting field and its grammar, not validated yet; None: unconstrained. Raises ApiError."""
     asked = response_format.grammar() if response_format else None
     if structured is not None:
         if asked is not None:
@@ -93,7 +93,7 @@ def grammar_of(response_format: ResponseFormat | None, structured: StructuredOut
 
 
 async def check_grammar(param: str, grammar: str) -> None:
-    """Compile it once, beside the event loop: bounded work, up to some 100 ms. Raises ApiError."""
+    """Validate `grammar` by compiling once, off the event loop: bounded work, up to some 100 ms. Raises ApiError."""
     wrong, said = await asyncio.to_thread(LLMatcher.validate_grammar_with_warnings, grammar, None, limits=LIMITS)
     if wrong:
         raise _wrong(param, said[0].partition("\n")[0] if said else "not a grammar")

@@ -1,4 +1,4 @@
-"""Chat messages to prompt text, by the template that comes with the model, in a sandbox."""
+"""Convert chat messages to prompt text with the model's own template, in a sandbox."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class ChatTemplate:
-    """The model's own template. One that is broken is logged and costs the chat route only.
+    """The model's own template. A broken one is logged and disables only chat.
 
-    available: whether there is one that works.
+    available: whether there is a working template.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -39,7 +39,7 @@ class ChatTemplate:
         if tokenizer.chat_template is not None:
             try:
                 self._template = environment.compiled(tokenizer.chat_template)
-            except Exception as error:  # Python's own compiler has its say too
+            except Exception as error:  # Python's own compiler can raise too
                 self._missing = "this model's chat template is broken"
                 logger.warning("%s, so chat is refused: %s", self._missing, error)
         self._special = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
@@ -49,13 +49,13 @@ class ChatTemplate:
         return self._template is not None
 
     async def render_beside(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """`render`, in threads of its own: a slow template holds up chats only."""
+        """Run `render` in threads of its own: a slow template delays only chats."""
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, self.render, messages, add_generation_prompt
         )
 
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """`messages`: role, content, and name if given. May take seconds. Raises ApiError."""
+        """Render `messages`: role, content, and name if given. May take seconds. Raises ApiError."""
         if self._template is None:
             raise ApiError(self._missing, code="not_served", param="messages")
         try:
@@ -67,7 +67,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """{% generation %} marks, for training, what the assistant says; here it means nothing."""
+    """The tag {% generation %}, which marks the assistant's text for training; ignored here."""
 
     tags = {"generation"}  # noqa: RUF012  (the library's interface)
 
