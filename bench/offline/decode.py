@@ -75,7 +75,7 @@ def measure(
     config, batch = configs[0], len(prompts)
     ranks = config.tensor_parallel_size
     target = load_target(config, progress=False) if len(configs) > 1 and ranks == 1 else None
-    threads = config.threads or max(1, torch.get_num_threads() // ranks)  # read before an engine changes torch's thread count
+    threads = config.threads or max(1, torch.get_num_threads() // ranks)  # before an engine changes the count
     most = max(config.speculation.gamma_max if gamma == "auto" else gamma for gamma in gammas)
     scheduler = roomy(config.scheduler, batch, most)
     history = history if "auto" in gammas else 0
