@@ -21,7 +21,7 @@ PEERS = Path(__file__).parent / "programs"
 
 
 class PeerProcess:
-    """A contender's process. Between requests its whole process group is stopped, so that spinning threads use no CPU."""
+    """A contender's process. Its process group is stopped between requests, so that spinning threads use no CPU."""
 
     def __init__(
         self,
