@@ -175,7 +175,7 @@ class SpeculationCost:
         return best_gamma(alpha, t_target, t_draft, lambda gamma: self.verify_seconds(rows, context, gamma))
 
     def break_even(self, rows: int, alpha: Callable[[int], float], gamma: int | None = None) -> int | None:
-        """Find the shortest context at which drafting is faster, by bisection; None: at no context the target supports.
+        """Find the shortest context at which drafting is faster, by bisection; None: at no supported context.
 
         alpha: from a context to its acceptance. gamma: None: the best gamma of each context.
         """

@@ -70,7 +70,7 @@ def random_shape(shape: ModelConfig, dtype: torch.dtype, device: torch.device, o
 
 
 class Bench:
-    """Measures one model, with KV for the largest of the points that fit."""
+    """Benchmark of one model, with KV for the largest of the points that fit."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ def _busy_seconds() -> Iterator[list[float]]:
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Compute the length of the union of these (start, end) spans. They are sorted by start."""
+    """Compute the length of the union of (start, end) spans, given in ascending order."""
     covered, reached = 0.0, float("-inf")
     for start, end in spans:
         covered += max(0.0, end - max(start, reached))

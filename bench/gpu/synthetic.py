@@ -19,7 +19,7 @@ from engine.speculation.verify import Verdict, verify
 
 
 class Chance:
-    """Replaces `verify`: does the same work, but accepts drafts with probability `alpha` each, up to a rejection."""
+    """Replacement of `verify` with the same work. Accepts each draft with probability `alpha`, up to a rejection."""
 
     def __init__(self, alpha: float, seed: int = 0) -> None:
         self._alpha = alpha

@@ -35,7 +35,7 @@ _WARM_UPS = 5
 
 
 class Host:
-    """Runs the host side of an engine whose rows all decode."""
+    """Host side of an engine whose rows all decode."""
 
     def __init__(self, rows: int, context: int, gamma: int, budget: int, rounds: int) -> None:
         most = context + (rounds + _WARM_UPS + 1) * (gamma + 1) + 1

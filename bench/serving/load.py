@@ -67,9 +67,9 @@ def items(
 ) -> list[Item]:
     """Draw requests over passages of a text, the same for the same seed.
 
-    tokens: of the text. shared: length of the prefix that all prompts of a group share; part of the drawn prompt
-    length. groups: number of groups, to which requests are assigned in turn. Raises BenchError if the text is too
-    short.
+    tokens: token ids of the text. shared: length of the prefix that all prompts of a group share; part of the drawn
+    prompt length. groups: number of groups, to which requests are assigned in turn. Raises BenchError if the text is
+    too short.
     """
     if len(tokens) < prompt.most:
         raise BenchError(f"the text has {len(tokens)} tokens, fewer than the {prompt.most} of the longest prompt")

@@ -70,14 +70,14 @@ class Target:
 
 
 class LoadClient:
-    """Sends one load. done: called after each request ends."""
+    """Client that sends one load. done: called after each request ends."""
 
     def __init__(self, target: Target, done: Callable[[], None] = lambda: None) -> None:
         self._target = target
         self._done = done
 
     async def at_rate(self, items: Sequence[Item], rate: float, arrivals: Arrivals, seed: int) -> list[RequestRecord]:
-        """Run an open loop: send each request when it is due, whatever number is in flight."""
+        """Run an open loop: send each request when it is due, regardless of the number in flight."""
         async with self._session() as session:
             began = time.perf_counter()
             tasks = []

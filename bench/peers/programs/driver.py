@@ -54,7 +54,7 @@ class Peer(Protocol):
 
 
 class Driver:
-    """Answers requests by stepping a peer."""
+    """Request handler that steps a peer."""
 
     def __init__(self, peer: Peer, row_tokens: int) -> None:
         self._peer, self._row_tokens = peer, row_tokens

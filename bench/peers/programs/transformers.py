@@ -78,7 +78,7 @@ class _Generation:
         self._came.release()
 
     def _stepped(self, ids: torch.Tensor, scores: Any, **others: Any) -> torch.Tensor:
-        """Record new tokens and wait for the next step. ids: [rows, tokens so far]. Returns [rows] bool: row is done."""
+        """Record new tokens and wait for the next step. ids: [rows, tokens so far]. Returns [rows] bool: done."""
         self._new = ids[:, self._seen :].tolist()
         self._seen = ids.shape[1]
         self._came.release()
