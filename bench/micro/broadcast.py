@@ -36,7 +36,8 @@ class BroadcastResult:
 
     send: encode a plan and pass it to the operating system; the cost of a round for rank 0. reached: from the start of
     send until every rank has decoded the plan and replied. shared, gloo: one all-reduce of a few rows, by transport;
-    None where it is not available. agree: agreement that all ranks have finished a round, through shared memory; None without it.
+    None where it is not available. agree: agreement that all ranks have finished a round, through shared memory; None
+    without it.
     """
 
     ranks: int
