@@ -1,4 +1,4 @@
-"""Long real text for benchmarks: a file, or what every CPython carries - its own language reference."""
+"""Long real text for benchmarks: a file, or the language reference that CPython ships."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from models.tokenizer import Tokenizer
 
 
 class BenchError(ValueError):
-    """A measurement that cannot be made as asked."""
+    """The measurement cannot be made as requested."""
 
 
 def read_text(path: Path | None) -> str:
-    """The text of a file, or, without one, of Python's help topics (about 700 kB of English prose and code).
+    """Read a file, or, without one, Python's help topics (about 700 kB of English prose and code).
 
     Raises BenchError for a file that is not UTF-8.
     """
@@ -26,7 +26,7 @@ def read_text(path: Path | None) -> str:
 
 
 def passages(tokenizer: Tokenizer, text: str, *, count: int, length: int) -> list[list[int]]:
-    """`count` stretches of `length` tokens, spread evenly over the text; they overlap if it is short.
+    """Cut `count` passages of `length` tokens, spread evenly over the text. They overlap if the text is short.
 
     Raises BenchError if the text has fewer than `length` tokens.
     """

@@ -1,7 +1,7 @@
-"""What a round takes and what it yields: MagicDec's cost model (arXiv 2408.11049, section 3). Free of torch.
+"""MagicDec's cost model (arXiv 2408.11049, section 3): the time of a round and its expected tokens. Free of torch.
 
-Two halves. The first knows times only, whoever measured or predicted them: expected tokens, speed-up, best gamma. The
-second predicts the time of one forward from shapes and data sheets:
+The first half takes times, measured or predicted, and computes expected tokens, speed-up and best gamma. The second
+half predicts the time of one forward from shapes and data sheets:
 
     T(rows, Σcontext, n) = T_lin + T_att + T_comm + T_0
     T_lin  = max(2·P·rows·n / (N·F·u_f), W / (N·M·u_m))
@@ -9,8 +9,9 @@ second predicts the time of one forward from shapes and data sheets:
     T_comm = 2·L·(t_ar + 2(N−1)/N·rows·n·d·bytes / link), none for N = 1
     T_0    = L·t_layer
 
-n query tokens per row, N ranks of F FLOP/s and M bytes/s; P parameters that a token meets, W their bytes; L layers of
-h query heads and width d; k KV bytes per token, of which the fullest rank reads 1/N'.
+n: query tokens per row. N: ranks, each of F FLOP/s and M bytes/s. P: parameters active for a token. W: their bytes.
+L: layers, of h query heads, head dimension d_h and hidden size d. k: KV bytes per token, of which the rank with the
+most KV heads reads 1/N'. v: Efficiency.verify_attention. t_ar: Device.all_reduce_s.
 """
 
 from __future__ import annotations
@@ -24,18 +25,23 @@ from models.shapes import active_parameters, rank_kv_token_bytes
 from planner.hardware import Device
 
 GAMMA_MAX = 16
-"""The most tokens a round drafts; engine.config allows no more."""
+"""Largest number of tokens a round drafts per row; engine.config allows no larger gamma."""
 
 
 def expected_tokens(gamma: int, alpha: float) -> float:
-    """Ω(γ, α) = 1 + α + … + α^γ: tokens that a round yields if each draft holds with probability alpha, given that
-    those before it do (Leviathan et al., arXiv 2211.17192)."""
+    """Compute Ω(γ, α) = 1 + α + … + α^γ, the expected tokens of a row per round (Leviathan et al., arXiv 2211.17192).
+
+    alpha: probability that a draft is accepted, given that those before it are.
+    """
     return math.fsum(alpha**i for i in range(gamma + 1))
 
 
 def speedup(gamma: int, alpha: float, t_target: float, t_draft: float, t_verify: float) -> float:
-    """Over plain decoding: Ω·T_T / (γ·T_D + T_V). Times in seconds, of a plain step, one draft step and the verify
-    pass of gamma + 1 tokens per row. Plain decoding, gamma = 0, is exactly 1."""
+    """Compute the speed-up over plain decoding, Ω·T_T / (γ·T_D + T_V). It is exactly 1 for gamma = 0.
+
+    t_target, t_draft, t_verify: seconds of a plain step, of one draft step, and of the verify pass over gamma + 1
+    tokens per row.
+    """
     if gamma == 0:
         return 1.0
     return expected_tokens(gamma, alpha) * t_target / (gamma * t_draft + t_verify)
@@ -44,9 +50,9 @@ def speedup(gamma: int, alpha: float, t_target: float, t_draft: float, t_verify:
 def best_gamma(
     alpha: float, t_target: float, t_draft: float, t_verify: Callable[[int], float], gamma_max: int = GAMMA_MAX
 ) -> tuple[int, float]:
-    """The gamma from 0 to gamma_max with the largest speed-up, and that speed-up; of equals the smallest.
+    """Find the gamma from 0 to gamma_max with the largest speed-up. Returns both. Ties go to the smallest gamma.
 
-    t_verify: seconds of a verify pass, by gamma.
+    t_verify: from gamma to the seconds of a verify pass.
     """
     speeds = [speedup(gamma, alpha, t_target, t_draft, t_verify(gamma)) for gamma in range(gamma_max + 1)]
     best = max(range(gamma_max + 1), key=speeds.__getitem__)
@@ -55,30 +61,33 @@ def best_gamma(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiency:
-    """What of a device is reached. Of the defaults, which are for GPUs, only `layer_s` is fitted
-    (bench/paper/published.py); the others are usual values, kept fixed because the published ratios hardly tell them
-    from `layer_s`."""
+    """Fractions of a device's peak rates that a forward reaches, and fixed overheads.
+
+    The defaults are for GPUs. Only `layer_s` is fitted (bench/paper/published.py). The others are typical values, kept
+    fixed because the published ratios hardly separate them from `layer_s`.
+    """
 
     flops: float = 0.6
-    """u_f, of the peak, in matrix products and attention."""
+    """u_f: fraction of peak FLOP/s that matrix products and attention reach."""
     weights: float = 0.8
-    """u_m, of the memory's peak, reading weights."""
+    """u_m: fraction of peak memory bandwidth that weight reads reach."""
     kv: float = 0.8
-    """u_kv, of the memory's peak, reading KV."""
+    """u_kv: fraction of peak memory bandwidth that KV reads reach."""
     verify_attention: float = 1.4
-    """Attention for several queries per row takes so much longer than for one, though it reads the same."""
+    """v: time of attention for several queries per row, relative to one query, over the same KV."""
     layer_s: float = 0.135e-3
-    """t_layer: launches and synchronisation of one layer, seconds, whatever it computes."""
+    """t_layer: seconds of launches and synchronisation per layer, independent of its work."""
 
 
 PUBLISHED = Efficiency()
 REFERENCE_ON_CPU = Efficiency(flops=1.0, weights=0.8, kv=0.04, verify_attention=1.1, layer_s=1e-3)
-"""The reference attention, read off the batches of 1 and 8 on two cores in docs/benchmarks.md. flops: of float32."""
+"""Efficiency of the reference attention, derived from the batches of 1 and 8 on two cores in docs/benchmarks.md. flops
+is relative to float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedModel:
-    """One model on `ranks` devices. element_bytes: of weights, KV and activations alike."""
+    """One model on `ranks` devices. element_bytes: bytes of an element of weights, KV and activations."""
 
     model: ModelConfig
     device: Device
@@ -87,9 +96,9 @@ class PlacedModel:
     efficiency: Efficiency = PUBLISHED
 
     def forward_seconds(self, rows: int, context_tokens: float, queries: int = 1) -> float:
-        """T: a forward of `queries` tokens in each of `rows` rows.
+        """Predict T, the seconds of a forward of `queries` tokens in each of `rows` rows.
 
-        context_tokens: KV tokens that are read, summed over rows (each once, however many queries read it).
+        context_tokens: KV tokens read, summed over rows. A token counts once, however many queries read it.
         """
         model, reached = self.model, self.efficiency
         weights = active_parameters(model) * self.element_bytes
@@ -105,22 +114,22 @@ class PlacedModel:
 
     @property
     def _flops(self) -> float:
-        """Of all ranks, per second, as far as they are reached."""
+        """Effective FLOP/s of all ranks together."""
         return self.ranks * self.device.flops * self.efficiency.flops
 
     @property
     def kv_token_seconds(self) -> float:
-        """Reading one token's KV, on the rank that holds most of it."""
+        """Seconds to read one token's KV, on the rank with the largest share of it."""
         share = rank_kv_token_bytes(self.model, self.ranks, self.element_bytes)
         return share / (self.device.bandwidth * self.efficiency.kv)
 
     @property
     def token_seconds(self) -> float:
-        """One more token in a forward whose products are bound by arithmetic."""
+        """Seconds that one more token adds to a forward whose matrix products are compute-bound."""
         return 2 * active_parameters(self.model) / self._flops
 
     def _communication(self, tokens: int) -> float:
-        """Two all-reduces per layer, of one hidden state per token."""
+        """Predict the seconds of two all-reduces per layer, each of one hidden state per token."""
         if self.ranks == 1:
             return 0.0
         moved = 2 * (self.ranks - 1) / self.ranks * tokens * self.model.hidden_size * self.element_bytes
@@ -129,9 +138,10 @@ class PlacedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationCost:
-    """Who drafts for whom. draft: the target itself (the same object), or a model of its own.
+    """Cost of speculation for one pair of target and draft.
 
-    budget: KV tokens per row that a draft step reads; None: all.
+    draft: the target itself (the same object), or a separate model. budget: KV tokens per row that a draft step reads;
+    None: all.
     """
 
     target: PlacedModel
@@ -139,35 +149,35 @@ class SpeculationCost:
     budget: int | None
 
     def draft_context(self, context: int) -> int:
-        """KV tokens that a draft step reads of a row."""
+        """Return the number of KV tokens of a row that a draft step reads."""
         return context if self.budget is None else min(context, self.budget)
 
     def target_seconds(self, rows: int, context: int) -> float:
-        """T_T: a plain step of rows of `context` tokens each."""
+        """Predict T_T, the seconds of a plain step over rows of `context` tokens each."""
         return self.target.forward_seconds(rows, rows * context)
 
     def draft_seconds(self, rows: int, context: int) -> float:
-        """T_D."""
+        """Predict T_D, the seconds of one draft step over rows of `context` tokens each."""
         return self.draft.forward_seconds(rows, rows * self.draft_context(context))
 
     def verify_seconds(self, rows: int, context: int, gamma: int) -> float:
-        """T_V; without drafts it is a plain step."""
+        """Predict T_V, the seconds of a verify pass. With gamma = 0 it is a plain step."""
         return self.target.forward_seconds(rows, rows * context, gamma + 1)
 
     def speedup(self, rows: int, context: int, gamma: int, alpha: float) -> float:
-        """Predicted, for rows of `context` tokens each."""
+        """Predict the speed-up for rows of `context` tokens each."""
         t_target, t_draft = self.target_seconds(rows, context), self.draft_seconds(rows, context)
         return speedup(gamma, alpha, t_target, t_draft, self.verify_seconds(rows, context, gamma))
 
     def best_gamma(self, rows: int, context: int, alpha: float) -> tuple[int, float]:
-        """The best gamma and its predicted speed-up."""
+        """Find the best gamma and its predicted speed-up."""
         t_target, t_draft = self.target_seconds(rows, context), self.draft_seconds(rows, context)
         return best_gamma(alpha, t_target, t_draft, lambda gamma: self.verify_seconds(rows, context, gamma))
 
     def break_even(self, rows: int, alpha: Callable[[int], float], gamma: int | None = None) -> int | None:
-        """The shortest context at which drafting pays, by bisection; None: at none that the target is made for.
+        """Find the shortest context at which drafting is faster, by bisection; None: at no supported context.
 
-        alpha: by context. gamma: None lets each context have its best.
+        alpha: from a context to its acceptance. gamma: None: the best gamma of each context.
         """
 
         def pays(context: int) -> bool:
@@ -184,12 +194,12 @@ class SpeculationCost:
         return high
 
     def break_even_limit(self, gamma: int, alpha: float) -> float:
-        """The context from which drafting pays as the batch grows and what a batch shares is forgotten, in tokens:
+        """Compute the break-even context in tokens for large batches, where costs shared by a batch are negligible:
 
             S* = [γ·(a_D + b_D·K) + (γ + 1 − Ω)·a] / [b·(Ω − v)]
 
-        a, b: seconds of one token's products, and of reading its KV; a_D, b_D: the draft's. K the budget, v by how
-        much longer attention takes to verify. For self-speculation and v = 1 it is
+        a, b: seconds of one token's matrix products, and of reading its KV. a_D, b_D: the same for the draft. K: the
+        budget. v: relative time of attention in a verify pass. For self-speculation and v = 1 this is
         [(2γ + 1 − Ω)·a/b + γ·K] / (Ω − 1). Infinite if no context is long enough.
         """
         target, draft = self.target, self.draft

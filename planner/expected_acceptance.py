@@ -1,4 +1,4 @@
-"""What acceptance to expect where none was measured: rules of thumb, for planning only."""
+"""Rules of thumb for acceptance that was not measured. For planning only."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ Policy = Literal["window", "snapkv"]
 
 _CONTEXTS = (4000, 8000, 16000, 32000, 64000, 100000)
 _ALPHAS = (0.84, 0.83, 0.82, 0.81, 0.79, 0.79)
-"""Sink + window, budget of 512, the target's own weights: Llama-3.1-8B on PG-19, as published by MagicDec
-(arXiv 2408.11049)."""
+"""Acceptance by context of sink + window with a budget of 512 and the target's own weights: Llama-3.1-8B on PG-19, as
+published by MagicDec (arXiv 2408.11049)."""
 _BUDGET = 512
 _BUDGET_EXPONENT = 0.5
-"""Rejections fall with this power of the budget. docs/benchmarks.md has 0.8 for the default model, from text that
-repeats itself; taken lower."""
+"""Rejections fall with this power of the budget. docs/benchmarks.md has 0.8 for the default model, but on repetitive
+text; this value is lower to allow for that."""
 _SNAPKV_REJECTIONS = 0.75
-"""Of those with sink + window at the same budget; assumed."""
+"""Rejections with SnapKV, relative to sink + window at the same budget. Assumed, not measured."""
 DRAFT_MODEL = 0.75
-"""Most that a small model of its own agrees with the target, whatever it reads. Fitted to the published speed-ups of
-TinyLlama-1.1B for Llama-2-7B (bench/paper/published.py); other pairs can be far from it."""
+"""Upper bound of the acceptance of a small draft model, whatever KV it reads. Fitted to the published speed-ups of
+TinyLlama-1.1B for Llama-2-7B (bench/paper/published.py); other pairs can differ widely."""
 
 
 def expected_alpha(
     policy: Policy, budget: int | None, context: int, *, draft_model: bool, most: float = DRAFT_MODEL
 ) -> float:
-    """Probability that the target agrees with a drafted token, given that it did with those before.
+    """Estimate the probability that the target accepts a drafted token, given that it accepted those before.
 
     budget: KV tokens that a draft step reads; None or at least `context`: the draft reads what the target reads.
-    draft_model: whether the draft has weights of its own. What it then loses by size or by reading less, whichever is
-    more, is taken for the whole loss; `most` is what is left by size.
+    draft_model: whether the draft has weights of its own. The estimate is then the lower of two: `most`, the acceptance
+    of a draft model that reads everything, and that of the target's weights at this budget.
     """
     ceiling = most if draft_model else 1.0
     if budget is None or budget >= context:
@@ -42,7 +42,7 @@ def expected_alpha(
 
 
 def _published(context: int) -> float:
-    """_ALPHAS at `context`, linear in its logarithm; the ends hold beyond them."""
+    """Interpolate _ALPHAS at `context`, linearly in its logarithm. Beyond the ends, the end values apply."""
     if context <= _CONTEXTS[0]:
         return _ALPHAS[0]
     if context >= _CONTEXTS[-1]:

@@ -1,6 +1,6 @@
-"""What speculation would bring on hardware that need not be there: speed, the best gamma and budget, memory.
+"""Forecast speculation on hardware that need not be present: speed, the best gamma and budget, memory.
 
-Free of torch and of weights: shapes, data sheets and the cost model.
+Uses shapes, data sheets and the cost model; free of torch, and loads no weights.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from planner.expected_acceptance import Policy, expected_alpha
 from planner.hardware import find_device
 
 BUDGETS = (512, 128, 256, 1024, 2048)
-"""What is tried where no budget is given; the first of equally good ones is taken."""
+"""Budgets to try if none is given. Ties go to the first."""
 USABLE_MEMORY = 0.9
-"""Of a device, for weights and KV; the rest is for activations, workspaces and the driver."""
+"""Fraction of a device's memory for weights and KV; the rest is for activations, workspaces and the driver."""
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 class ForecastError(ValueError):
-    """A deployment that cannot be; the message names what is wrong."""
+    """The deployment is impossible; the message names the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One (batch, context). Times in milliseconds, memory in bytes of one device.
+    """Forecast of one (batch, context). Times in milliseconds, memory in bytes of one device.
 
     budget: KV tokens that a draft step reads; None: all. t_target_ms: a plain step. t_draft_ms: one draft step.
-    t_verify_ms: the verify pass. kv_bytes: the target's KV of the whole batch. draft_bytes: a draft's own weights and
-    KV. largest_batch: that fits at this context. break_even_context: at this batch and budget; break_even_limit: as the
-    batch grows, at this gamma and alpha; None: never.
+    t_verify_ms: the verify pass. kv_bytes: the target's KV of the whole batch. draft_bytes: weights and KV that only
+    the draft has. largest_batch: the largest that fits at this context. break_even_context: shortest context at which
+    drafting is faster at this batch and budget; None: never. break_even_limit: the same for large batches, at this
+    gamma and alpha; None: never.
     """
 
     model: str
@@ -66,7 +67,7 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """A target, who drafts for it, and where. alpha: None lets `expected_alpha` guess it."""
+    """A target, its drafter, and their devices. alpha: acceptance; None: estimated by `expected_alpha`."""
 
     model: str
     draft: str
@@ -85,9 +86,9 @@ class Deployment:
         return self.drafter is not self.target
 
     def forecast(self, batch: int, context: int, *, budgets: tuple[int | None, ...], gamma: int | None) -> Forecast:
-        """budgets: the best of these is taken. gamma: None takes the best.
+        """Forecast one (batch, context) with the best of `budgets`. gamma: None: the best.
 
-        Raises ForecastError: a context that the target is not made for.
+        Raises ForecastError for a context that the target does not support.
         """
         if context > self.target.model.max_model_len:
             raise ForecastError(f"{self.model} is made for {self.target.model.max_model_len} tokens, not {context}")
@@ -131,7 +132,7 @@ class Deployment:
         )
 
     def _speed(self, batch: int, context: int, budget: int | None, gamma: int | None) -> tuple[float, int | None, int]:
-        """Speed-up, budget, gamma."""
+        """Predict the speed-up. Returns speed-up, budget and gamma."""
         speculation = SpeculationCost(target=self.target, draft=self.drafter, budget=budget)
         alpha = self.expected_alpha(budget, context)
         if gamma is not None:
@@ -140,10 +141,12 @@ class Deployment:
         return speed, budget, chosen
 
     def _memory(self, context: int, budget: int | None, gamma: int) -> tuple[float, int, float, int]:
-        """Bytes on the fullest rank: the target's weights, its KV per row, a draft's own weights, its own KV per row.
+        """Compute bytes on the rank that holds the most: the target's weights, its KV per row, the draft's own weights,
+        and the draft's own KV per row.
 
-        A row owns gamma + 1 slots beyond its context. Sink + window with the target's weights reads the target's own
-        KV. A draft model that reads everything, or chooses from it, has KV of that; for the rest see footprint.
+        A row owns gamma + 1 slots beyond its context. Sink + window with the target's weights reads the target's KV. A
+        draft model keeps KV of the whole context if it reads all of it, or selects from it (SnapKV). `_footprint`
+        covers the remaining cases.
         """
         target, draft, slots = self.target, self.drafter, gamma + 1
         weights = rank_weight_bytes(target.model, target.ranks, target.element_bytes)
@@ -162,7 +165,7 @@ class Deployment:
         return weights, kv, draft_weights, own + queries * -(-draft.model.num_heads // draft.ranks)
 
     def _footprint(self, budget: int, gamma: int) -> DraftKVSpec:
-        """With pages of one token."""
+        """Compute the draft's own KV per row, in pages of one token."""
         kv = WindowConfig(budget=budget) if self.policy == "window" else SnapKVConfig(policy="snapkv", budget=budget)
         drafter: Literal["self", "model"] = "model" if self.has_own_weights else "self"
         return draft_kv_spec(SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=kv), 1)
@@ -171,9 +174,10 @@ class Deployment:
 def deploy(
     *, model: str, draft: str, gpu: str, ranks: int, policy: Policy, dtype: str, alpha: float | None
 ) -> Deployment:
-    """model, draft: names in models.shapes.SHAPES or directories; a draft may be `self`. gpu: one of hardware.NAMES.
+    """Describe a deployment by names.
 
-    A draft model is split over as many ranks as it has query heads for. Raises ModelError, UnknownDevice, and
+    model, draft: names in models.shapes.SHAPES or directories; a draft may be `self`. gpu: one of hardware.NAMES. A
+    draft model is split over at most as many ranks as it has query heads. Raises ModelError, UnknownDevice, and
     ForecastError for more ranks than the target has query heads.
     """
     shape, device = find_shape(model), find_device(gpu, ranks)

@@ -1,4 +1,4 @@
-"""What the cost model needs to know of a device. Free of torch."""
+"""Device parameters of the cost model. Free of torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from time import perf_counter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One GPU, or one rank's share of a machine. Peak values; what of them is reached is for Calibration to say.
+    """One GPU, or one rank's share of a CPU machine. Peak values; cost_model.Efficiency has the fractions reached.
 
-    flops: per second, dense, 16-bit (of a CPU: float32). bandwidth: of the memory, bytes per second. memory: bytes.
-    link: bytes per second to other ranks, one direction. all_reduce_s: seconds of an all-reduce too small for `link`
-    to matter.
+    flops: dense 16-bit FLOP/s (on a CPU: float32). bandwidth: memory bandwidth, bytes per second. memory: bytes. link:
+    bytes per second to other ranks, in one direction. all_reduce_s: seconds of an all-reduce too small for `link` to
+    matter.
     """
 
     name: str
@@ -32,8 +32,8 @@ _PCIE_S = 30e-6
 GPUS = {
     device.name: device
     for device in (
-        # Makers' data sheets; SXM where there is a choice. NVLink 3 and 4, PCIe 4 x16. The times of a small all-reduce
-        # are usual ones, not measured here.
+        # Vendor data sheets, the SXM variant where there are several. NVLink 3 and 4, PCIe 4 x16. The times of a small
+        # all-reduce are typical values, not measured here.
         Device(name="a100-80gb", flops=312e12, bandwidth=2.039e12, memory=80e9, link=300e9, all_reduce_s=_NVLINK_S),
         Device(name="h100", flops=989e12, bandwidth=3.35e12, memory=80e9, link=450e9, all_reduce_s=_NVLINK_S),
         Device(name="h200", flops=989e12, bandwidth=4.8e12, memory=141e9, link=450e9, all_reduce_s=_NVLINK_S),
@@ -45,11 +45,11 @@ NAMES = (*GPUS, "cpu")
 
 
 class UnknownDevice(ValueError):
-    """No such device; the message lists those there are."""
+    """The device is unknown; the message lists the known ones."""
 
 
 def find_device(name: str, ranks: int) -> Device:
-    """One of NAMES. `cpu`: this machine, measured now, of which each of `ranks` has its share."""
+    """Look up one of NAMES. `cpu`: one of `ranks` equal shares of this machine, measured now. Raises UnknownDevice."""
     if name == "cpu":
         return this_cpu(ranks)
     if name not in GPUS:
@@ -58,8 +58,10 @@ def find_device(name: str, ranks: int) -> Device:
 
 
 def this_cpu(ranks: int) -> Device:
-    """A rank's share of this machine, measured for a few tenths of a second: a sequential read on all cores and a
-    float32 matrix product. What else runs here counts against it."""
+    """Measure a rank's share of this machine: a sequential read on all cores and a float32 matrix product.
+
+    Takes a few tenths of a second. Other load on the machine lowers the result.
+    """
     import numpy as np
 
     cores = len(os.sched_getaffinity(0))
@@ -81,7 +83,7 @@ def this_cpu(ranks: int) -> Device:
 
 
 def _best(work: Callable[[], object], repeats: int = 5) -> float:
-    """Seconds of the fastest of several runs: the others were disturbed."""
+    """Return the seconds of the fastest of several runs; other load slows the rest."""
     seconds = []
     for _ in range(repeats):
         began = perf_counter()

@@ -1,10 +1,11 @@
-"""Rounds of large models on one GPU: what their parts take, what speculation gains, how near memory's rate that is.
+"""Measure rounds of large models on one GPU: times of their parts, speed-up, and distance from the memory bandwidth.
 
     python -m bench.gpu
     python -m bench.gpu --shapes llama-3.1-8b --points 32x8000,8x64000 --gamma 4 --json gpu.json
 
-Weights are random, in the shapes of known models, and the KV cache is filled at random: speed depends on neither.
-Nothing would be accepted, so chance accepts each draft with --synthetic-acceptance; every line says so.
+Weights are random, in the shapes of known models, and the KV cache is filled at random: speed depends on neither. With
+random weights no draft would be accepted, so each draft is accepted at random with probability --synthetic-acceptance;
+every line of the table notes it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from models.shapes import SHAPES
 
 _POINTS = "8x2000,32x2000,128x2000,32x8000,32x16000,16x32000,8x64000"
 _KEPT_BYTES = 6 << 30
-"""Beside weights and KV: what runs, graphs, and whatever else holds memory of the device."""
+"""Device memory reserved in addition to weights and KV: for activations, CUDA graphs and other allocations."""
 _CPU_BYTES = 8 << 30
 
 
@@ -102,18 +103,18 @@ def main() -> int:
 
 
 def _arguments() -> tuple[argparse.Namespace, list[tuple[int, int]]]:
-    """With the points."""
+    """Parse the command line. Returns the arguments, and the points as (rows, context)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="llama-3.1-8b,llama-2-7b-32k", help=f"of: {', '.join(SHAPES)}")
-    parser.add_argument("--points", default=_POINTS, help="ROWSxCONTEXT, comma-separated; those that fit are measured")
+    parser.add_argument("--shapes", default="llama-3.1-8b,llama-2-7b-32k", help=f"any of: {', '.join(SHAPES)}")
+    parser.add_argument("--points", default=_POINTS, help="ROWSxCONTEXT, comma-separated; skipped if too large")
     parser.add_argument("--gamma", type=int, default=3)
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--synthetic-acceptance", type=float, default=0.8, metavar="ALPHA")
     parser.add_argument("--kernels", default="auto", choices=("auto", "flashinfer", "triton", "cpu", "reference"))
-    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself")
+    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel individually")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--seconds", type=float, default=300, help="begin no further point after so many")
+    parser.add_argument("--seconds", type=float, default=300, help="start no further point after this many seconds")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     try:

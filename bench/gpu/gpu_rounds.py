@@ -1,4 +1,4 @@
-"""Rounds of a model with random weights on one device: what their parts take, and for how long nothing ran."""
+"""Measure rounds of a model with random weights on one device: times of their parts, and device idle time."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _WARM_UPS = 2
 
 @dataclass(frozen=True, slots=True)
 class GpuResult:
-    """One (rows, context). Times in milliseconds, medians over rounds.
+    """Result of one (rows, context). Times in milliseconds, medians over rounds.
 
-    t_target: a plain round. t_draft: one draft step. t_verify: the target pass over gamma drafts. t_round: draft,
-    verify and all the host does. floor: of a plain round, its bytes of weights and KV at the rate of a copy.
-    gap_plain, gap: the share of a plain round, and of one with drafts, in which the device did nothing; None where that
-    cannot be observed. accepted: drafts per row and round. speedup: measured, with synthetic acceptance `alpha`;
-    predicted: by the cost model from the three times.
+    t_target_ms: a plain round. t_draft_ms: one draft step. t_verify_ms: the target pass over gamma drafts. t_round_ms:
+    draft, verify and host work. floor_ms: lower bound of a plain round, its weight and KV bytes over the bandwidth of a
+    copy. gap_plain, gap: fractions of a plain round, and of one with drafts, in which the device is idle; None where
+    that cannot be observed. accepted: accepted drafts per row and round. speedup: measured, with synthetic acceptance
+    `alpha`. predicted: the cost model's speed-up from the three times.
     """
 
     shape: str
@@ -57,7 +57,7 @@ class GpuResult:
 
 
 def random_shape(shape: ModelConfig, dtype: torch.dtype, device: torch.device, ops: Ops) -> Llama:
-    """Weights drawn on the device; see models.loader.random_model for those that tests agree on."""
+    """Build a model with random weights drawn on the device. Tests use those of models.loader.random_model."""
     model = Llama(shape, Placement(Group.single(), dtype, device, ops))
     generator = torch.Generator(device).manual_seed(0)
     for slot in model.weight_slots():
@@ -70,7 +70,7 @@ def random_shape(shape: ModelConfig, dtype: torch.dtype, device: torch.device, o
 
 
 class Bench:
-    """One model, with KV for the largest of the points that fit."""
+    """Benchmark of one model, with KV for the largest of the points that fit."""
 
     def __init__(
         self,
@@ -88,14 +88,14 @@ class Bench:
         rounds: int = 12,
         cuda_graphs: bool = True,
     ) -> None:
-        """memory: bytes for weights and KV. Points that need more are left out: `left_out`."""
+        """memory: bytes for weights and KV. Points that need more go to `left_out`."""
         self._name, self._gamma, self._budget, self._page = name, gamma, budget, page_size
         self._device, self._rounds = device, rounds
         self._model = random_shape(shape, dtype, device, ops)
-        self.weight_bytes = self._model.matrix_bytes  # that a forward reads
+        self.weight_bytes = self._model.matrix_bytes  # bytes that a forward reads
         weights = self.weight_bytes + self._model.table_bytes
         self._token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-        # Rounds of both kinds, with all drafts accepted, warm-ups and observed ones included.
+        # Tokens by which a row can grow: all rounds, warm-ups and profiled rounds included, with all drafts accepted.
         self._room = (rounds + _WARM_UPS + 3) * (gamma + 2) + 1
         self.points = [point for point in points if weights + self._bytes(*point) <= memory]
         self.left_out = [point for point in points if point not in self.points]
@@ -154,7 +154,7 @@ class Bench:
         del self._model
 
     def _rounds_of(self, rows: int, context: int, gamma: int) -> tuple[list[RoundResult], int, float]:
-        """Results, tokens that they yielded, and seconds of the median round, of so many in a row."""
+        """Run consecutive rounds. Returns their results, the number of tokens, and the seconds of the median round."""
         lengths = self._start(rows, context)
         results, seconds = [], []
         for i in range(self._rounds + _WARM_UPS):
@@ -166,7 +166,7 @@ class Bench:
         return results, sum(row.accepted + 1 for result in results for row in result.rows), median(seconds)
 
     def _gap(self, rows: int, context: int, gamma: int) -> float | None:
-        """The share of three rounds in which no kernel ran."""
+        """Measure the fraction of three rounds in which no kernel runs. None where that cannot be observed."""
         if self._device.type != "cuda":
             return None
         lengths = self._start(rows, context)
@@ -181,7 +181,7 @@ class Bench:
         return max(0.0, 1 - busy[0] / taken) if busy else None
 
     def _start(self, rows: int, context: int) -> list[int]:
-        """Rows take their slots, over pages of their own. Returns their lengths."""
+        """Assign rows to row slots, each over pages of its own. Returns their lengths."""
         width = self._width(context)
         starts, pages = blank_rows(rows, context, width, rows * width)
         work = [RowWork(row, context, 1, 0, True) for row in range(rows)]
@@ -203,7 +203,10 @@ class Bench:
 
 @contextlib.contextmanager
 def _busy_seconds() -> Iterator[list[float]]:
-    """In which kernels ran, once the block is left; nothing where the device cannot be observed."""
+    """Collect the seconds in which kernels run inside the block.
+
+    The yielded list has them after the block ends. It stays empty where the device cannot be profiled.
+    """
     found: list[float] = []
     try:
         watch = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
@@ -221,7 +224,7 @@ def _busy_seconds() -> Iterator[list[float]]:
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """How much of a line these pieces cover, in rising order."""
+    """Compute the length of the union of (start, end) spans, given in ascending order."""
     covered, reached = 0.0, float("-inf")
     for start, end in spans:
         covered += max(0.0, end - max(start, reached))

@@ -1,6 +1,6 @@
-"""Rounds in which chance accepts drafts: for studies of speed where weights are random and no draft would be accepted.
+"""Accept drafts at random, to measure speed with random weights, where no draft would be accepted.
 
-Only this file can bring that about: the engine's own round has no such option.
+Only this module can do it: the engine has no such option.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from engine.speculation.verify import Verdict, verify
 
 
 class Chance:
-    """`verify`, except that each draft is accepted with probability `alpha`, up to the first rejection. The work is the
-    same."""
+    """Replacement of `verify` with the same work. Accepts each draft with probability `alpha`, up to a rejection."""
 
     def __init__(self, alpha: float, seed: int = 0) -> None:
         self._alpha = alpha
@@ -41,6 +40,6 @@ class Chance:
 
 @contextmanager
 def synthetic_acceptance(alpha: float) -> Iterator[None]:
-    """Let engines of this process run such rounds inside the block."""
+    """Make engines of this process accept drafts at random inside the block."""
     with patch("engine.speculation.round.verify", Chance(alpha)):
         yield

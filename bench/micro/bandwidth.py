@@ -1,4 +1,4 @@
-"""What the memory of this device gives a plain sequential read, or a copy: the ceiling of decoding."""
+"""Measure the memory bandwidth of a device, by a sequential read or a copy: the upper bound of decode speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def read_bandwidth(device: torch.device, *, size: int = 1 << 30, repeats: int = 5) -> float:
-    """Bytes per second of summing `size` bytes, the best of `repeats` (the others were disturbed)."""
+    """Measure bytes per second of summing `size` bytes: the best of `repeats`, because other load slows the rest."""
     data = torch.ones(size // 8, dtype=torch.int64, device=device)
     best = float("inf")
     for _ in range(repeats):
@@ -19,7 +19,7 @@ def read_bandwidth(device: torch.device, *, size: int = 1 << 30, repeats: int = 
 
 
 def copy_bandwidth(device: torch.device, *, size: int = 2 << 30, repeats: int = 10) -> float:
-    """Bytes per second, read and written, of copying `size` bytes: the ceiling. The best of `repeats`."""
+    """Measure bytes per second, read plus written, of copying `size` bytes: the best of `repeats`."""
     source = torch.ones(size // 8, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
     best = float("inf")
@@ -33,6 +33,6 @@ def copy_bandwidth(device: torch.device, *, size: int = 2 << 30, repeats: int = 
 
 
 def wait(device: torch.device) -> None:
-    """For all that was sent to it."""
+    """Wait until the device has finished all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

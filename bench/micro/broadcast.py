@@ -1,5 +1,5 @@
-"""What it costs to tell the other ranks what to run, to sum over ranks, and to agree that a round is done: processes
-without a model."""
+"""Measure communication between ranks, with processes that load no model: broadcast of a plan, all-reduce, and
+agreement that a round is finished."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TIMEOUT_S = 60.0
 
 
 class Task(msgspec.Struct):
-    """What one rank process of this benchmark does: answer every frame, sum `floats` numbers as often, then agree."""
+    """Work of one rank process: answer _ROUNDS frames, all-reduce `floats` numbers as often, then agree as often."""
 
     join: Join
     floats: int
@@ -34,9 +34,10 @@ class Task(msgspec.Struct):
 class BroadcastResult:
     """Medians in microseconds.
 
-    send: encoding a plan and handing it to the system: what a round costs rank 0. reached: until every rank has
-    decoded it and has said so. shared, gloo: one all-reduce of a few rows, None where it is not available. agree: that
-    all ranks have finished a round, through shared memory.
+    send: encode a plan and pass it to the operating system; the cost of a round for rank 0. reached: from the start of
+    send until every rank has decoded the plan and replied. shared, gloo: one all-reduce of a few rows, by transport;
+    None where it is not available. agree: agreement that all ranks have finished a round, through shared memory; None
+    without it.
     """
 
     ranks: int
@@ -50,7 +51,10 @@ class BroadcastResult:
 
 
 def measure(ranks: int, rows: int, floats: int) -> BroadcastResult:
-    """rows: in the plan, all decoding; one in 16 gets a page. floats: numbers that an all-reduce sums."""
+    """Measure all transports that this machine has.
+
+    rows: rows of the plan, all decoding; one in 16 gets a page. floats: numbers per all-reduce.
+    """
     work = [RowWork(row, 12_345, 1, 3, True) for row in range(rows)]
     plan = RoundPlan(123_456, [], [PageDelta(row, 700, [4321]) for row in range(0, rows, 16)], work)
     sums, agrees = {}, {}
@@ -114,7 +118,7 @@ def _answers(channel: Channel, count: int) -> None:
 
 
 def table(results: Iterable[BroadcastResult]) -> str:
-    """Results as text."""
+    """Format results as a text table."""
     head = ("ranks", "rows", "plan bytes", "send us", "reached us", "sum us", "sum us, gloo", "agree us")
     lines = ["".join(f"{name:>14}" for name in head)]
     for result in results:

@@ -1,9 +1,10 @@
-"""The CPU kernels beside what the machine can do at all, and beside torch's own.
+"""Compare the CPU kernels with the memory bandwidth of the machine and with torch's kernels.
 
     python -m bench.micro.cpu_kernels --threads 2
 
-Attention reads pools that are larger than the caches, several in turn; products go through the weights of a model of
-30 layers has. Random numbers in the default model's shapes: 9 query heads and 3 KV heads of 64, hidden size 576.
+Attention cycles through the layers of a KV pool larger than the CPU caches. Matrix products read the weights of a
+30-layer model. Data are random, in the default model's shapes: 9 query heads and 3 KV heads of dimension 64, hidden
+size 576.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _POOL_BYTES = 400e6
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
-    """The median, after one run that warms up."""
+    """Return the median seconds of a run, after one warm-up."""
     run()
     taken = []
     for _ in range(repeats):
@@ -42,7 +43,7 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def attention(kernels: CpuKernels, rows: int, context: int, ceiling: float) -> None:
-    """One layer's attention of `rows` rows, by the number of queries per row. ceiling: bytes per second."""
+    """Measure one layer's attention over `rows` rows, by queries per row. ceiling: bytes per second of a read."""
     width = -(-context // _PAGE)
     read = 2 * rows * context * _KV_HEADS * _HEAD_DIM * 2
     pool = KVPool(
@@ -70,7 +71,7 @@ def attention(kernels: CpuKernels, rows: int, context: int, ceiling: float) -> N
 
 
 def products(kernels: CpuKernels, rows: int) -> None:
-    """All products of all layers, by format."""
+    """Measure the matrix products of all layers, by weight format."""
     weights = [[torch.randn(n, k, dtype=torch.bfloat16) for k, n in _SHAPES] for _ in range(_LAYERS)]
     packed = [[PackedWeights(weight) for weight in layer] for layer in weights]
     coarse = [[PackedWeights(weight).quantized() for weight in layer] for layer in weights]

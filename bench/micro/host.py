@@ -1,10 +1,10 @@
-"""Time the host's work for a round, other than launches: all that a device may wait for between rounds.
+"""Measure the host work of a round, launches excluded: the work a device may wait for between rounds.
 
     python -m bench.micro.host --rows 32 --context 8000 --gamma 3
 
-Nothing is computed: the scheduler plans, the rank's state is patched, index tensors are built and attention is planned
-as for a GPU, but in host memory. On a GPU every tensor operation takes some microseconds more, for its launch. Parts
-that the next round does not wait for are printed last.
+No model runs. The scheduler plans, the rank's state is patched, index tensors are built and attention is planned as for
+a GPU, but in host memory. On a GPU every tensor operation takes some microseconds more, for its launch. The last line
+sums the parts between one round's result and the next round's first kernel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WARM_UPS = 5
 
 
 class Host:
-    """The host's side of an engine whose rows all decode."""
+    """Host side of an engine whose rows all decode."""
 
     def __init__(self, rows: int, context: int, gamma: int, budget: int, rounds: int) -> None:
         most = context + (rounds + _WARM_UPS + 1) * (gamma + 1) + 1
@@ -62,7 +62,7 @@ class Host:
         self._encoder = msgspec.msgpack.Encoder()
 
     def run(self) -> Clock:
-        """Mean times of one round. The first round computes the prompts."""
+        """Measure the mean times of one round. The first warm-up round is the prefill."""
         for _ in range(_WARM_UPS):
             self._round(Clock())
         parts = Clock()

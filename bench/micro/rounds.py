@@ -1,4 +1,4 @@
-"""What the parts of a round take over rows and context: T_T, T_D and T_V of the cost model, on the real engine."""
+"""Measure T_T, T_D and T_V of the cost model on the real engine, over rows and context."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from planner.cost_model import best_gamma, speedup
 
 
 class RoundTimes(msgspec.Struct):
-    """Milliseconds at one (rows, context, gamma). speedup: at the acceptance that was asked about; best_gamma: of those
-    from 0 to the largest that was measured, verify passes between them interpolated."""
+    """Times at one (rows, context, gamma), in milliseconds.
+
+    speedup: at the given acceptance. best_gamma: from 0 to the largest measured one; verify passes between measured
+    gammas are interpolated. best_speedup: at best_gamma.
+    """
 
     rows: int
     context: int
@@ -40,9 +43,10 @@ def measure(
     alpha: float,
     repeats: int = 3,
 ) -> list[RoundTimes]:
-    """config: whose drafter and policy are measured. alpha: acceptance, for the speed-ups.
+    """Measure every combination of rows, context and gamma.
 
-    Raises BenchError for what the engine has no room for.
+    config: has the drafter and KV policy to measure. alpha: acceptance, for the speed-ups. Raises BenchError for a
+    combination that the engine has no room for.
     """
     most = max(gammas)
     tokens = max(max(rows) * (most + 1) + 1, config.scheduler.max_batch_tokens)
@@ -64,10 +68,10 @@ def measure(
 
 
 def _times(samples: list[StepSample], most: int, alpha: float) -> list[RoundTimes]:
-    """samples: of one batch; the first without drafts."""
+    """Convert the samples of one batch. The first sample is the one without drafts."""
     plain, *others = samples
     rows, context, target = plain.rows, plain.context, plain.verify_s
-    # One batch: what drafts read plays no part.
+    # The number of KV tokens that drafts read does not matter: all samples are of one batch.
     times = StepTimes(samples, lambda context, budget: 1)
     draft = times.draft(rows, 1)
     best, gain = best_gamma(
@@ -90,7 +94,7 @@ def _times(samples: list[StepSample], most: int, alpha: float) -> list[RoundTime
 
 
 def table(times: Sequence[RoundTimes], alpha: float) -> str:
-    """As text."""
+    """Format times as a text table."""
     names = ("rows", "context", "gamma", "T_T ms", "T_D ms", "T_V ms", "T_D/T_T", "T_V/T_T", "x plain", "best gamma")
     lines = ["".join(f"{name:>11}" for name in names)]
     for at in times:
@@ -112,7 +116,7 @@ def table(times: Sequence[RoundTimes], alpha: float) -> str:
 
 
 def plot(times: Sequence[RoundTimes], path: Path) -> None:
-    """A PNG: times over context, a panel per number of rows. Raises PlotError without matplotlib."""
+    """Plot times over context to a PNG, one panel per number of rows. Raises PlotError without matplotlib."""
     check_plotting()
     from matplotlib.figure import Figure
 

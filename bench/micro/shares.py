@@ -1,4 +1,4 @@
-"""Where the time of a round goes: kernels of each kind, and everything else, which is the host's.
+"""Break down the time of a round on a CPU: kernels by kind, and everything else, which is host work.
 
 python -m bench.micro.shares --rows 16 --context 7500 --gamma 4
 """
@@ -28,7 +28,7 @@ from parallel.group import Group
 
 
 class Clock:
-    """Seconds and calls by name. Nothing is asked of a device: on GPUs it would say nothing."""
+    """Seconds and calls by name. Devices are not synchronised, so GPU kernels cannot be timed with it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -47,7 +47,7 @@ class Clock:
 
 
 class TimedLinear:
-    """A product on the clock."""
+    """A matrix product whose calls are timed."""
 
     def __init__(self, inner: Linear, name: str, clock: Clock) -> None:
         self._inner, self._name, self._clock = inner, name, clock
@@ -69,7 +69,7 @@ class TimedLinear:
 
 
 class TimedAttention:
-    """Attention on the clock."""
+    """An attention backend whose `run` is timed."""
 
     def __init__(self, inner: AttentionBackend, clock: Clock) -> None:
         self._inner, self._clock = inner, clock
@@ -86,7 +86,7 @@ class TimedAttention:
 
 
 class TimedOps:
-    """Any `Ops`, on the clock."""
+    """Wrapper of any `Ops` that times its kernels."""
 
     def __init__(self, inner: Ops, clock: Clock) -> None:
         self._inner, self._clock = inner, clock
@@ -167,7 +167,7 @@ def main() -> None:
         ops=TimedOps(sizes.ops, clock),
     )
     engine = Engine(config, model=model, controller=FixedGamma(arguments.gamma), progress=False)
-    # Rows over pages of their own, which hold zeros: times depend on shapes, and on what caches hold.
+    # Rows have pages of their own, filled with zeros: times depend on shapes and on the contents of CPU caches.
     context = arguments.context
     width = (context + arguments.rounds * (arguments.gamma + 1) + 64) // config.cache.page_size + 1
     starts, pages = blank_rows(arguments.rows, context, width, arguments.rows * width)

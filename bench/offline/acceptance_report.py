@@ -1,4 +1,4 @@
-"""Acceptance as a table and as a picture."""
+"""Render acceptance results as a table and a plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLUMNS = (
 
 
 def table(results: Iterable[AcceptanceResult]) -> str:
-    """A line per context and way to draft, a column per budget."""
+    """Format results as a text table: one line per context and setup, one column per budget."""
     listed = list(results)
     found: dict[tuple[object, ...], dict[int | None, float]] = {}
     for r in listed:
@@ -37,7 +37,7 @@ def table(results: Iterable[AcceptanceResult]) -> str:
 
 
 def plot(results: Sequence[AcceptanceResult], path: Path) -> None:
-    """A PNG: acceptance over budget, a picture per context, a line per way to draft; dotted: it reads everything.
+    """Plot acceptance over budget to a PNG: one panel per context, one line per setup; dotted if it reads all KV.
 
     Raises PlotError without matplotlib, OSError if the file cannot be written.
     """
@@ -79,7 +79,7 @@ def _name(draft: str) -> str:
 
 
 def _label(result: AcceptanceResult, among: Sequence[AcceptanceResult]) -> str:
-    """What tells this line from the others."""
+    """Name a line by the settings in which it differs from the others."""
     parts = [result.policy]
     if result.recent and len({other.recent for other in among if other.recent}) > 1:
         parts.append(f"recent {result.recent}")

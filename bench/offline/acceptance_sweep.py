@@ -1,9 +1,9 @@
-"""How often the target agrees with drafts: several ways to draft, behind the same tokens of the same text.
+"""Measure the acceptance of several drafting setups on the same target text.
 
-A target's token does not depend on what was drafted, so any number of drafters can be judged by one text that is
-computed once: each proposes gamma tokens behind the committed ones, none of them is placed, and what the target then
-writes says how many would have held. Rounds with drafts are gamma + 1 tokens apart, wherever they fall in the text.
-Verification by speculative sampling does depend on the drafts; bench.offline.verification runs the engine for that.
+With coupled sampling the target's tokens do not depend on the drafts. One target text therefore serves any number of
+drafters: each proposes gamma tokens after the committed ones, none of the proposals is verified, and the target's next
+tokens show how many would have been accepted. Rounds with drafts are gamma + 1 tokens apart, whatever was accepted.
+Speculative sampling makes the text depend on the drafts; bench.offline.verification runs the engine for that.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ from parallel.vocab_shard import VocabShard
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """A way to draft. draft: `self`, or the directory of a draft model. policy: one of engine.config, or
-    `relative`: sink + window at relative positions. budget: None for
-    `all`. recent, reselect: for snapkv only."""
+    """A drafting setup.
+
+    draft: `self`, or the directory of a draft model. policy: a KV policy of engine.config, or `relative`: sink + window
+    at relative positions. budget: None with policy `all`. recent, reselect: for snapkv only.
+    """
 
     draft: str
     policy: str
@@ -48,7 +50,7 @@ class Setup:
     reselect: int | None = None
 
     def config(self, config: EngineConfig, gamma: int) -> EngineConfig:
-        """`config` with drafts as described here. Raises ConfigError for a budget that the policy cannot have."""
+        """Return `config` with this setup. Raises ConfigError for a budget that the policy does not allow."""
         kv: dict[str, Any] = {"policy": self.policy, "budget": self.budget}
         kv |= {"recent": self.recent, "reselect": self.reselect}
         if self.policy == "relative":
@@ -67,7 +69,10 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class AcceptanceResult:
-    """accepted: drafted tokens that hold; rejected: rounds in which not all of them do."""
+    """Acceptance of one setup.
+
+    accepted: number of accepted drafts. rejected: number of rows and rounds with a rejected draft.
+    """
 
     context: int
     draft: str
@@ -94,7 +99,7 @@ class AcceptanceResult:
         accepted: int,
         rejected: int,
     ) -> AcceptanceResult:
-        """What came of drafting in this way. params: how the text was drawn."""
+        """Build the result of a setup. params: sampling parameters of the text."""
         return cls(
             context=context,
             draft=way.draft,
@@ -112,7 +117,7 @@ class AcceptanceResult:
 
     @property
     def alpha(self) -> float:
-        """See engine.scheduler.stats.acceptance."""
+        """Acceptance rate, as in engine.scheduler.stats.acceptance_rate; NaN without drafts."""
         tried = self.accepted + self.rejected
         return self.accepted / tried if tried else float("nan")
 
@@ -124,7 +129,7 @@ def setups(
     recents: Sequence[int],
     reselects: Sequence[int] = (0,),
 ) -> Iterator[Setup]:
-    """Every combination that means something."""
+    """Yield every valid combination."""
     for draft in drafts:
         for policy in policies:
             if policy == "all":
@@ -142,14 +147,14 @@ def setups(
 def seeded(
     prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
 ) -> list[tuple[Sequence[int], SamplingParams]]:
-    """Every prompt with each of `sampling`, and a seed of its own."""
+    """Pair every prompt with each of `sampling`. A prompt's index is its seed."""
     return [
         (prompt, msgspec.structs.replace(params, seed=i)) for params in sampling for i, prompt in enumerate(prompts)
     ]
 
 
 class Panel:
-    """Drafters that all propose behind the same tokens; none of it is verified.
+    """Drafters that all propose after the same tokens. Their proposals are recorded, not verified.
 
     proposed: [setup][round with drafts] of [rows, gamma] int64.
     """
@@ -185,11 +190,11 @@ def measure(
     new_tokens: int,
     sampling: Sequence[SamplingParams],
 ) -> list[AcceptanceResult]:
-    """Judge `ways` by what the target writes behind each prompt with each of `sampling`: at least `new_tokens`.
+    """Measure the acceptance of each setup on the target's text after each prompt, with each of `sampling`.
 
-    config: of the deployment; its speculation counts for nothing. target: its model, all of it.
-    prompts: all of one length. Raises BenchError if prompt and text do not fit the model, ConfigError for a setup that
-    cannot be.
+    config: the deployment; its speculation settings are ignored. target: its model, on a single rank. prompts: all of
+    one length. ways: the setups. new_tokens: smallest number of tokens of a text. Raises BenchError if prompt and text
+    do not fit the model, ConfigError for an invalid setup.
     """
     context, stride = len(prompts[0]), gamma + 1
     rounds = -(-new_tokens // stride)
@@ -202,7 +207,7 @@ def measure(
     group = Group.single()
     vocab = VocabShard(target.vocab_start, target.vocab_size, target.config.vocab_size, group)
     sampler = Sampler(state, vocab, target.ops)
-    config = config.model_copy(update={"cuda_graphs": False})  # every way would capture its own
+    config = config.model_copy(update={"cuda_graphs": False})  # every setup would capture its own graphs
     runner = make_target(config, target, state, len(texts) * row_width)
 
     @cache
@@ -240,7 +245,7 @@ def measure(
             pages = []
     for computed in range(context, context + rounds * stride + gamma):
         drafts = gamma if computed < context + rounds * stride and (computed - context) % stride == 0 else 0
-        # A draft model lacks the prompt at first, then the tokens since it last drafted.
+        # A draft model has to compute the prompt first, and later the tokens since it last drafted.
         lag = computed if computed == context else gamma
         catch_up = lag if drafts and lag > 1 else 0
         step([RowWork(row, computed, 1, drafts, True, catch_up) for row in range(len(texts))])

@@ -1,12 +1,12 @@
-"""Offline decode speed, several amounts and kinds of speculation side by side in one run.
+"""Measure offline decode speed, with several values of gamma and KV policies interleaved in one run.
 
-All requests are prefilled first, outside the clock. Then rounds are run in short turns - so many rounds with each
-value of gamma, over and over - on the same rows, so that machine noise and the growing context meet all values alike.
-That is fair because speculation does not change the tokens.
+All requests are prefilled first and not timed. Then the same rows are decoded in short turns, a few rounds with each
+value of gamma, repeatedly, so that machine noise and the growing context affect all values alike. The comparison is
+fair because speculation does not change the tokens.
 
-Each KV policy has an engine of its own, with the same prompts, and the turns go round the engines. A policy's rounds so
-bear what it costs to keep its own caches up to date, and nothing of another's. On one rank the engines share the
-target's weights. Plain rounds are measured in the first engine, for all.
+Each KV policy has its own engine with the same prompts, and turns alternate between the engines. A policy's rounds
+therefore include the cost of its own draft cache and of no other. On one rank the engines share the target's weights.
+Plain rounds are measured in the first engine only, as the baseline of all.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from planner.cost_model import speedup
 
 @dataclass(frozen=True, slots=True)
 class DecodeResult:
-    """One (batch, context, gamma). Times are medians over rounds, in milliseconds; the rest are means.
+    """Result of one (batch, context, gamma). Times are medians over rounds, in milliseconds; other values are means.
 
-    tokens_per_second: of the whole batch, mean tokens per round over the median round; where gamma differs from round
-    to round, over the medians of rounds with the same, as often as each was chosen. gamma: its mean over the rounds.
-    t_target_ms: a plain round of the same run, if one was measured. t_draft_ms: one draft step. t_verify_ms: the
-    target pass, which for gamma = 0 is the plain step. kv_bytes_per_token: KV read per emitted token, draft included.
-    bytes_per_second: weights and KV that a round has to read, over its time. predicted: the speed-up that the cost
-    model's first half (planner.cost_model) makes of the acceptance and the three times measured here.
+    tokens_per_second: for the whole batch, mean tokens per round over the typical round time (Rounds.typical_s). gamma:
+    mean over the rounds. t_target_ms: a plain round of the same run, if measured. t_draft_ms: one draft step; None
+    with `auto`. t_verify_ms: the target pass, which for gamma = 0 is the plain step. kv_bytes_per_token: KV bytes read
+    per output token, drafts included. bytes_per_second: weight and KV bytes that a round has to read, over its time.
+    speedup: measured, over plain rounds. predicted: the cost model's speed-up (planner.cost_model.speedup) from the
+    acceptance and the three times measured here.
     """
 
     batch: int
@@ -66,17 +66,16 @@ def measure(
     history: int = 0,
     temperature: float = 0.0,
 ) -> list[DecodeResult]:
-    """Decode `new_tokens` per row with each of `gammas`, as each of `configs` says; with `auto`, after `history` tokens
-    that it learns from outside the clock.
+    """Decode `new_tokens` per row with each of `gammas` and each of `configs`.
 
-    configs: of one target; they differ in their speculation. With `auto` among the gammas, theirs must be too: their
-    gamma_max bounds it. prompts: one per row, all of one length.
-    Raises BenchError if prompt and output do not fit the model.
+    configs: differ only in their speculation. If `auto` is among the gammas, their own gamma must be `auto`, and their
+    gamma_max bounds it. prompts: one per row, all of one length. history: tokens per row that `auto` learns from before
+    it is timed. Raises BenchError if prompt and output do not fit the model.
     """
     config, batch = configs[0], len(prompts)
     ranks = config.tensor_parallel_size
     target = load_target(config, progress=False) if len(configs) > 1 and ranks == 1 else None
-    threads = config.threads or max(1, torch.get_num_threads() // ranks)  # before an engine changes their number
+    threads = config.threads or max(1, torch.get_num_threads() // ranks)  # before an engine changes the count
     most = max(config.speculation.gamma_max if gamma == "auto" else gamma for gamma in gammas)
     scheduler = roomy(config.scheduler, batch, most)
     history = history if "auto" in gammas else 0
@@ -139,7 +138,7 @@ def _ms(seconds: float | None) -> float | None:
 
 
 def table(results: Iterable[DecodeResult], ceiling: float) -> str:
-    """Results as text; `ceiling`: what a sequential read reaches, bytes per second."""
+    """Format results as a text table. ceiling: bytes per second of a sequential read."""
     head = (
         "batch",
         "context",

@@ -1,4 +1,4 @@
-"""How often speculation parts from plain decoding in a given precision. In float32 and float64 it must not.
+"""Measure how often speculation diverges from plain decoding in a given precision. In float32 and float64 it must not.
 
     python -m bench.offline.divergence --dtype bfloat16
 
@@ -41,7 +41,7 @@ def main() -> None:
             ]
             texts.append([completion.token_ids for completion in llm.generate(prompts, params)])
 
-    # Tokens up to the first difference can be compared; after it the two write different texts.
+    # Compare tokens up to the first difference only: after it the contexts differ.
     shared = [
         next((i for i, (a, b) in enumerate(zip(plain, drafted, strict=True)) if a != b), arguments.new_tokens)
         for plain, drafted in zip(*texts, strict=True)

@@ -1,8 +1,8 @@
-"""One batch whose context grows from short to long, under `gamma: auto`: where the controller turns speculation on.
+"""Decode one batch from a short to a long context with `gamma: auto`, to see where the controller turns speculation on.
 
     python -m bench.offline.growth --rows 4 --start 100 --end 6000 --plot growth.png
 
-Text is sampled at temperature 1, so that it goes on without repeating itself.
+Tokens are sampled at temperature 1, so that the text does not repeat itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from engine.params import SamplingParams
 
 
 class Stretch(msgspec.Struct):
-    """What happened while the context grew by some tokens. Shares of rows and rounds by gamma."""
+    """Measurements over one part of the growing context.
+
+    context: mean tokens per row at its end. gamma: mean over rows and rounds. share_off: fraction of rows and rounds
+    with gamma 0. speedup, predicted: over plain decoding, as measured and as forecast by the controller.
+    """
 
     context: float
     gamma: float
@@ -36,7 +40,7 @@ class Stretch(msgspec.Struct):
 def measure(
     config: EngineConfig, *, rows: int, start: int, end: int, stretches: int, text: Path | None
 ) -> list[Stretch]:
-    """Decode from `start` to `end` tokens per row; one Stretch per equal part."""
+    """Decode from `start` to `end` tokens per row. Returns one Stretch for each of `stretches` equal parts."""
     found = []
     with LLM(config) as llm:
         engine = llm.engine
@@ -72,7 +76,7 @@ def measure(
 
 
 def plot(stretches: Sequence[Stretch], path: Path) -> None:
-    """Gamma, and what speculation gains, over context. Raises PlotError without matplotlib."""
+    """Plot gamma and speed-up over context. Raises PlotError without matplotlib."""
     check_plotting()
     from matplotlib.figure import Figure
 

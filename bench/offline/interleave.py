@@ -1,4 +1,4 @@
-"""Engines that take turns at decoding the same prompts, each with several amounts of speculation."""
+"""Interleave engines that decode the same prompts, each with several values of gamma."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from engine.scheduler.controller import Controller, ControllerReport, FixedGamma
 from engine.scheduler.request import Request
 from models.llama import Llama
 
-_TURN = 4  # rounds with one gamma before the next one's turn
+_TURN = 4  # rounds per turn
 
 Gamma = int | Literal["auto"]
 
 
 class TurnsOfGamma:
-    """A controller that is told the gamma of each round from outside, or whom to ask: `auto` learns from its own rounds
-    only."""
+    """A controller whose `gamma` the caller sets before each round.
+
+    With "auto" it delegates to the controller `auto`, which learns only from those rounds.
+    """
 
     def __init__(self, gamma_max: int) -> None:
         self._gamma_max = gamma_max
@@ -49,14 +51,14 @@ class TurnsOfGamma:
         return [self.gamma] * len(rows)
 
     def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
-        """What a round took is read off the engine's statistics."""
+        """Pass rounds with "auto" to its controller. Measured times come from the engine's statistics instead."""
         if self.gamma == "auto":
             self.auto.observe(plan, requests, result)
 
 
 @dataclass(slots=True)
 class Rounds:
-    """What the rounds of one value of --speculation were like."""
+    """Measurements of the rounds with one value of --speculation. One item per round in every list."""
 
     seconds: list[float] = field(default_factory=list)
     draft: list[float] = field(default_factory=list)
@@ -69,7 +71,7 @@ class Rounds:
 
     @property
     def typical_s(self) -> float:
-        """Seconds of a round: the median of its kind, over all kinds as often as they came."""
+        """Typical seconds of a round: medians over rounds with the same rounded gamma, weighted by their number."""
         kinds: dict[int, list[float]] = {}
         for gamma, seconds in zip(self.gammas, self.seconds, strict=True):
             kinds.setdefault(round(gamma), []).append(seconds)
@@ -89,7 +91,7 @@ class Rounds:
 
 
 class Contender:
-    """One policy's engine, and what its rounds were like, by value of --speculation."""
+    """The engine of one config, and measurements of its rounds by value of --speculation."""
 
     def __init__(self, config: EngineConfig, target: Llama | None, gamma_max: int, auto: bool) -> None:
         self.config = config
@@ -103,12 +105,14 @@ class Contender:
     def prefill(
         self, prompts: Sequence[Sequence[int]], turns: int, most: int, new_tokens: int, history: int, temperature: float
     ) -> None:
-        """Until every row decodes. Raises BenchError if there is no room for what comes: of each row, `history` tokens
-        before its `turns` x `new_tokens`."""
+        """Prefill until every row decodes.
+
+        Raises BenchError if the model has no room for `history` and then `turns` x `new_tokens` more tokens per row.
+        """
         batch, context, room = len(prompts), len(prompts[0]), self.engine.ready.max_model_len
         self._batch = batch
-        # Rows that are prefilled first decode while the others are, and rows that a draft model has seen draft while it
-        # sees the others; a turn can overshoot.
+        # Rows that finish prefill early decode while the others are prefilled. Rows that a draft model has prefilled
+        # draft while it prefills the others. A turn can overshoot.
         drift = batch * context // (self.config.scheduler.max_batch_tokens - batch) + 1
         if self.config.speculation.draft_model is not None:
             drift *= most + 2
@@ -127,8 +131,11 @@ class Contender:
             ready |= {output.id for output in _step(self.engine)}
 
     def warm_up(self, gamma: Gamma, history: int) -> None:
-        """Rounds that do not count: one, and those in which a draft model sees the rows that are to draft so much; of
-        `auto`, those that it learns from until every row has about `history` tokens."""
+        """Run rounds that are not measured.
+
+        With a fixed gamma, up to a round in which all rows draft gamma tokens: a draft model prefills them first. With
+        `auto`, until every row has about `history` more tokens that the controller learns from.
+        """
         self.rounds[gamma] = Rounds()
         self._controller.gamma = gamma
         first = self.engine.stats().generated_tokens
@@ -145,7 +152,7 @@ class Contender:
             self._check_running(after)
 
     def turn(self, gamma: Gamma) -> None:
-        """Raises BenchError if a row has reached the model's length."""
+        """Run and measure one turn. Raises BenchError if a row has reached the model's maximum length."""
         engine = self.engine
         self._controller.gamma = gamma
         for _ in range(_TURN):
@@ -162,7 +169,7 @@ class Contender:
 
 
 def _step(engine: Engine) -> list[RequestOutput]:
-    """One round. Raises BenchError if memory does not suffice for it."""
+    """Run one round. Raises BenchError if a request failed in it, for example for lack of memory."""
     outputs = engine.step()
     if failed := [output.error for output in outputs if output.error is not None]:
         raise BenchError(failed[0])
@@ -170,13 +177,13 @@ def _step(engine: Engine) -> list[RequestOutput]:
 
 
 def roomy(scheduler: SchedulerConfig, batch: int, gamma: int) -> SchedulerConfig:
-    """These settings, with room for the whole batch: no row's drafts are cut short for another's."""
+    """Return these settings with room for the whole batch, so that no row's drafts are truncated for another's."""
     tokens = max(batch * (gamma + 1) + 1, scheduler.max_batch_tokens)
     return scheduler.model_copy(update={"max_rows": batch, "max_batch_tokens": tokens})
 
 
 def run_turns(turns: Sequence[tuple[Contender, Gamma]], wanted: int, history: int) -> None:
-    """The next turn is always that of the one with the fewest tokens, so all meet the same contexts."""
+    """Run turns until each has `wanted` tokens. The one with the fewest is next, so all see the same contexts."""
     for contender, gamma in turns:
         contender.warm_up(gamma, history)
 

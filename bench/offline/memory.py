@@ -1,8 +1,8 @@
-"""Memory of each rank with its KV pool full: what is weights and KV, and what is left over.
+"""Measure the memory of each rank with its KV pool full: weights, KV, and the rest.
 
     python -m bench.offline.memory --ranks 1,2,3 --tokens 40000
 
-Linux only: it reads what the kernel counts as a process's own memory, files and what is shared left out.
+Linux only: it reads the anonymous memory of each process, which excludes files and shared memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from parallel.split import split_heads
 
 
 def own_bytes(pid: int) -> int:
-    """Anonymous memory of a process: heap, stacks, tensors."""
+    """Read the anonymous memory of a process: heap, stacks, tensors."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
     found = re.search(r"^Anonymous:\s+(\d+) kB$", rollup, re.MULTILINE)
     assert found is not None
@@ -31,7 +31,7 @@ def own_bytes(pid: int) -> int:
 
 
 def report(config: EngineConfig) -> None:
-    """Start the ranks, fill their pools, and print a line for each."""
+    """Start the ranks, fill their pools, and print a line for each rank."""
     shape = read_config(resolve_model(config.model))
     bare = own_bytes(os.getpid())
     engine = Engine(config, progress=False)
@@ -57,10 +57,10 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--ranks", default="1,2,3")
-    parser.add_argument("--tokens", type=int, default=40000, help="of KV in all")
+    parser.add_argument("--tokens", type=int, default=40000, help="KV tokens of the pool")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.ranks.split(",")]
-    if len(sizes) > 1:  # each in a process that has held nothing yet
+    if len(sizes) > 1:  # each in a fresh process
         for size in sizes:
             command = [sys.executable, "-m", "bench.offline.memory", "--ranks", str(size), "--model", arguments.model]
             command += ["--dtype", arguments.dtype, "--tokens", str(arguments.tokens)]

@@ -1,9 +1,9 @@
-"""A mixed load: short chats and long documents that arrive at random, with speculation never, always, and as it pays.
+"""Serve a mixed load of short chats and long documents with random arrivals, with speculation off, fixed and auto.
 
     python -m bench.offline.mixed --speculation off,3,auto --requests 24 --rate 0.5 --json mixed.json
 
-The same requests arrive at the same times in every run; runs take turns, `--repeats` times each, in one process that
-loads the weights once. What counts is how long the load takes, and how fast requests get their tokens.
+The same requests arrive at the same times in every run. Runs alternate, `--repeats` times each, in one process that
+loads the weights once. The results are the duration of the load and the latencies of requests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from models.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request: when it comes, in seconds, and where its prompt stands in the text."""
+    """One request.
+
+    at: arrival, in seconds. first, prompt: start and length of its prompt in the text, in tokens. new: output tokens.
+    """
 
     at: float
     first: int
@@ -44,7 +47,11 @@ class Arrival:
 
 @dataclass(slots=True)
 class Outcome:
-    """One run of the whole load. Seconds; per token: of each request, after its first token."""
+    """Measurements of one run of the whole load. Times in seconds.
+
+    gammas: rows and rounds, by gamma. first: time to first token of each request. per_token: time per token of each
+    request after its first output, by kind.
+    """
 
     seconds: float
     tokens: int
@@ -54,8 +61,11 @@ class Outcome:
 
 
 def arrivals(count: int, rate: float, documents: float, longest: int, text: int, seed: int) -> list[Arrival]:
-    """Poisson arrivals; a share `documents` has prompts of half to all of `longest` tokens, the rest of 50 to 300.
-    text: its length in tokens."""
+    """Draw Poisson arrivals.
+
+    documents: share of requests with prompts of half to all of `longest` tokens; the others have 50 to 300. text:
+    length of the text in tokens.
+    """
     rng = random.Random(seed)
     at, found = 0.0, []
     for _ in range(count):
@@ -105,8 +115,11 @@ def run(config: EngineConfig, model: Llama, load: Sequence[Arrival], text: Seque
 
 
 class Result(msgspec.Struct):
-    """All runs of one way. Seconds; load_s: mean, runs_s: each; the rest are medians over requests, absent where there
-    were none. gamma_chosen: rows and rounds, by gamma."""
+    """All runs with one value of --speculation. Times in seconds.
+
+    load_s: mean duration of the load. runs_s: duration of each run. first_token_s, chat_token_s, document_token_s:
+    medians over requests; None without such requests. gamma_chosen: rows and rounds, by gamma.
+    """
 
     speculation: str
     load_s: float
@@ -142,7 +155,7 @@ _MEASURES = {
 
 
 def report(results: Sequence[Result]) -> str:
-    """As text: a line for each way, then for each measure the best way, and how much longer the others take."""
+    """Format results as text: a line each, then for each measure the best one and how much longer the others take."""
     lines = []
     for result in results:
         times = [(result.chat_token_s, "chat"), (result.document_token_s, "document")]
@@ -168,7 +181,7 @@ def main() -> None:
     parser.add_argument("--speculation", default="off,3,auto")
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--rate", type=float, default=0.5, help="arrivals per second")
-    parser.add_argument("--documents", type=float, default=0.3, help="share of long requests")
+    parser.add_argument("--documents", type=float, default=0.3, help="fraction of requests with long prompts")
     parser.add_argument("--longest", type=int, default=6000, help="tokens of the longest prompt")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""What rounding costs: perplexity of real text under a model as it is loaded, and with matrices of 8 bits.
+"""Measure the cost of int8 weights: perplexity of real text under a model as loaded, and with int8 matrices.
 
 python -m bench.offline.perplexity --text book.txt
 """
@@ -28,7 +28,7 @@ _PAGE, _CHUNK = 16, 256
 
 @torch.inference_mode()
 def logprobs(model: Llama, text: Sequence[int]) -> Tensor:
-    """Log-probability of each token of a text but the first, given all before it: [len(text) - 1] float32."""
+    """Compute the log-probability of each token of a text except the first: [len(text) - 1] float32."""
     width = -(-len(text) // _PAGE)
     pool = model.make_pool(width, _PAGE)
     attention = model.ops.attention(_PAGE, model.head_dim)

@@ -1,4 +1,4 @@
-"""Acceptance of real rounds, by each way of verification: the engine runs, once with each.
+"""Measure acceptance of real rounds under one verification rule, by running the engine.
 
 Texts and rounds are those of serving: a round begins where the one before it ended.
 """
@@ -29,9 +29,9 @@ def measure_rounds(
     new_tokens: int,
     sampling: Sequence[SamplingParams],
 ) -> list[AcceptanceResult]:
-    """One result per set of parameters in `sampling`, over `new_tokens` behind each of `prompts`.
+    """Measure `new_tokens` after each of `prompts`. Returns one result per set of parameters in `sampling`.
 
-    verification: coupled or rejection. The rest as bench.offline.acceptance_sweep.measure.
+    verification: "coupled" or "rejection". way: the setup. For the others see bench.offline.acceptance_sweep.measure.
     """
     context, batch = len(prompts[0]), len(prompts) * len(sampling)
     described = way.config(config, gamma)
@@ -74,7 +74,7 @@ def measure_rounds(
                 gamma=gamma,
                 verification=verification,
                 accepted=sum(out.accepted for out in rounds),
-                # Drafts behind the last token of a text were never judged.
+                # Drafts after the last token of a text were never verified.
                 rejected=sum(out.accepted < min(out.drafted, len(out.tokens)) for out in rounds),
             )
         )

@@ -1,4 +1,4 @@
-"""Forecasts of planner.forecast as a table and as a picture."""
+"""Render forecasts of planner.forecast as a table and a plot."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _COLUMNS = (
 
 
 class PlotError(RuntimeError):
-    """No picture can be drawn; the message says what is missing."""
+    """A plot cannot be drawn; the message names the missing package."""
 
 
 def table(forecasts: Sequence[Forecast]) -> str:
-    """One line per forecast; all are of one deployment."""
+    """Format forecasts of one deployment as a text table, one line each."""
     first = forecasts[0]
     draft = f"{first.draft} as draft, {first.policy}" if first.draft != "self" else f"self-speculation, {first.policy}"
     lines = [
@@ -49,13 +49,15 @@ def table(forecasts: Sequence[Forecast]) -> str:
 
 
 def check_plotting() -> None:
-    """Raises PlotError, with the line that installs it, if matplotlib is missing."""
+    """Raise PlotError, with the command to install it, if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise PlotError("plots need matplotlib: pip install 'magicdec[plot]'")
 
 
 def plot(forecasts: Sequence[Forecast], path: Path) -> None:
-    """A PNG: speed-up over batch, a line per context; over context with a single batch. Hollow: does not fit.
+    """Plot speed-up over batch to a PNG, one line per context; over context if there is a single batch.
+
+    Hollow markers: does not fit into memory.
 
     Raises PlotError without matplotlib, OSError if the file cannot be written.
     """

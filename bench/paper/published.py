@@ -1,8 +1,8 @@
-"""The cost model against what MagicDec's authors published: fits its constants, and says how far it is off.
+"""Fit the cost model's constants to results that MagicDec's authors published, and report its errors.
 
-Two constants are fitted, both to ratios: the fixed time of a layer, and the acceptance of a small draft model, which
-was not published. Everything else in planner.cost_model.Calibration keeps a usual value. Errors are given as
-fitted and with the row left out; rows of other GPUs and step times in milliseconds are never fitted, only predicted.
+Two constants are fitted, both to speed-ups: the fixed time of a layer, and the acceptance of a small draft model, which
+was not published. All other fields of planner.cost_model.Efficiency keep typical values. Errors are reported for the
+fit and with each row left out. Rows of other GPUs and step times in milliseconds are predicted only, never fitted.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from planner.hardware import GPUS
 
 _HERE = Path(__file__).parent
 _BOUNDS = {"layer_s": (0.02e-3, 0.5e-3), "draft_model": (0.5, 0.9)}
-"""A layer launches some ten kernels of 2 to 50 µs each; a small model agrees more often than not."""
+"""Search ranges. A layer launches some ten kernels of 2 to 50 µs each; a small model is right more often than not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """What is fitted."""
+    """The fitted constants."""
 
     layer_s: float = PUBLISHED.layer_s
     draft_model: float = DRAFT_MODEL
@@ -51,7 +51,7 @@ class Row:
         return expected_alpha("window", self.budget, self.context, draft_model=small, most=constants.draft_model)
 
     def speculation(self, efficiency: Efficiency) -> SpeculationCost:
-        """As it was published: the draft on no more GPUs than it has KV heads."""
+        """Build the published deployment: the draft runs on at most as many GPUs as it has KV heads."""
         target = _place(self.gpu, self.target, self.tensor_parallel, efficiency)
         if self.draft == "self":
             return SpeculationCost(target=target, draft=target, budget=self.budget)
@@ -59,19 +59,19 @@ class Row:
         return SpeculationCost(target=target, draft=_place(self.gpu, self.draft, ranks, efficiency), budget=self.budget)
 
     def predict(self, constants: Constants) -> float:
-        """The speed-up at the published gamma."""
+        """Predict the speed-up at the published gamma."""
         speculation = self.speculation(replace(PUBLISHED, layer_s=constants.layer_s))
         return speculation.speedup(self.batch, self.context, self.gamma, self.alpha(constants))
 
     def best(self, constants: Constants) -> tuple[int, float]:
-        """The gamma that the model would choose, and its speed-up."""
+        """Find the gamma that the cost model would choose, and its speed-up."""
         speculation = self.speculation(replace(PUBLISHED, layer_s=constants.layer_s))
         return speculation.best_gamma(self.batch, self.context, self.alpha(constants))
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedStep:
-    """One published time of plain decoding."""
+    """One published time of a plain decoding step."""
 
     gpu: str
     tensor_parallel: int
@@ -81,7 +81,7 @@ class PublishedStep:
     milliseconds: float
 
     def predict(self, constants: Constants) -> float:
-        """Milliseconds."""
+        """Predict the step time, in milliseconds."""
         efficiency = replace(PUBLISHED, layer_s=constants.layer_s)
         target = _place(self.gpu, self.target, self.tensor_parallel, efficiency)
         return 1e3 * target.forward_seconds(self.batch, self.batch * self.context)
@@ -129,7 +129,7 @@ def _read(name: str) -> list[dict[str, str]]:
 
 
 def fit(rows: Sequence[Row]) -> Constants:
-    """Least squares of log(predicted / published), by a pattern search: steps up and down each constant that halve."""
+    """Fit by least squares of log(predicted / published): a pattern search along each constant, with halving steps."""
 
     def loss(values: dict[str, float]) -> float:
         return sum(math.log(row.predict(Constants(**values)) / row.speedup) ** 2 for row in rows)
@@ -151,12 +151,12 @@ def fit(rows: Sequence[Row]) -> Constants:
 
 
 def left_out(rows: Sequence[Row]) -> list[float]:
-    """Each row's prediction by a fit to the others."""
+    """Predict each row with a fit to the others."""
     return [row.predict(fit([*rows[:i], *rows[i + 1 :]])) for i, row in enumerate(rows)]
 
 
 def roofline(row: Row) -> float:
-    """The speed-up at the published gamma if data sheets were all there is to it."""
+    """Predict the speed-up at the published gamma from data sheets alone: peak rates, no overheads."""
     sheet = Efficiency(flops=1.0, weights=1.0, kv=1.0, verify_attention=1.0, layer_s=0.0)
     speculation = row.speculation(sheet)
     return speculation.speedup(row.batch, row.context, row.gamma, row.alpha(Constants()))

@@ -1,2 +1,2 @@
-"""Contenders of bench.peers.compare, one file each, and the program they run in. None imports another file of this
-project, but for `magicdec`: the others run in environments that do not have it."""
+"""Comparison with other engines. `programs/` has one file per contender, and the driver they run in. Only
+`programs/magicdec.py` imports other files of this project: the others run in environments without it."""

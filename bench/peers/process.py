@@ -1,4 +1,4 @@
-"""One contender as a process: asked by JSON lines (bench/peers/programs/driver.py), stopped while others are
+"""Run one contender as a process, controlled by JSON lines (bench/peers/programs/driver.py), stopped while others are
 measured."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PEERS = Path(__file__).parent / "programs"
 
 
 class PeerProcess:
-    """Runs only while it is asked: between answers the whole process group is stopped, spinning threads and all."""
+    """A contender's process. Its process group is stopped between requests, so that spinning threads use no CPU."""
 
     def __init__(
         self,
@@ -33,10 +33,10 @@ class PeerProcess:
         timeout_s: float,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it and wait until the model is loaded.
+        """Start the process and wait until the model is loaded.
 
-        peer: the contender's file. log: where its standard error goes. timeout_s: for this and for each answer.
-        environment: variables beside those of this process. Raises PeerError.
+        peer: the contender's file. log: file for its standard error. timeout_s: limit of the start and of each answer.
+        environment: variables in addition to those of this process. Raises PeerError.
         """
         self._log, self._timeout_s = log, timeout_s
         threads = str(settings["threads"])
@@ -62,7 +62,7 @@ class PeerProcess:
         self._signal(signal.SIGSTOP)
 
     def ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        """Raises PeerError: what the contender says went wrong, or that it is gone."""
+        """Send a request and return its answer. Raises PeerError: an error of the contender, its end, or a timeout."""
         assert self._process.stdin is not None
         line = json.dumps({"op": op, **fields}) + "\n"
         self._signal(signal.SIGCONT)
@@ -81,12 +81,12 @@ class PeerProcess:
         return self._process.poll() is not None
 
     def close(self) -> None:
-        """End it, with all that it has started."""
+        """Kill the process and its process group."""
         self._signal(signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                with contextlib.suppress(OSError):  # an unsent line
+                with contextlib.suppress(OSError):  # an unsent line remains
                     stream.close()
 
     def __enter__(self) -> Self:
@@ -98,12 +98,12 @@ class PeerProcess:
         self.close()
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._process.returncode is None:  # once it is waited for, its id can be another's
+        if self._process.returncode is None:  # after the wait its id can be reused
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
     def _answer(self) -> dict[str, Any]:
-        """Raises PeerError: an error that was answered, the end of the process, or no answer in time."""
+        """Read one answer. Raises PeerError: an error in the answer, the end of the process, or a timeout."""
         assert self._process.stdout is not None
         until = monotonic() + self._timeout_s
         with selectors.DefaultSelector() as selector:

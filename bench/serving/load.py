@@ -1,4 +1,4 @@
-"""What a load is made of: when requests arrive, how long they are, and of what text."""
+"""Generate a load: arrival times, lengths and texts of requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Arrivals = Literal["poisson", "constant"]
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """A distribution of numbers of tokens. spec: as `parse` takes it."""
+    """A distribution of numbers of tokens. spec: see `parse`. draw: sample a number. most: the largest possible one."""
 
     spec: str
     draw: Callable[[random.Random], int]
@@ -23,8 +23,11 @@ class Lengths:
 
     @classmethod
     def parse(cls, spec: str) -> Lengths:
-        """`500`: always; `uniform:100:900`: any of these; `lognormal:500:0.8:4000`: with this median and sigma, at most
-        the last. Raises BenchError."""
+        """Parse a distribution. Raises BenchError.
+
+        `500`: constant. `uniform:100:900`: uniform, bounds included. `lognormal:500:0.8:4000`: log-normal, by median,
+        sigma and maximum.
+        """
         kind, *numbers = spec.split(":")
         try:
             if kind.isdecimal() and not numbers and int(kind) > 0:
@@ -46,7 +49,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One request. prompt: token ids. output: tokens to generate."""
+    """One request. prompt: token ids. output: number of tokens to generate."""
 
     prompt: list[int]
     output: int
@@ -62,10 +65,11 @@ def items(
     groups: int = 1,
     seed: int = 0,
 ) -> list[Item]:
-    """Requests over stretches of a text, the same for the same seed.
+    """Draw requests over passages of a text, the same for the same seed.
 
-    tokens: of the text. shared: how many tokens the prompts of a group begin with; of `groups` groups, which requests
-    belong to by turns. A prompt is never longer than it was drawn to be. Raises BenchError if the text is too short.
+    tokens: token ids of the text. shared: length of the prefix that all prompts of a group share; part of the drawn
+    prompt length. groups: number of groups, to which requests are assigned in turn. Raises BenchError if the text is
+    too short.
     """
     if len(tokens) < prompt.most:
         raise BenchError(f"the text has {len(tokens)} tokens, fewer than the {prompt.most} of the longest prompt")
@@ -85,7 +89,7 @@ def items(
 
 
 def arrival_times(arrivals: Arrivals, rate: float, seed: int) -> Iterator[float]:
-    """Seconds from the start, without end: independent of each other (poisson), or evenly spread."""
+    """Yield arrival times in seconds, endlessly: the first is 0; gaps are exponential (poisson) or constant."""
     rng = random.Random(seed)
     at = 0.0
     while True:

@@ -1,4 +1,4 @@
-"""A load over HTTP: requests sent as they are due, answers read as they stream, and what became of each of them."""
+"""Send a load over HTTP with streaming answers, and record times and outcome of each request."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import msgspec
 from bench.serving.load import Arrivals, Item, arrival_times
 
 Fate = Literal["answered", "refused", "failed", "timed out", "broken off"]
-"""answered: to its end; refused: 429 or 503, for want of room; failed: any other error that the server tells; timed
-out: no end within the time-out; broken off: the connection, before the end."""
+"""Outcome of a request. answered: complete. refused: status 429 or 503, for lack of room. failed: any other error from
+the server. timed out: not complete within the timeout. broken off: the connection failed or ended early."""
 
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request. Times in seconds of time.perf_counter(): due, when it should have been sent; sent; chunks, when text
-    came. tokens: as the server counts them."""
+    """Times and outcome of one request. Times in seconds of time.perf_counter().
+
+    due: scheduled send time. sent: actual send time. chunks: arrival of each chunk with text. ended: end of the answer.
+    prompt_tokens, tokens: prompt and output tokens by the server's count. reason: error message, if any.
+    """
 
     due: float
     sent: float = 0.0
@@ -38,12 +41,12 @@ class RequestRecord:
 
     @property
     def per_token_s(self) -> float | None:
-        """Mean time of a token after the first; with speculation several come in one chunk. None: there is no other."""
+        """Mean seconds per token after the first; a chunk can have several tokens. None with fewer than two."""
         return (self.chunks[-1] - self.chunks[0]) / (self.tokens - 1) if self.tokens > 1 else None
 
     @property
     def gaps_s(self) -> list[float]:
-        """Between chunks."""
+        """Seconds between chunks."""
         return [b - a for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
 
     @property
@@ -53,7 +56,7 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """url: of the server, without /v1. body: fields of every request."""
+    """The server to load. url: without /v1. key: API key. body: additional fields of every request."""
 
     url: str
     model: str | None = None
@@ -67,14 +70,14 @@ class Target:
 
 
 class LoadClient:
-    """Sends one load. done: called after every request."""
+    """Client that sends one load. done: called after each request ends."""
 
     def __init__(self, target: Target, done: Callable[[], None] = lambda: None) -> None:
         self._target = target
         self._done = done
 
     async def at_rate(self, items: Sequence[Item], rate: float, arrivals: Arrivals, seed: int) -> list[RequestRecord]:
-        """Open loop: requests are sent when they are due, however many are under way."""
+        """Run an open loop: send each request when it is due, regardless of the number in flight."""
         async with self._session() as session:
             began = time.perf_counter()
             tasks = []
@@ -85,7 +88,7 @@ class LoadClient:
             return list(await asyncio.gather(*tasks))
 
     async def at_concurrency(self, items: Sequence[Item], concurrency: int) -> list[RequestRecord]:
-        """Closed loop: so many requests under way, the next one when one has ended."""
+        """Run a closed loop: keep `concurrency` requests in flight."""
         left = list(enumerate(items))[::-1]
         records: dict[int, RequestRecord] = {}
         async with self._session() as session:
@@ -148,7 +151,7 @@ class LoadClient:
 
 
 async def list_model(target: Target) -> str:
-    """The id of the model that is served. Raises aiohttp.ClientError, TimeoutError, LookupError."""
+    """Return the id of the served model. Raises aiohttp.ClientError, TimeoutError, LookupError."""
     async with (
         aiohttp.ClientSession(headers=target.headers, timeout=aiohttp.ClientTimeout(total=30)) as session,
         session.get(f"{target.url}/v1/models", raise_for_status=True) as answer,

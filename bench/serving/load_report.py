@@ -1,4 +1,4 @@
-"""What became of a load: percentiles, throughput, goodput; as a table, and as curves of latency over throughput."""
+"""Summarise a load: latency percentiles, throughput and goodput, as a table and as plots of latency over throughput."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 
 class Slo(msgspec.Struct, frozen=True):
-    """Seconds that a request may take: until its first token, per further token, and in all; None: any."""
+    """Latency limits of a request, in seconds: time to first token, time per further token, total. None: no limit."""
 
     ttft: float | None = None
     tpot: float | None = None
@@ -24,7 +24,7 @@ class Slo(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> Slo:
-        """Like `ttft:500,tpot:50`, in milliseconds. Raises BenchError."""
+        """Parse an SLO like `ttft:500,tpot:50`, in milliseconds. Raises BenchError."""
         try:
             parts = dict(part.strip().split(":") for part in text.split(",") if part.strip())
             limits = {name: float(value) / 1e3 for name, value in parts.items()}
@@ -37,7 +37,7 @@ class Slo(msgspec.Struct, frozen=True):
             ) from None
 
     def met(self, record: RequestRecord) -> bool:
-        """Only by an answer."""
+        """Check whether a request met all limits. Only an answered one can."""
         if record.fate != "answered" or not record.chunks:
             return False
         each = (self.ttft, record.first_s), (self.tpot, record.per_token_s), (self.e2e, record.whole_s)
@@ -45,12 +45,16 @@ class Slo(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct):
-    """One level of load with one value of --speculation. Times in milliseconds, by percentile, of answered requests.
+    """Results of one load level with one value of --speculation. Times in milliseconds, by percentile.
 
-    level: requests per second, or how many are under way. fates: how many requests ended how. seconds: from the first
-    request due to the last end. requests_per_s, tokens_per_s: answered ones, and their output. goodput: answered ones
-    per second that met the SLO; None without one. ttft: from when a request was due to its first text. tpot: per token
-    after that, by the server's count. itl: between chunks, of all requests. late: how late requests were sent.
+    level: requests per second; in a closed loop, requests in flight. closed: whether the loop is closed. fates: number
+    of requests by outcome. seconds: from the first due time to the last end. requests_per_s, tokens_per_s: answered
+    requests and their output tokens. goodput: answered requests per second that met the SLO; None without one.
+    reasons: the five most frequent error messages, with their counts.
+
+    Of answered requests, ttft_ms: from the due time to the first text. tpot_ms: per token after it, by the server's
+    count. itl_ms: between chunks. e2e_ms: from the due time to the end. Of all requests, late_ms: from the due time to
+    the send.
     """
 
     level: float
@@ -94,7 +98,7 @@ class Summary(msgspec.Struct):
 
 
 def percentiles(seconds: Iterable[float]) -> dict[str, float]:
-    """In milliseconds, by nearest rank: p50 … p99, and the mean; empty if there is nothing."""
+    """Compute p50 … p99 by nearest rank, and the mean, in milliseconds. Empty without values."""
     ordered = sorted(seconds)
     if not ordered:
         return {}
@@ -143,8 +147,10 @@ def _ms(times: dict[str, float], percentile: str) -> str:
 
 
 def plot(summaries: Sequence[Summary], path: Path) -> None:
-    """A PNG: time to the first token and time per token, medians and 95th percentiles, over throughput. Raises
-    PlotError without matplotlib, OSError if the file cannot be written."""
+    """Plot time to first token and time per token over throughput to a PNG, as medians and 95th percentiles.
+
+    Raises PlotError without matplotlib, OSError if the file cannot be written.
+    """
     check_plotting()
     import matplotlib
 

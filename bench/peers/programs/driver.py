@@ -1,20 +1,20 @@
-"""The program that every contender runs in: loads one model, then answers JSON lines. Standard library only.
+"""The program that runs every contender: loads one model, then answers JSON lines. Standard library only.
 
-    python -P driver.py PEER.py SETTINGS        -P: files beside this one are named after the packages they drive
+    python -P driver.py PEER.py SETTINGS        -P: files beside this one have the names of the packages they import
 
-SETTINGS, a JSON object: `model` its directory, `threads`, `rows` and `row_tokens`, the most rows at once and the most
-tokens of one, `kv_bytes`, what the KV of the largest batch takes, and `options`, the contender's own. The first line
-that is written is {"ready": {...}}; then one line answers each request:
+SETTINGS is a JSON object. `model`: directory. `threads`: number of threads. `rows`: largest number of rows at once.
+`row_tokens`: largest number of tokens of a row. `kv_bytes`: KV bytes of the largest batch. `options`: settings of this
+contender. The first output line is {"ready": {...}}; then one line answers each request:
 
     {"op": "start", "prompts": [[ids]], "limit": n}          {"first_token_s", "tokens"}
     {"op": "decode", "new_tokens": n}                        {"decode_s", "tokens"}
     {"op": "stop"}                                           {}
     {"op": "complete", "prompts": [[ids]], "new_tokens": n}  {"first_token_s", "decode_s", "total_s", "tokens"}
 
-`start` prefills until every row has its first token; `decode` goes on until n tokens per row, on average, are new;
-`complete` gives every row exactly n, as a server would. `tokens` are those of this request, by row. Seconds are those
-of the steps alone: memory is set up, and given back, outside the clock. What fails is {"error": "..."}, and the next
-request starts afresh.
+`start` prefills until every row has its first token. `decode` continues until rows have n new tokens each on average.
+`complete` generates exactly n tokens per row, as a server does. `tokens` are the new tokens of this request, by row.
+Seconds cover the steps only, not the allocation and release of memory. A failed request is answered by
+{"error": "..."}; the next `start` or `complete` begins afresh.
 """
 
 from __future__ import annotations
@@ -29,36 +29,39 @@ from typing import Any, Protocol
 
 
 class Peer(Protocol):
-    """What a contender's file defines as `Peer(settings)`. Text is greedy, and goes on behind an end of text."""
+    """Interface of a contender; its file defines it as `Peer(settings)`. It decodes greedily and ignores end-of-text
+    tokens."""
 
     max_batch: int | None
-    """Most rows at once; None: as many as asked for in the settings."""
+    """Largest number of rows at once; None: `rows` of the settings."""
     about: str
-    """Version and kind, for the report."""
+    """Version and weights, for the report."""
 
     def prepare(self, rows: int, row_tokens: int) -> None:
-        """Get memory ready for so many rows of so many tokens."""
+        """Allocate memory for `rows` rows of `row_tokens` tokens each."""
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
-        """Take in one request per prompt, of at most `limit` new tokens; computes nothing yet. together: rows that are
-        prefilled first should not run far ahead of the others."""
+        """Queue one request per prompt, of at most `limit` new tokens each, without computing anything.
+
+        together: rows that finish prefill early should not get far ahead of the others.
+        """
 
     def step(self) -> Sequence[tuple[int, Sequence[int]]]:
-        """One step of all rows, or a part of prefill. Returns what it yielded: (row, new tokens)."""
+        """Run one step of all rows, or a part of prefill. Returns (row, new tokens) of rows that got tokens."""
 
     def stop(self) -> None:
-        """Forget all rows and give their memory back; also when there are none, and after a step that failed."""
+        """Drop all rows and free their memory. It may be called without rows, and after a failed step."""
 
 
 class Driver:
-    """The requests, in terms of a peer's steps."""
+    """Request handler that steps a peer."""
 
     def __init__(self, peer: Peer, row_tokens: int) -> None:
         self._peer, self._row_tokens = peer, row_tokens
-        self._left: list[int] = []  # tokens that each row may still generate
+        self._left: list[int] = []  # by row, tokens it may still generate
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Raises whatever the peer does."""
+        """Answer one request. Raises ValueError for a bad request, and whatever the peer raises."""
         op = request["op"]
         if op == "start":
             first_s, tokens = self._start(request["prompts"], request["limit"], together=True)
@@ -119,7 +122,7 @@ class Driver:
 
 
 def load_peer(path: str, settings: dict[str, Any]) -> Peer:
-    """Run the file at `path` and create its `Peer`."""
+    """Import the file at `path` and create its `Peer`."""
     spec = importlib.util.spec_from_file_location("peer", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path}: not a Python file")
@@ -130,8 +133,8 @@ def load_peer(path: str, settings: dict[str, Any]) -> Peer:
 
 
 def main(path: str, settings: dict[str, Any]) -> None:
-    # Packages write to standard output as they like: it becomes standard error, and answers get a descriptor of
-    # their own.
+    # Packages may write to standard output: redirect it to standard error, and keep a separate descriptor for
+    # answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

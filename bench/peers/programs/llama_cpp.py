@@ -1,7 +1,7 @@
-"""llama.cpp through llama-cpp-python's low-level API: several sequences in one context, as its server has them.
+"""llama.cpp through llama-cpp-python's low-level API: several sequences in one context, as in its server.
 
-Options: `gguf`, the weights, and `weights`, the type that they are to have, None: as they are; `flash` (default false)
-and `kv` (f16 or bf16, default f16), how attention is computed. The defaults are what was fastest on a CPU with AVX-512.
+Options: `gguf`: the model file. `weights`: type to convert the weights to; None: unchanged. `flash`: flash attention
+(default false). `kv`: type of the KV cache, f16 or bf16 (default f16). The defaults were fastest on a CPU with AVX-512.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import llama_cpp
 import numpy as np
 
 _BATCH, _MICRO_BATCH = 2048, 512
-"""Tokens given to one call, and computed at once: llama.cpp's own defaults."""
+"""Largest number of tokens of one call, and computed at once. llama.cpp's own defaults."""
 
 _BF16 = 30
-"""ggml's GGML_TYPE_BF16, which the Python package does not name."""
+"""ggml's GGML_TYPE_BF16, which the Python package does not define."""
 
 _TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
-"""llama.cpp's file types, by the names that files have."""
+"""llama.cpp's file types (llama_ftype), by the names used in file names."""
 
 
 class Peer:
@@ -47,7 +47,7 @@ class Peer:
 
     def prepare(self, rows: int, row_tokens: int) -> None:
         params = llama_cpp.llama_context_default_params()
-        # Every sequence has its own stretch of the cache, in multiples of 256 tokens.
+        # Every sequence has its own part of the cache, in multiples of 256 tokens.
         params.n_ctx = rows * (-(-row_tokens // 256) * 256)
         params.n_seq_max, params.kv_unified = rows, False
         params.n_batch, params.n_ubatch = _BATCH, _MICRO_BATCH
@@ -66,7 +66,7 @@ class Peer:
         self._limit = limit
 
     def step(self) -> list[tuple[int, list[int]]]:
-        """Rows that are prefilled wait for the others: a call has tokens of prompts, or one of each row."""
+        """See driver.Peer.step. A call has prompt tokens, or one token per row: prefilled rows wait for the others."""
         left = [len(tokens) - computed for tokens, computed in zip(self._tokens, self._computed, strict=True)]
         made = [len(tokens) - prompt for tokens, prompt in zip(self._tokens, self._prompts, strict=True)]
         prefilling = [row for row, new in enumerate(made) if not new]
@@ -98,7 +98,7 @@ class Peer:
         return yielded
 
     def _put(self, index: int, row: int, position: int, *, wanted: bool) -> None:
-        """wanted: its logits."""
+        """Put one token into the batch. wanted: whether its logits are needed."""
         batch = self._batch
         batch.token[index] = self._tokens[row][position]
         batch.pos[index] = position
@@ -113,7 +113,7 @@ class Peer:
 
 
 def _with_weights(gguf: Path, weights: str | None, threads: int) -> Path:
-    """A file beside `gguf`, made once, with the same weights in another type."""
+    """Return a file with the weights in another type, beside `gguf`. It is converted once."""
     if weights is None:
         return gguf
     made = gguf.with_name(f"{gguf.stem}.{weights}.gguf")

@@ -1,4 +1,4 @@
-"""magicdec itself. Options: settings of the engine, {"engine.speculation.gamma": 0, …}."""
+"""magicdec. Options: engine settings, {"engine.speculation.gamma": 0, …}."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Peer:
         self.about = f"magicdec, {self._config.dtype} weights, gamma {gamma}"
 
     def _configure(self) -> EngineConfig:
-        """Raises ConfigError for options that are none."""
+        """Build the engine's config. Raises ConfigError for invalid options."""
         own = {"engine.model": self._settings["model"], "engine.threads": self._settings["threads"]}
         config = load_config(None, own | self._settings["options"]).engine
         rows, gamma = self._settings["rows"], config.speculation.max_draft_tokens
-        # Room for the whole batch: no row's drafts are cut short for another's. The same for every point, since a
-        # profile is made for one number of rows.
+        # Room for the whole batch, so that no row's drafts are truncated for another's. The same for every point,
+        # because a profile holds for one max_rows.
         tokens = max(rows * (gamma + 1) + 1, config.scheduler.max_batch_tokens)
         scheduler = config.scheduler.model_copy(update={"max_rows": rows, "max_batch_tokens": tokens})
         return config.model_copy(update={"scheduler": scheduler})
 
     def prepare(self, rows: int, row_tokens: int) -> None:
         page, longest = self._config.cache.page_size, self._settings["row_tokens"]
-        # Beside each row's own pages: room for its drafts, and the page that the scheduler keeps free.
+        # Per row, its tokens and drafts, and one page that the scheduler keeps free.
         per_row = -(-(row_tokens + self._config.speculation.max_draft_tokens + 1) // page) + 1
         pages = max(rows * per_row, -(-longest // page) + 1)
         cache = self._config.cache.model_copy(update={"num_pages": pages})
@@ -46,7 +46,8 @@ class Peer:
         self._controller.auto = self._engine.make_controller()
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
-        """together: no drafts before all rows decode; each round of prefill still yields a token per ready row."""
+        """See driver.Peer.start. together: do not draft before all rows decode; until then, prefilled rows get a token
+        per round."""
         assert self._engine is not None
         params = SamplingParams(max_tokens=limit, temperature=0.0, ignore_eos=True)
         for row, prompt in enumerate(prompts):
@@ -57,7 +58,7 @@ class Peer:
         assert self._engine is not None
         if not self._engine.has_work():
             raise RuntimeError("all rows are at their end")
-        self._controller.gamma = 0 if self._waiting else "auto"  # what the config says: make_controller knows
+        self._controller.gamma = 0 if self._waiting else "auto"  # auto: as the config says, from make_controller
         outputs = self._engine.step()
         if failed := [output.error for output in outputs if output.error is not None]:
             raise RuntimeError(failed[0])

@@ -1,7 +1,7 @@
-"""transformers: `generate` with a batch and a KV cache, stopped between its steps.
+"""transformers: `generate` with a batch and a KV cache, paused between its steps.
 
-Options: `lookup`, so many tokens are looked up in the prompt and verified at once (assisted generation, one row);
-`continuous`, its continuous batching instead of `generate`.
+Options: `lookup`: number of tokens drafted by prompt lookup and verified at once (assisted generation, one row only).
+`continuous`: continuous batching instead of `generate`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Peer:
     def __init__(self, settings: dict[str, Any]) -> None:
         options = settings["options"]
         torch.set_num_threads(settings["threads"])
-        # Ready for inference: from_pretrained leaves a model in evaluation mode.
+        # from_pretrained returns a model in evaluation mode.
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             settings["model"], dtype=torch.bfloat16, attn_implementation="sdpa"
         )
@@ -29,7 +29,7 @@ class Peer:
         self.about = f"transformers {transformers.__version__}, bfloat16 weights"
 
     def prepare(self, rows: int, row_tokens: int) -> None:
-        """The cache grows by itself; continuous batching has a pool."""
+        """See driver.Peer.prepare. The cache of `generate` grows by itself; only continuous batching has a pool."""
         if self._continuous:
             self._run = _Continuous(self._model, rows, row_tokens)
 
@@ -50,7 +50,7 @@ class Peer:
 
 
 class _Generation:
-    """One call of `generate`, in a thread that waits in its stopping criterion, which is asked after every step."""
+    """One call of `generate`, in a thread that pauses in its stopping criterion, which runs after every step."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], limit: int, lookup: int | None) -> None:
         self._ids = torch.tensor([list(prompt) for prompt in prompts])
@@ -78,7 +78,7 @@ class _Generation:
         self._came.release()
 
     def _stepped(self, ids: torch.Tensor, scores: Any, **others: Any) -> torch.Tensor:
-        """ids: [rows, tokens so far]. Returns [rows], whether each is to end."""
+        """Record new tokens and wait for the next step. ids: [rows, tokens so far]. Returns [rows] bool: done."""
         self._new = ids[:, self._seen :].tolist()
         self._seen = ids.shape[1]
         self._came.release()
@@ -101,7 +101,7 @@ class _Generation:
 
 
 class _Continuous:
-    """The manager's own loop, a turn of it at a time, in this thread instead of its own."""
+    """Continuous batching: runs the manager's loop one iteration at a time, in this thread instead of the manager's."""
 
     def __init__(self, model: Any, rows: int, row_tokens: int) -> None:
         block = 256

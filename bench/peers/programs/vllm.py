@@ -1,4 +1,4 @@
-"""vLLM on the CPU: its engine in this process, stepped by hand. No options."""
+"""vLLM on the CPU, with its engine in this process, one step at a time. No options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 class Peer:
     def __init__(self, settings: dict[str, Any]) -> None:
-        # Read when vllm is imported. Whole GiB of KV; cores, one per thread.
+        # vllm reads these on import. The KV size is in whole GiB; the binding lists one core per thread.
         cores = sorted(os.sched_getaffinity(0))[: settings["threads"]]
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(-(-int(1.05 * settings["kv_bytes"]) // (1 << 30)))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
@@ -22,7 +22,7 @@ class Peer:
             dtype="bfloat16",
             max_model_len=settings["row_tokens"],
             max_num_seqs=settings["rows"],
-            enable_prefix_caching=False,  # each prompt comes more than once
+            enable_prefix_caching=False,  # each prompt is sent more than once
             disable_log_stats=True,
         ).llm_engine
         self._started = 0
@@ -31,13 +31,13 @@ class Peer:
         self.about = f"vllm {vllm.__version__}, bfloat16 weights"
 
     def prepare(self, rows: int, row_tokens: int) -> None:
-        """The pool is there from the start."""
+        """Do nothing: the pool is allocated with the engine."""
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
         params = self._sampling(temperature=0.0, max_tokens=limit, ignore_eos=True, detokenize=False)
         self._started += 1
         for row, prompt in enumerate(prompts):
-            # The engine gives ids of its own to what it runs, and these back with its outputs.
+            # The engine uses ids of its own internally, and returns these with its outputs.
             name = f"{self._started}-{row}"
             self._seen[name] = 0
             self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
