@@ -35,8 +35,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_p: Annotated[float, Meta(ge=1e-6, le=1)] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = 0
-    """The same request with the same seed yields the same text, whatever the drafter. Callers that want variety draw a
-    seed at random."""
+    """The same request with the same seed yields the same text, whatever the drafter (with coupled verification).
+    Callers that want variety draw a seed at random."""
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
