@@ -67,7 +67,7 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
     """One entry per token, if the request asks for them."""
     prompt_logprobs: list[PromptLogprobs] | None = None
-    """With the first output, if the request asks for them: one entry per prompt token except the first."""
+    """In the first output, if the request asks for them: one entry per prompt token except the first."""
     drafted: int = 0
     accepted: int = 0
     """In this round: number of tokens that the draft proposed, and number of `tokens`, the first ones, among them."""

@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 class RowState:
     """State of all row slots on one rank.
 
-    tokens: [max_rows, max_model_len] int32. Drafts stand after the committed tokens until they are committed or
+    tokens: [max_rows, max_model_len] int32. Drafts follow the committed tokens until they are committed or
         overwritten.
     page_table: [max_rows, max_pages] int64, page ids in order.
     computed: [max_rows] int64, number of committed tokens whose target KV is valid.

@@ -30,7 +30,7 @@ class AcceptanceRecord:
         self.judged = self.judged * fade + accepted + rejected
 
     def alpha(self, prior: float, trials: float) -> float:
-        """Share of accepted drafts, after `trials` further ones as the prior predicts."""
+        """Compute the share of accepted drafts, after `trials` further ones as the prior predicts."""
         return (self.accepted + prior * trials) / (self.judged + trials)
 
 
@@ -39,7 +39,7 @@ class AcceptanceEstimates:
     long; one request. A new request thus starts from the record of others."""
 
     def __init__(self, budget: int, reads: int) -> None:
-        """budget: the largest one, as plans name it. reads: KV tokens that drafts read with it per row; 0: all."""
+        """budget: the largest one, as in plans. reads: KV tokens that drafts read with it per row; 0: all."""
         self._budget = budget
         self._reads = reads
         self._overall: dict[int, AcceptanceRecord] = {}

@@ -40,7 +40,7 @@ class _Decision:
 
 
 class AutoGamma:
-    """Chooses gamma per round and row. Host-side, O(rows × gamma_max)."""
+    """Controller that chooses gamma per round and row. Host-side, O(rows × gamma_max)."""
 
     def __init__(self, times: StepTimes, gamma_max: int, budgets: Sequence[int], reads: int | None = None) -> None:
         """times: of this engine. budgets: KV tokens per row that drafts may read, the largest first; (0,) if there is
@@ -157,7 +157,7 @@ class AutoGamma:
         if decoding:
             self._observe_time(decision, plan, result, tokens, caught_up)
         else:
-            # With prompts in the round, the time of its drafts is unknown; an exploration is charged its predicted cost.
+            # With prompts in the round the time of its drafts is unknown, so an exploration is charged as predicted.
             seconds = decision.chosen.seconds + self._catch_up.seconds(caught_up)
             self._charge(decision, decision.best.seconds, seconds, decision.chosen.tokens)
 

@@ -92,7 +92,7 @@ class Options:
 
 
 class Goodput:
-    """Predicts the options of one engine. O(rows × gamma_max) for a batch and a budget."""
+    """Predictor of the options of one engine. O(rows × gamma_max) for a batch and a budget."""
 
     def __init__(
         self, times: StepTimes, calibration: Calibration, acceptance: AcceptanceEstimates, gamma_max: int

@@ -26,7 +26,7 @@ class ControllerReport:
 
 
 class Controller(Protocol):
-    """Chooses the number of drafts of each row. Host-side, O(rows) per round."""
+    """Interface of controllers. Host-side, O(rows) per round."""
 
     @property
     def report(self) -> ControllerReport: ...

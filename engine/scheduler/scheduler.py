@@ -26,8 +26,10 @@ class QueueFull(RequestError):
 
 
 class Scheduler:
-    """Plans one round at a time. Invariant between rounds: every running row owns pages for all its computed tokens,
-    and a decoding row has exactly its pending token uncomputed.
+    """Planner of rounds, one at a time.
+
+    Invariant between rounds: every running row owns pages for all its computed tokens, and a decoding row has exactly
+    its pending token uncomputed.
 
     Decode rows come first, each with its drafts. The tokens left in the round go to prefill chunks, oldest request
     first, then to new requests. A request is admitted when pages for all its tokens are free, so that a prefill in
@@ -69,7 +71,7 @@ class Scheduler:
         self.preemptions = 0
         self._round = 0
 
-    # -- requests come and go ------------------------------------------------------------------------------------
+    # -- requests --------------------------------------------------------------------------------------------------
 
     def add(self, message: AddRequest) -> None:
         """Queue a request that passed `check_request`. Raises RequestError if its id is in use, QueueFull."""

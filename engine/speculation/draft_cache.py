@@ -54,7 +54,7 @@ class DraftCache:
         shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
         self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.query_capture = QueryCapture(inner, self._queries)
-        # Host, per row slot, in positions: end of prefill; end of what is copied; end of the queries that are kept; the
+        # Host, per row slot, in positions: end of prefill; end of the copied KV; end of the queries that are kept; the
         # length at which tokens were last chosen (0: never).
         self._prefill = np.zeros(max_rows, dtype=np.int64)
         self._copied = np.zeros(max_rows, dtype=np.int64)
@@ -112,7 +112,7 @@ class DraftCache:
         self._copied[slots] = end
 
     def copy_back(self, slots: Ints, first: Ints, end: Ints) -> None:
-        """Copy what drafts have just written, positions first … end - 1 of each row slot, into the full pool, for a
+        """Copy positions first … end - 1 of each row slot, which drafts have just written, into the full pool, for a
         model that has no other KV of them."""
         count = end - first
         full, cache, offset = self._locate(np.repeat(slots, count), np.repeat(first, count) + ragged_arange(count))

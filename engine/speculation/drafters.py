@@ -22,7 +22,7 @@ from engine.speculation.verify import Verdict
 
 
 class Drafter(Protocol):
-    """Proposes tokens after the committed ones of each row; never touches committed state."""
+    """Interface of drafters: propose tokens after the committed ones of each row; never change committed state."""
 
     def start(self, start: RowStart) -> None:
         """Start a request in a row slot; called before the first round that the row is in."""

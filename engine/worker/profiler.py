@@ -45,7 +45,7 @@ _ROOM = 128
 
 
 class Profiler:
-    """Measures rounds of an engine without requests."""
+    """Profiler of rounds of an engine without requests."""
 
     def __init__(
         self, run: Callable[[RoundPlan], RoundResult], config: EngineConfig, num_pages: int, max_model_len: int
