@@ -109,7 +109,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     host_seconds: float = 0.0
     """Busy time of the engine outside draft and verify."""
     decode_seconds: float = 0.0
-    """Time of rounds that only decoded. This field to `alpha` are 0 unless the controller estimates them."""
+    """Time of rounds that only decoded. This and the next three fields are 0 unless the controller keeps them."""
     plain_seconds: float = 0.0
     """Estimated time of the same tokens without drafts."""
     forecast_seconds: float = 0.0
