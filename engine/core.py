@@ -1,4 +1,4 @@
-"""The engine: scheduler and ranks, one round at a time. Knows tokens, not text."""
+"""The engine: scheduler and ranks, one round at a time. Works on tokens; engine.text converts them to text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 class Engine:
     """Queues requests and runs them round by round. Not thread-safe: one loop owns it.
 
-    ready: what API processes need to know of it. profiler: measures its rounds, while there are no requests.
+    ready: description of the engine for API processes. profiler: measures rounds, while there are no requests.
     weight_bytes: of all ranks. overlaps: whether the host is free while a round runs.
     """
 
@@ -63,9 +63,9 @@ class Engine:
     ) -> None:
         """Load the model and reserve its memory, on all ranks.
 
-        model: an already loaded one, in place of `config.model`'s weights (rank 0's shard of it, with several ranks).
-        controller: in place of the one that the config describes. ranks: starts the other ranks, if there are any,
-        given the config with every setting resolved. progress: show a bar on stderr while loading.
+        model: a loaded model, used instead of `config.model`'s weights (rank 0's shard of it, with several ranks).
+        controller: used instead of the one that the config describes. ranks: starts the other ranks, if there are any;
+        its config has every setting resolved. progress: show a bar on stderr while loading.
         Raises ValueError (ConfigError, ModelError) for settings or files that cannot be served, RankFailure.
         """
         self._config, self._resolved = config, resolve(config, model)
@@ -102,7 +102,7 @@ class Engine:
     def _start_ranks(
         self, model: Llama | None, ranks: Callable[[EngineConfig, torch.device], RankExecutor], progress: bool
     ) -> Worker:
-        """Start the other ranks, and load this one's worker beside theirs."""
+        """Start the other ranks, and load this rank's worker while they load theirs."""
         config, resolved = self._config, self._resolved
         if resolved.device.type == "cpu":
             torch.set_num_threads(resolved.threads)
@@ -118,7 +118,8 @@ class Engine:
         return worker
 
     def make_controller(self) -> Controller:
-        """The controller that the config describes. Call while there are no requests: it may have to measure rounds."""
+        """Make the controller that the config describes. Call it only while there are no requests, since it may measure
+        rounds."""
         speculation = self._config.speculation
         if speculation.gamma != "auto":
             return FixedGamma(speculation.gamma)
@@ -184,7 +185,7 @@ class Engine:
             ("allowed_token_ids", params.allowed_token_ids),
             ("bad_words", [token for word in params.bad_words for token in word]),
         ):
-            # A prompt can have 100,000 tokens, and running rows wait for this.
+            # min and max are fast: a prompt can have 100,000 tokens, and running rows wait for this check.
             if ids and (min(ids) < 0 or max(ids) >= vocab_size):
                 token = next(token for token in ids if not 0 <= token < vocab_size)
                 raise RequestError(f"{what}: token id {token} is not in the vocabulary of {vocab_size}")
@@ -193,13 +194,12 @@ class Engine:
         self._scheduler.check_request(request)
 
     def add(self, request: AddRequest) -> None:
-        """Queue a request. Raises RequestError for one that can never run, QueueFull when too many are here."""
+        """Queue a request. Raises RequestError for one that can never run, QueueFull if too many run or wait."""
         self.check(request)
         self._scheduler.add(request)
 
     def abort(self, ids: Iterable[str]) -> None:
-        """Forget requests and free their pages: at once, or at the end of the round that is running. Unknown ids are
-        fine."""
+        """Drop requests and free their pages: at once, or at the end of the running round. Unknown ids are ignored."""
         if self._round_running:
             self._aborted += ids
             return
@@ -213,11 +213,11 @@ class Engine:
     # -- rounds --------------------------------------------------------------------------------------------------------
 
     def step(self, meanwhile: Callable[[], None] = noop) -> list[RequestOutput]:
-        """Run one round, or nothing when there is no work. Returns one output per row that sampled.
+        """Run one round, if there is work. Returns one output per row that sampled.
 
-        meanwhile: the host's other work; called, perhaps again, while a device is busy with the round. If any rank runs
-        out of memory, the round's requests end with an error. Raises RankFailure - also for that, where ranks cannot
-        abandon a round (Group.can_abandon).
+        meanwhile: the host's other work; called, perhaps repeatedly, while a device is busy with the round. If any rank
+        runs out of memory, the round's requests end with an error or, where ranks cannot abandon a round
+        (Group.can_abandon), RankFailure is raised. Raises RankFailure.
         """
         if not self._scheduler.has_work:
             return []
@@ -225,12 +225,12 @@ class Engine:
         plan, requests = self._scheduler.schedule()
         self._round_running = True
         try:
-            # With a grammar the host waits for drafts before the whole round is sent.
+            # With a grammar, the host waits for drafts before the whole round is sent to the device.
             if any(request.params.grammar is not None for request in requests):
                 meanwhile()
             result = self._run(plan, meanwhile)
         except OutOfMemory as error:
-            meanwhile()  # the round may not have reached its own call
+            meanwhile()  # the round may have failed before its own call
             outputs = self._fail(requests, error)
         else:
             outputs = self._commit(plan, requests, result)
@@ -244,7 +244,7 @@ class Engine:
         return outputs
 
     def _run(self, plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
-        """One round on all ranks."""
+        """Run one round on all ranks."""
         with self._ranks.round(plan) if self._ranks else contextlib.nullcontext():
             return self._worker.execute(plan, meanwhile)
 
@@ -259,7 +259,7 @@ class Engine:
         return outputs
 
     def _fail(self, requests: list[Request], error: Exception) -> list[RequestOutput]:
-        """End the requests of a round that ran out of memory. A row's state is set anew when it starts."""
+        """End the requests of a round that ran out of memory. A row slot's state is reset at the next start."""
         log.error("out of memory; a round of %d requests fails: %s", len(requests), error)
         for request in requests:
             self._scheduler.abort(request.id)
@@ -273,7 +273,7 @@ class Engine:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """A copy of the present counters."""
+        """Return a copy of the current counters."""
         totals, report = self._stats.totals, self._scheduler.controller.report
         return msgspec.structs.replace(
             totals,
@@ -296,7 +296,7 @@ class Engine:
 
     @property
     def pids(self) -> dict[int, int]:
-        """Process of each rank on this machine, by rank."""
+        """Process id of each rank on this machine, by rank."""
         return {0: os.getpid(), **(self._ranks.pids if self._ranks else {})}
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Offline use: the whole engine in this process.
+"""Offline inference: the whole engine in this process.
 
 llm = LLM("path/to/model")
 for completion in llm.generate(["Once upon a time", "The capital of France is"], SamplingParams(max_tokens=32)):
@@ -40,18 +40,18 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
-    """One per token, if asked for."""
+    """One entry per token, if the request asks for them."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    """The stop string or stop token that ended it."""
+    """The stop string or stop token that ended the output."""
     drafted: int = 0
     accepted: int = 0
-    """Tokens that were proposed by the draft, and that the target agreed with."""
+    """Tokens that the draft proposed (`drafted`), and those of them that the target accepted (`accepted`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one round added to a streamed completion; `completion` is the whole so far."""
+    """Part of a streamed completion that one round added. completion: the whole so far."""
 
     text: str
     token_ids: list[int]
@@ -59,7 +59,7 @@ class Piece:
 
 
 class LLM:
-    """A model and an engine of one process. Not thread-safe."""
+    """A model and its engine in one process. Not thread-safe."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class LLM:
         **settings: Any,
     ) -> None:
         """model: a directory, `default`, or a complete config. settings: other fields of EngineConfig. loaded: the
-        model's weights, if they are in memory already. progress: a bar on stderr while loading.
+        model's weights, if they are already in memory. progress: show a bar on stderr while loading.
 
-        Raises ValueError (ConfigError, ModelError, TokenizerError) for what cannot be served.
+        Raises ValueError (ConfigError, ModelError, TokenizerError) for settings or files that cannot be served.
         """
         if isinstance(model, EngineConfig):
             if settings:
@@ -86,7 +86,7 @@ class LLM:
         self.tokenizer = Tokenizer(resolve_model(config.model))
         self.engine = Engine(config, model=loaded, progress=progress)
         self._ids = itertools.count()
-        self._streams: dict[str, _Stream] = {}  # what the engine has, by request id
+        self._streams: dict[str, _Stream] = {}  # streams of requests in the engine, by id
 
     def __enter__(self) -> Self:
         return self
@@ -95,7 +95,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Give the model's memory back. Streams that are still open end in an error."""
+        """Free the model's memory. Streams that are still open end with an error."""
         self.engine.close()
 
     @property
@@ -105,10 +105,10 @@ class LLM:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Complete all prompts together, in their order.
+        """Complete all prompts together. Returns their completions in order.
 
-        prompts: a text, a list of token ids, or a list of either. params: for all, or one each.
-        Raises ValueError, before anything runs, if one of them can never be served; OutOfMemory.
+        prompts: a text, a list of token ids, or a list of either. params: one for all prompts, or one per prompt.
+        Raises ValueError, before anything runs, if a prompt can never be served; OutOfMemory.
         """
         listed = _listed(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
@@ -127,15 +127,18 @@ class LLM:
         return [stream.completion for stream in streams]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Complete one prompt, a piece per round. Leaving the loop early aborts the request; streams can be open side
-        by side, and beside `generate`. Raises ValueError if it can never be served, OutOfMemory."""
+        """Complete one prompt, one piece per round.
+
+        Leaving the loop early aborts the request. Several streams can be open at once, also during `generate`.
+        Raises ValueError if the prompt can never be served, OutOfMemory.
+        """
         stream = self._prepare(prompt, params)
         todo = deque([stream])
         try:
             while stream.pieces or stream.completion.finish_reason is None:
                 while stream.pieces:
                     yield stream.pieces.popleft()
-                stream.check()  # another one's round may have been its last
+                stream.check()  # a round run for another stream may have ended this one
                 if stream.completion.finish_reason is None:
                     self._feed(todo)
                     self._step()
@@ -145,7 +148,7 @@ class LLM:
     def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> _Stream:
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"expected SamplingParams, not {type(params).__name__}")
-        # Structs check their fields when they are decoded, not when they are made.
+        # msgspec checks a struct's fields when it decodes one, not when one is constructed.
         params = msgspec.convert(msgspec.to_builtins(params or SamplingParams()), SamplingParams)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         request = AddRequest(str(next(self._ids)), ids, params)
@@ -153,7 +156,7 @@ class LLM:
         return _Stream(request, TextStream(self.tokenizer, params, ids), Completion(ids), deque())
 
     def _feed(self, todo: deque[_Stream]) -> None:
-        """Give the engine as many requests as it takes."""
+        """Queue as many requests as the engine accepts."""
         while todo:
             try:
                 self.engine.add(todo[0].request)
@@ -163,7 +166,7 @@ class LLM:
             todo.popleft()
 
     def _step(self) -> None:
-        """One round; its outputs go to whoever asked for them."""
+        """Run one round and add its outputs to their streams."""
         for output in self.engine.step():
             stream = self._streams[output.id]
             if output.error is not None:
@@ -174,7 +177,7 @@ class LLM:
             stream.add(delta)
             if delta.finish_reason is not None:
                 del self._streams[output.id]
-                if output.finish_reason is None:  # a stop string: the engine has not heard of it yet
+                if output.finish_reason is None:  # a stop string, which the engine does not check
                     self.engine.abort([output.id])
 
     def _forget(self, streams: Iterable[_Stream]) -> None:
@@ -191,10 +194,10 @@ class _Stream:
     completion: Completion
     pieces: deque[Piece]
     errors: list[str] = field(default_factory=list)
-    """Why the engine gave it up; at most one."""
+    """Reason why the engine failed the request; at most one."""
 
     def check(self) -> None:
-        """Raises OutOfMemory if the engine has given it up."""
+        """Raise OutOfMemory if the engine has failed the request."""
         if self.errors:
             raise OutOfMemory(self.errors[0])
 
@@ -211,7 +214,8 @@ class _Stream:
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt is a list of one. Raises RequestError for token ids and texts side by side."""
+    """Return a list of prompts; a single prompt becomes a list of one. Raises RequestError for a list that mixes token
+    ids and prompts."""
     if isinstance(prompts, str):
         return [prompts]
     listed: list[Any] = list(prompts)

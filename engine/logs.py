@@ -1,4 +1,4 @@
-"""Logging of all processes: one line per event on stderr. Messages cannot fake a line."""
+"""Logging of all processes: one line per event on stderr. Messages cannot forge a line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _format: LogFormat = "text"
 
 
 class LineFormatter(logging.Formatter):
-    """Escapes control characters in messages, and indents tracebacks line by line. A record's `facts`
+    """Formatter that escapes control characters in messages and indents tracebacks line by line. A record's `facts`
     (`extra={"facts": …}`) follow its message."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
@@ -29,8 +29,8 @@ class LineFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """An object per line: time (ISO 8601, UTC), level, logger, message, the record's facts, and an exception if there
-    is one."""
+    """Formatter of one JSON object per line: time (ISO 8601, UTC), level, logger, message, the record's facts, and an
+    exception if there is one."""
 
     converter = staticmethod(time.gmtime)
 
@@ -53,7 +53,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(level: str, format: LogFormat = "text", who: str = "") -> None:
-    """level: debug, info, warning or error. who: names this process, if it is not the server or its engine."""
+    """Set up logging of this process.
+
+    level: debug, info, warning or error. who: name of this process, if it is not the server or its engine.
+    """
     global _format
     _format = format
     handler = logging.StreamHandler(sys.stderr)
@@ -64,7 +67,7 @@ def set_up(level: str, format: LogFormat = "text", who: str = "") -> None:
 
 
 def current_setup() -> tuple[str, LogFormat]:
-    """Level and format of this process, for processes that it starts."""
+    """Return this process's level and format, for processes that it starts."""
     return logging.getLevelName(logging.getLogger().getEffectiveLevel()).lower(), _format
 
 

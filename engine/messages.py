@@ -1,4 +1,4 @@
-"""What API processes and the engine process say to each other: msgspec structs, msgpack on a ZeroMQ socket.
+"""Messages between API processes and the engine process: msgspec structs, sent as msgpack over a ZeroMQ socket.
 
 Free of torch, so that an API process never loads it.
 """
@@ -17,7 +17,7 @@ RETRY_MEMORY = "out_of_memory"
 
 
 class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
-    """Queue a request. `id` is the caller's, unique among its live requests."""
+    """Queue a request. The caller chooses `id`, unique among its live requests."""
 
     id: str
     prompt: list[int]
@@ -25,13 +25,13 @@ class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
     arrival: float = 0.0
     """time.monotonic() when the request reached the server (one clock for all processes of a machine)."""
     priority: int = 0
-    """Those with lower ones are admitted first."""
+    """Requests with lower values are admitted first."""
     like: str | None = None
-    """A request with the same prompt that was queued before: pages of the prompt that it has computed are shared."""
+    """Id of a request with the same prompt that was queued before; its computed pages of the prompt are shared."""
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):
-    """Forget these requests; unknown and finished ids are fine. No output follows for them."""
+    """Drop these requests; unknown and finished ids are ignored. No output follows for them."""
 
     ids: list[str]
 
@@ -40,44 +40,44 @@ ToEngine = AddRequest | AbortRequests
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
-    """Log-probabilities at one output position, of the target's unchanged logits."""
+    """Log-probabilities at one output position, under the target's unchanged logits."""
 
     logprob: float
-    """Of the token that was output."""
+    """Log-probability of the output token."""
     top_ids: list[int]
     top_logprobs: list[float]
 
 
 class PromptLogprobs(msgspec.Struct, array_like=True):
-    """Log-probabilities of one prompt token, given those before it."""
+    """Log-probabilities at one prompt token, given the tokens before it."""
 
     token: int
     logprob: float
     rank: int
-    """How many tokens are likelier, and one."""
+    """Number of likelier tokens, plus one."""
     top_ids: list[int]
     top_logprobs: list[float]
 
 
 class RequestOutput(msgspec.Struct, omit_defaults=True):
-    """What one round yielded for one request. The last one carries `finish_reason`."""
+    """Output of one round for one request. The last one carries `finish_reason`."""
 
     id: str
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
-    """One per token, if asked for."""
+    """One entry per token, if the request asks for them."""
     prompt_logprobs: list[PromptLogprobs] | None = None
-    """With the first output, if asked for: one per prompt token but the first."""
+    """In the first output, if the request asks for them: one entry per prompt token except the first."""
     drafted: int = 0
     accepted: int = 0
-    """Of this round: tokens proposed by the draft, and how many of `tokens` were among them (the first ones)."""
+    """In this round: number of tokens that the draft proposed, and number of `tokens`, the first ones, among them."""
     finish_reason: str | None = None
     stop_reason: int | None = None
     """The token id that ended the request, unless it was the model's own end-of-sequence token."""
     error: str | None = None
-    """Set when the engine could not serve an accepted request; `finish_reason` is then "abort"."""
+    """Reason why the engine could not serve the request; `finish_reason` is then "abort"."""
     retry: str | None = None
-    """With `error`: nothing is wrong with the request, it met RETRY_FULL or RETRY_MEMORY."""
+    """With `error`: the request is valid and may be retried; RETRY_FULL or RETRY_MEMORY is the cause."""
     scheduled: float = 0.0
     """time.monotonic() when the request was first admitted."""
 
@@ -95,38 +95,38 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     generated_tokens: int = 0
     preemptions: int = 0
     drafts: int = 0
-    """Rows that entered a round with at least one drafted token."""
+    """Rows, counted in each round, with at least one drafted token."""
     draft_tokens: int = 0
     accepted_tokens: int = 0
     rejections: int = 0
-    """Rows and rounds in which the target disagreed with a draft."""
+    """Rows, counted in each round, that had a draft rejected."""
     accepted_per_position: list[int] = []
-    """[i]: rounds and rows whose draft token i was accepted."""
+    """[i]: rows, counted in each round, whose draft token i was accepted."""
     gamma_chosen: list[int] = []
-    """[g]: rows that entered a round with g drafted tokens."""
+    """[g]: rows, counted in each round, that decoded with g drafts planned."""
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     host_seconds: float = 0.0
     """Busy time of the engine outside draft and verify."""
     decode_seconds: float = 0.0
-    """Of rounds that only decoded, where the controller keeps count of what speculation gains: what they took;"""
+    """Time of rounds that only decoded. This and the next three fields are 0 unless the controller keeps them."""
     plain_seconds: float = 0.0
-    """what the same tokens would have taken without drafts, by its reckoning;"""
+    """Estimated time of the same tokens without drafts."""
     forecast_seconds: float = 0.0
-    """and what it promised when it chose."""
+    """Time that the controller predicted for these rounds when it chose them."""
     alpha: float = 0.0
-    """Its newest estimate of the probability that a drafted token holds; 0: none."""
+    """The controller's newest estimate of the probability that a drafted token is accepted; 0: none."""
     policy: str = ""
-    """Which KV drafts read; empty where nothing is ever drafted."""
+    """KV policy of drafts; empty where nothing is ever drafted."""
     draft_pages_per_row: int = 0
-    """Pages of KV that drafts keep for each running request, beside the target's pool."""
+    """Pages of KV that drafts keep for each running request, in addition to the target's pool."""
     kv_tokens_read: int = 0
-    """KV tokens (one token = all layers and heads) that draft and verify passes of decoding rows have read."""
+    """KV tokens (one token = all layers and heads) read by draft and verify passes of decoding rows."""
     kv_token_bytes: int = 0
     engine_restarts: int = 0
-    """Engines that took the place of one that died. This and the next are counted by engine.processes.supervisor."""
+    """Engines that replaced a dead one. engine.processes.supervisor counts this field and the next."""
     requests_retried: int = 0
-    """Requests that were run once more, on such an engine."""
+    """Requests that were run again on a replacement."""
 
 
 class Ready(msgspec.Struct, tag="ready"):
@@ -138,18 +138,18 @@ class Ready(msgspec.Struct, tag="ready"):
     eos_token_ids: list[int]
     stats: EngineStats
     heartbeat: bytes = b""
-    """What this process is called in its heartbeats."""
+    """Name of this process in its heartbeats."""
 
 
 class Outputs(msgspec.Struct, tag="outputs"):
-    """Sent after a round, and as a heartbeat (with no outputs) when nothing runs."""
+    """Outputs of a round; without content, an update of the stats."""
 
     outputs: list[RequestOutput]
     stats: EngineStats
 
 
 class Dead(msgspec.Struct, tag="dead"):
-    """The engine's last word; every live request of the receiver is lost."""
+    """Last message of the engine; every live request of the receiver is lost."""
 
     reason: str
 

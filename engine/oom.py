@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 _SIGNS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Found in messages of errors without a class of their own: torch's CPU allocator, and CUDA outside its allocator."""
+"""Substrings that identify errors without a class of their own: from torch's CPU allocator, and from CUDA outside its
+allocator."""
 
 
 class OutOfMemory(RuntimeError):
-    """Memory did not suffice for a round. No rank has finished it; the engine itself goes on."""
+    """Memory did not suffice for a round. No rank has finished the round; the engine continues."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Check whether an allocation failed, on a device or the host."""
+    """Whether the error is a failed allocation, on a device or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

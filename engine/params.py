@@ -1,4 +1,4 @@
-"""What a request asks of sampling. Shared by the HTTP server, the offline API and the engine; free of torch."""
+"""Sampling parameters of a request. Shared by the HTTP server, the offline API and the engine; free of torch."""
 
 from __future__ import annotations
 
@@ -11,52 +11,55 @@ from msgspec import Meta
 Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 MAX_LOGPROBS = 20
-"""Most alternatives a request may ask for per token."""
+"""Largest number of alternatives a request may ask for per token."""
 MIN_TEMPERATURE = 1e-4
-"""Lower temperatures are greedy: dividing by them would overflow, and leaves nothing to chance anyway."""
+"""Lower temperatures sample greedily: dividing logits by them would overflow, and would leave no randomness anyway."""
 _COUNT = Meta(ge=0, le=2**31 - 1)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the target's tokens are chosen, and when a request ends.
+    """Parameters that control how a request's tokens are sampled and when the request ends.
 
-    The defaults sample from the model's own distribution (temperature 1, nothing cut). Every field acts on the
-    target's logits before the one sampling rule, so speculation never changes what any of them does.
+    The defaults sample from the model's own distribution (temperature 1, no truncation). Every field acts on the
+    target's logits before the one sampling rule, so speculation never changes the effect of any of them.
     """
 
     max_tokens: Annotated[int, _COUNT] = 16
-    """Most tokens to generate."""
+    """Maximum number of tokens to generate."""
     min_tokens: Annotated[int, _COUNT] = 0
-    """End-of-sequence and stop tokens cannot be drawn before this many tokens."""
+    """Number of tokens before which end-of-sequence and stop tokens cannot be sampled."""
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
-    """0 is greedy, and so is anything below MIN_TEMPERATURE."""
+    """0 samples greedily, and so does any value below MIN_TEMPERATURE."""
     top_k: Annotated[int, _COUNT] = 0
-    """Keep the k most likely tokens, and what ties with the last of them; 0 keeps all."""
+    """Keep the k most likely tokens, and tokens that tie with the last of them; 0 keeps all."""
     top_p: Annotated[float, Meta(ge=1e-6, le=1)] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = 0
-    """Same seed, same request, same text - whatever the drafter. Callers that want variety draw one at random."""
+    """The same request with the same seed yields the same text, whatever the drafter (with coupled verification).
+    Callers that want variety draw a seed at random."""
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
     logit_bias: dict[int, float] = {}
-    """Added to the logit of each token id."""
+    """Value to add to the logit of each token id."""
     stop_token_ids: tuple[Token, ...] = ()
     ignore_eos: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    """None: no log-probabilities. k: that of each output token and of the k most likely, of the unchanged logits."""
+    """None: no log-probabilities. k: those of each output token and of the k most likely tokens, under the unchanged
+    logits."""
     grammar: str | None = None
-    """What the output has to match, as llguidance writes it: Lark, or its JSON. It ends where the grammar does."""
+    """Grammar that the output must match, in llguidance's Lark or JSON format. The output ends where the grammar
+    does."""
     allowed_token_ids: tuple[Token, ...] = ()
-    """No other token can be drawn; empty: all can."""
+    """The only tokens that can be sampled; empty: all."""
     bad_words: tuple[tuple[Token, ...], ...] = ()
-    """Sequences of tokens of which the last one cannot be drawn behind the others."""
+    """Token sequences whose last token cannot be sampled right after the others."""
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    """The same of each prompt token but the first."""
+    """Same as `logprobs`, for each prompt token except the first."""
     max_draft_tokens: Annotated[int, _COUNT] | None = None
-    """Most tokens a draft may propose per round for this request (0: never speculate); None leaves it to the engine."""
+    """Maximum number of drafts per round for this request (0: never speculate); None: the engine decides."""
 
-    # The rest is about text: read where tokens become text, never by the engine.
+    # The engine ignores the remaining fields: engine.text applies them when it converts tokens to text.
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -71,7 +74,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def sampled(self) -> bool:
-        """Whether tokens are drawn; else the likeliest is taken."""
+        """Whether tokens are drawn at random; otherwise the most likely token is taken."""
         return self.temperature >= MIN_TEMPERATURE
 
     @property
@@ -80,5 +83,5 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def truncated(self) -> bool:
-        """Whether the distribution is cut (which needs the whole vocabulary's logits of the row)."""
+        """Whether the distribution is truncated (which needs the row's logits over the whole vocabulary)."""
         return self.sampled and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)

@@ -1,4 +1,4 @@
-"""What rank 0 sends all ranks to run one round, and what comes back. Only changes cross."""
+"""Plan and result of a round. Rank 0 sends the plan to all ranks; it contains only changes to their row state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.params import SamplingParams
 
 
 class RowStart(msgspec.Struct, array_like=True):
-    """A request enters a row slot. Its tokens cross here, once."""
+    """Start of a request in a row slot. Its tokens are sent once, here."""
 
     row: int
     tokens: list[int]
@@ -21,7 +21,7 @@ class RowStart(msgspec.Struct, array_like=True):
     computed: int = 0
     """Leading tokens whose target KV exists."""
     shared: bool = False
-    """True if that KV lives in another row's pages; the draft's own KV of these tokens does not exist."""
+    """True if that KV is in another row's pages; the draft's own KV of these tokens does not exist."""
 
 
 class PageDelta(msgspec.Struct, array_like=True):
@@ -42,28 +42,28 @@ class RowWork(msgspec.Struct, array_like=True):
     new: int
     gamma: int
     samples: bool
-    """False for a prefill chunk that does not reach the last token: it yields nothing."""
+    """False for a prefill chunk that does not reach the last token; it yields no token."""
     catch_up: int = 0
     """Committed tokens whose KV a draft model computes before it drafts, from the first one that it lacks."""
     num_prompt_logprobs: int = 0
-    """Number of new tokens that need prompt logprobs, the first ones: each reports on the token after it."""
+    """Number of new tokens, the first ones, that need prompt logprobs: each gives those of the token after it."""
 
 
 class RoundPlan(msgspec.Struct, omit_defaults=True):
-    """One round. `work` is ordered by falling gamma, so that the rows of each draft step are a prefix."""
+    """Plan of one round. `work` is ordered by falling gamma, so that the rows of each draft step are a prefix."""
 
     number: int
     starts: list[RowStart]
     pages: list[PageDelta]
     work: list[RowWork]
     budget: int = 0
-    """KV tokens that draft steps of this round read per row, where that can be chosen; 0: as configured."""
+    """KV tokens that draft steps of this round read per row, if that number can be chosen; 0: as configured."""
     clear: list[int] = []
     """Pages to fill with zeros before the round."""
 
 
 class RowResult(msgspec.Struct, array_like=True):
-    """Verification's outcome for one row that samples, in the order of the plan."""
+    """Outcome of verification for one row that samples, in the order of the plan."""
 
     drafted: int
     """Number of proposed tokens: at most the plan's gamma."""
@@ -74,11 +74,11 @@ class RowResult(msgspec.Struct, array_like=True):
 
 
 class RoundResult(msgspec.Struct):
-    """A round's outcome. Times in seconds, on rank 0."""
+    """Outcome of a round. Times in seconds, on rank 0."""
 
     number: int
     rows: list[RowResult]
     draft_seconds: float
     verify_seconds: float
     prompt_logprobs: list[PromptLogprobs] = []
-    """Those that the plan's rows asked for (RowWork.num_prompt_logprobs), in its order."""
+    """Prompt logprobs of the plan's rows (RowWork.num_prompt_logprobs), in its order."""

@@ -1,4 +1,4 @@
-"""Output tokens to output text: incremental, cut at the first stop string. Free of torch."""
+"""Incremental conversion of output tokens to text, cut at the first stop string. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from models.tokenizer import IncrementalDecoder, Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """What one round's tokens added to the text."""
+    """Text that one round's tokens added."""
 
     text: str
     offsets: list[int]
-    """One per token that belongs to the output (fewer than were pushed only when `stopped`): where in the output's
-    text its own begins. Text held back counts, so that of a stop string that is cut off may lie beyond the end."""
+    """Offset in the output's text at which each token's own text begins, for the tokens that belong to the output
+    (fewer than were pushed only if `stopped`). Held-back text counts, so the offset of a token of a removed stop string
+    may lie beyond the end of the text."""
     stopped: str | None = None
     """The stop string that ended the output."""
 
@@ -28,23 +29,23 @@ class TextChunk:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one round added to a request's output. The last one carries finish_reason."""
+    """Part of a request's output that one round added. The last one carries finish_reason."""
 
     text: str
     tokens: list[int]
     offsets: list[int]
-    """One per token: where in the output's text its own begins."""
+    """Offset in the output's text at which each token's own text begins."""
     logprobs: list[TokenLogprobs] | None
-    """One per token, if asked for."""
+    """One entry per token, if the request asks for them."""
     drafted: int
     accepted: int
     finish_reason: str | None
     stop_reason: int | str | None
-    """The stop string or stop token that ended it; None for the model's own end of text."""
+    """The stop string or stop token that ended the output; None for the model's own end of text."""
 
 
 class StopString:
-    """A stop string, prepared once for any number of texts to be searched for it (Knuth, Morris, Pratt)."""
+    """A stop string, prepared once to be searched for in any number of texts (Knuth, Morris, Pratt)."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -54,9 +55,10 @@ class StopString:
             self._border.append(self._extend(self._border[-1], char))
 
     def feed(self, matched: int, char: str) -> tuple[int, bool]:
-        """`matched`: length of the longest proper prefix of the stop string that a text ends with.
+        """Advance a match by one character.
 
-        Returns the same once `char` follows, and whether the text then ends with the whole stop string.
+        matched: length of the longest proper prefix of the stop string that a text ends with. Returns this length for
+        the text followed by `char`, and whether that text ends with the whole stop string.
         """
         matched = self._extend(matched, char)
         return (matched, False) if matched < len(self.text) else (self._border[matched], True)
@@ -72,10 +74,10 @@ def stop_strings(params: SamplingParams) -> list[StopString]:
 
 
 class TextStream:
-    """The text of one request. Chunks join to the same text however its tokens were split into rounds.
+    """Text of one request. The chunks join to the same text, however the tokens were split into rounds.
 
-    Text that may be the beginning of a stop string is held back until that is decided. A stop string counts
-    when the token that completes it is the `min_tokens`-th or a later one.
+    Text that may be the beginning of a stop string is held back until that is decided. A stop string counts only if the
+    token that completes it is the `min_tokens`-th or a later one.
     """
 
     def __init__(
@@ -85,21 +87,21 @@ class TextStream:
         context: Sequence[int] = (),
         stops: Sequence[StopString] | None = None,
     ) -> None:
-        """context: the prompt, where the output continues its text; not part of the output.
-        stops: stop_strings(params), where several streams share them.
+        """context: the prompt, if the output continues its text; not part of the output. stops: stop_strings(params),
+        if several streams share them.
         """
         self._decoder = IncrementalDecoder(tokenizer, params.skip_special_tokens, context)
         self._params = params
         self._stops = stop_strings(params) if stops is None else stops
         self._matched = [0] * len(self._stops)
         self._tokens = 0
-        self._length = 0  # of the text so far, held back or not
+        self._length = 0  # length of the text so far, including held-back text
         self._held = ""
 
     def take(self, output: RequestOutput) -> Delta:
-        """The text of one round, and its numbers, cut where the output ends.
+        """Convert the output of one round, cut where the output ends.
 
-        If a stop string ended it, the engine has not heard of that yet: abort the request there.
+        The engine does not check stop strings: if one ends the output, the caller must abort the request there.
         """
         chunk = self.push(output.tokens, stop_token=output.finish_reason == FINISH_STOP)
         text, stopped, used = chunk.text, chunk.stopped, chunk.tokens_used
@@ -118,10 +120,11 @@ class TextStream:
         )
 
     def push(self, tokens: Sequence[int], stop_token: bool = False) -> TextChunk:
-        """`stop_token`: the last of `tokens` is an end-of-sequence or stop token that ended the request.
+        """Decode tokens and return the text that is certain.
 
-        Such a token is part of the output but, unless include_stop_str_in_output, not of its text. Nothing
-        may be pushed after a chunk that stopped.
+        stop_token: the last of `tokens` is an end-of-sequence or stop token that ended the request. Such a token is
+        part of the output but, unless include_stop_str_in_output is set, not of its text. Nothing may be pushed after a
+        chunk that stopped.
         """
         ready: list[str] = []
         offsets: list[int] = []
@@ -135,7 +138,7 @@ class TextStream:
         return TextChunk("".join(ready), offsets)
 
     def finish(self) -> TextChunk:
-        """The text still held back, once the last token was pushed and nothing stopped the text."""
+        """Return the held-back text. Call it after the last token, if no chunk stopped."""
         ready: list[str] = []
         stopped = self._take(self._decoder.flush(), ready)
         if not stopped:
@@ -144,7 +147,7 @@ class TextStream:
         return TextChunk("".join(ready), [], stopped)
 
     def _take(self, piece: str, ready: list[str]) -> str | None:
-        """Move what is now certain to `ready`; return the stop string that `piece` completes."""
+        """Append the text that is now certain to `ready`. Returns the stop string that `piece` completes, if any."""
         self._length += len(piece)
         if not piece:
             return None

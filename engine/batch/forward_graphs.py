@@ -1,8 +1,8 @@
-"""Forwards captured in graphs at start-up and replayed: launched one by one, a round of few rows is hundreds of
-kernels.
+"""Forwards captured in graphs at start-up and replayed, since a round of few rows would launch hundreds of kernels one
+by one.
 
 A captured forward has a fixed number of rows, and room for a fixed number of queries of each. Smaller batches are
-padded with rows of the pool's scratch page, which nobody owns.
+padded with rows of the pool's scratch page, which no request owns.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from models.batch import ForwardBatch
 from models.llama import Llama
 
 _STRIDE = 32
-"""Row counts are powers of two up to here, then its multiples."""
+"""Limit up to which row counts are powers of two; beyond it, they are its multiples."""
 
 log = logging.getLogger(__name__)
 
 
 def graph_row_counts(max_rows: int) -> list[int]:
-    """Numbers of rows for which forwards are captured, rising; the last one is `max_rows`."""
+    """Return the numbers of rows for which forwards are captured, rising; the last one is `max_rows`."""
     powers = [2**i for i in range(_STRIDE.bit_length())]
     counts = {*powers, *range(_STRIDE, max_rows, _STRIDE), max_rows}
     return sorted(count for count in counts if count <= max_rows)
@@ -59,7 +59,7 @@ class GraphInputs:
 
     @property
     def whole(self) -> ForwardBatch:
-        """Inputs of all tokens there is room for."""
+        """Return the inputs, with all tokens there is room for."""
         return ForwardBatch(self.ids, self.positions, self.slots, self._whole, self.positions)
 
     def fits(self, inputs: ForwardBatch) -> bool:
@@ -67,8 +67,8 @@ class GraphInputs:
         return 0 < len(lengths) <= self.rows and max(lengths) <= self.queries
 
     def copy(self, inputs: ForwardBatch) -> None:
-        """Copy in what the next replay computes. Missing rows become rows of one query that sees nothing but the
-        scratch page."""
+        """Copy in the inputs of the next replay. Missing rows become rows of one query that reads only the scratch
+        page."""
         new = inputs.token_ids, inputs.positions, inputs.slots
         for fixed, values, padding in zip((self.ids, self.positions, self.slots), new, self._padding, strict=True):
             fixed[: len(values)] = values
@@ -84,7 +84,7 @@ class GraphInputs:
 
 @dataclass(frozen=True, slots=True)
 class _CapturedForward:
-    """One graph. states: [tokens, hidden_size]."""
+    """One graph and its output. states: [tokens, hidden_size]."""
 
     inputs: GraphInputs
     states: Tensor
@@ -152,7 +152,7 @@ def log_capture(what: str, device: torch.device) -> Iterator[None]:
 
 
 def round_up(rising: list[int], wanted: int) -> int | None:
-    """The first of `rising` that is no less than `wanted`."""
+    """Return the first of `rising` that is at least `wanted`."""
     at = bisect_left(rising, wanted)
     return rising[at] if at < len(rising) else None
 
@@ -162,7 +162,7 @@ def _tokens(shape: tuple[int, int]) -> int:
 
 
 def _used(device: torch.device) -> int:
-    """Bytes of the device's memory in use, by any process."""
+    """Return the bytes of the device's memory in use, by any process."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)

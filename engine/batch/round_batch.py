@@ -39,7 +39,7 @@ class RoundBatch:
     budget: see RoundPlan.
     samples: the positions that the round samples: of each sampling row its drafts' and one more.
     gamma_device: [rows] int64, gamma on the device.
-    row_spans: [rows, 4] int64 on the device, what accepting and committing need of each row:
+    row_spans: [rows, 4] int64 on the device, the values of each row that acceptance and commit use:
 
         slot    the row's slot
         new     committed tokens that get their KV in the round
@@ -92,7 +92,7 @@ class RoundBatch:
     # -- drafting ----------------------------------------------------------------------------------------------------
 
     def draft_inputs(self, step: int, view: View, lag: Ints | None = None) -> tuple[ForwardBatch, SamplePositions]:
-        """Inputs of the forward that drafts token `step`, and the positions it samples.
+        """Build the inputs of the forward that drafts token `step`, and the positions it samples.
 
         lag: [drafting rows], number of committed tokens before the pending one that have no KV in the draft's pool yet
         (first step only); None: none is missing, and each row is one query.
@@ -106,11 +106,11 @@ class RoundBatch:
         return inputs, self._sample_positions(rows, ones + step, ones * step)
 
     def place_drafts(self, samples: SamplePositions, tokens: Tensor) -> None:
-        """Write drafted `tokens` [n] where they would stand if accepted. Committed tokens are not touched."""
+        """Write drafted `tokens` [n] to the places they have if accepted. Committed tokens are not touched."""
         self.state.tokens[samples.row_index, samples.position] = tokens.to(torch.int32)
 
     def read_drafts(self) -> Tensor:
-        """Drafted tokens, [sampling rows, gamma_max] int64, padded with whatever stands after them."""
+        """Return drafted tokens, [sampling rows, gamma_max] int64, padded with any tokens that follow them."""
         return self.state.tokens[self._draft_places()].long()
 
     def write_drafts(self, drafts: Tensor) -> None:
@@ -118,7 +118,7 @@ class RoundBatch:
         self.state.tokens[self._draft_places()] = drafts.to(torch.int32)
 
     def _draft_places(self) -> tuple[Tensor, Tensor]:
-        """Padding repeats the place after a row's drafts."""
+        """Return the places of drafts. Padding repeats the place after a row's drafts."""
         counts = self._num_samples[self.sampling]
         steps = np.minimum(np.arange(self.gamma_max), counts[:, None] - 1)
         index = self.state.to_device(steps + (counts.cumsum() - counts)[:, None])
@@ -127,7 +127,7 @@ class RoundBatch:
     # -- verification ------------------------------------------------------------------------------------------------
 
     def verify_inputs(self, view: View) -> ForwardBatch:
-        """Inputs of the target forward over every row's new tokens and, after them, its drafts.
+        """Build the inputs of the target forward over every row's new tokens and, after them, its drafts.
 
         Logits are those of `samples` and, after them, of `prompt_tokens`.
         """
@@ -140,7 +140,7 @@ class RoundBatch:
         return self.state.forward_inputs(self.row, self.computed, np.zeros_like(queries), queries, view, logit_index)
 
     def prompt_tokens(self) -> tuple[Ints, Tensor]:
-        """Prompt tokens whose log-probabilities are asked for, in the order of their logits.
+        """List the prompt tokens whose log-probabilities requests ask for, in the order of their logits.
 
         Returns their row slots (host, [n]) and the tokens ([n] int64).
         """
@@ -150,7 +150,7 @@ class RoundBatch:
         return rows, self.state.tokens[slots, self.state.computed[slots] + ahead].long()
 
     def committed_samples(self, accepted: Tensor) -> Tensor:
-        """Mask of the samples that are committed, [samples] bool: each row's accepted drafts and its bonus token.
+        """Return a mask of the committed samples, [samples] bool: each row's accepted drafts and its bonus token.
 
         accepted: [rows].
         """

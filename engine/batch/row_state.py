@@ -1,7 +1,7 @@
 """A rank's state of its rows: tokens, page tables and lengths, in fixed-address tensors indexed by row slot.
 
-A plan only patches them. Index tensors are built from host integers alone, so that nothing inside a round asks the
-device a question.
+A plan only patches them. Index tensors are built from host integers alone, so that building them never
+waits for the device.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Ints = npt.NDArray[np.int64]
 
 
 class RowState:
-    """State of all row slots of one rank.
+    """State of all row slots on one rank.
 
-    tokens: [max_rows, max_model_len] int32. Drafts stand after the committed tokens until they are committed or
+    tokens: [max_rows, max_model_len] int32. Drafts follow the committed tokens until they are committed or
         overwritten.
     page_table: [max_rows, max_pages] int64, page ids in order.
     computed: [max_rows] int64, number of committed tokens whose target KV is valid.
@@ -66,7 +66,7 @@ class RowState:
     def forward_inputs(
         self, rows: Ints, computed: Ints, ahead: Ints, queries: Ints, view: View, logit_index: Ints
     ) -> ForwardBatch:
-        """Inputs of a forward that reads and writes KV through `view`.
+        """Build the inputs of a forward that reads and writes KV through `view`.
 
         rows: row slots. computed: the device's counters of these rows, for shapes only; positions come from the
         counters themselves. ahead: offset of each row's first query from its computed tokens; may be negative. queries:
@@ -77,7 +77,7 @@ class RowState:
         offset = self.to_device(ragged_arange(queries) + np.repeat(ahead, queries))
         position = self.computed[row_index] + offset
         page = view.page_table[row_index, position // self.page_size]
-        context = computed + ahead + 1  # tokens that each row's first query may see
+        context = computed + ahead + 1  # tokens that each row's first query may read
         skipped = [view.policy.skipped(length) for length in context.tolist()]
         kv_lengths = [int(end) - out for end, out in zip(context + queries - 1, skipped, strict=True)]
         return ForwardBatch(
@@ -104,5 +104,5 @@ class RowState:
 
 
 def ragged_arange(counts: Ints) -> Ints:
-    """Concatenate 0 … count - 1 of each count: the place of every item within its own row."""
+    """Concatenate 0 … count - 1 of each count: the index of every item within its own row."""
     return np.arange(int(counts.sum())) - np.repeat(counts.cumsum() - counts, counts)

@@ -1,4 +1,4 @@
-"""A model, the pool it writes to and the attention it reads with: what a forward needs, in one place."""
+"""Runner of forwards: a model, the pool it writes to and the attention it reads with."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Runner:
     query_capture: QueryCapture | None = None
 
     def forward(self, inputs: ForwardBatch) -> Tensor:
-        """Logits of the positions asked for: [n, this rank's vocabulary]. Writes the inputs' KV."""
+        """Run the model and write the inputs' KV. Returns the requested logits, [n, this rank's vocabulary]."""
         if self.query_capture is not None and self.query_capture.capturing:
             return self.model.forward(inputs, self.pool, self.query_capture)
         if self.graphs is not None and (logits := self.graphs.forward(inputs)) is not None:

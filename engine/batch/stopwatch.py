@@ -1,4 +1,4 @@
-"""Timing work that a device does while the host goes on."""
+"""Timing of work that a device does asynchronously to the host."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of the `with` blocks it is used in.
+    """Context manager that sums the time of its `with` blocks.
 
-    On CUDA the blocks only enqueue work: events are recorded around it, and `take` reads them. Call it when the host
-    has waited for the device anyway.
+    On CUDA the blocks only enqueue work: events are recorded around it, and `take` reads them. Call `take` when the
+    host has waited for the device anyway.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,11 +34,11 @@ class Stopwatch:
             self._seconds += time.perf_counter() - self._began
 
     def reset(self) -> None:
-        """Forget what was timed since the last `take`."""
+        """Discard the time since the last `take`."""
         self._seconds, self._events = 0.0, []
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Return the seconds measured since the last call."""
         milliseconds: float = sum(begin.elapsed_time(end) for begin, end in self._events)
         seconds = self._seconds + milliseconds / 1e3
         self.reset()

@@ -22,64 +22,66 @@ class ConfigError(ValueError):
 
 
 class CacheConfig(Settings):
-    """KV of target and drafts."""
+    """Settings of the KV of target and drafts."""
 
     page_size: Positive = 16
     """KV slots per page."""
     num_pages: Positive | None = None
-    """Pages in the target's pool; None: as many as `memory_gb` holds beside what drafts keep."""
+    """Pages in the target's pool; None: as many as `memory_gb` holds in addition to the KV that drafts keep."""
     memory_gb: Annotated[float, Field(gt=0)] | None = None
-    """KV of each rank: the target's pool, a draft model's, and caches of fixed size. None: 4 on CPUs; on GPUs what is
-    left of `gpu_memory_utilization` once the models are there and have run."""
+    """GB (10^9 bytes) of KV per rank: the target's pool, a draft model's pool, and caches of fixed size. None: 4 on
+    CPUs; on GPUs the part of `gpu_memory_utilization` that remains after the models are loaded and have run."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """The share of each GPU's memory that may be in use, by this and all other processes."""
+    """Share of each GPU's memory that may be in use, by this and all other processes."""
 
 
 class SchedulerConfig(Settings):
     max_rows: Positive = 64
-    """Most requests running at once."""
+    """Maximum number of running requests."""
     max_batch_tokens: Positive = 512
-    """Most target positions computed per round: decode rows first, then prefill chunks."""
+    """Maximum number of target positions computed per round: decode rows first, then prefill chunks."""
     max_waiting: Positive = 1024
-    """Requests queued beyond this are refused."""
+    """Maximum number of waiting requests; further ones are refused."""
 
 
 class EngineConfig(Settings):
-    """Everything the engine process needs to know."""
+    """Settings of the engine process."""
 
     model: str = "default"
-    """A model directory (config.json, *.safetensors, tokenizer.json), or `default`: what `magicdec fetch` installs."""
+    """Model directory (config.json, *.safetensors, tokenizer.json), or `default`: the model that `magicdec fetch`
+    installs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 where the device multiplies it natively, else float32."""
+    """Precision; auto: bfloat16 where the device multiplies it natively, else float32."""
     kernels: Literal["auto", "reference", "cpu", "triton", "flashinfer"] = "auto"
-    """What computes. cpu: compiled for this processor; triton, flashinfer: on GPUs, the latter with its attention;
-    reference: plain torch; auto: the fastest that there is."""
+    """Kernels to compute with. cpu: compiled for this processor; triton, flashinfer: for GPUs, the latter with
+    FlashInfer's attention; reference: plain torch; auto: the fastest that are available."""
     cuda_graphs: bool = True
-    """On GPUs, capture forwards of decoding rows at the start and replay them: less work for the host, for some memory
-    and some seconds."""
+    """On GPUs, capture forwards of decoding rows at start-up and replay them. Saves host time; costs some memory, and
+    some seconds at start-up."""
     weights: Literal["full", "int8"] = "full"
-    """Of matrices. full: in `dtype`. int8: rounded to 8 bits, with a scale for each column; so are inputs."""
+    """Format of the matrices. full: in `dtype`. int8: rounded to 8 bits, with one scale per column; inputs are rounded
+    likewise."""
     tensor_parallel_size: Positive = 1
-    """Ranks: processes that compute the model together, each with its share of weights and KV."""
+    """Number of ranks: processes that compute the model together, each with its share of weights and KV."""
     collectives: Literal["auto", "shared", "gloo", "nccl", "symmetric"] = "auto"
-    """What ranks exchange tensors through; auto: NCCL on CUDA devices, else shared memory where it works, else gloo.
-    symmetric: NCCL, but small sums through memory that the GPUs of one machine see of each other."""
+    """Transport of tensors between ranks; auto: NCCL on CUDA devices, else shared memory where it works, else gloo.
+    symmetric: NCCL, but small sums go through memory that the GPUs of one machine share."""
     step_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """A rank that keeps the others waiting for this long counts as hung."""
+    """Seconds that a rank may keep the others waiting before it counts as hung."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """How long the ranks may take to start and load."""
+    """Seconds that the ranks may take to start and load."""
     digest_every: Annotated[int, Field(ge=0)] = 0
-    """Compare what the ranks hold of tokens, page tables and lengths every so many rounds; 0: never."""
+    """Rounds between comparisons of the tokens, page tables and lengths that the ranks hold; 0: never."""
     max_model_len: Positive | None = None
-    """Most tokens of prompt and output together; None: what the model was trained for."""
+    """Maximum number of tokens of prompt and output together; None: the context length the model was trained for."""
     threads: Positive | None = None
     """CPU threads per rank; None: an equal share of all cores."""
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     check_invariants: bool = False
-    """Check after every round, not only when idle, that pages owned + pages free = pages total."""
+    """Check after every round, not only when idle, that owned pages + free pages = total pages."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -94,49 +96,53 @@ class EngineConfig(Settings):
 
 
 class ServerConfig(Settings):
-    """The HTTP side."""
+    """Settings of the HTTP server."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """0 lets the system choose; the chosen port is printed."""
+    """Port to listen on; 0: a free one that the system chooses, which is printed."""
     served_model_name: str | None = None
-    """Model id clients use; None: the model directory's name."""
+    """Model id that clients use; None: the model directory's name."""
     max_body_mb: Annotated[float, Field(gt=0)] = 8.0
-    """Request bodies beyond this are refused with 413."""
+    """Maximum size of a request body in MiB; larger ones are refused with 413."""
     engine_timeout_s: Annotated[float, Field(gt=0)] = 120.0
-    """An engine whose round takes longer than this counts as hung."""
+    """Seconds that a round may take before the engine counts as hung."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that the engine may take to load."""
     restart: bool = False
-    """Start the engine again when it dies, instead of ending with it."""
+    """Restart the engine when it dies, instead of exiting with it."""
     restart_settled_s: Annotated[float, Field(ge=0)] = 60.0
-    """An engine that dies sooner counts as a failed start, of which five in a row are the end."""
+    """Seconds that an engine must live; one that dies sooner counts as a failed start. After five failed starts in a
+    row, no other is tried."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
-    """On SIGTERM running requests may finish for this long; then they are aborted."""
+    """Seconds that running requests may take to finish after SIGTERM; then they are aborted."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: LogFormat = "text"
-    """json: an object per line. Neither holds text of prompts or answers."""
+    """json: one object per line. Neither format logs the text of prompts or answers."""
     tracing: bool = False
-    """Send OpenTelemetry spans of requests; where to, the OTEL_EXPORTER_OTLP_* variables say."""
+    """Send OpenTelemetry spans of requests, to the endpoint that the OTEL_EXPORTER_OTLP_* variables set."""
     api_keys: list[SecretStr] = Field(default=[])
-    """Requests must carry one of them, but to /, /health, /ready and /metrics. None, here and in the file: all may
-    ask."""
+    """Requests must carry one of these keys, except to /, /health, /ready and /metrics. Without any key, here and in
+    the file, all requests are accepted."""
     api_keys_file: str | None = None
-    """More of them, one per line; read at the start."""
+    """File of further keys, one per line; read at start-up."""
     cors_origins: list[str] = Field(default=[])
     """Origins whose pages may send requests; "*": all."""
     tls_cert: str | None = None
-    """Certificate chain (PEM) to serve HTTPS with."""
+    """Certificate chain (PEM) for HTTPS."""
     tls_key: str | None = None
+    """Private key of the certificate."""
     head_timeout_s: Annotated[float, Field(gt=0)] = 20.0
-    """Until a connection has sent all headers of a request."""
+    """Seconds within which a connection must send all headers of a request."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """Until the body is there, from the headers on."""
+    """Seconds after the headers within which the body must arrive."""
     max_queued_tokens: Positive | None = None
-    """Prompt tokens of all requests that run or wait; what comes beyond is refused with 503. None: any number."""
+    """Maximum number of prompt tokens of all running and waiting requests; further requests are refused with 503.
+    None: unlimited."""
 
 
 class Config(Settings):
-    """One deployment: the content of one YAML file."""
+    """Settings of one deployment: the content of one YAML file."""
 
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
@@ -154,7 +160,7 @@ class Config(Settings):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not the last one's victory."""
+    """YAML loader that rejects duplicate keys, where SafeLoader would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -166,9 +172,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
-    """Read `path` (None: built-in defaults) and apply `overrides`, {"engine.cache.page_size": 32, …}, in their order.
+    """Read `path` (None: built-in defaults) and apply `overrides`, {"engine.cache.page_size": 32, …}, in order.
 
-    Another KV policy than the file's takes over its budget, and no other setting of `speculation.kv`.
+    An override that changes the file's KV policy keeps its budget (except for policy `all`, which has none) and drops
+    all other settings of `speculation.kv`.
     Raises ConfigError: unreadable file, not a mapping, unknown key, value out of range.
     """
     data: Any = {}
@@ -198,10 +205,10 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
 
 
 def describe(error: ValidationError) -> str:
-    """One line per fault: `engine.cache.page_size: Input should be greater than 0`."""
+    """Describe a validation error, one line per fault: `engine.cache.page_size: Input should be greater than 0`."""
     lines = []
     for fault in error.errors():
-        # A setting of a KV policy stands below the policy's tag, which no file contains.
+        # The location of a KV policy's setting contains the policy's tag, which no file contains.
         parts = [str(part) for part in fault["loc"]]
         where = ".".join(part for i, part in enumerate(parts) if i == 0 or parts[i - 1] != "kv")
         message = "unknown setting" if fault["type"] == "extra_forbidden" else fault["msg"]

@@ -1,4 +1,4 @@
-"""What all settings have in common: they are frozen and typed, and unknown ones are errors. Free of torch."""
+"""Base class of all settings: frozen and typed; unknown settings are errors. Free of torch."""
 
 from __future__ import annotations
 

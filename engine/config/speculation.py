@@ -1,4 +1,4 @@
-"""Settings of speculation: who drafts, how many tokens, and which KV a draft reads. Free of torch."""
+"""Settings of speculation: drafter, number of drafts, and the KV that drafts read. Free of torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from engine.config.settings import Positive, Settings
 
 _RESELECT = 32
-"""New tokens after which SnapKV chooses again, where that is left to us: what a request generates would else leave the
-draft's sight. One look at all keys in so many steps costs little."""
+"""Default of `SnapKVConfig.reselect` for self-speculation. Without reselection, a draft could no longer read generated
+tokens once they are not recent. Scoring all keys once in so many steps costs little."""
 
 
 def policy_of(value: Any) -> Any:
-    """Which kind of KV policy a setting is about; the default one need not be named."""
+    """Return the name of the KV policy that a setting describes; window is the default."""
     return value.get("policy", "window") if isinstance(value, dict) else getattr(value, "policy", None)
 
 
@@ -25,32 +25,33 @@ class WindowConfig(Settings):
     budget: Positive = 512
     """KV tokens one draft step may read per row; a multiple of page_size."""
     sink: Positive = 16
-    """First tokens always read; rounded up to whole pages."""
+    """Number of first tokens that are always read; rounded up to whole pages."""
     positions: Literal["absolute", "relative"] = "absolute"
-    """relative: the draft sees the tokens it reads at positions 0 … budget - 1, as if there were no others."""
+    """Positions at which the draft reads tokens. relative: 0 … budget - 1, as if there were no other tokens."""
 
 
 class SnapKVConfig(Settings):
-    """The tokens that the prompt's last queries attended to most, per KV head (SnapKV, arXiv 2404.14469), and the
-    most recent ones; in a cache of the draft's own."""
+    """SnapKV (arXiv 2404.14469): the tokens that the prompt's last queries attend to most, per KV head, and the most
+    recent tokens, in a cache of the draft's own."""
 
     policy: Literal["snapkv"]
     budget: Positive = 512
     """KV tokens one draft step may read per row; a multiple of page_size."""
     recent: Positive = 64
-    """How many of them are the most recent ones; a multiple of page_size. What a request has generated can be read no
-    further back, unless `reselect` chooses from it."""
+    """Part of the budget for the most recent tokens; a multiple of page_size. Generated tokens before them cannot be
+    read, unless `reselect` chooses from them."""
     queries: Positive = 32
-    """The prompt's last queries, which choose."""
+    """Number of the prompt's last queries, whose attention chooses the tokens."""
     kernel: Positive = 5
-    """Odd: scores are averaged over so many neighbouring tokens."""
+    """Number of neighbouring tokens over which scores are averaged; odd."""
     reselect: Annotated[int, Field(ge=0)] | None = None
-    """Choose again every so many new tokens; 0: never; None: every 32, where the target drafts for itself."""
+    """Number of new tokens after which tokens are chosen again; 0: never; None: 32 if the target drafts for itself,
+    else never."""
 
 
 class TopKConfig(Settings):
-    """The tokens that carry most of each query's attention, per KV head. It reads all keys to find them: a measure of
-    what selection could reach at best, not a way to save time."""
+    """The tokens with the largest part of each query's attention, per KV head. Finding them reads all keys: a measure
+    of the best that selection can reach, not a way to save time."""
 
     policy: Literal["topk"]
     budget: Positive = 512
@@ -58,7 +59,7 @@ class TopKConfig(Settings):
 
 
 class AllConfig(Settings):
-    """Everything: ordinary speculative decoding, for a draft model that is small by itself."""
+    """All tokens: ordinary speculative decoding, for a draft model that is small by itself."""
 
     policy: Literal["all"]
 
@@ -71,7 +72,7 @@ class AllConfig(Settings):
 
     @property
     def budget(self) -> None:
-        """There is none."""
+        """None: the policy has no budget."""
 
 
 KVConfig = Annotated[
@@ -89,51 +90,54 @@ KVConfig = Annotated[
 
 class SpeculationConfig(Settings):
     gamma: Annotated[int, Field(ge=0, le=16)] | Literal["auto"] = "auto"
-    """Tokens drafted per round; 0 is plain decoding. auto: what promises most, for each round and row."""
+    """Number of drafts per row and round; 0 is plain decoding. auto: the number with the highest predicted throughput,
+    for each round and row."""
     gamma_max: Annotated[int, Field(ge=1, le=16)] = 6
-    """auto never drafts more."""
+    """Largest number of drafts that auto chooses."""
     drafter: Literal["self", "model"] = "self"
-    """Who drafts: the target itself, with sparse KV, or a smaller model with the same vocabulary."""
+    """Model that drafts. self: the target itself, with sparse KV. model: a smaller model with the same vocabulary."""
     model: str | None = None
-    """The directory of the draft model, if there is one."""
+    """Directory of the draft model, if there is one."""
     tensor_parallel_size: Positive | None = None
-    """Ranks that the draft model is split over, the first ones; None: all."""
+    """Number of ranks, the first ones, that the draft model is split over; None: all."""
     verification: Literal["coupled", "rejection"] = "coupled"
-    """How sampled tokens are verified. coupled: draft and target draw with the same noise, and text does not depend on
-    what was drafted. rejection: speculative sampling (arXiv 2302.01318), from the same distribution."""
+    """Verification of sampled tokens. coupled: draft and target sample with the same noise, and the text does not
+    depend on the drafts. rejection: speculative sampling (arXiv 2302.01318), from the same distribution."""
     weights: Literal["auto", "same", "int8"] = "auto"
-    """Of whoever drafts. int8: see engine.weights, kept beside the target's; auto: int8 where that is faster."""
+    """Weights of the drafting model. int8: see engine.weights, kept in addition to the target's; auto: int8 where that
+    is faster."""
     kv: KVConfig = WindowConfig()
-    """Which KV the draft reads."""
+    """KV policy of drafts: the KV that they read."""
 
     @property
     def draft_model(self) -> str | None:
-        """The draft model that is to be loaded, if any."""
+        """Draft model to load, if any."""
         return self.model if self.max_draft_tokens and self.drafter == "model" else None
 
     def draft_ranks(self, ranks: int) -> int:
-        """How many of the target's ranks share the draft model; 0: there is none."""
+        """Return the number of the target's ranks that share the draft model; 0: there is none."""
         return 0 if self.draft_model is None else self.tensor_parallel_size or ranks
 
     @property
     def max_draft_tokens(self) -> int:
-        """Per row and round."""
+        """Largest number of drafts per row and round."""
         return self.gamma_max if self.gamma == "auto" else self.gamma
 
     @property
     def resolved_kv(self) -> KVConfig:
-        """`kv` with nothing left open."""
+        """`kv` with every default resolved."""
         if self.kv.policy != "snapkv" or self.kv.reselect is not None:
             return self.kv
         return self.kv.model_copy(update={"reselect": _RESELECT if self.drafter == "self" else 0})
 
     @property
     def own_tokens(self) -> int:
-        """At the end of its prompt, a row's own to compute: the last, which decides what follows; SnapKV's queries."""
+        """Number of tokens at the end of its prompt that a row must compute itself: the last one, for its logits; with
+        SnapKV, those whose queries choose."""
         return max(1, self.kv.queries) if self.max_draft_tokens and self.kv.policy == "snapkv" else 1
 
     def check(self, page_size: int, ranks: int) -> None:
-        """Raises ValueError for what cannot be in an engine with such pages and so many ranks."""
+        """Raise ValueError for settings that do not fit this page size or number of ranks."""
         if self.max_draft_tokens == 0:
             return
         self._check_drafter(ranks)

@@ -1,4 +1,4 @@
-"""Online acceptance estimates: of each request, and of requests like it, for each budget that drafts read with."""
+"""Online acceptance estimates: of each request, and of similar requests, for each budget that drafts read with."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _START_ALPHA, _START_TRIALS = 0.9, 10.0
-"""The prior before anything was drafted, and its weight in judged tokens. Optimistic: over-drafting corrects itself,
+"""Prior before anything was drafted, and its weight in judged tokens. Optimistic: over-drafting corrects itself,
 under-drafting is never observed."""
 _REQUEST_TRIALS = 8.0
-"""After this many judged tokens a request's own record weighs as much as its prior."""
+"""Number of judged tokens after which a request's own record weighs as much as its prior."""
 _REQUEST_MEMORY, _PRIOR_MEMORY = 100.0, 500.0
-"""Judged tokens that a request's record, and each prior, remember."""
+"""Number of judged tokens that a request's record, and each prior, retain."""
 _BUDGET_EXPONENT = 0.5
-"""For an untried budget, rejections are assumed to fall with this power of it."""
+"""Power of the budget with which rejections are assumed to fall, for an untried budget."""
 
 
 @dataclass(slots=True)
@@ -30,16 +30,16 @@ class AcceptanceRecord:
         self.judged = self.judged * fade + accepted + rejected
 
     def alpha(self, prior: float, trials: float) -> float:
-        """Share of accepted drafts, after `trials` further ones as the prior predicts."""
+        """Compute the share of accepted drafts, after `trials` further ones as the prior predicts."""
         return (self.accepted + prior * trials) / (self.judged + trials)
 
 
 class AcceptanceEstimates:
-    """Three levels, each the prior of the next: a budget; rows whose contexts are about as many budgets long; one
-    request. So a new request starts from what others have shown."""
+    """Acceptance at three levels, each the prior of the next: a budget; rows whose contexts are about as many budgets
+    long; one request. A new request thus starts from the record of others."""
 
     def __init__(self, budget: int, reads: int) -> None:
-        """budget: the largest one, as plans name it. reads: KV tokens that drafts read with it per row; 0: all."""
+        """budget: the largest one, as in plans. reads: KV tokens that drafts read with it per row; 0: all."""
         self._budget = budget
         self._reads = reads
         self._overall: dict[int, AcceptanceRecord] = {}
@@ -47,7 +47,7 @@ class AcceptanceEstimates:
         self._requests: dict[tuple[str, int], AcceptanceRecord] = {}
 
     def alpha(self, budget: int) -> float:
-        """Probability that a draft is accepted, given that those before it were."""
+        """Estimate the probability that a draft is accepted, given that those before it were."""
         expected = _START_ALPHA
         if budget != self._budget:
             expected = 1 - (1 - self.alpha(self._budget)) * (self._budget / budget) ** _BUDGET_EXPONENT
@@ -55,7 +55,7 @@ class AcceptanceEstimates:
         return record.alpha(max(0.0, expected), _START_TRIALS) if record else max(0.0, expected)
 
     def alphas(self, requests: Sequence[str], contexts: Sequence[int], budget: int) -> list[float]:
-        """`alpha` of each request."""
+        """Return `alpha` of each request."""
         alpha = self.alpha(budget)
         priors: dict[int, float] = {}
         found = []
@@ -92,7 +92,7 @@ class AcceptanceEstimates:
             self._requests.pop((request, budget), None)
 
     def retain(self, requests: Iterable[str], beyond: int) -> None:
-        """Forget all other requests once there are more than `beyond` records: aborted ones are not reported."""
+        """Drop the records of all other requests if there are more than `beyond`: aborted requests are not reported."""
         if len(self._requests) > beyond:
             kept = set(requests)
             self._requests = {key: record for key, record in self._requests.items() if key[0] in kept}

@@ -1,4 +1,4 @@
-"""The controller that decides when to speculate, and how much (MagicDec, arXiv 2408.11049, section 3).
+"""Controller that decides when to speculate, and how much (MagicDec, arXiv 2408.11049, section 3).
 
 Each round runs the option with the highest predicted tokens per second (engine.control.goodput): gamma per row, and the
 budget where drafts can read with several. Plain decoding, gamma = 0, is always an option. Predictions start from the
@@ -21,7 +21,7 @@ from engine.scheduler.controller import ControllerReport
 from engine.scheduler.request import Request
 
 _HYSTERESIS = 1.02
-"""Another option must promise this much more than the present one."""
+"""Factor by which another option's predicted throughput must exceed the current one's."""
 _EXPLORE = 0.01
 """Share of time that may be lost to exploring options that are not predicted to be best."""
 _EXPLORE_EVERY = 16
@@ -30,7 +30,7 @@ _EXPLORE_EVERY = 16
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
-    """The decision for one round. best: the option predicted to be best. chosen: that one, or an exploration. plain_s:
+    """Decision for one round. best: the option predicted to be best. chosen: that one, or an exploration. plain_s:
     predicted seconds of a plain round."""
 
     batch: Batch
@@ -40,7 +40,7 @@ class _Decision:
 
 
 class AutoGamma:
-    """Chooses gamma per round and row. Host-side, O(rows × gamma_max)."""
+    """Controller that chooses gamma per round and row. Host-side, O(rows × gamma_max)."""
 
     def __init__(self, times: StepTimes, gamma_max: int, budgets: Sequence[int], reads: int | None = None) -> None:
         """times: of this engine. budgets: KV tokens per row that drafts may read, the largest first; (0,) if there is
@@ -57,7 +57,7 @@ class AutoGamma:
         self._explorations = 0
         self._explored_at = 0
         self._explore_credit = 0.0  # seconds that explorations may lose
-        # The present option; kept until another one promises clearly more.
+        # The current option; kept until another one is predicted to be clearly faster.
         self._max_gamma, self._present = 0, self._budgets[0]
         self._pending: _Decision | None = None
         self.budget = self._budgets[0]
@@ -89,12 +89,12 @@ class AutoGamma:
         return chosen.gammas
 
     def _stay(self, options: Options) -> int:
-        """The best max_gamma, or the present one if that is about as good."""
+        """Return the best max_gamma, or the current one if that is about as good."""
         best, last = options.best, min(self._max_gamma, len(options) - 1)
         return last if options.rates[best] < _HYSTERESIS * options.rates[last] else best
 
     def _compare_budgets(self, batch: Batch, options: Options) -> Options:
-        """Options with the budget that promises most."""
+        """Return the options with the budget of the highest predicted throughput."""
         best = options.rates.max()
         for budget in self._budgets:
             others = self._goodput.options(batch, budget) if budget != self._present else options
@@ -103,12 +103,12 @@ class AutoGamma:
         return options
 
     def _explore(self, drafting: Batch, batch: Batch, options: Options, best: Option) -> Option | None:
-        """Now and then, an option that is not predicted to be best: drafts when they are off, none when they are on,
-        another budget.
+        """Return, at intervals, an option that is not predicted to be best: drafts when they are off, none when they
+        are on, another budget.
 
-        Times that are not measured go stale, and a batch that should speculate again would not be noticed. Where a
-        draft model lacks the tokens of all rows, it catches up on one row, a part with each exploration; the time that
-        takes is charged when it is known, and the next exploration waits until it is paid.
+        Times that are not measured go stale, and a batch that should speculate again would go undetected. Where a draft
+        model lacks the tokens of all rows, it catches up on one row, a part with each exploration. This time is charged
+        when it is known, and the next exploration waits until the credit covers it.
         """
         if self._rounds - self._explored_at < _EXPLORE_EVERY:
             return None
@@ -124,7 +124,7 @@ class AutoGamma:
         losses = {each: float(options.seconds[each] - options.tokens[each] / best.rate) for each in others}
         max_gamma = min(losses, key=losses.__getitem__, default=0)
         if not losses or losses[max_gamma] > self._explore_credit:
-            return None  # too expensive for now; the next turn's may not be
+            return None  # too expensive for now; the next option may not be
         self._explored_at = self._rounds
         return options[max_gamma]
 
@@ -157,7 +157,7 @@ class AutoGamma:
         if decoding:
             self._observe_time(decision, plan, result, tokens, caught_up)
         else:
-            # With prompts in the round the time of its drafts is unknown, so an exploration costs what was predicted.
+            # With prompts in the round the time of its drafts is unknown, so an exploration is charged as predicted.
             seconds = decision.chosen.seconds + self._catch_up.seconds(caught_up)
             self._charge(decision, decision.best.seconds, seconds, decision.chosen.tokens)
 

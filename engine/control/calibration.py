@@ -9,15 +9,15 @@ from collections.abc import Hashable
 _COMMON_RATE, _KIND_RATE, _BUCKET_RATE = 0.2, 0.05, 0.1
 """Share of an error that each level absorbs."""
 _OUTLIER = 0.7
-"""Largest error that counts, in logarithms: a factor of two."""
+"""Largest error that counts, as a logarithm: a factor of two."""
 
 
 class Calibration:
-    """Factors on predicted times, by kind (plain step, draft step, …) and bucket (batches like this one).
+    """Factors on predicted times, by kind (plain step, draft step, …) and bucket (batches of similar size).
 
-    The factor common to all kinds - a busy or throttled machine - is learnt fastest, from any of them; the factors of
-    one kind, and of one kind in one bucket, more slowly. So a kind that is not run for a while stays comparable with
-    those that are.
+    The factor common to all kinds, as on a busy or throttled machine, is learnt fastest, from any of them; the factors
+    of one kind, and of one kind in one bucket, more slowly. A kind that does not run for a while thus stays comparable
+    with those that do.
     """
 
     def __init__(self) -> None:

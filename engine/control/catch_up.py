@@ -10,15 +10,15 @@ import numpy.typing as npt
 from engine.scheduler.request import Request
 
 _HORIZON = 256
-"""A row is assumed to go on for at most this many tokens."""
+"""Largest number of further tokens that a row is assumed to generate."""
 _MEMORY = 0.9
-"""Share of earlier measurements that is left after a further one."""
+"""Weight of earlier measurements after a further one."""
 
 
 class CatchUp:
-    """The cost of catching up per token, learnt from rounds that do it, and the rows that are worth it.
+    """Cost of catching up per token, learnt from rounds that do it, and choice of the rows that are worth it.
 
-    Until the first such round the cost is assumed to be zero: a wrong guess is then soon measured.
+    Until the first such round the cost is assumed to be zero, so that it is soon measured.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class CatchUp:
         self._tokens = _MEMORY * self._tokens + tokens
 
     def seconds(self, tokens: float) -> float:
-        """Predicted seconds of catching up on `tokens` tokens."""
+        """Predict the seconds of catching up on `tokens` tokens."""
         return self._seconds / self._tokens * tokens if self._tokens else 0.0
 
     def worthwhile(self, rows: Sequence[Request], limits: npt.NDArray[np.int64], saved: float) -> npt.NDArray[np.int64]:
-        """Limits on drafts: `limits`, or 0 for rows on which catching up costs more than it saves.
+        """Return the limits on drafts: `limits`, or 0 for rows on which catching up costs more than it saves.
 
         saved: seconds that drafts save per token that a row yields; not positive: drafts do not pay.
         """
@@ -54,7 +54,7 @@ def is_late(request: Request) -> bool:
 
 
 def nearest(rows: Sequence[Request], limits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Limits that let only the row with the smallest lag draft: the cheapest exploration."""
+    """Return limits that let only the row with the smallest lag draft: the cheapest exploration."""
     able = [i for i, limit in enumerate(limits.tolist()) if limit]
     found = np.zeros_like(limits)
     if able:

@@ -1,8 +1,8 @@
-"""Goodput: the tokens per second that each option for the next round promises.
+"""Goodput: predicted tokens per second of each option for the next round.
 
 An option is a number of drafts per row, and the budget that they read with. Its time comes from the profile, corrected
 by calibration; its tokens from acceptance estimates. For each max_gamma, the largest number of drafts per row, there is
-one option: all rows draft that many, or each row drafts as many as are worth their time, whichever promises more.
+one option: all rows draft that many, or each row drafts as many as are worth their time, whichever has more goodput.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Batch:
         return cls(rows, limits.clip(0, gamma_max))
 
     def limited(self, limits: Ints) -> Batch:
-        """The same rows with other limits."""
+        """Return the same rows with other limits."""
         return Batch(self.rows, limits)
 
     def read(self, times: StepTimes, budget: int) -> float:
-        """Mean number of KV tokens that a draft step reads of a row."""
+        """Compute the mean number of KV tokens that a draft step reads of a row."""
         if budget not in self._read:
             self._read[budget] = times.read(self.contexts, budget)
         return self._read[budget]
@@ -67,7 +67,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The option of each max_gamma from 0, plain decoding.
+    """Options of each max_gamma from 0, plain decoding.
 
     seconds, tokens, rates: [max_gammas]. drafts: [max_gammas, rows].
     """
@@ -87,12 +87,12 @@ class Options:
 
     @property
     def best(self) -> int:
-        """The max_gamma that promises most."""
+        """Return the max_gamma with the highest predicted throughput."""
         return int(self.rates.argmax())
 
 
 class Goodput:
-    """Predicts the options of one engine. O(rows × gamma_max) for a batch and a budget."""
+    """Predictor of the options of one engine. O(rows × gamma_max) for a batch and a budget."""
 
     def __init__(
         self, times: StepTimes, calibration: Calibration, acceptance: AcceptanceEstimates, gamma_max: int
@@ -104,7 +104,7 @@ class Goodput:
         self._steps = np.arange(1, gamma_max + 1)
 
     def options(self, batch: Batch, budget: int) -> Options:
-        """All options with one budget."""
+        """Predict all options with one budget."""
         count = batch.count
         longest = int(batch.limits.max(initial=0))
         verify = self._verify(batch)
@@ -116,8 +116,8 @@ class Goodput:
         max_gammas = steps = self._steps[:longest]
 
         def seconds(drafts: Ints, forwards: Ints) -> Floats:
-            """Time of rounds with `drafts` drafts in all, in `forwards` draft steps: the first row of each step costs
-            `one`, the others `per_row`."""
+            """Predict the time of rounds with `drafts` drafts in all, in `forwards` draft steps: the first row of each
+            step costs `one`, the others `per_row`."""
             verifying = np.interp(drafts / count, np.arange(len(verify)), verify)
             took: Floats = verifying + forwards * one + (drafts - forwards) * per_row
             return took
@@ -128,7 +128,7 @@ class Goodput:
         even_tokens = count + accepted.sum(0).cumsum()
         even_seconds = seconds(allowed.sum(0).cumsum(), max_gammas)
         even_rates = even_tokens / even_seconds
-        # A row's next draft has to bring more than the time it takes would bring elsewhere.
+        # A row's next draft must yield more tokens than its time would yield elsewhere.
         price = even_rates * (np.diff(verify[: longest + 1]) / count + per_row)
         worth = (
             (accepted >= price[:, None, None]) & allowed & (steps <= max_gammas[:, None, None])
@@ -145,7 +145,7 @@ class Goodput:
         return Options(budget, took, tokens, tokens / took, gammas)
 
     def _verify(self, batch: Batch) -> list[float]:
-        """Seconds of a verify pass, by gamma."""
+        """Predict the seconds of a verify pass, by gamma."""
         times = self._times.verify(batch.count, batch.total, range(self._gamma_max + 1))
         kinds = ["plain"] + ["verify"] * self._gamma_max
         return [
@@ -154,7 +154,7 @@ class Goodput:
         ]
 
     def _draft(self, batch: Batch, budget: int) -> tuple[float, float]:
-        """Seconds of a draft step: with one row, and for each further row."""
+        """Predict the seconds of a draft step: with one row, and for each further row."""
         read = batch.read(self._times, budget)
         factor = self._calibration.factor("draft", bucket(batch, budget))
         one = factor * self._times.draft(1, read)
@@ -164,5 +164,5 @@ class Goodput:
 
 
 def bucket(batch: Batch, detail: int) -> tuple[int, int, int]:
-    """Key of batches of about this size, which share their calibration. detail: gamma, or the drafts' budget."""
+    """Return a key that batches of about this size share for calibration. detail: gamma, or the drafts' budget."""
     return batch.count.bit_length(), batch.total.bit_length(), detail

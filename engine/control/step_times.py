@@ -15,13 +15,13 @@ class StepSample(msgspec.Struct, frozen=True):
     context: int
     gamma: int
     draft_s: float
-    """All draft steps."""
+    """Seconds of all draft steps."""
     verify_s: float
-    """The target's pass; for gamma = 0 a plain step."""
+    """Seconds of the target's pass; for gamma = 0, of a plain step."""
 
 
 class _Line:
-    """Linear interpolation between known points; the outer pieces extend beyond them."""
+    """Linear interpolation between known points; the outer segments extend beyond them."""
 
     def __init__(self, points: Sequence[tuple[float, float]]) -> None:
         """points: (x, y), distinct x, in rising order; one point is a constant."""
@@ -44,7 +44,7 @@ class StepTimes:
     """
 
     def __init__(self, samples: Iterable[StepSample], tokens_read: Callable[[int, int], int]) -> None:
-        """tokens_read: from a row's tokens and a budget to the KV tokens that a draft step reads; budget 0: the
+        """tokens_read: maps a row's tokens and a budget to the KV tokens that a draft step reads; budget 0: the
         measured one.
 
         Raises ValueError unless plain steps and drafts were both measured.
@@ -65,7 +65,8 @@ class StepTimes:
         self._min_draft = 0.1 * min(sample.draft_s / sample.gamma for sample in listed if sample.gamma)
 
     def verify(self, rows: int, context_tokens: float, gammas: Iterable[float]) -> list[float]:
-        """Verify passes over `rows` rows with `context_tokens` tokens in all, by mean number of drafts per row."""
+        """Return the times of verify passes over `rows` rows with `context_tokens` tokens in all, by mean number of
+        drafts per row."""
         measured = [plane(rows, context_tokens) for plane in self._verify]
         found = []
         for gamma in gammas:
@@ -75,11 +76,12 @@ class StepTimes:
         return found
 
     def read(self, contexts: Sequence[int], budget: int) -> float:
-        """Mean number of KV tokens that a draft step reads of rows with these contexts. budget: see `__init__`."""
+        """Return the mean number of KV tokens that a draft step reads of rows with these contexts. budget: see
+        `__init__`."""
         return sum([self._tokens_read(context, budget) for context in contexts]) / len(contexts)
 
     def draft(self, rows: int, read: float) -> float:
-        """One draft step of `rows` rows that reads `read` KV tokens of each."""
+        """Return the time of one draft step of `rows` rows that reads `read` KV tokens of each."""
         return max(self._min_draft, self._draft(rows, rows * read))
 
 
@@ -106,7 +108,8 @@ class _Plane:
         return below + (high(tokens) - below) * share if share else below
 
     def _neighbours(self, rows: int) -> tuple[_Line, _Line, float]:
-        """The lines of the two nearest numbers of rows, and how far `rows` is from the first to the second."""
+        """Return the lines of the two nearest numbers of rows, and the fraction of the way from the first to the second
+        at which `rows` is."""
         known = list(self._lines)
         if len(known) == 1:
             return self._lines[known[0]], self._lines[known[0]], 0.0

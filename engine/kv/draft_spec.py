@@ -1,4 +1,4 @@
-"""KV that drafts keep for each row slot, beside the pages that requests own: pools of fixed size. Free of torch."""
+"""KV that drafts keep for each row slot, in addition to the pages of requests: pools of fixed size. Free of torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from engine.config.speculation import SpeculationConfig
 
 @dataclass(frozen=True, slots=True)
 class DraftKVSpec:
-    """What one row slot keeps, whatever its context.
+    """KV that one row slot keeps, whatever the length of its context.
 
-    first, ring: pages of KV that stay in place, and that wrap around (see policies.ring_table). queries: positions
-    whose queries are kept, in every layer and query head. block: largest number of tokens of one row that a forward may
-    compute through the ring; None: no limit.
+    first, ring: number of pages that stay in place, and of pages that wrap around (see policies.ring_table). queries:
+    number of positions whose queries are kept, in every layer and query head. block: largest number of tokens of one
+    row that a forward may compute through the ring; None: no limit.
     """
 
     first: int = 0
@@ -27,7 +27,7 @@ class DraftKVSpec:
 
 
 def draft_kv_spec(settings: SpeculationConfig, page_size: int) -> DraftKVSpec:
-    """KV of the drafts that `settings` describe; all zero where they read pages that requests own."""
+    """Return the KV that drafts with these settings keep; all zero where they read pages that requests own."""
     kv, most = settings.resolved_kv, settings.max_draft_tokens
     if most and kv.policy == "snapkv":
         # Rejected drafts overwrite the previous turn of the ring; reserve room so that recent pages and saved queries
@@ -38,8 +38,8 @@ def draft_kv_spec(settings: SpeculationConfig, page_size: int) -> DraftKVSpec:
             queries=kv.queries + (most if kv.reselect else 0),
         )
     if most and kv.policy == "window" and settings.drafter == "model":
-        # The window, and room for what is written ahead of it. Prompts pass through it in blocks of a quarter, so that
-        # the first query of a block still has most of a window before it.
+        # The window, and room for the tokens that are written ahead of it. Prompts pass through it in blocks of a
+        # quarter of the budget, so that the first query of a block still has most of a window before it.
         block = max(page_size, kv.budget // 4 // page_size * page_size)
         first = -(-kv.sink // page_size)
         ring = kv.budget // page_size - first + -(-max(most, block) // page_size)

@@ -1,4 +1,5 @@
-"""KV policies: which KV a query reads. A policy knows page tables and lengths; nothing of models or sampling."""
+"""KV policies: rules that select the KV a query reads. They depend on page tables and lengths, not on models or
+sampling."""
 
 from __future__ import annotations
 
@@ -22,17 +23,17 @@ class KVPolicy(Protocol):
         ...
 
     def pages(self, page_table: Tensor, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
-        """Page lists of some rows.
+        """List the pages that rows attend to.
 
         page_table: [max_rows, max_pages] int64. rows: [n] int64 row slots. contexts: [n] int64, tokens up to and
-        including each row's first query; later queries of the row skip what the first one skips. width: pages to list.
+        including each row's first query; later queries of the row skip the same pages. width: number of pages to list.
         Returns [n, width] int64; entries past a row's last token are padding.
         """
         ...
 
 
 class Dense:
-    """Reads everything: the target's own policy."""
+    """Policy of the target: reads all KV."""
 
     def skipped(self, context: int) -> int:
         return 0
@@ -44,8 +45,8 @@ class Dense:
 class Window:
     """Sink + window (StreamingLLM, arXiv 2309.17453) as a view: the first pages and the most recent ones.
 
-    Keys keep their absolute positions, so the view costs a page list and nothing else. The last page counts as full
-    towards the budget: a row's first query reads between budget - page_size + 1 and budget slots.
+    Keys keep their absolute positions, so the view costs only a page list. The last page counts as full towards the
+    budget: a row's first query reads between budget - page_size + 1 and budget slots.
 
         context of 11 pages, budget of 4:   [0] 1 2 3 4 5 6 7 [8 9 10)
     """
@@ -53,7 +54,7 @@ class Window:
     def __init__(self, *, budget: int, sink: int, page_size: int) -> None:
         """budget: KV tokens, a multiple of page_size. sink: number of first tokens always read, rounded up to pages.
 
-        Raises ValueError if the budget is no multiple of the page size or leaves no page beside the sink.
+        Raises ValueError if the budget is no multiple of the page size or leaves no page after the sink.
         """
         self._page_size = page_size
         self._sink = -(-sink // page_size)
@@ -75,7 +76,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A policy, and the page table that places the KV of each row's positions in a pool.
+    """A policy, and the page table that locates the KV of each row's positions in a pool.
 
     page_table: [max_rows, max_pages] int64. One pool can have several views.
     """
@@ -85,12 +86,13 @@ class View:
 
 
 def ring_table(max_rows: int, columns: int, first: int, ring: int) -> Tensor:
-    """Page table of a pool in which every row slot owns `first` + `ring` pages for good, [max_rows, columns] int64.
+    """Build the page table of a pool in which every row slot permanently owns `first` + `ring` pages.
 
         column   0 … first - 1 | first, first + 1, first + 2 …
         page     0 … first - 1 | first + (column - first) % ring        (the row's own)
 
-    A request of any length fits, read through a window of at most `ring` recent pages.
+    A request of any length fits, read through a window of at most `ring` recent pages. Returns [max_rows, columns]
+    int64.
     """
     column = torch.arange(columns)
     page = torch.where(column < first, column, first + (column - first) % ring)
@@ -98,10 +100,10 @@ def ring_table(max_rows: int, columns: int, first: int, ring: int) -> Tensor:
 
 
 def make_policy(config: KVConfig, page_size: int) -> KVPolicy:
-    """The page lists of a `speculation.kv` setting.
+    """Make the policy of a `speculation.kv` setting.
 
-    SnapKV's are those of a window over its cache, whose sink is the tokens it chose: see
-    engine.speculation.draft_cache.
+    SnapKV's is a window over its cache, whose sink is the tokens it chose: see engine.speculation.draft_cache. topk and
+    all list every page.
     """
     if isinstance(config, WindowConfig):
         return Window(budget=config.budget, sink=config.sink, page_size=page_size)
@@ -111,14 +113,14 @@ def make_policy(config: KVConfig, page_size: int) -> KVPolicy:
 
 
 def budget_policies(speculation: SpeculationConfig, page_size: int) -> dict[int, WindowConfig]:
-    """Policies that drafts may read with, by budget, the largest first, where the budget can change from round to
-    round.
+    """Return the policies that drafts may read with, by budget, largest first, if the budget can change between rounds.
 
-    A window is a page list into a pool that holds more (the target's, or a draft model's own) and costs nothing to
-    narrow: the configured budget, half of it and a quarter, as far as pages and sink allow.
+    A window is a page list into a pool that holds more (the target's, or a draft model's own), so narrowing it costs
+    nothing: its budgets are the configured one, half of it and a quarter, as far as pages and sink allow.
 
-    Empty for the others, which have one budget. SnapKV's cache is filled for its budget: fewer recent pages would save
-    little, and the chosen tokens are not ranked. topk reads all keys whatever it attends to; all has no budget.
+    Empty for the other policies, which have one budget, and for a fixed gamma. SnapKV's cache is filled for its budget:
+    fewer recent pages would save little, and the chosen tokens are not ranked. topk reads all keys whatever its budget;
+    all has no budget.
     """
     kv = speculation.kv
     if speculation.gamma != "auto" or not isinstance(kv, WindowConfig):

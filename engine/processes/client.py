@@ -1,4 +1,4 @@
-"""An API process's client of the engine: starts the engine process, or attaches to one. Free of torch."""
+"""Client of the engine, for API processes: starts the engine process, or attaches to one. Free of torch."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from engine.processes.heartbeat import wait_hung
 ENGINE_COMMAND = (sys.executable, "-m", "engine.processes.engine_server")
 _STDERR = 2
 _STOP_S = 15.0
-"""Time that a stopped engine process may take to end before it is killed; less while it is loading."""
+"""Time that a stopped engine process may take to end before it is killed; shorter while it is loading."""
 _STOP_LOADING_S = 2.0
 
 logger = logging.getLogger(__name__)
 
 
 class EngineClient:
-    """One engine process and the requests this process sent it. Use from one event loop.
+    """Client of one engine process, and owner of the requests sent through it. Use from one event loop.
 
-    ready: the engine's first message. stats: the newest gauges and totals, at most about a second old. dead: why the
-    engine is gone; None while it is alive.
+    ready: the engine's first message. stats: the newest gauges and totals, at most about a second old. dead: reason why
+    the engine is gone; None while it is alive.
     """
 
     def __init__(self, directory: Path, round_s: float, *, owns_directory: bool = False) -> None:
@@ -82,9 +82,9 @@ class EngineClient:
     ) -> EngineClient:
         """Start an engine process and wait until it is ready.
 
-        start_timeout_s: how long it may take to load. timeout_s: a round that takes longer counts as hung; a process
-        that gives no sign of life at all does much sooner.
-        Raises EngineDead if it does not come up; nothing of it remains then, nor if this call is cancelled.
+        start_timeout_s: time for it to load. timeout_s: time for one round, after which the engine counts as hung; a
+        process without any heartbeat counts as hung much sooner.
+        Raises EngineDead if it does not start. Nothing of it remains then, or if this call is cancelled.
         """
         try:
             client = cls(new_directory(), timeout_s, owns_directory=True)
@@ -95,7 +95,7 @@ class EngineClient:
             client._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=_STDERR)
             launch = EngineLaunch(config.model_dump(mode="json"), str(client._directory), log_level, log_format)
             assert client._process.stdin is not None
-            with contextlib.suppress(ConnectionError):  # it has ended already: wait_ready reports it
+            with contextlib.suppress(ConnectionError):  # the process has ended already: wait_ready reports it
                 client._process.stdin.write(msgspec.json.encode(launch) + b"\n")
                 await client._process.stdin.drain()
             client.ready = await wait_ready(client._socket, client._process, start_timeout_s)
@@ -108,16 +108,16 @@ class EngineClient:
 
     @classmethod
     async def attach(cls, directory: Path, *, model: str, start_timeout_s: float, timeout_s: float) -> EngineClient:
-        """Wait for an engine that somebody else starts, with its sockets in `directory`.
+        """Wait for an engine that another process starts, with its sockets in `directory`. `close` leaves it running.
 
-        model: the name of the one that it must serve. start_timeout_s: how long to wait; engines that fail to start
-        meanwhile may be followed by others. timeout_s: see `start`. Closing leaves the engine alone.
-        Raises EngineDead if there is none, or if other users could have put it there.
+        model: name of the model that it must serve. start_timeout_s: time to wait; an engine that fails to start
+        meanwhile may be followed by another. timeout_s: see `start`.
+        Raises EngineDead if there is none, or if another user may have created the directory.
         """
         client = cls(directory, timeout_s)
         try:
             client.ready = await wait_for_engine(client._socket, directory, start_timeout_s)
-            check_private(directory)  # only now is there one
+            check_private(directory)  # before, the directory may not exist
             if client.ready.model != model:
                 raise EngineDead(f"the engine in {directory} serves {client.ready.model}, not {model}")
         except EndpointError as error:
@@ -130,13 +130,13 @@ class EngineClient:
         return client
 
     def _begin(self, *watches: Coroutine[None, None, None]) -> None:
-        """The engine is there: listen to it."""
+        """Start to receive messages from the engine, which is ready."""
         self.stats = self.ready.stats
         self._tasks = [asyncio.create_task(task) for task in (self._receive(), self._watch_heartbeat(), *watches)]
 
     @property
     def live(self) -> int:
-        """Requests given to the engine that have not ended."""
+        """Number of requests sent to the engine that have not ended."""
         return len(self._live)
 
     @property
@@ -145,7 +145,7 @@ class EngineClient:
         return self._process.pid
 
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
-        """The outputs of one request, round by round; the last one carries a finish_reason.
+        """Yield the outputs of one request, round by round; the last one carries a finish_reason.
 
         Closing the generator before that (aclose, cancellation) aborts the request. Raises EngineDead.
         """
@@ -164,12 +164,12 @@ class EngineClient:
                 finished = output.finish_reason is not None
                 yield output
         finally:
-            # An aborted request has been taken out, and the engine told, already.
+            # `abort` removes a request from `_live` and notifies the engine itself.
             if self._live.pop(request.id, None) is not None and not finished and self.dead is None:
                 self._post(AbortRequests([request.id]))
 
     def abort(self, ids: Iterable[str]) -> None:
-        """End these requests now: their generators yield a last output with finish_reason "abort"."""
+        """End these requests at once: their generators yield a last output with finish_reason "abort"."""
         mine = [id for id in ids if id in self._live]
         for id in mine:
             self._live.pop(id).put_nowait(RequestOutput(id=id, finish_reason=FINISH_ABORT))
@@ -186,7 +186,7 @@ class EngineClient:
         return self.dead
 
     async def close(self) -> None:
-        """End the engine process, if this one has started it; no process, socket or file of it remains. Live requests
+        """End the engine process if this client started it; no process, socket or file of it remains. Live requests
         raise EngineDead."""
         for task in self._tasks:
             task.cancel()
@@ -195,13 +195,13 @@ class EngineClient:
         try:
             if self._process is not None:
                 await self._end(self._process)
-        finally:  # also if this is cancelled: the process has been killed then
+        finally:  # also on cancellation, in which case the process has been killed
             self._context.destroy(linger=0)
             if self._owns_directory:
                 shutil.rmtree(self._directory, ignore_errors=True)
 
     def kill(self) -> None:
-        """End the engine process the hard way, at once, if this one has started it."""
+        """Kill the engine process if this client started it."""
         with contextlib.suppress(ProcessLookupError):
             if self._process is not None:
                 self._process.kill()

@@ -1,4 +1,4 @@
-"""The directory with the ipc sockets between API processes and an engine process. Free of torch."""
+"""Directory of the ipc sockets between API processes and an engine process. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 import zmq
 
 SOCKET, HEARTBEAT = "engine", "heartbeat"
-"""The sockets in the directory."""
+"""Names of the sockets in the directory."""
 
 
 class EndpointError(RuntimeError):
-    """No sockets can be in this directory; the message says why."""
+    """A directory cannot be used for sockets; the message gives the reason."""
 
 
 def new_directory() -> Path:
@@ -34,14 +34,14 @@ def new_directory() -> Path:
 
 
 def default_directory() -> Path:
-    """The directory of this user's engine that torchrun starts."""
+    """Return the default directory of an engine that this user starts with torchrun."""
     return Path(tempfile.gettempdir()) / f"magicdec-engine-{os.getuid()}"
 
 
 def claim(directory: Path) -> None:
-    """Reserve `directory` for this process, for its whole life; clear what a killed engine left there.
+    """Create `directory`, or take over that of a killed engine, and reserve it until this process ends.
 
-    Only this user may look into it. Raises EndpointError, also if another engine has it.
+    Only this user can access it. Raises EndpointError, also if another engine has reserved it.
     """
     if excess := _excess(directory):
         raise EndpointError(f"{directory}: too long a name for sockets in it, by {excess} bytes")
@@ -69,7 +69,7 @@ def claim(directory: Path) -> None:
 
 
 def check_private(directory: Path) -> None:
-    """Raise EndpointError if another user may have made the sockets in this directory."""
+    """Raise EndpointError if another user may have created the sockets in this directory."""
     try:
         found = directory.lstat()
     except OSError as error:

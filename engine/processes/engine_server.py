@@ -1,14 +1,14 @@
-"""The engine process: `python -m engine.processes.engine_server`, started by an API process (client.py beside it).
+"""The engine process: `python -m engine.processes.engine_server`, started by an API process (client.py).
 
-The parent writes one JSON line to stdin, `EngineLaunch`, and keeps stdin open: when it closes, on purpose or because
-the parent died, the engine stops. Signals do not stop it, so that Ctrl-C in a terminal, or a supervisor that signals
-the whole group, leaves running requests to the API process, which drains first. An engine that torchrun starts
-(torchrun.py beside it) is served by the same `serve`.
+The parent writes one JSON line to stdin, `EngineLaunch`, and keeps stdin open. When stdin closes, on purpose or because
+the parent died, the engine stops. Signals do not stop it: after Ctrl-C in a terminal, or a signal to the whole process
+group, the API process must be able to drain running requests first. torchrun.py runs the same `serve` for an engine
+that torchrun starts.
 
-A ROUTER socket talks to any number of API processes, each a DEALER. A peer's first message introduces it, and is
-answered with Ready. Outputs go to the peer the request came from; about once a second every other peer gets Outputs
-without content, for the stats. A peer that cannot be reached any more loses its requests. A second socket carries the
-heartbeat (heartbeat.py).
+A ROUTER socket serves any number of API processes, each a DEALER. A peer's first message introduces it, and the engine
+answers with Ready. Outputs go to the peer that sent the request; about once a second every other peer receives Outputs
+without content, for the stats. When a peer cannot be reached any more, its requests are aborted. A second socket
+carries the heartbeat (heartbeat.py).
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from engine.processes.heartbeat import HeartbeatSender
 from engine.scheduler.scheduler import QueueFull
 
 _STATS_S = 1.0
-"""Largest age of a peer's stats."""
+"""Maximum age of a peer's stats."""
 _STDIN = 0
 _DEAD_TIMEOUT_MS = 2000
-"""Time that a dying engine takes to tell its peers why."""
+"""Time for a failed engine to send its peers the reason."""
 _ORPHAN_GRACE_S = 10.0
-"""Time that a stopped engine may take to finish its round and close, before it is killed."""
+"""Time for a stopped engine to finish its round and close, before it is killed."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,19 +62,19 @@ class EngineLaunch(msgspec.Struct):
     """The parent's message to the engine process."""
 
     config: dict[str, Any]
-    """EngineConfig."""
+    """Fields of EngineConfig, in JSON mode."""
     directory: str
-    """Where to create the ipc sockets, and nothing else; removed with them when the engine ends."""
+    """Directory for the ipc sockets and nothing else; removed with them when the engine ends."""
     log_level: str = "info"
     log_format: LogFormat = "text"
 
 
 class EngineLike(Protocol):
-    """The part of engine.core.Engine that the loop uses."""
+    """Interface of engine.core.Engine that the loop uses."""
 
     ready: Ready
     overlaps: bool
-    """Whether the host is free while a round is under way."""
+    """Whether the host is free while a round runs."""
 
     def add(self, request: AddRequest) -> None: ...
     def abort(self, ids: Iterable[str]) -> None: ...
@@ -86,12 +86,12 @@ class EngineLike(Protocol):
 
 
 class EngineServer:
-    """The loop between one engine and its peers."""
+    """Loop that runs one engine and exchanges messages with its peers."""
 
     def __init__(
         self, socket: zmq.Socket[bytes], engine: EngineLike, heartbeat: HeartbeatSender, parent_fd: int
     ) -> None:
-        """parent_fd: a file descriptor that is readable once the parent has closed its end: the engine then stops."""
+        """parent_fd: file descriptor that becomes readable when the parent closes its end; the engine then stops."""
         self._socket = socket
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
@@ -109,14 +109,15 @@ class EngineServer:
         return list(self._last_sent)
 
     def run(self) -> None:
-        """Serve until the parent closes its end. Raises what engine.step and engine.check_ranks raise.
+        """Serve until the parent closes its end. Raises the errors of engine.step and engine.check_ranks.
 
-        A round's outputs are sent at once, or while a device is busy with the next round: it does not wait for that.
+        A round's outputs are sent at once or, so that the next round does not wait for it, while a device is busy with
+        that round.
         """
         try:
             self._serve()
         finally:
-            self._flush()  # also when a round fails: the outputs of the round before it
+            self._flush()  # if a round fails, sends the outputs of the round before it
 
     def _serve(self) -> None:
         idle_s = _STATS_S
@@ -172,9 +173,8 @@ class EngineServer:
         self._engine.abort(ids)
         for id in ids:
             self._owner.pop(id, None)
-        self._pending = [
-            output for output in self._pending if output.id not in ids
-        ]  # another request may soon have the id
+        # Another request may soon reuse the id.
+        self._pending = [output for output in self._pending if output.id not in ids]
 
     def _flush(self) -> None:
         outputs, self._pending = self._pending, []
@@ -215,7 +215,7 @@ class EngineServer:
 
 
 def send_dead(socket: zmq.Socket[bytes], reason: str, peers: Iterable[bytes]) -> None:
-    """Tell `peers`, and peers that introduce themselves within a moment, that the engine is dead."""
+    """Send Dead to `peers` and to peers that introduce themselves now; without any, wait a moment for one."""
     known = set(peers)
     while socket.poll(0 if known else _DEAD_TIMEOUT_MS):
         known.add(socket.recv_multipart()[0])
@@ -229,10 +229,10 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.getpgrp() != os.getpid():
-        # A group of its own: should the parent die while a signal holds this process, the system ends it too.
+        # In a process group of its own: if the parent dies while a signal has stopped this process, the system ends it.
         os.setpgid(0, 0)
     line = sys.stdin.buffer.readline()
-    if not line:  # the parent changed its mind
+    if not line:  # the parent closed stdin without a launch
         return 0
     launch = msgspec.json.decode(line, type=EngineLaunch)
     set_up(launch.log_level, launch.log_format)
@@ -243,8 +243,8 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
 def serve(load_engine: Callable[[], EngineLike], directory: Path, parent_fd: int, alone: bool = False) -> int:
     """Open the sockets, load the engine, serve until the other end of the file descriptor `parent_fd` is closed.
 
-    directory: for the sockets; removed with them at the end. alone: there is no parent to know why the engine ends, so
-    it logs the reason and tells its peers. Returns the exit status: 1 if the engine failed.
+    directory: for the sockets; removed with them at the end. alone: no parent reports why the engine ends, so it logs
+    the reason and sends it to its peers. Returns the exit status: 1 if the engine failed.
     """
     stop, closed = threading.Event(), threading.Event()
     threading.Thread(target=_watch, args=(parent_fd, stop, closed, directory), daemon=True).start()
@@ -269,7 +269,7 @@ def serve(load_engine: Callable[[], EngineLike], directory: Path, parent_fd: int
             if alone and server.peers:
                 send_dead(socket, _stop_reason(engine), server.peers)
         except Exception as error:
-            # While loading, a ValueError is about the settings or the model; all else needs a traceback.
+            # While loading, a ValueError concerns the settings or the model; any other error needs a traceback.
             expected = server is None and isinstance(error, ValueError)
             if not expected and not stop.is_set():
                 logger.exception("the engine stopped")
@@ -281,7 +281,7 @@ def serve(load_engine: Callable[[], EngineLike], directory: Path, parent_fd: int
 
 
 def _stop_reason(engine: EngineLike) -> str:
-    """The engine may have been stopped because a rank is gone."""
+    """Return why the engine was stopped, perhaps because a rank is gone."""
     try:
         engine.check_ranks()
     except RuntimeError as error:
@@ -299,7 +299,7 @@ def _watch(parent_fd: int, stop: threading.Event, closed: threading.Event, direc
 
 
 def _request_id(data: bytes) -> str | None:
-    """The id of an otherwise unreadable request: its sender waits for an end."""
+    """Return the id of an otherwise unreadable request, whose sender waits for its end; None if it has none."""
     try:
         return msgspec.msgpack.decode(data, type=_Named).id
     except msgspec.MsgspecError:
@@ -316,7 +316,7 @@ def _reason(error: Exception, expected: bool) -> str:
 
 
 def _start() -> int:
-    from engine.core import Engine  # loads torch, which processes that only talk to an engine go without
+    from engine.core import Engine  # loads torch, which other importers of this module do not need
 
     return main(lambda config: Engine(config, progress=sys.stderr.isatty()))
 

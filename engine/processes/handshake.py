@@ -13,20 +13,20 @@ import zmq.asyncio
 from engine.messages import AbortRequests, Dead, FromEngine, Ready
 
 REASON_TIMEOUT_S = 0.5
-"""Time to look for the reason after the engine process has ended."""
+"""Time to wait for the reason after the engine process has ended."""
 _HELLO_INTERVAL_S = 0.5
-"""Time between hellos to an engine that does not answer yet."""
+"""Time between two hellos to an engine that does not answer yet."""
 _HELLO = msgspec.msgpack.encode(AbortRequests([]))
 
 logger = logging.getLogger(__name__)
 
 
 class EngineDead(RuntimeError):
-    """The engine is gone, or never came up; the message says why."""
+    """The engine is gone, or did not start; the message gives the reason."""
 
 
 async def wait_ready(socket: zmq.asyncio.Socket, process: Process, timeout_s: float) -> Ready:
-    """Wait until the engine of this process is ready. socket: a DEALER to it. Raises EngineDead."""
+    """Wait until the engine that runs in `process` is ready. socket: a DEALER to it. Raises EngineDead."""
     await socket.send(_HELLO)
     ended = asyncio.create_task(process.wait())
     try:
@@ -49,9 +49,9 @@ async def wait_ready(socket: zmq.asyncio.Socket, process: Process, timeout_s: fl
 
 
 async def wait_for_engine(socket: zmq.asyncio.Socket, directory: Path, timeout_s: float) -> Ready:
-    """Wait until a ready engine is in this directory. socket: a DEALER to it. Raises EngineDead.
+    """Wait until an engine with its sockets in `directory` is ready. socket: a DEALER to it. Raises EngineDead.
 
-    An engine that ends while it loads takes the hello with it, so hellos are repeated.
+    A hello is lost if the engine ends while it loads, so hellos are repeated.
     """
     reason = ""
     try:

@@ -1,7 +1,8 @@
-"""Both ends of an engine process's heartbeat: is it alive, and how long has it been in one turn? Free of torch.
+"""Heartbeat of an engine process, both ends: each beat carries the seconds that the loop's current turn has taken.
+Free of torch.
 
-Beats have a thread and a socket of their own, so they go on while a round computes. A missing beat means that the
-process hangs or is stopped, and is noticed within seconds; one long round is allowed more. A beat also carries the
+Beats have a thread and a socket of their own, so they continue while a round computes. Missing beats mean that the
+process hangs or is stopped, which is detected within seconds; a single round may take longer. A beat also carries the
 process's name, since another process can take over the same path.
 """
 
@@ -21,17 +22,17 @@ import zmq.asyncio
 BEAT_S = 0.5
 """Time between two beats."""
 MISSED_BEATS = 6
-"""After this many missing beats in a row the process counts as hung."""
+"""Number of missing beats in a row after which the process counts as hung."""
 
 
 class _Beat(msgspec.Struct, array_like=True):
     name: bytes
     busy: float
-    """Seconds since the loop's present turn began."""
+    """Seconds since the loop's current turn began."""
 
 
 class HeartbeatSender:
-    """The engine's end, a context manager: sends beats on `path`, an ipc socket, from start to exit."""
+    """Sender of beats on `path`, an ipc socket; a context manager, which sends from enter to exit."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> None:
         self._socket = context.socket(zmq.PUB)
@@ -43,7 +44,7 @@ class HeartbeatSender:
         self._thread = threading.Thread(target=self._beat, daemon=True)  # owns the socket from now on
 
     def turn(self) -> None:
-        """The engine's loop begins a turn."""
+        """Record that the engine's loop begins a turn."""
         self._turned = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -66,9 +67,9 @@ class HeartbeatSender:
 async def wait_hung(socket: zmq.asyncio.Socket, name: bytes, turn_s: float) -> str:
     """Wait until the engine process counts as hung, and return the reason.
 
-    socket: SUB, connected to its heartbeat. name: of the process (Ready.heartbeat). turn_s: time that one turn of its
-    loop may take. Silence is counted in waits, not read off a clock: if this process itself stops, that is one wait,
-    and the beats that arrived meanwhile are read after it.
+    socket: SUB, connected to its heartbeat. name: name of the process (Ready.heartbeat). turn_s: time that one turn of
+    its loop may take. Silence is counted in waits, not in clock time: if this process itself is stopped, that counts as
+    one wait, and the beats that arrived meanwhile are read after it.
     """
     missed = 0
     while missed < MISSED_BEATS:

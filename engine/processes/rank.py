@@ -1,6 +1,6 @@
 """Entry point of ranks 1 … N - 1 (`python -m engine.processes.rank`); standard input is the link to rank 0.
 
-Ranks that torchrun starts are engine.processes.torchrun.
+torchrun starts ranks through engine.processes.torchrun instead.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def run_rank(
 ) -> int:
     """Run as the rank that rank 0 assigns over `link`. Returns the exit status once rank 0 is gone.
 
-    local_rank: among the ranks on this machine; None: all ranks are on it. store, address: see rendezvous.join.
+    local_rank: this rank's index among those on this machine; None: all ranks are on it. store, address: see
+    rendezvous.join.
     """
     try:
         launch = msgspec.msgpack.decode(link.receive(), type=RankLaunch)
@@ -66,7 +67,7 @@ def run_rank(
 
 
 def _device(config: EngineConfig, local_rank: int) -> torch.device:
-    """This rank's device, ready for use. config: with every setting resolved."""
+    """Select and prepare this rank's device. config: with every setting resolved."""
     if config.device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(f"{torch.cuda.device_count()} CUDA devices are visible, rank {local_rank} has none")

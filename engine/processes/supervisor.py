@@ -1,7 +1,7 @@
 """Restarts a dead engine; a drop-in for EngineClient. Free of torch.
 
-With `restart`, another engine follows one that dies: requests that had yielded nothing run once more on it, all others
-end with the cause. Without `restart`, its death is the end.
+With `restart`, another engine replaces one that dies: requests that have not yielded run once more on it, all others
+end with the cause as their error. Without `restart`, the first death is final.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.processes.client import EngineClient, EngineDead
 from engine.scheduler.stats import add_totals
 
 MAX_FAILED_STARTS = 5
-"""In a row; then no further start is tried."""
+"""Number of failed starts in a row after which no further start is tried."""
 _BACKOFF_S = 1.0
 """Wait after the first failed start; it doubles with each further one."""
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 class EngineDown(EngineDead):
-    """The engine is gone, and is being started again; the message says why it went."""
+    """The engine is gone and is being restarted; the message gives the reason."""
 
 
 class Supervisor:
-    """An EngineClient that may be replaced by another. Use from one event loop.
+    """Owner of an EngineClient, which another may replace. Use from one event loop.
 
-    dead: why there is no engine, for good. down: why there is none for now.
+    dead: reason why there will be no engine any more. down: reason why there is none until the restart.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Supervisor:
     async def start(
         cls, start: Callable[[], Awaitable[EngineClient]], *, restart: bool, settled_s: float
     ) -> Supervisor:
-        """Start the first engine; if it does not come up, no other is tried.
+        """Start the first engine; if it does not start, no other is tried.
 
-        start: starts one engine, or raises EngineDead. settled_s: an engine that lives for less counts as a failed
+        start: starts one engine, or raises EngineDead. settled_s: an engine with a shorter life counts as a failed
         start. Raises EngineDead.
         """
         return cls(start, await start(), restart=restart, settled_s=settled_s)
@@ -92,11 +92,11 @@ class Supervisor:
         return stats
 
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
-        """The outputs of one request; see EngineClient.generate.
+        """Yield the outputs of one request; see EngineClient.generate.
 
-        A request that has yielded nothing when the engine dies runs on the next one; only once, since it may be what
-        kills them. Raises EngineDown for a request that has yielded, or that arrives while there is no engine;
-        EngineDead if there will be none.
+        If the engine dies before the request has yielded, the request runs on the next engine; only once, since the
+        request itself may be the cause. Raises EngineDown if the request has yielded, or arrives while there is no
+        engine; EngineDead if there will be none.
         """
         client = self._client
         if client.dead is not None:
@@ -120,7 +120,7 @@ class Supervisor:
             self._before.requests_retried += 1
 
     def abort(self, ids: Iterable[str]) -> None:
-        """End these requests now: their generators yield a last output with finish_reason "abort"."""
+        """End these requests at once: their generators yield a last output with finish_reason "abort"."""
         ids = list(ids)
         self._client.abort(ids)
         for waiting in [self._waiting[id] for id in ids if id in self._waiting]:
@@ -138,7 +138,7 @@ class Supervisor:
         return self.dead
 
     async def close(self) -> None:
-        """End the engine, or the attempt to start one, without leaving anything. Live requests raise EngineDead."""
+        """End the engine, or the attempt to start one; nothing of it remains. Live requests raise EngineDead."""
         self._end_for_good(self.dead or "the engine was stopped")
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
@@ -159,7 +159,7 @@ class Supervisor:
             lived = asyncio.get_running_loop().time() - self._started_at
             failed = 0 if lived >= self._settled_s else failed + 1
             logger.error("the engine is gone: %s", reason)
-            await self._client.close()  # free what it held before the next one needs it
+            await self._client.close()  # free its resources before the next one needs them
             client = None
             while client is None:
                 if failed >= MAX_FAILED_STARTS:
@@ -185,7 +185,7 @@ class Supervisor:
                 waiting.set_result(client)
 
     async def _next_client(self, client: EngineClient, id: str) -> EngineClient | None:
-        """The engine after `client`; None if the request is aborted meanwhile. Raises EngineDead."""
+        """Wait for the engine after `client`; None if the request is aborted meanwhile. Raises EngineDead."""
         if self.dead is not None:
             raise EngineDead(self.dead)
         if self._client is not client:

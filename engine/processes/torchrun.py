@@ -1,9 +1,9 @@
 """Run the engine on any number of hosts: `torchrun … -m engine.processes.torchrun --config FILE`.
 
-Every process reads the settings; those of rank 0 count. Rank 0 is the engine process: it waits for the others, and
+Every process reads the settings; those of rank 0 apply. Rank 0 is the engine process: it waits for the others, and
 serves API processes on its host through sockets in a directory. torchrun restarts all of them when one fails.
 
-SIGTERM, SIGINT and the end of its torchrun agent end each process.
+Each process ends on SIGTERM, on SIGINT, and when its torchrun agent ends.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run as the rank that the environment names. Returns the exit status; threads of a broken group may be left."""
+    """Run as the rank that the environment names. Returns the exit status; threads of a broken group may remain."""
     parser = argparse.ArgumentParser(prog="torchrun … -m engine.processes.torchrun", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of settings, as of `magicdec serve`")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of settings, as for `magicdec serve`")
     parser.add_argument(
         "--socket",
         type=Path,
         default=default_directory(),
-        help="directory for rank 0's sockets, which `magicdec serve --engine` is given (default: %(default)s)",
+        help="directory for rank 0's sockets, the value of `magicdec serve --engine` (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     try:
@@ -70,7 +70,7 @@ def _settings(config: EngineConfig, env: TorchrunEnv) -> EngineConfig:
             f"engine.tensor_parallel_size: {config.tensor_parallel_size}, but torchrun has started {env.size} ranks; "
             "leave it out"
         )
-    # torchrun tells OpenMP to use one thread, whatever the machine has.
+    # torchrun limits OpenMP to one thread, however many cores the machine has.
     threads = config.threads or max(1, len(os.sched_getaffinity(0)) // env.local_size)
     return config.model_copy(update={"tensor_parallel_size": env.size, "threads": threads})
 
@@ -124,13 +124,13 @@ def _run_other_rank(config: EngineConfig, env: TorchrunEnv) -> int:
 
 
 def _on_stop(act: Callable[[], None]) -> None:
-    """Call `act`, once and from a thread, on SIGTERM or SIGINT or when the parent is gone. A signal handler would not
-    do: Python runs it only when no library call holds the main thread."""
+    """Call `act`, once and from a thread, on SIGTERM or SIGINT or when the parent is gone. A signal handler is not
+    enough: Python runs it only while no library call blocks the main thread."""
     stop, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(wakeup)  # written to at once
+    signal.set_wakeup_fd(wakeup)  # the system writes to it at once
     parent = os.getppid()
 
     def wait() -> None:

@@ -1,4 +1,4 @@
-"""Rank 0's side of the other ranks: start them, send them rounds, notice when one is gone."""
+"""Executor of the other ranks, on rank 0: starts them, sends them rounds, detects when one is gone."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from parallel.tcp_bootstrap import Connections
 
 RANK_COMMAND = (sys.executable, "-m", "engine.processes.rank")
 _PINGS = 4
-"""Pings that an idle engine sends within the time-out of a rank."""
+"""Number of pings that an idle engine sends within the time-out of a rank."""
 
 
 class RankExecutor:
-    """The ranks 1 … size - 1 of one group. Whatever goes wrong with them becomes one RankFailure."""
+    """Executor of the ranks 1 … size - 1 of one group. Reports every failure of theirs as a RankFailure."""
 
     def __init__(
         self,
@@ -42,28 +42,28 @@ class RankExecutor:
         hosts: Mapping[int, str] | None = None,
         memory: int | None = None,
     ) -> None:
-        """links: to each of them, by rank; owned. timeout_s: of a collective. processes: theirs, if they are this
-        process's children; owned. hosts: where the others run, for messages. memory: file descriptor of their
-        shared memory; owned.
+        """links: the link to each rank, by rank; owned. timeout_s: time-out of a collective. processes: the ranks'
+        processes, if they are this process's children; owned. hosts: the ranks' hosts, for messages. memory: file
+        descriptor of the ranks' shared memory; owned.
         """
         self._channel = Channel(links)
         self._processes = processes
         self._health = RankHealth(self._channel, timeout_s=timeout_s, processes=processes, hosts=hosts)
         self._memory = memory
         self._timeout_s = timeout_s
-        self._expected_reports = 0  # of each rank, once all pings are answered
+        self._expected_reports = 0  # number from each rank, once all pings are answered
         self._pinged_at = 0.0
         self._encoder = msgspec.msgpack.Encoder()
         self._broken: str | None = None
         self.group: Group
         self._join_first: Callable[[int], Group | None]
-        self._checking: list[shm.ShmGroup] = []  # groups that check on the ranks while they wait
+        self._checking: list[shm.ShmGroup] = []  # groups that call `check` while they wait
 
     @classmethod
     def launch(cls, config: EngineConfig, device: torch.device) -> RankExecutor:
-        """Start the processes of `config`, whose settings are all resolved, and join them in a group.
+        """Start the ranks' processes and join them in a group. They load afterwards: see `wait_ready`.
 
-        device: rank 0's. Raises RankFailure; nothing remains then. They still have to load: see `wait_ready`.
+        config: with every setting resolved. device: rank 0's. Raises ConfigError, RankFailure; nothing remains then.
         """
         size = config.tensor_parallel_size
         if device.type == "cuda" and size > torch.cuda.device_count():
@@ -99,7 +99,7 @@ class RankExecutor:
     ) -> RankExecutor:
         """Join ranks that torchrun has started, on any host; otherwise as `launch`.
 
-        one_machine: all ranks are on this one. address: of this host, for the others to reach.
+        one_machine: all ranks are on this machine. address: this host's, at which the others can reach it.
         """
         size = config.tensor_parallel_size
         ranks = cls(connections.links, timeout_s=config.step_timeout_s, hosts=connections.hosts)
@@ -116,7 +116,7 @@ class RankExecutor:
         return ranks
 
     def _join(self, join: Join, config: EngineConfig, device: torch.device, store: Store | None, address: str) -> None:
-        """join: rank 0's."""
+        """Shake hands with the ranks and join the group. join: rank 0's. Raises RankFailure, after `close`."""
         try:
             self.handshake(join, config)
             self.group = rendezvous.join(join, device, store, address)
@@ -131,7 +131,7 @@ class RankExecutor:
         self._check_while_waiting(self.group)
 
     def join_first(self, count: int) -> Group | None:
-        """Rank 0's end of a second group, of the first `count` ranks: see rendezvous.join_first. Raises RankFailure."""
+        """Join, as rank 0, a second group of the first `count` ranks: see rendezvous.join_first. Raises RankFailure."""
         try:
             group = self._join_first(count)
         except CollectiveError as error:
@@ -145,7 +145,7 @@ class RankExecutor:
             self._checking.append(group)
 
     def handshake(self, join: Join, config: EngineConfig) -> None:
-        """Send each rank its place, wait until all are there, and send them the settings. join: rank 0's."""
+        """Send each rank its place in the group, wait for a report of each, and send the settings. join: rank 0's."""
         level, format = current_setup()
         for rank in self._health.ranks:
             launch = RankLaunch(msgspec.structs.replace(join, rank=rank), level, format)
@@ -159,12 +159,14 @@ class RankExecutor:
 
     @contextmanager
     def round(self, plan: RoundPlan) -> Iterator[None]:
-        """Send the plan to all ranks; rank 0 runs its own share inside. Raises RankFailure, then and ever after; lets
-        OutOfMemory through, with which all ranks abandon the round."""
+        """Send the plan to all ranks; the body of the `with` block runs rank 0's share.
+
+        Raises RankFailure, also from all later calls. Passes OutOfMemory on: all ranks abandon the round then.
+        """
         self.check()
         data = self._encoder.encode(plan)
         self._channel.broadcast(data)
-        if self._health.broken:  # or the collectives would wait for it as long again
+        if self._health.broken:  # else the collectives would wait for it as long again
             raise self._failure()
         try:
             yield
@@ -179,12 +181,12 @@ class RankExecutor:
             self._broken = f"rank 0 {describe_failure(error)}"
             raise RankFailure(self._broken) from error
         except BaseException as error:
-            # Anything that interrupts a round, Ctrl-C included, leaves the others somewhere inside it.
+            # Any interruption of a round, Ctrl-C included, leaves the other ranks in the middle of it.
             self._broken = f"a round was cut short by {type(error).__name__}"
             raise
 
     def check(self) -> None:
-        """Raise RankFailure if a rank is gone. Costs a system call."""
+        """Raise RankFailure if a rank is gone. Costs one system call."""
         if self._broken is not None:
             raise RankFailure(self._broken)
         self._health.listen(0)
@@ -192,12 +194,12 @@ class RankExecutor:
             raise self._failure()
 
     def ping(self) -> float:
-        """Ask all ranks for a sign of life, now and then, while there is no round in which one would be missed.
+        """Ping all ranks at intervals, while no round runs that would detect a missing one.
 
-        Returns the seconds until the next call is due. A rank that does not answer is noticed within the time-out.
-        Unanswered pings count, not time: while this process itself is stopped, none are sent, and the answers that
-        arrived meanwhile are read before the next one is. A round may start before a late answer has arrived; the
-        answer then comes first. Raises RankFailure.
+        Returns the seconds until the next call is due. A rank that does not answer is detected within the time-out.
+        Unanswered pings count, not time: while this process itself is stopped, it sends none, and it reads the answers
+        that arrived meanwhile before it sends the next one. A round may start before a late answer has arrived; the
+        rank then answers before it runs the round. Raises RankFailure.
         """
         self.check()
         interval = self._timeout_s / _PINGS
@@ -213,12 +215,12 @@ class RankExecutor:
 
     @property
     def weight_bytes(self) -> WeightBytes:
-        """Bytes of all these ranks' shards, once they are ready."""
+        """Bytes of these ranks' shards, summed; complete once all ranks are ready."""
         return self._health.weight_bytes
 
     @property
     def pids(self) -> dict[int, int]:
-        """Processes of the ranks that are this process's children, by rank."""
+        """Process ids of the ranks that are this process's children, by rank."""
         return self._processes.pids if self._processes else {}
 
     def close(self) -> None:
@@ -246,6 +248,6 @@ class RankExecutor:
                 raise self._failure()
 
     def _failure(self, error: CollectiveError | None = None) -> RankFailure:
-        """The error to raise now that something is wrong; see RankHealth.diagnose."""
+        """Diagnose a failure and return the error to raise; see RankHealth.diagnose."""
         self._broken = self._health.diagnose(error)
         return RankFailure(self._broken)

@@ -1,4 +1,4 @@
-"""The health of the other ranks as rank 0 sees it and, once something is wrong, which of them failed and why."""
+"""Health of the other ranks, tracked on rank 0, and diagnosis of the rank that failed first and its reason."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from parallel.group import CollectiveError
 from parallel.launch import RankProcesses
 
 _DIAGNOSIS_S = 2.0
-"""Time to look for the first cause once something is wrong."""
+"""Time to look for the first cause of a failure."""
 
 log = logging.getLogger(__name__)
 
 
 class RankHealth:
-    """The ranks 1 … size - 1, by their reports and by what the system says of their processes."""
+    """Health of the ranks 1 … size - 1, from their reports and from the state of their processes."""
 
     def __init__(
         self,
@@ -30,8 +30,8 @@ class RankHealth:
         processes: RankProcesses | None = None,
         hosts: Mapping[int, str] | None = None,
     ) -> None:
-        """channel: to all of them. timeout_s: of a collective. processes: theirs, if they are this process's children.
-        hosts: where the others run, for messages.
+        """channel: to all of them. timeout_s: time-out of a collective. processes: the ranks' processes, if they are
+        this process's children. hosts: the ranks' hosts, for messages.
         """
         self.ranks = sorted(channel.open)
         self.weight_bytes = WeightBytes()  # sum over these ranks, once they are ready
@@ -70,7 +70,7 @@ class RankHealth:
     # -- diagnosis ---------------------------------------------------------------------------------------------------
 
     def diagnose(self, error: CollectiveError | None) -> str:
-        """Find the first cause. error: rank 0's own, if a collective failed there."""
+        """Find the first cause and describe it. error: rank 0's own, if a collective failed there."""
         deadline = time.monotonic() + _DIAGNOSIS_S
         while (cause := self._cause()) is None and self._may_report() and (left := deadline - time.monotonic()) > 0:
             self.listen(left)
@@ -80,16 +80,16 @@ class RankHealth:
         return reason
 
     def names(self, ranks: list[int]) -> str:
-        """`ranks 1, 2`; where hosts are known, `rank 3 (host b)`."""
+        """Name ranks in messages: `ranks 1, 2`; where hosts are known, `rank 3 (host b)`."""
         names = [f"{rank} (host {self._hosts[rank]})" if rank in self._hosts else str(rank) for rank in ranks]
         return f"rank{'s' * (len(names) > 1)} {', '.join(names)}"
 
     def _may_report(self) -> bool:
-        """Whether a rank can still report its reason; one that is stopped by a signal cannot."""
+        """Whether a rank can still report its reason; a rank that a signal has stopped cannot."""
         return any(not (self._processes and self._processes.is_stopped(rank)) for rank in self._silent)
 
     def _cause(self) -> str | None:
-        """A failure that is not the consequence of another rank's end."""
+        """Find a failure that is not the consequence of another rank's end."""
         for rank, report in self._failures.items():
             if not report.lost:
                 return f"{self.names([rank])} {report.failure}"
@@ -103,7 +103,10 @@ class RankHealth:
         return None
 
     def _suspicion(self, error: CollectiveError | None, ended: list[int]) -> str:
-        """No rank is dead or has failed by itself: one hangs, or was told to end. ended: ranks that were told."""
+        """Describe a failure without a known cause: a rank hangs, or was ended from outside.
+
+        ended: ranks that were ended from outside.
+        """
         if ended:
             return f"{self.names(ended)} got a signal to end, or lost the torchrun agent"
         stopped = [rank for rank in sorted(self._silent) if self._processes and self._processes.is_stopped(rank)]

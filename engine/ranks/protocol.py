@@ -1,4 +1,4 @@
-"""Messages between rank 0 and the others, and the others' main loop."""
+"""Messages between rank 0 and the other ranks, and the other ranks' main loop."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from parallel.channel import Link
 from parallel.rendezvous import Join
 
 PING = b""
-"""The frame that asks a rank for a sign of life."""
+"""Frame that requests an empty RankReport from a rank."""
 
 
 class RankLaunch(msgspec.Struct):
-    """The first message to a rank.
+    """First message to a rank.
 
-    The rank answers with a RankReport, is then sent the EngineConfig as JSON, with every setting resolved, answers with
-    a second RankReport once it is ready, and from then on is sent RoundPlans and pings.
+    The rank answers with a RankReport, receives the EngineConfig as JSON, with every setting resolved, answers with a
+    second RankReport once it is ready, and from then on receives RoundPlans and pings.
     """
 
     join: Join
@@ -32,7 +32,7 @@ class RankLaunch(msgspec.Struct):
 
 class WeightBytes(msgspec.Struct, frozen=True):
     """Bytes of weights. target: matrices that a target step reads. draft: other matrices that draft steps read. tables:
-    embeddings beside them."""
+    embeddings, which are in neither."""
 
     target: int = 0
     draft: int = 0
@@ -47,16 +47,17 @@ class WeightBytes(msgspec.Struct, frozen=True):
 
 
 class RankReport(msgspec.Struct, omit_defaults=True):
-    """A rank's message to rank 0: a step of start-up is done, an answer to a ping, or, once, why the rank ends."""
+    """A rank's message to rank 0: completion of a start-up step, answer to a ping or, once, the reason why it ends."""
 
     weight_bytes: WeightBytes = WeightBytes()
-    """Bytes of its shards, once they are loaded."""
+    """Bytes of the rank's shards, once they are loaded."""
     failure: str | None = None
-    """Why the rank ends, to be read after its name: `failed: …`."""
+    """Reason why the rank ends, to be read after its name: `failed: …`."""
     lost: bool = False
-    """The failure is that of a collective: some other rank is the cause."""
+    """Whether a collective failed, so that some other rank is the cause."""
     told_to_end: bool = False
-    """With `lost`: whoever started this rank ended it, perhaps because another one is gone."""
+    """With `lost`: whether a signal or the end of its torchrun agent ended the rank, perhaps because another rank is
+    gone."""
 
 
 def send_report(link: Link, report: RankReport) -> None:
@@ -65,8 +66,8 @@ def send_report(link: Link, report: RankReport) -> None:
 
 
 def worker_loop(link: Link, execute: Callable[[RoundPlan], object]) -> NoReturn:
-    """Run the rounds that rank 0 sends, and answer its pings. Rank 0 sees for itself when a round was abandoned. Raises
-    Disconnected when rank 0 is gone."""
+    """Run the rounds that rank 0 sends, and answer its pings. An abandoned round is not reported: rank 0 abandons it
+    too. Raises Disconnected when rank 0 is gone."""
     decoder = msgspec.msgpack.Decoder(RoundPlan)
     while True:
         frame = link.receive()

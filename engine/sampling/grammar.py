@@ -1,6 +1,6 @@
-"""Grammars: which tokens may come next where output has to match one (llguidance), on every rank alike.
+"""Grammars (llguidance): masks of the tokens that may follow in constrained output, the same on every rank.
 
-A matcher stands after a row's committed tokens. To see what may follow drafts it advances along them, and rolls back.
+A matcher's state is that after a row's committed tokens. For masks after drafts it advances over them, and rolls back.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Grammars:
         """[max_rows]: rows that have a grammar."""
 
     def start(self, start: RowStart) -> None:
-        """A request takes a row slot."""
+        """Start a request in a row slot."""
         row, grammar = start.row, start.params.grammar
         self._matchers.pop(row, None)
         self.constrained[row] = grammar is not None
@@ -52,12 +52,13 @@ class Grammars:
         if (matcher := self._matchers.get(row)) is None:
             return
         consumed = matcher.try_consume_tokens(list(tokens))
-        # Tokens after the end, an end of sequence among them, leave the matcher where it is.
+        # Tokens after the grammar's end, such as an end of sequence, do not advance the matcher.
         if matcher.is_error() or (consumed < len(tokens) and not matcher.is_stopped()):
             log.error("a grammar fails, and its output ends: %s", matcher.get_error() or "a token does not match")
 
     def masks(self, row: int, drafted: Sequence[int], first: int = 0) -> Words:
-        """Tokens allowed after the row's committed tokens and `first` of its drafts, and after each further draft.
+        """Compute the tokens allowed after the row's committed tokens and `first` of its drafts, and after each further
+        draft.
 
         Returns [len(drafted) + 1 - first, words], one bit per token. After a draft that does not match, the mask of the
         place before it is repeated.
@@ -81,6 +82,6 @@ class Grammars:
         return words
 
     def _only_eos(self, words: Words) -> None:
-        """A grammar that has become too complex ends its request."""
+        """Reject a grammar that has become too complex; this ends its request."""
         for token in self._eos:
             words[token // 32] |= np.uint32(1 << token % 32).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Logits processors: changes to logits before the sampling rule, as requests ask for them."""
+"""Logits processors: changes to logits, requested per row, that precede the sampling rule."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class LogitEdits:
 class TokenCounts:
     """Occurrences of each token of this rank's slice in the rows that have penalties.
 
-    output: [max_rows, slice] int32. in_prompt: [max_rows, slice] bool. Other rows hold leftovers.
+    output: [max_rows, slice] int32. in_prompt: [max_rows, slice] bool. Other rows hold stale values.
     """
 
     def __init__(self, max_rows: int, vocab: VocabShard, device: torch.device) -> None:
@@ -87,7 +87,7 @@ class TokenCounts:
         self.output.index_put_((rows, self._vocab.local(tokens)), counted, accumulate=True)
 
     def output_with(self, rows: Tensor, drafted: Tensor, counted: Tensor) -> Tensor:
-        """Copies of the output counts of `rows` [n], with drafted [n, m] tokens added where counted [n, m]."""
+        """Return copies of the output counts of `rows` [n], with drafted [n, m] tokens added where counted [n, m]."""
         counts = self.output[rows]
         weights = (counted & self._vocab.holds(drafted)).to(torch.int32)
         return counts.scatter_add_(1, self._vocab.local(drafted), weights)

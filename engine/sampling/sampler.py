@@ -29,10 +29,10 @@ from parallel.vocab_shard import VocabShard
 
 @dataclass(frozen=True, slots=True)
 class LogprobTensors:
-    """Log-probabilities under the target's unchanged logits, of the samples whose rows ask for them.
+    """Log-probabilities, under the target's unchanged logits, of the samples whose rows request them.
 
     index: host, [n], into the round's samples. chosen: [n]. top: [n, k], falling; top_ids: [n, k] int64; k is the
-    largest number that any of these rows asks for.
+    largest number that any of these rows requests.
     """
 
     index: Ints
@@ -53,22 +53,22 @@ class PromptLogprobTensors:
 
 
 class Sampler:
-    """Sampling parameters of all row slots, and the rule.
+    """Sampling parameters of all row slots, and the sampling rule.
 
-    The host knows which rows ask for what, and each logits processor touches only their samples: a greedy row costs an
-    argmax, a sampled one its noise.
+    The host holds the requests' options, and each logits processor touches only the samples of rows that need it: a
+    greedy row costs an argmax, a sampled one its noise.
     """
 
     def __init__(
         self, state: RowState, vocab: VocabShard, ops: Ops = REFERENCE, grammars: Grammars | None = None
     ) -> None:
-        """ops: computes the rule, as it computed the logits. grammars: of the rows; read, never advanced."""
+        """ops: kernels that compute the rule, and computed the logits. grammars: of the rows; read, never advanced."""
         max_rows, device = len(state.tokens), state.device
         self._grammars = grammars
         self._state = state
         self._vocab = vocab
         self._ops = ops
-        # Host: what each row asks for.
+        # Host: each row's options.
         self._params = [SamplingParams()] * max_rows
         self._random = np.zeros(max_rows, dtype=bool)
         self._num_candidates = np.zeros(max_rows, dtype=np.int64)  # logits that decide a truncation; 0: none
@@ -89,13 +89,13 @@ class Sampler:
         self._counts: TokenCounts | None = None  # made when the first row with penalties arrives
 
     def for_draft(self, vocab: VocabShard) -> Sampler:
-        """A sampler for a draft model, with state of its own. vocab: the draft model's shard of the vocabulary."""
+        """Make a sampler for a draft model, with state of its own. vocab: the draft model's shard of the vocabulary."""
         return Sampler(self._state, vocab, self._ops, self._grammars)
 
-    # -- rows start, and commit ----------------------------------------------------------------------------------------
+    # -- start and commit of rows --------------------------------------------------------------------------------------
 
     def start(self, start: RowStart) -> None:
-        """A request takes a row slot."""
+        """Start a request in a row slot."""
         row, params = start.row, start.params
         self._params[row] = params
         self._random[row] = params.sampled
@@ -120,7 +120,7 @@ class Sampler:
             self._counts.start(row, start.tokens[: start.num_prompt], start.tokens[start.num_prompt :])
 
     def abandon_round(self) -> None:
-        """Drop what is kept for the rest of a round that will not go on. Its rows start anew."""
+        """Drop state that is kept for the rest of a round that is abandoned. Its rows start anew."""
 
     def count_tokens(self, batch: RoundBatch, tokens: Tensor, accepted: Tensor) -> None:
         """Count committed tokens, for penalties. tokens: [samples]. accepted: [rows], drafts accepted of each."""
@@ -144,7 +144,7 @@ class Sampler:
         return self.choose(logits, samples)
 
     def sample(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        """argmax of logits / temperature + noise over the whole vocabulary.
+        """Compute the argmax of logits / temperature + noise over the whole vocabulary.
 
         logits: [n, this rank's vocabulary], left in any state. temperature: [n] float64, 0 for no noise. seeds,
         positions: [n] int64. Returns [n] int64.
@@ -157,15 +157,17 @@ class Sampler:
         return not (processed or (self._grammars is not None and self._grammars.constrained[rows].any()))
 
     def temperatures_and_seeds(self, samples: SamplePositions) -> tuple[Tensor, Tensor]:
-        """Temperatures, [n] float64, and seeds, [n] int64."""
+        """Return temperatures, [n] float64, and seeds, [n] int64."""
         return self._temperature[samples.row_index], self._seed[samples.row_index]
 
     def _sample_at(self, logits: Tensor, temperature: Tensor, samples: SamplePositions) -> Tensor:
         return self.sample(logits, temperature, self._seed[samples.row_index], samples.position)
 
     def _noise(self, samples: SamplePositions, index: Tensor, stream: int = 0) -> Tensor:
-        """Gumbel noise of this rank's slice for the samples `index` [n]: [n, slice] float32. stream: selects one of
-        several independent noises."""
+        """Compute Gumbel noise of this rank's slice for the samples `index` [n]: [n, slice] float32.
+
+        stream: selects one of several independent noises.
+        """
         seeds = self._seed[samples.row_index[index]] ^ stream
         first, last = self._vocab.start, self._vocab.start + self._vocab.size
         return gumbel_noise(seeds, samples.position[index], first, last)
@@ -173,9 +175,9 @@ class Sampler:
     # -- log-probabilities ---------------------------------------------------------------------------------------------
 
     def logprobs(self, logits: Tensor, samples: SamplePositions) -> Callable[[Tensor], LogprobTensors] | None:
-        """Prepare the log-probabilities that rows ask for; None if no row does.
+        """Prepare the log-probabilities that rows request; None if no row does.
 
-        Call it with unchanged logits, before `choose`; call the result with the tokens [n] that were chosen.
+        Call it with unchanged logits, before `choose`; call the result with the chosen tokens [n].
         """
         host_index = np.flatnonzero(self._wants_logprobs[samples.rows])
         if not len(host_index):
@@ -190,7 +192,7 @@ class Sampler:
         return report
 
     def prompt_logprobs(self, logits: Tensor, batch: RoundBatch) -> PromptLogprobTensors:
-        """Log-probabilities of prompt tokens. logits: [n, this rank's vocabulary], one row per
+        """Compute log-probabilities of prompt tokens. logits: [n, this rank's vocabulary], one row per
         `batch.prompt_tokens`."""
         slots, tokens = batch.prompt_tokens()
         most = min(self._vocab.total, max(self._params[row].prompt_logprobs or 0 for row in set(slots.tolist())))
@@ -200,7 +202,7 @@ class Sampler:
     # -- logits processors ---------------------------------------------------------------------------------------------
 
     def _process(self, logits: Tensor, samples: SamplePositions, *, divide: bool = False) -> Tensor:
-        """Apply everything that comes before the noise: penalties, edits, grammars, truncation.
+        """Apply everything that precedes the noise: penalties, edits, grammars, truncation.
 
         Afterwards the logits of a sampled row, divided by the temperature returned for it, are those of the
         distribution it samples from. Returns [n] float64, 0 for greedy rows. divide: leave no sampled row to be
@@ -226,8 +228,9 @@ class Sampler:
         return temperature
 
     def _apply_penalties(self, logits: Tensor, samples: SamplePositions, index: Tensor) -> None:
-        """Repetition, over prompt and output (CTRL, arXiv 1909.05858), then frequency and presence, over output, as the
-        OpenAI API defines them. The drafts before a sample count as output: if it is committed, so are they."""
+        """Apply penalties: repetition (CTRL, arXiv 1909.05858), over prompt and output; then frequency and presence, as
+        the OpenAI API defines them, over output. The drafts before a sample count as output: if it is committed, so are
+        they."""
         assert self._counts is not None
         slots = samples.row_index[index]
         counts = self._counts.output_with(slots, *self._drafts_before(samples, index))
@@ -238,7 +241,8 @@ class Sampler:
         logits[index] = changed - frequency * counts - presence * (counts > 0)
 
     def _drafts_before(self, samples: SamplePositions, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Drafts of the rows of samples `index` [n], and which of them precede each: [n, max drafts] int64 and bool."""
+        """Return the drafts of the rows of samples `index` [n], and a mask of those that precede each sample:
+        [n, max drafts] int64 and bool."""
         slots, offset = samples.row_index[index], samples.offset[index]
         first_draft = samples.position[index] - offset
         steps = torch.arange(samples.drafted.max(initial=0), device=self._state.device)
@@ -246,25 +250,25 @@ class Sampler:
         return self._state.tokens[slots[:, None], columns].long(), steps < offset[:, None]
 
     def _apply_grammars(self, logits: Tensor, samples: SamplePositions, index: npt.NDArray[np.intp]) -> None:
-        """Leave only the tokens that grammars allow, in the samples `index`. The host has to see the drafts for it."""
+        """Mask the tokens that grammars forbid, in the samples `index`. This copies the drafts to the host."""
         assert self._grammars is not None
         device_index = self._to_device(index)
         rows, counts = samples.rows[index], samples.drafted[index]
         drafted = self._drafts_before(samples, device_index)[0].tolist()
         words = []
-        for row in dict.fromkeys(rows.tolist()):  # a row's samples stand side by side, each after one draft more
+        for row in dict.fromkeys(rows.tolist()):  # a row's samples are adjacent, each after one more draft
             mine = np.flatnonzero(rows == row)
             first, last = int(counts[mine[0]]), int(counts[mine[-1]])
             words.append(self._grammars.masks(row, drafted[mine[-1]][:last], first))
         packed = torch.from_numpy(np.concatenate(words)).to(logits.device)
         allowed = ((packed[:, self._word] >> self._bit) & 1).bool()
         kept = logits[device_index].masked_fill(~allowed, float("-inf"))
-        # Where nothing else is left, tokens that min_tokens or a bias ruled out are allowed again.
+        # Where no other token is left, tokens that min_tokens or a bias excluded are allowed again.
         empty = self._vocab.largest(kept) == float("-inf")
         logits[device_index] = torch.where(empty[:, None] & allowed, 0.0, kept)
 
     def _candidates_of(self, params: SamplingParams) -> int:
-        """Number of a row's largest logits that decide its truncation; 0: it has none."""
+        """Return the number of a row's largest logits that decide its truncation; 0: it has none."""
         if not params.truncated:
             return 0
         if params.top_k:
@@ -272,8 +276,8 @@ class Sampler:
         return self._vocab.total if params.top_p < 1 else 1
 
     def _apply_truncation(self, scaled: Tensor, slots: Tensor, candidates: Ints) -> None:
-        """Top-k, top-p and min-p. candidates: [n], per row of `scaled`. Rows whose cut takes a gather of all logits go
-        by themselves."""
+        """Apply top-k, top-p and min-p. candidates: [n], per row of `scaled`. Rows whose cut needs a gather of all
+        logits are processed separately."""
         for group in ((candidates > 0) & (candidates < self._vocab.total), candidates == self._vocab.total):
             if not group.any():
                 continue

@@ -1,4 +1,4 @@
-"""The interface of whatever decides how many tokens each row drafts."""
+"""Interface of controllers, which choose the number of drafts of each row, and the fixed controller."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from engine.scheduler.request import Request
 
 @dataclass(slots=True)
 class ControllerReport:
-    """A controller's account of the rounds so far that only decoded. Zeros where it keeps none.
+    """A controller's totals over the rounds so far that only decoded. Zeros where it keeps none.
 
-    decode_seconds: time they took. plain_seconds: time the same tokens would have taken without drafts, as estimated.
+    decode_seconds: time of these rounds. plain_seconds: estimated time of the same tokens without drafts.
     forecast_seconds: time predicted when the rounds were chosen. alpha: newest estimate of the probability that a
     drafted token is accepted.
     """
@@ -26,14 +26,14 @@ class ControllerReport:
 
 
 class Controller(Protocol):
-    """Host-side, O(rows) per round."""
+    """Interface of controllers. Host-side, O(rows) per round."""
 
     @property
     def report(self) -> ControllerReport: ...
 
     @property
     def budget(self) -> int:
-        """KV tokens that drafts of the round chosen last read per row; 0: as configured."""
+        """KV tokens per row that drafts of the latest chosen round read; 0: as configured."""
         ...
 
     @property
@@ -42,14 +42,14 @@ class Controller(Protocol):
         ...
 
     def choose(self, rows: Sequence[Request]) -> list[int]:
-        """Choose the number of drafts of each decoding row; 0 is plain decoding. The scheduler may lower it, never
-        raise it. Called once per round that has decoding rows.
+        """Choose the number of drafts of each decoding row; 0 is plain decoding.
+
+        The scheduler may lower it, never raise it. It calls this once per round that has decoding rows.
         """
         ...
 
     def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
-        """Learn from the time that the round took and from what was accepted. requests: those of plan.work, after the
-        commit."""
+        """Learn from the round's time and its accepted drafts. requests: those of plan.work, after the commit."""
         ...
 
 
@@ -69,4 +69,4 @@ class FixedGamma:
         return [self._gamma] * len(rows)
 
     def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
-        """A fixed choice learns nothing."""
+        """Do nothing: a fixed choice does not learn."""

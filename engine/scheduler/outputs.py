@@ -10,7 +10,10 @@ from engine.scheduler.request import Request
 
 
 def make_output(request: Request, tokens: list[int], row: RowResult) -> RequestOutput:
-    """tokens: those that the round added to the request, which may have ended with them. row: the round's result."""
+    """Build a request's output for one round.
+
+    tokens: those that the round added to the request, which may have ended with them. row: the request's result.
+    """
     return RequestOutput(
         id=request.id,
         tokens=tokens,
@@ -25,7 +28,7 @@ def make_output(request: Request, tokens: list[int], row: RowResult) -> RequestO
 
 
 def _token_logprobs(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -> list[TokenLogprobs] | None:
-    """The first `count` of them, each with as many alternatives as this request asked for."""
+    """Return the first `count` entries, each with as many alternatives as this request asks for."""
     most = request.params.logprobs
     if logprobs is None or most is None:
         return None
@@ -33,7 +36,7 @@ def _token_logprobs(logprobs: list[TokenLogprobs] | None, request: Request, coun
 
 
 def _prompt_logprobs(request: Request) -> list[PromptLogprobs] | None:
-    """Those of the prompt, with as many alternatives as this request asked for."""
+    """Return the prompt's entries, each with as many alternatives as this request asks for."""
     most = request.params.prompt_logprobs
     if most is None:
         return None

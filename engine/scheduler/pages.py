@@ -1,4 +1,4 @@
-"""Page allocation: which KV page has how many owners. Counts, never bytes; the pool itself is KVPool."""
+"""Page allocation: counts the owners of each KV page. The pages' memory is in KVPool."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 
 class PageLeak(AssertionError):
-    """Pages owned + pages free differ from pages total: a fault of the engine, never of a request."""
+    """Owned pages + free pages differ from total pages: a fault of the engine, never of a request."""
 
 
 class PageAllocator:
-    """Reference-counted pages 0 … total-1. All or nothing: a reservation that does not fit is refused.
+    """Reference-counted pages 0 … total - 1. All or nothing: a reservation that does not fit is refused.
 
     `reserve` gives a page its first owner, `share` adds one. A page is free again when its last owner has released it.
     """
@@ -26,7 +26,7 @@ class PageAllocator:
         return len(self._free)
 
     def reserve(self, count: int) -> list[int] | None:
-        """`count` pages with one owner each, or None (and nothing changed) if fewer are free."""
+        """Reserve `count` pages with one owner each; None, and nothing changes, if fewer are free."""
         if count > len(self._free):
             return None
         pages = [self._free.pop() for _ in range(count)]

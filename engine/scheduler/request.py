@@ -1,4 +1,4 @@
-"""A request's state: its tokens, the pages it owns, and how far its KV has come."""
+"""State of a request: its tokens, the pages it owns, and the progress of its KV."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from engine.params import SamplingParams
 
 
 class Request:
-    """Counters, not phases: prefill, decode and verification all let `num_computed` catch up with `num_tokens`.
+    """State of one request: counters, not phases. Prefill, decode and verification all advance `num_computed` towards
+    `num_tokens`.
 
         tokens   [ prompt ............ | output ...... pending ]
         computed [ valid target KV ................. )              num_tokens - 1 once prefill is done
         pages    [ reserved slots, num_reserved in all .............. drafts ... )
 
-    The scheduler owns every field; `row` is None while the request waits. draft_lag: number of computed
-    tokens that a draft model lacks, and has to compute before it drafts; stays 0 where drafts read the target's own KV.
-    leader: a request with the same prompt, whose pages this one can begin with while the leader runs.
+    The scheduler owns every field; `row` is None while the request waits. draft_lag: number of computed tokens that a
+    draft model lacks and has to compute before it drafts; stays 0 where drafts read the target's own KV. leader: a
+    request with the same prompt, whose pages this one can share while the leader runs.
     """
 
     __slots__ = (
@@ -79,14 +80,15 @@ class Request:
 
     @property
     def max_draft_tokens(self) -> int:
-        """Largest useful number of drafts: a verify pass yields one token beyond them, and no more than remain."""
+        """Largest useful number of drafts: a verify pass yields up to one token more, and none beyond `max_tokens` is
+        needed."""
         remaining = self.params.max_tokens - self.num_output - 1
         limit = self.params.max_draft_tokens
         return remaining if limit is None else min(remaining, limit)
 
     @property
     def stop_ids(self) -> set[int]:
-        """Tokens that end the request, and that min_tokens forbids until then."""
+        """Tokens that end the request, and that min_tokens forbids at first."""
         return {*self.eos, *self.params.stop_token_ids}
 
     def commit(self, tokens: Iterable[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What runs next: admission, the token budget of a round, page reservations, preemption, and the counters after it."""
+"""Scheduler: admission, the token limit of a round, page reservations, preemption, and the counters after a round."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from engine.scheduler.pages import PageAllocator
 from engine.scheduler.request import Request
 
 _MAX_PROMPT_LOGPROBS = 256
-"""Tokens of a chunk whose prompt logprobs are asked for: each takes logits of the whole vocabulary."""
+"""Maximum tokens of a chunk that needs prompt logprobs: each takes logits of the whole vocabulary."""
 
 
 class RequestError(ValueError):
-    """A request that this engine can never serve, or has no room to queue."""
+    """A request that this engine can never serve, or cannot queue now."""
 
 
 class QueueFull(RequestError):
-    """Too many requests wait already."""
+    """Too many requests run or wait already."""
 
 
 class Scheduler:
-    """Emits one RoundPlan per round. Invariant between rounds: every running row owns pages for all its computed
-    tokens, and a decoding row has exactly its pending token uncomputed.
+    """Planner of rounds, one at a time.
 
-    Decode rows come first, each with its drafts; the tokens left in the round go to prefill chunks, oldest
-    request first, then to new requests. A request is admitted when pages for all its tokens are free, so that a
-    prefill under way never waits for pages; when a decoding row needs one and none is free, drafts are dropped
-    first, then the request admitted last is preempted: its pages go back, and its KV is recomputed when it returns,
-    before others of its priority. Priorities order waiting requests; they take no row from a running one.
+    Invariant between rounds: every running row owns pages for all its computed tokens, and a decoding row has exactly
+    its pending token uncomputed.
+
+    Decode rows come first, each with its drafts. The tokens left in the round go to prefill chunks, oldest request
+    first, then to new requests. A request is admitted when pages for all its tokens are free, so that a prefill in
+    progress never waits for pages. When a decoding row needs a page and none is free, drafts are dropped first; then
+    the request admitted last is preempted. Its pages are freed, and it returns to the queue before others of its
+    priority, to recompute its KV. Priorities order waiting requests only; they never preempt a running one.
     """
 
     def __init__(
@@ -50,8 +52,8 @@ class Scheduler:
         draft_kv: bool = False,
         own_tokens: int = 1,
     ) -> None:
-        """draft_kv: drafts read KV of their own, which has to be computed for a row's tokens before it drafts.
-        own_tokens: number of tokens at the end of a prompt that a row computes itself in any case.
+        """draft_kv: whether drafts read KV of their own, which must be computed for a row's tokens before it drafts.
+        own_tokens: number of tokens at the end of a prompt that a row always computes itself.
         """
         self._pages = pages
         self._page_size = page_size
@@ -69,7 +71,7 @@ class Scheduler:
         self.preemptions = 0
         self._round = 0
 
-    # -- requests come and go ------------------------------------------------------------------------------------
+    # -- requests --------------------------------------------------------------------------------------------------
 
     def add(self, message: AddRequest) -> None:
         """Queue a request that passed `check_request`. Raises RequestError if its id is in use, QueueFull."""
@@ -86,7 +88,7 @@ class Scheduler:
         self.waiting.insert(place, request)
 
     def check_request(self, message: AddRequest) -> None:
-        """Raises RequestError for a request that could never run."""
+        """Raise RequestError for a request that can never run."""
         if not message.prompt:
             raise RequestError("the prompt has no tokens")
         if message.params.max_tokens < 1:
@@ -99,7 +101,7 @@ class Scheduler:
             )
 
     def abort(self, request_id: str) -> bool:
-        """Forget a request and free its pages at once; False if it is not here."""
+        """Drop a request and free its pages at once; False if its id is unknown."""
         request = self._by_id.pop(request_id, None)
         if request is None:
             return False
@@ -120,11 +122,11 @@ class Scheduler:
     # -- one round -------------------------------------------------------------------------------------------------
 
     def schedule(self) -> tuple[RoundPlan, list[Request]]:
-        """Plan the next round. Returns the plan and the requests its `work` refers to, in the same order."""
+        """Plan the next round. Returns the plan and the requests of its `work`, in the same order."""
         self._round += 1
         plan = RoundPlan(self._round, [], [], [])
-        # A preemption makes room by taking a row from the end of `running`: a row planned already is never taken,
-        # since rows are planned in order of admission.
+        # Preemption takes rows from the end of `running`, and never one that is planned already, since rows are planned
+        # in order of admission.
         work: list[tuple[Request, RowWork]] = []
         tokens_left = self._max_batch_tokens
         tokens_left -= self._plan_decodes(plan, work, tokens_left)
@@ -135,11 +137,12 @@ class Scheduler:
         return plan, [request for request, _ in work]
 
     def _plan_decodes(self, plan: RoundPlan, work: list[tuple[Request, RowWork]], tokens_left: int) -> int:
-        """Plan every decoding row, with as many drafts as tokens, limits and pages allow. Returns tokens planned.
+        """Plan every decoding row, with as many drafts as tokens, limits and pages allow. Returns the number of tokens
+        planned.
 
-        All rows get the page of their pending token before any gets one for drafts. Before a row
-        drafts, the draft model catches up on tokens of it that it lacks: the oldest row before others, and at most
-        `max_batch_tokens` tokens of all rows per round, so that a long prompt delays no one's next token by more.
+        All rows get the page of their pending token before any row gets pages for drafts. Before a row drafts, the
+        draft model catches up on the row's tokens that it lacks: oldest row first, and at most `max_batch_tokens`
+        tokens of all rows per round, which limits the delay that a long prompt causes to the other rows.
         """
         for request in [request for request in self.running if request.decoding]:
             if request.row is not None:  # else preempted for an earlier row
@@ -147,9 +150,9 @@ class Scheduler:
         rows = [request for request in self.running if request.decoding]
         if not rows:
             return 0
-        spare = tokens_left - len(rows)  # one token per row is certain; drafts share the rest evenly,
+        spare = tokens_left - len(rows)  # each row has one token; drafts share the rest evenly
         if len(rows) < len(self.running) or (self.waiting and self._free_rows):
-            spare //= 2  # and leave half of it to prefills, or these could wait for ever behind a full batch
+            spare //= 2  # half of it is for prefills, which a full batch could block forever
         share = spare // len(rows)
         planned, catch_up_left = 0, self._max_batch_tokens
         gammas = self.controller.choose(rows)
@@ -157,7 +160,7 @@ class Scheduler:
         for request, wanted in zip(rows, gammas, strict=True):
             gamma = max(0, min(wanted, share, request.max_draft_tokens))
             catch_up = 0
-            if gamma and request.draft_lag > 1:  # one token beside the pending one is fed along with it
+            if gamma and request.draft_lag > 1:  # one missing token is fed together with the pending one
                 catch_up = min(request.draft_lag, catch_up_left)
                 catch_up_left -= catch_up
                 gamma = gamma if catch_up == request.draft_lag else 0
@@ -187,16 +190,16 @@ class Scheduler:
         return new
 
     def _admit(self, plan: RoundPlan, work: list[tuple[Request, RowWork]], tokens_left: int) -> None:
-        """Admit by priority, then first come, first served, while rows, tokens and pages last."""
+        """Admit waiting requests by priority, then in order of arrival, while rows, tokens and pages last."""
         for request in list(self.waiting):
             if not self._free_rows or tokens_left <= 0:
                 return
             leader = request.leader
             if leader is not None and leader.row is not None and not leader.num_output:
-                continue  # once it has its first token, nothing of the prompt is left to compute
+                continue  # wait until the leader has computed its whole prompt, and so has its first token
             shared = self._shared(request)
             needed = -(-request.num_tokens // self._page_size) - len(shared)
-            # One page per running row stays free: an admission should not be paid for by a preemption next round.
+            # One page per running row stays free, so that an admission does not cause a preemption in the next round.
             if needed + len(self.running) > self._pages.free and self.running:
                 return
             pages = self._pages.reserve(needed)
@@ -232,7 +235,7 @@ class Scheduler:
         return leader if leader.tokens[: leader.num_prompt] == message.prompt else None
 
     def _shared(self, request: Request) -> list[int]:
-        """Whole pages of the prompt that the leader has computed. The row computes what follows them itself."""
+        """Find the whole pages of the prompt that the leader has computed. The row computes the rest itself."""
         leader = request.leader
         if leader is None or leader.row is None:
             return []
@@ -240,7 +243,7 @@ class Scheduler:
         return leader.pages[: max(0, tokens) // self._page_size]
 
     def _reserve(self, plan: RoundPlan, request: Request, slots: int) -> bool:
-        """Reserve pages for `slots` KV slots in all; False, and nothing changed, if they are not free."""
+        """Reserve pages for `slots` KV slots in total; False, and nothing changes, if too few are free."""
         if slots <= request.num_reserved:
             return True
         pages = self._pages.reserve(-(-(slots - request.num_reserved) // self._page_size))
@@ -256,7 +259,7 @@ class Scheduler:
         request.num_reserved += len(pages) * self._page_size
 
     def _reserve_or_preempt(self, plan: RoundPlan, request: Request, slots: int) -> bool:
-        """Reserve, preempting requests admitted later; False if `request` itself had to go."""
+        """Reserve, preempting requests admitted later; False if `request` itself was preempted."""
         while not self._reserve(plan, request, slots):
             victim = self.running[-1]
             self._preempt(victim)
@@ -274,7 +277,7 @@ class Scheduler:
         self.waiting.insert(before, request)
 
     def _leave(self, request: Request) -> None:
-        """Give row and pages back."""
+        """Free the request's row and pages."""
         assert request.row is not None
         self._pages.release(request.pages)
         request.pages, request.num_reserved = [], 0
@@ -283,15 +286,15 @@ class Scheduler:
         self.running.remove(request)
 
     def commit(self, plan: RoundPlan, requests: list[Request], result: RoundResult) -> list[tuple[Request, list[int]]]:
-        """Move counters by the round's result. Returns (request, tokens appended) per row that sampled.
+        """Advance counters by the round's result. Returns (request, tokens appended) per row that sampled.
 
-        Rejected drafts need no undoing: `num_computed` simply does not count them.
+        Rejected drafts need no undoing: `num_computed` does not count them.
         """
         outcomes = iter(result.rows)
         prompt_logprobs = iter(result.prompt_logprobs)
         yielded = []
         for request, work in zip(requests, plan.work, strict=True):
-            if work.num_prompt_logprobs:  # those of a prompt that is recomputed are replaced
+            if work.num_prompt_logprobs:  # a recomputed prompt's entries are replaced
                 request.prompt_logprobs[work.computed :] = islice(prompt_logprobs, work.num_prompt_logprobs)
             request.num_computed += work.new
             if self._draft_kv:
@@ -300,7 +303,7 @@ class Scheduler:
                 continue
             outcome = next(outcomes)
             request.num_computed += outcome.accepted
-            if self._draft_kv and work.gamma:  # the last of drafts that were all accepted was never fed
+            if self._draft_kv and work.gamma:  # if all drafts were accepted, the last one was never fed
                 request.draft_lag = int(outcome.accepted == work.gamma)
             yielded.append((request, request.commit(outcome.tokens)))
             if request.finish_reason is not None:

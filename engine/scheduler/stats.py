@@ -1,4 +1,4 @@
-"""Count the engine's work: the numbers behind /metrics and --stats."""
+"""Statistics of the engine's work, for /metrics and --stats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.scheduler.request import Request
 
 
 class StatsRecorder:
-    """Running totals. Host-side, O(rows) per round."""
+    """Recorder of running totals. Host-side, O(rows) per round."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class StatsRecorder:
         policy: str,
         draft_pages_per_row: int,
     ) -> None:
-        """draft_tokens_read: from a row's tokens and a budget to the KV slots that a draft step reads. policy,
+        """draft_tokens_read: maps a row's tokens and a budget to the KV slots that a draft step reads. policy,
         draft_pages_per_row: see EngineStats."""
         self._draft_tokens_read = draft_tokens_read
         self.totals = EngineStats(
@@ -56,7 +56,7 @@ class StatsRecorder:
     def record_row(self, request: Request, drafted: int, accepted: int, tokens: int) -> None:
         """Count a row's `tokens` output tokens, of which the first `accepted` were among its `drafted` ones.
 
-        Drafts after the token that ended a request were never judged: they count as drafted, but not as rejected.
+        Drafts after the token that ended a request were never verified: they count as drafted, but not as rejected.
         """
         totals = self.totals
         if request.num_output == tokens:
@@ -70,7 +70,7 @@ class StatsRecorder:
             totals.accepted_per_position[position] += 1
 
     def record_time(self, result: RoundResult, seconds: float) -> None:
-        """seconds: of the whole round, from scheduling to commit."""
+        """Count a round's time. seconds: of the whole round, from scheduling to commit."""
         totals = self.totals
         totals.draft_seconds += result.draft_seconds
         totals.verify_seconds += result.verify_seconds
@@ -80,8 +80,8 @@ class StatsRecorder:
 def acceptance_rate(stats: EngineStats) -> float:
     """Estimate alpha, the probability that the target agrees with one drafted token.
 
-    A round's drafts are checked up to the first disagreement, so the estimate is accepted / (accepted + rejections),
-    where a round has a rejection if not all of its drafts were accepted. NaN if nothing was drafted.
+    A row's drafts are checked up to the first disagreement, so the estimate is accepted / (accepted + rejections),
+    where a row has one rejection per round in which not all of its drafts were accepted. NaN if nothing was drafted.
     """
     tried = stats.accepted_tokens + stats.rejections
     return stats.accepted_tokens / tried if tried else float("nan")
@@ -100,7 +100,7 @@ _GAUGES = {
 
 
 def add_totals(stats: EngineStats, before: EngineStats) -> EngineStats:
-    """A copy of `stats` whose totals include those of `before`, the engines that ran before this one."""
+    """Return a copy of `stats` whose totals include those of `before`, the engines that ran before this one."""
 
     def total(name: str) -> Any:
         mine, theirs = getattr(stats, name), getattr(before, name)

@@ -1,7 +1,7 @@
 """A draft's own KV cache: copies of the tokens a policy chose, per KV head, and a ring of the most recent ones.
 
 Its page table is that of a window whose sink is the chosen tokens, and whose recent pages wrap around (`ring_table`).
-While the context is within the budget, every token stands at its own place and the draft reads what the target reads.
+While the context is within the budget, every token is at its own place and the draft reads the same KV as the target.
 Once it is longer, the first pages are overwritten by the tokens chosen from all that came before the recent ones.
 Keys keep their positions in the text, so the order in which they are stored does not matter.
 """
@@ -54,7 +54,7 @@ class DraftCache:
         shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
         self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.query_capture = QueryCapture(inner, self._queries)
-        # Host, per row slot, in positions: end of prefill; end of what is copied; end of the queries that are kept; the
+        # Host, per row slot, in positions: end of prefill; end of the copied KV; end of the queries that are kept; the
         # length at which tokens were last chosen (0: never).
         self._prefill = np.zeros(max_rows, dtype=np.int64)
         self._copied = np.zeros(max_rows, dtype=np.int64)
@@ -62,7 +62,7 @@ class DraftCache:
         self._chosen_at = np.zeros(max_rows, dtype=np.int64)
 
     def start(self, start: RowStart) -> None:
-        """A request takes a row slot."""
+        """Start a request in a row slot."""
         self._prefill[start.row] = len(start.tokens)
         self._copied[start.row] = 0 if start.shared else start.computed
         self._captured[start.row] = self._chosen_at[start.row] = 0
@@ -108,18 +108,18 @@ class DraftCache:
         self.pool.data[:, :, cache, :, offset] = self._full.data[:, :, full, :, offset]
 
     def mark_written(self, slots: Ints, end: Ints) -> None:
-        """The cache of these row slots now holds the positions before `end`."""
+        """Record that the cache of these row slots holds the positions before `end`."""
         self._copied[slots] = end
 
     def copy_back(self, slots: Ints, first: Ints, end: Ints) -> None:
-        """Copy what drafts have just written, positions first … end - 1 of each row slot, into the full pool, for a
+        """Copy positions first … end - 1 of each row slot, which drafts have just written, into the full pool, for a
         model that has no other KV of them."""
         count = end - first
         full, cache, offset = self._locate(np.repeat(slots, count), np.repeat(first, count) + ragged_arange(count))
         self._full.data[:, :, full, :, offset] = self.pool.data[:, :, cache, :, offset]
 
     def _locate(self, slots: Ints, positions: Ints) -> tuple[Tensor, Tensor, Tensor]:
-        """Page in the full pool, page in the cache, and offset in the page, of position `positions[i]` of
+        """Return page in the full pool, page in the cache, and offset in the page, of position `positions[i]` of
         `slots[i]`."""
         page = self._state.page_size
         row_index, position = self._state.to_device(slots), self._state.to_device(positions)
@@ -127,19 +127,19 @@ class DraftCache:
         return self._state.page_table[row_index, column], self.view.page_table[row_index, column], offset
 
     def _first_recent(self, end: int) -> int:
-        """The first position that is read as recent by a query at `end`, the draft's first one."""
+        """Return the first position that is read as recent by a query at `end`, the draft's first one."""
         return max(0, -(-(end + 1) // self._state.page_size) - self._recent) * self._state.page_size
 
     def _num_candidates(self, row: int, computed: int, end: int) -> int:
-        """Number of tokens that the row's cache is to be chosen from now; 0: it is not due, or leaves no choice."""
+        """Return the number of tokens to choose the row's cache from now; 0: it is not due, or there is no choice."""
         if self._chosen_at[row] and not 0 < self._reselect <= computed - self._chosen_at[row]:
             return 0
         candidates = min(self._first_recent(end), int(self._captured[row]))
-        # What fits into the first pages leaves no choice: they keep what came first.
+        # Tokens that all fit into the first pages leave no choice: these pages hold the first tokens.
         return candidates if candidates > self._chosen * self._state.page_size else 0
 
     def _readable(self, first: int, end: int) -> Ints:
-        """Positions first … end - 1 that will be read: those of the first pages, and the recent ones."""
+        """Return the positions in first … end - 1 that will be read: those of the first pages, and the recent ones."""
         prefix = self._chosen * self._state.page_size
         recent = np.arange(max(first, self._first_recent(end), prefix), end)
         return np.concatenate([np.arange(first, min(end, prefix)), recent])

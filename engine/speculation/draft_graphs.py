@@ -35,7 +35,7 @@ class _Step:
     chosen: Tensor
 
     def copy(self, inputs: ForwardBatch, samples: SamplePositions) -> None:
-        """Copy in what the next replay computes."""
+        """Copy in the inputs of the next replay."""
         self.inputs.copy(inputs)
         self.last[: len(inputs.logit_index)] = inputs.logit_index
         self.position[: len(samples.position)] = samples.position
@@ -81,8 +81,8 @@ class DraftGraphs:
             self._buckets = {count: self._capture(count) for count in self._rows[::-1]}
 
     def draft(self, batch: RoundBatch, view: View, lag: Ints | None) -> bool:
-        """Draft for all drafting rows of the round; see engine.speculation.drafters.draft. False, and nothing is done,
-        where no graph can."""
+        """Draft for all drafting rows of the round; see engine.speculation.drafters.draft. Returns False, and does
+        nothing, where no graph fits."""
         count, gamma = round_up(self._rows, batch.num_drafting), batch.gamma_max
         if count is None or gamma not in self._gammas or not self._sampler.is_plain(batch.row[: batch.num_drafting]):
             return False

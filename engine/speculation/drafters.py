@@ -1,4 +1,5 @@
-"""Propose tokens for the target to check. A drafter may be slow, wrong or silent; it never changes the text."""
+"""Drafters: propose tokens for the target to verify. A drafter may be slow, be wrong or propose nothing; it never
+changes the distribution of the text."""
 
 from __future__ import annotations
 
@@ -21,35 +22,35 @@ from engine.speculation.verify import Verdict
 
 
 class Drafter(Protocol):
-    """Proposes tokens after the committed ones of each row; never touches committed state."""
+    """Interface of drafters: propose tokens after the committed ones of each row; never change committed state."""
 
     def start(self, start: RowStart) -> None:
-        """A request takes a row slot; called before the first round that the row is in."""
+        """Start a request in a row slot; called before the first round that the row is in."""
         ...
 
     def propose(self, batch: RoundBatch) -> Tensor:
         """Place up to gamma tokens after each row (`RoundBatch.place_drafts`).
 
-        Returns how many, [rows] int64: at most `batch.gamma_device`; it may be fewer, or none.
+        Returns their number, [rows] int64: at most `batch.gamma_device`; it may be fewer, or none.
         """
         ...
 
     def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
-        """Learn what the target decided."""
+        """Learn from the target's verdict."""
         ...
 
 
 class NoDrafter:
-    """Proposes nothing: every round decodes plainly. For deployments whose gamma is always 0."""
+    """Drafter that proposes nothing: every round decodes plainly. For deployments whose gamma is always 0."""
 
     def start(self, start: RowStart) -> None:
-        """No state is kept."""
+        """Do nothing: no state is kept."""
 
     def propose(self, batch: RoundBatch) -> Tensor:
         return torch.zeros_like(batch.gamma_device)
 
     def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
-        """Nothing was drafted."""
+        """Do nothing: no token was drafted."""
 
 
 class SelfDrafter:
@@ -91,7 +92,7 @@ class SelfDrafter:
         return batch.gamma_device
 
     def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
-        """The KV it reads is the target's: nothing to learn."""
+        """Do nothing: the KV that drafts read is the target's."""
 
 
 def draft(
@@ -116,7 +117,7 @@ def draft(
 
 
 class TimedDrafter:
-    """Any drafter, with a stopwatch on its proposals."""
+    """Any drafter, with a stopwatch that times its proposals."""
 
     def __init__(self, drafter: Drafter, watch: Stopwatch) -> None:
         self._drafter = drafter

@@ -22,12 +22,13 @@ from parallel.group import Group
 
 
 class ModelDrafter:
-    """The draft model has KV of its own, and computes every token that the target commits before it drafts.
+    """Drafter over a draft model with KV of its own, which computes every token that the target commits before it
+    drafts.
 
-    It does so on demand: rows that do not draft cost nothing, and the plan says how many tokens of a row that is about
-    to draft are computed first (all that are missing, or a part if they are too many for one round). A row that drafts
-    round after round misses nothing but its pending token - or one more, if all drafts of the round before were
-    accepted: the last of them was proposed but never fed. Both are fed together.
+    It does so on demand: rows that do not draft cost nothing, and the plan contains the number of tokens that are
+    computed before a row drafts (all that are missing, or a part if they are too many for one round). A row that drafts
+    round after round lacks only its pending token, or one more if all drafts of the previous round were accepted: the
+    last of them was proposed but never fed. Both are fed together.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class ModelDrafter:
             )
 
     def _blocks(self, computed: Ints, end: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
-        """Cut missing tokens into forwards: which rows, their first token, and the number of tokens of each."""
+        """Split missing tokens into forwards: the rows of each, their first token, and their number of tokens."""
         computed = computed.copy()
         while len(late := np.flatnonzero(computed < end)):
             tokens = np.minimum(end[late] - computed[late], self._row_block)
@@ -113,10 +114,10 @@ class ModelDrafter:
 
 
 class SharedDrafts:
-    """Makes the drafts of the ranks that hold the draft model known to all ranks; O(rows × gamma) traffic per round."""
+    """Drafter that sends the drafts to ranks without the draft model as well; O(rows × gamma) traffic per round."""
 
     def __init__(self, drafter: Drafter | None, group: Group) -> None:
-        """drafter: this rank's, if it has one. Rank 0 has, and its drafter proposes as many tokens as the plan asks.
+        """drafter: this rank's, if it has one. Rank 0 has one, which proposes as many tokens as the plan contains.
         group: all ranks of the target."""
         self._drafter = drafter
         self._group = group

@@ -1,8 +1,7 @@
 """Verification by speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
 
 The other rule is coupled sampling, the default (engine.speculation.verify). Here a sampled token is distributed as the
-target's, but which text comes out depends on what was drafted. Greedy rows have nothing to reject at random, and are
-verified as always.
+target's, but the text depends on the drafts. Greedy rows involve no randomness and are verified as always.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from kernels.reference_ops import REFERENCE
 from parallel.vocab_shard import VocabShard
 
 _KEEP, _RESIDUAL = 0x5A6F9E2D3B1C7F01, 0x2F8D1C6B7A4E9035
-"""Streams of noise beside the draft's own: a token, the choice to keep it, and its replacement are independent."""
+"""Streams of noise besides the draft's own: a token, the choice to keep it, and its replacement are independent."""
 
 
 def keep_or_replace(p: Tensor, q: Tensor, drafts: Tensor, keep: Tensor, noise: Tensor, vocab: VocabShard) -> Tensor:
@@ -57,7 +56,7 @@ class Proposals:
         self._logprobs, self._count = [], 0
 
     def take(self, samples: SamplePositions) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
-        """Find the proposals of these samples, and forget all.
+        """Find the proposals of these samples, and clear all.
 
         Returns the samples that have one [m], the place of each in the last item [m], and all proposals [k, slice].
         """
@@ -72,7 +71,7 @@ class Proposals:
 
 
 class RejectionSampler(Sampler):
-    """The sampler of a target, or of its draft; both share their proposals."""
+    """Sampler of a target, or of its draft; both share their proposals."""
 
     def __init__(
         self,

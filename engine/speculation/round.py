@@ -1,4 +1,4 @@
-"""MagicDec on one screen (arXiv 2408.11049): draft with sparse KV, verify in one target pass, commit."""
+"""One round of MagicDec (arXiv 2408.11049): draft with sparse KV, verify in one target pass, commit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.speculation.verify import Verdict, commit, verify
 
 
 def run_round(batch: RoundBatch, target: Runner, drafter: Drafter, sampler: Sampler) -> Verdict:
-    """Draft, verify, commit. Prefill chunks ride along in the verify pass; a row with gamma = 0 decodes plainly."""
+    """Draft, verify, commit. The verify pass includes prefill chunks; a row with gamma = 0 decodes plainly."""
     drafted = drafter.propose(batch)  # number of tokens placed after each row
     logits = target.forward(batch.verify_inputs(target.view))  # only where a token is sampled
     verdict = verify(drafted, logits, batch, sampler)

@@ -14,7 +14,7 @@ from engine.sampling.sampler import LogprobTensors, PromptLogprobTensors, Sample
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome of a round, for all its rows.
+    """Outcome of a round, for all its rows.
 
     rows: [rows, 2 + max_samples] int64: number of drafts proposed; number accepted; and the target's tokens, of which
         accepted + 1 count: the accepted drafts, and the bonus token.
@@ -53,7 +53,7 @@ def verify(drafted: Tensor, logits: Tensor, batch: RoundBatch, sampler: Sampler)
 
 
 def commit(verdict: Verdict, batch: RoundBatch) -> None:
-    """Make the verdict the state: write the target's tokens, advance the counters."""
+    """Apply the verdict to the state: write the target's tokens, advance the counters."""
     state = batch.state
     (state.ops.commit or commit_tokens)(state.tokens, state.computed, batch.row_spans, verdict.rows)
 
@@ -71,7 +71,7 @@ def accept_drafts(
     """
     slot, new, first, count = row_spans.unbind(1)
     step = torch.arange(most, device=tokens.device)
-    padded = torch.cat([chosen, chosen.new_zeros(1)])  # rows with fewer samples read past their own
+    padded = torch.cat([chosen, chosen.new_zeros(1)])  # rows with fewer samples read beyond their own
     targets = padded[(first[:, None] + step).clamp_(max=len(chosen))]
     place = ((computed[slot] + new)[:, None] + step).clamp_(max=tokens.shape[1] - 1)
     agrees = (tokens[slot[:, None], place] == targets) & (step < torch.minimum(drafted, count - 1)[:, None])

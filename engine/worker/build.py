@@ -64,7 +64,7 @@ def load_draft(config: EngineConfig, target: Llama, max_model_len: int, group: G
 def make_sampler(
     config: EngineConfig, state: RowState, vocab: VocabShard, ops: Ops, grammars: Grammars | None = None
 ) -> Sampler:
-    """The target's sampler."""
+    """Make the target's sampler."""
     if config.speculation.verification == "rejection" and config.speculation.max_draft_tokens:
         proposals = Proposals(len(state.tokens), config.speculation.max_draft_tokens)
         return RejectionSampler(state, vocab, proposals, ops, grammars)
@@ -72,7 +72,7 @@ def make_sampler(
 
 
 def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: int) -> Runner:
-    """The target over a pool of its own."""
+    """Make the target's runner, over a pool of its own."""
     pool = model.make_pool(num_pages, state.page_size)
     queries = {gamma + 1 for gamma in _gammas(config.speculation)}  # a plain step, and verify passes
     graphs = _forward_graphs(config, model, pool, queries, state.page_table.shape[1])
@@ -82,7 +82,8 @@ def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: 
 def make_drafter(
     config: EngineConfig, target: Runner, state: RowState, sampler: Sampler, group: Group, draft: DraftModel
 ) -> tuple[Runner, Drafter]:
-    """The drafter that `config.speculation` describes, and the target as it must run beside it.
+    """Make the drafter that `config.speculation` describes. Returns the target's runner to use with it, and the
+    drafter.
 
     sampler: the target's. group: all ranks. draft: the draft model, if there is one.
     """
@@ -110,8 +111,8 @@ def make_drafter(
 
 
 def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Llama | None:
-    """The model whose weights a draft step of this rank reads, if that is not the target: the draft model, or the
-    target in 8 bits."""
+    """Return the model whose weights a draft step of this rank reads, if that is not the target: the draft model, or
+    the target in 8 bits."""
     settings = config.speculation
     if settings.max_draft_tokens == 0 or settings.drafter == "model":
         return draft.model
@@ -119,12 +120,12 @@ def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Ll
 
 
 def dense(state: RowState) -> View:
-    """All KV, in a pool laid out by the scheduler."""
+    """Make the view of all KV, in a pool laid out by the scheduler."""
     return View(Dense(), state.page_table)
 
 
 def make_attention(config: KVConfig, model: Llama, page_size: int) -> AttentionBackend:
-    """Attention for drafts that read by `config`."""
+    """Make the attention for drafts with this KV policy."""
     if isinstance(config, TopKConfig):
         return TopKAttention(page_size, config.budget)
     if isinstance(config, WindowConfig) and config.positions == "relative":
@@ -139,7 +140,7 @@ def make_attention(config: KVConfig, model: Llama, page_size: int) -> AttentionB
 def _model_drafter(
     config: EngineConfig, state: RowState, num_pages: int, sampler: Sampler, draft: DraftModel
 ) -> Drafter | None:
-    """A drafter over the draft model; None on a rank without a shard of it."""
+    """Make the drafter over the draft model; None on a rank without a shard of it."""
     model, group, settings = draft.model, draft.group, config.speculation
     if model is None or group is None:
         return None
@@ -149,7 +150,7 @@ def _model_drafter(
     cache, views, graphs = None, {}, None
     own = sampler.for_draft(VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group))
     if isinstance(settings.kv, WindowConfig):
-        spec = draft_kv_spec(settings, page)  # nothing is kept that the window does not read
+        spec = draft_kv_spec(settings, page)  # the pool holds only the KV that the window reads
         row_block = spec.block or block
         columns = state.page_table.shape[1]
         table = ring_table(len(state.tokens), columns, spec.first, spec.ring).to(state.device)
@@ -179,7 +180,7 @@ def _model_drafter(
 def _forward_graphs(
     config: EngineConfig, model: Llama, pool: KVPool, queries: Iterable[int], width: int
 ) -> ForwardGraphs | None:
-    """See ForwardGraphs; None where nothing is captured."""
+    """Make ForwardGraphs; None where nothing is captured."""
     if model.ops.graphs is None or not config.cuda_graphs:
         return None
     rows = graph_row_counts(config.scheduler.max_rows)
@@ -189,8 +190,8 @@ def _forward_graphs(
 def _with_graphs(
     config: EngineConfig, runner: Runner, sampler: Sampler, width: int, first: int = 1
 ) -> tuple[Runner, DraftGraphs | None]:
-    """The runner with captured single steps, unless it has graphs already, and captured drafts of all steps. Unchanged,
-    and None, where nothing is captured.
+    """Capture single steps, unless the runner has graphs already, and drafts of all steps. Returns the runner with
+    graphs and the drafts; the unchanged runner and None where nothing is captured.
 
     sampler: the drafter's. width: largest number of pages in a row's list. first: largest number of queries of a row in
     the first step.
@@ -205,18 +206,19 @@ def _with_graphs(
 
 
 def _gammas(settings: SpeculationConfig) -> set[int]:
-    """Numbers of drafts that rounds have. With a fixed gamma, only rounds in which a request ends have fewer."""
+    """Return the numbers of drafts that rounds have. With a fixed gamma, only rounds in which a request ends have
+    fewer."""
     return set(range(settings.max_draft_tokens + 1)) if settings.gamma == "auto" else {0, settings.max_draft_tokens}
 
 
 def _drafts_use_int8(config: EngineConfig, target: Llama) -> bool:
-    """Whether drafts are made with matrices of 8 bits."""
+    """Whether drafts use matrices of 8 bits."""
     wanted = config.speculation.weights
     return wanted == "int8" or (wanted == "auto" and target.ops.kind == "cpu")
 
 
 def _views(config: EngineConfig, page_table: Tensor) -> dict[int, View]:
-    """Views of the pool laid out by page_table, by the budget that a round may ask for."""
+    """Make views of the pool laid out by page_table, keyed by the budgets that a round may use."""
     page = config.cache.page_size
     policies = budget_policies(config.speculation, page)
     return {budget: View(make_policy(kv, page), page_table) for budget, kv in policies.items()}
@@ -228,7 +230,7 @@ def _is_exact(config: KVConfig) -> bool:
 
 
 def _width(config: KVConfig, state: RowState) -> int:
-    """Largest number of pages in a draft's list. Two tokens can stand after a window's last page."""
+    """Return the largest number of pages in a draft's list. Two tokens can follow a window's last page."""
     most = state.page_table.shape[1]
     return min(most, config.budget // state.page_size + 1) if config.budget else most
 

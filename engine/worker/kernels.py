@@ -23,10 +23,10 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def choose_ops(setting: KernelsSetting, device: torch.device, dtype: torch.dtype) -> Ops:
-    """Choose kernels for a model of this dtype on this device, as `engine.kernels` says. The first use of compiled
+    """Choose kernels for a model of this dtype on this device. setting: `engine.kernels`. The first use of compiled
     kernels on a machine compiles them.
 
-    Raises ConfigError for kernels that were asked for by name and cannot serve.
+    Raises ConfigError if kernels that the setting names are not available.
     """
     if setting == "reference":
         return REFERENCE
@@ -44,7 +44,7 @@ def choose_ops(setting: KernelsSetting, device: torch.device, dtype: torch.dtype
 
 
 def _folder() -> Path | None:
-    """Folder for kernels compiled on this machine; None for a user without a home."""
+    """Return the folder for kernels compiled on this machine; None for a user without a home directory."""
     try:
         return user_cache() / "kernels"
     except OSError:

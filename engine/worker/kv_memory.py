@@ -1,4 +1,4 @@
-"""Size the KV pool on GPUs: what is left of their memory once the models are loaded and have run."""
+"""Size the KV pool on GPUs: the memory that remains after the models are loaded and have run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from parallel.group import Group
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes of one device. used: by all processes, before the model runs. running: the largest amount it takes beyond
-    that while it runs."""
+    """Bytes of one device's memory. used: by all processes, before the model runs. running: the largest additional
+    amount while it runs."""
 
     total: int
     used: int
@@ -29,9 +29,10 @@ class DeviceMemory:
 def determine_num_pages(
     config: EngineConfig, resolved: Resolved, model: Llama, group: Group, memory: DeviceMemory | None = None
 ) -> int:
-    """Pages of the target's pool, the same on every rank: as resolved, or as many as fit on the rank that has least.
+    """Return the number of pages of the target's pool, the same on every rank: as resolved, or as many as fit on the
+    rank with the smallest free memory.
 
-    Every rank calls this, with all of its weights loaded. memory: in place of what is measured. Raises ConfigError, on
+    Every rank calls this, with all of its weights loaded. memory: used instead of a measurement. Raises ConfigError, on
     every rank, if the longest request does not fit.
     """
     if resolved.num_pages is not None:
@@ -46,7 +47,7 @@ def determine_num_pages(
 
 
 def captured_bytes(config: EngineConfig, model: Llama, running: int) -> int:
-    """Estimate the bytes that graphs keep: what runs in them, and the workspace of each captured attention.
+    """Estimate the bytes that graphs keep: tensors of captured forwards, and the workspace of each captured attention.
 
     running: bytes that the largest round takes.
     """

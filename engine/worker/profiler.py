@@ -1,7 +1,7 @@
 """The start-up profile: times of plain steps, draft steps and verify passes of this engine on this machine.
 
 It runs rounds over rows whose KV is zeros: times depend on shapes, not on values. Saved in the user's cache folder
-under a key of everything that times depend on, so that only the first start spends the seconds.
+under a key of everything that times depend on, so that only the first start spends time on it.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _VERSION = 4
 _SECONDS = 8.0
 """Approximate limit of a profile's time."""
 _SHORT, _LONG_TOKENS = 64, 8192
-"""Tokens per row, and of all rows together, between which times are assumed to be linear."""
+"""Tokens per row, and of all rows together; times are assumed to be linear between them."""
 _ROWS = (1, 4, 16, 64, 256)
 _GAMMAS = (0, 1, 3)
 _REPEATS = 2
 _SLOW_S = 0.2
-"""A pass that takes longer is not repeated."""
+"""Time above which a pass is not repeated."""
 _ROOM = 128
 """Tokens by which a row may grow while it is measured."""
 
 
 class Profiler:
-    """Measures rounds of an engine that has no requests."""
+    """Profiler of rounds of an engine without requests."""
 
     def __init__(
         self, run: Callable[[RoundPlan], RoundResult], config: EngineConfig, num_pages: int, max_model_len: int
@@ -63,7 +63,7 @@ class Profiler:
     def measure(self, rows: int, context: int, gamma: int, repeats: int = _REPEATS) -> StepSample:
         """Measure `rows` rows of `context` tokens each, all with gamma drafts; the fastest of `repeats`.
 
-        Raises ValueError for more rows or tokens than the engine takes.
+        Raises ValueError for more rows or tokens than the engine supports.
         """
         if not 1 <= rows <= self._max_rows:
             raise ValueError(f"{rows} rows, but the engine has {self._max_rows}")
@@ -100,7 +100,8 @@ class Profiler:
         return -(-(context + self._room) // self._page)
 
     def _fresh(self, rows: int, context: int) -> list[int]:
-        """Pages that are about to be read for the first time: memory that was never written reads too fast."""
+        """Return the pages that are about to be read for the first time, to be cleared: reads of memory that was never
+        written are too fast."""
         needed = min(self._pages, rows * self._width(context))
         fresh = list(range(self._cleared, needed))
         self._cleared = max(self._cleared, needed)
@@ -111,15 +112,15 @@ class Profiler:
 
 
 def blank_rows(rows: int, context: int, width: int, pages: int) -> tuple[list[RowStart], list[PageDelta]]:
-    """Rows of `context` computed tokens and a pending one, all 0, over `width` pages each, taken in order from the
-    first `pages` of the pool, again and again."""
+    """Build rows of `context` computed tokens and a pending one, all 0, over `width` pages each, taken in cyclic order
+    from the first `pages` of the pool."""
     tokens, params = [0] * (context + 1), SamplingParams(temperature=0.0)
     starts = [RowStart(row, tokens, context + 1, params, [], context) for row in range(rows)]
     return starts, [PageDelta(row, 0, [(row * width + i) % pages for i in range(width)]) for row in range(rows)]
 
 
 def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
-    """Measure a few informative batches: a short and a long context for each number of rows, while the time lasts."""
+    """Measure a few informative batches, within the time limit: a short and a long context for each number of rows."""
     most = min(config.speculation.max_draft_tokens, profiler.max_draft_tokens)
     gammas = sorted({gamma for gamma in _GAMMAS if gamma < most} | {most})
     longest = profiler.max_context
@@ -141,7 +142,7 @@ def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
 
 
 def profile_key(config: EngineConfig, sizes: Resolved) -> str:
-    """A hash of everything that the measured times depend on, and of nothing else."""
+    """Return a hash of everything that the measured times depend on, and of nothing else."""
     speculation = config.speculation
     parts: list[object] = [
         _VERSION,
@@ -165,7 +166,7 @@ def profile_key(config: EngineConfig, sizes: Resolved) -> str:
 
 
 def _work(shape: ModelConfig) -> ModelConfig:
-    """The config without fields that change the results of a forward but not its work."""
+    """Return the config without fields that change the results of a forward but not its work."""
     return replace(
         shape,
         max_position_embeddings=0,
@@ -190,7 +191,7 @@ def _path(key: str) -> Path:
 
 
 def load_profile(key: str) -> list[StepSample] | None:
-    """The profile saved under this key, if there is a usable one."""
+    """Load the profile saved under this key; None without a usable one."""
     try:
         samples = msgspec.json.decode(_path(key).read_bytes(), type=list[StepSample])
         StepTimes(samples, lambda context, budget: context)
@@ -200,7 +201,7 @@ def load_profile(key: str) -> list[StepSample] | None:
 
 
 def save_profile(key: str, samples: Iterable[StepSample]) -> None:
-    """Save a profile for the next start. Failing to is no error."""
+    """Save a profile for the next start. A failure to save it is no error."""
     try:
         file = _path(key)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Resolve the settings for this model and machine: device, precision, lengths, and how much KV fits."""
+"""Resolve the settings for this model and machine: device, precision, lengths, and size of the KV pool."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """Settings with nothing left open, except perhaps the size of the pool.
+    """Resolved settings, all but possibly the size of the pool.
 
     path: the model's directory. shape: its config. ops: the kernels. threads: CPU threads per rank. num_pages: pages of
     the pool, the same on every rank; None: as many as fit on the devices (engine.worker.kv_memory). kv_token_bytes: KV
-    of one token, over all ranks. token_bytes, fixed_bytes: on the rank that has most, KV for each token of the pool,
-    and what drafts keep whatever its size. min_pages: pages of the longest request. max_pages: pages that all rows
-    together can use.
+    of one token, over all ranks. token_bytes, fixed_bytes: on the rank with the largest share, KV for each token of the
+    pool, and KV of drafts that does not depend on its size. min_pages: pages of the longest request. max_pages: pages
+    that all rows together can use.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class Resolved:
     max_pages: int
 
     def fill_in(self, config: EngineConfig) -> EngineConfig:
-        """The same deployment with these values, for ranks that must not decide anything themselves."""
+        """Return the same config with these values, for ranks that must not resolve anything themselves."""
         return config.model_copy(
             update={
                 "model": str(self.path),
@@ -70,7 +70,7 @@ class Resolved:
 
 
 def resolve(config: EngineConfig, model: Llama | None) -> Resolved:
-    """Resolve a deployment's settings. model: one that is loaded already, in place of `config.model`.
+    """Resolve a deployment's settings. model: a loaded model, used instead of `config.model`.
 
     Raises ValueError (ConfigError, ModelError) for settings or a model that cannot be served.
     """
@@ -112,8 +112,8 @@ def resolve(config: EngineConfig, model: Llama | None) -> Resolved:
 
 
 def draft_tokens_read(config: EngineConfig) -> Callable[[int, int], int]:
-    """A function from a row's tokens and a budget to the KV slots that a draft step reads; budget 0: the configured
-    one."""
+    """Return a function from a row's tokens and a budget to the KV slots that a draft step reads; budget 0: the
+    configured one."""
     page_size = config.cache.page_size
     by_budget = budget_policies(config.speculation, page_size)
     policies = {budget: make_policy(kv, page_size) for budget, kv in by_budget.items()}
@@ -122,8 +122,8 @@ def draft_tokens_read(config: EngineConfig) -> Callable[[int, int], int]:
 
 
 def pages_within(config: EngineConfig, resolved: Resolved, memory: int, source: str) -> int:
-    """Number of pages that fit into `memory` bytes beside what drafts keep. source: names that memory in messages.
-    Raises ConfigError."""
+    """Return the number of pages that fit into `memory` bytes in addition to the KV that drafts keep. source: name of
+    that memory in messages. Raises ConfigError."""
     pages = max(0, memory - resolved.fixed_bytes) // (config.cache.page_size * resolved.token_bytes)
     return _check_pages(config, resolved, pages, _describe_drafts(config, resolved.fixed_bytes, source))
 
@@ -137,7 +137,7 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it natively, else float32."""
+    """Resolve the dtype: `auto` is bfloat16 where the device multiplies it natively, else float32."""
     if name != "auto":
         return _DTYPES[name]
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
@@ -156,12 +156,12 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _kv_bytes(shape: ModelConfig, dtype: torch.dtype, kv_heads: int) -> int:
-    """Bytes of KV per token."""
+    """Return the bytes of KV per token."""
     return KVPool.bytes_per_token(num_layers=shape.num_layers, kv_heads=kv_heads, head_dim=shape.head_dim, dtype=dtype)
 
 
 def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | None:
-    """Config of the draft model, if there is one. Raises ConfigError if it cannot draft for the target."""
+    """Read the config of the draft model, if there is one. Raises ConfigError if it cannot draft for the target."""
     if config.speculation.draft_model is None:
         return None
     shape = read_config(resolve_model(config.speculation.draft_model))
@@ -174,9 +174,9 @@ def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | Non
 
 
 def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Memory of drafts on the rank that has most: bytes per token of the pool, and bytes whatever its size.
+    """Compute the memory of drafts on the rank with the largest share: bytes per token of the pool, and fixed bytes.
 
-    A draft model that can look back at everything has a page for each of the target's. SnapKV's cache, the queries that
+    A draft model that keeps the KV of all tokens has a page for each of the target's. SnapKV's cache, the queries that
     choose, and the window of a draft model are of fixed size. shape: config of the model that drafts.
     """
     settings = config.speculation
@@ -197,7 +197,7 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
 
 
 def _num_pages(config: EngineConfig, resolved: Resolved) -> int:
-    """Pages in the pool: as configured, or as many as fit in memory_gb."""
+    """Return the number of pages in the pool: as configured, or as many as fit in memory_gb."""
     if config.cache.num_pages is not None:
         return _check_pages(config, resolved, config.cache.num_pages)
     memory = _CPU_MEMORY_GB if config.cache.memory_gb is None else config.cache.memory_gb
@@ -205,7 +205,7 @@ def _num_pages(config: EngineConfig, resolved: Resolved) -> int:
 
 
 def _check_pages(config: EngineConfig, resolved: Resolved, pages: int, beside: str = "") -> int:
-    """Limit `pages` to what all rows can ever use. beside: describes what else the memory holds.
+    """Limit `pages` to the number that all rows together can use. beside: describes what else the memory holds.
 
     Raises ConfigError unless the longest request fits alone, so that every admitted request can finish.
     """
@@ -219,7 +219,7 @@ def _check_pages(config: EngineConfig, resolved: Resolved, pages: int, beside: s
 
 
 def _describe_drafts(config: EngineConfig, fixed_bytes: int, source: str) -> str:
-    """For messages about a pool that shares its memory with what drafts keep."""
+    """Describe, for messages, the KV of drafts that shares the pool's memory."""
     if not fixed_bytes:
         return ""
     rows = config.scheduler.max_rows

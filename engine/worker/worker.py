@@ -1,4 +1,4 @@
-"""One rank's share of the engine: its shard of the model, its pool and its rows. Runs the rounds it is sent."""
+"""Worker of one rank: owns its shard of the model, its pool and its rows, and runs rounds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def noop() -> None:
 
 
 class Worker:
-    """Owns everything of one rank. Only `execute` changes its state.
+    """Owner of all state of one rank. Only `execute` changes it.
 
     model: this rank's shard of the target. num_pages: of the target's pool.
     """
@@ -61,8 +61,8 @@ class Worker:
     ) -> Self:
         """Load this rank's shards, size its pool and build it. All ranks do so together.
 
-        device: this rank's. draft_group: the ranks that share the draft model, if this is one of them. model: a shard
-        that is loaded already. progress: show a bar on stderr. Raises ConfigError, ModelError.
+        device: this rank's. draft_group: the ranks that share the draft model, if this is one of them. model: a loaded
+        shard. progress: show a bar on stderr. Raises ConfigError, ModelError.
         """
         if model is None:
             model = load_shard(config, resolved, device, group, progress=progress)
@@ -113,11 +113,11 @@ class Worker:
 
     @torch.inference_mode()
     def execute(self, plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
-        """Run one round. Its result is the only thing that crosses from device to host.
+        """Run one round. Only its result is copied from device to host.
 
-        meanwhile: called once the whole round is sent to the device, before its result is waited for.
-        Raises OutOfMemory, on every rank, if memory did not suffice on one of them; nothing is left of the round then,
-        and its rows have to start anew. In a group that cannot abandon a round, other errors of that rank pass through.
+        meanwhile: called when the whole round has been sent to the device, before the host waits for its result.
+        Raises OutOfMemory, on every rank, if memory did not suffice on one of them; nothing remains of the round then,
+        and its rows must start anew. In a group that cannot abandon a round, that rank's own error is raised instead.
         """
         for group in self._groups:
             group.begin_round()
@@ -127,7 +127,7 @@ class Worker:
                 group.abandon()
         failed = self._group.agree(reason is not None)
         if not failed:
-            assert result is not None  # a rank without a result has failed, or has seen one that has
+            assert result is not None  # a rank without a result has failed, or found that another one has
             return result
         if reason is not None and self._group.rank > 0:  # rank 0 logs it with the requests that fail
             log.error("out of memory: %s", reason)
@@ -137,8 +137,8 @@ class Worker:
         raise OutOfMemory(_on_ranks(failed, reason) if self._group.size > 1 else reason)
 
     def _attempt(self, plan: RoundPlan, meanwhile: Callable[[], None]) -> tuple[RoundResult | None, str | None]:
-        """Return the result, or how this rank ran out of memory; neither if another rank did. Drops the exception, and
-        with it what the failed calls held."""
+        """Run and return the result, or describe how this rank ran out of memory; neither if another rank did. Drops
+        the exception, and with it the memory that the failed calls held."""
         try:
             return self._run(plan, meanwhile), None
         except RoundAbandoned:
@@ -167,20 +167,20 @@ class Worker:
         prompt_logprobs = _prompt_logprobs(verdict.prompt_logprobs) if verdict.prompt_logprobs else []
         verify_seconds = time.perf_counter() - began - draft_seconds
         result = RoundResult(plan.number, results, draft_seconds, verify_seconds, prompt_logprobs)
-        # Not counted in the round's time: neither a profile nor the controller may see it.
+        # Not counted in the round's time, which the profile and the controller use.
         if self._digest_every and plan.number % self._digest_every == 0:
             consistency.compare(self._state, self._group, plan.number)
         return result
 
 
 def _on_ranks(ranks: list[int], reason: str | None) -> str:
-    """reason: this rank's, if it is one of them."""
+    """Describe where memory ran out. reason: this rank's, if it is one of `ranks`."""
     where = f"on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
     return where if reason is None else f"{where}: {reason}"
 
 
 def _row_results(verdict: Verdict, rows: Tensor, plan: RoundPlan) -> list[RowResult]:
-    """Results of the rows that sample. rows: the verdict's, on the host."""
+    """Build the results of the rows that sample. rows: the verdict's, on the host."""
     sampling = [(work, row) for work, row in zip(plan.work, rows.tolist(), strict=True) if work.samples]
     logprobs = _logprobs_by_row(verdict.logprobs, [work for work, _ in sampling]) if verdict.logprobs else {}
     return [
@@ -195,8 +195,8 @@ def _prompt_logprobs(tensors: PromptLogprobTensors) -> list[PromptLogprobs]:
 
 
 def _logprobs_by_row(logprobs: LogprobTensors, sampling: list[RowWork]) -> dict[int, list[TokenLogprobs]]:
-    """Log-probabilities of each row that asks, keyed by its index among the rows that sample; those after a rejected
-    draft included."""
+    """Return the log-probabilities of each row that requests them, keyed by its index among the rows that sample,
+    including those after a rejected draft."""
     owner = [i for i, work in enumerate(sampling) for _ in range(work.gamma + 1)]
     by_row: dict[int, list[TokenLogprobs]] = {}
     columns = zip(
