@@ -74,7 +74,7 @@ def _open(src: Path) -> Checkpoint:
 
 
 def check_destination(src: Path, dst: Path, force: bool) -> None:
-    """Check that `src` can be converted into `dst`. Raises ModelError if `dst` is in use or contains `src`."""
+    """Check that `src` can be converted into `dst`. Raises ModelError if `dst` may not be replaced."""
     source, target = src.resolve(), dst.resolve()
     if target == source or target in source.parents:
         raise ModelError(f"{dst}: holds the source")

@@ -23,7 +23,7 @@ _CONFIG_KEYS = (
     *("rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias"),
 )
 _SPLITS_TRANSFORMERS_KNOWS = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "gpt-2")
-"""Values of tokenizer.ggml.pre for which transformers restores the pre-tokenizer (splitting text before merges)."""
+"""Values of tokenizer.ggml.pre for which transformers restores the splitting of text before merges."""
 
 
 def open_gguf(src: Path) -> Checkpoint:
@@ -82,7 +82,8 @@ def open_gguf(src: Path) -> Checkpoint:
     named = {"bos_token": bos, "eos_token": eos[0], "unk_token": unknown, "pad_token": pad}
     config = {key: value for key, value in model.config.to_dict().items() if key in _CONFIG_KEYS}
     config |= {"architectures": ["LlamaForCausalLM"], **special}
-    config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))  # GGUF stores a float32
+    # GGUF stores a float32: keep its short decimal.
+    config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: tokens[token] for name, token in named.items() if token is not None},

@@ -190,7 +190,7 @@ class Llama(Module):
         )
 
     def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
-        """Write the batch's keys and values into the pool and compute the logits asked for.
+        """Write the batch's keys and values into the pool and compute the requested logits.
 
         Plans `attention` for the batch. Positions must be below the number of positions in `rotary`.
         Returns [n, vocab_size] for the n entries of batch.logit_index (n may be 0), in float32, or float64

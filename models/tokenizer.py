@@ -174,7 +174,7 @@ class IncrementalDecoder:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Map the characters of byte-level vocabularies to bytes. A printable byte is its own character, others use U+0100 on."""
+    """Map the characters of byte-level vocabularies to bytes: its own for a printable byte, others from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -46,7 +46,7 @@ class Join(msgspec.Struct):
 
 
 def choose(device: torch.device, wanted: Transport | Literal["auto"], one_machine: bool = True) -> Transport:
-    """Choose the transport between ranks; auto: the fastest. Raises ValueError if the wanted one cannot work."""
+    """Choose the transport between ranks; auto: the fastest. Raises ValueError for one that cannot work."""
     if wanted == "auto":
         if device.type == "cuda":
             return "nccl"

@@ -1,4 +1,4 @@
-"""Shared-memory group: its ranks are processes on the CPUs of one machine and exchange tensors in memory that all map.
+"""Shared-memory group: processes on the CPUs of one machine exchange tensors through memory that all of them map.
 
 Between two processes of one machine a sum of a few rows takes about ten microseconds this way. Through sockets it
 involves the kernel and several threads and takes a hundred times as long; a decoder needs two sums per layer.
@@ -128,7 +128,7 @@ class ShmGroup(Group):
         return ((start, min(start + step, x.numel())) for start in range(0, x.numel(), step))
 
     def _swap(self, x: Tensor) -> Tensor:
-        """Write x [n] and wait for the others. Returns every rank's x, [size, n], valid until exchange k + 2."""
+        """Write x [n] and wait for the others. Returns every rank's x, [size, n], valid until the next exchange."""
         banks = self._typed.get(x.dtype)
         if banks is None:
             banks = self._typed[x.dtype] = self._banks.view(x.dtype)

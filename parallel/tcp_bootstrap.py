@@ -50,7 +50,7 @@ class Connections(msgspec.Struct):
     """The ranks that connected to rank 0."""
 
     links: dict[int, Link]
-    """By rank; the caller closes them."""
+    """Links by rank; the caller closes them."""
     hosts: dict[int, str]
     """Host names, by rank."""
     store: Store
