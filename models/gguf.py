@@ -23,11 +23,11 @@ _CONFIG_KEYS = (
     *("rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias"),
 )
 _SPLITS_TRANSFORMERS_KNOWS = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "gpt-2")
-"""Values of tokenizer.ggml.pre for which transformers restores the splitting of text before merges."""
+"""Values of tokenizer.ggml.pre for which transformers restores how to split text before merges."""
 
 
 def open_gguf(src: Path) -> Checkpoint:
-    """Open a GGUF file. Raises ModelError: a package is missing, the file is broken, not a Llama, or not convertible."""
+    """Open a GGUF file. Raises ModelError: a package is missing; the file is broken, no Llama, or not convertible."""
     for package in _PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise ModelError(f"reading GGUF needs {package}: {INSTALL}")
