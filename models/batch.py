@@ -1,4 +1,4 @@
-"""What one forward of a model needs, passed to it explicitly."""
+"""Inputs of one forward of a model, passed explicitly."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class ForwardBatch:
     token_ids: [tokens] int64.
     positions: [tokens] int64, absolute position in the request (for RoPE).
     slots: [tokens] int64, KV slot (page * page_size + offset) that receives each token's key and value.
-    attention: which KV each row's queries read; the keys and values just written are included.
-    logit_index: [n] int64, positions within `tokens` whose logits are wanted.
+    attention: KV that each row's queries read, including the keys and values that this forward writes.
+    logit_index: [n] int64, positions within `tokens` whose logits are computed.
     """
 
     token_ids: Tensor

@@ -1,4 +1,4 @@
-"""A checkpoint of any format as a conversion sees it, and reading one that is a Hugging Face style directory."""
+"""Checkpoint to convert, independent of its file format, and a reader for Hugging Face style directories."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ _PASSED_ON = (
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """config: Hugging Face keys.
-    tensors: (Hugging Face name, tensor), read one at a time, in any order and dtype; walked through once.
-    texts: name and content of the files that go with them: tokenizer.json and the like, not config.json.
+    """A checkpoint in Hugging Face terms.
+
+    config: Hugging Face keys.
+    tensors: (Hugging Face name, tensor), read one at a time, in any order and dtype; can be iterated once.
+    texts: name and content of the accompanying files: tokenizer.json and the like, not config.json.
     """
 
     config: dict[str, Any]
@@ -33,7 +35,7 @@ class Checkpoint:
 
 
 def open_directory(src: Path) -> Checkpoint:
-    """Raises ModelError: config.json, tokenizer.json or safetensors weights are missing or broken."""
+    """Open a directory. Raises ModelError: config.json, tokenizer.json or safetensors weights are missing or broken."""
     gguf = min((path.name for path in src.glob("*.gguf")), default=None)
     hint = f"; to convert {gguf}, name that file" if gguf else ""
     for name in ("config.json", "tokenizer.json"):
@@ -49,5 +51,5 @@ def open_directory(src: Path) -> Checkpoint:
 def _read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     for file in files:
         with opened(file) as checkpoint:
-            for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+            for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
                 yield name, checkpoint.get_tensor(name)

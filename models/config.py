@@ -1,4 +1,4 @@
-"""What config.json says about a model of the Llama family. Free of torch, so that a server may read it."""
+"""Parser of config.json for models of the Llama family. Free of torch, so that a server can read it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding: pair i turns by theta^(-2i / head_dim) radians per position, then scaled as `kind`
-    says.
+    """Rotary embedding: pair i rotates by theta^(-2i / head_dim) radians per position, scaled according to `kind`.
 
-    linear: every pair turns `factor` times slower. llama3: see kernels.rope.llama3_frequencies.
+    linear: every pair rotates `factor` times slower. llama3: see kernels.rope.llama3_frequencies.
     """
 
     theta: float = 10000.0
@@ -43,7 +42,7 @@ class RopeConfig:
 class ModelConfig:
     """A decoder: RMS norms, rotary positions, grouped-query attention, gated SiLU MLP.
 
-    Raises ModelError when the sizes contradict each other.
+    Raises ModelError if the sizes contradict each other.
     """
 
     model_type: str = "llama"
@@ -64,7 +63,7 @@ class ModelConfig:
     qk_norm: bool = False
     """Whether queries and keys are normed per head before they are rotated."""
     sliding_window: int | None = None
-    """Positions a query sees, itself included, in at least one layer; None: all."""
+    """Positions that a query attends to in at least one layer, its own included; None: all."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """Every token that ends a text, ascending."""
@@ -79,10 +78,10 @@ class ModelConfig:
 
     @property
     def max_model_len(self) -> int:
-        """Longest request the model serves exactly, in tokens.
+        """Longest request that the model serves exactly, in tokens.
 
-        A sliding window caps it: up to the window's length sliding and dense attention are the same thing,
-        and only dense attention is computed.
+        A sliding window caps it: only dense attention is computed, which equals sliding attention up to the window's
+        length.
         """
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
@@ -107,7 +106,7 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def read_json(path: Path) -> Json:
-    """The object in a JSON file. Raises ModelError: unreadable, not JSON, not an object."""
+    """Read the object in a JSON file. Raises ModelError: unreadable, not JSON, not an object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -118,10 +117,10 @@ def read_json(path: Path) -> Json:
 
 
 def parse_config(data: Json, generation: Json | None = None) -> ModelConfig:
-    """Understand the content of config.json; `generation` is that of generation_config.json.
+    """Parse the content of config.json; `generation` is the content of generation_config.json.
 
-    A text ends at the end-of-sequence tokens of both files. Absent keys mean what they mean to transformers.
-    Raises ModelError naming the key and its value.
+    A text ends at the end-of-sequence tokens of both files. Absent keys have the defaults of transformers.
+    Raises ModelError, which names the key and its value.
     """
     model_type = _supported(data)
     num_heads = _integer(data, "num_attention_heads")
@@ -153,7 +152,7 @@ def parse_config(data: Json, generation: Json | None = None) -> ModelConfig:
 
 
 def _supported(data: Json) -> str:
-    """The model type, if everything that would change the arithmetic is something the decoder computes."""
+    """Return the model type. Raises ModelError for settings that change the arithmetic in a way not implemented."""
     model_type = data.get("model_type")
     if model_type not in _ARCHITECTURES:
         raise ModelError(f"model_type {model_type!r} is not supported; these are: {', '.join(_ARCHITECTURES)}")
@@ -179,7 +178,7 @@ def _head_dim(data: Json, model_type: str, hidden_size: int, num_heads: int) -> 
 
 
 def _rope(data: Json, max_positions: int) -> RopeConfig:
-    """Both spellings: `rope_theta` beside `rope_scaling`, and `rope_parameters` with everything in it."""
+    """Parse either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`, which includes both."""
     key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
     rope = data.get(key) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -212,7 +211,7 @@ def _rope(data: Json, max_positions: int) -> RopeConfig:
 
 
 def _sliding_window(data: Json, model_type: str) -> int | None:
-    """The window, where any layer uses it."""
+    """Return the window if any layer uses it, else None."""
     if model_type == "llama" or (model_type != "mistral" and not _flag(data, "use_sliding_window")):
         return None
     if data.get("sliding_window", 4096) is None:
@@ -230,7 +229,7 @@ def _sliding_window(data: Json, model_type: str) -> int | None:
 
 
 def _token_ids(data: Json, key: str) -> list[int]:
-    """A key that holds one token id, a list of them, or nothing."""
+    """Parse a key that holds one token id, a list of them, or nothing."""
     value = data.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
@@ -239,7 +238,7 @@ def _token_ids(data: Json, key: str) -> list[int]:
 
 
 def _integer(data: Json, key: str, default: int | None = None, *, least: int = 1) -> int:
-    """`default` stands in for an absent or null key."""
+    """Parse an integer; `default` replaces an absent or null key."""
     value = data.get(key, default)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -255,7 +254,7 @@ def _number(data: Json, key: str, default: float | None = None) -> float:
 
 
 def _flag(data: Json, key: str) -> bool:
-    """Absent and null are False."""
+    """Parse a boolean; absent and null are False."""
     value = data.get(key)
     if value not in (None, False, True):
         raise ModelError(f"{key} {value!r} is neither true nor false")

@@ -1,8 +1,8 @@
-"""Any Llama-family checkpoint -> the one format that is served.
+"""Convert a Llama-family checkpoint into the one format that is served.
 
-That format is a Hugging Face style directory: config.json, bf16 model*.safetensors (tied embeddings stored
-once), tokenizer.json, tokenizer_config.json (special tokens, chat template), generation_config.json. Reading it
-runs no code, and neither does converting to it: pickled weights are refused.
+The format is a Hugging Face style directory: config.json, bf16 model*.safetensors (tied embeddings stored once),
+tokenizer.json, tokenizer_config.json (special tokens, chat template), generation_config.json. Neither reading it nor
+converting to it runs code from the checkpoint: pickled weights are refused.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def convert(src: Path, dst: Path, *, force: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
     """Convert `src`, a .gguf file or a directory with safetensors weights, into the directory `dst`.
 
-    `dst` appears complete or not at all; `force` replaces one that is there. A weight file holds at most
-    `shard_bytes` of tensors, or one larger tensor. Needs no network.
+    `dst` appears complete or not at all; `force` replaces an existing one. A weight file holds at most `shard_bytes` of
+    tensors, or one larger tensor. Needs no network.
     Raises ModelError: the source cannot be read or served, the destination exists or cannot be written.
     """
     check_destination(src, dst, force)
@@ -43,7 +43,7 @@ def convert(src: Path, dst: Path, *, force: bool = False, shard_bytes: int = SHA
 def install(
     checkpoint: Checkpoint, src: Path, dst: Path, *, force: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write `checkpoint`, which was read from `src`, as the directory `dst`. See convert."""
+    """Write `checkpoint`, which was read from `src`, to the directory `dst`. See convert."""
     try:
         config = parse_config(checkpoint.config)
         tensors = _checked(config, checkpoint.tensors)
@@ -74,7 +74,7 @@ def _open(src: Path) -> Checkpoint:
 
 
 def check_destination(src: Path, dst: Path, force: bool) -> None:
-    """Raises ModelError if `dst` cannot become a directory made from `src`."""
+    """Check that `src` can be converted into `dst`. Raises ModelError if `dst` may not be replaced."""
     source, target = src.resolve(), dst.resolve()
     if target == source or target in source.parents:
         raise ModelError(f"{dst}: holds the source")
@@ -85,7 +85,7 @@ def check_destination(src: Path, dst: Path, force: bool) -> None:
 
 
 def _checked(config: ModelConfig, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
-    """`tensors` in bf16: exactly those the model has, in its shapes. Raises ModelError when they are not."""
+    """Yield `tensors` in bf16. Raises ModelError unless they are exactly the model's, with its shapes."""
     model = Llama(config, Placement(Group.single(), torch.bfloat16, torch.device("meta")))
     missing = {slot.source: slot.full_shape for slot in model.weight_slots()}
     twins: dict[str, torch.Tensor] = {}
@@ -110,7 +110,7 @@ def _checked(config: ModelConfig, tensors: NamedTensors) -> Iterator[tuple[str, 
 
 
 def write_weights(tensors: NamedTensors, directory: Path, shard_bytes: int) -> None:
-    """Write model.safetensors, or where that is too much model-0000i-of-0000n.safetensors and an index."""
+    """Write model.safetensors, or above shard_bytes several model-0000i-of-0000n.safetensors and an index."""
     shards: list[list[str]] = []
     batch: dict[str, torch.Tensor] = {}
     size = total = 0
@@ -118,7 +118,7 @@ def write_weights(tensors: NamedTensors, directory: Path, shard_bytes: int) -> N
     def flush() -> None:
         file = directory / f"{len(shards)}.part"
         save_file(batch, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors makes it private to the user
+        file.chmod(0o644)  # safetensors creates it readable by its owner only
         shards.append(list(batch))
         batch.clear()
 
@@ -143,7 +143,7 @@ def write_weights(tensors: NamedTensors, directory: Path, shard_bytes: int) -> N
 
 
 def served_config(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` for bf16 weights, with RoPE under the older keys as well: who reads only those would miss it."""
+    """Adapt `config` to bf16 weights, and duplicate RoPE under the older keys, for readers that support only those."""
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     rope = config.get("rope_parameters")
@@ -155,7 +155,7 @@ def served_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replace(part: Path, dst: Path, force: bool) -> None:
-    """Put `part` in the place of `dst`: absent, an empty directory, or with `force` any directory."""
+    """Move `part` to `dst`, which is absent, an empty directory, or with `force` any directory."""
     old = part.with_suffix(".old")
     if force and dst.is_dir():
         dst.rename(old)

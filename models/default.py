@@ -1,4 +1,4 @@
-"""Where the default model lives: outside the checkout, one copy per user. Free of torch."""
+"""Location of the default model: outside the checkout, one copy per user. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def user_cache() -> Path:
-    """The user's cache folder (XDG convention): everything in it can be made or downloaded again.
+    """Return the user's cache directory (XDG convention); everything in it can be rebuilt or downloaded again.
 
-    Raises FileNotFoundError for a user without a home, as a number that a container was told to run as.
+    Raises FileNotFoundError for a user without a home directory, e.g. a bare user id that a container runs as.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):
@@ -27,24 +27,24 @@ def user_cache() -> Path:
 
 
 def cache_dir() -> Path:
-    """Where downloaded models are."""
+    """Return the directory of downloaded models."""
     return user_cache() / "models"
 
 
 def default_model_dir() -> Path:
-    """Directory of the model that `default` means; it exists once `magicdec fetch` has run."""
+    """Return the directory of the model `default`; it exists once `magicdec fetch` has run."""
     return cache_dir() / NAME
 
 
 def is_model_dir(directory: Path) -> bool:
-    """Whether `directory` holds a model in the served format; one appears there whole or not at all."""
+    """Whether `directory` holds a model in the served format; a conversion writes it completely or not at all."""
     return (directory / "config.json").is_file() and (directory / "tokenizer.json").is_file()
 
 
 def resolve_model(model: str) -> Path:
-    """The directory that the setting `engine.model` means: a path, or `default`.
+    """Return the directory for the setting `engine.model`, which is a path or `default`.
 
-    Raises ModelError when the default model is asked for and not there; any other path is checked by who reads it.
+    Raises ModelError if the default model is not installed. Any other path is checked when the model is read.
     """
     if model != "default":
         return Path(model).expanduser()

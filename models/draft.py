@@ -1,4 +1,4 @@
-"""A draft model out of a target: some of its layers, everything else as it is. Nothing is trained."""
+"""Make a draft model from a target: keep some of its layers, and everything else unchanged. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _PAGE = 16
 
 
 def make_draft(src: Path, dst: Path, layers: Sequence[int], *, force: bool = False) -> None:
-    """Write the directory `dst`: the model directory `src` with only these of its layers, in rising order.
+    """Write the directory `dst`: the model directory `src` with only these of its layers, in ascending order.
 
-    Tensors are read and written one after the other. Raises ModelError: a layer that the model does not have, and
-    what models.convert.convert raises.
+    Tensors are read one at a time. Raises ModelError: a layer that the model does not have, and the errors of
+    models.convert.convert.
     """
     check_destination(src, dst, force)
     install(_with_layers(open_directory(src), layers), src, dst, force=force)
 
 
 def evenly(count: int, keep: int) -> list[int]:
-    """`keep` of `count` layers, evenly spread, the first and the last among them. Raises ModelError."""
+    """Choose `keep` of `count` layers, evenly spaced, including the first and the last. Raises ModelError."""
     if not 1 <= keep <= count:
         raise ModelError(f"of {count} layers, 1 to {count} can be kept, not {keep}")
     return [round(i * (count - 1) / max(1, keep - 1)) for i in range(keep)]
@@ -63,12 +63,12 @@ def _renumbered(tensors: NamedTensors, kept: list[int]) -> Iterator[tuple[str, T
 def choose_layers(
     model: Llama, texts: Sequence[Sequence[int]], keep: int, progress: Callable[[list[int], float], None]
 ) -> list[int]:
-    """`keep` layers of `model`, found by leaving out one layer at a time: the one without which the next tokens of
-    `texts` are predicted most like by the whole model (the least Kullback-Leibler divergence).
+    """Choose `keep` layers of `model` by dropping one layer at a time: the one without which the predictions of the
+    next tokens of `texts` have the smallest Kullback-Leibler divergence from the whole model's.
 
-    That takes about half of (layers² - keep²) forwards over the texts. texts: all of one length, at most what the model
-    takes. progress: told the layers that are left, and the share of tokens on which they agree with the whole model.
-    Raises ModelError.
+    Takes about (layers² - keep²) / 2 forwards over the texts. texts: all of one length, at most the model's maximum.
+    progress: called after each dropped layer with the remaining layers, and the share of tokens on which their argmax
+    agrees with the whole model's. Raises ModelError.
     """
     count = model.num_layers
     evenly(count, keep)
@@ -89,12 +89,12 @@ def choose_layers(
 
 
 def _divergence(expected: Tensor, logits: Tensor) -> Tensor:
-    """Mean over tokens. expected: log-probabilities; both [tokens, vocabulary]."""
+    """Compute the Kullback-Leibler divergence, averaged over tokens. Both [tokens, vocabulary]; expected: logprobs."""
     return (expected.exp() * (expected - torch.log_softmax(logits, -1))).sum(-1).mean()
 
 
 class _Reader:
-    """Whole texts through some layers of a model."""
+    """Runs whole texts through some layers of a model."""
 
     def __init__(self, model: Llama, texts: Sequence[Sequence[int]]) -> None:
         length, rows = len(texts[0]), len(texts)
@@ -117,5 +117,5 @@ class _Reader:
 
     @torch.inference_mode()
     def logits(self, layers: Sequence[int]) -> Tensor:
-        """[tokens, vocabulary]."""
+        """Run the texts through these layers. Returns [tokens, vocabulary]."""
         return self._model.with_layers(list(layers)).forward(self._batch, self._pool, self._attention)

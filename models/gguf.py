@@ -1,4 +1,4 @@
-"""Reading a Llama GGUF file: dequantized weights, config, tokenizer. Needs the extra `convert`."""
+"""Read a Llama GGUF file: dequantized weights, config, tokenizer. Needs the extra `convert`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _CONFIG_KEYS = (
     *("rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias"),
 )
 _SPLITS_TRANSFORMERS_KNOWS = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "gpt-2")
-"""Values of tokenizer.ggml.pre for which transformers restores how text is split before it merges."""
+"""Values of tokenizer.ggml.pre for which transformers restores how to split text before merges."""
 
 
 def open_gguf(src: Path) -> Checkpoint:
-    """Raises ModelError: a package is missing, the file is broken, no Llama, or not to be carried over."""
+    """Open a GGUF file. Raises ModelError: a package is missing; the file is broken, no Llama, or not convertible."""
     for package in _PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise ModelError(f"reading GGUF needs {package}: {INSTALL}")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # or transformers asks the network about a file that is here
+    os.environ["HF_HUB_OFFLINE"] = "1"  # otherwise transformers queries the network for a local file
     import gguf
     import transformers
 
@@ -61,7 +61,7 @@ def open_gguf(src: Path) -> Checkpoint:
         raise ModelError(f"{src}: model type {model.config.model_type!r} is not supported in GGUF; llama is")
     tokens = field("tokenizer.ggml.tokens")
     data = json.loads(front.backend_tokenizer.to_str())
-    # transformers adds special tokens of its own, past those that the model embeds
+    # transformers adds special tokens of its own, with ids beyond the model's embedding
     data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < len(tokens)]
     tokenizer = Tokenizer.from_str(json.dumps(data))
     if split == "smollm":
@@ -82,7 +82,8 @@ def open_gguf(src: Path) -> Checkpoint:
     named = {"bos_token": bos, "eos_token": eos[0], "unk_token": unknown, "pad_token": pad}
     config = {key: value for key, value in model.config.to_dict().items() if key in _CONFIG_KEYS}
     config |= {"architectures": ["LlamaForCausalLM"], **special}
-    config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))  # GGUF keeps a float32
+    # GGUF stores a float32: keep its short decimal.
+    config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: tokens[token] for name, token in named.items() if token is not None},

@@ -123,7 +123,7 @@ class Llama(Module):
 
     def __init__(self, config: ModelConfig, place: Placement, max_positions: int | None = None) -> None:
         """max_positions: run at more positions than the model was made for (for a draft model, whose mistakes cost only
-        time). Raises ModelError when the model cannot be split over that many ranks.
+        time). Raises ModelError if the model cannot be split over that many ranks.
         """
         self.config = config
         self.dtype, self.device, self.ops = place.dtype, place.device, place.ops
@@ -147,10 +147,10 @@ class Llama(Module):
             device=self.device,
         )
         self._int8 = False
-        self._twin: tuple[Self, ...] = ()  # the model in 8 bits, once made; in a tuple, since it is no child
+        self._twin: tuple[Self, ...] = ()  # the 8-bit model, once made; in a tuple, so that it is no child
 
     def with_layers(self, layers: Sequence[int]) -> Llama:
-        """The model with only these of its layers, in this order; it shares their weights."""
+        """Return a model of only these layers, in this order, that shares their weights."""
         left = copy.copy(self)
         left._twin = ()
         left.config = dataclasses.replace(self.config, num_layers=len(layers))
@@ -167,7 +167,7 @@ class Llama(Module):
         self._int8 = int8
 
     def quantized(self) -> Self:
-        """The model with matrices of 8 bits, sharing all else; made once. Itself, if it has them already."""
+        """Return the model with 8-bit matrices, sharing all else; made once. Returns itself if it has them already."""
         if self._int8:
             return self
         if not self._twin:
@@ -177,7 +177,7 @@ class Llama(Module):
         return self._twin[0]
 
     def make_pool(self, num_pages: int, page_size: int) -> KVPool:
-        """A pool for this model's KV, with the scratch page that graphs need, where there are graphs."""
+        """Allocate a pool for this model's KV, with the scratch page that graphs need if there are graphs."""
         return KVPool(
             num_layers=self.num_layers,
             num_pages=num_pages,
@@ -190,7 +190,7 @@ class Llama(Module):
         )
 
     def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
-        """Write the batch's keys and values into the pool and compute the logits asked for.
+        """Write the batch's keys and values into the pool and compute the requested logits.
 
         Plans `attention` for the batch. Positions must be below the number of positions in `rotary`.
         Returns [n, vocab_size] for the n entries of batch.logit_index (n may be 0), in float32, or float64
@@ -203,7 +203,7 @@ class Llama(Module):
         self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend, index: Tensor | None = None
     ) -> Tensor:
         """Run `forward` up to the final hidden states, [n, hidden_size]. attention: planned for the batch. index: [n]
-        int64, the tokens whose states are wanted; None: all."""
+        int64, tokens whose states are returned; None: all."""
         inputs = LayerInputs(batch, self.rotary, attention)
         x, delta = self._embedding(batch.token_ids), None
         for number, layer in enumerate(self._layers):

@@ -1,4 +1,4 @@
-"""Filling a model's weights: from safetensors, or at random. Each rank reads only its own slices."""
+"""Load a model's weights from safetensors, or fill them at random. Each rank reads only its own slices."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def load_model(
     ops: Ops = REFERENCE,
     int8: bool = False,
 ) -> Llama:
-    """Load a model directory: config.json and *.safetensors, and tokenizer.json for a check if it is there.
+    """Load a model directory: config.json and *.safetensors. tokenizer.json, if present, is only checked.
 
-    Weights are converted to `dtype`. progress: whether to draw a bar on stderr. max_positions: see Llama. ops: what it
-    computes with. int8: with matrices rounded to 8 bits. Pickled weights are never opened.
-    Raises ModelError: missing or broken files, a model that is not supported, tensors that are missing,
-    unknown or of the wrong shape or type, a tokenizer with more tokens than the model embeds.
+    Weights are converted to `dtype`. progress: whether to draw a bar on stderr. max_positions: see Llama. ops: the
+    model's arithmetic. int8: round matrices to 8 bits. Pickled weights are never opened.
+    Raises ModelError: missing or broken files, a model that is not supported, tensors that are missing, unknown or of
+    the wrong shape or type, a tokenizer with more tokens than the model embeds.
     """
     config = read_config(path)
     _check_tokenizer(path, config.vocab_size)
@@ -54,7 +54,7 @@ def load_model(
     ) as bar:
         for file in files:
             with opened(file) as checkpoint:
-                for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
                     if name in wanted:
                         _fill(slots[name], checkpoint, file)
                         wanted.remove(name)
@@ -84,15 +84,13 @@ def random_model(
     ops: Ops = REFERENCE,
     int8: bool = False,
 ) -> Llama:
-    """A model with random weights: a function of config, seed and dtype alone, whatever the device and rank
-    count.
+    """Create a model with random weights, which depend on config, seed and dtype alone, not on device or rank count.
 
-    Matrices keep the scale of their input, norms are near 1, biases small.
+    Matrices preserve the scale of their input, norms are near 1, biases small.
     """
     model = Llama(config, Placement(group, dtype, device, ops))
     for slot in model.weight_slots():
-        # Seeded by name, and drawn whole before it is cut, so that no rank's part depends on how it was
-        # split.
+        # Seeded by name, and drawn whole before it is cut, so that weights do not depend on the split.
         key = hashlib.sha256(f"{seed}/{slot.source}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
         whole = torch.randn(slot.full_shape, generator=generator)
@@ -116,7 +114,7 @@ def _fill(slot: WeightSlot, checkpoint: Any, file: Path) -> None:
 
 
 def _check_tied(embedding: WeightSlot, file: Path, name: str) -> None:
-    """Some checkpoints store the tied head as well; a different one would mean that config.json is wrong."""
+    """Check the head that some checkpoints store although it is tied; if it differs, config.json is wrong."""
     twin = WeightSlot(torch.empty_like(embedding.tensor), name, embedding.full_shape, embedding.index)
     with opened(file) as checkpoint:
         _fill(twin, checkpoint, file)
@@ -125,7 +123,7 @@ def _check_tied(embedding: WeightSlot, file: Path, name: str) -> None:
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> None:
-    """A token id beyond the embedding would fail only when a prompt contains it: refuse the pair at once."""
+    """Refuse a tokenizer with ids beyond the embedding, which would fail only when a prompt contains one."""
     file = path / "tokenizer.json"
     if not file.is_file():
         return

@@ -1,4 +1,4 @@
-"""What a model weighs, and the shapes of well-known ones by name. Free of torch and of weights."""
+"""Parameter counts and memory sizes of models, and the shapes of well-known ones. Free of torch and of weights."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ SHAPES = {
         max_position_embeddings=2048,
     ),
 }
-"""As their makers published them."""
+"""Shapes by name, as published by the models' makers."""
 
 
 def find_shape(name: str) -> ModelConfig:
-    """A name in SHAPES, `default`, or any directory with a config.json; weights need not be there.
+    """Find the shape for a name in SHAPES, `default`, or a directory with a config.json; needs no weights.
 
     Raises ModelError: none of these, or a config.json that is not supported.
     """
@@ -98,13 +98,13 @@ def find_shape(name: str) -> ModelConfig:
 
 
 def _key_value_parameters(model: ModelConfig) -> int:
-    """Of the projections to keys and values, all layers."""
+    """Count the parameters of the key and value projections of all layers."""
     return 2 * model.num_layers * model.hidden_size * model.num_kv_heads * model.head_dim
 
 
 def active_parameters(model: ModelConfig) -> int:
-    """Weights that one token is multiplied with: all matrices, the LM head among them, but not the embedding table,
-    of which a token looks up one row."""
+    """Count the weights that one token is multiplied with: all matrices, including the LM head, without the embedding
+    table, of which a token looks up one row."""
     attention = 2 * model.hidden_size * model.num_heads * model.head_dim
     network = 3 * model.hidden_size * model.intermediate_size
     head = model.vocab_size * model.hidden_size
@@ -112,7 +112,7 @@ def active_parameters(model: ModelConfig) -> int:
 
 
 def parameters(model: ModelConfig) -> int:
-    """All there are: matrices, embedding (once, if the LM head is tied to it), norms and biases."""
+    """Count all parameters: matrices, embedding (once, if the LM head is tied to it), norms and biases."""
     heads = model.num_heads + 2 * model.num_kv_heads
     layer = 2 * model.hidden_size
     layer += 2 * model.head_dim * model.qk_norm
@@ -123,22 +123,22 @@ def parameters(model: ModelConfig) -> int:
 
 
 def kv_heads_per_rank(model: ModelConfig, ranks: int) -> int:
-    """KV heads on the rank that holds most (parallel/split.py): from 1, where heads are replicated."""
+    """Return the number of KV heads on the fullest rank (parallel/split.py): at least 1, since heads are replicated."""
     return -(-model.num_kv_heads // ranks)
 
 
 def rank_weight_bytes(model: ModelConfig, ranks: int, element_bytes: int) -> float:
-    """Weights of the fullest rank; the projections of replicated KV heads are replicated, too."""
+    """Return the bytes of weights on the fullest rank; the projections of replicated KV heads are replicated, too."""
     keys_values = _key_value_parameters(model)
     share = kv_heads_per_rank(model, ranks) / model.num_kv_heads
     return element_bytes * ((parameters(model) - keys_values) / ranks + keys_values * share)
 
 
 def kv_token_bytes(model: ModelConfig, element_bytes: int) -> int:
-    """KV of one token: all layers, all KV heads, each once."""
+    """Return the KV bytes of one token: all layers, all KV heads, each once."""
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * element_bytes
 
 
 def rank_kv_token_bytes(model: ModelConfig, ranks: int, element_bytes: int) -> int:
-    """KV of one token on the fullest rank: with more ranks than KV heads it no longer shrinks."""
+    """Return the KV bytes of one token on the fullest rank; with more ranks than KV heads they no longer shrink."""
     return 2 * model.num_layers * kv_heads_per_rank(model, ranks) * model.head_dim * element_bytes

@@ -1,4 +1,4 @@
-"""Text to tokens and back, from a model directory's tokenizer.json. Free of torch."""
+"""Tokenizer of a model directory (tokenizer.json), and incremental detokenization. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import tokenizers
 
 REPLACEMENT = "\ufffd"
 _LONGEST_INCOMPLETE = 3
-"""Bytes of a UTF-8 character that can be there while it is still incomplete."""
+"""Largest number of bytes of an incomplete UTF-8 character."""
 _WINDOW = 16
-"""Tokens an IncrementalDecoder looks back at most; enough for any character spread over byte tokens."""
+"""Largest number of tokens that an IncrementalDecoder looks back; enough for any character split over byte tokens."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -23,7 +23,7 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """A model's tokenizer and what its directory says about it.
+    """A model's tokenizer, its special tokens and its chat template.
 
     Thread-safe: encode and decode may be called from any thread.
 
@@ -32,7 +32,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """`path`: a model directory. Raises TokenizerError."""
+        """path: a model directory. Raises TokenizerError."""
         directory = Path(path)
         source = _read(directory / "tokenizer.json")
         if source is None:
@@ -57,7 +57,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens with a text; a model may have more rows in its embedding."""
+        """Number of tokens that have a text; a model's embedding may have more rows."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -69,31 +69,31 @@ class Tokenizer:
         return None if self.eos_token is None else self._tokenizer.token_to_id(self.eos_token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """`text` must be encodable as UTF-8 (no lone surrogates)."""
+        """Encode `text`, which must be encodable as UTF-8 (no lone surrogates)."""
         return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """`encode` of each text. Other threads can run meanwhile (the library's call for one text stops them)."""
+        """Encode each text. Other threads can run meanwhile (the library's call for a single text blocks them)."""
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Ids without a token decode to nothing; bytes that are not UTF-8 decode to U+FFFD."""
+        """Decode ids. Those without a token decode to nothing; bytes that are not UTF-8 decode to U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @property
     def byte_level(self) -> bool:
-        """Whether every token is a sequence of bytes, and a text nothing but its tokens' bytes joined."""
+        """Whether every token is a sequence of bytes, and a text is its tokens' bytes joined."""
         return self._bytes_of is not None
 
     def is_silent(self, token: int, skip_special_tokens: bool = True) -> bool:
-        """Whether `decode` leaves this token out before it looks at any of them."""
+        """Whether `decode` drops this token before it decodes the others."""
         if skip_special_tokens and token in self._special_ids:
             return True
         return self._tokenizer.id_to_token(token) is None
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token stands for, which may be part of a character."""
+        """Return the bytes of one token, which may be part of a character."""
         piece = self._tokenizer.id_to_token(token)
         if piece is None:
             return b""
@@ -107,21 +107,21 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Turns a growing sequence of tokens into text that only ever grows.
+    """Decodes a growing sequence of tokens into text that is only ever appended to.
 
-    A character spread over several tokens appears when its last byte does. For byte-level tokenizers the
-    pieces returned by `push` and `flush` join to exactly `tokenizer.decode(all tokens)`; byte-fallback
-    tokenizers agree wherever the tokens are valid UTF-8. `context` is what precedes the first token and is
-    not returned: some tokenizers write a word's leading space only when something precedes it.
+    A character split over several tokens appears with its last byte. For byte-level tokenizers the pieces that `push`
+    and `flush` return join to exactly `tokenizer.decode(all tokens)`; byte-fallback tokenizers agree wherever the
+    tokens are valid UTF-8. context: tokens before the first one; their text is not returned, but some tokenizers write
+    a word's leading space only when something precedes it.
 
-    The work per token is bounded, also over any number of invalid bytes (tokenizers' own DecodeStream decodes
+    The work per token is bounded, even after any number of invalid bytes (the tokenizers library's DecodeStream decodes
     all of them again for each token).
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        # decode(window)[:given] has been returned before; window[:settled] ends at a character's end.
+        # decode(window)[:given] is already returned; window[:settled] ends at a character's end.
         self._window = list(context[-(_WINDOW // 2) :])
         text = self._text()
         if text.endswith(REPLACEMENT):
@@ -129,7 +129,7 @@ class IncrementalDecoder:
         self._settled, self._given = len(self._window), len(text)
 
     def push(self, token: int) -> str:
-        """The text that is certain now that `token` follows; often one piece, sometimes none."""
+        """Append `token`. Returns the text that is now certain: often its own piece, sometimes empty."""
         if self._tokenizer.is_silent(token, self._skip):
             return ""
         self._window.append(token)
@@ -139,7 +139,7 @@ class IncrementalDecoder:
         piece = text[self._given : certain]
         self._given = max(self._given, certain)
         if piece and certain == len(text):
-            # Keep the tokens of the last piece: what the next one looks like may depend on them.
+            # Keep the tokens of the last piece: the text of the next one may depend on them.
             self._drop(self._settled, 0)
             self._settled = len(self._window)
         elif overflow:
@@ -147,7 +147,7 @@ class IncrementalDecoder:
         return piece
 
     def flush(self) -> str:
-        """What was held back, which will not be completed any more."""
+        """Return the text held back so far; call at the end of the sequence."""
         text = self._text()
         piece = text[self._given :]
         self._given = max(self._given, len(text))
@@ -157,9 +157,9 @@ class IncrementalDecoder:
         return self._tokenizer.decode(self._window, self._skip)
 
     def _undecided(self, text: str, most: int) -> int:
-        """Characters at the end that further bytes may turn into another one.
+        """Count the characters at the end that further bytes may change.
 
-        Of a byte-level text that is one. With byte fallback it is all of a run of bytes that is not UTF-8 yet.
+        In a byte-level text that is at most one; with byte fallback, all of a run of bytes that is not UTF-8 yet.
         """
         most = 1 if self._tokenizer.byte_level else most
         count = 0
@@ -174,7 +174,7 @@ class IncrementalDecoder:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that byte-level vocabularies write for each byte: itself if printable, else U+0100 on."""
+    """Map the characters of byte-level vocabularies to bytes: its own for a printable byte, others from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""The safetensors files of a model directory. Pickled weights are named, never opened."""
+"""Safetensors files of a model directory. Pickled weights are never opened, only named in errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files that make up the model: those the index lists, else the only or all there are."""
+    """List the model's safetensors files: those in the index, else model.safetensors, else all. Raises ModelError."""
     index = path / _INDEX
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -42,7 +42,7 @@ def weight_files(path: Path) -> list[Path]:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A safetensors handle. Raises ModelError for a file that is none."""
+    """Open a safetensors file. Raises ModelError if it is not a readable one."""
     try:
         with safe_open(str(file), framework="pt") as checkpoint:
             yield checkpoint

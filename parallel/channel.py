@@ -1,6 +1,6 @@
-"""Bytes from rank 0 to every other rank, and their reports back: one stream socket per rank.
+"""Byte frames between rank 0 and every other rank, both ways: one stream socket per rank.
 
-Knows nothing of what the bytes mean. A frame is its length, 8 bytes little-endian, and then its bytes.
+The content is opaque here. A frame is its length, 8 bytes little-endian, followed by its bytes.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ _GONE = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
 class Disconnected(ConnectionError):
-    """The other end is gone, or takes nothing any more."""
+    """The other end is gone, or has stopped reading."""
 
 
 class Link:
     """One end of a connection; owns the socket."""
 
     def __init__(self, connection: socket.socket, send_timeout_s: float | None = None) -> None:
-        """send_timeout_s: an end that takes nothing for this long counts as gone, and so does one on another host that
-        does not answer; None: wait for ever."""
+        """send_timeout_s: a peer that reads nothing for this long counts as gone, and so does one whose host does not
+        answer; None: wait forever."""
         self._socket = connection
         self._buffer = bytearray()
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if send_timeout_s is not None:
             seconds, rest = divmod(send_timeout_s, 1)
-            # Not settimeout: that would time `receive` too, and cost a poll before every call.
+            # Not settimeout: it would also apply to `receive`, and cost a poll before every call.
             limit = struct.pack("ll", int(seconds), int(rest * 1e6))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             if connection.family != socket.AF_UNIX:
@@ -41,14 +41,14 @@ class Link:
 
     @classmethod
     def from_stdin(cls) -> Link:
-        """The end that a process was started with (see parallel.launch); it ends with the other end."""
+        """Wrap the socket that parallel.launch passes as standard input; this process exits with its peer."""
         link = cls(socket.socket(fileno=0))
         link.exit_with_peer()
         return link
 
     def exit_with_peer(self) -> None:
-        """From now on this process ends when the other end goes, whatever it is busy with: it must own nothing that
-        has to be put away."""
+        """Exit this process as soon as the peer is gone, even in the middle of other work. The process must own nothing
+        that needs cleanup."""
         threading.Thread(target=self._exit_when_gone, daemon=True).start()
 
     def fileno(self) -> int:
@@ -72,7 +72,7 @@ class Link:
 
     @property
     def pending(self) -> bool:
-        """Whether `receive` may find something without the socket having news."""
+        """Whether data is buffered, so that `receive` may find a frame although the socket is not readable."""
         return bool(self._buffer)
 
     def _fill(self, size: int) -> None:
@@ -96,8 +96,8 @@ class Link:
 
 
 def _notice_silence(connection: socket.socket, timeout_s: float) -> None:
-    """Let a TCP connection break once the other host has answered nothing for timeout_s: it has lost its power, or the
-    cable. Systems that lack an option do without."""
+    """Make a TCP connection fail once the other host has answered nothing for timeout_s, as after a power loss or with
+    the cable unplugged. Options that the system lacks are skipped."""
     probe = max(1, int(timeout_s / 4))
     options = {
         "TCP_KEEPIDLE": probe,
@@ -124,11 +124,11 @@ class Channel:
 
     @property
     def open(self) -> set[int]:
-        """Ranks that have not closed their end, as far as `frames` has seen."""
+        """Ranks still connected; `broadcast`, `send` and `frames` drop those they find gone."""
         return set(self._rank_of.values())
 
     def broadcast(self, data: bytes) -> None:
-        """Send one frame to every rank. A rank that is gone, or takes nothing, shows in `frames`."""
+        """Send one frame to every rank. A rank that is gone, or does not read, drops out of `open`."""
         for rank, link in self._links.items():
             try:
                 link.send(data)
@@ -143,7 +143,7 @@ class Channel:
             self._forget(rank)
 
     def frames(self, timeout_s: float) -> list[tuple[int, bytes | None]]:
-        """Wait at most timeout_s for something from any rank: (rank, frame), or (rank, None) once it is gone."""
+        """Wait at most timeout_s for frames of any rank. Returns (rank, frame), or (rank, None) once a rank is gone."""
         found: list[tuple[int, bytes | None]] = []
         for fd, _ in self._poll.poll(timeout_s * 1000):
             rank = self._rank_of[fd]

@@ -1,4 +1,4 @@
-"""Starting the other ranks as processes of this machine, and making sure that nothing of them remains."""
+"""Start the other ranks as processes of this machine, and clean up after them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from parallel.channel import Link
 
 _STDERR = 2
 _GRACE_S = 2.0
-"""How long ranks may take to end by themselves before they are killed."""
+"""Time for ranks to exit by themselves before they are killed."""
 
 
 class RankProcesses:
     """Processes for ranks 1 … size - 1, each with one end of a socket as its standard input.
 
-    A process ends when that socket is closed, so none outlives the process that owns this object, however that ends.
+    A process exits when that socket is closed, so none outlives the process that owns this object, however the owner
+    ends.
     """
 
     def __init__(self, command: Sequence[str], size: int, *, send_timeout_s: float, fds: Sequence[int] = ()) -> None:
-        """fds: file descriptors that the processes inherit. Their standard output joins this one's standard error."""
+        """fds: file descriptors that the processes inherit. Their stdout goes to this process's stderr."""
         self.links: dict[int, Link] = {}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         try:
@@ -37,8 +38,8 @@ class RankProcesses:
                         stdin=theirs.fileno(),
                         stdout=_STDERR,
                         pass_fds=fds,
-                        # Of its own: should the owner die while a signal holds this process, the system ends it too,
-                        # as it does with stopped groups that nobody can continue any more.
+                        # A group of its own: if the owner dies while a signal has stopped this process, the group is
+                        # orphaned, and the system ends stopped orphaned groups.
                         process_group=0,
                     )
         except BaseException:
@@ -47,11 +48,11 @@ class RankProcesses:
 
     @property
     def pids(self) -> dict[int, int]:
-        """By rank."""
+        """Process ids, by rank."""
         return {rank: process.pid for rank, process in self._processes.items()}
 
     def how_it_ended(self, rank: int, wait_s: float = 0.0) -> str | None:
-        """What became of a rank: `was killed by signal 9 (SIGKILL)`; None while it lives."""
+        """Describe how a rank ended, e.g. `was killed by signal 9 (SIGKILL)`; None if it still runs after wait_s."""
         process = self._processes[rank]
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(wait_s)
@@ -66,7 +67,7 @@ class RankProcesses:
             return f"was killed by signal {-status}"
 
     def is_stopped(self, rank: int) -> bool:
-        """Whether a signal such as SIGSTOP holds it. False where the system does not say."""
+        """Whether a signal such as SIGSTOP has stopped the rank. False if the system does not report it."""
         try:
             stat = Path(f"/proc/{self._processes[rank].pid}/stat").read_text(encoding="ascii", errors="replace")
         except OSError:
@@ -74,7 +75,7 @@ class RankProcesses:
         return stat.rpartition(")")[2].split()[0] in ("T", "t")
 
     def close(self) -> None:
-        """End all of them, the hard way if need be, and wait until they are gone."""
+        """Close all links and wait until the processes are gone. Those that are stopped or do not exit are killed."""
         for link in self.links.values():
             link.close()
         deadline = time.monotonic() + _GRACE_S

@@ -1,11 +1,11 @@
-"""Layers that hold one rank's share of their weights. Each declares its share where it allocates it.
+"""Tensor-parallel layers: each holds one rank's shard of its weights, and declares the shard where it allocates it.
 
-`weight_slots()` lists the storage to fill and its place in a checkpoint. Loading a model is copying
-`checkpoint[slot.source][slot.index]` into `slot.tensor` for each slot; nothing else knows how weights are sharded.
-Storage is uninitialised until then. After `prepare()` the slots are gone, unless the device multiplies by the storage
-itself.
+`weight_slots()` lists the storage to fill and its place in a checkpoint. Loading a model copies
+`checkpoint[slot.source][slot.index]` into `slot.tensor` for each slot; no other code depends on how weights are
+sharded. Storage is uninitialised until then. After `prepare()` the slots are gone, unless the device multiplies by the
+storage itself.
 
-Activations are [tokens, features]. Between layers they are whole on every rank; inside a column-row pair (q/k/v and o,
+Activations are [tokens, features]. Between layers they are whole on every rank. Inside a column-row pair (q/k/v and o,
 gate/up and down) each rank holds its own features.
 """
 
@@ -42,7 +42,10 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Output features of one checkpoint tensor pair (name.weight, name.bias) that a rank computes."""
+    """Output features that a rank computes of one checkpoint tensor pair (name.weight, name.bias).
+
+    total: number of output features of the whole tensor. kept: this rank's slice of them.
+    """
 
     name: str
     total: int
@@ -55,7 +58,7 @@ class Columns:
 
 
 class _LinearLayer(Module):
-    """A layer that is one matrix product; subclasses list the slots that fill it."""
+    """Layer of one matrix product; subclasses list the slots to fill."""
 
     def __init__(
         self, rows: int, columns: int, *, bias: bool, place: Placement, gated: bool = False, wide: bool = False
@@ -64,12 +67,12 @@ class _LinearLayer(Module):
         self._place, self._gated, self._wide = place, gated, wide
         self._weight: Tensor | None = place.empty(rows, columns)
         self._bias = place.empty(rows) if bias else None
-        self._fused_bias = self._bias  # added by the product itself
+        self._fused_bias = self._bias  # added by the matrix product itself
         self._linear: Linear | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The storage, [rows, columns]; there is none once the device has its own copy."""
+        """The storage, [rows, columns]; released once the device has its own copy."""
         assert self._weight is not None, "prepared: no storage is left"
         return self._weight
 
@@ -95,7 +98,7 @@ class _LinearLayer(Module):
 
 
 class ColumnLinear(_LinearLayer):
-    """Output features are sharded; checkpoint tensors with the same input can be fused into one product."""
+    """Linear layer with sharded output features; can fuse checkpoint tensors with the same input into one product."""
 
     def __init__(
         self, parts: Sequence[Columns], in_features: int, *, bias: bool, place: Placement, gated: bool = False
@@ -145,8 +148,7 @@ class QKVLinear(ColumnLinear):
 
     def project(self, x: Tensor) -> Tensor:
         """x: [tokens, hidden_size]. Returns [tokens, heads + 2 kv_heads, head_dim]: this rank's queries, keys and
-        values.
-        """
+        values."""
         return self(x).view(x.shape[0], -1, self._head_dim)
 
 
@@ -163,18 +165,18 @@ class GateUpLinear(ColumnLinear):
         bias: bool,
         place: Placement,
     ) -> None:
-        """mine: the intermediate features this rank holds."""
+        """mine: the intermediate features that this rank holds."""
         parts = [Columns(f"{prefix}.{name}", intermediate_size, mine) for name in ("gate_proj", "up_proj")]
         super().__init__(parts, hidden_size, bias=bias, place=place, gated=True)
 
 
 class RowLinear(_LinearLayer):
-    """Input features are sharded: every rank adds its part of the sum, in one all-reduce."""
+    """Linear layer with sharded input features; one all-reduce sums the ranks' parts."""
 
     def __init__(
         self, name: str, in_features: int, out_features: int, *, mine: slice, bias: bool, place: Placement
     ) -> None:
-        """mine: the input features this rank holds."""
+        """mine: the input features that this rank holds."""
         self._name, self._shape, self._mine = name, (out_features, in_features), mine
         super().__init__(out_features, mine.stop - mine.start, bias=bias, place=place)
         if place.group.size > 1:
@@ -206,7 +208,7 @@ class RMSNorm(Module):
         yield WeightSlot(self.weight, f"{self._name}.weight", shape, (slice(0, shape[0]),))
 
     def __call__(self, x: Tensor, delta: Tensor | None) -> Tensor:
-        """Add delta, if there is one, to x [tokens, size] in place. Returns the norm of the sum."""
+        """Add delta, if not None, to x [tokens, size] in place. Returns the norm of the sum."""
         return self._ops.norm(x, delta, self.weight, self.eps)
 
 
@@ -224,9 +226,7 @@ class VocabEmbedding(Module):
         yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, index)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        """token_ids: [tokens] int64 in the whole vocabulary. Returns [tokens, hidden_size], whole on every
-        rank.
-        """
+        """token_ids: [tokens] int64, in the whole vocabulary. Returns [tokens, hidden_size], whole on every rank."""
         if self._group.size == 1:
             return F.embedding(token_ids, self.weight)
         local = token_ids - self.vocab.start
@@ -236,12 +236,12 @@ class VocabEmbedding(Module):
 
 
 class LMHead(_LinearLayer):
-    """Logits of this rank's part of the vocabulary."""
+    """LM head: computes the logits of this rank's shard of the vocabulary."""
 
     def __init__(
         self, name: str, vocab_size: int, hidden_size: int, *, tied: VocabEmbedding | None, place: Placement
     ) -> None:
-        """tied: the embedding whose weight is also the head's; the head then has no storage and no slots of its own."""
+        """tied: embedding whose weight the head uses; the head then has no storage and no slots of its own."""
         self.vocab: Range = tied.vocab if tied else split(vocab_size, place.group.size)[place.group.rank]
         self._name, self._shape = name, (vocab_size, hidden_size)
         self._is_tied = tied is not None

@@ -1,4 +1,4 @@
-"""The tree of layers that makes up a model, and the one walk over it: weights to fill, to prepare, to quantize."""
+"""Base class of a model's layers, and the walk over their tree that fills, prepares and quantizes weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class WeightSlot:
 class Module:
     """A layer. Its child layers are its attributes of this class, or lists of them, in the order they were set.
 
-    Each method below does its work in all children; a layer with weights of its own overrides what concerns them.
+    Each method below recurses into all children; a layer with weights of its own overrides those that concern them.
     """
 
     def children(self) -> Iterator[Module]:
@@ -39,18 +39,18 @@ class Module:
                 yield from (each for each in value if isinstance(each, Module))
 
     def weight_slots(self) -> Iterator[WeightSlot]:
-        """Storage to fill before `prepare`, and its place in a checkpoint."""
+        """Yield the storage to fill before `prepare`, and its place in a checkpoint."""
         for child in self.children():
             yield from child.weight_slots()
 
     def prepare(self, int8: bool = False) -> None:
         """Convert filled matrices into the form that the device multiplies by; int8: rounded to 8 bits. Call once; a
         layer can be called only afterwards."""
-        for child in self.children():  # one after the other, so that little is in memory twice
+        for child in self.children():  # one at a time, so that few weights are in memory twice
             child.prepare(int8)
 
     def quantized(self) -> Self:
-        """The same layer with matrices of 8 bits, sharing all else."""
+        """Return the same layer with 8-bit matrices, sharing all else."""
         twin = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Module):

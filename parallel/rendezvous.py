@@ -1,9 +1,11 @@
-"""How the ranks of a group find each other.
+"""Rendezvous: join the ranks of a group over one of four transports.
 
-On the CPUs of one machine they map the same memory (`shared`); CUDA devices use NCCL, beside which small sums can go
-through memory that the devices of one machine see (`symmetric`); everything else is gloo, whose
-sockets are bound to the loopback interface unless an address of this machine is given. NCCL and gloo meet in a store,
-of rank 0 or of whoever started the ranks.
+- shared: the ranks run on the CPUs of one machine and map the same memory.
+- nccl: CUDA devices.
+- symmetric: NCCL, with small sums through memory that the devices of one machine can all access.
+- gloo: everything else. Its sockets are bound to the loopback interface unless an address of this machine is given.
+
+NCCL and gloo connect through a store, of rank 0 or of the launcher that started the ranks.
 """
 
 from __future__ import annotations
@@ -26,25 +28,25 @@ LOOPBACK = "127.0.0.1"
 
 
 class Join(msgspec.Struct):
-    """What a rank needs in order to join."""
+    """Parameters with which a rank joins the group."""
 
     rank: int
     size: int
     transport: Transport
     timeout_s: float
-    """How long a collective waits for another rank."""
+    """Time that a collective waits for another rank."""
     port: int | None = None
-    """All but shared: of rank 0's store on the loopback interface."""
+    """All but shared: port of rank 0's store on the loopback interface."""
     fd: int | None = None
-    """shared: a file descriptor of the memory, which stays open as long as the rank that created it needs."""
+    """shared: file descriptor of the memory; the rank that created it keeps it open until it closes the group."""
     holder: int | None = None
-    """shared: the process id of the rank whose descriptor that is; None: this process has inherited it."""
+    """shared: process id of the rank that owns the descriptor; None: this process has inherited it."""
     start_timeout_s: float | None = None
-    """How long joining waits for another rank; None: as long as a collective."""
+    """Time that joining waits for another rank; None: timeout_s."""
 
 
 def choose(device: torch.device, wanted: Transport | Literal["auto"], one_machine: bool = True) -> Transport:
-    """The transport between ranks; auto: the fastest. Raises ValueError for what cannot work."""
+    """Choose the transport between ranks; auto: the fastest. Raises ValueError for one that cannot work."""
     if wanted == "auto":
         if device.type == "cuda":
             return "nccl"
@@ -59,7 +61,7 @@ def choose(device: torch.device, wanted: Transport | Literal["auto"], one_machin
 
 
 def host_store(size: int, timeout_s: float) -> TCPStore:
-    """Rank 0's store on a free port of the loopback interface; it goes with this process."""
+    """Open rank 0's store on a free port of the loopback interface; it closes with this process."""
     listener = socket.create_server((LOOPBACK, 0))
     port = listener.getsockname()[1]
     return TCPStore(
@@ -74,10 +76,10 @@ def host_store(size: int, timeout_s: float) -> TCPStore:
 
 
 def join(how: Join, device: torch.device, store: Store | None = None, address: str = LOOPBACK) -> Group:
-    """Become a rank of the group; with NCCL and gloo, returns when all of them have.
+    """Join the group as a rank; with NCCL and gloo, return once all ranks have joined.
 
-    store: this process's own end of it; None: the one at how.port. address: of this machine, for the others to reach.
-    Raises CollectiveError if the others do not come in time.
+    store: this process's end of the store; None: connect to the one at how.port. address: an address of this machine
+    that the other ranks can reach. Raises CollectiveError if they do not join in time.
     """
     return _enter(how, how.size, device, store, address)
 
@@ -85,8 +87,8 @@ def join(how: Join, device: torch.device, store: Store | None = None, address: s
 def join_first(
     count: int, how: Join, device: torch.device, store: Store | None = None, address: str = LOOPBACK
 ) -> Group | None:
-    """A second group, of ranks 0 … count - 1; None on the others. Called by every rank, at most once, after `join` and
-    with the same arguments. Raises CollectiveError.
+    """Join a second group, of ranks 0 … count - 1. Returns None on the other ranks. Every rank calls this at most once,
+    after `join` and with the same arguments. Raises CollectiveError.
     """
     if not 0 < count <= how.size:
         raise ValueError(f"a group of {count} ranks out of {how.size}")
@@ -115,7 +117,7 @@ def _enter(
             store = TCPStore(LOOPBACK, how.port, how.size, is_master=False, timeout=limit)
         part = PrefixStore("second" if second else "first", store)
         comm = connect(part, how.rank, size, device, limit, address)
-        comm.allreduce([torch.zeros(1, device=device)]).wait()  # NCCL connects in the first collective
+        comm.allreduce([torch.zeros(1, device=device)]).wait()  # NCCL connects only in the first collective
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         comm._get_backend(device)._set_default_timeout(timedelta(seconds=how.timeout_s))
@@ -129,9 +131,9 @@ def _enter(
 def connect(
     store: Store, rank: int, size: int, device: torch.device, limit: timedelta, hostname: str = LOOPBACK
 ) -> dist.ProcessGroup:
-    """A process group of its own, apart from torch's default one: a process can be in several.
+    """Create a process group apart from torch's default one, so that a process can be in several.
 
-    hostname: what gloo's sockets are bound to.
+    hostname: address that gloo's sockets are bound to.
     """
     group = dist.ProcessGroup(store, rank, size)
     if device.type == "cuda":
@@ -140,7 +142,7 @@ def connect(
         backend: Backend = dist.ProcessGroupNCCL(store, rank, size, nccl)
         kind = dist.ProcessGroup.BackendType.NCCL
     else:
-        kind_of: Any = dist.ProcessGroupGloo  # its stub knows no options
+        kind_of: Any = dist.ProcessGroupGloo  # its stub lacks the options
         gloo = kind_of._Options()
         gloo._timeout = limit
         gloo._threads = 1

@@ -1,7 +1,7 @@
-"""A group whose ranks are processes of one machine, on its CPUs: tensors pass through memory that all of them map.
+"""Shared-memory group: processes on the CPUs of one machine exchange tensors through memory that all of them map.
 
-Between two processes of one machine a sum of a few rows takes about ten microseconds this way; through sockets it
-takes the kernel and several threads, a hundred times as long, and a decoder needs two sums per layer.
+Between two processes of one machine a sum of a few rows takes about ten microseconds this way. Through sockets it
+involves the kernel and several threads and takes a hundred times as long; a decoder needs two sums per layer.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from parallel.group import CollectiveError, Group, RoundAbandoned
 
-_LINE = 8  # int64 of a rank's own: one cache line
-_FLAG, _VERDICTS = 0, 1  # where in it
+_LINE = 8  # int64 values per rank: one cache line
+_FLAG, _VERDICTS = 0, 1  # offsets in that line
 _ROUND = 1 << 28
-"""More than the exchanges of any round."""
+"""Exchange numbers per round; no round has that many exchanges."""
 _SLOT_BYTES = 1 << 20
 _SPINS, _YIELDS = 200, 200
 _NAP_S = 50e-6
@@ -28,21 +28,21 @@ _CHECK_S = 0.02
 
 
 def available() -> bool:
-    """Whether this machine can: anonymous shared files, and stores that other cores see in the order they were made,
-    which x86 promises and Arm does not."""
+    """Whether this machine supports shared-memory groups. They need anonymous shared files, and a memory model in which
+    other cores see stores in program order, which x86 guarantees and Arm does not."""
     return hasattr(os, "memfd_create") and platform.machine() in ("x86_64", "AMD64")
 
 
 def create(size: int) -> int:
-    """Memory for a group of `size` ranks and for one of its first ranks, as a file descriptor that the caller owns; it
-    has no name anywhere. What is not used costs nothing."""
+    """Allocate memory for a group of `size` ranks and for a second group of its first ranks. Returns a file descriptor
+    that the caller owns; the memory has no name in any file system. Unused memory costs nothing."""
     fd = os.memfd_create("magicdec-group")
     os.ftruncate(fd, 2 * area_bytes(size))
     return fd
 
 
 def area_bytes(size: int) -> int:
-    """What a group of `size` ranks takes: whole pages."""
+    """Return the bytes that a group of `size` ranks takes: whole pages of memory."""
     return _flag_bytes(size) + 2 * size * _SLOT_BYTES
 
 
@@ -55,29 +55,32 @@ def _flag_bytes(size: int) -> int:
 
 
 class ShmGroup(Group):
-    """Collectives over shared memory, sums in the order of rank.
+    """Collectives over shared memory. Sums are added in the order of ranks.
 
-    Each rank has a flag, the number of the last exchange that it has written for, two verdicts, and a slot in each of
-    two banks:
+    Each rank owns a flag, which holds the number of the last exchange that the rank has written its slot for, two
+    verdicts, and one slot in each of two banks:
 
         flags  [ rank 0 | rank 1 | … ]
         bank 0 [ rank 0 | rank 1 | … ]      exchanges 0, 2, 4 …
         bank 1 [ rank 0 | rank 1 | … ]      exchanges 1, 3, 5 …
 
-    In exchange k a rank writes its slot of bank k % 2, raises its flag to k, waits for everyone's flag, and reads. It
-    may overwrite that bank in exchange k + 2: it has then seen every flag at k + 1, which a rank raises only after it
-    has read k.
+    Exchange k. A rank writes its slot of bank k % 2, raises its flag to k, waits until every flag is at least k, and
+    reads the bank. It may overwrite its slot in exchange k + 2: by then it has seen every flag at k + 1 or above, and a
+    rank raises its flag to k + 1 only after it has read exchange k.
 
-    The exchanges of round r are numbered from r * _ROUND + 1. A rank that gives a round up raises its flag to the last
-    number of the round, so nobody waits for it: who is at k and sees more than k + 1 knows. At the end of round r each
-    rank writes verdict r % 2, twice the round and one more if it has failed, and waits for everyone's. So nobody enters
-    round r + 1 before all have left r, whatever became of it; and a verdict is overwritten in round r + 2, when every
-    rank has read it. A second group of the first ranks is left by all when the first is.
+    Abandoning a round. The exchanges of round r are numbered from r * _ROUND + 1. A rank that abandons the round raises
+    its flag to the round's last number, so no rank waits for it. A rank in exchange k that sees a flag above k + 1
+    detects this: otherwise a flag passes k + 1 only after this rank has raised its own to k + 1.
+
+    Ending a round. At the end of round r each rank writes its verdict r % 2, which is 2r, or 2r + 1 if the rank has
+    failed, and waits for the verdicts of all ranks. So no rank enters round r + 1 before all have left round r, whether
+    they finished or abandoned it. A verdict is overwritten in round r + 2, when every rank has read it. All ranks leave
+    the round of a second group when they leave that of the first.
     """
 
     def __init__(self, fd: int, rank: int, size: int, timeout_s: float, offset: int = 0) -> None:
-        """fd: of `create`; it can be closed afterwards. timeout_s: how long to wait for another rank. offset: where
-        this group's area begins."""
+        """fd: descriptor from `create`, which can be closed afterwards. timeout_s: time to wait for another rank.
+        offset: start of this group's area, in bytes."""
         self.rank, self.size, self._comm = rank, size, None
         self._timeout_s = timeout_s
         self._map = mmap.mmap(fd, area_bytes(size), offset=offset)
@@ -87,7 +90,7 @@ class ShmGroup(Group):
         self._typed: dict[torch.dtype, Tensor] = {}
         self._exchange = self._round = 0
         self.while_waiting: Callable[[], None] = no_check
-        """Called now and then during a long wait; may raise."""
+        """Called repeatedly during a long wait; may raise, which ends the wait."""
 
     @property
     def can_abandon(self) -> bool:
@@ -125,7 +128,7 @@ class ShmGroup(Group):
         return ((start, min(start + step, x.numel())) for start in range(0, x.numel(), step))
 
     def _swap(self, x: Tensor) -> Tensor:
-        """Write x [n] and wait for the others. Returns everyone's, [size, n], good until the next exchange but one."""
+        """Write x [n] and wait for the others. Returns every rank's x, [size, n], valid until the next exchange."""
         banks = self._typed.get(x.dtype)
         if banks is None:
             banks = self._typed[x.dtype] = self._banks.view(x.dtype)
@@ -139,8 +142,8 @@ class ShmGroup(Group):
         return bank
 
     def _await(self, rank: int, place: int, least: int) -> int:
-        """Wait until another rank's number at `place` is at least this; returns it. Spin while the rank is about to
-        come, give the core away when it is not, and sleep when it is late."""
+        """Wait until the number of `rank` at `place` is at least `least`. Returns the number. Spins first, for a rank
+        that is about to arrive; then yields the core; then sleeps between checks, for a rank that is late."""
         flags, index = self._flags, rank * _LINE + place
         for _ in range(_SPINS):
             if (found := flags[index]) >= least:

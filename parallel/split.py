@@ -1,4 +1,4 @@
-"""Who holds what: pure functions from sizes and rank counts to index ranges."""
+"""Sharding: pure functions from sizes and rank counts to index ranges."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Range(NamedTuple):
         return self.stop - self.start
 
     def slice(self, unit: int = 1) -> slice:
-        """The same range where every index stands for `unit` consecutive elements."""
+        """Return the range as a slice, with `unit` consecutive elements per index."""
         return slice(self.start * unit, self.stop * unit)
 
 
@@ -36,8 +36,8 @@ def split(total: int, parts: int) -> list[Range]:
 class HeadSplit(NamedTuple):
     """One rank's attention heads. Each of its KV heads serves the same number of its query heads.
 
-    heads: query heads; over all ranks every one appears exactly once.
-    kv_heads: the KV heads those read. With more ranks than KV heads, several ranks hold the same one.
+    heads: query heads; each belongs to exactly one rank.
+    kv_heads: KV heads that those query heads read. With more ranks than KV heads, several ranks hold the same one.
 
         9 query heads over 3 KV heads (0-2 read 0, 3-5 read 1, 6-8 read 2):
         2 ranks:  [0-5 | 0,1] [6-8 | 2]
@@ -49,11 +49,11 @@ class HeadSplit(NamedTuple):
 
 
 def split_heads(num_heads: int, num_kv_heads: int, ranks: int) -> list[HeadSplit]:
-    """Deal attention heads to ranks; entry r is rank r's.
+    """Assign attention heads to ranks; entry r is rank r's.
 
-    Up to num_kv_heads ranks: whole KV heads, each with its whole group of query heads, as evenly as they go.
-    Beyond: every rank has one KV head, the ranks are dealt to the KV heads, and the ranks of one KV head
-    share out its query heads.
+    Up to num_kv_heads ranks: each rank gets whole KV heads with all their query heads, as evenly as possible.
+    Beyond that: each rank gets one KV head. The ranks are split over the KV heads, and the query heads of a KV head are
+    split over its ranks.
     Raises ValueError if num_heads is no multiple of num_kv_heads, or unless 1 <= ranks <= num_heads.
     """
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:

@@ -1,7 +1,7 @@
-"""A group over NCCL whose small sums go through memory that the GPUs of one machine see of each other.
+"""Symmetric-memory group: NCCL, with small sums through memory that all GPUs of one machine can access.
 
-A decoder takes two sums per layer, of some hundred kilobytes each: too little for NCCL's rings, which are made for
-bandwidth. Here every GPU reads the parts of all others, and adds them in the order of rank, in one kernel of torch's
+A decoder needs two sums per layer, of some hundred kilobytes each: too little for NCCL's rings, which are made for
+bandwidth. Here every GPU reads the parts of all others and adds them in the order of ranks, in one kernel of torch's
 symmetric memory (`torch.distributed._symmetric_memory`). It runs on the current stream and can be captured in a graph.
 """
 
@@ -19,19 +19,19 @@ from torch._C._distributed_c10d import Store
 from parallel.group import CollectiveError, Group
 
 MOST_BYTES = 512 << 10
-"""Of a sum: every GPU reads that of each other one, which for more takes longer than to pass parts round."""
+"""Largest tensor summed this way: every GPU reads it whole from each other, which is slower than a ring beyond this."""
 _ALIGNED = 16
 _DTYPES = (torch.float32, torch.bfloat16)
 
 Sum = Callable[[Tensor, Tensor], Tensor]
-"""Of x on all ranks, given a part of the memory that they share, of x's shape and dtype, and x."""
+"""Returns the sum of x over all ranks. Arguments: a part of the shared memory, of x's shape and dtype; x."""
 
 
 class SymmetricGroup(Group):
-    """See Group."""
+    """Group whose small all-reduces use symmetric memory, and all other collectives NCCL."""
 
     def __init__(self, comm: dist.ProcessGroup, memory: Tensor, total: Sum) -> None:
-        """memory: this rank's, [MOST_BYTES] uint8, which the others see."""
+        """memory: this rank's symmetric memory, [MOST_BYTES] uint8. total: sums over all ranks through it."""
         super().__init__(comm)
         self._memory = memory
         self._total = total
@@ -47,17 +47,18 @@ class SymmetricGroup(Group):
 
 
 def join(comm: dist.ProcessGroup, store: Store, device: torch.device) -> SymmetricGroup:
-    """Give the ranks of `comm` memory that all of them see. Every rank does that at the same time.
+    """Allocate symmetric memory for the ranks of `comm`. All ranks call this at the same time.
 
-    store: theirs, and of no other group. Raises CollectiveError where GPUs have no such memory.
+    store: used by this group only. Raises CollectiveError if the GPUs have no memory that all of them can access.
     """
     c10d: Any = torch._C._distributed_c10d
     memory_of = c10d._SymmetricMemory
     if comm.rank() == 0:
-        store.set("symmetric", f"magicdec-{uuid.uuid4().hex}")  # names are for good, and processes can have many groups
+        # Names are never released, and a process can have many groups.
+        store.set("symmetric", f"magicdec-{uuid.uuid4().hex}")
     name = store.get("symmetric").decode()
     try:
-        # Which of the two torch asks for its group has changed between versions.
+        # torch versions differ in which of the two they look up the group with.
         c10d._register_process_group(name, comm)
         memory_of.set_group_info(name, comm.rank(), comm.size(), store)
         memory = memory_of.empty_strided_p2p((MOST_BYTES,), (1,), torch.uint8, device)

@@ -2,11 +2,11 @@
 
 Rank 0 opens a TCP port and publishes its address and two tokens in a store that all ranks can reach. A rank that
 connects sends the first token and its number; rank 0 replies with the second token. So neither mistakes a stranger for
-the other, nor what an earlier group left in the store, which outlives a restart. The first token also names this
-group's own part of the store.
+the other, and a rank detects an address that an earlier group left in the store, which outlives a restart. The first
+token also names this group's own part of the store.
 
 multiprocessing.connection authenticates peers too, but its listener handles one caller at a time and waits for it
-without a time-out, so that whoever connects and stays silent would block the start.
+without a time-out, so that a caller that connects and stays silent would block the start.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RETRY_S = 0.2
 
 
 class _Endpoint(msgspec.Struct):
-    """Where rank 0 listens, and the tokens by which the two sides know each other."""
+    """Address of rank 0's listener, and the tokens by which the two sides identify each other."""
 
     address: str
     port: int
@@ -50,7 +50,7 @@ class Connections(msgspec.Struct):
     """The ranks that connected to rank 0."""
 
     links: dict[int, Link]
-    """By rank; the caller closes them."""
+    """Links by rank; the caller closes them."""
     hosts: dict[int, str]
     """Host names, by rank."""
     store: Store
@@ -58,9 +58,9 @@ class Connections(msgspec.Struct):
 
 
 def accept_ranks(store: Store, address: str, size: int, *, timeout_s: float, link_timeout_s: float) -> Connections:
-    """On rank 0: wait on a free port of `address`, one of this host's, until ranks 1 … size - 1 have connected.
+    """Accept, on rank 0, the connections of ranks 1 … size - 1 on a free port of `address`, one of this host's.
 
-    link_timeout_s: a rank that takes nothing, or whose host does not answer, for this long counts as gone.
+    link_timeout_s: a rank that reads nothing, or whose host does not answer, for this long counts as gone.
     Raises RankFailure if they do not connect within timeout_s.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -87,7 +87,7 @@ def accept_ranks(store: Store, address: str, size: int, *, timeout_s: float, lin
 
 
 class _Acceptor:
-    """Reads the hellos of all callers side by side, so that a silent one blocks nobody."""
+    """Reads the hellos of all callers concurrently, so that a silent one blocks nobody."""
 
     def __init__(self, listener: socket.socket, endpoint: _Endpoint, missing: set[int]) -> None:
         """missing: ranks to accept; those that connect are taken out."""
@@ -122,7 +122,7 @@ class _Acceptor:
     def _accept(self) -> None:
         try:
             caller, _ = self._listener.accept()
-        except OSError:  # it has left again
+        except OSError:  # the caller is gone already
             return
         caller.setblocking(False)
         self._callers[caller] = bytearray(), time.monotonic() + _HELLO_TIMEOUT_S
@@ -159,9 +159,9 @@ class _Acceptor:
 
 
 def connect(store: Store, rank: int, *, timeout_s: float, link_timeout_s: float) -> tuple[Link, Store]:
-    """On any other rank: connect to rank 0. Returns the link to it, and this group's own part of the store.
+    """Connect to rank 0, from any other rank. Returns the link to it, and this group's own part of the store.
 
-    Raises CollectiveError if that fails for timeout_s, or the store is out of reach.
+    Raises CollectiveError if that fails for timeout_s, or if the store is out of reach.
     """
     host = socket.gethostname().encode()[:64]
     deadline = time.monotonic() + timeout_s

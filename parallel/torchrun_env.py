@@ -1,4 +1,4 @@
-"""What torchrun tells each process that it starts: the one place that reads its environment variables."""
+"""Environment variables that torchrun sets for each process; only this module reads them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from parallel.group import CollectiveError
 
 
 class ElasticError(ValueError):
-    """The variables are missing or make no sense; the message is one line for whoever started the process."""
+    """The variables are missing or inconsistent; the message is one line for the user who started the process."""
 
 
 @dataclass(frozen=True)
 class TorchrunEnv:
-    """Where this process stands in the group that torchrun has started.
+    """Place of this process in the group that torchrun has started.
 
-    The count of restarts is left alone: an agent that restarts because another one did counts none, so hosts differ.
+    The restart count is not read: hosts disagree on it, since an agent that restarts because another one did does not
+    count it.
     """
 
     rank: int
     size: int
     local_rank: int
-    """Among the ranks of this host."""
+    """Index among the ranks of this host."""
     local_size: int
-    """Ranks on this host, of this agent."""
+    """Number of ranks that this host's agent has started."""
     master: str
     port: int
-    """Of the store that all ranks can reach."""
+    """Port of the store that all ranks can reach, on `master`."""
     hosts_store: bool
-    """This process has to run that store: no torchrun agent does."""
+    """Whether this process has to run that store, because no torchrun agent does."""
 
     @property
     def one_host(self) -> bool:
@@ -42,7 +43,7 @@ class TorchrunEnv:
         return self.local_size == self.size
 
     def store(self, timeout_s: float) -> TCPStore:
-        """Reach the store. Raises CollectiveError."""
+        """Connect to the store. Raises CollectiveError."""
         try:
             return TCPStore(
                 self.master,
@@ -56,7 +57,7 @@ class TorchrunEnv:
             raise CollectiveError(f"the store at {self.master}:{self.port} is out of reach: {error}") from error
 
     def address(self) -> str:
-        """The address of this host that the others can reach: the one from which it reaches the master."""
+        """Return the address of this host that other ranks can reach: the one from which it reaches the master."""
         with contextlib.suppress(OSError):
             for family, kind, protocol, _, target in socket.getaddrinfo(self.master, self.port, type=socket.SOCK_DGRAM):
                 with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
@@ -67,7 +68,7 @@ class TorchrunEnv:
 
 
 def read_torchrun_env(environment: Mapping[str, str]) -> TorchrunEnv:
-    """Raises ElasticError."""
+    """Parse torchrun's environment variables. Raises ElasticError."""
     numbers = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         value = environment.get(name, "")

@@ -1,4 +1,4 @@
-"""Choosing tokens over a vocabulary that is split across ranks."""
+"""Vocabulary shard: sampling operations over logits that are split across ranks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from parallel.split import split
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
-    """This rank's slice [start, start + size) of a vocabulary of `total` tokens, and what ranks agree on about it.
+    """This rank's slice [start, start + size) of a vocabulary of `total` tokens, and operations over all slices.
 
-    Slices are those of parallel.split.split. Results are identical on every rank. With a group of one nothing is sent.
+    Slices are those of parallel.split.split. Results are identical on every rank. A group of one sends nothing.
     """
 
     start: int
@@ -25,15 +25,15 @@ class VocabShard:
     group: Group
 
     def holds(self, tokens: Tensor) -> Tensor:
-        """Which token ids are this rank's."""
+        """Return a mask of the token ids that are in this rank's slice."""
         return (tokens >= self.start) & (tokens < self.start + self.size)
 
     def local(self, tokens: Tensor) -> Tensor:
-        """Index into this rank's slice, clamped where the token is another rank's (see `holds`)."""
+        """Convert token ids to indices into this rank's slice, clamped for tokens of other ranks (see `holds`)."""
         return (tokens - self.start).clamp(0, self.size - 1)
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """The id of the largest logit of each row, the lowest id among equals; O(rows) traffic.
+        """Find the id of the largest logit of each row, the lowest id among equals; O(rows) traffic.
 
         logits: [rows, size]. Returns [rows] int64.
         """
@@ -41,9 +41,9 @@ class VocabShard:
         return self.best(values, index + self.start)
 
     def best(self, values: Tensor, tokens: Tensor) -> Tensor:
-        """Of each row's largest value on every rank the token that has the largest, the lowest id among equals.
+        """Find, per row, the token with the largest value over all ranks, the lowest id among equals.
 
-        values: [rows]. tokens: [rows] int64. Returns [rows] int64.
+        values: [rows], this rank's largest. tokens: [rows] int64, their ids. Returns [rows] int64.
         """
         if self.group.size == 1:
             return tokens
@@ -53,17 +53,17 @@ class VocabShard:
         return tokens.masked_fill(values < best, float("inf")).amin(0).long()
 
     def largest(self, logits: Tensor) -> Tensor:
-        """The largest logit of each row, on all ranks: [rows, size] to [rows]; O(rows) traffic."""
+        """Find the largest logit of each row over all ranks: [rows, size] to [rows]; O(rows) traffic."""
         values = logits.amax(-1)
         return values if self.group.size == 1 else self.group.all_gather(values).amax(0)
 
     def normalised(self, logits: Tensor) -> Tensor:
-        """Log-probabilities of this rank's slice: [rows, size], the softmax being over all slices; O(rows) traffic."""
+        """Compute this rank's log-probabilities [rows, size], with the softmax over all slices; O(rows) traffic."""
         mass = logits.logsumexp(-1, keepdim=True)
         return logits - (mass if self.group.size == 1 else self.group.all_gather(mass).logsumexp(0))
 
     def of(self, values: Tensor, tokens: Tensor) -> Tensor:
-        """Each row's value at one token, on every rank: values [rows, size], tokens [rows] int64; O(rows) traffic.
+        """Look up each row's value at one token: values [rows, size], tokens [rows] int64; O(rows) traffic.
 
         Returns [rows]. Values may be -inf.
         """
@@ -71,15 +71,15 @@ class VocabShard:
         return mine if self.group.size == 1 else self.group.all_gather(mine).amax(0)
 
     def rank(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """How many tokens have a larger logit than `tokens` [rows] int64, and one: [rows] int64; O(rows) traffic."""
+        """Compute the rank of `tokens` [rows] int64: 1 + the number of larger logits, [rows] int64; O(rows) traffic."""
         larger = (logits > self.of(logits, tokens)[:, None]).sum(-1)
         return 1 + (larger if self.group.size == 1 else self.group.all_gather(larger).sum(0))
 
     def logprobs(self, logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of `tokens`, and of the `most` likeliest tokens; O(rows × most) traffic.
+        """Compute the log-probabilities of `tokens`, and of the `most` likeliest tokens; O(rows × most) traffic.
 
         logits: [rows, size]. tokens: [rows] int64. most: at most `total`.
-        Returns [rows]; [rows, most], falling; and [rows, most] int64, their ids, the lowest first among equals.
+        Returns [rows]; [rows, most], in descending order; and [rows, most] int64, their ids, lowest first among equals.
         """
         top, ids = _largest(logits, min(most, self.size))
         missing = (0, most - top.shape[1])
@@ -90,7 +90,7 @@ class VocabShard:
         said = self.group.all_gather(torch.cat([mass.double(), mine.double(), top.double(), ids.double()], -1))
         masses, chosen, tops, every_id = said.split_with_sizes([1, 1, most, most], -1)
         total = masses.logsumexp(0)
-        # By id first: a stable sort by value then keeps the lowest id first among equals, and padding last.
+        # Sort by id first: the stable sort by value then keeps the lowest id first among equals, and padding last.
         merged_ids, by_id = every_id.transpose(0, 1).flatten(1).sort(-1)
         merged = tops.transpose(0, 1).flatten(1).gather(-1, by_id)
         order = merged.sort(dim=-1, descending=True, stable=True).indices[:, :most]
@@ -98,13 +98,13 @@ class VocabShard:
         return (chosen.amax(0) - total)[:, 0].to(logits.dtype), likeliest, merged_ids.gather(-1, order).long()
 
     def cut(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, candidates: int) -> Tensor:
-        """The least logit that top-k, then top-p, and min-p keep; what ties with it is kept too.
+        """Compute each row's smallest logit that top-k, then top-p, and min-p keep; logits equal to it are kept too.
 
-        One number per row says it all, so a rank needs no more to cut its own slice. It is computed from the same
-        numbers in the same order whatever the number of ranks.
+        A rank needs only this number per row to cut its own slice. It is computed from the same numbers in the same
+        order, whatever the number of ranks.
 
         logits: [rows, size], already divided by the temperature. top_k: [rows] int64, 0 for off. top_p, min_p: [rows]
-        float64, 1 and 0 for off. candidates: how many of a row's largest logits decide: no less than any top_k, and
+        float64, 1 and 0 for off. candidates: number of a row's largest logits to consider: at least every top_k, and
         `total` if a row has a top_p but no top_k. O(rows × candidates) traffic. Returns [rows] float64.
         """
         count = min(candidates, self.total)
@@ -114,7 +114,7 @@ class VocabShard:
         ties = (ordered == kth).sum(-1, keepdim=True) + torch.where(least == kth[None], unlisted, 0).sum(0)
         ordered = ordered[:, :count]
         above = (ordered.double() - ordered[:, :1]).exp_().masked_fill_(ordered <= kth, 0)
-        before = above.cumsum(-1) - above  # mass of everything more likely
+        before = above.cumsum(-1) - above  # mass of all likelier tokens
         mass = above.sum(-1, keepdim=True) + ties * (kth.double() - ordered[:, :1]).exp()
         nucleus = (before < top_p[:, None] * mass).sum(-1, keepdim=True).clamp(min=1) - 1
         off = torch.full_like(kth, float("-inf"))
@@ -128,10 +128,10 @@ class VocabShard:
         ).amax(-1)
 
     def _candidates(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest logits of each row, `count` or more, falling: [rows, n].
+        """Gather the largest logits of each row, at least `count`, in descending order: [rows, n].
 
-        And of each rank's share in them [ranks, rows, 1]: the least of it, and how many more that equal this least one
-        the rank has.
+        Returns them, and for each rank, [ranks, rows, 1] each: the smallest logit that it listed, and the number of its
+        unlisted logits that equal this one.
         """
         ranks = split(self.total, self.group.size)
         if count >= ranks[-1].size:
@@ -146,7 +146,7 @@ class VocabShard:
         return merged.sort(-1, descending=True).values, every[..., -1:], unlisted
 
     def whole(self, logits: Tensor) -> Tensor:
-        """Every rank's slice side by side: [rows, size] to [rows, total]. For the rows that cannot do with less."""
+        """Gather every rank's slice: [rows, size] to [rows, total]. For rows that need the whole vocabulary."""
         if self.group.size == 1:
             return logits
         slices = split(self.total, self.group.size)
@@ -156,9 +156,9 @@ class VocabShard:
 
 
 def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row, falling, the lowest index first among equals: values and indices [rows, count].
+    """Find the `count` largest logits of each row, in descending order, the lowest index first among equals.
 
-    topk alone leaves open which of several equals it takes.
+    Returns values and indices, [rows, count]. topk alone does not define which of several equals it picks.
     """
     size = logits.shape[-1]
     least = logits.topk(max(1, count)).values[:, -1:]
