@@ -1,4 +1,5 @@
-"""The law on the default model and real text: in float32, and in bfloat16 on compiled kernels with coarse drafts."""
+"""Speculation leaves the text of the default model unchanged: in float32, and in bfloat16 on compiled kernels with int8
+drafts."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def model(model_dir: Path, request: pytest.FixtureRequest) -> Llama:
 
 @pytest.fixture(scope="module")
 def plain(model: Llama, model_dir: Path) -> list[Completion]:
-    """What plain decoding makes of every prompt, greedy and sampled."""
+    """Plain completions of every prompt, greedy and sampled."""
     return complete(model, model_dir, {"gamma": 0})[0]
 
 
@@ -52,7 +53,7 @@ def complete(model: Llama, model_dir: Path, speculation: dict[str, Any]) -> tupl
 
 
 def test_speculation_never_changes_text(model: Llama, model_dir: Path, plain: list[Completion]) -> None:
-    """A ragged batch, prompts of 1 to 1,700 tokens, of which all outgrow the budget."""
+    """A ragged batch of prompts from 1 to 1,700 tokens, all of which outgrow the budget."""
     drafted, stats = complete(model, model_dir, {"gamma": 4, "kv": {"budget": 64}})
     for completion, expected in zip(drafted, plain, strict=True):
         assert completion.token_ids == expected.token_ids
