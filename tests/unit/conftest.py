@@ -11,7 +11,7 @@ import torch
 from tests.support.engines import TINY
 from tests.support.ranks import DRAFT, write_random_model
 
-if not torch.cuda.is_available():  # Triton reads this variable when test modules first import it.
+if not torch.cuda.is_available():  # Triton reads the variable when a test module first imports it
     os.environ["TRITON_INTERPRET"] = "1"
 
 

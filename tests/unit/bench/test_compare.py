@@ -58,7 +58,7 @@ Start = Callable[[Peer], PeerProcess]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Returns a function that starts a fake contender, whose output is consecutive numbers."""
+    """Return a function that starts a fake contender, whose output is consecutive numbers."""
     peer = tmp_path / "peer.py"
     peer.write_text(COUNTS)
     with ExitStack() as stack:

@@ -121,7 +121,7 @@ def test_wrong_arguments(llm: LLM, directory: Path) -> None:
 
 def command(*arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, list(arguments))
-    # Typer prints errors boxed and wrapped
+    # Typer prints errors boxed and wrapped.
     return result.exit_code, result.stdout, re.sub(r"[│\s]+", " ", result.stderr)
 
 

@@ -165,7 +165,7 @@ def test_as_fast_as_the_best_fixed_gamma(rows: int, context: int, alpha: float) 
     load = Load(machine, contexts, alphas)
     load.run(100)
     best = max(fixed(machine, contexts, alphas, gamma) for gamma in range(GAMMA_MAX + 1))
-    assert load.run(400) > 0.94 * best  # random acceptance alone varies 400 rounds by some percent
+    assert load.run(400) > 0.94 * best  # the speed of 400 rounds varies by some percent with random acceptance
 
 
 def test_off_where_it_loses_and_on_where_it_wins() -> None:

@@ -39,7 +39,7 @@ sys.exit(serve(lambda: FakeEngine(EngineConfig(model=sys.argv[2])), Path(sys.arg
 
 @pytest.fixture
 def engines(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Returns a function that starts engine processes in the same directory, one after another."""
+    """Return a function that starts engine processes in the same directory, one after another."""
     running: list[subprocess.Popen[bytes]] = []
 
     def start(model: str = "fake") -> subprocess.Popen[bytes]:

@@ -151,7 +151,7 @@ def test_masks_behind_drafts(directory: Path) -> None:
     assert allowed(made.masks(1, [a, b, a])) == [{a}, {b, c}, {a}, {2}]
     assert allowed(made.masks(1, [a, b, a, 2, 2])) == [{a}, {b, c}, {a}, {2}, {2}, {2}]
     assert allowed(made.masks(1, [a, b, a], first=2)) == [{a}, {2}]
-    # after a mismatch the mask stays the same
+    # After a mismatch the mask stays the same.
     assert allowed(made.masks(1, [a, a, b])) == [{a}, {b, c}, {b, c}, {b, c}]
     assert allowed(made.masks(1, [])) == [{a}]  # state restored
     made.commit(1, [a, c])
@@ -184,7 +184,7 @@ def test_only_allowed_tokens(gamma: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_words_that_are_not_allowed(size: int) -> None:
-    """Of three tokens that can be drawn, one may not follow another, and two may not come three times in a row."""
+    """Three tokens can be drawn: one may not follow another, and two may not come three times in a row."""
     if size > 1 and not shm.available():
         pytest.skip("needs shared memory between ranks")
     words = ((3, 50), (50, 50, 50), (319,), (3, 3, 3))

@@ -250,7 +250,7 @@ def test_a_tight_budget_is_shared_evenly() -> None:
 
 @pytest.mark.parametrize("gamma", [0, 2])
 def test_a_long_prompt_catches_up_over_rounds_and_only_to_draft(gamma: int) -> None:
-    """Of two rows, the older one catches up first; both keep decoding meanwhile."""
+    """The older of two rows catches up first; both keep decoding meanwhile."""
     made, _ = scheduler(batch=40, gamma=gamma, draft_kv=True)
     for name, length in (("old", 60), ("new", 30)):
         made.add(AddRequest(name, [5] * length, SamplingParams(max_tokens=50, ignore_eos=True)))
