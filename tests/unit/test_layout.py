@@ -118,7 +118,7 @@ def route_to_torch(start: str, modules: dict[str, Module], lazy_too: bool) -> li
         module = modules[route[-1]]
         targets = {item.target for item in module.imports if not item.lazy or (lazy_too and len(route) == 1)}
         parts = module.name.split(".")
-        # importing a module first imports its packages
+        # Importing a module first imports its packages.
         targets |= {".".join(parts[:count]) for count in range(1, len(parts))}
         for target in sorted(targets):
             if target.partition(".")[0] in ("torch", "transformers", "flashinfer", "triton"):

@@ -108,8 +108,8 @@ def test_vocabulary(size: int, tied: bool) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
 def test_slots_cover_the_checkpoint(variant: str, size: int) -> None:
-    """Together the ranks hold every element, and more than once only replicated ones. Slots cover all storage of a rank
-    without overlap."""
+    """Together the ranks hold every element, and more than once only replicated ones. The slots of a rank do not
+    overlap."""
     config = VARIANTS[variant]
     held: dict[str, Tensor] = {}
 
