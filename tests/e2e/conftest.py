@@ -51,7 +51,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
 
 @pytest.fixture
 def launch(tmp_path: Path, tiny_model: Path) -> Iterator[Callable[..., Server]]:
-    """Starts servers of the tiny model; launch(drain_timeout_s=1.0, …) sets `server.` settings."""
+    """Return a function that starts servers of the tiny model; launch(drain_timeout_s=1.0, …) sets `server.`
+    settings."""
     running: list[Server] = []
 
     def start_one(*flags: str, **settings: Any) -> Server:

@@ -114,7 +114,7 @@ def strike(site: Site, rank: int, phase: str, action: str) -> tuple[list[Stream]
         begun: list[Stream] = []
         waiting: list[Whole] = []
     else:
-        rows = 1 if phase == "prefill" else 2  # as many as max_rows allows, so that another request waits
+        rows = 1 if phase == "prefill" else 2  # 2 is max_rows: a further request waits
         begun = [Stream(server, LONG) for _ in range(rows)]
         eventually(lambda: all(stream.flowing() for stream in begun))
         if phase == "prefill":

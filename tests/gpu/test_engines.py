@@ -78,7 +78,7 @@ def test_graphs_and_speculation_change_nothing(model: Llama, draft_dir: Path, dr
         if gamma:
             assert stats.rejections > 0
         engine.close()
-    # drafts are the same too, except for rounding
+    # The drafts are the same too, except for rounding.
     assert accepted[3, True] == pytest.approx(accepted[3, False], abs=0.02)
 
 

@@ -31,8 +31,8 @@ SNAPKV = {"policy": "snapkv", "budget": 16, "recent": 8, "queries": 5, "kernel":
 
 
 class Shortage:
-    """Makes ranks run out of memory at random moments: before their part of an exchange, after it, or at the end of a
-    round."""
+    """Injector that makes ranks run out of memory at random moments: before their part of an exchange, after it, or at
+    the end of a round."""
 
     def __init__(self, ranks: ThreadRanks, seed: int) -> None:
         self._random = random.Random(seed)
