@@ -120,7 +120,7 @@ def test_budget_covering_the_context_accepts_everything() -> None:
 @given(pages=st.integers(35, 60), gamma=st.integers(0, 4), seed=st.integers(0, 50))
 @settings(max_examples=25, deadline=None)
 def test_preemption_changes_nothing(pages: int, gamma: int, seed: int) -> None:
-    """With a pool too small for the batch, rows are preempted and recomputed, and end with the same tokens."""
+    """In a pool too small for the batch, rows are preempted and recomputed, and end with the same tokens."""
     cache = {"num_pages": pages, "memory_gb": 1.0}
     engine = tiny_engine(model(), gamma=gamma, cache=cache, max_model_len=140)
     plain = tiny_engine(model(), gamma=0)

@@ -1,4 +1,5 @@
-"""Every drafter and policy leaves output unchanged and reads what it may, in float64 on tiny random models."""
+"""Every drafter and policy leaves output unchanged, and reads only KV that was written and that its budget allows. In
+float64, on tiny random models."""
 
 from __future__ import annotations
 
