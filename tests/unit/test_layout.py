@@ -30,9 +30,10 @@ class Import:
     target: str
     line: int
     lazy: bool
-    """In a function, or only for type checkers or a program: not executed when the module is imported."""
+    """Whether it is in a function, or only for type checkers or a program: not executed when the module is imported."""
     program: bool
-    """Executed only when the module runs as a program, which makes it a different module from the one others import."""
+    """Whether it is executed only when the module runs as a program, which is then not the module that others
+    import."""
 
 
 @dataclass(frozen=True)
