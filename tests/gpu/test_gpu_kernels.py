@@ -105,7 +105,7 @@ def test_a_step_is_captured_and_replayed_for_other_lengths() -> None:
 
 
 def test_speculation_never_changes_output() -> None:
-    """In float32, the widest dtype of these kernels."""
+    """Output is unchanged in float32, the widest dtype of these kernels."""
     model = random_model(TINY, 0, torch.float32, CUDA, Group.single(), GpuOps())
     requests = [
         AddRequest(

@@ -121,7 +121,7 @@ def test_rejection_does_not_depend_on_the_number_of_ranks(draft_dir: Path, draft
 
 
 def test_ranks_profile_together() -> None:
-    """With gamma: auto the ranks run the profile's rounds, and then requests."""
+    """The ranks run the profile's rounds for gamma: auto, and then requests."""
     engine = start(2, {"gamma": "auto", "kv": KV["window"]})
     try:
         outputs = run(engine, requests())

@@ -52,7 +52,7 @@ def test_nor_in_float32(size: int, gamma: int) -> None:
 
 @pytest.mark.parametrize(("size", "gamma"), [(2, 3), (3, 0), (3, 4), (8, 2)])
 def test_nor_on_compiled_kernels(size: int, gamma: int) -> None:
-    """With drafts whose weights have 8 bits."""
+    """Drafts use 8-bit weights."""
     check((9, 3), size, gamma, torch.float32, on_kernels=True)
 
 

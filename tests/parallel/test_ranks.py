@@ -131,8 +131,8 @@ def test_a_draft_model_on_the_first_ranks(random_dir: Path, tmp_path: Path, coll
 
 
 def test_default_model(model_dir: Path) -> None:
-    """In float32 over 1, 2 and 3 ranks, with speculation and without: 9 query heads, 3 KV heads, and real text instead
-    of noise."""
+    """The default model in float32 over 1, 2 and 3 ranks, with speculation and without: 9 query heads, 3 KV heads, and
+    real text instead of noise."""
     prompts = ["The capital of France is", "def fibonacci(n):\n"]
     params = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, temperature=0.8, top_p=0.95, seed=3)]
     texts = []
@@ -329,7 +329,8 @@ def rank_0(random_dir: Path, then: str) -> Iterator[tuple[subprocess.Popen[str],
 
 @pytest.mark.parametrize("held", [False, True])
 def test_ranks_end_with_rank_0(random_dir: Path, held: bool) -> None:
-    """Even if rank 0 is killed while the other ranks wait for it inside a round, or while one of them is suspended."""
+    """All ranks end even if rank 0 is killed while the other ranks wait for it inside a round, or while one of them is
+    suspended."""
     with rank_0(random_dir, "sys.stdin.read()" if held else "busy(engine)") as (process, others):
         if held:
             others[0].suspend()
