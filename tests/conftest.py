@@ -1,4 +1,4 @@
-"""Fixtures and settings of all tests."""
+"""Settings and fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from models.default import default_model_dir, is_model_dir, user_cache
 from tests.support.paths import ROOT
 from tests.support.profiles import ALL, FAST
 
-# Before any test module imports torch: threads that sleep, not spin, where several processes share few cores.
+# Set before any test module imports torch: OpenMP threads must sleep instead of spin where several processes share few
+# cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

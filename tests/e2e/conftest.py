@@ -1,4 +1,4 @@
-"""Real `magicdec serve` processes."""
+"""Fixtures that run real `magicdec serve` processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.support.tiny import write_model
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Server]:
-    """The default model in float32; a fixed gamma, since what pays depends on what else the machine does."""
+    """Server of the default model in float32. gamma is fixed, since the best gamma depends on the machine's other
+    load."""
     config = {"engine": {"cache": {"memory_gb": 0.5}, "check_invariants": True, "speculation": {"gamma": 3}}}
     flags = ("--dtype", "float32", "--max-model-len", "2048", "--served-model-name", "default")
     running = start(tmp_path_factory.mktemp("server"), model_dir, *flags, config=config)
@@ -42,7 +43,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
-    """A model that is fast and talks noise."""
+    """Server of a fast model whose text is noise."""
     running = start(tmp_path_factory.mktemp("tiny-server"), tiny_model, config=TINY)
     yield running
     running.stop()
@@ -50,7 +51,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
 
 @pytest.fixture
 def launch(tmp_path: Path, tiny_model: Path) -> Iterator[Callable[..., Server]]:
-    """Starts servers of the tiny model; launch(drain_timeout_s=1.0, …) sets `server.` settings."""
+    """Return a function that starts servers of the tiny model; launch(drain_timeout_s=1.0, …) sets `server.`
+    settings."""
     running: list[Server] = []
 
     def start_one(*flags: str, **settings: Any) -> Server:

@@ -1,4 +1,4 @@
-"""`magicdec bench serve` against a real server: every request is accounted for, also those that are refused."""
+"""`magicdec bench serve` against a real server: every request is counted, refused ones included."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.servers import PATIENCE_S, Server, command, environment
 
 
 def bench(tmp_path: Path, url: str, tokenizer: Path, *flags: str) -> tuple[int, list[dict[str, Any]], str]:
-    """Exit status, summaries, and what was printed."""
+    """Run the benchmark. Returns its exit status, summaries and output."""
     file = tmp_path / "load.json"
     file.unlink(missing_ok=True)
     text = tmp_path / "text"

@@ -1,4 +1,4 @@
-"""Clients and a fuzzer that others wrote, as they are, against real servers."""
+"""Unmodified third-party clients and a fuzzer against real servers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TestLangChain:
 class TestLiteLLM:
     @pytest.fixture
     def ask(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-        monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or importing it asks the network
+        monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # otherwise importing it accesses the network
         return {
             "model": "openai/default",
             "api_base": f"{server.url}/v1",
@@ -114,13 +114,13 @@ CHECKS = "not_a_server_error,response_schema_conformance,status_code_conformance
 
 
 def test_schemathesis(tiny: Server, tmp_path: Path) -> None:
-    """Requests made up from the schema, good and bad: no answer but those that the schema knows."""
+    """Valid and invalid requests generated from the schema get only responses that the schema declares."""
     done = subprocess.run(
         [
             *(str(Path(sys.executable).parent / "schemathesis"), "run", f"{tiny.url}/openapi.json"),
             *("--phases", "fuzzing", "--max-examples", "60", "--seed", "7", "--checks", CHECKS, "--no-color"),
         ],
-        cwd=tmp_path,  # it leaves files where it runs
+        cwd=tmp_path,  # it writes files to its working directory
         capture_output=True,
         text=True,
         check=False,

@@ -19,7 +19,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 
 def fault(answer: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
-    """The error of a refusal, whose shape is checked."""
+    """Check the shape of an error response and return its error object."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
     body = answer.json()
@@ -366,7 +366,8 @@ def test_logit_bias_and_stop_tokens(tiny: Server) -> None:
 
 
 def test_log_probabilities_of_prompts(tiny: Server) -> None:
-    """As echo has them, and by their own field; streamed or not, with tokens behind them or none."""
+    """Prompt log-probabilities through `echo` and through their own field; streamed or not, with and without new
+    tokens."""
     text = "größer → the quick 🙂 fox"
     ids = tiny.post("/tokenize", {"prompt": text}).json()["tokens"]
     body = {"prompt": text, "temperature": 0, "logprobs": 2, "echo": True}
@@ -399,7 +400,7 @@ def test_log_probabilities_of_prompts(tiny: Server) -> None:
 
 
 def test_openapi(tiny: Server) -> None:
-    """Bodies that its schemas allow are read, and every reference leads somewhere."""
+    """The server accepts bodies that its OpenAPI schemas allow, and every reference resolves."""
     document = tiny.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))

@@ -1,7 +1,7 @@
-"""Whatever happens to a rank of a real server, in whatever phase: clear errors, a new engine, and nothing left behind.
-Out of memory it is the same engine.
+"""Any fault of any rank of a real server, in any phase: clear errors, a new engine, and nothing left over. After
+running out of memory the same engine goes on.
 
-`pytest tests/e2e/test_faults.py -s` prints how long it took to notice each fault and to serve again.
+`pytest tests/e2e/test_faults.py -s` prints the time to detect each fault and to serve again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ RANK_0 = ENDS | {
 
 @dataclass
 class Site:
-    """A server, where its faults come from, what it held when it was new, and what was measured."""
+    """A server and its measurements. faults: directory where faults are armed. short: expected text of SHORT. files:
+    number of open files when the server was new. table: rows of the printed table."""
 
     server: Server
     model: Path
@@ -63,7 +64,7 @@ class Site:
 
 
 def faulty(place: Path, model: Path, *flags: str, **engine: Any) -> Site:
-    """A server that restarts its engine. engine: further settings of that."""
+    """Start a server that restarts its engine. engine: further engine settings."""
     faults = place / "f"
     faults.mkdir()
 
@@ -87,7 +88,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 class Whole(threading.Thread):
-    """A request for an answer in one piece."""
+    """A non-streaming request in a thread of its own."""
 
     def __init__(self, server: Server, body: dict[str, Any]) -> None:
         super().__init__(daemon=True)
@@ -106,14 +107,15 @@ class Whole(threading.Thread):
 
 
 def strike(site: Site, rank: int, phase: str, action: str) -> tuple[list[Stream], list[Whole]]:
-    """Have the fault happen while some requests are being answered and others wait. Returns both."""
+    """Trigger the fault while some requests run and others wait. Returns the streams that run and the requests that
+    wait."""
     server = site.server
     if phase == "idle":
         arm(site.faults, rank, phase, action)
         begun: list[Stream] = []
         waiting: list[Whole] = []
     else:
-        rows = 1 if phase == "prefill" else 2  # all of them, so that a further request waits
+        rows = 1 if phase == "prefill" else 2  # 2 is max_rows: a further request waits
         begun = [Stream(server, LONG) for _ in range(rows)]
         eventually(lambda: all(stream.flowing() for stream in begun))
         if phase == "prefill":
@@ -127,7 +129,7 @@ def strike(site: Site, rank: int, phase: str, action: str) -> tuple[list[Stream]
 
 
 def mended(site: Site, rank: int, phase: str, action: str, why: str) -> None:
-    """One fault from its first moment until nothing of it is left."""
+    """Trigger one fault and check its whole course, from the first error until nothing of it is left."""
     server = site.server
     before = site.server.everyone()
     restarts, retried, rounds = (server.metric(f"magicdec_{name}_total") for name in COUNTERS)
@@ -163,7 +165,7 @@ def mended(site: Site, rank: int, phase: str, action: str, why: str) -> None:
 
 
 def survived(site: Site, rank: int, phase: str) -> None:
-    """Memory that does not suffice on one rank: the batch fails, the same engine goes on."""
+    """Let one rank run out of memory: the batch fails, and the same engine goes on."""
     server = site.server
     before = server.everyone()
     counts = [server.metric(f"magicdec_{name}_total") for name in ("engine_restarts", "requests_retried")]
@@ -233,7 +235,7 @@ def test_a_rank_out_of_memory(site: Site, phase: str, rank: int) -> None:
 
 
 def test_a_rank_out_of_memory_that_cannot_call_the_others_back(site: Site, tmp_path: Path) -> None:
-    """Over sockets the round cannot be given up: a new engine."""
+    """Over sockets a round cannot be abandoned, so the engine is replaced."""
     sockets = faulty(tmp_path, site.model, collectives="gloo")
     sockets.table = site.table
     try:
@@ -244,7 +246,7 @@ def test_a_rank_out_of_memory_that_cannot_call_the_others_back(site: Site, tmp_p
 
 @pytest.mark.parametrize("phase", ["idle", "prefill", "draft", "verify"])
 def test_sigterm_for_a_rank_changes_nothing(site: Site, phase: str) -> None:
-    """Rank 0 decides."""
+    """Only rank 0 reacts to SIGTERM."""
     restarts, before = site.server.metric("magicdec_engine_restarts_total"), site.server.everyone()
     arm(site.faults, 1, phase, "SIGTERM")
     if phase != "idle":
@@ -259,7 +261,7 @@ def test_sigterm_for_a_rank_changes_nothing(site: Site, phase: str) -> None:
 
 @pytest.fixture(scope="module")
 def alone(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A server of a single rank."""
+    """Server with a single rank."""
     alone = faulty(tmp_path_factory.mktemp("alone"), site.model, "--tensor-parallel-size", "1")
     assert alone.short == site.short
     yield alone
@@ -272,18 +274,18 @@ def test_the_only_rank_out_of_memory(alone: Site, phase: str) -> None:
 
 
 def test_a_signal_while_a_request_waits_for_an_engine(alone: Site) -> None:
-    """The last test of this server: it drains, which means that there must be an engine first."""
+    """Last test of this server. Draining serves the waiting request first, and that needs a new engine."""
     arm(alone.faults, 0, "prefill", "SIGKILL")
     waiting = Whole(alone.server, SHORT)
     eventually(lambda: alone.server.get("/health").status_code == 503)
     alone.server.signal(signal.SIGTERM)
-    eventually(lambda: "draining" in alone.server.log.read_text())  # /ready says that it restarts, until it has
+    eventually(lambda: "draining" in alone.server.log.read_text())  # /ready reports the restart until it is over
     assert waiting.text() == alone.short
     assert alone.server.wait() == 0
 
 
 def test_a_signal_while_there_is_no_engine(site: Site) -> None:
-    """The last test of this server: it ends as it should, in the middle of a start."""
+    """Last test of this server. It shuts down cleanly in the middle of an engine start."""
     arm(site.faults, 1, "idle", "SIGKILL")
     eventually(lambda: site.server.get("/health").status_code == 503)
     site.server.family = site.server.everyone()

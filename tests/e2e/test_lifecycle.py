@@ -1,4 +1,4 @@
-"""How a server starts and ends."""
+"""Start and shutdown of a server."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_an_engine_that_stands_still_when_its_server_is_killed(launch: Launch) -
     server = launch()
     engine = server.engine
     engine.suspend()
-    eventually(lambda: engine.status() == psutil.STATUS_STOPPED)  # on a busy machine that takes its time
+    eventually(lambda: engine.status() == psutil.STATUS_STOPPED)  # on a busy machine this takes a moment
     server.process.kill()
     _, alive = psutil.wait_procs(server.family, PATIENCE_S)
     assert alive == []
@@ -149,7 +149,7 @@ def test_a_signal_during_an_upload(launch: Launch) -> None:
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as upload:
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 100\r\n\r\n"
         upload.sendall(head)
-        assert upload.recv(100).startswith(b"HTTP/1.1 100")  # it waits for the body
+        assert upload.recv(100).startswith(b"HTTP/1.1 100")  # the server now waits for the body
         upload.sendall(b"{")
         server.signal(signal.SIGTERM)
         answer = upload.makefile("rb").read()
@@ -167,7 +167,8 @@ def test_a_server_that_is_killed_leaves_no_engine(launch: Launch) -> None:
 
 
 def test_what_a_killed_server_left_does_not_matter(launch: Launch) -> None:
-    """Both processes are killed at once, so that nobody cleans up; the next server starts beside their socket."""
+    """Both processes are killed at once, so that neither cleans up. The next server starts despite the leftover
+    socket."""
     first = launch()
     engine = first.engine
     (left,) = first.tmp.iterdir()
@@ -196,7 +197,7 @@ def test_a_signal_while_loading(tmp_path: Path, tiny_model: Path) -> None:
     )
 
     def engines() -> list[psutil.Process]:
-        """Other children, such as git for the version, come and go."""
+        """Return the engine processes; other children, such as git for the version, come and go."""
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(process.pid).children()
             return [child for child in children if "engine.processes.engine_server" in child.cmdline()]
@@ -212,7 +213,7 @@ def test_a_signal_while_loading(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def refused(*arguments: str) -> str:
-    """What a command that cannot work says."""
+    """Run a command that must fail. Returns its error output."""
     done = subprocess.run(
         command("serve", *arguments), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )

@@ -1,4 +1,5 @@
-"""Many clients at once, and clients that vanish. Random weights in float64: noise, but exactly reproducible."""
+"""Many clients at once, and clients that disconnect. Random weights in float64 make noise, but exactly reproducible
+noise."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ from tests.support.servers import PATIENCE_S, Server, eventually
 
 SHORT = [1, 2, 3, 5, 8, 13, 16, 17, 21, 30, 33, 40, 55, 64, 70]
 LENGTHS = [*SHORT * 4, 200, 500, 1000, 4000]
-"""Tokens each of 64 requests generates."""
+"""Number of tokens that each of 64 requests generates."""
 
 
 def body(number: int) -> dict[str, Any]:
-    """Prompts from one token to a few chunks; greedy and sampled; some with limits of their own on drafts."""
+    """Build request `number`: prompts from one token to a few chunks, greedy and sampled, some with their own limit on
+    drafts."""
     return {
         "prompt": [3 + (number * 31 + place) % 300 for place in range(1 + (number * 37) % 200)],
         "max_tokens": LENGTHS[number % len(LENGTHS)],
@@ -35,7 +37,7 @@ def body(number: int) -> dict[str, Any]:
 
 
 async def complete(http: httpx.AsyncClient, wanted: dict[str, Any]) -> tuple[str, str, int]:
-    """Text, finish reason and number of tokens of a streamed completion."""
+    """Stream a completion. Returns its text, finish reason and number of tokens."""
     text, reason, tokens, done = "", "", -1, False
     async with http.stream("POST", "/v1/completions", json=wanted) as answer:
         assert answer.status_code == 200
@@ -97,7 +99,7 @@ def test_200_clients_that_vanish_leave_nothing_behind(tiny: Server) -> None:
 
 
 def test_2000_requests_of_which_a_third_vanishes(tiny: Server) -> None:
-    """200 at a time; what the server holds is the same before and after, and it answers health checks all the while."""
+    """200 at a time. The server's resources are the same before and after, and it answers health checks throughout."""
     chance = random.Random(1)
     fates: Counter[str] = Counter()
     health: list[float] = []
@@ -133,7 +135,7 @@ def test_2000_requests_of_which_a_third_vanishes(tiny: Server) -> None:
     def held() -> tuple[int, int]:
         return tiny.files(), len(process.threads())
 
-    asyncio.run(load(400))  # until whatever grows once has grown
+    asyncio.run(load(400))  # until everything that grows only once has grown
     eventually(lambda: tiny.idle() and not process.net_connections("tcp")[1:])
     before, memory = held(), process.memory_info().rss
     fates.clear()
@@ -142,5 +144,5 @@ def test_2000_requests_of_which_a_third_vanishes(tiny: Server) -> None:
     assert sum(fates.values()) == 2000
     assert fates["vanished"] > 100
     assert process.memory_info().rss - memory < 64 << 20
-    # Of this process too, which is busy with 200 streams: a number to look at, no bound.
+    # This process, which handles 200 streams, adds to the latency: the number is printed but not bounded.
     print(f"99 of 100 health checks took less than {1e3 * sorted(health)[int(0.99 * len(health))]:.0f} ms")

@@ -191,10 +191,10 @@ def test_errors(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_speculation_did(client: openai.OpenAI, stream: bool) -> None:
-    """Of each token how it came; asking changes nothing else."""
+    """The report gives the origin of each token; requesting it changes nothing else."""
 
     def ask(**speculation: object) -> tuple[str, list[dict[str, Any]]]:
-        """The text, and the reports in order."""
+        """Request a completion. Returns its text, and the reports in order."""
         body = {"speculation": speculation}
         answer: Any = client.completions.create(
             model=MODEL, prompt="1 2 3 4 5 6 7 8", max_tokens=60, temperature=0, stream=stream, extra_body=body

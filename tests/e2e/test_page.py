@@ -1,4 +1,4 @@
-"""The page at GET /: what it may do, and what it does in a browser."""
+"""The page at GET /: its security headers, and its behaviour in a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys, origins, certificates, slow and oversized requests, and what the log says of all that: over real sockets."""
+"""API keys, origins, certificates, slow and oversized requests, and their log entries, over real sockets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEYS = ("first-key", "second-key")
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
-    """With keys, a CORS origin, short time-outs and a log in JSON."""
+    """Server with API keys, a CORS origin, short time-outs and a JSON log."""
     directory = tmp_path_factory.mktemp("guarded")
     keys = directory / "keys"
     keys.write_text(f"# for tests\n{KEYS[1]}\n\n", encoding="utf-8")
@@ -92,7 +92,7 @@ def connect(server: Server) -> socket.socket:
 
 
 def everything(connection: socket.socket) -> bytes:
-    """Until the server closes."""
+    """Receive until the server closes the connection."""
     found = b""
     try:
         while more := connection.recv(65536):
@@ -145,7 +145,7 @@ def test_headers_that_are_too_large(guarded: Server, end: bytes) -> None:
 
 
 def test_without_a_length(guarded: Server) -> None:
-    """Chunked bodies are read to their end; one that never says how long it is has none."""
+    """Chunked bodies are read to their end. A body with neither a length nor chunks is not read."""
     body = json.dumps(BODY).encode()
     with connect(guarded) as connection:
         chunks = f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
@@ -157,7 +157,7 @@ def test_without_a_length(guarded: Server) -> None:
 
 
 def test_a_queue_of_tokens(guarded: Server) -> None:
-    """A prompt that is longer than the queue is served by a server with nothing to do; others wait outside."""
+    """An idle server accepts a prompt that is longer than the queue; requests after it are refused."""
     headers = {"Authorization": f"Bearer {KEYS[0]}"}
     long = {"prompt": [5] * 350, "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with (
@@ -217,6 +217,6 @@ def test_https(tmp_path: Path, tiny_model: Path) -> None:
         answer = httpx.post(server.url + COMPLETIONS, json=BODY, verify=context, timeout=PATIENCE_S)
         assert answer.status_code == 200
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{server.url}/health", timeout=PATIENCE_S)  # of an authority that nobody knows
+            httpx.get(f"{server.url}/health", timeout=PATIENCE_S)  # signed by an unknown authority
     finally:
         server.stop()

@@ -75,7 +75,7 @@ def test_any_object(server: Server) -> None:
 
 
 def test_two_hundred_schemas(tiny: Server) -> None:
-    """All parse and match, and are what they are without speculation."""
+    """All outputs parse and match their schemas, and equal those without speculation."""
     schemas = [random_schema(random.Random(1000 + i)) for i in range(200)]
 
     async def ask(http: httpx.AsyncClient, seed: int, schema: Any, others: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""An engine over two torchrun agents: side by side on one machine, and in network namespaces that stand for hosts."""
+"""An engine over two torchrun agents: both on this machine, and in network namespaces that act as hosts."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ IP = shutil.which("ip", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.path
 
 @dataclass(frozen=True)
 class Host:
-    """Where an agent runs: what to put before its command, and its address."""
+    """Host of an agent. prefix: words before the agent's command. address: its IP address."""
 
     prefix: tuple[str, ...]
     address: str
     cable: tuple[str, ...] | None = None
-    """What to tell `ip` of its one connection to others."""
+    """Arguments of `ip` that select its one connection to other hosts."""
 
 
 def ip(*arguments: str) -> None:
@@ -60,7 +60,7 @@ def can_have_namespaces() -> bool:
 
 @contextlib.contextmanager
 def namespaces() -> Iterator[tuple[Host, Host]]:
-    """Two hosts with a cable between them. Skips where there can be none."""
+    """Two hosts with a cable between them. Skips the test if they cannot be created."""
     if IP is None:
         pytest.skip("no network namespaces: there is no command `ip`")
     names = [f"magicdec-{os.getpid()}-{end}" for end in "ab"]
@@ -93,7 +93,7 @@ def loopback() -> Iterator[tuple[Host, Host]]:
 
 
 class Agents:
-    """torchrun on two hosts, two ranks each; `start_server` attaches a server to their engine."""
+    """torchrun on two hosts, two ranks each. `start_server` attaches a server to their engine."""
 
     def __init__(self, directory: Path, hosts: tuple[Host, Host], model: Path) -> None:
         self.directory, self.model = directory, model
@@ -129,7 +129,7 @@ class Agents:
                 )
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """Those that run now."""
+        """Processes of the ranks that run now, by rank."""
         found = {}
         for agent in self.processes:
             for process in psutil.Process(agent.pid).children(recursive=True):
@@ -145,7 +145,7 @@ class Agents:
         return start(directory, self.model, "--engine", str(self.socket), config=self.config)
 
     def stop(self) -> None:
-        """End all, as one does."""
+        """Stop the agents with SIGTERM, at the same time."""
         self.ranks()
         for process in self.processes:
             process.send_signal(signal.SIGTERM)
@@ -153,7 +153,7 @@ class Agents:
             process.wait(PATIENCE_S)
 
     def gone(self) -> None:
-        """Nothing remains: no process, no file."""
+        """Check that no process and no file remains."""
         _, alive = psutil.wait_procs(self._seen, PATIENCE_S)
         assert alive == []
         assert not self.socket.exists()
@@ -171,7 +171,7 @@ def random_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(random_dir: Path) -> str:
-    """What one rank answers to PROMPT."""
+    """Output of a single rank for PROMPT."""
     chosen = EngineConfig.model_validate(settings(0, model=str(random_dir), dtype="float64", max_model_len=None))
     with LLM(chosen) as llm:
         (completion,) = llm.generate([PROMPT], SamplingParams(max_tokens=40, temperature=1.0, seed=5, ignore_eos=True))
@@ -184,7 +184,7 @@ def completed(server: Server) -> Any:
 
 
 def interrupted(server: Server, interrupt: Callable[[], object]) -> str:
-    """What a client is told that waits while the engine goes."""
+    """Interrupt the engine while a client waits. Returns the error message that the client receives."""
     answers: list[httpx.Response] = []
     long = {"prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True}
     client = threading.Thread(target=lambda: answers.append(server.post("/v1/completions", long)))
@@ -205,8 +205,8 @@ def test_two_hosts(
     random_dir: Path,
     expected: str,
 ) -> None:
-    """The text of one rank; a rank is killed, clients are told, torchrun starts all again. In the end nothing remains,
-    whether they are stopped or cut off from each other."""
+    """The text equals that of one rank. When a rank is killed, clients get an error and torchrun restarts all ranks. In
+    the end nothing remains, whether the agents are stopped or cut off from each other."""
     servers = []
     with where() as hosts:
         agents = Agents(tmp_path, hosts, random_dir)
@@ -227,7 +227,7 @@ def test_two_hosts(
                 reason = interrupted(servers[1], agents.stop)
                 assert "stopped" in reason or "got a signal to end" in reason
             else:
-                # No connection is closed: silence alone says that the other ranks are gone.
+                # No connection is closed, so only silence shows that the other ranks are gone.
                 cable = hosts[0].cable
                 assert "rank" in interrupted(servers[1], lambda: ip(*cable, "down"))
                 agents.kill()

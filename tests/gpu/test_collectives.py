@@ -1,4 +1,4 @@
-"""Sums between GPUs, through NCCL and through memory that they share; every rank is a process running this file."""
+"""Sums between GPUs, through NCCL and through memory that they share. Every rank is a process that runs this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the CPU tests prove, again on a CUDA device: kernels against the CPU, the law on a tiny model."""
+"""The CPU tests' properties on a CUDA device: kernels against the CPU, and unchanged output on a tiny model."""
 
 from __future__ import annotations
 

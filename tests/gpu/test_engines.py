@@ -1,4 +1,5 @@
-"""Whole engines on a GPU: CUDA graphs change nothing, random loads stay right, and the pool takes what is left."""
+"""Whole engines on a GPU: CUDA graphs change nothing, random loads give correct output, and the pool takes the free
+memory."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ SNAPKV = {"policy": "snapkv", "budget": 32, "recent": 16}
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    """float32, so that batch shapes cannot tip a near tie."""
+    """Model in float32, so that batch shapes cannot tip a near tie."""
     return random_model(SHAPE, 0, torch.float32, CUDA, Group.single(), GpuOps(recorder=CudaGraphs(CUDA)))
 
 
@@ -58,7 +59,7 @@ def requests(count: int, seed: int) -> list[AddRequest]:
 
 @pytest.fixture(scope="module")
 def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A draft model with fewer layers."""
+    """Directory of a draft model with fewer layers."""
     return write_random_model(tmp_path_factory.mktemp("models") / "draft", dataclasses.replace(SHAPE, num_layers=2))
 
 
@@ -77,11 +78,12 @@ def test_graphs_and_speculation_change_nothing(model: Llama, draft_dir: Path, dr
         if gamma:
             assert stats.rejections > 0
         engine.close()
-    assert accepted[3, True] == pytest.approx(accepted[3, False], abs=0.02)  # drafts are the same too, but for rounding
+    # The drafts are the same too, except for rounding.
+    assert accepted[3, True] == pytest.approx(accepted[3, False], abs=0.02)
 
 
 def test_a_random_load_stays_right(model: Llama) -> None:
-    """Requests come and go at any time, pages are few: some are preempted."""
+    """Requests join and leave at any time, and pages are so few that some requests are preempted."""
     engine = tiny_engine(model, gamma=3, speculation={"kv": WINDOW}, cache={"num_pages": 300}, max_model_len=400)
     for seed in range(6):
         chance, wanted = random.Random(seed), requests(30, seed)

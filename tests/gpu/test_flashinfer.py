@@ -1,4 +1,4 @@
-"""FlashInfer's own kernels, through our backend, against the oracle."""
+"""FlashInfer's own kernels, through our backend, against the reference backend."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda")
 ROWS = [
     ([1] * 6, [30, 4000, 17, 900, 64, 2500]),  # decode
     ([5, 1, 3, 5], [3000, 40, 800, 5]),  # verify
-    ([700, 1, 5], [1000, 2000, 300]),  # a chunk of a prompt beside them
+    ([700, 1, 5], [1000, 2000, 300]),  # a chunk of a prompt in the same batch
 ]
 
 
@@ -51,7 +51,7 @@ def test_equals_the_oracle(heads: int, kv_heads: int, head_dim: int, dtype: torc
 
 
 def test_plans_made_ahead_of_the_device() -> None:
-    """Many steps are enqueued before any is looked at; none reads another's plan."""
+    """Many steps are enqueued before any result is read; no step reads another one's plan."""
     torch.manual_seed(0)
     layer = layer_of(8, 128, torch.bfloat16)
     oracle, backend = ReferenceAttention(16), FlashInferAttention(16, make_workspace(CUDA))

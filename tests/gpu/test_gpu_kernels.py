@@ -1,6 +1,6 @@
-"""What only a GPU can show of the kernels in Triton: shapes that models have, and CUDA graphs.
+"""Triton kernels on a GPU only: shapes of real models, and CUDA graphs.
 
-Parity in small shapes is in tests/unit/kernels/test_gpu_kernels.py, which runs on the GPU where there is one.
+tests/unit/kernels/test_gpu_kernels.py tests parity in small shapes, on the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CUDA = torch.device("cuda")
 ROWS = [
     ([1] * 6, [30, 4000, 17, 900, 64, 2500]),  # decode
     ([5, 1, 3, 5], [3000, 40, 800, 5]),  # verify
-    ([700, 1, 5], [1000, 2000, 300]),  # a chunk of a prompt beside them
+    ([700, 1, 5], [1000, 2000, 300]),  # a chunk of a prompt in the same batch
 ]
 
 
@@ -64,7 +64,7 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype,
 
 
 def captured(work: Any) -> torch.cuda.CUDAGraph:
-    """`work`, run once to compile what it needs, then captured."""
+    """Capture `work` in a graph, after one run that compiles its kernels."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -77,7 +77,7 @@ def captured(work: Any) -> torch.cuda.CUDAGraph:
 
 
 def test_a_step_is_captured_and_replayed_for_other_lengths() -> None:
-    """Attention, sampling and commit from what is on the device; a replay sees what has changed there."""
+    """Attention, sampling and commit read their inputs on the device; a replay uses the values that are there then."""
     torch.manual_seed(0)
     layer = layer_of(8, 128, torch.bfloat16)
     queries = torch.tensor([5, 1, 3], device=CUDA)
@@ -105,7 +105,7 @@ def test_a_step_is_captured_and_replayed_for_other_lengths() -> None:
 
 
 def test_speculation_never_changes_output() -> None:
-    """float32, which is as wide as these kernels go."""
+    """Output is unchanged in float32, the widest dtype of these kernels."""
     model = random_model(TINY, 0, torch.float32, CUDA, Group.single(), GpuOps())
     requests = [
         AddRequest(

@@ -1,4 +1,4 @@
-"""Rounds that one rank cannot finish: all ranks give them up, and are in step again. Ranks are threads."""
+"""Rounds that one rank cannot finish: all ranks abandon them and stay in step. Ranks are threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ ROUNDS = 300
 
 
 class Failing(ShmGroup):
-    """Can run out of memory in an exchange, when its own part is there for the others and theirs is not read."""
+    """Group that can run out of memory inside an exchange, after it published its own part and before it reads the
+    others'."""
 
     fails = False
 
@@ -33,7 +34,7 @@ class Failing(ShmGroup):
 
 @dataclass
 class Ends:
-    """One rank's ends of the group of all, and of that of the first ranks, if it is one of them."""
+    """Ends of one rank: of the group of all ranks, and of the group of the first ranks if it is one of them."""
 
     whole: Failing
     first: Failing | None
@@ -61,8 +62,9 @@ def on_ranks(size: int, work: Callable[[int], list[list[int]]]) -> list[list[lis
 
 @dataclass(frozen=True)
 class Script:
-    """A round. steps: (of the first ranks only, how many numbers). fails: before which step, by rank; the number of
-    steps is behind all of them. inside: in that step rather than before it."""
+    """One round. steps: for each collective, whether it is of the first ranks only, and its number of elements. fails:
+    for each failing rank, the step where it fails (the number of steps: after all of them), and whether it fails inside
+    that step rather than before it."""
 
     steps: list[tuple[bool, int]]
     fails: dict[int, tuple[int, bool]]
@@ -79,7 +81,7 @@ def scripts(size: int, seed: int) -> list[Script]:
 
 
 def play(script: Script, mine: Ends, number: int) -> list[int]:
-    """One rank's part in a round. Returns who has failed."""
+    """Run one rank's part of a round. Returns the ranks that failed."""
     rank = mine.whole.rank
     groups = [mine.whole] if mine.first is None else [mine.whole, mine.first]
     for each in groups:
@@ -111,7 +113,7 @@ def play(script: Script, mine: Ends, number: int) -> list[int]:
 
 @pytest.mark.parametrize(("size", "count", "seed"), [(2, 1, 0), (2, 2, 1), (3, 2, 2), (4, 2, 3), (4, 3, 4)])
 def test_ranks_never_lose_step(size: int, count: int, seed: int) -> None:
-    """Whoever fails, wherever: before, in, between and behind collectives, of either group, alone or with another."""
+    """Ranks stay in step wherever one or two fail: before, in, between and after collectives, of either group."""
     rounds = scripts(size, seed)
     groups = ends(size, count)
 
@@ -127,7 +129,7 @@ def test_ranks_never_lose_step(size: int, count: int, seed: int) -> None:
 
 
 def test_nobody_waits_for_a_rank_that_is_gone_for_good() -> None:
-    """At the end of a round as inside it."""
+    """The timeout also applies at the end of a round."""
     first, _ = ends(2, 1, timeout_s=0.2)
     first.whole.begin_round()
     with pytest.raises(CollectiveError, match=r"rank 1 did not answer within 0\.2 s"):

@@ -1,4 +1,4 @@
-"""Frames between rank 0 and the others."""
+"""Frames between rank 0 and the other ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parallel.channel import Channel, Disconnected, Link
 
 @pytest.fixture
 def ends() -> Iterator[tuple[dict[int, Link], dict[int, Link]]]:
-    """Links of rank 0 to ranks 1 to 3, and their ends of them."""
+    """Links of rank 0 to ranks 1 to 3, and the other ends of these links."""
     ours, theirs = {}, {}
     for rank in (1, 2, 3):
         one, other = socket.socketpair()

@@ -36,7 +36,7 @@ def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class InTurns(FixedGamma):
-    """Rows draft in some rounds, and not in others."""
+    """Controller under which rows alternate between rounds with drafts and rounds without."""
 
     def __init__(self) -> None:
         super().__init__(3)
@@ -93,7 +93,7 @@ def test_a_draft_model_on_all_ranks_or_fewer(draft_dir: Path, policy: str, size:
 @pytest.mark.parametrize(("size", "count"), [(2, None), (3, 1), (4, 3)])
 @pytest.mark.parametrize("policy", ["window", "snapkv", "all"])
 def test_ranks_agree_on_who_has_caught_up(draft_dir: Path, policy: str, size: int, count: int | None) -> None:
-    """Also those without the draft model, where rows draft, catch up, do both, or neither."""
+    """All ranks agree, including those without the draft model, while rows draft, catch up, do both, or neither."""
     speculation = of_model(draft_dir, policy, count)
     scheduler = {"max_rows": 4, "max_batch_tokens": 24}
     engine, ranks = threaded_engine(
@@ -117,11 +117,11 @@ def test_rejection_does_not_depend_on_the_number_of_ranks(draft_dir: Path, draft
     }
     first, *others = (texts(start(size, speculation)) for size in (1, 2, 3))
     assert all(other == first for other in others)
-    assert first != expected()  # another text, from the same distribution
+    assert first != expected()  # different text from the same distribution
 
 
 def test_ranks_profile_together() -> None:
-    """With gamma: auto the ranks run the profile's rounds, and then requests."""
+    """The ranks run the profile's rounds for gamma: auto, and then requests."""
     engine = start(2, {"gamma": "auto", "kv": KV["window"]})
     try:
         outputs = run(engine, requests())

@@ -1,4 +1,4 @@
-"""Groups over gloo and over shared memory: every rank is a process of its own, running this file as a script."""
+"""Groups over gloo and over shared memory. Every rank is a process that runs this file as a script."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64)
 
 
 def rank_main(rank: int, size: int, directory: Path, memory: int) -> None:
-    """What one rank computes, left in `directory` as safetensors. memory: file descriptor of the shared group."""
+    """Compute the results of one rank and save them in `directory` as safetensors. memory: file descriptor of the
+    shared group."""
     store = FileStore(f"{directory}/store", size)
     gloo = Group(rendezvous.connect(store, rank, size, CPU, timedelta(seconds=60)))
     for name, group in (("gloo", gloo), ("shared", shm.ShmGroup(memory, rank, size, 60))):
@@ -45,7 +46,7 @@ def rank_main(rank: int, size: int, directory: Path, memory: int) -> None:
 
 
 def first_main(rank: int, size: int, count: int, directory: Path, memory: int) -> None:
-    """Sums in the group of all and in that of the first `count`, in turn, through either transport."""
+    """Run collectives in the group of all ranks and in that of the first `count`, alternating, over both transports."""
     store = FileStore(f"{directory}/store", -1)
     results = {}
     for name in ("gloo", "shared"):
@@ -69,9 +70,9 @@ def exercise(group: Group) -> dict[str, torch.Tensor]:
         results[f"gathered.{dtype}"] = group.all_gather(x)
         assert group.all_reduce(x) is x
         results[f"reduced.{dtype}"] = x
-    # Sums that depend on the order of their terms: every rank must still end with the same bits.
+    # These sums depend on the order of their terms, yet every rank must end with the same bits.
     results["noise"] = group.all_reduce(torch.randn(1000, generator=torch.Generator().manual_seed(rank)))
-    # More than shared memory takes at once, an odd number of them; and none at all.
+    # More elements than shared memory takes at once, and an odd number of them; then an empty tensor.
     results["large"] = group.all_gather(torch.arange(700_001.0) + rank)
     results["large sum"] = group.all_reduce(torch.arange(700_001, dtype=torch.float64) + rank)
     assert group.all_gather(torch.empty(0, 3)).shape == (group.size, 0, 3)
@@ -81,7 +82,7 @@ def exercise(group: Group) -> dict[str, torch.Tensor]:
 
 
 def run_processes(work: str, size: int, *arguments: object) -> None:
-    """Run `work`, a function of this file, in a process per rank: work(rank, size, *arguments, memory)."""
+    """Run `work`, a function of this file, in one process per rank: work(rank, size, *arguments, memory)."""
     root = ROOT
     command = [sys.executable, "-m", "tests.parallel.test_group", work]
     memory = shm.create(size)
@@ -169,7 +170,7 @@ def test_shared_memory_names_the_rank_that_does_not_come() -> None:
     first.while_waiting = lambda: waited.append(None)
     with pytest.raises(CollectiveError, match=r"rank 1 did not answer within 0\.2 s"):
         first.all_reduce(torch.ones(3))
-    with pytest.raises(CollectiveError, match="rank 2 did not answer"):  # rank 0 came, and has gone since
+    with pytest.raises(CollectiveError, match="rank 2 did not answer"):  # rank 0 arrived and has left since
         second.all_reduce(torch.ones(3))
     assert waited
 

@@ -1,4 +1,4 @@
-"""Ranks that something like torchrun starts: processes that find each other by their environment alone."""
+"""Ranks started by a launcher like torchrun: processes that find each other by environment variables alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def random_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Group:
-    """Three ranks, 0 the host of their store, in the directory `place` of each."""
+    """Three ranks, each in its directory of `places`; rank 0 hosts the store."""
 
     def __init__(self, directory: Path, places: list[Path], config: dict[str, Any]) -> None:
         self.socket = directory / "e"
@@ -57,7 +57,7 @@ class Group:
         ]
 
     def ended(self) -> tuple[list[int], list[str]]:
-        """Exit status of each, and what it said."""
+        """Wait for all ranks to exit. Returns the exit status and the standard error of each."""
         said = [rank.communicate(timeout=120)[1] for rank in self.ranks]
         assert not self.socket.exists()
         return [rank.returncode for rank in self.ranks], said
@@ -80,7 +80,7 @@ def group(tmp_path: Path, random_dir: Path) -> Iterator[Callable[..., Group]]:
 
 
 def served(group: Group) -> list[int]:
-    """What the engine answers to PROMPT."""
+    """Attach to the engine and return its output tokens for PROMPT."""
 
     async def main() -> list[int]:
         client = await EngineClient.attach(group.socket, model="random", start_timeout_s=120, timeout_s=60)
@@ -95,7 +95,8 @@ def served(group: Group) -> list[int]:
 
 @pytest.mark.parametrize("collectives", ["auto", "gloo"])
 def test_one_host(random_dir: Path, group: Callable[..., Group], collectives: str) -> None:
-    """Through shared memory too: all ranks are here. The signal is rank 0's; the others end with it."""
+    """All ranks are on one host, so shared memory works too. Rank 0 gets the signal, and the other ranks end with
+    it."""
     plain = Engine(EngineConfig.model_validate(settings(0, model=str(random_dir), dtype="float64")), progress=False)
     expected = complete(plain, PROMPT, PARAMS)
     plain.close()

@@ -1,4 +1,4 @@
-"""The law over ranks: text does not depend on how many processes compute it, with speculation or without."""
+"""Output does not depend on the number of ranks, with speculation or without."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.rank_law import alone, model, ops_of, requests
 from tests.support.ranks import threaded_engine
 
 SHAPES = [(8, 8), (9, 3), (8, 2), (8, 1)]
-"""Query heads and KV heads: 1, 3, 4 and 8 of the former to one of the latter."""
+"""Numbers of query heads and KV heads: 1, 3, 4 and 8 query heads per KV head."""
 
 
 def check(shape: tuple[int, int], size: int, gamma: int, dtype: torch.dtype, on_kernels: bool = False) -> None:
@@ -52,12 +52,12 @@ def test_nor_in_float32(size: int, gamma: int) -> None:
 
 @pytest.mark.parametrize(("size", "gamma"), [(2, 3), (3, 0), (3, 4), (8, 2)])
 def test_nor_on_compiled_kernels(size: int, gamma: int) -> None:
-    """With drafts whose weights have 8 bits."""
+    """Drafts use 8-bit weights."""
     check((9, 3), size, gamma, torch.float32, on_kernels=True)
 
 
 def test_only_changes_are_broadcast() -> None:
-    """A long prompt crosses once; a round of decoding takes a few bytes per row, whatever the context."""
+    """A long prompt is sent once; a round of decoding takes a few bytes per row, whatever the context length."""
     engine, ranks = threaded_engine(model(9, 3), 2, gamma=2)
     try:
         params = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -70,7 +70,7 @@ def test_only_changes_are_broadcast() -> None:
     assert len(decoding) > 10
     assert max(decoding) < 100
     pages = [delta for plan in plans for delta in plan.pages]
-    assert sum(len(delta.pages) for delta in pages) <= 2 * 60  # each page is named once
+    assert sum(len(delta.pages) for delta in pages) <= 2 * 60  # each page is sent once
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_rank_that_disagrees_is_an_error(kind: str, named: str) -> None:
         engine.add(AddRequest("x", [5, 6, 7], SamplingParams(max_tokens=50, ignore_eos=True)))
         for _ in range(5):
             engine.step()
-        getattr(ranks.workers[2]._state, kind)[9, ...] += 1  # of a row slot that nothing runs in
+        getattr(ranks.workers[2]._state, kind)[9, ...] += 1  # in a row slot that no request uses
         with pytest.raises(RankFailure, match=f"rank 2 and rank 0 disagree about {named} after round 6"):
             engine.step()
         with pytest.raises(RankFailure, match="disagree"):

@@ -1,4 +1,5 @@
-"""Memory that does not suffice on any rank, at any place of a round: its requests fail, and the ranks stay together."""
+"""If any rank runs out of memory, at any point of a round, the requests of that round fail and the ranks stay in
+step."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ SNAPKV = {"policy": "snapkv", "budget": 16, "recent": 8, "queries": 5, "kernel":
 
 
 class Shortage:
-    """Lets ranks run out of memory at random moments: before their part of an exchange, behind it, or at the end of a
-    round."""
+    """Injector that makes ranks run out of memory at random moments: before their part of an exchange, after it, or at
+    the end of a round."""
 
     def __init__(self, ranks: ThreadRanks, seed: int) -> None:
         self._random = random.Random(seed)
@@ -44,11 +45,11 @@ class Shortage:
             self._watch_ends(ranks.workers[rank], rank)
 
     def order(self, rank: int, place: str) -> None:
-        """One more, soon."""
+        """Schedule one failure of `rank` at `place`, after a small random number of visits."""
         self._due[rank, place] = self._random.randint(1, 3 if place == "end" else 60)
 
     def end(self) -> None:
-        """There is memory enough."""
+        """Cancel all scheduled failures."""
         self._due.clear()
 
     def _at(self, rank: int, place: str) -> None:
@@ -99,7 +100,7 @@ def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_the_batch_fails_and_the_rest_goes_on(draft_dir: Path, size: int, speculation: dict[str, Any]) -> None:
-    """With greedy, sampled, truncated and penalised rows, and prompts in several chunks. What ranks hold is compared in
+    """Greedy, sampled, truncated and penalised rows, and prompts in several chunks. The ranks' states are compared in
     every round."""
     speculation = {"gamma": 2, **speculation}
     if "drafter" in speculation:
@@ -133,7 +134,8 @@ def test_the_batch_fails_and_the_rest_goes_on(draft_dir: Path, size: int, specul
 
 
 def check(outputs: dict[str, list[RequestOutput]], expected: dict[str, list[int]]) -> int:
-    """How many requests have failed; all others have their text."""
+    """Check that every request either failed cleanly or has the expected text. Returns the number of failed
+    requests."""
     failed = [id for id, mine in outputs.items() if mine[-1].error is not None]
     for id, mine in outputs.items():
         if id in failed:

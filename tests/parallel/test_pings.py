@@ -1,4 +1,4 @@
-"""Signs of life between rounds, over TCP as between two machines."""
+"""Pings between rounds, over TCP as between two machines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAN = RoundPlan(1, [], [], [])
 
 @dataclass
 class Pair:
-    """Rank 0 with rank 2, which follows, and rank 1, whose end of the connection the test holds."""
+    """Rank 0 with two peers: rank 2 runs a worker loop, and the test holds rank 1's end of the connection."""
 
     ranks: RankExecutor
     end: Link
@@ -35,7 +35,7 @@ class Pair:
             time.sleep(self.ranks.ping())
 
     def asked(self, count: int) -> None:
-        """Ping until rank 1 has been asked so many times."""
+        """Ping until rank 1 has received `count` pings."""
         received = 0
         self.wait(count)
         while received < count:
@@ -82,7 +82,7 @@ def test_a_round_may_start_while_a_ping_is_out(pair: Pair) -> None:
     with pair.ranks.round(PLAN):
         assert pair.end.receive() == b""
         send_report(pair.end, RankReport())
-        assert pair.end.receive() != b""  # the plan, which comes behind it
+        assert pair.end.receive() != b""  # the plan, which follows the ping
     while not pair.followed:
         time.sleep(0.01)
     pair.asked(1)
@@ -97,7 +97,7 @@ def test_a_rank_that_says_nothing(pair: Pair) -> None:
 
 
 def test_a_rank_that_takes_no_plan() -> None:
-    """It is not waited for once more inside the round."""
+    """Rank 0 does not wait for the rank a second time inside the round."""
     ours, theirs = socket.socketpair()
     ranks = RankExecutor({1: Link(ours, 0.2)}, timeout_s=0.2)
     plan = msgspec.structs.replace(PLAN, clear=list(range(1_000_000)))

@@ -1,4 +1,4 @@
-"""Ranks as processes: the same text, and one clear error - nothing else - when one of them is gone."""
+"""Ranks as processes: the same text as one rank, and exactly one clear error when one of them is gone."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def random_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held() -> dict[str, set[str]]:
-    """Processes, open files and temporary files that this process accounts for."""
+    """Child processes, open files and temporary files of this process."""
     gc.collect()
     files = set()
     for fd in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself is closed by now
             files.add(f"{fd.name} {fd.readlink()}")
     return {
         "processes": {str(child) for child in psutil.Process().children(recursive=True)},
@@ -55,7 +55,7 @@ def held() -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def store_library() -> None:
-    """The first store of a process opens a pipe that the library keeps for good."""
+    """Open a store first: the first one of a process opens a pipe that the library never closes."""
     rendezvous.host_store(1, timeout_s=1)
 
 
@@ -75,7 +75,7 @@ def start(random_dir: Path, size: int, gamma: int = 2, **others: Any) -> Engine:
 
 
 def requests() -> list[AddRequest]:
-    """Greedy, sampled, truncated and reported ones, with prompts of 1 to 100 tokens."""
+    """Greedy, sampled, truncated and penalised requests, also with log-probabilities; prompts of 1 to 100 tokens."""
     ways: list[dict[str, Any]] = [
         {"temperature": 0.0, "logprobs": 2},
         {"temperature": 1.0},
@@ -95,7 +95,7 @@ def pids(engine: Engine) -> dict[int, int]:
 
 
 def test_processes_never_change_output(random_dir: Path) -> None:
-    """Through either transport, and with two engines side by side."""
+    """Over both transports, and with two engines at the same time."""
     plain = start(random_dir, 1, gamma=0)
     expected = run(plain, requests())
     plain.close()
@@ -131,8 +131,8 @@ def test_a_draft_model_on_the_first_ranks(random_dir: Path, tmp_path: Path, coll
 
 
 def test_default_model(model_dir: Path) -> None:
-    """In float32 over 1, 2 and 3 ranks, with speculation and without: 9 query heads of 3 KV heads, and words instead of
-    noise."""
+    """The default model in float32 over 1, 2 and 3 ranks, with speculation and without: 9 query heads, 3 KV heads, and
+    real text instead of noise."""
     prompts = ["The capital of France is", "def fibonacci(n):\n"]
     params = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, temperature=0.8, top_p=0.95, seed=3)]
     texts = []
@@ -147,14 +147,14 @@ def test_default_model(model_dir: Path) -> None:
 
 
 def busy(engine: Engine) -> None:
-    """Run until something happens."""
+    """Run the engine with one long request until it fails or ends."""
     engine.add(AddRequest("busy", [5, 6, 7], SamplingParams(max_tokens=2000, ignore_eos=True)))
     while engine.has_work():
         engine.step()
 
 
 def noticed(engine: Engine) -> None:
-    """Check, as an idle engine does again and again: a process can be dead a moment before its sockets close."""
+    """Check the ranks as an idle engine does, repeatedly: a process can be dead a moment before its sockets close."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         engine.check_ranks()
@@ -162,7 +162,7 @@ def noticed(engine: Engine) -> None:
 
 
 def fails(engine: Engine, named: str, *, idle: bool = False) -> None:
-    """The engine fails with one error, says it again when asked again, and leaves nothing."""
+    """Check that the engine fails with one error, raises the same error on the next call, and leaves nothing behind."""
     try:
         with pytest.raises(RankFailure, match=named):
             noticed(engine) if idle else busy(engine)
@@ -222,7 +222,7 @@ def test_an_exception(random_dir: Path) -> None:
 
 
 def test_signals_for_rank_0_do_not_end_the_others(random_dir: Path) -> None:
-    """Ctrl-C in a terminal goes to every process; what rank 0 makes of it is its own affair."""
+    """Ctrl-C in a terminal sends the signal to every process; only rank 0 decides what follows."""
     engine = start(random_dir, 2)
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(pids(engine)[1], number)
@@ -231,7 +231,7 @@ def test_signals_for_rank_0_do_not_end_the_others(random_dir: Path) -> None:
 
 
 def test_an_interrupted_round_is_the_end(random_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ranks are somewhere inside it: the next round must not meet them there."""
+    """The other ranks are still inside the interrupted round, so the engine must not start another one."""
     engine = start(random_dir, 2)
 
     def interrupt(plan: object, meanwhile: object) -> None:
@@ -247,7 +247,7 @@ def test_an_interrupted_round_is_the_end(random_dir: Path, monkeypatch: pytest.M
 
 
 def test_rank_0_out_of_memory_over_gloo(random_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ranks wait inside the round and cannot be called back, so that it is not only the batch that fails."""
+    """The other ranks wait inside the round and cannot be released, so the whole engine fails, not only the batch."""
     engine = start(random_dir, 2, collectives="gloo")
 
     def starve(runner: Runner, batch: ForwardBatch) -> None:
@@ -285,7 +285,7 @@ def test_a_start_that_fails_when_all_ranks_are_ready(
     with pytest.raises(failed) as caught:
         start(random_dir, 2, speculation={"gamma": "auto", "kv": {"budget": 16, "sink": 4}})
     assert len(ready) == 1
-    assert not ready[0].is_running()  # while the traceback still holds the engine
+    assert not ready[0].is_running()  # while the traceback still references the engine
     del caught
 
 
@@ -309,7 +309,8 @@ def test_settings_that_cannot_be(random_dir: Path, others: dict[str, Any], named
 
 @contextlib.contextmanager
 def rank_0(random_dir: Path, then: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A process that starts an engine of three ranks and does `then` with it; and ranks 1 and 2."""
+    """Start a process that starts an engine of three ranks and runs the code `then`. Yields it, and the processes of
+    ranks 1 and 2."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom tests.parallel.test_ranks import busy, pids, start\n"
         f"engine = start(Path(sys.argv[1]), 3)\nprint(*pids(engine).values(), flush=True)\n{then}\n"
@@ -329,7 +330,8 @@ def rank_0(random_dir: Path, then: str) -> Iterator[tuple[subprocess.Popen[str],
 
 @pytest.mark.parametrize("held", [False, True])
 def test_ranks_end_with_rank_0(random_dir: Path, held: bool) -> None:
-    """Even if it is killed while they wait for it inside a round, or while a signal holds one of them."""
+    """All ranks end even if rank 0 is killed while the other ranks wait for it inside a round, or while one of them is
+    suspended."""
     with rank_0(random_dir, "sys.stdin.read()" if held else "busy(engine)") as (process, others):
         if held:
             others[0].suspend()

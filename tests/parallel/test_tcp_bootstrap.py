@@ -1,4 +1,4 @@
-"""Ranks find rank 0 through a store, strangers are refused, and torchrun's variables name a process's place."""
+"""Ranks find rank 0 through a store, strangers are rejected, and torchrun's variables determine a process's rank."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_strangers_are_dropped_and_hold_up_nobody(threads: ThreadPoolExecutor, m
 
 
 def test_an_endpoint_that_a_former_group_left(threads: ThreadPoolExecutor) -> None:
-    """Nobody is there, or somebody else; the rank goes on looking, and finds the new one."""
+    """The old address refuses connections or belongs to another process. The rank keeps looking and finds the new
+    one."""
     store = HashStore()
     with socket.create_server(("127.0.0.1", 0)) as other:
         old = tcp_bootstrap._Endpoint("127.0.0.1", other.getsockname()[1], b"k" * 16, b"a" * 16)

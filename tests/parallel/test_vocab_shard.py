@@ -1,4 +1,4 @@
-"""Choosing over a vocabulary in slices is choosing over the whole of it, bit for bit, equals included."""
+"""Choosing over a vocabulary in slices equals choosing over the whole vocabulary, bit for bit, ties included."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Choices(NamedTuple):
 def choose(
     group: Group, logits: Tensor, truncation: tuple[Tensor, Tensor, Tensor], candidates: int, tokens: Tensor, most: int
 ) -> Choices:
-    """logits: [rows, vocabulary]; this rank looks at its slice of them alone."""
+    """Choose from this rank's slice of `logits`, [rows, vocabulary]."""
     total = logits.shape[1]
     mine = split(total, group.size)[group.rank]
     vocab = VocabShard(mine.start, mine.size, total, group)
@@ -44,13 +44,13 @@ def choose(
 @given(data=st.data(), size=st.sampled_from([2, 3, 5]), dtype=st.sampled_from([torch.float32, torch.float64]))
 @examples(30, 120)
 def test_slices_choose_as_one(data: st.DataObject, size: int, dtype: torch.dtype) -> None:
-    """Few distinct logits, so that ties stand at every cut, and on several ranks."""
+    """Few distinct logits, so that ties occur at every cut, and across ranks."""
     total = data.draw(st.integers(size, 24))
     rows = data.draw(st.integers(1, 4))
     value = st.sampled_from([-float("inf"), -3.0, -1.0, -1.0, 0.0, 0.3, 0.3, 2.0])
     table = data.draw(st.lists(st.lists(value, min_size=total, max_size=total), min_size=rows, max_size=rows))
     logits = torch.tensor(table, dtype=dtype)
-    logits[:, data.draw(st.integers(0, total - 1))] = 1.7  # some token is always possible
+    logits[:, data.draw(st.integers(0, total - 1))] = 1.7  # at least one token is possible
     flat = data.draw(st.booleans())  # a row with a top-p and no top-k takes all logits
     top_k = torch.tensor(data.draw(st.lists(st.integers(0 if flat else 1, 9), min_size=rows, max_size=rows)))
     top_p = torch.tensor(data.draw(st.lists(st.sampled_from([1.0, 0.9, 0.5, 1e-6]), min_size=rows, max_size=rows)))
@@ -69,7 +69,7 @@ def test_slices_choose_as_one(data: st.DataObject, size: int, dtype: torch.dtype
         torch.testing.assert_close(got.chosen, expected.chosen)
         torch.testing.assert_close(got.top, expected.top)
 
-    # And the one rank is right: the lowest id first among equals, whatever topk does.
+    # The single rank is right too: the lowest id comes first among ties, whatever topk does.
     order = sorted(range(total), key=lambda token: (-logits[0, token].item(), token))
     assert expected.top_ids[0].tolist() == order[:most]
     assert expected.argmax[0].item() == order[0]
@@ -79,7 +79,8 @@ def test_slices_choose_as_one(data: st.DataObject, size: int, dtype: torch.dtype
 @given(seed=st.integers(0, 1000), size=st.sampled_from([2, 4]))
 @examples(10, 40)
 def test_few_candidates_decide_as_all_do(seed: int, size: int) -> None:
-    """With a top-k, what is exchanged grows with k, not with the vocabulary; the cut is that of the whole rows."""
+    """With a top-k, the exchanged data grows with k and not with the vocabulary; the cut equals that over whole
+    rows."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(6, 400, generator=generator, dtype=torch.float64) * 3).round(decimals=1)  # with ties
     top_k = torch.randint(1, 40, (6,), generator=generator)

@@ -1,4 +1,4 @@
-"""The HTTP application around a FakeEngine in the same process."""
+"""The HTTP application over a FakeEngine in the same process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.fake_engine import FakeEngine
 
 
 class FakeClient:
-    """A Supervisor's surface over a FakeEngine that runs when somebody waits for it."""
+    """Stand-in for a Supervisor: each request runs on a FakeEngine of its own, one step per output."""
 
     def __init__(self) -> None:
         self.engine = FakeEngine(EngineConfig(model="fake"))

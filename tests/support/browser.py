@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its debugging protocol."""
+"""A headless Chromium, driven over the DevTools protocol."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PATIENCE_S = 60
 
 
 class Page:
-    """One tab. errors: what the page's console said of errors."""
+    """One browser tab. errors: exceptions and error entries of the page's console."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self._socket = socket
@@ -55,7 +55,7 @@ class Page:
         self.until("document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
-        """The value of an expression."""
+        """Evaluate a JavaScript expression and return its value."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
@@ -67,7 +67,7 @@ class Page:
             time.sleep(0.1)
 
     def screenshot(self, file: Path) -> None:
-        """Of all of the page."""
+        """Save a screenshot of the whole page."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
@@ -76,7 +76,7 @@ class Page:
 
 @contextmanager
 def browser(directory: Path) -> Iterator[Page]:
-    """directory: for its profile."""
+    """Start the browser and yield its one tab. directory: the browser's profile."""
     assert CHROMIUM is not None
     flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0")
     process = subprocess.Popen(

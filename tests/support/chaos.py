@@ -1,9 +1,9 @@
-"""Random load and random faults, for as long as one likes: `python -m tests.support.chaos --minutes 10`.
+"""Random load with random faults, for any length of time: `python -m tests.support.chaos --minutes 10`.
 
-Clients ask for streams and whole answers of many lengths, and some of them vanish. Meanwhile ranks are killed, stopped
-and paused, also while they are being started. At the end every request must have had an answer, the same one whenever
-it was asked for, or a clear error; and no page, process, file or socket may be missing or left. Prints a summary; the
-exit status says whether all of that held.
+Clients request streamed and whole completions of many lengths; some clients disconnect early. Meanwhile ranks are
+killed, stopped and paused, also while they start. Every request must get either its completion, identical each time it
+is sent, or a clear error. At the end no page, process, file or socket may be missing or left over. Prints a summary;
+the exit status is 0 if all of that held.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from tests.support.servers import PATIENCE_S, Server, start
 
 CLIENTS = 8
 BODIES = 40
-"""Different requests; each is asked for again and again."""
+"""Number of different requests; each is sent many times."""
 CLEAR = {"engine_restarting", "queue_full"}
-"""Codes of errors that a client may meet."""
+"""Error codes that a client may receive."""
 
 
 def settings(ranks: int) -> dict[str, Any]:
@@ -66,14 +66,14 @@ def body(number: int) -> dict[str, Any]:
 @dataclass
 class Summary:
     requests: Counter[str] = field(default_factory=Counter)
-    """By how they ended."""
+    """Number of requests by outcome."""
     faults: Counter[str] = field(default_factory=Counter)
     restarts: int = 0
     retried: int = 0
     seconds_down: list[float] = field(default_factory=list)
-    """Of each time that the server was not ready, as a client sees it."""
+    """Duration of each period in which /ready did not return 200."""
     wrong: list[str] = field(default_factory=list)
-    """What must not be."""
+    """Violations found."""
 
     def __str__(self) -> str:
         def listed(counts: Counter[str]) -> str:
@@ -93,10 +93,10 @@ class Summary:
 
 
 class Chaos:
-    """One run against one server."""
+    """One chaos run against one server."""
 
     def __init__(self, server: Server, seed: int, calm_s: float) -> None:
-        """calm_s: mean time between two faults."""
+        """calm_s: mean seconds between two faults."""
         self.summary = Summary()
         self._server = server
         self._calm_s = calm_s
@@ -168,7 +168,8 @@ class Chaos:
         return "vanished"
 
     async def _chunks(self, http: httpx.AsyncClient, number: int) -> AsyncIterator[Any]:
-        """Chunks of a stream, None for its end; or one string, how the request was refused."""
+        """Yield the chunks of a stream and None at its end, or, if the request was refused, one string: the error
+        code."""
         async with http.stream("POST", "/v1/completions", json={**body(number), "stream": True}) as answer:
             if answer.status_code != 200:
                 await answer.aread()
@@ -229,7 +230,7 @@ class Chaos:
             await asyncio.sleep(0.1)
 
     async def _watch(self, http: httpx.AsyncClient) -> None:
-        """How long the server is away, each time."""
+        """Record how long the server is not ready, each time."""
         gone: float | None = None
         while True:
             ready = (await http.get("/ready")).status_code == 200
@@ -246,7 +247,7 @@ class Chaos:
         return len(self._server.everyone()), self._server.files()
 
     def _settle(self, before: tuple[int, int]) -> None:
-        """A last fault may still be on its way; then nothing may be left but what a new server has."""
+        """Wait until the server holds what it held at the start (a last fault may still be pending), then stop it."""
         server = self._server
         deadline = time.monotonic() + PATIENCE_S
         now: Any = None

@@ -1,10 +1,9 @@
-"""A program: compile every kernel in Triton for a GPU that need not be there, in shapes that models have.
+"""Compile every Triton kernel for a GPU that need not be present, in the shapes of real models.
 
     python -m tests.support.compile_gpu_kernels ARCHITECTURE [DTYPE ...]
 
-ARCHITECTURE: 80 for an A100, 90 for an H100. DTYPE: all if none is named. Launchers run as they are, on tensors of the
-CPU; where they would launch, Triton compiles to the GPU's machine code and stops. Prints a line for each binary:
-kernel, bytes of shared memory.
+ARCHITECTURE: 80 for an A100, 90 for an H100. DTYPE: all if none is named. Kernel launchers run on CPU tensors; instead
+of launching, Triton compiles to the GPU's machine code. Prints a line for each binary: kernel, bytes of shared memory.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def compile_only(architecture: int) -> None:
-    """From here on, launching a kernel compiles it."""
+    """Patch Triton so that every later kernel launch only compiles."""
     target = GPUTarget("cuda", architecture, 32)
     driver.set_active(
         SimpleNamespace(

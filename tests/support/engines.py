@@ -1,4 +1,4 @@
-"""Small engines for tests, and ways to run them."""
+"""Small engines for tests, and helpers to run them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def tiny_model(
 def tiny_engine(
     model: Llama, *, gamma: int, budget: int = 16, page_size: int = 4, directory: Path | None = None, **settings: Any
 ) -> Engine:
-    """An engine whose draft sees so little that it is often wrong. directory: where its tokenizer is, if it has one."""
+    """Build an engine whose draft KV budget is so small that drafts are often wrong. directory: the tokenizer's, if
+    there is one."""
     scheduler = {"max_rows": 8, "max_batch_tokens": 64, **settings.pop("scheduler", {})}
     speculation = {"kv": {"budget": budget, "sink": min(4, page_size)}, **settings.pop("speculation", {})}
     config = EngineConfig.model_validate(
@@ -61,7 +62,7 @@ def tiny_engine(
 
 
 class Scripted:
-    """A controller whose rounds are told beforehand: one gamma for all rows, or one for each, again and again."""
+    """Controller that cycles through scripted rounds: one gamma for all rows, or a gamma per row."""
 
     def __init__(self, gammas: Sequence[int | Sequence[int]]) -> None:
         self._gammas = iter([[each] if isinstance(each, int) else each for each in gammas])
@@ -83,7 +84,8 @@ def run(
     joins: Mapping[str, int] | None = None,
     leaves: Mapping[str, int] | None = None,
 ) -> dict[str, list[RequestOutput]]:
-    """Run until nothing is left. joins, leaves: at which step a request arrives (default 0), or is aborted."""
+    """Run until no work is left. joins: step at which a request arrives (default 0). leaves: step at which it is
+    aborted."""
     waiting = {request.id: request for request in requests}
     outputs: dict[str, list[RequestOutput]] = {request_id: [] for request_id in waiting}
     step = 0
@@ -114,5 +116,5 @@ def complete_all(engine: Engine, requests: Sequence[AddRequest]) -> dict[str, li
 
 
 def complete(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> list[int]:
-    """The output tokens of one request, alone."""
+    """Run one request alone and return its output tokens."""
     return tokens(run(engine, [AddRequest("alone", list(prompt), params)])["alone"])

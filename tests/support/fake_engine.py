@@ -1,4 +1,4 @@
-"""An engine without a model: deterministic tokens, and misbehaviour on demand."""
+"""An engine without a model: deterministic tokens, and faults on demand."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ COMMAND = (
     "from engine.processes.engine_server import main\n"
     "from tests.support.fake_engine import FakeEngine\nsys.exit(main(FakeEngine))",
 )
-"""Starts an engine process around a FakeEngine."""
+"""Command that starts an engine process with a FakeEngine."""
 
 VOCAB, MAX_LEN, EOS = 320, 64, 2
 PAGES = 1000
 REFUSE, FULL, CRASH, HANG, EXIT, SLOW = 300, 301, 302, 303, 304, 305
-"""A prompt that begins with one of these: is refused, is refused for now, ends the engine in one of three ways,
-or gets a token only every 10 ms."""
+"""First prompt tokens that trigger a behaviour. REFUSE: raise RequestError. FULL: raise QueueFull. CRASH: raise in
+`step`. HANG: sleep for a minute in `step`. EXIT: end the process with status 7. SLOW: one token every 10 ms."""
 
 
 def expected(request: AddRequest) -> list[int]:
-    """The tokens that a request gets. logit_bias {t: 100} makes all of them t."""
+    """Return the tokens that a request gets. logit_bias {t: 100} makes all of them t."""
     forced = [token for token, bias in request.params.logit_bias.items() if bias == 100]
     tokens = []
     for position in range(request.params.max_tokens):
@@ -48,7 +48,7 @@ def expected(request: AddRequest) -> list[int]:
 
 
 class FakeEngine:
-    """Yields three tokens per request and round, one less accepted, until `expected` is used up."""
+    """Engine that emits three tokens per request and round (one fewer is accepted) until `expected` is used up."""
 
     def __init__(self, config: EngineConfig) -> None:
         if config.model == "no-such-model":
@@ -115,7 +115,7 @@ class FakeEngine:
         return outputs
 
     def check_ranks(self) -> float:
-        """It never fails while idle."""
+        """Return infinity: there are no ranks to check."""
         return math.inf
 
     def stats(self) -> EngineStats:

@@ -1,7 +1,7 @@
-"""A double of FlashInfer 0.6 and 0.7 in torch: what `kernels.attention.flashinfer` asks of it, by the real names.
+"""A fake of FlashInfer 0.6 and 0.7 in torch, with the names that `kernels.attention.flashinfer` uses.
 
-It has the signatures and the semantics as FlashInfer documents them, and refuses what would make the real one wait for
-the device or read beyond its buffers. It shows that the backend says the right things, not that FlashInfer is right.
+Signatures and semantics follow FlashInfer's documentation. The fake rejects arguments that would make the real library
+wait for the device or read beyond its buffers. It tests the calls that the backend makes, not FlashInfer itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, indptr: Tensor, indices: Tensor, last: Tensor, sm_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Causal at the bottom right; k, v: [pages, kv_heads, page_size, head_dim]. The log-sum-exp is to base 2."""
+    """Compute attention, causal and aligned at the bottom right. k, v: [pages, kv_heads, page_size, head_dim]. The
+    log-sum-exp is to base 2."""
     group = q.shape[1] // k.shape[1]
     out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:2], math.nan, dtype=torch.float32)
     for row in range(len(last)):
@@ -36,7 +37,7 @@ def _attend(
 
 
 def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Of two segments; log-sum-exps, [tokens, heads] float32, are to base 2."""
+    """Merge the attention of two segments. s_a, s_b: log-sum-exps to base 2, [tokens, heads] float32."""
     assert v_a.dtype == v_b.dtype
     assert s_a.dtype == s_b.dtype == torch.float32
     total = torch.logaddexp2(s_a, s_b)
@@ -62,7 +63,7 @@ class _Wrapper:
     ) -> None:
         page_size = sizes[3]
         for host in (starts, indptr, last):
-            assert (host.device.type, host.dtype) == ("cpu", torch.int32)  # else plan would wait for the device
+            assert (host.device.type, host.dtype) == ("cpu", torch.int32)  # on the device, plan would synchronize
         assert indices.dtype == torch.int32
         assert len(starts) == len(indptr) == len(last) + 1
         assert len(indices) == int(indptr[-1])
@@ -87,7 +88,7 @@ class _Wrapper:
         starts, indptr, indices, last, sizes, dtypes, sm_scale = self._planned
         assert (q.shape[1], k.shape[1], q.shape[2], k.shape[2]) == sizes
         assert (q.dtype, k.dtype) == dtypes
-        captured = getattr(self, "_max_total_num_rows", None)  # queries behind the last row's are nobody's
+        captured = getattr(self, "_max_total_num_rows", None)  # queries past the last row's belong to no row
         assert len(q) == (captured or int(starts[-1]))
         found = _attend(q, k, v, starts, indptr, indices, last, sm_scale)
         return found if return_lse else found[0]

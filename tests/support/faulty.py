@@ -1,8 +1,8 @@
-"""`magicdec serve` whose ranks fail on demand, each at a precise place of a round.
+"""Run `magicdec` with ranks that fail on demand, each at a precise point of a round.
 
-python -m tests.support.faulty magicdec DIRECTORY …     what follows are the arguments of `magicdec`
+    python -m tests.support.faulty magicdec DIRECTORY ARGUMENTS...
 
-The directory is where the ranks look whether to fail: see `arm`.
+ARGUMENTS are those of `magicdec`. The ranks look for armed faults in DIRECTORY: see `arm`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PHASES = ("idle", "prefill", "draft", "verify")
 ACTIONS = ("SIGKILL", "SIGSTOP", "exception", "SIGTERM", "memory")
 _FIRED = "fired"
 _LONGEST_VERIFY = 4
-"""More tokens of one row than this in the target's pass are a prefill."""
+"""A target pass with more new tokens than this in one row counts as prefill."""
 
 
 def command(directory: Path, *arguments: str) -> list[str]:
@@ -26,7 +26,7 @@ def command(directory: Path, *arguments: str) -> list[str]:
 
 
 def arm(directory: Path, rank: int, phase: str, action: str) -> None:
-    """Let this rank do this to itself, once, when it next comes to this phase."""
+    """Make this rank perform `action` on itself, once, when it next reaches `phase`."""
     assert phase in PHASES
     assert action in ACTIONS
     (directory / _FIRED).unlink(missing_ok=True)
@@ -36,7 +36,7 @@ def arm(directory: Path, rank: int, phase: str, action: str) -> None:
 
 
 def fired(directory: Path) -> float | None:
-    """time.monotonic() when the armed fault happened; None if it has not."""
+    """Return time.monotonic() of the armed fault, or None if it has not happened."""
     try:
         return float((directory / _FIRED).read_text(encoding="ascii"))
     except (FileNotFoundError, ValueError):
@@ -66,7 +66,7 @@ class _Faults:
 
 
 def _insert(faults: _Faults) -> None:
-    """Look for faults at every phase of this process."""
+    """Patch this process to check for an armed fault at every phase."""
     import torch
 
     from engine.batch.runner import Runner

@@ -1,4 +1,4 @@
-"""A workload for engines of several ranks, and the output that one rank gives."""
+"""A workload for engines of several ranks, and its reference output from one rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.rig import compiled
 
 
 def model(heads: int, kv_heads: int) -> ModelConfig:
-    """Odd sizes wherever a size is cut."""
+    """Model shape with odd sizes in every dimension that ranks split."""
     return ModelConfig(
         vocab_size=61,
         hidden_size=24,
@@ -50,7 +50,7 @@ NEW_TOKENS = 14
 
 
 def requests() -> list[AddRequest]:
-    """One row for each way of sampling, with prompts of 1 to 37 tokens."""
+    """One request per sampling configuration, with prompts of 1 to 37 tokens."""
     return [
         AddRequest(
             str(i),
@@ -67,6 +67,6 @@ def ops_of(on_kernels: bool) -> Ops:
 
 @cache
 def alone(shape: tuple[int, int], dtype: torch.dtype, on_kernels: bool = False) -> dict[str, list[RequestOutput]]:
-    """What one rank makes of the requests, without speculation."""
+    """Run the requests on one rank without speculation, as the reference."""
     engine, _ = threaded_engine(model(*shape), 1, gamma=0, dtype=dtype, ops=ops_of(on_kernels))
     return run(engine, requests())

@@ -1,4 +1,4 @@
-"""Engines of several ranks for tests: ranks that are threads, and model directories for ranks that are processes."""
+"""Engines of several ranks for tests: ranks as threads, and model directories for ranks as processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ PROCESS_MODEL = ModelConfig(
     max_position_embeddings=2048,
     eos_token_ids=(2,),
 )
-"""For ranks that are processes: odd sizes where they are cut, and heads that two ranks share unevenly."""
+"""Model for ranks that are processes: odd sizes in the dimensions that ranks split, heads that two ranks share
+unevenly."""
 
 SERVED_MODEL = ModelConfig(
     vocab_size=320,
@@ -55,7 +56,7 @@ SERVED_MODEL = ModelConfig(
     max_position_embeddings=2048,
     eos_token_ids=(2,),
 )
-"""For servers whose ranks are to be lost: as many tokens as its tokenizer has."""
+"""Model for servers whose ranks are killed: the vocabulary size is that of its tokenizer."""
 
 DRAFT = ModelConfig(
     vocab_size=64,
@@ -68,19 +69,19 @@ DRAFT = ModelConfig(
     max_position_embeddings=512,
     eos_token_ids=(1,),
 )
-"""Drafts for tests.support.engines.TINY."""
+"""Draft model for tests.support.engines.TINY."""
 
 
 class ThreadRanks:
-    """Ranks 1 … size - 1 of an engine as threads of this process, driven through real links.
+    """Ranks 1 … size - 1 of an engine as threads of this process, connected through real links.
 
-    workers: by rank, once the engine is up. plans: every frame that rank 1 was sent.
+    workers: by rank, once the engine has started. plans: every frame sent to rank 1.
     """
 
     def __init__(
         self, config: ModelConfig, size: int, dtype: torch.dtype, share: bool = False, ops: Ops = REFERENCE
     ) -> None:
-        """share: exchange tensors as ranks that are processes of one machine do."""
+        """share: exchange tensors through shared memory, like rank processes on one machine."""
         self._share = share
         self._barriers: list[threading.Barrier] = []
         self._groups = self._new_groups(size)
@@ -107,7 +108,7 @@ class ThreadRanks:
         return ranks
 
     def groups(self, rank: int) -> list[Group]:
-        """The ends that this rank has."""
+        """Groups that this rank belongs to: all ranks, and the draft's ranks if it is one of them."""
         return [self._groups[rank], *self._draft_groups[rank : rank + 1]]
 
     def _new_groups(self, size: int) -> list[Group]:
@@ -147,10 +148,10 @@ class ThreadRanks:
                 link.receive = recorded  # type: ignore[method-assign]
             worker_loop(link, worker.execute)
         except (Disconnected, RankFailure):
-            pass  # rank 0 is gone, or finds the same failure itself
+            pass  # rank 0 has gone, or detects the same failure itself
         except Exception as error:
             for barrier in self._barriers:
-                barrier.abort()  # the others would wait for this rank
+                barrier.abort()  # otherwise the other ranks would wait for this one
             with contextlib.suppress(Disconnected):
                 send_report(link, RankReport(failure=describe_failure(error)))
         finally:
@@ -158,7 +159,7 @@ class ThreadRanks:
 
 
 def settings(gamma: int, **others: Any) -> dict[str, Any]:
-    """Of a small engine whose draft sees so little that it is often wrong."""
+    """Settings of a small engine whose draft KV budget is so small that drafts are often wrong."""
     return {
         "model": "random",
         "device": "cpu",
@@ -180,7 +181,7 @@ def threaded_engine(
     ops: Ops = REFERENCE,
     **others: Any,
 ) -> tuple[Engine, ThreadRanks]:
-    """An engine over a random model, with `size` - 1 threads beside this one. share: see ThreadRanks."""
+    """Build an engine over a random model, with `size` - 1 threads as its other ranks. share: see ThreadRanks."""
     ranks = ThreadRanks(config, size, dtype, share, ops)
     model = ranks.model(0) if size > 1 else random_model(config, 0, dtype, CPU, Group.single(), ops)
     chosen = EngineConfig.model_validate(settings(gamma, tensor_parallel_size=size, **others))
@@ -188,8 +189,8 @@ def threaded_engine(
 
 
 def write_random_model(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> Path:
-    """A model directory with the weights of `random_model` and, if its vocabulary is large enough, a tokenizer; returns
-    it."""
+    """Write a model directory with the weights of `random_model`, and a tokenizer if the vocabulary is large enough.
+    Returns the directory."""
     if config.vocab_size >= TOKENS:
         write_tokenizer(directory)
     directory.mkdir(parents=True, exist_ok=True)

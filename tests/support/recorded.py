@@ -1,7 +1,7 @@
-"""CUDA graphs on the CPU: what a call did to tensors is done again on the same tensors, and nothing else of it.
+"""A CPU stand-in for CUDA graphs: capture records a call's tensor operations, replay repeats them on the same tensors.
 
-What Python computed meanwhile is as it was, shapes and numbers alike: work that looks at something anew, or asks for
-values of tensors, is told apart from work that can be captured.
+Replay runs no other Python code of the call: shapes and numbers computed during capture stay fixed. So tests detect
+work that cannot be captured, because it reads tensor values on the host or computes something anew in Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_flatten
 from triton.runtime.interpreter import InterpretedFunction
 
 _ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")
-"""Operators that need values on the host. `tolist` reads a CPU's memory unseen."""
+"""Operators that need values on the host; capture rejects them. `tolist` reads CPU memory directly and is not
+detected."""
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -44,7 +45,8 @@ def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) 
 
 
 class Recorded:
-    """In place of kernels.gpu.cuda_graphs.CudaGraphs, for kernels in Triton as its interpreter runs them. Counts."""
+    """Replacement for kernels.gpu.cuda_graphs.CudaGraphs with interpreted Triton kernels. Counts captures and
+    replays."""
 
     def __init__(self) -> None:
         self.captured = self.replayed = 0
@@ -66,7 +68,8 @@ class Recorded:
 
 @contextmanager
 def _launches(recorder: _Recorder) -> Iterator[None]:
-    """Record launches of Triton kernels as a whole: what the interpreter does inside is its own affair."""
+    """Record each Triton kernel launch as one call; the operators that the interpreter runs inside it are not
+    recorded."""
     run = InterpretedFunction.run
 
     def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What tests of models drive them with: rows over a paged pool, and ranks that are threads."""
+"""Fixtures for model tests: rows over a paged pool, and ranks as threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 def pool_layer(pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
-    """One layer of a pool of random numbers."""
+    """One layer of a pool filled with random numbers."""
     pool = KVPool(
         num_layers=1,
         num_pages=pages,
@@ -44,7 +44,7 @@ def pool_layer(pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: 
 
 @cache
 def compiled() -> CpuOps:
-    """The kernels for this processor."""
+    """Kernels compiled for this CPU. Skips the test if they are unavailable."""
     try:
         return CpuOps(CpuKernels(user_cache() / "kernels"))
     except KernelsUnavailable as reason:
@@ -52,10 +52,10 @@ def compiled() -> CpuOps:
 
 
 class PagedRows:
-    """Rows of one model over one pool, their pages dealt in random order from a pool full of junk."""
+    """Rows of one model over one pool. Pages are assigned in random order, and the pool starts full of junk values."""
 
     def __init__(self, model: Llama, lengths: Sequence[int], page_size: int, seed: int = 0) -> None:
-        """lengths: most tokens of each row."""
+        """lengths: largest number of tokens of each row."""
         self.model, self.page_size = model, page_size
         widths = [-(-length // page_size) for length in lengths]
         order = torch.randperm(sum(widths) + 3, generator=torch.Generator().manual_seed(seed))
@@ -68,7 +68,7 @@ class PagedRows:
         self.pool.data.fill_(1e3)
 
     def forward(self, feed: Mapping[int, Sequence[int]], wanted: Mapping[int, Sequence[int]]) -> Tensor:
-        """Append feed[row] to each row it names. Returns logits at wanted[row], indices into feed[row]."""
+        """Append feed[row] to each row in `feed`. Returns logits at wanted[row], indices into feed[row]."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -98,10 +98,10 @@ class PagedRows:
 
 
 class ThreadGroup(Group):
-    """A group whose ranks are threads of this process."""
+    """Group whose ranks are threads of this process."""
 
     def __init__(self, rank: int, barrier: threading.Barrier, board: list[Tensor]) -> None:
-        """barrier, board: shared by the ranks; the board has a place for each of them."""
+        """barrier, board: shared by all ranks; the board has one entry per rank."""
         self.rank, self.size = rank, len(board)
         self._barrier, self._board = barrier, board
 
@@ -117,7 +117,7 @@ class ThreadGroup(Group):
 
 
 def run_ranks(size: int, work: Callable[[Group], Result]) -> list[Result]:
-    """Run `work` on every rank of a ThreadGroup; results in rank order."""
+    """Run `work` on every rank of a ThreadGroup. Returns the results in rank order."""
     barrier = threading.Barrier(size, timeout=60)
     board = [torch.empty(0)] * size
 
@@ -125,7 +125,7 @@ def run_ranks(size: int, work: Callable[[Group], Result]) -> list[Result]:
         try:
             return work(ThreadGroup(rank, barrier, board))
         except BaseException:
-            barrier.abort()  # the others would wait for this rank
+            barrier.abort()  # otherwise the other ranks would wait for this one
             raise
 
     with ThreadPoolExecutor(size) as pool:

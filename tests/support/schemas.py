@@ -1,4 +1,4 @@
-"""Random JSON schemas whose instances are short, so that whatever is sampled ends."""
+"""Random JSON schemas with short instances, so that generation always ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _NAMES = ("a", "id", "name", "größe", "x y", "items")
 
 
 def random_schema(chance: random.Random, depth: int = 2) -> dict[str, Any]:
-    """Of an object, at the top."""
+    """Build a random schema of an object."""
     return _object(chance, depth)
 
 

@@ -1,4 +1,4 @@
-"""Real `magicdec serve` processes, and clients of them."""
+"""Real `magicdec serve` processes, and clients for them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ import yaml
 from tests.support.paths import ROOT
 
 PATIENCE_S = 120.0
-"""How long anything may take before a test fails; nothing is expected to come near it."""
+"""Time after which a test fails. Nothing is expected to take nearly this long."""
 
 
 @dataclass
 class Server:
-    """A server process; `tmp` is where it and its engine put temporary files."""
+    """A server process. tmp: directory for temporary files of the server and its engine."""
 
     process: subprocess.Popen[str]
     url: str
@@ -43,21 +43,21 @@ class Server:
         return engine
 
     def everyone(self) -> list[psutil.Process]:
-        """The engine and all its ranks."""
+        """Processes of the engine and all its ranks."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def files(self) -> int:
-        """Files and sockets that the server has open, without connections of HTTP clients."""
+        """Number of files and sockets that the server has open, without connections of HTTP clients."""
         api = psutil.Process(self.process.pid)
         return api.num_fds() - len(api.net_connections("tcp"))
 
     def idle(self) -> bool:
-        """Nothing runs, nothing waits, and every page is free."""
+        """Whether nothing runs, nothing waits, and every page is free."""
         load = self.load()
         return (load["running"], load["waiting"]) == (0, 0) and load["pages_free"] == load["pages_total"]
 
     def metric(self, name: str) -> float:
-        """One without further labels."""
+        """Value of a metric whose only label is the model."""
         found = re.search(rf"^{name}{{[^,}}]*}} (\S+)$", self.get("/metrics").text, re.MULTILINE)
         assert found, name
         return float(found[1])
@@ -76,7 +76,7 @@ class Server:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """Exit status. Nothing of the server may remain then: no process, no file."""
+        """Wait for the server to exit and assert that it left no process and no file. Returns the exit status."""
         status = self.process.wait(PATIENCE_S)
         _, alive = psutil.wait_procs(self.family, PATIENCE_S)
         assert alive == []
@@ -117,7 +117,8 @@ def start(
     config: dict[str, Any] | None = None,
     program: Callable[..., list[str]] = command,
 ) -> Server:
-    """Start a server on a free port and wait until it takes requests. program: its command line, given arguments."""
+    """Start a server on a free port and wait until it accepts requests. program: builds the command line from
+    arguments."""
     tmp = directory / "t"
     tmp.mkdir()
     settings = directory / "config.yaml"
@@ -145,7 +146,7 @@ def start(
 
 
 class Stream(threading.Thread):
-    """A streaming request of its own; `events` are its JSON chunks."""
+    """A streaming request in a thread of its own. events: its JSON chunks."""
 
     def __init__(self, server: Server, body: dict[str, Any]) -> None:
         super().__init__(daemon=True)

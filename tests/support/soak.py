@@ -1,9 +1,9 @@
-"""An hour of everything that clients ask for: `python -m tests.support.soak --minutes 60`.
+"""A long run of every kind of request: `python -m tests.support.soak --minutes 60`.
 
-The default model is asked for streams and whole answers, chats, choices, grammars, log-probabilities and stop strings,
-over short and long prompts; one client in five vanishes. Every request must have the answer that it had before, and
-nothing may grow: memory, threads, files, pages. Prints what was held minute by minute; the exit status says whether all
-of that held.
+The default model serves streamed and whole completions, chats, several choices, grammars, log-probabilities and stop
+strings, for short and long prompts; one client in five disconnects early. Every request must get the same completion
+each time it is sent, and memory, threads, files and pages must not grow. Prints the resources in use every minute; the
+exit status is 0 if all of that held.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from tests.support.servers import PATIENCE_S, Server, start
 
 CLIENTS = 12
 BODIES = 70
-"""Different requests; each is asked for again and again."""
+"""Number of different requests; each is sent many times."""
 GROWTH = 0.02
-"""Of memory, from the middle third of the run to the last, that is taken for noise."""
+"""Largest relative growth of memory, from the middle third of the run to the last, that counts as noise."""
 TEXT = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
 SETTINGS: dict[str, Any] = {"engine": {"check_invariants": True, "cache": {"memory_gb": 1}}}
 SCHEMA = {
@@ -44,7 +44,7 @@ SCHEMA = {
 
 
 def body(number: int) -> tuple[str, dict[str, Any]]:
-    """A route, and what is asked there."""
+    """Build request `number`: its route and its body."""
     chance = random.Random(number)
     at, length = chance.randrange(len(TEXT) - 20_000), chance.choice((20, 300, 2_000, 6_000, 16_000))
     wanted: dict[str, Any] = {
@@ -74,7 +74,7 @@ def body(number: int) -> tuple[str, dict[str, Any]]:
 
 
 def text_of(answer: dict[str, Any]) -> dict[int, str]:
-    """What an answer, or a chunk of one, adds to its choices."""
+    """Text that a response, or a chunk of a stream, adds to each choice, by index."""
     found = {}
     for choice in answer["choices"]:
         said = choice.get("text")
@@ -86,7 +86,7 @@ def text_of(answer: dict[str, Any]) -> dict[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """After so many minutes. memory: bytes resident, of both processes together."""
+    """Resources in use at one moment. memory: resident bytes of the API process and all engine processes together."""
 
     minute: float
     memory: int
@@ -97,7 +97,7 @@ class Held:
 
 @dataclass
 class Soak:
-    """One run against one server."""
+    """One soak run against one server."""
 
     server: Server
     chance: random.Random
@@ -169,7 +169,7 @@ class Soak:
         print(f"{minute:5.1f} min {self.held[-1].memory / 1e6:8.0f} MB", self.ends, flush=True)
 
     def _settle(self) -> None:
-        """Nothing may be left of the requests."""
+        """Wait until nothing is left of the requests."""
         deadline, before, files = time.monotonic() + PATIENCE_S, self.held[0].files, -1
         while not (self.server.idle() and (files := self.server.files()) <= before):
             if time.monotonic() > deadline:
@@ -178,7 +178,8 @@ class Soak:
             time.sleep(0.2)
 
     def judge(self) -> None:
-        """Compare the last third of the run with the middle one; the first is for what grows once."""
+        """Compare the last third of the run with the middle one; the first third is left out because some memory grows
+        only once."""
         third = len(self.held) // 3
         if third < 3:
             return

@@ -1,4 +1,4 @@
-"""A model directory small enough to build in a test: random weights, its own byte-level tokenizer."""
+"""A model directory small enough to build in a test: random weights and its own byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CORPUS = ["the quick brown fox jumps over the lazy dog", "a stitch in time saves
 
 
 def write_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) -> None:
-    """tokenizer.json and tokenizer_config.json of a byte-level BPE; ids 0 to 2 are SPECIAL."""
+    """Write tokenizer.json and tokenizer_config.json of a byte-level BPE; ids 0 to 2 are SPECIAL."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,7 +37,7 @@ def write_tokenizer(directory: Path, *, chat_template: str | None = TEMPLATE) ->
 
 
 def write_model(directory: Path, *, max_model_len: int = 512) -> Path:
-    """A whole model directory; returns it. The text it generates is noise."""
+    """Write a complete model directory and return it. The text that the model generates is noise."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

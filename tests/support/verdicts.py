@@ -1,4 +1,4 @@
-"""Rounds whose drafts and choices are known, for what accepts and commits."""
+"""Rounds with known drafts and choices, for tests of acceptance and commit."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class DecidedRound:
         return int(self.row_spans[:, 3].max())
 
     def copy(self) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens, computed, ledger."""
+        """Copies of tokens, computed and row_spans."""
         return self.tokens.clone(), self.computed.clone(), self.row_spans.clone()
 
 
 @st.composite
 def rounds(draw: st.DrawFn) -> DecidedRound:
-    """Of up to five rows, some of which decide nothing, over token lists that some fill to the end."""
+    """Draw rounds of up to five rows. Some rows decide nothing; some fill their token list to the end."""
     slots = draw(st.lists(st.integers(0, 6), min_size=1, max_size=5, unique=True))
     computed, row_spans, drafted = torch.randint(9, (7,)), [], []
     first = 0
@@ -42,5 +42,5 @@ def rounds(draw: st.DrawFn) -> DecidedRound:
         drafted.append(draw(st.integers(0, max(0, decided - 1))))
         first += decided
     torch.manual_seed(draw(st.integers(0, 1000)))
-    tokens = torch.randint(3, (7, 32), dtype=torch.int32)  # of so few that drafts often hold
+    tokens = torch.randint(3, (7, 32), dtype=torch.int32)  # so few values that drafts are often accepted
     return DecidedRound(tokens, computed, torch.tensor(row_spans), torch.tensor(drafted), torch.randint(3, (first,)))

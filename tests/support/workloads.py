@@ -1,4 +1,4 @@
-"""Prompts, sampling parameters and KV policies that many tests run."""
+"""Prompts, sampling parameters and KV policies that many tests use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EDGES = [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 130]
 
 
 def kv_of(policy: str, page_size: int, pages: int, reselect: int = 0) -> dict[str, Any]:
-    """A policy that reads about `pages` pages, and two more."""
+    """Settings of a KV policy with a budget of `pages` + 2 pages."""
     budget = (pages + 2) * page_size
     policies: dict[str, dict[str, Any]] = {
         "window": {"policy": "window", "budget": budget, "sink": page_size},

@@ -1,4 +1,4 @@
-"""Draft models on disk, and Triton's interpreter where there is no GPU."""
+"""Draft models on disk, and Triton's interpreter on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tests.support.engines import TINY
 from tests.support.ranks import DRAFT, write_random_model
 
-if not torch.cuda.is_available():  # Triton looks when it is first imported, which is in test modules
+if not torch.cuda.is_available():  # Triton reads the variable when a test module first imports it
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -22,5 +22,5 @@ def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def twin_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A draft model with the target's own weights."""
+    """Directory of a draft model with the target's own weights."""
     return write_random_model(tmp_path_factory.mktemp("models") / "twin", TINY)

@@ -1,4 +1,4 @@
-"""The rules of the tree: who may import whom, no circles, no torch in the server, nothing that unpickles."""
+"""Rules of the source tree: import layers, no import cycles, no torch in the server, no unpickling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from tests.support.paths import ROOT
 
 LAYERS = ("server", "bench", "planner", "engine", "models", "parallel", "kernels")
-"""Top to bottom: a module imports its own layer and those below."""
+"""Layers from top to bottom: a module imports its own layer and those below."""
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 UNPICKLING = {
     *("broadcast_object_list", "scatter_object_list", "send_object_list", "recv_object_list"),
@@ -30,9 +30,10 @@ class Import:
     target: str
     line: int
     lazy: bool
-    """In a function, or for type checkers or a program only: not done when the module is imported."""
+    """Whether it is in a function, or only for type checkers or a program: not executed when the module is imported."""
     program: bool
-    """Done only when the module runs as a program: it is then not the module that others import."""
+    """Whether it is executed only when the module runs as a program, which is then not the module that others
+    import."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def find_modules(root: Path) -> dict[str, Module]:
 
 
 def resolve(target: str, modules: dict[str, Module]) -> str | None:
-    """The module of ours that `target` names or is a name in."""
+    """Return our module that `target` names or that defines it, or None."""
     while target and target not in modules:
         target = target.rpartition(".")[0]
     return target or None
@@ -111,14 +112,15 @@ def find_cycle(modules: dict[str, Module]) -> list[str] | None:
 
 
 def route_to_torch(start: str, modules: dict[str, Module], lazy_too: bool) -> list[str] | None:
-    """How importing `start` (with `lazy_too`: or calling its functions) comes to import torch."""
+    """Find a chain of imports from `start` (with `lazy_too`, also from its functions) to torch, or None."""
     routes = [[start]]
     seen = {start}
     for route in routes:
         module = modules[route[-1]]
         targets = {item.target for item in module.imports if not item.lazy or (lazy_too and len(route) == 1)}
         parts = module.name.split(".")
-        targets |= {".".join(parts[:count]) for count in range(1, len(parts))}  # a module's packages come first
+        # Importing a module first imports its packages.
+        targets |= {".".join(parts[:count]) for count in range(1, len(parts))}
         for target in sorted(targets):
             if target.partition(".")[0] in ("torch", "transformers", "flashinfer", "triton"):
                 return [*route, target]
@@ -167,7 +169,7 @@ def test_no_import_cycles() -> None:
 
 @pytest.mark.parametrize("name", SERVER)
 def test_server_never_imports_torch(name: str) -> None:
-    """Commands run an engine in their own process: they may import it, but only when they are called."""
+    """Commands that run an engine in their own process may import torch, but only when they are called."""
     command = name.startswith("server.cli.")
     assert route_to_torch(name, MODULES, lazy_too=not command) is None
 
@@ -186,7 +188,7 @@ def test_nothing_unpickles() -> None:
 
 
 class TestTheChecksThemselves:
-    """Each finds what it looks for."""
+    """Each check detects the fault that it looks for."""
 
     @staticmethod
     def tree(root: Path, files: dict[str, str]) -> dict[str, Module]:

@@ -1,4 +1,4 @@
-"""Top-level package names are shared with the world: `kernels` is also a distribution that transformers knows."""
+"""Top-level package names can collide with other distributions: transformers also uses one named `kernels`."""
 
 from __future__ import annotations
 

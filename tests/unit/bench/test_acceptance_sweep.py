@@ -1,4 +1,4 @@
-"""Acceptance of many ways to draft over one text: the same that an engine finds for each by itself."""
+"""Acceptance measured for many drafting configurations over one text equals what an engine measures for each alone."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_a_drafter_is_judged_alike_in_any_company(model: Llama, draft_dir: Path)
 
 
 def test_one_token_drafts_are_those_of_an_engine(model: Llama) -> None:
-    """Rounds of one token that never hold begin at every second token of the text, and so can an engine's."""
+    """One-token drafts start at every second token of the text. An engine that starts there accepts the same drafts."""
     (result,) = measure(CONFIG, model, PROMPTS[:1], [WINDOW], gamma=1, new_tokens=40, sampling=[SAMPLED])
     kv = {"budget": 24, "sink": 16}
     engine = tiny_engine(model, gamma=1, speculation={"kv": kv})
     text = complete(engine, PROMPTS[0], SamplingParams(max_tokens=43, temperature=1.0, seed=0, ignore_eos=True))
     agreed = 0
     for i in range(1, 41, 2):
-        # The token behind a prefix, drafted in the first round of a request that ends there.
+        # Draft the token after a prefix in the first round of a request whose prompt is that prefix.
         probe = tiny_engine(model, gamma=1, speculation={"kv": kv})
         params = SamplingParams(max_tokens=3, temperature=1.0, seed=0, ignore_eos=True)
         complete(probe, PROMPTS[0] + text[: i - 1], params)
@@ -98,7 +98,7 @@ def test_real_rounds_of_both_verifications(model: Llama) -> None:
         assert [result.temperature for result in results] == [0, 1]
         for result in results:
             assert result.verification == verification
-            # Each row yields its first token, then accepted + 1 per round; only the last may be cut short.
+            # Each row yields its first token, then accepted + 1 tokens per round; only the last round may be cut short.
             assert 0 < result.accepted < 3 * 40
             assert result.rejected > 3
     engine = tiny_engine(model, gamma=3, speculation={"kv": {"budget": 24, "sink": 16}})

@@ -1,5 +1,4 @@
-"""bench.peers.compare with contenders that only count: the protocol over real processes, turns, failures and the
-table."""
+"""bench.peers.compare over fake contenders: the protocol between real processes, turns, failures and the table."""
 
 from __future__ import annotations
 
@@ -59,7 +58,7 @@ Start = Callable[[Peer], PeerProcess]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a contender that counts."""
+    """Return a function that starts a fake contender, whose output is consecutive numbers."""
     peer = tmp_path / "peer.py"
     peer.write_text(COUNTS)
     with ExitStack() as stack:
@@ -108,7 +107,8 @@ def test_a_contender_that_ends(start: Start) -> None:
 
 
 def test_one_run(start: Start) -> None:
-    """All points and turns are measured; who cannot be had, or takes fewer rows, is named with the reason."""
+    """All points and turns are measured. A contender that fails to load, or takes fewer rows, is reported with the
+    reason."""
     contenders = [
         Peer("counts", "fake"),
         Peer("broken", "fake", {"broken": True}),

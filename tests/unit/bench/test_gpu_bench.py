@@ -1,4 +1,4 @@
-"""bench.gpu where there is no GPU: what it measures, over a tiny shape; of speed it says nothing here."""
+"""bench.gpu without a GPU: a tiny shape shows which parts it measures; the times mean nothing here."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("gamma", [0, 3])
 def test_what_a_device_waits_for(gamma: int) -> None:
-    """Contexts grow over page after page meanwhile."""
+    """The parts of a round that Host measures, while contexts grow by several pages."""
     parts = Host(3, 40, gamma, 32, 30).run().seconds
     assert set(parts) - {"first draft step", "further draft steps"} == {
         "plan the round",

@@ -1,4 +1,4 @@
-"""bench serve: what a load is made of, and what its numbers mean."""
+"""bench serve: composition of a load, and definitions of its metrics."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def test_arrivals() -> None:
     assert even == [0, 0.25, 0.5, 0.75, 1.0]
     gaps = [b - a for a, b in pairwise(islice(arrival_times("poisson", 4.0, 1), 4000))]
     assert mean(gaps) == pytest.approx(0.25, rel=0.1)
-    assert sum(gap < 0.25 for gap in gaps) == pytest.approx(0.632 * len(gaps), rel=0.05)  # 1 - 1/e
+    # An exponential distribution has 1 - 1/e of its mass below the mean.
+    assert sum(gap < 0.25 for gap in gaps) == pytest.approx(0.632 * len(gaps), rel=0.05)
     assert list(islice(arrival_times("poisson", 4.0, 1), 9)) == list(islice(arrival_times("poisson", 4.0, 1), 9))
 
 

@@ -1,4 +1,4 @@
-"""What is made of the runs of a mixed load."""
+"""Results and report of a mixed load, and the load itself."""
 
 from __future__ import annotations
 

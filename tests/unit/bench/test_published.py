@@ -1,4 +1,4 @@
-"""The cost model against what was published: the errors that docs/benchmarks.md states."""
+"""The cost model against published measurements, within the errors that docs/benchmarks.md states."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_it_runs() -> None:
 
 
 def test_our_own_cpu_table() -> None:
-    """docs/benchmarks.md, batch 8, context 4000, whose sequential read was 47.8 GB/s."""
+    """The CPU table of docs/benchmarks.md: batch 8, context 4000, sequential reads at 47.8 GB/s."""
     cpu = Device(name="cpu", flops=67e9, bandwidth=47.8e9, memory=24e9, link=24e9, all_reduce_s=3e-5)
     target = PlacedModel(model=SHAPES["smollm2-135m"], device=cpu, ranks=1, efficiency=REFERENCE_ON_CPU)
     speculation = SpeculationCost(target=target, draft=target, budget=512)

@@ -1,4 +1,4 @@
-"""The law: output with speculation is output without, token for token. Here in float64, on a tiny random model."""
+"""Output with speculation equals output without, token for token. Here in float64, on a tiny random model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_speculation_never_changes_output(
     batch_tokens: int,
     rows: list[tuple[int, int, dict[str, Any], int, int, int | None, int | None]],
 ) -> None:
-    """Ragged batches that rows join and leave, any page size, budget and gamma, against each row decoded alone and
+    """Ragged batches that rows join and leave, with any page size, budget and gamma, against each row decoded alone and
     plainly."""
     sink_pages = -(-min(4, page_size) // page_size)
     engine = tiny_engine(
@@ -108,7 +108,7 @@ def test_a_thousand_tokens_past_a_small_budget(temperature: float) -> None:
 
 
 def test_budget_covering_the_context_accepts_everything() -> None:
-    """A dense draft with the target's weights is the target."""
+    """A dense draft with the target's weights equals the target."""
     engine = tiny_engine(model(), gamma=4, budget=256, page_size=8)
     params = SamplingParams(max_tokens=100, temperature=1.0, seed=5, ignore_eos=True)
     complete(engine, prompt_of(100, 2), params)
@@ -121,7 +121,7 @@ def test_budget_covering_the_context_accepts_everything() -> None:
 @given(pages=st.integers(35, 60), gamma=st.integers(0, 4), seed=st.integers(0, 50))
 @examples(12, 50)
 def test_preemption_changes_nothing(pages: int, gamma: int, seed: int) -> None:
-    """A pool too small for the batch: rows are preempted, recomputed, and end with the same tokens."""
+    """In a pool too small for the batch, rows are preempted and recomputed, and end with the same tokens."""
     cache = {"num_pages": pages, "memory_gb": 1.0}
     engine = tiny_engine(model(), gamma=gamma, cache=cache, max_model_len=140)
     plain = tiny_engine(model(), gamma=0)
@@ -166,7 +166,7 @@ def test_a_row_that_does_not_speculate_drafts_nothing() -> None:
 
 
 class Silent:
-    """A drafter that is asked for drafts and has none, or fewer, or nonsense."""
+    """Drafter that proposes no drafts, fewer than requested, or nonsense."""
 
     def __init__(self, placed: int) -> None:
         self._placed = placed

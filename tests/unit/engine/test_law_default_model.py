@@ -1,4 +1,5 @@
-"""The law on the default model and real text: in float32, and in bfloat16 on compiled kernels with coarse drafts."""
+"""Speculation leaves the text of the default model unchanged: in float32, and in bfloat16 on compiled kernels with int8
+drafts."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def model(model_dir: Path, request: pytest.FixtureRequest) -> Llama:
 
 @pytest.fixture(scope="module")
 def plain(model: Llama, model_dir: Path) -> list[Completion]:
-    """What plain decoding makes of every prompt, greedy and sampled."""
+    """Plain completions of every prompt, greedy and sampled."""
     return complete(model, model_dir, {"gamma": 0})[0]
 
 

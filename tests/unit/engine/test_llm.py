@@ -121,7 +121,8 @@ def test_wrong_arguments(llm: LLM, directory: Path) -> None:
 
 def command(*arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, list(arguments))
-    return result.exit_code, result.stdout, re.sub(r"[│\s]+", " ", result.stderr)  # errors come boxed and wrapped
+    # Typer prints errors boxed and wrapped.
+    return result.exit_code, result.stdout, re.sub(r"[│\s]+", " ", result.stderr)
 
 
 def test_generate_prints_the_same_text_with_and_without_speculation(directory: Path, tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_bench_decode_writes_what_it_measured(directory: Path, tmp_path: Path) -
         assert result["t_target_ms"] > 0 < result["t_verify_ms"]
         assert result["mean_context"] > 200
     plain, drafted = results[2:]
-    # A plain step reads every row's context once per token; a round reads it for every token it yields.
+    # A plain step reads every row's context once per token; a round reads it once for all the tokens it yields.
     per_token = plain["kv_bytes_per_token"] / plain["mean_context"]
     assert per_token == pytest.approx(results[0]["kv_bytes_per_token"] / results[0]["mean_context"], rel=0.01)
     assert drafted["kv_bytes_per_token"] < plain["kv_bytes_per_token"] * 1.5
@@ -197,7 +198,8 @@ def test_bench_decode_of_several_policies(directory: Path, tmp_path: Path) -> No
 
 
 def test_bench_decode_of_a_draft_model(directory: Path, tmp_path: Path) -> None:
-    """The target itself, over KV of its own: it is never wrong once it has seen the prompts, which is not measured."""
+    """The draft is the target itself, over KV of its own: it is never wrong once its KV of the prompts exists, and
+    computing that is not measured."""
     target = tmp_path / "results.json"
     arguments = ["bench", "decode", "--model", str(directory), "--dtype", "float64", "--draft", str(directory)]
     arguments += ["--policy", "all", "--batch", "3", "--context", "400", "--new-tokens", "8"]

@@ -1,4 +1,4 @@
-"""Models on compiled kernels: what they compute, and the law, in every dtype that they have."""
+"""Models on compiled kernels: logits, and unchanged output under speculation, in every dtype that they support."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def on_kernels(dtype: torch.dtype, variant: str = "tied") -> Llama:
 
 
 def logits(model: Llama) -> torch.Tensor:
-    """Of a text that comes in two chunks and three single tokens, beside another row."""
+    """Logits of a text in two chunks and three single tokens, next to another row."""
     rows = PagedRows(model, [64, 64], page_size=4)
     parts = []
     for first, last in ((0, 30), (30, 57), (57, 58), (58, 59), (59, 60)):
@@ -72,13 +72,14 @@ def test_models_agree_with_the_reference(variant: str, int8: bool) -> None:
     assert ours.dtype == torch.float32
     if not int8:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    else:  # where a sum falls beside the middle of two whole numbers, they round it to different ones
+    else:  # sums close to the middle of two integers round differently on the two sides
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 @pytest.mark.parametrize("ops", ["reference", "compiled"])
 def test_the_rounded_twin(ops: str) -> None:
-    """It computes what a model that is rounded as it is loaded computes, shares the embedding, and is made once."""
+    """The quantized twin computes what a model quantized while loading computes, shares the embedding, and is made only
+    once."""
     chosen = REFERENCE if ops == "reference" else compiled()
     model = random_model(SHAPE, 1, torch.float32, CPU, Group.single(), chosen)
     quantized = random_model(SHAPE, 1, torch.float32, CPU, Group.single(), chosen, int8=True)
@@ -129,7 +130,7 @@ def requests() -> list[AddRequest]:
 
 @cache
 def alone(dtype: torch.dtype) -> dict[str, list[int]]:
-    """What each request comes to by itself, without drafts, its prompt in one piece."""
+    """Output of each request alone, without drafts and with its prompt in one chunk."""
     found: dict[str, list[int]] = {}
     for request in requests():
         engine = tiny_engine(on_kernels(dtype), gamma=0, page_size=16, max_model_len=256)
@@ -140,7 +141,7 @@ def alone(dtype: torch.dtype) -> dict[str, list[int]]:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_law_holds_in_every_dtype(dtype: torch.dtype, policy: str) -> None:
-    """To the bit: neither drafts, nor rows beside it, nor how its prompt is cut, change a row's text."""
+    """Neither drafts, nor other rows, nor prompt chunks change the text of a row, to the bit."""
     rejections = 0
     for gamma, scheduler in ((1, {"max_batch_tokens": 32}), (4, {"max_batch_tokens": 90})):
         speculation = POLICIES[policy]
@@ -184,7 +185,7 @@ def test_which_kernels_serve(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """As a container has one that was told to run as some number."""
+    """A container that runs as a numeric user id has a user without a home directory."""
 
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")

@@ -1,4 +1,5 @@
-"""Models on the kernels in Triton: what they compute, and the law. See test_gpu_kernels for where these run."""
+"""Models on the Triton kernels: logits, and unchanged output under speculation. tests/unit/kernels/test_gpu_kernels.py
+describes where these run."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ TEXT = [2 + 7 * i % 60 for i in range(14)]
 
 
 def logits(config: ModelConfig, ops: Ops, int8: bool) -> torch.Tensor:
-    """Of a text that comes in a chunk and two single tokens, beside another row."""
+    """Logits of a text in a chunk and two single tokens, next to another row."""
     model = random_model(config, 1, torch.float32, torch.device("cpu"), Group.single(), ops, int8)
     rows = PagedRows(model, [16, 16], page_size=4)
     parts = []
@@ -64,7 +65,7 @@ def test_models_agree_with_the_reference(variant: str, int8: bool) -> None:
     ours, theirs = (logits(VARIANTS[variant], ops, int8) for ops in (GpuOps(), REFERENCE))
     if not int8:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    else:  # where a sum falls beside the middle of two whole numbers, they round it to different ones
+    else:  # sums close to the middle of two integers round differently on the two sides
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
@@ -107,7 +108,7 @@ def test_speculation_never_changes_output() -> None:
 
 
 def rounds_of(engine: Engine, requests: list[AddRequest]) -> dict[str, list[tuple[list[int], int, int]]]:
-    """By request, what each of its rounds came to: its tokens, how many were drafted, and how many of these held."""
+    """For each request, the tokens, drafted count and accepted count of each of its rounds."""
     outputs = run(engine, requests)
     return {name: [(each.tokens, each.drafted, each.accepted) for each in out] for name, out in outputs.items()}
 
@@ -116,11 +117,12 @@ SNAPKV = {"policy": "snapkv", "budget": 8, "recent": 4}
 WINDOW = {"policy": "window", "budget": 8, "sink": 4}
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what nobody's queries come to is left to chance
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # outputs of padding queries are undefined
 @pytest.mark.parametrize(
     ("drafter", "kv", "captured"),
-    # For 1 row and 2: a plain step, a pass over three drafts, the first draft step, and the other two at once. Those
-    # that draft in another pool, or feed two tokens, have forwards of their own for rows that ask for top-k.
+    # For 1 row and for 2: a plain step, a target pass over three drafts, the first draft step, and the other two as one
+    # graph. Drafters with a pool of their own, or that feed two tokens, capture separate forwards for rows that use
+    # top-k.
     [
         pytest.param("self", WINDOW, 8, id="window"),
         only_in_all("self", SNAPKV, 10, id="snapkv"),
@@ -131,7 +133,7 @@ WINDOW = {"policy": "window", "budget": 8, "sink": 4}
 def test_graphs_change_neither_output_nor_drafts(
     twin_dir: Path, drafter: str, kv: dict[str, Any], captured: int
 ) -> None:
-    """One row or two, whose last queries are nobody's while they have different numbers of drafts."""
+    """One row or two; with different numbers of drafts, the last queries are padding."""
     recorded = Recorded()
     model = model_on(GpuOps(recorder=recorded))
     speculation = {"drafter": drafter, "kv": kv, **({"model": str(twin_dir)} if drafter == "model" else {})}
@@ -147,7 +149,7 @@ def test_graphs_change_neither_output_nor_drafts(
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And rows of a round may have different numbers of them."""
+    """Rows of a round may have different numbers of drafts."""
     recorded = Recorded()
     model = model_on(GpuOps(recorder=recorded))
     asked = [
@@ -173,7 +175,7 @@ def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(engine, "step", step_and_count)
     assert rounds_of(engine, asked) == expected
-    assert max(after - before for before, after in pairwise(replays)) == 3  # two for drafts, one for the pass over them
+    assert max(after - before for before, after in pairwise(replays)) == 3  # two for drafts, one for the target pass
 
 
 def test_plans_of_captured_attention_stand_where_they_stood() -> None:

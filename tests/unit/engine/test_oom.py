@@ -1,4 +1,4 @@
-"""Memory that does not suffice for a round fails its requests, and nothing else."""
+"""Running out of memory in a round fails the requests of that round and nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def exhaust() -> None:
 
 
 def starve(monkeypatch: pytest.MonkeyPatch, forward: int) -> None:
-    """Let the target's forward of this number fail."""
+    """Make the target's forward of this number fail."""
     through, count = Runner.forward, 0
 
     def counted(runner: Runner, batch: ForwardBatch) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_what_counts_as_out_of_memory() -> None:
 
 
 def requests() -> list[AddRequest]:
-    """More than there are rows for, with prompts of one to several chunks."""
+    """More requests than there are rows, with prompts of one to several chunks."""
     ways: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"repetition_penalty": 1.3}]
     return [
         AddRequest(
@@ -71,7 +71,7 @@ def test_the_batch_fails_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, f
     engine = tiny_engine(tiny_model(), gamma=3, scheduler={"max_rows": 3})
     expected = {request.id: complete(engine, request.prompt, request.params) for request in requests()}
     starve(monkeypatch, forward)
-    outputs = run(engine, requests())  # which checks that no page is missing
+    outputs = run(engine, requests())  # also checks that no page is missing
     failed = {id for id, mine in outputs.items() if mine[-1].error is not None}
     assert 0 < len(failed) <= 3
     for id, mine in outputs.items():
@@ -86,7 +86,7 @@ def test_the_batch_fails_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, f
 
 
 def test_aborts_wait_for_the_round_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device that is busy with it: its row is still written to."""
+    """An abort during a round keeps the row's pages until the round ends, because the device still writes to them."""
     engine = tiny_engine(tiny_model(), gamma=3)
     engine.overlaps = True
     wanted = requests()
@@ -130,7 +130,7 @@ def test_any_other_error_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_offline_it_is_an_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for a stream that another one's round was the last of."""
+    """The exception also reaches a stream whose request failed in a round that another stream ran."""
     write_tokenizer(tmp_path)
     small = {"num_pages": 200, "page_size": 4}
     loaded = tiny_model()
@@ -164,7 +164,7 @@ KEPT: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("speculation", KEPT)
 def test_memory_gb_bounds_all_kv(tmp_path: Path, speculation: dict[str, Any]) -> None:
-    """The pools, caches and kept queries of an engine, whatever drafts; and not a page more would fit."""
+    """Pools, draft caches and kept queries stay within memory_gb for every drafter, and not one more page would fit."""
     if speculation.get("drafter") == "model":
         speculation = speculation | {"model": str(write_random_model(tmp_path / "draft", DRAFT))}
     memory = 2_000_000
@@ -186,4 +186,4 @@ def test_drafts_that_keep_more_than_there_is() -> None:
     ):
         tiny_engine(tiny_model(), gamma=3, cache={"memory_gb": 0.001}, speculation=speculation)
     engine = tiny_engine(tiny_model(), gamma=0, cache={"memory_gb": 0.001}, max_model_len=1900, speculation=speculation)
-    assert engine.stats().pages_total * 4 * 512 > 990_000  # nothing is drafted, and nothing kept
+    assert engine.stats().pages_total * 4 * 512 > 990_000  # without drafts, nothing is kept for them

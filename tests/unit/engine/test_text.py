@@ -49,7 +49,7 @@ def run(stream: TextStream, rounds: list[list[int]], stop_token: bool = False) -
 
 
 def reference(tokenizer: Tokenizer, params: SamplingParams, tokens: list[int]) -> Result:
-    """Add one character at a time; stop where a stop string ends first, the longest of those."""
+    """Add one character at a time. Stop where a stop string ends first; among several, the longest."""
     decoder = IncrementalDecoder(tokenizer, params.skip_special_tokens)
     text = ""
     steps = [(count, decoder.push(token)) for count, token in enumerate(tokens, 1)]

@@ -1,4 +1,4 @@
-"""The reference backend against attention written out per query, and against torch's own."""
+"""The reference backend against attention written out per query, and against torch's own attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.rig import pool_layer
 
 
 def one_query(layer: LayerKV, q: Tensor, pages: Tensor, visible: int, scale: float) -> tuple[Tensor, Tensor]:
-    """q: [heads, head_dim]; pages: [kv_heads, width]. Written out, slot by slot."""
+    """Compute attention of one query, slot by slot. q: [heads, head_dim]. pages: [kv_heads, width]."""
     kv_heads, page_size = layer.k.shape[1:3]
     group = q.shape[0] // kv_heads
     outs, lses = [], []
@@ -68,7 +68,7 @@ def test_equals_written_out(
 
 
 def test_long_chunk_equals_torch() -> None:
-    """A chunk longer than one block of queries, behind a context, against scaled_dot_product_attention."""
+    """A chunk longer than one block of queries, after a context, against scaled_dot_product_attention."""
     torch.manual_seed(0)
     n, length, heads, kv_heads, head_dim, page_size = 300, 700, 6, 2, 16, 16
     layer = pool_layer(64, kv_heads, page_size, head_dim, torch.float32)
@@ -132,7 +132,7 @@ def test_write_kv_puts_each_token_in_its_slot() -> None:
 
 
 def test_what_stands_past_a_row_never_reaches_it() -> None:
-    """Pages are reused without clearing: another request's NaN or inf must not leak through a zero weight."""
+    """Pages are reused without clearing: NaN or inf of another request must not leak through a zero weight."""
     torch.manual_seed(0)
     layer = pool_layer(12, 2, 4, 8, torch.float32)
     q = torch.randn(4, 4, 8)

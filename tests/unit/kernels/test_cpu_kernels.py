@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, of every instruction set that this processor has, against plain torch."""
+"""The compiled CPU kernels of every instruction set that this processor supports, against plain torch."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_attention(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_of_a_query_depends_on_nothing_else(kernels: CpuKernels, dtype: torch.dtype) -> None:
-    """Not on the queries beside it, other rows, or threads: to the bit."""
+    """Neither the queries in the same chunk, nor other rows, nor the number of threads change the result, to the
+    bit."""
     torch.manual_seed(1)
     length, n, page_size = 2500, 300, 16
     layer = pool_layer(200, 3, page_size, 64, dtype)
@@ -94,7 +95,7 @@ def test_attention_of_a_query_depends_on_nothing_else(kernels: CpuKernels, dtype
     backend = CpuAttention(kernels)
 
     def run(first: int, count: int, before: int = 0) -> Tensor:
-        """Queries first … first + count - 1, behind a row of `before` others."""
+        """Attend from queries first … first + count - 1, after another row of `before` queries."""
         ends = length - n + first + count
         rows = [before, count] if before else [count]
         backend.plan(AttentionBatch(rows, [ends] * len(rows), pages.repeat(len(rows), 1)))
@@ -120,7 +121,7 @@ def test_attention_of_a_query_depends_on_nothing_else(kernels: CpuKernels, dtype
 
 
 def test_attention_ignores_what_is_not_there(kernels: CpuKernels) -> None:
-    """Slots behind a row's end can hold another request's overflow."""
+    """Slots past the end of a row can hold overflow of another request."""
     layer = pool_layer(5, 1, 16, 64, torch.bfloat16)
     backend = CpuAttention(kernels)
     backend.plan(AttentionBatch([2], [70], torch.arange(5)[None]))
@@ -218,7 +219,8 @@ def test_sample_takes_the_lowest_of_equals(kernels: CpuKernels) -> None:
 
 
 def test_sample_where_all_is_impossible(kernels: CpuKernels) -> None:
-    """A rank whose slice is forbidden as a whole still answers; another's token is likelier."""
+    """A rank whose whole slice is forbidden still returns a token, with value -inf, so that another rank's token
+    wins."""
     zeros = torch.zeros(2, dtype=torch.int64)
     values, tokens = kernels.sample(torch.full((2, 50), float("-inf")), torch.tensor([0.0, 1.0]), zeros, zeros, 10)
     assert values.tolist() == [float("-inf")] * 2
@@ -233,7 +235,7 @@ def test_what_does_not_fit_is_refused(kernels: CpuKernels) -> None:
 
 
 def test_memory_that_is_not_there_is_not_touched(kernels: CpuKernels) -> None:
-    """A wrong index is an error here as it is in plain torch, not a write into whatever stands there."""
+    """A wrong index raises an error, as in plain torch, instead of writing to unrelated memory."""
     layer, angles, norms = pool_layer(2, 1, 16, 32, torch.float32), torch.randn(9, 16), torch.randn(31)
     for position, slot, message in ((9, 0, "positions: 9"), (-1, 0, "positions: -1"), (0, 32, "slots: 32")):
         with pytest.raises(RuntimeError, match=message):
@@ -258,7 +260,7 @@ def test_nothing_comes_of_nothing(kernels: CpuKernels) -> None:
 
 
 def test_sums_of_bytes_are_exact(kernels: CpuKernels) -> None:
-    """Inputs are stored 128 too large; what that adds to a long sum is more than a float32 tells apart."""
+    """Kernels store inputs with an offset of 128; over a long sum that offset exceeds the precision of float32."""
     x = torch.tensor([127.0, -127.0]).repeat(4096)[None]
     x[0, 0] = 126.0
     y = kernels.linear(x, PackedWeights(torch.full((2, x.shape[1]), 127.0)).quantized())
@@ -280,7 +282,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("part", ["build_operators", "build_kernels"])
 def test_a_library_that_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str) -> None:
-    CpuKernels(user_cache() / "kernels")  # so that there are operators to open the other with
+    CpuKernels(user_cache() / "kernels")  # build the operators that load the kernel library
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"\x7fELF, but no more than that")
     monkeypatch.setattr(f"kernels.cpu.library.{part}", lambda *_: broken)
@@ -290,7 +292,7 @@ def test_a_library_that_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 @pytest.mark.parametrize("left", [0, 40, 0.3, 0.8], ids=str)
 def test_a_library_that_was_cut_off_is_built_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: float) -> None:
-    """Loading it would end the process by SIGBUS."""
+    """Loading a truncated library would end the process with SIGBUS."""
     whole = compiler.build_operators(user_cache() / "kernels")
     monkeypatch.setattr(compiler, "BUILT", Path("/nowhere"))
     cut = tmp_path / whole.name
@@ -304,7 +306,7 @@ def test_a_library_that_was_cut_off_is_built_anew(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_folder_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The home of somebody else, say."""
+    """A folder without read permission, for example another user's home."""
     is_file = Path.is_file
 
     def denied(path: Path) -> bool:
@@ -319,7 +321,7 @@ def test_a_folder_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What came with the installation serves, whoever asks."""
+    """Without a cache folder, the kernels installed with the package are used."""
     monkeypatch.setattr(compiler, "BUILT", Path("/nowhere"))
     with pytest.raises(KernelsUnavailable, match="set HOME or XDG_CACHE_HOME"):
         CpuKernels(None)

@@ -1,5 +1,5 @@
-"""The FlashInfer backend against the oracle - over a double of FlashInfer: what the backend says, not what FlashInfer
-computes. tests/gpu has the latter."""
+"""The FlashInfer backend against the reference backend, over a fake of FlashInfer: this tests the calls that the
+backend makes. tests/gpu tests what FlashInfer computes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def backend(page_size: int, fixed: GraphShape | None = None) -> FlashInferAttent
 
 
 def batch_of(rows: list[tuple[int, int]], page_size: int, kv_heads: int = 0) -> AttentionBatch:
-    """kv_heads: how many lists per row; 0: one for all heads."""
+    """Build a batch with random pages. rows: (queries, tokens before them). kv_heads: number of page lists per row; 0:
+    one for all heads."""
     queries = [n for n, _ in rows]
     lengths = [n + before for n, before in rows]
     width = -(-max(lengths) // page_size) + 1
@@ -56,7 +57,7 @@ def check(
     *,
     tokens: int | None = None,
 ) -> None:
-    """tokens: queries there are, those that are nobody's included."""
+    """Compare `ours` with the reference backend. tokens: number of queries including padding."""
     oracle = ReferenceAttention(layer.k.shape[2])
     oracle.plan(batch)
     ours.plan(batch)
@@ -88,7 +89,7 @@ def test_equals_the_oracle(
 
 
 def test_one_backend_serves_many_batches() -> None:
-    """Other shapes, other numbers of heads, other scales, one after the other."""
+    """Different shapes, numbers of heads and scales, one after another."""
     torch.manual_seed(0)
     ours = backend(4)
     for kv_heads, heads, scale in ((2, 4, 0.1), (2, 4, 0.2), (1, 8, 0.2)):
@@ -99,7 +100,8 @@ def test_one_backend_serves_many_batches() -> None:
 
 
 def test_a_plan_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And in `plan`, once shapes are known, so that a captured run can follow; the next ones go to other wrappers."""
+    """The plan is made inside `plan`, once shapes are known, so that a captured run can follow. Later plans use other
+    wrappers."""
     planned: list[Any] = []
     keep = fake_flashinfer._Wrapper._keep
 
@@ -173,7 +175,8 @@ class OverTheDouble(ReferenceOps):
     ids=["window", "relative", "snapkv"],
 )
 def test_engines_on_it(kv: dict[str, Any]) -> None:
-    """Drafts, views, lists per head and verify passes come to what the oracle writes, but for near ties."""
+    """Drafts, views, page lists per head and verify passes give the reference backend's output, except for near
+    ties."""
     config = dataclasses.replace(TINY, head_dim=64)
     model, oracle = (
         random_model(config, 0, torch.float16, CPU, Group.single(), ops) for ops in (OverTheDouble(), REFERENCE)

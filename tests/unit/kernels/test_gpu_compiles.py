@@ -1,4 +1,4 @@
-"""Triton's interpreter is more lenient than its compiler: every kernel also compiles for the GPUs that we name."""
+"""Every kernel compiles for the supported GPU architectures; Triton's interpreter is more lenient than its compiler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes of shared memory that a program may have, by architecture (CUDA's table of compute capabilities)."""
+"""Maximum bytes of shared memory per program, by architecture (CUDA's table of compute capabilities)."""
 
 
 def kernel_names() -> set[str]:

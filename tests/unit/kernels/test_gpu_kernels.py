@@ -1,6 +1,6 @@
-"""The kernels in Triton against plain torch: on a GPU where there is one, else as Triton's interpreter runs them.
+"""The Triton kernels against plain torch: on a GPU if there is one, otherwise in Triton's interpreter.
 
-The interpreter cuts bfloat16 off where a GPU rounds it: tolerances allow for a whole last bit.
+The interpreter truncates to bfloat16 where a GPU rounds, so tolerances allow one whole last bit.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
 def test_norm(dtype: torch.dtype, size: int, add: bool) -> None:
     torch.manual_seed(0)
     wide = randn(3, size + 5, dtype=dtype)
-    x, delta, weight = wide[:, :size], randn(3, size, dtype=dtype), randn(size, dtype=dtype)  # rows stand apart
+    x, delta, weight = wide[:, :size], randn(3, size, dtype=dtype), randn(size, dtype=dtype)  # rows are not contiguous
     before, behind = x.clone(), wide[:, size:].clone()
     out = pointwise.norm(x, delta if add else None, weight, 1e-5)
     close(x, before + delta if add else before, dtype)
@@ -96,7 +96,7 @@ def test_rotary(dtype: torch.dtype, norms: bool) -> None:
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     write_kv(expected, slots, k, v)
     pointwise.rotary(qkv, *tables, positions, slots, layer, (*weights, 1e-5) if norms else None)
-    # Norm and rotation round one after the other.
+    # Both sides round after the norm and again after the rotation.
     for ours, theirs in ((qkv[:, :heads], q), (layer.k, expected.k)):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
     assert torch.equal(layer.v, expected.v)
@@ -130,7 +130,7 @@ def test_sample(size: int) -> None:
     values, tokens = sample.sample(logits, temperature, seeds, positions, first)
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(tokens, expected_tokens)
-    # Slices of the vocabulary, of any size, come to the same: value and token to the bit.
+    # Slices of the vocabulary, of any size, give the same value and token, to the bit.
     slices = [(0, 1), (1, 450), (450, size)]
     parts = [sample.sample(logits[:, a:b], temperature, seeds, positions, first + a) for a, b in slices]
     every = torch.stack([value for value, _ in parts])
@@ -150,7 +150,8 @@ def test_sample_takes_the_lowest_of_equals() -> None:
 
 @pytest.mark.parametrize("size", [50, 5000])
 def test_sample_of_what_is_impossible_or_not_a_number(size: int) -> None:
-    """A rank whose slice is forbidden as a whole still answers; another's token is likelier."""
+    """A rank whose whole slice is forbidden still returns a token, with value -inf, so that another rank's token
+    wins."""
     zeros = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     temperature = torch.tensor([0.0, 1.0], device=DEVICE)
     logits = torch.full((2, size), float("-inf"), device=DEVICE)
@@ -241,7 +242,7 @@ def test_attention(
     layer = pool(31, kv_heads, page_size, head_dim, dtype)
     pages = torch.randint(31, (len(rows), kv_heads, width) if per_head else (len(rows), width)).to(DEVICE)
     qkv = randn(sum(queries), kv_heads * (group + 2), head_dim, dtype=dtype)
-    q = qkv[:, : kv_heads * group]  # as it comes out of the rotation: tokens stand apart
+    q = qkv[:, : kv_heads * group]  # a view of the rotation's output: tokens are not contiguous
     batch = AttentionBatch(queries, lengths, pages)
     oracle, backend = ReferenceAttention(page_size), GpuAttention(span)
     oracle.plan(batch)
@@ -254,7 +255,7 @@ def test_attention(
 
 
 def test_attention_from_lengths_on_the_device() -> None:
-    """The host knows nothing of the batch but shapes."""
+    """The host has only the shapes of the batch, not its lengths."""
     torch.manual_seed(0)
     layer = pool(9, 2, 4, 16, torch.float32)
     queries, lengths, pages = (part.to(DEVICE) for part in (torch.tensor([1, 4]), torch.tensor([9, 17]), PAGES))
@@ -272,7 +273,7 @@ PAGES = torch.tensor([[3, 1, 8, 0, 0], [2, 5, 4, 7, 6]])
 
 @pytest.mark.parametrize("span", [64, 4096])
 def test_attention_ignores_what_is_not_there(span: int) -> None:
-    """Slots behind a row's end can hold another request's overflow."""
+    """Slots past the end of a row can hold overflow of another request."""
     torch.manual_seed(0)
     layer = pool(9, 1, 16, 16, torch.float32)
     backend = GpuAttention(span)

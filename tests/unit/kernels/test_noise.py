@@ -1,4 +1,4 @@
-"""The noise is what it says: pinned integers, one value per (seed, position, token), Gumbel distributed."""
+"""Sampling noise: pinned integers, one value per (seed, position, token), Gumbel distributed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
 def written_out(seed: int, position: int, token: int) -> int:
-    """The definition in Python's unbounded integers."""
+    """Compute the definition in Python's unbounded integers."""
     m64, m32 = 2**64 - 1, 2**32 - 1
 
     def mix64(x: int) -> int:
@@ -65,7 +65,7 @@ def test_blocks_of_rows_equal_single_rows() -> None:
 
 
 def test_distribution_is_gumbel() -> None:
-    """Kolmogorov-Smirnov against exp(-exp(-x)), over tokens, over positions and over seeds."""
+    """Kolmogorov-Smirnov test against exp(-exp(-x)), over tokens, over positions and over seeds."""
     n = 100_000
     samples = {
         "tokens": gumbel_noise(torch.tensor([11]), torch.tensor([5]), 0, n)[0],

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("theta", [10000.0, 500000.0, 1000000.0])
 @pytest.mark.parametrize("head_dim", [12, 64, 128])
 def test_default_tables_equal_transformers(theta: float, head_dim: int) -> None:
-    """To the bit, and for float64 as well: both take the sine of a float32 angle."""
+    """Equal to the bit, also for float64: both take the sine of a float32 angle."""
     config = transformers.LlamaConfig(head_dim=head_dim, rope_parameters={"rope_type": "default", "rope_theta": theta})
     frequencies = rotary_frequencies(head_dim, theta)
     assert_same_tables(config, frequencies, 4096)
@@ -57,7 +57,7 @@ def assert_same_tables(config: Any, frequencies: torch.Tensor, positions: int) -
 def test_rotation_equals_transformers(dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(1)
     fused = torch.randn(7, 5, 16, generator=generator, dtype=dtype)
-    x = fused[:, 1:4]  # a view, as heads of a fused projection are
+    x = fused[:, 1:4]  # a non-contiguous view, like the heads of a fused projection
     cos, sin = rotary_tables(rotary_frequencies(16, 100.0), 50, dtype=dtype, device=CPU)
     positions = torch.tensor([0, 3, 3, 49, 20, 1, 7])
     before = x.clone()
@@ -67,7 +67,7 @@ def test_rotation_equals_transformers(dtype: torch.dtype, tolerance: float) -> N
     wide = [torch.cat([table[positions]] * 2, -1) for table in (cos, sin)]
     theirs, _ = apply_rotary_pos_emb(x, x, *wide, unsqueeze_dim=1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
-    assert torch.equal(ours[0], x[0])  # position 0 turns nothing
+    assert torch.equal(ours[0], x[0])  # position 0 rotates nothing
 
 
 def test_sixteen_bits_round_once() -> None:

@@ -45,7 +45,7 @@ def llama(**changes: Any) -> dict[str, Any]:
 
 
 def of_type(model_type: str, **changes: Any) -> dict[str, Any]:
-    """As that family's files look: no rope_scaling, heads that fit."""
+    """Build a config in the form of that family's files: no rope_scaling, matching heads."""
     names = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     architectures = [f"{names[model_type]}ForCausalLM"]
     return llama(model_type=model_type, architectures=architectures, rope_scaling=None, **changes)
@@ -82,7 +82,7 @@ def test_llama_3_1() -> None:
 
 
 def test_llama_2_and_its_kin() -> None:
-    """Old files: no head_dim, no KV heads, no rope keys, one end token."""
+    """Old config files: no head_dim, no KV heads, no rope keys, one EOS token."""
     config = parse_config(without(llama(eos_token_id=2), "num_key_value_heads", "rope_theta", "rope_scaling"))
     assert (config.num_kv_heads, config.head_dim) == (32, 128)
     assert config.rope == RopeConfig(theta=10000.0)
@@ -160,7 +160,7 @@ def test_rope_spellings(changes: dict[str, Any], rope: RopeConfig) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_reads_what_transformers_writes(model_type: str, tmp_path: Path) -> None:
-    """Defaults included: an empty configuration of each family, saved and read, means the same to both."""
+    """Defaults included: an empty config of each family, saved and read back, has the same values on both sides."""
     theirs = transformers.AutoConfig.for_model(model_type, architectures=architectures_of(model_type))
     theirs.save_pretrained(tmp_path)
     ours = read_config(tmp_path)
@@ -245,7 +245,7 @@ def test_broken_files(tmp_path: Path) -> None:
 
 
 def test_is_free_of_torch() -> None:
-    """The server reads it, and the server never loads torch."""
+    """The server imports this module and must not load torch."""
     code = "import sys, models.config; sys.exit('torch' in sys.modules)"
     root = ROOT
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

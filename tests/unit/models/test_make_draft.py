@@ -1,4 +1,4 @@
-"""Draft models made out of a target's layers."""
+"""Draft models made of a target's layers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_layers_that_are_kept(target: Path, tmp_path: Path) -> None:
 
 
 def test_all_layers_are_the_target(target: Path, tmp_path: Path) -> None:
-    """And the directory serves as speculation.model."""
+    """A draft with all layers equals the target, and its directory is usable as speculation.model."""
     make_draft(target, tmp_path / "draft", range(6))
     speculation = {"gamma": 3, "drafter": "model", "model": str(tmp_path / "draft"), "kv": {"policy": "all"}}
     config = EngineConfig.model_validate({"model": str(target), "dtype": "float64", "speculation": speculation})

@@ -22,7 +22,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def llama2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Pieces with U+2581 for spaces and <0xNN> for other bytes."""
+    """Tokenizer with U+2581 for spaces and <0xNN> for other bytes."""
     directory = tmp_path_factory.mktemp("llama2")
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁Hello", "▁world", "!", "ab"]
     library = Library(models.BPE({word: id for id, word in enumerate(words)}, [], byte_fallback=True))
@@ -68,7 +68,7 @@ def test_incremental_text_is_the_whole_text(tokenizer: Tokenizer, ids: list[int]
 
 @given(raw=st.lists(st.sampled_from([*"aé日🙂".encode(), 0x80, 0xFF, 0xF0]), max_size=80))
 def test_incremental_text_of_broken_characters(tokenizer: Tokenizer, raw: list[int]) -> None:
-    """Single-byte tokens: characters begun, never finished, or never begun."""
+    """Single-byte tokens: characters that are incomplete, or bytes that start no character."""
     single = {tokenizer.token_bytes(token): token for token in range(320)}
     ids = [single[bytes([byte])] for byte in raw]
     assert incremental(tokenizer, ids) == bytes(raw).decode(errors="replace")
@@ -121,7 +121,7 @@ def test_context_that_ends_inside_a_character_is_left_out(tokenizer: Tokenizer) 
 
 
 def test_work_per_token_is_bounded(tokenizer: Tokenizer) -> None:
-    """However many bytes in a row are not UTF-8."""
+    """Work per token is bounded, however many bytes in a row are not UTF-8."""
     broken = next(token for token in range(320) if tokenizer.token_bytes(token) == b"\x80")
     decoder = IncrementalDecoder(tokenizer)
     for _ in range(1000):

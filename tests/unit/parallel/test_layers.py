@@ -1,4 +1,4 @@
-"""Sharded layers and models: what a rank holds, and that N ranks compute what one does."""
+"""Sharded layers and models: the shard of each rank, and that N ranks compute the same as one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def randn(*shape: int) -> Tensor:
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_column_then_row(size: int, bias: bool) -> None:
-    """A fused pair of column layers of odd widths; a row layer whose bias is added once."""
+    """A fused pair of column layers of odd widths, and a row layer whose bias is added once."""
     checkpoint = {"a.weight": randn(7, 5), "a.bias": randn(7), "b.weight": randn(4, 5), "b.bias": randn(4)}
     checkpoint |= {"c.weight": randn(6, 7), "c.bias": randn(6)}
     x = randn(3, 5)
@@ -84,7 +84,7 @@ def test_column_then_row(size: int, bias: bool) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("tied", [False, True])
 def test_vocabulary(size: int, tied: bool) -> None:
-    """An embedding that is whole everywhere, a head that is not; tied, they are one storage."""
+    """An embedding replicated on every rank, and a sharded head; tied, both use one storage."""
     checkpoint = {"embed.weight": randn(11, 4), "head.weight": randn(11, 4)}
     ids = torch.tensor([0, 10, 5, 4, 3, 6, 7, 7])
     x = randn(2, 4)
@@ -109,7 +109,8 @@ def test_vocabulary(size: int, tied: bool) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
 def test_slots_cover_the_checkpoint(variant: str, size: int) -> None:
-    """Together the ranks hold every element; twice only what is replicated. Every rank's storage is all slots."""
+    """Together the ranks hold every element, and more than once only replicated ones. The slots of a rank do not
+    overlap."""
     config = VARIANTS[variant]
     held: dict[str, Tensor] = {}
 
@@ -137,7 +138,7 @@ def test_slots_cover_the_checkpoint(variant: str, size: int) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ranks_agree_with_one(variant: str) -> None:
-    """Logits of a chunked prompt and decoding, for every rank count up to one query head each."""
+    """Logits of a chunked prompt and of decoding, for every number of ranks up to one query head each."""
     config = VARIANTS[variant]
     text = torch.randint(config.vocab_size, (19,), generator=torch.Generator().manual_seed(1)).tolist()
 

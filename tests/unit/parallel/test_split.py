@@ -42,13 +42,13 @@ def test_heads(kv_heads: int, group: int, data: st.DataObject) -> None:
         local, local_kv = mine.heads.size, mine.kv_heads.size
         assert local >= 1
         assert local % local_kv == 0
-        for i in range(local):  # the head that attention reads locally is the one the model means
+        for i in range(local):  # the head that attention reads locally is the model's
             assert mine.kv_heads.start + i // (local // local_kv) == (mine.heads.start + i) // group
     held = [kv for mine in shares for kv in range(mine.kv_heads.start, mine.kv_heads.stop)]
     assert set(held) == set(range(kv_heads))
     copies = [held.count(kv) for kv in range(kv_heads)]
-    assert max(copies) - min(copies) <= 1  # ranks are dealt evenly to KV heads
-    assert ranks > kv_heads or max(copies) == 1  # and a KV head is copied only when there are too few of them
+    assert max(copies) - min(copies) <= 1  # ranks are spread evenly over KV heads
+    assert ranks > kv_heads or max(copies) == 1  # a KV head is replicated only if there are fewer KV heads than ranks
 
 
 def test_known_splits() -> None:

@@ -1,4 +1,4 @@
-"""Which sums go through memory that GPUs share: a double stands for that memory."""
+"""Choice of the sums that go through memory shared by GPUs, with a fake of that memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class Comm:
-    """A process group of two ranks that hold the same."""
+    """Fake process group of two ranks that hold the same data."""
 
     def __init__(self) -> None:
         self.sums = 0
@@ -53,7 +53,7 @@ def group(comm: Comm) -> SymmetricGroup:
         ((MOST_BYTES // 4 + 4,), torch.float32, False),
         ((3, 64), torch.float16, False),
         ((3, 64), torch.int64, False),
-        ((3, 5), torch.bfloat16, False),  # no whole number of 16 bytes
+        ((3, 5), torch.bfloat16, False),  # not a multiple of 16 bytes
     ],
 )
 def test_small_sums_go_through_memory(shape: tuple[int, ...], dtype: torch.dtype, through_memory: bool) -> None:

@@ -1,4 +1,4 @@
-"""The cost model: its formulas against numbers worked out by hand, and its laws."""
+"""The cost model: its formulas against values computed by hand, and its monotonicity."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SMALL = ModelConfig(
     head_dim=2,
     max_position_embeddings=100_000,
 )
-# A layer: queries and output 2·10·8, keys and values 2·10·4, network 3·10·20. Head: 1000.
+# A layer: queries and output 2·10·8, keys and values 2·10·4, MLP 3·10·20. Head: 1000.
 SMALL_ACTIVE = 3 * (160 + 80 + 600) + 1000
 ROUND = Device(name="round", flops=1e6, bandwidth=1e5, memory=1e6, link=1e4, all_reduce_s=0.001)
 EXACT = Efficiency(flops=0.5, weights=0.8, kv=0.5, verify_attention=1.5, layer_s=0.01)
@@ -98,7 +98,7 @@ class TestTimesOfAnyOrigin:
             SpeculationConfig(gamma=GAMMA_MAX + 1)
 
     def test_best_gamma_from_measured_times(self) -> None:
-        """As a start-up profile gives them: a table of T_V. Speed-ups 1, 1.38, 1.57, 1.37."""
+        """T_V as a table, as a start-up profile measures it. Speed-ups 1, 1.38, 1.57, 1.37."""
         table = [0.0100, 0.0110, 0.0115, 0.0190]
         gamma, speed = best_gamma(0.8, 0.010, 0.002, table.__getitem__, gamma_max=3)
         assert gamma == 2
@@ -109,7 +109,7 @@ class TestShapes:
     @pytest.mark.parametrize(
         ("name", "count"),
         [
-            # What the published checkpoints hold.
+            # Parameter counts of the published checkpoints.
             ("llama-2-7b-32k", 6_738_415_616),
             ("llama-3.1-8b", 8_030_261_248),
             ("llama-3.1-70b", 70_553_706_496),
@@ -161,14 +161,14 @@ class TestShapes:
 class TestForward:
     def test_one_rank_bound_by_reading(self) -> None:
         placement = PlacedModel(model=SMALL, device=ROUND, ranks=1, efficiency=EXACT)
-        linear = SMALL_ACTIVE * 2 / (1e5 * 0.8)  # against 2·3520·2 / (1e6 · 0.5)
+        linear = SMALL_ACTIVE * 2 / (1e5 * 0.8)  # larger than 2·3520·2 / (1e6 · 0.5)
         attention = 48 * 1000 / (1e5 * 0.5)  # 2·3·2·2·2 bytes a token
         assert placement.forward_seconds(2, 1000) == pytest.approx(linear + attention + 0.03)
 
     def test_one_rank_bound_by_arithmetic(self) -> None:
         placement = PlacedModel(model=SMALL, device=ROUND, ranks=1, efficiency=EXACT)
         linear = 2 * SMALL_ACTIVE * 10 * 20 / (1e6 * 0.5)
-        attention = 4 * 3 * 4 * 2 * 1000 * 20 / (1e6 * 0.5)  # against 0.96 s of reading
+        attention = 4 * 3 * 4 * 2 * 1000 * 20 / (1e6 * 0.5)  # larger than 0.96 s of reading
         assert placement.forward_seconds(10, 1000, 20) == pytest.approx(linear + 1.5 * attention + 0.03)
 
     def test_more_ranks_than_kv_heads(self) -> None:

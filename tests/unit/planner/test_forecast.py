@@ -1,4 +1,4 @@
-"""Forecasts: what acceptance is expected, what memory is counted, what a device is."""
+"""Forecasts: expected acceptance, memory, and device descriptions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TestAcceptance:
 
 
 class TestMemory:
-    """The fullest rank holds weights, and the KV of each row's context and gamma + 1 slots."""
+    """The fullest rank holds weights, and for each row the KV of its context and of gamma + 1 slots."""
 
     def deployment(self, draft: str = "self", policy: Policy = "window") -> Deployment:
         target = place("llama-3.1-8b")
@@ -61,7 +61,7 @@ class TestMemory:
 
     @pytest.mark.parametrize(("budget", "kept"), [(512, 512 + 128), (8, 8 + 3), (None, 8004), (9000, 9000 + 2250)])
     def test_a_draft_model(self, budget: int | None, kept: int) -> None:
-        """A window, and room for a block of the prompt or its drafts; or everything."""
+        """A window, plus room for a block of the prompt or for its drafts; or the whole context."""
         found = self.deployment("llama-3.2-1b").forecast(4, 8000, budgets=(budget,), gamma=3)
         weights = rank_weight_bytes(SHAPES["llama-3.2-1b"], 8, 2)
         assert found.draft_bytes == weights + 4 * kept * 2 * 16 * 64 * 2

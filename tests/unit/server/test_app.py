@@ -1,4 +1,4 @@
-"""The HTTP application around a FakeEngine in the same process."""
+"""The HTTP application over a FakeEngine in the same process."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_stop_string_aborts_and_counts_the_tokens_used(directory: Path) -> None:
             assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
             used = answer["usage"]["completion_tokens"]
             assert used <= 7
-            # Every round drafts three and accepts two: what the stop string cut off was not rejected.
+            # Every round drafts three and accepts two. Accepted tokens that the stop string cut off do not count as
+            # rejected.
             details = answer["usage"]["completion_tokens_details"]
             assert details["rejected_prediction_tokens"] == -(-used // 3)
             assert client.aborted == [client.requests[0].id]
@@ -203,7 +204,7 @@ def test_an_engine_that_dies_during_a_stream(directory: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_that_is_started_again(directory: Path, stream: bool) -> None:
-    """While it is gone, everybody hears why and may try again; what was under way ends."""
+    """During the restart, every request gets the reason and may be retried; running requests end."""
 
     async def main() -> None:
         async with server(directory) as (http, client, _):
@@ -240,7 +241,7 @@ def test_an_engine_that_is_started_again(directory: Path, stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_out_of_memory(directory: Path, stream: bool) -> None:
-    """An error, also behind tokens that were sent already; the server is as well as before."""
+    """An error is returned, also after tokens that were already sent; afterwards the server works as before."""
 
     async def main() -> None:
         async with server(directory) as (http, client, _):
@@ -307,7 +308,7 @@ def test_an_unexpected_error_shows_nothing(directory: Path, caplog: pytest.LogCa
                 answer = await http.post("/v1/completions", json={"prompt": "x", "stream": stream})
                 assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
                 assert "secret" not in answer.text
-            assert caplog.text.count("Traceback") == 2  # each once
+            assert caplog.text.count("Traceback") == 2  # one per request
 
     asyncio.run(main())
 
@@ -380,7 +381,7 @@ def test_metrics_have_both_names(directory: Path) -> None:
     asyncio.run(main())
 
 
-# Pieces that a whole server cannot show.
+# Units that a whole server cannot cover.
 
 
 def test_metrics_of_what_drafts_keep_and_gain() -> None:

@@ -1,4 +1,4 @@
-"""The double of CUDA graphs does again what was done to tensors, and no more."""
+"""The fake of CUDA graphs repeats exactly the recorded tensor operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: strict, overridable, free of contradictions, and documented."""
+"""Settings are strict, overridable, free of contradictions, and documented."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIGS = ROOT / "configs"
 
 
 def settings(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> default of every setting below `model`; the one without a default is None."""
+    """Map the dotted name of every setting below `model` to its default, or to None if it has none."""
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         kind = field.annotation

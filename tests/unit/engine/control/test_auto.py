@@ -1,4 +1,4 @@
-"""The controller: it does what pays, notices when that changes, and does not lose much by trying."""
+"""The gamma controller chooses the fastest option, adapts when that changes, and loses little by exploring."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ GAMMA_MAX = 6
 
 @dataclass
 class Machine:
-    """What rounds take: each forward a base, a cost per query token and a cost per KV token read; each factor can be
-    changed while the engine runs."""
+    """A model of round times: each forward costs a base, a cost per query token and a cost per KV token read. Each
+    factor can change while the engine runs."""
 
     base: float = 10e-3
     token: float = 0.2e-3
@@ -61,7 +61,8 @@ def reads(context: int, budget: int) -> int:
 
 @dataclass
 class Load:
-    """Rows that decode under a controller on a machine, with a true acceptance each. Contexts stay as they are."""
+    """Rows that decode under a controller on a machine, each with a true acceptance rate. Context lengths stay
+    constant."""
 
     machine: Machine
     contexts: list[int]
@@ -102,7 +103,7 @@ class Load:
         return Request(AddRequest("prompt", [0] * 1000, SamplingParams(max_tokens=9)), ())
 
     def run(self, rounds: int) -> float:
-        """Tokens per second of these rounds."""
+        """Run this many rounds and return their tokens per second."""
         tokens, seconds = self.tokens, self.seconds
         for _ in range(rounds):
             self._round()
@@ -139,7 +140,7 @@ class Load:
         self.seconds += draft + verify
         self.chosen.append(gammas)
         rows = self.rows
-        if self.prompts:  # a chunk of one rides along
+        if self.prompts:  # a chunk of a prompt joins the round
             rows, work = [*rows, self.prompt], [*work, RowWork(len(rows), 0, 50, 0, False)]
         self.controller.observe(
             RoundPlan(0, [], [], work, self.controller.budget), rows, RoundResult(0, results, draft, verify)
@@ -165,7 +166,7 @@ def test_as_fast_as_the_best_fixed_gamma(rows: int, context: int, alpha: float) 
     load = Load(machine, contexts, alphas)
     load.run(100)
     best = max(fixed(machine, contexts, alphas, gamma) for gamma in range(GAMMA_MAX + 1))
-    assert load.run(400) > 0.94 * best  # 400 rounds of random acceptance vary by some percent themselves
+    assert load.run(400) > 0.94 * best  # the speed of 400 rounds varies by some percent with random acceptance
 
 
 def test_off_where_it_loses_and_on_where_it_wins() -> None:
@@ -178,7 +179,7 @@ def test_off_where_it_loses_and_on_where_it_wins() -> None:
 
 
 def test_it_turns_on_again() -> None:
-    """Off because drafts were thought slow; trying now and then finds out that they are not."""
+    """Drafting is off because the profile overestimates draft times; exploration corrects that."""
     load = Load(Machine(), [20000] * 4, [0.8] * 4, known=Machine(drafts=40.0))
     load.run(20)
     assert load.share_off(20) > 0.9
@@ -197,7 +198,7 @@ def test_it_turns_off_again() -> None:
 
 
 def test_trying_costs_little() -> None:
-    """Against plain decoding on a load that never pays."""
+    """Exploration on a load where drafting never pays costs at most 2 % of the speed of plain decoding."""
     machine = Machine()
     load = Load(machine, [100] * 4, [0.0] * 4)
     load.run(100)
@@ -230,7 +231,7 @@ def test_limits_of_requests_are_kept() -> None:
 
 
 def test_reckoning() -> None:
-    """What it says speculation gains is what it gains."""
+    """The report's predicted gain from speculation equals the real gain."""
     machine = Machine()
     contexts, alphas = [20000] * 4, [0.8] * 4
     load = Load(machine, contexts, alphas)
@@ -268,8 +269,8 @@ def test_ended_requests_are_forgotten() -> None:
 
 def test_acceptance_is_the_truncated_geometric_estimate() -> None:
     record = AcceptanceRecord()
-    record.add(3, 0, 1e9)  # all of 3 drafts held
-    record.add(1, 1, 1e9)  # the second failed, and those behind it were never judged
+    record.add(3, 0, 1e9)  # all of 3 drafts accepted
+    record.add(1, 1, 1e9)  # the second draft rejected; later ones were never judged
     assert record.alpha(0.0, 0.0) == pytest.approx(4 / 5)
     assert record.alpha(0.5, 5.0) == pytest.approx((4 + 2.5) / 10)
 
@@ -297,7 +298,7 @@ def test_corrections_keep_kinds_comparable() -> None:
     for _ in range(200):
         calibration.update("plain", 0, 2.0, 1.0)
     assert calibration.factor("plain", 0) == pytest.approx(2.0, rel=0.01)
-    assert calibration.factor("draft", 0) > 1.2  # never seen, but on the same machine
+    assert calibration.factor("draft", 0) > 1.2  # never measured, but scaled like other kinds on the same machine
     for _ in range(200):
         calibration.update("plain", 0, 2.0, 1.0)
         calibration.update("draft", 0, 4.0, 1.0)
@@ -308,7 +309,8 @@ def test_corrections_keep_kinds_comparable() -> None:
     ("by_budget", "best"), [({512: 0.9, 256: 0.895, 128: 0.89}, 128), ({512: 0.95, 256: 0.6, 128: 0.4}, 512)]
 )
 def test_the_budget_that_pays(by_budget: dict[int, float], best: int) -> None:
-    """Where reading is dear and little is lost by reading less, drafts read less; else they read all they may."""
+    """The controller reduces the budget where reading is expensive and a smaller budget costs little acceptance;
+    otherwise it keeps the largest."""
     machine = Machine(base=2e-3, kv=5e-6)
     load = Load(machine, [8000] * 8, [0.0] * 8, budgets=(512, 256, 128), by_budget=by_budget)
     load.run(1500)
@@ -330,7 +332,7 @@ def test_a_budget_that_was_not_tried_is_taken_to_be_worse() -> None:
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_trying_costs_what_it_may_also_among_prompts(mixed: bool) -> None:
-    """Rounds in which prompts are computed teach no times, but what is tried in them is lost all the same."""
+    """Rounds that include prompts give no step times, but explorations in them are charged all the same."""
     machine = Machine()
     load = Load(machine, [100] * 4, [0.3] * 4, prompts=mixed)
     load.run(2000)
@@ -351,10 +353,10 @@ def test_rows_catch_up_where_that_pays() -> None:
 
 @pytest.mark.parametrize(("lag", "others"), [(20000, 0), (20000, 3)])
 def test_rows_do_not_catch_up_where_that_costs_more_than_it_brings(lag: int, others: int) -> None:
-    """A late row among others that draft decodes plainly; what is spent on it is what may be spent on tries."""
+    """A late row among drafting rows decodes plainly; catching up costs no more than the exploration allowance."""
     contexts, alphas = [20000] * (1 + others), [0.8] * (1 + others)
     load = Load(Machine(), contexts, alphas, lags=[lag] + [0] * others, catch_up_s=1e-3, max_tokens=2000)
-    load.run(200)  # in which it learns what that costs
+    load.run(200)  # the controller learns the cost of catching up
     before = load.caught_up
     load.run(2000)
     assert (load.caught_up - before) * 1e-3 < 0.03 * load.seconds
@@ -366,7 +368,8 @@ def test_rows_do_not_catch_up_where_that_costs_more_than_it_brings(lag: int, oth
 
 
 def test_trying_a_row_that_is_late_costs_what_trying_may() -> None:
-    """On a load that never pays, with a prompt that takes many tries to catch up with."""
+    """Catching up with a long prompt takes many explorations and costs at most 2 % on a load where drafting never
+    pays."""
     machine = Machine()
     load = Load(machine, [3000] * 4, [0.0] * 4, lags=[3000] * 4, catch_up_s=0.1e-3)
     load.run(100)

@@ -1,4 +1,4 @@
-"""Which pages a view lists."""
+"""Pages that a view lists."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_window_reads_the_first_and_the_last_pages(page_size: int, sink: int, ex
             (int(page) - 7 - row * 300) * page_size + offset for page in listed[row] for offset in range(page_size)
         ][:read]
         if length <= budget:
-            assert slots == list(range(length))  # dense
+            assert slots == list(range(length))  # below the budget, the view is dense
         else:
             first = (pages - extra) * page_size
             assert slots == [*range(sink_pages * page_size), *range(first, length)]

@@ -1,4 +1,4 @@
-"""API processes that attach to an engine which somebody else runs, and the directory where they meet."""
+"""API processes that attach to an engine started elsewhere, and the directory where both find the socket."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ sys.exit(serve(lambda: FakeEngine(EngineConfig(model=sys.argv[2])), Path(sys.arg
 
 @pytest.fixture
 def engines(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts engine processes in the same directory, one after the other."""
+    """Return a function that starts engine processes in the same directory, one after another."""
     running: list[subprocess.Popen[bytes]] = []
 
     def start(model: str = "fake") -> subprocess.Popen[bytes]:
@@ -79,7 +79,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 async def waiting(client: EngineClient) -> asyncio.Task[None]:
-    """A request that does not end."""
+    """Start a request that does not end."""
 
     async def consume() -> None:
         async for _ in client.generate(request("long", SLOW, 100_000)):
@@ -94,7 +94,7 @@ async def waiting(client: EngineClient) -> asyncio.Task[None]:
 def test_several_clients_come_and_go(tmp_path: Path, engines: Callable[..., subprocess.Popen[bytes]]) -> None:
     async def test() -> None:
         first = asyncio.create_task(EngineClient.attach(tmp_path / "e", model="fake", start_timeout_s=60, timeout_s=30))
-        await asyncio.sleep(0.2)  # there is no engine yet
+        await asyncio.sleep(0.2)  # no engine is running yet
         process = engines()
         async with attached(tmp_path) as second:
             await asyncio.gather(answered(await first, "a"), answered(second, "b"))
@@ -126,7 +126,8 @@ def test_stopping_it_says_so_and_another_takes_its_place(
 
 
 def test_one_that_is_killed_and_started_again(tmp_path: Path, engines: Callable[..., subprocess.Popen[bytes]]) -> None:
-    """The second one finds what the first left, and the client is not fooled by it."""
+    """The second engine tolerates the files that the first one left, and the client does not mistake it for the
+    first."""
 
     async def test() -> None:
         process = engines()

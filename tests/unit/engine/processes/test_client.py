@@ -1,4 +1,4 @@
-"""EngineClient and the engine process, around a FakeEngine."""
+"""EngineClient and the engine process, over a FakeEngine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Test = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
 @pytest.fixture(autouse=True)
 def own_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Sockets go where the test can see what is left of them."""
+    """Sockets go to a directory where the test can check for leftovers."""
     place = tmp_path / "t"
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
@@ -295,7 +295,7 @@ def test_nothing_remains(own_tmp: Path) -> None:
 
 
 def test_nothing_remains_if_even_the_end_is_cut_short(own_tmp: Path) -> None:
-    """An engine that does not come up is being closed when whoever waits for it gives up."""
+    """Cancelling the start while a failed engine is being closed leaves no process behind."""
     before = set(psutil.Process().children())
 
     async def main() -> None:
@@ -334,7 +334,7 @@ def test_closing_ends_waiting_requests() -> None:
     asyncio.run(main())
 
 
-# The process itself, spoken to over a bare socket.
+# The engine process itself, over a bare socket.
 
 
 @contextmanager
@@ -374,7 +374,7 @@ def receive(socket: zmq.Socket[bytes]) -> Ready | Outputs:
 
 
 def finish(socket: zmq.Socket[bytes]) -> list[int]:
-    """Tokens up to the end of the one request of this peer."""
+    """Receive until the one request of this peer ends. Returns its tokens."""
     tokens: list[int] = []
     while True:
         message = receive(socket)
@@ -426,7 +426,7 @@ def test_requests_of_a_peer_that_left_are_aborted(own_tmp: Path) -> None:
 
 
 def test_it_ends_when_its_parent_does(own_tmp: Path) -> None:
-    """Closing stdin is what the end of the parent looks like."""
+    """Closing the child's stdin simulates the death of its parent."""
 
     with process(own_tmp / "p") as (child, connect):
         peer = connect()
@@ -439,7 +439,7 @@ def test_it_ends_when_its_parent_does(own_tmp: Path) -> None:
 
 
 def test_what_is_not_told_yet_of_a_request_goes_with_it() -> None:
-    """Its id may be another's before it would have been told."""
+    """Pending outputs of an aborted request are dropped: another peer may reuse its id before they are sent."""
     told: list[RequestOutput] = []
     parent_fd, end = os.pipe()
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:

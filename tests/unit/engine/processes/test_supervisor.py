@@ -1,4 +1,4 @@
-"""Engines one after the other: what becomes of requests, of the totals, and of an engine that does not come back."""
+"""Engine restarts: outcome of requests, running totals, and an engine that does not start again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.fake_engine import COMMAND, SLOW, expected
 
 
 class Puppet:
-    """EngineClient's surface; the test says what it yields and when it dies."""
+    """Stand-in for EngineClient; the test controls its outputs and its death."""
 
     def __init__(self) -> None:
         self.dead: str | None = None
@@ -83,7 +83,7 @@ class Puppet:
 
 
 class Puppets:
-    """A factory of them: `fail` makes starts fail, clearing `open` makes them wait."""
+    """Factory of puppets. fail: message with which starts fail. open: cleared to make starts wait."""
 
     def __init__(self) -> None:
         self.made: list[Puppet] = []
@@ -120,7 +120,7 @@ async def supervised(*, restart: bool = True, settled_s: float = 0) -> AsyncIter
 
 @pytest.fixture
 def no_backoff(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Waits take no time, but are listed."""
+    """Make sleeps return at once; the list receives their durations."""
     waits: list[float] = []
     sleep = asyncio.sleep
 
@@ -134,7 +134,7 @@ def no_backoff(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def ask(engines: Supervisor, id: str) -> asyncio.Task[list[int]]:
-    """The tokens of a request; the reason behind them, unless it ended as it should."""
+    """Start a task that collects the tokens of a request, followed by -1 if the request ends with "abort"."""
 
     async def tokens() -> list[int]:
         got: list[int] = []
@@ -167,7 +167,8 @@ def test_without_restart_death_is_the_end() -> None:
 
 
 def test_what_becomes_of_requests() -> None:
-    """One that has yielded ends, one that has not runs once more, one that comes meanwhile is refused."""
+    """A request that has yielded output ends, one that has not runs again, and one that arrives meanwhile is
+    refused."""
 
     async def main() -> None:
         async with supervised() as (engines, puppets):
@@ -269,7 +270,7 @@ def test_starts_that_fail_are_the_end(no_backoff: list[float]) -> None:
 
 
 def test_a_crash_loop_ends(no_backoff: list[float]) -> None:
-    """An engine that dies at once counts as a start that failed."""
+    """An engine that dies right after its start counts as a failed start."""
 
     async def main() -> None:
         async with supervised(settled_s=1000) as (engines, puppets):
@@ -331,7 +332,7 @@ async def exhausted(outputs: AsyncGenerator[RequestOutput, None]) -> None:
 
 
 def test_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Around real engine processes: nothing of any of them remains."""
+    """Over real engine processes: no process and no file remains."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     seen: list[EngineClient] = []
 

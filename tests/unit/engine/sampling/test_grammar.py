@@ -1,4 +1,4 @@
-"""Output that has to match a grammar: what is allowed where, and that drafts and ranks change nothing of it."""
+"""Grammar-constrained output: allowed tokens at each position, unchanged by drafts and ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SEEDS = range(40)
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the engine needs of a model's directory, beside a model that is loaded."""
+    """Directory with the tokenizer that the engine needs besides a loaded model."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     write_tokenizer(path)
     return path
@@ -48,7 +48,7 @@ def schemas() -> list[dict[str, Any]]:
 
 
 def requests(**others: Any) -> list[AddRequest]:
-    """One for each schema, and some without among them."""
+    """One request per schema, and some without a grammar in between."""
     found = []
     for seed, schema in zip(SEEDS, schemas(), strict=True):
         params = SamplingParams(
@@ -83,7 +83,7 @@ def test_every_output_matches_with_and_without_drafts(directory: Path, policy: s
     engine = tiny_engine(model, gamma=3, directory=directory, speculation={"kv": kv})
     drafted = run(engine, requests())
     assert {id: tokens(out) for id, out in drafted.items()} == {id: tokens(out) for id, out in plain.items()}
-    assert engine.stats().accepted_tokens > engine.stats().rounds / 2  # much of JSON leaves no choice
+    assert engine.stats().accepted_tokens > engine.stats().rounds / 2  # much of JSON leaves only one choice
     assert engine.stats().rejections > 0
 
 
@@ -115,7 +115,8 @@ def test_ranks_agree(directory: Path, size: int) -> None:
 
 
 def test_what_is_ruled_out_elsewhere_gives_way(directory: Path) -> None:
-    """A grammar that leaves nothing but an end that min_tokens forbids, or a token that a bias does."""
+    """The grammar wins when min_tokens forbids the only allowed end, or a bias or allowed_token_ids forbids the only
+    token."""
     engine = tiny_engine(tiny_model(config=SHAPE), gamma=2, directory=directory)
     text = Tokenizer(directory).encode("no")
     for others in ({"min_tokens": 20}, {"logit_bias": dict.fromkeys(text, -100.0)}, {"allowed_token_ids": (9,)}):
@@ -150,10 +151,11 @@ def test_masks_behind_drafts(directory: Path) -> None:
     assert allowed(made.masks(1, [a, b, a])) == [{a}, {b, c}, {a}, {2}]
     assert allowed(made.masks(1, [a, b, a, 2, 2])) == [{a}, {b, c}, {a}, {2}, {2}, {2}]
     assert allowed(made.masks(1, [a, b, a], first=2)) == [{a}, {2}]
-    assert allowed(made.masks(1, [a, a, b])) == [{a}, {b, c}, {b, c}, {b, c}]  # behind what does not match
-    assert allowed(made.masks(1, [])) == [{a}]  # and back
+    # After a mismatch the mask stays the same.
+    assert allowed(made.masks(1, [a, a, b])) == [{a}, {b, c}, {b, c}, {b, c}]
+    assert allowed(made.masks(1, [])) == [{a}]  # state restored
     made.commit(1, [a, c])
-    made.commit(0, [a])  # without one
+    made.commit(0, [a])  # row 0 has no grammar
     assert allowed(made.masks(1, [a])) == [{a}, {2}]
     made.commit(1, [a, 2])
     assert allowed(made.masks(1, [])) == [{2}]
@@ -163,7 +165,7 @@ def test_masks_behind_drafts(directory: Path) -> None:
 
 
 def test_a_grammar_that_fails_ends_its_request(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Resources can run out long after it was found to be right."""
+    """A grammar can fail at run time, for instance for lack of resources, long after it was validated."""
     made = grammars(directory, "start: nothing")
     assert allowed(made.masks(1, [5])) == [{2}, {2}]
     made.commit(1, [5])
@@ -182,7 +184,7 @@ def test_only_allowed_tokens(gamma: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_words_that_are_not_allowed(size: int) -> None:
-    """Of three tokens that can be drawn, one may not follow another, and none may come a third time."""
+    """Three tokens can be drawn: one may not follow another, and two may not come three times in a row."""
     if size > 1 and not shm.available():
         pytest.skip("needs shared memory between ranks")
     words = ((3, 50), (50, 50, 50), (319,), (3, 3, 3))

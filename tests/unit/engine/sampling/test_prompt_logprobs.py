@@ -1,4 +1,4 @@
-"""Log-probabilities of prompt tokens: those of a plain pass over the prompt, however it is cut into chunks."""
+"""Log-probabilities of prompt tokens equal those of a single pass over the prompt, however it is split into chunks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPTS = {"short": [5], "middle": [2 + 7 * i % 60 for i in range(40)], "long": 
 
 
 def expected(prompt: list[int]) -> torch.Tensor:
-    """[tokens - 1, vocabulary]"""
+    """Log-probabilities of a single pass over the prompt, [tokens - 1, vocabulary]."""
     rows = PagedRows(tiny_model(), [len(prompt)], page_size=4)
     return rows.forward({0: prompt}, {0: range(len(prompt))}).log_softmax(-1)[:-1]
 

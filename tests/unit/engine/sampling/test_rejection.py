@@ -1,4 +1,4 @@
-"""Speculative sampling: not the same text as without, but the same distribution."""
+"""Speculative sampling changes the text, but not its distribution."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def speculating(drafter: str, draft_dir: Path, gamma: int = 2) -> Engine:
 
 
 def exact(way: dict[str, Any]) -> dict[tuple[int, ...], float]:
-    """The probability of every output of LENGTH tokens, from the model's logits alone."""
+    """Compute the probability of every output of LENGTH tokens from the model's logits alone."""
 
     def after(output: tuple[int, ...]) -> dict[int, float]:
         rows = PagedRows(model(), [len(PROMPT) + LENGTH], 4)
@@ -71,7 +71,7 @@ def test_outputs_are_distributed_as_without_speculation(
     drafter: str,
     way: dict[str, Any],
 ) -> None:
-    """Chi-square over all outputs of four tokens; 1 in 100,000 correct samplers would fail."""
+    """Chi-square test over all outputs of four tokens. A correct sampler fails with probability 1 in 100,000."""
     count = 3000
     engine = speculating(drafter, draft_dir)
     requests = [
@@ -90,7 +90,7 @@ def test_outputs_are_distributed_as_without_speculation(
     if rare >= 5:
         square += (sum(n for output, n in seen.items() if output not in common) - rare) ** 2 / rare
     freedom = len(common) - (rare < 5)
-    # Wilson and Hilferty's approximation; 4.27 standard deviations.
+    # Quantile by Wilson and Hilferty's approximation, at 4.27 standard deviations.
     limit = freedom * (1 - 2 / (9 * freedom) + 4.27 * math.sqrt(2 / (9 * freedom))) ** 3
     assert square < limit
 
@@ -131,14 +131,14 @@ def test_needs_the_draft_model_on_all_ranks() -> None:
 
 
 def test_a_round_that_failed_leaves_no_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rows end, and those that take their slots are not judged by what it proposed."""
+    """The rows of a failed round end; rows that reuse their slots are not verified against its proposals."""
     engine = speculating("self", Path())
     model = engine._worker._target.model
     forward, calls = model.forward, [0]
 
     def fail(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
-        if calls[0] == 6:  # a prompt, then rounds of two drafts and a pass: the second one's last draft
+        if calls[0] == 6:  # a prompt, then rounds of two drafts and a target pass: the last draft of the second round
             raise MemoryError
         return forward(*arguments)
 

@@ -31,7 +31,8 @@ VOCAB = 12
 def one_row(
     params: SamplingParams, prompt: list[int], output: list[int], drafts: list[int]
 ) -> tuple[Sampler, SamplePositions]:
-    """A sampler whose row 2 holds prompt, output and drafts, and one decision behind each prefix of the drafts."""
+    """Build a sampler whose row 2 holds prompt, output and drafts, and one sample position after each prefix of the
+    drafts."""
     rows = RowState(max_rows=4, max_model_len=64, page_size=8, device=torch.device("cpu"))
     sampler = Sampler(rows, VocabShard(0, VOCAB, VOCAB, Group.single()))
     committed = prompt + output
@@ -46,7 +47,7 @@ def one_row(
 def plain_definition(
     logits: Tensor, params: SamplingParams, prompt: list[int], output: list[int], stop_ids: list[int]
 ) -> Tensor:
-    """Log-probabilities of the next token, straight from the definitions, in Python."""
+    """Compute log-probabilities of the next token straight from the definitions, in Python."""
     values = logits.tolist()
     for token in range(VOCAB):
         if token in prompt or token in output:
@@ -98,7 +99,7 @@ TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=6)
 def test_every_parameter_means_its_definition(
     fields: dict[str, Any], prompt: list[int], output: list[int], drafts: list[int], seed: int
 ) -> None:
-    """A decision behind j drafts is made as if those drafts were output."""
+    """The choice after j drafts equals the choice with those drafts as output."""
     params = SamplingParams(max_tokens=99, **fields)
     prompt = [1, *prompt]
     sampler, decisions = one_row(params, prompt, output, drafts)
@@ -118,7 +119,7 @@ def test_every_parameter_means_its_definition(
 )
 @settings(deadline=None)
 def test_threshold_with_ties(rows: list[list[int]], top_k: int, top_p: float, min_p: float) -> None:
-    """What ties with the last token kept is kept; the likeliest token always is."""
+    """Tokens that tie with the last kept one are kept, and so is the most likely token."""
     logits = torch.tensor(rows, dtype=torch.float64) / 2
     n = len(rows)
     vocab = VocabShard(0, 8, 8, Group.single())
@@ -152,7 +153,8 @@ def test_logprobs_are_of_the_unchanged_logits() -> None:
 
 
 def chi_square(observed: Tensor, probabilities: Tensor) -> float:
-    """Statistic divided by its 0.9999 quantile (Wilson-Hilferty): above 1 is a one in ten thousand event."""
+    """Return the statistic divided by its 0.9999 quantile (Wilson-Hilferty). A correct sampler exceeds 1 with
+    probability 1 in 10,000."""
     expected = probabilities * observed.sum()
     likely = expected > 5
     observed = torch.cat([observed[likely], observed[~likely].sum()[None]])
@@ -180,8 +182,8 @@ SMALL = ModelConfig(
 @pytest.mark.parametrize("gamma", [0, 3])
 @pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"temperature": 1.5, "top_p": 0.9, "top_k": 8}])
 def test_sampled_tokens_follow_the_exact_distribution(gamma: int, sampling: dict[str, Any]) -> None:
-    """2,000 requests that differ in their seed alone: the tokens at each position, given the same tokens before,
-    against the model's own probabilities."""
+    """2,000 requests that differ only in their seed: tokens at each position, grouped by the tokens before it, against
+    the model's own probabilities."""
     model = tiny_model(config=SMALL)
     engine = tiny_engine(
         model,
@@ -208,7 +210,7 @@ def test_sampled_tokens_follow_the_exact_distribution(gamma: int, sampling: dict
 
 
 def exact_distribution(context: list[int], sampling: dict[str, Any]) -> Tensor:
-    """Next-token probabilities, read off one greedy request's log-probabilities."""
+    """Compute next-token probabilities from the log-probabilities of one greedy request."""
     engine = tiny_engine(tiny_model(config=SMALL), gamma=0)
     params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=VOCAB)
     report = run(engine, [AddRequest("x", context, params)])["x"][0].logprobs

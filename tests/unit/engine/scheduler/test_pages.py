@@ -1,4 +1,4 @@
-"""The page accounts balance after any sequence of operations, and faults are noticed."""
+"""The page accounts balance after any sequence of operations, and faults are detected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_pages_are_conserved(total: int, operations: list[tuple[str, int, int]])
             before = allocator.free
             pages = allocator.reserve(count)
             if pages is None:
-                assert count > before == allocator.free  # refused only if it does not fit, and nothing changed
+                assert count > before == allocator.free  # refused only if it does not fit, and without side effects
             else:
                 assert len(set(pages)) == count
                 assert not {page for owned in owners for page in owned} & set(pages)

@@ -1,4 +1,4 @@
-"""The scheduler against ranks that answer at random: plans obey every limit, counters and pages are conserved."""
+"""The scheduler against random results: plans obey every limit, and counters and pages are conserved."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def scheduler(
 
 
 class RankExecutor:
-    """Follows plans as a rank would, and checks that each makes sense; draws verdicts at random."""
+    """Stand-in for the ranks: applies plans, checks that each is consistent, and draws random verdicts."""
 
     def __init__(self, rng: random.Random, *, page_size: int, batch: int, gamma: int, draft_kv: bool = False) -> None:
         self._draft_kv = draft_kv
-        self._held: dict[int, int] = {}  # tokens that a draft model has seen, by row
+        self._held: dict[int, int] = {}  # tokens whose draft-model KV exists, by row
         self._rng = rng
         self._page_size, self._batch, self._gamma = page_size, batch, gamma
         self._pages: dict[int, list[int]] = {}
@@ -72,7 +72,7 @@ class RankExecutor:
         assert len(set(rows)) == len(rows) == len(requests)
         assert sum(work.new + work.gamma for work in plan.work) <= self._batch
         assert [work.gamma for work in plan.work] == sorted((work.gamma for work in plan.work), reverse=True)
-        # What a row writes is its own.
+        # A row writes only pages that no other row writes.
         first = {work.row: work.computed // self._page_size for work in plan.work}
         written = [page for row in rows for page in self._pages[row][first[row] :]]
         assert len(set(written)) == len(written)
@@ -88,7 +88,7 @@ class RankExecutor:
             assert 0 <= work.gamma <= self._gamma
             assert work.samples == (work.computed + work.new == self._length[work.row])
             assert work.gamma == 0 or (work.new == 1 and work.samples)
-            # Every slot that the round writes is owned.
+            # Every slot that the round writes lies in a page of the row.
             assert work.computed + work.new + work.gamma <= len(self._pages[work.row]) * self._page_size
             self._computed[work.row] += work.new
             if work.samples:
@@ -215,7 +215,7 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
         [("a", 6, 2), ("b", 6, 2)],  # a third draft would need a fifth page
         [("a", 7, 1), ("b", 7, 1)],
         [("a", 8, 0), ("b", 8, 0)],
-        [("a", 9, 3)],  # a committed token does: the younger row leaves
+        [("a", 9, 3)],  # a committed token needs a fifth page: the younger row is preempted
     ]
     assert made.preemptions == 1
     assert [request.id for request in made.waiting] == ["b"]
@@ -223,7 +223,7 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
 
 
 def test_drafts_of_an_older_row_do_not_cost_a_younger_one_its_place() -> None:
-    """One page is free; both rows' committed tokens fit if the older one does not take it for drafts."""
+    """One page is free. The committed tokens of both rows fit if the older row does not take it for drafts."""
     made, _ = scheduler(pages=4, page_size=4, max_rows=2, gamma=3, max_len=16)
     made.add(AddRequest("a", [5] * 5, SamplingParams(max_tokens=9, ignore_eos=True)))
     made.add(AddRequest("b", [5] * 4, SamplingParams(max_tokens=9, ignore_eos=True)))
@@ -244,14 +244,14 @@ def test_a_tight_budget_is_shared_evenly() -> None:
         results = [RowResult(work.gamma, 0, [5], None) for work in plan.work]
         made.commit(plan, requests, RoundResult(plan.number, results, 0.0, 0.0))
     assert [work.gamma for work in plan.work] == [2, 2, 2, 2]
-    made.add(AddRequest("late", [5] * 3, SamplingParams()))  # no row is free: nothing is kept back for it
+    made.add(AddRequest("late", [5] * 3, SamplingParams()))  # no row is free: no tokens are held back for it
     plan, _ = made.schedule()
     assert [work.gamma for work in plan.work] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("gamma", [0, 2])
 def test_a_long_prompt_catches_up_over_rounds_and_only_to_draft(gamma: int) -> None:
-    """Of two rows, the older one first; both go on decoding meanwhile."""
+    """The older of two rows catches up first; both keep decoding meanwhile."""
     made, _ = scheduler(batch=40, gamma=gamma, draft_kv=True)
     for name, length in (("old", 60), ("new", 30)):
         made.add(AddRequest(name, [5] * length, SamplingParams(max_tokens=50, ignore_eos=True)))
@@ -266,7 +266,7 @@ def test_a_long_prompt_catches_up_over_rounds_and_only_to_draft(gamma: int) -> N
         assert seen == [[(0, 0), (0, 0)]] * 8
         return
     assert seen[:3] == [[(0, 0), (0, 0)], [(0, 0), (0, 0)], [(40, 0), (0, 0)]]  # prompts, then the first chunk
-    assert seen[3] == [(21, 2), (19, 0)]  # the rest of it and the token since: it drafts
+    assert seen[3] == [(21, 2), (19, 0)]  # the rest of it and the token committed since: the row drafts
     assert seen[4][1] == (12, 2)
     assert all(catch_up == 0 for round in seen[5:] for catch_up, _ in round)
     assert all(drafts == 2 for round in seen[5:] for _, drafts in round)

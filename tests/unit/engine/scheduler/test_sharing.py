@@ -1,4 +1,4 @@
-"""Requests with one prompt share the pages of it that one of them has computed, and get what each gets alone."""
+"""Requests with the same prompt share its computed pages, and get the same output as each gets alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SNAPKV = {"policy": "snapkv", "budget": 16, "recent": 8, "queries": 6}
 
 
 def requests(count: int = 4, **others: Any) -> list[AddRequest]:
-    """Choices from one prompt, of different lengths, and somebody else among them."""
+    """Choices of different lengths from one prompt, and one unrelated request among them."""
     found = []
     for i in range(count):
         params = SamplingParams(max_tokens=20 + 10 * i, temperature=1.0, seed=i, ignore_eos=True, **others)
@@ -34,7 +34,7 @@ def alone(engine: Engine, wanted: list[AddRequest]) -> dict[str, list[int]]:
 
 
 def watched(engine: Engine) -> dict[int, int]:
-    """How many tokens each row slot was given by another row."""
+    """Record the number of tokens that each row slot receives from another row."""
     found: dict[int, int] = {}
     execute = engine._worker.execute
 
@@ -67,7 +67,7 @@ def test_preempted_and_aborted_choices_leave_no_page_behind() -> None:
     engine = tiny_engine(tiny_model(), gamma=2, cache={"num_pages": 50}, max_model_len=190)
     expected = alone(engine, requests(6))
     for leaves in ({}, {"0": 4}, {"0": 30, "3": 12}, {"1": 8, "2": 9}):
-        outputs = run(engine, requests(6), leaves=leaves)  # checks after every round that pages are accounted for
+        outputs = run(engine, requests(6), leaves=leaves)  # checks after every round that all pages are accounted for
         for id, out in outputs.items():
             found = tokens(out)
             assert found == (expected[id][: len(found)] if id in leaves else expected[id])

@@ -1,4 +1,4 @@
-"""What sparse drafts read: chosen keys, best keys, and keys at other positions; each against its plain definition."""
+"""Sparse draft attention against plain definitions: selected keys, top keys, and keys at relative positions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def paged(keys: list[Tensor], values: list[Tensor]) -> tuple[LayerKV, Tensor]:
-    """Rows [length, kv_heads, dim] in a pool whose pages stand in random order. Returns it and the page table."""
+    """Write rows [length, kv_heads, dim] to a pool, with pages in random order. Returns the layer and the page
+    table."""
     widths = [-(-len(k) // PAGE) for k in keys]
     order = torch.randperm(sum(widths), generator=torch.Generator().manual_seed(1))
     layer = LayerKV(*torch.zeros(2, sum(widths), KV_HEADS, PAGE, DIM, dtype=torch.float64))
@@ -47,7 +48,7 @@ def paged(keys: list[Tensor], values: list[Tensor]) -> tuple[LayerKV, Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One query [heads, dim] over k, v [length, kv_heads, dim]."""
+    """Attend from one query [heads, dim] to k, v [length, kv_heads, dim]."""
     group = HEADS // KV_HEADS
     weights = torch.softmax(torch.einsum("hd,lhd->hl", q, k.repeat_interleave(group, 1)) * scale, -1)
     return torch.einsum("hl,lhd->hd", weights, v.repeat_interleave(group, 1))
@@ -148,7 +149,7 @@ def test_snapkv_scores_are_attention_of_the_last_queries(
 
 
 class Spy(ReferenceAttention):
-    """Remembers every query, layer by layer."""
+    """Attention that records every query, layer by layer."""
 
     def __init__(self, page_size: int) -> None:
         super().__init__(page_size)
@@ -162,7 +163,7 @@ class Spy(ReferenceAttention):
 @pytest.mark.parametrize("batch_tokens", [13, 64, 200])
 @pytest.mark.parametrize("prompt", [70, 131])
 def test_snapkv_copies_what_the_last_queries_attend_to(prompt: int, batch_tokens: int) -> None:
-    """Whatever chunks the prompt was computed in: the chosen tokens stand first, the recent ones in their ring."""
+    """However the prompt is chunked, the cache holds the selected tokens first, then the recent ones in their ring."""
     model, page, recent, queries, kernel = tiny_model(), 4, 8, 6, 3
     budget = 32
     kv = {"policy": "snapkv", "budget": budget, "recent": recent, "queries": queries, "kernel": kernel}
@@ -174,7 +175,7 @@ def test_snapkv_copies_what_the_last_queries_attend_to(prompt: int, batch_tokens
     engine.add(AddRequest("other", other, SamplingParams(max_tokens=60, ignore_eos=True)))
     engine.add(AddRequest("row", text, SamplingParams(max_tokens=40, ignore_eos=True)))
     emitted: list[int] = []
-    while len(emitted) < 2:  # the first round that drafts has brought the cache up to date
+    while len(emitted) < 2:  # the first round that drafts fills the cache
         emitted += [token for output in engine.step() if output.id == "row" for token in output.tokens]
 
     drafter = engine._worker._drafter._drafter

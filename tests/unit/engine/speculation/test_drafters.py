@@ -1,4 +1,5 @@
-"""The law for every drafter and policy, and what each reads. In float64, on tiny random models."""
+"""Every drafter and policy leaves output unchanged, and reads only KV that was written and that its budget allows. In
+float64, on tiny random models."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ POLICIES = ["window", "relative", "snapkv", "topk", "all"]
 @given(data=st.data())
 @examples(4, 16, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_drafter_or_policy_changes_output(draft_dir: Path, drafter: str, policy: str, data: st.DataObject) -> None:
-    """Ragged batches that rows join and leave, chunked prompts, preemption, and rows that draft less than others."""
+    """Ragged batches that rows join and leave, chunked prompts, preemption, and rows that draft fewer tokens than
+    others."""
     page_size = data.draw(st.sampled_from([1, 4, 8]))
     gamma = data.draw(st.integers(1, 6))
     reselect = data.draw(st.sampled_from([0, 5])) if drafter == "self" else 0
@@ -91,7 +93,7 @@ def a_thousand_tokens() -> list[int]:
     return long_run(tiny_engine(model(), gamma=0), 100, 1100)
 
 
-# The others have nothing that runs out or goes round.
+# The other combinations have nothing that runs out or wraps around.
 @pytest.mark.parametrize(
     ("drafter", "policy"), [("self", "relative"), ("self", "snapkv"), ("model", "window"), ("model", "snapkv")]
 )
@@ -109,8 +111,8 @@ def test_a_thousand_tokens_past_a_small_budget(draft_dir: Path, drafter: str, po
 @pytest.mark.parametrize("drafter", ["self", "model"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_budget_that_covers_the_context_is_dense(twin_dir: Path, drafter: str, policy: str, prompt: int) -> None:
-    """A draft with the target's weights that reads everything is the target, and never wrong; also after rounds in
-    which another row's end, or its own limit, left it fewer drafts."""
+    """A draft with the target's weights that reads everything equals the target and is never wrong, also after rounds
+    that gave it fewer drafts because of another row's end or its own limit."""
     speculation = {
         "drafter": drafter,
         "model": str(twin_dir) if drafter == "model" else None,
@@ -126,7 +128,7 @@ def test_a_budget_that_covers_the_context_is_dense(twin_dir: Path, drafter: str,
 @pytest.mark.parametrize("drafter", ["self", "model"])
 @pytest.mark.parametrize("prompt", [1, 10, 33, 70])
 def test_a_row_that_first_drafts_long_after_a_short_prompt(draft_dir: Path, drafter: str, prompt: int) -> None:
-    """A prompt shorter than what SnapKV is to choose from it leaves nothing to choose."""
+    """A prompt shorter than what SnapKV selects from it leaves nothing to select."""
     expected = long_run(tiny_engine(model(), gamma=0), prompt, 200)
     engine = tiny_engine(
         model(),
@@ -147,7 +149,7 @@ def test_a_row_that_first_drafts_long_after_a_short_prompt(draft_dir: Path, draf
 @pytest.mark.parametrize("drafter", ["self", "model"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_dense_drafts_stay_right_however_often_they_pause(twin_dir: Path, drafter: str, policy: str) -> None:
-    """Rounds without drafts in between, of any number: whatever the draft lacks is made good."""
+    """Any number of rounds without drafts in between: the draft cache catches up on everything it lacks."""
     speculation = {
         "drafter": drafter,
         "model": str(twin_dir) if drafter == "model" else None,
@@ -167,7 +169,7 @@ def test_dense_drafts_stay_right_however_often_they_pause(twin_dir: Path, drafte
 @given(data=st.data())
 @examples(5, 24, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nothing_is_read_that_was_not_written(draft_dir: Path, drafter: str, policy: str, data: st.DataObject) -> None:
-    """Over pools that begin as NaN, in rounds with any number of drafts after pauses of any length."""
+    """Over pools that start as NaN, in rounds with any number of drafts, after pauses of any length."""
     page_size, gamma = data.draw(st.sampled_from([1, 4, 8])), data.draw(st.sampled_from([1, 3, 6]))
     engine = tiny_engine(
         tiny_model(),
@@ -208,7 +210,7 @@ def test_nothing_is_read_that_was_not_written(draft_dir: Path, drafter: str, pol
 
 
 def forwards(patch: pytest.MonkeyPatch, engine: Engine) -> list[int]:
-    """Tokens of every forward of the engine's draft model from here on."""
+    """Record the number of tokens of every later forward of the engine's draft model."""
     drafter: Any = engine._worker._drafter
     draft, found = drafter._drafter._runner.model, []
     forward = Runner.forward
@@ -224,7 +226,8 @@ def forwards(patch: pytest.MonkeyPatch, engine: Engine) -> list[int]:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_draft_model_sees_nothing_before_it_drafts(draft_dir: Path, policy: str) -> None:
-    """Then it catches up, in rounds of a bounded number of tokens, in which the row decodes plainly."""
+    """The draft model computes nothing before the row drafts. Then it catches up in rounds of a bounded number of
+    tokens, while the row decodes plainly."""
     engine = tiny_engine(
         model(),
         gamma=3,
@@ -257,7 +260,7 @@ def test_a_draft_model_sees_nothing_before_it_drafts(draft_dir: Path, policy: st
     assert catching_up[:5] == [32] * 5
     assert all(fed <= 32 + 2 * 3 for _, fed, _ in rounds)
     first = next(fed for _, fed, drafted in rounds if drafted)
-    assert first > 3  # the rest, and the drafts
+    assert first > 3  # the rest of the catch-up, and the drafts
     assert engine.stats().draft_tokens > 50
 
 
@@ -274,7 +277,7 @@ def test_a_request_that_may_not_draft_costs_a_draft_model_nothing(draft_dir: Pat
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_draft_model_as_it_pays(draft_dir: Path, policy: str) -> None:
-    """gamma: auto, with long prompts and short ones: some rows catch up, and the text is what it always is."""
+    """gamma: auto, with long and short prompts: some rows catch up, and the output is unchanged."""
     speculation = {"drafter": "model", "model": str(draft_dir), "kv": kv_of(policy, 4, 6)}
     engine = tiny_engine(model(), gamma="auto", max_model_len=400, speculation=speculation)  # type: ignore[arg-type]
     requests = [
@@ -288,7 +291,7 @@ def test_a_draft_model_as_it_pays(draft_dir: Path, policy: str) -> None:
 
 
 class Budgets(Scripted):
-    """Rounds with several budgets, in turns."""
+    """Controller that cycles through several budgets, one per round."""
 
     def __init__(self, gamma: int, budgets: Sequence[int]) -> None:
         super().__init__([gamma] * 500)
@@ -302,7 +305,7 @@ class Budgets(Scripted):
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
 @pytest.mark.parametrize("drafter", ["self", "model"])
 def test_windows_of_several_budgets(draft_dir: Path, drafter: str, positions: str) -> None:
-    """Each round's drafts read what the round may; the text is what it always is."""
+    """The drafts of each round read at most its budget, and the output is unchanged."""
     speculation = {
         "drafter": drafter,
         "model": str(draft_dir) if drafter == "model" else None,

@@ -1,4 +1,4 @@
-"""What a round's decisions come to: drafts hold up to the first that the target did not choose."""
+"""Verification accepts drafts up to the first one that the target did not choose."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_drafts_hold_up_to_the_first_disagreement(round_: DecidedRound) -> None:
         assert tokens[slot, start : start + decided].tolist() == choices
         tokens[slot, start : start + decided] = round_.tokens[slot, start : start + decided]
         computed[slot] = round_.computed[slot]
-    assert torch.equal(tokens, round_.tokens)  # nothing else was touched
+    assert torch.equal(tokens, round_.tokens)  # no other entry changed
     assert torch.equal(computed, round_.computed)
 
 
 def test_an_example() -> None:
     tokens = torch.tensor([[5, 6, 7, 8, 9, 9], [1, 2, 3, 4, 0, 0]], dtype=torch.int32)
     computed = torch.tensor([1, 0])
-    # Row 0: pending 6, drafts 7, 8, 9; row 1: a chunk of two tokens, which decides nothing.
+    # Row 0: pending 6, drafts 7, 8, 9. Row 1: a chunk of two tokens, which decides nothing.
     row_spans = torch.tensor([[0, 1, 0, 4], [1, 2, 4, 0]])
     verdict = accept_drafts(tokens, computed, row_spans, torch.tensor([3, 0]), torch.tensor([7, 8, 2, 3]), 4)
     assert verdict[0].tolist() == [3, 2, 7, 8, 2, 3]

@@ -1,4 +1,4 @@
-"""How large the pool is where memory is measured. The measuring itself is tests/gpu's."""
+"""Size of the pool where memory is measured. tests/gpu tests the measuring itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = 4 * 2 * 2 * 2 * 8 * 8  # bytes: tokens, keys and values, layers, heads, e
 
 
 def sized(model: Llama, **cache: Any) -> tuple[EngineConfig, Resolved]:
-    """As on a GPU: nothing is said of the pool."""
+    """Settings and sizes on a GPU when the pool's size is not set."""
     settings = {"model": "tiny", "cache": {"page_size": 4}, "max_model_len": 400}
     sizes = dataclasses.replace(resolve(EngineConfig.model_validate(settings), model), num_pages=None)
     return EngineConfig.model_validate(settings | {"cache": {"page_size": 4, **cache}}), sizes

@@ -1,4 +1,4 @@
-"""The start-up profile: engines of any length can be measured, and what is kept is only used where it holds."""
+"""The start-up profile: engines of any length can be measured, and a stored profile is only used where it is valid."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_another_draft_model_in_the_same_place_is_profiled_anew(tmp_path: Path) 
 
 
 def key_of(config: dict[str, Any], shape: ModelConfig = TINY) -> str:
-    """Of the settings, for a model of this shape."""
+    """Profile key of these settings, for a model of this shape."""
     model = tiny_model(config=shape)
     settings = EngineConfig.model_validate({"model": "tiny", "cache": {"num_pages": 2000, "page_size": 4}} | config)
     return profile_key(settings, resolve(settings, model))

@@ -1,4 +1,4 @@
-"""Bodies and what they become: SamplingParams, prompts, seeds."""
+"""Request bodies and their conversion to SamplingParams, prompts and seeds."""
 
 from __future__ import annotations
 

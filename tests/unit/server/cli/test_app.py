@@ -1,4 +1,5 @@
-"""The command line as a whole: expected errors are one message, everything else is a bug and shows as one."""
+"""The whole command line: an expected error prints one message; any other exception is a bug and shows its
+traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags that become settings of the engine."""
+"""Flags that set engine settings."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_command_can_go_without() -> None:
 
 @pytest.mark.parametrize("policy", ["window", "snapkv", "topk", "all"])
 def test_another_policy_than_the_files(tmp_path: Path, policy: str) -> None:
-    """Its settings are those of that policy; only a budget goes on to mean something."""
+    """The other policy has only its own settings; of the file's, only the budget still applies."""
     path = tmp_path / "config.yaml"
     path.write_text("engine: {speculation: {kv: {policy: window, budget: 256, sink: 32}}}")
     kv = parse("--config", str(path), "--policy", policy).engine.speculation.kv

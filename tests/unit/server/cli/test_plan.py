@@ -1,4 +1,4 @@
-"""`magicdec plan`: what it prints and writes, and what it refuses."""
+"""`magicdec plan`: its output, its files, and the arguments it rejects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spans of requests: what they are of, and whose children."""
+"""Tracing spans of requests: their names, times and parents."""
 
 from __future__ import annotations
 
