@@ -1,10 +1,12 @@
-"""Rules of the source tree: import layers, no import cycles, no torch in the server, no unpickling."""
+"""Rules of the source tree: import layers, sizes, names, the map in docs, no torch in the server, no unpickling."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,15 @@ from tests.support.paths import ROOT
 
 LAYERS = ("server", "bench", "planner", "engine", "models", "parallel", "kernels")
 """Layers from top to bottom: a module imports its own layer and those below."""
+ROOMS = (
+    *("processes", "llm", "core", "worker", "ranks", "speculation", "sampling", "batch", "kv", "control", "scheduler"),
+    *("config", "text", "plan", "messages", "params", "oom", "logs"),
+)
+"""The same order for folders and modules inside engine/."""
+MAX_FILES, MAX_LINES = 14, 400
+"""Modules in a folder of the product, and lines in a module."""
+SAME_NAME = ("server/cli/", "bench/peers/programs/", "bench/gpu/__main__.py", "__init__.py")
+"""Modules that are named after a command or an engine, whatever else has that name."""
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 UNPICKLING = {
     *("broadcast_object_list", "scatter_object_list", "send_object_list", "recv_object_list"),
@@ -87,13 +98,25 @@ def resolve(target: str, modules: dict[str, Module]) -> str | None:
     return target or None
 
 
+def height(name: str) -> tuple[int, int] | None:
+    """Place of a module in the order of imports, top first; None for a module of others."""
+    layer, _, rest = name.partition(".")
+    if layer == "tests":
+        return (-1, 0)
+    if layer not in LAYERS:
+        return None
+    room = rest.partition(".")[0]
+    return (LAYERS.index(layer), ROOMS.index(room) if layer == "engine" and room in ROOMS else 0)
+
+
 def upward_imports(modules: dict[str, Module]) -> list[str]:
     faults = []
     for module in modules.values():
-        rank = LAYERS.index(module.name.partition(".")[0])
+        own = height(module.name)
+        assert own is not None
         for item in module.imports:
-            layer = item.target.partition(".")[0]
-            if layer == "tests" or (layer in LAYERS and LAYERS.index(layer) < rank):
+            target = height(item.target)
+            if target is not None and target < own:
                 faults.append(f"{module.path}:{item.line} imports {item.target}")
     return faults
 
@@ -163,6 +186,11 @@ def test_imports_run_downward() -> None:
     assert upward_imports(MODULES) == []
 
 
+def test_every_room_has_its_place() -> None:
+    rooms = {name.split(".")[1] for name in MODULES if name.startswith("engine.")}
+    assert rooms == set(ROOMS)
+
+
 def test_no_import_cycles() -> None:
     assert find_cycle(MODULES) is None
 
@@ -187,6 +215,49 @@ def test_nothing_unpickles() -> None:
     assert {path: found for path, found in faults.items() if found} == {}
 
 
+def test_folders_and_files_stay_small() -> None:
+    files = [path for layer in LAYERS for path in (ROOT / layer).rglob("*.py") if path.name != "__init__.py"]
+    folders = Counter(str(path.parent.relative_to(ROOT)) for path in files)
+    assert {folder: count for folder, count in folders.items() if count > MAX_FILES} == {}
+    files += (ROOT / "tests").rglob("*.py")
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {file: count for file, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_no_two_modules_or_classes_of_one_name() -> None:
+    modules, classes = defaultdict(list), defaultdict(list)
+    for module in MODULES.values():
+        file = module.path.relative_to(ROOT).as_posix()
+        if not any(file.startswith(each) or file.endswith(each) for each in SAME_NAME):
+            modules[module.path.stem].append(file)
+        if not file.startswith("bench/peers/programs/"):  # each is a program of its own
+            for node in module.tree.body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    classes[node.name].append(file)
+    assert {name: files for name, files in (modules | classes).items() if len(files) > 1} == {}
+
+
+def test_the_map_lists_every_module() -> None:
+    folder, listed = "", []
+    for line in (ROOT / "docs" / "structures.md").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"\*\*`(.+/)`\*\*", line):
+            folder = found[1]
+        elif found := re.match(r"- `(\w+\.py)` \S", line):
+            listed.append(folder + found[1])
+    modules = [module.path.relative_to(ROOT).as_posix() for module in MODULES.values()]
+    assert sorted(listed) == sorted(["magicdec.py", *(file for file in modules if not file.endswith("__init__.py"))])
+
+
+def test_no_test_module_imports_from_another() -> None:
+    faults = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            base = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if base.startswith("tests.") and not base.startswith("tests.support"):
+                faults.append(f"{path}:{node.lineno} imports {base}")
+    assert faults == []
+
+
 class TestTheChecksThemselves:
     """Each check detects the fault that it looks for."""
 
@@ -201,6 +272,11 @@ class TestTheChecksThemselves:
     def test_upward(self, tmp_path: Path) -> None:
         modules = self.tree(tmp_path, {"models/a.py": "def f():\n    from engine.b import x\n", "engine/b.py": ""})
         assert len(upward_imports(modules)) == 1
+
+    def test_upward_inside_engine(self, tmp_path: Path) -> None:
+        files = {"engine/kv/a.py": "from engine.batch.b import x", "engine/batch/b.py": "from engine.kv import c"}
+        (fault,) = upward_imports(self.tree(tmp_path, files | {"engine/kv/c.py": ""}))
+        assert fault.endswith("imports engine.batch.b.x")
 
     def test_cycle(self, tmp_path: Path) -> None:
         files = {
