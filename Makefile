@@ -20,7 +20,7 @@ SETTINGS = --config $(CONFIG) $(if $(MODEL),--model '$(MODEL)')
 PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # Test processes, one per core; those of one file, and all of e2e, run in one process.
 WORKERS := $(shell nproc 2>/dev/null || echo 2)
-PYTEST = $(BIN)/python -m pytest tests/e2e tests/parallel tests/unit -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest tests/e2e tests/parallel tests/unit -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .PHONY: help setup setup-dev model serve test test-all lint format typecheck bench bench-compare test-gpu bench-gpu clean
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from models.default import default_model_dir, is_model_dir, user_cache
-from tests.support.paths import ROOT
 from tests.support.profiles import ALL, FAST
 
 # Set before any test module imports torch: OpenMP threads must sleep instead of spin where several processes share few
@@ -39,11 +40,18 @@ settings.register_profile(ALL, deadline=None)
 settings.load_profile(FAST)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep the tests of a file in one process, for its fixtures; and all of e2e, whose servers must not disturb each
+class _ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """Keeps the tests of a file in one process, for its fixtures; and all of e2e, whose servers must not disturb each
     other."""
-    inside = item.path.relative_to(ROOT).parts
-    item.add_marker(pytest.mark.xdist_group("e2e" if inside[1] == "e2e" else "/".join(inside)))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "e2e" if file.startswith("tests/e2e/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile:
+    """Distribute tests of `-n` to processes."""
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

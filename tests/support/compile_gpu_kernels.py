@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels.attention.base import AttentionBatch
 from kernels.attention.triton_attention import GpuAttention
-from kernels.gpu import acceptance, pointwise, sample, snapkv_scores
+from kernels.gpu import pointwise, sample, snapkv_scores, verdict
 from kernels.kv_cache import LayerKV
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -71,7 +71,7 @@ def launch_all(dtypes: list[torch.dtype]) -> None:
         sample.sample(torch.zeros(rows, size), torch.zeros(rows), index, index, 0)
         sample.noise_bits(index, index, 0, size)
         state = torch.zeros(rows, 64, dtype=torch.int32), index, torch.zeros(rows, 4, dtype=torch.int64)
-        acceptance.commit(*state, acceptance.accept(*state, index, index, rows))
+        verdict.commit(*state, verdict.accept(*state, index, index, rows))
 
 
 if __name__ == "__main__":

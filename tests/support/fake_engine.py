@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from engine.config.deployment import EngineConfig
 from engine.messages import (
@@ -17,6 +19,7 @@ from engine.messages import (
     RequestOutput,
     TokenLogprobs,
 )
+from engine.params import SamplingParams
 from tests.support.paths import ROOT
 
 COMMAND = (
@@ -45,6 +48,10 @@ def expected(request: AddRequest) -> list[int]:
         if tokens[-1] == EOS and not request.params.ignore_eos:
             break
     return tokens
+
+
+def request(prompt: list[int], **params: Any) -> AddRequest:
+    return AddRequest(uuid.uuid4().hex, prompt, SamplingParams(**params))
 
 
 class FakeEngine:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from bench.corpus import BenchError
-from bench.peers.compare import Peer, Plan, choose, parse_points, run, same_tokens, variant
+from bench.peers.compare import Plan, parse_points, run, same_tokens
 from bench.peers.compare_report import ComparisonReport, table
+from bench.peers.contenders import Peer, choose, variant
 from bench.peers.install import PeerError, environment, requirements
 from bench.peers.process import PeerProcess
 

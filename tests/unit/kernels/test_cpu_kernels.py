@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from kernels.kv_cache import write_kv
 from kernels.noise import gumbel_noise
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from models.default import user_cache
-from tests.support.profiles import examples
+from tests.support.profiles import examples, is_all
 from tests.support.rig import pool_layer
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -32,6 +33,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 @pytest.fixture(scope="module", params=supported(), ids=lambda target: target.name)
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     target: InstructionSet = request.param
+    if target != supported()[0] and not is_all():  # not this processor's own: a quarter of the time to compile
+        target = replace(target, flags=(*target.flags, "-O1"))
     try:
         return CpuKernels(user_cache() / "kernels", target)
     except KernelsUnavailable as reason:

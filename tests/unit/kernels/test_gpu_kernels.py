@@ -29,8 +29,9 @@ from tests.support.verdicts import DecidedRound, rounds
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
 from kernels.attention.triton_attention import GpuAttention
-from kernels.gpu import acceptance, pointwise, sample
+from kernels.gpu import pointwise, sample
 from kernels.gpu import snapkv_scores as triton_snapkv
+from kernels.gpu import verdict as triton_verdict
 from kernels.gpu.attention import attend, lay_tiles
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") else "cuda")
@@ -197,14 +198,14 @@ def test_votes(
 def test_accept_and_commit(round_: DecidedRound) -> None:
     tokens, computed, row_spans = (part.to(DEVICE) for part in round_.copy())
     drafted, chosen = round_.drafted.to(DEVICE), round_.chosen.to(DEVICE)
-    verdict = acceptance.accept(tokens, computed, row_spans, drafted, chosen, round_.most)
+    found = triton_verdict.accept(tokens, computed, row_spans, drafted, chosen, round_.most)
     state = round_.copy()
     expected = accept_drafts(*state, round_.drafted, round_.chosen, round_.most)
-    for found, wanted, count in zip(verdict.cpu(), expected, round_.row_spans[:, 3].tolist(), strict=True):
-        assert torch.equal(found[: 2 + count], wanted[: 2 + count])
+    for ours, wanted, count in zip(found.cpu(), expected, round_.row_spans[:, 3].tolist(), strict=True):
+        assert torch.equal(ours[: 2 + count], wanted[: 2 + count])
     assert torch.equal(tokens.cpu(), round_.tokens)
     assert torch.equal(computed.cpu(), round_.computed)
-    acceptance.commit(tokens, computed, row_spans, verdict)
+    triton_verdict.commit(tokens, computed, row_spans, found)
     commit_tokens(*state, expected)
     assert torch.equal(tokens.cpu(), state[0])
     assert torch.equal(computed.cpu(), state[1])

@@ -11,21 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from starlette.requests import ClientDisconnect
 
 from engine.logs import LineFormatter
-from engine.messages import RETRY_MEMORY, AddRequest, EngineStats, RequestOutput
+from engine.messages import RETRY_MEMORY, AddRequest, RequestOutput
 from engine.params import SamplingParams
 from engine.processes.supervisor import EngineDown, Supervisor
-from models.tokenizer import Tokenizer
 from server.app import create_app
-from server.observe.metrics import Metrics
-from server.routes.stream import DONE, EventStream, while_there
-from server.text import sandbox
-from server.text.template import ChatTemplate
 from tests.support.app import server
 from tests.support.fake_engine import CRASH, FULL, MAX_LEN, REFUSE, expected
-from tests.support.tiny import write_tokenizer
 
 
 def events(text: str) -> list[Any]:
@@ -352,188 +345,7 @@ def test_the_queue_is_free_after_every_kind_of_end(directory: Path) -> None:
     asyncio.run(main())
 
 
-def test_metrics_have_both_names(directory: Path) -> None:
-    async def main() -> None:
-        async with server(directory) as (http, _, _):
-            await http.post("/v1/completions", json={"prompt": [10], "max_tokens": 7})
-            await http.post("/v1/completions", json={"prompt": [REFUSE]})
-            text = (await http.get("/metrics")).text
-            label = '{model_name="tiny"}'
-            for line in (
-                f"vllm:num_requests_running{label} 0.0",
-                f"vllm:kv_cache_usage_perc{label} 0.0",
-                f"magicdec_pages_free{label} 1000.0",
-                'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="tiny",position="1"} 2.0',
-                f"magicdec_gamma_count{label} 5.0",
-                f"magicdec_gamma_sum{label} 8.0",
-                'magicdec_gamma_bucket{le="0.0",model_name="tiny"} 1.0',
-                f"vllm:time_to_first_token_seconds_count{label} 1.0",
-                f"magicdec_time_to_first_token_seconds_count{label} 1.0",
-                f"vllm:inter_token_latency_seconds_count{label} 4.0",
-                f"vllm:request_time_per_output_token_seconds_count{label} 1.0",
-                f"vllm:e2e_request_latency_seconds_count{label} 1.0",
-                f"vllm:request_queue_time_seconds_count{label} 1.0",
-                'vllm:request_success_total{finished_reason="length",model_name="tiny"} 1.0',
-                'magicdec_requests_finished_total{finished_reason="abort",model_name="tiny"} 1.0',
-            ):
-                assert line in text.splitlines()
-
-    asyncio.run(main())
-
-
 # Units that a whole server cannot cover.
-
-
-def test_metrics_of_what_drafts_keep_and_gain() -> None:
-    stats = EngineStats(
-        running=3, pages_total=10, pages_free=4, policy="snapkv", draft_pages_per_row=5, alpha=0.75, decode_seconds=2.0
-    )
-    lines = Metrics("m", lambda: stats).text().decode().splitlines()
-    assert 'magicdec_pages_in_use{model_name="m",pool="target"} 6.0' in lines
-    assert 'magicdec_pages_in_use{model_name="m",pool="draft"} 15.0' in lines
-    assert 'magicdec_acceptance_estimate{model_name="m",policy="snapkv"} 0.75' in lines
-    plain = Metrics("m", lambda: EngineStats(pages_total=10)).text().decode()
-    assert 'pool="draft"' not in plain
-    assert "acceptance_estimate" not in plain
-
-
-def test_while_there_cancels_the_work_of_a_client_that_left() -> None:
-    async def main() -> None:
-        cancelled = asyncio.Event()
-
-        async def work() -> None:
-            try:
-                await asyncio.sleep(60)
-            finally:
-                cancelled.set()
-
-        messages: list[dict[str, Any]] = [{"type": "http.request", "body": b""}, {"type": "http.disconnect"}]
-
-        async def receive() -> dict[str, Any]:
-            return messages.pop(0)
-
-        with pytest.raises(ClientDisconnect):
-            await while_there(receive, work())
-        assert cancelled.is_set()
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("leaves", [True, False])
-def test_a_stream_closes_its_source(leaves: bool) -> None:
-    async def main() -> None:
-        closed = asyncio.Event()
-
-        async def source() -> AsyncGenerator[bytes, None]:
-            try:
-                while True:
-                    yield b"x"
-                    await asyncio.sleep(0)
-                    if not leaves:
-                        return
-            finally:
-                closed.set()
-
-        sent: list[Any] = []
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        async def receive() -> dict[str, Any]:
-            while not leaves or len(sent) < 5:
-                await asyncio.sleep(0)
-            return {"type": "http.disconnect"}
-
-        async with asyncio.timeout(10):
-            await EventStream(source(), {})({"type": "http"}, receive, send)
-        assert closed.is_set()
-        assert sent[0]["type"] == "http.response.start"
-        assert sent[-1].get("more_body") is leaves
-
-    asyncio.run(main())
-
-
-def test_done_is_what_clients_look_for() -> None:
-    assert DONE == b"data: [DONE]\n\n"
-
-
-LOOPS = "{% for i in range(99999) %}"
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[0].content.nothing.at_all }}", "refuses"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"),
-        ("{{ messages.append(1) }}", "refuses"),
-        ("{{ 1 + 'a' }}", "refuses"),
-        ("{{ 'x' * (10 ** 30) }}", "refuses"),
-        ("{{ '{nothing}'.format(x=1) }}", "refuses"),
-        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses"),
-        ("{{ 7 ** 10000000 }}", "too large"),
-        ("{% for i in range(99999) %}{{ 'a word or two' }}{% endfor %}", "too long"),
-        (LOOPS * 3 + "{% endfor %}" * 3, "more than 0.2 seconds"),
-        (LOOPS + LOOPS.replace("%}", "if i < 0 %}") + "{% endfor %}" * 2, "more than 0.2 seconds"),
-        (
-            "{% for i in range(99999) if (range(9999) | list | sort | length) < 0 %}{% endfor %}",
-            "more than 0.2 seconds",
-        ),
-        ("{% set check_clock = 1 %}{% for i in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}", "refuses"),
-    ],
-)
-def test_a_template_that_fails_is_a_refusal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
-) -> None:
-    if "seconds" in reason:
-        monkeypatch.setattr(sandbox, "SECONDS", 0.2)
-    write_tokenizer(tmp_path, chat_template=template)
-
-    async def main() -> None:
-        async with server(tmp_path) as (http, _, _):
-            body = {"messages": [{"role": "user", "content": "a"}]}
-            answer = await http.post("/v1/chat/completions", json=body)
-            assert answer.status_code == 400
-            assert reason in answer.json()["error"]["message"]
-
-    asyncio.run(main())
-
-
-def test_no_template(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path, chat_template=None)
-
-    async def main() -> None:
-        async with server(tmp_path) as (http, _, _):
-            body = {"messages": [{"role": "user", "content": "a"}]}
-            answer = await http.post("/v1/chat/completions", json=body)
-            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_served")
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("template", ["{% for %}", LOOPS * 40 + "{% endfor %}" * 40], ids=["syntax", "nesting"])
-def test_a_broken_template_costs_chat_only(tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str) -> None:
-    write_tokenizer(tmp_path, chat_template=template)
-
-    async def main() -> None:
-        async with server(tmp_path) as (http, _, _):
-            assert "chat template is broken" in caplog.text
-            body = {"messages": [{"role": "user", "content": "a"}]}
-            answer = await http.post("/v1/chat/completions", json=body)
-            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_served")
-            assert (await http.post("/v1/completions", json={"prompt": "x"})).status_code == 200
-
-    asyncio.run(main())
-
-
-def test_templates_written_for_transformers(tmp_path: Path) -> None:
-    source = (
-        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-        "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=False, separators=(',', ':'), sort_keys=True) }}"
-    )
-    write_tokenizer(tmp_path, chat_template=source)
-    template = ChatTemplate(Tokenizer(tmp_path))
-    assert template.render([{"role": "user", "content": "x"}]) == 'x{"a":1,"b":"é"}'
 
 
 def test_no_address_but_its_own(directory: Path) -> None:

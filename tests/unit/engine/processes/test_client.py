@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
-import msgspec
 import psutil
 import pytest
-import zmq
 
 from engine.config.deployment import EngineConfig
-from engine.messages import AbortRequests, AddRequest, FromEngine, Outputs, Ready, RequestOutput
-from engine.params import SamplingParams
+from engine.messages import AddRequest, RequestOutput
 from engine.processes.client import EngineClient, EngineDead
-from engine.processes.endpoint import SOCKET
-from engine.processes.engine_server import EngineServer
 from engine.processes.heartbeat import BEAT_S, MISSED_BEATS
 from tests.support import fake_engine
-from tests.support.fake_engine import COMMAND, CRASH, EXIT, FULL, HANG, PAGES, REFUSE, SLOW, FakeEngine, expected
+from tests.support.fake_engine import COMMAND, CRASH, EXIT, FULL, HANG, PAGES, REFUSE, SLOW, expected, request
+
+pytestmark = pytest.mark.usefixtures("own_tmp")
 
 Test = Callable[[EngineClient], Coroutine[Any, Any, None]]
-
-
-@pytest.fixture(autouse=True)
-def own_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Sockets go to a directory where the test can check for leftovers."""
-    place = tmp_path / "t"
-    place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
-    return place
-
-
-def request(prompt: list[int], **params: Any) -> AddRequest:
-    return AddRequest(uuid.uuid4().hex, prompt, SamplingParams(**params))
 
 
 @asynccontextmanager
@@ -332,125 +313,3 @@ def test_closing_ends_waiting_requests() -> None:
             await task
 
     asyncio.run(main())
-
-
-# The engine process itself, over a bare socket.
-
-
-@contextmanager
-def process(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], zmq.Socket[bytes]]]]:
-    directory.mkdir()
-    child = subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
-    assert child.stdin is not None
-    launch = {"config": {"model": "fake"}, "directory": str(directory)}
-    child.stdin.write(json.dumps(launch).encode() + b"\n")
-    child.stdin.flush()
-    with zmq.Context() as context:
-        context.linger = 0
-
-        def connect() -> zmq.Socket[bytes]:
-            socket = context.socket(zmq.DEALER)
-            socket.rcvtimeo = 20_000
-            socket.connect(f"ipc://{directory / SOCKET}")
-            return socket
-
-        try:
-            yield child, connect
-        finally:
-            child.kill()
-            child.stdin.close()
-            child.wait()
-            context.destroy(linger=0)
-
-
-def send(socket: zmq.Socket[bytes], message: AddRequest | AbortRequests) -> None:
-    socket.send(msgspec.msgpack.encode(message))
-
-
-def receive(socket: zmq.Socket[bytes]) -> Ready | Outputs:
-    message = msgspec.msgpack.decode(socket.recv(), type=FromEngine)
-    assert isinstance(message, Ready | Outputs)
-    return message
-
-
-def finish(socket: zmq.Socket[bytes]) -> list[int]:
-    """Receive until the one request of this peer ends. Returns its tokens."""
-    tokens: list[int] = []
-    while True:
-        message = receive(socket)
-        if isinstance(message, Outputs):
-            for output in message.outputs:
-                tokens += output.tokens
-                if output.finish_reason is not None:
-                    return tokens
-
-
-def test_several_peers_with_the_same_socket(own_tmp: Path) -> None:
-    with process(own_tmp / "p") as (_, connect):
-        first, second = connect(), connect()
-        for number, peer in enumerate((first, second)):
-            send(peer, AddRequest(f"r{number}", [number], SamplingParams(max_tokens=8)))
-        for number, peer in enumerate((first, second)):
-            assert isinstance(receive(peer), Ready)
-            assert finish(peer) == expected(AddRequest("", [number], SamplingParams(max_tokens=8)))
-
-
-def test_garbage_does_not_stop_it(own_tmp: Path) -> None:
-    with process(own_tmp / "p") as (_, connect):
-        peer = connect()
-        peer.send(b"garbage")
-        peer.send(msgspec.msgpack.encode({"type": "add", "id": 1}))
-        peer.send(msgspec.msgpack.encode({"type": "add", "id": "r", "prompt": "text", "params": {}}))
-        assert isinstance(receive(peer), Ready)
-        message = receive(peer)
-        assert isinstance(message, Outputs)
-        (refusal,) = message.outputs
-        assert (refusal.id, refusal.finish_reason) == ("r", "abort")
-        assert "cannot read" in (refusal.error or "")
-        send(peer, AddRequest("r", [1], SamplingParams(max_tokens=8)))
-        assert len(finish(peer)) == 8
-
-
-def test_requests_of_a_peer_that_left_are_aborted(own_tmp: Path) -> None:
-    with process(own_tmp / "p") as (_, connect):
-        leaving, staying = connect(), connect()
-        send(leaving, AddRequest("r", [SLOW], SamplingParams(max_tokens=100_000)))
-        assert isinstance(receive(leaving), Ready)
-        send(staying, AbortRequests([]))
-        receive(staying)
-        leaving.close()
-        while True:
-            message = receive(staying)
-            if message.stats.running == 0:
-                break
-
-
-def test_it_ends_when_its_parent_does(own_tmp: Path) -> None:
-    """Closing the child's stdin simulates the death of its parent."""
-
-    with process(own_tmp / "p") as (child, connect):
-        peer = connect()
-        send(peer, AddRequest("r", [SLOW], SamplingParams(max_tokens=100_000)))
-        receive(peer)
-        assert child.stdin is not None
-        child.stdin.close()
-        assert child.wait(20) == 0
-        assert not (own_tmp / "p").exists()
-
-
-def test_what_is_not_told_yet_of_a_request_goes_with_it() -> None:
-    """Pending outputs of an aborted request are dropped: another peer may reuse its id before they are sent."""
-    told: list[RequestOutput] = []
-    parent_fd, end = os.pipe()
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
-        server = EngineServer(socket, FakeEngine(EngineConfig()), Mock(), parent_fd)
-        server._owner = {"a": b"peer", "b": b"peer"}
-        server._pending = [RequestOutput("a", [1]), RequestOutput("b", [2])]
-        server._send = lambda peer, message: told.extend(message.outputs)  # type: ignore[method-assign, union-attr]
-        server._abort(["a"])
-        server._owner["a"] = b"peer"
-        server._flush()
-        server._flush()
-    os.close(parent_fd)
-    os.close(end)
-    assert [output.id for output in told] == ["b"]

@@ -1,0 +1,78 @@
+"""The shape of error answers, and routes that tests of the HTTP contract use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = [{"role": "user", "content": "hi"}]
+
+
+NOT_SERVED_ON_BOTH: dict[str, Any] = {
+    "cache_salt": "x",
+    "guided_choice": ["a"],
+    "guided_decoding_backend": "x",
+    "guided_grammar": "x",
+    "guided_json": {},
+    "guided_regex": "a",
+    "guided_whitespace_pattern": "x",
+    "kv_transfer_params": {},
+    "length_penalty": 0.5,
+    "logits_processors": [],
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "spaces_between_special_tokens": False,
+    "structural_tag": "x",
+    "use_beam_search": True,
+    "vllm_xargs": {},
+}
+
+
+NOT_SERVED_ON_COMPLETIONS: dict[str, Any] = {"suffix": "x", "prompt_embeds": "x", "best_of": 2}
+
+
+NOT_SERVED_ON_CHAT: dict[str, Any] = {
+    "audio": {},
+    "chat_template": "{{ messages }}",
+    "chat_template_kwargs": {},
+    "continue_final_message": True,
+    "documents": [],
+    "echo": True,
+    "function_call": "auto",
+    "functions": [],
+    "include_reasoning": True,
+    "mm_processor_kwargs": {},
+    "modalities": ["audio"],
+    "parallel_tool_calls": False,
+    "prediction": {},
+    "prompt_cache_key": "x",
+    "prompt_cache_retention": "x",
+    "reasoning_effort": "low",
+    "safety_identifier": "x",
+    "service_tier": "flex",
+    "store": True,
+    "tool_choice": "auto",
+    "tools": [],
+    "verbosity": "low",
+    "web_search_options": {},
+}
+
+
+def fault(answer: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
+    """Check the shape of an error response and return its error object."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["code"], str)
+    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    assert len(error["message"]) <= 500
+    assert "Traceback" not in error["message"]
+    assert ".py" not in error["message"]
+    if code is not None:
+        assert error["code"] == code
+    return error

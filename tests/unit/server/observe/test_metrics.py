@@ -1,0 +1,53 @@
+"""Metrics under both names."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from engine.messages import EngineStats
+from server.observe.metrics import Metrics
+from tests.support.app import server
+from tests.support.fake_engine import REFUSE
+
+
+def test_metrics_have_both_names(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, _):
+            await http.post("/v1/completions", json={"prompt": [10], "max_tokens": 7})
+            await http.post("/v1/completions", json={"prompt": [REFUSE]})
+            text = (await http.get("/metrics")).text
+            label = '{model_name="tiny"}'
+            for line in (
+                f"vllm:num_requests_running{label} 0.0",
+                f"vllm:kv_cache_usage_perc{label} 0.0",
+                f"magicdec_pages_free{label} 1000.0",
+                'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="tiny",position="1"} 2.0',
+                f"magicdec_gamma_count{label} 5.0",
+                f"magicdec_gamma_sum{label} 8.0",
+                'magicdec_gamma_bucket{le="0.0",model_name="tiny"} 1.0',
+                f"vllm:time_to_first_token_seconds_count{label} 1.0",
+                f"magicdec_time_to_first_token_seconds_count{label} 1.0",
+                f"vllm:inter_token_latency_seconds_count{label} 4.0",
+                f"vllm:request_time_per_output_token_seconds_count{label} 1.0",
+                f"vllm:e2e_request_latency_seconds_count{label} 1.0",
+                f"vllm:request_queue_time_seconds_count{label} 1.0",
+                'vllm:request_success_total{finished_reason="length",model_name="tiny"} 1.0',
+                'magicdec_requests_finished_total{finished_reason="abort",model_name="tiny"} 1.0',
+            ):
+                assert line in text.splitlines()
+
+    asyncio.run(main())
+
+
+def test_metrics_of_what_drafts_keep_and_gain() -> None:
+    stats = EngineStats(
+        running=3, pages_total=10, pages_free=4, policy="snapkv", draft_pages_per_row=5, alpha=0.75, decode_seconds=2.0
+    )
+    lines = Metrics("m", lambda: stats).text().decode().splitlines()
+    assert 'magicdec_pages_in_use{model_name="m",pool="target"} 6.0' in lines
+    assert 'magicdec_pages_in_use{model_name="m",pool="draft"} 15.0' in lines
+    assert 'magicdec_acceptance_estimate{model_name="m",policy="snapkv"} 0.75' in lines
+    plain = Metrics("m", lambda: EngineStats(pages_total=10)).text().decode()
+    assert 'pool="draft"' not in plain
+    assert "acceptance_estimate" not in plain

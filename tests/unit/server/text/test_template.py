@@ -1,0 +1,92 @@
+"""Chat templates: failures become refusals, and templates written for transformers work."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from models.tokenizer import Tokenizer
+from server.text import sandbox
+from server.text.template import ChatTemplate
+from tests.support.app import server
+from tests.support.tiny import write_tokenizer
+
+LOOPS = "{% for i in range(99999) %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content.nothing.at_all }}", "refuses"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"),
+        ("{{ messages.append(1) }}", "refuses"),
+        ("{{ 1 + 'a' }}", "refuses"),
+        ("{{ 'x' * (10 ** 30) }}", "refuses"),
+        ("{{ '{nothing}'.format(x=1) }}", "refuses"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses"),
+        ("{{ 7 ** 10000000 }}", "too large"),
+        ("{% for i in range(99999) %}{{ 'a word or two' }}{% endfor %}", "too long"),
+        (LOOPS * 3 + "{% endfor %}" * 3, "more than 0.2 seconds"),
+        (LOOPS + LOOPS.replace("%}", "if i < 0 %}") + "{% endfor %}" * 2, "more than 0.2 seconds"),
+        (
+            "{% for i in range(99999) if (range(9999) | list | sort | length) < 0 %}{% endfor %}",
+            "more than 0.2 seconds",
+        ),
+        ("{% set check_clock = 1 %}{% for i in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}", "refuses"),
+    ],
+)
+def test_a_template_that_fails_is_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
+) -> None:
+    if "seconds" in reason:
+        monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+    write_tokenizer(tmp_path, chat_template=template)
+
+    async def main() -> None:
+        async with server(tmp_path) as (http, _, _):
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            answer = await http.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 400
+            assert reason in answer.json()["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_no_template(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, chat_template=None)
+
+    async def main() -> None:
+        async with server(tmp_path) as (http, _, _):
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            answer = await http.post("/v1/chat/completions", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_served")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("template", ["{% for %}", LOOPS * 40 + "{% endfor %}" * 40], ids=["syntax", "nesting"])
+def test_a_broken_template_costs_chat_only(tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str) -> None:
+    write_tokenizer(tmp_path, chat_template=template)
+
+    async def main() -> None:
+        async with server(tmp_path) as (http, _, _):
+            assert "chat template is broken" in caplog.text
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            answer = await http.post("/v1/chat/completions", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_served")
+            assert (await http.post("/v1/completions", json={"prompt": "x"})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_templates_written_for_transformers(tmp_path: Path) -> None:
+    source = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=False, separators=(',', ':'), sort_keys=True) }}"
+    )
+    write_tokenizer(tmp_path, chat_template=source)
+    template = ChatTemplate(Tokenizer(tmp_path))
+    assert template.render([{"role": "user", "content": "x"}]) == 'x{"a":1,"b":"é"}'
