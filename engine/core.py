@@ -144,7 +144,7 @@ class Engine:
             eos_token_ids=self._worker.model.config.eos_token_ids,
             controller=controller,
             draft_kv=config.speculation.draft_model is not None,
-            own_tokens=config.speculation.own_tokens,
+            num_uncached_prompt_tokens=config.speculation.num_uncached_prompt_tokens,
         )
 
     def _make_stats(self, controller: Controller) -> StatsRecorder:

@@ -110,7 +110,7 @@ class LLM:
         prompts: a text, a list of token ids, or a list of either. params: one for all prompts, or one per prompt.
         Raises ValueError, before anything runs, if a prompt can never be served; OutOfMemory.
         """
-        listed = _listed(prompts)
+        listed = _as_prompt_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
         if len(each) != len(listed):
             raise RequestError(f"{len(listed)} prompts but {len(each)} sets of sampling parameters")
@@ -118,12 +118,12 @@ class LLM:
         todo = deque(streams)
         try:
             while any(stream.completion.finish_reason is None for stream in streams):
-                self._feed(todo)
+                self._submit_queued(todo)
                 self._step()
                 for stream in streams:
                     stream.check()
         finally:
-            self._forget(streams)
+            self._drop_streams(streams)
         return [stream.completion for stream in streams]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
@@ -140,10 +140,10 @@ class LLM:
                     yield stream.pieces.popleft()
                 stream.check()  # a round run for another stream may have ended this one
                 if stream.completion.finish_reason is None:
-                    self._feed(todo)
+                    self._submit_queued(todo)
                     self._step()
         finally:
-            self._forget([stream])
+            self._drop_streams([stream])
 
     def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> _Stream:
         if params is not None and not isinstance(params, SamplingParams):
@@ -155,7 +155,7 @@ class LLM:
         self.engine.check(request)
         return _Stream(request, TextStream(self.tokenizer, params, ids), Completion(ids), deque())
 
-    def _feed(self, todo: deque[_Stream]) -> None:
+    def _submit_queued(self, todo: deque[_Stream]) -> None:
         """Queue as many requests as the engine accepts."""
         while todo:
             try:
@@ -180,7 +180,7 @@ class LLM:
                 if output.finish_reason is None:  # a stop string, which the engine does not check
                     self.engine.abort([output.id])
 
-    def _forget(self, streams: Iterable[_Stream]) -> None:
+    def _drop_streams(self, streams: Iterable[_Stream]) -> None:
         ids = [stream.request.id for stream in streams if stream.request.id in self._streams]
         for request_id in ids:
             del self._streams[request_id]
@@ -213,7 +213,7 @@ class _Stream:
         self.pieces.append(Piece(delta.text, delta.tokens, completion))
 
 
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return a list of prompts; a single prompt becomes a list of one. Raises RequestError for a list that mixes token
     ids and prompts."""
     if isinstance(prompts, str):

@@ -52,7 +52,7 @@ class StopString:
         # border[i]: length of the longest proper prefix of text[:i] that is also its suffix.
         self._border = [0, 0]
         for char in text[1:]:
-            self._border.append(self._extend(self._border[-1], char))
+            self._border.append(self._advance_match(self._border[-1], char))
 
     def feed(self, matched: int, char: str) -> tuple[int, bool]:
         """Advance a match by one character.
@@ -60,10 +60,10 @@ class StopString:
         matched: length of the longest proper prefix of the stop string that a text ends with. Returns this length for
         the text followed by `char`, and whether that text ends with the whole stop string.
         """
-        matched = self._extend(matched, char)
+        matched = self._advance_match(matched, char)
         return (matched, False) if matched < len(self.text) else (self._border[matched], True)
 
-    def _extend(self, matched: int, char: str) -> int:
+    def _advance_match(self, matched: int, char: str) -> int:
         while matched and self.text[matched] != char:
             matched = self._border[matched]
         return matched + 1 if self.text[matched] == char else 0

@@ -22,7 +22,7 @@ class Linear(Protocol):
         """Bytes of memory that the matrix takes."""
 
     @property
-    def keeps_weights(self) -> bool:
+    def references_weights(self) -> bool:
         """Whether the product reads the tensors it was made from, rather than a copy."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Graphs(Protocol):
         `work` must not wait for the device, nor read tensors that are freed before a replay.
         """
 
-    def attention(self, page_size: int, head_dim: int, fixed: GraphShape) -> AttentionBackend:
+    def attention(self, page_size: int, head_dim: int, graph_shape: GraphShape) -> AttentionBackend:
         """Create a backend whose runs can be captured. Plans are made outside a capture and apply to replays."""
 
 

@@ -17,7 +17,7 @@ from kernels.snapkv import snapkv_scores
 class ReferenceLinear:
     """Product with the weights as given."""
 
-    keeps_weights = True
+    references_weights = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None, gated: bool, wide: bool) -> None:
         self._weight, self._bias = weight, bias
@@ -43,7 +43,7 @@ class ReferenceLinear:
 class Int8Linear(ReferenceLinear):
     """Product of 8-bit integers, computed in a float type that represents each of them exactly."""
 
-    keeps_weights = False
+    references_weights = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None, gated: bool, wide: bool) -> None:
         exact = torch.promote_types(weight.dtype, torch.float32)
@@ -68,7 +68,7 @@ class Int8Linear(ReferenceLinear):
         return self
 
 
-class PlainOps:
+class TorchFallbackOps:
     """Operations of kernels.ops.Ops for which plain torch is good enough on any CPU."""
 
     accept = None
@@ -81,7 +81,7 @@ class PlainOps:
         return merge_segments(outputs, lses)
 
 
-class ReferenceOps(PlainOps):
+class ReferenceOps(TorchFallbackOps):
     """See kernels.ops.Ops."""
 
     kind = name = "reference"

@@ -32,7 +32,7 @@ def make_draft(src: Path, dst: Path, layers: Sequence[int], *, force: bool = Fal
     install(_with_layers(open_directory(src), layers), src, dst, force=force)
 
 
-def evenly(count: int, keep: int) -> list[int]:
+def evenly_spaced_layers(count: int, keep: int) -> list[int]:
     """Choose `keep` of `count` layers, evenly spaced, including the first and the last. Raises ModelError."""
     if not 1 <= keep <= count:
         raise ModelError(f"of {count} layers, 1 to {count} can be kept, not {keep}")
@@ -71,8 +71,8 @@ def choose_layers(
     agrees with the whole model's. Raises ModelError.
     """
     count = model.num_layers
-    evenly(count, keep)
-    whole = _Reader(model, texts)
+    evenly_spaced_layers(count, keep)
+    whole = _LayerSubsetRunner(model, texts)
     expected = torch.log_softmax(whole.logits(range(count)), -1)
     kept = list(range(count))
     while len(kept) > keep:
@@ -93,7 +93,7 @@ def _divergence(expected: Tensor, logits: Tensor) -> Tensor:
     return (expected.exp() * (expected - torch.log_softmax(logits, -1))).sum(-1).mean()
 
 
-class _Reader:
+class _LayerSubsetRunner:
     """Runs whole texts through some layers of a model."""
 
     def __init__(self, model: Llama, texts: Sequence[Sequence[int]]) -> None:

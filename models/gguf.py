@@ -22,7 +22,7 @@ _CONFIG_KEYS = (
     *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
     *("rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias"),
 )
-_SPLITS_TRANSFORMERS_KNOWS = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "gpt-2")
+_RESTORED_PRETOKENIZERS = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "gpt-2")
 """Values of tokenizer.ggml.pre for which transformers restores how to split text before merges."""
 
 
@@ -51,7 +51,7 @@ def open_gguf(src: Path) -> Checkpoint:
     if scaling or any(tensor.name.startswith("rope_") for tensor in reader.tensors):
         raise ModelError(f"{src}: GGUF does not say how its RoPE was scaled; convert the original weights")
     split = field("tokenizer.ggml.pre")
-    if field("tokenizer.ggml.model") == "gpt2" and split not in ("smollm", *_SPLITS_TRANSFORMERS_KNOWS):
+    if field("tokenizer.ggml.model") == "gpt2" and split not in ("smollm", *_RESTORED_PRETOKENIZERS):
         raise ModelError(f"{src}: its tokenizer is of unknown kind {split!r}; convert the original weights")
 
     where: dict[str, Any] = {"gguf_file": src.name, "local_files_only": True}

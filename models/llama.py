@@ -160,7 +160,7 @@ class Llama(Module):
     @property
     def table_bytes(self) -> int:
         """Bytes of the embedding, where the head has its own weights; a forward reads a few rows of it."""
-        return 0 if self._head.shares else self._embedding.weight.nbytes
+        return 0 if self._head.shares_embedding else self._embedding.weight.nbytes
 
     def prepare(self, int8: bool = False) -> None:
         super().prepare(int8)

@@ -86,7 +86,7 @@ class Tokenizer:
         """Whether every token is a sequence of bytes, and a text is its tokens' bytes joined."""
         return self._bytes_of is not None
 
-    def is_silent(self, token: int, skip_special_tokens: bool = True) -> bool:
+    def is_skipped(self, token: int, skip_special_tokens: bool = True) -> bool:
         """Whether `decode` drops this token before it decodes the others."""
         if skip_special_tokens and token in self._special_ids:
             return True
@@ -130,7 +130,7 @@ class IncrementalDecoder:
 
     def push(self, token: int) -> str:
         """Append `token`. Returns the text that is now certain: often its own piece, sometimes empty."""
-        if self._tokenizer.is_silent(token, self._skip):
+        if self._tokenizer.is_skipped(token, self._skip):
             return ""
         self._window.append(token)
         text = self._text()

@@ -37,7 +37,7 @@ class Link:
             limit = struct.pack("ll", int(seconds), int(rest * 1e6))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             if connection.family != socket.AF_UNIX:
-                _notice_silence(connection, send_timeout_s)
+                _enable_keepalive(connection, send_timeout_s)
 
     @classmethod
     def from_stdin(cls) -> Link:
@@ -95,7 +95,7 @@ class Link:
         self._socket.close()
 
 
-def _notice_silence(connection: socket.socket, timeout_s: float) -> None:
+def _enable_keepalive(connection: socket.socket, timeout_s: float) -> None:
     """Make a TCP connection fail once the other host has answered nothing for timeout_s, as after a power loss or with
     the cable unplugged. Options that the system lacks are skipped."""
     probe = max(1, int(timeout_s / 4))

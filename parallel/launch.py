@@ -51,7 +51,7 @@ class RankProcesses:
         """Process ids, by rank."""
         return {rank: process.pid for rank, process in self._processes.items()}
 
-    def how_it_ended(self, rank: int, wait_s: float = 0.0) -> str | None:
+    def exit_description(self, rank: int, wait_s: float = 0.0) -> str | None:
         """Describe how a rank ended, e.g. `was killed by signal 9 (SIGKILL)`; None if it still runs after wait_s."""
         process = self._processes[rank]
         with contextlib.suppress(subprocess.TimeoutExpired):

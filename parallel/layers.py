@@ -79,7 +79,7 @@ class _LinearLayer(Module):
     def prepare(self, int8: bool = False) -> None:
         linear = self._place.ops.linear(self.weight, self._fused_bias, gated=self._gated, wide=self._wide)
         self._linear = linear.quantized() if int8 else linear
-        if not self._linear.keeps_weights:
+        if not self._linear.references_weights:
             self._weight = None
 
     def quantized(self) -> Self:
@@ -255,9 +255,9 @@ class LMHead(_LinearLayer):
             yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, index)
 
     @property
-    def shares(self) -> bool:
+    def shares_embedding(self) -> bool:
         """Whether the head multiplies by the embedding's own storage."""
-        return self._is_tied and self.linear.keeps_weights
+        return self._is_tied and self.linear.references_weights
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, hidden_size], whole. Returns [tokens, this rank's vocabulary], float32 or wider."""

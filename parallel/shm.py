@@ -18,12 +18,12 @@ from torch import Tensor
 from parallel.group import CollectiveError, Group, RoundAbandoned
 
 _LINE = 8  # int64 values per rank: one cache line
-_FLAG, _VERDICTS = 0, 1  # offsets in that line
+_FLAG, _STATUS = 0, 1  # offsets in that line
 _ROUND = 1 << 28
 """Exchange numbers per round; no round has that many exchanges."""
 _SLOT_BYTES = 1 << 20
 _SPINS, _YIELDS = 200, 200
-_NAP_S = 50e-6
+_SLEEP_S = 50e-6
 _CHECK_S = 0.02
 
 
@@ -104,7 +104,7 @@ class ShmGroup(Group):
         self._flags[self.rank * _LINE + _FLAG] = (self._round + 1) * _ROUND - 1
 
     def agree(self, failed: bool) -> list[int]:
-        place, least = _VERDICTS + self._round % 2, 2 * self._round
+        place, least = _STATUS + self._round % 2, 2 * self._round
         self._flags[self.rank * _LINE + place] = least + failed
         return [rank for rank in range(self.size) if self._await(rank, place, least) > least]
 
@@ -112,14 +112,14 @@ class ShmGroup(Group):
         flat = x.view(-1)
         for start, stop in self._chunks(x):
             part = flat[start:stop]
-            torch.sum(self._swap(part), 0, out=part)
+            torch.sum(self._exchange_parts(part), 0, out=part)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         gathered = x.new_empty((self.size, *x.shape))
         flat, target = x.reshape(-1), gathered.view(self.size, -1)
         for start, stop in self._chunks(x):
-            target[:, start:stop] = self._swap(flat[start:stop])
+            target[:, start:stop] = self._exchange_parts(flat[start:stop])
         return gathered
 
     @staticmethod
@@ -127,7 +127,7 @@ class ShmGroup(Group):
         step = _SLOT_BYTES // x.element_size()
         return ((start, min(start + step, x.numel())) for start in range(0, x.numel(), step))
 
-    def _swap(self, x: Tensor) -> Tensor:
+    def _exchange_parts(self, x: Tensor) -> Tensor:
         """Write x [n] and wait for the others. Returns every rank's x, [size, n], valid until the next exchange."""
         banks = self._typed.get(x.dtype)
         if banks is None:
@@ -154,7 +154,7 @@ class ShmGroup(Group):
                 return found
         began = checked = time.monotonic()
         while (found := flags[index]) < least:
-            time.sleep(_NAP_S)
+            time.sleep(_SLEEP_S)
             now = time.monotonic()
             if now - checked > _CHECK_S:
                 checked = now

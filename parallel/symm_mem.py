@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import Store
 
 from parallel.group import CollectiveError, Group
 
-MOST_BYTES = 512 << 10
+MAX_BYTES = 512 << 10
 """Largest tensor summed this way: every GPU reads it whole from each other, which is slower than a ring beyond this."""
 _ALIGNED = 16
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -31,14 +31,14 @@ class SymmetricGroup(Group):
     """Group whose small all-reduces use symmetric memory, and all other collectives NCCL."""
 
     def __init__(self, comm: dist.ProcessGroup, memory: Tensor, total: Sum) -> None:
-        """memory: this rank's symmetric memory, [MOST_BYTES] uint8. total: sums over all ranks through it."""
+        """memory: this rank's symmetric memory, [MAX_BYTES] uint8. total: sums over all ranks through it."""
         super().__init__(comm)
         self._memory = memory
         self._total = total
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See Group.all_reduce."""
-        if x.nbytes > MOST_BYTES or x.nbytes % _ALIGNED or x.data_ptr() % _ALIGNED or x.dtype not in _DTYPES:
+        if x.nbytes > MAX_BYTES or x.nbytes % _ALIGNED or x.data_ptr() % _ALIGNED or x.dtype not in _DTYPES:
             return super().all_reduce(x)
         try:
             return x.copy_(self._total(self._memory[: x.nbytes].view(x.dtype).view(x.shape), x))
@@ -52,7 +52,7 @@ def join(comm: dist.ProcessGroup, store: Store, device: torch.device) -> Symmetr
     store: used by this group only. Raises CollectiveError if the GPUs have no memory that all of them can access.
     """
     c10d: Any = torch._C._distributed_c10d
-    memory_of = c10d._SymmetricMemory
+    symmetric_memory = c10d._SymmetricMemory
     if comm.rank() == 0:
         # Names are never released, and a process can have many groups.
         store.set("symmetric", f"magicdec-{uuid.uuid4().hex}")
@@ -60,9 +60,9 @@ def join(comm: dist.ProcessGroup, store: Store, device: torch.device) -> Symmetr
     try:
         # torch versions differ in which of the two they look up the group with.
         c10d._register_process_group(name, comm)
-        memory_of.set_group_info(name, comm.rank(), comm.size(), store)
-        memory = memory_of.empty_strided_p2p((MOST_BYTES,), (1,), torch.uint8, device)
-        memory_of.rendezvous(memory, name)
+        symmetric_memory.set_group_info(name, comm.rank(), comm.size(), store)
+        memory = symmetric_memory.empty_strided_p2p((MAX_BYTES,), (1,), torch.uint8, device)
+        symmetric_memory.rendezvous(memory, name)
     except RuntimeError as error:
         raise CollectiveError(f"the GPUs have no memory that all of them see: {error}") from error
     one_shot = torch.ops.symm_mem.one_shot_all_reduce_copy

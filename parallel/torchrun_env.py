@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import TCPStore
 from parallel.group import CollectiveError
 
 
-class ElasticError(ValueError):
+class TorchrunEnvError(ValueError):
     """The variables are missing or inconsistent; the message is one line for the user who started the process."""
 
 
@@ -68,20 +68,20 @@ class TorchrunEnv:
 
 
 def read_torchrun_env(environment: Mapping[str, str]) -> TorchrunEnv:
-    """Parse torchrun's environment variables. Raises ElasticError."""
+    """Parse torchrun's environment variables. Raises TorchrunEnvError."""
     numbers = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         value = environment.get(name, "")
         if not (value.isascii() and value.isdecimal()):
             what = f"is {value!r}" if value else "is not set"
-            raise ElasticError(f"{name} {what}: start this program with torchrun")
+            raise TorchrunEnvError(f"{name} {what}: start this program with torchrun")
         numbers[name] = int(value)
     rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
     local_rank, local_size = numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"]
     if not environment.get("MASTER_ADDR"):
-        raise ElasticError("MASTER_ADDR is not set: start this program with torchrun")
+        raise TorchrunEnvError("MASTER_ADDR is not set: start this program with torchrun")
     if not (rank < size and local_rank < local_size <= size):
-        raise ElasticError(f"rank {rank} of {size}, {local_rank} of {local_size} on this host: no such place")
+        raise TorchrunEnvError(f"rank {rank} of {size}, {local_rank} of {local_size} on this host: no such place")
     return TorchrunEnv(
         rank=rank,
         size=size,

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from server import page
-from server.errors import LastResort, add_handlers
+from server.errors import ErrorMiddleware, add_handlers
 from server.keys import ApiKeys
 from server.limits import BodyLimit
 from server.observe.access_log import AccessLog
@@ -35,7 +35,7 @@ def create_app(service: Service, keys: frozenset[str] = frozenset()) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(LastResort)
+    app.add_middleware(ErrorMiddleware)
     app.add_middleware(AccessLog)
     for routes in (completions, chat, tokens, info, page, openapi):
         app.include_router(routes.router)

@@ -134,7 +134,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, gone)
 
 
-class LastResort:
+class ErrorMiddleware:
     """ASGI middleware that answers unexpected errors with 500, and requests cancelled at shutdown with 503.
 
     Once the answer has begun, the connection is closed instead.

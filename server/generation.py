@@ -18,7 +18,7 @@ from engine.processes.supervisor import Supervisor
 from engine.text import Delta, StopString, TextStream, stop_strings
 from server.errors import ApiError, unavailable
 from server.observe.request_stats import RequestStats
-from server.observe.speculation_report import of_round
+from server.observe.speculation_report import round_report
 from server.service import Service
 
 
@@ -103,14 +103,15 @@ class Generation:
             names = [uuid.uuid4().hex for _ in self.choices]
             runs = []
             for choice, name in zip(self.choices, names, strict=True):
-                leader = first[id(choice.prompt)]
-                runs.append(self._run(client, choice, stops, name, None if leader == choice.index else names[leader]))
+                source = first[id(choice.prompt)]
+                shared = None if source == choice.index else names[source]
+                runs.append(self._run(client, choice, stops, name, shared))
             async with aclosing(merge(runs)) as merged:
                 async for piece in merged:
                     yield piece
 
     async def _run(
-        self, client: Supervisor, choice: Choice, stops: Sequence[StopString], name: str, like: str | None
+        self, client: Supervisor, choice: Choice, stops: Sequence[StopString], name: str, share_prompt_with: str | None
     ) -> AsyncGenerator[ChoiceDelta, None]:
         nothing = choice.params.max_tokens == 0
         ended = Delta("", [], [], None if choice.params.logprobs is None else [], 0, 0, FINISH_LENGTH, None)
@@ -121,8 +122,8 @@ class Generation:
         stream = TextStream(self.service.tokenizer, choice.params, context, stops)
         # Log-probabilities of the prompt alone still take a forward pass, which always yields a token.
         params = msgspec.structs.replace(choice.params, max_tokens=1, min_tokens=0) if nothing else choice.params
-        request = AddRequest(name, choice.prompt, params, self.arrival, choice.priority, like)
-        course = RequestStats(self.arrival, len(choice.prompt))
+        request = AddRequest(name, choice.prompt, params, self.arrival, choice.priority, share_prompt_with)
+        stats = RequestStats(self.arrival, len(choice.prompt))
         try:
             async with aclosing(client.generate(request)) as outputs:
                 async for output in outputs:
@@ -131,21 +132,21 @@ class Generation:
                             raise unavailable(output.error, output.retry)
                         raise ApiError(output.error, code="cannot_serve")
                     delta = ended if nothing else stream.take(output)
-                    seconds = course.take(output, delta)
+                    seconds = stats.take(output, delta)
                     if self.first is None and output.tokens:
-                        self.first = course.last
+                        self.first = stats.last
                     self.usage.completion_tokens += len(delta.tokens)
                     self.usage.accepted += delta.accepted
                     self.usage.rejected += output.drafted - output.accepted
-                    self.service.metrics.round(course, len(delta.tokens), seconds)
-                    report = of_round(course, output, delta) if choice.report else None
+                    self.service.metrics.round(stats, len(delta.tokens), seconds)
+                    report = round_report(stats, output, delta) if choice.report else None
                     yield ChoiceDelta(choice.index, delta, report, output.prompt_logprobs)
-                    if course.reason is not None:
+                    if stats.reason is not None:
                         return
         finally:
-            self.service.metrics.finished(course.reason or FINISH_ABORT)
+            self.service.metrics.finished(stats.reason or FINISH_ABORT)
             if self.service.tracing:
-                self.service.tracing.send(course, self.parent)
+                self.service.tracing.send(stats, self.parent)
 
 
 async def merge(sources: Sequence[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:

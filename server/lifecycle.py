@@ -66,7 +66,7 @@ class Lifecycle:
         """Run until the end. Returns the exit status: 0 after a drain, 1 if the engine failed or the end was forced."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
+            loop.add_signal_handler(number, self._handle_signal)
         service = Service(self._config, self._tokenizer)
         settings = self._config.server
         debug = settings.log_level == "debug"
@@ -89,7 +89,7 @@ class Lifecycle:
             )
         )
         serving = asyncio.create_task(http.serve(sockets=[self._listener]))
-        forcing = asyncio.create_task(self._when_forced(http, serving, service))
+        forcing = asyncio.create_task(self._force_exit(http, serving, service))
         try:
             status = await self._serve(service, serving)
         finally:
@@ -102,7 +102,7 @@ class Lifecycle:
             forcing.cancel()
         return 1 if self._force.is_set() else status
 
-    async def _when_forced(self, http: _HttpServer, serving: asyncio.Task[None], service: Service) -> None:
+    async def _force_exit(self, http: _HttpServer, serving: asyncio.Task[None], service: Service) -> None:
         """On a forced end, stop waiting for connections and kill the engine, also if both are already ending."""
         await self._force.wait()
         http.force_exit = True
@@ -110,7 +110,7 @@ class Lifecycle:
         if service.client is not None:
             service.client.kill()
 
-    def _signalled(self) -> None:
+    def _handle_signal(self) -> None:
         if self._stop.is_set():
             self._force.set()
         self._stop.set()
@@ -138,10 +138,10 @@ class Lifecycle:
         starting = asyncio.create_task(
             Supervisor.start(self._start_engine, restart=settings.restart, settled_s=settings.restart_settled_s)
         )
-        if not await self._first_of(starting, serving):
+        if not await self._wait_unless_stopped(starting, serving):
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
-            return self._how_it_ended(serving)
+            return self._exit_status(serving)
         try:
             service.client = starting.result()
         except EngineDead as error:
@@ -150,10 +150,10 @@ class Lifecycle:
         self._on_ready(service)
 
         dying = asyncio.create_task(service.client.wait_dead())
-        if await self._first_of(dying, serving):
-            return await self._buried(dying.result())
+        if await self._wait_unless_stopped(dying, serving):
+            return await self._linger_after_death(dying.result())
         if serving.done():
-            return self._how_it_ended(serving)
+            return self._exit_status(serving)
         service.draining.set()
         logger.info("draining")
         idle = asyncio.create_task(service.wait_idle())
@@ -165,7 +165,7 @@ class Lifecycle:
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if dying.done():
-                return await self._buried(dying.result())
+                return await self._linger_after_death(dying.result())
             if not idle.done():
                 logger.warning("aborting the %d requests that still run", service.client.live)
                 service.client.abort_all()
@@ -175,21 +175,21 @@ class Lifecycle:
             for task in (idle, forced, dying):
                 task.cancel()
 
-    async def _first_of(self, event: asyncio.Task[object], serving: asyncio.Task[None]) -> bool:
+    async def _wait_unless_stopped(self, event: asyncio.Task[object], serving: asyncio.Task[None]) -> bool:
         """Wait for `event`. Returns False if a signal or the end of the HTTP server comes first."""
         stop = asyncio.create_task(self._stop.wait())
         await asyncio.wait({event, stop, serving}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         return event.done()
 
-    async def _buried(self, reason: str) -> int:
+    async def _linger_after_death(self, reason: str) -> int:
         logger.error("the engine is gone: %s", reason)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DEAD_LINGER_S):
                 await self._force.wait()
         return 1
 
-    def _how_it_ended(self, serving: asyncio.Task[None]) -> int:
+    def _exit_status(self, serving: asyncio.Task[None]) -> int:
         if not serving.done():
             return 0  # a signal while loading
         logger.error("the HTTP server ended by itself", exc_info=serving.exception())

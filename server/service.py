@@ -18,9 +18,9 @@ from server.observe.tracing import Tracing
 from server.text.template import ChatTemplate
 from server.version import build
 
-_TYPICAL_RATE = 0.05
+_DURATION_WEIGHT = 0.05
 """Weight of the newest request in the moving average of request durations."""
-_MOST_RETRY_S = 30
+_MAX_RETRY_AFTER_S = 30
 _INLINE_CHARS = 2048
 """Longer texts are tokenized off the event loop."""
 
@@ -45,7 +45,7 @@ class Service:
         self.tracing = Tracing(self.model_id) if config.server.tracing else None
         self.metrics = Metrics(self.model_id, lambda: self.client.stats if self.client else None)
         self._admitted = self._admitted_tokens = 0
-        self._typical_s = 1.0  # typical duration of a request, waiting included
+        self._mean_duration_s = 1.0  # typical duration of a request, waiting included
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -112,13 +112,13 @@ class Service:
         finally:
             self._admitted -= requests
             self._admitted_tokens -= tokens
-            self._typical_s += _TYPICAL_RATE * (time.monotonic() - began - self._typical_s)
+            self._mean_duration_s += _DURATION_WEIGHT * (time.monotonic() - began - self._mean_duration_s)
             if not self._admitted:
                 self._idle.set()
 
     def _retry_after(self) -> int:
         """Estimate the seconds until half of the admitted requests have finished, at the present rate."""
-        return max(1, min(_MOST_RETRY_S, round(self._typical_s / 2)))
+        return max(1, min(_MAX_RETRY_AFTER_S, round(self._mean_duration_s / 2)))
 
     async def wait_idle(self) -> None:
         """Wait until no admitted request is left."""

@@ -18,7 +18,7 @@ from engine.sampling.sampler import Sampler
 from engine.speculation.verify import Verdict, verify
 
 
-class Chance:
+class RandomVerify:
     """Replacement of `verify` with the same work. Accepts each draft with probability `alpha`, up to a rejection."""
 
     def __init__(self, alpha: float, seed: int = 0) -> None:
@@ -41,5 +41,5 @@ class Chance:
 @contextmanager
 def synthetic_acceptance(alpha: float) -> Iterator[None]:
     """Make engines of this process accept drafts at random inside the block."""
-    with patch("engine.speculation.round.verify", Chance(alpha)):
+    with patch("engine.speculation.round.verify", RandomVerify(alpha)):
         yield

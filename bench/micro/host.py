@@ -57,8 +57,8 @@ class Host:
         self._state = RowState(max_rows=rows, max_model_len=2 * most, page_size=_PAGE, device=torch.device("cpu"))
         self._view = View(Window(budget=budget, sink=_PAGE, page_size=_PAGE), self._state.page_table)
         draft_width = min(budget // _PAGE + 1, width)
-        self._steps = [GpuAttention(fixed=GraphShape(rows, rows, draft_width)) for _ in range(gamma)]
-        self._target = GpuAttention(fixed=GraphShape(rows, rows * (gamma + 1), self._state.page_table.shape[1]))
+        self._steps = [GpuAttention(graph_shape=GraphShape(rows, rows, draft_width)) for _ in range(gamma)]
+        self._target = GpuAttention(graph_shape=GraphShape(rows, rows * (gamma + 1), self._state.page_table.shape[1]))
         self._encoder = msgspec.msgpack.Encoder()
 
     def run(self) -> Clock:

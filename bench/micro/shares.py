@@ -57,8 +57,8 @@ class TimedLinear:
         return self._inner.nbytes
 
     @property
-    def keeps_weights(self) -> bool:
-        return self._inner.keeps_weights
+    def references_weights(self) -> bool:
+        return self._inner.references_weights
 
     def __call__(self, x: Tensor) -> Tensor:
         with self._clock.time(self._name):

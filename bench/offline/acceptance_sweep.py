@@ -153,7 +153,7 @@ def seeded(
     ]
 
 
-class Panel:
+class RecordingDrafters:
     """Drafters that all propose after the same tokens. Their proposals are recorded, not verified.
 
     proposed: [setup][round with drafts] of [rows, gamma] int64.
@@ -225,7 +225,7 @@ def measure(
         draft = DraftModel() if way.draft == "self" else draft_model(way.draft)
         runner, drafter = make_drafter(way.config(config, gamma), runner, state, sampler, group, draft)
         drafters.append(drafter)
-    panel = Panel(drafters)
+    panel = RecordingDrafters(drafters)
 
     def step(work: list[RowWork], start: RowStart | None = None, pages: Sequence[PageDelta] = ()) -> None:
         if start is not None:

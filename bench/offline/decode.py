@@ -18,7 +18,7 @@ from statistics import mean, median
 
 import torch
 
-from bench.offline.interleave import Contender, Gamma, Rounds, roomy, run_turns
+from bench.offline.interleave import Contender, Gamma, RoundMeasurements, run_turns, scheduler_for_batch
 from engine.config.deployment import EngineConfig
 from engine.scheduler.stats import acceptance_rate
 from engine.worker.loading import load_target
@@ -77,7 +77,7 @@ def measure(
     target = load_target(config, progress=False) if len(configs) > 1 and ranks == 1 else None
     threads = config.threads or max(1, torch.get_num_threads() // ranks)  # before an engine changes the count
     most = max(config.speculation.gamma_max if gamma == "auto" else gamma for gamma in gammas)
-    scheduler = roomy(config.scheduler, batch, most)
+    scheduler = scheduler_for_batch(config.scheduler, batch, most)
     history = history if "auto" in gammas else 0
     contenders: list[Contender] = []
     with contextlib.ExitStack() as stack:
@@ -96,7 +96,7 @@ def measure(
 
 
 def _result(
-    speculation: Gamma, contender: Contender, plain: Rounds | None, prompts: Sequence[Sequence[int]]
+    speculation: Gamma, contender: Contender, plain: RoundMeasurements | None, prompts: Sequence[Sequence[int]]
 ) -> DecodeResult:
     rounds, engine, kv = contender.rounds[speculation], contender.engine, contender.config.speculation.kv
     seconds, t_verify = rounds.typical_s, median(rounds.verify)

@@ -25,7 +25,7 @@ _TURN = 4  # rounds per turn
 Gamma = int | Literal["auto"]
 
 
-class TurnsOfGamma:
+class InterleavedController:
     """A controller whose `gamma` the caller sets before each round.
 
     With "auto" it delegates to the controller `auto`, which learns only from those rounds.
@@ -57,7 +57,7 @@ class TurnsOfGamma:
 
 
 @dataclass(slots=True)
-class Rounds:
+class RoundMeasurements:
     """Measurements of the rounds with one value of --speculation. One item per round in every list."""
 
     seconds: list[float] = field(default_factory=list)
@@ -95,8 +95,8 @@ class Contender:
 
     def __init__(self, config: EngineConfig, target: Llama | None, gamma_max: int, auto: bool) -> None:
         self.config = config
-        self.rounds: dict[Gamma, Rounds] = {}
-        self._controller = TurnsOfGamma(gamma_max)
+        self.rounds: dict[Gamma, RoundMeasurements] = {}
+        self._controller = InterleavedController(gamma_max)
         self._batch = 0
         self.engine = Engine(config, model=target, controller=self._controller, progress=False)
         if auto:
@@ -136,7 +136,7 @@ class Contender:
         With a fixed gamma, up to a round in which all rows draft gamma tokens: a draft model prefills them first. With
         `auto`, until every row has about `history` more tokens that the controller learns from.
         """
-        self.rounds[gamma] = Rounds()
+        self.rounds[gamma] = RoundMeasurements()
         self._controller.gamma = gamma
         first = self.engine.stats().generated_tokens
         while True:
@@ -176,7 +176,7 @@ def _step(engine: Engine) -> list[RequestOutput]:
     return outputs
 
 
-def roomy(scheduler: SchedulerConfig, batch: int, gamma: int) -> SchedulerConfig:
+def scheduler_for_batch(scheduler: SchedulerConfig, batch: int, gamma: int) -> SchedulerConfig:
     """Return these settings with room for the whole batch, so that no row's drafts are truncated for another's."""
     tokens = max(batch * (gamma + 1) + 1, scheduler.max_batch_tokens)
     return scheduler.model_copy(update={"max_rows": batch, "max_batch_tokens": tokens})

@@ -93,7 +93,7 @@ class Plan:
         }
 
 
-class Lineup:
+class Contenders:
     """The contenders. entries: all of them in table order, with version or error. running: processes by name."""
 
     def __init__(self) -> None:
@@ -117,9 +117,9 @@ Start = Callable[[Peer], PeerProcess]
 
 
 @contextlib.contextmanager
-def line_up(contenders: Sequence[Peer], start: Start, say: Callable[[str], None]) -> Iterator[Lineup]:
+def start_contenders(contenders: Sequence[Peer], start: Start, say: Callable[[str], None]) -> Iterator[Contenders]:
     """Start all contenders, one by one. Those that cannot start get an entry with the error."""
-    lineup = Lineup()
+    lineup = Contenders()
     with contextlib.ExitStack() as stack:
         for contender in contenders:
             say(f"starting {contender.name} …")
@@ -172,7 +172,7 @@ def same_tokens(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[in
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
 
 
-def check(lineup: Lineup, prompts: Sequence[Sequence[int]]) -> None:
+def check(lineup: Contenders, prompts: Sequence[Sequence[int]]) -> None:
     """Set `same` of the entries: the share of a few greedy tokens that equal the first contender's."""
     reference: list[list[int]] | None = None
     for entry in lineup.entries:
@@ -195,7 +195,7 @@ def check(lineup: Lineup, prompts: Sequence[Sequence[int]]) -> None:
 class _Failures:
     """Errors by contender in one measurement. A contender that failed gets no further requests."""
 
-    def __init__(self, lineup: Lineup) -> None:
+    def __init__(self, lineup: Contenders) -> None:
         self._lineup = lineup
         self.errors: dict[str, str] = {}
 
@@ -209,7 +209,7 @@ class _Failures:
             return None
 
 
-def measure_point(lineup: Lineup, prompts: Sequence[Sequence[int]], limit: int, plan: Plan) -> list[Point]:
+def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: int, plan: Plan) -> list[Point]:
     """Measure one (batch, context). prompts: one per row, all of one length. limit: maximum new tokens per row."""
     batch, names = len(prompts), list(lineup.running)
     turns = _Failures(lineup)
@@ -246,7 +246,7 @@ def measure_point(lineup: Lineup, prompts: Sequence[Sequence[int]], limit: int, 
     return list(points.values())
 
 
-def measure_first(lineup: Lineup, prompt: Sequence[int], rounds: int) -> list[First]:
+def measure_first(lineup: Contenders, prompt: Sequence[int], rounds: int) -> list[First]:
     """Measure the time to first token of a single prompt."""
     turns = _Failures(lineup)
     found = {name: First(name, len(prompt)) for name in lineup.running}
@@ -278,7 +278,7 @@ def run(
     progress.
     """
     report = ComparisonReport(threads=settings["threads"], new_tokens=plan.new_tokens, rounds=plan.rounds)
-    with line_up(contenders, start, say) as lineup:
+    with start_contenders(contenders, start, say) as lineup:
         report.contenders = lineup.entries
         check(lineup, cut(_CHECK_PROMPTS, _CHECK_LENGTH))
         for batch, context in plan.points:

@@ -79,9 +79,9 @@ class AcceptanceEstimates:
             if own is None:
                 own = self._requests[request, budget] = AcceptanceRecord()
             own.add(accepted, rejected, _REQUEST_MEMORY)
-            like = sums.setdefault(self._likeness(context), [0, 0])
-            like[0] += accepted
-            like[1] += rejected
+            similar = sums.setdefault(self._likeness(context), [0, 0])
+            similar[0] += accepted
+            similar[1] += rejected
         for likeness, (accepted, rejections) in sums.items():
             prior = self._priors.setdefault((budget, likeness), AcceptanceRecord())
             for record in (prior, self._overall.setdefault(budget, AcceptanceRecord())):

@@ -58,7 +58,7 @@ class AutoGamma:
         self._explored_at = 0
         self._explore_credit = 0.0  # seconds that explorations may lose
         # The current option; kept until another one is predicted to be clearly faster.
-        self._max_gamma, self._present = 0, self._budgets[0]
+        self._max_gamma, self._current_budget = 0, self._budgets[0]
         self._pending: _Decision | None = None
         self.budget = self._budgets[0]
         self.report = ControllerReport()
@@ -73,14 +73,14 @@ class AutoGamma:
         """See Controller.choose."""
         self._rounds += 1
         batch = Batch.of(rows, self._gamma_max)
-        options = self._goodput.options(batch, self._present)
+        options = self._goodput.options(batch, self._current_budget)
         if self._rounds % _EXPLORE_EVERY == 0:
             options = self._compare_budgets(batch, options)
         drafting = batch
         if any(is_late(request) for request in rows):
             saved = 1 / options.rates[0] - 1 / options.rates.max()
             drafting = batch.limited(self._catch_up.worthwhile(rows, batch.limits, saved))
-            options = self._goodput.options(drafting, self._present)
+            options = self._goodput.options(drafting, self._current_budget)
         self._max_gamma = self._stay(options)
         best = options[self._max_gamma]
         chosen = self._explore(drafting, batch, options, best) or best
@@ -97,9 +97,9 @@ class AutoGamma:
         """Return the options with the budget of the highest predicted throughput."""
         best = options.rates.max()
         for budget in self._budgets:
-            others = self._goodput.options(batch, budget) if budget != self._present else options
+            others = self._goodput.options(batch, budget) if budget != self._current_budget else options
             if others.rates.max() > _HYSTERESIS * best:
-                self._present, options, best = budget, others, others.rates.max()
+                self._current_budget, options, best = budget, others, others.rates.max()
         return options
 
     def _explore(self, drafting: Batch, batch: Batch, options: Options, best: Option) -> Option | None:
@@ -116,10 +116,10 @@ class AutoGamma:
         self._explorations += 1
         if turn:
             options = self._goodput.options(
-                drafting, [budget for budget in self._budgets if budget != self._present][turn - 1]
+                drafting, [budget for budget in self._budgets if budget != self._current_budget][turn - 1]
             )
         elif not drafting.limits.any():
-            options = self._goodput.options(batch.limited(nearest(batch.rows, batch.limits)), self._present)
+            options = self._goodput.options(batch.limited(nearest(batch.rows, batch.limits)), self._current_budget)
         others = range(1, len(options)) if turn or not any(best.gammas) else range(1)
         losses = {each: float(options.seconds[each] - options.tokens[each] / best.rate) for each in others}
         max_gamma = min(losses, key=losses.__getitem__, default=0)

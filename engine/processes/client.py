@@ -103,7 +103,7 @@ class EngineClient:
             await client.close()
             raise
         client._stop_s = _STOP_S
-        client._begin(client._watch_process(client._process))
+        client._start_tasks(client._watch_process(client._process))
         return client
 
     @classmethod
@@ -126,10 +126,10 @@ class EngineClient:
         except BaseException:
             await client.close()
             raise
-        client._begin()
+        client._start_tasks()
         return client
 
-    def _begin(self, *watches: Coroutine[None, None, None]) -> None:
+    def _start_tasks(self, *watches: Coroutine[None, None, None]) -> None:
         """Start to receive messages from the engine, which is ready."""
         self.stats = self.ready.stats
         self._tasks = [asyncio.create_task(task) for task in (self._receive(), self._watch_heartbeat(), *watches)]
@@ -191,7 +191,7 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._die("the engine was stopped")
+        self._mark_dead("the engine was stopped")
         try:
             if self._process is not None:
                 await self._end(self._process)
@@ -224,7 +224,7 @@ class EngineClient:
             try:
                 message: Ready | Outputs | Dead = decoder.decode(await self._socket.recv())
             except (zmq.ZMQError, msgspec.MsgspecError) as error:
-                self._die(f"cannot hear the engine: {error}")
+                self._mark_dead(f"cannot hear the engine: {error}")
                 self.kill()
                 return
             if isinstance(message, Outputs):
@@ -232,9 +232,9 @@ class EngineClient:
                 for output in message.outputs:
                     self._deliver(output)
             elif isinstance(message, Dead):
-                self._die(message.reason)
+                self._mark_dead(message.reason)
             else:
-                self._die("the engine has been started again")
+                self._mark_dead("the engine has been started again")
 
     def _deliver(self, output: RequestOutput) -> None:
         queue = self._live.get(output.id)
@@ -248,7 +248,7 @@ class EngineClient:
         with self._context.socket(zmq.SUB) as heartbeat:
             heartbeat.subscribe(b"")
             heartbeat.connect(f"ipc://{self._directory / HEARTBEAT}")
-            self._die(await wait_hung(heartbeat, self.ready.heartbeat, self._round_s))
+            self._mark_dead(await wait_hung(heartbeat, self.ready.heartbeat, self._round_s))
         self.kill()
 
     async def _watch_process(self, process: Process) -> None:
@@ -256,9 +256,9 @@ class EngineClient:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REASON_TIMEOUT_S):
                 await self._death.wait()
-        self._die(f"the engine process ended with status {status}")
+        self._mark_dead(f"the engine process ended with status {status}")
 
-    def _die(self, reason: str) -> None:
+    def _mark_dead(self, reason: str) -> None:
         if self.dead is not None:
             return
         self.dead = reason

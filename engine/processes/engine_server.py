@@ -101,7 +101,7 @@ class EngineServer:
         self._parent_fd = parent_fd
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._last_sent: dict[bytes, float] = {}
-        self._owner: dict[str, bytes] = {}
+        self._peer_by_request: dict[str, bytes] = {}
         self._pending: list[RequestOutput] = []  # outputs of the newest round, not sent yet
 
     @property
@@ -124,7 +124,7 @@ class EngineServer:
         while self._parent_fd not in dict(
             self._poller.poll(0 if self._engine.has_work() else math.ceil(idle_s * 1000))
         ):
-            self._heartbeat.turn()
+            self._heartbeat.begin_turn()
             self._receive()
             if self._engine.has_work():
                 outputs = self._engine.step(self._flush)
@@ -163,7 +163,7 @@ class EngineServer:
         except ValueError as error:
             self._refuse(peer, request.id, str(error), RETRY_FULL if isinstance(error, QueueFull) else None)
         else:
-            self._owner[request.id] = peer
+            self._peer_by_request[request.id] = peer
 
     def _refuse(self, peer: bytes, id: str, reason: str, retry: str | None = None) -> None:
         refusal = RequestOutput(id=id, finish_reason=FINISH_ABORT, error=reason, retry=retry)
@@ -172,7 +172,7 @@ class EngineServer:
     def _abort(self, ids: list[str]) -> None:
         self._engine.abort(ids)
         for id in ids:
-            self._owner.pop(id, None)
+            self._peer_by_request.pop(id, None)
         # Another request may soon reuse the id.
         self._pending = [output for output in self._pending if output.id not in ids]
 
@@ -183,11 +183,11 @@ class EngineServer:
     def _dispatch(self, outputs: list[RequestOutput]) -> None:
         by_peer: dict[bytes, list[RequestOutput]] = defaultdict(list)
         for output in outputs:
-            peer = self._owner.get(output.id)
+            peer = self._peer_by_request.get(output.id)
             if peer is not None:
                 by_peer[peer].append(output)
             if output.finish_reason is not None:
-                self._owner.pop(output.id, None)
+                self._peer_by_request.pop(output.id, None)
         if by_peer:
             stats = self._engine.stats()
             for peer, theirs in by_peer.items():
@@ -208,7 +208,7 @@ class EngineServer:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            lost = [id for id, owner in self._owner.items() if owner == peer]
+            lost = [id for id, owner in self._peer_by_request.items() if owner == peer]
             logger.warning("an API process is gone; aborting its %d requests", len(lost))
             self._last_sent.pop(peer, None)
             self._abort(lost)
@@ -240,11 +240,11 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
     return serve(lambda: load_engine(EngineConfig.model_validate(config)), Path(launch.directory), _STDIN)
 
 
-def serve(load_engine: Callable[[], EngineLike], directory: Path, parent_fd: int, alone: bool = False) -> int:
+def serve(load_engine: Callable[[], EngineLike], directory: Path, parent_fd: int, has_no_parent: bool = False) -> int:
     """Open the sockets, load the engine, serve until the other end of the file descriptor `parent_fd` is closed.
 
-    directory: for the sockets; removed with them at the end. alone: no parent reports why the engine ends, so it logs
-    the reason and sends it to its peers. Returns the exit status: 1 if the engine failed.
+    directory: for the sockets; removed with them at the end. has_no_parent: no parent reports why the engine ends, so
+    it logs the reason and sends it to its peers. Returns the exit status: 1 if the engine failed.
     """
     stop, closed = threading.Event(), threading.Event()
     threading.Thread(target=_watch, args=(parent_fd, stop, closed, directory), daemon=True).start()
@@ -266,14 +266,14 @@ def serve(load_engine: Callable[[], EngineLike], directory: Path, parent_fd: int
             cleanup.callback(engine.close)
             server = EngineServer(socket, engine, heartbeat, parent_fd)
             server.run()
-            if alone and server.peers:
+            if has_no_parent and server.peers:
                 send_dead(socket, _stop_reason(engine), server.peers)
         except Exception as error:
             # While loading, a ValueError concerns the settings or the model; any other error needs a traceback.
             expected = server is None and isinstance(error, ValueError)
             if not expected and not stop.is_set():
                 logger.exception("the engine stopped")
-            elif alone:
+            elif has_no_parent:
                 logger.error("the engine stopped: %s", error)
             send_dead(socket, _reason(error, expected), server.peers if server else ())
             return 1
@@ -301,12 +301,12 @@ def _watch(parent_fd: int, stop: threading.Event, closed: threading.Event, direc
 def _request_id(data: bytes) -> str | None:
     """Return the id of an otherwise unreadable request, whose sender waits for its end; None if it has none."""
     try:
-        return msgspec.msgpack.decode(data, type=_Named).id
+        return msgspec.msgpack.decode(data, type=_RequestId).id
     except msgspec.MsgspecError:
         return None
 
 
-class _Named(msgspec.Struct):
+class _RequestId(msgspec.Struct):
     id: str
 
 

@@ -39,13 +39,13 @@ class HeartbeatSender:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(f"ipc://{path}")
         self.name = os.urandom(8)
-        self._turned: float | None = None  # loading: no turn yet
+        self._turn_began: float | None = None  # loading: no turn yet
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)  # owns the socket from now on
 
-    def turn(self) -> None:
+    def begin_turn(self) -> None:
         """Record that the engine's loop begins a turn."""
-        self._turned = time.monotonic()
+        self._turn_began = time.monotonic()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -60,7 +60,7 @@ class HeartbeatSender:
     def _beat(self) -> None:
         with self._socket:
             while not self._ended.wait(BEAT_S):
-                busy = 0.0 if self._turned is None else time.monotonic() - self._turned
+                busy = 0.0 if self._turn_began is None else time.monotonic() - self._turn_began
                 self._socket.send(msgspec.msgpack.encode(_Beat(self.name, busy)))
 
 

@@ -44,7 +44,7 @@ class Supervisor:
         self._restart = restart
         self._settled_s = settled_s
         self._started_at = asyncio.get_running_loop().time()
-        self._before = EngineStats()  # totals of the engines before this one
+        self._previous_totals = EngineStats()  # totals of the engines before this one
         self._waiting: dict[str, asyncio.Future[EngineClient | None]] = {}  # requests that wait for the next engine
         self._start_error: str | None = None  # how the latest attempt to start one failed
         self._dead: str | None = None
@@ -86,7 +86,7 @@ class Supervisor:
     def stats(self) -> EngineStats:
         """The newest gauges, and totals over all engines so far. Without an engine nothing runs and there are no
         pages."""
-        stats = add_totals(self._client.stats, self._before)
+        stats = add_totals(self._client.stats, self._previous_totals)
         if self._client.dead is not None:
             return msgspec.structs.replace(stats, running=0, waiting=len(self._waiting), pages_total=0, pages_free=0)
         return stats
@@ -117,7 +117,7 @@ class Supervisor:
                 yield RequestOutput(id=request.id, finish_reason=FINISH_ABORT)
                 return
             client = successor
-            self._before.requests_retried += 1
+            self._previous_totals.requests_retried += 1
 
     def abort(self, ids: Iterable[str]) -> None:
         """End these requests at once: their generators yield a last output with finish_reason "abort"."""
@@ -176,8 +176,8 @@ class Supervisor:
             self._replace_client(client)
 
     def _replace_client(self, client: EngineClient) -> None:
-        self._before = add_totals(self._client.stats, self._before)
-        self._before.engine_restarts += 1
+        self._previous_totals = add_totals(self._client.stats, self._previous_totals)
+        self._previous_totals.engine_restarts += 1
         self._client, self._start_error = client, None
         self._started_at = asyncio.get_running_loop().time()
         for waiting in self._waiting.values():

@@ -33,7 +33,7 @@ from engine.ranks.protocol import RankReport, send_report
 from parallel import tcp_bootstrap
 from parallel.channel import Disconnected, Link
 from parallel.group import CollectiveError
-from parallel.torchrun_env import ElasticError, TorchrunEnv, read_torchrun_env
+from parallel.torchrun_env import TorchrunEnv, TorchrunEnvError, read_torchrun_env
 
 _AGENT_CHECK_S = 1.0
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         settings = _settings(config.engine, env)
         if env.rank == 0:
             claim(options.socket)
-    except (ElasticError, ConfigError, EndpointError) as error:
+    except (TorchrunEnvError, ConfigError, EndpointError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     set_up(config.server.log_level, config.server.log_format)
@@ -81,7 +81,7 @@ def _run_rank_0(config: EngineConfig, env: TorchrunEnv, directory: Path) -> int:
     ranks = functools.partial(_connect_ranks, env=env)
     log.info("rank 0 of %d; `magicdec serve --engine %s` on this host attaches to it", env.size, directory)
     return engine_server.serve(
-        lambda: Engine(config, ranks=ranks, progress=sys.stderr.isatty()), directory, parent_fd, alone=True
+        lambda: Engine(config, ranks=ranks, progress=sys.stderr.isatty()), directory, parent_fd, has_no_parent=True
     )
 
 

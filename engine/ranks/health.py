@@ -39,7 +39,7 @@ class RankHealth:
         self._timeout_s = timeout_s
         self._processes = processes
         self._hosts = hosts or {}
-        self._silent = set(self.ranks)  # ranks that have not reported why they end
+        self._unreported = set(self.ranks)  # ranks that have not reported why they end
         self._failures: dict[int, RankReport] = {}
         self._num_reports = dict.fromkeys(self.ranks, 0)  # of each rank, failures not counted
         self._decoder = msgspec.msgpack.Decoder(RankReport)
@@ -51,7 +51,7 @@ class RankHealth:
         for rank, frame in self._channel.frames(timeout_s):
             report = RankReport() if frame is None else self._decoder.decode(frame)
             if frame is None or report.failure is not None:
-                self._silent.discard(rank)
+                self._unreported.discard(rank)
             if report.failure is not None:
                 self._failures.setdefault(rank, report)
             elif frame is not None:
@@ -72,10 +72,14 @@ class RankHealth:
     def diagnose(self, error: CollectiveError | None) -> str:
         """Find the first cause and describe it. error: rank 0's own, if a collective failed there."""
         deadline = time.monotonic() + _DIAGNOSIS_S
-        while (cause := self._cause()) is None and self._may_report() and (left := deadline - time.monotonic()) > 0:
+        while (
+            (cause := self._find_first_failure()) is None
+            and self._may_report()
+            and (left := deadline - time.monotonic()) > 0
+        ):
             self.listen(left)
         ended = [] if cause else sorted(rank for rank, report in self._failures.items() if report.told_to_end)
-        reason = cause or self._suspicion(error, ended)
+        reason = cause or self._describe_unknown_cause(error, ended)
         log.log(logging.INFO if ended else logging.ERROR, "%s", reason)
         return reason
 
@@ -86,31 +90,31 @@ class RankHealth:
 
     def _may_report(self) -> bool:
         """Whether a rank can still report its reason; a rank that a signal has stopped cannot."""
-        return any(not (self._processes and self._processes.is_stopped(rank)) for rank in self._silent)
+        return any(not (self._processes and self._processes.is_stopped(rank)) for rank in self._unreported)
 
-    def _cause(self) -> str | None:
+    def _find_first_failure(self) -> str | None:
         """Find a failure that is not the consequence of another rank's end."""
         for rank, report in self._failures.items():
             if not report.lost:
                 return f"{self.names([rank])} {report.failure}"
         gone = set(self.ranks) - self._channel.open
         for rank in sorted(gone - set(self._failures)):
-            if self._processes and (ended := self._processes.how_it_ended(rank, _DIAGNOSIS_S)):
+            if self._processes and (ended := self._processes.exit_description(rank, _DIAGNOSIS_S)):
                 return f"rank {rank} {ended}"
             if self._processes and self._processes.is_stopped(rank):
                 return f"rank {rank} took no plan for {self._timeout_s:g} s (stopped by a signal)"
             return f"{self.names([rank])} is out of reach"
         return None
 
-    def _suspicion(self, error: CollectiveError | None, ended: list[int]) -> str:
+    def _describe_unknown_cause(self, error: CollectiveError | None, ended: list[int]) -> str:
         """Describe a failure without a known cause: a rank hangs, or was ended from outside.
 
         ended: ranks that were ended from outside.
         """
         if ended:
             return f"{self.names(ended)} got a signal to end, or lost the torchrun agent"
-        stopped = [rank for rank in sorted(self._silent) if self._processes and self._processes.is_stopped(rank)]
-        late = stopped or ([error.rank] if error and error.rank is not None else sorted(self._silent))
+        stopped = [rank for rank in sorted(self._unreported) if self._processes and self._processes.is_stopped(rank)]
+        late = stopped or ([error.rank] if error and error.rank is not None else sorted(self._unreported))
         if not late:
             reason = error or next(report.failure for report in self._failures.values())
             return f"the ranks lost each other: {reason}"

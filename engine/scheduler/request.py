@@ -17,8 +17,8 @@ class Request:
         pages    [ reserved slots, num_reserved in all .............. drafts ... )
 
     The scheduler owns every field; `row` is None while the request waits. draft_lag: number of computed tokens that a
-    draft model lacks and has to compute before it drafts; stays 0 where drafts read the target's own KV. leader: a
-    request with the same prompt, whose pages this one can share while the leader runs.
+    draft model lacks and has to compute before it drafts; stays 0 where drafts read the target's own KV. prefix_source:
+    a request with the same prompt, whose pages this one can share while it runs.
     """
 
     __slots__ = (
@@ -27,12 +27,12 @@ class Request:
         "eos",
         "finish_reason",
         "id",
-        "leader",
         "num_computed",
         "num_prompt",
         "num_reserved",
         "pages",
         "params",
+        "prefix_source",
         "priority",
         "prompt_logprobs",
         "row",
@@ -46,7 +46,7 @@ class Request:
         self.params: SamplingParams = message.params
         self.arrival = message.arrival
         self.priority = message.priority
-        self.leader: Request | None = None
+        self.prefix_source: Request | None = None
         self.prompt_logprobs: list[PromptLogprobs] = []
         self.tokens: list[int] = list(message.prompt)
         self.num_prompt = len(message.prompt)

@@ -50,10 +50,10 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         controller: Controller,
         draft_kv: bool = False,
-        own_tokens: int = 1,
+        num_uncached_prompt_tokens: int = 1,
     ) -> None:
         """draft_kv: whether drafts read KV of their own, which must be computed for a row's tokens before it drafts.
-        own_tokens: number of tokens at the end of a prompt that a row always computes itself.
+        num_uncached_prompt_tokens: number of tokens at the end of a prompt that a row always computes itself.
         """
         self._pages = pages
         self._page_size = page_size
@@ -63,7 +63,7 @@ class Scheduler:
         self._eos = tuple(eos_token_ids)
         self.controller = controller
         self._draft_kv = draft_kv
-        self._own_tokens = own_tokens
+        self._num_uncached_prompt_tokens = num_uncached_prompt_tokens
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._by_id: dict[str, Request] = {}
         self.waiting: deque[Request] = deque()
@@ -80,7 +80,7 @@ class Scheduler:
         if len(self._by_id) >= self._max_requests:
             raise QueueFull(f"{len(self._by_id)} requests run or wait already")
         request = Request(message, self._eos)
-        request.leader = self._leader(message)
+        request.prefix_source = self._find_prefix_source(message)
         self._by_id[request.id] = request
         place = len(self.waiting)
         while place and self.waiting[place - 1].priority > request.priority:
@@ -108,7 +108,7 @@ class Scheduler:
         if request.row is None:
             self.waiting.remove(request)
         else:
-            self._leave(request)
+            self._release_row(request)
         return True
 
     @property
@@ -194,10 +194,10 @@ class Scheduler:
         for request in list(self.waiting):
             if not self._free_rows or tokens_left <= 0:
                 return
-            leader = request.leader
-            if leader is not None and leader.row is not None and not leader.num_output:
-                continue  # wait until the leader has computed its whole prompt, and so has its first token
-            shared = self._shared(request)
+            prefix_source = request.prefix_source
+            if prefix_source is not None and prefix_source.row is not None and not prefix_source.num_output:
+                continue  # wait until the source has computed its whole prompt, and so has its first token
+            shared = self._shared_pages(request)
             needed = -(-request.num_tokens // self._page_size) - len(shared)
             # One page per running row stays free, so that an admission does not cause a preemption in the next round.
             if needed + len(self.running) > self._pages.free and self.running:
@@ -208,7 +208,7 @@ class Scheduler:
             self.waiting.remove(request)
             request.row = self._free_rows.pop()
             self._pages.share(shared)
-            self._own(request, shared + pages)
+            self._add_pages(request, shared + pages)
             request.num_computed = len(shared) * self._page_size
             request.draft_lag = request.num_computed if self._draft_kv else 0
             request.scheduled = request.scheduled or time.monotonic()
@@ -227,20 +227,20 @@ class Scheduler:
             plan.pages.append(PageDelta(request.row, 0, request.pages[:]))
             tokens_left -= self._plan_chunk(request, work, tokens_left)
 
-    def _leader(self, message: AddRequest) -> Request | None:
+    def _find_prefix_source(self, message: AddRequest) -> Request | None:
         """Find the request whose prompt this one can share."""
-        leader = self._by_id.get(message.like) if message.like else None
-        if leader is None or message.params.prompt_logprobs is not None:
+        prefix_source = self._by_id.get(message.share_prompt_with) if message.share_prompt_with else None
+        if prefix_source is None or message.params.prompt_logprobs is not None:
             return None
-        return leader if leader.tokens[: leader.num_prompt] == message.prompt else None
+        return prefix_source if prefix_source.tokens[: prefix_source.num_prompt] == message.prompt else None
 
-    def _shared(self, request: Request) -> list[int]:
-        """Find the whole pages of the prompt that the leader has computed. The row computes the rest itself."""
-        leader = request.leader
-        if leader is None or leader.row is None:
+    def _shared_pages(self, request: Request) -> list[int]:
+        """Find the whole pages of the prompt that the prefix source has computed. The row computes the rest itself."""
+        prefix_source = request.prefix_source
+        if prefix_source is None or prefix_source.row is None:
             return []
-        tokens = min(leader.num_computed, request.num_prompt - self._own_tokens)
-        return leader.pages[: max(0, tokens) // self._page_size]
+        tokens = min(prefix_source.num_computed, request.num_prompt - self._num_uncached_prompt_tokens)
+        return prefix_source.pages[: max(0, tokens) // self._page_size]
 
     def _reserve(self, plan: RoundPlan, request: Request, slots: int) -> bool:
         """Reserve pages for `slots` KV slots in total; False, and nothing changes, if too few are free."""
@@ -251,10 +251,10 @@ class Scheduler:
             return False
         assert request.row is not None
         plan.pages.append(PageDelta(request.row, len(request.pages), pages))
-        self._own(request, pages)
+        self._add_pages(request, pages)
         return True
 
-    def _own(self, request: Request, pages: list[int]) -> None:
+    def _add_pages(self, request: Request, pages: list[int]) -> None:
         request.pages += pages
         request.num_reserved += len(pages) * self._page_size
 
@@ -268,7 +268,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        self._leave(request)
+        self._release_row(request)
         request.num_computed = request.draft_lag = 0
         self.preemptions += 1
         before = 0
@@ -276,7 +276,7 @@ class Scheduler:
             before += 1
         self.waiting.insert(before, request)
 
-    def _leave(self, request: Request) -> None:
+    def _release_row(self, request: Request) -> None:
         """Free the request's row and pages."""
         assert request.row is not None
         self._pages.release(request.pages)
@@ -307,7 +307,7 @@ class Scheduler:
                 request.draft_lag = int(outcome.accepted == work.gamma)
             yielded.append((request, request.commit(outcome.tokens)))
             if request.finish_reason is not None:
-                self._leave(request)
+                self._release_row(request)
                 del self._by_id[request.id]
         self.controller.observe(plan, requests, result)
         return yielded

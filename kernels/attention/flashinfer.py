@@ -60,7 +60,7 @@ class _Call:
 
 
 @dataclass(slots=True)
-class _Planned:
+class _Wrapper:
     """A FlashInfer wrapper. read: event after which the device has read its last plan.
 
     FlashInfer writes a plan into the wrapper's pinned memory and copies it from there without waiting. Planning the
@@ -91,25 +91,25 @@ class FlashInferAttention:
     plans ahead, or one if plans are kept at fixed addresses.
     """
 
-    def __init__(self, page_size: int, workspace: Tensor, fixed: GraphShape | None = None) -> None:
+    def __init__(self, page_size: int, workspace: Tensor, graph_shape: GraphShape | None = None) -> None:
         """workspace: see `make_workspace`. fixed: shape of batches that a CUDA graph replays; other batches are
         refused, and plans are kept at fixed addresses. Raises ImportError if FlashInfer is missing."""
         self._library = load_flashinfer()
         self._page_size = page_size
         self._workspace = workspace
         self._device = workspace.device
-        self._fixed = fixed
+        self._graph_shape = graph_shape
         self._batch: AttentionBatch | None = None
         self._call: _Call | None = None
-        self._wrappers: dict[tuple[str, int], deque[_Planned]] = {}
+        self._wrappers: dict[tuple[str, int], deque[_Wrapper]] = {}
         self._wrapper: Any = None
         self._order: Tensor | None = None
-        self._kept_order: Tensor | None = None
+        self._order_buffer: Tensor | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
         """Plan for `batch`. Raises ValueError if it does not fit `fixed`."""
-        if self._fixed is not None:
-            self._fixed.check(batch)
+        if self._graph_shape is not None:
+            self._graph_shape.check(batch)
         self._batch = batch
         self._wrapper = None
         if self._call is not None:
@@ -127,16 +127,18 @@ class FlashInferAttention:
             self._call = call
         if batch.pages.dim() == 2:
             o, lse = self._wrapper.run(q, (layer.k, layer.v), return_lse=True)
-            return o, _natural(lse)
+            return o, _to_natural_log(lse)
         group = heads // call.kv_heads
         grouped = q.reshape(tokens * call.kv_heads, group, head_dim)
         if self._order is not None:
             grouped = grouped.index_select(0, self._order)
         pool = tuple(part.view(-1, 1, *part.shape[2:]) for part in (layer.k, layer.v))
         o, lse = self._wrapper.run(grouped, pool, return_lse=True)
-        return self._back(o).view(tokens, heads, head_dim), _natural(self._back(lse).view(tokens, heads))
+        return self._restore_query_order(o).view(tokens, heads, head_dim), _to_natural_log(
+            self._restore_query_order(lse).view(tokens, heads)
+        )
 
-    def _back(self, results: Tensor) -> Tensor:
+    def _restore_query_order(self, results: Tensor) -> Tensor:
         """Reorder results from the order in which heads are rows to that of the queries."""
         if self._order is None:
             return results
@@ -149,17 +151,17 @@ class FlashInferAttention:
         self._order = None
         if pages.dim() == 3:
             pages = (pages * kv_heads + torch.arange(kv_heads, device=pages.device)[:, None]).flatten(0, 1)
-            most = self._fixed.tokens if self._fixed else int(queries.sum())
+            most = self._graph_shape.tokens if self._graph_shape else int(queries.sum())
             if most > len(queries):
-                self._order = self._keep_order(_by_row_and_head(queries, kv_heads, most))
+                self._order = self._store_order(_head_major_order(queries, kv_heads, most))
             queries, lengths = queries.repeat(kv_heads), lengths.repeat(kv_heads)
             heads, kv_heads = heads // kv_heads, 1
         counts = -(-lengths // self._page_size)
         ends = counts.cumsum()
         listed = np.arange(ends[-1]) + np.repeat(np.arange(len(counts)) * pages.shape[1] - (ends - counts), counts)
         indices = pages.flatten().index_select(0, self._to_device(listed)).int()
-        indptr = self._host(np.concatenate([[0], ends]))
-        last = self._host((lengths - 1) % self._page_size + 1)
+        indptr = self._to_pinned(np.concatenate([[0], ends]))
+        last = self._to_pinned((lengths - 1) % self._page_size + 1)
         options = {
             "q_data_type": call.dtype,
             "kv_data_type": call.kv_dtype,
@@ -167,24 +169,24 @@ class FlashInferAttention:
             "non_blocking": True,
         }
         sizes = heads, kv_heads, call.head_dim, self._page_size
-        if self._fixed is None and (queries == 1).all():
-            planned = self._next("decode", int(heads // kv_heads >= _TENSOR_CORES))
+        if self._graph_shape is None and (queries == 1).all():
+            planned = self._next_wrapper("decode", int(heads // kv_heads >= _TENSOR_CORES))
             planned.plan(self._device, indptr, indices, last, *sizes, **options)
         else:
-            planned = self._next("prefill", len(queries) if self._fixed else 0)
-            starts = self._host(np.concatenate([[0], queries.cumsum()]))
+            planned = self._next_wrapper("prefill", len(queries) if self._graph_shape else 0)
+            starts = self._to_pinned(np.concatenate([[0], queries.cumsum()]))
             planned.plan(self._device, starts, indptr, indices, last, *sizes, causal=True, **options)
         self._wrapper = planned.wrapper
 
-    def _next(self, kind: Literal["decode", "prefill"], variant: int) -> _Planned:
+    def _next_wrapper(self, kind: Literal["decode", "prefill"], variant: int) -> _Wrapper:
         """Return a new wrapper, or, if there are enough, the one with the oldest plan.
 
         variant: for decode, whether it uses tensor cores; for prefill, the number of FlashInfer's rows that it is fixed
         to, 0 if it is not.
         """
         ring = self._wrappers.setdefault((kind, variant), deque())
-        if len(ring) < (1 if self._fixed else _IN_FLIGHT):
-            ring.append(_Planned(self._make_decode(bool(variant)) if kind == "decode" else self._make_prefill(variant)))
+        if len(ring) < (1 if self._graph_shape else _IN_FLIGHT):
+            ring.append(_Wrapper(self._make_decode(bool(variant)) if kind == "decode" else self._make_prefill(variant)))
         else:
             ring.rotate(-1)
         return ring[-1]
@@ -195,26 +197,26 @@ class FlashInferAttention:
 
     def _make_prefill(self, rows: int) -> Any:
         make = self._library.BatchPrefillWithPagedKVCacheWrapper
-        if self._fixed is None:
+        if self._graph_shape is None:
             return make(self._workspace, "HND")
         sizes = {
             "qo_indptr_buf": rows + 1,
             "paged_kv_indptr_buf": rows + 1,
-            "paged_kv_indices_buf": rows * self._fixed.width,
+            "paged_kv_indices_buf": rows * self._graph_shape.width,
             "paged_kv_last_page_len_buf": rows,
         }
         buffers = {name: torch.zeros(n, dtype=torch.int32, device=self._device) for name, n in sizes.items()}
         return make(self._workspace, "HND", use_cuda_graph=True, **buffers)
 
-    def _keep_order(self, order: Ints) -> Tensor:
+    def _store_order(self, order: Ints) -> Tensor:
         moved = self._to_device(order)
-        if self._fixed is None:
+        if self._graph_shape is None:
             return moved
-        if self._kept_order is None:
-            self._kept_order = moved
-        return self._kept_order.copy_(moved)
+        if self._order_buffer is None:
+            self._order_buffer = moved
+        return self._order_buffer.copy_(moved)
 
-    def _host(self, values: Ints) -> Tensor:
+    def _to_pinned(self, values: Ints) -> Tensor:
         """Convert to int32, in pinned memory for a GPU, so that copies to it need no wait."""
         tensor = torch.from_numpy(values.astype(np.int32))
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
@@ -230,10 +232,10 @@ def merge_states(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Ten
     merged, total = outputs[0], lses[0] / math.log(2)
     for output, lse in zip(outputs[1:], lses[1:], strict=True):
         merged, total = merge(merged, total, output, lse / math.log(2))
-    return merged, _natural(total)
+    return merged, _to_natural_log(total)
 
 
-def _by_row_and_head(queries: Ints, kv_heads: int, tokens: int) -> Ints:
+def _head_major_order(queries: Ints, kv_heads: int, tokens: int) -> Ints:
     """Return the order that makes each row's queries of one head adjacent: indices into [tokens * kv_heads], in which
     the heads of one token are adjacent. tokens: at least the sum of `queries`; surplus ones are padding and stay at the
     end."""
@@ -259,6 +261,6 @@ def _check(call: _Call) -> None:
         )
 
 
-def _natural(lse: Tensor) -> Tensor:
+def _to_natural_log(lse: Tensor) -> Tensor:
     """Convert FlashInfer's base-2 log-sum-exp to the natural one, in place."""
     return lse.mul_(math.log(2))

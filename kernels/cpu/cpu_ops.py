@@ -10,13 +10,13 @@ from kernels.attention.reference_attention import ReferenceAttention
 from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs
-from kernels.reference_ops import PlainOps
+from kernels.reference_ops import TorchFallbackOps
 
 
 class CpuLinear:
     """Product with packed weights."""
 
-    keeps_weights = False
+    references_weights = False
 
     def __init__(self, kernels: CpuKernels, weights: PackedWeights, gated: bool, wide: bool) -> None:
         self._kernels, self._weights = kernels, weights
@@ -33,7 +33,7 @@ class CpuLinear:
         return CpuLinear(self._kernels, self._weights.quantized(), self._gated, self._wide)
 
 
-class CpuOps(PlainOps):
+class CpuOps(TorchFallbackOps):
     """See kernels.ops.Ops. A row's results do not depend on other rows at all, except in attention with a head_dim that
     is no multiple of 16, which plain torch computes."""
 

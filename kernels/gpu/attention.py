@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_dtype, check_pool
-from kernels.gpu.tile import product, scores_of
+from kernels.gpu.tile import masked_scores, product
 from kernels.kv_cache import LayerKV
 from kernels.transfer import send
 
@@ -43,20 +43,20 @@ class Tiles:
     block: int
 
     def to(self, device: torch.device) -> Tiles:
-        row, first, start, queries, lengths = (send(part, device) for part in self._laid)
+        row, first, start, queries, lengths = (send(part, device) for part in self._index_tensors)
         return Tiles(row, first, start, queries, lengths, self.pages, self.block)
 
     def take(self, other: Tiles) -> None:
         """Copy everything but the pages from tiles of the same shapes."""
-        for mine, theirs in zip(self._laid, other._laid, strict=True):
+        for mine, theirs in zip(self._index_tensors, other._index_tensors, strict=True):
             mine.copy_(send(theirs, mine.device))
 
     @property
-    def _laid(self) -> tuple[Tensor, ...]:
+    def _index_tensors(self) -> tuple[Tensor, ...]:
         return self.row, self.first, self.start, self.queries, self.lengths
 
 
-def lay_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int) -> Tiles:
+def assign_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int) -> Tiles:
     """Assign queries to tiles without waiting for the device.
 
     tokens: sum of `queries`, or an upper bound of it. It decides all shapes, together with the number of rows.
@@ -138,8 +138,8 @@ def _attend_kernel(
             where = page * page_stride + (head * page_size + slot % page_size) * HEAD_DIM
             k_tile = tl.load(k + where[None, :] + d[:, None], mask=listed[None, :] & in_head[:, None], other=0.0)
             v_tile = tl.load(v + where[:, None] + d[None, :], mask=listed[:, None] & in_head[None, :], other=0.0)
-            sees = listed[None, :] & (slot[None, :] < visible[:, None])
-            scores = scores_of(q_tile, k_tile, scale, sees, WIDEN)
+            mask = listed[None, :] & (slot[None, :] < visible[:, None])
+            scores = masked_scores(q_tile, k_tile, scale, mask, WIDEN)
             new_top = tl.maximum(top, tl.max(scores, 1))
             against = tl.where(new_top == float("-inf"), 0.0, new_top)
             weights = tl.exp(scores - against[:, None])

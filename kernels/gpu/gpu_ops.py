@@ -29,8 +29,8 @@ class GpuLinear:
         return self._inner.nbytes
 
     @property
-    def keeps_weights(self) -> bool:
-        return self._inner.keeps_weights
+    def references_weights(self) -> bool:
+        return self._inner.references_weights
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._inner(x)
@@ -53,8 +53,8 @@ class GpuGraphs:
         self._workspace = workspace
         self.capture = recorder.capture
 
-    def attention(self, page_size: int, head_dim: int, fixed: GraphShape) -> AttentionBackend:
-        return _attention(page_size, head_dim, self._workspace, fixed)
+    def attention(self, page_size: int, head_dim: int, graph_shape: GraphShape) -> AttentionBackend:
+        return _attention(page_size, head_dim, self._workspace, graph_shape)
 
 
 class GpuOps:
@@ -106,8 +106,8 @@ class GpuOps:
 
 
 def _attention(
-    page_size: int, head_dim: int, workspace: Tensor | None, fixed: GraphShape | None = None
+    page_size: int, head_dim: int, workspace: Tensor | None, graph_shape: GraphShape | None = None
 ) -> AttentionBackend:
     if workspace is None or head_dim not in HEAD_DIMS:
-        return GpuAttention(fixed=fixed)
-    return FlashInferAttention(page_size, workspace, fixed)
+        return GpuAttention(graph_shape=graph_shape)
+    return FlashInferAttention(page_size, workspace, graph_shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_dtype
-from kernels.gpu.tile import scores_of
+from kernels.gpu.tile import masked_scores
 
 _KEYS = 64  # keys scored at a time
 _SPAN = 4096  # keys per program of the first pass
@@ -68,7 +68,7 @@ def _mass_kernel(
         n = start + tl.arange(0, N)
         at = keys + n.to(tl.int64) * key_stride
         k_tile = tl.load(at[None, :] + d[:, None], mask=(n < length)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
-        scores = scores_of(q_tile, k_tile, scale, n[None, :] < visible[:, None], WIDEN)
+        scores = masked_scores(q_tile, k_tile, scale, n[None, :] < visible[:, None], WIDEN)
         new_top = tl.maximum(top, tl.max(scores, 1))
         against = tl.where(new_top == float("-inf"), 0.0, new_top)
         mass = mass * tl.exp(top - against) + tl.sum(tl.exp(scores - against[:, None]), 1)
@@ -109,9 +109,9 @@ def _votes_kernel(
     for start in range(0, total, M):
         m = start + tl.arange(0, M)
         q_tile = _queries(q, head, token_stride, head_stride, m, total, d, GROUP, HEAD_DIM)
-        sees = (n[None, :] < (length - queries + m // GROUP + 1)[:, None]) & (m < total)[:, None]
+        mask = (n[None, :] < (length - queries + m // GROUP + 1)[:, None]) & (m < total)[:, None]
         mass = tl.load(masses + head * total + m, mask=m < total, other=0.0)
-        scores = scores_of(q_tile, k_tile, scale, sees, WIDEN)
+        scores = masked_scores(q_tile, k_tile, scale, mask, WIDEN)
         sums += tl.sum(tl.exp(scores - mass[:, None]), 0)
     tl.store(votes + head.to(tl.int64) * candidates + n, sums, mask=n < candidates)
 

@@ -19,6 +19,6 @@ def product(a: tl.tensor, b: tl.tensor, WIDEN: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def scores_of(q: tl.tensor, k: tl.tensor, scale: tl.tensor, sees: tl.tensor, WIDEN: tl.constexpr) -> tl.tensor:
+def masked_scores(q: tl.tensor, k: tl.tensor, scale: tl.tensor, visible: tl.tensor, WIDEN: tl.constexpr) -> tl.tensor:
     """Compute q [M, D] times k [D, N] times scale, -inf where `sees` [M, N] is false."""
-    return tl.where(sees, product(q, k, WIDEN) * scale, float("-inf"))
+    return tl.where(visible, product(q, k, WIDEN) * scale, float("-inf"))

@@ -27,7 +27,7 @@ from server.limits import (
     MAX_STOPS,
     check_tokens,
 )
-from server.routes.stream import before
+from server.routes.stream import run_until
 from server.service import Service
 from server.text.structured import ResponseFormat, StructuredOutputs, check_grammar, grammar_of
 
@@ -37,7 +37,7 @@ Model = TypeVar("Model", bound=Body)
 async def read(request: Request, model: type[Model]) -> Model:
     """Parse the body. Raises ApiError, also if the server begins to drain before the whole body has arrived."""
     service: Service = request.app.state.service
-    body = await before(service.draining.wait(), request.body(), draining())
+    body = await run_until(service.draining.wait(), request.body(), draining())
     try:
         return model.model_validate_json(body)
     except ValidationError as error:

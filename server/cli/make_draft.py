@@ -32,18 +32,20 @@ def make_draft(
     from models.config import read_config
     from models.convert import check_destination
     from models.default import resolve_model
-    from models.draft import evenly
+    from models.draft import evenly_spaced_layers
     from models.draft import make_draft as run
 
     src = resolve_model(model)
     count = read_config(src).num_layers
     check_destination(src, dst, force)
     wanted = keep or -(-2 * count // 3)
-    evenly(count, wanted)  # raises if there are fewer layers
+    evenly_spaced_layers(count, wanted)  # raises if there are fewer layers
     if layers is not None:
         kept = [_number(part.strip()) for part in layers.split(",")]
     else:
-        kept = evenly(count, wanted) if spread or wanted == count else _measured(src, wanted, text, tokens)
+        kept = (
+            evenly_spaced_layers(count, wanted) if spread or wanted == count else _measured(src, wanted, text, tokens)
+        )
     run(src, dst, kept, force=force)
     print(f"layers {', '.join(map(str, sorted(set(kept))))} of 0 to {count - 1}", file=sys.stderr)
     typer.echo(dst)

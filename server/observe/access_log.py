@@ -18,7 +18,7 @@ _QUIET = frozenset({"/health", "/ready", "/metrics", "/load"})
 log = logging.getLogger(__name__)
 
 
-def note(request: Request, **facts: Any) -> None:
+def add_log_fields(request: Request, **facts: Any) -> None:
     """Add fields to the line of this request. A later value replaces an earlier one of the same name."""
     request.scope.setdefault("magicdec.facts", {}).update(facts)
 

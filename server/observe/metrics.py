@@ -64,8 +64,8 @@ class Metrics:
         self._registry.register(_EngineCollector(model_id, stats))
         registry, self._model_id = self._registry, model_id
 
-        def histogram(own: str, vllm: str, text: str) -> _Both:
-            return _Both(
+        def histogram(own: str, vllm: str, text: str) -> _DualHistogram:
+            return _DualHistogram(
                 Histogram(f"magicdec_{own}", text, _MODEL, registry=registry, buckets=_SECONDS),
                 Histogram(f"vllm:{vllm}", text, _MODEL, registry=registry, buckets=_SECONDS),
                 model_id,
@@ -102,25 +102,25 @@ class Metrics:
         for counter in self._finished:
             counter.labels(self._model_id, reason).inc()
 
-    def round(self, course: RequestStats, tokens: int, seconds: float) -> None:
+    def round(self, stats: RequestStats, tokens: int, seconds: float) -> None:
         """Record one output. tokens: their number. seconds: since the previous one, or since the request's arrival."""
-        if course.rounds == 1 and course.scheduled:
-            self.queued.observe(max(0.0, course.scheduled - course.arrival))
-        if tokens and tokens == course.tokens:
+        if stats.rounds == 1 and stats.scheduled:
+            self.queued.observe(max(0.0, stats.scheduled - stats.arrival))
+        if tokens and tokens == stats.tokens:
             self.first_token.observe(seconds)
         else:
             for _ in range(tokens):
                 self.between_tokens.observe(seconds / tokens)
-        if course.reason is not None:
-            self.whole.observe(course.last - course.arrival)
-            if course.per_token is not None:
-                self.per_token.observe(course.per_token)
+        if stats.reason is not None:
+            self.whole.observe(stats.last - stats.arrival)
+            if stats.per_token is not None:
+                self.per_token.observe(stats.per_token)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
 
-class _Both:
+class _DualHistogram:
     """One histogram under two names."""
 
     def __init__(self, own: Histogram, vllm: Histogram, model_id: str) -> None:

@@ -12,26 +12,26 @@ Origin = Literal["accepted", "bonus", "plain"]
 """accepted: drafted, and the target agreed. bonus: the target's own, after drafts. plain: of a round without any."""
 
 
-def of_round(course: RequestStats, output: RequestOutput, delta: Delta) -> dict[str, Any]:
-    """Report one round; the last report adds the totals of all rounds. course: includes this round. `offsets`: start
+def round_report(stats: RequestStats, output: RequestOutput, delta: Delta) -> dict[str, Any]:
+    """Report one round; the last report adds the totals of all rounds. stats: includes this round. `offsets`: start
     of each of the round's tokens in the generated text of the choice."""
     rest: Origin = "bonus" if output.drafted else "plain"
     origins: list[Origin] = ["accepted"] * delta.accepted
     origins += [rest] * (len(delta.tokens) - delta.accepted)
     said = {"drafted": output.drafted, "accepted": delta.accepted, "origins": origins, "offsets": delta.offsets}
-    return said if delta.finish_reason is None else said | {"total": _total(course)}
+    return said if delta.finish_reason is None else said | {"total": _total(stats)}
 
 
-def _total(course: RequestStats) -> dict[str, Any]:
+def _total(stats: RequestStats) -> dict[str, Any]:
     return {
-        "rounds": course.rounds,
-        "drafted": course.drafted,
-        "accepted": course.accepted,
-        "mean_drafted": course.drafted / course.rounds,
-        "accepted_per_round": [course.held[held] for held in range(max(course.held) + 1)],
-        "queue_s": max(0.0, course.scheduled - course.arrival) if course.scheduled else None,
-        "first_token_s": course.first - course.arrival,
-        "per_token_s": course.per_token,
+        "rounds": stats.rounds,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "mean_drafted": stats.drafted / stats.rounds,
+        "accepted_per_round": [stats.held[held] for held in range(max(stats.held) + 1)],
+        "queue_s": max(0.0, stats.scheduled - stats.arrival) if stats.scheduled else None,
+        "first_token_s": stats.first - stats.arrival,
+        "per_token_s": stats.per_token,
     }
 
 
@@ -42,7 +42,7 @@ class SpeculationReports:
         self._found: dict[int, dict[str, Any]] = {}
 
     def add(self, index: int, said: dict[str, Any] | None) -> None:
-        """Add a round of choice `index`. said: result of `of_round`; None: not requested."""
+        """Add a round of choice `index`. said: result of `round_report`; None: not requested."""
         if said is None:
             return
         found = self._found.setdefault(index, {"origins": [], "offsets": []})

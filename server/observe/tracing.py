@@ -36,7 +36,7 @@ class Tracing:
         """Send the remaining spans."""
         self._provider.shutdown()
 
-    def send(self, course: RequestStats, parent: str | None) -> None:
+    def send(self, stats: RequestStats, parent: str | None) -> None:
         """Send the spans of a request that has ended. parent: its traceparent header."""
         from opentelemetry.trace import SpanKind, set_span_in_context
 
@@ -49,18 +49,18 @@ class Tracing:
             SpanKind.SERVER,
             attributes={
                 "gen_ai.request.model": self._model_id,
-                "gen_ai.usage.input_tokens": course.prompt_tokens,
-                "gen_ai.usage.output_tokens": course.tokens,
-                "gen_ai.response.finish_reasons": [course.reason or "abort"],
+                "gen_ai.usage.input_tokens": stats.prompt_tokens,
+                "gen_ai.usage.output_tokens": stats.tokens,
+                "gen_ai.response.finish_reasons": [stats.reason or "abort"],
             },
-            start_time=origin + int(course.arrival * 1e9),
+            start_time=origin + int(stats.arrival * 1e9),
         )
         inside = set_span_in_context(span)
-        decode = {"rounds": course.rounds, "drafted": course.drafted, "accepted": course.accepted}
+        decode = {"rounds": stats.rounds, "drafted": stats.drafted, "accepted": stats.accepted}
         for name, start, end, attributes in (
-            ("queue", course.arrival, course.scheduled, {}),
-            ("prefill", course.scheduled, course.first, {}),
-            ("decode", course.first, course.last, decode),
+            ("queue", stats.arrival, stats.scheduled, {}),
+            ("prefill", stats.scheduled, stats.first, {}),
+            ("decode", stats.first, stats.last, decode),
         ):
             if start and end:
                 child = self._tracer.start_span(

@@ -41,7 +41,7 @@ async def prompt_tokens(service: Service, chat: ChatFields, add_special_tokens: 
         if message["name"] is None:
             del message["name"]
     generate = True if chat.add_generation_prompt is None else chat.add_generation_prompt
-    text = await service.template.render_beside(messages, generate)
+    text = await service.template.render_async(messages, generate)
     (tokens,) = await service.encode([text], bool(add_special_tokens))
     return tokens
 

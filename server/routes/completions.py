@@ -140,13 +140,13 @@ class _Answer:
         """Return logprobs of `piece`, and of the prompt if it is echoed; offsets index into the choice's text."""
         if piece.delta.logprobs is None:
             return None
-        found = self._of_tokens(piece, piece.delta.logprobs)
+        found = self._token_logprobs(piece, piece.delta.logprobs)
         if self._body.echo and piece.prompt is not None:
-            prompt = self._of_prompt(self.generation.choices[piece.index].prompt, piece.prompt)
+            prompt = self._prompt_logprobs(self.generation.choices[piece.index].prompt, piece.prompt)
             found = {name: prompt[name] + found[name] for name in found}
         return found
 
-    def _of_prompt(self, prompt: list[int], told: list[PromptLogprobs]) -> dict[str, list[Any]]:
+    def _prompt_logprobs(self, prompt: list[int], told: list[PromptLogprobs]) -> dict[str, list[Any]]:
         """Return logprobs of the prompt. Its first token has none."""
         tokenizer, most = self._service.tokenizer, self._body.logprobs or 0
         tokens = [token_text(tokenizer, token) for token in prompt]
@@ -161,7 +161,7 @@ class _Answer:
         logprobs = [None, *(finite(each.logprob) for each in told)]
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
 
-    def _of_tokens(self, piece: ChoiceDelta, logprobs: list[TokenLogprobs]) -> dict[str, list[Any]]:
+    def _token_logprobs(self, piece: ChoiceDelta, logprobs: list[TokenLogprobs]) -> dict[str, list[Any]]:
         tokenizer = self._service.tokenizer
         tokens = [token_text(tokenizer, token) for token in piece.delta.tokens]
         echoed = len(self._echoes[piece.index])

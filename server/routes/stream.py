@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.errors import as_api_error
 from server.generation import Generation
-from server.observe.access_log import note
+from server.observe.access_log import add_log_fields
 
 T = TypeVar("T")
 
@@ -25,13 +25,13 @@ def event(data: Any) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-async def until_gone(receive: Receive) -> None:
+async def wait_disconnected(receive: Receive) -> None:
     """Wait until the client disconnects. The body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def before(end: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T], late: Exception) -> T:
+async def run_until(end: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T], late: Exception) -> T:
     """Return the result of `work`. If `end` returns first, cancel `work` and raise `late`."""
     task = asyncio.create_task(work)
     ending = asyncio.create_task(end)
@@ -46,9 +46,9 @@ async def before(end: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T],
         await asyncio.gather(task, ending, return_exceptions=True)
 
 
-async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def run_while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Return the result of `work`. If the client disconnects first, cancel it and raise ClientDisconnect."""
-    return await before(until_gone(receive), work, ClientDisconnect())
+    return await run_until(wait_disconnected(receive), work, ClientDisconnect())
 
 
 class Answer(Protocol):
@@ -64,11 +64,11 @@ class Answer(Protocol):
 async def respond(request: Request, answer: Answer, streaming: bool) -> Response:
     """Send `answer`. Its work ends with it, or when the client disconnects."""
     headers = {"X-Request-Id": answer.id}
-    note(request, id=answer.id, **answer.generation.facts)
+    add_log_fields(request, id=answer.id, **answer.generation.facts)
     answer.generation.parent = request.headers.get("traceparent")
     if streaming:
         return await stream(request, answer.events(), headers)
-    body = msgspec.json.encode(await while_there(request.receive, answer.whole()))
+    body = msgspec.json.encode(await run_while_connected(request.receive, answer.whole()))
     return Response(body, headers=headers, media_type="application/json")
 
 
@@ -82,7 +82,7 @@ async def stream(request: Request, events: AsyncGenerator[Any, None], headers: M
         return await anext(events)
 
     try:
-        head = await while_there(request.receive, first())
+        head = await run_while_connected(request.receive, first())
     except BaseException:
         await events.aclose()
         raise
@@ -113,7 +113,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._source):
             try:
-                await while_there(receive, self._send(send))
+                await run_while_connected(receive, self._send(send))
             except ClientDisconnect:
                 return
 

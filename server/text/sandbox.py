@@ -14,10 +14,10 @@ from jinja2 import Template, TemplateError, nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 5.0
-CHARS = 1 << 20
+MAX_SECONDS = 5.0
+MAX_OUTPUT_CHARS = 1 << 20
 """Maximum characters of output, in addition to four times those of the messages."""
-_MOST_DIGITS = 100
+_MAX_EXPONENT = 100
 
 _until = threading.local()
 
@@ -31,9 +31,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Compile `source`. Raises TemplateError."""
         tree = self.parse(source)
         for loop in list(tree.find_all(nodes.For)):
-            loop.body.insert(0, nodes.ExprStmt(_tick()).set_lineno(loop.lineno).set_environment(self))
+            loop.body.insert(0, nodes.ExprStmt(_clock_call()).set_lineno(loop.lineno).set_environment(self))
             if loop.test is not None:  # iterations that it rejects do not reach the body
-                loop.test = nodes.And(nodes.Not(_tick()), loop.test).set_lineno(loop.lineno).set_environment(self)
+                loop.test = nodes.And(nodes.Not(_clock_call()), loop.test).set_lineno(loop.lineno).set_environment(self)
         return self.from_string(tree)
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -42,23 +42,23 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Refuse a repetition or a power that would get large in a single operation."""
-        if operator == "**" and (abs(left) > 1 and right > _MOST_DIGITS):
+        if operator == "**" and (abs(left) > 1 and right > _MAX_EXPONENT):
             raise TemplateError("a number is too large")
         for many, times in ((left, right), (right, left)):
-            if operator == "*" and hasattr(many, "__len__") and len(many) * times > CHARS:
+            if operator == "*" and hasattr(many, "__len__") and len(many) * times > MAX_OUTPUT_CHARS:
                 raise TemplateError("a text is too long")
         return super().call_binop(context, operator, left, right)
 
 
-def _tick() -> nodes.Call:
+def _clock_call() -> nodes.Call:
     """Build a call of check_clock by its import path: a template could redefine a name."""
     return nodes.Call(nodes.ImportedName(f"{__name__}.check_clock"), [], [], None, None)
 
 
 def render(template: Template, variables: dict[str, Any], chars: int) -> str:
     """Render within the bounds. chars: length of the messages. Raises TemplateError if time or output exceed them."""
-    _until.time = time.monotonic() + SECONDS
-    pieces, left = [], CHARS + 4 * chars
+    _until.time = time.monotonic() + MAX_SECONDS
+    pieces, left = [], MAX_OUTPUT_CHARS + 4 * chars
     for piece in template.generate(**variables):
         check_clock()
         pieces.append(piece)
@@ -71,5 +71,5 @@ def render(template: Template, variables: dict[str, Any], chars: int) -> str:
 def check_clock() -> str:
     """Raise TemplateError when the time of this thread's template is over. Returns an empty string."""
     if time.monotonic() > _until.time:
-        raise TemplateError(f"it takes more than {SECONDS:g} seconds")
+        raise TemplateError(f"it takes more than {MAX_SECONDS:g} seconds")
     return ""

@@ -48,7 +48,7 @@ class ChatTemplate:
     def available(self) -> bool:
         return self._template is not None
 
-    async def render_beside(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    async def render_async(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Run `render` in threads of its own: a slow template delays only chats."""
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, self.render, messages, add_generation_prompt

@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'magicdec[cuda]'")
 
 from kernels.attention.triton_attention import GpuAttention
-from kernels.gpu.attention import attend, lay_tiles
+from kernels.gpu.attention import assign_tiles, attend
 from kernels.gpu.gpu_ops import GpuOps
 from kernels.gpu.sample import sample
 
@@ -89,7 +89,7 @@ def test_a_step_is_captured_and_replayed_for_other_lengths() -> None:
     held: dict[str, Tensor] = {}
 
     def work() -> None:
-        held["o"], _ = attend(lay_tiles(queries, lengths, pages, len(q)), layer, q, 0.1)
+        held["o"], _ = attend(assign_tiles(queries, lengths, pages, len(q)), layer, q, 0.1)
         held["values"], held["tokens"] = sample(logits, temperature, seeds, positions, 0)
 
     graph = captured(work)

@@ -61,7 +61,7 @@ class Shortage:
             self._due[rank, place] = left - 1
 
     def _watch_exchanges(self, rank: int, group: ShmGroup) -> None:
-        swap = group._swap
+        swap = group._exchange_parts
 
         def watched(x: Tensor) -> Tensor:
             self._at(rank, "before")
@@ -69,7 +69,7 @@ class Shortage:
             self._at(rank, "behind")
             return found
 
-        group._swap = watched  # type: ignore[method-assign]
+        group._exchange_parts = watched  # type: ignore[method-assign]
 
     def _watch_ends(self, worker: Worker, rank: int) -> None:
         drafter = worker._drafter

@@ -14,7 +14,7 @@ from parallel import tcp_bootstrap
 from parallel.channel import Link
 from parallel.group import CollectiveError, RankFailure
 from parallel.tcp_bootstrap import Connections
-from parallel.torchrun_env import ElasticError, TorchrunEnv, read_torchrun_env
+from parallel.torchrun_env import TorchrunEnv, TorchrunEnvError, read_torchrun_env
 
 ENVIRONMENT = {
     "RANK": "3",
@@ -143,7 +143,7 @@ def test_the_place_of_a_process() -> None:
 
 @pytest.mark.parametrize("name", sorted(ENVIRONMENT.keys() - {"TORCHELASTIC_USE_AGENT_STORE"}))
 def test_no_place_without_torchrun(name: str) -> None:
-    with pytest.raises(ElasticError, match=f"^{name} is not set: start this program with torchrun$"):
+    with pytest.raises(TorchrunEnvError, match=f"^{name} is not set: start this program with torchrun$"):
         read_torchrun_env({key: value for key, value in ENVIRONMENT.items() if key != name})
 
 
@@ -152,5 +152,5 @@ def test_no_place_without_torchrun(name: str) -> None:
     [({"RANK": "x"}, "RANK is 'x'"), ({"RANK": "4"}, "rank 4 of 4"), ({"LOCAL_RANK": "2"}, "2 of 2 on this host")],
 )
 def test_places_that_cannot_be(wrong: dict[str, str], named: str) -> None:
-    with pytest.raises(ElasticError, match=named):
+    with pytest.raises(TorchrunEnvError, match=named):
         read_torchrun_env(ENVIRONMENT | wrong)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.offline.interleave import TurnsOfGamma
+from bench.offline.interleave import InterleavedController
 from engine.config.deployment import EngineConfig, load_config
 from engine.core import Engine
 from engine.messages import AddRequest
@@ -17,7 +17,7 @@ class Peer:
         self._settings = settings
         self._config = self._configure()
         self._engine: Engine | None = None
-        self._controller = TurnsOfGamma(self._config.speculation.max_draft_tokens)
+        self._controller = InterleavedController(self._config.speculation.max_draft_tokens)
         self._waiting: set[int] = set()
         self.max_batch = None
         gamma = self._config.speculation.gamma
@@ -41,7 +41,7 @@ class Peer:
         pages = max(rows * per_row, -(-longest // page) + 1)
         cache = self._config.cache.model_copy(update={"num_pages": pages})
         config = self._config.model_copy(update={"cache": cache, "max_model_len": longest})
-        self._controller = TurnsOfGamma(config.speculation.max_draft_tokens)
+        self._controller = InterleavedController(config.speculation.max_draft_tokens)
         self._engine = Engine(config, controller=self._controller, progress=False)
         self._controller.auto = self._engine.make_controller()
 

@@ -181,7 +181,7 @@ def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -
 def test_plans_of_captured_attention_stand_where_they_stood() -> None:
     torch.manual_seed(0)
     layer = pool_layer(9, 2, 4, 16, torch.float32)
-    ours, oracle = GpuAttention(fixed=GraphShape(rows=2, tokens=8, width=5)), ReferenceAttention(4)
+    ours, oracle = GpuAttention(graph_shape=GraphShape(rows=2, tokens=8, width=5)), ReferenceAttention(4)
     places = set()
     for queries, lengths in (([4, 4], [4, 4]), ([1, 4], [9, 17]), ([3, 1], [20, 1]), ([1, 1], [5, 8])):
         batch = AttentionBatch(queries, lengths, torch.randint(9, (2, -(-max(lengths) // 4))))
@@ -191,7 +191,7 @@ def test_plans_of_captured_attention_stand_where_they_stood() -> None:
         count = sum(queries)
         torch.testing.assert_close(ours.run(layer, q, 0.25)[0][:count], oracle.run(layer, q[:count], 0.25)[0])
         assert ours._tiles is not None
-        places.add(tuple(part.data_ptr() for part in (*ours._tiles._laid, ours._tiles.pages)))
+        places.add(tuple(part.data_ptr() for part in (*ours._tiles._index_tensors, ours._tiles.pages)))
     assert len(places) == 1
     with pytest.raises(ValueError, match="2 rows with 9 queries and lists of 3 pages, not the 2 with at most 8 and 5"):
         ours.plan(AttentionBatch([5, 4], [9, 9], torch.zeros(2, 3, dtype=torch.int64)))

@@ -34,8 +34,8 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
 
 
-def backend(page_size: int, fixed: GraphShape | None = None) -> FlashInferAttention:
-    return FlashInferAttention(page_size, torch.zeros(16, dtype=torch.uint8), fixed)
+def backend(page_size: int, graph_shape: GraphShape | None = None) -> FlashInferAttention:
+    return FlashInferAttention(page_size, torch.zeros(16, dtype=torch.uint8), graph_shape)
 
 
 def batch_of(rows: list[tuple[int, int]], page_size: int, kv_heads: int = 0) -> AttentionBatch:

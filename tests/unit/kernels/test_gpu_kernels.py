@@ -32,7 +32,7 @@ from kernels.attention.triton_attention import GpuAttention
 from kernels.gpu import pointwise, sample
 from kernels.gpu import snapkv_scores as triton_snapkv
 from kernels.gpu import verdict as triton_verdict
-from kernels.gpu.attention import attend, lay_tiles
+from kernels.gpu.attention import assign_tiles, attend
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") else "cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -264,7 +264,7 @@ def test_attention_from_lengths_on_the_device() -> None:
     oracle = ReferenceAttention(4)
     oracle.plan(AttentionBatch([1, 4], [9, 17], pages))
     expected, expected_lse = oracle.run(layer, q, 0.25)
-    o, lse = attend(lay_tiles(queries, lengths, pages, len(q)), layer, q, 0.25)
+    o, lse = attend(assign_tiles(queries, lengths, pages, len(q)), layer, q, 0.25)
     torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
@@ -289,7 +289,7 @@ def test_attention_ignores_what_is_not_there(span: int) -> None:
 @examples(50, 200)
 def test_tiles_hold_every_query_once(queries: list[int]) -> None:
     counts = torch.tensor(queries)
-    tiles = lay_tiles(counts, counts, torch.zeros(len(queries), 3, dtype=torch.int64), sum(queries))
+    tiles = assign_tiles(counts, counts, torch.zeros(len(queries), 3, dtype=torch.int64), sum(queries))
     seen = [
         (row, query)
         for row, first in zip(tiles.row.tolist(), tiles.first.tolist(), strict=True)

@@ -16,7 +16,7 @@ from engine.core import Engine
 from engine.params import SamplingParams
 from engine.scheduler.stats import acceptance_rate
 from models.config import ModelError, read_config
-from models.draft import choose_layers, evenly, make_draft
+from models.draft import choose_layers, evenly_spaced_layers, make_draft
 from models.loader import load_model
 from parallel.group import Group
 from server.cli.app import app
@@ -38,13 +38,13 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(30, 30, list(range(30))), (30, 2, [0, 29]), (30, 1, [0]), (6, 4, [0, 2, 3, 5]), (1, 1, [0])],
 )
 def test_even_spread(count: int, keep: int, expected: list[int]) -> None:
-    assert evenly(count, keep) == expected
+    assert evenly_spaced_layers(count, keep) == expected
 
 
 @pytest.mark.parametrize("keep", [0, 7])
 def test_there_must_be_so_many(keep: int) -> None:
     with pytest.raises(ModelError, match="of 6 layers, 1 to 6 can be kept"):
-        evenly(6, keep)
+        evenly_spaced_layers(6, keep)
 
 
 def test_the_layers_that_are_kept(target: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import HashStore, _resolve_process_group
 
 from parallel import rendezvous, symm_mem
 from parallel.group import CollectiveError
-from parallel.symm_mem import MOST_BYTES, SymmetricGroup
+from parallel.symm_mem import MAX_BYTES, SymmetricGroup
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -35,7 +35,7 @@ class Comm:
 
 
 def group(comm: Comm) -> SymmetricGroup:
-    memory = torch.zeros(MOST_BYTES, dtype=torch.uint8)
+    memory = torch.zeros(MAX_BYTES, dtype=torch.uint8)
 
     def total(part: Tensor, x: Tensor) -> Tensor:
         assert (part.shape, part.dtype, part.data_ptr()) == (x.shape, x.dtype, memory.data_ptr())
@@ -49,8 +49,8 @@ def group(comm: Comm) -> SymmetricGroup:
     [
         ((3, 64), torch.bfloat16, True),
         ((1, 4), torch.float32, True),
-        ((MOST_BYTES // 4,), torch.float32, True),
-        ((MOST_BYTES // 4 + 4,), torch.float32, False),
+        ((MAX_BYTES // 4,), torch.float32, True),
+        ((MAX_BYTES // 4 + 4,), torch.float32, False),
         ((3, 64), torch.float16, False),
         ((3, 64), torch.int64, False),
         ((3, 5), torch.bfloat16, False),  # not a multiple of 16 bytes
@@ -78,7 +78,7 @@ def test_failures_are_those_of_a_collective() -> None:
     def broken(part: Tensor, x: Tensor) -> Tensor:
         raise RuntimeError("a barrier timed out")
 
-    of_two = SymmetricGroup(Comm(), torch.zeros(MOST_BYTES, dtype=torch.uint8), broken)  # type: ignore[arg-type]
+    of_two = SymmetricGroup(Comm(), torch.zeros(MAX_BYTES, dtype=torch.uint8), broken)  # type: ignore[arg-type]
     with pytest.raises(CollectiveError, match="timed out"):
         of_two.all_reduce(torch.ones(4))
 

@@ -131,11 +131,11 @@ def test_what_is_not_told_yet_of_a_request_goes_with_it() -> None:
     parent_fd, end = os.pipe()
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         server = EngineServer(socket, FakeEngine(EngineConfig()), Mock(), parent_fd)
-        server._owner = {"a": b"peer", "b": b"peer"}
+        server._peer_by_request = {"a": b"peer", "b": b"peer"}
         server._pending = [RequestOutput("a", [1]), RequestOutput("b", [2])]
         server._send = lambda peer, message: told.extend(message.outputs)  # type: ignore[method-assign, union-attr]
         server._abort(["a"])
-        server._owner["a"] = b"peer"
+        server._peer_by_request["a"] = b"peer"
         server._flush()
         server._flush()
     os.close(parent_fd)

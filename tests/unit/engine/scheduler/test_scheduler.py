@@ -148,11 +148,11 @@ def test_random_admit_accept_reject_abort_preempt(
         while added < 25 and rng.random() < 0.4:
             length = rng.choice([1, page_size, page_size + 1, rng.randint(1, 40)])
             params = SamplingParams(max_tokens=rng.randint(1, max_len - length), ignore_eos=rng.random() < 0.5)
-            like = str(rng.randrange(added)) if added and rng.random() < 0.5 else None
-            if like in prompts and rng.random() < 0.9:
-                length = min(prompts[like], max_len - params.max_tokens)
+            share_prompt_with = str(rng.randrange(added)) if added and rng.random() < 0.5 else None
+            if share_prompt_with in prompts and rng.random() < 0.9:
+                length = min(prompts[share_prompt_with], max_len - params.max_tokens)
             prompts[str(added)] = length
-            made.add(AddRequest(str(added), [5] * length, params, like=like))
+            made.add(AddRequest(str(added), [5] * length, params, share_prompt_with=share_prompt_with))
             live[str(added)], got[str(added)] = params.max_tokens, 0
             added += 1
         if live and rng.random() < 0.05:

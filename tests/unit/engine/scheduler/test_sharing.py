@@ -24,7 +24,7 @@ def requests(count: int = 4, **others: Any) -> list[AddRequest]:
     found = []
     for i in range(count):
         params = SamplingParams(max_tokens=20 + 10 * i, temperature=1.0, seed=i, ignore_eos=True, **others)
-        found.append(AddRequest(str(i), PROMPT, params, like=None if i == 0 else "0"))
+        found.append(AddRequest(str(i), PROMPT, params, share_prompt_with=None if i == 0 else "0"))
     found.insert(2, AddRequest("other", PROMPT[::-1], SamplingParams(max_tokens=30, temperature=1.0, ignore_eos=True)))
     return found
 
@@ -87,7 +87,7 @@ def test_other_prompts_are_not_shared() -> None:
     engine = tiny_engine(tiny_model(), gamma=0, max_model_len=300)
     shared = watched(engine)
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
-    pair = [AddRequest("a", PROMPT, params), AddRequest("b", [3, *PROMPT[1:]], params, like="a")]
+    pair = [AddRequest("a", PROMPT, params), AddRequest("b", [3, *PROMPT[1:]], params, share_prompt_with="a")]
     expected = alone(engine, pair)
     assert {id: tokens(out) for id, out in run(engine, pair).items()} == expected
     assert not shared

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect
 
-from server.routes.stream import DONE, EventStream, while_there
+from server.routes.stream import DONE, EventStream, run_while_connected
 
 
 def test_while_there_cancels_the_work_of_a_client_that_left() -> None:
@@ -28,7 +28,7 @@ def test_while_there_cancels_the_work_of_a_client_that_left() -> None:
             return messages.pop(0)
 
         with pytest.raises(ClientDisconnect):
-            await while_there(receive, work())
+            await run_while_connected(receive, work())
         assert cancelled.is_set()
 
     asyncio.run(main())
