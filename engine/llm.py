@@ -76,7 +76,7 @@ class LLM:
         """
         if isinstance(model, EngineConfig):
             if settings:
-                raise ConfigError("settings stand in the config already given")
+                raise ConfigError("give either a config or settings, not both")
             config = model
         else:
             try:

@@ -71,7 +71,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
-                f"num_attention_heads ({self.num_heads}) is no multiple of num_key_value_heads ({self.num_kv_heads})"
+                f"num_attention_heads ({self.num_heads}) is not a multiple of num_key_value_heads ({self.num_kv_heads})"
             )
         if self.head_dim % 2:
             raise ModelError(f"head_dim ({self.head_dim}) is odd: rotary embedding turns pairs")
@@ -173,7 +173,7 @@ def _head_dim(data: Json, model_type: str, hidden_size: int, num_heads: int) -> 
     if model_type == "qwen3":
         return 128
     if hidden_size % num_heads:
-        raise ModelError(f"hidden_size ({hidden_size}) is no multiple of num_attention_heads ({num_heads})")
+        raise ModelError(f"hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({num_heads})")
     return hidden_size // num_heads
 
 

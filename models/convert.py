@@ -79,7 +79,7 @@ def check_destination(src: Path, dst: Path, force: bool) -> None:
     if target == source or target in source.parents:
         raise ModelError(f"{dst}: holds the source")
     if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
-        raise ModelError(f"{dst}: exists and is no directory")
+        raise ModelError(f"{dst}: exists and is not a directory")
     if dst.is_dir() and any(dst.iterdir()) and not force:
         raise ModelError(f"{dst}: exists and is not empty (--force replaces it)")
 

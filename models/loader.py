@@ -60,7 +60,7 @@ def load_model(
                         wanted.remove(name)
                         bar.update(slots[name].tensor.nbytes)
                     elif name in slots:
-                        raise ModelError(f"{file}: tensor {name} also stands in another file")
+                        raise ModelError(f"{file}: tensor {name} is also in another file")
                     elif name == _HEAD and config.tie_word_embeddings:
                         head = file, name
                     elif not name.endswith(".rotary_emb.inv_freq"):

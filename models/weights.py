@@ -26,7 +26,7 @@ def weight_files(path: Path) -> list[Path]:
         names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name:
-                raise ModelError(f"{index}: {name!r} is no file of this directory")
+                raise ModelError(f"{index}: {name!r} is not a file of this directory")
             if not (path / name).is_file():
                 raise ModelError(f"{path / name}: not found, but listed in {_INDEX}")
         return [path / name for name in names]

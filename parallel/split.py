@@ -54,7 +54,7 @@ def split_heads(num_heads: int, num_kv_heads: int, ranks: int) -> list[HeadSplit
     Up to num_kv_heads ranks: each rank gets whole KV heads with all their query heads, as evenly as possible.
     Beyond that: each rank gets one KV head. The ranks are split over the KV heads, and the query heads of a KV head are
     split over its ranks.
-    Raises ValueError if num_heads is no multiple of num_kv_heads, or unless 1 <= ranks <= num_heads.
+    Raises ValueError if num_heads is not a multiple of num_kv_heads, or unless 1 <= ranks <= num_heads.
     """
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly")

@@ -64,6 +64,6 @@ def join(comm: dist.ProcessGroup, store: Store, device: torch.device) -> Symmetr
         memory = symmetric_memory.empty_strided_p2p((MAX_BYTES,), (1,), torch.uint8, device)
         symmetric_memory.rendezvous(memory, name)
     except RuntimeError as error:
-        raise CollectiveError(f"the GPUs have no memory that all of them see: {error}") from error
+        raise CollectiveError(f"the GPUs share no memory: {error}") from error
     one_shot = torch.ops.symm_mem.one_shot_all_reduce_copy
     return SymmetricGroup(comm, memory, lambda part, x: one_shot(part, x, "sum", name))

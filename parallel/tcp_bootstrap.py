@@ -76,7 +76,7 @@ def accept_ranks(store: Store, address: str, size: int, *, timeout_s: float, lin
                 while missing:
                     if (left := deadline - time.monotonic()) <= 0:
                         names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, sorted(missing)))}"
-                        raise RankFailure(f"{names} did not come to {address}:{port} within {timeout_s:g} s")
+                        raise RankFailure(f"{names} did not connect to {address}:{port} within {timeout_s:g} s")
                     for rank, host, connection in acceptor.accepted(min(left, _RETRY_S)):
                         connections.links[rank], connections.hosts[rank] = Link(connection, link_timeout_s), host
         except BaseException:
@@ -161,7 +161,7 @@ class _Acceptor:
 def connect(store: Store, rank: int, *, timeout_s: float, link_timeout_s: float) -> tuple[Link, Store]:
     """Connect to rank 0, from any other rank. Returns the link to it, and this group's own part of the store.
 
-    Raises CollectiveError if that fails for timeout_s, or if the store is out of reach.
+    Raises CollectiveError if that fails for timeout_s, or if the store cannot be reached.
     """
     host = socket.gethostname().encode()[:64]
     deadline = time.monotonic() + timeout_s
@@ -169,8 +169,8 @@ def connect(store: Store, rank: int, *, timeout_s: float, link_timeout_s: float)
         try:
             endpoint = msgspec.json.decode(store.get(_KEY), type=_Endpoint)  # waits until there is one
         except RuntimeError as error:
-            raise CollectiveError(f"rank 0 has not said where it is: {error}") from error
-        reason = "it does not know this group"
+            raise CollectiveError(f"rank 0 has not published its address: {error}") from error
+        reason = "it belongs to another group"
         try:
             connection = socket.create_connection((endpoint.address, endpoint.port), timeout=_HELLO_TIMEOUT_S)
             try:

@@ -54,7 +54,7 @@ class TorchrunEnv:
                 wait_for_workers=False,
             )
         except RuntimeError as error:
-            raise CollectiveError(f"the store at {self.master}:{self.port} is out of reach: {error}") from error
+            raise CollectiveError(f"the store at {self.master}:{self.port} cannot be reached: {error}") from error
 
     def address(self) -> str:
         """Return the address of this host that other ranks can reach: the one from which it reaches the master."""
@@ -81,7 +81,7 @@ def read_torchrun_env(environment: Mapping[str, str]) -> TorchrunEnv:
     if not environment.get("MASTER_ADDR"):
         raise TorchrunEnvError("MASTER_ADDR is not set: start this program with torchrun")
     if not (rank < size and local_rank < local_size <= size):
-        raise TorchrunEnvError(f"rank {rank} of {size}, {local_rank} of {local_size} on this host: no such place")
+        raise TorchrunEnvError(f"rank {rank} of {size}, {local_rank} of {local_size} on this host: outside its group")
     return TorchrunEnv(
         rank=rank,
         size=size,

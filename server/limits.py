@@ -60,7 +60,7 @@ class BodyLimit:
                     async with asyncio.timeout_at(None if whole else deadline):
                         message = await receive()
                 except TimeoutError:
-                    reason = f"the body was not there after {self._timeout_s:g} s"
+                    reason = f"the body did not arrive within {self._timeout_s:g} s"
                     raise ApiError(
                         reason, status=408, code="request_timeout", headers={"Connection": "close"}
                     ) from None

@@ -97,7 +97,7 @@ def main() -> int:
         said = {"device": about, "copy_bandwidth": ceiling, "results": [asdict(result) for result in results]}
         arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(said), indent=2))
     print("\n".join([*notes, f"{about}; drafts read {arguments.budget} tokens"]))
-    print(f"{ceiling / 1e9:.0f} GB/s in a copy, which is what floors are made of\n")
+    print(f"{ceiling / 1e9:.0f} GB/s in a copy; floors are bytes over this rate\n")
     print(table(results))
     return 0
 
@@ -127,7 +127,7 @@ def _arguments() -> tuple[argparse.Namespace, list[tuple[int, int]]]:
     except ValueError:
         parser.error("--points are ROWSxCONTEXT")
     if unknown := [shape for shape in arguments.shapes.split(",") if shape not in SHAPES]:
-        parser.error(f"--shapes: {unknown[0]!r} is none of {', '.join(SHAPES)}")
+        parser.error(f"--shapes: {unknown[0]!r} is not one of {', '.join(SHAPES)}")
     if not 0 <= arguments.synthetic_acceptance <= 1 or not 1 <= arguments.gamma <= 16 or arguments.rounds < 1:
         parser.error("--synthetic-acceptance is from 0 to 1, --gamma from 1 to 16, --rounds at least 1")
     return arguments, points

@@ -72,7 +72,7 @@ class ComparisonReport(msgspec.Struct):
         return [point for point in self.points if (point.batch, point.context) == place]
 
 
-_HEAD = ("batch", "context", "step ms", "least", "most", "tok/s", "x first", "prefill s", "total s", "same")
+_HEAD = ("batch", "context", "step ms", "min", "max", "tok/s", "x first", "prefill s", "total s", "same")
 
 
 def table(report: ComparisonReport, only: tuple[int, int] | None = None) -> str:
@@ -96,14 +96,16 @@ def table(report: ComparisonReport, only: tuple[int, int] | None = None) -> str:
     for entry in report.contenders:
         what = entry.about
         if entry.same is not None:
-            what += f"; {100 * entry.same:.0f} % of tokens behind short prompts are the first contender's"
+            what += f"; {100 * entry.same:.0f} % of tokens after short prompts equal the first contender's"
         lines.append(f"{entry.name:<{width}}{what}{_note(entry.error)}")
     lines.append("")
     lines.append(
-        f"{report.threads} threads; {report.rounds} turns of {report.new_tokens} tokens per row; step ms: the median "
-        "turn, and least and most, per token of every row; x first: speed over the first line's"
+        f"{report.threads} threads; {report.rounds} turns of {report.new_tokens} tokens per row; step ms: time per "
+        "token of every row, median, minimum and maximum of the turns; x first: speed relative to the first line"
     )
-    lines.append("prefill: until every row has its first token; total: whole requests; same: tokens of the first line")
+    lines.append(
+        "prefill: until every row has its first token; total: whole requests; same: tokens equal to the first line's"
+    )
     return "\n".join(lines)
 
 

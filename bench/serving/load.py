@@ -44,7 +44,7 @@ class Lengths:
                     return cls(spec, lambda rng: min(most, max(1, round(rng.lognormvariate(mu, sigma)))), most)
         except ValueError:
             pass
-        raise BenchError(f"{spec!r} is no length: N, uniform:LEAST:MOST or lognormal:MEDIAN:SIGMA:MOST")
+        raise BenchError(f"{spec!r} is not a length: give N, uniform:MIN:MAX or lognormal:MEDIAN:SIGMA:MAX")
 
 
 @dataclass(frozen=True, slots=True)

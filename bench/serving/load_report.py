@@ -33,7 +33,7 @@ class Slo(msgspec.Struct, frozen=True):
             return cls(**limits)
         except (TypeError, ValueError):
             raise BenchError(
-                f"{text!r} is no SLO: ttft, tpot and e2e with milliseconds, like ttft:500,tpot:50"
+                f"{text!r} is not an SLO: expected milliseconds for any of ttft, tpot and e2e, like ttft:500,tpot:50"
             ) from None
 
     def met(self, record: RequestRecord) -> bool:

@@ -67,7 +67,7 @@ class AllConfig(Settings):
     @classmethod
     def _unlimited(cls, data: Any) -> Any:
         if isinstance(data, dict) and "budget" in data:
-            raise ValueError("policy all reads everything and has no budget")
+            raise ValueError("policy all reads all tokens and takes no budget")
         return data
 
     @property
@@ -145,7 +145,7 @@ class SpeculationConfig(Settings):
 
     def _check_drafter(self, ranks: int) -> None:
         if (self.drafter == "model") != (self.model is not None):
-            raise ValueError("speculation.drafter: model needs speculation.model, and nothing else does")
+            raise ValueError("speculation.model is required with drafter: model, and allowed only with it")
         mine = self.tensor_parallel_size
         if mine not in (None, ranks) and self.verification == "rejection":
             raise ValueError("speculation.verification: rejection needs the draft model on all ranks")

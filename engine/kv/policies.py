@@ -54,13 +54,13 @@ class Window:
     def __init__(self, *, budget: int, sink: int, page_size: int) -> None:
         """budget: KV tokens, a multiple of page_size. sink: number of first tokens always read, rounded up to pages.
 
-        Raises ValueError if the budget is no multiple of the page size or leaves no page after the sink.
+        Raises ValueError if the budget is not a multiple of the page size or leaves no page after the sink.
         """
         self._page_size = page_size
         self._sink = -(-sink // page_size)
         self._width = budget // page_size
         if budget % page_size:
-            raise ValueError(f"a budget of {budget} tokens is no whole number of pages of {page_size}")
+            raise ValueError(f"a budget of {budget} tokens is not a multiple of the page size, {page_size}")
         if self._width <= self._sink:
             raise ValueError(f"a budget of {budget} tokens leaves no page of {page_size} beside a sink of {sink}")
 

@@ -224,7 +224,7 @@ class EngineClient:
             try:
                 message: Ready | Outputs | Dead = decoder.decode(await self._socket.recv())
             except (zmq.ZMQError, msgspec.MsgspecError) as error:
-                self._mark_dead(f"cannot hear the engine: {error}")
+                self._mark_dead(f"cannot receive from the engine: {error}")
                 self.kill()
                 return
             if isinstance(message, Outputs):

@@ -28,7 +28,7 @@ def new_directory() -> Path:
     if excess := _excess(directory):
         directory.rmdir()
         raise EndpointError(
-            f"{directory.parent}: too long a name for sockets in it, by {excess} bytes; set TMPDIR to a shorter one"
+            f"{directory.parent}: its name is too long for sockets in it, by {excess} bytes; set a shorter TMPDIR"
         )
     return directory
 
@@ -44,7 +44,7 @@ def claim(directory: Path) -> None:
     Only this user can access it. Raises EndpointError, also if another engine has reserved it.
     """
     if excess := _excess(directory):
-        raise EndpointError(f"{directory}: too long a name for sockets in it, by {excess} bytes")
+        raise EndpointError(f"{directory}: its name is too long for sockets in it, by {excess} bytes")
     try:
         while True:
             with contextlib.suppress(FileExistsError):
@@ -59,7 +59,7 @@ def claim(directory: Path) -> None:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(fd)
-                raise EndpointError(f"{directory}: another engine runs there") from None
+                raise EndpointError(f"{directory}: another engine runs in it") from None
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(found, directory.stat()):
                     return

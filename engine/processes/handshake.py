@@ -45,7 +45,9 @@ async def wait_ready(socket: zmq.asyncio.Socket, process: Process, timeout_s: fl
     message = msgspec.msgpack.decode(reply.result(), type=FromEngine)
     if isinstance(message, Ready):
         return message
-    raise EngineDead(message.reason if isinstance(message, Dead) else "the engine spoke out of turn")
+    raise EngineDead(
+        message.reason if isinstance(message, Dead) else "the engine sent an unexpected message while starting"
+    )
 
 
 async def wait_for_engine(socket: zmq.asyncio.Socket, directory: Path, timeout_s: float) -> Ready:

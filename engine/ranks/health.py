@@ -103,7 +103,7 @@ class RankHealth:
                 return f"rank {rank} {ended}"
             if self._processes and self._processes.is_stopped(rank):
                 return f"rank {rank} took no plan for {self._timeout_s:g} s (stopped by a signal)"
-            return f"{self.names([rank])} is out of reach"
+            return f"{self.names([rank])} cannot be reached"
         return None
 
     def _describe_unknown_cause(self, error: CollectiveError | None, ended: list[int]) -> str:

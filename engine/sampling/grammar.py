@@ -54,7 +54,7 @@ class Grammars:
         consumed = matcher.try_consume_tokens(list(tokens))
         # Tokens after the grammar's end, such as an end of sequence, do not advance the matcher.
         if matcher.is_error() or (consumed < len(tokens) and not matcher.is_stopped()):
-            log.error("a grammar fails, and its output ends: %s", matcher.get_error() or "a token does not match")
+            log.error("a grammar failed; its output ends here: %s", matcher.get_error() or "a token does not match")
 
     def masks(self, row: int, drafted: Sequence[int], first: int = 0) -> Words:
         """Compute the tokens allowed after the row's committed tokens and `first` of its drafts, and after each further

@@ -35,7 +35,7 @@ class CpuLinear:
 
 class CpuOps(TorchFallbackOps):
     """See kernels.ops.Ops. A row's results do not depend on other rows at all, except in attention with a head_dim that
-    is no multiple of 16, which plain torch computes."""
+    is not a multiple of 16, which plain torch computes."""
 
     kind = "cpu"
     graphs: Graphs | None = None

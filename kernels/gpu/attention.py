@@ -200,7 +200,7 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
     tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = kv.k.shape
     if q.stride(2) != 1:
-        raise ValueError("attention: elements of a head are not beside each other")
+        raise ValueError("attention: elements of a head are not contiguous")
     page_stride = check_pool(kv)
     group = heads // kv_heads
     pages = tiles.pages

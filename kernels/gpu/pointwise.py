@@ -47,7 +47,7 @@ def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     check_dtype(x)
     rows, size = x.shape
     if x.stride(1) != 1 or (delta is not None and delta.stride(1) != 1):
-        raise ValueError("norm: elements of a row are not beside each other")
+        raise ValueError("norm: elements of a row are not contiguous")
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
     if rows:
         other = x if delta is None else delta
@@ -81,7 +81,7 @@ def silu_mul(pairs: Tensor) -> Tensor:
     check_dtype(pairs)
     rows, size = pairs.shape[0], pairs.shape[1] // 2
     if pairs.stride(1) != 1:
-        raise ValueError("silu_mul: elements of a row are not beside each other")
+        raise ValueError("silu_mul: elements of a row are not contiguous")
     out = torch.empty(rows, size, dtype=pairs.dtype, device=pairs.device)
     if rows:
         block = min(_WIDE, triton.next_power_of_2(size))
@@ -172,7 +172,7 @@ def rotary(
     tokens, all_heads, head_dim = qkv.shape
     _, kv_heads, page_size, _ = kv.k.shape
     if qkv.stride()[1:] != (head_dim, 1):
-        raise ValueError("rotary: heads of a token are not beside each other")
+        raise ValueError("rotary: heads of a token are not contiguous")
     page_stride = check_pool(kv)
     if not tokens:
         return

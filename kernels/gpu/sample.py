@@ -131,7 +131,7 @@ def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
     check_dtype(logits)
     rows, size = logits.shape
     if logits.stride(1) != 1:
-        raise ValueError("sample: logits of a row are not beside each other")
+        raise ValueError("sample: logits of a row are not contiguous")
     block = min(_PART, triton.next_power_of_2(size))
     parts = triton.cdiv(size, block)
     values = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)

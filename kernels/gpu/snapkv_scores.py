@@ -126,7 +126,7 @@ def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel
     queries, heads, head_dim = q.shape
     kv_heads, length, _ = k.shape
     if q.stride(2) != 1 or k.stride(2) != 1:
-        raise ValueError("snapkv_scores: elements of a head are not beside each other")
+        raise ValueError("snapkv_scores: elements of a head are not contiguous")
     group = heads // kv_heads
     total = queries * group
     m = min(64, max(16, triton.next_power_of_2(total)))

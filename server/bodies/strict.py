@@ -27,7 +27,7 @@ class only:
         if not self._values:
             raise PydanticCustomError("not_served", "this field is not served yet")
         served = " or ".join(msgspec.json.encode(v).decode() for v in self._values)
-        raise PydanticCustomError("not_served", f"nothing but {served} is served yet")
+        raise PydanticCustomError("not_served", f"only {served} is served yet")
 
 
 NotServed = Annotated[Any, AfterValidator(only())]

@@ -179,13 +179,13 @@ def _sampling(text: str) -> tuple[float, float]:
     except ValueError:
         drawn = -1, 0
     if not (0 <= drawn[0] <= 100 and 1e-6 <= drawn[1] <= 1):
-        raise typer.BadParameter(f"{text!r} is no temperature, or temperature:top-p", param_hint="--sampling")
+        raise typer.BadParameter(f"{text!r} is not a temperature, nor temperature:top-p", param_hint="--sampling")
     return drawn
 
 
 def _check_file(file: Path | None, flag: str) -> None:
     if file is not None and not file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{file.parent} is no directory", param_hint=flag)
+        raise typer.BadParameter(f"{file.parent} is not a directory", param_hint=flag)
 
 
 def _write(file: Path, listed: list[dict[str, Any]]) -> None:

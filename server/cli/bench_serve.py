@@ -73,7 +73,7 @@ def serve(
     levels = _levels(rate or concurrency or "", whole=rate is None)
     wanted = [value.strip() for value in speculation.split(",")]
     if unknown := [value for value in wanted if value not in VALUES]:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(VALUES)}", param_hint="--speculation")
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(VALUES)}", param_hint="--speculation")
     import msgspec
 
     from bench.corpus import BenchError, read_text
@@ -142,5 +142,5 @@ def _levels(text: str, *, whole: bool) -> list[float]:
     except ValueError:
         levels = []
     if not levels or any(not 0 < level < 1e6 or (whole and level != int(level)) for level in levels):
-        raise typer.BadParameter(f"{text!r} is no list of positive numbers", param_hint=flag)
+        raise typer.BadParameter(f"{text!r} is not a list of positive numbers", param_hint=flag)
     return levels

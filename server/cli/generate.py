@@ -102,9 +102,9 @@ def _report(stats: EngineStats, tokens: int, prefill: float, decode: float) -> N
     )
     if stats.decode_seconds and stats.forecast_seconds:
         shares = " ".join(f"{gamma}:{count}" for gamma, count in enumerate(stats.gamma_chosen))
-        lines.append(f"gamma         rounds by drafted tokens {shares}; acceptance is taken to be {stats.alpha:.3f}")
+        lines.append(f"gamma         rounds by drafted tokens {shares}; estimated acceptance {stats.alpha:.3f}")
         lines.append(
-            f"speed-up      {stats.plain_seconds / stats.decode_seconds:.2f} by the controller's reckoning, "
+            f"speed-up      {stats.plain_seconds / stats.decode_seconds:.2f} as estimated by the controller, "
             f"{stats.plain_seconds / stats.forecast_seconds:.2f} predicted"
         )
     print("\n".join(lines), file=sys.stderr)

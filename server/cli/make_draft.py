@@ -53,7 +53,7 @@ def make_draft(
 
 def _number(text: str) -> int:
     if not (text.isdecimal() and text.isascii()):
-        raise typer.BadParameter(f"{text!r} is no layer's number", param_hint="--layers")
+        raise typer.BadParameter(f"{text!r} is not a layer number", param_hint="--layers")
     return int(text)
 
 

@@ -38,7 +38,7 @@ def gamma(speculation: str) -> int | Literal["auto"]:
     if speculation.isdecimal() and speculation.isascii():
         return int(speculation)
     raise typer.BadParameter(
-        f"{speculation!r} is none of `off`, `auto` and a number of tokens", param_hint="--speculation"
+        f"{speculation!r} is not one of `off`, `auto` and a number of tokens", param_hint="--speculation"
     )
 
 
@@ -141,7 +141,7 @@ def counts(text: str, flag: str, minimum: int = 1) -> list[int]:
     values = [value.strip() for value in text.split(",")]
     if not all(value.isdecimal() and int(value) >= minimum for value in values):
         positive = "positive numbers" if minimum else "numbers"
-        raise typer.BadParameter(f"{text!r} is no list of {positive}", param_hint=flag)
+        raise typer.BadParameter(f"{text!r} is not a list of {positive}", param_hint=flag)
     return [int(value) for value in values]
 
 
@@ -150,5 +150,5 @@ def names(text: str, known: Sequence[str], flag: str) -> list[str]:
     values = list(dict.fromkeys(value.strip() for value in text.split(",")))
     for value in values:
         if value not in known:
-            raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=flag)
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=flag)
     return values

@@ -58,7 +58,7 @@ def plan(
     batches, contexts = options.counts(batch, "--batch"), options.counts(context, "--context")
     for file, flag in ((json_file, "--json"), (plot_file, "--plot")):
         if file is not None and not file.absolute().parent.is_dir():
-            raise typer.BadParameter(f"{file.parent} is no directory", param_hint=flag)
+            raise typer.BadParameter(f"{file.parent} is not a directory", param_hint=flag)
     if plot_file is not None:
         check_plotting()
     deployment = deploy(

@@ -26,7 +26,7 @@ def profile(
     counts = options.counts(rows, "--rows"), options.counts(context, "--context"), options.counts(gammas, "--gamma")
     for file, flag in ((json_file, "--json"), (plot_file, "--plot")):
         if file is not None and not file.absolute().parent.is_dir():
-            raise typer.BadParameter(f"{file.parent} is no directory", param_hint=flag)
+            raise typer.BadParameter(f"{file.parent} is not a directory", param_hint=flag)
     overrides["engine.speculation.gamma"] = max(counts[2])
     import msgspec
 

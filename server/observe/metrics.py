@@ -27,7 +27,7 @@ _GAUGES: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ...]
     (
         "kv_cache_usage_ratio",
         "kv_cache_usage_perc",
-        "Share of the target's KV pool in use (1 is all).",
+        "Fraction of the target's KV pool in use.",
         lambda s: 1 - s.pages_free / s.pages_total if s.pages_total else 0.0,
     ),
     (
@@ -42,7 +42,12 @@ _COUNTERS: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ..
     ("prompt_tokens", "prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
     ("generated_tokens", "generation_tokens", "Tokens generated.", lambda s: s.generated_tokens),
     ("preemptions", "num_preemptions", "Requests preempted.", lambda s: s.preemptions),
-    ("drafts", "spec_decode_num_drafts", "Rows that entered a round with a draft.", lambda s: s.drafts),
+    (
+        "drafts",
+        "spec_decode_num_drafts",
+        "Drafts verified: rows with drafted tokens, summed over rounds.",
+        lambda s: s.drafts,
+    ),
     ("draft_tokens", "spec_decode_num_draft_tokens", "Tokens drafted.", lambda s: s.draft_tokens),
     (
         "accepted_tokens",
@@ -51,8 +56,8 @@ _COUNTERS: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ..
         lambda s: s.accepted_tokens,
     ),
     ("kv_tokens_read", None, "KV tokens read by draft and verify passes.", lambda s: s.kv_tokens_read),
-    ("engine_restarts", None, "Engines started in place of one that died.", lambda s: s.engine_restarts),
-    ("requests_retried", None, "Requests run once more after an engine died.", lambda s: s.requests_retried),
+    ("engine_restarts", None, "Engines restarted after one died.", lambda s: s.engine_restarts),
+    ("requests_retried", None, "Requests retried after an engine died.", lambda s: s.requests_retried),
 )
 
 
@@ -74,7 +79,7 @@ class Metrics:
         self.first_token = histogram(
             "time_to_first_token_seconds",
             "time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
+            "Time from a request's arrival to its first token.",
         )
         self.between_tokens = histogram(
             "inter_token_latency_seconds",
@@ -87,14 +92,14 @@ class Metrics:
             "Mean time per token of a request after its first token.",
         )
         self.whole = histogram(
-            "request_seconds", "e2e_request_latency_seconds", "From a request's arrival to its last token."
+            "request_seconds", "e2e_request_latency_seconds", "Time from a request's arrival to its last token."
         )
         self.queued = histogram(
-            "queue_seconds", "request_queue_time_seconds", "From a request's arrival to its first round."
+            "queue_seconds", "request_queue_time_seconds", "Time from a request's arrival to its first round."
         )
         labels = (*_MODEL, "finished_reason")
         self._finished = [
-            Counter(name, "Requests by how they ended.", labels, registry=registry)
+            Counter(name, "Finished requests by finish reason.", labels, registry=registry)
             for name in ("magicdec_requests_finished", "vllm:request_success")
         ]
 

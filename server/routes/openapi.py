@@ -18,14 +18,14 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/detokenize": DetokenizeRequest,
 }
 _STREAMING = ("/v1/completions", "/v1/chat/completions")
-_PLACES = {
-    "/v1/models": "Models that are served.",
-    "/v1/models/{model_id}": "One of them.",
-    "/health": "Whether engine and ranks live.",
-    "/ready": "Whether requests are taken.",
-    "/metrics": "Prometheus text.",
+_GET_ROUTES = {
+    "/v1/models": "List the models served.",
+    "/v1/models/{model_id}": "Describe one model.",
+    "/health": "Report whether the engine and all ranks are alive.",
+    "/ready": "Report whether the server accepts requests.",
+    "/metrics": "Metrics in Prometheus text format.",
     "/version": "Version and commit.",
-    "/load": "Requests and pages.",
+    "/load": "Numbers of requests and of KV pages in use.",
     "/": "Dashboard and playground.",
 }
 _TEXTS = {"/metrics": "text/plain", "/": "text/html"}
@@ -46,13 +46,13 @@ _ERROR = {
     },
 }
 _STATUSES = {
-    400: "A value that cannot be served; `param` names it.",
+    400: "Invalid value; `param` names it.",
     401: "No valid API key.",
-    404: "No such model or route.",
-    405: "No such method on this route.",
+    404: "Unknown model or route.",
+    405: "Method not allowed on this route.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    503: "Loading, full, draining, or the engine is gone; with Retry-After where that helps.",
+    503: "Loading, full, draining, or the engine has died; with Retry-After where a retry can succeed.",
 }
 
 router = APIRouter()
@@ -73,7 +73,7 @@ def document(version: str) -> dict[str, Any]:
         paths[path] = {
             "post": _operation((model.__doc__ or "").strip(), answer, {"required": True, "content": content})
         }
-    for path, about in _PLACES.items():
+    for path, about in _GET_ROUTES.items():
         operation = _operation(about, {_TEXTS.get(path, "application/json"): {"schema": {}}}, None)
         if "{" in path:
             parameter = {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}

@@ -64,7 +64,7 @@ def render(template: Template, variables: dict[str, Any], chars: int) -> str:
         pieces.append(piece)
         left -= len(piece)
         if left < 0:
-            raise TemplateError("what it writes is too long")
+            raise TemplateError("its output is too long")
     return "".join(pieces)
 
 

@@ -217,7 +217,7 @@ def test_two_hosts(
             assert set(ranks) == {0, 1, 2, 3}
             reason = interrupted(servers[0], ranks[3].kill)
             assert "rank 3 (host " in reason
-            assert "is out of reach" in reason
+            assert "cannot be reached" in reason
 
             servers[0].stop()
             servers.append(agents.start_server())

@@ -104,7 +104,7 @@ def test_a_rank_that_takes_no_plan() -> None:
     with (
         closing(theirs),
         closing(ranks),
-        pytest.raises(RankFailure, match="rank 1 is out of reach"),
+        pytest.raises(RankFailure, match="rank 1 cannot be reached"),
         ranks.round(plan),
     ):
         pytest.fail("the round began")

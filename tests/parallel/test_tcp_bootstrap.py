@@ -104,7 +104,7 @@ def test_ranks_that_do_not_come(threads: ThreadPoolExecutor) -> None:
     store = HashStore()
     accepting = accept(threads, store, 4, timeout_s=1)
     link = connect(store, 2)
-    with pytest.raises(RankFailure, match=r"ranks 1, 3 did not come to 127\.0\.0\.1:\d+ within 1 s"):
+    with pytest.raises(RankFailure, match=r"ranks 1, 3 did not connect to 127\.0\.0\.1:\d+ within 1 s"):
         accepting.result()
     with pytest.raises(ConnectionError):
         link.receive()

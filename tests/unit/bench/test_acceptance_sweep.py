@@ -172,9 +172,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert done.output.count("rejection") == 2
     for arguments, says in (
-        (["--sampling", "warm"], "'warm' is no temperature"),
-        (["--policy", "wide"], "'wide' is none of window, relative"),
-        (["--verification", "none"], "'none' is none of coupled, rejection"),
+        (["--sampling", "warm"], "'warm' is not a temperature"),
+        (["--policy", "wide"], "'wide' is not one of window, relative"),
+        (["--verification", "none"], "'none' is not one of coupled, rejection"),
         (["--budget", "0"], "positive"),
         (["--policy", "snapkv"], "none is more than snapkv's --recent"),
         (["--plot", str(tmp_path / "no" / "x.png")], "no directory"),

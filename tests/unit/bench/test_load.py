@@ -46,7 +46,7 @@ def test_lengths(spec: str, least: int, most: int) -> None:
     ],
 )
 def test_what_is_no_length(spec: str) -> None:
-    with pytest.raises(BenchError, match="is no length"):
+    with pytest.raises(BenchError, match="is not a length"):
         Lengths.parse(spec)
 
 
@@ -129,7 +129,7 @@ def test_slo() -> None:
     assert not slo.met(answered(0, [0.4, 2.0], 40))
     assert not slo.met(RequestRecord(0, fate="refused"))
     for wrong in ("ttft", "ttft:x", "first:5", "ttft:0", "ttft:5:6"):
-        with pytest.raises(BenchError, match="is no SLO"):
+        with pytest.raises(BenchError, match="is not an SLO"):
             Slo.parse(wrong)
 
 

@@ -122,7 +122,7 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     tensors = weights()
     write(tmp_path, tensors, "a.safetensors")
     write(tmp_path, {DOWN: tensors[DOWN]}, "b.safetensors")
-    with pytest.raises(ModelError, match=f"b.safetensors: tensor {DOWN} also stands in another file"):
+    with pytest.raises(ModelError, match=f"b.safetensors: tensor {DOWN} is also in another file"):
         load(tmp_path)
 
 

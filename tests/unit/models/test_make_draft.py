@@ -133,7 +133,7 @@ def test_the_command(target: Path, tmp_path: Path) -> None:
             == kept
         )
     for arguments, says in (
-        (["--layers", "0,x"], "'x' is no layer's number"),
+        (["--layers", "0,x"], "'x' is not a layer number"),
         (["--layers", "0", "--keep", "1"], "already says"),
         (["--spread", "--text", "x"], "nothing is measured"),
         (["--layers", "6"], "the model has layers 0 to 5"),

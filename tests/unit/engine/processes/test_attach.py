@@ -178,7 +178,7 @@ def test_two_engines_in_one_directory(tmp_path: Path, engines: Callable[..., sub
     async def test() -> None:
         engines()
         async with attached(tmp_path) as client:
-            with pytest.raises(EndpointError, match="another engine runs there"):
+            with pytest.raises(EndpointError, match="another engine runs in it"):
                 claim(tmp_path / "e")
             await answered(client, "a")
 
@@ -210,7 +210,7 @@ def test_directories_that_cannot_be(tmp_path: Path) -> None:
         claim(tmp_path / "link")
     with pytest.raises(EndpointError, match="no sockets there: No such file"):
         claim(tmp_path / "absent" / "e")
-    with pytest.raises(EndpointError, match="too long a name for sockets in it, by"):
+    with pytest.raises(EndpointError, match="its name is too long for sockets in it, by"):
         claim(tmp_path / ("x" * 200))
     claim(tmp_path / "mine")
     remove(tmp_path / "mine")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
 from engine.config.deployment import Config, ConfigError, load_config
 from server.cli import options
+from server.cli.serve import serve
 from tests.support.paths import ROOT
 
 CPU_YAML = ROOT / "configs" / "cpu.yaml"
@@ -80,7 +83,7 @@ def test_the_target_can_draft_where_a_file_has_a_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--policy", "all", "--budget", "64"], "engine.speculation.kv: Value error, policy all reads everything"),
+        (["--policy", "all", "--budget", "64"], "engine.speculation.kv: Value error, policy all reads all tokens"),
         (["--policy", "wide"], "expected settings of a policy: window, snapkv, topk or all"),
         (["--verification", "none"], "engine.speculation.verification: Input should be 'coupled' or 'rejection'"),
     ],
@@ -89,3 +92,84 @@ def test_faults_are_named(arguments: list[str], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(*arguments)
     assert says in str(caught.value)
+
+
+FLAGS = {
+    "--model": "m",
+    "--device": "cpu",
+    "--dtype": "float32",
+    "--kernels": "reference",
+    "--weights": "int8",
+    "--tensor-parallel-size": "2",
+    "--speculation": "5",
+    "--draft": "d",
+    "--draft-weights": "int8",
+    "--policy": "snapkv",
+    "--budget": "128",
+    "--verification": "rejection",
+    "--max-model-len": "99",
+    "--gpu-memory-utilization": "0.5",
+    "--threads": "3",
+    "--host": "::",
+    "--port": "1",
+    "--served-model-name": "m",
+    "--restart": None,
+    "--log-level": "debug",
+    "--log-format": "json",
+    "--api-key": "k",
+    "--api-keys-file": "f",
+    "--cors-origin": "*",
+    "--tls-cert": "c",
+    "--tls-key": "k",
+}
+"""A value for every flag of `magicdec serve` that overrides a setting."""
+
+
+def test_cpu_config_names_the_flag_of_every_setting_that_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = typer.Typer(add_completion=False)
+    app.command()(serve)
+    options_of_serve = {option for parameter in typer.main.get_command(app).params for option in parameter.opts}
+    assert options_of_serve == {*FLAGS, "--config", "--engine"}
+
+    documented = {
+        (name, flag)
+        for name, line in setting_lines(CPU_YAML.read_text(encoding="utf-8")).items()
+        for flag in re.findall(r"\[(--[a-z-]+)\]", line)
+    }
+    changed = set()
+    defaults = flat(Config().model_dump())
+    for flag, value in FLAGS.items():
+        seen: list[Config] = []
+        monkeypatch.setattr("server.cli.serve._run", lambda config, engine, seen=seen: seen.append(config) or 0)
+        # Certificate and key are valid only together.
+        other = {"--tls-cert": ["--tls-key", "k"], "--tls-key": ["--tls-cert", "c"]}.get(flag, [])
+        done = CliRunner().invoke(app, [flag, *([] if value is None else [value]), *other])
+        assert done.exit_code == 0, done.output
+        settings = flat(seen[0].model_dump())
+        changed |= {(name, flag) for name in defaults if name in settings and settings[name] != defaults[name]}
+    pair = {("server.tls_cert", "--tls-key"), ("server.tls_key", "--tls-cert")}
+    assert changed - pair == documented
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def setting_lines(text: str) -> dict[str, str]:
+    """Map the dotted name of every setting to its line."""
+    lines = text.splitlines()
+    found: dict[str, str] = {}
+
+    def walk(node: yaml.MappingNode, prefix: str) -> None:
+        for key, value in node.value:
+            found[prefix + key.value] = lines[key.start_mark.line]
+            if isinstance(value, yaml.MappingNode):
+                walk(value, f"{prefix}{key.value}.")
+
+    root = yaml.compose(text)
+    assert isinstance(root, yaml.MappingNode)
+    walk(root, "")
+    return found
