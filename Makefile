@@ -17,7 +17,8 @@ PORT :=
 MODEL :=
 ARGS :=
 SETTINGS = --config $(CONFIG) $(if $(MODEL),--model '$(MODEL)')
-PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
+PIP = $(BIN)/python -m pip install $(PIP_FLAGS)
 # Test processes, one per core; those of one file, and all of e2e, run in one process.
 WORKERS := $(shell nproc 2>/dev/null || echo 2)
 PYTEST = $(BIN)/python -m pytest tests/e2e tests/parallel tests/unit -n $(WORKERS) --dist loadscope --no-loadscope-reorder
@@ -60,7 +61,7 @@ model: $(INSTALLED) ## Download and convert the default model, once per user
 	$(BIN)/python -m venv --without-pip "$$top"; \
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > "$$(echo "$$top"/lib/python*/site-packages)/below.pth"; \
-	$(PIP) --python "$$top/bin/python" '.[convert]'; \
+	$(BIN)/python -m pip --python "$$top/bin/python" install $(PIP_FLAGS) '.[convert]'; \
 	"$$top/bin/magicdec" fetch
 
 serve: $(INSTALLED) $(if $(MODEL),,model) ## Serve the API on http://127.0.0.1:8000

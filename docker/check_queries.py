@@ -16,7 +16,7 @@ import yaml
 HERE = Path(__file__).parent
 PATIENCE_S = 60
 QUIET = {"magicdec:requests_aborted:ratio5m"}
-"""Of which there is nothing as long as nothing is wrong."""
+"""Queries whose result is empty while nothing is wrong."""
 
 
 def queries() -> Iterator[str]:

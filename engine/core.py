@@ -190,7 +190,7 @@ class Engine:
                 token = next(token for token in ids if not 0 <= token < vocab_size)
                 raise RequestError(f"{what}: token id {token} is not in the vocabulary of {vocab_size}")
         if params.grammar is not None and not (self._resolved.path / "tokenizer.json").is_file():
-            raise RequestError("grammar: the model's tokenizer.json is not there")
+            raise RequestError("grammar: the model's tokenizer.json was not found")
         self._scheduler.check_request(request)
 
     def add(self, request: AddRequest) -> None:

@@ -108,9 +108,9 @@ class Ops(Protocol):
         """`engine.speculation.verify.accept_drafts` in one launch; None: use that function.
 
         Takes tokens [max_rows, max_model_len] int32, computed [max_rows] int64, row_spans [rows, 4] int64 (see
-        engine.batch.round_batch), drafted [rows] int64, chosen [samples] int64, and the largest number of samples of a
-        row. Returns [rows, 2 + that number] int64: drafted, accepted, and the row's chosen tokens. The first
-        accepted + 1 of these are valid; later ones are arbitrary. Modifies no argument.
+        engine.batch.round_batch), drafted [rows] int64, target_tokens [samples] int64, and the largest number of
+        samples of a row. Returns [rows, 2 + that number] int64: drafted, accepted, and the row's target tokens. The
+        first accepted + 1 of these are valid; later ones are arbitrary. Modifies no argument.
         """
 
     @property

@@ -146,7 +146,7 @@ def parse_config(data: Json, generation: Json | None = None) -> ModelConfig:
         mlp_bias=_flag(data, "mlp_bias") if model_type == "llama" else False,
         qk_norm=model_type == "qwen3",
         sliding_window=_sliding_window(data, model_type),
-        bos_token_id=None if bos is None else _integer(data, "bos_token_id", least=0),
+        bos_token_id=None if bos is None else _integer(data, "bos_token_id", minimum=0),
         eos_token_ids=tuple(sorted({*_token_ids(data, "eos_token_id"), *_token_ids(generation or {}, "eos_token_id")})),
     )
 
@@ -221,7 +221,7 @@ def _sliding_window(data: Json, model_type: str) -> int | None:
     if model_type == "mistral":
         return window
     if layer_types is None:
-        first = _integer(data, "max_window_layers", 28, least=0)
+        first = _integer(data, "max_window_layers", 28, minimum=0)
         return window if first < _integer(data, "num_hidden_layers") else None
     if not isinstance(layer_types, list) or set(layer_types) - {"full_attention", "sliding_attention"}:
         raise ModelError(f"layer_types {layer_types!r} is not supported")
@@ -237,12 +237,12 @@ def _token_ids(data: Json, key: str) -> list[int]:
     return ids
 
 
-def _integer(data: Json, key: str, default: int | None = None, *, least: int = 1) -> int:
+def _integer(data: Json, key: str, default: int | None = None, *, minimum: int = 1) -> int:
     """Parse an integer; `default` replaces an absent or null key."""
     value = data.get(key, default)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ModelError(f"{key} {value!r} is not an integer of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ModelError(f"{key} {value!r} is not an integer of at least {minimum}")
     return value
 
 

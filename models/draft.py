@@ -82,9 +82,9 @@ def choose_layers(
             logits = whole.logits(rest)
             agree = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
             tried[left_out] = float(_divergence(expected, logits)), float(agree)
-        least = min(tried, key=lambda layer: tried[layer][0])
-        kept.remove(least)
-        progress(kept, tried[least][1])
+        least_useful = min(tried, key=lambda layer: tried[layer][0])
+        kept.remove(least_useful)
+        progress(kept, tried[least_useful][1])
     return kept
 
 

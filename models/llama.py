@@ -147,12 +147,12 @@ class Llama(Module):
             device=self.device,
         )
         self._int8 = False
-        self._twin: tuple[Self, ...] = ()  # the 8-bit model, once made; in a tuple, so that it is no child
+        self._int8_copy: tuple[Self, ...] = ()  # the 8-bit model, once made; in a tuple, so that it is no child
 
     def with_layers(self, layers: Sequence[int]) -> Llama:
         """Return a model of only these layers, in this order, that shares their weights."""
         left = copy.copy(self)
-        left._twin = ()
+        left._int8_copy = ()
         left.config = dataclasses.replace(self.config, num_layers=len(layers))
         left.num_layers, left._layers = len(layers), [self._layers[i] for i in layers]
         return left
@@ -170,11 +170,11 @@ class Llama(Module):
         """Return the model with 8-bit matrices, sharing all else; made once. Returns itself if it has them already."""
         if self._int8:
             return self
-        if not self._twin:
-            twin = super().quantized()
-            twin._int8 = True
-            self._twin = (twin,)
-        return self._twin[0]
+        if not self._int8_copy:
+            int8_copy = super().quantized()
+            int8_copy._int8 = True
+            self._int8_copy = (int8_copy,)
+        return self._int8_copy[0]
 
     def make_pool(self, num_pages: int, page_size: int) -> KVPool:
         """Allocate a pool for this model's KV, with the scratch page that graphs need if there are graphs."""

@@ -156,14 +156,14 @@ class IncrementalDecoder:
     def _text(self) -> str:
         return self._tokenizer.decode(self._window, self._skip)
 
-    def _undecided(self, text: str, most: int) -> int:
+    def _undecided(self, text: str, max_bytes: int) -> int:
         """Count the characters at the end that further bytes may change.
 
         In a byte-level text that is at most one; with byte fallback, all of a run of bytes that is not UTF-8 yet.
         """
-        most = 1 if self._tokenizer.byte_level else most
+        max_bytes = 1 if self._tokenizer.byte_level else max_bytes
         count = 0
-        while count < most and text.endswith(REPLACEMENT, 0, len(text) - count):
+        while count < max_bytes and text.endswith(REPLACEMENT, 0, len(text) - count):
             count += 1
         return count
 

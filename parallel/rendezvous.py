@@ -52,7 +52,7 @@ def choose(device: torch.device, wanted: Transport | Literal["auto"], one_machin
             return "nccl"
         return "shared" if one_machine and shm.available() else "gloo"
     if (wanted in ("nccl", "symmetric")) != (device.type == "cuda"):
-        raise ValueError(f"{wanted} cannot serve the device {device.type}")
+        raise ValueError(f"{wanted} does not support the device {device.type}")
     if wanted in ("shared", "symmetric") and not one_machine:
         raise ValueError(f"{wanted} needs all ranks on one machine")
     if wanted == "shared" and not shm.available():

@@ -104,9 +104,9 @@ class ShmGroup(Group):
         self._flags[self.rank * _LINE + _FLAG] = (self._round + 1) * _ROUND - 1
 
     def agree(self, failed: bool) -> list[int]:
-        place, least = _STATUS + self._round % 2, 2 * self._round
-        self._flags[self.rank * _LINE + place] = least + failed
-        return [rank for rank in range(self.size) if self._await(rank, place, least) > least]
+        place, minimum = _STATUS + self._round % 2, 2 * self._round
+        self._flags[self.rank * _LINE + place] = minimum + failed
+        return [rank for rank in range(self.size) if self._await(rank, place, minimum) > minimum]
 
     def all_reduce(self, x: Tensor) -> Tensor:
         flat = x.view(-1)
@@ -138,22 +138,22 @@ class ShmGroup(Group):
         self._flags[self.rank * _LINE + _FLAG] = self._exchange
         for rank in range(self.size):
             if self._await(rank, _FLAG, self._exchange) > self._exchange + 1:
-                raise RoundAbandoned(f"rank {rank} has given up the round")
+                raise RoundAbandoned(f"rank {rank} has abandoned the round")
         return bank
 
-    def _await(self, rank: int, place: int, least: int) -> int:
+    def _await(self, rank: int, place: int, minimum: int) -> int:
         """Wait until the number of `rank` at `place` is at least `least`. Returns the number. Spins first, for a rank
         that is about to arrive; then yields the core; then sleeps between checks, for a rank that is late."""
         flags, index = self._flags, rank * _LINE + place
         for _ in range(_SPINS):
-            if (found := flags[index]) >= least:
+            if (found := flags[index]) >= minimum:
                 return found
         for _ in range(_YIELDS):
             os.sched_yield()
-            if (found := flags[index]) >= least:
+            if (found := flags[index]) >= minimum:
                 return found
         began = checked = time.monotonic()
-        while (found := flags[index]) < least:
+        while (found := flags[index]) < minimum:
             time.sleep(_SLEEP_S)
             now = time.monotonic()
             if now - checked > _CHECK_S:

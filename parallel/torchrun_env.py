@@ -64,7 +64,7 @@ class TorchrunEnv:
                     probe.connect(target)  # a datagram socket: nothing is sent
                     address: str = probe.getsockname()[0]
                     return address
-        raise CollectiveError(f"this host has no way to {self.master}")
+        raise CollectiveError(f"no route from this host to {self.master}")
 
 
 def read_torchrun_env(environment: Mapping[str, str]) -> TorchrunEnv:

@@ -62,7 +62,7 @@ class VocabShard:
         mass = logits.logsumexp(-1, keepdim=True)
         return logits - (mass if self.group.size == 1 else self.group.all_gather(mass).logsumexp(0))
 
-    def of(self, values: Tensor, tokens: Tensor) -> Tensor:
+    def at_tokens(self, values: Tensor, tokens: Tensor) -> Tensor:
         """Look up each row's value at one token: values [rows, size], tokens [rows] int64; O(rows) traffic.
 
         Returns [rows]. Values may be -inf.
@@ -72,28 +72,29 @@ class VocabShard:
 
     def rank(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """Compute the rank of `tokens` [rows] int64: 1 + the number of larger logits, [rows] int64; O(rows) traffic."""
-        larger = (logits > self.of(logits, tokens)[:, None]).sum(-1)
+        larger = (logits > self.at_tokens(logits, tokens)[:, None]).sum(-1)
         return 1 + (larger if self.group.size == 1 else self.group.all_gather(larger).sum(0))
 
-    def logprobs(self, logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the log-probabilities of `tokens`, and of the `most` likeliest tokens; O(rows × most) traffic.
+    def logprobs(self, logits: Tensor, tokens: Tensor, num_alternatives: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the log-probabilities of `tokens`, and of the likeliest tokens; O(rows × num_alternatives) traffic.
 
-        logits: [rows, size]. tokens: [rows] int64. most: at most `total`.
-        Returns [rows]; [rows, most], in descending order; and [rows, most] int64, their ids, lowest first among equals.
+        logits: [rows, size]. tokens: [rows] int64. num_alternatives: number of likeliest tokens, at most `total`.
+        Returns [rows]; [rows, num_alternatives], in descending order, and their ids, int64, lowest first
+        among equals.
         """
-        top, ids = _largest(logits, min(most, self.size))
-        missing = (0, most - top.shape[1])
+        top, ids = _largest(logits, min(num_alternatives, self.size))
+        missing = (0, num_alternatives - top.shape[1])
         top, ids = F.pad(top, missing, value=float("-inf")), F.pad(ids + self.start, missing, value=self.total)
         mass = logits.logsumexp(-1, keepdim=True)
         mine = logits.gather(-1, self.local(tokens)[:, None])
         mine = mine.masked_fill(~self.holds(tokens)[:, None], float("-inf"))
         said = self.group.all_gather(torch.cat([mass.double(), mine.double(), top.double(), ids.double()], -1))
-        masses, chosen, tops, every_id = said.split_with_sizes([1, 1, most, most], -1)
+        masses, chosen, tops, every_id = said.split_with_sizes([1, 1, num_alternatives, num_alternatives], -1)
         total = masses.logsumexp(0)
         # Sort by id first: the stable sort by value then keeps the lowest id first among equals, and padding last.
         merged_ids, by_id = every_id.transpose(0, 1).flatten(1).sort(-1)
         merged = tops.transpose(0, 1).flatten(1).gather(-1, by_id)
-        order = merged.sort(dim=-1, descending=True, stable=True).indices[:, :most]
+        order = merged.sort(dim=-1, descending=True, stable=True).indices[:, :num_alternatives]
         likeliest = (merged.gather(-1, order) - total).to(logits.dtype)
         return (chosen.amax(0) - total)[:, 0].to(logits.dtype), likeliest, merged_ids.gather(-1, order).long()
 
@@ -108,10 +109,10 @@ class VocabShard:
         `total` if a row has a top_p but no top_k. O(rows × candidates) traffic. Returns [rows] float64.
         """
         count = min(candidates, self.total)
-        ordered, least, unlisted = self._candidates(logits, count)
+        ordered, smallest, unlisted = self._candidates(logits, count)
         last = torch.where(top_k > 0, top_k, count).clamp(max=count)[:, None] - 1
         kth = ordered.gather(-1, last)
-        ties = (ordered == kth).sum(-1, keepdim=True) + torch.where(least == kth[None], unlisted, 0).sum(0)
+        ties = (ordered == kth).sum(-1, keepdim=True) + torch.where(smallest == kth[None], unlisted, 0).sum(0)
         ordered = ordered[:, :count]
         above = (ordered.double() - ordered[:, :1]).exp_().masked_fill_(ordered <= kth, 0)
         before = above.cumsum(-1) - above  # mass of all likelier tokens
@@ -138,8 +139,8 @@ class VocabShard:
             ordered = self.whole(logits).sort(-1, descending=True).values
             return ordered, ordered[None, :, -1:], ordered.new_zeros(1, len(ordered), 1)
         listed = logits.topk(count).values
-        least = listed[:, -1:]
-        more = (logits == least).sum(-1, keepdim=True) - (listed == least).sum(-1, keepdim=True)
+        smallest = listed[:, -1:]
+        more = (logits == smallest).sum(-1, keepdim=True) - (listed == smallest).sum(-1, keepdim=True)
         said = self.group.all_gather(torch.cat([listed, more.to(listed.dtype)], -1))
         every, unlisted = said[..., :-1], said[..., -1:]
         merged = every.transpose(0, 1).flatten(1)
@@ -161,9 +162,9 @@ def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns values and indices, [rows, count]. topk alone does not define which of several equals it picks.
     """
     size = logits.shape[-1]
-    least = logits.topk(max(1, count)).values[:, -1:]
+    smallest = logits.topk(max(1, count)).values[:, -1:]
     lowest_first = torch.arange(size, 0, -1, device=logits.device)
-    worth = torch.where(logits > least, size + lowest_first, torch.where(logits == least, lowest_first, 0))
+    worth = torch.where(logits > smallest, size + lowest_first, torch.where(logits == smallest, lowest_first, 0))
     index = worth.topk(count).indices.sort(-1).values
     values = logits.gather(-1, index)
     values, order = values.sort(dim=-1, descending=True, stable=True)

@@ -24,21 +24,21 @@ TinyLlama-1.1B for Llama-2-7B (bench/paper/published.py); other pairs can differ
 
 
 def expected_alpha(
-    policy: Policy, budget: int | None, context: int, *, draft_model: bool, most: float = DRAFT_MODEL
+    policy: Policy, budget: int | None, context: int, *, draft_model: bool, ceiling: float = DRAFT_MODEL
 ) -> float:
     """Estimate the probability that the target accepts a drafted token, given that it accepted those before.
 
     budget: KV tokens that a draft step reads; None or at least `context`: the draft reads what the target reads.
-    draft_model: whether the draft has weights of its own. The estimate is then the lower of two: `most`, the acceptance
-    of a draft model that reads everything, and that of the target's weights at this budget.
+    draft_model: whether the draft has weights of its own. The estimate is then the lower of two: `ceiling`, the
+    acceptance of a draft model that reads everything, and that of the target's weights at this budget.
     """
-    ceiling = most if draft_model else 1.0
+    upper = ceiling if draft_model else 1.0
     if budget is None or budget >= context:
-        return ceiling
+        return upper
     rejections = (1 - _published(context)) * math.pow(_BUDGET / budget, _BUDGET_EXPONENT)
     if policy == "snapkv":
         rejections *= _SNAPKV_REJECTIONS
-    return min(ceiling, max(0.0, 1 - rejections))
+    return min(upper, max(0.0, 1 - rejections))
 
 
 def _published(context: int) -> float:

@@ -30,8 +30,8 @@ def check_tokens(param: str, tokens: Collection[int], vocab_size: int) -> None:
     """Raise ApiError if the model lacks one of `tokens`."""
     if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
         unknown = next(token for token in tokens if not 0 <= token < vocab_size)
-        shown = unknown if abs(unknown) <= MAX_INT else "with an id as large as one of these"
-        raise ApiError(f"{param}: the model has no token {shown}, only 0 to {vocab_size - 1}", param=param)
+        shown = f"{unknown} " if abs(unknown) <= MAX_INT else ""
+        raise ApiError(f"{param}: token id {shown}out of range, expected 0 to {vocab_size - 1}", param=param)
 
 
 class BodyLimit:

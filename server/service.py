@@ -97,12 +97,12 @@ class Service:
         """Admit this many requests to the engine, with `tokens` prompt tokens in all, until the block ends. Raises
         ApiError 503 if there is no room for them."""
         client = self.engine()
-        most = self.config.server.max_queued_tokens
+        max_queued_tokens = self.config.server.max_queued_tokens
         if self._admitted + requests > self.capacity:
             raise unavailable("the queue is full", "queue_full", self._retry_after())
         # An idle server takes any request, however long its prompt.
-        if most is not None and self._admitted and self._admitted_tokens + tokens > most:
-            raise unavailable("the queue holds as many tokens as it may", "queue_full", self._retry_after())
+        if max_queued_tokens is not None and self._admitted and self._admitted_tokens + tokens > max_queued_tokens:
+            raise unavailable("the queue is full: max_queued_tokens is reached", "queue_full", self._retry_after())
         self._admitted += requests
         self._admitted_tokens += tokens
         self._idle.clear()

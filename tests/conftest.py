@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
 from models.default import default_model_dir, is_model_dir, user_cache
 from tests.support.profiles import ALL, FAST
@@ -40,18 +39,18 @@ settings.register_profile(ALL, deadline=None)
 settings.load_profile(FAST)
 
 
-class _ByFile(LoadScopeScheduling):  # type: ignore[misc]
-    """Keeps the tests of a file in one process, for its fixtures; and all of e2e, whose servers must not disturb each
-    other."""
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing where only tests of GPUs run
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute tests of `-n` to processes. The tests of a file stay in one process, for its fixtures; and so do all
+    of e2e, whose servers must not disturb each other."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "e2e" if file.startswith("tests/e2e/") else file
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "e2e" if file.startswith("tests/e2e/") else file
 
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile:
-    """Distribute tests of `-n` to processes."""
-    return _ByFile(config, log)
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -103,7 +103,7 @@ class Bench:
             return
         longest = max(context for _, context in self.points) + self._room
         pages = max(rows * self._width(context) for rows, context in self.points)
-        most = max(rows for rows, _ in self.points)
+        max_rows = max(rows for rows, _ in self.points)
         config = EngineConfig.model_validate(
             {
                 "model": name,
@@ -111,7 +111,7 @@ class Bench:
                 "max_model_len": longest,
                 "cuda_graphs": cuda_graphs,
                 "cache": {"page_size": page_size, "num_pages": max(pages, -(-longest // page_size))},
-                "scheduler": {"max_rows": most, "max_batch_tokens": most * (gamma + 1) + 1},
+                "scheduler": {"max_rows": max_rows, "max_batch_tokens": max_rows * (gamma + 1) + 1},
                 "speculation": {"gamma": gamma, "kv": {"policy": "window", "budget": budget}},
             }
         )

@@ -38,23 +38,23 @@ class Host:
     """Host side of an engine whose rows all decode."""
 
     def __init__(self, rows: int, context: int, gamma: int, budget: int, rounds: int) -> None:
-        most = context + (rounds + _WARM_UPS + 1) * (gamma + 1) + 1
-        width = -(-most // _PAGE)
+        max_len = context + (rounds + _WARM_UPS + 1) * (gamma + 1) + 1
+        width = -(-max_len // _PAGE)
         self._rounds, self._chance = rounds, random.Random(0)
         self._scheduler = Scheduler(
             pages=PageAllocator(rows * (width + 1)),
             page_size=_PAGE,
             max_rows=rows,
-            max_batch_tokens=rows * most,
+            max_batch_tokens=rows * max_len,
             max_waiting=rows,
-            max_model_len=2 * most,
+            max_model_len=2 * max_len,
             eos_token_ids=[],
             controller=FixedGamma(gamma),
         )
-        params = SamplingParams(max_tokens=most, temperature=0.0)
+        params = SamplingParams(max_tokens=max_len, temperature=0.0)
         for row in range(rows):
             self._scheduler.add(AddRequest(str(row), [0] * context, params))
-        self._state = RowState(max_rows=rows, max_model_len=2 * most, page_size=_PAGE, device=torch.device("cpu"))
+        self._state = RowState(max_rows=rows, max_model_len=2 * max_len, page_size=_PAGE, device=torch.device("cpu"))
         self._view = View(Window(budget=budget, sink=_PAGE, page_size=_PAGE), self._state.page_table)
         draft_width = min(budget // _PAGE + 1, width)
         self._steps = [GpuAttention(graph_shape=GraphShape(rows, rows, draft_width)) for _ in range(gamma)]

@@ -48,18 +48,18 @@ def measure(
     config: has the drafter and KV policy to measure. alpha: acceptance, for the speed-ups. Raises BenchError for a
     combination that the engine has no room for.
     """
-    most = max(gammas)
-    tokens = max(max(rows) * (most + 1) + 1, config.scheduler.max_batch_tokens)
+    max_gamma = max(gammas)
+    tokens = max(max(rows) * (max_gamma + 1) + 1, config.scheduler.max_batch_tokens)
     scheduler = SchedulerConfig(max_rows=max(rows), max_batch_tokens=tokens, max_waiting=config.scheduler.max_waiting)
-    speculation = config.speculation.model_copy(update={"gamma": most})
+    speculation = config.speculation.model_copy(update={"gamma": max_gamma})
     config = config.model_copy(update={"scheduler": scheduler, "speculation": speculation})
-    engine = Engine(config, controller=FixedGamma(most), progress=False)
+    engine = Engine(config, controller=FixedGamma(max_gamma), progress=False)
     found: list[RoundTimes] = []
     try:
         for count in rows:
             for context in contexts:
                 samples = [engine.profiler.measure(count, context, gamma, repeats) for gamma in (0, *gammas)]
-                found += _times(samples, most, alpha)
+                found += _times(samples, max_gamma, alpha)
     except ValueError as error:
         raise BenchError(str(error)) from error
     finally:
@@ -67,7 +67,7 @@ def measure(
     return found
 
 
-def _times(samples: list[StepSample], most: int, alpha: float) -> list[RoundTimes]:
+def _times(samples: list[StepSample], max_gamma: int, alpha: float) -> list[RoundTimes]:
     """Convert the samples of one batch. The first sample is the one without drafts."""
     plain, *others = samples
     rows, context, target = plain.rows, plain.context, plain.verify_s
@@ -75,7 +75,7 @@ def _times(samples: list[StepSample], most: int, alpha: float) -> list[RoundTime
     times = StepTimes(samples, lambda context, budget: 1)
     draft = times.draft(rows, 1)
     best, gain = best_gamma(
-        alpha, target, draft, lambda gamma: times.verify(rows, rows * context, [gamma])[0], gamma_max=most
+        alpha, target, draft, lambda gamma: times.verify(rows, rows * context, [gamma])[0], gamma_max=max_gamma
     )
     return [
         RoundTimes(
@@ -124,12 +124,12 @@ def plot(times: Sequence[RoundTimes], path: Path) -> None:
     figure = Figure(figsize=(3.5 * len(rows), 3.5), layout="constrained")
     for axes, count in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
         here = [at for at in times if at.rows == count]
-        most = max(at.gamma for at in here)
-        last = [at for at in here if at.gamma == most]
+        max_gamma = max(at.gamma for at in here)
+        last = [at for at in here if at.gamma == max_gamma]
         contexts = [at.context for at in last]
         axes.plot(contexts, [at.t_target_ms for at in last], marker="o", label="plain step")
         axes.plot(contexts, [at.t_draft_ms for at in last], marker="o", label="draft step")
-        axes.plot(contexts, [at.t_verify_ms for at in last], marker="o", label=f"verify, gamma {most}")
+        axes.plot(contexts, [at.t_verify_ms for at in last], marker="o", label=f"verify, gamma {max_gamma}")
         axes.set(xlabel="context (tokens per row)", title=f"{count} row{'s' * (count > 1)}")
         axes.set_ylim(bottom=0)
     figure.axes[0].set_ylabel("ms")

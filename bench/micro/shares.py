@@ -120,10 +120,18 @@ class TimedOps:
             return self._inner.sample(logits, temperature, seeds, positions, first)
 
     def accept(
-        self, tokens: Tensor, computed: Tensor, row_spans: Tensor, drafted: Tensor, chosen: Tensor, most: int
+        self,
+        tokens: Tensor,
+        computed: Tensor,
+        row_spans: Tensor,
+        drafted: Tensor,
+        target_tokens: Tensor,
+        max_samples: int,
     ) -> Tensor:
         with self._clock.time("verdict"):
-            return (self._inner.accept or accept_drafts)(tokens, computed, row_spans, drafted, chosen, most)
+            return (self._inner.accept or accept_drafts)(
+                tokens, computed, row_spans, drafted, target_tokens, max_samples
+            )
 
     def commit(self, tokens: Tensor, computed: Tensor, row_spans: Tensor, verdict: Tensor) -> None:
         with self._clock.time("verdict"):

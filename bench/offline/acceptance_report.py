@@ -23,8 +23,8 @@ def table(results: Iterable[AcceptanceResult]) -> str:
     listed = list(results)
     found: dict[tuple[object, ...], dict[int | None, float]] = {}
     for r in listed:
-        way = (_name(r.draft), r.policy, r.recent or "-", r.reselect or "-")
-        key: tuple[object, ...] = (r.context, *way, f"{r.temperature:g}", f"{r.top_p:g}", r.verification)
+        columns = (_name(r.draft), r.policy, r.recent or "-", r.reselect or "-")
+        key: tuple[object, ...] = (r.context, *columns, f"{r.temperature:g}", f"{r.top_p:g}", r.verification)
         found.setdefault(key, {})[r.budget] = r.alpha
     budgets: list[int | None] = [*sorted({r.budget for r in listed if r.budget})]
     if any(r.budget is None for r in listed):

@@ -88,9 +88,9 @@ class AcceptanceResult:
     rejected: int
 
     @classmethod
-    def of(
+    def from_stats(
         cls,
-        way: Setup,
+        setup: Setup,
         params: SamplingParams,
         *,
         context: int,
@@ -102,11 +102,11 @@ class AcceptanceResult:
         """Build the result of a setup. params: sampling parameters of the text."""
         return cls(
             context=context,
-            draft=way.draft,
-            policy=way.policy,
-            budget=way.budget,
-            recent=way.recent,
-            reselect=way.reselect,
+            draft=setup.draft,
+            policy=setup.policy,
+            budget=setup.budget,
+            recent=setup.recent,
+            reselect=setup.reselect,
             verification=verification,
             temperature=params.temperature,
             top_p=params.top_p,
@@ -122,7 +122,7 @@ class AcceptanceResult:
         return self.accepted / tried if tried else float("nan")
 
 
-def setups(
+def combine_setups(
     drafts: Sequence[str],
     policies: Sequence[str],
     budgets: Sequence[int],
@@ -184,7 +184,7 @@ def measure(
     config: EngineConfig,
     target: Llama,
     prompts: Sequence[Sequence[int]],
-    ways: Sequence[Setup],
+    setups: Sequence[Setup],
     *,
     gamma: int,
     new_tokens: int,
@@ -193,8 +193,8 @@ def measure(
     """Measure the acceptance of each setup on the target's text after each prompt, with each of `sampling`.
 
     config: the deployment; its speculation settings are ignored. target: its model, on a single rank. prompts: all of
-    one length. ways: the setups. new_tokens: smallest number of tokens of a text. Raises BenchError if prompt and text
-    do not fit the model, ConfigError for an invalid setup.
+    one length. setups: the setups. new_tokens: smallest number of tokens of a text. Raises BenchError if prompt and
+    text do not fit the model, ConfigError for an invalid setup.
     """
     context, stride = len(prompts[0]), gamma + 1
     rounds = -(-new_tokens // stride)
@@ -221,9 +221,9 @@ def measure(
         return draft
 
     drafters = []
-    for way in ways:
-        draft = DraftModel() if way.draft == "self" else draft_model(way.draft)
-        runner, drafter = make_drafter(way.config(config, gamma), runner, state, sampler, group, draft)
+    for setup in setups:
+        draft = DraftModel() if setup.draft == "self" else draft_model(setup.draft)
+        runner, drafter = make_drafter(setup.config(config, gamma), runner, state, sampler, group, draft)
         drafters.append(drafter)
     panel = RecordingDrafters(drafters)
 
@@ -253,13 +253,13 @@ def measure(
     # Round i drafted for the positions from context + 1 + i * stride on.
     written = state.tokens[:, context + 1 :].long().unfold(1, gamma, stride)[:, :rounds]  # [texts, rounds, gamma]
     results = []
-    for way, proposed in zip(ways, panel.proposed, strict=True):
+    for setup, proposed in zip(setups, panel.proposed, strict=True):
         accepted = (torch.stack(proposed, 1) == written).cumprod(-1).sum(-1)
         for i, params in enumerate(sampling):
             mine = accepted[i * len(prompts) : (i + 1) * len(prompts)]
             results.append(
-                AcceptanceResult.of(
-                    way,
+                AcceptanceResult.from_stats(
+                    setup,
                     params,
                     context=context,
                     gamma=gamma,

@@ -76,17 +76,17 @@ def measure(
     ranks = config.tensor_parallel_size
     target = load_target(config, progress=False) if len(configs) > 1 and ranks == 1 else None
     threads = config.threads or max(1, torch.get_num_threads() // ranks)  # before an engine changes the count
-    most = max(config.speculation.gamma_max if gamma == "auto" else gamma for gamma in gammas)
-    scheduler = scheduler_for_batch(config.scheduler, batch, most)
+    max_gamma = max(config.speculation.gamma_max if gamma == "auto" else gamma for gamma in gammas)
+    scheduler = scheduler_for_batch(config.scheduler, batch, max_gamma)
     history = history if "auto" in gammas else 0
     contenders: list[Contender] = []
     with contextlib.ExitStack() as stack:
         for described in configs:
             settings = described.model_copy(update={"scheduler": scheduler, "threads": threads})
-            contender = Contender(settings, target, most, "auto" in gammas)
+            contender = Contender(settings, target, max_gamma, "auto" in gammas)
             stack.callback(contender.engine.close)
             contenders.append(contender)
-            contender.prefill(prompts, len(gammas), most, new_tokens, history, temperature)
+            contender.prefill(prompts, len(gammas), max_gamma, new_tokens, history, temperature)
         drafting = [gamma for gamma in gammas if gamma]
         turns = [(contenders[0], gamma) for gamma in gammas]
         turns += [(contender, gamma) for contender in contenders[1:] for gamma in drafting]

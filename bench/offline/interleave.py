@@ -103,7 +103,13 @@ class Contender:
             self._controller.auto = self.engine.make_controller()
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], turns: int, most: int, new_tokens: int, history: int, temperature: float
+        self,
+        prompts: Sequence[Sequence[int]],
+        turns: int,
+        max_gamma: int,
+        new_tokens: int,
+        history: int,
+        temperature: float,
     ) -> None:
         """Prefill until every row decodes.
 
@@ -115,8 +121,8 @@ class Contender:
         # draft while it prefills the others. A turn can overshoot.
         drift = batch * context // (self.config.scheduler.max_batch_tokens - batch) + 1
         if self.config.speculation.draft_model is not None:
-            drift *= most + 2
-        wanted = context + drift + history + turns * (new_tokens + (_TURN + 1) * (most + 1))
+            drift *= max_gamma + 2
+        wanted = context + drift + history + turns * (new_tokens + (_TURN + 1) * (max_gamma + 1))
         if wanted > room:
             raise BenchError(
                 f"{context} tokens of context and {history} + {turns} x {new_tokens} new ones take {wanted} with what "

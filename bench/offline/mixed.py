@@ -131,11 +131,11 @@ class Result(msgspec.Struct):
     gamma_chosen: list[int]
 
     @classmethod
-    def of(cls, way: str, runs: Sequence[Outcome]) -> Result:
+    def from_outcomes(cls, mode: str, runs: Sequence[Outcome]) -> Result:
         seconds = [one.seconds for one in runs]
         per_token = {kind: [s for one in runs for s in one.per_token[kind]] for kind in ("chat", "document")}
         return cls(
-            speculation=way,
+            speculation=mode,
             load_s=mean(seconds),
             runs_s=seconds,
             tokens_per_second=sum(one.tokens for one in runs) / sum(seconds),
@@ -169,9 +169,9 @@ def report(results: Sequence[Result]) -> str:
     for name, what in _MEASURES.items():
         ranked = sorted((seconds, result.speculation) for result in results if (seconds := getattr(result, name)))
         if ranked:
-            best, way = ranked[0]
+            best, mode = ranked[0]
             others = ", ".join(f"{other} x {seconds / best:.2f}" for seconds, other in ranked[1:])
-            lines.append(f"best for {what}: {way}" + (f" ({others})" if others else ""))
+            lines.append(f"best for {what}: {mode}" + (f" ({others})" if others else ""))
     return "\n".join(lines)
 
 
@@ -195,14 +195,14 @@ def main() -> None:
     load = arrivals(
         arguments.requests, arguments.rate, arguments.documents, arguments.longest, len(text), arguments.seed
     )
-    ways = [value.strip() for value in arguments.speculation.split(",")]
-    outcomes: dict[str, list[Outcome]] = {way: [] for way in ways}
+    modes = [value.strip() for value in arguments.speculation.split(",")]
+    outcomes: dict[str, list[Outcome]] = {mode: [] for mode in modes}
     for _ in range(arguments.repeats):
-        for way in ways:
-            gamma = 0 if way == "off" else way if way == "auto" else int(way)
+        for mode in modes:
+            gamma = 0 if mode == "off" else mode if mode == "auto" else int(mode)
             speculation = SpeculationConfig.model_validate({"gamma": gamma})
-            outcomes[way].append(run(base.model_copy(update={"speculation": speculation}), model, load, text))
-    results = [Result.of(way, runs) for way, runs in outcomes.items()]
+            outcomes[mode].append(run(base.model_copy(update={"speculation": speculation}), model, load, text))
+    results = [Result.from_outcomes(mode, runs) for mode, runs in outcomes.items()]
     print(report(results))
     if arguments.json:
         arguments.json.write_bytes(msgspec.json.encode(results))

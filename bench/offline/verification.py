@@ -22,7 +22,7 @@ def measure_rounds(
     config: EngineConfig,
     target: Llama,
     prompts: Sequence[Sequence[int]],
-    way: Setup,
+    setup: Setup,
     verification: str,
     *,
     gamma: int,
@@ -31,10 +31,11 @@ def measure_rounds(
 ) -> list[AcceptanceResult]:
     """Measure `new_tokens` after each of `prompts`. Returns one result per set of parameters in `sampling`.
 
-    verification: "coupled" or "rejection". way: the setup. For the others see bench.offline.acceptance_sweep.measure.
+    verification: "coupled" or "rejection". setup: what drafts. For the others see
+    bench.offline.acceptance_sweep.measure.
     """
     context, batch = len(prompts[0]), len(prompts) * len(sampling)
-    described = way.config(config, gamma)
+    described = setup.config(config, gamma)
     described = described.model_copy(
         update={
             "speculation": described.speculation.model_copy(update={"verification": verification}),
@@ -67,8 +68,8 @@ def measure_rounds(
     for i, params in enumerate(sampling):
         rounds = [out for row in outputs[i * len(prompts) : (i + 1) * len(prompts)] for out in row if out.drafted]
         results.append(
-            AcceptanceResult.of(
-                way,
+            AcceptanceResult.from_stats(
+                setup,
                 params,
                 context=context,
                 gamma=gamma,

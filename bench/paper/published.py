@@ -48,7 +48,7 @@ class Row:
 
     def alpha(self, constants: Constants) -> float:
         small = self.draft != "self"
-        return expected_alpha("window", self.budget, self.context, draft_model=small, most=constants.draft_model)
+        return expected_alpha("window", self.budget, self.context, draft_model=small, ceiling=constants.draft_model)
 
     def speculation(self, efficiency: Efficiency) -> SpeculationCost:
         """Build the published deployment: the draft runs on at most as many GPUs as it has KV heads."""
@@ -136,7 +136,7 @@ def fit(rows: Sequence[Row]) -> Constants:
 
     values = {name: (low + high) / 2 for name, (low, high) in _BOUNDS.items()}
     steps = {name: (high - low) / 4 for name, (low, high) in _BOUNDS.items()}
-    least = loss(values)
+    min_loss = loss(values)
     for _ in range(12):
         moved = True
         while moved:
@@ -144,8 +144,8 @@ def fit(rows: Sequence[Row]) -> Constants:
             for name, (low, high) in _BOUNDS.items():
                 for sign in (1, -1):
                     tried = {**values, name: min(high, max(low, values[name] + sign * steps[name]))}
-                    if (value := loss(tried)) < least:
-                        values, least, moved = tried, value, True
+                    if (value := loss(tried)) < min_loss:
+                        values, min_loss, moved = tried, value, True
         steps = {name: step / 2 for name, step in steps.items()}
     return Constants(**values)
 

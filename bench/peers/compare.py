@@ -178,13 +178,13 @@ def check(lineup: Contenders, prompts: Sequence[Sequence[int]]) -> None:
     for entry in lineup.entries:
         if entry.name not in lineup.running:
             continue
-        most = lineup.running[entry.name].max_batch or len(prompts)
+        max_batch = lineup.running[entry.name].max_batch or len(prompts)
         tokens: list[list[int]] = []
         try:
-            for i in range(0, len(prompts), most):
-                tokens += lineup.ask(entry.name, "complete", prompts=prompts[i : i + most], new_tokens=_CHECK_TOKENS)[
-                    "tokens"
-                ]
+            for i in range(0, len(prompts), max_batch):
+                tokens += lineup.ask(
+                    entry.name, "complete", prompts=prompts[i : i + max_batch], new_tokens=_CHECK_TOKENS
+                )["tokens"]
         except PeerError as error:
             entry.error = str(error)
             continue
@@ -216,9 +216,9 @@ def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: i
     points = {name: Point(name, batch, len(prompts[0])) for name in names}
     texts: dict[str, list[list[int]]] = {name: [[] for _ in prompts] for name in names}
     for name in names:
-        most = lineup.running[name].max_batch
-        if most is not None and batch > most:
-            turns.errors[name] = f"takes {most} row{'s' * (most > 1)} at most"
+        max_batch = lineup.running[name].max_batch
+        if max_batch is not None and batch > max_batch:
+            turns.errors[name] = f"takes {max_batch} row{'s' * (max_batch > 1)} at most"
     for group in [[name] for name in names] if plan.separately else [names]:
         for name in group:
             if answer := turns.ask(name, "start", prompts=prompts, limit=limit):

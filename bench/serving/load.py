@@ -19,7 +19,7 @@ class Lengths:
 
     spec: str
     draw: Callable[[random.Random], int]
-    most: int
+    longest: int
 
     @classmethod
     def parse(cls, spec: str) -> Lengths:
@@ -34,14 +34,14 @@ class Lengths:
                 only = int(kind)
                 return cls(spec, lambda rng: only, only)
             if kind == "uniform" and len(numbers) == 2:
-                least, most = map(int, numbers)
-                if 0 < least <= most:
-                    return cls(spec, lambda rng: rng.randint(least, most), most)
+                shortest, longest = map(int, numbers)
+                if 0 < shortest <= longest:
+                    return cls(spec, lambda rng: rng.randint(shortest, longest), longest)
             if kind == "lognormal" and len(numbers) == 3:
-                middle, sigma, most = float(numbers[0]), float(numbers[1]), int(numbers[2])
-                if middle >= 1 and sigma > 0 and most >= 1:
+                middle, sigma, longest = float(numbers[0]), float(numbers[1]), int(numbers[2])
+                if middle >= 1 and sigma > 0 and longest >= 1:
                     mu = math.log(middle)
-                    return cls(spec, lambda rng: min(most, max(1, round(rng.lognormvariate(mu, sigma)))), most)
+                    return cls(spec, lambda rng: min(longest, max(1, round(rng.lognormvariate(mu, sigma)))), longest)
         except ValueError:
             pass
         raise BenchError(f"{spec!r} is not a length: give N, uniform:MIN:MAX or lognormal:MEDIAN:SIGMA:MAX")
@@ -71,15 +71,15 @@ def items(
     prompt length. groups: number of groups, to which requests are assigned in turn. Raises BenchError if the text is
     too short.
     """
-    if len(tokens) < prompt.most:
-        raise BenchError(f"the text has {len(tokens)} tokens, fewer than the {prompt.most} of the longest prompt")
+    if len(tokens) < prompt.longest:
+        raise BenchError(f"the text has {len(tokens)} tokens, fewer than the {prompt.longest} of the longest prompt")
     rng = random.Random(seed)
 
     def stretch(length: int) -> list[int]:
         first = rng.randint(0, len(tokens) - length)
         return list(tokens[first : first + length])
 
-    prefixes = [stretch(min(shared, prompt.most)) for _ in range(groups)]
+    prefixes = [stretch(min(shared, prompt.longest)) for _ in range(groups)]
     found = []
     for i in range(count):
         length = prompt.draw(rng)

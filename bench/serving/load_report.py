@@ -73,7 +73,7 @@ class Summary(msgspec.Struct):
     reasons: dict[str, int]
 
     @classmethod
-    def of(
+    def from_records(
         cls, records: Sequence[RequestRecord], level: float, closed: bool, speculation: str, slo: Slo | None
     ) -> Summary:
         answered = [record for record in records if record.fate == "answered" and record.chunks]

@@ -106,7 +106,7 @@ class Replica:
 
 
 def build(arguments: dict[str, str]) -> Any:
-    """What `serve run` and configuration files of Ray name."""
+    """Build the application: the entry point for `serve run` and for configuration files of Ray."""
     options = {"num_cpus": float(arguments.get("cpus", 1)), "num_gpus": float(arguments.get("gpus", 0))}
     replicas = Replica.options(num_replicas=int(arguments.get("replicas", 1)), ray_actor_options=options)
     load_s = float(arguments.get("seconds", 1800))

@@ -112,8 +112,8 @@ class ForwardGraphs:
         self._model, self._pool, self._graphs = model, pool, graphs
         self._rows, self._queries = sorted(rows), sorted(queries)
         self._width = width
-        most = self._rows[-1] * self._queries[-1]
-        self._states = torch.zeros(most, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        max_tokens = self._rows[-1] * self._queries[-1]
+        self._states = torch.zeros(max_tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
         # The largest first, so that the others fit into its memory.
         shapes = sorted(((count, each) for count in self._rows for each in self._queries), key=_tokens, reverse=True)
         with log_capture(f"{len(shapes)} forwards of up to {self._rows[-1]} rows", model.device):

@@ -60,12 +60,12 @@ class AcceptanceEstimates:
         priors: dict[int, float] = {}
         found = []
         for request, context in zip(requests, contexts, strict=True):
-            likeness = self._likeness(context)
-            if likeness not in priors:
-                prior = self._priors.get((budget, likeness))
-                priors[likeness] = prior.alpha(alpha, _START_TRIALS) if prior else alpha
+            context_bucket = self._context_bucket(context)
+            if context_bucket not in priors:
+                prior = self._priors.get((budget, context_bucket))
+                priors[context_bucket] = prior.alpha(alpha, _START_TRIALS) if prior else alpha
             record = self._requests.get((request, budget))
-            found.append(record.alpha(priors[likeness], _REQUEST_TRIALS) if record else priors[likeness])
+            found.append(record.alpha(priors[context_bucket], _REQUEST_TRIALS) if record else priors[context_bucket])
         return found
 
     def update(self, budget: int, rows: Iterable[tuple[str, int, int, bool]]) -> None:
@@ -79,11 +79,11 @@ class AcceptanceEstimates:
             if own is None:
                 own = self._requests[request, budget] = AcceptanceRecord()
             own.add(accepted, rejected, _REQUEST_MEMORY)
-            similar = sums.setdefault(self._likeness(context), [0, 0])
+            similar = sums.setdefault(self._context_bucket(context), [0, 0])
             similar[0] += accepted
             similar[1] += rejected
-        for likeness, (accepted, rejections) in sums.items():
-            prior = self._priors.setdefault((budget, likeness), AcceptanceRecord())
+        for context_bucket, (accepted, rejections) in sums.items():
+            prior = self._priors.setdefault((budget, context_bucket), AcceptanceRecord())
             for record in (prior, self._overall.setdefault(budget, AcceptanceRecord())):
                 record.add(accepted, rejections, _PRIOR_MEMORY)
 
@@ -97,5 +97,5 @@ class AcceptanceEstimates:
             kept = set(requests)
             self._requests = {key: record for key, record in self._requests.items() if key[0] in kept}
 
-    def _likeness(self, context: int) -> int:
+    def _context_bucket(self, context: int) -> int:
         return (context // self._reads).bit_length() if self._reads else 0

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from engine.control.acceptance import AcceptanceEstimates
 from engine.control.calibration import Calibration
-from engine.control.catch_up import CatchUp, is_late, nearest
+from engine.control.catch_up import CatchUp, needs_catch_up, only_smallest_lag
 from engine.control.goodput import Batch, Goodput, Option, Options, bucket
 from engine.control.step_times import StepTimes
 from engine.plan import RoundPlan, RoundResult
@@ -42,15 +42,17 @@ class _Decision:
 class AutoGamma:
     """Controller that chooses gamma per round and row. Host-side, O(rows × gamma_max)."""
 
-    def __init__(self, times: StepTimes, gamma_max: int, budgets: Sequence[int], reads: int | None = None) -> None:
+    def __init__(
+        self, times: StepTimes, gamma_max: int, budgets: Sequence[int], tokens_read: int | None = None
+    ) -> None:
         """times: of this engine. budgets: KV tokens per row that drafts may read, the largest first; (0,) if there is
-        no choice. reads: number that they read then; None: all, or the largest budget.
+        no choice. tokens_read: largest number that drafts read; None: the largest budget, or all tokens if that is 0.
         """
         self._times = times
         self._gamma_max = gamma_max
         self._budgets = tuple(budgets)
         self._calibration = Calibration()
-        self._acceptance = AcceptanceEstimates(budgets[0], reads or budgets[0])
+        self._acceptance = AcceptanceEstimates(budgets[0], tokens_read or budgets[0])
         self._goodput = Goodput(times, self._calibration, self._acceptance, gamma_max)
         self._catch_up = CatchUp()
         self._rounds = 0
@@ -72,12 +74,12 @@ class AutoGamma:
     def choose(self, rows: Sequence[Request]) -> list[int]:
         """See Controller.choose."""
         self._rounds += 1
-        batch = Batch.of(rows, self._gamma_max)
+        batch = Batch.from_requests(rows, self._gamma_max)
         options = self._goodput.options(batch, self._current_budget)
         if self._rounds % _EXPLORE_EVERY == 0:
             options = self._compare_budgets(batch, options)
         drafting = batch
-        if any(is_late(request) for request in rows):
+        if any(needs_catch_up(request) for request in rows):
             saved = 1 / options.rates[0] - 1 / options.rates.max()
             drafting = batch.limited(self._catch_up.worthwhile(rows, batch.limits, saved))
             options = self._goodput.options(drafting, self._current_budget)
@@ -119,7 +121,9 @@ class AutoGamma:
                 drafting, [budget for budget in self._budgets if budget != self._current_budget][turn - 1]
             )
         elif not drafting.limits.any():
-            options = self._goodput.options(batch.limited(nearest(batch.rows, batch.limits)), self._current_budget)
+            options = self._goodput.options(
+                batch.limited(only_smallest_lag(batch.rows, batch.limits)), self._current_budget
+            )
         others = range(1, len(options)) if turn or not any(best.gammas) else range(1)
         losses = {each: float(options.seconds[each] - options.tokens[each] / best.rate) for each in others}
         max_gamma = min(losses, key=losses.__getitem__, default=0)

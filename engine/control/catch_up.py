@@ -41,19 +41,19 @@ class CatchUp:
         """
         found = limits.copy()
         for i, request in enumerate(rows):
-            if is_late(request):
+            if needs_catch_up(request):
                 left = min(_HORIZON, request.params.max_tokens - request.num_output)
                 if self.seconds(request.draft_lag) > saved * left or saved <= 0:
                     found[i] = 0
         return found
 
 
-def is_late(request: Request) -> bool:
+def needs_catch_up(request: Request) -> bool:
     """Whether a draft model lacks more tokens than it feeds along with the pending one."""
     return request.draft_lag > 1
 
 
-def nearest(rows: Sequence[Request], limits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def only_smallest_lag(rows: Sequence[Request], limits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return limits that let only the row with the smallest lag draft: the cheapest exploration."""
     able = [i for i, limit in enumerate(limits.tolist()) if limit]
     found = np.zeros_like(limits)

@@ -1,8 +1,13 @@
-"""Goodput: predicted tokens per second of each option for the next round.
+"""Goodput: predicted tokens per second of each option for the next round (the word is SmartSpec's, arXiv 2406.14066).
 
 An option is a number of drafts per row, and the budget that they read with. Its time comes from the profile, corrected
 by calibration; its tokens from acceptance estimates. For each max_gamma, the largest number of drafts per row, there is
 one option: all rows draft that many, or each row drafts as many as are worth their time, whichever has more goodput.
+
+    goodput = (rows + sum over rows of alpha + alpha^2 + ... + alpha^gamma) / (verify + draft steps)
+
+with each row's own gamma and acceptance probability alpha. Section 3 of MagicDec (arXiv 2408.11049) has the same ratio
+for one gamma.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ class Batch:
         self._read: dict[int, float] = {}
 
     @classmethod
-    def of(cls, rows: Sequence[Request], gamma_max: int) -> Batch:
+    def from_requests(cls, rows: Sequence[Request], gamma_max: int) -> Batch:
         limits = np.array([request.max_draft_tokens for request in rows], dtype=np.int64)
         return cls(rows, limits.clip(0, gamma_max))
 
@@ -112,15 +117,15 @@ class Goodput:
         if not longest:
             no_drafts = np.zeros((1, count), dtype=np.int64)
             return Options(budget, *plain, plain[1] / plain[0], no_drafts)
-        one, per_row = self._draft(batch, budget)
+        first_row_s, further_row_s = self._draft(batch, budget)
         max_gammas = steps = self._steps[:longest]
 
         def seconds(drafts: Ints, forwards: Ints) -> Floats:
             """Predict the time of rounds with `drafts` drafts in all, in `forwards` draft steps: the first row of each
-            step costs `one`, the others `per_row`."""
+            step costs `first_row_s`, the others `further_row_s`."""
             verifying = np.interp(drafts / count, np.arange(len(verify)), verify)
-            took: Floats = verifying + forwards * one + (drafts - forwards) * per_row
-            return took
+            round_seconds: Floats = verifying + forwards * first_row_s + (drafts - forwards) * further_row_s
+            return round_seconds
 
         alphas = np.array(self._acceptance.alphas([row.id for row in batch.rows], batch.contexts, budget))
         allowed = steps <= batch.limits[:, None]
@@ -129,20 +134,20 @@ class Goodput:
         even_seconds = seconds(allowed.sum(0).cumsum(), max_gammas)
         even_rates = even_tokens / even_seconds
         # A row's next draft must yield more tokens than its time would yield elsewhere.
-        price = even_rates * (np.diff(verify[: longest + 1]) / count + per_row)
+        min_acceptance = even_rates * (np.diff(verify[: longest + 1]) / count + further_row_s)
         worth = (
-            (accepted >= price[:, None, None]) & allowed & (steps <= max_gammas[:, None, None])
+            (accepted >= min_acceptance[:, None, None]) & allowed & (steps <= max_gammas[:, None, None])
         )  # [max_gammas, rows, steps]
         by_step = worth.sum(1)
         drafts = by_step.sum(1)
         tokens = count + (accepted * worth).sum((1, 2))
-        took = seconds(drafts, (by_step > 0).sum(1))
-        better = (drafts > 0) & (tokens / took > even_rates)
+        round_seconds = seconds(drafts, (by_step > 0).sum(1))
+        better = (drafts > 0) & (tokens / round_seconds > even_rates)
         tokens = np.concatenate([plain[1], np.where(better, tokens, even_tokens)])
-        took = np.concatenate([plain[0], np.where(better, took, even_seconds)])
+        round_seconds = np.concatenate([plain[0], np.where(better, round_seconds, even_seconds)])
         gammas = np.zeros((longest + 1, count), dtype=np.int64)
         gammas[1:] = np.where(better[:, None], worth.sum(2), np.minimum(max_gammas[:, None], batch.limits))
-        return Options(budget, took, tokens, tokens / took, gammas)
+        return Options(budget, round_seconds, tokens, tokens / round_seconds, gammas)
 
     def _verify(self, batch: Batch) -> list[float]:
         """Predict the seconds of a verify pass, by gamma."""
@@ -157,10 +162,10 @@ class Goodput:
         """Predict the seconds of a draft step: with one row, and for each further row."""
         read = batch.read(self._times, budget)
         factor = self._calibration.factor("draft", bucket(batch, budget))
-        one = factor * self._times.draft(1, read)
+        first_row_s = factor * self._times.draft(1, read)
         if batch.count == 1:
-            return one, 0.0
-        return one, (factor * self._times.draft(batch.count, read) - one) / (batch.count - 1)
+            return first_row_s, 0.0
+        return first_row_s, (factor * self._times.draft(batch.count, read) - first_row_s) / (batch.count - 1)
 
 
 def bucket(batch: Batch, detail: int) -> tuple[int, int, int]:

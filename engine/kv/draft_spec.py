@@ -28,20 +28,20 @@ class DraftKVSpec:
 
 def draft_kv_spec(settings: SpeculationConfig, page_size: int) -> DraftKVSpec:
     """Return the KV that drafts with these settings keep; all zero where they read pages that requests own."""
-    kv, most = settings.resolved_kv, settings.max_draft_tokens
-    if most and kv.policy == "snapkv":
+    kv, max_gamma = settings.resolved_kv, settings.max_draft_tokens
+    if max_gamma and kv.policy == "snapkv":
         # Rejected drafts overwrite the previous turn of the ring; reserve room so that recent pages and saved queries
         # survive them.
         return DraftKVSpec(
             first=(kv.budget - kv.recent) // page_size,
-            ring=kv.recent // page_size + -(-most // page_size),
-            queries=kv.queries + (most if kv.reselect else 0),
+            ring=kv.recent // page_size + -(-max_gamma // page_size),
+            queries=kv.queries + (max_gamma if kv.reselect else 0),
         )
-    if most and kv.policy == "window" and settings.drafter == "model":
+    if max_gamma and kv.policy == "window" and settings.drafter == "model":
         # The window, and room for the tokens that are written ahead of it. Prompts pass through it in blocks of a
         # quarter of the budget, so that the first query of a block still has most of a window before it.
         block = max(page_size, kv.budget // 4 // page_size * page_size)
         first = -(-kv.sink // page_size)
-        ring = kv.budget // page_size - first + -(-max(most, block) // page_size)
+        ring = kv.budget // page_size - first + -(-max(max_gamma, block) // page_size)
         return DraftKVSpec(first=first, ring=ring, block=block)
     return DraftKVSpec()

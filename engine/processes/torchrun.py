@@ -104,7 +104,7 @@ def _run_other_rank(config: EngineConfig, env: TorchrunEnv) -> int:
     def end() -> None:
         if link is not None:
             with contextlib.suppress(Disconnected):
-                send_report(link, RankReport(failure="was told to end", lost=True, told_to_end=True))
+                send_report(link, RankReport(failure="got a signal to end", lost=True, signalled=True))
         os._exit(1)
 
     _on_stop(end)

@@ -78,7 +78,7 @@ class RankHealth:
             and (left := deadline - time.monotonic()) > 0
         ):
             self.listen(left)
-        ended = [] if cause else sorted(rank for rank, report in self._failures.items() if report.told_to_end)
+        ended = [] if cause else sorted(rank for rank, report in self._failures.items() if report.signalled)
         reason = cause or self._describe_unknown_cause(error, ended)
         log.log(logging.INFO if ended else logging.ERROR, "%s", reason)
         return reason

@@ -55,7 +55,7 @@ class RankReport(msgspec.Struct, omit_defaults=True):
     """Reason why the rank ends, to be read after its name: `failed: …`."""
     lost: bool = False
     """Whether a collective failed, so that some other rank is the cause."""
-    told_to_end: bool = False
+    signalled: bool = False
     """With `lost`: whether a signal or the end of its torchrun agent ended the rank, perhaps because another rank is
     gone."""
 

@@ -28,7 +28,7 @@ class LogitEdits:
     words: list[tuple[Tensor, int]]
 
     @classmethod
-    def of(cls, start: RowStart, vocab: VocabShard, device: torch.device) -> LogitEdits:
+    def from_row_start(cls, start: RowStart, vocab: VocabShard, device: torch.device) -> LogitEdits:
         params = start.params
         stops = start.stop_ids if params.min_tokens else []
         ids = torch.tensor([*params.logit_bias, *stops], dtype=torch.int64)

@@ -113,7 +113,7 @@ class Sampler:
         penalties = [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]
         self._penalties[row] = torch.tensor(penalties, dtype=torch.float64)
         if self._has_edits[row]:
-            self._edits[row] = LogitEdits.of(start, self._vocab, self._state.device)
+            self._edits[row] = LogitEdits.from_row_start(start, self._vocab, self._state.device)
         if params.penalised:
             if self._counts is None:
                 self._counts = TokenCounts(len(self._params), self._vocab, self._state.device)
@@ -183,11 +183,13 @@ class Sampler:
         if not len(host_index):
             return None
         index = self._to_device(host_index)
-        most = min(self._vocab.total, max(self._params[row].logprobs or 0 for row in samples.rows[host_index]))
+        num_alternatives = min(
+            self._vocab.total, max(self._params[row].logprobs or 0 for row in samples.rows[host_index])
+        )
         unchanged = logits[index]
 
         def report(tokens: Tensor) -> LogprobTensors:
-            return LogprobTensors(host_index, *self._vocab.logprobs(unchanged, tokens[index], most))
+            return LogprobTensors(host_index, *self._vocab.logprobs(unchanged, tokens[index], num_alternatives))
 
         return report
 
@@ -195,8 +197,10 @@ class Sampler:
         """Compute log-probabilities of prompt tokens. logits: [n, this rank's vocabulary], one row per
         `batch.prompt_tokens`."""
         slots, tokens = batch.prompt_tokens()
-        most = min(self._vocab.total, max(self._params[row].prompt_logprobs or 0 for row in set(slots.tolist())))
-        chosen, top, top_ids = self._vocab.logprobs(logits, tokens, most)
+        num_alternatives = min(
+            self._vocab.total, max(self._params[row].prompt_logprobs or 0 for row in set(slots.tolist()))
+        )
+        chosen, top, top_ids = self._vocab.logprobs(logits, tokens, num_alternatives)
         return PromptLogprobTensors(tokens, chosen, self._vocab.rank(logits, tokens), top, top_ids)
 
     # -- logits processors ---------------------------------------------------------------------------------------------

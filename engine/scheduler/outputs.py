@@ -29,18 +29,23 @@ def make_output(request: Request, tokens: list[int], row: RowResult) -> RequestO
 
 def _token_logprobs(logprobs: list[TokenLogprobs] | None, request: Request, count: int) -> list[TokenLogprobs] | None:
     """Return the first `count` entries, each with as many alternatives as this request asks for."""
-    most = request.params.logprobs
-    if logprobs is None or most is None:
+    num_alternatives = request.params.logprobs
+    if logprobs is None or num_alternatives is None:
         return None
-    return [TokenLogprobs(at.logprob, at.top_ids[:most], at.top_logprobs[:most]) for at in logprobs[:count]]
+    return [
+        TokenLogprobs(at.logprob, at.top_ids[:num_alternatives], at.top_logprobs[:num_alternatives])
+        for at in logprobs[:count]
+    ]
 
 
 def _prompt_logprobs(request: Request) -> list[PromptLogprobs] | None:
     """Return the prompt's entries, each with as many alternatives as this request asks for."""
-    most = request.params.prompt_logprobs
-    if most is None:
+    num_alternatives = request.params.prompt_logprobs
+    if num_alternatives is None:
         return None
     return [
-        msgspec.structs.replace(each, top_ids=each.top_ids[:most], top_logprobs=each.top_logprobs[:most])
+        msgspec.structs.replace(
+            each, top_ids=each.top_ids[:num_alternatives], top_logprobs=each.top_logprobs[:num_alternatives]
+        )
         for each in request.prompt_logprobs
     ]

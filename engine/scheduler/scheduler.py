@@ -22,7 +22,7 @@ class RequestError(ValueError):
 
 
 class QueueFull(RequestError):
-    """Too many requests run or wait already."""
+    """Too many requests are running or waiting."""
 
 
 class Scheduler:
@@ -78,7 +78,7 @@ class Scheduler:
         if message.id in self._by_id:
             raise RequestError(f"request id {message.id!r} is in use")
         if len(self._by_id) >= self._max_requests:
-            raise QueueFull(f"{len(self._by_id)} requests run or wait already")
+            raise QueueFull(f"{len(self._by_id)} requests are running or waiting already")
         request = Request(message, self._eos)
         request.prefix_source = self._find_prefix_source(message)
         self._by_id[request.id] = request

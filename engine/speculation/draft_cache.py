@@ -72,8 +72,8 @@ class DraftCache:
         `first[i]`. Queries of decoding rows are kept only if choosing is repeated.
         """
         prefill = first < self._prefill[rows]
-        most = self._places if self._reselect else np.where(prefill, self._config.queries, 0)
-        kept = np.minimum(queries, most)
+        max_queries = self._places if self._reselect else np.where(prefill, self._config.queries, 0)
+        kept = np.minimum(queries, max_queries)
         if not kept.any():
             self.query_capture.capture_nothing()
             return

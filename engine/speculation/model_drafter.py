@@ -110,7 +110,7 @@ class ModelDrafter:
             computed[late] += tokens
 
     def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
-        self._sampler.count_tokens(batch, verdict.chosen, verdict.accepted)
+        self._sampler.count_tokens(batch, verdict.target_tokens, verdict.accepted)
 
 
 class SharedDrafts:

@@ -29,11 +29,11 @@ def keep_or_replace(p: Tensor, q: Tensor, drafts: Tensor, keep: Tensor, noise: T
     p, q: [n, slice], log-probabilities of target and draft. drafts: [n] int64. keep: [n], logarithms of uniform
     numbers. noise: [n, slice], Gumbel. Returns [n] int64, distributed as p.
     """
-    kept = keep < vocab.of(p, drafts) - vocab.of(q, drafts)
+    kept = keep < vocab.at_tokens(p, drafts) - vocab.at_tokens(q, drafts)
     residual = torch.log((p.exp() - q.exp()).clamp_(min=0)) + noise
     replacement = vocab.argmax(residual)
     # Where p exceeds q nowhere, except by rounding, there is nothing to replace the draft with.
-    kept |= vocab.of(residual, replacement) == float("-inf")
+    kept |= vocab.at_tokens(residual, replacement) == float("-inf")
     return torch.where(kept, drafts, replacement)
 
 

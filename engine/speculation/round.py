@@ -15,6 +15,6 @@ def run_round(batch: RoundBatch, target: Runner, drafter: Drafter, sampler: Samp
     logits = target.forward(batch.verify_inputs(target.view))  # only where a token is sampled
     verdict = verify(drafted, logits, batch, sampler)
     commit(verdict, batch)  # rejected drafts need no undoing: they are beyond the computed length
-    sampler.count_tokens(batch, verdict.chosen, verdict.accepted)
+    sampler.count_tokens(batch, verdict.target_tokens, verdict.accepted)
     drafter.observe(batch, verdict)
     return verdict

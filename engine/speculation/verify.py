@@ -1,5 +1,6 @@
-"""Verification by coupled sampling: the only source of output tokens. The other rule is
-engine.speculation.rejection."""
+"""Verification: the only source of output tokens. It accepts the drafts that equal the target's own tokens, which
+`sampler.choose` samples: coupled with the draft's by default (engine.sampling.sampler), or by the rejection rule
+(engine.speculation.rejection)."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ class Verdict:
 
     rows: [rows, 2 + max_samples] int64: number of drafts proposed; number accepted; and the target's tokens, of which
         accepted + 1 count: the accepted drafts, and the bonus token.
-    chosen: [samples] int64, the target's token at each sampled position.
+    target_tokens: [samples] int64, the target's token at each sampled position.
     """
 
     rows: Tensor
-    chosen: Tensor
+    target_tokens: Tensor
     logprobs: LogprobTensors | None
     prompt_logprobs: PromptLogprobTensors | None = None
 
@@ -35,8 +36,9 @@ class Verdict:
 def verify(drafted: Tensor, logits: Tensor, batch: RoundBatch, sampler: Sampler) -> Verdict:
     """Sample the target's token at every position, and accept drafts that equal it.
 
-    The sampler reads the target's logits alone. Drafts enter only as the context of those logits, so output with
-    speculation equals output without.
+    With coupled sampling, the sampler reads the target's logits alone: drafts enter only as the context of those
+    logits, so output with speculation equals output without. With the rejection rule it also reads the drafts'
+    probabilities, and output has the same distribution as without.
 
     drafted: [rows] int64, number of tokens placed after each row. logits: [n, this rank's vocabulary], as
     `batch.verify_inputs` asks for them; changed in place.
@@ -44,12 +46,12 @@ def verify(drafted: Tensor, logits: Tensor, batch: RoundBatch, sampler: Sampler)
     logits, prompt_logits = logits.tensor_split([len(batch.samples.rows)])
     prompt_logprobs = sampler.prompt_logprobs(prompt_logits, batch) if len(prompt_logits) else None
     report = sampler.logprobs(logits, batch.samples)
-    chosen = sampler.choose(logits, batch.samples)
+    target_tokens = sampler.choose(logits, batch.samples)
     state = batch.state
     rows = (state.ops.accept or accept_drafts)(
-        state.tokens, state.computed, batch.row_spans, drafted, chosen, batch.max_samples
+        state.tokens, state.computed, batch.row_spans, drafted, target_tokens, batch.max_samples
     )
-    return Verdict(rows, chosen, report(chosen) if report else None, prompt_logprobs)
+    return Verdict(rows, target_tokens, report(target_tokens) if report else None, prompt_logprobs)
 
 
 def commit(verdict: Verdict, batch: RoundBatch) -> None:
@@ -62,17 +64,18 @@ def commit(verdict: Verdict, batch: RoundBatch) -> None:
 
 
 def accept_drafts(
-    tokens: Tensor, computed: Tensor, row_spans: Tensor, drafted: Tensor, chosen: Tensor, most: int
+    tokens: Tensor, computed: Tensor, row_spans: Tensor, drafted: Tensor, target_tokens: Tensor, max_samples: int
 ) -> Tensor:
     """Accept each row's drafts up to the first one that is not the target's token there. Returns `Verdict.rows`.
 
     tokens: [max_rows, max_model_len] int32. computed: [max_rows] int64. row_spans: [rows, 4], see RoundBatch. drafted:
-    [rows] int64, less than the row's samples. chosen: [samples] int64. most: samples of a row.
+    [rows] int64, less than the row's samples. target_tokens: [samples] int64. max_samples: largest number of samples of
+    a row.
     """
     slot, new, first, count = row_spans.unbind(1)
-    step = torch.arange(most, device=tokens.device)
-    padded = torch.cat([chosen, chosen.new_zeros(1)])  # rows with fewer samples read beyond their own
-    targets = padded[(first[:, None] + step).clamp_(max=len(chosen))]
+    step = torch.arange(max_samples, device=tokens.device)
+    padded = torch.cat([target_tokens, target_tokens.new_zeros(1)])  # rows with fewer samples read beyond their own
+    targets = padded[(first[:, None] + step).clamp_(max=len(target_tokens))]
     place = ((computed[slot] + new)[:, None] + step).clamp_(max=tokens.shape[1] - 1)
     agrees = (tokens[slot[:, None], place] == targets) & (step < torch.minimum(drafted, count - 1)[:, None])
     accepted = agrees.cumprod(1).sum(1)
@@ -80,7 +83,7 @@ def accept_drafts(
 
 
 def commit_tokens(tokens: Tensor, computed: Tensor, row_spans: Tensor, rows: Tensor) -> None:
-    """Write each row's chosen tokens and advance its length by its new and its accepted ones, in place.
+    """Write each row's target tokens and advance its length by its new and its accepted ones, in place.
 
     rows: `Verdict.rows`; the rest as in `accept_drafts`. Tokens after the first disagreement are written too: like the
     KV of rejected drafts, they are beyond the computed length and do not count.

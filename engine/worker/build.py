@@ -76,7 +76,7 @@ def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: 
     pool = model.make_pool(num_pages, state.page_size)
     queries = {gamma + 1 for gamma in _gammas(config.speculation)}  # a plain step, and verify passes
     graphs = _forward_graphs(config, model, pool, queries, state.page_table.shape[1])
-    return Runner(model, pool, _exact(model, state.page_size), dense(state), graphs)
+    return Runner(model, pool, _plain_attention(model, state.page_size), dense(state), graphs)
 
 
 def make_drafter(
@@ -97,13 +97,13 @@ def make_drafter(
     model = drafting_model(config, target.model, draft) or target.model
     if isinstance(settings.kv, SnapKVConfig):
         cache = DraftCache(settings, target.model, target.pool, state, target.query_capture or target.attention)
-        runner = Runner(model, cache.pool, _exact(model, state.page_size), cache.view)
+        runner = Runner(model, cache.pool, _plain_attention(model, state.page_size), cache.view)
         runner, graphs = _with_graphs(config, runner, sampler, _width(settings.kv, state))
         return replace(target, query_capture=cache.query_capture), SelfDrafter(runner, sampler, cache, graphs=graphs)
     view = View(make_policy(settings.kv, state.page_size), state.page_table)
     attention = make_attention(settings.kv, model, state.page_size)
     runner, graphs = Runner(model, target.pool, attention, view), None
-    if _is_exact(settings.kv):
+    if _can_capture(settings.kv):
         if model is target.model:
             runner = replace(runner, graphs=target.graphs)
         runner, graphs = _with_graphs(config, runner, sampler, _width(settings.kv, state))
@@ -129,12 +129,12 @@ def make_attention(config: KVConfig, model: Llama, page_size: int) -> AttentionB
     if isinstance(config, TopKConfig):
         return TopKAttention(page_size, config.budget)
     if isinstance(config, WindowConfig) and config.positions == "relative":
-        near, sink = _exact(model, page_size), _exact(model, page_size)
+        near, sink = _plain_attention(model, page_size), _plain_attention(model, page_size)
         sink_pages = -(-config.sink // page_size)
         return RelativeAttention(
             near, sink, page_size=page_size, sink_pages=sink_pages, rotary=model.rotary, merge=model.ops.merge
         )
-    return _exact(model, page_size)
+    return _plain_attention(model, page_size)
 
 
 def _model_drafter(
@@ -157,15 +157,15 @@ def _model_drafter(
         pool = model.make_pool(len(state.tokens) * spec.pages, page)
         attention = make_attention(settings.kv, model, page)
         runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table))
-        if _is_exact(settings.kv):
+        if _can_capture(settings.kv):
             runner, graphs = _with_graphs(config, runner, own, width, first=2)
         full = runner
         views = _views(config, table)
     else:
-        full = runner = Runner(model, model.make_pool(num_pages, page), _exact(model, page), dense(state))
+        full = runner = Runner(model, model.make_pool(num_pages, page), _plain_attention(model, page), dense(state))
         if isinstance(settings.kv, SnapKVConfig):
             cache = DraftCache(settings, model, full.pool, state, full.attention)
-            runner = Runner(model, cache.pool, _exact(model, page), cache.view)
+            runner = Runner(model, cache.pool, _plain_attention(model, page), cache.view)
             runner, graphs = _with_graphs(config, runner, own, width, first=2)
             full = replace(full, query_capture=cache.query_capture)
         elif isinstance(settings.kv, TopKConfig):
@@ -224,16 +224,16 @@ def _views(config: EngineConfig, page_table: Tensor) -> dict[int, View]:
     return {budget: View(make_policy(kv, page), page_table) for budget, kv in policies.items()}
 
 
-def _is_exact(config: KVConfig) -> bool:
+def _can_capture(config: KVConfig) -> bool:
     """Whether drafts attend to the listed KV as it is, which graphs can capture."""
     return not (isinstance(config, TopKConfig) or (isinstance(config, WindowConfig) and config.positions == "relative"))
 
 
 def _width(config: KVConfig, state: RowState) -> int:
     """Return the largest number of pages in a draft's list. Two tokens can follow a window's last page."""
-    most = state.page_table.shape[1]
-    return min(most, config.budget // state.page_size + 1) if config.budget else most
+    max_pages = state.page_table.shape[1]
+    return min(max_pages, config.budget // state.page_size + 1) if config.budget else max_pages
 
 
-def _exact(model: Llama, page_size: int) -> AttentionBackend:
+def _plain_attention(model: Llama, page_size: int) -> AttentionBackend:
     return model.ops.attention(page_size, model.head_dim)

@@ -39,7 +39,7 @@ def choose_ops(setting: KernelsSetting, device: torch.device, dtype: torch.dtype
         except ConfigError as error:
             reasons.append(str(error).removeprefix("engine.kernels: "))
     if dtype != torch.float64:  # only plain torch has float64
-        log.warning("plain torch computes, several times slower than kernels would: %s", "; ".join(reasons))
+        log.warning("falling back to plain torch, several times slower than kernels: %s", "; ".join(reasons))
     return REFERENCE
 
 

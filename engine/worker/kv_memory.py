@@ -53,9 +53,9 @@ def captured_bytes(config: EngineConfig, model: Llama, running: int) -> int:
     """
     if not config.cuda_graphs or model.ops.graphs is None:
         return 0
-    most = config.speculation.max_draft_tokens
+    max_gamma = config.speculation.max_draft_tokens
     # The target's pass over each number of drafts, one or two forwards of a draft, and its steps.
-    forwards = len(graph_row_counts(config.scheduler.max_rows)) * (2 * most + 3)
+    forwards = len(graph_row_counts(config.scheduler.max_rows)) * (2 * max_gamma + 3)
     return running + forwards * (PLAN_BYTES if model.ops.kind == "flashinfer" else 0)
 
 

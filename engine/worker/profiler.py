@@ -121,8 +121,8 @@ def blank_rows(rows: int, context: int, width: int, pages: int) -> tuple[list[Ro
 
 def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
     """Measure a few informative batches, within the time limit: a short and a long context for each number of rows."""
-    most = min(config.speculation.max_draft_tokens, profiler.max_draft_tokens)
-    gammas = sorted({gamma for gamma in _GAMMAS if gamma < most} | {most})
+    max_gamma = min(config.speculation.max_draft_tokens, profiler.max_draft_tokens)
+    gammas = sorted({gamma for gamma in _GAMMAS if gamma < max_gamma} | {max_gamma})
     longest = profiler.max_context
     began = time.perf_counter()
     samples: list[StepSample] = []

@@ -107,7 +107,7 @@ def resolve(config: EngineConfig, model: Llama | None) -> Resolved:
     if config.cache.gpu_memory_utilization != CacheConfig.model_fields["gpu_memory_utilization"].default:
         instead = "num_pages" if config.cache.num_pages is not None else "memory_gb"
         where = "" if device.type == "cuda" else "on a CPU "
-        raise ConfigError(f"engine.cache.gpu_memory_utilization: {where}{instead} says how large the pool is")
+        raise ConfigError(f"engine.cache.gpu_memory_utilization: {where}{instead} sets the size of the pool")
     return replace(resolved, num_pages=_num_pages(config, resolved))
 
 

@@ -151,9 +151,9 @@ class FlashInferAttention:
         self._order = None
         if pages.dim() == 3:
             pages = (pages * kv_heads + torch.arange(kv_heads, device=pages.device)[:, None]).flatten(0, 1)
-            most = self._graph_shape.tokens if self._graph_shape else int(queries.sum())
-            if most > len(queries):
-                self._order = self._store_order(_head_major_order(queries, kv_heads, most))
+            num_queries = self._graph_shape.tokens if self._graph_shape else int(queries.sum())
+            if num_queries > len(queries):
+                self._order = self._store_order(_head_major_order(queries, kv_heads, num_queries))
             queries, lengths = queries.repeat(kv_heads), lengths.repeat(kv_heads)
             heads, kv_heads = heads // kv_heads, 1
         counts = -(-lengths // self._page_size)

@@ -127,10 +127,10 @@ def _attend_kernel(
         mass = tl.zeros([M], tl.float32)
         mixed = tl.zeros([M, D], tl.float32)
         page_list = pages + row * list_stride + head * head_list_stride
-        most = tl.max(visible, 0)
-        each = tl.maximum(span, tl.cdiv(tl.cdiv(most, tl.num_programs(2)), N) * N)
+        max_visible = tl.max(visible, 0)
+        each = tl.maximum(span, tl.cdiv(tl.cdiv(max_visible, tl.num_programs(2)), N) * N)
         begin = part * each
-        end = tl.minimum(begin + each, most)
+        end = tl.minimum(begin + each, max_visible)
         for at in range(begin, end, N):
             slot = at + tl.arange(0, N)
             listed = slot < end  # later slots may hold another request's overflow: they are never read

@@ -78,11 +78,11 @@ def _mass_kernel(
 
 
 @triton.jit
-def _votes_kernel(
+def _scores_kernel(
     q: tl.tensor,
     k: tl.tensor,
     masses: tl.tensor,
-    votes: tl.tensor,
+    summed: tl.tensor,
     scale: tl.tensor,
     token_stride: tl.tensor,
     head_stride: tl.tensor,
@@ -113,7 +113,7 @@ def _votes_kernel(
         mass = tl.load(masses + head * total + m, mask=m < total, other=0.0)
         scores = masked_scores(q_tile, k_tile, scale, mask, WIDEN)
         sums += tl.sum(tl.exp(scores - mass[:, None]), 0)
-    tl.store(votes + head.to(tl.int64) * candidates + n, sums, mask=n < candidates)
+    tl.store(summed + head.to(tl.int64) * candidates + n, sums, mask=n < candidates)
 
 
 def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, span: int = _SPAN) -> Tensor:
@@ -145,10 +145,10 @@ def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel
         q, k, parts, scale, *strides, queries, length, SPAN=span, **sizes
     )
     masses = parts.logsumexp(1) if spans > 1 else parts[:, 0]
-    votes = torch.empty(kv_heads, candidates, dtype=torch.float32, device=q.device)
+    summed = torch.empty(kv_heads, candidates, dtype=torch.float32, device=q.device)
     if candidates:
-        _votes_kernel[triton.cdiv(candidates, _KEYS), kv_heads](
-            q, k, masses, votes, scale, *strides, queries, length, candidates, **sizes
+        _scores_kernel[triton.cdiv(candidates, _KEYS), kv_heads](
+            q, k, masses, summed, scale, *strides, queries, length, candidates, **sizes
         )
     # The average over neighbours commutes with the sum over heads.
-    return F.avg_pool1d(votes[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]
+    return F.avg_pool1d(summed[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]

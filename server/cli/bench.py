@@ -131,7 +131,7 @@ def acceptance(
     from bench.corpus import BenchError, read_text
     from bench.corpus import passages as cut
     from bench.offline.acceptance_report import plot, table
-    from bench.offline.acceptance_sweep import AcceptanceResult, measure, setups
+    from bench.offline.acceptance_sweep import AcceptanceResult, combine_setups, measure
     from bench.offline.verification import measure_rounds
     from bench.paper.forecast_report import check_plotting
     from engine.config.deployment import load_config
@@ -149,20 +149,20 @@ def acceptance(
         torch.set_num_threads(settings.threads)
     tokenizer, prose = Tokenizer(resolve_model(settings.model)), read_text(text)
     target = load_target(settings, progress=sys.stderr.isatty())
-    ways = list(setups([part.strip() for part in draft.split(",")], policies, budgets, recents, reselects))
-    if not ways:
-        raise typer.BadParameter("none is more than snapkv's --recent", param_hint="--budget")
+    setups = list(combine_setups([part.strip() for part in draft.split(",")], policies, budgets, recents, reselects))
+    if not setups:
+        raise typer.BadParameter("snapkv needs a budget larger than --recent", param_hint="--budget")
     params = [SamplingParams(temperature=t, top_p=p) for t, p in drawn]
     results: list[AcceptanceResult] = []
     for length in contexts:
         print(f"context {length} …", file=sys.stderr)
         prompts = cut(tokenizer, prose, count=passages, length=length)
         if not verifications:
-            results += measure(settings, target, prompts, ways, gamma=gamma, new_tokens=new_tokens, sampling=params)
-        for way in ways if verifications else []:
+            results += measure(settings, target, prompts, setups, gamma=gamma, new_tokens=new_tokens, sampling=params)
+        for setup in setups if verifications else []:
             for kind in verifications:
                 results += measure_rounds(
-                    settings, target, prompts, way, kind, gamma=gamma, new_tokens=new_tokens, sampling=params
+                    settings, target, prompts, setup, kind, gamma=gamma, new_tokens=new_tokens, sampling=params
                 )
     print(table(results))
     if json_file is not None:
@@ -201,7 +201,7 @@ def broadcast(
     """Measure the time to send plans to rank processes without a model, and to all-reduce a few values."""
     counts = options.counts(ranks, "--ranks")
     if min(counts) < 2:
-        raise typer.BadParameter("a single rank has nobody to talk to", param_hint="--ranks")
+        raise typer.BadParameter("expected at least 2 ranks", param_hint="--ranks")
     from bench.micro.broadcast import measure, table
 
     print(table(measure(count, rows, floats) for count in counts))

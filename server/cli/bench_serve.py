@@ -107,7 +107,7 @@ def serve(
             if not summaries and warm_up:
                 _run(sent, load[:warm_up], 1, closed=True, arrivals=arrivals, seed=seed)
             records = _run(sent, load[warm_up:], level, closed=rate is None, arrivals=arrivals, seed=seed)
-            summaries.append(Summary.of(records, level, rate is None, value, limits))
+            summaries.append(Summary.from_records(records, level, rate is None, value, limits))
     summaries.sort(key=lambda each: (each.level, wanted.index(each.speculation)))
     print(table(summaries))
     if json_file is not None:

@@ -26,9 +26,9 @@ def make_draft(
     Layers are removed one by one, always the one whose absence, as measured, changes predictions least.
     """
     if layers is not None and (keep is not None or spread or text is not None):
-        raise typer.BadParameter("it already says which layers to keep", param_hint="--layers")
+        raise typer.BadParameter("cannot be combined with --keep, --spread or --text", param_hint="--layers")
     if spread and text is not None:
-        raise typer.BadParameter("nothing is measured", param_hint="--spread")
+        raise typer.BadParameter("measures nothing: cannot be combined with --text", param_hint="--spread")
     from models.config import read_config
     from models.convert import check_destination
     from models.default import resolve_model

@@ -50,6 +50,6 @@ class SpeculationReports:
         found["offsets"] += said["offsets"]
         found |= said.get("total", {})
 
-    def of(self, index: int) -> dict[str, Any]:
+    def fields(self, index: int) -> dict[str, Any]:
         """Return the fields that the report adds to the choice."""
         return {"speculation": self._found[index]} if index in self._found else {}

@@ -104,7 +104,7 @@ class _Answer:
                 "logprobs": {"content": logprobs[index], "refusal": None} if self._body.logprobs else None,
                 "finish_reason": end.delta.finish_reason if end else None,
                 "stop_reason": end.delta.stop_reason if end else None,
-                **reports.of(index),
+                **reports.fields(index),
             }
             for index, end in enumerate(ends)
         ]

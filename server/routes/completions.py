@@ -103,7 +103,7 @@ class _Answer:
                     have = logprobs[piece.index]
                     logprobs[piece.index] = more if have is None else {key: have[key] + more[key] for key in more}
         choices = [
-            _choice(index, "".join(texts[index]), logprobs[index], end) | reports.of(index) | prompts.get(index, {})
+            _choice(index, "".join(texts[index]), logprobs[index], end) | reports.fields(index) | prompts.get(index, {})
             for index, end in enumerate(ends)
         ]
         return self._object(choices) | {"usage": self.generation.usage.as_dict()}
@@ -148,7 +148,7 @@ class _Answer:
 
     def _prompt_logprobs(self, prompt: list[int], told: list[PromptLogprobs]) -> dict[str, list[Any]]:
         """Return logprobs of the prompt. Its first token has none."""
-        tokenizer, most = self._service.tokenizer, self._body.logprobs or 0
+        tokenizer, num_alternatives = self._service.tokenizer, self._body.logprobs or 0
         tokens = [token_text(tokenizer, token) for token in prompt]
         decoder, offsets, length = IncrementalDecoder(tokenizer, False), [], 0
         for token in prompt:
@@ -156,7 +156,7 @@ class _Answer:
             length += len(decoder.push(token))
         top: list[dict[str, float] | None] = [None]
         for text, each in zip(tokens[1:], told, strict=True):
-            entry = TokenLogprobs(each.logprob, each.top_ids[:most], each.top_logprobs[:most])
+            entry = TokenLogprobs(each.logprob, each.top_ids[:num_alternatives], each.top_logprobs[:num_alternatives])
             top.append(_top(tokenizer, text, entry))
         logprobs = [None, *(finite(each.logprob) for each in told)]
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}

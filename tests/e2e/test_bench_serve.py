@@ -57,7 +57,7 @@ def test_refusals_are_counted(tmp_path: Path, launch: Callable[..., Server], tin
     assert status == 0
     assert found["fates"]["refused"] > 5
     assert found["fates"]["refused"] + found["fates"]["answered"] == 20
-    assert "the queue holds as many tokens as it may" in said
+    assert "the queue is full: max_queued_tokens is reached" in said
 
 
 def test_nobody_there(tmp_path: Path, tiny_model: Path) -> None:

@@ -108,7 +108,7 @@ def test_the_pool_takes_what_is_left(model: Llama) -> None:
 def test_the_default_model_follows_the_law() -> None:
     directory = default_model_dir()
     if not directory.is_dir():
-        pytest.skip("the default model is not there: magicdec fetch")
+        pytest.skip("the default model is not installed: magicdec fetch")
     prompts = ["The whale is", "def fibonacci(n):", "Once upon a time there was a"]
     texts = []
     for gamma in (0, 4):

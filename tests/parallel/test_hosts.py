@@ -132,4 +132,4 @@ def test_a_setting_for_another_number_of_ranks(group: Callable[..., Group]) -> N
 def test_a_transport_that_cannot_be(group: Callable[..., Group]) -> None:
     status, said = group(collectives="nccl").ended()
     assert status == [1, 1, 1]
-    assert "engine.collectives: nccl cannot serve the device cpu" in said[0]
+    assert "engine.collectives: nccl does not support the device cpu" in said[0]

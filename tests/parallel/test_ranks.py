@@ -298,7 +298,7 @@ def test_never_ready(random_dir: Path) -> None:
     ("others", "named"),
     [
         ({"tensor_parallel_size": 10}, "engine.tensor_parallel_size: 9 query heads cannot be split over 10 ranks"),
-        ({"collectives": "nccl"}, "engine.collectives: nccl cannot serve the device cpu"),
+        ({"collectives": "nccl"}, "engine.collectives: nccl does not support the device cpu"),
     ],
 )
 def test_settings_that_cannot_be(random_dir: Path, others: dict[str, Any], named: str) -> None:

@@ -252,8 +252,15 @@ def test_no_test_module_imports_from_another() -> None:
     faults = []
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and re.match(r"tests\.(?!support\b)", node.module or ""):
-                faults.append(f"{path}:{node.lineno} imports {node.module}")
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            faults += [
+                f"{path}:{node.lineno} imports {name}" for name in names if re.match(r"tests\.(?!support\b)", name)
+            ]
     assert faults == []
 
 

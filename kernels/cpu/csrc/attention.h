@@ -79,17 +79,17 @@ struct Workspace {
   float *scores, *weights, *segment, *all, *staged;
 
   static size_t floats(const AttentionArgs& args) {
-    const size_t rows = most_rows(args);
+    const size_t rows = max_rows(args);
     return rows * args.head_dim + 4 * size_t(SLOTS) * args.head_dim + 2 * rows * SLOTS +
            2 * Running::floats(int(rows), args.head_dim) + 8 * LANES;
   }
   // Largest number of query rows of a piece, over all its heads.
-  static size_t most_rows(const AttentionArgs& args) {
+  static size_t max_rows(const AttentionArgs& args) {
     const int group = args.heads / args.kv_heads;
     return std::max({TALL * args.kv_heads, std::max(1, TALL * 3 / group) * group, args.heads});
   }
   Workspace(float* memory, const AttentionArgs& args) {
-    const size_t rows = most_rows(args);
+    const size_t rows = max_rows(args);
     const auto take = [&](size_t floats) {
       float* taken = memory;
       memory += (floats + LANES - 1) / LANES * LANES;
@@ -116,7 +116,7 @@ void finish_queries(const AttentionArgs& args, int64_t token, int queries, int h
       T* out = static_cast<T*>(args.out) + place * args.head_dim;
       for (int d = 0; d < args.head_dim; d += LANES)
         store_floats(out + d, load<f32x16>(state.o + size_t(row) * args.head_dim + d) * inverse);
-      args.lse[place] = (state.most[row] + logarithm(splat(total))[0] * 1.44269504f) * 0.69314718f;
+      args.lse[place] = (state.peak[row] + logarithm(splat(total))[0] * 1.44269504f) * 0.69314718f;
     }
   }
 }

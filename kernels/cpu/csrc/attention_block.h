@@ -14,16 +14,16 @@ constexpr int SLOTS = 64;      // per block
 
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-// Running softmax of some queries. o: sum of the values weighted by 2^(score - most). total: sum of the weights.
+// Running softmax of some queries. o: sum of the values weighted by 2^(score - peak). total: sum of the weights.
 struct Running {
-  float* most;   // [rows]
+  float* peak;   // [rows]
   float* total;  // [rows, LANES]: sixteen partial sums
   float* o;      // [rows, head_dim]
 
   static size_t floats(int rows, int head_dim) { return size_t(rows) * (head_dim + LANES + 1); }
   static Running at(float* memory, int rows) { return {memory, memory + rows, memory + (LANES + 1) * rows}; }
   void clear(int rows, int head_dim) const {
-    std::fill(most, most + rows, NOTHING);
+    std::fill(peak, peak + rows, NOTHING);
     std::fill(total, total + size_t(rows) * LANES, 0.0f);
     std::fill(o, o + size_t(rows) * head_dim, 0.0f);
   }
@@ -32,10 +32,10 @@ struct Running {
 MAGICDEC_INLINE float exp2_of(float x) { return exp2_falling(splat(x))[0]; }
 
 inline void merge(Running into, int to, Running from, int row, int head_dim) {
-  if (from.most[row] == NOTHING) return;
-  const float most = std::max(into.most[to], from.most[row]);
-  const float mine = exp2_of(into.most[to] - most), its = exp2_of(from.most[row] - most);
-  into.most[to] = most;
+  if (from.peak[row] == NOTHING) return;
+  const float peak = std::max(into.peak[to], from.peak[row]);
+  const float mine = exp2_of(into.peak[to] - peak), its = exp2_of(from.peak[row] - peak);
+  into.peak[to] = peak;
   float *total = into.total + to * LANES, *other_total = from.total + row * LANES;
   store(total, load<f32x16>(total) * mine + load<f32x16>(other_total) * its);
   float* o = into.o + size_t(to) * head_dim;
@@ -304,16 +304,16 @@ MAGICDEC_INLINE void product(const uint32_t* a, size_t a_stride, const uint32_t*
 // block's slots that the query sees.
 template <class T>
 MAGICDEC_INLINE void weigh(float* scores, int seen, float scale, Running state, int row, int head_dim, T* weights) {
-  f32x16 s[SLOTS / LANES], most = splat(NOTHING);
+  f32x16 s[SLOTS / LANES], peak = splat(NOTHING);
   for (int i = 0; i < SLOTS / LANES; i++) {
     s[i] = load<f32x16>(scores + i * LANES) * scale;
     if (seen < (i + 1) * LANES) {
       const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
       s[i] = select(lane < seen - i * LANES, s[i], splat(NOTHING));
     }
-    most = maximum(most, s[i]);
+    peak = maximum(peak, s[i]);
   }
-  const float before = state.most[row], now = may_exceed(most, before) ? std::max(before, largest(most)) : before;
+  const float before = state.peak[row], now = may_exceed(peak, before) ? std::max(before, largest(peak)) : before;
   f32x16 total{};
   for (int i = 0; i < SLOTS / LANES; i++) {
     store_floats(weights + i * LANES, exp2_falling(s[i] - now));
@@ -324,7 +324,7 @@ MAGICDEC_INLINE void weigh(float* scores, int seen, float scale, Running state, 
     store(totals, load<f32x16>(totals) + total);
     return;
   }
-  state.most[row] = now;
+  state.peak[row] = now;
   const float shrink = exp2_of(before - now);
   store(totals, load<f32x16>(totals) * shrink + total);
   float* o = state.o + size_t(row) * head_dim;

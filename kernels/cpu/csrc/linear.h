@@ -27,17 +27,17 @@ MAGICDEC_INLINE void copy_row(const T* from, uint32_t* to, int features, int wor
 // Quantizes a row to bytes, round(x / scale) + 128, with scale = max |x| / 127. Returns the scale.
 template <class T>
 MAGICDEC_INLINE float quantise_row(const T* x, uint8_t* to, int features, int words) {
-  f32x16 most{};
+  f32x16 peak{};
   int i = 0;
   for (; i + LANES <= features; i += LANES) {
     const f32x16 v = load_floats(x + i);
-    most = maximum(most, maximum(v, -v));
+    peak = maximum(peak, maximum(v, -v));
   }
   if (i < features) {
     const f32x16 v = load_some(x + i, features - i);
-    most = maximum(most, maximum(v, -v));
+    peak = maximum(peak, maximum(v, -v));
   }
-  const float largest_x = largest(most);
+  const float largest_x = largest(peak);
   const float scale = largest_x / 127.0f, inverse = largest_x > 0 ? 127.0f / largest_x : 0.0f;
   for (i = 0; i < words * 4; i += LANES) {
     const int n = std::min(LANES, features - i);

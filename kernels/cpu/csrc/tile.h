@@ -49,10 +49,10 @@ MAGICDEC_INLINE void with_rows(int rows, F&& f) {
   f(Count<MAX>{});
 }
 
-// Returns the height of the tile that begins at `row`, if `rows` rows are cut into the fewest tiles of at most `most`
+// Returns the height of the tile that begins at `row`, if `rows` rows are cut into the fewest tiles of at most `max_height`
 // rows and of nearly equal height.
-MAGICDEC_INLINE int tile_height(int rows, int row, int most) {
-  const int tiles = (rows + most - 1) / most;
+MAGICDEC_INLINE int tile_height(int rows, int row, int max_height) {
+  const int tiles = (rows + max_height - 1) / max_height;
   const int height = rows / tiles, taller = rows % tiles;  // the first `taller` tiles have one more
   return row < taller * (height + 1) ? height + 1 : height;
 }

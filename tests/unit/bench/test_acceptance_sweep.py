@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bench.corpus import BenchError
 from bench.offline.acceptance_report import plot, table
-from bench.offline.acceptance_sweep import AcceptanceResult, Setup, measure, setups
+from bench.offline.acceptance_sweep import AcceptanceResult, Setup, combine_setups, measure
 from bench.offline.verification import measure_rounds
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.params import SamplingParams
@@ -40,7 +40,7 @@ def by_setup(results: list[AcceptanceResult]) -> dict[tuple[str, int | None], Ac
 
 
 def test_what_reads_everything_always_agrees(model: Llama, twin_dir: Path, draft_dir: Path) -> None:
-    ways = [
+    setups = [
         *(Setup("self", policy, 160) for policy in ("window", "relative", "topk")),
         Setup("self", "snapkv", 160, 8, 0),
         Setup("self", "all"),
@@ -48,7 +48,7 @@ def test_what_reads_everything_always_agrees(model: Llama, twin_dir: Path, draft
         Setup(str(twin_dir), "window", 160),
         Setup(str(draft_dir), "all"),
     ]
-    *dense, other = measure(CONFIG, model, PROMPTS, ways, gamma=3, new_tokens=40, sampling=[SAMPLED])
+    *dense, other = measure(CONFIG, model, PROMPTS, setups, gamma=3, new_tokens=40, sampling=[SAMPLED])
     assert [result.alpha for result in dense] == [1.0] * 7
     assert [result.accepted for result in dense] == [3 * 3 * 10] * 7
     assert other.alpha < 0.9
@@ -57,7 +57,7 @@ def test_what_reads_everything_always_agrees(model: Llama, twin_dir: Path, draft
 
 def test_a_drafter_is_judged_alike_in_any_company(model: Llama, draft_dir: Path) -> None:
     alone = {}
-    ways = [
+    setups = [
         WINDOW,
         Setup("self", "relative", 24),
         Setup("self", "snapkv", 24, 8, 0),
@@ -67,10 +67,10 @@ def test_a_drafter_is_judged_alike_in_any_company(model: Llama, draft_dir: Path)
         Setup(str(draft_dir), "all"),
     ]
     sampling = [GREEDY, SAMPLED]
-    for way in ways:
-        alone[way] = measure(CONFIG, model, PROMPTS, [way], gamma=2, new_tokens=30, sampling=sampling)
-    together = measure(CONFIG, model, PROMPTS, ways, gamma=2, new_tokens=30, sampling=sampling)
-    assert [result for way in ways for result in alone[way]] == together
+    for setup in setups:
+        alone[setup] = measure(CONFIG, model, PROMPTS, [setup], gamma=2, new_tokens=30, sampling=sampling)
+    together = measure(CONFIG, model, PROMPTS, setups, gamma=2, new_tokens=30, sampling=sampling)
+    assert [result for setup in setups for result in alone[setup]] == together
     assert len({(result.accepted, result.rejected) for result in together}) > 4
 
 
@@ -110,11 +110,11 @@ def test_real_rounds_of_both_verifications(model: Llama) -> None:
 
 
 def test_setups_that_mean_nothing_are_left_out() -> None:
-    listed = list(setups(["self", "d"], ["all", "snapkv"], [32, 64], [32], [0, 8]))
+    listed = list(combine_setups(["self", "d"], ["all", "snapkv"], [32, 64], [32], [0, 8]))
     assert listed == [
-        way
+        setup
         for draft in ("self", "d")
-        for way in (Setup(draft, "all"), *(Setup(draft, "snapkv", 64, 32, n) for n in (0, 8)))
+        for setup in (Setup(draft, "all"), *(Setup(draft, "snapkv", 64, 32, n) for n in (0, 8)))
     ]
 
 
@@ -176,8 +176,8 @@ def test_the_command(tmp_path: Path) -> None:
         (["--policy", "wide"], "'wide' is not one of window, relative"),
         (["--verification", "none"], "'none' is not one of coupled, rejection"),
         (["--budget", "0"], "positive"),
-        (["--policy", "snapkv"], "none is more than snapkv's --recent"),
-        (["--plot", str(tmp_path / "no" / "x.png")], "no directory"),
+        (["--policy", "snapkv"], "snapkv needs a budget larger than --recent"),
+        (["--plot", str(tmp_path / "no" / "x.png")], "not a directory"),
     ):
         done = CliRunner().invoke(app, [*common, *arguments])
         assert done.exit_code == 2

@@ -18,13 +18,13 @@ from bench.serving.load_report import Slo, Summary, percentiles, plot, table
 
 
 @pytest.mark.parametrize(
-    ("spec", "least", "most"), [("500", 500, 500), ("uniform:3:9", 3, 9), ("lognormal:50:1.5:200", 1, 200)]
+    ("spec", "shortest", "longest"), [("500", 500, 500), ("uniform:3:9", 3, 9), ("lognormal:50:1.5:200", 1, 200)]
 )
-def test_lengths(spec: str, least: int, most: int) -> None:
+def test_lengths(spec: str, shortest: int, longest: int) -> None:
     lengths, rng = Lengths.parse(spec), random.Random(0)
     drawn = [lengths.draw(rng) for _ in range(2000)]
-    assert least <= min(drawn)
-    assert max(drawn) == lengths.most == most
+    assert shortest <= min(drawn)
+    assert max(drawn) == lengths.longest == longest
     if spec.startswith("lognormal"):
         assert sorted(drawn)[1000] == pytest.approx(50, rel=0.2)
 
@@ -98,14 +98,14 @@ def test_a_summary_counts_everything() -> None:
         RequestRecord(2.0, 2.0, ended=2.1, fate="refused", reason="503 full"),
         RequestRecord(3.0, 3.0, ended=4.0, fate="timed out"),
     ]
-    found = Summary.of(records, 1.0, False, "on", Slo.parse("ttft:500"))
+    found = Summary.from_records(records, 1.0, False, "on", Slo.parse("ttft:500"))
     assert found.fates == {"answered": 2, "refused": 1, "timed out": 1}
     assert found.seconds == 4.0
     assert (found.requests_per_s, found.tokens_per_s, found.goodput) == (0.5, 9 / 4, 0.25)
     assert found.ttft_ms["p50"] == pytest.approx(100)
     assert found.ttft_ms["p99"] == pytest.approx(600)
     assert found.reasons == {"503 full": 1}
-    none = Summary.of(records[2:], 1.0, True, "off", None)
+    none = Summary.from_records(records[2:], 1.0, True, "off", None)
     assert (none.requests_per_s, none.goodput, none.ttft_ms) == (0, None, {})
     lines = table([found, none]).splitlines()
     assert len(lines) == 6
@@ -137,6 +137,8 @@ def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     records = [answered(0.0, [0.1, 0.4], 4)]
     nothing = [RequestRecord(0, ended=1)]
-    made = [Summary.of(each, 1.0, False, value, None) for value in ("on", "off") for each in (records, nothing)]
+    made = [
+        Summary.from_records(each, 1.0, False, value, None) for value in ("on", "off") for each in (records, nothing)
+    ]
     plot(made, tmp_path / "load.png")
     assert (tmp_path / "load.png").stat().st_size > 1000

@@ -12,19 +12,19 @@ def outcome(seconds: float, chat: list[float], document: list[float]) -> Outcome
 
 
 def test_runs_of_one_way() -> None:
-    found = Result.of("auto", [outcome(9.0, [0.1, 0.2], []), outcome(11.0, [0.6], [])])
+    found = Result.from_outcomes("auto", [outcome(9.0, [0.1, 0.2], []), outcome(11.0, [0.6], [])])
     assert (found.load_s, found.runs_s, found.tokens_per_second) == (10.0, [9.0, 11.0], 10.0)
     assert (found.first_token_s, found.chat_token_s, found.document_token_s) == (1.0, 0.2, None)
     assert found.gamma_chosen == [6, 0, 14]
 
 
 def test_the_best_way_is_named_for_each_measure() -> None:
-    off = Result.of("off", [outcome(10.0, [0.1], [0.4])])
-    auto = Result.of("auto", [outcome(12.0, [0.1], [0.2])])
+    off = Result.from_outcomes("off", [outcome(10.0, [0.1], [0.4])])
+    auto = Result.from_outcomes("auto", [outcome(12.0, [0.1], [0.2])])
     text = report([off, auto])
     assert "best for the load: off (auto x 1.20)" in text
     assert "best for document, per token: auto (off x 2.00)" in text
-    assert "best for document" not in report([Result.of("off", [outcome(10.0, [0.1], [])])])
+    assert "best for document" not in report([Result.from_outcomes("off", [outcome(10.0, [0.1], [])])])
 
 
 def test_a_load_is_what_was_asked_for() -> None:

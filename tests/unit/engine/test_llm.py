@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import magicdec
 from engine.config.deployment import ConfigError
 from engine.llm import LLM, Prompt
 from engine.params import SamplingParams
@@ -30,6 +31,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(directory: Path) -> Iterator[LLM]:
     with LLM(str(directory), dtype="float64", cache={"memory_gb": 0.2}) as made:
         yield made
+
+
+def test_the_package_exports_the_offline_api() -> None:
+    assert (magicdec.LLM, magicdec.SamplingParams) == (LLM, SamplingParams)
 
 
 def test_texts_token_ids_and_lists_of_either(llm: LLM) -> None:
@@ -215,7 +220,7 @@ def test_bench_decode_refuses_what_does_not_fit(directory: Path, tmp_path: Path)
     short.write_text("too short", encoding="utf-8")
     for arguments, says in (
         (["--batch", "0"], "positive"),
-        (["--json", str(tmp_path / "no" / "x.json")], "no directory"),
+        (["--json", str(tmp_path / "no" / "x.json")], "is not a directory"),
         (["--temperature", "-1"], "temperature"),
         (["--new-tokens", "0"], "at least 1"),
         (["--policy", "window,wide"], "'wide' is not one of window, snapkv, topk, all"),

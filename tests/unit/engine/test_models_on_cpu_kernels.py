@@ -178,7 +178,7 @@ def test_which_kernels_serve(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     monkeypatch.setattr("engine.worker.kernels.CpuKernels", fail)
     assert choose_ops("auto", CPU, torch.bfloat16) is REFERENCE
     assert caplog.messages == [
-        "plain torch computes, several times slower than kernels would: no C++ compiler (g++ or clang++) is installed"
+        "falling back to plain torch, several times slower than kernels: no C++ compiler (g++ or clang++) is installed"
     ]
     with pytest.raises(ConfigError, match=r"engine\.kernels: no C\+\+ compiler"):
         choose_ops("cpu", CPU, torch.bfloat16)

@@ -124,10 +124,10 @@ WINDOW = {"policy": "window", "budget": 8, "sink": 4}
     # graph. Drafters with a pool of their own, or that feed two tokens, capture separate forwards for rows that use
     # top-k.
     [
-        pytest.param("self", WINDOW, 8, id="window"),
-        only_in_all("self", SNAPKV, 10, id="snapkv"),
-        only_in_all("model", WINDOW, 12, id="model, window"),
-        pytest.param("model", SNAPKV, 12, id="model, snapkv"),
+        only_in_all("self", WINDOW, 8, id="window"),
+        pytest.param("self", SNAPKV, 10, id="snapkv"),
+        pytest.param("model", WINDOW, 12, id="model, window"),
+        only_in_all("model", SNAPKV, 12, id="model, snapkv"),
     ],
 )
 def test_graphs_change_neither_output_nor_drafts(

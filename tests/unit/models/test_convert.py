@@ -231,7 +231,7 @@ def test_broken_files_are_refused(src: Path, dst: Path) -> None:
     refused(src, dst, "not a readable safetensors file")
     index = src / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"model.norm.weight": "../src/model.safetensors"}}', encoding="utf-8")
-    refused(src, dst, "no file of this directory")
+    refused(src, dst, "is not a file of this directory")
     (src / "config.json").write_text("[]", encoding="utf-8")
     refused(src, dst, "expected a JSON object")
 
@@ -257,9 +257,9 @@ def test_destination_survives_a_failure(src: Path, dst: Path) -> None:
 def test_destinations_that_cannot_be(src: Path, tmp_path: Path) -> None:
     refused(src, src, "holds the source", force=True)
     refused(src, tmp_path, "holds the source", force=True)
-    refused(src, src / "config.json", "no directory", force=True)
+    refused(src, src / "config.json", "is not a directory", force=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    refused(src, tmp_path / "link", "no directory")
+    refused(src, tmp_path / "link", "is not a directory")
     refused(src, src / "config.json" / "below", "cannot be written")
 
 

@@ -33,7 +33,7 @@ from tests.support.fake_engine import FakeEngine
 parent_fd, held = os.pipe()
 signal.signal(signal.SIGTERM, lambda *_: os.close(held))
 claim(Path(sys.argv[1]))
-sys.exit(serve(lambda: FakeEngine(EngineConfig(model=sys.argv[2])), Path(sys.argv[1]), parent_fd, alone=True))
+sys.exit(serve(lambda: FakeEngine(EngineConfig(model=sys.argv[2])), Path(sys.argv[1]), parent_fd, has_no_parent=True))
 """
 
 

@@ -41,7 +41,7 @@ def test_the_pool_takes_what_is_left() -> None:
 @pytest.mark.parametrize("said", [{"num_pages": 900}, {"memory_gb": 1}, {}], ids=["num_pages", "memory_gb", "cpu"])
 def test_a_share_of_what_does_not_count_is_refused(said: dict[str, Any]) -> None:
     config = EngineConfig.model_validate({"model": "tiny", "cache": {"gpu_memory_utilization": 0.5, **said}})
-    with pytest.raises(ConfigError, match=f"{next(iter(said), 'memory_gb')} says how large the pool is"):
+    with pytest.raises(ConfigError, match=f"{next(iter(said), 'memory_gb')} sets the size of the pool"):
         resolve(config, tiny_model())
 
 

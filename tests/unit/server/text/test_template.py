@@ -42,7 +42,7 @@ def test_a_template_that_fails_is_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
 ) -> None:
     if "seconds" in reason:
-        monkeypatch.setattr(sandbox, "SECONDS", 0.2)
+        monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
     write_tokenizer(tmp_path, chat_template=template)
 
     async def main() -> None:
