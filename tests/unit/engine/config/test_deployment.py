@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from engine.config.deployment import Config, ConfigError, load_config
+from tests.support.nested import flatten
 from tests.support.paths import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -28,13 +29,6 @@ def settings(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
             found |= settings(type(field.default), f"{prefix}{name}.")
         else:
             found[prefix + name] = None if field.is_required() else field.default
-    return found
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
 
 

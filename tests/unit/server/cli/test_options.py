@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from engine.config.deployment import Config, ConfigError, load_config
 from server.cli import options
 from server.cli.serve import serve
+from tests.support.nested import flatten
 from tests.support.paths import ROOT
 
 CPU_YAML = ROOT / "configs" / "cpu.yaml"
@@ -137,7 +138,7 @@ def test_cpu_config_names_the_flag_of_every_setting_that_has_one(monkeypatch: py
         for flag in re.findall(r"\[(--[a-z-]+)\]", line)
     }
     changed = set()
-    defaults = flat(Config().model_dump())
+    defaults = flatten(Config().model_dump())
     for flag, value in FLAGS.items():
         seen: list[Config] = []
         monkeypatch.setattr("server.cli.serve._run", lambda config, engine, seen=seen: seen.append(config) or 0)
@@ -145,17 +146,10 @@ def test_cpu_config_names_the_flag_of_every_setting_that_has_one(monkeypatch: py
         other = {"--tls-cert": ["--tls-key", "k"], "--tls-key": ["--tls-cert", "c"]}.get(flag, [])
         done = CliRunner().invoke(app, [flag, *([] if value is None else [value]), *other])
         assert done.exit_code == 0, done.output
-        settings = flat(seen[0].model_dump())
+        settings = flatten(seen[0].model_dump())
         changed |= {(name, flag) for name in defaults if name in settings and settings[name] != defaults[name]}
     pair = {("server.tls_cert", "--tls-key"), ("server.tls_key", "--tls-cert")}
     assert changed - pair == documented
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def setting_lines(text: str) -> dict[str, str]:
