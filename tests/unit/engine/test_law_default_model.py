@@ -21,7 +21,7 @@ from parallel.group import Group
 from tests.support.profiles import is_all
 from tests.support.rig import CPU, compiled
 
-NEW_TOKENS = 120 if is_all() else 60
+NEW_TOKENS = 120 if is_all() else 48
 
 PROMPTS = (
     "The",

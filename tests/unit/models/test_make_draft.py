@@ -134,7 +134,7 @@ def test_the_command(target: Path, tmp_path: Path) -> None:
         )
     for arguments, says in (
         (["--layers", "0,x"], "'x' is not a layer number"),
-        (["--layers", "0", "--keep", "1"], "already says"),
+        (["--layers", "0", "--keep", "1"], "cannot be combined with --keep"),
         (["--spread", "--text", "x"], "cannot be combined with --text"),
         (["--layers", "6"], "the model has layers 0 to 5"),
         (["--keep", "7"], "1 to 6 can be kept, not 7"),

@@ -93,7 +93,7 @@ def test_where_it_can_be() -> None:
     for _ in range(2):  # a process can have several groups
         store = HashStore()
         comm = dist.ProcessGroup(store, 0, 1)
-        with pytest.raises(CollectiveError, match="no memory that all of them see"):
+        with pytest.raises(CollectiveError, match="the GPUs share no memory"):
             symm_mem.join(comm, store, CPU)
         name = store.get("symmetric").decode()
         assert _resolve_process_group(name).rank() == 0  # type: ignore[arg-type]  # where torch's operators look for it
