@@ -88,10 +88,10 @@ format: $(INSTALLED_DEV) ## Put style right where that can be done by machine
 typecheck: $(INSTALLED_DEV) ## Check types
 	@$(BIN)/mypy
 
-bench: $(INSTALLED_DEV) $(if $(MODEL),,model) ## Measure decoding with and without speculation
+bench: $(INSTALLED_DEV) $(KERNELS) $(if $(MODEL),,model) ## Measure decoding with and without speculation
 	@$(BIN)/magicdec bench decode $(SETTINGS) $(ARGS)
 
-bench-compare: $(INSTALLED_DEV) $(if $(MODEL),,model) ## Measure other engines beside this one, by turns
+bench-compare: $(INSTALLED_DEV) $(KERNELS) $(if $(MODEL),,model) ## Measure other engines beside this one, by turns
 	@$(BIN)/python -m bench.peers.compare $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 test-gpu: gpu ## Run the tests that need a CUDA device

@@ -35,10 +35,6 @@ def model() -> Llama:
     return tiny_model()
 
 
-def by_setup(results: list[AcceptanceResult]) -> dict[tuple[str, int | None], AcceptanceResult]:
-    return {(result.policy, result.budget): result for result in results}
-
-
 def test_what_reads_everything_always_agrees(model: Llama, twin_dir: Path, draft_dir: Path) -> None:
     setups = [
         *(Setup("self", policy, 160) for policy in ("window", "relative", "topk")),
