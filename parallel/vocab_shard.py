@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.row_sums import row_logsumexp, row_sum
 from parallel.group import Group
 from parallel.split import split
 
@@ -85,12 +86,12 @@ class VocabShard:
         top, ids = _largest(logits, min(num_alternatives, self.size))
         missing = (0, num_alternatives - top.shape[1])
         top, ids = F.pad(top, missing, value=float("-inf")), F.pad(ids + self.start, missing, value=self.total)
-        mass = logits.logsumexp(-1, keepdim=True)
+        mass = row_logsumexp(logits)
         mine = logits.gather(-1, self.local(tokens)[:, None])
         mine = mine.masked_fill(~self.holds(tokens)[:, None], float("-inf"))
         said = self.group.all_gather(torch.cat([mass.double(), mine.double(), top.double(), ids.double()], -1))
         masses, chosen, tops, every_id = said.split_with_sizes([1, 1, num_alternatives, num_alternatives], -1)
-        total = masses.logsumexp(0)
+        total = row_logsumexp(masses[..., 0].T)
         # Sort by id first: the stable sort by value then keeps the lowest id first among equals, and padding last.
         merged_ids, by_id = every_id.transpose(0, 1).flatten(1).sort(-1)
         merged = tops.transpose(0, 1).flatten(1).gather(-1, by_id)
@@ -116,7 +117,7 @@ class VocabShard:
         ordered = ordered[:, :count]
         above = (ordered.double() - ordered[:, :1]).exp_().masked_fill_(ordered <= kth, 0)
         before = above.cumsum(-1) - above  # mass of all likelier tokens
-        mass = above.sum(-1, keepdim=True) + ties * (kth.double() - ordered[:, :1]).exp()
+        mass = row_sum(above) + ties * (kth.double() - ordered[:, :1]).exp()
         nucleus = (before < top_p[:, None] * mass).sum(-1, keepdim=True).clamp(min=1) - 1
         off = torch.full_like(kth, float("-inf"))
         return torch.cat(

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -62,3 +63,20 @@ def test_speculation_never_changes_text(model: Llama, model_dir: Path, plain: li
         assert len(completion.token_ids) == NEW_TOKENS
     assert stats.rejections > 0, "the draft was never wrong: nothing was shown"
     assert acceptance_rate(stats) > 0.5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_speculation_never_changes_what_threads_add_up(model: Llama, model_dir: Path, threads: int) -> None:
+    """The cut of this nucleus falls between two tokens of nearly the same probability. Log-probabilities are equal to
+    the bit where kernels compute each row by itself."""
+    prompt = [3805, 10190, 2235, 277, 5972, 2526, 803, 725, 3723, 288, 253, 1398]
+    params = SamplingParams(seed=11, top_p=0.7099913454524601, max_tokens=8, ignore_eos=True, logprobs=5)
+    speculation = {"gamma": 3, "kv": {"budget": 128}}
+    with LLM(str(model_dir), loaded=model, threads=threads, speculation=speculation, max_model_len=256) as llm:
+        (drafted,) = llm.generate(prompt, params)
+        (plain,) = llm.generate(prompt, msgspec.structs.replace(params, max_draft_tokens=0))
+        batch = llm.generate([prompt, *([9 + i, 77] for i in range(5))], params)
+        assert llm.stats.drafts
+    assert drafted.token_ids == plain.token_ids == batch[0].token_ids
+    if model.ops.kind == "cpu":
+        assert drafted.logprobs == plain.logprobs == batch[0].logprobs

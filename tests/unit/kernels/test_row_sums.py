@@ -1,0 +1,68 @@
+"""Sums of rows: right, and the same to the bit for any number of rows and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.row_sums import row_logsumexp, row_sum
+from parallel.group import Group
+from parallel.vocab_shard import VocabShard
+
+VOCAB = 49152
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(rows=st.integers(0, 4), size=st.integers(1, 70), seed=st.integers(0, 99), low=st.booleans())
+def test_values(rows: int, size: int, seed: int, low: bool) -> None:
+    x = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 9
+    if low and rows:
+        x[0] = float("-inf")
+        x[-1, size // 2] = float("-inf")
+    torch.testing.assert_close(row_logsumexp(x), x.logsumexp(-1, keepdim=True))
+    x = x.masked_fill(x.isinf(), 1.0)
+    torch.testing.assert_close(row_sum(x), x.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_decides_its_bits_alone(dtype: torch.dtype) -> None:
+    """What sampling adds up over a vocabulary."""
+    vocab = VocabShard(0, VOCAB, VOCAB, Group.single())
+    logits = torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(3)).mul_(4).to(dtype)
+    tokens = torch.arange(40)
+    off = torch.zeros(40, dtype=torch.int64), torch.linspace(0.1, 0.99, 40, dtype=torch.float64), torch.zeros(40)
+
+    def results(index: slice) -> list[torch.Tensor]:
+        mine = logits[index].clone()
+        return [
+            row_sum(mine),
+            row_logsumexp(mine),
+            vocab.normalised(mine),
+            vocab.cut(mine, off[0][index], off[1][index], off[2][index].double(), VOCAB),
+            *vocab.logprobs(mine, tokens[index], 5),
+        ]
+
+    with threads(1):
+        alone = [results(slice(i, i + 1)) for i in range(40)]
+    for count in (1, 2):
+        with threads(count):
+            for size in (1, 4, 40):
+                for first in range(0, 40, size):
+                    for found, *parts in zip(
+                        results(slice(first, first + size)), *alone[first : first + size], strict=True
+                    ):
+                        assert torch.equal(found, torch.cat(parts))
