@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 from pathlib import Path
 
@@ -13,6 +14,10 @@ def main() -> None:
     """Run the command line. Errors that the user can fix end in a message on stderr and status 2."""
     if (fault := foreign_package(Path(__file__).parents[2])) is not None:
         sys.exit(_fail(fault))
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal's or a pipe's encoding may lack characters of a text; they are written as escapes.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     from server.cli.app import app  # not earlier: the check above ensures that it imports our packages
 
     try:
