@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +13,43 @@ from parallel.vocab_shard import VocabShard
 
 
 @dataclass(frozen=True, slots=True)
+class BadWords:
+    """Sequences of tokens whose last token is excluded after the others; all are compared at once.
+
+    begins: [words, longest - 1] int32, each word's tokens before its last one, aligned at the end. is_token: the same
+    shape, bool, False for padding. lengths: [words], number of tokens before the last one. last: [words], index into
+    the slice of logits.
+    """
+
+    begins: Tensor
+    is_token: Tensor
+    lengths: Tensor
+    last: Tensor
+
+    @classmethod
+    def from_words(cls, words: Sequence[Sequence[int]], first: int, device: torch.device) -> BadWords:
+        """first: the slice's first token."""
+        longest = max(map(len, words)) - 1
+        padded = [[-1] * (longest + 1 - len(word)) + list(word[:-1]) for word in words]
+        begins = torch.tensor(padded, dtype=torch.int32).view(len(words), longest)
+        lengths = torch.tensor([len(word) - 1 for word in words])
+        last = torch.tensor([word[-1] - first for word in words])
+        return cls(begins.to(device), (begins >= 0).to(device), lengths.to(device), last.to(device))
+
+    def apply(self, logits: Tensor, position: Tensor, row: Tensor) -> None:
+        """See LogitEdits.apply."""
+        before = torch.arange(-self.begins.shape[1], 0, device=row.device) + position
+        differs = (row[before.clamp_(min=0)] != self.begins) & self.is_token
+        matches = ~differs.any(1) & (position >= self.lengths)
+        logits.index_add_(0, self.last, torch.where(matches, float("-inf"), 0.0).to(logits.dtype))
+
+
+@dataclass(frozen=True, slots=True)
 class LogitEdits:
     """One row's edits of single logits: bias, stop tokens forbidden before `min_length`, excluded tokens and words.
 
     tokens: [m] index into this rank's slice. bias: [m]. forbidden: [m] 0 or -inf, added while the row is shorter than
-    `min_length`. excluded: [slice] bool, or None. words: for each bad word that ends in this rank's slice, the tokens
-    before its last one, and the index of its last one.
+    `min_length`. excluded: [slice] bool, or None. words: the bad words that end in this rank's slice, or None.
     """
 
     tokens: Tensor
@@ -25,7 +57,7 @@ class LogitEdits:
     forbidden: Tensor
     min_length: int
     excluded: Tensor | None
-    words: list[tuple[Tensor, int]]
+    words: BadWords | None
 
     @classmethod
     def from_row_start(cls, start: RowStart, vocab: VocabShard, device: torch.device) -> LogitEdits:
@@ -44,12 +76,9 @@ class LogitEdits:
             excluded = torch.ones(vocab.size, dtype=torch.bool)
             excluded[vocab.local(allowed)[vocab.holds(allowed)]] = False
             excluded = excluded.to(device)
-        last = range(vocab.start, vocab.start + vocab.size)
-        words = [
-            (torch.tensor(word[:-1], dtype=torch.int32, device=device), word[-1] - vocab.start)
-            for word in params.bad_words
-            if word[-1] in last
-        ]
+        mine_last = range(vocab.start, vocab.start + vocab.size)
+        ending = [word for word in params.bad_words if word[-1] in mine_last]
+        words = BadWords.from_words(ending, vocab.start, device) if ending else None
         return cls(tokens.to(device), bias[mine].to(device), forbidden[mine].to(device), min_length, excluded, words)
 
     def apply(self, logits: Tensor, position: Tensor, row: Tensor) -> None:
@@ -59,10 +88,8 @@ class LogitEdits:
         logits.index_add_(0, self.tokens, change.to(logits.dtype))
         if self.excluded is not None:
             logits.masked_fill_(self.excluded, float("-inf"))
-        for begins, token in self.words:
-            before = torch.arange(-len(begins), 0, device=row.device) + position
-            matches = (row[before.clamp(min=0)] == begins).all() & (position >= len(begins))
-            logits[token] = torch.where(matches, float("-inf"), logits[token])
+        if self.words is not None:
+            self.words.apply(logits, position, row)
 
 
 class TokenCounts:
