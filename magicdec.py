@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.config.deployment import ConfigError, EngineConfig
-from engine.llm import LLM, Completion, Piece
+from engine.llm import LLM, Completion, Piece, RequestFailed
 from engine.params import SamplingParams
 
-__all__ = ["LLM", "Completion", "ConfigError", "EngineConfig", "Piece", "SamplingParams"]
+__all__ = ["LLM", "Completion", "ConfigError", "EngineConfig", "Piece", "RequestFailed", "SamplingParams"]

@@ -29,11 +29,12 @@ from engine.oom import OutOfMemory
 from engine.plan import RoundPlan, RoundResult
 from engine.ranks.executor import RankExecutor
 from engine.scheduler.controller import Controller, FixedGamma
-from engine.scheduler.outputs import make_output
+from engine.scheduler.outputs import failed_output, make_output
 from engine.scheduler.pages import PageAllocator
 from engine.scheduler.request import Request
-from engine.scheduler.scheduler import RequestError, Scheduler
+from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.stats import StatsRecorder
+from engine.scheduler.validation import check_fields
 from engine.worker.profiler import Profiler, load_profile, profile, profile_key, save_profile
 from engine.worker.resolve import draft_tokens_read, resolve
 from engine.worker.worker import Worker, noop
@@ -47,7 +48,8 @@ class Engine:
     """Queues requests and runs them round by round. Not thread-safe: one loop owns it.
 
     ready: description of the engine for API processes. profiler: measures rounds, while there are no requests.
-    weight_bytes: of all ranks. overlaps: whether the host is free while a round runs.
+    weight_bytes: of all ranks. overlaps: whether the host is free while a round runs. restarted: after `step` has
+    raised an error, whether all requests go on nevertheless.
     """
 
     _ranks: RankExecutor | None = None
@@ -79,6 +81,7 @@ class Engine:
             self.close()
             raise
         self.overlaps = self._resolved.device.type != "cpu"
+        self.restarted = False
         self._round_running = False
         self._aborted: list[str] = []  # requests aborted while a round runs
         self._pages = PageAllocator(self._worker.num_pages)
@@ -176,21 +179,7 @@ class Engine:
 
     def check(self, request: AddRequest) -> None:
         """Raise RequestError for a request that can never run."""
-        vocab_size = self.ready.vocab_size
-        params = request.params
-        for what, ids in (
-            ("prompt", request.prompt),
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-            ("allowed_token_ids", params.allowed_token_ids),
-            ("bad_words", [token for word in params.bad_words for token in word]),
-        ):
-            # min and max are fast: a prompt can have 100,000 tokens, and running rows wait for this check.
-            if ids and (min(ids) < 0 or max(ids) >= vocab_size):
-                token = next(token for token in ids if not 0 <= token < vocab_size)
-                raise RequestError(f"{what}: token id {token} is not in the vocabulary of {vocab_size}")
-        if params.grammar is not None and not (self._resolved.path / "tokenizer.json").is_file():
-            raise RequestError("grammar: the model's tokenizer.json was not found")
+        check_fields(request, self.ready.vocab_size, self.ready.eos_token_ids, self._worker.no_grammars)
         self._scheduler.check_request(request)
 
     def add(self, request: AddRequest) -> None:
@@ -213,14 +202,16 @@ class Engine:
     # -- rounds --------------------------------------------------------------------------------------------------------
 
     def step(self, meanwhile: Callable[[], None] = noop) -> list[RequestOutput]:
-        """Run one round, if there is work. Returns one output per row that sampled.
+        """Run one round, if there is work. Returns the outputs of rows that sampled, ended or failed.
 
         meanwhile: the host's other work; called, perhaps repeatedly, while a device is busy with the round. If any rank
         runs out of memory, the round's requests end with an error or, where ranks cannot abandon a round
-        (Group.can_abandon), RankFailure is raised. Raises RankFailure.
+        (Group.can_abandon), RankFailure is raised. If anything else ends the round's work early, such as Ctrl-C, its
+        requests are computed anew (`restarted`). Raises RankFailure.
         """
         if not self._scheduler.has_work:
             return []
+        self.restarted = False
         began = time.perf_counter()
         plan, requests = self._scheduler.schedule()
         self._round_running = True
@@ -232,6 +223,10 @@ class Engine:
         except OutOfMemory as error:
             meanwhile()  # the round may have failed before its own call
             outputs = self._fail(requests, error)
+        except BaseException:
+            self._scheduler.restart_rows(requests)
+            self.restarted = True
+            raise
         else:
             outputs = self._commit(plan, requests, result)
             self._stats.record_time(result, time.perf_counter() - began)
@@ -243,6 +238,12 @@ class Engine:
             self._scheduler.check()
         return outputs
 
+    def reset(self) -> None:
+        """Drop all requests, whatever state an interrupted `step` has left them in."""
+        self._round_running, self._aborted = False, []
+        self._pages = PageAllocator(self._worker.num_pages)
+        self._scheduler = self._make_scheduler(self._scheduler.controller)
+
     def _run(self, plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
         """Run one round on all ranks."""
         with self._ranks.round(plan) if self._ranks else contextlib.nullcontext():
@@ -250,12 +251,14 @@ class Engine:
 
     def _commit(self, plan: RoundPlan, requests: list[Request], result: RoundResult) -> list[RequestOutput]:
         self._stats.record_plan(plan, requests)
-        yielded = self._scheduler.commit(plan, requests, result)
         outputs = []
-        for (request, tokens), row in zip(yielded, result.rows, strict=True):
-            accepted = min(row.accepted, len(tokens))
-            self._stats.record_row(request, row.drafted, accepted, len(tokens))
-            outputs.append(make_output(request, tokens, row))
+        for request, tokens, row, failure in self._scheduler.commit(plan, requests, result):
+            drafted, accepted = (row.drafted, min(row.accepted, len(tokens))) if row else (0, 0)
+            self._stats.record_row(request, drafted, accepted, len(tokens))
+            if failure is None or tokens:
+                outputs.append(make_output(request, tokens, row))
+            if failure is not None:
+                outputs.append(failed_output(request, failure))
         return outputs
 
     def _fail(self, requests: list[Request], error: Exception) -> list[RequestOutput]:

@@ -20,10 +20,10 @@ from pydantic import ValidationError
 
 from engine.config.deployment import ConfigError, EngineConfig, describe
 from engine.core import Engine
-from engine.messages import AddRequest, EngineStats, TokenLogprobs
+from engine.messages import RETRY_MEMORY, AddRequest, EngineStats, PromptLogprobs, RequestOutput, TokenLogprobs
 from engine.oom import OutOfMemory
 from engine.params import SamplingParams
-from engine.scheduler.scheduler import QueueFull, RequestError
+from engine.scheduler.validation import QueueFull, RequestError
 from engine.text import Delta, TextStream
 from models.default import resolve_model
 from models.llama import Llama
@@ -41,6 +41,8 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     """One entry per token, if the request asks for them."""
+    prompt_logprobs: list[PromptLogprobs] | None = None
+    """One entry per prompt token except the first, if the request asks for them."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     """The stop string or stop token that ended the output."""
@@ -56,6 +58,10 @@ class Piece:
     text: str
     token_ids: list[int]
     completion: Completion
+
+
+class RequestFailed(RuntimeError):
+    """The engine could not finish a request; the message says why. Other requests are not affected."""
 
 
 class LLM:
@@ -108,7 +114,7 @@ class LLM:
         """Complete all prompts together. Returns their completions in order.
 
         prompts: a text, a list of token ids, or a list of either. params: one for all prompts, or one per prompt.
-        Raises ValueError, before anything runs, if a prompt can never be served; OutOfMemory.
+        Raises ValueError, before anything runs, if a prompt can never be served; RequestFailed, OutOfMemory.
         """
         listed = _as_prompt_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
@@ -130,7 +136,7 @@ class LLM:
         """Complete one prompt, one piece per round.
 
         Leaving the loop early aborts the request. Several streams can be open at once, also during `generate`.
-        Raises ValueError if the prompt can never be served, OutOfMemory.
+        Raises ValueError if the prompt can never be served, RequestFailed, OutOfMemory.
         """
         stream = self._prepare(prompt, params)
         todo = deque([stream])
@@ -166,19 +172,34 @@ class LLM:
             todo.popleft()
 
     def _step(self) -> None:
-        """Run one round and add its outputs to their streams."""
-        for output in self.engine.step():
-            stream = self._streams[output.id]
-            if output.error is not None:
-                stream.errors.append(output.error)
-                del self._streams[output.id]
-                continue
-            delta = stream.text.take(output)
-            stream.add(delta)
-            if delta.finish_reason is not None:
-                del self._streams[output.id]
-                if output.finish_reason is None:  # a stop string, which the engine does not check
-                    self.engine.abort([output.id])
+        """Run one round and add its outputs to their streams. If that is cut short, by Ctrl-C for example, each open
+        stream goes on with the same text or ends with an error."""
+        try:
+            for output in self.engine.step():
+                self._deliver(output)
+        except BaseException as error:
+            if not self.engine.restarted:  # outputs are lost, or delivered in part
+                for stream in self._streams.values():
+                    stream.errors.append(RequestFailed(f"a round was cut short by {type(error).__name__}"))
+                self._streams.clear()
+                self.engine.reset()
+            raise
+
+    def _deliver(self, output: RequestOutput) -> None:
+        stream = self._streams.get(output.id)
+        if stream is None:
+            return  # a stop string has ended it
+        if output.error is not None:
+            kind = OutOfMemory if output.retry == RETRY_MEMORY else RequestFailed
+            stream.errors.append(kind(output.error))
+            del self._streams[output.id]
+            return
+        delta = stream.text.take(output)
+        stream.add(delta, output.prompt_logprobs)
+        if delta.finish_reason is not None:
+            del self._streams[output.id]
+            if output.finish_reason is None:  # a stop string, which the engine does not check
+                self.engine.abort([output.id])
 
     def _drop_streams(self, streams: Iterable[_Stream]) -> None:
         ids = [stream.request.id for stream in streams if stream.request.id in self._streams]
@@ -193,16 +214,18 @@ class _Stream:
     text: TextStream
     completion: Completion
     pieces: deque[Piece]
-    errors: list[str] = field(default_factory=list)
-    """Reason why the engine failed the request; at most one."""
+    errors: list[RuntimeError] = field(default_factory=list)
+    """Reason why the request failed; at most one."""
 
     def check(self) -> None:
-        """Raise OutOfMemory if the engine has failed the request."""
+        """Raise the error of a request that has failed."""
         if self.errors:
-            raise OutOfMemory(self.errors[0])
+            raise self.errors[0]
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: Delta, prompt_logprobs: list[PromptLogprobs] | None) -> None:
         completion = self.completion
+        if prompt_logprobs is not None:
+            completion.prompt_logprobs = prompt_logprobs
         completion.text += delta.text
         completion.token_ids += delta.tokens
         if delta.logprobs is not None:

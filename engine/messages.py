@@ -76,6 +76,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     """The token id that ended the request, unless it was the model's own end-of-sequence token."""
     error: str | None = None
     """Reason why the engine could not serve the request; `finish_reason` is then "abort"."""
+    is_server_fault: bool = False
+    """With `error`: whether the request itself is valid, and something else has failed."""
     retry: str | None = None
     """With `error`: the request is valid and may be retried; RETRY_FULL or RETRY_MEMORY is the cause."""
     scheduled: float = 0.0

@@ -25,9 +25,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """
 
     max_tokens: Annotated[int, _COUNT] = 16
-    """Maximum number of tokens to generate."""
+    """Maximum number of tokens to generate. 0, with `prompt_logprobs`: only score the prompt."""
     min_tokens: Annotated[int, _COUNT] = 0
-    """Number of tokens before which end-of-sequence and stop tokens cannot be sampled."""
+    """Number of tokens before which end-of-sequence and stop tokens cannot be sampled. If a grammar allows nothing else
+    there, the request ends with an error."""
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
     """0 samples greedily, and so does any value below MIN_TEMPERATURE."""
     top_k: Annotated[int, _COUNT] = 0
@@ -44,6 +45,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Value to add to the logit of each token id."""
     stop_token_ids: tuple[Token, ...] = ()
     ignore_eos: bool = False
+    """Continue past the model's end-of-sequence tokens, except where a grammar ends the output with one."""
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     """None: no log-probabilities. k: those of each output token and of the k most likely tokens, under the unchanged
     logits."""
@@ -76,6 +78,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def sampled(self) -> bool:
         """Whether tokens are drawn at random; otherwise the most likely token is taken."""
         return self.temperature >= MIN_TEMPERATURE
+
+    @property
+    def ends_at_eos(self) -> bool:
+        """Whether the model's end-of-sequence tokens end the output."""
+        return not self.ignore_eos or self.grammar is not None
 
     @property
     def penalised(self) -> bool:

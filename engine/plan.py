@@ -62,6 +62,15 @@ class RoundPlan(msgspec.Struct, omit_defaults=True):
     """Pages to fill with zeros before the round."""
 
 
+class RowFailure(msgspec.Struct, array_like=True):
+    """A row whose request has failed. The other rows of the round are not affected."""
+
+    row: int
+    reason: str
+    is_request_fault: bool
+    """Whether the request is the cause: its own fields exclude every token."""
+
+
 class RowResult(msgspec.Struct, array_like=True):
     """Outcome of verification for one row that samples, in the order of the plan."""
 
@@ -69,7 +78,7 @@ class RowResult(msgspec.Struct, array_like=True):
     """Number of proposed tokens: at most the plan's gamma."""
     accepted: int
     tokens: list[int]
-    """accepted + 1 tokens: the accepted drafts, and the bonus token."""
+    """accepted + 1 tokens: the accepted drafts, and the bonus token, which a failed row lacks."""
     logprobs: list[TokenLogprobs] | None
 
 
@@ -82,3 +91,4 @@ class RoundResult(msgspec.Struct):
     verify_seconds: float
     prompt_logprobs: list[PromptLogprobs] = []
     """Prompt logprobs of the plan's rows (RowWork.num_prompt_logprobs), in its order."""
+    failures: list[RowFailure] = []

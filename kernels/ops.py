@@ -99,8 +99,8 @@ class Ops(Protocol):
         """Apply the coupled sampling rule (see kernels.noise): each row's largest logit / temperature + noise.
 
         logits: [rows, size], of the tokens from `first` on; may be overwritten. temperature: [rows] float64; 0 selects
-        the largest logit. seeds, positions: [rows] int64. Returns the largest values, [rows] of the logits' dtype, and
-        their token ids, [rows] int64, the lowest id among equals.
+        the largest logit. seeds, positions: [rows] int64. Returns the largest values, [rows] of the logits' dtype, NaN
+        where a logit is, and their token ids, [rows] int64, the lowest id among equals; some id of the slice with NaN.
         """
 
     @property

@@ -39,29 +39,28 @@ class VocabShard:
         logits: [rows, size]. Returns [rows] int64.
         """
         values, index = logits.max(-1)
-        return self.best(values, index + self.start)
+        return self.best(values, index + self.start)[1]
 
-    def best(self, values: Tensor, tokens: Tensor) -> Tensor:
-        """Find, per row, the token with the largest value over all ranks, the lowest id among equals.
+    def best(self, values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Find, per row, the largest value over all ranks and its token, the lowest id among equals.
 
-        values: [rows], this rank's largest. tokens: [rows] int64, their ids. Returns [rows] int64.
+        values: [rows], this rank's largest. tokens: [rows] int64, their ids. Returns the values, [rows], NaN where a
+        rank's is, and the tokens, [rows] int64.
         """
         if self.group.size == 1:
-            return tokens
+            return values, tokens
         pairs = torch.stack([values.double(), tokens.double()], -1)  # a double holds every token id exactly
         values, tokens = self.group.all_gather(pairs).unbind(-1)
         best = values.amax(0)
-        return tokens.masked_fill(values < best, float("inf")).amin(0).long()
-
-    def largest(self, logits: Tensor) -> Tensor:
-        """Find the largest logit of each row over all ranks: [rows, size] to [rows]; O(rows) traffic."""
-        values = logits.amax(-1)
-        return values if self.group.size == 1 else self.group.all_gather(values).amax(0)
+        return best, tokens.masked_fill(values < best, float("inf")).amin(0).long()
 
     def normalised(self, logits: Tensor) -> Tensor:
         """Compute this rank's log-probabilities [rows, size], with the softmax over all slices; O(rows) traffic."""
-        mass = logits.logsumexp(-1, keepdim=True)
-        return logits - (mass if self.group.size == 1 else self.group.all_gather(mass).logsumexp(0))
+        return logits - self._over_ranks(row_logsumexp(logits))
+
+    def _over_ranks(self, masses: Tensor) -> Tensor:
+        """Add masses, given as logarithms, over all ranks: [rows, 1] to [rows, 1]."""
+        return masses if self.group.size == 1 else row_logsumexp(self.group.all_gather(masses)[..., 0].T)
 
     def at_tokens(self, values: Tensor, tokens: Tensor) -> Tensor:
         """Look up each row's value at one token: values [rows, size], tokens [rows] int64; O(rows) traffic.

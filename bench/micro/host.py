@@ -91,9 +91,9 @@ class Host:
             results.append(RowResult(work.gamma, accepted, [0] * (accepted + 1), None))
             self._state.computed[work.row] += work.new + accepted
         with parts.time("commit"):
-            yielded = self._scheduler.commit(plan, requests, RoundResult(plan.number, results, 0.0, 0.0))
+            committed = self._scheduler.commit(plan, requests, RoundResult(plan.number, results, 0.0, 0.0))
         with parts.time("build outputs"):
-            outputs = [make_output(request, new, row) for (request, new), row in zip(yielded, results, strict=True)]
+            outputs = [make_output(request, new, row) for request, new, row, _ in committed]
         with parts.time("encode outputs"):
             self._encoder.encode(outputs)
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.batch.row_failures import RowFailures
 from engine.kv.policies import View
 from engine.plan import RoundPlan
 from kernels.attention.base import AttentionBatch
@@ -29,6 +30,7 @@ class RowState:
         overwritten.
     page_table: [max_rows, max_pages] int64, page ids in order.
     computed: [max_rows] int64, number of committed tokens whose target KV is valid.
+    failures: host, rows that have failed.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class RowState:
         self.page_size = page_size
         self.device = device
         self.ops = ops
+        self.failures = RowFailures(max_rows)
         self.tokens = torch.zeros(max_rows, max_model_len, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(max_rows, -(-max_model_len // page_size), dtype=torch.int64, device=device)
         self.computed = torch.zeros(max_rows, dtype=torch.int64, device=device)

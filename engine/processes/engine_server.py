@@ -45,7 +45,7 @@ from engine.messages import (
 )
 from engine.processes.endpoint import HEARTBEAT, SOCKET, remove
 from engine.processes.heartbeat import HeartbeatSender
-from engine.scheduler.scheduler import QueueFull
+from engine.scheduler.validation import QueueFull
 
 _STATS_S = 1.0
 """Maximum age of a peer's stats."""

@@ -5,83 +5,157 @@ A matcher's state is that after a row's committed tokens. For masks after drafts
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
+from engine.batch.row_failures import RowError
+from engine.batch.row_state import RowState
 from engine.plan import RowStart
-
-log = logging.getLogger(__name__)
+from engine.sampling.grammar_limits import LIMITS
 
 Words = npt.NDArray[np.int32]
 
-LIMITS = LLParserLimits(max_grammar_size=100_000, initial_lexer_fuel=500_000)
-"""Bounds the cost of compiling a grammar to some 100 ms, during which the rows of its round wait."""
+_WORK = "the grammar"
+
+_MAX_REASON = 200
+
+
+class GrammarError(RowError):
+    """A grammar cannot be compiled, has become too complex, or does not match a row's tokens."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """A constrained row. output: its tokens. error: why the grammar failed after a draft."""
+
+    grammar: str
+    matcher: LLMatcher
+    output: list[int]
+    error: str | None = None
 
 
 class Grammars:
-    """The grammars of all row slots of one rank."""
+    """The grammars of all row slots of one rank.
 
-    def __init__(self, max_rows: int, tokenizer: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """tokenizer: the model's tokenizer.json; read when the first grammar arrives."""
-        self._file = tokenizer
+    unavailable: why this model's output cannot be constrained; None if it can be.
+    """
+
+    def __init__(self, state: RowState, tokenizer: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """tokenizer: the model's tokenizer.json. It is read now, since not every kind can be matched."""
+        self._failures = state.failures
         self._vocab_size = vocab_size
-        self._eos = list(eos_token_ids)
-        self._tokenizer: LLTokenizer | None = None
-        self._matchers: dict[int, LLMatcher] = {}
-        self.constrained = np.zeros(max_rows, dtype=bool)
+        self._rows: dict[int, _Row] = {}
+        self.constrained = np.zeros(len(state.tokens), dtype=bool)
         """[max_rows]: rows that have a grammar."""
+        self._tokenizer, self.unavailable = _read_tokenizer(tokenizer, vocab_size, eos_token_ids)
 
     def start(self, start: RowStart) -> None:
         """Start a request in a row slot."""
         row, grammar = start.row, start.params.grammar
-        self._matchers.pop(row, None)
+        self._rows.pop(row, None)
         self.constrained[row] = grammar is not None
-        if grammar is not None:
-            if self._tokenizer is None:
-                self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocab_size, eos_token=self._eos)
-            self._matchers[row] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
-            self.commit(row, start.tokens[start.num_prompt :])
+        if grammar is None:
+            return
+        with self._failures.guard(row, _WORK):
+            self._rows[row] = _Row(grammar, self._compile(grammar), [])
+        self.commit(row, start.tokens[start.num_prompt :])
 
     def commit(self, row: int, tokens: Sequence[int]) -> None:
         """Advance a row's matcher over its output; a row without a grammar keeps no state."""
-        if (matcher := self._matchers.get(row)) is None:
+        if (mine := self._rows.get(row)) is None:
             return
-        consumed = matcher.try_consume_tokens(list(tokens))
-        # Tokens after the grammar's end, such as an end of sequence, do not advance the matcher.
-        if matcher.is_error() or (consumed < len(tokens) and not matcher.is_stopped()):
-            log.error("a grammar failed; its output ends here: %s", matcher.get_error() or "a token does not match")
+        with self._failures.guard(row, _WORK):
+            mine.output += tokens
+            mine.error = None
+            _advance(mine.matcher, tokens)
 
     def masks(self, row: int, drafted: Sequence[int], first: int = 0) -> Words:
         """Compute the tokens allowed after the row's committed tokens and `first` of its drafts, and after each further
         draft.
 
         Returns [len(drafted) + 1 - first, words], one bit per token. After a draft that does not match, the mask of the
-        place before it is repeated.
+        place before it is repeated. If the grammar fails after the committed tokens, so does the row; if it fails after
+        a draft, which may be wrong, no token is allowed from there on.
         """
-        matcher = self._matchers[row]
-        consumed = matcher.try_consume_tokens(list(drafted[:first]))
-        matching = consumed == first
         words = np.zeros((len(drafted) + 1 - first, -(-self._vocab_size // 32)), dtype=np.int32)
-        for i, at in enumerate(words):
-            if i and matching:
-                matching = matcher.try_consume_tokens([drafted[first + i - 1]]) == 1
-                consumed += matching
-            if i and not matching:
-                at[:] = words[i - 1]
-            elif matcher.is_error():
-                self._only_eos(at)
-            else:
-                matcher.unsafe_compute_mask_ptr(at.ctypes.data, at.nbytes)
-        if consumed:
-            matcher.rollback(consumed)
+        with self._failures.guard(row, _WORK):
+            mine = self._rows[row]
+            filled = _fill(words, mine.matcher, drafted, first)
+            if filled < len(words):
+                mine.error = _error(mine.matcher)
+                if first + filled == 0:
+                    raise GrammarError(mine.error)
+                mine.matcher = self._compile(mine.grammar)  # a matcher never leaves its error
+                _advance(mine.matcher, mine.output)
         return words
 
-    def _only_eos(self, words: Words) -> None:
-        """Reject a grammar that has become too complex; this ends its request."""
-        for token in self._eos:
-            words[token // 32] |= np.uint32(1 << token % 32).astype(np.int32)
+    def error(self, row: int) -> str | None:
+        """Return why the row's grammar failed after a draft of this round, if it did."""
+        return self._rows[row].error if row in self._rows else None
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        if self._tokenizer is None:
+            raise GrammarError(self.unavailable)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        _check(matcher)
+        return matcher
+
+
+def _read_tokenizer(file: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> tuple[LLTokenizer | None, str | None]:
+    """Read a tokenizer. Returns it, or None and the reason why its tokens cannot be matched."""
+    if not file.is_file():
+        return None, "the model's tokenizer.json was not found"
+    if not eos_token_ids:
+        return None, "the model has no end-of-sequence token, with which the output would end"
+    try:
+        return LLTokenizer(str(file), n_vocab=vocab_size, eos_token=list(eos_token_ids)), None
+    except Exception as error:  # the library raises several types
+        return None, f"the model's tokenizer is of a kind that cannot be matched: {_short(str(error))}"
+
+
+def _advance(matcher: LLMatcher, tokens: Sequence[int]) -> None:
+    """Advance over output. Tokens after the grammar's end, such as an end of sequence, do not advance the matcher."""
+    consumed = matcher.try_consume_tokens(list(tokens))
+    _check(matcher)
+    if consumed < len(tokens) and not matcher.is_stopped():
+        raise GrammarError("it does not match a token of the output")
+
+
+def _fill(words: Words, matcher: LLMatcher, drafted: Sequence[int], first: int) -> int:
+    """Fill in the masks of Grammars.masks. Returns their number; fewer than `words` if the grammar failed."""
+    consumed = matcher.try_consume_tokens(list(drafted[:first]))
+    matching = consumed == first
+    for i, at in enumerate(words):
+        if i and matching:
+            matching = matcher.try_consume_tokens([drafted[first + i - 1]]) == 1
+            consumed += matching
+        if not matcher.is_error():
+            if i and not matching:
+                at[:] = words[i - 1]
+            else:
+                matcher.unsafe_compute_mask_ptr(at.ctypes.data, at.nbytes)
+        if matcher.is_error():
+            at.fill(0)
+            return i
+    if consumed:
+        matcher.rollback(consumed)
+    return len(words)
+
+
+def _check(matcher: LLMatcher) -> None:
+    if matcher.is_error():
+        raise GrammarError(_error(matcher))
+
+
+def _error(matcher: LLMatcher) -> str:
+    return _short(matcher.get_error()) or "unknown error"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_REASON else line[: _MAX_REASON - 1] + "…"

@@ -52,6 +52,10 @@ class PromptLogprobTensors:
     top_ids: Tensor
 
 
+NOT_FINITE, NOTHING_LEFT = -1, -2
+"""In place of a sampled token: why there is none."""
+
+
 class Sampler:
     """Sampling parameters of all row slots, and the sampling rule.
 
@@ -64,6 +68,7 @@ class Sampler:
     ) -> None:
         """ops: kernels that compute the rule, and computed the logits. grammars: of the rows; read, never advanced."""
         max_rows, device = len(state.tokens), state.device
+        self._failures = state.failures
         self._grammars = grammars
         self._state = state
         self._vocab = vocab
@@ -97,6 +102,7 @@ class Sampler:
     def start(self, start: RowStart) -> None:
         """Start a request in a row slot."""
         row, params = start.row, start.params
+        # First what decides which collectives the row takes part in: it must not differ between ranks.
         self._params[row] = params
         self._random[row] = params.sampled
         self._num_candidates[row] = self._candidates_of(params)
@@ -112,12 +118,13 @@ class Sampler:
         self._min_p[row] = params.min_p
         penalties = [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]
         self._penalties[row] = torch.tensor(penalties, dtype=torch.float64)
-        if self._has_edits[row]:
-            self._edits[row] = LogitEdits.from_row_start(start, self._vocab, self._state.device)
-        if params.penalised:
-            if self._counts is None:
-                self._counts = TokenCounts(len(self._params), self._vocab, self._state.device)
-            self._counts.start(row, start.tokens[: start.num_prompt], start.tokens[start.num_prompt :])
+        with self._failures.guard(row, "its sampling parameters"):
+            if self._has_edits[row]:
+                self._edits[row] = LogitEdits.from_row_start(start, self._vocab, self._state.device)
+            if params.penalised:
+                if self._counts is None:
+                    self._counts = TokenCounts(len(self._params), self._vocab, self._state.device)
+                self._counts.start(row, start.tokens[: start.num_prompt], start.tokens[start.num_prompt :])
 
     def abandon_round(self) -> None:
         """Drop state that is kept for the rest of a round that is abandoned. Its rows start anew."""
@@ -135,21 +142,39 @@ class Sampler:
     def choose(self, logits: Tensor, samples: SamplePositions) -> Tensor:
         """Sample a token at each position.
 
-        logits: [n, this rank's vocabulary] float32 or float64, changed in place. Returns [n] int64.
+        logits: [n, this rank's vocabulary] float32 or float64, changed in place. Returns [n] int64; in place of a token
+        NOT_FINITE if a rank has a logit that is not a finite number, or has failed the row, and NOTHING_LEFT if every
+        token is excluded.
         """
-        return self._sample_at(logits, self._process(logits, samples), samples)
+        return mark_failures(*self._sample_at(logits, self._process(logits, samples), samples))
 
     def draft(self, logits: Tensor, samples: SamplePositions) -> Tensor:
-        """Sample the token that a draft proposes, from its own logits; otherwise as `choose`."""
-        return self.choose(logits, samples)
+        """Sample the token that a draft proposes, from its own logits, as `choose` does; but always some token: only
+        the target's logits fail a row."""
+        return self._sample_at(logits, self._process(logits, samples), samples)[1]
 
-    def sample(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        """Compute the argmax of logits / temperature + noise over the whole vocabulary.
+    def sample(self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the maximum of logits / temperature + noise over the whole vocabulary.
 
         logits: [n, this rank's vocabulary], left in any state. temperature: [n] float64, 0 for no noise. seeds,
-        positions: [n] int64. Returns [n] int64.
+        positions: [n] int64. Returns values, [n], NaN if a logit is, and tokens, [n] int64.
         """
         return self._vocab.best(*self._ops.sample(logits, temperature, seeds, positions, self._vocab.start))
+
+    def why_excluded(self, row: int) -> str:
+        """Describe what has excluded every token of a row: the fields of its request that exclude tokens."""
+        params = self._params[row]
+        if self._grammars is not None and (error := self._grammars.error(row)) is not None:
+            return f"the grammar failed: {error}"
+        fields = {
+            "min_tokens": params.min_tokens > 0,
+            "logit_bias": bool(params.logit_bias),
+            "allowed_token_ids": bool(params.allowed_token_ids),
+            "bad_words": bool(params.bad_words),
+            "the grammar": params.grammar is not None,
+        }
+        given = [name for name, is_given in fields.items() if is_given]
+        return f"no token is left to sample: excluded by {', '.join(given) or 'the model'}"
 
     def is_plain(self, rows: Ints) -> bool:
         """Whether these row slots sample from their logits as they are, by `sample` alone."""
@@ -160,7 +185,7 @@ class Sampler:
         """Return temperatures, [n] float64, and seeds, [n] int64."""
         return self._temperature[samples.row_index], self._seed[samples.row_index]
 
-    def _sample_at(self, logits: Tensor, temperature: Tensor, samples: SamplePositions) -> Tensor:
+    def _sample_at(self, logits: Tensor, temperature: Tensor, samples: SamplePositions) -> tuple[Tensor, Tensor]:
         return self.sample(logits, temperature, self._seed[samples.row_index], samples.position)
 
     def _noise(self, samples: SamplePositions, index: Tensor, stream: int = 0) -> Tensor:
@@ -213,13 +238,16 @@ class Sampler:
         divided.
         """
         rows = samples.rows
-        if self._has_penalties[rows].any():
-            self._apply_penalties(logits, samples, self._to_device(np.flatnonzero(self._has_penalties[rows])))
-        for i in np.flatnonzero(self._has_edits[rows]).tolist():
+        if len(index := self._failures.healthy(rows, self._has_penalties)):
+            self._apply_penalties(logits, samples, self._to_device(index))
+        for i in self._failures.healthy(rows, self._has_edits).tolist():
             row = int(rows[i])
-            self._edits[row].apply(logits[i], samples.position[i], self._state.tokens[row])
-        if self._grammars is not None and (index := np.flatnonzero(self._grammars.constrained[rows])).size:
+            with self._failures.guard(row, "its sampling parameters"):
+                self._edits[row].apply(logits[i], samples.position[i], self._state.tokens[row])
+        if self._grammars is not None and len(index := self._failures.healthy(rows, self._grammars.constrained)):
             self._apply_grammars(logits, samples, index)
+        if len(index := self._failures.among(rows)):
+            logits[self._to_device(index)] = float("nan")  # other ranks see by it that the row has failed
         temperature = self._temperature[samples.row_index]
         truncated = np.flatnonzero(self._random[rows] & (divide | (self._num_candidates[rows] > 0)))
         if len(truncated):
@@ -266,10 +294,7 @@ class Sampler:
             words.append(self._grammars.masks(row, drafted[mine[-1]][:last], first))
         packed = torch.from_numpy(np.concatenate(words)).to(logits.device)
         allowed = ((packed[:, self._word] >> self._bit) & 1).bool()
-        kept = logits[device_index].masked_fill(~allowed, float("-inf"))
-        # Where no other token is left, tokens that min_tokens or a bias excluded are allowed again.
-        empty = self._vocab.largest(kept) == float("-inf")
-        logits[device_index] = torch.where(empty[:, None] & allowed, 0.0, kept)
+        logits[device_index] = logits[device_index].masked_fill(~allowed, float("-inf"))
 
     def _candidates_of(self, params: SamplingParams) -> int:
         """Return the number of a row's largest logits that decide its truncation; 0: it has none."""
@@ -293,3 +318,9 @@ class Sampler:
 
     def _to_device(self, index: npt.NDArray[np.intp]) -> Tensor:
         return self._state.to_device(index)
+
+
+def mark_failures(values: Tensor, tokens: Tensor) -> Tensor:
+    """Replace the tokens whose values show that nothing could be sampled. values: [n]. tokens: [n] int64."""
+    tokens = tokens.masked_fill(values == float("-inf"), NOTHING_LEFT)
+    return tokens.masked_fill(values.isnan() | (values == float("inf")), NOT_FINITE)

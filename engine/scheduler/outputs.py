@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.messages import PromptLogprobs, RequestOutput, TokenLogprobs
-from engine.plan import RowResult
+from engine.messages import FINISH_ABORT, PromptLogprobs, RequestOutput, TokenLogprobs
+from engine.plan import RowFailure, RowResult
 from engine.scheduler.request import Request
 
 
-def make_output(request: Request, tokens: list[int], row: RowResult) -> RequestOutput:
+def make_output(request: Request, tokens: list[int], row: RowResult | None) -> RequestOutput:
     """Build a request's output for one round.
 
-    tokens: those that the round added to the request, which may have ended with them. row: the request's result.
+    tokens: those that the round added to the request, which may have ended with them. row: the request's result; None
+    if it sampled nothing.
     """
     return RequestOutput(
         id=request.id,
         tokens=tokens,
-        logprobs=_token_logprobs(row.logprobs, request, len(tokens)),
+        logprobs=_token_logprobs(row.logprobs, request, len(tokens)) if row else None,
         prompt_logprobs=_prompt_logprobs(request) if request.num_output == len(tokens) else None,
-        drafted=row.drafted,
-        accepted=min(row.accepted, len(tokens)),
+        drafted=row.drafted if row else 0,
+        accepted=min(row.accepted, len(tokens)) if row else 0,
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
         scheduled=request.scheduled or 0.0,
+    )
+
+
+def failed_output(request: Request, failure: RowFailure) -> RequestOutput:
+    """Build the last output of a request that has failed."""
+    return RequestOutput(
+        request.id, finish_reason=FINISH_ABORT, error=failure.reason, is_server_fault=not failure.is_request_fault
     )
 
 

@@ -18,7 +18,7 @@ class Request:
 
     The scheduler owns every field; `row` is None while the request waits. draft_lag: number of computed tokens that a
     draft model lacks and has to compute before it drafts; stays 0 where drafts read the target's own KV. prefix_source:
-    a request with the same prompt, whose pages this one can share while it runs.
+    a request with the same prompt, whose pages this one can share while it runs. number: its place in order of arrival.
     """
 
     __slots__ = (
@@ -30,6 +30,7 @@ class Request:
         "num_computed",
         "num_prompt",
         "num_reserved",
+        "number",
         "pages",
         "params",
         "prefix_source",
@@ -41,8 +42,9 @@ class Request:
         "tokens",
     )
 
-    def __init__(self, message: AddRequest, eos: Sequence[int]) -> None:
+    def __init__(self, message: AddRequest, eos: Sequence[int], number: int) -> None:
         self.id = message.id
+        self.number = number
         self.params: SamplingParams = message.params
         self.arrival = message.arrival
         self.priority = message.priority
@@ -55,7 +57,7 @@ class Request:
         self.num_reserved = 0
         self.pages: list[int] = []
         self.row: int | None = None
-        self.eos = frozenset() if message.params.ignore_eos else frozenset(eos)
+        self.eos = frozenset(eos if message.params.ends_at_eos else ())
         self.scheduled: float | None = None
         self.finish_reason: str | None = None
         self.stop_reason: int | None = None
@@ -90,6 +92,11 @@ class Request:
     def stop_ids(self) -> set[int]:
         """Tokens that end the request, and that min_tokens forbids at first."""
         return {*self.eos, *self.params.stop_token_ids}
+
+    def finish_if_scored(self) -> None:
+        """End a request for its prompt's log-probabilities alone, max_tokens = 0, once they are computed."""
+        if self.params.max_tokens == 0 and self.num_uncomputed == 0:
+            self.finish_reason = FINISH_LENGTH
 
     def commit(self, tokens: Iterable[int]) -> list[int]:
         """Append output tokens up to and including the one that ends the request; return those appended."""

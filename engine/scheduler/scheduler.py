@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable
-from itertools import islice
+from itertools import count, islice
+from typing import NamedTuple
 
 from engine.messages import AddRequest
-from engine.plan import PageDelta, RoundPlan, RoundResult, RowStart, RowWork
+from engine.plan import PageDelta, RoundPlan, RoundResult, RowFailure, RowResult, RowStart, RowWork
 from engine.scheduler.controller import Controller
 from engine.scheduler.pages import PageAllocator
+from engine.scheduler.prefill import PrefillNeed, share_prefill
 from engine.scheduler.request import Request
+from engine.scheduler.validation import QueueFull, RequestError
 
 _MAX_PROMPT_LOGPROBS = 256
 """Maximum tokens of a chunk that needs prompt logprobs: each takes logits of the whole vocabulary."""
 
 
-class RequestError(ValueError):
-    """A request that this engine can never serve, or cannot queue now."""
+class Committed(NamedTuple):
+    """Outcome of a round for one request. tokens: those appended to it. row: None if it sampled none. failure: why it
+    has failed; its tokens are valid."""
 
-
-class QueueFull(RequestError):
-    """Too many requests are running or waiting."""
+    request: Request
+    tokens: list[int]
+    row: RowResult | None
+    failure: RowFailure | None
 
 
 class Scheduler:
@@ -31,11 +36,11 @@ class Scheduler:
     Invariant between rounds: every running row owns pages for all its computed tokens, and a decoding row has exactly
     its pending token uncomputed.
 
-    Decode rows come first, each with its drafts. The tokens left in the round go to prefill chunks, oldest request
-    first, then to new requests. A request is admitted when pages for all its tokens are free, so that a prefill in
-    progress never waits for pages. When a decoding row needs a page and none is free, drafts are dropped first; then
-    the request admitted last is preempted. Its pages are freed, and it returns to the queue before others of its
-    priority, to recompute its KV. Priorities order waiting requests only; they never preempt a running one.
+    Decode rows come first, each with its drafts. The tokens left in the round are shared by prefills, running and
+    waiting ones (engine.scheduler.prefill). A request is admitted when pages for all its tokens are free, so that a
+    prefill in progress never waits for pages. When a decoding row needs a page and none is free, drafts are dropped
+    first; then the least urgent request is preempted. Its pages are freed, and it returns to the queue to recompute its
+    KV. Requests are urgent by priority, then by arrival; a waiting one never preempts a running one.
     """
 
     def __init__(
@@ -66,10 +71,11 @@ class Scheduler:
         self._num_uncached_prompt_tokens = num_uncached_prompt_tokens
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._by_id: dict[str, Request] = {}
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []  # most urgent first
         self.running: list[Request] = []  # in order of admission
         self.preemptions = 0
         self._round = 0
+        self._numbers = count()
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -79,20 +85,13 @@ class Scheduler:
             raise RequestError(f"request id {message.id!r} is in use")
         if len(self._by_id) >= self._max_requests:
             raise QueueFull(f"{len(self._by_id)} requests are running or waiting already")
-        request = Request(message, self._eos)
+        request = Request(message, self._eos, next(self._numbers))
         request.prefix_source = self._find_prefix_source(message)
         self._by_id[request.id] = request
-        place = len(self.waiting)
-        while place and self.waiting[place - 1].priority > request.priority:
-            place -= 1
-        self.waiting.insert(place, request)
+        insort(self.waiting, request, key=_urgency)
 
     def check_request(self, message: AddRequest) -> None:
-        """Raise RequestError for a request that can never run."""
-        if not message.prompt:
-            raise RequestError("the prompt has no tokens")
-        if message.params.max_tokens < 1:
-            raise RequestError("max_tokens must be at least 1")
+        """Raise RequestError for a request that is too long to run."""
         total = len(message.prompt) + message.params.max_tokens
         if total > self._max_model_len:
             raise RequestError(
@@ -125,13 +124,10 @@ class Scheduler:
         """Plan the next round. Returns the plan and the requests of its `work`, in the same order."""
         self._round += 1
         plan = RoundPlan(self._round, [], [], [])
-        # Preemption takes rows from the end of `running`, and never one that is planned already, since rows are planned
-        # in order of admission.
         work: list[tuple[Request, RowWork]] = []
         tokens_left = self._max_batch_tokens
         tokens_left -= self._plan_decodes(plan, work, tokens_left)
-        tokens_left -= self._plan_prefills(work, tokens_left)
-        self._admit(plan, work, tokens_left)
+        self._plan_prefills(plan, work, tokens_left)
         work.sort(key=lambda item: -item[1].gamma)
         plan.work = [item for _, item in work]
         return plan, [request for request, _ in work]
@@ -171,61 +167,83 @@ class Scheduler:
             work.append((request, RowWork(request.row, request.num_computed, 1, gamma, True, catch_up)))
         return planned
 
-    def _plan_prefills(self, work: list[tuple[Request, RowWork]], tokens_left: int) -> int:
-        planned = 0
-        for request in self.running:
-            if not request.decoding and planned < tokens_left:
-                planned += self._plan_chunk(request, work, tokens_left - planned)
-        return planned
+    def _plan_prefills(self, plan: RoundPlan, work: list[tuple[Request, RowWork]], tokens_left: int) -> None:
+        """Plan prefill chunks of running and waiting requests. A waiting one that gets tokens is admitted."""
+        if tokens_left <= 0:
+            return
+        requests = [request for request in self.running if not request.decoding] + self._find_admissible()
+        requests.sort(key=_urgency)
+        needs = [
+            PrefillNeed(request.priority, remaining, self._max_chunk(request, remaining))
+            for request, remaining in ((request, self._num_uncomputed(request)) for request in requests)
+        ]
+        for request, new in zip(requests, share_prefill(needs, tokens_left), strict=True):
+            if not new:
+                continue
+            if request.row is None:
+                self._admit(plan, request)
+            logprobs = 0
+            if request.params.prompt_logprobs is not None:
+                logprobs = max(0, min(new, request.num_prompt - 1 - request.num_computed))
+            assert request.row is not None
+            samples = new == request.num_uncomputed and request.params.max_tokens > 0
+            row_work = RowWork(request.row, request.num_computed, new, 0, samples, num_prompt_logprobs=logprobs)
+            work.append((request, row_work))
 
-    def _plan_chunk(self, request: Request, work: list[tuple[Request, RowWork]], tokens_left: int) -> int:
-        assert request.row is not None
-        new, logprobs = min(request.num_uncomputed, tokens_left), 0
-        if request.params.prompt_logprobs is not None:
-            new = min(new, _MAX_PROMPT_LOGPROBS)
-            logprobs = max(0, min(new, request.num_prompt - 1 - request.num_computed))
-        samples = new == request.num_uncomputed
-        row_work = RowWork(request.row, request.num_computed, new, 0, samples, num_prompt_logprobs=logprobs)
-        work.append((request, row_work))
-        return new
+    def _max_chunk(self, request: Request, remaining: int) -> int:
+        return remaining if request.params.prompt_logprobs is None else min(remaining, _MAX_PROMPT_LOGPROBS)
 
-    def _admit(self, plan: RoundPlan, work: list[tuple[Request, RowWork]], tokens_left: int) -> None:
-        """Admit waiting requests by priority, then in order of arrival, while rows, tokens and pages last."""
-        for request in list(self.waiting):
-            if not self._free_rows or tokens_left <= 0:
-                return
+    def _num_uncomputed(self, request: Request) -> int:
+        """Return the tokens that a request computes from now on, once admitted if it waits."""
+        if request.row is not None:
+            return request.num_uncomputed
+        return request.num_uncomputed - len(self._shared_pages(request)) * self._page_size
+
+    def _find_admissible(self) -> list[Request]:
+        """Find the waiting requests that could be admitted together, most urgent first, while rows and pages last."""
+        found: list[Request] = []
+        free, running = self._pages.free, len(self.running)
+        for request in self.waiting:
+            if len(found) == len(self._free_rows):
+                break
             prefix_source = request.prefix_source
             if prefix_source is not None and prefix_source.row is not None and not prefix_source.num_output:
                 continue  # wait until the source has computed its whole prompt, and so has its first token
-            shared = self._shared_pages(request)
-            needed = -(-request.num_tokens // self._page_size) - len(shared)
+            needed = self._num_pages_needed(request)
             # One page per running row stays free, so that an admission does not cause a preemption in the next round.
-            if needed + len(self.running) > self._pages.free and self.running:
-                return
-            pages = self._pages.reserve(needed)
-            if pages is None:
-                return
-            self.waiting.remove(request)
-            request.row = self._free_rows.pop()
-            self._pages.share(shared)
-            self._add_pages(request, shared + pages)
-            request.num_computed = len(shared) * self._page_size
-            request.draft_lag = request.num_computed if self._draft_kv else 0
-            request.scheduled = request.scheduled or time.monotonic()
-            self.running.append(request)
-            plan.starts.append(
-                RowStart(
-                    request.row,
-                    request.tokens[:],
-                    request.num_prompt,
-                    request.params,
-                    sorted(request.stop_ids),
-                    request.num_computed,
-                    bool(shared),
-                )
+            if needed + running > free and (running or needed > free):
+                break
+            found.append(request)
+            free, running = free - needed, running + 1
+        return found
+
+    def _num_pages_needed(self, request: Request) -> int:
+        return -(-request.num_tokens // self._page_size) - len(self._shared_pages(request))
+
+    def _admit(self, plan: RoundPlan, request: Request) -> None:
+        """Give a waiting request a row, and pages for all of its tokens, which are free."""
+        shared, pages = self._shared_pages(request), self._pages.reserve(self._num_pages_needed(request))
+        assert pages is not None
+        self.waiting.remove(request)
+        request.row = self._free_rows.pop()
+        self._pages.share(shared)
+        self._add_pages(request, shared + pages)
+        request.num_computed = len(shared) * self._page_size
+        request.draft_lag = request.num_computed if self._draft_kv else 0
+        request.scheduled = request.scheduled or time.monotonic()
+        self.running.append(request)
+        plan.starts.append(
+            RowStart(
+                request.row,
+                request.tokens[:],
+                request.num_prompt,
+                request.params,
+                sorted(request.stop_ids),
+                request.num_computed,
+                bool(shared),
             )
-            plan.pages.append(PageDelta(request.row, 0, request.pages[:]))
-            tokens_left -= self._plan_chunk(request, work, tokens_left)
+        )
+        plan.pages.append(PageDelta(request.row, 0, request.pages[:]))
 
     def _find_prefix_source(self, message: AddRequest) -> Request | None:
         """Find the request whose prompt this one can share."""
@@ -259,22 +277,27 @@ class Scheduler:
         request.num_reserved += len(pages) * self._page_size
 
     def _reserve_or_preempt(self, plan: RoundPlan, request: Request, slots: int) -> bool:
-        """Reserve, preempting requests admitted later; False if `request` itself was preempted."""
+        """Reserve, preempting the least urgent requests; False if `request` itself was preempted."""
         while not self._reserve(plan, request, slots):
-            victim = self.running[-1]
-            self._preempt(victim)
+            victim = max(self.running, key=_urgency)
+            # What it reserved in this round now belongs to others.
+            plan.pages = [delta for delta in plan.pages if delta.row != victim.row]
+            self._requeue(victim)
+            self.preemptions += 1
             if victim is request:
                 return False
         return True
 
-    def _preempt(self, request: Request) -> None:
+    def restart_rows(self, requests: Iterable[Request]) -> None:
+        """Put the requests of a round that did not finish back into the queue, to recompute their KV. Their tokens, and
+        so their texts, do not change."""
+        for request in requests:
+            self._requeue(request)
+
+    def _requeue(self, request: Request) -> None:
         self._release_row(request)
         request.num_computed = request.draft_lag = 0
-        self.preemptions += 1
-        before = 0
-        while before < len(self.waiting) and self.waiting[before].priority < request.priority:
-            before += 1
-        self.waiting.insert(before, request)
+        insort(self.waiting, request, key=_urgency)
 
     def _release_row(self, request: Request) -> None:
         """Free the request's row and pages."""
@@ -285,29 +308,40 @@ class Scheduler:
         request.row = None
         self.running.remove(request)
 
-    def commit(self, plan: RoundPlan, requests: list[Request], result: RoundResult) -> list[tuple[Request, list[int]]]:
-        """Advance counters by the round's result. Returns (request, tokens appended) per row that sampled.
+    def commit(self, plan: RoundPlan, requests: list[Request], result: RoundResult) -> list[Committed]:
+        """Advance counters by the round's result, and end the requests that are done or have failed.
 
-        Rejected drafts need no undoing: `num_computed` does not count them.
+        Returns one entry per row that sampled, ended or failed. Rejected drafts need no undoing: `num_computed` does
+        not count them.
         """
         outcomes = iter(result.rows)
         prompt_logprobs = iter(result.prompt_logprobs)
-        yielded = []
+        failures = {failure.row: failure for failure in result.failures}
+        committed = []
         for request, work in zip(requests, plan.work, strict=True):
             if work.num_prompt_logprobs:  # a recomputed prompt's entries are replaced
                 request.prompt_logprobs[work.computed :] = islice(prompt_logprobs, work.num_prompt_logprobs)
             request.num_computed += work.new
             if self._draft_kv:
                 request.draft_lag += work.new - work.catch_up
-            if not work.samples:
-                continue
-            outcome = next(outcomes)
-            request.num_computed += outcome.accepted
-            if self._draft_kv and work.gamma:  # if all drafts were accepted, the last one was never fed
-                request.draft_lag = int(outcome.accepted == work.gamma)
-            yielded.append((request, request.commit(outcome.tokens)))
-            if request.finish_reason is not None:
+            outcome, tokens = None, []
+            if work.samples:
+                outcome = next(outcomes)
+                request.num_computed += outcome.accepted
+                if self._draft_kv and work.gamma:  # if all drafts were accepted, the last one was never fed
+                    request.draft_lag = int(outcome.accepted == work.gamma)
+                tokens = request.commit(outcome.tokens)
+            request.finish_if_scored()
+            failure = failures.get(work.row) if request.finish_reason is None else None
+            if request.finish_reason is not None or failure is not None:
                 self._release_row(request)
                 del self._by_id[request.id]
+            if outcome is not None or failure is not None or request.finish_reason is not None:
+                committed.append(Committed(request, tokens, outcome, failure))
         self.controller.observe(plan, requests, result)
-        return yielded
+        return committed
+
+
+def _urgency(request: Request) -> tuple[int, int]:
+    """Sort key: the most urgent request first."""
+    return request.priority, request.number

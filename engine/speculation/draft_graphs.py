@@ -126,4 +126,4 @@ class DraftGraphs:
                 step.inputs.ids.copy_(bucket.steps[index - 1].chosen)
             states = self._model.states(step.inputs.whole, self._pool, step.inputs.attention, step.last)
             logits = self._model.logits(states)
-            step.chosen.copy_(self._sampler.sample(logits, bucket.temperature, bucket.seeds, step.position))
+            step.chosen.copy_(self._sampler.sample(logits, bucket.temperature, bucket.seeds, step.position)[1])

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.batch.round_batch import SamplePositions
 from engine.batch.row_state import Ints, RowState
 from engine.sampling.grammar import Grammars
-from engine.sampling.sampler import Sampler
+from engine.sampling.sampler import Sampler, mark_failures
 from kernels.noise import gumbel_noise
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
@@ -95,7 +95,7 @@ class RejectionSampler(Sampler):
         random = np.flatnonzero(self._random[samples.rows])
         if len(random):
             self._proposals.add(samples, random, self._vocab.normalised(logits[self._to_device(random)]))
-        return self._sample_at(logits, temperature, samples)
+        return self._sample_at(logits, temperature, samples)[1]
 
     def is_plain(self, rows: Ints) -> bool:
         """See Sampler.is_plain. Sampled rows are not: their proposals have to be kept."""
@@ -115,6 +115,6 @@ class RejectionSampler(Sampler):
         # exp(-exp(-G)) of Gumbel noise G is uniform; this is its logarithm.
         keep = -torch.exp(-gumbel_noise(self._seed[slots] ^ _KEEP, position, 0, 1)[:, 0])
         noise = self._noise(samples, index, _RESIDUAL)
-        chosen = self._sample_at(logits, temperature, samples)
+        values, chosen = self._sample_at(logits, temperature, samples)
         chosen[index] = keep_or_replace(p, q, drafts, keep, noise, self._vocab)
-        return chosen
+        return mark_failures(values, chosen)

@@ -61,9 +61,7 @@ def load_draft(config: EngineConfig, target: Llama, max_model_len: int, group: G
     return DraftModel(group, model)
 
 
-def make_sampler(
-    config: EngineConfig, state: RowState, vocab: VocabShard, ops: Ops, grammars: Grammars | None = None
-) -> Sampler:
+def make_sampler(config: EngineConfig, state: RowState, vocab: VocabShard, ops: Ops, grammars: Grammars) -> Sampler:
     """Make the target's sampler."""
     if config.speculation.verification == "rejection" and config.speculation.max_draft_tokens:
         proposals = Proposals(len(state.tokens), config.speculation.max_draft_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -16,10 +17,10 @@ from engine.batch.stopwatch import Stopwatch
 from engine.config.deployment import EngineConfig
 from engine.messages import PromptLogprobs, TokenLogprobs
 from engine.oom import OutOfMemory, is_out_of_memory
-from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
+from engine.plan import RoundPlan, RoundResult, RowFailure, RowResult, RowWork
 from engine.ranks.protocol import WeightBytes
 from engine.sampling.grammar import Grammars
-from engine.sampling.sampler import LogprobTensors, PromptLogprobTensors
+from engine.sampling.sampler import NOTHING_LEFT, LogprobTensors, PromptLogprobTensors
 from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
@@ -35,6 +36,12 @@ from parallel.group import Group, RoundAbandoned
 from parallel.vocab_shard import VocabShard
 
 log = logging.getLogger(__name__)
+
+
+_NOT_FINITE = (
+    "the model computed a logit that is not a finite number",
+    "the model computed a logit that is not a finite number, or another rank failed the request and logged why",
+)
 
 
 def noop() -> None:
@@ -97,7 +104,8 @@ class Worker:
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
         eos = model.config.eos_token_ids
         tokenizer = resolve_model(config.model) / "tokenizer.json"
-        self._grammars = Grammars(config.scheduler.max_rows, tokenizer, model.config.vocab_size, eos)
+        self._failures = self._state.failures
+        self._grammars = Grammars(self._state, tokenizer, model.config.vocab_size, eos)
         self._sampler = make_sampler(config, self._state, vocab, model.ops, self._grammars)
         target = make_target(config, model, self._state, num_pages)
         self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft)
@@ -111,14 +119,30 @@ class Worker:
         drafting = self._drafting_model.matrix_bytes if self._drafting_model else 0
         return WeightBytes(self.model.matrix_bytes, drafting, tables)
 
+    @property
+    def no_grammars(self) -> str | None:
+        """Why output cannot be constrained by a grammar; None if it can be."""
+        return self._grammars.unavailable
+
     @torch.inference_mode()
     def execute(self, plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
         """Run one round. Only its result is copied from device to host.
 
         meanwhile: called when the whole round has been sent to the device, before the host waits for its result.
-        Raises OutOfMemory, on every rank, if memory did not suffice on one of them; nothing remains of the round then,
-        and its rows must start anew. In a group that cannot abandon a round, that rank's own error is raised instead.
+        Raises OutOfMemory, on every rank, if memory did not suffice on one of them. In a group that cannot abandon a
+        round, that rank's own error is raised instead. After any error nothing remains of the round, and its rows must
+        start anew.
         """
+        try:
+            return self._execute(plan, meanwhile)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # a device that has failed would hide the first error
+                self._state.reset_rows(plan)
+            self._sampler.abandon_round()
+            self._watch.reset()
+            raise
+
+    def _execute(self, plan: RoundPlan, meanwhile: Callable[[], None]) -> RoundResult:
         for group in self._groups:
             group.begin_round()
         result, reason = self._attempt(plan, meanwhile)
@@ -131,9 +155,6 @@ class Worker:
             return result
         if reason is not None and self._group.rank > 0:  # rank 0 logs it with the requests that fail
             log.error("out of memory: %s", reason)
-        self._state.reset_rows(plan)
-        self._sampler.abandon_round()
-        self._watch.reset()
         raise OutOfMemory(_on_ranks(failed, reason) if self._group.size > 1 else reason)
 
     def _attempt(self, plan: RoundPlan, meanwhile: Callable[[], None]) -> tuple[RoundResult | None, str | None]:
@@ -153,24 +174,45 @@ class Worker:
         if plan.clear:
             self._target.pool.clear(plan.clear)
         for start in plan.starts:
-            self._grammars.start(start)
+            self._failures.start(start.row)
             self._sampler.start(start)
-            self._drafter.start(start)
+            self._grammars.start(start)
+            with self._failures.guard(start.row, "its drafter"):
+                self._drafter.start(start)
         self._state.apply(plan)
         verdict = run_round(RoundBatch(self._state, plan), self._target, self._drafter, self._sampler)
         wait_for_rows = fetch(verdict.rows)  # the only copy of a round without log-probabilities
         meanwhile()
         results = _row_results(verdict, wait_for_rows(), plan)
+        failures = self._collect_failures(plan, results)
         for row, each in zip((work.row for work in plan.work if work.samples), results, strict=True):
             self._grammars.commit(row, each.tokens)
         draft_seconds = self._watch.take()
         prompt_logprobs = _prompt_logprobs(verdict.prompt_logprobs) if verdict.prompt_logprobs else []
         verify_seconds = time.perf_counter() - began - draft_seconds
-        result = RoundResult(plan.number, results, draft_seconds, verify_seconds, prompt_logprobs)
+        result = RoundResult(plan.number, results, draft_seconds, verify_seconds, prompt_logprobs, failures)
         # Not counted in the round's time, which the profile and the controller use.
         if self._digest_every and plan.number % self._digest_every == 0:
             consistency.compare(self._state, self._group, plan.number)
         return result
+
+    def _collect_failures(self, plan: RoundPlan, results: list[RowResult]) -> list[RowFailure]:
+        """List the rows that failed in this round or before, and remove the marks of failure from their tokens.
+
+        Every rank finds the same marks; rows that do not sample, and reasons, are those of this rank.
+        """
+        failures, sampled = [], iter(results)
+        for work in plan.work:
+            mark = 0
+            if work.samples and (tokens := next(sampled).tokens)[-1] < 0:
+                mark = tokens.pop()
+            if mark == NOTHING_LEFT:
+                failures.append(RowFailure(work.row, self._sampler.why_excluded(work.row), True))
+            elif cause := self._failures.cause(work.row):
+                failures.append(RowFailure(work.row, *cause))
+            elif mark:
+                failures.append(RowFailure(work.row, _NOT_FINITE[self._group.size > 1], False))
+        return failures
 
 
 def _on_ranks(ranks: list[int], reason: str | None) -> str:

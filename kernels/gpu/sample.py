@@ -87,7 +87,8 @@ def _part_kernel(
     first: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Find a part's largest value and the lowest id among equals. One program per row and part of the vocabulary."""
+    """Find a part's largest value, NaN if one is, and the lowest id among the largest numbers. One program per row and
+    part of the vocabulary."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = part * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -96,11 +97,12 @@ def _part_kernel(
     if heat > 0:
         bits = _bits(tl.load(seeds + row), tl.load(positions + row), (first + i).to(tl.uint32))
         value = tl.div_rn(value, heat) + _gumbel(bits)
-    value = tl.where(inside & (value == value), value, float("-inf"))  # NaN is never chosen
+    unordered = tl.max(tl.where(inside & (value != value), 1, 0), 0)
+    value = tl.where(inside & (value == value), value, float("-inf"))
     best = tl.max(value, 0)
     token = tl.min(tl.where(inside & (value == best), i, 2147483647), 0)
     at = row * tl.num_programs(1) + part
-    tl.store(values + at, best)
+    tl.store(values + at, tl.where(unordered > 0, float("nan"), best))
     tl.store(tokens + at, token.to(tl.int64) + first)
 
 
@@ -113,15 +115,17 @@ def _best_kernel(
     parts: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Find the best of a row's parts. One program per row."""
+    """Find the best of a row's parts, NaN if a part's is. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < parts
     value = tl.load(values + row * parts + i, mask=inside, other=float("-inf"))
     token = tl.load(tokens + row * parts + i, mask=inside, other=0x7FFFFFFFFFFFFFFF)
-    best = tl.max(value, 0)
-    tl.store(best_value + row, best)
-    tl.store(best_token + row, tl.min(tl.where(inside & (value == best), token, 0x7FFFFFFFFFFFFFFF), 0))
+    unordered = tl.max(tl.where(inside & (value != value), 1, 0), 0)
+    best = tl.max(tl.where(value == value, value, float("-inf")), 0)
+    tl.store(best_value + row, tl.where(unordered > 0, float("nan"), best))
+    eligible = inside & ((value == best) | (value != value))
+    tl.store(best_token + row, tl.min(tl.where(eligible, token, 0x7FFFFFFFFFFFFFFF), 0))
 
 
 def sample(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import msgspec
 from llguidance import LLMatcher, grammar_from
 from pydantic import ConfigDict, Field
 
-from engine.sampling.grammar import LIMITS
+from engine.sampling.grammar_limits import LIMITS
 from server.bodies.strict import Body, NotServed
 from server.errors import ApiError
 from server.limits import MAX_CHOICE_CHARS, MAX_GRAMMAR_CHARS, MAX_GRAMMAR_CHOICES

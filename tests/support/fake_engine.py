@@ -73,7 +73,7 @@ class FakeEngine:
     overlaps = False
 
     def add(self, request: AddRequest) -> None:
-        from engine.scheduler.scheduler import QueueFull, RequestError
+        from engine.scheduler.validation import QueueFull, RequestError
 
         if request.prompt[0] == REFUSE:
             raise RequestError("not this one")

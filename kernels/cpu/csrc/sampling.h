@@ -52,7 +52,7 @@ inline void sample(const SampleArgs& args) {
       const NoiseKey noise(args.seeds[row], args.positions[row]);
       const float* logits = args.logits + row * args.stride;
       f32x16 best = splat(-INFINITY);
-      i32x16 where = lanes * 0 - 1;
+      i32x16 where = lanes * 0 - 1, unordered = lanes * 0;
 #pragma omp for schedule(static) nowait
       for (int64_t part = 0; part < parts; part++) {
         const int64_t end = std::min(args.size, (part + 1) * PART);
@@ -62,14 +62,17 @@ inline void sample(const SampleArgs& args) {
           f32x16 v = n == LANES ? load<f32x16>(logits + t) : load_some(logits + t, n);
           if (temperature > 0) v = v / temperature + gumbel(noise(bits<u32x16>(token + int32_t(args.first))));
           if (n < LANES) v = select(lanes < n, v, splat(-INFINITY));
+          unordered |= v != v;
           const i32x16 better = v > best;
           best = select(better, v, best);
           where = (better & token) | (~better & where);
         }
       }
-      // The caller sets each row to -inf at token `first`, which stays if all tokens are impossible.
+      // The caller sets each row to -inf at token `first`, which stays if all tokens are impossible. A NaN stays too: no
+      // comparison with it is true.
 #pragma omp critical
       for (int lane = 0; lane < LANES; lane++) {
+        if (unordered[lane]) args.values[row] = NAN;
         const int64_t token = where[lane] + args.first;
         const bool better = best[lane] > args.values[row] || (best[lane] == args.values[row] && token < args.tokens[row]);
         if (where[lane] >= 0 && better) args.values[row] = best[lane], args.tokens[row] = token;

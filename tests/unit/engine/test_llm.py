@@ -15,7 +15,7 @@ import magicdec
 from engine.config.deployment import ConfigError
 from engine.llm import LLM, Prompt
 from engine.params import SamplingParams
-from engine.scheduler.scheduler import RequestError
+from engine.scheduler.validation import RequestError
 from server.cli.app import app
 from tests.support.tiny import write_model
 

@@ -151,21 +151,21 @@ def test_sample_takes_the_lowest_of_equals() -> None:
 
 @pytest.mark.parametrize("size", [50, 5000])
 def test_sample_of_what_is_impossible_or_not_a_number(size: int) -> None:
-    """A rank whose whole slice is forbidden still returns a token, with value -inf, so that another rank's token
-    wins."""
+    """A rank whose whole slice is forbidden still returns a token, with value -inf, so that another rank's token wins.
+    One NaN makes the row's value NaN, with some token of the slice."""
     zeros = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     temperature = torch.tensor([0.0, 1.0], device=DEVICE)
     logits = torch.full((2, size), float("-inf"), device=DEVICE)
-    logits[:, 3] = float("nan")
     values, tokens = sample.sample(logits, temperature, zeros, zeros, 10)
     assert values.tolist() == [float("-inf")] * 2
     assert tokens.tolist() == [10, 10]
-    logits[:, 7] = -50.0
-    _, tokens = sample.sample(logits, temperature, zeros, zeros, 10)
-    assert tokens.tolist() == [17, 17]
-    values, tokens = sample.sample(torch.full_like(logits, float("nan")), temperature, zeros, zeros, 10)
-    assert values.tolist() == [float("-inf")] * 2
-    assert tokens.tolist() == [10, 10]
+    for place in (3, size - 1):
+        whole = torch.randn(2, size, device=DEVICE)
+        whole[1, place] = logits[1, place] = float("nan")
+        for some in (whole, logits):
+            values, tokens = sample.sample(some, temperature, zeros, zeros, 10)
+            assert values.isnan().tolist() == [False, True]
+            assert ((tokens >= 10) & (tokens < 10 + size)).all()
 
 
 @given(

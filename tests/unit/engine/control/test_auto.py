@@ -92,6 +92,7 @@ class Load:
             Request(
                 AddRequest(str(i), [0] * context, SamplingParams(max_tokens=self.max_tokens, max_draft_tokens=limit)),
                 (),
+                i,
             )
             for i, (context, limit) in enumerate(zip(self.contexts, limits, strict=True))
         ]
@@ -100,7 +101,7 @@ class Load:
 
     @property
     def prompt(self) -> Request:
-        return Request(AddRequest("prompt", [0] * 1000, SamplingParams(max_tokens=9)), ())
+        return Request(AddRequest("prompt", [0] * 1000, SamplingParams(max_tokens=9)), (), 0)
 
     def run(self, rounds: int) -> float:
         """Run this many rounds and return their tokens per second."""

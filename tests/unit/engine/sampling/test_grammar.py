@@ -12,14 +12,16 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
+from engine.batch.row_state import RowState
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RowStart
 from engine.sampling.grammar import Grammars
-from engine.scheduler.scheduler import RequestError
+from engine.scheduler.validation import RequestError
 from models.tokenizer import Tokenizer
 from parallel import shm
 from tests.support.engines import TINY, complete, run, tiny_engine, tiny_model, tokens
@@ -114,16 +116,6 @@ def test_ranks_agree(directory: Path, size: int) -> None:
     assert {id: tokens(out) for id, out in found.items()} == {id: tokens(out) for id, out in plain.items()}
 
 
-def test_what_is_ruled_out_elsewhere_gives_way(directory: Path) -> None:
-    """The grammar wins when min_tokens forbids the only allowed end, or a bias or allowed_token_ids forbids the only
-    token."""
-    engine = tiny_engine(tiny_model(config=SHAPE), gamma=2, directory=directory)
-    text = Tokenizer(directory).encode("no")
-    for others in ({"min_tokens": 20}, {"logit_bias": dict.fromkeys(text, -100.0)}, {"allowed_token_ids": (9,)}):
-        params = SamplingParams(max_tokens=40, temperature=1.0, grammar='start: "no"', **others)
-        assert Tokenizer(directory).decode(complete(engine, [5], params)) == "no"
-
-
 def test_a_model_without_a_tokenizer_has_no_grammars() -> None:
     engine = tiny_engine(tiny_model(config=SHAPE), gamma=0)
     with pytest.raises(RequestError, match=r"grammar: the model's tokenizer\.json was not found"):
@@ -139,7 +131,8 @@ def allowed(words: NDArray[np.int32]) -> list[set[int]]:
 
 
 def grammars(directory: Path, grammar: str, output: list[int] | None = None) -> Grammars:
-    made = Grammars(4, directory / "tokenizer.json", TOKENS, [2])
+    state = RowState(max_rows=4, max_model_len=16, page_size=4, device=torch.device("cpu"))
+    made = Grammars(state, directory / "tokenizer.json", TOKENS, [2])
     made.start(RowStart(1, [7, 8, *(output or [])], 2, SamplingParams(grammar=grammar), []))
     return made
 
@@ -164,12 +157,49 @@ def test_masks_behind_drafts(directory: Path) -> None:
     assert not made.constrained.any()
 
 
-def test_a_grammar_that_fails_ends_its_request(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A grammar can fail at run time, for instance for lack of resources, long after it was validated."""
+class Fragile:
+    """A matcher that fails after a certain token, as for lack of resources."""
+
+    def __init__(self, matcher: LLMatcher, token: int) -> None:
+        self._matcher, self._token, self._broken = matcher, token, False
+
+    def try_consume_tokens(self, tokens: list[int]) -> int:
+        self._broken |= self._token in tokens
+        return 0 if self._broken else self._matcher.try_consume_tokens(tokens)
+
+    def is_error(self) -> bool:
+        return self._broken
+
+    def get_error(self) -> str:
+        return "too complex"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._matcher, name)
+
+
+def test_a_grammar_that_fails_after_a_draft_fails_only_if_the_draft_is_right(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = (Tokenizer(directory).encode(text)[0] for text in "ab")
+    compiled = Grammars._compile
+    monkeypatch.setattr(Grammars, "_compile", lambda self, grammar: Fragile(compiled(self, grammar), b))
+    made = grammars(directory, 'start: ("a" | "b")+')
+    assert allowed(made.masks(1, [a, b, a])) == [{a, b}, {a, b, 2}, set(), set()]
+    assert made.error(1) == "too complex"
+    made.commit(1, [a])
+    assert allowed(made.masks(1, [a])) == [{a, b, 2}, {a, b, 2}]  # the matcher was made anew
+    assert made._failures.cause(1) is None
+    made.commit(1, [b])
+    assert made._failures.cause(1) == ("the grammar failed: too complex", True)
+
+
+def test_a_grammar_that_does_not_compile_fails_its_row(directory: Path) -> None:
     made = grammars(directory, "start: nothing")
-    assert allowed(made.masks(1, [5])) == [{2}, {2}]
-    made.commit(1, [5])
-    assert "a grammar failed" in caplog.text
+    cause = made._failures.cause(1)
+    assert cause is not None
+    assert cause[0].startswith("the grammar failed: ")
+    assert "nothing" in cause[0]
+    assert cause[1]
 
 
 # -- tokens and words --------------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
+from engine.plan import RoundPlan, RoundResult, RowFailure, RowResult, RowWork
 from engine.scheduler.controller import FixedGamma
 from engine.scheduler.pages import PageAllocator
 from engine.scheduler.request import Request
-from engine.scheduler.scheduler import QueueFull, RequestError, Scheduler
+from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.validation import QueueFull, RequestError
 from tests.support.profiles import examples
 
 EOS = 0
@@ -152,7 +153,10 @@ def test_random_admit_accept_reject_abort_preempt(
             if share_prompt_with in prompts and rng.random() < 0.9:
                 length = min(prompts[share_prompt_with], max_len - params.max_tokens)
             prompts[str(added)] = length
-            made.add(AddRequest(str(added), [5] * length, params, share_prompt_with=share_prompt_with))
+            priority = rng.choice([0, 0, -1, 5])
+            made.add(
+                AddRequest(str(added), [5] * length, params, priority=priority, share_prompt_with=share_prompt_with)
+            )
             live[str(added)], got[str(added)] = params.max_tokens, 0
             added += 1
         if live and rng.random() < 0.05:
@@ -163,10 +167,20 @@ def test_random_admit_accept_reject_abort_preempt(
         made.check()
         if live:
             assert plan.work, "work is left, but nothing runs"
-        for request, appended in made.commit(plan, requests, ranks.execute(plan, requests)):
+        if rng.random() < 0.05:  # the round does not finish
+            made.restart_rows(requests)
+            made.check()
+            continue
+        result = ranks.execute(plan, requests)
+        if plan.work and rng.random() < 0.05:
+            result.failures = [RowFailure(rng.choice(plan.work).row, "no reason", False)]
+        for request, appended, row, failure in made.commit(plan, requests, result):
             got[request.id] += len(appended)
-            assert len(appended) >= 1
-            if request.finish_reason is not None:
+            assert (len(appended) >= 1) == (row is not None)
+            if failure is not None:
+                assert request.row is None
+                del live[request.id]
+            elif request.finish_reason is not None:
                 assert request.finish_reason == ("stop" if appended[-1] == EOS and request.eos else "length")
                 if request.finish_reason == "length":
                     assert got[request.id] == live[request.id]
@@ -252,35 +266,28 @@ def test_a_tight_budget_is_shared_evenly() -> None:
 @pytest.mark.parametrize("gamma", [0, 2])
 def test_a_long_prompt_catches_up_over_rounds_and_only_to_draft(gamma: int) -> None:
     """The older of two rows catches up first; both keep decoding meanwhile."""
-    made, _ = scheduler(batch=40, gamma=gamma, draft_kv=True)
-    for name, length in (("old", 60), ("new", 30)):
+    made, _ = scheduler(batch=40, gamma=gamma, draft_kv=True, pages=100)
+    for name, length in (("old", 60), ("new", 60)):
         made.add(AddRequest(name, [5] * length, SamplingParams(max_tokens=50, ignore_eos=True)))
     ranks = RankExecutor(random.Random(1), page_size=4, batch=40, gamma=gamma, draft_kv=True)
     seen = []
-    for _ in range(8):
+    for _ in range(9):
         plan, requests = made.schedule()
         made.commit(plan, requests, ranks.execute(plan, requests))
         work = {request.id: (item.catch_up, item.gamma) for request, item in zip(requests, plan.work, strict=True)}
         seen.append([work.get(name, (0, 0)) for name in ("old", "new")])
     if gamma == 0:
-        assert seen == [[(0, 0), (0, 0)]] * 8
+        assert seen == [[(0, 0), (0, 0)]] * 9
         return
     assert seen[:3] == [[(0, 0), (0, 0)], [(0, 0), (0, 0)], [(40, 0), (0, 0)]]  # prompts, then the first chunk
-    assert seen[3] == [(21, 2), (19, 0)]  # the rest of it and the token committed since: the row drafts
-    assert seen[4][1] == (12, 2)
-    assert all(catch_up == 0 for round in seen[5:] for catch_up, _ in round)
-    assert all(drafts == 2 for round in seen[5:] for _, drafts in round)
+    assert seen[3:6] == [[(21, 2), (0, 0)], [(0, 2), (40, 0)], [(0, 2), (21, 2)]]  # a row that has caught up drafts
+    assert seen[6:] == [[(0, 2), (0, 2)]] * 3
 
 
 def test_requests_that_can_never_run_are_refused() -> None:
     made, _ = scheduler(max_len=20)
-    for prompt, params, message in (
-        ([], SamplingParams(), "no tokens"),
-        ([5], SamplingParams(max_tokens=0), "max_tokens"),
-        ([5] * 10, SamplingParams(max_tokens=11), "exceed"),
-    ):
-        with pytest.raises(RequestError, match=message):
-            made.check_request(AddRequest("x", prompt, params))
+    with pytest.raises(RequestError, match="exceed"):
+        made.check_request(AddRequest("x", [5] * 10, SamplingParams(max_tokens=11)))
     made.add(AddRequest("x", [5] * 10, SamplingParams(max_tokens=10)))
     with pytest.raises(RequestError, match="in use"):
         made.add(AddRequest("x", [5], SamplingParams()))
@@ -304,7 +311,6 @@ def test_lower_priorities_come_first() -> None:
     for id, priority in (("a", 0), ("b", 5), ("c", 0), ("d", -1), ("e", 5), ("f", -1)):
         made.add(AddRequest(id, [5] * 3, SamplingParams(), priority=priority))
     assert [request.id for request in made.waiting] == ["d", "f", "a", "c", "b", "e"]
-    made.schedule()
-    (running,) = made.running
-    made._preempt(running)  # before others of its priority
+    _, requests = made.schedule()
+    made.restart_rows(requests)  # back to its place
     assert [request.id for request in made.waiting] == ["d", "f", "a", "c", "b", "e"]
