@@ -108,11 +108,14 @@ class _Answer:
         ]
         return self._object(choices) | {"usage": self.generation.usage.as_dict()}
 
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def events(self) -> AsyncGenerator[dict[str, Any] | None, None]:
         usage = self.generation.usage
         echoes = list(self._echoes)
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
+                if not (piece.delta.tokens or piece.delta.finish_reason):
+                    yield None  # accepted
+                    continue
                 text, echoes[piece.index] = echoes[piece.index] + piece.delta.text, ""
                 logprobs = self._logprobs(piece)
                 if not (text or logprobs or piece.report or piece.delta.finish_reason):

@@ -165,7 +165,7 @@ class Stream(threading.Thread):
                 for line in answer.iter_lines():
                     if line == "data: [DONE]":
                         self.done = True
-                    elif line:
+                    elif line.startswith("data: "):
                         self.events.append(json.loads(line.removeprefix("data: ")))
         except httpx.HTTPError as error:
             self.error = error
