@@ -17,7 +17,7 @@ from engine.processes.client import ENGINE_COMMAND, EngineClient, EngineDead
 from engine.processes.supervisor import Supervisor
 from models.tokenizer import Tokenizer
 from server.app import create_app
-from server.header_limits import protocol
+from server.http_protocol import protocol
 from server.service import Service
 
 _DEAD_LINGER_S = 2.0

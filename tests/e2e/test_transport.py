@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import socket
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,3 +49,61 @@ def test_a_stream_begins_and_pings_while_the_request_waits(transport: Server) ->
             rest = list(lines)
         assert rest[-2:] == ["data: [DONE]", ""]
         assert sum('"finish_reason":"length"' in line for line in rest) == 1
+
+
+SIZE = 40 * 2**20
+"""Bytes of a body that is refused while it is sent."""
+
+
+def chunks() -> Iterator[bytes]:
+    for _ in range(SIZE // 2**16):
+        yield bytes(2**16)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    ("path", "key", "status", "code"),
+    [
+        (COMPLETIONS, KEY, 413, "body_too_large"),
+        (CHAT, KEY, 413, "body_too_large"),
+        (COMPLETIONS, "other", 401, "invalid_api_key"),
+        ("/nowhere", KEY, 404, "not_found"),
+        ("/version", KEY, 405, "method_not_allowed"),
+    ],
+)
+def test_a_large_body_is_refused_with_an_answer(
+    transport: Server, path: str, key: str, status: int, code: str, chunked: bool
+) -> None:
+    """Clients of the standard library send the whole body before they read the answer."""
+    headers = {"Authorization": f"Bearer {key}"} | ({} if chunked else {"Content-Length": str(SIZE)})
+    # urllib asks to close the connection, http.client to keep it.
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(transport.url + path, chunks(), headers), timeout=PATIENCE_S)
+    connection = http.client.HTTPConnection(transport.url.removeprefix("http://"), timeout=PATIENCE_S)
+    connection.request("POST", path, chunks(), headers, encode_chunked=chunked)
+    for answer in (caught.value, connection.getresponse()):
+        assert answer.status == status
+        assert answer.headers["Connection"] == "close"
+        assert json.loads(answer.read())["error"]["code"] == code
+    connection.close()
+
+
+def test_head_is_get_without_a_body(transport: Server) -> None:
+    for path in ("/health", "/v1/models", "/metrics", "/"):
+        answer = httpx.head(transport.url + path, headers=HEADERS, timeout=PATIENCE_S)
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert int(answer.headers["content-length"]) > 0
+    refused = httpx.head(transport.url + COMPLETIONS, headers=HEADERS, timeout=PATIENCE_S)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+
+
+def test_http_1_0_clients_get_plain_streams(transport: Server) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 3, "ignore_eos": True, "stream": True}).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.0\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(transport.address, timeout=PATIENCE_S) as connection:
+        connection.sendall(head.encode() + body)
+        answer = connection.makefile("rb").read()
+    headers, _, text = answer.partition(b"\r\n\r\n")
+    assert b"chunked" not in headers
+    assert text.startswith(b"data: {")
+    assert text.endswith(b"\n\ndata: [DONE]\n\n")
