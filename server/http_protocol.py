@@ -85,6 +85,8 @@ class _Protocol(HttpToolsProtocol):
             self._refuse(431, "the headers are too large", "headers_too_large")
             return
         super().on_headers_complete()
+        if self.parser.should_upgrade():
+            self.cycle.keep_alive = False  # no upgrade is served, and the parser reads nothing after such a request
 
     def on_body(self, body: bytes) -> None:
         if not self._ignores_input:
@@ -97,6 +99,9 @@ class _Protocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer invalid HTTP with the same error body as any other error."""
         self._refuse(400, msg, "invalid_http")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Log nothing: some clients offer an upgrade to HTTP/2 with their first request."""
 
     def shutdown(self) -> None:
         if self.lingers:

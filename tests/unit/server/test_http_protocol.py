@@ -40,7 +40,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 @contextlib.asynccontextmanager
 async def serving() -> AsyncIterator[Connect]:
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http=protocol(5.0), lifespan="off", log_config=None)  # type: ignore[arg-type]
+    config = uvicorn.Config(app, http=protocol(5.0), ws="none", lifespan="off", log_config=None)  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -149,6 +149,15 @@ def test_http_1_0_has_no_chunks() -> None:
     answer = exchange(b"GET /chunks HTTP/1.0\r\n\r\n")
     assert b"chunked" not in answer
     assert answer.endswith(b"\r\n\r\nabcd")
+
+
+def test_an_offer_of_http_2_is_ignored() -> None:
+    """The connection is closed after the answer, since the parser stops at such a request."""
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\n"
+    answer = exchange(POST + offer + b"Content-Length: 2\r\n\r\nxx")
+    assert answer.count(b"HTTP/1.1 200 OK") == 1
+    assert b"connection: close" in answer
+    assert answer.endswith(b"abcd")
 
 
 def test_pipelined_requests_are_answered_in_order() -> None:
