@@ -74,6 +74,8 @@ class Lifecycle:
             uvicorn.Config(
                 create_app(service, self._keys),
                 http=protocol(settings.head_timeout_s),  # type: ignore[arg-type]
+                ws="none",
+                timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
                 ssl_certfile=settings.tls_cert,
                 ssl_keyfile=settings.tls_key,
                 lifespan="off",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 def transport(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
     """Server with one row, a key, and pings that come soon."""
     engine = {"threads": 1, "cache": {"num_pages": 300}, "scheduler": {"max_rows": 1}, "speculation": {"gamma": 0}}
-    config = {"engine": engine, "server": {"api_keys": [KEY], "ping_s": 0.05}}
+    config = {"engine": engine, "server": {"api_keys": [KEY], "ping_s": 0.05, "keep_alive_s": 0.5}}
     running = start(tmp_path_factory.mktemp("transport"), tiny_model, config=config)
     yield running
     running.stop()
@@ -107,3 +108,14 @@ def test_http_1_0_clients_get_plain_streams(transport: Server) -> None:
     assert b"chunked" not in headers
     assert text.startswith(b"data: {")
     assert text.endswith(b"\n\ndata: [DONE]\n\n")
+
+
+def test_an_idle_connection_is_closed_after_its_time(transport: Server) -> None:
+    """Not after 5 s, uvicorn's own limit."""
+    with socket.create_connection(transport.address, timeout=PATIENCE_S) as connection:
+        began = time.monotonic()
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = connection.makefile("rb").read()
+        assert 0.5 <= time.monotonic() - began < 5
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert b"connection: close" not in answer
