@@ -11,6 +11,7 @@ from server.errors import ErrorMiddleware, add_handlers
 from server.keys import ApiKeys
 from server.limits import BodyLimit
 from server.observe.access_log import AccessLog
+from server.request_ids import RequestIds
 from server.routes import chat, completions, info, openapi, tokens
 from server.service import Service
 
@@ -46,9 +47,14 @@ def create_app(service: Service, keys: frozenset[str] = frozenset()) -> FastAPI:
         app.add_middleware(ApiKeys, keys=keys)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(ErrorMiddleware)
+    app.add_middleware(RequestIds)
     app.add_middleware(AccessLog)
     for routes in (completions, chat, tokens, info, page, openapi):
         app.include_router(routes.router)

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.errors import ApiError
+from server.request_ids import find_request_id
 
 MAX_HEAD_BYTES = 64 * 1024
 """Maximum size of request line and headers."""
@@ -165,6 +166,8 @@ class _Protocol(HttpToolsProtocol):
             self.cycle.message_event.set()
         body = msgspec.json.encode(ApiError(message, status=status, code=code).body())
         head = f"HTTP/1.1 {status} {_REASONS[status]}\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        if (request_id := find_request_id(self.headers or ())) is not None:
+            head += f"x-request-id: {request_id}\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
 

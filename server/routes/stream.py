@@ -65,7 +65,10 @@ class Answer(Protocol):
 
 
 async def respond(request: Request, answer: Answer, streaming: bool) -> Response:
-    """Send `answer`. Its work ends with it, or when the client disconnects."""
+    """Send `answer`. Its work ends with it, or when the client disconnects.
+
+    X-Request-Id: RequestIds puts the request's own in the place of the answer's id.
+    """
     headers = {"X-Request-Id": answer.id}
     add_log_fields(request, id=answer.id, **answer.generation.facts)
     answer.generation.parent = request.headers.get("traceparent")

@@ -119,3 +119,11 @@ def test_an_idle_connection_is_closed_after_its_time(transport: Server) -> None:
         assert 0.5 <= time.monotonic() - began < 5
     assert answer.startswith(b"HTTP/1.1 200 OK")
     assert b"connection: close" not in answer
+
+
+def test_a_refusal_of_the_connection_returns_the_id_too(transport: Server) -> None:
+    """Also one that the application never sees, and one without a key."""
+    large = {"X-Request-Id": "my-id", "X-Long": "x" * 70_000}
+    for headers, status in ((large, 431), ({"X-Request-Id": "my-id"}, 401)):
+        answer = httpx.get(f"{transport.url}/version", headers=headers, timeout=PATIENCE_S)
+        assert (answer.status_code, answer.headers["x-request-id"]) == (status, "my-id")
