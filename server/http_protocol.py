@@ -45,7 +45,7 @@ class _Protocol(HttpToolsProtocol):
         self._in_head = True
         self._linger_timer: asyncio.TimerHandle | None = None
         self._dropped = 0
-        self._ignores_input = False
+        self.ignores_input = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._ignores_input:
+        if self.ignores_input:
             self._dropped += len(data)
             if self._dropped > LINGER_BYTES:
                 self.transport.abort()
@@ -75,11 +75,11 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if self._head_timer is None and not self._ignores_input:
+        if self._head_timer is None and not self.ignores_input:
             self._await_head()
 
     def on_headers_complete(self) -> None:
-        if self._ignores_input:
+        if self.ignores_input:
             return
         self._head_is_there()
         if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > MAX_HEAD_BYTES:
@@ -90,11 +90,11 @@ class _Protocol(HttpToolsProtocol):
             self.cycle.keep_alive = False  # no upgrade is served, and the parser reads nothing after such a request
 
     def on_body(self, body: bytes) -> None:
-        if not self._ignores_input:
+        if not self.ignores_input:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self._ignores_input:
+        if not self.ignores_input:
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -124,7 +124,7 @@ class _Protocol(HttpToolsProtocol):
     def linger(self, transport: asyncio.Transport) -> None:
         """Close the connection once the client has ended its side too, or after LINGER_BYTES or LINGER_S."""
         self._head_is_there()
-        self._ignores_input = True
+        self.ignores_input = True
         self._linger_timer = self.loop.call_later(LINGER_S, transport.abort)
         if transport.can_write_eof():
             transport.write_eof()
@@ -153,10 +153,10 @@ class _Protocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answer and close. While earlier requests on the connection are being answered, close after that instead."""
-        if self.transport.is_closing() or self._ignores_input:
+        if self.transport.is_closing() or self.ignores_input:
             return
         self._head_is_there()
-        self._ignores_input = True
+        self.ignores_input = True
         if self.cycle is not None and not self.cycle.response_complete:
             if not self.cycle.more_body or self.cycle.response_started or self.pipeline:
                 self.cycle.keep_alive = False
@@ -192,7 +192,7 @@ class _Transport:
     def close(self) -> None:
         if self.is_closing():
             return
-        if self._connection.unfinished or self._connection._ignores_input:
+        if self._connection.unfinished or self._connection.ignores_input:
             self._connection.linger(self._transport)
         else:
             self._transport.close()

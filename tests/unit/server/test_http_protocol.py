@@ -160,6 +160,11 @@ def test_an_offer_of_http_2_is_ignored() -> None:
     assert answer.endswith(b"abcd")
 
 
+def test_a_client_that_ends_its_side_counts_as_gone() -> None:
+    """The server cannot tell it from a client that is gone, whose request must end."""
+    assert b"cd" not in exchange(b"GET /slow HTTP/1.1\r\nConnection: close\r\n\r\n", end=True)
+
+
 def test_pipelined_requests_are_answered_in_order() -> None:
     first, last = b"GET /slow HTTP/1.1\r\n\r\n", b"GET /chunks HTTP/1.1\r\nConnection: close\r\n\r\n"
     answer = exchange(first + first + last)
