@@ -196,6 +196,34 @@ def test_a_refusal_of_any_choice_comes_before_the_headers(directory: Path, first
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_request_that_runs_again_is_not_begun_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """A replaced engine acknowledges the request once more; the stream shows nothing of it."""
+
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+            body = {"max_tokens": 5, "seed": 3, "stream": True}
+            body |= {"prompt": [10]} if path == COMPLETIONS else {"messages": USER}
+
+            async def choices() -> list[Any]:
+                blocks = (await http.post(path, json=body)).text.split("\n\n")
+                return [json.loads(block[6:])["choices"] for block in blocks if block.startswith("data: {")]
+
+            once, original = await choices(), client.generate
+
+            async def twice(request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+                yield RequestOutput(request.id, queued=True)
+                async for output in original(request):
+                    yield output
+
+            monkeypatch.setattr(client, "generate", twice)
+            assert await choices() == once
+
+    asyncio.run(main())
+
+
 def test_an_acknowledgement_is_no_round(directory: Path) -> None:
     """Neither reports nor metrics count it."""
 
