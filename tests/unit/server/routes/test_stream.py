@@ -204,7 +204,7 @@ def test_a_request_that_runs_again_is_not_begun_again(
 
     async def main() -> None:
         async with server(directory) as (http, client, _):
-            body = {"max_tokens": 5, "seed": 3, "stream": True}
+            body: dict[str, Any] = {"max_tokens": 5, "seed": 3, "stream": True}
             body |= {"prompt": [10]} if path == COMPLETIONS else {"messages": USER}
 
             async def choices() -> list[Any]:
