@@ -60,7 +60,10 @@ class PromptLogprobs(msgspec.Struct, array_like=True):
 
 
 class RequestOutput(msgspec.Struct, omit_defaults=True):
-    """Output of one round for one request. The last one carries `finish_reason`."""
+    """Output of one round for one request. The last one carries `finish_reason`.
+
+    The engine process sends one with `queued` and nothing else before those of rounds.
+    """
 
     id: str
     tokens: list[int] = []
@@ -82,6 +85,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     """With `error`: the request is valid and may be retried; RETRY_FULL or RETRY_MEMORY is the cause."""
     scheduled: float = 0.0
     """time.monotonic() when the request was first admitted."""
+    queued: bool = False
+    """Acknowledgement: the engine has accepted the request and queued it."""
 
 
 class EngineStats(msgspec.Struct, omit_defaults=True):

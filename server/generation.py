@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -36,7 +36,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """Output that one round added to one choice."""
+    """Output that one round added to one choice; the first one may be empty."""
 
     index: int
     delta: Delta
@@ -95,7 +95,9 @@ class Generation:
         }
 
     async def pieces(self) -> AsyncGenerator[ChoiceDelta, None]:
-        """Yield pieces of all choices as they arrive. Closing early aborts the choices. Raises ApiError, EngineDead."""
+        """Yield pieces of all choices as they arrive, from when the engine has accepted all choices: the first piece of
+        each is empty, or its end. Closing early aborts the choices. Raises ApiError, EngineDead.
+        """
         with self.service.admit(len(self.choices), sum(len(choice.prompt) for choice in self.choices)) as client:
             stops = stop_strings(self.choices[0].params)
             # Of several choices from one prompt, the first computes it and the others share its pages.
@@ -106,15 +108,23 @@ class Generation:
                 source = first[id(choice.prompt)]
                 shared = None if source == choice.index else names[source]
                 runs.append(self._run(client, choice, stops, name, shared))
+            held: list[ChoiceDelta] = []
+            accepted: set[int] = set()
             async with aclosing(merge(runs)) as merged:
                 async for piece in merged:
-                    yield piece
+                    held.append(piece)
+                    accepted.add(piece.index)
+                    if len(accepted) == len(self.choices):  # no choice can be refused any more
+                        for each in held:
+                            yield each
+                        held.clear()
 
     async def _run(
         self, client: Supervisor, choice: Choice, stops: Sequence[StopString], name: str, share_prompt_with: str | None
     ) -> AsyncGenerator[ChoiceDelta, None]:
         nothing = choice.params.max_tokens == 0
-        ended = Delta("", [], [], None if choice.params.logprobs is None else [], 0, 0, FINISH_LENGTH, None)
+        empty = Delta("", [], [], None if choice.params.logprobs is None else [], 0, 0, None, None)
+        ended = replace(empty, finish_reason=FINISH_LENGTH)
         if nothing and choice.params.prompt_logprobs is None:
             yield ChoiceDelta(choice.index, ended)
             return
@@ -131,6 +141,9 @@ class Generation:
                         if output.retry is not None:
                             raise unavailable(output.error, output.retry)
                         raise ApiError(output.error, code="cannot_serve")
+                    if output.queued:
+                        yield ChoiceDelta(choice.index, empty)
+                        continue
                     delta = ended if nothing else stream.take(output)
                     seconds = stats.take(output, delta)
                     if self.first is None and output.tokens:

@@ -17,7 +17,7 @@ from engine.processes.client import ENGINE_COMMAND, EngineClient, EngineDead
 from engine.processes.supervisor import Supervisor
 from models.tokenizer import Tokenizer
 from server.app import create_app
-from server.header_limits import protocol
+from server.http_protocol import protocol
 from server.service import Service
 
 _DEAD_LINGER_S = 2.0
@@ -74,6 +74,8 @@ class Lifecycle:
             uvicorn.Config(
                 create_app(service, self._keys),
                 http=protocol(settings.head_timeout_s),  # type: ignore[arg-type]
+                ws="none",
+                timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]
                 ssl_certfile=settings.tls_cert,
                 ssl_keyfile=settings.tls_key,
                 lifespan="off",

@@ -67,7 +67,8 @@ class BodyLimit:
                 received += len(message.get("body", b""))
                 whole = whole or not message.get("more_body", False)
             if max(received, largest) > self._max_bytes:
-                raise ApiError(f"the body is larger than {self._max_bytes} bytes", status=413, code="body_too_large")
+                reason = f"the body is larger than {self._max_bytes} bytes"
+                raise ApiError(reason, status=413, code="body_too_large", headers={"Connection": "close"})
             return message
 
         await self._app(scope, counted, send)

@@ -136,6 +136,11 @@ class ServerConfig(Settings):
     """Seconds within which a connection must send all headers of a request."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds after the headers within which the body must arrive."""
+    keep_alive_s: Annotated[float, Field(gt=0)] = 90.0
+    """Seconds after which an idle connection is closed. A proxy must close its own sooner, or it may send a request on
+    a connection that is just being closed."""
+    ping_s: Annotated[float, Field(ge=0)] = 15.0
+    """Seconds after which a stream without news sends a comment, so that proxies do not take it for idle; 0: never."""
     max_queued_tokens: Positive | None = None
     """Maximum number of prompt tokens of all running and waiting requests; further requests are refused with 503.
     None: unlimited."""

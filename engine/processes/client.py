@@ -145,7 +145,8 @@ class EngineClient:
         return self._process.pid
 
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the outputs of one request, round by round; the last one carries a finish_reason.
+        """Yield the outputs of one request: one with `queued` once the engine has accepted it, then round by round; the
+        last one carries a finish_reason.
 
         Closing the generator before that (aclose, cancellation) aborts the request. Raises EngineDead.
         """

@@ -6,9 +6,9 @@ group, the API process must be able to drain running requests first. torchrun.py
 that torchrun starts.
 
 A ROUTER socket serves any number of API processes, each a DEALER. A peer's first message introduces it, and the engine
-answers with Ready. Outputs go to the peer that sent the request; about once a second every other peer receives Outputs
-without content, for the stats. When a peer cannot be reached any more, its requests are aborted. A second socket
-carries the heartbeat (heartbeat.py).
+answers with Ready. Between two rounds it acknowledges or refuses new requests. Outputs go to the peer that sent the
+request; about once a second every other peer receives Outputs without content, for the stats. When a peer cannot be
+reached any more, its requests are aborted. A second socket carries the heartbeat (heartbeat.py).
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ class EngineServer:
             self._refuse(peer, request.id, str(error), RETRY_FULL if isinstance(error, QueueFull) else None)
         else:
             self._peer_by_request[request.id] = peer
+            self._send(peer, Outputs([RequestOutput(request.id, queued=True)], self._engine.stats()))
 
     def _refuse(self, peer: bytes, id: str, reason: str, retry: str | None = None) -> None:
         refusal = RequestOutput(id=id, finish_reason=FINISH_ABORT, error=reason, retry=retry)

@@ -1,7 +1,7 @@
 """Restarts a dead engine; a drop-in for EngineClient. Free of torch.
 
-With `restart`, another engine replaces one that dies: requests that have not yielded run once more on it, all others
-end with the cause as their error. Without `restart`, the first death is final.
+With `restart`, another engine replaces one that dies: requests that have no output of a round yet run once more on it,
+all others end with the cause as their error. Without `restart`, the first death is final.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ class Supervisor:
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
         """Yield the outputs of one request; see EngineClient.generate.
 
-        If the engine dies before the request has yielded, the request runs on the next engine; only once, since the
-        request itself may be the cause. Raises EngineDown if the request has yielded, or arrives while there is no
-        engine; EngineDead if there will be none.
+        If the engine dies before the first round's output, the request runs on the next engine, which acknowledges it
+        again; only once, since the request itself may be the cause. Raises EngineDown if there was such an output, or
+        if the request arrives while there is no engine; EngineDead if there will be none.
         """
         client = self._client
         if client.dead is not None:
@@ -106,7 +106,7 @@ class Supervisor:
             try:
                 async with aclosing(client.generate(request)) as outputs:
                     async for output in outputs:
-                        begun = True
+                        begun = begun or not output.queued
                         yield output
                 return
             except EngineDead:

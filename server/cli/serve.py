@@ -53,6 +53,13 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Origin whose pages may send requests; * for all.")
     ] = None,
+    keep_alive_s: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which an idle connection is closed."),
+    ] = None,
+    ping_s: Annotated[
+        float | None, typer.Option(help="Seconds after which a stream without news sends a comment; 0: never.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM): serve HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM).")] = None,
 ) -> None:
@@ -70,6 +77,8 @@ def serve(
         "server.api_keys": api_key,
         "server.api_keys_file": api_keys_file and str(api_keys_file),
         "server.cors_origins": cors_origin,
+        "server.keep_alive_s": keep_alive_s,
+        "server.ping_s": ping_s,
         "server.tls_cert": tls_cert and str(tls_cert),
         "server.tls_key": tls_key and str(tls_key),
     }

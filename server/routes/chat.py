@@ -17,6 +17,7 @@ from server.bodies.fields import choice_seed, read
 from server.bodies.schemas import ChatFields, ChatRequest
 from server.generation import Choice, ChoiceDelta, Generation, Usage
 from server.observe.speculation_report import SpeculationReports
+from server.request_ids import given_request_id
 from server.routes.completions import finite, prompt_logprobs
 from server.routes.stream import respond
 from server.service import Service
@@ -31,7 +32,8 @@ async def create(request: Request) -> Response:
     body.check()
     service.check_model(body.model)
     service.engine()
-    return await respond(request, await _Answer.prepare(service, body), bool(body.stream))
+    answer = await _Answer.prepare(service, body, given_request_id(request.scope))
+    return await respond(request, answer, bool(body.stream))
 
 
 async def prompt_tokens(service: Service, chat: ChatFields, add_special_tokens: bool | None) -> list[int]:
@@ -49,16 +51,17 @@ async def prompt_tokens(service: Service, chat: ChatFields, add_special_tokens: 
 class _Answer:
     """Choices of one request in this route's format."""
 
-    def __init__(self, service: Service, body: ChatRequest, generation: Generation) -> None:
-        self.id = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
+    def __init__(self, service: Service, body: ChatRequest, generation: Generation, given_id: str | None) -> None:
+        """given_id: the request's X-Request-Id."""
+        self.id = f"chatcmpl-{body.request_id or given_id or uuid.uuid4().hex}"
         self._created = int(time.time())
         self._service = service
         self._body = body
         self.generation = generation
 
     @classmethod
-    async def prepare(cls, service: Service, body: ChatRequest) -> _Answer:
-        """Render, tokenize and check. Raises ApiError."""
+    async def prepare(cls, service: Service, body: ChatRequest, given_id: str | None) -> _Answer:
+        """Render, tokenize and check. given_id: the request's X-Request-Id. Raises ApiError."""
         service.check_count(1, body.choices)
         tokens = await prompt_tokens(service, body, body.add_special_tokens)
         if body.truncate_prompt_tokens is not None:
@@ -81,7 +84,7 @@ class _Answer:
             )
             for number in range(body.choices)
         ]
-        return cls(service, body, Generation(service, choices, Usage(len(tokens))))
+        return cls(service, body, Generation(service, choices, Usage(len(tokens))), given_id)
 
     async def whole(self) -> dict[str, Any]:
         texts: list[list[str]] = [[] for _ in self.generation.choices]

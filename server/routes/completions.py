@@ -17,6 +17,7 @@ from server.bodies.fields import choice_seed, read
 from server.bodies.schemas import CompletionRequest
 from server.generation import Choice, ChoiceDelta, Generation, Usage
 from server.observe.speculation_report import SpeculationReports
+from server.request_ids import given_request_id
 from server.routes.stream import respond
 from server.service import Service
 
@@ -34,17 +35,23 @@ async def create(request: Request) -> Response:
     body.check()
     service.check_model(body.model)
     service.engine()
-    return await respond(request, await _Answer.prepare(service, body), bool(body.stream))
+    answer = await _Answer.prepare(service, body, given_request_id(request.scope))
+    return await respond(request, answer, bool(body.stream))
 
 
 class _Answer:
     """Choices of one request in this route's format."""
 
     def __init__(
-        self, service: Service, body: CompletionRequest, generation: Generation, echoes: Sequence[str]
+        self,
+        service: Service,
+        body: CompletionRequest,
+        generation: Generation,
+        echoes: Sequence[str],
+        given_id: str | None,
     ) -> None:
-        """echoes: the text that each choice begins with."""
-        self.id = f"cmpl-{body.request_id or uuid.uuid4().hex}"
+        """echoes: the text that each choice begins with. given_id: the request's X-Request-Id."""
+        self.id = f"cmpl-{body.request_id or given_id or uuid.uuid4().hex}"
         self._created = int(time.time())
         self._service = service
         self._body = body
@@ -52,8 +59,8 @@ class _Answer:
         self._echoes = echoes
 
     @classmethod
-    async def prepare(cls, service: Service, body: CompletionRequest) -> _Answer:
-        """Tokenize and check. Raises ApiError."""
+    async def prepare(cls, service: Service, body: CompletionRequest, given_id: str | None) -> _Answer:
+        """Tokenize and check. given_id: the request's X-Request-Id. Raises ApiError."""
         service.check_count(len(body.prompt), body.choices)
         special = True if body.add_special_tokens is None else body.add_special_tokens
         ready, constraints = service.engine().ready, await body.constraints(service)
@@ -84,7 +91,7 @@ class _Answer:
                 own = msgspec.structs.replace(params, seed=choice_seed(params.seed, number))
                 choices.append(Choice(len(choices), tokens, own, body.priority or 0, body.wants_report, continues=True))
                 echoes.append(echo)
-        return cls(service, body, Generation(service, choices, Usage(prompt_tokens)), echoes)
+        return cls(service, body, Generation(service, choices, Usage(prompt_tokens)), echoes, given_id)
 
     async def whole(self) -> dict[str, Any]:
         texts = [[echo] for echo in self._echoes]
@@ -108,11 +115,14 @@ class _Answer:
         ]
         return self._object(choices) | {"usage": self.generation.usage.as_dict()}
 
-    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+    async def events(self) -> AsyncGenerator[dict[str, Any] | None, None]:
         usage = self.generation.usage
         echoes = list(self._echoes)
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
+                if not (piece.delta.tokens or piece.delta.finish_reason):
+                    yield None  # accepted
+                    continue
                 text, echoes[piece.index] = echoes[piece.index] + piece.delta.text, ""
                 logprobs = self._logprobs(piece)
                 if not (text or logprobs or piece.report or piece.delta.finish_reason):

@@ -19,6 +19,8 @@ from server.observe.access_log import add_log_fields
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+"""A comment, which clients ignore: it keeps proxies from closing a connection that they take for idle."""
 
 
 def event(data: Any) -> bytes:
@@ -58,24 +60,31 @@ class Answer(Protocol):
     generation: Generation
 
     async def whole(self) -> Any: ...
-    def events(self) -> AsyncGenerator[Any, None]: ...
+    def events(self) -> AsyncGenerator[Any, None]:
+        """Yield events. None is not sent: it only says that the request has been accepted."""
 
 
 async def respond(request: Request, answer: Answer, streaming: bool) -> Response:
-    """Send `answer`. Its work ends with it, or when the client disconnects."""
+    """Send `answer`. Its work ends with it, or when the client disconnects.
+
+    X-Request-Id: RequestIds puts the request's own in the place of the answer's id.
+    """
     headers = {"X-Request-Id": answer.id}
     add_log_fields(request, id=answer.id, **answer.generation.facts)
     answer.generation.parent = request.headers.get("traceparent")
     if streaming:
-        return await stream(request, answer.events(), headers)
+        ping_s = request.app.state.service.config.server.ping_s
+        return await stream(request, answer.events(), headers, ping_s)
     body = msgspec.json.encode(await run_while_connected(request.receive, answer.whole()))
     return Response(body, headers=headers, media_type="application/json")
 
 
-async def stream(request: Request, events: AsyncGenerator[Any, None], headers: Mapping[str, str]) -> Response:
-    """Answer with `events` (JSON values), then [DONE].
+async def stream(
+    request: Request, events: AsyncGenerator[Any, None], headers: Mapping[str, str], ping_s: float
+) -> Response:
+    """Answer with `events` (JSON values; None is not sent), then [DONE].
 
-    Errors before the first event are raised, so that they are answered with their own status.
+    Errors before the first event are raised, so that they are answered with their own status. ping_s: see EventStream.
     """
 
     async def first() -> Any:
@@ -86,29 +95,35 @@ async def stream(request: Request, events: AsyncGenerator[Any, None], headers: M
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(_encoded(head, events), headers)
+    return EventStream(_encoded(head, events), headers, ping_s)
 
 
 async def _encoded(head: Any, events: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
         try:
-            yield event(head)
+            if head is not None:
+                yield event(head)
             async for item in events:
-                yield event(item)
+                if item is not None:
+                    yield event(item)
         except Exception as error:
             yield event(as_api_error(error).body())
         yield DONE
 
 
 class EventStream(Response):
-    """Response that sends until the source ends or the client disconnects, then closes the source."""
+    """Response that sends until the source ends or the client disconnects, then closes the source.
+
+    Headers are sent at once, and a comment whenever nothing has been sent for `ping_s` seconds; 0: never.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(self, source: AsyncGenerator[bytes, None], headers: Mapping[str, str], ping_s: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self._source = source
+        self._ping_s = ping_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._source):
@@ -119,6 +134,29 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for chunk in self._source:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        clock = asyncio.get_running_loop().time
+        sending, sent = asyncio.Lock(), clock()
+
+        async def send_chunk(chunk: bytes) -> None:
+            nonlocal sent
+            async with sending:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            sent = clock()
+
+        async def ping() -> None:
+            while True:
+                silent = clock() - sent
+                if silent < self._ping_s:
+                    await asyncio.sleep(self._ping_s - silent)
+                else:
+                    await send_chunk(PING)
+
+        pings = asyncio.create_task(ping()) if self._ping_s else None
+        try:
+            async for chunk in self._source:
+                await send_chunk(chunk)
+        finally:
+            if pings is not None:
+                pings.cancel()
+                await asyncio.gather(pings, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -44,7 +44,7 @@ async def complete(http: httpx.AsyncClient, wanted: dict[str, Any]) -> tuple[str
         async for line in answer.aiter_lines():
             if line == "data: [DONE]":
                 done = True
-            elif line:
+            elif line.startswith("data: "):
                 chunk = json.loads(line.removeprefix("data: "))
                 for choice in chunk["choices"]:
                     text += choice["text"]

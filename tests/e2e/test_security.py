@@ -76,7 +76,9 @@ def test_pages_of_an_origin_may_ask(guarded: Server) -> None:
     preflight = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
     answer = httpx.options(guarded.url + COMPLETIONS, headers=preflight, timeout=PATIENCE_S)
     assert answer.headers["access-control-allow-origin"] == "https://page.example"
-    assert ask(guarded, headers={"Origin": "https://page.example"}).headers["access-control-allow-origin"]
+    seen = ask(guarded, headers={"Origin": "https://page.example"}).headers
+    assert seen["access-control-allow-origin"] == "https://page.example"
+    assert seen["access-control-expose-headers"] == "X-Request-Id, Retry-After"
     other = ask(guarded, headers={"Origin": "https://other.example"})
     assert "access-control-allow-origin" not in other.headers
 
@@ -176,13 +178,14 @@ def test_a_queue_of_tokens(guarded: Server) -> None:
 
 
 def test_the_log_says_what_was_asked_and_no_more(guarded: Server) -> None:
-    answer = ask(guarded, headers={"X-Request-Id": "ignored"})
+    answer = ask(guarded, headers={"X-Request-Id": "from-the-client"})
     ask(guarded, key="wrong-key")
     ask(guarded, "/v1/models/a%0Ab%1b[2J")
     eventually(lambda: "[2J" in guarded.log.read_text())
     lines = [json.loads(line) for line in guarded.log.read_text().splitlines()]
     (mine,) = [line for line in lines if line.get("id") == answer.json()["id"]]
     assert (mine["status"], mine["path"], mine["completion_tokens"]) == (200, COMPLETIONS, 3)
+    assert (mine["request_id"], mine["id"]) == ("from-the-client", "cmpl-from-the-client")
     assert mine["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
     assert 0 < mine["first_token_seconds"] <= mine["seconds"]
     assert {line["status"] for line in lines if "status" in line} >= {200, 401, 404, 408, 503}

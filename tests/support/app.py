@@ -48,6 +48,7 @@ class FakeClient:
                 retry = RETRY_FULL if type(error).__name__ == "QueueFull" else None
                 yield RequestOutput(id=request.id, finish_reason="abort", error=str(error), retry=retry)
                 return
+            yield RequestOutput(id=request.id, queued=True)
             while not ended:
                 await asyncio.sleep(0)
                 try:

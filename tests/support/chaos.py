@@ -178,7 +178,7 @@ class Chaos:
             async for line in answer.aiter_lines():
                 if line == "data: [DONE]":
                     yield None
-                elif line:
+                elif line.startswith("data: "):
                     yield json.loads(line.removeprefix("data: "))
 
     def _answered(self, number: int, text: str, reason: str | None) -> str:

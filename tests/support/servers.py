@@ -38,6 +38,11 @@ class Server:
     family: list[psutil.Process] = field(default_factory=list)
 
     @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.url.partition("://")[2].split(":")
+        return host, int(port)
+
+    @property
     def engine(self) -> psutil.Process:
         (engine,) = psutil.Process(self.process.pid).children()
         return engine
@@ -165,7 +170,7 @@ class Stream(threading.Thread):
                 for line in answer.iter_lines():
                     if line == "data: [DONE]":
                         self.done = True
-                    elif line:
+                    elif line.startswith("data: "):
                         self.events.append(json.loads(line.removeprefix("data: ")))
         except httpx.HTTPError as error:
             self.error = error

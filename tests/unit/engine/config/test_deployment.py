@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,10 @@ def test_what_is_not_set_is_the_default(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
     assert load_config(path, {}) == load_config(None, {})
+
+
+def test_the_proxy_closes_idle_connections_before_the_server_does() -> None:
+    text = (ROOT / "docker" / "nginx" / "nginx.conf").read_text(encoding="utf-8")
+    (upstream,) = re.findall(r"upstream magicdec \{(.*?)\}", text, re.DOTALL)
+    (seconds,) = re.findall(r"keepalive_timeout (\d+)s;", upstream)
+    assert int(seconds) < Config().server.keep_alive_s - 10

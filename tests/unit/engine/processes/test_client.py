@@ -70,10 +70,12 @@ def test_requests_get_their_own_tokens() -> None:
     run(test)
 
 
-def test_the_last_output_says_why_it_ended() -> None:
+def test_the_first_output_says_that_it_is_queued_and_the_last_why_it_ended() -> None:
     async def test(client: EngineClient) -> None:
         outputs = [output async for output in client.generate(request([5], max_tokens=7))]
-        assert [output.finish_reason for output in outputs] == [None, None, "length"]
+        assert [output.finish_reason for output in outputs] == [None, None, None, "length"]
+        assert [output.queued for output in outputs] == [True, False, False, False]
+        assert outputs[0] == RequestOutput(outputs[0].id, queued=True)
 
     run(test)
 

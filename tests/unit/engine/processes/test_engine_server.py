@@ -19,7 +19,7 @@ from engine.messages import AbortRequests, AddRequest, FromEngine, Outputs, Read
 from engine.params import SamplingParams
 from engine.processes.endpoint import SOCKET
 from engine.processes.engine_server import EngineServer
-from tests.support.fake_engine import COMMAND, SLOW, FakeEngine, expected
+from tests.support.fake_engine import COMMAND, HANG, SLOW, FakeEngine, expected
 
 pytestmark = pytest.mark.usefixtures("own_tmp")
 
@@ -80,6 +80,17 @@ def test_several_peers_with_the_same_socket(own_tmp: Path) -> None:
         for number, peer in enumerate((first, second)):
             assert isinstance(receive(peer), Ready)
             assert finish(peer) == expected(AddRequest("", [number], SamplingParams(max_tokens=8)))
+
+
+def test_a_request_is_acknowledged_before_its_first_round(own_tmp: Path) -> None:
+    """A round that hangs cannot delay the acknowledgement."""
+    with process(own_tmp / "p") as (_, connect):
+        peer = connect()
+        send(peer, AddRequest("r", [HANG], SamplingParams(max_tokens=8)))
+        assert isinstance(receive(peer), Ready)
+        message = receive(peer)
+        assert isinstance(message, Outputs)
+        assert message.outputs == [RequestOutput("r", queued=True)]
 
 
 def test_garbage_does_not_stop_it(own_tmp: Path) -> None:

@@ -57,6 +57,9 @@ class Puppet:
     def say(self, id: str, tokens: list[int], finish_reason: str | None = None) -> None:
         self.requests[id].put_nowait(RequestOutput(id, tokens, finish_reason=finish_reason))
 
+    def acknowledge(self, id: str) -> None:
+        self.requests[id].put_nowait(RequestOutput(id, queued=True))
+
     def abort(self, ids: Iterable[str]) -> None:
         for id in ids:
             if id in self.requests:
@@ -167,13 +170,15 @@ def test_without_restart_death_is_the_end() -> None:
 
 
 def test_what_becomes_of_requests() -> None:
-    """A request that has yielded output ends, one that has not runs again, and one that arrives meanwhile is
+    """A request that has yielded tokens ends, one that has not runs again, and one that arrives meanwhile is
     refused."""
 
     async def main() -> None:
         async with supervised() as (engines, puppets):
             begun, queued = ask(engines, "begun"), ask(engines, "queued")
             await puppets.made[0].asked("begun", "queued")
+            for id in ("begun", "queued"):
+                puppets.made[0].acknowledge(id)
             puppets.made[0].say("begun", [7])
             await asyncio.sleep(0.01)
             puppets.open.clear()
@@ -188,6 +193,7 @@ def test_what_becomes_of_requests() -> None:
             second = await puppets.up(2)
             await second.asked("queued")
             assert engines.down is None
+            second.acknowledge("queued")
             second.say("queued", [8, 9], "stop")
             assert await queued == [8, 9]
             fresh = ask(engines, "fresh")
@@ -347,6 +353,7 @@ def test_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             engines = await Supervisor.start(start, restart=True, settled_s=0)
             slow = AddRequest("slow", [SLOW], SamplingParams(max_tokens=10_000))
             async with aclosing(engines.generate(slow)) as outputs:
+                assert (await anext(outputs)).queued
                 await anext(outputs)
                 os.kill(seen[0].pid, signal.SIGKILL)
                 with pytest.raises(EngineDown, match="status -9"):

@@ -120,6 +120,8 @@ FLAGS = {
     "--api-key": "k",
     "--api-keys-file": "f",
     "--cors-origin": "*",
+    "--keep-alive-s": "1",
+    "--ping-s": "1",
     "--tls-cert": "c",
     "--tls-key": "k",
 }
