@@ -44,6 +44,7 @@ class Tokenizer:
             raise TokenizerError(f"{directory / 'tokenizer.json'}: not a tokenizer: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        _keep_spaces(self._tokenizer.post_processor)
         parts = [decoder, *decoder.get("decoders", [])]
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = frozenset(added)
@@ -76,6 +77,16 @@ class Tokenizer:
         """Encode each text. Other threads can run meanwhile (the library's call for a single text blocks them)."""
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
+
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Encode `text`. Also returns the offset in `text` at which each token begins; tokens that are added to the
+        text take none of it."""
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        offsets, end = [], 0
+        for is_added, (first, last) in zip(encoding.special_tokens_mask, encoding.offsets, strict=True):
+            offsets.append(end if is_added else first)
+            end = max(end, last)
+        return encoding.ids, offsets
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decode ids. Those without a token decode to nothing; bytes that are not UTF-8 decode to U+FFFD."""
@@ -171,6 +182,16 @@ class IncrementalDecoder:
         del self._window[:tokens]
         self._settled = max(0, self._settled - tokens)
         self._given = max(0, len(self._text()) - undecided)
+
+
+def _keep_spaces(processor: Any) -> None:
+    """Make offsets of tokens include their spaces. processor: a tokenizer's post-processor, or None."""
+    if hasattr(processor, "trim_offsets"):
+        processor.trim_offsets = False
+    elif isinstance(processor, tokenizers.processors.Sequence):
+        parts: Any = processor  # it is iterable, which its stubs do not say
+        for part in parts:
+            _keep_spaces(part)
 
 
 def _byte_alphabet() -> dict[str, int]:
