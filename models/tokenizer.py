@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ _LONGEST_INCOMPLETE = 3
 """Largest number of bytes of an incomplete UTF-8 character."""
 _WINDOW = 16
 """Largest number of tokens that an IncrementalDecoder looks back; enough for any character split over byte tokens."""
+_ALIAS_CHARS = range(0xF0000, 0xFFFFE)
+"""Private-use characters, which no normalizer changes."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -48,7 +52,7 @@ class Tokenizer:
         parts = [decoder, *decoder.get("decoders", [])]
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = frozenset(added)
-        self._special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._special_names = {id: token.content for id, token in added.items() if token.special}
         self._bytes_of = _byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else None
 
         config = _mapping(directory / "tokenizer_config.json")
@@ -60,6 +64,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens that have a text; a model's embedding may have more rows."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def special_names(self) -> frozenset[str]:
+        """Texts that are encoded as special tokens."""
+        return frozenset(self._special_names.values())
 
     @property
     def bos_token_id(self) -> int | None:
@@ -88,6 +97,50 @@ class Tokenizer:
             end = max(end, last)
         return encoding.ids, offsets
 
+    def encode_marked(self, text: str, marks: Mapping[str, str], add_special_tokens: bool = True) -> list[int]:
+        """Encode `text`, in which some characters are marks that stand for others.
+
+        marks: the character that each mark stands for. A special token's name that contains a mark is encoded as plain
+        text. All else is encoded as if the text had the characters themselves.
+        """
+        finder, plain, aliases, id_of = self._for_marked
+        (found,) = finder.encode_batch([text], add_special_tokens=False)
+        pieces, end = [], 0
+        for id, (first, last) in zip(found.ids, found.offsets, strict=True):
+            name = finder.id_to_token(id)  # `tokens` has it with the spaces that it takes
+            if name in aliases and (place := text.find(name, first, last)) >= 0:
+                pieces += [text[end:place], aliases[name]]
+                end = place + len(name)
+        aliased = "".join([*pieces, text[end:]]).translate({ord(mark): char for mark, char in marks.items()})
+        (encoding,) = plain.encode_batch_fast([aliased], add_special_tokens=add_special_tokens)
+        return [id_of.get(id, id) for id in encoding.ids]
+
+    @cached_property
+    def _for_marked(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
+        """What `encode_marked` needs.
+
+        Returns a tokenizer that only finds added tokens, and one to which the names of special tokens are plain text
+        but their aliases are special tokens; the alias of each name; the special token of each alias's id. An alias is
+        random, so that no client can write one.
+        """
+        added = self._tokenizer.get_added_tokens_decoder()
+        finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+        if self._tokenizer.normalizer is not None:
+            finder.normalizer = self._tokenizer.normalizer
+        finder.add_tokens(list(added.values()))
+        plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        plain.encode_special_tokens = True
+        aliases: dict[str, str] = {}
+        id_of: dict[int, int] = {}
+        for id, name in self._special_names.items():
+            alias = "".join(chr(secrets.choice(_ALIAS_CHARS)) for _ in range(8))
+            flags = {flag: getattr(added[id], flag) for flag in ("lstrip", "rstrip", "normalized")}
+            plain.add_tokens([tokenizers.AddedToken(alias, **flags)])
+            alias_id = plain.token_to_id(alias)
+            assert alias_id is not None
+            aliases[name], id_of[alias_id] = alias, id
+        return finder, plain, aliases, id_of
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decode ids. Those without a token decode to nothing; bytes that are not UTF-8 decode to U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -99,7 +152,7 @@ class Tokenizer:
 
     def is_skipped(self, token: int, skip_special_tokens: bool = True) -> bool:
         """Whether `decode` drops this token before it decodes the others."""
-        if skip_special_tokens and token in self._special_ids:
+        if skip_special_tokens and token in self._special_names:
             return True
         return self._tokenizer.id_to_token(token) is None
 

@@ -16,7 +16,7 @@ from server.errors import ApiError, draining, engine_dead, engine_restarting, un
 from server.limits import check_tokens
 from server.observe.metrics import Metrics
 from server.observe.tracing import Tracing
-from server.text.template import ChatTemplate
+from server.text.template import ChatTemplate, Rendered
 from server.version import build
 
 _DURATION_WEIGHT = 0.05
@@ -49,7 +49,7 @@ class Service:
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer, config.server.special_tokens_in_content)
         self.model_id = config.server.served_model_name or Path(config.engine.model).name
         self.created = int(time.time())
         self.client: Supervisor | None = None
@@ -139,6 +139,13 @@ class Service:
 
     async def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         return await run_by_length(sum(map(len, texts)), self.tokenizer.encode_batch, texts, add_special_tokens)
+
+    async def encode_chat(self, chat: Rendered, add_special_tokens: bool) -> list[int]:
+        if not chat.marks:
+            (tokens,) = await self.encode([chat.text], add_special_tokens)
+            return tokens
+        # In a thread, however short the text is: the first call loads another tokenizer.
+        return await asyncio.to_thread(self.tokenizer.encode_marked, chat.text, chat.marks, add_special_tokens)
 
     def fit(self, prompt: Sequence[int], max_tokens: int | None, default: int | None) -> int:
         """Return the largest number of tokens to generate. Raises ApiError: no tokens, unknown ones, or too many.
