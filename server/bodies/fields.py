@@ -233,8 +233,8 @@ class CompletionFields(Body):
         """Return the sampling parameters that need a tokenizer or are slow: `grammar`, `bad_words`. Raises ApiError."""
         found: dict[str, Any] = {}
         if (asked := grammar_of(self.response_format, self.structured_outputs)) is not None:
-            await check_grammar(*asked)
-            found["grammar"] = asked[1]
+            await check_grammar(asked)
+            found["grammar"] = asked.text
         if self.bad_words:
             # Each word at the start of a text, and after a space.
             texts = [text for word in self.bad_words for text in (word, f" {word.lstrip()}")]
