@@ -103,43 +103,11 @@ class Tokenizer:
         marks: the character that each mark stands for. A special token's name that contains a mark is encoded as plain
         text. All else is encoded as if the text had the characters themselves.
         """
-        finder, plain, aliases, id_of = self._for_marked
-        (found,) = finder.encode_batch([text], add_special_tokens=False)
-        pieces, end = [], 0
-        for id, (first, last) in zip(found.ids, found.offsets, strict=True):
-            name = finder.id_to_token(id)  # `tokens` has it with the spaces that it takes
-            if name in aliases and (place := text.find(name, first, last)) >= 0:
-                pieces += [text[end:place], aliases[name]]
-                end = place + len(name)
-        aliased = "".join([*pieces, text[end:]]).translate({ord(mark): char for mark, char in marks.items()})
-        (encoding,) = plain.encode_batch_fast([aliased], add_special_tokens=add_special_tokens)
-        return [id_of.get(id, id) for id in encoding.ids]
+        return self._marked_encoder.encode(text, marks, add_special_tokens)
 
     @cached_property
-    def _for_marked(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
-        """What `encode_marked` needs.
-
-        Returns a tokenizer that only finds added tokens, and one to which the names of special tokens are plain text
-        but their aliases are special tokens; the alias of each name; the special token of each alias's id. An alias is
-        random, so that no client can write one.
-        """
-        added = self._tokenizer.get_added_tokens_decoder()
-        finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
-        if self._tokenizer.normalizer is not None:
-            finder.normalizer = self._tokenizer.normalizer
-        finder.add_tokens(list(added.values()))
-        plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        plain.encode_special_tokens = True
-        aliases: dict[str, str] = {}
-        id_of: dict[int, int] = {}
-        for id, name in self._special_names.items():
-            alias = "".join(chr(secrets.choice(_ALIAS_CHARS)) for _ in range(8))
-            flags = {flag: getattr(added[id], flag) for flag in ("lstrip", "rstrip", "normalized")}
-            plain.add_tokens([tokenizers.AddedToken(alias, **flags)])
-            alias_id = plain.token_to_id(alias)
-            assert alias_id is not None
-            aliases[name], id_of[alias_id] = alias, id
-        return finder, plain, aliases, id_of
+    def _marked_encoder(self) -> _MarkedEncoder:
+        return _MarkedEncoder(self._tokenizer, self._special_names)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decode ids. Those without a token decode to nothing; bytes that are not UTF-8 decode to U+FFFD."""
@@ -168,6 +136,58 @@ class Tokenizer:
         if match := _BYTE_TOKEN.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return piece.replace("\u2581", " ").encode()
+
+
+class _MarkedEncoder:
+    """Encodes text in which the names of special tokens are either those tokens or plain text.
+
+    It replaces the names that are tokens by aliases, added tokens of another tokenizer, to which names are plain text.
+    An alias is random, so that no client can write one.
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer, special_names: Mapping[int, str]) -> None:
+        """library: the tokenizer to encode as. special_names: of its special tokens, by id."""
+        added = library.get_added_tokens_decoder()
+        # Finds added tokens; all text between two of them is one unknown token.
+        self._finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+        if library.normalizer is not None:
+            self._finder.normalizer = library.normalizer
+        self._finder.add_tokens(list(added.values()))
+        self._plain = tokenizers.Tokenizer.from_str(library.to_str())
+        self._plain.encode_special_tokens = True
+        # Some models spell a name with its special token even so; a separator, which is no token, divides those.
+        pairs = special_names.items()
+        self._spelt = [name for id, name in pairs if id in self._plain.encode(name, add_special_tokens=False).ids]
+        self._aliases: dict[str, str] = {}
+        self._ids: dict[int, list[int]] = {}
+        for id, name in pairs:
+            flags = {flag: getattr(added[id], flag) for flag in ("lstrip", "rstrip", "normalized")}
+            self._aliases[name] = self._add([id], flags)
+        self._separator = self._add([], {"normalized": False})
+
+    def encode(self, text: str, marks: Mapping[str, str], add_special_tokens: bool) -> list[int]:
+        """See Tokenizer.encode_marked."""
+        (found,) = self._finder.encode_batch([text], add_special_tokens=False)
+        pieces, end = [], 0
+        for id, (first, last) in zip(found.ids, found.offsets, strict=True):
+            name = self._finder.id_to_token(id)  # `tokens` has it with the spaces that it takes
+            if name in self._aliases and (place := text.find(name, first, last)) >= 0:
+                pieces += [text[end:place], self._aliases[name]]
+                end = place + len(name)
+        aliased = "".join([*pieces, text[end:]]).translate({ord(mark): char for mark, char in marks.items()})
+        for name in self._spelt:
+            aliased = aliased.replace(name, name[:1] + self._separator + name[1:])
+        (encoding,) = self._plain.encode_batch_fast([aliased], add_special_tokens=add_special_tokens)
+        return [token for id in encoding.ids for token in self._ids.get(id, (id,))]
+
+    def _add(self, ids: list[int], flags: dict[str, bool]) -> str:
+        """Add a token that stands for `ids`. Returns its text."""
+        alias = "".join(chr(secrets.choice(_ALIAS_CHARS)) for _ in range(8))
+        self._plain.add_tokens([tokenizers.AddedToken(alias, **flags)])
+        new = self._plain.token_to_id(alias)
+        assert new is not None
+        self._ids[new] = ids
+        return alias
 
 
 class IncrementalDecoder:
