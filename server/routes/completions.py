@@ -192,8 +192,11 @@ def _decoded(tokenizer: Tokenizer, tokens: Sequence[int], skip_special_tokens: b
     """Echo a prompt that came as token ids, or was truncated. Special tokens that are skipped take none of the text."""
     decoder, offsets, length = IncrementalDecoder(tokenizer, skip_special_tokens), [], 0
     for token in tokens:
-        offsets.append(length)
-        length += len(decoder.push(token))
+        piece = decoder.push(token)
+        # A prompt that was cut inside a character begins with bytes that only the next token shows to be none.
+        broken = 0 if token_text(tokenizer, token).startswith("bytes:") else len(piece) - len(piece.lstrip(REPLACEMENT))
+        offsets.append(length + broken)
+        length += len(piece)
     return _Echo(tokenizer.decode(tokens, skip_special_tokens), offsets)
 
 

@@ -100,3 +100,11 @@ def test_truncated_prompts(with_bos: Path) -> None:
     assert choice["text"].startswith(" dog a")
     assert choice["logprobs"]["tokens"][0] == "<|im_end|>"
     check(choice)
+
+
+def test_a_prompt_that_is_cut_inside_a_character(directory: Path) -> None:
+    """The rest of the character is text of its own."""
+    assert len(ids(directory, "ж")) == 2
+    choice = ask(directory, prompt="aж dog", truncate_prompt_tokens=1 + len(ids(directory, " dog")))
+    assert choice["text"].startswith("\ufffd dog")
+    assert choice["logprobs"]["text_offset"][:2] == [0, 1]
