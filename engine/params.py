@@ -29,18 +29,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: Annotated[int, _COUNT] = 0
     """Number of tokens before which end-of-sequence and stop tokens cannot be sampled. If a grammar allows nothing else
     there, the request ends with an error."""
-    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
-    """0 samples greedily, and so does any value below MIN_TEMPERATURE."""
+    temperature: Annotated[float, Meta(ge=0, le=1e30)] = 1.0
+    """0 samples greedily, and so does any value below MIN_TEMPERATURE. At large values all tokens are equally likely;
+    beyond 1e30 single precision ends."""
     top_k: Annotated[int, _COUNT] = 0
     """Keep the k most likely tokens, and tokens that tie with the last of them; 0 keeps all."""
-    top_p: Annotated[float, Meta(ge=1e-6, le=1)] = 1.0
+    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    """Keep the most likely tokens of this total probability, and tokens that tie with the last of them; 0 keeps the
+    most likely token and its ties."""
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = 0
     """The same request with the same seed yields the same text, whatever the drafter (with coupled verification).
     Callers that want variety draw a seed at random."""
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     logit_bias: dict[int, float] = {}
     """Value to add to the logit of each token id."""
     stop_token_ids: tuple[Token, ...] = ()

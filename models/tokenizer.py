@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ _LONGEST_INCOMPLETE = 3
 """Largest number of bytes of an incomplete UTF-8 character."""
 _WINDOW = 16
 """Largest number of tokens that an IncrementalDecoder looks back; enough for any character split over byte tokens."""
+_ALIAS_CHARS = range(0xF0000, 0xFFFFE)
+"""Private-use characters, which no normalizer changes."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -44,10 +48,11 @@ class Tokenizer:
             raise TokenizerError(f"{directory / 'tokenizer.json'}: not a tokenizer: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        _keep_spaces(self._tokenizer.post_processor)
         parts = [decoder, *decoder.get("decoders", [])]
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = frozenset(added)
-        self._special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._special_names = {id: token.content for id, token in added.items() if token.special}
         self._bytes_of = _byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else None
 
         config = _mapping(directory / "tokenizer_config.json")
@@ -59,6 +64,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens that have a text; a model's embedding may have more rows."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def special_names(self) -> frozenset[str]:
+        """Texts that are encoded as special tokens."""
+        return frozenset(self._special_names.values())
 
     @property
     def bos_token_id(self) -> int | None:
@@ -77,6 +87,28 @@ class Tokenizer:
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
 
+    def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Encode `text`. Also returns the offset in `text` at which each token begins; tokens that are added to the
+        text take none of it."""
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        offsets, end = [], 0
+        for is_added, (first, last) in zip(encoding.special_tokens_mask, encoding.offsets, strict=True):
+            offsets.append(end if is_added else first)
+            end = max(end, last)
+        return encoding.ids, offsets
+
+    def encode_marked(self, text: str, marks: Mapping[str, str], add_special_tokens: bool = True) -> list[int]:
+        """Encode `text`, in which some characters are marks that stand for others.
+
+        marks: the character that each mark stands for. A special token's name that contains a mark is encoded as plain
+        text. All else is encoded as if the text had the characters themselves.
+        """
+        return self._marked_encoder.encode(text, marks, add_special_tokens)
+
+    @cached_property
+    def _marked_encoder(self) -> _MarkedEncoder:
+        return _MarkedEncoder(self._tokenizer, self._special_names)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decode ids. Those without a token decode to nothing; bytes that are not UTF-8 decode to U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -88,7 +120,7 @@ class Tokenizer:
 
     def is_skipped(self, token: int, skip_special_tokens: bool = True) -> bool:
         """Whether `decode` drops this token before it decodes the others."""
-        if skip_special_tokens and token in self._special_ids:
+        if skip_special_tokens and token in self._special_names:
             return True
         return self._tokenizer.id_to_token(token) is None
 
@@ -104,6 +136,58 @@ class Tokenizer:
         if match := _BYTE_TOKEN.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return piece.replace("\u2581", " ").encode()
+
+
+class _MarkedEncoder:
+    """Encodes text in which the names of special tokens are either those tokens or plain text.
+
+    It replaces the names that are tokens by aliases, added tokens of another tokenizer, to which names are plain text.
+    An alias is random, so that no client can write one.
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer, special_names: Mapping[int, str]) -> None:
+        """library: the tokenizer to encode as. special_names: of its special tokens, by id."""
+        added = library.get_added_tokens_decoder()
+        # Finds added tokens; all text between two of them is one unknown token.
+        self._finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+        if library.normalizer is not None:
+            self._finder.normalizer = library.normalizer
+        self._finder.add_tokens(list(added.values()))
+        self._plain = tokenizers.Tokenizer.from_str(library.to_str())
+        self._plain.encode_special_tokens = True
+        # Some models spell a name with its special token even so; a separator, which is no token, divides those.
+        pairs = special_names.items()
+        self._spelt = [name for id, name in pairs if id in self._plain.encode(name, add_special_tokens=False).ids]
+        self._aliases: dict[str, str] = {}
+        self._ids: dict[int, list[int]] = {}
+        for id, name in pairs:
+            flags = {flag: getattr(added[id], flag) for flag in ("lstrip", "rstrip", "normalized")}
+            self._aliases[name] = self._add([id], flags)
+        self._separator = self._add([], {"normalized": False})
+
+    def encode(self, text: str, marks: Mapping[str, str], add_special_tokens: bool) -> list[int]:
+        """See Tokenizer.encode_marked."""
+        (found,) = self._finder.encode_batch([text], add_special_tokens=False)
+        pieces, end = [], 0
+        for id, (first, last) in zip(found.ids, found.offsets, strict=True):
+            name = self._finder.id_to_token(id)  # `tokens` has it with the spaces that it takes
+            if name in self._aliases and (place := text.find(name, first, last)) >= 0:
+                pieces += [text[end:place], self._aliases[name]]
+                end = place + len(name)
+        aliased = "".join([*pieces, text[end:]]).translate({ord(mark): char for mark, char in marks.items()})
+        for name in self._spelt:
+            aliased = aliased.replace(name, name[:1] + self._separator + name[1:])
+        (encoding,) = self._plain.encode_batch_fast([aliased], add_special_tokens=add_special_tokens)
+        return [token for id in encoding.ids for token in self._ids.get(id, (id,))]
+
+    def _add(self, ids: list[int], flags: dict[str, bool]) -> str:
+        """Add a token that stands for `ids`. Returns its text."""
+        alias = "".join(chr(secrets.choice(_ALIAS_CHARS)) for _ in range(8))
+        self._plain.add_tokens([tokenizers.AddedToken(alias, **flags)])
+        new = self._plain.token_to_id(alias)
+        assert new is not None
+        self._ids[new] = ids
+        return alias
 
 
 class IncrementalDecoder:
@@ -171,6 +255,16 @@ class IncrementalDecoder:
         del self._window[:tokens]
         self._settled = max(0, self._settled - tokens)
         self._given = max(0, len(self._text()) - undecided)
+
+
+def _keep_spaces(processor: Any) -> None:
+    """Make offsets of tokens include their spaces. processor: a tokenizer's post-processor, or None."""
+    if hasattr(processor, "trim_offsets"):
+        processor.trim_offsets = False
+    elif isinstance(processor, tokenizers.processors.Sequence):
+        parts: Any = processor  # it is iterable, which its stubs do not say
+        for part in parts:
+            _keep_spaces(part)
 
 
 def _byte_alphabet() -> dict[str, int]:

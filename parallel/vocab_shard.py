@@ -106,7 +106,7 @@ class VocabShard:
 
         logits: [rows, size], already divided by the temperature. top_k: [rows] int64, 0 for off. top_p, min_p: [rows]
         float64, 1 and 0 for off. candidates: number of a row's largest logits to consider: at least every top_k, and
-        `total` if a row has a top_p but no top_k. O(rows × candidates) traffic. Returns [rows] float64.
+        `total` if a row has no top_k but a top_p between 0 and 1. O(rows × candidates) traffic. Returns [rows] float64.
         """
         count = min(candidates, self.total)
         ordered, smallest, unlisted = self._candidates(logits, count)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from engine.config.deployment import Config
 from engine.processes.supervisor import Supervisor
@@ -15,14 +16,26 @@ from server.errors import ApiError, draining, engine_dead, engine_restarting, un
 from server.limits import check_tokens
 from server.observe.metrics import Metrics
 from server.observe.tracing import Tracing
-from server.text.template import ChatTemplate
+from server.text.template import ChatTemplate, Rendered
 from server.version import build
 
 _DURATION_WEIGHT = 0.05
 """Weight of the newest request in the moving average of request durations."""
 _MAX_RETRY_AFTER_S = 30
-_INLINE_CHARS = 2048
-"""Longer texts are tokenized off the event loop."""
+_INLINE_LENGTH = 2048
+"""Texts of more characters, or tokens, are converted off the event loop."""
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+async def run_by_length(
+    length: int, function: Callable[_Args, _Result], *args: _Args.args, **kwargs: _Args.kwargs
+) -> _Result:
+    """Call `function`, in a thread if `length`, that of the text or tokens it converts, is large."""
+    if length <= _INLINE_LENGTH:
+        return function(*args, **kwargs)
+    return await asyncio.to_thread(function, *args, **kwargs)
 
 
 class Service:
@@ -36,7 +49,7 @@ class Service:
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer, config.server.special_tokens_in_content)
         self.model_id = config.server.served_model_name or Path(config.engine.model).name
         self.created = int(time.time())
         self.client: Supervisor | None = None
@@ -125,9 +138,14 @@ class Service:
         await self._idle.wait()
 
     async def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        if sum(map(len, texts)) <= _INLINE_CHARS:
-            return self.tokenizer.encode_batch(texts, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode_batch, texts, add_special_tokens)
+        return await run_by_length(sum(map(len, texts)), self.tokenizer.encode_batch, texts, add_special_tokens)
+
+    async def encode_chat(self, chat: Rendered, add_special_tokens: bool) -> list[int]:
+        if not chat.marks:
+            (tokens,) = await self.encode([chat.text], add_special_tokens)
+            return tokens
+        # In a thread, however short the text is: the first call loads another tokenizer.
+        return await asyncio.to_thread(self.tokenizer.encode_marked, chat.text, chat.marks, add_special_tokens)
 
     def fit(self, prompt: Sequence[int], max_tokens: int | None, default: int | None) -> int:
         """Return the largest number of tokens to generate. Raises ApiError: no tokens, unknown ones, or too many.

@@ -103,6 +103,9 @@ class ServerConfig(Settings):
     """Port to listen on; 0: a free one that the system chooses, which is printed."""
     served_model_name: str | None = None
     """Model id that clients use; None: the model directory's name."""
+    special_tokens_in_content: bool = False
+    """Encode the names of special tokens in chat messages as those tokens. Whoever writes part of a message, such as a
+    document in it, can then end it and begin another."""
     max_body_mb: Annotated[float, Field(gt=0)] = 8.0
     """Maximum size of a request body in MiB; larger ones are refused with 413."""
     engine_timeout_s: Annotated[float, Field(gt=0)] = 120.0

@@ -302,7 +302,7 @@ class Sampler:
             return 0
         if params.top_k:
             return min(params.top_k, self._vocab.total)
-        return self._vocab.total if params.top_p < 1 else 1
+        return self._vocab.total if 0 < params.top_p < 1 else 1
 
     def _apply_truncation(self, scaled: Tensor, slots: Tensor, candidates: Ints) -> None:
         """Apply top-k, top-p and min-p. candidates: [n], per row of `scaled`. Rows whose cut needs a gather of all

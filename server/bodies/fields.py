@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.messages import Ready
 from engine.params import MAX_LOGPROBS, SamplingParams
-from server.bodies.strict import Body, NotServed, only
+from server.bodies.strict import WHOLE, Body, NotServed, only
 from server.errors import ApiError, draining, from_validation
 from server.limits import (
     MAX_BAD_WORDS,
@@ -138,7 +138,7 @@ class StreamOptions(BaseModel):
 
 class SpeculationFields(Body):
     enabled: bool | None = None
-    max_draft_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_draft_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     report: bool | None = None
 
 
@@ -146,14 +146,14 @@ class CompletionFields(Body):
     """Fields of both routes. SamplingParams defines the ranges of sampling parameters."""
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    best_of: int | None = None
-    min_tokens: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
+    best_of: Annotated[int, WHOLE] | None = None
+    min_tokens: Annotated[int, WHOLE] | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1), WHOLE] | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Annotated[int, WHOLE] | None = None
     stop: Stops = None
     stop_token_ids: StopTokens = None
     include_stop_str_in_output: bool | None = None
@@ -166,18 +166,25 @@ class CompletionFields(Body):
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     request_id: Annotated[str | None, AfterValidator(_request_id)] = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
     speculation: SpeculationFields | None = None
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     allowed_token_ids: AllowedTokens = None
     bad_words: BadWords = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
+    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT), WHOLE] | None = None
+
+    # Fields of which any value is right to have no effect.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    verbosity: str | None = None
 
     # Known fields, served only with values that change nothing.
     use_beam_search: Annotated[Any, AfterValidator(only(False))] = None
@@ -192,10 +199,10 @@ class CompletionFields(Body):
     guided_json: NotServed = None
     guided_regex: NotServed = None
     guided_whitespace_pattern: NotServed = None
-    kv_transfer_params: NotServed = None
-    logits_processors: NotServed = None
+    kv_transfer_params: Annotated[Any, AfterValidator(only({}))] = None
+    logits_processors: Annotated[Any, AfterValidator(only([]))] = None
     structural_tag: NotServed = None
-    vllm_xargs: NotServed = None
+    vllm_xargs: Annotated[Any, AfterValidator(only({}))] = None
 
     def check(self) -> None:
         """Check combinations of fields. Raises ApiError."""
@@ -226,8 +233,8 @@ class CompletionFields(Body):
         """Return the sampling parameters that need a tokenizer or are slow: `grammar`, `bad_words`. Raises ApiError."""
         found: dict[str, Any] = {}
         if (asked := grammar_of(self.response_format, self.structured_outputs)) is not None:
-            await check_grammar(*asked)
-            found["grammar"] = asked[1]
+            await check_grammar(asked)
+            found["grammar"] = asked.text
         if self.bad_words:
             # Each word at the start of a text, and after a space.
             texts = [text for word in self.bad_words for text in (word, f" {word.lstrip()}")]
@@ -246,7 +253,7 @@ class CompletionFields(Body):
             "logprobs": logprobs,
             "allowed_token_ids": self.allowed_token_ids,
             "prompt_logprobs": self.prompt_logprobs,
-            "top_k": None if self.top_k == -1 else self.top_k,
+            "top_k": None if self.top_k in (None, -1) else min(self.top_k, MAX_INT),
             "seed": secrets.randbits(63) if self.seed is None else self.seed,
             "max_draft_tokens": self._max_draft_tokens(),
         }

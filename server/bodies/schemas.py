@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from engine.params import MAX_LOGPROBS
 from server.bodies.fields import CompletionFields, are_token_ids
-from server.bodies.strict import Body, NotServed, only
+from server.bodies.strict import WHOLE, Body, NotServed, only
 from server.errors import ApiError
 from server.limits import MAX_INT, MAX_MESSAGES, MAX_PROMPTS
 
-Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-MaxTokens = Annotated[int, Field(ge=0, le=MAX_INT)]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE]
+MaxTokens = Annotated[int, Field(ge=0, le=MAX_INT), WHOLE]
+SomeTokens = Annotated[int, Field(ge=1, le=MAX_INT), WHOLE]
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -39,12 +40,17 @@ Prompts = Annotated[
 ]
 
 
+def _false_is_absent(value: Any) -> Any:
+    """Take false for null: clients share this field with the chat route, where it is a boolean."""
+    return None if value is False else value
+
+
 class CompletionRequest(CompletionFields):
     """Complete one prompt or several."""
 
     prompt: Prompts
     max_tokens: MaxTokens | None = None
-    logprobs: Logprobs | None = None
+    logprobs: Annotated[Logprobs | None, BeforeValidator(_false_is_absent)] = None
     echo: bool | None = None
 
     prompt_embeds: NotServed = None
@@ -64,7 +70,8 @@ def _content(value: Any) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             raise PydanticCustomError("not_served", "only parts of type text are served")
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        # cache_control marks what to cache; that changes no answer.
+        if part.keys() - {"cache_control"} != {"type", "text"} or not isinstance(part["text"], str):
             raise PydanticCustomError("content", 'expected parts like {"type": "text", "text": "…"}')
         texts.append(part["text"])
     return "\n".join(texts)
@@ -75,14 +82,18 @@ class Message(Body):
     content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]])]
     name: str | None = None
 
-    annotations: NotServed = None
+    # Fields of answers that clients send back. None of them is part of the prompt.
+    annotations: list[Any] | None = None
+    id: Any = None
+    refusal: str | None = None
+    timestamp: Any = None
+
     audio: NotServed = None
     function_call: NotServed = None
     reasoning: NotServed = None
     reasoning_content: NotServed = None
-    refusal: NotServed = None
     tool_call_id: NotServed = None
-    tool_calls: NotServed = None
+    tool_calls: Annotated[Any, AfterValidator(only([]))] = None
 
 
 def _no_template(value: Any) -> Any:
@@ -98,43 +109,38 @@ class ChatFields(Body):
     add_generation_prompt: bool | None = None
 
     chat_template: Annotated[Any, AfterValidator(_no_template)] = None
-    chat_template_kwargs: NotServed = None
+    chat_template_kwargs: Annotated[Any, AfterValidator(only({}))] = None
     continue_final_message: Annotated[Any, AfterValidator(only(False))] = None
 
 
 class ChatRequest(ChatFields, CompletionFields):
     """Answer a conversation."""
 
-    max_tokens: Annotated[MaxTokens, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[MaxTokens, Field(ge=1)] | None = None
+    max_tokens: SomeTokens | None = None
+    """Former name of max_completion_tokens, which wins if both are given."""
+    max_completion_tokens: SomeTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
 
     echo: Annotated[Any, AfterValidator(only(False))] = None
     modalities: Annotated[Any, AfterValidator(only(["text"]))] = None
-    service_tier: Annotated[Any, AfterValidator(only("auto", "default"))] = None
-    store: Annotated[Any, AfterValidator(only(False))] = None
-    tool_choice: Annotated[Any, AfterValidator(only("none"))] = None
     include_reasoning: Annotated[Any, AfterValidator(only(False))] = None
+    # Without tools, "auto" chooses none, and there are no calls to be parallel.
+    tools: Annotated[Any, AfterValidator(only([]))] = None
+    tool_choice: Annotated[Any, AfterValidator(only("none", "auto"))] = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[Any, AfterValidator(only([]))] = None
+    function_call: Annotated[Any, AfterValidator(only("none", "auto"))] = None
+    documents: Annotated[Any, AfterValidator(only([]))] = None
+    mm_processor_kwargs: Annotated[Any, AfterValidator(only({}))] = None
     audio: NotServed = None
-    documents: NotServed = None
-    function_call: NotServed = None
-    functions: NotServed = None
-    mm_processor_kwargs: NotServed = None
-    parallel_tool_calls: NotServed = None
     prediction: NotServed = None
-    prompt_cache_key: NotServed = None
     prompt_cache_retention: NotServed = None
     reasoning_effort: NotServed = None
-    safety_identifier: NotServed = None
-    tools: NotServed = None
-    verbosity: NotServed = None
     web_search_options: NotServed = None
 
     def check(self) -> None:
         super().check()
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ApiError("max_tokens: give either this or max_completion_tokens", param="max_tokens")
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs: only with logprobs", param="top_logprobs")
 
@@ -150,9 +156,9 @@ class TokenizeRequest(Body):
     return_token_strs: bool | None = None
 
     chat_template: Annotated[Any, AfterValidator(_no_template)] = None
-    chat_template_kwargs: NotServed = None
+    chat_template_kwargs: Annotated[Any, AfterValidator(only({}))] = None
     continue_final_message: Annotated[Any, AfterValidator(only(False))] = None
-    tools: NotServed = None
+    tools: Annotated[Any, AfterValidator(only([]))] = None
 
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):

@@ -35,6 +35,13 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Model id that clients use.")] = None,
+    special_tokens_in_content: Annotated[
+        bool | None,
+        typer.Option(
+            "--special-tokens-in-content/--no-special-tokens-in-content",
+            help="Encode names of special tokens in chat messages as those tokens, not as plain text.",
+        ),
+    ] = None,
     restart: Annotated[
         bool | None, typer.Option("--restart/--no-restart", help="Restart the engine when it dies.")
     ] = None,
@@ -71,6 +78,7 @@ def serve(
         "server.host": host,
         "server.port": port,
         "server.served_model_name": served_model_name,
+        "server.special_tokens_in_content": special_tokens_in_content,
         "server.restart": restart,
         "server.log_level": log_level and log_level.value,
         "server.log_format": log_format and log_format.value,

@@ -37,15 +37,14 @@ async def create(request: Request) -> Response:
 
 
 async def prompt_tokens(service: Service, chat: ChatFields, add_special_tokens: bool | None) -> list[int]:
-    """Tokenize the conversation in the model's own template, which writes special tokens itself. Raises ApiError."""
+    """Tokenize the conversation in the model's own template, which writes all special tokens. Raises ApiError."""
     messages = [message.model_dump(include={"role", "content", "name"}) for message in chat.messages]
     for message in messages:
         if message["name"] is None:
             del message["name"]
     generate = True if chat.add_generation_prompt is None else chat.add_generation_prompt
-    text = await service.template.render_async(messages, generate)
-    (tokens,) = await service.encode([text], bool(add_special_tokens))
-    return tokens
+    rendered = await service.template.render_async(messages, generate)
+    return await service.encode_chat(rendered, bool(add_special_tokens))
 
 
 class _Answer:

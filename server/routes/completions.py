@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ from server.generation import Choice, ChoiceDelta, Generation, Usage
 from server.observe.speculation_report import SpeculationReports
 from server.request_ids import given_request_id
 from server.routes.stream import respond
-from server.service import Service
+from server.service import Service, run_by_length
 
 DEFAULT_MAX_TOKENS = 16
 LOWEST_LOGPROB = -9999.0
@@ -39,6 +40,15 @@ async def create(request: Request) -> Response:
     return await respond(request, answer, bool(body.stream))
 
 
+@dataclass(frozen=True, slots=True)
+class _Echo:
+    """Text that a choice begins with: its prompt, if that is to be echoed."""
+
+    text: str = ""
+    offsets: Sequence[int] = ()
+    """Offset in the text at which each prompt token begins."""
+
+
 class _Answer:
     """Choices of one request in this route's format."""
 
@@ -47,10 +57,10 @@ class _Answer:
         service: Service,
         body: CompletionRequest,
         generation: Generation,
-        echoes: Sequence[str],
+        echoes: Sequence[_Echo],
         given_id: str | None,
     ) -> None:
-        """echoes: the text that each choice begins with. given_id: the request's X-Request-Id."""
+        """echoes: one per choice. given_id: the request's X-Request-Id."""
         self.id = f"cmpl-{body.request_id or given_id or uuid.uuid4().hex}"
         self._created = int(time.time())
         self._service = service
@@ -65,7 +75,7 @@ class _Answer:
         special = True if body.add_special_tokens is None else body.add_special_tokens
         ready, constraints = service.engine().ready, await body.constraints(service)
         choices: list[Choice] = []
-        echoes: list[str] = []
+        echoes: list[_Echo] = []
         prompt_tokens = 0
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
         ids = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
@@ -81,12 +91,11 @@ class _Answer:
             if told is not None:
                 params = msgspec.structs.replace(params, prompt_logprobs=told)
             prompt_tokens += len(tokens)
-            echo = ""
-            if body.echo:
-                if isinstance(prompt, str) and len(tokens) == whole:
-                    echo = prompt
-                else:
-                    echo = service.tokenizer.decode(tokens, params.skip_special_tokens)
+            echo = _Echo()
+            if body.echo and isinstance(prompt, str) and len(tokens) == whole:
+                echo = await run_by_length(len(prompt), _own_text, service.tokenizer, prompt, special)
+            elif body.echo:
+                echo = await run_by_length(len(tokens), _decoded, service.tokenizer, tokens, params.skip_special_tokens)
             for number in range(body.choices):
                 own = msgspec.structs.replace(params, seed=choice_seed(params.seed, number))
                 choices.append(Choice(len(choices), tokens, own, body.priority or 0, body.wants_report, continues=True))
@@ -94,7 +103,7 @@ class _Answer:
         return cls(service, body, Generation(service, choices, Usage(prompt_tokens)), echoes, given_id)
 
     async def whole(self) -> dict[str, Any]:
-        texts = [[echo] for echo in self._echoes]
+        texts = [[echo.text] for echo in self._echoes]
         logprobs: list[dict[str, list[Any]] | None] = [None] * len(texts)
         ends: list[ChoiceDelta | None] = [None] * len(texts)
         reports = SpeculationReports()
@@ -117,7 +126,7 @@ class _Answer:
 
     async def events(self) -> AsyncGenerator[dict[str, Any] | None, None]:
         usage = self.generation.usage
-        echoes = list(self._echoes)
+        echoes = [echo.text for echo in self._echoes]
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 if not (piece.delta.tokens or piece.delta.finish_reason):
@@ -152,35 +161,53 @@ class _Answer:
             return None
         found = self._token_logprobs(piece, piece.delta.logprobs)
         if self._body.echo and piece.prompt is not None:
-            prompt = self._prompt_logprobs(self.generation.choices[piece.index].prompt, piece.prompt)
+            prompt = self._prompt_logprobs(piece.index, piece.prompt)
             found = {name: prompt[name] + found[name] for name in found}
         return found
 
-    def _prompt_logprobs(self, prompt: list[int], told: list[PromptLogprobs]) -> dict[str, list[Any]]:
-        """Return logprobs of the prompt. Its first token has none."""
+    def _prompt_logprobs(self, index: int, told: list[PromptLogprobs]) -> dict[str, list[Any]]:
+        """Return logprobs of the prompt of choice `index`. Its first token has none."""
         tokenizer, num_alternatives = self._service.tokenizer, self._body.logprobs or 0
-        tokens = [token_text(tokenizer, token) for token in prompt]
-        decoder, offsets, length = IncrementalDecoder(tokenizer, False), [], 0
-        for token in prompt:
-            offsets.append(length)
-            length += len(decoder.push(token))
+        tokens = [token_text(tokenizer, token) for token in self.generation.choices[index].prompt]
         top: list[dict[str, float] | None] = [None]
         for text, each in zip(tokens[1:], told, strict=True):
             entry = TokenLogprobs(each.logprob, each.top_ids[:num_alternatives], each.top_logprobs[:num_alternatives])
             top.append(_top(tokenizer, text, entry))
         logprobs = [None, *(finite(each.logprob) for each in told)]
-        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+        return {
+            "tokens": tokens,
+            "token_logprobs": logprobs,
+            "top_logprobs": top,
+            "text_offset": list(self._echoes[index].offsets),
+        }
 
     def _token_logprobs(self, piece: ChoiceDelta, logprobs: list[TokenLogprobs]) -> dict[str, list[Any]]:
         tokenizer = self._service.tokenizer
         tokens = [token_text(tokenizer, token) for token in piece.delta.tokens]
-        echoed = len(self._echoes[piece.index])
+        echoed = len(self._echoes[piece.index].text)
         return {
             "tokens": tokens,
             "token_logprobs": [finite(entry.logprob) for entry in logprobs],
             "top_logprobs": [_top(tokenizer, token, entry) for token, entry in zip(tokens, logprobs, strict=True)],
             "text_offset": [echoed + offset for offset in piece.delta.offsets],
         }
+
+
+def _own_text(tokenizer: Tokenizer, prompt: str, add_special_tokens: bool) -> _Echo:
+    """Echo a prompt that came as text. Tokens that the tokenizer adds to it take none of it."""
+    return _Echo(prompt, tokenizer.encode_with_offsets(prompt, add_special_tokens)[1])
+
+
+def _decoded(tokenizer: Tokenizer, tokens: Sequence[int], skip_special_tokens: bool) -> _Echo:
+    """Echo a prompt that came as token ids, or was truncated. Special tokens that are skipped take none of the text."""
+    decoder, offsets, length = IncrementalDecoder(tokenizer, skip_special_tokens), [], 0
+    for token in tokens:
+        piece = decoder.push(token)
+        # A prompt that was cut inside a character begins with bytes that only the next token shows to be none.
+        broken = 0 if token_text(tokenizer, token).startswith("bytes:") else len(piece) - len(piece.lstrip(REPLACEMENT))
+        offsets.append(length + broken)
+        length += len(piece)
+    return _Echo(tokenizer.decode(tokens, skip_special_tokens), offsets)
 
 
 def _choice(index: int, text: str, logprobs: dict[str, list[Any]] | None, end: ChoiceDelta | None) -> dict[str, Any]:

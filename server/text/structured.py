@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -13,9 +17,22 @@ from engine.sampling.grammar_limits import LIMITS
 from server.bodies.strict import Body, NotServed
 from server.errors import ApiError
 from server.limits import MAX_CHOICE_CHARS, MAX_GRAMMAR_CHARS, MAX_GRAMMAR_CHOICES
+from server.text.json_schema import rewrite
 
 _WHITESPACE = r"[\x20\x0A\x09]{0,20}"
 """Whitespace allowed between the parts of JSON. Bounded: an uncertain model writes spaces and would never stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A grammar in the compiler's format.
+
+    param: the request field that asks for it. places: where each keyword of its JSON schema occurs first.
+    """
+
+    param: str
+    text: str
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 class JsonSchema(Body):
@@ -29,7 +46,7 @@ class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-    def grammar(self) -> str | None:
+    def grammar(self) -> Grammar | None:
         """Return the grammar; None for text. Raises ApiError."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise _wrong("response_format", "json_schema goes with the type json_schema")
@@ -38,7 +55,7 @@ class ResponseFormat(Body):
         schema = {"type": "object"} if self.json_schema is None else self.json_schema.content
         if schema is None:
             raise _wrong("response_format", "json_schema has no schema")
-        return _of_schema("response_format", msgspec.json.encode(schema).decode())
+        return _of_schema("response_format", schema)
 
 
 class StructuredOutputs(Body):
@@ -58,52 +75,86 @@ class StructuredOutputs(Body):
     structural_tag: NotServed = None
     whitespace_pattern: NotServed = None
 
-    def compiled(self) -> str:
+    def compiled(self) -> Grammar:
         """Return the grammar. Raises ApiError."""
         param = "structured_outputs"
         given = [self.content, self.regex, self.choice, self.grammar, self.json_object or None]
         if sum(each is not None for each in given) != 1:
             raise _wrong(param, "expected one of json, regex, choice, grammar and json_object")
         if self.content is not None:
-            text = self.content if isinstance(self.content, str) else msgspec.json.encode(self.content).decode()
-            return _of_schema(param, text)
+            return _of_schema(param, self.content)
         if self.json_object:
-            return _of_schema(param, '{"type": "object"}')
+            return _of_schema(param, {"type": "object"})
         if self.regex is not None:
-            return grammar_from("regex", _short(param, self.regex))
+            return Grammar(param, grammar_from("regex", _short(param, self.regex)))
         if self.choice is not None:
             if not all(self.choice) or sum(map(len, self.choice)) > MAX_CHOICE_CHARS:
                 raise _wrong(param, f"expected choices that are not empty, of {MAX_CHOICE_CHARS} characters in all")
-            return "start: " + " | ".join(msgspec.json.encode(each).decode() for each in self.choice)
+            return Grammar(param, "start: " + " | ".join(msgspec.json.encode(each).decode() for each in self.choice))
         assert self.grammar is not None
         try:
-            return grammar_from("grammar", _short(param, self.grammar))
+            return Grammar(param, grammar_from("grammar", _short(param, self.grammar)))
         except (ValueError, RecursionError) as error:
             raise _wrong(param, str(error) or "the grammar is nested too deeply") from None
 
 
-def grammar_of(response_format: ResponseFormat | None, structured: StructuredOutputs | None) -> tuple[str, str] | None:
-    """Return the requesting field and its grammar, not validated yet; None: unconstrained. Raises ApiError."""
+def grammar_of(response_format: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
+    """Return the grammar that the output must match, not validated yet; None: unconstrained. Raises ApiError."""
     asked = response_format.grammar() if response_format else None
     if structured is not None:
         if asked is not None:
             raise _wrong("structured_outputs", "give either this or response_format")
-        return "structured_outputs", structured.compiled()
-    return None if asked is None else ("response_format", asked)
+        return structured.compiled()
+    return asked
 
 
-async def check_grammar(param: str, grammar: str) -> None:
+async def check_grammar(grammar: Grammar) -> None:
     """Validate `grammar` by compiling once, off the event loop: bounded work, up to some 100 ms. Raises ApiError."""
-    wrong, said = await asyncio.to_thread(LLMatcher.validate_grammar_with_warnings, grammar, None, limits=LIMITS)
+    wrong, said = await asyncio.to_thread(LLMatcher.validate_grammar_with_warnings, grammar.text, None, limits=LIMITS)
     if wrong:
-        raise _wrong(param, said[0].partition("\n")[0] if said else "not a grammar")
+        raise _wrong(grammar.param, _reason(said[0], grammar.places) if said else "not a grammar")
 
 
-def _of_schema(param: str, schema: str) -> str:
+def _of_schema(param: str, schema: Any) -> Grammar:
+    """schema: as JSON, if it is a string."""
     try:
-        return LLMatcher.grammar_from_json_schema(_short(param, schema), overrides={"whitespace_pattern": _WHITESPACE})
+        rewritten, places = rewrite(json.loads(_short(param, schema)) if isinstance(schema, str) else schema)
+        text = _short(param, json.dumps(rewritten, ensure_ascii=False))
+        compiled = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
     except ValueError as error:
         raise _wrong(param, f"not a JSON schema: {error}") from None
+    except RecursionError:
+        raise _wrong(param, "the JSON schema is nested too deeply") from None
+    return Grammar(param, compiled, places)
+
+
+def _reason(said: str, places: Mapping[str, str]) -> str:
+    """Return the compiler's reason on one line that fits into a message. places: of keywords in the schema."""
+    first, *lines = said.split("\n")
+    if first.endswith("regex parse error:"):
+        # Then come the expression, a line that points into it, and the reason.
+        end = next((i for i, line in enumerate(lines) if line.startswith("error: ")), 0)
+        first += lines[end].removeprefix("error:")
+        if said.startswith("regex"):
+            first += f" in {_cut(' '.join(lines[:end]).strip(' ^'))}"
+    if unserved := re.search(r"Unimplemented keys: (\[.*\])", first):
+        keys = msgspec.json.decode(unserved[1], type=list[str])
+        first = "not served in a JSON schema: " + ", ".join(f"{key}{_at(key, places)}" for key in keys)
+    elif first.startswith("oneOf"):
+        first = f"oneOf{_at('oneOf', places)} is served only if its alternatives exclude each other; try anyOf"
+    elif first.startswith("min/maxProperties"):
+        limit = next((key for key in ("minProperties", "maxProperties") if key in places), "min/maxProperties")
+        first = f"{limit}{_at(limit, places)} is served only if all of the object's properties are required"
+    return _cut(first)
+
+
+def _at(keyword: str, places: Mapping[str, str]) -> str:
+    return f" (at {_cut(places[keyword])})" if keyword in places else ""
+
+
+def _cut(text: str, limit: int = 400) -> str:
+    """Shorten a text in its middle: the compiler quotes first and gives its reason last."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"
 
 
 def _short(param: str, text: str) -> str:

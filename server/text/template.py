@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -16,9 +17,18 @@ from jinja2.parser import Parser
 
 from models.tokenizer import Tokenizer
 from server.errors import ApiError
+from server.text.marks import NameMarker
 from server.text.sandbox import Sandbox, render
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as one text. marks: see Tokenizer.encode_marked."""
+
+    text: str
+    marks: dict[str, str]
 
 
 class ChatTemplate:
@@ -27,7 +37,8 @@ class ChatTemplate:
     available: whether there is a working template.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, special_tokens_in_content: bool = False) -> None:
+        """special_tokens_in_content: whether messages may contain special tokens by name."""
         extensions = ["jinja2.ext.loopcontrols", _Generation]
         environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
@@ -36,9 +47,13 @@ class ChatTemplate:
         self._threads = ThreadPoolExecutor(2, "chat-template")
         self._missing = "this model has no chat template"
         self._template = None
+        self._marker = NameMarker((), ())
         if tokenizer.chat_template is not None:
             try:
                 self._template = environment.compiled(tokenizer.chat_template)
+                if not special_tokens_in_content:
+                    literals = _literals(environment.parse(tokenizer.chat_template))
+                    self._marker = NameMarker(tokenizer.special_names, literals)
             except Exception as error:  # Python's own compiler can raise too
                 self._missing = "this model's chat template is broken"
                 logger.warning("%s, so chat is refused: %s", self._missing, error)
@@ -48,20 +63,21 @@ class ChatTemplate:
     def available(self) -> bool:
         return self._template is not None
 
-    async def render_async(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    async def render_async(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> Rendered:
         """Run `render` in threads of its own: a slow template delays only chats."""
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, self.render, messages, add_generation_prompt
         )
 
-    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> Rendered:
         """Render `messages`: role, content, and name if given. May take seconds. Raises ApiError."""
         if self._template is None:
             raise ApiError(self._missing, code="not_served", param="messages")
+        messages, marks = self._marker.mark(messages)
         try:
             variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None}
             chars = sum(len(text) for message in messages for text in message.values())
-            return render(self._template, variables | self._special, chars)
+            return Rendered(render(self._template, variables | self._special, chars), marks)
         except Exception as error:  # a template is a program, and may fail in any way
             raise ApiError(f"messages: the model's chat template refuses them: {error}", param="messages") from None
 
@@ -74,6 +90,12 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _literals(tree: nodes.Template) -> list[str]:
+    """Return the texts that a template contains."""
+    found = [node.data for node in tree.find_all(nodes.TemplateData)]
+    return found + [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -29,12 +29,17 @@ HARMLESS_ON_BOTH: dict[str, Any] = {
     "best_of": 1,
     "temperature": 0,
     "top_k": -1,
+    "prompt_cache_key": "x",
+    "safety_identifier": "x",
+    "service_tier": "flex",
+    "store": True,
+    "verbosity": "low",
 }
 
 
 def test_values_that_change_nothing_are_taken(tiny: Server) -> None:
     assert tiny.post(COMPLETIONS, {"prompt": "x", "max_tokens": 1, **HARMLESS_ON_BOTH}).status_code == 200
-    chat = {"store": False, "tool_choice": "none", "service_tier": "auto", "modalities": ["text"], "echo": False}
+    chat = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"], "echo": False}
     assert tiny.post(CHAT, {"messages": USER, "max_tokens": 1, **HARMLESS_ON_BOTH, **chat}).status_code == 200
 
 

@@ -134,7 +134,7 @@ def test_openai_parses_models(server: Server) -> None:
         {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
         {"response_format": schema_format({"type": "strin"})},
-        {"response_format": schema_format({"type": "object", "if": {}})},
+        {"response_format": schema_format({"type": "object", "if": {}, "then": False})},
         {"response_format": schema_format({"type": "string", "pattern": "a" * 70000})},
         {"response_format": schema_format({"$ref": "http://example.org/schema"})},
         {"response_format": schema_format([1])},

@@ -53,7 +53,7 @@ def test_slices_choose_as_one(data: st.DataObject, size: int, dtype: torch.dtype
     logits[:, data.draw(st.integers(0, total - 1))] = 1.7  # at least one token is possible
     flat = data.draw(st.booleans())  # a row with a top-p and no top-k takes all logits
     top_k = torch.tensor(data.draw(st.lists(st.integers(0 if flat else 1, 9), min_size=rows, max_size=rows)))
-    top_p = torch.tensor(data.draw(st.lists(st.sampled_from([1.0, 0.9, 0.5, 1e-6]), min_size=rows, max_size=rows)))
+    top_p = torch.tensor(data.draw(st.lists(st.sampled_from([1.0, 0.9, 0.5, 1e-6, 0.0]), min_size=rows, max_size=rows)))
     min_p = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.2, 1.0]), min_size=rows, max_size=rows)))
     truncation = top_k, top_p.double(), min_p.double()
     candidates = total if flat else int(top_k.max())
@@ -74,6 +74,15 @@ def test_slices_choose_as_one(data: st.DataObject, size: int, dtype: torch.dtype
     assert expected.top_ids[0].tolist() == order[:most]
     assert expected.argmax[0].item() == order[0]
     torch.testing.assert_close(expected.chosen, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
+
+
+def test_one_candidate_decides_a_top_p_of_zero() -> None:
+    """A top-p of zero keeps the largest logit and its ties, on whatever rank they are."""
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, -1.0, 0.5]])
+    truncation = torch.zeros(1, dtype=torch.int64), torch.zeros(1).double(), torch.zeros(1).double()
+    tokens = torch.zeros(1, dtype=torch.int64)
+    for got in run_ranks(3, lambda group: choose(group, logits, truncation, 1, tokens, 0)):
+        assert got.cut.item() == 2.0
 
 
 @given(seed=st.integers(0, 1000), size=st.sampled_from([2, 4]))

@@ -15,6 +15,7 @@ from engine.messages import (
     FINISH_STOP,
     AddRequest,
     EngineStats,
+    PromptLogprobs,
     Ready,
     RequestOutput,
     TokenLogprobs,
@@ -114,6 +115,8 @@ class FakeEngine:
             if request.params.logprobs is not None:
                 top = list(range(request.params.logprobs))
                 output.logprobs = [TokenLogprobs(-1.5, top, [-1.0 - token for token in top]) for _ in new]
+            if request.params.prompt_logprobs is not None and len(tokens) == len(expected(request)):
+                output.prompt_logprobs = [PromptLogprobs(token, -1.5, 1, [], []) for token in request.prompt[1:]]
             if not rest:
                 del self._live[id]
                 ended = new[-1] == EOS and not request.params.ignore_eos

@@ -107,6 +107,17 @@ def test_without_drafts_it_is_plain_sampling(draft_dir: Path) -> None:
     assert complete(engine, PROMPT, params) == complete(tiny_engine(model(), gamma=0), PROMPT, params)
 
 
+def test_the_narrowest_nucleus_is_greedy(draft_dir: Path) -> None:
+    greedy = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    narrow = SamplingParams(max_tokens=60, temperature=1.0, top_p=0.0, seed=4, ignore_eos=True)
+    expected = complete(tiny_engine(model(), gamma=0), PROMPT, greedy)
+    for drafter in ("self", "model"):
+        engine = speculating(drafter, draft_dir, gamma=3)
+        assert complete(engine, PROMPT, narrow) == expected
+        assert engine.stats().rejections > 0
+    assert complete(tiny_engine(model(), gamma=3), PROMPT, narrow) == expected
+
+
 def test_a_draft_that_reads_all_is_never_rejected() -> None:
     engine = tiny_engine(
         model(), gamma=3, budget=256, page_size=8, speculation={"verification": "rejection", "kv": {"budget": 256}}

@@ -63,7 +63,7 @@ def plain_definition(
     mass = math.fsum(math.exp(v) for v in kept)
     total, least = 0.0, math.inf
     for v in sorted(kept, reverse=True):
-        if total < params.top_p or params.top_p == 1:
+        if total < params.top_p or params.top_p == 1 or total == 0:
             least = v
         total += math.exp(v) / mass
     least = max(least, ranked[0] + (math.log(params.min_p) if params.min_p else -math.inf))
@@ -75,7 +75,7 @@ PARAMS = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([0.3, 1.0, 2.0]),
         "top_k": st.sampled_from([0, 0, 1, 3, 50]),
-        "top_p": st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.05]),
+        "top_p": st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.05, 0.0]),
         "min_p": st.sampled_from([0.0, 0.0, 0.1, 0.9]),
         "presence_penalty": st.sampled_from([0.0, 1.0, -0.5]),
         "frequency_penalty": st.sampled_from([0.0, 0.7, -0.5]),
@@ -114,7 +114,7 @@ def test_every_parameter_means_its_definition(
 @given(
     rows=st.lists(st.lists(st.integers(-6, 6), min_size=8, max_size=8), min_size=1, max_size=4),
     top_k=st.integers(0, 10),
-    top_p=st.sampled_from([1.0, 0.99, 0.7, 0.3, 1e-6]),
+    top_p=st.sampled_from([1.0, 0.99, 0.7, 0.3, 1e-6, 0.0]),
     min_p=st.sampled_from([0.0, 0.2, 1.0]),
 )
 @settings(deadline=None)
@@ -124,7 +124,7 @@ def test_threshold_with_ties(rows: list[list[int]], top_k: int, top_p: float, mi
     n = len(rows)
     vocab = VocabShard(0, 8, 8, Group.single())
     asked = torch.full((n,), top_k), torch.full((n,), top_p).double(), torch.full((n,), min_p).double()
-    least = vocab.cut(logits, *asked, candidates=top_k or (8 if top_p < 1 else 1))
+    least = vocab.cut(logits, *asked, candidates=top_k or (8 if 0 < top_p < 1 else 1))
     for row, threshold in zip(logits, least.tolist(), strict=True):
         kept = row[row >= threshold]
         assert float(row.max()) >= threshold
@@ -134,7 +134,8 @@ def test_threshold_with_ties(rows: list[list[int]], top_k: int, top_p: float, mi
             assert float(kept.min()) >= kth
         if min_p == 0 and not top_k:
             rest = row.softmax(0)[row > threshold].sum()
-            assert top_p == 1 or float(rest) < top_p <= float(row.softmax(0)[row >= threshold].sum()) + 1e-9
+            whole = float(row.softmax(0)[row >= threshold].sum())
+            assert top_p == 1 or float(rest) < max(top_p, 1e-9) <= whole + 1e-9
 
 
 def test_logprobs_are_of_the_unchanged_logits() -> None:
@@ -218,6 +219,17 @@ def exact_distribution(context: list[int], sampling: dict[str, Any]) -> Tensor:
     logits = torch.empty(VOCAB, dtype=torch.float64)
     logits[report[0].top_ids] = torch.tensor(report[0].top_logprobs, dtype=torch.float64)
     return plain_definition(logits, SamplingParams(**sampling), [], [], []).exp()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+@pytest.mark.parametrize("temperature", [1e-4, 1e30])
+def test_the_widest_values_do_not_overflow(temperature: float, penalty: float, dtype: torch.dtype) -> None:
+    """A token that may not be sampled is not, and some other one is."""
+    params = SamplingParams(temperature=temperature, repetition_penalty=penalty, top_p=0.999, allowed_token_ids=(3, 4))
+    sampler, decisions = one_row(params, [1, 3], [], [])
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2), dtype=dtype) * 30
+    assert sampler.choose(logits, decisions).item() in (3, 4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-46, 1e-30, 9e-5])

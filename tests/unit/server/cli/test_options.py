@@ -114,6 +114,7 @@ FLAGS = {
     "--host": "::",
     "--port": "1",
     "--served-model-name": "m",
+    "--special-tokens-in-content": None,
     "--restart": None,
     "--log-level": "debug",
     "--log-format": "json",

@@ -89,4 +89,4 @@ def test_templates_written_for_transformers(tmp_path: Path) -> None:
     )
     write_tokenizer(tmp_path, chat_template=source)
     template = ChatTemplate(Tokenizer(tmp_path))
-    assert template.render([{"role": "user", "content": "x"}]) == 'x{"a":1,"b":"é"}'
+    assert template.render([{"role": "user", "content": "x"}]).text == 'x{"a":1,"b":"é"}'

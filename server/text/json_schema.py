@@ -1,0 +1,154 @@
+"""Rewrite a client's JSON schema for the grammar compiler, which refuses keywords even where they constrain nothing.
+
+The output still matches the client's schema: annotations and empty constraints are removed, constraints that the
+compiler knows under another name are renamed, and all others are left for it to serve or to refuse.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+FORMATS = frozenset(
+    {
+        *("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"),
+        "unknown",  # enforces nothing
+    }
+)
+"""Formats of strings that the compiler enforces. Any other is an annotation, as JSON Schema has it."""
+_ANNOTATIONS = frozenset(
+    ("$comment", "default", "deprecated", "description", "examples", "readOnly", "title", "writeOnly")
+)
+_SCHEMA = frozenset(
+    {
+        *("additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then"),
+        *("unevaluatedItems", "unevaluatedProperties"),
+    }
+)
+"""Keywords whose value is a schema."""
+_SCHEMAS = frozenset(("allOf", "anyOf", "items", "oneOf", "prefixItems"))
+"""Keywords whose value is a list of schemas."""
+_NAMED_SCHEMAS = frozenset(("$defs", "definitions", "dependentSchemas", "patternProperties", "properties"))
+"""Keywords whose value is an object of schemas."""
+
+
+def rewrite(schema: Any) -> tuple[Any, dict[str, str]]:
+    """Return the schema for the compiler, and for each keyword the place where it occurs first, like #/properties/a."""
+    root = copy.deepcopy(schema)
+    places: dict[str, str] = {}
+    work = deque([(root, "#")])
+    while work:
+        node, place = work.popleft()
+        if not isinstance(node, dict):
+            continue
+        _drop_empty_constraints(node)
+        if (moved := _list_property_names(node, root)) is not None:
+            work.append((moved, f"{place}/additionalProperties"))
+        _require_discriminator(node)
+        for key, value in list(node.items()):
+            places.setdefault(key, place)
+            inner = f"{place}/{key}"
+            if key in _SCHEMA:
+                work.append((value, inner))
+            if key in _SCHEMAS and isinstance(value, list):
+                work += [(each, f"{inner}/{i}") for i, each in enumerate(value)]
+            if key in _NAMED_SCHEMAS and isinstance(value, dict):
+                work += [(each, f"{inner}/{name}") for name, each in value.items()]
+    return root, places
+
+
+def _drop_empty_constraints(node: dict[str, Any]) -> None:
+    if isinstance(node.get("format"), str) and node["format"] not in FORMATS:
+        del node["format"]
+    if node.get("contains") is not None and node.get("minContains") == 0 and "maxContains" not in node:
+        del node["contains"]
+    if "contains" not in node:
+        node.pop("minContains", None)
+        node.pop("maxContains", None)
+    if "if" not in node or all(_allows_all(node.get(key, True)) for key in ("then", "else")):
+        for key in ("if", "then", "else"):
+            node.pop(key, None)
+    if node.get("not") is False:
+        del node["not"]
+    if node.get("uniqueItems") is False:
+        del node["uniqueItems"]
+    for key in ("propertyNames", "unevaluatedItems", "unevaluatedProperties"):
+        if _allows_all(node.get(key)) or (key == "propertyNames" and _allows_all(_but_string(node.get(key)))):
+            del node[key]
+    for key in ("dependencies", "dependentRequired", "dependentSchemas"):
+        value = node.get(key)
+        if isinstance(value, dict) and all(each == [] or _allows_all(each) for each in value.values()):
+            del node[key]
+
+
+def _list_property_names(node: dict[str, Any], root: dict[str, Any]) -> Any:
+    """Turn names of properties that are listed, or that match a pattern, into properties.
+
+    Returns the schema that became a definition, if one did.
+    """
+    names = _but_string(_followed(node.get("propertyNames"), root))
+    if not isinstance(root.get("$defs", {}), dict):
+        return None
+    if not isinstance(names, dict) or node.keys() & {"properties", "patternProperties"}:
+        return None
+    constraints = {key: value for key, value in names.items() if key not in _ANNOTATIONS}
+    if len(constraints) != 1:
+        return None
+    ((keyword, value),) = constraints.items()
+    listed = {"enum": value, "const": [value]}.get(keyword)
+    values, moved = node.get("additionalProperties", True), None
+    if isinstance(listed, list) and all(isinstance(name, str) for name in listed):
+        if isinstance(values, dict):  # copies of it, nested in each other, would grow without bound
+            values, moved = _define(values, root), values
+        node["properties"] = dict.fromkeys(listed, values)
+    elif keyword == "pattern" and isinstance(value, str):
+        node["patternProperties"] = {value: values}
+    else:
+        return None
+    node["additionalProperties"] = False
+    del node["propertyNames"]
+    return moved
+
+
+def _require_discriminator(node: dict[str, Any]) -> None:
+    """Require the property that tells alternatives apart; without it, they would not exclude each other."""
+    discriminator, alternatives = node.get("discriminator"), node.get("oneOf")
+    name = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
+    if not isinstance(name, str) or not isinstance(alternatives, list):
+        return
+    for each in alternatives:
+        if isinstance(each, dict) and isinstance(required := each.get("required", []), list):
+            each["required"] = [*(other for other in required if other != name), name]
+
+
+def _allows_all(schema: Any) -> bool:
+    return schema is True or (isinstance(schema, dict) and schema.keys() <= _ANNOTATIONS)
+
+
+def _but_string(names: Any) -> Any:
+    """Return a schema of property names without its type, which is always string."""
+    if isinstance(names, dict) and names.get("type") == "string":
+        return {key: value for key, value in names.items() if key != "type"}
+    return names
+
+
+def _followed(schema: Any, root: Any) -> Any:
+    """Return what a schema that is only a reference into the definitions refers to."""
+    if isinstance(schema, dict) and isinstance(reference := schema.get("$ref"), str) and len(schema) == 1:
+        node = root
+        for part in reference.removeprefix("#/").split("/"):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return node
+    return schema
+
+
+def _define(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    """Make `schema` a definition. Returns a reference to it."""
+    definitions = root.setdefault("$defs", {})
+    name = f"values-{len(definitions)}"
+    while name in definitions:
+        name += "-"
+    definitions[name] = schema
+    return {"$ref": f"#/$defs/{name}"}
