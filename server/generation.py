@@ -10,9 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import msgspec
-
-from engine.messages import FINISH_ABORT, FINISH_LENGTH, AddRequest, PromptLogprobs
+from engine.messages import FINISH_ABORT, FINISH_LENGTH, AddRequest, PromptLogprobs, RequestOutput
 from engine.params import SamplingParams
 from engine.processes.supervisor import Supervisor
 from engine.text import Delta, StopString, TextStream, stop_strings
@@ -130,17 +128,13 @@ class Generation:
             return
         context = choice.prompt if choice.continues else ()
         stream = TextStream(self.service.tokenizer, choice.params, context, stops)
-        # Log-probabilities of the prompt alone still take a forward pass, which always yields a token.
-        params = msgspec.structs.replace(choice.params, max_tokens=1, min_tokens=0) if nothing else choice.params
-        request = AddRequest(name, choice.prompt, params, self.arrival, choice.priority, share_prompt_with)
+        request = AddRequest(name, choice.prompt, choice.params, self.arrival, choice.priority, share_prompt_with)
         stats = RequestStats(self.arrival, len(choice.prompt))
         try:
             async with aclosing(client.generate(request)) as outputs:
                 async for output in outputs:
                     if output.error is not None:
-                        if output.retry is not None:
-                            raise unavailable(output.error, output.retry)
-                        raise ApiError(output.error, code="cannot_serve")
+                        raise _error_of(output, output.error)
                     if output.queued:
                         yield ChoiceDelta(choice.index, empty)
                         continue
@@ -160,6 +154,12 @@ class Generation:
             self.service.metrics.finished(stats.reason or FINISH_ABORT)
             if self.service.tracing:
                 self.service.tracing.send(stats, self.parent)
+
+
+def _error_of(output: RequestOutput, reason: str) -> ApiError:
+    if output.retry is not None:
+        return unavailable(reason, output.retry)
+    return ApiError(reason, status=500 if output.is_server_fault else 400, code="cannot_serve")
 
 
 async def merge(sources: Sequence[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
