@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
-Json = dict[str, Any]
+from models.files.json_values import (
+    Json,
+    ModelError,
+    describe_no_directory,
+    flag,
+    integer,
+    number,
+    read_json,
+    read_json_if_any,
+    token_ids,
+)
+from models.files.rope_config import RopeConfig, parse_rope
+from models.files.special_tokens import end_token_id
 
-RopeKind = Literal["default", "linear", "llama3"]
+__all__ = ["Json", "ModelConfig", "ModelError", "RopeConfig", "parse_config", "read_config", "read_json"]
 
+_PLAIN_ROPE = RopeConfig()
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-
-
-class ModelError(ValueError):
-    """A model directory that cannot be served; the message names the file, key or tensor at fault."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary embedding: pair i rotates by theta^(-2i / head_dim) radians per position, scaled according to `kind`.
-
-    linear: every pair rotates `factor` times slower. llama3: see kernels.rope.llama3_frequencies.
-    """
-
-    theta: float = 10000.0
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +48,7 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = _PLAIN_ROPE
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -67,6 +60,8 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """Every token that ends a text, ascending."""
+    warnings: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """Parts of the model's files that are not served as they are written; logged where the model is loaded."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -87,67 +82,65 @@ class ModelConfig:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """Read config.json and, if there is one, generation_config.json of a model directory.
+    """Read config.json of a model directory, and the end-of-sequence tokens that its other files name:
+    generation_config.json, and tokenizer_config.json or special_tokens_map.json.
 
     Raises ModelError: no such directory, no or broken config.json, a model that is not supported.
     """
     if not directory.is_dir():
-        raise ModelError(f"{directory}: no such model directory")
+        raise ModelError(describe_no_directory(directory))
     path = directory / "config.json"
     if not path.is_file():
         raise ModelError(f"{path}: not found; a model directory holds config.json and *.safetensors")
     data = read_json(path)
-    generation_path = directory / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.is_file() else {}
+    generation, end = read_json_if_any(directory / "generation_config.json"), end_token_id(directory)
     try:
-        return parse_config(data, generation)
+        return parse_config(data, generation, () if end is None else (end,))
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
 
 
-def read_json(path: Path) -> Json:
-    """Read the object in a JSON file. Raises ModelError: unreadable, not JSON, not an object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return data
+def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[int] = ()) -> ModelConfig:
+    """Parse the content of config.json. generation: content of generation_config.json. end_ids: the tokenizer's own
+    end-of-sequence tokens.
 
-
-def parse_config(data: Json, generation: Json | None = None) -> ModelConfig:
-    """Parse the content of config.json; `generation` is the content of generation_config.json.
-
-    A text ends at the end-of-sequence tokens of both files. Absent keys have the defaults of transformers.
+    A text ends at the end-of-sequence tokens of all three. Absent keys have the defaults of transformers.
     Raises ModelError, which names the key and its value.
     """
     model_type = _supported(data)
-    num_heads = _integer(data, "num_attention_heads")
-    hidden_size = _integer(data, "hidden_size")
-    biased = _flag(data, "attention_bias") if model_type in ("llama", "qwen3") else False
-    max_positions = _integer(data, "max_position_embeddings")
+    vocab_size = integer(data, "vocab_size")
+    num_heads = integer(data, "num_attention_heads")
+    hidden_size = integer(data, "hidden_size")
+    biased = flag(data, "attention_bias") if model_type in ("llama", "qwen3") else False
+    max_positions = integer(data, "max_position_embeddings")
     bos = data.get("bos_token_id")
+    ends = {*token_ids(data, "eos_token_id"), *token_ids(generation or {}, "eos_token_id"), *end_ids}
+    warnings = [
+        f"eos_token_id {token} is not in the vocabulary of {vocab_size} (vocab_size) and never ends a text"
+        for token in sorted(ends)
+        if not 0 <= token < vocab_size
+    ]
     return ModelConfig(
         model_type=model_type,
-        vocab_size=_integer(data, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=_integer(data, "intermediate_size"),
-        num_layers=_integer(data, "num_hidden_layers"),
+        intermediate_size=integer(data, "intermediate_size"),
+        num_layers=integer(data, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=_integer(data, "num_key_value_heads", num_heads),
+        num_kv_heads=integer(data, "num_key_value_heads", num_heads),
         head_dim=_head_dim(data, model_type, hidden_size, num_heads),
         max_position_embeddings=max_positions,
-        rms_norm_eps=_number(data, "rms_norm_eps", 1e-6),
-        rope=_rope(data, max_positions),
-        tie_word_embeddings=_flag(data, "tie_word_embeddings"),
+        rms_norm_eps=number(data, "rms_norm_eps", 1e-6),
+        rope=parse_rope(data, max_positions),
+        tie_word_embeddings=flag(data, "tie_word_embeddings"),
         qkv_bias=biased or model_type == "qwen2",
         o_bias=biased,
-        mlp_bias=_flag(data, "mlp_bias") if model_type == "llama" else False,
+        mlp_bias=flag(data, "mlp_bias") if model_type == "llama" else False,
         qk_norm=model_type == "qwen3",
         sliding_window=_sliding_window(data, model_type),
-        bos_token_id=None if bos is None else _integer(data, "bos_token_id", minimum=0),
-        eos_token_ids=tuple(sorted({*_token_ids(data, "eos_token_id"), *_token_ids(generation or {}, "eos_token_id")})),
+        bos_token_id=None if bos is None else integer(data, "bos_token_id", minimum=0),
+        eos_token_ids=tuple(sorted(token for token in ends if 0 <= token < vocab_size)),
+        warnings=tuple(warnings),
     )
 
 
@@ -169,7 +162,7 @@ def _supported(data: Json) -> str:
 
 def _head_dim(data: Json, model_type: str, hidden_size: int, num_heads: int) -> int:
     if data.get("head_dim") is not None:
-        return _integer(data, "head_dim")
+        return integer(data, "head_dim")
     if model_type == "qwen3":
         return 128
     if hidden_size % num_heads:
@@ -177,85 +170,19 @@ def _head_dim(data: Json, model_type: str, hidden_size: int, num_heads: int) -> 
     return hidden_size // num_heads
 
 
-def _rope(data: Json, max_positions: int) -> RopeConfig:
-    """Parse either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`, which includes both."""
-    key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
-    rope = data.get(key) or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ModelError(f"{key} {rope!r} is not supported; expected one set of parameters for all layers")
-    rope = {"rope_theta": data.get("rope_theta", 10000.0), **rope}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0)) not in (None, 1):
-        raise ModelError("partial_rotary_factor other than 1 is not supported")
-    theta = _number(rope, "rope_theta")
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "linear":
-        return RopeConfig(theta=theta, kind="linear", factor=_number(rope, "factor"))
-    if kind == "llama3":
-        original = {"original_max_position_embeddings": max_positions, **rope}
-        if data.get("original_max_position_embeddings") is not None:
-            original["original_max_position_embeddings"] = data["original_max_position_embeddings"]
-        low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
-        if low >= high:
-            raise ModelError(f"{key}: low_freq_factor ({low}) must be below high_freq_factor ({high})")
-        return RopeConfig(
-            theta=theta,
-            kind="llama3",
-            factor=_number(rope, "factor"),
-            low_freq_factor=low,
-            high_freq_factor=high,
-            original_max_positions=_integer(original, "original_max_position_embeddings"),
-        )
-    raise ModelError(f"{key}: rope_type {kind!r} is not supported; these are: default, linear, llama3")
-
-
 def _sliding_window(data: Json, model_type: str) -> int | None:
     """Return the window if any layer uses it, else None."""
-    if model_type == "llama" or (model_type != "mistral" and not _flag(data, "use_sliding_window")):
+    if model_type == "llama" or (model_type != "mistral" and not flag(data, "use_sliding_window")):
         return None
     if data.get("sliding_window", 4096) is None:
         return None
-    window = _integer(data, "sliding_window", 4096)
+    window = integer(data, "sliding_window", 4096)
     layer_types = data.get("layer_types")
     if model_type == "mistral":
         return window
     if layer_types is None:
-        first = _integer(data, "max_window_layers", 28, minimum=0)
-        return window if first < _integer(data, "num_hidden_layers") else None
+        first = integer(data, "max_window_layers", 28, minimum=0)
+        return window if first < integer(data, "num_hidden_layers") else None
     if not isinstance(layer_types, list) or set(layer_types) - {"full_attention", "sliding_attention"}:
         raise ModelError(f"layer_types {layer_types!r} is not supported")
     return window if "sliding_attention" in layer_types else None
-
-
-def _token_ids(data: Json, key: str) -> list[int]:
-    """Parse a key that holds one token id, a list of them, or nothing."""
-    value = data.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
-        raise ModelError(f"{key} {value!r} is neither a token id nor a list of them")
-    return ids
-
-
-def _integer(data: Json, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-    """Parse an integer; `default` replaces an absent or null key."""
-    value = data.get(key, default)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ModelError(f"{key} {value!r} is not an integer of at least {minimum}")
-    return value
-
-
-def _number(data: Json, key: str, default: float | None = None) -> float:
-    value = data.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ModelError(f"{key} {value!r} is not a number above 0")
-    return float(value)
-
-
-def _flag(data: Json, key: str) -> bool:
-    """Parse a boolean; absent and null are False."""
-    value = data.get(key)
-    if value not in (None, False, True):
-        raise ModelError(f"{key} {value!r} is neither true nor false")
-    return bool(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from tqdm import tqdm
 
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
-from models.config import ModelConfig, ModelError, read_config, read_json
+from models.config import ModelConfig, ModelError, read_config
+from models.files.special_tokens import token_numbers
 from models.llama import Llama
 from models.weights import opened, weight_files
 from parallel.group import Group
 from parallel.layers import Placement
 from parallel.module import WeightSlot
+
+log = logging.getLogger(__name__)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -72,6 +76,9 @@ def load_model(
         _check_tied(slots[_EMBEDDING], *head)
     del slots
     model.prepare(int8)
+    if group.rank == 0:
+        for warning in config.warnings:
+            log.warning("%s: %s", path, warning)
     return model
 
 
@@ -127,12 +134,9 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
     file = path / "tokenizer.json"
     if not file.is_file():
         return
-    data = read_json(file)
     try:
-        vocab = data["model"]["vocab"]
-        ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
-        tokens = 1 + max([*ids, *(token["id"] for token in data.get("added_tokens") or ())], default=-1)
-    except (KeyError, TypeError, AttributeError) as error:
+        tokens = 1 + max(token_numbers(file).values(), default=-1)
+    except TypeError as error:
         raise ModelError(f"{file}: not a tokenizer: {error!r}") from error
     if tokens > vocab_size:
         raise ModelError(f"{file}: {tokens} tokens, but the model embeds {vocab_size} (vocab_size in config.json)")

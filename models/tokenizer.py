@@ -6,9 +6,12 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
+
+from models.files.chat_template_files import read_chat_template
+from models.files.json_values import ModelError
+from models.files.special_tokens import read_special_tokens
 
 REPLACEMENT = "\ufffd"
 _LONGEST_INCOMPLETE = 3
@@ -27,7 +30,8 @@ class Tokenizer:
 
     Thread-safe: encode and decode may be called from any thread.
 
-    bos_token, eos_token: text of the special tokens, None if the model has none; likewise their ids.
+    special_tokens: text of each special token, by name (bos_token and the like), as its files name them.
+    bos_token, eos_token: those two, None if the model has none; likewise their ids.
     chat_template: jinja2 source, None if the model has none.
     """
 
@@ -50,10 +54,12 @@ class Tokenizer:
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
         self._bytes_of = _byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else None
 
-        config = _mapping(directory / "tokenizer_config.json")
-        self.bos_token = _special(config, "bos_token")
-        self.eos_token = _special(config, "eos_token")
-        self.chat_template = _read(directory / "chat_template.jinja") or _chat_template(config)
+        try:
+            self.special_tokens = read_special_tokens(directory)
+            self.chat_template = read_chat_template(directory)
+        except ModelError as error:
+            raise TokenizerError(str(error)) from None
+        self.bos_token, self.eos_token = map(self.special_tokens.get, ("bos_token", "eos_token"))
 
     @property
     def vocab_size(self) -> int:
@@ -187,31 +193,3 @@ def _read(path: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: {error}") from None
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    source = _read(path)
-    if source is None:
-        return {}
-    try:
-        content = json.loads(source)
-    except ValueError as error:
-        raise TokenizerError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: expected a JSON object")
-    return content
-
-
-def _special(config: dict[str, Any], name: str) -> str | None:
-    value = config.get(name)
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _chat_template(config: dict[str, Any]) -> str | None:
-    value = config.get("chat_template")
-    if isinstance(value, list):  # named templates
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
