@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.files.foreign_keys import refuse_foreign_keys
 from models.files.json_values import (
     Json,
     ModelError,
@@ -17,17 +18,44 @@ from models.files.json_values import (
     read_json_if_any,
     token_ids,
 )
-from models.files.rope_config import RopeConfig, parse_rope
+from models.files.rope_config import RopeConfig, parse_rope, served_positions
 from models.files.special_tokens import end_token_id
 
 __all__ = ["Json", "ModelConfig", "ModelError", "RopeConfig", "parse_config", "read_config", "read_json"]
 
 _PLAIN_ROPE = RopeConfig()
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Family:
+    """Architecture of a model type, and the values that transformers gives to absent keys.
+
+    kv_heads, head_dim: None: as many as heads; hidden_size by heads. saved_as: another architecture, under which
+    transformers saves such models.
+    """
+
+    architecture: str
+    saved_as: str | None = None
+    max_positions: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-6
+
+
+_FAMILIES = {
+    "llama": _Family(architecture="LlamaForCausalLM", max_positions=2048),
+    "mistral": _Family(architecture="MistralForCausalLM", max_positions=131072, kv_heads=8),
+    "qwen2": _Family(architecture="Qwen2ForCausalLM", max_positions=32768, kv_heads=32),
+    "qwen3": _Family(architecture="Qwen3ForCausalLM", max_positions=32768, kv_heads=32, head_dim=128),
+    "seed_oss": _Family(architecture="SeedOssForCausalLM", max_positions=524288, kv_heads=8, head_dim=128),
+    "internlm3": _Family(
+        architecture="InternLM3ForCausalLM",
+        saved_as="LlamaForCausalLM",
+        max_positions=32768,
+        kv_heads=2,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+    ),
 }
 
 
@@ -47,6 +75,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
+    """Positions at which the model computes what it was made for."""
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = _PLAIN_ROPE
     tie_word_embeddings: bool = False
@@ -107,15 +136,15 @@ def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[i
     A text ends at the end-of-sequence tokens of all three. Absent keys have the defaults of transformers.
     Raises ModelError, which names the key and its value.
     """
-    model_type = _supported(data)
-    vocab_size = integer(data, "vocab_size")
-    num_heads = integer(data, "num_attention_heads")
-    hidden_size = integer(data, "hidden_size")
-    biased = flag(data, "attention_bias") if model_type in ("llama", "qwen3") else False
-    max_positions = integer(data, "max_position_embeddings")
+    family = _family(data)
+    model_type, vocab_size = str(data["model_type"]), integer(data, "vocab_size")
+    num_heads, hidden_size = integer(data, "num_attention_heads"), integer(data, "hidden_size")
+    stated_positions = integer(data, "max_position_embeddings", family.max_positions)
+    max_positions, warnings = served_positions(data, stated_positions)
+    qkv_bias, o_bias, mlp_bias = _biases(data, model_type)
     bos = data.get("bos_token_id")
     ends = {*token_ids(data, "eos_token_id"), *token_ids(generation or {}, "eos_token_id"), *end_ids}
-    warnings = [
+    warnings += [
         f"eos_token_id {token} is not in the vocabulary of {vocab_size} (vocab_size) and never ends a text"
         for token in sorted(ends)
         if not 0 <= token < vocab_size
@@ -127,15 +156,15 @@ def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[i
         intermediate_size=integer(data, "intermediate_size"),
         num_layers=integer(data, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=integer(data, "num_key_value_heads", num_heads),
-        head_dim=_head_dim(data, model_type, hidden_size, num_heads),
+        num_kv_heads=_kv_heads(data, family, num_heads),
+        head_dim=_head_dim(data, family, hidden_size, num_heads),
         max_position_embeddings=max_positions,
-        rms_norm_eps=number(data, "rms_norm_eps", 1e-6),
-        rope=parse_rope(data, max_positions),
+        rms_norm_eps=number(data, "rms_norm_eps", family.rms_norm_eps),
+        rope=parse_rope(data, stated_positions),
         tie_word_embeddings=flag(data, "tie_word_embeddings"),
-        qkv_bias=biased or model_type == "qwen2",
-        o_bias=biased,
-        mlp_bias=flag(data, "mlp_bias") if model_type == "llama" else False,
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
         qk_norm=model_type == "qwen3",
         sliding_window=_sliding_window(data, model_type),
         bos_token_id=None if bos is None else integer(data, "bos_token_id", minimum=0),
@@ -144,35 +173,54 @@ def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[i
     )
 
 
-def _supported(data: Json) -> str:
-    """Return the model type. Raises ModelError for settings that change the arithmetic in a way not implemented."""
+def _family(data: Json) -> _Family:
+    """Return the model's family. Raises ModelError for settings that change the arithmetic in a way not implemented."""
     model_type = data.get("model_type")
-    if model_type not in _ARCHITECTURES:
-        raise ModelError(f"model_type {model_type!r} is not supported; these are: {', '.join(_ARCHITECTURES)}")
-    architectures = data.get("architectures")
-    if architectures is not None and architectures != [_ARCHITECTURES[model_type]]:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        raise ModelError(f"model_type {model_type!r} is not supported; these are: {', '.join(_FAMILIES)}")
+    family, architectures = _FAMILIES[model_type], data.get("architectures")
+    if architectures is not None and architectures not in ([family.architecture], [family.saved_as]):
         raise ModelError(f"architectures {architectures!r} is not supported for model_type {model_type!r}")
-    for key in ("quantization_config", "compression_config", "num_experts", "num_local_experts"):
-        if data.get(key):
-            raise ModelError(f"{key} {data[key]!r} is not supported")
-    if data.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ModelError(f"hidden_act {data['hidden_act']!r} is not supported; only silu is")
-    return str(model_type)
+    refuse_foreign_keys(data)
+    return family
 
 
-def _head_dim(data: Json, model_type: str, hidden_size: int, num_heads: int) -> int:
+def _kv_heads(data: Json, family: _Family, num_heads: int) -> int:
+    """Parse num_key_value_heads: absent, it is the family's; null, it is the number of heads."""
+    default = num_heads if "num_key_value_heads" in data else family.kv_heads or num_heads
+    return integer(data, "num_key_value_heads", default)
+
+
+def _head_dim(data: Json, family: _Family, hidden_size: int, num_heads: int) -> int:
     if data.get("head_dim") is not None:
         return integer(data, "head_dim")
-    if model_type == "qwen3":
-        return 128
+    if family.head_dim is not None and "head_dim" not in data:
+        return family.head_dim
     if hidden_size % num_heads:
         raise ModelError(f"hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({num_heads})")
     return hidden_size // num_heads
 
 
+def _biases(data: Json, model_type: str) -> tuple[bool, bool, bool]:
+    """Return which projections have biases: query, key and value; attention's output; the feed-forward network."""
+    if model_type == "qwen2":
+        return True, False, False
+    if model_type == "mistral":
+        return False, False, False
+    if model_type == "internlm3":  # its own names, and those that transformers gives to Llama
+        other = flag(data, "bias", flag(data, "mlp_bias"))
+        return flag(data, "qkv_bias", flag(data, "attention_bias")), other, other
+    if model_type == "seed_oss":
+        return flag(data, "attention_bias", True), flag(data, "attention_out_bias"), flag(data, "mlp_bias")
+    biased = flag(data, "attention_bias")
+    return biased, biased, model_type == "llama" and flag(data, "mlp_bias")
+
+
 def _sliding_window(data: Json, model_type: str) -> int | None:
     """Return the window if any layer uses it, else None."""
-    if model_type == "llama" or (model_type != "mistral" and not flag(data, "use_sliding_window")):
+    if model_type not in ("mistral", "qwen2", "qwen3"):
+        return None
+    if model_type != "mistral" and not flag(data, "use_sliding_window"):
         return None
     if data.get("sliding_window", 4096) is None:
         return None
@@ -183,6 +231,4 @@ def _sliding_window(data: Json, model_type: str) -> int | None:
     if layer_types is None:
         first = integer(data, "max_window_layers", 28, minimum=0)
         return window if first < integer(data, "num_hidden_layers") else None
-    if not isinstance(layer_types, list) or set(layer_types) - {"full_attention", "sliding_attention"}:
-        raise ModelError(f"layer_types {layer_types!r} is not supported")
     return window if "sliding_attention" in layer_types else None

@@ -149,7 +149,7 @@ def served_config(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if rope and not config.get("rope_scaling"):
         scaled = rope.get("rope_type", "default") != "default"
-        config["rope_theta"] = rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta")
+        config["rope_theta"] = parse_config(config).rope.theta
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
     return config
 

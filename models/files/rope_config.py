@@ -31,17 +31,15 @@ class RopeConfig:
 def parse_rope(data: Json, max_positions: int) -> RopeConfig:
     """Parse either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`, which includes both.
 
-    data: content of config.json. max_positions: its max_position_embeddings. Raises ModelError.
+    data: content of config.json. max_positions: its max_position_embeddings. Type `dynamic` turns more slowly only
+    beyond these positions, which are all that is served, so it is read as `default`. Raises ModelError.
     """
-    key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
-    rope = data.get(key) or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ModelError(f"{key} {rope!r} is not supported; expected one set of parameters for all layers")
+    key, rope = _scaling(data)
     if rope.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0)) not in (None, 1):
         raise ModelError("partial_rotary_factor other than 1 is not supported")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = _kind(rope)
     theta = number(rope, "rope_theta", number(data, "rope_theta", _THETA))
-    if kind == "default":
+    if kind in ("default", "dynamic"):
         return RopeConfig(theta=theta)
     if kind == "linear":
         return RopeConfig(theta=theta, kind="linear", factor=number(rope, "factor"))
@@ -60,4 +58,46 @@ def parse_rope(data: Json, max_positions: int) -> RopeConfig:
             high_freq_factor=high,
             original_max_positions=integer(original, "original_max_position_embeddings"),
         )
-    raise ModelError(f"{key}: rope_type {kind!r} is not supported; these are: default, linear, llama3")
+    raise ModelError(f"{key}: rope_type {kind!r} is not supported; these are: default, linear, llama3, dynamic")
+
+
+def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
+    """Return the number of positions at which the model computes what it was made for, and warnings if these are fewer
+    than config.json promises.
+
+    data: content of config.json. max_positions: its max_position_embeddings. Linear scaling multiplies the positions:
+    max_position_embeddings is the number before it, as vLLM reads it.
+    """
+    _, rope = _scaling(data)
+    kind, warnings = _kind(rope), []
+    if kind == "linear":
+        original = integer(rope, "original_max_position_embeddings", max_positions)
+        max_positions = int(original * number(rope, "factor"))
+    if kind == "dynamic":
+        warnings.append(
+            f"rope_type dynamic: served up to max_position_embeddings ({max_positions}), where it changes nothing"
+        )
+    if chunks := data.get("dual_chunk_attention_config"):
+        if not isinstance(chunks, dict):
+            raise ModelError("dual_chunk_attention_config is not an object")
+        exact = integer(chunks, "chunk_size") - integer(chunks, "local_size", minimum=0)
+        if exact < 1:
+            raise ModelError("dual_chunk_attention_config: chunk_size must be more than local_size")
+        exact = min(exact, integer(chunks, "original_max_position_embeddings", exact))
+        if exact < max_positions:
+            warnings.append(f"dual_chunk_attention_config: served up to {exact} tokens, where it changes nothing")
+        max_positions = min(max_positions, exact)
+    return max_positions, warnings
+
+
+def _scaling(data: Json) -> tuple[str, Json]:
+    """Return the key that describes the scaling, and its value."""
+    key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
+    rope = data.get(key) or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ModelError(f"{key} {rope!r} is not supported; expected one set of parameters for all layers")
+    return key, rope
+
+
+def _kind(rope: Json) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
