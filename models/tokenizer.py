@@ -10,7 +10,7 @@ from pathlib import Path
 import tokenizers
 
 from models.files.chat_template_files import read_chat_template
-from models.files.json_values import ModelError
+from models.files.json_values import ModelError, describe_lfs_pointer, describe_no_directory, is_lfs_pointer
 from models.files.special_tokens import read_special_tokens
 
 REPLACEMENT = "\ufffd"
@@ -38,9 +38,7 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         """path: a model directory. Raises TokenizerError."""
         directory = Path(path)
-        source = _read(directory / "tokenizer.json")
-        if source is None:
-            raise TokenizerError(f"{directory}: no tokenizer.json")
+        source = _read(directory)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(source)
             decoder = json.loads(source).get("decoder") or {}
@@ -186,10 +184,15 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def _read(path: Path) -> str | None:
+def _read(directory: Path) -> str:
+    path = directory / "tokenizer.json"
+    if not directory.is_dir():
+        raise TokenizerError(describe_no_directory(directory))
+    if not path.is_file():
+        raise TokenizerError(f"{directory}: no tokenizer.json")
     try:
+        if is_lfs_pointer(path):
+            raise TokenizerError(describe_lfs_pointer(path, "a tokenizer"))
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: {error}") from None

@@ -217,7 +217,6 @@ def test_incomplete_sources_are_refused(src: Path, dst: Path, name: str) -> None
         ({"num_hidden_layers": 3}, "9 tensors are missing.*model.layers.2"),
         ({"num_hidden_layers": 1}, "unexpected tensor model.layers.1"),
         ({"intermediate_size": 25}, "has shape"),
-        ({"tie_word_embeddings": False}, "missing.*lm_head"),
     ],
 )
 def test_contradicting_configs_are_refused(src: Path, dst: Path, change: dict[str, Any], match: str) -> None:
@@ -231,8 +230,6 @@ def test_unfit_tensors_are_refused(tmp_path: Path, dst: Path) -> None:
     norm = "model.norm.weight"
     quantized = weights | {norm: weights[norm].to(torch.int8)}
     refused(write_checkpoint(tmp_path / "int8", CONFIG, quantized), dst, "unquantized")
-    head = weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}
-    refused(write_checkpoint(tmp_path / "head", CONFIG, head), dst, "differs")
 
 
 def test_broken_files_are_refused(src: Path, dst: Path) -> None:
