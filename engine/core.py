@@ -191,6 +191,8 @@ class Engine:
                 raise RequestError(f"{what}: token id {token} is not in the vocabulary of {vocab_size}")
         if params.grammar is not None and not (self._resolved.path / "tokenizer.json").is_file():
             raise RequestError("grammar: the model's tokenizer.json was not found")
+        if params.grammar is not None and not self.ready.eos_token_ids:
+            raise RequestError("grammar: the model has no end-of-sequence token, with which the output would end")
         self._scheduler.check_request(request)
 
     def add(self, request: AddRequest) -> None:

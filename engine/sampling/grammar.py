@@ -43,9 +43,15 @@ class Grammars:
         self.constrained[row] = grammar is not None
         if grammar is not None:
             if self._tokenizer is None:
-                self._tokenizer = LLTokenizer(str(self._file), n_vocab=self._vocab_size, eos_token=self._eos)
+                self._tokenizer = self._read_tokenizer()
             self._matchers[row] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
             self.commit(row, start.tokens[start.num_prompt :])
+
+    def _read_tokenizer(self) -> LLTokenizer:
+        try:
+            return LLTokenizer(str(self._file), n_vocab=self._vocab_size, eos_token=self._eos)
+        except ValueError:  # it has more tokens than the model
+            return LLTokenizer(str(self._file), eos_token=self._eos)
 
     def commit(self, row: int, tokens: Sequence[int]) -> None:
         """Advance a row's matcher over its output; a row without a grammar keeps no state."""
@@ -66,7 +72,8 @@ class Grammars:
         matcher = self._matchers[row]
         consumed = matcher.try_consume_tokens(list(drafted[:first]))
         matching = consumed == first
-        words = np.zeros((len(drafted) + 1 - first, -(-self._vocab_size // 32)), dtype=np.int32)
+        assert self._tokenizer is not None
+        words = np.zeros((len(drafted) + 1 - first, -(-self._tokenizer.vocab_size // 32)), dtype=np.int32)
         for i, at in enumerate(words):
             if i and matching:
                 matching = matcher.try_consume_tokens([drafted[first + i - 1]]) == 1
@@ -79,7 +86,7 @@ class Grammars:
                 matcher.unsafe_compute_mask_ptr(at.ctypes.data, at.nbytes)
         if consumed:
             matcher.rollback(consumed)
-        return words
+        return words[:, : -(-self._vocab_size // 32)]
 
     def _only_eos(self, words: Words) -> None:
         """Reject a grammar that has become too complex; this ends its request."""
