@@ -74,7 +74,8 @@ class EngineConfig(Settings):
     digest_every: Annotated[int, Field(ge=0)] = 0
     """Rounds between comparisons of the tokens, page tables and lengths that the ranks hold; 0: never."""
     max_model_len: Positive | None = None
-    """Maximum number of tokens of prompt and output together; None: the context length the model was trained for."""
+    """Maximum number of tokens of prompt and output together; None: the context length the model was trained for, or as
+    much of it as the KV pool holds."""
     threads: Positive | None = None
     """CPU threads per rank; None: an equal share of all cores."""
     cache: CacheConfig = CacheConfig()
