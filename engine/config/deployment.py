@@ -104,6 +104,9 @@ class ServerConfig(Settings):
     """Port to listen on; 0: a free one that the system chooses, which is printed."""
     served_model_name: str | None = None
     """Model id that clients use; None: the model directory's name."""
+    generation_config: Literal["model", "none"] = "model"
+    """Defaults of sampling parameters. model: those of the model's generation_config.json, where it names them; none:
+    those of the OpenAI API."""
     max_body_mb: Annotated[float, Field(gt=0)] = 8.0
     """Maximum size of a request body in MiB; larger ones are refused with 413."""
     engine_timeout_s: Annotated[float, Field(gt=0)] = 120.0

@@ -21,6 +21,11 @@ class LogStyle(StrEnum):
     json = "json"
 
 
+class GenerationConfig(StrEnum):
+    model = "model"
+    none = "none"
+
+
 class LogLevel(StrEnum):
     debug = "debug"
     info = "info"
@@ -35,6 +40,10 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Model id that clients use.")] = None,
+    generation_config: Annotated[
+        GenerationConfig | None,
+        typer.Option(help="Defaults of sampling parameters: model: its generation_config.json; none: OpenAI's."),
+    ] = None,
     restart: Annotated[
         bool | None, typer.Option("--restart/--no-restart", help="Restart the engine when it dies.")
     ] = None,
@@ -64,6 +73,7 @@ def serve(
         "server.host": host,
         "server.port": port,
         "server.served_model_name": served_model_name,
+        "server.generation_config": generation_config and generation_config.value,
         "server.restart": restart,
         "server.log_level": log_level and log_level.value,
         "server.log_format": log_format and log_format.value,

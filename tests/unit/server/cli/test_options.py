@@ -114,6 +114,7 @@ FLAGS = {
     "--host": "::",
     "--port": "1",
     "--served-model-name": "m",
+    "--generation-config": "none",
     "--restart": None,
     "--log-level": "debug",
     "--log-format": "json",
