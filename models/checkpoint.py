@@ -56,10 +56,14 @@ def open_directory(src: Path) -> Checkpoint:
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{src}: {error}") from error
     config = read_json(src / "config.json")
-    stored = find_tensors(src, flag(config, _TIED))
+    try:
+        tied = flag(config, _TIED)
+    except ModelError as error:
+        raise ModelError(f"{src}: {error}") from None
+    stored = find_tensors(src, tied)
     for warning in stored.warnings:
         log.warning("%s: %s", src, warning)
-    if stored.tied != flag(config, _TIED):
+    if stored.tied != tied:
         config[_TIED] = stored.tied
     return Checkpoint(config, _read_tensors(stored), texts)
 

@@ -15,6 +15,7 @@ from models.config import ModelError, parse_config
 from models.convert import convert
 from models.llama import Llama
 from models.loader import load_model, random_model
+from models.shapes import find_shape
 from models.tokenizer import Tokenizer, TokenizerError
 from models.weights import EMBEDDING, HEAD
 from parallel.group import Group
@@ -194,6 +195,11 @@ def test_a_gguf_file_is_no_model_directory(tmp_path: Path) -> None:
         load(file)
     with pytest.raises(TokenizerError, match="convert it: magicdec convert"):
         Tokenizer(file)
+    with pytest.raises(ModelError, match="convert it: magicdec convert"):
+        find_shape(str(file))
+    file.write_text(LFS)
+    with pytest.raises(ModelError, match=r"x\.gguf: a git-lfs pointer, not weights"):
+        convert(file, tmp_path / "dst")
     with pytest.raises(ModelError, match="not a directory"):
         load(write(tmp_path, WEIGHTS) / "config.json")
 
@@ -204,3 +210,17 @@ def test_conversion_keeps_all_chat_templates(tmp_path: Path) -> None:
     (src / "additional_chat_templates" / "tool_use.jinja").write_text("T")
     convert(write(src, WEIGHTS), tmp_path / "dst")
     assert (tmp_path / "dst" / "additional_chat_templates" / "tool_use.jinja").read_text() == "T"
+
+
+def test_end_token_that_only_the_tokenizer_names(tmp_path: Path) -> None:
+    write(tmp_path, WEIGHTS, eos_token_id=None)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    added = [{"id": 28, "content": "<|im_end|>", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": added}))
+    assert load(tmp_path).config.eos_token_ids == (28,)
+
+
+def test_an_end_token_that_cannot_be_sampled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load(write(tmp_path, WEIGHTS, eos_token_id=[29, 3])).config.eos_token_ids == (3,)
+    (record,) = caplog.records
+    assert "eos_token_id 29 is not in the vocabulary of 29" in record.getMessage()
