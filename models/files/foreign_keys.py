@@ -13,6 +13,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_experts": (),
     "num_local_experts": (),
     "n_routed_experts": (),
+    # layers that differ
+    "block_configs": (),
+    "num_key_value_heads_per_layer": (),
     # scales of activations and logits
     "attention_multiplier": (),
     "attn_logit_softcapping": (),
@@ -37,6 +40,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_attention": (),
     "parallel_attn": (),
     "use_alibi": (),
+    "use_bidirectional_attention": (),
     "use_cla": (),
     "use_logn_attn": (),
     "use_parallel_residual": (),
@@ -63,6 +67,8 @@ def refuse_foreign_keys(data: Json) -> None:
     for key, neutral in _NEUTRAL.items():
         if data.get(key) not in (*_EMPTY, *neutral):
             raise ModelError(f"{key} {_short(data[key])} is not supported")
+    if data.get("is_causal") not in (None, True):
+        raise ModelError("is_causal false is not supported; a text is continued by causal attention")
     for key in ("hidden_act", "hidden_activation"):
         if data.get(key) not in (None, *_ACTIVATIONS):
             raise ModelError(f"{key} {_short(data[key])} is not supported; only silu is")

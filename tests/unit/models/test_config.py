@@ -257,6 +257,9 @@ def test_longest_request(changes: dict[str, Any], longest: int, warning: str | N
         ("use_logn_attn", False, True),
         ("hidden_activation", "silu", "gelu_pytorch_tanh"),
         ("rope_condense_ratio", 1, 4),
+        ("is_causal", True, False),
+        ("use_bidirectional_attention", False, True),
+        ("num_key_value_heads_per_layer", None, [4, 2]),
         ("layer_types", ["full_attention"] * 32, ["chunked_attention"] * 32),
     ],
 )
