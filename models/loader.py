@@ -66,8 +66,8 @@ def load_model(
                         not_finite.append(f"{file}: tensor {stored_name}")
                     bar.update(slots[name].tensor.nbytes)
     if not_finite:
-        more = f", and {len(not_finite) - 1} more tensors do" if len(not_finite) > 1 else ""
-        log.warning("%s holds values that are NaN or infinite%s: the text may be nonsense", not_finite[0], more)
+        count = f" (the first of {len(not_finite)})" if len(not_finite) > 1 else ""
+        log.warning("%s%s holds values that are NaN or infinite: the text may be nonsense", not_finite[0], count)
     del slots
     model.prepare(int8)
     return model

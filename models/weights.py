@@ -81,18 +81,18 @@ def find_tensors(path: Path, tied: bool) -> StoredTensors:
     Raises ModelError.
     """
     sources: dict[str, tuple[Path, str]] = {}
-    num_scales, warnings = 0, []
+    has_scales, warnings = False, []
     for file in weight_files(path):
         with opened(file) as checkpoint:
             for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
                 if name in sources:
                     raise ModelError(f"{file}: tensor {name} is also in another file")
                 if _CACHE_SCALES.search(name):
-                    num_scales += 1
+                    has_scales = True
                 elif not _BUFFERS.search(name):
                     sources[name] = file, name
-    if num_scales:
-        warnings.append(f"{num_scales} scales of an 8-bit KV cache are not used: the cache has the model's precision")
+    if has_scales:
+        warnings.append("scales of an 8-bit KV cache are not used: the cache has the model's precision")
     if tied and EMBEDDING not in sources and HEAD in sources:
         sources = {EMBEDDING if name == HEAD else name: source for name, source in sources.items()}
     elif tied and HEAD in sources:
