@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -74,6 +75,9 @@ class Engine:
         self._threads_before = torch.get_num_threads()
         try:
             self._worker = self._start_ranks(model, ranks, progress)
+            self._resolved = dataclasses.replace(  # GPUs are measured once the model is loaded
+                self._resolved, num_pages=self._worker.num_pages, max_model_len=self._worker.max_model_len
+            )
             self.profiler = Profiler(self._run, config, self._worker.num_pages, self._resolved.max_model_len)
             if controller is None:
                 controller = self.make_controller()

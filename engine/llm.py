@@ -113,7 +113,8 @@ class LLM:
     ) -> list[Completion]:
         """Complete all prompts together. Returns their completions in order.
 
-        prompts: a text, a list of token ids, or a list of either. params: one for all prompts, or one per prompt.
+        prompts: a text, a list of token ids, or a list of either. params: one for all prompts, or one per prompt; the
+        model's generation_config.json does not change them.
         Raises ValueError, before anything runs, if a prompt can never be served; RequestFailed, OutOfMemory.
         """
         listed = _as_prompt_list(prompts)

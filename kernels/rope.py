@@ -48,7 +48,11 @@ def rotary_tables(
     """Compute the cosines and sines of every position: (cos, sin), each [max_positions, head_dim / 2] of `dtype`.
 
     frequencies: [head_dim / 2] float32. The CPU computes the tables, so that every device and rank gets the same ones.
+    On the meta device nothing is computed.
     """
+    if device.type == "meta":
+        empty = torch.empty(max_positions, len(frequencies), dtype=dtype, device=device)
+        return empty, empty
     angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 

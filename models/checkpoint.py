@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import torch
 
-from models.config import ModelError, read_json
-from models.weights import opened, weight_files
+from models.files.json_values import ModelError, flag, read_json
+from models.weights import StoredTensors, find_tensors, opened
+
+log = logging.getLogger(__name__)
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -18,6 +21,8 @@ _PASSED_ON = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
     *("chat_template.jinja", "chat_template.json", "LICENSE"),
 )
+_TEMPLATES = "additional_chat_templates"
+_TIED = "tie_word_embeddings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,8 @@ class Checkpoint:
     """A checkpoint in Hugging Face terms.
 
     config: Hugging Face keys.
-    tensors: (Hugging Face name, tensor), read one at a time, in any order and dtype; can be iterated once.
+    tensors: (Hugging Face name, tensor), read one at a time, in any order and dtype; can be iterated once. With tied
+    embeddings, the LM head's may be left out.
     texts: name and content of the accompanying files: tokenizer.json and the like, not config.json.
     """
 
@@ -35,21 +41,35 @@ class Checkpoint:
 
 
 def open_directory(src: Path) -> Checkpoint:
-    """Open a directory. Raises ModelError: config.json, tokenizer.json or safetensors weights are missing or broken."""
+    """Open a directory. Its config says of tied embeddings what the stored tensors say (models.weights).
+
+    Raises ModelError: config.json, tokenizer.json or safetensors weights are missing or broken.
+    """
     gguf = min((path.name for path in src.glob("*.gguf")), default=None)
     hint = f"; to convert {gguf}, name that file" if gguf else ""
     for name in ("config.json", "tokenizer.json"):
         if not (src / name).is_file():
             raise ModelError(f"{src}: has no {name}{hint}")
+    names = [*_PASSED_ON, *(f"{_TEMPLATES}/{path.name}" for path in sorted((src / _TEMPLATES).glob("*.jinja")))]
     try:
-        texts = {name: (src / name).read_text("utf-8") for name in _PASSED_ON if (src / name).is_file()}
+        texts = {name: (src / name).read_text("utf-8") for name in names if (src / name).is_file()}
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{src}: {error}") from error
-    return Checkpoint(read_json(src / "config.json"), _read_tensors(weight_files(src)), texts)
+    config = read_json(src / "config.json")
+    try:
+        tied = flag(config, _TIED)
+    except ModelError as error:
+        raise ModelError(f"{src}: {error}") from None
+    stored = find_tensors(src, tied)
+    for warning in stored.warnings:
+        log.warning("%s: %s", src, warning)
+    if stored.tied != tied:
+        config[_TIED] = stored.tied
+    return Checkpoint(config, _read_tensors(stored), texts)
 
 
-def _read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in files:
+def _read_tensors(stored: StoredTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    for file, tensors in stored.by_file():
         with opened(file) as checkpoint:
-            for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
-                yield name, checkpoint.get_tensor(name)
+            for name, stored_name in tensors:
+                yield name, checkpoint.get_tensor(stored_name)

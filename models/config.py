@@ -2,40 +2,61 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
-Json = dict[str, Any]
+from models.files.foreign_keys import refuse_foreign_keys
+from models.files.json_values import (
+    Json,
+    ModelError,
+    describe_no_directory,
+    flag,
+    integer,
+    number,
+    read_json,
+    read_json_if_any,
+    token_ids,
+)
+from models.files.rope_config import RopeConfig, parse_rope, served_positions
+from models.files.special_tokens import end_token_id
 
-RopeKind = Literal["default", "linear", "llama3"]
+__all__ = ["Json", "ModelConfig", "ModelError", "RopeConfig", "parse_config", "read_config", "read_json"]
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-
-class ModelError(ValueError):
-    """A model directory that cannot be served; the message names the file, key or tensor at fault."""
+_PLAIN_ROPE = RopeConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary embedding: pair i rotates by theta^(-2i / head_dim) radians per position, scaled according to `kind`.
+class _Family:
+    """Architecture of a model type, and the values that transformers gives to absent keys.
 
-    linear: every pair rotates `factor` times slower. llama3: see kernels.rope.llama3_frequencies.
+    kv_heads, head_dim: None: as many as heads; hidden_size by heads. saved_as: another architecture, under which
+    transformers saves such models.
     """
 
-    theta: float = 10000.0
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    architecture: str
+    saved_as: str | None = None
+    max_positions: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-6
+
+
+_FAMILIES = {
+    "llama": _Family(architecture="LlamaForCausalLM", max_positions=2048),
+    "mistral": _Family(architecture="MistralForCausalLM", max_positions=131072, kv_heads=8),
+    "qwen2": _Family(architecture="Qwen2ForCausalLM", max_positions=32768, kv_heads=32),
+    "qwen3": _Family(architecture="Qwen3ForCausalLM", max_positions=32768, kv_heads=32, head_dim=128),
+    "seed_oss": _Family(architecture="SeedOssForCausalLM", max_positions=524288, kv_heads=8, head_dim=128),
+    "internlm3": _Family(
+        architecture="InternLM3ForCausalLM",
+        saved_as="LlamaForCausalLM",
+        max_positions=32768,
+        kv_heads=2,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +75,9 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
+    """Positions at which the model computes what it was made for."""
     rms_norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = _PLAIN_ROPE
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -67,6 +89,8 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     """Every token that ends a text, ascending."""
+    warnings: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """Parts of the model's files that are not served as they are written; logged where the model is loaded."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -87,175 +111,124 @@ class ModelConfig:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """Read config.json and, if there is one, generation_config.json of a model directory.
+    """Read config.json of a model directory, and the end-of-sequence tokens that its other files name:
+    generation_config.json, and tokenizer_config.json or special_tokens_map.json.
 
     Raises ModelError: no such directory, no or broken config.json, a model that is not supported.
     """
     if not directory.is_dir():
-        raise ModelError(f"{directory}: no such model directory")
+        raise ModelError(describe_no_directory(directory))
     path = directory / "config.json"
     if not path.is_file():
         raise ModelError(f"{path}: not found; a model directory holds config.json and *.safetensors")
     data = read_json(path)
-    generation_path = directory / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.is_file() else {}
+    generation, end = read_json_if_any(directory / "generation_config.json"), end_token_id(directory)
     try:
-        return parse_config(data, generation)
+        return parse_config(data, generation, () if end is None else (end,))
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
 
 
-def read_json(path: Path) -> Json:
-    """Read the object in a JSON file. Raises ModelError: unreadable, not JSON, not an object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return data
+def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[int] = ()) -> ModelConfig:
+    """Parse the content of config.json. generation: content of generation_config.json. end_ids: the tokenizer's own
+    end-of-sequence tokens.
 
-
-def parse_config(data: Json, generation: Json | None = None) -> ModelConfig:
-    """Parse the content of config.json; `generation` is the content of generation_config.json.
-
-    A text ends at the end-of-sequence tokens of both files. Absent keys have the defaults of transformers.
+    A text ends at the end-of-sequence tokens of all three. Absent keys have the defaults of transformers.
     Raises ModelError, which names the key and its value.
     """
-    model_type = _supported(data)
-    num_heads = _integer(data, "num_attention_heads")
-    hidden_size = _integer(data, "hidden_size")
-    biased = _flag(data, "attention_bias") if model_type in ("llama", "qwen3") else False
-    max_positions = _integer(data, "max_position_embeddings")
+    family = _family(data)
+    model_type, vocab_size = str(data["model_type"]), integer(data, "vocab_size")
+    num_heads, hidden_size = integer(data, "num_attention_heads"), integer(data, "hidden_size")
+    stated_positions = integer(data, "max_position_embeddings", family.max_positions)
+    max_positions, warnings = served_positions(data, stated_positions)
+    qkv_bias, o_bias, mlp_bias = _biases(data, model_type)
     bos = data.get("bos_token_id")
+    ends = {*token_ids(data, "eos_token_id"), *token_ids(generation or {}, "eos_token_id"), *end_ids}
+    warnings += [
+        f"eos_token_id {token} is not in the vocabulary of {vocab_size} (vocab_size) and never ends a text"
+        for token in sorted(ends)
+        if not 0 <= token < vocab_size
+    ]
     return ModelConfig(
         model_type=model_type,
-        vocab_size=_integer(data, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=_integer(data, "intermediate_size"),
-        num_layers=_integer(data, "num_hidden_layers"),
+        intermediate_size=integer(data, "intermediate_size"),
+        num_layers=integer(data, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=_integer(data, "num_key_value_heads", num_heads),
-        head_dim=_head_dim(data, model_type, hidden_size, num_heads),
+        num_kv_heads=_kv_heads(data, family, num_heads),
+        head_dim=_head_dim(data, family, hidden_size, num_heads),
         max_position_embeddings=max_positions,
-        rms_norm_eps=_number(data, "rms_norm_eps", 1e-6),
-        rope=_rope(data, max_positions),
-        tie_word_embeddings=_flag(data, "tie_word_embeddings"),
-        qkv_bias=biased or model_type == "qwen2",
-        o_bias=biased,
-        mlp_bias=_flag(data, "mlp_bias") if model_type == "llama" else False,
+        rms_norm_eps=number(data, "rms_norm_eps", family.rms_norm_eps),
+        rope=parse_rope(data, stated_positions),
+        tie_word_embeddings=flag(data, "tie_word_embeddings"),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
         qk_norm=model_type == "qwen3",
         sliding_window=_sliding_window(data, model_type),
-        bos_token_id=None if bos is None else _integer(data, "bos_token_id", minimum=0),
-        eos_token_ids=tuple(sorted({*_token_ids(data, "eos_token_id"), *_token_ids(generation or {}, "eos_token_id")})),
+        bos_token_id=None if bos is None else integer(data, "bos_token_id", minimum=0),
+        eos_token_ids=tuple(sorted(token for token in ends if 0 <= token < vocab_size)),
+        warnings=tuple(warnings),
     )
 
 
-def _supported(data: Json) -> str:
-    """Return the model type. Raises ModelError for settings that change the arithmetic in a way not implemented."""
+def _family(data: Json) -> _Family:
+    """Return the model's family. Raises ModelError for settings that change the arithmetic in a way not implemented."""
     model_type = data.get("model_type")
-    if model_type not in _ARCHITECTURES:
-        raise ModelError(f"model_type {model_type!r} is not supported; these are: {', '.join(_ARCHITECTURES)}")
-    architectures = data.get("architectures")
-    if architectures is not None and architectures != [_ARCHITECTURES[model_type]]:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        raise ModelError(f"model_type {model_type!r} is not supported; these are: {', '.join(_FAMILIES)}")
+    family, architectures = _FAMILIES[model_type], data.get("architectures")
+    if architectures is not None and architectures not in ([family.architecture], [family.saved_as]):
         raise ModelError(f"architectures {architectures!r} is not supported for model_type {model_type!r}")
-    for key in ("quantization_config", "compression_config", "num_experts", "num_local_experts"):
-        if data.get(key):
-            raise ModelError(f"{key} {data[key]!r} is not supported")
-    if data.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ModelError(f"hidden_act {data['hidden_act']!r} is not supported; only silu is")
-    return str(model_type)
+    refuse_foreign_keys(data)
+    return family
 
 
-def _head_dim(data: Json, model_type: str, hidden_size: int, num_heads: int) -> int:
+def _kv_heads(data: Json, family: _Family, num_heads: int) -> int:
+    """Parse num_key_value_heads: absent, it is the family's; null, it is the number of heads."""
+    default = num_heads if "num_key_value_heads" in data else family.kv_heads or num_heads
+    return integer(data, "num_key_value_heads", default)
+
+
+def _head_dim(data: Json, family: _Family, hidden_size: int, num_heads: int) -> int:
     if data.get("head_dim") is not None:
-        return _integer(data, "head_dim")
-    if model_type == "qwen3":
-        return 128
+        return integer(data, "head_dim")
+    if family.head_dim is not None and "head_dim" not in data:
+        return family.head_dim
     if hidden_size % num_heads:
         raise ModelError(f"hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({num_heads})")
     return hidden_size // num_heads
 
 
-def _rope(data: Json, max_positions: int) -> RopeConfig:
-    """Parse either spelling: `rope_theta` with `rope_scaling`, or `rope_parameters`, which includes both."""
-    key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
-    rope = data.get(key) or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ModelError(f"{key} {rope!r} is not supported; expected one set of parameters for all layers")
-    rope = {"rope_theta": data.get("rope_theta", 10000.0), **rope}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0)) not in (None, 1):
-        raise ModelError("partial_rotary_factor other than 1 is not supported")
-    theta = _number(rope, "rope_theta")
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "linear":
-        return RopeConfig(theta=theta, kind="linear", factor=_number(rope, "factor"))
-    if kind == "llama3":
-        original = {"original_max_position_embeddings": max_positions, **rope}
-        if data.get("original_max_position_embeddings") is not None:
-            original["original_max_position_embeddings"] = data["original_max_position_embeddings"]
-        low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
-        if low >= high:
-            raise ModelError(f"{key}: low_freq_factor ({low}) must be below high_freq_factor ({high})")
-        return RopeConfig(
-            theta=theta,
-            kind="llama3",
-            factor=_number(rope, "factor"),
-            low_freq_factor=low,
-            high_freq_factor=high,
-            original_max_positions=_integer(original, "original_max_position_embeddings"),
-        )
-    raise ModelError(f"{key}: rope_type {kind!r} is not supported; these are: default, linear, llama3")
+def _biases(data: Json, model_type: str) -> tuple[bool, bool, bool]:
+    """Return which projections have biases: query, key and value; attention's output; the feed-forward network."""
+    if model_type == "qwen2":
+        return True, False, False
+    if model_type == "mistral":
+        return False, False, False
+    if model_type == "internlm3":  # its own names, and those that transformers gives to Llama
+        other = flag(data, "bias", flag(data, "mlp_bias"))
+        return flag(data, "qkv_bias", flag(data, "attention_bias")), other, other
+    if model_type == "seed_oss":
+        return flag(data, "attention_bias", True), flag(data, "attention_out_bias"), flag(data, "mlp_bias")
+    biased = flag(data, "attention_bias")
+    return biased, biased, model_type == "llama" and flag(data, "mlp_bias")
 
 
 def _sliding_window(data: Json, model_type: str) -> int | None:
     """Return the window if any layer uses it, else None."""
-    if model_type == "llama" or (model_type != "mistral" and not _flag(data, "use_sliding_window")):
+    if model_type not in ("mistral", "qwen2", "qwen3"):
+        return None
+    if model_type != "mistral" and not flag(data, "use_sliding_window"):
         return None
     if data.get("sliding_window", 4096) is None:
         return None
-    window = _integer(data, "sliding_window", 4096)
+    window = integer(data, "sliding_window", 4096)
     layer_types = data.get("layer_types")
     if model_type == "mistral":
         return window
     if layer_types is None:
-        first = _integer(data, "max_window_layers", 28, minimum=0)
-        return window if first < _integer(data, "num_hidden_layers") else None
-    if not isinstance(layer_types, list) or set(layer_types) - {"full_attention", "sliding_attention"}:
-        raise ModelError(f"layer_types {layer_types!r} is not supported")
+        first = integer(data, "max_window_layers", 28, minimum=0)
+        return window if first < integer(data, "num_hidden_layers") else None
     return window if "sliding_attention" in layer_types else None
-
-
-def _token_ids(data: Json, key: str) -> list[int]:
-    """Parse a key that holds one token id, a list of them, or nothing."""
-    value = data.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
-        raise ModelError(f"{key} {value!r} is neither a token id nor a list of them")
-    return ids
-
-
-def _integer(data: Json, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-    """Parse an integer; `default` replaces an absent or null key."""
-    value = data.get(key, default)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ModelError(f"{key} {value!r} is not an integer of at least {minimum}")
-    return value
-
-
-def _number(data: Json, key: str, default: float | None = None) -> float:
-    value = data.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ModelError(f"{key} {value!r} is not a number above 0")
-    return float(value)
-
-
-def _flag(data: Json, key: str) -> bool:
-    """Parse a boolean; absent and null are False."""
-    value = data.get(key)
-    if value not in (None, False, True):
-        raise ModelError(f"{key} {value!r} is neither true nor false")
-    return bool(value)

@@ -8,6 +8,7 @@ converting to it runs code from the checkpoint: pickled weights are refused.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -21,11 +22,13 @@ from models.checkpoint import Checkpoint, NamedTensors, open_directory
 from models.config import ModelConfig, ModelError, parse_config
 from models.gguf import open_gguf
 from models.llama import Llama
+from models.weights import HEAD, is_finite
 from parallel.group import Group
 from parallel.layers import Placement
 
+log = logging.getLogger(__name__)
+
 SHARD_BYTES = 4_000_000_000
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -52,6 +55,7 @@ def install(
         try:
             write_weights(tensors, part, shard_bytes)
             for name, text in checkpoint.texts.items():
+                (part / name).parent.mkdir(exist_ok=True)
                 (part / name).write_text(text, encoding="utf-8")
             _write_json(part / "config.json", served_config(checkpoint.config))
             _replace(part, dst, force)
@@ -88,25 +92,20 @@ def _checked(config: ModelConfig, tensors: NamedTensors) -> Iterator[tuple[str, 
     """Yield `tensors` in bf16. Raises ModelError unless they are exactly the model's, with its shapes."""
     model = Llama(config, Placement(Group.single(), torch.bfloat16, torch.device("meta")))
     missing = {slot.source: slot.full_shape for slot in model.weight_slots()}
-    twins: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
-        if name.endswith(".rotary_emb.inv_freq"):
+        if config.tie_word_embeddings and name == HEAD:
             continue
-        if config.tie_word_embeddings and name in (_EMBEDDING, _HEAD):
-            twins[name] = tensor
-            if name == _HEAD:
-                continue
         if (shape := missing.pop(name, None)) is None:
             raise ModelError(f"unexpected tensor {name}")
         if tuple(tensor.shape) != shape:
             raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"tensor {name} is {tensor.dtype}; only unquantized weights can be converted")
+        if not is_finite(tensor):
+            log.warning("tensor %s holds values that are NaN or infinite: the text may be nonsense", name)
         yield name, tensor.to(torch.bfloat16).contiguous()
     if missing:
         raise ModelError(f"{len(missing)} tensors are missing, among them {min(missing)}")
-    if len(twins) == 2 and not torch.equal(twins[_EMBEDDING], twins[_HEAD]):
-        raise ModelError(f"{_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is true")
 
 
 def write_weights(tensors: NamedTensors, directory: Path, shard_bytes: int) -> None:
@@ -149,7 +148,7 @@ def served_config(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if rope and not config.get("rope_scaling"):
         scaled = rope.get("rope_type", "default") != "default"
-        config["rope_theta"] = rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta")
+        config["rope_theta"] = parse_config(config).rope.theta
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
     return config
 

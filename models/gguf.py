@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 
 from models.checkpoint import Checkpoint
-from models.config import ModelError
+from models.files.json_values import ModelError, describe_lfs_pointer, is_lfs_pointer
 
 INSTALL = "pip install 'magicdec[convert]'"
 _PACKAGES = ("transformers", "gguf", "accelerate")
@@ -28,6 +28,8 @@ _RESTORED_PRETOKENIZERS = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "gpt-
 
 def open_gguf(src: Path) -> Checkpoint:
     """Open a GGUF file. Raises ModelError: a package is missing; the file is broken, no Llama, or not convertible."""
+    if is_lfs_pointer(src):
+        raise ModelError(describe_lfs_pointer(src, "weights"))
     for package in _PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise ModelError(f"reading GGUF needs {package}: {INSTALL}")

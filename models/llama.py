@@ -1,4 +1,4 @@
-"""The decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3): one rank's shard."""
+"""The decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3, Seed-OSS, InternLM3): one rank's shard."""
 
 from __future__ import annotations
 
@@ -118,12 +118,14 @@ class Llama(Module):
 
     vocab_start, vocab_size: this rank computes the logits of tokens vocab_start … vocab_start + vocab_size - 1.
     heads, kv_heads: this rank's. kv_heads, head_dim, num_layers: sizes of its KV pool.
-    rotary: cosines and sines of all positions, each [positions, head_dim / 2].
+    rotary: cosines and sines of all positions that forwards can have, each [positions, head_dim / 2].
     """
 
     def __init__(self, config: ModelConfig, place: Placement, max_positions: int | None = None) -> None:
-        """max_positions: run at more positions than the model was made for (for a draft model, whose mistakes cost only
-        time). Raises ModelError if the model cannot be split over that many ranks.
+        """max_positions: number of positions that forwards can have; None: the model's own. A draft model may have more
+        than it was made for, since its mistakes cost only time.
+
+        Raises ModelError if the model cannot be split over that many ranks.
         """
         self.config = config
         self.dtype, self.device, self.ops = place.dtype, place.device, place.ops
@@ -142,7 +144,7 @@ class Llama(Module):
         # Tables as wide as the arithmetic around them: float32 for models of 16 bits, which then round once.
         self.rotary = rotary_tables(
             _frequencies(config.rope, config.head_dim),
-            max(config.max_position_embeddings, max_positions or 0),
+            max_positions or config.max_model_len,
             dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
             device=self.device,
         )

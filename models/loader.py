@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,15 @@ from tqdm import tqdm
 
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
-from models.config import ModelConfig, ModelError, read_config, read_json
+from models.config import ModelConfig, ModelError, read_config
+from models.files.special_tokens import token_numbers
 from models.llama import Llama
-from models.weights import opened, weight_files
+from models.weights import FLOATS, StoredTensors, find_tensors, is_finite, opened
 from parallel.group import Group
 from parallel.layers import Placement
 from parallel.module import WeightSlot
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -38,38 +40,34 @@ def load_model(
 
     Weights are converted to `dtype`. progress: whether to draw a bar on stderr. max_positions: see Llama. ops: the
     model's arithmetic. int8: round matrices to 8 bits. Pickled weights are never opened.
+    Logs what it reads otherwise than it is written, and weights that are not finite.
     Raises ModelError: missing or broken files, a model that is not supported, tensors that are missing, unknown or of
-    the wrong shape or type, a tokenizer with more tokens than the model embeds.
+    the wrong shape or type.
     """
     config = read_config(path)
-    _check_tokenizer(path, config.vocab_size)
-    files = weight_files(path)
+    stored = find_tensors(path, config.tie_word_embeddings)
+    warnings = [*config.warnings, *stored.warnings, *_check_tokenizer(path, config.vocab_size)]
+    if group.rank == 0:
+        for warning in warnings:
+            log.warning("%s: %s", path, warning)
+    config = replace(config, tie_word_embeddings=stored.tied)
     model = Llama(config, Placement(group, dtype, device, ops), max_positions)
     slots = {slot.source: slot for slot in model.weight_slots()}
-    wanted = set(slots)
+    _check_names(path, set(slots), stored)
     total = sum(slot.tensor.nbytes for slot in slots.values())
-    head: tuple[Path, str] | None = None
+    not_finite: list[str] = []
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="Loading weights", file=sys.stderr, disable=not progress
     ) as bar:
-        for file in files:
+        for file, tensors in stored.by_file():
             with opened(file) as checkpoint:
-                for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
-                    if name in wanted:
-                        _fill(slots[name], checkpoint, file)
-                        wanted.remove(name)
-                        bar.update(slots[name].tensor.nbytes)
-                    elif name in slots:
-                        raise ModelError(f"{file}: tensor {name} is also in another file")
-                    elif name == _HEAD and config.tie_word_embeddings:
-                        head = file, name
-                    elif not name.endswith(".rotary_emb.inv_freq"):
-                        raise ModelError(f"{file}: unexpected tensor {name}")
-    if wanted:
-        names = ", ".join(sorted(wanted)[:3]) + (f" and {len(wanted) - 3} more" if len(wanted) > 3 else "")
-        raise ModelError(f"{path}: tensors missing from the weight files: {names}")
-    if head is not None:
-        _check_tied(slots[_EMBEDDING], *head)
+                for name, stored_name in tensors:
+                    if not _fill(slots[name], checkpoint, file, stored_name):
+                        not_finite.append(f"{file}: tensor {stored_name}")
+                    bar.update(slots[name].tensor.nbytes)
+    if not_finite:
+        count = f" (the first of {len(not_finite)})" if len(not_finite) > 1 else ""
+        log.warning("%s%s holds values that are NaN or infinite: the text may be nonsense", not_finite[0], count)
     del slots
     model.prepare(int8)
     return model
@@ -103,36 +101,41 @@ def random_model(
     return model
 
 
-def _fill(slot: WeightSlot, checkpoint: Any, file: Path) -> None:
-    source = checkpoint.get_slice(slot.source)
+def _check_names(path: Path, wanted: set[str], stored: StoredTensors) -> None:
+    """Raise ModelError unless the stored tensors are exactly the `wanted` ones."""
+    for name, (file, _) in stored.sources.items():
+        if name not in wanted:
+            raise ModelError(f"{file}: unexpected tensor {name}")
+    if missing := sorted(wanted - stored.sources.keys()):
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"{path}: tensors missing from the weight files: {names}")
+
+
+def _fill(slot: WeightSlot, checkpoint: Any, file: Path, name: str) -> bool:
+    """Fill a slot from the stored tensor `name`. Returns whether this rank's part of it is finite."""
+    source = checkpoint.get_slice(name)
     shape = tuple(source.get_shape())
     if shape != slot.full_shape:
-        raise ModelError(f"{file}: tensor {slot.source} has shape {list(shape)}, expected {list(slot.full_shape)}")
-    if source.get_dtype() not in _FLOATS:
-        raise ModelError(f"{file}: tensor {slot.source} has unsupported type {source.get_dtype()}")
-    slot.tensor.copy_(source[slot.index])
+        raise ModelError(f"{file}: tensor {name} has shape {list(shape)}, expected {list(slot.full_shape)}")
+    if source.get_dtype() not in FLOATS:
+        raise ModelError(f"{file}: tensor {name} has unsupported type {source.get_dtype()}")
+    part = source[slot.index]
+    slot.tensor.copy_(part)
+    return is_finite(part)
 
 
-def _check_tied(embedding: WeightSlot, file: Path, name: str) -> None:
-    """Check the head that some checkpoints store although it is tied; if it differs, config.json is wrong."""
-    twin = WeightSlot(torch.empty_like(embedding.tensor), name, embedding.full_shape, embedding.index)
-    with opened(file) as checkpoint:
-        _fill(twin, checkpoint, file)
-    if not torch.equal(twin.tensor, embedding.tensor):
-        raise ModelError(f"{file}: {name} differs from {embedding.source}, but tie_word_embeddings is true")
-
-
-def _check_tokenizer(path: Path, vocab_size: int) -> None:
-    """Refuse a tokenizer with ids beyond the embedding, which would fail only when a prompt contains one."""
+def _check_tokenizer(path: Path, vocab_size: int) -> list[str]:
+    """Return a warning if the tokenizer has ids that the model does not embed. Raises ModelError if it is broken."""
     file = path / "tokenizer.json"
     if not file.is_file():
-        return
-    data = read_json(file)
+        return []
     try:
-        vocab = data["model"]["vocab"]
-        ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()
-        tokens = 1 + max([*ids, *(token["id"] for token in data.get("added_tokens") or ())], default=-1)
-    except (KeyError, TypeError, AttributeError) as error:
+        largest = max(token_numbers(file).values(), default=-1)
+        if largest < vocab_size:
+            return []
+    except TypeError as error:
         raise ModelError(f"{file}: not a tokenizer: {error!r}") from error
-    if tokens > vocab_size:
-        raise ModelError(f"{file}: {tokens} tokens, but the model embeds {vocab_size} (vocab_size in config.json)")
+    return [
+        f"tokenizer.json has token ids up to {largest}, but the model embeds {vocab_size} (vocab_size in config.json); "
+        "prompts that contain others are refused"
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from models.config import ModelConfig, ModelError, RopeConfig, read_config
 from models.default import resolve_model
+from models.files.json_values import describe_no_directory
 
 _LLAMA_31_ROPE = RopeConfig(
     theta=500000.0, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
@@ -92,6 +93,8 @@ def find_shape(name: str) -> ModelConfig:
     if name in SHAPES:
         return SHAPES[name]
     directory = resolve_model(name)
+    if directory.is_file():
+        raise ModelError(describe_no_directory(directory))
     if not directory.is_dir():
         raise ModelError(f"{name!r} is neither a model directory nor one of {', '.join(SHAPES)}")
     return read_config(directory)

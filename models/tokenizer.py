@@ -12,6 +12,10 @@ from typing import Any
 
 import tokenizers
 
+from models.files.chat_template_files import read_chat_template
+from models.files.json_values import ModelError, describe_lfs_pointer, describe_no_directory, is_lfs_pointer
+from models.files.special_tokens import read_special_tokens
+
 REPLACEMENT = "\ufffd"
 _LONGEST_INCOMPLETE = 3
 """Largest number of bytes of an incomplete UTF-8 character."""
@@ -31,16 +35,15 @@ class Tokenizer:
 
     Thread-safe: encode and decode may be called from any thread.
 
-    bos_token, eos_token: text of the special tokens, None if the model has none; likewise their ids.
+    special_tokens: text of each special token, by name (bos_token and the like), as its files name them.
+    bos_token, eos_token: those two, None if the model has none; likewise their ids.
     chat_template: jinja2 source, None if the model has none.
     """
 
     def __init__(self, path: str | Path) -> None:
         """path: a model directory. Raises TokenizerError."""
         directory = Path(path)
-        source = _read(directory / "tokenizer.json")
-        if source is None:
-            raise TokenizerError(f"{directory}: no tokenizer.json")
+        source = _read(directory)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(source)
             decoder = json.loads(source).get("decoder") or {}
@@ -55,10 +58,12 @@ class Tokenizer:
         self._special_names = {id: token.content for id, token in added.items() if token.special}
         self._bytes_of = _byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else None
 
-        config = _mapping(directory / "tokenizer_config.json")
-        self.bos_token = _special(config, "bos_token")
-        self.eos_token = _special(config, "eos_token")
-        self.chat_template = _read(directory / "chat_template.jinja") or _chat_template(config)
+        try:
+            self.special_tokens = read_special_tokens(directory)
+            self.chat_template = read_chat_template(directory)
+        except ModelError as error:
+            raise TokenizerError(str(error)) from None
+        self.bos_token, self.eos_token = map(self.special_tokens.get, ("bos_token", "eos_token"))
 
     @property
     def vocab_size(self) -> int:
@@ -274,38 +279,15 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def _read(path: Path) -> str | None:
+def _read(directory: Path) -> str:
+    path = directory / "tokenizer.json"
+    if not directory.is_dir():
+        raise TokenizerError(describe_no_directory(directory))
+    if not path.is_file():
+        raise TokenizerError(f"{directory}: no tokenizer.json")
     try:
+        if is_lfs_pointer(path):
+            raise TokenizerError(describe_lfs_pointer(path, "a tokenizer"))
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"{path}: {error}") from None
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    source = _read(path)
-    if source is None:
-        return {}
-    try:
-        content = json.loads(source)
-    except ValueError as error:
-        raise TokenizerError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: expected a JSON object")
-    return content
-
-
-def _special(config: dict[str, Any], name: str) -> str | None:
-    value = config.get(name)
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _chat_template(config: dict[str, Any]) -> str | None:
-    value = config.get("chat_template")
-    if isinstance(value, list):  # named templates
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None

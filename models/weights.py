@@ -1,18 +1,33 @@
-"""Safetensors files of a model directory. Pickled weights are never opened, only named in errors."""
+"""Safetensors files of a model directory, and the tensors in them. Pickled weights are never opened, only named in
+errors."""
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from models.config import ModelError, read_json
+from models.files.json_values import ModelError, describe_lfs_pointer, is_lfs_pointer, read_json
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of weights that can be loaded, as safetensors names them."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias|(self_)?attn\.bias|attention\.bias)$")
+"""Constants of a model's code that old versions of transformers store with its weights."""
+_CACHE_SCALES = re.compile(r"\.(q|k|v|kv|prob)_scale$")
+"""Scales of an 8-bit KV cache, which is not used here."""
+_BLOCK = 4096
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -40,10 +55,83 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensors:
+    """Tensors of a model, as they are stored.
+
+    sources: the file of each, and its name there, by the model's name for it; those of one file are adjacent.
+    tied: whether the LM head uses the embedding's weight, which is then stored once. warnings: what the files contain
+    that is not served as it is written.
+    """
+
+    sources: dict[str, tuple[Path, str]]
+    tied: bool
+    warnings: tuple[str, ...]
+
+    def by_file(self) -> Iterator[tuple[Path, list[tuple[str, str]]]]:
+        """Yield each file with its tensors: the model's name and the file's."""
+        for file, tensors in itertools.groupby(self.sources.items(), lambda item: item[1][0]):
+            yield file, [(name, stored) for name, (_, stored) in tensors]
+
+
+def find_tensors(path: Path, tied: bool) -> StoredTensors:
+    """Find the tensors of the model directory `path`, whose config.json says whether embedding and LM head are `tied`.
+
+    As in transformers, what is stored decides: two different weights are not tied; the only one serves for both.
+    Raises ModelError.
+    """
+    sources: dict[str, tuple[Path, str]] = {}
+    has_scales, warnings = False, []
+    for file in weight_files(path):
+        with opened(file) as checkpoint:
+            for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
+                if name in sources:
+                    raise ModelError(f"{file}: tensor {name} is also in another file")
+                if _CACHE_SCALES.search(name):
+                    has_scales = True
+                elif not _BUFFERS.search(name):
+                    sources[name] = file, name
+    if has_scales:
+        warnings.append("scales of an 8-bit KV cache are not used: the cache has the model's precision")
+    if tied and EMBEDDING not in sources and HEAD in sources:
+        sources = {EMBEDDING if name == HEAD else name: source for name, source in sources.items()}
+    elif tied and HEAD in sources:
+        tied = _have_equal_values(sources[EMBEDDING], sources[HEAD])
+        if tied:
+            del sources[HEAD]
+        else:
+            warnings.append(f"{HEAD} differs from {EMBEDDING}, so it is used, although tie_word_embeddings is true")
+    elif not tied and EMBEDDING in sources and HEAD not in sources:
+        tied = True
+        warnings.append(f"{HEAD} is not stored, so {EMBEDDING} is used, although tie_word_embeddings is false")
+    return StoredTensors(sources, tied, tuple(warnings))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a floating-point tensor holds neither NaN nor infinite values."""
+    return not tensor.numel() or all(math.isfinite(bound) for bound in torch.aminmax(tensor))
+
+
+def _have_equal_values(first: tuple[Path, str], second: tuple[Path, str]) -> bool:
+    """Compare two stored matrices, a block of rows at a time; in different precisions, in the lower one."""
+    with opened(first[0]) as one, opened(second[0]) as other:
+        a, b = one.get_slice(first[1]), other.get_slice(second[1])
+        if a.get_shape() != b.get_shape() or not {a.get_dtype(), b.get_dtype()} <= set(FLOATS):
+            return False
+        for start in range(0, a.get_shape()[0], _BLOCK):
+            x, y = a[start : start + _BLOCK], b[start : start + _BLOCK]
+            dtype = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+            if not torch.equal(x.to(dtype), y.to(dtype)):
+                return False
+    return True
+
+
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     """Open a safetensors file. Raises ModelError if it is not a readable one."""
     try:
+        if is_lfs_pointer(file):
+            raise ModelError(describe_lfs_pointer(file, "weights"))
         with safe_open(str(file), framework="pt") as checkpoint:
             yield checkpoint
     except (SafetensorError, OSError) as error:

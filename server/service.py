@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import ParamSpec, TypeVar
 
 from engine.config.deployment import Config
 from engine.processes.supervisor import Supervisor
+from models.default import resolve_model
+from models.files.generation_defaults import GenerationDefaults, read_generation_defaults
 from models.tokenizer import Tokenizer
 from server.errors import ApiError, draining, engine_dead, engine_restarting, unavailable
 from server.limits import check_tokens
@@ -18,6 +21,8 @@ from server.observe.metrics import Metrics
 from server.observe.tracing import Tracing
 from server.text.template import ChatTemplate, Rendered
 from server.version import build
+
+logger = logging.getLogger(__name__)
 
 _DURATION_WEIGHT = 0.05
 """Weight of the newest request in the moving average of request durations."""
@@ -43,6 +48,7 @@ class Service:
 
     client: None while the engine is loading.
     draining: set once the process must end; new requests are refused then.
+    generation_defaults: of sampling parameters that a request leaves open.
     build: version and commit. tracing: None if it is off.
     """
 
@@ -52,6 +58,12 @@ class Service:
         self.template = ChatTemplate(tokenizer, config.server.special_tokens_in_content)
         self.model_id = config.server.served_model_name or Path(config.engine.model).name
         self.created = int(time.time())
+        self.generation_defaults = GenerationDefaults()
+        if config.server.generation_config == "model":
+            self.generation_defaults = read_generation_defaults(resolve_model(config.engine.model))
+        if given := self.generation_defaults.given():
+            text = ", ".join(f"{name} {value:g}" for name, value in given.items())
+            logger.info("defaults of requests, from the model's generation_config.json: %s", text)
         self.client: Supervisor | None = None
         self.draining = asyncio.Event()
         self.build = build()

@@ -74,7 +74,8 @@ class EngineConfig(Settings):
     digest_every: Annotated[int, Field(ge=0)] = 0
     """Rounds between comparisons of the tokens, page tables and lengths that the ranks hold; 0: never."""
     max_model_len: Positive | None = None
-    """Maximum number of tokens of prompt and output together; None: the context length the model was trained for."""
+    """Maximum number of tokens of prompt and output together; None: the context length the model was trained for, or as
+    much of it as the KV pool holds."""
     threads: Positive | None = None
     """CPU threads per rank; None: an equal share of all cores."""
     cache: CacheConfig = CacheConfig()
@@ -106,6 +107,9 @@ class ServerConfig(Settings):
     special_tokens_in_content: bool = False
     """Encode the names of special tokens in chat messages as those tokens. Whoever writes part of a message, such as a
     document in it, can then end it and begin another."""
+    generation_config: Literal["model", "none"] = "model"
+    """Defaults of sampling parameters. model: those of the model's generation_config.json, where it names them; none:
+    those of the OpenAI API."""
     max_body_mb: Annotated[float, Field(gt=0)] = 8.0
     """Maximum size of a request body in MiB; larger ones are refused with 413."""
     engine_timeout_s: Annotated[float, Field(gt=0)] = 120.0

@@ -82,7 +82,9 @@ class Grammars:
         place before it is repeated. If the grammar fails after the committed tokens, so does the row; if it fails after
         a draft, which may be wrong, no token is allowed from there on.
         """
-        words = np.zeros((len(drafted) + 1 - first, -(-self._vocab_size // 32)), dtype=np.int32)
+        # A tokenizer may have more tokens than the model.
+        size = self._vocab_size if self._tokenizer is None else self._tokenizer.vocab_size
+        words = np.zeros((len(drafted) + 1 - first, -(-size // 32)), dtype=np.int32)
         with self._failures.guard(row, _WORK):
             mine = self._rows[row]
             filled = _fill(words, mine.matcher, drafted, first)
@@ -92,7 +94,7 @@ class Grammars:
                     raise GrammarError(mine.error)
                 mine.matcher = self._compile(mine.grammar)  # a matcher never leaves its error
                 _advance(mine.matcher, mine.output)
-        return words
+        return words[:, : -(-self._vocab_size // 32)]
 
     def error(self, row: int) -> str | None:
         """Return why the row's grammar failed after a draft of this round, if it did."""
@@ -112,10 +114,13 @@ def _read_tokenizer(file: Path, vocab_size: int, eos_token_ids: Sequence[int]) -
         return None, "the model's tokenizer.json was not found"
     if not eos_token_ids:
         return None, "the model has no end-of-sequence token, with which the output would end"
-    try:
-        return LLTokenizer(str(file), n_vocab=vocab_size, eos_token=list(eos_token_ids)), None
-    except Exception as error:  # the library raises several types
-        return None, f"the model's tokenizer is of a kind that cannot be matched: {_short(str(error))}"
+    reason = ""
+    for size in (vocab_size, None):  # None: the tokenizer's own, where it has more tokens than the model
+        try:
+            return LLTokenizer(str(file), n_vocab=size, eos_token=list(eos_token_ids)), None
+        except Exception as error:  # the library raises several types
+            reason = _short(str(error))
+    return None, f"the model's tokenizer is of a kind that cannot be matched: {reason}"
 
 
 def _advance(matcher: LLMatcher, tokens: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import EngineConfig
-from engine.worker.resolve import Resolved, pages_within
+from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
 from kernels.attention.flashinfer import PLAN_BYTES
 from models.batch import ForwardBatch
@@ -26,24 +26,26 @@ class DeviceMemory:
     running: int
 
 
-def determine_num_pages(
+def size_pool(
     config: EngineConfig, resolved: Resolved, model: Llama, group: Group, memory: DeviceMemory | None = None
-) -> int:
-    """Return the number of pages of the target's pool, the same on every rank: as resolved, or as many as fit on the
-    rank with the smallest free memory.
+) -> Resolved:
+    """Return `resolved` with the size of the pool, the same on every rank: as resolved, or as many pages as fit on the
+    rank with the smallest free memory, and a lower max_model_len where the config leaves it open and they hold
+    less.
 
     Every rank calls this, with all of its weights loaded. memory: used instead of a measurement. Raises ConfigError, on
     every rank, if the longest request does not fit.
     """
     if resolved.num_pages is not None:
-        return resolved.num_pages
+        return resolved
     if memory is None:
         memory = measure(config, model)
     share = config.cache.gpu_memory_utilization
     left = int(memory.total * share) - memory.used - memory.running - captured_bytes(config, model, memory.running)
     smallest = group.all_gather(torch.tensor([left], dtype=torch.int64, device=model.device)).min()
     named = f"the {int(smallest) / 1e9:.3g} that gpu_memory_utilization {share:g} leaves"
-    return pages_within(config, resolved, int(smallest), named)
+    setting = f"cache.gpu_memory_utilization ({share:g})"
+    return fit_pool(config, resolved, int(smallest), named, setting, warns=group.rank == 0)
 
 
 def captured_bytes(config: EngineConfig, model: Llama, running: int) -> int:

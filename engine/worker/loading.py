@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from engine.config.deployment import EngineConfig
@@ -21,12 +23,14 @@ def load_shard(
         device=device,
         group=group,
         progress=progress,
+        max_positions=resolved.max_model_len,
         ops=resolved.ops,
         int8=config.weights == "int8",
     )
 
 
 def load_target(config: EngineConfig, *, progress: bool) -> Llama:
-    """Load the whole target, for several engines of this process to share."""
+    """Load the whole target, for several engines of this process to share; each may serve its own max_model_len."""
     resolved = resolve(config.model_copy(update={"tensor_parallel_size": 1}), None)
+    resolved = replace(resolved, max_model_len=resolved.shape.max_model_len)
     return load_shard(config, resolved, resolved.device, Group.single(), progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from models.default import resolve_model
 from models.llama import Llama
 from parallel.split import split_heads
 
+log = logging.getLogger(__name__)
+
 _CPU_MEMORY_GB = 4.0
 _DTYPES = {
     "float64": torch.float64,
@@ -34,10 +37,9 @@ class Resolved:
     """Resolved settings, all but possibly the size of the pool.
 
     path: the model's directory. shape: its config. ops: the kernels. threads: CPU threads per rank. num_pages: pages of
-    the pool, the same on every rank; None: as many as fit on the devices (engine.worker.kv_memory). kv_token_bytes: KV
-    of one token, over all ranks. token_bytes, fixed_bytes: on the rank with the largest share, KV for each token of the
-    pool, and KV of drafts that does not depend on its size. min_pages: pages of the longest request. max_pages: pages
-    that all rows together can use.
+    the pool, the same on every rank; None: as many as fit on the devices (engine.worker.kv_memory), which may then
+    lower max_model_len. kv_token_bytes: KV of one token, over all ranks. token_bytes, fixed_bytes: on the rank with the
+    largest share, KV for each token of the pool, and KV of drafts that does not depend on its size.
     """
 
     path: Path
@@ -51,11 +53,10 @@ class Resolved:
     kv_token_bytes: int
     token_bytes: int
     fixed_bytes: int
-    min_pages: int
-    max_pages: int
 
     def fill_in(self, config: EngineConfig) -> EngineConfig:
-        """Return the same config with these values, for ranks that must not resolve anything themselves."""
+        """Return the same config with these values, for ranks that must not resolve anything themselves. Where devices
+        decide on the pool, max_model_len remains open: the ranks decide on it together."""
         return config.model_copy(
             update={
                 "model": str(self.path),
@@ -63,7 +64,7 @@ class Resolved:
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "kernels": self.ops.kind,
                 "threads": self.threads,
-                "max_model_len": self.max_model_len,
+                "max_model_len": config.max_model_len if self.num_pages is None else self.max_model_len,
                 "cache": config.cache.model_copy(update={"num_pages": self.num_pages}),
             }
         )
@@ -85,8 +86,6 @@ def resolve(config: EngineConfig, model: Llama | None) -> Resolved:
     draft = _draft_shape(config, shape)
     token_bytes, fixed_bytes = _draft_bytes(config, draft or shape, dtype)
     token_bytes += _kv_bytes(shape, dtype, max(kv_heads))
-    max_model_len = _max_model_len(config, shape)
-    min_pages = -(-max_model_len // config.cache.page_size)
     resolved = Resolved(
         path=path,
         shape=shape,
@@ -94,13 +93,11 @@ def resolve(config: EngineConfig, model: Llama | None) -> Resolved:
         dtype=dtype,
         ops=choose_ops(config.kernels, device, dtype) if model is None else model.ops,
         threads=config.threads or max(1, torch.get_num_threads() // ranks),
-        max_model_len=max_model_len,
+        max_model_len=_max_model_len(config, shape),
         num_pages=None,
         kv_token_bytes=_kv_bytes(shape, dtype, sum(kv_heads)),
         token_bytes=token_bytes,
         fixed_bytes=fixed_bytes,
-        min_pages=min_pages,
-        max_pages=min_pages * config.scheduler.max_rows,
     )
     if config.cache.num_pages is None and config.cache.memory_gb is None and device.type == "cuda":
         return resolved
@@ -108,7 +105,12 @@ def resolve(config: EngineConfig, model: Llama | None) -> Resolved:
         instead = "num_pages" if config.cache.num_pages is not None else "memory_gb"
         where = "" if device.type == "cuda" else "on a CPU "
         raise ConfigError(f"engine.cache.gpu_memory_utilization: {where}{instead} sets the size of the pool")
-    return replace(resolved, num_pages=_num_pages(config, resolved))
+    if config.cache.num_pages is not None:
+        return _with_pool(config, resolved, config.cache.num_pages, f"cache.num_pages ({config.cache.num_pages})")
+    memory = _CPU_MEMORY_GB if config.cache.memory_gb is None else config.cache.memory_gb
+    return fit_pool(
+        config, resolved, int(memory * 1e9), f"cache.memory_gb, {memory:g}", f"cache.memory_gb ({memory:g})"
+    )
 
 
 def draft_tokens_read(config: EngineConfig) -> Callable[[int, int], int]:
@@ -121,11 +123,18 @@ def draft_tokens_read(config: EngineConfig) -> Callable[[int, int], int]:
     return lambda context, budget: context - policies[budget].skipped(context)
 
 
-def pages_within(config: EngineConfig, resolved: Resolved, memory: int, source: str) -> int:
-    """Return the number of pages that fit into `memory` bytes in addition to the KV that drafts keep. source: name of
-    that memory in messages. Raises ConfigError."""
+def fit_pool(
+    config: EngineConfig, resolved: Resolved, memory: int, source: str, setting: str, *, warns: bool = True
+) -> Resolved:
+    """Return `resolved` with the pool that fits into `memory` bytes in addition to the KV that drafts keep, and a lower
+    max_model_len where the config leaves it open and the pool holds less.
+
+    source, setting: that memory and what sets it, in messages. warns: whether to log a lower max_model_len. Raises
+    ConfigError.
+    """
     pages = max(0, memory - resolved.fixed_bytes) // (config.cache.page_size * resolved.token_bytes)
-    return _check_pages(config, resolved, pages, _describe_drafts(config, resolved.fixed_bytes, source))
+    beside = _describe_drafts(config, resolved.fixed_bytes, source)
+    return _with_pool(config, resolved, pages, setting, beside, warns=warns)
 
 
 def _device(name: str) -> torch.device:
@@ -196,26 +205,32 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
     return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads)), fixed_bytes
 
 
-def _num_pages(config: EngineConfig, resolved: Resolved) -> int:
-    """Return the number of pages in the pool: as configured, or as many as fit in memory_gb."""
-    if config.cache.num_pages is not None:
-        return _check_pages(config, resolved, config.cache.num_pages)
-    memory = _CPU_MEMORY_GB if config.cache.memory_gb is None else config.cache.memory_gb
-    return pages_within(config, resolved, int(memory * 1e9), f"cache.memory_gb, {memory:g}")
-
-
-def _check_pages(config: EngineConfig, resolved: Resolved, pages: int, beside: str = "") -> int:
-    """Limit `pages` to the number that all rows together can use. beside: describes what else the memory holds.
+def _with_pool(
+    config: EngineConfig, resolved: Resolved, pages: int, setting: str, beside: str = "", *, warns: bool = True
+) -> Resolved:
+    """See fit_pool. The pool has at most the pages that all rows together can use. beside: describes what else the
+    memory holds.
 
     Raises ConfigError unless the longest request fits alone, so that every admitted request can finish.
     """
-    if pages < resolved.min_pages:
+    page_size, length = config.cache.page_size, resolved.max_model_len
+    if pages * page_size < length and pages and config.max_model_len is None:
+        if warns:
+            log.warning(
+                "max_model_len is %d tokens, of the model's %d: %s holds no more%s; raise it to serve longer requests",
+                pages * page_size,
+                length,
+                setting,
+                beside.rstrip(","),
+            )
+        length = pages * page_size
+    needed = -(-length // page_size)
+    if pages < needed:
         raise ConfigError(
-            f"engine.cache: {pages} pages of {config.cache.page_size} tokens{beside} hold less than one request of "
-            f"max_model_len {resolved.max_model_len} ({resolved.min_pages} pages); raise cache.memory_gb or lower "
-            "max_model_len"
+            f"engine.cache: {pages} pages of {page_size} tokens{beside} hold less than one request of "
+            f"max_model_len {length} ({needed} pages); raise {setting.partition(' ')[0]} or lower max_model_len"
         )
-    return min(pages, resolved.max_pages)
+    return replace(resolved, num_pages=min(pages, needed * config.scheduler.max_rows), max_model_len=length)
 
 
 def _describe_drafts(config: EngineConfig, fixed_bytes: int, source: str) -> str:

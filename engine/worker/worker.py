@@ -26,7 +26,7 @@ from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
 from engine.worker import consistency
 from engine.worker.build import DraftModel, drafting_model, load_draft, make_drafter, make_sampler, make_target
-from engine.worker.kv_memory import determine_num_pages
+from engine.worker.kv_memory import size_pool
 from engine.worker.loading import load_shard
 from engine.worker.resolve import Resolved
 from kernels.transfer import fetch
@@ -51,7 +51,7 @@ def noop() -> None:
 class Worker:
     """Owner of all state of one rank. Only `execute` changes it.
 
-    model: this rank's shard of the target. num_pages: of the target's pool.
+    model: this rank's shard of the target. num_pages: of the target's pool. max_model_len: of a request.
     """
 
     @classmethod
@@ -74,8 +74,10 @@ class Worker:
         if model is None:
             model = load_shard(config, resolved, device, group, progress=progress)
         draft = load_draft(config, model, resolved.max_model_len, draft_group)
-        num_pages = determine_num_pages(config, resolved, model, group)
-        return cls(model, config, num_pages=num_pages, max_model_len=resolved.max_model_len, group=group, draft=draft)
+        resolved = size_pool(config, resolved, model, group)
+        assert resolved.num_pages is not None
+        length = resolved.max_model_len
+        return cls(model, config, num_pages=resolved.num_pages, max_model_len=length, group=group, draft=draft)
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class Worker:
         draft: DraftModel,
     ) -> None:
         """Use `load`."""
-        self.model, self.num_pages = model, num_pages
+        self.model, self.num_pages, self.max_model_len = model, num_pages, max_model_len
         self._group = group
         self._groups = [group] if draft.group is None or draft.group is group else [group, draft.group]
         self._digest_every = config.digest_every if group.size > 1 else 0

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.messages import Ready
 from engine.params import MAX_LOGPROBS, SamplingParams
+from models.files.generation_defaults import GenerationDefaults
 from server.bodies.strict import WHOLE, Body, NotServed, only
 from server.errors import ApiError, draining, from_validation
 from server.limits import (
@@ -32,6 +33,8 @@ from server.service import Service
 from server.text.structured import ResponseFormat, StructuredOutputs, check_grammar, grammar_of
 
 Model = TypeVar("Model", bound=Body)
+
+_NO_DEFAULTS = GenerationDefaults()
 
 
 async def read(request: Request, model: type[Model]) -> Model:
@@ -243,17 +246,25 @@ class CompletionFields(Body):
         return found
 
     def sampling(
-        self, ready: Ready, *, max_tokens: int, logprobs: int | None, constraints: Mapping[str, Any] | None = None
+        self,
+        ready: Ready,
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        defaults: GenerationDefaults = _NO_DEFAULTS,
+        constraints: Mapping[str, Any] | None = None,
     ) -> SamplingParams:
-        """Convert to SamplingParams. constraints: result of `constraints`. Raises ApiError: a value out of range, or a
-        token that the model does not have."""
+        """Convert to SamplingParams. defaults: of fields that are left open. constraints: result of `constraints`.
+
+        Raises ApiError: a value out of range, or a token that the model does not have.
+        """
         wanted = {
             **(constraints or {}),
             "max_tokens": max_tokens,
             "logprobs": logprobs,
             "allowed_token_ids": self.allowed_token_ids,
             "prompt_logprobs": self.prompt_logprobs,
-            "top_k": None if self.top_k in (None, -1) else min(self.top_k, MAX_INT),
+            "top_k": None if self.top_k is None else min(max(self.top_k, 0), MAX_INT),
             "seed": secrets.randbits(63) if self.seed is None else self.seed,
             "max_draft_tokens": self._max_draft_tokens(),
         }
@@ -262,8 +273,9 @@ class CompletionFields(Body):
             " logit_bias stop stop_token_ids ignore_eos include_stop_str_in_output skip_special_tokens"
         )
         wanted |= {name: getattr(self, name) for name in same_name.split()}
+        given = {name: value for name, value in wanted.items() if value is not None}
         try:
-            params = msgspec.convert({k: v for k, v in wanted.items() if v is not None}, SamplingParams)
+            params = msgspec.convert({**defaults.given(), **given}, SamplingParams)
         except msgspec.ValidationError as error:
             raise _out_of_range(error) from None
         if params.min_tokens > max_tokens:

@@ -21,6 +21,11 @@ class LogStyle(StrEnum):
     json = "json"
 
 
+class GenerationConfig(StrEnum):
+    model = "model"
+    none = "none"
+
+
 class LogLevel(StrEnum):
     debug = "debug"
     info = "info"
@@ -41,6 +46,10 @@ def serve(
             "--special-tokens-in-content/--no-special-tokens-in-content",
             help="Encode names of special tokens in chat messages as those tokens, not as plain text.",
         ),
+    ] = None,
+    generation_config: Annotated[
+        GenerationConfig | None,
+        typer.Option(help="Defaults of sampling parameters: model: its generation_config.json; none: OpenAI's."),
     ] = None,
     restart: Annotated[
         bool | None, typer.Option("--restart/--no-restart", help="Restart the engine when it dies.")
@@ -79,6 +88,7 @@ def serve(
         "server.port": port,
         "server.served_model_name": served_model_name,
         "server.special_tokens_in_content": special_tokens_in_content,
+        "server.generation_config": generation_config and generation_config.value,
         "server.restart": restart,
         "server.log_level": log_level and log_level.value,
         "server.log_format": log_format and log_format.value,

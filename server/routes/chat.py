@@ -70,6 +70,7 @@ class _Answer:
             service.engine().ready,
             max_tokens=service.fit(tokens, asked, None),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            defaults=service.generation_defaults,
             constraints=await body.constraints(service),
         )
         choices = [

@@ -87,7 +87,13 @@ class _Answer:
             max_tokens = service.fit(tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
             # An echoed prompt gets log-probabilities too.
             told = body.logprobs if body.echo and body.prompt_logprobs is None else None
-            params = body.sampling(ready, max_tokens=max_tokens, logprobs=body.logprobs, constraints=constraints)
+            params = body.sampling(
+                ready,
+                max_tokens=max_tokens,
+                logprobs=body.logprobs,
+                defaults=service.generation_defaults,
+                constraints=constraints,
+            )
             if told is not None:
                 params = msgspec.structs.replace(params, prompt_logprobs=told)
             prompt_tokens += len(tokens)

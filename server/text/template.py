@@ -57,7 +57,7 @@ class ChatTemplate:
             except Exception as error:  # Python's own compiler can raise too
                 self._missing = "this model's chat template is broken"
                 logger.warning("%s, so chat is refused: %s", self._missing, error)
-        self._special = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+        self._special = {"bos_token": "", "eos_token": "", **tokenizer.special_tokens}
 
     @property
     def available(self) -> bool:

@@ -15,7 +15,7 @@ from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.worker.kv_memory import determine_num_pages, measure
+from engine.worker.kv_memory import measure, size_pool
 from engine.worker.resolve import resolve
 from models.default import default_model_dir
 from models.llama import Llama
@@ -102,7 +102,7 @@ def test_the_pool_takes_what_is_left(model: Llama) -> None:
     assert 0 < memory.running < memory.total
     assert 0 < memory.used < memory.total
     sizes = dataclasses.replace(resolve(config, model), num_pages=None)
-    assert determine_num_pages(config, sizes, model, Group.single()) == sizes.max_pages
+    assert size_pool(config, sizes, model, Group.single()).num_pages == -(-2000 // 16) * config.scheduler.max_rows
 
 
 def test_the_default_model_follows_the_law() -> None:

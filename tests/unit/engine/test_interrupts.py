@@ -139,11 +139,11 @@ def test_faults_at_any_place(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, faulty)
             with contextlib.suppress(ZeroDivisionError):
-                llm.generate(PROMPTS, BESIDE)
+                offline.generate(PROMPTS, BESIDE)
 
     settings: dict[str, Any] = {"speculation": {"gamma": 2, "kv": {"budget": 16, "sink": 4}}, "cache": {"page_size": 4}}
-    with LLM(str(directory), loaded=model, max_model_len=128, **settings) as llm:
-        went_on = check_stream(llm, expected, interrupted)
+    with LLM(str(directory), loaded=model, max_model_len=128, **settings) as offline:
+        went_on = check_stream(offline, expected, interrupted)
     assert went_on or place != (Runner, "forward")
 
 

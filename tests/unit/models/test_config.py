@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_rope_spellings(changes: dict[str, Any], rope: RopeConfig) -> None:
     assert parse_config(llama(**changes)).rope == rope
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "seed_oss", "internlm3"])
 def test_reads_what_transformers_writes(model_type: str, tmp_path: Path) -> None:
     """Defaults included: an empty config of each family, saved and read back, has the same values on both sides."""
     theirs = transformers.AutoConfig.for_model(model_type, architectures=architectures_of(model_type))
@@ -174,7 +175,115 @@ def test_reads_what_transformers_writes(model_type: str, tmp_path: Path) -> None
 
 
 def architectures_of(model_type: str) -> list[str]:
-    return [f"{model_type.capitalize()}ForCausalLM"]
+    names = {"seed_oss": "SeedOss", "internlm3": "InternLM3"}
+    return [f"{names.get(model_type, model_type.capitalize())}ForCausalLM"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "seed_oss", "internlm3"])
+def test_absent_keys_have_the_defaults_of_transformers(model_type: str) -> None:
+    theirs = transformers.AutoConfig.for_model(model_type, num_attention_heads=32, sliding_window=None)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    ours = parse_config({"model_type": model_type, "sliding_window": None} | {k: getattr(theirs, k) for k in sizes})
+    assert ours.max_model_len == theirs.max_position_embeddings
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_biases_by_family() -> None:
+    def biases(model_type: str, **keys: bool) -> tuple[bool, bool, bool]:
+        data = without(llama(model_type=model_type, **keys), "architectures", *({"attention_bias"} - {*keys}))
+        config = parse_config(data)
+        return config.qkv_bias, config.o_bias, config.mlp_bias
+
+    assert biases("seed_oss") == (True, False, False)
+    assert biases("seed_oss", attention_bias=False, attention_out_bias=True, mlp_bias=True) == (False, True, True)
+    assert biases("internlm3") == (False, False, False)
+    assert biases("internlm3", qkv_bias=True) == (True, False, False)
+    assert biases("internlm3", bias=True) == (False, True, True)
+    assert biases("internlm3", attention_bias=True, mlp_bias=True) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest", "warning"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 2048, None),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.5}}, 1280, None),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 128}}, 512, None),
+        ({"rope_scaling": LLAMA["rope_scaling"]}, 512, None),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 512, "rope_type dynamic: served up to .*512"),
+        ({"dual_chunk_attention_config": {"chunk_size": 400, "local_size": 80}}, 320, "served up to 320 tokens"),
+        ({"dual_chunk_attention_config": {"chunk_size": 4000, "local_size": 80}}, 512, None),
+        (
+            {
+                "dual_chunk_attention_config": {
+                    "chunk_size": 400,
+                    "local_size": 80,
+                    "original_max_position_embeddings": 256,
+                }
+            },
+            256,
+            "served up to 256 tokens",
+        ),
+    ],
+)
+def test_longest_request(changes: dict[str, Any], longest: int, warning: str | None) -> None:
+    """Linear scaling multiplies the positions. Where others change the arithmetic beyond a length, it is the limit."""
+    config = parse_config(llama(max_position_embeddings=512, **{"rope_scaling": None, **changes}))
+    assert config.max_model_len == longest
+    assert len(config.warnings) == (warning is not None)
+    assert re.search(warning or "", " ".join(config.warnings))
+
+
+@pytest.mark.parametrize(
+    ("key", "neutral", "other"),
+    [
+        ("attn_logit_softcapping", None, 50.0),
+        ("final_logit_softcapping", 0, 30.0),
+        ("logits_scaling", 1.0, 8.0),
+        ("residual_multiplier", 1.0, 0.22),
+        ("embedding_multiplier", 1, 12),
+        ("attention_multiplier", None, 0.0078),
+        ("scale_emb", 1, 12),
+        ("scale_depth", None, 1.4),
+        ("attention_sinks", False, True),
+        ("use_qk_norm", False, True),
+        ("no_rope_layers", [1, 1], [0, 1]),
+        ("clip_qkv", None, 8.0),
+        ("parallel_attn", False, True),
+        ("alibi", False, True),
+        ("rope_interleaved", False, True),
+        ("use_logn_attn", False, True),
+        ("hidden_activation", "silu", "gelu_pytorch_tanh"),
+        ("rope_condense_ratio", 1, 4),
+        ("is_causal", True, False),
+        ("use_bidirectional_attention", False, True),
+        ("num_key_value_heads_per_layer", None, [4, 2]),
+        ("layer_types", ["full_attention"] * 32, ["chunked_attention"] * 32),
+    ],
+)
+def test_keys_of_other_models(key: str, neutral: Any, other: Any) -> None:
+    assert parse_config(llama(**{key: neutral})) == parse_config(LLAMA)
+    with pytest.raises(ModelError, match=key):
+        parse_config(llama(**{key: other}))
+
+
+def test_null_is_absent() -> None:
+    nulls: dict[str, Any] = dict.fromkeys(("rope_theta", "rms_norm_eps", "max_position_embeddings", "head_dim"))
+    absent = parse_config(without(llama(rope_scaling=None), *nulls))
+    assert parse_config(llama(rope_scaling=None, **nulls)) == absent
+    assert absent.rope.theta == 10000.0
+    assert absent.max_model_len == 2048
+
+
+def test_a_quantization_is_named_by_its_method() -> None:
+    layers = {f"group_{i}": {"weights": {"num_bits": 4}} for i in range(200)}
+    config = llama(quantization_config={"quant_method": "compressed-tensors", "config_groups": layers})
+    with pytest.raises(ModelError) as error:
+        parse_config(config)
+    says = "quantization_config ('compressed-tensors') is not supported; use the model's weights in 16 bits"
+    assert str(error.value) == says
 
 
 @pytest.mark.parametrize(
@@ -187,7 +296,11 @@ def architectures_of(model_type: str) -> list[str]:
         (llama(num_local_experts=8), "num_local_experts 8"),
         (llama(hidden_act="gelu"), "hidden_act 'gelu'"),
         (llama(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling: rope_type 'yarn'"),
-        (llama(rope_scaling={"type": "dynamic", "factor": 4.0}), "rope_type 'dynamic'"),
+        (llama(rope_condense_ratio=8), 'rope_condense_ratio 8 .*"rope_type": "linear", "factor": 8'),
+        (llama(no_rope_layers=[1, 0]), r"no_rope_layers \[1, 0\]"),
+        (llama(layer_types=["linear_attention"] * 32), "layer_types"),
+        (llama(hidden_activation="gelu"), "hidden_activation 'gelu'"),
+        (llama(dual_chunk_attention_config={"chunk_size": 8, "local_size": 8}), "chunk_size must be more"),
         (llama(rope_scaling={"type": "linear"}), "factor None"),
         (llama(rope_scaling={"type": "linear", "factor": 0}), "factor 0"),
         (llama(rope_scaling={**LLAMA["rope_scaling"], "low_freq_factor": 4.0}), "low_freq_factor"),
@@ -223,6 +336,35 @@ def test_end_tokens_of_both_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(llama(eos_token_id=None, bos_token_id=None)))
     assert read_config(tmp_path).eos_token_ids == (4, 9)
     assert read_config(tmp_path).bos_token_id is None
+
+
+def write_tokenizer_files(directory: Path, **files: Any) -> None:
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("eos", ["<end>", {"content": "<end>", "lstrip": False}])
+@pytest.mark.parametrize("named_by", ["tokenizer_config", "special_tokens_map"])
+@pytest.mark.parametrize("vocab", [{"a": 0, "<end>": 7}, [["a", 0.0]] * 7 + [["<end>", 0.0]]])
+def test_end_token_of_the_tokenizer(tmp_path: Path, eos: Any, named_by: str, vocab: Any) -> None:
+    files = {"config": llama(eos_token_id=9), "tokenizer": {"model": {"vocab": vocab}}, named_by: {"eos_token": eos}}
+    write_tokenizer_files(tmp_path, **files)
+    assert read_config(tmp_path).eos_token_ids == (7, 9)
+    write_tokenizer_files(tmp_path, config=llama(eos_token_id=None))
+    assert read_config(tmp_path).eos_token_ids == (7,)
+    added = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 11, "content": "<end>"}]}
+    write_tokenizer_files(tmp_path, tokenizer=added)
+    assert read_config(tmp_path).eos_token_ids == (11,)
+    write_tokenizer_files(tmp_path, tokenizer={"model": {"vocab": {"a": 0}}})  # the tokenizer lacks it
+    assert read_config(tmp_path).eos_token_ids == ()
+    assert read_config(tmp_path).warnings == ()
+
+
+def test_end_tokens_outside_the_vocabulary_are_dropped() -> None:
+    config = parse_config(llama(eos_token_id=[128256, 128255, -1]), {"eos_token_id": 128256})
+    assert config.eos_token_ids == (128255,)
+    assert [warning.split(" is not")[0] for warning in config.warnings] == ["eos_token_id -1", "eos_token_id 128256"]
+    assert parse_config(llama(eos_token_id=None)).eos_token_ids == ()
 
 
 def test_broken_files(tmp_path: Path) -> None:

@@ -66,6 +66,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window": ("mistral", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 64}),
     "qwen2-tied": ("qwen2", {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}),
+    "seed-oss": ("seed_oss", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+    "seed-oss-biases": (
+        "seed_oss",
+        {"num_attention_heads": 4, "head_dim": 12, "num_key_value_heads": 1, "attention_out_bias": True}
+        | {"mlp_bias": True, "attention_bias": False},
+    ),
+    "internlm3-dynamic": (
+        "internlm3",
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "qkv_bias": True, "bias": True}
+        | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 6.0}},
+    ),
 }
 
 

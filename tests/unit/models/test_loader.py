@@ -177,14 +177,8 @@ def test_wrong_tensors(change: Callable[[dict[str, Tensor]], None], message: str
         load(tmp_path)
 
 
-def test_rotary_buffers_are_no_surprise(tmp_path: Path) -> None:
-    tensors = weights()
-    write(tmp_path, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)})
-    assert_holds(load(tmp_path), tensors)
-
-
 def test_tied_head(tmp_path: Path) -> None:
-    """A stored copy of the tied head is accepted; a different head is an error."""
+    """A stored copy of the tied head is not another one."""
     tensors = weights(tie_word_embeddings=True)
     assert "lm_head.weight" not in tensors
     write(tmp_path, tensors, tie_word_embeddings=True)
@@ -192,12 +186,6 @@ def test_tied_head(tmp_path: Path) -> None:
     embedding = tensors["model.embed_tokens.weight"]
     write(tmp_path, {**tensors, "lm_head.weight": embedding.clone()}, tie_word_embeddings=True)
     assert_holds(load(tmp_path), tensors)
-    write(tmp_path, {**tensors, "lm_head.weight": embedding + 1}, tie_word_embeddings=True)
-    with pytest.raises(ModelError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-        load(tmp_path)
-    write(tmp_path, tensors)
-    with pytest.raises(ModelError, match=r"missing from the weight files: lm_head\.weight"):
-        load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["header", "truncated", "empty"])
@@ -221,14 +209,15 @@ def test_damaged_file(damage: str, tmp_path: Path) -> None:
         ({"model": {"vocab": [["a", 0.0]] * 31}}, 31),
     ],
 )
-def test_tokenizer_must_fit(tokenizer: dict[str, Any], tokens: int, tmp_path: Path) -> None:
+def test_a_tokenizer_that_does_not_fit_is_a_warning(
+    tokenizer: dict[str, Any], tokens: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path, weights())
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    if tokens <= CONFIG["vocab_size"]:
-        load(tmp_path)
-    else:
-        with pytest.raises(ModelError, match=rf"tokenizer\.json: {tokens} tokens, but the model embeds 29"):
-            load(tmp_path)
+    load(tmp_path)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == (tokens > CONFIG["vocab_size"])
+    assert all(f"tokenizer.json has token ids up to {tokens - 1}, but the model embeds 29" in each for each in warned)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"model": {"vocab": 3}}', '{"model": {"vocab": {"a": "b"}}}'])

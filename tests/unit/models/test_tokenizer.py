@@ -152,6 +152,8 @@ def test_what_the_directory_says(tokenizer: Tokenizer, llama2: Tokenizer) -> Non
     [
         ({"chat_template": [{"name": "tool", "template": "T"}, {"name": "default", "template": "D"}]}, "D"),
         ({"chat_template": [{"name": "tool", "template": "T"}]}, None),
+        ({"chat_template": {"default": "D", "tool_use": "T"}}, "D"),
+        ({"chat_template": {"tool_use": "T"}}, None),
         ({"chat_template": None}, None),
     ],
 )
@@ -162,8 +164,26 @@ def test_named_templates(tmp_path: Path, config: dict[str, object], template: st
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.chat_template == template
     assert tokenizer.eos_token_id == 2
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "P"}')
+    assert Tokenizer(tmp_path).chat_template == (template or "P")
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("default", "tool_use"):
+        (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(f"A {name}")
+    assert Tokenizer(tmp_path).chat_template == "A default"
     (tmp_path / "chat_template.jinja").write_text("J")
     assert Tokenizer(tmp_path).chat_template == "J"
+
+
+def test_special_tokens_of_both_files(tmp_path: Path) -> None:
+    """special_tokens_map.json names what tokenizer_config.json does not."""
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": SPECIAL[2], "bos_token": None}))
+    others = {"bos_token": {"content": SPECIAL[1]}, "eos_token": SPECIAL[0], "pad_token": SPECIAL[0], "note": "n"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(others))
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    names = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "pad_token": SPECIAL[0]}
+    assert tokenizer.special_tokens == names
 
 
 @pytest.mark.parametrize(
@@ -175,6 +195,8 @@ def test_named_templates(tmp_path: Path, config: dict[str, object], template: st
         ("tokenizer.json", b"[]"),
         ("tokenizer.json", b"\xff\xfe"),
         ("tokenizer_config.json", b"{"),
+        ("special_tokens_map.json", b"["),
+        ("chat_template.jinja", b"\xff\xfe"),
         ("tokenizer_config.json", b"[]"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -233,3 +234,20 @@ def test_words_that_are_not_allowed(size: int) -> None:
         assert (50, 3) in set(pairwise(out))
         found.append(out)
     assert found[0] == found[1]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(directory: Path) -> None:
+    shape = replace(SHAPE, vocab_size=TOKENS - 40)
+    engine = tiny_engine(tiny_model(config=shape), gamma=2, directory=directory)
+    params = SamplingParams(max_tokens=20, temperature=1.0, grammar="start: /[a-c]{3}/")
+    found = complete(engine, [5], params)
+    assert len(found) > 1
+    assert found[-1] == 2
+    assert re.fullmatch("[a-c]{3}", Tokenizer(directory).decode(found))
+
+
+def test_a_model_without_end_takes_no_grammar(directory: Path) -> None:
+    engine = tiny_engine(tiny_model(config=replace(SHAPE, eos_token_ids=())), gamma=2, directory=directory)
+    with pytest.raises(RequestError, match="grammar: the model has no end-of-sequence token"):
+        complete(engine, [5], SamplingParams(max_tokens=4, grammar='start: "no"'))
+    assert len(complete(engine, [5], SamplingParams(max_tokens=4))) == 4

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.config.deployment import ConfigError, EngineConfig
-from engine.worker.kv_memory import DeviceMemory, determine_num_pages, run_largest_round
+from engine.worker.kv_memory import DeviceMemory, run_largest_round, size_pool
 from engine.worker.resolve import Resolved, resolve
 from models.llama import Llama
 from parallel.group import Group
@@ -31,11 +31,11 @@ def test_the_pool_takes_what_is_left() -> None:
     model = tiny_model()
     config, sizes = sized(model)
     memory = DeviceMemory(total=100 * MEGABYTE, used=70 * MEGABYTE, running=15 * MEGABYTE)
-    assert determine_num_pages(config, sizes, model, Group.single(), memory) == 5 * MEGABYTE // PAGE
+    assert size_pool(config, sizes, model, Group.single(), memory).num_pages == 5 * MEGABYTE // PAGE
     config, sizes = sized(model, gpu_memory_utilization=0.88)
-    assert determine_num_pages(config, sizes, model, Group.single(), memory) == 3 * MEGABYTE // PAGE
+    assert size_pool(config, sizes, model, Group.single(), memory).num_pages == 3 * MEGABYTE // PAGE
     plenty = dataclasses.replace(memory, used=0)
-    assert determine_num_pages(config, sizes, model, Group.single(), plenty) == 100 * config.scheduler.max_rows
+    assert size_pool(config, sizes, model, Group.single(), plenty).num_pages == 100 * config.scheduler.max_rows
 
 
 @pytest.mark.parametrize("said", [{"num_pages": 900}, {"memory_gb": 1}, {}], ids=["num_pages", "memory_gb", "cpu"])
@@ -50,18 +50,46 @@ def test_too_little_is_an_error() -> None:
     config, sizes = sized(model)
     memory = DeviceMemory(total=100 * MEGABYTE, used=85 * MEGABYTE, running=9 * MEGABYTE)
     with pytest.raises(ConfigError, match="0 pages of 4 tokens hold less than one request of max_model_len 400"):
-        determine_num_pages(config, sizes, model, Group.single(), memory)
+        size_pool(config, sizes, model, Group.single(), memory)
 
 
 def test_the_rank_with_least_decides() -> None:
     model = tiny_model()
     config, sizes = sized(model)
 
-    def fit(group: Group) -> int:
+    def fit(group: Group) -> Resolved:
         memory = DeviceMemory(100 * MEGABYTE, (60 + 7 * group.rank) * MEGABYTE, 10 * MEGABYTE)
-        return determine_num_pages(config, sizes, model, group, memory)
+        return size_pool(config, sizes, model, group, memory)
 
-    assert run_ranks(3, fit) == [6 * MEGABYTE // PAGE] * 3
+    found = run_ranks(3, fit)
+    assert [(each.num_pages, each.max_model_len) for each in found] == [(6 * MEGABYTE // PAGE, 400)] * 3
+
+
+def test_without_a_set_length_the_pool_decides(caplog: pytest.LogCaptureFixture) -> None:
+    """All ranks agree; one of them warns."""
+    model = tiny_model()
+    config, sizes = sized(model)
+    config = config.model_copy(update={"max_model_len": None})
+    sizes = dataclasses.replace(sizes, max_model_len=2048)
+
+    def fit(group: Group) -> Resolved:
+        memory = DeviceMemory(MEGABYTE, 0, (6 + group.rank) * MEGABYTE // 10)
+        return size_pool(config, sizes, model, group, memory)
+
+    pages = MEGABYTE // 10 // PAGE
+    found = run_ranks(3, fit)
+    assert [(each.num_pages, each.max_model_len) for each in found] == [(pages, 4 * pages)] * 3
+    (record,) = caplog.records
+    says = f"max_model_len is {4 * pages} tokens, of the model's 2048: cache.gpu_memory_utilization (0.9) holds no more"
+    assert says in record.getMessage()
+
+
+def test_ranks_leave_the_length_open_where_devices_decide() -> None:
+    config, sizes = sized(tiny_model())
+    assert sizes.fill_in(config).max_model_len == 400
+    config = config.model_copy(update={"max_model_len": None})
+    assert sizes.fill_in(config).max_model_len is None
+    assert dataclasses.replace(sizes, num_pages=500).fill_in(config).max_model_len == 400
 
 
 @pytest.mark.parametrize("tokens", [65, 512])

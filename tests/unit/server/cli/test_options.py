@@ -115,6 +115,7 @@ FLAGS = {
     "--port": "1",
     "--served-model-name": "m",
     "--special-tokens-in-content": None,
+    "--generation-config": "none",
     "--restart": None,
     "--log-level": "debug",
     "--log-format": "json",

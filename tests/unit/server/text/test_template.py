@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,15 @@ def test_templates_written_for_transformers(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, chat_template=source)
     template = ChatTemplate(Tokenizer(tmp_path))
     assert template.render([{"role": "user", "content": "x"}]).text == 'x{"a":1,"b":"é"}'
+
+
+def test_all_special_tokens_reach_the_template(tmp_path: Path) -> None:
+    """Those that only special_tokens_map.json names, too."""
+    write_tokenizer(tmp_path, chat_template="{{ bos_token }}{{ messages[0].content }}{{ pad_token }}{{ unk_token }}")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["bos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokens = {"bos_token": {"content": "<|im_start|>"}, "pad_token": "<|endoftext|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens))
+    text = ChatTemplate(Tokenizer(tmp_path)).render([{"role": "user", "content": "hi"}]).text
+    assert text == "<|im_start|>hi<|endoftext|>"

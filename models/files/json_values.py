@@ -1,0 +1,90 @@
+"""JSON files of a model directory, and checks of their values. Free of torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+_LFS_POINTER = "version https://git-lfs"
+"""First bytes of the file that git leaves in place of a large one that was not downloaded."""
+
+
+class ModelError(ValueError):
+    """A model directory that cannot be served; the message names the file, key or tensor at fault."""
+
+
+def describe_no_directory(path: Path) -> str:
+    """Describe why `path`, which is not a directory, cannot be served."""
+    if path.suffix == ".gguf" and path.is_file():
+        return f"{path}: a GGUF file is not served as it is; convert it: magicdec convert {path} DIRECTORY"
+    if path.exists():
+        return f"{path}: not a directory; a model directory holds config.json and *.safetensors"
+    return f"{path}: no such model directory"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is a git-lfs pointer."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER.encode()
+
+
+def describe_lfs_pointer(path: Path, what: str) -> str:
+    """what: the file's content, had it been downloaded."""
+    return f"{path}: a git-lfs pointer, not {what}; run `git lfs pull` in its directory"
+
+
+def read_json(path: Path) -> Json:
+    """Read the object in a JSON file. Raises ModelError: unreadable, not JSON, not an object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if path.is_file() and is_lfs_pointer(path):
+            raise ModelError(describe_lfs_pointer(path, "JSON")) from None
+        raise ModelError(f"{path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return data
+
+
+def read_json_if_any(path: Path) -> Json:
+    """Like read_json, but an absent file is an empty object."""
+    return read_json(path) if path.is_file() else {}
+
+
+def integer(data: Json, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+    """Parse an integer; `default` replaces an absent or null key."""
+    value = data.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ModelError(f"{key} {value!r} is not an integer of at least {minimum}")
+    return value
+
+
+def number(data: Json, key: str, default: float | None = None) -> float:
+    """Parse a number above 0; `default` replaces an absent or null key."""
+    value = data.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ModelError(f"{key} {value!r} is not a number above 0")
+    return float(value)
+
+
+def flag(data: Json, key: str, default: bool = False) -> bool:
+    """Parse a boolean; `default` replaces an absent or null key."""
+    value = data.get(key)
+    value = default if value is None else value
+    if value not in (False, True):
+        raise ModelError(f"{key} {value!r} is neither true nor false")
+    return bool(value)
+
+
+def token_ids(data: Json, key: str) -> list[int]:
+    """Parse a key that holds one token id, a list of them, or nothing."""
+    value = data.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        raise ModelError(f"{key} {value!r} is neither a token id nor a list of them")
+    return ids

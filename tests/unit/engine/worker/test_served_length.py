@@ -1,0 +1,163 @@
+"""Length of the longest request: what it costs, and what it is where memory holds less than the model's own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config.deployment import ConfigError, EngineConfig
+from engine.core import Engine
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.scheduler.validation import RequestError
+from engine.worker.build import load_draft
+from engine.worker.loading import load_shard
+from engine.worker.resolve import resolve
+from models.llama import Llama
+from parallel.group import Group
+from parallel.layers import Placement
+from tests.support.engines import TINY, complete_all
+from tests.support.ranks import DRAFT, settings, write_random_model
+from tests.support.rig import CPU
+
+LONG = replace(TINY, max_position_embeddings=4_194_304)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("models") / "long", LONG)
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("models") / "draft", replace(DRAFT, max_position_embeddings=40))
+
+
+def configured(directory: Path, **others: Any) -> EngineConfig:
+    return EngineConfig.model_validate(settings(3, model=str(directory), dtype="float64", **others))
+
+
+def test_rotary_tables_have_the_served_length(directory: Path, draft: Path) -> None:
+    speculation = {"gamma": 3, "drafter": "model", "model": str(draft)}
+    config = configured(directory, max_model_len=4096, speculation=speculation)
+    resolved, group = resolve(config, None), Group.single()
+    target = load_shard(config, resolved, CPU, group, progress=False)
+    drafting = load_draft(config, target, resolved.max_model_len, group).model
+    assert drafting is not None
+    for model in (target, drafting):
+        assert [len(table) for table in model.rotary] == [4096, 4096]
+
+
+def test_shapes_without_weights_cost_nothing() -> None:
+    before = torch.randn(1)  # the meta device allocates nothing, and computes nothing on the CPU
+    model = Llama(
+        replace(LONG, max_position_embeddings=2**40), Placement(Group.single(), before.dtype, torch.device("meta"))
+    )
+    assert len(model.rotary[0]) == 2**40
+
+
+@pytest.mark.parametrize("speculation", ["self", "window", "snapkv", "all"])
+def test_requests_of_the_served_length(directory: Path, draft: Path, speculation: str) -> None:
+    """Every position of the longest request is in the tables, also those that are only drafted."""
+    kv: dict[str, Any] = {"policy": "window" if speculation == "self" else speculation, "budget": 16}
+    kv = {"policy": "all"} if speculation == "all" else kv | ({"recent": 8} if speculation == "snapkv" else {"sink": 4})
+    drafter = {} if speculation == "self" else {"drafter": "model", "model": str(draft)}
+    requests = [
+        AddRequest(
+            str(length), [2 + i % 60 for i in range(length)], SamplingParams(max_tokens=96 - length, ignore_eos=True)
+        )
+        for length in (1, 50, 93, 95)
+    ]
+    found = []
+    for gamma in (0, 3):
+        config = configured(directory, max_model_len=96, speculation={"gamma": gamma, "kv": kv, **drafter})
+        engine = Engine(config, progress=False)
+        assert len(engine._worker.model.rotary[0]) == 96
+        found.append(complete_all(engine, requests))
+        engine.close()
+    assert found[0] == found[1]
+    assert [len(tokens) for tokens in found[0].values()] == [95, 46, 3, 1]
+
+
+def shaped(path: Path, **keys: Any) -> Path:
+    """Write a config.json alone, which is all that `resolve` reads."""
+    shape = {"model_type": "llama", "intermediate_size": 14336, "num_key_value_heads": 8, "head_dim": 128} | keys
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(shape))
+    return path
+
+
+LLAMA_31_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 131072,
+}
+QWEN3_8B = LLAMA_31_8B | {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_hidden_layers": 36,
+    "max_position_embeddings": 40960,
+}
+QWEN3_4B_2507 = QWEN3_8B | {"hidden_size": 2560, "max_position_embeddings": 262144}
+MINISTRAL_8B = QWEN3_8B | {"model_type": "mistral", "sliding_window": 32768, "max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("keys", "longest"), [(LLAMA_31_8B, 131072), (QWEN3_8B, 40960), (QWEN3_4B_2507, 262144), (MINISTRAL_8B, 32768)]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_defaults_on_a_cpu_serve_what_fits(
+    keys: dict[str, Any], longest: int, dtype: str, page_size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = {"page_size": page_size}
+    config = EngineConfig.model_validate({"model": str(shaped(tmp_path, **keys)), "dtype": dtype, "cache": cache})
+    resolved = resolve(config, None)
+    token = 2 * keys["num_hidden_layers"] * 8 * 128 * (2 if dtype == "bfloat16" else 4)
+    pages = int(4e9) // (token * page_size)
+    assert pages * page_size < longest
+    assert (resolved.num_pages, resolved.max_model_len) == (pages, pages * page_size)
+    (record,) = caplog.records
+    says = f"max_model_len is {pages * page_size} tokens, of the model's {longest}: cache.memory_gb (4) holds no more; "
+    assert record.getMessage() == says + "raise it to serve longer requests"
+    caplog.clear()
+
+    # What other ranks get is all set, so they do not decide or warn again.
+    again = resolve(resolved.fill_in(config), None)
+    assert (again.num_pages, again.max_model_len) == (resolved.num_pages, resolved.max_model_len)
+    enough = config.model_copy(update={"cache": config.cache.model_copy(update={"memory_gb": 100.0})})
+    assert resolve(enough, None).max_model_len == longest
+    assert not caplog.records
+    with pytest.raises(
+        ConfigError, match=rf"hold less than one request of max_model_len {longest} .*raise cache\.memory_gb"
+    ):
+        resolve(config.model_copy(update={"max_model_len": longest}), None)
+
+
+def test_what_drafts_keep_is_left_out(tmp_path: Path) -> None:
+    """SnapKV keeps 8 rows of 512 tokens; nothing fits where it keeps all."""
+    speculation = {"kv": {"policy": "snapkv", "budget": 512}}
+    chosen = {"model": str(shaped(tmp_path, **LLAMA_31_8B)), "dtype": "bfloat16", "speculation": speculation}
+    resolved = resolve(EngineConfig.model_validate(chosen | {"scheduler": {"max_rows": 8}}), None)
+    assert resolved.max_model_len == (int(4e9) - resolved.fixed_bytes) // (131072 * 16) * 16
+    assert 0.5e9 < resolved.fixed_bytes < 1e9
+    with pytest.raises(ConfigError, match=r"0 pages of 16 tokens, beside the .* GB of .* that drafts keep"):
+        resolve(EngineConfig.model_validate(chosen), None)
+
+
+def test_an_engine_serves_the_shorter_length(directory: Path) -> None:
+    config = configured(directory, max_model_len=None, cache={"page_size": 4, "num_pages": 30})
+    engine = Engine(config, progress=False)
+    assert engine.ready.max_model_len == 120
+    request = AddRequest("a", [3] * 100, SamplingParams(max_tokens=20, ignore_eos=True))
+    assert len(complete_all(engine, [request])["a"]) == 20
+    with pytest.raises(RequestError, match="120"):
+        engine.add(AddRequest("b", [3] * 100, SamplingParams(max_tokens=21)))
+    engine.close()
