@@ -12,11 +12,11 @@ from models.files.json_values import read_json_if_any
 log = logging.getLogger(__name__)
 
 _RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0, 100),
-    "top_p": (1e-6, 1),
+    "temperature": (0, 1e30),
+    "top_p": (0, 1),
     "top_k": (0, 2**31 - 1),
     "min_p": (0, 1),
-    "repetition_penalty": (0.01, 100),
+    "repetition_penalty": (1e-6, 1e6),
 }
 """Smallest and largest values: those of engine.params.SamplingParams."""
 
