@@ -7,6 +7,7 @@ import torch
 
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.scheduler.validation import RequestError
 from parallel import shm
 from tests.support.engines import TINY, run, tiny_engine, tiny_model, tokens
 from tests.support.ranks import threaded_engine
@@ -66,3 +67,21 @@ def test_a_preempted_prompt_is_told_once() -> None:
         assert len(told) == 1
         assert [each.token for each in told[0]] == prompt[1:]
         assert all(each.top_ids == [] for each in told[0])
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+def test_a_prompt_can_be_scored_without_a_token(gamma: int) -> None:
+    """Also one as long as the longest request."""
+    prompt = PROMPTS["long"]
+    engine = tiny_engine(tiny_model(), gamma=gamma, max_model_len=len(prompt))
+    score = SamplingParams(max_tokens=0, prompt_logprobs=3)
+    outputs = run(engine, [AddRequest("score", prompt, score), *requests()[:2], AddRequest("one", [5], score)])
+    (output,) = outputs["score"]
+    assert (output.tokens, output.finish_reason) == ([], "length")
+    assert output.prompt_logprobs is not None
+    for each, logprobs in zip(output.prompt_logprobs, expected(prompt), strict=True):
+        assert each.logprob == pytest.approx(float(logprobs[each.token]))
+    assert outputs["one"][0].prompt_logprobs == []
+    assert engine.stats().prompt_tokens == sum(map(len, (prompt, PROMPTS["short"], PROMPTS["middle"], [5])))
+    with pytest.raises(RequestError, match="max_tokens must be at least 1, or 0 with prompt_logprobs"):
+        engine.add(AddRequest("nothing", [5], SamplingParams(max_tokens=0)))

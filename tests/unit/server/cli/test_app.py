@@ -3,6 +3,7 @@ traceback."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from engine.config.deployment import ConfigError
 from models.config import ModelError
 from server.cli import is_expected, main
 from tests.support.paths import ROOT
+from tests.support.tiny import write_model
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
@@ -84,3 +86,19 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_text_that_the_output_cannot_encode_is_written_as_escapes(tmp_path: Path) -> None:
+    model = str(write_model(tmp_path / "model"))
+    code = "import sys; from server import cli; sys.argv[0] = 'magicdec'; cli.main()"
+    arguments = ("generate", "hi", "--model", model, "--temperature", "1", "--seed", "1", "--max-tokens", "90")
+    texts = []
+    for encoding in ("utf-8", "latin-1"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-c", code, *arguments, "--ignore-eos"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout)
+    whole, escaped = texts
+    assert "\ufffd" in whole.decode("utf-8")
+    assert escaped == whole.decode("utf-8").encode("latin-1", errors="backslashreplace")
