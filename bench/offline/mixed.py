@@ -49,14 +49,14 @@ class Arrival:
 class Outcome:
     """Measurements of one run of the whole load. Times in seconds.
 
-    gammas: rows and rounds, by gamma. first: time to first token of each request. per_token: time per token of each
-    request after its first output, by kind.
+    gammas: rows and rounds, by gamma. first: time to first token of each request, by kind. per_token: time per token of
+    each request after its first output, by kind.
     """
 
     seconds: float
     tokens: int
     gammas: list[int]
-    first: list[float] = field(default_factory=list)
+    first: dict[str, list[float]] = field(default_factory=lambda: {"chat": [], "document": []})
     per_token: dict[str, list[float]] = field(default_factory=lambda: {"chat": [], "document": []})
 
 
@@ -101,7 +101,7 @@ def run(config: EngineConfig, model: Llama, load: Sequence[Arrival], text: Seque
                 arrival = load[int(output.id)]
                 if output.id not in seen:
                     seen[output.id] = now, 0
-                    outcome.first.append(now - arrival.at)
+                    outcome.first[arrival.kind].append(now - arrival.at)
                 else:
                     first, count = seen[output.id]
                     seen[output.id] = first, count + len(output.tokens)
@@ -117,15 +117,19 @@ def run(config: EngineConfig, model: Llama, load: Sequence[Arrival], text: Seque
 class Result(msgspec.Struct):
     """All runs with one value of --speculation. Times in seconds.
 
-    load_s: mean duration of the load. runs_s: duration of each run. first_token_s, chat_token_s, document_token_s:
-    medians over requests; None without such requests. gamma_chosen: rows and rounds, by gamma.
+    load_s: mean duration of the load. runs_s: duration of each run. chat_first_s, document_first_s, chat_token_s,
+    document_token_s: medians over requests; None without such requests. chat_slowest_s, document_slowest_s: largest
+    times to first token. gamma_chosen: rows and rounds, by gamma.
     """
 
     speculation: str
     load_s: float
     runs_s: list[float]
     tokens_per_second: float
-    first_token_s: float
+    chat_first_s: float | None
+    chat_slowest_s: float | None
+    document_first_s: float | None
+    document_slowest_s: float | None
     chat_token_s: float | None
     document_token_s: float | None
     gamma_chosen: list[int]
@@ -133,22 +137,32 @@ class Result(msgspec.Struct):
     @classmethod
     def from_outcomes(cls, mode: str, runs: Sequence[Outcome]) -> Result:
         seconds = [one.seconds for one in runs]
-        per_token = {kind: [s for one in runs for s in one.per_token[kind]] for kind in ("chat", "document")}
+        kinds = ("chat", "document")
+        per_token = {kind: [s for one in runs for s in one.per_token[kind]] for kind in kinds}
+        first = {kind: [s for one in runs for s in one.first[kind]] for kind in kinds}
         return cls(
             speculation=mode,
             load_s=mean(seconds),
             runs_s=seconds,
             tokens_per_second=sum(one.tokens for one in runs) / sum(seconds),
-            first_token_s=median(s for one in runs for s in one.first),
-            chat_token_s=median(per_token["chat"]) if per_token["chat"] else None,
-            document_token_s=median(per_token["document"]) if per_token["document"] else None,
+            chat_first_s=_median(first["chat"]),
+            chat_slowest_s=max(first["chat"], default=None),
+            document_first_s=_median(first["document"]),
+            document_slowest_s=max(first["document"], default=None),
+            chat_token_s=_median(per_token["chat"]),
+            document_token_s=_median(per_token["document"]),
             gamma_chosen=[sum(counts) for counts in zip(*(one.gammas for one in runs), strict=True)],
         )
 
 
+def _median(seconds: Sequence[float]) -> float | None:
+    return median(seconds) if seconds else None
+
+
 _MEASURES = {
     "load_s": "the load",
-    "first_token_s": "first token",
+    "chat_first_s": "first token of a chat",
+    "document_first_s": "first token of a document",
     "chat_token_s": "chat, per token",
     "document_token_s": "document, per token",
 }
@@ -158,12 +172,19 @@ def report(results: Sequence[Result]) -> str:
     """Format results as text: a line each, then for each measure the best one and how much longer the others take."""
     lines = []
     for result in results:
-        times = [(result.chat_token_s, "chat"), (result.document_token_s, "document")]
+        kinds = (
+            ("chat", result.chat_first_s, result.chat_slowest_s, result.chat_token_s),
+            ("document", result.document_first_s, result.document_slowest_s, result.document_token_s),
+        )
         lines.append(
             f"{result.speculation:>5}: {result.load_s:6.1f} s for the load "
             f"({', '.join(f'{seconds:.1f}' for seconds in result.runs_s)}), "
-            f"{result.tokens_per_second:5.1f} tokens/s, first token {result.first_token_s:5.2f} s, per token "
-            + ", ".join(f"{kind} {1e3 * seconds:.0f} ms" for seconds, kind in times if seconds is not None)
+            f"{result.tokens_per_second:5.1f} tokens/s"
+            + "".join(
+                f"; {kind}: first token {first:.2f} s, at most {slowest:.2f}, {1e3 * per_token:.0f} ms per token"
+                for kind, first, slowest, per_token in kinds
+                if first is not None and slowest is not None and per_token is not None
+            )
             + f"; gamma {result.gamma_chosen}"
         )
     for name, what in _MEASURES.items():

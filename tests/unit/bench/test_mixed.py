@@ -8,13 +8,15 @@ from bench.offline.mixed import Outcome, Result, arrivals, report
 
 
 def outcome(seconds: float, chat: list[float], document: list[float]) -> Outcome:
-    return Outcome(seconds, 100, [3, 0, 7], first=[0.5, 1.5], per_token={"chat": chat, "document": document})
+    first = {"chat": [0.5, 1.5] if chat else [], "document": [4.0] if document else []}
+    return Outcome(seconds, 100, [3, 0, 7], first=first, per_token={"chat": chat, "document": document})
 
 
 def test_runs_of_one_way() -> None:
     found = Result.from_outcomes("auto", [outcome(9.0, [0.1, 0.2], []), outcome(11.0, [0.6], [])])
     assert (found.load_s, found.runs_s, found.tokens_per_second) == (10.0, [9.0, 11.0], 10.0)
-    assert (found.first_token_s, found.chat_token_s, found.document_token_s) == (1.0, 0.2, None)
+    assert (found.chat_first_s, found.chat_slowest_s, found.chat_token_s) == (1.0, 1.5, 0.2)
+    assert (found.document_first_s, found.document_slowest_s, found.document_token_s) == (None, None, None)
     assert found.gamma_chosen == [6, 0, 14]
 
 
