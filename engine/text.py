@@ -130,10 +130,12 @@ class TextStream:
         offsets: list[int] = []
         for used, token in enumerate(tokens, 1):
             self._tokens += 1
-            offsets.append(self._length)
             if stop_token and used == len(tokens) and not self._params.include_stop_str_in_output:
+                offsets.append(self._length)
                 break
-            if stopped := self._take(self._decoder.push(token), ready):
+            piece = self._decoder.push(token)
+            offsets.append(self._length + self._decoder.owed(token, piece))
+            if stopped := self._take(piece, ready):
                 return TextChunk("".join(ready), offsets, stopped)
         return TextChunk("".join(ready), offsets)
 

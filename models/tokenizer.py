@@ -235,6 +235,12 @@ class IncrementalDecoder:
             self._drop(_WINDOW // 2, len(text) - certain)
         return piece
 
+    def owed(self, token: int, piece: str) -> int:
+        """Count the characters of `piece`, the result of `push(token)`, that belong to earlier tokens: bytes that only
+        this token shows to be no character."""
+        broken = len(piece) - len(piece.lstrip(REPLACEMENT))
+        return 0 if broken and REPLACEMENT in self._tokenizer.token_bytes(token).decode(errors="replace") else broken
+
     def flush(self) -> str:
         """Return the text held back so far; call at the end of the sequence."""
         text = self._text()

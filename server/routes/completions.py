@@ -209,9 +209,7 @@ def _decoded(tokenizer: Tokenizer, tokens: Sequence[int], skip_special_tokens: b
     decoder, offsets, length = IncrementalDecoder(tokenizer, skip_special_tokens), [], 0
     for token in tokens:
         piece = decoder.push(token)
-        # A prompt that was cut inside a character begins with bytes that only the next token shows to be none.
-        broken = 0 if token_text(tokenizer, token).startswith("bytes:") else len(piece) - len(piece.lstrip(REPLACEMENT))
-        offsets.append(length + broken)
+        offsets.append(length + decoder.owed(token, piece))
         length += len(piece)
     return _Echo(tokenizer.decode(tokens, skip_special_tokens), offsets)
 

@@ -116,6 +116,13 @@ def test_offsets_say_where_a_token_begins(tokenizer: Tokenizer, letters: dict[st
     assert first.text + second.text == "aé日b"
 
 
+def test_offsets_count_bytes_that_are_no_character(tokenizer: Tokenizer, letters: dict[str, int]) -> None:
+    tokens = [letters[chr(byte)] for byte in b"a\xe6\x97b\xffc"]
+    chunk = TextStream(tokenizer, SamplingParams()).push(tokens)
+    assert chunk.text == tokenizer.decode(tokens) == "a\ufffdb\ufffdc"
+    assert chunk.offsets == [0, 1, 1, 2, 3, 4]
+
+
 def test_streams_that_share_stop_strings_do_not_share_text(tokenizer: Tokenizer, letters: dict[str, int]) -> None:
     params = SamplingParams(stop=("abc",))
     stops = stop_strings(params)
