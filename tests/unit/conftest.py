@@ -10,6 +10,7 @@ import torch
 
 from tests.support.engines import TINY
 from tests.support.ranks import DRAFT, write_random_model
+from tests.support.tiny import write_tokenizer
 
 if not torch.cuda.is_available():  # Triton reads the variable when a test module first imports it
     os.environ["TRITON_INTERPRET"] = "1"
@@ -18,6 +19,14 @@ if not torch.cuda.is_available():  # Triton reads the variable when a test modul
 @pytest.fixture(scope="session")
 def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("models") / "draft", DRAFT)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with the tokenizer that an engine needs besides a loaded model."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    write_tokenizer(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

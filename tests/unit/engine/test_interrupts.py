@@ -28,18 +28,11 @@ from engine.text import TextStream
 from models.llama import Llama
 from tests.support.engines import TINY, tiny_model
 from tests.support.profiles import examples, is_all
-from tests.support.tiny import TOKENS, write_tokenizer
+from tests.support.tiny import TOKENS
 
 STREAMED = SamplingParams(max_tokens=60, temperature=1.0, seed=3, ignore_eos=True)
 BESIDE = SamplingParams(max_tokens=40, temperature=1.0, seed=9, ignore_eos=True)
 PROMPTS = [[5 + i, 9, 40 - i] for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    write_tokenizer(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +41,15 @@ def model() -> Llama:
 
 
 @pytest.fixture
-def llm(directory: Path, model: Llama) -> Iterator[LLM]:
+def llm(tokenizer_dir: Path, model: Llama) -> Iterator[LLM]:
     settings: dict[str, Any] = {"speculation": {"gamma": 2, "kv": {"budget": 16, "sink": 4}}, "cache": {"page_size": 4}}
-    with LLM(str(directory), loaded=model, max_model_len=128, check_invariants=True, **settings) as made:
+    with LLM(str(tokenizer_dir), loaded=model, max_model_len=128, check_invariants=True, **settings) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def expected(directory: Path, model: Llama) -> list[int]:
-    with LLM(str(directory), loaded=model, max_model_len=128, speculation={"gamma": 0}) as plain:
+def expected(tokenizer_dir: Path, model: Llama) -> list[int]:
+    with LLM(str(tokenizer_dir), loaded=model, max_model_len=128, speculation={"gamma": 0}) as plain:
         return plain.generate([7, 8, 9], STREAMED)[0].token_ids
 
 
@@ -122,7 +115,7 @@ PLACES: list[tuple[Any, str]] = [
 @given(place=st.sampled_from(PLACES), after=st.booleans(), call=st.integers(0, 12))
 @examples(40, 400)
 def test_faults_at_any_place(
-    directory: Path, model: Llama, expected: list[int], place: tuple[Any, str], after: bool, call: int
+    tokenizer_dir: Path, model: Llama, expected: list[int], place: tuple[Any, str], after: bool, call: int
 ) -> None:
     """after: whether the work of the place is done before the fault."""
     owner, name = place
@@ -142,7 +135,7 @@ def test_faults_at_any_place(
                 offline.generate(PROMPTS, BESIDE)
 
     settings: dict[str, Any] = {"speculation": {"gamma": 2, "kv": {"budget": 16, "sink": 4}}, "cache": {"page_size": 4}}
-    with LLM(str(directory), loaded=model, max_model_len=128, **settings) as offline:
+    with LLM(str(tokenizer_dir), loaded=model, max_model_len=128, **settings) as offline:
         went_on = check_stream(offline, expected, interrupted)
     assert went_on or place != (Runner, "forward")
 

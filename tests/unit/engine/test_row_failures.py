@@ -28,28 +28,21 @@ from parallel import shm
 from tests.support.engines import TINY, run, tiny_engine, tiny_model, tokens
 from tests.support.profiles import examples
 from tests.support.ranks import threaded_engine
-from tests.support.tiny import TOKENS, write_tokenizer
+from tests.support.tiny import TOKENS
 
 SHAPE = replace(TINY, vocab_size=TOKENS, eos_token_ids=(2,))
 EVERY = tuple(range(TOKENS))
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    write_tokenizer(path)
-    return path
+def reference(tokenizer_dir: Path) -> dict[str, list[int]]:
+    return {id: tokens(out) for id, out in run(engine_of(tokenizer_dir, 1, 0), requests()).items()}
 
 
-@pytest.fixture(scope="module")
-def reference(directory: Path) -> dict[str, list[int]]:
-    return {id: tokens(out) for id, out in run(engine_of(directory, 1, 0), requests()).items()}
-
-
-def engine_of(directory: Path, size: int, gamma: int) -> Engine:
+def engine_of(tokenizer_dir: Path, size: int, gamma: int) -> Engine:
     if size > 1 and not shm.available():
         pytest.skip("needs shared memory between ranks")
-    settings: dict[str, Any] = {"model": str(directory), "max_model_len": 200, "digest_every": 1}
+    settings: dict[str, Any] = {"model": str(tokenizer_dir), "max_model_len": 200, "digest_every": 1}
     return threaded_engine(SHAPE, size, gamma=gamma, share=size > 1, **settings)[0]
 
 
@@ -127,11 +120,11 @@ def check_outputs(outputs: dict[str, list[RequestOutput]], reference: dict[str, 
 @given(seed=st.integers(0, 2**32), gamma=st.sampled_from([0, 3]), hooks=st.sets(st.sampled_from(HOOKS), min_size=1))
 @examples(12, 100)
 def test_a_fault_fails_its_own_request(
-    directory: Path, reference: dict[str, list[int]], size: int, seed: int, gamma: int, hooks: set[tuple[Any, str]]
+    tokenizer_dir: Path, reference: dict[str, list[int]], size: int, seed: int, gamma: int, hooks: set[tuple[Any, str]]
 ) -> None:
     """With several ranks each of them fails by itself: one rank's fault is the request's on all ranks."""
     rng = random.Random(seed)
-    engine = engine_of(directory, size, gamma)
+    engine = engine_of(tokenizer_dir, size, gamma)
     try:
         with faults(lambda: rng.random() < 0.03, sorted(hooks, key=str)) as raised:
             failed = check_outputs(run(engine, requests()), reference)
@@ -143,9 +136,11 @@ def test_a_fault_fails_its_own_request(
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: f"{hook[0].__name__}.{hook[1]}")
-def test_a_fault_is_named(directory: Path, reference: dict[str, list[int]], size: int, hook: tuple[Any, str]) -> None:
+def test_a_fault_is_named(
+    tokenizer_dir: Path, reference: dict[str, list[int]], size: int, hook: tuple[Any, str]
+) -> None:
     """A hook that always fails ends each request that uses it, and only those."""
-    engine = engine_of(directory, size, 2)
+    engine = engine_of(tokenizer_dir, size, 2)
     try:
         with faults(lambda: True, [hook]):
             outputs = run(engine, requests())
@@ -156,8 +151,8 @@ def test_a_fault_is_named(directory: Path, reference: dict[str, list[int]], size
         engine.close()
 
 
-def test_memory_is_not_a_rows_fault(directory: Path) -> None:
-    engine = engine_of(directory, 1, 0)
+def test_memory_is_not_a_rows_fault(tokenizer_dir: Path) -> None:
+    engine = engine_of(tokenizer_dir, 1, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LogitEdits, "apply", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
         outputs = run(engine, requests())
@@ -211,17 +206,17 @@ def test_logits_that_are_not_finite_fail_the_request(size: int, bad: float, gamm
         ({"bad_words": ((),)}, "a word has no tokens"),
     ],
 )
-def test_fields_that_exclude_every_token_are_refused(directory: Path, fields: dict[str, Any], says: str) -> None:
+def test_fields_that_exclude_every_token_are_refused(tokenizer_dir: Path, fields: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
-        engine_of(directory, 1, 0).check(AddRequest("0", [5], SamplingParams(max_tokens=10, **fields)))
+        engine_of(tokenizer_dir, 1, 0).check(AddRequest("0", [5], SamplingParams(max_tokens=10, **fields)))
 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("gamma", [0, 3])
-def test_fields_that_exclude_every_token_later_end_the_request(directory: Path, size: int, gamma: int) -> None:
+def test_fields_that_exclude_every_token_later_end_the_request(tokenizer_dir: Path, size: int, gamma: int) -> None:
     """What a grammar allows is known only while it is matched. Nothing gives way: min_tokens is kept."""
-    engine = engine_of(directory, size, gamma)
-    spelt = tuple(Tokenizer(directory).encode("no"))
+    engine = engine_of(tokenizer_dir, size, gamma)
+    spelt = tuple(Tokenizer(tokenizer_dir).encode("no"))
     cases: dict[str, tuple[dict[str, Any], str]] = {
         "min_tokens": ({"min_tokens": 20}, "no"),
         "allowed_token_ids": ({"allowed_token_ids": (9,)}, ""),
@@ -234,16 +229,16 @@ def test_fields_that_exclude_every_token_later_end_the_request(directory: Path, 
     outputs = run(engine, [AddRequest(field, [5], each) for field, each in params.items()])
     engine.close()
     for field, (_, text) in cases.items():
-        assert Tokenizer(directory).decode(tokens(outputs[field])) == text
+        assert Tokenizer(tokenizer_dir).decode(tokens(outputs[field])) == text
         assert outputs[field][-1].error == f"no token is left to sample: excluded by {field}, the grammar"
         assert not outputs[field][-1].is_server_fault
 
 
-def test_an_output_ends_where_its_grammar_does(directory: Path) -> None:
-    engine = engine_of(directory, 1, 2)
+def test_an_output_ends_where_its_grammar_does(tokenizer_dir: Path) -> None:
+    engine = engine_of(tokenizer_dir, 1, 2)
     params = SamplingParams(max_tokens=40, grammar='start: "no"', ignore_eos=True)
     (out,) = run(engine, [AddRequest("0", [5], params)]).values()
-    assert Tokenizer(directory).decode(tokens(out)) == "no"
+    assert Tokenizer(tokenizer_dir).decode(tokens(out)) == "no"
     assert out[-1].finish_reason == "stop"
 
 
@@ -251,8 +246,8 @@ def test_an_output_ends_where_its_grammar_does(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("decoder", [None, {"type": "Metaspace"}, {"type": "BPEDecoder"}, {"type": "WordPiece"}])
-def test_a_tokenizer_of_another_kind_refuses_grammars(directory: Path, tmp_path: Path, decoder: Any) -> None:
-    described = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+def test_a_tokenizer_of_another_kind_refuses_grammars(tokenizer_dir: Path, tmp_path: Path, decoder: Any) -> None:
+    described = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
     full: dict[str, dict[str, Any]] = {
         "Metaspace": {"replacement": "▁", "prepend_scheme": "always", "split": True},
         "BPEDecoder": {"suffix": "</w>"},
@@ -266,7 +261,7 @@ def test_a_tokenizer_of_another_kind_refuses_grammars(directory: Path, tmp_path:
     assert len(tokens(run(engine, [AddRequest("1", [5], SamplingParams(max_tokens=9))])["1"])) == 9
 
 
-def test_a_model_without_an_end_of_sequence_refuses_grammars(directory: Path) -> None:
-    engine = tiny_engine(tiny_model(config=replace(SHAPE, eos_token_ids=())), gamma=0, directory=directory)
+def test_a_model_without_an_end_of_sequence_refuses_grammars(tokenizer_dir: Path) -> None:
+    engine = tiny_engine(tiny_model(config=replace(SHAPE, eos_token_ids=())), gamma=0, directory=tokenizer_dir)
     with pytest.raises(RequestError, match="grammar: the model has no end-of-sequence token"):
         engine.add(AddRequest("0", [5], SamplingParams(grammar='start: "no"')))

@@ -28,18 +28,10 @@ from parallel import shm
 from tests.support.engines import TINY, complete, run, tiny_engine, tiny_model, tokens
 from tests.support.ranks import threaded_engine
 from tests.support.schemas import random_schema
-from tests.support.tiny import TOKENS, write_tokenizer
+from tests.support.tiny import TOKENS
 
 SHAPE = replace(TINY, vocab_size=TOKENS, eos_token_ids=(2,))
 SEEDS = range(40)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory with the tokenizer that the engine needs besides a loaded model."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    write_tokenizer(path)
-    return path
 
 
 def of_schema(schema: dict[str, Any]) -> str:
@@ -69,8 +61,8 @@ def requests(**others: Any) -> list[AddRequest]:
     return found
 
 
-def check(directory: Path, outputs: dict[str, list[int]]) -> None:
-    tokenizer = Tokenizer(directory)
+def check(tokenizer_dir: Path, outputs: dict[str, list[int]]) -> None:
+    tokenizer = Tokenizer(tokenizer_dir)
     for seed, schema in zip(SEEDS, schemas(), strict=True):
         mine = outputs[str(seed)]
         assert mine[-1] == 2
@@ -78,39 +70,39 @@ def check(directory: Path, outputs: dict[str, list[int]]) -> None:
 
 
 @pytest.mark.parametrize("policy", ["window", "snapkv"])
-def test_every_output_matches_with_and_without_drafts(directory: Path, policy: str) -> None:
+def test_every_output_matches_with_and_without_drafts(tokenizer_dir: Path, policy: str) -> None:
     model = tiny_model(config=SHAPE)
-    plain = run(tiny_engine(model, gamma=0, directory=directory), requests())
-    check(directory, {id: tokens(out) for id, out in plain.items()})
+    plain = run(tiny_engine(model, gamma=0, directory=tokenizer_dir), requests())
+    check(tokenizer_dir, {id: tokens(out) for id, out in plain.items()})
     kv = {"policy": policy, "budget": 16} | ({"recent": 8} if policy == "snapkv" else {"sink": 4})
-    engine = tiny_engine(model, gamma=3, directory=directory, speculation={"kv": kv})
+    engine = tiny_engine(model, gamma=3, directory=tokenizer_dir, speculation={"kv": kv})
     drafted = run(engine, requests())
     assert {id: tokens(out) for id, out in drafted.items()} == {id: tokens(out) for id, out in plain.items()}
     assert engine.stats().accepted_tokens > engine.stats().rounds / 2  # much of JSON leaves only one choice
     assert engine.stats().rejections > 0
 
 
-def test_preempted_requests_go_on_where_they_were(directory: Path) -> None:
+def test_preempted_requests_go_on_where_they_were(tokenizer_dir: Path) -> None:
     model = tiny_model(config=SHAPE)
-    plain = run(tiny_engine(model, gamma=0, directory=directory), requests())
-    engine = tiny_engine(model, gamma=2, directory=directory, cache={"num_pages": 75}, max_model_len=290)
+    plain = run(tiny_engine(model, gamma=0, directory=tokenizer_dir), requests())
+    engine = tiny_engine(model, gamma=2, directory=tokenizer_dir, cache={"num_pages": 75}, max_model_len=290)
     found = run(engine, requests())
     assert engine.stats().preemptions > 0
     assert {id: tokens(out) for id, out in found.items()} == {id: tokens(out) for id, out in plain.items()}
 
 
-def test_rejection_keeps_to_grammars_too(directory: Path) -> None:
+def test_rejection_keeps_to_grammars_too(tokenizer_dir: Path) -> None:
     speculation = {"verification": "rejection", "gamma": 3}
-    engine = tiny_engine(tiny_model(config=SHAPE), gamma=3, directory=directory, speculation=speculation)
-    check(directory, {id: tokens(out) for id, out in run(engine, requests()).items()})
+    engine = tiny_engine(tiny_model(config=SHAPE), gamma=3, directory=tokenizer_dir, speculation=speculation)
+    check(tokenizer_dir, {id: tokens(out) for id, out in run(engine, requests()).items()})
 
 
 @pytest.mark.skipif(not shm.available(), reason="needs shared memory between ranks")
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_agree(directory: Path, size: int) -> None:
-    plain = run(tiny_engine(tiny_model(config=SHAPE), gamma=0, directory=directory), requests())
+def test_ranks_agree(tokenizer_dir: Path, size: int) -> None:
+    plain = run(tiny_engine(tiny_model(config=SHAPE), gamma=0, directory=tokenizer_dir), requests())
     engine, _ = threaded_engine(
-        SHAPE, size, gamma=3, share=True, digest_every=1, model=str(directory), max_model_len=400
+        SHAPE, size, gamma=3, share=True, digest_every=1, model=str(tokenizer_dir), max_model_len=400
     )
     found = run(engine, requests())
     engine.close()
@@ -131,16 +123,16 @@ def allowed(words: NDArray[np.int32]) -> list[set[int]]:
     return [set(np.flatnonzero(row).tolist()) for row in bits]
 
 
-def grammars(directory: Path, grammar: str, output: list[int] | None = None) -> Grammars:
+def grammars(tokenizer_dir: Path, grammar: str, output: list[int] | None = None) -> Grammars:
     state = RowState(max_rows=4, max_model_len=16, page_size=4, device=torch.device("cpu"))
-    made = Grammars(state, directory / "tokenizer.json", TOKENS, [2])
+    made = Grammars(state, tokenizer_dir / "tokenizer.json", TOKENS, [2])
     made.start(RowStart(1, [7, 8, *(output or [])], 2, SamplingParams(grammar=grammar), []))
     return made
 
 
-def test_masks_behind_drafts(directory: Path) -> None:
-    a, b, c = (Tokenizer(directory).encode(text)[0] for text in "abc")
-    made = grammars(directory, 'start: "a" ("b" | "c") "a"')
+def test_masks_behind_drafts(tokenizer_dir: Path) -> None:
+    a, b, c = (Tokenizer(tokenizer_dir).encode(text)[0] for text in "abc")
+    made = grammars(tokenizer_dir, 'start: "a" ("b" | "c") "a"')
     assert allowed(made.masks(1, [])) == [{a}]
     assert allowed(made.masks(1, [a, b, a])) == [{a}, {b, c}, {a}, {2}]
     assert allowed(made.masks(1, [a, b, a, 2, 2])) == [{a}, {b, c}, {a}, {2}, {2}, {2}]
@@ -153,7 +145,7 @@ def test_masks_behind_drafts(directory: Path) -> None:
     assert allowed(made.masks(1, [a])) == [{a}, {2}]
     made.commit(1, [a, 2])
     assert allowed(made.masks(1, [])) == [{2}]
-    assert allowed(grammars(directory, 'start: "a" ("b" | "c") "a"', [a, c]).masks(1, [])) == [{a}]
+    assert allowed(grammars(tokenizer_dir, 'start: "a" ("b" | "c") "a"', [a, c]).masks(1, [])) == [{a}]
     made.start(RowStart(1, [7], 1, SamplingParams(), []))
     assert not made.constrained.any()
 
@@ -179,12 +171,12 @@ class Fragile:
 
 
 def test_a_grammar_that_fails_after_a_draft_fails_only_if_the_draft_is_right(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = (Tokenizer(directory).encode(text)[0] for text in "ab")
+    a, b = (Tokenizer(tokenizer_dir).encode(text)[0] for text in "ab")
     compiled = Grammars._compile
     monkeypatch.setattr(Grammars, "_compile", lambda self, grammar: Fragile(compiled(self, grammar), b))
-    made = grammars(directory, 'start: ("a" | "b")+')
+    made = grammars(tokenizer_dir, 'start: ("a" | "b")+')
     assert allowed(made.masks(1, [a, b, a])) == [{a, b}, {a, b, 2}, set(), set()]
     assert made.error(1) == "too complex"
     made.commit(1, [a])
@@ -194,8 +186,8 @@ def test_a_grammar_that_fails_after_a_draft_fails_only_if_the_draft_is_right(
     assert made._failures.cause(1) == ("the grammar failed: too complex", True)
 
 
-def test_a_grammar_that_does_not_compile_fails_its_row(directory: Path) -> None:
-    made = grammars(directory, "start: nothing")
+def test_a_grammar_that_does_not_compile_fails_its_row(tokenizer_dir: Path) -> None:
+    made = grammars(tokenizer_dir, "start: nothing")
     cause = made._failures.cause(1)
     assert cause is not None
     assert cause[0].startswith("the grammar failed: ")
@@ -236,18 +228,18 @@ def test_words_that_are_not_allowed(size: int) -> None:
     assert found[0] == found[1]
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model(directory: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model(tokenizer_dir: Path) -> None:
     shape = replace(SHAPE, vocab_size=TOKENS - 40)
-    engine = tiny_engine(tiny_model(config=shape), gamma=2, directory=directory)
+    engine = tiny_engine(tiny_model(config=shape), gamma=2, directory=tokenizer_dir)
     params = SamplingParams(max_tokens=20, temperature=1.0, grammar="start: /[a-c]{3}/")
     found = complete(engine, [5], params)
     assert len(found) > 1
     assert found[-1] == 2
-    assert re.fullmatch("[a-c]{3}", Tokenizer(directory).decode(found))
+    assert re.fullmatch("[a-c]{3}", Tokenizer(tokenizer_dir).decode(found))
 
 
-def test_a_model_without_end_takes_no_grammar(directory: Path) -> None:
-    engine = tiny_engine(tiny_model(config=replace(SHAPE, eos_token_ids=())), gamma=2, directory=directory)
+def test_a_model_without_end_takes_no_grammar(tokenizer_dir: Path) -> None:
+    engine = tiny_engine(tiny_model(config=replace(SHAPE, eos_token_ids=())), gamma=2, directory=tokenizer_dir)
     with pytest.raises(RequestError, match="grammar: the model has no end-of-sequence token"):
         complete(engine, [5], SamplingParams(max_tokens=4, grammar='start: "no"'))
     assert len(complete(engine, [5], SamplingParams(max_tokens=4))) == 4
