@@ -331,8 +331,9 @@ class Scheduler:
                 if self._draft_kv and work.gamma:  # if all drafts were accepted, the last one was never fed
                     request.draft_lag = int(outcome.accepted == work.gamma)
                 tokens = request.commit(outcome.tokens)
-            request.finish_if_scored()
             failure = failures.get(work.row) if request.finish_reason is None else None
+            if failure is None:
+                request.finish_if_scored()
             if request.finish_reason is not None or failure is not None:
                 self._release_row(request)
                 del self._by_id[request.id]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Self
 
 import torch
@@ -20,7 +22,7 @@ from engine.oom import OutOfMemory, is_out_of_memory
 from engine.plan import RoundPlan, RoundResult, RowFailure, RowResult, RowWork
 from engine.ranks.protocol import WeightBytes
 from engine.sampling.grammar import Grammars
-from engine.sampling.sampler import NOTHING_LEFT, LogprobTensors, PromptLogprobTensors
+from engine.sampling.sampler import NOT_FINITE, NOTHING_LEFT, LogprobTensors, PromptLogprobTensors
 from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
@@ -186,11 +188,11 @@ class Worker:
         wait_for_rows = fetch(verdict.rows)  # the only copy of a round without log-probabilities
         meanwhile()
         results = _row_results(verdict, wait_for_rows(), plan)
-        failures = self._collect_failures(plan, results)
+        prompt_logprobs = _prompt_logprobs(verdict.prompt_logprobs) if verdict.prompt_logprobs else []
+        failures = self._collect_failures(plan, results, prompt_logprobs)
         for row, each in zip((work.row for work in plan.work if work.samples), results, strict=True):
             self._grammars.commit(row, each.tokens)
         draft_seconds = self._watch.take()
-        prompt_logprobs = _prompt_logprobs(verdict.prompt_logprobs) if verdict.prompt_logprobs else []
         verify_seconds = time.perf_counter() - began - draft_seconds
         result = RoundResult(plan.number, results, draft_seconds, verify_seconds, prompt_logprobs, failures)
         # Not counted in the round's time, which the profile and the controller use.
@@ -198,16 +200,20 @@ class Worker:
             consistency.compare(self._state, self._group, plan.number)
         return result
 
-    def _collect_failures(self, plan: RoundPlan, results: list[RowResult]) -> list[RowFailure]:
+    def _collect_failures(
+        self, plan: RoundPlan, results: list[RowResult], prompt_logprobs: list[PromptLogprobs]
+    ) -> list[RowFailure]:
         """List the rows that failed in this round or before, and remove the marks of failure from their tokens.
 
         Every rank finds the same marks; rows that do not sample, and reasons, are those of this rank.
         """
-        failures, sampled = [], iter(results)
+        failures, sampled, scored = [], iter(results), iter(prompt_logprobs)
         for work in plan.work:
             mark = 0
             if work.samples and (tokens := next(sampled).tokens)[-1] < 0:
                 mark = tokens.pop()
+            if any([math.isnan(each.logprob) for each in islice(scored, work.num_prompt_logprobs)]):
+                mark = mark or NOT_FINITE
             if mark == NOTHING_LEFT:
                 failures.append(RowFailure(work.row, self._sampler.why_excluded(work.row), True))
             elif cause := self._failures.cause(work.row):

@@ -185,6 +185,10 @@ def test_logits_that_are_not_finite_fail_the_request(size: int, bad: float, gamm
         AddRequest(f"sick {i}", [5, 300, 7], SamplingParams(logprobs=2, **common, **kind))
         for i, kind in enumerate(kinds)
     ]
+    score = SamplingParams(max_tokens=0, prompt_logprobs=1)  # nothing is sampled
+    sick.append(AddRequest("score", [5, 300, 7, 8], score))
+    healthy.append(AddRequest("other", [5, 6, 7, 8], score))
+    plain["other"] = []
     outputs = run(engine, [*healthy, *sick])
     engine.close()
     for request in sick:
@@ -194,6 +198,7 @@ def test_logits_that_are_not_finite_fail_the_request(size: int, bad: float, gamm
         assert output.is_server_fault
     for request in healthy:
         assert tokens(outputs[request.id]) == tokens(plain[request.id])
+        assert outputs[request.id][-1].error is None
 
 
 @pytest.mark.parametrize(
