@@ -246,7 +246,9 @@ class Engine:
         """Drop all requests, whatever state an interrupted `step` has left them in."""
         self._round_running, self._aborted = False, []
         self._pages = PageAllocator(self._worker.num_pages)
+        preemptions = self._scheduler.preemptions
         self._scheduler = self._make_scheduler(self._scheduler.controller)
+        self._scheduler.preemptions = preemptions
 
     def _run(self, plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
         """Run one round on all ranks."""

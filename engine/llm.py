@@ -101,7 +101,8 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Free the model's memory. Streams that are still open end with an error."""
+        """Free the model's memory. Streams that are still open end with RequestFailed."""
+        self._fail_streams("the engine was closed")
         self.engine.close()
 
     @property
@@ -165,11 +166,13 @@ class LLM:
     def _submit_queued(self, todo: deque[_Stream]) -> None:
         """Queue as many requests as the engine accepts."""
         while todo:
+            request = todo[0].request
+            self._streams[request.id] = todo[0]  # first, so that an interrupt leaves no request without its stream
             try:
-                self.engine.add(todo[0].request)
+                self.engine.add(request)
             except QueueFull:
+                del self._streams[request.id]
                 return
-            self._streams[todo[0].request.id] = todo[0]
             todo.popleft()
 
     def _step(self) -> None:
@@ -180,11 +183,14 @@ class LLM:
                 self._deliver(output)
         except BaseException as error:
             if not self.engine.restarted:  # outputs are lost, or delivered in part
-                for stream in self._streams.values():
-                    stream.errors.append(RequestFailed(f"a round was cut short by {type(error).__name__}"))
-                self._streams.clear()
+                self._fail_streams(f"a round was cut short by {type(error).__name__}")
                 self.engine.reset()
             raise
+
+    def _fail_streams(self, reason: str) -> None:
+        for stream in self._streams.values():
+            stream.errors.append(RequestFailed(reason))
+        self._streams.clear()
 
     def _deliver(self, output: RequestOutput) -> None:
         stream = self._streams.get(output.id)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.row_sums import row_logsumexp, row_sum
+from kernels.row_sums import row_logsumexp
 from parallel.group import Group
 from parallel.split import split
 
@@ -102,7 +102,7 @@ class VocabShard:
         """Compute each row's smallest logit that top-k, then top-p, and min-p keep; logits equal to it are kept too.
 
         A rank needs only this number per row to cut its own slice. It is computed from the same numbers in the same
-        order, whatever the number of ranks.
+        order, whatever the number of ranks and of candidates.
 
         logits: [rows, size], already divided by the temperature. top_k: [rows] int64, 0 for off. top_p, min_p: [rows]
         float64, 1 and 0 for off. candidates: number of a row's largest logits to consider: at least every top_k, and
@@ -115,8 +115,10 @@ class VocabShard:
         ties = (ordered == kth).sum(-1, keepdim=True) + torch.where(smallest == kth[None], unlisted, 0).sum(0)
         ordered = ordered[:, :count]
         above = (ordered.double() - ordered[:, :1]).exp_().masked_fill_(ordered <= kth, 0)
-        before = above.cumsum(-1) - above  # mass of all likelier tokens
-        mass = row_sum(above) + ties * (kth.double() - ordered[:, :1]).exp()
+        # Summed in order, so that candidates beyond a row's own, which add nothing, change no bit.
+        up_to = above.cumsum(-1)
+        before = up_to - above  # mass of all likelier tokens
+        mass = up_to[:, -1:] + ties * (kth.double() - ordered[:, :1]).exp()
         nucleus = (before < top_p[:, None] * mass).sum(-1, keepdim=True).clamp(min=1) - 1
         off = torch.full_like(kth, float("-inf"))
         return torch.cat(

@@ -17,7 +17,10 @@ Ints = npt.NDArray[np.int64]
 
 log = logging.getLogger(__name__)
 
-_ROUND_ERRORS = (CollectiveError, RankFailure, RoundAbandoned, torch.AcceleratorError)
+_ROUND_ERRORS = (
+    *(CollectiveError, RankFailure, RoundAbandoned, torch.AcceleratorError),
+    *(KeyboardInterrupt, SystemExit, GeneratorExit),
+)
 """Errors that concern all rows, wherever they are raised."""
 
 
@@ -50,10 +53,8 @@ class RowFailures:
         """
         try:
             yield
-        except _ROUND_ERRORS:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            if isinstance(error, _ROUND_ERRORS) or is_out_of_memory(error):
                 raise
             is_request_fault = isinstance(error, RowError)
             if not is_request_fault:

@@ -165,10 +165,10 @@ class RankExecutor:
         """
         self.check()
         data = self._encoder.encode(plan)
-        self._channel.broadcast(data)
-        if self._health.broken:  # else the collectives would wait for it as long again
-            raise self._failure()
         try:
+            self._channel.broadcast(data)
+            if self._health.broken:  # else the collectives would wait for it as long again
+                raise self._failure()
             yield
         except OutOfMemory:
             raise

@@ -1,6 +1,6 @@
 """Grammars (llguidance): masks of the tokens that may follow in constrained output, the same on every rank.
 
-A matcher's state is that after a row's committed tokens. For masks after drafts it advances over them, and rolls back.
+A matcher's state is that after a row's committed tokens. For masks after drafts it, or a copy, advances over them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from llguidance import LLMatcher, LLTokenizer
 from engine.batch.row_failures import RowError
 from engine.batch.row_state import RowState
 from engine.plan import RowStart
-from engine.sampling.grammar_limits import LIMITS
+from engine.sampling.grammar_limits import LIMITS, MAX_FORCED_BYTES, describe_grammar_error
 
 Words = npt.NDArray[np.int32]
 
 _WORK = "the grammar"
-
-_MAX_REASON = 200
 
 
 class GrammarError(RowError):
@@ -31,10 +29,12 @@ class GrammarError(RowError):
 
 @dataclass(slots=True)
 class _Row:
-    """A constrained row. output: its tokens. error: why the grammar failed after a draft."""
+    """A constrained row. rolls_back: whether the matcher can take tokens back. output: the row's tokens. error: why the
+    grammar failed after a draft."""
 
     grammar: str
     matcher: LLMatcher
+    rolls_back: bool
     output: list[int]
     error: str | None = None
 
@@ -62,7 +62,8 @@ class Grammars:
         if grammar is None:
             return
         with self._failures.guard(row, _WORK):
-            self._rows[row] = _Row(grammar, self._compile(grammar), [])
+            matcher = self._compile(grammar)
+            self._rows[row] = _Row(grammar, matcher, self._rolls_back(matcher), [])
         self.commit(row, start.tokens[start.num_prompt :])
 
     def commit(self, row: int, tokens: Sequence[int]) -> None:
@@ -82,18 +83,17 @@ class Grammars:
         place before it is repeated. If the grammar fails after the committed tokens, so does the row; if it fails after
         a draft, which may be wrong, no token is allowed from there on.
         """
-        # A tokenizer may have more tokens than the model.
-        size = self._vocab_size if self._tokenizer is None else self._tokenizer.vocab_size
-        words = np.zeros((len(drafted) + 1 - first, -(-size // 32)), dtype=np.int32)
+        words = self._no_words(len(drafted) + 1 - first)
         with self._failures.guard(row, _WORK):
             mine = self._rows[row]
-            filled = _fill(words, mine.matcher, drafted, first)
-            if filled < len(words):
-                mine.error = _error(mine.matcher)
-                if first + filled == 0:
+            matcher = mine.matcher if mine.rolls_back else mine.matcher.deep_copy()
+            failed_at, mine.error = _fill(words, matcher, drafted, first)
+            if mine.error is not None:
+                if first + failed_at == 0:
                     raise GrammarError(mine.error)
-                mine.matcher = self._compile(mine.grammar)  # a matcher never leaves its error
-                _advance(mine.matcher, mine.output)
+                if mine.rolls_back:  # a matcher never leaves an error
+                    mine.matcher = self._compile(mine.grammar)
+                    _advance(mine.matcher, mine.output)
         return words[:, : -(-self._vocab_size // 32)]
 
     def error(self, row: int) -> str | None:
@@ -107,6 +107,19 @@ class Grammars:
         _check(matcher)
         return matcher
 
+    def _rolls_back(self, matcher: LLMatcher) -> bool:
+        """Whether a matcher can take tokens back; not with lexemes of limited length, for example."""
+        copy, (words,) = matcher.deep_copy(), self._no_words(1)
+        copy.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        allowed = np.unpackbits(words.view(np.uint8), bitorder="little")
+        copy.rollback(copy.try_consume_tokens([int(allowed.argmax())]))
+        return not copy.is_error()
+
+    def _no_words(self, count: int) -> Words:
+        # A tokenizer may have more tokens than the model.
+        size = self._vocab_size if self._tokenizer is None else self._tokenizer.vocab_size
+        return np.zeros((count, -(-size // 32)), dtype=np.int32)
+
 
 def _read_tokenizer(file: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> tuple[LLTokenizer | None, str | None]:
     """Read a tokenizer. Returns it, or None and the reason why its tokens cannot be matched."""
@@ -119,7 +132,7 @@ def _read_tokenizer(file: Path, vocab_size: int, eos_token_ids: Sequence[int]) -
         try:
             return LLTokenizer(str(file), n_vocab=size, eos_token=list(eos_token_ids)), None
         except Exception as error:  # the library raises several types
-            reason = _short(str(error))
+            reason = describe_grammar_error(str(error))
     return None, f"the model's tokenizer is of a kind that cannot be matched: {reason}"
 
 
@@ -131,25 +144,29 @@ def _advance(matcher: LLMatcher, tokens: Sequence[int]) -> None:
         raise GrammarError("it does not match a token of the output")
 
 
-def _fill(words: Words, matcher: LLMatcher, drafted: Sequence[int], first: int) -> int:
-    """Fill in the masks of Grammars.masks. Returns their number; fewer than `words` if the grammar failed."""
+def _fill(words: Words, matcher: LLMatcher, drafted: Sequence[int], first: int) -> tuple[int, str | None]:
+    """Fill in the masks of Grammars.masks, and restore the matcher. If the grammar fails, returns where and why; the
+    matcher is in any state then, and the masks from there on are empty."""
     consumed = matcher.try_consume_tokens(list(drafted[:first]))
     matching = consumed == first
     for i, at in enumerate(words):
         if i and matching:
             matching = matcher.try_consume_tokens([drafted[first + i - 1]]) == 1
             consumed += matching
-        if not matcher.is_error():
-            if i and not matching:
-                at[:] = words[i - 1]
-            else:
-                matcher.unsafe_compute_mask_ptr(at.ctypes.data, at.nbytes)
+        if matcher.is_error():
+            return i, _error(matcher)
+        if i and not matching:
+            at[:] = words[i - 1]
+            continue
+        if len(matcher.compute_ff_bytes()) > MAX_FORCED_BYTES:
+            return i, f"it forces a text of more than {MAX_FORCED_BYTES} bytes"
+        matcher.unsafe_compute_mask_ptr(at.ctypes.data, at.nbytes)
         if matcher.is_error():
             at.fill(0)
-            return i
+            return i, _error(matcher)
     if consumed:
         matcher.rollback(consumed)
-    return len(words)
+    return len(words), None
 
 
 def _check(matcher: LLMatcher) -> None:
@@ -158,9 +175,4 @@ def _check(matcher: LLMatcher) -> None:
 
 
 def _error(matcher: LLMatcher) -> str:
-    return _short(matcher.get_error()) or "unknown error"
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _MAX_REASON else line[: _MAX_REASON - 1] + "…"
+    return describe_grammar_error(matcher.get_error())

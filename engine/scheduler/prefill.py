@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -17,18 +17,21 @@ class PrefillNeed(NamedTuple):
 def share_prefill(needs: Sequence[PrefillNeed], tokens: int) -> list[int]:
     """Share `tokens` among prompts. Returns the tokens of each.
 
-    needs: most urgent first: by priority, then by arrival. The first prompt is sure of half of the tokens. All others
-    go to the prompt with the fewest remaining tokens within the most urgent priority, then to the next. So prompts of
-    equal length are computed one after another; and of equal priority, a prompt waits at most twice as long as if
-    prompts were computed in order of arrival, since the older ones always get half of the tokens.
+    needs: most urgent first: by priority, then by arrival. Half of the tokens are handed out in this order. The others
+    go to the prompt with the fewest remaining tokens within the most urgent priority, then to the next. So a prompt
+    waits at most twice as long as if all tokens were handed out in order, however many shorter ones arrive; and prompts
+    of equal length are computed one after another.
     """
     shares = [0] * len(needs)
-    if not needs:
-        return shares
-    shares[0] = min(needs[0].limit, (tokens + 1) // 2)
-    left = tokens - shares[0]
-    for i in sorted(range(len(needs)), key=lambda i: (needs[i].priority, needs[i].remaining)):
-        more = min(needs[i].limit - shares[i], left)
-        shares[i] += more
-        left -= more
+
+    def hand_out(tokens: int, order: Iterable[int]) -> int:
+        """Returns the number of tokens that nobody takes."""
+        for i in order:
+            more = min(needs[i].limit - shares[i], tokens)
+            shares[i] += more
+            tokens -= more
+        return tokens
+
+    unused = hand_out((tokens + 1) // 2, range(len(needs)))
+    hand_out(tokens // 2 + unused, sorted(range(len(needs)), key=lambda i: (needs[i].priority, needs[i].remaining)))
     return shares

@@ -56,4 +56,5 @@ def _check_first_token(params: SamplingParams, vocab_size: int, eos_token_ids: I
         fields = [field for field, tokens in excluded.items() if tokens]
         if allowed:
             fields.append("allowed_token_ids")
-        raise RequestError(f"{' and '.join(fields)}: together they exclude every token")
+        verb = "exclude" if len(fields) > 1 else "excludes"
+        raise RequestError(f"{' and '.join(fields)} {verb} every token")

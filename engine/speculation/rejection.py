@@ -116,5 +116,7 @@ class RejectionSampler(Sampler):
         keep = -torch.exp(-gumbel_noise(self._seed[slots] ^ _KEEP, position, 0, 1)[:, 0])
         noise = self._noise(samples, index, _RESIDUAL)
         values, chosen = self._sample_at(logits, temperature, samples)
-        chosen[index] = keep_or_replace(p, q, drafts, keep, noise, self._vocab)
+        # A draft whose logits were not finite was not drawn from any distribution; the target's own sample stands.
+        valid = ~self._vocab.at_tokens(q, drafts).isnan()
+        chosen[index] = torch.where(valid, keep_or_replace(p, q, drafts, keep, noise, self._vocab), chosen[index])
         return mark_failures(values, chosen)

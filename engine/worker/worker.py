@@ -212,7 +212,8 @@ class Worker:
             mark = 0
             if work.samples and (tokens := next(sampled).tokens)[-1] < 0:
                 mark = tokens.pop()
-            if any([math.isnan(each.logprob) for each in islice(scored, work.num_prompt_logprobs)]):
+            own = list(islice(scored, work.num_prompt_logprobs))
+            if any(math.isnan(each.logprob) for each in own):
                 mark = mark or NOT_FINITE
             if mark == NOTHING_LEFT:
                 failures.append(RowFailure(work.row, self._sampler.why_excluded(work.row), True))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.servers import Server, start
+from tests.support.servers import TINY_SETTINGS, Server, start
 from tests.support.tiny import write_model
 
 
@@ -28,23 +28,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("tiny") / "tiny", max_model_len=4352)
 
 
-TINY: dict[str, Any] = {
-    "engine": {
-        "dtype": "float64",
-        "threads": 1,
-        "check_invariants": True,
-        "cache": {"page_size": 16, "num_pages": 2048},
-        "speculation": {"gamma": 3, "kv": {"budget": 64}},
-    },
-    "server": {"max_body_mb": 0.25},
-}
-"""Settings for the tiny model: float64, so that a batch's sums cannot differ from a single row's."""
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
     """Server of a fast model whose text is noise."""
-    running = start(tmp_path_factory.mktemp("tiny-server"), tiny_model, config=TINY)
+    running = start(tmp_path_factory.mktemp("tiny-server"), tiny_model, config=TINY_SETTINGS)
     yield running
     running.stop()
 
@@ -58,7 +45,7 @@ def launch(tmp_path: Path, tiny_model: Path) -> Iterator[Callable[..., Server]]:
     def start_one(*flags: str, **settings: Any) -> Server:
         directory = tmp_path / str(len(running))
         directory.mkdir()
-        config = {**TINY, "server": {**TINY["server"], **settings}}
+        config = {**TINY_SETTINGS, "server": {**TINY_SETTINGS["server"], **settings}}
         running.append(start(directory, tiny_model, *flags, config=config))
         return running[-1]
 

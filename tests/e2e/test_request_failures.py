@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.conftest import TINY
-from tests.support.servers import Server, Stream, start
+from tests.support.servers import TINY_SETTINGS, Server, Stream, start
 
 JSON_CHAT = {
     "messages": [{"role": "user", "content": "hi"}],
@@ -56,7 +55,7 @@ def serve(tmp_path: Path, tiny_model: Path, change: Callable[[Path], None]) -> I
     change(model)
     directory = tmp_path / "server"
     directory.mkdir()
-    running = start(directory, model, config=TINY)
+    running = start(directory, model, config=TINY_SETTINGS)
     try:
         yield running
     finally:

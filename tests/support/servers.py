@@ -26,6 +26,19 @@ PATIENCE_S = 120.0
 """Time after which a test fails. Nothing is expected to take nearly this long."""
 
 
+TINY_SETTINGS: dict[str, Any] = {
+    "engine": {
+        "dtype": "float64",
+        "threads": 1,
+        "check_invariants": True,
+        "cache": {"page_size": 16, "num_pages": 2048},
+        "speculation": {"gamma": 3, "kv": {"budget": 64}},
+    },
+    "server": {"max_body_mb": 0.25},
+}
+"""Settings for the tiny model: float64, so that a batch's sums cannot differ from a single row's."""
+
+
 @dataclass
 class Server:
     """A server process. tmp: directory for temporary files of the server and its engine."""

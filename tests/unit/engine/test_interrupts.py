@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from engine import core
 from engine.batch.runner import Runner
 from engine.llm import LLM, RequestFailed
+from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.scheduler.pages import PageAllocator
 from engine.scheduler.request import Request
@@ -138,6 +139,28 @@ def test_faults_at_any_place(
     with LLM(str(tokenizer_dir), loaded=model, max_model_len=128, **settings) as offline:
         went_on = check_stream(offline, expected, interrupted)
     assert went_on or place != (Runner, "forward")
+
+
+def test_closing_ends_open_streams(tokenizer_dir: Path, model: Llama) -> None:
+    with LLM(str(tokenizer_dir), loaded=model, max_model_len=128) as closed:
+        stream = closed.stream([7, 8, 9], STREAMED)
+        next(stream)
+    with pytest.raises(RequestFailed, match="the engine was closed"):
+        list(stream)
+
+
+def test_an_interrupt_while_queueing_leaves_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = llm.engine.add
+
+    def interrupted(request: AddRequest) -> None:
+        add(request)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS, BESIDE)
+    assert llm.stats.running == llm.stats.waiting == 0
 
 
 def test_words_without_tokens_are_refused_before_anything_runs(llm: LLM, expected: list[int]) -> None:

@@ -38,6 +38,23 @@ def test_values(rows: int, size: int, seed: int, low: bool) -> None:
     torch.testing.assert_close(row_sum(x), x.sum(-1, keepdim=True))
 
 
+@pytest.mark.parametrize("threads_used", [1, 2])
+def test_other_rows_candidates_change_no_cut(threads_used: int) -> None:
+    """With a top-k, a row's nucleus adds up as many candidates as the largest top-k of its batch."""
+    vocab = VocabShard(0, VOCAB, VOCAB, Group.single())
+    logits = torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(5)).mul_(4)
+    top_k = torch.arange(2, 42)
+    with threads(threads_used):
+        ordered = logits.double().sort(-1, descending=True).values
+        for row in range(40):
+            # A nucleus whose mass is, but for rounding, that of some of the candidates.
+            above = (ordered[row, : top_k[row]] - ordered[row, 0]).exp()
+            top_p = (above.cumsum(0) / above.sum())[row // 2 : row // 2 + 1]
+            mine, options = logits[row : row + 1], (top_k[row : row + 1], top_p, torch.zeros(1, dtype=torch.float64))
+            cuts = [vocab.cut(mine, *options, candidates=count) for count in (int(top_k[row]), 61, 100, 1000)]
+            assert len({float(cut) for cut in cuts}) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_row_decides_its_bits_alone(dtype: torch.dtype) -> None:
     """What sampling adds up over a vocabulary."""

@@ -166,6 +166,9 @@ class Fragile:
     def get_error(self) -> str:
         return "too complex"
 
+    def deep_copy(self) -> LLMatcher:
+        return self._matcher.deep_copy()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._matcher, name)
 
@@ -184,6 +187,29 @@ def test_a_grammar_that_fails_after_a_draft_fails_only_if_the_draft_is_right(
     assert made._failures.cause(1) is None
     made.commit(1, [b])
     assert made._failures.cause(1) == ("the grammar failed: too complex", True)
+
+
+@pytest.mark.parametrize("grammar", ["start: gen\ngen[max_tokens=3]: /.*/", 'start: gen "b"\ngen[stop="b"]: /[ab]*/'])
+def test_matchers_that_cannot_take_tokens_back(tokenizer_dir: Path, grammar: str) -> None:
+    """Drafts change no text: they are matched on a copy."""
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=1, grammar=grammar)
+    requests = [AddRequest(str(i), [5, 6, 7 + i], params) for i in range(4)]
+    plain, drafted = (
+        run(tiny_engine(tiny_model(config=SHAPE), gamma=gamma, directory=tokenizer_dir), requests) for gamma in (0, 3)
+    )
+    assert {id: tokens(out) for id, out in drafted.items()} == {id: tokens(out) for id, out in plain.items()}
+    assert all(out[-1].finish_reason == "stop" for out in drafted.values())
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+def test_long_forced_texts_fail_their_row(tokenizer_dir: Path, gamma: int) -> None:
+    """Each mask would walk through all of it, while other rows wait."""
+    engine = tiny_engine(tiny_model(config=SHAPE), gamma=gamma, directory=tokenizer_dir)
+    letters = 'start: /[bc]{3}/ "' + 20_000 * "a" + '"'
+    (out,) = run(engine, [AddRequest("0", [5], SamplingParams(max_tokens=40, grammar=letters))]).values()
+    assert len(Tokenizer(tokenizer_dir).decode(tokens(out))) == 3
+    assert out[-1].error == "the grammar failed: it forces a text of more than 16384 bytes"
+    assert not out[-1].is_server_fault
 
 
 def test_a_grammar_that_does_not_compile_fails_its_row(tokenizer_dir: Path) -> None:

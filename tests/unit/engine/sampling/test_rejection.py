@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from engine.batch.round_batch import SamplePositions
 from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.speculation.rejection import RejectionSampler
 from models.llama import Llama
 from tests.support.engines import complete, run, tiny_engine, tiny_model, tokens
 from tests.support.rig import PagedRows
@@ -105,6 +107,27 @@ def test_without_drafts_it_is_plain_sampling(draft_dir: Path) -> None:
     params = SamplingParams(max_tokens=60, temperature=1.0, seed=4, max_draft_tokens=0, ignore_eos=True)
     engine = speculating("self", draft_dir, gamma=3)
     assert complete(engine, PROMPT, params) == complete(tiny_engine(model(), gamma=0), PROMPT, params)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_drafts_that_are_not_finite_change_nothing(
+    draft_dir: Path, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that such a draft says of its token is true, so the target samples by itself."""
+    requests = [
+        AddRequest(str(seed), PROMPT, SamplingParams(max_tokens=20, seed=seed, ignore_eos=True, **WAYS[seed % 2]))
+        for seed in range(8)
+    ]
+    plain = run(tiny_engine(model(), gamma=0), requests)
+    draft = RejectionSampler.draft
+
+    def broken(sampler: RejectionSampler, logits: torch.Tensor, samples: SamplePositions) -> torch.Tensor:
+        logits[:, 3] = bad
+        return draft(sampler, logits, samples)
+
+    monkeypatch.setattr(RejectionSampler, "draft", broken)
+    found = run(speculating("self", draft_dir), requests)
+    assert {id: tokens(out) for id, out in found.items()} == {id: tokens(out) for id, out in plain.items()}
 
 
 def test_the_narrowest_nucleus_is_greedy(draft_dir: Path) -> None:

@@ -90,6 +90,23 @@ def test_a_waiting_prompt_is_not_overtaken_for_ever() -> None:
     assert i < 2 * (64 + 64) / 16
 
 
+def test_no_prompt_waits_more_than_twice_as_long_as_in_order() -> None:
+    """Many short old prompts, behind which shorter ones keep coming."""
+    made = scheduler(batch=256, max_rows=64, pages=5000)
+    for i in range(50):
+        add(made, f"old {i}", 200, max_tokens=1)
+    rounds, left = 0, 50
+    while left:
+        for i in range(10):
+            add(made, f"new {rounds} {i}", 190, max_tokens=1)
+        left -= sum(id.startswith("old") for id in step(made))
+        rounds += 1
+        if made.waiting and len(made.waiting) > 80:
+            for request in made.waiting[60:]:
+                made.abort(request.id)
+    assert rounds <= 2 * 50 * 200 / 256 + 1
+
+
 @given(
     needs=st.lists(st.tuples(st.integers(-2, 2), st.integers(1, 300), st.integers(1, 300)), max_size=12),
     tokens=st.integers(1, 200),
@@ -101,12 +118,14 @@ def test_shares(needs: list[tuple[int, int, int]], tokens: int) -> None:
     shares = share_prefill(given, tokens)
     assert all(0 <= share <= need.limit for share, need in zip(shares, given, strict=True))
     assert sum(shares) == min(tokens, sum(need.limit for need in given))  # none is left over
-    if given:
-        assert shares[0] >= min(given[0].limit, (tokens + 1) // 2)
-    for i, one in enumerate(given):  # nobody but the first gets tokens that a more urgent or shorter one lacks
-        for j, other in enumerate(given):
-            if j and (other.priority, other.remaining) > (one.priority, one.remaining) and shares[j]:
-                assert shares[i] == one.limit
+    in_order = (tokens + 1) // 2
+    for i, one in enumerate(given):
+        sure = min(one.limit, in_order)  # what it gets of the half that is handed out in order
+        in_order -= sure
+        assert shares[i] >= sure
+        for j, other in enumerate(given):  # nobody gets more than that before the shorter ones have all they can take
+            if (other.priority, other.remaining) < (one.priority, one.remaining) and shares[i] > sure:
+                assert shares[j] == other.limit
 
 
 # -- preemption --------------------------------------------------------------------------------------------------------
