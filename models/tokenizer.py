@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,14 @@ import tokenizers
 
 from models.files.chat_template_files import read_chat_template
 from models.files.json_values import ModelError, describe_lfs_pointer, describe_no_directory, is_lfs_pointer
-from models.files.special_tokens import read_special_tokens
+from models.files.special_tokens import read_special_names, read_special_tokens
+from models.marked_text import MarkedEncoder, MarkedText
 
 REPLACEMENT = "\ufffd"
 _LONGEST_INCOMPLETE = 3
 """Largest number of bytes of an incomplete UTF-8 character."""
 _WINDOW = 16
 """Largest number of tokens that an IncrementalDecoder looks back; enough for any character split over byte tokens."""
-_ALIAS_CHARS = range(0xF0000, 0xFFFFE)
-"""Private-use characters, which no normalizer changes."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -64,6 +62,11 @@ class Tokenizer:
         except ModelError as error:
             raise TokenizerError(str(error)) from None
         self.bos_token, self.eos_token = map(self.special_tokens.get, ("bos_token", "eos_token"))
+        named = {*self.special_tokens.values(), *read_special_names(directory)}
+        # Those that any file calls special, by id.
+        self._protected = self._special_names | {
+            id: token.content for id, token in added.items() if token.content in named
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -73,7 +76,7 @@ class Tokenizer:
     @property
     def special_names(self) -> frozenset[str]:
         """Texts that are encoded as special tokens."""
-        return frozenset(self._special_names.values())
+        return frozenset(self._protected.values())
 
     @property
     def bos_token_id(self) -> int | None:
@@ -102,17 +105,28 @@ class Tokenizer:
             end = max(end, last)
         return encoding.ids, offsets
 
-    def encode_marked(self, text: str, marks: Mapping[str, str], add_special_tokens: bool = True) -> list[int]:
-        """Encode `text`, in which some characters are marks that stand for others.
+    def encode_marked(self, text: MarkedText, add_special_tokens: bool = True) -> list[int]:
+        """Encode a text in which the names of special tokens that contain a mark are plain text. All else is encoded as
+        if the text had the characters themselves."""
+        return self._marked_encoder.encode(text, add_special_tokens)
 
-        marks: the character that each mark stands for. A special token's name that contains a mark is encoded as plain
-        text. All else is encoded as if the text had the characters themselves.
+    def encode_guarded(
+        self, text: str, marked: MarkedText, is_faithful: bool = True, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Encode `text` as `encode` does, unless that makes more special tokens than `marked` has names without marks;
+        then as `encode_marked` does.
+
+        marked: the same text, unless it is not `is_faithful`.
         """
-        return self._marked_encoder.encode(text, marks, add_special_tokens)
+        ids = self.encode(text, False)
+        made, written = sum(id in self._protected for id in ids), self._marked_encoder.count_names(marked)
+        if made != written if is_faithful else made > written:
+            return self.encode_marked(marked, add_special_tokens)
+        return self.encode(text) if add_special_tokens else ids
 
     @cached_property
-    def _marked_encoder(self) -> _MarkedEncoder:
-        return _MarkedEncoder(self._tokenizer, self._special_names)
+    def _marked_encoder(self) -> MarkedEncoder:
+        return MarkedEncoder(self._tokenizer, self._protected)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decode ids. Those without a token decode to nothing; bytes that are not UTF-8 decode to U+FFFD."""
@@ -141,58 +155,6 @@ class Tokenizer:
         if match := _BYTE_TOKEN.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return piece.replace("\u2581", " ").encode()
-
-
-class _MarkedEncoder:
-    """Encodes text in which the names of special tokens are either those tokens or plain text.
-
-    It replaces the names that are tokens by aliases, added tokens of another tokenizer, to which names are plain text.
-    An alias is random, so that no client can write one.
-    """
-
-    def __init__(self, library: tokenizers.Tokenizer, special_names: Mapping[int, str]) -> None:
-        """library: the tokenizer to encode as. special_names: of its special tokens, by id."""
-        added = library.get_added_tokens_decoder()
-        # Finds added tokens; all text between two of them is one unknown token.
-        self._finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
-        if library.normalizer is not None:
-            self._finder.normalizer = library.normalizer
-        self._finder.add_tokens(list(added.values()))
-        self._plain = tokenizers.Tokenizer.from_str(library.to_str())
-        self._plain.encode_special_tokens = True
-        # Some models spell a name with its special token even so; a separator, which is no token, divides those.
-        pairs = special_names.items()
-        self._spelt = [name for id, name in pairs if id in self._plain.encode(name, add_special_tokens=False).ids]
-        self._aliases: dict[str, str] = {}
-        self._ids: dict[int, list[int]] = {}
-        for id, name in pairs:
-            flags = {flag: getattr(added[id], flag) for flag in ("lstrip", "rstrip", "normalized")}
-            self._aliases[name] = self._add([id], flags)
-        self._separator = self._add([], {"normalized": False})
-
-    def encode(self, text: str, marks: Mapping[str, str], add_special_tokens: bool) -> list[int]:
-        """See Tokenizer.encode_marked."""
-        (found,) = self._finder.encode_batch([text], add_special_tokens=False)
-        pieces, end = [], 0
-        for id, (first, last) in zip(found.ids, found.offsets, strict=True):
-            name = self._finder.id_to_token(id)  # `tokens` has it with the spaces that it takes
-            if name in self._aliases and (place := text.find(name, first, last)) >= 0:
-                pieces += [text[end:place], self._aliases[name]]
-                end = place + len(name)
-        aliased = "".join([*pieces, text[end:]]).translate({ord(mark): char for mark, char in marks.items()})
-        for name in self._spelt:
-            aliased = aliased.replace(name, name[:1] + self._separator + name[1:])
-        (encoding,) = self._plain.encode_batch_fast([aliased], add_special_tokens=add_special_tokens)
-        return [token for id in encoding.ids for token in self._ids.get(id, (id,))]
-
-    def _add(self, ids: list[int], flags: dict[str, bool]) -> str:
-        """Add a token that stands for `ids`. Returns its text."""
-        alias = "".join(chr(secrets.choice(_ALIAS_CHARS)) for _ in range(8))
-        self._plain.add_tokens([tokenizers.AddedToken(alias, **flags)])
-        new = self._plain.token_to_id(alias)
-        assert new is not None
-        self._ids[new] = ids
-        return alias
 
 
 class IncrementalDecoder:

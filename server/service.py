@@ -153,11 +153,13 @@ class Service:
         return await run_by_length(sum(map(len, texts)), self.tokenizer.encode_batch, texts, add_special_tokens)
 
     async def encode_chat(self, chat: Rendered, add_special_tokens: bool) -> list[int]:
-        if not chat.marks:
+        if chat.marked is None:
             (tokens,) = await self.encode([chat.text], add_special_tokens)
             return tokens
         # In a thread, however short the text is: the first call loads another tokenizer.
-        return await asyncio.to_thread(self.tokenizer.encode_marked, chat.text, chat.marks, add_special_tokens)
+        return await asyncio.to_thread(
+            self.tokenizer.encode_guarded, chat.text, chat.marked, chat.is_faithful, add_special_tokens
+        )
 
     def fit(self, prompt: Sequence[int], max_tokens: int | None, default: int | None) -> int:
         """Return the largest number of tokens to generate. Raises ApiError: no tokens, unknown ones, or too many.

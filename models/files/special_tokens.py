@@ -19,6 +19,18 @@ def read_special_tokens(directory: Path) -> dict[str, str]:
     return {name: texts[name] for name in _NAMES if name in texts}
 
 
+def read_special_names(directory: Path) -> set[str]:
+    """Read the texts of added tokens that tokenizer_config.json calls special (added_tokens_decoder). Raises
+    ModelError."""
+    added = read_json_if_any(directory / "tokenizer_config.json").get("added_tokens_decoder")
+    tokens = added.values() if isinstance(added, dict) else ()
+    return {
+        token["content"]
+        for token in tokens
+        if isinstance(token, dict) and token.get("special") is True and isinstance(token.get("content"), str)
+    }
+
+
 def end_token_id(directory: Path) -> int | None:
     """Return the id of the tokenizer's eos_token; None if it has none, or no id. Raises ModelError."""
     text = read_special_tokens(directory).get("eos_token")

@@ -1,8 +1,8 @@
 """Marks in client text: special tokens come from the template alone, whatever the messages contain.
 
-Before a template is rendered, a character of each special token's name in the messages is replaced by a mark, a
-private-use character that occurs nowhere else. Templates can still trim, cut, compare and join the messages. In the
-rendered text, the marks tell the names that clients wrote from those of the template.
+A conversation is rendered twice: as it is, and with marks, private-use characters that occur nowhere else, in the place
+of client characters that names of special tokens are made of. In the second text, a name without a mark is the
+template's; a name that a client wrote, in whole or in part, has marks, whatever the template did with the messages.
 """
 
 from __future__ import annotations
@@ -17,60 +17,61 @@ _MARKS = range(0x100000, 0x10FFFE)
 
 
 class NameMarker:
-    """Marks the names of special tokens, in messages for one template."""
+    """Marks the characters of special tokens' names, in messages for one template."""
 
     def __init__(self, names: Collection[str], literals: Collection[str]) -> None:
-        """names: of the special tokens. literals: the texts in the template."""
-        names = [name for name in names if name]
-        alternatives = "|".join(map(re.escape, sorted(names)))
-        self._names = re.compile(f"(?={alternatives})") if names else None  # finds names that overlap
-        self._beginnings = {name[:end] for name in names for end in range(1, len(name))}
-        self._longest = max(map(len, self._beginnings), default=0)
-        endings = {name[start:] for name in names for start in range(1, len(name))}
-        # A template may write the beginning of a name, such as "<|", before a message.
-        self._endings = endings if any(self._has_beginning(literal) for literal in literals) else set()
+        """names: of the special tokens. literals: the strings in the template's expressions."""
+        self._names = [name for name in names if name]
+        letters = set("".join(self._names))
+        # Fewer characters disturb fewer templates, and nearly every part of a name has one of these.
+        signs = {char for name in self._names for char in (_signs(name) or name)}
+        self._alphabets = [letters, signs]
+        self._literals = [text for text in literals if len(text) > 1 and not any(text in name for name in self._names)]
         self._taken = set("".join(literals))
 
-    def mark(self, messages: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, str]]:
-        """Replace characters of the messages, but for their roles, which clients cannot choose freely.
+    def mark(self, messages: Sequence[dict[str, str]]) -> list[tuple[list[dict[str, str]], dict[str, str]]]:
+        """Return versions of the messages with marks, and the character that each mark stands for; none if the messages
+        have no character of a name. Raises ApiError.
 
-        Returns the messages, and the character that each mark stands for. Raises ApiError.
+        The first version marks all characters of names, the second one signs only. What a template looks for in
+        messages, such as "</think>", has no marks. Roles, which clients cannot choose freely, have none either.
         """
-        places = [
-            {key: found for key, text in message.items() if key != "role" and (found := self._places(text))}
-            for message in messages
-        ]
-        pairs = list(zip(messages, places, strict=True))
-        chars = {message[key][i] for message, mine in pairs for key, found in mine.items() for i in found}
-        if not chars:
-            return list(messages), {}
-        taken = self._taken.union(*(text for message in messages for text in message.values()))
+        contents = [text for message in messages for key, text in message.items() if key != "role"]
+        used = set().union(*contents)
+        if not used & self._alphabets[0]:
+            return []
+        taken = self._taken | used
         free = (char for char in map(chr, _MARKS) if char not in taken)
-        mark_of = dict(zip(sorted(chars), free, strict=False))
-        if len(mark_of) < len(chars):
+        mark_of = dict(zip(sorted(self._alphabets[0]), free, strict=False))
+        if len(mark_of) < len(self._alphabets[0]):
             raise ApiError("messages: too many different private-use characters (U+100000 and above)", param="messages")
-        marked = []
-        for message, mine in pairs:
-            marked.append(dict(message))
-            for key, found in mine.items():
-                text = list(message[key])
-                for i in found:
-                    text[i] = mark_of[text[i]]
-                marked[-1][key] = "".join(text)
-        return marked, {mark: char for char, mark in mark_of.items()}
+        kept = self._find_literals(contents)
+        versions = []
+        for alphabet in self._alphabets:
+            table = {ord(char): mark_of[char] for char in used & alphabet}
+            marked = [
+                {key: text if key == "role" else _translate(text, table, kept) for key, text in message.items()}
+                for message in messages
+            ]
+            versions.append((marked, {mark: char for char, mark in mark_of.items()}))
+        return versions
 
-    def _places(self, text: str) -> set[int]:
-        """Find the characters to mark: the first of each name, and of each part of one that other text may complete."""
-        if self._names is None:
-            return set()
-        found = {match.start() for match in self._names.finditer(text)}
-        for whole in (text, text.rstrip()):
-            last = range(max(0, len(whole) - self._longest), len(whole))
-            found |= {i for i in last if whole[i:] in self._beginnings}
-        own = text.strip()
-        if own and any(own.startswith(ending) or ending.startswith(own) for ending in self._endings):
-            found.add(len(text) - len(text.lstrip()))
-        return found
+    def _find_literals(self, contents: Sequence[str]) -> re.Pattern[str] | None:
+        """Return a pattern of the template's strings in the messages; None if there are none, or they make a name."""
+        found = [literal for literal in self._literals if any(literal in text for text in contents)]
+        if not found:
+            return None
+        pattern = re.compile("(" + "|".join(map(re.escape, sorted(found, key=len, reverse=True))) + ")")
+        joined = "".join(piece for text in contents for piece in pattern.findall(text))
+        return None if any(name in joined for name in self._names) else pattern
 
-    def _has_beginning(self, literal: str) -> bool:
-        return any(literal.endswith(beginning) for beginning in self._beginnings)
+
+def _signs(name: str) -> set[str]:
+    return {char for char in name if not char.isalnum()}
+
+
+def _translate(text: str, table: dict[int, str], kept: re.Pattern[str] | None) -> str:
+    if kept is None:
+        return text.translate(table)
+    parts = kept.split(text)  # what the pattern matches is at odd places
+    return "".join(part if i % 2 else part.translate(table) for i, part in enumerate(parts))

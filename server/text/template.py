@@ -15,6 +15,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from models.marked_text import MarkedText
 from models.tokenizer import Tokenizer
 from server.errors import ApiError
 from server.text.marks import NameMarker
@@ -25,10 +26,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as one text. marks: see Tokenizer.encode_marked."""
+    """A conversation as one text.
+
+    marked: rendered with marks in client text (server.text.marks); None where none are needed. is_faithful: whether it
+    is the same text but for them; a template may react to marks.
+    """
 
     text: str
-    marks: dict[str, str]
+    marked: MarkedText | None = None
+    is_faithful: bool = True
 
 
 class ChatTemplate:
@@ -73,11 +79,27 @@ class ChatTemplate:
         """Render `messages`: role, content, and name if given. May take seconds. Raises ApiError."""
         if self._template is None:
             raise ApiError(self._missing, code="not_served", param="messages")
-        messages, marks = self._marker.mark(messages)
+        text = self._render(messages, add_generation_prompt)
+        rendered, refusal = Rendered(text), None
+        for version, marks in self._marker.mark(messages):
+            try:
+                marked = MarkedText(self._render(version, add_generation_prompt), marks)
+            except ApiError as error:
+                refusal = error
+                continue
+            rendered = Rendered(text, marked, marked.plain == text)
+            if rendered.is_faithful:
+                break
+        if refusal is not None and rendered.marked is None:
+            raise refusal
+        return rendered
+
+    def _render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+        assert self._template is not None
         try:
             variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None}
             chars = sum(len(text) for message in messages for text in message.values())
-            return Rendered(render(self._template, variables | self._special, chars), marks)
+            return render(self._template, variables | self._special, chars)
         except Exception as error:  # a template is a program, and may fail in any way
             raise ApiError(f"messages: the model's chat template refuses them: {error}", param="messages") from None
 
@@ -93,9 +115,8 @@ class _Generation(Extension):
 
 
 def _literals(tree: nodes.Template) -> list[str]:
-    """Return the texts that a template contains."""
-    found = [node.data for node in tree.find_all(nodes.TemplateData)]
-    return found + [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    """Return the strings in a template's expressions."""
+    return [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
+from models.marked_text import MarkedText
 from models.tokenizer import Tokenizer
 from tests.support.tiny import write_tokenizer
 
@@ -84,7 +85,7 @@ def test_marks_change_nothing_outside_names(kind: str, text: str, special: bool,
             marked = "".join(
                 part if part in NAMES else part.replace(name, MARK_OF[name]) for part in split_at_names(marked)
             )
-    assert tokens.encode_marked(marked, MARKS, special) == tokens.encode(text, special)
+    assert tokens.encode_marked(MarkedText(marked, MARKS), special) == tokens.encode(text, special)
 
 
 def split_at_names(text: str) -> list[str]:
@@ -98,7 +99,7 @@ def test_a_marked_name_is_no_special_token(kind: str, text: str) -> None:
     tokens = tokenizer(kind)
     parts = split_at_names(text)
     marked = "</s>".join(part.replace("<", MARK_OF["<"]) for part in ["an", "".join(parts), "an"])
-    ids = tokens.encode_marked(marked, MARKS, False)
+    ids = tokens.encode_marked(MarkedText(marked, MARKS), False)
     special = [id for id in ids if id in tokens._special_names and tokens._special_names[id] != "<unk>"]
     assert special == tokens.encode("</s>", False) * 2
     if kind in ("bytes", "spelt"):
