@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import secrets
@@ -30,7 +31,7 @@ from server.limits import (
 )
 from server.routes.stream import run_until
 from server.service import Service
-from server.text.structured import ResponseFormat, StructuredOutputs, check_grammar, grammar_of
+from server.text.structured import ResponseFormat, StructuredOutputs, checked_grammar
 
 Model = TypeVar("Model", bound=Body)
 
@@ -235,9 +236,10 @@ class CompletionFields(Body):
     async def constraints(self, service: Service) -> dict[str, Any]:
         """Return the sampling parameters that need a tokenizer or are slow: `grammar`, `bad_words`. Raises ApiError."""
         found: dict[str, Any] = {}
-        if (asked := grammar_of(self.response_format, self.structured_outputs)) is not None:
-            await check_grammar(asked)
-            found["grammar"] = asked.text
+        if self.response_format is not None or self.structured_outputs is not None:
+            asked = await asyncio.to_thread(checked_grammar, self.response_format, self.structured_outputs)
+            if asked is not None:
+                found["grammar"] = asked.text
         if self.bad_words:
             # Each word at the start of a text, and after a space.
             texts = [text for word in self.bad_words for text in (word, f" {word.lstrip()}")]

@@ -34,6 +34,21 @@ _NAMED_SCHEMAS = frozenset(("$defs", "definitions", "dependentSchemas", "pattern
 """Keywords whose value is an object of schemas."""
 
 
+def exceeds(schema: Any, limit: int) -> bool:
+    """Whether the schema's JSON text surely has more than `limit` characters; a text is taken as it is. Counts no
+    further than that."""
+    count, work = 0, [schema]
+    while work and count <= limit:
+        node = work.pop()
+        if isinstance(node, str | list | dict):
+            count += len(node)  # an entry takes a character or more, besides its own ones
+        if count <= limit and isinstance(node, list | dict):
+            work += node
+            if isinstance(node, dict):
+                work += node.values()
+    return count > limit
+
+
 def rewrite(schema: Any) -> tuple[Any, dict[str, str]]:
     """Return the schema for the compiler, and for each keyword the place where it occurs first, like #/properties/a."""
     root = copy.deepcopy(schema)

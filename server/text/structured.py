@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from engine.sampling.grammar_limits import LIMITS
 from server.bodies.strict import Body, NotServed
 from server.errors import ApiError
 from server.limits import MAX_CHOICE_CHARS, MAX_GRAMMAR_CHARS, MAX_GRAMMAR_CHOICES
-from server.text.json_schema import rewrite
+from server.text.json_schema import exceeds, rewrite
 
 _WHITESPACE = r"[\x20\x0A\x09]{0,20}"
 """Whitespace allowed between the parts of JSON. Bounded: an uncertain model writes spaces and would never stop."""
@@ -108,17 +107,27 @@ def grammar_of(response_format: ResponseFormat | None, structured: StructuredOut
     return asked
 
 
-async def check_grammar(grammar: Grammar) -> None:
-    """Validate `grammar` by compiling once, off the event loop: bounded work, up to some 100 ms. Raises ApiError."""
-    wrong, said = await asyncio.to_thread(LLMatcher.validate_grammar_with_warnings, grammar.text, None, limits=LIMITS)
+def checked_grammar(response_format: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
+    """Same as grammar_of, and validated. Takes up to some 100 ms: call it off the event loop. Raises ApiError."""
+    grammar = grammar_of(response_format, structured)
+    if grammar is not None:
+        check_grammar(grammar)
+    return grammar
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """Validate `grammar` by compiling once. Raises ApiError."""
+    wrong, said = LLMatcher.validate_grammar_with_warnings(grammar.text, None, limits=LIMITS)
     if wrong:
         raise _wrong(grammar.param, _reason(said[0], grammar.places) if said else "not a grammar")
 
 
 def _of_schema(param: str, schema: Any) -> Grammar:
     """schema: as JSON, if it is a string."""
+    if exceeds(schema, MAX_GRAMMAR_CHARS):
+        raise _too_long(param)
     try:
-        rewritten, places = rewrite(json.loads(_short(param, schema)) if isinstance(schema, str) else schema)
+        rewritten, places = rewrite(json.loads(schema) if isinstance(schema, str) else schema)
         text = _short(param, json.dumps(rewritten, ensure_ascii=False))
         compiled = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
     except ValueError as error:
@@ -159,8 +168,12 @@ def _cut(text: str, limit: int = 400) -> str:
 
 def _short(param: str, text: str) -> str:
     if len(text) > MAX_GRAMMAR_CHARS:
-        raise _wrong(param, f"more than {MAX_GRAMMAR_CHARS} characters")
+        raise _too_long(param)
     return text
+
+
+def _too_long(param: str) -> ApiError:
+    return _wrong(param, f"more than {MAX_GRAMMAR_CHARS} characters")
 
 
 def _wrong(param: str, reason: str) -> ApiError:

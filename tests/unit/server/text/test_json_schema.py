@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import json
 from pathlib import Path
@@ -11,11 +10,14 @@ from typing import Annotated, Any, Literal
 import jsonschema
 import pydantic
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
 from models.tokenizer import Tokenizer
 from server.errors import ApiError
-from server.text.json_schema import FORMATS
+from server.text import structured
+from server.text.json_schema import FORMATS, exceeds
 from server.text.structured import StructuredOutputs, check_grammar
 
 
@@ -31,13 +33,13 @@ def compiler(directory: Path) -> LLTokenizer:
 
 def compiled(schema: Any) -> str:
     grammar = StructuredOutputs.model_validate({"json": schema}).compiled()
-    asyncio.run(check_grammar(grammar))
+    check_grammar(grammar)
     return grammar.text
 
 
 def refusal(**asked: Any) -> str:
     with pytest.raises(ApiError) as caught:
-        asyncio.run(check_grammar(StructuredOutputs.model_validate(asked).compiled()))
+        check_grammar(StructuredOutputs.model_validate(asked).compiled())
     message = caught.value.body()["error"]["message"]
     assert message is not None
     assert len(message) <= 500
@@ -230,3 +232,22 @@ def test_deep_and_wide_schemas_end() -> None:
     for _ in range(30):
         nested = {"type": "object", "propertyNames": {"enum": list("abcdefgh")}, "additionalProperties": nested}
     assert len(compiled(nested)) < 20_000
+
+
+@given(
+    schema=st.recursive(st.none() | st.text(max_size=4), lambda each: st.lists(each) | st.dictionaries(st.text(), each))
+)
+def test_a_schema_that_exceeds_a_limit_does_so_as_text(schema: Any) -> None:
+    length = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+    assert not exceeds(schema, length)
+    assert exceeds([schema, "x" * 10], 10)
+
+
+@pytest.mark.parametrize("schema", [{"properties": {f"a{i}": {} for i in range(200_000)}}, {"enum": ["x" * 70_000]}])
+def test_a_large_schema_is_refused_before_it_is_walked(schema: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(structured, "rewrite", never)
+    for asked in (schema, json.dumps(schema)):
+        assert refusal(json=asked) == "structured_outputs: more than 65536 characters"
