@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -74,8 +74,8 @@ class StructuredOutputs(Body):
     structural_tag: NotServed = None
     whitespace_pattern: NotServed = None
 
-    def compiled(self) -> Grammar:
-        """Return the grammar. Raises ApiError."""
+    def compiled(self, bad_words: Collection[str] = ()) -> Grammar:
+        """Return the grammar. A choice that contains one of `bad_words` is none. Raises ApiError."""
         param = "structured_outputs"
         given = [self.content, self.regex, self.choice, self.grammar, self.json_object or None]
         if sum(each is not None for each in given) != 1:
@@ -89,7 +89,11 @@ class StructuredOutputs(Body):
         if self.choice is not None:
             if not all(self.choice) or sum(map(len, self.choice)) > MAX_CHOICE_CHARS:
                 raise _wrong(param, f"expected choices that are not empty, of {MAX_CHOICE_CHARS} characters in all")
-            return Grammar(param, "start: " + " | ".join(msgspec.json.encode(each).decode() for each in self.choice))
+            left = [each for each in self.choice if not any(word in each for word in bad_words)]
+            if not left:
+                reason = "bad_words and structured_outputs.choice: together they exclude every choice"
+                raise ApiError(reason, param="bad_words")
+            return Grammar(param, "start: " + " | ".join(msgspec.json.encode(each).decode() for each in left))
         assert self.grammar is not None
         try:
             return Grammar(param, grammar_from("grammar", _short(param, self.grammar)))
@@ -97,19 +101,23 @@ class StructuredOutputs(Body):
             raise _wrong(param, str(error) or "the grammar is nested too deeply") from None
 
 
-def grammar_of(response_format: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
+def grammar_of(
+    response_format: ResponseFormat | None, structured: StructuredOutputs | None, bad_words: Collection[str] = ()
+) -> Grammar | None:
     """Return the grammar that the output must match, not validated yet; None: unconstrained. Raises ApiError."""
     asked = response_format.grammar() if response_format else None
     if structured is not None:
         if asked is not None:
             raise _wrong("structured_outputs", "give either this or response_format")
-        return structured.compiled()
+        return structured.compiled(bad_words)
     return asked
 
 
-def checked_grammar(response_format: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
+def checked_grammar(
+    response_format: ResponseFormat | None, structured: StructuredOutputs | None, bad_words: Collection[str] = ()
+) -> Grammar | None:
     """Same as grammar_of, and validated. Takes up to some 100 ms: call it off the event loop. Raises ApiError."""
-    grammar = grammar_of(response_format, structured)
+    grammar = grammar_of(response_format, structured, bad_words)
     if grammar is not None:
         check_grammar(grammar)
     return grammar

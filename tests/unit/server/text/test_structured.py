@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from server.bodies import fields
@@ -15,16 +16,29 @@ from tests.support.app import server
 from tests.support.contract import COMPLETIONS
 
 
-def grammars_of(directory: Path, **asked: Any) -> list[str | None]:
-    """Return the grammar that the engine gets for a completion."""
+def ask(directory: Path, asked: dict[str, Any]) -> tuple[httpx.Response, list[str | None]]:
+    """Send a completion. Returns the answer, and the grammar that the engine gets, if it gets the request."""
 
-    async def main() -> list[str | None]:
+    async def main() -> tuple[httpx.Response, list[str | None]]:
         async with server(directory) as (http, client, _):
             answer = await http.post(COMPLETIONS, json={"prompt": [10], "max_tokens": 2, **asked})
-            assert answer.status_code == 200, answer.text
-            return [request.params.grammar for request in client.requests]
+            return answer, [request.params.grammar for request in client.requests]
 
     return asyncio.run(main())
+
+
+def grammar_for(directory: Path, **asked: Any) -> str | None:
+    answer, (grammar,) = ask(directory, asked)
+    assert answer.status_code == 200, answer.text
+    return grammar
+
+
+def refusal(directory: Path, **asked: Any) -> tuple[str, str]:
+    """Return param and message of the error."""
+    answer, grammars = ask(directory, asked)
+    assert (answer.status_code, grammars) == (400, [])
+    error = answer.json()["error"]
+    return error["param"], error["message"]
 
 
 @pytest.mark.parametrize(
@@ -40,8 +54,28 @@ def test_grammars_are_converted_off_the_event_loop(
         return checked_grammar(*arguments)
 
     monkeypatch.setattr(fields, "checked_grammar", watched)
-    (grammar,) = grammars_of(directory, **asked)
-    assert grammar is not None
+    assert grammar_for(directory, **asked) is not None
     (thread,) = threads
     assert thread is not threading.current_thread()
-    assert grammars_of(directory, response_format={"type": "text"}) == [None]
+    assert grammar_for(directory, response_format={"type": "text"}) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ([], ["yes", "no", "not now"]),
+        (["no"], ["yes"]),
+        (["now"], ["yes", "no"]),
+        ([" no", "yes!"], ["yes", "no"]),
+        (["o", "x"], ["yes"]),
+    ],
+)
+def test_choices_with_bad_words_are_none(directory: Path, words: list[str], left: list[str]) -> None:
+    grammar = grammar_for(directory, bad_words=words, structured_outputs={"choice": ["yes", "no", "not now"]})
+    assert grammar == "start: " + " | ".join(f'"{choice}"' for choice in left)
+
+
+def test_bad_words_that_leave_no_choice(directory: Path) -> None:
+    param, message = refusal(directory, bad_words=["yes", "no"], structured_outputs={"choice": ["yes", "no"]})
+    assert param == "bad_words"
+    assert message == "bad_words and structured_outputs.choice: together they exclude every choice"
