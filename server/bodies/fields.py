@@ -237,8 +237,9 @@ class CompletionFields(Body):
         """Return the sampling parameters that need a tokenizer or are slow: `grammar`, `bad_words`. Raises ApiError."""
         found: dict[str, Any] = {}
         if self.response_format is not None or self.structured_outputs is not None:
+            names = service.tokenizer.special_names
             asked = await asyncio.to_thread(
-                checked_grammar, self.response_format, self.structured_outputs, self.bad_words or ()
+                checked_grammar, self.response_format, self.structured_outputs, names, self.bad_words or ()
             )
             if asked is not None:
                 found["grammar"] = asked.text

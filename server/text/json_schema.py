@@ -7,9 +7,10 @@ compiler knows under another name are renamed, and all others are left for it to
 from __future__ import annotations
 
 import copy
+import json
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 FORMATS = frozenset(
     {
@@ -32,6 +33,8 @@ _SCHEMAS = frozenset(("allOf", "anyOf", "items", "oneOf", "prefixItems"))
 """Keywords whose value is a list of schemas."""
 _NAMED_SCHEMAS = frozenset(("$defs", "definitions", "dependentSchemas", "patternProperties", "properties"))
 """Keywords whose value is an object of schemas."""
+_LITERALS = frozenset(("const", "enum", "required"))
+"""Keywords whose value, or whose list of values, the output contains as it is."""
 
 
 def exceeds(schema: Any, limit: int) -> bool:
@@ -49,10 +52,23 @@ def exceeds(schema: Any, limit: int) -> bool:
     return count > limit
 
 
-def rewrite(schema: Any) -> tuple[Any, dict[str, str]]:
-    """Return the schema for the compiler, and for each keyword the place where it occurs first, like #/properties/a."""
+class Rewritten(NamedTuple):
+    """A schema for the compiler.
+
+    places: where each keyword occurs first, like #/properties/a. literals: JSON texts that an output may have to
+    contain: values, and names of properties.
+    """
+
+    schema: Any
+    places: dict[str, str]
+    literals: list[str]
+
+
+def rewrite(schema: Any) -> Rewritten:
+    """Rewrite a client's schema."""
     root = copy.deepcopy(schema)
     places: dict[str, str] = {}
+    literals: list[str] = []
     work = deque([(root, "#")])
     while work:
         node, place = work.popleft()
@@ -65,13 +81,17 @@ def rewrite(schema: Any) -> tuple[Any, dict[str, str]]:
         for key, value in list(node.items()):
             places.setdefault(key, place)
             inner = f"{place}/{key}"
+            if key in _LITERALS:
+                literals.append(json.dumps(value, ensure_ascii=False))
+            elif key == "properties" and isinstance(value, dict):
+                literals.append(json.dumps(list(value), ensure_ascii=False))
             if key in _SCHEMA:
                 work.append((value, inner))
             if key in _SCHEMAS and isinstance(value, list):
                 work += [(each, f"{inner}/{i}") for i, each in enumerate(value)]
             if key in _NAMED_SCHEMAS and isinstance(value, dict):
                 work += [(each, f"{inner}/{name}") for name, each in value.items()]
-    return root, places
+    return Rewritten(root, places, literals)
 
 
 def _drop_empty_constraints(node: dict[str, Any]) -> None:

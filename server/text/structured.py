@@ -45,7 +45,7 @@ class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-    def grammar(self) -> Grammar | None:
+    def grammar(self, special_names: Collection[str] = ()) -> Grammar | None:
         """Return the grammar; None for text. Raises ApiError."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise _wrong("response_format", "json_schema goes with the type json_schema")
@@ -54,7 +54,7 @@ class ResponseFormat(Body):
         schema = {"type": "object"} if self.json_schema is None else self.json_schema.content
         if schema is None:
             raise _wrong("response_format", "json_schema has no schema")
-        return _of_schema("response_format", schema)
+        return _of_schema("response_format", schema, special_names)
 
 
 class StructuredOutputs(Body):
@@ -74,21 +74,22 @@ class StructuredOutputs(Body):
     structural_tag: NotServed = None
     whitespace_pattern: NotServed = None
 
-    def compiled(self, bad_words: Collection[str] = ()) -> Grammar:
+    def compiled(self, special_names: Collection[str] = (), bad_words: Collection[str] = ()) -> Grammar:
         """Return the grammar. A choice that contains one of `bad_words` is none. Raises ApiError."""
         param = "structured_outputs"
         given = [self.content, self.regex, self.choice, self.grammar, self.json_object or None]
         if sum(each is not None for each in given) != 1:
             raise _wrong(param, "expected one of json, regex, choice, grammar and json_object")
         if self.content is not None:
-            return _of_schema(param, self.content)
+            return _of_schema(param, self.content, special_names)
         if self.json_object:
-            return _of_schema(param, {"type": "object"})
+            return _of_schema(param, {"type": "object"}, special_names)
         if self.regex is not None:
             return Grammar(param, grammar_from("regex", _short(param, self.regex)))
         if self.choice is not None:
             if not all(self.choice) or sum(map(len, self.choice)) > MAX_CHOICE_CHARS:
                 raise _wrong(param, f"expected choices that are not empty, of {MAX_CHOICE_CHARS} characters in all")
+            _check_names(param, "a choice", self.choice, special_names)
             left = [each for each in self.choice if not any(word in each for word in bad_words)]
             if not left:
                 reason = "bad_words and structured_outputs.choice: together they exclude every choice"
@@ -102,22 +103,31 @@ class StructuredOutputs(Body):
 
 
 def grammar_of(
-    response_format: ResponseFormat | None, structured: StructuredOutputs | None, bad_words: Collection[str] = ()
+    response_format: ResponseFormat | None,
+    structured: StructuredOutputs | None,
+    special_names: Collection[str] = (),
+    bad_words: Collection[str] = (),
 ) -> Grammar | None:
-    """Return the grammar that the output must match, not validated yet; None: unconstrained. Raises ApiError."""
-    asked = response_format.grammar() if response_format else None
+    """Return the grammar that the output must match, not validated yet; None: unconstrained. Raises ApiError.
+
+    special_names: of the model's special tokens. bad_words: as the request has them.
+    """
+    asked = response_format.grammar(special_names) if response_format else None
     if structured is not None:
         if asked is not None:
             raise _wrong("structured_outputs", "give either this or response_format")
-        return structured.compiled(bad_words)
+        return structured.compiled(special_names, bad_words)
     return asked
 
 
 def checked_grammar(
-    response_format: ResponseFormat | None, structured: StructuredOutputs | None, bad_words: Collection[str] = ()
+    response_format: ResponseFormat | None,
+    structured: StructuredOutputs | None,
+    special_names: Collection[str] = (),
+    bad_words: Collection[str] = (),
 ) -> Grammar | None:
     """Same as grammar_of, and validated. Takes up to some 100 ms: call it off the event loop. Raises ApiError."""
-    grammar = grammar_of(response_format, structured, bad_words)
+    grammar = grammar_of(response_format, structured, special_names, bad_words)
     if grammar is not None:
         check_grammar(grammar)
     return grammar
@@ -130,19 +140,29 @@ def check_grammar(grammar: Grammar) -> None:
         raise _wrong(grammar.param, _reason(said[0], grammar.places) if said else "not a grammar")
 
 
-def _of_schema(param: str, schema: Any) -> Grammar:
+def _of_schema(param: str, schema: Any, special_names: Collection[str]) -> Grammar:
     """schema: as JSON, if it is a string."""
     if exceeds(schema, MAX_GRAMMAR_CHARS):
         raise _too_long(param)
     try:
-        rewritten, places = rewrite(json.loads(schema) if isinstance(schema, str) else schema)
+        rewritten, places, literals = rewrite(json.loads(schema) if isinstance(schema, str) else schema)
         text = _short(param, json.dumps(rewritten, ensure_ascii=False))
         compiled = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
     except ValueError as error:
         raise _wrong(param, f"not a JSON schema: {error}") from None
     except RecursionError:
         raise _wrong(param, "the JSON schema is nested too deeply") from None
+    _check_names(param, "a value or property name of the JSON schema", literals, special_names)
     return Grammar(param, compiled, places)
+
+
+def _check_names(param: str, part: str, texts: Collection[str], special_names: Collection[str]) -> None:
+    """Raise ApiError if one of `texts`, which the grammar prescribes, contains the name of a special token. The
+    compiler would prescribe that token itself, which is never part of a text."""
+    together = "\0".join(texts)
+    name = next((name for name in special_names if name in together), None)
+    if name is not None:
+        raise _wrong(param, f"{part} contains the name of a special token, {name}")
 
 
 def _reason(said: str, places: Mapping[str, str]) -> str:

@@ -79,3 +79,43 @@ def test_bad_words_that_leave_no_choice(directory: Path) -> None:
     param, message = refusal(directory, bad_words=["yes", "no"], structured_outputs={"choice": ["yes", "no"]})
     assert param == "bad_words"
     assert message == "bad_words and structured_outputs.choice: together they exclude every choice"
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": "<|im_end|>"},
+        {"const": {"a": ["b<|im_end|>"]}},
+        {"enum": ["a", "<|im_end|>"]},
+        {"properties": {"a<|im_end|>": {}}},
+        {"required": ["<|im_end|>"]},
+        {"items": {"anyOf": [{"type": "integer"}, {"const": "<|im_end|>"}]}},
+        {"propertyNames": {"enum": ["<|im_end|>"]}},
+    ],
+)
+def test_schemas_that_prescribe_a_special_token(directory: Path, schema: Any) -> None:
+    reason = "a value or property name of the JSON schema contains the name of a special token, <|im_end|>"
+    assert refusal(directory, **schema_format(schema)) == ("response_format", f"response_format: {reason}")
+
+
+@pytest.mark.parametrize("choice", ["<|im_end|>", "a<|im_end|>b"])
+def test_choices_that_contain_a_special_token(directory: Path, choice: str) -> None:
+    param, message = refusal(directory, structured_outputs={"choice": ["x", choice]})
+    assert param == "structured_outputs"
+    assert message == "structured_outputs: a choice contains the name of a special token, <|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"structured_outputs": {"choice": ["<|im", "_end|>", "<|IM_END|>"]}},
+        {"structured_outputs": {"regex": r"<\|im_end\|>"}},
+        schema_format({"description": "<|im_end|>", "default": "<|im_end|>", "const": "x"}),
+    ],
+)
+def test_other_texts_are_served(directory: Path, asked: dict[str, Any]) -> None:
+    assert grammar_for(directory, **asked) is not None
