@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import msgspec
-from llguidance import LLMatcher, grammar_from
+from llguidance import LLMatcher, LLTokenizer, grammar_from
 from pydantic import ConfigDict, Field
 
 from engine.sampling.grammar_limits import LIMITS
@@ -20,6 +20,9 @@ from server.text.json_schema import exceeds, rewrite
 
 _WHITESPACE = r"[\x20\x0A\x09]{0,20}"
 """Whitespace allowed between the parts of JSON. Bounded: an uncertain model writes spaces and would never stop."""
+
+_BYTES = LLTokenizer("byte")
+"""A token per byte, with which a grammar shows whether any text can begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,11 @@ def check_grammar(grammar: Grammar) -> None:
     wrong, said = LLMatcher.validate_grammar_with_warnings(grammar.text, None, limits=LIMITS)
     if wrong:
         raise _wrong(grammar.param, _reason(said[0], grammar.places) if said else "not a grammar")
+    matcher = LLMatcher(_BYTES, grammar.text, log_level=0, limits=LIMITS)
+    if not matcher.is_error():  # else the grammar has tokens of the model
+        matcher.compute_bitmask()
+        if "NoExtension" in matcher.get_error():
+            raise _wrong(grammar.param, "the grammar matches no text")
 
 
 def _of_schema(param: str, schema: Any, special_names: Collection[str]) -> Grammar:
@@ -167,7 +175,7 @@ def _check_names(param: str, part: str, texts: Collection[str], special_names: C
 
 def _reason(said: str, places: Mapping[str, str]) -> str:
     """Return the compiler's reason on one line that fits into a message. places: of keywords in the schema."""
-    first, *lines = said.split("\n")
+    first, *lines = said.partition("<state>")[0].split("\n")
     if first.endswith("regex parse error:"):
         # Then come the expression, a line that points into it, and the reason.
         end = next((i for i, line in enumerate(lines) if line.startswith("error: ")), 0)
@@ -177,6 +185,8 @@ def _reason(said: str, places: Mapping[str, str]) -> str:
     if unserved := re.search(r"Unimplemented keys: (\[.*\])", first):
         keys = msgspec.json.decode(unserved[1], type=list[str])
         first = "not served in a JSON schema: " + ", ".join(f"{key}{_at(key, places)}" for key in keys)
+    elif "Regex is empty" in first:
+        first = "the JSON schema matches nothing: no string has both the pattern or format and the length"
     elif first.startswith("oneOf"):
         first = f"oneOf{_at('oneOf', places)} is served only if its alternatives exclude each other; try anyOf"
     elif first.startswith("min/maxProperties"):

@@ -119,3 +119,33 @@ def test_choices_that_contain_a_special_token(directory: Path, choice: str) -> N
 )
 def test_other_texts_are_served(directory: Path, asked: dict[str, Any]) -> None:
     assert grammar_for(directory, **asked) is not None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *({"regex": regex} for regex in (r"[^\s\S]", r"[^\x00-\U0010ffff]", r"a[^\s\S]")),
+        *({"grammar": grammar} for grammar in ("start: start", "start: b\nb: start", "start: A\nA: /a/ & /b/")),
+        *({"json": schema} for schema in ({"$ref": "#"}, {"anyOf": [{"$ref": "#"}]})),
+    ],
+)
+def test_grammars_that_match_no_text(directory: Path, asked: dict[str, Any]) -> None:
+    message = "structured_outputs: the grammar matches no text"
+    assert refusal(directory, structured_outputs=asked) == ("structured_outputs", message)
+
+
+@pytest.mark.parametrize("regex", ["", "é", "[é-ü]", "[^a]", r"\xff"])
+def test_grammars_that_match_some_text(directory: Path, regex: str) -> None:
+    assert grammar_for(directory, structured_outputs={"regex": regex}) is not None
+
+
+@pytest.mark.parametrize("grammar", ["start: <|im_end|>", 'start: "a" <[300]>', "start: <[*]>"])
+def test_grammars_of_tokens(directory: Path, grammar: str) -> None:
+    assert grammar_for(directory, structured_outputs={"grammar": grammar}) is not None
+
+
+@pytest.mark.parametrize("schema", [{"pattern": "^a$", "minLength": 2}, {"format": "date", "maxLength": 3}])
+def test_strings_that_cannot_be(directory: Path, schema: dict[str, Any]) -> None:
+    _, message = refusal(directory, **schema_format({"type": "string", **schema}))
+    reason = "the JSON schema matches nothing: no string has both the pattern or format and the length"
+    assert message == f"response_format: {reason}"
