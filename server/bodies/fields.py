@@ -117,6 +117,12 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
+def _truncation(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("truncation", "expected a number of tokens, or -1 for as many as fit")
+    return value
+
+
 def _request_id(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", value):
         raise PydanticCustomError("request_id", "expected 1 to 128 letters, digits and . _ : -")
@@ -170,7 +176,7 @@ class CompletionFields(Body):
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1), AfterValidator(_truncation), WHOLE] | None = None
     request_id: Annotated[str | None, AfterValidator(_request_id)] = None
     speculation: SpeculationFields | None = None
 

@@ -193,6 +193,8 @@ def test_out_of_range(fields: dict[str, Any], param: str) -> None:
         ({"request_id": "a b"}, "request_id"),
         ({"request_id": "é"}, "request_id"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"suffix": "x"}, "suffix"),
         ({"speculation": {"max_draft_tokens": -1}}, "speculation.max_draft_tokens"),
         ({"speculation": {"gamma": 1}}, "speculation.gamma"),
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
