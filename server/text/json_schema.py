@@ -35,6 +35,8 @@ _NAMED_SCHEMAS = frozenset(("$defs", "definitions", "dependentSchemas", "pattern
 """Keywords whose value is an object of schemas."""
 _LITERALS = frozenset(("const", "enum", "required"))
 """Keywords whose value, or whose list of values, the output contains as it is."""
+_MAX_REPEAT = 2**31 - 1
+"""Largest length in a regex; the compiler takes no more than twice this."""
 
 
 def exceeds(schema: Any, limit: int) -> bool:
@@ -95,7 +97,7 @@ def rewrite(schema: Any) -> Rewritten:
 
 
 def _drop_empty_constraints(node: dict[str, Any]) -> None:
-    if isinstance(node.get("format"), str) and node["format"] not in FORMATS:
+    if _is_annotation("format", node.get("format")):
         del node["format"]
     if node.get("contains") is not None and node.get("minContains") == 0 and "maxContains" not in node:
         del node["contains"]
@@ -109,8 +111,8 @@ def _drop_empty_constraints(node: dict[str, Any]) -> None:
         del node["not"]
     if node.get("uniqueItems") is False:
         del node["uniqueItems"]
-    for key in ("propertyNames", "unevaluatedItems", "unevaluatedProperties"):
-        if _allows_all(node.get(key)) or (key == "propertyNames" and _allows_all(_but_string(node.get(key)))):
+    for key in ("unevaluatedItems", "unevaluatedProperties"):
+        if _allows_all(node.get(key)):
             del node[key]
     for key in ("dependencies", "dependentRequired", "dependentSchemas"):
         value = node.get(key)
@@ -119,16 +121,21 @@ def _drop_empty_constraints(node: dict[str, Any]) -> None:
 
 
 def _list_property_names(node: dict[str, Any], root: dict[str, Any]) -> Any:
-    """Turn names of properties that are listed, or that match a pattern, into properties.
+    """Turn names of properties that are listed, or that match a pattern or have a length, into properties.
 
     Returns the schema that became a definition, if one did.
     """
     names = _but_string(_followed(node.get("propertyNames"), root))
+    if _allows_all(names):
+        del node["propertyNames"]
+        return None
     if not isinstance(root.get("$defs", {}), dict):
         return None
     if not isinstance(names, dict) or node.keys() & {"properties", "patternProperties"}:
         return None
-    constraints = {key: value for key, value in names.items() if key not in _ANNOTATIONS}
+    constraints = _constraints(names)
+    if (pattern := _pattern_of_length(constraints)) is not None:
+        constraints = {"pattern": pattern}
     if len(constraints) != 1:
         return None
     ((keyword, value),) = constraints.items()
@@ -158,8 +165,28 @@ def _require_discriminator(node: dict[str, Any]) -> None:
             each["required"] = [*(other for other in required if other != name), name]
 
 
+def _pattern_of_length(constraints: Mapping[str, Any]) -> str | None:
+    """Return a regex for strings of the length that `constraints` allow; None if they are not about the length alone,
+    or not valid."""
+    if not constraints or not constraints.keys() <= {"minLength", "maxLength"}:
+        return None
+    least, most = constraints.get("minLength", 0), constraints.get("maxLength", _MAX_REPEAT)
+    if type(least) is not int or type(most) is not int or not 0 <= least <= most <= _MAX_REPEAT:
+        return None
+    return f"^[\\s\\S]{{{least},{most if 'maxLength' in constraints else ''}}}$"
+
+
+def _constraints(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a schema that are no annotations."""
+    return {key: value for key, value in schema.items() if not _is_annotation(key, value)}
+
+
+def _is_annotation(key: str, value: Any) -> bool:
+    return key in _ANNOTATIONS or (key == "format" and isinstance(value, str) and value not in FORMATS)
+
+
 def _allows_all(schema: Any) -> bool:
-    return schema is True or (isinstance(schema, dict) and schema.keys() <= _ANNOTATIONS)
+    return schema is True or (isinstance(schema, dict) and not _constraints(schema))
 
 
 def _but_string(names: Any) -> Any:

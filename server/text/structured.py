@@ -153,7 +153,12 @@ def _of_schema(param: str, schema: Any, special_names: Collection[str]) -> Gramm
     if exceeds(schema, MAX_GRAMMAR_CHARS):
         raise _too_long(param)
     try:
-        rewritten, places, literals = rewrite(json.loads(schema) if isinstance(schema, str) else schema)
+        content = json.loads(schema) if isinstance(schema, str) else schema
+        if content is False:
+            raise ValueError("false matches nothing")
+        if not isinstance(content, dict | bool):
+            raise ValueError("expected an object")
+        rewritten, places, literals = rewrite({} if content is True else content)
         text = _short(param, json.dumps(rewritten, ensure_ascii=False))
         compiled = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
     except ValueError as error:

@@ -142,7 +142,8 @@ NOTHING: list[Any] = [True, {}, {"title": "x", "description": "y"}]
     [
         {"uniqueItems": False},
         {"minProperties": 0},
-        *({"propertyNames": names} for names in (*NOTHING, {"type": "string"})),
+        *({"propertyNames": names} for names in (*NOTHING, {"type": "string"}, {"format": "path"})),
+        {"propertyNames": {"$ref": "#/$defs/name"}, "$defs": {"name": {"type": "string", "format": "path"}}},
         *({"unevaluatedProperties": rest, "unevaluatedItems": rest} for rest in NOTHING),
         {"minContains": 2, "maxContains": 3},
         {"contains": {"type": "string"}, "minContains": 0},
@@ -172,7 +173,12 @@ def test_what_constrains_nothing_is_served(
         ({"uniqueItems": True}, "uniqueItems"),
         ({"contains": {}, "maxContains": 2}, "contains"),
         ({"contains": {}}, "contains"),
-        ({"propertyNames": {"minLength": 2}}, "propertyNames"),
+        ({"propertyNames": {"minLength": 2, "pattern": "a"}}, "propertyNames"),
+        ({"propertyNames": {"minLength": 2, "maxLength": 1}}, "propertyNames"),
+        ({"propertyNames": {"minLength": "2"}}, "propertyNames"),
+        ({"propertyNames": {"maxLength": 2**31}}, "propertyNames"),
+        ({"propertyNames": {"minLength": 2}, "properties": {"a": {}}}, "propertyNames"),
+        ({"propertyNames": {"format": "date"}}, "propertyNames"),
         ({"propertyNames": False}, "propertyNames"),
         ({"dependentRequired": {"a": ["b"]}}, "dependentRequired"),
         ({"dependentSchemas": {"a": False}}, "dependentSchemas"),
@@ -251,3 +257,34 @@ def test_a_large_schema_is_refused_before_it_is_walked(schema: Any, monkeypatch:
     monkeypatch.setattr(structured, "rewrite", never)
     for asked in (schema, json.dumps(schema)):
         assert refusal(json=asked) == "structured_outputs: more than 65536 characters"
+
+
+@pytest.mark.parametrize(
+    ("names", "lengths"),
+    [
+        ({"minLength": 2}, range(2, 7)),
+        ({"maxLength": 2, "type": "string"}, range(3)),
+        ({"minLength": 2, "maxLength": 3, "title": "x"}, range(2, 4)),
+        ({"minLength": 0}, range(7)),
+        ({"$ref": "#/$defs/name"}, range(1, 7)),
+    ],
+)
+def test_names_of_a_length(names: Any, lengths: range, tokenizer: Tokenizer, compiler: LLTokenizer) -> None:
+    schema = {"propertyNames": names, "additionalProperties": {"type": "integer"}, "$defs": {"name": {"minLength": 1}}}
+    accepts = Accepts({"type": "object", **schema}, tokenizer, compiler)
+    for letter in ("a", "\n", '"'):
+        for length in range(7):
+            assert accepts({letter * length: 1}) == (length in lengths)
+            assert not accepts({letter * length: "1"})
+    assert accepts({})
+
+
+def test_a_schema_that_is_a_boolean(tokenizer: Tokenizer, compiler: LLTokenizer) -> None:
+    values: list[Any] = [1, "a", None, [True], {"a": {}}]
+    for schema in (True, "true"):
+        accepts = Accepts(schema, tokenizer, compiler)
+        for value in values:
+            assert accepts(value)
+    for schema in (False, "false"):
+        assert refusal(json=schema) == "structured_outputs: not a JSON schema: false matches nothing"
+    assert refusal(json="[1]") == "structured_outputs: not a JSON schema: expected an object"

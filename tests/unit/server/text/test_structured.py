@@ -102,6 +102,11 @@ def test_schemas_that_prescribe_a_special_token(directory: Path, schema: Any) ->
     assert refusal(directory, **schema_format(schema)) == ("response_format", f"response_format: {reason}")
 
 
+def test_a_format_that_is_a_boolean(directory: Path) -> None:
+    assert grammar_for(directory, **schema_format(True)) == grammar_for(directory, **schema_format({}))
+    assert refusal(directory, **schema_format(False))[0] == "response_format"
+
+
 @pytest.mark.parametrize("choice", ["<|im_end|>", "a<|im_end|>b"])
 def test_choices_that_contain_a_special_token(directory: Path, choice: str) -> None:
     param, message = refusal(directory, structured_outputs={"choice": ["x", choice]})
