@@ -20,6 +20,7 @@ from models.files.generation_defaults import GenerationDefaults
 from server.bodies.strict import WHOLE, Body, NotServed, only
 from server.errors import ApiError, draining, from_validation
 from server.limits import (
+    MAX_ALLOWED_TOKENS,
     MAX_BAD_WORDS,
     MAX_CHOICES,
     MAX_INT,
@@ -85,7 +86,10 @@ def _allowed_token_ids(value: Any) -> list[int] | None:
         return None
     if not are_token_ids(value) or not value:
         raise PydanticCustomError("token_ids", "expected a list of token ids")
-    return value
+    different = list(dict.fromkeys(value))
+    if len(different) > MAX_ALLOWED_TOKENS:
+        raise PydanticCustomError("token_ids", f"expected at most {MAX_ALLOWED_TOKENS} different token ids")
+    return different
 
 
 def _bad_words(value: Any) -> list[str] | None:

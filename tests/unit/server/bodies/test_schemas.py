@@ -180,6 +180,8 @@ def test_out_of_range(fields: dict[str, Any], param: str) -> None:
         ({"stop_token_ids": [True]}, "stop_token_ids"),
         ({"stop_token_ids": [5] * 1025}, "stop_token_ids"),
         ({"stop_token_ids": [""] * 100_000}, "stop_token_ids"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": list(range(2**18 + 1))}, "allowed_token_ids"),
         ({"max_tokens": 2**31}, "max_tokens"),
         ({"logit_bias": {"3": 101}}, "logit_bias"),
         ({"logit_bias": {"3": "1"}}, "logit_bias"),
