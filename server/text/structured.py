@@ -137,15 +137,16 @@ def checked_grammar(
 
 
 def check_grammar(grammar: Grammar) -> None:
-    """Validate `grammar` by compiling once. Raises ApiError."""
-    wrong, said = LLMatcher.validate_grammar_with_warnings(grammar.text, None, limits=LIMITS)
-    if wrong:
-        raise _wrong(grammar.param, _reason(said[0], grammar.places) if said else "not a grammar")
+    """Validate `grammar` by compiling it. Raises ApiError."""
     matcher = LLMatcher(_BYTES, grammar.text, log_level=0, limits=LIMITS)
-    if not matcher.is_error():  # else the grammar has tokens of the model
-        matcher.compute_bitmask()
-        if "NoExtension" in matcher.get_error():
-            raise _wrong(grammar.param, "the grammar matches no text")
+    if matcher.is_error():  # also where the grammar has tokens of the model, which are not known here
+        wrong, said = LLMatcher.validate_grammar_with_warnings(grammar.text, None, limits=LIMITS)
+        if wrong:
+            raise _wrong(grammar.param, _reason(said[0], grammar.places) if said else "not a grammar")
+        return
+    matcher.compute_bitmask()
+    if "NoExtension" in matcher.get_error():
+        raise _wrong(grammar.param, "the grammar matches no text")
 
 
 def _of_schema(param: str, schema: Any, special_names: Collection[str]) -> Grammar:
