@@ -161,6 +161,13 @@ class Service:
             self.tokenizer.encode_guarded, chat.text, chat.marked, chat.is_faithful, add_special_tokens
         )
 
+    def truncate(self, prompt: list[int], keep: int | None, max_tokens: int | None, default: int) -> list[int]:
+        """Return the last `keep` tokens of a prompt. None: all of them; -1: as many as leave room for `max_tokens`, or
+        for `default` if that is None."""
+        if keep == -1:
+            keep = max(1, self.engine().ready.max_model_len - (default if max_tokens is None else max_tokens))
+        return prompt if keep is None else prompt[-keep:]
+
     def fit(self, prompt: Sequence[int], max_tokens: int | None, default: int | None) -> int:
         """Return the largest number of tokens to generate. Raises ApiError: no tokens, unknown ones, or too many.
 

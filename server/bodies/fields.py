@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import secrets
@@ -19,6 +20,7 @@ from models.files.generation_defaults import GenerationDefaults
 from server.bodies.strict import WHOLE, Body, NotServed, only
 from server.errors import ApiError, draining, from_validation
 from server.limits import (
+    MAX_ALLOWED_TOKENS,
     MAX_BAD_WORDS,
     MAX_CHOICES,
     MAX_INT,
@@ -30,7 +32,7 @@ from server.limits import (
 )
 from server.routes.stream import run_until
 from server.service import Service
-from server.text.structured import ResponseFormat, StructuredOutputs, check_grammar, grammar_of
+from server.text.structured import ResponseFormat, StructuredOutputs, checked_grammar
 
 Model = TypeVar("Model", bound=Body)
 
@@ -84,7 +86,10 @@ def _allowed_token_ids(value: Any) -> list[int] | None:
         return None
     if not are_token_ids(value) or not value:
         raise PydanticCustomError("token_ids", "expected a list of token ids")
-    return value
+    different = list(dict.fromkeys(value))
+    if len(different) > MAX_ALLOWED_TOKENS:
+        raise PydanticCustomError("token_ids", f"expected at most {MAX_ALLOWED_TOKENS} different token ids")
+    return different
 
 
 def _bad_words(value: Any) -> list[str] | None:
@@ -114,6 +119,12 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
 
 
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+def _truncation(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("truncation", "expected a number of tokens, or -1 for as many as fit")
+    return value
 
 
 def _request_id(value: str | None) -> str | None:
@@ -169,7 +180,7 @@ class CompletionFields(Body):
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1), AfterValidator(_truncation), WHOLE] | None = None
     request_id: Annotated[str | None, AfterValidator(_request_id)] = None
     speculation: SpeculationFields | None = None
 
@@ -235,9 +246,13 @@ class CompletionFields(Body):
     async def constraints(self, service: Service) -> dict[str, Any]:
         """Return the sampling parameters that need a tokenizer or are slow: `grammar`, `bad_words`. Raises ApiError."""
         found: dict[str, Any] = {}
-        if (asked := grammar_of(self.response_format, self.structured_outputs)) is not None:
-            await check_grammar(asked)
-            found["grammar"] = asked.text
+        if self.response_format is not None or self.structured_outputs is not None:
+            names = service.tokenizer.special_names
+            asked = await asyncio.to_thread(
+                checked_grammar, self.response_format, self.structured_outputs, names, self.bad_words or ()
+            )
+            if asked is not None:
+                found["grammar"] = asked.text
         if self.bad_words:
             # Each word at the start of a text, and after a space.
             texts = [text for word in self.bad_words for text in (word, f" {word.lstrip()}")]

@@ -54,7 +54,7 @@ class CompletionRequest(CompletionFields):
     echo: bool | None = None
 
     prompt_embeds: NotServed = None
-    suffix: NotServed = None
+    suffix: Annotated[Any, AfterValidator(only(""))] = None
 
 
 def _content(value: Any) -> str:

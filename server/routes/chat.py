@@ -63,9 +63,8 @@ class _Answer:
         """Render, tokenize and check. given_id: the request's X-Request-Id. Raises ApiError."""
         service.check_count(1, body.choices)
         tokens = await prompt_tokens(service, body, body.add_special_tokens)
-        if body.truncate_prompt_tokens is not None:
-            tokens = tokens[-body.truncate_prompt_tokens :]
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        tokens = service.truncate(tokens, body.truncate_prompt_tokens, asked, 1)
         params = body.sampling(
             service.engine().ready,
             max_tokens=service.fit(tokens, asked, None),

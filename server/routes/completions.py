@@ -82,8 +82,7 @@ class _Answer:
         encoded = ids or await service.encode(texts, special)  # all prompts are texts, or all are token ids
         for prompt, tokens in zip(body.prompt, encoded, strict=True):
             whole = len(tokens)
-            if body.truncate_prompt_tokens is not None:
-                tokens = tokens[-body.truncate_prompt_tokens :]
+            tokens = service.truncate(tokens, body.truncate_prompt_tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
             max_tokens = service.fit(tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
             # An echoed prompt gets log-probabilities too.
             told = body.logprobs if body.echo and body.prompt_logprobs is None else None

@@ -7,9 +7,10 @@ compiler knows under another name are renamed, and all others are left for it to
 from __future__ import annotations
 
 import copy
+import json
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 FORMATS = frozenset(
     {
@@ -32,12 +33,44 @@ _SCHEMAS = frozenset(("allOf", "anyOf", "items", "oneOf", "prefixItems"))
 """Keywords whose value is a list of schemas."""
 _NAMED_SCHEMAS = frozenset(("$defs", "definitions", "dependentSchemas", "patternProperties", "properties"))
 """Keywords whose value is an object of schemas."""
+_LITERALS = frozenset(("const", "enum", "required"))
+"""Keywords whose value, or whose list of values, the output contains as it is."""
+_MAX_REPEAT = 2**31 - 1
+"""Largest length in a regex; the compiler takes no more than twice this."""
 
 
-def rewrite(schema: Any) -> tuple[Any, dict[str, str]]:
-    """Return the schema for the compiler, and for each keyword the place where it occurs first, like #/properties/a."""
+def exceeds(schema: Any, limit: int) -> bool:
+    """Whether the schema's JSON text surely has more than `limit` characters; a text is taken as it is. Counts no
+    further than that."""
+    count, work = 0, [schema]
+    while work and count <= limit:
+        node = work.pop()
+        if isinstance(node, str | list | dict):
+            count += len(node)  # an entry takes a character or more, besides its own ones
+        if count <= limit and isinstance(node, list | dict):
+            work += node
+            if isinstance(node, dict):
+                work += node.values()
+    return count > limit
+
+
+class Rewritten(NamedTuple):
+    """A schema for the compiler.
+
+    places: where each keyword occurs first, like #/properties/a. literals: JSON texts that an output may have to
+    contain: values, and names of properties.
+    """
+
+    schema: Any
+    places: dict[str, str]
+    literals: list[str]
+
+
+def rewrite(schema: Any) -> Rewritten:
+    """Rewrite a client's schema."""
     root = copy.deepcopy(schema)
     places: dict[str, str] = {}
+    literals: list[str] = []
     work = deque([(root, "#")])
     while work:
         node, place = work.popleft()
@@ -50,17 +83,21 @@ def rewrite(schema: Any) -> tuple[Any, dict[str, str]]:
         for key, value in list(node.items()):
             places.setdefault(key, place)
             inner = f"{place}/{key}"
+            if key in _LITERALS:
+                literals.append(json.dumps(value, ensure_ascii=False))
+            elif key == "properties" and isinstance(value, dict):
+                literals.append(json.dumps(list(value), ensure_ascii=False))
             if key in _SCHEMA:
                 work.append((value, inner))
             if key in _SCHEMAS and isinstance(value, list):
                 work += [(each, f"{inner}/{i}") for i, each in enumerate(value)]
             if key in _NAMED_SCHEMAS and isinstance(value, dict):
                 work += [(each, f"{inner}/{name}") for name, each in value.items()]
-    return root, places
+    return Rewritten(root, places, literals)
 
 
 def _drop_empty_constraints(node: dict[str, Any]) -> None:
-    if isinstance(node.get("format"), str) and node["format"] not in FORMATS:
+    if _is_annotation("format", node.get("format")):
         del node["format"]
     if node.get("contains") is not None and node.get("minContains") == 0 and "maxContains" not in node:
         del node["contains"]
@@ -74,8 +111,8 @@ def _drop_empty_constraints(node: dict[str, Any]) -> None:
         del node["not"]
     if node.get("uniqueItems") is False:
         del node["uniqueItems"]
-    for key in ("propertyNames", "unevaluatedItems", "unevaluatedProperties"):
-        if _allows_all(node.get(key)) or (key == "propertyNames" and _allows_all(_but_string(node.get(key)))):
+    for key in ("unevaluatedItems", "unevaluatedProperties"):
+        if _allows_all(node.get(key)):
             del node[key]
     for key in ("dependencies", "dependentRequired", "dependentSchemas"):
         value = node.get(key)
@@ -84,16 +121,21 @@ def _drop_empty_constraints(node: dict[str, Any]) -> None:
 
 
 def _list_property_names(node: dict[str, Any], root: dict[str, Any]) -> Any:
-    """Turn names of properties that are listed, or that match a pattern, into properties.
+    """Turn names of properties that are listed, or that match a pattern or have a length, into properties.
 
     Returns the schema that became a definition, if one did.
     """
     names = _but_string(_followed(node.get("propertyNames"), root))
+    if _allows_all(names):
+        del node["propertyNames"]
+        return None
     if not isinstance(root.get("$defs", {}), dict):
         return None
     if not isinstance(names, dict) or node.keys() & {"properties", "patternProperties"}:
         return None
-    constraints = {key: value for key, value in names.items() if key not in _ANNOTATIONS}
+    constraints = _constraints(names)
+    if (pattern := _pattern_of_length(constraints)) is not None:
+        constraints = {"pattern": pattern}
     if len(constraints) != 1:
         return None
     ((keyword, value),) = constraints.items()
@@ -123,8 +165,28 @@ def _require_discriminator(node: dict[str, Any]) -> None:
             each["required"] = [*(other for other in required if other != name), name]
 
 
+def _pattern_of_length(constraints: Mapping[str, Any]) -> str | None:
+    """Return a regex for strings of the length that `constraints` allow; None if they are not about the length alone,
+    or not valid."""
+    if not constraints or not constraints.keys() <= {"minLength", "maxLength"}:
+        return None
+    least, most = constraints.get("minLength", 0), constraints.get("maxLength", _MAX_REPEAT)
+    if type(least) is not int or type(most) is not int or not 0 <= least <= most <= _MAX_REPEAT:
+        return None
+    return f"^[\\s\\S]{{{least},{most if 'maxLength' in constraints else ''}}}$"
+
+
+def _constraints(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a schema that are no annotations."""
+    return {key: value for key, value in schema.items() if not _is_annotation(key, value)}
+
+
+def _is_annotation(key: str, value: Any) -> bool:
+    return key in _ANNOTATIONS or (key == "format" and isinstance(value, str) and value not in FORMATS)
+
+
 def _allows_all(schema: Any) -> bool:
-    return schema is True or (isinstance(schema, dict) and schema.keys() <= _ANNOTATIONS)
+    return schema is True or (isinstance(schema, dict) and not _constraints(schema))
 
 
 def _but_string(names: Any) -> Any:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import msgspec
-from llguidance import LLMatcher, grammar_from
+from llguidance import LLMatcher, LLTokenizer, grammar_from
 from pydantic import ConfigDict, Field
 
 from engine.sampling.grammar_limits import LIMITS
 from server.bodies.strict import Body, NotServed
 from server.errors import ApiError
 from server.limits import MAX_CHOICE_CHARS, MAX_GRAMMAR_CHARS, MAX_GRAMMAR_CHOICES
-from server.text.json_schema import rewrite
+from server.text.json_schema import exceeds, rewrite
 
 _WHITESPACE = r"[\x20\x0A\x09]{0,20}"
 """Whitespace allowed between the parts of JSON. Bounded: an uncertain model writes spaces and would never stop."""
+
+_BYTES = LLTokenizer("byte")
+"""A token per byte, with which a grammar shows whether any text can begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-    def grammar(self) -> Grammar | None:
+    def grammar(self, special_names: Collection[str] = ()) -> Grammar | None:
         """Return the grammar; None for text. Raises ApiError."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise _wrong("response_format", "json_schema goes with the type json_schema")
@@ -55,7 +57,7 @@ class ResponseFormat(Body):
         schema = {"type": "object"} if self.json_schema is None else self.json_schema.content
         if schema is None:
             raise _wrong("response_format", "json_schema has no schema")
-        return _of_schema("response_format", schema)
+        return _of_schema("response_format", schema, special_names)
 
 
 class StructuredOutputs(Body):
@@ -75,22 +77,27 @@ class StructuredOutputs(Body):
     structural_tag: NotServed = None
     whitespace_pattern: NotServed = None
 
-    def compiled(self) -> Grammar:
-        """Return the grammar. Raises ApiError."""
+    def compiled(self, special_names: Collection[str] = (), bad_words: Collection[str] = ()) -> Grammar:
+        """Return the grammar. A choice that contains one of `bad_words` is none. Raises ApiError."""
         param = "structured_outputs"
         given = [self.content, self.regex, self.choice, self.grammar, self.json_object or None]
         if sum(each is not None for each in given) != 1:
             raise _wrong(param, "expected one of json, regex, choice, grammar and json_object")
         if self.content is not None:
-            return _of_schema(param, self.content)
+            return _of_schema(param, self.content, special_names)
         if self.json_object:
-            return _of_schema(param, {"type": "object"})
+            return _of_schema(param, {"type": "object"}, special_names)
         if self.regex is not None:
             return Grammar(param, grammar_from("regex", _short(param, self.regex)))
         if self.choice is not None:
             if not all(self.choice) or sum(map(len, self.choice)) > MAX_CHOICE_CHARS:
                 raise _wrong(param, f"expected choices that are not empty, of {MAX_CHOICE_CHARS} characters in all")
-            return Grammar(param, "start: " + " | ".join(msgspec.json.encode(each).decode() for each in self.choice))
+            _check_names(param, "a choice", self.choice, special_names)
+            left = [each for each in self.choice if not any(word in each for word in bad_words)]
+            if not left:
+                reason = "bad_words and structured_outputs.choice: together they exclude every choice"
+                raise ApiError(reason, param="bad_words")
+            return Grammar(param, "start: " + " | ".join(msgspec.json.encode(each).decode() for each in left))
         assert self.grammar is not None
         try:
             return Grammar(param, grammar_from("grammar", _short(param, self.grammar)))
@@ -98,39 +105,83 @@ class StructuredOutputs(Body):
             raise _wrong(param, str(error) or "the grammar is nested too deeply") from None
 
 
-def grammar_of(response_format: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
-    """Return the grammar that the output must match, not validated yet; None: unconstrained. Raises ApiError."""
-    asked = response_format.grammar() if response_format else None
+def grammar_of(
+    response_format: ResponseFormat | None,
+    structured: StructuredOutputs | None,
+    special_names: Collection[str] = (),
+    bad_words: Collection[str] = (),
+) -> Grammar | None:
+    """Return the grammar that the output must match, not validated yet; None: unconstrained. Raises ApiError.
+
+    special_names: of the model's special tokens. bad_words: as the request has them.
+    """
+    asked = response_format.grammar(special_names) if response_format else None
     if structured is not None:
         if asked is not None:
             raise _wrong("structured_outputs", "give either this or response_format")
-        return structured.compiled()
+        return structured.compiled(special_names, bad_words)
     return asked
 
 
-async def check_grammar(grammar: Grammar) -> None:
-    """Validate `grammar` by compiling once, off the event loop: bounded work, up to some 100 ms. Raises ApiError."""
-    wrong, said = await asyncio.to_thread(LLMatcher.validate_grammar_with_warnings, grammar.text, None, limits=LIMITS)
-    if wrong:
-        raise _wrong(grammar.param, _reason(said[0], grammar.places) if said else "not a grammar")
+def checked_grammar(
+    response_format: ResponseFormat | None,
+    structured: StructuredOutputs | None,
+    special_names: Collection[str] = (),
+    bad_words: Collection[str] = (),
+) -> Grammar | None:
+    """Same as grammar_of, and validated. Takes up to some 100 ms: call it off the event loop. Raises ApiError."""
+    grammar = grammar_of(response_format, structured, special_names, bad_words)
+    if grammar is not None:
+        check_grammar(grammar)
+    return grammar
 
 
-def _of_schema(param: str, schema: Any) -> Grammar:
+def check_grammar(grammar: Grammar) -> None:
+    """Validate `grammar` by compiling it. Raises ApiError."""
+    matcher = LLMatcher(_BYTES, grammar.text, log_level=0, limits=LIMITS)
+    if matcher.is_error():  # also where the grammar has tokens of the model, which are not known here
+        wrong, said = LLMatcher.validate_grammar_with_warnings(grammar.text, None, limits=LIMITS)
+        if wrong:
+            raise _wrong(grammar.param, _reason(said[0], grammar.places) if said else "not a grammar")
+        return
+    matcher.compute_bitmask()
+    if "NoExtension" in matcher.get_error():
+        raise _wrong(grammar.param, "the grammar matches no text")
+
+
+def _of_schema(param: str, schema: Any, special_names: Collection[str]) -> Grammar:
     """schema: as JSON, if it is a string."""
+    if exceeds(schema, MAX_GRAMMAR_CHARS):
+        raise _too_long(param)
     try:
-        rewritten, places = rewrite(json.loads(_short(param, schema)) if isinstance(schema, str) else schema)
+        content = json.loads(schema) if isinstance(schema, str) else schema
+        if content is False:
+            raise ValueError("false matches nothing")
+        if not isinstance(content, dict | bool):
+            raise ValueError("expected an object")
+        rewritten, places, literals = rewrite({} if content is True else content)
         text = _short(param, json.dumps(rewritten, ensure_ascii=False))
         compiled = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
     except ValueError as error:
         raise _wrong(param, f"not a JSON schema: {error}") from None
     except RecursionError:
         raise _wrong(param, "the JSON schema is nested too deeply") from None
+    _check_names(param, "a value or property name of the JSON schema", literals, special_names)
     return Grammar(param, compiled, places)
+
+
+def _check_names(param: str, part: str, texts: Collection[str], special_names: Collection[str]) -> None:
+    """Raise ApiError if one of `texts`, which the grammar prescribes, contains the name of a special token. The
+    compiler would prescribe that token itself, which is never part of a text."""
+    together = "\0".join(texts)
+    name = next((name for name in special_names if name in together), None)
+    if name is not None:
+        raise _wrong(param, f"{part} contains the name of a special token, {name}")
 
 
 def _reason(said: str, places: Mapping[str, str]) -> str:
     """Return the compiler's reason on one line that fits into a message. places: of keywords in the schema."""
-    first, *lines = said.split("\n")
+    first, *lines = said.partition("<state>")[0].split("\n")
     if first.endswith("regex parse error:"):
         # Then come the expression, a line that points into it, and the reason.
         end = next((i for i, line in enumerate(lines) if line.startswith("error: ")), 0)
@@ -140,6 +191,8 @@ def _reason(said: str, places: Mapping[str, str]) -> str:
     if unserved := re.search(r"Unimplemented keys: (\[.*\])", first):
         keys = msgspec.json.decode(unserved[1], type=list[str])
         first = "not served in a JSON schema: " + ", ".join(f"{key}{_at(key, places)}" for key in keys)
+    elif "Regex is empty" in first:
+        first = "the JSON schema matches nothing: no string has both the pattern or format and the length"
     elif first.startswith("oneOf"):
         first = f"oneOf{_at('oneOf', places)} is served only if its alternatives exclude each other; try anyOf"
     elif first.startswith("min/maxProperties"):
@@ -159,8 +212,12 @@ def _cut(text: str, limit: int = 400) -> str:
 
 def _short(param: str, text: str) -> str:
     if len(text) > MAX_GRAMMAR_CHARS:
-        raise _wrong(param, f"more than {MAX_GRAMMAR_CHARS} characters")
+        raise _too_long(param)
     return text
+
+
+def _too_long(param: str) -> ApiError:
+    return _wrong(param, f"more than {MAX_GRAMMAR_CHARS} characters")
 
 
 def _wrong(param: str, reason: str) -> ApiError:

@@ -121,6 +121,30 @@ def test_chat_takes_all_the_room_there_is(directory: Path) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "kept"),
+    [
+        ("completions", {}, MAX_LEN - 16),
+        ("completions", {"max_tokens": 5}, MAX_LEN - 5),
+        ("completions", {"max_tokens": MAX_LEN - 1}, 1),
+        ("chat/completions", {}, MAX_LEN - 1),
+        ("chat/completions", {"max_completion_tokens": 5}, MAX_LEN - 5),
+    ],
+)
+def test_prompts_truncated_to_what_fits(directory: Path, path: str, fields: dict[str, Any], kept: int) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+            prompt = {"prompt": list(range(10, 110)), "messages": [{"role": "user", "content": "a" * 100}]}
+            del prompt["messages" if path == "completions" else "prompt"]
+            body = {**prompt, **fields, "truncate_prompt_tokens": -1}
+            assert (await http.post(f"/v1/{path}", json=body)).status_code == 200
+            (request,) = client.requests
+            assert len(request.prompt) == kept
+            assert request.prompt[-1] == 109 or path != "completions"
+
+    asyncio.run(main())
+
+
 def test_text_offsets_index_into_the_text(directory: Path) -> None:
     async def main() -> None:
         async with server(directory) as (http, _, service):

@@ -72,6 +72,9 @@ def test_parameters(fields: dict[str, Any], params_of_them: dict[str, Any]) -> N
         ({"max_tokens": 7.0}, {"max_tokens": 7}),
         ({"logprobs": 20}, {"logprobs": 20}),
         ({"logprobs": False}, {"logprobs": None}),
+        ({"allowed_token_ids": [5, 3, 5, 3, 4]}, {"allowed_token_ids": [5, 3, 4]}),
+        ({"allowed_token_ids": [*range(2**18)] * 2}, {"allowed_token_ids": [*range(2**18)]}),
+        ({"truncate_prompt_tokens": -1, "suffix": ""}, {"truncate_prompt_tokens": -1}),
         ({"truncate_prompt_tokens": 5.0, "priority": -1.0}, {"truncate_prompt_tokens": 5, "priority": -1}),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import json
 from pathlib import Path
@@ -11,11 +10,14 @@ from typing import Annotated, Any, Literal
 import jsonschema
 import pydantic
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
 from models.tokenizer import Tokenizer
 from server.errors import ApiError
-from server.text.json_schema import FORMATS
+from server.text import structured
+from server.text.json_schema import FORMATS, exceeds
 from server.text.structured import StructuredOutputs, check_grammar
 
 
@@ -31,13 +33,13 @@ def compiler(directory: Path) -> LLTokenizer:
 
 def compiled(schema: Any) -> str:
     grammar = StructuredOutputs.model_validate({"json": schema}).compiled()
-    asyncio.run(check_grammar(grammar))
+    check_grammar(grammar)
     return grammar.text
 
 
 def refusal(**asked: Any) -> str:
     with pytest.raises(ApiError) as caught:
-        asyncio.run(check_grammar(StructuredOutputs.model_validate(asked).compiled()))
+        check_grammar(StructuredOutputs.model_validate(asked).compiled())
     message = caught.value.body()["error"]["message"]
     assert message is not None
     assert len(message) <= 500
@@ -140,7 +142,8 @@ NOTHING: list[Any] = [True, {}, {"title": "x", "description": "y"}]
     [
         {"uniqueItems": False},
         {"minProperties": 0},
-        *({"propertyNames": names} for names in (*NOTHING, {"type": "string"})),
+        *({"propertyNames": names} for names in (*NOTHING, {"type": "string"}, {"format": "path"})),
+        {"propertyNames": {"$ref": "#/$defs/name"}, "$defs": {"name": {"type": "string", "format": "path"}}},
         *({"unevaluatedProperties": rest, "unevaluatedItems": rest} for rest in NOTHING),
         {"minContains": 2, "maxContains": 3},
         {"contains": {"type": "string"}, "minContains": 0},
@@ -170,7 +173,12 @@ def test_what_constrains_nothing_is_served(
         ({"uniqueItems": True}, "uniqueItems"),
         ({"contains": {}, "maxContains": 2}, "contains"),
         ({"contains": {}}, "contains"),
-        ({"propertyNames": {"minLength": 2}}, "propertyNames"),
+        ({"propertyNames": {"minLength": 2, "pattern": "a"}}, "propertyNames"),
+        ({"propertyNames": {"minLength": 2, "maxLength": 1}}, "propertyNames"),
+        ({"propertyNames": {"minLength": "2"}}, "propertyNames"),
+        ({"propertyNames": {"maxLength": 2**31}}, "propertyNames"),
+        ({"propertyNames": {"minLength": 2}, "properties": {"a": {}}}, "propertyNames"),
+        ({"propertyNames": {"format": "date"}}, "propertyNames"),
         ({"propertyNames": False}, "propertyNames"),
         ({"dependentRequired": {"a": ["b"]}}, "dependentRequired"),
         ({"dependentSchemas": {"a": False}}, "dependentSchemas"),
@@ -230,3 +238,53 @@ def test_deep_and_wide_schemas_end() -> None:
     for _ in range(30):
         nested = {"type": "object", "propertyNames": {"enum": list("abcdefgh")}, "additionalProperties": nested}
     assert len(compiled(nested)) < 20_000
+
+
+@given(
+    schema=st.recursive(st.none() | st.text(max_size=4), lambda each: st.lists(each) | st.dictionaries(st.text(), each))
+)
+def test_a_schema_that_exceeds_a_limit_does_so_as_text(schema: Any) -> None:
+    length = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+    assert not exceeds(schema, length)
+    assert exceeds([schema, "x" * 10], 10)
+
+
+@pytest.mark.parametrize("schema", [{"properties": {f"a{i}": {} for i in range(200_000)}}, {"enum": ["x" * 70_000]}])
+def test_a_large_schema_is_refused_before_it_is_walked(schema: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(structured, "rewrite", never)
+    for asked in (schema, json.dumps(schema)):
+        assert refusal(json=asked) == "structured_outputs: more than 65536 characters"
+
+
+@pytest.mark.parametrize(
+    ("names", "lengths"),
+    [
+        ({"minLength": 2}, range(2, 7)),
+        ({"maxLength": 2, "type": "string"}, range(3)),
+        ({"minLength": 2, "maxLength": 3, "title": "x"}, range(2, 4)),
+        ({"minLength": 0}, range(7)),
+        ({"$ref": "#/$defs/name"}, range(1, 7)),
+    ],
+)
+def test_names_of_a_length(names: Any, lengths: range, tokenizer: Tokenizer, compiler: LLTokenizer) -> None:
+    schema = {"propertyNames": names, "additionalProperties": {"type": "integer"}, "$defs": {"name": {"minLength": 1}}}
+    accepts = Accepts({"type": "object", **schema}, tokenizer, compiler)
+    for letter in ("a", "\n", '"'):
+        for length in range(7):
+            assert accepts({letter * length: 1}) == (length in lengths)
+            assert not accepts({letter * length: "1"})
+    assert accepts({})
+
+
+def test_a_schema_that_is_a_boolean(tokenizer: Tokenizer, compiler: LLTokenizer) -> None:
+    values: list[Any] = [1, "a", None, [True], {"a": {}}]
+    for schema in (True, "true"):
+        accepts = Accepts(schema, tokenizer, compiler)
+        for value in values:
+            assert accepts(value)
+    for schema in (False, "false"):
+        assert refusal(json=schema) == "structured_outputs: not a JSON schema: false matches nothing"
+    assert refusal(json="[1]") == "structured_outputs: not a JSON schema: expected an object"
