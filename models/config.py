@@ -16,6 +16,7 @@ from models.files.json_values import (
     number,
     read_json,
     read_json_if_any,
+    short,
     token_ids,
 )
 from models.files.rope_config import RopeConfig, parse_rope, served_positions
@@ -75,7 +76,8 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    """Positions at which the model computes what it was made for."""
+    """Positions at which the model computes what it was made for: those of config.json, which linear scaling multiplies
+    by its factor, as transformers documents it; so also where a file already states the scaled positions."""
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = _PLAIN_ROPE
     tie_word_embeddings: bool = False
@@ -145,7 +147,7 @@ def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[i
     bos = data.get("bos_token_id")
     ends = {*token_ids(data, "eos_token_id"), *token_ids(generation or {}, "eos_token_id"), *end_ids}
     warnings += [
-        f"eos_token_id {token} is not in the vocabulary of {vocab_size} (vocab_size) and never ends a text"
+        f"eos_token_id {short(token)} is not in the vocabulary of {vocab_size} (vocab_size) and never ends a text"
         for token in sorted(ends)
         if not 0 <= token < vocab_size
     ]
@@ -177,10 +179,10 @@ def _family(data: Json) -> _Family:
     """Return the model's family. Raises ModelError for settings that change the arithmetic in a way not implemented."""
     model_type = data.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        raise ModelError(f"model_type {model_type!r} is not supported; these are: {', '.join(_FAMILIES)}")
+        raise ModelError(f"model_type {short(model_type)} is not supported; these are: {', '.join(_FAMILIES)}")
     family, architectures = _FAMILIES[model_type], data.get("architectures")
     if architectures is not None and architectures not in ([family.architecture], [family.saved_as]):
-        raise ModelError(f"architectures {architectures!r} is not supported for model_type {model_type!r}")
+        raise ModelError(f"architectures {short(architectures)} is not supported for model_type {model_type!r}")
     refuse_foreign_keys(data)
     return family
 

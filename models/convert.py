@@ -90,7 +90,7 @@ def check_destination(src: Path, dst: Path, force: bool) -> None:
 
 def _checked(config: ModelConfig, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield `tensors` in bf16. Raises ModelError unless they are exactly the model's, with its shapes."""
-    model = Llama(config, Placement(Group.single(), torch.bfloat16, torch.device("meta")))
+    model = Llama(config, Placement(Group.single(), torch.bfloat16, torch.device("meta")), max_positions=1)
     missing = {slot.source: slot.full_shape for slot in model.weight_slots()}
     for name, tensor in tensors:
         if config.tie_word_embeddings and name == HEAD:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig, ModelError, read_config
+from models.files.json_values import short
 from models.files.special_tokens import token_numbers
 from models.llama import Llama
 from models.weights import FLOATS, StoredTensors, find_tensors, is_finite, opened
@@ -136,6 +137,6 @@ def _check_tokenizer(path: Path, vocab_size: int) -> list[str]:
     except TypeError as error:
         raise ModelError(f"{file}: not a tokenizer: {error!r}") from error
     return [
-        f"tokenizer.json has token ids up to {largest}, but the model embeds {vocab_size} (vocab_size in config.json); "
-        "prompts that contain others are refused"
+        f"tokenizer.json has token ids up to {short(largest)}, but the model embeds {vocab_size} (vocab_size in "
+        f"config.json); prompts with token ids from {vocab_size} on are refused"
     ]

@@ -47,17 +47,17 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(source)
             decoder = json.loads(source).get("decoder") or {}
+            parts = [decoder, *decoder.get("decoders", [])]
+            is_byte_level = any(part.get("type") == "ByteLevel" for part in parts)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{directory / 'tokenizer.json'}: not a tokenizer: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         _keep_spaces(self._tokenizer.post_processor)
-        parts = [decoder, *decoder.get("decoders", [])]
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = frozenset(added)
         self._special_names = {id: token.content for id, token in added.items() if token.special}
-        self._bytes_of = _byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else None
-
+        self._bytes_of = _byte_alphabet() if is_byte_level else None
         try:
             self.special_tokens = read_special_tokens(directory)
             self.chat_template = read_chat_template(directory)
