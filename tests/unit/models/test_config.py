@@ -76,6 +76,22 @@ def test_qwen2() -> None:
     assert parse_config(of_type("qwen2", use_sliding_window=True, **window, **layers)).sliding_window == 4096
 
 
+@pytest.mark.parametrize("model_type", ["llama", "seed_oss", "internlm3", "qwen2", "qwen3", "mistral"])
+def test_sliding_layers_of_any_family(model_type: str) -> None:
+    """Only dense attention is computed, so a window caps the length wherever a layer has one."""
+    data = without(llama(model_type=model_type, sliding_window=1024), "architectures", "rope_scaling")
+    layers = ["full_attention"] * 31 + ["sliding_attention"]
+    assert parse_config({**data, "layer_types": layers}).max_model_len == 1024
+    dense = {**data, "layer_types": ["full_attention"] * 32}
+    assert parse_config(dense).max_model_len == (1024 if model_type == "mistral" else 131072)
+
+
+def test_other_spellings_of_nothing() -> None:
+    assert parse_config(llama(architectures=["LLaMAForCausalLM"])) == parse_config(LLAMA)
+    assert parse_config(llama(architectures=[])) == parse_config(LLAMA)
+    assert parse_config(llama(bos_token_id=-1)) == parse_config(llama(bos_token_id=None))
+
+
 def test_qwen3() -> None:
     config = parse_config(of_type("qwen3", hidden_size=1024, num_attention_heads=16))
     assert (config.head_dim, config.qk_norm, config.qkv_bias) == (128, True, False)
