@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from models.files.foreign_keys import refuse_foreign_keys
@@ -20,7 +20,7 @@ from models.files.json_values import (
     token_ids,
 )
 from models.files.rope_config import RopeConfig, parse_rope, served_positions
-from models.files.special_tokens import end_token_id
+from models.files.special_tokens import end_tokens
 
 __all__ = ["Json", "ModelConfig", "ModelError", "RopeConfig", "parse_config", "read_config", "read_json"]
 
@@ -113,7 +113,7 @@ class ModelConfig:
 
 def read_config(directory: Path) -> ModelConfig:
     """Read config.json of a model directory, and the end-of-sequence tokens that its other files name:
-    generation_config.json, and tokenizer_config.json or special_tokens_map.json.
+    generation_config.json, tokenizer_config.json and special_tokens_map.json.
 
     Raises ModelError: no such directory, no or broken config.json, a model that is not supported.
     """
@@ -123,11 +123,14 @@ def read_config(directory: Path) -> ModelConfig:
     if not path.is_file():
         raise ModelError(f"{path}: not found; a model directory holds config.json and *.safetensors")
     data = read_json(path)
-    generation, end = read_json_if_any(directory / "generation_config.json"), end_token_id(directory)
+    generation, (ends, warning) = read_json_if_any(directory / "generation_config.json"), end_tokens(directory)
     try:
-        return parse_config(data, generation, () if end is None else (end,))
+        config = parse_config(data, generation, ends)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
+    if warning is None and not config.eos_token_ids:
+        warning = "no end-of-sequence token: texts end at max_tokens"
+    return config if warning is None else replace(config, warnings=(*config.warnings, warning))
 
 
 def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[int] = ()) -> ModelConfig:

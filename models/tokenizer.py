@@ -59,7 +59,7 @@ class Tokenizer:
         self._special_names = {id: token.content for id, token in added.items() if token.special}
         self._bytes_of = _byte_alphabet() if is_byte_level else None
         try:
-            self.special_tokens = read_special_tokens(directory)
+            self.special_tokens = read_special_tokens(directory, self._has_token)
             self.chat_template = read_chat_template(directory)
         except ModelError as error:
             raise TokenizerError(str(error)) from None
@@ -82,6 +82,9 @@ class Tokenizer:
     @property
     def eos_token_id(self) -> int | None:
         return None if self.eos_token is None else self._tokenizer.token_to_id(self.eos_token)
+
+    def _has_token(self, text: str) -> bool:
+        return self._tokenizer.token_to_id(text) is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode `text`, which must be encodable as UTF-8 (no lone surrogates)."""

@@ -25,6 +25,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
+    "eos_token_id": 2,
 }
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
