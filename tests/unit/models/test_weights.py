@@ -68,6 +68,7 @@ TIED = {name: tensor for name, tensor in WEIGHTS.items() if name != HEAD}
 EQUAL = WEIGHTS[EMBEDDING].clone()
 LAST_ROW = EQUAL.clone()
 LAST_ROW[-1] += 1
+FINER = EQUAL * (1 + 2**-20)
 
 
 @pytest.mark.parametrize(
@@ -78,13 +79,14 @@ LAST_ROW[-1] += 1
         (True, TIED | {HEAD: EQUAL}, TIED, None),
         (True, TIED | {HEAD: EQUAL.bfloat16()}, TIED, None),
         (True, TIED | {HEAD: EQUAL.double()}, TIED, None),
-        (True, TIED | {HEAD: EQUAL.double() * (1 + 2**-20)}, TIED | {HEAD: EQUAL * (1 + 2**-20)}, "differs"),
+        (True, TIED | {HEAD: EQUAL.double() * (1 + 2**-40)}, TIED | {HEAD: EQUAL}, "differs"),
+        (True, TIED | {EMBEDDING: FINER, HEAD: EQUAL.bfloat16()}, TIED | {EMBEDDING: FINER, HEAD: EQUAL}, "differs"),
         (True, TIED | {HEAD: LAST_ROW}, TIED | {HEAD: LAST_ROW}, "differs"),
         (True, {HEAD if name == EMBEDDING else name: tensor for name, tensor in TIED.items()}, TIED, None),
         (False, TIED, TIED, "lm_head.weight is not stored"),
         (False, WEIGHTS, WEIGHTS, None),
     ],
-    ids=["another", "in-double", "copy", "in-bf16", "copy-in-double", "finer", "last-row", "head", "no-head", "untied"],
+    ids=["other", "double", "copy", "bf16", "in-double", "finer", "coarser", "last", "head", "no-head", "untied"],
 )
 def test_what_is_stored_decides_on_the_tie(
     tied: bool,

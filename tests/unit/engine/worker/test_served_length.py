@@ -74,7 +74,8 @@ def test_rotary_tables_shrink_once_the_length_is_decided(
     for model in (worker.model, drafting):
         assert model.max_positions == worker.max_model_len
         for table in model.rotary:
-            assert table.untyped_storage().nbytes() == table.nbytes  # the rest is freed
+            held = table.untyped_storage().nbytes()
+            assert held == table.nbytes  # the rest is freed
     whole = load_target(config, progress=False)
     shared = Worker.load(config, resolved, CPU, group, group, model=whole)
     assert shared.max_model_len < whole.max_positions == 4_194_304  # other engines may use it, too
