@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from models.files.json_values import ModelError, flag, read_json
+from models.files.json_values import ModelError, describe_lfs_pointer, flag, is_lfs_pointer, read_json
 from models.weights import StoredTensors, find_tensors, opened
 
 log = logging.getLogger(__name__)
@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 _PASSED_ON = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
-    *("chat_template.jinja", "chat_template.json", "LICENSE"),
+    *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
+    *("generation_config.json", "chat_template.jinja", "chat_template.json", "LICENSE"),
 )
 _TEMPLATES = "additional_chat_templates"
 _TIED = "tie_word_embeddings"
@@ -51,8 +51,13 @@ def open_directory(src: Path) -> Checkpoint:
         if not (src / name).is_file():
             raise ModelError(f"{src}: has no {name}{hint}")
     names = [*_PASSED_ON, *(f"{_TEMPLATES}/{path.name}" for path in sorted((src / _TEMPLATES).glob("*.jinja")))]
+    texts = {}
     try:
-        texts = {name: (src / name).read_text("utf-8") for name in names if (src / name).is_file()}
+        for name in names:
+            if (file := src / name).is_file():
+                if is_lfs_pointer(file):
+                    raise ModelError(describe_lfs_pointer(file, "the file itself"))
+                texts[name] = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{src}: {error}") from error
     config = read_json(src / "config.json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from models.files.foreign_keys import refuse_foreign_keys
@@ -16,10 +16,11 @@ from models.files.json_values import (
     number,
     read_json,
     read_json_if_any,
+    short,
     token_ids,
 )
 from models.files.rope_config import RopeConfig, parse_rope, served_positions
-from models.files.special_tokens import end_token_id
+from models.files.special_tokens import end_tokens
 
 __all__ = ["Json", "ModelConfig", "ModelError", "RopeConfig", "parse_config", "read_config", "read_json"]
 
@@ -30,12 +31,11 @@ _PLAIN_ROPE = RopeConfig()
 class _Family:
     """Architecture of a model type, and the values that transformers gives to absent keys.
 
-    kv_heads, head_dim: None: as many as heads; hidden_size by heads. saved_as: another architecture, under which
-    transformers saves such models.
+    kv_heads, head_dim: None: as many as heads; hidden_size by heads. aliases: other names of the architecture.
     """
 
     architecture: str
-    saved_as: str | None = None
+    aliases: tuple[str, ...] = ()
     max_positions: int
     kv_heads: int | None = None
     head_dim: int | None = None
@@ -43,14 +43,14 @@ class _Family:
 
 
 _FAMILIES = {
-    "llama": _Family(architecture="LlamaForCausalLM", max_positions=2048),
+    "llama": _Family(architecture="LlamaForCausalLM", aliases=("LLaMAForCausalLM",), max_positions=2048),
     "mistral": _Family(architecture="MistralForCausalLM", max_positions=131072, kv_heads=8),
     "qwen2": _Family(architecture="Qwen2ForCausalLM", max_positions=32768, kv_heads=32),
     "qwen3": _Family(architecture="Qwen3ForCausalLM", max_positions=32768, kv_heads=32, head_dim=128),
     "seed_oss": _Family(architecture="SeedOssForCausalLM", max_positions=524288, kv_heads=8, head_dim=128),
     "internlm3": _Family(
         architecture="InternLM3ForCausalLM",
-        saved_as="LlamaForCausalLM",
+        aliases=("LlamaForCausalLM",),  # transformers saves it as one
         max_positions=32768,
         kv_heads=2,
         head_dim=128,
@@ -75,7 +75,8 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    """Positions at which the model computes what it was made for."""
+    """Positions at which the model computes what it was made for: those of config.json, which linear scaling multiplies
+    by its factor, as transformers documents it; so also where a file already states the scaled positions."""
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = _PLAIN_ROPE
     tie_word_embeddings: bool = False
@@ -112,7 +113,7 @@ class ModelConfig:
 
 def read_config(directory: Path) -> ModelConfig:
     """Read config.json of a model directory, and the end-of-sequence tokens that its other files name:
-    generation_config.json, and tokenizer_config.json or special_tokens_map.json.
+    generation_config.json, tokenizer_config.json and special_tokens_map.json.
 
     Raises ModelError: no such directory, no or broken config.json, a model that is not supported.
     """
@@ -122,11 +123,14 @@ def read_config(directory: Path) -> ModelConfig:
     if not path.is_file():
         raise ModelError(f"{path}: not found; a model directory holds config.json and *.safetensors")
     data = read_json(path)
-    generation, end = read_json_if_any(directory / "generation_config.json"), end_token_id(directory)
+    generation, (ends, warning) = read_json_if_any(directory / "generation_config.json"), end_tokens(directory)
     try:
-        return parse_config(data, generation, () if end is None else (end,))
+        config = parse_config(data, generation, ends)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
+    if warning is None and not config.eos_token_ids:
+        warning = "no end-of-sequence token: texts end at max_tokens"
+    return config if warning is None else replace(config, warnings=(*config.warnings, warning))
 
 
 def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[int] = ()) -> ModelConfig:
@@ -142,10 +146,9 @@ def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[i
     stated_positions = integer(data, "max_position_embeddings", family.max_positions)
     max_positions, warnings = served_positions(data, stated_positions)
     qkv_bias, o_bias, mlp_bias = _biases(data, model_type)
-    bos = data.get("bos_token_id")
     ends = {*token_ids(data, "eos_token_id"), *token_ids(generation or {}, "eos_token_id"), *end_ids}
     warnings += [
-        f"eos_token_id {token} is not in the vocabulary of {vocab_size} (vocab_size) and never ends a text"
+        f"eos_token_id {short(token)} is not in the vocabulary of {vocab_size} (vocab_size) and never ends a text"
         for token in sorted(ends)
         if not 0 <= token < vocab_size
     ]
@@ -167,7 +170,7 @@ def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[i
         mlp_bias=mlp_bias,
         qk_norm=model_type == "qwen3",
         sliding_window=_sliding_window(data, model_type),
-        bos_token_id=None if bos is None else integer(data, "bos_token_id", minimum=0),
+        bos_token_id=None if data.get("bos_token_id") in (None, -1) else integer(data, "bos_token_id", minimum=0),
         eos_token_ids=tuple(sorted(token for token in ends if 0 <= token < vocab_size)),
         warnings=tuple(warnings),
     )
@@ -177,10 +180,10 @@ def _family(data: Json) -> _Family:
     """Return the model's family. Raises ModelError for settings that change the arithmetic in a way not implemented."""
     model_type = data.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        raise ModelError(f"model_type {model_type!r} is not supported; these are: {', '.join(_FAMILIES)}")
+        raise ModelError(f"model_type {short(model_type)} is not supported; these are: {', '.join(_FAMILIES)}")
     family, architectures = _FAMILIES[model_type], data.get("architectures")
-    if architectures is not None and architectures not in ([family.architecture], [family.saved_as]):
-        raise ModelError(f"architectures {architectures!r} is not supported for model_type {model_type!r}")
+    if architectures not in (None, [], [family.architecture], *([alias] for alias in family.aliases)):
+        raise ModelError(f"architectures {short(architectures)} is not supported for model_type {model_type!r}")
     refuse_foreign_keys(data)
     return family
 
@@ -218,17 +221,18 @@ def _biases(data: Json, model_type: str) -> tuple[bool, bool, bool]:
 
 def _sliding_window(data: Json, model_type: str) -> int | None:
     """Return the window if any layer uses it, else None."""
-    if model_type not in ("mistral", "qwen2", "qwen3"):
-        return None
-    if model_type != "mistral" and not flag(data, "use_sliding_window"):
-        return None
-    if data.get("sliding_window", 4096) is None:
-        return None
-    window = integer(data, "sliding_window", 4096)
-    layer_types = data.get("layer_types")
-    if model_type == "mistral":
-        return window
-    if layer_types is None:
-        first = integer(data, "max_window_layers", 28, minimum=0)
-        return window if first < integer(data, "num_hidden_layers") else None
-    return window if "sliding_attention" in layer_types else None
+    layer_types, num_layers = data.get("layer_types") or [], integer(data, "num_hidden_layers")
+    if layer_types and len(layer_types) != num_layers:
+        raise ModelError(f"layer_types has {len(layer_types)} entries for {num_layers} layers (num_hidden_layers)")
+    is_qwen = model_type in ("qwen2", "qwen3")
+    uses_window = is_qwen and flag(data, "use_sliding_window")
+    default = 4096 if (is_qwen or model_type == "mistral") and "sliding_window" not in data else None
+    if "sliding_attention" in layer_types:
+        return integer(data, "sliding_window", default)
+    if model_type == "mistral" or (uses_window and not layer_types):
+        if data.get("sliding_window", default) is None:
+            return None
+        window = integer(data, "sliding_window", default)
+        first = integer(data, "max_window_layers", 28, minimum=0) if is_qwen else 0
+        return window if first < num_layers else None
+    return None

@@ -22,7 +22,7 @@ from models.checkpoint import Checkpoint, NamedTensors, open_directory
 from models.config import ModelConfig, ModelError, parse_config
 from models.gguf import open_gguf
 from models.llama import Llama
-from models.weights import HEAD, is_finite
+from models.weights import HEAD, NOT_FINITE, PROJECTION_BIAS, is_finite, is_zero
 from parallel.group import Group
 from parallel.layers import Placement
 
@@ -49,7 +49,7 @@ def install(
     """Write `checkpoint`, which was read from `src`, to the directory `dst`. See convert."""
     try:
         config = parse_config(checkpoint.config)
-        tensors = _checked(config, checkpoint.tensors)
+        tensors = _checked(config, checkpoint.tensors, src)
         part = dst.parent / f".{dst.name}.{secrets.token_hex(4)}.part"
         part.mkdir(parents=True)
         try:
@@ -88,22 +88,30 @@ def check_destination(src: Path, dst: Path, force: bool) -> None:
         raise ModelError(f"{dst}: exists and is not empty (--force replaces it)")
 
 
-def _checked(config: ModelConfig, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield `tensors` in bf16. Raises ModelError unless they are exactly the model's, with its shapes."""
-    model = Llama(config, Placement(Group.single(), torch.bfloat16, torch.device("meta")))
+def _checked(config: ModelConfig, tensors: NamedTensors, src: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield `tensors`, which were read from `src`, in bf16. Logs, at the end, those that are not finite in it. Raises
+    ModelError unless they are exactly the model's, with its shapes."""
+    model = Llama(config, Placement(Group.single(), torch.bfloat16, torch.device("meta")), max_positions=1)
     missing = {slot.source: slot.full_shape for slot in model.weight_slots()}
+    not_finite: list[str] = []
     for name, tensor in tensors:
         if config.tie_word_embeddings and name == HEAD:
             continue
         if (shape := missing.pop(name, None)) is None:
+            if name.endswith(PROJECTION_BIAS) and is_zero(tensor):
+                continue
             raise ModelError(f"unexpected tensor {name}")
         if tuple(tensor.shape) != shape:
             raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         if tensor.dtype not in _FLOATS:
             raise ModelError(f"tensor {name} is {tensor.dtype}; only unquantized weights can be converted")
-        if not is_finite(tensor):
-            log.warning("tensor %s holds values that are NaN or infinite: the text may be nonsense", name)
-        yield name, tensor.to(torch.bfloat16).contiguous()
+        rounded = tensor.to(torch.bfloat16).contiguous()
+        if not is_finite(rounded):
+            not_finite.append(f"{src}: tensor {name}")
+        yield name, rounded
+    if not_finite:
+        count = f" (the first of {len(not_finite)})" if len(not_finite) > 1 else ""
+        log.warning(NOT_FINITE, not_finite[0], count, "bfloat16")
     if missing:
         raise ModelError(f"{len(missing)} tensors are missing, among them {min(missing)}")
 

@@ -151,6 +151,17 @@ class Llama(Module):
         self._int8 = False
         self._int8_copy: tuple[Self, ...] = ()  # the 8-bit model, once made; in a tuple, so that it is no child
 
+    @property
+    def max_positions(self) -> int:
+        """Number of positions that forwards can have."""
+        return len(self.rotary[0])
+
+    def limit_positions(self, count: int) -> None:
+        """Keep only the first `count` positions, and free the memory of the others."""
+        if count < self.max_positions:
+            cos, sin = self.rotary
+            self.rotary = cos[:count].clone(), sin[:count].clone()
+
     def with_layers(self, layers: Sequence[int]) -> Llama:
         """Return a model of only these layers, in this order, that shares their weights."""
         left = copy.copy(self)
@@ -194,7 +205,7 @@ class Llama(Module):
     def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
         """Write the batch's keys and values into the pool and compute the requested logits.
 
-        Plans `attention` for the batch. Positions must be below the number of positions in `rotary`.
+        Plans `attention` for the batch. Positions must be below max_positions.
         Returns [n, vocab_size] for the n entries of batch.logit_index (n may be 0), in float32, or float64
         for float64 weights: this rank's shard of the vocabulary.
         """

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig, ModelError, read_config
+from models.files.json_values import short
 from models.files.special_tokens import token_numbers
 from models.llama import Llama
-from models.weights import FLOATS, StoredTensors, find_tensors, is_finite, opened
+from models.weights import FLOATS, NOT_FINITE, PROJECTION_BIAS, StoredTensors, find_tensors, is_finite, is_zero, opened
 from parallel.group import Group
 from parallel.layers import Placement
 from parallel.module import WeightSlot
@@ -40,7 +41,8 @@ def load_model(
 
     Weights are converted to `dtype`. progress: whether to draw a bar on stderr. max_positions: see Llama. ops: the
     model's arithmetic. int8: round matrices to 8 bits. Pickled weights are never opened.
-    Logs what it reads otherwise than it is written, and weights that are not finite.
+    Logs what it reads otherwise than it is written, and weights that are not finite: on rank 0, or on a rank that alone
+    has that part.
     Raises ModelError: missing or broken files, a model that is not supported, tensors that are missing, unknown or of
     the wrong shape or type.
     """
@@ -53,7 +55,7 @@ def load_model(
     config = replace(config, tie_word_embeddings=stored.tied)
     model = Llama(config, Placement(group, dtype, device, ops), max_positions)
     slots = {slot.source: slot for slot in model.weight_slots()}
-    _check_names(path, set(slots), stored)
+    stored = _wanted(path, set(slots), stored)
     total = sum(slot.tensor.nbytes for slot in slots.values())
     not_finite: list[str] = []
     with tqdm(
@@ -62,12 +64,14 @@ def load_model(
         for file, tensors in stored.by_file():
             with opened(file) as checkpoint:
                 for name, stored_name in tensors:
-                    if not _fill(slots[name], checkpoint, file, stored_name):
+                    slot = slots[name]
+                    finite = _fill(slot, checkpoint, file, stored_name)
+                    if not finite and (group.rank == 0 or slot.tensor.shape != slot.full_shape):
                         not_finite.append(f"{file}: tensor {stored_name}")
-                    bar.update(slots[name].tensor.nbytes)
+                    bar.update(slot.tensor.nbytes)
     if not_finite:
         count = f" (the first of {len(not_finite)})" if len(not_finite) > 1 else ""
-        log.warning("%s%s holds values that are NaN or infinite: the text may be nonsense", not_finite[0], count)
+        log.warning(NOT_FINITE, not_finite[0], count, str(dtype).removeprefix("torch."))
     del slots
     model.prepare(int8)
     return model
@@ -101,27 +105,35 @@ def random_model(
     return model
 
 
-def _check_names(path: Path, wanted: set[str], stored: StoredTensors) -> None:
-    """Raise ModelError unless the stored tensors are exactly the `wanted` ones."""
-    for name, (file, _) in stored.sources.items():
-        if name not in wanted:
-            raise ModelError(f"{file}: unexpected tensor {name}")
+def _wanted(path: Path, wanted: set[str], stored: StoredTensors) -> StoredTensors:
+    """Return the stored tensors without biases that are zero and not `wanted`. Raises ModelError unless these are
+    exactly the wanted ones."""
+    for file, tensors in stored.by_file():
+        for name, stored_name in tensors:
+            if name in wanted:
+                continue
+            if name.endswith(PROJECTION_BIAS):
+                with opened(file) as checkpoint:
+                    if is_zero(checkpoint.get_tensor(stored_name)):
+                        continue
+            raise ModelError(f"{file}: unexpected tensor {stored_name}")
     if missing := sorted(wanted - stored.sources.keys()):
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(f"{path}: tensors missing from the weight files: {names}")
+    return replace(stored, sources={name: source for name, source in stored.sources.items() if name in wanted})
 
 
 def _fill(slot: WeightSlot, checkpoint: Any, file: Path, name: str) -> bool:
-    """Fill a slot from the stored tensor `name`. Returns whether this rank's part of it is finite."""
+    """Fill a slot from the stored tensor `name`. Returns whether this rank's part of it is finite, in the slot's
+    dtype."""
     source = checkpoint.get_slice(name)
     shape = tuple(source.get_shape())
     if shape != slot.full_shape:
         raise ModelError(f"{file}: tensor {name} has shape {list(shape)}, expected {list(slot.full_shape)}")
     if source.get_dtype() not in FLOATS:
         raise ModelError(f"{file}: tensor {name} has unsupported type {source.get_dtype()}")
-    part = source[slot.index]
-    slot.tensor.copy_(part)
-    return is_finite(part)
+    slot.tensor.copy_(source[slot.index])
+    return is_finite(slot.tensor)
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> list[str]:
@@ -136,6 +148,6 @@ def _check_tokenizer(path: Path, vocab_size: int) -> list[str]:
     except TypeError as error:
         raise ModelError(f"{file}: not a tokenizer: {error!r}") from error
     return [
-        f"tokenizer.json has token ids up to {largest}, but the model embeds {vocab_size} (vocab_size in config.json); "
-        "prompts that contain others are refused"
+        f"tokenizer.json has token ids up to {short(largest)}, but the model embeds {vocab_size} (vocab_size in "
+        f"config.json); prompts with token ids from {vocab_size} on are refused"
     ]

@@ -45,19 +45,19 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(source)
             decoder = json.loads(source).get("decoder") or {}
+            parts = [decoder, *decoder.get("decoders", [])]
+            is_byte_level = any(part.get("type") == "ByteLevel" for part in parts)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{directory / 'tokenizer.json'}: not a tokenizer: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         _keep_spaces(self._tokenizer.post_processor)
-        parts = [decoder, *decoder.get("decoders", [])]
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = frozenset(added)
         self._special_names = {id: token.content for id, token in added.items() if token.special}
-        self._bytes_of = _byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else None
-
+        self._bytes_of = _byte_alphabet() if is_byte_level else None
         try:
-            self.special_tokens = read_special_tokens(directory)
+            self.special_tokens = read_special_tokens(directory, self._has_token)
             self.chat_template = read_chat_template(directory)
         except ModelError as error:
             raise TokenizerError(str(error)) from None
@@ -85,6 +85,9 @@ class Tokenizer:
     @property
     def eos_token_id(self) -> int | None:
         return None if self.eos_token is None else self._tokenizer.token_to_id(self.eos_token)
+
+    def _has_token(self, text: str) -> bool:
+        return self._tokenizer.token_to_id(text) is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode `text`, which must be encodable as UTF-8 (no lone surrogates)."""

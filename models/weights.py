@@ -15,12 +15,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from models.files.json_values import ModelError, describe_lfs_pointer, is_lfs_pointer, read_json
+from models.files.json_values import ModelError, describe_lfs_pointer, is_lfs_pointer, read_json, short
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights that can be loaded, as safetensors names them."""
+NOT_FINITE = "%s%s holds values that are NaN or infinite in %s: the text may be nonsense"
+"""Warning: a tensor, how many others, dtype."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
+PROJECTION_BIAS = "_proj.bias"
+"""End of the name of a projection's bias."""
+
+_PREFIX, _LAYERS = "model.", "layers."
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias|(self_)?attn\.bias|attention\.bias)$")
@@ -33,15 +39,11 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 def weight_files(path: Path) -> list[Path]:
     """List the model's safetensors files: those in the index, else model.safetensors, else all. Raises ModelError."""
-    index = path / _INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ModelError(f"{index}: weight_map does not map tensors to files")
+    if weight_map := _weight_map(path):
         names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name:
-                raise ModelError(f"{index}: {name!r} is not a file of this directory")
+                raise ModelError(f"{path / _INDEX}: {short(name)} is not a file of this directory")
             if not (path / name).is_file():
                 raise ModelError(f"{path / name}: not found, but listed in {_INDEX}")
         return [path / name for name in names]
@@ -53,6 +55,17 @@ def weight_files(path: Path) -> list[Path]:
         only = f", only pickled weights ({pickles[0]}), which run code when they are read" if pickles else ""
         raise ModelError(f"{path}: has no safetensors weights{only}")
     return files
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return the index's file name for each tensor; without an index, an empty mapping."""
+    index = path / _INDEX
+    if not index.is_file():
+        return {}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index}: weight_map does not map tensors to files")
+    return weight_map
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,29 +90,38 @@ class StoredTensors:
 def find_tensors(path: Path, tied: bool) -> StoredTensors:
     """Find the tensors of the model directory `path`, whose config.json says whether embedding and LM head are `tied`.
 
-    As in transformers, what is stored decides: two different weights are not tied; the only one serves for both.
-    Raises ModelError.
+    As in transformers, what is stored decides: two different weights are not tied; the only one serves for both. Names
+    may lack the prefix `model.`, if all do. Of a tensor in several files, the one in the file that the index names
+    counts. Raises ModelError.
     """
     sources: dict[str, tuple[Path, str]] = {}
-    has_scales, warnings = False, []
+    has_scales, warnings, weight_map = False, [], _weight_map(path)
     for file in weight_files(path):
         with opened(file) as checkpoint:
             for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
                 if name in sources:
-                    raise ModelError(f"{file}: tensor {name} is also in another file")
+                    indexed = weight_map.get(name)
+                    if indexed == sources[name][0].name:
+                        continue
+                    if indexed != file.name:
+                        raise ModelError(f"{file}: tensor {name} is also in another file")
+                    del sources[name]  # so that the tensors of one file stay adjacent
                 if _CACHE_SCALES.search(name):
                     has_scales = True
                 elif not _BUFFERS.search(name):
                     sources[name] = file, name
+    if any(name.startswith(_LAYERS) for name in sources) and not any(name.startswith(_PREFIX) for name in sources):
+        sources = {name if name == HEAD else f"{_PREFIX}{name}": source for name, source in sources.items()}
     if has_scales:
         warnings.append("scales of an 8-bit KV cache are not used: the cache has the model's precision")
     if tied and EMBEDDING not in sources and HEAD in sources:
         sources = {EMBEDDING if name == HEAD else name: source for name, source in sources.items()}
     elif tied and HEAD in sources:
-        tied = _have_equal_values(sources[EMBEDDING], sources[HEAD])
+        equal = _have_equal_values(sources[EMBEDDING], sources[HEAD])
+        tied = bool(equal)
         if tied:
             del sources[HEAD]
-        else:
+        elif equal is not None:
             warnings.append(f"{HEAD} differs from {EMBEDDING}, so it is used, although tie_word_embeddings is true")
     elif not tied and EMBEDDING in sources and HEAD not in sources:
         tied = True
@@ -112,15 +134,21 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or all(math.isfinite(bound) for bound in torch.aminmax(tensor))
 
 
-def _have_equal_values(first: tuple[Path, str], second: tuple[Path, str]) -> bool:
-    """Compare two stored matrices, a block of rows at a time; in different precisions, in the lower one."""
+def is_zero(tensor: torch.Tensor) -> bool:
+    """Whether all values are 0. A bias of zeros adds nothing, so a model without biases may leave it out."""
+    return not tensor.double().any()
+
+
+def _have_equal_values(first: tuple[Path, str], second: tuple[Path, str]) -> bool | None:
+    """Compare two stored matrices, a block of rows at a time, in a precision that holds both. Returns None if they have
+    different shapes, or types that cannot be loaded."""
     with opened(first[0]) as one, opened(second[0]) as other:
         a, b = one.get_slice(first[1]), other.get_slice(second[1])
         if a.get_shape() != b.get_shape() or not {a.get_dtype(), b.get_dtype()} <= set(FLOATS):
-            return False
+            return None
         for start in range(0, a.get_shape()[0], _BLOCK):
             x, y = a[start : start + _BLOCK], b[start : start + _BLOCK]
-            dtype = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+            dtype = torch.promote_types(x.dtype, y.dtype)
             if not torch.equal(x.to(dtype), y.to(dtype)):
                 return False
     return True

@@ -199,8 +199,8 @@ def measure(
     context, stride = len(prompts[0]), gamma + 1
     rounds = -(-new_tokens // stride)
     length = context + rounds * stride + gamma + 1
-    if length > target.config.max_model_len:
-        raise BenchError(f"{length} tokens of context and text, but the model has {target.config.max_model_len}")
+    if length > target.max_positions:
+        raise BenchError(f"{length} tokens of context and text, but the model has {target.max_positions}")
     texts = seeded(prompts, sampling)
     row_width = -(-length // config.cache.page_size)
     state = RowState(max_rows=len(texts), max_model_len=length, page_size=config.cache.page_size, device=target.device)

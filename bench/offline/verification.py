@@ -49,9 +49,9 @@ def measure_rounds(
             "cache": described.cache.model_copy(update={"num_pages": None}),
         }
     )
-    if context + new_tokens > target.config.max_model_len:
+    if context + new_tokens > target.max_positions:
         raise BenchError(
-            f"{context} + {new_tokens} tokens of context and text, but the model has {target.config.max_model_len}"
+            f"{context} + {new_tokens} tokens of context and text, but the model has {target.max_positions}"
         )
     engine = Engine(described, model=target, progress=False)
     outputs: list[list[RequestOutput]] = [[] for _ in range(batch)]

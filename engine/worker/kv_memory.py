@@ -80,7 +80,7 @@ def measure(config: EngineConfig, model: Llama) -> DeviceMemory:
 def run_largest_round(config: EngineConfig, model: Llama) -> None:
     """Run the largest round there can be, over a temporary pool of its own."""
     tokens, page_size = config.scheduler.max_batch_tokens, config.cache.page_size
-    tokens = min(tokens, len(model.rotary[0]))
+    tokens = min(tokens, model.max_positions)
     pages = -(-tokens // page_size)
     position = torch.arange(tokens, device=model.device)
     lists = torch.arange(pages, device=model.device)[None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from engine.config.deployment import EngineConfig
@@ -30,7 +28,7 @@ def load_shard(
 
 
 def load_target(config: EngineConfig, *, progress: bool) -> Llama:
-    """Load the whole target, for several engines of this process to share; each may serve its own max_model_len."""
-    resolved = resolve(config.model_copy(update={"tensor_parallel_size": 1}), None)
-    resolved = replace(resolved, max_model_len=resolved.shape.max_model_len)
+    """Load the whole target, for benchmarks, or for several engines of this process to share. It has positions for
+    config.max_model_len, or for the model's own length."""
+    resolved = resolve(config.model_copy(update={"tensor_parallel_size": 1}), None, sizes_pool=False)
     return load_shard(config, resolved, resolved.device, Group.single(), progress=progress)

@@ -70,8 +70,9 @@ class Resolved:
         )
 
 
-def resolve(config: EngineConfig, model: Llama | None) -> Resolved:
-    """Resolve a deployment's settings. model: a loaded model, used instead of `config.model`.
+def resolve(config: EngineConfig, model: Llama | None, *, sizes_pool: bool = True) -> Resolved:
+    """Resolve a deployment's settings. model: a loaded model, used instead of `config.model`. sizes_pool: false where
+    no pool is made: its size, and a lower max_model_len that would follow from it, remain open.
 
     Raises ValueError (ConfigError, ModelError) for settings or a model that cannot be served.
     """
@@ -99,6 +100,8 @@ def resolve(config: EngineConfig, model: Llama | None) -> Resolved:
         token_bytes=token_bytes,
         fixed_bytes=fixed_bytes,
     )
+    if not sizes_pool:
+        return resolved
     if config.cache.num_pages is None and config.cache.memory_gb is None and device.type == "cuda":
         return resolved
     if config.cache.gpu_memory_utilization != CacheConfig.model_fields["gpu_memory_utilization"].default:
@@ -132,6 +135,12 @@ def fit_pool(
     source, setting: that memory and what sets it, in messages. warns: whether to log a lower max_model_len. Raises
     ConfigError.
     """
+    if resolved.fixed_bytes >= memory > 0:
+        raise ConfigError(
+            f"engine.cache: {setting} leaves {memory / 1e9:.3g} GB, no more than the {resolved.fixed_bytes / 1e9:.3g} "
+            f"GB that drafts keep for {config.scheduler.max_rows} rows; lower speculation.kv.budget or "
+            f"scheduler.max_rows, or raise {setting.partition(' ')[0]}"
+        )
     pages = max(0, memory - resolved.fixed_bytes) // (config.cache.page_size * resolved.token_bytes)
     beside = _describe_drafts(config, resolved.fixed_bytes, source)
     return _with_pool(config, resolved, pages, setting, beside, warns=warns)

@@ -73,12 +73,17 @@ class Worker:
         device: this rank's. draft_group: the ranks that share the draft model, if this is one of them. model: a loaded
         shard. progress: show a bar on stderr. Raises ConfigError, ModelError.
         """
+        is_shared = model is not None
         if model is None:
             model = load_shard(config, resolved, device, group, progress=progress)
         draft = load_draft(config, model, resolved.max_model_len, draft_group)
         resolved = size_pool(config, resolved, model, group)
         assert resolved.num_pages is not None
         length = resolved.max_model_len
+        if not is_shared:
+            model.limit_positions(length)  # it is loaded before the devices' memory decides on the length
+        if draft.model is not None:
+            draft.model.limit_positions(length)
         return cls(model, config, num_pages=resolved.num_pages, max_model_len=length, group=group, draft=draft)
 
     def __init__(

@@ -5,20 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.files.json_values import ModelError, read_json_if_any
+from models.files.json_values import ModelError, describe_lfs_pointer, is_lfs_pointer, read_json_if_any
+
+_NAMED = "additional_chat_templates"
 
 
 def read_chat_template(directory: Path) -> str | None:
     """Read the jinja2 source of the template for chats without tools; None if there is none.
 
-    As in transformers, chat_template.jinja comes first, then tokenizer_config.json; of several templates, also those of
-    additional_chat_templates/, the one named `default` counts. Last comes chat_template.json, where processors keep it.
+    As in transformers, files of their own replace the templates in tokenizer_config.json: chat_template.jinja, and
+    those in additional_chat_templates/, whose `default` counts before it. Of several templates in
+    tokenizer_config.json, the one named `default` counts. Last comes chat_template.json, where processors keep it.
     Raises ModelError.
     """
-    source = None
-    for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
-        source = source or _read_text(directory / name)
-    for name in ("tokenizer_config.json", "chat_template.json"):
+    files = [directory / "chat_template.jinja", *sorted((directory / _NAMED).glob("*.jinja"))]
+    texts = {file: _read_text(file) for file in files if file.is_file()}
+    source = texts.get(directory / _NAMED / "default.jinja") or texts.get(directory / "chat_template.jinja")
+    for name in ("chat_template.json",) if texts else ("tokenizer_config.json", "chat_template.json"):
         source = source or _default(read_json_if_any(directory / name).get("chat_template"))
     return source
 
@@ -32,8 +35,10 @@ def _default(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _read_text(path: Path) -> str | None:
+def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        if is_lfs_pointer(path):
+            raise ModelError(describe_lfs_pointer(path, "a chat template"))
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.files.json_values import Json, ModelError
+from models.files.json_values import Json, ModelError, short
 
 _EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 
@@ -66,29 +66,21 @@ def refuse_foreign_keys(data: Json) -> None:
             raise ModelError(f"{key}{_method(data[key])} is not supported; use the model's weights in 16 bits")
     for key, neutral in _NEUTRAL.items():
         if data.get(key) not in (*_EMPTY, *neutral):
-            raise ModelError(f"{key} {_short(data[key])} is not supported")
+            raise ModelError(f"{key} {short(data[key])} is not supported")
     if data.get("is_causal") not in (None, True):
         raise ModelError("is_causal false is not supported; a text is continued by causal attention")
     for key in ("hidden_act", "hidden_activation"):
         if data.get(key) not in (None, *_ACTIVATIONS):
-            raise ModelError(f"{key} {_short(data[key])} is not supported; only silu is")
-    if (ratio := data.get("rope_condense_ratio")) not in (None, 1):
-        scaling = f'"rope_scaling": {{"rope_type": "linear", "factor": {_short(ratio)}}}'
-        raise ModelError(f"rope_condense_ratio {_short(ratio)} is not supported; write it as {scaling}")
+            raise ModelError(f"{key} {short(data[key])} is not supported; only silu is")
     layer_types = data.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind not in _LAYER_TYPES for kind in layer_types):
-        raise ModelError(f"layer_types {_short(layer_types)} is not supported; these are: {', '.join(_LAYER_TYPES)}")
+        raise ModelError(f"layer_types {short(layer_types)} is not supported; these are: {', '.join(_LAYER_TYPES)}")
     with_rope = data.get("no_rope_layers") or []  # 1: the layer rotates
     if not isinstance(with_rope, list) or not all(each == 1 for each in with_rope):
-        raise ModelError(f"no_rope_layers {_short(with_rope)} is not supported; all layers have rotary positions")
+        raise ModelError(f"no_rope_layers {short(with_rope)} is not supported; all layers have rotary positions")
 
 
 def _method(value: Any) -> str:
     """Name the kind of quantization; such objects can have thousands of characters."""
     method = value.get("quant_method") if isinstance(value, dict) else None
-    return f" ({_short(method)})" if method is not None else ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return f" ({short(method)})" if method is not None else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import reprlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,20 @@ Json = dict[str, Any]
 
 _LFS_POINTER = "version https://git-lfs"
 """First bytes of the file that git leaves in place of a large one that was not downloaded."""
+_LARGEST = 2**31 - 1
+_WIDTH = 80
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = _WIDTH
 
 
 class ModelError(ValueError):
     """A model directory that cannot be served; the message names the file, key or tensor at fault."""
+
+
+def short(value: Any) -> str:
+    """Return the representation of a value for a message, in at most 80 characters."""
+    text = _REPR.repr(value)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
 
 
 def describe_no_directory(path: Path) -> str:
@@ -40,7 +52,7 @@ def read_json(path: Path) -> Json:
     """Read the object in a JSON file. Raises ModelError: unreadable, not JSON, not an object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if path.is_file() and is_lfs_pointer(path):
             raise ModelError(describe_lfs_pointer(path, "JSON")) from None
         raise ModelError(f"{path}: {error}") from error
@@ -55,20 +67,20 @@ def read_json_if_any(path: Path) -> Json:
 
 
 def integer(data: Json, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-    """Parse an integer; `default` replaces an absent or null key."""
+    """Parse an integer of at most 2^31 - 1; `default` replaces an absent or null key."""
     value = data.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ModelError(f"{key} {value!r} is not an integer of at least {minimum}")
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST:
+        raise ModelError(f"{key} {short(value)} is not an integer from {minimum} to {_LARGEST}")
     return value
 
 
 def number(data: Json, key: str, default: float | None = None) -> float:
-    """Parse a number above 0; `default` replaces an absent or null key."""
+    """Parse a finite number above 0; `default` replaces an absent or null key."""
     value = data.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ModelError(f"{key} {value!r} is not a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise ModelError(f"{key} {short(value)} is not a finite number above 0")
     return float(value)
 
 
@@ -77,7 +89,7 @@ def flag(data: Json, key: str, default: bool = False) -> bool:
     value = data.get(key)
     value = default if value is None else value
     if value not in (False, True):
-        raise ModelError(f"{key} {value!r} is neither true nor false")
+        raise ModelError(f"{key} {short(value)} is neither true nor false")
     return bool(value)
 
 
@@ -86,5 +98,5 @@ def token_ids(data: Json, key: str) -> list[int]:
     value = data.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-        raise ModelError(f"{key} {value!r} is neither a token id nor a list of them")
+        raise ModelError(f"{key} {short(value)} is neither a token id nor a list of them")
     return ids

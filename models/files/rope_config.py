@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from models.files.json_values import Json, ModelError, integer, number
+from models.files.json_values import Json, ModelError, integer, number, short
 
 RopeKind = Literal["default", "linear", "llama3"]
 
@@ -34,6 +34,7 @@ def parse_rope(data: Json, max_positions: int) -> RopeConfig:
     data: content of config.json. max_positions: its max_position_embeddings. Type `dynamic` turns more slowly only
     beyond these positions, which are all that is served, so it is read as `default`. Raises ModelError.
     """
+    _refuse_condensed(data, max_positions)
     key, rope = _scaling(data)
     if rope.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0)) not in (None, 1):
         raise ModelError("partial_rotary_factor other than 1 is not supported")
@@ -58,7 +59,7 @@ def parse_rope(data: Json, max_positions: int) -> RopeConfig:
             high_freq_factor=high,
             original_max_positions=integer(original, "original_max_position_embeddings"),
         )
-    raise ModelError(f"{key}: rope_type {kind!r} is not supported; these are: default, linear, llama3, dynamic")
+    raise ModelError(f"{key}: rope_type {short(kind)} is not supported; these are: default, linear, llama3, dynamic")
 
 
 def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
@@ -66,13 +67,15 @@ def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
     than config.json promises.
 
     data: content of config.json. max_positions: its max_position_embeddings. Linear scaling multiplies the positions:
-    max_position_embeddings is the number before it, as vLLM reads it.
+    max_position_embeddings is the number before it, as transformers documents and vLLM reads it.
     """
     _, rope = _scaling(data)
     kind, warnings = _kind(rope), []
     if kind == "linear":
         original = integer(rope, "original_max_position_embeddings", max_positions)
         max_positions = int(original * number(rope, "factor"))
+        if max_positions >= 2**63:
+            raise ModelError(f"rope_scaling: factor {number(rope, 'factor'):g} is too large")
     if kind == "dynamic":
         warnings.append(
             f"rope_type dynamic: served up to max_position_embeddings ({max_positions}), where it changes nothing"
@@ -90,12 +93,22 @@ def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
     return max_positions, warnings
 
 
+def _refuse_condensed(data: Json, max_positions: int) -> None:
+    """Raise ModelError for the key by which old files mean linear scaling of positions that are already scaled."""
+    if data.get("rope_condense_ratio") in (None, 1):
+        return
+    ratio = number(data, "rope_condense_ratio")
+    scaling = f'"rope_scaling": {{"rope_type": "linear", "factor": {ratio:g}}}'
+    positions = f'"max_position_embeddings": {max(1, int(max_positions / ratio))}'
+    raise ModelError(f"rope_condense_ratio {ratio:g} is not supported; write it as {scaling} with {positions}")
+
+
 def _scaling(data: Json) -> tuple[str, Json]:
     """Return the key that describes the scaling, and its value."""
     key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
     rope = data.get(key) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ModelError(f"{key} {rope!r} is not supported; expected one set of parameters for all layers")
+        raise ModelError(f"{key} {short(rope)} is not supported; expected one set of parameters for all layers")
     return key, rope
 
 

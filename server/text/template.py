@@ -99,7 +99,7 @@ class ChatTemplate:
         try:
             variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None}
             chars = sum(len(text) for message in messages for text in message.values())
-            return render(self._template, variables | self._special, chars)
+            return render(self._template, self._special | variables, chars)
         except Exception as error:  # a template is a program, and may fail in any way
             raise ApiError(f"messages: the model's chat template refuses them: {error}", param="messages") from None
 

@@ -182,7 +182,7 @@ def test_drafts_that_keep_more_than_there_is() -> None:
     speculation = {"kv": {"policy": "snapkv", "budget": 512, "recent": 8}}
     with pytest.raises(
         ConfigError,
-        match=r"0 pages of 4 tokens, beside the 0\.00\d+ GB of cache\.memory_gb, 0\.001, that drafts keep for 8 rows",
+        match=r"cache\.memory_gb \(0\.001\) leaves 0\.001 GB, no more than the 0\.00\d+ GB that drafts keep for 8 rows",
     ):
         tiny_engine(tiny_model(), gamma=3, cache={"memory_gb": 0.001}, speculation=speculation)
     engine = tiny_engine(tiny_model(), gamma=0, cache={"memory_gb": 0.001}, max_model_len=1900, speculation=speculation)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -10,50 +9,9 @@ from typing import Any
 import pytest
 import transformers
 
-from models.config import ModelConfig, ModelError, RopeConfig, parse_config, read_config
+from models.config import ModelConfig, RopeConfig, parse_config, read_config
+from tests.support.configs import LLAMA, llama, of_type, without
 from tests.support.paths import ROOT
-
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "hidden_act": "silu",
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-}
-
-
-def llama(**changes: Any) -> dict[str, Any]:
-    return {**LLAMA, **changes}
-
-
-def of_type(model_type: str, **changes: Any) -> dict[str, Any]:
-    """Build a config in the form of that family's files: no rope_scaling, matching heads."""
-    names = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    architectures = [f"{names[model_type]}ForCausalLM"]
-    return llama(model_type=model_type, architectures=architectures, rope_scaling=None, **changes)
-
-
-def without(data: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if key not in keys}
 
 
 def test_llama_3_1() -> None:
@@ -116,6 +74,22 @@ def test_qwen2() -> None:
     assert parse_config(of_type("qwen2", use_sliding_window=True, **window, **layers)).sliding_window is None
     layers = {"layer_types": ["full_attention"] * 31 + ["sliding_attention"]}
     assert parse_config(of_type("qwen2", use_sliding_window=True, **window, **layers)).sliding_window == 4096
+
+
+@pytest.mark.parametrize("model_type", ["llama", "seed_oss", "internlm3", "qwen2", "qwen3", "mistral"])
+def test_sliding_layers_of_any_family(model_type: str) -> None:
+    """Only dense attention is computed, so a window caps the length wherever a layer has one."""
+    data = without(llama(model_type=model_type, sliding_window=1024), "architectures", "rope_scaling")
+    layers = ["full_attention"] * 31 + ["sliding_attention"]
+    assert parse_config({**data, "layer_types": layers}).max_model_len == 1024
+    dense = {**data, "layer_types": ["full_attention"] * 32}
+    assert parse_config(dense).max_model_len == (1024 if model_type == "mistral" else 131072)
+
+
+def test_other_spellings_of_nothing() -> None:
+    assert parse_config(llama(architectures=["LLaMAForCausalLM"])) == parse_config(LLAMA)
+    assert parse_config(llama(architectures=[])) == parse_config(LLAMA)
+    assert parse_config(llama(bos_token_id=-1)) == parse_config(llama(bos_token_id=None))
 
 
 def test_qwen3() -> None:
@@ -236,37 +210,11 @@ def test_longest_request(changes: dict[str, Any], longest: int, warning: str | N
     assert re.search(warning or "", " ".join(config.warnings))
 
 
-@pytest.mark.parametrize(
-    ("key", "neutral", "other"),
-    [
-        ("attn_logit_softcapping", None, 50.0),
-        ("final_logit_softcapping", 0, 30.0),
-        ("logits_scaling", 1.0, 8.0),
-        ("residual_multiplier", 1.0, 0.22),
-        ("embedding_multiplier", 1, 12),
-        ("attention_multiplier", None, 0.0078),
-        ("scale_emb", 1, 12),
-        ("scale_depth", None, 1.4),
-        ("attention_sinks", False, True),
-        ("use_qk_norm", False, True),
-        ("no_rope_layers", [1, 1], [0, 1]),
-        ("clip_qkv", None, 8.0),
-        ("parallel_attn", False, True),
-        ("alibi", False, True),
-        ("rope_interleaved", False, True),
-        ("use_logn_attn", False, True),
-        ("hidden_activation", "silu", "gelu_pytorch_tanh"),
-        ("rope_condense_ratio", 1, 4),
-        ("is_causal", True, False),
-        ("use_bidirectional_attention", False, True),
-        ("num_key_value_heads_per_layer", None, [4, 2]),
-        ("layer_types", ["full_attention"] * 32, ["chunked_attention"] * 32),
-    ],
-)
-def test_keys_of_other_models(key: str, neutral: Any, other: Any) -> None:
-    assert parse_config(llama(**{key: neutral})) == parse_config(LLAMA)
-    with pytest.raises(ModelError, match=key):
-        parse_config(llama(**{key: other}))
+def test_is_free_of_torch() -> None:
+    """The server imports this module and must not load torch."""
+    code = "import sys, models.config; sys.exit('torch' in sys.modules)"
+    root = ROOT
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
 def test_null_is_absent() -> None:
@@ -275,119 +223,3 @@ def test_null_is_absent() -> None:
     assert parse_config(llama(rope_scaling=None, **nulls)) == absent
     assert absent.rope.theta == 10000.0
     assert absent.max_model_len == 2048
-
-
-def test_a_quantization_is_named_by_its_method() -> None:
-    layers = {f"group_{i}": {"weights": {"num_bits": 4}} for i in range(200)}
-    config = llama(quantization_config={"quant_method": "compressed-tensors", "config_groups": layers})
-    with pytest.raises(ModelError) as error:
-        parse_config(config)
-    says = "quantization_config ('compressed-tensors') is not supported; use the model's weights in 16 bits"
-    assert str(error.value) == says
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (llama(model_type="gpt2"), "model_type 'gpt2'"),
-        (without(LLAMA, "model_type"), "model_type None"),
-        (llama(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
-        (llama(quantization_config={"quant_method": "awq"}), "quantization_config .*awq"),
-        (llama(num_local_experts=8), "num_local_experts 8"),
-        (llama(hidden_act="gelu"), "hidden_act 'gelu'"),
-        (llama(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling: rope_type 'yarn'"),
-        (llama(rope_condense_ratio=8), 'rope_condense_ratio 8 .*"rope_type": "linear", "factor": 8'),
-        (llama(no_rope_layers=[1, 0]), r"no_rope_layers \[1, 0\]"),
-        (llama(layer_types=["linear_attention"] * 32), "layer_types"),
-        (llama(hidden_activation="gelu"), "hidden_activation 'gelu'"),
-        (llama(dual_chunk_attention_config={"chunk_size": 8, "local_size": 8}), "chunk_size must be more"),
-        (llama(rope_scaling={"type": "linear"}), "factor None"),
-        (llama(rope_scaling={"type": "linear", "factor": 0}), "factor 0"),
-        (llama(rope_scaling={**LLAMA["rope_scaling"], "low_freq_factor": 4.0}), "low_freq_factor"),
-        (llama(rope_scaling="linear"), "rope_scaling 'linear'"),
-        (llama(rope_scaling=None, rope_parameters={"full_attention": {"rope_theta": 1.0}}), "full_attention"),
-        (llama(partial_rotary_factor=0.5), "partial_rotary_factor"),
-        (llama(rope_theta="big"), "rope_theta 'big'"),
-        (without(LLAMA, "vocab_size"), "vocab_size None"),
-        (llama(num_hidden_layers=0), "num_hidden_layers 0"),
-        (llama(hidden_size=4096.5), "hidden_size 4096.5"),
-        (llama(num_attention_heads=True), "num_attention_heads True"),
-        (llama(num_key_value_heads=5), "num_key_value_heads"),
-        (llama(num_attention_heads=24), "hidden_size"),
-        (llama(head_dim=63), "head_dim"),
-        (llama(tie_word_embeddings="yes"), "tie_word_embeddings 'yes'"),
-        (llama(rms_norm_eps=-1), "rms_norm_eps -1"),
-        (llama(eos_token_id="</s>"), "eos_token_id '</s>'"),
-        (llama(eos_token_id=[1, None]), "eos_token_id"),
-        (llama(bos_token_id=-1), "bos_token_id -1"),
-        (of_type("qwen2", use_sliding_window=True, layer_types=["chunked_attention"]), "layer_types"),
-    ],
-)
-def test_refusals_name_the_key(data: dict[str, Any], message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        parse_config(data)
-
-
-def test_end_tokens_of_both_files(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(llama(eos_token_id=9)))
-    assert read_config(tmp_path).eos_token_ids == (9,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 4]}')
-    assert read_config(tmp_path).eos_token_ids == (4, 9)
-    (tmp_path / "config.json").write_text(json.dumps(llama(eos_token_id=None, bos_token_id=None)))
-    assert read_config(tmp_path).eos_token_ids == (4, 9)
-    assert read_config(tmp_path).bos_token_id is None
-
-
-def write_tokenizer_files(directory: Path, **files: Any) -> None:
-    for name, content in files.items():
-        (directory / f"{name}.json").write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize("eos", ["<end>", {"content": "<end>", "lstrip": False}])
-@pytest.mark.parametrize("named_by", ["tokenizer_config", "special_tokens_map"])
-@pytest.mark.parametrize("vocab", [{"a": 0, "<end>": 7}, [["a", 0.0]] * 7 + [["<end>", 0.0]]])
-def test_end_token_of_the_tokenizer(tmp_path: Path, eos: Any, named_by: str, vocab: Any) -> None:
-    files = {"config": llama(eos_token_id=9), "tokenizer": {"model": {"vocab": vocab}}, named_by: {"eos_token": eos}}
-    write_tokenizer_files(tmp_path, **files)
-    assert read_config(tmp_path).eos_token_ids == (7, 9)
-    write_tokenizer_files(tmp_path, config=llama(eos_token_id=None))
-    assert read_config(tmp_path).eos_token_ids == (7,)
-    added = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 11, "content": "<end>"}]}
-    write_tokenizer_files(tmp_path, tokenizer=added)
-    assert read_config(tmp_path).eos_token_ids == (11,)
-    write_tokenizer_files(tmp_path, tokenizer={"model": {"vocab": {"a": 0}}})  # the tokenizer lacks it
-    assert read_config(tmp_path).eos_token_ids == ()
-    assert read_config(tmp_path).warnings == ()
-
-
-def test_end_tokens_outside_the_vocabulary_are_dropped() -> None:
-    config = parse_config(llama(eos_token_id=[128256, 128255, -1]), {"eos_token_id": 128256})
-    assert config.eos_token_ids == (128255,)
-    assert [warning.split(" is not")[0] for warning in config.warnings] == ["eos_token_id -1", "eos_token_id 128256"]
-    assert parse_config(llama(eos_token_id=None)).eos_token_ids == ()
-
-
-def test_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="nowhere: no such model directory"):
-        read_config(tmp_path / "nowhere")
-    with pytest.raises(ModelError, match=r"config\.json: not found"):
-        read_config(tmp_path)
-    path = tmp_path / "config.json"
-    for content in ("{", "[]", "\udcff"):
-        path.write_bytes(content.encode("utf-8", "surrogateescape"))
-        with pytest.raises(ModelError, match=r"config\.json: "):
-            read_config(tmp_path)
-    path.write_text(json.dumps(llama(hidden_act="gelu")))
-    with pytest.raises(ModelError, match=r"config\.json: hidden_act"):
-        read_config(tmp_path)
-    path.write_text(json.dumps(LLAMA))
-    (tmp_path / "generation_config.json").write_text("nonsense")
-    with pytest.raises(ModelError, match=r"generation_config\.json: "):
-        read_config(tmp_path)
-
-
-def test_is_free_of_torch() -> None:
-    """The server imports this module and must not load torch."""
-    code = "import sys, models.config; sys.exit('torch' in sys.modules)"
-    root = ROOT
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -217,6 +217,7 @@ def test_incomplete_sources_are_refused(src: Path, dst: Path, name: str) -> None
         ({"num_hidden_layers": 3}, "9 tensors are missing.*model.layers.2"),
         ({"num_hidden_layers": 1}, "unexpected tensor model.layers.1"),
         ({"intermediate_size": 25}, "has shape"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings 1"),
     ],
 )
 def test_contradicting_configs_are_refused(src: Path, dst: Path, change: dict[str, Any], match: str) -> None:

@@ -25,6 +25,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
+    "eos_token_id": 2,
 }
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -218,6 +219,7 @@ def test_a_tokenizer_that_does_not_fit_is_a_warning(
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == (tokens > CONFIG["vocab_size"])
     assert all(f"tokenizer.json has token ids up to {tokens - 1}, but the model embeds 29" in each for each in warned)
+    assert all(each.endswith("prompts with token ids from 29 on are refused") for each in warned)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"model": {"vocab": 3}}', '{"model": {"vocab": {"a": "b"}}}'])

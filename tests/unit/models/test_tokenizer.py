@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
@@ -159,31 +160,36 @@ def test_what_the_directory_says(tokenizer: Tokenizer, llama2: Tokenizer) -> Non
 )
 def test_named_templates(tmp_path: Path, config: dict[str, object], template: str | None) -> None:
     write_tokenizer(tmp_path)
-    config["eos_token"] = {"content": "<|im_end|>"}
+    config["eos_token"] = {"__type": "AddedToken", "content": "<|im_end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.chat_template == template
     assert tokenizer.eos_token_id == 2
     (tmp_path / "chat_template.json").write_text('{"chat_template": "P"}')
     assert Tokenizer(tmp_path).chat_template == (template or "P")
+    (tmp_path / "chat_template.json").unlink()
     (tmp_path / "additional_chat_templates").mkdir()
-    for name in ("default", "tool_use"):
+    for name, default in [("tool_use", None), ("default", "A default")]:
         (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(f"A {name}")
-    assert Tokenizer(tmp_path).chat_template == "A default"
+        assert Tokenizer(tmp_path).chat_template == default == transformers_template(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("J")
-    assert Tokenizer(tmp_path).chat_template == "J"
+    assert Tokenizer(tmp_path).chat_template == "A default" == transformers_template(tmp_path)
+    (tmp_path / "additional_chat_templates" / "default.jinja").unlink()
+    assert Tokenizer(tmp_path).chat_template == "J" == transformers_template(tmp_path)
 
 
-def test_special_tokens_of_both_files(tmp_path: Path) -> None:
-    """special_tokens_map.json names what tokenizer_config.json does not."""
+def transformers_template(directory: Path) -> str | None:
+    found = transformers.PreTrainedTokenizerFast.from_pretrained(directory).chat_template
+    return found.get("default") if isinstance(found, dict) else found
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+def test_a_template_as_git_lfs_pointer(tmp_path: Path, name: str) -> None:
     write_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": SPECIAL[2], "bos_token": None}))
-    others = {"bos_token": {"content": SPECIAL[1]}, "eos_token": SPECIAL[0], "pad_token": SPECIAL[0], "note": "n"}
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps(others))
-    tokenizer = Tokenizer(tmp_path)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
-    names = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "pad_token": SPECIAL[0]}
-    assert tokenizer.special_tokens == names
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713d436b5\n")
+    with pytest.raises(TokenizerError, match=f"{name}: a git-lfs pointer, not a chat template; run `git lfs pull`"):
+        Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +200,9 @@ def test_special_tokens_of_both_files(tmp_path: Path) -> None:
         ("tokenizer.json", b'{"model": 1}'),
         ("tokenizer.json", b"[]"),
         ("tokenizer.json", b"\xff\xfe"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": ["ByteLevel"]}'),
+        ("tokenizer.json", b"[" * 10**5),
+        ("tokenizer_config.json", b'{"a":' * 10**5),
         ("tokenizer_config.json", b"{"),
         ("special_tokens_map.json", b"["),
         ("chat_template.jinja", b"\xff\xfe"),

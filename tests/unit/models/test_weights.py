@@ -30,6 +30,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
+    "eos_token_id": 2,
 }
 DOWN = "model.layers.1.mlp.down_proj.weight"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713d436b5ee50593a9640e0018c1550b5a0\n"
@@ -65,6 +66,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 WEIGHTS = weights()
 TIED = {name: tensor for name, tensor in WEIGHTS.items() if name != HEAD}
 EQUAL = WEIGHTS[EMBEDDING].clone()
+LAST_ROW = EQUAL.clone()
+LAST_ROW[-1] += 1
+FINER = EQUAL * (1 + 2**-20)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +79,14 @@ EQUAL = WEIGHTS[EMBEDDING].clone()
         (True, TIED | {HEAD: EQUAL}, TIED, None),
         (True, TIED | {HEAD: EQUAL.bfloat16()}, TIED, None),
         (True, TIED | {HEAD: EQUAL.double()}, TIED, None),
+        (True, TIED | {HEAD: EQUAL.double() * (1 + 2**-40)}, TIED | {HEAD: EQUAL}, "differs"),
+        (True, TIED | {EMBEDDING: FINER, HEAD: EQUAL.bfloat16()}, TIED | {EMBEDDING: FINER, HEAD: EQUAL}, "differs"),
+        (True, TIED | {HEAD: LAST_ROW}, TIED | {HEAD: LAST_ROW}, "differs"),
         (True, {HEAD if name == EMBEDDING else name: tensor for name, tensor in TIED.items()}, TIED, None),
         (False, TIED, TIED, "lm_head.weight is not stored"),
         (False, WEIGHTS, WEIGHTS, None),
     ],
-    ids=["another", "another-in-double", "copy", "copy-in-bf16", "copy-in-double", "head-only", "no-head", "untied"],
+    ids=["other", "double", "copy", "bf16", "in-double", "finer", "coarser", "last", "head", "no-head", "untied"],
 )
 def test_what_is_stored_decides_on_the_tie(
     tied: bool,
@@ -88,7 +95,9 @@ def test_what_is_stored_decides_on_the_tie(
     warning: str | None,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("models.weights._BLOCK", 8)  # rows that are compared at once
     src = tmp_path / "src"
     src.mkdir()
     model = load(write(src, stored, tie_word_embeddings=tied))
@@ -98,10 +107,88 @@ def test_what_is_stored_decides_on_the_tie(
     assert (warning or "") in caplog.text
 
     convert(src, tmp_path / "dst")
-    assert_same(load_file(tmp_path / "dst" / "model.safetensors"), expected)
+    rounded = {name: tensor.bfloat16().float() for name, tensor in expected.items()}
+    assert_same(load_file(tmp_path / "dst" / "model.safetensors"), rounded)
     caplog.clear()
-    assert_same(held(load(tmp_path / "dst")), expected)
+    if not torch.equal(rounded[EMBEDDING], rounded.get(HEAD, EQUAL + 1)):
+        assert_same(held(load(tmp_path / "dst")), rounded)
+        assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [(EQUAL[:-1], r"has shape \[28, 16\]"), (torch.zeros(29, 16, dtype=torch.int8), "has unsupported type I8")],
+)
+def test_a_head_that_cannot_be_used_is_only_an_error(
+    head: Tensor, says: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even if its values are those of the embedding."""
+    write(tmp_path, TIED | {EMBEDDING: torch.zeros(29, 16), HEAD: head}, tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=f"tensor {HEAD} {says}"):
+        load(tmp_path)
+    with pytest.raises(ModelError, match=f"tensor {HEAD} "):
+        convert(tmp_path, tmp_path / "dst")
     assert not caplog.records
+
+
+def test_names_without_the_prefix(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    bare = {name.removeprefix("model."): tensor for name, tensor in WEIGHTS.items()}
+    assert_same(held(load(write(src, bare))), WEIGHTS)
+    convert(src, tmp_path / "dst")
+    assert_same(load_file(tmp_path / "dst" / "model.safetensors"), WEIGHTS)
+    name = next(name for name in WEIGHTS if name.startswith("model.layers."))
+    with pytest.raises(ModelError, match=f"unexpected tensor {name.removeprefix('model.')}"):
+        load(write(src, WEIGHTS | {name.removeprefix("model."): WEIGHTS[name].clone()}))
+    write(src, bare | {"layers.0.odd": torch.ones(1)})
+    with pytest.raises(ModelError, match=r"unexpected tensor layers\.0\.odd"):
+        load(src)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_index_decides_between_copies(first: bool, tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    write(src, {})
+    (src / "model.safetensors").unlink()
+    names = sorted(WEIGHTS)
+    other = {DOWN: torch.zeros_like(WEIGHTS[DOWN])}
+    parts = {
+        "a.safetensors": {name: WEIGHTS[name] for name in names[::2] if name != DOWN} | (other if first else {}),
+        "b.safetensors": {name: WEIGHTS[name] for name in names[1::2] if name != DOWN} | ({} if first else other),
+    }
+    owner = "b.safetensors" if first else "a.safetensors"
+    parts[owner][DOWN] = WEIGHTS[DOWN]
+    for file, part in parts.items():
+        save_file(part, src / file)
+    weight_map = {name: file for file, part in parts.items() for name in part} | {DOWN: owner}
+    (src / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_same(held(load(src)), WEIGHTS)
+    convert(src, tmp_path / "dst")
+    assert_same(load_file(tmp_path / "dst" / "model.safetensors"), WEIGHTS)
+    del weight_map[DOWN]
+    (src / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match=f"tensor {DOWN} is also in another file"):
+        load(src)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_biases_of_zeros(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A model without biases may be stored with some that add nothing."""
+    src = tmp_path / "src"
+    src.mkdir()
+    biases = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(16, dtype=dtype)}
+    biases["model.layers.1.mlp.down_proj.bias"] = torch.zeros(16, dtype=dtype)
+    assert_same(held(load(write(src, WEIGHTS | biases))), WEIGHTS)
+    convert(src, tmp_path / "dst")
+    assert_same(load_file(tmp_path / "dst" / "model.safetensors"), WEIGHTS)
+    biases["model.layers.1.mlp.down_proj.bias"][-1] = 1
+    write(src, WEIGHTS | biases)
+    with pytest.raises(ModelError, match=r"unexpected tensor model\.layers\.1\.mlp\.down_proj\.bias"):
+        load(src)
+    with pytest.raises(ModelError, match=r"unexpected tensor model\.layers\.1\.mlp\.down_proj\.bias"):
+        convert(src, tmp_path / "dst", force=True)
 
 
 def test_every_rank_decides_alike_and_one_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,12 +249,65 @@ def test_weights_that_are_not_finite(
     load(tmp_path)
     (record,) = caplog.records
     file = tmp_path / "model.safetensors"
-    says = f"{file}: tensor {DOWN} holds values that are NaN or infinite: the text may be nonsense"
-    assert record.getMessage() == says
+    says = f"tensor {DOWN} holds values that are NaN or infinite in float32: the text may be nonsense"
+    assert record.getMessage() == f"{file}: {says}"
     tensors[EMBEDDING][1, 1] = bad
     write(tmp_path, tensors)
     load(tmp_path)
     assert "(the first of 2) holds values" in caplog.text
+    caplog.clear()
+    convert(tmp_path, tmp_path / "dst")
+    (record,) = caplog.records
+    first = min(DOWN, EMBEDDING, key=list(load_file(file)).index)  # the one stored first
+    says = f"{tmp_path}: tensor {first} (the first of 2) holds values that are NaN or infinite in bfloat16"
+    assert record.getMessage().startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("stored", "served"),
+    [(torch.float32, torch.float16), (torch.bfloat16, torch.float16), (torch.float64, torch.bfloat16)],
+)
+def test_weights_that_the_served_type_cannot_hold(
+    stored: torch.dtype, served: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = {name: tensor.to(stored) for name, tensor in WEIGHTS.items()}
+    tensors[DOWN][3, 5] = 1e5 if served == torch.float16 else 1e200
+    write(tmp_path, tensors)
+    load_model(tmp_path, dtype=stored, device=CPU, group=Group.single(), progress=False)
+    assert not caplog.records
+    load_model(tmp_path, dtype=served, device=CPU, group=Group.single(), progress=False)
+    (record,) = caplog.records
+    kind = str(served).removeprefix("torch.")
+    assert f"tensor {DOWN} holds values that are NaN or infinite in {kind}" in record.getMessage()
+
+
+def test_conversion_to_a_type_that_cannot_hold_a_weight(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    convert(write(src, WEIGHTS), tmp_path / "dst")
+    assert not caplog.records
+    huge = WEIGHTS[DOWN].double()
+    huge[3, 5] = 1e200
+    convert(write(src, WEIGHTS | {DOWN: huge}), tmp_path / "dst", force=True)
+    (record,) = caplog.records
+    says = f"{src}: tensor {DOWN} holds values that are NaN or infinite in bfloat16: the text may be nonsense"
+    assert record.getMessage() == says
+
+
+@pytest.mark.parametrize(("name", "row"), [(DOWN, -1), (EMBEDDING, -1), (EMBEDDING, 0), ("model.norm.weight", 0)])
+def test_the_rank_that_holds_a_bad_weight_warns(
+    name: str, row: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, also where all ranks hold it."""
+    tensors = {name: tensor.clone() for name, tensor in WEIGHTS.items()}
+    tensors[name][row] = torch.nan
+    if name == DOWN:  # split by columns
+        tensors[name] = WEIGHTS[name].clone()
+        tensors[name][0, row] = torch.nan
+    write(tmp_path, tensors)
+    run_ranks(2, lambda group: load(tmp_path, group).config)
+    (record,) = caplog.records
+    assert f"tensor {name} holds values" in record.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -178,6 +318,29 @@ def test_git_lfs_pointers(name: str, says: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(LFS)
     with pytest.raises(ModelError, match=f"{name}: {says}.*; run `git lfs pull`"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE"]
+)
+def test_conversion_refuses_git_lfs_pointers(name: str, tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    write(src, WEIGHTS)
+    (src / name).write_text(LFS)
+    with pytest.raises(ModelError, match=f"{name}: a git-lfs pointer, not the file itself; run `git lfs pull`"):
+        convert(src, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "generation_config.json"])
+def test_conversion_keeps_the_accompanying_files(name: str, tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    write(src, WEIGHTS)
+    (src / name).write_text('{"x": 1}')
+    convert(src, tmp_path / "dst")
+    assert (tmp_path / "dst" / name).read_text() == '{"x": 1}'
 
 
 def test_a_tokenizer_as_git_lfs_pointer(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.scheduler.validation import RequestError
 from engine.worker.build import load_draft
-from engine.worker.loading import load_shard
+from engine.worker.kv_memory import DeviceMemory
+from engine.worker.loading import load_shard, load_target
 from engine.worker.resolve import resolve
+from engine.worker.worker import Worker
 from models.llama import Llama
 from parallel.group import Group
 from parallel.layers import Placement
@@ -51,6 +54,41 @@ def test_rotary_tables_have_the_served_length(directory: Path, draft: Path) -> N
     assert drafting is not None
     for model in (target, drafting):
         assert [len(table) for table in model.rotary] == [4096, 4096]
+
+
+def test_rotary_tables_shrink_once_the_length_is_decided(
+    directory: Path, draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the pool, and with it the length, is sized after the models are loaded."""
+    speculation = {"gamma": 3, "drafter": "model", "model": str(draft)}
+    config = configured(directory, max_model_len=None, speculation=speculation, cache={"page_size": 4})
+    resolved, group = resolve(config, None, sizes_pool=False), Group.single()
+    assert (resolved.num_pages, resolved.max_model_len) == (None, 4_194_304)
+    monkeypatch.setattr(
+        "engine.worker.kv_memory.measure", lambda config, model: DeviceMemory(total=3 * 10**6, used=0, running=0)
+    )
+    worker = Worker.load(config, resolved, CPU, group, group)
+    drafting = worker._draft_model
+    assert drafting is not None
+    assert 0 < worker.max_model_len < 10**4
+    for model in (worker.model, drafting):
+        assert model.max_positions == worker.max_model_len
+        for table in model.rotary:
+            held = table.untyped_storage().nbytes()
+            assert held == table.nbytes  # the rest is freed
+    whole = load_target(config, progress=False)
+    shared = Worker.load(config, resolved, CPU, group, group, model=whole)
+    assert shared.max_model_len < whole.max_positions == 4_194_304  # other engines may use it, too
+
+
+@pytest.mark.parametrize(("stated", "positions"), [(4096, 4096), (None, 4_194_304)])
+def test_a_target_without_a_pool(
+    directory: Path, stated: int | None, positions: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has the length that is stated, or the model's, and nothing says that less is served."""
+    config = configured(directory, max_model_len=stated, cache={"page_size": 4, "memory_gb": 1e-4})
+    assert load_target(config, progress=False).max_positions == positions
+    assert not caplog.records
 
 
 def test_shapes_without_weights_cost_nothing() -> None:
@@ -148,8 +186,14 @@ def test_what_drafts_keep_is_left_out(tmp_path: Path) -> None:
     resolved = resolve(EngineConfig.model_validate(chosen | {"scheduler": {"max_rows": 8}}), None)
     assert resolved.max_model_len == (int(4e9) - resolved.fixed_bytes) // (131072 * 16) * 16
     assert 0.5e9 < resolved.fixed_bytes < 1e9
-    with pytest.raises(ConfigError, match=r"0 pages of 16 tokens, beside the .* GB of .* that drafts keep"):
+    with pytest.raises(ConfigError) as error:
         resolve(EngineConfig.model_validate(chosen), None)
+    says = r"engine\.cache: cache\.memory_gb \(4\) leaves 4 GB, no more than the [\d.]+ GB that drafts keep for 64 "
+    remedy = r"rows; lower speculation\.kv\.budget or scheduler\.max_rows, or raise cache\.memory_gb"
+    assert re.fullmatch(says + remedy, str(error.value))
+    short = chosen | {"scheduler": {"max_rows": 8}, "max_model_len": 131072}
+    with pytest.raises(ConfigError, match=r"tokens, beside the .* GB of .* that drafts keep.*max_model_len"):
+        resolve(EngineConfig.model_validate(short), None)
 
 
 def test_an_engine_serves_the_shorter_length(directory: Path) -> None:

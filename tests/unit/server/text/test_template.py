@@ -103,3 +103,13 @@ def test_all_special_tokens_reach_the_template(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens))
     text = ChatTemplate(Tokenizer(tmp_path)).render([{"role": "user", "content": "hi"}]).text
     assert text == "<|im_start|>hi<|endoftext|>"
+
+
+def test_tokens_of_the_models_own_reach_the_template(tmp_path: Path) -> None:
+    """By the names that they have; one named like a variable does not replace it."""
+    write_tokenizer(tmp_path, chat_template="{{ image_token }}{{ messages[0].content }}{{ audio }}")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"image_token": "<image>", "extra_special_tokens": {"audio": "<audio>", "messages": "<messages>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    text = ChatTemplate(Tokenizer(tmp_path)).render([{"role": "user", "content": "hi"}]).text
+    assert text == "<image>hi<audio>"
