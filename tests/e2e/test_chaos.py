@@ -6,7 +6,7 @@ from tests.support import chaos
 
 
 def test_a_little_chaos() -> None:
-    summary = chaos.run(12, seed=3, calm_s=1.0)
+    summary = chaos.run(8, seed=3, calm_s=1.0)
     print(summary)
     assert summary.wrong == []
     assert summary.requests["answered"] > 0

@@ -50,10 +50,10 @@ def not_a_number(model: Path) -> None:
 
 @contextmanager
 def serve(tmp_path: Path, tiny_model: Path, change: Callable[[Path], None]) -> Iterator[Server]:
-    model = tmp_path / "model"
+    model = tmp_path / "m"
     shutil.copytree(tiny_model, model)
     change(model)
-    directory = tmp_path / "server"
+    directory = tmp_path / "s"  # the name of its sockets has a maximum length
     directory.mkdir()
     running = start(directory, model, config=TINY_SETTINGS)
     try:

@@ -118,7 +118,7 @@ def check_outputs(outputs: dict[str, list[RequestOutput]], reference: dict[str, 
 
 @pytest.mark.parametrize("size", [1, 2])
 @given(seed=st.integers(0, 2**32), gamma=st.sampled_from([0, 3]), hooks=st.sets(st.sampled_from(HOOKS), min_size=1))
-@examples(12, 100)
+@examples(8, 100)
 def test_a_fault_fails_its_own_request(
     tokenizer_dir: Path, reference: dict[str, list[int]], size: int, seed: int, gamma: int, hooks: set[tuple[Any, str]]
 ) -> None:

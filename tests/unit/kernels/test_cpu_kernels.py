@@ -57,7 +57,7 @@ def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@examples(20, 80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(14, 80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_attention(
     kernels: CpuKernels,
     rows: list[tuple[int, int]],
