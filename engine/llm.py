@@ -92,6 +92,7 @@ class LLM:
         self.tokenizer = Tokenizer(resolve_model(config.model))
         self.engine = Engine(config, model=loaded, progress=progress)
         self._ids = itertools.count()
+        self._closed = False
         self._streams: dict[str, _Stream] = {}  # streams of requests in the engine, by id
 
     def __enter__(self) -> Self:
@@ -102,6 +103,7 @@ class LLM:
 
     def close(self) -> None:
         """Free the model's memory. Streams that are still open end with RequestFailed."""
+        self._closed = True
         self._fail_streams("the engine was closed")
         self.engine.close()
 
@@ -158,6 +160,8 @@ class LLM:
             raise RequestError(f"expected SamplingParams, not {type(params).__name__}")
         # msgspec checks a struct's fields when it decodes one, not when one is constructed.
         params = msgspec.convert(msgspec.to_builtins(params or SamplingParams()), SamplingParams)
+        if self._closed:
+            raise RequestFailed("the engine was closed")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         request = AddRequest(str(next(self._ids)), ids, params)
         self.engine.check(request)

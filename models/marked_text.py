@@ -47,6 +47,7 @@ class MarkedEncoder:
             token["special"] = token["special"] or token["id"] in special_names
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(described))
         self._plain.encode_special_tokens = True
+        self._id_of = {name: id for id, name in special_names.items()}
         self._aliases: dict[str, str] = {}
         self._ids: dict[int, list[int]] = {}
         self._separator = self._add([], {"normalized": False})
@@ -62,10 +63,11 @@ class MarkedEncoder:
             flags = {flag: getattr(added[id], flag) for flag in ("lstrip", "rstrip", "normalized")}
             self._aliases[name] = self._add([id], flags)
 
-    def count_names(self, text: MarkedText) -> int:
-        """Count the names of special tokens without marks."""
-        (found,) = self._finder.encode_batch_fast([text.text], add_special_tokens=False)
-        return sum(self._finder.id_to_token(id) in self._aliases for id in found.ids)
+    def find_names(self, text: MarkedText) -> list[tuple[int, int]]:
+        """Find the names of special tokens without marks: the token of each, and the place where it ends."""
+        (found,) = self._finder.encode_batch([text.text], add_special_tokens=False)
+        names = [(self._finder.id_to_token(id), place[1]) for id, place in zip(found.ids, found.offsets, strict=True)]
+        return [(self._id_of[name], end) for name, end in names if name in self._id_of]
 
     def encode(self, text: MarkedText, add_special_tokens: bool) -> list[int]:
         """See Tokenizer.encode_marked."""

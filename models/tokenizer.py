@@ -78,6 +78,17 @@ class Tokenizer:
         """Texts that are encoded as special tokens."""
         return frozenset(self._protected.values())
 
+    def normalize(self, text: str) -> str:
+        """Return `text` as the tokenizer sees it where it looks for tokens whose names are normalized."""
+        normalizer = self._tokenizer.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
+    @property
+    def names_in_grammars(self) -> frozenset[str]:
+        """Texts that the grammar compiler takes for tokens: special tokens, and added ones in angle brackets."""
+        added = (token.content for token in self._tokenizer.get_added_tokens_decoder().values())
+        return self.special_names | {name for name in added if name.startswith("<") and name.endswith(">")}
+
     @property
     def bos_token_id(self) -> int | None:
         return None if self.bos_token is None else self._tokenizer.token_to_id(self.bos_token)
@@ -116,16 +127,20 @@ class Tokenizer:
     def encode_guarded(
         self, text: str, marked: MarkedText, is_faithful: bool = True, add_special_tokens: bool = True
     ) -> list[int]:
-        """Encode `text` as `encode` does, unless that makes more special tokens than `marked` has names without marks;
+        """Encode `text` as `encode` does, unless that makes other special tokens than `marked` has names without marks;
         then as `encode_marked` does.
 
         marked: the same text, unless it is not `is_faithful`.
         """
-        ids = self.encode(text, False)
-        made, written = sum(id in self._protected for id in ids), self._marked_encoder.count_names(marked)
-        if made != written if is_faithful else made > written:
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        made = [(id, place[1]) for id, place in pairs if id in self._protected]
+        written = self._marked_encoder.find_names(marked)
+        if not is_faithful:  # places differ
+            made, written = ([(id, 0) for id, _ in found] for found in (made, written))
+        if made != written:
             return self.encode_marked(marked, add_special_tokens)
-        return self.encode(text) if add_special_tokens else ids
+        return self.encode(text) if add_special_tokens else encoding.ids
 
     @cached_property
     def _marked_encoder(self) -> MarkedEncoder:

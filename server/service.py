@@ -157,6 +157,8 @@ class Service:
             (tokens,) = await self.encode([chat.text], add_special_tokens)
             return tokens
         # In a thread, however short the text is: the first call loads another tokenizer.
+        if chat.has_names and not chat.is_faithful:
+            return await asyncio.to_thread(self.tokenizer.encode_marked, chat.marked, add_special_tokens)
         return await asyncio.to_thread(
             self.tokenizer.encode_guarded, chat.text, chat.marked, chat.is_faithful, add_special_tokens
         )

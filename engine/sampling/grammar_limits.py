@@ -13,7 +13,8 @@ _MAX_ERROR = 200
 
 def describe_grammar_error(error: str) -> str:
     """Return the compiler's error on one line, without its state."""
-    text = " ".join(error.partition("<")[0].split()) or "unknown error"
+    shown = error.partition("<state>")[0].partition("<non-verbose")[0]
+    text = " ".join(shown.split()) or "unknown error"
     if text.startswith("NoExtension"):
         text = "it matches no text"
     return text if len(text) <= _MAX_ERROR else text[: _MAX_ERROR - 1] + "…"

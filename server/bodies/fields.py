@@ -247,7 +247,7 @@ class CompletionFields(Body):
         """Return the sampling parameters that need a tokenizer or are slow: `grammar`, `bad_words`. Raises ApiError."""
         found: dict[str, Any] = {}
         if self.response_format is not None or self.structured_outputs is not None:
-            names = service.tokenizer.special_names
+            names = service.tokenizer.names_in_grammars
             asked = await asyncio.to_thread(
                 checked_grammar, self.response_format, self.structured_outputs, names, self.bad_words or ()
             )

@@ -57,8 +57,8 @@ def exceeds(schema: Any, limit: int) -> bool:
 class Rewritten(NamedTuple):
     """A schema for the compiler.
 
-    places: where each keyword occurs first, like #/properties/a. literals: JSON texts that an output may have to
-    contain: values, and names of properties.
+    places: where each keyword occurs first, like #/properties/a. literals: texts that an output may have to
+    contain: values and names of properties, in JSON, and patterns without backslashes.
     """
 
     schema: Any
@@ -87,6 +87,9 @@ def rewrite(schema: Any) -> Rewritten:
                 literals.append(json.dumps(value, ensure_ascii=False))
             elif key == "properties" and isinstance(value, dict):
                 literals.append(json.dumps(list(value), ensure_ascii=False))
+            elif key in ("pattern", "patternProperties") and isinstance(value, str | dict):
+                patterns = [value] if isinstance(value, str) else list(value)
+                literals += [pattern.replace("\\", "") for pattern in patterns]
             if key in _SCHEMA:
                 work.append((value, inner))
             if key in _SCHEMAS and isinstance(value, list):

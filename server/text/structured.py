@@ -12,7 +12,7 @@ import msgspec
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 from pydantic import ConfigDict, Field
 
-from engine.sampling.grammar_limits import LIMITS
+from engine.sampling.grammar_limits import LIMITS, MAX_FORCED_BYTES
 from server.bodies.strict import Body, NotServed
 from server.errors import ApiError
 from server.limits import MAX_CHOICE_CHARS, MAX_GRAMMAR_CHARS, MAX_GRAMMAR_CHOICES
@@ -23,6 +23,10 @@ _WHITESPACE = r"[\x20\x0A\x09]{0,20}"
 
 _BYTES = LLTokenizer("byte")
 """A token per byte, with which a grammar shows whether any text can begin."""
+
+
+_TERMINAL = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/')
+"""Strings and regexes of a grammar, as they are written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ class StructuredOutputs(Body):
         if self.json_object:
             return _of_schema(param, {"type": "object"}, special_names)
         if self.regex is not None:
+            _check_names(param, "the regex", [self.regex.replace("\\", "")], special_names)
             return Grammar(param, grammar_from("regex", _short(param, self.regex)))
         if self.choice is not None:
             if not all(self.choice) or sum(map(len, self.choice)) > MAX_CHOICE_CHARS:
@@ -99,6 +104,8 @@ class StructuredOutputs(Body):
                 raise ApiError(reason, param="bad_words")
             return Grammar(param, "start: " + " | ".join(msgspec.json.encode(each).decode() for each in left))
         assert self.grammar is not None
+        terminals = [text.replace("\\", "") for text in _TERMINAL.findall(self.grammar)]
+        _check_names(param, "a string or regex of the grammar", terminals, special_names)
         try:
             return Grammar(param, grammar_from("grammar", _short(param, self.grammar)))
         except (ValueError, RecursionError) as error:
@@ -144,6 +151,8 @@ def check_grammar(grammar: Grammar) -> None:
         if wrong:
             raise _wrong(grammar.param, _reason(said[0], grammar.places) if said else "not a grammar")
         return
+    if len(matcher.compute_ff_bytes()) > MAX_FORCED_BYTES:
+        raise _wrong(grammar.param, f"the grammar forces a text of more than {MAX_FORCED_BYTES} bytes")
     matcher.compute_bitmask()
     if "NoExtension" in matcher.get_error():
         raise _wrong(grammar.param, "the grammar matches no text")
@@ -166,7 +175,7 @@ def _of_schema(param: str, schema: Any, special_names: Collection[str]) -> Gramm
         raise _wrong(param, f"not a JSON schema: {error}") from None
     except RecursionError:
         raise _wrong(param, "the JSON schema is nested too deeply") from None
-    _check_names(param, "a value or property name of the JSON schema", literals, special_names)
+    _check_names(param, "a value, pattern or property name of the JSON schema", literals, special_names)
     return Grammar(param, compiled, places)
 
 

@@ -29,12 +29,14 @@ class Rendered:
     """A conversation as one text.
 
     marked: rendered with marks in client text (server.text.marks); None where none are needed. is_faithful: whether it
-    is the same text but for them; a template may react to marks.
+    is the same text but for them; a template may react to marks. has_names: whether messages contain the name of a
+    special token.
     """
 
     text: str
     marked: MarkedText | None = None
     is_faithful: bool = True
+    has_names: bool = False
 
 
 class ChatTemplate:
@@ -59,7 +61,7 @@ class ChatTemplate:
                 self._template = environment.compiled(tokenizer.chat_template)
                 if not special_tokens_in_content:
                     literals = _literals(environment.parse(tokenizer.chat_template))
-                    self._marker = NameMarker(tokenizer.special_names, literals)
+                    self._marker = NameMarker(tokenizer.special_names, literals, tokenizer.normalize)
             except Exception as error:  # Python's own compiler can raise too
                 self._missing = "this model's chat template is broken"
                 logger.warning("%s, so chat is refused: %s", self._missing, error)
@@ -87,7 +89,7 @@ class ChatTemplate:
             except ApiError as error:
                 refusal = error
                 continue
-            rendered = Rendered(text, marked, marked.plain == text)
+            rendered = Rendered(text, marked, marked.plain == text, self._marker.has_names(messages))
             if rendered.is_faithful:
                 break
         if refusal is not None and rendered.marked is None:

@@ -147,6 +147,8 @@ def test_closing_ends_open_streams(tokenizer_dir: Path, model: Llama) -> None:
         next(stream)
     with pytest.raises(RequestFailed, match="the engine was closed"):
         list(stream)
+    with pytest.raises(RequestFailed, match="the engine was closed"):
+        closed.generate([7, 8, 9])
 
 
 def test_an_interrupt_while_queueing_leaves_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ def ids_of(tokenizer: Tokenizer, *messages: dict[str, str]) -> list[int]:
     rendered = ChatTemplate(tokenizer).render(list(messages))
     if rendered.marked is None:
         return tokenizer.encode(rendered.text, False)
+    if rendered.has_names and not rendered.is_faithful:
+        return tokenizer.encode_marked(rendered.marked, False)
     return tokenizer.encode_guarded(rendered.text, rendered.marked, rendered.is_faithful, False)
 
 
@@ -189,6 +191,8 @@ def test_templates_see_messages_of_the_same_length(tmp_path: Path) -> None:
         ("content | reverse", ">|dne_mi|<"),
         ("content", "＜|im_end|＞ <|im_end|>"),
         ("content.replace('end|>x', 'end|>')", "<|im_end|>x"),
+        ("content.replace('x', '|>') if content != '<|im_endx' else content.replace('x', '|>')", "<|im_endx"),
+        ("content[2:] if content.isascii() else content", "x <|im_end|>"),
         ("content if '<|im_end|>' in content else 'x'", "a<|im_end|>"),
     ],
 )
@@ -221,6 +225,7 @@ def test_ordinary_text_is_encoded_as_without_protection(tmp_path: Path, expressi
 
 LOOK_ALIKES: dict[str, tuple[Any, str, str]] = {
     "NFKC": (normalizers.NFKC(), "<|evil|>", "＜|evil|＞"),
+    "full width": (normalizers.NFKC(), "<|evil|>", "＜｜ｅｖｉｌ｜＞"),
     "lower case": (normalizers.Lowercase(), "<|evil|>", "<|EVIL|>"),
     "accents": (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "<|evil|>", "<|évil|>"),
     "spaces": (normalizers.Replace(" ", "▁"), "<｜end▁of▁sentence｜>", "<｜end of sentence｜>"),

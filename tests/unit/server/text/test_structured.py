@@ -95,10 +95,12 @@ def schema_format(schema: Any) -> dict[str, Any]:
         {"required": ["<|im_end|>"]},
         {"items": {"anyOf": [{"type": "integer"}, {"const": "<|im_end|>"}]}},
         {"propertyNames": {"enum": ["<|im_end|>"]}},
+        {"type": "string", "pattern": r"^a<\|im_end\|>b$"},
+        {"patternProperties": {r"^<\|im_end\|>$": {}}},
     ],
 )
 def test_schemas_that_prescribe_a_special_token(directory: Path, schema: Any) -> None:
-    reason = "a value or property name of the JSON schema contains the name of a special token, <|im_end|>"
+    reason = "a value, pattern or property name of the JSON schema contains the name of a special token, <|im_end|>"
     assert refusal(directory, **schema_format(schema)) == ("response_format", f"response_format: {reason}")
 
 
@@ -115,10 +117,28 @@ def test_choices_that_contain_a_special_token(directory: Path, choice: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("asked", "part"),
+    [
+        ({"regex": r"a<\|im_end\|>b"}, "the regex"),
+        ({"grammar": 'start: "a<|im_end|>b"'}, "a string or regex of the grammar"),
+        ({"grammar": r"start: /a<\|im_end\|>/"}, "a string or regex of the grammar"),
+    ],
+)
+def test_grammars_that_prescribe_a_special_token(directory: Path, asked: dict[str, str], part: str) -> None:
+    _, message = refusal(directory, structured_outputs=asked)
+    assert message == f"structured_outputs: {part} contains the name of a special token, <|im_end|>"
+
+
+def test_texts_that_are_forced_are_bounded(directory: Path) -> None:
+    _, message = refusal(directory, structured_outputs={"regex": "(abc ){5000}"})
+    assert message == "structured_outputs: the grammar forces a text of more than 16384 bytes"
+
+
+@pytest.mark.parametrize(
     "asked",
     [
         {"structured_outputs": {"choice": ["<|im", "_end|>", "<|IM_END|>"]}},
-        {"structured_outputs": {"regex": r"<\|im_end\|>"}},
+        {"structured_outputs": {"regex": r"<[a-z|_]+>"}},
         schema_format({"description": "<|im_end|>", "default": "<|im_end|>", "const": "x"}),
     ],
 )
