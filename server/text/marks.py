@@ -29,7 +29,7 @@ class NameMarker:
         letters = {"&", *"".join(self._names)}  # & begins entities, which jinja's striptags resolves
         # Fewer characters disturb fewer templates, and nearly every part of a name has one of these.
         signs = {"&", *(char for name in self._names for char in (_signs(name) or name))}
-        self._alphabets = [letters, signs]
+        self._alphabets = [letters, signs] if self._names else [set(), set()]
         # A string with a part of a name, which other text may complete, is marked like all text.
         pairs = {name[i : i + 2] for name in self._names for i in range(len(name) - 1) if _signs(name[i : i + 2])}
         self._literals = [
