@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 
 from models.files.chat_template_files import read_chat_template
-from models.files.json_values import ModelError, describe_lfs_pointer, describe_no_directory, is_lfs_pointer
+from models.files.json_values import ModelError, describe_no_directory, read_text
 from models.files.special_tokens import read_special_names, read_special_tokens
 from models.marked_text import MarkedEncoder, MarkedText
 
@@ -272,8 +272,6 @@ def _read(directory: Path) -> str:
     if not path.is_file():
         raise TokenizerError(f"{directory}: no tokenizer.json")
     try:
-        if is_lfs_pointer(path):
-            raise TokenizerError(describe_lfs_pointer(path, "a tokenizer"))
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: {error}") from None
+        return read_text(path, "a tokenizer")
+    except ModelError as error:
+        raise TokenizerError(str(error)) from None

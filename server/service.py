@@ -153,15 +153,8 @@ class Service:
         return await run_by_length(sum(map(len, texts)), self.tokenizer.encode_batch, texts, add_special_tokens)
 
     async def encode_chat(self, chat: Rendered, add_special_tokens: bool) -> list[int]:
-        if chat.marked is None:
-            (tokens,) = await self.encode([chat.text], add_special_tokens)
-            return tokens
         # In a thread, however short the text is: the first call loads another tokenizer.
-        if chat.has_names and not chat.is_faithful:
-            return await asyncio.to_thread(self.tokenizer.encode_marked, chat.marked, add_special_tokens)
-        return await asyncio.to_thread(
-            self.tokenizer.encode_guarded, chat.text, chat.marked, chat.is_faithful, add_special_tokens
-        )
+        return await asyncio.to_thread(chat.encode, self.tokenizer, add_special_tokens)
 
     def truncate(self, prompt: list[int], keep: int | None, max_tokens: int | None, default: int) -> list[int]:
         """Return the last `keep` tokens of a prompt. None: all of them; -1: as many as leave room for `max_tokens`, or

@@ -173,10 +173,7 @@ class Scheduler:
             return
         requests = [request for request in self.running if not request.decoding] + self._find_admissible()
         requests.sort(key=_urgency)
-        needs = [
-            PrefillNeed(request.priority, remaining, self._max_chunk(request, remaining))
-            for request, remaining in ((request, self._num_uncomputed(request)) for request in requests)
-        ]
+        needs = [self._prefill_need(request) for request in requests]
         for request, new in zip(requests, share_prefill(needs, tokens_left), strict=True):
             if not new:
                 continue
@@ -190,14 +187,13 @@ class Scheduler:
             row_work = RowWork(request.row, request.num_computed, new, 0, samples, num_prompt_logprobs=logprobs)
             work.append((request, row_work))
 
-    def _max_chunk(self, request: Request, remaining: int) -> int:
-        return remaining if request.params.prompt_logprobs is None else min(remaining, _MAX_PROMPT_LOGPROBS)
-
-    def _num_uncomputed(self, request: Request) -> int:
-        """Return the tokens that a request computes from now on, once admitted if it waits."""
-        if request.row is not None:
-            return request.num_uncomputed
-        return request.num_uncomputed - len(self._shared_pages(request)) * self._page_size
+    def _prefill_need(self, request: Request) -> PrefillNeed:
+        """Describe the tokens that a request computes from now on, once admitted if it waits."""
+        remaining = request.num_uncomputed
+        if request.row is None:
+            remaining -= len(self._shared_pages(request)) * self._page_size
+        limit = remaining if request.params.prompt_logprobs is None else min(remaining, _MAX_PROMPT_LOGPROBS)
+        return PrefillNeed(request.priority, remaining, limit)
 
     def _find_admissible(self) -> list[Request]:
         """Find the waiting requests that could be admitted together, most urgent first, while rows and pages last."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.files.json_values import ModelError, describe_lfs_pointer, is_lfs_pointer, read_json_if_any
+from models.files.json_values import read_json_if_any, read_text
 
 _NAMED = "additional_chat_templates"
 
@@ -19,7 +19,7 @@ def read_chat_template(directory: Path) -> str | None:
     Raises ModelError.
     """
     files = [directory / "chat_template.jinja", *sorted((directory / _NAMED).glob("*.jinja"))]
-    texts = {file: _read_text(file) for file in files if file.is_file()}
+    texts = {file: read_text(file, "a chat template") for file in files if file.is_file()}
     source = texts.get(directory / _NAMED / "default.jinja") or texts.get(directory / "chat_template.jinja")
     for name in ("chat_template.json",) if texts else ("tokenizer_config.json", "chat_template.json"):
         source = source or _default(read_json_if_any(directory / name).get("chat_template"))
@@ -33,12 +33,3 @@ def _default(value: Any) -> str | None:
     if isinstance(value, dict):
         value = value.get("default")
     return value if isinstance(value, str) else None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if is_lfs_pointer(path):
-            raise ModelError(describe_lfs_pointer(path, "a chat template"))
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: {error}") from None

@@ -48,6 +48,16 @@ def describe_lfs_pointer(path: Path, what: str) -> str:
     return f"{path}: a git-lfs pointer, not {what}; run `git lfs pull` in its directory"
 
 
+def read_text(path: Path, what: str) -> str:
+    """Read a text file. what: its content, in messages. Raises ModelError: unreadable, not UTF-8, a git-lfs pointer."""
+    try:
+        if is_lfs_pointer(path):
+            raise ModelError(describe_lfs_pointer(path, what))
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
 def read_json(path: Path) -> Json:
     """Read the object in a JSON file. Raises ModelError: unreadable, not JSON, not an object."""
     try:

@@ -30,13 +30,21 @@ class Rendered:
 
     marked: rendered with marks in client text (server.text.marks); None where none are needed. is_faithful: whether it
     is the same text but for them; a template may react to marks. has_names: whether messages contain the name of a
-    special token.
+    special token, where it is not.
     """
 
     text: str
     marked: MarkedText | None = None
     is_faithful: bool = True
     has_names: bool = False
+
+    def encode(self, tokenizer: Tokenizer, add_special_tokens: bool) -> list[int]:
+        """Encode the text with the template's special tokens, and no others."""
+        if self.marked is None:
+            return tokenizer.encode(self.text, add_special_tokens)
+        if self.has_names and not self.is_faithful:
+            return tokenizer.encode_marked(self.marked, add_special_tokens)
+        return tokenizer.encode_guarded(self.text, self.marked, self.is_faithful, add_special_tokens)
 
 
 class ChatTemplate:
@@ -89,9 +97,9 @@ class ChatTemplate:
             except ApiError as error:
                 refusal = error
                 continue
-            rendered = Rendered(text, marked, marked.plain == text, self._marker.has_names(messages))
-            if rendered.is_faithful:
-                break
+            if marked.plain == text:
+                return Rendered(text, marked)
+            rendered = Rendered(text, marked, False, self._marker.has_names(messages))
         if refusal is not None and rendered.marked is None:
             raise refusal
         return rendered

@@ -31,6 +31,19 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": [128001, 128008, 128009],
 }
 
+SMALL: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 29,
+    "hidden_size": 16,
+    "intermediate_size": 11,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "eos_token_id": 2,
+}
+"""A model whose sizes are odd where ranks split it."""
+
 
 def llama(**changes: Any) -> dict[str, Any]:
     return {**LLAMA, **changes}

@@ -14,19 +14,9 @@ from models.config import ModelError, parse_config
 from models.llama import Llama
 from models.loader import load_model, random_model
 from parallel.group import Group
+from tests.support.configs import SMALL as CONFIG
 from tests.support.rig import CPU, run_ranks
 
-CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 29,
-    "hidden_size": 16,
-    "intermediate_size": 11,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "eos_token_id": 2,
-}
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 

@@ -19,19 +19,9 @@ from models.shapes import find_shape
 from models.tokenizer import Tokenizer, TokenizerError
 from models.weights import EMBEDDING, HEAD
 from parallel.group import Group
+from tests.support.configs import SMALL as CONFIG
 from tests.support.rig import CPU, run_ranks
 
-CONFIG: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 29,
-    "hidden_size": 16,
-    "intermediate_size": 11,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "eos_token_id": 2,
-}
 DOWN = "model.layers.1.mlp.down_proj.weight"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713d436b5ee50593a9640e0018c1550b5a0\n"
 

@@ -34,12 +34,7 @@ def with_template(directory: Path, template: str) -> Tokenizer:
 
 
 def ids_of(tokenizer: Tokenizer, *messages: dict[str, str]) -> list[int]:
-    rendered = ChatTemplate(tokenizer).render(list(messages))
-    if rendered.marked is None:
-        return tokenizer.encode(rendered.text, False)
-    if rendered.has_names and not rendered.is_faithful:
-        return tokenizer.encode_marked(rendered.marked, False)
-    return tokenizer.encode_guarded(rendered.text, rendered.marked, rendered.is_faithful, False)
+    return ChatTemplate(tokenizer).render(list(messages)).encode(tokenizer, False)
 
 
 def specials(ids: list[int]) -> list[int]:
