@@ -77,9 +77,8 @@ def build_kernels(target: InstructionSet, folder: Path | None) -> Path:
     folder: where built libraries are kept; None: there is no such folder, and only BUILT is searched.
     Raises KernelsUnavailable.
     """
-    openmp = sorted(str(file) for file in _torch_folder("lib").glob("libgomp*.so*"))  # torch's thread team
-    flags = ["-std=gnu++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", *target.flags]
-    return _build(folder, f"kernels-{target.name}", "kernels.cpp", flags, openmp[:1])
+    flags = ["-std=gnu++17", "-O3", "-fvisibility=hidden", "-Wno-psabi", *target.flags]
+    return _build(folder, f"kernels-{target.name}", "kernels.cpp", flags, [])
 
 
 def build_operators(folder: Path | None) -> Path:

@@ -10,12 +10,10 @@
 // threads. Slots that a query must not see get a weight of exactly zero.
 #pragma once
 
-#include <omp.h>
-
-#include <atomic>
 #include <type_traits>
 
 #include "attention_block.h"
+#include "team.h"
 
 namespace magicdec {
 
@@ -207,7 +205,7 @@ inline int64_t count_pieces(const AttentionArgs& args) {
 }
 
 inline size_t attention_scratch(const AttentionArgs& args) {
-  size_t floats = Workspace::floats(args) * omp_get_max_threads();
+  size_t floats = Workspace::floats(args) * args.team.threads;
   for (int row = 0; row < args.rows; row++) floats += Cut(args, row).partials(args, row) + LANES;
   return to_whole_lines(floats * sizeof(float)) + to_whole_lines(count_pieces(args) * sizeof(Piece)) +
          to_whole_lines(args.rows * (sizeof(int64_t) + sizeof(float*)));
@@ -248,31 +246,25 @@ void attention(const AttentionArgs& args) {
     }
   }
 
-  std::atomic<int64_t> next{0};
-  const int threads = int(std::min<int64_t>(omp_get_max_threads(), count));
-#pragma omp parallel num_threads(threads)
-  {
-    const Workspace space(floats + Workspace::floats(args) * omp_get_thread_num(), args);
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-      attend<T, D>(args, pieces[i], tokens[pieces[i].row], space);
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (int row = 0; row < args.rows; row++) {
-      if (partials[row] == nullptr) continue;
-      const Cut cut(args, row);
-      const int rows = cut.queries * cut.group;  // per KV head
-      const size_t size = Running::floats(cut.queries * args.heads, args.head_dim);
-      const Running all = Running::at(space.all, rows);
-      for (int head = 0; head < args.kv_heads; head++) {
-        all.clear(rows, args.head_dim);
-        for (int64_t segment = 0; segment < cut.segments; segment++) {
-          const Running part = Running::at(partials[row] + segment * size, cut.queries * args.heads);
-          for (int i = 0; i < rows; i++) merge(all, i, part, head * rows + i, args.head_dim);
-        }
-        finish_queries<T>(args, tokens[row], cut.queries, head, cut.group, all, 0);
+  const auto space_of = [&](int thread) { return Workspace(floats + Workspace::floats(args) * thread, args); };
+  for_pieces(args.team, count, [&](int64_t i, int thread) {
+    attend<T, D>(args, pieces[i], tokens[pieces[i].row], space_of(thread));
+  });
+  for_pieces(args.team, args.rows, [&](int64_t row, int thread) {
+    if (partials[row] == nullptr) return;
+    const Cut cut(args, int(row));
+    const int rows = cut.queries * cut.group;  // per KV head
+    const size_t size = Running::floats(cut.queries * args.heads, args.head_dim);
+    const Running all = Running::at(space_of(thread).all, rows);
+    for (int head = 0; head < args.kv_heads; head++) {
+      all.clear(rows, args.head_dim);
+      for (int64_t segment = 0; segment < cut.segments; segment++) {
+        const Running part = Running::at(partials[row] + segment * size, cut.queries * args.heads);
+        for (int i = 0; i < rows; i++) merge(all, i, part, head * rows + i, args.head_dim);
       }
+      finish_queries<T>(args, tokens[row], cut.queries, head, cut.group, all, 0);
     }
-  }
+  });
 }
 
 template <class T>

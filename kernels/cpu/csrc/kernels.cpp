@@ -25,7 +25,7 @@ static void rotary_any(const RotaryArgs& args) {
 extern "C" __attribute__((visibility("default"))) const magicdec::Kernels* magicdec_kernels() {
   using namespace magicdec;
   static const Kernels kernels = {
-      linear_scratch, linear_any, attention_scratch, attention_any, norm_any, rotary_any, sample,
+      linear_scratch, linear_any, attention_scratch, attention_any, norm_any, rotary_any, sample_scratch, sample,
   };
   return &kernels;
 }

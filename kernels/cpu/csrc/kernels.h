@@ -1,5 +1,5 @@
 // Interface of the kernels, which are compiled once per instruction set and do not depend on torch. All pointers are to
-// contiguous memory unless strides say otherwise; strides count elements. Kernels run on the caller's OpenMP team.
+// contiguous memory unless strides say otherwise; strides count elements.
 #pragma once
 
 #include <cstddef>
@@ -10,10 +10,18 @@ namespace magicdec {
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Weights : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
 
+// Threads that share the work of one kernel. run: calls work(context, piece, thread) once for each piece in [0, pieces), with
+// thread < threads, and returns when all are done (pool.h).
+struct Team {
+  int threads;
+  void (*run)(int threads, int64_t pieces, void (*work)(void* context, int64_t piece, int thread), void* context);
+};
+
 constexpr int BLOCK = 32;  // columns (output features) that are packed together
 
 // y = x w^T + bias, or silu(gate) * up of its two halves.
 struct LinearArgs {
+  Team team;
   Weights format;
   const uint32_t* packed;  // [blocks][words][BLOCK]: words of neighbouring input features
   const float* scales;     // i8: [blocks * BLOCK], one per column
@@ -33,6 +41,7 @@ struct LinearArgs {
 };
 
 struct AttentionArgs {
+  Team team;
   Type type;  // of q, k, v and out
   const void *q, *k, *v;
   void* out;   // [tokens, heads, head_dim]
@@ -49,6 +58,7 @@ struct AttentionArgs {
 };
 
 struct NormArgs {
+  Team team;
   Type type;
   void* x;            // [rows, size]: the residual stream; delta is added to it
   const void* delta;  // [rows, size], or null
@@ -60,6 +70,7 @@ struct NormArgs {
 
 // Rotates queries and keys, stores keys and values in the pool.
 struct RotaryArgs {
+  Team team;
   Type type;
   void* qkv;  // [tokens, heads + 2 kv_heads, head_dim]; queries are rotated in place
   const float *cos, *sin;  // [positions, head_dim / 2]
@@ -73,6 +84,7 @@ struct RotaryArgs {
 };
 
 struct SampleArgs {
+  Team team;
   const float* logits;  // [rows, size]
   int64_t stride;
   int rows;
@@ -81,6 +93,7 @@ struct SampleArgs {
   const int64_t *seeds, *positions;  // [rows]
   float* values;                // [rows], in: -inf; out: the largest logit / temperature + noise
   int64_t* tokens;              // [rows], in: `first`; out: the token of that value, the lowest among equals
+  void* scratch;                // sample_scratch bytes
 };
 
 struct Kernels {
@@ -90,6 +103,7 @@ struct Kernels {
   void (*attention)(const AttentionArgs&);
   void (*norm)(const NormArgs&);
   void (*rotary)(const RotaryArgs&);
+  size_t (*sample_scratch)(const SampleArgs&);
   void (*sample)(const SampleArgs&);
 };
 

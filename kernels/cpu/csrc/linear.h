@@ -1,11 +1,10 @@
 // Thin matrix products: a few rows times weights, which are read once.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "dispatch.h"
+#include "team.h"
 #include "tile.h"
 
 namespace magicdec {
@@ -133,34 +132,20 @@ void linear(const LinearArgs& args) {
                         : Rows{static_cast<const uint32_t*>(args.x), size_t(args.x_stride) / Dot::ELEMENTS};
   const int columns = args.silu_mul ? args.columns * 2 : args.columns;
   const int blocks = (columns + BLOCK - 1) / BLOCK;
-  const int threads = std::min(omp_get_max_threads(), blocks);
-#pragma omp parallel num_threads(threads)
-  {
-    if (copied) {
-#pragma omp for schedule(static)
-      for (int row = 0; row < args.rows; row++) {
-        const In* from = static_cast<const In*>(args.x) + row * args.x_stride;
-        uint32_t* to = copy + size_t(row) * args.words;
-        if constexpr (Dot::ELEMENTS == 4)
-          scales[row] = quantise_row(from, reinterpret_cast<uint8_t*>(to), args.features, args.words);
-        else
-          copy_row(from, to, args.features, args.words, Dot::ELEMENTS);
-      }
-    }
-    // Few rows: threads split the columns. Many: threads split the rows, so that a thread's input stays in its cache.
-    const int fitting = (args.rows + ROW_CHUNK - 1) / ROW_CHUNK;
-    const int chunks = fitting < threads ? 1 : (fitting + threads - 1) / threads * threads;
-    if (chunks == 1) {
-#pragma omp for schedule(static) nowait
-      for (int block = 0; block < blocks; block++) linear_block<Dot, Out>(args, x, scales, 0, args.rows, block);
-    } else {
-#pragma omp for schedule(dynamic) nowait
-      for (int chunk = 0; chunk < chunks; chunk++)
-        for (int block = 0; block < blocks; block++)
-          linear_block<Dot, Out>(args, x, scales, int(int64_t(args.rows) * chunk / chunks),
-                                 int(int64_t(args.rows) * (chunk + 1) / chunks), block);
-    }
-  }
+  if (copied)
+    for_rows(args.team, args.rows, args.features, [&](int64_t row) {
+      const In* from = static_cast<const In*>(args.x) + row * args.x_stride;
+      uint32_t* to = copy + size_t(row) * args.words;
+      if constexpr (Dot::ELEMENTS == 4)
+        scales[row] = quantise_row(from, reinterpret_cast<uint8_t*>(to), args.features, args.words);
+      else
+        copy_row(from, to, args.features, args.words, Dot::ELEMENTS);
+    });
+  const int64_t chunks = (args.rows + ROW_CHUNK - 1) / ROW_CHUNK;
+  for_pieces(args.team, chunks * blocks, [&](int64_t piece, int) {
+    const int64_t chunk = piece / blocks;
+    linear_block<Dot, Out>(args, x, scales, int(args.rows * chunk / chunks), int(args.rows * (chunk + 1) / chunks), int(piece % blocks));
+  });
 }
 
 template <class Dot, class In>

@@ -1,4 +1,5 @@
 // The kernels as torch operators, which check their arguments and pass pointers on. kernels: what `open` returned.
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -12,6 +13,7 @@
 #include <tuple>
 
 #include "kernels.h"
+#include "pool.h"
 
 namespace {
 
@@ -27,6 +29,13 @@ int64_t open(const std::string& path) {
 }
 
 const Kernels& table(int64_t kernels) { return *reinterpret_cast<const Kernels*>(kernels); }
+
+// As many threads as torch's own operators have: torch.set_num_threads.
+Team team() {
+  return {at::get_num_threads(), [](int threads, int64_t pieces, Pool::Work work, void* context) {
+            Pool::instance().run(threads, pieces, work, context);
+          }};
+}
 
 Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -71,6 +80,7 @@ Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std:
   TORCH_CHECK(x.dim() == 2 && packed.dim() == 4 && packed.size(2) == BLOCK && packed.is_contiguous(), "linear: shapes");
   check_rows(x, 1, "x");
   LinearArgs args{};
+  args.team = team();
   const bool bytes = packed.scalar_type() == at::kChar;
   args.format = bytes ? Weights::i8 : Weights(int(type_of(packed)));
   args.in = type_of(x);
@@ -128,6 +138,7 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
   }
   TORCH_CHECK(tokens == q.size(0), "attention: ", q.size(0), " queries, not ", tokens);
   AttentionArgs args{};
+  args.team = team();
   args.type = type_of(q);
   args.q = q.const_data_ptr();
   args.k = k.const_data_ptr();
@@ -161,7 +172,7 @@ Tensor norm(int64_t kernels, Tensor x, const std::optional<Tensor>& delta, const
   TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "norm: types differ");
   TORCH_CHECK(!delta || (delta->sizes() == x.sizes() && delta->is_contiguous() && delta->scalar_type() == x.scalar_type()), "norm: delta");
   Tensor out = at::empty_like(x);
-  table(kernels).norm({type_of(x), x.mutable_data_ptr(), delta ? delta->const_data_ptr() : nullptr, weight.const_data_ptr(),
+  table(kernels).norm({team(), type_of(x), x.mutable_data_ptr(), delta ? delta->const_data_ptr() : nullptr, weight.const_data_ptr(),
                        out.mutable_data_ptr(), int(x.size(0)), int(x.size(1)), float(eps)});
   return out;
 }
@@ -182,6 +193,7 @@ void rotary(int64_t kernels, Tensor qkv, const Tensor& cos, const Tensor& sin, c
   check_range(positions, cos.size(0), "positions");
   check_range(slots, k.size(0) * k.size(2), "slots");
   RotaryArgs args{};
+  args.team = team();
   args.type = type_of(qkv);
   args.qkv = qkv.mutable_data_ptr();
   args.cos = cos.const_data_ptr<float>();
@@ -213,9 +225,12 @@ std::tuple<Tensor, Tensor> sample(int64_t kernels, const Tensor& logits, const T
   Tensor values = at::full({rows}, -std::numeric_limits<float>::infinity(), logits.options());
   Tensor tokens = at::full({rows}, first, seeds.options());
   if (rows == 0) return {values, tokens};
-  table(kernels).sample({logits.const_data_ptr<float>(), logits.stride(0), int(rows), logits.size(1), first,
-                         temperature.const_data_ptr<float>(), seeds.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(),
-                         values.mutable_data_ptr<float>(), tokens.mutable_data_ptr<int64_t>()});
+  SampleArgs args{team(), logits.const_data_ptr<float>(), logits.stride(0), int(rows), logits.size(1), first,
+                  temperature.const_data_ptr<float>(), seeds.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(),
+                  values.mutable_data_ptr<float>(), tokens.mutable_data_ptr<int64_t>(), nullptr};
+  Tensor scratch = scratch_of(table(kernels).sample_scratch(args));
+  args.scratch = scratch.mutable_data_ptr();
+  table(kernels).sample(args);
   return {values, tokens};
 }
 

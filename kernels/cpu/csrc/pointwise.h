@@ -1,16 +1,13 @@
 // Operations between the matrix products of a layer: norms and rotation.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "kernels.h"
+#include "team.h"
 #include "vec.h"
 
 namespace magicdec {
-
-constexpr int SERIAL = 1 << 14;  // elements that one thread finishes before a second one has woken up
 
 template <class T>
 MAGICDEC_INLINE float mean_square(const T* x, int size) {
@@ -37,8 +34,7 @@ MAGICDEC_INLINE void scale_row(const T* x, float factor, const T* weight, T* out
 template <class T>
 void norm(const NormArgs& args) {
   const int size = args.size;
-#pragma omp parallel for schedule(static) if (int64_t(args.rows) * size > SERIAL)
-  for (int row = 0; row < args.rows; row++) {
+  for_rows(args.team, args.rows, size, [&](int64_t row) {
     T* x = static_cast<T*>(args.x) + size_t(row) * size;
     if (args.delta) {
       const T* delta = static_cast<const T*>(args.delta) + size_t(row) * size;
@@ -48,7 +44,7 @@ void norm(const NormArgs& args) {
     }
     const float factor = 1.0f / std::sqrt(mean_square(x, size) + args.eps);
     scale_row(x, factor, static_cast<const T*>(args.weight), static_cast<T*>(args.out) + size_t(row) * size, size);
-  }
+  });
 }
 
 // Half-rotation: element i pairs with element i + head_dim / 2.
@@ -73,8 +69,7 @@ template <class T>
 void rotary(const RotaryArgs& args) {
   const int half = args.head_dim / 2;
   const size_t bytes = args.head_dim * sizeof(T);
-#pragma omp parallel for schedule(static) if (int64_t(args.tokens) * args.heads * args.head_dim > SERIAL)
-  for (int token = 0; token < args.tokens; token++) {
+  for_rows(args.team, args.tokens, int64_t(args.heads) * args.head_dim, [&](int64_t token) {
     const float* cos = args.cos + args.positions[token] * half;
     const float* sin = args.sin + args.positions[token] * half;
     T* head = static_cast<T*>(args.qkv) + size_t(token) * (args.heads + 2 * args.kv_heads) * args.head_dim;
@@ -92,7 +87,7 @@ void rotary(const RotaryArgs& args) {
       std::memcpy(slot(args.k, h), head, bytes);
     }
     for (int h = 0; h < args.kv_heads; h++, head += args.head_dim) std::memcpy(slot(args.v, h), head, bytes);
-  }
+  });
 }
 
 }  // namespace magicdec

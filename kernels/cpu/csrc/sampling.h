@@ -2,9 +2,8 @@
 // Its integers equal those of kernels/noise.py.
 #pragma once
 
-#include <omp.h>
-
 #include "kernels.h"
+#include "team.h"
 #include "vec.h"
 
 namespace magicdec {
@@ -40,43 +39,59 @@ MAGICDEC_INLINE f32x16 gumbel(u32x16 random) {
   return -logarithm(-select(tiny, -u, exact));
 }
 
-inline void sample(const SampleArgs& args) {
-  constexpr int64_t PART = 4096;  // tokens per piece of work
-  const int64_t parts = (args.size + PART - 1) / PART;
+constexpr int64_t SAMPLE_PART = 4096;  // tokens per piece of work
+
+// Largest value of some tokens of a row: lanes of tokens first + lane, + LANES …; NaN if any value is.
+struct Best {
+  float value;
+  int64_t token;  // -1: none is possible
+};
+
+inline int64_t sample_parts(const SampleArgs& args) { return (args.size + SAMPLE_PART - 1) / SAMPLE_PART; }
+inline size_t sample_scratch(const SampleArgs& args) { return args.rows * sample_parts(args) * sizeof(Best); }
+
+inline Best best_of(const SampleArgs& args, int row, int64_t begin, int64_t end) {
   const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma omp parallel
-  {
-    for (int row = 0; row < args.rows; row++) {
-      // No barriers: each thread scans its share of every row and merges its result below.
-      const float temperature = args.temperature[row];
-      const NoiseKey noise(args.seeds[row], args.positions[row]);
-      const float* logits = args.logits + row * args.stride;
-      f32x16 best = splat(-INFINITY);
-      i32x16 where = lanes * 0 - 1, unordered = lanes * 0;
-#pragma omp for schedule(static) nowait
-      for (int64_t part = 0; part < parts; part++) {
-        const int64_t end = std::min(args.size, (part + 1) * PART);
-        for (int64_t t = part * PART; t < end; t += LANES) {
-          const int n = int(std::min<int64_t>(LANES, end - t));
-          const i32x16 token = lanes + int32_t(t);
-          f32x16 v = n == LANES ? load<f32x16>(logits + t) : load_some(logits + t, n);
-          if (temperature > 0) v = v / temperature + gumbel(noise(bits<u32x16>(token + int32_t(args.first))));
-          if (n < LANES) v = select(lanes < n, v, splat(-INFINITY));
-          unordered |= v != v;
-          const i32x16 better = v > best;
-          best = select(better, v, best);
-          where = (better & token) | (~better & where);
-        }
-      }
-      // The caller sets each row to -inf at token `first`, which stays if all tokens are impossible. A NaN stays too: no
-      // comparison with it is true.
-#pragma omp critical
-      for (int lane = 0; lane < LANES; lane++) {
-        if (unordered[lane]) args.values[row] = NAN;
-        const int64_t token = where[lane] + args.first;
-        const bool better = best[lane] > args.values[row] || (best[lane] == args.values[row] && token < args.tokens[row]);
-        if (where[lane] >= 0 && better) args.values[row] = best[lane], args.tokens[row] = token;
-      }
+  const float temperature = args.temperature[row];
+  const NoiseKey noise(args.seeds[row], args.positions[row]);
+  const float* logits = args.logits + row * args.stride;
+  f32x16 best = splat(-INFINITY);
+  i32x16 where = lanes * 0 - 1, unordered = lanes * 0;
+  for (int64_t t = begin; t < end; t += LANES) {
+    const int n = int(std::min<int64_t>(LANES, end - t));
+    const i32x16 token = lanes + int32_t(t);
+    f32x16 v = n == LANES ? load<f32x16>(logits + t) : load_some(logits + t, n);
+    if (temperature > 0) v = v / temperature + gumbel(noise(bits<u32x16>(token + int32_t(args.first))));
+    if (n < LANES) v = select(lanes < n, v, splat(-INFINITY));
+    unordered |= v != v;
+    const i32x16 better = v > best;
+    best = select(better, v, best);
+    where = (better & token) | (~better & where);
+  }
+  Best found{-INFINITY, -1};
+  for (int lane = 0; lane < LANES; lane++) {
+    if (unordered[lane]) return {NAN, -1};
+    const int64_t token = where[lane] < 0 ? -1 : where[lane] + args.first;
+    if (token >= 0 && (found.token < 0 || best[lane] > found.value || (best[lane] == found.value && token < found.token)))
+      found = {best[lane], token};
+  }
+  return found;
+}
+
+inline void sample(const SampleArgs& args) {
+  const int64_t parts = sample_parts(args);
+  auto* found = static_cast<Best*>(args.scratch);
+  for_pieces(args.team, args.rows * parts, [&](int64_t piece, int) {
+    const int64_t begin = piece % parts * SAMPLE_PART;
+    found[piece] = best_of(args, int(piece / parts), begin, std::min(args.size, begin + SAMPLE_PART));
+  });
+  // The caller sets each row to -inf at token `first`, which stays if all tokens are impossible. A NaN stays too: no
+  // comparison with it is true. Parts are in ascending order, so the lowest of equal tokens comes first.
+  for (int row = 0; row < args.rows; row++) {
+    for (int64_t part = 0; part < parts; part++) {
+      const Best& each = found[row * parts + part];
+      if (each.value > args.values[row]) args.tokens[row] = each.token;
+      if (each.value > args.values[row] || each.value != each.value) args.values[row] = each.value;
     }
   }
 }
