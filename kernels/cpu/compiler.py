@@ -44,15 +44,22 @@ def _instruction_set(name: str, features: str, compiler_names: str) -> Instructi
 
 _AVX2 = "avx2 fma f16c"
 _AVX512 = "avx512f avx512bw avx512vl avx512dq"
+_BF16 = _instruction_set(
+    "avx512_bf16", f"{_AVX2} {_AVX512} avx512_vnni avx512_bf16", f"{_AVX2} {_AVX512} avx512vnni avx512bf16"
+)
+_TILES = "amx_tile amx_bf16 amx_int8"
 INSTRUCTION_SETS = (
-    _instruction_set(
-        "avx512_bf16", f"{_AVX2} {_AVX512} avx512_vnni avx512_bf16", f"{_AVX2} {_AVX512} avx512vnni avx512bf16"
+    InstructionSet(
+        "amx", _BF16.features | set(_TILES.split()), (*_BF16.flags, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
     ),
+    _BF16,
     _instruction_set("avx512", f"{_AVX2} {_AVX512}", f"{_AVX2} {_AVX512}"),
     _instruction_set("avx2", _AVX2, _AVX2),
     _instruction_set("portable", "", ""),
 )
 """All instruction sets, the best first."""
+SOFTWARE_TILES = InstructionSet("software_tiles", _BF16.features, (*_BF16.flags, "-DMAGICDEC_SOFTWARE_TILES"))
+"""The set "amx" with its tiles computed in software, for tests on processors without them."""
 
 
 def supported() -> list[InstructionSet]:

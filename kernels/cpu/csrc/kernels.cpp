@@ -1,4 +1,5 @@
 // A library of kernels for one instruction set, which the compiler's flags select (kernels/cpu/compiler.py).
+#include "amx.h"
 #include "attention.h"
 #include "dispatch.h"
 #include "kernels.h"
@@ -10,6 +11,14 @@ namespace magicdec {
 
 static void attention_any(const AttentionArgs& args) {
   with_type(args.type, [&](auto zero) { attention<decltype(zero)>(args); });
+}
+
+static bool permitted() {
+#if defined(MAGICDEC_TILES)
+  return tiles_permitted();
+#else
+  return true;
+#endif
 }
 
 static void norm_any(const NormArgs& args) {
@@ -25,7 +34,7 @@ static void rotary_any(const RotaryArgs& args) {
 extern "C" __attribute__((visibility("default"))) const magicdec::Kernels* magicdec_kernels() {
   using namespace magicdec;
   static const Kernels kernels = {
-      linear_scratch, linear_any, attention_scratch, attention_any, norm_any, rotary_any, sample_scratch, sample,
+      permitted, linear_scratch, linear_any, attention_scratch, attention_any, norm_any, rotary_any, sample_scratch, sample,
   };
   return &kernels;
 }

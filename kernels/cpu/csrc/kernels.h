@@ -97,6 +97,7 @@ struct SampleArgs {
 };
 
 struct Kernels {
+  bool (*permitted)();  // asks the system, once per process, for what this instruction set needs
   size_t (*linear_scratch)(const LinearArgs&);
   void (*linear)(const LinearArgs&);
   size_t (*attention_scratch)(const AttentionArgs&);

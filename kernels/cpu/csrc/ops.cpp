@@ -25,6 +25,7 @@ int64_t open(const std::string& path) {
   TORCH_CHECK(library, dlerror());
   auto* kernels = reinterpret_cast<decltype(&magicdec_kernels)>(dlsym(library, "magicdec_kernels"));
   TORCH_CHECK(kernels, path, " holds no kernels");
+  TORCH_CHECK(kernels()->permitted(), "the system does not permit the instructions of ", path);
   return reinterpret_cast<int64_t>(kernels());
 }
 

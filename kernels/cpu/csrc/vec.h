@@ -84,6 +84,25 @@ MAGICDEC_INLINE float largest(f32x16 x) {
 #endif
 }
 
+#if defined(__AVX512F__)
+MAGICDEC_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) { return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
+// Denormal numbers count as zeros for the lifetime of this object, on this thread.
+struct FlushDenormals {
+  const unsigned before = _mm_getcsr();
+  FlushDenormals() {
+    _mm_setcsr(before | 0x8040);  // FTZ and DAZ
+    asm volatile("" ::: "memory");  // operands are loaded after, results stored before the mode changes
+  }
+  ~FlushDenormals() {
+    asm volatile("" ::: "memory");
+    _mm_setcsr(before);
+  }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+};
+#endif
+
 // -- 16-bit floats ----------------------------------------------------------------------------------------------------
 
 struct bf16 {
