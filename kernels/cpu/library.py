@@ -14,6 +14,8 @@ BLOCK = 32
 """Number of output features that are packed together; same as BLOCK of csrc/kernels.h."""
 _ELEMENTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 2, torch.int8: 4}
 """Number of neighbouring input features in a 32-bit word."""
+_WORDS = 16
+"""Words per row come in groups of so many: an AMX tile's width."""
 
 
 class CpuKernels:
@@ -41,6 +43,8 @@ class CpuKernels:
                 f"{library} cannot be loaded; remove it to have it built anew: {reason}"
             ) from error
         ops = torch.ops.magicdec_cpu
+        self.tiles_from = 16
+        """Number of rows from which on matrix products use tiles, if the set has any. Results do not depend on it."""
         self.name = library.stem.removeprefix("kernels-")
         # Looked up once: a model makes hundreds of calls per token.
         self._attention, self._linear, self._norm = ops.attention.default, ops.linear.default, ops.norm.default
@@ -74,6 +78,7 @@ class CpuKernels:
             weights.columns,
             silu_mul,
             float_out,
+            self.tiles_from,
         )
         return y
 
@@ -117,7 +122,7 @@ class CpuKernels:
 class PackedWeights:
     """A weight matrix in the layout that `CpuKernels.linear` reads: blocks of BLOCK output features, and in them words
     of neighbouring input features, [blocks, words, BLOCK, elements of a word]. It takes as much memory as the matrix,
-    rounded up.
+    rounded up to whole blocks of 16 words. All instruction sets read it, whether for few rows or many.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, columns: int | None = None) -> None:
@@ -129,7 +134,7 @@ class PackedWeights:
         padding = -rows % BLOCK
         self.bias = None if bias is None else F.pad(bias.float(), (0, padding))
         elements = _ELEMENTS[weight.dtype]
-        padded = F.pad(weight, (0, -features % elements, 0, padding))
+        padded = F.pad(weight, (0, -features % (_WORDS * elements), 0, padding))
         self.packed = padded.view(-1, BLOCK, padded.shape[1] // elements, elements).transpose(1, 2).contiguous()
 
     @property

@@ -27,7 +27,7 @@ struct LinearArgs {
   const float* scales;     // i8: [blocks * BLOCK], one per column
   const int32_t* offsets;  // i8: [blocks * BLOCK], product of an input of all -128, before scaling
   const float* bias;       // [blocks * BLOCK], or null
-  int words;               // per row, the last one padded with zeros
+  int words;               // per row, a multiple of 16, padded with zeros
   int columns;             // output features; with silu_mul, half of the packed ones
   bool silu_mul;           // each block: 16 columns of the gate, then the same 16 of up
   Type in, out;
@@ -37,6 +37,7 @@ struct LinearArgs {
   void* y;                 // [rows, columns]
   int64_t y_stride;
   int rows;
+  int tiles_from;          // number of rows from which on AMX tiles multiply, where there are any; results do not depend on it
   void* scratch;           // linear_scratch bytes, 64-byte aligned
 };
 

@@ -1,86 +1,15 @@
-// Thin matrix products: a few rows times weights, which are read once.
+// Matrix products: rows times packed weights.
 #pragma once
 
 #include <algorithm>
 
-#include "dispatch.h"
+#include "linear_rows.h"
+#include "linear_tiles.h"
 #include "team.h"
-#include "tile.h"
 
 namespace magicdec {
 
 constexpr int ROW_CHUNK = 96;  // rows whose input stays in the L2 cache while all weights are read
-
-// Rows of `words` words in the layout that tiles read: the caller's memory if it has that layout, else a copy.
-struct Rows {
-  const uint32_t* data;
-  size_t stride;
-};
-
-template <class T>
-MAGICDEC_INLINE void copy_row(const T* from, uint32_t* to, int features, int words, int elements) {
-  std::memcpy(to, from, features * sizeof(T));
-  std::memset(reinterpret_cast<T*>(to) + features, 0, (size_t(words) * elements - features) * sizeof(T));
-}
-
-// Quantizes a row to bytes, round(x / scale) + 128, with scale = max |x| / 127. Returns the scale.
-template <class T>
-MAGICDEC_INLINE float quantise_row(const T* x, uint8_t* to, int features, int words) {
-  f32x16 peak{};
-  int i = 0;
-  for (; i + LANES <= features; i += LANES) {
-    const f32x16 v = load_floats(x + i);
-    peak = maximum(peak, maximum(v, -v));
-  }
-  if (i < features) {
-    const f32x16 v = load_some(x + i, features - i);
-    peak = maximum(peak, maximum(v, -v));
-  }
-  const float largest_x = largest(peak);
-  const float scale = largest_x / 127.0f, inverse = largest_x > 0 ? 127.0f / largest_x : 0.0f;
-  for (i = 0; i < words * 4; i += LANES) {
-    const int n = std::min(LANES, features - i);
-    const f32x16 v = (n == LANES ? load_floats(x + i) : n > 0 ? load_some(x + i, n) : f32x16{}) * inverse;
-    // Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits.
-    const u32x16 q = bits<u32x16>(v + 12582912.0f) + (128u - 0x4b400000u);
-    uint8_t bytes[LANES];
-#if defined(__AVX512F__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8((__m512i)q));
-#else
-    for (int lane = 0; lane < LANES; lane++) bytes[lane] = uint8_t(q[lane]);
-#endif
-    std::memcpy(to + i, bytes, std::min(LANES, words * 4 - i));
-  }
-  return scale;
-}
-
-template <class Out>
-MAGICDEC_INLINE void store_columns(Out* y, f32x16 v, int n) {
-  if (n >= LANES)
-    store_floats(y, v);
-  else if (n > 0)
-    store_some(y, v, n);
-}
-
-template <class Out, int M>
-MAGICDEC_INLINE void finish(const LinearArgs& args, f32x16 (&sums)[M][2], int row, int block) {
-  for (int m = 0; m < M; m++) {
-    f32x16 first = sums[m][0], second = sums[m][1];
-    if (args.bias) {
-      first += load<f32x16>(args.bias + block * BLOCK);
-      second += load<f32x16>(args.bias + block * BLOCK + LANES);
-    }
-    Out* y = static_cast<Out*>(args.y) + (row + m) * args.y_stride;
-    if (args.silu_mul) {
-      const int column = block * LANES;
-      store_columns(y + column, first / (1.0f + exponential(-first)) * second, args.columns - column);
-    } else {
-      const int column = block * BLOCK;
-      store_columns(y + column, first, args.columns - column);
-      store_columns(y + column + LANES, second, args.columns - column - LANES);
-    }
-  }
-}
 
 // Computes all tiles of rows [row, end) times one block of columns.
 template <class Dot, class Out>
@@ -94,57 +23,79 @@ void linear_block(const LinearArgs& args, Rows x, const float* scales, int row, 
       constexpr int M = decltype(count)::value;
       typename Dot::Sums sums[M][2] = {};
       tile<Dot, M, 2>(sums, a, x.stride, b, BLOCK, args.words);
-      if constexpr (Dot::ELEMENTS == 4) {
-        f32x16 scaled[M][2];
-        for (int c = 0; c < 2; c++) {
-          const i32x16 offset = load<i32x16>(args.offsets + block * BLOCK + c * LANES);
-          const f32x16 column = load<f32x16>(args.scales + block * BLOCK + c * LANES);
-          for (int m = 0; m < M; m++)
-            scaled[m][c] = __builtin_convertvector(sums[m][c] + offset, f32x16) * (column * scales[row + done + m]);
-        }
-        finish<Out, M>(args, scaled, row + done, block);
-      } else {
-        finish<Out, M>(args, sums, row + done, block);
-      }
+      finish_sums<Dot, Out, M>(args, sums, scales, row + done, block);
     });
     done += height;
   }
 }
 
-inline bool needs_copy(const LinearArgs& args) {
-  if (args.format == Weights::i8) return true;
+// How a product reads its rows.
+struct Input {
+  bool copied;
+  size_t words;  // per row of the copy
+  bool tiles;    // multiply by AMX tiles
+  bool floats;   // copied as float32, for the twin of the tiles
+};
+
+inline Input input_of(const LinearArgs& args) {
+  const size_t words = args.words;
+#if defined(MAGICDEC_TILES)
+  if (args.format == Weights::i8) return {true, words, args.rows >= args.tiles_from, false};
+  if (args.format == Weights::bf16 && args.rows < args.tiles_from) return {true, words * 2, false, true};
+  const bool tiles = args.format == Weights::bf16;
+#else
+  if (args.format == Weights::i8) return {true, words, false, false};
+  constexpr bool tiles = false;
+#endif
   const int elements = args.format == Weights::f32 ? 1 : 2;
-  const bool words = args.x_stride % elements == 0 && reinterpret_cast<uintptr_t>(args.x) % sizeof(uint32_t) == 0;
-  return args.features != args.words * elements || !words;
+  const bool in_words = args.x_stride % elements == 0 && reinterpret_cast<uintptr_t>(args.x) % sizeof(uint32_t) == 0;
+  return {args.features != args.words * elements || !in_words, words, tiles, false};
 }
 
 inline size_t linear_scratch(const LinearArgs& args) {
-  if (!needs_copy(args)) return 0;
-  return to_whole_lines(size_t(args.rows) * args.words * 4) + to_whole_lines(size_t(args.rows) * sizeof(float));
+  const Input input = input_of(args);
+  if (!input.copied) return 0;
+  return to_whole_lines(args.rows * input.words * sizeof(uint32_t)) + to_whole_lines(args.rows * sizeof(float));
+}
+
+// Number of rows that are multiplied with all weights before the next ones are: their input stays in the L2 cache.
+inline int row_chunk(const LinearArgs& args, bool tiles) {
+  constexpr size_t CACHED = 1 << 19;
+  if (!tiles) return ROW_CHUNK;
+  return int(std::clamp<size_t>(CACHED / (size_t(args.words) * sizeof(uint32_t)), 64, 512)) / 32 * 32;
 }
 
 template <class Dot, class In, class Out>
 void linear(const LinearArgs& args) {
-  const bool copied = needs_copy(args);
+  const Input input = input_of(args);
   auto* copy = static_cast<uint32_t*>(args.scratch);
-  auto* scales = copied ? reinterpret_cast<float*>(static_cast<char*>(args.scratch) + to_whole_lines(size_t(args.rows) * args.words * 4)) : nullptr;
-  const Rows x = copied ? Rows{copy, size_t(args.words)}
-                        : Rows{static_cast<const uint32_t*>(args.x), size_t(args.x_stride) / Dot::ELEMENTS};
-  const int columns = args.silu_mul ? args.columns * 2 : args.columns;
-  const int blocks = (columns + BLOCK - 1) / BLOCK;
-  if (copied)
+  auto* scales = reinterpret_cast<float*>(copy + to_whole_lines(args.rows * input.words * sizeof(uint32_t)) / sizeof(uint32_t));
+  const Rows x = input.copied ? Rows{copy, input.words} : Rows{static_cast<const uint32_t*>(args.x), size_t(args.x_stride) / Dot::ELEMENTS};
+  if (input.copied)
     for_rows(args.team, args.rows, args.features, [&](int64_t row) {
       const In* from = static_cast<const In*>(args.x) + row * args.x_stride;
-      uint32_t* to = copy + size_t(row) * args.words;
+      uint32_t* to = copy + row * input.words;
       if constexpr (Dot::ELEMENTS == 4)
         scales[row] = quantise_row(from, reinterpret_cast<uint8_t*>(to), args.features, args.words);
+      else if (input.floats)
+        widen_row(from, reinterpret_cast<float*>(to), args.features, int(input.words));
       else
         copy_row(from, to, args.features, args.words, Dot::ELEMENTS);
     });
-  const int64_t chunks = (args.rows + ROW_CHUNK - 1) / ROW_CHUNK;
+  const int columns = args.silu_mul ? args.columns * 2 : args.columns;
+  const int blocks = (columns + BLOCK - 1) / BLOCK;
+  const int height = row_chunk(args, input.tiles);
+  const int64_t chunks = (args.rows + height - 1) / height;
   for_pieces(args.team, chunks * blocks, [&](int64_t piece, int) {
     const int64_t chunk = piece / blocks;
-    linear_block<Dot, Out>(args, x, scales, int(args.rows * chunk / chunks), int(args.rows * (chunk + 1) / chunks), int(piece % blocks));
+    const int row = int(args.rows * chunk / chunks), end = int(args.rows * (chunk + 1) / chunks), block = int(piece % blocks);
+#if defined(MAGICDEC_TILES)
+    if constexpr (std::is_same_v<Dot, DotBF16> || std::is_same_v<Dot, DotI8>) {
+      if (input.tiles) return tile_block<Dot, Out>(args, x, scales, row, end, block);
+      if (input.floats) return thin_block<Out>(args, reinterpret_cast<const float*>(x.data), row, end, block);
+    }
+#endif
+    linear_block<Dot, Out>(args, x, scales, row, end, block);
   });
 }
 

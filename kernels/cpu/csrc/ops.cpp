@@ -77,7 +77,7 @@ const float* floats(const std::optional<Tensor>& x) { return x ? x->const_data_p
 
 Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
               const std::optional<Tensor>& offsets, const std::optional<Tensor>& bias, int64_t columns, bool silu_mul,
-              bool float_out) {
+              bool float_out, int64_t tiles_from) {
   TORCH_CHECK(x.dim() == 2 && packed.dim() == 4 && packed.size(2) == BLOCK && packed.is_contiguous(), "linear: shapes");
   check_rows(x, 1, "x");
   LinearArgs args{};
@@ -98,8 +98,9 @@ Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std:
   args.features = int(x.size(1));
   args.x_stride = x.stride(0);
   args.rows = int(x.size(0));
+  args.tiles_from = int(tiles_from);
   const int64_t held = packed.size(1) * packed.size(3);
-  TORCH_CHECK(x.size(1) <= held && x.size(1) > held - packed.size(3), "linear: x has ", x.size(1), " features, the weights ", held);
+  TORCH_CHECK(packed.size(1) % 16 == 0 && x.size(1) <= held && x.size(1) > held - 16 * packed.size(3), "linear: x has ", x.size(1), " features, the weights ", held);
   const int64_t packed_columns = columns * (silu_mul ? 2 : 1);
   TORCH_CHECK(packed_columns <= packed.size(0) * BLOCK, "linear: more columns than weights");
   for (const auto* each : {&scales, &offsets, &bias})
@@ -239,7 +240,7 @@ std::tuple<Tensor, Tensor> sample(int64_t kernels, const Tensor& logits, const T
 
 TORCH_LIBRARY(magicdec_cpu, m) {
   m.def("open(str path) -> int", &open);
-  m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int columns, bool silu_mul, bool float_out) -> Tensor");
+  m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int columns, bool silu_mul, bool float_out, int tiles_from) -> Tensor");
   m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale) -> (Tensor, Tensor)");
   m.def("norm(int kernels, Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
   m.def("rotary(int kernels, Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k, Tensor(c!) v, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");

@@ -1,0 +1,107 @@
+// The rows of a matrix product: their input as words, and what is done with their sums.
+#pragma once
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "tile.h"
+
+namespace magicdec {
+
+// Rows of `words` words in the layout that tiles read: the caller's memory if it has that layout, else a copy.
+struct Rows {
+  const uint32_t* data;
+  size_t stride;
+};
+
+template <class T>
+MAGICDEC_INLINE void copy_row(const T* from, uint32_t* to, int features, int words, int elements) {
+  std::memcpy(to, from, features * sizeof(T));
+  std::memset(reinterpret_cast<T*>(to) + features, 0, (size_t(words) * elements - features) * sizeof(T));
+}
+
+// Copies a row as float32, `words` elements with the padding.
+template <class T>
+MAGICDEC_INLINE void widen_row(const T* from, float* to, int features, int words) {
+  int i = 0;
+  for (; i + LANES <= features; i += LANES) store(to + i, load_floats(from + i));
+  if (i < features) store(to + i, load_some(from + i, features - i)), i += LANES;
+  for (; i < words; i += LANES) store(to + i, f32x16{});
+}
+
+// Quantizes a row to bytes, round(x / scale) + 128, with scale = max |x| / 127. Returns the scale.
+template <class T>
+MAGICDEC_INLINE float quantise_row(const T* x, uint8_t* to, int features, int words) {
+  f32x16 peak{};
+  int i = 0;
+  for (; i + LANES <= features; i += LANES) {
+    const f32x16 v = load_floats(x + i);
+    peak = maximum(peak, maximum(v, -v));
+  }
+  if (i < features) {
+    const f32x16 v = load_some(x + i, features - i);
+    peak = maximum(peak, maximum(v, -v));
+  }
+  const float largest_x = largest(peak);
+  const float scale = largest_x / 127.0f, inverse = largest_x > 0 ? 127.0f / largest_x : 0.0f;
+  for (i = 0; i < words * 4; i += LANES) {
+    const int n = std::min(LANES, features - i);
+    const f32x16 v = (n == LANES ? load_floats(x + i) : n > 0 ? load_some(x + i, n) : f32x16{}) * inverse;
+    // Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits.
+    const u32x16 q = bits<u32x16>(v + 12582912.0f) + (128u - 0x4b400000u);
+    uint8_t bytes[LANES];
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8((__m512i)q));
+#else
+    for (int lane = 0; lane < LANES; lane++) bytes[lane] = uint8_t(q[lane]);
+#endif
+    std::memcpy(to + i, bytes, std::min(LANES, words * 4 - i));
+  }
+  return scale;
+}
+
+template <class Out>
+MAGICDEC_INLINE void store_columns(Out* y, f32x16 v, int n) {
+  if (n >= LANES)
+    store_floats(y, v);
+  else if (n > 0)
+    store_some(y, v, n);
+}
+
+template <class Out, int M>
+MAGICDEC_INLINE void finish(const LinearArgs& args, f32x16 (&sums)[M][2], int row, int block) {
+  for (int m = 0; m < M; m++) {
+    f32x16 first = sums[m][0], second = sums[m][1];
+    if (args.bias) {
+      first += load<f32x16>(args.bias + block * BLOCK);
+      second += load<f32x16>(args.bias + block * BLOCK + LANES);
+    }
+    Out* y = static_cast<Out*>(args.y) + (row + m) * args.y_stride;
+    if (args.silu_mul) {
+      const int column = block * LANES;
+      store_columns(y + column, first / (1.0f + exponential(-first)) * second, args.columns - column);
+    } else {
+      const int column = block * BLOCK;
+      store_columns(y + column, first, args.columns - column);
+      store_columns(y + column + LANES, second, args.columns - column - LANES);
+    }
+  }
+}
+
+// The same for sums of a kind of dot product: those of bytes are scaled first. scales: of the rows.
+template <class Dot, class Out, int M>
+MAGICDEC_INLINE void finish_sums(const LinearArgs& args, typename Dot::Sums (&sums)[M][2], const float* scales, int row, int block) {
+  if constexpr (Dot::ELEMENTS == 4) {
+    f32x16 scaled[M][2];
+    for (int c = 0; c < 2; c++) {
+      const i32x16 offset = load<i32x16>(args.offsets + block * BLOCK + c * LANES);
+      const f32x16 column = load<f32x16>(args.scales + block * BLOCK + c * LANES);
+      for (int m = 0; m < M; m++) scaled[m][c] = __builtin_convertvector(sums[m][c] + offset, f32x16) * (column * scales[row + m]);
+    }
+    finish<Out, M>(args, scaled, row, block);
+  } else {
+    finish<Out, M>(args, sums, row, block);
+  }
+}
+
+}  // namespace magicdec
