@@ -37,6 +37,10 @@ class InstructionSet:
     features: frozenset[str]
     flags: tuple[str, ...]
 
+    @property
+    def has_tiles(self) -> bool:
+        return self.name in ("amx", "software_tiles")
+
 
 def _instruction_set(name: str, features: str, compiler_names: str) -> InstructionSet:
     return InstructionSet(name, frozenset(features.split()), tuple(f"-m{each}" for each in compiler_names.split()))
@@ -66,6 +70,28 @@ def supported() -> list[InstructionSet]:
     """List the instruction sets of this processor, the best first. Every processor has the last one."""
     features = _processor_features()
     return [each for each in INSTRUCTION_SETS if each.features <= features]
+
+
+def rivals() -> list[InstructionSet]:
+    """List the supported sets of which any may be the fastest here, the likely best first.
+
+    AMD's processors multiply 16-bit floats at least as fast as others: there is nothing to measure. Intel's multiply
+    pairs of them no faster than single float32 numbers, and their tiles are fast for tall shapes.
+    """
+    best = supported()
+    if best[0].name == "avx512_bf16" and processor_name().startswith("AMD"):
+        return best[:1]
+    names = {"amx", "avx512_bf16", "avx512"} if best[0].name in ("amx", "avx512_bf16") else {best[0].name}
+    return [each for each in best if each.name in names]
+
+
+def processor_name() -> str:
+    """Return the model name of this processor, as Linux names it; empty if unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _processor_features() -> set[str]:
