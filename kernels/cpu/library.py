@@ -58,6 +58,7 @@ class CpuKernels:
             names.append(library.stem.removeprefix("kernels-"))
         self.name = "+".join(names)
         self._attention_table, self._rest = tables[choice.attention.name], tables[choice.rest.name]
+        self._prefetch = (choice.prefetch.blocks, choice.prefetch.to_l2)
         # By whether weights have 8 bits: the kernels, and the number of rows from which on tiles multiply.
         self._products = (
             (tables[choice.products.name], choice.tiles_from),
@@ -77,7 +78,7 @@ class CpuKernels:
         lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. Returns o, in q's dtype, and the
         log-sum-exp [tokens, heads] float32.
         """
-        o, sums = self._attention(self._attention_table, q, k, v, queries, lengths, pages, scale)
+        o, sums = self._attention(self._attention_table, q, k, v, queries, lengths, pages, scale, *self._prefetch)
         return o, sums
 
     def linear(self, x: Tensor, weights: PackedWeights, *, silu_mul: bool = False, float_out: bool = False) -> Tensor:
