@@ -113,8 +113,8 @@ def full_profile(folder: Path | None, *, anew: bool) -> MicroProfile:
 
 
 def usable(folder: Path | None) -> list[InstructionSet]:
-    """Compile and load the sets that may be the fastest here, and return those that the system permits, or else the next
-    best one. Raises KernelsUnavailable if there is none."""
+    """Compile and load the sets that may be the fastest here, and return those that the system permits, or else the
+    next best one. Raises KernelsUnavailable if there is none."""
     found: list[InstructionSet] = []
     first = rivals()
     errors = []
