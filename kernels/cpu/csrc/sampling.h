@@ -32,7 +32,7 @@ struct NoiseKey {
 
 // -ln(-ln(1 - u)) with u = (bits + 1/2) / 2^32.
 MAGICDEC_INLINE f32x16 gumbel(u32x16 random) {
-  const f32x16 u = minimum((__builtin_convertvector(random, f32x16) + 0.5f) * 0x1p-32f, splat(1.0f - 0x1p-24f));
+  const f32x16 u = minimum((convert<f32x16>(random) + 0.5f) * 0x1p-32f, splat(1.0f - 0x1p-24f));
   // ln(1 - u): the factor u / (1 - (1 - u)) corrects for the rounding of 1 - u.
   const f32x16 rest = 1.0f - u, lost = 1.0f - rest;
   const i32x16 tiny = lost == f32x16{};
@@ -43,7 +43,7 @@ MAGICDEC_INLINE f32x16 gumbel(u32x16 random) {
 inline void sample(const SampleArgs& args) {
   constexpr int64_t PART = 4096;  // tokens per piece of work
   const int64_t parts = (args.size + PART - 1) / PART;
-  const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const i32x16 lanes = lane_numbers();
 #pragma omp parallel
   {
     for (int row = 0; row < args.rows; row++) {
