@@ -16,12 +16,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-import torch
-
 from bench.offline.interleave import Contender, Gamma, RoundMeasurements, run_turns, scheduler_for_batch
 from engine.config.deployment import EngineConfig
 from engine.scheduler.stats import acceptance_rate
 from engine.worker.loading import load_target
+from engine.worker.resolve import threads_per_rank
 from planner.cost_model import speedup
 
 
@@ -75,7 +74,7 @@ def measure(
     config, batch = configs[0], len(prompts)
     ranks = config.tensor_parallel_size
     target = load_target(config, progress=False) if len(configs) > 1 and ranks == 1 else None
-    threads = config.threads or max(1, torch.get_num_threads() // ranks)  # before an engine changes the count
+    threads = threads_per_rank(config)  # before an engine changes the count
     max_gamma = max(config.speculation.gamma_max if gamma == "auto" else gamma for gamma in gammas)
     scheduler = scheduler_for_batch(config.scheduler, batch, max_gamma)
     history = history if "auto" in gammas else 0

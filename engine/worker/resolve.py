@@ -14,6 +14,7 @@ from engine.config.speculation import WindowConfig
 from engine.kv.draft_spec import draft_kv_spec
 from engine.kv.policies import budget_policies, make_policy
 from engine.worker.kernels import choose_ops
+from kernels.cpu.cpus import usable_cores
 from kernels.kv_cache import KVPool
 from kernels.ops import Ops
 from models.config import ModelConfig, read_config
@@ -93,7 +94,7 @@ def resolve(config: EngineConfig, model: Llama | None, *, sizes_pool: bool = Tru
         device=device,
         dtype=dtype,
         ops=choose_ops(config.kernels, device, dtype) if model is None else model.ops,
-        threads=config.threads or max(1, torch.get_num_threads() // ranks),
+        threads=threads_per_rank(config),
         max_model_len=_max_model_len(config, shape),
         num_pages=None,
         kv_token_bytes=_kv_bytes(shape, dtype, sum(kv_heads)),
@@ -114,6 +115,11 @@ def resolve(config: EngineConfig, model: Llama | None, *, sizes_pool: bool = Tru
     return fit_pool(
         config, resolved, int(memory * 1e9), f"cache.memory_gb, {memory:g}", f"cache.memory_gb ({memory:g})"
     )
+
+
+def threads_per_rank(config: EngineConfig) -> int:
+    """Return the CPU threads of each rank: `engine.threads`, or an equal share of what torch and the system allow."""
+    return config.threads or max(1, min(torch.get_num_threads(), usable_cores()) // config.tensor_parallel_size)
 
 
 def draft_tokens_read(config: EngineConfig) -> Callable[[int, int], int]:

@@ -27,7 +27,7 @@ PREFETCHES = (Prefetch(2, to_l2=True), Prefetch(1, to_l2=True), Prefetch(1, to_l
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class KernelChoice:
     """Instruction sets by kind of kernel. Sets may differ in rounding, so a choice holds for all row counts of a kind.
 
     attention, products, products_int8: the sets of attention, of products, and of products with 8-bit weights. rest:
@@ -44,7 +44,7 @@ class Choice:
     prefetch: Prefetch = PREFETCHES[0]
 
     @classmethod
-    def all_of(cls, target: InstructionSet) -> Choice:
+    def all_of(cls, target: InstructionSet) -> KernelChoice:
         """Return the choice of one set for everything."""
         return cls(target, target, target, target)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.choice import Choice
+from kernels.cpu.choice import KernelChoice
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, build_kernels, build_operators, supported
 
 BLOCK = 32
@@ -47,11 +47,11 @@ class CpuKernels:
     other rows, their number, or the number of threads.
     """
 
-    def __init__(self, folder: Path | None, choice: Choice | InstructionSet | None = None) -> None:
+    def __init__(self, folder: Path | None, choice: KernelChoice | InstructionSet | None = None) -> None:
         """folder: where compiled libraries are kept; None: use only those of the installation. choice: sets that this
         processor has, or one for everything; None: the best. Raises KernelsUnavailable."""
-        if not isinstance(choice, Choice):
-            choice = Choice.all_of(choice or supported()[0])
+        if not isinstance(choice, KernelChoice):
+            choice = KernelChoice.all_of(choice or supported()[0])
         tables, names = {}, []
         for target in choice.sets:
             library, tables[target.name] = open_set(folder, target)

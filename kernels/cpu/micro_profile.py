@@ -27,8 +27,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from kernels.cpu.choice import PREFETCHES, Choice, Prefetch
+from kernels.cpu.choice import PREFETCHES, KernelChoice, Prefetch
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, processor_name, rivals, supported
+from kernels.cpu.cpus import usable_cores
 from kernels.cpu.library import CpuKernels, PackedWeights, open_set
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Rate(msgspec.Struct, frozen=True):
 
 
 class MicroProfile(msgspec.Struct, frozen=True):
-    """Measured rates, and what they lead to: instruction sets by kind of kernel, see Choice."""
+    """Measured rates, and what they lead to: instruction sets by kind of kernel, see KernelChoice."""
 
     rates: list[Rate]
     attention: str
@@ -79,10 +80,10 @@ class MicroProfile(msgspec.Struct, frozen=True):
     tiles_from_int8: int
     prefetch: Prefetch
 
-    def choice(self, sets: Sequence[InstructionSet]) -> Choice:
+    def choice(self, sets: Sequence[InstructionSet]) -> KernelChoice:
         """Return the choice among the sets that were measured."""
         named = {each.name: each for each in sets}
-        return Choice(
+        return KernelChoice(
             named[self.attention],
             named[self.products],
             named[self.products_int8],
@@ -93,18 +94,18 @@ class MicroProfile(msgspec.Struct, frozen=True):
         )
 
 
-def choose(folder: Path | None) -> Choice:
+def choose(folder: Path | None) -> KernelChoice:
     """Choose instruction sets for this processor by measurement. folder: of compiled libraries, and of kept
     measurements. Raises KernelsUnavailable if no set can be used."""
     sets = usable(folder)
-    return _kept(folder, tuple(sets), torch.get_num_threads()).choice(sets)
+    return _kept(folder, tuple(sets)).choice(sets)
 
 
 def full_profile(folder: Path | None, *, anew: bool) -> MicroProfile:
     """Return the profile that `choose` goes by from now on, with the rates of all kernels. anew: measure it even if it
     is kept. Raises KernelsUnavailable."""
     sets = tuple(usable(folder))
-    file = _file(folder, sets, torch.get_num_threads())
+    file = _file(folder, sets)
     kept = None if anew else _read(file)
     if kept is None or {rate.kernel for rate in kept.rates} != set(KINDS):
         kept = measure(folder, sets, every=True)
@@ -133,9 +134,9 @@ def usable(folder: Path | None) -> list[InstructionSet]:
 
 
 @functools.lru_cache
-def _kept(folder: Path | None, sets: tuple[InstructionSet, ...], threads: int) -> MicroProfile:
+def _kept(folder: Path | None, sets: tuple[InstructionSet, ...]) -> MicroProfile:
     """Return what an earlier start has kept, or measure now; in one process always the same."""
-    file = _file(folder, sets, threads)
+    file = _file(folder, sets)
     profile = _read(file)
     if profile is None:
         log.info("measuring the kernels of this processor, once")
@@ -144,11 +145,11 @@ def _kept(folder: Path | None, sets: tuple[InstructionSet, ...], threads: int) -
     return profile
 
 
-def _file(folder: Path | None, sets: Sequence[InstructionSet], threads: int) -> Path | None:
+def _file(folder: Path | None, sets: Sequence[InstructionSet]) -> Path | None:
     if folder is None:
         return None
     libraries = [open_set(folder, target)[0].stem for target in sets]
-    key = hashlib.sha256(repr((_VERSION, libraries, threads, processor_name())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((_VERSION, libraries, usable_cores(), processor_name())).encode()).hexdigest()[:16]
     return folder / f"rates-{key}.json"
 
 
@@ -170,9 +171,19 @@ def _keep(profile: MicroProfile, file: Path | None) -> None:
 
 
 def measure(folder: Path | None, sets: Sequence[InstructionSet], *, every: bool = False) -> MicroProfile:
-    """Measure the kernels of these sets on shapes of all heights. every: also those that leave no choice."""
+    """Measure the kernels of these sets on shapes of all heights, on all cores. every: also those that leave no
+    choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(usable_cores())
+    try:
+        return _measure(folder, sets, every)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(folder: Path | None, sets: Sequence[InstructionSet], every: bool) -> MicroProfile:
     attention = {
-        (target.name, prefetch): CpuKernels(folder, replace(Choice.all_of(target), prefetch=prefetch))
+        (target.name, prefetch): CpuKernels(folder, replace(KernelChoice.all_of(target), prefetch=prefetch))
         for target in sets
         for prefetch in PREFETCHES
     }
@@ -275,7 +286,7 @@ def _tiles_from(folder: Path | None, target: InstructionSet, weights: list[Packe
     processor do not round like those."""
     if not target.has_tiles:
         return 1
-    whole = Choice.all_of(target)
+    whole = KernelChoice.all_of(target)
     kernels = {
         name: CpuKernels(folder, replace(whole, tiles_from=least, tiles_from_int8=least))
         for name, least in (("tiles", 1), ("vectors", 1 << 30))

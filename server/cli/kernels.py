@@ -24,6 +24,7 @@ def kernels(
 
     from engine.worker.kernels import choose_ops, kernels_folder
     from kernels.cpu.compiler import BUILT, INSTRUCTION_SETS, build_kernels, build_operators, processor_name
+    from kernels.cpu.cpus import usable_cores
     from kernels.cpu.micro_profile import KINDS, full_profile
 
     if every:
@@ -37,7 +38,7 @@ def kernels(
     profile = full_profile(kernels_folder(), anew=measure)
     chosen = {kind: getattr(profile, kind) for kind in KINDS}
     chosen["attention"] += f", {profile.prefetch}"
-    typer.echo(f"{processor_name() or platform.machine()}, {torch.get_num_threads()} threads")
+    typer.echo(f"{processor_name() or platform.machine()}, {usable_cores()} threads")
     for kind, variant in chosen.items():
         typer.echo(f"{kind}: {variant}")
     for kind, least in zip(KINDS[1:], (profile.tiles_from, profile.tiles_from_int8), strict=True):

@@ -1,0 +1,56 @@
+"""Number of cores that this process may use: by its affinity mask and the CPU quotas of its control groups."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def usable_cores(proc: Path = Path("/proc/self"), system: Path = Path("/sys")) -> int:
+    """Count the cores that threads of this process can keep busy, at least one. Two hyperthreads are one core.
+
+    A quota of 1.5 CPUs counts as two: its threads are stopped for a quarter of the time, all at once. proc, system:
+    where Linux keeps what it says of this process, and of processors and control groups.
+    """
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = (system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus)
+    cores = len({_read(file) or file for file in siblings})
+    return max(1, min(cores, math.ceil(min(_quotas(proc, system / "fs/cgroup"), default=cores))))
+
+
+def _quotas(proc: Path, groups: Path) -> Iterator[float]:
+    """Yield the quotas, in CPUs, of the process's control groups and of those above them."""
+    for line in _read(proc / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2: one tree
+            roots = [groups, groups / "unified"]
+        elif "cpu" in controllers.split(","):
+            roots = [groups / controllers, groups / "cpu"]
+        else:
+            continue
+        # In a container the path may be the host's, while its files are those of the root.
+        inner = Path(path.lstrip("/"))
+        for root in roots:
+            for group in (inner, *inner.parents):
+                yield from _quota(root / group)
+
+
+def _quota(group: Path) -> Iterator[float]:
+    maximum = _read(group / "cpu.max").split()
+    quota, period = (
+        maximum if len(maximum) == 2 else (_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    )
+    try:
+        if float(quota) > 0 and float(period) > 0:
+            yield float(quota) / float(period)
+    except ValueError:  # "max", or no such files
+        return
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return ""
