@@ -376,6 +376,10 @@ void test_sample(Random& random) {
 }  // namespace
 
 int main(int count, char** arguments) {
+  if (!kernels.permitted()) {
+    std::printf("the system does not permit the instructions of this set\n");
+    return 1;
+  }
   const int cases = count > 1 ? std::atoi(arguments[1]) : 20;
   const uint64_t seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 0;
   for (int each = 0; each < cases; each++) {
