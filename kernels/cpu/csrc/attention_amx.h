@@ -56,59 +56,60 @@ struct TileSpace {
 
 // -- steps of the products --------------------------------------------------------------------------------------------
 
-// Calls f(Count<i % 4>{}).
-template <class F>
-MAGICDEC_INLINE void with_quarter(int i, F&& f) {
-  switch (i % 4) {
-    case 0:
-      return f(Count<0>{});
-    case 1:
-      return f(Count<1>{});
-    case 2:
-      return f(Count<2>{});
-    default:
-      return f(Count<3>{});
-  }
+// A product of one group, in steps that fit between other work. The sums are in tiles 0 … 3, and are stored one step after
+// their products, which nothing then waits for.
+constexpr int product_steps(int head_dim) { return head_dim / TILE_DIMS + 1; }
+
+// Calls f(Count<0>{}) … f(Count<N - 1>{}).
+template <int N, class F>
+MAGICDEC_INLINE void for_tiles(F&& f) {
+  if constexpr (N > 1) for_tiles<N - 1>(f);
+  f(Count<N - 1>{});
 }
 
-// A product of one group, in steps that fit between other work. Both kinds sum in tiles 0 … 3.
-MAGICDEC_INLINE int score_steps(int head_dim) { return head_dim / TILE_DIMS * 4 + 4; }
 MAGICDEC_INLINE void score_step(int step, const Block<bf16>& block, const uint32_t* q, int head_dim, float* scores) {
-  const int part = step / 4;  // of head_dim
-  const bool done = part == head_dim / TILE_DIMS;
-  if (step % 4 == 0 && !done) tile_load<6>(q + part * TILE_SIZE, TILE_BYTES);
-  with_quarter(step, [&](auto quarter) {
-    constexpr int I = decltype(quarter)::value;  // slots 16 I … 16 I + 15
-    if (done) return tile_store<I>(scores + I * TILE_SIZE, TILE_BYTES);
-    if (part == 0) tile_zero<I>();
-    tile_load<4 + I % 2>(block.keys(I) + part * TILE_DIMS, head_dim * sizeof(bf16));
-    tile_dot_bf16<I, 4 + I % 2, 6>();
+  const int d = step * TILE_DIMS;
+  if (d == head_dim) return for_tiles<4>([&](auto tile) { tile_store<tile.value>(scores + tile.value * TILE_SIZE, TILE_BYTES); });
+  if (d == 0) for_tiles<4>([](auto tile) { tile_zero<tile.value>(); });
+  tile_load<6>(q + step * TILE_SIZE, TILE_BYTES);
+  for_tiles<4>([&](auto tile) {  // slots 16 tile … 16 tile + 15
+    constexpr int KEYS = 4 + tile.value % 2;
+    tile_load<KEYS>(block.keys(tile.value) + d, head_dim * sizeof(bf16));
+    tile_dot_bf16<tile.value, KEYS, 6>();
   });
 }
 
-MAGICDEC_INLINE int mix_steps(int head_dim) { return head_dim / TILE_WORDS + 4; }
-MAGICDEC_INLINE void mix_step(int step, const uint32_t* weights, const uint32_t* values, int head_dim, float* o) {
+// SUMS: first of the two tiles that hold the sums of this step; the other two have those of the step before.
+template <int SUMS>
+MAGICDEC_INLINE void mix_columns(int d, const uint32_t* values, int head_dim, float* o) {
   const size_t stride = head_dim * sizeof(float);
+  if (d < head_dim) {
+    for_tiles<2>([&](auto i) { tile_load<SUMS + i.value>(o + d + i.value * TILE_WORDS, stride); });
+    for_tiles<2>([&](auto half) {  // of the slots
+      const uint32_t* from = values + half.value * TILE_ROWS * head_dim + d;
+      for_tiles<2>([&](auto i) {
+        tile_load<4 + i.value>(from + i.value * TILE_WORDS, stride);
+        tile_dot_bf16<SUMS + i.value, 6 + half.value, 4 + i.value>();
+      });
+    });
+  }
+  if (d > 0) for_tiles<2>([&](auto i) { tile_store<2 - SUMS + i.value>(o + d - TILE_DIMS + i.value * TILE_WORDS, stride); });
+}
+
+MAGICDEC_INLINE void mix_step(int step, const uint32_t* weights, const uint32_t* values, int head_dim, float* o) {
   if (step == 0) tile_load<6>(weights, TILE_BYTES), tile_load<7>(weights + TILE_SIZE, TILE_BYTES);
-  with_quarter(step, [&](auto quarter) {
-    constexpr int I = decltype(quarter)::value;
-    const int d = step * TILE_WORDS, before = d - 4 * TILE_WORDS;
-    if (before >= 0) tile_store<I>(o + before, stride);  // late, so that nothing waits for the products
-    if (d >= head_dim) return;
-    tile_load<I>(o + d, stride);
-    tile_load<4>(values + d, stride);
-    tile_dot_bf16<I, 6, 4>();
-    tile_load<5>(values + TILE_ROWS * head_dim + d, stride);
-    tile_dot_bf16<I, 7, 5>();
-  });
+  if (step % 2 == 0)
+    mix_columns<0>(step * TILE_DIMS, values, head_dim, o);
+  else
+    mix_columns<2>(step * TILE_DIMS, values, head_dim, o);
 }
 
 // Prefetches a block in equal parts, one at each of `points` points of other work.
 struct Ahead {
-  const Block<bf16>& next;
-  const int head_dim, points;
+  const Block<bf16> next;
+  const int points;
   int due = 0, slot = 0;
-  MAGICDEC_INLINE void operator()() {
+  MAGICDEC_INLINE void step(int head_dim) {
     constexpr int ALL = 2 * SLOTS;
     for (due += ALL; due >= points; due -= points, slot++) next.fetch<2>(slot / LANES, slot % LANES, 1, head_dim);
   }
@@ -279,7 +280,6 @@ struct ByTiles {
     const int padded = to_whole_groups(piece.queries * (args.heads / args.kv_heads)), groups = padded / TILE_ROWS;
     const int64_t* list = args.pages + piece.row * args.row_stride + head * args.head_stride;
     const Block<bf16> block = find_block(args, list, head, start, end, reinterpret_cast<bf16*>(space.staged));
-    const Block<bf16> next = block_after(args, piece, head, start, block);
     const float scale = args.scale * 1.44269504f;
 
     // Slots of the block that the piece's first query sees. Later groups see more: the first ones may see none.
@@ -287,25 +287,27 @@ struct ByTiles {
     int first = 0;
     while (visible + space.query_of[first * TILE_ROWS + TILE_ROWS - 1] <= 0) first++;
 
-    Ahead ahead{next, head_dim, PACK_POINTS + (groups - first) * (score_steps(head_dim) + mix_steps(head_dim))};
+    const int steps = product_steps(head_dim);  // of each of a group's two products
+    Ahead ahead{block_after(args, piece, head, start, block), PACK_POINTS + (groups - first) * (WEIGH_POINTS + 2 * steps)};
     const auto score = [&](int g, int step) __attribute__((always_inline)) {
-      ahead();
+      ahead.step(head_dim);
       const uint32_t* q = space.q + size_t(h * padded + g * TILE_ROWS) * (head_dim / 2);
       score_step(step, block, q, head_dim, space.scores + g % 2 * GROUP_SCORES);
     };
     const auto mix = [&](int g, int step) __attribute__((always_inline)) {
-      ahead();
+      ahead.step(head_dim);
       float* o = state.o + size_t(h * padded + g * TILE_ROWS) * head_dim;
       mix_step(step, space.weights + g % 2 * GROUP_WEIGHTS, space.values, head_dim, o);
     };
 
-    pack_values(block, head_dim, space.values, [&](int) { ahead(); });
-    for (int step = 0; step < score_steps(head_dim); step++) score(first, step);
+    pack_values(block, head_dim, space.values, [&](int) { ahead.step(head_dim); });
+    for (int step = 0; step < steps; step++) score(first, step);
     for (int g = first; g < groups; g++) {
-      const int mixes = g > first ? mix_steps(head_dim) : 0, steps = mixes + (g + 1 < groups ? score_steps(head_dim) : 0);
+      const int mixes = g > first ? steps : 0, all = mixes + (g + 1 < groups ? steps : 0);
       int done = 0;
       const auto meanwhile = [&](int point) __attribute__((always_inline)) {
-        for (; done * WEIGH_POINTS < (point + 1) * steps; done++) {
+        ahead.step(head_dim);
+        for (; done * WEIGH_POINTS < (point + 1) * all; done++) {
           if (done < mixes)
             mix(g - 1, done);
           else
@@ -321,7 +323,7 @@ struct ByTiles {
       else
         weigh_group<true>(scores, queries + int(visible), scale, state, row, head_dim, weights, meanwhile);
     }
-    for (int step = 0; step < mix_steps(head_dim); step++) mix(groups - 1, step);
+    for (int step = 0; step < steps; step++) mix(groups - 1, step);
   }
 };
 
