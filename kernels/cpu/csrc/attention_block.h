@@ -1,5 +1,5 @@
 // Attention over one block of keys and values: find it, pack it, multiply it with queries, with a softmax between.
-// attention.h divides rows into blocks and combines their results.
+// attention_pieces.h divides rows and combines their results.
 #pragma once
 
 #include <algorithm>
@@ -204,14 +204,14 @@ MAGICDEC_INLINE void pair_values(const T* values, int head_dim, u32x16& first, u
   first = pair_values(values, head_dim), second = pair_values(values + LANES, head_dim);
 }
 
-// Packs a block's values to [SLOTS / ELEMENTS words][head_dim].
-template <class T>
-MAGICDEC_INLINE void pack_values(const Block<T>& block, const Block<T>& next, int head_dim, uint32_t* packed) {
+// Packs a block's values to [SLOTS / ELEMENTS words][head_dim]. meanwhile: called with each i < LANES, in ascending order.
+template <class T, class F>
+MAGICDEC_INLINE void pack_values(const Block<T>& block, int head_dim, uint32_t* packed, F&& meanwhile) {
   constexpr int ELEMENTS = DotOf<T>::type::ELEMENTS;
   for (int group = 0; group < block.GROUPS; group++) {
     const T* values = block.values(group);
     for (int slot = 0; slot < LANES; slot += ELEMENTS, values += ELEMENTS * head_dim, packed += head_dim) {
-      if (slot % 4 == 0) next.fetch(1, group * 4 + slot / 4, 1, head_dim);
+      if (slot % 4 == 0) meanwhile(group * 4 + slot / 4);
       int d = 0;
       for (; d + 2 * LANES <= head_dim; d += 2 * LANES) {
         u32x16 first, second;

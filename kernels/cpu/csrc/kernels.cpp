@@ -9,10 +9,6 @@
 
 namespace magicdec {
 
-static void attention_any(const AttentionArgs& args) {
-  with_type(args.type, [&](auto zero) { attention<decltype(zero)>(args); });
-}
-
 static bool permitted() {
 #if defined(MAGICDEC_TILES)
   return tiles_permitted();
@@ -34,7 +30,7 @@ static void rotary_any(const RotaryArgs& args) {
 extern "C" __attribute__((visibility("default"))) const magicdec::Kernels* magicdec_kernels() {
   using namespace magicdec;
   static const Kernels kernels = {
-      permitted, linear_scratch, linear_any, attention_scratch, attention_any, norm_any, rotary_any, sample_scratch, sample,
+      permitted, linear_scratch, linear_any, attention_scratch, attention, norm_any, rotary_any, sample_scratch, sample,
   };
   return &kernels;
 }

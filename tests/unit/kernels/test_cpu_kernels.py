@@ -1,4 +1,5 @@
-"""The compiled CPU kernels of every instruction set that this processor supports, against plain torch."""
+"""The compiled CPU kernels of every instruction set that this processor supports, and tiles in software, against plain
+torch."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from kernels.attention.base import AttentionBatch
 from kernels.attention.cpu_attention import CpuAttention
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.cpu import compiler
-from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, supported
+from kernels.cpu.compiler import SOFTWARE_TILES, InstructionSet, KernelsUnavailable, supported
 from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
 from kernels.kv_cache import write_kv
 from kernels.noise import gumbel_noise
@@ -28,9 +29,10 @@ from tests.support.rig import pool_layer
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+TARGETS = [*supported(), *([SOFTWARE_TILES] if SOFTWARE_TILES.features <= supported()[0].features else [])]
 
 
-@pytest.fixture(scope="module", params=supported(), ids=lambda target: target.name)
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     target: InstructionSet = request.param
     # `make test` tests this processor's own set and AVX2, which most others have, as they are served. The rest take a
@@ -52,7 +54,7 @@ def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     page_size=st.sampled_from([1, 7, 16, 32]),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
-    head_dim=st.sampled_from([16, 48, 64, 80, 128]),
+    head_dim=st.sampled_from([16, 48, 64, 80, 96, 128]),
     per_head=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
@@ -123,6 +125,30 @@ def test_attention_of_a_query_depends_on_nothing_else(kernels: CpuKernels, dtype
                 assert torch.equal(run(first, queries, before), whole[first : first + queries])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_attention_of_drafts_depends_on_nothing_else(kernels: CpuKernels, group: int, head_dim: int) -> None:
+    """A query has the same result to the bit alone, in a verify pass and in a chunk, however many query rows share
+    a KV head."""
+    torch.manual_seed(head_dim + group)
+    length, n, page_size, kv_heads = 1100, 40, 16, 2
+    layer = pool_layer(80, kv_heads, page_size, head_dim, torch.bfloat16)
+    pages = torch.randperm(80)[None, : -(-length // page_size)]
+    q = torch.randn(n, kv_heads * group, head_dim).bfloat16()
+    backend = CpuAttention(kernels)
+
+    def run(first: int, count: int) -> tuple[Tensor, Tensor]:
+        backend.plan(AttentionBatch([count], [length - n + first + count], pages))
+        return backend.run(layer, q[first : first + count], head_dim**-0.5)
+
+    whole, whole_lse = run(0, n)
+    for count in (1, 2, 3, 5, 7, 16, 17):
+        for first in (0, 11, n - count):
+            o, lse = run(first, count)
+            assert torch.equal(o, whole[first : first + count])
+            assert torch.equal(lse, whole_lse[first : first + count])
 
 
 def test_attention_ignores_what_is_not_there(kernels: CpuKernels) -> None:

@@ -1,0 +1,141 @@
+// Attention by vectors, for all types and instruction sets.
+//
+// A block's keys and values are packed for `tile` once and then multiplied with all queries of the row, of all heads that
+// share them: two small matrix products with a softmax between. Few queries read a block in place.
+#pragma once
+
+#include "attention_pieces.h"
+
+namespace magicdec {
+
+// Largest number of query rows that a block is multiplied with in place, without packing. D: see attend.
+template <class T, int D>
+constexpr int few() {
+#if defined(__AVX512F__)
+  return D > 0 ? 15 : 6;  // each number is compiled separately, so only the usual heads have all
+#else
+  return 0;
+#endif
+}
+
+// Scratch memory of one thread.
+struct Workspace {
+  uint32_t *q, *keys, *values;
+  float *scores, *weights, *segment, *all, *staged;
+
+  static size_t floats(const AttentionArgs& args) {
+    const size_t rows = max_rows(args);
+    return rows * args.head_dim + 4 * size_t(SLOTS) * args.head_dim + 2 * rows * SLOTS +
+           2 * Running::floats(int(rows), args.head_dim) + 8 * LANES;
+  }
+  Workspace(float* memory, const AttentionArgs& args) {
+    const size_t rows = max_rows(args);
+    const auto take = [&](size_t floats) {
+      float* taken = memory;
+      memory += (floats + LANES - 1) / LANES * LANES;
+      return taken;
+    };
+    q = reinterpret_cast<uint32_t*>(take(rows * args.head_dim));
+    keys = reinterpret_cast<uint32_t*>(take(size_t(SLOTS) * args.head_dim));
+    values = reinterpret_cast<uint32_t*>(take(size_t(SLOTS) * args.head_dim));
+    scores = take(rows * SLOTS);
+    weights = take(rows * SLOTS);
+    segment = take(Running::floats(int(rows), args.head_dim));
+    all = take(Running::floats(int(rows), args.head_dim));
+    staged = take(2 * size_t(SLOTS) * args.head_dim);
+  }
+};
+
+// Computes one piece. D: head_dim if it is known at compile time, else 0.
+template <class T, int D>
+void attend(const AttentionArgs& args, const Piece& piece, int64_t first_token, const Workspace& space) {
+  using Dot = typename DotOf<T>::type;
+  constexpr int FEW = few<T, D>(), IN_PLACE = D > 0 ? 2 * FEW : FEW;
+  const int group = args.heads / args.kv_heads, head_dim = D > 0 ? D : args.head_dim, words = head_dim / Dot::ELEMENTS;
+  const int rows = piece.queries * group;  // per KV head
+  const int heads = piece.head_end - piece.head;
+  const int64_t token = first_token + piece.query;
+  const float scale = args.scale * 1.44269504f;
+
+  // Gather the query rows of each KV head: [heads][queries][group].
+  for (int h = 0; h < heads; h++)
+    for (int i = 0; i < piece.queries; i++)
+      std::memcpy(space.q + (size_t(h) * rows + size_t(i) * group) * words,
+                  static_cast<const T*>(args.q) + (token + i) * args.q_stride + size_t(piece.head + h) * group * head_dim,
+                  size_t(group) * head_dim * sizeof(T));
+
+  // Slots of the row's list that the first query sees: up to its own.
+  const int64_t seen = args.lengths[piece.row] - args.queries[piece.row] + piece.query + 1;
+  float* memory = piece.partial ? piece.partial : space.segment;
+  const Running state = Running::at(memory, rows * heads);
+  const bool whole = piece.first == 0 && piece.last - piece.first <= SEGMENT && !piece.partial;
+  const Running all = Running::at(space.all, rows * heads);
+  if (!piece.partial && !whole) all.clear(rows * heads, head_dim);
+
+  const int64_t* lists = args.pages + piece.row * args.row_stride;
+  for (int64_t segment = piece.first; segment < piece.last; segment += SEGMENT) {
+    const int64_t segment_end = std::min(piece.last, segment + SEGMENT);
+    state.clear(rows * heads, head_dim);
+    for (int64_t start = segment; start < segment_end; start += SLOTS) {
+      for (int h = 0; h < heads; h++) {
+        const int64_t* list = lists + (piece.head + h) * args.head_stride;
+        const Block<T> block = find_block(args, list, piece.head + h, start, segment_end, reinterpret_cast<T*>(space.staged));
+        const Block<T> next = block_after(args, piece, piece.head + h, start, block);
+        const uint32_t* q = space.q + size_t(h) * rows * words;
+        T* weights = reinterpret_cast<T*>(space.weights);
+        float* o = state.o + size_t(h) * rows * head_dim;
+        const auto weigh_all = [&] {
+          for (int row = 0; row < rows; row++) {
+            if (rows > IN_PLACE && row < 2 * LANES) next.fetch(2 * 3 + row / LANES, row % LANES, 1, head_dim);
+            const int64_t visible = std::min<int64_t>(seen + row / group - start, SLOTS);
+            if (visible > 0)
+              weigh(space.scores + row * SLOTS, int(visible), scale, state, h * rows + row, head_dim, weights + row * SLOTS);
+            else
+              std::memset(weights + row * SLOTS, 0, SLOTS * sizeof(T));
+          }
+        };
+        if (rows <= IN_PLACE) {
+          // Calls f(count, row) for tiles of at most FEW rows.
+          const auto for_tiles_of_rows = [&](auto&& f) {
+            for (int row = 0; row < rows;) {
+              const int height = tile_height(rows, row, std::max(FEW, 1));
+              with_rows<std::max(FEW, 1)>(height, [&](auto count) { f(count, row); });
+              row += height;
+            }
+          };
+          for_tiles_of_rows([&](auto count, int row) {
+            score_few<T, decltype(count)::value>(block, next, head_dim, q + row * words, space.scores + row * SLOTS);
+          });
+          weigh_all();
+          for_tiles_of_rows([&](auto count, int row) {
+            mix_few<T, decltype(count)::value>(block, next, head_dim, weights + row * SLOTS, o + row * head_dim);
+          });
+          continue;
+        }
+        pack_keys(block, next, head_dim, space.keys);
+        pack_values(block, head_dim, space.values, [&](int i) { next.fetch(1, i, 1, head_dim); });
+        product<Dot, false>(q, words, space.keys, words, space.scores, SLOTS, rows, SLOTS,
+                             [&](int i) { next.fetch(2 + i / LANES, i % LANES, 1, head_dim); });
+        weigh_all();
+        product<Dot, true>(reinterpret_cast<const uint32_t*>(weights), SLOTS / Dot::ELEMENTS, space.values,
+                           SLOTS / Dot::ELEMENTS, o, head_dim, rows, head_dim, [](int) {});
+      }
+    }
+    if (!piece.partial && !whole)
+      for (int row = 0; row < rows * heads; row++) merge(all, row, state, row, head_dim);
+  }
+  if (piece.partial) return;
+  for (int h = 0; h < heads; h++)
+    finish_queries<T>(args, token, piece.queries, piece.head + h, group, whole ? state : all, h * rows);
+}
+
+template <class T, int D>
+struct ByVectors {
+  using Element = T;
+  using Space = Workspace;
+  static void attend(const AttentionArgs& args, const Piece& piece, int64_t first_token, const Space& space) {
+    magicdec::attend<T, D>(args, piece, first_token, space);
+  }
+};
+
+}  // namespace magicdec
