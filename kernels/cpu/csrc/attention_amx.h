@@ -108,7 +108,8 @@ MAGICDEC_INLINE void mix_step(int step, const uint32_t* weights, const uint32_t*
 struct Ahead {
   const Block<bf16> next;
   const int points;
-  int due = 0, slot = 0;
+  int due = 0;
+  unsigned slot = 0;
   MAGICDEC_INLINE void step(int head_dim) {
     constexpr int ALL = 2 * SLOTS;
     for (due += ALL; due >= points; due -= points, slot++) next.fetch(slot / LANES, slot % LANES, 1, head_dim);
