@@ -95,6 +95,7 @@ class CpuKernels:
             weights.scales,
             weights.offsets,
             weights.bias,
+            weights.features,
             weights.columns,
             silu_mul,
             float_out,
@@ -147,14 +148,14 @@ class PackedWeights:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, columns: int | None = None) -> None:
         """weight: [n, features] float32, bfloat16, float16 or int8. bias: [n]. columns: of the result, if not n."""
-        rows, features = weight.shape
+        rows, self.features = weight.shape
         self.columns = rows if columns is None else columns
         self.scales: Tensor | None = None
         self.offsets: Tensor | None = None
         padding = -rows % BLOCK
         self.bias = None if bias is None else F.pad(bias.float(), (0, padding))
         elements = _ELEMENTS[weight.dtype]
-        padded = F.pad(weight, (0, -features % (_WORDS * elements), 0, padding))
+        padded = F.pad(weight, (0, -self.features % (_WORDS * elements), 0, padding))
         self.packed = padded.view(-1, BLOCK, padded.shape[1] // elements, elements).transpose(1, 2).contiguous()
 
     @property
@@ -165,7 +166,7 @@ class PackedWeights:
         """Return the same matrix in 8 bits, with one scale per output feature: its largest element becomes 127."""
         if self.scales is not None:
             return self
-        wide = self.packed.transpose(1, 2).flatten(2).flatten(0, 1).float()
+        wide = self.packed.transpose(1, 2).flatten(2).flatten(0, 1)[:, : self.features].float()
         scales = (wide.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         whole = (wide / scales[:, None]).round()
         quantized = PackedWeights(whole.to(torch.int8), self.bias, columns=self.columns)

@@ -76,7 +76,7 @@ void check_range(const Tensor& x, int64_t limit, const char* name) {
 const float* floats(const std::optional<Tensor>& x) { return x ? x->const_data_ptr<float>() : nullptr; }
 
 Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
-              const std::optional<Tensor>& offsets, const std::optional<Tensor>& bias, int64_t columns, bool silu_mul,
+              const std::optional<Tensor>& offsets, const std::optional<Tensor>& bias, int64_t features, int64_t columns, bool silu_mul,
               bool float_out, int64_t tiles_from) {
   TORCH_CHECK(x.dim() == 2 && packed.dim() == 4 && packed.size(2) == BLOCK && packed.is_contiguous(), "linear: shapes");
   check_rows(x, 1, "x");
@@ -100,7 +100,7 @@ Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std:
   args.rows = int(x.size(0));
   args.tiles_from = int(tiles_from);
   const int64_t held = packed.size(1) * packed.size(3);
-  TORCH_CHECK(packed.size(1) % 16 == 0 && x.size(1) <= held && x.size(1) > held - 16 * packed.size(3), "linear: x has ", x.size(1), " features, the weights ", held);
+  TORCH_CHECK(packed.size(1) % 16 == 0 && features <= held && x.size(1) == features, "linear: x has ", x.size(1), " features, the weights ", features);
   const int64_t packed_columns = columns * (silu_mul ? 2 : 1);
   TORCH_CHECK(packed_columns <= packed.size(0) * BLOCK, "linear: more columns than weights");
   for (const auto* each : {&scales, &offsets, &bias})
@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor> sample(int64_t kernels, const Tensor& logits, const T
 
 TORCH_LIBRARY(magicdec_cpu, m) {
   m.def("open(str path) -> int", &open);
-  m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int columns, bool silu_mul, bool float_out, int tiles_from) -> Tensor");
+  m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int features, int columns, bool silu_mul, bool float_out, int tiles_from) -> Tensor");
   m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, int fetch_blocks, bool fetch_to_l2) -> (Tensor, Tensor)");
   m.def("norm(int kernels, Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
   m.def("rotary(int kernels, Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k, Tensor(c!) v, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
