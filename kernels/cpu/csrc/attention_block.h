@@ -68,11 +68,14 @@ MAGICDEC_INLINE void transpose(u32x16 (&x)[LANES]) {
     x[4 + j] = (u32x16)_mm512_shuffle_i32x4(high, high2, 0x88);
     x[12 + j] = (u32x16)_mm512_shuffle_i32x4(high, high2, 0xdd);
   }
+#elif defined(__aarch64__)
+  neon::transpose(x);
 #else
-  uint32_t words[LANES][LANES];
+  uint32_t words[LANES][LANES], turned[LANES][LANES];
   for (int i = 0; i < LANES; i++) store(words[i], x[i]);
   for (int i = 0; i < LANES; i++)
-    for (int j = 0; j < LANES; j++) x[i][j] = words[j][i];
+    for (int j = 0; j < LANES; j++) turned[i][j] = words[j][i];
+  for (int i = 0; i < LANES; i++) x[i] = load<u32x16>(turned[i]);
 #endif
 }
 
@@ -141,8 +144,9 @@ MAGICDEC_INLINE void turn_keys(const T* keys, int head_dim, int w, int count, u3
     if (count == LANES) {
       x[i] = load<u32x16>(from);
     } else {
-      x[i] = u32x16{};
-      std::memcpy(&x[i], from, count * sizeof(uint32_t));
+      uint32_t padded[LANES] = {};
+      std::memcpy(padded, from, count * sizeof(uint32_t));
+      x[i] = load<u32x16>(padded);
     }
   }
   transpose(x);
@@ -166,10 +170,12 @@ MAGICDEC_INLINE void pack_keys(const Block<T>& block, const Block<T>& next, int 
 // Loads the values of two slots in 16 columns, paired in words; for float32 those of one slot.
 template <class T>
 MAGICDEC_INLINE u32x16 pair_values(const T* values, int head_dim) {
-  if constexpr (sizeof(T) == 4)
-    return load<u32x16>(values);
-  else
-    return widen(load<u16x16>(values)) | (widen(load<u16x16>(values + head_dim)) << 16);
+  if constexpr (sizeof(T) == 4) return load<u32x16>(values);
+#if defined(__aarch64__)
+  return neon::load_pairs(values, values + head_dim);
+#else
+  return widen(load<u16x16>(values)) | (widen(load<u16x16>(values + head_dim)) << 16);
+#endif
 }
 
 // The same for 32 columns.
@@ -308,8 +314,7 @@ MAGICDEC_INLINE void weigh(float* scores, int seen, float scale, Running state, 
   for (int i = 0; i < SLOTS / LANES; i++) {
     s[i] = load<f32x16>(scores + i * LANES) * scale;
     if (seen < (i + 1) * LANES) {
-      const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-      s[i] = select(lane < seen - i * LANES, s[i], splat(NOTHING));
+      s[i] = select(lane_numbers() < seen - i * LANES, s[i], splat(NOTHING));
     }
     peak = maximum(peak, s[i]);
   }

@@ -29,7 +29,7 @@ MAGICDEC_INLINE void widen_row(const T* from, float* to, int features, int words
   for (; i < words; i += LANES) store(to + i, f32x16{});
 }
 
-// Quantizes a row to bytes, round(x / scale) + 128, with scale = max |x| / 127. Returns the scale.
+// Quantizes a row to bytes, round(x / scale) + DotI8::ZERO, with scale = max |x| / 127. Returns the scale.
 template <class T>
 MAGICDEC_INLINE float quantise_row(const T* x, uint8_t* to, int features, int words) {
   f32x16 peak{};
@@ -48,10 +48,12 @@ MAGICDEC_INLINE float quantise_row(const T* x, uint8_t* to, int features, int wo
     const int n = std::min(LANES, features - i);
     const f32x16 v = (n == LANES ? load_floats(x + i) : n > 0 ? load_some(x + i, n) : f32x16{}) * inverse;
     // Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits.
-    const u32x16 q = bits<u32x16>(v + 12582912.0f) + (128u - 0x4b400000u);
+    const u32x16 q = bits<u32x16>(v + 12582912.0f) + (DotI8::ZERO - 0x4b400000u);
     uint8_t bytes[LANES];
 #if defined(__AVX512F__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8((__m512i)q));
+#elif defined(__aarch64__)
+    neon::store_bytes(bytes, q);
 #else
     for (int lane = 0; lane < LANES; lane++) bytes[lane] = uint8_t(q[lane]);
 #endif
@@ -94,9 +96,9 @@ MAGICDEC_INLINE void finish_sums(const LinearArgs& args, typename Dot::Sums (&su
   if constexpr (Dot::ELEMENTS == 4) {
     f32x16 scaled[M][2];
     for (int c = 0; c < 2; c++) {
-      const i32x16 offset = load<i32x16>(args.offsets + block * BLOCK + c * LANES);
+      const i32x16 offset = DotI8::ZERO ? load<i32x16>(args.offsets + block * BLOCK + c * LANES) : i32x16{};
       const f32x16 column = load<f32x16>(args.scales + block * BLOCK + c * LANES);
-      for (int m = 0; m < M; m++) scaled[m][c] = __builtin_convertvector(sums[m][c] + offset, f32x16) * (column * scales[row + m]);
+      for (int m = 0; m < M; m++) scaled[m][c] = convert<f32x16>(sums[m][c] + offset) * (column * scales[row + m]);
     }
     finish<Out, M>(args, scaled, row, block);
   } else {

@@ -31,7 +31,7 @@ struct NoiseKey {
 
 // -ln(-ln(1 - u)) with u = (bits + 1/2) / 2^32.
 MAGICDEC_INLINE f32x16 gumbel(u32x16 random) {
-  const f32x16 u = minimum((__builtin_convertvector(random, f32x16) + 0.5f) * 0x1p-32f, splat(1.0f - 0x1p-24f));
+  const f32x16 u = minimum((convert<f32x16>(random) + 0.5f) * 0x1p-32f, splat(1.0f - 0x1p-24f));
   // ln(1 - u): the factor u / (1 - (1 - u)) corrects for the rounding of 1 - u.
   const f32x16 rest = 1.0f - u, lost = 1.0f - rest;
   const i32x16 tiny = lost == f32x16{};
@@ -51,7 +51,7 @@ inline int64_t sample_parts(const SampleArgs& args) { return (args.size + SAMPLE
 inline size_t sample_scratch(const SampleArgs& args) { return args.rows * sample_parts(args) * sizeof(Best); }
 
 inline Best best_of(const SampleArgs& args, int row, int64_t begin, int64_t end) {
-  const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const i32x16 lanes = lane_numbers();
   const float temperature = args.temperature[row];
   const NoiseKey noise(args.seeds[row], args.positions[row]);
   const float* logits = args.logits + row * args.stride;

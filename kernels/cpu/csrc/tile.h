@@ -11,8 +11,12 @@ namespace magicdec {
 
 #if defined(__AVX512F__)
 constexpr int MAX_ROWS = 12;  // per tile with two vectors of columns: 24 of 32 registers hold sums
+#elif defined(__AVX2__)
+constexpr int MAX_ROWS = 3;  // a vector takes two of 16 registers
+#elif defined(__aarch64__)
+constexpr int MAX_ROWS = 3;  // a vector takes four of 32 registers
 #else
-constexpr int MAX_ROWS = 3;  // a vector takes two or four of 16 registers
+constexpr int MAX_ROWS = 1;  // a vector takes four of 16 registers
 #endif
 
 struct Nothing {

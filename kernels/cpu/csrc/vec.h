@@ -1,52 +1,24 @@
-// Vectors of sixteen lanes, written once for all instruction sets: the compiler splits them into the registers that the
-// target has. Intrinsics are used where a target offers better (dot products of 16-bit pairs, of bytes).
+// Arithmetic on vectors of sixteen lanes, written once for all instruction sets. Intrinsics are used where a target
+// offers better (dot products of 16-bit pairs, of bytes).
 #pragma once
 
 #include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include "neon.h"
 #endif
+
+#include "lanes.h"
 
 namespace magicdec {
 
-#define MAGICDEC_INLINE inline __attribute__((always_inline))
-
-constexpr int LANES = 16;
-
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-
-template <class To, class From>
-MAGICDEC_INLINE To bits(From x) {
-  static_assert(sizeof(To) == sizeof(From));
-  To y;
-  std::memcpy(&y, &x, sizeof y);
-  return y;
+MAGICDEC_INLINE i32x16 lane_numbers() {
+  static constexpr int32_t NUMBERS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load<i32x16>(NUMBERS);
 }
 
-template <class V>
-MAGICDEC_INLINE V load(const void* from) {
-  V x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-template <class V>
-MAGICDEC_INLINE void store(void* to, V x) {
-  std::memcpy(to, &x, sizeof x);
-}
-
-MAGICDEC_INLINE f32x16 splat(float x) { return f32x16{} + x; }
-MAGICDEC_INLINE u32x16 splat_bits(uint32_t x) { return u32x16{} + x; }
-MAGICDEC_INLINE f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
-  return bits<f32x16>((mask & bits<i32x16>(yes)) | (~mask & bits<i32x16>(no)));
-}
 MAGICDEC_INLINE f32x16 maximum(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
@@ -56,11 +28,22 @@ MAGICDEC_INLINE f32x16 maximum(f32x16 a, f32x16 b) {
 }
 MAGICDEC_INLINE f32x16 minimum(f32x16 a, f32x16 b) { return select(a < b, a, b); }
 
+// Adds lanes i and i + 8, then i and i + 4, and so on.
 MAGICDEC_INLINE float sum(f32x16 x) {
+#if defined(__AVX512F__)
   x += __builtin_shuffle(x, i32x16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
   x += __builtin_shuffle(x, i32x16{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
   x += __builtin_shuffle(x, i32x16{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
   return x[0] + x[1];
+#elif defined(__aarch64__)
+  return neon::sum(x);
+#else
+  float lane[LANES];
+  store(lane, x);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+  return lane[0];
+#endif
 }
 
 // Whether any lane of x is larger than y; false positives are possible.
@@ -75,9 +58,11 @@ MAGICDEC_INLINE bool may_exceed(f32x16 x, float y) {
 MAGICDEC_INLINE float largest(f32x16 x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__aarch64__)
+  return neon::largest(x);
 #else
   float lane[LANES];
-  std::memcpy(lane, &x, sizeof x);
+  store(lane, x);
   for (int half = LANES / 2; half > 0; half /= 2)
     for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
   return lane[0];
@@ -112,13 +97,16 @@ struct f16 {
   uint16_t raw;
 };
 
-MAGICDEC_INLINE u32x16 widen(u16x16 x) { return __builtin_convertvector(x, u32x16); }
-MAGICDEC_INLINE u16x16 narrow(u32x16 x) { return __builtin_convertvector(x, u16x16); }
+MAGICDEC_INLINE u32x16 widen(u16x16 x) { return convert<u32x16>(x); }
+MAGICDEC_INLINE u16x16 narrow(u32x16 x) { return convert<u16x16>(x); }
 
-MAGICDEC_INLINE f32x16 float_of_half(u32x16 x) {
+MAGICDEC_INLINE f32x16 float_of_half(u16x16 half) {
 #if defined(__AVX512F__)
-  return (f32x16)_mm512_cvtph_ps((__m256i)narrow(x));
+  return (f32x16)_mm512_cvtph_ps((__m256i)half);
+#elif defined(__aarch64__)
+  return neon::float_of_half(half);
 #else
+  const u32x16 x = widen(half);
   // A product rebases the exponent, which also converts denormals correctly.
   const u32x16 magnitude = (x & 0x7fff) << 13;
   const f32x16 scaled = bits<f32x16>(magnitude) * 0x1p112f;
@@ -131,6 +119,8 @@ MAGICDEC_INLINE f32x16 float_of_half(u32x16 x) {
 MAGICDEC_INLINE u16x16 half_of_float(f32x16 x) {
 #if defined(__AVX512F__)
   return (u16x16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  return neon::half_of_float(x);
 #else
   uint16_t out[LANES];
   for (int i = 0; i < LANES; i++) {
@@ -170,13 +160,15 @@ MAGICDEC_INLINE f32x16 load_floats(const bf16* from) {
 }
 template <>
 MAGICDEC_INLINE f32x16 load_floats(const f16* from) {
-  return float_of_half(widen(load<u16x16>(from)));
+  return float_of_half(load<u16x16>(from));
 }
 
 MAGICDEC_INLINE void store_floats(float* to, f32x16 x) { store(to, x); }
 MAGICDEC_INLINE void store_floats(bf16* to, f32x16 x) {
 #if defined(__AVX512BF16__)
   store(to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  store(to, neon::bf16_of_float(x));
 #else
   store(to, narrow(bf16_of_float(x)));
 #endif
@@ -218,8 +210,12 @@ MAGICDEC_INLINE f32x16 exp2_falling(f32x16 x) {
 #else
   const i32x16 gone = x < splat(-126.0f);
   x = select(gone, splat(-126.0f), x);
-  const i32x16 whole = __builtin_convertvector(x - 0.5f, i32x16);  // truncates towards zero: rounds to nearest
-  const f32x16 rest = x - __builtin_convertvector(whole, f32x16);  // in [-1/2, 1/2]
+#if defined(__aarch64__)
+  const i32x16 whole = neon::nearest(x);
+#else
+  const i32x16 whole = convert<i32x16>(x - 0.5f);  // truncates towards zero: rounds to nearest
+#endif
+  const f32x16 rest = x - convert<f32x16>(whole);  // in [-1/2, 1/2]
   const f32x16 scaled = bits<f32x16>(bits<i32x16>(exp2_series(rest)) + (whole << 23));
   return select(gone, f32x16{}, scaled);
 #endif
@@ -230,8 +226,8 @@ MAGICDEC_INLINE f32x16 exponential(f32x16 x) {
   x = minimum(maximum(x, splat(-87.0f)), splat(87.0f));
   const f32x16 turns = x * 1.44269504f;
   const f32x16 half = select(turns < f32x16{}, splat(-0.5f), splat(0.5f));
-  const i32x16 whole = __builtin_convertvector(turns + half, i32x16);
-  const f32x16 n = __builtin_convertvector(whole, f32x16);
+  const i32x16 whole = convert<i32x16>(turns + half);
+  const f32x16 n = convert<f32x16>(whole);
   const f32x16 rest = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
   f32x16 y = rest * 1.9841270e-4f + 1.3888889e-3f;
   y = y * rest + 8.3333333e-3f;
@@ -247,7 +243,7 @@ MAGICDEC_INLINE f32x16 logarithm(f32x16 x) {
   const i32x16 word = bits<i32x16>(x);
   const i32x16 exponent = (word - 0x3f3504f3) >> 23;  // so that the mantissa is in [sqrt(1/2), sqrt(2))
   const f32x16 m = bits<f32x16>(word - (exponent << 23)) - 1.0f;
-  const f32x16 e = __builtin_convertvector(exponent, f32x16);
+  const f32x16 e = convert<f32x16>(exponent);
   // ln(1 + m) = 2 atanh(m / (2 + m))
   const f32x16 s = m / (m + 2.0f), z = s * s;
   f32x16 tail = z * 0.2222222f + 0.2857143f;
@@ -275,6 +271,8 @@ struct DotBF16 {
 #if defined(__AVX512BF16__)
     // In this operand order the instruction can take its last operand from memory.
     return (f32x16)_mm512_dpbf16_ps((__m512)sums, (__m512bh)b, (__m512bh)_mm512_set1_epi32(a));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return neon::dot_bf16(sums, a, b);
 #else
     sums = sums + splat(bits<float>(a << 16)) * bits<f32x16>(b << 16);
     return sums + splat(bits<float>(a & 0xffff0000)) * bits<f32x16>(b & 0xffff0000);
@@ -287,17 +285,25 @@ struct DotF16 {
   using Sums = f32x16;
   static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) {
     const u32x16 pair = splat_bits(a);
-    sums = sums + float_of_half(pair & 0xffff) * float_of_half(b & 0xffff);
-    return sums + float_of_half(pair >> 16) * float_of_half(b >> 16);
+    sums = sums + float_of_half(narrow(pair)) * float_of_half(narrow(b));
+    return sums + float_of_half(narrow(pair >> 16)) * float_of_half(narrow(b >> 16));
   }
 };
 
-struct DotI8 {  // the left matrix unsigned, the right one signed
+struct DotI8 {  // the right matrix is signed
   static constexpr int ELEMENTS = 4;
+  // The byte of the left matrix that stands for zero: Arm multiplies signed bytes with signed ones, x86 unsigned ones.
+#if defined(__aarch64__)
+  static constexpr int ZERO = 0;
+#else
+  static constexpr int ZERO = 128;
+#endif
   using Sums = i32x16;
   static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(a), (__m512i)b);
+#elif defined(__aarch64__)
+    return neon::dot_i8(sums, a, b);
 #else
     for (int byte = 0; byte < 4; byte++) {
       const i32x16 signed_byte = bits<i32x16>(b << (24 - 8 * byte)) >> 24;
