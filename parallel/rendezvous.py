@@ -56,7 +56,7 @@ def choose(device: torch.device, wanted: Transport | Literal["auto"], one_machin
     if wanted in ("shared", "symmetric") and not one_machine:
         raise ValueError(f"{wanted} needs all ranks on one machine")
     if wanted == "shared" and not shm.available():
-        raise ValueError("shared needs Linux on x86")
+        raise ValueError("shared needs Linux, on x86 or on Arm with libatomic.so.1")
     return wanted
 
 

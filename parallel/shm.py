@@ -6,11 +6,13 @@ involves the kernel and several threads and takes a hundred times as long; a dec
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,12 +27,35 @@ _SLOT_BYTES = 1 << 20
 _SPINS, _YIELDS = 200, 200
 _SLEEP_S = 50e-6
 _CHECK_S = 0.02
+_SEQ_CST = 5  # C's memory_order_seq_cst: a full fence
 
 
 def available() -> bool:
-    """Whether this machine supports shared-memory groups. They need anonymous shared files, and a memory model in which
-    other cores see stores in program order, which x86 guarantees and Arm does not."""
-    return hasattr(os, "memfd_create") and platform.machine() in ("x86_64", "AMD64")
+    """Whether this machine supports shared-memory groups. They need anonymous shared files, and an order of memory
+    accesses that all cores see."""
+    try:
+        find_fence(platform.machine())
+    except OSError:
+        return False
+    return hasattr(os, "memfd_create")
+
+
+def find_fence(machine: str) -> Callable[[], object] | None:
+    """Return the function by which a core orders its memory accesses for the other cores; None: it need not.
+
+    machine: the architecture, as `platform.machine` names it. Raises OSError if this architecture needs a function that
+    is not there: Python has none. C's `atomic_thread_fence` is in GCC's run-time library, which comes with g++.
+    """
+    if machine in ("x86_64", "AMD64"):
+        return None
+    if machine not in ("aarch64", "arm64"):
+        raise OSError(f"no memory fence is known for {machine}")
+    try:
+        fence = ctypes.PyDLL("libatomic.so.1").atomic_thread_fence
+    except AttributeError as error:
+        raise OSError(str(error)) from error
+    fence.argtypes, fence.restype = (ctypes.c_int,), None
+    return partial(fence, _SEQ_CST)
 
 
 def create(size: int) -> int:
@@ -76,6 +101,14 @@ class ShmGroup(Group):
     failed, and waits for the verdicts of all ranks. So no rank enters round r + 1 before all have left round r, whether
     they finished or abandoned it. A verdict is overwritten in round r + 2, when every rank has read it. All ranks leave
     the round of a second group when they leave that of the first.
+
+    Order of memory accesses. Whatever a rank has read or written before it raises its flag must come before whatever
+    another rank reads or writes once it has seen the flag; the same holds for verdicts. Both are read and written by
+    Python as eight aligned bytes, which one load or store of the processor does. On x86 that suffices: a store becomes
+    visible after all earlier loads and stores, and loads are done in their order. Arm promises neither, so there a full
+    fence stands before each of these stores, and another one between the end of a wait and what follows. Two fences
+    order what is before the one and after the other if the second core has seen the store between (C11, 7.17.4). Tests
+    run this on x86; on Arm it has not run, and holds by this argument.
     """
 
     def __init__(self, fd: int, rank: int, size: int, timeout_s: float, offset: int = 0) -> None:
@@ -89,6 +122,7 @@ class ShmGroup(Group):
         self._banks = torch.frombuffer(self._map, dtype=torch.uint8, offset=flag_bytes).view(2, size, _SLOT_BYTES)
         self._typed: dict[torch.dtype, Tensor] = {}
         self._exchange = self._round = 0
+        self._fence = find_fence(platform.machine())
         self.while_waiting: Callable[[], None] = no_check
         """Called repeatedly during a long wait; may raise, which ends the wait."""
 
@@ -101,12 +135,15 @@ class ShmGroup(Group):
         self._exchange = self._round * _ROUND
 
     def abandon(self) -> None:
-        self._flags[self.rank * _LINE + _FLAG] = (self._round + 1) * _ROUND - 1
+        self._publish(_FLAG, (self._round + 1) * _ROUND - 1)
 
     def agree(self, failed: bool) -> list[int]:
         place, minimum = _STATUS + self._round % 2, 2 * self._round
-        self._flags[self.rank * _LINE + place] = minimum + failed
-        return [rank for rank in range(self.size) if self._await(rank, place, minimum) > minimum]
+        self._publish(place, minimum + failed)
+        verdicts = [self._await(rank, place, minimum) for rank in range(self.size)]
+        if self._fence:
+            self._fence()
+        return [rank for rank, verdict in enumerate(verdicts) if verdict > minimum]
 
     def all_reduce(self, x: Tensor) -> Tensor:
         flat = x.view(-1)
@@ -135,14 +172,22 @@ class ShmGroup(Group):
         self._exchange += 1
         bank = banks[self._exchange % 2, :, : x.numel()]
         bank[self.rank].copy_(x)
-        self._flags[self.rank * _LINE + _FLAG] = self._exchange
+        self._publish(_FLAG, self._exchange)
         for rank in range(self.size):
             if self._await(rank, _FLAG, self._exchange) > self._exchange + 1:
                 raise RoundAbandoned(f"rank {rank} has abandoned the round")
+        if self._fence:
+            self._fence()
         return bank
 
+    def _publish(self, place: int, number: int) -> None:
+        """Set this rank's number at `place`, after all that it has read and written so far."""
+        if self._fence:
+            self._fence()
+        self._flags[self.rank * _LINE + place] = number
+
     def _await(self, rank: int, place: int, minimum: int) -> int:
-        """Wait until the number of `rank` at `place` is at least `least`. Returns the number. Spins first, for a rank
+        """Wait until the number of `rank` at `place` is at least `minimum`. Returns the number. Spins first, for a rank
         that is about to arrive; then yields the core; then sleeps between checks, for a rank that is late."""
         flags, index = self._flags, rank * _LINE + place
         for _ in range(_SPINS):

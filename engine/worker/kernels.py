@@ -12,6 +12,7 @@ from engine.config.deployment import ConfigError
 from kernels.cpu.compiler import KernelsUnavailable
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
+from kernels.cpu.micro_profile import choose
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from models.default import user_cache
@@ -43,7 +44,7 @@ def choose_ops(setting: KernelsSetting, device: torch.device, dtype: torch.dtype
     return REFERENCE
 
 
-def _folder() -> Path | None:
+def kernels_folder() -> Path | None:
     """Return the folder for kernels compiled on this machine; None for a user without a home directory."""
     try:
         return user_cache() / "kernels"
@@ -58,7 +59,7 @@ def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
         raise ConfigError(f"engine.kernels: {name} has none for {named} on {device.type}")
     try:
         if name == "cpu":
-            return CpuOps(CpuKernels(_folder()))
+            return CpuOps(CpuKernels(kernels_folder(), choose(kernels_folder())))
         from kernels.attention.flashinfer import load_flashinfer, make_workspace  # imported where there is a GPU
         from kernels.gpu.cuda_graphs import CudaGraphs
         from kernels.gpu.gpu_ops import GpuOps

@@ -37,45 +37,88 @@ class InstructionSet:
     features: frozenset[str]
     flags: tuple[str, ...]
 
+    @property
+    def has_tiles(self) -> bool:
+        return self.name in ("amx", "software_tiles")
 
-def _instruction_set(name: str, features: str, compiler_names: str) -> InstructionSet:
+
+def _x86(name: str, features: str, compiler_names: str) -> InstructionSet:
     return InstructionSet(name, frozenset(features.split()), tuple(f"-m{each}" for each in compiler_names.split()))
 
 
 _AVX2 = "avx2 fma f16c"
 _AVX512 = "avx512f avx512bw avx512vl avx512dq"
-_BF16 = _instruction_set(
-    "avx512_bf16", f"{_AVX2} {_AVX512} avx512_vnni avx512_bf16", f"{_AVX2} {_AVX512} avx512vnni avx512bf16"
-)
+_BF16 = _x86("avx512_bf16", f"{_AVX2} {_AVX512} avx512_vnni avx512_bf16", f"{_AVX2} {_AVX512} avx512vnni avx512bf16")
 _TILES = "amx_tile amx_bf16 amx_int8"
-INSTRUCTION_SETS = (
-    InstructionSet(
-        "amx", _BF16.features | set(_TILES.split()), (*_BF16.flags, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
-    ),
-    _BF16,
-    _instruction_set("avx512", f"{_AVX2} {_AVX512}", f"{_AVX2} {_AVX512}"),
-    _instruction_set("avx2", _AVX2, _AVX2),
-    _instruction_set("portable", "", ""),
-)
-"""All instruction sets, the best first."""
 SOFTWARE_TILES = InstructionSet("software_tiles", _BF16.features, (*_BF16.flags, "-DMAGICDEC_SOFTWARE_TILES"))
 """The set "amx" with its tiles computed in software, for tests on processors without them."""
+_ARCHITECTURES = {
+    "x86_64": (
+        InstructionSet(
+            "amx", _BF16.features | set(_TILES.split()), (*_BF16.flags, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+        ),
+        _BF16,
+        _x86("avx512", f"{_AVX2} {_AVX512}", f"{_AVX2} {_AVX512}"),
+        _x86("avx2", _AVX2, _AVX2),
+    ),
+    "aarch64": (
+        InstructionSet("neon_bf16", frozenset({"asimddp", "bf16"}), ("-march=armv8.2-a+dotprod+bf16",)),
+        InstructionSet("neon_dotprod", frozenset({"asimddp"}), ("-march=armv8.2-a+dotprod",)),
+    ),
+}
+_PORTABLE = InstructionSet("portable", frozenset(), ())
+"""What every processor of an architecture has; on aarch64 that includes NEON."""
+
+
+def instruction_sets(architecture: str) -> tuple[InstructionSet, ...]:
+    """List the instruction sets of an architecture, as `platform.machine` names it, the best first."""
+    name = {"AMD64": "x86_64", "arm64": "aarch64"}.get(architecture, architecture)
+    return (*_ARCHITECTURES.get(name, ()), _PORTABLE)
+
+
+INSTRUCTION_SETS = instruction_sets(platform.machine())
+"""The instruction sets of this machine's architecture, the best first."""
 
 
 def supported() -> list[InstructionSet]:
     """List the instruction sets of this processor, the best first. Every processor has the last one."""
-    features = _processor_features()
+    features = parse_features(_cpuinfo())
     return [each for each in INSTRUCTION_SETS if each.features <= features]
 
 
-def _processor_features() -> set[str]:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return set()
+def rivals() -> list[InstructionSet]:
+    """List the supported sets of which any may be the fastest here, the likely best first.
+
+    AMD's processors multiply 16-bit floats at least as fast as others: there is nothing to measure. Intel's multiply
+    pairs of them no faster than single float32 numbers, and their tiles are fast for tall shapes.
+    """
+    best = supported()
+    if best[0].name == "avx512_bf16" and processor_name().startswith("AMD"):
+        return best[:1]
+    names = {"amx", "avx512_bf16", "avx512"} if best[0].name in ("amx", "avx512_bf16") else {best[0].name}
+    return [each for each in best if each.name in names]
+
+
+def processor_name() -> str:
+    """Return the model name of this processor, as Linux names it; empty if unknown."""
+    names = (line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name"))
+    return next(names, "")
+
+
+def _cpuinfo() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+        return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
-        return set()
-    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+        return ""
+
+
+def parse_features(cpuinfo: str) -> set[str]:
+    """Parse the features of the first processor in the text of /proc/cpuinfo: `flags` on x86, `Features` on Arm."""
+    for line in cpuinfo.splitlines():
+        name, _, names = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return set(names.split())
+    return set()
 
 
 def build_kernels(target: InstructionSet, folder: Path | None) -> Path:

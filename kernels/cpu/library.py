@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.choice import Choice
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, build_kernels, build_operators, supported
 
 BLOCK = 32
@@ -18,34 +19,52 @@ _WORDS = 16
 """Words per row come in groups of so many: an AMX tile's width."""
 
 
+def open_set(folder: Path | None, target: InstructionSet) -> tuple[Path, int]:
+    """Compile the kernels of an instruction set if needed, and load them.
+
+    Returns the library and the address of its table of kernels. Raises KernelsUnavailable, also if the system refuses
+    the instructions.
+    """
+    library = build_operators(folder)
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        library = build_kernels(target, folder)
+        return library, int(torch.ops.magicdec_cpu.open(str(library)))
+    except KernelsUnavailable:
+        raise
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        if "does not permit" in reason:
+            raise KernelsUnavailable(f"the system does not permit the instructions of {target.name}") from error
+        # The file is truncated, or its folder does not allow execution.
+        raise KernelsUnavailable(f"{library} cannot be loaded; remove it to have it built anew: {reason}") from error
+
+
 class CpuKernels:
-    """Kernels for one instruction set, compiled if needed. All tensors are on the CPU.
+    """Compiled kernels. All tensors are on the CPU.
 
     dtypes are float32, bfloat16 or float16 unless stated otherwise. A row's results depend on that row alone, not on
     other rows, their number, or the number of threads.
     """
 
-    def __init__(self, folder: Path | None, target: InstructionSet | None = None) -> None:
-        """folder: where compiled libraries are kept; None: use only those of the installation. target: an instruction
-        set that this processor has; None: the best. Raises KernelsUnavailable."""
-        target = target or supported()[0]
-        library = build_operators(folder)
-        try:
-            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-            library = build_kernels(target, folder)
-            self._kernels: int = torch.ops.magicdec_cpu.open(str(library))
-        except KernelsUnavailable:
-            raise
-        except (OSError, RuntimeError) as error:
-            # The file is truncated, or its folder does not allow execution.
-            reason = str(error).partition("\n")[0]
-            raise KernelsUnavailable(
-                f"{library} cannot be loaded; remove it to have it built anew: {reason}"
-            ) from error
+    def __init__(self, folder: Path | None, choice: Choice | InstructionSet | None = None) -> None:
+        """folder: where compiled libraries are kept; None: use only those of the installation. choice: sets that this
+        processor has, or one for everything; None: the best. Raises KernelsUnavailable."""
+        if not isinstance(choice, Choice):
+            choice = Choice.all_of(choice or supported()[0])
+        tables, names = {}, []
+        for target in choice.sets:
+            library, tables[target.name] = open_set(folder, target)
+            names.append(library.stem.removeprefix("kernels-"))
+        self.name = "+".join(names)
+        self._attention_table, self._rest = tables[choice.attention.name], tables[choice.rest.name]
+        self._prefetch = (choice.prefetch.blocks, choice.prefetch.to_l2)
+        # By whether weights have 8 bits: the kernels, and the number of rows from which on tiles multiply.
+        self._products = (
+            (tables[choice.products.name], choice.tiles_from),
+            (tables[choice.products_int8.name], choice.tiles_from_int8),
+        )
         ops = torch.ops.magicdec_cpu
-        self.tiles_from = 16
-        """Number of rows from which on matrix products use tiles, if the set has any. Results do not depend on it."""
-        self.name = library.stem.removeprefix("kernels-")
         # Looked up once: a model makes hundreds of calls per token.
         self._attention, self._linear, self._norm = ops.attention.default, ops.linear.default, ops.norm.default
         self._rotary, self._sample = ops.rotary.default, ops.sample.default
@@ -59,7 +78,7 @@ class CpuKernels:
         lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. Returns o, in q's dtype, and the
         log-sum-exp [tokens, heads] float32.
         """
-        o, sums = self._attention(self._kernels, q, k, v, queries, lengths, pages, scale)
+        o, sums = self._attention(self._attention_table, q, k, v, queries, lengths, pages, scale, *self._prefetch)
         return o, sums
 
     def linear(self, x: Tensor, weights: PackedWeights, *, silu_mul: bool = False, float_out: bool = False) -> Tensor:
@@ -68,8 +87,9 @@ class CpuKernels:
         weights: in x's dtype, or int8; then x is quantized too, with one scale per row from its largest element.
         silu_mul: weights are gates and as many values (`pack_gated`), and the result is silu(gate) * value.
         """
+        table, tiles_from = self._products[weights.scales is not None]
         y: Tensor = self._linear(
-            self._kernels,
+            table,
             x,
             weights.packed,
             weights.scales,
@@ -78,13 +98,13 @@ class CpuKernels:
             weights.columns,
             silu_mul,
             float_out,
-            self.tiles_from,
+            tiles_from,
         )
         return y
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """Add delta to x in place, and return the root-mean-square norm of the sum, all [rows, size] of one dtype."""
-        out: Tensor = self._norm(self._kernels, x, delta, weight, eps)
+        out: Tensor = self._norm(self._rest, x, delta, weight, eps)
         return out
 
     def rotary(
@@ -105,7 +125,7 @@ class CpuKernels:
         queries and of keys, [head_dim] each, and their eps; applied before the rotation.
         """
         of_q, of_k, eps = norms or (None, None, 0.0)
-        self._rotary(self._kernels, qkv, cos, sin, positions, slots, k, v, of_q, of_k, eps)
+        self._rotary(self._rest, qkv, cos, sin, positions, slots, k, v, of_q, of_k, eps)
 
     def sample(
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
@@ -115,7 +135,7 @@ class CpuKernels:
         logits: [rows, size] float32, of the tokens from `first` on. temperature: [rows] float32; 0 selects the largest
         logit. seeds, positions: [rows] int64. Returns [rows] float32 and [rows] int64, the lowest id among equals.
         """
-        values, tokens = self._sample(self._kernels, logits, temperature, seeds, positions, first)
+        values, tokens = self._sample(self._rest, logits, temperature, seeds, positions, first)
         return values, tokens
 
 

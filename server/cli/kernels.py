@@ -1,7 +1,8 @@
-"""`magicdec kernels`: compile the kernels for this processor."""
+"""`magicdec kernels`: compile and measure the kernels for this processor."""
 
 from __future__ import annotations
 
+import platform
 from typing import Annotated
 
 import typer
@@ -14,16 +15,37 @@ def kernels(
             "--every", help="Compile for all instruction sets, into the installation: images need no compiler."
         ),
     ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure again, and go by the new rates from now on.")
+    ] = False,
 ) -> None:
-    """Compile the kernels for this processor unless that is done, and print their name; `reference` without a
-    compiler."""
+    """Compile the kernels for this processor unless that is done, measure them, and print what is chosen."""
     import torch
 
-    from engine.worker.kernels import choose_ops
-    from kernels.cpu.compiler import BUILT, INSTRUCTION_SETS, build_kernels, build_operators
+    from engine.worker.kernels import choose_ops, kernels_folder
+    from kernels.cpu.compiler import BUILT, INSTRUCTION_SETS, build_kernels, build_operators, processor_name
+    from kernels.cpu.micro_profile import KINDS, full_profile
 
     if every:
         for library in (build_operators(BUILT), *(build_kernels(each, BUILT) for each in INSTRUCTION_SETS)):
             typer.echo(library.name)
         return
-    typer.echo(choose_ops("auto", torch.device("cpu"), torch.float32).name)
+    ops = choose_ops("auto", torch.device("cpu"), torch.float32)
+    if ops.kind != "cpu":
+        typer.echo(ops.kind)
+        return
+    profile = full_profile(kernels_folder(), anew=measure)
+    chosen = {kind: getattr(profile, kind) for kind in KINDS}
+    chosen["attention"] += f", {profile.prefetch}"
+    typer.echo(f"{processor_name() or platform.machine()}, {torch.get_num_threads()} threads")
+    for kind, variant in chosen.items():
+        typer.echo(f"{kind}: {variant}")
+    for kind, least in zip(KINDS[1:], (profile.tiles_from, profile.tiles_from_int8), strict=True):
+        if least > 1:
+            typer.echo(f"{kind}: tiles from {least} rows on")
+    for rate in profile.rates:
+        mark = "*" if rate.variant == chosen[rate.kernel] else " "
+        typer.echo(
+            f"{mark} {rate.kernel:14} {rate.shape:24} {rate.variant:40} {1e6 * rate.seconds:9.1f} us"
+            f" {rate.rate:8.1f} G{'B' if rate.unit == 'bytes' else rate.unit}/s"
+        )

@@ -39,13 +39,13 @@ struct Piece {
   float* partial;  // destination of this segment's softmax; null: the piece covers all slots of its queries
 };
 
-// Returns the block that is read after `block`: that of the next KV head, or, after the last head, that of the first
-// head at the next slots. Returns `block` if there is none, or if pages are too small to be prefetched.
+// Returns the block that is read args.fetch_blocks after `block`: KV heads follow each other, and after the last one the first at
+// the next slots. Returns `block` if there is none, or if pages are too small to be prefetched.
 template <class T>
 MAGICDEC_INLINE Block<T> block_after(const AttentionArgs& args, const Piece& piece, int head, int64_t start, const Block<T>& block) {
-  const bool same = head + 1 < piece.head_end;
-  const int then = same ? head + 1 : piece.head;
-  const int64_t next = same ? start : start + SLOTS, end = args.lengths[piece.row];
+  const int heads = piece.head_end - piece.head, ahead = head - piece.head + args.fetch_blocks;
+  const int then = piece.head + ahead % heads;
+  const int64_t next = start + ahead / heads * SLOTS, end = args.lengths[piece.row];
   if (next + SLOTS > end || args.page_size % LANES != 0) return block;
   return find_block<T>(args, args.pages + piece.row * args.row_stride + then * args.head_stride, then, next, end, nullptr);
 }

@@ -84,6 +84,7 @@ template <class T>
 struct Block {
   static constexpr int GROUPS = SLOTS / LANES;
   const T* at[2 * GROUPS];  // keys, then values
+  bool fetch_to_l2;
 
   MAGICDEC_INLINE const T* keys(int group) const { return at[group]; }
   MAGICDEC_INLINE const T* values(int group) const { return at[GROUPS + group]; }
@@ -92,8 +93,14 @@ struct Block {
   // on). A core has room for few requests at once, and stalls on more, so callers spread them over other work.
   MAGICDEC_INLINE void fetch(int group, int slot, int count, int head_dim) const {
     const char* from = reinterpret_cast<const char*>(at[group] + slot * head_dim);
+    const int bytes = count * head_dim * int(sizeof(T));
+    if (fetch_to_l2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < count * head_dim * int(sizeof(T)); i += 64) __builtin_prefetch(from + i, 0, 0);
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 0);
+    }
   }
 };
 
@@ -109,6 +116,7 @@ MAGICDEC_INLINE Block<T> find_block(const AttentionArgs& args, const int64_t* li
     return size_t(list[slot / args.page_size]) * args.page_stride + size_t(slot % args.page_size) * head_dim;
   };
   Block<T> block;
+  block.fetch_to_l2 = args.fetch_to_l2;
   if (args.page_size % LANES == 0 && start + SLOTS <= end) {
     for (int group = 0; group < block.GROUPS; group++) {
       const size_t place = at(start + group * LANES);

@@ -55,6 +55,8 @@ struct AttentionArgs {
   const int64_t* pages;     // [rows, width] or [rows, kv_heads, width]
   int64_t row_stride, head_stride;  // of pages; head_stride 0: one list for all KV heads
   float scale;
+  int fetch_blocks;  // how many blocks of 64 slots ahead keys and values are prefetched; results do not depend on it
+  bool fetch_to_l2;  // prefetch into the L2 cache, past the L1 cache
   void* scratch;
 };
 

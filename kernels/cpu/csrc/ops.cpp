@@ -121,7 +121,8 @@ Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std:
 }
 
 std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Tensor& k, const Tensor& v,
-                                     const Tensor& queries, const Tensor& lengths, const Tensor& pages, double scale) {
+                                     const Tensor& queries, const Tensor& lengths, const Tensor& pages, double scale,
+                                     int64_t fetch_blocks, bool fetch_to_l2) {
   TORCH_CHECK(q.dim() == 3 && k.dim() == 4 && k.sizes() == v.sizes() && k.strides() == v.strides(), "attention: shapes");
   TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "attention: types differ");
   TORCH_CHECK(q.size(2) == k.size(3) && q.size(2) % 16 == 0 && q.size(1) % k.size(1) == 0, "attention: heads");
@@ -158,6 +159,9 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
   args.row_stride = pages.stride(0);
   args.head_stride = pages.dim() == 3 ? pages.stride(1) : 0;
   args.scale = float(scale);
+  TORCH_CHECK(fetch_blocks >= 1 && fetch_blocks <= 16, "attention: fetch_blocks");
+  args.fetch_blocks = int(fetch_blocks);
+  args.fetch_to_l2 = fetch_to_l2;
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor sums = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
   args.out = out.mutable_data_ptr();
@@ -241,7 +245,7 @@ std::tuple<Tensor, Tensor> sample(int64_t kernels, const Tensor& logits, const T
 TORCH_LIBRARY(magicdec_cpu, m) {
   m.def("open(str path) -> int", &open);
   m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int columns, bool silu_mul, bool float_out, int tiles_from) -> Tensor");
-  m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale) -> (Tensor, Tensor)");
+  m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, int fetch_blocks, bool fetch_to_l2) -> (Tensor, Tensor)");
   m.def("norm(int kernels, Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
   m.def("rotary(int kernels, Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k, Tensor(c!) v, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
   m.def("sample(int kernels, Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, int first) -> (Tensor, Tensor)");

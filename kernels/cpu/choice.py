@@ -1,0 +1,54 @@
+"""Choice of an instruction set for each kind of CPU kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kernels.cpu.compiler import InstructionSet
+
+TILES_FROM = 16
+"""Number of rows from which on AMX tiles multiply, where nothing was measured: a tile's height."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetch:
+    """Prefetching of keys and values. blocks: how far ahead, in blocks of 64 slots of one KV head. to_l2: into
+    the L2 cache, not the L1 cache, whose requests are fewer. Results do not depend on it."""
+
+    blocks: int
+    to_l2: bool
+
+    def __str__(self) -> str:
+        return f"prefetch {self.blocks} ahead{' to L2' if self.to_l2 else ''}"
+
+
+PREFETCHES = (Prefetch(2, to_l2=True), Prefetch(1, to_l2=True), Prefetch(1, to_l2=False))
+"""Those that are measured; the first one where nothing is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Instruction sets by kind of kernel. Sets may differ in rounding, so a choice holds for all row counts of a kind.
+
+    attention, products, products_int8: the sets of attention, of products, and of products with 8-bit weights. rest:
+    that of norms, rotation and sampling. tiles_from, tiles_from_int8: number of rows from which on a product's
+    set multiplies by tiles, if it has any; results do not depend on it. prefetch: in attention.
+    """
+
+    attention: InstructionSet
+    products: InstructionSet
+    products_int8: InstructionSet
+    rest: InstructionSet
+    tiles_from: int = TILES_FROM
+    tiles_from_int8: int = TILES_FROM
+    prefetch: Prefetch = PREFETCHES[0]
+
+    @classmethod
+    def all_of(cls, target: InstructionSet) -> Choice:
+        """Return the choice of one set for everything."""
+        return cls(target, target, target, target)
+
+    @property
+    def sets(self) -> list[InstructionSet]:
+        """The chosen sets, each once."""
+        return list(dict.fromkeys((self.attention, self.products, self.products_int8, self.rest)))

@@ -1,0 +1,317 @@
+"""Measure the CPU kernels of this processor's instruction sets, and choose by it.
+
+It takes a second or two, once per processor model, number of threads and libraries: the result is kept beside the
+compiled libraries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from kernels.cpu.choice import PREFETCHES, Choice, Prefetch
+from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, processor_name, rivals, supported
+from kernels.cpu.library import CpuKernels, PackedWeights, open_set
+
+log = logging.getLogger(__name__)
+
+_Input = TypeVar("_Input")
+_Variant = TypeVar("_Variant")
+
+KINDS = ("attention", "products", "products_int8")
+"""Kinds of kernels, each with an instruction set of its own."""
+_VERSION = 1
+_SECONDS = 0.05
+"""Time spent on each variant and shape."""
+_REPEATS = 3
+"""Runs of each variant and shape, at least."""
+_LEAD = 1.1
+"""A variant replaces one listed before it if it is faster by this factor: a choice must not depend on noise."""
+_HEADS, _KV_HEADS, _HEAD_DIM, _PAGE = 12, 4, 64, 16
+_QUERIES = ((4, 2048, 1), (4, 2048, 4), (1, 1024, 256))
+"""Shapes of attention: rows, tokens of context, queries per row."""
+_ROWS = (1, 4, 16, 64, 256)
+"""Shapes of products, by number of rows."""
+_TILES_FROM = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+_SIZE = 1024
+"""Rows and columns of weights."""
+_POOL_BYTES = 256 << 20
+"""Weights and KV that are read in turn: more than most caches hold."""
+
+
+class Rate(msgspec.Struct, frozen=True):
+    """Speed of one kernel. variant: instruction set, and how it prefetches. rate: in 10^9 of `unit` per second."""
+
+    kernel: str
+    shape: str
+    variant: str
+    seconds: float
+    rate: float
+    unit: str
+
+
+class MicroProfile(msgspec.Struct, frozen=True):
+    """Measured rates, and what they lead to: instruction sets by kind of kernel, see Choice."""
+
+    rates: list[Rate]
+    attention: str
+    products: str
+    products_int8: str
+    tiles_from: int
+    tiles_from_int8: int
+    prefetch: Prefetch
+
+    def choice(self, sets: Sequence[InstructionSet]) -> Choice:
+        """Return the choice among the sets that were measured."""
+        named = {each.name: each for each in sets}
+        return Choice(
+            named[self.attention],
+            named[self.products],
+            named[self.products_int8],
+            rest=sets[0],
+            tiles_from=self.tiles_from,
+            tiles_from_int8=self.tiles_from_int8,
+            prefetch=self.prefetch,
+        )
+
+
+def choose(folder: Path | None) -> Choice:
+    """Choose instruction sets for this processor by measurement. folder: of compiled libraries, and of kept
+    measurements. Raises KernelsUnavailable if no set can be used."""
+    sets = usable(folder)
+    return _kept(folder, tuple(sets), torch.get_num_threads()).choice(sets)
+
+
+def full_profile(folder: Path | None, *, anew: bool) -> MicroProfile:
+    """Return the profile that `choose` goes by from now on, with the rates of all kernels. anew: measure it even if it
+    is kept. Raises KernelsUnavailable."""
+    sets = tuple(usable(folder))
+    file = _file(folder, sets, torch.get_num_threads())
+    kept = None if anew else _read(file)
+    if kept is None or {rate.kernel for rate in kept.rates} != set(KINDS):
+        kept = measure(folder, sets, every=True)
+        _keep(kept, file)
+    return kept
+
+
+def usable(folder: Path | None) -> list[InstructionSet]:
+    """Compile and load the sets that may be the fastest here, and return those that the system permits, or else the
+    next best one. Raises KernelsUnavailable if there is none."""
+    found: list[InstructionSet] = []
+    first = rivals()
+    errors = []
+    for target in [*first, *(each for each in supported() if each not in first)]:
+        if found and target not in first:
+            break
+        try:
+            open_set(folder, target)
+            found.append(target)
+        except KernelsUnavailable as error:
+            errors.append(error)
+            log.warning("kernels for %s are not used: %s", target.name, error)
+    if not found:
+        raise errors[0]
+    return found
+
+
+@functools.lru_cache
+def _kept(folder: Path | None, sets: tuple[InstructionSet, ...], threads: int) -> MicroProfile:
+    """Return what an earlier start has kept, or measure now; in one process always the same."""
+    file = _file(folder, sets, threads)
+    profile = _read(file)
+    if profile is None:
+        log.info("measuring the kernels of this processor, once")
+        profile = measure(folder, sets)
+        _keep(profile, file)
+    return profile
+
+
+def _file(folder: Path | None, sets: Sequence[InstructionSet], threads: int) -> Path | None:
+    if folder is None:
+        return None
+    libraries = [open_set(folder, target)[0].stem for target in sets]
+    key = hashlib.sha256(repr((_VERSION, libraries, threads, processor_name())).encode()).hexdigest()[:16]
+    return folder / f"rates-{key}.json"
+
+
+def _read(file: Path | None) -> MicroProfile | None:
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        if file is not None:
+            return msgspec.json.decode(file.read_bytes(), type=MicroProfile)
+    return None
+
+
+def _keep(profile: MicroProfile, file: Path | None) -> None:
+    """Keep a profile, if possible; otherwise the next start measures again."""
+    with contextlib.suppress(OSError):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)  # libraries may be those of the installation
+            with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as aside:
+                aside.write(msgspec.json.encode(profile))
+            os.replace(aside.name, file)  # ranks that measure at the same time keep one result
+
+
+def measure(folder: Path | None, sets: Sequence[InstructionSet], *, every: bool = False) -> MicroProfile:
+    """Measure the kernels of these sets on shapes of all heights. every: also those that leave no choice."""
+    attention = {
+        (target.name, prefetch): CpuKernels(folder, replace(Choice.all_of(target), prefetch=prefetch))
+        for target in sets
+        for prefetch in PREFETCHES
+    }
+    times = {shape: _attention_seconds(attention, *shape) for shape in _QUERIES}
+    rates = [
+        Rate(KINDS[0], _attention_shape(*shape), f"{name}, {prefetch}", seconds, *_attention_rate(*shape, seconds))
+        for shape, taken in times.items()
+        for (name, prefetch), seconds in taken.items()
+    ]
+    name, prefetch = _fastest(list(times.values()))
+    chosen = dict.fromkeys(KINDS[1:], sets[0].name)
+    tiles_from = dict.fromkeys(chosen, 1)
+    if every or len(sets) > 1 or sets[0].has_tiles:
+        weight = PackedWeights(torch.full((_SIZE, _SIZE), 0.01, dtype=torch.bfloat16))
+        kernels = {target.name: CpuKernels(folder, target) for target in sets}
+        for kind, weights in zip(KINDS[1:], (weight, weight.quantized()), strict=True):
+            copies = _copies(weights)
+            products = {rows: _product_seconds(kernels, rows, copies) for rows in _ROWS}
+            rates += [
+                Rate(kind, f"{rows} rows", each, seconds, *_product_rate(rows, weights, seconds))
+                for rows, taken in products.items()
+                for each, seconds in taken.items()
+            ]
+            chosen[kind] = _fastest(list(products.values()))
+            target = next(each for each in sets if each.name == chosen[kind])
+            tiles_from[kind] = _tiles_from(folder, target, copies)
+    return MicroProfile(
+        rates=rates,
+        attention=name,
+        prefetch=prefetch,
+        tiles_from=tiles_from["products"],
+        tiles_from_int8=tiles_from["products_int8"],
+        **chosen,
+    )
+
+
+def _fastest(times: list[dict[_Variant, float]]) -> _Variant:
+    """Return the variant with the least geometric mean of seconds over all shapes; of nearly equal ones the first.
+
+    times: seconds by variant, for each shape.
+    """
+    best, *others = times[0]
+    for other in others:
+        if sum(math.log(taken[best] / taken[other]) for taken in times) / len(times) > math.log(_LEAD):
+            best = other
+    return best
+
+
+def _attention_shape(rows: int, context: int, queries: int) -> str:
+    return f"{rows} x {context}, {queries} queries"
+
+
+def _attention_rate(rows: int, context: int, queries: int, seconds: float) -> tuple[float, str]:
+    if queries <= 16:  # reading KV is the bound
+        return rows * context * _token_bytes() / seconds / 1e9, "bytes"
+    pairs = rows * queries * (context - (queries - 1) / 2)  # of a query and a slot it sees
+    return 4 * pairs * _HEADS * _HEAD_DIM / seconds / 1e9, "FLOP"
+
+
+def _token_bytes() -> int:
+    return 2 * _KV_HEADS * _HEAD_DIM * torch.bfloat16.itemsize
+
+
+def _attention_seconds(
+    kernels: dict[tuple[str, Prefetch], CpuKernels], rows: int, context: int, queries: int
+) -> dict[tuple[str, Prefetch], float]:
+    width = context // _PAGE
+    layers = max(2, _POOL_BYTES // (rows * context * _token_bytes()))
+    pools = torch.full((layers, 2, rows * width, _KV_HEADS, _PAGE, _HEAD_DIM), 0.5, dtype=torch.bfloat16)
+    pages = torch.arange(rows * width).view(rows, width)
+    lengths = (torch.full((rows,), queries), torch.full((rows,), context))
+    q = torch.full((rows * queries, _HEADS, _HEAD_DIM), 0.1, dtype=torch.bfloat16)
+    return _seconds({name: partial(_attend, each, q, lengths, pages) for name, each in kernels.items()}, list(pools))
+
+
+def _attend(kernels: CpuKernels, q: Tensor, lengths: tuple[Tensor, Tensor], pages: Tensor, kv: Tensor) -> object:
+    return kernels.attention(q, kv[0], kv[1], *lengths, pages, 0.125)
+
+
+def _copies(weights: PackedWeights) -> list[PackedWeights]:
+    copies = [copy.copy(weights) for _ in range(max(2, _POOL_BYTES // weights.nbytes))]
+    for each in copies:
+        each.packed = weights.packed.clone()
+    return copies
+
+
+def _product_seconds(kernels: dict[str, CpuKernels], rows: int, weights: list[PackedWeights]) -> dict[str, float]:
+    x = torch.full((rows, _SIZE), 0.1, dtype=torch.bfloat16)
+    return _seconds({name: partial(each.linear, x) for name, each in kernels.items()}, weights)
+
+
+def _product_rate(rows: int, weights: PackedWeights, seconds: float) -> tuple[float, str]:
+    if rows <= 16:  # reading weights is the bound
+        return weights.nbytes / seconds / 1e9, "bytes"
+    return 2 * rows * _SIZE * _SIZE / seconds / 1e9, "FLOP"
+
+
+def _tiles_from(folder: Path | None, target: InstructionSet, weights: list[PackedWeights]) -> int:
+    """Return the number of rows from which on tiles are faster than what the set has for fewer rows; 1 if tiles of this
+    processor do not round like those."""
+    if not target.has_tiles:
+        return 1
+    whole = Choice.all_of(target)
+    kernels = {
+        name: CpuKernels(folder, replace(whole, tiles_from=least, tiles_from_int8=least))
+        for name, least in (("tiles", 1), ("vectors", 1 << 30))
+    }
+    if not _agree(*kernels.values(), int8=weights[0].scales is not None):
+        log.warning("AMX tiles round otherwise than specified: they multiply at all numbers of rows")
+        return 1
+    for rows in _TILES_FROM:
+        taken = _product_seconds(kernels, rows, weights)
+        if taken["tiles"] < taken["vectors"]:
+            return rows
+    return _TILES_FROM[-1]
+
+
+def _agree(one: CpuKernels, other: CpuKernels, *, int8: bool) -> bool:
+    """Whether two kernels of products have the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    weight = PackedWeights(torch.randn(64, _SIZE, generator=generator).bfloat16())
+    x = torch.randn(33, _SIZE, generator=generator).bfloat16()
+    packed = weight.quantized() if int8 else weight
+    return torch.equal(one.linear(x, packed, float_out=True), other.linear(x, packed, float_out=True))
+
+
+def _seconds(runs: dict[_Variant, Callable[[_Input], object]], inputs: Sequence[_Input]) -> dict[_Variant, float]:
+    """Measure runs by turns: the median seconds of each. Each goes through all inputs, far from where others are, so
+    that none finds in a cache what another one has just read."""
+    taken: dict[_Variant, list[float]] = {name: [] for name in runs}
+    starts = [len(inputs) * index // len(runs) for index in range(len(runs))]
+    turns = {name: cycle([*inputs[at:], *inputs[:at]]) for name, at in zip(runs, starts, strict=True)}
+    for name, run in runs.items():
+        run(next(turns[name]))
+    end = time.perf_counter() + _SECONDS * len(runs)
+    while time.perf_counter() < end or min(map(len, taken.values())) < _REPEATS:
+        for name, run in runs.items():
+            each = next(turns[name])
+            began = time.perf_counter()
+            run(each)
+            taken[name].append(time.perf_counter() - began)
+    return {name: median(times) for name, times in taken.items()}

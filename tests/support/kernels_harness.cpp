@@ -1,0 +1,391 @@
+// Runs the CPU kernels without torch: on emulated processors, and under sanitizers.
+//
+//     g++ -std=gnu++17 -O2 -pthread -Ikernels/cpu/csrc FLAGS kernels/cpu/csrc/kernels.cpp tests/support/kernels_harness.cpp
+//     ./a.out [CASES [SEED]]
+//
+// Each case draws the sizes, types and contents of one call per kernel. Its results are compared with a plain reference in
+// double precision, and then with those of calls that have fewer rows, other places and other numbers of threads: they
+// must be the same to the bit.
+#include "kernels_harness.h"
+
+namespace {
+
+// -- linear -----------------------------------------------------------------------------------------------------------
+
+void test_linear(Random& random) {
+  const auto format = Weights(random.below(4));
+  const bool bytes = format == Weights::i8;
+  const Type in = bytes ? any_type(random) : Type(int(format)), out = random.below(2) ? Type::f32 : in;
+  const int features = random.of({1, 3, 37, 64, 96, 202, 577}), columns = random.of({1, 5, 31, 48, 64, 100});
+  const int rows = random.of({1, 4, 13, 30, 100}), x_stride = features + random.of({0, 0, 1, 6});
+  const bool gated = random.below(3) == 0, with_bias = random.below(2);
+  const int elements = bytes ? 4 : format == Weights::f32 ? 1 : 2;
+  const int words = (features + 16 * elements - 1) / (16 * elements) * 16;
+  const int blocks = gated ? (columns + 15) / 16 : (columns + BLOCK - 1) / BLOCK;
+  const std::string what = describe("linear", int(format), int(in), int(out), rows, features, columns, x_stride, gated, with_bias);
+
+  // Bytes: the largest input is 127 / 128, so that quantizing is exact and so are the sums.
+  Tensor x = normal(random, in, size_t(rows - 1) * x_stride + features);
+  if (bytes) {
+    for (size_t i = 0; i < x.size(); i++) x.set(i, double(random.below(255) - 127) / 128 + double(random.below(17) - 8) / 2048);
+    for (size_t i = 0; i < x.size(); i++)
+      if (std::abs(x.get(i)) > 127.0 / 128) x.set(i, 127.0 / 128);
+    for (int row = 0; row < rows; row++) x.set(size_t(row) * x_stride + random.below(features), random.of({127.0, -127.0}) / 128);
+  }
+  // Packed columns, and as they are packed.
+  const int held = blocks * BLOCK;
+  std::vector<double> weights(size_t(held) * features);
+  std::vector<float> scales(held), bias(held);
+  std::vector<int32_t> offsets(held);
+  std::vector<uint32_t> packed(size_t(blocks) * words * BLOCK);
+  for (int column = 0; column < held; column++) {
+    scales[column] = float(0.001 + 0.01 * random.uniform());
+    bias[column] = float(random.normal());
+    for (int i = 0; i < features; i++) {
+      auto* word = &packed[(size_t(column / BLOCK) * words + i / elements) * BLOCK + column % BLOCK];
+      double& weight = weights[size_t(column) * features + i];
+      if (bytes) {
+        const auto byte = int8_t(random.below(255) - 127);
+        weight = byte;
+        offsets[column] -= 128 * byte;
+        std::memcpy(reinterpret_cast<uint8_t*>(word) + i % 4, &byte, 1);
+      } else {
+        Tensor one(in, 1);
+        one.set(0, random.normal());
+        weight = one.get(0);
+        std::memcpy(reinterpret_cast<uint8_t*>(word) + i % elements * size_of(in), one.at(0), size_of(in));
+      }
+    }
+  }
+  LinearArgs args{};
+  args.format = format, args.packed = packed.data();
+  if (bytes) args.scales = scales.data(), args.offsets = offsets.data();
+  if (with_bias) args.bias = bias.data();
+  args.words = words, args.columns = columns, args.silu_mul = gated;
+  args.in = in, args.out = out, args.features = features, args.x_stride = x_stride, args.y_stride = columns;
+  const auto run = [&](int first, int count, int threads) {
+    Tensor y(out, size_t(count) * columns);
+    args.x = x.at(size_t(first) * x_stride), args.rows = count, args.y = y.at(0);
+    args.tiles_from = random.of({1, 16, 1 << 30});
+    call(threads, args, kernels.linear, kernels.linear_scratch);
+    return y;
+  };
+  const Tensor y = run(0, rows, 1);
+  for (int row = 0; row < rows; row++) {
+    for (int column = 0; column < columns; column++) {
+      // Returns the product with a packed column, and adds its largest error to `error`.
+      const auto product = [&](int packed_column, double& error) {
+        double total = 0, size = 0;
+        for (int i = 0; i < features; i++) {
+          double input = x.get(size_t(row) * x_stride + i);
+          if (bytes) input = std::nearbyint(input * 128);
+          const double each = input * weights[size_t(packed_column) * features + i];
+          total += each, size += std::abs(each);
+        }
+        if (bytes) total = float(total) * (scales[packed_column] * (1.0f / 128)), size = 0;
+        if (with_bias) total += bias[packed_column];
+        error = 1e-5 * size + (bytes && !with_bias && !gated ? 0 : 4e-7 * std::abs(total));
+        return total;
+      };
+      double error, expected;
+      if (gated) {
+        double of_gate, of_value;
+        const int at = column / 16 * BLOCK + column % 16;
+        const double gate = product(at, of_gate), value = product(at + 16, of_value), silu = gate / (1 + std::exp(-gate));
+        expected = silu * value;
+        error = 1.1 * of_gate * std::abs(value) + of_value * std::abs(silu) + 2e-6 * std::abs(expected) + 1e-30;
+      } else {
+        expected = product(column, error);
+      }
+      if (out != Type::f32 || error > 0) error += rounding(out) * std::abs(expected) + 0x1p-25;
+      check(what, y.get(size_t(row) * columns + column), expected, error);
+    }
+  }
+  for_ranges(random, rows, [&](int first, int count, int threads) {
+    check_same(what, run(first, count, threads), y, size_t(first) * columns, size_t(count) * columns);
+  });
+}
+
+// -- attention --------------------------------------------------------------------------------------------------------
+
+void test_attention(Random& random) {
+  const Type type = any_type(random);
+  const int kv_heads = 1 + int(random.below(3)), group = 1 + int(random.below(4)), heads = kv_heads * group;
+  const int head_dim = random.of({16, 48, 64, 64, 80, 96, 128}), page_size = random.of({1, 7, 16, 32}), pool = 97;
+  const bool per_head = random.below(2);
+  const int rows = 1 + int(random.below(3));
+  std::vector<int64_t> queries, lengths, starts;
+  int64_t tokens = 0, longest = 0;
+  for (int row = 0; row < rows; row++) {
+    queries.push_back(random.of({1, 1, 2, 4, 7, 30}));
+    lengths.push_back(queries[row] + random.of({0, 1, 15, 63, 64, 65, 200, 1023, 1100}));
+    starts.push_back(tokens);
+    tokens += queries[row], longest = std::max(longest, lengths[row]);
+  }
+  const std::string what = describe("attention", int(type), kv_heads, group, head_dim, page_size, per_head, rows, queries[0], lengths[0]);
+  const int64_t width = (longest + page_size - 1) / page_size, page_stride = int64_t(kv_heads) * page_size * head_dim;
+  Tensor k = normal(random, type, size_t(pool) * page_stride), v = normal(random, type, size_t(pool) * page_stride);
+  Tensor q = normal(random, type, size_t(tokens) * heads * head_dim);
+  std::vector<int64_t> pages(size_t(rows) * (per_head ? kv_heads : 1) * width);
+  for (int64_t& page : pages) page = random.below(pool);
+  AttentionArgs args{};
+  args.type = type, args.k = k.at(0), args.v = v.at(0);
+  args.heads = heads, args.kv_heads = kv_heads, args.head_dim = head_dim, args.page_size = page_size;
+  args.q_stride = int64_t(heads) * head_dim, args.page_stride = page_stride;
+  args.row_stride = width * (per_head ? kv_heads : 1), args.head_stride = per_head ? width : 0;
+  args.scale = float(1 / std::sqrt(double(head_dim)));
+  const auto run = [&](int first_row, int count, const int64_t* n, const int64_t* length, int64_t token, int threads, Tensor& lse) {
+    int64_t total = 0;
+    for (int row = 0; row < count; row++) total += n[row];
+    Tensor out(type, size_t(total) * heads * head_dim);
+    lse = Tensor(Type::f32, size_t(total) * heads);
+    args.q = q.at(size_t(token) * heads * head_dim), args.out = out.at(0), args.lse = static_cast<float*>(lse.at(0));
+    args.rows = count, args.queries = n, args.lengths = length, args.pages = pages.data() + first_row * args.row_stride;
+    args.fetch_blocks = random.of({1, 2, 3}), args.fetch_to_l2 = random.below(2);
+    call(threads, args, kernels.attention, kernels.attention_scratch);
+    return out;
+  };
+  Tensor lse(Type::f32, 0), lse_part(Type::f32, 0);
+  const Tensor out = run(0, rows, queries.data(), lengths.data(), 0, 1, lse);
+  for (int sample = 0; sample < 12; sample++) {
+    const int row = int(random.below(rows)), head = int(random.below(heads));
+    const int64_t query = sample == 0 ? queries[row] - 1 : random.below(queries[row]);
+    const int64_t seen = lengths[row] - queries[row] + query + 1, place = (starts[row] + query) * heads + head;
+    const int64_t* list = &pages[row * args.row_stride + head / group * args.head_stride];
+    const auto at = [&](int64_t slot) {
+      return size_t(list[slot / page_size] * page_stride + (int64_t(head / group) * page_size + slot % page_size) * head_dim);
+    };
+    std::vector<double> weights(seen);
+    double peak = -INFINITY, total = 0;
+    for (int64_t slot = 0; slot < seen; slot++) {
+      double score = 0;
+      for (int d = 0; d < head_dim; d++) score += q.get(place * head_dim + d) * k.get(at(slot) + d);
+      weights[slot] = score * args.scale, peak = std::max(peak, weights[slot]);
+    }
+    for (double& weight : weights) total += weight = std::exp(weight - peak);
+    const double error = type == Type::f32 ? 1e-5 : type == Type::bf16 ? 0x1p-7 : 0x1p-10;  // of weights, and of the result
+    for (int d = 0; d < head_dim; d++) {
+      double expected = 0, size = 0;
+      for (int64_t slot = 0; slot < seen; slot++) {
+        const double each = weights[slot] / total * v.get(at(slot) + d);
+        expected += each, size += std::abs(each);
+      }
+      check(what, out.get(place * head_dim + d), expected, error * size + 1e-6);
+    }
+    check(what + " lse", lse.get(place), peak + std::log(total), error / 2 + 1e-6 * std::abs(peak));
+  }
+  // Ranges of each row's queries, alone; then all rows from each one on.
+  const size_t size = size_t(heads) * head_dim;
+  for (int row = 0; row < rows; row++) {
+    const auto check_part = [&](int first_row, int count, int64_t query, const int64_t* n, const int64_t* length, int threads) {
+      const int64_t token = starts[first_row] + query;
+      const Tensor part = run(first_row, count, n, length, token, threads, lse_part);
+      check_same(what, part, out, token * size, part.size());
+      check_same(what + " lse", lse_part, lse, token * heads, lse_part.size());
+    };
+    for (const int64_t most : {1, 2, 5, 16, 30}) {
+      const int64_t n = std::min(most, queries[row]), first = random.below(queries[row] - n + 1);
+      const int64_t length = lengths[row] - queries[row] + first + n;
+      check_part(row, 1, first, &n, &length, 1 + int(most % 2));
+    }
+    check_part(row, rows - row, 0, &queries[row], &lengths[row], 2 + row);
+  }
+}
+
+// -- norm, rotary, sample ---------------------------------------------------------------------------------------------
+
+void test_norm(Random& random) {
+  const Type type = any_type(random);
+  const int rows = random.of({1, 9, 40}), size = random.of({5, 37, 64, 576});
+  const bool with_delta = random.below(2);
+  const std::string what = describe("norm", int(type), rows, size, with_delta);
+  const Tensor before = normal(random, type, size_t(rows) * size);
+  Tensor delta = normal(random, type, before.size()), weight = normal(random, type, size);
+  NormArgs args{};
+  args.type = type, args.weight = weight.at(0), args.size = size, args.eps = 1e-5f;
+  const auto run = [&](int first, int count, int threads, Tensor& x) {
+    x = Tensor(type, size_t(count) * size);
+    std::memcpy(x.at(0), before.bytes.data() + first * size * size_of(type), x.bytes.size());
+    Tensor out(type, x.size());
+    args.x = x.at(0), args.out = out.at(0), args.rows = count;
+    args.delta = with_delta ? delta.at(size_t(first) * size) : nullptr;
+    call(threads, args, kernels.norm);
+    return out;
+  };
+  Tensor x(type, 0), x_part(type, 0);
+  const Tensor out = run(0, rows, 1, x);
+  for (int row = 0; row < rows; row++) {
+    double squares = 0;
+    for (int i = row * size; i < (row + 1) * size; i++) {
+      const double sum = before.get(i) + (with_delta ? delta.get(i) : 0);
+      check(what + " sum", x.get(i), sum, rounding(type) * std::abs(sum) + 0x1p-25);
+      squares += x.get(i) * x.get(i);
+    }
+    for (int i = 0; i < size; i++) {
+      const double expected = x.get(row * size + i) / std::sqrt(squares / size + 1e-5) * weight.get(i);
+      check(what, out.get(row * size + i), expected, (rounding(type) + 1e-6) * std::abs(expected) + 0x1p-25);
+    }
+  }
+  for_ranges(random, rows, [&](int first, int count, int threads) {
+    check_same(what, run(first, count, threads, x_part), out, size_t(first) * size, size_t(count) * size);
+    check_same(what + " sum", x_part, x, size_t(first) * size, size_t(count) * size);
+  });
+}
+
+void test_rotary(Random& random) {
+  const Type type = any_type(random);
+  const int kv_heads = 1 + int(random.below(2)), heads = kv_heads * (1 + int(random.below(3))), all = heads + 2 * kv_heads;
+  const int head_dim = random.of({8, 48, 64, 128}), half = head_dim / 2, page_size = random.of({1, 7, 16}), limit = 50;
+  const int tokens = random.of({1, 11, 40}), pool = 5 + tokens / page_size;
+  const bool with_norms = random.below(2);
+  const std::string what = describe("rotary", int(type), kv_heads, heads, head_dim, page_size, tokens, with_norms);
+  const Tensor before = normal(random, type, size_t(tokens) * all * head_dim);
+  Tensor q_norm = normal(random, type, head_dim), k_norm = normal(random, type, head_dim);
+  std::vector<float> cos(limit * half), sin(limit * half);
+  for (int i = 0; i < limit * half; i++) cos[i] = float(std::cos(0.1 * i)), sin[i] = float(std::sin(0.1 * i));
+  std::vector<int64_t> positions(tokens), slots(tokens);
+  const int64_t shift = random.below(pool * page_size);
+  for (int i = 0; i < tokens; i++) positions[i] = random.below(limit), slots[i] = (shift + i) % (pool * page_size);
+  RotaryArgs args{};
+  args.type = type, args.cos = cos.data(), args.sin = sin.data(), args.eps = 1e-5f;
+  if (with_norms) args.q_norm = q_norm.at(0), args.k_norm = k_norm.at(0);
+  args.heads = heads, args.kv_heads = kv_heads, args.head_dim = head_dim, args.page_size = page_size;
+  args.page_stride = int64_t(kv_heads) * page_size * head_dim;
+  Tensor k(type, size_t(pool) * args.page_stride), v(type, k.size());
+  const auto run = [&](int first, int count, int threads) {  // returns the tokens as the kernel leaves them, keys included
+    Tensor qkv(type, size_t(count) * all * head_dim);
+    std::memcpy(qkv.at(0), before.bytes.data() + size_t(first) * all * head_dim * size_of(type), qkv.bytes.size());
+    std::fill(k.bytes.begin(), k.bytes.end(), 0), std::fill(v.bytes.begin(), v.bytes.end(), 0);
+    args.qkv = qkv.at(0), args.positions = &positions[first], args.slots = &slots[first], args.tokens = count;
+    args.k = k.at(0), args.v = v.at(0);
+    call(threads, args, kernels.rotary);
+    for (int token = 0; token < count; token++) {
+      for (int h = 0; h < 2 * kv_heads; h++) {
+        const int64_t slot = slots[first + token], page = slot / page_size * args.page_stride;
+        const size_t stored = page + (int64_t(h % kv_heads) * page_size + slot % page_size) * head_dim;
+        const uint8_t* from = (h < kv_heads ? k : v).bytes.data() + stored * size_of(type);
+        if (std::memcmp(from, qkv.at((size_t(token) * all + heads + h) * head_dim), head_dim * size_of(type)) != 0)
+          fail(what, "not what is stored", h, token);
+      }
+    }
+    return qkv;
+  };
+  const Tensor out = run(0, tokens, 1);
+  for (int head = 0; head < tokens * all; head++) {
+    const size_t at = size_t(head) * head_dim;
+    const int token = head / all, which = head % all;
+    std::vector<double> x(head_dim);
+    double squares = 0;
+    for (int d = 0; d < head_dim; d++) x[d] = before.get(at + d), squares += x[d] * x[d];
+    if (with_norms && which < heads + kv_heads)
+      for (int d = 0; d < head_dim; d++) x[d] *= (which < heads ? q_norm : k_norm).get(d) / std::sqrt(squares / head_dim + 1e-5);
+    for (int d = 0; d < half; d++) {
+      const size_t angle = positions[token] * half + d;
+      const bool turned = which < heads + kv_heads;
+      const double c = turned ? cos[angle] : 1, s = turned ? sin[angle] : 0;
+      const double error = (2.2 * rounding(type) + 1e-6) * (std::abs(x[d]) + std::abs(x[d + half])) + 0x1p-24;
+      check(what, out.get(at + d), x[d] * c - x[d + half] * s, error);
+      check(what, out.get(at + d + half), x[d + half] * c + x[d] * s, error);
+    }
+  }
+  for_ranges(random, tokens, [&](int first, int count, int threads) {
+    check_same(what, run(first, count, threads), out, size_t(first) * all * head_dim, size_t(count) * all * head_dim);
+  });
+}
+
+uint64_t mix64(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+uint32_t mix32(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+// See kernels/noise.py.
+double noise(int64_t seed, int64_t position, int64_t token) {
+  const uint64_t key = mix64(mix64(uint64_t(position) + 0x9E3779B97F4A7C15u) + uint64_t(seed));
+  const uint32_t random = mix32(mix32((uint32_t(token) * 0x9E3779B1u) ^ uint32_t(key)) + uint32_t(key >> 32));
+  const float u = std::min((float(random) + 0.5f) * 0x1p-32f, 1 - 0x1p-24f);
+  return -std::log(-std::log1p(-double(u)));
+}
+
+void test_sample(Random& random) {
+  const int rows = random.of({1, 3, 9});
+  const int64_t size = random.of({1, 15, 100, 4096, 9001}), stride = size + random.of({0, 3}), first = random.of({0, 0, 20000});
+  const std::string what = describe("sample", rows, size, stride, first);
+  Tensor logits = normal(random, Type::f32, size_t(rows - 1) * stride + size, 3);
+  std::vector<float> temperature(rows);
+  std::vector<int64_t> seeds(rows), positions(rows);
+  for (int row = 0; row < rows; row++) {
+    temperature[row] = random.of({0.0f, 0.5f, 1.0f, 1.7f});
+    seeds[row] = int64_t(random.next()), positions[row] = random.below(100000);
+  }
+  if (random.below(3) == 0)  // equal ones
+    for (size_t i = 0; i < logits.size(); i++) logits.set(i, std::nearbyint(logits.get(i) / 4));
+  const bool impossible = random.below(4) == 0, unordered = random.below(4) == 0;
+  if (impossible)
+    for (int64_t i = 0; i < size; i++) logits.set(i, -INFINITY);
+  if (unordered) logits.set((rows - 1) * stride + random.below(size), NAN);
+  SampleArgs args{};
+  args.stride = stride, args.size = size, args.first = first;
+  const auto run = [&](int from, int count, int threads, std::vector<int64_t>& tokens) {
+    Tensor values(Type::f32, count);
+    for (int row = 0; row < count; row++) values.set(row, -INFINITY);
+    tokens.assign(count, first);
+    args.logits = static_cast<const float*>(logits.at(from * stride)), args.rows = count;
+    args.temperature = &temperature[from], args.seeds = &seeds[from], args.positions = &positions[from];
+    args.values = static_cast<float*>(values.at(0)), args.tokens = tokens.data();
+    call(threads, args, kernels.sample, kernels.sample_scratch);
+    return values;
+  };
+  std::vector<int64_t> tokens, tokens_part;
+  const Tensor values = run(0, rows, 1, tokens);
+  for (int row = 0; row < rows; row++) {
+    if (unordered && row == rows - 1) {
+      if (!std::isnan(values.get(row))) fail(what, "no NaN", values.get(row), NAN);
+      continue;
+    }
+    const auto value = [&](int64_t token) {
+      const double logit = logits.get(row * stride + token);
+      return temperature[row] > 0 ? logit / temperature[row] + noise(seeds[row], positions[row], first + token) : logit;
+    };
+    double best = -INFINITY;
+    int64_t lowest = 0;
+    for (int64_t token = 0; token < size; token++)
+      if (const double each = value(token); each > best) best = each, lowest = token;
+    const int64_t got = tokens[row] - first;
+    if ((impossible && row == 0) || temperature[row] == 0) {
+      if (values.get(row) != best || got != lowest) fail(what, "not the first of the largest", double(got), double(lowest));
+    } else if (got < 0 || got >= size) {
+      fail(what, "no token", double(got), 0);
+    } else {
+      check(what, values.get(row), best, 1e-5 * std::max(1.0, std::abs(best)));
+      check(what + " token", value(got), best, 1e-5 * std::max(1.0, std::abs(best)));
+    }
+  }
+  for_ranges(random, rows, [&](int from, int count, int threads) {
+    check_same(what, run(from, count, threads, tokens_part), values, from, count);
+    for (int row = 0; row < count; row++)
+      if (!std::isnan(values.get(from + row)) && tokens_part[row] != tokens[from + row])
+        fail(what, "another token", double(tokens_part[row]), double(tokens[from + row]));
+  });
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int cases = count > 1 ? std::atoi(arguments[1]) : 20;
+  const uint64_t seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 0;
+  for (int each = 0; each < cases; each++) {
+    Random random{mix64(seed + uint64_t(each))};
+    test_linear(random);
+    test_attention(random);
+    test_norm(random);
+    test_rotary(random);
+    test_sample(random);
+  }
+  std::printf("%d cases, %d failures\n", cases, failures);
+  return failures > 0;
+}

@@ -1,0 +1,131 @@
+// What tests of the CPU kernels without torch share: calls, random contents, tensors, checks.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+using namespace magicdec;
+
+inline const Kernels& kernels = *magicdec_kernels();
+inline int failures = 0;
+
+// Calls a kernel. scratch: the function that tells how much memory it needs, if it does.
+template <class Args>
+void call(int threads, Args args, void (*kernel)(const Args&), size_t (*scratch)(const Args&) = nullptr) {
+  args.team = {threads, [](int most, int64_t pieces, Pool::Work work, void* context) {
+                 Pool::instance().run(most, pieces, work, context);
+               }};
+  std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);
+  if constexpr (!std::is_same_v<Args, NormArgs> && !std::is_same_v<Args, RotaryArgs>) {
+    memory.reset(std::aligned_alloc(64, (scratch(args) + 63) / 64 * 64));
+    args.scratch = memory.get();
+  }
+  kernel(args);
+}
+
+// -- random numbers and tensors ---------------------------------------------------------------------------------------
+
+struct Random {
+  uint64_t state;
+  uint64_t next() {  // splitmix64
+    uint64_t x = state += 0x9E3779B97F4A7C15u;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+  }
+  int64_t below(int64_t n) { return int64_t(next() % uint64_t(n)); }
+  double uniform() { return double(next() >> 11) * 0x1p-53; }
+  double normal() { return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform()); }
+  template <class T>
+  T of(std::initializer_list<T> choices) { return choices.begin()[below(int64_t(choices.size()))]; }
+};
+
+inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+// Largest relative error of a rounded number.
+inline double rounding(Type type) { return type == Type::f32 ? 0x1p-24 : type == Type::bf16 ? 0x1p-8 : 0x1p-11; }
+
+// An array of exactly the bytes that it needs, so that sanitizers see every access past its end.
+struct Tensor {
+  Type type;
+  std::vector<uint8_t> bytes;
+  Tensor(Type type, size_t size) : type(type), bytes(size * size_of(type)) {}
+  size_t size() const { return bytes.size() / size_of(type); }
+  void* at(size_t i) { return bytes.data() + i * size_of(type); }
+  double get(size_t i) const {
+    const uint8_t* from = bytes.data() + i * size_of(type);
+    if (type == Type::f16) {
+      uint16_t half;
+      std::memcpy(&half, from, sizeof half);
+      const int exponent = half >> 10 & 31, fraction = half & 1023;
+      const double size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                         : std::ldexp(exponent ? 1024 + fraction : fraction, std::max(exponent, 1) - 25);
+      return half >> 15 ? -size : size;
+    }
+    uint32_t word = 0;
+    std::memcpy(reinterpret_cast<uint8_t*>(&word) + 4 - size_of(type), from, size_of(type));
+    float x;
+    std::memcpy(&x, &word, sizeof x);
+    return x;
+  }
+  void set(size_t i, double value) {
+    if (type == Type::f16) {  // finite values only
+      const int exponent = std::max(value == 0 ? -14 : std::ilogb(value), -14);
+      const int size = int(std::nearbyint(std::ldexp(std::abs(value), 10 - exponent))) + ((exponent + 14) << 10);
+      const auto half = uint16_t((std::signbit(value) ? 0x8000 : 0) + std::min(size, 0x7c00));
+      std::memcpy(at(i), &half, sizeof half);
+      return;
+    }
+    const float x = float(value);
+    uint32_t word;
+    std::memcpy(&word, &x, sizeof word);
+    if (type == Type::bf16) word += 0x7fff + ((word >> 16) & 1);
+    std::memcpy(at(i), reinterpret_cast<uint8_t*>(&word) + 4 - size_of(type), size_of(type));
+  }
+};
+
+inline Tensor normal(Random& random, Type type, size_t size, double scale = 1) {
+  Tensor x(type, size);
+  for (size_t i = 0; i < size; i++) x.set(i, random.normal() * scale);
+  return x;
+}
+
+inline Type any_type(Random& random) { return Type(random.below(3)); }
+
+inline void fail(const std::string& what, const char* why, double got, double expected) {
+  if (failures++ < 20) std::printf("%s: %s: %.9g, expected %.9g\n", what.c_str(), why, got, expected);
+}
+inline void check(const std::string& what, double got, double expected, double tolerance) {
+  if (!(std::abs(got - expected) <= tolerance)) fail(what, "inexact", got, expected);
+}
+// Checks that elements [first, first + count) of `whole` are `part`.
+inline void check_same(const std::string& what, const Tensor& part, const Tensor& whole, size_t first, size_t count) {
+  const size_t size = size_of(part.type);
+  for (size_t i = 0; i < count; i++)
+    if (std::memcmp(part.bytes.data() + i * size, whole.bytes.data() + (first + i) * size, size) != 0)
+      return fail(what, "depends on what stands beside it", part.get(i), whole.get(first + i));
+}
+
+template <class... Numbers>
+std::string describe(const char* kernel, Numbers... numbers) {
+  std::string text = kernel;
+  ((text += ' ' + std::to_string(numbers)), ...);
+  return text;
+}
+
+// Calls f(first, count, threads) for some ranges of `rows` rows.
+template <class F>
+void for_ranges(Random& random, int rows, F&& f) {
+  for (int count = 1; count <= std::min(rows, 16); count++) f(int(random.below(rows - count + 1)), count, 1 + count % 2);
+  f(rows - 1, 1, 2);
+  f(0, rows, 2);
+  f(0, rows, 3);
+}
