@@ -54,6 +54,8 @@ MAGICDEC_INLINE float quantise_row(const T* x, uint8_t* to, int features, int wo
     _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8((__m512i)q));
 #elif defined(__aarch64__)
     neon::store_bytes(bytes, q);
+#elif defined(MAGICDEC_AVX2)
+    avx2::store_bytes(bytes, q);
 #else
     for (int lane = 0; lane < LANES; lane++) bytes[lane] = uint8_t(q[lane]);
 #endif

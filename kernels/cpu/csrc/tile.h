@@ -11,8 +11,8 @@ namespace magicdec {
 
 #if defined(__AVX512F__)
 constexpr int MAX_ROWS = 12;  // per tile with two vectors of columns: 24 of 32 registers hold sums
-#elif defined(__AVX2__)
-constexpr int MAX_ROWS = 3;  // a vector takes two of 16 registers
+#elif defined(MAGICDEC_AVX2)
+constexpr int MAX_ROWS = 6;  // per tile with one vector of columns: 12 of 16 registers hold sums
 #elif defined(__aarch64__)
 constexpr int MAX_ROWS = 3;  // a vector takes four of 32 registers
 #else
@@ -23,10 +23,57 @@ struct Nothing {
   MAGICDEC_INLINE void operator()(int) const {}
 };
 
+#if defined(MAGICDEC_AVX2)
+
+template <class Steps, int STEP, int M, int C, bool SPREAD, class Sums>
+MAGICDEC_INLINE void step(Sums (&sums)[M][C], const uint32_t* a, size_t a_stride, const uint32_t* b) {
+  typename Steps::Factor right[C];
+#pragma GCC unroll 2
+  for (int c = 0; c < C; c++) right[c] = Steps::template right<STEP>(load<u32x16>(b + c * LANES));
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    typename Steps::Factor left;
+    if constexpr (SPREAD)
+      left = bits<typename Steps::Factor>(splat_bits(a[m * a_stride + STEP]));
+    else
+      left = Steps::template left<STEP>(a[m * a_stride]);
+#pragma GCC unroll 2
+    for (int c = 0; c < C; c++) sums[m][c] = Steps::add(sums[m][c], left, right[c]);
+  }
+}
+
+template <class Dot, int M, int C, bool SPREAD, class F>
+MAGICDEC_INLINE void tile_in_steps(typename Dot::Sums (&sums)[M][C], const uint32_t* a, size_t a_stride, const uint32_t* b,
+                                   size_t b_stride, int words, F&& meanwhile) {
+  using Steps = typename Dot::Steps;
+  if constexpr (M * C > MAX_ROWS) {  // one vector of columns after the other
+    for (int c = 0; c < C; c++) {
+      typename Dot::Sums column[M][1];
+      for (int m = 0; m < M; m++) column[m][0] = sums[m][c];
+      const auto once = [&](int w) __attribute__((always_inline)) { if (c == 0) meanwhile(w); };
+      tile_in_steps<Dot, M, 1, SPREAD>(column, a, a_stride, b + c * LANES, b_stride, words, once);
+      for (int m = 0; m < M; m++) sums[m][c] = column[m][0];
+    }
+  } else {
+    for (int w = 0; w < words; w++, a += SPREAD ? Steps::STEPS : 1, b += b_stride) {
+      meanwhile(w);
+      step<Steps, 0, M, C, SPREAD>(sums, a, a_stride, b);
+      if constexpr (Steps::STEPS == 2) step<Steps, 1, M, C, SPREAD>(sums, a, a_stride, b);
+    }
+  }
+}
+
+#endif
+
 // meanwhile: called with each w, for work that overlaps with the products.
-template <class Dot, int M, int C, class F = Nothing>
+// SPREAD: whether a holds the left factors of the steps (avx2.h), one word each, in place of words of elements.
+template <class Dot, int M, int C, bool SPREAD = false, class F = Nothing>
 MAGICDEC_INLINE void tile(typename Dot::Sums (&sums)[M][C], const uint32_t* a, size_t a_stride, const uint32_t* b,
                           size_t b_stride, int words, F&& meanwhile = {}) {
+#if defined(MAGICDEC_AVX2)
+  tile_in_steps<Dot, M, C, SPREAD>(sums, a, a_stride, b, b_stride, words, meanwhile);
+#else
+  static_assert(!SPREAD);
   for (int w = 0; w < words; w++) {
     meanwhile(w);
     u32x16 right[C];
@@ -38,6 +85,7 @@ MAGICDEC_INLINE void tile(typename Dot::Sums (&sums)[M][C], const uint32_t* a, s
       for (int c = 0; c < C; c++) sums[m][c] = Dot::add(sums[m][c], left, right[c]);
     }
   }
+#endif
 }
 
 // Calls f(Count<M>) for M = rows, 1 <= rows <= MAX.
