@@ -112,11 +112,20 @@ MAGICDEC_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) {
   return f32x16::of([&](int i) __attribute__((always_inline)) { return _mm256_fmadd_ps(a.part[i], b.part[i], c.part[i]); });
 }
 
+// The word in all lanes, read from memory by each step. The compiler would read it once and compute the factors of both steps
+// outside of vectors, or hold them in registers that sums need.
+template <int STEP>
+MAGICDEC_INLINE u32x16 spread(const uint32_t& word) {
+  u32x16::Part eight;
+  asm("vpbroadcastd %1, %0" : "=x"(eight) : "m"(word), "i"(STEP));
+  return {{eight, eight}};
+}
+
 struct F32 {
   static constexpr int STEPS = 1;
   using Factor = f32x16;
   template <int STEP>
-  static MAGICDEC_INLINE Factor left(uint32_t a) {
+  static MAGICDEC_INLINE Factor left(const uint32_t& a) {
     return bits<f32x16>(splat_bits(a));
   }
   template <int STEP>
@@ -129,8 +138,8 @@ struct F32 {
 struct BF16 : F32 {
   static constexpr int STEPS = 2;
   template <int STEP>
-  static MAGICDEC_INLINE Factor left(uint32_t a) {
-    return right<STEP>(splat_bits(a));
+  static MAGICDEC_INLINE Factor left(const uint32_t& a) {
+    return right<STEP>(spread<STEP>(a));
   }
   template <int STEP>
   static MAGICDEC_INLINE Factor right(u32x16 b) {
@@ -141,7 +150,7 @@ struct BF16 : F32 {
 struct F16 : F32 {
   static constexpr int STEPS = 2;
   template <int STEP>
-  static MAGICDEC_INLINE Factor left(uint32_t a) {
+  static MAGICDEC_INLINE Factor left(const uint32_t& a) {
     const __m256 eight = _mm256_cvtph_ps(_mm_set1_epi16(short(a >> 16 * STEP)));
     return {{eight, eight}};
   }
@@ -157,7 +166,7 @@ struct I8 {  // the left bytes unsigned, the right ones signed
   static constexpr int STEPS = 1;
   using Factor = u32x16;
   template <int STEP>
-  static MAGICDEC_INLINE Factor left(uint32_t a) {
+  static MAGICDEC_INLINE Factor left(const uint32_t& a) {
     return splat_bits(a);
   }
   template <int STEP>
@@ -178,8 +187,8 @@ struct I8 {
   static constexpr int STEPS = 2;
   using Factor = u32x16;
   template <int STEP>
-  static MAGICDEC_INLINE Factor left(uint32_t a) {
-    return splat_bits(a) >> 8 * STEP & 0x00ff00ff;
+  static MAGICDEC_INLINE Factor left(const uint32_t& a) {
+    return spread<STEP>(a) >> 8 * STEP & 0x00ff00ff;
   }
   template <int STEP>
   static MAGICDEC_INLINE Factor right(u32x16 b) {

@@ -5,6 +5,8 @@
 // Each sum runs over w in ascending order, whatever its tile, so a row's result does not depend on other rows.
 #pragma once
 
+#include <utility>
+
 #include "vec.h"
 
 namespace magicdec {
@@ -19,47 +21,75 @@ constexpr int MAX_ROWS = 3;  // a vector takes four of 32 registers
 constexpr int MAX_ROWS = 1;  // a vector takes four of 16 registers
 #endif
 
+template <int M>
+struct Count {
+  static constexpr int value = M;
+};
+
 struct Nothing {
   MAGICDEC_INLINE void operator()(int) const {}
 };
 
 #if defined(MAGICDEC_AVX2)
 
-template <class Steps, int STEP, int M, int C, bool SPREAD, class Sums>
-MAGICDEC_INLINE void step(Sums (&sums)[M][C], const uint32_t* a, size_t a_stride, const uint32_t* b) {
-  typename Steps::Factor right[C];
-#pragma GCC unroll 2
-  for (int c = 0; c < C; c++) right[c] = Steps::template right<STEP>(load<u32x16>(b + c * LANES));
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++) {
-    typename Steps::Factor left;
-    if constexpr (SPREAD)
-      left = bits<typename Steps::Factor>(splat_bits(a[m * a_stride + STEP]));
-    else
-      left = Steps::template left<STEP>(a[m * a_stride]);
-#pragma GCC unroll 2
-    for (int c = 0; c < C; c++) sums[m][c] = Steps::add(sums[m][c], left, right[c]);
-  }
+// Calls f(Count<0>), f(Count<1>) … N times. To elements with constant numbers the compiler gives registers; loops it may unroll
+// too late for that.
+template <class F, size_t... I>
+MAGICDEC_INLINE void unrolled(F&& f, std::index_sequence<I...>) {
+  (f(Count<I>{}), ...);
+}
+template <int N, class F>
+MAGICDEC_INLINE void unrolled(F&& f) {
+  unrolled(f, std::make_index_sequence<N>{});
 }
 
+constexpr int TURN = 32;  // words
+
+// Columns first … first + C - 1 of a tile.
+template <class Dot, int M, int C, bool SPREAD, int ALL, class F>
+MAGICDEC_INLINE void tile_columns(typename Dot::Sums (&all)[M][ALL], int first, const uint32_t* a, size_t a_stride, const uint32_t* b,
+                                  size_t b_stride, int words, F&& meanwhile) {
+  using Steps = typename Dot::Steps;
+  using Factor = typename Steps::Factor;
+  typename Dot::Sums sums[M * C];
+  unrolled<M * C>([&](auto i) __attribute__((always_inline)) { sums[i.value] = all[i.value / C][first + i.value % C]; });
+  b += first * LANES;
+  for (int w = 0; w < words; w++, a += SPREAD ? Steps::STEPS : 1, b += b_stride) {
+    meanwhile(w);
+    unrolled<Steps::STEPS>([&](auto step) __attribute__((always_inline)) {
+      constexpr int STEP = decltype(step)::value;
+      Factor right[C];
+      unrolled<C>([&](auto c) __attribute__((always_inline)) {
+        right[c.value] = Steps::template right<STEP>(load<u32x16>(b + c.value * LANES));
+      });
+      unrolled<M>([&](auto m) __attribute__((always_inline)) {
+        Factor left;
+        if constexpr (SPREAD)
+          left = bits<Factor>(splat_bits(a[m.value * a_stride + STEP]));
+        else
+          left = Steps::template left<STEP>(a[m.value * a_stride]);
+        unrolled<C>([&](auto c) __attribute__((always_inline)) {
+          sums[m.value * C + c.value] = Steps::add(sums[m.value * C + c.value], left, right[c.value]);
+        });
+      });
+    });
+  }
+  unrolled<M * C>([&](auto i) __attribute__((always_inline)) { all[i.value / C][first + i.value % C] = sums[i.value]; });
+}
+
+// Sums of more than two rows need all registers for one vector of columns, so the vectors take turns.
 template <class Dot, int M, int C, bool SPREAD, class F>
 MAGICDEC_INLINE void tile_in_steps(typename Dot::Sums (&sums)[M][C], const uint32_t* a, size_t a_stride, const uint32_t* b,
                                    size_t b_stride, int words, F&& meanwhile) {
-  using Steps = typename Dot::Steps;
-  if constexpr (M * C > MAX_ROWS) {  // one vector of columns after the other
-    for (int c = 0; c < C; c++) {
-      typename Dot::Sums column[M][1];
-      for (int m = 0; m < M; m++) column[m][0] = sums[m][c];
-      const auto once = [&](int w) __attribute__((always_inline)) { if (c == 0) meanwhile(w); };
-      tile_in_steps<Dot, M, 1, SPREAD>(column, a, a_stride, b + c * LANES, b_stride, words, once);
-      for (int m = 0; m < M; m++) sums[m][c] = column[m][0];
-    }
-  } else {
-    for (int w = 0; w < words; w++, a += SPREAD ? Steps::STEPS : 1, b += b_stride) {
-      meanwhile(w);
-      step<Steps, 0, M, C, SPREAD>(sums, a, a_stride, b);
-      if constexpr (Steps::STEPS == 2) step<Steps, 1, M, C, SPREAD>(sums, a, a_stride, b);
-    }
+  if constexpr (M * C <= 4)
+    return tile_columns<Dot, M, C, SPREAD>(sums, 0, a, a_stride, b, b_stride, words, meanwhile);
+  for (int w = 0; w < words; w += TURN) {
+    const int n = words - w < TURN ? words - w : TURN;
+    for (int c = 0; c < C; c++)
+      tile_columns<Dot, M, 1, SPREAD>(sums, c, a + w * (SPREAD ? Dot::Steps::STEPS : 1), a_stride, b + w * b_stride, b_stride, n,
+                                      [&](int i) __attribute__((always_inline)) {
+                                        if (c == 0) meanwhile(w + i);
+                                      });
   }
 }
 
@@ -89,10 +119,6 @@ MAGICDEC_INLINE void tile(typename Dot::Sums (&sums)[M][C], const uint32_t* a, s
 }
 
 // Calls f(Count<M>) for M = rows, 1 <= rows <= MAX.
-template <int M>
-struct Count {
-  static constexpr int value = M;
-};
 template <int MAX, class F>
 MAGICDEC_INLINE void with_rows(int rows, F&& f) {
   if constexpr (MAX > 1) {
