@@ -59,6 +59,7 @@ _ARCHITECTURES = {
         ),
         _BF16,
         _x86("avx512", f"{_AVX2} {_AVX512}", f"{_AVX2} {_AVX512}"),
+        _x86("avx_vnni", f"{_AVX2} avx_vnni", f"{_AVX2} avxvnni"),
         _x86("avx2", _AVX2, _AVX2),
     ),
     "aarch64": (

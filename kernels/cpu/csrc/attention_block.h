@@ -70,6 +70,8 @@ MAGICDEC_INLINE void transpose(u32x16 (&x)[LANES]) {
   }
 #elif defined(__aarch64__)
   neon::transpose(x);
+#elif defined(MAGICDEC_AVX2)
+  avx2::transpose(x);
 #else
   uint32_t words[LANES][LANES], turned[LANES][LANES];
   for (int i = 0; i < LANES; i++) store(words[i], x[i]);
@@ -181,6 +183,8 @@ MAGICDEC_INLINE u32x16 pair_values(const T* values, int head_dim) {
   if constexpr (sizeof(T) == 4) return load<u32x16>(values);
 #if defined(__aarch64__)
   return neon::load_pairs(values, values + head_dim);
+#elif defined(MAGICDEC_AVX2)
+  return avx2::load_pairs(values, values + head_dim);
 #else
   return widen(load<u16x16>(values)) | (widen(load<u16x16>(values + head_dim)) << 16);
 #endif

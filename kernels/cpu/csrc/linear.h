@@ -11,6 +11,20 @@ namespace magicdec {
 
 constexpr int ROW_CHUNK = 96;  // rows whose input stays in the L2 cache while all weights are read
 
+// SPREAD: whether rows are copied as the left factors of a product's steps, two per word. FETCHES: whether tiles of more than two
+// rows prefetch weights. There vectors of columns take turns, so each passes over every second line, and processors do not expect
+// the next ones.
+constexpr int FETCH_WORDS = 512;  // how far ahead
+#if defined(MAGICDEC_AVX2)
+constexpr bool FETCHES = true;
+template <class Dot>
+constexpr bool SPREAD = Dot::Steps::STEPS == 2;
+#else
+constexpr bool FETCHES = false;
+template <class Dot>
+constexpr bool SPREAD = false;
+#endif
+
 // Computes all tiles of rows [row, end) times one block of columns.
 template <class Dot, class Out>
 void linear_block(const LinearArgs& args, Rows x, const float* scales, int row, int end, int block) {
@@ -22,7 +36,12 @@ void linear_block(const LinearArgs& args, Rows x, const float* scales, int row, 
     with_rows<MAX_ROWS>(height, [&](auto count) {
       constexpr int M = decltype(count)::value;
       typename Dot::Sums sums[M][2] = {};
-      tile<Dot, M, 2>(sums, a, x.stride, b, BLOCK, args.words);
+      tile<Dot, M, 2, SPREAD<Dot>>(sums, a, x.stride, b, BLOCK, args.words, [&](int w) __attribute__((always_inline)) {
+        if constexpr (FETCHES && M > 2) {
+          __builtin_prefetch(b + w * BLOCK + FETCH_WORDS, 0, 3);
+          __builtin_prefetch(b + w * BLOCK + FETCH_WORDS + LANES, 0, 3);
+        }
+      });
       finish_sums<Dot, Out, M>(args, sums, scales, row + done, block);
     });
     done += height;
@@ -34,7 +53,7 @@ struct Input {
   bool copied;
   size_t words;  // per row of the copy
   bool tiles;    // multiply by AMX tiles
-  bool floats;   // copied as float32, for the twin of the tiles
+  bool floats;   // copied as float32, for the twin of the tiles and for products in steps
 };
 
 inline Input input_of(const LinearArgs& args) {
@@ -44,7 +63,8 @@ inline Input input_of(const LinearArgs& args) {
   if (args.format == Weights::bf16 && args.rows < args.tiles_from) return {true, words * 2, false, true};
   const bool tiles = args.format == Weights::bf16;
 #else
-  if (args.format == Weights::i8) return {true, words, false, false};
+  if (args.format == Weights::i8) return {true, SPREAD<DotI8> ? words * 2 : words, false, false};
+  if (SPREAD<DotBF16> && args.format != Weights::f32) return {true, words * 2, false, true};
   constexpr bool tiles = false;
 #endif
   const int elements = args.format == Weights::f32 ? 1 : 2;
@@ -76,7 +96,7 @@ void linear(const LinearArgs& args) {
       const In* from = static_cast<const In*>(args.x) + row * args.x_stride;
       uint32_t* to = copy + row * input.words;
       if constexpr (Dot::ELEMENTS == 4)
-        scales[row] = quantise_row(from, reinterpret_cast<uint8_t*>(to), args.features, args.words);
+        scales[row] = quantise_row<SPREAD<Dot>>(from, to, args.features, args.words);
       else if (input.floats)
         widen_row(from, reinterpret_cast<float*>(to), args.features, int(input.words));
       else

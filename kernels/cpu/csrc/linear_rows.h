@@ -29,9 +29,11 @@ MAGICDEC_INLINE void widen_row(const T* from, float* to, int features, int words
   for (; i < words; i += LANES) store(to + i, f32x16{});
 }
 
-// Quantizes a row to bytes, round(x / scale) + DotI8::ZERO, with scale = max |x| / 127. Returns the scale.
-template <class T>
-MAGICDEC_INLINE float quantise_row(const T* x, uint8_t* to, int features, int words) {
+// Quantizes a row to bytes, round(x / scale) + DotI8::ZERO, with scale = max |x| / 127. Returns the scale. SPREAD: each word
+// becomes two, of its even and of its odd bytes.
+template <bool SPREAD, class T>
+MAGICDEC_INLINE float quantise_row(const T* x, uint32_t* words_to, int features, int words) {
+  auto* to = reinterpret_cast<uint8_t*>(words_to + (SPREAD ? words : 0));
   f32x16 peak{};
   int i = 0;
   for (; i + LANES <= features; i += LANES) {
@@ -54,10 +56,18 @@ MAGICDEC_INLINE float quantise_row(const T* x, uint8_t* to, int features, int wo
     _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8((__m512i)q));
 #elif defined(__aarch64__)
     neon::store_bytes(bytes, q);
+#elif defined(MAGICDEC_AVX2)
+    avx2::store_bytes(bytes, q);
 #else
     for (int lane = 0; lane < LANES; lane++) bytes[lane] = uint8_t(q[lane]);
 #endif
     std::memcpy(to + i, bytes, std::min(LANES, words * 4 - i));
+  }
+  if constexpr (SPREAD) {  // from the second half of the memory to all of it
+    for (i = 0; i < words; i++) {
+      const uint32_t word = words_to[words + i];
+      words_to[2 * i] = word & 0x00ff00ff, words_to[2 * i + 1] = word >> 8 & 0x00ff00ff;
+    }
   }
   return scale;
 }

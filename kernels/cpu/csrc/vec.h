@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define MAGICDEC_AVX2 1
+#include "avx2.h"
+#endif
 #elif defined(__aarch64__)
 #include "neon.h"
 #endif
@@ -22,11 +26,19 @@ MAGICDEC_INLINE i32x16 lane_numbers() {
 MAGICDEC_INLINE f32x16 maximum(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(MAGICDEC_AVX2)
+  return avx2::maximum(a, b);
 #else
   return select(a > b, a, b);
 #endif
 }
-MAGICDEC_INLINE f32x16 minimum(f32x16 a, f32x16 b) { return select(a < b, a, b); }
+MAGICDEC_INLINE f32x16 minimum(f32x16 a, f32x16 b) {
+#if defined(MAGICDEC_AVX2)
+  return avx2::minimum(a, b);
+#else
+  return select(a < b, a, b);
+#endif
+}
 
 // Adds lanes i and i + 8, then i and i + 4, and so on.
 MAGICDEC_INLINE float sum(f32x16 x) {
@@ -37,6 +49,8 @@ MAGICDEC_INLINE float sum(f32x16 x) {
   return x[0] + x[1];
 #elif defined(__aarch64__)
   return neon::sum(x);
+#elif defined(MAGICDEC_AVX2)
+  return avx2::sum(x);
 #else
   float lane[LANES];
   store(lane, x);
@@ -50,6 +64,8 @@ MAGICDEC_INLINE float sum(f32x16 x) {
 MAGICDEC_INLINE bool may_exceed(f32x16 x, float y) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(y), _CMP_GT_OQ) != 0;
+#elif defined(MAGICDEC_AVX2)
+  return avx2::any_exceeds(x, y);
 #else
   return true;
 #endif
@@ -60,6 +76,8 @@ MAGICDEC_INLINE float largest(f32x16 x) {
   return _mm512_reduce_max_ps((__m512)x);
 #elif defined(__aarch64__)
   return neon::largest(x);
+#elif defined(MAGICDEC_AVX2)
+  return avx2::largest(x);
 #else
   float lane[LANES];
   store(lane, x);
@@ -105,6 +123,8 @@ MAGICDEC_INLINE f32x16 float_of_half(u16x16 half) {
   return (f32x16)_mm512_cvtph_ps((__m256i)half);
 #elif defined(__aarch64__)
   return neon::float_of_half(half);
+#elif defined(MAGICDEC_AVX2)
+  return avx2::float_of_half(half);
 #else
   const u32x16 x = widen(half);
   // A product rebases the exponent, which also converts denormals correctly.
@@ -121,6 +141,8 @@ MAGICDEC_INLINE u16x16 half_of_float(f32x16 x) {
   return (u16x16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__aarch64__)
   return neon::half_of_float(x);
+#elif defined(MAGICDEC_AVX2)
+  return avx2::half_of_float(x);
 #else
   uint16_t out[LANES];
   for (int i = 0; i < LANES; i++) {
@@ -169,6 +191,8 @@ MAGICDEC_INLINE void store_floats(bf16* to, f32x16 x) {
   store(to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
   store(to, neon::bf16_of_float(x));
+#elif defined(MAGICDEC_AVX2)
+  store(to, avx2::narrow(bf16_of_float(x)));
 #else
   store(to, narrow(bf16_of_float(x)));
 #endif
@@ -212,6 +236,8 @@ MAGICDEC_INLINE f32x16 exp2_falling(f32x16 x) {
   x = select(gone, splat(-126.0f), x);
 #if defined(__aarch64__)
   const i32x16 whole = neon::nearest(x);
+#elif defined(MAGICDEC_AVX2)
+  const i32x16 whole = avx2::nearest(x);
 #else
   const i32x16 whole = convert<i32x16>(x - 0.5f);  // truncates towards zero: rounds to nearest
 #endif
@@ -260,12 +286,24 @@ MAGICDEC_INLINE f32x16 logarithm(f32x16 x) {
 
 struct DotF32 {
   static constexpr int ELEMENTS = 1;
+#if defined(MAGICDEC_AVX2)
+  using Steps = avx2::F32;
+#endif
   using Sums = f32x16;
-  static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) { return sums + bits<f32x16>(splat_bits(a)) * bits<f32x16>(b); }
+  static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) {
+#if defined(MAGICDEC_AVX2)
+    return avx2::add<avx2::F32>(sums, a, b);
+#else
+    return sums + bits<f32x16>(splat_bits(a)) * bits<f32x16>(b);
+#endif
+  }
 };
 
 struct DotBF16 {
   static constexpr int ELEMENTS = 2;
+#if defined(MAGICDEC_AVX2)
+  using Steps = avx2::BF16;
+#endif
   using Sums = f32x16;
   static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) {
 #if defined(__AVX512BF16__)
@@ -273,6 +311,8 @@ struct DotBF16 {
     return (f32x16)_mm512_dpbf16_ps((__m512)sums, (__m512bh)b, (__m512bh)_mm512_set1_epi32(a));
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     return neon::dot_bf16(sums, a, b);
+#elif defined(MAGICDEC_AVX2)
+    return avx2::add<avx2::BF16>(sums, a, b);
 #else
     sums = sums + splat(bits<float>(a << 16)) * bits<f32x16>(b << 16);
     return sums + splat(bits<float>(a & 0xffff0000)) * bits<f32x16>(b & 0xffff0000);
@@ -282,11 +322,18 @@ struct DotBF16 {
 
 struct DotF16 {
   static constexpr int ELEMENTS = 2;
+#if defined(MAGICDEC_AVX2)
+  using Steps = avx2::F16;
+#endif
   using Sums = f32x16;
   static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) {
+#if defined(MAGICDEC_AVX2)
+    return avx2::add<avx2::F16>(sums, a, b);
+#else
     const u32x16 pair = splat_bits(a);
     sums = sums + float_of_half(narrow(pair)) * float_of_half(narrow(b));
     return sums + float_of_half(narrow(pair >> 16)) * float_of_half(narrow(b >> 16));
+#endif
   }
 };
 
@@ -298,12 +345,17 @@ struct DotI8 {  // the right matrix is signed
 #else
   static constexpr int ZERO = 128;
 #endif
+#if defined(MAGICDEC_AVX2)
+  using Steps = avx2::I8;
+#endif
   using Sums = i32x16;
   static MAGICDEC_INLINE Sums add(Sums sums, uint32_t a, u32x16 b) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(a), (__m512i)b);
 #elif defined(__aarch64__)
     return neon::dot_i8(sums, a, b);
+#elif defined(MAGICDEC_AVX2)
+    return avx2::add<avx2::I8>(sums, a, b);
 #else
     for (int byte = 0; byte < 4; byte++) {
       const i32x16 signed_byte = bits<i32x16>(b << (24 - 8 * byte)) >> 24;

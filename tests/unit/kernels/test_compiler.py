@@ -37,7 +37,7 @@ def test_features_of_the_first_processor() -> None:
 def test_an_architecture_has_its_own_sets() -> None:
     names = {machine: [each.name for each in instruction_sets(machine)] for machine in ("x86_64", "aarch64", "riscv64")}
     assert names == {
-        "x86_64": ["amx", "avx512_bf16", "avx512", "avx2", "portable"],
+        "x86_64": ["amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "portable"],
         "aarch64": ["neon_bf16", "neon_dotprod", "portable"],
         "riscv64": ["portable"],
     }
