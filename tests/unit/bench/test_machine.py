@@ -21,8 +21,8 @@ def cpu_seconds() -> float:
 def test_busy_processes_compute_until_the_end() -> None:
     before = cpu_seconds()
     with busy([first_cores(1)[0], None]):
-        time.sleep(0.3)
-    assert cpu_seconds() - before > 0.2
+        time.sleep(0.5)
+    assert cpu_seconds() - before > 0.1  # even beside other load
 
 
 def test_more_busy_processes_than_cores() -> None:
