@@ -7,8 +7,8 @@ through the layers of a KV pool larger than the CPU caches. Matrix products read
 are random, in the default model's shapes: 9 query heads and 3 KV heads of dimension 64, hidden size 576.
 
 The last lines say whether the bits of a row's product in torch depend on the number of rows, and whether they are ours.
-A row's result must be the same beside any others: torch could multiply many rows only if it also multiplied single ones,
-or had the bits of our product of one. In parentheses: share of numbers that differ.
+A row's result must be the same beside any others: torch could multiply many rows only if it also multiplied single
+ones, or had the bits of our product of one. In parentheses: share of numbers that differ.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def attention_flops(rows: int, context: int, queries: int, *, heads: int = _HEAD
     return 4 * rows * queries * (context - (queries - 1) / 2) * heads * head_dim
 
 
-def products(kernels: CpuKernels, row_counts: Sequence[int], layers: int = _LAYERS) -> None:
+def products(kernels: CpuKernels, row_counts: Sequence[int]) -> None:
     """Measure the matrix products of all layers, by number of rows and weight format."""
-    weights = [[torch.randn(n, k, dtype=torch.bfloat16) for k, n in SHAPES] for _ in range(layers)]
+    weights = [[torch.randn(n, k, dtype=torch.bfloat16) for k, n in SHAPES] for _ in range(_LAYERS)]
     packed = [[PackedWeights(weight) for weight in layer] for layer in weights]
     coarse = [[each.quantized() for each in layer] for layer in packed]
     numbers = sum(weight.numel() for layer in weights for weight in layer)
@@ -134,8 +134,8 @@ def compare_bits(kernels: CpuKernels, row_counts: Sequence[int]) -> None:
     for features, size in SHAPES:
         weight = torch.randn(size, features, dtype=torch.bfloat16)
         x, packed = torch.randn(max(row_counts), features, dtype=torch.bfloat16), PackedWeights(weight)
-        theirs = torch.cat([F.linear(row, weight) for row in x.split(1)])
-        ours = torch.cat([kernels.linear(row, packed) for row in x.split(1)])
+        theirs = torch.cat([F.linear(x[row : row + 1], weight) for row in range(len(x))])
+        ours = torch.cat([kernels.linear(x[row : row + 1], packed) for row in range(len(x))])
         kinds = {
             "torch, one row and several": [_differ(F.linear(x[:rows], weight), theirs) for rows in row_counts],
             "torch and ours": [_differ(F.linear(x[:rows], weight), ours) for rows in row_counts],
