@@ -1,34 +1,53 @@
 """Compare the CPU kernels with the memory bandwidth of the machine and with torch's kernels.
 
-    python -m bench.micro.cpu_kernels --threads 2
+    python -m bench.micro.cpu_kernels --threads 2 [--set avx2]
 
-Attention cycles through the layers of a KV pool larger than the CPU caches. Matrix products read the weights of a
-30-layer model. Data are random, in the default model's shapes: 9 query heads and 3 KV heads of dimension 64, hidden
-size 576.
+The kernels are those that are chosen for this processor, or those of one of its instruction sets. Attention cycles
+through the layers of a KV pool larger than the CPU caches. Matrix products read the weights of a 30-layer model. Data
+are random, in the default model's shapes: 9 query heads and 3 KV heads of dimension 64, hidden size 576.
+
+The last lines say whether the bits of a row's product in torch depend on the number of rows, and whether they are ours.
+A row's result must be the same beside any others: torch could multiply many rows only if it also multiplied single
+ones, or had the bits of our product of one. In parentheses: share of numbers that differ.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle
+from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from bench.machine import describe_processor
 from bench.micro.bandwidth import read_bandwidth
 from kernels.attention.base import AttentionBatch
 from kernels.attention.cpu_attention import CpuAttention
+from kernels.cpu.choice import KernelChoice
+from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, supported
 from kernels.cpu.library import CpuKernels, PackedWeights
+from kernels.cpu.micro_profile import choose
 from kernels.kv_cache import KVPool
 from models.default import user_cache
 
 _HEADS, _KV_HEADS, _HEAD_DIM, _PAGE = 9, 3, 64, 16
-_SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
+SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
+"""Input and output features of a layer's products."""
 _LAYERS = 30
 _POOL_BYTES = 400e6
+_DECODING = ((1, 2048), (8, 8192), (16, 7500), (16, 512))
+"""Rows and context of attention while decoding."""
+_CHUNK = (1, 4096, 512)
+"""Rows, context and queries per row of attention in a chunk of a prompt."""
+_ROWS = (1, 2, 4, 8, 16, 64, 256, 512)
+"""Row counts of products."""
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
@@ -42,7 +61,7 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return median(taken)
 
 
-def attention(kernels: CpuKernels, rows: int, context: int, ceiling: float) -> None:
+def attention(kernels: CpuKernels, rows: int, context: int, queries: Sequence[int], ceiling: float) -> None:
     """Measure one layer's attention over `rows` rows, by queries per row. ceiling: bytes per second of a read."""
     width = -(-context // _PAGE)
     read = 2 * rows * context * _KV_HEADS * _HEAD_DIM * 2
@@ -58,56 +77,119 @@ def attention(kernels: CpuKernels, rows: int, context: int, ceiling: float) -> N
     pool.data.normal_()
     pages = torch.arange(rows * width).view(rows, width)
     backend, first = CpuAttention(kernels), 0.0
-    for queries in (1, 2, 4, 7):
-        q = torch.randn(rows * queries, _HEADS, _HEAD_DIM, dtype=torch.bfloat16)
-        backend.plan(AttentionBatch([queries] * rows, [context] * rows, pages))
+    for count in queries:
+        q = torch.randn(rows * count, _HEADS, _HEAD_DIM, dtype=torch.bfloat16)
+        backend.plan(AttentionBatch([count] * rows, [context] * rows, pages))
         layers = cycle(pool.layer(index) for index in range(len(pool.data)))
-        taken = seconds(lambda q=q, layers=layers: backend.run(next(layers), q, 0.125), 60)  # type: ignore[misc]
+        repeats = 60 if count <= 16 else 10
+        taken = seconds(lambda q=q, layers=layers: backend.run(next(layers), q, 0.125), repeats)  # type: ignore[misc]
         first = first or taken
+        line = f"attention {rows:3} x {context:5}, {count:3} queries: {1e3 * taken:7.2f} ms, "
+        if count <= 16:
+            line += f"{read / taken / 1e9:.1f} GB/s, {read / taken / ceiling:.0%} of a read"
+        else:
+            line += f"{attention_flops(rows, context, count) / taken / 1e9:.0f} GFLOP/s"
+        print(f"{line}, {taken / first:.2f} x one query" if len(queries) > 1 else line)
+
+
+def attention_flops(rows: int, context: int, queries: int, *, heads: int = _HEADS, head_dim: int = _HEAD_DIM) -> float:
+    """Count the floating-point operations of one layer's attention of the last `queries` tokens of each row."""
+    return 4 * rows * queries * (context - (queries - 1) / 2) * heads * head_dim
+
+
+def products(kernels: CpuKernels, row_counts: Sequence[int]) -> None:
+    """Measure the matrix products of all layers, by number of rows and weight format."""
+    weights = [[torch.randn(n, k, dtype=torch.bfloat16) for k, n in SHAPES] for _ in range(_LAYERS)]
+    packed = [[PackedWeights(weight) for weight in layer] for layer in weights]
+    coarse = [[each.quantized() for each in layer] for layer in packed]
+    numbers = sum(weight.numel() for layer in weights for weight in layer)
+
+    def own(inputs: list[Tensor], layers: list[list[PackedWeights]]) -> None:
+        for layer in layers:
+            for x, weight in zip(inputs, layer, strict=True):
+                kernels.linear(x, weight)
+
+    def torchs(inputs: list[Tensor]) -> None:
+        for layer in weights:
+            for x, weight in zip(inputs, layer, strict=True):
+                F.linear(x, weight)
+
+    print("products      bf16 ms    GB/s GFLOP/s   int8 ms    GB/s GFLOP/s  torch bf16 ms GFLOP/s  torch / ours")
+    for rows in row_counts:
+        xs = [torch.randn(rows, k, dtype=torch.bfloat16) for k, _ in SHAPES]
+        bf16, int8 = seconds(partial(own, xs, packed), 5), seconds(partial(own, xs, coarse), 5)
+        theirs, flops = seconds(partial(torchs, xs), 5), 2 * rows * numbers
         print(
-            f"attention {rows:3} x {context:5}, {queries} queries: {1e3 * taken:.2f} ms, {read / taken / 1e9:.1f} GB/s,"
-            f" {read / taken / ceiling:.0%} of a read, {taken / first:.2f} x one query"
+            f"{rows:4} rows {_cells(bf16, 2 * numbers, flops)} {_cells(int8, numbers, flops)} "
+            f"{1e3 * theirs:14.1f} {flops / theirs / 1e9:7.0f} {theirs / bf16:13.2f}"
         )
 
 
-def products(kernels: CpuKernels, rows: int) -> None:
-    """Measure the matrix products of all layers, by weight format."""
-    weights = [[torch.randn(n, k, dtype=torch.bfloat16) for k, n in _SHAPES] for _ in range(_LAYERS)]
-    packed = [[PackedWeights(weight) for weight in layer] for layer in weights]
-    coarse = [[PackedWeights(weight).quantized() for weight in layer] for layer in weights]
-    xs = [torch.randn(rows, k, dtype=torch.bfloat16) for k, _ in _SHAPES]
-    size = sum(weight.nbytes for layer in weights for weight in layer)
-
-    def own(layers: list[list[PackedWeights]]) -> None:
-        for layer in layers:
-            for x, weight in zip(xs, layer, strict=True):
-                kernels.linear(x, weight)
-
-    def torchs() -> None:
-        for layer in weights:
-            for x, weight in zip(xs, layer, strict=True):
-                F.linear(x, weight)
-
-    bf16, int8, theirs = seconds(lambda: own(packed), 5), seconds(lambda: own(coarse), 5), seconds(torchs, 5)
-    print(
-        f"products of {rows:3} rows: bf16 {1e3 * bf16:6.1f} ms ({size / bf16 / 1e9:4.1f} GB/s,"
-        f"{size * rows / bf16 / 1e9:4.0f} GFLOP/s), int8 {1e3 * int8:6.1f} ms; torch bf16 {1e3 * theirs:6.1f} ms, "
-        f"{theirs / bf16:.2f} x ours"
-    )
+def _cells(taken: float, size: int, flops: int) -> str:
+    return f"{1e3 * taken:10.1f} {size / taken / 1e9:7.1f} {flops / taken / 1e9:7.0f}"
 
 
-def main() -> None:
+def compare_bits(kernels: CpuKernels, row_counts: Sequence[int]) -> None:
+    """Compare the bits of rows' products in torch and ours, by number of rows."""
+    for features, size in SHAPES:
+        weight = torch.randn(size, features, dtype=torch.bfloat16)
+        x, packed = torch.randn(max(row_counts), features, dtype=torch.bfloat16), PackedWeights(weight)
+        theirs = torch.cat([F.linear(x[row : row + 1], weight) for row in range(len(x))])
+        ours = torch.cat([kernels.linear(x[row : row + 1], packed) for row in range(len(x))])
+        kinds = {
+            "torch, one row and several": [_differ(F.linear(x[:rows], weight), theirs) for rows in row_counts],
+            "torch and ours": [_differ(F.linear(x[:rows], weight), ours) for rows in row_counts],
+            "ours, one row and several": [_differ(kernels.linear(x[:rows], packed), ours) for rows in row_counts],
+        }
+        for name, shares in kinds.items():
+            differ = [f"{rows} ({share:.2%})" for rows, share in zip(row_counts, shares, strict=True) if share]
+            what = f"differ at rows: {', '.join(differ)}" if differ else "are the same"
+            print(f"bits of {features:4} x {size:4}, {name}: {what}")
+
+
+def _differ(some: Tensor, alone: Tensor) -> float:
+    """Return the share of numbers that differ from those of rows computed alone."""
+    return (some != alone[: len(some)]).float().mean().item()
+
+
+def open_kernels(folder: Path, name: str | None) -> tuple[CpuKernels, KernelChoice]:
+    """Return kernels of the set `name`; None: of the chosen sets. Raises KernelsUnavailable."""
+    if name is None:
+        choice = choose(folder)
+    else:
+        sets = {target.name: target for target in supported()}
+        if name not in sets:
+            raise KernelsUnavailable(f"this processor has no {name!r}; it has: {', '.join(sets)}")
+        choice = KernelChoice.all_of(sets[name])
+    return CpuKernels(folder, choice), choice
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    threads = parser.parse_args().threads
-    torch.set_num_threads(threads)
-    kernels = CpuKernels(user_cache() / "kernels")
+    parser.add_argument("--set", help=f"instruction set: {', '.join(target.name for target in supported())}")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    try:
+        kernels, choice = open_kernels(user_cache() / "kernels", given.set)
+    except (KernelsUnavailable, OSError) as error:
+        sys.exit(f"error: {error}")
     ceiling = read_bandwidth(torch.device("cpu"))
-    print(f"{kernels.name}, {threads} threads, sequential read {ceiling / 1e9:.1f} GB/s")
-    for rows, context in ((1, 2048), (8, 8192), (16, 7500), (16, 512)):
-        attention(kernels, rows, context, ceiling)
-    for rows in (1, 4, 16, 64, 256, 512):
-        products(kernels, rows)
+    print(f"{describe_processor()}, {given.threads} threads, sequential read {ceiling / 1e9:.1f} GB/s")
+    print(
+        f"{'chosen' if given.set is None else 'given'}: attention {choice.attention.name} ({choice.prefetch}), "
+        f"products {_product_set(choice.products, choice.tiles_from)}, "
+        f"int8 products {_product_set(choice.products_int8, choice.tiles_from_int8)}, the rest {choice.rest.name}"
+    )
+    for rows, context in _DECODING:
+        attention(kernels, rows, context, (1, 2, 4, 7), ceiling)
+    attention(kernels, *_CHUNK[:2], _CHUNK[2:], ceiling)
+    products(kernels, _ROWS)
+    compare_bits(kernels, _ROWS)
+
+
+def _product_set(target: InstructionSet, tiles_from: int) -> str:
+    return f"{target.name} (tiles from {tiles_from} rows)" if target.has_tiles else target.name
 
 
 if __name__ == "__main__":

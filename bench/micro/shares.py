@@ -13,18 +13,11 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from engine.config.deployment import EngineConfig
-from engine.core import Engine
-from engine.plan import RoundPlan, RowWork
-from engine.scheduler.controller import FixedGamma
+from bench.micro.blank_rounds import BlankRounds, cpu_config, load_with_ops
 from engine.speculation.verify import accept_drafts, commit_tokens
-from engine.worker.profiler import blank_rows
-from engine.worker.resolve import resolve
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs, Linear, Ops
-from models.loader import load_model
-from parallel.group import Group
 
 
 class Clock:
@@ -157,37 +150,16 @@ def main() -> None:
     parser.add_argument("--gamma", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=8)
     arguments = parser.parse_args()
-    config = EngineConfig.model_validate(
-        {
-            "model": arguments.model,
-            "device": "cpu",
-            "scheduler": {"max_rows": arguments.rows},
-            "speculation": {"gamma": arguments.gamma},
-        }
-    )
-    sizes, clock = resolve(config, None), Clock()
-    model = load_model(
-        sizes.path,
-        dtype=sizes.dtype,
-        device=sizes.device,
-        group=Group.single(),
-        progress=False,
-        ops=TimedOps(sizes.ops, clock),
-    )
-    engine = Engine(config, model=model, controller=FixedGamma(arguments.gamma), progress=False)
-    # Rows have pages of their own, filled with zeros: times depend on shapes and on the contents of CPU caches.
+    config, clock = cpu_config(arguments.model, arguments.rows, arguments.gamma), Clock()
+    model = load_with_ops(config, lambda ops: TimedOps(ops, clock))
     context = arguments.context
-    width = (context + arguments.rounds * (arguments.gamma + 1) + 64) // config.cache.page_size + 1
-    starts, pages = blank_rows(arguments.rows, context, width, arguments.rows * width)
-    work = [RowWork(row, context, 1, arguments.gamma, True) for row in range(arguments.rows)]
-    run = engine.profiler.run
-    run(RoundPlan(0, starts, pages, work, clear=list(range(arguments.rows * width))))
+    rounds = BlankRounds(config, arguments.rows, context, arguments.gamma, arguments.rounds, model)
     clock.clear()
     began = time.perf_counter()
     for _ in range(arguments.rounds):
-        run(RoundPlan(0, [], [], work))
+        rounds.step()
     taken = (time.perf_counter() - began) / arguments.rounds
-    engine.close()
+    rounds.close()
     print(f"{arguments.rows} rows of {context} tokens, gamma {arguments.gamma}: {1e3 * taken:.1f} ms per round")
     for name, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1]):
         seconds /= arguments.rounds

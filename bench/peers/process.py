@@ -15,6 +15,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
+from bench.machine import CpuQuota
 from bench.peers.install import PeerError
 
 PEERS = Path(__file__).parent / "programs"
@@ -32,16 +33,21 @@ class PeerProcess:
         log: Path,
         timeout_s: float,
         environment: Mapping[str, str] | None = None,
+        quota: CpuQuota | None = None,
     ) -> None:
         """Start the process and wait until the model is loaded.
 
         peer: the contender's file. log: file for its standard error. timeout_s: limit of the start and of each answer.
-        environment: variables in addition to those of this process. Raises PeerError.
+        environment: variables in addition to those of this process. quota: the group that it enters before anything
+        else; it is removed with the process. Raises PeerError.
         """
-        self._log, self._timeout_s = log, timeout_s
-        threads = str(settings["threads"])
-        variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+        self._log, self._timeout_s, self._quota = log, timeout_s, quota
+        variables = {"HF_HUB_OFFLINE": "1"}
+        if settings["threads"] is not None:
+            variables |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(settings["threads"]))
         command = [str(python), "-P", str(PEERS / "driver.py"), str(peer), json.dumps(settings)]
+        if quota is not None:
+            command = ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(quota.entry), *command]
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
                 command,
@@ -81,9 +87,11 @@ class PeerProcess:
         return self._process.poll() is not None
 
     def close(self) -> None:
-        """Kill the process and its process group."""
+        """Kill the process and its process group, and remove its quota."""
         self._signal(signal.SIGKILL)
         self._process.wait()
+        if self._quota is not None:
+            self._quota.close()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):  # an unsent line remains

@@ -2,8 +2,9 @@
 
     python -P driver.py PEER.py SETTINGS        -P: files beside this one have the names of the packages they import
 
-SETTINGS is a JSON object. `model`: directory. `threads`: number of threads. `rows`: largest number of rows at once.
-`row_tokens`: largest number of tokens of a row. `kv_bytes`: KV bytes of the largest batch. `options`: settings of this
+SETTINGS is a JSON object. `model`: directory. `threads`: number of threads; null: the contender chooses. `rows`:
+largest number of rows at once. `row_tokens`: largest number of tokens of a row. `kv_bytes`: KV bytes of the largest
+batch. `temperature`: of sampling, without truncation; 0: greedy. `seed`: of sampling. `options`: settings of this
 contender. The first output line is {"ready": {...}}; then one line answers each request:
 
     {"op": "start", "prompts": [[ids]], "limit": n}          {"first_token_s", "tokens"}
@@ -29,8 +30,7 @@ from typing import Any, Protocol
 
 
 class Peer(Protocol):
-    """Interface of a contender; its file defines it as `Peer(settings)`. It decodes greedily and ignores end-of-text
-    tokens."""
+    """Interface of a contender; its file defines it as `Peer(settings)`. It ignores end-of-text tokens."""
 
     max_batch: int | None
     """Largest number of rows at once; None: `rows` of the settings."""
@@ -47,7 +47,8 @@ class Peer(Protocol):
         """
 
     def step(self) -> Sequence[tuple[int, Sequence[int]]]:
-        """Run one step of all rows, or a part of prefill. Returns (row, new tokens) of rows that got tokens."""
+        """Run one step of all rows, or a part of prefill. Returns (row, new tokens) of rows that got tokens: several
+        tokens of a row whose drafts were accepted."""
 
     def stop(self) -> None:
         """Drop all rows and free their memory. It may be called without rows, and after a failed step."""

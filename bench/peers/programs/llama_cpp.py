@@ -42,6 +42,7 @@ class Peer:
         self._computed: list[int] = []
         self._prompts: list[int] = []
         self._limit = 0
+        self._sampler = _sampler(settings["temperature"], settings["seed"]) if settings["temperature"] else None
         self.max_batch = None
         self.about = f"llama-cpp-python {llama_cpp.__version__}, {gguf.stem.rpartition('.')[2]} weights"
 
@@ -89,13 +90,17 @@ class Peer:
         yielded = []
         for row, index in last.items():
             if self._computed[row] == len(self._tokens[row]):
-                logits = np.ctypeslib.as_array(
-                    llama_cpp.llama_get_logits_ith(self._context, index), shape=(self._vocab,)
-                )
-                token = int(logits.argmax())
+                token = self._sample(index)
                 self._tokens[row].append(token)
                 yielded.append((row, [token]))
         return yielded
+
+    def _sample(self, index: int) -> int:
+        """Sample a token by the logits of the batch's token `index`."""
+        if self._sampler is not None:
+            return int(llama_cpp.llama_sampler_sample(self._sampler, self._context, index))
+        logits = llama_cpp.llama_get_logits_ith(self._context, index)
+        return int(np.ctypeslib.as_array(logits, shape=(self._vocab,)).argmax())
 
     def _put(self, index: int, row: int, position: int, *, wanted: bool) -> None:
         """Put one token into the batch. wanted: whether its logits are needed."""
@@ -110,6 +115,13 @@ class Peer:
         context, self._context = self._context, None
         if context:
             llama_cpp.llama_free(context)
+
+
+def _sampler(temperature: float, seed: int) -> Any:
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(temperature))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed))
+    return chain
 
 
 def _with_weights(gguf: Path, weights: str | None, threads: int) -> Path:

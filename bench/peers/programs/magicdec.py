@@ -10,6 +10,7 @@ from engine.config.deployment import EngineConfig, load_config
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.worker.resolve import threads_per_rank
 
 
 class Peer:
@@ -21,11 +22,13 @@ class Peer:
         self._waiting: set[int] = set()
         self.max_batch = None
         gamma = self._config.speculation.gamma
-        self.about = f"magicdec, {self._config.dtype} weights, gamma {gamma}"
+        self.about = f"magicdec, {self._config.dtype} weights, gamma {gamma}, {threads_per_rank(self._config)} threads"
 
     def _configure(self) -> EngineConfig:
         """Build the engine's config. Raises ConfigError for invalid options."""
-        own = {"engine.model": self._settings["model"], "engine.threads": self._settings["threads"]}
+        own = {"engine.model": self._settings["model"]}
+        if self._settings["threads"] is not None:
+            own["engine.threads"] = self._settings["threads"]
         config = load_config(None, own | self._settings["options"]).engine
         rows, gamma = self._settings["rows"], config.speculation.max_draft_tokens
         # Room for the whole batch, so that no row's drafts are truncated for another's. The same for every point,
@@ -49,8 +52,13 @@ class Peer:
         """See driver.Peer.start. together: do not draft before all rows decode; until then, prefilled rows get a token
         per round."""
         assert self._engine is not None
-        params = SamplingParams(max_tokens=limit, temperature=0.0, ignore_eos=True)
         for row, prompt in enumerate(prompts):
+            params = SamplingParams(
+                max_tokens=limit,
+                temperature=self._settings["temperature"],
+                seed=self._settings["seed"] + row,
+                ignore_eos=True,
+            )
             self._engine.add(AddRequest(str(row), list(prompt), params))
         self._waiting = set(range(len(prompts))) if together else set()
 

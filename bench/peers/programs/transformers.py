@@ -7,7 +7,7 @@ Options: `lookup`: number of tokens drafted by prompt lookup and verified at onc
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ class Peer:
         )
         self._lookup: int | None = options.get("lookup")
         self._continuous = bool(options.get("continuous"))
+        self._sampling = _sampling(settings["temperature"])
+        torch.manual_seed(settings["seed"])
         self._run: _Generation | _Continuous | None = None
         self.max_batch = 1 if self._lookup else None
         self.about = f"transformers {transformers.__version__}, bfloat16 weights"
@@ -31,13 +33,13 @@ class Peer:
     def prepare(self, rows: int, row_tokens: int) -> None:
         """See driver.Peer.prepare. The cache of `generate` grows by itself; only continuous batching has a pool."""
         if self._continuous:
-            self._run = _Continuous(self._model, rows, row_tokens)
+            self._run = _Continuous(self._model, rows, row_tokens, self._sampling)
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
         if isinstance(self._run, _Continuous):
             self._run.add(prompts, limit)
         else:
-            self._run = _Generation(self._model, prompts, limit, self._lookup)
+            self._run = _Generation(self._model, prompts, limit, self._lookup, self._sampling)
 
     def step(self) -> list[tuple[int, list[int]]]:
         assert self._run is not None
@@ -49,17 +51,33 @@ class Peer:
             run.close()
 
 
+def _sampling(temperature: float) -> dict[str, Any]:
+    """Build the settings of sampling without truncation, which is on by default."""
+    return (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+
+
 class _Generation:
     """One call of `generate`, in a thread that pauses in its stopping criterion, which runs after every step."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], limit: int, lookup: int | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        limit: int,
+        lookup: int | None,
+        sampling: Mapping[str, Any],
+    ) -> None:
         self._ids = torch.tensor([list(prompt) for prompt in prompts])
         self._seen = self._ids.shape[1]
         self._go, self._came = threading.Semaphore(0), threading.Semaphore(0)
         self._new: list[list[int]] = []
         self._over = False
         self._error: BaseException | None = None
-        arguments: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "eos_token_id": None}
+        arguments: dict[str, Any] = {"max_new_tokens": limit, "eos_token_id": None, **sampling}
         if lookup:
             arguments["prompt_lookup_num_tokens"] = lookup
         self._thread = threading.Thread(target=self._generate, args=(model, arguments), daemon=True)
@@ -103,7 +121,7 @@ class _Generation:
 class _Continuous:
     """Continuous batching: runs the manager's loop one iteration at a time, in this thread instead of the manager's."""
 
-    def __init__(self, model: Any, rows: int, row_tokens: int) -> None:
+    def __init__(self, model: Any, rows: int, row_tokens: int, sampling: Mapping[str, Any]) -> None:
         block = 256
         config = transformers.ContinuousBatchingConfig(
             block_size=block,
@@ -111,7 +129,7 @@ class _Continuous:
             max_batch_tokens=512,
             use_async_batching=False,
         )
-        generation = transformers.GenerationConfig.from_dict({"do_sample": False, "eos_token_id": -1})
+        generation = transformers.GenerationConfig.from_dict({"eos_token_id": -1, **sampling})
         with torch.inference_mode():
             self._manager = model.init_continuous_batching(generation, continuous_batching_config=config)
             self._processor = self._manager._create_batch_processor()

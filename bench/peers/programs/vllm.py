@@ -1,4 +1,7 @@
-"""vLLM on the CPU, with its engine in this process, one step at a time. No options."""
+"""vLLM on the CPU, with its engine in this process, one step at a time.
+
+Options: `speculative_config`: vLLM's setting of that name; by default it does not speculate.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +27,25 @@ class Peer:
             max_num_seqs=settings["rows"],
             enable_prefix_caching=False,  # each prompt is sent more than once
             disable_log_stats=True,
+            speculative_config=settings["options"].get("speculative_config"),
+            seed=settings["seed"],
         ).llm_engine
+        self._temperature: float = settings["temperature"]
         self._started = 0
         self._seen: dict[str, int] = {}
         self.max_batch = None
         self.about = f"vllm {vllm.__version__}, bfloat16 weights"
+        if method := settings["options"].get("speculative_config", {}).get("method"):
+            self.about += f", {method} speculation"
 
     def prepare(self, rows: int, row_tokens: int) -> None:
         """Do nothing: the pool is allocated with the engine."""
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
-        params = self._sampling(temperature=0.0, max_tokens=limit, ignore_eos=True, detokenize=False)
+        # Without a seed of its own for each request: those are sampled one by one.
+        params = self._sampling(
+            temperature=self._temperature, top_p=1.0, top_k=0, max_tokens=limit, ignore_eos=True, detokenize=False
+        )
         self._started += 1
         for row, prompt in enumerate(prompts):
             # The engine uses ids of its own internally, and returns these with its outputs.
@@ -47,6 +58,7 @@ class Peer:
             raise RuntimeError("all rows are at their end")
         yielded = []
         for output in self._engine.step():
+            # All tokens of the request so far: a step adds the accepted drafts and one more.
             tokens = list(output.outputs[0].token_ids)
             name = output.request_id
             yielded.append((int(name.partition("-")[2]), tokens[self._seen[name] :]))

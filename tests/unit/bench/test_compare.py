@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 
 from bench.corpus import BenchError
-from bench.peers.compare import Plan, parse_points, run, same_tokens
+from bench.machine import CpuQuota
+from bench.peers.compare import run, same_tokens
+from bench.peers.compare_plan import Plan, parse_points
 from bench.peers.compare_report import ComparisonReport, table
 from bench.peers.contenders import Peer, choose, variant
 from bench.peers.install import PeerError, environment, requirements
 from bench.peers.process import PeerProcess
+from tests.support.engines import TINY
 
 COUNTS = '''
 class Peer:
@@ -28,6 +31,8 @@ class Peer:
             raise ValueError("cannot load\\nin detail")
         self.max_batch = settings["options"].get("max_batch")
         self.about = "counts"
+        if settings["options"].get("quota"):
+            self.about = open("/proc/self/cgroup").read()
         self.step_of = settings["options"].get("step", 1)
         self.rows = []
 
@@ -67,7 +72,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         def start_one(contender: Peer) -> PeerProcess:
             settings: dict[str, Any] = {"threads": 1, "row_tokens": 4000, "options": dict(contender.options)}
             log = tmp_path / f"{contender.name}.log"
-            process = PeerProcess(Path(sys.executable), peer, settings, log=log, timeout_s=60)
+            quota = stack.enter_context(CpuQuota(0.5)) if contender.options.get("quota") else None
+            process = PeerProcess(Path(sys.executable), peer, settings, log=log, timeout_s=60, quota=quota)
             stack.callback(process.close)
             return process
 
@@ -136,8 +142,47 @@ def test_one_run(start: Start) -> None:
     assert "time to the first token of 7" in text
 
 
+def test_steps_of_several_tokens_are_counted(start: Start) -> None:
+    """A contender with three tokens per step needs a third of the steps, and its time is per token."""
+    plan = Plan([(2, 20)], first=0, warm_up=1, new_tokens=6, rounds=1, totals=1)
+    settings = {"threads": 1, "row_tokens": 4000}
+    contenders = [Peer("one", "fake"), Peer("three", "fake", {"step": 3})]
+    report = run(contenders, start, plan, lambda count, length: [[1] * length] * count, settings, lambda line: None)
+    assert [point.same for point in report.points] == [1.0, 1.0]
+    peer = start(Peer("again", "fake", {"step": 3}))
+    peer.ask("start", prompts=[[1], [1]], limit=100)
+    assert [len(row) for row in peer.ask("decode", new_tokens=6)["tokens"]] == [6, 6]
+    assert [len(row) for row in peer.ask("decode", new_tokens=4)["tokens"]] == [6, 6]
+
+
+def test_sampled_tokens_are_not_compared(start: Start) -> None:
+    plan = Plan([(1, 20)], first=0, warm_up=0, new_tokens=2, rounds=1, totals=0, temperature=1.0, busy=1)
+    settings = {"threads": 1, "row_tokens": 4000}
+    report = run([Peer("x", "fake")], start, plan, lambda n, length: [[1] * length] * n, settings, lambda line: None)
+    assert (report.contenders[0].same, report.points[0].same) == (None, None)
+    assert len(report.points[0].step_ms) == 1
+    text = table(report)
+    assert "temperature 1;" in text
+    assert "1 busy process on the first CPUs" in text
+    assert report.date in text
+
+
+def test_a_contender_in_a_quota(start: Start) -> None:
+    try:
+        CpuQuota(0.5).close()
+    except BenchError:
+        pytest.skip("quotas are not permitted here")
+    assert "/magicdec-" in start(Peer("one", "fake", {"quota": True})).about
+
+
+def test_settings_of_sampling(tmp_path: Path) -> None:
+    settings = Plan([(1, 20)], 0, 0, 2, 1, 0, temperature=0.5).settings(tmp_path, TINY, 3)
+    assert (settings["temperature"], settings["threads"], settings["seed"]) == (0.5, 3, 0)
+
+
 def test_an_empty_table() -> None:
-    assert "2 threads" in table(ComparisonReport(threads=2, new_tokens=1, rounds=1))
+    assert "2 threads; temperature 0 (greedy)" in table(ComparisonReport(threads=2, new_tokens=1, rounds=1))
+    assert "a quota of 1.5 CPUs for each" in table(ComparisonReport(threads=2, new_tokens=1, rounds=1, quota=1.5))
 
 
 def test_points() -> None:

@@ -1,0 +1,64 @@
+"""An engine on the CPU with rows to run rounds over, without requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.config.deployment import EngineConfig
+from engine.core import Engine
+from engine.plan import RoundPlan, RowWork
+from engine.scheduler.controller import FixedGamma
+from engine.worker.profiler import blank_rows
+from engine.worker.resolve import resolve
+from kernels.ops import Ops
+from models.llama import Llama
+from models.loader import load_model
+from parallel.group import Group
+
+
+def cpu_config(model: str, rows: int, gamma: int) -> EngineConfig:
+    """Build the config of an engine on the CPU; everything else as by default. Raises ConfigError."""
+    return EngineConfig.model_validate(
+        {"model": model, "device": "cpu", "scheduler": {"max_rows": rows}, "speculation": {"gamma": gamma}}
+    )
+
+
+def load_with_ops(config: EngineConfig, wrap: Callable[[Ops], Ops]) -> Llama:
+    """Load the config's model, with its kernels wrapped. Raises ConfigError, ModelError."""
+    sizes = resolve(config, None)
+    return load_model(
+        sizes.path,
+        dtype=sizes.dtype,
+        device=sizes.device,
+        group=Group.single(),
+        progress=False,
+        ops=wrap(sizes.ops),
+    )
+
+
+class BlankRounds:
+    """Rounds of rows that all decode.
+
+    Rows have pages of their own, filled with zeros: times depend on shapes and on the contents of CPU caches.
+    """
+
+    def __init__(
+        self, config: EngineConfig, rows: int, context: int, gamma: int, rounds: int, model: Llama | None = None
+    ) -> None:
+        """Start the engine, and run a first round. context: tokens per row. rounds: how often `step` will be called
+        before a restart, at most. model: used instead of the config's. Raises ConfigError, ModelError."""
+        self.engine = Engine(config, model=model, controller=FixedGamma(gamma), progress=False)
+        width = (context + rounds * (gamma + 1) + 64) // config.cache.page_size + 1
+        self._starts, pages = blank_rows(rows, context, width, rows * width)
+        self._work = [RowWork(row, context, 1, gamma, True) for row in range(rows)]
+        self.engine.profiler.run(RoundPlan(0, self._starts, pages, self._work, clear=list(range(rows * width))))
+
+    def restart(self) -> None:
+        """Run a round with rows of the first length again."""
+        self.engine.profiler.run(RoundPlan(0, self._starts, [], self._work))
+
+    def step(self) -> None:
+        self.engine.profiler.run(RoundPlan(0, [], [], self._work))
+
+    def close(self) -> None:
+        self.engine.close()
