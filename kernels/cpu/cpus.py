@@ -23,7 +23,10 @@ def usable_cores(proc: Path = Path("/proc/self"), system: Path = Path("/sys")) -
 def _quotas(proc: Path, groups: Path) -> Iterator[float]:
     """Yield the quotas, in CPUs, of the process's control groups and of those above them."""
     for line in _read(proc / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        fields = line.split(":", 2)
+        if len(fields) < 3:
+            continue
+        _, controllers, path = fields
         if not controllers:  # version 2: one tree
             roots = [groups, groups / "unified"]
         elif "cpu" in controllers.split(","):
@@ -43,14 +46,14 @@ def _quota(group: Path) -> Iterator[float]:
         maximum if len(maximum) == 2 else (_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     )
     try:
-        if float(quota) > 0 and float(period) > 0:
-            yield float(quota) / float(period)
+        if int(quota) > 0 and int(period) > 0:
+            yield int(quota) / int(period)
     except ValueError:  # "max", or no such files
         return
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
+        return file.read_text(encoding="utf-8", errors="surrogateescape")  # names of groups may be any bytes
+    except (OSError, ValueError):
         return ""

@@ -16,8 +16,8 @@ void test_linear(Random& random) {
   const auto format = Weights(random.below(4));
   const bool bytes = format == Weights::i8;
   const Type in = bytes ? any_type(random) : Type(int(format)), out = random.below(2) ? Type::f32 : in;
-  const int features = random.of({1, 3, 37, 64, 96, 202, 577}), columns = random.of({1, 5, 31, 48, 64, 100});
-  const int rows = random.of({1, 4, 13, 30, 100}), x_stride = features + random.of({0, 0, 1, 6});
+  const int features = random.near({1, 3, 16, 32, 37, 64, 96, 128, 202, 577}), columns = random.near({1, 5, 16, 32, 48, 64, 100});
+  const int rows = random.near({1, 4, 6, 12, 16, 24, 32, 64, 96}), x_stride = features + random.of({0, 0, 1, 6});
   const bool gated = random.below(3) == 0, with_bias = random.below(2);
   const int elements = bytes ? 4 : format == Weights::f32 ? 1 : 2;
   const int words = (features + 16 * elements - 1) / (16 * elements) * 16;
@@ -110,28 +110,30 @@ void test_linear(Random& random) {
 
 void test_attention(Random& random) {
   const Type type = any_type(random);
-  const int kv_heads = 1 + int(random.below(3)), group = 1 + int(random.below(4)), heads = kv_heads * group;
-  const int head_dim = random.of({16, 48, 64, 64, 80, 96, 128}), page_size = random.of({1, 7, 16, 32}), pool = 97;
+  const int kv_heads = 1 + int(random.below(3)), group = random.of({1, 2, 3, 4, 5, 7, 8, 16}), heads = kv_heads * group;
+  const int head_dim = random.of({16, 32, 48, 64, 64, 80, 112, 128, 128, 144, 256}), page_size = random.of({1, 3, 7, 16, 32, 48, 64});
+  const int pool = 97, q_gap = random.of({0, 0, 1, 16}), page_gap = random.of({0, 0, 1, 64});
   const bool per_head = random.below(2);
   const int rows = 1 + int(random.below(3));
   std::vector<int64_t> queries, lengths, starts;
   int64_t tokens = 0, longest = 0;
   for (int row = 0; row < rows; row++) {
-    queries.push_back(random.of({1, 1, 2, 4, 7, 30}));
-    lengths.push_back(queries[row] + random.of({0, 1, 15, 63, 64, 65, 200, 1023, 1100}));
+    queries.push_back(random.of({1, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 30, 33, 65}));
+    lengths.push_back(queries[row] + random.of({0, 1, 15, 16, 31, 63, 64, 65, 127, 200, 959, 1023, 1024, 1100, 2050}));
     starts.push_back(tokens);
     tokens += queries[row], longest = std::max(longest, lengths[row]);
   }
   const std::string what = describe("attention", int(type), kv_heads, group, head_dim, page_size, per_head, rows, queries[0], lengths[0]);
-  const int64_t width = (longest + page_size - 1) / page_size, page_stride = int64_t(kv_heads) * page_size * head_dim;
-  Tensor k = normal(random, type, size_t(pool) * page_stride), v = normal(random, type, size_t(pool) * page_stride);
-  Tensor q = normal(random, type, size_t(tokens) * heads * head_dim);
+  const int64_t width = (longest + page_size - 1) / page_size, page_stride = int64_t(kv_heads) * page_size * head_dim + page_gap;
+  const int64_t q_stride = int64_t(heads) * head_dim + q_gap;
+  Tensor k = normal(random, type, size_t(pool) * page_stride - page_gap), v = normal(random, type, k.size());
+  Tensor q = normal(random, type, size_t(tokens) * q_stride - q_gap);
   std::vector<int64_t> pages(size_t(rows) * (per_head ? kv_heads : 1) * width);
   for (int64_t& page : pages) page = random.below(pool);
   AttentionArgs args{};
   args.type = type, args.k = k.at(0), args.v = v.at(0);
   args.heads = heads, args.kv_heads = kv_heads, args.head_dim = head_dim, args.page_size = page_size;
-  args.q_stride = int64_t(heads) * head_dim, args.page_stride = page_stride;
+  args.q_stride = q_stride, args.page_stride = page_stride;
   args.row_stride = width * (per_head ? kv_heads : 1), args.head_stride = per_head ? width : 0;
   args.scale = float(1 / std::sqrt(double(head_dim)));
   const auto run = [&](int first_row, int count, const int64_t* n, const int64_t* length, int64_t token, int threads, Tensor& lse) {
@@ -139,7 +141,7 @@ void test_attention(Random& random) {
     for (int row = 0; row < count; row++) total += n[row];
     Tensor out(type, size_t(total) * heads * head_dim);
     lse = Tensor(Type::f32, size_t(total) * heads);
-    args.q = q.at(size_t(token) * heads * head_dim), args.out = out.at(0), args.lse = static_cast<float*>(lse.at(0));
+    args.q = q.at(size_t(token) * q_stride), args.out = out.at(0), args.lse = static_cast<float*>(lse.at(0));
     args.rows = count, args.queries = n, args.lengths = length, args.pages = pages.data() + first_row * args.row_stride;
     args.fetch_blocks = random.of({1, 2, 3}), args.fetch_to_l2 = random.below(2);
     call(threads, args, kernels.attention, kernels.attention_scratch);
@@ -151,6 +153,7 @@ void test_attention(Random& random) {
     const int row = int(random.below(rows)), head = int(random.below(heads));
     const int64_t query = sample == 0 ? queries[row] - 1 : random.below(queries[row]);
     const int64_t seen = lengths[row] - queries[row] + query + 1, place = (starts[row] + query) * heads + head;
+    const size_t query_at = (starts[row] + query) * q_stride + int64_t(head) * head_dim;
     const int64_t* list = &pages[row * args.row_stride + head / group * args.head_stride];
     const auto at = [&](int64_t slot) {
       return size_t(list[slot / page_size] * page_stride + (int64_t(head / group) * page_size + slot % page_size) * head_dim);
@@ -159,7 +162,7 @@ void test_attention(Random& random) {
     double peak = -INFINITY, total = 0;
     for (int64_t slot = 0; slot < seen; slot++) {
       double score = 0;
-      for (int d = 0; d < head_dim; d++) score += q.get(place * head_dim + d) * k.get(at(slot) + d);
+      for (int d = 0; d < head_dim; d++) score += q.get(query_at + d) * k.get(at(slot) + d);
       weights[slot] = score * args.scale, peak = std::max(peak, weights[slot]);
     }
     for (double& weight : weights) total += weight = std::exp(weight - peak);
@@ -183,7 +186,7 @@ void test_attention(Random& random) {
       check_same(what, part, out, token * size, part.size());
       check_same(what + " lse", lse_part, lse, token * heads, lse_part.size());
     };
-    for (const int64_t most : {1, 2, 5, 16, 30}) {
+    for (const int64_t most : {1, 2, 5, 16, 33}) {
       const int64_t n = std::min(most, queries[row]), first = random.below(queries[row] - n + 1);
       const int64_t length = lengths[row] - queries[row] + first + n;
       check_part(row, 1, first, &n, &length, 1 + int(most % 2));
@@ -196,7 +199,7 @@ void test_attention(Random& random) {
 
 void test_norm(Random& random) {
   const Type type = any_type(random);
-  const int rows = random.of({1, 9, 40}), size = random.of({5, 37, 64, 576});
+  const int rows = random.of({1, 9, 40}), size = random.near({5, 16, 37, 64, 576});
   const bool with_delta = random.below(2);
   const std::string what = describe("norm", int(type), rows, size, with_delta);
   const Tensor before = normal(random, type, size_t(rows) * size);
@@ -235,7 +238,7 @@ void test_norm(Random& random) {
 void test_rotary(Random& random) {
   const Type type = any_type(random);
   const int kv_heads = 1 + int(random.below(2)), heads = kv_heads * (1 + int(random.below(3))), all = heads + 2 * kv_heads;
-  const int head_dim = random.of({8, 48, 64, 128}), half = head_dim / 2, page_size = random.of({1, 7, 16}), limit = 50;
+  const int head_dim = random.of({2, 8, 16, 48, 64, 80, 128}), half = head_dim / 2, page_size = random.of({1, 7, 16}), limit = 50;
   const int tokens = random.of({1, 11, 40}), pool = 5 + tokens / page_size;
   const bool with_norms = random.below(2);
   const std::string what = describe("rotary", int(type), kv_heads, heads, head_dim, page_size, tokens, with_norms);
@@ -313,7 +316,7 @@ double noise(int64_t seed, int64_t position, int64_t token) {
 
 void test_sample(Random& random) {
   const int rows = random.of({1, 3, 9});
-  const int64_t size = random.of({1, 15, 100, 4096, 9001}), stride = size + random.of({0, 3}), first = random.of({0, 0, 20000});
+  const int64_t size = random.near({1, 16, 100, 4096, 9001}), stride = size + random.of({0, 3}), first = random.of({0, 0, 20000});
   const std::string what = describe("sample", rows, size, stride, first);
   Tensor logits = normal(random, Type::f32, size_t(rows - 1) * stride + size, 3);
   std::vector<float> temperature(rows);

@@ -47,6 +47,8 @@ struct Random {
   double normal() { return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform()); }
   template <class T>
   T of(std::initializer_list<T> choices) { return choices.begin()[below(int64_t(choices.size()))]; }
+  // One of the sizes, or one beside it: loops over vectors, tiles and chunks end there.
+  int near(std::initializer_list<int> sizes) { return std::max(1, of(sizes) + int(below(3)) - 1); }
 };
 
 inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }

@@ -14,13 +14,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <climits>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -31,7 +32,7 @@ class Pool {
   using Work = void (*)(void* context, int64_t piece, int thread);
 
   // Calls work(context, piece, thread) for all pieces on up to `threads` threads, the caller's included. A second caller at the
-  // same time computes all of its own pieces itself.
+  // same time computes all of its own pieces itself. Work throws no exceptions: nobody would catch those of a worker.
   void run(int threads, int64_t pieces, Work work, void* context) {
     std::unique_lock<std::mutex> only(busy_, std::try_to_lock);
     threads = int(std::min<int64_t>(threads, pieces));
@@ -55,9 +56,9 @@ class Pool {
     const auto finished = [&] { return (state_.load() & JOINED) == 0; };
     if (spin(finished)) return;
     for (;;) {
-      caller_sleeps_.store(1);
+      caller_sleeps_.store(open);
       if (finished()) break;
-      futex(caller_sleeps_, FUTEX_WAIT_PRIVATE, 1);
+      futex(caller_sleeps_, FUTEX_WAIT_PRIVATE, open);
     }
     caller_sleeps_.store(0);
   }
@@ -74,6 +75,7 @@ class Pool {
   // state_: number of the job, whether workers may still join, and how many of them have not left yet.
   static constexpr uint32_t SHIFT = 12, OPEN = 1u << 11, JOINED = OPEN - 1;
   static constexpr int MAX_THREADS = 1024;
+  static constexpr int REFUSED_JOBS = 1000;  // after the system has refused a thread, jobs until it is asked again
   static constexpr std::chrono::microseconds SPIN{100};
 
   struct Job {
@@ -90,13 +92,16 @@ class Pool {
   int start(int count) {
     count = std::min(count, MAX_THREADS - 1);
     if (!ranges_) ranges_ = std::make_unique<Range[]>(MAX_THREADS);
-    sigset_t all, before;
-    sigfillset(&all);
-    if (workers_ < count) {
-      pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the threads of Python
+    if (workers_ < count && --jobs_until_start_ < 0) {
+      jobs_until_start_ = 0;
+      sigset_t others, before;
+      sigfillset(&others);
+      for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigdelset(&others, fault);  // Python reports these
+      pthread_sigmask(SIG_SETMASK, &others, &before);  // signals are for the threads of Python
       try {
         for (; workers_ < count; workers_++) std::thread(&Pool::serve, this, state_.load()).detach();
-      } catch (const std::system_error&) {  // the process may have no more threads: those that there are do the work
+      } catch (const std::exception&) {  // no more threads or memory for the process: the threads that there are do the work
+        jobs_until_start_ = REFUSED_JOBS;
       }
       pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
@@ -132,7 +137,9 @@ class Pool {
       const int thread = seats_.fetch_add(1, std::memory_order_relaxed);
       if (thread < job_.threads) compute(thread);
       const uint32_t left = state_.fetch_sub(1) - 1;
-      if (!(left & OPEN) && (left & JOINED) == 0 && caller_sleeps_.exchange(0)) futex(caller_sleeps_, FUTEX_WAKE_PRIVATE, 1);
+      // By now the caller may have gone on, and sleep in a later job, which is for the last worker of that job to end.
+      uint32_t mine = left | OPEN;
+      if (!(left & OPEN) && (left & JOINED) == 0 && caller_sleeps_.compare_exchange_strong(mine, 0)) futex(caller_sleeps_, FUTEX_WAKE_PRIVATE, 1);
     }
   }
 
@@ -164,12 +171,12 @@ class Pool {
 
   std::mutex busy_;
   std::unique_ptr<Range[]> ranges_;
-  int workers_ = 0;
+  int workers_ = 0, jobs_until_start_ = 0;
   Job job_{};
   std::atomic<int> seats_{0};  // threads of the job, the caller being the first
   alignas(64) std::atomic<uint32_t> state_{0};
   alignas(64) std::atomic<uint32_t> asleep_{0};
-  std::atomic<uint32_t> caller_sleeps_{0};
+  std::atomic<uint32_t> caller_sleeps_{0};  // the open state of the job whose end the caller sleeps for; 0: it is awake
 };
 
 }  // namespace magicdec
