@@ -47,6 +47,7 @@ class Peer:
         self._controller = InterleavedController(config.speculation.max_draft_tokens)
         self._engine = Engine(config, controller=self._controller, progress=False)
         self._controller.auto = self._engine.make_controller()
+        self._engine.profiler.fill()  # allocates the pool, which other engines have done by now
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
         """See driver.Peer.start. together: do not draft before all rows decode; until then, prefilled rows get a token
