@@ -257,7 +257,11 @@ MAGICDEC_INLINE void score_few(const Block<T>& block, const Block<T>& next, int 
 template <class T, int M>
 MAGICDEC_INLINE void mix_few(const Block<T>& block, const Block<T>& next, int head_dim, const T* weights, float* o) {
   using Dot = typename DotOf<T>::type;
+#if defined(MAGICDEC_AVX2)
+  constexpr int C = M == 1 ? 4 : M <= 3 ? 2 : 1;  // at most 12 of 16 registers hold sums
+#else
   constexpr int C = M <= 6 ? 4 : 2;  // 24 of 32 registers hold sums
+#endif
   const auto* words = reinterpret_cast<const uint32_t*>(weights);
   const auto columns = [&](int d, auto width) {
     constexpr int N = decltype(width)::value;

@@ -13,6 +13,8 @@ template <class T, int D>
 constexpr int few() {
 #if defined(__AVX512F__)
   return D > 0 ? 15 : 6;  // each number is compiled separately, so only the usual heads have all
+#elif defined(MAGICDEC_AVX2)
+  return 6;  // their sums fit the registers
 #else
   return 0;
 #endif
