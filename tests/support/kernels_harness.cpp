@@ -19,13 +19,14 @@ void test_linear(Random& random) {
   const int features = random.near({1, 3, 16, 32, 37, 64, 96, 128, 202, 577}), columns = random.near({1, 5, 16, 32, 48, 64, 100});
   const int rows = random.near({1, 4, 6, 12, 16, 24, 32, 64, 96}), x_stride = features + random.of({0, 0, 1, 6});
   const bool gated = random.below(3) == 0, with_bias = random.below(2);
+  const bool denormal = !bytes && random.below(8) == 0;  // products and biases: all paths treat them alike
   const int elements = bytes ? 4 : format == Weights::f32 ? 1 : 2;
   const int words = (features + 16 * elements - 1) / (16 * elements) * 16;
   const int blocks = gated ? (columns + 15) / 16 : (columns + BLOCK - 1) / BLOCK;
   const std::string what = describe("linear", int(format), int(in), int(out), rows, features, columns, x_stride, gated, with_bias);
 
   // Bytes: the largest input is 127 / 128, so that quantizing is exact and so are the sums.
-  Tensor x = normal(random, in, size_t(rows - 1) * x_stride + features);
+  Tensor x = normal(random, in, size_t(rows - 1) * x_stride + features, denormal ? 1e-20 : 1);
   if (bytes) {
     for (size_t i = 0; i < x.size(); i++) x.set(i, double(random.below(255) - 127) / 128 + double(random.below(17) - 8) / 2048);
     for (size_t i = 0; i < x.size(); i++)
@@ -40,7 +41,7 @@ void test_linear(Random& random) {
   std::vector<uint32_t> packed(size_t(blocks) * words * BLOCK);
   for (int column = 0; column < held; column++) {
     scales[column] = float(0.001 + 0.01 * random.uniform());
-    bias[column] = float(random.normal());
+    bias[column] = float(random.normal() * (denormal ? 1e-39 : 1));
     for (int i = 0; i < features; i++) {
       auto* word = &packed[(size_t(column / BLOCK) * words + i / elements) * BLOCK + column % BLOCK];
       double& weight = weights[size_t(column) * features + i];
@@ -51,7 +52,7 @@ void test_linear(Random& random) {
         std::memcpy(reinterpret_cast<uint8_t*>(word) + i % 4, &byte, 1);
       } else {
         Tensor one(in, 1);
-        one.set(0, random.normal());
+        one.set(0, random.normal() * (denormal ? 1e-20 : 1));
         weight = one.get(0);
         std::memcpy(reinterpret_cast<uint8_t*>(word) + i % elements * size_of(in), one.at(0), size_of(in));
       }
