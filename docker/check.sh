@@ -111,7 +111,7 @@ buildah run --isolation chroot --network=host "$container" -- /usr/local/bin/ent
     >"$WORK/image.out" 2>"$WORK/image.log" &
 PIDS+=($!)
 wait_for http://127.0.0.1:8103/ready 600
-grep -q 'kernels \(avx\|neon\|portable\)' "$WORK/image.log" || fail 'the image has no compiled kernels for this processor'
+grep -q 'kernels \(amx\|avx\|neon\|portable\)' "$WORK/image.log" || fail 'the image has no compiled kernels for this processor'
 ask http://127.0.0.1:8103 8 | grep -q DONE || fail 'no answer from the image'
 buildah rm "$container" >/dev/null || true
 

@@ -14,6 +14,7 @@ from engine.config.speculation import WindowConfig
 from engine.kv.draft_spec import draft_kv_spec
 from engine.kv.policies import budget_policies, make_policy
 from engine.worker.kernels import choose_ops
+from kernels.cpu.compiler import supported
 from kernels.cpu.cpus import usable_cores
 from kernels.kv_cache import KVPool
 from kernels.ops import Ops
@@ -164,7 +165,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     """Resolve the dtype: `auto` is bfloat16 where the device multiplies it natively, else float32."""
     if name != "auto":
         return _DTYPES[name]
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else supported()[0].has_bf16
     return torch.bfloat16 if native else torch.float32
 
 

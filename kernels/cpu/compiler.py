@@ -41,6 +41,11 @@ class InstructionSet:
     def has_tiles(self) -> bool:
         return self.name in ("amx", "software_tiles")
 
+    @property
+    def has_bf16(self) -> bool:
+        """Whether the processor multiplies bfloat16 natively."""
+        return not self.features.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
+
 
 def _x86(name: str, features: str, compiler_names: str) -> InstructionSet:
     return InstructionSet(name, frozenset(features.split()), tuple(f"-m{each}" for each in compiler_names.split()))

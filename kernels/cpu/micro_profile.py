@@ -106,7 +106,7 @@ def full_profile(folder: Path | None, *, anew: bool) -> MicroProfile:
     is kept. Raises KernelsUnavailable."""
     sets = tuple(usable(folder))
     file = _file(folder, sets)
-    kept = None if anew else _read(file)
+    kept = None if anew else _read(file, sets)
     if kept is None or {rate.kernel for rate in kept.rates} != set(KINDS):
         kept = measure(folder, sets, every=True)
         _keep(kept, file)
@@ -118,7 +118,7 @@ def usable(folder: Path | None) -> list[InstructionSet]:
     next best one. Raises KernelsUnavailable if there is none."""
     found: list[InstructionSet] = []
     first = rivals()
-    errors = []
+    errors: dict[str, KernelsUnavailable] = {}
     for target in [*first, *(each for each in supported() if each not in first)]:
         if found and target not in first:
             break
@@ -126,10 +126,11 @@ def usable(folder: Path | None) -> list[InstructionSet]:
             open_set(folder, target)
             found.append(target)
         except KernelsUnavailable as error:
-            errors.append(error)
-            log.warning("kernels for %s are not used: %s", target.name, error)
+            errors[target.name] = error
     if not found:
-        raise errors[0]
+        raise next(iter(errors.values()))
+    for name, reason in errors.items():
+        log.warning("kernels for %s are not used: %s", name, reason)
     return found
 
 
@@ -137,7 +138,7 @@ def usable(folder: Path | None) -> list[InstructionSet]:
 def _kept(folder: Path | None, sets: tuple[InstructionSet, ...]) -> MicroProfile:
     """Return what an earlier start has kept, or measure now; in one process always the same."""
     file = _file(folder, sets)
-    profile = _read(file)
+    profile = _read(file, sets)
     if profile is None:
         log.info("measuring the kernels of this processor, once")
         profile = measure(folder, sets)
@@ -153,21 +154,28 @@ def _file(folder: Path | None, sets: Sequence[InstructionSet]) -> Path | None:
     return folder / f"rates-{key}.json"
 
 
-def _read(file: Path | None) -> MicroProfile | None:
-    with contextlib.suppress(OSError, msgspec.MsgspecError):
-        if file is not None:
-            return msgspec.json.decode(file.read_bytes(), type=MicroProfile)
-    return None
+def _read(file: Path | None, sets: Sequence[InstructionSet]) -> MicroProfile | None:
+    """Return the profile in a file; None if there is none that fits the sets."""
+    if file is None:
+        return None
+    try:
+        kept = msgspec.json.decode(file.read_bytes(), type=MicroProfile)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    fits = {getattr(kept, kind) for kind in KINDS} <= {each.name for each in sets} and kept.prefetch in PREFETCHES
+    return kept if fits else None
 
 
 def _keep(profile: MicroProfile, file: Path | None) -> None:
     """Keep a profile, if possible; otherwise the next start measures again."""
+    if file is None:
+        return
     with contextlib.suppress(OSError):
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)  # libraries may be those of the installation
-            with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as aside:
-                aside.write(msgspec.json.encode(profile))
-            os.replace(aside.name, file)  # ranks that measure at the same time keep one result
+        file.parent.mkdir(parents=True, exist_ok=True)  # libraries may be those of the installation
+        with tempfile.TemporaryDirectory(dir=file.parent) as aside:
+            made = Path(aside) / file.name
+            made.write_bytes(msgspec.json.encode(profile))
+            os.replace(made, file)  # ranks that measure at the same time keep one result
 
 
 def measure(folder: Path | None, sets: Sequence[InstructionSet], *, every: bool = False) -> MicroProfile:

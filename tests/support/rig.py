@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
-from kernels.cpu.compiler import KernelsUnavailable
+from kernels.cpu.compiler import SOFTWARE_TILES, InstructionSet, KernelsUnavailable, supported
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
 from kernels.kv_cache import KVPool, LayerKV
@@ -21,6 +22,7 @@ from models.batch import ForwardBatch
 from models.default import user_cache
 from models.llama import Llama
 from parallel.group import Group
+from tests.support.profiles import is_all
 
 CPU = torch.device("cpu")
 
@@ -49,6 +51,22 @@ def compiled() -> CpuOps:
         return CpuOps(CpuKernels(user_cache() / "kernels"))
     except KernelsUnavailable as reason:
         pytest.skip(f"no CPU kernels: {reason}")
+
+
+def as_tested(target: InstructionSet) -> InstructionSet:
+    """The set as this profile of tests compiles it. `make test` tests this processor's own set and AVX2, which most
+    others have, as they are served. The rest take a third of the time to compile."""
+    if is_all() or target == supported()[0] or target.name == "avx2":
+        return target
+    return replace(target, flags=(*target.flags, "-O1"))
+
+
+def sets_to_test() -> list[InstructionSet]:
+    """The sets that run on this processor, as `as_tested`; tiles in software too."""
+    sets = supported()
+    if SOFTWARE_TILES.features <= sets[0].features:
+        sets.append(SOFTWARE_TILES)
+    return [as_tested(each) for each in sets]
 
 
 class PagedRows:

@@ -5,6 +5,8 @@
 // one, the twin needs no more than its loads while memory is the bound. Sums of bytes are exact in any order.
 #pragma once
 
+#include <type_traits>
+
 #include "amx.h"
 #include "linear_rows.h"
 
@@ -112,6 +114,8 @@ void tile_rows(const LinearArgs& args, Rows x, const float* scales, int row, int
 // Computes rows [row, end) times one block of columns.
 template <class Dot, class Out>
 void tile_block(const LinearArgs& args, Rows x, const float* scales, int row, int end, int block) {
+  // Tiles flush denormal numbers anyway, and the twin does where it finishes sums. Few rows of bytes do not.
+  [[maybe_unused]] const std::conditional_t<Dot::ELEMENTS == 4, Nothing, FlushDenormals> as_the_twin_does{};
   TileShapes shapes;
   int held = 0;  // rows that the shapes are for
   bool first = true;

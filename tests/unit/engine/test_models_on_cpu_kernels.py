@@ -17,15 +17,20 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.worker.kernels import choose_ops
 from engine.worker.profiler import load_profile, save_profile
+from kernels.cpu.choice import KernelChoice
 from kernels.cpu.compiler import KernelsUnavailable
+from kernels.cpu.cpu_ops import CpuOps
+from kernels.cpu.library import CpuKernels
+from kernels.cpu.micro_profile import choose
 from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig
-from models.default import default_model_dir
+from models.default import default_model_dir, user_cache
 from models.llama import Llama
 from models.loader import random_model
 from parallel.group import Group
 from tests.support.engines import run, tiny_engine, tokens
-from tests.support.rig import CPU, PagedRows, compiled
+from tests.support.profiles import only_in_all
+from tests.support.rig import CPU, PagedRows, compiled, sets_to_test
 
 SHAPE = ModelConfig(
     vocab_size=211,
@@ -90,7 +95,8 @@ def test_the_rounded_twin(ops: str) -> None:
     assert 0.005 < (before - logits(twin)).norm() / before.norm() < 0.1
     assert twin is model.quantized()
     assert quantized.quantized() is quantized
-    assert twin.matrix_bytes == quantized.matrix_bytes < 0.32 * model.matrix_bytes
+    most = 0.32 if ops == "reference" else 0.41  # kernels pad 72 features to 80 floats, or to 128 bytes
+    assert twin.matrix_bytes == quantized.matrix_bytes < most * model.matrix_bytes
     assert twin.table_bytes == model.table_bytes == 211 * 72 * 4
 
 
@@ -121,9 +127,11 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
-def requests() -> list[AddRequest]:
+def requests(new_tokens: int = 30) -> list[AddRequest]:
     return [
-        AddRequest(str(i), TEXT[: 2 + 9 * i], SamplingParams(max_tokens=30, seed=i, ignore_eos=True, **sampling))
+        AddRequest(
+            str(i), TEXT[: 2 + 9 * i], SamplingParams(max_tokens=new_tokens, seed=i, ignore_eos=True, **sampling)
+        )
         for i, sampling in enumerate(SAMPLING)
     ]
 
@@ -152,6 +160,77 @@ def test_the_law_holds_in_every_dtype(dtype: torch.dtype, policy: str) -> None:
         stats = engine.stats()
         assert stats.accepted_tokens > 0
         rejections += stats.rejections
+    assert rejections > 0, "the draft was never wrong: nothing was shown"
+
+
+BOUNDS = (1, 16, 1 << 30), (16, 1 << 30, 1)
+"""Numbers of rows from which on tiles multiply: those of the plain run, and of two with drafts; for
+full and 8-bit weights."""
+
+
+@cache
+def choices() -> dict[str, KernelChoice]:
+    """Kernels of one set, those that are chosen here, and a mixture."""
+    compiled()  # skips where there are no kernels
+    sets = sets_to_test()
+    found = {each.name: KernelChoice.all_of(each) for each in sets}
+    found["chosen"] = choose(user_cache() / "kernels")
+    found["mixed"] = KernelChoice(
+        attention=sets[0], products=sets[-1], products_int8=sets[len(sets) // 2], rest=sets[0]
+    )
+    return found
+
+
+@cache
+def on_choice(name: str, run: int, dtype: torch.dtype, int8: bool) -> Llama:
+    """The model on kernels of a choice. run: place in BOUNDS."""
+    full, rounded = (rows[run] for rows in BOUNDS)
+    choice = dataclasses.replace(choices()[name], tiles_from=full, tiles_from_int8=rounded)
+    ops = CpuOps(CpuKernels(user_cache() / "kernels", choice))
+    return random_model(VARIANTS["tied"], 1, dtype, CPU, Group.single(), ops, int8)
+
+
+@cache
+def plain(name: str, dtype: torch.dtype, int8: bool) -> dict[str, list[int]]:
+    """Output of each request alone, without drafts, on kernels of a choice."""
+    settings: dict[str, Any] = {"max_model_len": 256} | ({"weights": "int8"} if int8 else {})
+    found: dict[str, list[int]] = {}
+    for request in requests(14):
+        engine = tiny_engine(on_choice(name, 0, dtype, int8), gamma=0, page_size=16, **settings)
+        found |= {id: tokens(outputs) for id, outputs in run(engine, [request]).items()}
+    return found
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["full", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "policy"),
+    [
+        pytest.param(
+            dtype,
+            policy,
+            marks=() if (dtype, policy) == (torch.bfloat16, "window") else only_in_all().marks,
+            id=f"{dtype}-{policy}",
+        )
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for policy in POLICIES
+    ],
+)
+@pytest.mark.parametrize("name", [*(each.name for each in sets_to_test()), "chosen", "mixed"])
+def test_the_law_holds_on_every_set(name: str, dtype: torch.dtype, policy: str, int8: bool) -> None:
+    """As above, on kernels of each instruction set; also if tiles multiply from other numbers of rows on."""
+    settings: dict[str, Any] = {"max_model_len": 256, "speculation": POLICIES[policy]}
+    if int8:
+        settings["weights"] = "int8"
+    accepted = rejections = 0
+    for turn, gamma, batch_tokens in ((1, 4, 90), (2, 2, 32)):
+        engine = tiny_engine(
+            on_choice(name, turn, dtype, int8), gamma=gamma, scheduler={"max_batch_tokens": batch_tokens}, **settings
+        )
+        outputs = run(engine, requests(14), joins={"2": 3, "4": 7})
+        assert {id: tokens(outputs[id]) for id in outputs} == plain(name, dtype, int8)
+        accepted += engine.stats().accepted_tokens
+        rejections += engine.stats().rejections
+    assert accepted > 0
     assert rejections > 0, "the draft was never wrong: nothing was shown"
 
 

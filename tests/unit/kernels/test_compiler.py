@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kernels.cpu import compiler
-from kernels.cpu.compiler import INSTRUCTION_SETS, instruction_sets, parse_features, supported
+from kernels.cpu.compiler import INSTRUCTION_SETS, SOFTWARE_TILES, instruction_sets, parse_features, supported
 
 X86 = """processor\t: 0
 model name\t: Some Processor with flags: of all colours
@@ -61,6 +61,12 @@ def test_a_processor_has_the_sets_whose_features_it_has(
     monkeypatch.setattr(compiler, "INSTRUCTION_SETS", instruction_sets(machine))
     monkeypatch.setattr(Path, "read_text", lambda path, **_: cpuinfo)
     assert [each.name for each in supported()] == names
+
+
+def test_sets_that_multiply_bfloat16() -> None:
+    names = {each.name for machine in ("x86_64", "aarch64") for each in instruction_sets(machine) if each.has_bf16}
+    assert names == {"amx", "avx512_bf16", "neon_bf16"}
+    assert SOFTWARE_TILES.has_bf16
 
 
 def test_without_a_list_of_features(monkeypatch: pytest.MonkeyPatch) -> None:

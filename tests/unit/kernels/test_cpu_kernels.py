@@ -4,7 +4,6 @@ torch."""
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,8 @@ from kernels.kv_cache import write_kv
 from kernels.noise import gumbel_noise
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from models.default import user_cache
-from tests.support.profiles import examples, is_all
-from tests.support.rig import pool_layer
+from tests.support.profiles import examples
+from tests.support.rig import as_tested, pool_layer
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
@@ -35,12 +34,8 @@ TARGETS = [*supported(), *([SOFTWARE_TILES] if SOFTWARE_TILES.features <= suppor
 @pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     target: InstructionSet = request.param
-    # `make test` tests this processor's own set and AVX2, which most others have, as they are served. The rest take a
-    # third of the time to compile.
-    if not is_all() and target != supported()[0] and target.name != "avx2":
-        target = replace(target, flags=(*target.flags, "-O1"))
     try:
-        return CpuKernels(user_cache() / "kernels", target)
+        return CpuKernels(user_cache() / "kernels", as_tested(target))
     except KernelsUnavailable as reason:
         pytest.skip(f"no CPU kernels: {reason}")
 
