@@ -52,7 +52,7 @@ struct Workspace {
 template <class T, int D>
 void attend(const AttentionArgs& args, const Piece& piece, int64_t first_token, const Workspace& space) {
   using Dot = typename DotOf<T>::type;
-  constexpr int FEW = few<T, D>(), IN_PLACE = D > 0 ? TALL : FEW;
+  constexpr int FEW = few<T, D>(), IN_PLACE = D > 0 && FEW > 0 ? TALL : FEW;
   const int group = args.heads / args.kv_heads, head_dim = D > 0 ? D : args.head_dim, words = head_dim / Dot::ELEMENTS;
   const int rows = piece.queries * group;  // per KV head
   const int heads = piece.head_end - piece.head;
