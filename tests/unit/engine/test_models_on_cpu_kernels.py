@@ -201,6 +201,7 @@ def plain(name: str, dtype: torch.dtype, int8: bool) -> dict[str, list[int]]:
     return found
 
 
+@pytest.mark.timeout(1800)  # the first one compiles kernels of all sets
 @pytest.mark.parametrize("int8", [False, True], ids=["full", "int8"])
 @pytest.mark.parametrize(
     ("dtype", "policy"),
