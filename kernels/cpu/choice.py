@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from kernels.cpu.compiler import InstructionSet
@@ -47,6 +48,13 @@ class KernelChoice:
     def all_of(cls, target: InstructionSet) -> KernelChoice:
         """Return the choice of one set for everything."""
         return cls(target, target, target, target)
+
+    @property
+    def digest(self) -> str:
+        """A short hash of all choices."""
+        names = [each.name for each in (self.attention, self.products, self.products_int8, self.rest)]
+        text = repr((names, self.tiles_from, self.tiles_from_int8, self.prefetch))
+        return hashlib.sha256(text.encode()).hexdigest()[:6]
 
     @property
     def sets(self) -> list[InstructionSet]:

@@ -56,7 +56,8 @@ class CpuKernels:
         for target in choice.sets:
             library, tables[target.name] = open_set(folder, target)
             names.append(library.stem.removeprefix("kernels-"))
-        self.name = "+".join(names)
+        self.name = f"{'+'.join(names)}-{choice.digest}"
+        """Key of measurements: it names the libraries, and what each is used for."""
         self._attention_table, self._rest = tables[choice.attention.name], tables[choice.rest.name]
         self._prefetch = (choice.prefetch.blocks, choice.prefetch.to_l2)
         # By whether weights have 8 bits: the kernels, and the number of rows from which on tiles multiply.
