@@ -17,6 +17,7 @@ _FEATURES = {
     "amx": "AMX",
     "avx512_bf16": "AVX-512 with bfloat16",
     "avx512": "AVX-512",
+    "avx_vnni": "AVX2 with VNNI",
     "avx2": "AVX2",
     "neon_bf16": "NEON with bfloat16",
     "neon_dotprod": "NEON",

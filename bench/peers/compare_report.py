@@ -75,7 +75,7 @@ class ComparisonReport(msgspec.Struct):
 
     @property
     def conditions(self) -> str:
-        """Where, when and how the contenders ran."""
+        """Processor, date and settings of the run."""
         parts = [self.processor, self.date, f"{self.threads} thread{'s' * (self.threads > 1)}"]
         parts.append(f"temperature {self.temperature:g}{'' if self.temperature else ' (greedy)'}")
         if self.quota is not None:

@@ -30,6 +30,7 @@ from engine.processes.endpoint import EndpointError, claim, default_directory
 from engine.processes.rank import exit_now, run_rank
 from engine.ranks.executor import RankExecutor
 from engine.ranks.protocol import RankReport, send_report
+from kernels.cpu.cpus import usable_cores
 from parallel import tcp_bootstrap
 from parallel.channel import Disconnected, Link
 from parallel.group import CollectiveError
@@ -71,7 +72,7 @@ def _settings(config: EngineConfig, env: TorchrunEnv) -> EngineConfig:
             "leave it out"
         )
     # torchrun limits OpenMP to one thread, however many cores the machine has.
-    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // env.local_size)
+    threads = config.threads or max(1, usable_cores() // env.local_size)
     return config.model_copy(update={"tensor_parallel_size": env.size, "threads": threads})
 
 

@@ -24,7 +24,7 @@ class Prefetch:
 
 
 PREFETCHES = (Prefetch(2, to_l2=True), Prefetch(1, to_l2=True), Prefetch(1, to_l2=False))
-"""Those that are measured; the first one where nothing is."""
+"""Ways to prefetch that are measured; the first one is used where nothing is."""
 
 
 @dataclass(frozen=True, slots=True)

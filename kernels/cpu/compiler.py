@@ -73,7 +73,7 @@ _ARCHITECTURES = {
     ),
 }
 _PORTABLE = InstructionSet("portable", frozenset(), ())
-"""What every processor of an architecture has; on aarch64 that includes NEON."""
+"""The set that every processor of an architecture has; on aarch64 it includes NEON."""
 
 
 def instruction_sets(architecture: str) -> tuple[InstructionSet, ...]:

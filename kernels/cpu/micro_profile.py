@@ -1,6 +1,6 @@
 """Measure the CPU kernels of this processor's instruction sets, and choose by it.
 
-It takes a second or two, once per processor model, number of threads and libraries: the result is kept beside the
+It takes a few seconds, once per processor model, number of threads and libraries: the result is kept beside the
 compiled libraries.
 """
 
@@ -296,8 +296,8 @@ def _tiles_from(folder: Path | None, target: InstructionSet, weights: list[Packe
         return 1
     whole = KernelChoice.all_of(target)
     kernels = {
-        name: CpuKernels(folder, replace(whole, tiles_from=least, tiles_from_int8=least))
-        for name, least in (("tiles", 1), ("vectors", 1 << 30))
+        name: CpuKernels(folder, replace(whole, tiles_from=rows, tiles_from_int8=rows))
+        for name, rows in (("tiles", 1), ("vectors", 1 << 30))
     }
     if not _agree(*kernels.values(), int8=weights[0].scales is not None):
         log.warning("AMX tiles round otherwise than specified: they multiply at all numbers of rows")

@@ -41,9 +41,9 @@ def kernels(
     typer.echo(f"{processor_name() or platform.machine()}, {usable_cores()} threads")
     for kind, variant in chosen.items():
         typer.echo(f"{kind}: {variant}")
-    for kind, least in zip(KINDS[1:], (profile.tiles_from, profile.tiles_from_int8), strict=True):
-        if least > 1:
-            typer.echo(f"{kind}: tiles from {least} rows on")
+    for kind, rows in zip(KINDS[1:], (profile.tiles_from, profile.tiles_from_int8), strict=True):
+        if rows > 1:
+            typer.echo(f"{kind}: tiles from {rows} rows on")
     for rate in profile.rates:
         mark = "*" if rate.variant == chosen[rate.kernel] else " "
         typer.echo(

@@ -196,10 +196,10 @@ void test_attention(Random& random) {
       check_same(what, part, out, token * size, part.size());
       check_same(what + " lse", lse_part, lse, token * heads, lse_part.size());
     };
-    for (const int64_t most : {1, 2, 5, 16, 33}) {
-      const int64_t n = std::min(most, queries[row]), first = random.below(queries[row] - n + 1);
+    for (const int64_t limit : {1, 2, 5, 16, 33}) {
+      const int64_t n = std::min(limit, queries[row]), first = random.below(queries[row] - n + 1);
       const int64_t length = lengths[row] - queries[row] + first + n;
-      check_part(row, 1, first, &n, &length, 1 + int(most % 2));
+      check_part(row, 1, first, &n, &length, 1 + int(limit % 2));
     }
     check_part(row, rows - row, 0, &queries[row], &lengths[row], 2 + row);
   }
@@ -304,24 +304,6 @@ void test_rotary(Random& random) {
   for_ranges(random, tokens, [&](int first, int count, int threads) {
     check_same(what, run(first, count, threads), out, size_t(first) * all * head_dim, size_t(count) * all * head_dim);
   });
-}
-
-uint64_t mix64(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
-}
-uint32_t mix32(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
-// See kernels/noise.py.
-double noise(int64_t seed, int64_t position, int64_t token) {
-  const uint64_t key = mix64(mix64(uint64_t(position) + 0x9E3779B97F4A7C15u) + uint64_t(seed));
-  const uint32_t random = mix32(mix32((uint32_t(token) * 0x9E3779B1u) ^ uint32_t(key)) + uint32_t(key >> 32));
-  const float u = std::min((float(random) + 0.5f) * 0x1p-32f, 1 - 0x1p-24f);
-  return -std::log(-std::log1p(-double(u)));
 }
 
 void test_sample(Random& random) {

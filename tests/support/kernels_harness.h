@@ -21,8 +21,8 @@ inline int failures = 0;
 // Calls a kernel. scratch: the function that tells how much memory it needs, if it does.
 template <class Args>
 void call(int threads, Args args, void (*kernel)(const Args&), size_t (*scratch)(const Args&) = nullptr) {
-  args.team = {threads, [](int most, int64_t pieces, Pool::Work work, void* context) {
-                 Pool::instance().run(most, pieces, work, context);
+  args.team = {threads, [](int threads, int64_t pieces, Pool::Work work, void* context) {
+                 Pool::instance().run(threads, pieces, work, context);
                }};
   std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);
   if constexpr (!std::is_same_v<Args, NormArgs> && !std::is_same_v<Args, RotaryArgs>) {
@@ -34,13 +34,28 @@ void call(int threads, Args args, void (*kernel)(const Args&), size_t (*scratch)
 
 // -- random numbers and tensors ---------------------------------------------------------------------------------------
 
+inline uint64_t mix64(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+inline uint32_t mix32(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+// See kernels/noise.py.
+inline double noise(int64_t seed, int64_t position, int64_t token) {
+  const uint64_t key = mix64(mix64(uint64_t(position) + 0x9E3779B97F4A7C15u) + uint64_t(seed));
+  const uint32_t random = mix32(mix32((uint32_t(token) * 0x9E3779B1u) ^ uint32_t(key)) + uint32_t(key >> 32));
+  const float u = std::min((float(random) + 0.5f) * 0x1p-32f, 1 - 0x1p-24f);
+  return -std::log(-std::log1p(-double(u)));
+}
+
 struct Random {
   uint64_t state;
   uint64_t next() {  // splitmix64
-    uint64_t x = state += 0x9E3779B97F4A7C15u;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-    return x ^ (x >> 31);
+    return mix64(state += 0x9E3779B97F4A7C15u);
   }
   int64_t below(int64_t n) { return int64_t(next() % uint64_t(n)); }
   double uniform() { return double(next() >> 11) * 0x1p-53; }

@@ -58,12 +58,12 @@ void work(void* context, int64_t piece, int thread) {
   job.busy[thread]--;
 }
 
-void run_jobs(int count, unsigned seed, int least_threads = 0) {
+void run_jobs(int count, unsigned seed, int min_threads = 0) {
   std::minstd_rand random(seed);
   const auto below = [&](int n) { return int(random() % n); };
   for (int i = 0; i < count; i++) {
     Job job;
-    job.threads = least_threads + below(MAX_THREADS - least_threads), job.delays = random();
+    job.threads = min_threads + below(MAX_THREADS - min_threads), job.delays = random();
     job.runs.resize(below(8) ? below(12) : below(300));
     Pool::instance().run(job.threads, int64_t(job.runs.size()), work, &job);
     for (int runs : job.runs)

@@ -48,8 +48,9 @@ MAGICDEC_INLINE To convert(From x) {
   return __builtin_convertvector(x, To);
 }
 
-MAGICDEC_INLINE f32x16 splat(float x) { return f32x16{} + x; }
-MAGICDEC_INLINE u32x16 splat_bits(uint32_t x) { return u32x16{} + x; }
+// Subtracts zero, which takes no instruction: to add it would change -0.
+MAGICDEC_INLINE f32x16 splat(float x) { return x - f32x16{}; }
+MAGICDEC_INLINE u32x16 splat_bits(uint32_t x) { return x - u32x16{}; }
 MAGICDEC_INLINE f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
   return bits<f32x16>((mask & bits<i32x16>(yes)) | (~mask & bits<i32x16>(no)));
 }
@@ -157,7 +158,6 @@ MAGICDEC_INLINE To convert(From x) {
   return To::of([&](int i) __attribute__((always_inline)) { return __builtin_convertvector(x.part[i], typename To::Part); });
 }
 
-// Subtracts zero: to add it would change -0.
 MAGICDEC_INLINE f32x16 splat(float x) { return x - f32x16{}; }
 MAGICDEC_INLINE u32x16 splat_bits(uint32_t x) { return x - u32x16{}; }
 MAGICDEC_INLINE f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {

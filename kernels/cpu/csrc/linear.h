@@ -89,7 +89,8 @@ template <class Dot, class In, class Out>
 void linear(const LinearArgs& args) {
   const Input input = input_of(args);
   auto* copy = static_cast<uint32_t*>(args.scratch);
-  auto* scales = reinterpret_cast<float*>(copy + to_whole_lines(args.rows * input.words * sizeof(uint32_t)) / sizeof(uint32_t));
+  const size_t copied = to_whole_lines(args.rows * input.words * sizeof(uint32_t)) / sizeof(uint32_t);
+  auto* scales = input.copied ? reinterpret_cast<float*>(copy + copied) : nullptr;
   const Rows x = input.copied ? Rows{copy, input.words} : Rows{static_cast<const uint32_t*>(args.x), size_t(args.x_stride) / Dot::ELEMENTS};
   if (input.copied)
     for_rows(args.team, args.rows, args.features, [&](int64_t row) {

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.corpus import BenchError
-from bench.machine import CpuQuota, busy, describe_processor, first_cores
+from bench.machine import _FEATURES, CpuQuota, busy, describe_processor, first_cores
+from kernels.cpu.compiler import instruction_sets
 
 
 def cpu_seconds() -> float:
@@ -32,6 +33,8 @@ def test_more_busy_processes_than_cores() -> None:
 
 def test_the_processor_is_named() -> None:
     assert "\n" not in describe_processor()
+    names = {each.name for machine in ("x86_64", "aarch64") for each in instruction_sets(machine)}
+    assert set(_FEATURES) == names - {"portable"}
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -95,8 +95,8 @@ def test_the_rounded_twin(ops: str) -> None:
     assert 0.005 < (before - logits(twin)).norm() / before.norm() < 0.1
     assert twin is model.quantized()
     assert quantized.quantized() is quantized
-    most = 0.32 if ops == "reference" else 0.41  # kernels pad 72 features to 80 floats, or to 128 bytes
-    assert twin.matrix_bytes == quantized.matrix_bytes < most * model.matrix_bytes
+    limit = 0.32 if ops == "reference" else 0.41  # kernels pad 72 features to 80 floats, or to 128 bytes
+    assert twin.matrix_bytes == quantized.matrix_bytes < limit * model.matrix_bytes
     assert twin.table_bytes == model.table_bytes == 211 * 72 * 4
 
 

@@ -1,4 +1,4 @@
-"""Which instruction sets the CPU kernels are compiled for."""
+"""Instruction sets that the CPU kernels are compiled for."""
 
 from __future__ import annotations
 
