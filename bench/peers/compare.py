@@ -311,6 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="plot the results to this PNG")
     given = parser.parse_args(arguments)
     threads = given.threads
+    if threads is not None and given.quota is not None:
+        parser.error("--quota sets the number of threads; leave out --threads")
     if threads is None:
         cpus = len(os.sched_getaffinity(0))
         threads = cpus if given.quota is None else min(cpus, math.ceil(given.quota))

@@ -77,11 +77,7 @@ class EngineConfig(Settings):
     """Maximum number of tokens of prompt and output together; None: the context length the model was trained for, or as
     much of it as the KV pool holds."""
     threads: Positive | None = None
-<<<<<<< HEAD
     """CPU threads per rank; None: an equal share of the cores that affinity and CPU quotas allow."""
-=======
-    """CPU threads per rank; None: an equal share of the cores that it may use, by affinity mask and CPU quota."""
->>>>>>> review
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     speculation: SpeculationConfig = SpeculationConfig()

@@ -52,18 +52,12 @@ class CpuKernels:
         processor has, or one for everything; None: the best. Raises KernelsUnavailable."""
         if not isinstance(choice, KernelChoice):
             choice = KernelChoice.all_of(choice or supported()[0])
-        tables, names = {}, {}
+        tables, names = {}, []
         for target in choice.sets:
             library, tables[target.name] = open_set(folder, target)
-<<<<<<< HEAD
             names.append(library.stem.removeprefix("kernels-"))
         self.name = f"{'+'.join(names)}-{choice.digest}"
         """Key of measurements: it names the libraries, and what each is used for."""
-=======
-            names[target.name] = library.stem.removeprefix("kernels-")
-        kinds = (choice.attention, choice.products, choice.products_int8, choice.rest)
-        self.name = "+".join(names[each.name] for each in (kinds if len(names) > 1 else kinds[:1]))
->>>>>>> review
         self._attention_table, self._rest = tables[choice.attention.name], tables[choice.rest.name]
         self._prefetch = (choice.prefetch.blocks, choice.prefetch.to_l2)
         # By whether weights have 8 bits: the kernels, and the number of rows from which on tiles multiply.

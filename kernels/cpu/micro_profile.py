@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -28,7 +29,15 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.choice import PREFETCHES, KernelChoice, Prefetch
-from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, processor_name, rivals, supported
+from kernels.cpu.compiler import (
+    InstructionSet,
+    KernelsUnavailable,
+    build_kernels,
+    build_operators,
+    processor_name,
+    rivals,
+    supported,
+)
 from kernels.cpu.cpus import usable_cores
 from kernels.cpu.library import CpuKernels, PackedWeights, open_set
 
@@ -95,10 +104,14 @@ class MicroProfile(msgspec.Struct, frozen=True):
 
 
 def choose(folder: Path | None) -> KernelChoice:
-    """Choose instruction sets for this processor by measurement. folder: of compiled libraries, and of kept
-    measurements. Raises KernelsUnavailable if no set can be used."""
+    """Choose instruction sets for this processor by measurement, or the likely best one where no measurement can be
+    kept: the next start, or another rank, might choose otherwise.
+
+    folder: of compiled libraries, and of kept measurements. Raises KernelsUnavailable if no set can be used.
+    """
     sets = usable(folder)
-    return _kept(folder, tuple(sets)).choice(sets)
+    profile = _kept(folder, tuple(sets))
+    return KernelChoice.all_of(sets[0]) if profile is None else profile.choice(sets)
 
 
 def full_profile(folder: Path | None, *, anew: bool) -> MicroProfile:
@@ -118,6 +131,9 @@ def usable(folder: Path | None) -> list[InstructionSet]:
     next best one. Raises KernelsUnavailable if there is none."""
     found: list[InstructionSet] = []
     first = rivals()
+    build_operators(folder)
+    with ThreadPoolExecutor(usable_cores()) as pool:  # compilers are processes
+        wait([pool.submit(build_kernels, target, folder) for target in first])  # errors return below
     errors: dict[str, KernelsUnavailable] = {}
     for target in [*first, *(each for each in supported() if each not in first)]:
         if found and target not in first:
@@ -135,11 +151,12 @@ def usable(folder: Path | None) -> list[InstructionSet]:
 
 
 @functools.lru_cache
-def _kept(folder: Path | None, sets: tuple[InstructionSet, ...]) -> MicroProfile:
-    """Return what an earlier start has kept, or measure now; in one process always the same."""
+def _kept(folder: Path | None, sets: tuple[InstructionSet, ...]) -> MicroProfile | None:
+    """Return what an earlier start has kept, or measure and keep it; in one process always the same. None: nothing can
+    be kept."""
     file = _file(folder, sets)
     profile = _read(file, sets)
-    if profile is None:
+    if profile is None and _can_keep(file):
         log.info("measuring the kernels of this processor, once")
         profile = measure(folder, sets)
         _keep(profile, file)
@@ -164,6 +181,18 @@ def _read(file: Path | None, sets: Sequence[InstructionSet]) -> MicroProfile | N
         return None
     fits = {getattr(kept, kind) for kind in KINDS} <= {each.name for each in sets} and kept.prefetch in PREFETCHES
     return kept if fits else None
+
+
+def _can_keep(file: Path | None) -> bool:
+    if file is None:
+        return False
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)  # libraries may be those of the installation
+        tempfile.TemporaryDirectory(dir=file.parent).cleanup()
+    except OSError:
+        log.info("kernels are not measured: %s cannot be written", file.parent)
+        return False
+    return True
 
 
 def _keep(profile: MicroProfile, file: Path | None) -> None:
@@ -304,7 +333,7 @@ def _tiles_from(folder: Path | None, target: InstructionSet, weights: list[Packe
         return 1
     for rows in _TILES_FROM:
         taken = _product_seconds(kernels, rows, weights)
-        if taken["tiles"] < taken["vectors"]:
+        if taken["tiles"] * _LEAD < taken["vectors"]:
             return rows
     return _TILES_FROM[-1]
 
@@ -312,7 +341,7 @@ def _tiles_from(folder: Path | None, target: InstructionSet, weights: list[Packe
 def _agree(one: CpuKernels, other: CpuKernels, *, int8: bool) -> bool:
     """Whether two kernels of products have the same bits."""
     generator = torch.Generator().manual_seed(0)
-    weight = PackedWeights(torch.randn(64, _SIZE, generator=generator).bfloat16())
+    weight = PackedWeights(torch.randn(64, _SIZE, generator=generator).bfloat16(), torch.ones(64))
     x = torch.randn(33, _SIZE, generator=generator).bfloat16()
     packed = weight.quantized() if int8 else weight
     return torch.equal(one.linear(x, packed, float_out=True), other.linear(x, packed, float_out=True))
