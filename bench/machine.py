@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.corpus import BenchError
 from kernels.cpu.compiler import processor_name, supported
+from kernels.cpu.cpus import cpu_groups
 
 _FEATURES = {
     "amx": "AMX",
@@ -72,7 +73,9 @@ class CpuQuota:
         proc, groups: where Linux keeps a process's groups, and all groups. Raises BenchError if none permits it.
         """
         reasons: list[str] = []
-        for parent in _parents(proc, groups):
+        for parent in cpu_groups(proc, groups):
+            if not (parent / "cgroup.procs").exists():
+                continue
             self._group = parent / f"magicdec-{os.getpid()}-{id(self):x}"
             try:
                 self._group.mkdir()
@@ -122,18 +125,3 @@ def _write(file: Path, text: str) -> None:
     """Write to a file that exists: a control group has no others."""
     with file.open("r+", encoding="ascii") as opened:
         opened.write(text)
-
-
-def _parents(proc: Path, groups: Path) -> Iterator[Path]:
-    """Yield the process's groups with the CPU controller, and those above them, each from the inside out."""
-    for line in (proc / "cgroup").read_text(encoding="ascii").splitlines() if (proc / "cgroup").exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:  # version 2: one tree, beside which version 1 may have the controller
-            roots = [groups]
-        elif "cpu" in controllers.split(","):
-            roots = [groups / controllers, groups / "cpu"]
-        else:
-            continue
-        inner = Path(path.lstrip("/"))
-        for root in roots:
-            yield from (root / group for group in (inner, *inner.parents) if (root / group / "cgroup.procs").exists())

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from kernels.cpu.openmp import sleep_while_waiting
 from models.default import default_model_dir, is_model_dir, user_cache
 from tests.support.profiles import ALL, FAST
 
-# Set before any test module imports torch: OpenMP threads must sleep instead of spin where several processes share few
-# cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sleep_while_waiting()  # before any test module imports torch: several processes share few cores
 
 
 def _private_cache() -> tempfile.TemporaryDirectory[str]:

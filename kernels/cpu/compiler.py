@@ -39,7 +39,8 @@ class InstructionSet:
 
     @property
     def has_tiles(self) -> bool:
-        return self.name in ("amx", "software_tiles")
+        """Whether its kernels are made of AMX tiles, be they computed in software."""
+        return not {"-mamx-tile", "-DMAGICDEC_SOFTWARE_TILES"}.isdisjoint(self.flags)
 
     @property
     def has_bf16(self) -> bool:

@@ -17,17 +17,19 @@ def usable_cores(proc: Path = Path("/proc/self"), system: Path = Path("/sys")) -
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     siblings = (system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus)
     cores = len({_read(file) or file for file in siblings})
-    return max(1, min(cores, math.ceil(min(_quotas(proc, system / "fs/cgroup"), default=cores))))
+    quotas = (quota for group in cpu_groups(proc, system / "fs/cgroup") for quota in _quota(group))
+    return max(1, min(cores, math.ceil(min(quotas, default=cores))))
 
 
-def _quotas(proc: Path, groups: Path) -> Iterator[float]:
-    """Yield the quotas, in CPUs, of the process's control groups and of those above them."""
+def cpu_groups(proc: Path, groups: Path) -> Iterator[Path]:
+    """Yield the folders where the process's control groups with the CPU controller may be, and those above them, each
+    from the inside out. Not all of them exist."""
     for line in _read(proc / "cgroup").splitlines():
         fields = line.split(":", 2)
         if len(fields) < 3:
             continue
         _, controllers, path = fields
-        if not controllers:  # version 2: one tree
+        if not controllers:  # version 2: one tree, beside which version 1 may have the controller
             roots = [groups, groups / "unified"]
         elif "cpu" in controllers.split(","):
             roots = [groups / controllers, groups / "cpu"]
@@ -36,11 +38,11 @@ def _quotas(proc: Path, groups: Path) -> Iterator[float]:
         # In a container the path may be the host's, while its files are those of the root.
         inner = Path(path.lstrip("/"))
         for root in roots:
-            for group in (inner, *inner.parents):
-                yield from _quota(root / group)
+            yield from (root / group for group in (inner, *inner.parents))
 
 
 def _quota(group: Path) -> Iterator[float]:
+    """Yield the quota of a control group, in CPUs, if it has one."""
     maximum = _read(group / "cpu.max").split()
     quota, period = (
         maximum if len(maximum) == 2 else (_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))

@@ -132,8 +132,9 @@ def usable(folder: Path | None) -> list[InstructionSet]:
     found: list[InstructionSet] = []
     first = rivals()
     build_operators(folder)
-    with ThreadPoolExecutor(usable_cores()) as pool:  # compilers are processes
-        wait([pool.submit(build_kernels, target, folder) for target in first])  # errors return below
+    if len(first) > 1:
+        with ThreadPoolExecutor(usable_cores()) as pool:  # compilers are processes
+            wait([pool.submit(build_kernels, target, folder) for target in first])  # errors return below
     errors: dict[str, KernelsUnavailable] = {}
     for target in [*first, *(each for each in supported() if each not in first)]:
         if found and target not in first:
