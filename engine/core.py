@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import math
 import os
@@ -314,3 +315,6 @@ class Engine:
             self._ranks.close()
         self.__dict__.pop("_worker", None)
         torch.set_num_threads(self._threads_before)
+        if self._resolved.device.type == "cuda":
+            gc.collect()  # an error's traceback may hold tensors
+            torch.cuda.empty_cache()  # other engines size their pools by what is free

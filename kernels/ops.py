@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend, GraphShape
+from kernels.attention.base import AttentionBackend, GraphAttention, GraphBatch
 from kernels.kv_cache import LayerKV
 
 
@@ -36,7 +36,8 @@ class Linear(Protocol):
 
 
 class Graphs(Protocol):
-    """Capture of device work, which is enqueued once and then replayed as a whole."""
+    """Capture of device work, which is enqueued once and then replayed as a whole. All captures share memory, so they
+    are replayed one at a time, and the results of one are read before the next."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run `work`, and return a function that replays it on the same addresses.
@@ -44,8 +45,8 @@ class Graphs(Protocol):
         `work` must not wait for the device, nor read tensors that are freed before a replay.
         """
 
-    def attention(self, page_size: int, head_dim: int, graph_shape: GraphShape) -> AttentionBackend:
-        """Create a backend whose runs can be captured. Plans are made outside a capture and apply to replays."""
+    def attention(self, page_size: int, head_dim: int, batch: GraphBatch) -> GraphAttention:
+        """Create attention whose runs are captured. Each captured forward needs its own, because it holds a plan."""
 
 
 class Ops(Protocol):
@@ -61,8 +62,9 @@ class Ops(Protocol):
         """Key of stored measurements: different kernels have different names."""
 
     @property
-    def graphs(self) -> Graphs | None:
-        """Graph capture for this device; None if capturing gains nothing."""
+    def make_graphs(self) -> Callable[[], Graphs] | None:
+        """Create the captures of one engine, whose memory is freed with the last of them. None if capturing gains
+        nothing on this device."""
 
     def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> Linear:
         """Prepare a weight matrix for products. The result copies the weights or keeps them.

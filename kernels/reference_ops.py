@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,7 +87,7 @@ class ReferenceOps(TorchFallbackOps):
     """See kernels.ops.Ops."""
 
     kind = name = "reference"
-    graphs: Graphs | None = None
+    make_graphs: Callable[[], Graphs] | None = None
 
     def linear(
         self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False

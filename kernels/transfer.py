@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,6 +17,12 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     result shares the memory of `tensor`.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def send_all(device: torch.device, *arrays: npt.NDArray[np.int64]) -> Sequence[Tensor]:
+    """Copy host arrays [n] to `device` by one copy, without waiting. Returns a tensor of each."""
+    packed = send(torch.from_numpy(np.concatenate(arrays)), device)
+    return torch.split(packed, [len(array) for array in arrays])
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:

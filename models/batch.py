@@ -10,18 +10,26 @@ from kernels.attention.base import AttentionBatch
 
 
 @dataclass(frozen=True, slots=True)
-class ForwardBatch:
-    """Ragged rows laid end to end. `tokens` below is the sum of the rows' query lengths.
+class TokenInputs:
+    """Tokens of a forward, those of its rows laid end to end.
 
     token_ids: [tokens] int64.
     positions: [tokens] int64, absolute position in the request (for RoPE).
     slots: [tokens] int64, KV slot (page * page_size + offset) that receives each token's key and value.
-    attention: KV that each row's queries read, including the keys and values that this forward writes.
-    logit_index: [n] int64, positions within `tokens` whose logits are computed.
     """
 
     token_ids: Tensor
     positions: Tensor
     slots: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch(TokenInputs):
+    """Tokens, and what is read and computed for them. `tokens` below is the sum of the rows' query lengths.
+
+    attention: KV that each row's queries read, including the keys and values that this forward writes.
+    logit_index: [n] int64, positions within `tokens` whose logits are computed.
+    """
+
     attention: AttentionBatch
     logit_index: Tensor

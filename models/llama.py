@@ -11,10 +11,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend
+from kernels.attention.base import AttentionBackend, PlannedAttention
 from kernels.kv_cache import KVPool, LayerKV
 from kernels.rope import llama3_frequencies, rotary_frequencies, rotary_tables
-from models.batch import ForwardBatch
+from models.batch import ForwardBatch, TokenInputs
 from models.config import ModelConfig, ModelError, RopeConfig
 from parallel.layers import (
     GateUpLinear,
@@ -33,9 +33,9 @@ from parallel.split import HeadSplit, split, split_heads
 class LayerInputs:
     """Inputs shared by all layers of one forward. rotary: cosines and sines of all positions. attention: planned."""
 
-    batch: ForwardBatch
+    tokens: TokenInputs
     rotary: tuple[Tensor, Tensor]
-    attention: AttentionBackend
+    attention: PlannedAttention
 
 
 class Attention(Module):
@@ -74,7 +74,7 @@ class Attention(Module):
         if self._q_norm and self._k_norm:
             norms = self._q_norm.weight, self._k_norm.weight, self._q_norm.eps
         qkv = self._qkv.project(x)
-        q = self._ops.rotate_and_cache(qkv, inputs.rotary, inputs.batch.positions, inputs.batch.slots, kv, norms)
+        q = self._ops.rotate_and_cache(qkv, inputs.rotary, inputs.tokens.positions, inputs.tokens.slots, kv, norms)
         o, _ = inputs.attention.run(kv, q, self._scale)
         return self._out(o.flatten(1))
 
@@ -190,7 +190,7 @@ class Llama(Module):
         return self._int8_copy[0]
 
     def make_pool(self, num_pages: int, page_size: int) -> KVPool:
-        """Allocate a pool for this model's KV, with the scratch page that graphs need if there are graphs."""
+        """Allocate a pool for this model's KV, with a scratch page where forwards are captured."""
         return KVPool(
             num_layers=self.num_layers,
             num_pages=num_pages,
@@ -199,7 +199,7 @@ class Llama(Module):
             head_dim=self.head_dim,
             dtype=self.dtype,
             device=self.device,
-            scratch=self.ops.graphs is not None,
+            scratch=self.ops.make_graphs is not None,
         )
 
     def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
@@ -213,12 +213,12 @@ class Llama(Module):
         return self.logits(self.states(batch, pool, attention, batch.logit_index))
 
     def states(
-        self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend, index: Tensor | None = None
+        self, tokens: TokenInputs, pool: KVPool, attention: PlannedAttention, index: Tensor | None = None
     ) -> Tensor:
-        """Run `forward` up to the final hidden states, [n, hidden_size]. attention: planned for the batch. index: [n]
+        """Run `forward` up to the final hidden states, [n, hidden_size]. attention: planned for the tokens. index: [n]
         int64, tokens whose states are returned; None: all."""
-        inputs = LayerInputs(batch, self.rotary, attention)
-        x, delta = self._embedding(batch.token_ids), None
+        inputs = LayerInputs(tokens, self.rotary, attention)
+        x, delta = self._embedding(tokens.token_ids), None
         for number, layer in enumerate(self._layers):
             delta = layer(x, delta, inputs, pool.layer(number))
         if index is not None:

@@ -66,7 +66,7 @@ def main() -> int:
     ops = choose_ops(arguments.kernels, device, torch.bfloat16)
     ceiling = copy_bandwidth(device, size=2 << 30 if cuda else 1 << 28)
     name = torch.cuda.get_device_name(device) if cuda else "CPU"
-    graphs = ops.graphs is not None and not arguments.no_graphs
+    graphs = ops.make_graphs is not None and not arguments.no_graphs
     about = f"{name}, torch {torch.__version__}, kernels {ops.name}, {'with' if graphs else 'no'} CUDA graphs, bfloat16"
     print(about, file=sys.stderr)
     results: list[GpuResult] = []

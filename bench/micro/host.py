@@ -2,9 +2,9 @@
 
     python -m bench.micro.host --rows 32 --context 8000 --gamma 3
 
-No model runs. The scheduler plans, the rank's state is patched, index tensors are built and attention is planned as for
-a GPU, but in host memory. On a GPU every tensor operation takes some microseconds more, for its launch. The last line
-sums the parts between one round's result and the next round's first kernel.
+No model runs. The scheduler plans, the rank's state is patched, and the inputs of captured forwards are built as for a
+GPU, but in host memory. On a GPU every tensor operation takes some microseconds more, for its launch, and FlashInfer
+plans each forward. The last line sums the parts between one round's result and the next round's first kernel.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import argparse
 import random
 
 import msgspec
+import numpy as np
 import torch
 
 from bench.micro.shares import Clock
+from engine.batch.forward_graphs import GraphInputs
 from engine.batch.round_batch import RoundBatch
 from engine.batch.row_state import RowState
 from engine.kv.policies import View, Window
@@ -27,8 +29,7 @@ from engine.scheduler.outputs import make_output
 from engine.scheduler.pages import PageAllocator
 from engine.scheduler.scheduler import Scheduler
 from engine.worker.build import dense
-from kernels.attention.base import GraphShape
-from kernels.attention.triton_attention import GpuAttention
+from kernels.kv_cache import KVPool
 
 _PAGE = 16
 _WARM_UPS = 5
@@ -56,9 +57,13 @@ class Host:
             self._scheduler.add(AddRequest(str(row), [0] * context, params))
         self._state = RowState(max_rows=rows, max_model_len=2 * max_len, page_size=_PAGE, device=torch.device("cpu"))
         self._view = View(Window(budget=budget, sink=_PAGE, page_size=_PAGE), self._state.page_table)
+        pages = rows * (width + 1)
+        sizes = {"num_layers": 1, "num_pages": pages, "page_size": _PAGE, "kv_heads": 1, "head_dim": 1}
+        pool = KVPool(**sizes, dtype=torch.bfloat16, device=torch.device("cpu"), scratch=True)
         draft_width = min(budget // _PAGE + 1, width)
-        self._steps = [GpuAttention(graph_shape=GraphShape(rows, rows, draft_width)) for _ in range(gamma)]
-        self._target = GpuAttention(graph_shape=GraphShape(rows, rows * (gamma + 1), self._state.page_table.shape[1]))
+        self._first = GraphInputs(pool, rows=rows, queries=1, width=draft_width)
+        self._later = GraphInputs(pool, rows=rows * max(0, gamma - 1), queries=1, width=draft_width)
+        self._target = GraphInputs(pool, rows=rows, queries=gamma + 1, width=self._state.page_table.shape[1])
         self._encoder = msgspec.msgpack.Encoder()
 
     def run(self) -> Clock:
@@ -78,13 +83,18 @@ class Host:
         with parts.time("patch the rank's state"):
             self._state.apply(plan)
             batch = RoundBatch(self._state, plan)
-        for step, attention in enumerate(self._steps[: batch.gamma_max]):
-            with parts.time("first draft step" if step == 0 else "further draft steps"):
-                attention.plan(batch.draft_inputs(step, self._view)[0].attention)
+        rows, gamma = len(plan.work), batch.gamma_max
+        if gamma:
+            with parts.time("first draft step"):
+                self._first.copy(batch.draft_inputs(0, self._view), np.arange(rows))
+        if gamma > 1:
+            with parts.time("further draft steps"):
+                inputs, step, row = batch.later_draft_inputs(gamma, self._view)
+                self._later.copy(inputs, step * rows + row)
         with parts.time("verify pass"):
             inputs = batch.verify_inputs(dense(self._state))
-            if batch.gamma_max or (batch.new == 1).all():
-                self._target.plan(inputs.attention)
+            if self._target.fits(inputs):
+                self._target.copy(inputs, np.arange(rows))
         results = []
         for work in plan.work:
             accepted = self._chance.randrange(work.gamma + 1)

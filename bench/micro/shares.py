@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -84,7 +84,7 @@ class TimedOps:
     def __init__(self, inner: Ops, clock: Clock) -> None:
         self._inner, self._clock = inner, clock
         self.kind, self.name = inner.kind, inner.name
-        self.graphs: Graphs | None = None
+        self.make_graphs: Callable[[], Graphs] | None = None
 
     def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> TimedLinear:
         inner = self._inner.linear(weight, bias, gated=gated, wide=wide)

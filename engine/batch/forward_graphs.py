@@ -1,8 +1,7 @@
 """Forwards captured in graphs at start-up and replayed, since a round of few rows would launch hundreds of kernels one
 by one.
 
-A captured forward has a fixed number of rows, and room for a fixed number of queries of each. Smaller batches are
-padded with rows of the pool's scratch page, which no request owns.
+A captured forward has a fixed number of rows, and a fixed number of queries of each. Smaller batches are padded.
 """
 
 from __future__ import annotations
@@ -14,13 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend, AttentionBatch, GraphShape
+from engine.batch.row_state import Ints, ragged_arange
+from kernels.attention.base import GraphAttention, GraphBatch
 from kernels.kv_cache import KVPool
 from kernels.ops import Graphs
-from models.batch import ForwardBatch
+from kernels.transfer import send_all
+from models.batch import ForwardBatch, TokenInputs
 from models.llama import Llama
 
 _STRIDE = 32
@@ -37,56 +39,56 @@ def graph_row_counts(max_rows: int) -> list[int]:
 
 
 class GraphInputs:
-    """Inputs of a captured forward, at fixed addresses: for a number of rows, with room for queries of each.
+    """Inputs of captured forwards, at fixed addresses: for a number of rows, with room for queries of each.
 
-    ids, positions, slots: [rows * queries] int64. attention: planned for the inputs copied last.
+    A row's queries are the last ones of its room, and those before them padding: so a row's last query is always at the
+    same place. Padding, like rows that are missing, writes to the pool's scratch page, which no request owns.
     """
 
-    def __init__(self, model: Llama, pool: KVPool, graphs: Graphs, *, rows: int, queries: int, width: int) -> None:
+    def __init__(self, pool: KVPool, *, rows: int, queries: int, width: int) -> None:
         """width: largest number of pages in a row's list. pool: has a scratch page."""
         assert pool.scratch is not None
-        device, page_size = model.device, pool.page_size
-        self.rows, self.queries = rows, queries
-        # Padding values: token id, position, KV slot.
-        padding = torch.tensor([0, 0, pool.scratch * page_size], device=device)
-        self._padding = padding[0:1], padding[1:2], padding[2:3]
-        self.ids, self.positions, self.slots = (each.repeat(rows * queries) for each in self._padding)
-        self._scratch = torch.full((1, 1), pool.scratch, device=device).expand(rows, width)
-        shape = GraphShape(rows, rows * queries, width)
-        self.attention: AttentionBackend = graphs.attention(page_size, model.head_dim, shape)
-        self._whole = AttentionBatch([queries] * rows, [queries] * rows, self._scratch[:, : -(-queries // page_size)])
-        self.attention.plan(self._whole)
+        device = pool.data.device
+        self._queries = queries
+        padding = [0, 0, pool.scratch * pool.page_size]  # token id, position, KV slot
+        self._padding = torch.tensor(padding, device=device)[:, None]
+        self._tokens = self._padding.repeat(1, rows * queries)
+        self._pages = torch.full((rows, width), pool.scratch, device=device)
+        self._lengths = torch.ones(rows, dtype=torch.int64, device=device)
+        self.kv_lengths = [1] * rows
 
-    @property
-    def whole(self) -> ForwardBatch:
-        """Return the inputs, with all tokens there is room for."""
-        return ForwardBatch(self.ids, self.positions, self.slots, self._whole, self.positions)
+    def part(self, first: int, rows: int) -> tuple[TokenInputs, GraphBatch]:
+        """Return the inputs of `rows` rows from `first` on: their tokens, [rows * queries], and what they read."""
+        tokens = self._tokens[:, first * self._queries : (first + rows) * self._queries]
+        mine = slice(first, first + rows)
+        return TokenInputs(*tokens), GraphBatch(self._queries, self._pages[mine], self._lengths[mine])
 
     def fits(self, inputs: ForwardBatch) -> bool:
-        lengths = inputs.attention.query_lengths
-        return 0 < len(lengths) <= self.rows and max(lengths) <= self.queries
+        return max(inputs.attention.query_lengths) <= self._queries
 
-    def copy(self, inputs: ForwardBatch) -> None:
-        """Copy in the inputs of the next replay. Missing rows become rows of one query that reads only the scratch
-        page."""
-        new = inputs.token_ids, inputs.positions, inputs.slots
-        for fixed, values, padding in zip((self.ids, self.positions, self.slots), new, self._padding, strict=True):
-            fixed[: len(values)] = values
-            if len(values) < len(fixed):
-                fixed[len(values) :] = padding
+    def copy(self, inputs: ForwardBatch, rows: Ints) -> Tensor:
+        """Copy in the inputs of the next replay. rows: [rows of `inputs`], places of their rows here. Returns the place
+        of each query, [tokens] int64."""
         batch = inputs.attention
-        if missing := self.rows - len(batch.query_lengths):
-            ones = [1] * missing
-            pages = torch.cat([batch.pages, self._scratch[:missing, : batch.pages.shape[1]]])
-            batch = AttentionBatch([*batch.query_lengths, *ones], [*batch.kv_lengths, *ones], pages)
-        self.attention.plan(batch)
+        counts = np.array(batch.query_lengths, dtype=np.int64)
+        lengths = np.ones(len(self.kv_lengths), dtype=np.int64)
+        lengths[rows] = batch.kv_lengths
+        self.kv_lengths = lengths.tolist()
+        places = np.repeat((rows + 1) * self._queries - counts, counts) + ragged_arange(counts)
+        place, row, length = send_all(self._tokens.device, places, rows, lengths)
+        self._tokens.copy_(self._padding)
+        self._tokens[:, place] = torch.stack([inputs.token_ids, inputs.positions, inputs.slots])
+        self._pages[row, : batch.pages.shape[1]] = batch.pages
+        self._lengths.copy_(length)
+        return place
 
 
 @dataclass(frozen=True, slots=True)
 class _CapturedForward:
-    """One graph and its output. states: [tokens, hidden_size]."""
+    """One graph, its inputs and its output. states: [tokens, hidden_size]."""
 
     inputs: GraphInputs
+    attention: GraphAttention
     states: Tensor
     replay: Callable[[], None]
 
@@ -128,18 +130,22 @@ class ForwardGraphs:
         if rows is None or each is None:
             return None
         graph = self._captured[rows, each]
-        graph.inputs.copy(inputs)
+        place = graph.inputs.copy(inputs, np.arange(len(queries)))
+        graph.attention.plan(graph.inputs.kv_lengths)
         graph.replay()
-        return self._model.logits(graph.states[inputs.logit_index])
+        return self._model.logits(graph.states[place[inputs.logit_index]])
 
     def _capture(self, rows: int, each: int) -> _CapturedForward:
-        inputs = GraphInputs(self._model, self._pool, self._graphs, rows=rows, queries=each, width=self._width)
+        inputs = GraphInputs(self._pool, rows=rows, queries=each, width=self._width)
+        tokens, batch = inputs.part(0, rows)
+        attention = self._graphs.attention(self._pool.page_size, self._model.head_dim, batch)
         states = self._states[: rows * each]
 
         def work() -> None:
-            states.copy_(self._model.states(inputs.whole, self._pool, inputs.attention))
+            states.copy_(self._model.states(tokens, self._pool, attention))
 
-        return _CapturedForward(inputs, states, self._graphs.capture(work))
+        attention.plan(inputs.kv_lengths)
+        return _CapturedForward(inputs, attention, states, self._graphs.capture(work))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from engine.batch.row_state import Ints, RowState, ragged_arange
 from engine.kv.policies import View
 from engine.plan import RoundPlan, RowWork
+from kernels.transfer import send_all
 from models.batch import ForwardBatch
 
 
@@ -75,7 +77,7 @@ class RoundBatch:
     @property
     def num_drafting(self) -> int:
         """Number of rows that draft: the first ones."""
-        return int((self.gamma > 0).sum())
+        return self._drafting(0)
 
     @property
     def max_samples(self) -> int:
@@ -84,26 +86,41 @@ class RoundBatch:
 
     def _sample_positions(self, rows: Ints, ahead: Ints, offset: Ints) -> SamplePositions:
         """ahead: offset of each sampled token from its row's computed ones."""
-        to_device = self.state.to_device
-        row_index = to_device(rows)
-        position = self.state.computed[row_index] + to_device(ahead)
-        return SamplePositions(rows, offset, row_index, position, to_device(offset))
+        row_index, ahead_index, offset_index = send_all(self.state.device, rows, ahead, offset)
+        return SamplePositions(rows, offset, row_index, self.state.computed[row_index] + ahead_index, offset_index)
 
     # -- drafting ----------------------------------------------------------------------------------------------------
 
-    def draft_inputs(self, step: int, view: View, lag: Ints | None = None) -> tuple[ForwardBatch, SamplePositions]:
-        """Build the inputs of the forward that drafts token `step`, and the positions it samples.
+    def draft_inputs(self, step: int, view: View, lag: Ints | None = None) -> ForwardBatch:
+        """Build the inputs of the forward that drafts token `step`. Its logits are those of `draft_samples`.
 
         lag: [drafting rows], number of committed tokens before the pending one that have no KV in the draft's pool yet
         (first step only); None: none is missing, and each row is one query.
         """
-        count = int((self.gamma > step).sum())  # the first ones
-        rows, ones = self.row[:count], np.ones(count, dtype=np.int64)
+        count = self._drafting(step)
         missing = np.zeros(count, dtype=np.int64) if lag is None else lag
         queries = missing + 1
         last = queries.cumsum() - 1
-        inputs = self.state.forward_inputs(rows, self.computed[:count], step - missing, queries, view, last)
-        return inputs, self._sample_positions(rows, ones + step, ones * step)
+        return self.state.forward_inputs(self.row[:count], self.computed[:count], step - missing, queries, view, last)
+
+    def later_draft_inputs(self, gamma: int, view: View) -> tuple[ForwardBatch, Ints, Ints]:
+        """Build the inputs of the forwards that draft tokens 1 to gamma - 1, as one batch with a query for each row and
+        step. Also returns the step, less 1, and the row of each query, [n]: rows by their order in the round."""
+        counts = [self._drafting(step) for step in range(1, gamma)]
+        step, row = np.repeat(np.arange(gamma - 1), counts), ragged_arange(np.array(counts))
+        ones, no_logits = np.ones(len(row), dtype=np.int64), np.empty(0, dtype=np.int64)
+        inputs = self.state.forward_inputs(self.row[row], self.computed[row], step + 1, ones, view, no_logits)
+        return inputs, step, row
+
+    def draft_samples(self, steps: Iterable[int]) -> SamplePositions:
+        """Return the positions that draft steps sample: those of one step after another's."""
+        counts = [self._drafting(step) for step in steps]
+        step, row = np.repeat(list(steps), counts), ragged_arange(np.array(counts))
+        return self._sample_positions(self.row[row], step + 1, step)
+
+    def _drafting(self, step: int) -> int:
+        """Return the number of rows that draft token `step`: the first ones."""
+        return int((self.gamma > step).sum())
 
     def place_drafts(self, samples: SamplePositions, tokens: Tensor) -> None:
         """Write drafted `tokens` [n] to the places they have if accepted. Committed tokens are not touched."""

@@ -17,7 +17,7 @@ from engine.plan import RoundPlan
 from kernels.attention.base import AttentionBatch
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
-from kernels.transfer import send
+from kernels.transfer import send, send_all
 from models.batch import ForwardBatch
 
 Ints = npt.NDArray[np.int64]
@@ -75,30 +75,31 @@ class RowState:
         counters themselves. ahead: offset of each row's first query from its computed tokens; may be negative. queries:
         number of queries of each row. All [n]. logit_index: [m], indices into all queries.
         """
-        row_slots = self.to_device(rows)
-        row_index = self.to_device(np.repeat(rows, queries))
-        offset = self.to_device(ragged_arange(queries) + np.repeat(ahead, queries))
+        offsets = ragged_arange(queries) + np.repeat(ahead, queries)
+        row_slots, first_ahead, row_index, offset, logits = send_all(
+            self.device, rows, ahead + 1, np.repeat(rows, queries), offsets, logit_index
+        )
         position = self.computed[row_index] + offset
         page = view.page_table[row_index, position // self.page_size]
         context = computed + ahead + 1  # tokens that each row's first query may read
-        skipped = [view.policy.skipped(length) for length in context.tolist()]
-        kv_lengths = [int(end) - out for end, out in zip(context + queries - 1, skipped, strict=True)]
+        skipped = view.policy.skipped(context)
+        kv_lengths = context + queries - 1 - skipped
         return ForwardBatch(
             token_ids=self.tokens[row_index, position].long(),
             positions=position,
             slots=page * self.page_size + position % self.page_size,
             attention=AttentionBatch(
                 query_lengths=queries.tolist(),
-                kv_lengths=kv_lengths,
+                kv_lengths=kv_lengths.tolist(),
                 pages=view.policy.pages(
                     view.page_table,
                     row_slots,
-                    self.computed[row_slots] + self.to_device(ahead + 1),
-                    -(-max(kv_lengths) // self.page_size),
+                    self.computed[row_slots] + first_ahead,
+                    -(-int(kv_lengths.max()) // self.page_size),
                 ),
-                skipped=skipped,
+                skipped=skipped.tolist(),
             ),
-            logit_index=self.to_device(logit_index),
+            logit_index=logits,
         )
 
     def to_device(self, array: Ints) -> Tensor:

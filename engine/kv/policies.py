@@ -4,12 +4,16 @@ sampling."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.config.speculation import KVConfig, SnapKVConfig, SpeculationConfig, WindowConfig
+
+Count = TypeVar("Count", int, npt.NDArray[np.int64])
 
 
 class KVPolicy(Protocol):
@@ -18,8 +22,9 @@ class KVPolicy(Protocol):
     A policy whose budget covers the context reads exactly what dense attention reads.
     """
 
-    def skipped(self, context: int) -> int:
-        """Number of KV slots, in whole pages, that the query at the end of `context` tokens leaves out."""
+    def skipped(self, context: Count) -> Count:
+        """Number of KV slots, in whole pages, that the query at the end of `context` tokens leaves out; of each, for an
+        array."""
         ...
 
     def pages(self, page_table: Tensor, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
@@ -35,8 +40,8 @@ class KVPolicy(Protocol):
 class Dense:
     """Policy of the target: reads all KV."""
 
-    def skipped(self, context: int) -> int:
-        return 0
+    def skipped(self, context: Count) -> Count:
+        return context * 0
 
     def pages(self, page_table: Tensor, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
         return page_table[rows, :width]
@@ -64,8 +69,10 @@ class Window:
         if self._width <= self._sink:
             raise ValueError(f"a budget of {budget} tokens leaves no page of {page_size} beside a sink of {sink}")
 
-    def skipped(self, context: int) -> int:
-        return max(0, -(-context // self._page_size) - self._width) * self._page_size
+    def skipped(self, context: Count) -> Count:
+        pages = -(-context // self._page_size) - self._width
+        skipped: Count = pages * (pages > 0) * self._page_size
+        return skipped
 
     def pages(self, page_table: Tensor, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
         listed = torch.arange(width, device=rows.device)

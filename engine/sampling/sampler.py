@@ -181,9 +181,9 @@ class Sampler:
         processed = (self._has_penalties[rows] | self._has_edits[rows] | (self._num_candidates[rows] > 0)).any()
         return not (processed or (self._grammars is not None and self._grammars.constrained[rows].any()))
 
-    def temperatures_and_seeds(self, samples: SamplePositions) -> tuple[Tensor, Tensor]:
-        """Return temperatures, [n] float64, and seeds, [n] int64."""
-        return self._temperature[samples.row_index], self._seed[samples.row_index]
+    def temperatures_and_seeds(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return temperatures, [n] float64, and seeds, [n] int64, of row slots [n] int64."""
+        return self._temperature[rows], self._seed[rows]
 
     def _sample_at(self, logits: Tensor, temperature: Tensor, samples: SamplePositions) -> tuple[Tensor, Tensor]:
         return self.sample(logits, temperature, self._seed[samples.row_index], samples.position)

@@ -2,56 +2,65 @@
 
 A step of a small model takes less time than the host needs to launch its kernels one by one, or to sample a token in
 between. Everything that a step reads is known before the first one runs, except the tokens. The first step is a graph
-of its own, so that the device is busy with it while the host prepares the others.
+of its own, so that the device is busy with it while the host prepares the others, all at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.batch.forward_graphs import GraphInputs, log_capture, round_up
-from engine.batch.round_batch import RoundBatch, SamplePositions
+from engine.batch.round_batch import RoundBatch
 from engine.batch.row_state import Ints
 from engine.batch.runner import Runner
 from engine.kv.policies import View
 from engine.sampling.sampler import Sampler
+from kernels.attention.base import GraphAttention
 from kernels.ops import Graphs
-from models.batch import ForwardBatch
+from kernels.transfer import send_all
+from models.batch import TokenInputs
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One captured step. last: [rows] int64, index of each row's last query in `inputs`. position: [rows] int64,
-    position that is sampled. chosen: [rows] int64, the sampled tokens."""
+    """One captured step. last: [rows] int64, index of each row's last query in `tokens`. chosen: [rows] int64, the
+    sampled tokens."""
 
-    inputs: GraphInputs
+    tokens: TokenInputs
+    attention: GraphAttention
     last: Tensor
-    position: Tensor
     chosen: Tensor
-
-    def copy(self, inputs: ForwardBatch, samples: SamplePositions) -> None:
-        """Copy in the inputs of the next replay."""
-        self.inputs.copy(inputs)
-        self.last[: len(inputs.logit_index)] = inputs.logit_index
-        self.position[: len(samples.position)] = samples.position
 
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
     """Steps for a number of rows, shared by graphs of any number of steps.
 
-    temperature: [rows] float64. seeds: [rows] int64. replays: by (first step, last step + 1).
+    first, later: inputs of the first step, and of all others, whose rows follow each other step by step. chosen:
+    [steps, rows] int64. temperature: [rows] float64. seeds: [rows] int64. replays: by (first step, last step + 1).
     """
 
+    rows: int
     steps: list[_Step]
+    first: GraphInputs
+    later: GraphInputs
+    chosen: Tensor
     temperature: Tensor
     seeds: Tensor
     replays: dict[tuple[int, int], Callable[[], None]]
+
+    def replay(self, first: int, end: int, kv_lengths: Sequence[int]) -> None:
+        """Replay steps `first` to end - 1. kv_lengths: of these steps' rows, one step after another's."""
+        for index in range(first, end):
+            at = (index - first) * self.rows
+            self.steps[index].attention.plan(kv_lengths[at : at + self.rows])
+        self.replays[first, end]()
 
 
 class DraftGraphs:
@@ -83,47 +92,60 @@ class DraftGraphs:
     def draft(self, batch: RoundBatch, view: View, lag: Ints | None) -> bool:
         """Draft for all drafting rows of the round; see engine.speculation.drafters.draft. Returns False, and does
         nothing, where no graph fits."""
-        count, gamma = round_up(self._rows, batch.num_drafting), batch.gamma_max
-        if count is None or gamma not in self._gammas or not self._sampler.is_plain(batch.row[: batch.num_drafting]):
+        rows, gamma = batch.num_drafting, batch.gamma_max
+        count = round_up(self._rows, rows)
+        if count is None or gamma not in self._gammas or not self._sampler.is_plain(batch.row[:rows]):
             return False
         bucket = self._buckets[count]
-        inputs, samples = batch.draft_inputs(0, view, lag)
-        if not bucket.steps[0].inputs.fits(inputs):
+        inputs = batch.draft_inputs(0, view, lag)
+        if not bucket.first.fits(inputs):
             return False
-        temperature, seeds = self._sampler.temperatures_and_seeds(samples)
-        bucket.temperature[: batch.num_drafting], bucket.seeds[: batch.num_drafting] = temperature, seeds
-        bucket.steps[0].copy(inputs, samples)
-        bucket.replays[0, 1]()
-        drafted = [samples]
-        for step in range(1, gamma):
-            inputs, samples = batch.draft_inputs(step, view)
-            bucket.steps[step].copy(inputs, samples)
-            drafted.append(samples)
+        bucket.first.copy(inputs, np.arange(rows))
+        samples = batch.draft_samples(range(gamma))
+        bucket.temperature[:rows], bucket.seeds[:rows] = self._sampler.temperatures_and_seeds(samples.row_index[:rows])
+        bucket.replay(0, 1, bucket.first.kv_lengths)
         if gamma > 1:
-            bucket.replays[1, gamma]()
-        for replayed, samples in zip(bucket.steps, drafted, strict=False):
-            batch.place_drafts(samples, replayed.chosen[: len(samples.position)])
+            inputs, step, row = batch.later_draft_inputs(gamma, view)
+            bucket.later.copy(inputs, step * count + row)
+            bucket.replay(1, gamma, bucket.later.kv_lengths)
+        # Samples are in the order of steps, and within a step in that of rows.
+        step = samples.drafted
+        row = np.arange(len(step)) - np.searchsorted(step, step)
+        (place,) = send_all(bucket.chosen.device, step * count + row)
+        batch.place_drafts(samples, bucket.chosen.view(-1)[place])
         return True
 
     def _capture(self, rows: int) -> _Bucket:
-        steps = [self._step(rows, 1 if index else self._first) for index in range(self._gammas[-1])]
-        device = self._model.device
-        temperature = torch.zeros(rows, dtype=torch.float64, device=device)
-        bucket = _Bucket(steps, temperature, torch.zeros(rows, dtype=torch.int64, device=device), {})
-        for first, end in [*((1, gamma) for gamma in self._gammas[::-1] if gamma > 1), (0, 1)]:
-            bucket.replays[first, end] = self._graphs.capture(partial(self._work, bucket, first, end))
+        device, steps = self._model.device, self._gammas[-1]
+        first = GraphInputs(self._pool, rows=rows, queries=self._first, width=self._width)
+        later = GraphInputs(self._pool, rows=rows * (steps - 1), queries=1, width=self._width)
+        bucket = _Bucket(
+            rows,
+            [],
+            first,
+            later,
+            torch.zeros(steps, rows, dtype=torch.int64, device=device),
+            torch.zeros(rows, dtype=torch.float64, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+            {},
+        )
+        for index in range(steps):
+            tokens, batch = later.part((index - 1) * rows, rows) if index else first.part(0, rows)
+            attention = self._graphs.attention(self._pool.page_size, self._model.head_dim, batch)
+            last = torch.arange(rows, device=device) * batch.queries + batch.queries - 1
+            bucket.steps.append(_Step(tokens, attention, last, bucket.chosen[index]))
+        for begin, end in [*((1, gamma) for gamma in self._gammas[::-1] if gamma > 1), (0, 1)]:
+            for step in bucket.steps[begin:end]:
+                step.attention.plan([1] * rows)
+            bucket.replays[begin, end] = self._graphs.capture(partial(self._work, bucket, begin, end))
         return bucket
-
-    def _step(self, rows: int, queries: int) -> _Step:
-        inputs = GraphInputs(self._model, self._pool, self._graphs, rows=rows, queries=queries, width=self._width)
-        position, chosen = torch.zeros(2, rows, dtype=torch.int64, device=self._model.device)
-        return _Step(inputs, torch.arange(rows, device=self._model.device), position, chosen)
 
     def _work(self, bucket: _Bucket, first: int, end: int) -> None:
         for index in range(first, end):
             step = bucket.steps[index]
             if index:
-                step.inputs.ids.copy_(bucket.steps[index - 1].chosen)
-            states = self._model.states(step.inputs.whole, self._pool, step.inputs.attention, step.last)
-            logits = self._model.logits(states)
-            step.chosen.copy_(self._sampler.sample(logits, bucket.temperature, bucket.seeds, step.position)[1])
+                step.tokens.token_ids.copy_(bucket.chosen[index - 1])
+            states = self._model.states(step.tokens, self._pool, step.attention, step.last)
+            position = step.tokens.positions[step.last] + 1
+            sampled = self._sampler.sample(self._model.logits(states), bucket.temperature, bucket.seeds, position)
+            step.chosen.copy_(sampled[1])

@@ -111,9 +111,9 @@ def draft(
     if graphs is not None and graphs.draft(batch, view or runner.view, lag):
         return
     for step in range(batch.gamma_max):
-        inputs, samples = batch.draft_inputs(step, view or runner.view, lag if step == 0 else None)
-        tokens = sampler.draft(runner.forward(inputs), samples)
-        batch.place_drafts(samples, tokens)
+        inputs, samples = batch.draft_inputs(step, view or runner.view, lag), batch.draft_samples([step])
+        batch.place_drafts(samples, sampler.draft(runner.forward(inputs), samples))
+        lag = None
 
 
 class TimedDrafter:

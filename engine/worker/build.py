@@ -25,7 +25,7 @@ from kernels.attention.base import AttentionBackend
 from kernels.attention.relative import RelativeAttention
 from kernels.attention.topk import TopKAttention
 from kernels.kv_cache import KVPool
-from kernels.ops import Ops
+from kernels.ops import Graphs, Ops
 from models.default import resolve_model
 from models.llama import Llama
 from models.loader import load_model
@@ -69,43 +69,54 @@ def make_sampler(config: EngineConfig, state: RowState, vocab: VocabShard, ops: 
     return Sampler(state, vocab, ops, grammars)
 
 
-def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: int) -> Runner:
-    """Make the target's runner, over a pool of its own."""
+def make_graphs(config: EngineConfig, ops: Ops) -> Graphs | None:
+    """Make what captures an engine's forwards; None where nothing is captured."""
+    return ops.make_graphs() if ops.make_graphs is not None and config.cuda_graphs else None
+
+
+def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: int, graphs: Graphs | None) -> Runner:
+    """Make the target's runner, over a pool of its own. graphs: see make_graphs."""
     pool = model.make_pool(num_pages, state.page_size)
     queries = {gamma + 1 for gamma in _gammas(config.speculation)}  # a plain step, and verify passes
-    graphs = _forward_graphs(config, model, pool, queries, state.page_table.shape[1])
-    return Runner(model, pool, _plain_attention(model, state.page_size), dense(state), graphs)
+    forwards = _forward_graphs(config, model, pool, graphs, queries, state.page_table.shape[1])
+    return Runner(model, pool, _plain_attention(model, state.page_size), dense(state), forwards)
 
 
 def make_drafter(
-    config: EngineConfig, target: Runner, state: RowState, sampler: Sampler, group: Group, draft: DraftModel
+    config: EngineConfig,
+    target: Runner,
+    state: RowState,
+    sampler: Sampler,
+    group: Group,
+    draft: DraftModel,
+    graphs: Graphs | None,
 ) -> tuple[Runner, Drafter]:
     """Make the drafter that `config.speculation` describes. Returns the target's runner to use with it, and the
     drafter.
 
-    sampler: the target's. group: all ranks. draft: the draft model, if there is one.
+    sampler: the target's. group: all ranks. draft: the draft model, if there is one. graphs: see make_graphs.
     """
     settings = config.speculation
     if settings.max_draft_tokens == 0:
         return target, NoDrafter()
     if settings.drafter == "model":
-        drafter = _model_drafter(config, state, target.pool.num_pages, sampler, draft)
+        drafter = _model_drafter(config, state, target.pool.num_pages, sampler, draft, graphs)
         is_shared = draft.group is None or draft.group.size < group.size
         return target, SharedDrafts(drafter, group) if is_shared else drafter or NoDrafter()
     model = drafting_model(config, target.model, draft) or target.model
     if isinstance(settings.kv, SnapKVConfig):
         cache = DraftCache(settings, target.model, target.pool, state, target.query_capture or target.attention)
         runner = Runner(model, cache.pool, _plain_attention(model, state.page_size), cache.view)
-        runner, graphs = _with_graphs(config, runner, sampler, _width(settings.kv, state))
-        return replace(target, query_capture=cache.query_capture), SelfDrafter(runner, sampler, cache, graphs=graphs)
+        runner, steps = _with_graphs(config, runner, graphs, sampler, _width(settings.kv, state))
+        return replace(target, query_capture=cache.query_capture), SelfDrafter(runner, sampler, cache, graphs=steps)
     view = View(make_policy(settings.kv, state.page_size), state.page_table)
     attention = make_attention(settings.kv, model, state.page_size)
-    runner, graphs = Runner(model, target.pool, attention, view), None
+    runner, steps = Runner(model, target.pool, attention, view), None
     if _can_capture(settings.kv):
         if model is target.model:
             runner = replace(runner, graphs=target.graphs)
-        runner, graphs = _with_graphs(config, runner, sampler, _width(settings.kv, state))
-    return target, SelfDrafter(runner, sampler, views=_views(config, state.page_table), graphs=graphs)
+        runner, steps = _with_graphs(config, runner, graphs, sampler, _width(settings.kv, state))
+    return target, SelfDrafter(runner, sampler, views=_views(config, state.page_table), graphs=steps)
 
 
 def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Llama | None:
@@ -136,7 +147,12 @@ def make_attention(config: KVConfig, model: Llama, page_size: int) -> AttentionB
 
 
 def _model_drafter(
-    config: EngineConfig, state: RowState, num_pages: int, sampler: Sampler, draft: DraftModel
+    config: EngineConfig,
+    state: RowState,
+    num_pages: int,
+    sampler: Sampler,
+    draft: DraftModel,
+    graphs: Graphs | None,
 ) -> Drafter | None:
     """Make the drafter over the draft model; None on a rank without a shard of it."""
     model, group, settings = draft.model, draft.group, config.speculation
@@ -145,7 +161,7 @@ def _model_drafter(
     page, width = state.page_size, _width(settings.kv, state)
     block = config.scheduler.max_batch_tokens
     row_block = block
-    cache, views, graphs = None, {}, None
+    cache, views, steps = None, {}, None
     own = sampler.for_draft(VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group))
     if isinstance(settings.kv, WindowConfig):
         spec = draft_kv_spec(settings, page)  # the pool holds only the KV that the window reads
@@ -156,7 +172,7 @@ def _model_drafter(
         attention = make_attention(settings.kv, model, page)
         runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table))
         if _can_capture(settings.kv):
-            runner, graphs = _with_graphs(config, runner, own, width, first=2)
+            runner, steps = _with_graphs(config, runner, graphs, own, width, first=2)
         full = runner
         views = _views(config, table)
     else:
@@ -164,29 +180,29 @@ def _model_drafter(
         if isinstance(settings.kv, SnapKVConfig):
             cache = DraftCache(settings, model, full.pool, state, full.attention)
             runner = Runner(model, cache.pool, _plain_attention(model, page), cache.view)
-            runner, graphs = _with_graphs(config, runner, own, width, first=2)
+            runner, steps = _with_graphs(config, runner, graphs, own, width, first=2)
             full = replace(full, query_capture=cache.query_capture)
         elif isinstance(settings.kv, TopKConfig):
             runner = replace(full, attention=make_attention(settings.kv, model, page))
         else:
-            runner, graphs = _with_graphs(config, full, own, width, first=2)
+            runner, steps = _with_graphs(config, full, graphs, own, width, first=2)
     return ModelDrafter(
-        state, full, runner, own, row_block=row_block, block=block, cache=cache, views=views, graphs=graphs
+        state, full, runner, own, row_block=row_block, block=block, cache=cache, views=views, graphs=steps
     )
 
 
 def _forward_graphs(
-    config: EngineConfig, model: Llama, pool: KVPool, queries: Iterable[int], width: int
+    config: EngineConfig, model: Llama, pool: KVPool, graphs: Graphs | None, queries: Iterable[int], width: int
 ) -> ForwardGraphs | None:
     """Make ForwardGraphs; None where nothing is captured."""
-    if model.ops.graphs is None or not config.cuda_graphs:
+    if graphs is None:
         return None
     rows = graph_row_counts(config.scheduler.max_rows)
-    return ForwardGraphs(model, pool, model.ops.graphs, rows=rows, queries=queries, width=width)
+    return ForwardGraphs(model, pool, graphs, rows=rows, queries=queries, width=width)
 
 
 def _with_graphs(
-    config: EngineConfig, runner: Runner, sampler: Sampler, width: int, first: int = 1
+    config: EngineConfig, runner: Runner, graphs: Graphs | None, sampler: Sampler, width: int, first: int = 1
 ) -> tuple[Runner, DraftGraphs | None]:
     """Capture single steps, unless the runner has graphs already, and drafts of all steps. Returns the runner with
     graphs and the drafts; the unchanged runner and None where nothing is captured.
@@ -194,13 +210,12 @@ def _with_graphs(
     sampler: the drafter's. width: largest number of pages in a row's list. first: largest number of queries of a row in
     the first step.
     """
-    ops = runner.model.ops
-    forwards = runner.graphs or _forward_graphs(config, runner.model, runner.pool, {1, first}, width)
-    if forwards is None or ops.graphs is None:
+    forwards = runner.graphs or _forward_graphs(config, runner.model, runner.pool, graphs, {1, first}, width)
+    if forwards is None or graphs is None:
         return runner, None
     rows, gammas = graph_row_counts(config.scheduler.max_rows), _gammas(config.speculation) - {0}
     runner = replace(runner, graphs=forwards)
-    return runner, DraftGraphs(runner, ops.graphs, sampler, rows=rows, gammas=gammas, first=first, width=width)
+    return runner, DraftGraphs(runner, graphs, sampler, rows=rows, gammas=gammas, first=first, width=width)
 
 
 def _gammas(settings: SpeculationConfig) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -65,8 +66,8 @@ def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
         from kernels.gpu.gpu_ops import GpuOps
 
         if name == "triton":
-            return GpuOps(recorder=CudaGraphs(device))
+            return GpuOps(make_recorder=partial(CudaGraphs, device))
         load_flashinfer()
-        return GpuOps(make_workspace(device), CudaGraphs(device))
+        return GpuOps(make_workspace(device), partial(CudaGraphs, device))
     except (KernelsUnavailable, ImportError) as error:
         raise ConfigError(f"engine.kernels: {error}") from error

@@ -53,7 +53,7 @@ def captured_bytes(config: EngineConfig, model: Llama, running: int) -> int:
 
     running: bytes that the largest round takes.
     """
-    if not config.cuda_graphs or model.ops.graphs is None:
+    if not config.cuda_graphs or model.ops.make_graphs is None:
         return 0
     max_gamma = config.speculation.max_draft_tokens
     # The target's pass over each number of drafts, one or two forwards of a draft, and its steps.

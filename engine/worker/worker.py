@@ -27,7 +27,15 @@ from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
 from engine.worker import consistency
-from engine.worker.build import DraftModel, drafting_model, load_draft, make_drafter, make_sampler, make_target
+from engine.worker.build import (
+    DraftModel,
+    drafting_model,
+    load_draft,
+    make_drafter,
+    make_graphs,
+    make_sampler,
+    make_target,
+)
 from engine.worker.kv_memory import size_pool
 from engine.worker.loading import load_shard
 from engine.worker.resolve import Resolved
@@ -116,8 +124,9 @@ class Worker:
         self._failures = self._state.failures
         self._grammars = Grammars(self._state, tokenizer, model.config.vocab_size, eos)
         self._sampler = make_sampler(config, self._state, vocab, model.ops, self._grammars)
-        target = make_target(config, model, self._state, num_pages)
-        self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft)
+        graphs = make_graphs(config, model.ops)
+        target = make_target(config, model, self._state, num_pages, graphs)
+        self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft, graphs)
         self._watch = Stopwatch(model.device)
         self._drafter = TimedDrafter(drafter, self._watch)
 

@@ -37,34 +37,9 @@ class AttentionBatch:
     skipped: Sequence[int] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class GraphShape:
-    """Shape of all batches of a backend whose kernels are captured in a CUDA graph.
-
-    A batch has exactly `rows` rows, at most `tokens` queries in total, and page lists of at most `width` pages. The
-    query tensor is always [tokens, …]; queries after those of the last row are padding, and their results are unused.
-    The first batch has exactly `tokens` queries.
-    """
-
-    rows: int
-    tokens: int
-    width: int
-
-    def check(self, batch: AttentionBatch) -> None:
-        """Raise ValueError if the batch does not have this shape."""
-        rows, tokens, width = len(batch.query_lengths), sum(batch.query_lengths), batch.pages.shape[-1]
-        if rows != self.rows or tokens > self.tokens or width > self.width:
-            raise ValueError(
-                f"{rows} rows with {tokens} queries and lists of {width} pages, not the {self.rows} with at most "
-                f"{self.tokens} and {self.width} that are captured"
-            )
-
-
-class AttentionBackend(Protocol):
-    """Exact softmax(q k^T * scale) v over the listed pages. One `plan` serves all layers of a forward."""
-
-    def plan(self, batch: AttentionBatch) -> None:
-        """Prepare for `batch`. The plan stays valid until the next one."""
+class PlannedAttention(Protocol):
+    """Exact softmax(q k^T * scale) v over the listed pages of a batch that is planned. One plan serves all layers of a
+    forward."""
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Attend with the planned batch.
@@ -75,3 +50,35 @@ class AttentionBackend(Protocol):
         segments.
         """
         ...
+
+
+class AttentionBackend(PlannedAttention, Protocol):
+    """Attention over batches of any shape."""
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """Prepare for `batch`. The plan stays valid until the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphBatch:
+    """Rows of a captured forward: tensors at fixed addresses, whose values change between replays.
+
+    A row with fewer queries is padded in front: its own queries are its last ones. So a padding query sees fewer slots
+    than they do, perhaps none. Its result is arbitrary, and does not affect others.
+
+    queries: number of queries of every row.
+    pages: [rows, width] or [rows, kv_heads, width] int64, as in AttentionBatch.
+    lengths: [rows] int64, KV slots listed, at least 1.
+    """
+
+    queries: int
+    pages: Tensor
+    lengths: Tensor
+
+
+class GraphAttention(PlannedAttention, Protocol):
+    """Attention of a captured forward, over a GraphBatch. `run` is captured, with q of [rows * queries, …]."""
+
+    def plan(self, kv_lengths: Sequence[int]) -> None:
+        """Prepare for the current values of the batch. Called before the capture and before each replay, never while
+        capturing. kv_lengths: the batch's lengths, as host integers."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBatch, GraphShape
+from kernels.attention.base import AttentionBatch, GraphBatch
 from kernels.kv_cache import LayerKV
 from kernels.transfer import send
 
@@ -45,6 +46,16 @@ def load_flashinfer() -> ModuleType:
 def make_workspace(device: torch.device) -> Tensor:
     """Allocate scratch memory, shared by all backends of one device that run on one stream."""
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphShape:
+    rows: int
+    tokens: int
+    width: int
+
+    def check(self, batch: AttentionBatch) -> None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +234,20 @@ class FlashInferAttention:
 
     def _to_device(self, values: Ints) -> Tensor:
         return send(torch.from_numpy(values), self._device)
+
+
+class FlashInferGraphAttention:
+    def __init__(self, page_size: int, workspace: Tensor, batch: GraphBatch) -> None:
+        rows = len(batch.lengths)
+        shape = GraphShape(rows, rows * batch.queries, batch.pages.shape[-1])
+        self._batch, self._inner = batch, FlashInferAttention(page_size, workspace, shape)
+
+    def plan(self, kv_lengths: Sequence[int]) -> None:
+        queries = [self._batch.queries] * len(kv_lengths)
+        self._inner.plan(AttentionBatch(queries, kv_lengths, self._batch.pages))
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return self._inner.run(layer, q, scale)
 
 
 def merge_states(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend
@@ -38,7 +40,7 @@ class CpuOps(TorchFallbackOps):
     is not a multiple of 16, which plain torch computes."""
 
     kind = "cpu"
-    graphs: Graphs | None = None
+    make_graphs: Callable[[], Graphs] | None = None
 
     def __init__(self, kernels: CpuKernels) -> None:
         self._kernels = kernels

@@ -46,11 +46,6 @@ class Tiles:
         row, first, start, queries, lengths = (send(part, device) for part in self._index_tensors)
         return Tiles(row, first, start, queries, lengths, self.pages, self.block)
 
-    def take(self, other: Tiles) -> None:
-        """Copy everything but the pages from tiles of the same shapes."""
-        for mine, theirs in zip(self._index_tensors, other._index_tensors, strict=True):
-            mine.copy_(send(theirs, mine.device))
-
     @property
     def _index_tensors(self) -> tuple[Tensor, ...]:
         return self.row, self.first, self.start, self.queries, self.lengths

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -11,28 +10,34 @@ _WARM_UPS = 2  # first calls of libraries allocate memory and choose kernels, wh
 
 
 class CudaGraphs:
-    """Graph capture on one device. All graphs share one memory pool, so callers must replay them one at a time, on one
-    stream, and read the results of one before they replay the next."""
+    """Graph capture on one device, for one engine. All graphs share one memory pool, so callers must replay them one at
+    a time, on one stream, and read the results of one before they replay the next.
+
+    The pool lives as long as a graph that was captured into it. Its handle must not be used again after that: so every
+    engine has an object of its own.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None
+        # Warm-ups run on the stream of the capture, where cuBLAS then finds a workspace outside the pool: inside, it
+        # would keep the pool's memory when all graphs are gone.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run `work`, and return a function that replays it with the same kernels on the same addresses.
 
         `work` must not wait for the device.
         """
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
                 work()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may call the driver during the capture: NCCL's watchdog does.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         graph.replay()
         return graph.replay

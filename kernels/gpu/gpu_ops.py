@@ -7,14 +7,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend, GraphShape
-from kernels.attention.flashinfer import HEAD_DIMS, FlashInferAttention, merge_states
+from kernels.attention.base import AttentionBackend, GraphAttention, GraphBatch
+from kernels.attention.flashinfer import HEAD_DIMS, FlashInferAttention, FlashInferGraphAttention, merge_states
 from kernels.attention.reference_attention import merge_segments
-from kernels.attention.triton_attention import GpuAttention
+from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention
 from kernels.gpu import pointwise, sample, verdict
 from kernels.gpu.snapkv_scores import snapkv_scores
 from kernels.kv_cache import LayerKV
-from kernels.ops import Linear
+from kernels.ops import Graphs, Linear
 from kernels.reference_ops import ReferenceLinear
 
 
@@ -53,18 +53,23 @@ class GpuGraphs:
         self._workspace = workspace
         self.capture = recorder.capture
 
-    def attention(self, page_size: int, head_dim: int, graph_shape: GraphShape) -> AttentionBackend:
-        return _attention(page_size, head_dim, self._workspace, graph_shape)
+    def attention(self, page_size: int, head_dim: int, batch: GraphBatch) -> GraphAttention:
+        if self._workspace is None or head_dim not in HEAD_DIMS:
+            return GpuGraphAttention(batch)
+        return FlashInferGraphAttention(page_size, self._workspace, batch)
 
 
 class GpuOps:
     """See kernels.ops.Ops. BLAS computes products; Triton, or FlashInfer for attention, computes the rest."""
 
-    def __init__(self, workspace: Tensor | None = None, recorder: Recorder | None = None) -> None:
+    def __init__(self, workspace: Tensor | None = None, make_recorder: Callable[[], Recorder] | None = None) -> None:
         """workspace: FlashInfer's (see kernels.attention.flashinfer.make_workspace), for float16 and bfloat16 models
-        with a head_dim that it supports; None: attention in Triton. recorder: captures graphs; None: no graphs."""
+        with a head_dim that it supports; None: attention in Triton. make_recorder: creates what captures graphs, once
+        per engine; None: no graphs."""
         self._workspace = workspace
-        self.graphs = None if recorder is None else GpuGraphs(recorder, workspace)
+        self.make_graphs: Callable[[], Graphs] | None = None
+        if make_recorder is not None:
+            self.make_graphs = lambda: GpuGraphs(make_recorder(), workspace)
         self.kind = "triton" if workspace is None else "flashinfer"
         self.name = self.kind
 
@@ -102,12 +107,6 @@ class GpuOps:
         return merge_states(outputs, lses) if known else merge_segments(outputs, lses)
 
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
-        return _attention(page_size, head_dim, self._workspace)
-
-
-def _attention(
-    page_size: int, head_dim: int, workspace: Tensor | None, graph_shape: GraphShape | None = None
-) -> AttentionBackend:
-    if workspace is None or head_dim not in HEAD_DIMS:
-        return GpuAttention(graph_shape=graph_shape)
-    return FlashInferAttention(page_size, workspace, graph_shape)
+        if self._workspace is None or head_dim not in HEAD_DIMS:
+            return GpuAttention()
+        return FlashInferAttention(page_size, self._workspace)

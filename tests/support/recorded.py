@@ -6,6 +6,7 @@ work that cannot be captured, because it reads tensor values on the host or comp
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -45,25 +46,35 @@ def _again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) 
 
 
 class Recorded:
-    """Replacement for kernels.gpu.cuda_graphs.CudaGraphs with interpreted Triton kernels. Counts captures and
-    replays."""
+    """Replacement for kernels.gpu.cuda_graphs.CudaGraphs with interpreted Triton kernels. Counts captures, those that
+    are still held, and replays.
+
+    Like CUDA's, its memory is freed with the last graph, and nothing can be captured afterwards.
+    """
 
     def __init__(self) -> None:
-        self.captured = self.replayed = 0
+        self.captured = self.held = self.replayed = 0
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self.captured and not self.held:
+            raise RuntimeError("the memory of these graphs is freed: use_count > 0 INTERNAL ASSERT FAILED")
         work()
         recorder = _Recorder()
         with _launches(recorder), recorder:
             work()
         self.captured += 1
+        self.held += 1
 
         def again() -> None:
             self.replayed += 1
             for call in recorder.calls:
                 call()
 
+        weakref.finalize(again, self._release)
         return again
+
+    def _release(self) -> None:
+        self.held -= 1
 
 
 @contextmanager

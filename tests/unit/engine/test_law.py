@@ -18,7 +18,6 @@ from engine.params import SamplingParams
 from engine.plan import RowStart
 from engine.scheduler.stats import acceptance_rate
 from engine.speculation.verify import Verdict
-from engine.worker.build import dense
 from models.llama import Llama
 from tests.support.engines import complete, complete_all, run, tiny_engine, tiny_model, tokens
 from tests.support.profiles import examples
@@ -176,7 +175,7 @@ class Silent:
 
     def propose(self, batch: RoundBatch) -> Tensor:
         for step in range(min(self._placed, batch.gamma_max)):
-            _, samples = batch.draft_inputs(step, dense(batch.state))
+            samples = batch.draft_samples([step])
             batch.place_drafts(samples, torch.full_like(samples.position, 7 + step))
         return batch.gamma_device.clamp(max=self._placed)
 

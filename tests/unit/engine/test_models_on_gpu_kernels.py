@@ -17,7 +17,7 @@ from engine.batch.forward_graphs import graph_row_counts
 from engine.core import Engine
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
-from kernels.attention.base import AttentionBatch, GraphShape
+from kernels.attention.base import AttentionBatch, GraphBatch
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
@@ -33,7 +33,7 @@ from tests.support.rig import PagedRows, pool_layer
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
 from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.triton_attention import GpuAttention
+from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention
 from kernels.gpu import INTERPRETED
 from kernels.gpu.gpu_ops import GpuOps
 
@@ -135,7 +135,7 @@ def test_graphs_change_neither_output_nor_drafts(
 ) -> None:
     """One row or two; with different numbers of drafts, the last queries are padding."""
     recorded = Recorded()
-    model = model_on(GpuOps(recorder=recorded))
+    model = model_on(GpuOps(make_recorder=lambda: recorded))
     speculation = {"drafter": drafter, "kv": kv, **({"model": str(twin_dir)} if drafter == "model" else {})}
     settings: dict[str, Any] = {"scheduler": {"max_rows": 2, "max_batch_tokens": 24}, "max_model_len": 200}
     plain = tiny_engine(model, gamma=3, speculation=speculation, cuda_graphs=False, **settings)
@@ -147,11 +147,29 @@ def test_graphs_change_neither_output_nor_drafts(
     assert drafter == "model" or plain.stats().rejections > 5
 
 
+def test_engines_of_one_model_capture_into_memory_of_their_own() -> None:
+    """A closed engine frees its graphs, at once; the next one captures into new memory."""
+    made: list[Recorded] = []
+
+    def make_recorder() -> Recorded:
+        made.append(Recorded())
+        return made[-1]
+
+    model = model_on(GpuOps(make_recorder=make_recorder))
+    for number in range(1, 4):
+        scheduler = {"max_rows": 1, "max_batch_tokens": 16}
+        engine = tiny_engine(model, gamma=1, budget=8, scheduler=scheduler, max_model_len=40)
+        assert len(made) == number
+        assert made[-1].held == made[-1].captured > 0
+        engine.close()
+        assert made[-1].held == 0
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a round may have different numbers of drafts."""
     recorded = Recorded()
-    model = model_on(GpuOps(recorder=recorded))
+    model = model_on(GpuOps(make_recorder=lambda: recorded))
     asked = [
         AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=8 + 3 * i, temperature=1.0, seed=i))
         for i in range(2)
@@ -178,23 +196,21 @@ def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -
     assert max(after - before for before, after in pairwise(replays)) == 3  # two for drafts, one for the target pass
 
 
-def test_plans_of_captured_attention_stand_where_they_stood() -> None:
+def test_captured_attention_follows_its_batch() -> None:
+    """The last row has one query of its own, then none that sees three slots; its padding sees less, or nothing."""
     torch.manual_seed(0)
     layer = pool_layer(9, 2, 4, 16, torch.float32)
-    ours, oracle = GpuAttention(graph_shape=GraphShape(rows=2, tokens=8, width=5)), ReferenceAttention(4)
-    places = set()
-    for queries, lengths in (([4, 4], [4, 4]), ([1, 4], [9, 17]), ([3, 1], [20, 1]), ([1, 1], [5, 8])):
-        batch = AttentionBatch(queries, lengths, torch.randint(9, (2, -(-max(lengths) // 4))))
-        for backend in (ours, oracle):
-            backend.plan(batch)
+    batch = GraphBatch(4, torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, dtype=torch.int64))
+    ours, oracle = GpuGraphAttention(batch), ReferenceAttention(4)
+    for queries, lengths in (([4, 4], [4, 4]), ([1, 4], [9, 17]), ([3, 1], [20, 1]), ([1, 1], [3, 8])):
+        batch.pages.copy_(torch.randint(9, (2, 5)))
+        batch.lengths.copy_(torch.tensor(lengths))
+        ours.plan(lengths)
         q = torch.randn(8, 4, 16)
-        count = sum(queries)
-        torch.testing.assert_close(ours.run(layer, q, 0.25)[0][:count], oracle.run(layer, q[:count], 0.25)[0])
-        assert ours._tiles is not None
-        places.add(tuple(part.data_ptr() for part in (*ours._tiles._index_tensors, ours._tiles.pages)))
-    assert len(places) == 1
-    with pytest.raises(ValueError, match="2 rows with 9 queries and lists of 3 pages, not the 2 with at most 8 and 5"):
-        ours.plan(AttentionBatch([5, 4], [9, 9], torch.zeros(2, 3, dtype=torch.int64)))
+        own = torch.tensor([4 * row + 4 - count + i for row, count in enumerate(queries) for i in range(count)])
+        oracle.plan(AttentionBatch(queries, lengths, batch.pages))
+        for result, expected in zip(ours.run(layer, q, 0.25), oracle.run(layer, q[own], 0.25), strict=True):
+            torch.testing.assert_close(result[own], expected)
 
 
 def test_graph_row_counts() -> None:

@@ -32,6 +32,18 @@ def test_tensors_are_read_anew_and_all_else_is_not() -> None:
     assert torch.equal(y, torch.tensor([[1.0, 2, 2, 2], [-1, -2, -2, -2]]))
 
 
+def test_memory_is_freed_with_the_last_graph() -> None:
+    recorded = Recorded()
+    first, second = recorded.capture(lambda: None), recorded.capture(lambda: None)
+    del first
+    third = recorded.capture(lambda: None)
+    assert (recorded.captured, recorded.held) == (3, 2)
+    del second, third
+    assert recorded.held == 0
+    with pytest.raises(RuntimeError, match="use_count"):
+        recorded.capture(lambda: None)
+
+
 def test_what_asks_for_values_is_refused() -> None:
     x = torch.ones(3)
 
