@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.plan import RowStart
+from kernels.transfer import send
 from parallel.vocab_shard import VocabShard
 
 
@@ -34,7 +35,7 @@ class BadWords:
         begins = torch.tensor(padded, dtype=torch.int32).view(len(words), longest)
         lengths = torch.tensor([len(word) - 1 for word in words])
         last = torch.tensor([word[-1] - first for word in words])
-        return cls(begins.to(device), (begins >= 0).to(device), lengths.to(device), last.to(device))
+        return cls(*(send(part, device) for part in (begins, begins >= 0, lengths, last)))
 
     def apply(self, logits: Tensor, position: Tensor, row: Tensor) -> None:
         """See LogitEdits.apply."""
@@ -75,11 +76,12 @@ class LogitEdits:
             allowed = torch.tensor(params.allowed_token_ids, dtype=torch.int64)
             excluded = torch.ones(vocab.size, dtype=torch.bool)
             excluded[vocab.local(allowed)[vocab.holds(allowed)]] = False
-            excluded = excluded.to(device)
+            excluded = send(excluded, device)
         mine_last = range(vocab.start, vocab.start + vocab.size)
         ending = [word for word in params.bad_words if word[-1] in mine_last]
         words = BadWords.from_words(ending, vocab.start, device) if ending else None
-        return cls(tokens.to(device), bias[mine].to(device), forbidden[mine].to(device), min_length, excluded, words)
+        tokens, bias, forbidden = (send(part, device) for part in (tokens, bias[mine], forbidden[mine]))
+        return cls(tokens, bias, forbidden, min_length, excluded, words)
 
     def apply(self, logits: Tensor, position: Tensor, row: Tensor) -> None:
         """Edit one row of logits in place. position: [] int64, of the token being sampled. row: [max_model_len], the
@@ -107,7 +109,7 @@ class TokenCounts:
         for counts, tokens in ((self.in_prompt, prompt), (self.output, output)):
             ids = torch.tensor(tokens, dtype=torch.int64)
             counted = torch.bincount(self._vocab.local(ids)[self._vocab.holds(ids)], minlength=self._vocab.size)
-            counts[row] = counted.to(counts.dtype)
+            counts[row] = send(counted.to(counts.dtype), counts.device)
 
     def add(self, rows: Tensor, tokens: Tensor, committed: Tensor) -> None:
         counted = (committed & self._vocab.holds(tokens)).to(torch.int32)

@@ -24,6 +24,7 @@ from engine.sampling.logits_processors import LogitEdits, TokenCounts
 from kernels.noise import gumbel_noise
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
+from kernels.transfer import send
 from parallel.vocab_shard import VocabShard
 
 
@@ -117,7 +118,7 @@ class Sampler:
         self._top_p[row] = params.top_p
         self._min_p[row] = params.min_p
         penalties = [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]
-        self._penalties[row] = torch.tensor(penalties, dtype=torch.float64)
+        self._penalties[row] = send(torch.tensor(penalties, dtype=torch.float64), self._state.device)
         with self._failures.guard(row, "its sampling parameters"):
             if self._has_edits[row]:
                 self._edits[row] = LogitEdits.from_row_start(start, self._vocab, self._state.device)
@@ -292,7 +293,7 @@ class Sampler:
             mine = np.flatnonzero(rows == row)
             first, last = int(counts[mine[0]]), int(counts[mine[-1]])
             words.append(self._grammars.masks(row, drafted[mine[-1]][:last], first))
-        packed = torch.from_numpy(np.concatenate(words)).to(logits.device)
+        packed = send(torch.from_numpy(np.concatenate(words)), logits.device)
         allowed = ((packed[:, self._word] >> self._bit) & 1).bool()
         logits[device_index] = logits[device_index].masked_fill(~allowed, float("-inf"))
 

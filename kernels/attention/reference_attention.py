@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
 from kernels.kv_cache import LayerKV
+from kernels.transfer import send
 
 _QUERY_BLOCK = 128  # queries of one row scored at a time: bounds the score matrix of a prefill chunk
 _GROUP_SLOTS = 16384  # padded KV slots gathered at a time: bounds the copy of a batch
@@ -73,16 +74,16 @@ class ReferenceAttention:
         unmasked = min(piece.length for piece in pieces) - n + 1
         width = -(-length // self._page_size)
         steps = torch.arange(n)
-        rows = torch.tensor([piece.row for piece in pieces], device=device)
+        rows = send(torch.tensor([piece.row for piece in pieces]), device)
         pages = page_table.index_select(0, rows)[..., :width]
         visible = torch.tensor([piece.length for piece in pieces])[:, None] - n + 1 + steps  # [pieces, n]
         hidden = torch.arange(unmasked, length) >= visible[..., None]
         return _Group(
-            queries=(torch.tensor([piece.first for piece in pieces])[:, None] + steps).to(device),
+            queries=send(torch.tensor([piece.first for piece in pieces])[:, None] + steps, device),
             pages=pages if pages.dim() == 3 else pages[:, None],
             length=length,
             unmasked=unmasked,
-            hidden=hidden[:, None, None].to(device),
+            hidden=send(hidden[:, None, None], device),
         )
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.attention.reference_attention import merge_segments
 from kernels.kv_cache import LayerKV
 from kernels.rope import apply_rope
+from kernels.transfer import send, send_all
 
 Merge = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
 """Signature of merge_segments."""
@@ -67,7 +68,7 @@ class RelativeAttention:
             self._near.plan(batch)
             return
         device, sink = batch.pages.device, self._sink_pages
-        first = torch.from_numpy(np.where(far, sink, 0)).to(device)
+        first = send(torch.from_numpy(np.where(far, sink, 0)), device)
         width = batch.pages.shape[1]
         columns = (torch.arange(width, device=device) + first[:, None]).clamp_(max=width - 1)
         lengths = np.array(batch.kv_lengths) - np.where(far, sink * self._page_size, 0)
@@ -76,12 +77,12 @@ class RelativeAttention:
         queries = np.array(batch.query_lengths)
         rows = np.repeat(np.arange(len(queries)), queries)
         tokens = np.flatnonzero(far[rows])
-        turned = torch.from_numpy(skipped[rows[tokens]]).to(device)
+        token, row, turned = send_all(device, tokens, rows[tokens], skipped[rows[tokens]])
         ones = [1] * len(tokens)
-        pages = batch.pages[torch.from_numpy(rows[tokens]).to(device), :sink]
+        pages = batch.pages[row, :sink]
         self._far.plan(AttentionBatch(ones, [sink * self._page_size] * len(tokens), pages))
         cos, sin = self._rotary
-        self._sink = _Sink(torch.from_numpy(tokens).to(device), cos[turned], -sin[turned])
+        self._sink = _Sink(token, cos[turned], -sin[turned])
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
