@@ -74,8 +74,10 @@ def make_graphs(config: EngineConfig, ops: Ops) -> Graphs | None:
     return ops.make_graphs() if ops.make_graphs is not None and config.cuda_graphs else None
 
 
-def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: int, graphs: Graphs | None) -> Runner:
-    """Make the target's runner, over a pool of its own. graphs: see make_graphs."""
+def make_target(
+    config: EngineConfig, model: Llama, state: RowState, num_pages: int, graphs: Graphs | None = None
+) -> Runner:
+    """Make the target's runner, over a pool of its own. graphs: see make_graphs; None: nothing is captured."""
     pool = model.make_pool(num_pages, state.page_size)
     queries = {gamma + 1 for gamma in _gammas(config.speculation)}  # a plain step, and verify passes
     forwards = _forward_graphs(config, model, pool, graphs, queries, state.page_table.shape[1])
@@ -89,12 +91,12 @@ def make_drafter(
     sampler: Sampler,
     group: Group,
     draft: DraftModel,
-    graphs: Graphs | None,
+    graphs: Graphs | None = None,
 ) -> tuple[Runner, Drafter]:
     """Make the drafter that `config.speculation` describes. Returns the target's runner to use with it, and the
     drafter.
 
-    sampler: the target's. group: all ranks. draft: the draft model, if there is one. graphs: see make_graphs.
+    sampler: the target's. group: all ranks. draft: the draft model, if there is one. graphs: see make_graphs; None: nothing is captured.
     """
     settings = config.speculation
     if settings.max_draft_tokens == 0:
