@@ -96,7 +96,7 @@ def make_drafter(
     """Make the drafter that `config.speculation` describes. Returns the target's runner to use with it, and the
     drafter.
 
-    sampler: the target's. group: all ranks. draft: the draft model, if there is one. graphs: see make_graphs; None: nothing is captured.
+    sampler: the target's. group: all ranks. draft: the draft model, if there is one. graphs: see make_target.
     """
     settings = config.speculation
     if settings.max_draft_tokens == 0:
