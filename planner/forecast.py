@@ -171,6 +171,11 @@ class Deployment:
         return draft_kv_spec(SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=kv), 1)
 
 
+def default_efficiency(gpu: str) -> Efficiency:
+    """Return the efficiency of a device in the absence of a better one."""
+    return REFERENCE_ON_CPU if gpu == "cpu" else PUBLISHED
+
+
 def deploy(
     *,
     model: str,
@@ -180,13 +185,13 @@ def deploy(
     policy: Policy,
     dtype: str,
     alpha: float | None,
-    efficiency: Efficiency = PUBLISHED,
+    efficiency: Efficiency | None = None,
 ) -> Deployment:
     """Describe a deployment by names.
 
     model, draft: names in models.shapes.SHAPES or directories; a draft may be `self`. gpu: one of hardware.NAMES. A
-    draft model is split over at most as many ranks as it has query heads. efficiency: that of GPUs. Raises ModelError,
-    UnknownDevice, and ForecastError for more ranks than the target has query heads.
+    draft model is split over at most as many ranks as it has query heads. efficiency: None: `default_efficiency`.
+    Raises ModelError, UnknownDevice, and ForecastError for more ranks than the target has query heads.
     """
     shape, device = find_shape(model), find_device(gpu, ranks)
     if not 1 <= ranks <= shape.num_heads:
@@ -198,7 +203,7 @@ def deploy(
         device=device,
         ranks=ranks,
         element_bytes=ELEMENT_BYTES[dtype],
-        efficiency=REFERENCE_ON_CPU if gpu == "cpu" else efficiency,
+        efficiency=efficiency or default_efficiency(gpu),
     )
     drafter = target
     if draft != "self":

@@ -76,5 +76,8 @@ def device_state(device: torch.device) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return ""
-    sm, max_sm, memory, power, limit, temperature = (part.strip() for part in done.stdout.strip().split(","))
+    parts = [part.strip() for part in done.stdout.strip().split(",")]
+    if len(parts) != _STATE.count(",") + 1:
+        return ""
+    sm, max_sm, memory, power, limit, temperature = parts
     return f"SM clock {sm} of {max_sm}, memory clock {memory}, {power} of {limit}, {temperature} °C"

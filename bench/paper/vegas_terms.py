@@ -18,10 +18,10 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from planner.cost_model import Efficiency, acceptance_for
+from planner.cost_model import CAPTURED, PUBLISHED, Efficiency, acceptance_for
 from planner.forecast import deploy
 
 _FILE = Path(__file__).parent / "published_vegas.csv"
@@ -52,6 +52,16 @@ TERMS = {
         tokens={"window": 4.92, "chosen": 6.24},
     )
 }
+
+
+EFFICIENCIES = {
+    "as fitted to published runs on eight GPUs": PUBLISHED,
+    "forwards replayed from graphs (assumed: 0.02 ms per layer)": CAPTURED,
+    "the same, and attention of a verify pass as fast as a plain step's (assumed: not 1.4 times its time)": replace(
+        CAPTURED, verify_attention=1.0
+    ),
+}
+"""Assumptions of predictions, by description. None was measured on one GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +102,7 @@ def read_published() -> dict[str, dict[str, float]]:
 
 
 def predict(terms: Terms, gpu: str, efficiency: Efficiency, rows: int | None = None) -> list[TermsLine]:
-    """Predict all lines for one GPU. rows: None: as many as fit. Raises UnknownDevice."""
+    """Predict all lines for one GPU. rows: even if they do not fit; None: as many as fit. Raises UnknownDevice."""
     lines = []
     budgets = (terms_budget(terms.context),)
     for shape in terms.shapes:

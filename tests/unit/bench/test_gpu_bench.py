@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -22,6 +23,7 @@ from bench.corpus import BenchError
 from bench.gpu import __main__ as gpu
 from bench.gpu import gpu_rounds
 from bench.gpu.device_busy import busy_seconds, covered, device_spans
+from bench.gpu.gpu_report import device_state
 from bench.gpu.gpu_rounds import Bench
 from bench.gpu.synthetic import RandomVerify, synthetic_acceptance
 from bench.micro.bandwidth import copy_bandwidth
@@ -248,6 +250,26 @@ def test_the_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         monkeypatch.setattr(sys, "argv", ["gpu", *wrong.split()])
         with pytest.raises(SystemExit):
             gpu.main()
+
+
+def test_state_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    asked: list[list[str]] = []
+    answers = iter(["1980 MHz, 1980 MHz, 2619 MHz, 345.10 W, 700.00 W, 41\n", "No devices were found\n"])
+
+    def smi(command: list[str], **_: object) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(stdout=next(answers))
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    monkeypatch.setattr(subprocess, "run", smi)
+    said = "SM clock 1980 MHz of 1980 MHz, memory clock 2619 MHz, 345.10 W of 700.00 W, 41 °C"
+    assert [device_state(device), device_state(device)] == [said, ""]
+    assert asked[0][-1] == "--id=GPU-1-2"
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    monkeypatch.setenv("PATH", "")
+    assert device_state(device) == device_state(CPU) == ""
 
 
 def run(monkeypatch: pytest.MonkeyPatch, flags: str) -> int:
