@@ -18,7 +18,8 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ class Program:
     def run(self) -> None:
         """Measure all shapes at all points."""
         arguments, terms = self._arguments, self._terms
+        _say(table([]))  # the head of lines to come
         if terms is None:
             for shape in arguments.shapes or _SHAPES:
                 points, alphas = arguments.points or _read_points(_POINTS), [arguments.synthetic_acceptance]
@@ -99,15 +101,12 @@ class Program:
         temperature: float = 0.0,
         largest: bool = False,
     ) -> None:
-        """Measure a shape at all points that fit, with each synthetic acceptance. largest: only at the first of them.
-
-        A point for which memory or time is missing becomes a note.
-        """
+        """Measure a shape at all points that fit, with each synthetic acceptance. largest: only the first that fits."""
         if self._is_late():
             self._note(f"{shape}: no time was left")
             return
         bench: Bench | None = None
-        try:
+        with self._noting_failures(shape):
             bench = Bench(
                 shape,
                 SHAPES[shape],
@@ -126,12 +125,8 @@ class Program:
             # Of points that fall, only the last one that does not fit tells something.
             for rows, context, reason in bench.left_out[-1:] if largest else bench.left_out:
                 self._note(f"{shape}, {rows} x {context}: {reason}")
-            self._measure_points(bench, shape, alphas)
-        except (RuntimeError, MemoryError, BenchError) as error:
-            if not (isinstance(error, OutOfMemory | BenchError) or is_out_of_memory(error)):
-                raise
-            self._note(f"{shape}: {type(error).__name__}: {str(error).splitlines()[0]}")
         if bench is not None:
+            self._measure_points(bench, shape, alphas)
             bench.close()
         self.report.save()
 
@@ -143,14 +138,26 @@ class Program:
                 self._note(f"{shape}, {rows} x {context}: no time was left")
                 continue
             for alpha in alphas:
-                results.append(bench.measure(rows, context, alpha=alpha, ceiling=self.report.ceiling))
-                state = device_state(self._device)
-                self.report.states.append(f"{shape}, {rows} x {context}: {state}")
+                with self._noting_failures(f"{shape}, {rows} x {context}"):
+                    results.append(bench.measure(rows, context, alpha=alpha, ceiling=self.report.ceiling))
+                    state = device_state(self._device)
+                    self.report.states.append(f"{shape}, {rows} x {context}: {state}")
+                    _say(f"{table(results[-1:]).splitlines()[1]}  {state}")
                 self.report.save()
-                _say(f"{table(results[-1:]).splitlines()[1]}  {state}")
         for index in range(first, len(results)):
             if not self._is_late():
-                results[index] = bench.observe_gaps(results[index])
+                with self._noting_failures(f"{shape}, idle times"):
+                    results[index] = bench.observe_gaps(results[index])
+
+    @contextmanager
+    def _noting_failures(self, what: str) -> Iterator[None]:
+        """Turn memory that does not suffice, and results that are no numbers, into a note: the next point may work."""
+        try:
+            yield
+        except (RuntimeError, MemoryError, BenchError) as error:
+            if not (isinstance(error, OutOfMemory | BenchError) or is_out_of_memory(error)):
+                raise
+            self._note(f"{what}: {type(error).__name__}: {str(error).splitlines()[0]}")
 
     def _is_late(self) -> bool:
         return time.monotonic() - self._began > float(self._arguments.seconds)

@@ -50,10 +50,9 @@ def bench(points: list[tuple[int, int]], memory: int = 1 << 30, **settings: Any)
         budget=32,
         device=CPU,
         dtype=torch.float32,
-        ops=REFERENCE,
         memory=memory,
         page_size=4,
-        **{"rounds": 40, **settings},
+        **{"ops": REFERENCE, "rounds": 40, **settings},
     )
 
 
@@ -118,6 +117,32 @@ def test_nothing_keeps_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == []
     assert gpu_rounds.free_bytes(torch.device("cuda")) == 7
     assert order == ["empty", "ask"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # outputs of padding queries are undefined
+def test_captured_rounds() -> None:
+    """Rows that sample replay graphs as greedy ones do, and graphs keep no model either."""
+    pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
+    from kernels.gpu import INTERPRETED
+    from kernels.gpu.gpu_ops import GpuOps
+
+    if not INTERPRETED:
+        pytest.skip("the stand-in for graphs needs interpreted kernels")
+    from tests.support.recorded import Recorded
+
+    recorded = Recorded()
+    made = bench([(2, 20)], rounds=2, temperature=0.6, ops=GpuOps(recorder=recorded))
+    lengths = made._start(2, 20)
+    replays = []
+    for gamma in (0, 0, 3, 3):
+        before = recorded.replayed
+        made._round(lengths, gamma)
+        replays.append(recorded.replayed - before)
+    assert replays == [1, 1, 3, 3]  # target pass; first draft step, all others, target pass
+    model = weakref.ref(made._model)
+    del lengths
+    made.close()
+    assert model() is None
 
 
 def test_rows_sample_at_the_temperature_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,20 +327,20 @@ def test_less_memory_than_one_row(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_point_without_memory_ends_no_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was measured before stays, and is written."""
     measure = Bench.measure
 
     def scarce(self: Bench, rows: int, context: int, **more: float) -> Any:
-        if rows == 3:
+        if rows == 2:
             raise OutOfMemory("no room\nmore")
         return measure(self, rows, context, **more)
 
     monkeypatch.setattr(Bench, "measure", scarce)
     file = tmp_path / "gpu.json"
     assert run(monkeypatch, f"--points 2x40,3x40 --rounds 2 --json {file}") == 0
-    assert "tiny: OutOfMemory: no room" in capsys.readouterr().out.splitlines()
+    note = "tiny, 2 x 40: OutOfMemory: no room"
+    assert note in capsys.readouterr().out.splitlines()
     said = json.loads(file.read_text())
-    assert ([each["rows"] for each in said["results"]], said["notes"]) == ([2], ["tiny: OutOfMemory: no room"])
+    assert ([each["rows"] for each in said["results"]], said["notes"]) == ([3], [note])
 
 
 def test_no_shape_is_made_when_time_is_over(
