@@ -36,6 +36,20 @@ def expected_tokens(gamma: int, alpha: float) -> float:
     return math.fsum(alpha**i for i in range(gamma + 1))
 
 
+def acceptance_for(gamma: int, tokens: float) -> float:
+    """Compute the acceptance α at which Ω(γ, α) is `tokens`, by bisection: the reverse of `expected_tokens`.
+
+    Raises ValueError for tokens that no acceptance gives: they are from 1 to gamma + 1.
+    """
+    if not 1 <= tokens <= gamma + 1:
+        raise ValueError(f"{tokens:g} tokens per round: rounds of {gamma} drafts give 1 to {gamma + 1}")
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_tokens(gamma, middle) < tokens else (low, middle)
+    return high
+
+
 def speedup(gamma: int, alpha: float, t_target: float, t_draft: float, t_verify: float) -> float:
     """Compute the speed-up over plain decoding, Ω·T_T / (γ·T_D + T_V). It is exactly 1 for gamma = 0.
 
@@ -76,10 +90,16 @@ class Efficiency:
     verify_attention: float = 1.4
     """v: time of attention for several queries per row, relative to one query, over the same KV."""
     layer_s: float = 0.135e-3
-    """t_layer: seconds of launches and synchronisation per layer, independent of its work."""
+    """t_layer: seconds per layer that do not depend on its work: launches, waiting for other ranks, pauses."""
 
 
 PUBLISHED = Efficiency()
+"""Efficiency of MagicDec's published runs. Its layer_s was fitted to speed-ups on eight GPUs, where it covers what
+all-reduces take beyond Device.all_reduce_s, and ranks that wait for each other. Their code compiles forwards to CUDA
+graphs (torch.compile, max-autotune), so it is not the time that the host needs to launch kernels one by one."""
+CAPTURED = Efficiency(layer_s=0.02e-3)
+"""Efficiency assumed for forwards replayed from CUDA graphs on one GPU, where nothing of the above applies: a layer is
+about ten kernels, each of which takes some 2 µs to begin and to end beside its bytes. Neither fitted nor measured."""
 REFERENCE_ON_CPU = Efficiency(flops=1.0, weights=0.8, kv=0.04, verify_attention=1.1, layer_s=1e-3)
 """Efficiency of the reference attention, derived from the batches of 1 and 8 on two cores in docs/benchmarks.md. flops
 is relative to float32."""

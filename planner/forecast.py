@@ -12,7 +12,7 @@ from typing import Literal
 from engine.config.speculation import SnapKVConfig, SpeculationConfig, WindowConfig
 from engine.kv.draft_spec import DraftKVSpec, draft_kv_spec
 from models.shapes import find_shape, rank_kv_token_bytes, rank_weight_bytes
-from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, PlacedModel, SpeculationCost
+from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, Efficiency, PlacedModel, SpeculationCost
 from planner.expected_acceptance import Policy, expected_alpha
 from planner.hardware import find_device
 
@@ -171,14 +171,27 @@ class Deployment:
         return draft_kv_spec(SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=kv), 1)
 
 
+def default_efficiency(gpu: str) -> Efficiency:
+    """Return the efficiency of a device in the absence of a better one."""
+    return REFERENCE_ON_CPU if gpu == "cpu" else PUBLISHED
+
+
 def deploy(
-    *, model: str, draft: str, gpu: str, ranks: int, policy: Policy, dtype: str, alpha: float | None
+    *,
+    model: str,
+    draft: str,
+    gpu: str,
+    ranks: int,
+    policy: Policy,
+    dtype: str,
+    alpha: float | None,
+    efficiency: Efficiency | None = None,
 ) -> Deployment:
     """Describe a deployment by names.
 
     model, draft: names in models.shapes.SHAPES or directories; a draft may be `self`. gpu: one of hardware.NAMES. A
-    draft model is split over at most as many ranks as it has query heads. Raises ModelError, UnknownDevice, and
-    ForecastError for more ranks than the target has query heads.
+    draft model is split over at most as many ranks as it has query heads. efficiency: None: `default_efficiency`.
+    Raises ModelError, UnknownDevice, and ForecastError for more ranks than the target has query heads.
     """
     shape, device = find_shape(model), find_device(gpu, ranks)
     if not 1 <= ranks <= shape.num_heads:
@@ -190,7 +203,7 @@ def deploy(
         device=device,
         ranks=ranks,
         element_bytes=ELEMENT_BYTES[dtype],
-        efficiency=REFERENCE_ON_CPU if gpu == "cpu" else PUBLISHED,
+        efficiency=efficiency or default_efficiency(gpu),
     )
     drafter = target
     if draft != "self":

@@ -2,135 +2,250 @@
 
     python -m bench.gpu
     python -m bench.gpu --shapes llama-3.1-8b --points 32x8000,8x64000 --gamma 4 --json gpu.json
+    python -m bench.gpu --terms vegas --json vegas.json
 
 Weights are random, in the shapes of known models, and the KV cache is filled at random: speed depends on neither. With
 random weights no draft would be accepted, so each draft is accepted at random with probability --synthetic-acceptance;
 every line of the table notes it.
+
+--terms vegas: the terms on which others have published (bench/paper/vegas_terms.py), with their numbers beside. Points
+then are upper bounds: as many rows as fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
 import torch
 
-from bench.gpu.gpu_rounds import Bench, GpuResult
+from bench.corpus import BenchError
+from bench.gpu.gpu_report import GpuReport, device_state, table
+from bench.gpu.gpu_rounds import Bench, GpuResult, free_bytes
 from bench.micro.bandwidth import copy_bandwidth
+from bench.paper import vegas_terms
+from bench.paper.vegas_terms import TERMS, Terms, TermsLine, terms_budget
+from engine.oom import OutOfMemory, is_out_of_memory
 from engine.worker.kernels import choose_ops
 from models.shapes import SHAPES
+from planner.cost_model import acceptance_for
 
-_POINTS = "8x2000,32x2000,128x2000,32x8000,32x16000,16x32000,8x64000"
-_KEPT_BYTES = 6 << 30
-"""Device memory reserved in addition to weights and KV: for activations, CUDA graphs and other allocations."""
+_SHAPES = ("llama-3.1-8b", "llama-2-7b-32k")
+_POINTS = "32x8000,16x16000,8x32000,4x8000,8x8000,2x16000,8x2000,32x2000,128x2000,32x16000,16x32000,8x64000"
+"""What tells most comes first, in case the time ends. Of the 8B model 32x8000, 16x16000 and 8x32000 fit into 80 GB, of
+the 7B model, whose KV takes four times as much, 4x8000, 8x8000 and 2x16000."""
 _CPU_BYTES = 8 << 30
 
 
-def table(results: Sequence[GpuResult]) -> str:
-    head = ("rows", "context", "gamma", "T_T ms", "floor", "of it", "T_D ms", "T_V ms", "T_V/T_T", "round", "gap", "x")
-    lines = ["".join(f"{name:>9}" for name in (*head, "x model"))]
-    for each in results:
-        gaps = "-" if each.gap_plain is None or each.gap is None else f"{each.gap_plain:.0%} {each.gap:.0%}"
-        cells = (
-            each.rows,
-            each.context,
-            each.gamma,
-            f"{each.t_target_ms:.2f}",
-            f"{each.floor_ms:.2f}",
-            f"{each.floor_ms / each.t_target_ms:.0%}",
-            f"{each.t_draft_ms:.2f}",
-            f"{each.t_verify_ms:.2f}",
-            f"{each.t_verify_ms / each.t_target_ms:.2f}",
-            f"{each.t_round_ms:.2f}",
-            gaps,
-            f"{each.speedup:.2f}",
-            f"{each.predicted:.2f}",
+class Program:
+    """One run. Measures point after point until its time is over."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._terms = TERMS.get(arguments.terms)
+        self._device = torch.device(arguments.device)
+        self._began = time.monotonic()
+        cuda = self._device.type == "cuda"
+        ops = choose_ops(arguments.kernels, self._device, torch.bfloat16)
+        ceiling = copy_bandwidth(self._device, size=2 << 30 if cuda else 1 << 28)
+        self._graphs = ops.make_graphs is not None and not arguments.no_graphs
+        name = torch.cuda.get_device_name(self._device) if cuda else "CPU"
+        if cuda:
+            name += f" with {torch.cuda.get_device_properties(self._device).total_memory / 1e9:.1f} GB"
+        graphs = "with" if self._graphs else "no"
+        about = f"{name}, torch {torch.__version__}, kernels {ops.name}, {graphs} CUDA graphs, bfloat16"
+        self.report = GpuReport(about, ceiling, arguments.json)
+        _say(about)
+
+    def run(self) -> None:
+        """Measure all shapes at all points."""
+        arguments, terms = self._arguments, self._terms
+        _say(table([]))  # the head of lines to come
+        if terms is None:
+            for shape in arguments.shapes or _SHAPES:
+                points, alphas = arguments.points or _read_points(_POINTS), [arguments.synthetic_acceptance]
+                self._measure(shape, points, alphas, gamma=arguments.gamma, budget=arguments.budget)
+            return
+        alphas = [acceptance_for(terms.gamma, tokens) for tokens in terms.tokens.values()]
+        for shape in arguments.shapes or terms.shapes:
+            for max_rows, context in arguments.points or [(terms.max_rows, terms.context)]:
+                points = [(rows, context) for rows in range(max_rows, 0, -1)]
+                budget = terms_budget(context)
+                self._measure(
+                    shape, points, alphas, gamma=terms.gamma, budget=budget, temperature=terms.temperature, largest=True
+                )
+
+    def show(self) -> None:
+        """Print what has been measured."""
+        report, terms = self.report, self._terms
+        drafts = "" if terms else f"; drafts read {self._arguments.budget} tokens"
+        print("\n".join([*report.notes, f"{report.about}{drafts}"]))
+        print(f"{report.ceiling / 1e9:.0f} GB/s in a copy; floors are bytes over this rate\n")
+        print(table(report.results))
+        if terms is not None:
+            print("\n" + vegas_terms.table(_terms_lines(terms, report.results)))
+
+    def _measure(
+        self,
+        shape: str,
+        points: Sequence[tuple[int, int]],
+        alphas: Sequence[float],
+        *,
+        gamma: int,
+        budget: int,
+        temperature: float = 0.0,
+        largest: bool = False,
+    ) -> None:
+        """Measure a shape at all points that fit, with each synthetic acceptance. largest: only the first that fits."""
+        if self._is_late():
+            self._note(f"{shape}: no time was left")
+            return
+        bench: Bench | None = None
+        with self._noting_failures(shape):
+            bench = Bench(
+                shape,
+                SHAPES[shape],
+                points,
+                gamma=gamma,
+                budget=budget,
+                device=self._device,
+                dtype=torch.bfloat16,
+                ops=choose_ops(self._arguments.kernels, self._device, torch.bfloat16),
+                memory=free_bytes(self._device) if self._device.type == "cuda" else _CPU_BYTES,
+                temperature=temperature,
+                rounds=self._arguments.rounds,
+                cuda_graphs=self._graphs,
+                only_first=largest,
+            )
+            # Of points that fall, only the last one that does not fit tells something.
+            for rows, context, reason in bench.left_out[-1:] if largest else bench.left_out:
+                self._note(f"{shape}, {rows} x {context}: {reason}")
+        if bench is not None:
+            self._measure_points(bench, shape, alphas)
+            bench.close()
+        self.report.save()
+
+    def _measure_points(self, bench: Bench, shape: str, alphas: Sequence[float]) -> None:
+        results = self.report.results
+        first = len(results)
+        for rows, context in bench.points:
+            if self._is_late():
+                self._note(f"{shape}, {rows} x {context}: no time was left")
+                continue
+            for alpha in alphas:
+                with self._noting_failures(f"{shape}, {rows} x {context}"):
+                    results.append(bench.measure(rows, context, alpha=alpha, ceiling=self.report.ceiling))
+                    state = device_state(self._device)
+                    self.report.states.append(f"{shape}, {rows} x {context}: {state}")
+                    _say(f"{table(results[-1:]).splitlines()[1]}  {state}")
+                self.report.save()
+        for index in range(first, len(results)):
+            if not self._is_late():
+                with self._noting_failures(f"{shape}, idle times"):
+                    results[index] = bench.observe_gaps(results[index])
+
+    @contextmanager
+    def _noting_failures(self, what: str) -> Iterator[None]:
+        """Turn memory that does not suffice, and results that are no numbers, into a note: the next point may work."""
+        try:
+            yield
+        except (RuntimeError, MemoryError, BenchError) as error:
+            if not (isinstance(error, OutOfMemory | BenchError) or is_out_of_memory(error)):
+                raise
+            self._note(f"{what}: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._began > float(self._arguments.seconds)
+
+    def _note(self, text: str) -> None:
+        self.report.notes.append(text)
+        _say(text)
+
+
+def _terms_lines(terms: Terms, results: Sequence[GpuResult]) -> list[TermsLine]:
+    keys = {acceptance_for(terms.gamma, tokens): name for name, tokens in terms.tokens.items()}
+    return [
+        TermsLine(
+            shape=result.shape,
+            rows=result.rows,
+            context=result.context,
+            keys=keys[result.alpha],
+            tokens_per_round=result.accepted + 1,
+            plain_tokens_per_second=result.plain_tokens_per_second,
+            tokens_per_second=result.tokens_per_second,
+            t_target_ms=result.t_target_ms,
+            t_draft_ms=result.t_draft_ms,
+            t_verify_ms=result.t_verify_ms,
         )
-        said = f"  {each.shape}, synthetic acceptance {each.alpha:g} (came to {each.accepted:.2f} tokens)"
-        lines.append("".join(f"{cell:>9}" for cell in cells) + said)
-    return "\n".join(lines)
+        for result in results
+    ]
 
 
 def main() -> int:
-    arguments, points = _arguments()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    arguments = _arguments()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA device is present", file=sys.stderr)
         return 1
-    began, cuda = time.monotonic(), device.type == "cuda"
-    ops = choose_ops(arguments.kernels, device, torch.bfloat16)
-    ceiling = copy_bandwidth(device, size=2 << 30 if cuda else 1 << 28)
-    name = torch.cuda.get_device_name(device) if cuda else "CPU"
-    graphs = ops.make_graphs is not None and not arguments.no_graphs
-    about = f"{name}, torch {torch.__version__}, kernels {ops.name}, {'with' if graphs else 'no'} CUDA graphs, bfloat16"
-    print(about, file=sys.stderr)
-    results: list[GpuResult] = []
-    notes: list[str] = []
-    for shape in arguments.shapes.split(","):
-        bench = Bench(
-            shape,
-            SHAPES[shape],
-            points,
-            gamma=arguments.gamma,
-            budget=arguments.budget,
-            device=device,
-            dtype=torch.bfloat16,
-            ops=ops,
-            memory=torch.cuda.mem_get_info(device)[0] - _KEPT_BYTES if cuda else _CPU_BYTES,
-            rounds=arguments.rounds,
-            cuda_graphs=graphs,
-        )
-        notes += [f"{shape}, {rows} x {context}: does not fit" for rows, context in bench.left_out]
-        for rows, context in bench.points:
-            if time.monotonic() - began > arguments.seconds:
-                notes.append(f"{shape}, {rows} x {context}: no time was left")
-                continue
-            results.append(bench.measure(rows, context, alpha=arguments.synthetic_acceptance, ceiling=ceiling))
-            print(table(results[-1:]).splitlines()[1], file=sys.stderr, flush=True)
-        bench.close()
-    if arguments.json:
-        said = {"device": about, "copy_bandwidth": ceiling, "results": [asdict(result) for result in results]}
-        arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(said), indent=2))
-    print("\n".join([*notes, f"{about}; drafts read {arguments.budget} tokens"]))
-    print(f"{ceiling / 1e9:.0f} GB/s in a copy; floors are bytes over this rate\n")
-    print(table(results))
-    return 0
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("engine").setLevel(logging.INFO)  # time and memory of captured graphs, reasons for slow kernels
+    program = Program(arguments)
+    try:
+        program.run()
+    finally:
+        program.show()
+    return 0 if program.report.results else 1
 
 
-def _arguments() -> tuple[argparse.Namespace, list[tuple[int, int]]]:
-    """Parse the command line. Returns the arguments, and the points as (rows, context)."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="llama-3.1-8b,llama-2-7b-32k", help=f"any of: {', '.join(SHAPES)}")
-    parser.add_argument("--points", default=_POINTS, help="ROWSxCONTEXT, comma-separated; skipped if too large")
-    parser.add_argument("--gamma", type=int, default=3)
-    parser.add_argument("--budget", type=int, default=512)
-    parser.add_argument("--synthetic-acceptance", type=float, default=0.8, metavar="ALPHA")
+    parser.add_argument("--terms", choices=tuple(TERMS), help="measure on the terms of others, beside their numbers")
+    parser.add_argument("--shapes", help=f"any of: {', '.join(SHAPES)}; {','.join(_SHAPES)} if not given")
+    parser.add_argument("--points", help=f"ROWSxCONTEXT, comma-separated; skipped if too large; else {_POINTS}")
+    parser.add_argument("--gamma", type=int, help="3 if not given")
+    parser.add_argument("--budget", type=int, help="512 if not given")
+    parser.add_argument("--synthetic-acceptance", type=float, metavar="ALPHA", help="0.8 if not given")
     parser.add_argument("--kernels", default="auto", choices=("auto", "flashinfer", "triton", "cpu", "reference"))
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel individually")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=300, help="start no further point after this many seconds")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write results to this file, after each point")
     arguments = parser.parse_args()
+    for name, usual in {"gamma": 3, "budget": 512, "synthetic_acceptance": 0.8}.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, usual)
+        elif arguments.terms:
+            parser.error(f"--terms {arguments.terms} sets --{name.replace('_', '-')}")
+    arguments.shapes = arguments.shapes.split(",") if arguments.shapes else None
     try:
-        points = []
-        for point in arguments.points.split(","):
-            rows, context = map(int, point.split("x"))
-            if min(rows, context) < 1:
-                raise ValueError
-            points.append((rows, context))
+        arguments.points = _read_points(arguments.points) if arguments.points else None
     except ValueError:
         parser.error("--points are ROWSxCONTEXT")
-    if unknown := [shape for shape in arguments.shapes.split(",") if shape not in SHAPES]:
+    if unknown := [shape for shape in arguments.shapes or () if shape not in SHAPES]:
         parser.error(f"--shapes: {unknown[0]!r} is not one of {', '.join(SHAPES)}")
-    if not 0 <= arguments.synthetic_acceptance <= 1 or not 1 <= arguments.gamma <= 16 or arguments.rounds < 1:
-        parser.error("--synthetic-acceptance is from 0 to 1, --gamma from 1 to 16, --rounds at least 1")
-    return arguments, points
+    if not 0 <= arguments.synthetic_acceptance <= 1 or not 1 <= arguments.gamma <= 16 or arguments.rounds < 2:
+        parser.error("--synthetic-acceptance is from 0 to 1, --gamma from 1 to 16, --rounds at least 2")
+    return arguments
+
+
+def _read_points(text: str) -> list[tuple[int, int]]:
+    """Read (rows, context) of each ROWSxCONTEXT. Raises ValueError."""
+    points = []
+    for point in text.split(","):
+        rows, context = map(int, point.split("x"))
+        if min(rows, context) < 1:
+            raise ValueError(point)
+        points.append((rows, context))
+    return points
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
-"""Measure rounds of a model with random weights on one device: times of their parts, and device idle time."""
+"""Measure rounds of a model with random weights on one device: times of their parts, and device idle time.
+
+A round here is what a rank does: draft, verify pass, commit, and the host's part in these. Scheduling, tokenizing and
+sending answers are not in it (bench/micro/host.py measures them).
+"""
 
 from __future__ import annotations
 
-import contextlib
+import gc
+import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
 
+from bench.corpus import BenchError
+from bench.gpu.device_busy import busy_seconds
 from bench.gpu.synthetic import synthetic_acceptance
-from bench.micro.bandwidth import wait
 from engine.config.deployment import EngineConfig
 from engine.core import Engine
-from engine.plan import RoundPlan, RoundResult, RowWork
+from engine.params import SamplingParams
+from engine.plan import PageDelta, RoundPlan, RoundResult, RowStart, RowWork
 from engine.scheduler.controller import FixedGamma
-from engine.worker.profiler import blank_rows
 from kernels.ops import Ops
 from models.config import ModelConfig
 from models.llama import Llama
@@ -24,7 +30,11 @@ from parallel.group import Group
 from parallel.layers import Placement
 from planner.cost_model import speedup
 
-_WARM_UPS = 2
+_WARM_UPS = 3
+"""Rounds before those that are timed: the first ones compile kernels."""
+_PROFILED = 3
+KEPT_BYTES = 6 << 30
+"""Device memory reserved in addition to weights and KV: for activations, CUDA graphs and other allocations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +44,9 @@ class GpuResult:
     t_target_ms: a plain round. t_draft_ms: one draft step. t_verify_ms: the target pass over gamma drafts. t_round_ms:
     draft, verify and host work. floor_ms: lower bound of a plain round, its weight and KV bytes over the bandwidth of a
     copy. gap_plain, gap: fractions of a plain round, and of one with drafts, in which the device is idle; None where
-    that cannot be observed. accepted: accepted drafts per row and round. speedup: measured, with synthetic acceptance
-    `alpha`. predicted: the cost model's speed-up from the three times.
+    that was not observed. accepted: accepted drafts per row and round. speedup: measured, with synthetic acceptance
+    `alpha`. predicted: the cost model's speed-up from the three times. plain_rounds_ms, rounds_ms: every timed round;
+    half of the plain ones come before those with drafts, half after.
     """
 
     shape: str
@@ -43,6 +54,7 @@ class GpuResult:
     context: int
     gamma: int
     budget: int
+    temperature: float
     alpha: float
     t_target_ms: float
     t_draft_ms: float
@@ -54,6 +66,23 @@ class GpuResult:
     accepted: float
     speedup: float
     predicted: float
+    plain_tokens_per_second: float
+    tokens_per_second: float
+    plain_rounds_ms: list[float]
+    rounds_ms: list[float]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that weights and KV may take on a CUDA device, once dead models and torch's cache are freed."""
+    release_memory(device)
+    return torch.cuda.mem_get_info(device)[0] - KEPT_BYTES
+
+
+def release_memory(device: torch.device) -> None:
+    """Free the memory of dead objects that refer to each other, and what torch keeps for later allocations."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def random_shape(shape: ModelConfig, dtype: torch.dtype, device: torch.device, ops: Ops) -> Llama:
@@ -70,7 +99,10 @@ def random_shape(shape: ModelConfig, dtype: torch.dtype, device: torch.device, o
 
 
 class Bench:
-    """Benchmark of one model, with KV for the largest of the points that fit."""
+    """Benchmark of one model, with KV for the largest of the points that fit.
+
+    points: those that fit. left_out: the others, each with the reason.
+    """
 
     def __init__(
         self,
@@ -84,21 +116,34 @@ class Bench:
         dtype: torch.dtype,
         ops: Ops,
         memory: int,
+        temperature: float = 0.0,
         page_size: int = 16,
-        rounds: int = 12,
+        rounds: int = 24,
         cuda_graphs: bool = True,
+        only_first: bool = False,
     ) -> None:
-        """memory: bytes for weights and KV. Points that need more go to `left_out`."""
+        """points: (rows, context). memory: bytes for weights and KV. temperature: of all rows. only_first: keep only
+        the first of the points that fit."""
         self._name, self._gamma, self._budget, self._page = name, gamma, budget, page_size
-        self._device, self._rounds = device, rounds
+        self._device, self._rounds, self._temperature = device, rounds, temperature
         self._model = random_shape(shape, dtype, device, ops)
         self.weight_bytes = self._model.matrix_bytes  # bytes that a forward reads
         weights = self.weight_bytes + self._model.table_bytes
         self._token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-        # Tokens by which a row can grow: all rounds, warm-ups and profiled rounds included, with all drafts accepted.
-        self._room = (rounds + _WARM_UPS + 3) * (gamma + 2) + 1
-        self.points = [point for point in points if weights + self._bytes(*point) <= memory]
-        self.left_out = [point for point in points if point not in self.points]
+        # Tokens by which a row can grow while it is measured, with all drafts accepted, and one round's drafts.
+        self._room = (rounds + _WARM_UPS + 1) * (gamma + 1) + 1
+        self.points: list[tuple[int, int]] = []
+        self.left_out: list[tuple[int, int, str]] = []
+        for rows, context in points:
+            if only_first and self.points:
+                break
+            if context + self._room > shape.max_model_len:
+                self.left_out.append((rows, context, f"longer than the model's {shape.max_model_len} tokens"))
+            elif (needed := weights + self._bytes(rows, context)) > memory:
+                reason = f"needs {needed / 1e9:.1f} GB, and {memory / 1e9:.1f} are free"
+                self.left_out.append((rows, context, reason))
+            else:
+                self.points.append((rows, context))
         if not self.points:
             return
         longest = max(context for _, context in self.points) + self._room
@@ -120,13 +165,16 @@ class Bench:
         self._run: Callable[[RoundPlan], RoundResult] = self._engine.profiler.run
 
     def measure(self, rows: int, context: int, *, alpha: float, ceiling: float) -> GpuResult:
-        _, _, t_target = self._rounds_of(rows, context, 0)
-        gap_plain = self._gap(rows, context, 0)
+        """Time rounds with and without drafts. alpha: synthetic acceptance. ceiling: bytes per second of a copy."""
+        _, plain = self._time_rounds(rows, context, 0, self._rounds - self._rounds // 2)
         with synthetic_acceptance(alpha):
-            drafted, tokens, round_s = self._rounds_of(rows, context, self._gamma)
-            gap = self._gap(rows, context, self._gamma)
+            drafted, seconds = self._time_rounds(rows, context, self._gamma, self._rounds)
+        # The rest of the plain rounds comes last, so that a clock that drifts favours neither kind.
+        plain += self._time_rounds(rows, context, 0, max(1, self._rounds // 2))[1]
+        t_target, t_round = median(plain), median(seconds)
         t_verify = median(result.verify_seconds for result in drafted)
         t_draft = median(result.draft_seconds for result in drafted) / self._gamma
+        accepted = sum(row.accepted for result in drafted for row in result.rows) / (rows * len(drafted))
         read = self.weight_bytes + rows * context * self._token_bytes
         return GpuResult(
             shape=self._name,
@@ -134,99 +182,94 @@ class Bench:
             context=context,
             gamma=self._gamma,
             budget=self._budget,
+            temperature=self._temperature,
             alpha=alpha,
             t_target_ms=1e3 * t_target,
             t_draft_ms=1e3 * t_draft,
             t_verify_ms=1e3 * t_verify,
-            t_round_ms=1e3 * round_s,
+            t_round_ms=1e3 * t_round,
             floor_ms=1e3 * read / ceiling,
-            gap_plain=gap_plain,
-            gap=gap,
-            accepted=tokens / (rows * len(drafted)) - 1,
-            speedup=tokens / len(drafted) / rows * t_target / round_s,
+            gap_plain=None,
+            gap=None,
+            accepted=accepted,
+            speedup=(accepted + 1) * t_target / t_round,
             predicted=speedup(self._gamma, alpha, t_target, t_draft, t_verify),
+            plain_tokens_per_second=rows / t_target,
+            tokens_per_second=rows * (accepted + 1) / t_round,
+            plain_rounds_ms=[1e3 * each for each in plain],
+            rounds_ms=[1e3 * each for each in seconds],
         )
 
+    def observe_gaps(self, result: GpuResult) -> GpuResult:
+        """Return the result of `measure` with its idle times. Call it after all measurements, since a profiler that was
+        active once can slow launches from then on."""
+        gap_plain = self._gap(result, 0, result.t_target_ms)
+        with synthetic_acceptance(result.alpha):
+            gap = self._gap(result, self._gamma, result.t_round_ms)
+        return replace(result, gap_plain=gap_plain, gap=gap)
+
     def close(self) -> None:
+        """Free the memory of model and engine."""
         if self.points:
             self._engine.close()
             del self._engine, self._run
         del self._model
+        release_memory(self._device)
 
-    def _rounds_of(self, rows: int, context: int, gamma: int) -> tuple[list[RoundResult], int, float]:
-        """Run consecutive rounds. Returns their results, the number of tokens, and the seconds of the median round."""
+    def _time_rounds(self, rows: int, context: int, gamma: int, count: int) -> tuple[list[RoundResult], list[float]]:
+        """Run `count` consecutive rounds after the warm-up. Returns their results and seconds."""
         lengths = self._start(rows, context)
+        for _ in range(_WARM_UPS):
+            self._round(lengths, gamma)
         results, seconds = [], []
-        for i in range(self._rounds + _WARM_UPS):
+        for _ in range(count):
             began = time.perf_counter()
-            result = self._round(lengths, gamma)
-            if i >= _WARM_UPS:
-                results.append(result)
-                seconds.append(time.perf_counter() - began)
-        return results, sum(row.accepted + 1 for result in results for row in result.rows), median(seconds)
+            results.append(self._round(lengths, gamma))
+            seconds.append(time.perf_counter() - began)
+        return results, seconds
 
-    def _gap(self, rows: int, context: int, gamma: int) -> float | None:
-        """Measure the fraction of three rounds in which no kernel runs. None where that cannot be observed."""
+    def _gap(self, result: GpuResult, gamma: int, round_ms: float) -> float | None:
+        """Measure the fraction of a round in which the device is idle. round_ms: its time without the profiler."""
         if self._device.type != "cuda":
             return None
-        lengths = self._start(rows, context)
+        lengths = self._start(result.rows, result.context)
         self._round(lengths, gamma)
-        wait(self._device)
-        began = time.perf_counter()
-        with _busy_seconds() as busy:
-            for _ in range(3):
+
+        def work() -> None:
+            for _ in range(_PROFILED):
                 self._round(lengths, gamma)
-            wait(self._device)
-            taken = time.perf_counter() - began
-        return max(0.0, 1 - busy[0] / taken) if busy else None
+
+        busy = busy_seconds(work, self._device)
+        return None if busy is None else max(0.0, 1 - 1e3 * busy / _PROFILED / round_ms)
 
     def _start(self, rows: int, context: int) -> list[int]:
-        """Assign rows to row slots, each over pages of its own. Returns their lengths."""
-        width = self._width(context)
-        starts, pages = blank_rows(rows, context, width, rows * width)
+        """Assign rows to row slots, each over pages of its own, which lie scattered as they do after some time of
+        serving. Returns their lengths."""
+        width, tokens = self._width(context), [0] * (context + 1)
+        order = random.Random(0).sample(range(rows * width), rows * width)
+        starts, pages = [], []
+        for row in range(rows):
+            params = SamplingParams(temperature=self._temperature, seed=row)
+            starts.append(RowStart(row, tokens, context + 1, params, [], context))
+            pages.append(PageDelta(row, 0, order[row * width : (row + 1) * width]))
         work = [RowWork(row, context, 1, 0, True) for row in range(rows)]
-        self._run(RoundPlan(0, starts, pages, work))
+        self._check(self._run(RoundPlan(0, starts, pages, work)))
         return [context + 1] * rows
 
     def _round(self, lengths: list[int], gamma: int) -> RoundResult:
         result = self._run(RoundPlan(0, [], [], [RowWork(i, n, 1, gamma, True) for i, n in enumerate(lengths)]))
+        self._check(result)
         for i, row in enumerate(result.rows):
             lengths[i] += row.accepted + 1
         return result
+
+    def _check(self, result: RoundResult) -> None:
+        """Raise BenchError for a round whose results are no numbers: its speed would mean nothing."""
+        if result.failures:
+            raise BenchError(f"{self._name}: {len(result.failures)} rows failed: {result.failures[0].reason}")
 
     def _width(self, context: int) -> int:
         return -(-(context + self._room) // self._page)
 
     def _bytes(self, rows: int, context: int) -> int:
         return rows * self._width(context) * self._page * self._token_bytes
-
-
-@contextlib.contextmanager
-def _busy_seconds() -> Iterator[list[float]]:
-    """Collect the seconds in which kernels run inside the block.
-
-    The yielded list has them after the block ends. It stays empty where the device cannot be profiled.
-    """
-    found: list[float] = []
-    try:
-        watch = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        watch.__enter__()  # type: ignore[no-untyped-call]
-    except RuntimeError:
-        yield found
-        return
-    try:
-        yield found
-    finally:
-        watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        events = watch.events() or ()  # type: ignore[no-untyped-call]
-        if spans := sorted((event.time_range.start, event.time_range.end) for event in events):
-            found.append(_covered(spans) / 1e6)
-
-
-def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Compute the length of the union of (start, end) spans, given in ascending order."""
-    covered, reached = 0.0, float("-inf")
-    for start, end in spans:
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return covered

@@ -5,7 +5,6 @@ Only this module can do it: the engine has no such option.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -14,28 +13,33 @@ import numpy as np
 from torch import Tensor
 
 from engine.batch.round_batch import RoundBatch
+from engine.batch.row_state import Ints
 from engine.sampling.sampler import Sampler
 from engine.speculation.verify import Verdict, verify
 
 
 class RandomVerify:
-    """Replacement of `verify` with the same work. Accepts each draft with probability `alpha`, up to a rejection."""
+    """Replacement of `verify` with the same work. Accepts each draft with probability `alpha`, up to a rejection.
+
+    Each round spreads the rows evenly over that distribution, so that a few rounds already have its mean.
+    """
 
     def __init__(self, alpha: float, seed: int = 0) -> None:
         self._alpha = alpha
-        self._random = random.Random(seed)
+        self._random = np.random.default_rng(seed)
 
     def __call__(self, drafted: Tensor, logits: Tensor, batch: RoundBatch, sampler: Sampler) -> Verdict:
         verdict = verify(drafted, logits, batch, sampler)
-        accepted = np.array([self._accepted(int(gamma)) for gamma in batch.gamma])
-        verdict.rows[:, 1] = batch.state.to_device(accepted)
+        verdict.rows[:, 1] = batch.state.to_device(self.accepted(batch.gamma))
         return verdict
 
-    def _accepted(self, gamma: int) -> int:
-        accepted = 0
-        while accepted < gamma and self._random.random() < self._alpha:
-            accepted += 1
-        return accepted
+    def accepted(self, gamma: Ints) -> Ints:
+        """Draw each row's number of accepted drafts. gamma: [rows], drafts of each row."""
+        rows = len(gamma)
+        level = (self._random.permutation(rows) + self._random.random()) / max(1, rows)  # one in each of equal parts
+        at_least = self._alpha ** np.arange(1, int(gamma.max(initial=0)) + 1)  # probability of 1, 2, … accepted ones
+        drawn: Ints = np.minimum((level[:, None] < at_least).sum(1), gamma)
+        return drawn
 
 
 @contextmanager

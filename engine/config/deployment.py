@@ -61,7 +61,7 @@ class EngineConfig(Settings):
     some seconds at start-up."""
     weights: Literal["full", "int8"] = "full"
     """Format of the matrices. full: in `dtype`. int8: rounded to 8 bits, with one scale per column; inputs are rounded
-    likewise."""
+    likewise. Refused on GPUs, where it gains nothing."""
     tensor_parallel_size: Positive = 1
     """Number of ranks: processes that compute the model together, each with its share of weights and KV."""
     collectives: Literal["auto", "shared", "gloo", "nccl", "symmetric"] = "auto"

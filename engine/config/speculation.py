@@ -105,7 +105,7 @@ class SpeculationConfig(Settings):
     depend on the drafts. rejection: speculative sampling (arXiv 2302.01318), from the same distribution."""
     weights: Literal["auto", "same", "int8"] = "auto"
     """Weights of the drafting model. int8: see engine.weights, kept in addition to the target's; auto: int8 where that
-    is faster."""
+    is faster, which is with compiled kernels on CPUs."""
     kv: KVConfig = WindowConfig()
     """KV policy of drafts: the KV that they read."""
 

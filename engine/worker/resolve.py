@@ -80,6 +80,7 @@ def resolve(config: EngineConfig, model: Llama | None, *, sizes_pool: bool = Tru
     """
     path, ranks = resolve_model(config.model), config.tensor_parallel_size
     device = _device(config.device)
+    _check_weights(config, device)
     shape = read_config(path) if model is None else model.config
     dtype = _dtype(config.dtype, device) if model is None else model.dtype
     try:
@@ -159,6 +160,21 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _check_weights(config: EngineConfig, device: torch.device) -> None:
+    """Raise ConfigError for 8-bit weights on a GPU."""
+    if device.type == "cpu":
+        return
+    for setting, value, other in (
+        ("weights", config.weights, "full"),
+        ("speculation.weights", config.speculation.weights, "same"),
+    ):
+        if value == "int8":
+            raise ConfigError(
+                f"engine.{setting}: int8 gains nothing on a GPU, where each product would first expand its matrix to "
+                f"float32; set it to {other}"
+            )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

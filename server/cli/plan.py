@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from models.shapes import SHAPES
 from planner.cost_model import GAMMA_MAX
-from planner.forecast import BUDGETS, deploy
+from planner.forecast import BUDGETS, default_efficiency, deploy
 from planner.hardware import NAMES
 from server.cli import options
 
@@ -20,6 +20,10 @@ from server.cli import options
 class Policy(StrEnum):
     window = "window"
     snapkv = "snapkv"
+
+
+class TermsName(StrEnum):
+    vegas = "vegas"
 
 
 class Dtype(StrEnum):
@@ -31,9 +35,20 @@ class Dtype(StrEnum):
 _SHAPES = ", ".join(SHAPES)
 
 
+_WITH_TERMS = {"terms", "gpu", "batch", "json_file"}
+"""Parameters that do not contradict --terms."""
+
+
 def plan(
-    model: Annotated[str, typer.Option(help=f"{_SHAPES}, or a directory with a config.json (no weights needed).")],
+    ctx: typer.Context,
     gpu: Annotated[str, typer.Option(help=f"{', '.join(NAMES)}. cpu: this machine, measured now.")],
+    model: Annotated[
+        str | None, typer.Option(help=f"{_SHAPES}, or a directory with a config.json (no weights needed).")
+    ] = None,
+    terms: Annotated[
+        TermsName | None,
+        typer.Option(help="In place of --model: the terms on which others published, with their numbers. One GPU."),
+    ] = None,
     draft: Annotated[str, typer.Option(help="self, or a draft model in the form of --model.")] = "self",
     tensor_parallel: Annotated[int, typer.Option("--tp", "--tensor-parallel-size", min=1, help="Number of ranks.")] = 1,
     batch: Annotated[str, typer.Option(help="Numbers of rows, comma-separated.")] = "1,8,32",
@@ -49,16 +64,26 @@ def plan(
     ] = None,
     policy: Annotated[Policy, typer.Option(help="KV that a draft reads.")] = Policy.window,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of weights and KV.")] = Dtype.bfloat16,
+    layer_us: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1e6, help="Fixed microseconds per layer; on GPUs 135, fitted to 8 of them, if not given."
+        ),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the forecasts to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot the forecasts to this PNG.")] = None,
 ) -> None:
     """Predict speed-up, best gamma and budget, memory and break-even context. Needs no weights and no GPU."""
     from bench.paper.forecast_report import check_plotting, plot, table
 
+    if terms is not None:
+        _plan_terms(ctx, terms, gpu, batch, json_file)
+        return
+    if model is None:
+        raise typer.BadParameter("name a model, or --terms", param_hint="--model")
     batches, contexts = options.counts(batch, "--batch"), options.counts(context, "--context")
-    for file, flag in ((json_file, "--json"), (plot_file, "--plot")):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise typer.BadParameter(f"{file.parent} is not a directory", param_hint=flag)
+    _check_folder(json_file, "--json")
+    _check_folder(plot_file, "--plot")
     if plot_file is not None:
         check_plotting()
     deployment = deploy(
@@ -69,6 +94,7 @@ def plan(
         policy=policy.value,
         dtype=dtype.value,
         alpha=alpha,
+        efficiency=None if layer_us is None else replace(default_efficiency(gpu), layer_s=1e-6 * layer_us),
     )
     budgets = _budgets(budget)
     forecasts = [
@@ -77,9 +103,47 @@ def plan(
     print(table(forecasts))
     if json_file is not None:
         listed = [{**asdict(row), "budget": row.budget or "all"} for row in forecasts]
-        json_file.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        _write_json(json_file, listed)
     if plot_file is not None:
         plot(forecasts, plot_file)
+
+
+def _plan_terms(ctx: typer.Context, terms: TermsName, gpu: str, batch: str, json_file: Path | None) -> None:
+    """Predict on the terms of others, with each of the efficiencies that may hold."""
+    from bench.paper.vegas_terms import EFFICIENCIES, TERMS, predict, table
+
+    given = {parameter.name: parameter for parameter in ctx.command.params if _is_given(ctx, parameter.name)}
+    for name in given.keys() - _WITH_TERMS:
+        raise typer.BadParameter(f"--terms {terms.value} sets it", param_hint=given[name].opts[0])
+    if gpu == "cpu":
+        raise typer.BadParameter("--terms are those of a GPU", param_hint="--gpu")
+    rows: int | None = None
+    if "batch" in given:
+        rows, *more = options.counts(batch, "--batch")
+        if more:
+            raise typer.BadParameter("--terms take one number of rows", param_hint="--batch")
+    _check_folder(json_file, "--json")
+    forecasts = {name: predict(TERMS[terms.value], gpu, each, rows) for name, each in EFFICIENCIES.items()}
+    print("\n\n".join(f"Predicted for one {gpu}, {name}:\n{table(lines)}" for name, lines in forecasts.items()))
+    if json_file is not None:
+        listed = [{"assumed": name, **asdict(line)} for name, lines in forecasts.items() for line in lines]
+        _write_json(json_file, listed)
+
+
+def _is_given(ctx: typer.Context, name: str | None) -> bool:
+    """Whether a parameter is on the command line."""
+    source = ctx.get_parameter_source(name) if name else None
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_folder(file: Path | None, flag: str) -> None:
+    """Raise typer.BadParameter for a file whose folder does not exist."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{file.parent} is not a directory", param_hint=flag)
+
+
+def _write_json(file: Path, listed: list[dict[str, Any]]) -> None:
+    file.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
 
 
 def _budgets(text: str | None) -> tuple[int | None, ...]:

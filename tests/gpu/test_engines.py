@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ SNAPKV = {"policy": "snapkv", "budget": 32, "recent": 16}
 @pytest.fixture(scope="module")
 def model() -> Llama:
     """Model in float32, so that batch shapes cannot tip a near tie."""
-    return random_model(SHAPE, 0, torch.float32, CUDA, Group.single(), GpuOps(recorder=CudaGraphs(CUDA)))
+    return random_model(SHAPE, 0, torch.float32, CUDA, Group.single(), GpuOps(make_recorder=partial(CudaGraphs, CUDA)))
 
 
 def requests(count: int, seed: int) -> list[AddRequest]:

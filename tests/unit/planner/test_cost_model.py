@@ -28,6 +28,7 @@ from planner.cost_model import (
     Efficiency,
     PlacedModel,
     SpeculationCost,
+    acceptance_for,
     best_gamma,
     expected_tokens,
     speedup,
@@ -69,6 +70,18 @@ class TestTimesOfAnyOrigin:
     @given(gammas, st.floats(0, 0.999))
     def test_closed_form(self, gamma: int, alpha: float) -> None:
         assert expected_tokens(gamma, alpha) == pytest.approx((1 - alpha ** (gamma + 1)) / (1 - alpha))
+
+    @given(gammas, alphas)
+    def test_acceptance_of_tokens_per_round(self, gamma: int, alpha: float) -> None:
+        tokens = expected_tokens(gamma, alpha)
+        assert expected_tokens(gamma, acceptance_for(gamma, tokens)) == pytest.approx(tokens)
+
+    def test_acceptance_at_the_ends(self) -> None:
+        assert acceptance_for(6, 1) == pytest.approx(0, abs=1e-12)
+        assert acceptance_for(6, 7) == 1
+        for tokens in (0.9, 7.1):
+            with pytest.raises(ValueError, match="rounds of 6 drafts give 1 to 7"):
+                acceptance_for(6, tokens)
 
     def test_speedup(self) -> None:
         # 1.5 tokens in 0.2 + 1.1 times a plain step
@@ -114,6 +127,8 @@ class TestShapes:
             ("llama-3.1-8b", 8_030_261_248),
             ("llama-3.1-70b", 70_553_706_496),
             ("llama-3.2-1b", 1_235_814_400),
+            ("qwen3-4b", 4_022_468_096),
+            ("qwen3-8b", 8_190_735_360),
             ("smollm2-135m", 134_515_008),
             ("tinyllama-1.1b", 1_100_048_384),
         ],

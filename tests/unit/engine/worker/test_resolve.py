@@ -1,13 +1,15 @@
-"""Settings that are left open: the dtype."""
+"""Settings that are left open, the dtype, and those that a device refuses."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from engine.worker.resolve import _dtype
+from engine.config.deployment import ConfigError, EngineConfig
+from engine.worker.resolve import _dtype, resolve
 from kernels.cpu import compiler
 from kernels.cpu.compiler import instruction_sets
+from tests.support.engines import tiny_model
 
 CPU = torch.device("cpu")
 
@@ -41,3 +43,36 @@ def test_bfloat16_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native: native)
         assert _dtype("auto", torch.device("cuda")) == dtype
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": "int8"}, r"^engine\.weights: int8 gains nothing on a GPU, .*float32; set it to full$"),
+        ({"speculation": {"weights": "int8"}}, r"^engine\.speculation\.weights: int8 .*; set it to same$"),
+        ({"speculation": {"weights": "int8", "drafter": "model", "model": "none"}}, r"^engine\.speculation\.weights: "),
+    ],
+)
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_gpus_refuse_int8(
+    monkeypatch: pytest.MonkeyPatch, device: str, settings: dict[str, object], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = EngineConfig.model_validate({"device": device, "max_model_len": 64, **settings})
+    with pytest.raises(ConfigError, match=message):
+        resolve(config, tiny_model())
+
+
+@pytest.mark.parametrize(
+    ("device", "settings"),
+    [
+        ("cuda", {}),
+        ("cuda", {"speculation": {"weights": "auto"}}),
+        ("cuda", {"speculation": {"weights": "same"}}),
+        ("cpu", {"weights": "int8", "speculation": {"weights": "int8"}}),
+    ],
+)
+def test_other_weights_are_served(monkeypatch: pytest.MonkeyPatch, device: str, settings: dict[str, object]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = EngineConfig.model_validate({"device": device, "max_model_len": 64, **settings})
+    assert resolve(config, tiny_model()).device.type == device

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from bench.paper.published import Row, read_rows
+from bench.paper.vegas_terms import TERMS
 from server.cli import main
+from server.cli.plan import TermsName
 from tests.support.paths import ROOT
 
 FIELDS = {
@@ -90,6 +92,16 @@ def test_published_rows(plan: Planner, row: Row) -> None:
     (found,) = plan(*where, "--budget", str(row.budget), "--gamma", str(row.gamma), model=row.target)
     assert found["speedup"] == pytest.approx(row.speedup, rel=0.15)
     assert found["fits"] is True
+
+
+def test_fixed_time_of_a_layer(plan: Planner) -> None:
+    where = ("--batch", "8", "--gamma", "3", "--budget", "512")
+    (fitted,), (shorter,) = plan(*where), plan(*where, "--layer-us", "20")
+    for name in ("t_target_ms", "t_draft_ms", "t_verify_ms"):
+        assert fitted[name] - shorter[name] == pytest.approx(32 * 0.115)
+    assert shorter["speedup"] > fitted["speedup"]
+    (slow,) = plan("--batch", "1", "--gamma", "0", "--layer-us", "1e6", gpu="cpu")
+    assert slow["t_target_ms"] > 32e3
 
 
 def test_several_budgets(plan: Planner) -> None:
@@ -173,7 +185,15 @@ def test_one_line(
     ("flag", "value"),
     [
         *(("--tp", "0"), ("--batch", "0"), ("--batch", "8,"), ("--context", "x"), ("--budget", "0")),
-        *(("--budget", "some"), ("--alpha", "1.5"), ("--alpha", "nan"), ("--gamma", "17"), ("--gamma", "-1")),
+        *(
+            ("--budget", "some"),
+            ("--alpha", "1.5"),
+            ("--alpha", "nan"),
+            ("--gamma", "17"),
+            ("--gamma", "-1"),
+            ("--layer-us", "-1"),
+            ("--layer-us", "inf"),
+        ),
         *(("--policy", "h2o"), ("--dtype", "int3"), ("--json", "/no/such/dir/x.json"), ("--plot", "/no/such/dir/x")),
     ],
 )
@@ -191,6 +211,51 @@ def test_missing_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "--model" in capsys.readouterr().err
 
 
+def test_all_terms_are_options() -> None:
+    assert {each.value for each in TermsName} == set(TERMS)
+
+
+def test_terms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "terms.json"
+    assert run(monkeypatch, "--terms", "vegas", "--gpu", "h100", "--json", str(file)) == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    assert [table.partition(":")[0] for table in tables] == [
+        "Predicted for one h100, as fitted to published runs on eight GPUs",
+        "Predicted for one h100, forwards replayed from graphs (assumed",
+        "Predicted for one h100, the same, and attention of a verify pass as fast as a plain step's (assumed",
+    ]
+    for table in tables:
+        lines = [line.split() for line in table.splitlines()[2:]]
+        assert [(line[0], line[3]) for line in lines] == [
+            (shape, keys) for shape in ("qwen3-8b", "qwen3-4b") for keys in ("plain", "window", "chosen")
+        ]
+        assert lines[1][10] == "1576"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert [row["rows"] for row in found] == [37, 37, 43, 43] * 3
+    assert run(monkeypatch, "--terms", "vegas", "--gpu", "h200", "--batch", "64", "--json", str(file)) == 0
+    assert {row["rows"] for row in json.loads(file.read_text(encoding="utf-8"))} == {64}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        *((("--model", "llama-3.1-8b"), "--model"), (("--tp", "2"), "--tp"), (("--context", "8000"), "--context")),
+        *((("--gamma", "6"), "--gamma"), (("--alpha", "0.9"), "--alpha"), (("--budget", "512"), "--budget")),
+        *((("--draft", "self"), "--draft"), (("--policy", "window"), "--policy"), (("--plot", "x.png"), "--plot")),
+        *((("--dtype", "bfloat16"), "--dtype"), (("--batch", "1,2"), "--batch"), (("--gpu", "cpu"), "--gpu")),
+        *((("--layer-us", "20"), "--layer-us"), (("--batch", "x"), "--batch")),
+        (("--json", "/no/such/dir/x.json"), "--json"),
+    ],
+)
+def test_terms_take_nothing_else(
+    arguments: tuple[str, ...], flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--gpu", "h100", "--terms", "vegas", *arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert flag in said.err
+
+
 def test_help_names_models_and_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert run(monkeypatch, "--help") == 0
@@ -198,17 +263,20 @@ def test_help_names_models_and_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert all(name in said for name in ("llama-3.1-70b", "tinyllama-1.1b", "a100-80gb", "l40s", "cpu"))
 
 
-def test_needs_neither_torch_nor_matplotlib() -> None:
+@pytest.mark.parametrize("arguments", [("--model", "llama-3.1-8b"), ("--terms", "vegas")])
+def test_needs_neither_torch_nor_matplotlib(arguments: tuple[str, str]) -> None:
     code = """
 import sys
 from bench.paper.published import Row, read_rows
 from server.cli import main
-sys.argv = ["magicdec", "plan", "--model", "llama-3.1-8b", "--gpu", "h100"]
+sys.argv = ["magicdec", "plan", *sys.argv[1:], "--gpu", "h100"]
 try:
     main()
 except SystemExit as ended:
     heavy = {"torch", "transformers", "matplotlib", "numpy"} & set(sys.modules)
     sys.exit(f"imported: {heavy}" if heavy else ended.code)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
