@@ -2,7 +2,7 @@
 
 - shared: the ranks run on the CPUs of one machine and map the same memory.
 - nccl: CUDA devices.
-- symmetric: NCCL, with small sums through memory that the devices of one machine can all access.
+- symmetric: NCCL, with sums of some megabytes at most through memory that the devices of one machine can all access.
 - gloo: everything else. Its sockets are bound to the loopback interface unless an address of this machine is given.
 
 NCCL and gloo connect through a store, of rank 0 or of the launcher that started the ranks.
@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Backend, PrefixStore, Store, TCPStore
 
-from parallel import shm, symm_mem
+from parallel import shm
 from parallel.group import CollectiveError, Group
+from parallel.symm_start import join_symmetric
 
 Transport = Literal["shared", "gloo", "nccl", "symmetric"]
 LOOPBACK = "127.0.0.1"
@@ -43,13 +44,16 @@ class Join(msgspec.Struct):
     """shared: process id of the rank that owns the descriptor; None: this process has inherited it."""
     start_timeout_s: float | None = None
     """Time that joining waits for another rank; None: timeout_s."""
+    fall_back: bool = False
+    """symmetric: use NCCL alone where symmetric memory does not work. Joining then changes `transport`."""
 
 
 def choose(device: torch.device, wanted: Transport | Literal["auto"], one_machine: bool = True) -> Transport:
-    """Choose the transport between ranks; auto: the fastest. Raises ValueError for one that cannot work."""
+    """Choose the transport between ranks; auto: the fastest, where `symmetric` may need Join.fall_back. Raises
+    ValueError for one that cannot work."""
     if wanted == "auto":
         if device.type == "cuda":
-            return "nccl"
+            return "symmetric" if one_machine else "nccl"
         return "shared" if one_machine and shm.available() else "gloo"
     if (wanted in ("nccl", "symmetric")) != (device.type == "cuda"):
         raise ValueError(f"{wanted} does not support the device {device.type}")
@@ -79,7 +83,7 @@ def join(how: Join, device: torch.device, store: Store | None = None, address: s
     """Join the group as a rank; with NCCL and gloo, return once all ranks have joined.
 
     store: this process's end of the store; None: connect to the one at how.port. address: an address of this machine
-    that the other ranks can reach. Raises CollectiveError if they do not join in time.
+    that the other ranks can reach. Raises CollectiveError if they do not join in time; SymmetricUnavailable.
     """
     return _enter(how, how.size, device, store, address)
 
@@ -88,7 +92,7 @@ def join_first(
     count: int, how: Join, device: torch.device, store: Store | None = None, address: str = LOOPBACK
 ) -> Group | None:
     """Join a second group, of ranks 0 … count - 1. Returns None on the other ranks. Every rank calls this at most once,
-    after `join` and with the same arguments. Raises CollectiveError.
+    after `join` and with the same arguments. Raises CollectiveError; SymmetricUnavailable.
     """
     if not 0 < count <= how.size:
         raise ValueError(f"a group of {count} ranks out of {how.size}")
@@ -121,9 +125,15 @@ def _enter(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         comm._get_backend(device)._set_default_timeout(timedelta(seconds=how.timeout_s))
-        if how.transport == "symmetric":
-            return symm_mem.join(comm, part, device)
+        if how.transport != "symmetric":
+            return Group(comm)
+        group = join_symmetric(comm, part, device, fall_back=how.fall_back)
+        if group is not None:
+            return group
+        how.transport = "nccl"  # a second group does not try again
         return Group(comm)
+    except CollectiveError:
+        raise
     except RuntimeError as error:
         raise CollectiveError(str(error)) from error
 

@@ -65,8 +65,9 @@ class EngineConfig(Settings):
     tensor_parallel_size: Positive = 1
     """Number of ranks: processes that compute the model together, each with its share of weights and KV."""
     collectives: Literal["auto", "shared", "gloo", "nccl", "symmetric"] = "auto"
-    """Transport of tensors between ranks; auto: NCCL on CUDA devices, else shared memory where it works, else gloo.
-    symmetric: NCCL, but small sums go through memory that the GPUs of one machine share."""
+    """Transport of tensors between ranks; auto: symmetric on CUDA devices of one machine where it works, else NCCL; on
+    CPUs shared memory where it works, else gloo. symmetric: NCCL, but sums of some megabytes at most go through memory
+    that the GPUs share; an error where that does not work."""
     step_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that a rank may keep the others waiting before it counts as hung."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0

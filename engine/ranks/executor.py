@@ -23,6 +23,7 @@ from parallel.channel import Channel, Link
 from parallel.group import CollectiveError, Group, RankFailure
 from parallel.launch import RankProcesses
 from parallel.rendezvous import Join
+from parallel.symm_start import SymmetricUnavailable
 from parallel.tcp_bootstrap import Connections
 
 RANK_COMMAND = (sys.executable, "-m", "engine.processes.rank")
@@ -90,6 +91,7 @@ class RankExecutor:
         ranks = cls(processes.links, timeout_s=config.step_timeout_s, processes=processes, memory=memory)
         port = store.port if store else None
         join = Join(0, size, transport, config.step_timeout_s, port, memory, start_timeout_s=config.start_timeout_s)
+        join.fall_back = config.collectives == "auto"
         ranks._join(join, config, device, store, rendezvous.LOOPBACK)
         return ranks
 
@@ -109,6 +111,7 @@ class RankExecutor:
             ranks.close()
             raise ConfigError(f"engine.collectives: {error}") from error
         join = Join(0, size, transport, config.step_timeout_s, start_timeout_s=config.start_timeout_s)
+        join.fall_back = config.collectives == "auto"
         if transport == "shared":
             ranks._memory = join.fd = shm.create(size)
             join.holder = os.getpid()
@@ -116,10 +119,14 @@ class RankExecutor:
         return ranks
 
     def _join(self, join: Join, config: EngineConfig, device: torch.device, store: Store | None, address: str) -> None:
-        """Shake hands with the ranks and join the group. join: rank 0's. Raises RankFailure, after `close`."""
+        """Shake hands with the ranks and join the group. join: rank 0's. Raises ConfigError or RankFailure, after
+        `close`."""
         try:
             self.handshake(join, config)
             self.group = rendezvous.join(join, device, store, address)
+        except SymmetricUnavailable as error:
+            self.close()
+            raise ConfigError(f"engine.collectives: {error}") from error
         except CollectiveError as error:
             failure = self._failure(error)
             self.close()
@@ -131,9 +138,12 @@ class RankExecutor:
         self._check_while_waiting(self.group)
 
     def join_first(self, count: int) -> Group | None:
-        """Join, as rank 0, a second group of the first `count` ranks: see rendezvous.join_first. Raises RankFailure."""
+        """Join, as rank 0, a second group of the first `count` ranks: see rendezvous.join_first. Raises ConfigError,
+        RankFailure."""
         try:
             group = self._join_first(count)
+        except SymmetricUnavailable as error:
+            raise ConfigError(f"engine.collectives: {error}") from error
         except CollectiveError as error:
             raise self._failure(error) from error
         self._check_while_waiting(group)

@@ -30,7 +30,7 @@ from models.default import resolve_model, user_cache
 
 log = logging.getLogger(__name__)
 
-_VERSION = 4
+_VERSION = 5
 _SECONDS = 8.0
 """Approximate limit of a profile's time."""
 _SHORT, _LONG_TOKENS = 64, 8192

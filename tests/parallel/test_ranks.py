@@ -307,6 +307,23 @@ def test_settings_that_cannot_be(random_dir: Path, others: dict[str, Any], named
         Engine(EngineConfig.model_validate(config), progress=False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("collectives", ["auto", "symmetric"])
+def test_symmetric_memory_that_does_not_work(
+    random_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, collectives: str
+) -> None:
+    """All ranks do without it, unless the settings demand it."""
+    monkeypatch.setattr(rendezvous, "choose", lambda device, wanted: "symmetric")
+    if collectives == "symmetric":
+        with pytest.raises(ConfigError, match=r"^engine\.collectives: no symmetric memory \(rank \d: .* auto or nccl$"):
+            start(random_dir, 2, collectives=collectives)
+        return
+    engine = start(random_dir, 2)
+    assert run(engine, requests())
+    engine.close()
+    assert len([line for line in caplog.messages if "without symmetric memory (rank " in line]) == 1
+
+
 @contextlib.contextmanager
 def rank_0(random_dir: Path, then: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """Start a process that starts an engine of three ranks and runs the code `then`. Yields it, and the processes of
