@@ -24,7 +24,7 @@ PIP = $(BIN)/python -m pip install $(PIP_FLAGS)
 WORKERS := $(shell nproc 2>/dev/null || echo 2)
 PYTEST = $(BIN)/python -m pytest tests/e2e tests/parallel tests/unit -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup setup-dev model serve test test-all lint format typecheck bench bench-compare test-gpu bench-gpu clean
+.PHONY: help setup setup-dev model serve test test-all lint format typecheck bench bench-compare test-gpu bench-gpu gpu-check clean
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -99,6 +99,9 @@ test-gpu: gpu ## Run the tests that need a CUDA device
 
 bench-gpu: gpu ## Measure rounds of large models, with random weights, on a CUDA device
 	@$(GPU_PYTHON) -m bench.gpu $(ARGS)
+
+gpu-check: gpu ## Check a machine with a CUDA device in eight minutes: tests and two bench points, one table
+	@exec $(GPU_PYTHON) -m bench.gpu.check $(ARGS)
 
 # GPU_PYTHON=python3 takes an environment that is there already, offline: torch for CUDA, Triton, perhaps FlashInfer.
 GPU_PYTHON := $(BIN)/python
