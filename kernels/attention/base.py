@@ -37,34 +37,8 @@ class AttentionBatch:
     skipped: Sequence[int] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class GraphShape:
-    """Shape of all batches of a backend whose kernels are captured in a CUDA graph.
-
-    A batch has exactly `rows` rows, at most `tokens` queries in total, and page lists of at most `width` pages. The
-    query tensor is always [tokens, …]; queries after those of the last row are padding, and their results are unused.
-    The first batch has exactly `tokens` queries.
-    """
-
-    rows: int
-    tokens: int
-    width: int
-
-    def check(self, batch: AttentionBatch) -> None:
-        """Raise ValueError if the batch does not have this shape."""
-        rows, tokens, width = len(batch.query_lengths), sum(batch.query_lengths), batch.pages.shape[-1]
-        if rows != self.rows or tokens > self.tokens or width > self.width:
-            raise ValueError(
-                f"{rows} rows with {tokens} queries and lists of {width} pages, not the {self.rows} with at most "
-                f"{self.tokens} and {self.width} that are captured"
-            )
-
-
-class AttentionBackend(Protocol):
-    """Exact softmax(q k^T * scale) v over the listed pages. One `plan` serves all layers of a forward."""
-
-    def plan(self, batch: AttentionBatch) -> None:
-        """Prepare for `batch`. The plan stays valid until the next one."""
+class PlannedAttention(Protocol):
+    """Exact softmax(q k^T * scale) v over the listed pages of a plan. One plan serves all layers of a forward."""
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Attend with the planned batch.
@@ -75,3 +49,47 @@ class AttentionBackend(Protocol):
         segments.
         """
         ...
+
+
+class AttentionBackend(PlannedAttention, Protocol):
+    """Attention of eager forwards, whose shape may change from one to the next."""
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """Prepare for `batch`. The plan stays valid until the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphShape:
+    """Shape of a captured forward: `rows` rows of exactly `queries` queries each, page lists of at most `width` pages.
+
+    heads: number of KV heads that have lists of their own; None: one list for all.
+    """
+
+    rows: int
+    queries: int
+    width: int
+    heads: int | None = None
+
+
+class GraphAttention(PlannedAttention, Protocol):
+    """Attention of a captured forward.
+
+    Rows with fewer real queries are padded *in front*: row r's n real queries are its last ones, and its `kv_lengths`
+    is that of the real ones, so a padding query sees fewer slots than the row's first real query, perhaps none. Results
+    of padding queries are arbitrary, and do not disturb others'.
+
+    pages: [rows, width] or [rows, heads, width] int64. lengths: [rows] int64, >= 1. Both at fixed addresses; the caller
+        writes them before each `plan`.
+
+    `run` takes q [rows * queries, heads, head_dim]. It is the only part that is captured, and reads buffers at fixed
+    addresses.
+    """
+
+    pages: Tensor
+    lengths: Tensor
+
+    def plan(self, kv_lengths: Sequence[int]) -> None:
+        """Prepare for the next capture or replay; never called while capturing.
+
+        kv_lengths: host values of `lengths`. May enqueue device work that reads `pages` and `lengths`.
+        """

@@ -7,8 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend, GraphShape
-from kernels.attention.flashinfer import HEAD_DIMS, FlashInferAttention, merge_states
+from kernels.attention.base import AttentionBackend, GraphAttention, GraphShape
+from kernels.attention.flashinfer import FlashInferAttention, merge_states
+from kernels.attention.flashinfer_graph import FlashInferGraphAttention, can_capture
+from kernels.attention.flashinfer_workspace import HEAD_DIMS, Workspace
 from kernels.attention.reference_attention import merge_segments
 from kernels.attention.triton_attention import GpuAttention
 from kernels.gpu import pointwise, sample, verdict
@@ -49,19 +51,22 @@ class Recorder(Protocol):
 class GpuGraphs:
     """See kernels.ops.Graphs."""
 
-    def __init__(self, recorder: Recorder, workspace: Tensor | None) -> None:
+    def __init__(self, recorder: Recorder, workspace: Workspace | None) -> None:
         self._workspace = workspace
         self.capture = recorder.capture
 
-    def attention(self, page_size: int, head_dim: int, graph_shape: GraphShape) -> AttentionBackend:
-        return _attention(page_size, head_dim, self._workspace, graph_shape)
+    def attention(self, page_size: int, head_dim: int, shape: GraphShape) -> GraphAttention:
+        workspace = self._workspace
+        if workspace is None or head_dim not in HEAD_DIMS or not can_capture(head_dim, shape):
+            return GpuAttention(graph_shape=shape)
+        return FlashInferGraphAttention(page_size, workspace, shape)
 
 
 class GpuOps:
     """See kernels.ops.Ops. BLAS computes products; Triton, or FlashInfer for attention, computes the rest."""
 
-    def __init__(self, workspace: Tensor | None = None, recorder: Recorder | None = None) -> None:
-        """workspace: FlashInfer's (see kernels.attention.flashinfer.make_workspace), for float16 and bfloat16 models
+    def __init__(self, workspace: Workspace | None = None, recorder: Recorder | None = None) -> None:
+        """workspace: FlashInfer's (see kernels.attention.flashinfer_workspace), for float16 and bfloat16 models
         with a head_dim that it supports; None: attention in Triton. recorder: captures graphs; None: no graphs."""
         self._workspace = workspace
         self.graphs = None if recorder is None else GpuGraphs(recorder, workspace)
@@ -102,12 +107,6 @@ class GpuOps:
         return merge_states(outputs, lses) if known else merge_segments(outputs, lses)
 
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
-        return _attention(page_size, head_dim, self._workspace)
-
-
-def _attention(
-    page_size: int, head_dim: int, workspace: Tensor | None, graph_shape: GraphShape | None = None
-) -> AttentionBackend:
-    if workspace is None or head_dim not in HEAD_DIMS:
-        return GpuAttention(graph_shape=graph_shape)
-    return FlashInferAttention(page_size, workspace, graph_shape)
+        if self._workspace is None or head_dim not in HEAD_DIMS:
+            return GpuAttention()
+        return FlashInferAttention(page_size, self._workspace)
