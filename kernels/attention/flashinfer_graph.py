@@ -52,8 +52,8 @@ class FlashInferGraphAttention:
     queries, and does not split KV: a row of few queries would read its whole context in one block per query head.
 
     FlashInfer plans for a number of heads, a scale and dtypes, which the first `run` supplies: a warm-up, since nothing
-    can be planned while capturing. Where FlashInfer takes the number of queries per row (0.7), its tiles fit them.
-    Before, it assumes one row with nearly all queries of the batch: tiles of 128 rows.
+    can be planned while capturing. Where FlashInfer takes the number of queries per row (takes_uniform_queries), its
+    tiles fit them. Before, it assumes one row with nearly all queries of the batch: tiles of 128 rows.
     """
 
     def __init__(self, page_size: int, workspace: Workspace, shape: GraphShape) -> None:
@@ -103,8 +103,8 @@ class FlashInferGraphAttention:
         return out.reshape(tokens, heads, head_dim), to_natural_log(lse.reshape(tokens, heads))
 
     def _swap(self, x: Tensor, a: int, b: int) -> Tensor:
-        """Swap two dimensions inside each row: queries and KV heads, of which heads must be the outer one where they
-        are rows. x: [rows * …, …], in which each row has a * b adjacent items."""
+        """Swap queries and KV heads inside each row: [rows, a, b, …] to [rows, b, a, …]. Queries come first in q, heads
+        where they are rows."""
         return x.reshape(self._shape.rows, a, b, -1, *x.shape[2:]).transpose(1, 2)
 
     def _make_wrapper(self, call: Call) -> Planned:

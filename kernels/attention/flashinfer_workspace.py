@@ -43,10 +43,11 @@ def load_flashinfer() -> ModuleType:
 def takes_uniform_queries(library: ModuleType) -> bool:
     """Whether FlashInfer can be told that all rows of a captured batch have the same number of queries.
 
-    Its decode wrapper can since 0.7; it then runs the same FA2 kernels as the prefill wrapper, in tiles of that number.
+    Its decode wrapper can, from 0.6.18 on; it then runs the FA2 kernels of the prefill wrapper, in tiles of that
+    number. `plan` does not name its arguments in all versions; `workspace_size`, which has the same, does.
     """
-    plan = library.BatchDecodeWithPagedKVCacheWrapper.plan
-    return "q_len_per_req" in inspect.signature(plan).parameters
+    size = getattr(library.BatchDecodeWithPagedKVCacheWrapper, "workspace_size", None)
+    return size is not None and "q_len_per_req" in inspect.signature(size).parameters
 
 
 def needed_modules(

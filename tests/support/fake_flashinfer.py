@@ -194,13 +194,14 @@ class BatchDecodeWithPagedKVCacheWrapper(FakeWrapper):
         backend: str = "auto",
     ) -> None:
         given = (paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer)
-        super().__init__(
-            float_workspace_buffer, kv_layout, [buffer for buffer in given if buffer is not None], backend
-        )
+        super().__init__(float_workspace_buffer, kv_layout, [buffer for buffer in given if buffer is not None], backend)
         assert use_cuda_graph
         assert use_tensor_cores  # the others are compiled apart
         assert len(self._buffers) == 3
         self._q_len_per_req: int | None = None
+
+    def workspace_size(self, *args: Any, q_len_per_req: int = 1, **kwargs: Any) -> tuple[int, int]:
+        raise NotImplementedError
 
     def plan(
         self,
