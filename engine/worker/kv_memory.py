@@ -11,8 +11,7 @@ from engine.config.deployment import EngineConfig
 from engine.config.speculation import SnapKVConfig
 from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
-from kernels.attention.flashinfer_workspace import Heads, load_flashinfer, takes_uniform_queries
-from kernels.attention.flashinfer_workspace import captured_bytes as captured_attention
+from kernels.attention.flashinfer_workspace import Heads, captured_memory, load_flashinfer, takes_uniform_queries
 from models.batch import ForwardBatch
 from models.llama import Llama
 from parallel.group import Group
@@ -70,7 +69,7 @@ def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_
 
     def attention(model: Llama, queries: list[int], width: int, apart: bool = False) -> tuple[int, int]:
         heads = Heads(model.heads, model.kv_heads, model.head_dim)
-        return captured_attention(heads, rows, queries, width, apart, multiprocessors, uniform)
+        return captured_memory(heads, rows, queries, width, apart, multiprocessors, uniform)
 
     each = [attention(model, list(range(1, gamma + 2)), width)]
     if gamma:

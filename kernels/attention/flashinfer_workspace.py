@@ -168,7 +168,7 @@ def eager_int_bytes(kernels: Kernels, heads: Heads, queries: Ints, multiprocesso
     return _fa2_ints(rows, tokens, max(_blocks(heads, multiprocessors), tiles))
 
 
-def captured_bytes(
+def captured_memory(
     heads: Heads, rows: list[int], queries: list[int], width: int, apart: bool, multiprocessors: int, uniform: bool
 ) -> tuple[int, int]:
     """Bound the device memory of captured attention: scratch memory, which all share, and the sum of their own.

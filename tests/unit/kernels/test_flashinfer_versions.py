@@ -155,7 +155,7 @@ def test_captured_plans_have_the_memory_they_need(planner: tuple[Path, bool], pa
 
 @pytest.mark.parametrize(
     ("shape", "rows", "queries", "megabytes"),
-    [("llama-2-7b-32k", 64, 4, 137.4), ("llama-2-7b-32k", 128, 4, 276.9), ("llama-3.1-8b", 128, 7, 298.0)],
+    [("llama-2-7b-32k", 64, 4, 137.4), ("llama-2-7b-32k", 128, 4, 276.9), ("llama-3.1-8b", 128, 7, 327.6)],
 )
 def test_memory_of_large_batches(shape: str, rows: int, queries: int, megabytes: float) -> None:
     """Where 128 MB, FlashInfer's own advice, are too few; on one H100, without the hint that all rows are alike."""
