@@ -71,13 +71,16 @@ def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_
         heads = Heads(model.heads, model.kv_heads, model.head_dim)
         return captured_memory(heads, rows, queries, width, apart, multiprocessors, uniform)
 
-    each = [attention(model, list(range(1, gamma + 2)), width)]
+    scratch, own = attention(model, list(range(1, gamma + 2)), width)
     if gamma:
         narrow = min(width, settings.kv.budget // page + 1) if settings.kv.budget else width
         apart = isinstance(settings.kv, SnapKVConfig)
         # Single forwards with one query and with two, and steps, of which the first may have two.
-        each.append(attention(draft or model, [1, 2, 2] + [1] * (gamma - 1), narrow, apart))
-    return max(floats for floats, _ in each) + sum(own for _, own in each)
+        needed, drafts = attention(draft or model, [1, 2, 2] + [1] * (gamma - 1), narrow, apart)
+        # Drafts are captured after the target, whose graphs keep the smaller memory that they were captured with.
+        scratch += needed if needed > scratch else 0
+        own += drafts
+    return scratch + own
 
 
 def measure(config: EngineConfig, model: Llama) -> DeviceMemory:

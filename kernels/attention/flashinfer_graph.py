@@ -69,15 +69,15 @@ class FlashInferGraphAttention:
         self._indptr = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
         self._listed = torch.zeros(self._rows * shape.width + 1, dtype=torch.int32, device=device)
         self._last = torch.zeros(self._rows, dtype=torch.int32, device=device)
-        self._kv_lengths: Sequence[int] = ()
+        self._kv_lengths: Sequence[int] | None = None
         self._call: Call | None = None
         self._planned: Planned | None = None
 
     def plan(self, kv_lengths: Sequence[int]) -> None:
         """See GraphAttention.plan. Work on the host is O(rows)."""
         self._kv_lengths = kv_lengths
-        if self._call is not None and self._planned is not None:
-            self._prepare(self._planned, self._call)
+        if self._planned is not None and self._call is not None:
+            self._prepare(self._planned, self._call, kv_lengths)
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See GraphAttention.run. Raises ValueError for what FlashInfer has no kernels for."""
@@ -85,10 +85,10 @@ class FlashInferGraphAttention:
         kv_heads = layer.k.shape[1]
         call = Call(Heads(heads, kv_heads, head_dim), q.dtype, layer.k.dtype, scale)
         if self._planned is None:
-            assert self._kv_lengths, "run before plan"
+            assert self._kv_lengths is not None, "run before plan"
             call.check()
             self._planned, self._call = self._make_wrapper(call), call
-            self._prepare(self._planned, call)
+            self._prepare(self._planned, call, self._kv_lengths)
         assert call == self._call, f"{call}, and the first one {self._call}"
         pool: tuple[Tensor, ...] = (layer.k, layer.v)
         if self._shape.heads is not None:
@@ -138,8 +138,8 @@ class FlashInferGraphAttention:
             )
         return Planned(wrapper, self._device, floats, size.ints)
 
-    def _prepare(self, planned: Planned, call: Call) -> None:
-        lengths = np.array(self._kv_lengths, dtype=np.int64).repeat(self._heads)
+    def _prepare(self, planned: Planned, call: Call, kv_lengths: Sequence[int]) -> None:
+        lengths = np.array(kv_lengths, dtype=np.int64).repeat(self._heads)
         queries = self._shape.queries
         lists = offsets(-(-lengths // self._page_size))
         # FlashInfer's decode wrapper refuses lengths below the number of queries, whose first ones would see nothing:

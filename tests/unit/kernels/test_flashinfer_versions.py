@@ -180,3 +180,18 @@ def test_eager_plans_have_the_memory_they_need(planner: tuple[Path, bool]) -> No
             ints = eager_int_bytes(kernels, heads, np.array(queries), processors)
             batches.append(line(kernels, heads, processors, 0, floats, ints, rows))
     plan(program, batches)
+
+
+def test_a_chunk_beside_decoding_rows_would_keep_them_whole(planner: tuple[Path, bool]) -> None:
+    """Why rows are parted: alone, decoding rows have their KV split, and tiles of 16."""
+    program, _ = planner
+    decode = [(1, 30_000)] * 8
+
+    def tile_and_split(rows: list[tuple[int, int]]) -> tuple[int, int]:
+        numbers = plan(program, [line("fa2", Heads(32, 8, 128), 132, 0, 1 << 30, 8 << 20, rows)])[0].split()
+        return int(numbers[3]), int(numbers[-1])
+
+    assert tile_and_split(decode) == (16, 1)
+    assert tile_and_split([*decode, (2048, 30_000)]) == (128, 0)
+    assert tile_and_split([*decode, (16, 30_000)]) == (16, 1)  # as many queries as a short row can have
+    assert tile_and_split([(17, 30_000)]) == (128, 1)
