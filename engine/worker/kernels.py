@@ -61,7 +61,8 @@ def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
     try:
         if name == "cpu":
             return CpuOps(CpuKernels(kernels_folder(), choose(kernels_folder())))
-        from kernels.attention.flashinfer import load_flashinfer, make_workspace  # imported where there is a GPU
+        # Imported where there is a GPU.
+        from kernels.attention.flashinfer_workspace import load_flashinfer, make_workspace
         from kernels.gpu.cuda_graphs import CudaGraphs
         from kernels.gpu.gpu_ops import GpuOps
 

@@ -8,9 +8,10 @@ import torch
 
 from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import EngineConfig
+from engine.config.speculation import SnapKVConfig
 from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
-from kernels.attention.flashinfer import PLAN_BYTES
+from kernels.attention.flashinfer_workspace import Heads, captured_memory, load_flashinfer, takes_uniform_queries
 from models.batch import ForwardBatch
 from models.llama import Llama
 from parallel.group import Group
@@ -27,38 +28,59 @@ class DeviceMemory:
 
 
 def size_pool(
-    config: EngineConfig, resolved: Resolved, model: Llama, group: Group, memory: DeviceMemory | None = None
+    config: EngineConfig,
+    resolved: Resolved,
+    model: Llama,
+    group: Group,
+    memory: DeviceMemory | None = None,
+    draft: Llama | None = None,
 ) -> Resolved:
     """Return `resolved` with the size of the pool, the same on every rank: as resolved, or as many pages as fit on the
     rank with the smallest free memory, and a lower max_model_len where the config leaves it open and they hold
     less.
 
-    Every rank calls this, with all of its weights loaded. memory: used instead of a measurement. Raises ConfigError, on
-    every rank, if the longest request does not fit.
+    Every rank calls this, with all of its weights loaded. memory: used instead of a measurement. draft: this rank's
+    shard of a draft model. Raises ConfigError, on every rank, if the longest request does not fit.
     """
     if resolved.num_pages is not None:
         return resolved
     if memory is None:
         memory = measure(config, model)
     share = config.cache.gpu_memory_utilization
-    left = int(memory.total * share) - memory.used - memory.running - captured_bytes(config, model, memory.running)
+    left = int(memory.total * share) - memory.used - memory.running
+    if config.cuda_graphs and model.ops.make_graphs is not None:
+        left -= memory.running  # about what the tensors of captured forwards take
+        if model.ops.kind == "flashinfer":
+            left -= captured_bytes(config, model, draft, resolved.max_model_len)
     smallest = group.all_gather(torch.tensor([left], dtype=torch.int64, device=model.device)).min()
     named = f"the {int(smallest) / 1e9:.3g} that gpu_memory_utilization {share:g} leaves"
     setting = f"cache.gpu_memory_utilization ({share:g})"
     return fit_pool(config, resolved, int(smallest), named, setting, warns=group.rank == 0)
 
 
-def captured_bytes(config: EngineConfig, model: Llama, running: int) -> int:
-    """Estimate the bytes that graphs keep: tensors of captured forwards, and the workspace of each captured attention.
+def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_model_len: int) -> int:
+    """Bound the bytes that FlashInfer's captured attention keeps: scratch memory, and plans and page lists of each
+    captured forward. draft: a draft model; None: the target drafts for itself, or nothing does."""
+    settings, page = config.speculation, config.cache.page_size
+    rows, gamma = graph_row_counts(config.scheduler.max_rows), settings.max_draft_tokens
+    multiprocessors = torch.cuda.get_device_properties(model.device).multi_processor_count
+    uniform = takes_uniform_queries(load_flashinfer())
+    width = -(-max_model_len // page)
 
-    running: bytes that the largest round takes.
-    """
-    if not config.cuda_graphs or model.ops.make_graphs is None:
-        return 0
-    max_gamma = config.speculation.max_draft_tokens
-    # The target's pass over each number of drafts, one or two forwards of a draft, and its steps.
-    forwards = len(graph_row_counts(config.scheduler.max_rows)) * (2 * max_gamma + 3)
-    return running + forwards * (PLAN_BYTES if model.ops.kind == "flashinfer" else 0)
+    def attention(model: Llama, queries: list[int], width: int, apart: bool = False) -> tuple[int, int]:
+        heads = Heads(model.heads, model.kv_heads, model.head_dim)
+        return captured_memory(heads, rows, queries, width, apart, multiprocessors, uniform)
+
+    scratch, own = attention(model, list(range(1, gamma + 2)), width)
+    if gamma:
+        narrow = min(width, settings.kv.budget // page + 1) if settings.kv.budget else width
+        apart = isinstance(settings.kv, SnapKVConfig)
+        # Single forwards with one query and with two, and steps, of which the first may have two.
+        needed, drafts = attention(draft or model, [1, 2, 2] + [1] * (gamma - 1), narrow, apart)
+        # Drafts are captured after the target, whose graphs keep the smaller memory that they were captured with.
+        scratch += needed if needed > scratch else 0
+        own += drafts
+    return scratch + own
 
 
 def measure(config: EngineConfig, model: Llama) -> DeviceMemory:

@@ -85,7 +85,7 @@ class Worker:
         if model is None:
             model = load_shard(config, resolved, device, group, progress=progress)
         draft = load_draft(config, model, resolved.max_model_len, draft_group)
-        resolved = size_pool(config, resolved, model, group)
+        resolved = size_pool(config, resolved, model, group, draft=draft.model)
         assert resolved.num_pages is not None
         length = resolved.max_model_len
         if not is_shared:

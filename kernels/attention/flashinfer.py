@@ -1,93 +1,65 @@
-"""Attention on NVIDIA GPUs by FlashInfer (arXiv 2501.01005).
+"""Attention of eager forwards on NVIDIA GPUs by FlashInfer (arXiv 2501.01005); flashinfer_graph.py has that of captured
+ones.
 
-Without a GPU, tests run it against a torch stand-in for FlashInfer, tests/support/fake_flashinfer.py, which does not
-cover FlashInfer's own kernels; tests/gpu compares those with the oracle.
+Without a GPU, tests run both against FlashInfer's own Python with kernels in torch, and models against a stand-in for
+it, tests/support/fake_flashinfer.py. tests/gpu compares FlashInfer's kernels with the oracle.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBatch, GraphBatch
+from kernels.attention.base import AttentionBatch
+from kernels.attention.flashinfer_workspace import (
+    Call,
+    Heads,
+    Ints,
+    Kernels,
+    Planned,
+    Workspace,
+    eager_float_bytes,
+    eager_int_bytes,
+    flat_pages,
+    list_pages,
+    load_flashinfer,
+    offsets,
+    ragged_arange,
+    to_natural_log,
+    to_pinned,
+)
 from kernels.kv_cache import LayerKV
 from kernels.transfer import send
 
-WORKSPACE_BYTES = 128 << 20
-PLAN_BYTES = 8 << 20
-"""Memory of one FlashInfer wrapper for its plans: this much on the device, and as much pinned."""
-HEAD_DIMS = (64, 128, 256)
-_DTYPES = (torch.float16, torch.bfloat16)
 _IN_FLIGHT = 4  # largest number of plans by which the host is ahead of the device
-_TENSOR_CORES = 4  # query heads per KV head at which FlashInfer's decode becomes faster on tensor cores
+_MIN_INT_BYTES = 64 << 10  # so that few wrappers must grow
 
-Ints = npt.NDArray[np.int64]
+_SHORT = 64
+"""Queries times heads per KV head up to which a row is short. FA2 packs these into one dimension and cuts it into tiles
+of 16 rows, 64 (a mean of more than 16) or 128 (of more than 64). So no short row makes decoding rows, with 1 to 8, take
+tiles of 128, and a longer row fills more than half of one."""
 
+_FA3_QUERIES = 128
+"""Queries from which FA3 computes a row on sm_90. It multiplies about twice as fast as FA2, but its tiles are 128
+queries of *one* head (192 for head_dim 64), each of which reads the whole context. A row with fewer queries leaves
+part of a tile empty, and occupies no more multiprocessors than it has heads; FA2 splits its context instead."""
 
-def load_flashinfer() -> ModuleType:
-    """Import FlashInfer. Raises ImportError with an installation hint."""
-    try:
-        import flashinfer
-    except ImportError as error:
-        raise ImportError("attention by FlashInfer needs its package: pip install 'magicdec[cuda]'") from error
-    module: ModuleType = flashinfer
-    return module
-
-
-def make_workspace(device: torch.device) -> Tensor:
-    """Allocate scratch memory, shared by all backends of one device that run on one stream."""
-    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+_Kind = Literal["short", "long", "fa3"]
 
 
 @dataclass(frozen=True, slots=True)
-class GraphShape:
-    rows: int
-    tokens: int
-    width: int
+class _Part:
+    """Rows of a batch that one wrapper attends to. first, end: their queries, in the order in which parts follow."""
 
-    def check(self, batch: AttentionBatch) -> None:
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """Parameters of a forward's attention that FlashInfer plans for."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
-    scale: float
-
-
-@dataclass(slots=True)
-class _Wrapper:
-    """A FlashInfer wrapper. read: event after which the device has read its last plan.
-
-    FlashInfer writes a plan into the wrapper's pinned memory and copies it from there without waiting. Planning the
-    wrapper again before that copy ends would corrupt the earlier plan.
-    """
-
-    wrapper: Any
-    read: torch.cuda.Event | None = None
-
-    def plan(self, device: torch.device, *arguments: Any, **options: Any) -> None:
-        if self.read is not None:
-            self.read.synchronize()
-        self.wrapper.plan(*arguments, **options)
-        if device.type == "cuda":
-            self.read = self.read or torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.read.record()
+    planned: Planned
+    first: int
+    end: int
 
 
 class FlashInferAttention:
@@ -97,157 +69,114 @@ class FlashInferAttention:
     [pages * kv_heads, 1, page_size, head_dim] (see LayerKV).
 
     FlashInfer plans for a number of heads, a scale and dtypes, which the first `run` supplies. From then on `plan` does
-    all of the host's work, so that a captured `run` can be replayed after it. A plan's shape follows from host data,
-    and page ids are gathered on the device. So the host does not wait for the device, except to stay at most a few
-    plans ahead, or one if plans are kept at fixed addresses.
+    all of the host's work: O(rows) for the plan, and no list of pages. The host does not wait for the device, except to
+    stay at most a few plans ahead.
+
+    Rows are parted by the tiles that suit them (_SHORT and _FA3_QUERIES), since FlashInfer chooses one tile for all
+    rows of a batch by their mean, and splits the KV of none where the others alone give the device enough blocks: a
+    chunk of a prompt beside decoding rows would leave those with nearly empty tiles, and one block for a whole context.
     """
 
-    def __init__(self, page_size: int, workspace: Tensor, graph_shape: GraphShape | None = None) -> None:
-        """workspace: see `make_workspace`. fixed: shape of batches that a CUDA graph replays; other batches are
-        refused, and plans are kept at fixed addresses. Raises ImportError if FlashInfer is missing."""
+    def __init__(self, page_size: int, workspace: Workspace) -> None:
+        """workspace: shared by all attention on this stream. Raises ImportError if FlashInfer is missing."""
         self._library = load_flashinfer()
         self._page_size = page_size
         self._workspace = workspace
         self._device = workspace.device
-        self._graph_shape = graph_shape
         self._batch: AttentionBatch | None = None
-        self._call: _Call | None = None
-        self._wrappers: dict[tuple[str, int], deque[_Wrapper]] = {}
-        self._wrapper: Any = None
+        self._call: Call | None = None
+        self._wrappers: dict[_Kind, deque[Planned]] = {}
+        self._parts: list[_Part] = []
         self._order: Tensor | None = None
-        self._order_buffer: Tensor | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
-        """Plan for `batch`. Raises ValueError if it does not fit `fixed`."""
-        if self._graph_shape is not None:
-            self._graph_shape.check(batch)
+        """See AttentionBackend.plan."""
         self._batch = batch
-        self._wrapper = None
+        self._parts = []
         if self._call is not None:
             self._prepare(batch, self._call)
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """See AttentionBackend.run. Raises ValueError for dtypes and head_dims without FlashInfer kernels."""
+        """See PlannedAttention.run. Raises ValueError for dtypes and head_dims without FlashInfer kernels."""
         batch = self._batch
         assert batch is not None, "run before plan"
         tokens, heads, head_dim = q.shape
-        call = _Call(heads, layer.k.shape[1], head_dim, q.dtype, layer.k.dtype, scale)
-        if call != self._call or self._wrapper is None:
-            _check(call)
+        kv_heads = layer.k.shape[1]
+        call = Call(Heads(heads, kv_heads, head_dim), q.dtype, layer.k.dtype, scale)
+        if call != self._call or not self._parts:
+            call.check()
             self._prepare(batch, call)
             self._call = call
-        if batch.pages.dim() == 2:
-            o, lse = self._wrapper.run(q, (layer.k, layer.v), return_lse=True)
-            return o, _to_natural_log(lse)
-        group = heads // call.kv_heads
-        grouped = q.reshape(tokens * call.kv_heads, group, head_dim)
+        pool: tuple[Tensor, ...] = (layer.k, layer.v)
+        if batch.pages.dim() == 3:
+            q = q.reshape(tokens * kv_heads, heads // kv_heads, head_dim)
+            pool = tuple(part.view(-1, 1, *part.shape[2:]) for part in pool)
         if self._order is not None:
-            grouped = grouped.index_select(0, self._order)
-        pool = tuple(part.view(-1, 1, *part.shape[2:]) for part in (layer.k, layer.v))
-        o, lse = self._wrapper.run(grouped, pool, return_lse=True)
-        return self._restore_query_order(o).view(tokens, heads, head_dim), _to_natural_log(
-            self._restore_query_order(lse).view(tokens, heads)
-        )
+            q = q.index_select(0, self._order)
+        # FlashInfer would fill a new output with zeros in every layer.
+        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+        for part in self._parts:
+            mine = slice(part.first, part.end)
+            part.planned.wrapper.run(q[mine], pool, out=out[mine], lse=lse[mine], return_lse=True)
+        if self._order is not None:
+            out, lse = (torch.empty_like(each).index_copy_(0, self._order, each) for each in (out, lse))
+        return out.view(tokens, heads, head_dim), to_natural_log(lse.view(tokens, heads))
 
-    def _restore_query_order(self, results: Tensor) -> Tensor:
-        """Reorder results from the order in which heads are rows to that of the queries."""
-        if self._order is None:
-            return results
-        return torch.empty_like(results).index_copy_(0, self._order, results)
-
-    def _prepare(self, batch: AttentionBatch, call: _Call) -> None:
+    def _prepare(self, batch: AttentionBatch, call: Call) -> None:
         queries = np.array(batch.query_lengths, dtype=np.int64)
         lengths = np.array(batch.kv_lengths, dtype=np.int64)
-        pages, heads, kv_heads = batch.pages, call.heads, call.kv_heads
-        self._order = None
-        if pages.dim() == 3:
-            pages = (pages * kv_heads + torch.arange(kv_heads, device=pages.device)[:, None]).flatten(0, 1)
-            num_queries = self._graph_shape.tokens if self._graph_shape else int(queries.sum())
-            if num_queries > len(queries):
-                self._order = self._store_order(_head_major_order(queries, kv_heads, num_queries))
-            queries, lengths = queries.repeat(kv_heads), lengths.repeat(kv_heads)
-            heads, kv_heads = heads // kv_heads, 1
-        counts = -(-lengths // self._page_size)
-        ends = counts.cumsum()
-        listed = np.arange(ends[-1]) + np.repeat(np.arange(len(counts)) * pages.shape[1] - (ends - counts), counts)
-        indices = pages.flatten().index_select(0, self._to_device(listed)).int()
-        indptr = self._to_pinned(np.concatenate([[0], ends]))
-        last = self._to_pinned((lengths - 1) % self._page_size + 1)
-        options = {
-            "q_data_type": call.dtype,
-            "kv_data_type": call.kv_dtype,
-            "sm_scale": call.scale,
-            "non_blocking": True,
-        }
-        sizes = heads, kv_heads, call.head_dim, self._page_size
-        if self._graph_shape is None and (queries == 1).all():
-            planned = self._next_wrapper("decode", int(heads // kv_heads >= _TENSOR_CORES))
-            planned.plan(self._device, indptr, indices, last, *sizes, **options)
-        else:
-            planned = self._next_wrapper("prefill", len(queries) if self._graph_shape else 0)
-            starts = self._to_pinned(np.concatenate([[0], queries.cumsum()]))
-            planned.plan(self._device, starts, indptr, indices, last, *sizes, causal=True, **options)
-        self._wrapper = planned.wrapper
+        starts, step, heads = queries.cumsum() - queries, 1, call.heads
+        if batch.pages.dim() == 3:  # each head of a row is a row; the heads of one token are adjacent in q
+            step = heads.kv_heads
+            starts = (starts[:, None] * step + np.arange(step)).ravel()
+            queries, lengths = queries.repeat(step), lengths.repeat(step)
+            heads = heads.as_rows()
+        rows = {kind: mine for kind, mine in self._by_kind(queries, heads.group).items() if len(mine)}
+        by_part = np.concatenate(list(rows.values()))
+        counts = queries[by_part]
+        order = np.repeat(starts[by_part], counts) + step * ragged_arange(counts)
+        in_order = bool((order == np.arange(len(order))).all())
+        self._order = None if in_order else send(torch.from_numpy(order), self._device)
+        pages, self._parts, first = flat_pages(batch.pages), [], 0
+        for kind, mine in rows.items():
+            some = pages if len(rows) == 1 else pages.index_select(0, send(torch.from_numpy(mine), self._device))
+            planned = self._plan_part(kind, some, queries[mine], lengths[mine], heads, call)
+            self._parts.append(_Part(planned, first, first + int(queries[mine].sum())))
+            first = self._parts[-1].end
 
-    def _next_wrapper(self, kind: Literal["decode", "prefill"], variant: int) -> _Wrapper:
-        """Return a new wrapper, or, if there are enough, the one with the oldest plan.
+    def _by_kind(self, queries: Ints, group: int) -> dict[_Kind, Ints]:
+        """Return the rows of each kind, in their order."""
+        short = queries * group <= _SHORT
+        fa3 = ~short & (queries >= _FA3_QUERIES) & (self._workspace.capability == (9, 0))
+        return {"short": np.flatnonzero(short), "long": np.flatnonzero(~short & ~fa3), "fa3": np.flatnonzero(fa3)}
 
-        variant: for decode, whether it uses tensor cores; for prefill, the number of FlashInfer's rows that it is fixed
-        to, 0 if it is not.
-        """
-        ring = self._wrappers.setdefault((kind, variant), deque())
-        if len(ring) < (1 if self._graph_shape else _IN_FLIGHT):
-            ring.append(_Wrapper(self._make_decode(bool(variant)) if kind == "decode" else self._make_prefill(variant)))
+    def _plan_part(self, kind: _Kind, pages: Tensor, queries: Ints, lengths: Ints, heads: Heads, call: Call) -> Planned:
+        """Plan for rows of one kind. pages: [rows, width]."""
+        kernels: Kernels = "fa3" if kind == "fa3" else "fa2"
+        floats = self._workspace.take(eager_float_bytes(heads, self._workspace.multiprocessors))
+        ints = eager_int_bytes(kernels, heads, queries, self._workspace.multiprocessors)
+        planned = self._next_wrapper(kind, kernels, floats, max(_MIN_INT_BYTES, 1 << (ints - 1).bit_length()))
+        lists = offsets(-(-lengths // self._page_size))
+        listed = torch.empty(int(lists[-1]) + 1, dtype=torch.int32, device=self._device)
+        indptr, last, starts, seq_lens = (
+            to_pinned(each, self._device)
+            for each in (lists, (lengths - 1) % self._page_size + 1, offsets(queries), lengths)
+        )
+        list_pages(pages, indptr.to(self._device, non_blocking=True), listed)
+        sizes = *heads, self._page_size
+        planned.plan(starts, indptr, listed[:-1], last, *sizes, causal=True, seq_lens=seq_lens, **call.options)
+        return planned
+
+    def _next_wrapper(self, kind: _Kind, kernels: Kernels, floats: Tensor, ints: int) -> Planned:
+        """Return a new wrapper, or, if there are enough, the one with the oldest plan."""
+        ring = self._wrappers.setdefault(kind, deque())
+        if len(ring) < _IN_FLIGHT:
+            make = self._library.BatchPrefillWithPagedKVCacheWrapper
+            ring.append(Planned(make(floats, "HND", backend=kernels), self._device, floats, ints))
         else:
             ring.rotate(-1)
+            ring[-1].provide(floats, ints)
         return ring[-1]
-
-    def _make_decode(self, tensor_cores: bool) -> Any:
-        make = self._library.BatchDecodeWithPagedKVCacheWrapper
-        return make(self._workspace, "HND", use_tensor_cores=tensor_cores)
-
-    def _make_prefill(self, rows: int) -> Any:
-        make = self._library.BatchPrefillWithPagedKVCacheWrapper
-        if self._graph_shape is None:
-            return make(self._workspace, "HND")
-        sizes = {
-            "qo_indptr_buf": rows + 1,
-            "paged_kv_indptr_buf": rows + 1,
-            "paged_kv_indices_buf": rows * self._graph_shape.width,
-            "paged_kv_last_page_len_buf": rows,
-        }
-        buffers = {name: torch.zeros(n, dtype=torch.int32, device=self._device) for name, n in sizes.items()}
-        return make(self._workspace, "HND", use_cuda_graph=True, **buffers)
-
-    def _store_order(self, order: Ints) -> Tensor:
-        moved = self._to_device(order)
-        if self._graph_shape is None:
-            return moved
-        if self._order_buffer is None:
-            self._order_buffer = moved
-        return self._order_buffer.copy_(moved)
-
-    def _to_pinned(self, values: Ints) -> Tensor:
-        """Convert to int32, in pinned memory for a GPU, so that copies to it need no wait."""
-        tensor = torch.from_numpy(values.astype(np.int32))
-        return tensor.pin_memory() if self._device.type == "cuda" else tensor
-
-    def _to_device(self, values: Ints) -> Tensor:
-        return send(torch.from_numpy(values), self._device)
-
-
-class FlashInferGraphAttention:
-    def __init__(self, page_size: int, workspace: Tensor, batch: GraphBatch) -> None:
-        rows = len(batch.lengths)
-        shape = GraphShape(rows, rows * batch.queries, batch.pages.shape[-1])
-        self._batch, self._inner = batch, FlashInferAttention(page_size, workspace, shape)
-
-    def plan(self, kv_lengths: Sequence[int]) -> None:
-        queries = [self._batch.queries] * len(kv_lengths)
-        self._inner.plan(AttentionBatch(queries, kv_lengths, self._batch.pages))
-
-    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return self._inner.run(layer, q, scale)
 
 
 def merge_states(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -257,35 +186,4 @@ def merge_states(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Ten
     merged, total = outputs[0], lses[0] / math.log(2)
     for output, lse in zip(outputs[1:], lses[1:], strict=True):
         merged, total = merge(merged, total, output, lse / math.log(2))
-    return merged, _to_natural_log(total)
-
-
-def _head_major_order(queries: Ints, kv_heads: int, tokens: int) -> Ints:
-    """Return the order that makes each row's queries of one head adjacent: indices into [tokens * kv_heads], in which
-    the heads of one token are adjacent. tokens: at least the sum of `queries`; surplus ones are padding and stay at the
-    end."""
-    starts = queries.cumsum() - queries
-    heads = np.arange(kv_heads)
-    return np.concatenate(
-        [
-            *(
-                ((start + np.arange(n)) * kv_heads + heads[:, None]).ravel()
-                for start, n in zip(starts, queries, strict=True)
-            ),
-            np.arange(queries.sum() * kv_heads, tokens * kv_heads),
-        ]
-    )
-
-
-def _check(call: _Call) -> None:
-    if call.dtype not in _DTYPES or call.head_dim not in HEAD_DIMS:
-        name = str(call.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"FlashInfer has no kernels for {name} with head_dim {call.head_dim}: it has them for float16 and "
-            f"bfloat16, and head_dim {', '.join(map(str, HEAD_DIMS))}"
-        )
-
-
-def _to_natural_log(lse: Tensor) -> Tensor:
-    """Convert FlashInfer's base-2 log-sum-exp to the natural one, in place."""
-    return lse.mul_(math.log(2))
+    return merged, to_natural_log(total)

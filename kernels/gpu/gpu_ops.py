@@ -8,7 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, GraphAttention, GraphBatch
-from kernels.attention.flashinfer import HEAD_DIMS, FlashInferAttention, FlashInferGraphAttention, merge_states
+from kernels.attention.flashinfer import FlashInferAttention, merge_states
+from kernels.attention.flashinfer_graph import FlashInferGraphAttention, can_capture
+from kernels.attention.flashinfer_workspace import HEAD_DIMS, Workspace
 from kernels.attention.reference_attention import merge_segments
 from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention
 from kernels.gpu import pointwise, sample, verdict
@@ -49,21 +51,22 @@ class Recorder(Protocol):
 class GpuGraphs:
     """See kernels.ops.Graphs."""
 
-    def __init__(self, recorder: Recorder, workspace: Tensor | None) -> None:
+    def __init__(self, recorder: Recorder, workspace: Workspace | None) -> None:
         self._workspace = workspace
         self.capture = recorder.capture
 
     def attention(self, page_size: int, head_dim: int, batch: GraphBatch) -> GraphAttention:
-        if self._workspace is None or head_dim not in HEAD_DIMS:
+        workspace = self._workspace
+        if workspace is None or head_dim not in HEAD_DIMS or not can_capture(head_dim, batch):
             return GpuGraphAttention(batch)
-        return FlashInferGraphAttention(page_size, self._workspace, batch)
+        return FlashInferGraphAttention(page_size, workspace, batch)
 
 
 class GpuOps:
     """See kernels.ops.Ops. BLAS computes products; Triton, or FlashInfer for attention, computes the rest."""
 
-    def __init__(self, workspace: Tensor | None = None, make_recorder: Callable[[], Recorder] | None = None) -> None:
-        """workspace: FlashInfer's (see kernels.attention.flashinfer.make_workspace), for float16 and bfloat16 models
+    def __init__(self, workspace: Workspace | None = None, make_recorder: Callable[[], Recorder] | None = None) -> None:
+        """workspace: FlashInfer's (see kernels.attention.flashinfer_workspace), for float16 and bfloat16 models
         with a head_dim that it supports; None: attention in Triton. make_recorder: creates what captures graphs, once
         per engine; None: no graphs."""
         self._workspace = workspace

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.attention.base import AttentionBatch, GraphShape
-from kernels.attention.flashinfer import FlashInferAttention, make_workspace, merge_states
+from kernels.attention.base import AttentionBatch, GraphBatch
+from kernels.attention.flashinfer import FlashInferAttention, merge_states
+from kernels.attention.flashinfer_graph import FlashInferGraphAttention
+from kernels.attention.flashinfer_workspace import make_workspace
 from kernels.attention.reference_attention import ReferenceAttention, merge_segments
 from kernels.kv_cache import LayerKV
 
@@ -18,7 +20,7 @@ CUDA = torch.device("cuda")
 ROWS = [
     ([1] * 6, [30, 4000, 17, 900, 64, 2500]),  # decode
     ([5, 1, 3, 5], [3000, 40, 800, 5]),  # verify
-    ([700, 1, 5], [1000, 2000, 300]),  # a chunk of a prompt in the same batch
+    ([700, 1, 5, 100, 1], [1000, 2000, 300, 170, 4000]),  # chunks of prompts in the same batch
 ]
 
 
@@ -29,6 +31,11 @@ def layer_of(kv_heads: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
 
 def pages_of(rows: int, kv_heads: int, per_head: bool) -> torch.Tensor:
     return torch.randint(300, (rows, kv_heads, 256) if per_head else (rows, 256), device=CUDA)
+
+
+def captured(queries: int, lists: tuple[int, ...]) -> GraphBatch:
+    pages = torch.zeros(lists, dtype=torch.int64, device=CUDA)
+    return GraphBatch(queries, pages, torch.ones(lists[0], dtype=torch.int64, device=CUDA))
 
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
@@ -70,28 +77,63 @@ def test_plans_made_ahead_of_the_device() -> None:
         torch.testing.assert_close(out, oracle.run(layer, q, 0.1)[0], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
-def test_captured_runs_follow_new_plans(per_head: bool) -> None:
+@pytest.mark.parametrize("heads", [None, 8], ids=["shared", "per_head"])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_captured_runs_follow_new_plans(heads: int | None, queries: int) -> None:
+    """Rows with fewer queries are padded in front, also where their KV is shorter than the padding."""
     torch.manual_seed(0)
     layer = layer_of(8, 128, torch.bfloat16)
-    backend = FlashInferAttention(16, make_workspace(CUDA), GraphShape(rows=3, tokens=9, width=256))
-    q = torch.randn(9, 32, 128, device=CUDA).bfloat16()
-    backend.plan(AttentionBatch([5, 1, 3], [4000, 4000, 4000], pages_of(3, 8, per_head)))
+    batch = captured(queries, (3, 256) if heads is None else (3, heads, 256))
+    ours, oracle = FlashInferGraphAttention(16, make_workspace(CUDA), batch), ReferenceAttention(16)
+    q = torch.randn(3 * queries, 32, 128, device=CUDA).bfloat16()
+    ours.plan([1, 1, 1])
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        backend.run(layer, q, 0.1)
+        ours.run(layer, q, 0.1)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = backend.run(layer, q, 0.1)
-    oracle = ReferenceAttention(16)
-    for queries, lengths in (([5, 1, 3], [17, 1000, 5]), ([1, 7, 1], [900, 30, 2222])):
-        batch = AttentionBatch(queries, lengths, pages_of(3, 8, per_head))
-        backend.plan(batch)
+        out, lse = ours.run(layer, q, 0.1)
+    for lengths in ([4000, 4096, 2500], [17, 1000, 5], [1, 2, 3], [900, 1, 2222]):
+        counts = [min(queries, length, 1 + row) for row, length in enumerate(lengths)]
+        batch.pages.copy_(pages_of(3, 8, heads is not None))
+        batch.lengths.copy_(torch.tensor(lengths))
+        ours.plan(lengths)
         graph.replay()
-        oracle.plan(batch)
-        torch.testing.assert_close(out, oracle.run(layer, q, 0.1)[0], rtol=1e-2, atol=1e-2)
+        oracle.plan(AttentionBatch(counts, lengths, batch.pages))
+        real = torch.tensor([i >= queries - n for n in counts for i in range(queries)], device=CUDA)
+        expected, expected_lse = oracle.run(layer, q[real], 0.1)
+        torch.testing.assert_close(out[real], expected, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(lse[real], expected_lse, rtol=1e-3, atol=1e-3)
+
+
+def test_captured_and_eager_attention_share_memory() -> None:
+    """An eager batch between two replays, and a larger capture after a smaller one, change nothing."""
+    torch.manual_seed(0)
+    layer, shared = layer_of(8, 128, torch.bfloat16), make_workspace(CUDA)
+    eager, graphs = FlashInferAttention(16, shared), []
+    for rows in (2, 64):
+        batch = captured(4, (rows, 256))
+        ours = FlashInferGraphAttention(16, shared, batch)
+        q, lengths = torch.randn(4 * rows, 32, 128, device=CUDA).bfloat16(), [3000] * rows
+        batch.pages.copy_(pages_of(rows, 8, False))
+        batch.lengths.fill_(3000)
+        ours.plan(lengths)
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            expected = ours.run(layer, q, 0.1)[0].clone()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = ours.run(layer, q, 0.1)[0]
+        graphs.append((graph, q, out, expected))
+    for graph, _, out, expected in graphs:
+        eager.plan(AttentionBatch([1] * 6, [4000] * 6, pages_of(6, 8, False)))
+        eager.run(layer, torch.randn(6, 32, 128, device=CUDA).bfloat16(), 0.1)
+        graph.replay()
+        torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

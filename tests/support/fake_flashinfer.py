@@ -1,7 +1,7 @@
-"""A fake of FlashInfer 0.6 and 0.7 in torch, with the names that `kernels.attention.flashinfer` uses.
+"""A fake of FlashInfer 0.7 in torch, with the names that `kernels.attention.flashinfer*` use.
 
-Signatures and semantics follow FlashInfer's documentation. The fake rejects arguments that would make the real library
-wait for the device or read beyond its buffers. It tests the calls that the backend makes, not FlashInfer itself.
+It refuses what the real library refuses, and arguments that would make it wait for the device or read beyond its
+buffers. It tests the calls that attention makes; tests/unit/kernels/test_flashinfer_versions.py has FlashInfer's own.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 
-def _attend(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, indptr: Tensor, indices: Tensor, last: Tensor, sm_scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attention, causal and aligned at the bottom right. k, v: [pages, kv_heads, page_size, head_dim]. The
-    log-sum-exp is to base 2."""
+    log-sum-exp is to base 2. A query that sees nothing gets NaN, as it may from FlashInfer."""
     group = q.shape[1] // k.shape[1]
     out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:2], math.nan, dtype=torch.float32)
     for row in range(len(last)):
@@ -45,11 +45,26 @@ def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Ten
     return sum(parts, torch.zeros(())).to(v_a.dtype), total
 
 
-class _Wrapper:
-    def __init__(self, workspace: Tensor, kv_layout: str) -> None:
+def _refuse(refused: bool, reason: str) -> None:
+    if refused:
+        raise ValueError(reason)
+
+
+class FakeWrapper:
+    """Both wrappers. _buffers: offsets of lists, lists and lengths of last pages, at fixed addresses; none: eager."""
+
+    def __init__(self, workspace: Tensor, kv_layout: str, buffers: list[Tensor], backend: str) -> None:
         assert kv_layout == "HND"
         assert workspace.dtype == torch.uint8
+        self.backend, self._buffers = backend, buffers
+        self._floats, self._ints = workspace, torch.empty(8 << 20, dtype=torch.uint8)
         self._planned: tuple[Any, ...] = ()
+        if buffers:
+            assert len(buffers[0]) == len(buffers[2]) + 1
+
+    def reset_workspace_buffer(self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor) -> None:
+        assert float_workspace_buffer.dtype == int_workspace_buffer.dtype == torch.uint8
+        self._floats, self._ints = float_workspace_buffer, int_workspace_buffer
 
     def _keep(
         self,
@@ -58,8 +73,8 @@ class _Wrapper:
         indices: Tensor,
         last: Tensor,
         sizes: tuple[int, int, int, int],
-        dtypes: tuple[torch.dtype, torch.dtype],
-        sm_scale: float,
+        dtypes: tuple[torch.dtype, torch.dtype | None],
+        sm_scale: float | None,
     ) -> None:
         page_size = sizes[3]
         for host in (starts, indptr, last):
@@ -68,6 +83,15 @@ class _Wrapper:
         assert len(starts) == len(indptr) == len(last) + 1
         assert len(indices) == int(indptr[-1])
         assert bool(((last >= 1) & (last <= page_size)).all())
+        assert sm_scale is not None
+        assert dtypes[1] is not None
+        if self._buffers:
+            _refuse(len(last) != len(self._buffers[2]), "the batch size should be fixed in cuda graph mode")
+            _refuse(len(indices) > len(self._buffers[1]), "paged_kv_indices exceeds the allocated buffer size")
+            kept = [self._buffers[0], self._buffers[1][: len(indices)], self._buffers[2]]
+            for buffer, new in zip(kept, (indptr, indices, last), strict=True):
+                buffer.copy_(new)
+            indptr, indices, last = kept
         self._planned = starts, indptr, indices, last, sizes, dtypes, sm_scale
 
     def run(
@@ -86,15 +110,20 @@ class _Wrapper:
     ) -> Tensor | tuple[Tensor, Tensor]:
         k, v = paged_kv_cache
         starts, indptr, indices, last, sizes, dtypes, sm_scale = self._planned
+        _refuse(q.shape[0] != int(starts[-1]), "q.shape[0] does not match qo_indptr[-1]")
+        _refuse((q.dtype, k.dtype) != dtypes, "the dtypes are not those of plan")
         assert (q.shape[1], k.shape[1], q.shape[2], k.shape[2]) == sizes
-        assert (q.dtype, k.dtype) == dtypes
-        captured = getattr(self, "_max_total_num_rows", None)  # queries past the last row's belong to no row
-        assert len(q) == (captured or int(starts[-1]))
-        found = _attend(q, k, v, starts, indptr, indices, last, sm_scale)
-        return found if return_lse else found[0]
+        found = attend(q, k, v, starts, indptr, indices, last, sm_scale)
+        assert out is not None  # the prefill wrapper would fill one with zeros
+        assert lse is not None
+        for given, result in ((out, found[0]), (lse, found[1])):
+            _refuse((given.shape, given.dtype) != (result.shape, result.dtype), "shape or dtype of out or lse")
+            assert given.is_contiguous()
+            given.copy_(result)
+        return (out, lse) if return_lse else out
 
 
-class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
+class BatchPrefillWithPagedKVCacheWrapper(FakeWrapper):
     def __init__(
         self,
         float_workspace_buffer: Tensor,
@@ -108,14 +137,11 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         mask_indptr_buf: Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(float_workspace_buffer, kv_layout)
-        self._buffers: list[Tensor] | None = None
-        if use_cuda_graph:
-            buffers = (qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf)
-            self._buffers = [buffer for buffer in buffers if buffer is not None]
-            assert len(self._buffers) == 4
-            assert len(self._buffers[0]) == len(self._buffers[1]) == len(self._buffers[3]) + 1
-            self._max_total_num_rows: int | None = None
+        given = (paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf)
+        buffers = [buffer for buffer in given if use_cuda_graph and buffer is not None]
+        super().__init__(float_workspace_buffer, kv_layout, buffers, backend)
+        assert not use_cuda_graph or (qo_indptr_buf is not None and len(buffers) == 3)
+        self._max_total_num_rows: int | None = None
 
     def plan(
         self,
@@ -142,26 +168,20 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         kv_data_type: torch.dtype | None = None,
         o_data_type: torch.dtype | None = None,
         non_blocking: bool = True,
+        *,
+        seq_lens: Tensor | None = None,
     ) -> None:
         assert causal
-        assert sm_scale is not None
-        assert kv_data_type is not None
-        starts, indptr, indices, last = qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
-        if self._buffers is not None:
-            rows, most, total = len(self._buffers[3]), len(self._buffers[2]), int(starts[-1])
+        if self._buffers:
+            total = int(qo_indptr[-1])
             self._max_total_num_rows = self._max_total_num_rows or total
-            if total > self._max_total_num_rows or len(last) != rows or len(indices) > most:
-                raise ValueError("cuda graph mode")
-            kept = [*self._buffers]
-            kept[2] = kept[2][: len(indices)]
-            for buffer, new in zip(kept, (starts, indptr, indices, last), strict=True):
-                buffer.copy_(new)
-            starts, indptr, indices, last = kept
+            _refuse(total > self._max_total_num_rows, "the total number of rows exceeds the first one")
         sizes = num_qo_heads, num_kv_heads, head_dim_qk, page_size
-        self._keep(starts, indptr, indices, last, sizes, (q_data_type, kv_data_type), sm_scale)
+        lists = paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
+        self._keep(qo_indptr, *lists, sizes, (q_data_type, kv_data_type), sm_scale)
 
 
-class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
+class BatchDecodeWithPagedKVCacheWrapper(FakeWrapper):
     def __init__(
         self,
         float_workspace_buffer: Tensor,
@@ -173,9 +193,15 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         paged_kv_last_page_len_buffer: Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(float_workspace_buffer, kv_layout)
-        assert not use_cuda_graph
-        self.use_tensor_cores = use_tensor_cores
+        given = (paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer)
+        super().__init__(float_workspace_buffer, kv_layout, [buffer for buffer in given if buffer is not None], backend)
+        assert use_cuda_graph
+        assert use_tensor_cores  # the others are compiled apart
+        assert len(self._buffers) == 3
+        self._q_len_per_req: int | None = None
+
+    def workspace_size(self, *args: Any, q_len_per_req: int = 1, **kwargs: Any) -> tuple[int, int]:
+        raise NotImplementedError
 
     def plan(
         self,
@@ -186,9 +212,9 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         num_kv_heads: int,
         head_dim: int,
         page_size: int,
-        *,
         pos_encoding_mode: str = "NONE",
         window_left: int = -1,
+        window_right: int = 0,
         logits_soft_cap: float | None = None,
         q_data_type: torch.dtype = torch.float16,
         kv_data_type: torch.dtype | None = None,
@@ -198,9 +224,14 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         rope_scale: float | None = None,
         rope_theta: float | None = None,
         non_blocking: bool = True,
+        *,
+        seq_lens: Tensor | None = None,
+        q_len_per_req: int = 1,
     ) -> None:
-        assert sm_scale is not None
-        assert kv_data_type is not None
-        starts = torch.arange(len(indptr), dtype=torch.int32)
+        lengths = (indptr[1:] - indptr[:-1] - 1) * page_size + last_page_len if seq_lens is None else seq_lens
+        _refuse(self._q_len_per_req not in (None, q_len_per_req), "q_len_per_req is part of the frozen shape")
+        _refuse(q_len_per_req > 1 and bool((lengths < q_len_per_req).any()), "kv_len >= q_len_per_req is required")
+        self._q_len_per_req = q_len_per_req
+        starts = torch.arange(len(indptr), dtype=torch.int32) * q_len_per_req
         sizes = num_qo_heads, num_kv_heads, head_dim, page_size
         self._keep(starts, indptr, indices, last_page_len, sizes, (q_data_type, kv_data_type), sm_scale)

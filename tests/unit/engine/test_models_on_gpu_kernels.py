@@ -33,6 +33,7 @@ from tests.support.rig import PagedRows, pool_layer
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
 from kernels.attention.flashinfer import FlashInferAttention
+from kernels.attention.flashinfer_workspace import Workspace
 from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention
 from kernels.gpu import INTERPRETED
 from kernels.gpu.gpu_ops import GpuOps
@@ -78,7 +79,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_whose_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
-    ops = GpuOps(torch.zeros(16, dtype=torch.uint8))
+    ops = GpuOps(Workspace(torch.device("cpu"), (9, 0), multiprocessors=132))
     assert isinstance(ops.attention(16, 64), FlashInferAttention)
     assert isinstance(ops.attention(16, 80), GpuAttention)
     assert isinstance(GpuOps().attention(16, 64), GpuAttention)

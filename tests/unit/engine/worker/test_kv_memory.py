@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import ConfigError, EngineConfig
-from engine.worker.kv_memory import DeviceMemory, run_largest_round, size_pool
+from engine.worker.kv_memory import DeviceMemory, captured_bytes, run_largest_round, size_pool
 from engine.worker.resolve import Resolved, resolve
+from kernels.attention.flashinfer_workspace import Heads, captured_plan, eager_float_bytes
 from models.llama import Llama
 from parallel.group import Group
+from tests.support import fake_flashinfer
 from tests.support.engines import tiny_model
 from tests.support.rig import run_ranks
 
@@ -105,3 +110,49 @@ def test_the_largest_round_runs(monkeypatch: pytest.MonkeyPatch, tokens: int) ->
     monkeypatch.setattr(Llama, "logits", watched)
     run_largest_round(config, tiny_model())
     assert asked == [min(tokens, config.scheduler.max_rows * (config.speculation.max_draft_tokens + 1))]
+
+
+@pytest.fixture
+def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device with FlashInfer, as far as memory is counted."""
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    found = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+
+
+def llama(heads: int, kv_heads: int, head_dim: int) -> Any:
+    return SimpleNamespace(heads=heads, kv_heads=kv_heads, head_dim=head_dim, device=torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_captured_attention_is_counted() -> None:
+    """Scratch memory once, for the largest forward of target or draft; plans, lists of pages and lengths of each."""
+    settings = {"model": "any", "scheduler": {"max_rows": 128}, "speculation": {"gamma": 3}}
+    config = EngineConfig.model_validate(settings)
+    target, page = Heads(32, 8, 128), config.cache.page_size
+    rows, width = graph_row_counts(128), 32_000 // page
+    scratch = max(captured_plan(target, 128, 4, 132, uniform=True).floats, eager_float_bytes(target, 132))
+    each = [captured_plan(target, count, queries, 132, uniform=True).ints for count in rows for queries in (1, 2, 3, 4)]
+    lists = 4 * sum(rows) * width * (8 + 4)  # the caller's page ids and FlashInfer's
+    counted = captured_bytes(config, llama(*target), None, 32_000)
+    own = scratch + (8 << 20) + sum(each) + lists
+    window = 5 * sum(rows) * (config.speculation.kv.budget // page + 1) * 12  # type: ignore[operator]
+    assert own + window < counted < 1.01 * (own + window)
+    narrow = llama(4, 1, 128)  # one of eight ranks; a draft model that is not split needs more
+    alone = captured_bytes(config, narrow, None, 32_000)
+    assert captured_bytes(config, narrow, llama(64, 8, 128), 32_000) > 1.5 * alone
+    plain = EngineConfig.model_validate({**settings, "speculation": {"gamma": 0}})
+    assert captured_bytes(plain, narrow, None, 32_000) < alone - lists * 3 // 4 - window
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_the_pool_leaves_memory_for_captured_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    config, sizes = sized(model)
+    memory = DeviceMemory(total=50 * MEGABYTE, used=0, running=15 * MEGABYTE)
+    monkeypatch.setattr(model, "ops", SimpleNamespace(kind="flashinfer", graphs=object()))
+    left = 45 * MEGABYTE - 2 * memory.running - captured_bytes(config, model, None, sizes.max_model_len)
+    assert size_pool(config, sizes, model, Group.single(), memory).num_pages == left // PAGE
+    memory = dataclasses.replace(memory, total=40 * MEGABYTE)
+    monkeypatch.setattr(model, "ops", SimpleNamespace(kind="triton", graphs=object()))
+    assert size_pool(config, sizes, model, Group.single(), memory).num_pages == 6 * MEGABYTE // PAGE

@@ -1,0 +1,157 @@
+"""Attention of captured forwards on NVIDIA GPUs by FlashInfer: plans at fixed addresses, which replays read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.attention.base import GraphBatch
+from kernels.attention.flashinfer_workspace import (
+    Call,
+    Heads,
+    Planned,
+    Workspace,
+    captured_plan,
+    eager_float_bytes,
+    flat_pages,
+    list_pages,
+    load_flashinfer,
+    offsets,
+    takes_uniform_queries,
+    to_natural_log,
+    to_pinned,
+)
+from kernels.kv_cache import LayerKV
+
+
+def can_capture(head_dim: int, batch: GraphBatch) -> bool:
+    """Whether FlashInfer's results are right for rows whose KV is shorter than their padded queries.
+
+    FA2 (BatchPrefillWithPagedKVCacheDevice) computes with unsigned integers, so that for L slots and n > L queries
+    L - n is huge. Where that shows, in a tile whose first queries see nothing:
+
+    - the number of KV tiles to visit is min(chunk, huge) = all of the row's: more than needed, none too few;
+    - the number of KV tiles to visit *without* a mask is min(chunk, huge) / CTA_TILE_KV = L / CTA_TILE_KV. It must be
+      0, so n <= CTA_TILE_KV must hold: then L < n is less than a tile;
+    - the mask itself, slot + n > L + query, has no difference in it; nor has the first slot, as there is no window.
+
+    Rows this short have one part of KV. A query without slots divides 0 by 0, or averages masked slots: arbitrary, in
+    its own output alone. CTA_TILE_KV is at least 16, and from head_dim 128 down at least 32, on all GPUs from sm_80
+    on (100 KB of shared memory).
+    """
+    return batch.queries <= (16 if head_dim > 128 else 32)
+
+
+class FlashInferGraphAttention:
+    """`GraphAttention` for float16 and bfloat16, head_dim 64, 128 or 256, by FA2 on every GPU.
+
+    FA3, which FlashInfer prefers on sm_90, does not pack the heads of a group with the queries, takes tiles of 128
+    queries, and does not split KV: a row of few queries would read its whole context in one block per query head.
+
+    FlashInfer plans for a number of heads, a scale and dtypes, which the first `run` supplies: a warm-up, since nothing
+    can be planned while capturing. Where FlashInfer takes the number of queries per row (takes_uniform_queries), its
+    tiles fit them. Before, it assumes one row with nearly all queries of the batch: tiles of 128 rows.
+    """
+
+    def __init__(self, page_size: int, workspace: Workspace, batch: GraphBatch) -> None:
+        """workspace: shared by all attention on this stream. Raises ImportError if FlashInfer is missing."""
+        self._library = load_flashinfer()
+        self._page_size, self._workspace, self._batch = page_size, workspace, batch
+        self._device = device = workspace.device
+        self._apart = batch.pages.dim() == 3  # each head of a row is a row
+        self._heads = batch.pages.shape[1] if self._apart else 1
+        self._rows = len(batch.pages) * self._heads
+        self._indptr = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
+        self._listed = torch.zeros(batch.pages.numel() + 1, dtype=torch.int32, device=device)
+        self._last = torch.zeros(self._rows, dtype=torch.int32, device=device)
+        self._kv_lengths: Sequence[int] | None = None
+        self._call: Call | None = None
+        self._planned: Planned | None = None
+
+    def plan(self, kv_lengths: Sequence[int]) -> None:
+        """See GraphAttention.plan. Work on the host is O(rows)."""
+        self._kv_lengths = kv_lengths
+        if self._planned is not None and self._call is not None:
+            self._prepare(self._planned, self._call, kv_lengths)
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See GraphAttention.run. Raises ValueError for what FlashInfer has no kernels for."""
+        tokens, heads, head_dim = q.shape
+        kv_heads = layer.k.shape[1]
+        call = Call(Heads(heads, kv_heads, head_dim), q.dtype, layer.k.dtype, scale)
+        if self._planned is None:
+            assert self._kv_lengths is not None, "run before plan"
+            call.check()
+            self._planned, self._call = self._make_wrapper(call), call
+            self._prepare(self._planned, call, self._kv_lengths)
+        assert call == self._call, f"{call}, and the first one {self._call}"
+        pool: tuple[Tensor, ...] = (layer.k, layer.v)
+        if self._apart:
+            q = self._swap(q, self._batch.queries, kv_heads).reshape(tokens * kv_heads, -1, head_dim)
+            pool = tuple(part.view(-1, 1, *part.shape[2:]) for part in pool)
+        # FlashInfer would fill a new output with zeros in every layer.
+        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+        self._planned.wrapper.run(q, pool, out=out, lse=lse, return_lse=True)
+        if self._apart:
+            out = self._swap(out.view(tokens, heads, head_dim), kv_heads, self._batch.queries)
+            lse = self._swap(lse.view(tokens, heads), kv_heads, self._batch.queries)
+        return out.reshape(tokens, heads, head_dim), to_natural_log(lse.reshape(tokens, heads))
+
+    def _swap(self, x: Tensor, a: int, b: int) -> Tensor:
+        """Swap queries and KV heads inside each row: [rows, a, b, …] to [rows, b, a, …]. Queries come first in q, heads
+        where they are rows."""
+        return x.reshape(len(self._batch.pages), a, b, -1, *x.shape[2:]).transpose(1, 2)
+
+    def _make_wrapper(self, call: Call) -> Planned:
+        heads = call.heads.as_rows() if self._apart else call.heads
+        uniform = takes_uniform_queries(self._library)
+        size = captured_plan(heads, self._rows, self._batch.queries, self._workspace.multiprocessors, uniform)
+        # Not less than eager batches need, so that the memory need not grow after this.
+        floats = self._workspace.take(max(size.floats, eager_float_bytes(heads, self._workspace.multiprocessors)))
+        indices = self._listed[:-1]
+        if uniform:
+            wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(
+                floats,
+                "HND",
+                use_cuda_graph=True,
+                use_tensor_cores=True,
+                paged_kv_indptr_buffer=self._indptr,
+                paged_kv_indices_buffer=indices,
+                paged_kv_last_page_len_buffer=self._last,
+                backend="fa2",
+            )
+        else:
+            wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(
+                floats,
+                "HND",
+                use_cuda_graph=True,
+                qo_indptr_buf=torch.zeros_like(self._indptr),
+                paged_kv_indptr_buf=self._indptr,
+                paged_kv_indices_buf=indices,
+                paged_kv_last_page_len_buf=self._last,
+                backend="fa2",
+            )
+        return Planned(wrapper, self._device, floats, size.ints)
+
+    def _prepare(self, planned: Planned, call: Call, kv_lengths: Sequence[int]) -> None:
+        lengths = np.array(kv_lengths, dtype=np.int64).repeat(self._heads)
+        queries = self._batch.queries
+        lists = offsets(-(-lengths // self._page_size))
+        # FlashInfer's decode wrapper refuses lengths below the number of queries, whose first ones would see nothing:
+        # they are padding here. FA2 plans by pages alone.
+        indptr, last, at_least = (
+            to_pinned(each, self._device)
+            for each in (lists, (lengths - 1) % self._page_size + 1, np.maximum(lengths, queries))
+        )
+        listed = self._listed[: int(lists[-1])]  # the wrapper's own buffer, so that its copy is none
+        heads = call.heads.as_rows() if self._apart else call.heads
+        sizes, options = (*heads, self._page_size), {**call.options, "seq_lens": at_least}
+        if takes_uniform_queries(self._library):
+            planned.plan(indptr, listed, last, *sizes, q_len_per_req=queries, **options)
+        else:
+            starts = to_pinned(np.arange(self._rows + 1) * queries, self._device)
+            planned.plan(starts, indptr, listed, last, *sizes, causal=True, **options)
+        list_pages(flat_pages(self._batch.pages), self._indptr, self._listed)
