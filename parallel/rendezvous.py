@@ -2,7 +2,7 @@
 
 - shared: the ranks run on the CPUs of one machine and map the same memory.
 - nccl: CUDA devices.
-- symmetric: NCCL, with sums of some megabytes at most through memory that the devices of one machine can all access.
+- symmetric: NCCL, with sums of up to some megabytes through memory that the devices of one machine can all access.
 - gloo: everything else. Its sockets are bound to the loopback interface unless an address of this machine is given.
 
 NCCL and gloo connect through a store, of rank 0 or of the launcher that started the ranks.

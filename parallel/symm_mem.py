@@ -1,7 +1,8 @@
-"""Symmetric-memory group: NCCL, with sums of some megabytes at most through memory that all GPUs of one machine access.
+"""Symmetric-memory group: NCCL, with sums of up to some megabytes through memory that all GPUs of one machine access.
 
 A decoder needs two sums per layer, of some hundred kilobytes each: too little for NCCL's rings, which are made for
-bandwidth. The kernels of torch's symmetric memory (`torch.ops.symm_mem`) take half the time:
+bandwidth. The kernels of torch's symmetric memory (`torch.ops.symm_mem`) are faster: on Hopper GPUs, vLLM's developers
+publish 24 us for 512 KiB over NCCL, 15 with two-shot and 11 with multimem, and the limits below follow their tables.
 
 - one-shot: every GPU reads the parts of all others and adds them in the order of ranks.
 - two-shot: every GPU does so for its share of the elements, then all read each other's sums. In the same order, so the

@@ -66,7 +66,7 @@ class EngineConfig(Settings):
     """Number of ranks: processes that compute the model together, each with its share of weights and KV."""
     collectives: Literal["auto", "shared", "gloo", "nccl", "symmetric"] = "auto"
     """Transport of tensors between ranks; auto: symmetric on CUDA devices of one machine where it works, else NCCL; on
-    CPUs shared memory where it works, else gloo. symmetric: NCCL, but sums of some megabytes at most go through memory
+    CPUs shared memory where it works, else gloo. symmetric: NCCL, but sums of up to some megabytes go through memory
     that the GPUs share; an error where that does not work."""
     step_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that a rank may keep the others waiting before it counts as hung."""
