@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import msgspec
 
 StepOutcome = Literal["passed", "failed", "too long", "skipped", "no time", "interrupted"]
 
@@ -66,8 +65,8 @@ def read_bench(output: str, status: int | None, file: Path) -> tuple[bool, Findi
     if status:
         return False, Finding(f"{_ending(status)}: {_last_line(output)}")
     try:
-        results = msgspec.json.decode(file.read_bytes())["results"]
-    except (OSError, msgspec.DecodeError, KeyError):
+        results = json.loads(file.read_bytes())["results"]
+    except (OSError, ValueError, KeyError):
         results = []
     lines = output.splitlines()
     heads = [i for i, line in enumerate(lines) if line.split()[:2] == ["rows", "context"]]

@@ -207,6 +207,17 @@ def test_the_steps_fit_and_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     assert files <= {step.arguments[-1] for step in check.STEPS}
 
 
+def test_gpu_tests_need_nothing_that_only_development_needs() -> None:
+    """A GPU machine may have pytest and what serving needs, and nothing else."""
+    missing = ("hypothesis", "psutil", "httpx", "jsonschema", "transformers", "xdist", "flashinfer")
+    code = (
+        f"import sys, pytest; sys.modules.update(dict.fromkeys({missing}));"
+        "sys.exit(pytest.main(['-p', 'pytest_timeout', '--collect-only', '-q', 'tests/gpu', 'tests/unit/conftest.py']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, pytest.ExitCode.NO_TESTS_COLLECTED), done.stdout + done.stderr
+
+
 def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(check, "STEPS", [step_of(tmp_path, "good"), step_of(tmp_path, "bad")])
     monkeypatch.setattr(sys, "argv", ["check", "--steps", "good", "--logs", str(tmp_path / "kept")])
