@@ -14,6 +14,8 @@ from models.default import default_model_dir, is_model_dir, user_cache
 from tests.support.profiles import load_profiles
 
 sleep_while_waiting()  # before any test module imports torch: several processes share few cores
+for _override in ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):  # some containers for GPUs set these
+    os.environ.pop(_override, None)  # float32 would be computed in TF32, with errors of 1e-3
 
 
 def _private_cache() -> tempfile.TemporaryDirectory[str]:
