@@ -60,18 +60,19 @@ def read_tests(output: str, status: int | None) -> tuple[bool, Finding]:
 def read_bench(output: str, status: int | None, file: Path) -> tuple[bool, Finding]:
     """Read what `python -m bench.gpu` has printed and the results that it has written to `file`. status: its exit
     status; None if it was ended. Returns whether it has a result, and the finding."""
-    if status is None:
-        return False, Finding(f"ended after: {_last_line(output)}")
-    if status:
-        return False, Finding(f"{_ending(status)}: {_last_line(output)}")
     try:
-        results = json.loads(file.read_bytes())["results"]
-    except (OSError, ValueError, KeyError):
-        results = []
+        said = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        said = {}
+    why = str(said["notes"][0]) if said.get("notes") else _last_line(output)
+    if status is None:
+        return False, Finding(f"ended after: {why}")
+    if status:
+        return False, Finding(f"{_ending(status)}: {why}")
     lines = output.splitlines()
     heads = [i for i, line in enumerate(lines) if line.split()[:2] == ["rows", "context"]]
-    if not results or not heads:
-        return False, Finding(f"no result: {_last_line(output)}")
+    if not said.get("results") or not heads:
+        return False, Finding(f"no result: {why}")
     rows = lines[heads[-1] :]
     return True, Finding(rows=tuple(rows[: rows.index("")] if "" in rows else rows))
 

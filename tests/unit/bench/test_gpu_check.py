@@ -176,18 +176,22 @@ def test_time_that_is_left_goes_to_the_next_step(tmp_path: Path, monkeypatch: py
 
 
 def test_rows_of_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrote = "import sys; open(sys.argv[-1], 'w').write('{\"results\": [%s]}')"
+    def wrote(**said: object) -> str:
+        return f"import sys, json; json.dump({said}, open(sys.argv[-1], 'w'))"
+
     lines = "print('16 x 8000', '     rows  context', '       16     8000', '', 'behind', sep='\\n')"
-    bench = program("bench", f"{wrote % 1}; {lines}", results=True)
+    bench = program("bench", f"{wrote(results=[1])}; {lines}", results=True)
     assert check.run([bench], 30, tmp_path / "logs") == 0
     assert capsys.readouterr().out.splitlines()[-2:] == ["         rows  context", "           16     8000"]
     none = [
-        program("left_out", f"{wrote % ''}; print('     rows  context'); print('does not fit')", results=True),
+        program("left_out", f"{wrote(results=[])}; print('     rows  context'); print('does not fit')", results=True),
+        program("noted", f"{wrote(results=[], notes=['why', 'more'])}; sys.exit(1)", results=True),
         program("error", "import sys; sys.exit('error: no CUDA device is present')", results=True),
     ]
     assert check.run(none, 60, tmp_path / "logs") == 1
     assert notes_in(tmp_path / "logs") == {
         "left_out": "no result: does not fit",
+        "noted": "exit status 1: why",
         "error": "exit status 1: error: no CUDA device is present",
     }
 
