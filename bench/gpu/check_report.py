@@ -12,8 +12,10 @@ from typing import Literal
 
 StepOutcome = Literal["passed", "failed", "too long", "skipped", "no time", "interrupted"]
 
-_TEST = re.compile(r"^(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
-_UNFINISHED = re.compile(r"^(\S+\.py::\S+) *$", re.MULTILINE)
+_TEST = re.compile(r"^\S+\.py::\S+", re.MULTILINE)
+_END = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)(?: \(.*\))? *\[ *\d+%\] *$", re.MULTILINE)
+"""End of a test's line, or a line of its own if the test has printed, as pytest does when a test takes long."""
+_REPORT = re.compile(r"^=+ (?!test session starts)", re.MULTILINE)
 _FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S.*)$", re.MULTILINE)
 _SKIP = re.compile(r"^SKIPPED \[\d+\] (?:\S+: )?(.+)$", re.MULTILINE)
 _WIDTH = 160
@@ -43,13 +45,15 @@ class StepResult:
 def read_tests(output: str, status: int | None) -> tuple[bool, Finding]:
     """Read what `pytest -v` has printed, which may break off. status: its exit status; None if it was ended. Returns
     whether tests passed and none failed, and the finding."""
-    counts = Counter(outcome for _, outcome in _TEST.findall(output))
+    progress = _REPORT.split(output, maxsplit=1)[0]
+    counts = Counter(_END.findall(progress))
     tests = counts["PASSED"], counts["FAILED"] + counts["ERROR"], counts["SKIPPED"]
     failures, skips = _FAILURE.findall(output), _SKIP.findall(output)
     notes = failures[:1]
     if status is None:
-        hung = _UNFINISHED.findall(output)
-        notes = [f"ended in {hung[-1]}" if hung else "ended outside tests", *notes]
+        begun = list(_TEST.finditer(progress))
+        hangs = begun and not _END.search(progress, begun[-1].end())
+        notes = [f"ended in {begun[-1][0]}" if hangs else "ended outside tests", *notes]
     elif not failures and status not in (0, 5):
         notes = [f"{_ending(status)}: {_last_line(output)}"]
     elif not failures and not tests[0]:

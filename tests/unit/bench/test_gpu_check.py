@@ -14,6 +14,7 @@ import pytest
 from bench.gpu import __main__ as gpu
 from bench.gpu import check
 from bench.gpu.check import Step
+from bench.gpu.check_report import Finding, read_tests
 from tests.support.paths import ROOT
 
 PYTEST = (*check._PYTEST, "-o", "addopts=-ra")
@@ -155,6 +156,26 @@ def test_an_interrupt_ends_the_step_and_prints_the_table(tmp_path: Path, signal:
     assert said["second"][0] == "interrupted"
     assert "third" not in done.stdout
     assert gone(int((tmp_path / "logs" / "second.log").read_text(encoding="utf-8").split()[0]))
+
+
+def test_what_pytest_prints() -> None:
+    head = "==== test session starts ====\nplatform linux\ncollected 4 items\n\n"
+    slow = 'a/b.py::test_slow[x-1] Timeout (0:00:20)!\nThread 0x1 (most recent first):\n  File "a/b.py", line 3 in f\n'
+    quick = "a/b.py::test_a PASSED   [ 25%]\na/b.py::test_b SKIPPED (no GPU)  [ 50%]\n"
+    passed = head + quick + slow + "PASSED [100%]\n"
+    assert read_tests(passed, 0) == (True, Finding("", (2, 0, 1)))
+    assert read_tests(passed, None) == (False, Finding("ended outside tests", (2, 0, 1)))
+    assert read_tests(head + quick + slow, None) == (False, Finding("ended in a/b.py::test_slow[x-1]", (1, 0, 1)))
+    behind = "==== warnings summary ====\na/b.py::test_a\n  a warning\n"
+    assert read_tests(passed + behind, None)[1].note == "ended outside tests"
+    failed = (
+        head + "a/b.py::test_a FAILED [ 50%]\n==== FAILURES ====\nPASSED [ 50%]\n==== short test summary info ====\n"
+    )
+    found = read_tests(failed + "SKIPPED [1] a.py:3: old\nFAILED a/b.py::test_a - Boom\nsecond line\n", 1)
+    assert found == (False, Finding("a/b.py::test_a - Boom", (0, 1, 0)))
+    assert (
+        read_tests("ImportError while loading conftest\nE   no module\n", 4)[1].note == "exit status 4: E   no module"
+    )
 
 
 def test_time_that_is_left_goes_to_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
