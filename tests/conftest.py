@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from kernels.cpu.openmp import sleep_while_waiting
 from models.default import default_model_dir, is_model_dir, user_cache
-from tests.support.profiles import ALL, FAST
+from tests.support.profiles import load_profiles
 
 sleep_while_waiting()  # before any test module imports torch: several processes share few cores
+for _override in ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):  # some containers for GPUs set these
+    os.environ.pop(_override, None)  # float32 would be computed in TF32, with errors of 1e-3
 
 
 def _private_cache() -> tempfile.TemporaryDirectory[str]:
@@ -33,9 +34,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the variable
     _CACHE = _private_cache()
     os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
-settings.register_profile(FAST, deadline=None, derandomize=True, database=None)
-settings.register_profile(ALL, deadline=None)
-settings.load_profile(FAST)
+load_profiles()
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing where only tests of GPUs run

@@ -6,6 +6,7 @@
 Each step is a process of its own, so that a fault of one leaves the later ones a sound device. A step that fails, or
 takes too long and is ended, does not keep the others from running. Prints one table last, and keeps the whole output
 of all steps in a folder. The exit status is 0 only if every step passed; FlashInfer's are skipped where it is missing.
+Needs the standard library alone, so that the table also tells what else is missing.
 """
 
 from __future__ import annotations
@@ -13,18 +14,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-
-import msgspec
 
 from bench.gpu.check_report import Finding, StepOutcome, StepResult, read_bench, read_tests, table
 
@@ -196,7 +196,8 @@ def run(steps: Sequence[Step], seconds: float, logs: Path) -> int:
     (logs / "machine.txt").write_text(machine + "\n", encoding="utf-8")
     check = Check(steps, seconds, logs)
     good = check.run()
-    (logs / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(check.results), indent=2))
+    results = [asdict(result) for result in check.results]
+    (logs / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"{machine}\nwhole output: {logs}\n\n{table(check.results)}", flush=True)
     return 130 if check.interrupted else 0 if good else 1
 

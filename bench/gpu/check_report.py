@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -9,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
 StepOutcome = Literal["passed", "failed", "too long", "skipped", "no time", "interrupted"]
 
-_TEST = re.compile(r"^(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
-_UNFINISHED = re.compile(r"^(\S+\.py::\S+) *$", re.MULTILINE)
+_TEST = re.compile(r"^\S+\.py::\S+", re.MULTILINE)
+_END = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)(?: \(.*\))? *\[ *\d+%\] *$", re.MULTILINE)
+"""End of a test's line, or a line of its own if the test has printed, as pytest does when a test takes long."""
+_REPORT = re.compile(r"^=+ (?!test session starts)", re.MULTILINE)
 _FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S.*)$", re.MULTILINE)
 _SKIP = re.compile(r"^SKIPPED \[\d+\] (?:\S+: )?(.+)$", re.MULTILINE)
 _WIDTH = 160
@@ -44,13 +45,15 @@ class StepResult:
 def read_tests(output: str, status: int | None) -> tuple[bool, Finding]:
     """Read what `pytest -v` has printed, which may break off. status: its exit status; None if it was ended. Returns
     whether tests passed and none failed, and the finding."""
-    counts = Counter(outcome for _, outcome in _TEST.findall(output))
+    progress = _REPORT.split(output, maxsplit=1)[0]
+    counts = Counter(_END.findall(progress))
     tests = counts["PASSED"], counts["FAILED"] + counts["ERROR"], counts["SKIPPED"]
     failures, skips = _FAILURE.findall(output), _SKIP.findall(output)
     notes = failures[:1]
     if status is None:
-        hung = _UNFINISHED.findall(output)
-        notes = [f"ended in {hung[-1]}" if hung else "ended outside tests", *notes]
+        begun = list(_TEST.finditer(progress))
+        hangs = begun and not _END.search(progress, begun[-1].end())
+        notes = [f"ended in {begun[-1][0]}" if hangs else "ended outside tests", *notes]
     elif not failures and status not in (0, 5):
         notes = [f"{_ending(status)}: {_last_line(output)}"]
     elif not failures and not tests[0]:
@@ -61,18 +64,19 @@ def read_tests(output: str, status: int | None) -> tuple[bool, Finding]:
 def read_bench(output: str, status: int | None, file: Path) -> tuple[bool, Finding]:
     """Read what `python -m bench.gpu` has printed and the results that it has written to `file`. status: its exit
     status; None if it was ended. Returns whether it has a result, and the finding."""
-    if status is None:
-        return False, Finding(f"ended after: {_last_line(output)}")
-    if status:
-        return False, Finding(f"{_ending(status)}: {_last_line(output)}")
     try:
-        results = msgspec.json.decode(file.read_bytes())["results"]
-    except (OSError, msgspec.DecodeError, KeyError):
-        results = []
+        said = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        said = {}
+    why = str(said["notes"][0]) if said.get("notes") else _last_line(output)
+    if status is None:
+        return False, Finding(f"ended after: {why}")
+    if status:
+        return False, Finding(f"{_ending(status)}: {why}")
     lines = output.splitlines()
     heads = [i for i, line in enumerate(lines) if line.split()[:2] == ["rows", "context"]]
-    if not results or not heads:
-        return False, Finding(f"no result: {_last_line(output)}")
+    if not said.get("results") or not heads:
+        return False, Finding(f"no result: {why}")
     rows = lines[heads[-1] :]
     return True, Finding(rows=tuple(rows[: rows.index("")] if "" in rows else rows))
 

@@ -95,6 +95,49 @@ def test_sums_between_gpus(tmp_path: Path, transport: str) -> None:
         assert process.returncode == 0, said
 
 
+NO_MEMORY = "without symmetric memory:"
+
+
+def run_alone(transport: rendezvous.Transport, store: str) -> None:
+    """Join a group of one rank, and sum in a captured graph. Prints a reason if that rank has no symmetric memory."""
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    try:
+        group = rendezvous.join(rendezvous.Join(0, 1, transport, 60), device, FileStore(store, 1))
+    except RuntimeError as error:
+        if transport == "nccl":
+            raise
+        print(NO_MEMORY, error)
+        return
+    group.size = 2  # a group of one would leave NCCL out
+    for size in (4096, 1 << 20):
+        x, given = torch.zeros(2, size, device=device)
+        group.all_reduce(x)  # loads kernels, which a capture may refuse
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            x.copy_(given)
+            group.all_reduce(x)
+        for value in (1.0, 3.0):
+            given.fill_(value)
+            graph.replay()
+            assert (x == value).all(), (size, value)
+
+
+@pytest.mark.skipif(RANKS < 1, reason="no CUDA device is present")
+@pytest.mark.parametrize("transport", ["nccl", "symmetric"])
+def test_a_group_of_one(tmp_path: Path, transport: str) -> None:
+    """What one GPU can show: NCCL starts, and the calls can be captured and replayed."""
+    command = [sys.executable, "-m", "tests.gpu.test_collectives", "0", "1", transport, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=90)
+    assert done.returncode == 0, done.stderr
+    if NO_MEMORY in done.stdout:
+        pytest.skip(done.stdout[done.stdout.index(NO_MEMORY) :].splitlines()[0])
+
+
 if __name__ == "__main__":
     _, rank, size, transport, store = sys.argv
-    rank_main(int(rank), int(size), "symmetric" if transport == "symmetric" else "nccl", store)
+    way: rendezvous.Transport = "symmetric" if transport == "symmetric" else "nccl"
+    if size == "1":
+        run_alone(way, store)
+    else:
+        rank_main(int(rank), int(size), way, store)

@@ -41,19 +41,20 @@ def test_attention_equals_the_cpu(dtype: torch.dtype) -> None:
     expected, _ = backend.run(layer, q, 0.125)
     backend.plan(AttentionBatch([1, 4, 200], [30, 400, 333], pages.to(CUDA)))
     out, _ = backend.run(LayerKV(layer.k.to(CUDA), layer.v.to(CUDA)), q.to(CUDA), 0.125)
-    torch.testing.assert_close(out.cpu().float(), expected.float(), rtol=2e-2, atol=2e-3)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2  # both sides compute in float32
+    torch.testing.assert_close(out.cpu(), expected, rtol=tolerance, atol=tolerance / 10)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_speculation_never_changes_output(temperature: float) -> None:
-    """float64, so that batch shapes cannot tip a near tie."""
+def test_speculation_never_changes_output() -> None:
+    """The law in float64, so that batch shapes cannot tip a near tie. Only plain torch has float64."""
     model = random_model(TINY, seed=0, dtype=torch.float64, device=CUDA, group=Group.single())
     requests = [
-        AddRequest(str(i), [2 + (i * 7 + j) % 60 for j in range(1 + 17 * i)], params)
-        for i, params in enumerate(
-            SamplingParams(max_tokens=80, temperature=temperature, seed=i, ignore_eos=True, frequency_penalty=0.2 * i)
-            for i in range(5)
+        AddRequest(
+            str(i),
+            [2 + (i * 7 + j) % 60 for j in range(1 + 17 * i)],
+            SamplingParams(max_tokens=60, temperature=i % 2, seed=i, ignore_eos=True, frequency_penalty=0.1 * i),
         )
+        for i in range(6)
     ]
     plain = run(tiny_engine(model, gamma=0), requests)
     engine = tiny_engine(model, gamma=3, budget=32)

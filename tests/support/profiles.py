@@ -1,17 +1,38 @@
-"""Two profiles of tests: `make test` runs a fixed few examples and cases, `make test-all` many random ones and all."""
+"""Two profiles of tests: `make test` runs a fixed few examples and cases, `make test-all` many random ones and all.
+
+Hypothesis may be missing where only tests of GPUs run; there is the first profile only.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+
+if TYPE_CHECKING:
+    from hypothesis import settings
 
 FAST, ALL = "fast", "all"
+_HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
+
+
+def load_profiles() -> None:
+    """Register the profiles, and load the first."""
+    if _HYPOTHESIS:
+        from hypothesis import settings
+
+        settings.register_profile(FAST, deadline=None, derandomize=True, database=None)
+        settings.register_profile(ALL, deadline=None)
+        settings.load_profile(FAST)
 
 
 def is_all() -> bool:
     """Whether this run leaves nothing out."""
+    if not _HYPOTHESIS:
+        return False
+    from hypothesis import settings
+
     return settings.get_current_profile_name() == ALL
 
 
@@ -22,4 +43,6 @@ def only_in_all(*values: Any, **more: Any) -> Any:
 
 def examples(fast: int, every: int, **more: Any) -> settings:
     """Settings of a property test: its number of examples in the profiles FAST and ALL."""
+    from hypothesis import settings
+
     return settings(max_examples=every if is_all() else fast, **more)

@@ -14,6 +14,7 @@ import pytest
 from bench.gpu import __main__ as gpu
 from bench.gpu import check
 from bench.gpu.check import Step
+from bench.gpu.check_report import Finding, read_tests
 from tests.support.paths import ROOT
 
 PYTEST = (*check._PYTEST, "-o", "addopts=-ra")
@@ -157,6 +158,26 @@ def test_an_interrupt_ends_the_step_and_prints_the_table(tmp_path: Path, signal:
     assert gone(int((tmp_path / "logs" / "second.log").read_text(encoding="utf-8").split()[0]))
 
 
+def test_what_pytest_prints() -> None:
+    head = "==== test session starts ====\nplatform linux\ncollected 4 items\n\n"
+    slow = 'a/b.py::test_slow[x-1] Timeout (0:00:20)!\nThread 0x1 (most recent first):\n  File "a/b.py", line 3 in f\n'
+    quick = "a/b.py::test_a PASSED   [ 25%]\na/b.py::test_b SKIPPED (no GPU)  [ 50%]\n"
+    passed = head + quick + slow + "PASSED [100%]\n"
+    assert read_tests(passed, 0) == (True, Finding("", (2, 0, 1)))
+    assert read_tests(passed, None) == (False, Finding("ended outside tests", (2, 0, 1)))
+    assert read_tests(head + quick + slow, None) == (False, Finding("ended in a/b.py::test_slow[x-1]", (1, 0, 1)))
+    behind = "==== warnings summary ====\na/b.py::test_a\n  a warning\n"
+    assert read_tests(passed + behind, None)[1].note == "ended outside tests"
+    failed = (
+        head + "a/b.py::test_a FAILED [ 50%]\n==== FAILURES ====\nPASSED [ 50%]\n==== short test summary info ====\n"
+    )
+    found = read_tests(failed + "SKIPPED [1] a.py:3: old\nFAILED a/b.py::test_a - Boom\nsecond line\n", 1)
+    assert found == (False, Finding("a/b.py::test_a - Boom", (0, 1, 0)))
+    assert (
+        read_tests("ImportError while loading conftest\nE   no module\n", 4)[1].note == "exit status 4: E   no module"
+    )
+
+
 def test_time_that_is_left_goes_to_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = []
 
@@ -176,18 +197,22 @@ def test_time_that_is_left_goes_to_the_next_step(tmp_path: Path, monkeypatch: py
 
 
 def test_rows_of_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrote = "import sys; open(sys.argv[-1], 'w').write('{\"results\": [%s]}')"
+    def wrote(**said: object) -> str:
+        return f"import sys, json; json.dump({said}, open(sys.argv[-1], 'w'))"
+
     lines = "print('16 x 8000', '     rows  context', '       16     8000', '', 'behind', sep='\\n')"
-    bench = program("bench", f"{wrote % 1}; {lines}", results=True)
+    bench = program("bench", f"{wrote(results=[1])}; {lines}", results=True)
     assert check.run([bench], 30, tmp_path / "logs") == 0
     assert capsys.readouterr().out.splitlines()[-2:] == ["         rows  context", "           16     8000"]
     none = [
-        program("left_out", f"{wrote % ''}; print('     rows  context'); print('does not fit')", results=True),
+        program("left_out", f"{wrote(results=[])}; print('     rows  context'); print('does not fit')", results=True),
+        program("noted", f"{wrote(results=[], notes=['why', 'more'])}; sys.exit(1)", results=True),
         program("error", "import sys; sys.exit('error: no CUDA device is present')", results=True),
     ]
     assert check.run(none, 60, tmp_path / "logs") == 1
     assert notes_in(tmp_path / "logs") == {
         "left_out": "no result: does not fit",
+        "noted": "exit status 1: why",
         "error": "exit status 1: error: no CUDA device is present",
     }
 
@@ -205,6 +230,17 @@ def test_the_steps_fit_and_exist(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (ROOT / step.arguments[-1]).is_file()
     files = {f"tests/gpu/{file}" for file in os.listdir(ROOT / "tests" / "gpu") if file.startswith("test_")}
     assert files <= {step.arguments[-1] for step in check.STEPS}
+
+
+def test_gpu_tests_need_nothing_that_only_development_needs() -> None:
+    """A GPU machine may have pytest and what serving needs, and nothing else."""
+    missing = ("hypothesis", "psutil", "httpx", "jsonschema", "transformers", "xdist", "flashinfer")
+    code = (
+        f"import sys, pytest; sys.modules.update(dict.fromkeys({missing}));"
+        "sys.exit(pytest.main(['-p', 'pytest_timeout', '--collect-only', '-q', 'tests/gpu', 'tests/unit/conftest.py']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, pytest.ExitCode.NO_TESTS_COLLECTED), done.stdout + done.stderr
 
 
 def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
