@@ -18,12 +18,12 @@ sleep_while_waiting()  # before any test module imports torch: several processes
 
 
 def _private_cache() -> tempfile.TemporaryDirectory[str]:
-    """A cache folder with the user's models and compiled kernels, and nothing else: profiles that engines save are not
-    the user's. Kernels that tests compile stay with the user, under the hash of their source."""
+    """A cache folder with the user's models, compiled kernels and packages, and nothing else: profiles that engines
+    save are not the user's. Kernels that tests compile stay with the user, under the hash of their source."""
     cache = tempfile.TemporaryDirectory(prefix="tests-cache-")
     folder = Path(cache.name) / "magicdec"
     folder.mkdir()
-    for name in ("models", "kernels"):
+    for name in ("models", "kernels", "wheels"):
         (user_cache() / name).mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(user_cache() / name)
     return cache

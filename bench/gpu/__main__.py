@@ -63,7 +63,8 @@ def main() -> int:
         print("error: no CUDA device is present", file=sys.stderr)
         return 1
     began, cuda = time.monotonic(), device.type == "cuda"
-    ops = choose_ops(arguments.kernels, device, torch.bfloat16)
+    shapes = [SHAPES[shape] for shape in arguments.shapes.split(",")]
+    ops = choose_ops(arguments.kernels, device, torch.bfloat16, [shape.head_dim for shape in shapes])
     ceiling = copy_bandwidth(device, size=2 << 30 if cuda else 1 << 28)
     name = torch.cuda.get_device_name(device) if cuda else "CPU"
     graphs = ops.graphs is not None and not arguments.no_graphs
