@@ -23,7 +23,6 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,9 +36,8 @@ from kernels.kv_cache import LayerKV
 
 log = logging.getLogger(__name__)
 
-Capability = tuple[int, int]
-"""Major and minor version of a GPU's architecture."""
-_HOPPER: Capability = (9, 0)
+Kernels = Literal["fa2", "fa3"]
+_HOPPER = (9, 0)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_CAUSE = 200  # characters of a compiler's error that a message quotes
 
@@ -48,40 +46,37 @@ class ModulesUnavailable(KernelsUnavailable):
     """FlashInfer's modules cannot be had; the message gives the cause in one line."""
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionModule:
-    """A module of FlashInfer: prefill attention over pages, of queries, keys and values in one dtype."""
+def needed_modules(
+    dtype: torch.dtype, head_dim: int, capability: tuple[int, int]
+) -> list[tuple[Kernels, dict[str, Any]]]:
+    """List the compiled modules that attention needs: the arguments of FlashInfer's `gen_batch_prefill_module` and
+    `get_batch_prefill_module`, which take them in this order and by these names.
 
-    backend: Literal["fa2", "fa3"]
-    dtype: torch.dtype
-    head_dim: int
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """Arguments of FlashInfer's `get_batch_prefill_module`: dtypes, head_dims, and no positions, sliding window,
-        soft cap or float16 sums."""
-        dtypes = (self.dtype, self.dtype, self.dtype, torch.int32)
-        return (self.backend, *dtypes, self.head_dim, self.head_dim, 0, False, False, False)
-
-    def spec(self) -> Any:
-        """Return what FlashInfer compiles, a JitSpec."""
-        from flashinfer import prefill
-
-        # Since 0.7, FA2 has a smaller module for keys and values that are laid out alike, as they are in our pools.
-        small = getattr(prefill, "_gen_batch_prefill_primary_module", None) if self.backend == "fa2" else None
-        return (small or prefill.gen_batch_prefill_module)(*self.arguments)
-
-    def load(self) -> None:
-        """Load the module into this process; compile it if it is missing."""
-        from flashinfer import prefill
-
-        prefill.get_batch_prefill_module(*self.arguments)
+    capability: the GPU's compute capability.
+    """
+    arguments: dict[str, Any] = {
+        "dtype_q": dtype,
+        "dtype_kv": dtype,
+        "dtype_o": dtype,
+        "dtype_idx": torch.int32,
+        "head_dim_qk": head_dim,
+        "head_dim_vo": head_dim,
+        "pos_encoding_mode": 0,
+        "use_sliding_window": False,
+        "use_logits_soft_cap": False,
+        "use_fp16_qk_reduction": False,
+    }
+    kernels: list[Kernels] = ["fa2", "fa3"] if capability == _HOPPER else ["fa2"]
+    return [(each, arguments) for each in kernels]
 
 
-def needed_modules(dtype: torch.dtype, head_dim: int, capability: Capability) -> list[AttentionModule]:
-    """List the modules that attention of this dtype and head_dim needs on GPUs of this architecture."""
-    backends: tuple[Literal["fa2", "fa3"], ...] = ("fa2", "fa3") if capability == _HOPPER else ("fa2",)
-    return [AttentionModule(backend, dtype, head_dim) for backend in backends]
+def module_spec(kernels: Kernels, arguments: dict[str, Any]) -> Any:
+    """Return what FlashInfer compiles for a module of `needed_modules`, a JitSpec."""
+    from flashinfer import prefill
+
+    # Since 0.7, FA2 has a smaller module for keys and values that are laid out alike, as they are in our pools.
+    small = getattr(prefill, "_gen_batch_prefill_primary_module", None) if kernels == "fa2" else None
+    return (small or prefill.gen_batch_prefill_module)(kernels, **arguments)
 
 
 def load_modules(
@@ -103,17 +98,18 @@ def load_modules(
             load_flashinfer()  # raises ImportError, with a hint
         raise ModulesUnavailable(f"FlashInfer cannot be imported: {shortened(error)}") from error
     try:
+        get_module = importlib.import_module("flashinfer.prefill").get_batch_prefill_module
         capability = torch.cuda.get_device_capability(device)
         modules = [module for head_dim in head_dims for module in needed_modules(dtype, head_dim, capability)]
-        missing = [module for module in modules if not module.spec().is_compiled]
-        ahead = all(module.spec().is_aot for module in modules)
+        missing = [each for each in modules if not module_spec(*each).is_compiled]
+        ahead = all(module_spec(*each).is_aot for each in modules)
         if missing:
-            names = ", ".join(f"{each.backend} with head_dim {each.head_dim}" for each in missing)
+            names = ", ".join(f"{kernels} with head_dim {arguments['head_dim_qk']}" for kernels, arguments in missing)
             log.info("compiling FlashInfer's attention, once on this machine; it takes minutes: %s", names)
         # Of modules that were not compiled ahead, ninja checks whether they are up to date.
         with compiling() if missing else contextlib.nullcontext(), contextlib.nullcontext() if ahead else _tools():
-            for module in modules:
-                module.load()
+            for kernels, arguments in modules:
+                get_module(kernels, *arguments.values())
     except Exception as error:  # whatever a compiler, a loader or FlashInfer raises
         raise ModulesUnavailable(f"FlashInfer's attention cannot be compiled or loaded: {shortened(error)}") from error
 
@@ -191,7 +187,7 @@ def _libraries(cuda: Path, folder: Path) -> Path:
     return folder
 
 
-def architecture(name: str) -> Capability:
+def architecture(name: str) -> tuple[int, int]:
     """Parse an architecture like "9.0". Raises ValueError."""
     found = re.fullmatch(r"(\d+)\.(\d)", name)
     if found is None:
@@ -199,14 +195,14 @@ def architecture(name: str) -> Capability:
     return int(found[1]), int(found[2])
 
 
-def nvcc_target(capability: Capability) -> str:
+def nvcc_target(capability: tuple[int, int]) -> str:
     """Return an architecture as FlashInfer names it: from Hopper on, with the features of that very architecture."""
     major, minor = capability
     return f"{major}.{minor}{'a' if major >= _HOPPER[0] else ''}"
 
 
 def compile_modules(
-    capabilities: Iterable[Capability], dtypes: Iterable[torch.dtype], head_dims: Iterable[int], into: Path | None
+    capabilities: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype], head_dims: Iterable[int], into: Path | None
 ) -> list[Path]:
     """Compile the modules that any of these architectures needs, each for all architectures that can run it.
 
@@ -215,12 +211,9 @@ def compile_modules(
     ModulesUnavailable. Returns the modules' files.
     """
     capabilities = sorted(set(capabilities))
-    needed = [
-        module
-        for dtype in dtypes
-        for head_dim in head_dims
-        for module in dict.fromkeys(m for each in capabilities for m in needed_modules(dtype, head_dim, each))
-    ]
+    # Listed for each architecture, and compiled once for all.
+    shapes = [(dtype, head_dim, each) for dtype in dtypes for head_dim in head_dims for each in capabilities]
+    needed = [module for shape in shapes for module in needed_modules(*shape)]
     os.environ["FLASHINFER_CUDA_ARCH_LIST"] = " ".join(map(nvcc_target, capabilities))
     flags = os.environ.get("FLASHINFER_EXTRA_CUDAFLAGS", "")
     os.environ["FLASHINFER_EXTRA_CUDAFLAGS"] = f"{flags} -Xfatbin=-compress-all".strip()  # half the size
@@ -231,8 +224,7 @@ def compile_modules(
 
             made = []
             with _tools():
-                for module in needed:
-                    spec = module.spec()
+                for spec in {spec.name: spec for spec in (module_spec(*each) for each in needed)}.values():
                     target = (into or Path(env.FLASHINFER_AOT_DIR)) / spec.name / f"{spec.name}.so"
                     if not target.exists():
                         spec.build(verbose=False)

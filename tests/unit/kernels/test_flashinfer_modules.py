@@ -41,12 +41,12 @@ echo | c++ -x c++ -fPIC -c - -o "$2"
 
 
 def test_hopper_needs_one_more_module() -> None:
-    assert [each.backend for each in needed_modules(torch.bfloat16, 128, (8, 0))] == ["fa2"]
-    assert [each.backend for each in needed_modules(torch.bfloat16, 128, (9, 0))] == ["fa2", "fa3"]
-    assert [each.backend for each in needed_modules(torch.bfloat16, 128, (12, 0))] == ["fa2"]
-    (module,) = needed_modules(torch.float16, 64, (8, 9))
+    assert [kernels for kernels, _ in needed_modules(torch.bfloat16, 128, (8, 0))] == ["fa2"]
+    assert [kernels for kernels, _ in needed_modules(torch.bfloat16, 128, (9, 0))] == ["fa2", "fa3"]
+    assert [kernels for kernels, _ in needed_modules(torch.bfloat16, 128, (12, 0))] == ["fa2"]
     half = torch.float16
-    assert module.arguments == ("fa2", half, half, half, torch.int32, 64, 64, 0, False, False, False)
+    ((_, arguments),) = needed_modules(half, 64, (8, 9))
+    assert list(arguments.values()) == [half, half, half, torch.int32, 64, 64, 0, False, False, False]
 
 
 def test_architectures() -> None:

@@ -28,7 +28,7 @@ class Modules:
         self._missing, self._error = missing, error
         self.loaded: list[tuple[str, int]] = []
 
-    def gen_batch_prefill_module(self, *_: Any) -> Any:
+    def gen_batch_prefill_module(self, *_: Any, **__: Any) -> Any:
         return SimpleNamespace(is_compiled=not self._missing, is_aot=True)
 
     def get_batch_prefill_module(self, backend: str, *arguments: Any) -> None:
@@ -43,6 +43,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def install(modules: Modules) -> Modules:
         monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+        monkeypatch.setitem(sys.modules, "flashinfer.prefill", modules)
         monkeypatch.setattr(fake_flashinfer, "prefill", modules, raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(
