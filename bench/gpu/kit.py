@@ -149,6 +149,7 @@ def _compile_modules(architectures: Sequence[str], head_dims: Sequence[int]) -> 
     program = [sys.executable, "-m", "kernels.attention.flashinfer_modules", "--into", str(cache)]
     shapes = ["--architectures", *architectures, "--head-dims", *map(str, head_dims)]
     paths = [str(packages), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    print(f"compiling FlashInfer's attention, unless {cache} has it; this takes minutes", file=sys.stderr, flush=True)
     found = _run([*program, *shapes], CUDA_HOME=toolkit, PYTHONPATH=os.pathsep.join(paths))
     return [Path(line.split(maxsplit=2)[2]).parent for line in found.splitlines()]
 
