@@ -24,7 +24,7 @@ PIP = $(BIN)/python -m pip install $(PIP_FLAGS)
 WORKERS := $(shell nproc 2>/dev/null || echo 2)
 PYTEST = $(BIN)/python -m pytest tests/e2e tests/parallel tests/unit -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup setup-dev model serve test test-all lint format typecheck bench bench-compare test-gpu bench-gpu gpu-check clean
+.PHONY: help setup setup-dev model serve test test-all lint format typecheck bench bench-compare gpu-kit test-gpu bench-gpu gpu-check clean
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -94,6 +94,10 @@ bench: $(INSTALLED_DEV) $(KERNELS) $(if $(MODEL),,model) ## Measure decoding wit
 bench-compare: $(INSTALLED_DEV) $(KERNELS) $(if $(MODEL),,model) ## Measure other engines beside this one, by turns
 	@$(BIN)/python -m bench.peers.compare $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
+# GPU_KIT_PYTHON: version of that machine's Python.
+gpu-kit: $(INSTALLED_DEV) ## Gather what a GPU machine without a network lacks into build/gpu-kit
+	@$(BIN)/python -m bench.gpu.kit --python $(GPU_KIT_PYTHON) $(ARGS)
+
 test-gpu: gpu ## Run the tests that need a CUDA device
 	@$(GPU_PYTHON) -m pytest tests/gpu tests/unit/kernels/test_gpu_kernels.py $(ARGS)
 
@@ -105,6 +109,7 @@ gpu-check: gpu ## Check a machine with a CUDA device in eight minutes: tests and
 
 # GPU_PYTHON=python3 takes an environment that is there already, offline: torch for CUDA, Triton, perhaps FlashInfer.
 GPU_PYTHON := $(BIN)/python
+GPU_KIT_PYTHON := 3.12
 
 .PHONY: gpu
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED_DEV))

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import msgspec
 import torch
@@ -63,16 +64,18 @@ class Engine:
         model: Llama | None = None,
         controller: Controller | None = None,
         ranks: Callable[[EngineConfig, torch.device], RankExecutor] = RankExecutor.launch,
+        compiling: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         progress: bool = True,
     ) -> None:
         """Load the model and reserve its memory, on all ranks.
 
         model: a loaded model, used instead of `config.model`'s weights (rank 0's shard of it, with several ranks).
         controller: used instead of the one that the config describes. ranks: starts the other ranks, if there are any;
-        its config has every setting resolved. progress: show a bar on stderr while loading.
+        its config has every setting resolved. compiling: entered while kernels are compiled, which takes minutes; other
+        ranks are started after that. progress: show a bar on stderr while loading.
         Raises ValueError (ConfigError, ModelError) for settings or files that cannot be served, RankFailure.
         """
-        self._config, self._resolved = config, resolve(config, model)
+        self._config, self._resolved = config, resolve(config, model, compiling=compiling)
         self._threads_before = torch.get_num_threads()
         try:
             self._worker = self._start_ranks(model, ranks, progress)

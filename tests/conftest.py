@@ -19,8 +19,8 @@ for _override in ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):  
 
 
 def _private_cache() -> tempfile.TemporaryDirectory[str]:
-    """A cache folder with the user's models, kernels and wheels, and nothing else: profiles that engines save are not
-    the user's. Kernels that tests compile stay with the user, under the hash of their source."""
+    """A cache folder with the user's models, compiled kernels and packages, and nothing else: profiles that engines
+    save are not the user's. Kernels that tests compile stay with the user, under the hash of their source."""
     cache = tempfile.TemporaryDirectory(prefix="tests-cache-")
     folder = Path(cache.name) / "magicdec"
     folder.mkdir()

@@ -51,7 +51,9 @@ class Program:
         self._device = torch.device(arguments.device)
         self._began = time.monotonic()
         cuda = self._device.type == "cuda"
-        ops = choose_ops(arguments.kernels, self._device, torch.bfloat16)
+        self._shapes = arguments.shapes or (self._terms.shapes if self._terms else _SHAPES)
+        head_dims = [SHAPES[shape].head_dim for shape in self._shapes]
+        self._ops = ops = choose_ops(arguments.kernels, self._device, torch.bfloat16, head_dims)
         ceiling = copy_bandwidth(self._device, size=2 << 30 if cuda else 1 << 28)
         self._graphs = ops.make_graphs is not None and not arguments.no_graphs
         name = torch.cuda.get_device_name(self._device) if cuda else "CPU"
@@ -67,12 +69,12 @@ class Program:
         arguments, terms = self._arguments, self._terms
         _say(table([]))  # the head of lines to come
         if terms is None:
-            for shape in arguments.shapes or _SHAPES:
+            for shape in self._shapes:
                 points, alphas = arguments.points or _read_points(_POINTS), [arguments.synthetic_acceptance]
                 self._measure(shape, points, alphas, gamma=arguments.gamma, budget=arguments.budget)
             return
         alphas = [acceptance_for(terms.gamma, tokens) for tokens in terms.tokens.values()]
-        for shape in arguments.shapes or terms.shapes:
+        for shape in self._shapes:
             for max_rows, context in arguments.points or [(terms.max_rows, terms.context)]:
                 points = [(rows, context) for rows in range(max_rows, 0, -1)]
                 budget = terms_budget(context)
@@ -115,7 +117,7 @@ class Program:
                 budget=budget,
                 device=self._device,
                 dtype=torch.bfloat16,
-                ops=choose_ops(self._arguments.kernels, self._device, torch.bfloat16),
+                ops=self._ops,
                 memory=free_bytes(self._device) if self._device.type == "cuda" else _CPU_BYTES,
                 temperature=temperature,
                 rounds=self._arguments.rounds,

@@ -8,7 +8,7 @@ import logging
 import shutil
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -82,8 +82,8 @@ class EngineClient:
     ) -> EngineClient:
         """Start an engine process and wait until it is ready.
 
-        start_timeout_s: time for it to load. timeout_s: time for one round, after which the engine counts as hung; a
-        process without any heartbeat counts as hung much sooner.
+        start_timeout_s: time for it to load, without the time in which it compiles kernels. timeout_s: time for one
+        round, after which the engine counts as hung; a process without any heartbeat counts as hung much sooner.
         Raises EngineDead if it does not start. Nothing of it remains then, or if this call is cancelled.
         """
         try:
@@ -98,7 +98,8 @@ class EngineClient:
             with contextlib.suppress(ConnectionError):  # the process has ended already: wait_ready reports it
                 client._process.stdin.write(msgspec.json.encode(launch) + b"\n")
                 await client._process.stdin.drain()
-            client.ready = await wait_ready(client._socket, client._process, start_timeout_s)
+            with client._subscribe() as heartbeat:
+                client.ready = await wait_ready(client._socket, heartbeat, client._process, start_timeout_s)
         except BaseException:
             await client.close()
             raise
@@ -116,7 +117,8 @@ class EngineClient:
         """
         client = cls(directory, timeout_s)
         try:
-            client.ready = await wait_for_engine(client._socket, directory, start_timeout_s)
+            with client._subscribe() as heartbeat:
+                client.ready = await wait_for_engine(client._socket, heartbeat, directory, start_timeout_s)
             check_private(directory)  # before, the directory may not exist
             if client.ready.model != model:
                 raise EngineDead(f"the engine in {directory} serves {client.ready.model}, not {model}")
@@ -245,10 +247,16 @@ class EngineClient:
             del self._live[output.id]
         queue.put_nowait(output)
 
-    async def _watch_heartbeat(self) -> None:
+    @contextlib.contextmanager
+    def _subscribe(self) -> Iterator[zmq.asyncio.Socket]:
+        """Subscribe to the engine's heartbeat, whether or not the engine is there yet."""
         with self._context.socket(zmq.SUB) as heartbeat:
             heartbeat.subscribe(b"")
             heartbeat.connect(f"ipc://{self._directory / HEARTBEAT}")
+            yield heartbeat
+
+    async def _watch_heartbeat(self) -> None:
+        with self._subscribe() as heartbeat:
             self._mark_dead(await wait_hung(heartbeat, self.ready.heartbeat, self._round_s))
         self.kill()
 

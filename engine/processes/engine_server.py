@@ -23,6 +23,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +55,9 @@ _DEAD_TIMEOUT_MS = 2000
 """Time for a failed engine to send its peers the reason."""
 _ORPHAN_GRACE_S = 10.0
 """Time for a stopped engine to finish its round and close, before it is killed."""
+
+Compiling = Callable[[], AbstractContextManager[None]]
+"""Context that an engine is in while it compiles kernels."""
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +229,7 @@ def send_dead(socket: zmq.Socket[bytes], reason: str, peers: Iterable[bytes]) ->
             socket.send_multipart([peer, msgspec.msgpack.encode(Dead(reason))])
 
 
-def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
+def main(load_engine: Callable[[EngineConfig, Compiling], EngineLike]) -> int:
     """Read EngineLaunch from stdin, load the engine, serve until stdin closes. Returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -238,12 +242,15 @@ def main(load_engine: Callable[[EngineConfig], EngineLike]) -> int:
     launch = msgspec.json.decode(line, type=EngineLaunch)
     set_up(launch.log_level, launch.log_format)
     config = launch.config
-    return serve(lambda: load_engine(EngineConfig.model_validate(config)), Path(launch.directory), _STDIN)
+    return serve(lambda enter: load_engine(EngineConfig.model_validate(config), enter), Path(launch.directory), _STDIN)
 
 
-def serve(load_engine: Callable[[], EngineLike], directory: Path, parent_fd: int, has_no_parent: bool = False) -> int:
+def serve(
+    load_engine: Callable[[Compiling], EngineLike], directory: Path, parent_fd: int, has_no_parent: bool = False
+) -> int:
     """Open the sockets, load the engine, serve until the other end of the file descriptor `parent_fd` is closed.
 
+    load_engine: enters the context that it is passed while it compiles kernels, so that its start may take longer.
     directory: for the sockets; removed with them at the end. has_no_parent: no parent reports why the engine ends, so
     it logs the reason and sends it to its peers. Returns the exit status: 1 if the engine failed.
     """
@@ -263,7 +270,7 @@ def serve(load_engine: Callable[[], EngineLike], directory: Path, parent_fd: int
         socket.bind(f"ipc://{directory / SOCKET}")
         server = None
         try:
-            engine = load_engine()
+            engine = load_engine(heartbeat.compiling)
             cleanup.callback(engine.close)
             server = EngineServer(socket, engine, heartbeat, parent_fd)
             server.run()
@@ -319,7 +326,7 @@ def _reason(error: Exception, expected: bool) -> str:
 def _start() -> int:
     from engine.core import Engine  # loads torch, which other importers of this module do not need
 
-    return main(lambda config: Engine(config, progress=sys.stderr.isatty()))
+    return main(lambda config, compiling: Engine(config, compiling=compiling, progress=sys.stderr.isatty()))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import msgspec
 import zmq.asyncio
 
 from engine.messages import AbortRequests, Dead, FromEngine, Ready
+from engine.processes.heartbeat import start_timeout
 
 REASON_TIMEOUT_S = 0.5
 """Time to wait for the reason after the engine process has ended."""
@@ -25,12 +26,15 @@ class EngineDead(RuntimeError):
     """The engine is gone, or did not start; the message gives the reason."""
 
 
-async def wait_ready(socket: zmq.asyncio.Socket, process: Process, timeout_s: float) -> Ready:
-    """Wait until the engine that runs in `process` is ready. socket: a DEALER to it. Raises EngineDead."""
+async def wait_ready(
+    socket: zmq.asyncio.Socket, heartbeat: zmq.asyncio.Socket, process: Process, timeout_s: float
+) -> Ready:
+    """Wait until the engine that runs in `process` is ready. socket, heartbeat: a DEALER and a SUB to it. Raises
+    EngineDead."""
     await socket.send(_HELLO)
     ended = asyncio.create_task(process.wait())
     try:
-        async with asyncio.timeout(timeout_s):
+        async with start_timeout(heartbeat, timeout_s):
             reply = asyncio.ensure_future(socket.recv())
             await asyncio.wait({reply, ended}, return_when=asyncio.FIRST_COMPLETED)
             if not reply.done():
@@ -50,14 +54,17 @@ async def wait_ready(socket: zmq.asyncio.Socket, process: Process, timeout_s: fl
     )
 
 
-async def wait_for_engine(socket: zmq.asyncio.Socket, directory: Path, timeout_s: float) -> Ready:
-    """Wait until an engine with its sockets in `directory` is ready. socket: a DEALER to it. Raises EngineDead.
+async def wait_for_engine(
+    socket: zmq.asyncio.Socket, heartbeat: zmq.asyncio.Socket, directory: Path, timeout_s: float
+) -> Ready:
+    """Wait until an engine with its sockets in `directory` is ready. socket, heartbeat: a DEALER and a SUB to it.
+    Raises EngineDead.
 
     A hello is lost if the engine ends while it loads, so hellos are repeated.
     """
     reason = ""
     try:
-        async with asyncio.timeout(timeout_s):
+        async with start_timeout(heartbeat, timeout_s):
             while True:
                 await socket.send(_HELLO)
                 if not await socket.poll(int(_HELLO_INTERVAL_S * 1000)):

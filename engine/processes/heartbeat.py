@@ -3,14 +3,18 @@ Free of torch.
 
 Beats have a thread and a socket of their own, so they continue while a round computes. Missing beats mean that the
 process hangs or is stopped, which is detected within seconds; a single round may take longer. A beat also carries the
-process's name, since another process can take over the same path.
+process's name, since another process can take over the same path. While the engine starts, beats say whether it
+compiles kernels, which takes minutes and does not count into the time that a start may take.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import threading
 import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,6 +33,7 @@ class _Beat(msgspec.Struct, array_like=True):
     name: bytes
     busy: float
     """Seconds since the loop's current turn began."""
+    compiling: bool = False
 
 
 class HeartbeatSender:
@@ -40,12 +45,22 @@ class HeartbeatSender:
         self._socket.bind(f"ipc://{path}")
         self.name = os.urandom(8)
         self._turn_began: float | None = None  # loading: no turn yet
+        self._compiling = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)  # owns the socket from now on
 
     def begin_turn(self) -> None:
         """Record that the engine's loop begins a turn."""
         self._turn_began = time.monotonic()
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Let beats say that the engine compiles kernels."""
+        self._compiling = True
+        try:
+            yield
+        finally:
+            self._compiling = False
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -61,7 +76,25 @@ class HeartbeatSender:
         with self._socket:
             while not self._ended.wait(BEAT_S):
                 busy = 0.0 if self._turn_began is None else time.monotonic() - self._turn_began
-                self._socket.send(msgspec.msgpack.encode(_Beat(self.name, busy)))
+                self._socket.send(msgspec.msgpack.encode(_Beat(self.name, busy, self._compiling)))
+
+
+@contextlib.asynccontextmanager
+async def start_timeout(socket: zmq.asyncio.Socket, timeout_s: float) -> AsyncIterator[None]:
+    """Raise TimeoutError in what runs within this context once an engine has been starting for `timeout_s`, counted
+    anew after each time that it compiles. socket: SUB, connected to its heartbeat."""
+    async with asyncio.timeout(timeout_s) as limit:
+
+        async def extend() -> None:
+            while True:
+                if msgspec.msgpack.decode(await socket.recv(), type=_Beat).compiling:
+                    limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+
+        extending = asyncio.create_task(extend())
+        try:
+            yield
+        finally:
+            extending.cancel()
 
 
 async def wait_hung(socket: zmq.asyncio.Socket, name: bytes, turn_s: float) -> str:

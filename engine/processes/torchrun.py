@@ -30,6 +30,7 @@ from engine.processes.endpoint import EndpointError, claim, default_directory
 from engine.processes.rank import exit_now, run_rank
 from engine.ranks.executor import RankExecutor
 from engine.ranks.protocol import RankReport, send_report
+from engine.worker.resolve import resolve
 from kernels.cpu.cpus import usable_cores
 from parallel import tcp_bootstrap
 from parallel.channel import Disconnected, Link
@@ -82,7 +83,10 @@ def _run_rank_0(config: EngineConfig, env: TorchrunEnv, directory: Path) -> int:
     ranks = functools.partial(_connect_ranks, env=env)
     log.info("rank 0 of %d; `magicdec serve --engine %s` on this host attaches to it", env.size, directory)
     return engine_server.serve(
-        lambda: Engine(config, ranks=ranks, progress=sys.stderr.isatty()), directory, parent_fd, has_no_parent=True
+        lambda compiling: Engine(config, ranks=ranks, compiling=compiling, progress=sys.stderr.isatty()),
+        directory,
+        parent_fd,
+        has_no_parent=True,
     )
 
 
@@ -109,6 +113,7 @@ def _run_other_rank(config: EngineConfig, env: TorchrunEnv) -> int:
         os._exit(1)
 
     _on_stop(end)
+    _compile_kernels(config, env)
     try:
         link, store = tcp_bootstrap.connect(
             env.store(config.start_timeout_s),
@@ -122,6 +127,16 @@ def _run_other_rank(config: EngineConfig, env: TorchrunEnv) -> int:
         return 1
     link.exit_with_peer()
     return run_rank(link, local_rank=env.local_rank, store=store, address=address)
+
+
+def _compile_kernels(config: EngineConfig, env: TorchrunEnv) -> None:
+    """Compile the kernels of this rank's GPU that this host lacks: it may take longer than a start, so it comes before
+    ranks wait for each other. What fails here fails again once rank 0 can be told."""
+    if config.device == "cpu" or env.local_rank >= torch.cuda.device_count():
+        return
+    torch.cuda.set_device(env.local_rank)
+    with contextlib.suppress(ValueError):
+        resolve(config, None, sizes_pool=False)
 
 
 def _on_stop(act: Callable[[], None]) -> None:

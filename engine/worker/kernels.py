@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -10,6 +13,7 @@ from typing import Literal
 import torch
 
 from engine.config.deployment import ConfigError
+from kernels.attention.flashinfer_modules import ModulesUnavailable, load_modules, try_attention
 from kernels.cpu.compiler import KernelsUnavailable
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
@@ -24,22 +28,32 @@ KernelsSetting = Literal["auto", "reference", "cpu", "triton", "flashinfer"]
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def choose_ops(setting: KernelsSetting, device: torch.device, dtype: torch.dtype) -> Ops:
-    """Choose kernels for a model of this dtype on this device. setting: `engine.kernels`. The first use of compiled
-    kernels on a machine compiles them.
+def choose_ops(
+    setting: KernelsSetting,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dims: Sequence[int],
+    compiling: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Ops:
+    """Choose kernels for models of this dtype on this device. The first use of compiled kernels on a machine compiles
+    them; kernels that cannot be compiled, loaded or run here are not available.
 
+    setting: `engine.kernels`. head_dims: those of the target and, if there is one, the draft model. compiling: entered
+    while a compiler of GPU kernels works, which takes minutes.
     Raises ConfigError if kernels that the setting names are not available.
     """
     if setting == "reference":
         return REFERENCE
     if setting != "auto":
-        return _named(setting, device, dtype)
+        return _named(setting, device, dtype, head_dims, compiling)
     reasons = []
     for name in ("cpu",) if device.type == "cpu" else ("flashinfer", "triton"):
         try:
-            return _named(name, device, dtype)
+            return _named(name, device, dtype, head_dims, compiling)
         except ConfigError as error:
             reasons.append(str(error).removeprefix("engine.kernels: "))
+            if isinstance(error.__cause__, ModulesUnavailable):
+                log.warning("attention runs in Triton: %s", reasons[-1])
     if dtype != torch.float64:  # only plain torch has float64
         log.warning("falling back to plain torch, several times slower than kernels: %s", "; ".join(reasons))
     return REFERENCE
@@ -53,7 +67,13 @@ def kernels_folder() -> Path | None:
         return None
 
 
-def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
+def _named(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dims: Sequence[int],
+    compiling: Callable[[], AbstractContextManager[None]],
+) -> Ops:
     dtypes = _HALVES if name == "flashinfer" else (torch.float32, *_HALVES)
     if (name == "cpu") != (device.type == "cpu") or dtype not in dtypes:
         named = str(dtype).removeprefix("torch.")
@@ -62,13 +82,19 @@ def _named(name: str, device: torch.device, dtype: torch.dtype) -> Ops:
         if name == "cpu":
             return CpuOps(CpuKernels(kernels_folder(), choose(kernels_folder())))
         # Imported where there is a GPU.
-        from kernels.attention.flashinfer_workspace import load_flashinfer, make_workspace
+        from kernels.attention.flashinfer_workspace import HEAD_DIMS, make_workspace
         from kernels.gpu.cuda_graphs import CudaGraphs
         from kernels.gpu.gpu_ops import GpuOps
 
         if name == "triton":
             return GpuOps(make_recorder=partial(CudaGraphs, device))
-        load_flashinfer()
-        return GpuOps(make_workspace(device), partial(CudaGraphs, device))
+        if head_dims[0] not in HEAD_DIMS:
+            raise KernelsUnavailable(f"flashinfer has none for head_dim {head_dims[0]}")
+        known = [head_dim for head_dim in dict.fromkeys(head_dims) if head_dim in HEAD_DIMS]
+        load_modules(device, dtype, known, compiling)
+        workspace = make_workspace(device)
+        for head_dim in known:
+            try_attention(workspace, dtype, head_dim)
+        return GpuOps(workspace, partial(CudaGraphs, device))
     except (KernelsUnavailable, ImportError) as error:
         raise ConfigError(f"engine.kernels: {error}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,9 +74,16 @@ class Resolved:
         )
 
 
-def resolve(config: EngineConfig, model: Llama | None, *, sizes_pool: bool = True) -> Resolved:
+def resolve(
+    config: EngineConfig,
+    model: Llama | None,
+    *,
+    sizes_pool: bool = True,
+    compiling: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Resolved:
     """Resolve a deployment's settings. model: a loaded model, used instead of `config.model`. sizes_pool: false where
-    no pool is made: its size, and a lower max_model_len that would follow from it, remain open.
+    no pool is made: its size, and a lower max_model_len that would follow from it, remain open. compiling: see
+    choose_ops.
 
     Raises ValueError (ConfigError, ModelError) for settings or a model that cannot be served.
     """
@@ -90,12 +99,13 @@ def resolve(config: EngineConfig, model: Llama | None, *, sizes_pool: bool = Tru
     draft = _draft_shape(config, shape)
     token_bytes, fixed_bytes = _draft_bytes(config, draft or shape, dtype)
     token_bytes += _kv_bytes(shape, dtype, max(kv_heads))
+    head_dims = [each.head_dim for each in (shape, draft) if each is not None]
     resolved = Resolved(
         path=path,
         shape=shape,
         device=device,
         dtype=dtype,
-        ops=choose_ops(config.kernels, device, dtype) if model is None else model.ops,
+        ops=choose_ops(config.kernels, device, dtype, head_dims, compiling) if model is None else model.ops,
         threads=threads_per_rank(config),
         max_model_len=_max_model_len(config, shape),
         num_pages=None,

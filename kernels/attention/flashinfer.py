@@ -7,7 +7,6 @@ it, tests/support/fake_flashinfer.py. tests/gpu compares FlashInfer's kernels wi
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Literal
@@ -177,13 +176,3 @@ class FlashInferAttention:
             ring.rotate(-1)
             ring[-1].provide(floats, ints)
         return ring[-1]
-
-
-def merge_states(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute kernels.attention.reference_attention.merge_segments by FlashInfer, for float16 and bfloat16, and
-    head_dim in HEAD_DIMS."""
-    merge = load_flashinfer().merge_state
-    merged, total = outputs[0], lses[0] / math.log(2)
-    for output, lse in zip(outputs[1:], lses[1:], strict=True):
-        merged, total = merge(merged, total, output, lse / math.log(2))
-    return merged, to_natural_log(total)

@@ -50,30 +50,6 @@ def takes_uniform_queries(library: ModuleType) -> bool:
     return size is not None and "q_len_per_req" in inspect.signature(size).parameters
 
 
-def needed_modules(
-    dtype: torch.dtype, head_dim: int, capability: tuple[int, int]
-) -> list[tuple[Kernels, dict[str, Any]]]:
-    """List the compiled modules that attention needs: the arguments of FlashInfer's `gen_batch_prefill_module` and
-    `get_batch_prefill_module`, which take them in this order and by these names.
-
-    capability: the GPU's compute capability.
-    """
-    arguments: dict[str, Any] = {
-        "dtype_q": dtype,
-        "dtype_kv": dtype,
-        "dtype_o": dtype,
-        "dtype_idx": torch.int32,
-        "head_dim_qk": head_dim,
-        "head_dim_vo": head_dim,
-        "pos_encoding_mode": 0,
-        "use_sliding_window": False,
-        "use_logits_soft_cap": False,
-        "use_fp16_qk_reduction": False,
-    }
-    kernels: list[Kernels] = ["fa2", "fa3"] if capability == (9, 0) else ["fa2"]
-    return [(each, arguments) for each in kernels]
-
-
 class Heads(NamedTuple):
     """Query heads, KV heads and their size, as FlashInfer is given them."""
 

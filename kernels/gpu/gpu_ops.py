@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, GraphAttention, GraphBatch
-from kernels.attention.flashinfer import FlashInferAttention, merge_states
+from kernels.attention.flashinfer import FlashInferAttention
 from kernels.attention.flashinfer_graph import FlashInferGraphAttention, can_capture
 from kernels.attention.flashinfer_workspace import HEAD_DIMS, Workspace
 from kernels.attention.reference_attention import merge_segments
@@ -106,8 +106,7 @@ class GpuOps:
         return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-        known = self._workspace is not None and outputs[0].shape[-1] in HEAD_DIMS
-        return merge_states(outputs, lses) if known else merge_segments(outputs, lses)
+        return merge_segments(outputs, lses)
 
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
         if self._workspace is None or head_dim not in HEAD_DIMS:

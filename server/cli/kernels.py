@@ -31,7 +31,7 @@ def kernels(
         for library in (build_operators(BUILT), *(build_kernels(each, BUILT) for each in INSTRUCTION_SETS)):
             typer.echo(library.name)
         return
-    ops = choose_ops("auto", torch.device("cpu"), torch.float32)
+    ops = choose_ops("auto", torch.device("cpu"), torch.float32, ())
     if ops.kind != "cpu":
         typer.echo(ops.kind)
         return

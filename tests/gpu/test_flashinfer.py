@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kernels.attention.base import AttentionBatch, GraphBatch
-from kernels.attention.flashinfer import FlashInferAttention, merge_states
+from kernels.attention.flashinfer import FlashInferAttention
 from kernels.attention.flashinfer_graph import FlashInferGraphAttention
 from kernels.attention.flashinfer_workspace import make_workspace
-from kernels.attention.reference_attention import ReferenceAttention, merge_segments
+from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv_cache import LayerKV
 from tests.support.profiles import only_in_all
 
@@ -136,14 +136,3 @@ def test_captured_and_eager_attention_share_memory() -> None:
         eager.run(layer, torch.randn(6, 32, 128, device=CUDA).bfloat16(), 0.1)
         graph.replay()
         torch.testing.assert_close(out, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_segments_are_merged(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    outputs = [torch.randn(50, 32, 128, device=CUDA).to(dtype) for _ in range(3)]
-    lses = [5 * torch.randn(50, 32, device=CUDA) for _ in range(3)]
-    expected, expected_lse = merge_segments(outputs, lses)
-    merged, lse = merge_states(outputs, lses)
-    torch.testing.assert_close(merged, expected, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)

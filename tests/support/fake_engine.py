@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from engine.config.deployment import EngineConfig
@@ -34,6 +35,8 @@ COMMAND = (
 
 VOCAB, MAX_LEN, EOS = 320, 64, 2
 PAGES = 1000
+COMPILE_S = 6.0
+"""Time for which the model "compiles" does so."""
 REFUSE, FULL, CRASH, HANG, EXIT, SLOW = 300, 301, 302, 303, 304, 305
 """First prompt tokens that trigger a behaviour. REFUSE: raise RequestError. FULL: raise QueueFull. CRASH: raise in
 `step`. HANG: sleep for a minute in `step`. EXIT: end the process with status 7. SLOW: one token every 10 ms."""
@@ -58,13 +61,18 @@ def request(prompt: list[int], **params: Any) -> AddRequest:
 class FakeEngine:
     """Engine that emits three tokens per request and round (one fewer is accepted) until `expected` is used up."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self, config: EngineConfig, compiling: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         if config.model == "no-such-model":
             raise ValueError("there is no such model")
         if config.model == "bug":
             raise RuntimeError("cannot load")
         if config.model == "slow":
             time.sleep(60)
+        if config.model == "compiles":
+            with compiling():
+                time.sleep(COMPILE_S)
         self._live: dict[str, tuple[AddRequest, list[int]]] = {}
         self._done = 0
         self.ready = Ready(

@@ -36,15 +36,6 @@ def attend(
     return out, lse
 
 
-def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge the attention of two segments. s_a, s_b: log-sum-exps to base 2, [tokens, heads] float32."""
-    assert v_a.dtype == v_b.dtype
-    assert s_a.dtype == s_b.dtype == torch.float32
-    total = torch.logaddexp2(s_a, s_b)
-    parts = (v.float() * torch.exp2(s - total)[..., None] for v, s in ((v_a, s_a), (v_b, s_b)))
-    return sum(parts, torch.zeros(())).to(v_a.dtype), total
-
-
 def _refuse(refused: bool, reason: str) -> None:
     if refused:
         raise ValueError(reason)

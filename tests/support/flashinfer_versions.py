@@ -22,7 +22,8 @@ from torch import Tensor
 from kernels.attention.base import AttentionBatch, GraphBatch
 from kernels.attention.flashinfer import FlashInferAttention
 from kernels.attention.flashinfer_graph import FlashInferGraphAttention
-from kernels.attention.flashinfer_workspace import Workspace, needed_modules, takes_uniform_queries
+from kernels.attention.flashinfer_modules import needed_modules
+from kernels.attention.flashinfer_workspace import Workspace, takes_uniform_queries
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv_cache import LayerKV
 from tests.support.fake_flashinfer import attend

@@ -164,6 +164,7 @@ def test_the_law_holds_in_every_dtype(dtype: torch.dtype, policy: str) -> None:
 
 
 BOUNDS = (1, 16, 1 << 30), (16, 1 << 30, 1)
+DIMS = (64,)
 """Numbers of rows from which on tiles multiply: those of the plain run, and of two with drafts; for
 full and 8-bit weights."""
 
@@ -246,22 +247,22 @@ def test_the_law_holds_for_rounded_targets() -> None:
 
 
 def test_which_kernels_serve(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    assert choose_ops("reference", CPU, torch.float32) is REFERENCE
-    assert choose_ops("auto", CPU, torch.float64) is REFERENCE
+    assert choose_ops("reference", CPU, torch.float32, DIMS) is REFERENCE
+    assert choose_ops("auto", CPU, torch.float64, DIMS) is REFERENCE
     with pytest.raises(ConfigError, match=r"engine\.kernels: cpu has none for float64 on cpu"):
-        choose_ops("cpu", CPU, torch.float64)
-    assert choose_ops("auto", CPU, torch.bfloat16).kind == "cpu"
+        choose_ops("cpu", CPU, torch.float64, DIMS)
+    assert choose_ops("auto", CPU, torch.bfloat16, DIMS).kind == "cpu"
 
     def fail(*_: object) -> None:
         raise KernelsUnavailable("no C++ compiler (g++ or clang++) is installed")
 
     monkeypatch.setattr("engine.worker.kernels.CpuKernels", fail)
-    assert choose_ops("auto", CPU, torch.bfloat16) is REFERENCE
+    assert choose_ops("auto", CPU, torch.bfloat16, DIMS) is REFERENCE
     assert caplog.messages == [
         "falling back to plain torch, several times slower than kernels: no C++ compiler (g++ or clang++) is installed"
     ]
     with pytest.raises(ConfigError, match=r"engine\.kernels: no C\+\+ compiler"):
-        choose_ops("cpu", CPU, torch.bfloat16)
+        choose_ops("cpu", CPU, torch.bfloat16, DIMS)
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -273,12 +274,12 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.setattr("kernels.cpu.compiler.BUILT", Path("/nowhere"))
-    assert choose_ops("auto", CPU, torch.bfloat16) is REFERENCE
+    assert choose_ops("auto", CPU, torch.bfloat16, DIMS) is REFERENCE
     assert [message.partition(": ")[2] for message in caplog.messages] == [
         "no folder is known to keep kernels in; set HOME or XDG_CACHE_HOME"
     ]
     with pytest.raises(ConfigError, match=r"engine\.kernels: no folder is known"):
-        choose_ops("cpu", CPU, torch.bfloat16)
+        choose_ops("cpu", CPU, torch.bfloat16, DIMS)
     with pytest.raises(FileNotFoundError, match="set HOME or XDG_CACHE_HOME"):
         default_model_dir()
     assert load_profile("a") is None
@@ -289,17 +290,17 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
 def test_which_kernels_serve_on_gpus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("triton")
     cuda = torch.device("cuda")
-    assert choose_ops("triton", cuda, torch.float32).kind == "triton"
+    assert choose_ops("triton", cuda, torch.float32, DIMS).kind == "triton"
     for setting, dtype, message in (
         ("cpu", torch.bfloat16, "cpu has none for bfloat16 on cuda"),
         ("flashinfer", torch.float32, "flashinfer has none for float32 on cuda"),
         ("triton", torch.float64, "triton has none for float64 on cuda"),
     ):
         with pytest.raises(ConfigError, match=message):
-            choose_ops(setting, cuda, dtype)  # type: ignore[arg-type]
+            choose_ops(setting, cuda, dtype, DIMS)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    assert choose_ops("auto", cuda, torch.bfloat16).kind == "triton"
+    assert choose_ops("auto", cuda, torch.bfloat16, DIMS).kind == "triton"
     with pytest.raises(ConfigError, match=r"engine\.kernels: attention by FlashInfer needs its package"):
-        choose_ops("flashinfer", cuda, torch.bfloat16)
-    assert choose_ops("auto", cuda, torch.float64) is REFERENCE
+        choose_ops("flashinfer", cuda, torch.bfloat16, DIMS)
+    assert choose_ops("auto", cuda, torch.float64, DIMS) is REFERENCE
     assert not caplog.messages

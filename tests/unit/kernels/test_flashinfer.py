@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from kernels.attention.base import AttentionBatch, GraphBatch
-from kernels.attention.flashinfer import FlashInferAttention, merge_states
+from kernels.attention.flashinfer import FlashInferAttention
 from kernels.attention.flashinfer_graph import FlashInferGraphAttention, can_capture
 from kernels.attention.flashinfer_workspace import (
     Heads,
@@ -24,9 +24,8 @@ from kernels.attention.flashinfer_workspace import (
     flat_pages,
     list_pages,
     load_flashinfer,
-    needed_modules,
 )
-from kernels.attention.reference_attention import ReferenceAttention, merge_segments
+from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv_cache import LayerKV
 from kernels.reference_ops import REFERENCE, ReferenceOps
 from models.loader import random_model
@@ -250,15 +249,6 @@ def test_lists_of_pages(data: st.DataObject, heads: int, seed: int) -> None:
     assert (listed[len(expected) : -1] == -1).all()
 
 
-def test_compiled_modules() -> None:
-    """One for each kind of kernel; keyword arguments of FlashInfer's own functions."""
-    hopper = needed_modules(torch.bfloat16, 128, (9, 0))
-    assert [kernels for kernels, _ in hopper] == ["fa2", "fa3"]
-    assert [kernels for kernels, _ in needed_modules(torch.bfloat16, 128, (10, 0))] == ["fa2"]
-    assert hopper[0][1]["dtype_q"] == torch.bfloat16
-    assert hopper[0][1]["head_dim_vo"] == 128
-
-
 def test_what_flashinfer_cannot_is_refused() -> None:
     ours = backend(4)
     ours.plan(batch_of([(2, 3)], 4))
@@ -311,13 +301,3 @@ def test_engines_on_it(kv: dict[str, Any]) -> None:
     assert engine.stats().accepted_tokens > 0
     assert engine.stats().rejections > 0
     assert sum(tokens(outputs[name]) == tokens(expected[name]) for name in outputs) >= 3
-
-
-def test_segments_are_merged() -> None:
-    torch.manual_seed(0)
-    outputs = [torch.randn(5, 3, 64).half() for _ in range(3)]
-    lses = [torch.randn(5, 3) * 5 for _ in range(3)]
-    expected, expected_lse = merge_segments(outputs, lses)
-    merged, lse = merge_states(outputs, lses)
-    torch.testing.assert_close(merged, expected, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)

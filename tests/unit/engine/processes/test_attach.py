@@ -33,7 +33,8 @@ from tests.support.fake_engine import FakeEngine
 parent_fd, held = os.pipe()
 signal.signal(signal.SIGTERM, lambda *_: os.close(held))
 claim(Path(sys.argv[1]))
-sys.exit(serve(lambda: FakeEngine(EngineConfig(model=sys.argv[2])), Path(sys.argv[1]), parent_fd, has_no_parent=True))
+load = lambda compiling: FakeEngine(EngineConfig(model=sys.argv[2]), compiling)
+sys.exit(serve(load, Path(sys.argv[1]), parent_fd, has_no_parent=True))
 """
 
 

@@ -22,7 +22,19 @@ from engine.messages import AddRequest, RequestOutput
 from engine.processes.client import EngineClient, EngineDead
 from engine.processes.heartbeat import BEAT_S, MISSED_BEATS
 from tests.support import fake_engine
-from tests.support.fake_engine import COMMAND, CRASH, EXIT, FULL, HANG, PAGES, REFUSE, SLOW, expected, request
+from tests.support.fake_engine import (
+    COMMAND,
+    COMPILE_S,
+    CRASH,
+    EXIT,
+    FULL,
+    HANG,
+    PAGES,
+    REFUSE,
+    SLOW,
+    expected,
+    request,
+)
 
 pytestmark = pytest.mark.usefixtures("own_tmp")
 
@@ -232,6 +244,16 @@ def test_an_engine_that_does_not_come_up(own_tmp: Path, model: str, limit: float
     asyncio.run(main())
     assert set(psutil.Process().children()) <= before
     assert list(own_tmp.iterdir()) == []
+
+
+def test_compiling_kernels_takes_none_of_the_time_to_start() -> None:
+    began = time.monotonic()
+
+    async def test(client: EngineClient) -> None:
+        assert client.ready.model == "compiles"
+
+    run(test, model="compiles", start_timeout_s=COMPILE_S - 1)
+    assert time.monotonic() - began >= COMPILE_S
 
 
 def test_a_command_that_ends_at_once() -> None:
