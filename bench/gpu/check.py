@@ -35,6 +35,8 @@ _GRACE = 5
 """Seconds that an interrupted step has to say where it was, before it is killed."""
 _COST = _GRACE + 1
 """Seconds beyond its limit that a step may cost."""
+_POLL = 0.1
+"""Seconds until an interrupt is noticed."""
 _PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=20", "--durations=10")
 _BENCH = ("-m", "bench.gpu", "--shapes", "llama-3.1-8b", "--points", "16x8000", "--rounds", "6")
 
@@ -56,12 +58,12 @@ class Step:
         return self.package is not None and importlib.util.find_spec(self.package) is None
 
 
-def _tests(name: str, file: str, seconds: float, package: str | None = None) -> Step:
-    return Step(name, (*_PYTEST, f"tests/{file}"), seconds, package)
+def _tests(name: str, file: str, seconds: float, package: str | None = None, *more: str) -> Step:
+    return Step(name, (*_PYTEST, *more, f"tests/{file}"), seconds, package)
 
 
 STEPS = (
-    _tests("kernels", "unit/kernels/test_gpu_kernels.py", 90),
+    _tests("kernels", "unit/kernels/test_gpu_kernels.py", 90, None, "--hypothesis-profile=gpu"),
     _tests("cuda", "gpu/test_cuda.py", 30),
     _tests("shapes", "gpu/test_gpu_kernels.py", 70),
     _tests("flashinfer", "gpu/test_flashinfer.py", 45, "flashinfer"),
@@ -75,7 +77,8 @@ STEPS = (
 
 @dataclass(slots=True)
 class Check:
-    """Run of steps one after the other. steps: those to run. seconds: time for all. logs: folder for their output."""
+    """Run of steps one after the other. steps: those to run. seconds: time for all. logs: folder for their output.
+    interrupted: whether to end, which a handler of signals may set at any time."""
 
     steps: Sequence[Step]
     seconds: float
@@ -89,14 +92,13 @@ class Check:
         ends = time.monotonic() + self.seconds
         (self.logs / "table.txt").write_text("no step has ended\n", encoding="utf-8")
         for i, step in enumerate(self.steps):
+            if self.interrupted:
+                break
             print(f"{i + 1}/{len(self.steps)} {step.name}", file=sys.stderr, flush=True)
             self.results.append(self._result(step, self._limit(i, ends - time.monotonic())))
             (self.logs / "table.txt").write_text(table(self.results) + "\n", encoding="utf-8")
-            if self.interrupted:
-                return False
-        return all(each.outcome in ("passed", "skipped") for each in self.results) and any(
-            each.outcome == "passed" for each in self.results
-        )
+        outcomes = {each.outcome for each in self.results}
+        return not self.interrupted and "passed" in outcomes and outcomes <= {"passed", "skipped"}
 
     def _limit(self, i: int, left: float) -> float:
         """Return the seconds that step i may take, out of those that are left: its own, and what the later ones do not
@@ -124,10 +126,8 @@ class Check:
         taken = time.monotonic() - began
         output = log.read_text(encoding="utf-8", errors="replace")
         ended: StepOutcome | None = None
-        if self.interrupted:
-            ended = "interrupted"
-        elif status is None:
-            ended = "too long"
+        if status is None:
+            ended = "interrupted" if self.interrupted else "too long"
         passed, finding = read_bench(output, status, file) if step.results else read_tests(output, status)
         return StepResult(step.name, ended or ("passed" if passed else "failed"), taken, finding)
 
@@ -147,14 +147,14 @@ class Check:
                 start_new_session=True,
             )
             try:
-                try:
-                    return process.wait(limit)
-                except subprocess.TimeoutExpired:
+                ends = time.monotonic() + limit
+                while time.monotonic() < ends and not self.interrupted:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        return process.wait(_POLL)
+                if not self.interrupted:
                     _signal(process, signal.SIGINT)  # pytest then reports what it has, and where it was
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(_GRACE)
-            except KeyboardInterrupt:
-                self.interrupted = True
             finally:
                 _signal(process, signal.SIGKILL)  # also processes that it has left behind
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -184,18 +184,22 @@ def describe_machine() -> str:
     return "\n".join([devices or "nvidia-smi names no device", ", ".join(versions), date])
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def run(steps: Sequence[Step], seconds: float, logs: Path) -> int:
     """Run steps, and print the table. Returns the exit status."""
     logs.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _terminate)
     machine = describe_machine()
     (logs / "machine.txt").write_text(machine + "\n", encoding="utf-8")
     check = Check(steps, seconds, logs)
-    good = check.run()
+
+    def interrupt(number: int, frame: object) -> None:
+        check.interrupted = True
+
+    previous = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        good = check.run()
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
     results = [asdict(result) for result in check.results]
     (logs / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"{machine}\nwhole output: {logs}\n\n{table(check.results)}", flush=True)

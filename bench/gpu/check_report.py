@@ -92,7 +92,7 @@ def _last_line(output: str) -> str:
 
 def table(results: Sequence[StepResult]) -> str:
     """Format the results, one line per step; a benchmark's rows follow its line."""
-    width = max(len(each.name) for each in results) + 2
+    width = max([4, *(len(each.name) for each in results)]) + 2
     lines = [f"{'step':<{width}}{'outcome':<13}{'seconds':>8}{'passed':>8}{'failed':>8}{'skipped':>9}  note"]
     for each in results:
         counts = ("-", "-", "-") if each.found.tests is None else each.found.tests

@@ -29,7 +29,7 @@ def test_noise_has_the_same_integers_as_on_the_cpu() -> None:
     torch.testing.assert_close(noise.cpu(), gumbel_noise(seeds, positions, 0, 50_000), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_equals_the_cpu(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     shape = (80, 2, 16, 64)

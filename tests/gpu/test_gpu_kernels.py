@@ -51,6 +51,7 @@ def layer_of(kv_heads: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
         only_in_all(32, 8, 128, torch.float32),
         only_in_all(32, 32, 128, torch.float32),
     ],
+    ids=str,
 )
 def test_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, per_head: bool) -> None:
     torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""Two profiles of tests: `make test` runs a fixed few examples and cases, `make test-all` many random ones and all.
+"""Profiles of tests: `make test` runs a fixed few examples and cases, `make test-all` many random ones and all.
+`make gpu-check` runs the same as `make test`, but makes no failing example smaller: each is another kernel to compile.
 
 Hypothesis may be missing where only tests of GPUs run; there is the first profile only.
 """
@@ -13,16 +14,18 @@ import pytest
 if TYPE_CHECKING:
     from hypothesis import settings
 
-FAST, ALL = "fast", "all"
+FAST, ALL, GPU = "fast", "all", "gpu"
 _HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
 
 
 def load_profiles() -> None:
     """Register the profiles, and load the first."""
     if _HYPOTHESIS:
-        from hypothesis import settings
+        from hypothesis import Phase, settings
 
         settings.register_profile(FAST, deadline=None, derandomize=True, database=None)
+        unshrunk = (Phase.explicit, Phase.generate)
+        settings.register_profile(GPU, settings.get_profile(FAST), phases=unshrunk)
         settings.register_profile(ALL, deadline=None)
         settings.load_profile(FAST)
 
