@@ -95,15 +95,17 @@ def check_size(files: Sequence[tuple[int, str]]) -> None:
         )
 
 
-def make_kit(python: str, into: Path, architectures: Sequence[str], head_dims: Sequence[int]) -> str:
-    """Make the kit in place of what `into` holds. python: version of the machine's Python. architectures, head_dims:
-    what FlashInfer is compiled for; no head_dims: nothing is compiled. Raises KitError. Returns the listing."""
+def make_kit(
+    python: str, into: Path, architectures: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]
+) -> str:
+    """Make the kit in place of what `into` holds. python: version of the machine's Python. architectures, head_dims,
+    dtypes: what FlashInfer is compiled for; no head_dims: nothing is compiled. Raises KitError. Returns the listing."""
     into.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into.parent, prefix="gpu-kit-") as aside:
         kit = Path(aside) / "kit"
         _fetch_wheels(python, kit / "wheels")
         if head_dims:
-            names = _compile_modules(architectures, head_dims)
+            names = _compile_modules(architectures, head_dims, dtypes)
             for path in names:
                 shutil.copytree(path, kit / "modules" / path.name)
         (kit / "install.sh").write_text(INSTALL, encoding="utf-8")
@@ -141,13 +143,13 @@ def _without_flashinfer(folder: Path) -> Path:
     return constraints
 
 
-def _compile_modules(architectures: Sequence[str], head_dims: Sequence[int]) -> list[Path]:
+def _compile_modules(architectures: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> list[Path]:
     """Compile FlashInfer's modules, unless the user's cache has them. Returns a folder for each."""
     toolkit = os.environ.get("CUDA_HOME") or str(_installed("cuda", _TOOLKIT) / "nvidia" / "cu13")
     packages = _installed("flashinfer", (FLASHINFER, *_FLASHINFER_IMPORTS))
     cache = _cache() / f"modules-{_digest((FLASHINFER, toolkit, *architectures))}"
     program = [sys.executable, "-m", "kernels.attention.flashinfer_modules", "--into", str(cache)]
-    shapes = ["--architectures", *architectures, "--head-dims", *map(str, head_dims)]
+    shapes = ["--architectures", *architectures, "--head-dims", *map(str, head_dims), "--dtypes", *dtypes]
     paths = [str(packages), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     print(f"compiling FlashInfer's attention, unless {cache} has it; this takes minutes", file=sys.stderr, flush=True)
     found = _run([*program, *shapes], CUDA_HOME=toolkit, PYTHONPATH=os.pathsep.join(paths))
@@ -204,9 +206,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--head-dims", nargs="*", type=int, default=[64, 128], help="of models; without any, nothing is compiled"
     )
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="bfloat16, float16")
     options = parser.parse_args(arguments)
     try:
-        print(make_kit(options.python, options.into, options.architectures, options.head_dims))
+        print(make_kit(options.python, options.into, options.architectures, options.head_dims, options.dtypes))
     except KitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -66,9 +66,9 @@ def test_a_kit_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     into = tmp_path / "build/kit"
     monkeypatch.setattr(kit, "_run", run)
     monkeypatch.setattr(kit, "_installed", lambda name, requirements: tmp_path / name)
-    kit.make_kit("3.12", into, ["8.0"], [64, 128])
+    kit.make_kit("3.12", into, ["8.0"], [64, 128], ["float16"])
     assert [command[command.index("--python-version") + 1] for command in commands[:1]] == ["3.12"]
-    assert commands[1][-5:] == ["--architectures", "8.0", "--head-dims", "64", "128"]
+    assert commands[1][-7:] == ["--architectures", "8.0", "--head-dims", "64", "128", "--dtypes", "float16"]
     assert {path for _, path in kit.listing(into)} == {
         *("wheels/a.whl", "modules/some/some.so", "install.sh", "CONTENTS"),
     }
@@ -76,7 +76,7 @@ def test_a_kit_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(kit, "LIMIT_BYTES", 0)
     with pytest.raises(kit.KitError):
-        kit.make_kit("3.12", into, ["8.0"], [])
+        kit.make_kit("3.12", into, ["8.0"], [], [])
     assert (into / "wheels/a.whl").exists()  # what was there before
     assert [path.name for path in into.parent.iterdir()] == ["kit"]
 
