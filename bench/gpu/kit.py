@@ -26,8 +26,9 @@ from pathlib import Path
 from models.default import user_cache
 
 LIMIT_BYTES = 60 << 20
-FLASHINFER = "flashinfer-python==0.6.6"
-"""Later versions are 60 MB larger."""
+FLASHINFER = "flashinfer-python==0.6.18"
+"""The first version that takes the number of queries of every row (takes_uniform_queries): 18 MB, later ones up to
+65."""
 _FLASHINFER_IMPORTS = (
     *("apache-tvm-ffi", "nvidia-ml-py", "requests", "certifi", "charset-normalizer", "idna", "urllib3"),
     *("filelock", "packaging", "tqdm"),
