@@ -14,15 +14,18 @@ from torch import Tensor
 
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_dtype, check_pool
-from kernels.gpu.tile import masked_scores, product
+from kernels.gpu.tile import masked_scores, product, tile_shape
 from kernels.kv_cache import LayerKV
 from kernels.transfer import send
 
 SPAN = 256
 """Smallest number of KV slots for a program of its own."""
-_PROGRAMS = 512  # lists are not split beyond this many programs: a few per multiprocessor
+_PROGRAMS = 1024  # lists are not split beyond this many programs: a few times those that a device runs at once
 _SPANS = 64  # largest number that one program merges
-_SLOTS = 64  # KV slots scored at a time
+_STAGES = 5
+"""Triton's stages of the loop over slots: page ids, keys and values, and products lie two iterations apart each, so
+that loads of the next two iterations' keys and values are under way. With up to 4 stages they lie one apart, keys and
+values have a single buffer, and their loads begin only after the products that still read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +54,27 @@ class Tiles:
         return self.row, self.first, self.start, self.queries, self.lengths
 
 
-def assign_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int) -> Tiles:
+def assign_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int, *, uniform: bool = False) -> Tiles:
     """Assign queries to tiles without waiting for the device.
 
-    tokens: sum of `queries`, or an upper bound of it. It decides all shapes, together with the number of rows.
+    tokens: sum of `queries`, or an upper bound of it. It decides all shapes, together with the number of rows. uniform:
+    all rows have tokens / rows queries, so that no tile is unused, and lists are split over all programs. A row may be
+    shorter than its queries are many: the first ones see nothing, and get zero with a log-sum-exp of -inf.
     """
     rows = len(queries)
-    # Rows of one query, rows with drafts, chunks of a prompt.
-    block = 1 if tokens == rows else 4 if tokens <= 8 * rows else 16
+    # Rows of one query, rows with drafts, chunks of a prompt. A tile that holds all queries of a row reads its KV once.
+    block = 1 if tokens == rows else 4 if tokens <= 4 * rows else 8 if tokens <= 8 * rows else 16
     needed = (queries + block - 1) // block
     behind = needed.cumsum(0)
-    tile = torch.arange(tokens // block + rows if block > 1 else rows, device=queries.device)
+    most = rows * triton.cdiv(tokens // rows, block) if uniform else tokens // block + rows if block > 1 else rows
+    tile = torch.arange(most, device=queries.device)
     row = torch.searchsorted(behind, tile, right=True)
     inside = row.clamp(max=rows - 1)
     first = (tile - (behind - needed)[inside]) * block
     return Tiles(row, first, queries.cumsum(0) - queries, queries, lengths, pages, block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["list_stride", "head_list_stride", "rows", "tokens", "span"])
 def _attend_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -89,28 +95,31 @@ def _attend_kernel(
     head_list_stride: tl.tensor,
     rows: tl.tensor,
     tokens: tl.tensor,
-    page_size: tl.tensor,
     span: tl.tensor,
+    PAGE_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     Q: tl.constexpr,
+    CUTS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """Attend over one span of slots. One program per tile, KV head and span.
+    """Attend over one span of slots. One program per cut of a tile, KV head and span.
 
-    Each tile's list is cut evenly into at most as many spans as the grid has, none shorter than `span`. out:
-    [spans, tokens, heads, HEAD_DIM]. lse: [spans, tokens, heads].
+    A tile is cut into CUTS programs of M queries each, neighbours in the grid, which read the same keys at about the
+    same time. Its list is cut evenly into at most as many spans as the grid has, none shorter than `span`. Slots are
+    numbered in 32 bits inside a list, and in 64 in the pool. out: [spans, tokens, heads, HEAD_DIM]. lse: [spans,
+    tokens, heads].
     """
-    tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, head, part = tl.program_id(0) // CUTS, tl.program_id(1), tl.program_id(2)
     row = tl.load(tile_row + tile)
     if row < rows:
-        n_queries, length = tl.load(queries + row), tl.load(lengths + row)
-        m = tl.arange(0, M)
+        n_queries, length = tl.load(queries + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
+        m = tl.program_id(0) % CUTS * M + tl.arange(0, M)
         d = tl.arange(0, D)
-        query = tl.load(tile_first + tile) + m // GROUP
+        query = tl.load(tile_first + tile).to(tl.int32) + m // GROUP
         live = (m < Q * GROUP) & (query < n_queries)
         visible = tl.where(live, length - n_queries + query + 1, 0)
         token = tl.load(row_start + row) + query
@@ -122,17 +131,18 @@ def _attend_kernel(
         mass = tl.zeros([M], tl.float32)
         mixed = tl.zeros([M, D], tl.float32)
         page_list = pages + row * list_stride + head * head_list_stride
-        max_visible = tl.max(visible, 0)
+        max_visible = tl.max(visible, 0)  # not positive where no query sees anything: nothing is read
         each = tl.maximum(span, tl.cdiv(tl.cdiv(max_visible, tl.num_programs(2)), N) * N)
         begin = part * each
         end = tl.minimum(begin + each, max_visible)
         for at in range(begin, end, N):
             slot = at + tl.arange(0, N)
             listed = slot < end  # later slots may hold another request's overflow: they are never read
-            page = tl.load(page_list + slot // page_size, mask=listed, other=0)
-            where = page * page_stride + (head * page_size + slot % page_size) * HEAD_DIM
-            k_tile = tl.load(k + where[None, :] + d[:, None], mask=listed[None, :] & in_head[:, None], other=0.0)
-            v_tile = tl.load(v + where[:, None] + d[None, :], mask=listed[:, None] & in_head[None, :], other=0.0)
+            page = tl.load(page_list + slot // PAGE_SIZE, mask=listed, other=0)
+            where = page * page_stride + (head * PAGE_SIZE + slot % PAGE_SIZE) * HEAD_DIM
+            inside = listed[:, None] & in_head[None, :]
+            k_tile = tl.load(k + where[:, None] + d[None, :], mask=inside, other=0.0)
+            v_tile = tl.load(v + where[:, None] + d[None, :], mask=inside, other=0.0)
             mask = listed[None, :] & (slot[None, :] < visible[:, None])
             scores = masked_scores(q_tile, k_tile, scale, mask, WIDEN)
             new_top = tl.maximum(top, tl.max(scores, 1))
@@ -173,8 +183,9 @@ def _merge_kernel(
     inside = s < spans
     each = tl.load(part_lse + s * total + at, mask=inside, other=float("-inf"))
     top = tl.max(each, 0)
-    weights = tl.exp(each - top)
+    weights = tl.exp(each - tl.where(top == float("-inf"), 0.0, top))
     mass = tl.sum(weights, 0)
+    mass = tl.where(mass > 0, mass, 1.0)  # a query that sees nothing gets zero, as above
     values = tl.load(
         parts + (s * total + at)[:, None] * HEAD_DIM + d[None, :],
         mask=inside[:, None] & (d < HEAD_DIM)[None, :],
@@ -201,15 +212,16 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
     pages = tiles.pages
     width = pages.shape[-1]
     lists = pages.stride(0), pages.stride(1) if pages.dim() == 3 else 0
-    spans = _spans(width * page_size, len(tiles.row) * kv_heads, span)
+    shape = tile_shape(tiles.block * group, head_dim, q.dtype)
+    cuts = triton.cdiv(tiles.block * group, shape.m)
+    spans = _spans(width * page_size, len(tiles.row) * cuts * kv_heads, span)
     out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     parts, part_lse = out, lse
     if spans > 1:
         parts = torch.empty(spans, *out.shape, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(spans, *lse.shape, dtype=torch.float32, device=q.device)
-    d = max(16, triton.next_power_of_2(head_dim))
-    _attend_kernel[(len(tiles.row), kv_heads, spans)](
+    _attend_kernel[(len(tiles.row) * cuts, kv_heads, spans)](
         q,
         kv.k,
         kv.v,
@@ -228,19 +240,31 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
         *lists,
         len(tiles.queries),
         tokens,
-        page_size,
         span,
+        PAGE_SIZE=page_size,
         GROUP=group,
         HEAD_DIM=head_dim,
         Q=tiles.block,
-        M=max(16, triton.next_power_of_2(tiles.block * group)),
-        N=_SLOTS,
-        D=d,
+        CUTS=cuts,
+        M=shape.m,
+        N=shape.n,
+        D=shape.d,
         WIDEN=INTERPRETED,
+        num_warps=shape.warps,
+        maxnreg=shape.registers,
+        num_stages=_STAGES,
     )
     if spans > 1:
         _merge_kernel[(tokens * heads,)](
-            parts, part_lse, out, lse, spans, tokens * heads, HEAD_DIM=head_dim, S=triton.next_power_of_2(spans), D=d
+            parts,
+            part_lse,
+            out,
+            lse,
+            spans,
+            tokens * heads,
+            HEAD_DIM=head_dim,
+            S=triton.next_power_of_2(spans),
+            D=shape.d,
         )
     return out, lse
 

@@ -104,8 +104,8 @@ def _rotary_kernel(
     page_stride: tl.tensor,
     heads: tl.tensor,
     kv_heads: tl.tensor,
-    page_size: tl.tensor,
     eps: tl.tensor,
+    PAGE_SIZE: tl.constexpr,
     NORM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -140,12 +140,12 @@ def _rotary_kernel(
         tl.store(at + HALF, second, mask=inside)
     if head >= heads:
         slot = tl.load(slots + token)
-        page, offset = slot // page_size, slot % page_size
+        page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
         is_value = head >= heads + kv_heads
         of = head - heads
         if is_value:
             of -= kv_heads
-        to = page * page_stride + (of * page_size + offset) * (2 * HALF) + i
+        to = page * page_stride + (of * PAGE_SIZE + offset) * (2 * HALF) + i
         if is_value:
             tl.store(v + to, first, mask=inside)
             tl.store(v + to + HALF, second, mask=inside)
@@ -192,8 +192,8 @@ def rotary(
         page_stride,
         all_heads - 2 * kv_heads,
         kv_heads,
-        page_size,
         eps,
+        PAGE_SIZE=page_size,
         NORM=norms is not None,
         HALF=half,
         BLOCK=triton.next_power_of_2(half),

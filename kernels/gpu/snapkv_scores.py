@@ -10,9 +10,8 @@ from torch import Tensor
 
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_dtype
-from kernels.gpu.tile import masked_scores
+from kernels.gpu.tile import masked_scores, tile_shape
 
-_KEYS = 64  # keys scored at a time
 _SPAN = 4096  # keys per program of the first pass
 
 
@@ -67,7 +66,7 @@ def _mass_kernel(
     for start in range(span * SPAN, tl.minimum(length, span * SPAN + SPAN), N):
         n = start + tl.arange(0, N)
         at = keys + n.to(tl.int64) * key_stride
-        k_tile = tl.load(at[None, :] + d[:, None], mask=(n < length)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+        k_tile = tl.load(at[:, None] + d[None, :], mask=(n < length)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         scores = masked_scores(q_tile, k_tile, scale, n[None, :] < visible[:, None], WIDEN)
         new_top = tl.maximum(top, tl.max(scores, 1))
         against = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -104,7 +103,7 @@ def _scores_kernel(
     total = queries * GROUP
     d = tl.arange(0, D)
     at = k + head.to(tl.int64) * kv_stride + n.to(tl.int64) * key_stride
-    k_tile = tl.load(at[None, :] + d[:, None], mask=(n < length)[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+    k_tile = tl.load(at[:, None] + d[None, :], mask=(n < length)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     sums = tl.zeros([N], tl.float32)
     for start in range(0, total, M):
         m = start + tl.arange(0, M)
@@ -129,25 +128,27 @@ def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel
         raise ValueError("snapkv_scores: elements of a head are not contiguous")
     group = heads // kv_heads
     total = queries * group
-    m = min(64, max(16, triton.next_power_of_2(total)))
+    shape = tile_shape(total, head_dim, q.dtype)
     strides = q.stride(0), q.stride(1), k.stride(0), k.stride(1)
     sizes = {
         "GROUP": group,
         "HEAD_DIM": head_dim,
-        "M": m,
-        "N": _KEYS,
-        "D": max(16, triton.next_power_of_2(head_dim)),
+        "M": shape.m,
+        "N": shape.n,
+        "D": shape.d,
         "WIDEN": INTERPRETED,
+        "num_warps": shape.warps,
+        "maxnreg": shape.registers,
     }
     spans = triton.cdiv(length, span)
     parts = torch.empty(kv_heads, spans, total, dtype=torch.float32, device=q.device)
-    _mass_kernel[triton.cdiv(total, m), kv_heads, spans](
+    _mass_kernel[triton.cdiv(total, shape.m), kv_heads, spans](
         q, k, parts, scale, *strides, queries, length, SPAN=span, **sizes
     )
     masses = parts.logsumexp(1) if spans > 1 else parts[:, 0]
     summed = torch.empty(kv_heads, candidates, dtype=torch.float32, device=q.device)
     if candidates:
-        _scores_kernel[triton.cdiv(candidates, _KEYS), kv_heads](
+        _scores_kernel[triton.cdiv(candidates, shape.n), kv_heads](
             q, k, masses, summed, scale, *strides, queries, length, candidates, **sizes
         )
     # The average over neighbours commutes with the sum over heads.

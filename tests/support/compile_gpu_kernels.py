@@ -1,18 +1,25 @@
 """Compile every Triton kernel for a GPU that need not be present, in the shapes of real models.
 
-    python -m tests.support.compile_gpu_kernels ARCHITECTURE [DTYPE ...]
+    python -m tests.support.compile_gpu_kernels ARCHITECTURE [few]
 
-ARCHITECTURE: 80 for an A100, 90 for an H100. DTYPE: all if none is named. Kernel launchers run on CPU tensors; instead
-of launching, Triton compiles to the GPU's machine code. Prints a line for each binary: kernel, bytes of shared memory.
+ARCHITECTURE: 80 for an A100, 90 for an H100. few: only shapes that need the most registers or memory. Kernel launchers
+run on CPU tensors; instead of launching, Triton compiles to the GPU's machine code. Prints each binary's `Resources`,
+a JSON object per line.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
 import sys
+import tempfile
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -22,58 +29,159 @@ from kernels.attention.triton_attention import GpuAttention
 from kernels.gpu import pointwise, sample, snapkv_scores, verdict
 from kernels.kv_cache import LayerKV
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HEADS = (
+    (32, 8, 128),
+    (32, 32, 128),
+    (64, 8, 128),
+    (4, 1, 128),
+    (8, 1, 128),
+    (16, 8, 256),
+    (8, 1, 256),
+    (16, 1, 256),
+    (71, 1, 64),
+    (9, 3, 64),
+    (1, 1, 80),
+)
+"""Query heads, KV heads and head_dim, of whole models and of ranks' shards."""
 
 
-def compile_only(architecture: int) -> None:
-    """Patch Triton so that every later kernel launch only compiles."""
-    target = GPUTarget("cuda", architecture, 32)
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Resources of one binary. shared: bytes per program. stack: bytes per thread, not 0 where registers are spilled.
+    copies: asynchronous copies of 16 bytes to shared memory. divisions: of 64-bit integers."""
+
+    kernel: str
+    case: str
+    shared: int
+    warps: int
+    registers: int
+    stack: int
+    copies: int
+    divisions: int
+
+
+class Compiler:
+    """Compiles at every kernel launch instead of launching, and prints resources."""
+
+    def __init__(self, architecture: int) -> None:
+        self.case = ""
+        self._seen: set[str] = set()
+        target = GPUTarget("cuda", architecture, 32)
+        driver.set_active(
+            SimpleNamespace(
+                get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+            )
         )
-    )
-    run = JITFunction.run
+        run = JITFunction.run
 
-    def compile_it(self: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        assert kernel.asm["cubin"]
-        print(self.fn.__name__, kernel.metadata.shared)
+        def compile_it(function: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+            kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
+            if kernel.hash not in self._seen:
+                self._seen.add(kernel.hash)
+                print(json.dumps(asdict(self._resources(function.fn.__name__, kernel))), flush=True)
 
-    JITFunction.run = compile_it
+        JITFunction.run = compile_it
+
+    def _resources(self, name: str, kernel: Any) -> Resources:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found, usage
+        ptx = kernel.asm["ptx"]
+        return Resources(
+            name,
+            self.case,
+            kernel.metadata.shared,
+            kernel.metadata.num_warps,
+            int(found[1]),
+            int(found[2]),
+            len(re.findall(r"cp\.async\.cg\.shared\.global .*0x10,", ptx)),
+            len(re.findall(r"\b(?:div|rem)\.[su]64", ptx)),
+        )
 
 
-def launch_all(dtypes: list[torch.dtype]) -> None:
-    for dtype in dtypes:
-        for heads, kv_heads, head_dim in ((32, 8, 128), (1, 1, 80)):
-            x = torch.zeros(2, heads * head_dim, dtype=dtype)
-            pointwise.norm(x, x.clone(), x[0], 1e-5)
-            pointwise.norm(x, None, x[0], 1e-5)
-            pointwise.silu_mul(x)
-            layer = LayerKV(*torch.zeros(2, 9, kv_heads, 16, head_dim, dtype=dtype))
-            qkv = torch.zeros(2, heads + 2 * kv_heads, head_dim, dtype=dtype)
-            table = torch.zeros(9, head_dim // 2)
-            index = torch.zeros(2, dtype=torch.int64)
-            norms = torch.ones(head_dim, dtype=dtype), torch.ones(head_dim, dtype=dtype), 1e-5
-            for each in (None, norms):
-                pointwise.rotary(qkv, table, table, index, index, layer, each)
-            for queries in (1, 5, 40):
-                for pages in (torch.zeros(2, 64, dtype=torch.int64), torch.zeros(2, kv_heads, 64, dtype=torch.int64)):
-                    attention = GpuAttention()
-                    attention.plan(AttentionBatch([queries] * 2, [900] * 2, pages))
-                    attention.run(layer, torch.zeros(2 * queries, heads, head_dim, dtype=dtype), 0.1)
-            attention.plan(AttentionBatch([1], [1], pages[:1, ..., :1]))
-            attention.run(layer, torch.zeros(1, heads, head_dim, dtype=dtype), 0.1)
-            q, k = (torch.zeros(n, h, head_dim, dtype=dtype) for n, h in ((32, heads), (9000, kv_heads)))
-            snapkv_scores.snapkv_scores(q, k.transpose(0, 1), 0.1, candidates=8000, kernel=5)
-    for rows, size in ((2, 128_256), (1, 100), (1, 1)):
-        index = torch.zeros(rows, dtype=torch.int64)
-        sample.sample(torch.zeros(rows, size), torch.zeros(rows), index, index, 0)
-        sample.noise_bits(index, index, 0, size)
-        state = torch.zeros(rows, 64, dtype=torch.int32), index, torch.zeros(rows, 4, dtype=torch.int64)
-        verdict.commit(*state, verdict.accept(*state, index, index, rows))
+def attention(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype, queries: int, width: int) -> None:
+    """width: pages per list; long lists are split most."""
+    q_heads, kv_heads, head_dim = heads
+    compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}, {queries} queries, {width} pages"
+    layer = LayerKV(*torch.zeros(2, 9, kv_heads, 16, head_dim, dtype=dtype))
+    backend = GpuAttention()
+    backend.plan(AttentionBatch([queries] * 2, [900] * 2, torch.zeros(2, width, dtype=torch.int64)))
+    backend.run(layer, torch.zeros(2 * queries, q_heads, head_dim, dtype=dtype), 0.1)
+
+
+def snapkv(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    q_heads, kv_heads, head_dim = heads
+    compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}"
+    q, k = (torch.zeros(n, h, head_dim, dtype=dtype) for n, h in ((32, q_heads), (9000, kv_heads)))
+    snapkv_scores.snapkv_scores(q, k.transpose(0, 1), 0.1, candidates=8000, kernel=5)
+
+
+def layer_kernels(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    q_heads, kv_heads, head_dim = heads
+    compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}"
+    x = torch.zeros(2, q_heads * head_dim, dtype=dtype)
+    pointwise.norm(x, x.clone(), x[0], 1e-5)
+    pointwise.norm(x, None, x[0], 1e-5)
+    pointwise.silu_mul(x)
+    layer = LayerKV(*torch.zeros(2, 9, kv_heads, 16, head_dim, dtype=dtype))
+    qkv = torch.zeros(2, q_heads + 2 * kv_heads, head_dim, dtype=dtype)
+    table = torch.zeros(9, head_dim // 2)
+    index = torch.zeros(2, dtype=torch.int64)
+    norms = torch.ones(head_dim, dtype=dtype), torch.ones(head_dim, dtype=dtype), 1e-5
+    for each in (None, norms):
+        pointwise.rotary(qkv, table, table, index, index, layer, each)
+
+
+def wide_norm(compiler: Compiler, size: int) -> None:
+    compiler.case = f"{size} features"
+    x = torch.zeros(2, size, dtype=torch.bfloat16)
+    pointwise.norm(x, x.clone(), x[0], 1e-5)
+
+
+def sampling(compiler: Compiler, rows: int, size: int) -> None:
+    compiler.case = f"{rows} rows, {size} tokens"
+    index = torch.zeros(rows, dtype=torch.int64)
+    sample.sample(torch.zeros(rows, size), torch.zeros(rows), index, index, 0)
+    sample.noise_bits(index, index, 0, size)
+    state = torch.zeros(rows, 64, dtype=torch.int32), index, torch.zeros(rows, 4, dtype=torch.int64)
+    verdict.commit(*state, verdict.accept(*state, index, index, rows))
+
+
+def few(compiler: Compiler) -> None:
+    """One binary of each method of multiplication and number of warps, at its largest."""
+    for heads, queries in (
+        ((32, 8, 128), 1),
+        ((32, 8, 128), 7),
+        ((64, 8, 128), 40),
+        ((8, 1, 256), 40),
+        ((71, 1, 64), 1),
+    ):
+        attention(compiler, heads, torch.bfloat16, queries, 64)
+    attention(compiler, (16, 1, 256), torch.bfloat16, 1, 8192)
+    attention(compiler, (16, 8, 256), torch.float32, 1, 64)
+    snapkv(compiler, (8, 1, 256), torch.bfloat16)
+    layer_kernels(compiler, (32, 8, 128), torch.bfloat16)
+    wide_norm(compiler, 32768)
+    sampling(compiler, 2, 128_256)
+
+
+def everything(compiler: Compiler) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for heads in HEADS:
+            for queries in (1, 4, 7, 40):
+                for width in (64, 8192):
+                    attention(compiler, heads, dtype, queries, width)
+            snapkv(compiler, heads, dtype)
+            layer_kernels(compiler, heads, dtype)
+    for size in (5120, 8192, 16384, 32768):
+        wide_norm(compiler, size)
+    for rows, size in ((2, 128_256), (1, 100), (1, 1), (2, 262_144)):
+        sampling(compiler, rows, size)
 
 
 if __name__ == "__main__":
-    compile_only(int(sys.argv[1]))
-    launch_all([DTYPES[name] for name in sys.argv[2:] or DTYPES])
+    (few if "few" in sys.argv else everything)(Compiler(int(sys.argv[1])))

@@ -271,6 +271,44 @@ def test_attention_from_lengths_on_the_device() -> None:
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("queries", "group"), [(1, 71), (3, 71), (20, 8)])
+def test_attention_of_more_queries_than_a_program_holds(queries: int, group: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = pool(9, 1, 16, 16, dtype)
+    batch = AttentionBatch([queries, 1], [queries + 70, 5], torch.randint(9, (2, 6)).to(DEVICE))
+    oracle, backend = ReferenceAttention(16), GpuAttention(64)
+    oracle.plan(batch)
+    backend.plan(batch)
+    q = randn(queries + 1, group, 16, dtype=dtype)
+    o, lse = backend.run(layer, q, 0.25)
+    expected, expected_lse = oracle.run(layer, q, 0.25)
+    close(o, expected, dtype)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("span", [64, 4096])
+def test_queries_that_see_nothing(span: int) -> None:
+    """Rows of a captured batch are padded in front, so that their first queries may lie before the first slot."""
+    torch.manual_seed(0)
+    layer = pool(12, 1, 16, 16, torch.float32)
+    real, padded = [1, 5, 2], 5
+    lengths, pages = torch.tensor([1, 150, 3]), torch.randint(12, (3, 10))
+    q = randn(3, padded, 2, 16)
+    lengths, pages, counts = (part.to(DEVICE) for part in (lengths, pages, torch.full((3,), padded)))
+    tiles = assign_tiles(counts, lengths, pages, 3 * padded, uniform=True)
+    o, lse = attend(tiles, layer, q.flatten(0, 1), 0.25, span)
+    last = [row * padded + query for row, n in enumerate(real) for query in range(padded - n, padded)]
+    oracle = ReferenceAttention(16)
+    oracle.plan(AttentionBatch(real, lengths.tolist(), pages))
+    expected, expected_lse = oracle.run(layer, q.flatten(0, 1)[last], 0.25)
+    close(o[last], expected, torch.float32)
+    torch.testing.assert_close(lse[last], expected_lse, rtol=1e-4, atol=1e-4)
+    blind = [row * padded + query for row, n in enumerate([1, 5, 3]) for query in range(padded - n)]
+    assert o[blind].eq(0).all()
+    assert lse[blind].isneginf().all()
+
+
 PAGES = torch.tensor([[3, 1, 8, 0, 0], [2, 5, 4, 7, 6]])
 
 
@@ -300,6 +338,16 @@ def test_tiles_hold_every_query_once(queries: list[int]) -> None:
     ]
     assert sorted(seen) == [(row, query) for row, n in enumerate(queries) for query in range(n)]
     assert tiles.start.tolist() == [sum(queries[:row]) for row in range(len(queries))]
+
+
+@pytest.mark.parametrize("queries", [1, 3, 5, 8, 9, 40])
+def test_tiles_of_rows_of_one_size_are_all_used(queries: int) -> None:
+    counts = torch.full((3,), queries)
+    tiles = assign_tiles(counts, counts, torch.zeros(3, 3, dtype=torch.int64), 3 * queries, uniform=True)
+    each = -(-queries // tiles.block)
+    assert each == (1 if queries <= 8 else -(-queries // 16))  # a verify pass reads its KV once
+    assert tiles.row.tolist() == [row for row in range(3) for _ in range(each)]
+    assert tiles.first.tolist() == [at * tiles.block for at in range(each)] * 3
 
 
 def test_what_does_not_fit_is_refused() -> None:
