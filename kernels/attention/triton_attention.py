@@ -43,7 +43,8 @@ class GpuGraphAttention:
         """span: see GpuAttention."""
         self._span = span
         queries = torch.full_like(batch.lengths, batch.queries)
-        self._tiles = assign_tiles(queries, batch.lengths, batch.pages, batch.queries * len(queries))
+        tokens = batch.queries * len(queries)
+        self._tiles = assign_tiles(queries, batch.lengths, batch.pages, tokens, uniform=True)
 
     def plan(self, kv_lengths: Sequence[int]) -> None:
         """Do nothing: no part of the plan depends on lengths."""
