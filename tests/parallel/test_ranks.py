@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -49,12 +50,24 @@ def held() -> dict[str, set[str]]:
     return {
         "processes": {str(child) for child in psutil.Process().children(recursive=True)},
         "files": files,
-        "names": {str(path) for place in ("/tmp", "/dev/shm") for path in Path(place).glob("*magicdec*")},
+        "names": {
+            str(path) for place in (tempfile.gettempdir(), "/dev/shm") for path in Path(place).glob("*magicdec*")
+        },
     }
 
 
 @pytest.fixture(scope="module", autouse=True)
-def store_library() -> None:
+def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder for temporary files that no other test uses meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("own"))
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store_library(own_folder: None) -> None:
     """Open a store first: the first one of a process opens a pipe that the library never closes."""
     rendezvous.host_store(1, timeout_s=1)
 
