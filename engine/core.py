@@ -316,7 +316,10 @@ class Engine:
         """Free memory and end the other ranks; the engine cannot be used afterwards."""
         if self._ranks:
             self._ranks.close()
-        self.__dict__.pop("_worker", None)
+        worker: Worker | None = self.__dict__.pop("_worker", None)
+        if worker is not None:
+            worker.close()
+        del worker
         torch.set_num_threads(self._threads_before)
         if self._resolved.device.type == "cuda":
             gc.collect()  # an error's traceback may hold tensors

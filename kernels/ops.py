@@ -48,6 +48,10 @@ class Graphs(Protocol):
     def attention(self, page_size: int, head_dim: int, batch: GraphBatch) -> GraphAttention:
         """Create attention whose runs are captured. Each captured forward needs its own, because it holds a plan."""
 
+    def release(self) -> None:
+        """Destroy all captures, which cannot be replayed any more. Call it before a process group ends whose
+        collectives were captured."""
+
 
 class Ops(Protocol):
     """Arithmetic of one device, in the dtype of its inputs. Other rows of a batch affect a row's results only in the

@@ -124,11 +124,20 @@ class Worker:
         self._failures = self._state.failures
         self._grammars = Grammars(self._state, tokenizer, model.config.vocab_size, eos)
         self._sampler = make_sampler(config, self._state, vocab, model.ops, self._grammars)
-        graphs = make_graphs(config, model.ops)
-        target = make_target(config, model, self._state, num_pages, graphs)
-        self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft, graphs)
+        self._graphs = make_graphs(config, model.ops)
+        try:
+            target = make_target(config, model, self._state, num_pages, self._graphs)
+            self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft, self._graphs)
+        except BaseException:
+            self.close()
+            raise
         self._watch = Stopwatch(model.device)
         self._drafter = TimedDrafter(drafter, self._watch)
+
+    def close(self) -> None:
+        """Destroy what must not outlive the groups: the captured forwards. No round can run afterwards."""
+        if self._graphs is not None:
+            self._graphs.release()
 
     @property
     def weight_bytes(self) -> WeightBytes:

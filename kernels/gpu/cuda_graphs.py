@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,10 @@ class CudaGraphs:
 
     The pool lives as long as a graph that was captured into it. Its handle must not be used again after that: so every
     engine has an object of its own.
+
+    `release` destroys all graphs. It is also called when Python ends, and before objects that hold each other are
+    collected: NCCL, which waits for the graphs of a communicator before it destroys it, would wait for ever where
+    Python takes the process group first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,6 +28,8 @@ class CudaGraphs:
         # would keep the pool's memory when all graphs are gone.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self.release = weakref.finalize(self, _reset, self._graphs)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run `work`, and return a function that replays it with the same kernels on the same addresses.
@@ -39,5 +46,11 @@ class CudaGraphs:
         # Other threads may call the driver during the capture: NCCL's watchdog does.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
+        self._graphs.append(graph)
         graph.replay()
         return graph.replay
+
+
+def _reset(graphs: list[torch.cuda.CUDAGraph]) -> None:
+    while graphs:
+        graphs.pop().reset()

@@ -47,13 +47,15 @@ class Recorder(Protocol):
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]: ...
 
+    def release(self) -> None: ...
+
 
 class GpuGraphs:
     """See kernels.ops.Graphs."""
 
     def __init__(self, recorder: Recorder, workspace: Workspace | None) -> None:
         self._workspace = workspace
-        self.capture = recorder.capture
+        self.capture, self.release = recorder.capture, recorder.release
 
     def attention(self, page_size: int, head_dim: int, batch: GraphBatch) -> GraphAttention:
         workspace = self._workspace

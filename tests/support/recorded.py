@@ -54,6 +54,7 @@ class Recorded:
 
     def __init__(self) -> None:
         self.captured = self.held = self.replayed = 0
+        self.released = False
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         if self.captured and not self.held:
@@ -66,14 +67,19 @@ class Recorded:
         self.held += 1
 
         def again() -> None:
+            if self.released:
+                raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
             self.replayed += 1
             for call in recorder.calls:
                 call()
 
-        weakref.finalize(again, self._release)
+        weakref.finalize(again, self._let_go)
         return again
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        self.released = True
+
+    def _let_go(self) -> None:
         self.held -= 1
 
 

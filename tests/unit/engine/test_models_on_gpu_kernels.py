@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,25 @@ def test_engines_of_one_model_capture_into_memory_of_their_own() -> None:
         assert len(made) == number
         assert made[-1].held == made[-1].captured > 0
         engine.close()
+        assert made[-1].released
         assert made[-1].held == 0
+
+
+def test_an_engine_that_fails_to_start_releases_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even while its error, and with it what the failed calls held, is still there."""
+    recorded = Recorded()
+    model = model_on(GpuOps(make_recorder=lambda: recorded))
+    capture = recorded.capture
+
+    def capture_three(work: Callable[[], None]) -> Callable[[], None]:
+        if recorded.captured == 3:
+            raise RuntimeError("CUDA out of memory")
+        return capture(work)
+
+    monkeypatch.setattr(recorded, "capture", capture_three)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tiny_engine(model, gamma=3, budget=8, scheduler={"max_rows": 2}, max_model_len=40)
+    assert recorded.released
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
