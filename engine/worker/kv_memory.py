@@ -8,7 +8,6 @@ import torch
 
 from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import EngineConfig
-from engine.config.speculation import SnapKVConfig
 from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
 from kernels.attention.flashinfer_workspace import Heads, captured_memory, load_flashinfer, takes_uniform_queries
@@ -67,16 +66,15 @@ def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_
     uniform = takes_uniform_queries(load_flashinfer())
     width = -(-max_model_len // page)
 
-    def attention(model: Llama, queries: list[int], width: int, apart: bool = False) -> tuple[int, int]:
+    def attention(model: Llama, queries: list[int], width: int) -> tuple[int, int]:
         heads = Heads(model.heads, model.kv_heads, model.head_dim)
-        return captured_memory(heads, rows, queries, width, apart, multiprocessors, uniform)
+        return captured_memory(heads, rows, queries, width, multiprocessors, uniform)
 
     scratch, own = attention(model, list(range(1, gamma + 2)), width)
     if gamma:
         narrow = min(width, settings.kv.budget // page + 1) if settings.kv.budget else width
-        apart = isinstance(settings.kv, SnapKVConfig)
         # Single forwards with one query and with two, and steps, of which the first may have two.
-        needed, drafts = attention(draft or model, [1, 2, 2] + [1] * (gamma - 1), narrow, apart)
+        needed, drafts = attention(draft or model, [1, 2, 2] + [1] * (gamma - 1), narrow)
         # Drafts are captured after the target, whose graphs keep the smaller memory that they were captured with.
         scratch += needed if needed > scratch else 0
         own += drafts

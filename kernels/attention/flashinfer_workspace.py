@@ -145,21 +145,19 @@ def eager_int_bytes(kernels: Kernels, heads: Heads, queries: Ints, multiprocesso
 
 
 def captured_memory(
-    heads: Heads, rows: list[int], queries: list[int], width: int, apart: bool, multiprocessors: int, uniform: bool
+    heads: Heads, rows: list[int], queries: list[int], width: int, multiprocessors: int, uniform: bool
 ) -> tuple[int, int]:
     """Bound the device memory of captured attention: scratch memory, which all share, and the sum of their own.
 
     rows, queries: the numbers of rows and of queries per row that are captured, each with each. width: largest number
-    of pages in a list. apart: whether each KV head has a list of its own. uniform: see takes_uniform_queries.
+    of pages in a list, which serves all KV heads. uniform: see takes_uniform_queries.
     """
-    lists = heads.kv_heads if apart else 1
-    used = heads.as_rows() if apart else heads
-    floats, own = eager_float_bytes(used, multiprocessors), 0
+    floats, own = eager_float_bytes(heads, multiprocessors), 0
     for count in rows:
         for each in queries:
-            plan = captured_plan(used, count * lists, each, multiprocessors, uniform)
+            plan = captured_plan(heads, count, each, multiprocessors, uniform)
             floats = max(floats, plan.floats)
-            own += plan.ints + count * lists * (12 * width + 24) + (0 if uniform else _LENGTHS_BYTES)
+            own += plan.ints + count * (12 * width + 24) + (0 if uniform else _LENGTHS_BYTES)
     return floats + _NEW_INTS_BYTES, own
 
 

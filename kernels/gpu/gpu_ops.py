@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import triton
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, GraphAttention, GraphBatch
 from kernels.attention.flashinfer import FlashInferAttention
 from kernels.attention.flashinfer_graph import FlashInferGraphAttention, can_capture
-from kernels.attention.flashinfer_workspace import HEAD_DIMS, Workspace
+from kernels.attention.flashinfer_workspace import HEAD_DIMS, Workspace, load_flashinfer
 from kernels.attention.reference_attention import merge_segments
 from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention
 from kernels.gpu import pointwise, sample, verdict
@@ -76,7 +77,8 @@ class GpuOps:
         if make_recorder is not None:
             self.make_graphs = lambda: GpuGraphs(make_recorder(), workspace)
         self.kind = "triton" if workspace is None else "flashinfer"
-        self.name = self.kind
+        library = triton if workspace is None else load_flashinfer()
+        self.name = f"{self.kind} {library.__version__}"
 
     def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> GpuLinear:
         return GpuLinear(ReferenceLinear(weight, bias, gated=False, wide=wide), gated)

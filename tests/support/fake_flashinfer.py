@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__version__ = "0.7"
+
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, indptr: Tensor, indices: Tensor, last: Tensor, sm_scale: float
