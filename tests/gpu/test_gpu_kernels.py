@@ -44,12 +44,15 @@ def layer_of(kv_heads: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
     [
         (32, 8, 128, torch.bfloat16),
         (32, 32, 128, torch.bfloat16),
+        (64, 8, 128, torch.bfloat16),
         (9, 3, 64, torch.bfloat16),
         (9, 3, 64, torch.float16),
         (9, 3, 64, torch.float32),
         # Each takes seconds to compile.
         only_in_all(32, 8, 128, torch.float32),
         only_in_all(32, 32, 128, torch.float32),
+        only_in_all(8, 1, 256, torch.bfloat16),
+        only_in_all(71, 1, 64, torch.bfloat16),
     ],
     ids=str,
 )
