@@ -16,15 +16,11 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
+from kernels.attention.flashinfer_sizes import Heads, Ints, Kernels, eager_float_bytes, eager_int_bytes
 from kernels.attention.flashinfer_workspace import (
     Call,
-    Heads,
-    Ints,
-    Kernels,
     Planned,
     Workspace,
-    eager_float_bytes,
-    eager_int_bytes,
     flat_pages,
     list_pages,
     load_flashinfer,

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import GraphBatch
+from kernels.attention.flashinfer_sizes import Heads, captured_plan, eager_float_bytes
 from kernels.attention.flashinfer_workspace import (
     Call,
-    Heads,
     Planned,
     Workspace,
-    captured_plan,
-    eager_float_bytes,
     flat_pages,
     list_pages,
     load_flashinfer,

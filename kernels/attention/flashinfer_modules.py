@@ -30,7 +30,8 @@ import torch
 
 from kernels.attention.base import AttentionBatch
 from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.flashinfer_workspace import Kernels, Workspace, load_flashinfer
+from kernels.attention.flashinfer_sizes import Kernels
+from kernels.attention.flashinfer_workspace import Workspace, load_flashinfer
 from kernels.cpu.compiler import KernelsUnavailable
 from kernels.kv_cache import LayerKV
 

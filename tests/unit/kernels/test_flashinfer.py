@@ -17,14 +17,8 @@ from engine.params import SamplingParams
 from kernels.attention.base import AttentionBatch, GraphBatch
 from kernels.attention.flashinfer import FlashInferAttention
 from kernels.attention.flashinfer_graph import FlashInferGraphAttention, can_capture
-from kernels.attention.flashinfer_workspace import (
-    Heads,
-    Workspace,
-    eager_float_bytes,
-    flat_pages,
-    list_pages,
-    load_flashinfer,
-)
+from kernels.attention.flashinfer_sizes import Heads, eager_float_bytes
+from kernels.attention.flashinfer_workspace import Workspace, flat_pages, list_pages, load_flashinfer
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv_cache import LayerKV
 from kernels.reference_ops import REFERENCE, ReferenceOps
