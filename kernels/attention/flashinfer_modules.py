@@ -151,11 +151,13 @@ def shortened(error: BaseException) -> str:
 def _tools() -> Iterator[None]:
     """Let FlashInfer find what it compiles with: ninja, where it is installed beside this Python only, and libraries.
 
-    FlashInfer takes both from environment variables, which are as before when this ends.
+    FlashInfer takes both from environment variables, which are as before when this ends. Under make, ninja would look
+    for the job server of a make that has closed it.
     """
     from flashinfer.jit import cpp_ext, env
 
-    before = {name: os.environ.get(name) for name in ("PATH", "FLASHINFER_EXTRA_LDFLAGS")}
+    before = {name: os.environ.get(name) for name in ("PATH", "FLASHINFER_EXTRA_LDFLAGS", "MAKEFLAGS")}
+    os.environ.pop("MAKEFLAGS", None)
     libraries = _libraries(Path(cpp_ext.get_cuda_path()), Path(env.FLASHINFER_WORKSPACE_DIR) / "libraries")
     os.environ["FLASHINFER_EXTRA_LDFLAGS"] = f"{before['FLASHINFER_EXTRA_LDFLAGS'] or ''} -L{libraries}".strip()
     if shutil.which("ninja") is None:

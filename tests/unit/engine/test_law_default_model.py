@@ -22,7 +22,7 @@ from parallel.group import Group
 from tests.support.profiles import is_all
 from tests.support.rig import CPU, compiled
 
-NEW_TOKENS = 120 if is_all() else 32
+NEW_TOKENS = 120 if is_all() else 24
 
 PROMPTS = (
     "The",

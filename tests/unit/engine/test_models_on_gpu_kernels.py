@@ -127,7 +127,7 @@ WINDOW = {"policy": "window", "budget": 8, "sink": 4}
     # top-k.
     [
         only_in_all("self", WINDOW, 8, id="window"),
-        pytest.param("self", SNAPKV, 10, id="snapkv"),
+        only_in_all("self", SNAPKV, 10, id="snapkv"),
         pytest.param("model", WINDOW, 12, id="model, window"),
         only_in_all("model", SNAPKV, 12, id="model, snapkv"),
     ],
