@@ -18,10 +18,11 @@ PORT :=
 MODEL :=
 ARGS :=
 SETTINGS = --config $(CONFIG) $(if $(MODEL),--model '$(MODEL)')
-PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
+# Python compiles the few modules that are imported; compiling all takes most of the time of an installation.
+PIP_FLAGS := -qq --no-compile --disable-pip-version-check -c constraints.txt
 PIP = $(BIN)/python -m pip install $(PIP_FLAGS)
-# Test processes: one more than cores, since many tests wait for servers. Tests of one file, and all of e2e, run in one.
-WORKERS := $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+# Test processes, one per core; those of one file, and all of e2e, run in one process.
+WORKERS := $(shell nproc 2>/dev/null || echo 2)
 PYTEST = $(BIN)/python -m pytest tests/e2e tests/parallel tests/unit -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .PHONY: help setup setup-dev model serve test test-all lint format typecheck bench bench-compare gpu-kit test-gpu bench-gpu gpu-check clean

@@ -28,7 +28,7 @@ PROMPTS = (
     "The",
     "Explain in two sentences why the sky is blue.\n",
     topics["assert"][:900],
-    topics["import"][: 6000 if is_all() else 3000],
+    topics["import"][: 6000 if is_all() else 2000],
 )
 
 
@@ -55,7 +55,7 @@ def complete(model: Llama, model_dir: Path, speculation: dict[str, Any]) -> tupl
 
 
 def test_speculation_never_changes_text(model: Llama, model_dir: Path, plain: list[Completion]) -> None:
-    """A ragged batch, prompts of 1 to 800 tokens or more, all of which outgrow the budget."""
+    """A ragged batch, prompts of 1 to 500 tokens or more, all of which outgrow the budget."""
     drafted, stats = complete(model, model_dir, {"gamma": 4, "kv": {"budget": 64}})
     for completion, expected in zip(drafted, plain, strict=True):
         assert completion.token_ids == expected.token_ids
