@@ -18,8 +18,7 @@ PORT :=
 MODEL :=
 ARGS :=
 SETTINGS = --config $(CONFIG) $(if $(MODEL),--model '$(MODEL)')
-# Python compiles the few modules that are imported; compiling all takes most of the time of an installation.
-PIP_FLAGS := -qq --no-compile --disable-pip-version-check -c constraints.txt
+PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 PIP = $(BIN)/python -m pip install $(PIP_FLAGS)
 # Test processes, one per core; those of one file, and all of e2e, run in one process.
 WORKERS := $(shell nproc 2>/dev/null || echo 2)
