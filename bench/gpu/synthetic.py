@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from engine.batch.round_batch import RoundBatch
-from engine.batch.row_state import Ints
 from engine.sampling.sampler import Sampler
 from engine.speculation.verify import Verdict, verify
+from kernels.ragged import Ints
 
 
 class RandomVerify:

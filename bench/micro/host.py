@@ -89,8 +89,8 @@ class Host:
                 self._first.copy(batch.draft_inputs(0, self._view), np.arange(rows))
         if gamma > 1:
             with parts.time("further draft steps"):
-                inputs, step, row = batch.later_draft_inputs(gamma, self._view)
-                self._later.copy(inputs, step * rows + row)
+                step, row = batch.drafts(range(1, gamma))
+                self._later.copy(batch.later_draft_inputs(gamma, self._view), (step - 1) * rows + row)
         with parts.time("verify pass"):
             inputs = batch.verify_inputs(dense(self._state))
             if self._target.fits(inputs):

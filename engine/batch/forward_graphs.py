@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.row_state import Ints, ragged_arange
 from kernels.attention.base import GraphAttention, GraphBatch
 from kernels.kv_cache import KVPool
 from kernels.ops import Graphs
+from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all
 from models.batch import ForwardBatch, TokenInputs
 from models.llama import Llama

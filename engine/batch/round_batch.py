@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.row_state import Ints, RowState, ragged_arange
+from engine.batch.row_state import RowState
 from engine.kv.policies import View
 from engine.plan import RoundPlan, RowWork
+from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all
 from models.batch import ForwardBatch
 
@@ -103,19 +104,22 @@ class RoundBatch:
         last = queries.cumsum() - 1
         return self.state.forward_inputs(self.row[:count], self.computed[:count], step - missing, queries, view, last)
 
-    def later_draft_inputs(self, gamma: int, view: View) -> tuple[ForwardBatch, Ints, Ints]:
-        """Build the inputs of the forwards that draft tokens 1 to gamma - 1, as one batch with a query for each row and
-        step. Also returns the step, less 1, and the row of each query, [n]: rows by their order in the round."""
-        counts = [self._drafting(step) for step in range(1, gamma)]
-        step, row = np.repeat(np.arange(gamma - 1), counts), ragged_arange(np.array(counts))
-        ones, no_logits = np.ones(len(row), dtype=np.int64), np.empty(0, dtype=np.int64)
-        inputs = self.state.forward_inputs(self.row[row], self.computed[row], step + 1, ones, view, no_logits)
-        return inputs, step, row
+    def drafts(self, steps: Sequence[int]) -> tuple[Ints, Ints]:
+        """List the drafts of some steps, one step after another. Returns the step and the row of each, [n]: rows by
+        their order in the round."""
+        counts = np.array([self._drafting(step) for step in steps], dtype=np.int64)
+        return np.repeat(np.array(steps, dtype=np.int64), counts), ragged_arange(counts)
 
-    def draft_samples(self, steps: Iterable[int]) -> SamplePositions:
-        """Return the positions that draft steps sample: those of one step after another's."""
-        counts = [self._drafting(step) for step in steps]
-        step, row = np.repeat(list(steps), counts), ragged_arange(np.array(counts))
+    def later_draft_inputs(self, gamma: int, view: View) -> ForwardBatch:
+        """Build the inputs of the forwards that draft tokens 1 to gamma - 1, as one batch with a query for each of
+        `drafts`."""
+        step, row = self.drafts(range(1, gamma))
+        ones, no_logits = np.ones(len(row), dtype=np.int64), np.empty(0, dtype=np.int64)
+        return self.state.forward_inputs(self.row[row], self.computed[row], step, ones, view, no_logits)
+
+    def draft_samples(self, steps: Sequence[int]) -> SamplePositions:
+        """Return the positions that the `drafts` of these steps are sampled at."""
+        step, row = self.drafts(steps)
         return self._sample_positions(self.row[row], step + 1, step)
 
     def _drafting(self, step: int) -> int:

@@ -7,7 +7,6 @@ waits for the device.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,11 +15,10 @@ from engine.kv.policies import View
 from engine.plan import RoundPlan
 from kernels.attention.base import AttentionBatch
 from kernels.ops import Ops
+from kernels.ragged import Ints, ragged_arange
 from kernels.reference_ops import REFERENCE
 from kernels.transfer import send, send_all
 from models.batch import ForwardBatch
-
-Ints = npt.NDArray[np.int64]
 
 
 class RowState:
@@ -105,8 +103,3 @@ class RowState:
     def to_device(self, array: Ints) -> Tensor:
         """Copy a host array to the device without waiting for it."""
         return send(torch.from_numpy(array), self.device)
-
-
-def ragged_arange(counts: Ints) -> Ints:
-    """Concatenate 0 … count - 1 of each count: the index of every item within its own row."""
-    return np.arange(int(counts.sum())) - np.repeat(counts.cumsum() - counts, counts)

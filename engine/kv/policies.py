@@ -119,6 +119,12 @@ def make_policy(config: KVConfig, page_size: int) -> KVPolicy:
     return Dense()
 
 
+def max_listed_pages(config: KVConfig, page_size: int, max_pages: int) -> int:
+    """Return the largest number of pages in a draft's list. max_pages: of a row. Two tokens can follow a window's last
+    page."""
+    return min(max_pages, config.budget // page_size + 1) if config.budget else max_pages
+
+
 def budget_policies(speculation: SpeculationConfig, page_size: int) -> dict[int, WindowConfig]:
     """Return the policies that drafts may read with, by budget, largest first, if the budget can change between rounds.
 

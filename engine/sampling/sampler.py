@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from engine.batch.round_batch import RoundBatch, SamplePositions
-from engine.batch.row_state import Ints, RowState
+from engine.batch.row_state import RowState
 from engine.params import SamplingParams
 from engine.plan import RowStart
 from engine.sampling.grammar import Grammars
 from engine.sampling.logits_processors import LogitEdits, TokenCounts
 from kernels.noise import gumbel_noise
 from kernels.ops import Ops
+from kernels.ragged import Ints
 from kernels.reference_ops import REFERENCE
 from kernels.transfer import send
 from parallel.vocab_shard import VocabShard

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.round_batch import RoundBatch
-from engine.batch.row_state import Ints, RowState, ragged_arange
+from engine.batch.row_state import RowState
 from engine.config.speculation import SnapKVConfig, SpeculationConfig
 from engine.kv.draft_spec import draft_kv_spec
 from engine.kv.policies import View, make_policy, ring_table
@@ -21,6 +21,7 @@ from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend
 from kernels.attention.query_capture import QueryCapture
 from kernels.kv_cache import KVPool
+from kernels.ragged import Ints, ragged_arange
 from models.llama import Llama
 
 

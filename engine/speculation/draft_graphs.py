@@ -17,12 +17,12 @@ from torch import Tensor
 
 from engine.batch.forward_graphs import GraphInputs, log_capture, round_up
 from engine.batch.round_batch import RoundBatch
-from engine.batch.row_state import Ints
 from engine.batch.runner import Runner
 from engine.kv.policies import View
 from engine.sampling.sampler import Sampler
 from kernels.attention.base import GraphAttention
 from kernels.ops import Graphs
+from kernels.ragged import Ints
 from kernels.transfer import send_all
 from models.batch import TokenInputs
 
@@ -104,14 +104,12 @@ class DraftGraphs:
         samples = batch.draft_samples(range(gamma))
         bucket.temperature[:rows], bucket.seeds[:rows] = self._sampler.temperatures_and_seeds(samples.row_index[:rows])
         bucket.replay(0, 1, bucket.first.kv_lengths)
+        step, row = batch.drafts(range(gamma))
+        places = step * count + row  # those of the first step are 0 … rows - 1
         if gamma > 1:
-            inputs, step, row = batch.later_draft_inputs(gamma, view)
-            bucket.later.copy(inputs, step * count + row)
+            bucket.later.copy(batch.later_draft_inputs(gamma, view), places[rows:] - count)
             bucket.replay(1, gamma, bucket.later.kv_lengths)
-        # Samples are in the order of steps, and within a step in that of rows.
-        step = samples.drafted
-        row = np.arange(len(step)) - np.searchsorted(step, step)
-        (place,) = send_all(bucket.chosen.device, step * count + row)
+        (place,) = send_all(bucket.chosen.device, places)
         batch.place_drafts(samples, bucket.chosen.view(-1)[place])
         return True
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from engine.batch.round_batch import RoundBatch
-from engine.batch.row_state import Ints
 from engine.batch.runner import Runner
 from engine.batch.stopwatch import Stopwatch
 from engine.kv.policies import View
@@ -19,6 +18,7 @@ from engine.sampling.sampler import Sampler
 from engine.speculation.draft_cache import DraftCache
 from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.verify import Verdict
+from kernels.ragged import Ints
 
 
 class Drafter(Protocol):

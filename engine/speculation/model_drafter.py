@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.round_batch import RoundBatch
-from engine.batch.row_state import Ints, RowState
+from engine.batch.row_state import RowState
 from engine.batch.runner import Runner
 from engine.kv.policies import View
 from engine.plan import RowStart
@@ -18,6 +18,7 @@ from engine.speculation.draft_cache import DraftCache
 from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.drafters import Drafter, draft
 from engine.speculation.verify import Verdict
+from kernels.ragged import Ints
 from parallel.group import Group
 
 

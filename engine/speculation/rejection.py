@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from engine.batch.round_batch import SamplePositions
-from engine.batch.row_state import Ints, RowState
+from engine.batch.row_state import RowState
 from engine.sampling.grammar import Grammars
 from engine.sampling.sampler import Sampler, mark_failures
 from kernels.noise import gumbel_noise
 from kernels.ops import Ops
+from kernels.ragged import Ints
 from kernels.reference_ops import REFERENCE
 from parallel.vocab_shard import VocabShard
 

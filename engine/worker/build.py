@@ -13,7 +13,7 @@ from engine.batch.runner import Runner
 from engine.config.deployment import EngineConfig
 from engine.config.speculation import KVConfig, SnapKVConfig, SpeculationConfig, TopKConfig, WindowConfig
 from engine.kv.draft_spec import draft_kv_spec
-from engine.kv.policies import Dense, View, budget_policies, make_policy, ring_table
+from engine.kv.policies import Dense, View, budget_policies, make_policy, max_listed_pages, ring_table
 from engine.sampling.grammar import Grammars
 from engine.sampling.sampler import Sampler
 from engine.speculation.draft_cache import DraftCache
@@ -106,10 +106,11 @@ def make_drafter(
         is_shared = draft.group is None or draft.group.size < group.size
         return target, SharedDrafts(drafter, group) if is_shared else drafter or NoDrafter()
     model = drafting_model(config, target.model, draft) or target.model
+    width = max_listed_pages(settings.kv, state.page_size, state.page_table.shape[1])
     if isinstance(settings.kv, SnapKVConfig):
         cache = DraftCache(settings, target.model, target.pool, state, target.query_capture or target.attention)
         runner = Runner(model, cache.pool, _plain_attention(model, state.page_size), cache.view)
-        runner, steps = _with_graphs(config, runner, graphs, sampler, _width(settings.kv, state))
+        runner, steps = _with_graphs(config, runner, graphs, sampler, width)
         return replace(target, query_capture=cache.query_capture), SelfDrafter(runner, sampler, cache, graphs=steps)
     view = View(make_policy(settings.kv, state.page_size), state.page_table)
     attention = make_attention(settings.kv, model, state.page_size)
@@ -117,7 +118,7 @@ def make_drafter(
     if _can_capture(settings.kv):
         if model is target.model:
             runner = replace(runner, graphs=target.graphs)
-        runner, steps = _with_graphs(config, runner, graphs, sampler, _width(settings.kv, state))
+        runner, steps = _with_graphs(config, runner, graphs, sampler, width)
     return target, SelfDrafter(runner, sampler, views=_views(config, state.page_table), graphs=steps)
 
 
@@ -160,7 +161,7 @@ def _model_drafter(
     model, group, settings = draft.model, draft.group, config.speculation
     if model is None or group is None:
         return None
-    page, width = state.page_size, _width(settings.kv, state)
+    page, width = state.page_size, max_listed_pages(settings.kv, state.page_size, state.page_table.shape[1])
     block = config.scheduler.max_batch_tokens
     row_block = block
     cache, views, steps = None, {}, None
@@ -242,12 +243,6 @@ def _views(config: EngineConfig, page_table: Tensor) -> dict[int, View]:
 def _can_capture(config: KVConfig) -> bool:
     """Whether drafts attend to the listed KV as it is, which graphs can capture."""
     return not (isinstance(config, TopKConfig) or (isinstance(config, WindowConfig) and config.positions == "relative"))
-
-
-def _width(config: KVConfig, state: RowState) -> int:
-    """Return the largest number of pages in a draft's list. Two tokens can follow a window's last page."""
-    max_pages = state.page_table.shape[1]
-    return min(max_pages, config.budget // state.page_size + 1) if config.budget else max_pages
 
 
 def _plain_attention(model: Llama, page_size: int) -> AttentionBackend:

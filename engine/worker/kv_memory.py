@@ -8,6 +8,7 @@ import torch
 
 from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import EngineConfig
+from engine.kv.policies import max_listed_pages
 from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
 from kernels.attention.flashinfer_sizes import Heads, captured_memory
@@ -73,7 +74,7 @@ def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_
 
     scratch, own = attention(model, list(range(1, gamma + 2)), width)
     if gamma:
-        narrow = min(width, settings.kv.budget // page + 1) if settings.kv.budget else width
+        narrow = max_listed_pages(settings.kv, page, width)
         # Single forwards with one query and with two, and steps, of which the first may have two.
         needed, drafts = attention(draft or model, [1, 2, 2] + [1] * (gamma - 1), narrow)
         # Drafts are captured after the target, whose graphs keep the smaller memory that they were captured with.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
-from kernels.attention.flashinfer_sizes import Heads, Ints, Kernels, eager_float_bytes, eager_int_bytes
+from kernels.attention.flashinfer_sizes import Heads, Kernels, eager_float_bytes, eager_int_bytes
 from kernels.attention.flashinfer_workspace import (
     Call,
     Planned,
@@ -24,12 +24,11 @@ from kernels.attention.flashinfer_workspace import (
     flat_pages,
     list_pages,
     load_flashinfer,
-    offsets,
-    ragged_arange,
     to_natural_log,
     to_pinned,
 )
 from kernels.kv_cache import LayerKV
+from kernels.ragged import Ints, offsets, ragged_arange
 from kernels.transfer import send
 
 _IN_FLIGHT = 4  # largest number of plans by which the host is ahead of the device

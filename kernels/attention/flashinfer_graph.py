@@ -17,12 +17,12 @@ from kernels.attention.flashinfer_workspace import (
     flat_pages,
     list_pages,
     load_flashinfer,
-    offsets,
     takes_uniform_queries,
     to_natural_log,
     to_pinned,
 )
 from kernels.kv_cache import LayerKV
+from kernels.ragged import offsets
 
 
 def can_capture(head_dim: int, batch: GraphBatch) -> bool:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+from kernels.ragged import Ints
 
 _NEW_INTS_BYTES = 8 << 20  # a new wrapper has these until they are replaced, and torch keeps them for the next one
 _LENGTHS_BYTES = 128 << 10  # of a prefill wrapper, for other backends than ours
 _FA3_TILE = 128  # queries of one head in a tile of FA3; 192 for head_dim 64
 
-Ints = npt.NDArray[np.int64]
 Kernels = Literal["fa2", "fa3"]
 
 

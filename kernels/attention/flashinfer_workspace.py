@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.flashinfer_sizes import Heads, Ints
+from kernels.attention.flashinfer_sizes import Heads
+from kernels.ragged import Ints
 
 HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -163,16 +164,6 @@ def to_pinned(values: Ints, device: torch.device) -> Tensor:
     """Convert to int32, in pinned memory for a GPU, so that copies to it need no wait."""
     tensor = torch.from_numpy(values.astype(np.int32))
     return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def offsets(counts: Ints) -> Ints:
-    """Return the offset of each row, and the total."""
-    return np.concatenate([np.zeros(1, dtype=np.int64), counts.cumsum()])
-
-
-def ragged_arange(counts: Ints) -> Ints:
-    """Concatenate 0 … count - 1 of each count."""
-    return np.arange(int(counts.sum())) - np.repeat(counts.cumsum() - counts, counts)
 
 
 def to_natural_log(lse: Tensor) -> Tensor:

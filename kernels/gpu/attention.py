@@ -46,12 +46,9 @@ class Tiles:
     block: int
 
     def to(self, device: torch.device) -> Tiles:
-        row, first, start, queries, lengths = (send(part, device) for part in self._index_tensors)
+        parts = self.row, self.first, self.start, self.queries, self.lengths
+        row, first, start, queries, lengths = (send(part, device) for part in parts)
         return Tiles(row, first, start, queries, lengths, self.pages, self.block)
-
-    @property
-    def _index_tensors(self) -> tuple[Tensor, ...]:
-        return self.row, self.first, self.start, self.queries, self.lengths
 
 
 def assign_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int, *, uniform: bool = False) -> Tiles:
