@@ -28,6 +28,8 @@ class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
     """Requests with lower values are admitted first."""
     share_prompt_with: str | None = None
     """Id of a request with the same prompt that was queued before; its computed pages of the prompt are shared."""
+    cache_salt: str = ""
+    """Requests share KV in the prefix cache only with requests of the same salt."""
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):
@@ -36,7 +38,11 @@ class AbortRequests(msgspec.Struct, tag="abort"):
     ids: list[str]
 
 
-ToEngine = AddRequest | AbortRequests
+class ResetPrefixCache(msgspec.Struct, tag="reset_prefix_cache"):
+    """Forget all KV that the prefix cache holds: no later request finds any of it."""
+
+
+ToEngine = AddRequest | AbortRequests | ResetPrefixCache
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -85,6 +91,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     """With `error`: the request is valid and may be retried; RETRY_FULL or RETRY_MEMORY is the cause."""
     scheduled: float = 0.0
     """time.monotonic() when the request was first admitted."""
+    cached_tokens: int = 0
+    """Number of prompt tokens whose KV the prefix cache held when the request was first admitted."""
     queued: bool = False
     """Acknowledgement: the engine has accepted the request and queued it."""
 
@@ -96,11 +104,19 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     waiting: int = 0
     pages_total: int = 0
     pages_free: int = 0
+    pages_cached: int = 0
+    """Pages that no request owns and that the prefix cache can still hand out. All others are owned or free."""
     page_size: int = 0
     rounds: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    prefix_queries: int = 0
+    """Prompt tokens that were looked up in the prefix cache: those of every request, when it was first admitted."""
+    prefix_hits: int = 0
+    """Those of them whose KV was found."""
+    prefix_evictions: int = 0
+    """Cached pages that were given to other requests."""
     drafts: int = 0
     """Rows, counted in each round, with at least one drafted token."""
     draft_tokens: int = 0

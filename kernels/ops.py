@@ -66,6 +66,11 @@ class Ops(Protocol):
         """Key of stored measurements: different kernels have different names."""
 
     @property
+    def shared_stretch(self) -> int:
+        """Number of KV slots in the stretches in which attention discovers that rows list the same pages, from the
+        first slot on, and reads them once for all; 0: it reads every row's KV by itself."""
+
+    @property
     def make_graphs(self) -> Callable[[], Graphs] | None:
         """Create the captures of one engine, whose memory is freed with the last of them. None if capturing gains
         nothing on this device."""

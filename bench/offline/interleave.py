@@ -42,7 +42,7 @@ class InterleavedController:
     def gamma_max(self) -> int:
         return self._gamma_max
 
-    def choose(self, rows: Sequence[Request]) -> list[int]:
+    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
         if self.gamma == "auto":
             gammas = self.auto.choose(rows)
             self.budget = self.auto.budget

@@ -33,6 +33,8 @@ class CacheConfig(Settings):
     CPUs; on GPUs the part of `gpu_memory_utilization` that remains after the models are loaded and have run."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of each GPU's memory that may be in use, by this and all other processes."""
+    prefix: bool = True
+    """Keep the KV of finished requests while memory lasts, for prompts that begin with the same tokens."""
 
 
 class SchedulerConfig(Settings):

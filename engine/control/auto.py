@@ -71,7 +71,7 @@ class AutoGamma:
 
     # -- choosing ----------------------------------------------------------------------------------------------------
 
-    def choose(self, rows: Sequence[Request]) -> list[int]:
+    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
         """See Controller.choose."""
         self._rounds += 1
         batch = Batch.from_requests(rows, self._gamma_max)

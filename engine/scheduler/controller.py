@@ -41,9 +41,11 @@ class Controller(Protocol):
         """Largest number of drafts per row and round."""
         ...
 
-    def choose(self, rows: Sequence[Request]) -> list[int]:
+    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
         """Choose the number of drafts of each decoding row; 0 is plain decoding.
 
+        shared_tokens: KV tokens of the rows' contexts that need no reading, because another row of the batch has the
+        same pages and attention reads them once for all (Ops.shared_stretch).
         The scheduler may lower it, never raise it. It calls this once per round that has decoding rows.
         """
         ...
@@ -65,7 +67,7 @@ class FixedGamma:
     def gamma_max(self) -> int:
         return self._gamma
 
-    def choose(self, rows: Sequence[Request]) -> list[int]:
+    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
         return [self._gamma] * len(rows)
 
     def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:

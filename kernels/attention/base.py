@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from kernels.kv_cache import LayerKV
+
+
+class SharedPrefix(NamedTuple):
+    """Rows of a batch whose lists begin with the same pages. rows: their indices, at least two. pages: the number of
+    those pages; every query of these rows sees all of their slots."""
+
+    rows: tuple[int, ...]
+    pages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +37,15 @@ class AttentionBatch:
         any valid page id. Or [rows, kv_heads, width], one list per KV head (all of a row's lists equally long).
     skipped: per row, number of tokens that its list leaves out, host integers; empty: none. Only attention that
         changes the positions of keys needs it (see kernels.attention.relative).
+    prefixes: rows that begin with the same pages, each row in one of them at most. Attention may read the pages of one
+        once for all of its rows, and gets the same results without.
     """
 
     query_lengths: Sequence[int]
     kv_lengths: Sequence[int]
     pages: Tensor
     skipped: Sequence[int] = ()
+    prefixes: Sequence[SharedPrefix] = ()
 
 
 class PlannedAttention(Protocol):

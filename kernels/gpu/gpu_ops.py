@@ -68,6 +68,8 @@ class GpuGraphs:
 class GpuOps:
     """See kernels.ops.Ops. BLAS computes products; Triton, or FlashInfer for attention, computes the rest."""
 
+    shared_stretch = 0
+
     def __init__(self, workspace: Workspace | None = None, make_recorder: Callable[[], Recorder] | None = None) -> None:
         """workspace: FlashInfer's (see kernels.attention.flashinfer_workspace), for float16 and bfloat16 models
         with a head_dim that it supports; None: attention in Triton. make_recorder: creates what captures graphs, once

@@ -42,7 +42,7 @@ class InTurns(FixedGamma):
         super().__init__(3)
         self._round = 0
 
-    def choose(self, rows: Sequence[Request]) -> list[int]:
+    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
         self._round += 1
         return [3 if (self._round // 5 + i) % 3 else 0 for i in range(len(rows))]
 

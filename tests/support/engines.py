@@ -69,7 +69,7 @@ class Scripted:
         self.gamma_max = max(each if isinstance(each, int) else max(each) for each in gammas)
         self.budget, self.report = 0, ControllerReport()
 
-    def choose(self, rows: Sequence[Request]) -> list[int]:
+    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
         gammas = next(self._gammas)
         return [gammas[i % len(gammas)] for i in range(len(rows))]
 

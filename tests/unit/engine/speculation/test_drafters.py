@@ -297,7 +297,7 @@ class Budgets(Scripted):
         super().__init__([gamma] * 500)
         self._budgets = cycle(budgets)
 
-    def choose(self, rows: Sequence[Request]) -> list[int]:
+    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
         self.budget = next(self._budgets)
         return super().choose(rows)
 
