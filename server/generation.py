@@ -26,6 +26,8 @@ class Choice:
     prompt: list[int]
     params: SamplingParams
     priority: int
+    cache_salt: str
+    """Empty: none."""
     report: bool
     """Whether the answer includes a speculation report."""
     continues: bool
@@ -128,7 +130,15 @@ class Generation:
             return
         context = choice.prompt if choice.continues else ()
         stream = TextStream(self.service.tokenizer, choice.params, context, stops)
-        request = AddRequest(name, choice.prompt, choice.params, self.arrival, choice.priority, share_prompt_with)
+        request = AddRequest(
+            name,
+            choice.prompt,
+            choice.params,
+            self.arrival,
+            choice.priority,
+            share_prompt_with,
+            choice.cache_salt,
+        )
         stats = RequestStats(self.arrival, len(choice.prompt))
         try:
             async with aclosing(client.generate(request)) as outputs:

@@ -78,6 +78,7 @@ class _Answer:
                 tokens,
                 msgspec.structs.replace(params, seed=choice_seed(params.seed, number)),
                 body.priority or 0,
+                body.cache_salt or "",
                 body.wants_report,
                 continues=False,
             )

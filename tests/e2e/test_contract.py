@@ -22,6 +22,7 @@ from tests.support.servers import Server
 HARMLESS_ON_BOTH: dict[str, Any] = {
     "response_format": {"type": "text"},
     "priority": 0,
+    "cache_salt": "x",
     "use_beam_search": False,
     "length_penalty": 1.0,
     "user": "somebody",
@@ -48,6 +49,7 @@ NULLS = {
     *("stop_token_ids", "ignore_eos", "include_stop_str_in_output", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "logit_bias", "logprobs", "stream", "stream_options", "skip_special_tokens", "user"),
     *("add_special_tokens", "truncate_prompt_tokens", "request_id", "metadata", "speculation", "response_format"),
+    "cache_salt",
     *NOT_SERVED_ON_BOTH,
 }
 
