@@ -100,14 +100,9 @@ class Generation:
         """
         with self.service.admit(len(self.choices), sum(len(choice.prompt) for choice in self.choices)) as client:
             stops = stop_strings(self.choices[0].params)
-            # Of several choices from one prompt, the first computes it and the others share its pages.
-            first = {id(choice.prompt): choice.index for choice in reversed(self.choices)}
-            names = [uuid.uuid4().hex for _ in self.choices]
-            runs = []
-            for choice, name in zip(self.choices, names, strict=True):
-                source = first[id(choice.prompt)]
-                shared = None if source == choice.index else names[source]
-                runs.append(self._run(client, choice, stops, name, shared))
+            # Queued in this order: of several choices from one prompt, the first computes it, and the engine lets the
+            # others wait for its pages.
+            runs = [self._run(client, choice, stops) for choice in self.choices]
             held: list[ChoiceDelta] = []
             accepted: set[int] = set()
             async with aclosing(merge(runs)) as merged:
@@ -120,7 +115,7 @@ class Generation:
                         held.clear()
 
     async def _run(
-        self, client: Supervisor, choice: Choice, stops: Sequence[StopString], name: str, share_prompt_with: str | None
+        self, client: Supervisor, choice: Choice, stops: Sequence[StopString]
     ) -> AsyncGenerator[ChoiceDelta, None]:
         nothing = choice.params.max_tokens == 0
         empty = Delta("", [], [], None if choice.params.logprobs is None else [], 0, 0, None, None)
@@ -131,13 +126,12 @@ class Generation:
         context = choice.prompt if choice.continues else ()
         stream = TextStream(self.service.tokenizer, choice.params, context, stops)
         request = AddRequest(
-            name,
+            uuid.uuid4().hex,
             choice.prompt,
             choice.params,
             self.arrival,
             choice.priority,
-            share_prompt_with,
-            choice.cache_salt,
+            cache_salt=choice.cache_salt,
         )
         stats = RequestStats(self.arrival, len(choice.prompt))
         try:

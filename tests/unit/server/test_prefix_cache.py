@@ -6,8 +6,10 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from server.bodies.fields import choice_seed
 from tests.support.app import server
 from tests.support.contract import CHAT, COMPLETIONS, USER
 
@@ -48,5 +50,18 @@ def test_a_cache_key_has_no_effect(directory: Path, path: str, body: Any) -> Non
             answer = await http.post(path, json={**body, "prompt_cache_key": "user-1", "max_tokens": 2})
             assert answer.status_code == 200
             assert client.requests[0].cache_salt == ""
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+def test_choices_are_queued_in_order(directory: Path, path: str, body: Any) -> None:
+    """The first choice computes the prompt, so it must be first in the engine's queue; nothing else ties them."""
+
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+            assert (await http.post(path, json={**body, "n": 5, "seed": 3, "max_tokens": 2})).status_code == 200
+            assert [request.params.seed for request in client.requests] == [choice_seed(3, i) for i in range(5)]
+            assert all("share_prompt_with" not in msgspec.to_builtins(request) for request in client.requests)
 
     asyncio.run(main())
