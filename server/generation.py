@@ -30,6 +30,8 @@ class Choice:
     """Empty: none."""
     report: bool
     """Whether the answer includes a speculation report."""
+    first: bool
+    """Whether it is the first choice of its prompt."""
     continues: bool
     """Whether the output continues the prompt's text (a completion) or stands alone (a chat answer)."""
 
@@ -50,6 +52,9 @@ class ChoiceDelta:
 class Usage:
     prompt_tokens: int
     """Tokens of all prompts; each counts once, however many choices it has."""
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache held when each prompt's first choice was admitted. Further choices share that
+    one's KV: they do not count."""
     completion_tokens: int = 0
     accepted: int = 0
     rejected: int = 0
@@ -59,6 +64,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": self.accepted,
                 "rejected_prediction_tokens": self.rejected,
@@ -89,6 +95,7 @@ class Generation:
         return {
             "choices": len(self.choices),
             "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": lambda: usage.cached_tokens,
             "completion_tokens": lambda: usage.completion_tokens,
             "accepted_tokens": lambda: usage.accepted,
             "first_token_seconds": lambda: None if self.first is None else round(self.first - self.arrival, 4),
@@ -143,7 +150,10 @@ class Generation:
                         yield ChoiceDelta(choice.index, empty)
                         continue
                     delta = ended if nothing else stream.take(output)
+                    known = stats.cached_tokens
                     seconds = stats.take(output, delta)
+                    if choice.first:
+                        self.usage.cached_tokens += stats.cached_tokens - known
                     if self.first is None and output.tokens:
                         self.first = stats.last
                     self.usage.completion_tokens += len(delta.tokens)

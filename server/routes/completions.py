@@ -111,6 +111,7 @@ class _Answer:
                         body.priority or 0,
                         body.cache_salt or "",
                         body.wants_report,
+                        first=number == 0,
                         continues=True,
                     )
                 )

@@ -21,7 +21,8 @@ from tests.support.fake_engine import FakeEngine
 
 
 class FakeClient:
-    """Stand-in for a Supervisor: each request runs on a FakeEngine of its own, one step per output."""
+    """Stand-in for a Supervisor: each request runs on a FakeEngine of its own, one step per output;
+    all of them have one prefix cache."""
 
     def __init__(self) -> None:
         self.engine = FakeEngine(EngineConfig(model="fake"))
@@ -39,7 +40,7 @@ class FakeClient:
         if self.dead is not None:
             raise EngineDead(self.dead)
         self.requests.append(request)
-        alone = FakeEngine(EngineConfig(model="fake"))
+        alone = FakeEngine(EngineConfig(model="fake"), prefix_cache=self.engine.prefix_cache)
         ended = False
         try:
             try:
