@@ -131,6 +131,14 @@ class Supervisor:
         self._client.abort_all()
         self.abort(list(self._waiting))
 
+    def reset_prefix_cache(self) -> None:
+        """Empty the engine's prefix cache; see EngineClient.reset_prefix_cache. Raises EngineDown while there is no
+        engine, EngineDead if there will be none."""
+        client = self._client
+        if client.dead is not None:
+            raise self._error(client)
+        client.reset_prefix_cache()
+
     async def wait_dead(self) -> str:
         """Return the reason once the engine is gone for good."""
         await self._death.wait()

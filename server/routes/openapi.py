@@ -94,6 +94,7 @@ def document(version: str) -> dict[str, Any]:
         paths[path] = {
             "post": _operation((model.__doc__ or "").strip(), answer, {"required": True, "content": content})
         }
+    paths["/reset_prefix_cache"] = {"post": _operation("Empty the prefix cache.", {}, None)}
     for path, about in _GET_ROUTES.items():
         operation = _operation(about, {_TEXTS.get(path, "application/json"): {"schema": {}}}, None)
         if "{" in path:

@@ -36,6 +36,11 @@ class FakeClient:
     def stats(self) -> Any:
         return self.engine.stats()
 
+    def reset_prefix_cache(self) -> None:
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        self.engine.reset_prefix_cache()
+
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
         if self.dead is not None:
             raise EngineDead(self.dead)

@@ -125,6 +125,9 @@ class FakeEngine:
         for id in ids:
             self._live.pop(id, None)
 
+    def reset_prefix_cache(self) -> None:
+        self.prefix_cache.pages.clear()
+
     def has_work(self) -> bool:
         return bool(self._live)
 

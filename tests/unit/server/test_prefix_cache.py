@@ -8,11 +8,13 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import msgspec
 import pytest
 
 from engine.messages import AddRequest, RequestOutput
+from server.app import create_app
 from server.bodies.fields import choice_seed
 from server.generation import Usage
 from server.routes.openapi import document
@@ -171,3 +173,52 @@ def test_openapi_has_salts_and_cached_tokens() -> None:
     assert validator.is_valid(usage)
     del usage["prompt_tokens_details"]
     assert not validator.is_valid(usage)
+
+
+RESET = "/reset_prefix_cache"
+
+
+def test_a_reset(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, _):
+
+            async def cached() -> int:
+                answer = await http.post(COMPLETIONS, json={"prompt": list(range(10, 50)), "max_tokens": 2})
+                found: int = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+                return found
+
+            assert [await cached(), await cached()] == [0, 32]
+            answer = await http.post(RESET)
+            assert (answer.status_code, answer.content) == (200, b"")
+            assert [await cached(), await cached()] == [0, 32]
+            assert (await http.get(RESET)).status_code == 405
+
+    asyncio.run(main())
+
+
+def test_a_reset_without_an_engine(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, client, service):
+            client.down = "rank 1 was killed"
+            for code in ("engine_restarting", "engine_dead", "loading"):
+                answer = await http.post(RESET)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)
+                client.dead = "it broke"
+                if code == "engine_dead":
+                    service.client = None
+
+    asyncio.run(main())
+
+
+def test_a_reset_needs_a_key(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (_, client, service):
+            transport = httpx.ASGITransport(create_app(service, frozenset({"key"})))
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+                client.engine.prefix_cache.pages.add(("", (1,)))
+                assert (await http.post(RESET)).status_code == 401
+                assert client.engine.prefix_cache.pages
+                assert (await http.post(RESET, headers={"Authorization": "Bearer key"})).status_code == 200
+                assert not client.engine.prefix_cache.pages
+
+    asyncio.run(main())

@@ -31,6 +31,7 @@ class Puppet:
         self.stats = EngineStats(rounds=10, pages_total=5, pages_free=5, running=1, accepted_per_position=[2, 1])
         self.requests: dict[str, asyncio.Queue[RequestOutput | None]] = {}
         self.closed = False
+        self.resets = 0
         self._death = asyncio.Event()
 
     @property
@@ -49,6 +50,9 @@ class Puppet:
             raise EngineDead(self.dead)
         finally:
             del self.requests[request.id]
+
+    def reset_prefix_cache(self) -> None:
+        self.resets += 1
 
     async def asked(self, *ids: str) -> None:
         while set(self.requests) != set(ids):
@@ -307,6 +311,28 @@ def test_a_first_engine_that_does_not_come_up() -> None:
         with pytest.raises(EngineDead, match="no such model"):
             await Supervisor.start(puppets, restart=True, settled_s=0)
         assert puppets.starts == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_reset_needs_an_engine(restart: bool) -> None:
+    async def main() -> None:
+        async with supervised(restart=restart) as (engines, puppets):
+            engines.reset_prefix_cache()
+            puppets.open.clear()
+            puppets.made[0].die("it broke")
+            with pytest.raises(EngineDead, match="it broke") as caught:
+                engines.reset_prefix_cache()
+            assert isinstance(caught.value, EngineDown) is restart
+            if restart:
+                puppets.open.set()
+                second = await puppets.up(2)
+                while engines.down:
+                    await asyncio.sleep(0)
+                engines.reset_prefix_cache()
+                assert second.resets == 1
+            assert puppets.made[0].resets == 1
 
     asyncio.run(main())
 
