@@ -88,7 +88,8 @@ class Supervisor:
         pages."""
         stats = add_totals(self._client.stats, self._previous_totals)
         if self._client.dead is not None:
-            return msgspec.structs.replace(stats, running=0, waiting=len(self._waiting), pages_total=0, pages_free=0)
+            nothing = {"running": 0, "pages_total": 0, "pages_free": 0, "pages_cached": 0}
+            return msgspec.structs.replace(stats, waiting=len(self._waiting), **nothing)
         return stats
 
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:

@@ -62,13 +62,13 @@ async def version(request: Request) -> dict[str, str]:
 
 @router.get("/load")
 async def load(request: Request) -> dict[str, int]:
-    """Report the load; at most about a second old."""
+    """Report the load; at most about a second old. Free pages: all that a request could get, cached ones too."""
     stats = request.app.state.service.loaded().stats
     return {
         "running": stats.running,
         "waiting": stats.waiting,
         "pages_total": stats.pages_total,
-        "pages_free": stats.pages_free,
+        "pages_free": stats.pages_free + stats.pages_cached,
     }
 
 

@@ -130,7 +130,7 @@ def test_about_the_server(tiny: Server) -> None:
     assert set(tiny.load()) == {"running", "waiting", "pages_total", "pages_free"}
     metrics = tiny.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
-    for name in ("vllm:num_requests_running", "vllm:spec_decode_num_drafts_total", "magicdec_pages_free"):
+    for name in ("vllm:num_requests_running", "vllm:spec_decode_num_drafts_total", "vllm:prefix_cache_hits_total"):
         assert f'\n{name}{{model_name="tiny"}} ' in metrics.text
 
 
