@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import magicdec
 from engine.config.deployment import ConfigError
 from engine.llm import LLM, Prompt
+from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
 from engine.scheduler.validation import RequestError
 from server.cli.app import app
@@ -58,6 +59,31 @@ def test_streams_side_by_side_and_beside_generate(llm: LLM) -> None:
     texts[1] += "".join(piece.text for piece in second)
     texts[0] += "".join(piece.text for piece in first)
     assert texts == expected[:2]
+
+
+def test_salts_reach_the_engine_and_completions_have_the_cached_tokens(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine says the number in its first output."""
+    salts: dict[str, str] = {}
+    add, step = llm.engine.add, llm.engine.step
+
+    def recorded(request: AddRequest) -> None:
+        salts[request.id] = request.cache_salt
+        add(request)
+
+    def told() -> list[RequestOutput]:
+        found = {"a": 16, "b": 32}
+        outputs = step()
+        for output in outputs:
+            output.cached_tokens = found.get(salts.pop(output.id, ""), 0)
+        return outputs
+
+    monkeypatch.setattr(llm.engine, "add", recorded)
+    monkeypatch.setattr(llm.engine, "step", told)
+    assert [each.num_cached_tokens for each in llm.generate(["one", "two"], SAMPLED, cache_salt="a")] == [16, 16]
+    assert [piece.completion.num_cached_tokens for piece in llm.stream("one", SAMPLED, cache_salt="b")][-1] == 32
+    assert llm.generate("one", SAMPLED)[0].num_cached_tokens == 0
 
 
 def test_leaving_a_stream_frees_its_pages(llm: LLM) -> None:
@@ -116,6 +142,8 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(llm: LLM, prompts
 def test_wrong_arguments(llm: LLM, directory: Path) -> None:
     with pytest.raises(RequestError, match="2 prompts but 1"):
         llm.generate(["a", "b"], [SAMPLED])
+    with pytest.raises(RequestError, match="expected a string as cache_salt, not int"):
+        llm.generate("a", SAMPLED, cache_salt=5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="finite"):
         SamplingParams(temperature=float("nan"))
     with pytest.raises(ConfigError, match="page_size"):
