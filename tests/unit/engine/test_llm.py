@@ -86,6 +86,16 @@ def test_salts_reach_the_engine_and_completions_have_the_cached_tokens(
     assert llm.generate("one", SAMPLED)[0].num_cached_tokens == 0
 
 
+def test_a_prompt_that_begins_like_an_earlier_one(directory: Path) -> None:
+    prompt = list(range(10, 60))
+    with LLM(str(directory), dtype="float64", cache={"memory_gb": 0.2}) as llm:
+        first, second = (llm.generate(prompt, SAMPLED)[0] for _ in range(2))
+        (salted,) = llm.generate(prompt, SAMPLED, cache_salt="tenant")
+        longer = list(llm.stream(prompt + first.token_ids, SAMPLED))[-1].completion
+    assert [each.num_cached_tokens for each in (first, second, salted, longer)] == [0, 48, 0, 64]
+    assert first.token_ids == second.token_ids == salted.token_ids
+
+
 def test_leaving_a_stream_frees_its_pages(llm: LLM) -> None:
     stream = llm.stream("one", SAMPLED)
     next(stream)
