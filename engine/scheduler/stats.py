@@ -92,6 +92,7 @@ _GAUGES = {
     "waiting",
     "pages_total",
     "pages_free",
+    "pages_cached",
     "page_size",
     "kv_token_bytes",
     "policy",

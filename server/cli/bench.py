@@ -86,7 +86,7 @@ def decode(
 
 @app.command()
 @options.engine_flags(
-    "speculation", "draft", "policy", "budget", "verification", "max_model_len", "tensor_parallel_size"
+    "speculation", "draft", "policy", "budget", "verification", "max_model_len", "tensor_parallel_size", "prefix_cache"
 )
 def acceptance(
     overrides: dict[str, Any],
