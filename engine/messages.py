@@ -144,7 +144,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     draft_pages_per_row: int = 0
     """Pages of KV that drafts keep for each running request, in addition to the target's pool."""
     kv_tokens_read: int = 0
-    """KV tokens (one token = all layers and heads) read by draft and verify passes of decoding rows."""
+    """KV tokens (one token = all layers and heads) read by draft and verify passes of decoding rows. Tokens that are
+    read once for several rows count once."""
     kv_token_bytes: int = 0
     engine_restarts: int = 0
     """Engines that replaced a dead one. engine.processes.supervisor counts this field and the next."""

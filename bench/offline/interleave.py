@@ -44,7 +44,7 @@ class InterleavedController:
 
     def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
         if self.gamma == "auto":
-            gammas = self.auto.choose(rows)
+            gammas = self.auto.choose(rows, shared_tokens)
             self.budget = self.auto.budget
             return gammas
         self.budget = 0
