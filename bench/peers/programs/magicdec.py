@@ -1,4 +1,4 @@
-"""magicdec. Options: engine settings, {"engine.speculation.gamma": 0, …}."""
+"""magicdec. Options: engine settings, {"engine.speculation.gamma": 0, …}. Unless they say so, no prefix cache."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Peer:
 
     def _configure(self) -> EngineConfig:
         """Build the engine's config. Raises ConfigError for invalid options."""
-        own = {"engine.model": self._settings["model"]}
+        own = {"engine.model": self._settings["model"], "engine.cache.prefix": False}  # as with vllm
         if self._settings["threads"] is not None:
             own["engine.threads"] = self._settings["threads"]
         config = load_config(None, own | self._settings["options"]).engine
