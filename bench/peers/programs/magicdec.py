@@ -23,6 +23,8 @@ class Peer:
         self.max_batch = None
         gamma = self._config.speculation.gamma
         self.about = f"magicdec, {self._config.dtype} weights, gamma {gamma}, {threads_per_rank(self._config)} threads"
+        if self._config.cache.prefix:
+            self.about += ", prefix cache"
 
     def _configure(self) -> EngineConfig:
         """Build the engine's config. Raises ConfigError for invalid options."""
