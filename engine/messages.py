@@ -26,8 +26,6 @@ class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
     """time.monotonic() when the request reached the server (one clock for all processes of a machine)."""
     priority: int = 0
     """Requests with lower values are admitted first."""
-    share_prompt_with: str | None = None
-    """Id of a request with the same prompt that was queued before; its computed pages of the prompt are shared."""
     cache_salt: str = ""
     """Requests share KV in the prefix cache only with requests of the same salt."""
 
