@@ -69,6 +69,7 @@ class GpuOps:
     """See kernels.ops.Ops. BLAS computes products; Triton, or FlashInfer for attention, computes the rest."""
 
     shared_stretch = 0
+    reads_prefixes = True
 
     def __init__(self, workspace: Workspace | None = None, make_recorder: Callable[[], Recorder] | None = None) -> None:
         """workspace: FlashInfer's (see kernels.attention.flashinfer_workspace), for float16 and bfloat16 models
