@@ -68,7 +68,7 @@ class GpuGraphs:
 class GpuOps:
     """See kernels.ops.Ops. BLAS computes products; Triton, or FlashInfer for attention, computes the rest."""
 
-    shared_stretch = 0
+    shared_stretch = 1  # whole pages, of any size
     reads_prefixes = True
 
     def __init__(self, workspace: Workspace | None = None, make_recorder: Callable[[], Recorder] | None = None) -> None:
