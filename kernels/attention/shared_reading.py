@@ -7,18 +7,25 @@ see all of it; the second is the batch as it was, with lists that begin after th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kernels.attention.base import SharedPrefix
 from kernels.attention.flashinfer_sizes import Heads
+from kernels.attention.reference_attention import merge_segments
 from kernels.ragged import Ints, ragged_arange
 
-LAUNCH_BYTES = 24 << 20
-"""KV that a device reads while it launches and drains one more kernel: 5 µs at 4.8 TB/s, an H200's bandwidth. Slower
-memory reads less in that time, so that sharing may begin a little late there, never too early."""
+LAUNCH_BYTES = 48 << 20
+"""KV that a device reads while it launches a few more kernels (one for the queries of prefixes, one to attend, one to
+merge): 10 µs at 4.8 TB/s, an H200's bandwidth. Slower memory reads less in that time, so that sharing begins a little
+late there, never too early. An estimate, not a measurement."""
+
+MergePrefixes = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""Signature of merge_prefixes."""
 
 
 def saved_pages(prefixes: Sequence[SharedPrefix]) -> int:
@@ -54,6 +61,13 @@ class PrefixSegment:
     tokens: Ints
     skipped: Ints
 
+    def places(self, tokens: int) -> Ints:
+        """Return the index in `tokens` of each query of the batch, -1 for those without a prefix. tokens: their
+        number."""
+        places = np.full(tokens, -1, dtype=np.int64)
+        places[self.tokens] = np.arange(len(self.tokens))
+        return places
+
 
 def first_segment(prefixes: Sequence[SharedPrefix], queries: Ints) -> PrefixSegment:
     """Lay out the first segment. queries: [rows], number of queries of each row."""
@@ -72,3 +86,23 @@ def first_segment(prefixes: Sequence[SharedPrefix], queries: Ints) -> PrefixSegm
         tokens=np.repeat(starts[members], counts) + ragged_arange(counts),
         skipped=skipped,
     )
+
+
+def second_segment(pages: Tensor, skipped: Tensor) -> Tensor:
+    """Return lists that begin after the shared pages. pages: [rows, width]. skipped: [rows], as in PrefixSegment."""
+    width = pages.shape[1]
+    columns = torch.arange(width, device=pages.device) + skipped[:, None]
+    return pages.gather(1, columns.clamp_(max=width - 1))
+
+
+def merge_prefixes(out: Tensor, lse: Tensor, places: Tensor, of_prefixes: Tensor, of_prefixes_lse: Tensor) -> None:
+    """Merge the first segment into the second, in place, in shapes that do not depend on values.
+
+    out: [tokens, heads, head_dim] and lse: [tokens, heads], of the second. places: [tokens] int64, see
+    PrefixSegment.places. of_prefixes, of_prefixes_lse: of the first.
+    """
+    has = places >= 0
+    place = places.clamp(min=0)
+    merged, total = merge_segments([out, of_prefixes[place]], [lse, of_prefixes_lse[place]])
+    out.copy_(torch.where(has[:, None, None], merged, out))
+    lse.copy_(torch.where(has[:, None], total, lse))

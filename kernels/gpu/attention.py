@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_dtype, check_pool
+from kernels.gpu.merge import merge_spans
 from kernels.gpu.tile import masked_scores, product, tile_shape
 from kernels.kv_cache import LayerKV
 from kernels.transfer import send
@@ -223,47 +224,6 @@ def _attend_kernel(
         tl.store(lse + to, top + tl.log(mass), mask=live)
 
 
-@triton.jit(do_not_specialize=["spans", "prefix_spans"])
-def _merge_kernel(
-    parts: tl.tensor,
-    part_lse: tl.tensor,
-    out: tl.tensor,
-    lse: tl.tensor,
-    shares: tl.tensor,
-    spans: tl.tensor,
-    prefix_spans: tl.tensor,
-    heads: tl.tensor,
-    total: tl.tensor,
-    PREFIXES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-) -> None:
-    """Merge the spans. One program per token and head: o = Σ e^(lse_i - lse) o_i.
-
-    PREFIXES: tokens with a prefix have its spans too, after the others.
-    """
-    at = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, S)
-    d = tl.arange(0, D)
-    if PREFIXES:
-        spans += tl.load(shares + tl.program_id(0) // heads).to(tl.int32) * prefix_spans
-    inside = s < spans
-    each = tl.load(part_lse + s * total + at, mask=inside, other=float("-inf"))
-    top = tl.max(each, 0)
-    weights = tl.exp(each - tl.where(top == float("-inf"), 0.0, top))
-    mass = tl.sum(weights, 0)
-    mass = tl.where(mass > 0, mass, 1.0)  # a query that sees nothing gets zero, as above
-    values = tl.load(
-        parts + (s * total + at)[:, None] * HEAD_DIM + d[None, :],
-        mask=inside[:, None] & (d < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    mixed = tl.sum(values * weights[:, None], 0) / mass
-    tl.store(out + at * HEAD_DIM + d, mixed.to(out.dtype.element_ty), mask=d < HEAD_DIM)
-    tl.store(lse + at, top + tl.log(mass))
-
-
 def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN) -> tuple[Tensor, Tensor]:
     """See kernels.attention.base. q: [tokens, heads, head_dim]; the elements of a head are contiguous.
 
@@ -343,21 +303,7 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
         num_stages=_STAGES,
     )
     if all_spans > 1:
-        _merge_kernel[(tokens * heads,)](
-            parts,
-            part_lse,
-            out,
-            lse,
-            prefixes.shares if prefixes else unused,
-            spans,
-            prefix_spans,
-            heads,
-            tokens * heads,
-            PREFIXES=prefixes is not None,
-            HEAD_DIM=head_dim,
-            S=triton.next_power_of_2(all_spans),
-            D=shape.d,
-        )
+        merge_spans(parts, part_lse, out, lse, spans, prefix_spans, prefixes.shares if prefixes else None)
     return out, lse
 
 

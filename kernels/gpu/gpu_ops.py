@@ -15,6 +15,7 @@ from kernels.attention.flashinfer_workspace import HEAD_DIMS, Workspace, load_fl
 from kernels.attention.reference_attention import merge_segments
 from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention
 from kernels.gpu import pointwise, sample, verdict
+from kernels.gpu.merge import merge_prefixes
 from kernels.gpu.snapkv_scores import snapkv_scores
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs, Linear
@@ -118,4 +119,4 @@ class GpuOps:
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
         if self._workspace is None or head_dim not in HEAD_DIMS:
             return GpuAttention()
-        return FlashInferAttention(page_size, self._workspace)
+        return FlashInferAttention(page_size, self._workspace, merge_prefixes)

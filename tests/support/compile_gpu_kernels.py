@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels.attention.base import AttentionBatch, SharedPrefix
 from kernels.attention.triton_attention import GpuAttention
-from kernels.gpu import pointwise, sample, snapkv_scores, verdict
+from kernels.gpu import merge, pointwise, sample, snapkv_scores, verdict
 from kernels.kv_cache import LayerKV
 
 HEADS = (
@@ -121,6 +121,13 @@ def attention(
     backend.run(layer, torch.zeros(2 * queries, q_heads, head_dim, dtype=dtype), 0.1)
 
 
+def merging(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    q_heads, kv_heads, head_dim = heads
+    compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}"
+    out, lse, places = torch.zeros(2, q_heads, head_dim, dtype=dtype), torch.zeros(2, q_heads), torch.zeros(2).long()
+    merge.merge_prefixes(out, lse, places, out.clone(), lse.clone())
+
+
 def snapkv(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     q_heads, kv_heads, head_dim = heads
     compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}"
@@ -174,6 +181,7 @@ def few(compiler: Compiler) -> None:
         attention(compiler, heads, torch.bfloat16, queries, 64, SHARED)
     attention(compiler, (16, 8, 256), torch.float32, 1, 64, SHARED)
     attention(compiler, (16, 8, 256), torch.float32, 1, 64)
+    merging(compiler, (8, 1, 256), torch.bfloat16)
     snapkv(compiler, (8, 1, 256), torch.bfloat16)
     layer_kernels(compiler, (32, 8, 128), torch.bfloat16)
     wide_norm(compiler, 32768)
@@ -187,6 +195,7 @@ def everything(compiler: Compiler) -> None:
                 for width in (64, 8192):
                     attention(compiler, heads, dtype, queries, width)
                 attention(compiler, heads, dtype, queries, 64, SHARED)
+            merging(compiler, heads, dtype)
             snapkv(compiler, heads, dtype)
             layer_kernels(compiler, heads, dtype)
     for size in (5120, 8192, 16384, 32768):

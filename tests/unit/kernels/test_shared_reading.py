@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,11 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from kernels.attention.base import AttentionBatch, SharedPrefix
+from kernels.attention.flashinfer import FlashInferAttention
 from kernels.attention.flashinfer_sizes import Heads
-from kernels.attention.shared_reading import LAUNCH_BYTES, first_segment, pays
+from kernels.attention.flashinfer_workspace import Workspace
+from kernels.attention.shared_reading import LAUNCH_BYTES, first_segment, merge_prefixes, pays
+from tests.support import fake_flashinfer
 from tests.support.profiles import examples
 from tests.support.rig import pool_layer
 from tests.support.shared_batches import always_share, check_against_reference, shared_batches
@@ -19,10 +24,12 @@ pytest.importorskip("triton", reason="Triton is not installed: there are no buil
 
 from kernels.attention.triton_attention import GpuAttention
 from kernels.gpu import INTERPRETED
+from kernels.gpu.merge import merge_prefixes as merge_on_gpu
 from kernels.gpu.shared_tiles import SharedTiles
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 PAGES = 31
+WORKSPACE = Workspace(torch.device("cpu"), (9, 0), multiprocessors=132)
 
 
 def test_when_sharing_pays() -> None:
@@ -30,7 +37,7 @@ def test_when_sharing_pays() -> None:
     heads, page = Heads(32, 8, 128), 16
     merge = 2 * 2 * 8 * 32 * 129 * 4
     enough = -(-(LAUNCH_BYTES + merge) // (4096 * page * 7))  # pages that 8 rows share: the others need not read them
-    assert enough * page == pytest.approx(900, abs=16)
+    assert enough * page == pytest.approx(1780, abs=16)
     rows = tuple(range(8))
     assert not pays([], page, heads, 2, 8)
     assert not pays([SharedPrefix(rows, enough - 1)], page, heads, 2, 8)
@@ -115,3 +122,53 @@ def test_where_it_does_not_pay_each_row_is_read_by_itself() -> None:
     ours.run(layer, torch.randn(2, 1, 16), 0.25)
     assert ours._tiles is not None
     assert ours._tiles.prefixes is None
+
+
+@given(
+    data=st.data(),
+    page_size=st.sampled_from([1, 7, 16]),
+    kv_heads=st.integers(1, 2),
+    group=st.sampled_from([1, 3]),
+    head_dim=st.sampled_from([64, 128]),
+    fused=st.booleans(),
+)
+@examples(15, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flashinfer(
+    monkeypatch: pytest.MonkeyPatch,
+    data: st.DataObject,
+    page_size: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    fused: bool,
+) -> None:
+    """Rows of all kinds, in tiles of their own, beside prefixes. fused: merged by the kernel."""
+    always_share(monkeypatch)
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    queries = data.draw(st.sampled_from([(1,), (1, 4), (1, 30, 130)]))
+    batch = data.draw(shared_batches(page_size=page_size, pages=PAGES, queries=queries))
+    torch.manual_seed(0)
+    layer = pool_layer(PAGES, kv_heads, page_size, head_dim, torch.float16)
+    ours = FlashInferAttention(page_size, WORKSPACE, merge_on_gpu if fused else merge_prefixes)
+    ours.plan(batch)
+    for _ in range(2):  # layers of a forward
+        q = torch.randn(sum(batch.query_lengths), kv_heads * (group + 2), head_dim).half()[:, : kv_heads * group]
+        check_against_reference(lambda q: ours.run(layer, q, head_dim**-0.5), batch, layer, q, head_dim**-0.5)
+    assert (ours._prefixes is not None) == bool(batch.prefixes)
+    alone = AttentionBatch(batch.query_lengths, batch.kv_lengths, batch.pages)
+    ours.plan(alone)
+    check_against_reference(lambda q: ours.run(layer, q, head_dim**-0.5), alone, layer, q, head_dim**-0.5)
+    assert ours._prefixes is None
+
+
+def test_flashinfer_reads_lists_of_heads_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are rows there; nothing but SnapKV's own pool has such lists, whose rows share no page."""
+    always_share(monkeypatch)
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    layer = pool_layer(9, 2, 16, 64, torch.float16)
+    lists = torch.zeros(2, 2, 3, dtype=torch.int64)
+    batch = AttentionBatch([1, 1], [40, 40], lists, prefixes=[SharedPrefix((0, 1), 2)])
+    ours = FlashInferAttention(16, WORKSPACE)
+    ours.plan(batch)
+    check_against_reference(lambda q: ours.run(layer, q, 0.1), batch, layer, torch.randn(2, 4, 64).half(), 0.1)
+    assert ours._prefixes is None
