@@ -32,8 +32,9 @@ from engine.oom import OutOfMemory
 from engine.plan import RoundPlan, RoundResult
 from engine.ranks.executor import RankExecutor
 from engine.scheduler.controller import Controller, FixedGamma
+from engine.scheduler.kv_audit import KVAudit
+from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.outputs import failed_output, make_output
-from engine.scheduler.pages import PageAllocator
 from engine.scheduler.request import Request
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.stats import StatsRecorder
@@ -92,7 +93,7 @@ class Engine:
         self.restarted = False
         self._round_running = False
         self._aborted: list[str] = []  # requests aborted while a round runs
-        self._pages = PageAllocator(self._worker.num_pages)
+        self._kv = self._make_kv()
         self._scheduler = self._make_scheduler(controller)
         self._stats = self._make_stats(controller)
         self.weight_bytes = self._worker.weight_bytes
@@ -143,10 +144,22 @@ class Engine:
         budgets = list(budget_policies(speculation, self._config.cache.page_size)) or [0]
         return AutoGamma(times, speculation.gamma_max, budgets, speculation.kv.budget)
 
+    def _make_kv(self) -> KVManager:
+        config = self._config
+        speculation, page_size = config.speculation, config.cache.page_size
+        return KVManager(
+            self._worker.num_pages,
+            page_size,
+            prefix=config.cache.prefix,
+            num_uncached_tokens=speculation.num_uncached_tokens,
+            draft_pages=speculation.draft_model is not None and not draft_kv_spec(speculation, page_size).block,
+            shared_stretch=self._resolved.ops.shared_stretch,
+        )
+
     def _make_scheduler(self, controller: Controller) -> Scheduler:
         config = self._config
         return Scheduler(
-            pages=self._pages,
+            kv=self._kv,
             page_size=config.cache.page_size,
             max_rows=config.scheduler.max_rows,
             max_batch_tokens=config.scheduler.max_batch_tokens,
@@ -155,7 +168,7 @@ class Engine:
             eos_token_ids=self._worker.model.config.eos_token_ids,
             controller=controller,
             draft_kv=config.speculation.draft_model is not None,
-            num_uncached_prompt_tokens=config.speculation.num_uncached_prompt_tokens,
+            audit=KVAudit(self._kv, exact=self._resolved.ops.kind == "cpu") if config.check_invariants else None,
         )
 
     def _make_stats(self, controller: Controller) -> StatsRecorder:
@@ -172,14 +185,14 @@ class Engine:
 
     def _log_started(self) -> None:
         resolved, size = self._resolved, self._config.tensor_parallel_size
-        kv_gb = self._pages.total * self._config.cache.page_size * resolved.kv_token_bytes / 1e9
+        kv_gb = self._kv.total * self._config.cache.page_size * resolved.kv_token_bytes / 1e9
         log.info(
             "%s in %s on %s, kernels %s, KV pool of %d pages (%.2f GB)",
             resolved.path.name,
             str(resolved.dtype).removeprefix("torch."),
             f"{size} × {resolved.device.type}" if size > 1 else str(resolved.device),
             resolved.ops.name,
-            self._pages.total,
+            self._kv.total,
             kv_gb,
         )
 
@@ -203,6 +216,10 @@ class Engine:
         for request_id in ids:
             self._scheduler.abort(request_id)
         self._check_if_idle()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all KV that later requests could find. What running ones have computed stays theirs."""
+        self._scheduler.reset_prefix_cache()
 
     def has_work(self) -> bool:
         return self._scheduler.has_work
@@ -249,7 +266,9 @@ class Engine:
     def reset(self) -> None:
         """Drop all requests, whatever state an interrupted `step` has left them in."""
         self._round_running, self._aborted = False, []
-        self._pages = PageAllocator(self._worker.num_pages)
+        before = self._kv
+        self._kv = self._make_kv()
+        self._kv.continue_counts(before)
         preemptions = self._scheduler.preemptions
         self._scheduler = self._make_scheduler(self._scheduler.controller)
         self._scheduler.preemptions = preemptions
@@ -280,7 +299,7 @@ class Engine:
         return [RequestOutput(r.id, finish_reason=FINISH_ABORT, error=reason, retry=RETRY_MEMORY) for r in requests]
 
     def _check_if_idle(self) -> None:
-        if not self._scheduler.running and self._pages.free != self._pages.total:
+        if not self._scheduler.running and self._kv.available != self._kv.total:
             self._scheduler.check()  # raises, and names the page
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -292,8 +311,12 @@ class Engine:
             totals,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
-            pages_free=self._pages.free,
+            pages_free=self._kv.free,
+            pages_cached=self._kv.cached,
             preemptions=self._scheduler.preemptions,
+            prefix_queries=self._kv.queries,
+            prefix_hits=self._kv.hits,
+            prefix_evictions=self._kv.evictions,
             decode_seconds=report.decode_seconds,
             plain_seconds=report.plain_seconds,
             forecast_seconds=report.forecast_seconds,

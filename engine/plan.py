@@ -20,12 +20,12 @@ class RowStart(msgspec.Struct, array_like=True):
     """Tokens that min_tokens forbids."""
     computed: int = 0
     """Leading tokens whose target KV exists."""
-    shared: bool = False
-    """True if that KV is in another row's pages; the draft's own KV of these tokens does not exist."""
+    draft_computed: int = 0
+    """Leading tokens whose draft KV exists in the row's pages, where a draft model has KV of its own."""
 
 
 class PageDelta(msgspec.Struct, array_like=True):
-    """Pages appended to a row's page table."""
+    """Pages set in a row's page table: appended, or in place of others with the same KV."""
 
     row: int
     first: int
@@ -60,6 +60,8 @@ class RoundPlan(msgspec.Struct, omit_defaults=True):
     """KV tokens that draft steps of this round read per row, if that number can be chosen; 0: as configured."""
     clear: list[int] = []
     """Pages to fill with zeros before the round."""
+    audit: list[int] = []
+    """Pages whose KV is hashed before the round."""
 
 
 class RowFailure(msgspec.Struct, array_like=True):
@@ -92,3 +94,5 @@ class RoundResult(msgspec.Struct):
     prompt_logprobs: list[PromptLogprobs] = []
     """Prompt logprobs of the plan's rows (RowWork.num_prompt_logprobs), in its order."""
     failures: list[RowFailure] = []
+    audit: list[int] = []
+    """Hashes of the plan's `audit` pages, over all ranks."""

@@ -26,7 +26,7 @@ from engine.params import SamplingParams
 from engine.plan import RoundResult, RowResult
 from engine.scheduler.controller import FixedGamma
 from engine.scheduler.outputs import make_output
-from engine.scheduler.pages import PageAllocator
+from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.scheduler import Scheduler
 from engine.worker.build import dense
 from kernels.kv_cache import KVPool
@@ -43,7 +43,7 @@ class Host:
         width = -(-max_len // _PAGE)
         self._rounds, self._chance = rounds, random.Random(0)
         self._scheduler = Scheduler(
-            pages=PageAllocator(rows * (width + 1)),
+            kv=KVManager(rows * (width + 1), _PAGE),
             page_size=_PAGE,
             max_rows=rows,
             max_batch_tokens=rows * max_len,
@@ -54,7 +54,7 @@ class Host:
         )
         params = SamplingParams(max_tokens=max_len, temperature=0.0)
         for row in range(rows):
-            self._scheduler.add(AddRequest(str(row), [0] * context, params))
+            self._scheduler.add(AddRequest(str(row), [row] * context, params))
         self._state = RowState(max_rows=rows, max_model_len=2 * max_len, page_size=_PAGE, device=torch.device("cpu"))
         self._view = View(Window(budget=budget, sink=_PAGE, page_size=_PAGE), self._state.page_table)
         pages = rows * (width + 1)

@@ -131,9 +131,9 @@ class SpeculationConfig(Settings):
         return self.kv.model_copy(update={"reselect": _RESELECT if self.drafter == "self" else 0})
 
     @property
-    def num_uncached_prompt_tokens(self) -> int:
-        """Number of tokens at the end of its prompt that a row must compute itself: the last one, for its logits; with
-        SnapKV, those whose queries choose."""
+    def num_uncached_tokens(self) -> int:
+        """Number of tokens at its end that a new row must compute itself: the last one, for its logits; with SnapKV,
+        those whose queries choose."""
         return max(1, self.kv.queries) if self.max_draft_tokens and self.kv.policy == "snapkv" else 1
 
     def check(self, page_size: int, ranks: int) -> None:

@@ -25,6 +25,7 @@ def make_output(request: Request, tokens: list[int], row: RowResult | None) -> R
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
         scheduled=request.scheduled or 0.0,
+        cached_tokens=request.cached_tokens,
     )
 
 

@@ -2,60 +2,108 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 
 
 class PageLeak(AssertionError):
-    """Owned pages + free pages differ from total pages: a fault of the engine, never of a request."""
+    """Owned, cached and free pages do not add up to all pages: a fault of the engine, never of a request."""
 
 
 class PageAllocator:
-    """Reference-counted pages 0 … total - 1. All or nothing: a reservation that does not fit is refused.
+    """Reference-counted pages 0 … total - 1, each owned, cached or free. All or nothing: a reservation that does not
+    fit is refused.
 
-    `reserve` gives a page its first owner, `share` adds one. A page is free again when its last owner has released it.
+    `reserve` gives a page its first owner, `share` adds one. When its last owner has released it, a page is cached if
+    somebody `keeps` it, else free. A reservation takes free pages, then evicts cached ones: those first that were
+    released first. Of the pages of one `release` call the last ones are released first.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, keeps: Callable[[int], bool], evict: Callable[[int], None]) -> None:
+        """keeps: whether a page that nobody owns any more is to be cached. evict: called with a cached page that
+        becomes free."""
         self.total = total
+        self.evictions = 0
+        self._keeps, self._evict = keeps, evict
         self._free = list(range(total - 1, -1, -1))  # a stack: pages just released are reused first, still in cache
+        self._cached: OrderedDict[int, None] = OrderedDict()  # the next one to evict comes first
         self._owners = [0] * total
 
     @property
     def free(self) -> int:
         return len(self._free)
 
+    @property
+    def cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def available(self) -> int:
+        """Number of pages that can be reserved."""
+        return len(self._free) + len(self._cached)
+
+    def owners(self, page: int) -> int:
+        return self._owners[page]
+
     def reserve(self, count: int) -> list[int] | None:
-        """Reserve `count` pages with one owner each; None, and nothing changes, if fewer are free."""
-        if count > len(self._free):
+        """Reserve `count` pages with one owner each; None, and nothing changes, if fewer are available."""
+        if count > self.available:
             return None
+        while count > len(self._free):
+            self.evictions += 1
+            self._drop(next(iter(self._cached)))
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._owners[page] = 1
         return pages
 
-    def share(self, pages: Iterable[int]) -> None:
-        """Add one owner to each page. Raises PageLeak for a page that nobody owns."""
-        for page in pages:
-            if self._owners[page] == 0:
+    def share(self, page: int) -> None:
+        """Add one owner to a page. Raises PageLeak for a page that is free."""
+        if self._owners[page] == 0:
+            if page not in self._cached:
                 raise PageLeak(f"page {page} is shared but nobody owns it")
-            self._owners[page] += 1
+            del self._cached[page]
+        self._owners[page] += 1
 
-    def release(self, pages: Iterable[int]) -> None:
-        """Drop one owner of each page. Raises PageLeak for a page that is free already."""
-        for page in pages:
+    def release(self, pages: Sequence[int]) -> None:
+        """Drop one owner of each page. Raises PageLeak for a page that nobody owns."""
+        for page in reversed(pages):
             if self._owners[page] == 0:
                 raise PageLeak(f"page {page} is released but nobody owns it")
             self._owners[page] -= 1
             if self._owners[page] == 0:
-                self._free.append(page)
+                if self._keeps(page):
+                    self._cached[page] = None
+                else:
+                    self._free.append(page)
+
+    def drop_cached(self) -> None:
+        """Free all cached pages."""
+        while self._cached:
+            self._drop(next(reversed(self._cached)))
+
+    def _drop(self, page: int) -> None:
+        del self._cached[page]
+        self._free.append(page)
+        self._evict(page)
 
     def check(self, holdings: Iterable[Sequence[int]]) -> None:
-        """Raise PageLeak unless `holdings`, the page lists of all owners, account for every page exactly."""
+        """Raise PageLeak unless `holdings`, the page lists of all owners, and the pages that somebody keeps account for
+        every page exactly."""
         held = Counter(page for pages in holdings for page in pages)
         for page, owners in enumerate(self._owners):
             if owners != held[page]:
                 raise PageLeak(f"page {page} counts {owners} owners but is held {held[page]} times")
-        free = set(self._free)
-        if len(free) != len(self._free) or len(free) + len(held) != self.total or not free.isdisjoint(held):
-            raise PageLeak(f"{len(held)} pages owned and {len(self._free)} free of {self.total}")
+        free, cached = set(self._free), set(self._cached)
+        if len(free) != len(self._free) or len(free) + len(cached) + len(held) != self.total:
+            raise PageLeak(f"{len(held)} pages owned, {len(cached)} cached and {len(self._free)} free of {self.total}")
+        if not free.isdisjoint(held) or not free.isdisjoint(cached) or not cached.isdisjoint(held):
+            raise PageLeak("a page is in two of the states owned, cached and free")
+        for page in cached | free:
+            if self._keeps(page) != (page in cached):
+                raise PageLeak(f"page {page} is {'cached' if page in cached else 'free'} against the index")
+
+    @property
+    def eviction_order(self) -> list[int]:
+        """Cached pages, the next one to evict first."""
+        return list(self._cached)

@@ -17,26 +17,37 @@ class Request:
         pages    [ reserved slots, num_reserved in all .............. drafts ... )
 
     The scheduler owns every field; `row` is None while the request waits. draft_lag: number of computed tokens that a
-    draft model lacks and has to compute before it drafts; stays 0 where drafts read the target's own KV. prefix_source:
-    a request with the same prompt, whose pages this one can share while it runs. number: its place in order of arrival.
+    draft model lacks and has to compute before it drafts; stays 0 where drafts read the target's own KV. number: its
+    place in order of arrival. cached_tokens: prompt tokens found in the prefix cache at the first admission.
+
+    Of the KV manager: digests: those of its leading full pages, as far as they were needed. matched: pages found while
+    it waits, as of `matched_at` evictions. num_indexed: leading pages that the prefix index names. num_drafted: those
+    of them that are known to hold a draft model's KV. is_private: whether no further page is to enter the index.
     """
 
     __slots__ = (
         "arrival",
+        "cached_tokens",
+        "digests",
         "draft_lag",
         "eos",
         "finish_reason",
         "id",
+        "is_private",
+        "matched",
+        "matched_at",
         "num_computed",
+        "num_drafted",
+        "num_indexed",
         "num_prompt",
         "num_reserved",
         "number",
         "pages",
         "params",
-        "prefix_source",
         "priority",
         "prompt_logprobs",
         "row",
+        "salt",
         "scheduled",
         "stop_reason",
         "tokens",
@@ -48,7 +59,13 @@ class Request:
         self.params: SamplingParams = message.params
         self.arrival = message.arrival
         self.priority = message.priority
-        self.prefix_source: Request | None = None
+        self.salt = message.cache_salt
+        self.digests: list[bytes] = []
+        self.matched: list[int] = []
+        self.matched_at = 0
+        self.num_indexed = self.num_drafted = 0
+        self.is_private = False
+        self.cached_tokens = 0
         self.prompt_logprobs: list[PromptLogprobs] = []
         self.tokens: list[int] = list(message.prompt)
         self.num_prompt = len(message.prompt)
@@ -99,7 +116,10 @@ class Request:
             self.finish_reason = FINISH_LENGTH
 
     def commit(self, tokens: Iterable[int]) -> list[int]:
-        """Append output tokens up to and including the one that ends the request; return those appended."""
+        """Append output tokens up to and including the one that ends the request; return those appended.
+
+        The last token of an ended request counts as not computed, whether it was drafted or not.
+        """
         appended = []
         for token in tokens:
             self.tokens.append(token)
@@ -111,5 +131,6 @@ class Request:
             elif self.num_output >= self.params.max_tokens:
                 self.finish_reason = FINISH_LENGTH
             if self.finish_reason is not None:
+                self.num_computed = self.num_tokens - 1
                 break
         return appended

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import count, islice
 from typing import NamedTuple
 
 from engine.messages import AddRequest
 from engine.plan import PageDelta, RoundPlan, RoundResult, RowFailure, RowResult, RowStart, RowWork
 from engine.scheduler.controller import Controller
-from engine.scheduler.pages import PageAllocator
-from engine.scheduler.prefill import PrefillNeed, share_prefill
+from engine.scheduler.kv_audit import KVAudit
+from engine.scheduler.kv_manager import KVManager
+from engine.scheduler.prefill import PrefillNeed, find_waits, share_prefill
 from engine.scheduler.request import Request
 from engine.scheduler.validation import QueueFull, RequestError
 
 _MAX_PROMPT_LOGPROBS = 256
 """Maximum tokens of a chunk that needs prompt logprobs: each takes logits of the whole vocabulary."""
+
+_MAX_PASSES = 8
+"""Maximum number of times per round that requests are looked for in place of those that wait for pages."""
 
 
 class Committed(NamedTuple):
@@ -37,16 +41,17 @@ class Scheduler:
     its pending token uncomputed.
 
     Decode rows come first, each with its drafts. The tokens left in the round are shared by prefills, running and
-    waiting ones (engine.scheduler.prefill). A request is admitted when pages for all its tokens are free, so that a
-    prefill in progress never waits for pages. When a decoding row needs a page and none is free, drafts are dropped
-    first; then the least urgent request is preempted. Its pages are freed, and it returns to the queue to recompute its
-    KV. Requests are urgent by priority, then by arrival; a waiting one never preempts a running one.
+    waiting ones (engine.scheduler.prefill). A request is admitted when pages for all its tokens are available, so that
+    a prefill in progress never waits for pages. When a decoding row needs a page and none is available, drafts are
+    dropped first; then the least urgent request is preempted. It gives its pages back and returns to the queue, to
+    recompute what KV the prefix cache has lost by then. Requests are urgent by priority, then by arrival; a waiting one
+    never preempts a running one.
     """
 
     def __init__(
         self,
         *,
-        pages: PageAllocator,
+        kv: KVManager,
         page_size: int,
         max_rows: int,
         max_batch_tokens: int,
@@ -55,12 +60,12 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         controller: Controller,
         draft_kv: bool = False,
-        num_uncached_prompt_tokens: int = 1,
+        audit: KVAudit | None = None,
     ) -> None:
         """draft_kv: whether drafts read KV of their own, which must be computed for a row's tokens before it drafts.
-        num_uncached_prompt_tokens: number of tokens at the end of a prompt that a row always computes itself.
+        audit: checks the KV of cached pages.
         """
-        self._pages = pages
+        self._kv = kv
         self._page_size = page_size
         self._max_batch_tokens = max_batch_tokens
         self._max_requests = max_rows + max_waiting
@@ -68,12 +73,13 @@ class Scheduler:
         self._eos = tuple(eos_token_ids)
         self.controller = controller
         self._draft_kv = draft_kv
-        self._num_uncached_prompt_tokens = num_uncached_prompt_tokens
+        self._audit = audit
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._by_id: dict[str, Request] = {}
         self.waiting: list[Request] = []  # most urgent first
         self.running: list[Request] = []  # in order of admission
         self.preemptions = 0
+        self._adopted: list[PageDelta] = []  # by running rows, since the last plan that they were in
         self._round = 0
         self._numbers = count()
 
@@ -86,7 +92,6 @@ class Scheduler:
         if len(self._by_id) >= self._max_requests:
             raise QueueFull(f"{len(self._by_id)} requests are running or waiting already")
         request = Request(message, self._eos, next(self._numbers))
-        request.prefix_source = self._find_prefix_source(message)
         self._by_id[request.id] = request
         insort(self.waiting, request, key=_urgency)
 
@@ -115,8 +120,12 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def check(self) -> None:
-        """Raise PageLeak unless every page is free or owned by a running request."""
-        self._pages.check(request.pages for request in self._by_id.values())
+        """Raise PageLeak unless every page is accounted for, owned ones by running requests."""
+        self._kv.check(self._by_id.values())
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all KV that no running request owns, and that later requests could find."""
+        self._kv.reset(self._by_id.values())
 
     # -- one round -------------------------------------------------------------------------------------------------
 
@@ -124,12 +133,17 @@ class Scheduler:
         """Plan the next round. Returns the plan and the requests of its `work`, in the same order."""
         self._round += 1
         plan = RoundPlan(self._round, [], [], [])
+        if self._audit is not None:
+            plan.audit = self._audit.next_pages()
         work: list[tuple[Request, RowWork]] = []
         tokens_left = self._max_batch_tokens
         tokens_left -= self._plan_decodes(plan, work, tokens_left)
         self._plan_prefills(plan, work, tokens_left)
         work.sort(key=lambda item: -item[1].gamma)
         plan.work = [item for _, item in work]
+        rows = {item.row for item in plan.work}
+        plan.pages += [delta for delta in self._adopted if delta.row in rows]
+        self._adopted = [delta for delta in self._adopted if delta.row not in rows]
         return plan, [request for request, _ in work]
 
     def _plan_decodes(self, plan: RoundPlan, work: list[tuple[Request, RowWork]], tokens_left: int) -> int:
@@ -151,7 +165,7 @@ class Scheduler:
             spare //= 2  # half of it is for prefills, which a full batch could block forever
         share = spare // len(rows)
         planned, catch_up_left = 0, self._max_batch_tokens
-        gammas = self.controller.choose(rows)
+        gammas = self.controller.choose(rows, self._kv.shared_tokens)
         plan.budget = self.controller.budget
         for request, wanted in zip(rows, gammas, strict=True):
             gamma = max(0, min(wanted, share, request.max_draft_tokens))
@@ -171,12 +185,7 @@ class Scheduler:
         """Plan prefill chunks of running and waiting requests. A waiting one that gets tokens is admitted."""
         if tokens_left <= 0:
             return
-        requests = [request for request in self.running if not request.decoding] + self._find_admissible()
-        requests.sort(key=_urgency)
-        needs = [self._prefill_need(request) for request in requests]
-        for request, new in zip(requests, share_prefill(needs, tokens_left), strict=True):
-            if not new:
-                continue
+        for request, new in self._share_prefill(tokens_left):
             if request.row is None:
                 self._admit(plan, request)
             logprobs = 0
@@ -187,45 +196,58 @@ class Scheduler:
             row_work = RowWork(request.row, request.num_computed, new, 0, samples, num_prompt_logprobs=logprobs)
             work.append((request, row_work))
 
+    def _share_prefill(self, tokens: int) -> list[tuple[Request, int]]:
+        """Share tokens among the requests that need prefill, running and admissible ones. Returns those that get some,
+        and how many."""
+        running = [request for request in self.running if not request.decoding]
+        waits: set[Request] = set()
+        found: list[Request] = []
+        for passes_left in reversed(range(_MAX_PASSES)):
+            # Whoever waits for another one's pages makes room for those behind it.
+            found = self._find_admissible(waits) if passes_left else [each for each in found if each not in waits]
+            requests = sorted(running + found, key=_urgency)
+            shares = share_prefill([self._prefill_need(request) for request in requests], tokens)
+            more = find_waits(requests, shares, self._page_size) if found and passes_left else []
+            if not more:
+                break
+            waits.update(more)
+        return [(request, share) for request, share in zip(requests, shares, strict=True) if share]
+
     def _prefill_need(self, request: Request) -> PrefillNeed:
         """Describe the tokens that a request computes from now on, once admitted if it waits."""
         remaining = request.num_uncomputed
         if request.row is None:
-            remaining -= len(self._shared_pages(request)) * self._page_size
+            remaining -= len(self._kv.match(request)) * self._page_size
         limit = remaining if request.params.prompt_logprobs is None else min(remaining, _MAX_PROMPT_LOGPROBS)
         return PrefillNeed(request.priority, remaining, limit)
 
-    def _find_admissible(self) -> list[Request]:
-        """Find the waiting requests that could be admitted together, most urgent first, while rows and pages last."""
+    def _find_admissible(self, waits: Collection[Request]) -> list[Request]:
+        """Find the waiting requests that could be admitted together, most urgent first, while rows and pages last.
+        waits: those that are not to be."""
         found: list[Request] = []
-        free, running = self._pages.free, len(self.running)
+        available, running = self._kv.available, len(self.running)
         for request in self.waiting:
             if len(found) == len(self._free_rows):
                 break
-            prefix_source = request.prefix_source
-            if prefix_source is not None and prefix_source.row is not None and not prefix_source.num_output:
-                continue  # wait until the source has computed its whole prompt, and so has its first token
-            needed = self._num_pages_needed(request)
-            # One page per running row stays free, so that an admission does not cause a preemption in the next round.
-            if needed + running > free and (running or needed > free):
+            if request in waits:
+                continue
+            needed = self._kv.num_needed(request)
+            # One page per running row stays available, so that an admission does not cause a preemption in the next
+            # round.
+            if needed + running > available and (running or needed > available):
                 break
             found.append(request)
-            free, running = free - needed, running + 1
+            available, running = available - needed, running + 1
         return found
 
-    def _num_pages_needed(self, request: Request) -> int:
-        return -(-request.num_tokens // self._page_size) - len(self._shared_pages(request))
-
     def _admit(self, plan: RoundPlan, request: Request) -> None:
-        """Give a waiting request a row, and pages for all of its tokens, which are free."""
-        shared, pages = self._shared_pages(request), self._pages.reserve(self._num_pages_needed(request))
-        assert pages is not None
+        """Give a waiting request a row, and pages for all of its tokens, which are available."""
         self.waiting.remove(request)
         request.row = self._free_rows.pop()
-        self._pages.share(shared)
-        self._add_pages(request, shared + pages)
-        request.num_computed = len(shared) * self._page_size
-        request.draft_lag = request.num_computed if self._draft_kv else 0
+        self._kv.admit(request)
+        draft_computed = request.num_computed - request.draft_lag
+        if not self._draft_kv:
+            request.draft_lag = 0
         request.scheduled = request.scheduled or time.monotonic()
         self.running.append(request)
         plan.starts.append(
@@ -236,41 +258,19 @@ class Scheduler:
                 request.params,
                 sorted(request.stop_ids),
                 request.num_computed,
-                bool(shared),
+                draft_computed,
             )
         )
         plan.pages.append(PageDelta(request.row, 0, request.pages[:]))
 
-    def _find_prefix_source(self, message: AddRequest) -> Request | None:
-        """Find the request whose prompt this one can share."""
-        prefix_source = self._by_id.get(message.share_prompt_with) if message.share_prompt_with else None
-        if prefix_source is None or message.params.prompt_logprobs is not None:
-            return None
-        return prefix_source if prefix_source.tokens[: prefix_source.num_prompt] == message.prompt else None
-
-    def _shared_pages(self, request: Request) -> list[int]:
-        """Find the whole pages of the prompt that the prefix source has computed. The row computes the rest itself."""
-        prefix_source = request.prefix_source
-        if prefix_source is None or prefix_source.row is None:
-            return []
-        tokens = min(prefix_source.num_computed, request.num_prompt - self._num_uncached_prompt_tokens)
-        return prefix_source.pages[: max(0, tokens) // self._page_size]
-
     def _reserve(self, plan: RoundPlan, request: Request, slots: int) -> bool:
-        """Reserve pages for `slots` KV slots in total; False, and nothing changes, if too few are free."""
-        if slots <= request.num_reserved:
-            return True
-        pages = self._pages.reserve(-(-(slots - request.num_reserved) // self._page_size))
-        if pages is None:
-            return False
-        assert request.row is not None
-        plan.pages.append(PageDelta(request.row, len(request.pages), pages))
-        self._add_pages(request, pages)
-        return True
-
-    def _add_pages(self, request: Request, pages: list[int]) -> None:
-        request.pages += pages
-        request.num_reserved += len(pages) * self._page_size
+        """Reserve pages for `slots` KV slots in total; False, and nothing changes, if too few are available."""
+        first = len(request.pages)
+        pages = self._kv.allocate(request, slots)
+        if pages:
+            assert request.row is not None
+            plan.pages.append(PageDelta(request.row, first, pages))
+        return pages is not None
 
     def _reserve_or_preempt(self, plan: RoundPlan, request: Request, slots: int) -> bool:
         """Reserve, preempting the least urgent requests; False if `request` itself was preempted."""
@@ -296,10 +296,10 @@ class Scheduler:
         insort(self.waiting, request, key=_urgency)
 
     def _release_row(self, request: Request) -> None:
-        """Free the request's row and pages."""
+        """Free the request's row, and give back its pages."""
         assert request.row is not None
-        self._pages.release(request.pages)
-        request.pages, request.num_reserved = [], 0
+        self._adopted = [delta for delta in self._adopted if delta.row != request.row]
+        self._kv.release(request)
         self._free_rows.append(request.row)
         request.row = None
         self.running.remove(request)
@@ -330,11 +330,14 @@ class Scheduler:
             failure = failures.get(work.row) if request.finish_reason is None else None
             if failure is None:
                 request.finish_if_scored()
+                self._adopted += [PageDelta(work.row, place, [page]) for place, page in self._kv.commit(request)]
             if request.finish_reason is not None or failure is not None:
                 self._release_row(request)
                 del self._by_id[request.id]
             if outcome is not None or failure is not None or request.finish_reason is not None:
                 committed.append(Committed(request, tokens, outcome, failure))
+        if self._audit is not None:
+            self._audit.compare(result.audit)
         self.controller.observe(plan, requests, result)
         return committed
 

@@ -65,8 +65,7 @@ class DraftCache:
     def start(self, start: RowStart) -> None:
         """Start a request in a row slot."""
         self._prefill[start.row] = len(start.tokens)
-        self._copied[start.row] = 0 if start.shared else start.computed
-        self._captured[start.row] = self._chosen_at[start.row] = 0
+        self._copied[start.row] = self._captured[start.row] = self._chosen_at[start.row] = 0
 
     def capture_queries(self, rows: Ints, first: Ints, queries: Ints) -> None:
         """Keep queries of the next forward, which computes `queries[i]` tokens of row slot `rows[i]` from position

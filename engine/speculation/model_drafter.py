@@ -62,7 +62,7 @@ class ModelDrafter:
         self._computed = np.zeros(len(state.tokens), dtype=np.int64)
 
     def start(self, start: RowStart) -> None:
-        self._computed[start.row] = 0 if start.shared else start.computed
+        self._computed[start.row] = start.draft_computed
         self._sampler.start(start)
         if self._cache is not None:
             self._cache.start(start)

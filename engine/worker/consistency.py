@@ -1,23 +1,36 @@
-"""Check that all ranks hold the same row state. For debugging: it copies the state to the host and hashes it."""
+"""Debug checks: that all ranks hold the same row state, and what KV pages hold. They copy to the host and hash."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from engine.batch.row_state import RowState
+from kernels.kv_cache import KVPool
 from parallel.group import Group, RankFailure
 
 
 def compare(state: RowState, group: Group, round_number: int) -> None:
     """Compare tokens, page tables and lengths of all row slots between ranks. Raises RankFailure, on every rank."""
     held = {"tokens": state.tokens, "page tables": state.page_table, "lengths": state.computed}
-    digests = [hashlib.blake2b(tensor.cpu().numpy().tobytes(), digest_size=8).digest() for tensor in held.values()]
-    mine = torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], device=state.device)
+    mine = torch.tensor([_hash(tensor) for tensor in held.values()], device=state.device)
     everyone = group.all_gather(mine)
     differs = (everyone != everyone[0]).tolist()
     for rank, kinds in enumerate(differs):
         for kind, wrong in zip(held, kinds, strict=True):
             if wrong:
                 raise RankFailure(f"rank {rank} and rank 0 disagree about {kind} after round {round_number}")
+
+
+def hash_pages(pool: KVPool, pages: Sequence[int], group: Group) -> list[int]:
+    """Hash the KV of pages on all ranks together: the sum of each rank's hash, modulo 2^64."""
+    mine = torch.tensor([_hash(pool.data[:, :, page]) for page in pages], dtype=torch.int64, device=pool.data.device)
+    return [int(each) for each in group.all_reduce(mine).tolist()]
+
+
+def _hash(tensor: Tensor) -> int:
+    data = tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)

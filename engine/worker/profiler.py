@@ -115,7 +115,7 @@ def blank_rows(rows: int, context: int, width: int, pages: int) -> tuple[list[Ro
     """Build rows of `context` computed tokens and a pending one, all 0, over `width` pages each, taken in cyclic order
     from the first `pages` of the pool."""
     tokens, params = [0] * (context + 1), SamplingParams(temperature=0.0)
-    starts = [RowStart(row, tokens, context + 1, params, [], context) for row in range(rows)]
+    starts = [RowStart(row, tokens, context + 1, params, [], context, context) for row in range(rows)]
     return starts, [PageDelta(row, 0, [(row * width + i) % pages for i in range(width)]) for row in range(rows)]
 
 

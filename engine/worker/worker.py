@@ -197,6 +197,7 @@ class Worker:
             return None, str(error)
 
     def _run(self, plan: RoundPlan, meanwhile: Callable[[], None]) -> RoundResult:
+        hashes = consistency.hash_pages(self._target.pool, plan.audit, self._group) if plan.audit else []
         began = time.perf_counter()
         if plan.clear:
             self._target.pool.clear(plan.clear)
@@ -217,7 +218,7 @@ class Worker:
             self._grammars.commit(row, each.tokens)
         draft_seconds = self._watch.take()
         verify_seconds = time.perf_counter() - began - draft_seconds
-        result = RoundResult(plan.number, results, draft_seconds, verify_seconds, prompt_logprobs, failures)
+        result = RoundResult(plan.number, results, draft_seconds, verify_seconds, prompt_logprobs, failures, hashes)
         # Not counted in the round's time, which the profile and the controller use.
         if self._digest_every and plan.number % self._digest_every == 0:
             consistency.compare(self._state, self._group, plan.number)

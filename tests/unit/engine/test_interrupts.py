@@ -21,6 +21,7 @@ from engine.batch.runner import Runner
 from engine.llm import LLM, RequestFailed
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.pages import PageAllocator
 from engine.scheduler.request import Request
 from engine.scheduler.scheduler import Scheduler
@@ -104,6 +105,8 @@ PLACES: list[tuple[Any, str]] = [
     (Scheduler, "_admit"),
     (Scheduler, "commit"),
     (Scheduler, "_release_row"),
+    (KVManager, "admit"),
+    (KVManager, "commit"),
     (PageAllocator, "reserve"),
     (PageAllocator, "release"),
     (Request, "commit"),

@@ -11,7 +11,7 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RoundResult, RowResult
 from engine.scheduler.controller import FixedGamma
-from engine.scheduler.pages import PageAllocator
+from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.prefill import PrefillNeed, share_prefill
 from engine.scheduler.scheduler import Scheduler
 from tests.support.profiles import examples
@@ -19,7 +19,7 @@ from tests.support.profiles import examples
 
 def scheduler(*, pages: int = 1000, page_size: int = 4, max_rows: int = 8, batch: int = 16) -> Scheduler:
     return Scheduler(
-        pages=PageAllocator(pages),
+        kv=KVManager(pages, page_size),
         page_size=page_size,
         max_rows=max_rows,
         max_batch_tokens=batch,
@@ -41,7 +41,7 @@ def step(made: Scheduler) -> list[str]:
 
 def add(made: Scheduler, id: str, length: int, *, priority: int = 0, max_tokens: int = 50) -> None:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    made.add(AddRequest(id, [5] * length, params, priority=priority))
+    made.add(AddRequest(id, [sum(id.encode())] * length, params, priority=priority))
 
 
 # -- sharing a round's prefill tokens ----------------------------------------------------------------------------------

@@ -9,55 +9,98 @@ from hypothesis import strategies as st
 from engine.scheduler.pages import PageAllocator, PageLeak
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["reserve", "share", "release"]), st.integers(0, 12), st.integers(0, 30)), max_size=60
+    st.tuples(st.sampled_from(["reserve", "share", "release", "keep", "drop"]), st.integers(0, 12), st.integers(0, 30)),
+    max_size=60,
 )
+
+
+def allocator(total: int) -> tuple[PageAllocator, set[int]]:
+    """Returns an allocator, and the pages that somebody keeps."""
+    kept: set[int] = set()
+    return PageAllocator(total, kept.__contains__, kept.discard), kept
 
 
 @given(total=st.integers(0, 40), operations=OPERATIONS)
 def test_pages_are_conserved(total: int, operations: list[tuple[str, int, int]]) -> None:
-    allocator = PageAllocator(total)
+    made, kept = allocator(total)
     owners: list[list[int]] = []
     for operation, count, which in operations:
+        owned = {page for pages in owners for page in pages}
         if operation == "reserve":
-            before = allocator.free
-            pages = allocator.reserve(count)
+            before, order, free = made.available, made.eviction_order, made.free
+            pages = made.reserve(count)
             if pages is None:
-                assert count > before == allocator.free  # refused only if it does not fit, and without side effects
+                assert count > before == made.available  # refused only if it does not fit, and without side effects
             else:
                 assert len(set(pages)) == count
-                assert not {page for owned in owners for page in owned} & set(pages)
+                assert not owned & set(pages)
+                assert set(order[: max(0, count - free)]) <= set(pages), "the oldest cached pages go first"
+                assert kept.isdisjoint(pages)
                 owners.append(pages)
+        elif operation == "drop":
+            made.drop_cached()
+            assert made.cached == 0
+        elif operation == "share" and made.cached and which % 2:
+            page = made.eviction_order[which % made.cached]
+            made.share(page)
+            owners.append([page])
         elif owners:
             pages = owners[which % len(owners)]
             if operation == "share":
-                allocator.share(pages)
+                for page in pages:
+                    made.share(page)
                 owners.append(list(pages))
+            elif operation == "keep":
+                kept |= set(pages[: count // 2])
             else:
-                allocator.release(owners.pop(which % len(owners)))
-        allocator.check(owners)
-        assert allocator.free == total - len({page for owned in owners for page in owned})
+                made.release(owners.pop(which % len(owners)))
+        made.check(owners)
+        assert made.available == total - len({page for pages in owners for page in pages})
+        assert set(made.eviction_order) == kept - {page for pages in owners for page in pages}
+
+
+def test_of_the_pages_of_a_row_the_last_ones_are_evicted_first() -> None:
+    made, kept = allocator(4)
+    kept |= {0, 1, 2, 3}
+    first, second = made.reserve(2), made.reserve(2)
+    assert first is not None
+    assert second is not None
+    made.release(second)
+    made.release(first)
+    assert made.eviction_order == [*reversed(second), *reversed(first)]
+    made.share(second[0])
+    made.release(second[:1])
+    assert made.eviction_order == [second[1], *reversed(first), second[0]]
+    assert made.evictions == 0
+    made.reserve(1)
+    assert made.evictions == 1
+    assert kept == {second[0], *first}
 
 
 def test_a_page_released_twice_is_a_fault() -> None:
-    allocator = PageAllocator(3)
-    pages = allocator.reserve(2)
+    made, _ = allocator(3)
+    pages = made.reserve(2)
     assert pages is not None
-    allocator.release(pages)
+    made.release(pages)
     with pytest.raises(PageLeak, match="nobody owns"):
-        allocator.release(pages[:1])
+        made.release(pages[:1])
 
 
 def test_sharing_a_free_page_is_a_fault() -> None:
     with pytest.raises(PageLeak, match="nobody owns"):
-        PageAllocator(2).share([0])
+        allocator(2)[0].share(0)
 
 
 def test_check_notices_a_forgotten_page() -> None:
-    allocator = PageAllocator(3)
-    pages = allocator.reserve(2)
+    made, kept = allocator(3)
+    pages = made.reserve(2)
     assert pages is not None
     with pytest.raises(PageLeak):
-        allocator.check([pages[:1]])
+        made.check([pages[:1]])
     with pytest.raises(PageLeak):
-        allocator.check([pages, pages])
-    allocator.check([pages])
+        made.check([pages, pages])
+    made.check([pages])
+    made.release(pages)
+    kept.add(pages[0])
+    with pytest.raises(PageLeak, match="free against the index"):
+        made.check([])

@@ -12,7 +12,7 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult, RowFailure, RowResult, RowWork
 from engine.scheduler.controller import FixedGamma
-from engine.scheduler.pages import PageAllocator
+from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.request import Request
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.validation import QueueFull, RequestError
@@ -31,10 +31,10 @@ def scheduler(
     max_len: int = 120,
     max_waiting: int = 20,
     draft_kv: bool = False,
-) -> tuple[Scheduler, PageAllocator]:
-    allocator = PageAllocator(pages)
+) -> tuple[Scheduler, KVManager]:
+    kv = KVManager(pages, page_size)
     made = Scheduler(
-        pages=allocator,
+        kv=kv,
         page_size=page_size,
         max_rows=max_rows,
         max_batch_tokens=batch,
@@ -44,7 +44,7 @@ def scheduler(
         controller=FixedGamma(gamma),
         draft_kv=draft_kv,
     )
-    return made, allocator
+    return made, kv
 
 
 class RankExecutor:
@@ -64,11 +64,11 @@ class RankExecutor:
             self._pages[start.row] = []
             self._length[start.row], self._computed[start.row] = len(start.tokens), start.computed
             self._held[start.row] = 0
-            assert start.computed < start.num_prompt
-            assert start.shared == (start.computed > 0)
+            assert start.computed < len(start.tokens)
         for delta in plan.pages:
-            assert len(self._pages[delta.row]) == delta.first
-            self._pages[delta.row] += delta.pages
+            pages = self._pages[delta.row]
+            assert delta.first <= len(pages)
+            pages[delta.first : delta.first + len(delta.pages)] = delta.pages
         rows = [work.row for work in plan.work]
         assert len(set(rows)) == len(rows) == len(requests)
         assert sum(work.new + work.gamma for work in plan.work) <= self._batch
@@ -130,7 +130,7 @@ def test_random_admit_accept_reject_abort_preempt(
     rng = random.Random(seed)
     max_len = 60
     batch = max_rows + rng.randint(1, 30)
-    made, allocator = scheduler(
+    made, kv = scheduler(
         pages=-(-max_len // page_size) + spare,
         page_size=page_size,
         max_rows=max_rows,
@@ -144,19 +144,12 @@ def test_random_admit_accept_reject_abort_preempt(
     live: dict[str, int] = {}
     got: dict[str, int] = {}
     added = 0
-    prompts: dict[str, int] = {}
     for _ in range(2000):
         while added < 25 and rng.random() < 0.4:
             length = rng.choice([1, page_size, page_size + 1, rng.randint(1, 40)])
             params = SamplingParams(max_tokens=rng.randint(1, max_len - length), ignore_eos=rng.random() < 0.5)
-            share_prompt_with = str(rng.randrange(added)) if added and rng.random() < 0.5 else None
-            if share_prompt_with in prompts and rng.random() < 0.9:
-                length = min(prompts[share_prompt_with], max_len - params.max_tokens)
-            prompts[str(added)] = length
             priority = rng.choice([0, 0, -1, 5])
-            made.add(
-                AddRequest(str(added), [5] * length, params, priority=priority, share_prompt_with=share_prompt_with)
-            )
+            made.add(AddRequest(str(added), [rng.choice([5, 5, added])] * length, params, priority=priority))
             live[str(added)], got[str(added)] = params.max_tokens, 0
             added += 1
         if live and rng.random() < 0.05:
@@ -192,7 +185,7 @@ def test_random_admit_accept_reject_abort_preempt(
             break
     assert not live, "requests were starved"
     assert not made.has_work
-    assert allocator.free == allocator.total
+    assert kv.available == kv.total
 
 
 def test_decode_rows_come_first_and_prefill_gets_the_rest() -> None:
@@ -211,9 +204,9 @@ def test_decode_rows_come_first_and_prefill_gets_the_rest() -> None:
 
 def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
     """Two rows share four pages of four slots; every draft is rejected."""
-    made, allocator = scheduler(pages=4, page_size=4, max_rows=2, gamma=3, max_len=16)
-    for name in "ab":
-        made.add(AddRequest(name, [5] * 3, SamplingParams(max_tokens=13, ignore_eos=True)))
+    made, kv = scheduler(pages=4, page_size=4, max_rows=2, gamma=3, max_len=16)
+    for name, token in (("a", 5), ("b", 6)):
+        made.add(AddRequest(name, [token] * 3, SamplingParams(max_tokens=13, ignore_eos=True)))
     seen = []
     for _ in range(7):
         plan, requests = made.schedule()
@@ -233,14 +226,14 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
     ]
     assert made.preemptions == 1
     assert [request.id for request in made.waiting] == ["b"]
-    assert allocator.free == 1
+    assert (kv.free, kv.cached) == (0, 1)  # a page of b is cached, the other one belongs to a by now
 
 
 def test_drafts_of_an_older_row_do_not_cost_a_younger_one_its_place() -> None:
     """One page is free. The committed tokens of both rows fit if the older row does not take it for drafts."""
     made, _ = scheduler(pages=4, page_size=4, max_rows=2, gamma=3, max_len=16)
     made.add(AddRequest("a", [5] * 5, SamplingParams(max_tokens=9, ignore_eos=True)))
-    made.add(AddRequest("b", [5] * 4, SamplingParams(max_tokens=9, ignore_eos=True)))
+    made.add(AddRequest("b", [6] * 4, SamplingParams(max_tokens=9, ignore_eos=True)))
     for _ in range(2):
         plan, requests = made.schedule()
         results = [RowResult(work.gamma, 0, [5], None) for work in plan.work]
@@ -267,8 +260,8 @@ def test_a_tight_budget_is_shared_evenly() -> None:
 def test_a_long_prompt_catches_up_over_rounds_and_only_to_draft(gamma: int) -> None:
     """The older of two rows catches up first; both keep decoding meanwhile."""
     made, _ = scheduler(batch=40, gamma=gamma, draft_kv=True, pages=100)
-    for name, length in (("old", 60), ("new", 60)):
-        made.add(AddRequest(name, [5] * length, SamplingParams(max_tokens=50, ignore_eos=True)))
+    for name, token in (("old", 5), ("new", 6)):
+        made.add(AddRequest(name, [token] * 60, SamplingParams(max_tokens=50, ignore_eos=True)))
     ranks = RankExecutor(random.Random(1), page_size=4, batch=40, gamma=gamma, draft_kv=True)
     seen = []
     for _ in range(9):

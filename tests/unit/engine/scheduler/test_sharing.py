@@ -24,13 +24,17 @@ def requests(count: int = 4, **others: Any) -> list[AddRequest]:
     found = []
     for i in range(count):
         params = SamplingParams(max_tokens=20 + 10 * i, temperature=1.0, seed=i, ignore_eos=True, **others)
-        found.append(AddRequest(str(i), PROMPT, params, share_prompt_with=None if i == 0 else "0"))
+        found.append(AddRequest(str(i), PROMPT, params))
     found.insert(2, AddRequest("other", PROMPT[::-1], SamplingParams(max_tokens=30, temperature=1.0, ignore_eos=True)))
     return found
 
 
-def alone(engine: Engine, wanted: list[AddRequest]) -> dict[str, list[int]]:
-    return {each.id: complete(engine, each.prompt, each.params) for each in wanted}
+def alone(wanted: list[AddRequest]) -> dict[str, list[int]]:
+    """Complete each request by itself, on an engine without speculation or prefix cache."""
+    engine = tiny_engine(tiny_model(), gamma=0, max_model_len=300, cache={"prefix": False})
+    found = {each.id: complete(engine, each.prompt, each.params) for each in wanted}
+    assert engine.stats().prefix_queries == engine.stats().pages_cached == 0
+    return found
 
 
 def watched(engine: Engine) -> dict[int, int]:
@@ -39,7 +43,7 @@ def watched(engine: Engine) -> dict[int, int]:
     execute = engine._worker.execute
 
     def execute_and_look(plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
-        found.update({start.row: start.computed for start in plan.starts if start.shared})
+        found.update({start.row: start.computed for start in plan.starts if start.computed})
         return execute(plan, meanwhile)
 
     engine._worker.execute = execute_and_look  # type: ignore[method-assign]
@@ -54,7 +58,7 @@ def test_choices_are_what_they_are_alone(draft_dir: Path, drafter: str, kv: dict
     if drafter == "model":
         speculation["model"] = str(draft_dir)
     engine = tiny_engine(tiny_model(), gamma=gamma, speculation=speculation, max_model_len=300)
-    expected = alone(engine, requests())
+    expected = alone(requests())
     shared = watched(engine)
     outputs = run(engine, requests())
     assert {id: tokens(out) for id, out in outputs.items()} == expected
@@ -65,7 +69,7 @@ def test_choices_are_what_they_are_alone(draft_dir: Path, drafter: str, kv: dict
 
 def test_preempted_and_aborted_choices_leave_no_page_behind() -> None:
     engine = tiny_engine(tiny_model(), gamma=2, cache={"num_pages": 50}, max_model_len=190)
-    expected = alone(engine, requests(6))
+    expected = alone(requests(6))
     for leaves in ({}, {"0": 4}, {"0": 30, "3": 12}, {"1": 8, "2": 9}):
         outputs = run(engine, requests(6), leaves=leaves)  # checks after every round that all pages are accounted for
         for id, out in outputs.items():
@@ -87,7 +91,7 @@ def test_other_prompts_are_not_shared() -> None:
     engine = tiny_engine(tiny_model(), gamma=0, max_model_len=300)
     shared = watched(engine)
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
-    pair = [AddRequest("a", PROMPT, params), AddRequest("b", [3, *PROMPT[1:]], params, share_prompt_with="a")]
-    expected = alone(engine, pair)
+    pair = [AddRequest("a", PROMPT, params), AddRequest("b", [3, *PROMPT[1:]], params)]
+    expected = alone(pair)
     assert {id: tokens(out) for id, out in run(engine, pair).items()} == expected
     assert not shared

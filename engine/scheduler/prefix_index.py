@@ -1,0 +1,89 @@
+"""Prefix index: finds the page that holds the KV of given tokens after given others."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from array import array
+from collections.abc import Sequence
+from itertools import count
+from typing import NamedTuple
+
+
+class IndexedPage(NamedTuple):
+    """A page in the index. digest: stands for its content. parent: digest of the page before it; empty: there is none.
+    number: different for every page that was ever added."""
+
+    page: int
+    digest: bytes
+    parent: bytes
+    number: int
+
+
+class PrefixIndex:
+    """Index of full pages of computed tokens, by a chain of digests.
+
+        digest of page i = hash(key, digest of page i - 1, its token ids)        page -1: the salt
+
+    A digest stands for everything that decides the page's KV: the salt, and all tokens up to the page's end. The hash
+    is keyed with random bytes that never leave the process, so nobody can construct tokens whose digest is another's.
+    One page per digest, one digest per page.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._key = secrets.token_bytes(32)
+        self._pages: dict[bytes, int] = {}
+        self._entries: dict[int, IndexedPage] = {}
+        self._numbers = count()
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def __contains__(self, page: int) -> bool:
+        return page in self._entries
+
+    def extend(self, chain: list[bytes], salt: str, tokens: Sequence[int], pages: int) -> None:
+        """Append to a chain until it has the digests of the first `pages` pages of `tokens`, all full."""
+        parent = chain[-1] if chain else self._root(salt)
+        for first in range(len(chain) * self._page_size, pages * self._page_size, self._page_size):
+            ids = array("q", tokens[first : first + self._page_size])
+            parent = hashlib.blake2b(parent + ids.tobytes(), digest_size=32, key=self._key).digest()
+            chain.append(parent)
+
+    def _root(self, salt: str) -> bytes:
+        return hashlib.blake2b(salt.encode(), digest_size=32, key=self._key, person=b"salt").digest()
+
+    def find(self, digest: bytes) -> int | None:
+        """Return the page with this content; None: there is none."""
+        return self._pages.get(digest)
+
+    def add(self, chain: Sequence[bytes], index: int, page: int) -> None:
+        """Add a page with the content of digest `index` of a chain. Neither may be in the index."""
+        digest = chain[index]
+        assert digest not in self._pages
+        assert page not in self._entries
+        self._pages[digest] = page
+        self._entries[page] = IndexedPage(page, digest, chain[index - 1] if index else b"", next(self._numbers))
+
+    def remove(self, page: int) -> None:
+        del self._pages[self._entries.pop(page).digest]
+
+    def clear(self) -> None:
+        """Forget all pages. Chains made before are of no use afterwards."""
+        self._pages.clear()
+        self._entries.clear()
+        self._key = secrets.token_bytes(32)
+
+    def entry(self, page: int) -> IndexedPage:
+        return self._entries[page]
+
+    @property
+    def entries(self) -> list[IndexedPage]:
+        """All indexed pages, in the order in which they were added."""
+        return list(self._entries.values())
+
+    def parent(self, page: int) -> int | None:
+        """Return the page before this one; None for a first page. Raises KeyError if it is not indexed."""
+        parent = self._entries[page].parent
+        return self._pages[parent] if parent else None
