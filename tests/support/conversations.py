@@ -115,10 +115,10 @@ def _ended(outputs: Sequence[RequestOutput]) -> bool:
 # -- random loads ------------------------------------------------------------------------------------------------------
 
 
-def random_turns(rng: random.Random, page_size: int, count: int, longest: int = 60) -> list[Turn]:
+def random_turns(rng: random.Random, page_size: int, count: int, longest: int = 60, answer: int = 24) -> list[Turn]:
     """Make a load of `count` turns: new conversations, follow-ups, branches, edits, repetitions, twins and aborts.
 
-    longest: largest number of tokens that a turn adds; most add fewer.
+    longest: largest number of tokens that a turn adds; most add fewer. answer: largest number of tokens of an answer.
     """
     turns: list[Turn] = []
     for i in range(count):
@@ -146,7 +146,7 @@ def random_turns(rng: random.Random, page_size: int, count: int, longest: int = 
                 leave=rng.choice([None] * 6 + [rng.randrange(14)]),
                 choices=rng.choice([1, 1, 1, 2, 3]),
                 priority=rng.choice([0, 0, 0, -1, 3]),
-                params=_params(rng, page_size),
+                params=_params(rng, page_size, answer),
             )
         )
     return turns
@@ -158,8 +158,8 @@ def _length(rng: random.Random, page_size: int, longest: int) -> int:
     return min(max(1, rng.choice(edges)), longest)
 
 
-def _params(rng: random.Random, page_size: int) -> dict[str, Any]:
-    max_tokens = rng.choice([1, 2, page_size, page_size + 1, rng.randrange(1, 24)])
+def _params(rng: random.Random, page_size: int, answer: int) -> dict[str, Any]:
+    max_tokens = rng.choice([1, 2, page_size, page_size + 1, *(rng.randrange(1, answer + 1) for _ in range(3))])
     params = rng.choice(SAMPLING) | {"max_tokens": max_tokens, "seed": rng.randrange(3)}
     if rng.random() < 0.3:
         params["logprobs"] = rng.choice([0, 2])
@@ -194,9 +194,10 @@ def check_answers(played: Played, reference: Mapping[str, Sequence[RequestOutput
         _check_logprobs(logprobs[0], logprobs[1][: len(logprobs[0])], exact)
         assert len(logprobs[0]) == (0 if request.params.logprobs is None else len(said)), request
         if found:
-            prompt = [list(side[0].prompt_logprobs or ()) for side in (found, expected)]
-            _check_logprobs(*prompt, exact)
-            assert [(at.token, at.rank) for at in prompt[0]] == [(at.token, at.rank) for at in prompt[1]], request
+            scored, meant_scores = (list(side[0].prompt_logprobs or ()) for side in (found, expected))
+            _check_logprobs(scored, meant_scores, exact)
+            assert [(at.token, at.rank) for at in scored] == [(at.token, at.rank) for at in meant_scores], request
+            assert len(scored) == (0 if request.params.prompt_logprobs is None else len(request.prompt) - 1), request
 
 
 def _check_logprobs(
@@ -223,7 +224,9 @@ def check_hits(engine: Engine, played: Played, *, empty_before: bool = True) -> 
     for request in played.requests:
         cached = max((output.cached_tokens for output in played.outputs[request.id]), default=0)
         assert 0 <= cached < len(request.prompt), request
-        assert request.params.prompt_logprobs is None or cached == 0, request
+        if request.params.prompt_logprobs is not None:  # its prompt is not looked up
+            assert cached == 0, request
+            continue
         hits, queries = hits + cached, queries + len(request.prompt)
     if not empty_before:
         return
