@@ -83,7 +83,8 @@ class Engine:
             self._resolved = dataclasses.replace(  # GPUs are measured once the model is loaded
                 self._resolved, num_pages=self._worker.num_pages, max_model_len=self._worker.max_model_len
             )
-            self.profiler = Profiler(self._run, config, self._worker.num_pages, self._resolved.max_model_len)
+            self._kv = self._make_kv()
+            self.profiler = Profiler(self._run_blank, config, self._worker.num_pages, self._resolved.max_model_len)
             if controller is None:
                 controller = self.make_controller()
         except BaseException:
@@ -93,7 +94,6 @@ class Engine:
         self.restarted = False
         self._round_running = False
         self._aborted: list[str] = []  # requests aborted while a round runs
-        self._kv = self._make_kv()
         self._scheduler = self._make_scheduler(controller)
         self._stats = self._make_stats(controller)
         self.weight_bytes = self._worker.weight_bytes
@@ -277,6 +277,11 @@ class Engine:
         """Run one round on all ranks."""
         with self._ranks.round(plan) if self._ranks else contextlib.nullcontext():
             return self._worker.execute(plan, meanwhile)
+
+    def _run_blank(self, plan: RoundPlan) -> RoundResult:
+        """Run a round of rows that are not requests', over any pages of the pool, while there are no requests."""
+        self._kv.reset(())
+        return self._run(plan)
 
     def _commit(self, plan: RoundPlan, requests: list[Request], result: RoundResult) -> list[RequestOutput]:
         self._stats.record_plan(plan, requests)

@@ -25,8 +25,8 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RoundResult, RowResult
 from engine.scheduler.controller import FixedGamma
-from engine.scheduler.outputs import make_output
 from engine.scheduler.kv_manager import KVManager
+from engine.scheduler.outputs import make_output
 from engine.scheduler.scheduler import Scheduler
 from engine.worker.build import dense
 from kernels.kv_cache import KVPool
