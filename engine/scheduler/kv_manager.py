@@ -144,19 +144,30 @@ class KVManager:
             self._append(request, pages)
         return pages
 
-    def commit(self, request: Request) -> list[tuple[int, int]]:
+    def commit(self, request: Request) -> Sequence[tuple[int, int]]:
         """Enter the pages that are full of computed tokens into the index.
 
         Returns the pages that the request has adopted in place of its own: their places in its list, and the pages.
         """
-        if not self._prefix or request.is_private:
-            return []
         full = request.num_computed // self._page_size
-        drafted = 0 if self._drafted is None else (request.num_computed - request.draft_lag) // self._page_size
+        drafted = 0
+        if self._drafted is not None:
+            drafted = (request.num_computed - request.draft_lag) // self._page_size
+        adopted: Sequence[tuple[int, int]] = ()
+        if full > request.num_indexed and self._prefix and not request.is_private:
+            adopted = self._add_to_index(request, full, drafted)
+        if self._drafted is not None:
+            drafted = max(request.num_drafted, min(drafted, request.num_indexed))
+            self._drafted.update(request.pages[request.num_drafted : drafted])
+            request.num_drafted = drafted
+        return adopted
+
+    def _add_to_index(self, request: Request, full: int, drafted: int) -> list[tuple[int, int]]:
+        """Enter the first `full` pages into the index, as far as they are not in it. drafted: number of leading pages
+        that hold a draft model's KV. Returns those that the request has adopted."""
         adopted = []
         self._index.extend(request.digests, request.salt, request.tokens, full)
-        while request.num_indexed < full:
-            place = request.num_indexed
+        for place in range(request.num_indexed, full):
             own, known = request.pages[place], self._index.find(request.digests[place])
             if known is None:
                 self._index.add(request.digests, place, own)
@@ -171,9 +182,6 @@ class KVManager:
                 request.pages[place] = known
                 adopted.append((place, known))
             request.num_indexed += 1
-        if self._drafted is not None:
-            self._drafted.update(request.pages[request.num_drafted : min(drafted, request.num_indexed)])
-            request.num_drafted = max(request.num_drafted, min(drafted, request.num_indexed))
         return adopted
 
     def release(self, request: Request) -> None:

@@ -23,7 +23,7 @@ class IndexedPage(NamedTuple):
 class PrefixIndex:
     """Index of full pages of computed tokens, by a chain of digests.
 
-        digest of page i = hash(key, digest of page i - 1, its token ids)        page -1: the salt
+        digest of page i = hash(key, digest of page i - 1, its token ids)        page -1: hash(key, salt)
 
     A digest stands for everything that decides the page's KV: the salt, and all tokens up to the page's end. The hash
     is keyed with random bytes that never leave the process, so nobody can construct tokens whose digest is another's.
@@ -32,7 +32,7 @@ class PrefixIndex:
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
-        self._key = secrets.token_bytes(32)
+        self._hash = _new_hash()
         self._pages: dict[bytes, int] = {}
         self._entries: dict[int, IndexedPage] = {}
         self._numbers = count()
@@ -47,12 +47,16 @@ class PrefixIndex:
         """Append to a chain until it has the digests of the first `pages` pages of `tokens`, all full."""
         parent = chain[-1] if chain else self._root(salt)
         for first in range(len(chain) * self._page_size, pages * self._page_size, self._page_size):
-            ids = array("q", tokens[first : first + self._page_size])
-            parent = hashlib.blake2b(parent + ids.tobytes(), digest_size=32, key=self._key).digest()
+            parent = self._digest(parent + array("i", tokens[first : first + self._page_size]).tobytes())
             chain.append(parent)
 
+    def _digest(self, data: bytes) -> bytes:
+        found = self._hash.copy()
+        found.update(data)
+        return found.digest()
+
     def _root(self, salt: str) -> bytes:
-        return hashlib.blake2b(salt.encode(), digest_size=32, key=self._key, person=b"salt").digest()
+        return self._digest(b"salt" + salt.encode())
 
     def find(self, digest: bytes) -> int | None:
         """Return the page with this content; None: there is none."""
@@ -73,7 +77,7 @@ class PrefixIndex:
         """Forget all pages. Chains made before are of no use afterwards."""
         self._pages.clear()
         self._entries.clear()
-        self._key = secrets.token_bytes(32)
+        self._hash = _new_hash()
 
     def entry(self, page: int) -> IndexedPage:
         return self._entries[page]
@@ -87,3 +91,8 @@ class PrefixIndex:
         """Return the page before this one; None for a first page. Raises KeyError if it is not indexed."""
         parent = self._entries[page].parent
         return self._pages[parent] if parent else None
+
+
+def _new_hash() -> hashlib.blake2b:
+    """Return an empty hash with a key of its own."""
+    return hashlib.blake2b(digest_size=32, key=secrets.token_bytes(32))

@@ -141,9 +141,10 @@ class Scheduler:
         self._plan_prefills(plan, work, tokens_left)
         work.sort(key=lambda item: -item[1].gamma)
         plan.work = [item for _, item in work]
-        rows = {item.row for item in plan.work}
-        plan.pages += [delta for delta in self._adopted if delta.row in rows]
-        self._adopted = [delta for delta in self._adopted if delta.row not in rows]
+        if self._adopted:
+            rows = {item.row for item in plan.work}
+            plan.pages += [delta for delta in self._adopted if delta.row in rows]
+            self._adopted = [delta for delta in self._adopted if delta.row not in rows]
         return plan, [request for request, _ in work]
 
     def _plan_decodes(self, plan: RoundPlan, work: list[tuple[Request, RowWork]], tokens_left: int) -> int:
@@ -265,12 +266,15 @@ class Scheduler:
 
     def _reserve(self, plan: RoundPlan, request: Request, slots: int) -> bool:
         """Reserve pages for `slots` KV slots in total; False, and nothing changes, if too few are available."""
+        if slots <= request.num_reserved:
+            return True
         first = len(request.pages)
         pages = self._kv.allocate(request, slots)
-        if pages:
-            assert request.row is not None
-            plan.pages.append(PageDelta(request.row, first, pages))
-        return pages is not None
+        if pages is None:
+            return False
+        assert request.row is not None
+        plan.pages.append(PageDelta(request.row, first, pages))
+        return True
 
     def _reserve_or_preempt(self, plan: RoundPlan, request: Request, slots: int) -> bool:
         """Reserve, preempting the least urgent requests; False if `request` itself was preempted."""
@@ -330,7 +334,8 @@ class Scheduler:
             failure = failures.get(work.row) if request.finish_reason is None else None
             if failure is None:
                 request.finish_if_scored()
-                self._adopted += [PageDelta(work.row, place, [page]) for place, page in self._kv.commit(request)]
+                for place, page in self._kv.commit(request):
+                    self._adopted.append(PageDelta(work.row, place, [page]))
             if request.finish_reason is not None or failure is not None:
                 self._release_row(request)
                 del self._by_id[request.id]
