@@ -25,9 +25,10 @@ class Turn:
     """One turn of a conversation: a prompt, answered once or several times.
 
     The prompt is that of the turn `after` with its answer, and `text` behind it. Before `text` is appended, all but the
-    first `keep` tokens are dropped, and the token at `edit` is replaced. An answer that was aborted is not part of it.
-    wait: rounds after that turn's end, or after the start of the load, at which the turn is sent. leave: rounds after
-    which it is aborted. choices: number of answers, each a request with its own seed; the first one is continued.
+    first `keep` tokens are dropped, and the token at `edit` is replaced. An answer that was aborted or failed is not
+    part of it. wait: rounds after that turn's end, or after the start of the load, at which the turn is sent. leave:
+    rounds after which it is aborted. choices: number of answers, each a request with its own seed; the first one is
+    continued.
     """
 
     id: str
@@ -53,7 +54,8 @@ class Turn:
 
 
 class Played(NamedTuple):
-    """Requests of a load in the order they were sent, the outputs of each, and the ids of those that were aborted."""
+    """Requests of a load in the order they were sent, the outputs of each, and the ids of those that were aborted or
+    failed."""
 
     requests: list[AddRequest]
     outputs: dict[str, list[RequestOutput]]
@@ -86,6 +88,8 @@ def play(engine: Engine, turns: Sequence[Turn], max_len: int) -> Played:
                 played.left.add(id)
         for output in engine.step():
             played.outputs[output.id].append(output)
+            if output.error is not None:
+                played.left.add(output.id)
         step += 1
         for turn in open_turns.values():
             if turn.id not in due and turn.after in of_turn:
@@ -193,7 +197,7 @@ def check_answers(played: Played, reference: Mapping[str, Sequence[RequestOutput
         logprobs = [[at for output in side for at in output.logprobs or ()] for side in (found, expected)]
         _check_logprobs(logprobs[0], logprobs[1][: len(logprobs[0])], exact)
         assert len(logprobs[0]) == (0 if request.params.logprobs is None else len(said)), request
-        if found:
+        if found and found[0].error is None:
             scored, meant_scores = (list(side[0].prompt_logprobs or ()) for side in (found, expected))
             _check_logprobs(scored, meant_scores, exact)
             assert [(at.token, at.rank) for at in scored] == [(at.token, at.rank) for at in meant_scores], request

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ from hypothesis import strategies as st
 
 from engine.core import Engine
 from engine.messages import AddRequest, RequestOutput
+from engine.oom import OutOfMemory
 from engine.params import SamplingParams
+from engine.plan import RoundPlan, RoundResult
+from engine.worker.worker import noop
 from models.config import ModelConfig
 from models.llama import Llama
 from models.loader import random_model
@@ -193,6 +198,60 @@ def test_nor_in_any_small_pool(seed: int, page_size: int, gamma: int, policy: st
         max_len=longest,
     )
     check(model(), engine, seed, page_size, 14, longest)
+
+
+def trouble(engine: Engine, rng: random.Random) -> Counter[str]:
+    """Let rounds of an engine end early: before they begin or when their KV is written, by Ctrl-C or for lack of
+    memory. And reset the prefix cache now and then. Returns the counts of what happened."""
+    happened: Counter[str] = Counter()
+    execute, step = engine._worker.execute, engine.step
+
+    def execute_or_fail(plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
+        kind = rng.choices(["", "lost", "cut short", "no memory"], [80, 8, 8, 6])[0]
+        happened[kind] += 1
+        if kind == "lost":
+            raise KeyboardInterrupt
+        result = execute(plan, meanwhile)
+        if kind == "cut short":
+            raise KeyboardInterrupt
+        if kind == "no memory":
+            raise OutOfMemory("none is left")
+        return result
+
+    def step_or_lose(meanwhile: Callable[[], None] = noop) -> list[RequestOutput]:
+        if rng.random() < 0.06:
+            happened["reset"] += 1
+            engine.reset_prefix_cache()
+        try:
+            return step(meanwhile)
+        except KeyboardInterrupt:
+            return []
+
+    engine._worker.execute = execute_or_fail  # type: ignore[method-assign]
+    engine.step = step_or_lose  # type: ignore[method-assign]
+    return happened
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+def test_nor_where_rounds_end_early_and_the_cache_is_reset(draft_dir: Path, drafter: str) -> None:
+    """On CPU kernels, so that the audit compares all KV that was ever computed of the same tokens."""
+    target = model_on_kernels(torch.float32)
+    happened: Counter[str] = Counter()
+    for page_size in (1, 3, 4):
+        engine = cached_engine(
+            target,
+            page_size=page_size,
+            gamma=3,
+            varying=True,
+            policy="all" if drafter == "model" else "window",
+            draft=draft_dir if drafter == "model" else None,
+            batch_tokens=20,
+        )
+        kinds = trouble(engine, random.Random(page_size))
+        check(target, engine, page_size, page_size, 24, MAX_LEN, exact=True)
+        happened += kinds
+        assert engine.stats().prefix_hits > 0
+    assert happened.keys() == {"", "lost", "cut short", "no memory", "reset"}
 
 
 @pytest.mark.parametrize("page_size", [4, only_in_all(1), only_in_all(16)])
