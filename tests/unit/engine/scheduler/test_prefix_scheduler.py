@@ -376,18 +376,3 @@ def test_those_loads_share_evict_and_preempt() -> None:
         )
         assert min(tally.hits, tally.adopted, tally.prompts_scored, made.preemptions, kv.evictions) > 0
         assert (tally.drafted > 0) == draft_kv
-
-
-def test_draft_kv_of_part_of_a_page_is_not_lost() -> None:
-    """Both requests have computed the same two pages. The draft model has computed 5 tokens of the first request, and 7
-    of the second, which needs them: it drafts as if only the last one were missing."""
-    kv = KVManager(20, 4, draft_pages=True)
-    made = [Request(AddRequest(str(i), [5] * 8, SamplingParams()), [EOS], i) for i in range(2)]
-    for request, lag in zip(made, (3, 1), strict=True):
-        kv.admit(request)
-        request.num_computed, request.draft_lag = 8, lag
-    own = made[1].pages[1]
-    kv.commit(made[0])
-    kv.commit(made[1])
-    assert made[1].pages == [made[0].pages[0], own]
-    kv.check(made)
