@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -30,8 +31,19 @@ def passages(tokenizer: Tokenizer, text: str, *, count: int, length: int) -> lis
 
     Raises BenchError if the text has fewer than `length` tokens.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    return spread(tokenizer.encode(text, add_special_tokens=False), count=count, length=length)
+
+
+def spread(ids: Sequence[int], *, count: int, length: int, shared: int = 0) -> list[list[int]]:
+    """Cut `count` passages of `length` tokens, spread evenly over a text.
+
+    shared: number of tokens, the first of the text, that every passage begins with; its own are cut from the rest.
+    Raises BenchError if the text is too short, or if that leaves a passage no token of its own.
+    """
+    if shared >= length:
+        raise BenchError(f"{shared} shared tokens leave none of {length} to each row")
     if len(ids) < length:
         raise BenchError(f"the text has {len(ids)} tokens, fewer than the {length} of one context")
-    step = (len(ids) - length) / max(1, count - 1)
-    return [ids[int(i * step) : int(i * step) + length] for i in range(count)]
+    begins, rest, own = list(ids[:shared]), ids[shared:], length - shared
+    step = (len(rest) - own) / max(1, count - 1)
+    return [begins + list(rest[int(i * step) : int(i * step) + own]) for i in range(count)]

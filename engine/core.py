@@ -239,6 +239,7 @@ class Engine:
         self.restarted = False
         began = time.perf_counter()
         plan, requests = self._scheduler.schedule()
+        shared_tokens = self._kv.shared_tokens
         self._round_running = True
         try:
             # With a grammar, the host waits for drafts before the whole round is sent to the device.
@@ -253,7 +254,7 @@ class Engine:
             self.restarted = True
             raise
         else:
-            outputs = self._commit(plan, requests, result)
+            outputs = self._commit(plan, requests, result, shared_tokens)
             self._stats.record_time(result, time.perf_counter() - began)
         finally:
             self._round_running = False
@@ -283,8 +284,10 @@ class Engine:
         self._kv.reset(())
         return self._run(plan)
 
-    def _commit(self, plan: RoundPlan, requests: list[Request], result: RoundResult) -> list[RequestOutput]:
-        self._stats.record_plan(plan, requests)
+    def _commit(
+        self, plan: RoundPlan, requests: list[Request], result: RoundResult, shared_tokens: int
+    ) -> list[RequestOutput]:
+        self._stats.record_plan(plan, requests, shared_tokens)
         outputs = []
         for request, tokens, row, failure in self._scheduler.commit(plan, requests, result):
             drafted, accepted = (row.drafted, min(row.accepted, len(tokens))) if row else (0, 0)

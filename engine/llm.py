@@ -46,6 +46,8 @@ class Completion:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     """The stop string or stop token that ended the output."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose KV the prefix cache held."""
     drafted: int = 0
     accepted: int = 0
     """Tokens that the draft proposed (`drafted`), and those of them that the target accepted (`accepted`)."""
@@ -112,19 +114,24 @@ class LLM:
         return self.engine.stats()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
     ) -> list[Completion]:
         """Complete all prompts together. Returns their completions in order.
 
         prompts: a text, a list of token ids, or a list of either. params: one for all prompts, or one per prompt; the
-        model's generation_config.json does not change them.
+        model's generation_config.json does not change them. cache_salt: the prompts share the prefix cache only with
+        requests of the same salt.
         Raises ValueError, before anything runs, if a prompt can never be served; RequestFailed, OutOfMemory.
         """
         listed = _as_prompt_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
         if len(each) != len(listed):
             raise RequestError(f"{len(listed)} prompts but {len(each)} sets of sampling parameters")
-        streams = [self._prepare(prompt, wanted) for prompt, wanted in zip(listed, each, strict=True)]
+        streams = [self._prepare(prompt, wanted, cache_salt) for prompt, wanted in zip(listed, each, strict=True)]
         todo = deque(streams)
         try:
             while any(stream.completion.finish_reason is None for stream in streams):
@@ -136,13 +143,13 @@ class LLM:
             self._drop_streams(streams)
         return [stream.completion for stream in streams]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Complete one prompt, one piece per round.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "") -> Iterator[Piece]:
+        """Complete one prompt, one piece per round. cache_salt: see `generate`.
 
         Leaving the loop early aborts the request. Several streams can be open at once, also during `generate`.
         Raises ValueError if the prompt can never be served, RequestFailed, OutOfMemory.
         """
-        stream = self._prepare(prompt, params)
+        stream = self._prepare(prompt, params, cache_salt)
         todo = deque([stream])
         try:
             while stream.pieces or stream.completion.finish_reason is None:
@@ -155,15 +162,17 @@ class LLM:
         finally:
             self._drop_streams([stream])
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> _Stream:
+    def _prepare(self, prompt: Prompt, params: SamplingParams | None, cache_salt: str) -> _Stream:
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"expected SamplingParams, not {type(params).__name__}")
+        if not isinstance(cache_salt, str):
+            raise RequestError(f"expected a string as cache_salt, not {type(cache_salt).__name__}")
         # msgspec checks a struct's fields when it decodes one, not when one is constructed.
         params = msgspec.convert(msgspec.to_builtins(params or SamplingParams()), SamplingParams)
         if self._closed:
             raise RequestFailed("the engine was closed")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        request = AddRequest(str(next(self._ids)), ids, params)
+        request = AddRequest(str(next(self._ids)), ids, params, cache_salt=cache_salt)
         self.engine.check(request)
         return _Stream(request, TextStream(self.tokenizer, params, ids), Completion(ids), deque())
 
@@ -206,7 +215,7 @@ class LLM:
             del self._streams[output.id]
             return
         delta = stream.text.take(output)
-        stream.add(delta, output.prompt_logprobs)
+        stream.add(delta, output)
         if delta.finish_reason is not None:
             del self._streams[output.id]
             if output.finish_reason is None:  # a stop string, which the engine does not check
@@ -233,10 +242,12 @@ class _Stream:
         if self.errors:
             raise self.errors[0]
 
-    def add(self, delta: Delta, prompt_logprobs: list[PromptLogprobs] | None) -> None:
+    def add(self, delta: Delta, output: RequestOutput) -> None:
+        """Add a round's output. delta: its text and tokens up to a stop string."""
         completion = self.completion
-        if prompt_logprobs is not None:
-            completion.prompt_logprobs = prompt_logprobs
+        if output.prompt_logprobs is not None:
+            completion.prompt_logprobs = output.prompt_logprobs
+        completion.num_cached_tokens = completion.num_cached_tokens or output.cached_tokens
         completion.text += delta.text
         completion.token_ids += delta.tokens
         if delta.logprobs is not None:

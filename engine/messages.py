@@ -26,8 +26,6 @@ class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
     """time.monotonic() when the request reached the server (one clock for all processes of a machine)."""
     priority: int = 0
     """Requests with lower values are admitted first."""
-    share_prompt_with: str | None = None
-    """Id of a request with the same prompt that was queued before; its computed pages of the prompt are shared."""
     cache_salt: str = ""
     """Requests share KV in the prefix cache only with requests of the same salt."""
 
@@ -144,7 +142,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     draft_pages_per_row: int = 0
     """Pages of KV that drafts keep for each running request, in addition to the target's pool."""
     kv_tokens_read: int = 0
-    """KV tokens (one token = all layers and heads) read by draft and verify passes of decoding rows."""
+    """KV tokens (one token = all layers and heads) read by draft and verify passes of decoding rows. Tokens that are
+    read once for several rows count once."""
     kv_token_bytes: int = 0
     engine_restarts: int = 0
     """Engines that replaced a dead one. engine.processes.supervisor counts this field and the next."""

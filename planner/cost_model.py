@@ -5,13 +5,15 @@ half predicts the time of one forward from shapes and data sheets:
 
     T(rows, Σcontext, n) = T_lin + T_att + T_comm + T_0
     T_lin  = max(2·P·rows·n / (N·F·u_f), W / (N·M·u_m))
-    T_att  = max(4·L·h·d_h·Σcontext·n / (N·F·u_f), k·Σcontext / (N'·M·u_kv)), times v where n > 1
+    T_att  = max(4·L·h·d_h·Σcontext·n / (N·F·u_f), k·unique / (N'·M·u_kv)), times v where n > 1
     T_comm = 2·L·(t_ar + 2(N−1)/N·rows·n·d·bytes / link), none for N = 1
     T_0    = L·t_layer
 
 n: query tokens per row. N: ranks, each of F FLOP/s and M bytes/s. P: parameters active for a token. W: their bytes.
 L: layers, of h query heads, head dimension d_h and hidden size d. k: KV bytes per token, of which the rank with the
-most KV heads reads 1/N'. v: Efficiency.verify_attention. t_ar: Device.all_reduce_s.
+most KV heads reads 1/N'. v: Efficiency.verify_attention. t_ar: Device.all_reduce_s. unique: the tokens of Σcontext,
+those that rows share counted once. One read of them serves all rows (Bifurcated attention, arXiv 2403.08845), but the
+queries of every row compute with them.
 """
 
 from __future__ import annotations
@@ -115,10 +117,11 @@ class PlacedModel:
     element_bytes: int = 2
     efficiency: Efficiency = PUBLISHED
 
-    def forward_seconds(self, rows: int, context_tokens: float, queries: int = 1) -> float:
+    def forward_seconds(self, rows: int, context_tokens: float, queries: int = 1, shared_tokens: float = 0) -> float:
         """Predict T, the seconds of a forward of `queries` tokens in each of `rows` rows.
 
         context_tokens: KV tokens read, summed over rows. A token counts once, however many queries read it.
+        shared_tokens: those of them that need no reading, because another row has the same ones.
         """
         model, reached = self.model, self.efficiency
         weights = active_parameters(model) * self.element_bytes
@@ -127,7 +130,7 @@ class PlacedModel:
             weights / (self.ranks * self.device.bandwidth * reached.weights),
         )
         products = 4 * model.num_layers * model.num_heads * model.head_dim * context_tokens * queries
-        attention = max(products / self._flops, self.kv_token_seconds * context_tokens)
+        attention = max(products / self._flops, self.kv_token_seconds * (context_tokens - shared_tokens))
         if queries > 1:
             attention *= reached.verify_attention
         return linear + attention + self._communication(rows * queries) + model.num_layers * reached.layer_s
@@ -161,28 +164,38 @@ class SpeculationCost:
     """Cost of speculation for one pair of target and draft.
 
     draft: the target itself (the same object), or a separate model. budget: KV tokens per row that a draft step reads;
-    None: all.
+    None: all. shared: number of first tokens of every context that are the same. draft_shares: whether a draft that
+    reads whole contexts reads these once, as the target does; drafts with a cache of their own do not. A budget below
+    the context leaves drafts little that they could share: the sink.
     """
 
     target: PlacedModel
     draft: PlacedModel
     budget: int | None
+    shared: int = 0
+    draft_shares: bool = True
 
     def draft_context(self, context: int) -> int:
         """Return the number of KV tokens of a row that a draft step reads."""
         return context if self.budget is None else min(context, self.budget)
 
+    def shared_tokens(self, rows: int, context: int) -> int:
+        """Return the tokens of the contexts that need no reading, because another row has the same ones."""
+        return (rows - 1) * min(self.shared, context)
+
     def target_seconds(self, rows: int, context: int) -> float:
         """Predict T_T, the seconds of a plain step over rows of `context` tokens each."""
-        return self.target.forward_seconds(rows, rows * context)
+        return self.verify_seconds(rows, context, 0)
 
     def draft_seconds(self, rows: int, context: int) -> float:
         """Predict T_D, the seconds of one draft step over rows of `context` tokens each."""
-        return self.draft.forward_seconds(rows, rows * self.draft_context(context))
+        read = self.draft_context(context)
+        shared = self.shared_tokens(rows, context) if self.draft_shares and read == context else 0
+        return self.draft.forward_seconds(rows, rows * read, shared_tokens=shared)
 
     def verify_seconds(self, rows: int, context: int, gamma: int) -> float:
         """Predict T_V, the seconds of a verify pass. With gamma = 0 it is a plain step."""
-        return self.target.forward_seconds(rows, rows * context, gamma + 1)
+        return self.target.forward_seconds(rows, rows * context, gamma + 1, self.shared_tokens(rows, context))
 
     def speedup(self, rows: int, context: int, gamma: int, alpha: float) -> float:
         """Predict the speed-up for rows of `context` tokens each."""
@@ -216,10 +229,11 @@ class SpeculationCost:
     def break_even_limit(self, gamma: int, alpha: float) -> float:
         """Compute the break-even context in tokens for large batches, where costs shared by a batch are negligible:
 
-            S* = [γ·(a_D + b_D·K) + (γ + 1 − Ω)·a] / [b·(Ω − v)]
+            S* = C + [γ·(a_D + b_D·K) + (γ + 1 − Ω)·a] / [b·(Ω − v)]
 
         a, b: seconds of one token's matrix products, and of reading its KV. a_D, b_D: the same for the draft. K: the
-        budget. v: relative time of attention in a verify pass. For self-speculation and v = 1 this is
+        budget. v: relative time of attention in a verify pass. C: shared tokens of a context, whose one read is one of
+        the costs shared by a batch. For self-speculation, v = 1 and C = 0 this is
         [(2γ + 1 − Ω)·a/b + γ·K] / (Ω − 1). Infinite if no context is long enough.
         """
         target, draft = self.target, self.draft
@@ -228,4 +242,4 @@ class SpeculationCost:
             return math.inf
         drafting = gamma * (draft.token_seconds + draft.kv_token_seconds * self.budget)
         verifying = (gamma + 1 - tokens) * target.token_seconds
-        return (drafting + verifying) / (target.kv_token_seconds * (tokens - longer))
+        return self.shared + (drafting + verifying) / (target.kv_token_seconds * (tokens - longer))

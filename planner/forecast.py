@@ -31,11 +31,12 @@ class ForecastError(ValueError):
 class Forecast:
     """Forecast of one (batch, context). Times in milliseconds, memory in bytes of one device.
 
-    budget: KV tokens that a draft step reads; None: all. t_target_ms: a plain step. t_draft_ms: one draft step.
-    t_verify_ms: the verify pass. kv_bytes: the target's KV of the whole batch. draft_bytes: weights and KV that only
-    the draft has. largest_batch: the largest that fits at this context. break_even_context: shortest context at which
-    drafting is faster at this batch and budget; None: never. break_even_limit: the same for large batches, at this
-    gamma and alpha; None: never.
+    shared: number of first tokens that are the same in every context. budget: KV tokens that a draft step reads; None:
+    all. t_target_ms: a plain step. t_draft_ms: one draft step. t_verify_ms: the verify pass. kv_bytes: the target's KV
+    of the whole batch. draft_bytes: weights and KV that only the draft has. All bytes count shared tokens once.
+    largest_batch: the largest that fits at this context. break_even_context: shortest context at which drafting is
+    faster at this batch and budget; None: never. break_even_limit: the same for large batches, at this gamma and alpha;
+    None: never.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Forecast:
     policy: Policy
     batch: int
     context: int
+    shared: int
     budget: int | None
     alpha: float
     gamma: int
@@ -85,24 +87,32 @@ class Deployment:
     def has_own_weights(self) -> bool:
         return self.drafter is not self.target
 
-    def forecast(self, batch: int, context: int, *, budgets: tuple[int | None, ...], gamma: int | None) -> Forecast:
-        """Forecast one (batch, context) with the best of `budgets`. gamma: None: the best.
+    def forecast(
+        self, batch: int, context: int, *, budgets: tuple[int | None, ...], gamma: int | None, shared: int = 0
+    ) -> Forecast:
+        """Forecast one (batch, context) with the best of `budgets`. gamma: None: the best. shared: see Forecast.
 
-        Raises ForecastError for a context that the target does not support.
+        Raises ForecastError for a context that the target does not support, or that is shorter than what is shared.
         """
         if context > self.target.model.max_model_len:
             raise ForecastError(f"{self.model} is made for {self.target.model.max_model_len} tokens, not {context}")
+        if shared > context:
+            raise ForecastError(f"a context of {context} tokens cannot begin with {shared} shared ones")
         speed, budget, chosen = max(
-            (self._speed(batch, context, budget, gamma) for budget in budgets), key=lambda found: found[0]
+            (self._speed(batch, context, self._cost(budget, shared), gamma) for budget in budgets),
+            key=lambda found: found[0],
         )
-        speculation = SpeculationCost(target=self.target, draft=self.drafter, budget=budget)
+        speculation = self._cost(budget, shared)
         alpha = self.expected_alpha(budget, context)
         limit = speculation.break_even_limit(chosen, alpha)
         t_target = speculation.target_seconds(batch, context)
         weights, kv, draft_weights, draft_kv = self._memory(context, budget, chosen)
+        shared_kv, shared_draft_kv = self._shared_bytes(budget, shared)
+        kv, draft_kv = kv - shared_kv, draft_kv - shared_draft_kv  # of one row alone
         usable = USABLE_MEMORY * self.target.device.memory
-        free = usable - weights - draft_weights
+        free = usable - weights - draft_weights - shared_kv - shared_draft_kv
         largest = max(0, int(free // (kv + draft_kv)))
+        kv_bytes, draft_bytes = shared_kv + batch * kv, draft_weights + shared_draft_kv + batch * draft_kv
         return Forecast(
             model=self.model,
             draft=self.draft,
@@ -111,6 +121,7 @@ class Deployment:
             policy=self.policy,
             batch=batch,
             context=context,
+            shared=shared,
             budget=budget,
             alpha=alpha,
             gamma=chosen,
@@ -125,15 +136,25 @@ class Deployment:
             t_draft_ms=1e3 * speculation.draft_seconds(batch, context),
             t_verify_ms=1e3 * speculation.verify_seconds(batch, context, chosen),
             weight_bytes=weights,
-            kv_bytes=batch * kv,
-            draft_bytes=draft_weights + batch * draft_kv,
-            memory_bytes=weights + draft_weights + batch * (kv + draft_kv),
+            kv_bytes=kv_bytes,
+            draft_bytes=draft_bytes,
+            memory_bytes=weights + kv_bytes + draft_bytes,
             usable_bytes=usable,
         )
 
-    def _speed(self, batch: int, context: int, budget: int | None, gamma: int | None) -> tuple[float, int | None, int]:
+    def _cost(self, budget: int | None, shared: int) -> SpeculationCost:
+        # Sink + window with the target's weights reads the target's own pages, and a draft that reads everything has
+        # pages beside them; all other drafts have a cache for each row.
+        shares = budget is None or (self.policy == "window" and not self.has_own_weights)
+        return SpeculationCost(
+            target=self.target, draft=self.drafter, budget=budget, shared=shared, draft_shares=shares
+        )
+
+    def _speed(
+        self, batch: int, context: int, speculation: SpeculationCost, gamma: int | None
+    ) -> tuple[float, int | None, int]:
         """Predict the speed-up. Returns speed-up, budget and gamma."""
-        speculation = SpeculationCost(target=self.target, draft=self.drafter, budget=budget)
+        budget = speculation.budget
         alpha = self.expected_alpha(budget, context)
         if gamma is not None:
             return speculation.speedup(batch, context, gamma, alpha), budget, gamma
@@ -158,11 +179,23 @@ class Deployment:
         )
         kept = DraftKVSpec() if budget is None else self._footprint(budget, gamma)
         tokens = kept.pages
-        if self.has_own_weights and (budget is None or self.policy == "snapkv"):
+        if self._keeps_context(budget):
             tokens += context + slots
         queries = kept.queries * draft.model.num_layers * draft.model.head_dim * draft.element_bytes
         own = tokens * rank_kv_token_bytes(draft.model, draft.ranks, draft.element_bytes)
         return weights, kv, draft_weights, own + queries * -(-draft.model.num_heads // draft.ranks)
+
+    def _keeps_context(self, budget: int | None) -> bool:
+        """Whether the draft keeps KV of its own for the whole context, in pages beside the target's."""
+        return self.has_own_weights and (budget is None or self.policy == "snapkv")
+
+    def _shared_bytes(self, budget: int | None, shared: int) -> tuple[int, int]:
+        """Compute bytes of the shared tokens on the rank that holds the most: of the target, and of the draft."""
+        target, draft = self.target, self.drafter
+        kept = shared * rank_kv_token_bytes(target.model, target.ranks, target.element_bytes)
+        if not self._keeps_context(budget):
+            return kept, 0
+        return kept, shared * rank_kv_token_bytes(draft.model, draft.ranks, draft.element_bytes)
 
     def _footprint(self, budget: int, gamma: int) -> DraftKVSpec:
         """Compute the draft's own KV per row, in pages of one token."""

@@ -26,8 +26,12 @@ class Choice:
     prompt: list[int]
     params: SamplingParams
     priority: int
+    cache_salt: str
+    """Empty: none."""
     report: bool
     """Whether the answer includes a speculation report."""
+    first: bool
+    """Whether it is the first choice of its prompt."""
     continues: bool
     """Whether the output continues the prompt's text (a completion) or stands alone (a chat answer)."""
 
@@ -48,6 +52,9 @@ class ChoiceDelta:
 class Usage:
     prompt_tokens: int
     """Tokens of all prompts; each counts once, however many choices it has."""
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache held when each prompt's first choice was admitted. Further choices share that
+    one's KV: they do not count."""
     completion_tokens: int = 0
     accepted: int = 0
     rejected: int = 0
@@ -57,6 +64,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": self.accepted,
                 "rejected_prediction_tokens": self.rejected,
@@ -87,6 +95,7 @@ class Generation:
         return {
             "choices": len(self.choices),
             "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": lambda: usage.cached_tokens,
             "completion_tokens": lambda: usage.completion_tokens,
             "accepted_tokens": lambda: usage.accepted,
             "first_token_seconds": lambda: None if self.first is None else round(self.first - self.arrival, 4),
@@ -98,14 +107,9 @@ class Generation:
         """
         with self.service.admit(len(self.choices), sum(len(choice.prompt) for choice in self.choices)) as client:
             stops = stop_strings(self.choices[0].params)
-            # Of several choices from one prompt, the first computes it and the others share its pages.
-            first = {id(choice.prompt): choice.index for choice in reversed(self.choices)}
-            names = [uuid.uuid4().hex for _ in self.choices]
-            runs = []
-            for choice, name in zip(self.choices, names, strict=True):
-                source = first[id(choice.prompt)]
-                shared = None if source == choice.index else names[source]
-                runs.append(self._run(client, choice, stops, name, shared))
+            # Queued in this order: of several choices from one prompt, the first computes it, and the engine lets the
+            # others wait for its pages.
+            runs = [self._run(client, choice, stops) for choice in self.choices]
             held: list[ChoiceDelta] = []
             accepted: set[int] = set()
             async with aclosing(merge(runs)) as merged:
@@ -118,7 +122,7 @@ class Generation:
                         held.clear()
 
     async def _run(
-        self, client: Supervisor, choice: Choice, stops: Sequence[StopString], name: str, share_prompt_with: str | None
+        self, client: Supervisor, choice: Choice, stops: Sequence[StopString]
     ) -> AsyncGenerator[ChoiceDelta, None]:
         nothing = choice.params.max_tokens == 0
         empty = Delta("", [], [], None if choice.params.logprobs is None else [], 0, 0, None, None)
@@ -128,7 +132,14 @@ class Generation:
             return
         context = choice.prompt if choice.continues else ()
         stream = TextStream(self.service.tokenizer, choice.params, context, stops)
-        request = AddRequest(name, choice.prompt, choice.params, self.arrival, choice.priority, share_prompt_with)
+        request = AddRequest(
+            uuid.uuid4().hex,
+            choice.prompt,
+            choice.params,
+            self.arrival,
+            choice.priority,
+            cache_salt=choice.cache_salt,
+        )
         stats = RequestStats(self.arrival, len(choice.prompt))
         try:
             async with aclosing(client.generate(request)) as outputs:
@@ -139,7 +150,10 @@ class Generation:
                         yield ChoiceDelta(choice.index, empty)
                         continue
                     delta = ended if nothing else stream.take(output)
+                    known = stats.cached_tokens
                     seconds = stats.take(output, delta)
+                    if choice.first:
+                        self.usage.cached_tokens += stats.cached_tokens - known
                     if self.first is None and output.tokens:
                         self.first = stats.last
                     self.usage.completion_tokens += len(delta.tokens)

@@ -24,6 +24,8 @@ MAX_GRAMMAR_CHARS = 2**16
 MAX_GRAMMAR_CHOICES = 1024
 MAX_CHOICE_CHARS = 2**14
 """Total length of all grammar choices of a request."""
+MAX_SALT_CHARS = 1024
+"""Length of a cache_salt."""
 MAX_INT = 2**31 - 1
 """Largest count or token id."""
 

@@ -17,9 +17,16 @@ from parallel.group import Group
 
 
 def cpu_config(model: str, rows: int, gamma: int) -> EngineConfig:
-    """Build the config of an engine on the CPU; everything else as by default. Raises ConfigError."""
+    """Build the config of an engine on the CPU, without a prefix cache; everything else as by default. Raises
+    ConfigError."""
     return EngineConfig.model_validate(
-        {"model": model, "device": "cpu", "scheduler": {"max_rows": rows}, "speculation": {"gamma": gamma}}
+        {
+            "model": model,
+            "device": "cpu",
+            "cache": {"prefix": False},  # every prompt is computed whole
+            "scheduler": {"max_rows": rows},
+            "speculation": {"gamma": gamma},
+        }
     )
 
 

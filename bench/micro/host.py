@@ -54,7 +54,8 @@ class Host:
         )
         params = SamplingParams(max_tokens=max_len, temperature=0.0)
         for row in range(rows):
-            self._scheduler.add(AddRequest(str(row), [row] * context, params))
+            # No two rows begin with the same tokens, so they share no pages.
+            self._scheduler.add(AddRequest(str(row), [row] + [0] * (context - 1), params))
         self._state = RowState(max_rows=rows, max_model_len=2 * max_len, page_size=_PAGE, device=torch.device("cpu"))
         self._view = View(Window(budget=budget, sink=_PAGE, page_size=_PAGE), self._state.page_table)
         pages = rows * (width + 1)

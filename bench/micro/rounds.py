@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,9 @@ class RoundTimes(msgspec.Struct):
     """Times at one (rows, context, gamma), in milliseconds.
 
     speedup: at the given acceptance. best_gamma: from 0 to the largest measured one; verify passes between measured
-    gammas are interpolated. best_speedup: at best_gamma.
+    gammas are interpolated. best_speedup: at best_gamma. plain_shared_price, shared_price: time of a KV token that
+    attention reads once for all rows, relative to one that it reads for one row, in a plain step and in a verify pass;
+    None: not measured.
     """
 
     rows: int
@@ -32,6 +35,8 @@ class RoundTimes(msgspec.Struct):
     speedup: float
     best_gamma: int
     best_speedup: float
+    plain_shared_price: float | None = None
+    shared_price: float | None = None
 
 
 def measure(
@@ -43,7 +48,8 @@ def measure(
     alpha: float,
     repeats: int = 3,
 ) -> list[RoundTimes]:
-    """Measure every combination of rows, context and gamma.
+    """Measure every combination of rows, context and gamma; and rows that share pages, at the longest context, where
+    attention reads these once.
 
     config: has the drafter and KV policy to measure. alpha: acceptance, for the speed-ups. Raises BenchError for a
     combination that the engine has no room for.
@@ -57,9 +63,21 @@ def measure(
     found: list[RoundTimes] = []
     try:
         for count in rows:
-            for context in contexts:
-                samples = [engine.profiler.measure(count, context, gamma, repeats) for gamma in (0, *gammas)]
-                found += _times(samples, max_gamma, alpha)
+            batches = [
+                [engine.profiler.measure(count, context, gamma, repeats) for gamma in (0, *gammas)]
+                for context in contexts
+            ]
+            longest = max(contexts)
+            prices: dict[int, float | None] = {}
+            # The price is relative to the cost of a token, which takes two contexts to see.
+            if count > 1 and min(contexts) < longest and engine.profiler.shareable(longest):
+                sharing = [
+                    engine.profiler.measure(count, longest, gamma, repeats, sharing=True) for gamma in (0, *gammas)
+                ]
+                times = StepTimes([*chain(*batches), *sharing], lambda context, budget: context)
+                prices = {gamma: times.shared_price(count, gamma) for gamma in (0, *gammas)}
+            for samples in batches:
+                found += _times(samples, prices, max_gamma, alpha)
     except ValueError as error:
         raise BenchError(str(error)) from error
     finally:
@@ -67,8 +85,11 @@ def measure(
     return found
 
 
-def _times(samples: list[StepSample], max_gamma: int, alpha: float) -> list[RoundTimes]:
-    """Convert the samples of one batch. The first sample is the one without drafts."""
+def _times(
+    samples: list[StepSample], prices: Mapping[int, float | None], max_gamma: int, alpha: float
+) -> list[RoundTimes]:
+    """Convert the samples of one batch. The first sample is the one without drafts. prices: of a shared token, by
+    gamma."""
     plain, *others = samples
     rows, context, target = plain.rows, plain.context, plain.verify_s
     # The number of KV tokens that drafts read does not matter: all samples are of one batch.
@@ -88,6 +109,8 @@ def _times(samples: list[StepSample], max_gamma: int, alpha: float) -> list[Roun
             speedup=speedup(sample.gamma, alpha, target, sample.draft_s / sample.gamma, sample.verify_s),
             best_gamma=best,
             best_speedup=gain,
+            plain_shared_price=prices.get(0),
+            shared_price=prices.get(sample.gamma),
         )
         for sample in others
     ]
@@ -112,7 +135,22 @@ def table(times: Sequence[RoundTimes], alpha: float) -> str:
         )
         lines.append("".join(f"{cell:>11}" for cell in cells))
     lines.append(f"x plain and best gamma are what an acceptance of {alpha:g} would give")
-    return "\n".join(lines)
+    return "\n".join(lines + _price_lines(times))
+
+
+def _price_lines(times: Sequence[RoundTimes]) -> list[str]:
+    """Format the prices of a shared token, one line for each number of rows; none if none were measured."""
+    prices: dict[int, dict[int, float]] = {}
+    for at in times:
+        for gamma, price in ((0, at.plain_shared_price), (at.gamma, at.shared_price)):
+            if price is not None:
+                prices.setdefault(at.rows, {})[gamma] = price
+    head = "time of a KV token that rows share, relative to one that a row reads alone:"
+    lines = [
+        f"{rows:>6} rows: " + ", ".join(f"{price:.2f} at gamma {gamma}" for gamma, price in sorted(by_gamma.items()))
+        for rows, by_gamma in prices.items()
+    ]
+    return [head, *lines] if lines else []
 
 
 def plot(times: Sequence[RoundTimes], path: Path) -> None:

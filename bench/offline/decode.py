@@ -6,13 +6,16 @@ fair because speculation does not change the tokens.
 
 Each KV policy has its own engine with the same prompts, and turns alternate between the engines. A policy's rounds
 therefore include the cost of its own draft cache and of no other. On one rank the engines share the target's weights.
-Plain rounds are measured in the first engine only, as the baseline of all.
+Plain rounds are measured once, as the baseline of all.
+
+With prompts that begin with the same tokens, engines with the prefix cache, whose rows share the pages of those tokens,
+alternate with engines without it, whose rows have pages of their own. Each kind has its own plain rounds.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
@@ -28,16 +31,19 @@ from planner.cost_model import speedup
 class DecodeResult:
     """Result of one (batch, context, gamma). Times are medians over rounds, in milliseconds; other values are means.
 
+    shared: number of tokens that all prompts begin with. prefix: whether rows share the pages of these tokens.
     tokens_per_second: for the whole batch, mean tokens per round over the typical round time (Rounds.typical_s). gamma:
     mean over the rounds. t_target_ms: a plain round of the same run, if measured. t_draft_ms: one draft step; None
     with `auto`. t_verify_ms: the target pass, which for gamma = 0 is the plain step. kv_bytes_per_token: KV bytes read
-    per output token, drafts included. bytes_per_second: weight and KV bytes that a round has to read, over its time.
-    speedup: measured, over plain rounds. predicted: the cost model's speed-up (planner.cost_model.speedup) from the
-    acceptance and the three times measured here.
+    per output token, drafts included; shared pages count once. bytes_per_second: weight and KV bytes that a round has
+    to read, over its time. speedup: measured, over plain rounds of engines with the same `prefix`. predicted: the cost
+    model's speed-up (planner.cost_model.speedup) from the acceptance and the three times measured here.
     """
 
     batch: int
     context: int
+    shared: int
+    prefix: bool
     speculation: Gamma
     gamma: float
     policy: str
@@ -64,10 +70,12 @@ def measure(
     new_tokens: int,
     history: int = 0,
     temperature: float = 0.0,
+    shared: int = 0,
 ) -> list[DecodeResult]:
     """Decode `new_tokens` per row with each of `gammas` and each of `configs`.
 
-    configs: differ only in their speculation. If `auto` is among the gammas, their own gamma must be `auto`, and their
+    configs: differ only in their speculation and in `cache.prefix`. shared: number of tokens that all prompts begin
+    with. If `auto` is among the gammas, their own gamma must be `auto`, and their
     gamma_max bounds it. prompts: one per row, all of one length. history: tokens per row that `auto` learns from before
     it is timed. Raises BenchError if prompt and output do not fit the model.
     """
@@ -87,15 +95,27 @@ def measure(
             contenders.append(contender)
             contender.prefill(prompts, len(gammas), max_gamma, new_tokens, history, temperature)
         drafting = [gamma for gamma in gammas if gamma]
-        turns = [(contenders[0], gamma) for gamma in gammas]
-        turns += [(contender, gamma) for contender in contenders[1:] for gamma in drafting]
+        baselines: dict[bool, Contender] = {}
+        for contender in contenders:
+            baselines.setdefault(contender.config.cache.prefix, contender)
+        turns = [
+            (contender, gamma)
+            for contender in contenders
+            for gamma in (gammas if contender in baselines.values() else drafting)
+        ]
         run_turns(turns, new_tokens * batch, history)
-        plain = contenders[0].rounds.get(0)
-        return [_result(gamma, contender, plain, prompts) for contender, gamma in turns]
+        return [
+            _result(gamma, contender, baselines[contender.config.cache.prefix].rounds.get(0), prompts, shared)
+            for contender, gamma in turns
+        ]
 
 
 def _result(
-    speculation: Gamma, contender: Contender, plain: RoundMeasurements | None, prompts: Sequence[Sequence[int]]
+    speculation: Gamma,
+    contender: Contender,
+    plain: RoundMeasurements | None,
+    prompts: Sequence[Sequence[int]],
+    shared: int,
 ) -> DecodeResult:
     rounds, engine, kv = contender.rounds[speculation], contender.engine, contender.config.speculation.kv
     seconds, t_verify = rounds.typical_s, median(rounds.verify)
@@ -113,6 +133,8 @@ def _result(
     return DecodeResult(
         batch=len(prompts),
         context=len(prompts[0]),
+        shared=shared,
+        prefix=contender.config.cache.prefix,
         speculation=speculation,
         gamma=gamma,
         policy=kv.policy if gamma else "none",
@@ -136,11 +158,12 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else 1e3 * seconds
 
 
-def table(results: Iterable[DecodeResult], ceiling: float) -> str:
+def table(results: Sequence[DecodeResult], ceiling: float) -> str:
     """Format results as a text table. ceiling: bytes per second of a sequential read."""
     head = (
         "batch",
         "context",
+        "shared",
         "policy",
         "draft",
         "gamma",
@@ -161,6 +184,7 @@ def table(results: Iterable[DecodeResult], ceiling: float) -> str:
         cells = (
             str(result.batch),
             str(result.context),
+            str(result.shared) if result.prefix else "-",
             result.policy,
             str(result.speculation or "off"),
             f"{result.gamma:.2f}",
@@ -177,9 +201,33 @@ def table(results: Iterable[DecodeResult], ceiling: float) -> str:
             f"{100 * result.bytes_per_second / ceiling:.0f} %",
         )
         lines.append("".join(f"{cell:>11}" for cell in cells))
+    lines += comparison(results)
     lines.append("x model: the cost model's speed-up, Ω·T_T / (γ·T_D + T_V), from the times and acceptance of this run")
     lines.append(f"sequential read on this device: {ceiling / 1e9:.1f} GB/s")
     return "\n".join(lines)
+
+
+def comparison(results: Sequence[DecodeResult]) -> list[str]:
+    """Describe what shared pages bring: a line for each (batch, context, policy, draft) measured with and without."""
+
+    def place(result: DecodeResult) -> tuple[int, int, str, Gamma]:
+        return result.batch, result.context, result.policy, result.speculation
+
+    own = {place(result): result for result in results if not result.prefix}
+    lines = []
+    for once in results:
+        each = own.get(place(once)) if once.prefix else None
+        if each is None:
+            continue
+        lines.append(
+            f"{once.batch} rows of {once.context} tokens, the first {once.shared} in common, {once.policy}, draft "
+            f"{once.speculation or 'off'}: "
+            f"KV per token {once.kv_bytes_per_token / 1e6:.1f} MB counted once, {each.kv_bytes_per_token / 1e6:.1f} "
+            f"for each row (x {once.kv_bytes_per_token / each.kv_bytes_per_token:.2f}); tokens/s "
+            f"{once.tokens_per_second:.1f} with shared pages, {each.tokens_per_second:.1f} without "
+            f"(x {once.tokens_per_second / each.tokens_per_second:.2f})"
+        )
+    return lines
 
 
 def _cell(value: float | None, digits: int) -> str:

@@ -31,7 +31,8 @@ def main() -> None:
     texts = []
     for gamma in (0, arguments.gamma):
         speculation = {"gamma": gamma, "kv": {"budget": arguments.budget}}
-        with LLM(arguments.model, dtype=arguments.dtype, speculation=speculation) as llm:
+        cache = {"prefix": False}  # passages of a short text overlap, and each row must compute its own
+        with LLM(arguments.model, dtype=arguments.dtype, speculation=speculation, cache=cache) as llm:
             prompts = passages(llm.tokenizer, read_text(arguments.text), count=arguments.rows, length=arguments.context)
             params = [
                 SamplingParams(

@@ -16,7 +16,7 @@ import msgspec
 
 from bench.corpus import passages, read_text
 from bench.paper.forecast_report import check_plotting
-from engine.config.deployment import EngineConfig
+from engine.config.deployment import CacheConfig, EngineConfig
 from engine.llm import LLM
 from engine.messages import AddRequest
 from engine.params import SamplingParams
@@ -110,7 +110,7 @@ def main() -> None:
     if arguments.plot:
         check_plotting()
     stretches = measure(
-        EngineConfig(model=arguments.model),
+        EngineConfig(model=arguments.model, cache=CacheConfig(prefix=False)),  # every row reads its own context
         rows=arguments.rows,
         start=arguments.start,
         end=arguments.end,

@@ -44,7 +44,7 @@ class InterleavedController:
 
     def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
         if self.gamma == "auto":
-            gammas = self.auto.choose(rows)
+            gammas = self.auto.choose(rows, shared_tokens)
             self.budget = self.auto.budget
             return gammas
         self.budget = 0
@@ -97,7 +97,7 @@ class Contender:
         self.config = config
         self.rounds: dict[Gamma, RoundMeasurements] = {}
         self._controller = InterleavedController(gamma_max)
-        self._batch = 0
+        self._batch = self._context = 0
         self.engine = Engine(config, model=target, controller=self._controller, progress=False)
         if auto:
             self._controller.auto = self.engine.make_controller()
@@ -116,7 +116,7 @@ class Contender:
         Raises BenchError if the model has no room for `history` and then `turns` x `new_tokens` more tokens per row.
         """
         batch, context, room = len(prompts), len(prompts[0]), self.engine.ready.max_model_len
-        self._batch = batch
+        self._batch, self._context = batch, context
         # Rows that finish prefill early decode while the others are prefilled. Rows that a draft model has prefilled
         # draft while it prefills the others. A turn can overshoot.
         drift = batch * context // (self.config.scheduler.max_batch_tokens - batch) + 1
@@ -166,7 +166,7 @@ class Contender:
             _step(engine)
             seconds, after = perf_counter() - began, engine.stats()
             self._check_running(after)
-            context = (after.prompt_tokens + after.generated_tokens) / self._batch
+            context = self._context + after.generated_tokens / self._batch
             self.rounds[gamma].add(before, after, seconds, context)
 
     def _check_running(self, stats: EngineStats) -> None:

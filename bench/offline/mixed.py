@@ -3,7 +3,8 @@
     python -m bench.offline.mixed --speculation off,3,auto --requests 24 --rate 0.5 --json mixed.json
 
 The same requests arrive at the same times in every run. Runs alternate, `--repeats` times each, in one process that
-loads the weights once. The results are the duration of the load and the latencies of requests.
+loads the weights once. The results are the duration of the load and the latencies of requests. The prefix cache finds
+nothing: each run has an engine of its own, in which prompts begin at different places of the text.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ def measure_rounds(
                     "max_waiting": batch,
                 }
             ),
-            "cache": described.cache.model_copy(update={"num_pages": None}),
+            # Each prompt is sent once per set of parameters; every request computes its own.
+            "cache": described.cache.model_copy(update={"num_pages": None, "prefix": False}),
         }
     )
     if context + new_tokens > target.max_positions:

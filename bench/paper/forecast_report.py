@@ -21,16 +21,19 @@ class PlotError(RuntimeError):
 def table(forecasts: Sequence[Forecast]) -> str:
     """Format forecasts of one deployment as a text table, one line each."""
     first = forecasts[0]
+    sharing = any(row.shared for row in forecasts)
+    columns = (*_COLUMNS[:2], "shared", *_COLUMNS[2:]) if sharing else _COLUMNS
     draft = f"{first.draft} as draft, {first.policy}" if first.draft != "self" else f"self-speculation, {first.policy}"
     lines = [
         f"{first.model} on {first.tensor_parallel} x {first.gpu}, {draft}; "
         f"{first.usable_bytes / 1e9:.1f} GB of each for weights and KV",
-        "".join(f"{name:>11}" for name in _COLUMNS),
+        "".join(f"{name:>11}" for name in columns),
     ]
     for row in forecasts:
         cells = (
             row.batch,
             row.context,
+            *((row.shared,) if sharing else ()),
             "all" if row.budget is None else row.budget,
             f"{row.alpha:.2f}",
             row.gamma or "off",
@@ -88,6 +91,7 @@ def plot(forecasts: Sequence[Forecast], path: Path) -> None:
     axes.set_xlabel("batch (rows)" if over_batch else "context (tokens)")
     axes.set_ylabel("speed-up over plain decoding, predicted")
     draft = "self-speculation" if first.draft == "self" else f"{first.draft} as draft"
-    axes.set_title(f"{first.model}, {draft}, {first.tensor_parallel} × {first.gpu}")
+    sharing = f", first {first.shared:,} tokens shared" if first.shared else ""
+    axes.set_title(f"{first.model}, {draft}, {first.tensor_parallel} × {first.gpu}{sharing}")
     axes.legend()
     figure.savefig(path, format="png", dpi=150)

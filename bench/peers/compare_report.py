@@ -56,10 +56,20 @@ class First(msgspec.Struct):
     error: str | None = None
 
 
+class ChatTimes(msgspec.Struct):
+    """Times to first token of a growing chat. prompts: tokens of each turn's prompt. first_token_s: by turn, one item
+    per chat."""
+
+    contender: str
+    prompts: list[int]
+    first_token_s: list[list[float]]
+    error: str | None = None
+
+
 class ComparisonReport(msgspec.Struct):
     """threads: of each contender; under a quota, of those that do not choose by it. temperature: of sampling. busy:
     number of processes that computed meanwhile, each on one of the first CPUs. quota: of each contender, in CPUs.
-    date: of the measurement, as YYYY-MM-DD."""
+    date: of the measurement, as YYYY-MM-DD. shared: number of tokens that all prompts of a point begin with."""
 
     threads: int
     new_tokens: int
@@ -72,6 +82,8 @@ class ComparisonReport(msgspec.Struct):
     contenders: list[Entry] = []
     points: list[Point] = []
     firsts: list[First] = []
+    chats: list[ChatTimes] = []
+    shared: int = 0
 
     @property
     def conditions(self) -> str:
@@ -80,6 +92,8 @@ class ComparisonReport(msgspec.Struct):
         parts.append(f"temperature {self.temperature:g}{'' if self.temperature else ' (greedy)'}")
         if self.quota is not None:
             parts.append(f"a quota of {self.quota:g} CPUs for each")
+        if self.shared:
+            parts.append(f"all rows begin with the same {self.shared} tokens")
         if self.busy:
             parts.append(f"{self.busy} busy process{'es' * (self.busy > 1)} on the first CPUs")
         return "; ".join(part for part in parts if part)
@@ -112,6 +126,14 @@ def table(report: ComparisonReport, only: tuple[int, int] | None = None) -> str:
         lines.append(f"time to the first token of {report.firsts[0].context}, s:")
         for first in report.firsts:
             lines.append(f"{first.contender:<{width}}{_cell(_median(first.first_token_s), 2)}{_note(first.error)}")
+        lines.append("")
+    if report.chats:
+        prompts = report.chats[0].prompts
+        lines.append("time to the first token of each turn of a chat, s; tokens of its prompt:")
+        lines.append(" " * width + "".join(f"{prompt:>8}" for prompt in prompts))
+        for chat in report.chats:
+            cells = "".join(f"{_cell(_median(times), 3)[-8:]}" for times in chat.first_token_s)
+            lines.append(f"{chat.contender:<{width}}{cells}{_note(chat.error)}")
         lines.append("")
     for entry in report.contenders:
         what = entry.about
@@ -179,6 +201,9 @@ def plot(report: ComparisonReport, path: Path) -> None:
     if report.firsts:
         title = f"first token of {report.firsts[0].context:,}"
         panels.append((title, "s", {at.contender: _median(at.first_token_s) for at in report.firsts}))
+    for turn in {0, len(report.chats[0].prompts) - 1} if report.chats else ():
+        title = f"first token of turn {turn + 1}, {report.chats[0].prompts[turn]:,}"
+        panels.append((title, "s", {at.contender: _median(at.first_token_s[turn]) for at in report.chats}))
     figure = Figure(figsize=(3 * max(1, len(panels)) + 1.5, 0.4 * len(names) + 1.5), layout="constrained")
     row = figure.subplots(1, max(1, len(panels)), squeeze=False, sharey=True)[0]
     for axes, (title, unit, values) in zip(row, panels, strict=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import aiohttp
 import msgspec
 
-from bench.serving.load import Arrivals, Item, arrival_times
+from bench.serving.load import Arrivals, Job, UserCall, arrival_times
 
 Fate = Literal["answered", "refused", "failed", "timed out", "broken off"]
 """Outcome of a request. answered: complete. refused: status 429 or 503, for lack of room. failed: any other error from
@@ -23,7 +24,9 @@ class RequestRecord:
     """Times and outcome of one request. Times in seconds of time.perf_counter().
 
     due: scheduled send time. sent: actual send time. chunks: arrival of each chunk with text. ended: end of the answer.
-    prompt_tokens, tokens: prompt and output tokens by the server's count. reason: error message, if any.
+    prompt_tokens, tokens: prompt and output tokens by the server's count. reason: error message, if any. turn: its
+    number in its conversation, from 1. cached_tokens: prompt tokens that the server found in its prefix cache; None if
+    it does not say. text: the answer.
     """
 
     due: float
@@ -34,6 +37,9 @@ class RequestRecord:
     tokens: int = 0
     fate: Fate = "broken off"
     reason: str = ""
+    turn: int = 1
+    cached_tokens: int | None = None
+    text: str = ""
 
     @property
     def first_s(self) -> float:
@@ -76,41 +82,58 @@ class LoadClient:
         self._target = target
         self._done = done
 
-    async def at_rate(self, items: Sequence[Item], rate: float, arrivals: Arrivals, seed: int) -> list[RequestRecord]:
-        """Run an open loop: send each request when it is due, regardless of the number in flight."""
+    async def at_rate(self, jobs: Sequence[Job], rate: float, arrivals: Arrivals, seed: int) -> list[RequestRecord]:
+        """Run an open loop: begin each job when it is due, regardless of the number in flight."""
         async with self._session() as session:
             began = time.perf_counter()
             tasks = []
-            for item, at in zip(items, arrival_times(arrivals, rate, seed), strict=False):
+            for job, at in zip(jobs, arrival_times(arrivals, rate, seed), strict=False):
                 due = began + at
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                tasks.append(asyncio.create_task(self._ask(session, item, due)))
-            return list(await asyncio.gather(*tasks))
+                tasks.append(asyncio.create_task(self._serve(session, job, due)))
+            return [record for records in await asyncio.gather(*tasks) for record in records]
 
-    async def at_concurrency(self, items: Sequence[Item], concurrency: int) -> list[RequestRecord]:
-        """Run a closed loop: keep `concurrency` requests in flight."""
-        left = list(enumerate(items))[::-1]
-        records: dict[int, RequestRecord] = {}
+    async def at_concurrency(self, jobs: Sequence[Job], concurrency: int) -> list[RequestRecord]:
+        """Run a closed loop: keep `concurrency` jobs in flight."""
+        left = list(enumerate(jobs))[::-1]
+        records: dict[int, list[RequestRecord]] = {}
         async with self._session() as session:
 
             async def user() -> None:
                 while left:
-                    number, item = left.pop()
-                    records[number] = await self._ask(session, item, time.perf_counter())
+                    number, job = left.pop()
+                    records[number] = await self._serve(session, job, time.perf_counter())
 
-            await asyncio.gather(*(user() for _ in range(min(concurrency, len(items)))))
-        return [records[number] for number in range(len(items))]
+            await asyncio.gather(*(user() for _ in range(min(concurrency, len(jobs)))))
+        return [record for number in range(len(jobs)) for record in records[number]]
 
     def _session(self) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(total=self._target.timeout_s)
         connector = aiohttp.TCPConnector(limit=0)
         return aiohttp.ClientSession(headers=self._target.headers, timeout=timeout, connector=connector)
 
-    async def _ask(self, session: aiohttp.ClientSession, item: Item, due: float) -> RequestRecord:
-        record = RequestRecord(due, time.perf_counter())
+    async def _serve(self, session: aiohttp.ClientSession, job: Job, due: float) -> list[RequestRecord]:
+        """Send the calls of a job, each when the user has thought about the answer before. One without an answer is
+        the last."""
+        records: list[RequestRecord] = []
+        calls = job.calls()
+        call = next(calls)
+        while True:
+            record = await self._ask(session, call, due)
+            records.append(record)
+            if record.fate != "answered":
+                return records
+            try:
+                call = calls.send(record.text)
+            except StopIteration:
+                return records
+            due = record.ended + call.pause_s
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+
+    async def _ask(self, session: aiohttp.ClientSession, call: UserCall, due: float) -> RequestRecord:
+        record = RequestRecord(due, time.perf_counter(), turn=call.turn)
         body = {
-            "prompt": item.prompt,
-            "max_tokens": item.output,
+            **call.body,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -118,7 +141,7 @@ class LoadClient:
             **self._target.body,
         }
         try:
-            async with session.post(f"{self._target.url}/v1/completions", json=body) as answer:
+            async with session.post(self._target.url + call.path, json=body) as answer:
                 if answer.status != 200:
                     record.fate = "refused" if answer.status in (429, 503) else "failed"
                     record.reason = f"{answer.status} {(await answer.text())[:200]}"
@@ -144,10 +167,47 @@ class LoadClient:
             chunk: dict[str, Any] = msgspec.json.decode(data)
             if "error" in chunk:
                 record.fate, record.reason = "failed", str(chunk["error"])[:200]
-            if any(choice.get("text") for choice in chunk.get("choices", ())):
+            text = "".join(_text_of(choice) for choice in chunk.get("choices", ()))
+            if text:
                 record.chunks.append(now)
+                record.text += text
             if usage := chunk.get("usage"):
                 record.prompt_tokens, record.tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+
+
+def _text_of(choice: dict[str, Any]) -> str:
+    """Return the new text of a choice, of a completion or a chat."""
+    return choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCounts:
+    """A server's totals since it started. queries: prompt tokens looked up in its prefix cache. hits: those found."""
+
+    queries: float
+    hits: float
+
+
+async def read_prefix_counts(target: Target) -> PrefixCounts | None:
+    """Read the counters of the prefix cache from the server's metrics, which have vLLM's names. None without them."""
+    timeout = aiohttp.ClientTimeout(total=30)
+    try:
+        async with (
+            aiohttp.ClientSession(headers=target.headers, timeout=timeout) as session,
+            session.get(f"{target.url}/metrics", raise_for_status=True) as answer,
+        ):
+            text = await answer.text()
+    except (aiohttp.ClientError, TimeoutError):
+        return None
+    sums = []
+    for name in ("queries", "hits"):
+        # One line per model and engine, as `name{labels} value`.
+        values = re.findall(rf"^vllm:prefix_cache_{name}_total(?:{{.*}})? (\S+)", text, re.MULTILINE)
+        if not values:
+            return None
+        sums.append(sum(map(float, values)))
+    return PrefixCounts(*sums)
 
 
 async def list_model(target: Target) -> str:

@@ -64,9 +64,31 @@ PANELS: list[tuple[str, str, dict[str, str]]] = [
         "s",
         {"{{part}}": "sum by (part) (rate(magicdec_round_seconds_total[$__rate_interval]))"},
     ),
-    ("KV pool in use", "percentunit", {"{{instance}}": "magicdec_kv_cache_usage_ratio"}),
+    (
+        "KV pool: owned by requests, cached",
+        "percentunit",
+        {
+            "{{instance}} owned": "magicdec_kv_cache_usage_ratio",
+            "{{instance}} cached": 'magicdec_pages{state="cached"} / ignoring(state) (magicdec_pages_total > 0)',
+        },
+    ),
+    (
+        "Prompt tokens from the prefix cache",
+        "percentunit",
+        {
+            "{{instance}}": "magicdec:prefix_hits:ratio5m",
+            "{{instance}} in total": "magicdec_prefix_hits_total / (magicdec_prefix_queries_total > 0)",
+        },
+    ),
     ("KV bytes read per token", "bytes", {"{{instance}}": "magicdec:kv_bytes_read_per_token:mean5m"}),
-    ("Preemptions per second", "short", {"{{instance}}": "rate(magicdec_preemptions_total[$__rate_interval])"}),
+    (
+        "Preemptions, evictions of cached pages, per second",
+        "short",
+        {
+            "{{instance}} preemptions": "rate(magicdec_preemptions_total[$__rate_interval])",
+            "{{instance}} evictions": "rate(magicdec_prefix_evictions_total[$__rate_interval])",
+        },
+    ),
     (
         "Engine restarts, requests retried",
         "short",

@@ -14,7 +14,7 @@ from itertools import accumulate
 from engine.control.acceptance import AcceptanceEstimates
 from engine.control.calibration import Calibration
 from engine.control.catch_up import CatchUp, needs_catch_up, only_smallest_lag
-from engine.control.goodput import Batch, Goodput, Option, Options, bucket
+from engine.control.goodput import Batch, Goodput, Option, Options, draft_bucket, verify_bucket
 from engine.control.step_times import StepTimes
 from engine.plan import RoundPlan, RoundResult
 from engine.scheduler.controller import ControllerReport
@@ -74,7 +74,7 @@ class AutoGamma:
     def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
         """See Controller.choose."""
         self._rounds += 1
-        batch = Batch.from_requests(rows, self._gamma_max)
+        batch = Batch.from_requests(rows, self._gamma_max, shared_tokens)
         options = self._goodput.options(batch, self._current_budget)
         if self._rounds % _EXPLORE_EVERY == 0:
             options = self._compare_budgets(batch, options)
@@ -171,14 +171,14 @@ class AutoGamma:
         """Learn from the times of a round that only decoded."""
         batch, gammas = decision.batch, [work.gamma for work in plan.work]
         mean = sum(gammas) / batch.count
-        predicted = self._times.verify(batch.count, batch.total, [mean])[0]
+        predicted = batch.verify_seconds(self._times, [mean])[0]
         kind = "verify" if mean else "plain"
-        self._calibration.update(kind, bucket(batch, round(mean)), result.verify_seconds, predicted)
+        where = verify_bucket(batch, self._times, round(mean))
+        self._calibration.update(kind, where, result.verify_seconds, predicted)
         drafting = 0.0
         if mean:
-            read = batch.read(self._times, plan.budget)
-            drafting = sum(self._times.draft(rows, read) for rows in _rows_by_step(gammas))
-        where = bucket(batch, plan.budget)
+            drafting = sum(batch.draft_seconds(self._times, plan.budget, rows) for rows in _rows_by_step(gammas))
+        where = draft_bucket(batch, self._times, plan.budget)
         if caught_up:  # the time of the drafts alone is unknown
             drafting *= self._calibration.factor("draft", where)
             self._catch_up.record(caught_up, result.draft_seconds - drafting)

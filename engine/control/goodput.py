@@ -12,7 +12,7 @@ for one gamma.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,30 +30,38 @@ Floats = npt.NDArray[np.float64]
 class Batch:
     """The rows of one round, prepared once for all options.
 
-    contexts: number of committed tokens of each. limits: [rows], largest number of drafts of each.
+    contexts: number of committed tokens of each. total: of all. shared: those that need no reading (Controller.choose).
+    limits: [rows], largest number of drafts of each.
     """
 
-    def __init__(self, rows: Sequence[Request], limits: Ints) -> None:
+    def __init__(self, rows: Sequence[Request], limits: Ints, shared_tokens: int) -> None:
         self.rows = rows
         self.contexts = [len(request.tokens) for request in rows]
         self.count, self.total = len(rows), sum(self.contexts)
+        self.shared = shared_tokens
         self.limits = limits
-        self._read: dict[int, float] = {}
+        self._read: dict[int, tuple[float, float]] = {}
 
     @classmethod
-    def from_requests(cls, rows: Sequence[Request], gamma_max: int) -> Batch:
+    def from_requests(cls, rows: Sequence[Request], gamma_max: int, shared_tokens: int) -> Batch:
         limits = np.array([request.max_draft_tokens for request in rows], dtype=np.int64)
-        return cls(rows, limits.clip(0, gamma_max))
+        return cls(rows, limits.clip(0, gamma_max), shared_tokens)
 
     def limited(self, limits: Ints) -> Batch:
         """Return the same rows with other limits."""
-        return Batch(self.rows, limits)
+        return Batch(self.rows, limits, self.shared)
 
-    def read(self, times: StepTimes, budget: int) -> float:
-        """Compute the mean number of KV tokens that a draft step reads of a row."""
+    def draft_seconds(self, times: StepTimes, budget: int, rows: int) -> float:
+        """Predict the seconds of a draft step of `rows` of these rows, before calibration."""
         if budget not in self._read:
-            self._read[budget] = times.read(self.contexts, budget)
-        return self._read[budget]
+            shared = times.draft_shared(self.contexts, budget, self.shared)
+            self._read[budget] = times.read(self.contexts, budget), shared
+        read, shared = self._read[budget]
+        return times.draft(rows, read, shared * (rows - 1) / (self.count - 1) if rows > 1 else 0)
+
+    def verify_seconds(self, times: StepTimes, gammas: Iterable[float]) -> list[float]:
+        """Predict the seconds of verify passes by mean number of drafts per row, before calibration."""
+        return times.verify(self.count, self.total, gammas, self.shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,23 +159,31 @@ class Goodput:
 
     def _verify(self, batch: Batch) -> list[float]:
         """Predict the seconds of a verify pass, by gamma."""
-        times = self._times.verify(batch.count, batch.total, range(self._gamma_max + 1))
+        times = batch.verify_seconds(self._times, range(self._gamma_max + 1))
         kinds = ["plain"] + ["verify"] * self._gamma_max
         return [
-            seconds * self._calibration.factor(kind, bucket(batch, gamma))
+            seconds * self._calibration.factor(kind, verify_bucket(batch, self._times, gamma))
             for gamma, (kind, seconds) in enumerate(zip(kinds, times, strict=True))
         ]
 
     def _draft(self, batch: Batch, budget: int) -> tuple[float, float]:
         """Predict the seconds of a draft step: with one row, and for each further row."""
-        read = batch.read(self._times, budget)
-        factor = self._calibration.factor("draft", bucket(batch, budget))
-        first_row_s = factor * self._times.draft(1, read)
+        factor = self._calibration.factor("draft", draft_bucket(batch, self._times, budget))
+        first_row_s = factor * batch.draft_seconds(self._times, budget, 1)
         if batch.count == 1:
             return first_row_s, 0.0
-        return first_row_s, (factor * self._times.draft(batch.count, read) - first_row_s) / (batch.count - 1)
+        all_rows_s = factor * batch.draft_seconds(self._times, budget, batch.count)
+        return first_row_s, (all_rows_s - first_row_s) / (batch.count - 1)
 
 
-def bucket(batch: Batch, detail: int) -> tuple[int, int, int]:
-    """Return a key that batches of about this size share for calibration. detail: gamma, or the drafts' budget."""
-    return batch.count.bit_length(), batch.total.bit_length(), detail
+def verify_bucket(batch: Batch, times: StepTimes, gamma: int) -> tuple[int, int, int]:
+    """Return a key that verify passes over about as many rows and effective tokens share for calibration; with gamma 0,
+    plain steps."""
+    tokens = times.effective_tokens(batch.count, batch.total, batch.shared, gamma)
+    return batch.count.bit_length(), int(tokens).bit_length(), gamma
+
+
+def draft_bucket(batch: Batch, times: StepTimes, budget: int) -> tuple[int, int, int]:
+    """Return such a key for draft steps, which have one query per row as plain steps have."""
+    count, tokens, _ = verify_bucket(batch, times, 0)
+    return count, tokens, budget

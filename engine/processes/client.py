@@ -27,6 +27,8 @@ from engine.messages import (
     Outputs,
     Ready,
     RequestOutput,
+    ResetPrefixCache,
+    ToEngine,
 )
 from engine.processes.endpoint import HEARTBEAT, SOCKET, EndpointError, check_private, new_directory
 from engine.processes.engine_server import EngineLaunch
@@ -182,6 +184,13 @@ class EngineClient:
     def abort_all(self) -> None:
         self.abort(list(self._live))
 
+    def reset_prefix_cache(self) -> None:
+        """Empty the engine's prefix cache. Messages arrive in order: requests sent from now on find nothing of it that
+        was there before. Raises EngineDead."""
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        self._post(ResetPrefixCache())
+
     async def wait_dead(self) -> str:
         """Return the reason once the engine is gone."""
         await self._death.wait()
@@ -276,7 +285,7 @@ class EngineClient:
             queue.put_nowait(None)
         self._live.clear()
 
-    def _post(self, message: AddRequest | AbortRequests) -> None:
+    def _post(self, message: ToEngine) -> None:
         # The queue to the engine has no limit, so this never waits.
         future = asyncio.ensure_future(self._socket.send(msgspec.msgpack.encode(message)))
         future.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -42,6 +42,7 @@ from engine.messages import (
     Outputs,
     Ready,
     RequestOutput,
+    ResetPrefixCache,
     ToEngine,
 )
 from engine.processes.endpoint import HEARTBEAT, SOCKET, remove
@@ -82,6 +83,7 @@ class EngineLike(Protocol):
 
     def add(self, request: AddRequest) -> None: ...
     def abort(self, ids: Iterable[str]) -> None: ...
+    def reset_prefix_cache(self) -> None: ...
     def has_work(self) -> bool: ...
     def step(self, meanwhile: Callable[[], None]) -> list[RequestOutput]: ...
     def check_ranks(self) -> float: ...
@@ -150,7 +152,7 @@ class EngineServer:
                 ready, stats = self._engine.ready, self._engine.stats()
                 self._send(peer, msgspec.structs.replace(ready, stats=stats, heartbeat=self._heartbeat.name))
             try:
-                message: AddRequest | AbortRequests = self._decoder.decode(data)
+                message: ToEngine = self._decoder.decode(data)
             except msgspec.MsgspecError as error:
                 logger.error("cannot read a message: %s", error)
                 if (id := _request_id(data)) is not None:
@@ -158,6 +160,9 @@ class EngineServer:
                 continue
             if isinstance(message, AbortRequests):
                 self._abort(message.ids)
+            elif isinstance(message, ResetPrefixCache):
+                self._engine.reset_prefix_cache()
+                logger.info("the prefix cache was reset")
             else:
                 self._add(peer, message)
 

@@ -88,7 +88,8 @@ class Supervisor:
         pages."""
         stats = add_totals(self._client.stats, self._previous_totals)
         if self._client.dead is not None:
-            return msgspec.structs.replace(stats, running=0, waiting=len(self._waiting), pages_total=0, pages_free=0)
+            nothing = {"running": 0, "pages_total": 0, "pages_free": 0, "pages_cached": 0}
+            return msgspec.structs.replace(stats, waiting=len(self._waiting), **nothing)
         return stats
 
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
@@ -130,6 +131,14 @@ class Supervisor:
     def abort_all(self) -> None:
         self._client.abort_all()
         self.abort(list(self._waiting))
+
+    def reset_prefix_cache(self) -> None:
+        """Empty the engine's prefix cache; see EngineClient.reset_prefix_cache. Raises EngineDown while there is no
+        engine, EngineDead if there will be none."""
+        client = self._client
+        if client.dead is not None:
+            raise self._error(client)
+        client.reset_prefix_cache()
 
     async def wait_dead(self) -> str:
         """Return the reason once the engine is gone for good."""

@@ -55,6 +55,18 @@ class Controller(Protocol):
         ...
 
 
+def shared_in_part(shared_tokens: float, contexts: Sequence[int], part: Sequence[int]) -> float:
+    """Estimate how many of a batch's shared tokens remain shared in a part of its rows. contexts, part: tokens of all
+    rows, and of those in the part.
+
+    Of k rows that begin with the same tokens all but one share them. So this is exact for rows of one length that all
+    have the same prefix.
+    """
+    if len(part) < 2:
+        return 0.0
+    return shared_tokens * sum(part) / sum(contexts) * (1 - 1 / len(part)) / (1 - 1 / len(contexts))
+
+
 class FixedGamma:
     """The same gamma for every row and round."""
 

@@ -10,6 +10,7 @@ import msgspec
 
 from engine.messages import EngineStats
 from engine.plan import RoundPlan, RoundResult, RowWork
+from engine.scheduler.controller import shared_in_part
 from engine.scheduler.request import Request
 
 
@@ -28,8 +29,9 @@ class StatsRecorder:
         draft_pages_per_row: int,
     ) -> None:
         """draft_tokens_read: maps a row's tokens and a budget to the KV slots that a draft step reads. policy,
-        draft_pages_per_row: see EngineStats."""
+        draft_pages_per_row: see EngineStats; drafts that keep pages of their own share none."""
         self._draft_tokens_read = draft_tokens_read
+        self._drafts_share = not draft_pages_per_row
         self.totals = EngineStats(
             pages_total=pages_total,
             page_size=page_size,
@@ -40,12 +42,28 @@ class StatsRecorder:
             gamma_chosen=[0] * (gamma_max + 1),
         )
 
-    def record_plan(self, plan: RoundPlan, requests: Sequence[Request]) -> None:
-        """Count a round's rows. Call before the round is committed."""
+    def record_plan(self, plan: RoundPlan, requests: Sequence[Request], shared_tokens: int = 0) -> None:
+        """Count a round's rows. Call before the round is committed. shared_tokens: of its decoding rows
+        (Controller.choose); they count once, for the row that reads them."""
         self.totals.rounds += 1
-        for request, work in zip(requests, plan.work, strict=True):
-            if request.decoding:
-                self._decode_row(work, plan.budget)
+        decoding = [work for request, work in zip(requests, plan.work, strict=True) if request.decoding]
+        for work in decoding:
+            self._decode_row(work, plan.budget)
+        if shared_tokens:
+            self.totals.kv_tokens_read -= shared_tokens + self._shared_by_drafts(decoding, plan.budget, shared_tokens)
+
+    def _shared_by_drafts(self, decoding: Sequence[RowWork], budget: int, shared_tokens: int) -> int:
+        """Estimate the shared tokens of all draft steps. Drafts that read whole contexts share as the target does;
+        windows share no more than the sink."""
+        if not self._drafts_share:
+            return 0
+        contexts = [work.computed + 1 for work in decoding]
+        found = 0.0
+        for step in range(max((work.gamma for work in decoding), default=0)):
+            drafting = [work.computed + 1 for work in decoding if work.gamma > step]
+            whole = [each for each in drafting if self._draft_tokens_read(each + step, budget) >= each + step]
+            found += shared_in_part(shared_tokens, contexts, whole)
+        return round(found)
 
     def _decode_row(self, work: RowWork, budget: int) -> None:
         totals, context = self.totals, work.computed + 1
@@ -92,6 +110,7 @@ _GAUGES = {
     "waiting",
     "pages_total",
     "pages_free",
+    "pages_cached",
     "page_size",
     "kv_token_bytes",
     "policy",

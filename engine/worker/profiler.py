@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -30,7 +31,7 @@ from models.default import resolve_model, user_cache
 
 log = logging.getLogger(__name__)
 
-_VERSION = 5
+_VERSION = 6
 _SECONDS = 8.0
 """Approximate limit of a profile's time."""
 _SHORT, _LONG_TOKENS = 64, 8192
@@ -42,16 +43,24 @@ _SLOW_S = 0.2
 """Time above which a pass is not repeated."""
 _ROOM = 128
 """Tokens by which a row may grow while it is measured."""
+_SHARED_STRETCHES = 4
+"""Smallest number of stretches (Ops.shared_stretch) that rows with shared pages share, where their length allows it."""
 
 
 class Profiler:
     """Profiler of rounds of an engine without requests."""
 
     def __init__(
-        self, run: Callable[[RoundPlan], RoundResult], config: EngineConfig, num_pages: int, max_model_len: int
+        self,
+        run: Callable[[RoundPlan], RoundResult],
+        config: EngineConfig,
+        num_pages: int,
+        max_model_len: int,
+        shared_stretch: int = 0,
     ):
-        """run: a round on all ranks. config, num_pages, max_model_len: the engine's."""
+        """run: a round on all ranks. config, num_pages, max_model_len: the engine's. shared_stretch: see Ops."""
         self.run = run
+        self._stretch = shared_stretch
         self._page = config.cache.page_size
         self._max_rows = config.scheduler.max_rows
         self._max_model_len = max_model_len
@@ -60,10 +69,13 @@ class Profiler:
         self._pages = min(num_pages, _LONG_TOKENS // self._page + 1)
         self._cleared = 0
 
-    def measure(self, rows: int, context: int, gamma: int, repeats: int = _REPEATS) -> StepSample:
+    def measure(
+        self, rows: int, context: int, gamma: int, repeats: int = _REPEATS, *, sharing: bool = False
+    ) -> StepSample:
         """Measure `rows` rows of `context` tokens each, all with gamma drafts; the fastest of `repeats`.
 
-        Raises ValueError for more rows or tokens than the engine supports.
+        sharing: the rows list the same pages, as far as attention can read them once for all (`shareable`). Otherwise
+        they share nothing. Raises ValueError for more rows or tokens than the engine supports.
         """
         if not 1 <= rows <= self._max_rows:
             raise ValueError(f"{rows} rows, but the engine has {self._max_rows}")
@@ -72,13 +84,26 @@ class Profiler:
         if gamma > self.max_draft_tokens:
             raise ValueError(f"{gamma} drafts, but there is room for {self.max_draft_tokens}")
         work = [RowWork(row, context, 1, gamma, True) for row in range(rows)]
-        first = self.run(RoundPlan(0, *self._starts(rows, context), work, clear=self._fresh(rows, context)))
+        shareable = self.shareable(context) if sharing else 0
+        starts, pages = self._starts(rows, context, -(-shareable // self._page))
+        first = self.run(RoundPlan(0, starts, pages, work, clear=self._fresh(rows, context)))
         if first.verify_seconds > _SLOW_S:
             repeats = 1
-        again = [] if self._room == _ROOM else self._starts(rows, context)[0]  # short rows must not grow
+        again = [] if self._room == _ROOM else starts  # short rows must not grow
         results = [self.run(RoundPlan(0, again, [], work)) for _ in range(repeats)]
         fastest = min(results, key=lambda result: result.draft_seconds + result.verify_seconds)
-        return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds)
+        return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds, (rows - 1) * shareable)
+
+    def shareable(self, context: int) -> int:
+        """Return the number of tokens of a context that attention can read once for all rows that begin with them: in
+        full pages, and in whole stretches."""
+        full = context // self._page * self._page
+        return full // self._stretch * self._stretch if self._stretch else 0
+
+    @property
+    def shared_context(self) -> int:
+        """Shortest context at which rows with shared pages are measured, if the engine's length allows it."""
+        return min(self.max_context, _SHARED_STRETCHES * math.lcm(self._stretch, self._page))
 
     @property
     def max_context(self) -> int:
@@ -94,33 +119,43 @@ class Profiler:
         """Run a round that first touches all memory of the pools."""
         context = min(_SHORT, self.max_context)
         work = [RowWork(0, context, 1, 0, True)]
-        self.run(RoundPlan(0, *self._starts(1, context), work, clear=list(range(self._num_pages))))
+        self.run(RoundPlan(0, *self._starts(1, context, 0), work, clear=list(range(self._num_pages))))
 
     def _width(self, context: int) -> int:
         return -(-(context + self._room) // self._page)
 
     def _fresh(self, rows: int, context: int) -> list[int]:
-        """Return the pages that are about to be read for the first time, to be cleared: reads of memory that was never
-        written are too fast."""
+        """Return the pages that are about to be read for the first time, and perhaps some more, to be cleared: reads of
+        memory that was never written are too fast."""
         needed = min(self._pages, rows * self._width(context))
         fresh = list(range(self._cleared, needed))
         self._cleared = max(self._cleared, needed)
         return fresh
 
-    def _starts(self, rows: int, context: int) -> tuple[list[RowStart], list[PageDelta]]:
-        return blank_rows(rows, context, self._width(context), self._pages)
+    def _starts(self, rows: int, context: int, shared: int) -> tuple[list[RowStart], list[PageDelta]]:
+        return blank_rows(rows, context, self._width(context), self._pages, shared)
 
 
-def blank_rows(rows: int, context: int, width: int, pages: int) -> tuple[list[RowStart], list[PageDelta]]:
-    """Build rows of `context` computed tokens and a pending one, all 0, over `width` pages each, taken in cyclic order
-    from the first `pages` of the pool."""
+def blank_rows(
+    rows: int, context: int, width: int, pages: int, shared: int = 0
+) -> tuple[list[RowStart], list[PageDelta]]:
+    """Build rows of `context` computed tokens and a pending one, all 0, over `width` pages each.
+
+    They list the first `pages` of the pool in cyclic order, the first `shared` of them in every row. With none shared,
+    no two of up to `pages` rows begin with the same page, so attention that looks for shared pages finds none.
+    """
     tokens, params = [0] * (context + 1), SamplingParams(temperature=0.0)
     starts = [RowStart(row, tokens, context + 1, params, [], context, context) for row in range(rows)]
-    return starts, [PageDelta(row, 0, [(row * width + i) % pages for i in range(width)]) for row in range(rows)]
+    own = width - shared
+    period = pages // math.gcd(own, pages)  # rows after which lists would begin with the same pages again
+    firsts = [shared + row * own + row // period for row in range(rows)]
+    lists = [[*range(shared), *range(first, first + own)] for first in firsts]
+    return starts, [PageDelta(row, 0, [page % pages for page in listed]) for row, listed in enumerate(lists)]
 
 
 def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
-    """Measure a few informative batches, within the time limit: a short and a long context for each number of rows."""
+    """Measure a few informative batches, within the time limit: a short and a long context for each number of rows, and
+    rows that share pages where attention reads these once."""
     max_gamma = min(config.speculation.max_draft_tokens, profiler.max_draft_tokens)
     gammas = sorted({gamma for gamma in _GAMMAS if gamma < max_gamma} | {max_gamma})
     longest = profiler.max_context
@@ -134,6 +169,9 @@ def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
         contexts = sorted({min(_SHORT, longest), max(min(_SHORT, longest), min(_LONG_TOKENS // rows, longest))})
         samples += [profiler.measure(rows, context, gamma) for context in contexts for gamma in gammas]
         last = time.perf_counter() - began - spent
+        context = max(contexts[-1], profiler.shared_context)
+        if rows > 1 and len(contexts) > 1 and profiler.shareable(context) and spent + 2 * last <= _SECONDS:
+            samples += [profiler.measure(rows, context, gamma, sharing=True) for gamma in gammas]
     log.info("profiled %d batches in %.1f s", len(samples), time.perf_counter() - began)
     return samples
 
@@ -149,6 +187,7 @@ def profile_key(config: EngineConfig, sizes: Resolved) -> str:
         torch.__version__,
         str(sizes.dtype),
         sizes.ops.name,
+        sizes.ops.shared_stretch,
         config.weights,
         min(sizes.max_model_len, _LONG_TOKENS + _ROOM),
     ]

@@ -25,6 +25,7 @@ from server.limits import (
     MAX_CHOICES,
     MAX_INT,
     MAX_LOGIT_BIAS,
+    MAX_SALT_CHARS,
     MAX_STOP_CHARS,
     MAX_STOP_TOKENS,
     MAX_STOPS,
@@ -190,6 +191,7 @@ class CompletionFields(Body):
     bad_words: BadWords = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT), WHOLE] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
 
     # Fields of which any value is right to have no effect.
     user: str | None = None
@@ -206,7 +208,6 @@ class CompletionFields(Body):
     spaces_between_special_tokens: Annotated[Any, AfterValidator(only(True))] = None
     return_token_ids: Annotated[Any, AfterValidator(only(False))] = None
     return_tokens_as_token_ids: Annotated[Any, AfterValidator(only(False))] = None
-    cache_salt: NotServed = None
     guided_choice: NotServed = None
     guided_decoding_backend: NotServed = None
     guided_grammar: NotServed = None

@@ -30,6 +30,12 @@ def decode(
     overrides: dict[str, Any],
     batch: Annotated[str, typer.Option(help="Numbers of rows, comma-separated.")] = "4",
     context: Annotated[str, typer.Option(help="Prompt tokens per row, comma-separated.")] = "2000",
+    shared: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Tokens of --context that all prompts begin with: once with shared pages, once without."
+        ),
+    ] = 0,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode per row and value of --speculation.")] = 64,
     history: Annotated[int, typer.Option(min=0, help="Untimed tokens per row that auto learns from first.")] = 0,
     speculation: Annotated[
@@ -44,13 +50,19 @@ def decode(
     config: options.ConfigFile = None,
 ) -> None:
     """Measure offline decoding of real text. Prefill is not timed; all values of --speculation and --policy share
-    one run."""
+    one run.
+
+    Rows have pages of their own. With --shared, engines whose rows share the pages of their common tokens, by the
+    prefix cache, take turns with these.
+    """
     batches, contexts = options.counts(batch, "--batch"), options.counts(context, "--context")
+    if shared >= min(contexts):
+        raise typer.BadParameter(f"must be less than --context, {min(contexts)}", param_hint="--shared")
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
     policies = options.names(policy, options.POLICIES, "--policy") if policy is not None else [None]
     import torch
 
-    from bench.corpus import passages, read_text
+    from bench.corpus import read_text, spread
     from bench.micro.bandwidth import read_bandwidth
     from bench.offline.decode import DecodeResult, measure, table
     from engine.config.deployment import load_config
@@ -67,16 +79,26 @@ def decode(
     overrides["engine.speculation.gamma"] = max(fixed) if fixed == gammas else "auto"
     if max(fixed, default=0) > SpeculationConfig().gamma_max:
         overrides["engine.speculation.gamma_max"] = max(fixed)
-    settings = [load_config(config, options.policy_override(name) | overrides).engine for name in policies]
+    settings = [
+        load_config(config, options.policy_override(name) | overrides | {"engine.cache.prefix": prefix}).engine
+        for name in policies
+        for prefix in ((True, False) if shared else (False,))
+    ]
     tokenizer = Tokenizer(resolve_model(settings[0].model))
-    prose = read_text(text)
+    prose = tokenizer.encode(read_text(text), add_special_tokens=False)
     results: list[DecodeResult] = []
     for rows in batches:
         for length in contexts:
             print(f"batch {rows}, context {length} …", file=sys.stderr)
-            prompts = passages(tokenizer, prose, count=rows, length=length)
+            prompts = spread(prose, count=rows, length=length, shared=shared)
             results += measure(
-                settings, prompts, gammas, new_tokens=new_tokens, history=history, temperature=temperature
+                settings,
+                prompts,
+                gammas,
+                new_tokens=new_tokens,
+                history=history,
+                temperature=temperature,
+                shared=shared,
             )
     where = "cuda" if settings[0].device != "cpu" and torch.cuda.is_available() else "cpu"
     print(table(results, read_bandwidth(torch.device(where))))
@@ -86,7 +108,7 @@ def decode(
 
 @app.command()
 @options.engine_flags(
-    "speculation", "draft", "policy", "budget", "verification", "max_model_len", "tensor_parallel_size"
+    "speculation", "draft", "policy", "budget", "verification", "max_model_len", "tensor_parallel_size", "prefix_cache"
 )
 def acceptance(
     overrides: dict[str, Any],

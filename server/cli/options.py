@@ -25,8 +25,9 @@ class EngineFlag:
     read: Callable[[Any], Any] = lambda value: value
 
     def option(self, name: str) -> Any:
-        """The annotation of a command's parameter. name: of that parameter."""
-        return Annotated[self.type | None, typer.Option(_flag(name), help=self.help)]
+        """The annotation of a command's parameter. name: of that parameter. A bool has a flag for each value."""
+        flag = f"{_flag(name)}/{_flag(f'no_{name}')}" if self.type is bool else _flag(name)
+        return Annotated[self.type | None, typer.Option(flag, help=self.help)]
 
 
 def gamma(speculation: str) -> int | Literal["auto"]:
@@ -71,6 +72,9 @@ ENGINE_FLAGS = {
     "max_model_len": EngineFlag("engine.max_model_len", int, "Largest number of tokens of prompt and output together."),
     "gpu_memory_utilization": EngineFlag(
         "engine.cache.gpu_memory_utilization", float, "Share of each GPU's memory to use; KV takes what is left."
+    ),
+    "prefix_cache": EngineFlag(
+        "engine.cache.prefix", bool, "Keep the KV of finished requests, for prompts that begin with the same tokens."
     ),
     "threads": EngineFlag("engine.threads", int, "CPU threads per rank."),
 }

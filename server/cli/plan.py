@@ -53,6 +53,12 @@ def plan(
     tensor_parallel: Annotated[int, typer.Option("--tp", "--tensor-parallel-size", min=1, help="Number of ranks.")] = 1,
     batch: Annotated[str, typer.Option(help="Numbers of rows, comma-separated.")] = "1,8,32",
     context: Annotated[str, typer.Option(help="Tokens per row, comma-separated.")] = "8000",
+    shared: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="TOKENS", help="First tokens of every context that are the same: read and kept once for all."
+        ),
+    ] = 0,
     budget: Annotated[
         str | None, typer.Option(help="KV tokens that a draft step reads per row, or `all`; the best if not given.")
     ] = None,
@@ -98,7 +104,9 @@ def plan(
     )
     budgets = _budgets(budget)
     forecasts = [
-        deployment.forecast(rows, length, budgets=budgets, gamma=gamma) for length in contexts for rows in batches
+        deployment.forecast(rows, length, budgets=budgets, gamma=gamma, shared=shared)
+        for length in contexts
+        for rows in batches
     ]
     print(table(forecasts))
     if json_file is not None:

@@ -11,7 +11,7 @@ import typer
 from server.cli import options
 
 
-@options.engine_flags("speculation", "max_model_len")
+@options.engine_flags("speculation", "max_model_len", "prefix_cache")
 def profile(
     overrides: dict[str, Any],
     rows: Annotated[str, typer.Option(help="Numbers of rows, comma-separated.")] = "1,4,16",

@@ -19,16 +19,21 @@ from server.observe.request_stats import RequestStats
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _MODEL = ("model_name",)
 
+
+def _owned(stats: EngineStats) -> int:
+    """Return the number of pages of the target's KV pool that belong to requests."""
+    return stats.pages_total - stats.pages_cached - stats.pages_free
+
+
 _GAUGES: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ...] = (
     ("requests_running", "num_requests_running", "Requests running.", lambda s: s.running),
     ("requests_waiting", "num_requests_waiting", "Requests waiting.", lambda s: s.waiting),
     ("pages_total", None, "Pages of the target's KV pool.", lambda s: s.pages_total),
-    ("pages_free", None, "Free pages of the target's KV pool.", lambda s: s.pages_free),
     (
         "kv_cache_usage_ratio",
         "kv_cache_usage_perc",
-        "Fraction of the target's KV pool in use.",
-        lambda s: 1 - s.pages_free / s.pages_total if s.pages_total else 0.0,
+        "Fraction of the target's KV pool that belongs to requests; cached pages do not.",
+        lambda s: _owned(s) / s.pages_total if s.pages_total else 0.0,
     ),
     (
         "kv_token_bytes",
@@ -39,9 +44,22 @@ _GAUGES: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ...]
 )
 _COUNTERS: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ...] = (
     ("rounds", None, "Rounds run.", lambda s: s.rounds),
-    ("prompt_tokens", "prompt_tokens", "Prompt tokens computed.", lambda s: s.prompt_tokens),
+    (
+        "prompt_tokens",
+        "prompt_tokens",
+        "Prompt tokens, computed or found in the prefix cache.",
+        lambda s: s.prompt_tokens,
+    ),
     ("generated_tokens", "generation_tokens", "Tokens generated.", lambda s: s.generated_tokens),
     ("preemptions", "num_preemptions", "Requests preempted.", lambda s: s.preemptions),
+    (
+        "prefix_queries",
+        "prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+        lambda s: s.prefix_queries,
+    ),
+    ("prefix_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda s: s.prefix_hits),
+    ("prefix_evictions", None, "Cached pages given to other requests.", lambda s: s.prefix_evictions),
     (
         "drafts",
         "spec_decode_num_drafts",
@@ -163,10 +181,19 @@ class _EngineCollector(Collector):
             yield from self._speedup(stats)
 
     def _pools(self, stats: EngineStats) -> Iterator[Metric]:
+        pages = GaugeMetricFamily(
+            "magicdec_pages",
+            "Pages of the target's KV pool: owned by requests, cached for later prompts, or free. Requests can get "
+            "cached and free ones.",
+            labels=(*_MODEL, "state"),
+        )
+        for state, count in (("owned", _owned(stats)), ("cached", stats.pages_cached), ("free", stats.pages_free)):
+            pages.add_metric([self._model_id, state], count)
+        yield pages
         used = GaugeMetricFamily(
             "magicdec_pages_in_use", "Pages of KV that belong to running requests.", labels=(*_MODEL, "pool")
         )
-        used.add_metric([self._model_id, "target"], stats.pages_total - stats.pages_free)
+        used.add_metric([self._model_id, "target"], _owned(stats))
         if stats.draft_pages_per_row:
             used.add_metric([self._model_id, "draft"], stats.running * stats.draft_pages_per_row)
         yield used

@@ -16,6 +16,8 @@ class RequestStats:
 
     arrival: float
     prompt_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache held at the request's first admission."""
     scheduled: float = 0.0
     """Time of the request's first admission."""
     first: float = 0.0
@@ -46,6 +48,7 @@ class RequestStats:
         before, self.last = self.last or self.arrival, time.monotonic()
         self.first = self.first or self.last
         self.scheduled = self.scheduled or output.scheduled
+        self.cached_tokens = self.cached_tokens or output.cached_tokens
         self.tokens += len(delta.tokens)
         self.drafted += output.drafted
         self.held[delta.accepted] += 1

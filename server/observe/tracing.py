@@ -50,6 +50,7 @@ class Tracing:
             attributes={
                 "gen_ai.request.model": self._model_id,
                 "gen_ai.usage.input_tokens": stats.prompt_tokens,
+                "gen_ai.usage.cache_read.input_tokens": stats.cached_tokens,
                 "gen_ai.usage.output_tokens": stats.tokens,
                 "gen_ai.response.finish_reasons": [stats.reason or "abort"],
             },

@@ -78,7 +78,9 @@ class _Answer:
                 tokens,
                 msgspec.structs.replace(params, seed=choice_seed(params.seed, number)),
                 body.priority or 0,
+                body.cache_salt or "",
                 body.wants_report,
+                first=number == 0,
                 continues=False,
             )
             for number in range(body.choices)

@@ -103,7 +103,18 @@ class _Answer:
                 echo = await run_by_length(len(tokens), _decoded, service.tokenizer, tokens, params.skip_special_tokens)
             for number in range(body.choices):
                 own = msgspec.structs.replace(params, seed=choice_seed(params.seed, number))
-                choices.append(Choice(len(choices), tokens, own, body.priority or 0, body.wants_report, continues=True))
+                choices.append(
+                    Choice(
+                        len(choices),
+                        tokens,
+                        own,
+                        body.priority or 0,
+                        body.cache_salt or "",
+                        body.wants_report,
+                        first=number == 0,
+                        continues=True,
+                    )
+                )
                 echoes.append(echo)
         return cls(service, body, Generation(service, choices, Usage(prompt_tokens)), echoes, given_id)
 

@@ -1,4 +1,4 @@
-"""Routes about the server itself: models, health, metrics, version, load."""
+"""Routes about the server itself: models, health, metrics, version, load, and the reset of its prefix cache."""
 
 from __future__ import annotations
 
@@ -62,11 +62,23 @@ async def version(request: Request) -> dict[str, str]:
 
 @router.get("/load")
 async def load(request: Request) -> dict[str, int]:
-    """Report the load; at most about a second old."""
+    """Report the load; at most about a second old. Free pages: all that a request could get, cached ones too."""
     stats = request.app.state.service.loaded().stats
     return {
         "running": stats.running,
         "waiting": stats.waiting,
         "pages_total": stats.pages_total,
-        "pages_free": stats.pages_free,
+        "pages_free": stats.pages_free + stats.pages_cached,
     }
+
+
+@router.post("/reset_prefix_cache")
+async def reset_prefix_cache(request: Request) -> Response:
+    """Empty the prefix cache.
+
+    The answer comes once the engine has been sent the reset. Messages to it arrive in order, so a request that this
+    process takes after the answer finds nothing that was computed before; running requests go on.
+    """
+    service: Service = request.app.state.service
+    service.loaded().reset_prefix_cache()
+    return Response()

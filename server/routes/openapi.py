@@ -45,6 +45,26 @@ _ERROR = {
         }
     },
 }
+
+
+def _counts(*names: str, **others: dict[str, Any]) -> dict[str, Any]:
+    """Schema of an object of these numbers of tokens, and of `others`; it has all of them."""
+    counts = {name: {"type": "integer", "minimum": 0} for name in names}
+    return {"type": "object", "required": [*names, *others], "properties": {**counts, **others}}
+
+
+_USAGE = _counts(
+    "prompt_tokens",
+    "completion_tokens",
+    "total_tokens",
+    prompt_tokens_details=_counts("cached_tokens"),
+    completion_tokens_details=_counts("accepted_prediction_tokens", "rejected_prediction_tokens"),
+)
+_COMPLETION = {
+    "type": "object",
+    "required": ["id", "object", "created", "model", "choices", "usage"],
+    "properties": {"usage": {"$ref": "#/components/schemas/Usage"}},
+}
 _STATUSES = {
     400: "Invalid value; `param` names it.",
     401: "No valid API key.",
@@ -69,10 +89,12 @@ def document(version: str) -> dict[str, Any]:
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
         answer: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
         if path in _STREAMING:
+            answer["application/json"] = {"schema": {"$ref": "#/components/schemas/Completion"}}
             answer["text/event-stream"] = {"schema": {}}
         paths[path] = {
             "post": _operation((model.__doc__ or "").strip(), answer, {"required": True, "content": content})
         }
+    paths["/reset_prefix_cache"] = {"post": _operation("Empty the prefix cache.", {}, None)}
     for path, about in _GET_ROUTES.items():
         operation = _operation(about, {_TEXTS.get(path, "application/json"): {"schema": {}}}, None)
         if "{" in path:
@@ -84,7 +106,7 @@ def document(version: str) -> dict[str, Any]:
         "info": {"title": "magicdec", "version": version},
         "paths": paths,
         "components": {
-            "schemas": {**schemas.get("$defs", {}), "Error": _ERROR},
+            "schemas": {**schemas.get("$defs", {}), "Completion": _COMPLETION, "Usage": _USAGE, "Error": _ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],

@@ -50,6 +50,41 @@ def test_both_loops(tmp_path: Path, tiny: Server, tiny_model: Path) -> None:
         assert "tpot95" in said
 
 
+def test_conversations_and_documents(tmp_path: Path, tiny: Server, tiny_model: Path) -> None:
+    """The history grows by each turn and its answer; questions about a document are as long as both."""
+    chats = ("--conversations", "4", "--turns", "3", "--think", "0.01", "--shared-prefix", "20", "--prompt", "30")
+    for loop in (("--rate", "50"), ("--concurrency", "2")):
+        status, (found,), said = bench(tmp_path, tiny.url, tiny_model, *chats, "--output", "8", *loop)
+        assert status == 0, said
+        assert found["fates"] == {"answered": 12}
+        assert [(turn["turn"], turn["requests"]) for turn in found["turns"]] == [(1, 4), (2, 4), (3, 4)]
+        first, second, third = (turn["prompt_tokens"] for turn in found["turns"])
+        assert 50 < first < second - 30 < third - 60
+        assert [line["turn"] for line in found["requests"]] == [1, 2, 3] * 4
+        assert all(line["ttft_ms"] > 0 for line in found["requests"])
+        assert "ttft90" in said
+    about = ("--documents", "2", "--questions", "3", "--document", "200", "--prompt", "10", "--output", "4")
+    status, (found,), said = bench(tmp_path, tiny.url, tiny_model, *about, "--rate", "50")
+    assert status == 0, said
+    assert [line["prompt_tokens"] for line in found["requests"]] == [210] * 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--turns", "3"), "only with --conversations"),
+        (("--conversations", "3", "--requests", "9"), "not with --requests"),
+        (("--conversations", "3", "--documents", "9"), "not with --conversations"),
+        (("--document", "500"), "only with --documents"),
+        (("--documents", "5", "--shared-prefix", "9"), "documents are what prompts share"),
+    ],
+)
+def test_flags_without_effect_are_refused(tmp_path: Path, tiny_model: Path, flags: tuple[str, ...], words: str) -> None:
+    status, _, said = bench(tmp_path, "http://127.0.0.1:9", tiny_model, "--rate", "1", *flags)
+    assert status == 2
+    assert words in said
+
+
 def test_refusals_are_counted(tmp_path: Path, launch: Callable[..., Server], tiny_model: Path) -> None:
     small = launch(max_queued_tokens=45)
     flags = ("--prompt", "20", "--output", "100", "--requests", "20", "--rate", "500")

@@ -22,6 +22,7 @@ from tests.support.servers import Server
 HARMLESS_ON_BOTH: dict[str, Any] = {
     "response_format": {"type": "text"},
     "priority": 0,
+    "cache_salt": "x",
     "use_beam_search": False,
     "length_penalty": 1.0,
     "user": "somebody",
@@ -48,6 +49,7 @@ NULLS = {
     *("stop_token_ids", "ignore_eos", "include_stop_str_in_output", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "logit_bias", "logprobs", "stream", "stream_options", "skip_special_tokens", "user"),
     *("add_special_tokens", "truncate_prompt_tokens", "request_id", "metadata", "speculation", "response_format"),
+    "cache_salt",
     *NOT_SERVED_ON_BOTH,
 }
 
@@ -82,6 +84,7 @@ def test_sse_framing(tiny: Server) -> None:
     *content, usage = chunks
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == 160
+    assert set(usage["usage"]["prompt_tokens_details"]) == {"cached_tokens"}
     details = usage["usage"]["completion_tokens_details"]
     assert set(details) == {"accepted_prediction_tokens", "rejected_prediction_tokens"}
     assert all(chunk["usage"] is None for chunk in content)
@@ -127,7 +130,7 @@ def test_about_the_server(tiny: Server) -> None:
     assert set(tiny.load()) == {"running", "waiting", "pages_total", "pages_free"}
     metrics = tiny.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
-    for name in ("vllm:num_requests_running", "vllm:spec_decode_num_drafts_total", "magicdec_pages_free"):
+    for name in ("vllm:num_requests_running", "vllm:spec_decode_num_drafts_total", "vllm:prefix_cache_hits_total"):
         assert f'\n{name}{{model_name="tiny"}} ' in metrics.text
 
 
@@ -220,7 +223,10 @@ def test_openapi(tiny: Server) -> None:
     ):
         validator = jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", **document})
         validator.validate(body)
-        assert tiny.post(path, body | {"max_tokens": 1}).status_code == 200
+        answer = tiny.post(path, body | {"max_tokens": 1})
+        assert answer.status_code == 200
+        declared = document["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+        jsonschema.Draft202012Validator({**declared, **document}).validate(answer.json())
         wrong = body | {"n": "many"}
         assert not validator.is_valid(wrong)
         error = fault(tiny.post(path, wrong), 400)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from tests.support.servers import PATIENCE_S, Server
 
@@ -166,6 +168,25 @@ def test_drafts_are_counted(client: openai.OpenAI) -> None:
     assert details is not None
     assert details.accepted_prediction_tokens
     assert details.accepted_prediction_tokens < 40
+
+
+def test_cached_tokens(client: openai.OpenAI) -> None:
+    """A salt of its own, so that the first request finds nothing."""
+    extra = {"cache_salt": uuid.uuid4().hex}
+    asked: list[ChatCompletionMessageParam] = [{"role": "user", "content": "one two three four five six " * 10}]
+    texts, found, length = [], [], 0
+    for key in ("a", "b"):
+        answer = client.chat.completions.create(
+            model=MODEL, messages=asked, temperature=0, max_tokens=12, prompt_cache_key=key, extra_body=extra
+        )
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        texts.append(answer.choices[0].message.content)
+        found.append(answer.usage.prompt_tokens_details.cached_tokens)
+        length = answer.usage.prompt_tokens
+    assert texts[0] == texts[1]
+    assert found == [0, (length - 1) // 16 * 16]
+    assert length > 48
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -55,6 +55,11 @@ def test_charts_follow_and_text_is_no_markup(page: Page, tiny: Server) -> None:
     page.run("document.getElementById('one').click()")
     page.until("document.getElementById('facts-on').textContent.includes('tokens in')")
     page.until("[...document.querySelectorAll('#charts b')].some(b => parseFloat(b.textContent) > 0)")
+    cards = "[...document.querySelectorAll('#charts .card')]"
+    names = "[...card.querySelectorAll('small')].map(name => name.textContent)"
+    charts = dict(page.run(f"{cards}.map(card => [card.querySelector('h3').textContent, {names}])"))
+    assert charts["KV pool, % of pages"] == ["owned", "cached"]
+    assert charts["Prompt tokens from the prefix cache, %"] == ["recently", "in total"]
     assert page.run("document.querySelectorAll('.out b, .out script').length") == 0
     assert page.run("document.getElementById('state').textContent") == "ready"
     assert page.errors == []

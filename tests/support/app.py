@@ -21,7 +21,8 @@ from tests.support.fake_engine import FakeEngine
 
 
 class FakeClient:
-    """Stand-in for a Supervisor: each request runs on a FakeEngine of its own, one step per output."""
+    """Stand-in for a Supervisor: each request runs on a FakeEngine of its own, one step per output;
+    all of them have one prefix cache."""
 
     def __init__(self) -> None:
         self.engine = FakeEngine(EngineConfig(model="fake"))
@@ -35,11 +36,16 @@ class FakeClient:
     def stats(self) -> Any:
         return self.engine.stats()
 
+    def reset_prefix_cache(self) -> None:
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        self.engine.reset_prefix_cache()
+
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
         if self.dead is not None:
             raise EngineDead(self.dead)
         self.requests.append(request)
-        alone = FakeEngine(EngineConfig(model="fake"))
+        alone = FakeEngine(EngineConfig(model="fake"), prefix_cache=self.engine.prefix_cache)
         ended = False
         try:
             try:

@@ -11,7 +11,6 @@ USER = [{"role": "user", "content": "hi"}]
 
 
 NOT_SERVED_ON_BOTH: dict[str, Any] = {
-    "cache_salt": "x",
     "guided_choice": ["a"],
     "guided_decoding_backend": "x",
     "guided_grammar": "x",

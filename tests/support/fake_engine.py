@@ -35,6 +35,7 @@ COMMAND = (
 
 VOCAB, MAX_LEN, EOS = 320, 64, 2
 PAGES = 1000
+PAGE_SIZE = 16
 COMPILE_S = 6.0
 """Time for which the model "compiles" does so."""
 REFUSE, FULL, CRASH, HANG, EXIT, SLOW = 300, 301, 302, 303, 304, 305
@@ -58,12 +59,41 @@ def request(prompt: list[int], **params: Any) -> AddRequest:
     return AddRequest(uuid.uuid4().hex, prompt, SamplingParams(**params))
 
 
+class FakePrefixCache:
+    """Prompts' whole pages, by salt, whose KV an engine would hold."""
+
+    def __init__(self) -> None:
+        self.pages: set[tuple[str, tuple[int, ...]]] = set()
+        self.queries = self.hits = 0
+
+    def look_up(self, request: AddRequest) -> int:
+        """Return the number of prompt tokens found; the last token is never one of them."""
+        found = 0
+        while found + PAGE_SIZE < len(request.prompt) and _page(request, found) in self.pages:
+            found += PAGE_SIZE
+        self.queries += len(request.prompt)
+        self.hits += found
+        return found
+
+    def add(self, request: AddRequest) -> None:
+        self.pages |= {_page(request, at) for at in range(0, len(request.prompt) - PAGE_SIZE + 1, PAGE_SIZE)}
+
+
+def _page(request: AddRequest, at: int) -> tuple[str, tuple[int, ...]]:
+    """Key of the prompt's page at token `at`: a page holds the KV of its tokens after all those before it."""
+    return request.cache_salt, tuple(request.prompt[: at + PAGE_SIZE])
+
+
 class FakeEngine:
     """Engine that emits three tokens per request and round (one fewer is accepted) until `expected` is used up."""
 
     def __init__(
-        self, config: EngineConfig, compiling: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        config: EngineConfig,
+        compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
+        prefix_cache: FakePrefixCache | None = None,
     ) -> None:
+        """prefix_cache: one that several engines share."""
         if config.model == "no-such-model":
             raise ValueError("there is no such model")
         if config.model == "bug":
@@ -75,6 +105,7 @@ class FakeEngine:
                 time.sleep(COMPILE_S)
         self._live: dict[str, tuple[AddRequest, list[int]]] = {}
         self._done = 0
+        self.prefix_cache = prefix_cache or FakePrefixCache()
         self.ready = Ready(
             model=config.model, max_model_len=MAX_LEN, vocab_size=VOCAB, eos_token_ids=[EOS], stats=self.stats()
         )
@@ -93,6 +124,9 @@ class FakeEngine:
     def abort(self, ids: Iterable[str]) -> None:
         for id in ids:
             self._live.pop(id, None)
+
+    def reset_prefix_cache(self) -> None:
+        self.prefix_cache.pages.clear()
 
     def has_work(self) -> bool:
         return bool(self._live)
@@ -120,10 +154,14 @@ class FakeEngine:
             output = RequestOutput(
                 id=id, tokens=new, drafted=3, accepted=max(0, len(new) - 1), scheduled=time.monotonic()
             )
+            first = len(tokens) == len(expected(request))
+            if first:
+                output.cached_tokens = self.prefix_cache.look_up(request)
+                self.prefix_cache.add(request)
             if request.params.logprobs is not None:
                 top = list(range(request.params.logprobs))
                 output.logprobs = [TokenLogprobs(-1.5, top, [-1.0 - token for token in top]) for _ in new]
-            if request.params.prompt_logprobs is not None and len(tokens) == len(expected(request)):
+            if request.params.prompt_logprobs is not None and first:
                 output.prompt_logprobs = [PromptLogprobs(token, -1.5, 1, [], []) for token in request.prompt[1:]]
             if not rest:
                 del self._live[id]
@@ -140,8 +178,11 @@ class FakeEngine:
         return EngineStats(
             running=len(self._live),
             pages_total=PAGES,
-            pages_free=PAGES - len(self._live),
-            page_size=16,
+            pages_free=PAGES - len(self._live) - len(self.prefix_cache.pages),
+            pages_cached=len(self.prefix_cache.pages),
+            prefix_queries=self.prefix_cache.queries,
+            prefix_hits=self.prefix_cache.hits,
+            page_size=PAGE_SIZE,
             generated_tokens=self._done,
             accepted_per_position=[3, 2],
             gamma_chosen=[1, 0, 4],

@@ -11,11 +11,14 @@ contender. The first output line is {"ready": {...}}; then one line answers each
     {"op": "decode", "new_tokens": n}                        {"decode_s", "tokens"}
     {"op": "stop"}                                           {}
     {"op": "complete", "prompts": [[ids]], "new_tokens": n}  {"first_token_s", "decode_s", "total_s", "tokens"}
+    {"op": "turn", "prompt": [ids], "new_tokens": n, "room": n}  {"first_token_s", "decode_s", "tokens"}
 
 `start` prefills until every row has its first token. `decode` continues until rows have n new tokens each on average.
-`complete` generates exactly n tokens per row, as a server does. `tokens` are the new tokens of this request, by row.
-Seconds cover the steps only, not the allocation and release of memory. A failed request is answered by
-{"error": "..."}; the next `start` or `complete` begins afresh.
+`complete` generates exactly n tokens per row, as a server does. `turn` does so for one row and keeps memory, and with
+it what the contender knows of this prompt, for the next `turn`; `room`: tokens of the longest one and its answer.
+`tokens` are the new tokens of this request, by row. Seconds cover the steps only, not the allocation and release of
+memory. A failed request is answered by {"error": "..."}; the next `start` or `complete` begins afresh, and so does a
+`turn` after `stop`.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ class Peer(Protocol):
         """Allocate memory for `rows` rows of `row_tokens` tokens each."""
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
-        """Queue one request per prompt, of at most `limit` new tokens each, without computing anything.
+        """Queue one request per prompt, of at most `limit` new tokens each, without computing anything. The rows
+        before them, if any, have ended.
 
         together: rows that finish prefill early should not get far ahead of the others.
         """
@@ -60,6 +64,7 @@ class Driver:
     def __init__(self, peer: Peer, row_tokens: int) -> None:
         self._peer, self._row_tokens = peer, row_tokens
         self._left: list[int] = []  # by row, tokens it may still generate
+        self._chatting = False
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer one request. Raises ValueError for a bad request, and whatever the peer raises."""
@@ -71,6 +76,8 @@ class Driver:
             return self._decode(request["new_tokens"])
         if op == "complete":
             return self._complete(request["prompts"], request["new_tokens"])
+        if op == "turn":
+            return self._turn(request["prompt"], request["new_tokens"], request["room"])
         if op == "stop":
             self._stop()
             return {}
@@ -112,13 +119,29 @@ class Driver:
         self._stop()
         return {"first_token_s": first_s, "decode_s": decode_s, "total_s": first_s + decode_s, "tokens": tokens}
 
+    def _turn(self, prompt: list[int], new_tokens: int, room: int) -> dict[str, Any]:
+        if not self._chatting:
+            self._stop()
+            self._peer.prepare(1, min(self._row_tokens, room))
+            self._chatting = True
+        self._left = [new_tokens]
+        tokens: list[list[int]] = [[]]
+        began = perf_counter()
+        self._peer.start([prompt], new_tokens, together=False)
+        while not tokens[0]:
+            self._step(tokens)
+        first_s = perf_counter() - began
+        while len(tokens[0]) < new_tokens:
+            self._step(tokens)
+        return {"first_token_s": first_s, "decode_s": perf_counter() - began - first_s, "tokens": tokens}
+
     def _step(self, tokens: list[list[int]]) -> None:
         for row, new in self._peer.step():
             tokens[row] += new
             self._left[row] -= len(new)
 
     def _stop(self) -> None:
-        self._left = []
+        self._left, self._chatting = [], False
         self._peer.stop()
 
 

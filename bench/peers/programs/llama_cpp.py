@@ -1,7 +1,9 @@
 """llama.cpp through llama-cpp-python's low-level API: several sequences in one context, as in its server.
 
 Options: `gguf`: the model file. `weights`: type to convert the weights to; None: unchanged. `flash`: flash attention
-(default false). `kv`: type of the KV cache, f16 or bf16 (default f16). The defaults were fastest on a CPU with AVX-512.
+(default false). `kv`: type of the KV cache, f16 or bf16 (default f16). `prefix`: one cache for all rows, in which rows
+share the KV of tokens that all prompts begin with, and a row keeps what its next prompt has in common with the last one
+(default false). The other defaults were fastest on a CPU with AVX-512.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Peer:
         options = settings["options"]
         self._threads = settings["threads"]
         self._flash = options.get("flash", False)
+        self._prefix = bool(options.get("prefix"))
         self._kv = {"f16": llama_cpp.GGML_TYPE_F16, "bf16": _BF16}[options.get("kv", "f16")]
         llama_cpp.llama_backend_init()
         gguf = _with_weights(Path(options["gguf"]), options.get("weights"), self._threads)
@@ -42,15 +45,18 @@ class Peer:
         self._computed: list[int] = []
         self._prompts: list[int] = []
         self._limit = 0
+        self._shared = 0  # tokens of row 0 that the other rows wait for
         self._sampler = _sampler(settings["temperature"], settings["seed"]) if settings["temperature"] else None
         self.max_batch = None
         self.about = f"llama-cpp-python {llama_cpp.__version__}, {gguf.stem.rpartition('.')[2]} weights"
+        if self._prefix:
+            self.about += ", shared prefixes"
 
     def prepare(self, rows: int, row_tokens: int) -> None:
         params = llama_cpp.llama_context_default_params()
-        # Every sequence has its own part of the cache, in multiples of 256 tokens.
+        # Every sequence has its own part of the cache, in multiples of 256 tokens; or all have one.
         params.n_ctx = rows * (-(-row_tokens // 256) * 256)
-        params.n_seq_max, params.kv_unified = rows, False
+        params.n_seq_max, params.kv_unified = rows, self._prefix
         params.n_batch, params.n_ubatch = _BATCH, _MICRO_BATCH
         params.n_threads = params.n_threads_batch = self._threads
         flash = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -61,8 +67,17 @@ class Peer:
             raise MemoryError("llama.cpp has no room for the context")
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
+        memory = llama_cpp.llama_get_memory(self._context)
+        computed = [0] * len(prompts)
+        for row, prompt in enumerate(prompts):
+            if self._prefix and row < len(self._tokens):
+                known = self._tokens[row][: self._computed[row]]
+                computed[row] = min(_common([known, prompt]), len(prompt) - 1)
+            llama_cpp.llama_memory_seq_rm(memory, row, computed[row], -1)
+        if self._prefix and len(prompts) > 1:
+            self._shared = min(_common(prompts), min(map(len, prompts)) - 1)
         self._tokens = [list(prompt) for prompt in prompts]
-        self._computed = [0] * len(prompts)
+        self._computed = computed
         self._prompts = [len(prompt) for prompt in prompts]
         self._limit = limit
 
@@ -71,6 +86,8 @@ class Peer:
         left = [len(tokens) - computed for tokens, computed in zip(self._tokens, self._computed, strict=True)]
         made = [len(tokens) - prompt for tokens, prompt in zip(self._tokens, self._prompts, strict=True)]
         prefilling = [row for row, new in enumerate(made) if not new]
+        if self._shared:
+            prefilling = [0]
         running = prefilling or [row for row, new in enumerate(made) if new < self._limit]
         if not running:
             raise RuntimeError("all rows are at their end")
@@ -87,6 +104,8 @@ class Peer:
         status = llama_cpp.llama_decode(self._context, self._batch)
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
+        if self._shared and self._computed[0] >= self._shared:
+            self._share()
         yielded = []
         for row, index in last.items():
             if self._computed[row] == len(self._tokens[row]):
@@ -94,6 +113,15 @@ class Peer:
                 self._tokens[row].append(token)
                 yielded.append((row, [token]))
         return yielded
+
+    def _share(self) -> None:
+        """Give all rows the KV of the tokens that they have in common with row 0."""
+        memory = llama_cpp.llama_get_memory(self._context)
+        for row in range(1, len(self._tokens)):
+            llama_cpp.llama_memory_seq_rm(memory, row, -1, -1)
+            llama_cpp.llama_memory_seq_cp(memory, 0, row, 0, self._shared)
+            self._computed[row] = self._shared
+        self._shared = 0
 
     def _sample(self, index: int) -> int:
         """Sample a token by the logits of the batch's token `index`."""
@@ -113,8 +141,14 @@ class Peer:
 
     def stop(self) -> None:
         context, self._context = self._context, None
+        self._tokens, self._computed, self._shared = [], [], 0
         if context:
             llama_cpp.llama_free(context)
+
+
+def _common(texts: Sequence[Sequence[int]]) -> int:
+    """Count the tokens that all texts begin with."""
+    return next((i for i, tokens in enumerate(zip(*texts, strict=False)) if len(set(tokens)) > 1), min(map(len, texts)))
 
 
 def _sampler(temperature: float, seed: int) -> Any:

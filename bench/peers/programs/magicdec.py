@@ -1,4 +1,4 @@
-"""magicdec. Options: engine settings, {"engine.speculation.gamma": 0, …}."""
+"""magicdec. Options: engine settings, {"engine.speculation.gamma": 0, …}. Unless they say so, no prefix cache."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ class Peer:
         self.max_batch = None
         gamma = self._config.speculation.gamma
         self.about = f"magicdec, {self._config.dtype} weights, gamma {gamma}, {threads_per_rank(self._config)} threads"
+        if self._config.cache.prefix:
+            self.about += ", prefix cache"
 
     def _configure(self) -> EngineConfig:
         """Build the engine's config. Raises ConfigError for invalid options."""
-        own = {"engine.model": self._settings["model"]}
+        own = {"engine.model": self._settings["model"], "engine.cache.prefix": False}  # as with vllm
         if self._settings["threads"] is not None:
             own["engine.threads"] = self._settings["threads"]
         config = load_config(None, own | self._settings["options"]).engine

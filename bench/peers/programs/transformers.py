@@ -39,6 +39,7 @@ class Peer:
         if isinstance(self._run, _Continuous):
             self._run.add(prompts, limit)
         else:
+            self.stop()
             self._run = _Generation(self._model, prompts, limit, self._lookup, self._sampling)
 
     def step(self) -> list[tuple[int, list[int]]]:

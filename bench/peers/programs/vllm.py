@@ -1,6 +1,7 @@
 """vLLM on the CPU, with its engine in this process, one step at a time.
 
-Options: `speculative_config`: vLLM's setting of that name; by default it does not speculate.
+Options: `speculative_config`: vLLM's setting of that name; by default it does not speculate. `prefix`: its prefix cache
+(default false, since the same prompts are sent more than once), which is emptied where rows are dropped.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ class Peer:
         import vllm
 
         self._sampling = vllm.SamplingParams
+        self._prefix = bool(settings["options"].get("prefix"))
         self._engine = vllm.LLM(
             model=settings["model"],
             dtype="bfloat16",
             max_model_len=settings["row_tokens"],
             max_num_seqs=settings["rows"],
-            enable_prefix_caching=False,  # each prompt is sent more than once
+            enable_prefix_caching=self._prefix,
             disable_log_stats=True,
             speculative_config=settings["options"].get("speculative_config"),
             seed=settings["seed"],
@@ -37,6 +39,8 @@ class Peer:
         self.about = f"vllm {vllm.__version__}, bfloat16 weights"
         if method := settings["options"].get("speculative_config", {}).get("method"):
             self.about += f", {method} speculation"
+        if self._prefix:
+            self.about += ", prefix cache"
 
     def prepare(self, rows: int, row_tokens: int) -> None:
         """Do nothing: the pool is allocated with the engine."""
@@ -70,3 +74,5 @@ class Peer:
         while self._engine.has_unfinished_requests():
             self._engine.step()
         self._seen.clear()
+        if self._prefix:
+            self._engine.reset_prefix_cache()

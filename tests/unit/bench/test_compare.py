@@ -14,7 +14,7 @@ import pytest
 from bench.corpus import BenchError
 from bench.machine import CpuQuota
 from bench.peers.compare import run, same_tokens
-from bench.peers.compare_plan import Plan, parse_points
+from bench.peers.compare_plan import ChatShape, Plan, parse_points
 from bench.peers.compare_report import ComparisonReport, table
 from bench.peers.contenders import Peer, choose, variant
 from bench.peers.install import PeerError, environment, requirements
@@ -37,7 +37,7 @@ class Peer:
         self.rows = []
 
     def prepare(self, rows, row_tokens):
-        self.room = row_tokens
+        print("room", row_tokens)
 
     def start(self, prompts, limit, *, together):
         if prompts[0][0] == 13:
@@ -124,7 +124,7 @@ def test_one_run(start: Start) -> None:
     plan = Plan([(1, 20), (2, 20)], first=7, warm_up=1, new_tokens=3, rounds=2, totals=1)
     said: list[str] = []
     settings = {"threads": 1, "row_tokens": 4000}
-    report = run(contenders, start, plan, lambda count, length: [[1] * length] * count, settings, said.append)
+    report = run(contenders, start, plan, lambda count, length, shared: [[1] * length] * count, settings, said.append)
     counts, broken, alone = report.contenders
     assert (counts.error, counts.same) == (None, 1.0)
     assert broken.error == "ValueError: cannot load"
@@ -147,7 +147,9 @@ def test_steps_of_several_tokens_are_counted(start: Start) -> None:
     plan = Plan([(2, 20)], first=0, warm_up=1, new_tokens=6, rounds=1, totals=1)
     settings = {"threads": 1, "row_tokens": 4000}
     contenders = [Peer("one", "fake"), Peer("three", "fake", {"step": 3})]
-    report = run(contenders, start, plan, lambda count, length: [[1] * length] * count, settings, lambda line: None)
+    report = run(
+        contenders, start, plan, lambda count, length, shared: [[1] * length] * count, settings, lambda line: None
+    )
     assert [point.same for point in report.points] == [1.0, 1.0]
     peer = start(Peer("again", "fake", {"step": 3}))
     peer.ask("start", prompts=[[1], [1]], limit=100)
@@ -158,13 +160,98 @@ def test_steps_of_several_tokens_are_counted(start: Start) -> None:
 def test_sampled_tokens_are_not_compared(start: Start) -> None:
     plan = Plan([(1, 20)], first=0, warm_up=0, new_tokens=2, rounds=1, totals=0, temperature=1.0, busy=1)
     settings = {"threads": 1, "row_tokens": 4000}
-    report = run([Peer("x", "fake")], start, plan, lambda n, length: [[1] * length] * n, settings, lambda line: None)
+    report = run(
+        [Peer("x", "fake")], start, plan, lambda n, length, shared: [[1] * length] * n, settings, lambda line: None
+    )
     assert (report.contenders[0].same, report.points[0].same) == (None, None)
     assert len(report.points[0].step_ms) == 1
     text = table(report)
     assert "temperature 1;" in text
     assert "1 busy process on the first CPUs" in text
     assert report.date in text
+
+
+def test_a_chat_keeps_each_contenders_answers(start: Start) -> None:
+    """Answers of "counts" are 0, 1, of "twos" as well; every turn sends text, answer, text. The last turn of the second
+    chat, whose text begins with 13, fails."""
+    shape = ChatShape.parse("4:12:3")
+    assert (shape.prompts, shape.added(2)) == ([4, 8, 12], [4, 2, 2])
+    plan = Plan([], first=0, warm_up=0, new_tokens=2, rounds=2, totals=0, chat=shape)
+    asked: list[tuple[str, list[int]]] = []
+
+    def start_recorded(contender: Peer) -> PeerProcess:
+        process = start(contender)
+        ask = process.ask
+
+        def recorded(op: str, **fields: Any) -> dict[str, Any]:
+            if op == "turn":
+                asked.append((contender.name, fields["prompt"]))
+                assert fields["room"] == 14
+            return ask(op, **fields)
+
+        process.ask = recorded  # type: ignore[method-assign]
+        return process
+
+    settings = {"threads": 1, "row_tokens": 4000}
+    contenders = [Peer("counts", "fake"), Peer("twos", "fake", {"step": 2})]
+
+    def cut(count: int, length: int, shared: int) -> list[list[int]]:
+        return [list(range(20, 20 + length)), list(range(13, 13 + length))][:count] * 2
+
+    report = run(contenders, start_recorded, plan, cut, settings, lambda line: None)
+    counts, twos = report.chats
+    assert [len(times) for times in counts.first_token_s] == [1, 1, 1]
+    assert [prompt for name, prompt in asked if name == "counts"][:3] == [
+        [20, 21, 22, 23],
+        [20, 21, 22, 23, 0, 1, 24, 25],
+        [20, 21, 22, 23, 0, 1, 24, 25, 0, 1, 26, 27],
+    ]
+    assert [name for name, _ in asked[:4]] == ["counts", "twos", "twos", "counts"]
+    assert (twos.prompts, twos.error) == ([4, 8, 12], "RuntimeError: bad luck")
+    text = table(report)
+    assert "time to the first token of each turn of a chat" in text
+    assert "(RuntimeError: bad luck)" in text
+
+
+def test_a_turn_keeps_memory(start: Start) -> None:
+    peer = start(Peer("one", "fake", {}))
+    for _ in range(2):
+        answer = peer.ask("turn", prompt=[1], new_tokens=2, room=50)
+        assert answer["tokens"] == [[0, 1]]
+    assert peer.ask("complete", prompts=[[1]], new_tokens=2)["tokens"] == [[0, 1]]
+    peer.ask("turn", prompt=[1], new_tokens=2, room=60)
+    log = (peer._log).read_text()
+    assert [line for line in log.splitlines() if line.startswith("room")] == ["room 50", "room 3", "room 60"]
+
+
+def test_prompts_that_share_tokens(start: Start) -> None:
+    plan = Plan([(2, 20)], first=0, warm_up=0, new_tokens=2, rounds=1, totals=0, shared=15)
+    settings = {"threads": 1, "row_tokens": 4000}
+    cuts: list[tuple[int, int, int]] = []
+
+    def cut(count: int, length: int, shared: int) -> list[list[int]]:
+        cuts.append((count, length, shared))
+        return [[1] * length] * count
+
+    report = run([Peer("x", "fake")], start, plan, cut, settings, lambda line: None)
+    assert cuts[1:] == [(2, 20, 15)]
+    assert "all rows begin with the same 15 tokens" in table(report)
+
+
+def test_chats_and_shares_that_cannot_be_measured(tmp_path: Path) -> None:
+    for wrong in ("", "500", "500:6000", "0:5:2", "6000:500:10", "5:9:1", "a:b:c"):
+        with pytest.raises(BenchError, match="START:END:TURNS"):
+            ChatShape.parse(wrong)
+    tight = Plan([], 0, 0, 16, 1, 0, chat=ChatShape(100, 200, 10))
+    with pytest.raises(BenchError, match="answers of 16 tokens leave no room"):
+        tight.settings(tmp_path, TINY, 1)
+    long = Plan([], 0, 0, 16, 1, 0, chat=ChatShape(100, 2040, 3))
+    with pytest.raises(BenchError, match="2056 tokens, but the model has 2048"):
+        long.settings(tmp_path, TINY, 1)
+    with pytest.raises(BenchError, match="2x20: 20 shared tokens leave none"):
+        Plan([(2, 20)], 0, 0, 2, 1, 0, shared=20).settings(tmp_path, TINY, 1)
+    fine = Plan([], 0, 0, 16, 1, 0, chat=ChatShape(100, 2000, 3)).settings(tmp_path, TINY, 1)
+    assert fine["rows"] == 4
 
 
 def test_a_contender_in_a_quota(start: Start) -> None:
@@ -199,6 +286,17 @@ def test_contenders() -> None:
     usual = [one.name for one in choose(None, [fast])]
     assert usual[-1] == "fast"
     assert "llama.cpp q8_0" not in usual
+    assert "vllm prefix" not in usual
+    sharing = [one.name for one in choose(None, [fast], sharing=True)]
+    assert sharing == [
+        "magicdec off",
+        "magicdec auto",
+        "magicdec prefix",
+        "magicdec prefix auto",
+        "vllm prefix",
+        "llama.cpp prefix",
+        "fast",
+    ]
     with pytest.raises(BenchError, match="no contender 'sglang'"):
         choose("sglang", [])
     for wrong in ("fast", ": a=1", "fast: a", "fast: =1"):

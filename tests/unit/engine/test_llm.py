@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import magicdec
 from engine.config.deployment import ConfigError
 from engine.llm import LLM, Prompt
+from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
 from engine.scheduler.validation import RequestError
 from server.cli.app import app
@@ -60,6 +61,41 @@ def test_streams_side_by_side_and_beside_generate(llm: LLM) -> None:
     assert texts == expected[:2]
 
 
+def test_salts_reach_the_engine_and_completions_have_the_cached_tokens(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine says the number in its first output."""
+    salts: dict[str, str] = {}
+    add, step = llm.engine.add, llm.engine.step
+
+    def recorded(request: AddRequest) -> None:
+        salts[request.id] = request.cache_salt
+        add(request)
+
+    def told() -> list[RequestOutput]:
+        found = {"a": 16, "b": 32}
+        outputs = step()
+        for output in outputs:
+            output.cached_tokens = found.get(salts.pop(output.id, ""), 0)
+        return outputs
+
+    monkeypatch.setattr(llm.engine, "add", recorded)
+    monkeypatch.setattr(llm.engine, "step", told)
+    assert [each.num_cached_tokens for each in llm.generate(["one", "two"], SAMPLED, cache_salt="a")] == [16, 16]
+    assert [piece.completion.num_cached_tokens for piece in llm.stream("one", SAMPLED, cache_salt="b")][-1] == 32
+    assert llm.generate("one", SAMPLED)[0].num_cached_tokens == 0
+
+
+def test_a_prompt_that_begins_like_an_earlier_one(directory: Path) -> None:
+    prompt = list(range(10, 60))
+    with LLM(str(directory), dtype="float64", cache={"memory_gb": 0.2}) as llm:
+        first, second = (llm.generate(prompt, SAMPLED)[0] for _ in range(2))
+        (salted,) = llm.generate(prompt, SAMPLED, cache_salt="tenant")
+        longer = list(llm.stream(prompt + first.token_ids, SAMPLED))[-1].completion
+    assert [each.num_cached_tokens for each in (first, second, salted, longer)] == [0, 48, 0, 64]
+    assert first.token_ids == second.token_ids == salted.token_ids
+
+
 def test_leaving_a_stream_frees_its_pages(llm: LLM) -> None:
     stream = llm.stream("one", SAMPLED)
     next(stream)
@@ -67,7 +103,7 @@ def test_leaving_a_stream_frees_its_pages(llm: LLM) -> None:
     stream.close()  # type: ignore[attr-defined]
     stats = llm.stats
     assert stats.running == stats.waiting == 0
-    assert stats.pages_free == stats.pages_total
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
 
 
 def test_stop_string_ends_the_text_inside_a_round(llm: LLM) -> None:
@@ -116,6 +152,8 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(llm: LLM, prompts
 def test_wrong_arguments(llm: LLM, directory: Path) -> None:
     with pytest.raises(RequestError, match="2 prompts but 1"):
         llm.generate(["a", "b"], [SAMPLED])
+    with pytest.raises(RequestError, match="expected a string as cache_salt, not int"):
+        llm.generate("a", SAMPLED, cache_salt=5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="finite"):
         SamplingParams(temperature=float("nan"))
     with pytest.raises(ConfigError, match="page_size"):

@@ -200,6 +200,66 @@ class TestForward:
         assert speculation.draft_seconds(4, 32000) == target.forward_seconds(4, 4 * 512)
         assert replace(speculation, budget=None).draft_seconds(4, 32000) == speculation.target_seconds(4, 32000)
 
+    def test_shared_tokens_are_read_once_and_computed_with_by_every_row(self) -> None:
+        """8 rows of 1000 tokens, of which 900 are the same."""
+        placement = PlacedModel(model=SMALL, device=ROUND, ranks=1, efficiency=EXACT)
+        linear = 2 * SMALL_ACTIVE * 8 / (1e6 * 0.5)
+        reading = 48 * (900 + 8 * 100) / (1e5 * 0.5)  # larger than 1.54 s of products
+        assert placement.forward_seconds(8, 8000, shared_tokens=6300) == pytest.approx(linear + reading + 0.03)
+        computing = 4 * 3 * 4 * 2 * 8000 * 5 / (1e6 * 0.5)
+        seconds = placement.forward_seconds(8, 8000, 5, 6300)
+        assert seconds == pytest.approx(5 * linear + 1.5 * computing + 0.03)
+
+    @given(
+        self_speculating,
+        st.integers(1, 256),
+        st.integers(0, 60_000),
+        st.integers(0, 60_000),
+        st.integers(0, 16),
+        st.floats(1e3, 1e30),
+    )
+    def test_reads_of_a_shared_context(
+        self, model: str, rows: int, same: int, own: int, gamma: int, flops: float
+    ) -> None:
+        """Bytes fall from B·(m_c + m_d) to m_c + B·m_d; products do not."""
+        target = replace(place(model, ranks=1), device=replace(GPUS["h100"], flops=flops))
+        cost = SpeculationCost(target=target, draft=target, budget=512, shared=same)
+        seconds = cost.verify_seconds(rows, same + own, gamma)
+        by_reading = target.forward_seconds(rows, same + rows * own, gamma + 1)
+        assert target.forward_seconds(rows, rows * (same + own), gamma + 1) >= seconds >= by_reading
+        reading = replace(target, device=replace(target.device, flops=1e30))
+        cost = replace(cost, target=reading, draft=reading)
+        assert cost.verify_seconds(rows, same + own, gamma) == pytest.approx(
+            reading.forward_seconds(rows, same + rows * own, gamma + 1)
+        )
+        computing = replace(target, device=replace(target.device, flops=1e3))
+        cost = replace(cost, target=computing, draft=computing)
+        assert cost.verify_seconds(rows, same + own, gamma) == pytest.approx(
+            computing.forward_seconds(rows, rows * (same + own), gamma + 1)
+        )
+
+    @given(self_speculating, st.integers(1, 256), st.integers(1, 100_000), gammas, alphas)
+    def test_nothing_shared_changes_nothing(
+        self, model: str, rows: int, context: int, gamma: int, alpha: float
+    ) -> None:
+        target = place(model, ranks=1)
+        cost = SpeculationCost(target=target, draft=target, budget=512, shared=0)
+        assert cost.target_seconds(rows, context) == target.forward_seconds(rows, rows * context)
+        assert cost.verify_seconds(rows, context, gamma) == target.forward_seconds(rows, rows * context, gamma + 1)
+        assert cost.draft_seconds(rows, context) == target.forward_seconds(rows, rows * min(context, 512))
+        alone = replace(cost, shared=context)  # with one row, nobody is there to share with
+        assert alone.speedup(1, context, gamma, alpha) == cost.speedup(1, context, gamma, alpha)
+
+    def test_drafts_that_share(self) -> None:
+        target = place("llama-3.1-8b")
+        everything = SpeculationCost(target=target, draft=target, budget=None, shared=3000)
+        assert everything.draft_seconds(8, 4000) == everything.target_seconds(8, 4000)
+        windows = replace(everything, budget=512)
+        assert windows.draft_seconds(8, 4000) == target.forward_seconds(8, 8 * 512)
+        assert windows.draft_seconds(8, 500) == target.forward_seconds(8, 8 * 500, shared_tokens=7 * 500)
+        caches = replace(windows, draft_shares=False)
+        assert caches.draft_seconds(8, 500) == target.forward_seconds(8, 8 * 500)
+
     @given(self_speculating, st.sampled_from(sorted(GPUS)), st.integers(1, 256), st.integers(1, 100_000))
     def test_nothing_gets_cheaper_by_being_more(self, model: str, gpu: str, rows: int, context: int) -> None:
         placement = place(model, gpu, ranks=1)
@@ -249,6 +309,35 @@ class TestSpeedUp:
             >= speculation.best_gamma(rows, context, alpha)[1] - 0.01
         )
 
+    @given(
+        self_speculating,
+        st.sampled_from(sorted(GPUS)),
+        st.integers(1, 256),
+        st.integers(513, 100_000),
+        st.floats(0, 1),
+        st.floats(0, 1),
+        gammas,
+        alphas,
+    )
+    def test_falls_with_what_is_shared(
+        self, model: str, gpu: str, rows: int, context: int, less: float, more: float, gamma: int, alpha: float
+    ) -> None:
+        target = place(model, gpu, ranks=1)
+        less, more = sorted((less, more))
+        cost = SpeculationCost(target=target, draft=target, budget=512, shared=int(less * context))
+        sharing = replace(cost, shared=int(more * context))
+        before, after = (each.speedup(rows, context, gamma, alpha) for each in (cost, sharing))
+        assert after <= before * (1 + 1e-9)
+
+    @given(
+        st.sampled_from(["llama-2-7b-32k", "llama-3.1-8b"]), st.integers(64, 256), st.integers(8000, 128_000), gammas
+    )
+    def test_gains_little_where_everything_is_shared(self, model: str, rows: int, context: int, gamma: int) -> None:
+        target = place(model)
+        cost = SpeculationCost(target=target, draft=target, budget=512)
+        assert replace(cost, shared=context).best_gamma(rows, context, 0.85)[1] < 1.1
+        assert cost.best_gamma(rows, 4 * context, 0.85)[1] > 1.5
+
     @given(self_speculating, st.integers(1, 256), st.integers(1, 100_000), gammas)
     def test_never_pays_without_agreement(self, model: str, rows: int, context: int, gamma: int) -> None:
         target = place(model, ranks=1)
@@ -293,9 +382,12 @@ class TestBreakEven:
         assert speculation.break_even_limit(2, 0.8) == pytest.approx(expected)
         assert speculation.break_even_limit(2, 0.0) == math.inf
 
+    @pytest.mark.parametrize("shared", [0, 2000])
     @pytest.mark.parametrize("draft", ["llama-3.1-8b", "llama-3.2-1b"])
-    def test_limit_is_what_large_batches_come_to(self, draft: str) -> None:
+    def test_limit_is_what_large_batches_come_to(self, draft: str, shared: int) -> None:
         target = replace(place("llama-3.1-8b", ranks=1), efficiency=replace(PUBLISHED, layer_s=0.0))
-        speculation = SpeculationCost(target=target, draft=replace(target, model=SHAPES[draft]), budget=512)
+        speculation = SpeculationCost(
+            target=target, draft=replace(target, model=SHAPES[draft]), budget=512, shared=shared
+        )
         context = speculation.break_even(10**7, lambda _: 0.8, 3)
         assert context == pytest.approx(speculation.break_even_limit(3, 0.8), rel=0.01)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models.shapes import SHAPES, rank_weight_bytes
 from planner.cost_model import PlacedModel
 from planner.expected_acceptance import DRAFT_MODEL, Policy, expected_alpha
-from planner.forecast import Deployment
+from planner.forecast import Deployment, ForecastError
 from planner.hardware import GPUS, find_device
 
 
@@ -77,6 +77,49 @@ class TestMemory:
         most = deployment.forecast(1, 8000, budgets=(512,), gamma=3).largest_batch
         assert deployment.forecast(most, 8000, budgets=(512,), gamma=3).fits
         assert not deployment.forecast(most + 1, 8000, budgets=(512,), gamma=3).fits
+
+    @pytest.mark.parametrize("draft", ["self", "llama-3.2-1b"])
+    @pytest.mark.parametrize("policy", ["window", "snapkv"])
+    @pytest.mark.parametrize("budget", [None, 512])
+    def test_shared_tokens_are_kept_once(self, draft: str, policy: Policy, budget: int | None) -> None:
+        deployment = self.deployment(draft, policy)
+        apart = deployment.forecast(4, 8000, budgets=(budget,), gamma=3)
+        found = deployment.forecast(4, 8000, budgets=(budget,), gamma=3, shared=6000)
+        assert found.kv_bytes == (6000 + 4 * 2004) * 16_384 == apart.kv_bytes - 3 * 6000 * 16_384
+        keeps_context = draft != "self" and (policy == "snapkv" or budget is None)
+        saved = 3 * 6000 * 2 * 16 * 64 * 2 if keeps_context else 0
+        assert found.draft_bytes == apart.draft_bytes - saved
+        assert found.memory_bytes == found.weight_bytes + found.kv_bytes + found.draft_bytes
+
+    @pytest.mark.parametrize("shared", [1, 4000, 8000])
+    def test_largest_batch_is_largest_where_tokens_are_shared(self, shared: int) -> None:
+        deployment = self.deployment("llama-3.2-1b")
+        most = deployment.forecast(1, 8000, budgets=(512,), gamma=3, shared=shared).largest_batch
+        found = deployment.forecast(most, 8000, budgets=(512,), gamma=3, shared=shared)
+        assert found.fits
+        assert found.memory_bytes <= found.usable_bytes
+        assert not deployment.forecast(most + 1, 8000, budgets=(512,), gamma=3, shared=shared).fits
+
+    def test_drafts_with_caches_share_no_reads(self) -> None:
+        """A context within the budget is read whole: once for all rows from the target's pages, but not from caches."""
+        rows, context = 64, 500
+        times = {}
+        for draft in ("self", "llama-3.2-1b"):
+            for policy in ("window", "snapkv"):
+                for budget in (512, None):
+                    deployment = self.deployment(draft, policy)
+                    apart, sharing = (
+                        deployment.forecast(rows, context, budgets=(budget,), gamma=3, shared=shared).t_draft_ms
+                        for shared in (0, context)
+                    )
+                    times[draft, policy, budget] = sharing < apart
+        assert {key for key, shares in times.items() if shares} == {
+            ("self", "window", 512), *((draft, policy, None) for draft, policy, _ in times)
+        }  # fmt: skip
+
+    def test_more_shared_than_there_is(self) -> None:
+        with pytest.raises(ForecastError, match="a context of 8000 tokens cannot begin with 8001 shared ones"):
+            self.deployment().forecast(4, 8000, budgets=(512,), gamma=3, shared=8001)
 
     def test_weights_that_do_not_fit(self) -> None:
         target = place("llama-3.1-70b", ranks=1)

@@ -39,6 +39,7 @@ def test_usage_counts_tokens_and_drafts(directory: Path) -> None:
                 "prompt_tokens": 3,
                 "completion_tokens": 20,
                 "total_tokens": 23,
+                "prompt_tokens_details": {"cached_tokens": 0},
                 "completion_tokens_details": {"accepted_prediction_tokens": 12, "rejected_prediction_tokens": 12},
             }
 

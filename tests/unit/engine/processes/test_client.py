@@ -117,6 +117,34 @@ def test_stats_follow_the_engine_also_when_idle() -> None:
     run(test)
 
 
+def test_a_reset_reaches_the_engine_before_later_requests() -> None:
+    """Also among requests that run: nobody waits in between."""
+
+    async def test(client: EngineClient) -> None:
+        async def cached(seed: int) -> int:
+            outputs = await collect(client, request(list(range(10, 50)), max_tokens=5, seed=seed))
+            return max(output.cached_tokens for output in outputs)
+
+        slow = asyncio.create_task(tokens_of(client, request([SLOW], max_tokens=50)))
+        assert [await cached(seed) for seed in (1, 2)] == [0, 32]
+        client.reset_prefix_cache()
+        assert [await cached(seed) for seed in (3, 4)] == [0, 32]
+        assert len(await slow) == 50
+        await eventually(lambda: client.stats.prefix_queries == 161 and client.stats.prefix_hits == 64)
+
+    run(test)
+
+
+def test_an_engine_that_is_gone_resets_nothing() -> None:
+    async def test(client: EngineClient) -> None:
+        await asyncio.gather(tokens_of(client, request([CRASH])), return_exceptions=True)
+        assert "it broke" in await client.wait_dead()
+        with pytest.raises(EngineDead, match="it broke"):
+            client.reset_prefix_cache()
+
+    run(test)
+
+
 def test_leaving_early_aborts() -> None:
     async def test(client: EngineClient) -> None:
         async with aclosing(client.generate(request([SLOW], max_tokens=10_000))) as outputs:

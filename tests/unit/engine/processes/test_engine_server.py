@@ -15,7 +15,16 @@ import pytest
 import zmq
 
 from engine.config.deployment import EngineConfig
-from engine.messages import AbortRequests, AddRequest, FromEngine, Outputs, Ready, RequestOutput
+from engine.messages import (
+    AbortRequests,
+    AddRequest,
+    FromEngine,
+    Outputs,
+    Ready,
+    RequestOutput,
+    ResetPrefixCache,
+    ToEngine,
+)
 from engine.params import SamplingParams
 from engine.processes.endpoint import SOCKET
 from engine.processes.engine_server import EngineServer
@@ -50,7 +59,7 @@ def process(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], Callable
             context.destroy(linger=0)
 
 
-def send(socket: zmq.Socket[bytes], message: AddRequest | AbortRequests) -> None:
+def send(socket: zmq.Socket[bytes], message: ToEngine) -> None:
     socket.send(msgspec.msgpack.encode(message))
 
 
@@ -80,6 +89,26 @@ def test_several_peers_with_the_same_socket(own_tmp: Path) -> None:
         for number, peer in enumerate((first, second)):
             assert isinstance(receive(peer), Ready)
             assert finish(peer) == expected(AddRequest("", [number], SamplingParams(max_tokens=8)))
+
+
+def test_any_peer_may_reset_the_prefix_cache(own_tmp: Path) -> None:
+    """Also one that has sent nothing before. The cache is every peer's."""
+
+    def cached(peer: zmq.Socket[bytes]) -> int:
+        send(peer, AddRequest("r", list(range(10, 50)), SamplingParams(max_tokens=2)))
+        while True:
+            message = receive(peer)
+            for output in message.outputs if isinstance(message, Outputs) else ():
+                if output.finish_reason is not None:
+                    return output.cached_tokens
+
+    with process(own_tmp / "p") as (_, connect):
+        first, second = connect(), connect()
+        assert [cached(first), cached(first)] == [0, 32]
+        send(second, ResetPrefixCache())
+        assert isinstance(receive(second), Ready)  # sent before the reset is handled; nothing answers that
+        assert cached(second) == 0
+        assert cached(first) == 32
 
 
 def test_a_request_is_acknowledged_before_its_first_round(own_tmp: Path) -> None:

@@ -28,9 +28,11 @@ class Puppet:
     def __init__(self) -> None:
         self.dead: str | None = None
         self.ready = Ready("puppet", 64, 320, [2], EngineStats())
-        self.stats = EngineStats(rounds=10, pages_total=5, pages_free=5, running=1, accepted_per_position=[2, 1])
+        self.stats = EngineStats(rounds=10, pages_total=5, pages_free=3, pages_cached=2, running=1, prefix_hits=7)
+        self.stats.accepted_per_position = [2, 1]
         self.requests: dict[str, asyncio.Queue[RequestOutput | None]] = {}
         self.closed = False
+        self.resets = 0
         self._death = asyncio.Event()
 
     @property
@@ -49,6 +51,9 @@ class Puppet:
             raise EngineDead(self.dead)
         finally:
             del self.requests[request.id]
+
+    def reset_prefix_cache(self) -> None:
+        self.resets += 1
 
     async def asked(self, *ids: str) -> None:
         while set(self.requests) != set(ids):
@@ -311,6 +316,28 @@ def test_a_first_engine_that_does_not_come_up() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_reset_needs_an_engine(restart: bool) -> None:
+    async def main() -> None:
+        async with supervised(restart=restart) as (engines, puppets):
+            engines.reset_prefix_cache()
+            puppets.open.clear()
+            puppets.made[0].die("it broke")
+            with pytest.raises(EngineDead, match="it broke") as caught:
+                engines.reset_prefix_cache()
+            assert isinstance(caught.value, EngineDown) is restart
+            if restart:
+                puppets.open.set()
+                second = await puppets.up(2)
+                while engines.down:
+                    await asyncio.sleep(0)
+                engines.reset_prefix_cache()
+                assert second.resets == 1
+            assert puppets.made[0].resets == 1
+
+    asyncio.run(main())
+
+
 def test_totals_go_on_and_gauges_are_of_this_engine() -> None:
     async def main() -> None:
         async with supervised() as (engines, puppets):
@@ -320,11 +347,13 @@ def test_totals_go_on_and_gauges_are_of_this_engine() -> None:
                 await asyncio.sleep(0)
             stats = engines.stats
             assert (stats.rounds, stats.running, stats.pages_total, stats.pages_free) == (10, 0, 0, 0)
+            assert (stats.pages_cached, stats.prefix_hits) == (0, 7)
             puppets.open.set()
             second = await puppets.up(2)
             while engines.down:
                 await asyncio.sleep(0)
             assert (engines.stats.rounds, engines.stats.pages_total, engines.stats.running) == (20, 5, 1)
+            assert (engines.stats.pages_cached, engines.stats.prefix_hits) == (2, 14)
             second.stats = EngineStats(rounds=11, accepted_per_position=[1, 1, 1])
             assert engines.stats.rounds == 21
             assert engines.stats.accepted_per_position == [3, 2, 1]

@@ -76,6 +76,7 @@ def test_parameters(fields: dict[str, Any], params_of_them: dict[str, Any]) -> N
         ({"allowed_token_ids": [*range(2**18)] * 2}, {"allowed_token_ids": [*range(2**18)]}),
         ({"truncate_prompt_tokens": -1, "suffix": ""}, {"truncate_prompt_tokens": -1}),
         ({"truncate_prompt_tokens": 5.0, "priority": -1.0}, {"truncate_prompt_tokens": 5, "priority": -1}),
+        ({"cache_salt": "ü" * 1024}, {"cache_salt": "ü" * 1024}),
     ],
 )
 def test_fields_of_completions(fields: dict[str, Any], parsed: dict[str, Any]) -> None:

@@ -51,6 +51,20 @@ def test_every_flag_arrives() -> None:
     assert (speculation.kv.policy, speculation.kv.budget, speculation.verification) == ("snapkv", 128, "rejection")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "prefix"), [((), True), (("--prefix-cache",), True), (("--no-prefix-cache",), False)]
+)
+def test_a_setting_that_is_on_can_be_switched_off(arguments: tuple[str, ...], prefix: bool) -> None:
+    assert parse(*arguments).engine.cache.prefix is prefix
+
+
+def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("engine: {cache: {prefix: false}}")
+    assert parse("--config", str(path)).engine.cache.prefix is False
+    assert parse("--config", str(path), "--prefix-cache").engine.cache.prefix is True
+
+
 def test_a_command_can_go_without() -> None:
     with pytest.raises(AssertionError, match="No such option"):
         parse("--budget", "16", but=("budget",))
@@ -110,6 +124,7 @@ FLAGS = {
     "--verification": "rejection",
     "--max-model-len": "99",
     "--gpu-memory-utilization": "0.5",
+    "--prefix-cache": None,
     "--threads": "3",
     "--host": "::",
     "--port": "1",
@@ -128,6 +143,8 @@ FLAGS = {
     "--tls-key": "k",
 }
 """A value for every flag of `magicdec serve` that overrides a setting."""
+ON = {"--prefix-cache": "--no-prefix-cache"}
+"""Flags of settings that are on by default, and the flags that change them."""
 
 
 def test_cpu_config_names_the_flag_of_every_setting_that_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +165,7 @@ def test_cpu_config_names_the_flag_of_every_setting_that_has_one(monkeypatch: py
         monkeypatch.setattr("server.cli.serve._run", lambda config, engine, seen=seen: seen.append(config) or 0)
         # Certificate and key are valid only together.
         other = {"--tls-cert": ["--tls-key", "k"], "--tls-key": ["--tls-cert", "c"]}.get(flag, [])
-        done = CliRunner().invoke(app, [flag, *([] if value is None else [value]), *other])
+        done = CliRunner().invoke(app, [ON.get(flag, flag), *([] if value is None else [value]), *other])
         assert done.exit_code == 0, done.output
         settings = flatten(seen[0].model_dump())
         changed |= {(name, flag) for name in defaults if name in settings and settings[name] != defaults[name]}

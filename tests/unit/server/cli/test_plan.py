@@ -21,7 +21,7 @@ FIELDS = {
     *("model", "draft", "gpu", "tensor_parallel", "batch", "context", "budget", "alpha", "gamma", "speedup", "fits"),
     *("policy", "largest_batch", "break_even_context", "break_even_limit", "tokens_per_second"),
     *("plain_tokens_per_second", "t_target_ms", "t_draft_ms", "t_verify_ms", "weight_bytes", "kv_bytes"),
-    *("draft_bytes", "memory_bytes", "usable_bytes"),
+    *("draft_bytes", "memory_bytes", "usable_bytes", "shared"),
 }
 
 
@@ -133,6 +133,28 @@ def test_wider_weights(plan: Planner) -> None:
     assert wide["t_target_ms"] > 1.5 * narrow["t_target_ms"]
 
 
+def test_shared_tokens(
+    plan: Planner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    where = ("--tp", "8", "--batch", "64", "--context", "32000")
+    gains = []
+    for shared in (0, 16000, 32000):
+        (row,) = plan(*where, "--shared", str(shared))
+        assert row["shared"] == shared
+        gains.append(row["speedup"])
+        assert row["kv_bytes"] == (64 * (32001 + row["gamma"] - shared) + shared) * 16_384
+    assert gains[0] > gains[1] + 0.2 > gains[2] + 0.2
+    capsys.readouterr()
+    flags = ("--model", "llama-3.1-8b", "--gpu", "a100-80gb", *where, "--shared", "16000")
+    assert run(monkeypatch, *flags, "--plot", str(tmp_path / "plan.png")) == 0
+    _, head, line = capsys.readouterr().out.splitlines()
+    assert dict(zip(head.split(), line.split(), strict=False))["shared"] == "16000"
+    assert len(head) == len(line)
+    (row,) = plan(*where)
+    assert row["shared"] == 0
+    assert "shared" not in capsys.readouterr().out
+
+
 def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     where = ("--model", "llama-2-7b-32k", "--gpu", "a100-80gb", "--tp", "8", "--context", "32000")
     assert run(monkeypatch, *where, "--batch", "32,64") == 0
@@ -169,6 +191,7 @@ def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         (("--gpu", "tpu"), "error: 'tpu' is not a known GPU; these are: a100-80gb, h100, h200, l40s, cpu"),
         (("--tp", "33"), "error: llama-3.1-8b has 32 query heads, which cannot be split over 33 ranks"),
         (("--context", "140000"), "error: llama-3.1-8b is made for 131072 tokens, not 140000"),
+        (("--shared", "8001"), "error: a context of 8000 tokens cannot begin with 8001 shared ones"),
     ],
 )
 def test_one_line(
@@ -193,6 +216,8 @@ def test_one_line(
             ("--gamma", "-1"),
             ("--layer-us", "-1"),
             ("--layer-us", "inf"),
+            ("--shared", "-1"),
+            ("--shared", "x"),
         ),
         *(("--policy", "h2o"), ("--dtype", "int3"), ("--json", "/no/such/dir/x.json"), ("--plot", "/no/such/dir/x")),
     ],
@@ -244,6 +269,7 @@ def test_terms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         *((("--draft", "self"), "--draft"), (("--policy", "window"), "--policy"), (("--plot", "x.png"), "--plot")),
         *((("--dtype", "bfloat16"), "--dtype"), (("--batch", "1,2"), "--batch"), (("--gpu", "cpu"), "--gpu")),
         *((("--layer-us", "20"), "--layer-us"), (("--batch", "x"), "--batch")),
+        (("--shared", "8"), "--shared"),
         (("--json", "/no/such/dir/x.json"), "--json"),
     ],
 )

@@ -21,7 +21,7 @@ def test_metrics_have_both_names(directory: Path) -> None:
             for line in (
                 f"vllm:num_requests_running{label} 0.0",
                 f"vllm:kv_cache_usage_perc{label} 0.0",
-                f"magicdec_pages_free{label} 1000.0",
+                'magicdec_pages{model_name="tiny",state="free"} 1000.0',
                 'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="tiny",position="1"} 2.0',
                 f"magicdec_gamma_count{label} 5.0",
                 f"magicdec_gamma_sum{label} 8.0",
@@ -42,7 +42,14 @@ def test_metrics_have_both_names(directory: Path) -> None:
 
 def test_metrics_of_what_drafts_keep_and_gain() -> None:
     stats = EngineStats(
-        running=3, pages_total=10, pages_free=4, policy="snapkv", draft_pages_per_row=5, alpha=0.75, decode_seconds=2.0
+        running=3,
+        pages_total=10,
+        pages_free=1,
+        pages_cached=3,
+        policy="snapkv",
+        draft_pages_per_row=5,
+        alpha=0.75,
+        decode_seconds=2.0,
     )
     lines = Metrics("m", lambda: stats).text().decode().splitlines()
     assert 'magicdec_pages_in_use{model_name="m",pool="target"} 6.0' in lines
@@ -51,3 +58,48 @@ def test_metrics_of_what_drafts_keep_and_gain() -> None:
     plain = Metrics("m", lambda: EngineStats(pages_total=10)).text().decode()
     assert 'pool="draft"' not in plain
     assert "acceptance_estimate" not in plain
+
+
+def test_metrics_of_the_prefix_cache(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, _):
+            for _ in range(3):
+                await http.post("/v1/completions", json={"prompt": list(range(10, 50)), "max_tokens": 2})
+            lines = (await http.get("/metrics")).text.splitlines()
+            label = '{model_name="tiny"}'
+            for line in (
+                f"vllm:prefix_cache_queries_total{label} 120.0",
+                f"magicdec_prefix_queries_total{label} 120.0",
+                f"vllm:prefix_cache_hits_total{label} 64.0",
+                f"magicdec_prefix_hits_total{label} 64.0",
+                f"magicdec_prefix_evictions_total{label} 0.0",
+            ):
+                assert line in lines
+
+    asyncio.run(main())
+
+
+def test_cached_pages_are_not_in_use() -> None:
+    stats = EngineStats(pages_total=10, pages_free=1, pages_cached=5, prefix_evictions=6)
+    lines = Metrics("m", lambda: stats).text().decode().splitlines()
+    for line in (
+        'magicdec_pages{model_name="m",state="owned"} 4.0',
+        'magicdec_pages{model_name="m",state="cached"} 5.0',
+        'magicdec_pages{model_name="m",state="free"} 1.0',
+        'magicdec_pages_in_use{model_name="m",pool="target"} 4.0',
+        'magicdec_kv_cache_usage_ratio{model_name="m"} 0.4',
+        'vllm:kv_cache_usage_perc{model_name="m"} 0.4',
+        'magicdec_prefix_evictions_total{model_name="m"} 6.0',
+    ):
+        assert line in lines
+
+
+def test_pages_that_the_load_calls_free_are_all_that_a_request_could_get(directory: Path) -> None:
+    async def main() -> None:
+        async with server(directory) as (http, _, _):
+            await http.post("/v1/completions", json={"prompt": list(range(10, 50)), "max_tokens": 2})
+            assert 'magicdec_pages{model_name="tiny",state="cached"} 2.0' in (await http.get("/metrics")).text
+            load = (await http.get("/load")).json()
+            assert load == {"running": 0, "waiting": 0, "pages_total": 1000, "pages_free": 1000}
+
+    asyncio.run(main())

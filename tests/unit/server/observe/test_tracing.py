@@ -20,7 +20,7 @@ def test_spans(directory: Path) -> None:
     async def main() -> None:
         async with server(directory) as (http, _, service):
             service.tracing = Tracing("m", exporter)
-            body = {"prompt": [10, 11], "max_tokens": 5, "ignore_eos": True}
+            body = {"prompt": [10, 11] * 10, "max_tokens": 5, "ignore_eos": True}
             for stream in (False, True):
                 answer = await http.post(
                     "/v1/completions", json=body | {"stream": stream}, headers={"traceparent": PARENT}
@@ -31,12 +31,13 @@ def test_spans(directory: Path) -> None:
     asyncio.run(main())
     spans = exporter.get_finished_spans()
     requests = [span for span in spans if span.name == "request"]
-    assert len(requests) == 2
+    cached = [span.attributes["gen_ai.usage.cache_read.input_tokens"] for span in requests if span.attributes]
+    assert cached == [0, 16]
     for request in requests:
         assert request.attributes is not None
         assert f"{request.context.trace_id:032x}" in PARENT
         assert (request.attributes["gen_ai.usage.input_tokens"], request.attributes["gen_ai.usage.output_tokens"]) == (
-            2,
+            20,
             5,
         )
         mine = [span for span in spans if span.parent and span.parent.span_id == request.context.span_id]
