@@ -156,6 +156,13 @@ def random_turns(rng: random.Random, page_size: int, count: int, longest: int = 
     return turns
 
 
+def crowd(count: int, answer: int) -> list[Turn]:
+    """Make `count` short prompts that differ, are sent at once, and have answers of `answer` tokens: in a pool for
+    fewer tokens, rows are preempted."""
+    params = {"max_tokens": answer, "ignore_eos": True}
+    return [Turn(f"crowd{i}", prompt_of(5, 20 + i), params=params | {"seed": i}) for i in range(count)]
+
+
 def _length(rng: random.Random, page_size: int, longest: int) -> int:
     page = page_size
     edges = [1, page - 1, page, page + 1, 2 * page, 3 * page, 3 * page + 1, rng.randrange(1, longest + 1)]
