@@ -413,6 +413,22 @@ def test_an_aborted_prompt_is_found_as_far_as_it_was_computed() -> None:
     assert ask(engine, prompt)[0] == 60
 
 
+@pytest.mark.parametrize("gamma", [0, 3])
+def test_what_was_used_last_is_evicted_last_and_beginnings_after_ends(gamma: int) -> None:
+    """Three prompts of 12 pages are cached in 40 pages, and the first one is used again. A prompt of 14 pages takes 4
+    free pages and evicts 10 or 11: the second one's, the last ones first."""
+    engine = cached_engine(model(), page_size=4, gamma=gamma, pages=40)
+    first, second, third, fourth = (prompt_of(length, i) for i, length in enumerate((49, 49, 49, 54)))
+    for prompt in (first, second, third, first):
+        ask(engine, prompt, max_tokens=1)
+    ask(engine, fourth, max_tokens=1)
+    stats = engine.stats()
+    assert 10 <= stats.prefix_evictions <= 11
+    assert ask(engine, first, max_tokens=1)[0] == ask(engine, third, max_tokens=1)[0] == 48
+    kept = 12 - stats.prefix_evictions
+    assert ask(engine, second, max_tokens=1)[0] == 4 * kept
+
+
 def test_no_cache_finds_nothing() -> None:
     engine = tiny_engine(model(), gamma=3, cache={"prefix": False})
     prompt = prompt_of(50, 3)
