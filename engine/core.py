@@ -84,7 +84,8 @@ class Engine:
                 self._resolved, num_pages=self._worker.num_pages, max_model_len=self._worker.max_model_len
             )
             self._kv = self._make_kv()
-            self.profiler = Profiler(self._run_blank, config, self._worker.num_pages, self._resolved.max_model_len)
+            sizes = self._worker.num_pages, self._resolved.max_model_len, self._resolved.ops.shared_stretch
+            self.profiler = Profiler(self._run_blank, config, *sizes)
             if controller is None:
                 controller = self.make_controller()
         except BaseException:

@@ -71,6 +71,10 @@ class Ops(Protocol):
         first slot on, and reads them once for all; 0: it reads every row's KV by itself."""
 
     @property
+    def reads_prefixes(self) -> bool:
+        """Whether attention makes use of `AttentionBatch.prefixes`."""
+
+    @property
     def make_graphs(self) -> Callable[[], Graphs] | None:
         """Create the captures of one engine, whose memory is freed with the last of them. None if capturing gains
         nothing on this device."""

@@ -85,7 +85,7 @@ class TimedOps:
         self._inner, self._clock = inner, clock
         self.kind, self.name = inner.kind, inner.name
         self.make_graphs: Callable[[], Graphs] | None = None
-        self.shared_stretch = inner.shared_stretch
+        self.shared_stretch, self.reads_prefixes = inner.shared_stretch, inner.reads_prefixes
 
     def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> TimedLinear:
         inner = self._inner.linear(weight, bias, gated=gated, wide=wide)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from engine.batch.row_failures import RowFailures
+from engine.batch.shared_prefixes import PageLists
 from engine.kv.policies import View
 from engine.plan import RoundPlan
-from kernels.attention.base import AttentionBatch
+from kernels.attention.base import AttentionBatch, SharedPrefix
 from kernels.ops import Ops
 from kernels.ragged import Ints, ragged_arange
 from kernels.reference_ops import REFERENCE
@@ -42,6 +43,7 @@ class RowState:
         self.tokens = torch.zeros(max_rows, max_model_len, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(max_rows, -(-max_model_len // page_size), dtype=torch.int64, device=device)
         self.computed = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._lists = PageLists(*self.page_table.shape)
 
     def apply(self, plan: RoundPlan) -> None:
         """Apply the plan's changes: new rows, and pages appended to rows."""
@@ -49,6 +51,9 @@ class RowState:
             tokens = torch.tensor(start.tokens, dtype=torch.int32)
             self.tokens[start.row, : len(tokens)] = send(tokens, self.device)
             self.computed[start.row].fill_(start.computed)
+            self._lists.clear(start.row)
+        for delta in plan.pages:
+            self._lists.write(delta.row, delta.first, delta.pages)
         if plan.pages:
             counts = [len(delta.pages) for delta in plan.pages]
             row = np.repeat([delta.row for delta in plan.pages], counts)
@@ -61,6 +66,7 @@ class RowState:
         """Zero the rows of an abandoned round. Ranks left them in different states; zeroed, they agree again until the
         rows start anew."""
         for work in plan.work:
+            self._lists.clear(work.row)
             for state in (self.tokens, self.page_table, self.computed):
                 state[work.row].zero_()
 
@@ -96,9 +102,18 @@ class RowState:
                     -(-int(kv_lengths.max()) // self.page_size),
                 ),
                 skipped=skipped.tolist(),
+                prefixes=self._prefixes(rows, context, view),
             ),
             logit_index=logits,
         )
+
+    def _prefixes(self, rows: Ints, context: Ints, view: View) -> list[SharedPrefix]:
+        """Return the prefixes that rows share, if attention makes use of them. context: tokens that each row's first
+        query may read, itself included: it sees all shared pages, and at least one slot after them."""
+        if not self.ops.reads_prefixes or len(rows) < 2 or view.page_table is not self.page_table:
+            return []  # a table of another pool: its rows have pages of their own
+        slots = np.minimum(view.policy.leading(context), context - 1)
+        return self._lists.prefixes(rows, slots // self.page_size)
 
     def to_device(self, array: Ints) -> Tensor:
         """Copy a host array to the device without waiting for it."""

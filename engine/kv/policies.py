@@ -27,6 +27,11 @@ class KVPolicy(Protocol):
         array."""
         ...
 
+    def leading(self, context: Count) -> Count:
+        """Number of first KV slots that the query at the end of `context` tokens reads before the first one it leaves
+        out; of each, for an array. Rows with the same first pages list them alike up to there."""
+        ...
+
     def pages(self, page_table: Tensor, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
         """List the pages that rows attend to.
 
@@ -42,6 +47,9 @@ class Dense:
 
     def skipped(self, context: Count) -> Count:
         return context * 0
+
+    def leading(self, context: Count) -> Count:
+        return context
 
     def pages(self, page_table: Tensor, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
         return page_table[rows, :width]
@@ -73,6 +81,11 @@ class Window:
         pages = -(-context // self._page_size) - self._width
         skipped: Count = pages * (pages > 0) * self._page_size
         return skipped
+
+    def leading(self, context: Count) -> Count:
+        left_out = self.skipped(context) > 0
+        leading: Count = left_out * (self._sink * self._page_size) + (1 - left_out) * context
+        return leading
 
     def pages(self, page_table: Tensor, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
         listed = torch.arange(width, device=rows.device)

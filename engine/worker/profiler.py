@@ -35,7 +35,7 @@ _VERSION = 6
 _SECONDS = 8.0
 """Approximate limit of a profile's time."""
 _SHORT, _LONG_TOKENS = 64, 8192
-"""Tokens per row, and of all rows together; times are assumed to be linear between them."""
+"""Tokens per row, and of all rows together (for many rows more); times are assumed to be linear between them."""
 _ROWS = (1, 4, 16, 64, 256)
 _GAMMAS = (0, 1, 3)
 _REPEATS = 2
@@ -166,7 +166,8 @@ def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
         spent = time.perf_counter() - began
         if len({sample.rows for sample in samples}) > 1 and spent + 3 * last > _SECONDS:
             break
-        contexts = sorted({min(_SHORT, longest), max(min(_SHORT, longest), min(_LONG_TOKENS // rows, longest))})
+        # Of many rows the long context is still longer than the short one: the difference gives the cost of a token.
+        contexts = sorted({min(each, longest) for each in (_SHORT, max(_LONG_TOKENS // rows, 2 * _SHORT))})
         samples += [profiler.measure(rows, context, gamma) for context in contexts for gamma in gammas]
         last = time.perf_counter() - began - spent
         context = max(contexts[-1], profiler.shared_context)

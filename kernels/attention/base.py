@@ -13,7 +13,7 @@ from kernels.kv_cache import LayerKV
 
 class SharedPrefix(NamedTuple):
     """Rows of a batch whose lists begin with the same pages. rows: their indices, at least two. pages: the number of
-    those pages; every query of these rows sees all of their slots."""
+    those pages; every query of these rows sees all of their slots, and at least one after them."""
 
     rows: tuple[int, ...]
     pages: int

@@ -27,9 +27,17 @@ from kernels.attention.flashinfer_workspace import (
     to_natural_log,
     to_pinned,
 )
+from kernels.attention.shared_reading import (
+    MergePrefixes,
+    PrefixSegment,
+    first_segment,
+    merge_prefixes,
+    pays,
+    second_segment,
+)
 from kernels.kv_cache import LayerKV
 from kernels.ragged import Ints, offsets, ragged_arange
-from kernels.transfer import send
+from kernels.transfer import send, send_all
 
 _IN_FLIGHT = 4  # largest number of plans by which the host is ahead of the device
 _MIN_INT_BYTES = 64 << 10  # so that few wrappers must grow
@@ -44,7 +52,17 @@ _FA3_QUERIES = 128
 queries of *one* head (192 for head_dim 64), each of which reads the whole context. A row with fewer queries leaves
 part of a tile empty, and occupies no more multiprocessors than it has heads; FA2 splits its context instead."""
 
-_Kind = Literal["short", "long", "fa3"]
+_Kind = Literal["short", "long", "fa3", "prefix"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefixes:
+    """Pages that rows share, read once. tokens: [n] int64, the queries of these rows. places: see
+    PrefixSegment.places."""
+
+    planned: Planned
+    tokens: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +89,11 @@ class FlashInferAttention:
     chunk of a prompt beside decoding rows would leave those with nearly empty tiles, and one block for a whole context.
     """
 
-    def __init__(self, page_size: int, workspace: Workspace) -> None:
-        """workspace: shared by all attention on this stream. Raises ImportError if FlashInfer is missing."""
+    def __init__(self, page_size: int, workspace: Workspace, merge: MergePrefixes = merge_prefixes) -> None:
+        """workspace: shared by all attention on this stream. merge: merges what is read of shared pages. Raises
+        ImportError if FlashInfer is missing."""
         self._library = load_flashinfer()
+        self._merge = merge
         self._page_size = page_size
         self._workspace = workspace
         self._device = workspace.device
@@ -82,6 +102,7 @@ class FlashInferAttention:
         self._wrappers: dict[_Kind, deque[Planned]] = {}
         self._parts: list[_Part] = []
         self._order: Tensor | None = None
+        self._prefixes: _Prefixes | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
         """See AttentionBackend.plan."""
@@ -102,6 +123,7 @@ class FlashInferAttention:
             self._prepare(batch, call)
             self._call = call
         pool: tuple[Tensor, ...] = (layer.k, layer.v)
+        all_q = q
         if batch.pages.dim() == 3:
             q = q.reshape(tokens * kv_heads, heads // kv_heads, head_dim)
             pool = tuple(part.view(-1, 1, *part.shape[2:]) for part in pool)
@@ -114,12 +136,30 @@ class FlashInferAttention:
             part.planned.wrapper.run(q[mine], pool, out=out[mine], lse=lse[mine], return_lse=True)
         if self._order is not None:
             out, lse = (torch.empty_like(each).index_copy_(0, self._order, each) for each in (out, lse))
-        return out.view(tokens, heads, head_dim), to_natural_log(lse.view(tokens, heads))
+        out, lse = out.view(tokens, heads, head_dim), to_natural_log(lse.view(tokens, heads))
+        if self._prefixes is not None:
+            self._add_prefixes(self._prefixes, pool, all_q, out, lse)
+        return out, lse
+
+    def _add_prefixes(self, prefixes: _Prefixes, pool: tuple[Tensor, ...], q: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Attend to shared pages, and merge the results into out and lse."""
+        q = q.index_select(0, prefixes.tokens)
+        of_prefixes, of_prefixes_lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        prefixes.planned.wrapper.run(q, pool, out=of_prefixes, lse=of_prefixes_lse, return_lse=True)
+        self._merge(out, lse, prefixes.places, of_prefixes, to_natural_log(of_prefixes_lse))
 
     def _prepare(self, batch: AttentionBatch, call: Call) -> None:
         queries = np.array(batch.query_lengths, dtype=np.int64)
         lengths = np.array(batch.kv_lengths, dtype=np.int64)
         starts, step, heads = queries.cumsum() - queries, 1, call.heads
+        lists, self._prefixes = batch.pages, None
+        if lists.dim() == 2 and pays(
+            batch.prefixes, self._page_size, heads, call.kv_dtype.itemsize, int(queries.sum())
+        ):
+            segment = first_segment(batch.prefixes, queries)
+            self._prefixes = self._plan_prefixes(segment, batch.pages, queries, call)
+            lists = second_segment(lists, send(torch.from_numpy(segment.skipped), self._device))
+            lengths -= segment.skipped * self._page_size
         if batch.pages.dim() == 3:  # each head of a row is a row; the heads of one token are adjacent in q
             step = heads.kv_heads
             starts = (starts[:, None] * step + np.arange(step)).ravel()
@@ -131,12 +171,20 @@ class FlashInferAttention:
         order = np.repeat(starts[by_part], counts) + step * ragged_arange(counts)
         in_order = bool((order == np.arange(len(order))).all())
         self._order = None if in_order else send(torch.from_numpy(order), self._device)
-        pages, self._parts, first = flat_pages(batch.pages), [], 0
+        pages, self._parts, first = flat_pages(lists), [], 0
         for kind, mine in rows.items():
             some = pages if len(rows) == 1 else pages.index_select(0, send(torch.from_numpy(mine), self._device))
             planned = self._plan_part(kind, some, queries[mine], lengths[mine], heads, call)
             self._parts.append(_Part(planned, first, first + int(queries[mine].sum())))
             first = self._parts[-1].end
+
+    def _plan_prefixes(self, segment: PrefixSegment, pages: Tensor, queries: Ints, call: Call) -> _Prefixes:
+        """Plan for shared pages: a row per prefix, by FA2, which packs heads with queries and splits the KV."""
+        rows, tokens, places = send_all(self._device, segment.rows, segment.tokens, segment.places(int(queries.sum())))
+        lengths = segment.pages * self._page_size
+        shared = pages.index_select(0, rows)
+        planned = self._plan_part("prefix", shared, segment.queries, lengths, call.heads, call, causal=False)
+        return _Prefixes(planned, tokens, places)
 
     def _by_kind(self, queries: Ints, group: int) -> dict[_Kind, Ints]:
         """Return the rows of each kind, in their order."""
@@ -144,8 +192,18 @@ class FlashInferAttention:
         fa3 = ~short & (queries >= _FA3_QUERIES) & (self._workspace.capability == (9, 0))
         return {"short": np.flatnonzero(short), "long": np.flatnonzero(~short & ~fa3), "fa3": np.flatnonzero(fa3)}
 
-    def _plan_part(self, kind: _Kind, pages: Tensor, queries: Ints, lengths: Ints, heads: Heads, call: Call) -> Planned:
-        """Plan for rows of one kind. pages: [rows, width]."""
+    def _plan_part(
+        self,
+        kind: _Kind,
+        pages: Tensor,
+        queries: Ints,
+        lengths: Ints,
+        heads: Heads,
+        call: Call,
+        *,
+        causal: bool = True,
+    ) -> Planned:
+        """Plan for rows of one kind. pages: [rows, width]. causal: False: all queries see all of the list."""
         kernels: Kernels = "fa3" if kind == "fa3" else "fa2"
         floats = self._workspace.take(eager_float_bytes(heads, self._workspace.multiprocessors))
         ints = eager_int_bytes(kernels, heads, queries, self._workspace.multiprocessors)
@@ -158,7 +216,7 @@ class FlashInferAttention:
         )
         list_pages(pages, indptr.to(self._device, non_blocking=True), listed)
         sizes = *heads, self._page_size
-        planned.plan(starts, indptr, listed[:-1], last, *sizes, causal=True, seq_lens=seq_lens, **call.options)
+        planned.plan(starts, indptr, listed[:-1], last, *sizes, causal=causal, seq_lens=seq_lens, **call.options)
         return planned
 
     def _next_wrapper(self, kind: _Kind, kernels: Kernels, floats: Tensor, ints: int) -> Planned:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch, GraphBatch
+from kernels.attention.flashinfer_sizes import Heads
+from kernels.attention.shared_reading import pays
 from kernels.gpu.attention import SPAN, Tiles, assign_tiles, attend
+from kernels.gpu.shared_tiles import SharedTiles, tile_size
 from kernels.kv_cache import LayerKV
+from kernels.transfer import send
 
 
 class GpuAttention:
@@ -21,19 +26,38 @@ class GpuAttention:
     def __init__(self, span: int = SPAN) -> None:
         """span: smallest number of KV slots for a program of its own, a multiple of 64."""
         self._span = span
+        self._batch: AttentionBatch | None = None
         self._tiles: Tiles | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
-        """Plan on the host, from host integers, without waiting for the device."""
-        queries = torch.tensor(batch.query_lengths, dtype=torch.int64)
-        lengths = torch.tensor(batch.kv_lengths, dtype=torch.int64)
-        tiles = assign_tiles(queries, lengths, batch.pages, sum(batch.query_lengths))
-        self._tiles = tiles.to(batch.pages.device)
+        """Keep the batch: whether shared pages are read once depends on the heads, which the first `run` shows."""
+        self._batch, self._tiles = batch, None
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PlannedAttention.run."""
-        assert self._tiles is not None, "run before plan"
+        if self._tiles is None:
+            self._tiles = self._assign(layer, q)
         return attend(self._tiles, layer, q, scale, self._span)
+
+    def _assign(self, layer: LayerKV, q: Tensor) -> Tiles:
+        """Plan on the host, from host integers, without waiting for the device."""
+        batch = self._batch
+        assert batch is not None, "run before plan"
+        tokens, heads, head_dim = q.shape
+        kv_heads, page_size = layer.k.shape[1:3]
+        sizes = Heads(heads, kv_heads, head_dim)
+        if pays(batch.prefixes, page_size, sizes, layer.k.itemsize, tokens):
+            shared = SharedTiles(
+                np.array(batch.query_lengths, dtype=np.int64),
+                np.array(batch.kv_lengths, dtype=np.int64),
+                batch.prefixes,
+                block=tile_size(tokens, len(batch.query_lengths), sizes.group),
+                page_size=page_size,
+            )
+            return shared.tiles(send(torch.from_numpy(shared.numbers), q.device), batch.pages)
+        queries = torch.tensor(batch.query_lengths, dtype=torch.int64)
+        lengths = torch.tensor(batch.kv_lengths, dtype=torch.int64)
+        return assign_tiles(queries, lengths, batch.pages, tokens).to(q.device)
 
 
 class GpuGraphAttention:

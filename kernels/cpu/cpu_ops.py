@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.attention.base import AttentionBackend
 from kernels.attention.cpu_attention import CpuAttention
 from kernels.attention.reference_attention import ReferenceAttention
-from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
+from kernels.cpu.library import SEGMENT, CpuKernels, PackedWeights, pack_gated
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs
 from kernels.reference_ops import TorchFallbackOps
@@ -40,6 +40,7 @@ class CpuOps(TorchFallbackOps):
     is not a multiple of 16, which plain torch computes."""
 
     kind = "cpu"
+    shared_stretch = SEGMENT
     make_graphs: Callable[[], Graphs] | None = None
 
     def __init__(self, kernels: CpuKernels) -> None:

@@ -13,6 +13,9 @@ from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, build_kerne
 
 BLOCK = 32
 """Number of output features that are packed together; same as BLOCK of csrc/kernels.h."""
+SEGMENT = 1024
+"""Number of KV slots of a row that are one piece of work in attention, and that rows share; same as SEGMENT of
+csrc/attention_cut.h."""
 _ELEMENTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 2, torch.int8: 4}
 """Number of neighbouring input features in a 32-bit word."""
 _WORDS = 16

@@ -1,6 +1,7 @@
 """Paged attention: ragged queries over page lists. Long lists are split over programs and merged by log-sum-exp.
 
 A tile holds some queries of one row, for all query heads of one KV head, so that one read of a page serves them all.
+Pages that rows share are a row of their own, with the queries of all of these rows (shared_tiles.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_dtype, check_pool
+from kernels.gpu.merge import merge_spans
 from kernels.gpu.tile import masked_scores, product, tile_shape
 from kernels.kv_cache import LayerKV
 from kernels.transfer import send
@@ -29,12 +31,31 @@ values have a single buffer, and their loads begin only after the products that 
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixTiles:
+    """Tiles of prefixes, which come before those of the batch's own rows, as prefixes come after these.
+
+    tiles: their number. slots: largest number of slots of a prefix, and of what another row reads. skipped: [rows and
+    prefixes] int64, first slots of the list that are not read. listed: [rows and prefixes] int64, row of `pages` whose
+    list is read. tokens: [queries] int64, index in the batch of each query that `start` counts from. shares: [tokens of
+    the batch] int64, 1 for those that attend to a prefix.
+    """
+
+    tiles: int
+    slots: tuple[int, int]
+    skipped: Tensor
+    listed: Tensor
+    tokens: Tensor
+    shares: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Tiles:
     """Assignment of queries to programs; the same for all layers of a forward.
 
     row: [tiles] int64, the tile's row, or `rows` for an unused tile: shapes alone bound the number of tiles. first:
     [tiles] int64, the tile's first query in its row. start: [rows] int64, a row's first query in the batch. queries,
-    lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. block: queries per tile.
+    lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. block: queries per tile. prefixes:
+    what else there is to know where pages are shared: some of the rows are then prefixes.
     """
 
     row: Tensor
@@ -44,11 +65,18 @@ class Tiles:
     lengths: Tensor
     pages: Tensor
     block: int
+    prefixes: PrefixTiles | None = None
 
     def to(self, device: torch.device) -> Tiles:
         parts = self.row, self.first, self.start, self.queries, self.lengths
         row, first, start, queries, lengths = (send(part, device) for part in parts)
         return Tiles(row, first, start, queries, lengths, self.pages, self.block)
+
+
+def queries_per_tile(tokens: int, rows: int) -> int:
+    """Choose the queries of a tile: for rows of one query, rows with drafts, chunks of a prompt. A tile that holds all
+    queries of a row reads its KV once."""
+    return 1 if tokens == rows else 4 if tokens <= 4 * rows else 8 if tokens <= 8 * rows else 16
 
 
 def assign_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int, *, uniform: bool = False) -> Tiles:
@@ -59,8 +87,7 @@ def assign_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int, *
     shorter than its queries are many: the first ones see nothing, and get zero with a log-sum-exp of -inf.
     """
     rows = len(queries)
-    # Rows of one query, rows with drafts, chunks of a prompt. A tile that holds all queries of a row reads its KV once.
-    block = 1 if tokens == rows else 4 if tokens <= 4 * rows else 8 if tokens <= 8 * rows else 16
+    block = queries_per_tile(tokens, rows)
     needed = (queries + block - 1) // block
     behind = needed.cumsum(0)
     most = rows * triton.cdiv(tokens // rows, block) if uniform else tokens // block + rows if block > 1 else rows
@@ -71,7 +98,11 @@ def assign_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int, *
     return Tiles(row, first, queries.cumsum(0) - queries, queries, lengths, pages, block)
 
 
-@triton.jit(do_not_specialize=["list_stride", "head_list_stride", "rows", "tokens", "span"])
+_UNTYPED = ["list_stride", "head_list_stride", "rows", "tokens", "span", "spans", "prefix_tiles", "prefix_spans"]
+"""Numbers whose values do not make another kernel."""
+
+
+@triton.jit(do_not_specialize=_UNTYPED)
 def _attend_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -84,6 +115,9 @@ def _attend_kernel(
     queries: tl.tensor,
     lengths: tl.tensor,
     pages: tl.tensor,
+    skipped: tl.tensor,
+    list_rows: tl.tensor,
+    query_tokens: tl.tensor,
     scale: tl.tensor,
     token_stride: tl.tensor,
     head_stride: tl.tensor,
@@ -93,6 +127,10 @@ def _attend_kernel(
     rows: tl.tensor,
     tokens: tl.tensor,
     span: tl.tensor,
+    spans: tl.tensor,
+    prefix_tiles: tl.tensor,
+    prefix_spans: tl.tensor,
+    PREFIXES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -106,20 +144,37 @@ def _attend_kernel(
     """Attend over one span of slots. One program per cut of a tile, KV head and span.
 
     A tile is cut into CUTS programs of M queries each, neighbours in the grid, which read the same keys at about the
-    same time. Its list is cut evenly into at most as many spans as the grid has, none shorter than `span`. Slots are
-    numbered in 32 bits inside a list, and in 64 in the pool. out: [spans, tokens, heads, HEAD_DIM]. lse: [spans,
-    tokens, heads].
+    same time. Its list is cut evenly into at most `spans` spans, none shorter than `span`. Slots are numbered in 32
+    bits inside a list, and in 64 in the pool. out: [spans, tokens, heads, HEAD_DIM]. lse: [spans, tokens, heads].
+
+    PREFIXES: the first tiles are those of prefixes, of which all queries see all; their lists are cut into
+    `prefix_spans`, and their results lie after those of the others. All programs are in one dimension then, span by
+    span.
     """
-    tile, head, part = tl.program_id(0) // CUTS, tl.program_id(1), tl.program_id(2)
+    head = tl.program_id(1)
+    program, part = tl.program_id(0), tl.program_id(2)
+    is_prefix = False
+    if PREFIXES:
+        of_prefixes = prefix_tiles * CUTS
+        others = program - of_prefixes * prefix_spans
+        is_prefix = others < 0
+        in_span = tl.where(is_prefix, of_prefixes, (tl.num_programs(0) - of_prefixes * prefix_spans) // spans)
+        program = tl.where(is_prefix, program, others)
+        part = program // in_span
+        program = program % in_span + tl.where(is_prefix, 0, of_prefixes)
+    tile = program // CUTS
     row = tl.load(tile_row + tile)
     if row < rows:
         n_queries, length = tl.load(queries + row).to(tl.int32), tl.load(lengths + row).to(tl.int32)
-        m = tl.program_id(0) % CUTS * M + tl.arange(0, M)
+        m = program % CUTS * M + tl.arange(0, M)
         d = tl.arange(0, D)
         query = tl.load(tile_first + tile).to(tl.int32) + m // GROUP
         live = (m < Q * GROUP) & (query < n_queries)
         visible = tl.where(live, length - n_queries + query + 1, 0)
         token = tl.load(row_start + row) + query
+        if PREFIXES:
+            visible = tl.where(live & is_prefix, length, visible)
+            token = tl.load(query_tokens + token, mask=live, other=0)
         of = head * GROUP + m % GROUP
         q_at = token * token_stride + of * head_stride
         in_head = d < HEAD_DIM
@@ -127,10 +182,18 @@ def _attend_kernel(
         top = tl.full([M], float("-inf"), tl.float32)
         mass = tl.zeros([M], tl.float32)
         mixed = tl.zeros([M, D], tl.float32)
-        page_list = pages + row * list_stride + head * head_list_stride
-        max_visible = tl.max(visible, 0)  # not positive where no query sees anything: nothing is read
-        each = tl.maximum(span, tl.cdiv(tl.cdiv(max_visible, tl.num_programs(2)), N) * N)
-        begin = part * each
+        first = 0
+        of_list = row
+        out_part = part
+        if PREFIXES:
+            first = tl.load(skipped + row).to(tl.int32)
+            of_list = tl.load(list_rows + row)
+            out_part = tl.where(is_prefix, part + spans, part)
+            spans = tl.where(is_prefix, prefix_spans, spans)
+        page_list = pages + of_list * list_stride + head * head_list_stride
+        max_visible = tl.max(visible, 0)  # not beyond `first` where no query sees anything: nothing is read
+        each = tl.maximum(span, tl.cdiv(tl.cdiv(max_visible - first, spans), N) * N)
+        begin = first + part * each
         end = tl.minimum(begin + each, max_visible)
         for at in range(begin, end, N):
             slot = at + tl.arange(0, N)
@@ -152,45 +215,13 @@ def _attend_kernel(
         # A query that sees nothing of the span gets zero, with a log-sum-exp of -inf.
         mass = tl.where(mass > 0, mass, 1.0)
         result = mixed / mass[:, None]
-        to = (part.to(tl.int64) * tokens + token) * (tl.num_programs(1) * GROUP) + of
+        to = (out_part.to(tl.int64) * tokens + token) * (tl.num_programs(1) * GROUP) + of
         tl.store(
             out + to[:, None] * HEAD_DIM + d[None, :],
             result.to(out.dtype.element_ty),
             mask=live[:, None] & in_head[None, :],
         )
         tl.store(lse + to, top + tl.log(mass), mask=live)
-
-
-@triton.jit
-def _merge_kernel(
-    parts: tl.tensor,
-    part_lse: tl.tensor,
-    out: tl.tensor,
-    lse: tl.tensor,
-    spans: tl.tensor,
-    total: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-) -> None:
-    """Merge the spans. One program per token and head: o = Σ e^(lse_i - lse) o_i."""
-    at = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, S)
-    d = tl.arange(0, D)
-    inside = s < spans
-    each = tl.load(part_lse + s * total + at, mask=inside, other=float("-inf"))
-    top = tl.max(each, 0)
-    weights = tl.exp(each - tl.where(top == float("-inf"), 0.0, top))
-    mass = tl.sum(weights, 0)
-    mass = tl.where(mass > 0, mass, 1.0)  # a query that sees nothing gets zero, as above
-    values = tl.load(
-        parts + (s * total + at)[:, None] * HEAD_DIM + d[None, :],
-        mask=inside[:, None] & (d < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    mixed = tl.sum(values * weights[:, None], 0) / mass
-    tl.store(out + at * HEAD_DIM + d, mixed.to(out.dtype.element_ty), mask=d < HEAD_DIM)
-    tl.store(lse + at, top + tl.log(mass))
 
 
 def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN) -> tuple[Tensor, Tensor]:
@@ -211,14 +242,27 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
     lists = pages.stride(0), pages.stride(1) if pages.dim() == 3 else 0
     shape = tile_shape(tiles.block * group, head_dim, q.dtype)
     cuts = triton.cdiv(tiles.block * group, shape.m)
-    spans = _spans(width * page_size, len(tiles.row) * cuts * kv_heads, span)
+    prefixes, prefix_tiles, prefix_spans = tiles.prefixes, 0, 0
+    spans, tile_count = 0, len(tiles.row)
+    if prefixes is None:
+        spans = _spans(width * page_size, tile_count * cuts * kv_heads, span)
+        grid = tile_count * cuts, kv_heads, spans
+    else:
+        prefix_tiles, tile_count = prefixes.tiles, tile_count - prefixes.tiles
+        prefix_spans, spans = (
+            min(_SPANS // 2, _spans(slots, count * cuts * kv_heads, span))
+            for slots, count in zip(prefixes.slots, (prefix_tiles, tile_count), strict=True)
+        )
+        grid = (prefix_tiles * prefix_spans + tile_count * spans) * cuts, kv_heads, 1
+    all_spans = spans + prefix_spans
+    unused = tiles.row
     out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     parts, part_lse = out, lse
-    if spans > 1:
-        parts = torch.empty(spans, *out.shape, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(spans, *lse.shape, dtype=torch.float32, device=q.device)
-    _attend_kernel[(len(tiles.row) * cuts, kv_heads, spans)](
+    if all_spans > 1:
+        parts = torch.empty(all_spans, *out.shape, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(all_spans, *lse.shape, dtype=torch.float32, device=q.device)
+    _attend_kernel[grid](
         q,
         kv.k,
         kv.v,
@@ -230,6 +274,9 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
         tiles.queries,
         tiles.lengths,
         pages,
+        prefixes.skipped if prefixes else unused,
+        prefixes.listed if prefixes else unused,
+        prefixes.tokens if prefixes else unused,
         scale,
         q.stride(0),
         q.stride(1),
@@ -238,6 +285,10 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
         len(tiles.queries),
         tokens,
         span,
+        spans,
+        prefix_tiles,
+        prefix_spans,
+        PREFIXES=prefixes is not None,
         PAGE_SIZE=page_size,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -251,18 +302,8 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
         maxnreg=shape.registers,
         num_stages=_STAGES,
     )
-    if spans > 1:
-        _merge_kernel[(tokens * heads,)](
-            parts,
-            part_lse,
-            out,
-            lse,
-            spans,
-            tokens * heads,
-            HEAD_DIM=head_dim,
-            S=triton.next_power_of_2(spans),
-            D=shape.d,
-        )
+    if all_spans > 1:
+        merge_spans(parts, part_lse, out, lse, spans, prefix_spans, prefixes.shares if prefixes else None)
     return out, lse
 
 

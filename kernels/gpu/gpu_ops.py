@@ -15,6 +15,7 @@ from kernels.attention.flashinfer_workspace import HEAD_DIMS, Workspace, load_fl
 from kernels.attention.reference_attention import merge_segments
 from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention
 from kernels.gpu import pointwise, sample, verdict
+from kernels.gpu.merge import merge_prefixes
 from kernels.gpu.snapkv_scores import snapkv_scores
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs, Linear
@@ -68,7 +69,8 @@ class GpuGraphs:
 class GpuOps:
     """See kernels.ops.Ops. BLAS computes products; Triton, or FlashInfer for attention, computes the rest."""
 
-    shared_stretch = 0
+    shared_stretch = 1  # whole pages, of any size
+    reads_prefixes = True
 
     def __init__(self, workspace: Workspace | None = None, make_recorder: Callable[[], Recorder] | None = None) -> None:
         """workspace: FlashInfer's (see kernels.attention.flashinfer_workspace), for float16 and bfloat16 models
@@ -117,4 +119,4 @@ class GpuOps:
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
         if self._workspace is None or head_dim not in HEAD_DIMS:
             return GpuAttention()
-        return FlashInferAttention(page_size, self._workspace)
+        return FlashInferAttention(page_size, self._workspace, merge_prefixes)

@@ -24,9 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.attention.base import AttentionBatch
+from kernels.attention.base import AttentionBatch, SharedPrefix
 from kernels.attention.triton_attention import GpuAttention
-from kernels.gpu import pointwise, sample, snapkv_scores, verdict
+from kernels.gpu import merge, pointwise, sample, snapkv_scores, verdict
 from kernels.kv_cache import LayerKV
 
 HEADS = (
@@ -43,6 +43,8 @@ HEADS = (
     (1, 1, 80),
 )
 """Query heads, KV heads and head_dim, of whole models and of ranks' shards."""
+SHARED = 1 << 20
+"""Pages of a prefix: so many that reading it once pays for every model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +105,27 @@ class Compiler:
         )
 
 
-def attention(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype, queries: int, width: int) -> None:
-    """width: pages per list; long lists are split most."""
+def attention(
+    compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype, queries: int, width: int, shared: int = 0
+) -> None:
+    """width: pages per list; long lists are split most. shared: first pages that the rows share."""
     q_heads, kv_heads, head_dim = heads
     compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}, {queries} queries, {width} pages"
+    compiler.case += f", {shared} shared" if shared else ""
     layer = LayerKV(*torch.zeros(2, 9, kv_heads, 16, head_dim, dtype=dtype))
     backend = GpuAttention()
-    backend.plan(AttentionBatch([queries] * 2, [900] * 2, torch.zeros(2, width, dtype=torch.int64)))
+    prefixes = [SharedPrefix((0, 1), shared)] if shared else []
+    lengths = [900 + 16 * shared] * 2
+    lists = torch.zeros(2, width + shared, dtype=torch.int64)
+    backend.plan(AttentionBatch([queries] * 2, lengths, lists, prefixes=prefixes))
     backend.run(layer, torch.zeros(2 * queries, q_heads, head_dim, dtype=dtype), 0.1)
+
+
+def merging(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    q_heads, kv_heads, head_dim = heads
+    compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}"
+    out, lse, places = torch.zeros(2, q_heads, head_dim, dtype=dtype), torch.zeros(2, q_heads), torch.zeros(2).long()
+    merge.merge_prefixes(out, lse, places, out.clone(), lse.clone())
 
 
 def snapkv(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -162,7 +177,11 @@ def few(compiler: Compiler) -> None:
     ):
         attention(compiler, heads, torch.bfloat16, queries, 64)
     attention(compiler, (16, 1, 256), torch.bfloat16, 1, 8192)
+    for heads, queries in (((32, 8, 128), 1), ((32, 32, 128), 7), ((8, 1, 256), 40), ((71, 1, 64), 1)):
+        attention(compiler, heads, torch.bfloat16, queries, 64, SHARED)
+    attention(compiler, (16, 8, 256), torch.float32, 1, 64, SHARED)
     attention(compiler, (16, 8, 256), torch.float32, 1, 64)
+    merging(compiler, (8, 1, 256), torch.bfloat16)
     snapkv(compiler, (8, 1, 256), torch.bfloat16)
     layer_kernels(compiler, (32, 8, 128), torch.bfloat16)
     wide_norm(compiler, 32768)
@@ -175,6 +194,8 @@ def everything(compiler: Compiler) -> None:
             for queries in (1, 4, 7, 40):
                 for width in (64, 8192):
                     attention(compiler, heads, dtype, queries, width)
+                attention(compiler, heads, dtype, queries, 64, SHARED)
+            merging(compiler, heads, dtype)
             snapkv(compiler, heads, dtype)
             layer_kernels(compiler, heads, dtype)
     for size in (5120, 8192, 16384, 32768):

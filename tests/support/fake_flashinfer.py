@@ -16,10 +16,18 @@ __version__ = "0.7"
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, indptr: Tensor, indices: Tensor, last: Tensor, sm_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    last: Tensor,
+    sm_scale: float,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention, causal and aligned at the bottom right. k, v: [pages, kv_heads, page_size, head_dim]. The
-    log-sum-exp is to base 2. A query that sees nothing gets NaN, as it may from FlashInfer."""
+    """Compute attention, causal and aligned at the bottom right, or without a mask. k, v: [pages, kv_heads, page_size,
+    head_dim]. The log-sum-exp is to base 2. A query that sees nothing gets NaN, as it may from FlashInfer."""
     group = q.shape[1] // k.shape[1]
     out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:2], math.nan, dtype=torch.float32)
     for row in range(len(last)):
@@ -32,7 +40,8 @@ def attend(
         n = end - first
         scores = torch.einsum("nhd,hld->hnl", q[first:end].float(), keys) * sm_scale
         seen = torch.arange(length - n, length)[:, None]
-        scores.masked_fill_(torch.arange(length) > seen, float("-inf"))
+        if causal:
+            scores.masked_fill_(torch.arange(length) > seen, float("-inf"))
         out[first:end] = torch.einsum("hnl,hld->nhd", scores.softmax(-1), values).to(q.dtype)
         lse[first:end] = scores.logsumexp(-1).T / math.log(2)
     return out, lse
@@ -68,6 +77,7 @@ class FakeWrapper:
         sizes: tuple[int, int, int, int],
         dtypes: tuple[torch.dtype, torch.dtype | None],
         sm_scale: float | None,
+        causal: bool = True,
     ) -> None:
         page_size = sizes[3]
         for host in (starts, indptr, last):
@@ -85,7 +95,7 @@ class FakeWrapper:
             for buffer, new in zip(kept, (indptr, indices, last), strict=True):
                 buffer.copy_(new)
             indptr, indices, last = kept
-        self._planned = starts, indptr, indices, last, sizes, dtypes, sm_scale
+        self._planned = starts, indptr, indices, last, sizes, dtypes, sm_scale, causal
 
     def run(
         self,
@@ -102,11 +112,11 @@ class FakeWrapper:
         window_left: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         k, v = paged_kv_cache
-        starts, indptr, indices, last, sizes, dtypes, sm_scale = self._planned
+        starts, indptr, indices, last, sizes, dtypes, sm_scale, causal = self._planned
         _refuse(q.shape[0] != int(starts[-1]), "q.shape[0] does not match qo_indptr[-1]")
         _refuse((q.dtype, k.dtype) != dtypes, "the dtypes are not those of plan")
         assert (q.shape[1], k.shape[1], q.shape[2], k.shape[2]) == sizes
-        found = attend(q, k, v, starts, indptr, indices, last, sm_scale)
+        found = attend(q, k, v, starts, indptr, indices, last, sm_scale, causal)
         assert out is not None  # the prefill wrapper would fill one with zeros
         assert lse is not None
         for given, result in ((out, found[0]), (lse, found[1])):
@@ -164,14 +174,13 @@ class BatchPrefillWithPagedKVCacheWrapper(FakeWrapper):
         *,
         seq_lens: Tensor | None = None,
     ) -> None:
-        assert causal
         if self._buffers:
             total = int(qo_indptr[-1])
             self._max_total_num_rows = self._max_total_num_rows or total
             _refuse(total > self._max_total_num_rows, "the total number of rows exceeds the first one")
         sizes = num_qo_heads, num_kv_heads, head_dim_qk, page_size
         lists = paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
-        self._keep(qo_indptr, *lists, sizes, (q_data_type, kv_data_type), sm_scale)
+        self._keep(qo_indptr, *lists, sizes, (q_data_type, kv_data_type), sm_scale, causal)
 
 
 class BatchDecodeWithPagedKVCacheWrapper(FakeWrapper):

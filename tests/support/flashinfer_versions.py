@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBatch, GraphBatch
+from kernels.attention import shared_reading
+from kernels.attention.base import AttentionBatch, GraphBatch, SharedPrefix
 from kernels.attention.flashinfer import FlashInferAttention
 from kernels.attention.flashinfer_graph import FlashInferGraphAttention
 from kernels.attention.flashinfer_modules import needed_modules
@@ -31,7 +32,7 @@ from tests.support.fake_flashinfer import attend
 _ABSENT = ("tvm_ffi", "pynvml", "einops", "tabulate")  # FlashInfer imports these to compile, and to ask the driver
 _CPU = torch.device("cpu")
 _PAGES, _PAGE = 40, 16
-_CAUSAL, _HND = 1, 1
+_CAUSAL, _NO_MASK, _HND = 1, 0, 1
 
 
 class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -61,7 +62,7 @@ class _Module:
         wanted = list(expected.values())
         assert list(arguments[: len(wanted)]) == wanted, "not a module that needed_modules names"
         assert not any(arguments[len(wanted) :])  # options that later versions add
-        self.kernels, self.uniform = kernels, 0
+        self.kernels = kernels
 
     def plan(self, floats: Tensor, ints: Tensor, pinned: Tensor, starts: Tensor, *arguments: Any) -> list[int]:
         indptr, lengths, tokens, rows, _, _, page_size, captured, *_ = arguments
@@ -70,15 +71,16 @@ class _Module:
         assert tokens == int(starts[-1])
         queries = starts.diff()
         counts = indptr.diff()
+        uniform = 0
         assert bool(((lengths - 1) // page_size + 1 == counts).all()) or (captured and self.kernels == "fa2")
         if captured:
             assert self.kernels == "fa2"
-            self.uniform = arguments[15] if len(arguments) > 15 else 0
-            assert self.uniform in (0, int(queries[0]))
+            uniform = arguments[15] if len(arguments) > 15 else 0
+            assert uniform in (0, int(queries[0]))
         else:
             assert bool((queries >= 128).all()) or self.kernels == "fa2"
         assert rows == len(queries)
-        return [self.uniform]
+        return [uniform]
 
     def paged_run(self, floats: Tensor, ints: Tensor, plan: list[int], *arguments: Any) -> None:
         (
@@ -98,10 +100,10 @@ class _Module:
         ) = arguments
         assert layout == _HND
         assert window == -1
-        assert mask == _CAUSAL or len(q) == len(last)
+        assert mask == _CAUSAL or len(q) == len(last) or (mask == _NO_MASK and not plan[0])
         _Module.ran.add(f"{self.kernels}{' uniform' if plan[0] else ''}")
         scale = [each for each in arguments if isinstance(each, float)][1]  # after logits_soft_cap
-        o, sums = attend(q, k, v, starts, indptr, indices, last, scale)
+        o, sums = attend(q, k, v, starts, indptr, indices, last, scale, causal=mask == _CAUSAL)
         out.copy_(o)
         lse.copy_(sums)
 
@@ -149,7 +151,16 @@ def _eager(layer: LayerKV, heads: int, apart: bool, capability: tuple[int, int],
         ([1, 140, 1, 70, 5], [100, 200, 300, 71, 16]),  # both, and a last chunk
     ]
     for queries, lengths in batches:
-        batch = AttentionBatch(queries, lengths, _pages(len(queries), layer.k.shape[1] if apart else None))
+        lists = _pages(len(queries), layer.k.shape[1] if apart else None)
+        prefixes = []
+        if lengths[0] == 100:
+            lists[[0, 1, 2], ..., :3] = lists[0, ..., :3].clone()
+            prefixes = [SharedPrefix((0, 1, 2), 3)]
+        elif lengths[0] == 30:
+            lists[[0, 2, 5], ..., :1] = lists[0, ..., :1].clone()
+            lists[[1, 3], ..., :5] = lists[1, ..., :5].clone()
+            prefixes = [SharedPrefix((0, 2, 5), 1), SharedPrefix((1, 3), 5)]
+        batch = AttentionBatch(queries, lengths, lists, prefixes=prefixes)
         ours.plan(batch)
         oracle.plan(batch)
         for _ in range(2):
@@ -178,6 +189,7 @@ def _captured(layer: LayerKV, heads: int, apart: bool, queries: int, workspace: 
 def main(folder: str) -> None:
     """Compare all batches, for each number of heads per KV head."""
     found = _import(folder)
+    shared_reading.LAUNCH_BYTES = -(1 << 60)  # sharing pays however little it saves
     torch.manual_seed(0)
     compared = 0
     for (heads, kv_heads), apart in itertools.product(((8, 2), (6, 2), (4, 4)), (False, True)):

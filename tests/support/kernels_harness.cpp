@@ -6,6 +6,7 @@
 // Each case draws the sizes, types and contents of one call per kernel. Its results are compared with a plain reference in
 // double precision, and then with those of calls that have fewer rows, other places and other numbers of threads: they
 // must be the same to the bit.
+#include "attention_harness.h"
 #include "kernels_harness.h"
 
 namespace {
@@ -108,101 +109,6 @@ void test_linear(Random& random) {
   for_ranges(random, rows, [&](int first, int count, int threads) {
     check_same(what, run(first, count, threads), y, size_t(first) * columns, size_t(count) * columns);
   });
-}
-
-// -- attention --------------------------------------------------------------------------------------------------------
-
-void test_attention(Random& random) {
-  const Type type = any_type(random);
-  const int kv_heads = 1 + int(random.below(3)), group = random.of({1, 2, 3, 4, 5, 7, 8, 16}), heads = kv_heads * group;
-  const int head_dim = random.of({16, 32, 48, 64, 64, 80, 112, 128, 128, 144, 256}), page_size = random.of({1, 3, 7, 16, 32, 48, 64});
-  const int pool = std::max(5, 97 / page_size), q_gap = random.of({0, 0, 1, 16}), page_gap = random.of({0, 0, 1, 64});
-  const bool per_head = random.below(2);
-  const int rows = 1 + int(random.below(3));
-  std::vector<int64_t> queries, lengths, starts;
-  int64_t tokens = 0, longest = 0;
-  for (int row = 0; row < rows; row++) {
-    queries.push_back(random.of({1, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 30, 33, 65}));
-    lengths.push_back(queries[row] + random.of({0, 1, 15, 16, 31, 63, 64, 65, 127, 200, 959, 1023, 1024, 1100, 2050}));
-    const auto too_much = [&] { return queries[row] * lengths[row] * heads * head_dim > 1 << 20; };
-    if (too_much()) lengths[row] += 1 + random.below(3) - queries[row], queries[row] = 1 + random.below(3);
-    lengths[row] = std::max(lengths[row], queries[row]);
-    if (too_much()) lengths[row] = queries[row] + random.of({1, 63, 130});
-    starts.push_back(tokens);
-    tokens += queries[row], longest = std::max(longest, lengths[row]);
-  }
-  const std::string what = describe("attention", int(type), kv_heads, group, head_dim, page_size, per_head, rows, queries[0], lengths[0]);
-  const int64_t width = (longest + page_size - 1) / page_size, page_stride = int64_t(kv_heads) * page_size * head_dim + page_gap;
-  const int64_t q_stride = int64_t(heads) * head_dim + q_gap;
-  Tensor k = normal(random, type, size_t(pool) * page_stride - page_gap), v = normal(random, type, k.size());
-  Tensor q = normal(random, type, size_t(tokens) * q_stride - q_gap);
-  std::vector<int64_t> pages(size_t(rows) * (per_head ? kv_heads : 1) * width);
-  for (int64_t& page : pages) page = random.below(pool);
-  AttentionArgs args{};
-  args.type = type, args.k = k.at(0), args.v = v.at(0);
-  args.heads = heads, args.kv_heads = kv_heads, args.head_dim = head_dim, args.page_size = page_size;
-  args.q_stride = q_stride, args.page_stride = page_stride;
-  args.row_stride = width * (per_head ? kv_heads : 1), args.head_stride = per_head ? width : 0;
-  args.scale = float(1 / std::sqrt(double(head_dim)));
-  const auto run = [&](int first_row, int count, const int64_t* n, const int64_t* length, int64_t token, int threads, Tensor& lse) {
-    int64_t total = 0;
-    for (int row = 0; row < count; row++) total += n[row];
-    Tensor out(type, size_t(total) * heads * head_dim);
-    lse = Tensor(Type::f32, size_t(total) * heads);
-    args.q = q.at(size_t(token) * q_stride), args.out = out.at(0), args.lse = static_cast<float*>(lse.at(0));
-    args.rows = count, args.queries = n, args.lengths = length, args.pages = pages.data() + first_row * args.row_stride;
-    args.fetch_blocks = random.of({1, 2, 3}), args.fetch_to_l2 = random.below(2);
-    call(threads, args, kernels.attention, kernels.attention_scratch);
-    return out;
-  };
-  Tensor lse(Type::f32, 0), lse_part(Type::f32, 0);
-  const Tensor out = run(0, rows, queries.data(), lengths.data(), 0, 1, lse);
-  for (int sample = 0; sample < 6; sample++) {
-    const int row = int(random.below(rows)), head = int(random.below(heads));
-    const int64_t query = sample == 0 ? queries[row] - 1 : random.below(queries[row]);
-    const int64_t seen = lengths[row] - queries[row] + query + 1, place = (starts[row] + query) * heads + head;
-    const size_t query_at = (starts[row] + query) * q_stride + int64_t(head) * head_dim;
-    const int64_t* list = &pages[row * args.row_stride + head / group * args.head_stride];
-    const auto at = [&](int64_t slot) {
-      return size_t(list[slot / page_size] * page_stride + (int64_t(head / group) * page_size + slot % page_size) * head_dim);
-    };
-    std::vector<double> weights(seen);
-    double peak = -INFINITY, total = 0;
-    for (int64_t slot = 0; slot < seen; slot++) {
-      double score = 0;
-      const size_t from = at(slot);
-      for (int d = 0; d < head_dim; d++) score += q.get(query_at + d) * k.get(from + d);
-      weights[slot] = score * args.scale, peak = std::max(peak, weights[slot]);
-    }
-    for (double& weight : weights) total += weight = std::exp(weight - peak);
-    const double error = type == Type::f32 ? 1e-5 : type == Type::bf16 ? 0x1p-7 : 0x1p-10;  // of weights, and of the result
-    std::vector<double> expected(head_dim), sizes(head_dim);
-    for (int64_t slot = 0; slot < seen; slot++) {
-      const size_t from = at(slot);
-      for (int d = 0; d < head_dim; d++) {
-        const double each = weights[slot] / total * v.get(from + d);
-        expected[d] += each, sizes[d] += std::abs(each);
-      }
-    }
-    for (int d = 0; d < head_dim; d++) check(what, out.get(place * head_dim + d), expected[d], error * sizes[d] + 1e-6);
-    check(what + " lse", lse.get(place), peak + std::log(total), error / 2 + 1e-6 * std::abs(peak));
-  }
-  // Ranges of each row's queries, alone; then all rows from each one on.
-  const size_t size = size_t(heads) * head_dim;
-  for (int row = 0; row < rows; row++) {
-    const auto check_part = [&](int first_row, int count, int64_t query, const int64_t* n, const int64_t* length, int threads) {
-      const int64_t token = starts[first_row] + query;
-      const Tensor part = run(first_row, count, n, length, token, threads, lse_part);
-      check_same(what, part, out, token * size, part.size());
-      check_same(what + " lse", lse_part, lse, token * heads, lse_part.size());
-    };
-    for (const int64_t limit : {1, 2, 5, 16, 33}) {
-      const int64_t n = std::min(limit, queries[row]), first = random.below(queries[row] - n + 1);
-      const int64_t length = lengths[row] - queries[row] + first + n;
-      check_part(row, 1, first, &n, &length, 1 + int(limit % 2));
-    }
-    check_part(row, rows - row, 0, &queries[row], &lengths[row], 2 + row);
-  }
 }
 
 // -- norm, rotary, sample ---------------------------------------------------------------------------------------------
@@ -381,6 +287,7 @@ int main(int count, char** arguments) {
     Random random{mix64(seed + uint64_t(each))};
     test_linear(random);
     test_attention(random);
+    test_shared_pages(random);
     test_norm(random);
     test_rotary(random);
     test_sample(random);

@@ -17,12 +17,15 @@ using namespace magicdec;
 
 inline const Kernels& kernels = *magicdec_kernels();
 inline int failures = 0;
+inline int64_t pieces = 0;  // of the first work that the last call divided over threads
 
 // Calls a kernel. scratch: the function that tells how much memory it needs, if it does.
 template <class Args>
 void call(int threads, Args args, void (*kernel)(const Args&), size_t (*scratch)(const Args&) = nullptr) {
-  args.team = {threads, [](int threads, int64_t pieces, Pool::Work work, void* context) {
-                 Pool::instance().run(threads, pieces, work, context);
+  pieces = 0;
+  args.team = {threads, [](int threads, int64_t count, Pool::Work work, void* context) {
+                 if (pieces == 0) pieces = count;
+                 Pool::instance().run(threads, count, work, context);
                }};
   std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);
   if constexpr (!std::is_same_v<Args, NormArgs> && !std::is_same_v<Args, RotaryArgs>) {

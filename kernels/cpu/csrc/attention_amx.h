@@ -30,6 +30,7 @@ inline int to_whole_groups(int64_t rows) { return int((rows + TILE_ROWS - 1) / T
 struct TileSpace {
   uint32_t *q, *values, *weights;  // [heads][groups][head_dim / 2][16]; [SLOTS / 2][head_dim]; two groups' weights
   int32_t* query_of;               // [rows]: the query that a row of the groups belongs to
+  int64_t* token_of;               // [rows]: the token of a query
   float *scores, *segment, *all, *staged;
 
   static size_t floats(const AttentionArgs& args) { return TileSpace(nullptr, args).used; }
@@ -44,6 +45,7 @@ struct TileSpace {
     take(values, SLOTS / 2 * head_dim);
     take(weights, 2 * GROUP_WEIGHTS);
     take(query_of, rows);
+    take(token_of, 2 * rows);
     take(scores, 2 * GROUP_SCORES);
     take(segment, Running::floats(rows, args.head_dim));
     take(all, Running::floats(rows, args.head_dim));
@@ -218,10 +220,13 @@ MAGICDEC_INLINE void weigh_group(const float* scores, i32x16 visible, float scal
 // -- a piece ----------------------------------------------------------------------------------------------------------
 
 // Packs the query rows of a piece: those of one KV head, [queries][heads that share it], in groups.
-inline void pack_queries(const AttentionArgs& args, const Piece& piece, int64_t token, const TileSpace& space) {
+inline void pack_queries(const AttentionArgs& args, const Division& division, const Piece& piece, const TileSpace& space) {
   const int group = args.heads / args.kv_heads, rows = piece.queries * group, padded = to_whole_groups(rows);
   const int words = args.head_dim / 2;
   for (int row = 0; row < padded; row++) space.query_of[row] = std::min(row, rows - 1) / group;
+  division.for_members(piece, [&](int, int query, int64_t token, int queries) {
+    for (int i = 0; i < queries; i++) space.token_of[query + i] = token + i;
+  });
   uint32_t* to = space.q;
   for (int head = piece.head; head < piece.head_end; head++) {
     for (int first = 0; first < padded; first += TILE_ROWS, to += words * TILE_ROWS) {
@@ -229,7 +234,7 @@ inline void pack_queries(const AttentionArgs& args, const Piece& piece, int64_t 
         u32x16 x[LANES] = {};
         for (int i = 0; i < std::min(TILE_ROWS, rows - first); i++) {
           const int row = first + i;
-          x[i] = load<u32x16>(static_cast<const bf16*>(args.q) + (token + row / group) * args.q_stride +
+          x[i] = load<u32x16>(static_cast<const bf16*>(args.q) + space.token_of[row / group] * args.q_stride +
                               size_t(head * group + row % group) * args.head_dim + w * 2);
         }
         transpose(x);
@@ -245,26 +250,30 @@ struct ByTiles {
   using Element = bf16;
   using Space = TileSpace;
 
-  static void attend(const AttentionArgs& args, const Piece& piece, int64_t first_token, const Space& space) {
+  static void attend(const AttentionArgs& args, const Division& division, const Piece& piece, const Space& space) {
     const int group = args.heads / args.kv_heads, heads = piece.head_end - piece.head;
     const int rows = piece.queries * group, padded = to_whole_groups(rows);  // per KV head
-    const int64_t token = first_token + piece.query;
     const TileUse use(full_tiles());
-    pack_queries(args, piece, token, space);
+    pack_queries(args, division, piece, space);
 
     const Running state = Running::at(space.segment, padded * heads);
-    const Running all = Running::at(piece.partial ? piece.partial : space.all, rows * heads);
+    const Running all = Running::at(space.all, rows * heads);
     all.clear(rows * heads, args.head_dim);
     for (int64_t segment = piece.first; segment < piece.last; segment += SEGMENT) {
       const int64_t end = std::min(piece.last, segment + SEGMENT);
       state.clear(padded * heads, args.head_dim);
       for (int64_t start = segment; start < end; start += SLOTS)
         for (int h = 0; h < heads; h++) add_block(args, piece, h, start, end, state, space);
+      if (piece.part) continue;
       for (int h = 0; h < heads; h++)
         for (int row = 0; row < rows; row++) merge(all, h * rows + row, state, h * padded + row, args.head_dim);
     }
-    if (piece.partial) return;
-    for (int h = 0; h < heads; h++) finish_queries<bf16>(args, token, piece.queries, piece.head + h, group, all, h * rows);
+    for (int h = 0; h < heads; h++) {
+      if (piece.part)
+        deliver(args, division, piece, h, state, h * padded);
+      else
+        finish_queries<bf16>(args, division.first_token(piece.row) + piece.query, piece.queries, piece.head + h, group, all, h * rows);
+    }
   }
 
  private:
@@ -284,7 +293,7 @@ struct ByTiles {
     const float scale = args.scale * 1.44269504f;
 
     // Slots of the block that the piece's first query sees. Later groups see more: the first ones may see none.
-    const int64_t visible = args.lengths[piece.row] - args.queries[piece.row] + piece.query + 1 - start;
+    const int64_t visible = piece.seen - start;
     int first = 0;
     while (visible + space.query_of[first * TILE_ROWS + TILE_ROWS - 1] <= 0) first++;
 

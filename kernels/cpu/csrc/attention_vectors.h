@@ -50,29 +50,29 @@ struct Workspace {
 
 // Computes one piece. D: head_dim if it is known at compile time, else 0.
 template <class T, int D>
-void attend(const AttentionArgs& args, const Piece& piece, int64_t first_token, const Workspace& space) {
+void attend(const AttentionArgs& args, const Division& division, const Piece& piece, const Workspace& space) {
   using Dot = typename DotOf<T>::type;
   constexpr int FEW = few<T, D>(), IN_PLACE = D > 0 && FEW > 0 ? TALL : FEW;
   const int group = args.heads / args.kv_heads, head_dim = D > 0 ? D : args.head_dim, words = head_dim / Dot::ELEMENTS;
   const int rows = piece.queries * group;  // per KV head
   const int heads = piece.head_end - piece.head;
-  const int64_t token = first_token + piece.query;
   const float scale = args.scale * 1.44269504f;
 
   // Gather the query rows of each KV head: [heads][queries][group].
-  for (int h = 0; h < heads; h++)
-    for (int i = 0; i < piece.queries; i++)
-      std::memcpy(space.q + (size_t(h) * rows + size_t(i) * group) * words,
-                  static_cast<const T*>(args.q) + (token + i) * args.q_stride + size_t(piece.head + h) * group * head_dim,
-                  size_t(group) * head_dim * sizeof(T));
+  division.for_members(piece, [&](int, int query, int64_t token, int queries) {
+    for (int h = 0; h < heads; h++)
+      for (int i = 0; i < queries; i++)
+        std::memcpy(space.q + (size_t(h) * rows + size_t(query + i) * group) * words,
+                    static_cast<const T*>(args.q) + (token + i) * args.q_stride + size_t(piece.head + h) * group * head_dim,
+                    size_t(group) * head_dim * sizeof(T));
+  });
 
-  // Slots of the row's list that the first query sees: up to its own.
-  const int64_t seen = args.lengths[piece.row] - args.queries[piece.row] + piece.query + 1;
-  float* memory = piece.partial ? piece.partial : space.segment;
-  const Running state = Running::at(memory, rows * heads);
-  const bool whole = piece.first == 0 && piece.last - piece.first <= SEGMENT && !piece.partial;
+  // A segment of one row goes where its partial results belong.
+  const bool in_place = piece.part && !piece.members;
+  const Running state = in_place ? division.partial(piece.row, piece.first / SEGMENT) : Running::at(space.segment, rows * heads);
+  const bool whole = !piece.part && piece.last <= SEGMENT;
   const Running all = Running::at(space.all, rows * heads);
-  if (!piece.partial && !whole) all.clear(rows * heads, head_dim);
+  if (!piece.part && !whole) all.clear(rows * heads, head_dim);
 
   const int64_t* lists = args.pages + piece.row * args.row_stride;
   for (int64_t segment = piece.first; segment < piece.last; segment += SEGMENT) {
@@ -89,7 +89,7 @@ void attend(const AttentionArgs& args, const Piece& piece, int64_t first_token, 
         const auto weigh_all = [&] {
           for (int row = 0; row < rows; row++) {
             if (rows > IN_PLACE && row < 2 * LANES) next.fetch(2 * 3 + row / LANES, row % LANES, 1, head_dim);
-            const int64_t visible = std::min<int64_t>(seen + row / group - start, SLOTS);
+            const int64_t visible = std::min<int64_t>(piece.seen + row / group - start, SLOTS);
             if (visible > 0)
               weigh(space.scores + row * SLOTS, int(visible), scale, state, h * rows + row, head_dim, weights + row * SLOTS);
             else
@@ -123,20 +123,25 @@ void attend(const AttentionArgs& args, const Piece& piece, int64_t first_token, 
                            SLOTS / Dot::ELEMENTS, o, head_dim, rows, head_dim, [](int) {});
       }
     }
-    if (!piece.partial && !whole)
+    if (!piece.part && !whole)
       for (int row = 0; row < rows * heads; row++) merge(all, row, state, row, head_dim);
   }
-  if (piece.partial) return;
-  for (int h = 0; h < heads; h++)
-    finish_queries<T>(args, token, piece.queries, piece.head + h, group, whole ? state : all, h * rows);
+  if (in_place) return;
+  for (int h = 0; h < heads; h++) {
+    if (piece.part)
+      deliver(args, division, piece, h, state, h * rows);
+    else
+      finish_queries<T>(args, division.first_token(piece.row) + piece.query, piece.queries, piece.head + h, group,
+                        whole ? state : all, h * rows);
+  }
 }
 
 template <class T, int D>
 struct ByVectors {
   using Element = T;
   using Space = Workspace;
-  static void attend(const AttentionArgs& args, const Piece& piece, int64_t first_token, const Space& space) {
-    magicdec::attend<T, D>(args, piece, first_token, space);
+  static void attend(const AttentionArgs& args, const Division& division, const Piece& piece, const Space& space) {
+    magicdec::attend<T, D>(args, division, piece, space);
   }
 };
 

@@ -16,28 +16,18 @@ from kernels.attention.base import AttentionBatch
 from kernels.attention.cpu_attention import CpuAttention
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.cpu import compiler
-from kernels.cpu.compiler import SOFTWARE_TILES, InstructionSet, KernelsUnavailable, supported
+from kernels.cpu.compiler import InstructionSet, KernelsUnavailable
 from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
 from kernels.kv_cache import write_kv
 from kernels.noise import gumbel_noise
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from models.default import user_cache
 from tests.support.profiles import examples
-from tests.support.rig import as_tested, pool_layer
+from tests.support.rig import pool_layer
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-TARGETS = [*supported(), *([SOFTWARE_TILES] if SOFTWARE_TILES.features <= supported()[0].features else [])]
-
-
-@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
-def kernels(request: pytest.FixtureRequest) -> CpuKernels:
-    target: InstructionSet = request.param
-    try:
-        return CpuKernels(user_cache() / "kernels", as_tested(target))
-    except KernelsUnavailable as reason:
-        pytest.skip(f"no CPU kernels: {reason}")
 
 
 @given(

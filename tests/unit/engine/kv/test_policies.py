@@ -33,10 +33,12 @@ def test_window_reads_the_first_and_the_last_pages(page_size: int, sink: int, ex
         ][:read]
         if length <= budget:
             assert slots == list(range(length))  # below the budget, the view is dense
+            assert window.leading(length) == length
         else:
             first = (pages - extra) * page_size
             assert slots == [*range(sink_pages * page_size), *range(first, length)]
             assert read > budget - page_size
+            assert window.leading(length) == sink_pages * page_size
 
 
 @pytest.mark.parametrize(("budget", "sink"), [(30, 4), (16, 16), (16, 17)])
@@ -49,4 +51,5 @@ def test_dense_reads_everything() -> None:
     table = torch.arange(40).view(2, 20)
     dense = Dense()
     assert dense.skipped(17) == 0
+    assert dense.leading(17) == 17
     assert dense.pages(table, torch.tensor([1]), torch.tensor([17]), 5).tolist() == [[20, 21, 22, 23, 24]]

@@ -114,8 +114,16 @@ def test_the_price_is_measured() -> None:
 def test_many_short_rows_are_measured_at_some_stretches() -> None:
     engine = SharingEngine()
     samples = profile(profiler_of(engine, rows=128), config_of(128))
-    assert {(s.rows, s.context) for s in samples if s.shared} == {(4, 2048), (16, 512), (64, 256)}
-    assert {sample.context for sample in samples if sample.rows == 128} == {64}  # one context: no cost of a token
+    assert {(s.rows, s.context) for s in samples if s.shared} == {(4, 2048), (16, 512), (64, 256), (128, 256)}
+
+
+@pytest.mark.parametrize("rows", [64, 128, 300])
+def test_many_rows_show_the_cost_of_a_token(rows: int) -> None:
+    samples = profile(profiler_of(SharingEngine(), rows=rows, stretch=0), config_of(rows))
+    assert {sample.context for sample in samples if sample.rows == rows} == {64, 128}
+    times = StepTimes(samples, lambda context, budget: context)
+    short, long = (times.verify(rows, rows * context, [0])[0] for context in (500, 4500))
+    assert long - short == pytest.approx(rows * 4000 * 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,174 @@
+"""Pages that rows share, read once: when, and with the same results as reading them for each row."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+
+from kernels.attention.base import AttentionBatch, SharedPrefix
+from kernels.attention.flashinfer import FlashInferAttention
+from kernels.attention.flashinfer_sizes import Heads
+from kernels.attention.flashinfer_workspace import Workspace
+from kernels.attention.shared_reading import LAUNCH_BYTES, first_segment, merge_prefixes, pays
+from tests.support import fake_flashinfer
+from tests.support.profiles import examples
+from tests.support.rig import pool_layer
+from tests.support.shared_batches import always_share, check_against_reference, shared_batches
+
+pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
+
+from kernels.attention.triton_attention import GpuAttention
+from kernels.gpu import INTERPRETED
+from kernels.gpu.merge import merge_prefixes as merge_on_gpu
+from kernels.gpu.shared_tiles import SharedTiles
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+PAGES = 31
+WORKSPACE = Workspace(torch.device("cpu"), (9, 0), multiprocessors=132)
+
+
+def test_when_sharing_pays() -> None:
+    """Llama 3.1 8B in bfloat16 reads 4 KiB per token and layer; a layer's merge of 8 queries takes 0.5 MB."""
+    heads, page = Heads(32, 8, 128), 16
+    merge = 2 * 2 * 8 * 32 * 129 * 4
+    enough = -(-(LAUNCH_BYTES + merge) // (4096 * page * 7))  # pages that 8 rows share: the others need not read them
+    assert enough * page == pytest.approx(1780, abs=16)
+    rows = tuple(range(8))
+    assert not pays([], page, heads, 2, 8)
+    assert not pays([SharedPrefix(rows, enough - 1)], page, heads, 2, 8)
+    assert pays([SharedPrefix(rows, enough)], page, heads, 2, 8)
+    assert not pays([SharedPrefix(rows, enough)], page, heads, 2, 8 * 4)  # a larger merge
+    assert pays([SharedPrefix(rows[:4], enough), SharedPrefix(rows[4:], 2 * enough)], page, heads, 2, 8)
+
+
+def test_the_first_segment() -> None:
+    """Rows 1 and 4 share two pages, rows 0, 2 and 3 one; row 5 none."""
+    segment = first_segment([SharedPrefix((1, 4), 2), SharedPrefix((0, 2, 3), 1)], np.array([1, 2, 3, 1, 1, 2]))
+    assert segment.rows.tolist() == [1, 0]
+    assert segment.pages.tolist() == [2, 1]
+    assert segment.queries.tolist() == [3, 5]
+    assert segment.tokens.tolist() == [1, 2, 7, 0, 3, 4, 5, 6]
+    assert segment.skipped.tolist() == [1, 2, 1, 1, 2, 0]
+
+
+@given(
+    data=st.data(),
+    page_size=st.sampled_from([1, 7, 16]),
+    kv_heads=st.integers(1, 2),
+    group=st.sampled_from([1, 3, 5]),
+    head_dim=st.sampled_from([16, 20, 64, 128]),
+    per_head=st.booleans(),
+    span=st.sampled_from([64, 4096]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+@examples(15, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_triton(
+    monkeypatch: pytest.MonkeyPatch,
+    data: st.DataObject,
+    page_size: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    per_head: bool,
+    span: int,
+    dtype: torch.dtype,
+) -> None:
+    always_share(monkeypatch)
+    queries = data.draw(st.sampled_from([(1,), (1, 4), (3, 1, 20)]))
+    batch = data.draw(
+        shared_batches(page_size=page_size, pages=PAGES, queries=queries, heads=kv_heads if per_head else 0)
+    )
+    torch.manual_seed(0)
+    layer = pool_layer(PAGES, kv_heads, page_size, head_dim, dtype)
+    q = torch.randn(sum(batch.query_lengths), kv_heads * (group + 2), head_dim).to(dtype)[:, : kv_heads * group]
+    ours = GpuAttention(span)
+    ours.plan(batch)
+    check_against_reference(lambda q: ours.run(layer, q, head_dim**-0.5), batch, layer, q, head_dim**-0.5)
+    assert (ours._tiles is not None and ours._tiles.prefixes is not None) == bool(batch.prefixes)
+
+
+def test_tiles_of_prefixes_come_before_those_of_rows() -> None:
+    tiles = SharedTiles(
+        np.array([1, 1, 1]),
+        np.array([40, 33, 9]),
+        [SharedPrefix((0, 1), 2)],
+        block=8,
+        page_size=16,
+        room=2,
+    )
+    found = tiles.tiles(torch.from_numpy(tiles.numbers), torch.zeros(3, 3, dtype=torch.int64))
+    assert found.prefixes is not None
+    assert found.prefixes.tiles == 2  # room for another prefix
+    assert found.row.tolist() == [3, 5, 0, 1, 2]  # of prefixes, unused, of rows
+    assert found.queries.tolist() == [1, 1, 1, 2, 0]
+    assert found.lengths.tolist() == [40, 33, 9, 32, 0]
+    assert found.prefixes.skipped.tolist() == [32, 32, 0, 0, 0]
+    assert found.prefixes.listed.tolist() == [0, 1, 2, 0, 0]
+    assert found.prefixes.shares.tolist() == [1, 1, 0]
+    assert found.prefixes.slots == (32, 9)
+    assert found.prefixes.tokens[found.start[3] :][:2].tolist() == [0, 1]
+
+
+def test_where_it_does_not_pay_each_row_is_read_by_itself() -> None:
+    layer = pool_layer(9, 1, 16, 16, torch.float32)
+    batch = AttentionBatch([1, 1], [40, 40], torch.zeros(2, 3, dtype=torch.int64), prefixes=[SharedPrefix((0, 1), 2)])
+    ours = GpuAttention()
+    ours.plan(batch)
+    ours.run(layer, torch.randn(2, 1, 16), 0.25)
+    assert ours._tiles is not None
+    assert ours._tiles.prefixes is None
+
+
+@given(
+    data=st.data(),
+    page_size=st.sampled_from([1, 7, 16]),
+    kv_heads=st.integers(1, 2),
+    group=st.sampled_from([1, 3]),
+    head_dim=st.sampled_from([64, 128]),
+    fused=st.booleans(),
+)
+@examples(15, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flashinfer(
+    monkeypatch: pytest.MonkeyPatch,
+    data: st.DataObject,
+    page_size: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    fused: bool,
+) -> None:
+    """Rows of all kinds, in tiles of their own, beside prefixes. fused: merged by the kernel."""
+    always_share(monkeypatch)
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    queries = data.draw(st.sampled_from([(1,), (1, 4), (1, 30, 130)]))
+    batch = data.draw(shared_batches(page_size=page_size, pages=PAGES, queries=queries))
+    torch.manual_seed(0)
+    layer = pool_layer(PAGES, kv_heads, page_size, head_dim, torch.float16)
+    ours = FlashInferAttention(page_size, WORKSPACE, merge_on_gpu if fused else merge_prefixes)
+    ours.plan(batch)
+    for _ in range(2):  # layers of a forward
+        q = torch.randn(sum(batch.query_lengths), kv_heads * (group + 2), head_dim).half()[:, : kv_heads * group]
+        check_against_reference(lambda q: ours.run(layer, q, head_dim**-0.5), batch, layer, q, head_dim**-0.5)
+    assert (ours._prefixes is not None) == bool(batch.prefixes)
+    alone = AttentionBatch(batch.query_lengths, batch.kv_lengths, batch.pages)
+    ours.plan(alone)
+    check_against_reference(lambda q: ours.run(layer, q, head_dim**-0.5), alone, layer, q, head_dim**-0.5)
+    assert ours._prefixes is None
+
+
+def test_flashinfer_reads_lists_of_heads_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are rows there; nothing but SnapKV's own pool has such lists, whose rows share no page."""
+    always_share(monkeypatch)
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    layer = pool_layer(9, 2, 16, 64, torch.float16)
+    lists = torch.zeros(2, 2, 3, dtype=torch.int64)
+    batch = AttentionBatch([1, 1], [40, 40], lists, prefixes=[SharedPrefix((0, 1), 2)])
+    ours = FlashInferAttention(16, WORKSPACE)
+    ours.plan(batch)
+    check_against_reference(lambda q: ours.run(layer, q, 0.1), batch, layer, torch.randn(2, 4, 64).half(), 0.1)
+    assert ours._prefixes is None
