@@ -1,0 +1,220 @@
+"""Output with the prefix cache equals output without, whatever is shared, branched, edited, aborted or evicted."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.core import Engine
+from engine.messages import RequestOutput
+from engine.oom import OutOfMemory
+from engine.plan import RoundPlan, RoundResult
+from engine.worker.worker import noop
+from models.llama import Llama
+from tests.support.conversations import Turn, check_answers, check_hits, crowd, play, random_turns
+from tests.support.prefix_engines import MAX_LEN, PAGES, cached_engine, model, model_on_kernels, reference
+from tests.support.profiles import examples, only_in_all
+from tests.support.workloads import SAMPLING, prompt_of
+
+
+def check(
+    target: Llama, engine: Engine, seed: int, page_size: int, count: int, max_len: int, *, exact: bool = False
+) -> None:
+    """Play a random load. In a pool for not much more than one request, rows preempt each other from the start."""
+    turns = random_turns(random.Random(seed), page_size, count)
+    if engine.stats().pages_total < PAGES:
+        turns = crowd(3, 60) + turns
+    played = play(engine, turns, max_len)
+    check_answers(played, reference(target, played), exact=exact)
+    check_hits(engine, played)
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+@given(
+    seed=st.integers(0, 2**32),
+    page_size=st.sampled_from([1, 3, 4, 16]),
+    gamma=st.sampled_from([0, 3]),
+    varying=st.booleans(),
+    policy=st.sampled_from(["window", "snapkv", "topk", "all"]),
+    batch_tokens=st.sampled_from([7, 20, 64]),
+    count=st.integers(1, 12),
+)
+@examples(6, 80)
+def test_the_prefix_cache_never_changes_output(
+    draft_dir: Path,
+    drafter: str,
+    seed: int,
+    page_size: int,
+    gamma: int,
+    varying: bool,
+    policy: str,
+    batch_tokens: int,
+    count: int,
+) -> None:
+    engine = cached_engine(
+        model(),
+        page_size=page_size,
+        gamma=gamma,
+        varying=varying,
+        policy=policy,
+        draft=draft_dir if drafter == "model" else None,
+        batch_tokens=batch_tokens,
+    )
+    check(model(), engine, seed, page_size, count, MAX_LEN)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "page_size"),
+    [
+        *(("self", 1), ("model", 3), ("self", 4)),
+        *(only_in_all(*each) for each in (("model", 1), ("self", 3), ("model", 4), ("self", 16))),
+    ],
+)
+def test_nor_where_pages_are_evicted_and_rows_preempted(draft_dir: Path, drafter: str, page_size: int) -> None:
+    """The pool holds little more than one request of maximum length."""
+    longest = 90
+    engine = cached_engine(
+        model(),
+        page_size=page_size,
+        gamma=3,
+        varying=True,
+        draft=draft_dir if drafter == "model" else None,
+        pages=-(-longest // page_size) + 2,
+        batch_tokens=20,
+        max_len=longest,
+    )
+    check(model(), engine, page_size, page_size, 16, longest)
+    stats = engine.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_evictions > 0
+    assert stats.prefix_hits > 0
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    page_size=st.sampled_from([1, 3, 4]),
+    gamma=st.sampled_from([0, 3]),
+    policy=st.sampled_from(["window", "snapkv", "topk"]),
+    spare=st.integers(0, 12),
+)
+@examples(3, 60)
+def test_nor_in_any_small_pool(seed: int, page_size: int, gamma: int, policy: str, spare: int) -> None:
+    longest = 90
+    engine = cached_engine(
+        model(),
+        page_size=page_size,
+        gamma=gamma,
+        varying=True,
+        policy=policy,
+        pages=-(-longest // page_size) + spare,
+        batch_tokens=20,
+        max_len=longest,
+    )
+    check(model(), engine, seed, page_size, 8, longest)
+
+
+def trouble(engine: Engine, rng: random.Random) -> Counter[str]:
+    """Let rounds of an engine end early: before they begin or when their KV is written, by Ctrl-C or for lack of
+    memory. And reset the prefix cache now and then. Returns the counts of what happened."""
+    happened: Counter[str] = Counter()
+    execute, step = engine._worker.execute, engine.step
+
+    def execute_or_fail(plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
+        kind = rng.choices(["", "lost", "cut short", "no memory"], [80, 8, 8, 6])[0]
+        happened[kind] += 1
+        if kind == "lost":
+            raise KeyboardInterrupt
+        result = execute(plan, meanwhile)
+        if kind == "cut short":
+            raise KeyboardInterrupt
+        if kind == "no memory":
+            raise OutOfMemory("none is left")
+        return result
+
+    def step_or_lose(meanwhile: Callable[[], None] = noop) -> list[RequestOutput]:
+        if rng.random() < 0.06:
+            happened["reset"] += 1
+            engine.reset_prefix_cache()
+        try:
+            return step(meanwhile)
+        except KeyboardInterrupt:
+            return []
+
+    engine._worker.execute = execute_or_fail  # type: ignore[method-assign]
+    engine.step = step_or_lose  # type: ignore[method-assign]
+    return happened
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+def test_nor_where_rounds_end_early_and_the_cache_is_reset(draft_dir: Path, drafter: str) -> None:
+    """On CPU kernels, so that the audit compares all KV that was ever computed of the same tokens."""
+    target = model_on_kernels(torch.float32)
+    happened: Counter[str] = Counter()
+    for page_size in (1, 3, 4):
+        engine = cached_engine(
+            target,
+            page_size=page_size,
+            gamma=3,
+            varying=True,
+            policy="all" if drafter == "model" else "window",
+            draft=draft_dir if drafter == "model" else None,
+            batch_tokens=20,
+        )
+        kinds = trouble(engine, random.Random(page_size))
+        check(target, engine, page_size, page_size, 24, MAX_LEN, exact=True)
+        happened += kinds
+        assert engine.stats().prefix_hits > 0
+    assert happened.keys() == {"", "lost", "cut short", "no memory", "reset"}
+
+
+@pytest.mark.parametrize("page_size", [4, only_in_all(1), only_in_all(16)])
+def test_nor_in_float32(page_size: int) -> None:
+    target = model(torch.float32)
+    engine = cached_engine(target, page_size=page_size, gamma=3, varying=True)
+    check(target, engine, 7, page_size, 14, MAX_LEN)
+    assert engine.stats().prefix_hits > 0
+
+
+@pytest.mark.parametrize("policy", ["window", "snapkv", only_in_all("topk"), only_in_all("all")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, only_in_all(torch.float32), only_in_all(torch.float16)], ids=str)
+def test_to_the_bit_on_cpu_kernels(dtype: torch.dtype, policy: str) -> None:
+    target = model_on_kernels(dtype)
+    for page_size, gamma, batch_tokens in ((4, 3, 20), (16, 0, 64)):
+        engine = cached_engine(
+            target, page_size=page_size, gamma=gamma, varying=True, policy=policy, batch_tokens=batch_tokens
+        )
+        check(target, engine, page_size, page_size, 16, MAX_LEN, exact=True)
+        assert engine.stats().prefix_hits > 0
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_to_the_bit_in_a_small_pool_on_cpu_kernels(page_size: int) -> None:
+    target, longest = model_on_kernels(torch.bfloat16), 90
+    pages = -(-longest // page_size) + 2
+    engine = cached_engine(
+        target, page_size=page_size, gamma=3, varying=True, pages=pages, batch_tokens=20, max_len=longest
+    )
+    check(target, engine, page_size, page_size, 14, longest, exact=True)
+    stats = engine.stats()
+    assert min(stats.preemptions, stats.prefix_evictions, stats.prefix_hits) > 0
+
+
+def test_every_way_to_sample_after_a_hit() -> None:
+    """Penalties and limits count the tokens of a prompt that the row has not computed."""
+    engine = cached_engine(model(), page_size=4, gamma=3, max_len=300)
+    turns = [
+        Turn(f"{wait}{i}", prompt_of(70, 2), wait=wait, params={"max_tokens": 24, "seed": i, "logprobs": 2, **sampling})
+        for wait in (0, 30)
+        for i, sampling in enumerate(SAMPLING)
+    ]
+    played = play(engine, turns, 300)
+    check_answers(played, reference(model(), played))
+    check_hits(engine, played)
+    assert engine.stats().prefix_hits >= 19 * 64
