@@ -154,7 +154,7 @@ class Load:
 def fixed(machine: Machine, contexts: list[int], alphas: list[float], gamma: int, rounds: int = 400) -> float:
     """Tokens per second with the same gamma in every round."""
     load = Load(machine, contexts, alphas)
-    load.controller.choose = lambda rows: [gamma] * len(rows)  # type: ignore[method-assign]
+    load.controller.choose = lambda rows, shared_tokens=0: [gamma] * len(rows)  # type: ignore[method-assign]
     return load.run(rounds)
 
 
