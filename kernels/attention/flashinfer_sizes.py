@@ -56,13 +56,21 @@ def captured_plan(heads: Heads, rows: int, queries: int, multiprocessors: int, u
     A captured plan always splits KV. Without the hint, the planner assumes that one row may have all queries but one
     of each other row, and rounds each row up to a tile.
     """
-    tokens = rows * queries
-    if uniform and queries > 1:
-        tile = tile_rows(queries * heads.group, heads.head_dim)
-        tiles = rows * _ceil(queries * heads.group, tile)
-    else:
-        tile = tile_rows((tokens - rows + 1) * heads.group, heads.head_dim)
-        tiles = _ceil(tokens * heads.group, tile) + rows - 1
+    if not uniform or queries == 1:
+        return captured_ragged_plan(heads, rows, rows * queries, multiprocessors)
+    tile = tile_rows(queries * heads.group, heads.head_dim)
+    tiles = rows * _ceil(queries * heads.group, tile)
+    return _captured(heads, rows, rows * queries, tile, tiles, multiprocessors)
+
+
+def captured_ragged_plan(heads: Heads, rows: int, tokens: int, multiprocessors: int) -> PlanBytes:
+    """Bound the memory of a captured batch whose rows may have any numbers of queries, none included. tokens: their
+    sum."""
+    tile = tile_rows((tokens - rows + 1) * heads.group, heads.head_dim)
+    return _captured(heads, rows, tokens, tile, _ceil(tokens * heads.group, tile) + rows - 1, multiprocessors)
+
+
+def _captured(heads: Heads, rows: int, tokens: int, tile: int, tiles: int, multiprocessors: int) -> PlanBytes:
     blocks = max(_blocks(heads, multiprocessors), tiles)
     return PlanBytes(_partial_bytes(heads, blocks, tile), _fa2_ints(rows, tokens, blocks))
 
