@@ -45,6 +45,11 @@ def graph_row_counts(max_rows: int) -> list[int]:
     return sorted(count for count in counts if count <= max_rows)
 
 
+def prefix_room(rows: int) -> int:
+    """Return the number of prefixes, of at least two rows each, for which a forward that shares pages has room."""
+    return min(rows // 2, _PREFIXES)
+
+
 class GraphInputs:
     """Inputs of captured forwards, at fixed addresses: for a number of rows, with room for queries of each.
 
@@ -114,8 +119,7 @@ class _Shape(NamedTuple):
 
     @property
     def prefixes(self) -> int:
-        """Room for prefixes, of at least two rows each."""
-        return min(self.rows // 2, _PREFIXES) if self.shares else 0
+        return prefix_room(self.rows) if self.shares else 0
 
 
 class ForwardGraphs:
@@ -149,7 +153,7 @@ class ForwardGraphs:
         if shares:
             sharing = [shape._replace(shares=True) for shape in shapes]
             shapes += [shape for shape in sharing if self._pays(shape, _all_shared(shape, width))]
-        shapes.sort(key=lambda shape: shape.tokens, reverse=True)
+        shapes.sort(key=lambda shape: (shape.tokens, shape.shares), reverse=True)
         with log_capture(f"{len(shapes)} forwards of up to {self._rows[-1]} rows", model.device):
             self._captured = {shape: self._capture(shape) for shape in shapes}
 

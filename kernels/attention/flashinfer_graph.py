@@ -66,7 +66,7 @@ class _GraphPrefixes:
         self._starts, self._indptr = torch.zeros(2, rows + 1, dtype=torch.int32, device=self._device)
         self._listed = torch.zeros(rows * batch.pages.shape[1] + 1, dtype=torch.int32, device=self._device)
         size = captured_ragged_plan(call.heads, rows, self._num_tokens, workspace.multiprocessors)
-        floats = workspace.take(size.floats)
+        floats = workspace.take(max(size.floats, eager_float_bytes(call.heads, workspace.multiprocessors)))
         wrapper = load_flashinfer().BatchPrefillWithPagedKVCacheWrapper(
             floats,
             "HND",

@@ -7,6 +7,7 @@ anything is captured. Tests compare them with the planners themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from kernels.ragged import Ints
@@ -93,19 +94,32 @@ def eager_int_bytes(kernels: Kernels, heads: Heads, queries: Ints, multiprocesso
 
 
 def captured_memory(
-    heads: Heads, rows: list[int], queries: list[int], width: int, multiprocessors: int, uniform: bool
+    heads: Heads,
+    rows: list[int],
+    queries: list[int],
+    width: int,
+    multiprocessors: int,
+    uniform: bool,
+    prefixes: Callable[[int], int] | None = None,
 ) -> tuple[int, int]:
     """Bound the device memory of captured attention: scratch memory, which all share, and the sum of their own.
 
     rows, queries: the numbers of rows and of queries per row that are captured, each with each. width: largest number
-    of pages in a list, which serves all KV heads. uniform: see takes_uniform_queries.
+    of pages in a list, which serves all KV heads. uniform: see takes_uniform_queries. prefixes: room for prefixes, by
+    number of rows, of second captures that read shared pages once; None: there are none.
     """
     floats, own = eager_float_bytes(heads, multiprocessors), 0
     for count in rows:
         for each in queries:
             plan = captured_plan(heads, count, each, multiprocessors, uniform)
             floats = max(floats, plan.floats)
-            own += plan.ints + count * (12 * width + 24) + (0 if uniform else _LENGTHS_BYTES)
+            one = plan.ints + count * (12 * width + 24) + (0 if uniform else _LENGTHS_BYTES)
+            own += one
+            if prefixes is not None and count > 1:
+                more = prefixes(count) + 1
+                plan = captured_ragged_plan(heads, more, count * each, multiprocessors)
+                floats = max(floats, plan.floats)
+                own += one + plan.ints + more * (4 * width + 24) + 16 * count * each + _LENGTHS_BYTES
     return floats + _NEW_INTS_BYTES, own
 
 

@@ -193,7 +193,7 @@ def test_captured_batches(
     monkeypatch.setattr(
         "kernels.attention.flashinfer_graph.takes_uniform_queries", lambda library_: library.endswith("7")
     )
-    rows, width = 4, 16
+    rows, width = 4, 30
     pages, lengths = torch.zeros(rows, width, dtype=torch.int64), torch.ones(rows, dtype=torch.int64)
     batch = GraphBatch(queries, pages, lengths, prefixes=2)
     ours = graph_attention(library, batch, page_size)
