@@ -125,12 +125,12 @@ def test_nor_in_any_small_pool(seed: int, page_size: int, gamma: int, policy: st
 
 def trouble(engine: Engine, rng: random.Random) -> Counter[str]:
     """Let rounds of an engine end early: before they begin or when their KV is written, by Ctrl-C or for lack of
-    memory. And reset the prefix cache now and then. Returns the counts of what happened."""
+    memory. And reset the prefix cache now and then, during rounds and between them. Returns what happened in rounds."""
     happened: Counter[str] = Counter()
     execute, step = engine._worker.execute, engine.step
 
     def execute_or_fail(plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
-        kind = rng.choices(["", "lost", "cut short", "no memory"], [80, 8, 8, 6])[0]
+        kind = rng.choices(["", "lost", "cut short", "no memory", "reset"], [80, 8, 8, 6, 4])[0]
         happened[kind] += 1
         if kind == "lost":
             raise KeyboardInterrupt
@@ -139,11 +139,12 @@ def trouble(engine: Engine, rng: random.Random) -> Counter[str]:
             raise KeyboardInterrupt
         if kind == "no memory":
             raise OutOfMemory("none is left")
+        if kind == "reset":
+            engine.reset_prefix_cache()
         return result
 
     def step_or_lose(meanwhile: Callable[[], None] = noop) -> list[RequestOutput]:
-        if rng.random() < 0.06:
-            happened["reset"] += 1
+        if rng.random() < 0.04:
             engine.reset_prefix_cache()
         try:
             return step(meanwhile)
