@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -35,6 +36,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the variable
     os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 load_profiles()
+gc.disable()  # while test modules import torch and others: nothing is garbage yet, and collecting takes a fifth of that
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, but never go through what all the imports made."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing where only tests of GPUs run

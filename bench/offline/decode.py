@@ -74,10 +74,10 @@ def measure(
 ) -> list[DecodeResult]:
     """Decode `new_tokens` per row with each of `gammas` and each of `configs`.
 
-    configs: differ only in their speculation and in `cache.prefix`. shared: number of tokens that all prompts begin
-    with. If `auto` is among the gammas, their own gamma must be `auto`, and their
-    gamma_max bounds it. prompts: one per row, all of one length. history: tokens per row that `auto` learns from before
-    it is timed. Raises BenchError if prompt and output do not fit the model.
+    configs: differ only in their speculation and in `cache.prefix`. If `auto` is among the gammas, their own gamma must
+    be `auto`, and their gamma_max bounds it. prompts: one per row, all of one length. history: tokens per row that
+    `auto` learns from before it is timed. shared: number of tokens that all prompts begin with. Raises BenchError if
+    prompt and output do not fit the model.
     """
     config, batch = configs[0], len(prompts)
     ranks = config.tensor_parallel_size

@@ -150,28 +150,27 @@ class KVManager:
         Returns the pages that the request has adopted in place of its own: their places in its list, and the pages.
         """
         full = request.num_computed // self._page_size
-        drafted = 0
-        if self._drafted is not None:
-            drafted = (request.num_computed - request.draft_lag) // self._page_size
         adopted: Sequence[tuple[int, int]] = ()
         if full > request.num_indexed and self._prefix and not request.is_private:
-            adopted = self._add_to_index(request, full, drafted)
-        if self._drafted is not None:
+            adopted = self._add_to_index(request, full)
+        if self._drafted is not None and not request.is_private:
+            drafted = (request.num_computed - request.draft_lag) // self._page_size
             drafted = max(request.num_drafted, min(drafted, request.num_indexed))
             self._drafted.update(request.pages[request.num_drafted : drafted])
             request.num_drafted = drafted
         return adopted
 
-    def _add_to_index(self, request: Request, full: int, drafted: int) -> list[tuple[int, int]]:
-        """Enter the first `full` pages into the index, as far as they are not in it. drafted: number of leading pages
-        that hold a draft model's KV. Returns those that the request has adopted."""
+    def _add_to_index(self, request: Request, full: int) -> list[tuple[int, int]]:
+        """Enter the first `full` pages into the index, as far as they are not in it. Returns those that the request has
+        adopted."""
+        drafted_tokens = request.num_computed - request.draft_lag
         adopted = []
         self._index.extend(request.digests, request.salt, request.tokens, full)
         for place in range(request.num_indexed, full):
             own, known = request.pages[place], self._index.find(request.digests[place])
             if known is None:
                 self._index.add(request.digests, place, own)
-            elif self._drafted is not None and place < drafted and known not in self._drafted:
+            elif self._drafted is not None and place * self._page_size < drafted_tokens and known not in self._drafted:
                 request.is_private = True  # its draft KV would be lost: it keeps its own pages from here on
                 break
             else:

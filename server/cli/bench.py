@@ -25,7 +25,7 @@ def bench() -> None:
 
 
 @app.command()
-@options.engine_flags("speculation", "policy", "max_model_len")
+@options.engine_flags("speculation", "policy", "max_model_len", "prefix_cache")
 def decode(
     overrides: dict[str, Any],
     batch: Annotated[str, typer.Option(help="Numbers of rows, comma-separated.")] = "4",

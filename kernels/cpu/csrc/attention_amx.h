@@ -20,9 +20,6 @@ constexpr int TILE_SIZE = TILE_ROWS * TILE_WORDS;   // words
 constexpr int GROUP_SCORES = SLOTS * TILE_ROWS;     // floats
 constexpr int GROUP_WEIGHTS = 2 * TILE_SIZE;        // words
 constexpr int WEIGH_POINTS = 16;                    // times that weigh_group calls `meanwhile`
-constexpr int PACK_POINTS = LANES;                  // times that pack_values does
-// A peak is raised when it is exceeded by more than this, which is seldom: weights are at most 2^HEADROOM.
-constexpr float HEADROOM = 8;
 
 inline int to_whole_groups(int64_t rows) { return int((rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS); }
 
@@ -106,30 +103,10 @@ MAGICDEC_INLINE void mix_step(int step, const uint32_t* weights, const uint32_t*
     mix_columns<2>(step * TILE_DIMS, values, head_dim, o);
 }
 
-// Prefetches a block in equal parts, one at each of `points` points of other work.
-struct Ahead {
-  const Block<bf16> next;
-  const int points;
-  int due = 0;
-  unsigned slot = 0;
-  MAGICDEC_INLINE void step(int head_dim) {
-    constexpr int ALL = 2 * SLOTS;
-    for (due += ALL; due >= points; due -= points, slot++) next.fetch(slot / LANES, slot % LANES, 1, head_dim);
-  }
-};
-
 // -- weights ----------------------------------------------------------------------------------------------------------
 
-// 2^x within 2^-18 of it, for weights, which are rounded to 9 bits. Zero where `visible` is not set.
-MAGICDEC_INLINE __m512 exp2_of_scores(__mmask16 visible, __m512 x) {
-  const __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
-  // The polynomial of degree 4 with the least relative error in [0, 1].
-  __m512 y = _mm512_fmadd_ps(rest, _mm512_set1_ps(0.0135341679f), _mm512_set1_ps(0.0520114606f));
-  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.241442757f));
-  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.693003834f));
-  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.00000259f));
-  return _mm512_maskz_scalef_ps(visible, y, x);  // y · 2^floor(x)
-}
+// 2^x, zero where `visible` is not set.
+MAGICDEC_INLINE __m512 exp2_of_scores(__mmask16 visible, __m512 x) { return _mm512_maskz_scalef_ps(visible, exp2_of_fraction(x), x); }
 
 // Transposes 32 slots × 16 queries of 16-bit elements: from x[i] = [slots i', i' + 8][queries], i' = i for i < 8, else
 // i + 8, to x[query] = [slots].
@@ -298,7 +275,7 @@ struct ByTiles {
     while (visible + space.query_of[first * TILE_ROWS + TILE_ROWS - 1] <= 0) first++;
 
     const int steps = product_steps(head_dim);  // of each of a group's two products
-    Ahead ahead{block_after(args, piece, head, start, block), PACK_POINTS + (groups - first) * (WEIGH_POINTS + 2 * steps)};
+    Ahead<bf16> ahead{block_after(args, piece, head, start, block), PACK_POINTS + (groups - first) * (WEIGH_POINTS + 2 * steps)};
     const auto score = [&](int g, int step) __attribute__((always_inline)) {
       ahead.step(head_dim);
       const uint32_t* q = space.q + size_t(h * padded + g * TILE_ROWS) * (head_dim / 2);
@@ -310,7 +287,7 @@ struct ByTiles {
       mix_step(step, space.weights + g % 2 * GROUP_WEIGHTS, space.values, head_dim, o);
     };
 
-    pack_values(block, head_dim, space.values, [&](int) { ahead.step(head_dim); });
+    pack_values(block, head_dim, space.values, [&] { ahead.step(head_dim); });
     for (int step = 0; step < steps; step++) score(first, step);
     for (int g = first; g < groups; g++) {
       const int mixes = g > first ? steps : 0, all = mixes + (g + 1 < groups ? steps : 0);

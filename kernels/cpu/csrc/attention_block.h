@@ -20,13 +20,20 @@ struct Running {
   float* total;  // [rows, LANES]: sixteen partial sums
   float* o;      // [rows, head_dim]
 
-  static size_t floats(int rows, int head_dim) { return size_t(rows) * (head_dim + LANES + 1); }
-  static Running at(float* memory, int rows) { return {memory, memory + rows, memory + (LANES + 1) * rows}; }
+  // Memory that begins at a cache line; so do total and o in it.
+  static size_t floats(int rows, int head_dim) { return peaks(rows) + size_t(rows) * (LANES + head_dim); }
+  static Running at(float* memory, int rows) {
+    float* total = memory + peaks(rows);
+    return {memory, total, total + size_t(rows) * LANES};
+  }
   void clear(int rows, int head_dim) const {
     std::fill(peak, peak + rows, NOTHING);
     std::fill(total, total + size_t(rows) * LANES, 0.0f);
     std::fill(o, o + size_t(rows) * head_dim, 0.0f);
   }
+
+ private:
+  static size_t peaks(int rows) { return size_t(rows + LANES - 1) / LANES * LANES; }
 };
 
 MAGICDEC_INLINE float exp2_of(float x) { return exp2_falling(splat(x))[0]; }
@@ -106,6 +113,19 @@ struct Block {
   }
 };
 
+// Prefetches a block in equal parts, one at each of `points` points of other work.
+template <class T>
+struct Ahead {
+  const Block<T> next;
+  const int points;
+  int due = 0;
+  unsigned slot = 0;
+  MAGICDEC_INLINE void step(int head_dim) {
+    constexpr int ALL = 2 * SLOTS;
+    for (due += ALL; due >= points; due -= points, slot++) next.fetch(slot / LANES, slot % LANES, 1, head_dim);
+  }
+};
+
 // Returns the block of one KV head that begins at slot `start` of a row whose slots end at `end`. A block is copied to
 // `staged` if its groups may cross pages or it is not full; slots from `end` on become zeros, whatever they hold.
 template <class T>
@@ -162,15 +182,15 @@ MAGICDEC_INLINE void turn_keys(const T* keys, int head_dim, int w, int count, u3
   transpose(x);
 }
 
-// Packs a block's keys to [head_dim / ELEMENTS words][SLOTS].
-template <class T>
-MAGICDEC_INLINE void pack_keys(const Block<T>& block, const Block<T>& next, int head_dim, uint32_t* packed) {
+// Packs a block's keys to [head_dim / ELEMENTS words][SLOTS]. meanwhile: called before each group.
+template <class T, class F>
+MAGICDEC_INLINE void pack_keys(const Block<T>& block, int head_dim, uint32_t* packed, F&& meanwhile) {
   const int words = head_dim / DotOf<T>::type::ELEMENTS;
   for (int group = 0; group < block.GROUPS; group++) {
+    meanwhile();
     for (int w = 0; w < words; w += LANES) {
       const int n = std::min(LANES, words - w);
       u32x16 x[LANES];
-      if (w == 0) next.fetch(0, group * 4, 4, head_dim);
       turn_keys(block.keys(group), head_dim, w, n, x);
       for (int i = 0; i < n; i++) store(packed + (w + i) * SLOTS + group * LANES, x[i]);
     }
@@ -208,14 +228,16 @@ MAGICDEC_INLINE void pair_values(const T* values, int head_dim, u32x16& first, u
   first = pair_values(values, head_dim), second = pair_values(values + LANES, head_dim);
 }
 
-// Packs a block's values to [SLOTS / ELEMENTS words][head_dim]. meanwhile: called with each i < LANES, in ascending order.
+constexpr int PACK_POINTS = LANES;  // times that pack_values calls `meanwhile`
+
+// Packs a block's values to [SLOTS / ELEMENTS words][head_dim].
 template <class T, class F>
 MAGICDEC_INLINE void pack_values(const Block<T>& block, int head_dim, uint32_t* packed, F&& meanwhile) {
   constexpr int ELEMENTS = DotOf<T>::type::ELEMENTS;
   for (int group = 0; group < block.GROUPS; group++) {
     const T* values = block.values(group);
     for (int slot = 0; slot < LANES; slot += ELEMENTS, values += ELEMENTS * head_dim, packed += head_dim) {
-      if (slot % 4 == 0) meanwhile(group * 4 + slot / 4);
+      if (slot % 4 == 0) meanwhile();
       int d = 0;
       for (; d + 2 * LANES <= head_dim; d += 2 * LANES) {
         u32x16 first, second;
@@ -291,65 +313,112 @@ MAGICDEC_INLINE void mix_few(const Block<T>& block, const Block<T>& next, int he
   for (; d < head_dim; d += LANES) columns(d, Count<1>{});
 }
 
-// out[m][n] = (KEEP ? out[m][n] : 0) + a · b over `columns` columns, a multiple of 16.
-// meanwhile: called once with each i < SLOTS, in ascending order.
-template <class Dot, bool KEEP, class F>
-MAGICDEC_INLINE void product(const uint32_t* a, size_t a_stride, const uint32_t* b, int words, float* out, size_t out_stride,
-                             int rows, int columns, F&& meanwhile) {
-  int done = 0;
-  const auto columns_of = [&](auto width, int column) {
+// Rows of queries that a packed block is multiplied with at a time.
+#if defined(__AVX512F__)
+constexpr int TILE_HEIGHT = 6;  // with four vectors of columns: 24 of 32 registers hold sums
+#else
+constexpr int TILE_HEIGHT = MAX_ROWS;
+#endif
+
+// out[M][columns] = (KEEP ? out : 0) + a · b. columns: a multiple of 16, and b's stride; out_stride: out's.
+template <class Dot, int M, bool KEEP>
+MAGICDEC_INLINE void product(const uint32_t* a, size_t a_stride, const uint32_t* b, int words, float* out, size_t out_stride, int columns) {
+  const auto columns_of = [&](auto width, int column) __attribute__((always_inline)) {
     constexpr int C = decltype(width)::value;
-    for (int row = 0; row < rows;) {
-      const int height = tile_height(rows, row, MAX_ROWS);
-      with_rows<MAX_ROWS>(height, [&](auto count) {
-        constexpr int M = decltype(count)::value;
-        typename Dot::Sums sums[M][C];
-        float* o = out + row * out_stride + column;
-        for (int m = 0; m < M; m++)
-          for (int c = 0; c < C; c++) sums[m][c] = KEEP ? load<f32x16>(o + m * out_stride + c * LANES) : f32x16{};
-        tile<Dot, M, C>(sums, a + row * a_stride, a_stride, b + column, columns, words,
-                        [&](int) {
-                          if (done < SLOTS) meanwhile(done++);
-                        });
-        for (int m = 0; m < M; m++)
-          for (int c = 0; c < C; c++) store(o + m * out_stride + c * LANES, sums[m][c]);
-      });
-      row += height;
-    }
+    typename Dot::Sums sums[M][C];
+    float* o = out + column;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) sums[m][c] = KEEP ? load<f32x16>(o + m * out_stride + c * LANES) : f32x16{};
+    tile<Dot, M, C>(sums, a, a_stride, b + column, columns, words);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) store(o + m * out_stride + c * LANES, sums[m][c]);
   };
   int column = 0;
+#if defined(__AVX512F__)
+  for (; column + 4 * LANES <= columns; column += 4 * LANES) columns_of(Count<4>{}, column);
+#endif
   for (; column + 2 * LANES <= columns; column += 2 * LANES) columns_of(Count<2>{}, column);
   if (column < columns) columns_of(Count<1>{}, column);
+}
+
+// -- weights ----------------------------------------------------------------------------------------------------------
+
+// A peak is raised when it is exceeded by more than this, which is seldom: weights are at most 2^HEADROOM.
+constexpr float HEADROOM = 8;
+
+#if defined(__AVX512F__)
+
+// 2^(x - floor(x)) within 2^-18 of it, for weights that are rounded to 16 bits: the polynomial of degree 4 with the least
+// relative error in [0, 1].
+MAGICDEC_INLINE __m512 exp2_of_fraction(__m512 x) {
+  const __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+  __m512 y = _mm512_fmadd_ps(rest, _mm512_set1_ps(0.0135341679f), _mm512_set1_ps(0.0520114606f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.241442757f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.693003834f));
+  return _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.00000259f));
+}
+
+#endif
+
+// 2^x as precise as weights of type T are.
+template <class T>
+MAGICDEC_INLINE f32x16 exp2_of_score(f32x16 x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) return (f32x16)_mm512_scalef_ps(exp2_of_fraction((__m512)x), (__m512)x);
+#endif
+  return exp2_falling(x);
+}
+
+// Stores the weights of a block's slots, and returns total plus their sum, as rounded.
+template <class T>
+MAGICDEC_INLINE f32x16 store_weights(const f32x16 (&x)[SLOTS / LANES], T* weights, f32x16 total) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+    for (int i = 0; i < SLOTS / LANES; i += 2) {
+      const __m512bh pair = _mm512_cvtne2ps_pbh((__m512)x[i + 1], (__m512)x[i]);
+      store(weights + i * LANES, pair);
+      total = (f32x16)_mm512_dpbf16_ps((__m512)total, pair, ones);
+    }
+    return total;
+  }
+#endif
+  for (int i = 0; i < SLOTS / LANES; i++) {
+    store_floats(weights + i * LANES, x[i]);
+    total += load_floats(weights + i * LANES);
+  }
+  return total;
 }
 
 // Converts the scores of one query against a block to weights, and updates its running softmax. seen: number of the
 // block's slots that the query sees.
 template <class T>
-MAGICDEC_INLINE void weigh(float* scores, int seen, float scale, Running state, int row, int head_dim, T* weights) {
-  f32x16 s[SLOTS / LANES], peak = splat(NOTHING);
+MAGICDEC_INLINE void weigh(const float* scores, int seen, float scale, Running state, int row, int head_dim, T* weights) {
+  f32x16 s[SLOTS / LANES], highest = splat(NOTHING);
   for (int i = 0; i < SLOTS / LANES; i++) {
     s[i] = load<f32x16>(scores + i * LANES) * scale;
-    if (seen < (i + 1) * LANES) {
-      s[i] = select(lane_numbers() < seen - i * LANES, s[i], splat(NOTHING));
-    }
-    peak = maximum(peak, s[i]);
+    if (seen < (i + 1) * LANES) s[i] = select(lane_numbers() < seen - i * LANES, s[i], splat(NOTHING));
+    highest = maximum(highest, s[i]);
   }
-  const float before = state.peak[row], now = may_exceed(peak, before) ? std::max(before, largest(peak)) : before;
-  f32x16 total{};
-  for (int i = 0; i < SLOTS / LANES; i++) {
-    store_floats(weights + i * LANES, exp2_falling(s[i] - now));
-    total += load_floats(weights + i * LANES);  // rounded, as they are multiplied
-  }
+  float peak = state.peak[row];
   float* totals = state.total + row * LANES;
-  if (now == before) {
-    store(totals, load<f32x16>(totals) + total);
-    return;
+  if (may_exceed(highest, peak + HEADROOM)) {
+    const float before = peak, high = largest(highest);
+    if (high > before + HEADROOM) {
+      state.peak[row] = peak = high;
+      const float shrink = exp2_of(before - peak);
+      store(totals, load<f32x16>(totals) * shrink);
+      float* o = state.o + size_t(row) * head_dim;
+      for (int d = 0; d < head_dim; d += LANES) store(o + d, load<f32x16>(o + d) * shrink);
+    }
   }
-  state.peak[row] = now;
-  const float shrink = exp2_of(before - now);
-  store(totals, load<f32x16>(totals) * shrink + total);
-  float* o = state.o + size_t(row) * head_dim;
-  for (int d = 0; d < head_dim; d += LANES) store(o + d, load<f32x16>(o + d) * shrink);
+  const float less = std::max(peak, std::numeric_limits<float>::lowest());
+  for (f32x16& each : s) each = exp2_of_score<T>(each - less);
+  store(totals, store_weights(s, weights, load<f32x16>(totals)));
 }
 
 }  // namespace magicdec

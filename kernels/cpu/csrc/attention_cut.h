@@ -43,9 +43,7 @@ struct Cut {
   // Number of floats of the partial results of one segment.
   size_t partial(const AttentionArgs& args) const { return Running::floats(queries * args.heads, args.head_dim); }
   // Number of floats of all partial results of the row.
-  size_t partials(const AttentionArgs& args) const {
-    return by_segment() ? (segments * partial(args) + LANES - 1) / LANES * LANES : 0;
-  }
+  size_t partials(const AttentionArgs& args) const { return by_segment() ? segments * partial(args) : 0; }
 };
 
 // Largest number of query rows of a piece, over all its heads.

@@ -1,14 +1,14 @@
 // Attention by vectors, for all types and instruction sets.
 //
-// A block's keys and values are packed for `tile` once and then multiplied with all queries of the row, of all heads that
-// share them: two small matrix products with a softmax between. Few queries read a block in place.
+// A block's keys and values are packed for `tile` once and then multiplied with all queries of the piece that share them, a
+// few rows at a time: two small matrix products with a softmax between. Few queries read a block in place.
 #pragma once
 
 #include "attention_pieces.h"
 
 namespace magicdec {
 
-// Largest number of query rows that a block is multiplied with in place, without packing. D: see attend.
+// Largest number of query rows that are multiplied with a block in place at a time, without packing. D: see attend.
 template <class T, int D>
 constexpr int few() {
 #if defined(__AVX512F__)
@@ -20,6 +20,18 @@ constexpr int few() {
 #endif
 }
 
+// Largest number of query rows for which a block is not packed.
+template <class T, int D>
+constexpr int in_place() {
+#if defined(__AVX512F__)
+  return few<T, D>();
+#else
+  return D > 0 ? 2 * few<T, D>() : few<T, D>();  // to transpose keys twice costs less than to store them
+#endif
+}
+
+constexpr int AT_ONCE = 16;  // query rows that have scores and weights at the same time, at most
+
 // Scratch memory of one thread.
 struct Workspace {
   uint32_t *q, *keys, *values;
@@ -27,7 +39,7 @@ struct Workspace {
 
   static size_t floats(const AttentionArgs& args) {
     const size_t rows = max_rows(args);
-    return rows * args.head_dim + 4 * size_t(SLOTS) * args.head_dim + 2 * rows * SLOTS +
+    return rows * args.head_dim + 4 * size_t(SLOTS) * args.head_dim + 2 * AT_ONCE * SLOTS +
            2 * Running::floats(int(rows), args.head_dim) + 8 * LANES;
   }
   Workspace(float* memory, const AttentionArgs& args) {
@@ -40,8 +52,8 @@ struct Workspace {
     q = reinterpret_cast<uint32_t*>(take(rows * args.head_dim));
     keys = reinterpret_cast<uint32_t*>(take(size_t(SLOTS) * args.head_dim));
     values = reinterpret_cast<uint32_t*>(take(size_t(SLOTS) * args.head_dim));
-    scores = take(rows * SLOTS);
-    weights = take(rows * SLOTS);
+    scores = take(AT_ONCE * SLOTS);
+    weights = take(AT_ONCE * SLOTS);
     segment = take(Running::floats(int(rows), args.head_dim));
     all = take(Running::floats(int(rows), args.head_dim));
     staged = take(2 * size_t(SLOTS) * args.head_dim);
@@ -52,7 +64,8 @@ struct Workspace {
 template <class T, int D>
 void attend(const AttentionArgs& args, const Division& division, const Piece& piece, const Workspace& space) {
   using Dot = typename DotOf<T>::type;
-  constexpr int FEW = few<T, D>(), IN_PLACE = D > 0 && FEW > 0 ? TALL : FEW;
+  constexpr int FEW = few<T, D>(), IN_PLACE = in_place<T, D>();
+  static_assert(IN_PLACE <= AT_ONCE && TILE_HEIGHT <= AT_ONCE);
   const int group = args.heads / args.kv_heads, head_dim = D > 0 ? D : args.head_dim, words = head_dim / Dot::ELEMENTS;
   const int rows = piece.queries * group;  // per KV head
   const int heads = piece.head_end - piece.head;
@@ -68,8 +81,8 @@ void attend(const AttentionArgs& args, const Division& division, const Piece& pi
   });
 
   // A segment of one row goes where its partial results belong.
-  const bool in_place = piece.part && !piece.members;
-  const Running state = in_place ? division.partial(piece.row, piece.first / SEGMENT) : Running::at(space.segment, rows * heads);
+  const bool direct = piece.part && !piece.members;
+  const Running state = direct ? division.partial(piece.row, piece.first / SEGMENT) : Running::at(space.segment, rows * heads);
   const bool whole = !piece.part && piece.last <= SEGMENT;
   const Running all = Running::at(space.all, rows * heads);
   if (!piece.part && !whole) all.clear(rows * heads, head_dim);
@@ -86,14 +99,13 @@ void attend(const AttentionArgs& args, const Division& division, const Piece& pi
         const uint32_t* q = space.q + size_t(h) * rows * words;
         T* weights = reinterpret_cast<T*>(space.weights);
         float* o = state.o + size_t(h) * rows * head_dim;
-        const auto weigh_all = [&] {
-          for (int row = 0; row < rows; row++) {
-            if (rows > IN_PLACE && row < 2 * LANES) next.fetch(2 * 3 + row / LANES, row % LANES, 1, head_dim);
+        const auto weigh_rows = [&](int first, int count, const float* scores, T* to) {
+          for (int row = first; row < first + count; row++, scores += SLOTS, to += SLOTS) {
             const int64_t visible = std::min<int64_t>(piece.seen + row / group - start, SLOTS);
             if (visible > 0)
-              weigh(space.scores + row * SLOTS, int(visible), scale, state, h * rows + row, head_dim, weights + row * SLOTS);
+              weigh(scores, int(visible), scale, state, h * rows + row, head_dim, to);
             else
-              std::memset(weights + row * SLOTS, 0, SLOTS * sizeof(T));
+              std::memset(to, 0, SLOTS * sizeof(T));
           }
         };
         if (rows <= IN_PLACE) {
@@ -108,25 +120,35 @@ void attend(const AttentionArgs& args, const Division& division, const Piece& pi
           for_tiles_of_rows([&](auto count, int row) {
             score_few<T, decltype(count)::value>(block, next, head_dim, q + row * words, space.scores + row * SLOTS);
           });
-          weigh_all();
+          weigh_rows(0, rows, space.scores, weights);
           for_tiles_of_rows([&](auto count, int row) {
             mix_few<T, decltype(count)::value>(block, next, head_dim, weights + row * SLOTS, o + row * head_dim);
           });
           continue;
         }
-        pack_keys(block, next, head_dim, space.keys);
-        pack_values(block, head_dim, space.values, [&](int i) { next.fetch(1, i, 1, head_dim); });
-        product<Dot, false>(q, words, space.keys, words, space.scores, SLOTS, rows, SLOTS,
-                             [&](int i) { next.fetch(2 + i / LANES, i % LANES, 1, head_dim); });
-        weigh_all();
-        product<Dot, true>(reinterpret_cast<const uint32_t*>(weights), SLOTS / Dot::ELEMENTS, space.values,
-                           SLOTS / Dot::ELEMENTS, o, head_dim, rows, head_dim, [](int) {});
+        Ahead<T> ahead{next, block.GROUPS + PACK_POINTS + 2 * ((rows + TILE_HEIGHT - 1) / TILE_HEIGHT)};
+        const auto fetch = [&] { ahead.step(head_dim); };
+        pack_keys(block, head_dim, space.keys, fetch);
+        pack_values(block, head_dim, space.values, fetch);
+        for (int row = 0; row < rows;) {
+          const int height = tile_height(rows, row, TILE_HEIGHT);
+          with_rows<TILE_HEIGHT>(height, [&](auto count) {
+            constexpr int M = decltype(count)::value;
+            fetch();
+            product<Dot, M, false>(q + size_t(row) * words, words, space.keys, words, space.scores, SLOTS, SLOTS);
+            weigh_rows(row, M, space.scores, weights);
+            fetch();
+            product<Dot, M, true>(reinterpret_cast<const uint32_t*>(weights), SLOTS / Dot::ELEMENTS, space.values,
+                                  SLOTS / Dot::ELEMENTS, o + size_t(row) * head_dim, head_dim, head_dim);
+          });
+          row += height;
+        }
       }
     }
     if (!piece.part && !whole)
       for (int row = 0; row < rows * heads; row++) merge(all, row, state, row, head_dim);
   }
-  if (in_place) return;
+  if (direct) return;
   for (int h = 0; h < heads; h++) {
     if (piece.part)
       deliver(args, division, piece, h, state, h * rows);

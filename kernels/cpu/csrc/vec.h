@@ -225,7 +225,7 @@ MAGICDEC_INLINE f32x16 exp2_series(f32x16 r) {
   return y * r + 1.0f;
 }
 
-// 2^x for x <= 0 (-inf included), within 2 units in the last place; 0 below -126.
+// 2^x for x < 100 (-inf included), within 2 units in the last place; 0 below -126.
 MAGICDEC_INLINE f32x16 exp2_falling(f32x16 x) {
 #if defined(__AVX512F__)
   x = maximum(x, splat(-1000.0f));

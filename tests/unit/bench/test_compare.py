@@ -18,7 +18,8 @@ from bench.peers.compare_plan import ChatShape, Plan, parse_points
 from bench.peers.compare_report import ComparisonReport, table
 from bench.peers.contenders import Peer, choose, variant
 from bench.peers.install import PeerError, environment, requirements
-from bench.peers.process import PeerProcess
+from bench.peers.process import PEERS, PeerProcess
+from bench.peers.programs.driver import load_peer
 from tests.support.engines import TINY
 
 COUNTS = '''
@@ -302,6 +303,14 @@ def test_contenders() -> None:
     for wrong in ("fast", ": a=1", "fast: a", "fast: =1"):
         with pytest.raises(BenchError, match="--variant"):
             variant(wrong)
+
+
+@pytest.mark.parametrize("name", ["magicdec off", "magicdec auto", "magicdec prefix", "magicdec prefix auto"])
+def test_magicdec_reuses_prefixes_only_where_its_name_says_so(name: str) -> None:
+    (contender,) = choose(name, [])
+    settings = {"model": "m", "threads": 1, "rows": 2, "options": contender.options}
+    peer: Any = load_peer(str(PEERS / "magicdec.py"), settings)
+    assert peer._config.cache.prefix == ("prefix" in name) == ("prefix cache" in peer.about)
 
 
 def test_more_tokens_than_the_model_has() -> None:

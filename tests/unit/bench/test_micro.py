@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.corpus import BenchError
-from bench.micro import blank_rounds, cpu_kernels, neighbours, prefill_parts
+from bench.micro import blank_rounds, cpu_kernels, host, neighbours, prefill_parts
 from bench.micro.cpu_kernels import attention_flops, open_kernels
 from bench.micro.neighbours import Steps, Times
 from bench.micro.shares import Clock
@@ -31,6 +31,13 @@ def test_blank_rounds_restart(tiny_dir: Path) -> None:
         for _ in range(100):
             rounds.step()
     rounds.close()
+
+
+def test_no_prompt_is_known() -> None:
+    """Engines of the programs have no prefix cache, and rows without a model begin with different tokens."""
+    assert not blank_rounds.cpu_config("model", 2, 1).cache.prefix
+    waiting = host.Host(3, 40, 1, 64, 2)._scheduler.waiting
+    assert [request.tokens[0] for request in waiting] == [0, 1, 2]
 
 
 def test_neighbours(tiny_dir: Path) -> None:

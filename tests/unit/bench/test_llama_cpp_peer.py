@@ -1,0 +1,142 @@
+"""llama.cpp as a contender, over a binding that records what each token sees: rows and turns that share prefixes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.peers.process import PEERS
+from bench.peers.programs.driver import Driver, load_peer
+
+VOCAB = 50
+
+
+class FakeLlama(ModuleType):
+    """Binding whose next token depends on all tokens of a sequence. sequences: KV by sequence, as {position: token}.
+    computed: number of tokens that were decoded."""
+
+    GGML_TYPE_F16 = 1
+    LLAMA_FLASH_ATTN_TYPE_ENABLED, LLAMA_FLASH_ATTN_TYPE_DISABLED = 1, 0
+    __version__ = "0"
+
+    def __init__(self) -> None:
+        super().__init__("llama_cpp")
+        self.sequences: dict[int, dict[int, int]] = {}
+        self.computed = 0
+        self.unified = False
+        self._logits: dict[int, np.ndarray[Any, Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("llama_"):
+            return lambda *arguments: SimpleNamespace()
+        raise AttributeError(name)
+
+    def llama_vocab_n_tokens(self, vocab: Any) -> int:
+        return VOCAB
+
+    def llama_batch_init(self, size: int, embeddings: int, sequences: int) -> Any:
+        ids = [[0] for _ in range(size)]
+        return SimpleNamespace(
+            token=[0] * size, pos=[0] * size, n_seq_id=[0] * size, seq_id=ids, logits=[False] * size, n_tokens=0
+        )
+
+    def llama_init_from_model(self, model: Any, params: Any) -> str:
+        self.sequences, self.unified = {}, params.kv_unified
+        return "context"
+
+    def llama_get_memory(self, context: str) -> str:
+        assert context == "context"
+        return "memory"
+
+    def llama_memory_seq_rm(self, memory: str, row: int, first: int, end: int) -> bool:
+        assert end == -1
+        self.sequences[row] = {at: token for at, token in self.sequences.get(row, {}).items() if at < first}
+        return True
+
+    def llama_memory_seq_cp(self, memory: str, source: int, target: int, first: int, end: int) -> None:
+        assert self.unified  # otherwise only whole sequences can be copied
+        copied = {at: token for at, token in self.sequences[source].items() if first <= at < end}
+        self.sequences[target] = {**self.sequences[target], **copied}
+
+    def llama_decode(self, context: str, batch: Any) -> int:
+        self._logits = {}
+        for i in range(batch.n_tokens):
+            kv = self.sequences.setdefault(batch.seq_id[i][0], {})
+            assert batch.pos[i] not in kv
+            kv[batch.pos[i]] = batch.token[i]
+            assert sorted(kv) == list(range(batch.pos[i] + 1))
+            if batch.logits[i]:
+                logits = np.zeros(VOCAB, dtype=np.float32)
+                logits[expected_next([kv[at] for at in sorted(kv)])] = 1
+                self._logits[i] = logits
+        self.computed += batch.n_tokens
+        return 0
+
+    def llama_get_logits_ith(self, context: str, index: int) -> Any:
+        return np.ctypeslib.as_ctypes(self._logits[index])
+
+
+def expected_next(tokens: list[int]) -> int:
+    return sum(token * (at + 1) for at, token in enumerate(tokens)) % VOCAB
+
+
+def answer(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(expected_next(tokens))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture
+def llama(monkeypatch: pytest.MonkeyPatch) -> FakeLlama:
+    fake = FakeLlama()
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
+    return fake
+
+
+def driver(tmp_path: Path, prefix: bool) -> Driver:
+    options = {"gguf": str(tmp_path / "model.gguf"), "prefix": prefix}
+    settings = {"options": options, "threads": 1, "temperature": 0.0, "seed": 0, "rows": 4, "row_tokens": 500}
+    return Driver(load_peer(str(PEERS / "llama_cpp.py"), settings), 500)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_rows_behind_one_document(llama: FakeLlama, tmp_path: Path, prefix: bool) -> None:
+    prompts = [[*range(40), row, 7, row] for row in range(1, 4)]
+    found = driver(tmp_path, prefix).answer({"op": "complete", "prompts": prompts, "new_tokens": 5})
+    assert found["tokens"] == [answer(prompt, 5) for prompt in prompts]
+    once = 40 + 3 * 3 if prefix else 3 * 43
+    assert llama.computed == once + 3 * 4
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_turns_of_a_chat(llama: FakeLlama, tmp_path: Path, prefix: bool) -> None:
+    run, history, computed = driver(tmp_path, prefix), [3, 1, 4, 1, 5], []
+    for turn in range(3):
+        history += [turn, 9, 2]
+        before = llama.computed
+        found = run.answer({"op": "turn", "prompt": history, "new_tokens": 4, "room": 60})
+        assert found["tokens"] == [answer(history, 4)]
+        history = history + found["tokens"][0]
+        computed.append(llama.computed - before)
+    # With each prompt its new tokens, the pending one of the answer before among them, and three of its own answer.
+    assert computed == ([8 + 3, 4 + 3, 4 + 3] if prefix else [8 + 3, 15 + 3, 22 + 3])
+    run.answer({"op": "stop"})
+    edited = [*history[:10], 8, 8]
+    assert run.answer({"op": "turn", "prompt": edited, "new_tokens": 2, "room": 60})["tokens"] == [answer(edited, 2)]
+    again = [*history[:6], 8]
+    assert run.answer({"op": "turn", "prompt": again, "new_tokens": 2, "room": 60})["tokens"] == [answer(again, 2)]
+    assert run.answer({"op": "turn", "prompt": again, "new_tokens": 2, "room": 60})["tokens"] == [answer(again, 2)]
+
+
+def test_prompts_that_are_the_same(llama: FakeLlama, tmp_path: Path) -> None:
+    """Every row computes its last token itself."""
+    prompt = [5, 6, 7, 8]
+    found = driver(tmp_path, True).answer({"op": "complete", "prompts": [prompt] * 3, "new_tokens": 3})
+    assert found["tokens"] == [answer(prompt, 3)] * 3
+    assert llama.computed == 4 + 2 + 3 * 2
