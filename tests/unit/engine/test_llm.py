@@ -92,8 +92,10 @@ def test_a_prompt_that_begins_like_an_earlier_one(directory: Path) -> None:
         first, second = (llm.generate(prompt, SAMPLED)[0] for _ in range(2))
         (salted,) = llm.generate(prompt, SAMPLED, cache_salt="tenant")
         longer = list(llm.stream(prompt + first.token_ids, SAMPLED))[-1].completion
-    assert [each.num_cached_tokens for each in (first, second, salted, longer)] == [0, 48, 0, 64]
-    assert first.token_ids == second.token_ids == salted.token_ids
+        llm.reset_prefix_cache()
+        (after_reset,) = llm.generate(prompt, SAMPLED)
+    assert [each.num_cached_tokens for each in (first, second, salted, longer, after_reset)] == [0, 48, 0, 64, 0]
+    assert first.token_ids == second.token_ids == salted.token_ids == after_reset.token_ids
 
 
 def test_leaving_a_stream_frees_its_pages(llm: LLM) -> None:
