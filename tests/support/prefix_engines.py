@@ -30,7 +30,7 @@ ON_KERNELS = ModelConfig(
     num_heads=6,
     num_kv_heads=2,
     head_dim=16,
-    max_position_embeddings=512,
+    max_position_embeddings=4096,
     eos_token_ids=(1,),
 )
 
@@ -48,7 +48,10 @@ def model_on_kernels(dtype: torch.dtype) -> Llama:
 @cache
 def plain(target: Llama) -> Engine:
     """The engine whose answers are the reference: no prefix cache, no speculation, no lack of pages."""
-    settings: dict[str, Any] = {"cache": {"prefix": False, "num_pages": PAGES}, "max_model_len": 300}
+    settings: dict[str, Any] = {
+        "cache": {"prefix": False, "num_pages": PAGES},
+        "max_model_len": min(target.config.max_position_embeddings, 3000),
+    }
     return tiny_engine(target, gamma=0, page_size=16, scheduler={"max_rows": 16}, **settings)
 
 

@@ -81,6 +81,23 @@ def test_drafts_do_not_change_what_is_found(page_size: int) -> None:
 
 
 @pytest.mark.parametrize("gamma", [0, 3])
+def test_the_last_token_of_an_answer_is_not_found(gamma: int) -> None:
+    """Nor where it is a stop token among accepted drafts, whose KV was computed with theirs."""
+    for length in range(20, 28):
+        prompt = prompt_of(length, 1)
+        sampling: dict[str, Any] = {"temperature": 1.0, "seed": 5}
+        engine = cached_engine(model(), page_size=1, gamma=gamma, policy="all")
+        _, answer = ask(engine, prompt, "other", max_tokens=12, **sampling)
+        stop = next(token for at, token in enumerate(answer) if at > 4 and token not in answer[:at])
+        _, stopped = ask(engine, prompt, max_tokens=12, stop_token_ids=(stop,), **sampling)
+        assert stopped == answer[: answer.index(stop) + 1]
+        history = prompt + stopped
+        assert ask(engine, [*history, 2, 3], max_tokens=1)[0] == len(history) - 1
+        if gamma:
+            assert engine.stats().accepted_tokens > 0
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
 def test_salts_never_mix(gamma: int) -> None:
     engine = cached_engine(model(), page_size=4, gamma=gamma)
     prompt = prompt_of(60, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,13 @@ from engine.core import Engine
 from engine.messages import RequestOutput
 from engine.oom import OutOfMemory
 from engine.plan import RoundPlan, RoundResult
+from engine.scheduler.request import Request
 from engine.worker.worker import noop
+from kernels.cpu.library import SEGMENT
 from models.llama import Llama
 from tests.support.conversations import Turn, check_answers, check_hits, crowd, play, random_turns
-from tests.support.prefix_engines import MAX_LEN, PAGES, cached_engine, model, model_on_kernels, reference
+from tests.support.engines import Scripted
+from tests.support.prefix_engines import MAX_LEN, PAGES, VARYING, cached_engine, model, model_on_kernels, reference
 from tests.support.profiles import examples, only_in_all
 from tests.support.workloads import SAMPLING, prompt_of
 
@@ -122,12 +125,12 @@ def test_nor_in_any_small_pool(seed: int, page_size: int, gamma: int, policy: st
 
 def trouble(engine: Engine, rng: random.Random) -> Counter[str]:
     """Let rounds of an engine end early: before they begin or when their KV is written, by Ctrl-C or for lack of
-    memory. And reset the prefix cache now and then. Returns the counts of what happened."""
+    memory. And reset the prefix cache now and then, during rounds and between them. Returns what happened in rounds."""
     happened: Counter[str] = Counter()
     execute, step = engine._worker.execute, engine.step
 
     def execute_or_fail(plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
-        kind = rng.choices(["", "lost", "cut short", "no memory"], [80, 8, 8, 6])[0]
+        kind = rng.choices(["", "lost", "cut short", "no memory", "reset"], [80, 8, 8, 6, 4])[0]
         happened[kind] += 1
         if kind == "lost":
             raise KeyboardInterrupt
@@ -136,11 +139,12 @@ def trouble(engine: Engine, rng: random.Random) -> Counter[str]:
             raise KeyboardInterrupt
         if kind == "no memory":
             raise OutOfMemory("none is left")
+        if kind == "reset":
+            engine.reset_prefix_cache()
         return result
 
     def step_or_lose(meanwhile: Callable[[], None] = noop) -> list[RequestOutput]:
-        if rng.random() < 0.06:
-            happened["reset"] += 1
+        if rng.random() < 0.04:
             engine.reset_prefix_cache()
         try:
             return step(meanwhile)
@@ -204,6 +208,51 @@ def test_to_the_bit_in_a_small_pool_on_cpu_kernels(page_size: int) -> None:
     check(target, engine, page_size, page_size, 14, longest, exact=True)
     stats = engine.stats()
     assert min(stats.preemptions, stats.prefix_evictions, stats.prefix_hits) > 0
+
+
+class SharedTokens(Scripted):
+    """Controller under which gamma varies, and that records how many tokens rows share."""
+
+    def __init__(self) -> None:
+        super().__init__(VARYING * 400)
+        self.seen: list[int] = []
+
+    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
+        self.seen.append(shared_tokens)
+        return super().choose(rows, shared_tokens)
+
+
+@pytest.mark.parametrize("policy", ["window", "all"])
+@pytest.mark.parametrize("page_size", [16, only_in_all(3), only_in_all(64)])
+def test_to_the_bit_where_rows_share_segments_of_attention(page_size: int, policy: str) -> None:
+    """Choices, a branch in their last page, one in their second segment, one in their first, and a stranger, side by
+    side."""
+    target, longest = model_on_kernels(torch.bfloat16), 2400
+    engine = cached_engine(
+        target,
+        page_size=page_size,
+        gamma=3,
+        policy=policy,
+        pages=16 * longest // page_size,
+        batch_tokens=500,
+        max_rows=8,
+        max_len=longest,
+    )
+    engine._scheduler.controller = controller = SharedTokens()
+    text = prompt_of(2 * SEGMENT + 60, 1)
+    params = {"max_tokens": 40, "ignore_eos": True, "logprobs": 1}
+    turns = [
+        Turn("choices", text, choices=3, params=params),
+        Turn("end", [*text[:-5], 3, 4, 5], choices=2, wait=8, params=params),
+        Turn("middle", text[: SEGMENT + 300] + prompt_of(70, 2), wait=9, params=params | {"prompt_logprobs": 0}),
+        Turn("beginning", text[:300] + prompt_of(SEGMENT, 3), wait=9, params=params),
+        Turn("stranger", prompt_of(SEGMENT + 100, 4), wait=7, params=params),
+    ]
+    played = play(engine, turns, longest)
+    check_answers(played, reference(target, played), exact=True)
+    check_hits(engine, played)
+    stretch = SEGMENT // page_size * page_size
+    assert max(controller.seen) >= 8 * stretch  # five rows share two segments, and a sixth the first one
 
 
 def test_every_way_to_sample_after_a_hit() -> None:

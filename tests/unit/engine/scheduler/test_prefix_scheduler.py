@@ -60,7 +60,6 @@ class HeldRow:
     table: list[int]
     computed: int
     held: int
-    num_prompt: int = 0
 
 
 @dataclass
@@ -333,6 +332,8 @@ def play(
             made.check()
             continue
         result = ranks.execute(plan, requests)
+        if rng.random() < 0.02:
+            made.reset_prefix_cache()
         for request, _, _, failure in made.commit(plan, requests, result):
             if request.params.prompt_logprobs is not None and failure is None:
                 marks = extend_marks([hash(load.salts[request.id])], request.tokens)
