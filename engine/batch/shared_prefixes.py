@@ -16,6 +16,19 @@ document, and so on. Below the last level, rows count as sharing no more than it
 each row shares a little more than the one before."""
 
 
+_KEPT = 64
+"""Batches, and limits of each, whose prefixes are kept."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """Prefixes of a batch while no list has changed where rows agree. reach: [rows], largest number of first pages that
+    each shares with another. prefixes: by the limits, none beyond its row's reach."""
+
+    reach: Ints
+    prefixes: dict[bytes, list[SharedPrefix]] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class _Node:
     """Rows that list the same first `depth` pages. single: those that share no more with any other. children: sets of
@@ -39,9 +52,9 @@ class _Choice:
 class PageLists:
     """Host copy of the page lists of all row slots.
 
-    The number of first pages that two rows share is kept until a change may have altered it, so a round costs
-    O(rows + changes): only rows that are new to each other, or one of which has changed where they agreed, are compared
-    page by page.
+    The number of first pages that two rows share is kept until a change may have altered it, and so is the choice for a
+    batch. So a round costs O(rows + changes): only rows that are new to each other, or one of which has changed where
+    they agreed, are compared page by page.
     """
 
     def __init__(self, max_rows: int, max_pages: int) -> None:
@@ -49,11 +62,13 @@ class PageLists:
         self._counts = [0] * max_rows
         # By row, then by other row: number of first pages that both list.
         self._common: list[dict[int, int]] = [{} for _ in range(max_rows)]
+        self._found: dict[bytes, _Found] = {}
 
     def clear(self, row: int) -> None:
         """Empty the list of a row slot, for the next request."""
         self._forget(row, 0)
         self._counts[row] = 0
+        self._found.clear()
 
     def write(self, row: int, first: int, pages: Sequence[int]) -> None:
         """Set the pages of a row from index `first` on."""
@@ -68,19 +83,39 @@ class PageLists:
         rows: [n] row slots. limits: [n], number of first pages of each row that may be shared. The result names rows by
         their index in `rows`.
         """
-        slots: list[int] = rows.tolist()
+        found = self._found.get(rows.tobytes())
+        if found is None:
+            if len(self._found) >= _KEPT:
+                self._found.clear()
+            found = self._found[rows.tobytes()] = _Found(self._reach(rows.tolist()))
+        limits = np.minimum(limits, found.reach)
+        key = limits.tobytes()
+        if key not in found.prefixes:
+            if len(found.prefixes) >= _KEPT:
+                found.prefixes.clear()
+            trees = self._trees(rows.tolist(), limits.tolist())
+            found.prefixes[key] = [prefix for tree in trees for prefix in _choose(tree, 0).groups]
+        return found.prefixes[key]
+
+    def _reach(self, slots: list[int]) -> Ints:
+        """Return the largest number of first pages that each row shares with another."""
+        reach = np.zeros(len(slots), dtype=np.int64)
+        if len(set(slots)) < len(slots):  # of a slot's several rows, none is shared
+            return reach
+        nodes = self._trees(slots, [self._counts[slot] for slot in slots])
+        while nodes:
+            node = nodes.pop()
+            reach[node.single] = node.depth
+            nodes += node.children
+        return reach
+
+    def _trees(self, slots: list[int], most: list[int]) -> list[_Node]:
+        """Build the trees of rows that list the same first page. most: number of first pages of each row that count."""
         starts: dict[int, list[int]] = {}
-        for index, page in enumerate(self._pages[rows, 0].tolist()):
-            starts.setdefault(page, []).append(index)
-        if len(starts) == len(slots) or len(set(slots)) < len(slots):  # of a slot's several rows, none is shared
-            return []
-        most = [min(limit, self._counts[slot]) for slot, limit in zip(slots, limits.tolist(), strict=True)]
-        found = []
-        for members in starts.values():
-            members = [index for index in members if most[index] > 0]
-            if len(members) > 1:
-                found += _choose(self._tree(members, slots, most, 1), 0).groups
-        return found
+        for index, page in enumerate(self._pages[slots, 0].tolist()):
+            if most[index] > 0:
+                starts.setdefault(page, []).append(index)
+        return [self._tree(members, slots, most, 1) for members in starts.values() if len(members) > 1]
 
     def _tree(self, members: list[int], slots: list[int], most: list[int], level: int) -> _Node:
         """Build the tree of rows that list the same first page. members: at least two of them."""
@@ -111,8 +146,11 @@ class PageLists:
     def _forget(self, row: int, first: int) -> None:
         """Forget what a change of the row's pages from index `first` on may alter."""
         known = self._common[row]
-        for other in [other for other, common in known.items() if common >= first]:
+        changed = [other for other, common in known.items() if common >= first]
+        for other in changed:
             del known[other], self._common[other][row]
+        if changed or first == 0:
+            self._found.clear()
 
 
 def _choose(node: _Node, above: int) -> _Choice:
