@@ -3,8 +3,9 @@
     python -m bench.micro.cpu_kernels --threads 2 [--set avx2]
 
 The kernels are those that are chosen for this processor, or those of one of its instruction sets. Attention cycles
-through the layers of a KV pool larger than the CPU caches. Matrix products read the weights of a 30-layer model. Data
-are random, in the default model's shapes: 9 query heads and 3 KV heads of dimension 64, hidden size 576.
+through the layers of a KV pool larger than the CPU caches, by rows with pages of their own and by rows that list the
+same pages, which it reads once. Matrix products read the weights of a 30-layer model. Data are random, in the default
+model's shapes: 9 query heads and 3 KV heads of dimension 64, hidden size 576.
 
 The last lines say whether the bits of a row's product in torch depend on the number of rows, and whether they are ours.
 A row's result must be the same beside any others: torch could multiply many rows only if it also multiplied single
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -34,7 +35,7 @@ from kernels.cpu.choice import KernelChoice
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, supported
 from kernels.cpu.library import CpuKernels, PackedWeights
 from kernels.cpu.micro_profile import choose
-from kernels.kv_cache import KVPool
+from kernels.kv_cache import KVPool, LayerKV
 from models.default import user_cache
 
 _HEADS, _KV_HEADS, _HEAD_DIM, _PAGE = 9, 3, 64, 16
@@ -46,6 +47,8 @@ _DECODING = ((1, 2048), (8, 8192), (16, 7500), (16, 512))
 """Rows and context of attention while decoding."""
 _CHUNK = (1, 4096, 512)
 """Rows, context and queries per row of attention in a chunk of a prompt."""
+_SHARED = (16, 6144)
+"""Rows and context of attention while decoding, of rows that list the same pages."""
 _ROWS = (1, 2, 4, 8, 16, 64, 256, 512)
 """Row counts of products."""
 
@@ -63,24 +66,13 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
 
 def attention(kernels: CpuKernels, rows: int, context: int, queries: Sequence[int], ceiling: float) -> None:
     """Measure one layer's attention over `rows` rows, by queries per row. ceiling: bytes per second of a read."""
-    width = -(-context // _PAGE)
-    read = 2 * rows * context * _KV_HEADS * _HEAD_DIM * 2
-    pool = KVPool(
-        num_layers=max(2, int(_POOL_BYTES / read)),
-        num_pages=rows * width,
-        page_size=_PAGE,
-        kv_heads=_KV_HEADS,
-        head_dim=_HEAD_DIM,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-    )
-    pool.data.normal_()
-    pages = torch.arange(rows * width).view(rows, width)
+    read = kv_bytes(rows, context)
+    layers_of, pages = _pool(rows, context)
     backend, first = CpuAttention(kernels), 0.0
     for count in queries:
         q = torch.randn(rows * count, _HEADS, _HEAD_DIM, dtype=torch.bfloat16)
         backend.plan(AttentionBatch([count] * rows, [context] * rows, pages))
-        layers = cycle(pool.layer(index) for index in range(len(pool.data)))
+        layers = cycle(layers_of)
         repeats = 60 if count <= 16 else 10
         taken = seconds(lambda q=q, layers=layers: backend.run(next(layers), q, 0.125), repeats)  # type: ignore[misc]
         first = first or taken
@@ -90,6 +82,56 @@ def attention(kernels: CpuKernels, rows: int, context: int, queries: Sequence[in
         else:
             line += f"{attention_flops(rows, context, count) / taken / 1e9:.0f} GFLOP/s"
         print(f"{line}, {taken / first:.2f} x one query" if len(queries) > 1 else line)
+
+
+def shared_pages(kernels: CpuKernels, rows: int, context: int, queries: Sequence[int], ceiling: float) -> None:
+    """Measure one layer's attention over rows with pages of their own, and over rows that list the same pages, by
+    queries per row. ceiling: bytes per second of a read."""
+    layers, pages = _pool(rows, context)
+    for count in queries:
+        q = torch.randn(rows * count, _HEADS, _HEAD_DIM, dtype=torch.bfloat16)
+        own = 0.0
+        # Lists of the same pages are those of one row after the other, so that caches do not hold them.
+        for name, lists, read in (("own", [pages], rows), ("the same", [page.repeat(rows, 1) for page in pages], 1)):
+            planned = []
+            for each in lists:
+                planned.append(CpuAttention(kernels))
+                planned[-1].plan(AttentionBatch([count] * rows, [context] * rows, each))
+            turns = cycle([(backend, layer) for backend in planned for layer in layers])
+
+            def run(turns: Iterator[tuple[CpuAttention, LayerKV]] = turns, q: Tensor = q) -> None:
+                backend, layer = next(turns)
+                backend.run(layer, q, 0.125)
+
+            taken = seconds(run, 40)
+            own = own or taken
+            speed = kv_bytes(read, context) / taken
+            print(
+                f"attention {rows:3} x {context:5}, {count:3} queries, {name:>8} pages: {1e3 * taken:7.2f} ms, "
+                f"{speed / 1e9:.1f} GB/s, {speed / ceiling:.0%} of a read, "
+                f"{attention_flops(rows, context, count) / taken / 1e9:.0f} GFLOP/s, {taken / own:.2f} x own pages"
+            )
+
+
+def kv_bytes(rows: int, context: int) -> int:
+    """Count the bytes of one layer's keys and values."""
+    return 2 * rows * context * _KV_HEADS * _HEAD_DIM * 2
+
+
+def _pool(rows: int, context: int) -> tuple[list[LayerKV], Tensor]:
+    """Return the layers of a pool larger than the CPU caches, and lists of its pages, one for each row."""
+    width = -(-context // _PAGE)
+    pool = KVPool(
+        num_layers=max(2, int(_POOL_BYTES / kv_bytes(rows, context))),
+        num_pages=rows * width,
+        page_size=_PAGE,
+        kv_heads=_KV_HEADS,
+        head_dim=_HEAD_DIM,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    pool.data.normal_()
+    return [pool.layer(index) for index in range(len(pool.data))], torch.arange(rows * width).view(rows, width)
 
 
 def attention_flops(rows: int, context: int, queries: int, *, heads: int = _HEADS, head_dim: int = _HEAD_DIM) -> float:
@@ -183,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for rows, context in _DECODING:
         attention(kernels, rows, context, (1, 2, 4, 7), ceiling)
+    shared_pages(kernels, *_SHARED, (1, 4), ceiling)
     attention(kernels, *_CHUNK[:2], _CHUNK[2:], ceiling)
     products(kernels, _ROWS)
     compare_bits(kernels, _ROWS)

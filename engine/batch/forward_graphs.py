@@ -9,15 +9,18 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.base import GraphAttention, GraphBatch
+from kernels.attention.base import GraphAttention, GraphBatch, SharedPrefix
+from kernels.attention.flashinfer_sizes import Heads
+from kernels.attention.shared_reading import largest, pays
 from kernels.kv_cache import KVPool
 from kernels.ops import Graphs
 from kernels.ragged import Ints, ragged_arange
@@ -27,6 +30,10 @@ from models.llama import Llama
 
 _STRIDE = 32
 """Limit up to which row counts are powers of two; beyond it, they are its multiples."""
+
+_PREFIXES = 8
+"""Largest number of prefixes that a captured forward reads once. Each takes room in the grids of kernels; of more, the
+largest are chosen."""
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +45,11 @@ def graph_row_counts(max_rows: int) -> list[int]:
     return sorted(count for count in counts if count <= max_rows)
 
 
+def prefix_room(rows: int) -> int:
+    """Return the number of prefixes, of at least two rows each, for which a forward that shares pages has room."""
+    return min(rows // 2, _PREFIXES)
+
+
 class GraphInputs:
     """Inputs of captured forwards, at fixed addresses: for a number of rows, with room for queries of each.
 
@@ -45,11 +57,12 @@ class GraphInputs:
     same place. Padding, like rows that are missing, writes to the pool's scratch page, which no request owns.
     """
 
-    def __init__(self, pool: KVPool, *, rows: int, queries: int, width: int) -> None:
-        """width: largest number of pages in a row's list. pool: has a scratch page."""
+    def __init__(self, pool: KVPool, *, rows: int, queries: int, width: int, prefixes: int = 0) -> None:
+        """width: largest number of pages in a row's list. pool: has a scratch page. prefixes: room for prefixes that
+        rows share."""
         assert pool.scratch is not None
         device = pool.data.device
-        self._queries = queries
+        self._queries, self._prefixes = queries, prefixes
         padding = [0, 0, pool.scratch * pool.page_size]  # token id, position, KV slot
         self._padding = torch.tensor(padding, device=device)[:, None]
         self._tokens = self._padding.repeat(1, rows * queries)
@@ -61,7 +74,7 @@ class GraphInputs:
         """Return the inputs of `rows` rows from `first` on: their tokens, [rows * queries], and what they read."""
         tokens = self._tokens[:, first * self._queries : (first + rows) * self._queries]
         mine = slice(first, first + rows)
-        return TokenInputs(*tokens), GraphBatch(self._queries, self._pages[mine], self._lengths[mine])
+        return TokenInputs(*tokens), GraphBatch(self._queries, self._pages[mine], self._lengths[mine], self._prefixes)
 
     def fits(self, inputs: ForwardBatch) -> bool:
         return max(inputs.attention.query_lengths) <= self._queries
@@ -93,6 +106,22 @@ class _CapturedForward:
     replay: Callable[[], None]
 
 
+class _Shape(NamedTuple):
+    """Shape of a captured forward. shares: whether it reads pages that rows share once."""
+
+    rows: int
+    queries: int
+    shares: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.queries
+
+    @property
+    def prefixes(self) -> int:
+        return prefix_room(self.rows) if self.shares else 0
+
+
 class ForwardGraphs:
     """Captured forwards of one model over one pool with a scratch page. All leave their results in the same place."""
 
@@ -105,21 +134,28 @@ class ForwardGraphs:
         rows: Iterable[int],
         queries: Iterable[int],
         width: int,
+        shares: bool = False,
     ) -> None:
         """Capture a forward for each of `rows` with up to each of `queries` per row. Every rank does so at the same
         time.
 
-        width: largest number of pages in a row's list.
+        width: largest number of pages in a row's list. shares: also capture forwards that read pages which rows share
+        once, a second one for each shape that may save time by it; the others are as they are without.
         """
         self._model, self._pool, self._graphs = model, pool, graphs
+        self._heads = Heads(model.heads, model.kv_heads, model.head_dim)
         self._rows, self._queries = sorted(rows), sorted(queries)
         self._width = width
         max_tokens = self._rows[-1] * self._queries[-1]
         self._states = torch.zeros(max_tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
         # The largest first, so that the others fit into its memory.
-        shapes = sorted(((count, each) for count in self._rows for each in self._queries), key=_tokens, reverse=True)
+        shapes = [_Shape(count, each, False) for count in self._rows for each in self._queries]
+        if shares:
+            sharing = [shape._replace(shares=True) for shape in shapes]
+            shapes += [shape for shape in sharing if self._pays(shape, _all_shared(shape, width))]
+        shapes.sort(key=lambda shape: (shape.tokens, shape.shares), reverse=True)
         with log_capture(f"{len(shapes)} forwards of up to {self._rows[-1]} rows", model.device):
-            self._captured = {shape: self._capture(*shape) for shape in shapes}
+            self._captured = {shape: self._capture(shape) for shape in shapes}
 
     def forward(self, inputs: ForwardBatch) -> Tensor | None:
         """Same as Llama.forward; None if no graph has room for the inputs."""
@@ -129,17 +165,26 @@ class ForwardGraphs:
         rows, each = round_up(self._rows, len(queries)), round_up(self._queries, max(queries))
         if rows is None or each is None:
             return None
-        graph = self._captured[rows, each]
+        shape, prefixes = _Shape(rows, each, False), inputs.attention.prefixes
+        if prefixes and (sharing := shape._replace(shares=True)) in self._captured:
+            prefixes = largest(prefixes, sharing.prefixes)
+            shape = sharing if self._pays(sharing, prefixes) else shape
+        graph = self._captured[shape]
         place = graph.inputs.copy(inputs, np.arange(len(queries)))
-        graph.attention.plan(graph.inputs.kv_lengths)
+        graph.attention.plan(graph.inputs.kv_lengths, prefixes if shape.shares else ())
         graph.replay()
         return self._model.logits(graph.states[place[inputs.logit_index]])
 
-    def _capture(self, rows: int, each: int) -> _CapturedForward:
-        inputs = GraphInputs(self._pool, rows=rows, queries=each, width=self._width)
-        tokens, batch = inputs.part(0, rows)
+    def _pays(self, shape: _Shape, prefixes: Sequence[SharedPrefix]) -> bool:
+        return pays(prefixes, self._pool.page_size, self._heads, self._pool.data.itemsize, shape.tokens)
+
+    def _capture(self, shape: _Shape) -> _CapturedForward:
+        inputs = GraphInputs(
+            self._pool, rows=shape.rows, queries=shape.queries, width=self._width, prefixes=shape.prefixes
+        )
+        tokens, batch = inputs.part(0, shape.rows)
         attention = self._graphs.attention(self._pool.page_size, self._model.head_dim, batch)
-        states = self._states[: rows * each]
+        states = self._states[: shape.tokens]
 
         def work() -> None:
             states.copy_(self._model.states(tokens, self._pool, attention))
@@ -163,8 +208,9 @@ def round_up(rising: list[int], wanted: int) -> int | None:
     return rising[at] if at < len(rising) else None
 
 
-def _tokens(shape: tuple[int, int]) -> int:
-    return shape[0] * shape[1]
+def _all_shared(shape: _Shape, width: int) -> list[SharedPrefix]:
+    """Return the most that rows of a shape can share."""
+    return [SharedPrefix(tuple(range(shape.rows)), width)] if shape.rows > 1 else []
 
 
 def _used(device: torch.device) -> int:

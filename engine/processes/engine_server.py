@@ -47,6 +47,7 @@ from engine.messages import (
 )
 from engine.processes.endpoint import HEARTBEAT, SOCKET, remove
 from engine.processes.heartbeat import HeartbeatSender
+from engine.processes.loading_code import without_collecting
 from engine.scheduler.validation import QueueFull
 
 _STATS_S = 1.0
@@ -329,7 +330,8 @@ def _reason(error: Exception, expected: bool) -> str:
 
 
 def _start() -> int:
-    from engine.core import Engine  # loads torch, which other importers of this module do not need
+    with without_collecting():
+        from engine.core import Engine  # loads torch, which other importers of this module do not need
 
     return main(lambda config, compiling: Engine(config, compiling=compiling, progress=sys.stderr.isatty()))
 

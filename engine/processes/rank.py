@@ -1,7 +1,4 @@
-"""Entry point of ranks 1 … N - 1 (`python -m engine.processes.rank`); standard input is the link to rank 0.
-
-torchrun starts ranks through engine.processes.torchrun instead.
-"""
+"""Ranks 1 … N - 1. Rank 0 starts them through start_rank.py, torchrun through torchrun.py."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Run as a rank until rank 0 is gone. Returns the exit status."""
+    """Run as the rank whose link to rank 0 is the standard input, until rank 0 is gone. Returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return run_rank(Link.from_stdin())
@@ -82,7 +79,3 @@ def exit_now(status: int) -> None:
     """End this process at once, without waiting for the threads of a broken group."""
     sys.stderr.flush()
     os._exit(status)
-
-
-if __name__ == "__main__":
-    exit_now(main())

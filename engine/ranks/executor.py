@@ -26,7 +26,7 @@ from parallel.rendezvous import Join
 from parallel.symm_start import SymmetricUnavailable
 from parallel.tcp_bootstrap import Connections
 
-RANK_COMMAND = (sys.executable, "-m", "engine.processes.rank")
+RANK_COMMAND = (sys.executable, "-m", "engine.processes.start_rank")
 _PINGS = 4
 """Number of pings that an idle engine sends within the time-out of a rank."""
 

@@ -80,7 +80,8 @@ def make_target(
     """Make the target's runner, over a pool of its own. graphs: see make_graphs; None: nothing is captured."""
     pool = model.make_pool(num_pages, state.page_size)
     queries = {gamma + 1 for gamma in _gammas(config.speculation)}  # a plain step, and verify passes
-    forwards = _forward_graphs(config, model, pool, graphs, queries, state.page_table.shape[1])
+    width = state.page_table.shape[1]
+    forwards = _forward_graphs(config, model, pool, graphs, queries, width, shares=config.cache.prefix)
     return Runner(model, pool, _plain_attention(model, state.page_size), dense(state), forwards)
 
 
@@ -195,13 +196,20 @@ def _model_drafter(
 
 
 def _forward_graphs(
-    config: EngineConfig, model: Llama, pool: KVPool, graphs: Graphs | None, queries: Iterable[int], width: int
+    config: EngineConfig,
+    model: Llama,
+    pool: KVPool,
+    graphs: Graphs | None,
+    queries: Iterable[int],
+    width: int,
+    *,
+    shares: bool = False,
 ) -> ForwardGraphs | None:
-    """Make ForwardGraphs; None where nothing is captured."""
+    """Make ForwardGraphs; None where nothing is captured. shares: whether rows may share pages of the pool."""
     if graphs is None:
         return None
     rows = graph_row_counts(config.scheduler.max_rows)
-    return ForwardGraphs(model, pool, graphs, rows=rows, queries=queries, width=width)
+    return ForwardGraphs(model, pool, graphs, rows=rows, queries=queries, width=width, shares=shares)
 
 
 def _with_graphs(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from engine.batch.forward_graphs import graph_row_counts
+from engine.batch.forward_graphs import graph_row_counts, prefix_room
 from engine.config.deployment import EngineConfig
 from engine.kv.policies import max_listed_pages
 from engine.worker.resolve import Resolved, fit_pool
@@ -68,11 +69,14 @@ def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_
     uniform = takes_uniform_queries(load_flashinfer())
     width = -(-max_model_len // page)
 
-    def attention(model: Llama, queries: list[int], width: int) -> tuple[int, int]:
+    def attention(
+        model: Llama, queries: list[int], width: int, prefixes: Callable[[int], int] | None = None
+    ) -> tuple[int, int]:
         heads = Heads(model.heads, model.kv_heads, model.head_dim)
-        return captured_memory(heads, rows, queries, width, multiprocessors, uniform)
+        return captured_memory(heads, rows, queries, width, multiprocessors, uniform, prefixes)
 
-    scratch, own = attention(model, list(range(1, gamma + 2)), width)
+    prefixes = prefix_room if config.cache.prefix else None
+    scratch, own = attention(model, list(range(1, gamma + 2)), width, prefixes)
     if gamma:
         narrow = max_listed_pages(settings.kv, page, width)
         # Single forwards with one query and with two, and steps, of which the first may have two.

@@ -80,16 +80,19 @@ class GraphBatch:
     queries: number of queries of every row.
     pages: [rows, width] or [rows, kv_heads, width] int64, as in AttentionBatch.
     lengths: [rows] int64, KV slots listed, at least 1.
+    prefixes: number of prefixes that attention has room for; 0: it reads every row by itself.
     """
 
     queries: int
     pages: Tensor
     lengths: Tensor
+    prefixes: int = 0
 
 
 class GraphAttention(PlannedAttention, Protocol):
     """Attention of a captured forward, over a GraphBatch. `run` is captured, with q of [rows * queries, …]."""
 
-    def plan(self, kv_lengths: Sequence[int]) -> None:
+    def plan(self, kv_lengths: Sequence[int], prefixes: Sequence[SharedPrefix] = ()) -> None:
         """Prepare for the current values of the batch. Called before the capture and before each replay, never while
-        capturing. kv_lengths: the batch's lengths, as host integers."""
+        capturing. kv_lengths: the batch's lengths, as host integers. prefixes: as in AttentionBatch, no more than the
+        batch has room for; each is read once."""

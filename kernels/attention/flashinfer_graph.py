@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.base import GraphBatch
-from kernels.attention.flashinfer_sizes import Heads, captured_plan, eager_float_bytes
+from kernels.attention.base import GraphBatch, SharedPrefix
+from kernels.attention.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
 from kernels.attention.flashinfer_workspace import (
     Call,
     Planned,
@@ -21,8 +21,16 @@ from kernels.attention.flashinfer_workspace import (
     to_natural_log,
     to_pinned,
 )
+from kernels.attention.shared_reading import (
+    MergePrefixes,
+    PrefixSegment,
+    first_segment,
+    merge_prefixes,
+    second_segment,
+)
 from kernels.kv_cache import LayerKV
 from kernels.ragged import offsets
+from kernels.transfer import send, send_all
 
 
 def can_capture(head_dim: int, batch: GraphBatch) -> bool:
@@ -43,6 +51,67 @@ def can_capture(head_dim: int, batch: GraphBatch) -> bool:
     return batch.queries <= (16 if head_dim > 128 else 32)
 
 
+class _GraphPrefixes:
+    """Shared pages of a captured batch: a row per prefix, and one more for the queries without a prefix, which read one
+    page in vain. So every replay has the same number of rows and of queries, wherever these belong.
+
+    tokens: [tokens] int64, all queries of the batch, in the order of these rows. places: see PrefixSegment.places.
+    """
+
+    def __init__(self, page_size: int, workspace: Workspace, batch: GraphBatch, call: Call) -> None:
+        self._page_size, self._device, self._batch, self._call = page_size, workspace.device, batch, call
+        self._rows = rows = batch.prefixes + 1
+        self._num_tokens = len(batch.pages) * batch.queries
+        self.tokens, self.places = torch.zeros(2, self._num_tokens, dtype=torch.int64, device=self._device)
+        self._starts, self._indptr = torch.zeros(2, rows + 1, dtype=torch.int32, device=self._device)
+        self._listed = torch.zeros(rows * batch.pages.shape[1] + 1, dtype=torch.int32, device=self._device)
+        size = captured_ragged_plan(call.heads, rows, self._num_tokens, workspace.multiprocessors)
+        floats = workspace.take(max(size.floats, eager_float_bytes(call.heads, workspace.multiprocessors)))
+        wrapper = load_flashinfer().BatchPrefillWithPagedKVCacheWrapper(
+            floats,
+            "HND",
+            use_cuda_graph=True,
+            qo_indptr_buf=self._starts,
+            paged_kv_indptr_buf=self._indptr,
+            paged_kv_indices_buf=self._listed[:-1],
+            paged_kv_last_page_len_buf=torch.zeros(rows, dtype=torch.int32, device=self._device),
+            backend="fa2",
+        )
+        self._planned = Planned(wrapper, self._device, floats, size.ints)
+
+    def plan(self, segment: PrefixSegment) -> None:
+        places = segment.places(self._num_tokens)
+        without = np.flatnonzero(places < 0)
+        spare = np.zeros(self._rows - len(segment.rows), dtype=np.int64)
+        queries = np.concatenate([segment.queries, spare])
+        queries[-1] = len(without)
+        pages = np.concatenate([segment.pages, spare + 1])
+        lists, lengths = offsets(pages), pages * self._page_size
+        starts, indptr, last, seq_lens = (
+            to_pinned(each, self._device)
+            for each in (offsets(queries), lists, np.full(self._rows, self._page_size), lengths)
+        )
+        sizes, listed = (*self._call.heads, self._page_size), self._listed[: int(lists[-1])]
+        options = {**self._call.options, "causal": False, "seq_lens": seq_lens}
+        self._planned.plan(starts, indptr, listed, last, *sizes, **options)
+        rows, tokens, where = send_all(
+            self._device,
+            np.concatenate([segment.rows, spare]),
+            np.concatenate([segment.tokens, without]),
+            places,
+        )
+        self.tokens.copy_(tokens)
+        self.places.copy_(where)
+        list_pages(self._batch.pages.index_select(0, rows), self._indptr, self._listed)
+
+    def run(self, pool: tuple[Tensor, ...], q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries' attention, and its log-sum-exp, in the order of `tokens`."""
+        q = q.index_select(0, self.tokens)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        self._planned.wrapper.run(q, pool, out=out, lse=lse, return_lse=True)
+        return out, to_natural_log(lse)
+
+
 class FlashInferGraphAttention:
     """`GraphAttention` for float16 and bfloat16, head_dim 64, 128 or 256, by FA2 on every GPU.
 
@@ -54,12 +123,19 @@ class FlashInferGraphAttention:
     tiles fit them. Before, it assumes one row with nearly all queries of the batch: tiles of 128 rows.
     """
 
-    def __init__(self, page_size: int, workspace: Workspace, batch: GraphBatch) -> None:
-        """workspace: shared by all attention on this stream. Raises ImportError if FlashInfer is missing."""
+    def __init__(
+        self, page_size: int, workspace: Workspace, batch: GraphBatch, merge: MergePrefixes = merge_prefixes
+    ) -> None:
+        """workspace: shared by all attention on this stream. batch: with room for prefixes only where one list serves
+        all heads. merge: merges what is read of shared pages. Raises ImportError if FlashInfer is missing."""
         self._library = load_flashinfer()
         self._page_size, self._workspace, self._batch = page_size, workspace, batch
         self._device = device = workspace.device
         self._apart = batch.pages.dim() == 3  # each head of a row is a row
+        assert not (self._apart and batch.prefixes)
+        self._merge = merge
+        self._shared: Sequence[SharedPrefix] = ()
+        self._prefixes: _GraphPrefixes | None = None
         self._heads = batch.pages.shape[1] if self._apart else 1
         self._rows = len(batch.pages) * self._heads
         self._indptr = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
@@ -69,9 +145,9 @@ class FlashInferGraphAttention:
         self._call: Call | None = None
         self._planned: Planned | None = None
 
-    def plan(self, kv_lengths: Sequence[int]) -> None:
+    def plan(self, kv_lengths: Sequence[int], prefixes: Sequence[SharedPrefix] = ()) -> None:
         """See GraphAttention.plan. Work on the host is O(rows)."""
-        self._kv_lengths = kv_lengths
+        self._kv_lengths, self._shared = kv_lengths, prefixes
         if self._planned is not None and self._call is not None:
             self._prepare(self._planned, self._call, kv_lengths)
 
@@ -83,10 +159,13 @@ class FlashInferGraphAttention:
         if self._planned is None:
             assert self._kv_lengths is not None, "run before plan"
             call.check()
+            if self._batch.prefixes:
+                self._prefixes = _GraphPrefixes(self._page_size, self._workspace, self._batch, call)
             self._planned, self._call = self._make_wrapper(call), call
             self._prepare(self._planned, call, self._kv_lengths)
         assert call == self._call, f"{call}, and the first one {self._call}"
         pool: tuple[Tensor, ...] = (layer.k, layer.v)
+        all_q = q
         if self._apart:
             q = self._swap(q, self._batch.queries, kv_heads).reshape(tokens * kv_heads, -1, head_dim)
             pool = tuple(part.view(-1, 1, *part.shape[2:]) for part in pool)
@@ -96,7 +175,10 @@ class FlashInferGraphAttention:
         if self._apart:
             out = self._swap(out.view(tokens, heads, head_dim), kv_heads, self._batch.queries)
             lse = self._swap(lse.view(tokens, heads), kv_heads, self._batch.queries)
-        return out.reshape(tokens, heads, head_dim), to_natural_log(lse.reshape(tokens, heads))
+        out, lse = out.reshape(tokens, heads, head_dim), to_natural_log(lse.reshape(tokens, heads))
+        if self._prefixes is not None:
+            self._merge(out, lse, self._prefixes.places, *self._prefixes.run(pool, all_q))
+        return out, lse
 
     def _swap(self, x: Tensor, a: int, b: int) -> Tensor:
         """Swap queries and KV heads inside each row: [rows, a, b, …] to [rows, b, a, …]. Queries come first in q, heads
@@ -136,7 +218,12 @@ class FlashInferGraphAttention:
 
     def _prepare(self, planned: Planned, call: Call, kv_lengths: Sequence[int]) -> None:
         lengths = np.array(kv_lengths, dtype=np.int64).repeat(self._heads)
-        queries = self._batch.queries
+        queries, pages = self._batch.queries, self._batch.pages
+        if self._prefixes is not None:
+            segment = first_segment(self._shared, np.full(self._rows, queries))
+            self._prefixes.plan(segment)
+            pages = second_segment(pages, send(torch.from_numpy(segment.skipped), self._device))
+            lengths -= segment.skipped * self._page_size
         lists = offsets(-(-lengths // self._page_size))
         # FlashInfer's decode wrapper refuses lengths below the number of queries, whose first ones would see nothing:
         # they are padding here. FA2 plans by pages alone.
@@ -152,4 +239,4 @@ class FlashInferGraphAttention:
         else:
             starts = to_pinned(np.arange(self._rows + 1) * queries, self._device)
             planned.plan(starts, indptr, listed, last, *sizes, causal=True, **options)
-        list_pages(flat_pages(self._batch.pages), self._indptr, self._listed)
+        list_pages(flat_pages(pages), self._indptr, self._listed)

@@ -7,6 +7,7 @@ anything is captured. Tests compare them with the planners themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from kernels.ragged import Ints
@@ -56,13 +57,21 @@ def captured_plan(heads: Heads, rows: int, queries: int, multiprocessors: int, u
     A captured plan always splits KV. Without the hint, the planner assumes that one row may have all queries but one
     of each other row, and rounds each row up to a tile.
     """
-    tokens = rows * queries
-    if uniform and queries > 1:
-        tile = tile_rows(queries * heads.group, heads.head_dim)
-        tiles = rows * _ceil(queries * heads.group, tile)
-    else:
-        tile = tile_rows((tokens - rows + 1) * heads.group, heads.head_dim)
-        tiles = _ceil(tokens * heads.group, tile) + rows - 1
+    if not uniform or queries == 1:
+        return captured_ragged_plan(heads, rows, rows * queries, multiprocessors)
+    tile = tile_rows(queries * heads.group, heads.head_dim)
+    tiles = rows * _ceil(queries * heads.group, tile)
+    return _captured(heads, rows, rows * queries, tile, tiles, multiprocessors)
+
+
+def captured_ragged_plan(heads: Heads, rows: int, tokens: int, multiprocessors: int) -> PlanBytes:
+    """Bound the memory of a captured batch whose rows may have any numbers of queries, none included. tokens: their
+    sum."""
+    tile = tile_rows((tokens - rows + 1) * heads.group, heads.head_dim)
+    return _captured(heads, rows, tokens, tile, _ceil(tokens * heads.group, tile) + rows - 1, multiprocessors)
+
+
+def _captured(heads: Heads, rows: int, tokens: int, tile: int, tiles: int, multiprocessors: int) -> PlanBytes:
     blocks = max(_blocks(heads, multiprocessors), tiles)
     return PlanBytes(_partial_bytes(heads, blocks, tile), _fa2_ints(rows, tokens, blocks))
 
@@ -85,19 +94,32 @@ def eager_int_bytes(kernels: Kernels, heads: Heads, queries: Ints, multiprocesso
 
 
 def captured_memory(
-    heads: Heads, rows: list[int], queries: list[int], width: int, multiprocessors: int, uniform: bool
+    heads: Heads,
+    rows: list[int],
+    queries: list[int],
+    width: int,
+    multiprocessors: int,
+    uniform: bool,
+    prefixes: Callable[[int], int] | None = None,
 ) -> tuple[int, int]:
     """Bound the device memory of captured attention: scratch memory, which all share, and the sum of their own.
 
     rows, queries: the numbers of rows and of queries per row that are captured, each with each. width: largest number
-    of pages in a list, which serves all KV heads. uniform: see takes_uniform_queries.
+    of pages in a list, which serves all KV heads. uniform: see takes_uniform_queries. prefixes: room for prefixes, by
+    number of rows, of second captures that read shared pages once; None: there are none.
     """
     floats, own = eager_float_bytes(heads, multiprocessors), 0
     for count in rows:
         for each in queries:
             plan = captured_plan(heads, count, each, multiprocessors, uniform)
             floats = max(floats, plan.floats)
-            own += plan.ints + count * (12 * width + 24) + (0 if uniform else _LENGTHS_BYTES)
+            one = plan.ints + count * (12 * width + 24) + (0 if uniform else _LENGTHS_BYTES)
+            own += one
+            if prefixes is not None and count > 1:
+                more = prefixes(count) + 1
+                plan = captured_ragged_plan(heads, more, count * each, multiprocessors)
+                floats = max(floats, plan.floats)
+                own += one + plan.ints + more * (4 * width + 24) + 16 * count * each + _LENGTHS_BYTES
     return floats + _NEW_INTS_BYTES, own
 
 

@@ -46,6 +46,11 @@ def pays(prefixes: Sequence[SharedPrefix], page_size: int, heads: Heads, itemsiz
     return bool(prefixes) and saved_pages(prefixes) * page > LAUNCH_BYTES + merge
 
 
+def largest(prefixes: Sequence[SharedPrefix], count: int) -> list[SharedPrefix]:
+    """Return the `count` prefixes that save most."""
+    return sorted(prefixes, key=lambda each: saved_pages([each]), reverse=True)[:count]
+
+
 @dataclass(frozen=True, slots=True)
 class PrefixSegment:
     """The first segment of a batch, on the host.

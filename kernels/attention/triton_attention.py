@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBatch, GraphBatch
+from kernels.attention.base import AttentionBatch, GraphBatch, SharedPrefix
 from kernels.attention.flashinfer_sizes import Heads
 from kernels.attention.shared_reading import pays
 from kernels.gpu.attention import SPAN, Tiles, assign_tiles, attend
@@ -61,7 +61,7 @@ class GpuAttention:
 
 
 class GpuGraphAttention:
-    """`GraphAttention` for the same dtypes. The kernels read all that changes on the device."""
+    """`GraphAttention` for the same dtypes, without prefixes. The kernels read all that changes on the device."""
 
     def __init__(self, batch: GraphBatch, span: int = SPAN) -> None:
         """span: see GpuAttention."""
@@ -70,9 +70,48 @@ class GpuGraphAttention:
         tokens = batch.queries * len(queries)
         self._tiles = assign_tiles(queries, batch.lengths, batch.pages, tokens, uniform=True)
 
-    def plan(self, kv_lengths: Sequence[int]) -> None:
+    def plan(self, kv_lengths: Sequence[int], prefixes: Sequence[SharedPrefix] = ()) -> None:
         """Do nothing: no part of the plan depends on lengths."""
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PlannedAttention.run."""
         return attend(self._tiles, layer, q, scale, self._span)
+
+
+class GpuPrefixGraphAttention:
+    """`GraphAttention` for the same dtypes, of a batch with room for prefixes. Each plan lays out the tiles anew, in
+    one copy to a fixed place."""
+
+    def __init__(self, batch: GraphBatch, span: int = SPAN) -> None:
+        """span: see GpuAttention."""
+        self._batch, self._span = batch, span
+        self._planned: tuple[Sequence[int], Sequence[SharedPrefix]] | None = None
+        self._block, self._page_size = 0, 0
+        self._numbers: Tensor | None = None
+        self._tiles: Tiles | None = None
+
+    def plan(self, kv_lengths: Sequence[int], prefixes: Sequence[SharedPrefix] = ()) -> None:
+        """See GraphAttention.plan. Work on the host is O(rows)."""
+        self._planned = kv_lengths, prefixes
+        if self._numbers is not None:
+            self._numbers.copy_(send(torch.from_numpy(self._lay_out().numbers), self._numbers.device))
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See GraphAttention.run. The first one, which is not captured, decides the sizes."""
+        if self._tiles is None:
+            pages = self._batch.pages
+            kv_heads, self._page_size = layer.k.shape[1:3]
+            self._block = tile_size(len(q), len(pages), q.shape[1] // kv_heads)
+            layout = self._lay_out()
+            self._numbers = torch.empty(len(layout.numbers), dtype=torch.int64, device=q.device)
+            self._numbers.copy_(send(torch.from_numpy(layout.numbers), q.device))
+            self._tiles = layout.tiles(self._numbers, pages, pages.shape[-1] * self._page_size)
+        return attend(self._tiles, layer, q, scale, self._span)
+
+    def _lay_out(self) -> SharedTiles:
+        assert self._planned is not None, "run before plan"
+        kv_lengths, prefixes = self._planned
+        queries = np.full(len(kv_lengths), self._batch.queries, dtype=np.int64)
+        lengths = np.array(kv_lengths, dtype=np.int64)
+        sizes = {"block": self._block, "page_size": self._page_size, "room": self._batch.prefixes}
+        return SharedTiles(queries, lengths, prefixes, **sizes)

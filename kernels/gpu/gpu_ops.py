@@ -13,7 +13,7 @@ from kernels.attention.flashinfer import FlashInferAttention
 from kernels.attention.flashinfer_graph import FlashInferGraphAttention, can_capture
 from kernels.attention.flashinfer_workspace import HEAD_DIMS, Workspace, load_flashinfer
 from kernels.attention.reference_attention import merge_segments
-from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention
+from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention, GpuPrefixGraphAttention
 from kernels.gpu import pointwise, sample, verdict
 from kernels.gpu.merge import merge_prefixes
 from kernels.gpu.snapkv_scores import snapkv_scores
@@ -62,8 +62,8 @@ class GpuGraphs:
     def attention(self, page_size: int, head_dim: int, batch: GraphBatch) -> GraphAttention:
         workspace = self._workspace
         if workspace is None or head_dim not in HEAD_DIMS or not can_capture(head_dim, batch):
-            return GpuGraphAttention(batch)
-        return FlashInferGraphAttention(page_size, workspace, batch)
+            return GpuPrefixGraphAttention(batch) if batch.prefixes else GpuGraphAttention(batch)
+        return FlashInferGraphAttention(page_size, workspace, batch, merge_prefixes)
 
 
 class GpuOps:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,13 @@ def rank_main(rank: int, size: int, directory: Path, memory: int) -> None:
         save_file(exercise(group), directory / f"{name}.{rank}.safetensors")
 
 
-def first_main(rank: int, size: int, count: int, directory: Path, memory: int) -> None:
+def first_main(rank: int, size: int, directory: Path, *memories: int) -> None:
+    """Run first_ranks for each count of ranks up to all of them. memories: one per count."""
+    for count, memory in enumerate(memories, 1):
+        first_ranks(rank, size, count, directory / str(count), memory)
+
+
+def first_ranks(rank: int, size: int, count: int, directory: Path, memory: int) -> None:
     """Run collectives in the group of all ranks and in that of the first `count`, alternating, over both transports."""
     store = FileStore(f"{directory}/store", -1)
     results = {}
@@ -81,22 +88,25 @@ def exercise(group: Group) -> dict[str, torch.Tensor]:
     return results
 
 
-def run_processes(work: str, size: int, *arguments: object) -> None:
-    """Run `work`, a function of this file, in one process per rank: work(rank, size, *arguments, memory)."""
-    root = ROOT
+def run_processes(work: str, size: int, directory: Path, groups: int = 1) -> None:
+    """Run `work`, a function of this file, in one process per rank: work(rank, size, directory, memory, …).
+
+    groups: number of groups, each with a memory of its own.
+    """
     command = [sys.executable, "-m", "tests.parallel.test_group", work]
-    memory = shm.create(size)
+    memories = [shm.create(size) for _ in range(groups)]
     ranks = [
         subprocess.Popen(
-            [*command, *map(str, (rank, size, *arguments, memory))],
-            cwd=root,
+            [*command, *map(str, (rank, size, directory, *memories))],
+            cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
-            pass_fds=[memory],
+            pass_fds=memories,
         )
         for rank in range(size)
     ]
-    os.close(memory)
+    for memory in memories:
+        os.close(memory)
     try:
         errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     finally:
@@ -113,11 +123,12 @@ def test_ranks_in_processes(size: int, tmp_path: Path) -> None:
         check([load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in range(size)])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_group_of_the_first_ranks(count: int, tmp_path: Path) -> None:
-    run_processes("first_main", 3, count, tmp_path)
-    for rank in range(3):
-        results = load_file(tmp_path / f"{rank}.safetensors")
+def test_a_group_of_the_first_ranks(tmp_path: Path) -> None:
+    for count in (1, 2, 3):
+        (tmp_path / str(count)).mkdir()
+    run_processes("first_main", 3, tmp_path, groups=3)
+    for count, rank in product((1, 2, 3), range(3)):
+        results = load_file(tmp_path / str(count) / f"{rank}.safetensors")
         for name in ("gloo", "shared"):
             for turn in range(3):
                 assert results[f"{name}.all.{turn}"].tolist() == [111 + 3 * turn]
@@ -176,5 +187,5 @@ def test_shared_memory_names_the_rank_that_does_not_come() -> None:
 
 
 if __name__ == "__main__":
-    function, *numbers, place, descriptor = sys.argv[1:]
-    globals()[function](*map(int, numbers), Path(place), int(descriptor))
+    function, own_rank, ranks, place, *descriptors = sys.argv[1:]
+    globals()[function](int(own_rank), int(ranks), Path(place), *map(int, descriptors))

@@ -11,6 +11,7 @@ from engine.params import SamplingParams
 from engine.plan import RoundPlan
 from parallel.group import RankFailure
 from tests.support.engines import run, tokens
+from tests.support.profiles import only_in_all
 from tests.support.rank_law import alone, model, ops_of, requests
 from tests.support.ranks import threaded_engine
 
@@ -38,8 +39,8 @@ def check(shape: tuple[int, int], size: int, gamma: int, dtype: torch.dtype, on_
         assert stats.accepted_tokens > 0
 
 
-@pytest.mark.parametrize("gamma", [0, 3])
-@pytest.mark.parametrize("size", [2, 3, 4, 8])
+# 4 ranks without speculation split as with it, and decode as 3 and 8 do.
+@pytest.mark.parametrize(("size", "gamma"), [(2, 0), (3, 0), only_in_all(4, 0), (8, 0), (2, 3), (3, 3), (4, 3), (8, 3)])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}of{shape[1]}")
 def test_ranks_never_change_output(shape: tuple[int, int], size: int, gamma: int) -> None:
     check(shape, size, gamma, torch.float64)

@@ -16,14 +16,15 @@ struct AttentionShape {
   int64_t width() const { return (*std::max_element(lengths.begin(), lengths.end()) + page_size - 1) / page_size; }
 };
 
-// Number of pieces of work: rows of few queries are cut by segment, and where all of their queries see a segment that others
-// list too, the pages before included, there is one piece for them all per KV head.
+// Number of pieces of work for two threads: rows of few queries are cut by segment, and where all of their queries see a
+// segment that others list too, the pages before included, there is one piece for them all per KV head.
 inline int64_t expected_pieces(const AttentionShape& shape, const std::vector<int64_t>& pages) {
   constexpr int64_t SEGMENT = 1024, TALL = 64, WIDE = 192;
   int64_t count = 0;
   std::map<std::vector<int64_t>, int> rows_of;  // by the first pages
   for (int row = 0; row < shape.rows(); row++) {
-    const int64_t n = shape.queries[row], length = shape.lengths[row], most = std::max<int64_t>(1, WIDE / shape.group);
+    const int64_t n = shape.queries[row], length = shape.lengths[row], wanted = n * shape.group * shape.rows() * shape.kv_heads / 8;
+    const int64_t most = std::max<int64_t>(1, std::clamp(wanted, TALL, WIDE) / shape.group);
     const auto list = pages.begin() + row * shape.lists() * shape.width();
     if (n * shape.group > TALL) {
       count += (n + most - 1) / most * shape.kv_heads;

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from engine.processes.loading_code import without_collecting
+
 PHASES = ("idle", "prefill", "draft", "verify")
 ACTIONS = ("SIGKILL", "SIGSTOP", "exception", "SIGTERM", "memory")
 _FIRED = "fired"
@@ -114,8 +116,9 @@ def _magicdec(directory: str, arguments: list[str]) -> None:
 
 
 def _engine(directory: str) -> int:
-    from engine.processes import engine_server
-    from engine.ranks import executor
+    with without_collecting():
+        from engine.processes import engine_server
+        from engine.ranks import executor
 
     executor.RANK_COMMAND = (sys.executable, "-m", "tests.support.faulty", "rank", directory)  # type: ignore[assignment]
     _insert(_Faults(Path(directory)))
@@ -123,7 +126,8 @@ def _engine(directory: str) -> int:
 
 
 def _rank(directory: str) -> int:
-    from engine.processes import rank
+    with without_collecting():
+        from engine.processes import rank
 
     _insert(_Faults(Path(directory)))
     return rank.main()

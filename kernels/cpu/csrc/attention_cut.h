@@ -13,7 +13,7 @@ namespace magicdec {
 
 constexpr int SEGMENT = 1024;  // slots per piece of work
 constexpr int TALL = 64;       // largest product of queries and heads per group for which a row is cut by segment
-constexpr int WIDE = TALL * 3; // largest product of other pieces
+constexpr int WIDE = 3 * TALL;  // largest product of other pieces
 
 // Queries of a row, or of several, for KV heads [head, head_end), over slots [first, last) of the row's list.
 struct Piece {
@@ -24,6 +24,12 @@ struct Piece {
   const int* members;  // rows that share the segment, `row` being one, which list it identically; null: none but `row`
   int count;           // of members
 };
+
+// Returns how many of `rows` query rows of a KV head are one piece, so that each thread has about `pieces` pieces if there
+// are `others` such sets of rows. Small pieces read keys and values more often.
+inline int64_t piece_rows(const AttentionArgs& args, int64_t rows, int64_t others, int pieces) {
+  return std::clamp<int64_t>(rows * others / (pieces * args.team.threads), TALL, WIDE);
+}
 
 // Division of a row's work. Rows of few queries are cut by segment, all heads together; others by query and head.
 struct Cut {
@@ -36,7 +42,8 @@ struct Cut {
     group = args.heads / args.kv_heads;
     const int64_t n = args.queries[row];
     tall = n * group > TALL;
-    queries = tall ? std::max(1, WIDE / group) : int(n);
+    queries = int(n);
+    if (tall) queries = std::max(1, int(piece_rows(args, n * group, args.rows * args.kv_heads, 4)) / group);
     segments = (args.lengths[row] + SEGMENT - 1) / SEGMENT;
   }
   bool by_segment() const { return !tall && segments > 1; }
@@ -172,12 +179,16 @@ class Division {
     }
   }
 
+  // Adds the pieces of a segment that all of these rows list.
   void add_pieces(const int* rows, int rows_count, int64_t segment) {
     const int group = args_.heads / args_.kv_heads;
+    int64_t all = 0;
+    for (int i = 0; i < rows_count; i++) all += args_.queries[rows[i]] * group;
+    const int64_t most = piece_rows(args_, all, Cut(args_, *rows).segments * args_.kv_heads, 1);
     const int* end = std::copy(rows, rows + rows_count, members_);
     while (members_ < end) {
       Piece piece{*members_, 0, 0, 0, args_.kv_heads, segment * SEGMENT, (segment + 1) * SEGMENT, (segment + 1) * SEGMENT, true, members_, 0};
-      for (; members_ < end && (piece.queries + args_.queries[*members_]) * group <= WIDE; members_++, piece.count++) {
+      for (; members_ < end && (piece.queries + args_.queries[*members_]) * group <= most; members_++, piece.count++) {
         piece.queries += int(args_.queries[*members_]);
         rows_[*members_].shared = segment + 1;
       }

@@ -239,7 +239,8 @@ MAGICDEC_INLINE f32x16 exp2_falling(f32x16 x) {
 #elif defined(MAGICDEC_AVX2)
   const i32x16 whole = avx2::nearest(x);
 #else
-  const i32x16 whole = convert<i32x16>(x - 0.5f);  // truncates towards zero: rounds to nearest
+  const f32x16 half = select(x < f32x16{}, splat(-0.5f), splat(0.5f));
+  const i32x16 whole = convert<i32x16>(x + half);  // truncates towards zero: rounds to nearest
 #endif
   const f32x16 rest = x - convert<f32x16>(whole);  // in [-1/2, 1/2]
   const f32x16 scaled = bits<f32x16>(bits<i32x16>(exp2_series(rest)) + (whole << 23));

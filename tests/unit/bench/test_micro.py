@@ -88,6 +88,7 @@ def test_attention_of_all_lengths_is_one_part() -> None:
 def test_cpu_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels, "_POOL_BYTES", 1e6)
     monkeypatch.setattr(cpu_kernels, "_DECODING", ((2, 64),))
+    monkeypatch.setattr(cpu_kernels, "_SHARED", (2, 1100))
     monkeypatch.setattr(cpu_kernels, "_CHUNK", (1, 128, 64))
     monkeypatch.setattr(cpu_kernels, "_ROWS", (1, 3))
     monkeypatch.setattr(cpu_kernels, "_LAYERS", 1)
@@ -100,6 +101,8 @@ def test_cpu_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     text = capsys.readouterr().out
     assert f"given: attention {target.name}" in text
     assert "64 queries" in text
+    assert text.count("1.00 x own pages") >= 2
+    assert text.count("the same pages: ") == 2
     assert text.count("ours, one row and several: are the same") == 4
 
 

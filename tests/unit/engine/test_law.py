@@ -93,13 +93,13 @@ def test_speculation_never_changes_output(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_thousand_tokens_past_a_small_budget(temperature: float) -> None:
+def test_hundreds_of_tokens_past_a_small_budget(temperature: float) -> None:
     prompt = prompt_of(100, 1)
-    params = SamplingParams(max_tokens=1200, temperature=temperature, seed=3, ignore_eos=True)
+    params = SamplingParams(max_tokens=600, temperature=temperature, seed=3, ignore_eos=True)
     plain = complete(tiny_engine(model(), gamma=0), prompt, params)
     engine = tiny_engine(model(), gamma=3, budget=64, page_size=16)
     assert complete(engine, prompt, params) == plain
-    assert len(plain) == 1200
+    assert len(plain) == 600
     stats = engine.stats()
     # The draft must be neither always right nor always wrong, or the equality above shows little.
     assert stats.rejections > 10

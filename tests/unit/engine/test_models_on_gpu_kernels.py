@@ -199,7 +199,8 @@ def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -
 
     def made(model: Llama) -> Engine:
         speculation = {"gamma": "auto", "gamma_max": 3}
-        return tiny_engine(model, gamma=0, budget=8, scheduler={"max_rows": 2}, speculation=speculation)
+        settings: dict[str, Any] = {"scheduler": {"max_rows": 2}, "max_model_len": 40}
+        return tiny_engine(model, gamma=0, budget=8, speculation=speculation, **settings)
 
     expected = rounds_of(made(model_on(REFERENCE)), asked)
     engine = made(model)

@@ -17,7 +17,14 @@ import yaml
 
 from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import EngineConfig
-from kernels.attention.flashinfer_sizes import Heads, Kernels, captured_plan, eager_float_bytes, eager_int_bytes
+from kernels.attention.flashinfer_sizes import (
+    Heads,
+    Kernels,
+    captured_plan,
+    captured_ragged_plan,
+    eager_float_bytes,
+    eager_int_bytes,
+)
 from kernels.attention.flashinfer_workspace import HEAD_DIMS
 from models.shapes import SHAPES
 from parallel.split import split_heads
@@ -145,6 +152,28 @@ def test_captured_plans_have_the_memory_they_need(planner: tuple[Path, bool], pa
             assert tile == (16 if packed <= 16 else 64 if packed <= 64 else 128)
         if heads.kv_heads > 1:  # one list for all heads: at most a few KB, rather than 8 MB
             assert size.ints <= 10_000
+
+
+def test_captured_prefixes_have_the_memory_they_need(planner: tuple[Path, bool]) -> None:
+    """Rows of any numbers of queries, none included; plans stand where the first one stood."""
+    program, _ = planner
+    random.seed(0)
+    batches, counts = [], []
+    for heads in (Heads(32, 8, 128), Heads(32, 32, 128), Heads(8, 1, 128), Heads(9, 3, 64), Heads(16, 1, 256)):
+        for rows, queries in ((2, 1), (4, 1), (8, 5), (64, 1), (64, 4), (256, 8)):
+            tokens, prefixes = rows * queries, min(rows // 2, 8)
+            size = captured_ragged_plan(heads, prefixes + 1, tokens, 132)
+            for shares in ([1.0], [0.5, 0.25], [0.0], [1 / prefixes] * prefixes):
+                own = [int(share * tokens) for share in shares[:prefixes]]
+                own += [0] * (prefixes - len(own)) + [tokens - sum(own)]
+                batch = [(each, 16 * random.randint(1, 2000)) for each in own]
+                batches.append(line("fa2", heads, 132, 1, size.floats, size.ints, batch))
+            counts.append(tokens)
+    plans = plan(program, batches)
+    for index, tokens in enumerate(counts):
+        first, *others = plans[4 * index : 4 * index + 4]
+        assert others == [first] * 3
+        assert int(first.split()[1]) == tokens
 
 
 @pytest.mark.parametrize(

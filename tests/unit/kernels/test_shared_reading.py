@@ -10,11 +10,12 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from kernels.attention.base import AttentionBatch, SharedPrefix
+from kernels.attention.base import AttentionBatch, GraphAttention, GraphBatch, SharedPrefix
 from kernels.attention.flashinfer import FlashInferAttention
+from kernels.attention.flashinfer_graph import FlashInferGraphAttention
 from kernels.attention.flashinfer_sizes import Heads
 from kernels.attention.flashinfer_workspace import Workspace
-from kernels.attention.shared_reading import LAUNCH_BYTES, first_segment, merge_prefixes, pays
+from kernels.attention.shared_reading import LAUNCH_BYTES, first_segment, largest, merge_prefixes, pays
 from tests.support import fake_flashinfer
 from tests.support.profiles import examples
 from tests.support.rig import pool_layer
@@ -22,7 +23,7 @@ from tests.support.shared_batches import always_share, check_against_reference, 
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
-from kernels.attention.triton_attention import GpuAttention
+from kernels.attention.triton_attention import GpuAttention, GpuPrefixGraphAttention
 from kernels.gpu import INTERPRETED
 from kernels.gpu.merge import merge_prefixes as merge_on_gpu
 from kernels.gpu.shared_tiles import SharedTiles
@@ -88,7 +89,7 @@ def test_triton(
     q = torch.randn(sum(batch.query_lengths), kv_heads * (group + 2), head_dim).to(dtype)[:, : kv_heads * group]
     ours = GpuAttention(span)
     ours.plan(batch)
-    check_against_reference(lambda q: ours.run(layer, q, head_dim**-0.5), batch, layer, q, head_dim**-0.5)
+    check_against_reference(ours.run(layer, q, head_dim**-0.5), batch, layer, q, head_dim**-0.5)
     assert (ours._tiles is not None and ours._tiles.prefixes is not None) == bool(batch.prefixes)
 
 
@@ -153,11 +154,11 @@ def test_flashinfer(
     ours.plan(batch)
     for _ in range(2):  # layers of a forward
         q = torch.randn(sum(batch.query_lengths), kv_heads * (group + 2), head_dim).half()[:, : kv_heads * group]
-        check_against_reference(lambda q: ours.run(layer, q, head_dim**-0.5), batch, layer, q, head_dim**-0.5)
+        check_against_reference(ours.run(layer, q, head_dim**-0.5), batch, layer, q, head_dim**-0.5)
     assert (ours._prefixes is not None) == bool(batch.prefixes)
     alone = AttentionBatch(batch.query_lengths, batch.kv_lengths, batch.pages)
     ours.plan(alone)
-    check_against_reference(lambda q: ours.run(layer, q, head_dim**-0.5), alone, layer, q, head_dim**-0.5)
+    check_against_reference(ours.run(layer, q, head_dim**-0.5), alone, layer, q, head_dim**-0.5)
     assert ours._prefixes is None
 
 
@@ -170,5 +171,52 @@ def test_flashinfer_reads_lists_of_heads_row_by_row(monkeypatch: pytest.MonkeyPa
     batch = AttentionBatch([1, 1], [40, 40], lists, prefixes=[SharedPrefix((0, 1), 2)])
     ours = FlashInferAttention(16, WORKSPACE)
     ours.plan(batch)
-    check_against_reference(lambda q: ours.run(layer, q, 0.1), batch, layer, torch.randn(2, 4, 64).half(), 0.1)
+    q = torch.randn(2, 4, 64).half()
+    check_against_reference(ours.run(layer, q, 0.1), batch, layer, q, 0.1)
     assert ours._prefixes is None
+
+
+def graph_attention(library: str, batch: GraphBatch, page_size: int) -> GraphAttention:
+    if library == "triton":
+        return GpuPrefixGraphAttention(batch, 128)
+    return FlashInferGraphAttention(page_size, WORKSPACE, batch)
+
+
+@given(data=st.data(), queries=st.sampled_from([1, 4]), page_size=st.sampled_from([4, 16]))
+@pytest.mark.parametrize("library", ["triton", "flashinfer 0.7", "flashinfer 0.6"])
+@examples(2, 25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_captured_batches(
+    monkeypatch: pytest.MonkeyPatch, library: str, data: st.DataObject, queries: int, page_size: int
+) -> None:
+    """Plans with different prefixes, or none, one after another; padded rows, and queries that are padding."""
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    monkeypatch.setattr(
+        "kernels.attention.flashinfer_graph.takes_uniform_queries", lambda library_: library.endswith("7")
+    )
+    rows, width = 4, 30
+    pages, lengths = torch.zeros(rows, width, dtype=torch.int64), torch.ones(rows, dtype=torch.int64)
+    batch = GraphBatch(queries, pages, lengths, prefixes=2)
+    ours = graph_attention(library, batch, page_size)
+    torch.manual_seed(0)
+    layer = pool_layer(PAGES, 1, page_size, 64, torch.float16)
+    for _ in range(3):
+        drawn = data.draw(
+            shared_batches(page_size=page_size, pages=PAGES, queries=range(1, queries + 1), max_rows=rows)
+        )
+        spare = rows - len(drawn.query_lengths)
+        kv_lengths = [*drawn.kv_lengths, *[1] * spare]
+        pages[: rows - spare, : drawn.pages.shape[1]] = drawn.pages
+        lengths.copy_(torch.tensor(kv_lengths))
+        ours.plan(kv_lengths, drawn.prefixes)
+        own = [*drawn.query_lengths, *[0] * spare]
+        real = torch.tensor([[i >= queries - n for i in range(queries)] for n in own]).flatten()
+        for _ in range(2):
+            q = torch.randn(rows * queries, 2, 64).half()
+            o, lse = ours.run(layer, q, 0.1)
+            check_against_reference((o[real], lse[real]), drawn, layer, q[real], 0.1)
+
+
+def test_only_the_largest_prefixes_are_read_once() -> None:
+    prefixes = [SharedPrefix((0, 1), 9), SharedPrefix((2, 3, 4), 7), SharedPrefix((5, 6), 2)]
+    assert largest(prefixes, 1) == [prefixes[1]]
+    assert largest(prefixes, 8) == [prefixes[1], prefixes[0], prefixes[2]]

@@ -14,7 +14,7 @@ from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.worker.kv_memory import DeviceMemory, captured_bytes, run_largest_round, size_pool
 from engine.worker.resolve import Resolved, resolve
-from kernels.attention.flashinfer_sizes import Heads, captured_plan, eager_float_bytes
+from kernels.attention.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
 from models.llama import Llama
 from parallel.group import Group
 from tests.support import fake_flashinfer
@@ -135,7 +135,16 @@ def test_captured_attention_is_counted() -> None:
     each = [captured_plan(target, count, queries, 132, uniform=True).ints for count in rows for queries in (1, 2, 3, 4)]
     lists = 4 * sum(rows) * width * (8 + 4)  # the caller's page ids and FlashInfer's
     counted = captured_bytes(config, llama(*target), None, 32_000)
-    own = scratch + (8 << 20) + sum(each) + lists
+    shares = [
+        captured_ragged_plan(target, min(count // 2, 8) + 1, count * queries, 132)
+        for count in rows[1:]
+        for queries in (1, 2, 3, 4)
+    ]
+    scratch = max(scratch, *(plan.floats for plan in shares))
+    # Captures that read shared pages once have the same again, and FlashInfer's plans and lists of prefixes.
+    first_lists = 4 * sum(min(count // 2, 8) + 1 for count in rows[1:]) * width * 4 + len(shares) * (128 << 10)
+    second = sum(each[4:]) + sum(plan.ints for plan in shares) + 4 * sum(rows[1:]) * width * 12 + first_lists
+    own = scratch + (8 << 20) + sum(each) + lists + second
     window = 5 * sum(rows) * (config.speculation.kv.budget // page + 1) * 12  # type: ignore[operator]
     assert own + window < counted < 1.01 * (own + window)
     narrow = llama(4, 1, 128)  # one of eight ranks; a draft model that is not split needs more
@@ -149,9 +158,9 @@ def test_captured_attention_is_counted() -> None:
 def test_the_pool_leaves_memory_for_captured_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     config, sizes = sized(model)
-    memory = DeviceMemory(total=50 * MEGABYTE, used=0, running=15 * MEGABYTE)
+    memory = DeviceMemory(total=60 * MEGABYTE, used=0, running=15 * MEGABYTE)
     monkeypatch.setattr(model, "ops", SimpleNamespace(kind="flashinfer", make_graphs=object()))
-    left = 45 * MEGABYTE - 2 * memory.running - captured_bytes(config, model, None, sizes.max_model_len)
+    left = 54 * MEGABYTE - 2 * memory.running - captured_bytes(config, model, None, sizes.max_model_len)
     assert size_pool(config, sizes, model, Group.single(), memory).num_pages == left // PAGE
     memory = dataclasses.replace(memory, total=40 * MEGABYTE)
     monkeypatch.setattr(model, "ops", SimpleNamespace(kind="triton", make_graphs=object()))
