@@ -128,7 +128,7 @@ def test_any_number_of_ranks_finds_evicts_and_preempts_the_same(draft_dir: Path,
             if drafter == "model"
             else speculation("window", None, None),
         )
-        played, counts = play_and_close(engine, 4, 10, longest, crowd(3, 60))
+        played, counts = play_and_close(engine, 4, 7, longest, crowd(3, 60))
         check_answers(played, reference(played))
         found.append(counts)
     assert found[0] == found[1]

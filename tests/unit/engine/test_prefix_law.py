@@ -222,7 +222,7 @@ class SharedTokens(Scripted):
         return super().choose(rows, shared_tokens)
 
 
-@pytest.mark.parametrize("policy", ["window", "all"])
+@pytest.mark.parametrize("policy", [only_in_all("window"), "all"])
 @pytest.mark.parametrize("page_size", [16, only_in_all(3), only_in_all(64)])
 def test_to_the_bit_where_rows_share_segments_of_attention(page_size: int, policy: str) -> None:
     """Choices, a branch in their last page, one in their second segment, one in their first, and a stranger, side by
