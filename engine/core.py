@@ -84,8 +84,8 @@ class Engine:
                 self._resolved, num_pages=self._worker.num_pages, max_model_len=self._worker.max_model_len
             )
             self._kv = self._make_kv()
-            sizes = self._worker.num_pages, self._resolved.max_model_len, self._resolved.ops.shared_stretch
-            self.profiler = Profiler(self._run_blank, config, *sizes)
+            sizes = self._worker.num_pages, self._resolved.max_model_len
+            self.profiler = Profiler(self._run_blank, config, *sizes, self._resolved.shared_stretch)
             if controller is None:
                 controller = self.make_controller()
         except BaseException:
@@ -154,7 +154,7 @@ class Engine:
             prefix=config.cache.prefix,
             num_uncached_tokens=speculation.num_uncached_tokens,
             draft_pages=speculation.draft_model is not None and not draft_kv_spec(speculation, page_size).block,
-            shared_stretch=self._resolved.ops.shared_stretch,
+            shared_stretch=self._resolved.shared_stretch,
         )
 
     def _make_scheduler(self, controller: Controller) -> Scheduler:
@@ -240,7 +240,6 @@ class Engine:
         self.restarted = False
         began = time.perf_counter()
         plan, requests = self._scheduler.schedule()
-        shared_tokens = self._kv.shared_tokens
         self._round_running = True
         try:
             # With a grammar, the host waits for drafts before the whole round is sent to the device.
@@ -255,7 +254,7 @@ class Engine:
             self.restarted = True
             raise
         else:
-            outputs = self._commit(plan, requests, result, shared_tokens)
+            outputs = self._commit(plan, requests, result)
             self._stats.record_time(result, time.perf_counter() - began)
         finally:
             self._round_running = False
@@ -285,10 +284,8 @@ class Engine:
         self._kv.reset(())
         return self._run(plan)
 
-    def _commit(
-        self, plan: RoundPlan, requests: list[Request], result: RoundResult, shared_tokens: int
-    ) -> list[RequestOutput]:
-        self._stats.record_plan(plan, requests, shared_tokens)
+    def _commit(self, plan: RoundPlan, requests: list[Request], result: RoundResult) -> list[RequestOutput]:
+        self._stats.record_plan(plan, requests, self._scheduler.shared_tokens)
         outputs = []
         for request, tokens, row, failure in self._scheduler.commit(plan, requests, result):
             drafted, accepted = (row.drafted, min(row.accepted, len(tokens))) if row else (0, 0)

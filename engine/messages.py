@@ -110,7 +110,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     generated_tokens: int = 0
     preemptions: int = 0
     prefix_queries: int = 0
-    """Prompt tokens that were looked up in the prefix cache: those of every request, when it was first admitted."""
+    """Prompt tokens that were looked up in the prefix cache, when their requests were first admitted."""
     prefix_hits: int = 0
     """Those of them whose KV was found."""
     prefix_evictions: int = 0

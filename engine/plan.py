@@ -20,8 +20,6 @@ class RowStart(msgspec.Struct, array_like=True):
     """Tokens that min_tokens forbids."""
     computed: int = 0
     """Leading tokens whose target KV exists."""
-    draft_computed: int = 0
-    """Leading tokens whose draft KV exists in the row's pages, where a draft model has KV of its own."""
 
 
 class PageDelta(msgspec.Struct, array_like=True):
@@ -47,6 +45,8 @@ class RowWork(msgspec.Struct, array_like=True):
     """Committed tokens whose KV a draft model computes before it drafts, from the first one that it lacks."""
     num_prompt_logprobs: int = 0
     """Number of new tokens, the first ones, that need prompt logprobs: each gives those of the token after it."""
+    draft_lag: int = 0
+    """Computed tokens, the last ones, whose KV a draft model lacks before the round; set for rows that decode."""
 
 
 class RoundPlan(msgspec.Struct, omit_defaults=True):

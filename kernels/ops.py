@@ -65,10 +65,9 @@ class Ops(Protocol):
     def name(self) -> str:
         """Key of stored measurements: different kernels have different names."""
 
-    @property
-    def shared_stretch(self) -> int:
-        """Number of KV slots in the stretches in which attention discovers that rows list the same pages, from the
-        first slot on, and reads them once for all; 0: it reads every row's KV by itself."""
+    def shared_stretch(self, head_dim: int) -> int:
+        """Return the number of KV slots in the stretches in which attention discovers that rows list the same pages,
+        from the first slot on, and reads them once for all; 0: it reads every row's KV by itself."""
 
     @property
     def reads_prefixes(self) -> bool:

@@ -75,8 +75,10 @@ class TorchFallbackOps:
 
     accept = None
     commit = None
-    shared_stretch = 0
     reads_prefixes = False
+
+    def shared_stretch(self, head_dim: int) -> int:
+        return 0
 
     def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)

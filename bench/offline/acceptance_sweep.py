@@ -248,7 +248,7 @@ def measure(
         # A draft model has to compute the prompt first, and later the tokens since it last drafted.
         lag = computed if computed == context else gamma
         catch_up = lag if drafts and lag > 1 else 0
-        step([RowWork(row, computed, 1, drafts, True, catch_up) for row in range(len(texts))])
+        step([RowWork(row, computed, 1, drafts, True, catch_up, draft_lag=lag) for row in range(len(texts))])
 
     # Round i drafted for the positions from context + 1 + i * stride on.
     written = state.tokens[:, context + 1 :].long().unfold(1, gamma, stride)[:, :rounds]  # [texts, rounds, gamma]

@@ -37,8 +37,8 @@ class SamplePositions:
 class RoundBatch:
     """The rows of one round, in the order of its plan: `work` sorted by falling gamma.
 
-    row, computed, new, gamma, catch_up, num_prompt_logprobs: host, [rows], as in RowWork. sampling: host, [rows] bool,
-        rows that sample.
+    row, computed, new, gamma, catch_up, draft_lag, num_prompt_logprobs: host, [rows], as in RowWork. sampling: host,
+        [rows] bool, rows that sample.
     budget: see RoundPlan.
     samples: the positions that the round samples: of each sampling row its drafts' and one more.
     gamma_device: [rows] int64, gamma on the device.
@@ -62,6 +62,7 @@ class RoundBatch:
         self.computed = np.array([item.computed for item in work], dtype=np.int64)
         self.new = np.array([item.new for item in work], dtype=np.int64)
         self.gamma = np.array([item.gamma for item in work], dtype=np.int64)
+        self.draft_lag = np.array([item.draft_lag for item in work], dtype=np.int64)
         self.catch_up = np.array([item.catch_up for item in work], dtype=np.int64)
         self.sampling = np.array([item.samples for item in work], dtype=bool)
         self.num_prompt_logprobs = np.array([item.num_prompt_logprobs for item in work], dtype=np.int64)

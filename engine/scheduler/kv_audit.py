@@ -10,6 +10,8 @@ from engine.scheduler.pages import PageLeak
 from engine.scheduler.prefix_index import IndexedPage
 
 _PAGES_PER_ROUND = 256
+_MAX_HASHES = 1 << 16
+"""Number of hashes after which all are forgotten, so that an engine can be audited for days."""
 
 
 class _Sight(NamedTuple):
@@ -32,12 +34,11 @@ class KVAudit:
         self._hashes: dict[bytes | int, int] = {}
         self._asked: list[_Sight] = []
         self._next = 0
-        kv.replaced = []
+        kv.record_replaced()
 
     def next_pages(self) -> list[int]:
         """Choose the pages to hash before anything else happens in the next round."""
-        indexed, replaced = self._kv.indexed_pages(), self._kv.replaced or []
-        self._kv.replaced = []
+        indexed, replaced = self._kv.indexed_pages(), self._kv.take_replaced()
         count = min(len(indexed), _PAGES_PER_ROUND)
         chosen = [indexed[(self._next + i) % len(indexed)] for i in range(count)]
         self._next += count
@@ -48,6 +49,8 @@ class KVAudit:
 
     def compare(self, hashes: Sequence[int]) -> None:
         """Compare the hashes of `next_pages`. Raises PageLeak for a page whose KV is not what it was."""
+        if len(self._hashes) > _MAX_HASHES:
+            self._hashes.clear()
         for sight, found in zip(self._asked, hashes, strict=True):
             known = self._hashes.setdefault(sight.key, found)
             if known != found:

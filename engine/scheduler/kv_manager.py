@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from engine.scheduler.pages import PageAllocator, PageLeak
@@ -22,8 +23,8 @@ class KVManager:
     is admitted, it takes over the pages that it finds (`match`, `admit`). Pages of requests that end or are preempted
     stay cached until they are evicted, least recently used first, children before parents.
 
-    queries, hits: prompt tokens looked up at first admissions, and those found. replaced: for an audit, which sets
-    and empties it: pages that requests have given back for indexed ones; they hold the same KV until the next round.
+    queries, hits: prompt tokens looked up at first admissions, and those found. shared_tokens: KV tokens of decoding
+    requests that attention need not read, because it reads the same pages for another one.
     """
 
     def __init__(
@@ -47,9 +48,9 @@ class KVManager:
         self._num_uncached_tokens = num_uncached_tokens
         self._drafted: set[int] | None = set() if draft_pages else None  # indexed pages whose draft KV is computed
         self._stretch = max(1, shared_stretch // page_size) if shared_stretch else 0  # in pages
-        self._num_shared_stretches = 0
-        self.replaced: list[IndexedPage] | None = None
-        self.queries = self.hits = 0
+        self._readers: dict[int, int] = {}  # number of decoding requests, by the last page of a stretch
+        self._replaced: list[IndexedPage] | None = None
+        self.queries = self.hits = self.shared_tokens = 0
 
     # -- sizes -------------------------------------------------------------------------------------------------------
 
@@ -74,28 +75,26 @@ class KVManager:
     def evictions(self) -> int:
         return self._pages.evictions
 
-    @property
-    def shared_tokens(self) -> int:
-        """KV tokens of all requests that attention need not read, because it reads the same pages for another one."""
-        return self._num_shared_stretches * self._stretch * self._page_size
-
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def match(self, request: Request) -> list[int]:
+    def match(self, request: Request) -> Sequence[IndexedPage]:
         """Find the pages that a waiting request can take over: those of its first tokens."""
         if not self._looks_up(request):
-            return []
-        if request.matched_at != self._pages.evictions:  # some of the pages found last may be gone
-            request.matched.clear()
-            request.matched_at = self._pages.evictions
+            return ()
+        matched, digests = request.matched, request.digests
+        if request.matched_at != self._index.removals:
+            # Pages found earlier may be gone: the last ones, since children leave the index before their parents.
+            request.matched_at = self._index.removals
+            places = range(len(matched))
+            del matched[bisect(places, 0, key=lambda i: self._index.find(digests[i]) is not matched[i]) :]
         limit = max(0, request.num_tokens - self._num_uncached_tokens) // self._page_size
-        self._index.extend(request.digests, request.salt, request.tokens, limit)
-        while len(request.matched) < limit:
-            page = self._index.find(request.digests[len(request.matched)])
-            if page is None:
+        while len(matched) < limit:  # digests reach one page further than the pages that are found
+            self._index.extend(digests, request.salt, request.tokens, len(matched) + 1)
+            entry = self._index.find(digests[len(matched)])
+            if entry is None:
                 break
-            request.matched.append(page)
-        return request.matched
+            matched.append(entry)
+        return matched
 
     def _looks_up(self, request: Request) -> bool:
         """Whether a request takes over pages. Log-probabilities of a prompt need all of its tokens to be computed."""
@@ -104,7 +103,7 @@ class KVManager:
     def num_needed(self, request: Request) -> int:
         """Return by how many pages `available` falls if a waiting request is admitted."""
         # Owned pages come first, since whoever owns a page owns its parents.
-        owned = bisect(self.match(request), 0, key=lambda page: self._pages.owners(page) == 0)
+        owned = bisect(self.match(request), 0, key=lambda entry: self._pages.owners(entry.page) == 0)
         return self._num_pages(request.num_tokens) - owned
 
     def admit(self, request: Request) -> None:
@@ -113,9 +112,9 @@ class KVManager:
         Sets `num_computed`, `draft_lag` to the number of these tokens whose draft KV the pages lack, and, at the first
         admission, `cached_tokens`.
         """
-        found = list(self.match(request))
-        for index, page in enumerate(found):
-            self._share(index, page)
+        found = [entry.page for entry in self.match(request)]
+        for page in found:
+            self._pages.share(page)
         new = self._pages.reserve(self._num_pages(request.num_tokens) - len(found))
         assert new is not None
         request.matched.clear()
@@ -147,7 +146,8 @@ class KVManager:
     def commit(self, request: Request) -> Sequence[tuple[int, int]]:
         """Enter the pages that are full of computed tokens into the index.
 
-        Returns the pages that the request has adopted in place of its own: their places in its list, and the pages.
+        Returns the pages that the request has adopted in place of its own: their places in its list, and the pages. If
+        the indexed page lacks the draft model's KV, `draft_lag` grows: what is found must not depend on drafts.
         """
         full = request.num_computed // self._page_size
         adopted: Sequence[tuple[int, int]] = ()
@@ -158,39 +158,74 @@ class KVManager:
             drafted = max(request.num_drafted, min(drafted, request.num_indexed))
             self._drafted.update(request.pages[request.num_drafted : drafted])
             request.num_drafted = drafted
+        if self._stretch and request.num_counted < request.num_indexed and request.decoding:
+            self._count_reader(request)
         return adopted
 
     def _add_to_index(self, request: Request, full: int) -> list[tuple[int, int]]:
         """Enter the first `full` pages into the index, as far as they are not in it. Returns those that the request has
         adopted."""
-        drafted_tokens = request.num_computed - request.draft_lag
         adopted = []
-        self._index.extend(request.digests, request.salt, request.tokens, full)
+        # One page more, so that others see what is computed next (prefill.find_waits).
+        self._index.extend(
+            request.digests, request.salt, request.tokens, min(full + 1, request.num_tokens // self._page_size)
+        )
         for place in range(request.num_indexed, full):
-            own, known = request.pages[place], self._index.find(request.digests[place])
-            if known is None:
+            own, entry = request.pages[place], self._index.find(request.digests[place])
+            if entry is None:
                 self._index.add(request.digests, place, own)
-            elif self._drafted is not None and place * self._page_size < drafted_tokens and known not in self._drafted:
-                request.is_private = True  # its draft KV would be lost: it keeps its own pages from here on
-                break
-            else:
-                self._share(place, known)
-                self._pages.release([own])
-                if self.replaced is not None:
-                    self.replaced.append(self._index.entry(known)._replace(page=own))
-                request.pages[place] = known
-                adopted.append((place, known))
-            request.num_indexed += 1
+                continue
+            self._pages.share(entry.page)
+            self._pages.release([own])
+            if self._replaced is not None:
+                self._replaced.append(entry._replace(page=own))
+            if self._drafted is not None and entry.page not in self._drafted:
+                request.draft_lag = max(request.draft_lag, request.num_computed - place * self._page_size)
+            request.pages[place] = entry.page
+            adopted.append((place, entry.page))
+        request.num_indexed = full
         return adopted
+
+    def _count_reader(self, request: Request) -> None:
+        """Count a decoding request among the readers of its indexed pages. Who shares the last page of a stretch shares
+        the whole stretch."""
+        for page in self._stretch_ends(request, request.num_counted, request.num_indexed):
+            readers = self._readers.get(page, 0)
+            self._readers[page] = readers + 1
+            self.shared_tokens += self._stretch * self._page_size * (readers > 0)
+        request.num_counted = request.num_indexed
+
+    def _stretch_ends(self, request: Request, first: int, end: int) -> list[int]:
+        """Return the last page of each stretch of a request's pages that ends at places first … end - 1."""
+        return request.pages[first + self._stretch - 1 - first % self._stretch : end : self._stretch]
+
+    def distrust(self, request: Request) -> None:
+        """Forget the KV of a running request that has failed through no fault of its own, and of whoever has built on
+        it: what is wrong with it would fail others. Pages that other running requests own are theirs to judge."""
+        own = [page for page in request.pages[: request.num_indexed] if self._pages.owners(page) == 1]
+        if request.is_private or not own:
+            return
+        wrong = {self._index.entry(page).digest for page in own}
+        for page, digest, parent, _ in self._index.entries:  # parents before children
+            if digest in wrong or parent in wrong:
+                wrong.add(digest)
+                self._forget(page)
+                if self._pages.owners(page) == 0:
+                    self._pages.drop(page)
+        request.is_private = True
 
     def release(self, request: Request) -> None:
         """Give back all pages of a running request."""
-        for place, page in enumerate(request.pages[: request.num_indexed]):
-            if self._pages.owners(page) > 1:
-                self._count_shared(place, -1)
+        if self._stretch:
+            for page in self._stretch_ends(request, 0, request.num_counted):
+                self._readers[page] -= 1
+                if self._readers[page]:
+                    self.shared_tokens -= self._stretch * self._page_size
+                else:
+                    del self._readers[page]
         self._pages.release(request.pages)
         request.pages, request.num_reserved = [], 0
-        request.num_indexed = request.num_drafted = 0
+        request.num_indexed = request.num_drafted = request.num_counted = 0
         request.is_private = False
 
     def reset(self, requests: Iterable[Request]) -> None:
@@ -217,19 +252,8 @@ class KVManager:
         request.pages += pages
         request.num_reserved += len(pages) * self._page_size
 
-    def _share(self, place: int, page: int) -> None:
-        """Add an owner to a page that is at `place` in its list."""
-        self._pages.share(page)
-        if self._pages.owners(page) > 1:
-            self._count_shared(place, 1)
-
-    def _count_shared(self, place: int, change: int) -> None:
-        """Count owners beyond the first of a page. Who shares the last page of a stretch shares the whole stretch."""
-        if self._stretch and (place + 1) % self._stretch == 0:
-            self._num_shared_stretches += change
-
     def _forget(self, page: int) -> None:
-        """Remove an evicted page from the index."""
+        """Remove a page from the index, if it is there."""
         if page in self._index:
             self._index.remove(page)
         if self._drafted is not None:
@@ -238,6 +262,16 @@ class KVManager:
     def indexed_pages(self) -> list[IndexedPage]:
         """List all pages in the index."""
         return self._index.entries
+
+    def record_replaced(self) -> None:
+        """Record from now on which pages requests give back for indexed ones, for `take_replaced`."""
+        self._replaced = []
+
+    def take_replaced(self) -> list[IndexedPage]:
+        """Return those given back since the last call. They hold the same KV as the indexed ones until the next
+        round."""
+        replaced, self._replaced = self._replaced or [], []
+        return replaced
 
     def check(self, requests: Iterable[Request]) -> None:
         """Raise PageLeak unless all pages are accounted for, and the index is as described above. requests: all there
@@ -261,8 +295,9 @@ class KVManager:
                 indexed = page in self._index and (
                     len(request.digests) > place and self._index.entry(page).digest == request.digests[place]
                 )
-                if indexed != (place < request.num_indexed and not self._was_reset(request)):
+                if indexed != (place < request.num_indexed) and not request.is_private:
                     raise PageLeak(f"page {page} of {request.id!r} is {'' if indexed else 'not '}what the index names")
-
-    def _was_reset(self, request: Request) -> bool:
-        return request.is_private and not request.digests
+        counted = requests if self._stretch else ()
+        ends = (self._stretch_ends(request, 0, request.num_counted) for request in counted)
+        if Counter(page for pages in ends for page in pages) != self._readers:
+            raise PageLeak("pages count other readers than they have")

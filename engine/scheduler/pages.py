@@ -51,7 +51,9 @@ class PageAllocator:
             return None
         while count > len(self._free):
             self.evictions += 1
-            self._drop(next(iter(self._cached)))
+            page = next(iter(self._cached))
+            self.drop(page)
+            self._evict(page)
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._owners[page] = 1
@@ -80,12 +82,14 @@ class PageAllocator:
     def drop_cached(self) -> None:
         """Free all cached pages."""
         while self._cached:
-            self._drop(next(reversed(self._cached)))
+            page = next(reversed(self._cached))
+            self.drop(page)
+            self._evict(page)
 
-    def _drop(self, page: int) -> None:
+    def drop(self, page: int) -> None:
+        """Free a cached page, without a call of `evict`."""
         del self._cached[page]
         self._free.append(page)
-        self._evict(page)
 
     def check(self, holdings: Iterable[Sequence[int]]) -> None:
         """Raise PageLeak unless `holdings`, the page lists of all owners, and the pages that somebody keeps account for

@@ -41,26 +41,29 @@ def share_prefill(needs: Sequence[PrefillNeed], tokens: int) -> list[int]:
 
 
 def find_waits(requests: Sequence[Request], shares: Sequence[int], page_size: int) -> list[Request]:
-    """Find the waiting requests that wait another round, because a prefill before them computes what they need.
+    """Find the waiting requests that wait another round, because another prefill computes what they need.
 
-    requests: most urgent first, running and waiting ones; shares: the tokens that each would get in this round. The
-    digests of waiting ones reach as far as they can take over pages. A request waits if another one goes on from the
-    same page with the same tokens, and has computed by the end of the round at least as many of their common tokens as
-    it would have itself. So it loses less than a page's tokens by waiting, or the rest of one round behind the common
-    ones; and the other tokens of the round are not spent on what is computed in it.
+    requests: prefills, most urgent first, running and waiting ones; shares: the tokens that each would get in this
+    round. A waiting request waits if another one goes on from the same page with the same tokens, and has computed by
+    the end of the round at least as many of their common tokens as it would have itself. So it loses less than a page's
+    tokens by waiting, or the rest of one round behind the common ones; and the other tokens of the round are not spent
+    on what is computed in it.
     """
-    computing: dict[bytes, int] = {}  # index of the request that goes on with the page of this digest
+    computing: dict[bytes, int] = {}  # by digest of a page: the index of the request that goes on with it, and furthest
     waits = []
+    ends = [_start(request, page_size) + share for request, share in zip(requests, shares, strict=True)]
     for i in sorted(range(len(requests)), key=lambda i: requests[i].row is None):
         request = requests[i]
         place = _start(request, page_size) // page_size
         if place >= len(request.digests):
             continue
         first = computing.setdefault(request.digests[place], i)
-        if request.row is not None or first == i or not shares[first]:
+        if request.row is not None:
+            if ends[i] > ends[first]:
+                computing[request.digests[place]] = i
             continue
-        end, other_end = (_start(requests[j], page_size) + shares[j] for j in (i, first))
-        if other_end >= end or not _is_common(request, requests[first], other_end // page_size):
+        is_sooner = ends[first] >= ends[i] or not _is_common(request, requests[first], place, ends[first], page_size)
+        if first != i and shares[first] and is_sooner:
             waits.append(request)
     return waits
 
@@ -70,6 +73,8 @@ def _start(request: Request, page_size: int) -> int:
     return request.num_computed if request.row is not None else len(request.matched) * page_size
 
 
-def _is_common(request: Request, other: Request, place: int) -> bool:
-    """Whether two requests have the same tokens up to the end of this page, as far as they can share pages."""
-    return place < min(len(request.digests), len(other.digests)) and request.digests[place] == other.digests[place]
+def _is_common(request: Request, other: Request, place: int, end: int, page_size: int) -> bool:
+    """Whether two requests that have the same tokens in the page at `place` have the same up to the page of token
+    `end`, so that one can take over that page from the other."""
+    tokens = slice(place * page_size, (end // page_size + 1) * page_size)
+    return tokens.stop < request.num_tokens and request.tokens[tokens] == other.tokens[tokens]

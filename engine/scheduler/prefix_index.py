@@ -27,21 +27,22 @@ class PrefixIndex:
 
     A digest stands for everything that decides the page's KV: the salt, and all tokens up to the page's end. The hash
     is keyed with random bytes that never leave the process, so nobody can construct tokens whose digest is another's.
-    One page per digest, one digest per page.
+    One page per digest, one digest per page. removals: rises when any page leaves the index.
     """
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self._hash = _new_hash()
-        self._pages: dict[bytes, int] = {}
-        self._entries: dict[int, IndexedPage] = {}
+        self._by_digest: dict[bytes, IndexedPage] = {}
+        self._by_page: dict[int, IndexedPage] = {}
         self._numbers = count()
+        self.removals = 0
 
     def __len__(self) -> int:
-        return len(self._pages)
+        return len(self._by_page)
 
     def __contains__(self, page: int) -> bool:
-        return page in self._entries
+        return page in self._by_page
 
     def extend(self, chain: list[bytes], salt: str, tokens: Sequence[int], pages: int) -> None:
         """Append to a chain until it has the digests of the first `pages` pages of `tokens`, all full."""
@@ -56,41 +57,43 @@ class PrefixIndex:
         return found.digest()
 
     def _root(self, salt: str) -> bytes:
-        return self._digest(b"salt" + salt.encode())
+        return self._digest(b"salt" + salt.encode(errors="surrogatepass"))
 
-    def find(self, digest: bytes) -> int | None:
-        """Return the page with this content; None: there is none."""
-        return self._pages.get(digest)
+    def find(self, digest: bytes) -> IndexedPage | None:
+        """Return the page with this content: the same object as long as it is indexed; None: there is none."""
+        return self._by_digest.get(digest)
 
     def add(self, chain: Sequence[bytes], index: int, page: int) -> None:
         """Add a page with the content of digest `index` of a chain. Neither may be in the index."""
         digest = chain[index]
-        assert digest not in self._pages
-        assert page not in self._entries
-        self._pages[digest] = page
-        self._entries[page] = IndexedPage(page, digest, chain[index - 1] if index else b"", next(self._numbers))
+        assert digest not in self._by_digest
+        assert page not in self._by_page
+        entry = IndexedPage(page, digest, chain[index - 1] if index else b"", next(self._numbers))
+        self._by_digest[digest] = self._by_page[page] = entry
 
     def remove(self, page: int) -> None:
-        del self._pages[self._entries.pop(page).digest]
+        del self._by_digest[self._by_page.pop(page).digest]
+        self.removals += 1
 
     def clear(self) -> None:
         """Forget all pages. Chains made before are of no use afterwards."""
-        self._pages.clear()
-        self._entries.clear()
+        self._by_digest.clear()
+        self._by_page.clear()
+        self.removals += 1
         self._hash = _new_hash()
 
     def entry(self, page: int) -> IndexedPage:
-        return self._entries[page]
+        return self._by_page[page]
 
     @property
     def entries(self) -> list[IndexedPage]:
         """All indexed pages, in the order in which they were added."""
-        return list(self._entries.values())
+        return list(self._by_page.values())
 
     def parent(self, page: int) -> int | None:
         """Return the page before this one; None for a first page. Raises KeyError if it is not indexed."""
-        parent = self._entries[page].parent
-        return self._pages[parent] if parent else None
+        parent = self._by_page[page].parent
+        return self._by_digest[parent].page if parent else None
 
 
 def _new_hash() -> hashlib.blake2b:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from engine.messages import FINISH_LENGTH, FINISH_STOP, AddRequest, PromptLogprobs
 from engine.params import SamplingParams
+from engine.scheduler.prefix_index import IndexedPage
 
 
 class Request:
@@ -21,8 +22,9 @@ class Request:
     place in order of arrival. cached_tokens: prompt tokens found in the prefix cache at the first admission.
 
     Of the KV manager: digests: those of its leading full pages, as far as they were needed. matched: pages found while
-    it waits, as of `matched_at` evictions. num_indexed: leading pages that the prefix index names. num_drafted: those
-    of them that are known to hold a draft model's KV. is_private: whether no further page is to enter the index.
+    it waits, as of `matched_at` removals from the index. num_indexed: leading pages that the prefix index names.
+    num_drafted: those of them that are known to hold a draft model's KV. num_counted: those of which it counts as a
+    reader, since it decodes. is_private: whether no further page is to enter the index.
     """
 
     __slots__ = (
@@ -37,6 +39,7 @@ class Request:
         "matched",
         "matched_at",
         "num_computed",
+        "num_counted",
         "num_drafted",
         "num_indexed",
         "num_prompt",
@@ -61,9 +64,9 @@ class Request:
         self.priority = message.priority
         self.salt = message.cache_salt
         self.digests: list[bytes] = []
-        self.matched: list[int] = []
+        self.matched: list[IndexedPage] = []
         self.matched_at = 0
-        self.num_indexed = self.num_drafted = 0
+        self.num_indexed = self.num_drafted = self.num_counted = 0
         self.is_private = False
         self.cached_tokens = 0
         self.prompt_logprobs: list[PromptLogprobs] = []

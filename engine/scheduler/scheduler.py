@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -19,9 +19,6 @@ from engine.scheduler.validation import QueueFull, RequestError
 
 _MAX_PROMPT_LOGPROBS = 256
 """Maximum tokens of a chunk that needs prompt logprobs: each takes logits of the whole vocabulary."""
-
-_MAX_PASSES = 8
-"""Maximum number of times per round that requests are looked for in place of those that wait for pages."""
 
 
 class Committed(NamedTuple):
@@ -79,6 +76,7 @@ class Scheduler:
         self.waiting: list[Request] = []  # most urgent first
         self.running: list[Request] = []  # in order of admission
         self.preemptions = 0
+        self.shared_tokens = 0  # of the decoding rows of the last plan, see Controller.choose
         self._adopted: list[PageDelta] = []  # by running rows, since the last plan that they were in
         self._round = 0
         self._numbers = count()
@@ -159,6 +157,7 @@ class Scheduler:
             if request.row is not None:  # else preempted for an earlier row
                 self._reserve_or_preempt(plan, request, request.num_tokens)
         rows = [request for request in self.running if request.decoding]
+        self.shared_tokens = 0
         if not rows:
             return 0
         spare = tokens_left - len(rows)  # each row has one token; drafts share the rest evenly
@@ -166,7 +165,8 @@ class Scheduler:
             spare //= 2  # half of it is for prefills, which a full batch could block forever
         share = spare // len(rows)
         planned, catch_up_left = 0, self._max_batch_tokens
-        gammas = self.controller.choose(rows, self._kv.shared_tokens)
+        self.shared_tokens = self._kv.shared_tokens
+        gammas = self.controller.choose(rows, self.shared_tokens)
         plan.budget = self.controller.budget
         for request, wanted in zip(rows, gammas, strict=True):
             gamma = max(0, min(wanted, share, request.max_draft_tokens))
@@ -179,7 +179,8 @@ class Scheduler:
                 gamma = min(gamma, request.num_reserved - request.num_tokens)
             assert request.row is not None
             planned += 1 + gamma
-            work.append((request, RowWork(request.row, request.num_computed, 1, gamma, True, catch_up)))
+            row_work = RowWork(request.row, request.num_computed, 1, gamma, True, catch_up, draft_lag=request.draft_lag)
+            work.append((request, row_work))
         return planned
 
     def _plan_prefills(self, plan: RoundPlan, work: list[tuple[Request, RowWork]], tokens_left: int) -> None:
@@ -199,19 +200,13 @@ class Scheduler:
 
     def _share_prefill(self, tokens: int) -> list[tuple[Request, int]]:
         """Share tokens among the requests that need prefill, running and admissible ones. Returns those that get some,
-        and how many."""
-        running = [request for request in self.running if not request.decoding]
-        waits: set[Request] = set()
-        found: list[Request] = []
-        for passes_left in reversed(range(_MAX_PASSES)):
-            # Whoever waits for another one's pages makes room for those behind it.
-            found = self._find_admissible(waits) if passes_left else [each for each in found if each not in waits]
-            requests = sorted(running + found, key=_urgency)
+        and how many. One that waits for another's pages gets none, and keeps its claim to a row and pages."""
+        requests = [request for request in self.running if not request.decoding] + self._find_admissible()
+        requests.sort(key=_urgency)
+        shares = share_prefill([self._prefill_need(request) for request in requests], tokens)
+        if waits := find_waits(requests, shares, self._page_size):
+            requests = [request for request in requests if request not in waits]
             shares = share_prefill([self._prefill_need(request) for request in requests], tokens)
-            more = find_waits(requests, shares, self._page_size) if found and passes_left else []
-            if not more:
-                break
-            waits.update(more)
         return [(request, share) for request, share in zip(requests, shares, strict=True) if share]
 
     def _prefill_need(self, request: Request) -> PrefillNeed:
@@ -222,16 +217,13 @@ class Scheduler:
         limit = remaining if request.params.prompt_logprobs is None else min(remaining, _MAX_PROMPT_LOGPROBS)
         return PrefillNeed(request.priority, remaining, limit)
 
-    def _find_admissible(self, waits: Collection[Request]) -> list[Request]:
-        """Find the waiting requests that could be admitted together, most urgent first, while rows and pages last.
-        waits: those that are not to be."""
+    def _find_admissible(self) -> list[Request]:
+        """Find the waiting requests that could be admitted together, most urgent first, while rows and pages last."""
         found: list[Request] = []
         available, running = self._kv.available, len(self.running)
         for request in self.waiting:
             if len(found) == len(self._free_rows):
                 break
-            if request in waits:
-                continue
             needed = self._kv.num_needed(request)
             # One page per running row stays available, so that an admission does not cause a preemption in the next
             # round.
@@ -246,7 +238,6 @@ class Scheduler:
         self.waiting.remove(request)
         request.row = self._free_rows.pop()
         self._kv.admit(request)
-        draft_computed = request.num_computed - request.draft_lag
         if not self._draft_kv:
             request.draft_lag = 0
         request.scheduled = request.scheduled or time.monotonic()
@@ -259,7 +250,6 @@ class Scheduler:
                 request.params,
                 sorted(request.stop_ids),
                 request.num_computed,
-                draft_computed,
             )
         )
         plan.pages.append(PageDelta(request.row, 0, request.pages[:]))
@@ -332,6 +322,8 @@ class Scheduler:
                     request.draft_lag = int(outcome.accepted == work.gamma)
                 tokens = request.commit(outcome.tokens)
             failure = failures.get(work.row) if request.finish_reason is None else None
+            if failure is not None and not failure.is_request_fault:
+                self._kv.distrust(request)
             if failure is None:
                 request.finish_if_scored()
                 for place, page in self._kv.commit(request):

@@ -58,17 +58,14 @@ class ModelDrafter:
         self._cache = cache
         self._views = views or {}
         self._graphs = graphs
-        # Host, per row slot: committed tokens whose KV the draft model has.
-        self._computed = np.zeros(len(state.tokens), dtype=np.int64)
 
     def start(self, start: RowStart) -> None:
-        self._computed[start.row] = start.draft_computed
         self._sampler.start(start)
         if self._cache is not None:
             self._cache.start(start)
 
     def propose(self, batch: RoundBatch) -> Tensor:
-        computed = np.minimum(self._computed[batch.row], batch.computed)  # minus rejected drafts
+        computed = batch.computed - batch.draft_lag
         self._compute(batch, computed, computed + batch.catch_up)
         computed += batch.catch_up
         count = batch.num_drafting
@@ -82,8 +79,6 @@ class ModelDrafter:
             if self._cache is not None:
                 self._cache.copy_back(batch.row[:count], computed[:count], drafted)
                 self._cache.mark_written(batch.row[:count], drafted)
-            computed[:count] = drafted
-        self._computed[batch.row] = computed
         return batch.gamma_device
 
     def _compute(self, batch: RoundBatch, computed: Ints, end: Ints) -> None:

@@ -145,7 +145,7 @@ def blank_rows(
     no two of up to `pages` rows begin with the same page, so attention that looks for shared pages finds none.
     """
     tokens, params = [0] * (context + 1), SamplingParams(temperature=0.0)
-    starts = [RowStart(row, tokens, context + 1, params, [], context, context) for row in range(rows)]
+    starts = [RowStart(row, tokens, context + 1, params, [], context) for row in range(rows)]
     own = width - shared
     period = pages // math.gcd(own, pages)  # rows after which lists would begin with the same pages again
     firsts = [shared + row * own + row // period for row in range(rows)]
@@ -188,7 +188,7 @@ def profile_key(config: EngineConfig, sizes: Resolved) -> str:
         torch.__version__,
         str(sizes.dtype),
         sizes.ops.name,
-        sizes.ops.shared_stretch,
+        sizes.shared_stretch,
         config.weights,
         min(sizes.max_model_len, _LONG_TOKENS + _ROOM),
     ]

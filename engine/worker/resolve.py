@@ -58,6 +58,11 @@ class Resolved:
     token_bytes: int
     fixed_bytes: int
 
+    @property
+    def shared_stretch(self) -> int:
+        """See Ops.shared_stretch."""
+        return self.ops.shared_stretch(self.shape.head_dim)
+
     def fill_in(self, config: EngineConfig) -> EngineConfig:
         """Return the same config with these values, for ranks that must not resolve anything themselves. Where devices
         decide on the pool, max_model_len remains open: the ranks decide on it together."""

@@ -40,7 +40,6 @@ class CpuOps(TorchFallbackOps):
     is not a multiple of 16, which plain torch computes."""
 
     kind = "cpu"
-    shared_stretch = SEGMENT
     make_graphs: Callable[[], Graphs] | None = None
 
     def __init__(self, kernels: CpuKernels) -> None:
@@ -74,6 +73,9 @@ class CpuOps(TorchFallbackOps):
         self, logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, first: int
     ) -> tuple[Tensor, Tensor]:
         return self._kernels.sample(logits, temperature.float(), seeds, positions, first)
+
+    def shared_stretch(self, head_dim: int) -> int:
+        return 0 if head_dim % 16 else SEGMENT
 
     def attention(self, page_size: int, head_dim: int) -> AttentionBackend:
         return ReferenceAttention(page_size) if head_dim % 16 else CpuAttention(self._kernels)

@@ -69,7 +69,6 @@ class GpuGraphs:
 class GpuOps:
     """See kernels.ops.Ops. BLAS computes products; Triton, or FlashInfer for attention, computes the rest."""
 
-    shared_stretch = 1  # whole pages, of any size
     reads_prefixes = True
 
     def __init__(self, workspace: Workspace | None = None, make_recorder: Callable[[], Recorder] | None = None) -> None:
@@ -83,6 +82,9 @@ class GpuOps:
         self.kind = "triton" if workspace is None else "flashinfer"
         library = triton if workspace is None else load_flashinfer()
         self.name = f"{self.kind} {library.__version__}"
+
+    def shared_stretch(self, head_dim: int) -> int:
+        return 1  # whole pages, of any size
 
     def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> GpuLinear:
         return GpuLinear(ReferenceLinear(weight, bias, gated=False, wide=wide), gated)

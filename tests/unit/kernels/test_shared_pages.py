@@ -19,8 +19,7 @@ from kernels.attention.base import AttentionBatch
 from kernels.attention.cpu_attention import CpuAttention
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.cpu.compiler import InstructionSet, build_kernels
-from kernels.cpu.cpu_ops import CpuOps
-from kernels.cpu.library import CpuKernels
+from kernels.cpu.library import SEGMENT, CpuKernels
 from kernels.kv_cache import LayerKV
 from models.default import user_cache
 from tests.support.paths import ROOT
@@ -30,7 +29,7 @@ from tests.support.rig import pool_layer, sets_to_test
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-STRETCH = CpuOps.shared_stretch
+STRETCH = SEGMENT
 
 
 def test_stretch_is_a_segment_of_the_kernels() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,9 +18,11 @@ from engine.scheduler.scheduler import Scheduler
 from tests.support.profiles import examples
 
 
-def scheduler(*, pages: int = 1000, page_size: int = 4, max_rows: int = 8, batch: int = 16) -> Scheduler:
+def scheduler(
+    *, pages: int = 1000, page_size: int = 4, max_rows: int = 8, batch: int = 16, prefix: bool = True
+) -> Scheduler:
     return Scheduler(
-        kv=KVManager(pages, page_size),
+        kv=KVManager(pages, page_size, prefix=prefix),
         page_size=page_size,
         max_rows=max_rows,
         max_batch_tokens=batch,
@@ -159,3 +162,21 @@ def test_the_most_urgent_request_is_never_preempted(seed: int) -> None:
             assert before is None or before.row is not None or before.finish_reason is not None
     while made.has_work:
         step(made)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_who_waits_for_pages_keeps_its_place(prefix: bool) -> None:
+    """W has the prompt of L, which is being computed, so it waits for its pages. Shorter requests that arrive after it
+    must not take the rows that are left."""
+    made = scheduler(max_rows=3, batch=16, prefix=prefix)
+    document = [*range(10, 410)]
+    made.add(AddRequest("L", [*document, 1], SamplingParams(max_tokens=500, ignore_eos=True)))
+    step(made)
+    made.add(AddRequest("W", [*document, 2], SamplingParams(max_tokens=500, ignore_eos=True)))
+    for i in range(3):
+        add(made, f"short {i}", 4, max_tokens=500)
+    sampled: list[str] = []
+    while "W" not in sampled:
+        sampled += step(made)
+        assert len(sampled) < 200, "W waits for the end of others"
+    assert made.waiting

@@ -44,12 +44,14 @@ def test_full_pages_of_computed_tokens_are_found_by_whoever_begins_with_them() -
     first = admit(kv, request([*range(10)]))
     assert not kv.match(request([*range(10)]))
     compute(kv, first, 7)
-    assert kv.match(request([*range(10)])) == first.pages[:1], "a page that is not full is not handed out"
+    assert [found.page for found in kv.match(request([*range(10)]))] == first.pages[:1], (
+        "a page that is not full is not handed out"
+    )
     compute(kv, first, 10)
     second = admit(kv, request([*range(9), 50, 51, 52, 53]))
     assert second.pages[:2] == first.pages[:2]
     assert second.num_computed == second.cached_tokens == 8
-    assert kv.match(request([1, *range(9)])) == []
+    assert not kv.match(request([1, *range(9)]))
     kv.check([first, second])
 
 
@@ -126,13 +128,30 @@ def test_without_an_index_pages_are_free_at_once() -> None:
     assert not kv.match(request([*range(12)]))
 
 
-def test_shared_stretches_are_counted_once_per_owner_beyond_the_first() -> None:
-    kv = KVManager(40, PAGE, shared_stretch=2 * PAGE)
-    rows = [admit(kv, request([*range(21)], id="0"))]
-    compute(kv, rows[0])
+def decode(kv: KVManager, made: Request) -> Request:
+    """Compute all tokens of an admitted request, which then has a pending one."""
+    made.num_computed = made.num_tokens
+    made.tokens.append(7)
+    kv.commit(made)
+    return made
+
+
+def test_shared_stretches_are_counted_once_per_decoding_row_beyond_the_first() -> None:
+    kv = KVManager(60, PAGE, shared_stretch=2 * PAGE)
+    rows = [decode(kv, admit(kv, request([*range(21)], id="0")))]
+    waiting = admit(kv, request([*range(21)], id="prefills"))
+    assert kv.shared_tokens == 0, "only decoding rows read"
     for i, length in enumerate((21, 13, 7), 1):
-        rows.append(admit(kv, request([*range(length)], id=str(i))))
+        rows.append(decode(kv, admit(kv, request([*range(length)], id=str(i)))))
     assert kv.shared_tokens == 16 + 8 + 0  # pages 0-3 | 0-1, and half of a stretch | half of one
+    kv.check([*rows, waiting])
+    for row in rows[:2]:
+        row.tokens += [8] * 15
+        kv.allocate(row, 37)
+        row.num_computed = 36
+        kv.commit(row)
+    assert kv.shared_tokens == 32 + 8, "both have generated the same pages"
+    kv.check([*rows, waiting])
     for row in rows:
         kv.release(row)
     assert kv.shared_tokens == 0
@@ -147,7 +166,8 @@ def test_draft_pages_are_found_only_where_the_draft_model_has_computed_them() ->
     assert (second.num_computed, second.draft_lag) == (16, 8)
     third = admit(kv, request([*range(17)], prompt_logprobs=0))
     third.draft_lag = 0
-    assert compute(kv, third) == [(0, first.pages[0]), (1, first.pages[1])], "the other two have no draft KV there"
+    assert [page for _, page in compute(kv, third)] == first.pages[:4]
+    assert third.draft_lag == 17 - 8, "the other two pages have no draft KV"
     kv.check([first, second, third])
     second.draft_lag = 1
     compute(kv, second, 16)
@@ -161,6 +181,24 @@ def test_an_index_that_names_a_wrong_page_is_a_fault() -> None:
     made.pages[0], made.pages[1] = made.pages[1], made.pages[0]
     with pytest.raises(PageLeak, match="what the index names"):
         kv.check([made])
+
+
+def test_nobody_finds_the_kv_of_a_request_that_has_failed() -> None:
+    kv = KVManager(40, PAGE)
+    finish(kv, [*range(8), *range(50, 58)])
+    other = admit(kv, request([*range(6)], id="other"))
+    failed = admit(kv, request([*range(16), 3], id="failed"))
+    compute(kv, failed, 12)
+    finish(kv, [*range(12), *range(70, 79)])
+    kv.distrust(failed)
+    kv.check([other, failed])
+    kv.release(failed)
+    kv.check([other])
+    assert len(kv.match(request([*range(16)]))) == 1, "another request owns the first page, and judges it itself"
+    kv.distrust(other)
+    kv.release(other)
+    assert not kv.match(request([*range(16)]))
+    assert (kv.free, kv.cached) == (40, 0), "all others begin with that page"
 
 
 def waits(kv: KVManager, shares: list[int], *requests: Request) -> list[str]:

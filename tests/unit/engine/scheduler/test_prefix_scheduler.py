@@ -125,10 +125,10 @@ class MarkedRanks:
             assert start.computed <= max(0, len(start.tokens) - self.num_uncached)
             if request.params.prompt_logprobs is not None:
                 assert start.computed == 0
-            assert 0 <= start.draft_computed <= start.computed
             self.tally.hits += start.computed
             marks = extend_marks([hash(self.salts[request.id])], start.tokens)
-            self.rows[start.row] = HeldRow(marks, [], start.computed, start.draft_computed)
+            held = start.computed - request.draft_lag if self.draft_kv else 0
+            self.rows[start.row] = HeldRow(marks, [], start.computed, held)
         places: Counter[tuple[int, int]] = Counter()
         for delta in plan.pages:
             table = self.rows[delta.row].table
@@ -141,7 +141,7 @@ class MarkedRanks:
             assert request.row is not None
             assert self.rows[request.row].table == request.pages
         for start in plan.starts:
-            self._check_held(self.rows[start.row], start.draft_computed)
+            self._check_held(self.rows[start.row], self.rows[start.row].held)
 
     def _check_writes(self, plan: RoundPlan, requests: Sequence[Request]) -> None:
         """A page that a row writes is in the list of no other row, and the index does not name it."""
@@ -170,9 +170,10 @@ class MarkedRanks:
             assert request.draft_lag == work.catch_up == 0
             return
         row = self.rows[work.row]
-        held = min(row.held, work.computed)
-        assert request.draft_lag == work.computed - held
-        assert work.catch_up <= request.draft_lag
+        held = work.computed - request.draft_lag
+        assert 0 <= held <= row.held
+        assert work.draft_lag == (request.draft_lag if work.gamma or work.draft_lag else 0)
+        assert work.catch_up <= work.draft_lag
         end = held + work.catch_up
         if work.gamma:
             assert work.computed - end <= 1

@@ -95,3 +95,22 @@ def test_other_prompts_are_not_shared() -> None:
     expected = alone(pair)
     assert {id: tokens(out) for id, out in run(engine, pair).items()} == expected
     assert not shared
+
+
+def test_kv_that_is_not_finite_fails_no_later_request() -> None:
+    """A page is overwritten by NaN once, as by a fault of the device, before its request has computed all tokens."""
+    engine = tiny_engine(tiny_model(), gamma=0, check_invariants=False)
+    execute, rounds = engine._worker.execute, iter(range(1000))
+
+    def execute_and_spoil(plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
+        result = execute(plan, meanwhile)
+        if next(rounds) == 0:
+            engine._worker._target.pool.data[:, :, engine._scheduler.running[0].pages[1]] = float("nan")
+        return result
+
+    engine._worker.execute = execute_and_spoil  # type: ignore[method-assign]
+    reasons = []
+    for i in range(3):
+        (*_, last) = run(engine, [AddRequest("x", [*PROMPT, i], SamplingParams(max_tokens=3, ignore_eos=True))])["x"]
+        reasons.append(last.finish_reason)
+    assert reasons == ["abort", "length", "length"]

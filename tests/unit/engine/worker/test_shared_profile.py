@@ -175,5 +175,5 @@ def test_a_kept_profile_keeps_what_was_shared() -> None:
 def test_kernels_that_share_are_profiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     config, model = config_of(), tiny_model()
     before = profile_key(config, resolve(config, model))
-    monkeypatch.setattr(ReferenceOps, "shared_stretch", STRETCH)
+    monkeypatch.setattr(ReferenceOps, "shared_stretch", lambda self, head_dim: STRETCH)
     assert profile_key(config, resolve(config, model)) != before
