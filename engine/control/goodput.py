@@ -184,6 +184,6 @@ def verify_bucket(batch: Batch, times: StepTimes, gamma: int) -> tuple[int, int,
 
 
 def draft_bucket(batch: Batch, times: StepTimes, budget: int) -> tuple[int, int, int]:
-    """Return such a key for draft steps, which have one query per row as plain steps have."""
+    """Return a key that draft steps of about this size share for calibration: that of a plain step, and the budget."""
     count, tokens, _ = verify_bucket(batch, times, 0)
     return count, tokens, budget
