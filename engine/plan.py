@@ -46,7 +46,7 @@ class RowWork(msgspec.Struct, array_like=True):
     num_prompt_logprobs: int = 0
     """Number of new tokens, the first ones, that need prompt logprobs: each gives those of the token after it."""
     draft_lag: int = 0
-    """Computed tokens, the last ones, whose KV a draft model lacks before the round; set for rows that decode."""
+    """Computed tokens, the last ones, whose KV a draft model lacks before the round; 0 in chunks of prompts."""
 
 
 class RoundPlan(msgspec.Struct, omit_defaults=True):

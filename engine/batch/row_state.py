@@ -46,7 +46,7 @@ class RowState:
         self._lists = PageLists(*self.page_table.shape)
 
     def apply(self, plan: RoundPlan) -> None:
-        """Apply the plan's changes: new rows, and pages appended to rows."""
+        """Apply the plan's changes: new rows, and pages set in rows."""
         for start in plan.starts:
             tokens = torch.tensor(start.tokens, dtype=torch.int32)
             self.tokens[start.row, : len(tokens)] = send(tokens, self.device)

@@ -33,7 +33,7 @@ class KVAudit:
         self._kv, self._exact = kv, exact
         self._hashes: dict[bytes | int, int] = {}
         self._asked: list[_Sight] = []
-        self._next = 0
+        self._next = self._num_distrusted = 0
         kv.record_replaced()
 
     def next_pages(self) -> list[int]:
@@ -49,10 +49,11 @@ class KVAudit:
 
     def compare(self, hashes: Sequence[int]) -> None:
         """Compare the hashes of `next_pages`. Raises PageLeak for a page whose KV is not what it was."""
-        if len(self._hashes) > _MAX_HASHES:
-            self._hashes.clear()
         for sight, found in zip(self._asked, hashes, strict=True):
             known = self._hashes.setdefault(sight.key, found)
             if known != found:
                 raise PageLeak(f"page {sight.page.page} holds other KV than the index says")
         self._asked = []
+        if len(self._hashes) > _MAX_HASHES or self._kv.num_distrusted != self._num_distrusted:
+            self._num_distrusted = self._kv.num_distrusted
+            self._hashes.clear()  # some may be of KV that was wrong

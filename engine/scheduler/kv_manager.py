@@ -24,7 +24,8 @@ class KVManager:
     stay cached until they are evicted, least recently used first, children before parents.
 
     queries, hits: prompt tokens looked up at first admissions, and those found. shared_tokens: KV tokens of decoding
-    requests that attention need not read, because it reads the same pages for another one.
+    requests that attention need not read, because it reads the same pages for another one. num_distrusted: number of
+    requests whose KV was forgotten because it may be wrong.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class KVManager:
         self._stretch = max(1, shared_stretch // page_size) if shared_stretch else 0  # in pages
         self._readers: dict[int, int] = {}  # number of decoding requests, by the last page of a stretch
         self._replaced: list[IndexedPage] | None = None
-        self.queries = self.hits = self.shared_tokens = 0
+        self.queries = self.hits = self.shared_tokens = self.num_distrusted = 0
 
     # -- sizes -------------------------------------------------------------------------------------------------------
 
@@ -88,6 +89,7 @@ class KVManager:
             places = range(len(matched))
             del matched[bisect(places, 0, key=lambda i: self._index.find(digests[i]) is not matched[i]) :]
         limit = max(0, request.num_tokens - self._num_uncached_tokens) // self._page_size
+        del digests[limit:]  # those of a preempted request may reach further
         while len(matched) < limit:  # digests reach one page further than the pages that are found
             self._index.extend(digests, request.salt, request.tokens, len(matched) + 1)
             entry = self._index.find(digests[len(matched)])
@@ -146,8 +148,9 @@ class KVManager:
     def commit(self, request: Request) -> Sequence[tuple[int, int]]:
         """Enter the pages that are full of computed tokens into the index.
 
-        Returns the pages that the request has adopted in place of its own: their places in its list, and the pages. If
-        the indexed page lacks the draft model's KV, `draft_lag` grows: what is found must not depend on drafts.
+        Returns the pages that the request has adopted in place of its own: their places in its list, and the pages. The
+        index names the same pages whether rows draft or not, so the draft KV of an adopted page may have to be computed
+        again: `draft_lag` grows.
         """
         full = request.num_computed // self._page_size
         adopted: Sequence[tuple[int, int]] = ()
@@ -199,20 +202,29 @@ class KVManager:
         """Return the last page of each stretch of a request's pages that ends at places first … end - 1."""
         return request.pages[first + self._stretch - 1 - first % self._stretch : end : self._stretch]
 
-    def distrust(self, request: Request) -> None:
-        """Forget the KV of a running request that has failed through no fault of its own, and of whoever has built on
-        it: what is wrong with it would fail others. Pages that other running requests own are theirs to judge."""
-        own = [page for page in request.pages[: request.num_indexed] if self._pages.owners(page) == 1]
-        if request.is_private or not own:
-            return
-        wrong = {self._index.entry(page).digest for page in own}
+    def distrust(self, request: Request, running: Iterable[Request]) -> None:
+        """Forget the KV of a running request that has failed through no fault of its own, and all that was computed
+        with it: what is wrong with it would fail others. Only pages that another request decodes with are known to be
+        right.
+
+        running: all requests with pages. Those that own a forgotten page compute for themselves from now on.
+        """
+        decoding = (other for other in running if other is not request and other.decoding)
+        trusted = {page for other in decoding for page in other.pages[: other.num_indexed]}
+        mine = request.pages[: request.num_indexed]
+        wrong = {self._index.entry(page).digest for page in mine if page in self._index and page not in trusted}
+        forgotten = set()
         for page, digest, parent, _ in self._index.entries:  # parents before children
             if digest in wrong or parent in wrong:
                 wrong.add(digest)
+                forgotten.add(page)
                 self._forget(page)
                 if self._pages.owners(page) == 0:
                     self._pages.drop(page)
-        request.is_private = True
+        for other in running:
+            if not forgotten.isdisjoint(other.pages):
+                other.is_private = True
+        self.num_distrusted += 1
 
     def release(self, request: Request) -> None:
         """Give back all pages of a running request."""

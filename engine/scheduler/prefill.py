@@ -44,28 +44,43 @@ def find_waits(requests: Sequence[Request], shares: Sequence[int], page_size: in
     """Find the waiting requests that wait another round, because another prefill computes what they need.
 
     requests: prefills, most urgent first, running and waiting ones; shares: the tokens that each would get in this
-    round. A waiting request waits if another one goes on from the same page with the same tokens, and has computed by
+    round. A waiting request waits if a running one goes on from the same page with the same tokens, and has computed by
     the end of the round at least as many of their common tokens as it would have itself. So it loses less than a page's
-    tokens by waiting, or the rest of one round behind the common ones; and the other tokens of the round are not spent
-    on what is computed in it.
+    tokens by waiting, or the rest of one round behind the common ones. Of waiting ones that would go on from the same
+    page with the same tokens, the others wait for the one that gets furthest.
     """
-    computing: dict[bytes, int] = {}  # by digest of a page: the index of the request that goes on with it, and furthest
-    waits = []
+    keys = [_next_digest(request, page_size) for request in requests]
     ends = [_start(request, page_size) + share for request, share in zip(requests, shares, strict=True)]
-    for i in sorted(range(len(requests)), key=lambda i: requests[i].row is None):
-        request = requests[i]
-        place = _start(request, page_size) // page_size
-        if place >= len(request.digests):
+
+    def furthest(indices: Iterable[int]) -> dict[bytes, int]:
+        """Find, by next digest, the request that gets furthest; the most urgent of equals."""
+        found: dict[bytes, int] = {}
+        for i in indices:
+            if shares[i] and (key := keys[i]) is not None and ends[i] > ends[found.setdefault(key, i)]:
+                found[key] = i
+        return found
+
+    running = furthest(i for i, request in enumerate(requests) if request.row is not None)
+    waits, others = [], []
+    for i, request in enumerate(requests):
+        if request.row is not None or (key := keys[i]) is None:
             continue
-        first = computing.setdefault(request.digests[place], i)
-        if request.row is not None:
-            if ends[i] > ends[first]:
-                computing[request.digests[place]] = i
-            continue
-        is_sooner = ends[first] >= ends[i] or not _is_common(request, requests[first], place, ends[first], page_size)
-        if first != i and shares[first] and is_sooner:
+        ahead = running.get(key)
+        if ahead is not None and (
+            ends[ahead] >= ends[i] or not _is_common(request, requests[ahead], ends[ahead], page_size)
+        ):
             waits.append(request)
-    return waits
+        else:
+            others.append(i)
+    first = furthest(others)
+    return waits + [requests[i] for i in others if first.get(keys[i] or b"", i) != i]
+
+
+def _next_digest(request: Request, page_size: int) -> bytes | None:
+    """Return the digest of the page that a request goes on with; None for one that would not take over that page."""
+    place = _start(request, page_size) // page_size
+    looks_up = request.row is not None or request.params.prompt_logprobs is None
+    return request.digests[place] if looks_up and place < len(request.digests) else None
 
 
 def _start(request: Request, page_size: int) -> int:
@@ -73,8 +88,8 @@ def _start(request: Request, page_size: int) -> int:
     return request.num_computed if request.row is not None else len(request.matched) * page_size
 
 
-def _is_common(request: Request, other: Request, place: int, end: int, page_size: int) -> bool:
-    """Whether two requests that have the same tokens in the page at `place` have the same up to the page of token
-    `end`, so that one can take over that page from the other."""
-    tokens = slice(place * page_size, (end // page_size + 1) * page_size)
+def _is_common(request: Request, other: Request, end: int, page_size: int) -> bool:
+    """Whether two requests that go on from the same page have the same tokens up to the end of the page of token `end`,
+    so that one can take over that page from the other."""
+    tokens = slice(_start(request, page_size), (end // page_size + 1) * page_size)
     return tokens.stop < request.num_tokens and request.tokens[tokens] == other.tokens[tokens]

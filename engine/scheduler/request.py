@@ -22,9 +22,10 @@ class Request:
     place in order of arrival. cached_tokens: prompt tokens found in the prefix cache at the first admission.
 
     Of the KV manager: digests: those of its leading full pages, as far as they were needed. matched: pages found while
-    it waits, as of `matched_at` removals from the index. num_indexed: leading pages that the prefix index names.
-    num_drafted: those of them that are known to hold a draft model's KV. num_counted: those of which it counts as a
-    reader, since it decodes. is_private: whether no further page is to enter the index.
+    it waits; matched_at: the index's `removals` when they were last checked. num_indexed: leading pages that the prefix
+    index names, or named until it became private. num_drafted: those of them that are known to hold a draft model's KV.
+    num_counted: leading pages whose readers include it, once it decodes. is_private: whether its pages are its own, and
+    the index names none that it computes from now on.
     """
 
     __slots__ = (

@@ -122,7 +122,7 @@ class Scheduler:
         self._kv.check(self._by_id.values())
 
     def reset_prefix_cache(self) -> None:
-        """Forget all KV that no running request owns, and that later requests could find."""
+        """Forget all KV that later requests could find. Running ones keep what they own."""
         self._kv.reset(self._by_id.values())
 
     # -- one round -------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ class Scheduler:
                 tokens = request.commit(outcome.tokens)
             failure = failures.get(work.row) if request.finish_reason is None else None
             if failure is not None and not failure.is_request_fault:
-                self._kv.distrust(request)
+                self._kv.distrust(request, self.running)
             if failure is None:
                 request.finish_if_scored()
                 for place, page in self._kv.commit(request):

@@ -187,17 +187,21 @@ def test_nobody_finds_the_kv_of_a_request_that_has_failed() -> None:
     kv = KVManager(40, PAGE)
     finish(kv, [*range(8), *range(50, 58)])
     other = admit(kv, request([*range(6)], id="other"))
-    failed = admit(kv, request([*range(16), 3], id="failed"))
+    decode(kv, other)
+    failed, beside = (admit(kv, request([*range(16), i], id=str(i))) for i in range(2))
     compute(kv, failed, 12)
+    compute(kv, beside, 12)
     finish(kv, [*range(12), *range(70, 79)])
-    kv.distrust(failed)
-    kv.check([other, failed])
+    kv.distrust(failed, [other, failed, beside])
+    kv.check([other, failed, beside])
     kv.release(failed)
-    kv.check([other])
-    assert len(kv.match(request([*range(16)]))) == 1, "another request owns the first page, and judges it itself"
-    kv.distrust(other)
-    kv.release(other)
-    assert not kv.match(request([*range(16)]))
+    assert len(kv.match(request([*range(16)]))) == 1, "another request decodes with the first page"
+    compute(kv, beside)
+    assert len(kv.match(request([*range(16)]))) == 1, "one that has the other pages too computes for itself"
+    kv.distrust(other, [other, beside])
+    for each in (other, beside):
+        kv.release(each)
+    kv.check([])
     assert (kv.free, kv.cached) == (40, 0), "all others begin with that page"
 
 
@@ -212,11 +216,15 @@ def test_who_waits_for_pages_that_another_prefill_computes() -> None:
     kv = KVManager(100, PAGE)
     a, b = request([*range(40)], id="a"), request([*range(20), *range(60, 80)], id="b")
     assert waits(kv, [16, 16], a, b) == ["b"]
-    assert waits(kv, [16, 40], a, b) == [], "b would be through earlier by itself"
-    assert waits(kv, [20, 40], a, b) == ["b"], "by then all of their common tokens are computed"
-    assert waits(kv, [0, 2], a, b) == [], "a does not get on in this round"
+    assert waits(kv, [16, 40], a, b) == ["a"], "b gets further"
+    assert waits(kv, [0, 2], a, b) == ["a"], "a does not get on in this round"
+    assert waits(kv, [0, 10, 6], request([*range(60)], id="x"), a, b) == ["x", "b"]
     assert waits(kv, [16, 16], a, request([9, *range(39)], id="c")) == []
     assert waits(kv, [16, 16], a, request([*range(40)], id="d", salt="s")) == []
     running = admit(kv, request([*range(40)], id="e"))
     compute(kv, running, 18)
     assert waits(kv, [16, 30, 30], b, running, a) == ["b", "a"], "who runs computes for those who wait"
+    assert waits(kv, [3, 16], running, b) == ["b"], "by then all of their common tokens are computed"
+    assert waits(kv, [3, 16], running, a) == [], "a would be through earlier by itself"
+    scored = request([*range(40)], id="scored", prompt_logprobs=0)
+    assert waits(kv, [30, 3], running, scored) == [], "it takes over nothing"

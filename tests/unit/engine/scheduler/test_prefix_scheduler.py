@@ -80,6 +80,7 @@ class MarkedRanks:
         self.target = [[next(_junk) for _ in range(self.page_size)] for _ in range(self.pages)]
         self.draft = [[next(_junk) for _ in range(self.page_size)] for _ in range(self.pages)]
         self.rows: dict[int, HeldRow] = {}
+        self.started: set[int] = set()
 
     # -- a round -----------------------------------------------------------------------------------------------------
 
@@ -117,6 +118,7 @@ class MarkedRanks:
 
     def _apply(self, plan: RoundPlan, requests: Sequence[Request]) -> None:
         by_row = {request.row: request for request in requests}
+        self.started = {start.row for start in plan.starts}
         assert {start.row for start in plan.starts} <= by_row.keys()
         for start in plan.starts:
             request = by_row[start.row]
@@ -172,7 +174,8 @@ class MarkedRanks:
         row = self.rows[work.row]
         held = work.computed - request.draft_lag
         assert 0 <= held <= row.held
-        assert work.draft_lag == (request.draft_lag if work.gamma or work.draft_lag else 0)
+        decodes = work.samples and work.new == 1 and request.num_output > 0 and work.row not in self.started
+        assert work.draft_lag == (request.draft_lag if decodes or work.draft_lag else 0)
         assert work.catch_up <= work.draft_lag
         end = held + work.catch_up
         if work.gamma:
