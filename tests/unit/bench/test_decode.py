@@ -78,7 +78,8 @@ def test_rows_with_and_without_shared_pages(tmp_path: Path) -> None:
         (False, 2, 96),
     ]
     once, _, each, _ = found
-    assert once.kv_bytes_per_token <= each.kv_bytes_per_token
+    # Rows that wait for the common pages begin a round later, with a token more than the others.
+    assert once.kv_bytes_per_token < each.kv_bytes_per_token * 136 / 135
     assert (once.speedup, each.speedup) == (1.0, 1.0)
     assert all(120 < result.mean_context < 200 for result in found)
     text = table(found, 1e9)
