@@ -63,11 +63,12 @@ def _tests(name: str, file: str, seconds: float, package: str | None = None, *mo
 
 
 STEPS = (
-    _tests("kernels", "unit/kernels/test_gpu_kernels.py", 90, None, "--hypothesis-profile=gpu"),
+    _tests("kernels", "unit/kernels/test_gpu_kernels.py", 80, None, "--hypothesis-profile=gpu"),
     _tests("cuda", "gpu/test_cuda.py", 30),
-    _tests("shapes", "gpu/test_gpu_kernels.py", 70),
+    _tests("shapes", "gpu/test_gpu_kernels.py", 66),
     _tests("flashinfer", "gpu/test_flashinfer.py", 45, "flashinfer"),
-    _tests("engines", "gpu/test_engines.py", 80),
+    _tests("shared", "gpu/test_shared_reading.py", 20, "triton"),
+    _tests("engines", "gpu/test_engines.py", 68),
     _tests("collectives", "gpu/test_collectives.py", 25),
     Step("bench-triton", (*_BENCH, "--kernels", "triton"), 45, results=True),
     Step("bench-flashinfer", (*_BENCH, "--kernels", "flashinfer"), 45, "flashinfer", results=True),

@@ -64,7 +64,8 @@ class Site:
 
 
 def faulty(place: Path, model: Path, *flags: str, **engine: Any) -> Site:
-    """Start a server that restarts its engine. engine: further engine settings."""
+    """Start a server that restarts its engine, and computes every prompt whole, so that each phase is reached. engine:
+    further engine settings."""
     faults = place / "f"
     faults.mkdir()
 
@@ -72,7 +73,7 @@ def faulty(place: Path, model: Path, *flags: str, **engine: Any) -> Site:
         return command(faults, *arguments)
 
     config = SETTINGS | {"engine": SETTINGS["engine"] | engine}
-    server = start(place, model, "--restart", *flags, config=config, program=program)
+    server = start(place, model, "--restart", "--no-prefix-cache", *flags, config=config, program=program)
     short = server.post("/v1/completions", SHORT).json()["choices"][0]["text"]
     return Site(server, model, faults, short, server.files())
 

@@ -40,6 +40,7 @@ def speculating(drafter: str, draft_dir: Path, gamma: int = 2) -> Engine:
         model(),
         gamma=gamma,
         scheduler={"max_rows": 50, "max_batch_tokens": 400, "max_waiting": 4000},
+        cache={"prefix": drafter == "self"},  # the model's ring would have to catch up on every prompt that is found
         speculation={
             "drafter": drafter,
             "model": str(draft_dir) if drafter == "model" else None,
