@@ -140,7 +140,7 @@ class KVManager:
         changes, if too few are available."""
         if slots <= request.num_reserved:
             return []
-        pages = self._pages.reserve(-(-(slots - request.num_reserved) // self._page_size))
+        pages = self._pages.reserve(self._num_pages(slots - request.num_reserved))
         if pages is not None:
             self._append(request, pages)
         return pages
@@ -202,7 +202,7 @@ class KVManager:
         """Return the last page of each stretch of a request's pages that ends at places first … end - 1."""
         return request.pages[first + self._stretch - 1 - first % self._stretch : end : self._stretch]
 
-    def distrust(self, request: Request, running: Iterable[Request]) -> None:
+    def distrust(self, request: Request, running: Sequence[Request]) -> None:
         """Forget the KV of a running request that has failed through no fault of its own, and all that was computed
         with it: what is wrong with it would fail others. Only pages that another request decodes with are known to be
         right.
@@ -218,9 +218,10 @@ class KVManager:
             if digest in wrong or parent in wrong:
                 wrong.add(digest)
                 forgotten.add(page)
-                self._forget(page)
                 if self._pages.owners(page) == 0:
                     self._pages.drop(page)
+                else:
+                    self._forget(page)
         for other in running:
             if not forgotten.isdisjoint(other.pages):
                 other.is_private = True

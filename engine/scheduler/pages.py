@@ -19,12 +19,12 @@ class PageAllocator:
     released first. Of the pages of one `release` call the last ones are released first.
     """
 
-    def __init__(self, total: int, keeps: Callable[[int], bool], evict: Callable[[int], None]) -> None:
-        """keeps: whether a page that nobody owns any more is to be cached. evict: called with a cached page that
+    def __init__(self, total: int, keeps: Callable[[int], bool], forget: Callable[[int], None]) -> None:
+        """keeps: whether a page that nobody owns any more is to be cached. forget: called with a cached page that
         becomes free."""
         self.total = total
         self.evictions = 0
-        self._keeps, self._evict = keeps, evict
+        self._keeps, self._forget = keeps, forget
         self._free = list(range(total - 1, -1, -1))  # a stack: pages just released are reused first, still in cache
         self._cached: OrderedDict[int, None] = OrderedDict()  # the next one to evict comes first
         self._owners = [0] * total
@@ -51,9 +51,7 @@ class PageAllocator:
             return None
         while count > len(self._free):
             self.evictions += 1
-            page = next(iter(self._cached))
-            self.drop(page)
-            self._evict(page)
+            self.drop(next(iter(self._cached)))
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._owners[page] = 1
@@ -82,14 +80,13 @@ class PageAllocator:
     def drop_cached(self) -> None:
         """Free all cached pages."""
         while self._cached:
-            page = next(reversed(self._cached))
-            self.drop(page)
-            self._evict(page)
+            self.drop(next(reversed(self._cached)))
 
     def drop(self, page: int) -> None:
-        """Free a cached page, without a call of `evict`."""
+        """Free a cached page."""
         del self._cached[page]
         self._free.append(page)
+        self._forget(page)
 
     def check(self, holdings: Iterable[Sequence[int]]) -> None:
         """Raise PageLeak unless `holdings`, the page lists of all owners, and the pages that somebody keeps account for

@@ -38,9 +38,6 @@ class PrefixIndex:
         self._numbers = count()
         self.removals = 0
 
-    def __len__(self) -> int:
-        return len(self._by_page)
-
     def __contains__(self, page: int) -> bool:
         return page in self._by_page
 
