@@ -20,8 +20,27 @@ class SharedPrefix(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Ballot:
+    """Votes of up to two queries of each row for the KV that the row lists: the weights that they give to it.
+
+    Each run overwrites `votes`, so that they are those of the layer that ran last. Voting changes no bit of a result.
+
+    voters: [rows, 2] int64, places of the voters, counted back from their row's last query (0: the last one), -1: none.
+        A row that votes with one query has it in the first column.
+    unit: number of consecutive listed slots that share a vote: a divisor of the page size, or the page size.
+    votes: [rows, kv_heads, units] float32, units * unit >= max(kv_lengths). Per unit, exp(score - lse), the softmax
+        weight, summed over the voters, the query heads of the KV head, and the unit's slots. Slots that a voter does
+        not see count as 0 for it. Arbitrary for rows without voters, and beyond the units of a row's list.
+    """
+
+    voters: Tensor
+    unit: int
+    votes: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """KV that each row's queries read; the same for all layers of a forward.
+    """KV that each row's queries read; the same for all layers of a forward, unless lists are per layer.
 
     Row r's queries are at the *end* of its KV ("causal at the bottom right"): with n queries over length L, query i
     sees the first L - n + i + 1 listed slots. A view that skips pages is a shorter list. Positions are not needed,
@@ -35,17 +54,26 @@ class AttentionBatch:
     kv_lengths: per row, KV slots listed, >= the row's query length; host integers.
     pages: [rows, width] int64 page ids, width * page_size >= max(kv_lengths); entries past a row's length are
         any valid page id. Or [rows, kv_heads, width], one list per KV head (all of a row's lists equally long).
+    per_layer: whether `pages` has one more dimension, the first one: [layers, …], lists of each layer (all equally
+        long).
     skipped: per row, number of tokens that its list leaves out, host integers; empty: none. Only attention that
         changes the positions of keys needs it (see kernels.attention.relative).
     prefixes: rows that begin with the same pages, each row in one of them at most. Attention may read the pages of one
         once for all of its rows, and gets the same results without.
+    ballot: votes to count in each run; None: none.
     """
 
     query_lengths: Sequence[int]
     kv_lengths: Sequence[int]
     pages: Tensor
+    per_layer: bool = False
     skipped: Sequence[int] = ()
     prefixes: Sequence[SharedPrefix] = ()
+    ballot: Ballot | None = None
+
+    def pages_of(self, layer: LayerKV) -> Tensor:
+        """Return the lists of one layer."""
+        return self.pages[layer.index] if self.per_layer else self.pages
 
 
 class PlannedAttention(Protocol):
@@ -78,15 +106,22 @@ class GraphBatch:
     than they do, perhaps none. Its result is arbitrary, and does not affect others.
 
     queries: number of queries of every row.
-    pages: [rows, width] or [rows, kv_heads, width] int64, as in AttentionBatch.
+    pages, per_layer: as in AttentionBatch.
     lengths: [rows] int64, KV slots listed, at least 1.
     prefixes: number of prefixes that attention has room for; 0: it reads every row by itself.
+    ballot: as in AttentionBatch. Its voters are counted back from a row's last query too, so padding never votes.
     """
 
     queries: int
     pages: Tensor
     lengths: Tensor
     prefixes: int = 0
+    per_layer: bool = False
+    ballot: Ballot | None = None
+
+    def pages_of(self, layer: LayerKV) -> Tensor:
+        """Return the lists of one layer."""
+        return self.pages[layer.index] if self.per_layer else self.pages
 
 
 class GraphAttention(PlannedAttention, Protocol):

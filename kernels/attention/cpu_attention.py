@@ -21,13 +21,14 @@ class CpuAttention:
         self._kernels = kernels
         self._queries: Tensor
         self._lengths: Tensor
-        self._pages: Tensor
+        self._batch: AttentionBatch
 
     def plan(self, batch: AttentionBatch) -> None:
         self._queries = torch.tensor(batch.query_lengths, dtype=torch.int64)
         self._lengths = torch.tensor(batch.kv_lengths, dtype=torch.int64)
-        self._pages = batch.pages
+        self._batch = batch
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
-        return self._kernels.attention(q, layer.k, layer.v, self._queries, self._lengths, self._pages, scale)
+        pages = self._batch.pages_of(layer)
+        return self._kernels.attention(q, layer.k, layer.v, self._queries, self._lengths, pages, scale)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBatch
+from kernels.attention.base import AttentionBatch, Ballot
 from kernels.kv_cache import LayerKV
 from kernels.transfer import send
 
@@ -32,15 +33,15 @@ class _Piece:
 class _Group:
     """Pieces with equal numbers of queries, padded to the longest and attended together.
 
+    rows: [pieces] index into the batch's rows.
     queries: [pieces, n] index into the batch's tokens.
-    pages: [pieces, kv_heads or 1, width] page ids.
     length: slots read per piece, before masking.
     unmasked: slots below this are visible to every query.
     hidden: [pieces, 1, 1, n, length - unmasked] True where a slot is masked for a query.
     """
 
+    rows: Tensor
     queries: Tensor
-    pages: Tensor
     length: int
     unmasked: int
     hidden: Tensor
@@ -56,8 +57,10 @@ class ReferenceAttention:
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self._groups: list[_Group] = []
+        self._batch: AttentionBatch
 
     def plan(self, batch: AttentionBatch) -> None:
+        self._batch = batch
         pieces = []
         first = 0
         for row, (n, length) in enumerate(zip(batch.query_lengths, batch.kv_lengths, strict=True)):
@@ -66,25 +69,7 @@ class ReferenceAttention:
                 pieces.append(_Piece(first + start, stop - start, row, length - n + stop))
             first += n
         pieces.sort(key=lambda piece: (piece.n, piece.length))
-        self._groups = [self._group(members, batch.pages) for members in _similar(pieces)]
-
-    def _group(self, pieces: list[_Piece], page_table: Tensor) -> _Group:
-        device = page_table.device
-        n, length = pieces[0].n, pieces[-1].length
-        unmasked = min(piece.length for piece in pieces) - n + 1
-        width = -(-length // self._page_size)
-        steps = torch.arange(n)
-        rows = send(torch.tensor([piece.row for piece in pieces]), device)
-        pages = page_table.index_select(0, rows)[..., :width]
-        visible = torch.tensor([piece.length for piece in pieces])[:, None] - n + 1 + steps  # [pieces, n]
-        hidden = torch.arange(unmasked, length) >= visible[..., None]
-        return _Group(
-            queries=send(torch.tensor([piece.first for piece in pieces])[:, None] + steps, device),
-            pages=pages if pages.dim() == 3 else pages[:, None],
-            length=length,
-            unmasked=unmasked,
-            hidden=send(hidden[:, None, None], device),
-        )
+        self._groups = [_pad(members, batch.pages.device) for members in _similar(pieces)]
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
@@ -93,6 +78,8 @@ class ReferenceAttention:
         sums = torch.empty(q.shape[:2], dtype=compute, device=q.device)
         for group in self._groups:
             self._attend(group, layer, q, scale, out, sums)
+        if self._batch.ballot is not None:
+            count_votes(self._batch, self._batch.ballot, layer, q, scale, sums)
         return out, sums
 
     def _attend(self, group: _Group, layer: LayerKV, q: Tensor, scale: float, out: Tensor, sums: Tensor) -> None:
@@ -100,8 +87,10 @@ class ReferenceAttention:
         kv_heads = layer.k.shape[1]
         pieces, n = group.queries.shape
         heads, head_dim = q.shape[1:]
-        k = _gather(layer.k, group.pages, group.length).to(compute)  # [pieces, kv_heads, length, head_dim]
-        v = _gather(layer.v, group.pages, group.length).to(compute)
+        pages = self._batch.pages_of(layer).index_select(0, group.rows)[..., : -(-group.length // self._page_size)]
+        pages = pages if pages.dim() == 3 else pages[:, None]
+        k = _gather(layer.k, pages, group.length).to(compute)  # [pieces, kv_heads, length, head_dim]
+        v = _gather(layer.v, pages, group.length).to(compute)
         grouped = q[group.queries].to(compute).view(pieces, n, kv_heads, heads // kv_heads, head_dim)
         grouped = (grouped * scale).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [pieces, kv_heads, group * n, head_dim]
         scores = torch.matmul(grouped, k.transpose(2, 3)).view(pieces, kv_heads, -1, n, group.length)
@@ -112,6 +101,22 @@ class ReferenceAttention:
         weights = torch.softmax(scores, -1).flatten(2, 3)
         mixed = torch.matmul(weights, v).view(pieces, kv_heads, -1, n, head_dim)
         out[group.queries] = mixed.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out.dtype)
+
+
+def _pad(pieces: list[_Piece], device: torch.device) -> _Group:
+    """Make a group of pieces, the longest last."""
+    n, length = pieces[0].n, pieces[-1].length
+    unmasked = min(piece.length for piece in pieces) - n + 1
+    steps = torch.arange(n)
+    visible = torch.tensor([piece.length for piece in pieces])[:, None] - n + 1 + steps  # [pieces, n]
+    hidden = torch.arange(unmasked, length) >= visible[..., None]
+    return _Group(
+        rows=send(torch.tensor([piece.row for piece in pieces]), device),
+        queries=send(torch.tensor([piece.first for piece in pieces])[:, None] + steps, device),
+        length=length,
+        unmasked=unmasked,
+        hidden=send(hidden[:, None, None], device),
+    )
 
 
 def _similar(pieces: list[_Piece]) -> list[list[_Piece]]:
@@ -141,6 +146,27 @@ def _gather(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     index = pages * kv_heads + heads  # one head's page is contiguous memory
     flat = cache.view(-1, page_size * head_dim).index_select(0, index.flatten())
     return flat.view(pages.shape[0], kv_heads, -1, head_dim)[:, :, :length]
+
+
+def count_votes(batch: AttentionBatch, ballot: Ballot, layer: LayerKV, q: Tensor, scale: float, lse: Tensor) -> None:
+    """Count the votes of a run, row by row; see Ballot.
+
+    q: [tokens, heads, head_dim]. lse: [tokens, heads], the run's.
+    """
+    kv_heads, page_size, head_dim = layer.k.shape[1:]
+    lists, ends = batch.pages_of(layer), np.cumsum(batch.query_lengths)
+    rows = zip(batch.kv_lengths, ends.tolist(), ballot.voters.tolist(), strict=True)
+    for row, (length, end, voters) in enumerate(rows):
+        pages = lists[row : row + 1, ..., : -(-length // page_size)]
+        k = _gather(layer.k, pages if pages.dim() == 3 else pages[:, None], length)[0].to(lse.dtype)
+        votes = torch.zeros(kv_heads, -(-length // ballot.unit) * ballot.unit, dtype=lse.dtype, device=q.device)
+        for behind in (each for each in voters if each >= 0):
+            token, sees = end - 1 - behind, length - behind
+            query = q[token].to(lse.dtype).view(kv_heads, -1, head_dim) * scale
+            scores = query @ k[:, :sees].transpose(1, 2) - lse[token].view(kv_heads, -1, 1)
+            votes[:, :sees] += scores.exp().sum(1)
+        sums = votes.view(kv_heads, -1, ballot.unit).sum(2)
+        ballot.votes[row, :, : sums.shape[1]] = sums.float()
 
 
 def merge_segments(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,137 @@
+"""Random batches whose queries vote, for every attention backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot
+from kernels.kv_cache import KVPool, LayerKV
+
+
+@dataclass(frozen=True)
+class VoteCase:
+    """Sizes of a batch. rows: queries, slots before them, and the voters of each. per_head: lists per KV head. by_page:
+    votes per page, else per slot."""
+
+    rows: tuple[tuple[int, int, tuple[int, int]], ...]
+    page_size: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    per_head: bool
+    per_layer: bool
+    by_page: bool
+    seed: int
+
+    @property
+    def unit(self) -> int:
+        return self.page_size if self.by_page else 1
+
+    @property
+    def queries(self) -> list[int]:
+        return [n for n, _, _ in self.rows]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [n + before for n, before, _ in self.rows]
+
+
+@st.composite
+def vote_cases(
+    draw: st.DrawFn, *, max_queries: int, max_before: int, head_dims: tuple[int, ...], page_sizes: tuple[int, ...]
+) -> VoteCase:
+    """Draw a case. Voters are any two queries of a row, the same one twice, one, or none."""
+    rows = []
+    for _ in range(draw(st.integers(1, 4))):
+        n, before = draw(st.integers(1, max_queries)), draw(st.integers(0, max_before))
+        place = st.integers(0, n - 1)
+        voters = draw(st.one_of(st.tuples(place, place), st.tuples(place, st.just(-1)), st.just((-1, -1))))
+        rows.append((n, before, voters))
+    return VoteCase(
+        tuple(rows),
+        draw(st.sampled_from(page_sizes)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from(head_dims)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.integers(0, 1000)),
+    )
+
+
+@dataclass(frozen=True)
+class VoteBatch:
+    """A drawn batch, and its queries, of two layers."""
+
+    case: VoteCase
+    layers: tuple[LayerKV, LayerKV]
+    pages: Tensor
+    q: Tensor
+    scale: float
+
+    def attend(self, backend: AttentionBackend, layer: LayerKV, *, votes: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Run one layer. Returns output, log-sum-exp and votes, which are NaN where nothing was written."""
+        case = self.case
+        units = -(-max(case.lengths) // case.page_size) * case.page_size // case.unit
+        counted = torch.full((len(case.rows), case.kv_heads, units), float("nan"), device=self.q.device)
+        voters = torch.tensor([voters for _, _, voters in case.rows], device=self.q.device)
+        ballot = Ballot(voters, case.unit, counted) if votes else None
+        batch = AttentionBatch(case.queries, case.lengths, self.pages, per_layer=case.per_layer, ballot=ballot)
+        backend.plan(batch)
+        return *backend.run(layer, self.q, self.scale), counted
+
+    def expected_votes(self, layer: LayerKV, row: int) -> Tensor:
+        """Compute a row's votes from softmax weights, [kv_heads, units of its list] float64."""
+        case = self.case
+        n, length = case.queries[row], case.lengths[row]
+        lists = self.pages[layer.index] if case.per_layer else self.pages
+        mine = lists[row] if case.per_head else lists[row].expand(case.kv_heads, -1)
+        votes = torch.zeros(case.kv_heads, -(-length // case.unit) * case.unit, dtype=torch.float64)
+        first = sum(case.queries[:row])
+        for head in range(case.kv_heads):
+            keys = torch.cat([layer.k[page, head] for page in mine[head]])[:length].double().cpu()
+            for behind in (each for each in case.rows[row][2] if each >= 0):
+                sees = length - behind
+                for query in self.q[first + n - 1 - behind].double().cpu().view(case.kv_heads, case.group, -1)[head]:
+                    votes[head, :sees] += torch.softmax(keys[:sees] @ query * self.scale, 0)
+        return votes.view(case.kv_heads, -1, case.unit).sum(2)
+
+
+def draw_batch(case: VoteCase, dtype: torch.dtype, device: str = "cpu") -> VoteBatch:
+    """Draw keys, values and queries."""
+    torch.manual_seed(case.seed)
+    num_pages, width = 67, -(-max(case.lengths) // case.page_size)
+    pool = KVPool(
+        num_layers=2,
+        num_pages=num_pages,
+        page_size=case.page_size,
+        kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        dtype=dtype,
+        device=torch.device(device),
+    )
+    pool.data.copy_(torch.randn(pool.data.shape))
+    shape = [2] * case.per_layer + [len(case.rows)] + [case.kv_heads] * case.per_head + [width]
+    pages = torch.randint(num_pages, shape).to(device)
+    q = torch.randn(sum(case.queries), case.kv_heads * case.group, case.head_dim).to(device, dtype)
+    return VoteBatch(case, (pool.layer(0), pool.layer(1)), pages, q, case.head_dim**-0.5)
+
+
+def check_votes(backend: AttentionBackend, batch: VoteBatch, tolerance: float) -> None:
+    """Hold a backend to the definition of votes; that results do not depend on them, to the bit; and, with lists per
+    layer, that each layer reads its own."""
+    for layer in batch.layers:
+        plain, plain_lse, _ = batch.attend(backend, layer, votes=False)
+        out, lse, votes = batch.attend(backend, layer, votes=True)
+        assert torch.equal(out, plain)
+        assert torch.equal(lse, plain_lse)
+        for row, (_, _, voters) in enumerate(batch.case.rows):
+            if max(voters) >= 0:
+                expected = batch.expected_votes(layer, row)
+                counted = votes[row, :, : expected.shape[1]].double().cpu()
+                torch.testing.assert_close(counted, expected, rtol=tolerance, atol=tolerance / 100)
