@@ -18,8 +18,6 @@ import torch
 from engine.config.deployment import EngineConfig
 from engine.control.auto import AutoGamma
 from engine.control.step_times import StepTimes
-from engine.kv.draft_spec import draft_kv_spec
-from engine.kv.policies import budget_policies
 from engine.messages import (
     FINISH_ABORT,
     RETRY_MEMORY,
@@ -142,7 +140,7 @@ class Engine:
             samples = profile(self.profiler, self._config)
             save_profile(key, samples)
         times = StepTimes(samples, draft_tokens_read(self._config))
-        budgets = list(budget_policies(speculation, self._config.cache.page_size)) or [0]
+        budgets = speculation.kv_budgets(self._config.cache.page_size) or [0]
         return AutoGamma(times, speculation.gamma_max, budgets, speculation.kv.budget)
 
     def _make_kv(self) -> KVManager:
@@ -153,7 +151,7 @@ class Engine:
             page_size,
             prefix=config.cache.prefix,
             num_uncached_tokens=speculation.num_uncached_tokens,
-            draft_pages=speculation.draft_model is not None and not draft_kv_spec(speculation, page_size).block,
+            draft_pages=speculation.has_draft_pages,
             shared_stretch=self._resolved.shared_stretch,
         )
 
@@ -181,7 +179,7 @@ class Engine:
             gamma_max=controller.gamma_max,
             draft_tokens_read=draft_tokens_read(config) if controller.gamma_max else lambda context, budget: 0,
             policy=config.speculation.kv.policy if config.speculation.max_draft_tokens else "",
-            draft_pages_per_row=draft_kv_spec(config.speculation, config.cache.page_size).pages,
+            draft_pages_per_row=config.speculation.kv_state(config.cache.page_size).pages,
         )
 
     def _log_started(self) -> None:

@@ -135,7 +135,13 @@ class Ops(Protocol):
         """
 
     def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
-        """Score keys; see kernels.snapkv.snapkv_scores."""
+        """Score keys; see kernels.key_scores.snapkv_scores."""
+
+    def best(self, votes: Tensor, count: int) -> Tensor:
+        """Return the indices of each row's `count` largest votes, in falling order of votes.
+
+        votes: [rows, units] float32, contiguous. Returns [rows, count] int64, count <= units.
+        """
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Merge segments; see kernels.attention.reference_attention.merge_segments."""

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention.reference_attention import ReferenceAttention, merge_segments
+from kernels.key_scores import snapkv_scores
 from kernels.kv_cache import LayerKV, write_kv
 from kernels.noise import gumbel_noise
 from kernels.ops import Graphs
 from kernels.rope import apply_rope
-from kernels.snapkv import snapkv_scores
 
 
 class ReferenceLinear:
@@ -82,6 +82,9 @@ class TorchFallbackOps:
 
     def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
+
+    def best(self, votes: Tensor, count: int) -> Tensor:
+        return votes.topk(count).indices
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         return merge_segments(outputs, lses)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from engine.config.speculation import SnapKVConfig, SpeculationConfig, WindowConfig
-from engine.kv.draft_spec import DraftKVSpec, draft_kv_spec
+from engine.config.kv import DrafterName, KVState, SnapKVConfig, WindowConfig
+from engine.config.speculation import SpeculationConfig
 from models.shapes import find_shape, rank_kv_token_bytes, rank_weight_bytes
 from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, Efficiency, PlacedModel, SpeculationCost
 from planner.expected_acceptance import Policy, expected_alpha
@@ -177,7 +176,7 @@ class Deployment:
         draft_weights = (
             rank_weight_bytes(draft.model, draft.ranks, draft.element_bytes) if self.has_own_weights else 0.0
         )
-        kept = DraftKVSpec() if budget is None else self._footprint(budget, gamma)
+        kept = KVState() if budget is None else self._footprint(budget, gamma)
         tokens = kept.pages
         if self._keeps_context(budget):
             tokens += context + slots
@@ -197,11 +196,11 @@ class Deployment:
             return kept, 0
         return kept, shared * rank_kv_token_bytes(draft.model, draft.ranks, draft.element_bytes)
 
-    def _footprint(self, budget: int, gamma: int) -> DraftKVSpec:
+    def _footprint(self, budget: int, gamma: int) -> KVState:
         """Compute the draft's own KV per row, in pages of one token."""
         kv = WindowConfig(budget=budget) if self.policy == "window" else SnapKVConfig(policy="snapkv", budget=budget)
-        drafter: Literal["self", "model"] = "model" if self.has_own_weights else "self"
-        return draft_kv_spec(SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=kv), 1)
+        drafter: DrafterName = "model" if self.has_own_weights else "self"
+        return SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=kv).kv_state(1)
 
 
 def default_efficiency(gpu: str) -> Efficiency:

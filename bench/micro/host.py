@@ -20,7 +20,8 @@ from bench.micro.shares import Clock
 from engine.batch.forward_graphs import GraphInputs
 from engine.batch.round_batch import RoundBatch
 from engine.batch.row_state import RowState
-from engine.kv.policies import View, Window
+from engine.batch.view import DenseView
+from engine.kv.window import WindowView
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RoundResult, RowResult
@@ -28,7 +29,6 @@ from engine.scheduler.controller import FixedGamma
 from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.outputs import make_output
 from engine.scheduler.scheduler import Scheduler
-from engine.worker.build import dense
 from kernels.kv_cache import KVPool
 
 _PAGE = 16
@@ -57,7 +57,7 @@ class Host:
             # No two rows begin with the same tokens, so they share no pages.
             self._scheduler.add(AddRequest(str(row), [row] + [0] * (context - 1), params))
         self._state = RowState(max_rows=rows, max_model_len=2 * max_len, page_size=_PAGE, device=torch.device("cpu"))
-        self._view = View(Window(budget=budget, sink=_PAGE, page_size=_PAGE), self._state.page_table)
+        self._view = WindowView(self._state.page_table, budget=budget, sink=_PAGE, page_size=_PAGE)
         pages = rows * (width + 1)
         sizes = {"num_layers": 1, "num_pages": pages, "page_size": _PAGE, "kv_heads": 1, "head_dim": 1}
         pool = KVPool(**sizes, dtype=torch.bfloat16, device=torch.device("cpu"), scratch=True)
@@ -93,7 +93,7 @@ class Host:
                 step, row = batch.drafts(range(1, gamma))
                 self._later.copy(batch.later_draft_inputs(gamma, self._view), (step - 1) * rows + row)
         with parts.time("verify pass"):
-            inputs = batch.verify_inputs(dense(self._state))
+            inputs = batch.verify_inputs(DenseView(self._state.page_table))
             if self._target.fits(inputs):
                 self._target.copy(inputs, np.arange(rows))
         results = []

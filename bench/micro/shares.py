@@ -135,6 +135,10 @@ class TimedOps:
         with self._clock.time("SnapKV scores"):
             return self._inner.snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
 
+    def best(self, votes: Tensor, count: int) -> Tensor:
+        with self._clock.time("choice of KV"):
+            return self._inner.best(votes, count)
+
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         with self._clock.time("merging"):
             return self._inner.merge(outputs, lses)

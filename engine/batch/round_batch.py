@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.row_state import RowState
-from engine.kv.policies import View
+from engine.batch.view import View
 from engine.plan import RoundPlan, RowWork
 from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all

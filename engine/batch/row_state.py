@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.batch.row_failures import RowFailures
 from engine.batch.shared_prefixes import PageLists
-from engine.kv.policies import View
+from engine.batch.view import View
 from engine.plan import RoundPlan
 from kernels.attention.base import AttentionBatch, SharedPrefix
 from kernels.ops import Ops
@@ -86,7 +86,7 @@ class RowState:
         position = self.computed[row_index] + offset
         page = view.page_table[row_index, position // self.page_size]
         context = computed + ahead + 1  # tokens that each row's first query may read
-        skipped = view.policy.skipped(context)
+        skipped = view.skipped(rows, context)
         kv_lengths = context + queries - 1 - skipped
         return ForwardBatch(
             token_ids=self.tokens[row_index, position].long(),
@@ -95,12 +95,12 @@ class RowState:
             attention=AttentionBatch(
                 query_lengths=queries.tolist(),
                 kv_lengths=kv_lengths.tolist(),
-                pages=view.policy.pages(
-                    view.page_table,
+                pages=view.pages(
                     row_slots,
                     self.computed[row_slots] + first_ahead,
                     -(-int(kv_lengths.max()) // self.page_size),
                 ),
+                per_layer=view.per_layer,
                 skipped=skipped.tolist(),
                 prefixes=self._prefixes(rows, context, view),
             ),
@@ -110,9 +110,9 @@ class RowState:
     def _prefixes(self, rows: Ints, context: Ints, view: View) -> list[SharedPrefix]:
         """Return the prefixes that rows share, if attention makes use of them. context: tokens that each row's first
         query may read, itself included: it sees all shared pages, and at least one slot after them."""
-        if not self.ops.reads_prefixes or len(rows) < 2 or view.page_table is not self.page_table:
+        if not self.ops.reads_prefixes or len(rows) < 2 or view.per_layer or view.page_table is not self.page_table:
             return []  # a table of another pool: its rows have pages of their own
-        slots = np.minimum(view.policy.leading(context), context - 1)
+        slots = np.minimum(view.leading(rows, context), context - 1)
         return self._lists.prefixes(rows, slots // self.page_size)
 
     def to_device(self, array: Ints) -> Tensor:

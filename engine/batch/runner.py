@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from engine.batch.forward_graphs import ForwardGraphs
-from engine.kv.policies import View
+from engine.batch.view import View
 from kernels.attention.base import AttentionBackend
-from kernels.attention.query_capture import QueryCapture
 from kernels.kv_cache import KVPool
 from models.batch import ForwardBatch
 from models.llama import Llama
+
+
+class Observer(Protocol):
+    """Learns from the attention of forwards."""
+
+    def around(self, attention: AttentionBackend) -> AttentionBackend:
+        """Return attention for the next forward, which gives the same results as `attention`; that itself if there is
+        nothing to learn from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +29,7 @@ class Runner:
     the KV they read. Each has its own attention backend, since a backend holds the plan of its latest forward.
 
     graphs: replay forwards where they can.
-    query_capture: in place of `attention`, for a forward some of whose queries are kept; no graph replays that.
+    observers: learn from forwards; no graph replays a forward that one of them learns from.
     """
 
     model: Llama
@@ -29,12 +37,15 @@ class Runner:
     attention: AttentionBackend
     view: View
     graphs: ForwardGraphs | None = None
-    query_capture: QueryCapture | None = None
+    observers: tuple[Observer, ...] = ()
 
     def forward(self, inputs: ForwardBatch) -> Tensor:
         """Run the model and write the inputs' KV. Returns the requested logits, [n, this rank's vocabulary]."""
-        if self.query_capture is not None and self.query_capture.capturing:
-            return self.model.forward(inputs, self.pool, self.query_capture)
-        if self.graphs is not None and (logits := self.graphs.forward(inputs)) is not None:
-            return logits
-        return self.model.forward(inputs, self.pool, self.attention)
+        attention = self.attention
+        for observer in self.observers:
+            attention = observer.around(attention)
+        if attention is self.attention and self.graphs is not None:
+            logits = self.graphs.forward(inputs)
+            if logits is not None:
+                return logits
+        return self.model.forward(inputs, self.pool, attention)

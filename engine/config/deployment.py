@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
+from engine.config.kv import policy_of
 from engine.config.settings import Positive, Settings
-from engine.config.speculation import SpeculationConfig, policy_of
+from engine.config.speculation import SpeculationConfig
 from engine.logs import LogFormat
 
 

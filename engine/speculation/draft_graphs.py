@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.batch.forward_graphs import GraphInputs, log_capture, round_up
 from engine.batch.round_batch import RoundBatch
 from engine.batch.runner import Runner
-from engine.kv.policies import View
+from engine.batch.view import View
 from engine.sampling.sampler import Sampler
 from kernels.attention.base import GraphAttention
 from kernels.ops import Graphs

@@ -3,7 +3,6 @@ changes the distribution of the text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 from engine.batch.round_batch import RoundBatch
 from engine.batch.runner import Runner
 from engine.batch.stopwatch import Stopwatch
-from engine.kv.policies import View
+from engine.batch.view import View
+from engine.kv.policy import KVPolicy
 from engine.plan import RowStart
 from engine.sampling.sampler import Sampler
-from engine.speculation.draft_cache import DraftCache
 from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.verify import Verdict
 from kernels.ragged import Ints
@@ -57,38 +56,27 @@ class SelfDrafter:
     """Self-speculation: the target's own weights, reading sparse KV (MagicDec, arXiv 2408.11049, section 4).
 
     The draft writes into slots that each row has reserved after its committed tokens. They are slots of the target's
-    pool where the draft reads a view into it, and the verify pass overwrites them; else of a cache of the draft's own,
-    which is brought up to date from the target's pool. So the KV that a draft reads of committed tokens is always the
+    pool where the draft reads a view into it, and the verify pass overwrites them; else of a pool of the policy's own,
+    which it brings up to date from the target's. So the KV that a draft reads of committed tokens is always the
     target's.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        sampler: Sampler,
-        cache: DraftCache | None = None,
-        views: Mapping[int, View] | None = None,
-        graphs: DraftGraphs | None = None,
-    ) -> None:
-        """runner: the target's model with the pool and the view that drafts use: those of `cache`, if there is one.
-        views: other views, by the budget that a round may ask for. graphs: replay all steps of a round.
-        """
+    def __init__(self, runner: Runner, sampler: Sampler, policy: KVPolicy, graphs: DraftGraphs | None = None) -> None:
+        """runner: drafts with the target's model, over the policy's pool. graphs: replay all steps of a round."""
         self._runner = runner
-        self._views = views or {}
         self._sampler = sampler
-        self._cache = cache
+        self._policy = policy
         self._graphs = graphs
 
     def start(self, start: RowStart) -> None:
-        if self._cache is not None:
-            self._cache.start(start)
+        self._policy.start(start)
 
     def propose(self, batch: RoundBatch) -> Tensor:
-        if self._cache is not None:
-            if batch.num_drafting:
-                self._cache.catch_up(batch, batch.computed[: batch.num_drafting])
-            self._cache.capture_queries(batch.row, batch.computed, batch.new + batch.gamma)
-        draft(batch, self._runner, self._sampler, self._graphs, view=self._views.get(batch.budget))
+        count = batch.num_drafting
+        if count:
+            self._policy.prepare(batch, batch.computed[:count])
+            draft(batch, self._runner, self._policy.view(batch.budget), self._sampler, self._graphs)
+        self._policy.watch(batch.row, batch.computed, batch.new + batch.gamma, batch.gamma)
         return batch.gamma_device
 
     def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
@@ -96,22 +84,16 @@ class SelfDrafter:
 
 
 def draft(
-    batch: RoundBatch,
-    runner: Runner,
-    sampler: Sampler,
-    graphs: DraftGraphs | None,
-    *,
-    view: View | None = None,
-    lag: Ints | None = None,
+    batch: RoundBatch, runner: Runner, view: View, sampler: Sampler, graphs: DraftGraphs | None, lag: Ints | None = None
 ) -> None:
     """Draft up to gamma tokens after each row, one forward per token.
 
-    graphs: replay all steps where they can. view: in place of the runner's. lag: see RoundBatch.draft_inputs.
+    view: KV that is read. graphs: replay all steps where they can. lag: see RoundBatch.draft_inputs.
     """
-    if graphs is not None and graphs.draft(batch, view or runner.view, lag):
+    if graphs is not None and graphs.draft(batch, view, lag):
         return
     for step in range(batch.gamma_max):
-        inputs, samples = batch.draft_inputs(step, view or runner.view, lag), batch.draft_samples([step])
+        inputs, samples = batch.draft_inputs(step, view, lag), batch.draft_samples([step])
         batch.place_drafts(samples, sampler.draft(runner.forward(inputs), samples))
         lag = None
 

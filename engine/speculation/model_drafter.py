@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,10 +11,9 @@ from torch import Tensor
 from engine.batch.round_batch import RoundBatch
 from engine.batch.row_state import RowState
 from engine.batch.runner import Runner
-from engine.kv.policies import View
+from engine.kv.policy import KVPolicy
 from engine.plan import RowStart
 from engine.sampling.sampler import Sampler
-from engine.speculation.draft_cache import DraftCache
 from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.drafters import Drafter, draft
 from engine.speculation.verify import Verdict
@@ -38,31 +37,26 @@ class ModelDrafter:
         full: Runner,
         runner: Runner,
         sampler: Sampler,
+        policy: KVPolicy,
         *,
-        row_block: int,
         block: int,
-        cache: DraftCache | None = None,
-        views: Mapping[int, View] | None = None,
         graphs: DraftGraphs | None = None,
     ) -> None:
-        """full: the draft model as it reads while it computes prompts. runner: as it reads while it drafts; with a
-        cache, the cache's pool and view. sampler: the draft model's own. row_block, block: largest number of tokens of
-        one row, and of all rows, in one forward over prompts. views: other views to draft with, by the budget that a
-        round may ask for. graphs: replay all draft steps of a round.
+        """full: the draft model as it reads while it computes prompts. runner: as it reads while it drafts. sampler:
+        the draft model's own. block: largest number of tokens of all rows in one forward over prompts. graphs: replay
+        all draft steps of a round.
         """
         self._state = state
         self._full = full
         self._runner = runner
         self._sampler = sampler
-        self._row_block, self._block = row_block, block
-        self._cache = cache
-        self._views = views or {}
+        self._policy = policy
+        self._row_block, self._block = policy.block or block, block
         self._graphs = graphs
 
     def start(self, start: RowStart) -> None:
         self._sampler.start(start)
-        if self._cache is not None:
-            self._cache.start(start)
+        self._policy.start(start)
 
     def propose(self, batch: RoundBatch) -> Tensor:
         computed = batch.computed - batch.draft_lag
@@ -70,23 +64,19 @@ class ModelDrafter:
         computed += batch.catch_up
         count = batch.num_drafting
         if count:
-            if self._cache is not None:
-                self._cache.catch_up(batch, computed[:count])
-            lag = batch.computed[:count] - computed[:count]
-            view = self._views.get(batch.budget)
-            draft(batch, self._runner, self._sampler, self._graphs, view=view, lag=lag if lag.any() else None)
-            drafted = batch.computed[:count] + batch.gamma[:count]
-            if self._cache is not None:
-                self._cache.copy_back(batch.row[:count], computed[:count], drafted)
-                self._cache.mark_written(batch.row[:count], drafted)
+            rows, computed = batch.row[:count], computed[:count]
+            self._policy.prepare(batch, computed)
+            lag = batch.computed[:count] - computed
+            view = self._policy.view(batch.budget)
+            draft(batch, self._runner, view, self._sampler, self._graphs, lag if lag.any() else None)
+            self._policy.keep_drafts(rows, computed, batch.computed[:count] + batch.gamma[:count])
         return batch.gamma_device
 
     def _compute(self, batch: RoundBatch, computed: Ints, end: Ints) -> None:
         """Compute the KV of each row's tokens computed … end - 1."""
         for index, first, tokens in self._blocks(computed, end):
             slots = batch.row[index]
-            if self._cache is not None:
-                self._cache.capture_queries(slots, first, tokens)
+            self._policy.watch(slots, first, tokens, np.zeros_like(tokens))
             ahead = first - batch.computed[index]
             no_logits = np.empty(0, dtype=np.int64)
             self._full.forward(

@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from engine.batch.forward_graphs import ForwardGraphs, graph_row_counts
 from engine.batch.row_state import RowState
 from engine.batch.runner import Runner
+from engine.batch.view import DenseView
 from engine.config.deployment import EngineConfig
-from engine.config.speculation import KVConfig, SnapKVConfig, SpeculationConfig, TopKConfig, WindowConfig
-from engine.kv.draft_spec import draft_kv_spec
-from engine.kv.policies import Dense, View, budget_policies, make_policy, max_listed_pages, ring_table
+from engine.config.speculation import SpeculationConfig
+from engine.kv.policy import DraftSite
+from engine.kv.registry import make_policy
 from engine.sampling.grammar import Grammars
 from engine.sampling.sampler import Sampler
-from engine.speculation.draft_cache import DraftCache
 from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
 from engine.speculation.rejection import Proposals, RejectionSampler
 from kernels.attention.base import AttentionBackend
-from kernels.attention.relative import RelativeAttention
-from kernels.attention.topk import TopKAttention
 from kernels.kv_cache import KVPool
 from kernels.ops import Graphs, Ops
 from models.default import resolve_model
@@ -82,7 +78,7 @@ def make_target(
     queries = {gamma + 1 for gamma in _gammas(config.speculation)}  # a plain step, and verify passes
     width = state.page_table.shape[1]
     forwards = _forward_graphs(config, model, pool, graphs, queries, width, shares=config.cache.prefix)
-    return Runner(model, pool, _plain_attention(model, state.page_size), dense(state), forwards)
+    return Runner(model, pool, _plain_attention(model, state.page_size), DenseView(state.page_table), forwards)
 
 
 def make_drafter(
@@ -107,20 +103,15 @@ def make_drafter(
         is_shared = draft.group is None or draft.group.size < group.size
         return target, SharedDrafts(drafter, group) if is_shared else drafter or NoDrafter()
     model = drafting_model(config, target.model, draft) or target.model
-    width = max_listed_pages(settings.kv, state.page_size, state.page_table.shape[1])
-    if isinstance(settings.kv, SnapKVConfig):
-        cache = DraftCache(settings, target.model, target.pool, state, target.query_capture or target.attention)
-        runner = Runner(model, cache.pool, _plain_attention(model, state.page_size), cache.view)
-        runner, steps = _with_graphs(config, runner, graphs, sampler, width)
-        return replace(target, query_capture=cache.query_capture), SelfDrafter(runner, sampler, cache, graphs=steps)
-    view = View(make_policy(settings.kv, state.page_size), state.page_table)
-    attention = make_attention(settings.kv, model, state.page_size)
-    runner, steps = Runner(model, target.pool, attention, view), None
-    if _can_capture(settings.kv):
-        if model is target.model:
+    policy = make_policy(DraftSite(settings, target.model, state, lambda: target.pool))
+    runner, steps = Runner(model, policy.pool, policy.attention, policy.view(0)), None
+    if policy.captures:
+        if policy.pool is target.pool and model is target.model:
             runner = replace(runner, graphs=target.graphs)
-        runner, steps = _with_graphs(config, runner, graphs, sampler, width)
-    return target, SelfDrafter(runner, sampler, views=_views(config, state.page_table), graphs=steps)
+        runner, steps = _with_graphs(config, runner, graphs, sampler, state)
+    if policy.observer is not None:
+        target = replace(target, observers=(*target.observers, policy.observer))
+    return target, SelfDrafter(runner, sampler, policy, steps)
 
 
 def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Llama | None:
@@ -132,24 +123,6 @@ def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Ll
     return target.quantized() if _drafts_use_int8(config, target) and config.weights != "int8" else None
 
 
-def dense(state: RowState) -> View:
-    """Make the view of all KV, in a pool laid out by the scheduler."""
-    return View(Dense(), state.page_table)
-
-
-def make_attention(config: KVConfig, model: Llama, page_size: int) -> AttentionBackend:
-    """Make the attention for drafts with this KV policy."""
-    if isinstance(config, TopKConfig):
-        return TopKAttention(page_size, config.budget)
-    if isinstance(config, WindowConfig) and config.positions == "relative":
-        near, sink = _plain_attention(model, page_size), _plain_attention(model, page_size)
-        sink_pages = -(-config.sink // page_size)
-        return RelativeAttention(
-            near, sink, page_size=page_size, sink_pages=sink_pages, rotary=model.rotary, merge=model.ops.merge
-        )
-    return _plain_attention(model, page_size)
-
-
 def _model_drafter(
     config: EngineConfig,
     state: RowState,
@@ -159,40 +132,20 @@ def _model_drafter(
     graphs: Graphs | None,
 ) -> Drafter | None:
     """Make the drafter over the draft model; None on a rank without a shard of it."""
-    model, group, settings = draft.model, draft.group, config.speculation
+    model, group = draft.model, draft.group
     if model is None or group is None:
         return None
-    page, width = state.page_size, max_listed_pages(settings.kv, state.page_size, state.page_table.shape[1])
-    block = config.scheduler.max_batch_tokens
-    row_block = block
-    cache, views, steps = None, {}, None
+    page = state.page_size
+    policy = make_policy(DraftSite(config.speculation, model, state, lambda: model.make_pool(num_pages, page)))
     own = sampler.for_draft(VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group))
-    if isinstance(settings.kv, WindowConfig):
-        spec = draft_kv_spec(settings, page)  # the pool holds only the KV that the window reads
-        row_block = spec.block or block
-        columns = state.page_table.shape[1]
-        table = ring_table(len(state.tokens), columns, spec.first, spec.ring).to(state.device)
-        pool = model.make_pool(len(state.tokens) * spec.pages, page)
-        attention = make_attention(settings.kv, model, page)
-        runner = Runner(model, pool, attention, View(make_policy(settings.kv, page), table))
-        if _can_capture(settings.kv):
-            runner, steps = _with_graphs(config, runner, graphs, own, width, first=2)
-        full = runner
-        views = _views(config, table)
-    else:
-        full = runner = Runner(model, model.make_pool(num_pages, page), _plain_attention(model, page), dense(state))
-        if isinstance(settings.kv, SnapKVConfig):
-            cache = DraftCache(settings, model, full.pool, state, full.attention)
-            runner = Runner(model, cache.pool, _plain_attention(model, page), cache.view)
-            runner, steps = _with_graphs(config, runner, graphs, own, width, first=2)
-            full = replace(full, query_capture=cache.query_capture)
-        elif isinstance(settings.kv, TopKConfig):
-            runner = replace(full, attention=make_attention(settings.kv, model, page))
-        else:
-            runner, steps = _with_graphs(config, full, graphs, own, width, first=2)
-    return ModelDrafter(
-        state, full, runner, own, row_block=row_block, block=block, cache=cache, views=views, graphs=steps
-    )
+    runner, steps = Runner(model, policy.pool, policy.attention, policy.view(0)), None
+    if policy.captures:
+        runner, steps = _with_graphs(config, runner, graphs, own, state, first=2)
+    observers = () if policy.observer is None else (policy.observer,)
+    forwards = runner.graphs if policy.full is policy.pool else None
+    full = Runner(model, policy.full, policy.full_attention, policy.full_view, forwards, observers)
+    block = config.scheduler.max_batch_tokens
+    return ModelDrafter(state, full, runner, own, policy, block=block, graphs=steps)
 
 
 def _forward_graphs(
@@ -213,18 +166,19 @@ def _forward_graphs(
 
 
 def _with_graphs(
-    config: EngineConfig, runner: Runner, graphs: Graphs | None, sampler: Sampler, width: int, first: int = 1
+    config: EngineConfig, runner: Runner, graphs: Graphs | None, sampler: Sampler, state: RowState, first: int = 1
 ) -> tuple[Runner, DraftGraphs | None]:
     """Capture single steps, unless the runner has graphs already, and drafts of all steps. Returns the runner with
     graphs and the drafts; the unchanged runner and None where nothing is captured.
 
-    sampler: the drafter's. width: largest number of pages in a row's list. first: largest number of queries of a row in
-    the first step.
+    sampler: the drafter's. first: largest number of queries of a row in the first step.
     """
+    settings, row_pages = config.speculation, state.page_table.shape[1]
+    width = settings.kv.max_pages(state.page_size, settings.max_draft_tokens, row_pages)
     forwards = runner.graphs or _forward_graphs(config, runner.model, runner.pool, graphs, {1, first}, width)
     if forwards is None or graphs is None:
         return runner, None
-    rows, gammas = graph_row_counts(config.scheduler.max_rows), _gammas(config.speculation) - {0}
+    rows, gammas = graph_row_counts(config.scheduler.max_rows), _gammas(settings) - {0}
     runner = replace(runner, graphs=forwards)
     return runner, DraftGraphs(runner, graphs, sampler, rows=rows, gammas=gammas, first=first, width=width)
 
@@ -239,18 +193,6 @@ def _drafts_use_int8(config: EngineConfig, target: Llama) -> bool:
     """Whether drafts use matrices of 8 bits."""
     wanted = config.speculation.weights
     return wanted == "int8" or (wanted == "auto" and target.ops.kind == "cpu")
-
-
-def _views(config: EngineConfig, page_table: Tensor) -> dict[int, View]:
-    """Make views of the pool laid out by page_table, keyed by the budgets that a round may use."""
-    page = config.cache.page_size
-    policies = budget_policies(config.speculation, page)
-    return {budget: View(make_policy(kv, page), page_table) for budget, kv in policies.items()}
-
-
-def _can_capture(config: KVConfig) -> bool:
-    """Whether drafts attend to the listed KV as it is, which graphs can capture."""
-    return not (isinstance(config, TopKConfig) or (isinstance(config, WindowConfig) and config.positions == "relative"))
 
 
 def _plain_attention(model: Llama, page_size: int) -> AttentionBackend:

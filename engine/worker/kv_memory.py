@@ -9,7 +9,6 @@ import torch
 
 from engine.batch.forward_graphs import graph_row_counts, prefix_room
 from engine.config.deployment import EngineConfig
-from engine.kv.policies import max_listed_pages
 from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
 from kernels.attention.flashinfer_sizes import Heads, captured_memory
@@ -78,7 +77,7 @@ def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_
     prefixes = prefix_room if config.cache.prefix else None
     scratch, own = attention(model, list(range(1, gamma + 2)), width, prefixes)
     if gamma:
-        narrow = max_listed_pages(settings.kv, page, width)
+        narrow = settings.kv.max_pages(page, gamma, width)
         # Single forwards with one query and with two, and steps, of which the first may have two.
         needed, drafts = attention(draft or model, [1, 2, 2] + [1] * (gamma - 1), narrow)
         # Drafts are captured after the target, whose graphs keep the smaller memory that they were captured with.

@@ -12,9 +12,6 @@ from pathlib import Path
 import torch
 
 from engine.config.deployment import CacheConfig, ConfigError, EngineConfig
-from engine.config.speculation import WindowConfig
-from engine.kv.draft_spec import draft_kv_spec
-from engine.kv.policies import budget_policies, make_policy
 from engine.worker.kernels import choose_ops
 from kernels.cpu.compiler import supported
 from kernels.cpu.cpus import usable_cores
@@ -142,11 +139,10 @@ def threads_per_rank(config: EngineConfig) -> int:
 def draft_tokens_read(config: EngineConfig) -> Callable[[int, int], int]:
     """Return a function from a row's tokens and a budget to the KV slots that a draft step reads; budget 0: the
     configured one."""
-    page_size = config.cache.page_size
-    by_budget = budget_policies(config.speculation, page_size)
-    policies = {budget: make_policy(kv, page_size) for budget, kv in by_budget.items()}
-    policies[0] = make_policy(config.speculation.kv, page_size)
-    return lambda context, budget: context - policies[budget].skipped(context)
+    speculation, page_size = config.speculation, config.cache.page_size
+    kinds = {budget: speculation.kv.with_budget(budget) for budget in speculation.kv_budgets(page_size)}
+    kinds[0] = speculation.kv
+    return lambda context, budget: kinds[budget].tokens_read(context, page_size)
 
 
 def fit_pool(
@@ -241,13 +237,13 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
         heads = split_heads(shape.num_heads, shape.num_kv_heads, ranks)
     except ValueError as error:
         raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
-    spec, page = draft_kv_spec(settings, config.cache.page_size), config.cache.page_size
+    kept, page = settings.kv_state(config.cache.page_size), config.cache.page_size
     query_bytes = shape.num_layers * shape.head_dim * dtype.itemsize
     fixed_bytes = config.scheduler.max_rows * max(
-        spec.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size) + spec.queries * mine.heads.size * query_bytes
+        kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size) + kept.queries * mine.heads.size * query_bytes
         for mine in heads
     )
-    if settings.draft_model is None or isinstance(settings.kv, WindowConfig):
+    if not settings.has_draft_pages:
         return 0, fixed_bytes
     return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads)), fixed_bytes
 

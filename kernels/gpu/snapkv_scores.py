@@ -116,7 +116,7 @@ def _scores_kernel(
 
 
 def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, span: int = _SPAN) -> Tensor:
-    """See kernels.snapkv.snapkv_scores. Raises ValueError for float64.
+    """See kernels.key_scores.snapkv_scores. Raises ValueError for float64.
 
     q: [queries, heads, head_dim]. k: [kv_heads, length, head_dim]. The elements of a head are contiguous in both. span:
     keys per program of the first pass, a multiple of 64.

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
+from engine.config.kv import POLICIES
 from server.cli import options
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and acceptance.")
 
 TextFile = Annotated[Path | None, typer.Option(help="Take prompts from this file instead of Python's manual.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
-ACCEPTANCE_POLICIES = ("window", "relative", "snapkv", "topk", "all")
+ACCEPTANCE_POLICIES = (*POLICIES, "relative")
 
 
 @app.callback()
@@ -42,7 +43,7 @@ def decode(
         str, typer.Option(help="off, auto or numbers of tokens to draft, comma-separated.")
     ] = "off,1,3,auto",
     policy: Annotated[
-        str | None, typer.Option(help="KV that a draft reads: window, snapkv, topk, all; comma-separated.")
+        str | None, typer.Option(help=f"KV that a draft reads: {', '.join(POLICIES)}; comma-separated.")
     ] = None,
     text: TextFile = None,
     json_file: JsonFile = None,
@@ -59,7 +60,7 @@ def decode(
     if shared >= min(contexts):
         raise typer.BadParameter(f"must be less than --context, {min(contexts)}", param_hint="--shared")
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
-    policies = options.names(policy, options.POLICIES, "--policy") if policy is not None else [None]
+    policies = options.names(policy, POLICIES, "--policy") if policy is not None else [None]
     import torch
 
     from bench.corpus import read_text, spread

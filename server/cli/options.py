@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from engine.config.kv import POLICIES
+
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings (see configs/).")]
-POLICIES = ("window", "snapkv", "topk", "all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ ENGINE_FLAGS = {
     "policy": EngineFlag(
         "engine.speculation.kv.policy",
         str,
-        "KV that a draft reads: window, snapkv, all, or topk (a measure of what choosing could reach; saves no time).",
+        f"KV that a draft reads: {', '.join(POLICIES)}. topk measures what choosing could reach; it saves no time.",
     ),
     "budget": EngineFlag("engine.speculation.kv.budget", int, "KV tokens that one draft step may read per row."),
     "verification": EngineFlag(

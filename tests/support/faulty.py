@@ -72,7 +72,7 @@ def _insert(faults: _Faults) -> None:
     import torch
 
     from engine.batch.runner import Runner
-    from engine.kv.policies import Dense
+    from engine.batch.view import DenseView
     from engine.ranks import executor, protocol
     from engine.worker.worker import Worker
     from models.batch import ForwardBatch
@@ -86,7 +86,7 @@ def _insert(faults: _Faults) -> None:
         faults.rank = worker._group.rank
 
     def faulty_forward(runner: Runner, batch: ForwardBatch) -> torch.Tensor:
-        if not isinstance(runner.view.policy, Dense):
+        if not isinstance(runner.view, DenseView):
             faults.at("draft")
         else:
             faults.at("prefill" if max(batch.attention.query_lengths) > _LONGEST_VERIFY else "verify")

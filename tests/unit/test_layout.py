@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 LAYERS = ("server", "bench", "planner", "engine", "models", "parallel", "kernels")
 """Layers from top to bottom: a module imports its own layer and those below."""
 ROOMS = (
-    *("processes", "llm", "core", "worker", "ranks", "speculation", "sampling", "batch", "kv", "control", "scheduler"),
+    *("processes", "llm", "core", "worker", "ranks", "speculation", "kv", "sampling", "batch", "control", "scheduler"),
     *("config", "text", "plan", "messages", "params", "oom", "logs"),
 )
 """The same order for folders and modules inside engine/."""
@@ -280,9 +280,9 @@ class TestTheChecksThemselves:
         assert len(upward_imports(modules)) == 1
 
     def test_upward_inside_engine(self, tmp_path: Path) -> None:
-        files = {"engine/kv/a.py": "from engine.batch.b import x", "engine/batch/b.py": "from engine.kv import c"}
-        (fault,) = upward_imports(self.tree(tmp_path, files | {"engine/kv/c.py": ""}))
-        assert fault.endswith("imports engine.batch.b.x")
+        files = {"engine/batch/a.py": "from engine.kv.b import x", "engine/kv/b.py": "from engine.batch import c"}
+        (fault,) = upward_imports(self.tree(tmp_path, files | {"engine/batch/c.py": ""}))
+        assert fault.endswith("imports engine.kv.b.x")
 
     def test_cycle(self, tmp_path: Path) -> None:
         files = {

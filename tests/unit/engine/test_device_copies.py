@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten
 from engine.batch.forward_graphs import GraphInputs
 from engine.batch.round_batch import RoundBatch
 from engine.batch.row_state import RowState
-from engine.kv.policies import Dense, View, Window
+from engine.batch.view import DenseView
+from engine.kv.window import WindowView
 from engine.params import SamplingParams
 from engine.plan import PageDelta, RoundPlan, RowStart, RowWork
 from engine.sampling.sampler import Sampler
@@ -99,13 +100,13 @@ def test_rounds_copy_without_waiting() -> None:
             sampler.start(start)
         state.apply(plan())
         batch = RoundBatch(state, plan())
-        window = View(Window(budget=8, sink=4, page_size=PAGE), state.page_table)
+        window = WindowView(state.page_table, budget=8, sink=4, page_size=PAGE)
         captured.copy(batch.draft_inputs(0, window, np.array([1, 0])), np.arange(2))
         step, row = batch.drafts(range(1, 3))
         captured.copy(batch.later_draft_inputs(3, window), (step - 1) * 4 + row)
         batch.place_drafts(batch.draft_samples(range(3)), torch.zeros(5, dtype=torch.int64, device=DEVICE))
         batch.read_drafts()
-        batch.verify_inputs(View(Dense(), state.page_table))
+        batch.verify_inputs(DenseView(state.page_table))
         sampler.draft(torch.zeros(8, 64, device=DEVICE), batch.samples)
         tables = torch.zeros(2, 64, 2, device=DEVICE)
         relative = RelativeAttention(Planned(), Planned(), page_size=PAGE, sink_pages=1, rotary=(tables[0], tables[1]))

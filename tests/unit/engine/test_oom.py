@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from engine.batch.runner import Runner
+from engine.batch.view import DenseView
 from engine.config.deployment import ConfigError
 from engine.core import Engine
-from engine.kv.policies import Dense
 from engine.llm import LLM
 from engine.messages import RETRY_MEMORY, AddRequest
 from engine.oom import OutOfMemory, is_out_of_memory
@@ -34,7 +34,7 @@ def starve(monkeypatch: pytest.MonkeyPatch, forward: int) -> None:
 
     def counted(runner: Runner, batch: ForwardBatch) -> torch.Tensor:
         nonlocal count
-        if isinstance(runner.view.policy, Dense):
+        if isinstance(runner.view, DenseView):
             count += 1
             if count == forward:
                 exhaust()

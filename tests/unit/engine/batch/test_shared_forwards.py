@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from engine.batch.forward_graphs import ForwardGraphs
 from engine.batch.round_batch import RoundBatch
 from engine.batch.row_state import RowState
 from engine.batch.runner import Runner
-from engine.kv.policies import Dense, KVPolicy, View, Window
+from engine.batch.view import DenseView, View
+from engine.kv.window import WindowView
 from engine.params import SamplingParams
 from engine.plan import PageDelta, RoundPlan, RowStart, RowWork
 from kernels.ops import Ops
@@ -49,11 +52,13 @@ SHARED = [SYSTEM + DOCUMENT, SYSTEM + DOCUMENT, SYSTEM, SYSTEM, SYSTEM + DOCUMEN
 class Rows:
     """Rows with the same first tokens on the same pages, on one implementation of kernels. Their tokens are given."""
 
-    def __init__(self, ops: Ops, config: ModelConfig, dtype: torch.dtype, captured: bool, policy: KVPolicy) -> None:
+    def __init__(
+        self, ops: Ops, config: ModelConfig, dtype: torch.dtype, captured: bool, make_view: Callable[[Tensor], View]
+    ) -> None:
         model = random_model(config, 0, dtype, CPU, Group.single(), ops)
         self.state = RowState(max_rows=ROWS, max_model_len=LENGTH, page_size=PAGE, device=CPU, ops=ops)
         self.runner = Runner(
-            model, model.make_pool(160, PAGE), ops.attention(PAGE, model.head_dim), View(policy, self.state.page_table)
+            model, model.make_pool(160, PAGE), ops.attention(PAGE, model.head_dim), make_view(self.state.page_table)
         )
         if captured and ops.make_graphs is not None:
             graphs = ForwardGraphs(
@@ -104,12 +109,14 @@ ROUNDS: Sequence[dict[int, tuple[int, int]]] = [
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-@pytest.mark.parametrize("policy", [Dense(), Window(budget=12, sink=4, page_size=PAGE)], ids=["dense", "window"])
-def test_triton(monkeypatch: pytest.MonkeyPatch, captured: bool, policy: KVPolicy) -> None:
+@pytest.mark.parametrize(
+    "make_view", [DenseView, partial(WindowView, budget=12, sink=4, page_size=PAGE)], ids=["dense", "window"]
+)
+def test_triton(monkeypatch: pytest.MonkeyPatch, captured: bool, make_view: Callable[[Tensor], View]) -> None:
     always_share(monkeypatch)
     recorded = Recorded()
-    expected = Rows(REFERENCE, SMALL, torch.float32, False, policy).everything()
-    ours = Rows(GpuOps(make_recorder=lambda: recorded), SMALL, torch.float32, captured, policy)
+    expected = Rows(REFERENCE, SMALL, torch.float32, False, make_view).everything()
+    ours = Rows(GpuOps(make_recorder=lambda: recorded), SMALL, torch.float32, captured, make_view)
     for logits, wanted in zip(ours.everything(), expected, strict=True):
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
         assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
@@ -121,8 +128,8 @@ def test_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     always_share(monkeypatch)
     monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
     config = dataclasses.replace(SMALL, head_dim=64)
-    expected = Rows(REFERENCE, config, torch.float16, False, Dense()).everything()
-    ours = Rows(GpuOps(Workspace(CPU, (9, 0), multiprocessors=132)), config, torch.float16, False, Dense())
+    expected = Rows(REFERENCE, config, torch.float16, False, DenseView).everything()
+    ours = Rows(GpuOps(Workspace(CPU, (9, 0), multiprocessors=132)), config, torch.float16, False, DenseView)
     for logits, wanted in zip(ours.everything(), expected, strict=True):
         assert (logits - wanted).norm() < 0.01 * wanted.norm()
     assert isinstance(ours.runner.attention, FlashInferAttention)
@@ -132,11 +139,11 @@ def test_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forwards_that_share_nothing_replay_the_ordinary_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """So it costs nothing that another exists. Where sharing cannot pay, none exists."""
     never = Recorded()
-    Rows(GpuOps(make_recorder=lambda: never), SMALL, torch.float32, True, Dense())
+    Rows(GpuOps(make_recorder=lambda: never), SMALL, torch.float32, True, DenseView)
     assert never.captured == 2
     always_share(monkeypatch)
     recorded = Recorded()
-    ours = Rows(GpuOps(make_recorder=lambda: recorded), SMALL, torch.float32, True, Dense())
+    ours = Rows(GpuOps(make_recorder=lambda: recorded), SMALL, torch.float32, True, DenseView)
     graphs = ours.runner.graphs
     assert graphs is not None
     replayed: list[bool] = []

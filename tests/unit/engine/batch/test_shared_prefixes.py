@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from engine.batch.row_state import RowState
 from engine.batch.shared_prefixes import PageLists
-from engine.kv.policies import Dense, View, Window
+from engine.batch.view import DenseView, View
+from engine.kv.window import WindowView
 from engine.params import SamplingParams
 from engine.plan import PageDelta, RoundPlan, RowStart, RowWork
 from kernels.attention.base import SharedPrefix
@@ -158,23 +159,23 @@ def prefixes(state: RowState, view: View, ahead: Sequence[int] = (0, 0, 0, 0)) -
 
 def test_forwards_name_the_prefixes_that_all_queries_see() -> None:
     state = state_of(Sharing())
-    dense = View(Dense(), state.page_table)
+    dense = DenseView(state.page_table)
     assert prefixes(state, dense) == [SharedPrefix((0, 1, 2), 4)]
     # A draft model that still computes the prompt: row 2's query writes to a page that the others share.
     assert prefixes(state, dense, (0, 0, -9, 0)) == [SharedPrefix((0, 1), 4)]
     assert prefixes(state, dense, (0, -9, -9, 0)) == [SharedPrefix((0, 1, 2), 2)]
     assert prefixes(state, dense, (0, -20, -20, 0)) == []
-    other_pool = View(Dense(), state.page_table.clone())
+    other_pool = DenseView(state.page_table.clone())
     assert prefixes(state, other_pool) == []
-    assert prefixes(state_of(ReferenceOps()), View(Dense(), state.page_table)) == []
+    assert prefixes(state_of(ReferenceOps()), DenseView(state.page_table)) == []
 
 
 def test_windows_share_their_sink() -> None:
     state = state_of(Sharing())
-    window = View(Window(budget=12, sink=5, page_size=4), state.page_table)
+    window = WindowView(state.page_table, budget=12, sink=5, page_size=4)
     assert prefixes(state, window) == [SharedPrefix((0, 1, 2), 2)]
     # A window that leaves nothing out lists what dense attention does.
-    wide = View(Window(budget=24, sink=5, page_size=4), state.page_table)
+    wide = WindowView(state.page_table, budget=24, sink=5, page_size=4)
     assert prefixes(state, wide) == [SharedPrefix((0, 1, 2), 4)]
     # Rows that leave tokens out beside rows that do not: see the policy.
     assert prefixes(state, window, (0, -9, -9, 0)) == [SharedPrefix((0, 1, 2), 2)]
@@ -183,4 +184,4 @@ def test_windows_share_their_sink() -> None:
 def test_rows_of_an_abandoned_round_share_nothing() -> None:
     state = state_of(Sharing())
     state.reset_rows(RoundPlan(1, [], [], [RowWork(row, 20, 1, 0, True) for row in range(3)]))
-    assert prefixes(state, View(Dense(), state.page_table)) == []
+    assert prefixes(state, DenseView(state.page_table)) == []

@@ -9,18 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kv.policies import Window
+from engine.kv.snapkv import SnapKVPolicy
+from engine.kv.window import WindowView
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.speculation.draft_cache import DraftCache
 from engine.speculation.drafters import SelfDrafter
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.attention.relative import RelativeAttention
-from kernels.attention.topk import TopKAttention
+from kernels.attention.topk_attention import TopKAttention
+from kernels.key_scores import snapkv_scores
 from kernels.kv_cache import LayerKV, write_kv
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
-from kernels.snapkv import snapkv_scores
 from tests.support.engines import TINY, tiny_engine, tiny_model
 from tests.support.profiles import examples
 from tests.support.rig import PagedRows
@@ -63,7 +63,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queries: int, pages: int) -> None:
     lengths = [max(length, queries) for length in lengths]
     rotary = rotary_tables(rotary_frequencies(DIM, 10000.0), 100, dtype=torch.float64, device=torch.device("cpu"))
-    window = Window(budget=pages * PAGE, sink=PAGE, page_size=PAGE)
     raw = [random(length, KV_HEADS, DIM, seed=i) for i, length in enumerate(lengths)]
     values = [random(length, KV_HEADS, DIM, seed=50 + i) for i, length in enumerate(lengths)]
     asked = [random(queries, HEADS, DIM, seed=90 + i) for i in range(len(lengths))]
@@ -72,14 +71,15 @@ def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queri
         return apply_rope(x, rotary[0][positions], rotary[1][positions])
 
     layer, table = paged([at(k, torch.arange(len(k))) for k in raw], values)
-    contexts = [length - queries + 1 for length in lengths]
-    skipped = [window.skipped(context) for context in contexts]
+    window = WindowView(table, budget=pages * PAGE, sink=PAGE, page_size=PAGE)
+    contexts = np.array(lengths) - queries + 1
+    skipped = window.skipped(np.arange(len(lengths)), contexts).tolist()
     read = [length - out for length, out in zip(lengths, skipped, strict=True)]
-    listed = window.pages(table, torch.arange(len(lengths)), torch.tensor(contexts), -(-max(read) // PAGE))
+    listed = window.pages(torch.arange(len(lengths)), torch.from_numpy(contexts), -(-max(read) // PAGE))
     backend = RelativeAttention(
         ReferenceAttention(PAGE), ReferenceAttention(PAGE), page_size=PAGE, sink_pages=1, rotary=rotary
     )
-    backend.plan(AttentionBatch([queries] * len(lengths), read, listed, skipped))
+    backend.plan(AttentionBatch([queries] * len(lengths), read, listed, skipped=skipped))
     q = torch.cat([at(x, torch.arange(length - queries, length)) for x, length in zip(asked, lengths, strict=True)])
     out = backend.run(layer, q, DIM**-0.5)[0].split(queries)  # type: ignore[no-untyped-call]
     for row, length in enumerate(lengths):
@@ -180,8 +180,8 @@ def test_snapkv_copies_what_the_last_queries_attend_to(prompt: int, batch_tokens
 
     drafter = engine._worker._drafter._drafter
     assert isinstance(drafter, SelfDrafter)
-    cache = drafter._cache
-    assert isinstance(cache, DraftCache)
+    cache = drafter._policy
+    assert isinstance(cache, SnapKVPolicy)
 
     oracle = PagedRows(model, [prompt], page)
     spy = oracle.attention = Spy(page)
@@ -200,7 +200,7 @@ def test_snapkv_copies_what_the_last_queries_attend_to(prompt: int, batch_tokens
         )
         best = votes.topk(count).indices.sort(-1).values
         stored = cache.pool.layer(index)
-        pages = cache.view.page_table[request.row]
+        pages = cache.view(0).page_table[request.row]
         for head in range(TINY.num_kv_heads):
             for part, whole in zip((stored.k, stored.v), keys, strict=True):
                 copied = part[pages[: count // page], head].flatten(0, 1)

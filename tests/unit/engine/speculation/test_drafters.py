@@ -314,16 +314,15 @@ def test_windows_of_several_budgets(draft_dir: Path, drafter: str, positions: st
     engine = tiny_engine(model(), gamma="auto", max_model_len=400, speculation=speculation)  # type: ignore[arg-type]
     engine._scheduler.controller = Budgets(3, [64, 32, 16])
     proposer: Any = engine._worker._drafter
-    pool = proposer._drafter._runner.pool
+    policy = proposer._drafter._policy
     read: list[int] = []
     forward = Runner.forward
 
     def watched(runner: Runner, batch: ForwardBatch) -> Tensor:
-        if runner.pool is pool and runner.view.policy is not target and batch.attention.query_lengths == [1]:
+        if runner.attention is policy.attention and batch.attention.query_lengths == [1]:
             read.append(batch.attention.kv_lengths[0])
         return forward(runner, batch)
 
-    target = engine._worker._target.view.policy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "forward", watched)
         text = long_run(engine, 150, 100)

@@ -13,48 +13,38 @@ import torch
 from torch import Tensor
 
 from engine.batch.round_batch import RoundBatch
-from engine.batch.row_state import RowState
-from engine.config.speculation import SnapKVConfig, SpeculationConfig
-from engine.kv.draft_spec import draft_kv_spec
-from engine.kv.policies import View, make_policy, ring_table
+from engine.batch.view import View
+from engine.config.kv import SnapKVConfig
+from engine.kv.policy import DraftSite, KVPolicy, ring_table
+from engine.kv.query_capture import QueryCapture
+from engine.kv.window import WindowView
 from engine.plan import RowStart
-from kernels.attention.base import AttentionBackend
-from kernels.attention.query_capture import QueryCapture
-from kernels.kv_cache import KVPool
 from kernels.ragged import Ints, ragged_arange
-from models.llama import Llama
 
 
-class DraftCache:
+class SnapKVPolicy(KVPolicy):
     """SnapKV (arXiv 2404.14469) for all row slots of one rank, over a pool that holds everything.
 
-    view: how a draft reads and writes the cache. pool: its bytes. query_capture: attention for the model whose queries
-    choose; it keeps them. A row's cache is brought up to date when the row is about to draft, so a row that does not
-    draft costs nothing but the copies of its prompt's last queries.
+    A row's cache is brought up to date when the row is about to draft, so a row that does not draft costs nothing but
+    the copies of its prompt's last queries.
     """
 
-    def __init__(
-        self, settings: SpeculationConfig, model: Llama, full: KVPool, state: RowState, inner: AttentionBackend
-    ) -> None:
-        """settings: with SnapKV as the policy. full: the pool that tokens are chosen from, laid out by
-        state.page_table. inner: the attention inside `query_capture`.
-        """
-        max_rows, page = len(state.tokens), state.page_size
-        config, spec = settings.resolved_kv, draft_kv_spec(settings, page)
-        assert isinstance(config, SnapKVConfig)
+    def __init__(self, site: DraftSite, config: SnapKVConfig) -> None:
+        super().__init__(site)
+        state, model, page, max_rows = site.state, site.model, site.page_size, site.max_rows
+        kept = site.settings.kv_state(page)
         self._config = config
         self._reselect = config.reselect or 0
         self._state = state
-        self._full = full
         self._ops, self._scale = model.ops, model.head_dim**-0.5
-        self._chosen, self._recent, self._per_row = spec.first, config.recent // page, spec.pages  # in pages
-        table = ring_table(max_rows, state.page_table.shape[1], spec.first, spec.ring)
-        self.view = View(make_policy(config, page), table.to(state.device))
+        self._chosen, self._recent, self._per_row = kept.first, config.recent // page, kept.pages  # in pages
+        table = ring_table(max_rows, state.page_table.shape[1], kept.first, kept.ring).to(state.device)
+        self._view = WindowView(table, budget=config.budget, sink=config.budget - config.recent, page_size=page)
         self.pool = model.make_pool(max_rows * self._per_row, page)
-        self._places = spec.queries  # by position
+        self._places = kept.queries  # by position
         shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
         self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self.query_capture = QueryCapture(inner, self._queries)
+        self.observer: QueryCapture = QueryCapture(self._queries)
         # Host, per row slot, in positions: end of prefill; end of the copied KV; end of the queries that are kept; the
         # length at which tokens were last chosen (0: never).
         self._prefill = np.zeros(max_rows, dtype=np.int64)
@@ -62,34 +52,29 @@ class DraftCache:
         self._captured = np.zeros(max_rows, dtype=np.int64)
         self._chosen_at = np.zeros(max_rows, dtype=np.int64)
 
+    def view(self, budget: int) -> View:
+        return self._view
+
     def start(self, start: RowStart) -> None:
-        """Start a request in a row slot."""
         self._prefill[start.row] = len(start.tokens)
         self._copied[start.row] = self._captured[start.row] = self._chosen_at[start.row] = 0
 
-    def capture_queries(self, rows: Ints, first: Ints, queries: Ints) -> None:
-        """Keep queries of the next forward, which computes `queries[i]` tokens of row slot `rows[i]` from position
-        `first[i]`. Queries of decoding rows are kept only if choosing is repeated.
-        """
+    def watch(self, rows: Ints, first: Ints, queries: Ints, drafts: Ints) -> None:
+        """Keep queries of the next forward; those of decoding rows only if choosing is repeated."""
         prefill = first < self._prefill[rows]
         max_queries = self._places if self._reselect else np.where(prefill, self._config.queries, 0)
         kept = np.minimum(queries, max_queries)
         if not kept.any():
-            self.query_capture.capture_nothing()
+            self.observer.capture_nothing()
             return
         skipped = np.repeat(queries - kept, kept) + ragged_arange(kept)
         index = np.repeat(queries.cumsum() - queries, kept) + skipped
         position = np.repeat(first, kept) + skipped
         place = np.repeat(rows, kept) * self._places + position % self._places
-        self.query_capture.capture(self._state.to_device(index), self._state.to_device(place))
+        self.observer.capture(self._state.to_device(index), self._state.to_device(place))
         self._captured[rows] = np.where(prefill, first + queries, self._captured[rows])
 
-    def catch_up(self, batch: RoundBatch, end: Ints) -> None:
-        """Bring the rows that are about to draft up to date.
-
-        end: [drafting rows], number of positions that the full pool holds. A row whose pool lacks some before its
-        pending token writes those into the cache itself.
-        """
+    def prepare(self, batch: RoundBatch, end: Ints) -> None:
         count = batch.num_drafting
         slots, lengths = batch.row[:count], batch.computed[:count]
         self._copied[slots] = np.minimum(self._copied[slots], lengths)  # minus rejected drafts
@@ -103,20 +88,15 @@ class DraftCache:
             else:
                 first = int(self._copied[row])
             missing.append(self._readable(first, stop))
-        self.mark_written(slots, np.maximum(self._copied[slots], end))
+        self._copied[slots] = np.maximum(self._copied[slots], end)
         full, cache, offset = self._locate(np.repeat(slots, [len(each) for each in missing]), np.concatenate(missing))
-        self.pool.data[:, :, cache, :, offset] = self._full.data[:, :, full, :, offset]
+        self.pool.data[:, :, cache, :, offset] = self.full.data[:, :, full, :, offset]
 
-    def mark_written(self, slots: Ints, end: Ints) -> None:
-        """Record that the cache of these row slots holds the positions before `end`."""
-        self._copied[slots] = end
-
-    def copy_back(self, slots: Ints, first: Ints, end: Ints) -> None:
-        """Copy positions first … end - 1 of each row slot, which drafts have just written, into the full pool, for a
-        model that has no other KV of them."""
+    def keep_drafts(self, rows: Ints, first: Ints, end: Ints) -> None:
         count = end - first
-        full, cache, offset = self._locate(np.repeat(slots, count), np.repeat(first, count) + ragged_arange(count))
-        self._full.data[:, :, full, :, offset] = self.pool.data[:, :, cache, :, offset]
+        full, cache, offset = self._locate(np.repeat(rows, count), np.repeat(first, count) + ragged_arange(count))
+        self.full.data[:, :, full, :, offset] = self.pool.data[:, :, cache, :, offset]
+        self._copied[rows] = end
 
     def _locate(self, slots: Ints, positions: Ints) -> tuple[Tensor, Tensor, Tensor]:
         """Return page in the full pool, page in the cache, and offset in the page, of position `positions[i]` of
@@ -124,7 +104,7 @@ class DraftCache:
         page = self._state.page_size
         row_index, position = self._state.to_device(slots), self._state.to_device(positions)
         column, offset = position // page, position % page
-        return self._state.page_table[row_index, column], self.view.page_table[row_index, column], offset
+        return self._state.page_table[row_index, column], self._view.page_table[row_index, column], offset
 
     def _first_recent(self, end: int) -> int:
         """Return the first position that is read as recent by a query at `end`, the draft's first one."""
@@ -154,7 +134,7 @@ class DraftCache:
         queries = self._queries[:, self._state.to_device(places)]
         pages = self._state.page_table[row, : -(-length // self._state.page_size)]
         for index in range(len(queries)):
-            layer = self._full.layer(index)
+            layer = self.full.layer(index)
             # [kv_heads, slots, head_dim]
             keys, values = (part[pages].transpose(0, 1).flatten(1, 2) for part in (layer.k, layer.v))
             scores = self._ops.snapkv_scores(

@@ -1,13 +1,15 @@
-"""Pages that a view lists."""
+"""Pages that the views of windows list."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv.policies import Dense, Window
+from engine.batch.view import DenseView
+from engine.kv.window import WindowView
 
 
 @given(
@@ -19,13 +21,14 @@ from engine.kv.policies import Dense, Window
 def test_window_reads_the_first_and_the_last_pages(page_size: int, sink: int, extra: int, lengths: list[int]) -> None:
     sink_pages = -(-sink // page_size)
     budget = (sink_pages + extra) * page_size
-    window = Window(budget=budget, sink=sink, page_size=page_size)
     table = torch.arange(len(lengths) * 300).view(len(lengths), 300) + 7
-    rows = torch.arange(len(lengths))
-    width = -(-max(length - window.skipped(length) for length in lengths) // page_size)
-    listed = window.pages(table, rows, torch.tensor(lengths), width)
+    window = WindowView(table, budget=budget, sink=sink, page_size=page_size)
+    rows, contexts = np.arange(len(lengths)), np.array(lengths)
+    skipped, leading = window.skipped(rows, contexts), window.leading(rows, contexts)
+    width = -(-int((contexts - skipped).max()) // page_size)
+    listed = window.pages(torch.from_numpy(rows), torch.from_numpy(contexts), width)
     for row, length in enumerate(lengths):
-        read = length - window.skipped(length)
+        read = length - skipped[row]
         assert read <= budget
         pages = -(-length // page_size)
         slots = [
@@ -33,23 +36,23 @@ def test_window_reads_the_first_and_the_last_pages(page_size: int, sink: int, ex
         ][:read]
         if length <= budget:
             assert slots == list(range(length))  # below the budget, the view is dense
-            assert window.leading(length) == length
+            assert leading[row] == length
         else:
             first = (pages - extra) * page_size
             assert slots == [*range(sink_pages * page_size), *range(first, length)]
             assert read > budget - page_size
-            assert window.leading(length) == sink_pages * page_size
+            assert leading[row] == sink_pages * page_size
 
 
 @pytest.mark.parametrize(("budget", "sink"), [(30, 4), (16, 16), (16, 17)])
 def test_window_refuses_budgets_it_cannot_keep(budget: int, sink: int) -> None:
     with pytest.raises(ValueError, match="budget"):
-        Window(budget=budget, sink=sink, page_size=16)
+        WindowView(torch.zeros(1, 1), budget=budget, sink=sink, page_size=16)
 
 
 def test_dense_reads_everything() -> None:
-    table = torch.arange(40).view(2, 20)
-    dense = Dense()
-    assert dense.skipped(17) == 0
-    assert dense.leading(17) == 17
-    assert dense.pages(table, torch.tensor([1]), torch.tensor([17]), 5).tolist() == [[20, 21, 22, 23, 24]]
+    dense = DenseView(torch.arange(40).view(2, 20))
+    rows, contexts = np.array([1]), np.array([17])
+    assert dense.skipped(rows, contexts).tolist() == [0]
+    assert dense.leading(rows, contexts).tolist() == [17]
+    assert dense.pages(torch.tensor([1]), torch.tensor([17]), 5).tolist() == [[20, 21, 22, 23, 24]]

@@ -1,0 +1,105 @@
+"""KV policies: rules that select the KV that drafts read, one per file of this folder (engine.kv.registry)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.batch.round_batch import RoundBatch
+from engine.batch.row_state import RowState
+from engine.batch.runner import Observer
+from engine.batch.view import DenseView, View
+from engine.config.speculation import SpeculationConfig
+from engine.plan import RowStart
+from kernels.attention.base import AttentionBackend
+from kernels.kv_cache import KVPool
+from kernels.ragged import Ints
+from models.llama import Llama
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSite:
+    """Place of a policy on one rank.
+
+    settings: what drafts read with. model: the one whose KV they read: the target, or a draft model. make_full: makes
+    the pool of the KV of all its tokens, laid out by state.page_table; the target's is there already.
+    """
+
+    settings: SpeculationConfig
+    model: Llama
+    state: RowState
+    make_full: Callable[[], KVPool]
+
+    @property
+    def page_size(self) -> int:
+        return self.state.page_size
+
+    @property
+    def max_rows(self) -> int:
+        return len(self.state.tokens)
+
+    def attention(self) -> AttentionBackend:
+        """Make attention that reads what is listed."""
+        return self.model.ops.attention(self.page_size, self.model.head_dim)
+
+
+class KVPolicy:
+    """Rule that selects the KV that drafts read. This one is that of a view, which keeps nothing; others override what
+    differs.
+
+    full, full_view, full_attention: of forwards that compute committed tokens. pool, attention: of drafts, which write
+    to this pool and read from it through `view`. observer: watches forwards over `full`; None: it learns nothing from
+    them. captures: whether graphs can capture `attention`. block: largest number of tokens of one row that a forward
+    over `full` may compute; None: no limit.
+
+    A policy whose budget covers the context lists exactly what the target reads. Whatever it lists, drafts never change
+    the text.
+    """
+
+    observer: Observer | None = None
+    captures = True
+    block: int | None = None
+
+    def __init__(self, site: DraftSite) -> None:
+        self.pool = self.full = site.make_full()
+        self.full_view: View = DenseView(site.state.page_table)
+        self.attention = self.full_attention = site.attention()
+
+    def view(self, budget: int) -> View:
+        """Return the view of drafts. budget: one of KVSettings.budgets; 0: the configured one."""
+        return self.full_view
+
+    def start(self, start: RowStart) -> None:
+        """Start a request in a row slot."""
+
+    def watch(self, rows: Ints, first: Ints, queries: Ints, drafts: Ints) -> None:
+        """Prepare for the next forward over `full`, which computes `queries[i]` tokens of row slot `rows[i]` from
+        position `first[i]`, the last `drafts[i]` of them not committed."""
+
+    def prepare(self, batch: RoundBatch, end: Ints) -> None:
+        """Bring the rows that are about to draft up to date.
+
+        end: [drafting rows], number of positions that `full` holds. A row that lacks some before its pending token
+        computes them in its first draft step.
+        """
+
+    def keep_drafts(self, rows: Ints, first: Ints, end: Ints) -> None:
+        """Keep the KV of positions first … end - 1 of each row slot, which drafts have just written to `pool`, for a
+        model that has no other KV of them."""
+
+
+def ring_table(max_rows: int, columns: int, first: int, ring: int) -> Tensor:
+    """Build the page table of a pool in which every row slot permanently owns `first` + `ring` pages.
+
+        column   0 … first - 1 | first, first + 1, first + 2 …
+        page     0 … first - 1 | first + (column - first) % ring        (the row's own)
+
+    A request of any length fits, read through a window of at most `ring` recent pages. Returns [max_rows, columns]
+    int64.
+    """
+    column = torch.arange(columns)
+    page = torch.where(column < first, column, first + (column - first) % ring)
+    return torch.arange(max_rows)[:, None] * (first + ring) + page

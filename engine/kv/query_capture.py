@@ -1,0 +1,48 @@
+"""Capture of a forward's queries, for policies that score keys by them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.attention.base import AttentionBackend, AttentionBatch
+from kernels.kv_cache import LayerKV
+
+
+class QueryCapture:
+    """Observer that copies queries of the next forward, in every layer."""
+
+    def __init__(self, queries: Tensor) -> None:
+        """queries: [layers, places, heads, head_dim], destination of captured queries."""
+        self._queries = queries
+        self._next: tuple[Tensor, Tensor] | None = None
+
+    def capture(self, index: Tensor, places: Tensor) -> None:
+        """Keep queries of the next forward. index: [n] int64, into its tokens. places: [n] int64, into `queries`."""
+        self._next = index, places
+
+    def capture_nothing(self) -> None:
+        """Keep no queries of the next forward."""
+        self._next = None
+
+    def around(self, attention: AttentionBackend) -> AttentionBackend:
+        """See Observer.around."""
+        if self._next is None:
+            return attention
+        (index, places), self._next = self._next, None
+        return _Capturing(attention, self._queries, index, places)
+
+
+class _Capturing:
+    """Attention of one forward some of whose queries are kept."""
+
+    def __init__(self, inner: AttentionBackend, queries: Tensor, index: Tensor, places: Tensor) -> None:
+        self._inner = inner
+        self._queries, self._index, self._places = queries, index, places
+
+    def plan(self, batch: AttentionBatch) -> None:
+        self._inner.plan(batch)
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See PlannedAttention.run."""
+        self._queries[layer.index, self._places] = q[self._index]
+        return self._inner.run(layer, q, scale)
