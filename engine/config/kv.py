@@ -18,17 +18,19 @@ tokens once they are not recent. Scoring all keys once in so many steps costs li
 
 @dataclass(frozen=True, slots=True)
 class KVState:
-    """KV that a policy keeps beside the pages of requests: of each row slot, whatever the length of its context.
+    """KV that a policy keeps beside the pages of requests, of each row slot, whatever the length of its context.
 
     first, ring: number of pages that stay in place, and of pages that wrap around (see engine.kv.ring). queries: number
     of positions whose queries are kept, in every layer and query head. block: largest number of tokens of one row that
-    a forward may compute through the ring; None: no limit.
+    a forward may compute through the ring; None: no limit. summaries: number of vectors, as large as a key, that are
+    kept for each page of the pool, in every layer and KV head.
     """
 
     first: int = 0
     ring: int = 0
     queries: int = 0
     block: int | None = None
+    summaries: int = 0
 
     @property
     def pages(self) -> int:
@@ -208,9 +210,7 @@ class VerifiedConfig(KVSettings):
         return [budget for budget in _halves(self.budget, page_size) if budget]
 
     def tokens_read(self, context: int, page_size: int) -> int:
-        """See KVSettings.tokens_read: on average half a page and the pending token are newer than the choice."""
-        sink = -(-self.sink // page_size) * page_size
-        return min(context, sink + self.budget + page_size // 2 + 1)
+        return _read_by_choice(context, self.sink, self.budget, page_size)
 
     def max_pages(self, page_size: int, max_gamma: int, row_pages: int) -> int:
         newer = page_size - 1 + MAX_PLAIN_TOKENS + 2 * max_gamma + 1
@@ -220,6 +220,37 @@ class VerifiedConfig(KVSettings):
 MAX_PLAIN_TOKENS = 16
 """Number of plain rounds after which rows vote although nothing was drafted, so that `verified` never has to read many
 tokens that are newer than its choice. Counting votes then costs less than 1 % of such rounds."""
+
+
+class QuestConfig(KVSettings):
+    """The pages whose keys may have the largest products with a draft's query, by bounds of each page's keys, per KV
+    head; everything newer; and the first tokens (Quest, arXiv 2406.10774): a view of all KV."""
+
+    policy: Literal["quest"]
+    budget: Positive = 256
+    """KV tokens that are chosen per row; a multiple of page_size. A draft step reads the sink and the tokens after the
+    choice in addition: less than a page beyond the drafts."""
+    sink: Positive = 16
+    """Number of first tokens that are always read; rounded up to whole pages."""
+    interval: Positive = 4
+    """Number of draft steps that read the same choice. The first step of a round chooses anew."""
+
+    def check(self, page_size: int, drafter: DrafterName) -> None:
+        self._check_pages(page_size, "budget")
+
+    def budgets(self, page_size: int) -> list[int]:
+        """Return the configured budget, half of it and a quarter: the best pages of those chosen."""
+        return [budget for budget in _halves(self.budget, page_size) if budget]
+
+    def tokens_read(self, context: int, page_size: int) -> int:
+        return _read_by_choice(context, self.sink, self.budget, page_size)
+
+    def max_pages(self, page_size: int, max_gamma: int, row_pages: int) -> int:
+        newer = page_size - 1 + max_gamma + 1
+        return min(row_pages, -(-self.sink // page_size) + self.budget // page_size + -(-newer // page_size))
+
+    def state(self, page_size: int, max_gamma: int, drafter: DrafterName) -> KVState:
+        return KVState(summaries=2)
 
 
 class TopKConfig(KVSettings):
@@ -251,11 +282,12 @@ def policy_of(value: Any) -> Any:
     return value.get("policy", "window") if isinstance(value, dict) else getattr(value, "policy", None)
 
 
-POLICIES = ("window", "verified", "snapkv", "topk", "all")
+POLICIES = ("window", "verified", "quest", "snapkv", "topk", "all")
 
 KVConfig = Annotated[
     Annotated[WindowConfig, Tag("window")]
     | Annotated[VerifiedConfig, Tag("verified")]
+    | Annotated[QuestConfig, Tag("quest")]
     | Annotated[SnapKVConfig, Tag("snapkv")]
     | Annotated[TopKConfig, Tag("topk")]
     | Annotated[AllConfig, Tag("all")],
@@ -280,3 +312,9 @@ def _read_by_window(context: int, budget: int, page_size: int) -> int:
 def _window_pages(budget: int, page_size: int, row_pages: int) -> int:
     """Return the largest number of pages that a window lists. Two tokens can follow its last page."""
     return min(row_pages, budget // page_size + 1)
+
+
+def _read_by_choice(context: int, sink: int, budget: int, page_size: int) -> int:
+    """Return the KV tokens that a draft reads of chosen pages, the sink and what is newer than the choice, which is
+    half a page and the pending token on average."""
+    return min(context, -(-sink // page_size) * page_size + budget + page_size // 2 + 1)

@@ -14,7 +14,7 @@ class SpeculationConfig(Settings):
     gamma: Annotated[int, Field(ge=0, le=16)] | Literal["auto"] = "auto"
     """Number of drafts per row and round; 0 is plain decoding. auto: the number with the highest predicted throughput,
     for each round and row."""
-    gamma_max: Annotated[int, Field(ge=1, le=16)] = 6
+    gamma_max: Annotated[int, Field(ge=1, le=16)] = 8
     """Largest number of drafts that auto chooses."""
     drafter: DrafterName = "self"
     """Model that drafts. self: the target itself, with sparse KV. model: a smaller model with the same vocabulary."""

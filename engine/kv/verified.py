@@ -4,10 +4,6 @@ A verify pass computes the softmax weights of all KV anyway. Two queries of each
 pending token, and that of the last draft, behind which the bonus token is sampled. Votes are summed over heads and over
 the tokens of a page. A draft step then reads, in each layer, the sink, the pages with the most votes, and every token
 that is newer than the choice: a view into the target's own pool, one list per layer.
-
-    row of 12 pages, sink 1, budget of 3 pages, chosen when it had 10 full pages:
-
-    [0] 1 [2] 3 4 [5] 6 7 [8] 9 [10 11)
 """
 
 from __future__ import annotations
@@ -19,67 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.row_state import RowState
 from engine.batch.view import View
 from engine.config.kv import MAX_PLAIN_TOKENS, VerifiedConfig
+from engine.kv.page_choice import ChoiceView, PageChoice
 from engine.kv.policy import DraftSite, KVPolicy
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot
 from kernels.kv_cache import LayerKV
 from kernels.ragged import Ints
 from kernels.transfer import send, send_all
-from models.llama import Llama
-
-
-class PageChoice:
-    """Pages that are chosen for each row slot, and the views that list them.
-
-    pages: [layers, max_rows, count] int64, indices into a row's page table, those with the most votes first. Of a row
-        with fewer pages to choose from, only that many are valid.
-    ends: [max_rows], on the host: number of a row's pages when they were chosen, all full and committed; 0: not yet.
-    """
-
-    def __init__(self, state: RowState, model: Llama, count: int, sink: int) -> None:
-        """count: number of pages to choose. sink: number of first pages that are always read."""
-        self.count, self.sink, self.kv_heads = count, sink, model.kv_heads
-        self.page_table = state.page_table
-        max_rows = len(state.page_table)
-        self.pages = torch.zeros(model.num_layers, max_rows, count, dtype=torch.int64, device=state.device)
-        self.ends = np.zeros(max_rows, dtype=np.int64)
-        self.device_ends = torch.zeros(max_rows, dtype=torch.int64, device=state.device)
-
-
-class ChoiceView:
-    """View of the sink, of the best chosen pages, and of all that is newer."""
-
-    per_layer = True
-
-    def __init__(self, choice: PageChoice, page_size: int, count: int) -> None:
-        """count: number of chosen pages to read, at most choice.count."""
-        self._choice = choice
-        self._page_size, self._count = page_size, count
-        self.page_table = choice.page_table
-
-    def skipped(self, rows: Ints, contexts: Ints) -> Ints:
-        candidates = np.maximum(self._choice.ends[rows] - self._choice.sink, 0)
-        skipped: Ints = np.maximum(candidates - self._count, 0) * self._page_size
-        return skipped
-
-    def leading(self, rows: Ints, contexts: Ints) -> Ints:
-        leading: Ints = np.where(self.skipped(rows, contexts) > 0, self._choice.sink * self._page_size, contexts)
-        return leading
-
-    def pages(self, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
-        sink, chosen = self._choice.sink, self._choice.pages[:, rows, : self._count]
-        candidates = (self._choice.device_ends[rows] - sink).clamp_(min=0)[:, None]
-        count = candidates.clamp(max=self._count)
-        column = torch.arange(width, device=rows.device)
-        # Below the sink, and where all candidates are read, a column is its own index.
-        columns = column + torch.where(column < sink, 0, candidates - count)
-        reads_chosen = (column >= sink) & (column < sink + count) & (candidates > count)
-        place = (column - sink).clamp(0, self._count - 1)
-        columns = torch.where(reads_chosen, chosen[..., place], columns)
-        return self.page_table[rows[:, None], columns.clamp_(max=self.page_table.shape[1] - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +47,22 @@ class VerifiedPolicy(KVPolicy):
         super().__init__(site)
         page = site.page_size
         self._state = site.state
-        self._choice = PageChoice(site.state, site.model, config.budget // page, -(-config.sink // page))
+        self._choice = PageChoice(
+            site.state, site.model, count=config.budget // page, sink=-(-config.sink // page), per_head=False
+        )
         budgets = [config.budget, *site.settings.kv_budgets(page)]
-        self._views = {each: ChoiceView(self._choice, page, each // page) for each in budgets}
+        self._views = {each: ChoiceView(self._choice, each // page) for each in budgets}
         self._views[0] = self._views[config.budget]
         self._prefill = np.zeros(site.max_rows, dtype=np.int64)  # number of tokens at a row's start
         self._plain_rounds = 0  # since the last vote
-        self.observer: VoteCount = VoteCount(self._choice, page, site.model.ops.best)
+        self.observer: VoteCount = VoteCount(self._choice, site.model.ops.best)
 
     def view(self, budget: int) -> View:
         return self._views[budget]
 
     def start(self, start: RowStart) -> None:
         self._prefill[start.row] = len(start.tokens)
-        self._choice.ends[start.row] = 0
-        self._choice.device_ends[start.row].fill_(0)
+        self._choice.clear(start.row)
 
     def watch(self, rows: Ints, first: Ints, queries: Ints, drafts: Ints) -> None:
         """Let rows vote in the next forward: all that sample, if any of them drafts or ends its prompt; else after
@@ -142,9 +87,9 @@ class VerifiedPolicy(KVPolicy):
 class VoteCount:
     """Observer that counts votes in the next forward, and chooses after each layer."""
 
-    def __init__(self, choice: PageChoice, page_size: int, best: Callable[[Tensor, int], Tensor]) -> None:
+    def __init__(self, choice: PageChoice, best: Callable[[Tensor, int], Tensor]) -> None:
         """best: Ops.best."""
-        self._choice, self._page_size, self._best = choice, page_size, best
+        self._choice, self._best = choice, best
         self._next: _Vote | None = None
 
     def vote(self, vote: _Vote | None) -> None:
@@ -156,22 +101,16 @@ class VoteCount:
         if self._next is None:
             return attention
         vote, self._next = self._next, None
-        return _Voting(attention, self._choice, vote, self._page_size, self._best)
+        return _Voting(attention, self._choice, vote, self._best)
 
 
 class _Voting:
     """Attention of one forward in which rows vote."""
 
     def __init__(
-        self,
-        inner: AttentionBackend,
-        choice: PageChoice,
-        vote: _Vote,
-        page_size: int,
-        best: Callable[[Tensor, int], Tensor],
+        self, inner: AttentionBackend, choice: PageChoice, vote: _Vote, best: Callable[[Tensor, int], Tensor]
     ) -> None:
-        self._inner, self._choice, self._vote = inner, choice, vote
-        self._page_size, self._best = page_size, best
+        self._inner, self._choice, self._vote, self._best = inner, choice, vote, best
         self._ballot: Ballot
         self._excluded: Tensor
 
@@ -179,9 +118,8 @@ class _Voting:
         choice, vote = self._choice, self._vote
         rows, width = batch.pages.shape
         votes = torch.empty(rows, choice.kv_heads, width, device=batch.pages.device)
-        self._ballot = Ballot(vote.voters, self._page_size, votes)
-        page = torch.arange(width, device=votes.device)
-        self._excluded = (page < choice.sink) | (page >= vote.ends[:, None])
+        self._ballot = Ballot(vote.voters, choice.page_size, votes)
+        self._excluded = choice.excluded(vote.ends, width)
         choice.device_ends[vote.rows] = vote.ends
         self._inner.plan(replace(batch, ballot=self._ballot))
 

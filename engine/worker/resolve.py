@@ -228,8 +228,9 @@ def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | Non
 def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Compute the memory of drafts on the rank with the largest share: bytes per token of the pool, and fixed bytes.
 
-    A draft model that keeps the KV of all tokens has a page for each of the target's. SnapKV's cache, the queries that
-    choose, and the window of a draft model are of fixed size. shape: config of the model that drafts.
+    A draft model that keeps the KV of all tokens has a page for each of the target's, and a policy may summarise pages.
+    SnapKV's cache, the queries that choose, and the window of a draft model are of fixed size. shape: config of the
+    model that drafts.
     """
     settings = config.speculation
     ranks = settings.draft_ranks(config.tensor_parallel_size) or config.tensor_parallel_size
@@ -243,9 +244,9 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
         kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size) + kept.queries * mine.heads.size * query_bytes
         for mine in heads
     )
-    if not settings.has_draft_pages:
-        return 0, fixed_bytes
-    return _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads)), fixed_bytes
+    token_bytes = _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads))
+    summary_bytes = -(-kept.summaries * token_bytes // (2 * page))  # a key is half of a token's KV
+    return token_bytes * settings.has_draft_pages + summary_bytes, fixed_bytes
 
 
 def _with_pool(

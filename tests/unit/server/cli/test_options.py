@@ -99,7 +99,7 @@ def test_the_target_can_draft_where_a_file_has_a_model(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (["--policy", "all", "--budget", "64"], "engine.speculation.kv: Value error, policy all reads all tokens"),
-        (["--policy", "wide"], "expected settings of a policy: window, verified, snapkv, topk or all"),
+        (["--policy", "wide"], "expected settings of a policy: window, verified, quest, snapkv, topk or all"),
         (["--verification", "none"], "engine.speculation.verification: Input should be 'coupled' or 'rejection'"),
     ],
 )

@@ -1,0 +1,85 @@
+"""Pages that are chosen for each row, and the views that list them with the first pages and all that is newer.
+
+row of 12 pages, sink 1, budget of 3 pages, chosen when it had 10 full pages:
+
+[0] 1 [2] 3 4 [5] 6 7 [8] 9 [10 11)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch.row_state import RowState
+from kernels.ragged import Ints
+from models.llama import Llama
+
+
+class PageChoice:
+    """Chosen pages of each row slot.
+
+    pages: [layers, max_rows, count] int64, or [layers, max_rows, kv_heads, count]: indices into a row's page table, the
+        best first. Of a row with fewer pages to choose from, only that many are valid.
+    ends: [max_rows], on the host and on the device: number of a row's pages when they were chosen, all full and
+        committed; 0: not yet.
+    """
+
+    def __init__(self, state: RowState, model: Llama, *, count: int, sink: int, per_head: bool) -> None:
+        """count: number of pages to choose. sink: number of first pages that are always read. per_head: whether each KV
+        head has a choice of its own."""
+        self.count, self.sink, self.per_head, self.kv_heads = count, sink, per_head, model.kv_heads
+        self.page_table, self.page_size = state.page_table, state.page_size
+        max_rows, device = len(state.page_table), state.device
+        shape = (model.num_layers, max_rows, *([model.kv_heads] if per_head else []), count)
+        self.pages = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.ends = np.zeros(max_rows, dtype=np.int64)
+        self.device_ends = torch.zeros(max_rows, dtype=torch.int64, device=device)
+
+    def clear(self, row: int) -> None:
+        """Forget the choice of a row slot, for its next request."""
+        self.ends[row] = 0
+        self.device_ends[row].fill_(0)
+
+    def excluded(self, ends: Tensor, width: int) -> Tensor:
+        """Return a mask of the pages that cannot be chosen. ends: [n], see above. Returns [n, width] bool."""
+        page = torch.arange(width, device=ends.device)
+        return (page < self.sink) | (page >= ends[:, None])
+
+
+class ChoiceView:
+    """View of the first pages, of the best chosen ones, and of all that is newer."""
+
+    per_layer = True
+
+    def __init__(self, choice: PageChoice, count: int) -> None:
+        """count: number of chosen pages to read, at most choice.count."""
+        self._choice, self._count = choice, count
+        self.page_table = choice.page_table
+
+    def skipped(self, rows: Ints, contexts: Ints) -> Ints:
+        candidates = np.maximum(self._choice.ends[rows] - self._choice.sink, 0)
+        skipped: Ints = np.maximum(candidates - self._count, 0) * self._choice.page_size
+        return skipped
+
+    def leading(self, rows: Ints, contexts: Ints) -> Ints:
+        first = self._choice.sink * self._choice.page_size
+        leading: Ints = np.where(self.skipped(rows, contexts) > 0, first, contexts)
+        return leading
+
+    def pages(self, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
+        return self.list(self._choice.pages[:, rows], rows, width)
+
+    def list(self, chosen: Tensor, rows: Tensor, width: int) -> Tensor:
+        """List the pages of rows. rows: [n] row slots. chosen: [layers, n, (kv_heads,) count], of these rows; also
+        without layers. Returns the same, with width in place of count."""
+        sink, per_head = self._choice.sink, self._choice.per_head
+        rows = rows[:, None, None] if per_head else rows[:, None]
+        candidates = (self._choice.device_ends[rows] - sink).clamp_(min=0)
+        read = candidates.clamp(max=self._count)
+        column = torch.arange(width, device=rows.device)
+        # In the sink, and where all candidates are read, a column is its own index.
+        own = column + torch.where(column < sink, 0, candidates - read)
+        is_chosen = (column >= sink) & (column < sink + read) & (candidates > read)
+        columns = torch.where(is_chosen, chosen[..., (column - sink).clamp_(0, self._count - 1)], own)
+        return self.page_table[rows, columns.clamp_(max=self.page_table.shape[1] - 1)]

@@ -1,0 +1,172 @@
+"""Drafts that read the pages whose keys may have the largest products with their query (Quest, arXiv 2406.10774).
+
+The element-wise minimum and maximum of each page's keys are kept beside the pool. From these two follows an upper bound
+of a query's products with the page's keys, and the pages with the largest bounds are read. Choosing reads 2 / page_size
+of what all keys have, so it is done once in a few steps (LServe, arXiv 2502.14866).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from engine.batch.round_batch import RoundBatch
+from engine.batch.view import View
+from engine.config.kv import QuestConfig
+from engine.kv.page_choice import ChoiceView, PageChoice
+from engine.kv.policy import DraftSite, KVPolicy
+from engine.plan import RowStart
+from kernels.attention.base import AttentionBackend, AttentionBatch
+from kernels.key_summaries import KeySummaries
+from kernels.kv_cache import LayerKV
+from kernels.ragged import Ints, ragged_arange
+from kernels.transfer import send_all
+
+
+class QuestPolicy(KVPolicy):
+    """A view of all KV, of pages that each round's first query chooses per KV head, and a later one again after
+    `interval` steps."""
+
+    captures = False
+
+    def __init__(self, site: DraftSite, config: QuestConfig) -> None:
+        super().__init__(site)
+        page = site.page_size
+        summaries = KeySummaries(self.full)
+        self._choice = PageChoice(
+            site.state, site.model, count=config.budget // page, sink=-(-config.sink // page), per_head=True
+        )
+        self.observer: PageSummariser = PageSummariser(summaries, page)
+        self.attention: QuestAttention = QuestAttention(site.attention(), self._choice, summaries, config.interval)
+        self._state = site.state
+        budgets = [config.budget, *site.settings.kv_budgets(page)]
+        self._views = {each: QuestView(self._choice, each // page, self.attention) for each in budgets}
+        self._views[0] = self._views[config.budget]
+
+    def view(self, budget: int) -> View:
+        return self._views[budget]
+
+    def start(self, start: RowStart) -> None:
+        self._choice.clear(start.row)
+
+    def prepare(self, batch: RoundBatch, end: Ints) -> None:
+        """See KVPolicy.prepare. The first draft step chooses from the full pages before `end`."""
+        rows, ends = batch.row[: batch.num_drafting], end // self._state.page_size
+        self._choice.ends[rows] = ends
+        row_index, device_ends = send_all(self._state.device, rows, ends)
+        self._choice.device_ends[row_index] = device_ends
+        self.attention.begin()
+
+
+class QuestView(ChoiceView):
+    """View of pages that attention chooses while it runs."""
+
+    def __init__(self, choice: PageChoice, count: int, attention: QuestAttention) -> None:
+        super().__init__(choice, count)
+        self._attention = attention
+
+    def pages(self, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
+        """See View.pages. Lists of layers that choose in this forward are filled when they do."""
+        self._attention.expect(self, rows)
+        return super().pages(rows, contexts, width)
+
+
+class QuestAttention:
+    """Attention of draft steps, which chooses pages and reads them.
+
+    Each forward follows a call of QuestView.pages, whose lists it reads.
+    """
+
+    def __init__(self, inner: AttentionBackend, choice: PageChoice, summaries: KeySummaries, interval: int) -> None:
+        """inner: reads what is listed. interval: number of steps that read the same choice."""
+        self._inner, self._choice, self._summaries = inner, choice, summaries
+        self._interval = interval
+        self._step = 0
+        self._view: QuestView
+        self._rows: Tensor
+        self._batch: AttentionBatch
+        self._candidates: _Candidates | None = None
+
+    def begin(self) -> None:
+        """Begin a round: its first step chooses."""
+        self._step = 0
+
+    def expect(self, view: QuestView, rows: Tensor) -> None:
+        """Prepare for a step over these row slots, [n]."""
+        self._view, self._rows = view, rows
+
+    def plan(self, batch: AttentionBatch) -> None:
+        chooses, self._step = self._step % self._interval == 0, self._step + 1
+        self._batch, self._candidates = batch, None
+        if chooses:
+            choice, rows = self._choice, self._rows
+            (last,) = send_all(rows.device, np.cumsum(batch.query_lengths) - 1)
+            ends = choice.device_ends[rows]
+            width = choice.page_table.shape[1]
+            self._candidates = _Candidates(last, choice.page_table[rows], choice.excluded(ends, width)[:, None])
+        self._inner.plan(batch)
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See PlannedAttention.run."""
+        if self._candidates is not None:
+            self._choose(layer, q[self._candidates.queries], self._candidates)
+        return self._inner.run(layer, q, scale)
+
+    def _choose(self, layer: LayerKV, q: Tensor, candidates: _Candidates) -> None:
+        """Choose for a layer, and fill in its lists. q: [n, heads, head_dim]."""
+        choice, lists = self._choice, self._batch.pages[layer.index]
+        scores = self._summaries.scores(layer, q, candidates.pages).masked_fill_(candidates.excluded, float("-inf"))
+        count = min(choice.count, scores.shape[-1])
+        chosen = choice.pages[layer.index, self._rows]
+        chosen[..., :count] = scores.topk(count).indices
+        choice.pages[layer.index, self._rows] = chosen
+        lists.copy_(self._view.list(chosen, self._rows, lists.shape[-1]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """What a step chooses from. queries: [n], index of each row's last query. pages: [n, width], all pages of the row.
+    excluded: [n, 1, width] bool, those that cannot be chosen."""
+
+    queries: Tensor
+    pages: Tensor
+    excluded: Tensor
+
+
+class PageSummariser:
+    """Observer that summarises the pages to which forwards write.
+
+    A page is summarised whenever something is written to it, so that the summary of a full page of committed tokens is
+    right, whoever wrote it first: pages that other rows share need nothing more.
+    """
+
+    def __init__(self, summaries: KeySummaries, page_size: int) -> None:
+        self._summaries, self._page_size = summaries, page_size
+
+    def around(self, attention: AttentionBackend) -> AttentionBackend:
+        """See Observer.around."""
+        return _Summarising(attention, self._summaries, self._page_size)
+
+
+class _Summarising:
+    """Attention of one forward."""
+
+    def __init__(self, inner: AttentionBackend, summaries: KeySummaries, page_size: int) -> None:
+        self._inner, self._summaries, self._page_size = inner, summaries, page_size
+        self._written: Tensor
+
+    def plan(self, batch: AttentionBatch) -> None:
+        lengths, queries = np.array(batch.kv_lengths), np.array(batch.query_lengths)
+        first, last = (lengths - queries) // self._page_size, (lengths - 1) // self._page_size
+        count = last - first + 1
+        row, column = np.repeat(np.arange(len(count)), count), np.repeat(first, count) + ragged_arange(count)
+        row_index, columns = send_all(batch.pages.device, row, column)
+        self._written = batch.pages[row_index, columns]
+        self._inner.plan(batch)
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See PlannedAttention.run."""
+        self._summaries.update(layer, self._written)
+        return self._inner.run(layer, q, scale)

@@ -1,0 +1,40 @@
+"""Bounds of the keys of each page, by which queries estimate their attention to a page without reading it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.kv_cache import KVPool, LayerKV
+
+
+class KeySummaries:
+    """Element-wise minimum and maximum of the keys of each page and KV head (Quest, arXiv 2406.10774, section 3.3),
+    kept beside a pool.
+
+    bounds: [layers, 2, pages, kv_heads, head_dim] in the pool's dtype: the minima, and the maxima.
+    """
+
+    def __init__(self, pool: KVPool) -> None:
+        layers, _, pages, kv_heads, _, head_dim = pool.data.shape
+        shape = (layers, 2, pages, kv_heads, head_dim)
+        self.bounds = torch.zeros(shape, dtype=pool.data.dtype, device=pool.data.device)
+
+    def update(self, layer: LayerKV, pages: Tensor) -> None:
+        """Summarise pages anew. pages: [n] int64; one that is named twice is summarised twice."""
+        keys = layer.k[pages]  # [n, kv_heads, page_size, head_dim]
+        low, high = keys.aminmax(dim=2)
+        self.bounds[layer.index, 0, pages] = low
+        self.bounds[layer.index, 1, pages] = high
+
+    def scores(self, layer: LayerKV, q: Tensor, pages: Tensor) -> Tensor:
+        """Bound the products of queries with the keys of pages from above, summed over the heads of a KV head:
+
+            sum over d of max(q_d min_d, q_d max_d)  =  max(q, 0) · max + min(q, 0) · min
+
+        q: [n, heads, head_dim]. pages: [n, width] int64. Returns [n, kv_heads, width] float32.
+        """
+        bounds = self.bounds[layer.index][:, pages].float()  # [2, n, width, kv_heads, head_dim]
+        grouped = q.float().view(len(q), bounds.shape[3], -1, q.shape[-1])  # [n, kv_heads, group, head_dim]
+        signs = torch.stack([grouped.clamp(max=0).sum(2), grouped.clamp(min=0).sum(2)])
+        return torch.einsum("bnwhd,bnhd->nhw", bounds, signs)

@@ -1,0 +1,121 @@
+"""Pages chosen by bounds of their keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.kv.quest import QuestPolicy
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.speculation.drafters import SelfDrafter
+from kernels.key_summaries import KeySummaries
+from kernels.kv_cache import KVPool, LayerKV
+from tests.support.engines import complete, tiny_engine, tiny_model
+from tests.support.profiles import examples
+from tests.support.workloads import prompt_of
+
+
+@given(pages=st.integers(1, 5), page_size=st.integers(1, 6), group=st.integers(1, 3), seed=st.integers(0, 50))
+@examples(20, 80)
+def test_scores_bound_the_products_with_all_keys(pages: int, page_size: int, group: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    kv_heads, head_dim = 2, 8
+    shape = {"num_layers": 2, "num_pages": 7, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim}
+    pool = KVPool(**shape, dtype=torch.float32, device=torch.device("cpu"))
+    pool.data.normal_()
+    summaries, layer = KeySummaries(pool), pool.layer(1)
+    listed = torch.randperm(7)[:pages]
+    summaries.update(layer, listed)
+    q = torch.randn(1, kv_heads * group, head_dim)
+    scores = summaries.scores(layer, q, listed[None])[0]
+    keys = layer.k[listed]  # [pages, kv_heads, page_size, head_dim]
+    for head in range(kv_heads):
+        for page in range(pages):
+            mine = q[0].view(kv_heads, group, -1)[head]
+            low, high = keys[page, head].amin(0), keys[page, head].amax(0)
+            expected = torch.maximum(mine * low, mine * high).sum()
+            torch.testing.assert_close(scores[head, page], expected)
+            assert scores[head, page] >= (keys[page, head] @ mine.T).amax(0).sum() - 1e-4
+    assert not summaries.bounds[0].any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("batch_tokens", [40, 300])
+def test_summaries_are_those_of_committed_keys(temperature: float, batch_tokens: int) -> None:
+    """However prompts are chunked and drafts rejected, full pages have the bounds of the keys that the target wrote."""
+    kv = {"policy": "quest", "budget": 16, "sink": 4, "interval": 2}
+    engine = tiny_engine(
+        tiny_model(), gamma=4, page_size=4, scheduler={"max_batch_tokens": batch_tokens}, speculation={"kv": kv}
+    )
+    params = SamplingParams(max_tokens=60, temperature=temperature, seed=1, ignore_eos=True)
+    engine.add(AddRequest("row", prompt_of(130, 3), params))
+    emitted = 0
+    while emitted < 50:
+        emitted += sum(len(output.tokens) for output in engine.step())
+    policy = engine._worker._drafter._drafter._policy  # type: ignore[attr-defined]
+    assert isinstance(policy, QuestPolicy)
+    (request,) = engine._scheduler.running
+    full = policy._state.page_table[request.row, : (len(request.tokens) - 1) // 4]
+    assert len(full) > 40
+    for index in range(policy.full.data.shape[0]):
+        keys = policy.full.layer(index).k[full]
+        assert torch.equal(policy.attention._summaries.bounds[index, 0, full], keys.amin(2))
+        assert torch.equal(policy.attention._summaries.bounds[index, 1, full], keys.amax(2))
+    stats = engine.stats()
+    assert stats.rejections > 3  # or the drafts show little
+    assert stats.accepted_tokens > 3
+
+
+class Spy:
+    """Attention that records the lists of each run."""
+
+    def __init__(self, policy: QuestPolicy) -> None:
+        self.inner = policy.attention._inner
+        self.lists: list[list[Tensor]] = []
+        self.lengths: list[int] = []
+
+    def plan(self, batch: object) -> None:
+        self.batch = batch
+        self.lists.append([])
+        self.inner.plan(batch)  # type: ignore[arg-type]
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        self.lists[-1].append(self.batch.pages_of(layer).clone())  # type: ignore[attr-defined]
+        self.q = q
+        return self.inner.run(layer, q, scale)
+
+
+def test_pages_are_chosen_in_the_first_step_and_again_after_the_interval() -> None:
+    kv = {"policy": "quest", "budget": 12, "sink": 4, "interval": 2}
+    engine = tiny_engine(tiny_model(), gamma=5, page_size=4, speculation={"kv": kv})
+    drafter = engine._worker._drafter._drafter  # type: ignore[attr-defined]
+    assert isinstance(drafter, SelfDrafter)
+    policy = drafter._policy
+    assert isinstance(policy, QuestPolicy)
+    spy = policy.attention._inner = Spy(policy)  # type: ignore[assignment]
+    engine.add(AddRequest("row", prompt_of(101, 3), SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True)))
+    while not spy.lists:
+        engine.step()
+    assert len(spy.lists) == 5
+    table, full = policy._state.page_table[0].tolist(), 101 // 4
+    for steps in zip(*spy.lists, strict=True):  # of each layer
+        chosen = []
+        for step, lists in enumerate(steps):
+            for head in lists[0].tolist():
+                assert head[0] == table[0]
+                read = 101 + 1 + step - (full - 1 - 3) * 4
+                assert head[4 : -(-read // 4)] == table[full : -(-(101 + 1 + step) // 4)]
+            chosen.append([sorted(head[1:4]) for head in lists[0].tolist()])
+        assert chosen[0] == chosen[1]
+        assert chosen[2] == chosen[3]
+
+
+def test_a_budget_over_the_context_accepts_everything() -> None:
+    kv = {"policy": "quest", "budget": 256, "sink": 4}
+    engine = tiny_engine(tiny_model(), gamma=4, page_size=8, speculation={"kv": kv})
+    complete(engine, prompt_of(100, 2), SamplingParams(max_tokens=100, temperature=1.0, seed=5, ignore_eos=True))
+    assert engine.stats().rejections == 0
