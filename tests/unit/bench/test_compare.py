@@ -283,9 +283,13 @@ def test_points() -> None:
 def test_contenders() -> None:
     fast = variant("fast: speculation.gamma=2 dtype=bfloat16")
     assert fast.options == {"engine.speculation.gamma": 2, "engine.dtype": "bfloat16"}
+    verified = variant("magicdec verified: speculation.kv.policy=verified speculation.kv.budget=128")
+    assert verified.name == "magicdec verified"
+    assert verified.options == {"engine.speculation.kv.policy": "verified", "engine.speculation.kv.budget": 128}
     assert [one.name for one in choose("vllm,magicdec off", [fast])] == ["vllm", "magicdec off", "fast"]
     usual = [one.name for one in choose(None, [fast])]
     assert usual[-1] == "fast"
+    assert {"vllm ngram", "llama.cpp ngram", "transformers lookup"} < set(usual)
     assert "llama.cpp q8_0" not in usual
     assert "vllm prefix" not in usual
     sharing = [one.name for one in choose(None, [fast], sharing=True)]

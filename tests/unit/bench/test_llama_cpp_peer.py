@@ -30,6 +30,19 @@ class FakeLlama(ModuleType):
         self.computed = 0
         self.unified = False
         self._logits: dict[int, np.ndarray[Any, Any]] = {}
+        self.llama_speculative = SimpleNamespace(LlamaPromptLookupDecoding=self._drafter)
+        self.sampled = 0  # added to the likeliest token to yield the sampled one
+
+    def _drafter(self, num_pred_tokens: int) -> Any:
+        """Return a drafter of right tokens, the last of which is wrong where the text is of odd length. Rows whose
+        length divides by 5 get no drafts."""
+
+        def draft(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            right = answer(ids.tolist(), num_pred_tokens, self.sampled)
+            right[-1] = (right[-1] + len(ids) % 2) % VOCAB
+            return np.array(right if len(ids) % 5 else [], dtype=np.intc)
+
+        return draft
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("llama_"):
@@ -80,15 +93,18 @@ class FakeLlama(ModuleType):
     def llama_get_logits_ith(self, context: str, index: int) -> Any:
         return np.ctypeslib.as_ctypes(self._logits[index])
 
+    def llama_sampler_sample(self, sampler: Any, context: str, index: int) -> int:
+        return (int(self._logits[index].argmax()) + self.sampled) % VOCAB
+
 
 def expected_next(tokens: list[int]) -> int:
     return sum(token * (at + 1) for at, token in enumerate(tokens)) % VOCAB
 
 
-def answer(prompt: list[int], count: int) -> list[int]:
+def answer(prompt: list[int], count: int, sampled: int = 0) -> list[int]:
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(expected_next(tokens))
+        tokens.append((expected_next(tokens) + sampled) % VOCAB)
     return tokens[len(prompt) :]
 
 
@@ -99,9 +115,9 @@ def llama(monkeypatch: pytest.MonkeyPatch) -> FakeLlama:
     return fake
 
 
-def driver(tmp_path: Path, prefix: bool) -> Driver:
-    options = {"gguf": str(tmp_path / "model.gguf"), "prefix": prefix}
-    settings = {"options": options, "threads": 1, "temperature": 0.0, "seed": 0, "rows": 4, "row_tokens": 500}
+def driver(tmp_path: Path, prefix: bool, lookup: int = 0, temperature: float = 0.0) -> Driver:
+    options = {"gguf": str(tmp_path / "model.gguf"), "prefix": prefix, "lookup": lookup}
+    settings = {"options": options, "threads": 1, "temperature": temperature, "seed": 0, "rows": 4, "row_tokens": 500}
     return Driver(load_peer(str(PEERS / "llama_cpp.py"), settings), 500)
 
 
@@ -140,3 +156,37 @@ def test_prompts_that_are_the_same(llama: FakeLlama, tmp_path: Path) -> None:
     found = driver(tmp_path, True).answer({"op": "complete", "prompts": [prompt] * 3, "new_tokens": 3})
     assert found["tokens"] == [answer(prompt, 3)] * 3
     assert llama.computed == 4 + 2 + 3 * 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_do_not_change_the_text(llama: FakeLlama, tmp_path: Path, temperature: float) -> None:
+    """Three rows whose drafts are right, wrong at their end, or missing, at different steps."""
+    llama.sampled = 3 if temperature else 0
+    run = driver(tmp_path, False, 3, temperature)
+    prompts = [list(range(7 + row, 20 + 2 * row)) for row in range(3)]
+    found = run.answer({"op": "start", "prompts": prompts, "limit": 60})
+    texts = found["tokens"]
+    steps = []
+    while min(map(len, texts)) < 50:
+        more = run.answer({"op": "decode", "new_tokens": 1})["tokens"]
+        steps += [len(new) for new in more]
+        texts = [text + new for text, new in zip(texts, more, strict=True)]
+    assert texts == [answer(prompt, len(text), llama.sampled) for prompt, text in zip(prompts, texts, strict=True)]
+    assert set(steps) == {1, 3, 4}
+
+
+def test_drafts_end_where_the_answer_does(llama: FakeLlama, tmp_path: Path) -> None:
+    """A last draft would take a slot that the context does not have."""
+    prompt = list(range(6))
+    found = driver(tmp_path, False, 3).answer({"op": "complete", "prompts": [prompt], "new_tokens": 4})
+    assert found["tokens"] == [answer(prompt, 4)]
+    assert max(llama.sequences[0]) < len(prompt) + 4 - 1
+
+
+def test_drafts_in_turns_of_a_chat(llama: FakeLlama, tmp_path: Path) -> None:
+    run, history = driver(tmp_path, True, 3), [3, 1, 4, 1, 5]
+    for turn in range(4):
+        history += [turn, 9]
+        found = run.answer({"op": "turn", "prompt": history, "new_tokens": 6, "room": 90})
+        assert found["tokens"] == [answer(history, 6)]
+        history += found["tokens"][0]
