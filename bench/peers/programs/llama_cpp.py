@@ -49,7 +49,8 @@ class Peer:
         self._prompts: list[int] = []
         self._limit = 0
         self._shared = 0  # tokens of row 0 that the other rows wait for
-        self._sampler = _sampler(settings["temperature"], settings["seed"]) if settings["temperature"] else None
+        self._seed: int = settings["seed"]
+        self._sampler: Any = None
         self.max_batch = None
         self.about = f"llama-cpp-python {llama_cpp.__version__}, {gguf.stem.rpartition('.')[2]} weights"
         if self._prefix:
@@ -59,7 +60,8 @@ class Peer:
             self._lookup = llama_cpp.llama_speculative.LlamaPromptLookupDecoding(num_pred_tokens=drafted)
             self.about += f", prompt lookup of {drafted} tokens"
 
-    def prepare(self, rows: int, row_tokens: int) -> None:
+    def prepare(self, rows: int, row_tokens: int, temperature: float) -> None:
+        self._sampler = _sampler(temperature, self._seed) if temperature else None
         params = llama_cpp.llama_context_default_params()
         # Every sequence has its own part of the cache, in multiples of 256 tokens; or all have one.
         params.n_ctx = rows * (-(-row_tokens // 256) * 256)
@@ -175,9 +177,12 @@ class Peer:
 
     def stop(self) -> None:
         context, self._context = self._context, None
+        sampler, self._sampler = self._sampler, None
         self._tokens, self._computed, self._shared = [], [], 0
         if context:
             llama_cpp.llama_free(context)
+        if sampler:
+            llama_cpp.llama_sampler_free(sampler)
 
 
 def _common(texts: Sequence[Sequence[int]]) -> int:

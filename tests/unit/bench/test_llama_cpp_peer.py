@@ -115,17 +115,25 @@ def llama(monkeypatch: pytest.MonkeyPatch) -> FakeLlama:
     return fake
 
 
-def driver(tmp_path: Path, prefix: bool, lookup: int = 0, temperature: float = 0.0) -> Driver:
+def driver(tmp_path: Path, prefix: bool, lookup: int = 0) -> Driver:
     options = {"gguf": str(tmp_path / "model.gguf"), "prefix": prefix, "lookup": lookup}
-    settings = {"options": options, "threads": 1, "temperature": temperature, "seed": 0, "rows": 4, "row_tokens": 500}
+    settings = {"options": options, "threads": 1, "seed": 0, "rows": 4, "row_tokens": 500}
     return Driver(load_peer(str(PEERS / "llama_cpp.py"), settings), 500)
+
+
+def complete(run: Driver, prompts: list[list[int]], count: int) -> Any:
+    return run.answer({"op": "complete", "prompts": prompts, "new_tokens": count, "temperature": 0})["tokens"]
+
+
+def turn_of(run: Driver, prompt: list[int], count: int) -> Any:
+    return run.answer({"op": "turn", "prompt": prompt, "new_tokens": count, "room": 90, "temperature": 0})["tokens"][0]
 
 
 @pytest.mark.parametrize("prefix", [False, True])
 def test_rows_behind_one_document(llama: FakeLlama, tmp_path: Path, prefix: bool) -> None:
     prompts = [[*range(40), row, 7, row] for row in range(1, 4)]
-    found = driver(tmp_path, prefix).answer({"op": "complete", "prompts": prompts, "new_tokens": 5})
-    assert found["tokens"] == [answer(prompt, 5) for prompt in prompts]
+    found = complete(driver(tmp_path, prefix), prompts, 5)
+    assert found == [answer(prompt, 5) for prompt in prompts]
     once = 40 + 3 * 3 if prefix else 3 * 43
     assert llama.computed == once + 3 * 4
 
@@ -136,25 +144,25 @@ def test_turns_of_a_chat(llama: FakeLlama, tmp_path: Path, prefix: bool) -> None
     for turn in range(3):
         history += [turn, 9, 2]
         before = llama.computed
-        found = run.answer({"op": "turn", "prompt": history, "new_tokens": 4, "room": 60})
-        assert found["tokens"] == [answer(history, 4)]
-        history = history + found["tokens"][0]
+        new = turn_of(run, history, 4)
+        assert new == answer(history, 4)
+        history = history + new
         computed.append(llama.computed - before)
     # With each prompt its new tokens, the pending one of the answer before among them, and three of its own answer.
     assert computed == ([8 + 3, 4 + 3, 4 + 3] if prefix else [8 + 3, 15 + 3, 22 + 3])
     run.answer({"op": "stop"})
     edited = [*history[:10], 8, 8]
-    assert run.answer({"op": "turn", "prompt": edited, "new_tokens": 2, "room": 60})["tokens"] == [answer(edited, 2)]
+    assert turn_of(run, edited, 2) == answer(edited, 2)
     again = [*history[:6], 8]
-    assert run.answer({"op": "turn", "prompt": again, "new_tokens": 2, "room": 60})["tokens"] == [answer(again, 2)]
-    assert run.answer({"op": "turn", "prompt": again, "new_tokens": 2, "room": 60})["tokens"] == [answer(again, 2)]
+    assert turn_of(run, again, 2) == answer(again, 2)
+    assert turn_of(run, again, 2) == answer(again, 2)
 
 
 def test_prompts_that_are_the_same(llama: FakeLlama, tmp_path: Path) -> None:
     """Every row computes its last token itself."""
     prompt = [5, 6, 7, 8]
-    found = driver(tmp_path, True).answer({"op": "complete", "prompts": [prompt] * 3, "new_tokens": 3})
-    assert found["tokens"] == [answer(prompt, 3)] * 3
+    found = complete(driver(tmp_path, True), [prompt] * 3, 3)
+    assert found == [answer(prompt, 3)] * 3
     assert llama.computed == 4 + 2 + 3 * 2
 
 
@@ -162,9 +170,9 @@ def test_prompts_that_are_the_same(llama: FakeLlama, tmp_path: Path) -> None:
 def test_drafts_do_not_change_the_text(llama: FakeLlama, tmp_path: Path, temperature: float) -> None:
     """Three rows whose drafts are right, wrong at their end, or missing, at different steps."""
     llama.sampled = 3 if temperature else 0
-    run = driver(tmp_path, False, 3, temperature)
+    run = driver(tmp_path, False, 3)
     prompts = [list(range(7 + row, 20 + 2 * row)) for row in range(3)]
-    found = run.answer({"op": "start", "prompts": prompts, "limit": 60})
+    found = run.answer({"op": "start", "prompts": prompts, "limit": 60, "temperature": temperature})
     texts = found["tokens"]
     steps = []
     while min(map(len, texts)) < 50:
@@ -178,8 +186,8 @@ def test_drafts_do_not_change_the_text(llama: FakeLlama, tmp_path: Path, tempera
 def test_drafts_end_where_the_answer_does(llama: FakeLlama, tmp_path: Path) -> None:
     """A last draft would take a slot that the context does not have."""
     prompt = list(range(6))
-    found = driver(tmp_path, False, 3).answer({"op": "complete", "prompts": [prompt], "new_tokens": 4})
-    assert found["tokens"] == [answer(prompt, 4)]
+    found = complete(driver(tmp_path, False, 3), [prompt], 4)
+    assert found == [answer(prompt, 4)]
     assert max(llama.sequences[0]) < len(prompt) + 4 - 1
 
 
@@ -187,6 +195,6 @@ def test_drafts_in_turns_of_a_chat(llama: FakeLlama, tmp_path: Path) -> None:
     run, history = driver(tmp_path, True, 3), [3, 1, 4, 1, 5]
     for turn in range(4):
         history += [turn, 9]
-        found = run.answer({"op": "turn", "prompt": history, "new_tokens": 6, "room": 90})
-        assert found["tokens"] == [answer(history, 6)]
-        history += found["tokens"][0]
+        new = turn_of(run, history, 6)
+        assert new == answer(history, 6)
+        history += new
