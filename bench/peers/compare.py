@@ -203,7 +203,7 @@ def run(
         threads=settings["threads"],
         new_tokens=plan.new_tokens,
         rounds=plan.rounds,
-        temperatures=list(plan.temperatures),
+        temperatures=list(plan.temperatures if plan.points else plan.temperatures[:1]),
         busy=plan.busy,
         quota=plan.quota,
         shared=plan.shared,

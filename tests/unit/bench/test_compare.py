@@ -241,7 +241,8 @@ def test_a_chat_keeps_each_contenders_answers(start: Start) -> None:
     assert [name for name, _ in asked[:4]] == ["counts", "twos", "twos", "counts"]
     assert (twos.prompts, twos.error) == ([4, 8, 12], "RuntimeError: bad luck")
     text = table(report)
-    assert "time to the first token of each turn of a chat" in text
+    assert "time to the first token of each turn of a chat (T = 0.5), s" in text
+    assert "; temperature 0.5\n" in text
     assert "(RuntimeError: bad luck)" in text
 
 
