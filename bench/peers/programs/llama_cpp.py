@@ -4,8 +4,7 @@ Options: `gguf`: the model file. `weights`: type to convert the weights to; None
 (default false). `kv`: type of the KV cache, f16 or bf16 (default f16). `prefix`: one cache for all rows, in which rows
 share the KV of tokens that all prompts begin with, and a row keeps what its next prompt has in common with the last one
 (default false). `lookup`: number of tokens that a row drafts by prompt lookup, with the package's own drafter and its
-default n-grams (default 0). Where rows have different numbers of drafts, llama.cpp computes the batch in several parts.
-The other defaults were fastest on a CPU with AVX-512.
+default n-grams (default 0). The other defaults were fastest on a CPU with AVX-512.
 """
 
 from __future__ import annotations
@@ -100,10 +99,7 @@ class Peer:
         running = prefilling or [row for row, new in enumerate(made) if new < self._limit]
         if not running:
             raise RuntimeError("all rows are at their end")
-        drafts: dict[int, list[int]] = {}
-        if self._lookup is not None and not prefilling:
-            room = max(0, _BATCH // len(running) - 1)
-            drafts = {row: self._draft(row, min(room, self._limit - made[row] - 1)) for row in running}
+        drafts = {} if self._lookup is None or prefilling else self._draft(running, made)
         count, last = 0, {}
         for row in running:
             tokens, begin = self._tokens[row], self._computed[row]
@@ -128,10 +124,19 @@ class Peer:
             if self._computed[row] == len(self._tokens[row])
         ]
 
-    def _draft(self, row: int, count: int) -> list[int]:
-        """Draft at most `count` tokens."""
-        drafted = self._lookup(np.frombuffer(self._tokens[row], dtype=np.intc))
-        return [int(token) for token in drafted[:count]]
+    def _draft(self, rows: Sequence[int], made: Sequence[int]) -> dict[int, list[int]]:
+        """Draft tokens of each row. made: number of tokens that each row has got.
+
+        llama.cpp reads the weights once for rows with equally many tokens, and again where some have more. So a row
+        that finds fewer drafts than another gets its last token as further ones.
+        """
+        room = {row: min(max(0, _BATCH // len(rows) - 1), self._limit - made[row] - 1) for row in rows}
+        found = {
+            row: [int(token) for token in self._lookup(np.frombuffer(self._tokens[row], dtype=np.intc))][: room[row]]
+            for row in rows
+        }
+        longest = max(map(len, found.values()))
+        return {row: (found[row] + [self._tokens[row][-1]] * longest)[: min(longest, room[row])] for row in rows}
 
     def _verify(self, row: int, index: int, drafts: Sequence[int]) -> list[int]:
         """Sample the tokens of a row up to the first that is not the draft, and forget the KV of the other drafts.
