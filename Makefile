@@ -91,7 +91,7 @@ typecheck: $(INSTALLED_DEV) ## Check types
 bench: $(INSTALLED_DEV) $(KERNELS) $(if $(MODEL),,model) ## Measure decoding with and without speculation
 	@$(BIN)/magicdec bench decode $(SETTINGS) $(ARGS)
 
-bench-compare: $(INSTALLED_DEV) $(KERNELS) $(if $(MODEL),,model) ## Measure other engines beside this one, by turns
+bench-compare: $(INSTALLED_DEV) $(KERNELS) $(if $(MODEL),,model) ## Measure other engines beside this one, by turns, greedy and sampled
 	@$(BIN)/python -m bench.peers.compare $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 # GPU_KIT_PYTHON: version of that machine's Python.

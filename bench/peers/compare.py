@@ -3,12 +3,13 @@
     python -m bench.peers.compare --points 1x2048,4x6000 --json compare.json --plot compare.png
 
 Every contender is a process that loads the model once (bench/peers/programs/). All but the one being measured are
-stopped. At each point (batch x context) every row is prefilled, then contenders alternate in turns of --new-tokens per
-row. Decoding is reported as the median turn; whole requests and the time to first token as the median of their repeats.
-Tokens are compared at temperature 0 only. With --busy, other processes compute on the first CPUs from the first point
-on. With --quota, each contender has a CPU quota of its own: magicdec chooses its threads by it, and the others get one
-for every CPU of it, rounded up. Other engines are installed into environments of their own (bench/peers/install.py). A
-contender that is not available is listed with the reason, and the others are measured.
+stopped. At each point (batch x context) and temperature every row is prefilled, then contenders alternate in turns of
+--new-tokens per row. Decoding is reported as the median turn; whole requests and the time to first token as the median
+of their repeats. Tokens are compared at temperature 0 only. Where a model repeats itself, drafts by n-grams gain: the
+report says how much of each text is repetition. With --busy, other processes compute on the first CPUs from the first
+point on. With --quota, each contender has a CPU quota of its own: magicdec chooses its threads by it, and the others
+get one for every CPU of it, rounded up. Other engines are installed into environments of their own
+(bench/peers/install.py). A contender that is not available is listed with the reason, and the others are measured.
 
     python -m bench.peers.compare --chat 500:6000:10
     python -m bench.peers.compare --shared 6000 --points 16x6200
@@ -35,8 +36,8 @@ import msgspec
 from bench.corpus import read_text, spread
 from bench.machine import CpuQuota, busy, describe_processor, first_cores
 from bench.paper.forecast_report import check_plotting
-from bench.peers.compare_plan import CHECK_PROMPTS, ChatShape, Plan, parse_points
-from bench.peers.compare_report import ChatTimes, ComparisonReport, First, Point, plot, table
+from bench.peers.compare_plan import CHECK_PROMPTS, ChatShape, Plan, parse_points, parse_temperatures
+from bench.peers.compare_report import ChatTimes, ComparisonReport, First, Point, plot, repeated_grams, table
 from bench.peers.contenders import CONTENDERS, Peer, choose, variant
 from bench.peers.install import PeerError, peers_dir
 from bench.peers.lineup import Contenders, Start, start_contenders, starter
@@ -54,9 +55,9 @@ def same_tokens(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[in
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
 
 
-def check(lineup: Contenders, prompts: Sequence[Sequence[int]], *, greedy: bool = True) -> None:
-    """Have every contender complete a few prompts, and set `error` of the entries, and, if all are greedy, `same`: the
-    share of tokens that equal the first contender's."""
+def check(lineup: Contenders, prompts: Sequence[Sequence[int]]) -> None:
+    """Have every contender complete a few prompts greedily, and set `error` of the entries, and `same`: the share of
+    tokens that equal the first contender's."""
     reference: list[list[int]] | None = None
     for entry in lineup.entries:
         if entry.name not in lineup.running:
@@ -65,15 +66,14 @@ def check(lineup: Contenders, prompts: Sequence[Sequence[int]], *, greedy: bool 
         tokens: list[list[int]] = []
         try:
             for i in range(0, len(prompts), max_batch):
-                tokens += lineup.ask(
-                    entry.name, "complete", prompts=prompts[i : i + max_batch], new_tokens=_CHECK_TOKENS
-                )["tokens"]
+                some = prompts[i : i + max_batch]
+                fields = {"prompts": some, "new_tokens": _CHECK_TOKENS, "temperature": 0.0}
+                tokens += lineup.ask(entry.name, "complete", **fields)["tokens"]
         except PeerError as error:
             entry.error = str(error)
             continue
         reference = reference or tokens
-        if greedy:
-            entry.same = same_tokens(reference, tokens)
+        entry.same = same_tokens(reference, tokens)
 
 
 class _Failures:
@@ -93,11 +93,16 @@ class _Failures:
             return None
 
 
-def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: int, plan: Plan) -> list[Point]:
-    """Measure one (batch, context). prompts: one per row, all of one length. limit: maximum new tokens per row."""
+def measure_point(
+    lineup: Contenders, prompts: Sequence[Sequence[int]], limit: int, plan: Plan, temperature: float
+) -> list[Point]:
+    """Measure one (batch, context) at one temperature.
+
+    prompts: one per row, all of one length. limit: maximum new tokens per row.
+    """
     batch, names = len(prompts), list(lineup.running)
     turns = _Failures(lineup)
-    points = {name: Point(name, batch, len(prompts[0])) for name in names}
+    points = {name: Point(name, batch, len(prompts[0]), temperature=temperature) for name in names}
     texts: dict[str, list[list[int]]] = {name: [[] for _ in prompts] for name in names}
     for name in names:
         max_batch = lineup.running[name].max_batch
@@ -105,7 +110,7 @@ def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: i
             turns.errors[name] = f"takes {max_batch} row{'s' * (max_batch > 1)} at most"
     for group in [[name] for name in names] if plan.separately else [names]:
         for name in group:
-            if answer := turns.ask(name, "start", prompts=prompts, limit=limit):
+            if answer := turns.ask(name, "start", prompts=prompts, limit=limit, temperature=temperature):
                 points[name].prefill_s = answer["first_token_s"]
                 _append(texts[name], answer["tokens"])
                 if plan.warm_up and (answer := turns.ask(name, "decode", new_tokens=plan.warm_up)):
@@ -121,23 +126,26 @@ def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: i
             turns.ask(name, "stop")
     for _ in range(plan.totals):
         for name in names:
-            if answer := turns.ask(name, "complete", prompts=prompts, new_tokens=plan.new_tokens):
+            fields = {"prompts": prompts, "new_tokens": plan.new_tokens, "temperature": temperature}
+            if answer := turns.ask(name, "complete", **fields):
                 points[name].total_s.append(answer["total_s"])
     reference = next((texts[name] for name in names if points[name].step_ms), [])
     for name, point in points.items():
-        if not plan.temperature:
+        if not temperature:
             point.same = same_tokens(reference, texts[name])
+        point.repeated = repeated_grams(texts[name])
         point.error = turns.errors.get(name)
     return list(points.values())
 
 
-def measure_first(lineup: Contenders, prompt: Sequence[int], rounds: int) -> list[First]:
+def measure_first(lineup: Contenders, prompt: Sequence[int], plan: Plan) -> list[First]:
     """Measure the time to first token of a single prompt."""
     turns = _Failures(lineup)
     found = {name: First(name, len(prompt)) for name in lineup.running}
-    for _ in range(rounds):
+    fields = {"prompts": [prompt], "new_tokens": 1, "temperature": plan.temperatures[0]}
+    for _ in range(plan.rounds):
         for name, first in found.items():
-            if answer := turns.ask(name, "complete", prompts=[prompt], new_tokens=1):
+            if answer := turns.ask(name, "complete", **fields):
                 first.first_token_s.append(answer["first_token_s"])
     for name, first in found.items():
         first.error = turns.errors.get(name)
@@ -149,7 +157,11 @@ def measure_chat(lineup: Contenders, texts: Sequence[Sequence[int]], shape: Chat
     its own answers in its history. texts: what users say, one text per chat."""
     turns, names = _Failures(lineup), list(lineup.running)
     found = {name: ChatTimes(name, shape.prompts, [[] for _ in shape.prompts]) for name in names}
-    room = shape.end + plan.new_tokens
+    common = {
+        "new_tokens": plan.new_tokens,
+        "room": shape.end + plan.new_tokens,
+        "temperature": plan.temperatures[0],
+    }
     for group in [[name] for name in names] if plan.separately else [names]:
         for text in texts:
             histories: dict[str, list[int]] = {name: [] for name in group}
@@ -158,8 +170,7 @@ def measure_chat(lineup: Contenders, texts: Sequence[Sequence[int]], shape: Chat
                 shift = turn % len(group)  # so that none always follows the same one
                 for name in (*group[shift:], *group[:shift]):
                     prompt = [*histories[name], *text[said : said + added]]
-                    fields = {"prompt": prompt, "new_tokens": plan.new_tokens, "room": room}
-                    if answer := turns.ask(name, "turn", **fields):
+                    if answer := turns.ask(name, "turn", prompt=prompt, **common):
                         found[name].first_token_s[turn].append(answer["first_token_s"])
                         histories[name] = prompt + answer["tokens"][0]
                 said += added
@@ -186,14 +197,13 @@ def run(
     """Make all measurements.
 
     cut: from (count, length, shared) to `count` passages of the text, as token ids, which begin with the same `shared`
-    tokens. settings: see Plan.settings. say: prints
-    progress.
+    tokens. settings: see Plan.settings. say: prints progress.
     """
     report = ComparisonReport(
         threads=settings["threads"],
         new_tokens=plan.new_tokens,
         rounds=plan.rounds,
-        temperature=plan.temperature,
+        temperatures=list(plan.temperatures if plan.points else plan.temperatures[:1]),
         busy=plan.busy,
         quota=plan.quota,
         shared=plan.shared,
@@ -204,16 +214,21 @@ def run(
     with start_contenders(contenders, start, say) as lineup, contextlib.ExitStack() as neighbours:
         report.contenders = lineup.entries
         # magicdec measures its rounds here, if it has to, and keeps the times: before others disturb it.
-        check(lineup, cut(CHECK_PROMPTS, _CHECK_LENGTH, 0), greedy=not plan.temperature)
+        check(lineup, cut(CHECK_PROMPTS, _CHECK_LENGTH, 0))
         neighbours.enter_context(busy(cores))
+        measured: list[list[int]] = []
         for batch, context in plan.points:
             say(f"batch {batch}, context {context} …")
             limit = plan.row_tokens(batch, context, settings["row_tokens"]) - context
-            report.points += measure_point(lineup, cut(batch, context, plan.shared), limit, plan)
+            prompts = cut(batch, context, plan.shared)
+            measured += prompts
+            for temperature in plan.temperatures:
+                report.points += measure_point(lineup, prompts, limit, plan, temperature)
             say(table(report, only=(batch, context)))
+        report.prompts_repeated = repeated_grams(measured)
         if plan.first:
             say(f"first token of {plan.first} …")
-            report.firsts = measure_first(lineup, cut(1, plan.first, 0)[0], plan.rounds)
+            report.firsts = measure_first(lineup, cut(1, plan.first, 0)[0], plan)
         if plan.chat is not None:
             say(f"chats of {plan.chat.turns} turns …")
             report.chats = measure_chat(lineup, cut(plan.rounds, plan.chat.end, 0), plan.chat, plan)
@@ -250,7 +265,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--threads", type=int, help="threads of each contender; default: all CPUs, or as the quota says"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling, with a fixed seed; 0: greedy")
+    parser.add_argument(
+        "--temperatures",
+        default="0,1",
+        help="of sampling at each point, comma-separated; 0: greedy; first tokens and chats have the first (0,1)",
+    )
     parser.add_argument("--busy", type=int, default=0, help="processes that keep the first CPUs busy meanwhile")
     parser.add_argument(
         "--quota", type=float, help="CPU quota of each contender, in CPUs (a control group; needs root)"
@@ -276,8 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(
             "--new-tokens, --rounds and --threads must be at least 1, --warm-up, --totals and --first at least 0"
         )
-    if min(given.temperature, given.busy) < 0 or (given.quota is not None and given.quota < 0.01):
-        parser.error("--temperature and --busy must be at least 0, --quota at least 0.01")
+    if given.busy < 0 or (given.quota is not None and given.quota < 0.01):
+        parser.error("--busy must be at least 0, --quota at least 0.01")
     try:
         if given.plot is not None:
             check_plotting()
@@ -296,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.rounds,
             given.totals,
             given.separately,
-            given.temperature,
+            parse_temperatures(given.temperatures),
             given.busy,
             given.quota,
             given.shared,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,17 @@ _SEED = 0
 _PREFILL_CHUNK = 512
 """Smallest number of tokens that a contender prefills per round while prefilled rows decode. One that drafts meanwhile
 gets further ahead per round, but has longer rounds: vLLM prefills 4096 tokens in each."""
+
+
+def parse_temperatures(text: str) -> list[float]:
+    """Parse `TEMPERATURE,…`, without repetitions. Raises BenchError."""
+    try:
+        temperatures = [float(part) for part in text.split(",")]
+        if all(0 <= temperature < math.inf for temperature in temperatures):
+            return list(dict.fromkeys(temperatures))
+    except ValueError:
+        pass
+    raise BenchError(f"--temperatures {text!r}: expected numbers of at least 0, comma-separated")
 
 
 def parse_points(text: str) -> list[tuple[int, int]]:
@@ -78,7 +90,8 @@ class Plan:
     """Number of times that whole requests are timed."""
     separately: bool = False
     """Whether contenders run one after the other at each point, so that memory holds one batch at a time."""
-    temperature: float = 0.0
+    temperatures: Sequence[float] = (0.0,)
+    """Temperatures of sampling at each point. First tokens and chats are measured at the first one."""
     busy: int = 0
     """Number of processes that compute beside the contenders."""
     quota: float | None = None
@@ -116,6 +129,5 @@ class Plan:
             "rows": max([CHECK_PROMPTS, *(batch for batch, _ in self.points)]),
             "row_tokens": longest,
             "kv_bytes": max([longest, *sizes]) * bytes_per_token,
-            "temperature": self.temperature,
             "seed": _SEED,
         }

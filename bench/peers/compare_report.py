@@ -25,11 +25,12 @@ class Entry(msgspec.Struct):
 
 
 class Point(msgspec.Struct):
-    """One contender at one (batch, context).
+    """One contender at one (batch, context) and temperature.
 
     prefill_s: until every row has its first token. step_ms: mean time per token of every row, one item per turn.
     total_s: whole requests of new_tokens each, one item per repeat. same: share of tokens that equal those of the first
-    contender measured at this point. error: reason that a value is missing.
+    contender measured at this point. repeated: see repeated_grams, of the turns' text. error: reason that a value is
+    missing.
     """
 
     contender: str
@@ -40,6 +41,8 @@ class Point(msgspec.Struct):
     total_s: list[float] = []
     same: float | None = None
     error: str | None = None
+    temperature: float = 0.0
+    repeated: float | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -67,14 +70,15 @@ class ChatTimes(msgspec.Struct):
 
 
 class ComparisonReport(msgspec.Struct):
-    """threads: of each contender; under a quota, of those that do not choose by it. temperature: of sampling. busy:
-    number of processes that computed meanwhile, each on one of the first CPUs. quota: of each contender, in CPUs.
-    date: of the measurement, as YYYY-MM-DD. shared: number of tokens that all prompts of a point begin with."""
+    """threads: of each contender; under a quota, of those that do not choose by it. temperatures: of sampling at each
+    point; firsts and chats have the first one. busy: number of processes that computed meanwhile, each on one of the
+    first CPUs. quota: of each contender, in CPUs. date: of the measurement, as YYYY-MM-DD. shared: number of tokens
+    that all prompts of a point begin with. prompts_repeated: see repeated_grams, of the prompts of all points."""
 
     threads: int
     new_tokens: int
     rounds: int
-    temperature: float = 0.0
+    temperatures: list[float]
     busy: int = 0
     quota: float | None = None
     processor: str = ""
@@ -84,12 +88,14 @@ class ComparisonReport(msgspec.Struct):
     firsts: list[First] = []
     chats: list[ChatTimes] = []
     shared: int = 0
+    prompts_repeated: float | None = None
 
     @property
     def conditions(self) -> str:
         """Processor, date and settings of the run."""
         parts = [self.processor, self.date, f"{self.threads} thread{'s' * (self.threads > 1)}"]
-        parts.append(f"temperature {self.temperature:g}{'' if self.temperature else ' (greedy)'}")
+        named = [f"{temperature:g}{'' if temperature else ' (greedy)'}" for temperature in self.temperatures]
+        parts.append(f"temperature{'s' * (len(named) > 1)} {', '.join(named)}")
         if self.quota is not None:
             parts.append(f"a quota of {self.quota:g} CPUs for each")
         if self.shared:
@@ -102,11 +108,36 @@ class ComparisonReport(msgspec.Struct):
         """List each (batch, context), in the order of measurement."""
         return list(dict.fromkeys((point.batch, point.context) for point in self.points))
 
-    def at(self, place: tuple[int, int]) -> list[Point]:
-        return [point for point in self.points if (point.batch, point.context) == place]
+    def at(self, place: tuple[int, int], temperature: float) -> list[Point]:
+        """List the points of one (batch, context) and temperature."""
+        wanted = (*place, temperature)
+        return [point for point in self.points if (point.batch, point.context, point.temperature) == wanted]
 
 
-_HEAD = ("batch", "context", "step ms", "min", "max", "tok/s", "x first", "prefill s", "total s", "same")
+GRAM = 8
+"""Number of tokens in a row whose repetition counts; see repeated_grams."""
+_WIDTHS = {
+    "batch": 7,
+    "context": 9,
+    "T": 5,
+    "step ms": 9,
+    "min": 8,
+    "max": 8,
+    "tok/s": 8,
+    "x first": 9,
+    "prefill s": 11,
+    "total s": 9,
+    "same": 7,
+    "repeated": 10,
+}
+"""Columns of a point's line, with their widths."""
+
+
+def repeated_grams(texts: Sequence[Sequence[int]]) -> float | None:
+    """Compute the share of sequences of GRAM tokens that occurred before in the same text. None if all are shorter."""
+    grams = [[tuple(text[i : i + GRAM]) for i in range(len(text) - GRAM + 1)] for text in texts]
+    count = sum(map(len, grams))
+    return 1 - sum(len(set(of_text)) for of_text in grams) / count if count else None
 
 
 def table(report: ComparisonReport, only: tuple[int, int] | None = None) -> str:
@@ -115,24 +146,26 @@ def table(report: ComparisonReport, only: tuple[int, int] | None = None) -> str:
     places = report.places() if only is None else [only]
     lines = []
     for place in places:
-        points = report.at(place)
-        base = next((point.tokens_per_s for point in points if point.tokens_per_s is not None), None)
-        lines.append(" " * width + "".join(f"{name:>10}" for name in _HEAD))
-        lines += [_line(point, base, width) for point in points]
+        lines.append(" " * width + "".join(f"{name:>{space}}" for name, space in _WIDTHS.items()))
+        for temperature in report.temperatures:
+            points = report.at(place, temperature)
+            base = next((point.tokens_per_s for point in points if point.tokens_per_s is not None), None)
+            lines += [_line(point, base, width) for point in points]
         lines.append("")
     if only is not None:
         return "\n".join(lines[:-1])
     if report.firsts:
-        lines.append(f"time to the first token of {report.firsts[0].context}, s:")
+        lines.append(f"time to the first token of {report.firsts[0].context} (T = {report.temperatures[0]:g}), s:")
         for first in report.firsts:
-            lines.append(f"{first.contender:<{width}}{_cell(_median(first.first_token_s), 2)}{_note(first.error)}")
+            lines.append(f"{first.contender:<{width}}{_cell(_median(first.first_token_s), 2):>10}{_note(first.error)}")
         lines.append("")
     if report.chats:
         prompts = report.chats[0].prompts
-        lines.append("time to the first token of each turn of a chat, s; tokens of its prompt:")
+        at = f"T = {report.temperatures[0]:g}"
+        lines.append(f"time to the first token of each turn of a chat ({at}), s; tokens of its prompt:")
         lines.append(" " * width + "".join(f"{prompt:>8}" for prompt in prompts))
         for chat in report.chats:
-            cells = "".join(f"{_cell(_median(times), 3)[-8:]}" for times in chat.first_token_s)
+            cells = "".join(f"{_cell(_median(times), 3):>8}" for times in chat.first_token_s)
             lines.append(f"{chat.contender:<{width}}{cells}{_note(chat.error)}")
         lines.append("")
     for entry in report.contenders:
@@ -144,19 +177,25 @@ def table(report: ComparisonReport, only: tuple[int, int] | None = None) -> str:
     lines.append(report.conditions)
     lines.append(
         f"{report.rounds} turns of {report.new_tokens} tokens per row; step ms: time per "
-        "token of every row, median, minimum and maximum of the turns; x first: speed relative to the first line"
+        "token of every row, median, minimum and maximum of the turns; x first: speed relative to the first line of "
+        "the same T, the temperature"
     )
     lines.append(
         "prefill: until every row has its first token; total: whole requests; same: tokens equal to the first line's"
     )
+    repeated = f"repeated: share of sequences of {GRAM} new tokens that the row had before, where n-gram drafts gain"
+    if report.prompts_repeated is not None:
+        repeated += f"; in the prompts it is {100 * report.prompts_repeated:.1f} %"
+    lines.append(repeated)
     return "\n".join(lines)
 
 
 def _line(point: Point, base: float | None, width: int) -> str:
     speed = point.tokens_per_s
     cells = (
-        f"{point.batch:>10}",
-        f"{point.context:>10}",
+        str(point.batch),
+        str(point.context),
+        f"{point.temperature:g}",
         _cell(_median(point.step_ms), 1),
         _cell(min(point.step_ms, default=None), 1),
         _cell(max(point.step_ms, default=None), 1),
@@ -164,9 +203,11 @@ def _line(point: Point, base: float | None, width: int) -> str:
         _cell(None if speed is None or base is None else speed / base, 2),
         _cell(point.prefill_s, 1),
         _cell(_median(point.total_s), 1),
-        f"{'-' if point.same is None else f'{100 * point.same:.0f} %':>10}",
+        _percent(point.same),
+        _percent(point.repeated),
     )
-    return f"{point.contender:<{width}}{''.join(cells)}{_note(point.error)}"
+    line = "".join(f"{cell:>{space}}" for cell, space in zip(cells, _WIDTHS.values(), strict=True))
+    return f"{point.contender:<{width}}{line}{_note(point.error)}"
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -174,7 +215,11 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _cell(value: float | None, digits: int) -> str:
-    return f"{'-' if value is None else f'{value:.{digits}f}':>10}"
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def _note(error: str | None) -> str:
@@ -182,7 +227,8 @@ def _note(error: str | None) -> str:
 
 
 def plot(report: ComparisonReport, path: Path) -> None:
-    """Plot tokens per second by contender to a PNG, one panel per point, and a last panel for time to first token.
+    """Plot tokens per second by contender to a PNG, one panel per point and temperature, and a last panel for time to
+    first token.
 
     Raises PlotError without matplotlib, OSError if the file cannot be written.
     """
@@ -192,11 +238,12 @@ def plot(report: ComparisonReport, path: Path) -> None:
     names = [entry.name for entry in report.contenders][::-1]
     panels = [
         (
-            f"batch {batch}, context {context:,}",
+            f"batch {batch}, context {context:,}, T = {temperature:g}",
             "tokens/s",
-            {at.contender: at.tokens_per_s for at in report.at((batch, context))},
+            {at.contender: at.tokens_per_s for at in report.at((batch, context), temperature)},
         )
         for batch, context in report.places()
+        for temperature in report.temperatures
     ]
     if report.firsts:
         title = f"first token of {report.firsts[0].context:,}"

@@ -36,6 +36,7 @@ CONTENDERS = (
     Peer("vllm ngram", "vllm", {"speculative_config": _VLLM_NGRAM}),
     Peer("vllm prefix", "vllm", {"prefix": True}, usual=False, shares=True),
     Peer("llama.cpp bf16", "llama_cpp", {"weights": "BF16"}),
+    Peer("llama.cpp ngram", "llama_cpp", {"weights": "BF16", "lookup": 2}),  # what its documentation advises for CPUs
     Peer("llama.cpp prefix", "llama_cpp", {"weights": "BF16", "prefix": True}, usual=False, shares=True),
     Peer("llama.cpp q8_0", "llama_cpp", {"weights": "Q8_0"}, usual=False),
     Peer("llama.cpp as is", "llama_cpp", usual=False),

@@ -4,21 +4,23 @@
 
 SETTINGS is a JSON object. `model`: directory. `threads`: number of threads; null: the contender chooses. `rows`:
 largest number of rows at once. `row_tokens`: largest number of tokens of a row. `kv_bytes`: KV bytes of the largest
-batch. `temperature`: of sampling, without truncation; 0: greedy. `seed`: of sampling. `options`: settings of this
-contender. The first output line is {"ready": {...}}; then one line answers each request:
+batch. `seed`: of sampling. `options`: settings of this contender. The first output line is {"ready": {...}}; then one
+line answers each request:
 
-    {"op": "start", "prompts": [[ids]], "limit": n}          {"first_token_s", "tokens"}
-    {"op": "decode", "new_tokens": n}                        {"decode_s", "tokens"}
-    {"op": "stop"}                                           {}
-    {"op": "complete", "prompts": [[ids]], "new_tokens": n}  {"first_token_s", "decode_s", "total_s", "tokens"}
-    {"op": "turn", "prompt": [ids], "new_tokens": n, "room": n}  {"first_token_s", "decode_s", "tokens"}
+    {"op": "start", "prompts": [[ids]], "limit": n, "temperature": t}          {"first_token_s", "tokens"}
+    {"op": "decode", "new_tokens": n}                                          {"decode_s", "tokens"}
+    {"op": "stop"}                                                             {}
+    {"op": "complete", "prompts": [[ids]], "new_tokens": n, "temperature": t}  {"first_token_s", "decode_s", "total_s",
+                                                                                "tokens"}
+    {"op": "turn", "prompt": [ids], "new_tokens": n, "room": n, "temperature": t}
+                                                                               {"first_token_s", "decode_s", "tokens"}
 
 `start` prefills until every row has its first token. `decode` continues until rows have n new tokens each on average.
 `complete` generates exactly n tokens per row, as a server does. `turn` does so for one row and keeps memory, and with
 it what the contender knows of this prompt, for the next `turn`; `room`: tokens of the longest one and its answer.
-`tokens` are the new tokens of this request, by row. Seconds cover the steps only, not the allocation and release of
-memory. A failed request is answered by {"error": "..."}; the next `start` or `complete` begins afresh, and so does a
-`turn` after `stop`.
+`temperature`: of sampling, without truncation; 0: greedy. `tokens` are the new tokens of this request, by row. Seconds
+cover the steps only, not the allocation and release of memory. A failed request is answered by {"error": "..."}; the
+next `start` or `complete` begins afresh, and so does a `turn` after `stop`.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class Peer(Protocol):
     about: str
     """Version and weights, for the report."""
 
-    def prepare(self, rows: int, row_tokens: int) -> None:
-        """Allocate memory for `rows` rows of `row_tokens` tokens each."""
+    def prepare(self, rows: int, row_tokens: int, temperature: float) -> None:
+        """Allocate memory for `rows` rows of `row_tokens` tokens each, all sampled at `temperature`."""
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
         """Queue one request per prompt, of at most `limit` new tokens each, without computing anything. The rows
@@ -70,25 +72,27 @@ class Driver:
         """Answer one request. Raises ValueError for a bad request, and whatever the peer raises."""
         op = request["op"]
         if op == "start":
-            first_s, tokens = self._start(request["prompts"], request["limit"], together=True)
+            first_s, tokens = self._start(request["prompts"], request["limit"], request["temperature"], together=True)
             return {"first_token_s": first_s, "tokens": tokens}
         if op == "decode":
             return self._decode(request["new_tokens"])
         if op == "complete":
-            return self._complete(request["prompts"], request["new_tokens"])
+            return self._complete(request["prompts"], request["new_tokens"], request["temperature"])
         if op == "turn":
-            return self._turn(request["prompt"], request["new_tokens"], request["room"])
+            return self._turn(request["prompt"], request["new_tokens"], request["room"], request["temperature"])
         if op == "stop":
             self._stop()
             return {}
         raise ValueError(f"unknown op {op!r}")
 
-    def _start(self, prompts: list[list[int]], limit: int, *, together: bool) -> tuple[float, list[list[int]]]:
+    def _start(
+        self, prompts: list[list[int]], limit: int, temperature: float, *, together: bool
+    ) -> tuple[float, list[list[int]]]:
         self._stop()
         rows = len(prompts)
         if self._peer.max_batch is not None and rows > self._peer.max_batch:
             raise ValueError(f"{rows} rows, but it takes {self._peer.max_batch} at most")
-        self._peer.prepare(rows, min(self._row_tokens, max(map(len, prompts)) + limit))
+        self._peer.prepare(rows, min(self._row_tokens, max(map(len, prompts)) + limit), temperature)
         self._left = [limit] * rows
         tokens: list[list[int]] = [[] for _ in prompts]
         began = perf_counter()
@@ -110,8 +114,8 @@ class Driver:
             raise ValueError("a row reached its limit, and the rest was a smaller batch: ask for fewer tokens")
         return {"decode_s": seconds, "tokens": tokens}
 
-    def _complete(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        first_s, tokens = self._start(prompts, new_tokens, together=False)
+    def _complete(self, prompts: list[list[int]], new_tokens: int, temperature: float) -> dict[str, Any]:
+        first_s, tokens = self._start(prompts, new_tokens, temperature, together=False)
         began = perf_counter()
         while min(map(len, tokens)) < new_tokens:
             self._step(tokens)
@@ -119,10 +123,10 @@ class Driver:
         self._stop()
         return {"first_token_s": first_s, "decode_s": decode_s, "total_s": first_s + decode_s, "tokens": tokens}
 
-    def _turn(self, prompt: list[int], new_tokens: int, room: int) -> dict[str, Any]:
+    def _turn(self, prompt: list[int], new_tokens: int, room: int, temperature: float) -> dict[str, Any]:
         if not self._chatting:
             self._stop()
-            self._peer.prepare(1, min(self._row_tokens, room))
+            self._peer.prepare(1, min(self._row_tokens, room), temperature)
             self._chatting = True
         self._left = [new_tokens]
         tokens: list[list[int]] = [[]]

@@ -3,12 +3,14 @@
 Options: `gguf`: the model file. `weights`: type to convert the weights to; None: unchanged. `flash`: flash attention
 (default false). `kv`: type of the KV cache, f16 or bf16 (default f16). `prefix`: one cache for all rows, in which rows
 share the KV of tokens that all prompts begin with, and a row keeps what its next prompt has in common with the last one
-(default false). The other defaults were fastest on a CPU with AVX-512.
+(default false). `lookup`: number of tokens that a row drafts by prompt lookup, with the package's own drafter and its
+default n-grams (default 0). The other defaults were fastest on a CPU with AVX-512.
 """
 
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,18 +43,24 @@ class Peer:
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
         self._context: Any = None
-        self._tokens: list[list[int]] = []
+        self._tokens: list[array[int]] = []
         self._computed: list[int] = []
         self._prompts: list[int] = []
         self._limit = 0
         self._shared = 0  # tokens of row 0 that the other rows wait for
-        self._sampler = _sampler(settings["temperature"], settings["seed"]) if settings["temperature"] else None
+        self._seed: int = settings["seed"]
+        self._sampler: Any = None
         self.max_batch = None
         self.about = f"llama-cpp-python {llama_cpp.__version__}, {gguf.stem.rpartition('.')[2]} weights"
         if self._prefix:
             self.about += ", shared prefixes"
+        self._lookup: Any = None
+        if drafted := options.get("lookup"):
+            self._lookup = llama_cpp.llama_speculative.LlamaPromptLookupDecoding(num_pred_tokens=drafted)
+            self.about += f", prompt lookup of {drafted} tokens"
 
-    def prepare(self, rows: int, row_tokens: int) -> None:
+    def prepare(self, rows: int, row_tokens: int, temperature: float) -> None:
+        self._sampler = _sampler(temperature, self._seed) if temperature else None
         params = llama_cpp.llama_context_default_params()
         # Every sequence has its own part of the cache, in multiples of 256 tokens; or all have one.
         params.n_ctx = rows * (-(-row_tokens // 256) * 256)
@@ -76,14 +84,14 @@ class Peer:
             llama_cpp.llama_memory_seq_rm(memory, row, computed[row], -1)
         if self._prefix and len(prompts) > 1:
             self._shared = min(_common(prompts), min(map(len, prompts)) - 1)
-        self._tokens = [list(prompt) for prompt in prompts]
+        self._tokens = [array("i", prompt) for prompt in prompts]
         self._computed = computed
         self._prompts = [len(prompt) for prompt in prompts]
         self._limit = limit
 
     def step(self) -> list[tuple[int, list[int]]]:
-        """See driver.Peer.step. A call has prompt tokens, or one token per row: prefilled rows wait for the others."""
-        left = [len(tokens) - computed for tokens, computed in zip(self._tokens, self._computed, strict=True)]
+        """See driver.Peer.step. A call has prompt tokens, or each row's token and its drafts: prefilled rows wait for
+        the others."""
         made = [len(tokens) - prompt for tokens, prompt in zip(self._tokens, self._prompts, strict=True)]
         prefilling = [row for row, new in enumerate(made) if not new]
         if self._shared:
@@ -91,14 +99,18 @@ class Peer:
         running = prefilling or [row for row, new in enumerate(made) if new < self._limit]
         if not running:
             raise RuntimeError("all rows are at their end")
+        drafts = {} if self._lookup is None or prefilling else self._draft(running, made)
         count, last = 0, {}
         for row in running:
-            take = min(left[row], _BATCH - count)
-            for _ in range(take):
-                position = self._computed[row]
-                self._put(count, row, position, wanted=position == len(self._tokens[row]) - 1)
+            tokens, begin = self._tokens[row], self._computed[row]
+            end = min(len(tokens), begin + _BATCH - count)
+            for position in range(begin, end):
+                self._put(count, row, position, tokens[position], wanted=position == len(tokens) - 1)
                 last[row] = count
-                self._computed[row] += 1
+                count += 1
+            self._computed[row] = end
+            for i, token in enumerate(drafts.get(row, ())):
+                self._put(count, row, end + i, token, wanted=True)
                 count += 1
         self._batch.n_tokens = count
         status = llama_cpp.llama_decode(self._context, self._batch)
@@ -106,13 +118,42 @@ class Peer:
             raise RuntimeError(f"llama_decode returned {status}")
         if self._shared and self._computed[0] >= self._shared:
             self._share()
-        yielded = []
-        for row, index in last.items():
-            if self._computed[row] == len(self._tokens[row]):
-                token = self._sample(index)
-                self._tokens[row].append(token)
-                yielded.append((row, [token]))
-        return yielded
+        return [
+            (row, self._verify(row, index, drafts.get(row, [])))
+            for row, index in last.items()
+            if self._computed[row] == len(self._tokens[row])
+        ]
+
+    def _draft(self, rows: Sequence[int], made: Sequence[int]) -> dict[int, list[int]]:
+        """Draft tokens of each row. made: number of tokens that each row has got.
+
+        llama.cpp reads the weights once for rows with equally many tokens, and again where some have more. So a row
+        that finds fewer drafts than another gets its last token as further ones.
+        """
+        room = {row: min(max(0, _BATCH // len(rows) - 1), self._limit - made[row] - 1) for row in rows}
+        found = {
+            row: [int(token) for token in self._lookup(np.frombuffer(self._tokens[row], dtype=np.intc))][: room[row]]
+            for row in rows
+        }
+        longest = max(map(len, found.values()))
+        return {row: (found[row] + [self._tokens[row][-1]] * longest)[: min(longest, room[row])] for row in rows}
+
+    def _verify(self, row: int, index: int, drafts: Sequence[int]) -> list[int]:
+        """Sample the tokens of a row up to the first that is not the draft, and forget the KV of the other drafts.
+
+        The text is a sample of the model at every temperature, as each token is drawn before it is compared. index: of
+        the batch's token whose logits yield the first one; those of the drafts follow.
+        """
+        new: list[int] = []
+        for i in range(len(drafts) + 1):
+            new.append(self._sample(index + i))
+            if new[-1] != (drafts[i] if i < len(drafts) else None):
+                break
+        self._tokens[row].extend(new)
+        self._computed[row] += len(new) - 1
+        if len(new) <= len(drafts):
+            llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), row, self._computed[row], -1)
+        return new
 
     def _share(self) -> None:
         """Give all rows the KV of the tokens that they have in common with row 0."""
@@ -130,10 +171,10 @@ class Peer:
         logits = llama_cpp.llama_get_logits_ith(self._context, index)
         return int(np.ctypeslib.as_array(logits, shape=(self._vocab,)).argmax())
 
-    def _put(self, index: int, row: int, position: int, *, wanted: bool) -> None:
+    def _put(self, index: int, row: int, position: int, token: int, *, wanted: bool) -> None:
         """Put one token into the batch. wanted: whether its logits are needed."""
         batch = self._batch
-        batch.token[index] = self._tokens[row][position]
+        batch.token[index] = token
         batch.pos[index] = position
         batch.n_seq_id[index] = 1
         batch.seq_id[index][0] = row
@@ -141,9 +182,12 @@ class Peer:
 
     def stop(self) -> None:
         context, self._context = self._context, None
+        sampler, self._sampler = self._sampler, None
         self._tokens, self._computed, self._shared = [], [], 0
         if context:
             llama_cpp.llama_free(context)
+        if sampler:
+            llama_cpp.llama_sampler_free(sampler)
 
 
 def _common(texts: Sequence[Sequence[int]]) -> int:

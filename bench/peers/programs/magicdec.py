@@ -20,6 +20,7 @@ class Peer:
         self._engine: Engine | None = None
         self._controller = InterleavedController(self._config.speculation.max_draft_tokens)
         self._waiting: set[int] = set()
+        self._temperature = 0.0
         self.max_batch = None
         gamma = self._config.speculation.gamma
         self.about = f"magicdec, {self._config.dtype} weights, gamma {gamma}, {threads_per_rank(self._config)} threads"
@@ -39,7 +40,8 @@ class Peer:
         scheduler = config.scheduler.model_copy(update={"max_rows": rows, "max_batch_tokens": tokens})
         return config.model_copy(update={"scheduler": scheduler})
 
-    def prepare(self, rows: int, row_tokens: int) -> None:
+    def prepare(self, rows: int, row_tokens: int, temperature: float) -> None:
+        self._temperature = temperature
         page, longest = self._config.cache.page_size, self._settings["row_tokens"]
         # Per row, its tokens and drafts, and one page that the scheduler keeps free.
         per_row = -(-(row_tokens + self._config.speculation.max_draft_tokens + 1) // page) + 1
@@ -58,7 +60,7 @@ class Peer:
         for row, prompt in enumerate(prompts):
             params = SamplingParams(
                 max_tokens=limit,
-                temperature=self._settings["temperature"],
+                temperature=self._temperature,
                 seed=self._settings["seed"] + row,
                 ignore_eos=True,
             )

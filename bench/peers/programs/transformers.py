@@ -24,14 +24,15 @@ class Peer:
         )
         self._lookup: int | None = options.get("lookup")
         self._continuous = bool(options.get("continuous"))
-        self._sampling = _sampling(settings["temperature"])
+        self._sampling: dict[str, Any] = {}
         torch.manual_seed(settings["seed"])
         self._run: _Generation | _Continuous | None = None
         self.max_batch = 1 if self._lookup else None
         self.about = f"transformers {transformers.__version__}, bfloat16 weights"
 
-    def prepare(self, rows: int, row_tokens: int) -> None:
+    def prepare(self, rows: int, row_tokens: int, temperature: float) -> None:
         """See driver.Peer.prepare. The cache of `generate` grows by itself; only continuous batching has a pool."""
+        self._sampling = _sampling(temperature)
         if self._continuous:
             self._run = _Continuous(self._model, rows, row_tokens, self._sampling)
 

@@ -32,7 +32,7 @@ class Peer:
             speculative_config=settings["options"].get("speculative_config"),
             seed=settings["seed"],
         ).llm_engine
-        self._temperature: float = settings["temperature"]
+        self._temperature = 0.0
         self._started = 0
         self._seen: dict[str, int] = {}
         self.max_batch = None
@@ -42,8 +42,9 @@ class Peer:
         if self._prefix:
             self.about += ", prefix cache"
 
-    def prepare(self, rows: int, row_tokens: int) -> None:
-        """Do nothing: the pool is allocated with the engine."""
+    def prepare(self, rows: int, row_tokens: int, temperature: float) -> None:
+        """See driver.Peer.prepare. The pool is allocated with the engine."""
+        self._temperature = temperature
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
         # Without a seed of its own for each request: those are sampled one by one.

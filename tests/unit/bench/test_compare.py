@@ -14,8 +14,8 @@ import pytest
 from bench.corpus import BenchError
 from bench.machine import CpuQuota
 from bench.peers.compare import run, same_tokens
-from bench.peers.compare_plan import ChatShape, Plan, parse_points
-from bench.peers.compare_report import ComparisonReport, table
+from bench.peers.compare_plan import ChatShape, Plan, parse_points, parse_temperatures
+from bench.peers.compare_report import table
 from bench.peers.contenders import Peer, choose, variant
 from bench.peers.install import PeerError, environment, requirements
 from bench.peers.process import PEERS, PeerProcess
@@ -37,8 +37,8 @@ class Peer:
         self.step_of = settings["options"].get("step", 1)
         self.rows = []
 
-    def prepare(self, rows, row_tokens):
-        print("room", row_tokens)
+    def prepare(self, rows, row_tokens, temperature):
+        print("room", row_tokens, "temperature", temperature)
 
     def start(self, prompts, limit, *, together):
         if prompts[0][0] == 13:
@@ -84,12 +84,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_one_contender(start: Start) -> None:
     peer = start(Peer("one", "fake", {"step": 2}))
     assert (peer.about, peer.max_batch) == ("counts", None)
-    answer = peer.ask("start", prompts=[[1], [1]], limit=100)
+    answer = peer.ask("start", prompts=[[1], [1]], limit=100, temperature=0)
     assert answer["tokens"] == [[0, 1], [1, 2]]
     answer = peer.ask("decode", new_tokens=3)
     assert answer["tokens"] == [[2, 3, 4, 5], [3, 4, 5, 6]]
     assert answer["decode_s"] > 0
-    whole = peer.ask("complete", prompts=[[1]], new_tokens=5)
+    whole = peer.ask("complete", prompts=[[1]], new_tokens=5, temperature=0)
     assert whole["tokens"] == [[0, 1, 2, 3, 4]]
     assert whole["total_s"] == whole["first_token_s"] + whole["decode_s"]
 
@@ -97,20 +97,20 @@ def test_one_contender(start: Start) -> None:
 def test_what_goes_wrong_is_said_and_the_next_request_starts_afresh(start: Start) -> None:
     peer = start(Peer("one", "fake"))
     with pytest.raises(PeerError, match="bad luck"):
-        peer.ask("start", prompts=[[13]], limit=10)
+        peer.ask("start", prompts=[[13]], limit=10, temperature=0)
     with pytest.raises(PeerError, match="unknown op"):
         peer.ask("dance")
-    peer.ask("start", prompts=[[1]], limit=3)
+    peer.ask("start", prompts=[[1]], limit=3, temperature=0)
     with pytest.raises(PeerError, match="reached its limit"):
         peer.ask("decode", new_tokens=2)
-    assert peer.ask("complete", prompts=[[1]], new_tokens=2)["tokens"] == [[0, 1]]
+    assert peer.ask("complete", prompts=[[1]], new_tokens=2, temperature=0)["tokens"] == [[0, 1]]
     assert not peer.ended
 
 
 def test_a_contender_that_ends(start: Start) -> None:
     peer = start(Peer("one", "fake"))
     with pytest.raises(PeerError, match="it ended"):
-        peer.ask("start", prompts=[[1]], limit=999)
+        peer.ask("start", prompts=[[1]], limit=999, temperature=0)
     assert peer.ended
 
 
@@ -153,23 +153,54 @@ def test_steps_of_several_tokens_are_counted(start: Start) -> None:
     )
     assert [point.same for point in report.points] == [1.0, 1.0]
     peer = start(Peer("again", "fake", {"step": 3}))
-    peer.ask("start", prompts=[[1], [1]], limit=100)
+    peer.ask("start", prompts=[[1], [1]], limit=100, temperature=0)
     assert [len(row) for row in peer.ask("decode", new_tokens=6)["tokens"]] == [6, 6]
     assert [len(row) for row in peer.ask("decode", new_tokens=4)["tokens"]] == [6, 6]
 
 
-def test_sampled_tokens_are_not_compared(start: Start) -> None:
-    plan = Plan([(1, 20)], first=0, warm_up=0, new_tokens=2, rounds=1, totals=0, temperature=1.0, busy=1)
+def test_greedy_beside_sampled(start: Start) -> None:
+    """Each point has both temperatures; tokens are compared at 0 only. Texts that do not repeat themselves say so."""
+    plan = Plan([(1, 20), (2, 10)], first=5, warm_up=0, new_tokens=9, rounds=1, totals=1, temperatures=(0, 0.5), busy=1)
     settings = {"threads": 1, "row_tokens": 4000}
-    report = run(
-        [Peer("x", "fake")], start, plan, lambda n, length, shared: [[1] * length] * n, settings, lambda line: None
-    )
-    assert (report.contenders[0].same, report.points[0].same) == (None, None)
-    assert len(report.points[0].step_ms) == 1
+    asked: list[tuple[str, float]] = []
+
+    def start_recorded(contender: Peer) -> PeerProcess:
+        process = start(contender)
+        ask = process.ask
+
+        def recorded(op: str, **fields: Any) -> dict[str, Any]:
+            if "temperature" in fields:
+                asked.append((op, fields["temperature"]))
+            return ask(op, **fields)
+
+        process.ask = recorded  # type: ignore[method-assign]
+        return process
+
+    cut = lambda n, length, shared: [[1] * length] * n  # noqa: E731
+    report = run([Peer("x", "fake")], start_recorded, plan, cut, settings, lambda line: None)
+    of_point = [("start", 0), ("complete", 0), ("start", 0.5), ("complete", 0.5)]
+    assert asked == [("complete", 0), *of_point, *of_point, ("complete", 0)]
+    assert report.contenders[0].same == 1
+    found = [(at.batch, at.temperature, at.same, at.repeated) for at in report.points]
+    assert found == [(1, 0, 1, 0), (1, 0.5, None, 0), (2, 0, 1, 0), (2, 0.5, None, 0)]
+    assert report.prompts_repeated == 1 - 3 / (13 + 2 * 3)
     text = table(report)
-    assert "temperature 1;" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("x ")]
+    assert [row[1:4] for row in rows[:4]] == [[*place, t] for place in (["1", "20"], ["2", "10"]) for t in ("0", "0.5")]
+    assert [row[7] for row in rows[:4]] == ["1.00"] * 4
+    assert "temperatures 0 (greedy), 0.5;" in text
+    assert "in the prompts it is 84.2 %" in text
+    assert "time to the first token of 5 (T = 0), s:" in text
     assert "1 busy process on the first CPUs" in text
     assert report.date in text
+
+
+def test_temperatures() -> None:
+    assert parse_temperatures("0,1") == [0, 1]
+    assert parse_temperatures("0.7,0,0.7") == [0.7, 0]
+    for wrong in ("", "a", "0,", "-1", "inf", "nan"):
+        with pytest.raises(BenchError, match="--temperatures"):
+            parse_temperatures(wrong)
 
 
 def test_a_chat_keeps_each_contenders_answers(start: Start) -> None:
@@ -177,7 +208,7 @@ def test_a_chat_keeps_each_contenders_answers(start: Start) -> None:
     chat, whose text begins with 13, fails."""
     shape = ChatShape.parse("4:12:3")
     assert (shape.prompts, shape.added(2)) == ([4, 8, 12], [4, 2, 2])
-    plan = Plan([], first=0, warm_up=0, new_tokens=2, rounds=2, totals=0, chat=shape)
+    plan = Plan([], first=0, warm_up=0, new_tokens=2, rounds=2, totals=0, temperatures=(0.5, 0), chat=shape)
     asked: list[tuple[str, list[int]]] = []
 
     def start_recorded(contender: Peer) -> PeerProcess:
@@ -187,7 +218,7 @@ def test_a_chat_keeps_each_contenders_answers(start: Start) -> None:
         def recorded(op: str, **fields: Any) -> dict[str, Any]:
             if op == "turn":
                 asked.append((contender.name, fields["prompt"]))
-                assert fields["room"] == 14
+                assert (fields["room"], fields["temperature"]) == (14, 0.5)
             return ask(op, **fields)
 
         process.ask = recorded  # type: ignore[method-assign]
@@ -210,19 +241,24 @@ def test_a_chat_keeps_each_contenders_answers(start: Start) -> None:
     assert [name for name, _ in asked[:4]] == ["counts", "twos", "twos", "counts"]
     assert (twos.prompts, twos.error) == ([4, 8, 12], "RuntimeError: bad luck")
     text = table(report)
-    assert "time to the first token of each turn of a chat" in text
+    assert "time to the first token of each turn of a chat (T = 0.5), s" in text
+    assert "; temperature 0.5\n" in text
     assert "(RuntimeError: bad luck)" in text
 
 
 def test_a_turn_keeps_memory(start: Start) -> None:
     peer = start(Peer("one", "fake", {}))
     for _ in range(2):
-        answer = peer.ask("turn", prompt=[1], new_tokens=2, room=50)
+        answer = peer.ask("turn", prompt=[1], new_tokens=2, room=50, temperature=0)
         assert answer["tokens"] == [[0, 1]]
-    assert peer.ask("complete", prompts=[[1]], new_tokens=2)["tokens"] == [[0, 1]]
-    peer.ask("turn", prompt=[1], new_tokens=2, room=60)
+    assert peer.ask("complete", prompts=[[1]], new_tokens=2, temperature=0)["tokens"] == [[0, 1]]
+    peer.ask("turn", prompt=[1], new_tokens=2, room=60, temperature=1)
     log = (peer._log).read_text()
-    assert [line for line in log.splitlines() if line.startswith("room")] == ["room 50", "room 3", "room 60"]
+    assert [line for line in log.splitlines() if line.startswith("room")] == [
+        "room 50 temperature 0",
+        "room 3 temperature 0",
+        "room 60 temperature 1",
+    ]
 
 
 def test_prompts_that_share_tokens(start: Start) -> None:
@@ -264,13 +300,8 @@ def test_a_contender_in_a_quota(start: Start) -> None:
 
 
 def test_settings_of_sampling(tmp_path: Path) -> None:
-    settings = Plan([(1, 20)], 0, 0, 2, 1, 0, temperature=0.5).settings(tmp_path, TINY, 3)
-    assert (settings["temperature"], settings["threads"], settings["seed"]) == (0.5, 3, 0)
-
-
-def test_an_empty_table() -> None:
-    assert "2 threads; temperature 0 (greedy)" in table(ComparisonReport(threads=2, new_tokens=1, rounds=1))
-    assert "a quota of 1.5 CPUs for each" in table(ComparisonReport(threads=2, new_tokens=1, rounds=1, quota=1.5))
+    settings = Plan([(1, 20)], 0, 0, 2, 1, 0).settings(tmp_path, TINY, 3)
+    assert (settings["threads"], settings["seed"]) == (3, 0)
 
 
 def test_points() -> None:
@@ -283,9 +314,13 @@ def test_points() -> None:
 def test_contenders() -> None:
     fast = variant("fast: speculation.gamma=2 dtype=bfloat16")
     assert fast.options == {"engine.speculation.gamma": 2, "engine.dtype": "bfloat16"}
+    verified = variant("magicdec verified: speculation.kv.policy=verified speculation.kv.budget=128")
+    assert verified.name == "magicdec verified"
+    assert verified.options == {"engine.speculation.kv.policy": "verified", "engine.speculation.kv.budget": 128}
     assert [one.name for one in choose("vllm,magicdec off", [fast])] == ["vllm", "magicdec off", "fast"]
     usual = [one.name for one in choose(None, [fast])]
     assert usual[-1] == "fast"
+    assert {"vllm ngram", "llama.cpp ngram", "transformers lookup"} < set(usual)
     assert "llama.cpp q8_0" not in usual
     assert "vllm prefix" not in usual
     sharing = [one.name for one in choose(None, [fast], sharing=True)]
