@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -24,7 +26,7 @@ from tests.support.workloads import prompt_of
 def test_scores_bound_the_products_with_all_keys(pages: int, page_size: int, group: int, seed: int) -> None:
     torch.manual_seed(seed)
     kv_heads, head_dim = 2, 8
-    shape = {"num_layers": 2, "num_pages": 7, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim}
+    shape: Any = {"num_layers": 2, "num_pages": 7, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim}
     pool = KVPool(**shape, dtype=torch.float32, device=torch.device("cpu"))
     pool.data.normal_()
     summaries, layer = KeySummaries(pool), pool.layer(1)
@@ -92,11 +94,11 @@ class Spy:
 def test_pages_are_chosen_in_the_first_step_and_again_after_the_interval() -> None:
     kv = {"policy": "quest", "budget": 12, "sink": 4, "interval": 2}
     engine = tiny_engine(tiny_model(), gamma=5, page_size=4, speculation={"kv": kv})
-    drafter = engine._worker._drafter._drafter  # type: ignore[attr-defined]
+    drafter = engine._worker._drafter._drafter
     assert isinstance(drafter, SelfDrafter)
     policy = drafter._policy
     assert isinstance(policy, QuestPolicy)
-    spy = policy.attention._inner = Spy(policy)  # type: ignore[assignment]
+    spy = policy.attention._inner = Spy(policy)
     engine.add(AddRequest("row", prompt_of(101, 3), SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True)))
     while not spy.lists:
         engine.step()
