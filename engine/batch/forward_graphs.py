@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import GraphAttention, GraphBatch, SharedPrefix
-from kernels.attention.flashinfer_sizes import Heads
 from kernels.attention.shared_reading import largest, pays
+from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.kv_cache import KVPool
 from kernels.ops import Graphs
 from kernels.ragged import Ints, ragged_arange

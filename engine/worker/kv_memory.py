@@ -12,8 +12,8 @@ from engine.config.deployment import EngineConfig
 from engine.kv.policies import max_listed_pages
 from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
-from kernels.attention.flashinfer_sizes import Heads, captured_memory
-from kernels.attention.flashinfer_workspace import load_flashinfer, takes_uniform_queries
+from kernels.flashinfer.flashinfer_sizes import Heads, captured_memory
+from kernels.flashinfer.flashinfer_workspace import load_flashinfer, takes_uniform_queries
 from models.batch import ForwardBatch
 from models.llama import Llama
 from parallel.group import Group

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch, GraphBatch, SharedPrefix
-from kernels.attention.flashinfer_sizes import Heads
 from kernels.attention.shared_reading import pays
+from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.gpu.attention import SPAN, Tiles, assign_tiles, attend
 from kernels.gpu.shared_tiles import SharedTiles, tile_size
 from kernels.kv_cache import LayerKV

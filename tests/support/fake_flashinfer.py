@@ -1,4 +1,4 @@
-"""A fake of FlashInfer 0.7 in torch, with the names that `kernels.attention.flashinfer*` use.
+"""A fake of FlashInfer 0.7 in torch, with the names that `kernels.flashinfer` uses.
 
 It refuses what the real library refuses, and arguments that would make it wait for the device or read beyond its
 buffers. It tests the calls that attention makes; tests/unit/kernels/test_flashinfer_versions.py has FlashInfer's own.

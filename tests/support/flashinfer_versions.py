@@ -21,11 +21,11 @@ from torch import Tensor
 
 from kernels.attention import shared_reading
 from kernels.attention.base import AttentionBatch, GraphBatch, SharedPrefix
-from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.flashinfer_graph import FlashInferGraphAttention
-from kernels.attention.flashinfer_modules import needed_modules
-from kernels.attention.flashinfer_workspace import Workspace, takes_uniform_queries
 from kernels.attention.reference_attention import ReferenceAttention
+from kernels.flashinfer.flashinfer_attention import FlashInferAttention
+from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
+from kernels.flashinfer.flashinfer_modules import needed_modules
+from kernels.flashinfer.flashinfer_workspace import Workspace, takes_uniform_queries
 from kernels.kv_cache import LayerKV
 from tests.support.fake_flashinfer import attend
 

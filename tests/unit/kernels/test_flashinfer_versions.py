@@ -17,7 +17,7 @@ import yaml
 
 from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import EngineConfig
-from kernels.attention.flashinfer_sizes import (
+from kernels.flashinfer.flashinfer_sizes import (
     Heads,
     Kernels,
     captured_plan,
@@ -25,7 +25,7 @@ from kernels.attention.flashinfer_sizes import (
     eager_float_bytes,
     eager_int_bytes,
 )
-from kernels.attention.flashinfer_workspace import HEAD_DIMS
+from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS
 from models.shapes import SHAPES
 from parallel.split import split_heads
 from tests.support.paths import ROOT

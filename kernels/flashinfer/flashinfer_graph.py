@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import GraphBatch, SharedPrefix
-from kernels.attention.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
-from kernels.attention.flashinfer_workspace import (
+from kernels.attention.shared_reading import (
+    MergePrefixes,
+    PrefixSegment,
+    first_segment,
+    merge_prefixes,
+    second_segment,
+)
+from kernels.flashinfer.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
+from kernels.flashinfer.flashinfer_workspace import (
     Call,
     Planned,
     Workspace,
@@ -20,13 +27,6 @@ from kernels.attention.flashinfer_workspace import (
     takes_uniform_queries,
     to_natural_log,
     to_pinned,
-)
-from kernels.attention.shared_reading import (
-    MergePrefixes,
-    PrefixSegment,
-    first_segment,
-    merge_prefixes,
-    second_segment,
 )
 from kernels.kv_cache import LayerKV
 from kernels.ragged import offsets

@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
-from kernels.attention.flashinfer_sizes import Heads, Kernels, eager_float_bytes, eager_int_bytes
-from kernels.attention.flashinfer_workspace import (
+from kernels.attention.shared_reading import (
+    MergePrefixes,
+    PrefixSegment,
+    first_segment,
+    merge_prefixes,
+    pays,
+    second_segment,
+)
+from kernels.flashinfer.flashinfer_sizes import Heads, Kernels, eager_float_bytes, eager_int_bytes
+from kernels.flashinfer.flashinfer_workspace import (
     Call,
     Planned,
     Workspace,
@@ -26,14 +34,6 @@ from kernels.attention.flashinfer_workspace import (
     load_flashinfer,
     to_natural_log,
     to_pinned,
-)
-from kernels.attention.shared_reading import (
-    MergePrefixes,
-    PrefixSegment,
-    first_segment,
-    merge_prefixes,
-    pays,
-    second_segment,
 )
 from kernels.kv_cache import LayerKV
 from kernels.ragged import Ints, offsets, ragged_arange

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.flashinfer_sizes import Heads
+from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.ragged import Ints
 
 HEAD_DIMS = (64, 128, 256)
