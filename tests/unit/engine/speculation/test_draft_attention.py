@@ -79,7 +79,7 @@ def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queri
     backend = RelativeAttention(
         ReferenceAttention(PAGE), ReferenceAttention(PAGE), page_size=PAGE, sink_pages=1, rotary=rotary
     )
-    backend.plan(AttentionBatch([queries] * len(lengths), read, listed, skipped))
+    backend.plan(AttentionBatch([queries] * len(lengths), read, listed, skipped=skipped))
     q = torch.cat([at(x, torch.arange(length - queries, length)) for x, length in zip(asked, lengths, strict=True)])
     out = backend.run(layer, q, DIM**-0.5)[0].split(queries)  # type: ignore[no-untyped-call]
     for row, length in enumerate(lengths):
