@@ -229,7 +229,7 @@ def test_lists_of_pages(data: st.DataObject, heads: int, seed: int) -> None:
     torch.manual_seed(seed)
     rows, width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6))
     pages = torch.randint(PAGES, (rows, heads, width) if heads else (rows, width))
-    flat = flat_pages(pages)
+    flat = flat_pages(AttentionBatch([1] * rows, [1] * rows, pages), pages)
     counts = [data.draw(st.integers(1, width)) for _ in range(len(flat))]
     indptr = torch.tensor([0, *counts]).cumsum(0).int()
     listed = torch.full((int(indptr[-1]) + data.draw(st.integers(1, 4)),), -1, dtype=torch.int32)
