@@ -149,7 +149,7 @@ def _compile_modules(architectures: Sequence[str], head_dims: Sequence[int], dty
     toolkit = os.environ.get("CUDA_HOME") or str(_installed("cuda", _TOOLKIT) / "nvidia" / "cu13")
     packages = _installed("flashinfer", (FLASHINFER, *_FLASHINFER_IMPORTS))
     cache = _cache() / f"modules-{_digest((FLASHINFER, toolkit, *architectures))}"
-    program = [sys.executable, "-m", "kernels.attention.flashinfer_modules", "--into", str(cache)]
+    program = [sys.executable, "-m", "kernels.flashinfer.flashinfer_modules", "--into", str(cache)]
     shapes = ["--architectures", *architectures, "--head-dims", *map(str, head_dims), "--dtypes", *dtypes]
     paths = [str(packages), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     print(f"compiling FlashInfer's attention, unless {cache} has it; this takes minutes", file=sys.stderr, flush=True)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import GraphAttention, GraphBatch, SharedPrefix
-from kernels.attention.flashinfer_sizes import Heads
 from kernels.attention.shared_reading import largest, pays
+from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.kv_cache import KVPool
 from kernels.ops import Graphs
 from kernels.ragged import Ints, ragged_arange
@@ -57,24 +57,29 @@ class GraphInputs:
     same place. Padding, like rows that are missing, writes to the pool's scratch page, which no request owns.
     """
 
-    def __init__(self, pool: KVPool, *, rows: int, queries: int, width: int, prefixes: int = 0) -> None:
-        """width: largest number of pages in a row's list. pool: has a scratch page. prefixes: room for prefixes that
-        rows share."""
+    def __init__(
+        self, pool: KVPool, *, rows: int, queries: int, width: int, prefixes: int = 0, layers: int = 0, heads: int = 0
+    ) -> None:
+        """width: largest number of pages in a list. pool: has a scratch page. prefixes: room for prefixes that rows
+        share. layers, heads: numbers of lists that each row has, one per layer, and one per KV head; 0: one for all."""
         assert pool.scratch is not None
         device = pool.data.device
         self._queries, self._prefixes = queries, prefixes
         padding = [0, 0, pool.scratch * pool.page_size]  # token id, position, KV slot
         self._padding = torch.tensor(padding, device=device)[:, None]
         self._tokens = self._padding.repeat(1, rows * queries)
-        self._pages = torch.full((rows, width), pool.scratch, device=device)
+        lists = [layers] * (layers > 0) + [rows] + [heads] * (heads > 0) + [width]
+        self._per_layer = layers > 0
+        self._pages = torch.full(lists, pool.scratch, device=device)
         self._lengths = torch.ones(rows, dtype=torch.int64, device=device)
         self.kv_lengths = [1] * rows
 
     def part(self, first: int, rows: int) -> tuple[TokenInputs, GraphBatch]:
         """Return the inputs of `rows` rows from `first` on: their tokens, [rows * queries], and what they read."""
         tokens = self._tokens[:, first * self._queries : (first + rows) * self._queries]
-        mine = slice(first, first + rows)
-        return TokenInputs(*tokens), GraphBatch(self._queries, self._pages[mine], self._lengths[mine], self._prefixes)
+        pages = self._pages.narrow(int(self._per_layer), first, rows)
+        lengths = self._lengths[first : first + rows]
+        return TokenInputs(*tokens), GraphBatch(self._queries, pages, lengths, self._prefixes, self._per_layer)
 
     def fits(self, inputs: ForwardBatch) -> bool:
         return max(inputs.attention.query_lengths) <= self._queries
@@ -83,6 +88,7 @@ class GraphInputs:
         """Copy in the inputs of the next replay. rows: [rows of `inputs`], places of their rows here. Returns the place
         of each query, [tokens] int64."""
         batch = inputs.attention
+        assert batch.per_layer == self._per_layer
         counts = np.array(batch.query_lengths, dtype=np.int64)
         lengths = np.ones(len(self.kv_lengths), dtype=np.int64)
         lengths[rows] = batch.kv_lengths
@@ -91,7 +97,8 @@ class GraphInputs:
         place, row, length = send_all(self._tokens.device, places, rows, lengths)
         self._tokens.copy_(self._padding)
         self._tokens[:, place] = torch.stack([inputs.token_ids, inputs.positions, inputs.slots])
-        self._pages[row, : batch.pages.shape[1]] = batch.pages
+        mine = (slice(None), row) if self._per_layer else (row,)
+        self._pages[(*mine, ..., slice(batch.pages.shape[-1]))] = batch.pages
         self._lengths.copy_(length)
         return place
 

@@ -76,15 +76,17 @@ class DraftGraphs:
         gammas: Iterable[int],
         first: int,
         width: int,
+        layers: int = 0,
+        heads: int = 0,
     ) -> None:
         """Capture, for each of `rows`, each of `gammas` steps. All ranks that share the model do so at the same time.
 
-        first: largest number of queries of a row in the first step; later steps have one. width: largest number of
-        pages in a row's list.
+        first: largest number of queries of a row in the first step; later steps have one. width, layers, heads: see
+        GraphInputs.
         """
         self._model, self._pool, self._graphs, self._sampler = runner.model, runner.pool, graphs, sampler
         self._rows, self._gammas = sorted(rows), sorted(gammas)
-        self._first, self._width = first, width
+        self._first, self._width, self._lists = first, width, (layers, heads)
         what = f"drafts of up to {self._gammas[-1]} tokens for up to {self._rows[-1]} rows"
         with log_capture(what, self._model.device):  # the largest first, so that the others fit into its memory
             self._buckets = {count: self._capture(count) for count in self._rows[::-1]}
@@ -115,8 +117,10 @@ class DraftGraphs:
 
     def _capture(self, rows: int) -> _Bucket:
         device, steps = self._model.device, self._gammas[-1]
-        first = GraphInputs(self._pool, rows=rows, queries=self._first, width=self._width)
-        later = GraphInputs(self._pool, rows=rows * (steps - 1), queries=1, width=self._width)
+        layers, heads = self._lists
+        sizes = {"width": self._width, "layers": layers, "heads": heads}
+        first = GraphInputs(self._pool, rows=rows, queries=self._first, **sizes)
+        later = GraphInputs(self._pool, rows=rows * (steps - 1), queries=1, **sizes)
         bucket = _Bucket(
             rows,
             [],

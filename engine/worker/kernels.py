@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 
 from engine.config.deployment import ConfigError
-from kernels.attention.flashinfer_modules import ModulesUnavailable, load_modules, try_attention
 from kernels.cpu.compiler import KernelsUnavailable
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
 from kernels.cpu.micro_profile import choose
+from kernels.flashinfer.flashinfer_modules import ModulesUnavailable, load_modules, try_attention
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from models.default import user_cache
@@ -82,7 +82,7 @@ def _named(
         if name == "cpu":
             return CpuOps(CpuKernels(kernels_folder(), choose(kernels_folder())))
         # Imported where there is a GPU.
-        from kernels.attention.flashinfer_workspace import HEAD_DIMS, make_workspace
+        from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, make_workspace
         from kernels.gpu.cuda_graphs import CudaGraphs
         from kernels.gpu.gpu_ops import GpuOps
 

@@ -11,8 +11,8 @@ from engine.batch.forward_graphs import graph_row_counts, prefix_room
 from engine.config.deployment import EngineConfig
 from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
-from kernels.attention.flashinfer_sizes import Heads, captured_memory
-from kernels.attention.flashinfer_workspace import load_flashinfer, takes_uniform_queries
+from kernels.flashinfer.flashinfer_sizes import Heads, captured_memory
+from kernels.flashinfer.flashinfer_workspace import load_flashinfer, takes_uniform_queries
 from models.batch import ForwardBatch
 from models.llama import Llama
 from parallel.group import Group

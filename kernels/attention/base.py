@@ -59,7 +59,7 @@ class AttentionBatch:
     skipped: per row, number of tokens that its list leaves out, host integers; empty: none. Only attention that
         changes the positions of keys needs it (see kernels.attention.relative).
     prefixes: rows that begin with the same pages, each row in one of them at most. Attention may read the pages of one
-        once for all of its rows, and gets the same results without.
+        once for all of its rows, and gets the same results without. None with lists per layer.
     ballot: votes to count in each run; None: none.
     """
 
@@ -70,6 +70,14 @@ class AttentionBatch:
     skipped: Sequence[int] = ()
     prefixes: Sequence[SharedPrefix] = ()
     ballot: Ballot | None = None
+
+    def __post_init__(self) -> None:
+        assert not (self.per_layer and self.prefixes)
+
+    @property
+    def per_head(self) -> bool:
+        """Whether there is a list per KV head."""
+        return self.pages.dim() - self.per_layer == 3
 
     def pages_of(self, layer: LayerKV) -> Tensor:
         """Return the lists of one layer."""
@@ -108,7 +116,7 @@ class GraphBatch:
     queries: number of queries of every row.
     pages, per_layer: as in AttentionBatch.
     lengths: [rows] int64, KV slots listed, at least 1.
-    prefixes: number of prefixes that attention has room for; 0: it reads every row by itself.
+    prefixes: number of prefixes that attention has room for; 0: it reads every row by itself. 0 with lists per layer.
     ballot: as in AttentionBatch. Its voters are counted back from a row's last query too, so padding never votes.
     """
 
@@ -118,6 +126,14 @@ class GraphBatch:
     prefixes: int = 0
     per_layer: bool = False
     ballot: Ballot | None = None
+
+    def __post_init__(self) -> None:
+        assert not (self.per_layer and self.prefixes)
+
+    @property
+    def per_head(self) -> bool:
+        """Whether there is a list per KV head."""
+        return self.pages.dim() - self.per_layer == 3
 
     def pages_of(self, layer: LayerKV) -> Tensor:
         """Return the lists of one layer."""

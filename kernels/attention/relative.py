@@ -60,7 +60,9 @@ class RelativeAttention:
         self._sink: _Sink | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
-        """batch.pages: [rows, width]."""
+        """batch.pages: [rows, width]. Without a ballot."""
+        assert not batch.per_layer
+        assert batch.ballot is None
         skipped = np.array(batch.skipped, dtype=np.int64)
         far = skipped > 0
         self._sink = None

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import SharedPrefix
-from kernels.attention.flashinfer_sizes import Heads
 from kernels.attention.reference_attention import merge_segments
+from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.ragged import Ints, ragged_arange
 
 LAUNCH_BYTES = 48 << 20

@@ -21,7 +21,9 @@ class TopKAttention:
         self._batch: AttentionBatch
 
     def plan(self, batch: AttentionBatch) -> None:
-        """batch.pages: [rows, width]; `run` searches these lists for the best keys."""
+        """batch.pages: [rows, width]; `run` searches these lists for the best keys. Without a ballot."""
+        assert not batch.per_layer
+        assert batch.ballot is None
         self._batch = batch
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch, GraphBatch, SharedPrefix
-from kernels.attention.flashinfer_sizes import Heads
 from kernels.attention.shared_reading import pays
+from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.gpu.attention import SPAN, Tiles, assign_tiles, attend
 from kernels.gpu.shared_tiles import SharedTiles, tile_size
 from kernels.kv_cache import LayerKV
@@ -57,7 +57,7 @@ class GpuAttention:
             return shared.tiles(send(torch.from_numpy(shared.numbers), q.device), batch.pages)
         queries = torch.tensor(batch.query_lengths, dtype=torch.int64)
         lengths = torch.tensor(batch.kv_lengths, dtype=torch.int64)
-        return assign_tiles(queries, lengths, batch.pages, tokens).to(q.device)
+        return assign_tiles(queries, lengths, batch.pages, tokens, per_layer=batch.per_layer).to(q.device)
 
 
 class GpuGraphAttention:
@@ -68,7 +68,7 @@ class GpuGraphAttention:
         self._span = span
         queries = torch.full_like(batch.lengths, batch.queries)
         tokens = batch.queries * len(queries)
-        self._tiles = assign_tiles(queries, batch.lengths, batch.pages, tokens, uniform=True)
+        self._tiles = assign_tiles(queries, batch.lengths, batch.pages, tokens, uniform=True, per_layer=batch.per_layer)
 
     def plan(self, kv_lengths: Sequence[int], prefixes: Sequence[SharedPrefix] = ()) -> None:
         """Do nothing: no part of the plan depends on lengths."""

@@ -54,8 +54,9 @@ class Tiles:
 
     row: [tiles] int64, the tile's row, or `rows` for an unused tile: shapes alone bound the number of tiles. first:
     [tiles] int64, the tile's first query in its row. start: [rows] int64, a row's first query in the batch. queries,
-    lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. block: queries per tile. prefixes:
-    what else there is to know where pages are shared: some of the rows are then prefixes.
+    lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64, with [layers] in front of these where
+    per_layer is true. block: queries per tile. prefixes: what else there is to know where pages are shared: some of the
+    rows are then prefixes.
     """
 
     row: Tensor
@@ -66,11 +67,12 @@ class Tiles:
     pages: Tensor
     block: int
     prefixes: PrefixTiles | None = None
+    per_layer: bool = False
 
     def to(self, device: torch.device) -> Tiles:
         parts = self.row, self.first, self.start, self.queries, self.lengths
         row, first, start, queries, lengths = (send(part, device) for part in parts)
-        return Tiles(row, first, start, queries, lengths, self.pages, self.block)
+        return Tiles(row, first, start, queries, lengths, self.pages, self.block, per_layer=self.per_layer)
 
 
 def queries_per_tile(tokens: int, rows: int) -> int:
@@ -79,12 +81,15 @@ def queries_per_tile(tokens: int, rows: int) -> int:
     return 1 if tokens == rows else 4 if tokens <= 4 * rows else 8 if tokens <= 8 * rows else 16
 
 
-def assign_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int, *, uniform: bool = False) -> Tiles:
+def assign_tiles(
+    queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int, *, uniform: bool = False, per_layer: bool = False
+) -> Tiles:
     """Assign queries to tiles without waiting for the device.
 
     tokens: sum of `queries`, or an upper bound of it. It decides all shapes, together with the number of rows. uniform:
     all rows have tokens / rows queries, so that no tile is unused, and lists are split over all programs. A row may be
-    shorter than its queries are many: the first ones see nothing, and get zero with a log-sum-exp of -inf.
+    shorter than its queries are many: the first ones see nothing, and get zero with a log-sum-exp of -inf. per_layer:
+    whether `pages` has lists of each layer.
     """
     rows = len(queries)
     block = queries_per_tile(tokens, rows)
@@ -95,7 +100,7 @@ def assign_tiles(queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int, *
     row = torch.searchsorted(behind, tile, right=True)
     inside = row.clamp(max=rows - 1)
     first = (tile - (behind - needed)[inside]) * block
-    return Tiles(row, first, queries.cumsum(0) - queries, queries, lengths, pages, block)
+    return Tiles(row, first, queries.cumsum(0) - queries, queries, lengths, pages, block, per_layer=per_layer)
 
 
 _UNTYPED = ["list_stride", "head_list_stride", "rows", "tokens", "span", "spans", "prefix_tiles", "prefix_spans"]
@@ -237,7 +242,7 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
         raise ValueError("attention: elements of a head are not contiguous")
     page_stride = check_pool(kv)
     group = heads // kv_heads
-    pages = tiles.pages
+    pages = tiles.pages[kv.index] if tiles.per_layer else tiles.pages
     width = pages.shape[-1]
     lists = pages.stride(0), pages.stride(1) if pages.dim() == 3 else 0
     shape = tile_shape(tiles.block * group, head_dim, q.dtype)

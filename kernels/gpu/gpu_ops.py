@@ -9,11 +9,11 @@ import triton
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, GraphAttention, GraphBatch
-from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.flashinfer_graph import FlashInferGraphAttention, can_capture
-from kernels.attention.flashinfer_workspace import HEAD_DIMS, Workspace, load_flashinfer
 from kernels.attention.reference_attention import merge_segments
 from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention, GpuPrefixGraphAttention
+from kernels.flashinfer.flashinfer_attention import FlashInferAttention
+from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention, can_capture
+from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, Workspace, load_flashinfer
 from kernels.gpu import pointwise, sample, verdict
 from kernels.gpu.merge import merge_prefixes
 from kernels.gpu.snapkv_scores import snapkv_scores
@@ -72,7 +72,7 @@ class GpuOps:
     reads_prefixes = True
 
     def __init__(self, workspace: Workspace | None = None, make_recorder: Callable[[], Recorder] | None = None) -> None:
-        """workspace: FlashInfer's (see kernels.attention.flashinfer_workspace), for float16 and bfloat16 models
+        """workspace: FlashInfer's (see kernels.flashinfer.flashinfer_workspace), for float16 and bfloat16 models
         with a head_dim that it supports; None: attention in Triton. make_recorder: creates what captures graphs, once
         per engine; None: no graphs."""
         self._workspace = workspace

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kernels.attention.base import AttentionBatch, GraphBatch
-from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.flashinfer_graph import FlashInferGraphAttention
-from kernels.attention.flashinfer_workspace import make_workspace
 from kernels.attention.reference_attention import ReferenceAttention
+from kernels.flashinfer.flashinfer_attention import FlashInferAttention
+from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
+from kernels.flashinfer.flashinfer_workspace import make_workspace
 from kernels.kv_cache import LayerKV
 from tests.support.profiles import only_in_all
 

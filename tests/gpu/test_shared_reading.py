@@ -14,10 +14,10 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device is present", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'magicdec[cuda]'")
 
-from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.flashinfer_graph import FlashInferGraphAttention
-from kernels.attention.flashinfer_workspace import make_workspace
 from kernels.attention.triton_attention import GpuAttention, GpuPrefixGraphAttention
+from kernels.flashinfer.flashinfer_attention import FlashInferAttention
+from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
+from kernels.flashinfer.flashinfer_workspace import make_workspace
 from kernels.gpu.cuda_graphs import CudaGraphs
 from kernels.gpu.merge import merge_prefixes
 

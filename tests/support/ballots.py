@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot
+from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch
+from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv_cache import KVPool, LayerKV
 
 
@@ -76,14 +78,20 @@ class VoteBatch:
 
     def attend(self, backend: AttentionBackend, layer: LayerKV, *, votes: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Run one layer. Returns output, log-sum-exp and votes, which are NaN where nothing was written."""
+        case, ballot = self.case, self.ballot()
+        batch = AttentionBatch(
+            case.queries, case.lengths, self.pages, per_layer=case.per_layer, ballot=ballot if votes else None
+        )
+        backend.plan(batch)
+        return *backend.run(layer, self.q, self.scale), ballot.votes
+
+    def ballot(self) -> Ballot:
+        """Make a ballot with votes of NaN."""
         case = self.case
         units = -(-max(case.lengths) // case.page_size) * case.page_size // case.unit
         counted = torch.full((len(case.rows), case.kv_heads, units), float("nan"), device=self.q.device)
         voters = torch.tensor([voters for _, _, voters in case.rows], device=self.q.device)
-        ballot = Ballot(voters, case.unit, counted) if votes else None
-        batch = AttentionBatch(case.queries, case.lengths, self.pages, per_layer=case.per_layer, ballot=ballot)
-        backend.plan(batch)
-        return *backend.run(layer, self.q, self.scale), counted
+        return Ballot(voters, case.unit, counted)
 
     def expected_votes(self, layer: LayerKV, row: int) -> Tensor:
         """Compute a row's votes from softmax weights, [kv_heads, units of its list] float64."""
@@ -130,8 +138,58 @@ def check_votes(backend: AttentionBackend, batch: VoteBatch, tolerance: float) -
         out, lse, votes = batch.attend(backend, layer, votes=True)
         assert torch.equal(out, plain)
         assert torch.equal(lse, plain_lse)
-        for row, (_, _, voters) in enumerate(batch.case.rows):
-            if max(voters) >= 0:
-                expected = batch.expected_votes(layer, row)
-                counted = votes[row, :, : expected.shape[1]].double().cpu()
-                torch.testing.assert_close(counted, expected, rtol=tolerance, atol=tolerance / 100)
+        _check_counts(batch, layer, votes, tolerance)
+
+
+def _check_counts(batch: VoteBatch, layer: LayerKV, votes: Tensor, tolerance: float) -> None:
+    for row, (_, _, voters) in enumerate(batch.case.rows):
+        if max(voters) >= 0:
+            expected = batch.expected_votes(layer, row)
+            counted = votes[row, :, : expected.shape[1]].double().cpu()
+            torch.testing.assert_close(counted, expected, rtol=tolerance, atol=tolerance / 100)
+
+
+def check_captured(
+    make: Callable[[GraphBatch], GraphAttention],
+    capture: Callable[[Callable[[], None]], Callable[[], None]],
+    batch: VoteBatch,
+    *,
+    votes: bool,
+    tolerance: float,
+) -> None:
+    """Hold captured attention to the reference, and to the definition of votes: captured over other numbers, then
+    replayed over the batch's, with both layers in one capture."""
+    case, device = batch.case, batch.q.device
+    rows, queries, ballot = len(case.rows), max(case.queries), batch.ballot()
+    fixed = Ballot(torch.full_like(ballot.voters, -1), case.unit, ballot.votes)
+    pages, lengths = torch.zeros_like(batch.pages), torch.ones(rows, dtype=torch.int64, device=device)
+    attention = make(GraphBatch(queries, pages, lengths, per_layer=case.per_layer, ballot=fixed if votes else None))
+    own = [[at >= queries - n for at in range(queries)] for n in case.queries]
+    real = torch.tensor(own, device=device).flatten()
+    q = torch.zeros(rows * queries, *batch.q.shape[1:], dtype=batch.q.dtype, device=device)
+    outs = torch.zeros(len(batch.layers), *q.shape, dtype=q.dtype, device=device)
+    lses = torch.zeros(outs.shape[:-1], device=device)
+    counted = torch.zeros(len(batch.layers), *ballot.votes.shape, device=device)
+
+    def work() -> None:
+        for layer in batch.layers:
+            out, lse = attention.run(layer, q, batch.scale)
+            outs[layer.index].copy_(out)
+            lses[layer.index].copy_(lse)
+            counted[layer.index].copy_(fixed.votes)
+
+    attention.plan([1] * rows)
+    replay = capture(work)
+    pages.copy_(batch.pages)
+    lengths.copy_(torch.tensor(case.lengths))
+    fixed.voters.copy_(ballot.voters)
+    q[real] = batch.q
+    attention.plan(case.lengths)
+    replay()
+    oracle = ReferenceAttention(case.page_size)
+    for layer in batch.layers:
+        expected, expected_lse, _ = batch.attend(oracle, layer, votes=False)
+        torch.testing.assert_close(outs[layer.index, real], expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lses[layer.index, real], expected_lse, rtol=tolerance, atol=tolerance)
+        if votes:
+            _check_counts(batch, layer, counted[layer.index], tolerance)

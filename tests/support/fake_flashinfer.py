@@ -1,4 +1,4 @@
-"""A fake of FlashInfer 0.7 in torch, with the names that `kernels.attention.flashinfer*` use.
+"""A fake of FlashInfer 0.7 in torch, with the names that `kernels.flashinfer` uses.
 
 It refuses what the real library refuses, and arguments that would make it wait for the device or read beyond its
 buffers. It tests the calls that attention makes; tests/unit/kernels/test_flashinfer_versions.py has FlashInfer's own.
@@ -61,8 +61,10 @@ class FakeWrapper:
         self.backend, self._buffers = backend, buffers
         self._floats, self._ints = workspace, torch.empty(8 << 20, dtype=torch.uint8)
         self._planned: tuple[Any, ...] = ()
+        self._paged_kv_indices_buf: Tensor | None = None  # read by each run, as FlashInfer's is
         if buffers:
             assert len(buffers[0]) == len(buffers[2]) + 1
+            self._paged_kv_indices_buf = buffers[1]
 
     def reset_workspace_buffer(self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor) -> None:
         assert float_workspace_buffer.dtype == int_workspace_buffer.dtype == torch.uint8
@@ -90,12 +92,17 @@ class FakeWrapper:
         assert dtypes[1] is not None
         if self._buffers:
             _refuse(len(last) != len(self._buffers[2]), "the batch size should be fixed in cuda graph mode")
-            _refuse(len(indices) > len(self._buffers[1]), "paged_kv_indices exceeds the allocated buffer size")
-            kept = [self._buffers[0], self._buffers[1][: len(indices)], self._buffers[2]]
-            for buffer, new in zip(kept, (indptr, indices, last), strict=True):
+            own = self._paged_kv_indices_buf
+            assert own is not None
+            assert own.data_ptr() == indices.data_ptr()  # or else there would be a copy
+            _refuse(len(indices) > len(own), "paged_kv_indices exceeds the allocated buffer size")
+            kept = self._buffers[0], self._buffers[2]
+            for buffer, new in zip(kept, (indptr, last), strict=True):
                 buffer.copy_(new)
-            indptr, indices, last = kept
-        self._planned = starts, indptr, indices, last, sizes, dtypes, sm_scale, causal
+            indptr, last = kept
+        else:
+            self._paged_kv_indices_buf = indices
+        self._planned = starts, indptr, last, sizes, dtypes, sm_scale, causal
 
     def run(
         self,
@@ -112,7 +119,9 @@ class FakeWrapper:
         window_left: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         k, v = paged_kv_cache
-        starts, indptr, indices, last, sizes, dtypes, sm_scale, causal = self._planned
+        starts, indptr, last, sizes, dtypes, sm_scale, causal = self._planned
+        indices = self._paged_kv_indices_buf
+        assert indices is not None
         _refuse(q.shape[0] != int(starts[-1]), "q.shape[0] does not match qo_indptr[-1]")
         _refuse((q.dtype, k.dtype) != dtypes, "the dtypes are not those of plan")
         assert (q.shape[1], k.shape[1], q.shape[2], k.shape[2]) == sizes

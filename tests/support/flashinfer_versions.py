@@ -11,6 +11,7 @@ import importlib.machinery
 import itertools
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from kernels.attention import shared_reading
 from kernels.attention.base import AttentionBatch, GraphBatch, SharedPrefix
-from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.flashinfer_graph import FlashInferGraphAttention
-from kernels.attention.flashinfer_modules import needed_modules
-from kernels.attention.flashinfer_workspace import Workspace, takes_uniform_queries
 from kernels.attention.reference_attention import ReferenceAttention
+from kernels.flashinfer.flashinfer_attention import FlashInferAttention
+from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
+from kernels.flashinfer.flashinfer_modules import needed_modules
+from kernels.flashinfer.flashinfer_workspace import Workspace, takes_uniform_queries
 from kernels.kv_cache import LayerKV
 from tests.support.fake_flashinfer import attend
 
@@ -186,6 +187,29 @@ def _captured(layer: LayerKV, heads: int, apart: bool, queries: int, workspace: 
     return compared
 
 
+def _per_layer(layer: LayerKV, heads: int, apart: bool, workspace: Workspace) -> int:
+    """Lists of two layers, eager and captured; plans follow runs of other layers."""
+    layers, counts, oracle, compared = [layer, replace(layer, index=1)], [1, 140, 4], ReferenceAttention(_PAGE), 0
+    lists = torch.stack([_pages(3, layer.k.shape[1] if apart else None) for _ in layers])
+    eager = FlashInferAttention(_PAGE, workspace)
+    batch = GraphBatch(4, lists, torch.ones(3, dtype=torch.int64), per_layer=True)
+    captured = FlashInferGraphAttention(_PAGE, workspace, batch)
+    for lengths in ([300, 150, 64], [16, 320, 33]):
+        lists.copy_(torch.randint(_PAGES, lists.shape))
+        rows = AttentionBatch(counts, lengths, lists, per_layer=True)
+        eager.plan(rows)
+        oracle.plan(rows)
+        for each in layers:
+            q = torch.randn(sum(counts), heads, layer.k.shape[3]).bfloat16()
+            compared += _close(eager.run(each, q, 0.1), oracle.run(each, q, 0.1))
+        captured.plan(lengths)
+        oracle.plan(AttentionBatch([4] * 3, lengths, lists, per_layer=True))
+        for each in layers:
+            q = torch.randn(12, heads, layer.k.shape[3]).bfloat16()
+            compared += _close(captured.run(each, q, 0.1), oracle.run(each, q, 0.1))
+    return compared
+
+
 def main(folder: str) -> None:
     """Compare all batches, for each number of heads per KV head."""
     found = _import(folder)
@@ -199,6 +223,7 @@ def main(folder: str) -> None:
             compared += _eager(layer, heads, apart, capability, workspace)
         for queries in (1, 4):
             compared += _captured(layer, heads, apart, queries, workspace)
+        compared += _per_layer(layer, heads, apart, workspace)
     uniform = takes_uniform_queries(found.library)
     result = {"version": found.version, "uniform": uniform, "kernels": sorted(_Module.ran), "compared": compared}
     print(json.dumps(result))

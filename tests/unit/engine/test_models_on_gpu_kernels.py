@@ -33,9 +33,9 @@ from tests.support.rig import PagedRows, pool_layer
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
-from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.flashinfer_workspace import Workspace
 from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention
+from kernels.flashinfer.flashinfer_attention import FlashInferAttention
+from kernels.flashinfer.flashinfer_workspace import Workspace
 from kernels.gpu import INTERPRETED
 from kernels.gpu.gpu_ops import GpuOps
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from kernels.attention.base import AttentionBatch, GraphBatch
-from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.flashinfer_graph import FlashInferGraphAttention, can_capture
-from kernels.attention.flashinfer_sizes import Heads, eager_float_bytes
-from kernels.attention.flashinfer_workspace import Workspace, flat_pages, list_pages, load_flashinfer
 from kernels.attention.reference_attention import ReferenceAttention
+from kernels.flashinfer.flashinfer_attention import FlashInferAttention
+from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention, can_capture
+from kernels.flashinfer.flashinfer_sizes import Heads, eager_float_bytes
+from kernels.flashinfer.flashinfer_workspace import Workspace, flat_pages, list_pages, load_flashinfer
 from kernels.kv_cache import LayerKV
 from kernels.reference_ops import REFERENCE, ReferenceOps
 from models.loader import random_model
@@ -181,7 +181,7 @@ def test_captured_plans_keep_their_addresses(
 ) -> None:
     """Rows with fewer queries have padding in front, which may see nothing and gives NaN in the fake. Longer lists than
     before, and shorter ones; entries after a list are other pages."""
-    monkeypatch.setattr("kernels.attention.flashinfer_graph.takes_uniform_queries", lambda library: uniform)
+    monkeypatch.setattr("kernels.flashinfer.flashinfer_graph.takes_uniform_queries", lambda library: uniform)
     torch.manual_seed(0)
     batch = captured(queries, (3, 10) if heads is None else (3, heads, 10))
     ours, oracle = FlashInferGraphAttention(4, workspace(), batch), ReferenceAttention(4)
@@ -229,7 +229,7 @@ def test_lists_of_pages(data: st.DataObject, heads: int, seed: int) -> None:
     torch.manual_seed(seed)
     rows, width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6))
     pages = torch.randint(PAGES, (rows, heads, width) if heads else (rows, width))
-    flat = flat_pages(pages)
+    flat = flat_pages(AttentionBatch([1] * rows, [1] * rows, pages), pages)
     counts = [data.draw(st.integers(1, width)) for _ in range(len(flat))]
     indptr = torch.tensor([0, *counts]).cumsum(0).int()
     listed = torch.full((int(indptr[-1]) + data.draw(st.integers(1, 4)),), -1, dtype=torch.int32)

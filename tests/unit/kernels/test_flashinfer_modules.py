@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.attention.flashinfer_modules import (
+from kernels.flashinfer.flashinfer_modules import (
     ModulesUnavailable,
     architecture,
     main,
@@ -22,7 +22,7 @@ from kernels.attention.flashinfer_modules import (
     shortened,
     try_attention,
 )
-from kernels.attention.flashinfer_workspace import Workspace
+from kernels.flashinfer.flashinfer_workspace import Workspace
 from tests.support import fake_flashinfer
 from tests.support.paths import ROOT
 from tests.support.profiles import only_in_all
@@ -129,7 +129,7 @@ from pathlib import Path
 import torch
 from flashinfer import prefill
 from flashinfer.jit import core, cpp_ext, env
-from kernels.attention.flashinfer_modules import ModulesUnavailable, load_modules
+from kernels.flashinfer.flashinfer_modules import ModulesUnavailable, load_modules
 
 def load(spec, path=None):
     loaded.append(str(path or spec.jit_library_path))
@@ -165,7 +165,7 @@ def test_modules_compiled_ahead_are_those_that_are_loaded(flashinfer: dict[str, 
         return done.stdout.splitlines()
 
     into, nothing = tmp_path / "aot", str(tmp_path / "nothing")
-    python("-m", "kernels.attention.flashinfer_modules", "--head-dims", "64", "--into", str(into))
+    python("-m", "kernels.flashinfer.flashinfer_modules", "--head-dims", "64", "--into", str(into))
     names = sorted(path.name for path in into.iterdir())
     assert len(names) == 2
     assert names[1].endswith("_sm90")  # fa3

@@ -17,7 +17,7 @@ import yaml
 
 from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import EngineConfig
-from kernels.attention.flashinfer_sizes import (
+from kernels.flashinfer.flashinfer_sizes import (
     Heads,
     Kernels,
     captured_plan,
@@ -25,7 +25,7 @@ from kernels.attention.flashinfer_sizes import (
     eager_float_bytes,
     eager_int_bytes,
 )
-from kernels.attention.flashinfer_workspace import HEAD_DIMS
+from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS
 from models.shapes import SHAPES
 from parallel.split import split_heads
 from tests.support.paths import ROOT
@@ -50,8 +50,8 @@ def flashinfer(version: str) -> Path:
 
 @pytest.mark.parametrize(("version", "uniform"), [("0.6.6", False), ("0.7.2", True)])
 def test_equals_the_oracle(version: str, uniform: bool) -> None:
-    """Eager and captured, decode, verify, chunk and mixed batches, lists of rows and of heads, 1, 3 and 4 heads per KV
-    head, changing lengths. A process of its own: FlashInfer's modules are replaced."""
+    """Eager and captured, decode, verify, chunk and mixed batches, lists of rows, of heads and of layers, 1, 3 and 4
+    heads per KV head, changing lengths. A process of its own: FlashInfer's modules are replaced."""
     command = [sys.executable, "-m", "tests.support.flashinfer_versions", str(flashinfer(version))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -59,7 +59,7 @@ def test_equals_the_oracle(version: str, uniform: bool) -> None:
     assert found["version"] == version
     assert found["uniform"] == uniform
     assert found["kernels"] == (["fa2", "fa2 uniform", "fa3"] if uniform else ["fa2", "fa3"])
-    assert found["compared"] == 144
+    assert found["compared"] == 192
 
 
 # -- planners --------------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from kernels.attention.base import AttentionBatch, GraphAttention, GraphBatch, SharedPrefix
-from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.flashinfer_graph import FlashInferGraphAttention
-from kernels.attention.flashinfer_sizes import Heads
-from kernels.attention.flashinfer_workspace import Workspace
 from kernels.attention.shared_reading import LAUNCH_BYTES, first_segment, largest, merge_prefixes, pays
+from kernels.flashinfer.flashinfer_attention import FlashInferAttention
+from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
+from kernels.flashinfer.flashinfer_sizes import Heads
+from kernels.flashinfer.flashinfer_workspace import Workspace
 from tests.support import fake_flashinfer
 from tests.support.profiles import examples
 from tests.support.rig import pool_layer
@@ -223,7 +223,7 @@ def test_captured_batches(
     """Plans with different prefixes, or none, one after another; padded rows, and queries that are padding."""
     monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
     monkeypatch.setattr(
-        "kernels.attention.flashinfer_graph.takes_uniform_queries", lambda library_: library.endswith("7")
+        "kernels.flashinfer.flashinfer_graph.takes_uniform_queries", lambda library_: library.endswith("7")
     )
     rows, width = 4, 30
     pages, lengths = torch.zeros(rows, width, dtype=torch.int64), torch.ones(rows, dtype=torch.int64)

@@ -32,8 +32,8 @@ from tests.support.shared_batches import always_share
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
-from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.flashinfer_workspace import Workspace
+from kernels.flashinfer.flashinfer_attention import FlashInferAttention
+from kernels.flashinfer.flashinfer_workspace import Workspace
 from kernels.gpu import INTERPRETED
 from kernels.gpu.gpu_ops import GpuOps
 

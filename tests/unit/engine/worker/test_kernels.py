@@ -13,7 +13,7 @@ import torch
 
 from engine.config.deployment import ConfigError
 from engine.worker.kernels import choose_ops
-from kernels.attention.flashinfer_workspace import Workspace
+from kernels.flashinfer.flashinfer_workspace import Workspace
 from kernels.gpu.gpu_ops import GpuOps
 from tests.support import fake_flashinfer
 
@@ -48,7 +48,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(fake_flashinfer, "prefill", modules, raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(
-            "kernels.attention.flashinfer_workspace.make_workspace", lambda device: Workspace(CPU, (9, 0), 132)
+            "kernels.flashinfer.flashinfer_workspace.make_workspace", lambda device: Workspace(CPU, (9, 0), 132)
         )
         return modules
 
@@ -123,6 +123,6 @@ def test_a_package_that_is_broken(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     def import_module(name: str) -> None:
         raise ModuleNotFoundError("No module named 'pynvml'", name="pynvml")
 
-    monkeypatch.setattr("kernels.attention.flashinfer_modules.importlib", SimpleNamespace(import_module=import_module))
+    monkeypatch.setattr("kernels.flashinfer.flashinfer_modules.importlib", SimpleNamespace(import_module=import_module))
     assert choose_ops("auto", CUDA, torch.bfloat16, (128,)).kind == "triton"
     assert caplog.messages == ["attention runs in Triton: FlashInfer cannot be imported: No module named 'pynvml'"]

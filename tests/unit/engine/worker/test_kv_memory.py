@@ -14,7 +14,7 @@ from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.worker.kv_memory import DeviceMemory, captured_bytes, run_largest_round, size_pool
 from engine.worker.resolve import Resolved, resolve
-from kernels.attention.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
+from kernels.flashinfer.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
 from models.llama import Llama
 from parallel.group import Group
 from tests.support import fake_flashinfer

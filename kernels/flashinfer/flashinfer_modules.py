@@ -3,7 +3,7 @@
 FlashInfer's package has none of them. It compiles a module with nvcc when it first meets a dtype and a head_dim, unless
 it finds the module in a folder of the installation. The program compiles into that folder, or into another one:
 
-    python -m kernels.attention.flashinfer_modules --architectures 8.0 9.0 --head-dims 64 128
+    python -m kernels.flashinfer.flashinfer_modules --architectures 8.0 9.0 --head-dims 64 128
 
 It needs nvcc (CUDA_HOME, or the one on PATH) and a C++ compiler, but no GPU. MAX_JOBS limits the compilers at work.
 """
@@ -29,10 +29,10 @@ from typing import Any
 import torch
 
 from kernels.attention.base import AttentionBatch
-from kernels.attention.flashinfer import FlashInferAttention
-from kernels.attention.flashinfer_sizes import Kernels
-from kernels.attention.flashinfer_workspace import Workspace, load_flashinfer
 from kernels.cpu.compiler import KernelsUnavailable
+from kernels.flashinfer.flashinfer_attention import FlashInferAttention
+from kernels.flashinfer.flashinfer_sizes import Kernels
+from kernels.flashinfer.flashinfer_workspace import Workspace, load_flashinfer
 from kernels.kv_cache import LayerKV
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
-from kernels.attention.flashinfer_sizes import Heads, Kernels, eager_float_bytes, eager_int_bytes
-from kernels.attention.flashinfer_workspace import (
+from kernels.attention.shared_reading import (
+    MergePrefixes,
+    PrefixSegment,
+    first_segment,
+    merge_prefixes,
+    pays,
+    second_segment,
+)
+from kernels.flashinfer.flashinfer_sizes import Heads, Kernels, eager_float_bytes, eager_int_bytes
+from kernels.flashinfer.flashinfer_workspace import (
     Call,
     Planned,
     Workspace,
@@ -26,14 +34,6 @@ from kernels.attention.flashinfer_workspace import (
     load_flashinfer,
     to_natural_log,
     to_pinned,
-)
-from kernels.attention.shared_reading import (
-    MergePrefixes,
-    PrefixSegment,
-    first_segment,
-    merge_prefixes,
-    pays,
-    second_segment,
 )
 from kernels.kv_cache import LayerKV
 from kernels.ragged import Ints, offsets, ragged_arange
@@ -78,7 +78,8 @@ class FlashInferAttention:
     """`AttentionBackend` for float16 and bfloat16, head_dim 64, 128 or 256.
 
     FlashInfer takes one page list for all KV heads. If each head has its own, heads become rows: the pool is also
-    [pages * kv_heads, 1, page_size, head_dim] (see LayerKV).
+    [pages * kv_heads, 1, page_size, head_dim] (see LayerKV). If each layer has its own, one plan serves them all, and
+    each run reads another array of pages.
 
     FlashInfer plans for a number of heads, a scale and dtypes, which the first `run` supplies. From then on `plan` does
     all of the host's work: O(rows) for the plan, and no list of pages. The host does not wait for the device, except to
@@ -124,7 +125,7 @@ class FlashInferAttention:
             self._call = call
         pool: tuple[Tensor, ...] = (layer.k, layer.v)
         all_q = q
-        if batch.pages.dim() == 3:
+        if batch.per_head:
             q = q.reshape(tokens * kv_heads, heads // kv_heads, head_dim)
             pool = tuple(part.view(-1, 1, *part.shape[2:]) for part in pool)
         if self._order is not None:
@@ -133,7 +134,7 @@ class FlashInferAttention:
         out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
         for part in self._parts:
             mine = slice(part.first, part.end)
-            part.planned.wrapper.run(q[mine], pool, out=out[mine], lse=lse[mine], return_lse=True)
+            part.planned.run(q[mine], pool, out[mine], lse[mine], layer.index)
         if self._order is not None:
             out, lse = (torch.empty_like(each).index_copy_(0, self._order, each) for each in (out, lse))
         out, lse = out.view(tokens, heads, head_dim), to_natural_log(lse.view(tokens, heads))
@@ -145,7 +146,7 @@ class FlashInferAttention:
         """Attend to shared pages, and merge the results into out and lse."""
         q = q.index_select(0, prefixes.tokens)
         of_prefixes, of_prefixes_lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        prefixes.planned.wrapper.run(q, pool, out=of_prefixes, lse=of_prefixes_lse, return_lse=True)
+        prefixes.planned.run(q, pool, of_prefixes, of_prefixes_lse)
         self._merge(out, lse, prefixes.places, of_prefixes, to_natural_log(of_prefixes_lse))
 
     def _prepare(self, batch: AttentionBatch, call: Call) -> None:
@@ -153,14 +154,14 @@ class FlashInferAttention:
         lengths = np.array(batch.kv_lengths, dtype=np.int64)
         starts, step, heads = queries.cumsum() - queries, 1, call.heads
         lists, self._prefixes = batch.pages, None
-        if lists.dim() == 2 and pays(
+        if not batch.per_head and pays(
             batch.prefixes, self._page_size, heads, call.kv_dtype.itemsize, int(queries.sum())
         ):
             segment = first_segment(batch.prefixes, queries)
             self._prefixes = self._plan_prefixes(segment, batch.pages, queries, call)
             lists = second_segment(lists, send(torch.from_numpy(segment.skipped), self._device))
             lengths -= segment.skipped * self._page_size
-        if batch.pages.dim() == 3:  # each head of a row is a row; the heads of one token are adjacent in q
+        if batch.per_head:  # each head of a row is a row; the heads of one token are adjacent in q
             step = heads.kv_heads
             starts = (starts[:, None] * step + np.arange(step)).ravel()
             queries, lengths = queries.repeat(step), lengths.repeat(step)
@@ -171,9 +172,9 @@ class FlashInferAttention:
         order = np.repeat(starts[by_part], counts) + step * ragged_arange(counts)
         in_order = bool((order == np.arange(len(order))).all())
         self._order = None if in_order else send(torch.from_numpy(order), self._device)
-        pages, self._parts, first = flat_pages(lists), [], 0
+        pages, self._parts, first = flat_pages(batch, lists), [], 0
         for kind, mine in rows.items():
-            some = pages if len(rows) == 1 else pages.index_select(0, send(torch.from_numpy(mine), self._device))
+            some = pages if len(rows) == 1 else pages.index_select(-2, send(torch.from_numpy(mine), self._device))
             planned = self._plan_part(kind, some, queries[mine], lengths[mine], heads, call)
             self._parts.append(_Part(planned, first, first + int(queries[mine].sum())))
             first = self._parts[-1].end
@@ -203,20 +204,22 @@ class FlashInferAttention:
         *,
         causal: bool = True,
     ) -> Planned:
-        """Plan for rows of one kind. pages: [rows, width]. causal: False: all queries see all of the list."""
+        """Plan for rows of one kind. pages: [rows, width], or [layers, rows, width]. causal: False: all queries see all
+        of the list."""
         kernels: Kernels = "fa3" if kind == "fa3" else "fa2"
         floats = self._workspace.take(eager_float_bytes(heads, self._workspace.multiprocessors))
         ints = eager_int_bytes(kernels, heads, queries, self._workspace.multiprocessors)
         planned = self._next_wrapper(kind, kernels, floats, max(_MIN_INT_BYTES, 1 << (ints - 1).bit_length()))
         lists = offsets(-(-lengths // self._page_size))
-        listed = torch.empty(int(lists[-1]) + 1, dtype=torch.int32, device=self._device)
+        listed = torch.empty(*pages.shape[:-2], int(lists[-1]) + 1, dtype=torch.int32, device=self._device)
         indptr, last, starts, seq_lens = (
             to_pinned(each, self._device)
             for each in (lists, (lengths - 1) % self._page_size + 1, offsets(queries), lengths)
         )
         list_pages(pages, indptr.to(self._device, non_blocking=True), listed)
-        sizes = *heads, self._page_size
-        planned.plan(starts, indptr, listed[:-1], last, *sizes, causal=causal, seq_lens=seq_lens, **call.options)
+        sizes, listed = (*heads, self._page_size), listed[..., :-1]
+        planned.lists, of_first = (listed, listed[0]) if listed.dim() == 2 else (None, listed)
+        planned.plan(starts, indptr, of_first, last, *sizes, causal=causal, seq_lens=seq_lens, **call.options)
         return planned
 
     def _next_wrapper(self, kind: _Kind, kernels: Kernels, floats: Tensor, ints: int) -> Planned:

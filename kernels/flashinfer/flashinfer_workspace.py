@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.flashinfer_sizes import Heads
+from kernels.attention.base import AttentionBatch, GraphBatch
+from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.ragged import Ints
 
 HEAD_DIMS = (64, 128, 256)
@@ -101,11 +102,15 @@ class Planned:
 
     FlashInfer writes a plan into the wrapper's pinned memory and copies it from there without waiting. Planning the
     wrapper again before that copy ends would corrupt the earlier plan, so `plan` waits for it.
+
+    lists: [layers, n] int32, flat page lists of each layer; None: all layers read those of the plan. They are equally
+    long, so that one plan fits all. FlashInfer takes lists in `plan` alone, so `run` exchanges the wrapper's.
     """
 
     def __init__(self, wrapper: Any, device: torch.device, floats: Tensor, int_bytes: int) -> None:
         """int_bytes: size of the integers of its plans. FlashInfer allocates 8 MB for them, twice."""
         self.wrapper, self._device = wrapper, device
+        self.lists: Tensor | None = None
         self._read: torch.cuda.Event | None = None
         self._take(floats, int_bytes)
 
@@ -117,10 +122,18 @@ class Planned:
 
     def plan(self, *arguments: Any, **options: Any) -> None:
         self._wait()
+        if self.lists is not None:
+            self.wrapper._paged_kv_indices_buf = self.lists[0]  # a captured plan writes into the wrapper's
         self.wrapper.plan(*arguments, **options)
         if self._device.type == "cuda":
             self._read = self._read or torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._read.record()
+
+    def run(self, q: Tensor, pool: tuple[Tensor, ...], out: Tensor, lse: Tensor, layer: int = 0) -> None:
+        """Write a layer's attention to `out`, and its log-sum-exp to base 2 to `lse`."""
+        if self.lists is not None:
+            self.wrapper._paged_kv_indices_buf = self.lists[layer]
+        self.wrapper.run(q, pool, out=out, lse=lse, return_lse=True)
 
     def _take(self, floats: Tensor, int_bytes: int) -> None:
         self._floats, self._int_bytes = floats, int_bytes
@@ -134,27 +147,27 @@ class Planned:
 # -- page lists ------------------------------------------------------------------------------------------------------
 
 
-def flat_pages(pages: Tensor) -> Tensor:
-    """Return page lists as FlashInfer's rows see them, [rows, width].
+def flat_pages(batch: AttentionBatch | GraphBatch, pages: Tensor) -> Tensor:
+    """Return a batch's page lists as FlashInfer's rows see them, [rows, width], or [layers, rows, width].
 
-    pages: [rows, width], or [rows, heads, width] where each head becomes a row, over the pool seen as
-    [pages * heads, 1, …].
+    pages: the batch's own, or others of the same form. With lists per KV head, each head becomes a row, over the pool
+    seen as [pages * heads, 1, …].
     """
-    if pages.dim() == 2:
+    if not batch.per_head:
         return pages
-    heads = pages.shape[1]
-    return (pages * heads + torch.arange(heads, device=pages.device)[:, None]).flatten(0, 1)
+    heads = pages.shape[-2]
+    return (pages * heads + torch.arange(heads, device=pages.device)[:, None]).flatten(-3, -2)
 
 
 def list_pages(pages: Tensor, indptr: Tensor, listed: Tensor) -> None:
     """Write FlashInfer's ragged list of pages, by operations whose shapes do not depend on lengths.
 
     pages: [rows, width]. indptr: [rows + 1] int32, offsets of rows in the list. listed: int32, at least one longer than
-    the list; its last element is overwritten with any page.
+    the list; its last element is overwritten with any page. Or `pages` and `listed` have [layers] in front.
     """
-    place = indptr[:-1, None] + torch.arange(pages.shape[1], device=pages.device)
-    place = torch.where(place < indptr[1:, None], place, len(listed) - 1)
-    listed.scatter_(0, place.flatten(), pages.flatten().to(torch.int32))
+    place = indptr[:-1, None] + torch.arange(pages.shape[-1], device=pages.device)
+    place = torch.where(place < indptr[1:, None], place, listed.shape[-1] - 1)
+    listed.scatter_(-1, place.flatten().expand(*listed.shape[:-1], -1), pages.flatten(-2).to(torch.int32))
 
 
 # -- small things ----------------------------------------------------------------------------------------------------

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import GraphBatch, SharedPrefix
-from kernels.attention.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
-from kernels.attention.flashinfer_workspace import (
+from kernels.attention.shared_reading import (
+    MergePrefixes,
+    PrefixSegment,
+    first_segment,
+    merge_prefixes,
+    second_segment,
+)
+from kernels.flashinfer.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
+from kernels.flashinfer.flashinfer_workspace import (
     Call,
     Planned,
     Workspace,
@@ -20,13 +27,6 @@ from kernels.attention.flashinfer_workspace import (
     takes_uniform_queries,
     to_natural_log,
     to_pinned,
-)
-from kernels.attention.shared_reading import (
-    MergePrefixes,
-    PrefixSegment,
-    first_segment,
-    merge_prefixes,
-    second_segment,
 )
 from kernels.kv_cache import LayerKV
 from kernels.ragged import offsets
@@ -108,7 +108,7 @@ class _GraphPrefixes:
         """Return the queries' attention, and its log-sum-exp, in the order of `tokens`."""
         q = q.index_select(0, self.tokens)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        self._planned.wrapper.run(q, pool, out=out, lse=lse, return_lse=True)
+        self._planned.run(q, pool, out, lse)
         return out, to_natural_log(lse)
 
 
@@ -127,19 +127,23 @@ class FlashInferGraphAttention:
         self, page_size: int, workspace: Workspace, batch: GraphBatch, merge: MergePrefixes = merge_prefixes
     ) -> None:
         """workspace: shared by all attention on this stream. batch: with room for prefixes only where one list serves
-        all heads. merge: merges what is read of shared pages. Raises ImportError if FlashInfer is missing."""
+        all heads. merge: merges what is read of shared pages. Raises ImportError if FlashInfer is missing.
+
+        Lists per layer lie in one array, each at a fixed address, which the capture of its layer reads.
+        """
         self._library = load_flashinfer()
         self._page_size, self._workspace, self._batch = page_size, workspace, batch
         self._device = device = workspace.device
-        self._apart = batch.pages.dim() == 3  # each head of a row is a row
+        self._apart = batch.per_head  # each head of a row is a row
         assert not (self._apart and batch.prefixes)
         self._merge = merge
         self._shared: Sequence[SharedPrefix] = ()
         self._prefixes: _GraphPrefixes | None = None
-        self._heads = batch.pages.shape[1] if self._apart else 1
-        self._rows = len(batch.pages) * self._heads
+        self._heads = batch.pages.shape[-2] if self._apart else 1
+        self._rows = len(batch.lengths) * self._heads
         self._indptr = torch.zeros(self._rows + 1, dtype=torch.int32, device=device)
-        self._listed = torch.zeros(batch.pages.numel() + 1, dtype=torch.int32, device=device)
+        layers, room = batch.pages.shape[: batch.per_layer], self._rows * batch.pages.shape[-1] + 1
+        self._listed = torch.zeros(*layers, room, dtype=torch.int32, device=device)
         self._last = torch.zeros(self._rows, dtype=torch.int32, device=device)
         self._kv_lengths: Sequence[int] | None = None
         self._call: Call | None = None
@@ -171,7 +175,7 @@ class FlashInferGraphAttention:
             pool = tuple(part.view(-1, 1, *part.shape[2:]) for part in pool)
         # FlashInfer would fill a new output with zeros in every layer.
         out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-        self._planned.wrapper.run(q, pool, out=out, lse=lse, return_lse=True)
+        self._planned.run(q, pool, out, lse, layer.index)
         if self._apart:
             out = self._swap(out.view(tokens, heads, head_dim), kv_heads, self._batch.queries)
             lse = self._swap(lse.view(tokens, heads), kv_heads, self._batch.queries)
@@ -183,7 +187,7 @@ class FlashInferGraphAttention:
     def _swap(self, x: Tensor, a: int, b: int) -> Tensor:
         """Swap queries and KV heads inside each row: [rows, a, b, …] to [rows, b, a, …]. Queries come first in q, heads
         where they are rows."""
-        return x.reshape(len(self._batch.pages), a, b, -1, *x.shape[2:]).transpose(1, 2)
+        return x.reshape(len(self._batch.lengths), a, b, -1, *x.shape[2:]).transpose(1, 2)
 
     def _make_wrapper(self, call: Call) -> Planned:
         heads = call.heads.as_rows() if self._apart else call.heads
@@ -191,7 +195,7 @@ class FlashInferGraphAttention:
         size = captured_plan(heads, self._rows, self._batch.queries, self._workspace.multiprocessors, uniform)
         # Not less than eager batches need, so that the memory need not grow after this.
         floats = self._workspace.take(max(size.floats, eager_float_bytes(heads, self._workspace.multiprocessors)))
-        indices = self._listed[:-1]
+        indices = self._of_first[:-1]
         if uniform:
             wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(
                 floats,
@@ -214,7 +218,14 @@ class FlashInferGraphAttention:
                 paged_kv_last_page_len_buf=self._last,
                 backend="fa2",
             )
-        return Planned(wrapper, self._device, floats, size.ints)
+        planned = Planned(wrapper, self._device, floats, size.ints)
+        planned.lists = self._listed[:, :-1] if self._batch.per_layer else None
+        return planned
+
+    @property
+    def _of_first(self) -> Tensor:
+        """Flat lists of the first layer, or of all."""
+        return self._listed[0] if self._batch.per_layer else self._listed
 
     def _prepare(self, planned: Planned, call: Call, kv_lengths: Sequence[int]) -> None:
         lengths = np.array(kv_lengths, dtype=np.int64).repeat(self._heads)
@@ -231,7 +242,7 @@ class FlashInferGraphAttention:
             to_pinned(each, self._device)
             for each in (lists, (lengths - 1) % self._page_size + 1, np.maximum(lengths, queries))
         )
-        listed = self._listed[: int(lists[-1])]  # the wrapper's own buffer, so that its copy is none
+        listed = self._of_first[: int(lists[-1])]  # the wrapper's own buffer, so that its copy is none
         heads = call.heads.as_rows() if self._apart else call.heads
         sizes, options = (*heads, self._page_size), {**call.options, "seq_lens": at_least}
         if takes_uniform_queries(self._library):
@@ -239,4 +250,4 @@ class FlashInferGraphAttention:
         else:
             starts = to_pinned(np.arange(self._rows + 1) * queries, self._device)
             planned.plan(starts, indptr, listed, last, *sizes, causal=True, **options)
-        list_pages(flat_pages(pages), self._indptr, self._listed)
+        list_pages(flat_pages(self._batch, pages), self._indptr, self._listed)
