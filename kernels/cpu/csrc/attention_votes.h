@@ -1,7 +1,8 @@
 // Votes of queries for the KV that their rows list (Ballot in kernels/attention/base.py).
 //
-// While pieces are computed, a voter's weights are kept as they are, block by block, each with the peak that they are
-// relative to. When the voter's log-sum-exp is known, they become votes, with one exponential per block.
+// While pieces are computed, a voter's weights are kept block by block, with the peak that they are relative to: as they
+// are, or summed by sixteen slots where units have a multiple of that, which takes less memory. When the voter's
+// log-sum-exp is known, they become votes, with one exponential per block.
 #pragma once
 
 #include "attention_cut.h"
@@ -10,6 +11,24 @@ namespace magicdec {
 
 constexpr int VOTERS = 2;                  // of a row, at most
 constexpr int STRETCH = LANES * SLOTS;     // slots whose blocks have their peaks in one vector
+constexpr int GROUPS = SLOTS / LANES;      // of a block's slots, that are summed
+
+// Writes the sums of the groups of a block, whose weights are in two halves.
+template <class T>
+MAGICDEC_INLINE void sum_groups(const T* first, const T* second, float* sums) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+    const auto pairs = [&](const T* half) { return _mm512_dpbf16_ps(_mm512_setzero_ps(), load<__m512bh>(half), ones); };
+    const __m512 a = pairs(first), b = pairs(second);
+    __m512 x = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+    x += _mm512_permute_ps(x, 0x4e);           // a and b of each 128-bit lane
+    x += _mm512_shuffle_f32x4(x, x, 0xb1);     // of lanes 0 and 1: groups 0 and 2; of lanes 2 and 3: groups 1 and 3
+    return store(sums, _mm_unpacklo_ps(_mm512_castps512_ps128(x), _mm512_extractf32x4_ps(x, 2)));
+  }
+#endif
+  for (int i = 0; i < GROUPS; i++) sums[i] = sum(load_floats((i < GROUPS / 2 ? first : second - SLOTS / 2) + i * LANES));
+}
 
 template <class T>
 class Votes {
@@ -27,7 +46,7 @@ class Votes {
     for (int row = 0; row < args.rows; row++) {
       const int64_t blocks = blocks_of(args, row);
       auto* peaks = reinterpret_cast<float*>(memory);
-      rows_[row] = {peaks, reinterpret_cast<T*>(peaks + voter_rows(args) * blocks), blocks};
+      rows_[row] = {peaks, peaks + voter_rows(args) * blocks, blocks};
       memory += row_bytes(args, row);
     }
   }
@@ -55,8 +74,12 @@ class Votes {
     const Row& row = rows_[voter / VOTERS];
     const int64_t block = place(head, voter % VOTERS, g) * row.blocks + start / SLOTS;
     row.peaks[block] = peak;
-    std::memcpy(row.weights + block * SLOTS, first, SLOTS / 2 * sizeof(T));
-    std::memcpy(row.weights + block * SLOTS + SLOTS / 2, second, SLOTS / 2 * sizeof(T));
+    if (sums_groups(args_)) {
+      sum_groups(first, second, row.sums + block * GROUPS);
+    } else {
+      std::memcpy(row.weights() + block * SLOTS, first, SLOTS / 2 * sizeof(T));
+      std::memcpy(row.weights() + block * SLOTS + SLOTS / 2, second, SLOTS / 2 * sizeof(T));
+    }
   }
 
   // Counts the votes of a row whose log-sum-exps are there.
@@ -77,10 +100,12 @@ class Votes {
  private:
   struct Row {
     float* peaks;     // [kv_heads, VOTERS, heads of a KV head, blocks]
-    T* weights;       // the same, with SLOTS
+    float* sums;      // the same, with GROUPS; or the weights, the same with SLOTS
     int64_t blocks;   // room for so many
+    T* weights() const { return reinterpret_cast<T*>(sums); }
   };
 
+  static bool sums_groups(const AttentionArgs& args) { return args.vote_unit % LANES == 0; }
   static size_t voter_rows(const AttentionArgs& args) { return size_t(args.heads) * VOTERS; }
   // Returns a multiple of LANES, 0 if the row has no voters.
   static int64_t blocks_of(const AttentionArgs& args, int row) {
@@ -88,14 +113,16 @@ class Votes {
     return std::max(voters[0], voters[1]) < 0 ? 0 : (args.lengths[row] + STRETCH - 1) / STRETCH * LANES;
   }
   static size_t row_bytes(const AttentionArgs& args, int row) {
-    return voter_rows(args) * blocks_of(args, row) * (sizeof(float) + SLOTS * sizeof(T));
+    const size_t kept = sums_groups(args) ? GROUPS * sizeof(float) : SLOTS * sizeof(T);
+    return voter_rows(args) * blocks_of(args, row) * (sizeof(float) + kept);
   }
   int64_t place(int head, int column, int g) const {
     const int group = args_.heads / args_.kv_heads;
     return (int64_t(head) * VOTERS + column) * group + g;
   }
 
-  // Adds the softmax weights of STRETCH slots from `first` on, of all voters and all query heads of a KV head.
+  // Adds the softmax weights of STRETCH slots from `first` on, or of their groups, of all voters and all query heads of a KV
+  // head.
   void add_voters(const Division& division, int row, int head, int64_t first, float* sums) const {
     const int group = args_.heads / args_.kv_heads;
     const int64_t *voters = args_.voters + row * VOTERS, end = division.first_token(row) + args_.queries[row];
@@ -108,28 +135,29 @@ class Votes {
         const int64_t from = place(head, column, g) * rows_[row].blocks + first / SLOTS;
         const float lse = args_.lse[(end - 1 - behind) * args_.heads + head * group + g] * 1.44269504f;
         const f32x16 factors = exp2_falling(load<f32x16>(rows_[row].peaks + from) - lse) * times;
-        const T* weights = rows_[row].weights + from * SLOTS;
-        for (int slot = 0; slot < blocks * SLOTS; slot += SLOTS) {
-          const f32x16 factor = splat(factors[slot / SLOTS]);
-          for (int i = slot; i < slot + SLOTS; i += LANES) store(sums + i, load<f32x16>(sums + i) + load_floats(weights + i) * factor);
+        for (int block = 0; block < blocks; block++) {
+          if (sums_groups(args_)) {
+            const float* from_groups = rows_[row].sums + (from + block) * GROUPS;
+            for (int i = 0; i < GROUPS; i++) sums[block * GROUPS + i] += from_groups[i] * factors[block];
+          } else {
+            const T* from_slots = rows_[row].weights() + (from + block) * SLOTS;
+            float* to = sums + block * SLOTS;
+            for (int i = 0; i < SLOTS; i += LANES) store(to + i, load<f32x16>(to + i) + load_floats(from_slots + i) * factors[block]);
+          }
         }
       }
     }
   }
 
-  // Adds `count` slots from `first` on to the votes of their units. sums: zero after them.
+  // Adds the weights of `count` slots from `first` on, or of their groups, to the votes of their units.
   void add_units(const float* sums, int64_t first, int64_t count, float* votes) const {
-    const int unit = args_.vote_unit;
-    if (unit == 1) {
-      std::copy_n(sums, count, votes + first);
-    } else if (unit % LANES == 0) {
-      for (int64_t i = 0; i < count; i += LANES) votes[(first + i) / unit] += sum(load<f32x16>(sums + i));
-    } else {
-      votes += first / unit;
-      for (int64_t i = 0, left = unit - first % unit; i < count; i++) {
-        *votes += sums[i];
-        if (--left == 0) votes++, left = unit;
-      }
+    int64_t unit = args_.vote_unit;
+    if (sums_groups(args_)) first /= LANES, count = (count + LANES - 1) / LANES, unit /= LANES;
+    votes += first / unit;
+    if (unit == 1) return void(std::copy_n(sums, count, votes));
+    for (int64_t i = 0, left = unit - first % unit; i < count; i++) {
+      *votes += sums[i];
+      if (--left == 0) votes++, left = unit;
     }
   }
 
