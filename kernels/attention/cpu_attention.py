@@ -31,4 +31,6 @@ class CpuAttention:
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
         pages = self._batch.pages_of(layer)
-        return self._kernels.attention(q, layer.k, layer.v, self._queries, self._lengths, pages, scale)
+        return self._kernels.attention(
+            q, layer.k, layer.v, self._queries, self._lengths, pages, scale, self._batch.ballot
+        )

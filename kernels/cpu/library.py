@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.attention.base import Ballot
 from kernels.cpu.choice import KernelChoice
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, build_kernels, build_operators, supported
 
@@ -74,15 +75,26 @@ class CpuKernels:
         self._rotary, self._sample = ops.rotary.default, ops.sample.default
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, lengths: Tensor, pages: Tensor, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Tensor,
+        lengths: Tensor,
+        pages: Tensor,
+        scale: float,
+        ballot: Ballot | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute attention; see kernels.attention.base.
 
         q: [tokens, heads, head_dim], head_dim a multiple of 16. k, v: [pages, kv_heads, page_size, head_dim]. queries,
         lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. Returns o, in q's dtype, and the
-        log-sum-exp [tokens, heads] float32.
+        log-sum-exp [tokens, heads] float32, and writes the votes of `ballot`.
         """
-        o, sums = self._attention(self._attention_table, q, k, v, queries, lengths, pages, scale, *self._prefetch)
+        counted = (None, 1, None) if ballot is None else (ballot.voters, ballot.unit, ballot.votes)
+        o, sums = self._attention(
+            self._attention_table, q, k, v, queries, lengths, pages, scale, *self._prefetch, *counted
+        )
         return o, sums
 
     def linear(self, x: Tensor, weights: PackedWeights, *, silu_mul: bool = False, float_out: bool = False) -> Tensor:

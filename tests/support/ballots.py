@@ -16,8 +16,8 @@ from kernels.kv_cache import KVPool, LayerKV
 
 @dataclass(frozen=True)
 class VoteCase:
-    """Sizes of a batch. rows: queries, slots before them, and the voters of each. per_head: lists per KV head. by_page:
-    votes per page, else per slot."""
+    """Sizes of a batch. rows: queries, slots before them, and the voters of each. per_head: lists per KV head. unit:
+    slots that share a vote. shared: whether all rows list the same pages."""
 
     rows: tuple[tuple[int, int, tuple[int, int]], ...]
     page_size: int
@@ -26,12 +26,9 @@ class VoteCase:
     head_dim: int
     per_head: bool
     per_layer: bool
-    by_page: bool
+    unit: int
+    shared: bool
     seed: int
-
-    @property
-    def unit(self) -> int:
-        return self.page_size if self.by_page else 1
 
     @property
     def queries(self) -> list[int]:
@@ -53,14 +50,16 @@ def vote_cases(
         place = st.integers(0, n - 1)
         voters = draw(st.one_of(st.tuples(place, place), st.tuples(place, st.just(-1)), st.just((-1, -1))))
         rows.append((n, before, voters))
+    page_size = draw(st.sampled_from(page_sizes))
     return VoteCase(
         tuple(rows),
-        draw(st.sampled_from(page_sizes)),
+        page_size,
         draw(st.integers(1, 3)),
         draw(st.integers(1, 4)),
         draw(st.sampled_from(head_dims)),
         draw(st.booleans()),
         draw(st.booleans()),
+        draw(st.sampled_from([unit for unit in range(1, page_size + 1) if page_size % unit == 0])),
         draw(st.booleans()),
         draw(st.integers(0, 1000)),
     )
@@ -125,7 +124,11 @@ def draw_batch(case: VoteCase, dtype: torch.dtype, device: str = "cpu") -> VoteB
     )
     pool.data.copy_(torch.randn(pool.data.shape))
     shape = [2] * case.per_layer + [len(case.rows)] + [case.kv_heads] * case.per_head + [width]
-    pages = torch.randint(num_pages, shape).to(device)
+    pages = torch.randint(num_pages, shape)
+    if case.shared:
+        dim = 1 if case.per_layer else 0
+        pages = pages.narrow(dim, 0, 1).expand(shape).clone()
+    pages = pages.to(device)
     q = torch.randn(sum(case.queries), case.kv_heads * case.group, case.head_dim).to(device, dtype)
     return VoteBatch(case, (pool.layer(0), pool.layer(1)), pages, q, case.head_dim**-0.5)
 

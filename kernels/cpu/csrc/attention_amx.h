@@ -28,6 +28,7 @@ struct TileSpace {
   uint32_t *q, *values, *weights;  // [heads][groups][head_dim / 2][16]; [SLOTS / 2][head_dim]; two groups' weights
   int32_t* query_of;               // [rows]: the query that a row of the groups belongs to
   int64_t* token_of;               // [rows]: the token of a query
+  int32_t* voter_of;               // [rows]: the voter that a query is
   float *scores, *segment, *all, *staged;
 
   static size_t floats(const AttentionArgs& args) { return TileSpace(nullptr, args).used; }
@@ -43,6 +44,7 @@ struct TileSpace {
     take(weights, 2 * GROUP_WEIGHTS);
     take(query_of, rows);
     take(token_of, 2 * rows);
+    take(voter_of, rows);
     take(scores, 2 * GROUP_SCORES);
     take(segment, Running::floats(rows, args.head_dim));
     take(all, Running::floats(rows, args.head_dim));
@@ -227,11 +229,12 @@ struct ByTiles {
   using Element = bf16;
   using Space = TileSpace;
 
-  static void attend(const AttentionArgs& args, const Division& division, const Piece& piece, const Space& space) {
+  static void attend(const AttentionArgs& args, const Division& division, const Votes<bf16>& votes, const Piece& piece, const Space& space) {
     const int group = args.heads / args.kv_heads, heads = piece.head_end - piece.head;
     const int rows = piece.queries * group, padded = to_whole_groups(rows);  // per KV head
     const TileUse use(full_tiles());
     pack_queries(args, division, piece, space);
+    const bool voting = votes.find(division, piece, space.voter_of);
 
     const Running state = Running::at(space.segment, padded * heads);
     const Running all = Running::at(space.all, rows * heads);
@@ -240,7 +243,7 @@ struct ByTiles {
       const int64_t end = std::min(piece.last, segment + SEGMENT);
       state.clear(padded * heads, args.head_dim);
       for (int64_t start = segment; start < end; start += SLOTS)
-        for (int h = 0; h < heads; h++) add_block(args, piece, h, start, end, state, space);
+        for (int h = 0; h < heads; h++) add_block(args, voting ? &votes : nullptr, piece, h, start, end, state, space);
       if (piece.part) continue;
       for (int h = 0; h < heads; h++)
         for (int row = 0; row < rows; row++) merge(all, h * rows + row, state, h * padded + row, args.head_dim);
@@ -261,10 +264,11 @@ struct ByTiles {
   }
 
   // Adds slots [start, start + SLOTS), which end at `end`, to the running softmax of all queries of the piece's KV head h.
-  static void add_block(const AttentionArgs& args, const Piece& piece, int h, int64_t start, int64_t end, Running state,
-                        const Space& space) {
-    const int head_dim = D > 0 ? D : args.head_dim, head = piece.head + h;
-    const int padded = to_whole_groups(piece.queries * (args.heads / args.kv_heads)), groups = padded / TILE_ROWS;
+  // votes: null if none of the queries votes.
+  static void add_block(const AttentionArgs& args, const Votes<bf16>* votes, const Piece& piece, int h, int64_t start, int64_t end,
+                        Running state, const Space& space) {
+    const int head_dim = D > 0 ? D : args.head_dim, head = piece.head + h, group = args.heads / args.kv_heads;
+    const int rows = piece.queries * group, padded = to_whole_groups(rows), groups = padded / TILE_ROWS;
     const int64_t* list = args.pages + piece.row * args.row_stride + head * args.head_stride;
     const Block<bf16> block = find_block(args, list, head, start, end, reinterpret_cast<bf16*>(space.staged));
     const float scale = args.scale * 1.44269504f;
@@ -309,6 +313,12 @@ struct ByTiles {
         weigh_group<false>(scores, queries, scale, state, row, head_dim, weights, meanwhile);
       else
         weigh_group<true>(scores, queries + int(visible), scale, state, row, head_dim, weights, meanwhile);
+      if (!votes) continue;
+      for (int i = 0; i < std::min(TILE_ROWS, rows - g * TILE_ROWS); i++) {
+        const auto* kept = reinterpret_cast<const bf16*>(weights + i * TILE_WORDS);
+        const int query = space.query_of[g * TILE_ROWS + i];
+        votes->keep(space.voter_of[query], head, (g * TILE_ROWS + i) % group, start, kept, kept + 2 * TILE_SIZE, state.peak[row + i]);
+      }
     }
     for (int step = 0; step < steps; step++) mix(groups - 1, step);
   }

@@ -2,11 +2,12 @@
 //
 // A Method computes one piece (attention_vectors.h, attention_amx.h). It has
 //   Element  type of queries, keys, values and results
-//   Space    scratch memory of one thread: floats(args), a constructor, and `all`, a Running of max_rows(args) rows
-//   attend(args, division, piece, space)
+//   Space    scratch memory of one thread: floats(args), a constructor, `all`, a Running of max_rows(args) rows, and
+//            voter_of, integers for as many queries
+//   attend(args, division, votes, piece, space)
 #pragma once
 
-#include "attention_cut.h"
+#include "attention_votes.h"
 #include "team.h"
 
 namespace magicdec {
@@ -55,7 +56,8 @@ inline void deliver(const AttentionArgs& args, const Division& division, const P
 
 template <class Method>
 size_t pieces_scratch(const AttentionArgs& args) {
-  return to_whole_lines(Division::bytes(args)) + Method::Space::floats(args) * args.team.threads * sizeof(float);
+  return to_whole_lines(Division::bytes(args)) + Votes<typename Method::Element>::bytes(args) +
+         Method::Space::floats(args) * args.team.threads * sizeof(float);
 }
 
 template <class Method>
@@ -63,17 +65,18 @@ void attend_pieces(const AttentionArgs& args) {
   using Space = typename Method::Space;
   char* memory = static_cast<char*>(args.scratch);
   const Division division(args, memory);
-  auto* floats = reinterpret_cast<float*>(memory + to_whole_lines(Division::bytes(args)));
+  memory += to_whole_lines(Division::bytes(args));
+  const Votes<typename Method::Element> votes(args, memory);
+  auto* floats = reinterpret_cast<float*>(memory + votes.bytes(args));
   const auto space_of = [&](int thread) { return Space(floats + Space::floats(args) * thread, args); };
   for_pieces(args.team, division.count, [&](int64_t i, int thread) {
-    Method::attend(args, division, division.pieces[i], space_of(thread));
+    Method::attend(args, division, votes, division.pieces[i], space_of(thread));
   });
   for_pieces(args.team, args.rows, [&](int64_t row, int thread) {
     const Cut cut(args, int(row));
-    if (!cut.by_segment()) return;
     const int rows = cut.queries * cut.group;  // per KV head
     const Running all = Running::at(space_of(thread).all, rows);
-    for (int head = 0; head < args.kv_heads; head++) {
+    for (int head = 0; cut.by_segment() && head < args.kv_heads; head++) {
       all.clear(rows, args.head_dim);
       for (int64_t segment = 0; segment < cut.segments; segment++) {
         const Running part = division.partial(int(row), segment);
@@ -81,6 +84,7 @@ void attend_pieces(const AttentionArgs& args) {
       }
       finish_queries<typename Method::Element>(args, division.first_token(int(row)), cut.queries, head, cut.group, all, 0);
     }
+    votes.count(division, int(row));
   });
 }
 

@@ -36,11 +36,12 @@ constexpr int AT_ONCE = 16;  // query rows that have scores and weights at the s
 struct Workspace {
   uint32_t *q, *keys, *values;
   float *scores, *weights, *segment, *all, *staged;
+  int32_t* voter_of;
 
   static size_t floats(const AttentionArgs& args) {
     const size_t rows = max_rows(args);
     return rows * args.head_dim + 4 * size_t(SLOTS) * args.head_dim + 2 * AT_ONCE * SLOTS +
-           2 * Running::floats(int(rows), args.head_dim) + 8 * LANES;
+           2 * Running::floats(int(rows), args.head_dim) + rows + 9 * LANES;
   }
   Workspace(float* memory, const AttentionArgs& args) {
     const size_t rows = max_rows(args);
@@ -57,12 +58,13 @@ struct Workspace {
     segment = take(Running::floats(int(rows), args.head_dim));
     all = take(Running::floats(int(rows), args.head_dim));
     staged = take(2 * size_t(SLOTS) * args.head_dim);
+    voter_of = reinterpret_cast<int32_t*>(take(rows));
   }
 };
 
 // Computes one piece. D: head_dim if it is known at compile time, else 0.
 template <class T, int D>
-void attend(const AttentionArgs& args, const Division& division, const Piece& piece, const Workspace& space) {
+void attend(const AttentionArgs& args, const Division& division, const Votes<T>& votes, const Piece& piece, const Workspace& space) {
   using Dot = typename DotOf<T>::type;
   constexpr int FEW = few<T, D>(), IN_PLACE = in_place<T, D>();
   static_assert(IN_PLACE <= AT_ONCE && TILE_HEIGHT <= AT_ONCE);
@@ -79,6 +81,8 @@ void attend(const AttentionArgs& args, const Division& division, const Piece& pi
                     static_cast<const T*>(args.q) + (token + i) * args.q_stride + size_t(piece.head + h) * group * head_dim,
                     size_t(group) * head_dim * sizeof(T));
   });
+
+  const bool voting = votes.find(division, piece, space.voter_of);
 
   // A segment of one row goes where its partial results belong.
   const bool direct = piece.part && !piece.members;
@@ -102,10 +106,13 @@ void attend(const AttentionArgs& args, const Division& division, const Piece& pi
         const auto weigh_rows = [&](int first, int count, const float* scores, T* to) {
           for (int row = first; row < first + count; row++, scores += SLOTS, to += SLOTS) {
             const int64_t visible = std::min<int64_t>(piece.seen + row / group - start, SLOTS);
-            if (visible > 0)
-              weigh(scores, int(visible), scale, state, h * rows + row, head_dim, to);
-            else
+            if (visible <= 0) {
               std::memset(to, 0, SLOTS * sizeof(T));
+              continue;
+            }
+            weigh(scores, int(visible), scale, state, h * rows + row, head_dim, to);
+            if (voting)
+              votes.keep(space.voter_of[row / group], piece.head + h, row % group, start, to, to + SLOTS / 2, state.peak[h * rows + row]);
           }
         };
         if (rows <= IN_PLACE) {
@@ -162,8 +169,8 @@ template <class T, int D>
 struct ByVectors {
   using Element = T;
   using Space = Workspace;
-  static void attend(const AttentionArgs& args, const Division& division, const Piece& piece, const Space& space) {
-    magicdec::attend<T, D>(args, division, piece, space);
+  static void attend(const AttentionArgs& args, const Division& division, const Votes<T>& votes, const Piece& piece, const Space& space) {
+    magicdec::attend<T, D>(args, division, votes, piece, space);
   }
 };
 

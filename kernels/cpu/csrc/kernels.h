@@ -57,6 +57,10 @@ struct AttentionArgs {
   float scale;
   int fetch_blocks;  // how many blocks of 64 slots ahead keys and values are prefetched; results do not depend on it
   bool fetch_to_l2;  // prefetch into the L2 cache, past the L1 cache
+  const int64_t* voters;  // [rows, 2]: queries that vote, counted back from the row's last one, -1: none; null: no votes
+  int vote_unit;          // consecutive slots that share a vote
+  float* votes;           // [rows, kv_heads, units]
+  int64_t votes_row_stride, votes_head_stride;
   void* scratch;
 };
 

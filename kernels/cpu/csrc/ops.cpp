@@ -122,7 +122,8 @@ Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std:
 
 std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& queries, const Tensor& lengths, const Tensor& pages, double scale,
-                                     int64_t fetch_blocks, bool fetch_to_l2) {
+                                     int64_t fetch_blocks, bool fetch_to_l2, const std::optional<Tensor>& voters, int64_t unit,
+                                     std::optional<Tensor> votes) {
   TORCH_CHECK(q.dim() == 3 && k.dim() == 4 && k.sizes() == v.sizes() && k.strides() == v.strides(), "attention: shapes");
   TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "attention: types differ");
   TORCH_CHECK(q.size(2) == k.size(3) && q.size(2) % 16 == 0 && q.size(1) % k.size(1) == 0, "attention: heads");
@@ -133,11 +134,23 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
   TORCH_CHECK(pages.scalar_type() == at::kLong && pages.size(0) == queries.size(0) && lengths.numel() == queries.numel(), "attention: pages");
   check_rows(pages, 1, "pages");
   TORCH_CHECK(pages.dim() == 2 || (pages.dim() == 3 && pages.size(1) == k.size(1)), "attention: pages");
+  TORCH_CHECK(!voters == !votes, "attention: voters and votes, or none");
+  if (voters) {
+    check_ints(*voters, "voters");
+    TORCH_CHECK(voters->dim() == 2 && voters->size(0) == queries.numel() && voters->size(1) == 2, "attention: voters");
+    TORCH_CHECK(unit >= 1 && k.size(2) % unit == 0, "attention: ", unit, " slots do not divide a page of ", k.size(2));
+    TORCH_CHECK(votes->dim() == 3 && votes->scalar_type() == at::kFloat && votes->size(0) == queries.numel() && votes->size(1) == k.size(1), "attention: votes");
+    check_rows(*votes, 1, "votes");
+  }
   int64_t tokens = 0;
   for (int64_t row = 0; row < queries.numel(); row++) {
     const int64_t n = queries.const_data_ptr<int64_t>()[row], length = lengths.const_data_ptr<int64_t>()[row];
     TORCH_CHECK(n >= 1 && n <= length && length <= pages.size(-1) * k.size(2), "attention: ", n, " queries over ", length, " slots of ", pages.size(-1), " pages");
     tokens += n;
+    if (!voters) continue;
+    TORCH_CHECK(length <= votes->size(2) * unit, "attention: ", length, " slots, votes for ", votes->size(2) * unit);
+    for (const int64_t* voter = voters->const_data_ptr<int64_t>() + 2 * row; voter < voters->const_data_ptr<int64_t>() + 2 * row + 2; voter++)
+      TORCH_CHECK(*voter >= -1 && *voter < n, "attention: voter ", *voter, " of ", n, " queries");
   }
   TORCH_CHECK(tokens == q.size(0), "attention: ", q.size(0), " queries, not ", tokens);
   AttentionArgs args{};
@@ -162,6 +175,13 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
   TORCH_CHECK(fetch_blocks >= 1 && fetch_blocks <= 16, "attention: fetch_blocks");
   args.fetch_blocks = int(fetch_blocks);
   args.fetch_to_l2 = fetch_to_l2;
+  if (voters) {
+    args.voters = voters->const_data_ptr<int64_t>();
+    args.vote_unit = int(unit);
+    args.votes = votes->mutable_data_ptr<float>();
+    args.votes_row_stride = votes->stride(0);
+    args.votes_head_stride = votes->stride(1);
+  }
   Tensor out = at::empty(q.sizes(), q.options());
   Tensor sums = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
   args.out = out.mutable_data_ptr();
@@ -245,7 +265,7 @@ std::tuple<Tensor, Tensor> sample(int64_t kernels, const Tensor& logits, const T
 TORCH_LIBRARY(magicdec_cpu, m) {
   m.def("open(str path) -> int", &open);
   m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int features, int columns, bool silu_mul, bool float_out, int tiles_from) -> Tensor");
-  m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, int fetch_blocks, bool fetch_to_l2) -> (Tensor, Tensor)");
+  m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, int fetch_blocks, bool fetch_to_l2, Tensor? voters, int unit, Tensor(a!)? votes) -> (Tensor, Tensor)");
   m.def("norm(int kernels, Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
   m.def("rotary(int kernels, Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k, Tensor(c!) v, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
   m.def("sample(int kernels, Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, int first) -> (Tensor, Tensor)");
