@@ -117,8 +117,11 @@ class _Voting:
     def plan(self, batch: AttentionBatch) -> None:
         choice, vote = self._choice, self._vote
         rows, width = batch.pages.shape
-        votes = torch.empty(rows, choice.kv_heads, width, device=batch.pages.device)
-        self._ballot = Ballot(vote.voters, choice.page_size, votes)
+        if batch.ballot is not None:
+            self._ballot = batch.ballot  # of another policy that learns from the same forward: the same voters
+        else:
+            votes = torch.empty(rows, choice.kv_heads, width, device=batch.pages.device)
+            self._ballot = Ballot(vote.voters, choice.page_size, votes)
         self._excluded = choice.excluded(vote.ends, width)
         choice.device_ends[vote.rows] = vote.ends
         self._inner.plan(replace(batch, ballot=self._ballot))
