@@ -140,7 +140,7 @@ class Ops(Protocol):
     def best(self, votes: Tensor, count: int) -> Tensor:
         """Return the indices of each row's `count` largest votes, in falling order of votes.
 
-        votes: [rows, units] float32, contiguous. Returns [rows, count] int64, count <= units.
+        votes: [rows, units] float32, contiguous, without NaN. Returns [rows, count] int64, count <= units.
         """
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

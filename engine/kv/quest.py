@@ -20,7 +20,7 @@ from engine.kv.policy import DraftSite, KVPolicy
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.key_summaries import KeySummaries
-from kernels.kv_cache import LayerKV
+from kernels.kv_cache import KVPool, LayerKV
 from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all
 
@@ -58,6 +58,12 @@ class QuestPolicy(KVPolicy):
         row_index, device_ends = send_all(self._state.device, rows, ends)
         self._choice.device_ends[row_index] = device_ends
         self.attention.begin()
+
+    def keep_drafts(self, rows: Ints, first: Ints, end: Ints) -> None:
+        """See KVPolicy.keep_drafts. Their KV is in its place already; their pages are summarised."""
+        index, columns = _pages_of(first, end, self._state.page_size)
+        row_index, column = send_all(self._state.device, rows[index], columns)
+        self.observer.summarise(self.full, self._state.page_table[row_index, column])
 
 
 class QuestView(ChoiceView):
@@ -149,6 +155,11 @@ class PageSummariser:
         """See Observer.around."""
         return _Summarising(attention, self._summaries, self._page_size)
 
+    def summarise(self, pool: KVPool, pages: Tensor) -> None:
+        """Summarise pages to which a forward without observer wrote. pages: [n] int64."""
+        for index in range(len(pool.data)):
+            self._summaries.update(pool.layer(index), pages)
+
 
 class _Summarising:
     """Attention of one forward."""
@@ -159,10 +170,7 @@ class _Summarising:
 
     def plan(self, batch: AttentionBatch) -> None:
         lengths, queries = np.array(batch.kv_lengths), np.array(batch.query_lengths)
-        first, last = (lengths - queries) // self._page_size, (lengths - 1) // self._page_size
-        count = last - first + 1
-        row, column = np.repeat(np.arange(len(count)), count), np.repeat(first, count) + ragged_arange(count)
-        row_index, columns = send_all(batch.pages.device, row, column)
+        row_index, columns = send_all(batch.pages.device, *_pages_of(lengths - queries, lengths, self._page_size))
         self._written = batch.pages[row_index, columns]
         self._inner.plan(batch)
 
@@ -170,3 +178,11 @@ class _Summarising:
         """See PlannedAttention.run."""
         self._summaries.update(layer, self._written)
         return self._inner.run(layer, q, scale)
+
+
+def _pages_of(first: Ints, end: Ints, page_size: int) -> tuple[Ints, Ints]:
+    """List the pages that hold positions first[i] … end[i] - 1 of each row i. Returns, for each page, its row and its
+    place in the row's list."""
+    begin = first // page_size
+    count = -(-end // page_size) - begin
+    return np.repeat(np.arange(len(count)), count), np.repeat(begin, count) + ragged_arange(count)

@@ -129,7 +129,8 @@ class _Voting:
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PlannedAttention.run."""
         result = self._inner.run(layer, q, scale)
-        votes = self._ballot.votes[self._vote.index].sum(1).masked_fill_(self._excluded, -1)
+        # KV of a row that fails in this forward may be no numbers, and neither are its votes.
+        votes = self._ballot.votes[self._vote.index].sum(1).nan_to_num_().masked_fill_(self._excluded, -1)
         count = min(self._choice.count, votes.shape[1])
         self._choice.pages[layer.index, self._vote.rows, :count] = self._best(votes, count)
         return result

@@ -13,6 +13,8 @@ from engine.batch.runner import Runner
 from engine.batch.view import DenseView
 from engine.config.deployment import ConfigError
 from engine.core import Engine
+from engine.kv.quest import QuestPolicy
+from engine.kv.snapkv import SnapKVPolicy
 from engine.llm import LLM
 from engine.messages import RETRY_MEMORY, AddRequest
 from engine.oom import OutOfMemory, is_out_of_memory
@@ -159,13 +161,16 @@ KEPT: list[dict[str, Any]] = [
     {"drafter": "model", "kv": {"budget": 32, "sink": 4}},
     {"drafter": "model", "kv": {"policy": "snapkv", "budget": 32, "recent": 8, "queries": 5, "kernel": 3}},
     {"drafter": "model", "kv": {"policy": "all"}},
+    {"drafter": "model", "kv": {"policy": "quest", "budget": 32, "sink": 4}},
+    {"kv": {"policy": "quest", "budget": 32, "sink": 4}},
+    {"kv": {"policy": "verified", "budget": 32, "sink": 4}},
     {"kv": {"budget": 32, "sink": 4}},
 ]
 
 
 @pytest.mark.parametrize("speculation", KEPT)
 def test_memory_gb_bounds_all_kv(tmp_path: Path, speculation: dict[str, Any]) -> None:
-    """Pools, draft caches and kept queries stay within memory_gb for every drafter, and not one more page would fit."""
+    """All that drafters keep stays within memory_gb, and not one more page would fit."""
     if speculation.get("drafter") == "model":
         speculation = speculation | {"model": str(write_random_model(tmp_path / "draft", DRAFT))}
     memory = 2_000_000
@@ -174,9 +179,13 @@ def test_memory_gb_bounds_all_kv(tmp_path: Path, speculation: dict[str, Any]) ->
     proposer = drafter._drafter
     runners = [engine._worker._target, getattr(proposer, "_full", None), proposer._runner]
     pools = {id(runner.pool): runner.pool.data.nbytes for runner in runners if runner is not None}
-    cache = proposer._cache
-    taken = sum(pools.values()) + (cache._queries.nbytes if cache is not None else 0)
-    assert memory - 4 * 800 < taken <= memory  # a page of 4 tokens, 512 bytes each in the target and 64 in the draft
+    kept = 0
+    if isinstance(policy := proposer._policy, SnapKVPolicy):
+        kept = policy._queries.nbytes
+    elif isinstance(policy, QuestPolicy):
+        kept = policy.attention._summaries.bounds.nbytes
+    # A page of 4 tokens, 512 bytes each in the target and 64 in the draft; its summary takes as much as one of them.
+    assert memory - 4 * 800 < sum(pools.values()) + kept <= memory
 
 
 def test_drafts_that_keep_more_than_there_is() -> None:

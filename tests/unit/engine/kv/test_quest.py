@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from engine.kv.quest import QuestPolicy
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.speculation.drafters import SelfDrafter
+from kernels.attention.base import AttentionBatch
 from kernels.key_summaries import KeySummaries
 from kernels.kv_cache import KVPool, LayerKV
 from tests.support.engines import complete, tiny_engine, tiny_model
@@ -26,8 +28,9 @@ from tests.support.workloads import prompt_of
 def test_scores_bound_the_products_with_all_keys(pages: int, page_size: int, group: int, seed: int) -> None:
     torch.manual_seed(seed)
     kv_heads, head_dim = 2, 8
-    shape: Any = {"num_layers": 2, "num_pages": 7, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim}
-    pool = KVPool(**shape, dtype=torch.float32, device=torch.device("cpu"))
+    sizes: dict[str, Any] = {"num_layers": 2, "num_pages": 7, "page_size": page_size}
+    sizes |= {"kv_heads": kv_heads, "head_dim": head_dim}
+    pool = KVPool(**sizes, dtype=torch.float32, device=torch.device("cpu"))
     pool.data.normal_()
     summaries, layer = KeySummaries(pool), pool.layer(1)
     listed = torch.randperm(7)[:pages]
@@ -45,13 +48,20 @@ def test_scores_bound_the_products_with_all_keys(pages: int, page_size: int, gro
     assert not summaries.bounds[0].any()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("batch_tokens", [40, 300])
-def test_summaries_are_those_of_committed_keys(temperature: float, batch_tokens: int) -> None:
-    """However prompts are chunked and drafts rejected, full pages have the bounds of the keys that the target wrote."""
-    kv = {"policy": "quest", "budget": 16, "sink": 4, "interval": 2}
+@pytest.mark.parametrize(
+    ("drafter", "temperature", "batch_tokens"),
+    [("self", 0.0, 40), ("self", 1.0, 40), ("self", 0.0, 300), ("self", 1.0, 300), ("model", 1.0, 40)],
+)
+def test_summaries_are_those_of_committed_keys(
+    draft_dir: Path, drafter: str, temperature: float, batch_tokens: int
+) -> None:
+    """However prompts are chunked and drafts rejected, full pages have the bounds of the keys that the target wrote; a
+    draft model's pages, of those that it wrote itself, partly as drafts."""
+    speculation: dict[str, Any] = {"kv": {"policy": "quest", "budget": 16, "sink": 4, "interval": 2}}
+    if drafter == "model":
+        speculation |= {"drafter": "model", "model": str(draft_dir)}
     engine = tiny_engine(
-        tiny_model(), gamma=4, page_size=4, scheduler={"max_batch_tokens": batch_tokens}, speculation={"kv": kv}
+        tiny_model(), gamma=4, page_size=4, scheduler={"max_batch_tokens": batch_tokens}, speculation=speculation
     )
     params = SamplingParams(max_tokens=60, temperature=temperature, seed=1, ignore_eos=True)
     engine.add(AddRequest("row", prompt_of(130, 3), params))
@@ -61,7 +71,7 @@ def test_summaries_are_those_of_committed_keys(temperature: float, batch_tokens:
     policy = engine._worker._drafter._drafter._policy  # type: ignore[attr-defined]
     assert isinstance(policy, QuestPolicy)
     (request,) = engine._scheduler.running
-    full = policy._state.page_table[request.row, : (len(request.tokens) - 1) // 4]
+    full = policy._state.page_table[request.row, : (request.num_computed - request.draft_lag) // 4]
     assert len(full) > 40
     for index in range(policy.full.data.shape[0]):
         keys = policy.full.layer(index).k[full]
@@ -80,13 +90,13 @@ class Spy:
         self.lists: list[list[Tensor]] = []
         self.lengths: list[int] = []
 
-    def plan(self, batch: object) -> None:
+    def plan(self, batch: AttentionBatch) -> None:
         self.batch = batch
         self.lists.append([])
-        self.inner.plan(batch)  # type: ignore[arg-type]
+        self.inner.plan(batch)
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        self.lists[-1].append(self.batch.pages_of(layer).clone())  # type: ignore[attr-defined]
+        self.lists[-1].append(self.batch.pages_of(layer).clone())
         self.q = q
         return self.inner.run(layer, q, scale)
 

@@ -168,3 +168,26 @@ def test_a_new_request_does_not_read_by_its_predecessors_choice() -> None:
     assert len(rig.listed(0, 81)[0]) == 4 + 8 + 1
     rig.start(0, 60)
     assert rig.listed(0, 61) == [list(range(61))] * rig.model.num_layers
+
+
+def test_kv_that_is_no_number_chooses_pages_of_the_row() -> None:
+    """A row with such KV fails in that forward; until then it reads its own pages, and rows beside it the best ones."""
+    rig = Rig(8, 4)
+    rig.start(0, 60)
+    rig.start(1, 60)
+    rig.pool.data[:, :, rig.state.page_table[0, 5:9]] = float("nan")
+    best, seen = rig.policy.observer._best, []
+
+    def watched(votes: torch.Tensor, count: int) -> torch.Tensor:
+        seen.append(bool(votes.isfinite().all()))
+        return best(votes, count)
+
+    rig.policy.observer._best = watched
+    queries = rig.forward(ints(0, 1), ints(59, 59), ints(3, 3), ints(2, 2))
+    assert seen == [True] * rig.model.num_layers
+    for layer, positions in enumerate(rig.listed(0, 61)):
+        assert positions[:4] == [0, 1, 2, 3]
+        assert len(set(positions)) == len(positions) == 4 + 8 + 1
+        chosen = rig.best(1, layer, [(queries[layer][3], 60), (queries[layer][5], 62)], range(1, 15), 2)
+        expected = [0, 1, 2, 3, *(page * PAGE + at for page in chosen for at in range(PAGE)), 60]
+        assert rig.listed(1, 61)[layer] == expected
