@@ -137,6 +137,13 @@ class Ops(Protocol):
     def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         """Score keys; see kernels.snapkv.snapkv_scores."""
 
+    def best(self, votes: Tensor, count: int) -> Tensor:
+        """Return the indices of each row's `count` largest votes, the largest first.
+
+        votes: [rows, units] float32, contiguous, without NaN. Returns [rows, count] int64. Which of equal votes come
+        first, or are left out, differs between implementations.
+        """
+
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Merge segments; see kernels.attention.reference_attention.merge_segments."""
 

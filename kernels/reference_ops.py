@@ -83,6 +83,9 @@ class TorchFallbackOps:
     def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
 
+    def best(self, votes: Tensor, count: int) -> Tensor:
+        return votes.topk(count).indices
+
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         return merge_segments(outputs, lses)
 
