@@ -143,6 +143,13 @@ class Ops(Protocol):
         votes: [rows, units] float32, contiguous, without NaN. Returns [rows, count] int64, count <= units.
         """
 
+    def best(self, votes: Tensor, count: int) -> Tensor:
+        """Return the indices of each row's `count` largest votes, the largest first.
+
+        votes: [rows, units] float32, contiguous, without NaN. Returns [rows, count] int64. Which of equal votes come
+        first, or are left out, differs between implementations.
+        """
+
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Merge segments; see kernels.attention.reference_attention.merge_segments."""
 

@@ -74,6 +74,9 @@ class CpuOps(TorchFallbackOps):
     ) -> tuple[Tensor, Tensor]:
         return self._kernels.sample(logits, temperature.float(), seeds, positions, first)
 
+    def best(self, votes: Tensor, count: int) -> Tensor:
+        return self._kernels.best(votes, count)
+
     def shared_stretch(self, head_dim: int) -> int:
         return 0 if head_dim % 16 else SEGMENT
 

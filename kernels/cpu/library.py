@@ -72,7 +72,7 @@ class CpuKernels:
         ops = torch.ops.magicdec_cpu
         # Looked up once: a model makes hundreds of calls per token.
         self._attention, self._linear, self._norm = ops.attention.default, ops.linear.default, ops.norm.default
-        self._rotary, self._sample = ops.rotary.default, ops.sample.default
+        self._rotary, self._sample, self._best = ops.rotary.default, ops.sample.default, ops.best.default
 
     def attention(
         self,
@@ -154,6 +154,14 @@ class CpuKernels:
         """
         values, tokens = self._sample(self._rest, logits, temperature, seeds, positions, first)
         return values, tokens
+
+    def best(self, x: Tensor, count: int) -> Tensor:
+        """Return the indices of each row's `count` largest numbers, the largest first, and equal ones in order.
+
+        x: [rows, size] float32, contiguous, without NaN. Returns [rows, count] int64.
+        """
+        indices: Tensor = self._best(self._rest, x, count)
+        return indices
 
 
 class PackedWeights:

@@ -1,4 +1,4 @@
-// Tests of attention: batches of any rows, and of rows that share pages.
+// Tests of attention: batches of any rows, and of rows that share pages, and the votes of their queries.
 #pragma once
 
 #include <map>
@@ -39,6 +39,19 @@ inline int64_t expected_pieces(const AttentionShape& shape, const std::vector<in
   return count;
 }
 
+// Votes of some queries, and the memory that they go to.
+struct Poll {
+  std::vector<int64_t> voters;
+  Tensor votes;
+  Poll(Random& random, int rows, const int64_t* queries, size_t units) : votes(Type::f32, units) {
+    for (int row = 0; row < rows; row++) {
+      const int64_t first = random.below(queries[row] + 1) - 1;
+      voters.push_back(first), voters.push_back(first < 0 ? -1 : random.below(queries[row] + 1) - 1);
+    }
+    for (size_t i = 0; i < units; i++) votes.set(i, NAN);
+  }
+};
+
 // pages: [rows][lists][width].
 inline void check_attention(Random& random, const char* name, const AttentionShape& shape, std::vector<int64_t> pages) {
   const auto& [type, kv_heads, group, head_dim, page_size, pool, per_head, queries, lengths] = shape;
@@ -57,13 +70,21 @@ inline void check_attention(Random& random, const char* name, const AttentionSha
   args.q_stride = q_stride, args.page_stride = page_stride;
   args.row_stride = width * shape.lists(), args.head_stride = per_head ? width : 0;
   args.scale = float(1 / std::sqrt(double(head_dim)));
-  const auto run = [&](int first_row, int count, const int64_t* n, const int64_t* length, int64_t token, int threads, Tensor& lse) {
+  do args.vote_unit = random.of({1, page_size, 1 + int(random.below(page_size))});
+  while (page_size % args.vote_unit);
+  const int64_t units = width * page_size / args.vote_unit;
+  args.votes_head_stride = units + random.of({0, 3}), args.votes_row_stride = kv_heads * args.votes_head_stride;
+  const auto ask = [&](int count, const int64_t* n) { return Poll(random, count, n, size_t(count) * args.votes_row_stride); };
+  const auto run = [&](int first_row, int count, const int64_t* n, const int64_t* length, int64_t token, int threads, Tensor& lse,
+                       Poll* poll = nullptr) {
     int64_t total = 0;
     for (int row = 0; row < count; row++) total += n[row];
     Tensor out(type, size_t(total) * heads * head_dim);
     lse = Tensor(Type::f32, size_t(total) * heads);
     args.q = q.at(size_t(token) * q_stride), args.out = out.at(0), args.lse = static_cast<float*>(lse.at(0));
     args.rows = count, args.queries = n, args.lengths = length, args.pages = pages.data() + first_row * args.row_stride;
+    args.voters = poll ? poll->voters.data() : nullptr;
+    args.votes = poll ? static_cast<float*>(poll->votes.at(0)) : nullptr;
     args.fetch_blocks = random.of({1, 2, 3}), args.fetch_to_l2 = random.below(2);
     call(threads, args, kernels.attention, kernels.attention_scratch);
     return out;
@@ -100,12 +121,46 @@ inline void check_attention(Random& random, const char* name, const AttentionSha
     for (int d = 0; d < head_dim; d++) check(what, out.get(place * head_dim + d), expected[d], error * sizes[d] + 1e-6);
     check(what + " lse", lse.get(place), peak + std::log(total), error / 2 + 1e-6 * std::abs(peak));
   }
+  // Votes, which change no result.
+  Poll poll = ask(rows, queries.data());
+  const Tensor same = run(0, rows, queries.data(), lengths.data(), 0, 2, lse_part, &poll);
+  check_same(what + " with votes", same, out, 0, out.size());
+  check_same(what + " lse with votes", lse_part, lse, 0, lse.size());
+  for (int sample = 0; sample < 2; sample++) {
+    const int row = int(random.below(rows)), head = int(random.below(kv_heads));
+    const int64_t* voters = &poll.voters[2 * row];
+    const int64_t own = (lengths[row] + args.vote_unit - 1) / args.vote_unit;
+    std::vector<double> expected(own);
+    const int64_t* list = &pages[row * args.row_stride + head * args.head_stride];
+    for (int voter = 0; voter < 2 * group; voter++) {
+      const int64_t behind = voters[voter / group], query = queries[row] - 1 - behind;
+      if (behind < 0) continue;
+      const int64_t token = starts[row] + query, place = token * heads + head * group + voter % group;
+      for (int64_t slot = 0; slot < lengths[row] - behind; slot++) {
+        const size_t at = list[slot / page_size] * page_stride + (int64_t(head) * page_size + slot % page_size) * head_dim;
+        double score = 0;
+        for (int d = 0; d < head_dim; d++)
+          score += q.get(token * q_stride + int64_t(head * group + voter % group) * head_dim + d) * k.get(at + d);
+        expected[slot / args.vote_unit] += std::exp(score * args.scale - lse.get(place));
+      }
+    }
+    const double error = type == Type::f32 ? 1e-4 : type == Type::bf16 ? 0x1p-7 : 0x1p-9;
+    const size_t from = row * args.votes_row_stride + head * args.votes_head_stride;
+    for (int64_t unit = 0; unit < own; unit++) {
+      const double got = poll.votes.get(from + unit);
+      if (voters[0] >= 0 || voters[1] >= 0) check(what + " votes", got, expected[unit], error * expected[unit] + 1e-6);
+      else if (!std::isnan(got)) fail(what, "votes without voters", got, NAN);
+    }
+    for (int64_t unit = own; unit < args.votes_head_stride; unit++)
+      if (!std::isnan(poll.votes.get(from + unit))) fail(what, "votes for no slots", poll.votes.get(from + unit), NAN);
+  }
   // Ranges of each row's queries, alone; then all rows from each one on.
   const size_t size = size_t(heads) * head_dim;
   for (int row = 0; row < rows; row++) {
     const auto check_part = [&](int first_row, int count, int64_t query, const int64_t* n, const int64_t* length, int threads) {
       const int64_t token = starts[first_row] + query;
-      const Tensor part = run(first_row, count, n, length, token, threads, lse_part);
+      Poll votes = ask(count, n);
+      const Tensor part = run(first_row, count, n, length, token, threads, lse_part, random.below(2) ? &votes : nullptr);
       check_same(what, part, out, token * size, part.size());
       check_same(what + " lse", lse_part, lse, token * heads, lse_part.size());
     };

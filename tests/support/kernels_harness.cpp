@@ -274,6 +274,36 @@ void test_sample(Random& random) {
   });
 }
 
+void test_best(Random& random) {
+  const int64_t rows = random.of({1, 3, 40}), size = random.near({1, 16, 37, 200, 1000, 3000});
+  const int64_t count = random.below(4) == 0 ? size : 1 + random.below(size);
+  const std::string what = describe("best", rows, size, count);
+  Tensor x = normal(random, Type::f32, size_t(rows * size), random.of({1e-30, 1.0, 1e30}));
+  if (random.below(3) == 0)  // equal ones, zeros of both signs too
+    for (size_t i = 0; i < x.size(); i++) x.set(i, std::nearbyint(x.get(i)));
+  if (random.below(4) == 0) x.set(random.below(x.size()), -INFINITY);
+  BestArgs args{};
+  args.size = size, args.count = count;
+  const auto run = [&](int first, int many, int threads) {
+    std::vector<int64_t> indices(many * count);
+    args.x = static_cast<const float*>(x.at(first * size)), args.rows = many, args.indices = indices.data();
+    call(threads, args, kernels.best, kernels.best_scratch);
+    return indices;
+  };
+  std::vector<int64_t> expected;
+  for (int64_t row = 0; row < rows; row++) {
+    std::vector<int64_t> order(size);
+    for (int64_t i = 0; i < size; i++) order[i] = i;
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.get(row * size + a) > x.get(row * size + b); });
+    expected.insert(expected.end(), order.begin(), order.begin() + count);
+  }
+  for_ranges(random, int(rows), [&](int first, int many, int threads) {
+    const std::vector<int64_t> found = run(first, many, threads);
+    for (size_t i = 0; i < found.size(); i++)
+      if (found[i] != expected[first * count + i]) return fail(what, "another index", double(found[i]), double(expected[first * count + i]));
+  });
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -291,6 +321,7 @@ int main(int count, char** arguments) {
     test_norm(random);
     test_rotary(random);
     test_sample(random);
+    test_best(random);
   }
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures > 0;

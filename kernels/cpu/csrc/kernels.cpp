@@ -1,6 +1,7 @@
 // A library of kernels for one instruction set, which the compiler's flags select (kernels/cpu/compiler.py).
 #include "amx.h"
 #include "attention.h"
+#include "best.h"
 #include "dispatch.h"
 #include "kernels.h"
 #include "linear.h"
@@ -30,7 +31,8 @@ static void rotary_any(const RotaryArgs& args) {
 extern "C" __attribute__((visibility("default"))) const magicdec::Kernels* magicdec_kernels() {
   using namespace magicdec;
   static const Kernels kernels = {
-      permitted, linear_scratch, linear_any, attention_scratch, attention, norm_any, rotary_any, sample_scratch, sample,
+      permitted,  linear_scratch, linear_any, attention_scratch, attention, norm_any,
+      rotary_any, sample_scratch, sample,     best_scratch,      best,
   };
   return &kernels;
 }

@@ -103,6 +103,14 @@ struct SampleArgs {
   void* scratch;                // sample_scratch bytes
 };
 
+struct BestArgs {
+  Team team;
+  const float* x;  // [rows, size]
+  int64_t rows, size, count;  // 1 <= count <= size
+  int64_t* indices;  // [rows, count]
+  void* scratch;     // best_scratch bytes
+};
+
 struct Kernels {
   bool (*permitted)();  // asks the system, once per process, for what this instruction set needs
   size_t (*linear_scratch)(const LinearArgs&);
@@ -113,6 +121,8 @@ struct Kernels {
   void (*rotary)(const RotaryArgs&);
   size_t (*sample_scratch)(const SampleArgs&);
   void (*sample)(const SampleArgs&);
+  size_t (*best_scratch)(const BestArgs&);
+  void (*best)(const BestArgs&);
 };
 
 }  // namespace magicdec

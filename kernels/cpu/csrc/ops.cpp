@@ -260,6 +260,18 @@ std::tuple<Tensor, Tensor> sample(int64_t kernels, const Tensor& logits, const T
   return {values, tokens};
 }
 
+Tensor best(int64_t kernels, const Tensor& x, int64_t count) {
+  TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kFloat && x.is_contiguous(), "best: expected contiguous rows of float32");
+  TORCH_CHECK(count >= 0 && count <= x.size(1) && x.size(1) <= std::numeric_limits<int32_t>::max(), "best: ", count, " of ", x.size(1));
+  Tensor indices = at::empty({x.size(0), count}, x.options().dtype(at::kLong));
+  if (indices.numel() == 0) return indices;
+  BestArgs args{team(), x.const_data_ptr<float>(), x.size(0), x.size(1), count, indices.mutable_data_ptr<int64_t>(), nullptr};
+  Tensor scratch = scratch_of(table(kernels).best_scratch(args));
+  args.scratch = scratch.mutable_data_ptr();
+  table(kernels).best(args);
+  return indices;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(magicdec_cpu, m) {
@@ -269,6 +281,7 @@ TORCH_LIBRARY(magicdec_cpu, m) {
   m.def("norm(int kernels, Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
   m.def("rotary(int kernels, Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k, Tensor(c!) v, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
   m.def("sample(int kernels, Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, int first) -> (Tensor, Tensor)");
+  m.def("best(int kernels, Tensor x, int count) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(magicdec_cpu, CPU, m) {
@@ -277,4 +290,5 @@ TORCH_LIBRARY_IMPL(magicdec_cpu, CPU, m) {
   m.impl("norm", &norm);
   m.impl("rotary", &rotary);
   m.impl("sample", &sample);
+  m.impl("best", &best);
 }

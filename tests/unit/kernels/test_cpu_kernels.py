@@ -17,9 +17,11 @@ from kernels.attention.cpu_attention import CpuAttention
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.cpu import compiler
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable
+from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
 from kernels.kv_cache import write_kv
 from kernels.noise import gumbel_noise
+from kernels.reference_ops import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from models.default import user_cache
 from tests.support.profiles import examples
@@ -241,6 +243,21 @@ def test_sample_where_all_is_impossible(kernels: CpuKernels) -> None:
     values, tokens = kernels.sample(torch.full((2, 50), float("-inf")), torch.tensor([0.0, 1.0]), zeros, zeros, 10)
     assert values.tolist() == [float("-inf")] * 2
     assert tokens.tolist() == [10, 10]
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 17), (48, 470), (5, 7503)])
+def test_best(kernels: CpuKernels, rows: int, size: int) -> None:
+    """Many are equal; so are zeros of both signs."""
+    torch.manual_seed(size)
+    for x in (torch.randn(rows, size).exp(), torch.randn(rows, size).round(), torch.zeros(rows, size)):
+        x[:, size // 2] = float("-inf")
+        order = x.sort(dim=1, descending=True, stable=True).indices
+        for count in {0, 1, min(size, 15), size // 15, size}:
+            best = CpuOps(kernels).best(x, count)
+            assert torch.equal(best, order[:, :count])
+            assert torch.equal(x.gather(1, best), x.gather(1, REFERENCE.best(x, count)))
+    with pytest.raises(RuntimeError, match=f"best: {size + 1} of {size}"):
+        kernels.best(x, size + 1)
 
 
 def test_what_does_not_fit_is_refused(kernels: CpuKernels) -> None:
