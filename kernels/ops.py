@@ -138,12 +138,6 @@ class Ops(Protocol):
         """Score keys; see kernels.key_scores.snapkv_scores."""
 
     def best(self, votes: Tensor, count: int) -> Tensor:
-        """Return the indices of each row's `count` largest votes, in falling order of votes.
-
-        votes: [rows, units] float32, contiguous, without NaN. Returns [rows, count] int64, count <= units.
-        """
-
-    def best(self, votes: Tensor, count: int) -> Tensor:
         """Return the indices of each row's `count` largest votes, the largest first.
 
         votes: [rows, units] float32, contiguous, without NaN. Returns [rows, count] int64. Which of equal votes come

@@ -131,10 +131,6 @@ class TimedOps:
         with self._clock.time("verdict"):
             (self._inner.commit or commit_tokens)(tokens, computed, row_spans, verdict)
 
-    def best(self, votes: Tensor, count: int) -> Tensor:
-        with self._clock.time("best"):
-            return self._inner.best(votes, count)
-
     def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         with self._clock.time("SnapKV scores"):
             return self._inner.snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)

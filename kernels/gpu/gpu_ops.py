@@ -112,9 +112,6 @@ class GpuOps:
     accept = staticmethod(verdict.accept)
     commit = staticmethod(verdict.commit)
 
-    def best(self, votes: Tensor, count: int) -> Tensor:
-        return votes.topk(count).indices
-
     def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
 
