@@ -11,14 +11,14 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.base import GraphAttention, GraphBatch, SharedPrefix
+from kernels.attention.base import AttentionBackend, Ballot, GraphAttention, GraphBatch, SharedPrefix
 from kernels.attention.shared_reading import largest, pays
 from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.kv_cache import KVPool
@@ -111,6 +111,7 @@ class _CapturedForward:
     attention: GraphAttention
     states: Tensor
     replay: Callable[[], None]
+    watch: GraphWatch | None
 
 
 class _Shape(NamedTuple):
@@ -129,6 +130,36 @@ class _Shape(NamedTuple):
         return prefix_room(self.rows) if self.shares else 0
 
 
+class GraphWatch(Protocol):
+    """What an observer does in one captured forward. Its inputs are at fixed addresses."""
+
+    @property
+    def ballot(self) -> Ballot | None:
+        """Votes that attention counts."""
+
+    def around(self, attention: GraphAttention) -> GraphAttention:
+        """Return attention that is captured in place of `attention`, and gives the same results."""
+
+    def copy(self) -> None:
+        """Copy in what the next replay learns; nothing if the observer is not due."""
+
+
+class Observer(Protocol):
+    """Learns from the attention of forwards."""
+
+    @property
+    def due(self) -> bool:
+        """Whether there is something to learn from the next forward."""
+
+    def around(self, attention: AttentionBackend) -> AttentionBackend:
+        """Return attention for the next forward, for which the observer is due. It gives the same results as
+        `attention`."""
+
+    def in_graph(self, rows: int, queries: int, width: int) -> GraphWatch | None:
+        """Prepare for captured forwards of `rows` rows with `queries` queries each, whose lists have `width` pages.
+        None: none of these is captured with what the observer does."""
+
+
 class ForwardGraphs:
     """Captured forwards of one model over one pool with a scratch page. All leave their results in the same place."""
 
@@ -141,18 +172,22 @@ class ForwardGraphs:
         rows: Iterable[int],
         queries: Iterable[int],
         width: int,
+        layers: int = 0,
         shares: bool = False,
+        observer: Observer | None = None,
     ) -> None:
         """Capture a forward for each of `rows` with up to each of `queries` per row. Every rank does so at the same
         time.
 
-        width: largest number of pages in a row's list. shares: also capture forwards that read pages which rows share
-        once, a second one for each shape that may save time by it; the others are as they are without.
+        width: largest number of pages in a row's list. layers: see GraphInputs. shares: also capture forwards that read
+        pages which rows share once, a second one for each shape that may save time by it; the others are as they are
+        without. observer: learns from forwards; those that it is due for are replayed only where it is captured too.
         """
         self._model, self._pool, self._graphs = model, pool, graphs
         self._heads = Heads(model.heads, model.kv_heads, model.head_dim)
         self._rows, self._queries = sorted(rows), sorted(queries)
-        self._width = width
+        self._width, self._layers = width, layers
+        self.observer = observer
         max_tokens = self._rows[-1] * self._queries[-1]
         self._states = torch.zeros(max_tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
         # The largest first, so that the others fit into its memory.
@@ -177,6 +212,10 @@ class ForwardGraphs:
             prefixes = largest(prefixes, sharing.prefixes)
             shape = sharing if self._pays(sharing, prefixes) else shape
         graph = self._captured[shape]
+        if graph.watch is not None:
+            graph.watch.copy()
+        elif self.observer is not None and self.observer.due:
+            return None
         place = graph.inputs.copy(inputs, np.arange(len(queries)))
         graph.attention.plan(graph.inputs.kv_lengths, prefixes if shape.shares else ())
         graph.replay()
@@ -186,18 +225,22 @@ class ForwardGraphs:
         return pays(prefixes, self._pool.page_size, self._heads, self._pool.data.itemsize, shape.tokens)
 
     def _capture(self, shape: _Shape) -> _CapturedForward:
-        inputs = GraphInputs(
-            self._pool, rows=shape.rows, queries=shape.queries, width=self._width, prefixes=shape.prefixes
-        )
+        sizes = {"rows": shape.rows, "queries": shape.queries, "width": self._width}
+        inputs = GraphInputs(self._pool, **sizes, prefixes=shape.prefixes, layers=self._layers)
+        watch = self.observer.in_graph(**sizes) if self.observer is not None else None
         tokens, batch = inputs.part(0, shape.rows)
+        if watch is not None:
+            batch = replace(batch, ballot=watch.ballot)
         attention = self._graphs.attention(self._pool.page_size, self._model.head_dim, batch)
+        if watch is not None:
+            attention = watch.around(attention)
         states = self._states[: shape.tokens]
 
         def work() -> None:
             states.copy_(self._model.states(tokens, self._pool, attention))
 
         attention.plan(inputs.kv_lengths)
-        return _CapturedForward(inputs, attention, states, self._graphs.capture(work))
+        return _CapturedForward(inputs, attention, states, self._graphs.capture(work), watch)
 
 
 @contextmanager

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
-from engine.batch.forward_graphs import ForwardGraphs
+from engine.batch.forward_graphs import ForwardGraphs, Observer
 from engine.batch.view import View
 from kernels.attention.base import AttentionBackend
 from kernels.kv_cache import KVPool
 from models.batch import ForwardBatch
 from models.llama import Llama
-
-
-class Observer(Protocol):
-    """Learns from the attention of forwards."""
-
-    def around(self, attention: AttentionBackend) -> AttentionBackend:
-        """Return attention for the next forward, which gives the same results as `attention`; that itself if there is
-        nothing to learn from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +20,7 @@ class Runner:
     the KV they read. Each has its own attention backend, since a backend holds the plan of its latest forward.
 
     graphs: replay forwards where they can.
-    observers: learn from forwards; no graph replays a forward that one of them learns from.
+    observers: learn from forwards. Graphs replay a forward for which one of them is due only if they captured it too.
     """
 
     model: Llama
@@ -41,11 +32,12 @@ class Runner:
 
     def forward(self, inputs: ForwardBatch) -> Tensor:
         """Run the model and write the inputs' KV. Returns the requested logits, [n, this rank's vocabulary]."""
-        attention = self.attention
-        for observer in self.observers:
-            attention = observer.around(attention)
-        if attention is self.attention and self.graphs is not None:
+        due = [observer for observer in self.observers if observer.due]
+        if self.graphs is not None and all(observer is self.graphs.observer for observer in due):
             logits = self.graphs.forward(inputs)
             if logits is not None:
                 return logits
+        attention = self.attention
+        for observer in due:
+            attention = observer.around(attention)
         return self.model.forward(inputs, self.pool, attention)

@@ -19,10 +19,11 @@ from models.llama import Llama
 class PageChoice:
     """Chosen pages of each row slot.
 
-    pages: [layers, max_rows, count] int64, or [layers, max_rows, kv_heads, count]: indices into a row's page table, the
-        best first. Of a row with fewer pages to choose from, only that many are valid.
-    ends: [max_rows], on the host and on the device: number of a row's pages when they were chosen, all full and
+    pages: [layers, max_rows + 1, count] int64, or [layers, max_rows + 1, kv_heads, count]: indices into a row's page
+        table, the best first. Of a row with fewer pages to choose from, only that many are valid.
+    ends: [max_rows + 1], on the host and on the device: number of a row's pages when they were chosen, all full and
         committed; 0: not yet.
+    nobody: the last index, which is that of no row.
     """
 
     def __init__(self, state: RowState, model: Llama, *, count: int, sink: int, per_head: bool) -> None:
@@ -30,11 +31,11 @@ class PageChoice:
         head has a choice of its own."""
         self.count, self.sink, self.per_head, self.kv_heads = count, sink, per_head, model.kv_heads
         self.page_table, self.page_size = state.page_table, state.page_size
-        max_rows, device = len(state.page_table), state.device
-        shape = (model.num_layers, max_rows, *([model.kv_heads] if per_head else []), count)
+        self.nobody, device = len(state.page_table), state.device
+        shape = (model.num_layers, self.nobody + 1, *([model.kv_heads] if per_head else []), count)
         self.pages = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.ends = np.zeros(max_rows, dtype=np.int64)
-        self.device_ends = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.ends = np.zeros(self.nobody + 1, dtype=np.int64)
+        self.device_ends = torch.zeros(self.nobody + 1, dtype=torch.int64, device=device)
 
     def clear(self, row: int) -> None:
         """Forget the choice of a row slot, for its next request."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.batch.forward_graphs import Observer
 from engine.batch.round_batch import RoundBatch
 from engine.batch.row_state import RowState
-from engine.batch.runner import Observer
 from engine.batch.view import DenseView, View
 from engine.config.speculation import SpeculationConfig
 from engine.plan import RowStart

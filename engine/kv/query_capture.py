@@ -24,10 +24,17 @@ class QueryCapture:
         """Keep no queries of the next forward."""
         self._next = None
 
+    @property
+    def due(self) -> bool:
+        """See Observer.due."""
+        return self._next is not None
+
+    def in_graph(self, rows: int, queries: int, width: int) -> None:
+        """See Observer.in_graph. No graph copies queries."""
+
     def around(self, attention: AttentionBackend) -> AttentionBackend:
         """See Observer.around."""
-        if self._next is None:
-            return attention
+        assert self._next is not None
         (index, places), self._next = self._next, None
         return _Capturing(attention, self._queries, index, places)
 

@@ -151,6 +151,11 @@ class PageSummariser:
     def __init__(self, summaries: KeySummaries, page_size: int) -> None:
         self._summaries, self._page_size = summaries, page_size
 
+    due = True
+
+    def in_graph(self, rows: int, queries: int, width: int) -> None:
+        """See Observer.in_graph. No graph summarises pages."""
+
     def around(self, attention: AttentionBackend) -> AttentionBackend:
         """See Observer.around."""
         return _Summarising(attention, self._summaries, self._page_size)

@@ -8,35 +8,36 @@ that is newer than the choice: a view into the target's own pool, one list per l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batch.forward_graphs import GraphWatch
 from engine.batch.view import View
 from engine.config.kv import MAX_PLAIN_TOKENS, VerifiedConfig
 from engine.kv.page_choice import ChoiceView, PageChoice
 from engine.kv.policy import DraftSite, KVPolicy
 from engine.plan import RowStart
-from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot
+from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, SharedPrefix
 from kernels.kv_cache import LayerKV
 from kernels.ragged import Ints
-from kernels.transfer import send, send_all
+from kernels.transfer import send
 
 
-@dataclass(frozen=True, slots=True)
-class _Vote:
-    """What happens in the next forward: which of its rows vote, and what they choose from.
+class _Vote(NamedTuple):
+    """Rows of a forward that vote. All int64.
 
-    voters: [rows of the batch, 2], see Ballot. index: [n], which of these rows vote. rows: [n], their row slots. ends:
-    [n], numbers of full pages of committed tokens. All int64 on the device.
+    voters: [rows of the batch, 2], see Ballot. slots: [rows of the batch], the row slot that chooses by them, one that
+    no request has (PageChoice.nobody) for rows that do not vote. ends: [rows of the batch], number of full pages of
+    committed tokens to choose from.
     """
 
     voters: Tensor
-    index: Tensor
-    rows: Tensor
+    slots: Tensor
     ends: Tensor
 
 
@@ -77,11 +78,10 @@ class VerifiedPolicy(KVPolicy):
         self._plain_rounds = 0
         # The pending token's query, and the last draft's; without drafts they are the same one.
         voters = np.stack([np.where(samples, drafts, -1), np.where(samples & (drafts > 0), 0, -1)], 1)
-        index = np.flatnonzero(samples)
-        ends = committed[index] // self._state.page_size
-        self._choice.ends[rows[index]] = ends
-        device = self._state.device
-        self.observer.vote(_Vote(send(torch.from_numpy(voters), device), *send_all(device, index, rows[index], ends)))
+        ends = committed // self._state.page_size
+        self._choice.ends[rows[samples]] = ends[samples]
+        slots = np.where(samples, rows, self._choice.nobody)
+        self.observer.vote(_Vote(torch.from_numpy(voters), torch.from_numpy(slots), torch.from_numpy(ends)))
 
 
 class VoteCount:
@@ -93,44 +93,104 @@ class VoteCount:
         self._next: _Vote | None = None
 
     def vote(self, vote: _Vote | None) -> None:
-        """Count votes of the next forward; None: count none."""
+        """Count votes of the next forward. vote: on the host; None: count none."""
         self._next = vote
+
+    @property
+    def due(self) -> bool:
+        """See Observer.due."""
+        return self._next is not None
 
     def around(self, attention: AttentionBackend) -> AttentionBackend:
         """See Observer.around."""
-        if self._next is None:
-            return attention
+        assert self._next is not None
         vote, self._next = self._next, None
-        return _Voting(attention, self._choice, vote, self._best)
+        device = self._choice.pages.device
+        return _Voting(attention, self, _Vote(*(send(part, device) for part in vote)))
+
+    def in_graph(self, rows: int, queries: int, width: int) -> GraphWatch | None:
+        """See Observer.in_graph. Rows that decode plainly vote so seldom that no graph does it for them."""
+        return _GraphVotes(self, rows, width) if queries > 1 else None
+
+    def take(self) -> _Vote | None:
+        """Return the vote of the next forward, and forget it."""
+        vote, self._next = self._next, None
+        return vote
+
+    def ballot(self, vote: _Vote, width: int) -> Ballot:
+        """Make the ballot of a vote. width: number of pages in a row's list."""
+        size = (len(vote.voters), self._choice.kv_heads, width)
+        return Ballot(vote.voters, self._choice.page_size, torch.zeros(size, device=vote.voters.device))
+
+    def begin(self, vote: _Vote) -> None:
+        """Record which pages rows choose from. All layers do so in the same forward."""
+        self._choice.device_ends[vote.slots] = vote.ends
+
+    def choose(self, layer: LayerKV, vote: _Vote, votes: Tensor) -> None:
+        """Choose the pages with the most votes. votes: see Ballot."""
+        # KV of a row that fails in this forward may be no numbers, and neither are its votes.
+        sums = votes.sum(1).nan_to_num_().masked_fill_(self._choice.excluded(vote.ends, votes.shape[2]), -1)
+        count = min(self._choice.count, sums.shape[1])
+        self._choice.pages[layer.index, vote.slots, :count] = self._best(sums, count)
 
 
 class _Voting:
     """Attention of one forward in which rows vote."""
 
-    def __init__(
-        self, inner: AttentionBackend, choice: PageChoice, vote: _Vote, best: Callable[[Tensor, int], Tensor]
-    ) -> None:
-        self._inner, self._choice, self._vote, self._best = inner, choice, vote, best
+    def __init__(self, inner: AttentionBackend, count: VoteCount, vote: _Vote) -> None:
+        self._inner, self._count, self._vote = inner, count, vote
         self._ballot: Ballot
-        self._excluded: Tensor
 
     def plan(self, batch: AttentionBatch) -> None:
-        choice, vote = self._choice, self._vote
-        rows, width = batch.pages.shape
-        if batch.ballot is not None:
-            self._ballot = batch.ballot  # of another policy that learns from the same forward: the same voters
-        else:
-            votes = torch.empty(rows, choice.kv_heads, width, device=batch.pages.device)
-            self._ballot = Ballot(vote.voters, choice.page_size, votes)
-        self._excluded = choice.excluded(vote.ends, width)
-        choice.device_ends[vote.rows] = vote.ends
+        # Another policy that learns from the same forward has the same voters.
+        self._ballot = batch.ballot or self._count.ballot(self._vote, batch.pages.shape[1])
+        self._count.begin(self._vote)
         self._inner.plan(replace(batch, ballot=self._ballot))
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PlannedAttention.run."""
         result = self._inner.run(layer, q, scale)
-        # KV of a row that fails in this forward may be no numbers, and neither are its votes.
-        votes = self._ballot.votes[self._vote.index].sum(1).nan_to_num_().masked_fill_(self._excluded, -1)
-        count = min(self._choice.count, votes.shape[1])
-        self._choice.pages[layer.index, self._vote.rows, :count] = self._best(votes, count)
+        self._count.choose(layer, self._vote, self._ballot.votes)
+        return result
+
+
+class _GraphVotes:
+    """Votes in one captured forward. The first rows are those of the batch; others do not vote."""
+
+    def __init__(self, count: VoteCount, rows: int, width: int) -> None:
+        choice = count._choice
+        nobody = torch.tensor([-1, -1, choice.nobody, 0], device=choice.pages.device)
+        self._nobody = nobody.repeat(rows, 1)
+        self._numbers = self._nobody.clone()
+        self._vote = _Vote(self._numbers[:, :2], self._numbers[:, 2], self._numbers[:, 3])
+        self._count = count
+        self.ballot = count.ballot(self._vote, width)
+
+    def copy(self) -> None:
+        """See GraphWatch.copy."""
+        self._numbers.copy_(self._nobody)
+        if (vote := self._count.take()) is not None:
+            numbers = torch.cat([vote.voters, vote.slots[:, None], vote.ends[:, None]], 1)
+            self._numbers[: len(numbers)] = send(numbers, self._numbers.device)
+
+    def around(self, attention: GraphAttention) -> GraphAttention:
+        """See GraphWatch.around."""
+        return _CapturedVoting(attention, self._count, self._vote, self.ballot)
+
+
+class _CapturedVoting:
+    """Attention of a captured forward in which rows vote."""
+
+    def __init__(self, inner: GraphAttention, count: VoteCount, vote: _Vote, ballot: Ballot) -> None:
+        self._inner, self._count, self._vote, self._ballot = inner, count, vote, ballot
+
+    def plan(self, kv_lengths: Sequence[int], prefixes: Sequence[SharedPrefix] = ()) -> None:
+        self._inner.plan(kv_lengths, prefixes)
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See PlannedAttention.run."""
+        result = self._inner.run(layer, q, scale)
+        if layer.index == 0:
+            self._count.begin(self._vote)
+        self._count.choose(layer, self._vote, self._ballot.votes)
         return result

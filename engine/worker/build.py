@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from engine.batch.forward_graphs import ForwardGraphs, graph_row_counts
+from engine.batch.forward_graphs import ForwardGraphs, Observer, graph_row_counts
 from engine.batch.row_state import RowState
 from engine.batch.runner import Runner
 from engine.batch.view import DenseView
@@ -20,7 +19,6 @@ from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
 from engine.speculation.rejection import Proposals, RejectionSampler
 from kernels.attention.base import AttentionBackend
-from kernels.kv_cache import KVPool
 from kernels.ops import Graphs, Ops
 from models.default import resolve_model
 from models.llama import Llama
@@ -70,15 +68,10 @@ def make_graphs(config: EngineConfig, ops: Ops) -> Graphs | None:
     return ops.make_graphs() if ops.make_graphs is not None and config.cuda_graphs else None
 
 
-def make_target(
-    config: EngineConfig, model: Llama, state: RowState, num_pages: int, graphs: Graphs | None = None
-) -> Runner:
-    """Make the target's runner, over a pool of its own. graphs: see make_graphs; None: nothing is captured."""
+def make_target(model: Llama, state: RowState, num_pages: int) -> Runner:
+    """Make the target's runner, over a pool of its own. `make_drafter` captures its forwards."""
     pool = model.make_pool(num_pages, state.page_size)
-    queries = {gamma + 1 for gamma in _gammas(config.speculation)}  # a plain step, and verify passes
-    width = state.page_table.shape[1]
-    forwards = _forward_graphs(config, model, pool, graphs, queries, width, shares=config.cache.prefix)
-    return Runner(model, pool, _plain_attention(model, state.page_size), DenseView(state.page_table), forwards)
+    return Runner(model, pool, _plain_attention(model, state.page_size), DenseView(state.page_table))
 
 
 def make_drafter(
@@ -93,24 +86,26 @@ def make_drafter(
     """Make the drafter that `config.speculation` describes. Returns the target's runner to use with it, and the
     drafter.
 
-    sampler: the target's. group: all ranks. draft: the draft model, if there is one. graphs: see make_target.
+    sampler: the target's. group: all ranks. draft: the draft model, if there is one. graphs: see make_graphs; None:
+    nothing is captured.
     """
     settings = config.speculation
     if settings.max_draft_tokens == 0:
-        return target, NoDrafter()
+        return _with_target_graphs(config, target, state, graphs), NoDrafter()
     if settings.drafter == "model":
+        target = _with_target_graphs(config, target, state, graphs)
         drafter = _model_drafter(config, state, target.pool.num_pages, sampler, draft, graphs)
         is_shared = draft.group is None or draft.group.size < group.size
         return target, SharedDrafts(drafter, group) if is_shared else drafter or NoDrafter()
     model = drafting_model(config, target.model, draft) or target.model
     policy = make_policy(DraftSite(settings, target.model, state, lambda: target.pool))
-    runner, steps = Runner(model, policy.pool, policy.attention, policy.view(0)), None
+    target = _with_target_graphs(config, target, state, graphs, policy.observer)
+    view = policy.view(0)
+    runner, steps = Runner(model, policy.pool, policy.attention, view), None
     if policy.captures:
-        if policy.pool is target.pool and model is target.model:
+        if policy.pool is target.pool and model is target.model and not view.per_layer:
             runner = replace(runner, graphs=target.graphs)
         runner, steps = _with_graphs(config, runner, graphs, sampler, state)
-    if policy.observer is not None:
-        target = replace(target, observers=(*target.observers, policy.observer))
     return target, SelfDrafter(runner, sampler, policy, steps)
 
 
@@ -148,21 +143,25 @@ def _model_drafter(
     return ModelDrafter(state, full, runner, own, policy, block=block, graphs=steps)
 
 
-def _forward_graphs(
-    config: EngineConfig,
-    model: Llama,
-    pool: KVPool,
-    graphs: Graphs | None,
-    queries: Iterable[int],
-    width: int,
-    *,
-    shares: bool = False,
-) -> ForwardGraphs | None:
-    """Make ForwardGraphs; None where nothing is captured. shares: whether rows may share pages of the pool."""
+def _with_target_graphs(
+    config: EngineConfig, target: Runner, state: RowState, graphs: Graphs | None, observer: Observer | None = None
+) -> Runner:
+    """Return the target's runner with captured forwards, and with one more observer."""
+    if observer is not None:
+        target = replace(target, observers=(*target.observers, observer))
     if graphs is None:
-        return None
-    rows = graph_row_counts(config.scheduler.max_rows)
-    return ForwardGraphs(model, pool, graphs, rows=rows, queries=queries, width=width, shares=shares)
+        return target
+    forwards = ForwardGraphs(
+        target.model,
+        target.pool,
+        graphs,
+        rows=graph_row_counts(config.scheduler.max_rows),
+        queries={gamma + 1 for gamma in _gammas(config.speculation)},  # a plain step, and verify passes
+        width=state.page_table.shape[1],
+        shares=config.cache.prefix,
+        observer=observer,
+    )
+    return replace(target, graphs=forwards)
 
 
 def _with_graphs(
@@ -173,14 +172,17 @@ def _with_graphs(
 
     sampler: the drafter's. first: largest number of queries of a row in the first step.
     """
-    settings, row_pages = config.speculation, state.page_table.shape[1]
-    width = settings.kv.max_pages(state.page_size, settings.max_draft_tokens, row_pages)
-    forwards = runner.graphs or _forward_graphs(config, runner.model, runner.pool, graphs, {1, first}, width)
-    if forwards is None or graphs is None:
+    if graphs is None:
         return runner, None
+    settings, model = config.speculation, runner.model
+    width = settings.kv.max_pages(state.page_size, settings.max_draft_tokens, state.page_table.shape[1])
+    layers = model.num_layers if runner.view.per_layer else 0
     rows, gammas = graph_row_counts(config.scheduler.max_rows), _gammas(settings) - {0}
-    runner = replace(runner, graphs=forwards)
-    return runner, DraftGraphs(runner, graphs, sampler, rows=rows, gammas=gammas, first=first, width=width)
+    if runner.graphs is None:
+        forwards = ForwardGraphs(model, runner.pool, graphs, rows=rows, queries={1, first}, width=width, layers=layers)
+        runner = replace(runner, graphs=forwards)
+    steps = DraftGraphs(runner, graphs, sampler, rows=rows, gammas=gammas, first=first, width=width, layers=layers)
+    return runner, steps
 
 
 def _gammas(settings: SpeculationConfig) -> set[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.batch.forward_graphs import GraphInputs
 from engine.batch.row_state import RowState
 from engine.batch.runner import Runner
-from engine.kv.policies import Dense, View
+from engine.batch.view import DenseView
 from engine.sampling.sampler import Sampler
 from engine.speculation.draft_graphs import DraftGraphs
 from kernels.attention.base import AttentionBatch, GraphBatch, SharedPrefix
@@ -92,7 +92,7 @@ def test_drafts_read_lists_per_layer() -> None:
     state = RowState(max_rows=2, max_model_len=24, page_size=4, device=CPU, ops=model.ops)
     sizes = {"num_layers": model.num_layers, "num_pages": 9, "page_size": 4, "kv_heads": model.kv_heads}
     pool = KVPool(**sizes, head_dim=model.head_dim, dtype=model.dtype, device=CPU, scratch=True)
-    runner = Runner(model, pool, model.ops.attention(4, model.head_dim), View(Dense(), state.page_table))
+    runner = Runner(model, pool, model.ops.attention(4, model.head_dim), DenseView(state.page_table))
     graphs = _Graphs()
     sampler = Sampler(state, VocabShard(0, 64, 64, Group.single()))
     DraftGraphs(runner, graphs, sampler, rows=[2], gammas=[3], first=2, width=WIDTH, layers=2, heads=1)
