@@ -115,7 +115,7 @@ def test_keys_are_read_again_only_where_they_must(
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-@pytest.mark.parametrize("library", ["triton"])
+@pytest.mark.parametrize("library", ["triton", "flashinfer"])
 def test_rows_that_share_pages_vote(monkeypatch: pytest.MonkeyPatch, library: str, captured: bool) -> None:
     """For the shared pages too, which are still read once: results are those without votes."""
     always_share(monkeypatch)
@@ -159,5 +159,23 @@ def test_lists_per_layer_in_flashinfer(monkeypatch: pytest.MonkeyPatch, uniform:
         rerun,
         batch,
         votes=False,
+        tolerance=3e-3,
+    )
+
+
+@given(case=FLASHINFER)
+@pytest.mark.parametrize("uniform", [True, False], ids=["0.7", "0.6"])
+@examples(4, 30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_votes_in_flashinfer(monkeypatch: pytest.MonkeyPatch, uniform: bool, case: VoteCase) -> None:
+    """Eager and captured."""
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    monkeypatch.setattr("kernels.flashinfer.flashinfer_graph.takes_uniform_queries", lambda library: uniform)
+    batch = draw_batch(case, torch.float16)
+    check_votes(FlashInferAttention(case.page_size, workspace()), batch, 2e-4)
+    check_captured(
+        lambda rows: FlashInferGraphAttention(case.page_size, workspace(), rows),
+        rerun,
+        batch,
+        votes=True,
         tolerance=3e-3,
     )
