@@ -37,7 +37,8 @@ class GpuAttention:
         """See PlannedAttention.run."""
         if self._tiles is None:
             self._tiles = self._assign(layer, q)
-        return attend(self._tiles, layer, q, scale, self._span)
+        assert self._batch is not None
+        return attend(self._tiles, layer, q, scale, self._span, self._batch.ballot)
 
     def _assign(self, layer: LayerKV, q: Tensor) -> Tiles:
         """Plan on the host, from host integers, without waiting for the device."""
@@ -65,7 +66,7 @@ class GpuGraphAttention:
 
     def __init__(self, batch: GraphBatch, span: int = SPAN) -> None:
         """span: see GpuAttention."""
-        self._span = span
+        self._span, self._ballot = span, batch.ballot
         queries = torch.full_like(batch.lengths, batch.queries)
         tokens = batch.queries * len(queries)
         self._tiles = assign_tiles(queries, batch.lengths, batch.pages, tokens, uniform=True, per_layer=batch.per_layer)
@@ -75,7 +76,7 @@ class GpuGraphAttention:
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PlannedAttention.run."""
-        return attend(self._tiles, layer, q, scale, self._span)
+        return attend(self._tiles, layer, q, scale, self._span, self._ballot)
 
 
 class GpuPrefixGraphAttention:
@@ -106,7 +107,7 @@ class GpuPrefixGraphAttention:
             self._numbers = torch.empty(len(layout.numbers), dtype=torch.int64, device=q.device)
             self._numbers.copy_(send(torch.from_numpy(layout.numbers), q.device))
             self._tiles = layout.tiles(self._numbers, pages, pages.shape[-1] * self._page_size)
-        return attend(self._tiles, layer, q, scale, self._span)
+        return attend(self._tiles, layer, q, scale, self._span, self._batch.ballot)
 
     def _lay_out(self) -> SharedTiles:
         assert self._planned is not None, "run before plan"

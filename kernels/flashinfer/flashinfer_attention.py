@@ -25,6 +25,7 @@ from kernels.attention.shared_reading import (
     second_segment,
 )
 from kernels.flashinfer.flashinfer_sizes import Heads, Kernels, eager_float_bytes, eager_int_bytes
+from kernels.flashinfer.flashinfer_votes import FlashInferVotes
 from kernels.flashinfer.flashinfer_workspace import (
     Call,
     Planned,
@@ -104,11 +105,18 @@ class FlashInferAttention:
         self._parts: list[_Part] = []
         self._order: Tensor | None = None
         self._prefixes: _Prefixes | None = None
+        self._votes: FlashInferVotes | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
         """See AttentionBackend.plan."""
         self._batch = batch
         self._parts = []
+        self._votes = None
+        if batch.ballot is not None:
+            queries = np.array(batch.query_lengths, dtype=np.int64)
+            lengths = np.array(batch.kv_lengths, dtype=np.int64)
+            rows = send_all(self._device, queries.cumsum() - queries, queries, lengths)
+            self._votes = FlashInferVotes(batch, batch.ballot, *rows)
         if self._call is not None:
             self._prepare(batch, self._call)
 
@@ -140,6 +148,8 @@ class FlashInferAttention:
         out, lse = out.view(tokens, heads, head_dim), to_natural_log(lse.view(tokens, heads))
         if self._prefixes is not None:
             self._add_prefixes(self._prefixes, pool, all_q, out, lse)
+        if self._votes is not None:
+            self._votes.count(layer, all_q, scale, lse)
         return out, lse
 
     def _add_prefixes(self, prefixes: _Prefixes, pool: tuple[Tensor, ...], q: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -17,6 +17,7 @@ from kernels.attention.shared_reading import (
     second_segment,
 )
 from kernels.flashinfer.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
+from kernels.flashinfer.flashinfer_votes import FlashInferVotes
 from kernels.flashinfer.flashinfer_workspace import (
     Call,
     Planned,
@@ -145,6 +146,10 @@ class FlashInferGraphAttention:
         layers, room = batch.pages.shape[: batch.per_layer], self._rows * batch.pages.shape[-1] + 1
         self._listed = torch.zeros(*layers, room, dtype=torch.int32, device=device)
         self._last = torch.zeros(self._rows, dtype=torch.int32, device=device)
+        self._votes: FlashInferVotes | None = None
+        if batch.ballot is not None:
+            counts = torch.full_like(batch.lengths, batch.queries)
+            self._votes = FlashInferVotes(batch, batch.ballot, counts.cumsum(0) - counts, counts, batch.lengths)
         self._kv_lengths: Sequence[int] | None = None
         self._call: Call | None = None
         self._planned: Planned | None = None
@@ -182,6 +187,8 @@ class FlashInferGraphAttention:
         out, lse = out.reshape(tokens, heads, head_dim), to_natural_log(lse.reshape(tokens, heads))
         if self._prefixes is not None:
             self._merge(out, lse, self._prefixes.places, *self._prefixes.run(pool, all_q))
+        if self._votes is not None:
+            self._votes.count(layer, all_q, scale, lse)
         return out, lse
 
     def _swap(self, x: Tensor, a: int, b: int) -> Tensor:

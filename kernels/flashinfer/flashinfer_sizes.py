@@ -105,8 +105,9 @@ def captured_memory(
     """Bound the device memory of captured attention: scratch memory, which all share, and the sum of their own.
 
     rows, queries: the numbers of rows and of queries per row that are captured, each with each. width: largest number
-    of pages in a list, which serves all KV heads. uniform: see takes_uniform_queries. prefixes: room for prefixes, by
-    number of rows, of second captures that read shared pages once; None: there are none.
+    of pages in a list, which serves all KV heads; where each layer has its own, in those of all layers. uniform: see
+    takes_uniform_queries. prefixes: room for prefixes, by number of rows, of second captures that read shared pages
+    once; None: there are none.
     """
     floats, own = eager_float_bytes(heads, multiprocessors), 0
     for count in rows:

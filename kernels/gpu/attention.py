@@ -1,11 +1,13 @@
 """Paged attention: ragged queries over page lists. Long lists are split over programs and merged by log-sum-exp.
 
-A tile holds some queries of one row, for all query heads of one KV head, so that one read of a page serves them all.
+A tile holds some queries of one row, for all query heads of one KV head, so that one read of a page serves them all,
+and their votes (votes.py).
 Pages that rows share are a row of their own, with the queries of all of these rows (shared_tiles.py).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention.base import Ballot
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_dtype, check_pool
 from kernels.gpu.merge import merge_spans
 from kernels.gpu.tile import masked_scores, product, tile_shape
+from kernels.gpu.votes import VotingRows, count_votes, finish_votes
 from kernels.kv_cache import LayerKV
 from kernels.transfer import send
 
@@ -24,6 +28,13 @@ SPAN = 256
 """Smallest number of KV slots for a program of its own."""
 _PROGRAMS = 1024  # lists are not split beyond this many programs: a few times those that a device runs at once
 _SPANS = 64  # largest number that one program merges
+VOTE_BYTES = 64 << 20
+"""Largest memory of the sums from which votes are finished: 8 bytes per query head and sum, over the lists of all rows,
+voting or not. With 32 heads and sums over pages of 16 slots that is 16 bytes per row and slot. Layers use it one after
+another."""
+_MIN_GRAIN, _VOTING_TILE = 8, 8192
+"""Fewest slots of a sum, and largest tile (queries times elements of a head), for which programs have the registers to
+keep sums on sm_80."""
 _STAGES = 5
 """Triton's stages of the loop over slots: page ids, keys and values, and products lie two iterations apart each, so
 that loads of the next two iterations' keys and values are under way. With up to 4 stages they lie one apart, keys and
@@ -103,7 +114,10 @@ def assign_tiles(
     return Tiles(row, first, queries.cumsum(0) - queries, queries, lengths, pages, block, per_layer=per_layer)
 
 
-_UNTYPED = ["list_stride", "head_list_stride", "rows", "tokens", "span", "spans", "prefix_tiles", "prefix_spans"]
+_UNTYPED = [
+    *("list_stride", "head_list_stride", "rows", "tokens", "span", "spans", "prefix_tiles", "prefix_spans"),
+    "grains",
+]
 """Numbers whose values do not make another kernel."""
 
 
@@ -123,6 +137,8 @@ def _attend_kernel(
     skipped: tl.tensor,
     list_rows: tl.tensor,
     query_tokens: tl.tensor,
+    voters: tl.tensor,
+    vote_sums: tl.tensor,
     scale: tl.tensor,
     token_stride: tl.tensor,
     head_stride: tl.tensor,
@@ -135,7 +151,9 @@ def _attend_kernel(
     spans: tl.tensor,
     prefix_tiles: tl.tensor,
     prefix_spans: tl.tensor,
+    grains: tl.tensor,
     PREFIXES: tl.constexpr,
+    GRAIN: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -155,6 +173,9 @@ def _attend_kernel(
     PREFIXES: the first tiles are those of prefixes, of which all queries see all; their lists are cut into
     `prefix_spans`, and their results lie after those of the others. All programs are in one dimension then, span by
     span.
+
+    GRAIN: slots of which the voters' sums are kept, see votes.py; 0: none vote. Not with PREFIXES. Only tiles that hold
+    voters do more for it.
     """
     head = tl.program_id(1)
     program, part = tl.program_id(0), tl.program_id(2)
@@ -195,6 +216,14 @@ def _attend_kernel(
             of_list = tl.load(list_rows + row)
             out_part = tl.where(is_prefix, part + spans, part)
             spans = tl.where(is_prefix, prefix_spans, spans)
+        if GRAIN:
+            behind = n_queries - 1 - query
+            one, other = tl.load(voters + row * 2), tl.load(voters + row * 2 + 1)
+            heads = tl.num_programs(1) * GROUP
+            column = tl.where(behind == one, 0, 1)
+            sums_at = tl.where(live & ((behind == one) | (behind == other)), (column * heads + of) * grains, -1)
+            sums = vote_sums + row * (2 * heads * grains)
+            has_voters = tl.max(sums_at, 0) >= 0
         page_list = pages + of_list * list_stride + head * head_list_stride
         max_visible = tl.max(visible, 0)  # not beyond `first` where no query sees anything: nothing is read
         each = tl.maximum(span, tl.cdiv(tl.cdiv(max_visible - first, spans), N) * N)
@@ -217,6 +246,15 @@ def _attend_kernel(
             mass = mass * shrink + tl.sum(weights, 1)
             mixed = mixed * shrink[:, None] + product(weights.to(v.dtype.element_ty), v_tile, WIDEN)
             top = new_top
+            if GRAIN:  # noqa: SIM102 (the outer condition decides what is compiled)
+                if has_voters:
+                    some = tl.sum(tl.reshape(weights, [M, N // GRAIN, GRAIN]), 2)
+                    logs = against[:, None] + tl.log(tl.where(some > 0, some, 1.0))
+                    tl.store(
+                        sums + sums_at[:, None] + (at // GRAIN + tl.arange(0, N // GRAIN))[None, :],
+                        tl.where(some > 0, logs, float("-inf")),
+                        mask=(sums_at >= 0)[:, None],
+                    )
         # A query that sees nothing of the span gets zero, with a log-sum-exp of -inf.
         mass = tl.where(mass > 0, mass, 1.0)
         result = mixed / mass[:, None]
@@ -229,11 +267,17 @@ def _attend_kernel(
         tl.store(lse + to, top + tl.log(mass), mask=live)
 
 
-def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN) -> tuple[Tensor, Tensor]:
+def attend(
+    tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN, ballot: Ballot | None = None
+) -> tuple[Tensor, Tensor]:
     """See kernels.attention.base. q: [tokens, heads, head_dim]; the elements of a head are contiguous.
 
     span: smallest number of KV slots for a program of its own, a multiple of 64. Returns o in q's dtype, and the
     log-sum-exp [tokens, heads] float32.
+
+    ballot: votes to count, in the same read. Keys are read once more for it where units have fewer than _MIN_GRAIN
+    slots, where tiles are larger than _VOTING_TILE (chunks with a head_dim of 256), where the sums take more than
+    VOTE_BYTES, and where pages are shared, since a prefix's tiles hold queries of many rows.
     """
     check_dtype(q)
     tokens, heads, head_dim = q.shape
@@ -261,6 +305,10 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
         grid = (prefix_tiles * prefix_spans + tile_count * spans) * cuts, kv_heads, 1
     all_spans = spans + prefix_spans
     unused = tiles.row
+    grain, sums = math.gcd(ballot.unit, shape.n) if ballot else 0, None
+    if grain >= _MIN_GRAIN and prefixes is None and shape.m * shape.d <= _VOTING_TILE:
+        grains = triton.cdiv(width * page_size, shape.n) * shape.n // grain
+        sums = _room_for_sums(len(tiles.queries), heads, grains, q.device)
     out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     parts, part_lse = out, lse
@@ -282,6 +330,8 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
         prefixes.skipped if prefixes else unused,
         prefixes.listed if prefixes else unused,
         prefixes.tokens if prefixes else unused,
+        ballot.voters if ballot else unused,
+        unused if sums is None else sums,
         scale,
         q.stride(0),
         q.stride(1),
@@ -293,7 +343,9 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
         spans,
         prefix_tiles,
         prefix_spans,
+        0 if sums is None else sums.shape[3],
         PREFIXES=prefixes is not None,
+        GRAIN=0 if sums is None else grain,
         PAGE_SIZE=page_size,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -304,12 +356,23 @@ def attend(tiles: Tiles, kv: LayerKV, q: Tensor, scale: float, span: int = SPAN)
         D=shape.d,
         WIDEN=INTERPRETED,
         num_warps=shape.warps,
-        maxnreg=shape.registers,
+        maxnreg=shape.registers if sums is None else 255,  # of two programs per multiprocessor
         num_stages=_STAGES,
     )
     if all_spans > 1:
         merge_spans(parts, part_lse, out, lse, spans, prefix_spans, prefixes.shares if prefixes else None)
+    rows = VotingRows(tiles.start, tiles.queries, tiles.lengths)
+    if ballot is not None and sums is not None:
+        finish_votes(ballot, rows, sums, grain, lse)
+    elif ballot is not None:
+        count_votes(ballot, rows, pages, kv, q, scale, lse)
     return out, lse
+
+
+def _room_for_sums(rows: int, heads: int, grains: int, device: torch.device) -> Tensor | None:
+    """Allocate the sums of two voters of each row, unless they take more than VOTE_BYTES."""
+    shape = rows, 2, heads, grains
+    return torch.empty(shape, dtype=torch.float32, device=device) if math.prod(shape) * 4 <= VOTE_BYTES else None
 
 
 def _spans(slots: int, programs: int, span: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,11 +13,14 @@ from kernels.flashinfer.flashinfer_attention import FlashInferAttention
 from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
 from kernels.flashinfer.flashinfer_workspace import make_workspace
 from kernels.kv_cache import LayerKV
+from tests.support.ballots import VoteCase, check_captured, check_votes, draw_batch
 from tests.support.profiles import only_in_all
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device is present", allow_module_level=True)
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: pip install 'magicdec[cuda]'")
+
+from kernels.gpu.cuda_graphs import CudaGraphs
 
 CUDA = torch.device("cuda")
 ROWS = [
@@ -108,6 +113,24 @@ def test_captured_runs_follow_new_plans(heads: int | None, queries: int) -> None
         expected, expected_lse = oracle.run(layer, q[real], 0.1)
         torch.testing.assert_close(out[real], expected, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(lse[real], expected_lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
+@pytest.mark.parametrize("per_layer", [False, True], ids=["all_layers", "per_layer"])
+def test_votes_and_lists_of_layers(per_layer: bool, per_head: bool) -> None:
+    """Eager and captured; what is captured reads another list in each layer."""
+    rows = ((4, 2996, (0, 3)), (1, 16, (-1, -1)), (3, 900, (1, -1)))
+    for unit in (16, 1):
+        batch = draw_batch(VoteCase(rows, 16, 8, 4, 128, per_head, per_layer, unit, False, 0), torch.bfloat16, "cuda")
+        workspace = make_workspace(CUDA)
+        check_votes(FlashInferAttention(16, workspace), batch, 1e-2)
+        check_captured(
+            partial(FlashInferGraphAttention, 16, workspace),
+            CudaGraphs(CUDA).capture,
+            batch,
+            votes=True,
+            tolerance=1e-2,
+        )
 
 
 def test_captured_and_eager_attention_share_memory() -> None:

@@ -14,6 +14,7 @@ from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv_cache import LayerKV
 from kernels.reference_ops import REFERENCE
+from tests.support.ballots import VoteCase, check_votes, draw_batch
 from tests.support.profiles import only_in_all
 
 if not torch.cuda.is_available():
@@ -71,6 +72,29 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype,
         tolerance = 1e-4 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(o, expected, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "dtype", "by_page"),
+    [
+        (32, 8, 128, torch.bfloat16, True),
+        (9, 3, 64, torch.float32, False),
+        only_in_all(32, 32, 128, torch.bfloat16, False),
+        only_in_all(9, 3, 64, torch.float32, True),
+        only_in_all(8, 1, 256, torch.bfloat16, True),
+        only_in_all(71, 1, 64, torch.bfloat16, True),
+    ],
+    ids=str,
+)
+def test_votes(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, by_page: bool) -> None:
+    """Counted in the same read, and in one of their own; attention's results are the same to the bit."""
+    for rows in (
+        ((1, 30, (0, -1)), (1, 3999, (0, 0)), (1, 16, (-1, -1)), (1, 899, (0, -1))),
+        ((5, 2995, (0, 4)), (1, 39, (-1, -1)), (3, 797, (2, 1)), (5, 0, (0, 1))),
+        ((700, 300, (0, 699)), (1, 1999, (0, -1)), (5, 295, (-1, -1))),
+    ):
+        case = VoteCase(rows, 16, kv_heads, heads // kv_heads, head_dim, False, True, 16 if by_page else 1, False, 0)
+        check_votes(GpuAttention(), draw_batch(case, dtype, "cuda"), 2e-3)
 
 
 def test_a_step_is_captured_and_replayed_for_other_lengths() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv_cache import KVPool, LayerKV
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
 
 
 @dataclass(frozen=True)
@@ -39,30 +42,35 @@ class VoteCase:
         return [n + before for n, before, _ in self.rows]
 
 
-@st.composite
 def vote_cases(
-    draw: st.DrawFn, *, max_queries: int, max_before: int, head_dims: tuple[int, ...], page_sizes: tuple[int, ...]
-) -> VoteCase:
-    """Draw a case. Voters are any two queries of a row, the same one twice, one, or none."""
-    rows = []
-    for _ in range(draw(st.integers(1, 4))):
-        n, before = draw(st.integers(1, max_queries)), draw(st.integers(0, max_before))
-        place = st.integers(0, n - 1)
-        voters = draw(st.one_of(st.tuples(place, place), st.tuples(place, st.just(-1)), st.just((-1, -1))))
-        rows.append((n, before, voters))
-    page_size = draw(st.sampled_from(page_sizes))
-    return VoteCase(
-        tuple(rows),
-        page_size,
-        draw(st.integers(1, 3)),
-        draw(st.integers(1, 4)),
-        draw(st.sampled_from(head_dims)),
-        draw(st.booleans()),
-        draw(st.booleans()),
-        draw(st.sampled_from([unit for unit in range(1, page_size + 1) if page_size % unit == 0])),
-        draw(st.booleans()),
-        draw(st.integers(0, 1000)),
-    )
+    *, max_queries: int, max_before: int, head_dims: tuple[int, ...], page_sizes: tuple[int, ...]
+) -> SearchStrategy[VoteCase]:
+    """Draw cases. Voters are any two queries of a row, the same one twice, one, or none."""
+    from hypothesis import strategies as st  # tests on GPUs go without
+
+    @st.composite
+    def cases(draw: st.DrawFn) -> VoteCase:
+        rows = []
+        for _ in range(draw(st.integers(1, 4))):
+            n, before = draw(st.integers(1, max_queries)), draw(st.integers(0, max_before))
+            place = st.integers(0, n - 1)
+            voters = draw(st.one_of(st.tuples(place, place), st.tuples(place, st.just(-1)), st.just((-1, -1))))
+            rows.append((n, before, voters))
+        page_size = draw(st.sampled_from(page_sizes))
+        return VoteCase(
+            tuple(rows),
+            page_size,
+            draw(st.integers(1, 3)),
+            draw(st.integers(1, 4)),
+            draw(st.sampled_from(head_dims)),
+            draw(st.booleans()),
+            draw(st.booleans()),
+            draw(st.sampled_from([unit for unit in range(1, page_size + 1) if page_size % unit == 0])),
+            draw(st.booleans()),
+            draw(st.integers(0, 1000)),
+        )
+
+    return cases()
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ class VoteBatch:
         votes = torch.zeros(case.kv_heads, -(-length // case.unit) * case.unit, dtype=torch.float64)
         first = sum(case.queries[:row])
         for head in range(case.kv_heads):
-            keys = torch.cat([layer.k[page, head] for page in mine[head]])[:length].double().cpu()
+            keys = layer.k[mine[head], head].flatten(0, 1)[:length].double().cpu()
             for behind in (each for each in case.rows[row][2] if each >= 0):
                 sees = length - behind
                 for query in self.q[first + n - 1 - behind].double().cpu().view(case.kv_heads, case.group, -1)[head]:

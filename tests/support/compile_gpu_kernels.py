@@ -24,9 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.attention.base import AttentionBatch, SharedPrefix
+from kernels.attention.base import AttentionBatch, Ballot, SharedPrefix
 from kernels.attention.triton_attention import GpuAttention
-from kernels.gpu import merge, pointwise, sample, snapkv_scores, verdict
+from kernels.gpu import merge, pointwise, sample, snapkv_scores, verdict, votes
 from kernels.kv_cache import LayerKV
 
 HEADS = (
@@ -106,19 +106,42 @@ class Compiler:
 
 
 def attention(
-    compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype, queries: int, width: int, shared: int = 0
+    compiler: Compiler,
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    queries: int,
+    width: int,
+    shared: int = 0,
+    unit: int = 0,
 ) -> None:
-    """width: pages per list; long lists are split most. shared: first pages that the rows share."""
+    """width: pages per list; long lists are split most. shared: first pages that the rows share. unit: slots that share
+    a vote; 0: there are none."""
     q_heads, kv_heads, head_dim = heads
     compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}, {queries} queries, {width} pages"
-    compiler.case += f", {shared} shared" if shared else ""
+    compiler.case += f", {shared} shared" if shared else f", a vote per {unit}" if unit else ""
     layer = LayerKV(*torch.zeros(2, 9, kv_heads, 16, head_dim, dtype=dtype))
     backend = GpuAttention()
     prefixes = [SharedPrefix((0, 1), shared)] if shared else []
     lengths = [900 + 16 * shared] * 2
     lists = torch.zeros(2, width + shared, dtype=torch.int64)
-    backend.plan(AttentionBatch([queries] * 2, lengths, lists, prefixes=prefixes))
+    ballot = ballot_of(kv_heads, 16 * width, unit) if unit else None
+    backend.plan(AttentionBatch([queries] * 2, lengths, lists, prefixes=prefixes, ballot=ballot))
     backend.run(layer, torch.zeros(2 * queries, q_heads, head_dim, dtype=dtype), 0.1)
+
+
+def ballot_of(kv_heads: int, slots: int, unit: int) -> Ballot:
+    return Ballot(torch.zeros(2, 2, dtype=torch.int64), unit, torch.zeros(2, kv_heads, slots // unit))
+
+
+def counting(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype, unit: int) -> None:
+    """A pass over keys for votes alone."""
+    q_heads, kv_heads, head_dim = heads
+    compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}, votes alone, per {unit}"
+    layer = LayerKV(*torch.zeros(2, 9, kv_heads, 16, head_dim, dtype=dtype))
+    index, lists = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 64, dtype=torch.int64)
+    q, lse = torch.zeros(2, q_heads, head_dim, dtype=dtype), torch.zeros(2, q_heads)
+    ballot = ballot_of(kv_heads, 16 * 64, unit)
+    votes.count_votes(ballot, votes.VotingRows(index, index, index), lists, layer, q, 0.1, lse)
 
 
 def merging(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -181,6 +204,16 @@ def few(compiler: Compiler) -> None:
         attention(compiler, heads, torch.bfloat16, queries, 64, SHARED)
     attention(compiler, (16, 8, 256), torch.float32, 1, 64, SHARED)
     attention(compiler, (16, 8, 256), torch.float32, 1, 64)
+    for heads, queries, unit in (
+        ((32, 8, 128), 1, 16),
+        ((32, 8, 128), 5, 1),
+        ((8, 1, 256), 40, 16),
+        ((71, 1, 64), 1, 16),
+    ):
+        attention(compiler, heads, torch.bfloat16, queries, 64, unit=unit)
+        counting(compiler, heads, torch.bfloat16, unit)
+    attention(compiler, (16, 8, 256), torch.float32, 1, 64, unit=16)
+    counting(compiler, (16, 8, 256), torch.float32, 1)
     merging(compiler, (8, 1, 256), torch.bfloat16)
     snapkv(compiler, (8, 1, 256), torch.bfloat16)
     layer_kernels(compiler, (32, 8, 128), torch.bfloat16)
@@ -195,6 +228,10 @@ def everything(compiler: Compiler) -> None:
                 for width in (64, 8192):
                     attention(compiler, heads, dtype, queries, width)
                 attention(compiler, heads, dtype, queries, 64, SHARED)
+                for unit in (16, 1):
+                    attention(compiler, heads, dtype, queries, 64, unit=unit)
+            for unit in (16, 1):
+                counting(compiler, heads, dtype, unit)
             merging(compiler, heads, dtype)
             snapkv(compiler, heads, dtype)
             layer_kernels(compiler, heads, dtype)
