@@ -85,14 +85,18 @@ class Division {
     int found = 0;
     for (int row = 0; row < args.rows; row++) {
       const Cut cut(args, row);
-      rows_[row] = {token, floats, 0};
+      rows_[row] = {token, floats, 0, 0};
       token += args.queries[row];
       floats += cut.partials(args);
       if (cut.by_segment() && args.head_stride == 0) candidates[found++] = row;
     }
     add_shared(candidates, found, 0);
     for (int row = 0; row < args.rows; row++) add_own(row);
+    for (int64_t i = 0; i < count; i++) for_members(pieces[i], [&](int row, int, int64_t, int) { rows_[row].left++; });
   }
+
+  // Notes that one more piece of a row is done, and returns whether all are.
+  bool done(int row) const { return __atomic_sub_fetch(&rows_[row].left, 1, __ATOMIC_ACQ_REL) == 0; }
 
   // Result of a segment of a row that is cut by segment: [heads][queries], or rather [kv_heads][queries][group].
   Running partial(int row, int64_t segment) const {
@@ -119,6 +123,7 @@ class Division {
     int64_t token;  // of its first query
     float* partials;
     int64_t shared;  // number of segments, from the first on, that are in pieces of several rows
+    int64_t left;    // number of pieces that are not done yet
   };
 
   // Largest numbers of pieces, and of rows in the lists of members.

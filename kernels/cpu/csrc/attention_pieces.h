@@ -60,31 +60,41 @@ size_t pieces_scratch(const AttentionArgs& args) {
          Method::Space::floats(args) * args.team.threads * sizeof(float);
 }
 
+// Combines the results of a row's pieces. all: see Method.
+template <class T>
+void finish_row(const AttentionArgs& args, const Division& division, const Votes<T>& votes, int row, float* all) {
+  const Cut cut(args, row);
+  const int rows = cut.queries * cut.group;  // per KV head
+  const Running total = Running::at(all, rows);
+  for (int head = 0; cut.by_segment() && head < args.kv_heads; head++) {
+    total.clear(rows, args.head_dim);
+    for (int64_t segment = 0; segment < cut.segments; segment++) {
+      const Running part = division.partial(row, segment);
+      for (int i = 0; i < rows; i++) merge(total, i, part, head * rows + i, args.head_dim);
+    }
+    finish_queries<T>(args, division.first_token(row), cut.queries, head, cut.group, total, 0);
+  }
+  votes.count(division, row);
+}
+
+// Results of a row are combined by the thread that ends the last of its pieces, while they are in its caches.
 template <class Method>
 void attend_pieces(const AttentionArgs& args) {
+  using T = typename Method::Element;
   using Space = typename Method::Space;
   char* memory = static_cast<char*>(args.scratch);
   const Division division(args, memory);
   memory += to_whole_lines(Division::bytes(args));
-  const Votes<typename Method::Element> votes(args, memory);
+  const Votes<T> votes(args, memory);
   auto* floats = reinterpret_cast<float*>(memory + votes.bytes(args));
-  const auto space_of = [&](int thread) { return Space(floats + Space::floats(args) * thread, args); };
   for_pieces(args.team, division.count, [&](int64_t i, int thread) {
-    Method::attend(args, division, votes, division.pieces[i], space_of(thread));
-  });
-  for_pieces(args.team, args.rows, [&](int64_t row, int thread) {
-    const Cut cut(args, int(row));
-    const int rows = cut.queries * cut.group;  // per KV head
-    const Running all = Running::at(space_of(thread).all, rows);
-    for (int head = 0; cut.by_segment() && head < args.kv_heads; head++) {
-      all.clear(rows, args.head_dim);
-      for (int64_t segment = 0; segment < cut.segments; segment++) {
-        const Running part = division.partial(int(row), segment);
-        for (int i = 0; i < rows; i++) merge(all, i, part, head * rows + i, args.head_dim);
-      }
-      finish_queries<typename Method::Element>(args, division.first_token(int(row)), cut.queries, head, cut.group, all, 0);
-    }
-    votes.count(division, int(row));
+    const Piece& piece = division.pieces[i];
+    const Space space(floats + Space::floats(args) * thread, args);
+    division.for_members(piece, [&](int row, int, int64_t, int) { votes.make_room(row, thread); });
+    Method::attend(args, division, votes, piece, space);
+    division.for_members(piece, [&](int row, int, int64_t, int) {
+      if (division.done(row)) finish_row(args, division, votes, row, space.all);
+    });
   });
 }
 

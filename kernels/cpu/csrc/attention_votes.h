@@ -35,20 +35,33 @@ class Votes {
  public:
   static size_t bytes(const AttentionArgs& args) {
     if (!args.voters) return 0;
-    size_t all = to_whole_lines(args.rows * sizeof(Row));
+    size_t all = 0;
     for (int row = 0; row < args.rows; row++) all += row_bytes(args, row);
-    return all;
+    return table_bytes(args) + all + args.team.threads * room_bytes(args);
   }
 
-  Votes(const AttentionArgs& args, char* memory) : args_(args), rows_(reinterpret_cast<Row*>(memory)) {
+  Votes(const AttentionArgs& args, char* memory) : args_(args) {
     if (!args.voters) return;
-    memory += to_whole_lines(args.rows * sizeof(Row));
-    for (int row = 0; row < args.rows; row++) {
-      const int64_t blocks = blocks_of(args, row);
-      auto* peaks = reinterpret_cast<float*>(memory);
-      rows_[row] = {peaks, peaks + voter_rows(args) * blocks, blocks};
-      memory += row_bytes(args, row);
-    }
+    rows_ = reinterpret_cast<Row*>(memory);
+    rooms_ = reinterpret_cast<Room*>(rows_ + args.rows);
+    memory += table_bytes(args);
+    const size_t bytes = room_bytes(args);
+    for (int thread = 0; thread < args.team.threads; thread++) rooms_[thread] = {memory + thread * bytes, false};
+    memory += args.team.threads * bytes;
+    for (int row = 0; row < args.rows; memory += row_bytes(args, row++)) rows_[row] = {nullptr, memory, blocks_of(args, row)};
+  }
+
+  // Called before each piece of a row. The first one decides where the weights of the row's voters are kept: in memory of its
+  // thread, which one row after the other uses, so that caches hold it; or in memory of the row, while another row uses that.
+  void make_room(int row, int thread) const {
+    if (!args_.voters || blocks_of(args_, row) == 0 || memory_of(rows_[row])) return;
+    char* none = nullptr;
+    Room& mine = rooms_[thread];
+    const bool is_free = !__atomic_load_n(&mine.taken, __ATOMIC_ACQUIRE);
+    if (is_free) mine.taken = true;
+    char* memory = is_free ? mine.memory : rows_[row].own;
+    const bool first = __atomic_compare_exchange_n(&rows_[row].kept, &none, memory, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    if (!first && is_free) mine.taken = false;  // another thread has begun the row
   }
 
   // Writes the voter that each query of a piece is, -1 for none, and returns whether there is any.
@@ -73,16 +86,16 @@ class Votes {
     if (voter < 0) return;
     const Row& row = rows_[voter / VOTERS];
     const int64_t block = place(head, voter % VOTERS, g) * row.blocks + start / SLOTS;
-    row.peaks[block] = peak;
+    peaks(row)[block] = peak;
     if (sums_groups(args_)) {
-      sum_groups(first, second, row.sums + block * GROUPS);
+      sum_groups(first, second, sums(row) + block * GROUPS);
     } else {
-      std::memcpy(row.weights() + block * SLOTS, first, SLOTS / 2 * sizeof(T));
-      std::memcpy(row.weights() + block * SLOTS + SLOTS / 2, second, SLOTS / 2 * sizeof(T));
+      std::memcpy(weights(row) + block * SLOTS, first, SLOTS / 2 * sizeof(T));
+      std::memcpy(weights(row) + block * SLOTS + SLOTS / 2, second, SLOTS / 2 * sizeof(T));
     }
   }
 
-  // Counts the votes of a row whose log-sum-exps are there.
+  // Counts the votes of a row, whose pieces are done and whose log-sum-exps are there.
   void count(const Division& division, int row) const {
     if (!args_.voters || blocks_of(args_, row) == 0) return;
     const int64_t length = args_.lengths[row];
@@ -95,15 +108,26 @@ class Votes {
         add_units(sums, first, std::min<int64_t>(STRETCH, length - first), votes);
       }
     }
+    for (int thread = 0; thread < args_.team.threads; thread++)
+      if (memory_of(rows_[row]) == rooms_[thread].memory) __atomic_store_n(&rooms_[thread].taken, false, __ATOMIC_RELEASE);
   }
 
  private:
+  // Kept: peaks [kv_heads, VOTERS, heads of a KV head, blocks]; then weights, or their sums, the same with as many per block.
   struct Row {
-    float* peaks;     // [kv_heads, VOTERS, heads of a KV head, blocks]
-    float* sums;      // the same, with GROUPS; or the weights, the same with SLOTS
-    int64_t blocks;   // room for so many
-    T* weights() const { return reinterpret_cast<T*>(sums); }
+    char* kept;      // null: not decided yet
+    char* own;       // memory that is used by no other row
+    int64_t blocks;  // that there is room for
   };
+  struct Room {  // of a thread
+    char* memory;
+    bool taken;  // by a row that is not finished
+  };
+
+  static char* memory_of(const Row& row) { return __atomic_load_n(&row.kept, __ATOMIC_ACQUIRE); }
+  float* peaks(const Row& row) const { return reinterpret_cast<float*>(memory_of(row)); }
+  float* sums(const Row& row) const { return peaks(row) + voter_rows(args_) * row.blocks; }
+  T* weights(const Row& row) const { return reinterpret_cast<T*>(sums(row)); }
 
   static bool sums_groups(const AttentionArgs& args) { return args.vote_unit % LANES == 0; }
   static size_t voter_rows(const AttentionArgs& args) { return size_t(args.heads) * VOTERS; }
@@ -113,8 +137,16 @@ class Votes {
     return std::max(voters[0], voters[1]) < 0 ? 0 : (args.lengths[row] + STRETCH - 1) / STRETCH * LANES;
   }
   static size_t row_bytes(const AttentionArgs& args, int row) {
-    const size_t kept = sums_groups(args) ? GROUPS * sizeof(float) : SLOTS * sizeof(T);
-    return voter_rows(args) * blocks_of(args, row) * (sizeof(float) + kept);
+    const size_t block = sums_groups(args) ? GROUPS * sizeof(float) : SLOTS * sizeof(T);
+    return voter_rows(args) * blocks_of(args, row) * (sizeof(float) + block);
+  }
+  static size_t room_bytes(const AttentionArgs& args) {
+    size_t most = 0;
+    for (int row = 0; row < args.rows; row++) most = std::max(most, row_bytes(args, row));
+    return most;
+  }
+  static size_t table_bytes(const AttentionArgs& args) {
+    return to_whole_lines(args.rows * sizeof(Row) + args.team.threads * sizeof(Room));
   }
   int64_t place(int head, int column, int g) const {
     const int group = args_.heads / args_.kv_heads;
@@ -123,8 +155,9 @@ class Votes {
 
   // Adds the softmax weights of STRETCH slots from `first` on, or of their groups, of all voters and all query heads of a KV
   // head.
-  void add_voters(const Division& division, int row, int head, int64_t first, float* sums) const {
+  void add_voters(const Division& division, int row, int head, int64_t first, float* votes) const {
     const int group = args_.heads / args_.kv_heads;
+    const Row& kept = rows_[row];
     const int64_t *voters = args_.voters + row * VOTERS, end = division.first_token(row) + args_.queries[row];
     for (int column = 0; column < VOTERS; column++) {
       const int64_t behind = voters[column], seen = args_.lengths[row] - behind - first;
@@ -132,16 +165,16 @@ class Votes {
       const float times = voters[0] == voters[1] ? VOTERS : 1;
       const int blocks = int(std::min<int64_t>(LANES, (seen + SLOTS - 1) / SLOTS));
       for (int g = 0; g < group; g++) {
-        const int64_t from = place(head, column, g) * rows_[row].blocks + first / SLOTS;
+        const int64_t from = place(head, column, g) * kept.blocks + first / SLOTS;
         const float lse = args_.lse[(end - 1 - behind) * args_.heads + head * group + g] * 1.44269504f;
-        const f32x16 factors = exp2_falling(load<f32x16>(rows_[row].peaks + from) - lse) * times;
+        const f32x16 factors = exp2_falling(load<f32x16>(peaks(kept) + from) - lse) * times;
         for (int block = 0; block < blocks; block++) {
           if (sums_groups(args_)) {
-            const float* from_groups = rows_[row].sums + (from + block) * GROUPS;
-            for (int i = 0; i < GROUPS; i++) sums[block * GROUPS + i] += from_groups[i] * factors[block];
+            const float* from_groups = sums(kept) + (from + block) * GROUPS;
+            for (int i = 0; i < GROUPS; i++) votes[block * GROUPS + i] += from_groups[i] * factors[block];
           } else {
-            const T* from_slots = rows_[row].weights() + (from + block) * SLOTS;
-            float* to = sums + block * SLOTS;
+            const T* from_slots = weights(kept) + (from + block) * SLOTS;
+            float* to = votes + block * SLOTS;
             for (int i = 0; i < SLOTS; i += LANES) store(to + i, load<f32x16>(to + i) + load_floats(from_slots + i) * factors[block]);
           }
         }
@@ -162,7 +195,8 @@ class Votes {
   }
 
   const AttentionArgs& args_;
-  Row* rows_;
+  Row* rows_ = nullptr;
+  Room* rooms_ = nullptr;
 };
 
 }  // namespace magicdec
