@@ -50,7 +50,7 @@ def check(
     page_size=st.sampled_from([1, 3, 4, 16]),
     gamma=st.sampled_from([0, 3]),
     varying=st.booleans(),
-    policy=st.sampled_from(["window", "snapkv", "topk", "all"]),
+    policy=st.sampled_from(["window", "verified", "quest", "snapkv", "topk", "all"]),
     batch_tokens=st.sampled_from([7, 20, 64]),
     count=st.integers(1, 12),
 )
@@ -66,6 +66,8 @@ def test_the_prefix_cache_never_changes_output(
     batch_tokens: int,
     count: int,
 ) -> None:
+    if drafter == "model" and policy == "verified":
+        policy = "quest"  # a draft model has no verify passes
     engine = cached_engine(
         model(),
         page_size=page_size,
@@ -109,7 +111,7 @@ def test_nor_where_pages_are_evicted_and_rows_preempted(draft_dir: Path, drafter
     seed=st.integers(0, 2**32),
     page_size=st.sampled_from([1, 3, 4]),
     gamma=st.sampled_from([0, 3]),
-    policy=st.sampled_from(["window", "snapkv", "topk"]),
+    policy=st.sampled_from(["window", "verified", "quest", "snapkv", "topk"]),
     spare=st.integers(0, 12),
 )
 @examples(3, 60)
@@ -158,7 +160,9 @@ def test_nor_in_float32(page_size: int) -> None:
     assert engine.stats().prefix_hits > 0
 
 
-@pytest.mark.parametrize("policy", ["window", "snapkv", only_in_all("topk"), only_in_all("all")])
+@pytest.mark.parametrize(
+    "policy", ["verified", "quest", "snapkv", only_in_all("window"), only_in_all("topk"), only_in_all("all")]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, only_in_all(torch.float32), only_in_all(torch.float16)], ids=str)
 def test_to_the_bit_on_cpu_kernels(dtype: torch.dtype, policy: str) -> None:
     target = model_on_kernels(dtype)
