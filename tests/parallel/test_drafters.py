@@ -24,6 +24,8 @@ SHAPE = (9, 3)
 KV: dict[str, dict[str, Any]] = {
     "window": {"budget": 16, "sink": 4},
     "relative": {"budget": 16, "sink": 4, "positions": "relative"},
+    "verified": {"policy": "verified", "budget": 8, "sink": 4},
+    "quest": {"policy": "quest", "budget": 8, "sink": 4, "interval": 2},
     "snapkv": {"policy": "snapkv", "budget": 16, "recent": 8, "queries": 5, "kernel": 3},
     "topk": {"policy": "topk", "budget": 8},
     "all": {"policy": "all"},
@@ -78,22 +80,28 @@ def expected() -> dict[str, list[int]]:
     return {id: tokens(outputs) for id, outputs in alone(SHAPE, torch.float64).items()}
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("policy", ["relative", "snapkv", "topk"])
+@pytest.mark.parametrize(
+    ("policy", "size"),
+    [
+        *((policy, size) for policy in ("verified", "quest") for size in (1, 2, 3)),
+        *((policy, 4) for policy in ("relative", "snapkv", "verified", "quest")),
+        *(only_in_all(*each) for each in (("relative", 2), ("snapkv", 2), ("topk", 2), ("topk", 4))),
+    ],
+)
 def test_self_speculation(policy: str, size: int) -> None:
     assert texts(start(size, {"gamma": 3, "kv": KV[policy]})) == expected()
 
 
 # test_ranks has 2 ranks of 3, as processes.
 @pytest.mark.parametrize(("size", "count"), [(2, None), (2, 1), only_in_all(3, 2), (4, 3)])
-@pytest.mark.parametrize("policy", ["window", "snapkv", "all"])
+@pytest.mark.parametrize("policy", ["window", "quest", only_in_all("snapkv"), "all"])
 def test_a_draft_model_on_all_ranks_or_fewer(draft_dir: Path, policy: str, size: int, count: int | None) -> None:
     engine = start(size, of_model(draft_dir, policy, count))
     assert texts(engine) == expected()
 
 
 @pytest.mark.parametrize(("size", "count"), [(2, None), (3, 1), (4, 3)])
-@pytest.mark.parametrize("policy", ["window", "snapkv", "all"])
+@pytest.mark.parametrize("policy", [only_in_all("window"), "quest", "snapkv", "all"])
 def test_ranks_agree_on_who_has_caught_up(draft_dir: Path, policy: str, size: int, count: int | None) -> None:
     """All ranks agree, including those without the draft model, while rows draft, catch up, do both, or neither."""
     speculation = of_model(draft_dir, policy, count)

@@ -83,11 +83,14 @@ def speculation(policy: str, draft_dir: Path | None, count: int | None) -> dict[
 @pytest.mark.parametrize(
     ("drafter", "policy"),
     [
-        ("self", "window"),
-        ("self", "snapkv"),
+        only_in_all("self", "window"),
+        ("self", "verified"),
+        ("self", "quest"),
+        only_in_all("self", "snapkv"),
         only_in_all("self", "topk"),
         only_in_all("model", "window"),
         ("model", "all"),
+        only_in_all("model", "quest"),
         only_in_all("model", "snapkv"),
     ],
 )

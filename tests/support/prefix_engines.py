@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,9 @@ import torch
 
 from engine.core import Engine
 from engine.messages import RequestOutput
+from engine.oom import OutOfMemory
+from engine.plan import RoundPlan, RoundResult
+from engine.worker.worker import noop
 from models.config import ModelConfig
 from models.llama import Llama
 from models.loader import random_model
@@ -94,3 +100,36 @@ def cached_engine(
     if varying and gamma:
         engine._scheduler.controller = Scripted(VARYING * 400)
     return engine
+
+
+def trouble(engine: Engine, rng: random.Random) -> Counter[str]:
+    """Let rounds of an engine end early: before they begin or when their KV is written, by Ctrl-C or for lack of
+    memory. And reset the prefix cache now and then, during rounds and between them. Returns what happened in rounds."""
+    happened: Counter[str] = Counter()
+    execute, step = engine._worker.execute, engine.step
+
+    def execute_or_fail(plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
+        kind = rng.choices(["", "lost", "cut short", "no memory", "reset"], [80, 8, 8, 6, 4])[0]
+        happened[kind] += 1
+        if kind == "lost":
+            raise KeyboardInterrupt
+        result = execute(plan, meanwhile)
+        if kind == "cut short":
+            raise KeyboardInterrupt
+        if kind == "no memory":
+            raise OutOfMemory("none is left")
+        if kind == "reset":
+            engine.reset_prefix_cache()
+        return result
+
+    def step_or_lose(meanwhile: Callable[[], None] = noop) -> list[RequestOutput]:
+        if rng.random() < 0.04:
+            engine.reset_prefix_cache()
+        try:
+            return step(meanwhile)
+        except KeyboardInterrupt:
+            return []
+
+    engine._worker.execute = execute_or_fail  # type: ignore[method-assign]
+    engine.step = step_or_lose  # type: ignore[method-assign]
+    return happened

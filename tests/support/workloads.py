@@ -46,6 +46,8 @@ def kv_of(policy: str, page_size: int, pages: int, reselect: int = 0) -> dict[st
             "kernel": 3,
             "reselect": reselect,
         },
+        "verified": {"policy": "verified", "budget": budget, "sink": page_size},
+        "quest": {"policy": "quest", "budget": budget, "sink": page_size, "interval": 2},
         "topk": {"policy": "topk", "budget": budget},
         "all": {"policy": "all"},
     }

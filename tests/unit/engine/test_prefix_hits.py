@@ -39,7 +39,7 @@ def whole_pages(count: int, page_size: int) -> int:
     return count // page_size * page_size
 
 
-@pytest.mark.parametrize("policy", ["window", "snapkv"])
+@pytest.mark.parametrize("policy", [only_in_all("window"), "verified", only_in_all("quest"), "snapkv"])
 @pytest.mark.parametrize("gamma", [0, 3])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 def test_a_repeated_prompt_is_found_up_to_its_last_token(page_size: int, gamma: int, policy: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,16 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.core import Engine
-from engine.messages import RequestOutput
-from engine.oom import OutOfMemory
-from engine.plan import RoundPlan, RoundResult
 from engine.scheduler.request import Request
-from engine.worker.worker import noop
 from kernels.cpu.library import SEGMENT
 from models.llama import Llama
 from tests.support.conversations import Turn, check_answers, check_hits, crowd, play, random_turns
 from tests.support.engines import Scripted
-from tests.support.prefix_engines import MAX_LEN, PAGES, VARYING, cached_engine, model, model_on_kernels, reference
+from tests.support.prefix_engines import (
+    MAX_LEN,
+    PAGES,
+    VARYING,
+    cached_engine,
+    model,
+    model_on_kernels,
+    reference,
+    trouble,
+)
 from tests.support.profiles import examples, only_in_all
 from tests.support.workloads import SAMPLING, prompt_of
 
@@ -45,7 +50,7 @@ def check(
     page_size=st.sampled_from([1, 3, 4, 16]),
     gamma=st.sampled_from([0, 3]),
     varying=st.booleans(),
-    policy=st.sampled_from(["window", "snapkv", "topk", "all"]),
+    policy=st.sampled_from(["window", "verified", "quest", "snapkv", "topk", "all"]),
     batch_tokens=st.sampled_from([7, 20, 64]),
     count=st.integers(1, 12),
 )
@@ -61,6 +66,8 @@ def test_the_prefix_cache_never_changes_output(
     batch_tokens: int,
     count: int,
 ) -> None:
+    if drafter == "model" and policy == "verified":
+        policy = "quest"  # a draft model has no verify passes
     engine = cached_engine(
         model(),
         page_size=page_size,
@@ -104,7 +111,7 @@ def test_nor_where_pages_are_evicted_and_rows_preempted(draft_dir: Path, drafter
     seed=st.integers(0, 2**32),
     page_size=st.sampled_from([1, 3, 4]),
     gamma=st.sampled_from([0, 3]),
-    policy=st.sampled_from(["window", "snapkv", "topk"]),
+    policy=st.sampled_from(["window", "verified", "quest", "snapkv", "topk"]),
     spare=st.integers(0, 12),
 )
 @examples(3, 60)
@@ -121,39 +128,6 @@ def test_nor_in_any_small_pool(seed: int, page_size: int, gamma: int, policy: st
         max_len=longest,
     )
     check(model(), engine, seed, page_size, 8, longest)
-
-
-def trouble(engine: Engine, rng: random.Random) -> Counter[str]:
-    """Let rounds of an engine end early: before they begin or when their KV is written, by Ctrl-C or for lack of
-    memory. And reset the prefix cache now and then, during rounds and between them. Returns what happened in rounds."""
-    happened: Counter[str] = Counter()
-    execute, step = engine._worker.execute, engine.step
-
-    def execute_or_fail(plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
-        kind = rng.choices(["", "lost", "cut short", "no memory", "reset"], [80, 8, 8, 6, 4])[0]
-        happened[kind] += 1
-        if kind == "lost":
-            raise KeyboardInterrupt
-        result = execute(plan, meanwhile)
-        if kind == "cut short":
-            raise KeyboardInterrupt
-        if kind == "no memory":
-            raise OutOfMemory("none is left")
-        if kind == "reset":
-            engine.reset_prefix_cache()
-        return result
-
-    def step_or_lose(meanwhile: Callable[[], None] = noop) -> list[RequestOutput]:
-        if rng.random() < 0.04:
-            engine.reset_prefix_cache()
-        try:
-            return step(meanwhile)
-        except KeyboardInterrupt:
-            return []
-
-    engine._worker.execute = execute_or_fail  # type: ignore[method-assign]
-    engine.step = step_or_lose  # type: ignore[method-assign]
-    return happened
 
 
 @pytest.mark.parametrize("drafter", ["self", "model"])
@@ -186,7 +160,9 @@ def test_nor_in_float32(page_size: int) -> None:
     assert engine.stats().prefix_hits > 0
 
 
-@pytest.mark.parametrize("policy", ["window", "snapkv", only_in_all("topk"), only_in_all("all")])
+@pytest.mark.parametrize(
+    "policy", ["verified", "quest", "snapkv", only_in_all("window"), only_in_all("topk"), only_in_all("all")]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, only_in_all(torch.float32), only_in_all(torch.float16)], ids=str)
 def test_to_the_bit_on_cpu_kernels(dtype: torch.dtype, policy: str) -> None:
     target = model_on_kernels(dtype)

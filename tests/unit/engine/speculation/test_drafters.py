@@ -27,7 +27,7 @@ from engine.scheduler.stats import acceptance_rate
 from models.batch import ForwardBatch
 from models.llama import Llama
 from tests.support.engines import Scripted, complete, complete_all, run, tiny_engine, tiny_model, tokens
-from tests.support.profiles import examples
+from tests.support.profiles import examples, only_in_all
 from tests.support.ranks import DRAFT, write_random_model
 from tests.support.workloads import EDGES, SAMPLING, kv_of, prompt_of
 
@@ -37,11 +37,17 @@ def model() -> Llama:
     return tiny_model()
 
 
-POLICIES = ["window", "relative", "snapkv", "topk", "all"]
+BOTH = [
+    *(("self", policy) for policy in ("window", "relative", "verified", "quest", "snapkv", "all")),
+    *(("model", policy) for policy in ("window", "quest", "snapkv", "all")),
+    *(only_in_all(*each) for each in (("self", "topk"), ("model", "relative"), ("model", "topk"))),
+]
+"""Drafters, and policies of their drafts."""
+
+OF_A_MODEL = ["window", only_in_all("relative"), "quest", "snapkv", only_in_all("topk"), "all"]
 
 
-@pytest.mark.parametrize("drafter", ["self", "model"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("drafter", "policy"), BOTH)
 @given(data=st.data())
 @examples(4, 16, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_drafter_or_policy_changes_output(draft_dir: Path, drafter: str, policy: str, data: st.DataObject) -> None:
@@ -95,7 +101,16 @@ def hundreds_of_tokens() -> list[int]:
 
 # The other combinations have nothing that runs out or wraps around. The draft model has 512 positions.
 @pytest.mark.parametrize(
-    ("drafter", "policy"), [("self", "relative"), ("self", "snapkv"), ("model", "window"), ("model", "snapkv")]
+    ("drafter", "policy"),
+    [
+        ("self", "relative"),
+        ("self", "snapkv"),
+        ("model", "window"),
+        ("model", "snapkv"),
+        only_in_all("self", "verified"),
+        only_in_all("self", "quest"),
+        only_in_all("model", "quest"),
+    ],
 )
 def test_hundreds_of_tokens_past_a_small_budget(draft_dir: Path, drafter: str, policy: str) -> None:
     kv = kv_of(policy, 8, 4, reselect=100 if drafter == "self" else 0)
@@ -108,8 +123,7 @@ def test_hundreds_of_tokens_past_a_small_budget(draft_dir: Path, drafter: str, p
 
 
 @pytest.mark.parametrize("prompt", [1, 30, 100])
-@pytest.mark.parametrize("drafter", ["self", "model"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("drafter", "policy"), BOTH)
 def test_a_budget_that_covers_the_context_is_dense(twin_dir: Path, drafter: str, policy: str, prompt: int) -> None:
     """A draft with the target's weights that reads everything equals the target and is never wrong, also after rounds
     that gave it fewer drafts because of another row's end or its own limit."""
@@ -146,8 +160,7 @@ def test_a_row_that_first_drafts_long_after_a_short_prompt(draft_dir: Path, draf
     assert engine.stats().draft_tokens > 50
 
 
-@pytest.mark.parametrize("drafter", ["self", "model"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("drafter", "policy"), BOTH)
 def test_dense_drafts_stay_right_however_often_they_pause(twin_dir: Path, drafter: str, policy: str) -> None:
     """Any number of rounds without drafts in between: the draft cache catches up on everything it lacks."""
     speculation = {
@@ -164,8 +177,7 @@ def test_dense_drafts_stay_right_however_often_they_pause(twin_dir: Path, drafte
     assert stats.accepted_tokens > 30
 
 
-@pytest.mark.parametrize("drafter", ["self", "model"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("drafter", "policy"), BOTH)
 @given(data=st.data())
 @examples(5, 24, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nothing_is_read_that_was_not_written(draft_dir: Path, drafter: str, policy: str, data: st.DataObject) -> None:
@@ -224,7 +236,7 @@ def forwards(patch: pytest.MonkeyPatch, engine: Engine) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", OF_A_MODEL)
 def test_a_draft_model_sees_nothing_before_it_drafts(draft_dir: Path, policy: str) -> None:
     """The draft model computes nothing before the row drafts. Then it catches up in rounds of a bounded number of
     tokens, while the row decodes plainly."""
@@ -275,7 +287,7 @@ def test_a_request_that_may_not_draft_costs_a_draft_model_nothing(draft_dir: Pat
         assert sum(found) > 130
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", OF_A_MODEL)
 def test_a_draft_model_as_it_pays(draft_dir: Path, policy: str) -> None:
     """gamma: auto, with long and short prompts: some rows catch up, and the output is unchanged."""
     speculation = {"drafter": "model", "model": str(draft_dir), "kv": kv_of(policy, 4, 6)}

@@ -17,17 +17,29 @@ from engine.worker.profiler import _path, load_profile, profile_key, save_profil
 from engine.worker.resolve import resolve
 from models.config import ModelConfig
 from tests.support.engines import TINY, complete, tiny_engine, tiny_model
+from tests.support.profiles import only_in_all
 from tests.support.ranks import DRAFT, write_random_model
 from tests.support.workloads import prompt_of
 
 KV: dict[str, dict[str, Any]] = {
     "window": {"budget": 16, "sink": 4},
+    "verified": {"policy": "verified", "budget": 16, "sink": 4},
+    "quest": {"policy": "quest", "budget": 16, "sink": 4, "interval": 2},
     "snapkv": {"policy": "snapkv", "budget": 16, "recent": 8, "queries": 5, "kernel": 3, "reselect": 4},
 }
 
 
-@pytest.mark.parametrize("policy", sorted(KV))
-@pytest.mark.parametrize("length", [4, 8, 20, 127, 128, 129, 140])
+LENGTHS = (4, 8, 20, 127, 128, 129, 140)
+
+
+@pytest.mark.parametrize(
+    ("length", "policy"),
+    [
+        *((length, policy) for length in LENGTHS for policy in ("window", "snapkv")),
+        *((8, "verified"), (129, "quest")),
+        *(only_in_all(length, policy) for length in LENGTHS for policy in ("verified", "quest")),
+    ],
+)
 def test_short_engines_and_small_pools_can_be_profiled(length: int, policy: str) -> None:
     engine = tiny_engine(
         tiny_model(),

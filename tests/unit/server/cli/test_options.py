@@ -70,14 +70,14 @@ def test_a_command_can_go_without() -> None:
         parse("--budget", "16", but=("budget",))
 
 
-@pytest.mark.parametrize("policy", ["window", "snapkv", "topk", "all"])
+@pytest.mark.parametrize("policy", ["window", "verified", "quest", "snapkv", "topk", "all"])
 def test_another_policy_than_the_files(tmp_path: Path, policy: str) -> None:
     """The other policy has only its own settings; of the file's, only the budget still applies."""
     path = tmp_path / "config.yaml"
     path.write_text("engine: {speculation: {kv: {policy: window, budget: 256, sink: 32}}}")
     kv = parse("--config", str(path), "--policy", policy).engine.speculation.kv
     assert (kv.policy, kv.budget) == (policy, None if policy == "all" else 256)
-    assert getattr(kv, "sink", None) == (32 if policy == "window" else None)
+    assert getattr(kv, "sink", None) == {"window": 32, "verified": 16, "quest": 16}.get(policy)
     assert parse("--config", str(CPU_YAML), "--policy", policy).engine.speculation.kv.policy == policy
 
 

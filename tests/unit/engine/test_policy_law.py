@@ -1,0 +1,206 @@
+"""Output with any KV policy, of any settings, equals output without drafts, token for token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config.kv import POLICIES
+from engine.control.step_times import StepSample
+from engine.core import Engine
+from engine.scheduler.controller import ControllerReport, FixedGamma
+from engine.scheduler.request import Request
+from models.llama import Llama
+from tests.support.conversations import Turn, check_answers, check_hits, crowd, play, random_turns
+from tests.support.engines import TINY, run, tiny_engine, tiny_model
+from tests.support.prefix_engines import model_on_kernels, trouble
+from tests.support.profiles import examples
+from tests.support.ranks import DRAFT, write_random_model
+from tests.support.tiny import TOKENS
+
+LONGEST = 110
+GRAMMARS = ["start: /[a-c]{1,9}/", "start: /(ab|c)+ x/", "start: /[^q]*/"]
+
+
+@cache
+def model() -> Llama:
+    return tiny_model(config=replace(TINY, vocab_size=TOKENS, eos_token_ids=(2,)))
+
+
+@pytest.fixture(scope="module")
+def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a draft model with the vocabulary of the tokenizer."""
+    return write_random_model(tmp_path_factory.mktemp("models") / "small", replace(DRAFT, vocab_size=TOKENS))
+
+
+class Restless(FixedGamma):
+    """Controller under which every round has another budget and every row another number of drafts."""
+
+    def __init__(self, rng: random.Random, gamma_max: int, budgets: Sequence[int]) -> None:
+        super().__init__(gamma_max)
+        self._rng, self._budgets = rng, budgets or [0]
+        self.report = ControllerReport()
+        self._plain = 0
+
+    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
+        """Choose at random, with plain phases that are longer than any policy's patience."""
+        self.budget = self._rng.choice(self._budgets)
+        if self._plain == 0 and self._rng.random() < 0.05:
+            self._plain = 20
+        self._plain = max(0, self._plain - 1)
+        if self._plain:
+            return [0] * len(rows)
+        return [self._rng.choice([0, self.gamma_max, self._rng.randint(0, self.gamma_max)]) for _ in rows]
+
+
+def settings_of(draw: st.DrawFn, policy: str, page: int, drafter: str) -> dict[str, Any]:
+    """Draw settings of a policy: budgets of a page or a few, or larger than any context."""
+    least = {"window": 2, "snapkv": 2}.get(policy, 1)
+    pages = draw(st.integers(least, 6) | st.just(LONGEST // page + 3))
+    kv: dict[str, Any] = {"policy": policy, "budget": pages * page}
+    sink = st.integers(1, 2 * page + 1) | st.just(LONGEST + 9)
+    if policy == "window":
+        kv["sink"] = draw(st.integers(1, (pages - 1) * page))
+        kv["positions"] = draw(st.sampled_from(["absolute", "absolute", "relative"]))
+    elif policy == "verified":
+        kv["sink"] = draw(sink)
+    elif policy == "quest":
+        kv |= {"sink": draw(sink), "interval": draw(st.integers(1, 7))}
+    elif policy == "snapkv":
+        kv |= {"recent": draw(st.integers(1, pages - 1)) * page, "queries": draw(st.integers(1, 20))}
+        kv |= {"kernel": draw(st.sampled_from([1, 3, 5]))}
+        kv["reselect"] = draw(st.sampled_from([None, 0, 1, 7])) if drafter == "self" else None
+    elif policy == "topk":
+        kv["budget"] = draw(st.integers(1, 40))
+    else:
+        del kv["budget"]
+    return kv
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of an engine, and the load that it gets.
+
+    drafter: self, or model. controlled: whether a controller changes gamma from row to row and round to round. spare:
+    pages of the pool beyond those of one request of maximum length; None: there are enough for all. cut: whether rounds
+    end early.
+    """
+
+    page: int
+    gamma: int | str
+    kv: dict[str, Any]
+    drafter: str
+    controlled: bool
+    prefix: bool
+    spare: int | None
+    batch_tokens: int
+    max_rows: int
+    cut: bool
+    seed: int
+    count: int
+
+    def engine(self, target: Llama, directory: Path | None, draft: Path | None) -> Engine:
+        """Build the engine. draft: directory of the draft model."""
+        speculation: dict[str, Any] = {"kv": self.kv, "gamma_max": 5}
+        if self.drafter == "model":
+            speculation |= {"drafter": "model", "model": str(draft)}
+        pages = 900 if self.spare is None else -(-LONGEST // self.page) + self.spare
+        with pytest.MonkeyPatch.context() as patch:
+            samples = [StepSample(1, 64, gamma, 0.001 * gamma, 0.01) for gamma in (0, 1, 5)]
+            patch.setattr("engine.core.load_profile", lambda key: samples)
+            engine = tiny_engine(
+                target,
+                gamma=self.gamma,  # type: ignore[arg-type]
+                page_size=self.page,
+                directory=directory,
+                speculation=speculation,
+                cache={"prefix": self.prefix, "num_pages": pages},
+                scheduler={"max_rows": self.max_rows, "max_batch_tokens": self.batch_tokens},
+                max_model_len=LONGEST,
+            )
+        if self.controlled:
+            settings = engine._config.speculation
+            budgets = settings.kv_budgets(self.page)
+            assert all(budgets)
+            engine._scheduler.controller = Restless(random.Random(self.seed), settings.max_draft_tokens, budgets)
+        return engine
+
+    def turns(self) -> list[Turn]:
+        """Make the load: a random one, and where pages are few, rows that preempt each other from the start."""
+        rng = random.Random(self.seed)
+        return (crowd(3, 60) if self.spare is not None else []) + random_turns(rng, self.page, self.count, 70, 30)
+
+
+@st.composite
+def cases(draw: st.DrawFn, policy: str, drafters: Sequence[str] = ("self",)) -> Case:
+    page = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
+    gamma = draw(st.integers(1, 6) | st.just("auto"))
+    drafter = draw(st.sampled_from(drafters))
+    return Case(
+        page=page,
+        gamma=gamma,
+        kv=settings_of(draw, policy, page, drafter),
+        drafter=drafter,
+        controlled=gamma == "auto" or draw(st.booleans()),
+        prefix=draw(st.booleans()),
+        spare=draw(st.sampled_from([None, None, 0, 3, 12])),
+        batch_tokens=draw(st.sampled_from([7, 20, 64])),
+        max_rows=draw(st.sampled_from([1, 3, 6])),
+        cut=draw(st.integers(0, 3)) == 0,
+        seed=draw(st.integers(0, 2**32)),
+        count=draw(st.integers(1, 9)),
+    )
+
+
+def check(case: Case, engine: Engine, plain: Engine, turns: Sequence[Turn], *, exact: bool = False) -> None:
+    if case.cut:
+        trouble(engine, random.Random(case.seed))
+    played = play(engine, turns, LONGEST)
+    check_answers(played, run(plain, played.requests), exact=exact)
+    if case.prefix:
+        check_hits(engine, played)
+    stats = engine.stats()
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
+
+
+def constrained(turns: Sequence[Turn], rng: random.Random) -> list[Turn]:
+    """Give some turns a grammar."""
+    return [
+        replace(turn, params={**turn.params, "grammar": rng.choice(GRAMMARS)})
+        if rng.random() < 0.2 and not turn.params.get("ignore_eos")
+        else turn
+        for turn in turns
+    ]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data())
+@examples(7, 120)
+def test_no_policy_changes_output(tokenizer_dir: Path, small_dir: Path, policy: str, data: st.DataObject) -> None:
+    """Ragged batches of conversations that join, share, branch and leave, with chunked prompts, preemption, rounds that
+    end early, and every way to sample."""
+    case = data.draw(cases(policy, ("self",) if policy == "verified" else ("self", "self", "model")))
+    engine = case.engine(model(), tokenizer_dir, small_dir)
+    settings: dict[str, Any] = {"cache": {"prefix": False}, "scheduler": {"max_rows": 16}, "max_model_len": LONGEST}
+    plain = tiny_engine(model(), gamma=0, page_size=16, directory=tokenizer_dir, **settings)
+    check(case, engine, plain, constrained(case.turns(), random.Random(case.seed)))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data())
+@examples(4, 60)
+def test_no_policy_changes_a_bit_on_cpu_kernels(policy: str, data: st.DataObject) -> None:
+    case = data.draw(cases(policy))
+    target = model_on_kernels(torch.bfloat16)
+    settings: dict[str, Any] = {"cache": {"prefix": False}, "scheduler": {"max_rows": 16}, "max_model_len": LONGEST}
+    plain = tiny_engine(target, gamma=0, page_size=16, **settings)
+    check(case, case.engine(target, None, None), plain, case.turns(), exact=True)
