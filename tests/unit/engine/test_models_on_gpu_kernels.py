@@ -216,6 +216,26 @@ def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -
     assert max(after - before for before, after in pairwise(replays)) == 3  # two for drafts, one for the target pass
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_captured_verify_passes_choose_what_drafts_read() -> None:
+    """With lists per layer; rows that vote, and rows that are missing from a graph. The same drafts are accepted as
+    where nothing is captured, and most rounds are three replays."""
+    recorded = Recorded()
+    asked = [
+        AddRequest(str(i), TEXT[: 31 + 7 * i], SamplingParams(max_tokens=14 + 4 * i, temperature=1.0, seed=i))
+        for i in range(2)
+    ]
+    speculation = {"kv": {"policy": "verified", "budget": 4, "sink": 4}}
+    settings: dict[str, Any] = {"scheduler": {"max_rows": 2}, "max_model_len": 60, "speculation": speculation}
+    expected = rounds_of(tiny_engine(model_on(REFERENCE), gamma=2, page_size=4, **settings), asked)
+    engine = tiny_engine(model_on(GpuOps(make_recorder=lambda: recorded)), gamma=2, page_size=4, **settings)
+    assert rounds_of(engine, asked) == expected
+    assert recorded.replayed > 10
+    stats = engine.stats()
+    assert stats.rejections > 0
+    assert stats.accepted_tokens > 3
+
+
 def test_captured_attention_follows_its_batch() -> None:
     """The last row has one query of its own, then none that sees three slots; its padding sees less, or nothing."""
     torch.manual_seed(0)
