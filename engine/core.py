@@ -150,6 +150,7 @@ class Engine:
             self._worker.num_pages,
             page_size,
             prefix=config.cache.prefix,
+            prompts_only=config.target_kv is not None,
             num_uncached_tokens=speculation.num_uncached_tokens,
             draft_pages=speculation.has_draft_pages,
             shared_stretch=self._resolved.shared_stretch,

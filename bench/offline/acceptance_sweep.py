@@ -208,7 +208,7 @@ def measure(
     vocab = VocabShard(target.vocab_start, target.vocab_size, target.config.vocab_size, group)
     sampler = Sampler(state, vocab, target.ops)
     config = config.model_copy(update={"cuda_graphs": False})  # every setup would capture its own graphs
-    runner = make_target(target, state, len(texts) * row_width)
+    runner = make_target(config, target, state, len(texts) * row_width)
 
     @cache
     def draft_model(directory: str) -> DraftModel:

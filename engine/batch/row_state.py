@@ -29,6 +29,7 @@ class RowState:
         overwritten.
     page_table: [max_rows, max_pages] int64, page ids in order.
     computed: [max_rows] int64, number of committed tokens whose target KV is valid.
+    num_prompt: [max_rows] int64, on the host: number of a row's first tokens that are its prompt.
     failures: host, rows that have failed.
     """
 
@@ -43,6 +44,7 @@ class RowState:
         self.tokens = torch.zeros(max_rows, max_model_len, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(max_rows, -(-max_model_len // page_size), dtype=torch.int64, device=device)
         self.computed = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.num_prompt = np.zeros(max_rows, dtype=np.int64)
         self._lists = PageLists(*self.page_table.shape)
 
     def apply(self, plan: RoundPlan) -> None:
@@ -51,6 +53,7 @@ class RowState:
             tokens = torch.tensor(start.tokens, dtype=torch.int32)
             self.tokens[start.row, : len(tokens)] = send(tokens, self.device)
             self.computed[start.row].fill_(start.computed)
+            self.num_prompt[start.row] = start.num_prompt
             self._lists.clear(start.row)
         for delta in plan.pages:
             self._lists.write(delta.row, delta.first, delta.pages)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
-from engine.config.kv import policy_of
+from engine.config.kv import TargetQuestConfig, policy_of
 from engine.config.settings import Positive, Settings
 from engine.config.speculation import SpeculationConfig
 from engine.logs import LogFormat
@@ -84,6 +84,8 @@ class EngineConfig(Settings):
     """CPU threads per rank; None: an equal share of the cores that affinity and CPU quotas allow."""
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    target_kv: TargetQuestConfig | None = None
+    """KV that the target reads of positions after a prompt; None: all. Anything else is lossy: it changes the text."""
     speculation: SpeculationConfig = SpeculationConfig()
     check_invariants: bool = False
     """Check after every round, not only when idle, that owned pages + free pages = total pages."""
@@ -91,6 +93,13 @@ class EngineConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.speculation.check(self.cache.page_size, self.tensor_parallel_size)
+        if self.target_kv is not None:
+            self.target_kv.check_target(self.cache.page_size)
+            if self.speculation.max_draft_tokens and self.speculation.kv.needs_dense_target:
+                raise ValueError(
+                    f"speculation.kv: {self.speculation.kv.policy} chooses by what the target reads, which is all KV "
+                    "only without target_kv"
+                )
         rows, tokens = self.scheduler.max_rows, self.scheduler.max_batch_tokens
         if tokens <= rows:
             raise ValueError(
@@ -206,7 +215,9 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> Config:
         *parents, leaf = dotted.split(".")
         node = data
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
             if not isinstance(node, dict):
                 raise ConfigError(f"{path}: {parent} must be a mapping of settings")
         if parents[-1:] == ["kv"] and leaf == "policy" and value != policy_of(node):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -42,6 +42,8 @@ class KVSettings(Settings):
 
     policy: str
     budget: int | None
+    needs_dense_target: ClassVar[bool] = False
+    """Whether drafts need a target that reads all KV."""
 
     @property
     def num_uncached_tokens(self) -> int:
@@ -193,6 +195,7 @@ class VerifiedConfig(KVSettings):
     """The KV to which the queries of the latest verify pass gave most weight, per layer, everything newer, and the
     first tokens (Vegas, arXiv 2602.07223): a view, chosen anew after every verify pass."""
 
+    needs_dense_target: ClassVar[bool] = True
     policy: Literal["verified"]
     budget: Positive = 256
     """KV tokens that are chosen per row; a multiple of page_size. A draft step reads the sink and the tokens after the
@@ -251,6 +254,25 @@ class QuestConfig(KVSettings):
 
     def state(self, page_size: int, max_gamma: int, drafter: DrafterName) -> KVState:
         return KVState(summaries=2)
+
+
+class TargetQuestConfig(QuestConfig):
+    """Quest for the target itself. It is lossy: positions after a prompt read part of their KV, and the text is another
+    one than the dense model's."""
+
+    budget: Positive = 1024
+    window: Positive = 256
+    """KV tokens before a choice that streaming heads read; a multiple of page_size."""
+    heads: str | None = None
+    """File of `magicdec profile heads`, whose lower half of KV heads stream: they read the sink and the window only."""
+
+    def check_target(self, page_size: int) -> None:
+        """Raise ValueError for settings that do not fit this page size."""
+        for name in ("budget", "window"):
+            if getattr(self, name) % page_size:
+                raise ValueError(
+                    f"target_kv.{name} ({getattr(self, name)}) must be a multiple of cache.page_size ({page_size})"
+                )
 
 
 class TopKConfig(KVSettings):

@@ -34,18 +34,20 @@ class KVManager:
         page_size: int,
         *,
         prefix: bool = True,
+        prompts_only: bool = False,
         num_uncached_tokens: int = 1,
         draft_pages: bool = False,
         shared_stretch: int = 0,
     ) -> None:
-        """prefix: whether there is a prefix index. num_uncached_tokens: number of tokens at the end of a request that
+        """prefix: whether there is a prefix index. prompts_only: whether it has pages of prompts only, because KV of
+        output depends on where the prompt ended. num_uncached_tokens: number of tokens at the end of a request that
         it always computes itself. draft_pages: whether the pages also hold a draft model's KV, which requests compute
         later than the target's, or not at all. shared_stretch: see kernels.ops.Ops.
         """
         self._page_size = page_size
         self._index = PrefixIndex(page_size)
         self._pages = PageAllocator(num_pages, self._index.__contains__, self._forget)
-        self._prefix = prefix
+        self._prefix, self._prompts_only = prefix, prompts_only
         self._num_uncached_tokens = num_uncached_tokens
         self._drafted: set[int] | None = set() if draft_pages else None  # indexed pages whose draft KV is computed
         self._stretch = max(1, shared_stretch // page_size) if shared_stretch else 0  # in pages
@@ -88,7 +90,7 @@ class KVManager:
             request.matched_at = self._index.removals
             places = range(len(matched))
             del matched[bisect(places, 0, key=lambda i: self._index.find(digests[i]) is not matched[i]) :]
-        limit = max(0, request.num_tokens - self._num_uncached_tokens) // self._page_size
+        limit = max(0, min(request.num_tokens - self._num_uncached_tokens, self._indexable(request))) // self._page_size
         del digests[limit:]  # those of a preempted request may reach further
         while len(matched) < limit:  # digests reach one page further than the pages that are found
             self._index.extend(digests, request.salt, request.tokens, len(matched) + 1)
@@ -152,7 +154,7 @@ class KVManager:
         index names the same pages whether rows draft or not, so the draft KV of an adopted page may have to be computed
         again: `draft_lag` grows.
         """
-        full = request.num_computed // self._page_size
+        full = min(request.num_computed, self._indexable(request)) // self._page_size
         adopted: Sequence[tuple[int, int]] = ()
         if full > request.num_indexed and self._prefix and not request.is_private:
             adopted = self._add_to_index(request, full)
@@ -164,6 +166,10 @@ class KVManager:
         if self._stretch and request.num_counted < request.num_indexed and request.decoding:
             self._count_reader(request)
         return adopted
+
+    def _indexable(self, request: Request) -> int:
+        """Return the number of first tokens whose KV the index can have."""
+        return request.num_prompt if self._prompts_only else request.num_tokens
 
     def _add_to_index(self, request: Request, full: int) -> list[tuple[int, int]]:
         """Enter the first `full` pages into the index, as far as they are not in it. Returns those that the request has

@@ -12,6 +12,7 @@ from engine.config.deployment import EngineConfig
 from engine.config.speculation import SpeculationConfig
 from engine.kv.policy import DraftSite
 from engine.kv.registry import make_policy
+from engine.kv.target_quest import make_target_reading
 from engine.sampling.grammar import Grammars
 from engine.sampling.sampler import Sampler
 from engine.speculation.draft_graphs import DraftGraphs
@@ -68,9 +69,13 @@ def make_graphs(config: EngineConfig, ops: Ops) -> Graphs | None:
     return ops.make_graphs() if ops.make_graphs is not None and config.cuda_graphs else None
 
 
-def make_target(model: Llama, state: RowState, num_pages: int) -> Runner:
+def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: int) -> Runner:
     """Make the target's runner, over a pool of its own. `make_drafter` captures its forwards."""
     pool = model.make_pool(num_pages, state.page_size)
+    if config.target_kv is not None:
+        max_queries = config.speculation.max_draft_tokens + 1
+        view, attention = make_target_reading(config.target_kv, model, state, pool, max_queries)
+        return Runner(model, pool, attention, view)
     return Runner(model, pool, _plain_attention(model, state.page_size), DenseView(state.page_table))
 
 
@@ -149,7 +154,7 @@ def _with_target_graphs(
     """Return the target's runner with captured forwards, and with one more observer."""
     if observer is not None:
         target = replace(target, observers=(*target.observers, observer))
-    if graphs is None:
+    if graphs is None or config.target_kv is not None:  # which chooses on the host what each layer reads
         return target
     forwards = ForwardGraphs(
         target.model,

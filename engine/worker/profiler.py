@@ -139,13 +139,13 @@ class Profiler:
 def blank_rows(
     rows: int, context: int, width: int, pages: int, shared: int = 0
 ) -> tuple[list[RowStart], list[PageDelta]]:
-    """Build rows of `context` computed tokens and a pending one, all 0, over `width` pages each.
+    """Build rows of a prompt of `context` computed tokens and a pending token, all 0, over `width` pages each.
 
     They list the first `pages` of the pool in cyclic order, the first `shared` of them in every row. With none shared,
     no two of up to `pages` rows begin with the same page, so attention that looks for shared pages finds none.
     """
     tokens, params = [0] * (context + 1), SamplingParams(temperature=0.0)
-    starts = [RowStart(row, tokens, context + 1, params, [], context) for row in range(rows)]
+    starts = [RowStart(row, tokens, context, params, [], context) for row in range(rows)]
     own = width - shared
     period = pages // math.gcd(own, pages)  # rows after which lists would begin with the same pages again
     firsts = [shared + row * own + row // period for row in range(rows)]

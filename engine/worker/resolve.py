@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.config.deployment import CacheConfig, ConfigError, EngineConfig
+from engine.config.kv import KVState
 from engine.worker.kernels import choose_ops
 from kernels.cpu.compiler import supported
 from kernels.cpu.cpus import usable_cores
@@ -101,6 +102,9 @@ def resolve(
     draft = _draft_shape(config, shape)
     token_bytes, fixed_bytes = _draft_bytes(config, draft or shape, dtype)
     token_bytes += _kv_bytes(shape, dtype, max(kv_heads))
+    if config.target_kv is not None:
+        page = config.cache.page_size
+        token_bytes += _summary_bytes(config.target_kv.state(page, 0, "self"), shape, dtype, max(kv_heads), page)
     head_dims = [each.head_dim for each in (shape, draft) if each is not None]
     resolved = Resolved(
         path=path,
@@ -244,9 +248,14 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
         kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size) + kept.queries * mine.heads.size * query_bytes
         for mine in heads
     )
-    token_bytes = _kv_bytes(shape, dtype, max(mine.kv_heads.size for mine in heads))
-    summary_bytes = -(-kept.summaries * token_bytes // (2 * page))  # a key is half of a token's KV
-    return token_bytes * settings.has_draft_pages + summary_bytes, fixed_bytes
+    kv_heads = max(mine.kv_heads.size for mine in heads)
+    summaries = _summary_bytes(kept, shape, dtype, kv_heads, page)
+    return _kv_bytes(shape, dtype, kv_heads) * settings.has_draft_pages + summaries, fixed_bytes
+
+
+def _summary_bytes(kept: KVState, shape: ModelConfig, dtype: torch.dtype, kv_heads: int, page_size: int) -> int:
+    """Return the bytes per token of the vectors that are kept for each page. A key is half of a token's KV."""
+    return -(-kept.summaries * _kv_bytes(shape, dtype, kv_heads) // (2 * page_size))
 
 
 def _with_pool(

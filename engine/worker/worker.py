@@ -126,7 +126,7 @@ class Worker:
         self._sampler = make_sampler(config, self._state, vocab, model.ops, self._grammars)
         self._graphs = make_graphs(config, model.ops)
         try:
-            target = make_target(model, self._state, num_pages)
+            target = make_target(config, model, self._state, num_pages)
             self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft, self._graphs)
         except BaseException:
             self.close()

@@ -1,0 +1,230 @@
+"""A target that reads only the pages whose keys may matter most (Quest, arXiv 2406.10774; LServe, arXiv 2502.14866).
+
+It is lossy: its text is not that of the dense model. But it is a function of tokens and positions alone, so output with
+speculation, preemption, chunks or other rows still equals output without.
+
+Queries of the prompt read everything. The positions after it form groups of `interval`. The first position of a group,
+its anchor, chooses per layer and KV head: from the full pages before the anchor, those with the largest bounds. All
+queries of the group read the first pages, the chosen ones, and every page from the anchor's on:
+
+    prompt of 9 pages; group of positions 153 … 156, page_size 16, sink 1, budget of 3 pages
+
+    [0] 1 [2] 3 4 [5] 6 7 [8 | 9 (152)
+
+Streaming heads, which look little beyond the sink and the most recent tokens, read only these (LServe, section 3.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch.row_state import RowState
+from engine.config.kv import TargetQuestConfig
+from kernels.attention.base import AttentionBackend, AttentionBatch
+from kernels.key_summaries import KeySummaries
+from kernels.kv_cache import KVPool, LayerKV
+from kernels.ragged import Ints, ragged_arange
+from kernels.transfer import send_all
+from models.llama import Llama
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """Queries of prompts, which read everything. tokens: [n] int64, their indices in the batch."""
+
+    tokens: Tensor
+    batch: AttentionBatch
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Queries after prompts, in groups that read the same pages.
+
+    counts: [groups], queries of each. lasts: [groups], position of its last query. Both on the host. tokens: [queries]
+    int64, their indices in the batch. anchors: [new] int64, indices in the batch of the anchors among them, and new:
+    [new] int64, the groups of these. rows: [groups] int64, row slots. places: [groups] int64, places in the ring of a
+    row's choices. kept: [kept] int64, groups whose choice later forwards may need. ends: [groups], on the host and on
+    the device: number of full pages before the anchor.
+    """
+
+    counts: Ints
+    lasts: Ints
+    host_ends: Ints
+    tokens: Tensor
+    anchors: Tensor
+    new: Tensor
+    rows: Tensor
+    places: Tensor
+    kept: Tensor
+    ends: Tensor
+
+
+class TargetQuestView:
+    """View of all KV, whose attention reads less. It tells attention the rows and positions of a forward."""
+
+    per_layer = False
+
+    def __init__(self, page_table: Tensor) -> None:
+        self.page_table = page_table
+        self.expected: tuple[Ints, Ints] | None = None
+
+    def skipped(self, rows: Ints, contexts: Ints) -> Ints:
+        self.expected = rows, contexts
+        return contexts * 0
+
+    def leading(self, rows: Ints, contexts: Ints) -> Ints:
+        return contexts * 0  # groups of rows with the same pages read different ones
+
+    def pages(self, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
+        return self.page_table[rows, :width]
+
+
+class TargetQuestAttention:
+    """Attention of the target, over a batch that lists all KV (TargetQuestView)."""
+
+    def __init__(
+        self,
+        model: Llama,
+        state: RowState,
+        pool: KVPool,
+        view: TargetQuestView,
+        config: TargetQuestConfig,
+        max_queries: int,
+    ) -> None:
+        """max_queries: largest number of queries of a decoding row in a forward."""
+        page = state.page_size
+        self._state, self._view = state, view
+        self._interval, self._count = config.interval, config.budget // page
+        self._sink, self._window = -(-config.sink // page), config.window // page
+        self._summaries = KeySummaries(pool)
+        self._kv_heads = model.kv_heads
+        # Choices of the latest groups of each row: of those that a forward may begin again after rejected drafts, and
+        # the one before.
+        self._ring = -(-max_queries // config.interval) + 2
+        shape = (model.num_layers, len(state.tokens), self._ring, model.kv_heads, self._count)
+        self._chosen = torch.zeros(shape, dtype=torch.int64, device=state.device)
+        self._dense_attention = model.ops.attention(page, model.head_dim)
+        self._attention: AttentionBackend = model.ops.attention(page, model.head_dim)
+        self._streams = torch.zeros(model.num_layers, model.kv_heads, dtype=torch.bool)
+        self._written: Tensor
+        self._dense: _Dense | None = None
+        self._groups: _Groups | None = None
+
+    def plan(self, batch: AttentionBatch) -> None:
+        assert self._view.expected is not None, "a batch of another view"
+        (rows, contexts), self._view.expected = self._view.expected, None
+        first, prompt = contexts - 1, self._state.num_prompt[rows]
+        queries = np.array(batch.query_lengths)
+        page, device = self._state.page_size, batch.pages.device
+        begin = first // page
+        pages = -(-(first + queries) // page) - begin
+        row, column = np.repeat(np.arange(len(pages)), pages), np.repeat(begin, pages) + ragged_arange(pages)
+        row_index, columns = send_all(device, row, column)
+        self._written = batch.pages[row_index, columns]
+        starts = queries.cumsum() - queries
+        dense = np.clip(prompt - first, 0, queries)
+        self._dense, self._groups = None, None
+        if (some := np.flatnonzero(dense)).size:
+            count = dense[some]
+            tokens, members = send_all(device, np.repeat(starts[some], count) + ragged_arange(count), some)
+            part = AttentionBatch(count.tolist(), (first + dense)[some].tolist(), batch.pages[members])
+            self._dense = _Dense(tokens, part)
+            self._dense_attention.plan(part)
+        sparse = queries - dense
+        if sparse.any():
+            token = np.repeat(starts + dense, sparse) + ragged_arange(sparse)
+            position = np.repeat(first + dense, sparse) + ragged_arange(sparse)
+            self._groups = self._group(rows, np.repeat(np.arange(len(rows)), sparse), prompt, token, position)
+
+    def _group(self, rows: Ints, row: Ints, prompt: Ints, token: Ints, position: Ints) -> _Groups:
+        """Group queries. row, token, position: [queries], the row of the batch, index in it, and position of each."""
+        number = (position - prompt[row]) // self._interval  # of its group, in its row
+        new_group = np.ones(len(row), dtype=bool)
+        new_group[1:] = (row[1:] != row[:-1]) | (number[1:] != number[:-1])
+        heads = np.flatnonzero(new_group)
+        counts = np.diff(np.append(heads, len(row)))
+        group_row, group_number = row[heads], number[heads]
+        anchor = prompt[group_row] + group_number * self._interval
+        new = np.flatnonzero(position[heads] == anchor)
+        latest = np.zeros(len(rows), dtype=np.int64)
+        np.maximum.at(latest, group_row, group_number)
+        kept = new[group_number[new] > latest[group_row[new]] - self._ring]
+        ends = anchor // self._state.page_size
+        device = self._state.device
+        parts = (token, token[heads][new], new, rows[group_row], group_number % self._ring, kept, ends)
+        return _Groups(counts, position[heads + counts - 1], ends, *send_all(device, *parts))
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See PlannedAttention.run."""
+        self._summaries.update(layer, self._written)
+        if self._groups is None:
+            return self._dense_attention.run(layer, q, scale)
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        if self._dense is not None:
+            tokens = self._dense.tokens
+            out[tokens], lse[tokens] = self._dense_attention.run(layer, q[tokens], scale)
+        self._run_groups(self._groups, layer, q, scale, out, lse)
+        return out, lse
+
+    def _choose(self, groups: _Groups, layer: LayerKV, q: Tensor) -> Tensor:
+        """Return the chosen pages of each group, [groups, kv_heads, count] int64. Groups that read all candidates need
+        none of them."""
+        chosen = self._chosen[layer.index, groups.rows, groups.places]
+        if len(groups.new):
+            tables = self._state.page_table[groups.rows[groups.new]]
+            scores = self._summaries.scores(layer, q[groups.anchors], tables)
+            page = torch.arange(tables.shape[1], device=q.device)
+            excluded = (page < self._sink) | (page >= groups.ends[groups.new, None])
+            scores.masked_fill_(excluded[:, None], float("-inf"))
+            count = min(self._count, tables.shape[1])
+            chosen[groups.new, :, :count] = scores.topk(count).indices
+            kept = groups.kept
+            self._chosen[layer.index, groups.rows[kept], groups.places[kept]] = chosen[kept]
+        return chosen
+
+    def _run_groups(self, groups: _Groups, layer: LayerKV, q: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+        """Attend with all groups. Each of their KV heads is a row of a pool with one KV head, since it has its own list
+        and length."""
+        chosen, kv_heads, page = self._choose(groups, layer, q), self._kv_heads, self._state.page_size
+        streams = self._streams[layer.index].numpy()
+        counts = np.where(streams, self._window, self._count)  # [kv_heads]
+        candidates = np.maximum(groups.host_ends - self._sink, 0)[:, None]
+        skipped = np.maximum(candidates - counts, 0)  # [groups, kv_heads], in pages
+        lengths = groups.lasts[:, None] + 1 - skipped * page
+        width = -(-int(lengths.max()) // page)
+        device = q.device
+        left_out, chooses = send_all(device, skipped.ravel(), (~streams & (skipped > 0)).astype(np.int64).ravel())
+        shape = (len(groups.counts), kv_heads, 1)
+        column = torch.arange(width, device=device)
+        own = column + torch.where(column < self._sink, 0, left_out.view(shape))
+        is_chosen = chooses.view(shape).bool() & (column >= self._sink) & (column < self._sink + self._count)
+        columns = torch.where(is_chosen, chosen[..., (column - self._sink).clamp_(0, self._count - 1)], own)
+        table = self._state.page_table
+        pages = table[groups.rows[:, None, None], columns.clamp_(max=table.shape[1] - 1)]
+        heads = torch.arange(kv_heads, device=device)
+        pages = (pages * kv_heads + heads[:, None]).flatten(0, 1)
+        # Queries by group, then by KV head.
+        counts_by_head = np.repeat(groups.counts, kv_heads)
+        firsts = np.repeat(groups.counts.cumsum() - groups.counts, kv_heads)
+        (place,) = send_all(device, np.repeat(firsts, counts_by_head) + ragged_arange(counts_by_head))
+        (head,) = send_all(device, np.repeat(np.tile(np.arange(kv_heads), len(groups.counts)), counts_by_head))
+        index = groups.tokens[place] * kv_heads + head
+        group = q.shape[1] // kv_heads
+        k, v = (part.view(-1, 1, *part.shape[2:]) for part in (layer.k, layer.v))
+        self._attention.plan(AttentionBatch(counts_by_head.tolist(), lengths.ravel().tolist(), pages))
+        mine, sums = self._attention.run(LayerKV(k, v, layer.index), q.reshape(-1, group, q.shape[2])[index], scale)
+        out.view(-1, group, q.shape[2])[index] = mine
+        lse.view(-1, group)[index] = sums
+
+
+def make_target_reading(
+    config: TargetQuestConfig, model: Llama, state: RowState, pool: KVPool, max_queries: int
+) -> tuple[TargetQuestView, TargetQuestAttention]:
+    """Make view and attention of a target that reads less than all KV. max_queries: see TargetQuestAttention."""
+    view = TargetQuestView(state.page_table)
+    return view, TargetQuestAttention(model, state, pool, view, config, max_queries)

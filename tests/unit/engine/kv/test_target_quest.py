@@ -1,0 +1,145 @@
+"""A target that reads part of its KV: the law of that target, and the dense one where its budget covers the context."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config.deployment import ConfigError
+from engine.core import Engine
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from models.llama import Llama
+from tests.support.engines import complete, complete_all, run, tiny_engine, tiny_model, tokens
+from tests.support.prefix_engines import model_on_kernels
+from tests.support.profiles import examples
+from tests.support.workloads import SAMPLING, prompt_of
+
+PAGE = 4
+
+
+@cache
+def model() -> Llama:
+    return tiny_model()
+
+
+def engine_of(gamma: int = 0, budget: int = 8, interval: int = 3, page: int = PAGE, **settings: Any) -> Engine:
+    target = {"policy": "quest", "budget": budget, "interval": interval, "sink": 4, "window": 2 * page}
+    return tiny_engine(model(), gamma=gamma, page_size=page, target_kv=target, **settings)
+
+
+@given(
+    gamma=st.integers(1, 6),
+    policy=st.sampled_from(["window", "snapkv", "quest"]),
+    interval=st.integers(1, 5),
+    budget=st.integers(1, 4),
+    batch_tokens=st.sampled_from([20, 64, 200]),
+    pages=st.sampled_from([60, 400]),
+    prefix=st.booleans(),
+    rows=st.lists(
+        st.tuples(st.integers(1, 70), st.integers(1, 40), st.sampled_from(SAMPLING[:9]), st.integers(0, 9)),
+        min_size=1,
+        max_size=5,
+    ),
+)
+@examples(25, 120)
+def test_the_law_of_that_target(
+    gamma: int,
+    policy: str,
+    interval: int,
+    budget: int,
+    batch_tokens: int,
+    pages: int,
+    prefix: bool,
+    rows: list[tuple[int, int, dict[str, Any], int]],
+) -> None:
+    """With drafts, chunks, other rows, a prefix cache and preemption: the text of plain decoding, row by row."""
+    kv = {"policy": policy, "budget": 16} | ({"recent": 8, "queries": 4} if policy == "snapkv" else {"sink": 4})
+    cache = {"num_pages": pages, "prefix": prefix}
+    settings: dict[str, Any] = {"max_model_len": 120, "scheduler": {"max_batch_tokens": batch_tokens, "max_rows": 4}}
+    engine = engine_of(gamma, budget * PAGE, interval, cache=cache, speculation={"kv": kv}, **settings)
+    alone = engine_of(0, budget * PAGE, interval, cache={"prefix": False}, max_model_len=120)
+    requests = [
+        AddRequest(
+            str(i), prompt_of(length, i % 2), SamplingParams(max_tokens=new, seed=i, ignore_eos=True, **sampling)
+        )
+        for i, (length, new, sampling, _) in enumerate(rows)
+    ]
+    joins = {str(i): join for i, (*_, join) in enumerate(rows)}
+    outputs = run(engine, requests, joins=joins, leaves={})
+    for request in requests:
+        assert tokens(outputs[request.id]) == complete(alone, request.prompt, request.params)
+
+
+def test_output_in_a_prompt_is_read_as_a_prompt() -> None:
+    """The KV of output is another one than a prompt of the same tokens has, so the prefix cache does not keep it."""
+    with_cache, without = engine_of(), engine_of(cache={"prefix": False})
+    first, params = prompt_of(50, 1), SamplingParams(max_tokens=40, temperature=1.0, seed=2, ignore_eos=True)
+    answer = complete(with_cache, first, params)
+    assert answer == complete(without, first, params)
+    again = SamplingParams(max_tokens=30, temperature=1.0, seed=3, ignore_eos=True)
+    follow_up = [*first, *answer, *prompt_of(7, 4)]
+    assert complete(with_cache, follow_up, again) == complete(without, follow_up, again)
+    assert with_cache.stats().prefix_hits == 48  # the prompt's full pages, without one of the answer's
+
+
+@pytest.mark.parametrize("page", [4, 16])
+def test_a_budget_over_the_context_is_dense(page: int) -> None:
+    dense = tiny_engine(model(), gamma=0, page_size=page)
+    params = SamplingParams(max_tokens=80, temperature=1.0, seed=5, ignore_eos=True)
+    covering = engine_of(budget=160, page=page)
+    requests = [AddRequest(str(i), prompt_of(20 + 13 * i, i), params) for i in range(4)]
+    assert complete_all(covering, requests) == complete_all(dense, requests)
+
+
+def test_a_small_budget_is_lossy() -> None:
+    params = SamplingParams(max_tokens=80, temperature=1.0, seed=5, ignore_eos=True)
+    text = complete(engine_of(budget=4), prompt_of(100, 2), params)
+    assert text != complete(tiny_engine(model(), gamma=0), prompt_of(100, 2), params)
+
+
+def test_drafts_of_the_target_itself_are_accepted() -> None:
+    """A draft that reads everything agrees with a target whose budget covers the context."""
+    engine = engine_of(3, 160, speculation={"kv": {"policy": "all"}})
+    complete(engine, prompt_of(60, 2), SamplingParams(max_tokens=60, temperature=1.0, seed=1, ignore_eos=True))
+    assert engine.stats().rejections == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"target_kv": {"policy": "quest", "budget": 30}, "speculation": {"gamma": 0}},
+            "target_kv.budget .30. must be a multiple",
+        ),
+        ({"target_kv": {"policy": "window", "budget": 32}}, "target_kv.policy"),
+        (
+            {"target_kv": {"policy": "quest"}, "speculation": {"kv": {"policy": "verified"}}},
+            "only without target_kv",
+        ),
+    ],
+)
+def test_refusals(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, ValueError), match=message):
+        tiny_engine(model(), gamma=2, page_size=16, **settings)
+
+
+def test_to_the_bit_on_cpu_kernels() -> None:
+    """In bfloat16: drafts, other rows and chunks change no bit; nor does a budget that covers the context."""
+    bf16 = model_on_kernels(torch.bfloat16)
+    params = SamplingParams(max_tokens=50, temperature=1.0, seed=5, ignore_eos=True)
+    requests = [AddRequest(str(i), prompt_of(30 + 21 * i, i), params) for i in range(3)]
+
+    def text(gamma: int, budget: int | None, batch_tokens: int) -> dict[str, list[int]]:
+        target = None if budget is None else {"policy": "quest", "budget": budget, "sink": 4}
+        scheduler = {"max_batch_tokens": batch_tokens}
+        engine = tiny_engine(bf16, gamma=gamma, budget=32, page_size=16, target_kv=target, scheduler=scheduler)
+        return complete_all(engine, requests)
+
+    assert text(0, 16, 64) == text(4, 16, 200)
+    assert text(0, 160, 64) == text(0, None, 200)
