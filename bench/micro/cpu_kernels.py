@@ -5,7 +5,8 @@
 The kernels are those that are chosen for this processor, or those of one of its instruction sets. Attention cycles
 through the layers of a KV pool larger than the CPU caches, by rows with pages of their own and by rows that list the
 same pages, which it reads once. Matrix products read the weights of a 30-layer model. Data are random, in the default
-model's shapes: 9 query heads and 3 KV heads of dimension 64, hidden size 576.
+model's shapes: 9 query heads and 3 KV heads of dimension 64, hidden size 576. Votes are those of two queries per row,
+per page and per slot; choosing the best of them is compared with torch's topk.
 
 The last lines say whether the bits of a row's product in torch depend on the number of rows, and whether they are ours.
 A row's result must be the same beside any others: torch could multiply many rows only if it also multiplied single
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from bench.machine import describe_processor
 from bench.micro.bandwidth import read_bandwidth
-from kernels.attention.base import AttentionBatch
+from kernels.attention.base import AttentionBatch, Ballot
 from kernels.attention.cpu_attention import CpuAttention
 from kernels.cpu.choice import KernelChoice
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, supported
@@ -49,6 +50,8 @@ _CHUNK = (1, 4096, 512)
 """Rows, context and queries per row of attention in a chunk of a prompt."""
 _SHARED = (16, 6144)
 """Rows and context of attention while decoding, of rows that list the same pages."""
+_VOTES = (16, 7500)
+"""Rows and context of attention whose queries vote."""
 _ROWS = (1, 2, 4, 8, 16, 64, 256, 512)
 """Row counts of products."""
 
@@ -111,6 +114,32 @@ def shared_pages(kernels: CpuKernels, rows: int, context: int, queries: Sequence
                 f"{speed / 1e9:.1f} GB/s, {speed / ceiling:.0%} of a read, "
                 f"{attention_flops(rows, context, count) / taken / 1e9:.0f} GFLOP/s, {taken / own:.2f} x own pages"
             )
+
+
+def votes(kernels: CpuKernels, rows: int, context: int, queries: Sequence[int]) -> None:
+    """Measure what votes add to attention, by turns, and how long it takes to choose the best of them."""
+    layers_of, pages = _pool(rows, context)
+    layers, units = cycle(layers_of), {"page": _PAGE, "slot": 1}
+    for count in queries:
+        q = torch.randn(rows * count, _HEADS, _HEAD_DIM, dtype=torch.bfloat16)
+        ballots: dict[str, Ballot | None] = {"none": None}
+        for name, unit in units.items():
+            counted = torch.empty(rows, _KV_HEADS, pages.shape[1] * _PAGE // unit)
+            ballots[name] = Ballot(torch.tensor([[0, count - 1]] * rows), unit, counted)
+        taken: dict[str, list[float]] = {name: [] for name in ballots}
+        for _ in range(60):
+            for name, ballot in ballots.items():
+                backend = CpuAttention(kernels)
+                backend.plan(AttentionBatch([count] * rows, [context] * rows, pages, ballot=ballot))
+                taken[name].append(seconds(lambda b=backend, q=q: b.run(next(layers), q, 0.125), 1))  # type: ignore[misc]
+        plain = median(taken["none"])
+        added = ", ".join(f"{median(taken[name]) / plain - 1:+.1%} per {name}" for name in units)
+        print(f"votes {rows:5} x {context:5}, {count:3} queries: {1e3 * plain:7.2f} ms without, {added}")
+    for name, unit in units.items():
+        counted = torch.rand(rows * _KV_HEADS, context // unit)
+        best = counted.shape[1] // 15
+        ours, theirs = seconds(lambda: kernels.best(counted, best), 20), seconds(lambda: counted.topk(best), 20)  # noqa: B023
+        print(f"best {best} of {tuple(counted.shape)}, per {name}: {1e6 * ours:.0f} µs, topk {1e6 * theirs:.0f} µs")
 
 
 def kv_bytes(rows: int, context: int) -> int:
@@ -226,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for rows, context in _DECODING:
         attention(kernels, rows, context, (1, 2, 4, 7), ceiling)
     shared_pages(kernels, *_SHARED, (1, 4), ceiling)
+    votes(kernels, *_VOTES, (4, 7, 9))
     attention(kernels, *_CHUNK[:2], _CHUNK[2:], ceiling)
     products(kernels, _ROWS)
     compare_bits(kernels, _ROWS)

@@ -89,6 +89,7 @@ def test_cpu_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(cpu_kernels, "_POOL_BYTES", 1e6)
     monkeypatch.setattr(cpu_kernels, "_DECODING", ((2, 64),))
     monkeypatch.setattr(cpu_kernels, "_SHARED", (2, 1100))
+    monkeypatch.setattr(cpu_kernels, "_VOTES", (2, 480))
     monkeypatch.setattr(cpu_kernels, "_CHUNK", (1, 128, 64))
     monkeypatch.setattr(cpu_kernels, "_ROWS", (1, 3))
     monkeypatch.setattr(cpu_kernels, "_LAYERS", 1)
@@ -101,6 +102,8 @@ def test_cpu_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     text = capsys.readouterr().out
     assert f"given: attention {target.name}" in text
     assert "64 queries" in text
+    assert "votes     2 x   480,   9 queries" in text
+    assert "best 2 of (6, 30), per page" in text
     assert text.count("1.00 x own pages") >= 2
     assert text.count("the same pages: ") == 2
     assert text.count("ours, one row and several: are the same") == 4
