@@ -203,7 +203,10 @@ class VerifiedConfig(KVSettings):
     def check(self, page_size: int, drafter: DrafterName) -> None:
         self._check_pages(page_size, "budget")
         if drafter == "model":
-            raise ValueError("speculation.kv: verified chooses from the target's KV, which a draft model does not read")
+            raise ValueError(
+                "speculation.kv: verified chooses from the target's KV, which a draft model does not read; set another "
+                "policy, such as quest, or drafter: self"
+            )
 
     def budgets(self, page_size: int) -> list[int]:
         """Return the configured budget, half of it and a quarter: the best tokens of those chosen."""
