@@ -13,12 +13,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from engine.config.kv import POLICIES
+from engine.batch.row_state import RowState
+from engine.batch.runner import Runner
+from engine.batch.view import View
+from engine.config.kv import MAX_PLAIN_TOKENS, POLICIES
 from engine.control.step_times import StepSample
 from engine.core import Engine
 from engine.scheduler.controller import ControllerReport, FixedGamma
 from engine.scheduler.request import Request
+from kernels.attention.base import AttentionBatch
+from kernels.ragged import Ints
+from models.batch import ForwardBatch
 from models.llama import Llama
 from tests.support.conversations import Turn, check_answers, check_hits, crowd, play, random_turns
 from tests.support.engines import TINY, run, tiny_engine, tiny_model
@@ -204,3 +211,76 @@ def test_no_policy_changes_a_bit_on_cpu_kernels(policy: str, data: st.DataObject
     settings: dict[str, Any] = {"cache": {"prefix": False}, "scheduler": {"max_rows": 16}, "max_model_len": LONGEST}
     plain = tiny_engine(target, gamma=0, page_size=16, **settings)
     check(case, case.engine(target, None, None), plain, case.turns(), exact=True)
+
+
+class Lists:
+    """Checks of the page lists of every draft step of an engine: they are pages of the row's own, each listed once, the
+    first ones and the newest among them; no more than captured graphs have room for; and about as many tokens as the
+    cost model counts."""
+
+    def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
+        self._engine = engine
+        self._page, self._settings = engine._config.cache.page_size, engine._config.speculation
+        self._runner = engine._worker._drafter._drafter._runner  # type: ignore[attr-defined]
+        self._width = self._settings.kv.max_pages(
+            self._page, self._settings.max_draft_tokens, engine._worker._state.page_table.shape[1]
+        )
+        self._made: dict[int, tuple[Ints, View]] = {}
+        self.steps = self.selective = 0
+        make, forward = RowState.forward_inputs, Runner.forward
+
+        def make_watched(
+            state: RowState, rows: Ints, computed: Ints, ahead: Ints, queries: Ints, view: View, logit_index: Ints
+        ) -> ForwardBatch:
+            batch = make(state, rows, computed, ahead, queries, view, logit_index)
+            self._made = {id(batch): (rows, view)}
+            return batch
+
+        def forward_watched(runner: Runner, batch: ForwardBatch) -> Tensor:
+            logits = forward(runner, batch)
+            if runner is self._runner:
+                self._check(batch.attention, *self._made[id(batch)])
+            return logits
+
+        patch.setattr(RowState, "forward_inputs", make_watched)
+        patch.setattr(Runner, "forward", forward_watched)
+
+    def _check(self, batch: AttentionBatch, rows: Ints, view: View) -> None:
+        settings, page = self._settings, self._page
+        kv = settings.kv
+        if budget := self._engine._scheduler.controller.budget:
+            kv = kv.with_budget(budget)
+        assert batch.pages.shape[-1] <= self._width
+        # What is newer than a choice: the rest of a page, and the drafts; plain rounds and a whole round, if it is old.
+        slack = {"quest": page + 2 + settings.max_draft_tokens}.get(kv.policy, 0)
+        if kv.policy == "verified":
+            slack = page + MAX_PLAIN_TOKENS + 1 + 2 * settings.max_draft_tokens
+        for i, row in enumerate(rows.tolist()):
+            read, skipped = batch.kv_lengths[i], batch.skipped[i]
+            if batch.query_lengths[i] == 1:
+                assert abs(read - kv.tokens_read(read + skipped, page)) <= slack
+            count = -(-read // page)
+            table = view.page_table[row, : -(-(read + skipped) // page)].tolist()
+            lists = (batch.pages[:, i] if batch.per_layer else batch.pages[i]).reshape(-1, batch.pages.shape[-1])
+            for listed in lists[:, :count].tolist():
+                assert len(set(listed)) == count
+                assert set(listed) <= set(table)
+                assert (listed[0], listed[-1]) == (table[0], table[-1])
+                assert skipped or listed == table
+            self.steps += 1
+            self.selective += skipped > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data())
+@examples(4, 100)
+def test_drafts_list_pages_of_their_row(small_dir: Path, policy: str, data: st.DataObject) -> None:
+    case = data.draw(cases(policy, ("self",) if policy == "verified" else ("self", "self", "model")))
+    target = tiny_model(config=replace(TINY, vocab_size=TOKENS, eos_token_ids=(2,)))
+    engine = case.engine(target, None, small_dir)
+    if case.cut:
+        trouble(engine, random.Random(case.seed))
+    with pytest.MonkeyPatch.context() as patch:
+        lists = Lists(engine, patch)
+        play(engine, [*crowd(1, 80), *case.turns()], LONGEST)
+    assert lists.steps > 0
