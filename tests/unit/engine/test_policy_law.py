@@ -221,7 +221,10 @@ class Lists:
     def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
         self._engine = engine
         self._page, self._settings = engine._config.cache.page_size, engine._config.speculation
-        self._runner = engine._worker._drafter._drafter._runner  # type: ignore[attr-defined]
+        drafter: Any = engine._worker._drafter
+        self._runner, view = drafter._drafter._runner, drafter._drafter._policy.view(0)
+        by_row = view.per_layer or view.page_table is not engine._worker._state.page_table
+        assert self._settings.drafts_share is not (by_row or self._settings.kv.policy == "topk")
         self._width = self._settings.kv.max_pages(
             self._page, self._settings.max_draft_tokens, engine._worker._state.page_table.shape[1]
         )
