@@ -21,6 +21,8 @@ from engine.batch.view import View
 from engine.config.kv import MAX_PLAIN_TOKENS, POLICIES
 from engine.control.step_times import StepSample
 from engine.core import Engine
+from engine.messages import AddRequest, RequestOutput
+from engine.params import SamplingParams
 from engine.scheduler.controller import ControllerReport, FixedGamma
 from engine.scheduler.request import Request
 from kernels.attention.base import AttentionBatch
@@ -28,11 +30,12 @@ from kernels.ragged import Ints
 from models.batch import ForwardBatch
 from models.llama import Llama
 from tests.support.conversations import Turn, check_answers, check_hits, crowd, play, random_turns
-from tests.support.engines import TINY, run, tiny_engine, tiny_model
+from tests.support.engines import TINY, complete_all, run, tiny_engine, tiny_model, tokens
 from tests.support.prefix_engines import model_on_kernels, trouble
 from tests.support.profiles import examples
 from tests.support.ranks import DRAFT, write_random_model
 from tests.support.tiny import TOKENS
+from tests.support.workloads import kv_of, prompt_of
 
 LONGEST = 110
 GRAMMARS = ["start: /[a-c]{1,9}/", "start: /(ab|c)+ x/", "start: /[^q]*/"]
@@ -287,3 +290,57 @@ def test_drafts_list_pages_of_their_row(small_dir: Path, policy: str, data: st.D
         lists = Lists(engine, patch)
         play(engine, [*crowd(1, 80), *case.turns()], LONGEST)
     assert lists.steps > 0
+
+
+def simple(policy: str) -> dict[str, Any]:
+    """Settings of a policy with a small budget."""
+    return kv_of(policy, 4, 2)
+
+
+def three(seed: int) -> list[AddRequest]:
+    params = SamplingParams(max_tokens=50, temperature=1.0, seed=seed, ignore_eos=True)
+    return [AddRequest(str(i), prompt_of(40 + 9 * i, seed + i), params) for i in range(3)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_row_whose_kv_is_no_number_fails_alone(policy: str) -> None:
+    """And its pages and its row slot serve the next requests."""
+    settings: dict[str, Any] = {"cache": {"prefix": False, "num_pages": 90}, "speculation": {"kv": simple(policy)}}
+    engine = tiny_engine(tiny_model(), gamma=3, scheduler={"max_rows": 3}, max_model_len=LONGEST, **settings)
+    plain = tiny_engine(tiny_model(), gamma=0)
+    expected = complete_all(plain, three(0))
+    outputs: dict[str, list[RequestOutput]] = {request.id: [] for request in three(0)}
+    for request in three(0):
+        engine.add(request)
+    for step in range(200):
+        if step == 6:
+            (victim,) = (each for each in engine._scheduler.running if each.id == "1")
+            assert victim.num_output > 0
+            engine._worker._target.pool.data[:, :, victim.pages[3:9]] = float("nan")
+        for output in engine.step():
+            outputs[output.id].append(output)
+    assert not engine.has_work()
+    assert outputs["1"][-1].error is not None
+    for id, found in outputs.items():
+        assert tokens(found) == expected[id][: len(tokens(found)) if id == "1" else None]
+    assert complete_all(engine, three(5)) == complete_all(plain, three(5))
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "verified"])
+def test_draft_kv_that_is_no_number_changes_nothing(draft_dir: Path, policy: str) -> None:
+    speculation = {"drafter": "model", "model": str(draft_dir), "kv": simple(policy)}
+    engine = tiny_engine(tiny_model(), gamma=3, max_model_len=LONGEST, speculation=speculation)
+    drafter: Any = engine._worker._drafter
+    outputs: dict[str, list[RequestOutput]] = {request.id: [] for request in three(0)}
+    for request in three(0):
+        engine.add(request)
+    for step in range(200):
+        if step in (0, 6):
+            drafter._drafter._policy.full.data[:, :, 5:20] = float("nan")
+            drafter._drafter._policy.pool.data[:, :, 2:5] = float("nan")
+        for output in engine.step():
+            outputs[output.id].append(output)
+    assert not engine.has_work()
+    expected = complete_all(tiny_engine(tiny_model(), gamma=0), three(0))
+    assert {id: tokens(found) for id, found in outputs.items()} == expected
+    assert engine.stats().draft_tokens > 50
