@@ -139,7 +139,7 @@ class Engine:
         if samples is None:
             samples = profile(self.profiler, self._config)
             save_profile(key, samples)
-        times = StepTimes(samples, draft_tokens_read(self._config))
+        times = StepTimes(samples, draft_tokens_read(self._config), drafts_share=speculation.drafts_share)
         budgets = speculation.kv_budgets(self._config.cache.page_size) or [0]
         return AutoGamma(times, speculation.gamma_max, budgets, speculation.kv.budget)
 
@@ -181,6 +181,7 @@ class Engine:
             draft_tokens_read=draft_tokens_read(config) if controller.gamma_max else lambda context, budget: 0,
             policy=config.speculation.kv.policy if config.speculation.max_draft_tokens else "",
             draft_pages_per_row=config.speculation.kv_state(config.cache.page_size).pages,
+            drafts_share=config.speculation.drafts_share,
         )
 
     def _log_started(self) -> None:

@@ -72,6 +72,11 @@ class KVSettings(Settings):
         """Whether a draft model keeps the KV of all tokens, in pages beside the target's."""
         return drafter == "model"
 
+    def shares_pages(self, drafter: DrafterName) -> bool:
+        """Whether drafts that read whole contexts read what rows share once, as the target does. Page lists of each
+        layer, and pages that a row slot owns, are read for every row."""
+        return True
+
     def tokens_read(self, context: int, page_size: int) -> int:
         """Return the number of KV tokens that a draft step reads of a row with `context` tokens."""
         return context
@@ -125,6 +130,9 @@ class WindowConfig(KVSettings):
 
     def reads_all_pages(self, drafter: DrafterName) -> bool:
         return False
+
+    def shares_pages(self, drafter: DrafterName) -> bool:
+        return drafter == "self"
 
     def tokens_read(self, context: int, page_size: int) -> int:
         return _read_by_window(context, self.budget, page_size)
@@ -184,6 +192,9 @@ class SnapKVConfig(KVSettings):
             queries=self.queries + (max_gamma if self.resolve(drafter).reselect else 0),
         )
 
+    def shares_pages(self, drafter: DrafterName) -> bool:
+        return False
+
     def tokens_read(self, context: int, page_size: int) -> int:
         return _read_by_window(context, self.budget, page_size)
 
@@ -206,11 +217,17 @@ class VerifiedConfig(KVSettings):
     def check(self, page_size: int, drafter: DrafterName) -> None:
         self._check_pages(page_size, "budget")
         if drafter == "model":
-            raise ValueError("speculation.kv: verified chooses from the target's KV, which a draft model does not read")
+            raise ValueError(
+                "speculation.kv: verified chooses from the target's KV, which a draft model does not read; set another "
+                "policy, such as quest, or drafter: self"
+            )
 
     def budgets(self, page_size: int) -> list[int]:
         """Return the configured budget, half of it and a quarter: the best tokens of those chosen."""
         return [budget for budget in _halves(self.budget, page_size) if budget]
+
+    def shares_pages(self, drafter: DrafterName) -> bool:
+        return False
 
     def tokens_read(self, context: int, page_size: int) -> int:
         return _read_by_choice(context, self.sink, self.budget, page_size)
@@ -244,6 +261,9 @@ class QuestConfig(KVSettings):
     def budgets(self, page_size: int) -> list[int]:
         """Return the configured budget, half of it and a quarter: the best pages of those chosen."""
         return [budget for budget in _halves(self.budget, page_size) if budget]
+
+    def shares_pages(self, drafter: DrafterName) -> bool:
+        return False
 
     def tokens_read(self, context: int, page_size: int) -> int:
         return _read_by_choice(context, self.sink, self.budget, page_size)
@@ -282,6 +302,9 @@ class TopKConfig(KVSettings):
     policy: Literal["topk"]
     budget: Positive = 512
     """KV tokens attended to per row."""
+
+    def shares_pages(self, drafter: DrafterName) -> bool:
+        return False
 
 
 class AllConfig(KVSettings):

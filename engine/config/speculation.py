@@ -70,6 +70,11 @@ class SpeculationConfig(Settings):
         """Whether a draft model keeps the KV of all tokens, in pages beside the target's."""
         return self.draft_model is not None and self.kv.reads_all_pages(self.drafter)
 
+    @property
+    def drafts_share(self) -> bool:
+        """See KVSettings.shares_pages."""
+        return self.kv.shares_pages(self.drafter)
+
     def check(self, page_size: int, ranks: int) -> None:
         """Raise ValueError for settings that do not fit this page size or number of ranks."""
         if self.max_draft_tokens == 0:

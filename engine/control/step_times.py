@@ -76,9 +76,11 @@ class StepTimes:
     in rows and in gamma. No time is below a tenth of the smallest measured one.
     """
 
-    def __init__(self, samples: Iterable[StepSample], tokens_read: Callable[[int, int], int]) -> None:
+    def __init__(
+        self, samples: Iterable[StepSample], tokens_read: Callable[[int, int], int], *, drafts_share: bool = True
+    ) -> None:
         """tokens_read: maps a row's tokens and a budget to the KV tokens that a draft step reads; budget 0: the
-        measured one.
+        measured one. drafts_share: see KVSettings.shares_pages.
 
         Raises ValueError unless plain steps and drafts were both measured, of rows that share nothing.
         """
@@ -86,7 +88,7 @@ class StepTimes:
         self.gammas = sorted({sample.gamma for sample in listed if not sample.shared})
         if len(self.gammas) < 2 or self.gammas[0] != 0:
             raise ValueError("a profile needs plain steps and at least one gamma")
-        self._tokens_read = tokens_read
+        self._tokens_read, self._drafts_share = tokens_read, drafts_share
         self._verify = [
             _Plane(_Point(s.rows, s.rows * s.context, s.shared, s.verify_s) for s in listed if s.gamma == gamma)
             for gamma in self.gammas
@@ -95,7 +97,7 @@ class StepTimes:
         self._draft = _Plane(
             _Point(s.rows, s.rows * tokens_read(s.context, 0), s.shared, s.draft_s / s.gamma)
             for s in listed
-            if s.gamma and (not s.shared or tokens_read(s.context, 0) >= s.context)
+            if s.gamma and (not s.shared or (drafts_share and tokens_read(s.context, 0) >= s.context))
         )
         self._min_verify = 0.1 * min(sample.verify_s for sample in listed)
         self._min_draft = 0.1 * min(sample.draft_s / sample.gamma for sample in listed if sample.gamma)
@@ -137,7 +139,7 @@ class StepTimes:
         Drafts that read whole contexts share as the target does. A window begins with the sink alone, too little to be
         read for several rows at once, and goes on with tokens that rows seldom share: it shares nothing.
         """
-        if not shared_tokens:
+        if not shared_tokens or not self._drafts_share:
             return 0.0
         whole = [context for context in contexts if self._tokens_read(context, budget) >= context]
         return shared_in_part(shared_tokens, contexts, whole)

@@ -57,7 +57,7 @@ class QuestPolicy(KVPolicy):
         self._choice.ends[rows] = ends
         row_index, device_ends = send_all(self._state.device, rows, ends)
         self._choice.device_ends[row_index] = device_ends
-        self.attention.begin()
+        self.attention.begin(int(ends.max()))
 
     def keep_drafts(self, rows: Ints, first: Ints, end: Ints) -> None:
         """See KVPolicy.keep_drafts. Their KV is in its place already; their pages are summarised."""
@@ -89,15 +89,15 @@ class QuestAttention:
         """inner: reads what is listed. interval: number of steps that read the same choice."""
         self._inner, self._choice, self._summaries = inner, choice, summaries
         self._interval = interval
-        self._step = 0
+        self._step = self._width = 0
         self._view: QuestView
         self._rows: Tensor
         self._batch: AttentionBatch
         self._candidates: _Candidates | None = None
 
-    def begin(self) -> None:
-        """Begin a round: its first step chooses."""
-        self._step = 0
+    def begin(self, width: int) -> None:
+        """Begin a round: its first step chooses. width: largest number of pages that a row chooses from."""
+        self._step, self._width = 0, width
 
     def expect(self, view: QuestView, rows: Tensor) -> None:
         """Prepare for a step over these row slots, [n]."""
@@ -109,9 +109,8 @@ class QuestAttention:
         if chooses:
             choice, rows = self._choice, self._rows
             (last,) = send_all(rows.device, np.cumsum(batch.query_lengths) - 1)
-            ends = choice.device_ends[rows]
-            width = choice.page_table.shape[1]
-            self._candidates = _Candidates(last, choice.page_table[rows], choice.excluded(ends, width)[:, None])
+            excluded = choice.excluded(choice.device_ends[rows], self._width)[:, None]
+            self._candidates = _Candidates(last, choice.page_table[rows, : self._width], excluded)
         self._inner.plan(batch)
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -133,7 +132,7 @@ class QuestAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Candidates:
-    """What a step chooses from. queries: [n], index of each row's last query. pages: [n, width], all pages of the row.
+    """What a step chooses from. queries: [n], index of each row's last query. pages: [n, width], the row's first ones.
     excluded: [n, 1, width] bool, those that cannot be chosen."""
 
     queries: Tensor

@@ -27,11 +27,12 @@ class StatsRecorder:
         draft_tokens_read: Callable[[int, int], int],
         policy: str,
         draft_pages_per_row: int,
+        drafts_share: bool,
     ) -> None:
         """draft_tokens_read: maps a row's tokens and a budget to the KV slots that a draft step reads. policy,
-        draft_pages_per_row: see EngineStats; drafts that keep pages of their own share none."""
+        draft_pages_per_row: see EngineStats. drafts_share: see KVSettings.shares_pages."""
         self._draft_tokens_read = draft_tokens_read
-        self._drafts_share = not draft_pages_per_row
+        self._drafts_share = drafts_share
         self.totals = EngineStats(
             pages_total=pages_total,
             page_size=page_size,

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.skipif(not shm.available(), reason="needs shared memory
 SHAPE = (9, 3)
 PLACES = ("before", "behind", "end")
 WINDOW = {"budget": 16, "sink": 4}
+VERIFIED = {"policy": "verified", "budget": 8, "sink": 4}
+QUEST = {"policy": "quest", "budget": 8, "sink": 4}
 SNAPKV = {"policy": "snapkv", "budget": 16, "recent": 8, "queries": 5, "kernel": 3}
 
 
@@ -91,11 +93,11 @@ def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("size", "speculation"),
     [
-        (2, {"kv": WINDOW}),
+        (2, {"kv": VERIFIED}),
         (3, {"kv": SNAPKV}),
         (2, {"kv": WINDOW, "verification": "rejection"}),
         (2, {"kv": SNAPKV, "drafter": "model"}),
-        (3, {"kv": WINDOW, "drafter": "model", "tensor_parallel_size": 2}),
+        (3, {"kv": QUEST, "drafter": "model", "tensor_parallel_size": 2}),
         (3, {"kv": SNAPKV, "drafter": "model", "tensor_parallel_size": 1}),
     ],
 )

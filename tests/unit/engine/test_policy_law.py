@@ -13,19 +13,29 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from engine.config.kv import POLICIES
+from engine.batch.row_state import RowState
+from engine.batch.runner import Runner
+from engine.batch.view import View
+from engine.config.kv import MAX_PLAIN_TOKENS, POLICIES
 from engine.control.step_times import StepSample
 from engine.core import Engine
+from engine.messages import AddRequest, RequestOutput
+from engine.params import SamplingParams
 from engine.scheduler.controller import ControllerReport, FixedGamma
 from engine.scheduler.request import Request
+from kernels.attention.base import AttentionBatch
+from kernels.ragged import Ints
+from models.batch import ForwardBatch
 from models.llama import Llama
 from tests.support.conversations import Turn, check_answers, check_hits, crowd, play, random_turns
-from tests.support.engines import TINY, run, tiny_engine, tiny_model
+from tests.support.engines import TINY, complete_all, run, tiny_engine, tiny_model, tokens
 from tests.support.prefix_engines import model_on_kernels, trouble
 from tests.support.profiles import examples
 from tests.support.ranks import DRAFT, write_random_model
 from tests.support.tiny import TOKENS
+from tests.support.workloads import kv_of, prompt_of
 
 LONGEST = 110
 GRAMMARS = ["start: /[a-c]{1,9}/", "start: /(ab|c)+ x/", "start: /[^q]*/"]
@@ -204,3 +214,133 @@ def test_no_policy_changes_a_bit_on_cpu_kernels(policy: str, data: st.DataObject
     settings: dict[str, Any] = {"cache": {"prefix": False}, "scheduler": {"max_rows": 16}, "max_model_len": LONGEST}
     plain = tiny_engine(target, gamma=0, page_size=16, **settings)
     check(case, case.engine(target, None, None), plain, case.turns(), exact=True)
+
+
+class Lists:
+    """Checks of the page lists of every draft step of an engine: they are pages of the row's own, each listed once, the
+    first ones and the newest among them; no more than captured graphs have room for; and about as many tokens as the
+    cost model counts."""
+
+    def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
+        self._engine = engine
+        self._page, self._settings = engine._config.cache.page_size, engine._config.speculation
+        drafter: Any = engine._worker._drafter
+        self._runner, view = drafter._drafter._runner, drafter._drafter._policy.view(0)
+        by_row = view.per_layer or view.page_table is not engine._worker._state.page_table
+        assert self._settings.drafts_share is not (by_row or self._settings.kv.policy == "topk")
+        self._width = self._settings.kv.max_pages(
+            self._page, self._settings.max_draft_tokens, engine._worker._state.page_table.shape[1]
+        )
+        self._made: dict[int, tuple[Ints, View]] = {}
+        self.steps = self.selective = 0
+        make, forward = RowState.forward_inputs, Runner.forward
+
+        def make_watched(
+            state: RowState, rows: Ints, computed: Ints, ahead: Ints, queries: Ints, view: View, logit_index: Ints
+        ) -> ForwardBatch:
+            batch = make(state, rows, computed, ahead, queries, view, logit_index)
+            self._made = {id(batch): (rows, view)}
+            return batch
+
+        def forward_watched(runner: Runner, batch: ForwardBatch) -> Tensor:
+            logits = forward(runner, batch)
+            if runner is self._runner:
+                self._check(batch.attention, *self._made[id(batch)])
+            return logits
+
+        patch.setattr(RowState, "forward_inputs", make_watched)
+        patch.setattr(Runner, "forward", forward_watched)
+
+    def _check(self, batch: AttentionBatch, rows: Ints, view: View) -> None:
+        settings, page = self._settings, self._page
+        kv = settings.kv
+        if budget := self._engine._scheduler.controller.budget:
+            kv = kv.with_budget(budget)
+        assert batch.pages.shape[-1] <= self._width
+        # What is newer than a choice: the rest of a page, and the drafts; plain rounds and a whole round, if it is old.
+        slack = {"quest": page + 2 + settings.max_draft_tokens}.get(kv.policy, 0)
+        if kv.policy == "verified":
+            slack = page + MAX_PLAIN_TOKENS + 1 + 2 * settings.max_draft_tokens
+        for i, row in enumerate(rows.tolist()):
+            read, skipped = batch.kv_lengths[i], batch.skipped[i]
+            if batch.query_lengths[i] == 1:
+                assert abs(read - kv.tokens_read(read + skipped, page)) <= slack
+            count = -(-read // page)
+            table = view.page_table[row, : -(-(read + skipped) // page)].tolist()
+            lists = (batch.pages[:, i] if batch.per_layer else batch.pages[i]).reshape(-1, batch.pages.shape[-1])
+            for listed in lists[:, :count].tolist():
+                assert len(set(listed)) == count
+                assert set(listed) <= set(table)
+                assert (listed[0], listed[-1]) == (table[0], table[-1])
+                assert skipped or listed == table
+            self.steps += 1
+            self.selective += skipped > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data())
+@examples(4, 100)
+def test_drafts_list_pages_of_their_row(small_dir: Path, policy: str, data: st.DataObject) -> None:
+    case = data.draw(cases(policy, ("self",) if policy == "verified" else ("self", "self", "model")))
+    target = tiny_model(config=replace(TINY, vocab_size=TOKENS, eos_token_ids=(2,)))
+    engine = case.engine(target, None, small_dir)
+    if case.cut:
+        trouble(engine, random.Random(case.seed))
+    with pytest.MonkeyPatch.context() as patch:
+        lists = Lists(engine, patch)
+        play(engine, [*crowd(1, 80), *case.turns()], LONGEST)
+    assert lists.steps > 0
+
+
+def simple(policy: str) -> dict[str, Any]:
+    """Settings of a policy with a small budget."""
+    return kv_of(policy, 4, 2)
+
+
+def three(seed: int) -> list[AddRequest]:
+    params = SamplingParams(max_tokens=50, temperature=1.0, seed=seed, ignore_eos=True)
+    return [AddRequest(str(i), prompt_of(40 + 9 * i, seed + i), params) for i in range(3)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_row_whose_kv_is_no_number_fails_alone(policy: str) -> None:
+    """And its pages and its row slot serve the next requests."""
+    settings: dict[str, Any] = {"cache": {"prefix": False, "num_pages": 90}, "speculation": {"kv": simple(policy)}}
+    engine = tiny_engine(tiny_model(), gamma=3, scheduler={"max_rows": 3}, max_model_len=LONGEST, **settings)
+    plain = tiny_engine(tiny_model(), gamma=0)
+    expected = complete_all(plain, three(0))
+    outputs: dict[str, list[RequestOutput]] = {request.id: [] for request in three(0)}
+    for request in three(0):
+        engine.add(request)
+    for step in range(200):
+        if step == 6:
+            (victim,) = (each for each in engine._scheduler.running if each.id == "1")
+            assert victim.num_output > 0
+            engine._worker._target.pool.data[:, :, victim.pages[3:9]] = float("nan")
+        for output in engine.step():
+            outputs[output.id].append(output)
+    assert not engine.has_work()
+    assert outputs["1"][-1].error is not None
+    for id, found in outputs.items():
+        assert tokens(found) == expected[id][: len(tokens(found)) if id == "1" else None]
+    assert complete_all(engine, three(5)) == complete_all(plain, three(5))
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "verified"])
+def test_draft_kv_that_is_no_number_changes_nothing(draft_dir: Path, policy: str) -> None:
+    speculation = {"drafter": "model", "model": str(draft_dir), "kv": simple(policy)}
+    engine = tiny_engine(tiny_model(), gamma=3, max_model_len=LONGEST, speculation=speculation)
+    drafter: Any = engine._worker._drafter
+    outputs: dict[str, list[RequestOutput]] = {request.id: [] for request in three(0)}
+    for request in three(0):
+        engine.add(request)
+    for step in range(200):
+        if step in (0, 6):
+            drafter._drafter._policy.full.data[:, :, 5:20] = float("nan")
+            drafter._drafter._policy.pool.data[:, :, 2:5] = float("nan")
+        for output in engine.step():
+            outputs[output.id].append(output)
+    assert not engine.has_work()
+    expected = complete_all(tiny_engine(tiny_model(), gamma=0), three(0))
+    assert {id: tokens(found) for id, found in outputs.items()} == expected
+    assert engine.stats().draft_tokens > 50

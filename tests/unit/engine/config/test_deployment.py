@@ -78,6 +78,13 @@ def test_overrides_win_and_leave_the_rest(tmp_path: Path) -> None:
         ("engine: {model: m}\nserver: {port: 65536}", "server.port"),
         ("engine: {model: m, speculation: {kv: {budget: 100}}}", "multiple of cache.page_size"),
         ("engine: {model: m, speculation: {kv: {budget: 32, sink: 17}}}", "no page for recent tokens"),
+        (
+            "engine: {speculation: {drafter: model, model: d, kv: {policy: verified}}}",
+            "verified chooses from the target's KV, which a draft model does not read; set another policy, such as "
+            "quest, or drafter: self",
+        ),
+        ("engine: {speculation: {kv: {policy: verified, budget: 100}}}", "multiple of cache.page_size"),
+        ("engine: {speculation: {kv: {policy: quest, budget: 8}}}", "multiple of cache.page_size"),
         ("- engine", "expected a mapping"),
         ("engine: {scheduler: {max_rows: yes}}", "engine.scheduler.max_rows"),
         ("engine: {speculation: {gamma: '3'}}", "engine.speculation.gamma"),

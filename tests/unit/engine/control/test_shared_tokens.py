@@ -196,6 +196,16 @@ def test_drafting_goes_on_without_a_price() -> None:
     assert any(first[0])
 
 
+def test_drafts_that_list_pages_by_layer_share_none() -> None:
+    """Their time is that of rows that share nothing."""
+    machine = SharingMachine()
+    contexts, shared = [CONTEXT] * 4, 3 * CONTEXT
+    sharing, apart = (StepTimes(machine.samples(), everything, drafts_share=share) for share in (True, False))
+    assert sharing.draft_shared(contexts, 0, shared) == shared
+    assert apart.draft_shared(contexts, 0, shared) == 0
+    assert apart.draft(4, CONTEXT, shared) == apart.draft(4, CONTEXT)
+
+
 def test_calibration_is_by_effective_tokens() -> None:
     times = StepTimes(SharingMachine().samples(), window)
     shared = 15 * CONTEXT

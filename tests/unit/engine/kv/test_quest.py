@@ -109,11 +109,19 @@ def test_pages_are_chosen_in_the_first_step_and_again_after_the_interval() -> No
     policy = drafter._policy
     assert isinstance(policy, QuestPolicy)
     spy = policy.attention._inner = Spy(policy)
+    scores, scored = policy.attention._summaries.scores, []
+
+    def scores_watched(layer: LayerKV, q: Tensor, pages: Tensor) -> Tensor:
+        scored.append(pages.shape[1])
+        return scores(layer, q, pages)
+
+    policy.attention._summaries.scores = scores_watched  # type: ignore[method-assign]
     engine.add(AddRequest("row", prompt_of(101, 3), SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True)))
     while not spy.lists:
         engine.step()
     assert len(spy.lists) == 5
     table, full = policy._state.page_table[0].tolist(), 101 // 4
+    assert scored == [full] * (3 * len(spy.lists[0]))  # of the pages there are, not of those there may be
     for steps in zip(*spy.lists, strict=True):  # of each layer
         chosen = []
         for step, lists in enumerate(steps):

@@ -24,7 +24,7 @@ def everything(context: int, budget: int) -> int:
 
 
 def tokens_read(
-    gammas: Sequence[int], shared: int, reads: Callable[[int, int], int], draft_pages: int = 0, prefilling: int = 0
+    gammas: Sequence[int], shared: int, reads: Callable[[int, int], int], share: bool = True, prefilling: int = 0
 ) -> int:
     """KV tokens read by a round of rows with these gammas, beside rows that still compute their prompts."""
     recorder = StatsRecorder(
@@ -34,7 +34,8 @@ def tokens_read(
         gamma_max=4,
         draft_tokens_read=reads,
         policy="window",
-        draft_pages_per_row=draft_pages,
+        draft_pages_per_row=0,
+        drafts_share=share,
     )
     requests, work = [], []
     for row in range(len(gammas) + prefilling):
@@ -57,11 +58,11 @@ def test_a_verify_pass_reads_shared_tokens_once() -> None:
     assert tokens_read([0, 0, 0], 2 * SHARED, window, prefilling=2) == 3 * (CONTEXT + 1) - 2 * SHARED
 
 
-@pytest.mark.parametrize("draft_pages", [0, 9])
-def test_windows_share_nothing(draft_pages: int) -> None:
+@pytest.mark.parametrize("share", [False, True])
+def test_windows_share_nothing(share: bool) -> None:
     gammas = [2, 2, 1]
-    apart = tokens_read(gammas, 0, window, draft_pages)
-    assert tokens_read(gammas, 2 * SHARED, window, draft_pages) == apart - 2 * SHARED
+    apart = tokens_read(gammas, 0, window, share)
+    assert tokens_read(gammas, 2 * SHARED, window, share) == apart - 2 * SHARED
 
 
 def test_drafts_that_read_everything_share() -> None:
@@ -72,7 +73,7 @@ def test_drafts_that_read_everything_share() -> None:
     assert tokens_read(gammas, 2 * SHARED, everything) == apart - (2 + 2 + 1) * SHARED
 
 
-def test_drafts_with_pages_of_their_own_share_none() -> None:
+def test_drafts_with_pages_or_lists_of_their_own_share_none() -> None:
     gammas = [3, 2, 1]
-    apart = tokens_read(gammas, 0, everything, 9)
-    assert tokens_read(gammas, 2 * SHARED, everything, 9) == apart - 2 * SHARED
+    apart = tokens_read(gammas, 0, everything, False)
+    assert tokens_read(gammas, 2 * SHARED, everything, False) == apart - 2 * SHARED
