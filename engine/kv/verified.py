@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.forward_graphs import GraphWatch
+from engine.batch.round_batch import RoundBatch
 from engine.batch.view import View
 from engine.config.kv import MAX_PLAIN_TOKENS, VerifiedConfig
 from engine.kv.page_choice import ChoiceView, PageChoice
@@ -25,7 +26,7 @@ from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, SharedPrefix
 from kernels.kv_cache import LayerKV
 from kernels.ragged import Ints
-from kernels.transfer import send
+from kernels.transfer import send, send_all
 
 
 class _Vote(NamedTuple):
@@ -56,6 +57,8 @@ class VerifiedPolicy(KVPolicy):
         self._views[0] = self._views[config.budget]
         self._prefill = np.zeros(site.max_rows, dtype=np.int64)  # number of tokens at a row's start
         self._plain_rounds = 0  # since the last vote
+        # Largest number of tokens after a choice: the rest of a page, accepted drafts, and plain rounds.
+        self._max_newer = page - 1 + site.settings.max_draft_tokens + MAX_PLAIN_TOKENS
         self.observer: VoteCount = VoteCount(self._choice, site.model.ops.best)
 
     def view(self, budget: int) -> View:
@@ -64,6 +67,23 @@ class VerifiedPolicy(KVPolicy):
     def start(self, start: RowStart) -> None:
         self._prefill[start.row] = len(start.tokens)
         self._choice.clear(start.row)
+
+    def prepare(self, batch: RoundBatch, end: Ints) -> None:
+        """See KVPolicy.prepare. A row without a choice, or whose choice is too old, reads the most recent pages: one
+        that was preempted may draft as soon as only its pending token is left, before it has voted."""
+        rows, page = batch.row[: batch.num_drafting], self._state.page_size
+        late = end - self._choice.ends[rows] * page > self._max_newer
+        if late.any():
+            self._choose_latest(rows[late], end[late] // page)
+
+    def _choose_latest(self, rows: Ints, ends: Ints) -> None:
+        """Choose the last ones of each row's first `ends` pages."""
+        choice = self._choice
+        choice.ends[rows] = ends
+        latest = np.maximum(ends[:, None] - 1 - np.arange(choice.count), 0)
+        row_index, device_ends, pages = send_all(self._state.device, rows, ends, latest.ravel())
+        choice.device_ends[row_index] = device_ends
+        choice.pages[:, row_index] = pages.view(latest.shape)
 
     def watch(self, rows: Ints, first: Ints, queries: Ints, drafts: Ints) -> None:
         """Let rows vote in the next forward: all that sample, if any of them drafts or ends its prompt; else after

@@ -19,7 +19,7 @@ from kernels.reference_ops import REFERENCE
 from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
-from tests.support.profiles import is_all
+from tests.support.profiles import is_all, only_in_all
 from tests.support.rig import CPU, compiled
 
 NEW_TOKENS = 120 if is_all() else 24
@@ -54,9 +54,10 @@ def complete(model: Llama, model_dir: Path, speculation: dict[str, Any]) -> tupl
         return llm.generate(prompts, params), llm.stats
 
 
-def test_speculation_never_changes_text(model: Llama, model_dir: Path, plain: list[Completion]) -> None:
+@pytest.mark.parametrize("policy", ["window", only_in_all("verified"), only_in_all("quest")])
+def test_speculation_never_changes_text(model: Llama, model_dir: Path, plain: list[Completion], policy: str) -> None:
     """A ragged batch, prompts of 1 to 500 tokens or more, all of which outgrow the budget."""
-    drafted, stats = complete(model, model_dir, {"gamma": 4, "kv": {"budget": 64}})
+    drafted, stats = complete(model, model_dir, {"gamma": 4, "kv": {"policy": policy, "budget": 64}})
     for completion, expected in zip(drafted, plain, strict=True):
         assert completion.token_ids == expected.token_ids
         assert completion.text == expected.text

@@ -289,7 +289,7 @@ def test_drafts_list_pages_of_their_row(small_dir: Path, policy: str, data: st.D
     with pytest.MonkeyPatch.context() as patch:
         lists = Lists(engine, patch)
         play(engine, [*crowd(1, 80), *case.turns()], LONGEST)
-    assert lists.steps > 0
+    assert lists.steps > 0 or case.cut
 
 
 def simple(policy: str) -> dict[str, Any]:

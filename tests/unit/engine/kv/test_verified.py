@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -191,3 +195,21 @@ def test_kv_that_is_no_number_chooses_pages_of_the_row() -> None:
         chosen = rig.best(1, layer, [(queries[layer][3], 60), (queries[layer][5], 62)], range(1, 15), 2)
         expected = [0, 1, 2, 3, *(page * PAGE + at for page in chosen for at in range(PAGE)), 60]
         assert rig.listed(1, 61)[layer] == expected
+
+
+@pytest.mark.parametrize("pages", [2, 30])
+def test_a_row_that_drafts_before_it_votes_reads_the_most_recent_pages(pages: int) -> None:
+    """A preempted row resumes like that if all of its KV but the pending token's is found. pages: of the budget."""
+    rig = Rig(pages * PAGE, 4)
+    for row, tokens in ((0, 100), (1, 80), (2, 10)):
+        rig.start(row, tokens)
+    rig.forward(ints(1), ints(79), ints(1), ints(0))
+    voted = rig.listed(1, 81)
+    batch: Any = SimpleNamespace(row=ints(0, 1, 2), num_drafting=3)
+    rig.policy.prepare(batch, ints(99, 80, 9))
+    recent = list(range(100)) if pages == 30 else [0, 1, 2, 3, *range(92, 96), *range(88, 92), *range(96, 100)]
+    assert rig.listed(0, 100) == [recent] * rig.model.num_layers
+    assert rig.listed(1, 81) == voted
+    assert rig.listed(2, 10) == [list(range(10))] * rig.model.num_layers
+    rig.start(0, 100)
+    assert rig.listed(0, 100) == [list(range(100))] * rig.model.num_layers

@@ -26,6 +26,7 @@ from engine.scheduler.validation import RequestError
 from models.tokenizer import Tokenizer
 from parallel import shm
 from tests.support.engines import TINY, complete, run, tiny_engine, tiny_model, tokens
+from tests.support.profiles import only_in_all
 from tests.support.ranks import threaded_engine
 from tests.support.schemas import random_schema
 from tests.support.tiny import TOKENS
@@ -69,7 +70,7 @@ def check(tokenizer_dir: Path, outputs: dict[str, list[int]]) -> None:
         jsonschema.validate(json.loads(tokenizer.decode(mine)), schema)
 
 
-@pytest.mark.parametrize("policy", ["window", "snapkv"])
+@pytest.mark.parametrize("policy", [only_in_all("window"), "verified", only_in_all("quest"), "snapkv"])
 def test_every_output_matches_with_and_without_drafts(tokenizer_dir: Path, policy: str) -> None:
     model = tiny_model(config=SHAPE)
     plain = run(tiny_engine(model, gamma=0, directory=tokenizer_dir), requests())
