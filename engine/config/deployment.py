@@ -95,7 +95,7 @@ class EngineConfig(Settings):
         self.speculation.check(self.cache.page_size, self.tensor_parallel_size)
         if self.target_kv is not None:
             self.target_kv.check_target(self.cache.page_size)
-            if self.speculation.max_draft_tokens and self.speculation.kv.needs_dense_target:
+            if self.speculation.max_draft_tokens and self.speculation.kv.counts_votes:
                 raise ValueError(
                     f"speculation.kv: {self.speculation.kv.policy} chooses by what the target reads, which is all KV "
                     "only without target_kv"

@@ -42,8 +42,10 @@ class KVSettings(Settings):
 
     policy: str
     budget: int | None
-    needs_dense_target: ClassVar[bool] = False
-    """Whether drafts need a target that reads all KV."""
+    counts_votes: ClassVar[bool] = False
+    """Whether drafts read what the target's verify passes vote for, which must read all KV."""
+    per_layer: ClassVar[bool] = False
+    """Whether drafts have page lists for each layer."""
 
     @property
     def num_uncached_tokens(self) -> int:
@@ -206,7 +208,8 @@ class VerifiedConfig(KVSettings):
     """The KV to which the queries of the latest verify pass gave most weight, per layer, everything newer, and the
     first tokens (Vegas, arXiv 2602.07223): a view, chosen anew after every verify pass."""
 
-    needs_dense_target: ClassVar[bool] = True
+    counts_votes: ClassVar[bool] = True
+    per_layer: ClassVar[bool] = True
     policy: Literal["verified"]
     budget: Positive = 256
     """KV tokens that are chosen per row; a multiple of page_size. A draft step reads the sink and the tokens after the
@@ -246,6 +249,7 @@ class QuestConfig(KVSettings):
     """The pages whose keys may have the largest products with a draft's query, by bounds of each page's keys, per KV
     head; everything newer; and the first tokens (Quest, arXiv 2406.10774): a view of all KV."""
 
+    per_layer: ClassVar[bool] = True
     policy: Literal["quest"]
     budget: Positive = 256
     """KV tokens that are chosen per row; a multiple of page_size. A draft step reads the sink and the tokens after the
