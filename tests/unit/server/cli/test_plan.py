@@ -290,13 +290,16 @@ def test_terms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         "Predicted for one h100, the same, and attention of a verify pass as fast as a plain step's (assumed",
     ]
     for table in tables:
-        lines = [line.split() for line in table.splitlines()[2:]]
+        *shown, note = table.splitlines()[2:]
+        lines = [line.split() for line in shown]
+        policies = ("plain", "window", "verified", "plain", "quest")
         assert [(line[0], line[3]) for line in lines] == [
-            (shape, keys) for shape in ("qwen3-8b", "qwen3-4b") for keys in ("plain", "window", "chosen")
+            (shape, policy) for shape in ("qwen3-8b", "qwen3-4b") for policy in policies
         ]
-        assert lines[1][10] == "1576"
+        assert [lines[place][11] for place in (1, 2, 4)] == ["1576", "1893", "1247"]
+        assert note.startswith("quest: ")
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert [row["rows"] for row in found] == [37, 37, 43, 43] * 3
+    assert [row["rows"] for row in found] == [37, 37, 35, 43, 43, 40] * 3
     assert run(monkeypatch, "--terms", "vegas", "--gpu", "h200", "--batch", "64", "--json", str(file)) == 0
     assert {row["rows"] for row in json.loads(file.read_text(encoding="utf-8"))} == {64}
 
