@@ -25,7 +25,7 @@ from pathlib import Path
 
 from planner.cost_model import CAPTURED, PUBLISHED, Efficiency, acceptance_for
 from planner.forecast import deploy
-from planner.policy_costs import PUBLISHED_GAMMA, PUBLISHED_TOKENS
+from planner.policy_costs import PAGE_SIZE, PUBLISHED_GAMMA, PUBLISHED_TOKENS
 
 _FILE = Path(__file__).parent / "published_vegas.csv"
 _COLUMNS = {"window": "magicdec_window", "verified": "vegas", "quest": "quest"}
@@ -34,7 +34,6 @@ _NOTES = {
     "quest": "quest: its engine replays no forward from CUDA graphs, plain ones neither; predictions do not know that"
 }
 """What the numbers of a KV policy do not tell."""
-_PAGE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ class TermsLine:
 
 def terms_budget(context: int) -> int:
     """Return the KV tokens that a draft step reads, in whole pages."""
-    return _PAGE * math.ceil(max(256, 0.07 * context) / _PAGE)
+    return PAGE_SIZE * math.ceil(max(256, 0.07 * context) / PAGE_SIZE)
 
 
 def read_published() -> dict[str, dict[str, float]]:
