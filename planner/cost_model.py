@@ -135,6 +135,18 @@ class PlacedModel:
             attention *= reached.verify_attention
         return linear + attention + self._communication(rows * queries) + model.num_layers * reached.layer_s
 
+    def read_bytes(self, context_tokens: float) -> float:
+        """Return the bytes of weights and KV that a forward reads, on the rank with the largest share of KV.
+
+        context_tokens: KV tokens read, those that rows share counted once.
+        """
+        weights = active_parameters(self.model) * self.element_bytes / self.ranks
+        return weights + context_tokens * self.kv_bytes(1)
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Return the bytes of the KV of so many tokens, on the rank with the largest share."""
+        return tokens * rank_kv_token_bytes(self.model, self.ranks, self.element_bytes)
+
     @property
     def _flops(self) -> float:
         """Effective FLOP/s of all ranks together."""
@@ -143,8 +155,11 @@ class PlacedModel:
     @property
     def kv_token_seconds(self) -> float:
         """Seconds to read one token's KV, on the rank with the largest share of it."""
-        share = rank_kv_token_bytes(self.model, self.ranks, self.element_bytes)
-        return share / (self.device.bandwidth * self.efficiency.kv)
+        return self.kv_seconds(self.kv_bytes(1))
+
+    def kv_seconds(self, nbytes: float) -> float:
+        """Predict the seconds to read so many bytes of KV on one rank, or what is kept beside it."""
+        return nbytes / (self.device.bandwidth * self.efficiency.kv)
 
     @property
     def token_seconds(self) -> float:
@@ -160,13 +175,31 @@ class PlacedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Choosing:
+    """Bytes that choosing what drafts read moves, for each token of each row's context, on one rank. Kernel launches
+    and sorting are not in it.
+
+    verify_bytes: in a verify pass. draft_bytes: for each choice while drafting. interval: draft steps that read the
+    same choice; the first step of a round chooses.
+    """
+
+    verify_bytes: float = 0.0
+    draft_bytes: float = 0.0
+    interval: int = 1
+
+    def round_bytes(self, gamma: int) -> float:
+        """Return the bytes of a round. A plain round chooses nothing."""
+        return 0.0 if gamma == 0 else self.verify_bytes + -(-gamma // self.interval) * self.draft_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationCost:
     """Cost of speculation for one pair of target and draft.
 
     draft: the target itself (the same object), or a separate model. budget: KV tokens per row that a draft step reads;
     None: all. shared: number of first tokens of every context that are the same. draft_shares: whether a draft that
     reads whole contexts reads these once, as the target does; drafts with a cache of their own do not. A budget below
-    the context leaves drafts little that they could share: the sink.
+    the context leaves drafts little that they could share: the sink. choosing: see there.
     """
 
     target: PlacedModel
@@ -174,6 +207,7 @@ class SpeculationCost:
     budget: int | None
     shared: int = 0
     draft_shares: bool = True
+    choosing: Choosing = Choosing()
 
     def draft_context(self, context: int) -> int:
         """Return the number of KV tokens of a row that a draft step reads."""
@@ -188,24 +222,31 @@ class SpeculationCost:
         return self.verify_seconds(rows, context, 0)
 
     def draft_seconds(self, rows: int, context: int) -> float:
-        """Predict T_D, the seconds of one draft step over rows of `context` tokens each."""
-        read = self.draft_context(context)
-        shared = self.shared_tokens(rows, context) if self.draft_shares and read == context else 0
-        return self.draft.forward_seconds(rows, rows * read, shared_tokens=shared)
+        """Predict T_D, the seconds of one draft step over rows of `context` tokens each, without choosing."""
+        shared = self._draft_shared(rows, context)
+        return self.draft.forward_seconds(rows, rows * self.draft_context(context), shared_tokens=shared)
+
+    def draft_bytes(self, rows: int, context: int) -> float:
+        """Return the bytes of weights and KV that one draft step reads, on the rank with the largest share of KV."""
+        return self.draft.read_bytes(rows * self.draft_context(context) - self._draft_shared(rows, context))
 
     def verify_seconds(self, rows: int, context: int, gamma: int) -> float:
-        """Predict T_V, the seconds of a verify pass. With gamma = 0 it is a plain step."""
+        """Predict T_V, the seconds of a verify pass, without choosing. With gamma = 0 it is a plain step."""
         return self.target.forward_seconds(rows, rows * context, gamma + 1, self.shared_tokens(rows, context))
+
+    def choosing_seconds(self, rows: int, context: int, gamma: int) -> float:
+        """Predict the seconds of a round in which what drafts read is chosen. Rows share none of it."""
+        return self.draft.kv_seconds(rows * context * self.choosing.round_bytes(gamma))
 
     def speedup(self, rows: int, context: int, gamma: int, alpha: float) -> float:
         """Predict the speed-up for rows of `context` tokens each."""
         t_target, t_draft = self.target_seconds(rows, context), self.draft_seconds(rows, context)
-        return speedup(gamma, alpha, t_target, t_draft, self.verify_seconds(rows, context, gamma))
+        return speedup(gamma, alpha, t_target, t_draft, self._beside_drafts(rows, context, gamma))
 
     def best_gamma(self, rows: int, context: int, alpha: float) -> tuple[int, float]:
         """Find the best gamma and its predicted speed-up."""
         t_target, t_draft = self.target_seconds(rows, context), self.draft_seconds(rows, context)
-        return best_gamma(alpha, t_target, t_draft, lambda gamma: self.verify_seconds(rows, context, gamma))
+        return best_gamma(alpha, t_target, t_draft, lambda gamma: self._beside_drafts(rows, context, gamma))
 
     def break_even(self, rows: int, alpha: Callable[[int], float], gamma: int | None = None) -> int | None:
         """Find the shortest context at which drafting is faster, by bisection; None: at no supported context.
@@ -229,17 +270,27 @@ class SpeculationCost:
     def break_even_limit(self, gamma: int, alpha: float) -> float:
         """Compute the break-even context in tokens for large batches, where costs shared by a batch are negligible:
 
-            S* = C + [γ·(a_D + b_D·K) + (γ + 1 − Ω)·a] / [b·(Ω − v)]
+            S* = C + [γ·(a_D + b_D·K) + (γ + 1 − Ω)·a + c·C] / [b·(Ω − v) − c]
 
         a, b: seconds of one token's matrix products, and of reading its KV. a_D, b_D: the same for the draft. K: the
-        budget. v: relative time of attention in a verify pass. C: shared tokens of a context, whose one read is one of
-        the costs shared by a batch. For self-speculation, v = 1 and C = 0 this is
-        [(2γ + 1 − Ω)·a/b + γ·K] / (Ω − 1). Infinite if no context is long enough.
+        budget. v: relative time of attention in a verify pass. c: seconds of choosing, for a token of a context. C:
+        shared tokens of a context, whose one read is one of the costs shared by a batch. For self-speculation, v = 1,
+        c = 0 and C = 0 this is [(2γ + 1 − Ω)·a/b + γ·K] / (Ω − 1). Infinite if no context is long enough.
         """
         target, draft = self.target, self.draft
-        tokens, longer = expected_tokens(gamma, alpha), target.efficiency.verify_attention
-        if self.budget is None or tokens <= longer:
+        tokens, choosing = expected_tokens(gamma, alpha), self.choosing_seconds(1, 1, gamma)
+        saved = target.kv_token_seconds * (tokens - target.efficiency.verify_attention) - choosing
+        if self.budget is None or saved <= 0:
             return math.inf
         drafting = gamma * (draft.token_seconds + draft.kv_token_seconds * self.budget)
         verifying = (gamma + 1 - tokens) * target.token_seconds
-        return self.shared + (drafting + verifying) / (target.kv_token_seconds * (tokens - longer))
+        return self.shared + (drafting + verifying + choosing * self.shared) / saved
+
+    def _draft_shared(self, rows: int, context: int) -> int:
+        """Return the tokens that a draft step need not read, because it reads them of another row."""
+        whole = self.draft_context(context) == context
+        return self.shared_tokens(rows, context) if self.draft_shares and whole else 0
+
+    def _beside_drafts(self, rows: int, context: int, gamma: int) -> float:
+        """Predict the seconds of a round that are not those of draft steps."""
+        return self.verify_seconds(rows, context, gamma) + self.choosing_seconds(rows, context, gamma)

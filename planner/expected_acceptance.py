@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from typing import Literal
 
-Policy = Literal["window", "snapkv"]
+from planner.policy_costs import POLICY_COSTS
 
 _CONTEXTS = (4000, 8000, 16000, 32000, 64000, 100000)
 _ALPHAS = (0.84, 0.83, 0.82, 0.81, 0.79, 0.79)
@@ -16,28 +15,26 @@ _BUDGET = 512
 _BUDGET_EXPONENT = 0.5
 """Rejections fall with this power of the budget. docs/benchmarks.md has 0.8 for the default model, but on repetitive
 text; this value is lower to allow for that."""
-_SNAPKV_REJECTIONS = 0.75
-"""Rejections with SnapKV, relative to sink + window at the same budget. Assumed, not measured."""
 DRAFT_MODEL = 0.75
 """Upper bound of the acceptance of a small draft model, whatever KV it reads. Fitted to the published speed-ups of
 TinyLlama-1.1B for Llama-2-7B (bench/paper/published.py); other pairs can differ widely."""
 
 
 def expected_alpha(
-    policy: Policy, budget: int | None, context: int, *, draft_model: bool, ceiling: float = DRAFT_MODEL
+    policy: str, budget: int | None, context: int, *, draft_model: bool, ceiling: float = DRAFT_MODEL
 ) -> float:
     """Estimate the probability that the target accepts a drafted token, given that it accepted those before.
 
-    budget: KV tokens that a draft step reads; None or at least `context`: the draft reads what the target reads.
-    draft_model: whether the draft has weights of its own. The estimate is then the lower of two: `ceiling`, the
-    acceptance of a draft model that reads everything, and that of the target's weights at this budget.
+    policy: one of POLICY_COSTS. budget: KV tokens that the policy may choose; None or at least `context`: the draft
+    reads what the target reads. draft_model: whether the draft has weights of its own. The estimate is then the lower
+    of two: `ceiling`, the acceptance of a draft model that reads everything, and that of the target's weights at this
+    budget.
     """
     upper = ceiling if draft_model else 1.0
     if budget is None or budget >= context:
         return upper
     rejections = (1 - _published(context)) * math.pow(_BUDGET / budget, _BUDGET_EXPONENT)
-    if policy == "snapkv":
-        rejections *= _SNAPKV_REJECTIONS
+    rejections *= POLICY_COSTS[policy].rejections
     return min(upper, max(0.0, 1 - rejections))
 
 

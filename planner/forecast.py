@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from engine.config.kv import DrafterName, KVState, SnapKVConfig, WindowConfig
-from engine.config.speculation import SpeculationConfig
-from models.shapes import find_shape, rank_kv_token_bytes, rank_weight_bytes
-from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, Efficiency, PlacedModel, SpeculationCost
-from planner.expected_acceptance import Policy, expected_alpha
+from engine.config.kv import DrafterName, KVState
+from models.shapes import find_shape, rank_weight_bytes
+from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, Choosing, Efficiency, PlacedModel, SpeculationCost
+from planner.expected_acceptance import expected_alpha
 from planner.hardware import find_device
+from planner.policy_costs import PAGE_SIZE, POLICY_COSTS, PolicyCosts
 
 BUDGETS = (512, 128, 256, 1024, 2048)
 """Budgets to try if none is given. Ties go to the first."""
@@ -30,9 +30,11 @@ class ForecastError(ValueError):
 class Forecast:
     """Forecast of one (batch, context). Times in milliseconds, memory in bytes of one device.
 
-    shared: number of first tokens that are the same in every context. budget: KV tokens that a draft step reads; None:
-    all. t_target_ms: a plain step. t_draft_ms: one draft step. t_verify_ms: the verify pass. kv_bytes: the target's KV
-    of the whole batch. draft_bytes: weights and KV that only the draft has. All bytes count shared tokens once.
+    shared: number of first tokens that are the same in every context. budget: as the policy counts it (a draft step of
+    some reads a few tokens more); None: all KV. t_target_ms: a plain step. t_draft_ms: one draft step. t_verify_ms: the
+    verify pass. t_choose_ms: choosing in a round what drafts read, which is in neither of these. draft_row_read_bytes:
+    KV that a draft step reads of one row. draft_read_bytes: weights and KV that it reads in all. kv_bytes: the target's
+    KV of the whole batch. draft_bytes: weights and KV that only the draft has. All bytes count shared tokens once.
     largest_batch: the largest that fits at this context. break_even_context: shortest context at which drafting is
     faster at this batch and budget; None: never. break_even_limit: the same for large batches, at this gamma and alpha;
     None: never.
@@ -42,7 +44,7 @@ class Forecast:
     draft: str
     gpu: str
     tensor_parallel: int
-    policy: Policy
+    policy: str
     batch: int
     context: int
     shared: int
@@ -59,6 +61,9 @@ class Forecast:
     t_target_ms: float
     t_draft_ms: float
     t_verify_ms: float
+    t_choose_ms: float
+    draft_row_read_bytes: float
+    draft_read_bytes: float
     weight_bytes: float
     kv_bytes: float
     draft_bytes: float
@@ -68,14 +73,21 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """A target, its drafter, and their devices. alpha: acceptance; None: estimated by `expected_alpha`."""
+    """A target, its drafter, and their devices.
+
+    policy: one of POLICY_COSTS. alpha: acceptance; None: estimated by `expected_alpha`.
+    """
 
     model: str
     draft: str
     target: PlacedModel
     drafter: PlacedModel
-    policy: Policy
+    policy: str
     alpha: float | None
+
+    @property
+    def costs(self) -> PolicyCosts:
+        return POLICY_COSTS[self.policy]
 
     def expected_alpha(self, budget: int | None, context: int) -> float:
         if self.alpha is not None:
@@ -91,14 +103,20 @@ class Deployment:
     ) -> Forecast:
         """Forecast one (batch, context) with the best of `budgets`. gamma: None: the best. shared: see Forecast.
 
-        Raises ForecastError for a context that the target does not support, or that is shorter than what is shared.
+        Raises ForecastError for a context that the target does not support, or that is shorter than what is shared, and
+        for a budget or drafter that the policy does not allow.
         """
+        try:
+            for each in budgets:
+                self.costs.check(each, self._drafter_name)
+        except ValueError as error:
+            raise ForecastError(str(error)) from None
         if context > self.target.model.max_model_len:
             raise ForecastError(f"{self.model} is made for {self.target.model.max_model_len} tokens, not {context}")
         if shared > context:
             raise ForecastError(f"a context of {context} tokens cannot begin with {shared} shared ones")
         speed, budget, chosen = max(
-            (self._speed(batch, context, self._cost(budget, shared), gamma) for budget in budgets),
+            (self._speed(batch, context, budget, shared, gamma) for budget in budgets),
             key=lambda found: found[0],
         )
         speculation = self._cost(budget, shared)
@@ -134,6 +152,9 @@ class Deployment:
             t_target_ms=1e3 * t_target,
             t_draft_ms=1e3 * speculation.draft_seconds(batch, context),
             t_verify_ms=1e3 * speculation.verify_seconds(batch, context, chosen),
+            t_choose_ms=1e3 * speculation.choosing_seconds(batch, context, chosen),
+            draft_row_read_bytes=self.drafter.kv_bytes(speculation.draft_context(context)),
+            draft_read_bytes=speculation.draft_bytes(batch, context),
             weight_bytes=weights,
             kv_bytes=kv_bytes,
             draft_bytes=draft_bytes,
@@ -141,20 +162,27 @@ class Deployment:
             usable_bytes=usable,
         )
 
+    @property
+    def _drafter_name(self) -> DrafterName:
+        return "model" if self.has_own_weights else "self"
+
     def _cost(self, budget: int | None, shared: int) -> SpeculationCost:
-        # Sink + window with the target's weights reads the target's own pages, and a draft that reads everything has
-        # pages beside them; all other drafts have a cache for each row.
-        shares = budget is None or (self.policy == "window" and not self.has_own_weights)
+        # A view with the target's weights reads the target's own pages, and a draft that reads everything has pages
+        # beside them; all other drafts have a cache for each row.
         return SpeculationCost(
-            target=self.target, draft=self.drafter, budget=budget, shared=shared, draft_shares=shares
+            target=self.target,
+            draft=self.drafter,
+            budget=None if budget is None else self.costs.tokens_read(budget),
+            shared=shared,
+            draft_shares=budget is None or (self.costs.is_view and not self.has_own_weights),
+            choosing=Choosing() if budget is None else self.costs.choosing(self.drafter),
         )
 
     def _speed(
-        self, batch: int, context: int, speculation: SpeculationCost, gamma: int | None
+        self, batch: int, context: int, budget: int | None, shared: int, gamma: int | None
     ) -> tuple[float, int | None, int]:
         """Predict the speed-up. Returns speed-up, budget and gamma."""
-        budget = speculation.budget
-        alpha = self.expected_alpha(budget, context)
+        speculation, alpha = self._cost(budget, shared), self.expected_alpha(budget, context)
         if gamma is not None:
             return speculation.speedup(batch, context, gamma, alpha), budget, gamma
         chosen, speed = speculation.best_gamma(batch, context, alpha)
@@ -164,43 +192,33 @@ class Deployment:
         """Compute bytes on the rank that holds the most: the target's weights, its KV per row, the draft's own weights,
         and the draft's own KV per row.
 
-        A row owns gamma + 1 slots beyond its context. Sink + window with the target's weights reads the target's KV. A
-        draft model keeps KV of the whole context if it reads all of it, or selects from it (SnapKV). `_footprint`
-        covers the remaining cases.
+        A row owns gamma + 1 slots beyond its context. A draft model keeps KV of the whole context if it reads all of
+        it, or chooses from it. What else a draft keeps of a row follows from the policy.
         """
-        target, draft, slots = self.target, self.drafter, gamma + 1
+        target, draft, tokens = self.target, self.drafter, context + gamma + 1
         weights = rank_weight_bytes(target.model, target.ranks, target.element_bytes)
-        kv = (context + slots) * rank_kv_token_bytes(target.model, target.ranks, target.element_bytes)
-        if not self.has_own_weights and self.policy == "window":
-            return weights, kv, 0.0, 0
         draft_weights = (
             rank_weight_bytes(draft.model, draft.ranks, draft.element_bytes) if self.has_own_weights else 0.0
         )
-        kept = KVState() if budget is None else self._footprint(budget, gamma)
-        tokens = kept.pages
-        if self._keeps_context(budget):
-            tokens += context + slots
+        kept = KVState() if budget is None else self.costs.state(budget, gamma, self._drafter_name)
         queries = kept.queries * draft.model.num_layers * draft.model.head_dim * draft.element_bytes
-        own = tokens * rank_kv_token_bytes(draft.model, draft.ranks, draft.element_bytes)
-        return weights, kv, draft_weights, own + queries * -(-draft.model.num_heads // draft.ranks)
+        own = draft.kv_bytes(kept.pages) + queries * -(-draft.model.num_heads // draft.ranks)
+        return weights, target.kv_bytes(tokens), draft_weights, own + self._draft_page_bytes(budget, tokens)
 
     def _keeps_context(self, budget: int | None) -> bool:
         """Whether the draft keeps KV of its own for the whole context, in pages beside the target's."""
-        return self.has_own_weights and (budget is None or self.policy == "snapkv")
+        return self.has_own_weights and (budget is None or self.costs.reads_all_pages("model"))
+
+    def _draft_page_bytes(self, budget: int | None, tokens: int) -> int:
+        """Compute the bytes that drafts keep of a row's pages on the rank that holds the most: their KV, if the target
+        does not have it, and their summaries."""
+        own = self.drafter.kv_bytes(tokens) if self._keeps_context(budget) else 0
+        kept = KVState() if budget is None else self.costs.state(budget, 1, self._drafter_name)
+        return own + -(-kept.summaries * self.drafter.kv_bytes(tokens) // (2 * PAGE_SIZE))  # a key is half of the KV
 
     def _shared_bytes(self, budget: int | None, shared: int) -> tuple[int, int]:
         """Compute bytes of the shared tokens on the rank that holds the most: of the target, and of the draft."""
-        target, draft = self.target, self.drafter
-        kept = shared * rank_kv_token_bytes(target.model, target.ranks, target.element_bytes)
-        if not self._keeps_context(budget):
-            return kept, 0
-        return kept, shared * rank_kv_token_bytes(draft.model, draft.ranks, draft.element_bytes)
-
-    def _footprint(self, budget: int, gamma: int) -> KVState:
-        """Compute the draft's own KV per row, in pages of one token."""
-        kv = WindowConfig(budget=budget) if self.policy == "window" else SnapKVConfig(policy="snapkv", budget=budget)
-        drafter: DrafterName = "model" if self.has_own_weights else "self"
-        return SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=kv).kv_state(1)
+        return self.target.kv_bytes(shared), self._draft_page_bytes(budget, shared)
 
 
 def default_efficiency(gpu: str) -> Efficiency:
@@ -214,15 +232,16 @@ def deploy(
     draft: str,
     gpu: str,
     ranks: int,
-    policy: Policy,
+    policy: str,
     dtype: str,
     alpha: float | None,
     efficiency: Efficiency | None = None,
 ) -> Deployment:
     """Describe a deployment by names.
 
-    model, draft: names in models.shapes.SHAPES or directories; a draft may be `self`. gpu: one of hardware.NAMES. A
-    draft model is split over at most as many ranks as it has query heads. efficiency: None: `default_efficiency`.
+    model, draft: names in models.shapes.SHAPES or directories; a draft may be `self`. gpu: one of hardware.NAMES.
+    policy: one of POLICY_COSTS. A draft model is split over at most as many ranks as it has query heads. efficiency:
+    None: `default_efficiency`.
     Raises ModelError, UnknownDevice, and ForecastError for more ranks than the target has query heads.
     """
     shape, device = find_shape(model), find_device(gpu, ranks)

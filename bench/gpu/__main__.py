@@ -8,8 +8,9 @@ Weights are random, in the shapes of known models, and the KV cache is filled at
 random weights no draft would be accepted, so each draft is accepted at random with probability --synthetic-acceptance;
 every line of the table notes it.
 
---terms vegas: the terms on which others have published (bench/paper/vegas_terms.py), with their numbers beside. Points
-then are upper bounds: as many rows as fit.
+--terms vegas: the terms on which others have published (bench/paper/vegas_terms.py), with their numbers beside. Drafts
+read KV by each policy that has a number of tokens per round there, and are accepted as often. Points then are upper
+bounds: as many rows as fit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bench.gpu.gpu_report import GpuReport, device_state, table
 from bench.gpu.gpu_rounds import Bench, GpuResult, free_bytes
 from bench.micro.bandwidth import copy_bandwidth
 from bench.paper import vegas_terms
-from bench.paper.vegas_terms import TERMS, Terms, TermsLine, terms_budget
+from bench.paper.vegas_terms import TERMS, TermsLine, terms_budget
 from engine.oom import OutOfMemory, is_out_of_memory
 from engine.worker.kernels import choose_ops
 from models.shapes import SHAPES
@@ -70,17 +71,22 @@ class Program:
         _say(table([]))  # the head of lines to come
         if terms is None:
             for shape in self._shapes:
-                points, alphas = arguments.points or _read_points(_POINTS), [arguments.synthetic_acceptance]
-                self._measure(shape, points, alphas, gamma=arguments.gamma, budget=arguments.budget)
+                points, alpha = arguments.points or _read_points(_POINTS), arguments.synthetic_acceptance
+                self._measure(shape, points, alpha, gamma=arguments.gamma, budget=arguments.budget)
             return
-        alphas = [acceptance_for(terms.gamma, tokens) for tokens in terms.tokens.values()]
         for shape in self._shapes:
             for max_rows, context in arguments.points or [(terms.max_rows, terms.context)]:
-                points = [(rows, context) for rows in range(max_rows, 0, -1)]
-                budget = terms_budget(context)
-                self._measure(
-                    shape, points, alphas, gamma=terms.gamma, budget=budget, temperature=terms.temperature, largest=True
-                )
+                for policy, tokens in terms.tokens.items():
+                    self._measure(
+                        shape,
+                        [(rows, context) for rows in range(max_rows, 0, -1)],
+                        acceptance_for(terms.gamma, tokens),
+                        gamma=terms.gamma,
+                        policy=policy,
+                        budget=terms_budget(context),
+                        temperature=terms.temperature,
+                        largest=True,
+                    )
 
     def show(self) -> None:
         """Print what has been measured."""
@@ -90,30 +96,33 @@ class Program:
         print(f"{report.ceiling / 1e9:.0f} GB/s in a copy; floors are bytes over this rate\n")
         print(table(report.results))
         if terms is not None:
-            print("\n" + vegas_terms.table(_terms_lines(terms, report.results)))
+            print("\n" + vegas_terms.table(_terms_lines(report.results)))
 
     def _measure(
         self,
         shape: str,
         points: Sequence[tuple[int, int]],
-        alphas: Sequence[float],
+        alpha: float,
         *,
         gamma: int,
         budget: int,
+        policy: str = "window",
         temperature: float = 0.0,
         largest: bool = False,
     ) -> None:
-        """Measure a shape at all points that fit, with each synthetic acceptance. largest: only the first that fits."""
+        """Measure a shape at all points that fit. alpha: synthetic acceptance. largest: only the first that fits."""
+        name = shape if self._terms is None else f"{shape}, {policy}"
         if self._is_late():
-            self._note(f"{shape}: no time was left")
+            self._note(f"{name}: no time was left")
             return
         bench: Bench | None = None
-        with self._noting_failures(shape):
+        with self._noting_failures(name):
             bench = Bench(
                 shape,
                 SHAPES[shape],
                 points,
                 gamma=gamma,
+                policy=policy,
                 budget=budget,
                 device=self._device,
                 dtype=torch.bfloat16,
@@ -126,29 +135,28 @@ class Program:
             )
             # Of points that fall, only the last one that does not fit tells something.
             for rows, context, reason in bench.left_out[-1:] if largest else bench.left_out:
-                self._note(f"{shape}, {rows} x {context}: {reason}")
+                self._note(f"{name}, {rows} x {context}: {reason}")
         if bench is not None:
-            self._measure_points(bench, shape, alphas)
+            self._measure_points(bench, name, alpha)
             bench.close()
         self.report.save()
 
-    def _measure_points(self, bench: Bench, shape: str, alphas: Sequence[float]) -> None:
+    def _measure_points(self, bench: Bench, name: str, alpha: float) -> None:
         results = self.report.results
         first = len(results)
         for rows, context in bench.points:
             if self._is_late():
-                self._note(f"{shape}, {rows} x {context}: no time was left")
+                self._note(f"{name}, {rows} x {context}: no time was left")
                 continue
-            for alpha in alphas:
-                with self._noting_failures(f"{shape}, {rows} x {context}"):
-                    results.append(bench.measure(rows, context, alpha=alpha, ceiling=self.report.ceiling))
-                    state = device_state(self._device)
-                    self.report.states.append(f"{shape}, {rows} x {context}: {state}")
-                    _say(f"{table(results[-1:]).splitlines()[1]}  {state}")
-                self.report.save()
+            with self._noting_failures(f"{name}, {rows} x {context}"):
+                results.append(bench.measure(rows, context, alpha=alpha, ceiling=self.report.ceiling))
+                state = device_state(self._device)
+                self.report.states.append(f"{name}, {rows} x {context}: {state}")
+                _say(f"{table(results[-1:]).splitlines()[1]}  {state}")
+            self.report.save()
         for index in range(first, len(results)):
             if not self._is_late():
-                with self._noting_failures(f"{shape}, idle times"):
+                with self._noting_failures(f"{name}, idle times"):
                     results[index] = bench.observe_gaps(results[index])
 
     @contextmanager
@@ -169,20 +177,20 @@ class Program:
         _say(text)
 
 
-def _terms_lines(terms: Terms, results: Sequence[GpuResult]) -> list[TermsLine]:
-    keys = {acceptance_for(terms.gamma, tokens): name for name, tokens in terms.tokens.items()}
+def _terms_lines(results: Sequence[GpuResult]) -> list[TermsLine]:
     return [
         TermsLine(
             shape=result.shape,
             rows=result.rows,
             context=result.context,
-            keys=keys[result.alpha],
+            policy=result.policy,
             tokens_per_round=result.accepted + 1,
             plain_tokens_per_second=result.plain_tokens_per_second,
             tokens_per_second=result.tokens_per_second,
             t_target_ms=result.t_target_ms,
             t_draft_ms=result.t_draft_ms,
             t_verify_ms=result.t_verify_ms,
+            t_choose_ms=None,
         )
         for result in results
     ]

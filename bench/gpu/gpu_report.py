@@ -37,8 +37,8 @@ def table(results: Sequence[GpuResult]) -> str:
             f"{each.predicted:.2f}",
             f"{each.tokens_per_second:.0f}",
         )
-        said = f"  {each.shape}, synthetic acceptance {each.alpha:.3g} ({each.accepted:.2f} accepted tokens)"
-        lines.append("".join(f"{cell:>9}" for cell in cells) + said)
+        said = f"synthetic acceptance {each.alpha:.3g} ({each.accepted:.2f} accepted tokens)"
+        lines.append("".join(f"{cell:>9}" for cell in cells) + f"  {each.shape}, {each.policy}, {said}")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from bench.corpus import BenchError
 from bench.gpu.device_busy import busy_seconds
 from bench.gpu.synthetic import synthetic_acceptance
 from engine.config.deployment import EngineConfig
+from engine.config.speculation import SpeculationConfig
 from engine.core import Engine
 from engine.params import SamplingParams
 from engine.plan import PageDelta, RoundPlan, RoundResult, RowStart, RowWork
@@ -41,18 +42,20 @@ KEPT_BYTES = 6 << 30
 class GpuResult:
     """Result of one (rows, context). Times in milliseconds, medians over rounds.
 
-    t_target_ms: a plain round. t_draft_ms: one draft step. t_verify_ms: the target pass over gamma drafts. t_round_ms:
-    draft, verify and host work. floor_ms: lower bound of a plain round, its weight and KV bytes over the bandwidth of a
-    copy. gap_plain, gap: fractions of a plain round, and of one with drafts, in which the device is idle; None where
-    that was not observed. accepted: accepted drafts per row and round. speedup: measured, with synthetic acceptance
-    `alpha`. predicted: the cost model's speed-up from the three times. plain_rounds_ms, rounds_ms: every timed round;
-    half of the plain ones come before those with drafts, half after.
+    policy: KV policy of drafts. t_target_ms: a plain round. t_draft_ms: one draft step. t_verify_ms: the target pass
+    over gamma drafts. Both include what the policy does in them. t_round_ms: draft, verify and host work. floor_ms:
+    lower bound of a plain round, its weight and KV bytes over the bandwidth of a copy. gap_plain, gap: fractions of a
+    plain round, and of one with drafts, in which the device is idle; None where that was not observed. accepted:
+    accepted drafts per row and round. speedup: measured, with synthetic acceptance `alpha`. predicted: the cost model's
+    speed-up from the three times. plain_rounds_ms, rounds_ms: every timed round; half of the plain ones come before
+    those with drafts, half after.
     """
 
     shape: str
     rows: int
     context: int
     gamma: int
+    policy: str
     budget: int
     temperature: float
     alpha: float
@@ -116,15 +119,18 @@ class Bench:
         dtype: torch.dtype,
         ops: Ops,
         memory: int,
+        policy: str = "window",
         temperature: float = 0.0,
         page_size: int = 16,
         rounds: int = 24,
         cuda_graphs: bool = True,
         only_first: bool = False,
     ) -> None:
-        """points: (rows, context). memory: bytes for weights and KV. temperature: of all rows. only_first: keep only
-        the first of the points that fit."""
+        """points: (rows, context). memory: bytes for weights and KV. policy: KV policy of drafts, one that reads the
+        target's pages. temperature: of all rows. only_first: keep only the first of the points that fit."""
         self._name, self._gamma, self._budget, self._page = name, gamma, budget, page_size
+        speculation = SpeculationConfig.model_validate({"gamma": gamma, "kv": {"policy": policy, "budget": budget}})
+        self._policy, self._summaries = policy, speculation.kv_state(page_size).summaries
         self._device, self._rounds, self._temperature = device, rounds, temperature
         self._model = random_shape(shape, dtype, device, ops)
         self.weight_bytes = self._model.matrix_bytes  # bytes that a forward reads
@@ -157,7 +163,7 @@ class Bench:
                 "cuda_graphs": cuda_graphs,
                 "cache": {"page_size": page_size, "num_pages": max(pages, -(-longest // page_size))},
                 "scheduler": {"max_rows": max_rows, "max_batch_tokens": max_rows * (gamma + 1) + 1},
-                "speculation": {"gamma": gamma, "kv": {"policy": "window", "budget": budget}},
+                "speculation": speculation,
             }
         )
         self._engine = Engine(config, model=self._model, controller=FixedGamma(gamma), progress=False)
@@ -181,6 +187,7 @@ class Bench:
             rows=rows,
             context=context,
             gamma=self._gamma,
+            policy=self._policy,
             budget=self._budget,
             temperature=self._temperature,
             alpha=alpha,
@@ -272,4 +279,6 @@ class Bench:
         return -(-(context + self._room) // self._page)
 
     def _bytes(self, rows: int, context: int) -> int:
-        return rows * self._width(context) * self._page * self._token_bytes
+        """Return the bytes of the rows' pages and of what the policy keeps of these."""
+        page_bytes = self._page * self._token_bytes + self._summaries * self._token_bytes // 2  # a key is half of a KV
+        return rows * self._width(context) * page_bytes

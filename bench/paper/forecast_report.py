@@ -9,8 +9,8 @@ from pathlib import Path
 from planner.forecast import Forecast
 
 _COLUMNS = (
-    *("batch", "context", "budget", "alpha", "gamma", "x plain", "tok/s"),
-    *("T_T ms", "T_D ms", "T_V ms", "GB/GPU", "fits", "max batch", "break-even"),
+    *("batch", "context", "shared", "policy", "budget", "alpha", "gamma", "x plain", "tok/s", "T_T ms", "T_D ms"),
+    *("T_V ms", "choose ms", "MB/row", "GB/step", "GB/GPU", "fits", "max batch", "break-even"),
 )
 
 
@@ -19,36 +19,48 @@ class PlotError(RuntimeError):
 
 
 def table(forecasts: Sequence[Forecast]) -> str:
-    """Format forecasts of one deployment as a text table, one line each."""
+    """Format forecasts of one deployment as a text table, one line each.
+
+    choose ms: of a round. MB/row, GB/step: what a draft step reads, of each row's KV and in all, on one GPU.
+    """
     first = forecasts[0]
-    sharing = any(row.shared for row in forecasts)
-    columns = (*_COLUMNS[:2], "shared", *_COLUMNS[2:]) if sharing else _COLUMNS
-    draft = f"{first.draft} as draft, {first.policy}" if first.draft != "self" else f"self-speculation, {first.policy}"
-    lines = [
-        f"{first.model} on {first.tensor_parallel} x {first.gpu}, {draft}; "
-        f"{first.usable_bytes / 1e9:.1f} GB of each for weights and KV",
-        "".join(f"{name:>11}" for name in columns),
+    hidden = set() if any(row.shared for row in forecasts) else {"shared"}
+    draft = f"{first.draft} as draft" if first.draft != "self" else "self-speculation"
+    shown = [
+        [cell for name, cell in zip(_COLUMNS, cells, strict=True) if name not in hidden]
+        for cells in (_COLUMNS, *map(_cells, forecasts))
     ]
-    for row in forecasts:
-        cells = (
-            row.batch,
-            row.context,
-            *((row.shared,) if sharing else ()),
-            "all" if row.budget is None else row.budget,
-            f"{row.alpha:.2f}",
-            row.gamma or "off",
-            f"{row.speedup:.2f}",
-            f"{row.tokens_per_second:.0f}",
-            f"{row.t_target_ms:.1f}",
-            f"{row.t_draft_ms:.1f}",
-            f"{row.t_verify_ms:.1f}",
-            f"{row.memory_bytes / 1e9:.1f}",
-            "yes" if row.fits else "no",
-            row.largest_batch,
-            "never" if row.break_even_context is None else row.break_even_context,
-        )
-        lines.append("".join(f"{cell:>11}" for cell in cells))
-    return "\n".join(lines)
+    widths = [max(map(len, column)) + 2 for column in zip(*shown, strict=True)]
+    title = (
+        f"{first.model} on {first.tensor_parallel} x {first.gpu}, {draft}; "
+        f"{first.usable_bytes / 1e9:.1f} GB of each for weights and KV"
+    )
+    lines = ("".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in shown)
+    return "\n".join([title, *lines])
+
+
+def _cells(row: Forecast) -> tuple[str, ...]:
+    return (
+        str(row.batch),
+        str(row.context),
+        str(row.shared),
+        row.policy,
+        "all" if row.budget is None else str(row.budget),
+        f"{row.alpha:.2f}",
+        str(row.gamma or "off"),
+        f"{row.speedup:.2f}",
+        f"{row.tokens_per_second:.0f}",
+        f"{row.t_target_ms:.1f}",
+        f"{row.t_draft_ms:.1f}",
+        f"{row.t_verify_ms:.1f}",
+        f"{row.t_choose_ms:.2f}",
+        f"{row.draft_row_read_bytes / 1e6:.1f}",
+        f"{row.draft_read_bytes / 1e9:.2f}",
+        f"{row.memory_bytes / 1e9:.1f}",
+        "yes" if row.fits else "no",
+        str(row.largest_batch),
+        "never" if row.break_even_context is None else str(row.break_even_context),
+    )
 
 
 def check_plotting() -> None:
@@ -58,7 +70,7 @@ def check_plotting() -> None:
 
 
 def plot(forecasts: Sequence[Forecast], path: Path) -> None:
-    """Plot speed-up over batch to a PNG, one line per context; over context if there is a single batch.
+    """Plot speed-up over batch to a PNG, one line per policy and context; over context if there is a single batch.
 
     Hollow markers: does not fit into memory.
 
@@ -69,20 +81,23 @@ def plot(forecasts: Sequence[Forecast], path: Path) -> None:
 
     first = forecasts[0]
     over_batch = len({row.batch for row in forecasts}) > 1
+    policies = list(dict.fromkeys(row.policy for row in forecasts))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for value in sorted({row.context if over_batch else row.batch for row in forecasts}):
-        points = sorted(
-            (row.batch, row.speedup, row.fits) if over_batch else (row.context, row.speedup, row.fits)
-            for row in forecasts
-            if value == (row.context if over_batch else row.batch)
-        )
-        places, speeds = [point[0] for point in points], [point[1] for point in points]
-        label = f"context {value:,}" if over_batch else f"batch {value}"
-        (line,) = axes.plot(places, speeds, marker="o", label=label)
-        beyond = [(place, speed) for place, speed, fits in points if not fits]
-        if beyond:
-            axes.plot(*zip(*beyond, strict=True), "o", mfc="white", mec=line.get_color(), linestyle="none")
+        for policy in policies:
+            points = sorted(
+                (row.batch, row.speedup, row.fits) if over_batch else (row.context, row.speedup, row.fits)
+                for row in forecasts
+                if (policy, value) == (row.policy, row.context if over_batch else row.batch)
+            )
+            places, speeds = [point[0] for point in points], [point[1] for point in points]
+            label = f"context {value:,}" if over_batch else f"batch {value}"
+            label = label if len(policies) == 1 else f"{policy}, {label}"
+            (line,) = axes.plot(places, speeds, marker="o", label=label)
+            beyond = [(place, speed) for place, speed, fits in points if not fits]
+            if beyond:
+                axes.plot(*zip(*beyond, strict=True), "o", mfc="white", mec=line.get_color(), linestyle="none")
     ticks = sorted({row.batch if over_batch else row.context for row in forecasts})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])

@@ -8,9 +8,11 @@ Published: Qwen3 on one H100 with 94 GB, about 10,000 tokens of context, at most
 - Acceptance there comes from AIME25. Here drafts are accepted at random, with the published mean of tokens per round,
   since weights are random; that mean is taken for both models.
 - As many rows run as fit at the full context; rows that are still short make room for more.
-- The budget of sink + window is not stated; ours is that of Vegas, 7 % of the context and at least 256.
-- `chosen` reads as many keys as `window`, with the tokens per round that chosen ones brought. Choosing itself is not in
-  it: 5.9 % of a published round.
+- The budgets of sink + window and of Quest are not stated; ours are that of Vegas, 7 % of the context and at least 256.
+  The policies that choose, `verified` and `quest`, read the first page and the newest tokens in addition.
+- Choosing took 5.9 % of a published round of Vegas. Rounds that are measured here have all of it, predictions only what
+  the bytes take that it moves (planner.policy_costs).
+- Published Quest chooses in every draft step; ours in the first of a round and again every four steps.
 """
 
 from __future__ import annotations
@@ -23,16 +25,20 @@ from pathlib import Path
 
 from planner.cost_model import CAPTURED, PUBLISHED, Efficiency, acceptance_for
 from planner.forecast import deploy
+from planner.policy_costs import PAGE_SIZE, PUBLISHED_GAMMA, PUBLISHED_TOKENS
 
 _FILE = Path(__file__).parent / "published_vegas.csv"
-_COLUMNS = {"window": "magicdec_window", "chosen": "vegas"}
-"""Column of the published table by the keys that drafts read."""
-_PAGE = 16
+_COLUMNS = {"window": "magicdec_window", "verified": "vegas", "quest": "quest"}
+"""Column of the published table by KV policy."""
+_NOTES = {
+    "quest": "quest: its engine replays no forward from CUDA graphs, plain ones neither; predictions do not know that"
+}
+"""What the numbers of a KV policy do not tell."""
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """tokens: mean tokens of a row per round, accepted ones and one more, by the keys that drafts read."""
+    """tokens: mean tokens of a row per round, accepted ones and one more, by KV policy."""
 
     shapes: tuple[str, ...]
     context: int
@@ -47,9 +53,9 @@ TERMS = {
         shapes=("qwen3-8b", "qwen3-4b"),
         context=10_000,
         max_rows=128,
-        gamma=6,
+        gamma=PUBLISHED_GAMMA,
         temperature=0.6,
-        tokens={"window": 4.92, "chosen": 6.24},
+        tokens=PUBLISHED_TOKENS,
     )
 }
 
@@ -66,19 +72,22 @@ EFFICIENCIES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TermsLine:
-    """One way to draft, measured or predicted. keys: those that drafts read, `window` or `chosen`. Times in
-    milliseconds."""
+    """One way to draft, measured or predicted. Times in milliseconds.
+
+    t_choose_ms: choosing in a round what drafts read; None: the other times include it.
+    """
 
     shape: str
     rows: int
     context: int
-    keys: str
+    policy: str
     tokens_per_round: float
     plain_tokens_per_second: float
     tokens_per_second: float
     t_target_ms: float
     t_draft_ms: float
     t_verify_ms: float
+    t_choose_ms: float | None
 
     @property
     def speedup(self) -> float:
@@ -87,7 +96,7 @@ class TermsLine:
 
 def terms_budget(context: int) -> int:
     """Return the KV tokens that a draft step reads, in whole pages."""
-    return _PAGE * math.ceil(max(256, 0.07 * context) / _PAGE)
+    return PAGE_SIZE * math.ceil(max(256, 0.07 * context) / PAGE_SIZE)
 
 
 def read_published() -> dict[str, dict[str, float]]:
@@ -106,14 +115,14 @@ def predict(terms: Terms, gpu: str, efficiency: Efficiency, rows: int | None = N
     lines = []
     budgets = (terms_budget(terms.context),)
     for shape in terms.shapes:
-        for keys, tokens in terms.tokens.items():
+        for policy, tokens in terms.tokens.items():
             alpha = acceptance_for(terms.gamma, tokens)
             deployment = deploy(
                 model=shape,
                 draft="self",
                 gpu=gpu,
                 ranks=1,
-                policy="window",
+                policy=policy,
                 dtype="bfloat16",
                 alpha=alpha,
                 efficiency=efficiency,
@@ -126,41 +135,45 @@ def predict(terms: Terms, gpu: str, efficiency: Efficiency, rows: int | None = N
                     shape=shape,
                     rows=count,
                     context=terms.context,
-                    keys=keys,
+                    policy=policy,
                     tokens_per_round=tokens,
                     plain_tokens_per_second=found.plain_tokens_per_second,
                     tokens_per_second=found.tokens_per_second,
                     t_target_ms=found.t_target_ms,
                     t_draft_ms=found.t_draft_ms,
                     t_verify_ms=found.t_verify_ms,
+                    t_choose_ms=found.t_choose_ms,
                 )
             )
     return lines
 
 
 def table(lines: Sequence[TermsLine]) -> str:
-    """Format lines as a text table, with published numbers and goals. Each shape begins with plain decoding."""
-    head = ("shape", "rows", "context", "keys", "tok/round", "T_T ms", "T_D ms", "T_V ms", "tok/s", "x plain")
+    """Format lines as a text table, with published numbers, goals and notes. Each shape and number of rows begins with
+    plain decoding."""
+    head = ("shape", "rows", "context", "policy", "tok/round", "T_T ms", "T_D ms", "T_V ms", "choose ms", "tok/s")
     cells: tuple[object, ...]
-    text = [_format(*head, "theirs", "x theirs", "goal")]
+    text = [_format(*head, "x plain", "theirs", "x theirs", "goal")]
     published, before = read_published(), None
     for line in lines:
         theirs = published.get(line.shape, {})
         plain = theirs.get("vllm")
         if (place := (line.shape, line.rows, line.context)) != before:
             goal = None if plain is None else _goal(line.plain_tokens_per_second, plain, ".0f")
-            cells = (*place, "plain", "1.00", f"{line.t_target_ms:.2f}", "-", "-")
+            cells = (*place, "plain", "1.00", f"{line.t_target_ms:.2f}", "-", "-", "-")
             text.append(
                 _format(*cells, f"{line.plain_tokens_per_second:.0f}", "1.00", plain, 1.0 if plain else None, goal)
             )
             before = place
-        speed = theirs.get(_COLUMNS[line.keys])
+        speed = theirs.get(_COLUMNS[line.policy])
         ratio = None if speed is None or plain is None else speed / plain
-        goal = None if ratio is None or line.keys != "window" else _goal(line.speedup, ratio, ".2f")
+        goal = None if ratio is None or line.policy != "window" else _goal(line.speedup, ratio, ".2f")
         times = (f"{each:.2f}" for each in (line.t_target_ms, line.t_draft_ms, line.t_verify_ms))
-        cells = (*place, line.keys, f"{line.tokens_per_round:.2f}", *times)
+        choosing = "-" if line.t_choose_ms is None else f"{line.t_choose_ms:.2f}"
+        cells = (*place, line.policy, f"{line.tokens_per_round:.2f}", *times, choosing)
         text.append(_format(*cells, f"{line.tokens_per_second:.0f}", f"{line.speedup:.2f}", speed, ratio, goal))
-    return "\n".join(text)
+    drawn = {line.policy for line in lines}
+    return "\n".join([*text, *(note for policy, note in _NOTES.items() if policy in drawn)])
 
 
 def _goal(ours: float, theirs: float, digits: str) -> str:

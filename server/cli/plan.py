@@ -14,12 +14,8 @@ from models.shapes import SHAPES
 from planner.cost_model import GAMMA_MAX
 from planner.forecast import BUDGETS, default_efficiency, deploy
 from planner.hardware import NAMES
+from planner.policy_costs import POLICY_COSTS
 from server.cli import options
-
-
-class Policy(StrEnum):
-    window = "window"
-    snapkv = "snapkv"
 
 
 class TermsName(StrEnum):
@@ -68,7 +64,9 @@ def plan(
     gamma: Annotated[
         int | None, typer.Option(min=0, max=GAMMA_MAX, help="Tokens drafted per round; the best if not given.")
     ] = None,
-    policy: Annotated[Policy, typer.Option(help="KV that a draft reads.")] = Policy.window,
+    policy: Annotated[
+        str, typer.Option(help=f"KV that a draft reads, comma-separated: {', '.join(POLICY_COSTS)}.")
+    ] = "window",
     dtype: Annotated[Dtype, typer.Option(help="Dtype of weights and KV.")] = Dtype.bfloat16,
     layer_us: Annotated[
         float | None,
@@ -87,6 +85,7 @@ def plan(
         return
     if model is None:
         raise typer.BadParameter("name a model, or --terms", param_hint="--model")
+    policies = options.names(policy, tuple(POLICY_COSTS), "--policy")
     batches, contexts = options.counts(batch, "--batch"), options.counts(context, "--context")
     _check_folder(json_file, "--json")
     _check_folder(plot_file, "--plot")
@@ -97,16 +96,17 @@ def plan(
         draft=draft,
         gpu=gpu,
         ranks=tensor_parallel,
-        policy=policy.value,
+        policy=policies[0],
         dtype=dtype.value,
         alpha=alpha,
         efficiency=None if layer_us is None else replace(default_efficiency(gpu), layer_s=1e-6 * layer_us),
     )
     budgets = _budgets(budget)
     forecasts = [
-        deployment.forecast(rows, length, budgets=budgets, gamma=gamma, shared=shared)
+        replace(deployment, policy=each).forecast(rows, length, budgets=budgets, gamma=gamma, shared=shared)
         for length in contexts
         for rows in batches
+        for each in policies
     ]
     print(table(forecasts))
     if json_file is not None:

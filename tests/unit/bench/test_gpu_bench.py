@@ -309,19 +309,23 @@ def test_on_the_terms_of_others(
     file = tmp_path / "vegas.json"
     assert run(monkeypatch, f"--terms vegas --points 12x300 --rounds 8 --json {file}") == 0
     results = json.loads(file.read_text())["results"]
-    assert [each["accepted"] + 1 for each in results] == pytest.approx([4.92, 6.24], abs=0.3)
+    assert [each["policy"] for each in results] == ["window", "verified", "quest"]
+    assert [each["accepted"] + 1 for each in results] == pytest.approx([4.92, 6.24, 5.43], abs=0.3)
     assert {(each["rows"], each["gamma"], each["temperature"], each["budget"]) for each in results} == {
         (12, 6, 0.6, 256)
     }
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[3] for line in lines[-3:]] == ["plain", "window", "chosen"]
+    assert [line.split()[3] for line in lines[-5:-1]] == ["plain", "window", "verified", "quest"]
+    assert lines[-1].startswith("quest: ")
 
 
 def test_less_memory_than_one_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu, "_CPU_BYTES", 1000)
     assert run(monkeypatch, "--terms vegas --points 3x300") == 1
     said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if "are free" in line] == ["tiny, 1 x 300: needs 0.0 GB, and 0.0 are free"]
+    assert [line for line in said if "are free" in line] == [
+        f"tiny, {policy}, 1 x 300: needs 0.0 GB, and 0.0 are free" for policy in ("window", "verified", "quest")
+    ]
 
 
 def test_a_point_without_memory_ends_no_run(

@@ -21,7 +21,8 @@ FIELDS = {
     *("model", "draft", "gpu", "tensor_parallel", "batch", "context", "budget", "alpha", "gamma", "speedup", "fits"),
     *("policy", "largest_batch", "break_even_context", "break_even_limit", "tokens_per_second"),
     *("plain_tokens_per_second", "t_target_ms", "t_draft_ms", "t_verify_ms", "weight_bytes", "kv_bytes"),
-    *("draft_bytes", "memory_bytes", "usable_bytes", "shared"),
+    *("draft_bytes", "memory_bytes", "usable_bytes", "shared", "t_choose_ms", "draft_row_read_bytes"),
+    "draft_read_bytes",
 }
 
 
@@ -104,6 +105,37 @@ def test_fixed_time_of_a_layer(plan: Planner) -> None:
     assert slow["t_target_ms"] > 32e3
 
 
+def test_every_policy_has_a_line(
+    plan: Planner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    where = ("--batch", "8,16", "--context", "32000", "--budget", "512", "--gamma", "6", "--layer-us", "20")
+    found = plan(*where, "--policy", "window,snapkv,verified,quest", "--plot", str(tmp_path / "plan.png"), gpu="h100")
+    names = ["window", "snapkv", "verified", "quest"]
+    assert [(row["batch"], row["policy"]) for row in found] == [(rows, name) for rows in (8, 16) for name in names]
+    assert found[0] == plan(*where, gpu="h100")[0]
+    alphas = [row["alpha"] for row in found[:4]]
+    assert alphas == pytest.approx([0.81, 1 - 0.75 * 0.19, 1 - 0.32 * 0.19, 1 - 0.714 * 0.19], abs=1e-3)
+    assert [row["draft_row_read_bytes"] // 131_072 for row in found[:4]] == [512, 512, 537, 537]
+    assert [row["t_choose_ms"] > 0 for row in found[:4]] == [False, False, True, True]
+    assert [row["draft_bytes"] > 0 for row in found[:4]] == [False, True, False, True]
+    capsys.readouterr()
+    flags = ("--model", "llama-3.1-8b", "--gpu", "h100", *where, "--policy", "verified,quest")
+    assert run(monkeypatch, *flags) == 0
+    title, head, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith("llama-3.1-8b on 1 x h100, self-speculation; ")
+    assert head.split()[:3] == ["batch", "context", "policy"]
+    assert {len(line) for line in (head, *lines)} == {len(head)}
+    assert [line.split()[2] for line in lines] == ["verified", "quest"] * 2
+    # 32 layers, 152 float32 per page; a 16th of the KV, twice in 6 steps. 8 rows at 80 % of 3.35 TB/s.
+    assert [line.split()[11:13] for line in lines[:2]] == [["0.12", "70.4"], ["1.57", "70.4"]]
+
+
+def test_all_kv_is_the_same_with_every_policy(plan: Planner) -> None:
+    found = plan("--budget", "all", "--policy", "window,verified,quest")
+    assert [{**row, "policy": "any"} for row in found[::3]] == [{**row, "policy": "any"} for row in found[1::3]]
+    assert {(row["budget"], row["t_choose_ms"], row["draft_bytes"]) for row in found} == {("all", 0, 0)}
+
+
 def test_several_budgets(plan: Planner) -> None:
     (row,) = plan("--tp", "8", "--batch", "64", "--context", "32000", "--budget", "128,256")
     assert row["budget"] == 256
@@ -160,7 +192,7 @@ def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert run(monkeypatch, *where, "--batch", "32,64") == 0
     title, head, *rows = capsys.readouterr().out.splitlines()
     assert title.startswith("llama-2-7b-32k on 8 x a100-80gb, self-speculation")
-    assert head.split()[:3] == ["batch", "context", "budget"]
+    assert head.split()[:3] == ["batch", "context", "policy"]
     assert {len(line) for line in (head, *rows)} == {len(head)}
     assert [row.split()[-3] for row in rows] == ["yes", "no"]
 
@@ -192,6 +224,7 @@ def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         (("--tp", "33"), "error: llama-3.1-8b has 32 query heads, which cannot be split over 33 ranks"),
         (("--context", "140000"), "error: llama-3.1-8b is made for 131072 tokens, not 140000"),
         (("--shared", "8001"), "error: a context of 8000 tokens cannot begin with 8001 shared ones"),
+        (("--budget", "40"), "error: speculation.kv.budget (40) must be a multiple of cache.page_size (16)"),
     ],
 )
 def test_one_line(
@@ -219,7 +252,14 @@ def test_one_line(
             ("--shared", "-1"),
             ("--shared", "x"),
         ),
-        *(("--policy", "h2o"), ("--dtype", "int3"), ("--json", "/no/such/dir/x.json"), ("--plot", "/no/such/dir/x")),
+        *(
+            ("--policy", "h2o"),
+            ("--policy", "window,all"),
+            ("--policy", ""),
+            ("--dtype", "int3"),
+            ("--json", "/no/such/dir/x.json"),
+            ("--plot", "/no/such/dir/x"),
+        ),
     ],
 )
 def test_wrong_usage(
@@ -250,13 +290,16 @@ def test_terms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         "Predicted for one h100, the same, and attention of a verify pass as fast as a plain step's (assumed",
     ]
     for table in tables:
-        lines = [line.split() for line in table.splitlines()[2:]]
+        *shown, note = table.splitlines()[2:]
+        lines = [line.split() for line in shown]
+        policies = ("plain", "window", "verified", "plain", "quest")
         assert [(line[0], line[3]) for line in lines] == [
-            (shape, keys) for shape in ("qwen3-8b", "qwen3-4b") for keys in ("plain", "window", "chosen")
+            (shape, policy) for shape in ("qwen3-8b", "qwen3-4b") for policy in policies
         ]
-        assert lines[1][10] == "1576"
+        assert [lines[place][11] for place in (1, 2, 4)] == ["1576", "1893", "1247"]
+        assert note.startswith("quest: ")
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert [row["rows"] for row in found] == [37, 37, 43, 43] * 3
+    assert [row["rows"] for row in found] == [37, 37, 35, 43, 43, 40] * 3
     assert run(monkeypatch, "--terms", "vegas", "--gpu", "h200", "--batch", "64", "--json", str(file)) == 0
     assert {row["rows"] for row in json.loads(file.read_text(encoding="utf-8"))} == {64}
 

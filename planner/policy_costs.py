@@ -1,0 +1,105 @@
+"""What the planner knows of each KV policy: what drafts read, what choosing it costs, and how often it is right.
+
+What follows from settings alone is asked of these (engine.config.kv), at the default page size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config.deployment import CacheConfig
+from engine.config.kv import DrafterName, KVConfig, KVState, QuestConfig
+from engine.config.speculation import SpeculationConfig
+from models.shapes import kv_heads_per_rank
+from planner.cost_model import Choosing, PlacedModel, acceptance_for
+
+PAGE_SIZE = CacheConfig().page_size
+PUBLISHED_GAMMA = 6
+PUBLISHED_TOKENS = {"window": 4.92, "verified": 6.24, "quest": 5.43}
+"""Mean tokens of a row per round of PUBLISHED_GAMMA drafts, accepted ones and one more, as Vegas (arXiv 2602.07223)
+published them for Qwen3-8B."""
+_ENDLESS = PAGE_SIZE << 30
+"""A context longer than any, in whole pages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyCosts:
+    """Costs and acceptance of one KV policy.
+
+    rejections: relative to sink + window at the same budget. choosing: cost of choosing what drafts read, from the
+    model that drafts.
+    """
+
+    name: str
+    rejections: float = 1.0
+    choosing: Callable[[PlacedModel], Choosing] = lambda _: Choosing()
+
+    def check(self, budget: int | None, drafter: DrafterName) -> None:
+        """Raise ValueError for a budget or drafter that the policy does not allow. budget: None: all KV."""
+        self._settings(budget).check(PAGE_SIZE, drafter)
+
+    @property
+    def is_view(self) -> bool:
+        """Whether drafts of the target itself read its own pages, and keep no KV of theirs."""
+        return self.state(None, 1, "self").pages == 0
+
+    def tokens_read(self, budget: int) -> int:
+        """Return the KV tokens that a draft step reads of a row which has more."""
+        return self._settings(budget).tokens_read(_ENDLESS, PAGE_SIZE)
+
+    def state(self, budget: int | None, gamma: int, drafter: DrafterName) -> KVState:
+        """Return the KV that the policy keeps of each row, in pages of one token. budget: None: the policy's default.
+        gamma: largest number of drafts."""
+        settings = SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=self._settings(budget))
+        return settings.kv_state(1)
+
+    def reads_all_pages(self, drafter: DrafterName) -> bool:
+        """Whether a draft model keeps the KV of all tokens."""
+        return self._settings(None).reads_all_pages(drafter)
+
+    def _settings(self, budget: int | None) -> KVConfig:
+        kv: dict[str, Any] = {"policy": self.name} | ({} if budget is None else {"budget": budget})
+        return SpeculationConfig.model_validate({"kv": kv}).kv
+
+
+def _published_rejections(name: str) -> float:
+    """Compute rejections relative to sink + window, from what was published.
+
+    Predictions by it are optimistic for small models: with a model of 135M parameters, 4K of context and temperature 1,
+    this server's `verified` had about 0.8 of the window's rejections at budgets of 128 and 512, and `quest` about 0.9.
+    """
+    ours, window = (1 - acceptance_for(PUBLISHED_GAMMA, PUBLISHED_TOKENS[each]) for each in (name, "window"))
+    return ours / window
+
+
+def _count_votes(placed: PlacedModel) -> Choosing:
+    """Compute what votes in a verify pass cost, where attention counts them while it reads keys (kernels/gpu/votes.py).
+
+    Of each page it writes and reads a float32 for each of two voters and query heads. The votes for each KV head are
+    written, summed and ranked. Attention that reads keys once more for it takes longer: FlashInfer's, and that of rows
+    that share pages.
+    """
+    sums = 2 * 2 * -(-placed.model.num_heads // placed.ranks)
+    votes = 3 * kv_heads_per_rank(placed.model, placed.ranks)
+    return Choosing(verify_bytes=4 * placed.model.num_layers * (sums + votes) / PAGE_SIZE)
+
+
+def _compare_pages(placed: PlacedModel) -> Choosing:
+    """Compute what choosing by the bounds of each page's keys costs: a choice reads all of them."""
+    settings = QuestConfig(policy="quest")
+    vectors = settings.state(PAGE_SIZE, 1, "self").summaries / PAGE_SIZE
+    return Choosing(draft_bytes=vectors * placed.kv_bytes(1) / 2, interval=settings.interval)
+
+
+POLICY_COSTS = {
+    costs.name: costs
+    for costs in (
+        PolicyCosts(name="window"),
+        PolicyCosts(name="snapkv", rejections=0.75),  # assumed, not measured
+        PolicyCosts(name="verified", rejections=_published_rejections("verified"), choosing=_count_votes),
+        PolicyCosts(name="quest", rejections=_published_rejections("quest"), choosing=_compare_pages),
+    )
+}
+"""Policies that forecasts know, by name. `topk` saves no time; `all` is a budget of None."""
