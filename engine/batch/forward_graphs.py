@@ -137,8 +137,8 @@ class GraphWatch(Protocol):
     def ballot(self) -> Ballot | None:
         """Votes that attention counts."""
 
-    def around(self, attention: GraphAttention) -> GraphAttention:
-        """Return attention that is captured in place of `attention`, and gives the same results."""
+    def around(self, attention: GraphAttention, batch: GraphBatch) -> GraphAttention:
+        """Return attention that is captured in place of `attention` over `batch`, and gives the same results."""
 
     def copy(self) -> None:
         """Copy in what the next replay learns; nothing if the observer is not due."""
@@ -233,7 +233,7 @@ class ForwardGraphs:
             batch = replace(batch, ballot=watch.ballot)
         attention = self._graphs.attention(self._pool.page_size, self._model.head_dim, batch)
         if watch is not None:
-            attention = watch.around(attention)
+            attention = watch.around(attention, batch)
         states = self._states[: shape.tokens]
 
         def work() -> None:

@@ -7,18 +7,21 @@ of what all keys have, so it is done once in a few steps (LServe, arXiv 2502.148
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from engine.batch.forward_graphs import GraphWatch
 from engine.batch.round_batch import RoundBatch
 from engine.batch.view import View
 from engine.config.kv import QuestConfig
 from engine.kv.page_choice import ChoiceView, PageChoice
 from engine.kv.policy import DraftSite, KVPolicy
 from engine.plan import RowStart
-from kernels.attention.base import AttentionBackend, AttentionBatch
+from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch, SharedPrefix
 from kernels.key_summaries import KeySummaries
 from kernels.kv_cache import KVPool, LayerKV
 from kernels.ragged import Ints, ragged_arange
@@ -152,8 +155,9 @@ class PageSummariser:
 
     due = True
 
-    def in_graph(self, rows: int, queries: int, width: int) -> None:
-        """See Observer.in_graph. No graph summarises pages."""
+    def in_graph(self, rows: int, queries: int, width: int) -> GraphWatch:
+        """See Observer.in_graph."""
+        return _GraphSummaries(self._summaries, self._page_size)
 
     def around(self, attention: AttentionBackend) -> AttentionBackend:
         """See Observer.around."""
@@ -181,6 +185,42 @@ class _Summarising:
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PlannedAttention.run."""
         self._summaries.update(layer, self._written)
+        return self._inner.run(layer, q, scale)
+
+
+class _GraphSummaries:
+    """Summaries in captured forwards."""
+
+    ballot: Ballot | None = None
+
+    def __init__(self, summaries: KeySummaries, page_size: int) -> None:
+        self._summaries, self._page_size = summaries, page_size
+
+    def copy(self) -> None:
+        """Do nothing: all that changes are page lists and lengths, which attention reads too."""
+
+    def around(self, attention: GraphAttention, batch: GraphBatch) -> GraphAttention:
+        """See GraphWatch.around."""
+        return _CapturedSummarising(attention, batch, self._summaries, self._page_size)
+
+
+class _CapturedSummarising:
+    """Attention of a captured forward. It summarises the last pages of each row, as many as its room for queries can
+    reach; a page that is full already gets the same summary again."""
+
+    def __init__(self, inner: GraphAttention, batch: GraphBatch, summaries: KeySummaries, page_size: int) -> None:
+        self._inner, self._batch, self._summaries, self._page_size = inner, batch, summaries, page_size
+
+    def plan(self, kv_lengths: Sequence[int], prefixes: Sequence[SharedPrefix] = ()) -> None:
+        self._inner.plan(kv_lengths, prefixes)
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See PlannedAttention.run."""
+        batch = self._batch
+        last = (batch.lengths - 1) // self._page_size
+        behind = torch.arange((batch.queries - 1) // self._page_size + 2, device=last.device)
+        written = batch.pages.gather(1, (last[:, None] - behind).clamp_(min=0))
+        self._summaries.update(layer, written.flatten())
         return self._inner.run(layer, q, scale)
 
 

@@ -23,7 +23,7 @@ from engine.config.kv import MAX_PLAIN_TOKENS, VerifiedConfig
 from engine.kv.page_choice import ChoiceView, PageChoice
 from engine.kv.policy import DraftSite, KVPolicy
 from engine.plan import RowStart
-from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, SharedPrefix
+from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch, SharedPrefix
 from kernels.kv_cache import LayerKV
 from kernels.ragged import Ints
 from kernels.transfer import send, send_all
@@ -193,7 +193,7 @@ class _GraphVotes:
             numbers = torch.cat([vote.voters, vote.slots[:, None], vote.ends[:, None]], 1)
             self._numbers[: len(numbers)] = send(numbers, self._numbers.device)
 
-    def around(self, attention: GraphAttention) -> GraphAttention:
+    def around(self, attention: GraphAttention, batch: GraphBatch) -> GraphAttention:
         """See GraphWatch.around."""
         return _CapturedVoting(attention, self._count, self._vote, self.ballot)
 
