@@ -142,14 +142,16 @@ class VoteCount:
         size = (len(vote.voters), self._choice.kv_heads, width)
         return Ballot(vote.voters, self._choice.page_size, torch.zeros(size, device=vote.voters.device))
 
-    def begin(self, vote: _Vote) -> None:
-        """Record which pages rows choose from. All layers do so in the same forward."""
+    def begin(self, vote: _Vote, width: int) -> Tensor:
+        """Record which pages rows choose from; all layers do so in the same forward. width: number of pages in a row's
+        list. Returns a mask of the pages that cannot be chosen, [rows, width] bool."""
         self._choice.device_ends[vote.slots] = vote.ends
+        return self._choice.excluded(vote.ends, width)
 
-    def choose(self, layer: LayerKV, vote: _Vote, votes: Tensor) -> None:
-        """Choose the pages with the most votes. votes: see Ballot."""
+    def choose(self, layer: LayerKV, vote: _Vote, votes: Tensor, excluded: Tensor) -> None:
+        """Choose the pages with the most votes. votes: see Ballot. excluded: see `begin`."""
         # KV of a row that fails in this forward may be no numbers, and neither are its votes.
-        sums = votes.sum(1).nan_to_num_().masked_fill_(self._choice.excluded(vote.ends, votes.shape[2]), -1)
+        sums = votes.sum(1).nan_to_num_().masked_fill_(excluded, -1)
         count = min(self._choice.count, sums.shape[1])
         self._choice.pages[layer.index, vote.slots, :count] = self._best(sums, count)
 
@@ -160,17 +162,18 @@ class _Voting:
     def __init__(self, inner: AttentionBackend, count: VoteCount, vote: _Vote) -> None:
         self._inner, self._count, self._vote = inner, count, vote
         self._ballot: Ballot
+        self._excluded: Tensor
 
     def plan(self, batch: AttentionBatch) -> None:
         # Another policy that learns from the same forward has the same voters.
         self._ballot = batch.ballot or self._count.ballot(self._vote, batch.pages.shape[1])
-        self._count.begin(self._vote)
+        self._excluded = self._count.begin(self._vote, batch.pages.shape[1])
         self._inner.plan(replace(batch, ballot=self._ballot))
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PlannedAttention.run."""
         result = self._inner.run(layer, q, scale)
-        self._count.choose(layer, self._vote, self._ballot.votes)
+        self._count.choose(layer, self._vote, self._ballot.votes, self._excluded)
         return result
 
 
@@ -203,6 +206,7 @@ class _CapturedVoting:
 
     def __init__(self, inner: GraphAttention, count: VoteCount, vote: _Vote, ballot: Ballot) -> None:
         self._inner, self._count, self._vote, self._ballot = inner, count, vote, ballot
+        self._excluded: Tensor
 
     def plan(self, kv_lengths: Sequence[int], prefixes: Sequence[SharedPrefix] = ()) -> None:
         self._inner.plan(kv_lengths, prefixes)
@@ -211,6 +215,6 @@ class _CapturedVoting:
         """See PlannedAttention.run."""
         result = self._inner.run(layer, q, scale)
         if layer.index == 0:
-            self._count.begin(self._vote)
-        self._count.choose(layer, self._vote, self._ballot.votes)
+            self._excluded = self._count.begin(self._vote, self._ballot.votes.shape[2])
+        self._count.choose(layer, self._vote, self._ballot.votes, self._excluded)
         return result
