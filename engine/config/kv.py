@@ -286,6 +286,13 @@ class TargetQuestConfig(QuestConfig):
     heads: str | None = None
     """File of `magicdec profile heads`, whose lower half of KV heads stream: they read the sink and the window only."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "policy" not in data:
+            raise ValueError("its settings need a policy beside them: policy: quest, or the flag --target-kv quest")
+        return data
+
     def check_target(self, page_size: int) -> None:
         """Raise ValueError for settings that do not fit this page size."""
         for name in ("budget", "window"):
