@@ -149,6 +149,19 @@ def draft_tokens_read(config: EngineConfig) -> Callable[[int, int], int]:
     return lambda context, budget: kinds[budget].tokens_read(context, page_size)
 
 
+def target_tokens_read(config: EngineConfig, shape: ModelConfig) -> Callable[[int, int, int], int] | None:
+    """Return a function from a row's prompt tokens, a position and a number of queries to the KV slots that a pass of a
+    target with target_kv reads; None without it."""
+    target, page_size = config.target_kv, config.cache.page_size
+    if target is None:
+        return None
+    heads = shape.num_layers * shape.num_kv_heads
+    streaming = heads // 2 / heads if target.heads else 0.0
+    return lambda num_prompt, first, queries: target.tokens_read_by_pass(
+        num_prompt, first, queries, page_size, streaming
+    )
+
+
 def fit_pool(
     config: EngineConfig, resolved: Resolved, memory: int, source: str, setting: str, *, warns: bool = True
 ) -> Resolved:
