@@ -19,6 +19,7 @@ from kernels.attention.base import AttentionBatch
 from kernels.reference_ops import ReferenceOps
 from models.llama import Llama
 from tests.support.engines import TINY, complete, complete_all, run, tiny_engine, tiny_model, tokens
+from tests.support.head_files import write_head_shares
 from tests.support.prefix_engines import model_on_kernels
 from tests.support.profiles import examples
 from tests.support.workloads import SAMPLING, prompt_of
@@ -31,8 +32,16 @@ def model() -> Llama:
     return tiny_model()
 
 
-def engine_of(gamma: int = 0, budget: int = 8, interval: int = 3, page: int = PAGE, **settings: Any) -> Engine:
-    target = {"policy": "quest", "budget": budget, "interval": interval, "sink": 4, "window": 2 * page}
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Shares of which the first KV head of the first layer and the second one of the other are the lowest."""
+    return write_head_shares(tmp_path_factory.mktemp("heads"), [[0.1, 0.9], [0.5, 0.2]])
+
+
+def engine_of(
+    gamma: int = 0, budget: int = 8, interval: int = 3, page: int = PAGE, heads: str | None = None, **settings: Any
+) -> Engine:
+    target = {"policy": "quest", "budget": budget, "interval": interval, "sink": 4, "window": 2 * page, "heads": heads}
     return tiny_engine(model(), gamma=gamma, page_size=page, target_kv=target, **settings)
 
 
@@ -44,6 +53,7 @@ def engine_of(gamma: int = 0, budget: int = 8, interval: int = 3, page: int = PA
     batch_tokens=st.sampled_from([20, 64, 200]),
     pages=st.sampled_from([60, 400]),
     prefix=st.booleans(),
+    streams=st.booleans(),
     rows=st.lists(
         st.tuples(st.integers(1, 70), st.integers(1, 40), st.sampled_from(SAMPLING[:9]), st.integers(0, 9)),
         min_size=1,
@@ -59,14 +69,20 @@ def test_the_law_of_that_target(
     batch_tokens: int,
     pages: int,
     prefix: bool,
+    streams: bool,
+    heads: str,
     rows: list[tuple[int, int, dict[str, Any], int]],
 ) -> None:
     """With drafts, chunks, other rows, a prefix cache and preemption: the text of plain decoding, row by row."""
     kv = {"policy": policy, "budget": 16} | ({"recent": 8, "queries": 4} if policy == "snapkv" else {"sink": 4})
     cache = {"num_pages": pages, "prefix": prefix}
-    settings: dict[str, Any] = {"max_model_len": 120, "scheduler": {"max_batch_tokens": batch_tokens, "max_rows": 4}}
+    settings: dict[str, Any] = {
+        "heads": heads if streams else None,
+        "max_model_len": 120,
+        "scheduler": {"max_batch_tokens": batch_tokens, "max_rows": 4},
+    }
     engine = engine_of(gamma, budget * PAGE, interval, cache=cache, speculation={"kv": kv}, **settings)
-    alone = engine_of(0, budget * PAGE, interval, cache={"prefix": False}, max_model_len=120)
+    alone = engine_of(0, budget * PAGE, interval, heads=settings["heads"], cache={"prefix": False}, max_model_len=120)
     requests = [
         AddRequest(
             str(i), prompt_of(length, i % 2), SamplingParams(max_tokens=new, seed=i, ignore_eos=True, **sampling)
