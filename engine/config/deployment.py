@@ -15,7 +15,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from engine.config.kv import policy_of
 from engine.config.settings import Positive, Settings
 from engine.config.speculation import SpeculationConfig
-from engine.config.target_kv import TargetQuestConfig
+from engine.config.target_reading import TargetQuestConfig
 from engine.logs import LogFormat
 
 

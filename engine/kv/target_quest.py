@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.row_state import RowState
-from engine.config.target_kv import TargetQuestConfig
+from engine.config.target_reading import TargetQuestConfig
 from engine.kv.streaming_heads import read_streaming_heads
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.key_summaries import KeySummaries

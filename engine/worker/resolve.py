@@ -13,7 +13,7 @@ import torch
 
 from engine.config.deployment import CacheConfig, ConfigError, EngineConfig
 from engine.config.kv import KVState
-from engine.config.target_kv import TargetQuestConfig
+from engine.config.target_reading import TargetQuestConfig
 from engine.kv.streaming_heads import read_streaming_heads
 from engine.worker.kernels import choose_ops
 from kernels.cpu.compiler import supported

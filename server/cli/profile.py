@@ -83,7 +83,7 @@ def heads(
     from bench.corpus import passages, read_text
     from bench.micro.head_shares import describe, measure
     from engine.config.deployment import load_config
-    from engine.config.target_kv import TargetQuestConfig
+    from engine.config.target_reading import TargetQuestConfig
     from engine.worker.loading import load_target
     from models.default import resolve_model
     from models.tokenizer import Tokenizer

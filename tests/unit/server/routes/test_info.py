@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from engine.config.target_kv import TargetQuestConfig
+from engine.config.target_reading import TargetQuestConfig
 from tests.support.app import FakeClient, server
 from tests.support.fake_engine import FakeEngine
 
