@@ -38,7 +38,7 @@ from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.stats import StatsRecorder
 from engine.scheduler.validation import check_fields
 from engine.worker.profiler import Profiler, load_profile, profile, profile_key, save_profile
-from engine.worker.resolve import draft_tokens_read, resolve
+from engine.worker.resolve import draft_tokens_read, resolve, target_tokens_read
 from engine.worker.worker import Worker, noop
 from models.llama import Llama
 from parallel.group import Group
@@ -83,7 +83,7 @@ class Engine:
             )
             self._kv = self._make_kv()
             sizes = self._worker.num_pages, self._resolved.max_model_len
-            self.profiler = Profiler(self._run_blank, config, *sizes, self._resolved.shared_stretch)
+            self.profiler = Profiler(self._run_blank, config, *sizes, self._shared_stretch)
             if controller is None:
                 controller = self.make_controller()
         except BaseException:
@@ -143,6 +143,11 @@ class Engine:
         budgets = speculation.kv_budgets(self._config.cache.page_size) or [0]
         return AutoGamma(times, speculation.gamma_max, budgets, speculation.kv.budget)
 
+    @property
+    def _shared_stretch(self) -> int:
+        """See Ops.shared_stretch. Rows whose positions choose what they read share no reads."""
+        return 0 if self._config.target_kv is not None else self._resolved.shared_stretch
+
     def _make_kv(self) -> KVManager:
         config = self._config
         speculation, page_size = config.speculation, config.cache.page_size
@@ -153,7 +158,7 @@ class Engine:
             prompts_only=config.target_kv is not None,
             num_uncached_tokens=speculation.num_uncached_tokens,
             draft_pages=speculation.has_draft_pages,
-            shared_stretch=self._resolved.shared_stretch,
+            shared_stretch=self._shared_stretch,
         )
 
     def _make_scheduler(self, controller: Controller) -> Scheduler:
@@ -182,6 +187,8 @@ class Engine:
             policy=config.speculation.kv.policy if config.speculation.max_draft_tokens else "",
             draft_pages_per_row=config.speculation.kv_state(config.cache.page_size).pages,
             drafts_share=config.speculation.drafts_share,
+            target_tokens_read=target_tokens_read(config, self._resolved.shape),
+            target_kv=config.target_kv.summary if config.target_kv else None,
         )
 
     def _log_started(self) -> None:
@@ -196,6 +203,13 @@ class Engine:
             self._kv.total,
             kv_gb,
         )
+        if (target := self._config.target_kv) is not None:
+            log.warning(
+                "target_kv: the target reads at most %d KV tokens in each KV head for a position after a prompt (%s); "
+                "its text differs from the dense model's",
+                target.most_read(self._config.cache.page_size),
+                ", ".join(f"{name} {value}" for name, value in target.summary.items()),
+            )
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

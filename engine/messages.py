@@ -141,6 +141,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """KV policy of drafts; empty where nothing is ever drafted."""
     draft_pages_per_row: int = 0
     """Pages of KV that drafts keep for each running request, in addition to the target's pool."""
+    target_kv: dict[str, str | int] = {}
+    """Settings of a target that reads part of its KV (TargetQuestConfig.summary); empty: it reads all."""
     kv_tokens_read: int = 0
     """KV tokens (one token = all layers and heads) read by draft and verify passes of decoding rows. Tokens that are
     read once for several rows count once."""

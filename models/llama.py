@@ -117,7 +117,8 @@ class Llama(Module):
     """One rank's shard of a decoder. Fill every slot of `weight_slots()` and call `prepare()` before anything else.
 
     vocab_start, vocab_size: this rank computes the logits of tokens vocab_start … vocab_start + vocab_size - 1.
-    heads, kv_heads: this rank's. kv_heads, head_dim, num_layers: sizes of its KV pool.
+    heads, kv_heads: numbers of this rank's heads. first_kv_head: the first of its KV heads among the model's. kv_heads,
+    head_dim, num_layers: sizes of its KV pool.
     rotary: cosines and sines of all positions that forwards can have, each [positions, head_dim / 2].
     """
 
@@ -140,6 +141,7 @@ class Llama(Module):
         tied = self._embedding if config.tie_word_embeddings else None
         self._head = LMHead("lm_head", config.vocab_size, config.hidden_size, tied=tied, place=place)
         self.heads, self.kv_heads = mine.heads.size, mine.kv_heads.size
+        self.first_kv_head = mine.kv_heads.start
         self.vocab_start, self.vocab_size = self._head.vocab.start, self._head.vocab.size
         # Tables as wide as the arithmetic around them: float32 for models of 16 bits, which then round once.
         self.rotary = rotary_tables(

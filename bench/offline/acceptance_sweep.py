@@ -207,7 +207,10 @@ def measure(
     group = Group.single()
     vocab = VocabShard(target.vocab_start, target.vocab_size, target.config.vocab_size, group)
     sampler = Sampler(state, vocab, target.ops)
-    config = config.model_copy(update={"cuda_graphs": False})  # every setup would capture its own graphs
+    # A target with target_kv keeps its choices for passes of so many queries.
+    drafting = config.speculation.model_copy(update={"gamma": gamma})
+    # Every setup would capture its own graphs.
+    config = config.model_copy(update={"cuda_graphs": False, "speculation": drafting})
     runner = make_target(config, target, state, len(texts) * row_width)
 
     @cache

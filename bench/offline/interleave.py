@@ -91,11 +91,15 @@ class RoundMeasurements:
 
 
 class Contender:
-    """The engine of one config, and measurements of its rounds by value of --speculation."""
+    """The engine of one config, and measurements of its rounds by value of --speculation.
+
+    texts: output tokens by the row's request.
+    """
 
     def __init__(self, config: EngineConfig, target: Llama | None, gamma_max: int, auto: bool) -> None:
         self.config = config
         self.rounds: dict[Gamma, RoundMeasurements] = {}
+        self.texts: dict[str, list[int]] = {}
         self._controller = InterleavedController(gamma_max)
         self._batch = self._context = 0
         self.engine = Engine(config, model=target, controller=self._controller, progress=False)
@@ -134,7 +138,7 @@ class Contender:
             self.engine.add(AddRequest(str(i), list(prompt), params))
         ready: set[str] = set()
         while len(ready) < batch:
-            ready |= {output.id for output in _step(self.engine)}
+            ready |= {output.id for output in self._keep(_step(self.engine))}
 
     def warm_up(self, gamma: Gamma, history: int) -> None:
         """Run rounds that are not measured.
@@ -147,7 +151,7 @@ class Contender:
         first = self.engine.stats().generated_tokens
         while True:
             before = self.engine.stats()
-            _step(self.engine)
+            self._keep(_step(self.engine))
             after = self.engine.stats()
             if gamma == "auto":
                 warm = after.generated_tokens - first >= history * self._batch
@@ -163,11 +167,17 @@ class Contender:
         self._controller.gamma = gamma
         for _ in range(_TURN):
             before, began = engine.stats(), perf_counter()
-            _step(engine)
+            outputs = _step(engine)
             seconds, after = perf_counter() - began, engine.stats()
+            self._keep(outputs)
             self._check_running(after)
             context = self._context + after.generated_tokens / self._batch
             self.rounds[gamma].add(before, after, seconds, context)
+
+    def _keep(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        for output in outputs:
+            self.texts.setdefault(output.id, []).extend(output.tokens)
+        return outputs
 
     def _check_running(self, stats: EngineStats) -> None:
         if stats.running < self._batch:

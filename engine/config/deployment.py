@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
-from engine.config.kv import TargetQuestConfig, policy_of
+from engine.config.kv import policy_of
 from engine.config.settings import Positive, Settings
 from engine.config.speculation import SpeculationConfig
+from engine.config.target_reading import TargetQuestConfig
 from engine.logs import LogFormat
 
 

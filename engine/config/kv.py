@@ -280,25 +280,6 @@ class QuestConfig(KVSettings):
         return KVState(summaries=2)
 
 
-class TargetQuestConfig(QuestConfig):
-    """Quest for the target itself. It is lossy: positions after a prompt read part of their KV, and the text is another
-    one than the dense model's."""
-
-    budget: Positive = 1024
-    window: Positive = 256
-    """KV tokens before a choice that streaming heads read; a multiple of page_size."""
-    heads: str | None = None
-    """File of `magicdec profile heads`, whose lower half of KV heads stream: they read the sink and the window only."""
-
-    def check_target(self, page_size: int) -> None:
-        """Raise ValueError for settings that do not fit this page size."""
-        for name in ("budget", "window"):
-            if getattr(self, name) % page_size:
-                raise ValueError(
-                    f"target_kv.{name} ({getattr(self, name)}) must be a multiple of cache.page_size ({page_size})"
-                )
-
-
 class TopKConfig(KVSettings):
     """The tokens with the largest part of each query's attention, per KV head. Finding them reads all keys: a measure
     of the best that selection can reach, not a way to save time."""

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from engine.batch.row_state import RowState
-from engine.config.kv import TargetQuestConfig
+from engine.config.target_reading import TargetQuestConfig
+from engine.kv.streaming_heads import read_streaming_heads
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.key_summaries import KeySummaries
 from kernels.kv_cache import KVPool, LayerKV
@@ -109,7 +110,7 @@ class TargetQuestAttention:
         self._chosen = torch.zeros(shape, dtype=torch.int64, device=state.device)
         self._dense_attention = model.ops.attention(page, model.head_dim)
         self._attention: AttentionBackend = model.ops.attention(page, model.head_dim)
-        self._streams = torch.zeros(model.num_layers, model.kv_heads, dtype=torch.bool)
+        self._streams = _streams(config, model)
         self._written: Tensor
         self._dense: _Dense | None = None
         self._groups: _Groups | None = None
@@ -220,6 +221,14 @@ class TargetQuestAttention:
         mine, sums = self._attention.run(LayerKV(k, v, layer.index), q.reshape(-1, group, q.shape[2])[index], scale)
         out.view(-1, group, q.shape[2])[index] = mine
         lse.view(-1, group)[index] = sums
+
+
+def _streams(config: TargetQuestConfig, model: Llama) -> Tensor:
+    """Return which of this rank's KV heads stream, [layers, kv_heads] bool, on the host."""
+    if config.heads is None:
+        return torch.zeros(model.num_layers, model.kv_heads, dtype=torch.bool)
+    streams = torch.tensor(read_streaming_heads(config.heads, model.config))
+    return streams[:, model.first_kv_head : model.first_kv_head + model.kv_heads]
 
 
 def make_target_reading(

@@ -28,10 +28,15 @@ class StatsRecorder:
         policy: str,
         draft_pages_per_row: int,
         drafts_share: bool,
+        target_tokens_read: Callable[[int, int, int], int] | None = None,
+        target_kv: dict[str, str | int] | None = None,
     ) -> None:
         """draft_tokens_read: maps a row's tokens and a budget to the KV slots that a draft step reads. policy,
-        draft_pages_per_row: see EngineStats. drafts_share: see KVSettings.shares_pages."""
+        draft_pages_per_row, target_kv: see EngineStats. drafts_share: see KVSettings.shares_pages. target_tokens_read:
+        maps a row's prompt tokens, a position and a number of queries from it on to the KV slots that the target reads;
+        None: all."""
         self._draft_tokens_read = draft_tokens_read
+        self._target_tokens_read = target_tokens_read or (lambda num_prompt, first, queries: first + queries)
         self._drafts_share = drafts_share
         self.totals = EngineStats(
             pages_total=pages_total,
@@ -39,6 +44,7 @@ class StatsRecorder:
             kv_token_bytes=bytes_per_token,
             policy=policy,
             draft_pages_per_row=draft_pages_per_row,
+            target_kv=target_kv or {},
             accepted_per_position=[0] * gamma_max,
             gamma_chosen=[0] * (gamma_max + 1),
         )
@@ -47,9 +53,11 @@ class StatsRecorder:
         """Count a round's rows. Call before the round is committed. shared_tokens: of its decoding rows
         (Controller.choose); they count once, for the row that reads them."""
         self.totals.rounds += 1
-        decoding = [work for request, work in zip(requests, plan.work, strict=True) if request.decoding]
-        for work in decoding:
-            self._decode_row(work, plan.budget)
+        decoding = []
+        for request, work in zip(requests, plan.work, strict=True):
+            if request.decoding:
+                self._decode_row(request, work, plan.budget)
+                decoding.append(work)
         if shared_tokens:
             self.totals.kv_tokens_read -= shared_tokens + self._shared_by_drafts(decoding, plan.budget, shared_tokens)
 
@@ -66,10 +74,10 @@ class StatsRecorder:
             found += shared_in_part(shared_tokens, contexts, whole)
         return round(found)
 
-    def _decode_row(self, work: RowWork, budget: int) -> None:
+    def _decode_row(self, request: Request, work: RowWork, budget: int) -> None:
         totals, context = self.totals, work.computed + 1
         totals.gamma_chosen[work.gamma] += 1
-        totals.kv_tokens_read += context + work.gamma
+        totals.kv_tokens_read += self._target_tokens_read(request.num_prompt, work.computed, work.gamma + 1)
         totals.kv_tokens_read += sum(self._draft_tokens_read(context + step, budget) for step in range(work.gamma))
 
     def record_row(self, request: Request, drafted: int, accepted: int, tokens: int) -> None:
@@ -116,6 +124,7 @@ _GAUGES = {
     "kv_token_bytes",
     "policy",
     "draft_pages_per_row",
+    "target_kv",
 }
 
 

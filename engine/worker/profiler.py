@@ -198,6 +198,8 @@ def profile_key(config: EngineConfig, sizes: Resolved) -> str:
     parts += [speculation.model_dump_json(exclude=without), _work(sizes.shape)]
     if speculation.draft_model is not None:  # its name does not identify it: another model can take its place
         parts.append(_work(read_config(resolve_model(speculation.draft_model))))
+    if (target := config.target_kv) is not None:  # the file's name says nothing about which heads stream
+        parts.append((target.model_dump_json(exclude={"heads"}), target.heads is not None))
     if sizes.device.type == "cuda":
         parts += [torch.cuda.get_device_name(), config.cuda_graphs]
     else:

@@ -13,6 +13,8 @@ import torch
 
 from engine.config.deployment import CacheConfig, ConfigError, EngineConfig
 from engine.config.kv import KVState
+from engine.config.target_reading import TargetQuestConfig
+from engine.kv.streaming_heads import read_streaming_heads
 from engine.worker.kernels import choose_ops
 from kernels.cpu.compiler import supported
 from kernels.cpu.cpus import usable_cores
@@ -103,6 +105,7 @@ def resolve(
     token_bytes, fixed_bytes = _draft_bytes(config, draft or shape, dtype)
     token_bytes += _kv_bytes(shape, dtype, max(kv_heads))
     if config.target_kv is not None:
+        _check_target_kv(config.target_kv, shape, ranks)
         page = config.cache.page_size
         token_bytes += _summary_bytes(config.target_kv.state(page, 0, "self"), shape, dtype, max(kv_heads), page)
     head_dims = [each.head_dim for each in (shape, draft) if each is not None]
@@ -149,6 +152,19 @@ def draft_tokens_read(config: EngineConfig) -> Callable[[int, int], int]:
     return lambda context, budget: kinds[budget].tokens_read(context, page_size)
 
 
+def target_tokens_read(config: EngineConfig, shape: ModelConfig) -> Callable[[int, int, int], int] | None:
+    """Return a function from a row's prompt tokens, a position and a number of queries to the KV slots that a pass of a
+    target with target_kv reads; None without it."""
+    target, page_size = config.target_kv, config.cache.page_size
+    if target is None:
+        return None
+    heads = shape.num_layers * shape.num_kv_heads
+    streaming = heads // 2 / heads if target.heads else 0.0
+    return lambda num_prompt, first, queries: target.tokens_read_by_pass(
+        num_prompt, first, queries, page_size, streaming
+    )
+
+
 def fit_pool(
     config: EngineConfig, resolved: Resolved, memory: int, source: str, setting: str, *, warns: bool = True
 ) -> Resolved:
@@ -190,6 +206,17 @@ def _check_weights(config: EngineConfig, device: torch.device) -> None:
                 f"engine.{setting}: int8 gains nothing on a GPU, where each product would first expand its matrix to "
                 f"float32; set it to {other}"
             )
+
+
+def _check_target_kv(target: TargetQuestConfig, shape: ModelConfig, ranks: int) -> None:
+    """Raise ConfigError for a model or a number of ranks that such a target does not support."""
+    if ranks > shape.num_kv_heads:
+        raise ConfigError(
+            f"engine.target_kv: {ranks} ranks would split the query heads of {shape.num_kv_heads} KV heads, which "
+            f"choose together; set tensor_parallel_size to at most {shape.num_kv_heads}"
+        )
+    if target.heads is not None:
+        read_streaming_heads(target.heads, shape)  # every rank reads it again, once its model is loaded
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -18,13 +18,13 @@ app = typer.Typer(
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(plan.plan)
-app.command()(profile.profile)
 app.command()(fetch.fetch)
 app.command()(convert.convert)
 app.command()(kernels.kernels)
 app.command()(make_draft.make_draft)
 bench.app.command()(bench_serve.serve)
 app.add_typer(bench.app, name="bench")
+app.add_typer(profile.app, name="profile")
 
 
 def _print_version(wanted: bool) -> None:

@@ -45,6 +45,8 @@ def gamma(speculation: str) -> int | Literal["auto"]:
 
 
 _DRAFT_MODEL = "engine.speculation.model"
+_TARGET_KV = "engine.target_kv"
+_TARGET_POLICY = f"{_TARGET_KV}.policy"
 
 ENGINE_FLAGS = {
     "model": EngineFlag("engine.model", str, "Model directory, or `default`."),
@@ -69,6 +71,15 @@ ENGINE_FLAGS = {
     "budget": EngineFlag("engine.speculation.kv.budget", int, "KV tokens that one draft step may read per row."),
     "verification": EngineFlag(
         "engine.speculation.verification", str, "Verification of sampled tokens: coupled or rejection."
+    ),
+    # Before its budget, as above.
+    "target_kv": EngineFlag(
+        _TARGET_POLICY,
+        str,
+        "KV that the target itself reads after a prompt: quest, which changes the text, or none: all.",
+    ),
+    "target_budget": EngineFlag(
+        f"{_TARGET_KV}.budget", int, "KV tokens that a target with --target-kv chooses per row and KV head."
     ),
     "max_model_len": EngineFlag("engine.max_model_len", int, "Largest number of tokens of prompt and output together."),
     "gpu_memory_utilization": EngineFlag(
@@ -123,12 +134,15 @@ def engine_overrides(given: dict[str, Any]) -> dict[str, Any]:
     if (draft := overrides.get(_DRAFT_MODEL)) is not None:
         drafter, model = ("self", None) if draft == "self" else ("model", draft)
         overrides |= {"engine.speculation.drafter": drafter, _DRAFT_MODEL: model}
+    if overrides.get(_TARGET_POLICY) == "none":
+        del overrides[_TARGET_POLICY]
+        overrides = {_TARGET_KV: None, **overrides}
     return overrides
 
 
 def flags_of(settings: Iterable[str]) -> list[str]:
     """The flags that gave these overrides."""
-    names = {flag.setting: name for name, flag in ENGINE_FLAGS.items()}
+    names = {flag.setting: name for name, flag in ENGINE_FLAGS.items()} | {_TARGET_KV: "target_kv"}
     return [_flag(names[setting]) for setting in settings if setting in names]
 
 

@@ -177,6 +177,8 @@ class _EngineCollector(Collector):
         yield from self._pools(stats)
         yield from self._positions(stats)
         yield from self._rounds(stats)
+        if stats.target_kv:
+            yield self._target_kv(stats.target_kv)
         if stats.decode_seconds:
             yield from self._speedup(stats)
 
@@ -228,6 +230,16 @@ class _EngineCollector(Collector):
         busy.add_metric([self._model_id, "verify"], stats.verify_seconds)
         busy.add_metric([self._model_id, "host"], stats.host_seconds)
         yield busy
+
+    def _target_kv(self, settings: dict[str, str | int]) -> Metric:
+        """Return the mark of a target whose text is not the dense model's."""
+        info = GaugeMetricFamily(
+            "magicdec_target_kv_info",
+            "1: the target reads only part of its KV, with these settings, and its text is not the dense model's.",
+            labels=(*_MODEL, *settings),
+        )
+        info.add_metric([self._model_id, *map(str, settings.values())], 1)
+        return info
 
     def _speedup(self, stats: EngineStats) -> Iterator[Metric]:
         """Yield the gain of speculation, for a controller that tracks it."""

@@ -13,6 +13,8 @@ router = APIRouter()
 
 
 def _card(service: Service) -> dict[str, Any]:
+    """Describe the model. magicdec.target_kv: settings of a target that reads part of its KV, whose text is not the
+    dense model's; null: it reads all."""
     return {
         "id": service.model_id,
         "object": "model",
@@ -21,6 +23,7 @@ def _card(service: Service) -> dict[str, Any]:
         "root": service.config.engine.model,
         "parent": None,
         "max_model_len": service.loaded().ready.max_model_len,
+        "magicdec": {"target_kv": service.loaded().stats.target_kv or None},
     }
 
 

@@ -51,6 +51,20 @@ def test_what_reads_everything_always_agrees(model: Llama, twin_dir: Path, draft
     assert other.rejected > 3
 
 
+def test_the_target_may_read_less_itself(model: Llama) -> None:
+    """Dense drafts agree with a target whose budget covers the context, and with no smaller one."""
+
+    def alpha(budget: int) -> float:
+        target = {"policy": "quest", "budget": budget, "sink": 4}
+        config = EngineConfig.model_validate(CONFIG.model_dump() | {"target_kv": target})
+        dense = [Setup("self", "all")]
+        (result,) = measure(config, model, PROMPTS, dense, gamma=16, new_tokens=40, sampling=[SAMPLED])
+        return result.alpha
+
+    assert alpha(160) == 1.0
+    assert alpha(4) < 1.0
+
+
 def test_a_drafter_is_judged_alike_in_any_company(model: Llama, draft_dir: Path) -> None:
     alone = {}
     setups = [

@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 
 from engine.config.deployment import ConfigError
 from engine.core import Engine
+from engine.kv.target_quest import TargetQuestAttention
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from kernels.attention.base import AttentionBatch
+from kernels.reference_ops import ReferenceOps
 from models.llama import Llama
-from tests.support.engines import complete, complete_all, run, tiny_engine, tiny_model, tokens
+from tests.support.engines import TINY, complete, complete_all, run, tiny_engine, tiny_model, tokens
+from tests.support.head_files import write_head_shares
 from tests.support.prefix_engines import model_on_kernels
 from tests.support.profiles import examples
 from tests.support.workloads import SAMPLING, prompt_of
@@ -28,8 +32,16 @@ def model() -> Llama:
     return tiny_model()
 
 
-def engine_of(gamma: int = 0, budget: int = 8, interval: int = 3, page: int = PAGE, **settings: Any) -> Engine:
-    target = {"policy": "quest", "budget": budget, "interval": interval, "sink": 4, "window": 2 * page}
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Shares of which the first KV head of the first layer and the second one of the other are the lowest."""
+    return write_head_shares(tmp_path_factory.mktemp("heads"), [[0.1, 0.9], [0.5, 0.2]])
+
+
+def engine_of(
+    gamma: int = 0, budget: int = 8, interval: int = 3, page: int = PAGE, heads: str | None = None, **settings: Any
+) -> Engine:
+    target = {"policy": "quest", "budget": budget, "interval": interval, "sink": 4, "window": 2 * page, "heads": heads}
     return tiny_engine(model(), gamma=gamma, page_size=page, target_kv=target, **settings)
 
 
@@ -41,6 +53,7 @@ def engine_of(gamma: int = 0, budget: int = 8, interval: int = 3, page: int = PA
     batch_tokens=st.sampled_from([20, 64, 200]),
     pages=st.sampled_from([60, 400]),
     prefix=st.booleans(),
+    streams=st.booleans(),
     rows=st.lists(
         st.tuples(st.integers(1, 70), st.integers(1, 40), st.sampled_from(SAMPLING[:9]), st.integers(0, 9)),
         min_size=1,
@@ -56,14 +69,20 @@ def test_the_law_of_that_target(
     batch_tokens: int,
     pages: int,
     prefix: bool,
+    streams: bool,
+    heads: str,
     rows: list[tuple[int, int, dict[str, Any], int]],
 ) -> None:
     """With drafts, chunks, other rows, a prefix cache and preemption: the text of plain decoding, row by row."""
     kv = {"policy": policy, "budget": 16} | ({"recent": 8, "queries": 4} if policy == "snapkv" else {"sink": 4})
     cache = {"num_pages": pages, "prefix": prefix}
-    settings: dict[str, Any] = {"max_model_len": 120, "scheduler": {"max_batch_tokens": batch_tokens, "max_rows": 4}}
+    settings: dict[str, Any] = {
+        "heads": heads if streams else None,
+        "max_model_len": 120,
+        "scheduler": {"max_batch_tokens": batch_tokens, "max_rows": 4},
+    }
     engine = engine_of(gamma, budget * PAGE, interval, cache=cache, speculation={"kv": kv}, **settings)
-    alone = engine_of(0, budget * PAGE, interval, cache={"prefix": False}, max_model_len=120)
+    alone = engine_of(0, budget * PAGE, interval, heads=settings["heads"], cache={"prefix": False}, max_model_len=120)
     requests = [
         AddRequest(
             str(i), prompt_of(length, i % 2), SamplingParams(max_tokens=new, seed=i, ignore_eos=True, **sampling)
@@ -110,6 +129,27 @@ def test_drafts_of_the_target_itself_are_accepted() -> None:
     assert engine.stats().rejections == 0
 
 
+def test_rows_with_the_same_pages_share_no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReferenceOps, "shared_stretch", lambda self, head_dim: 8)
+
+    def read(count: int) -> int:
+        engine = engine_of()
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        complete_all(engine, [AddRequest(str(i), prompt_of(60, 1), params) for i in range(count)])
+        return engine.stats().kv_tokens_read
+
+    assert read(3) == 3 * read(1)
+
+
+def test_it_says_so_when_it_starts(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        assert engine_of(budget=16).stats().target_kv["budget"] == 16
+    assert caplog.messages == [
+        "target_kv: the target reads at most 26 KV tokens in each KV head for a position after a prompt (policy quest, "
+        "budget 16, sink 4, interval 3, streaming_window 0); its text differs from the dense model's"
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -127,6 +167,35 @@ def test_drafts_of_the_target_itself_are_accepted() -> None:
 def test_refusals(settings: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, ValueError), match=message):
         tiny_engine(model(), gamma=2, page_size=16, **settings)
+
+
+@given(
+    gamma=st.integers(0, 6),
+    interval=st.integers(1, 5),
+    budget=st.integers(1, 4),
+    length=st.integers(1, 60),
+)
+@examples(15, 60)
+def test_what_it_reads_is_counted(gamma: int, interval: int, budget: int, length: int) -> None:
+    """The lists that attention gets are as long as the statistics say, and never longer than the log says."""
+    engine = engine_of(gamma, budget * PAGE, interval, max_model_len=120, speculation={"kv": {"policy": "topk"}})
+    engine._stats._draft_tokens_read = lambda context, budget: 0
+    attention = engine._worker._target.attention
+    assert isinstance(attention, TargetQuestAttention)
+    batches, plan = [], attention._attention.plan
+
+    def watched(batch: AttentionBatch) -> None:
+        batches.append(batch)
+        plan(batch)
+
+    attention._attention.plan = watched  # type: ignore[method-assign]
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=1, ignore_eos=True)
+    complete(engine, prompt_of(length, 1), params)
+    heads = TINY.num_layers * TINY.num_kv_heads
+    assert engine.stats().kv_tokens_read == sum(sum(batch.kv_lengths) for batch in batches) / heads
+    target = engine._config.target_kv
+    assert target is not None
+    assert max(max(batch.kv_lengths) for batch in batches) <= target.most_read(PAGE)
 
 
 def test_to_the_bit_on_cpu_kernels() -> None:

@@ -125,8 +125,14 @@ def test_settings_that_change_no_times_share_a_profile(config: dict[str, Any], s
         ({"speculation": {"kv": {"budget": 256}}}, TINY),
         ({"speculation": {"kv": {"positions": "relative"}}}, TINY),
         ({"speculation": {"kv": {"policy": "topk"}}}, TINY),
+        ({"target_kv": {"policy": "quest"}}, TINY),
         ({}, replace(TINY, num_layers=3)),
     ],
 )
 def test_settings_that_change_times_do_not(config: dict[str, Any], shape: ModelConfig) -> None:
     assert key_of(config, shape) != key_of({"threads": 2} if "threads" in config else {})
+
+
+def test_the_settings_of_a_target_that_reads_less_change_times() -> None:
+    settings: list[dict[str, Any]] = [{}, {"budget": 512}, {"interval": 2}, {"sink": 32}, {"window": 512}]
+    assert len({key_of({"target_kv": {"policy": "quest"} | each}) for each in settings}) == len(settings)

@@ -95,9 +95,44 @@ def test_the_target_can_draft_where_a_file_has_a_model(tmp_path: Path) -> None:
     assert parse("--config", str(path), "--draft", "self").engine.speculation.draft_model is None
 
 
+TARGET = "engine: {target_kv: {policy: quest, budget: 256, interval: 8}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "expected"),
+    [
+        ("", ["--target-kv", "quest"], (1024, 4)),
+        ("", ["--target-budget", "512", "--target-kv", "quest"], (512, 4)),
+        ("", ["--target-kv", "none"], None),
+        (TARGET, [], (256, 8)),
+        (TARGET, ["--target-kv", "quest"], (256, 8)),
+        (TARGET, ["--target-budget", "512"], (512, 8)),
+        (TARGET, ["--target-kv", "none"], None),
+    ],
+)
+def test_a_target_that_reads_less(
+    tmp_path: Path, text: str, arguments: list[str], expected: tuple[int, int] | None
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    target = parse("--config", str(path), *arguments).engine.target_kv
+    assert (target and (target.budget, target.interval)) == expected
+
+
+@pytest.mark.parametrize("kind", ["quest", "none"])
+def test_the_flags_of_a_target_are_known_again(kind: str) -> None:
+    """An engine that is attached to refuses them."""
+    overrides = options.engine_overrides({"target_kv": kind, "target_budget": 16})
+    assert options.flags_of(overrides) == ["--target-kv", "--target-budget"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--target-budget", "64"], "engine.target_kv: Value error, its settings need a policy beside them"),
+        (["--target-kv", "none", "--target-budget", "64"], "the flag --target-kv quest"),
+        (["--target-kv", "window"], "engine.target_kv.policy: Input should be 'quest'"),
+        (["--target-kv", "quest", "--target-budget", "60"], "must be a multiple of cache.page_size"),
         (["--policy", "all", "--budget", "64"], "engine.speculation.kv: Value error, policy all reads all tokens"),
         (["--policy", "wide"], "expected settings of a policy: window, verified, quest, snapkv, topk or all"),
         (["--verification", "none"], "engine.speculation.verification: Input should be 'coupled' or 'rejection'"),
@@ -122,6 +157,8 @@ FLAGS = {
     "--policy": "snapkv",
     "--budget": "128",
     "--verification": "rejection",
+    "--target-kv": "quest",
+    "--target-budget": "512",
     "--max-model-len": "99",
     "--gpu-memory-utilization": "0.5",
     "--prefix-cache": None,
@@ -163,14 +200,23 @@ def test_cpu_config_names_the_flag_of_every_setting_that_has_one(monkeypatch: py
     for flag, value in FLAGS.items():
         seen: list[Config] = []
         monkeypatch.setattr("server.cli.serve._run", lambda config, engine, seen=seen: seen.append(config) or 0)
-        # Certificate and key are valid only together.
-        other = {"--tls-cert": ["--tls-key", "k"], "--tls-key": ["--tls-cert", "c"]}.get(flag, [])
+        # Certificate and key are valid only together, and a target's budget only with its policy.
+        other = {
+            "--tls-cert": ["--tls-key", "k"],
+            "--tls-key": ["--tls-cert", "c"],
+            "--target-budget": ["--target-kv", "quest"],
+        }.get(flag, [])
         done = CliRunner().invoke(app, [ON.get(flag, flag), *([] if value is None else [value]), *other])
         assert done.exit_code == 0, done.output
         settings = flatten(seen[0].model_dump())
         changed |= {(name, flag) for name in defaults if name in settings and settings[name] != defaults[name]}
-    pair = {("server.tls_cert", "--tls-key"), ("server.tls_key", "--tls-cert")}
-    assert changed - pair == documented
+        changed |= {(name, flag) for name in defaults if any(each.startswith(f"{name}.") for each in settings)}
+    pairs = {
+        ("server.tls_cert", "--tls-key"),
+        ("server.tls_key", "--tls-cert"),
+        ("engine.target_kv", "--target-budget"),
+    }
+    assert changed - pairs == documented
 
 
 def setting_lines(text: str) -> dict[str, str]:
