@@ -183,7 +183,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.output.count("rejection") == 2
     for arguments, says in (
         (["--sampling", "warm"], "'warm' is not a temperature"),
-        (["--policy", "wide"], "'wide' is not one of window, relative"),
+        (["--policy", "wide"], "'wide' is not one of window, verified"),
         (["--verification", "none"], "'none' is not one of coupled, rejection"),
         (["--budget", "0"], "positive"),
         (["--policy", "snapkv"], "snapkv needs a budget larger than --recent"),
