@@ -177,7 +177,7 @@ class TargetQuestAttention:
         none of them."""
         chosen = self._chosen[layer.index, groups.rows, groups.places]
         if len(groups.new):
-            tables = self._state.page_table[groups.rows[groups.new]]
+            tables = self._state.page_table[groups.rows[groups.new], : int(groups.host_ends.max())]
             scores = self._summaries.scores(layer, q[groups.anchors], tables)
             page = torch.arange(tables.shape[1], device=q.device)
             excluded = (page < self._sink) | (page >= groups.ends[groups.new, None])
