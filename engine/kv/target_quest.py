@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,6 +32,8 @@ from kernels.kv_cache import KVPool, LayerKV
 from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all
 from models.llama import Llama
+
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,25 @@ class _Groups:
     places: Tensor
     kept: Tensor
     ends: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Groups as rows of a pool with one KV head, group by group and head by head.
+
+    queries, lengths: as in AttentionBatch. index: [queries] int64, each one's index in the batch's queries by KV head.
+    is_chosen: [groups, kv_heads, width] bool, entries of lists that are chosen pages, and place: [width] int64, which
+    of the chosen. own: [groups, kv_heads, width] int64, all other entries, as indices into a row's page table. heads:
+    [kv_heads, 1] int64, their numbers.
+    """
+
+    queries: list[int]
+    lengths: list[int]
+    index: Tensor
+    is_chosen: Tensor
+    place: Tensor
+    own: Tensor
+    heads: Tensor
 
 
 class TargetQuestView:
@@ -114,6 +136,7 @@ class TargetQuestAttention:
         self._written: Tensor
         self._dense: _Dense | None = None
         self._groups: _Groups | None = None
+        self._layouts: dict[bytes, _Layout] = {}  # of the planned batch, by which KV heads of a layer stream
 
     def plan(self, batch: AttentionBatch) -> None:
         assert self._view.expected is not None, "a batch of another view"
@@ -128,7 +151,7 @@ class TargetQuestAttention:
         self._written = batch.pages[row_index, columns]
         starts = queries.cumsum() - queries
         dense = np.clip(prompt - first, 0, queries)
-        self._dense, self._groups = None, None
+        self._dense, self._groups, self._layouts = None, None, {}
         if (some := np.flatnonzero(dense)).size:
             count = dense[some]
             tokens, members = send_all(device, np.repeat(starts[some], count) + ragged_arange(count), some)
@@ -191,36 +214,51 @@ class TargetQuestAttention:
     def _run_groups(self, groups: _Groups, layer: LayerKV, q: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
         """Attend with all groups. Each of their KV heads is a row of a pool with one KV head, since it has its own list
         and length."""
-        chosen, kv_heads, page = self._choose(groups, layer, q), self._kv_heads, self._state.page_size
         streams = self._streams[layer.index].numpy()
-        counts = np.where(streams, self._window, self._count)  # [kv_heads]
-        candidates = np.maximum(groups.host_ends - self._sink, 0)[:, None]
-        skipped = np.maximum(candidates - counts, 0)  # [groups, kv_heads], in pages
-        lengths = groups.lasts[:, None] + 1 - skipped * page
-        width = -(-int(lengths.max()) // page)
-        device = q.device
-        left_out, chooses = send_all(device, skipped.ravel(), (~streams & (skipped > 0)).astype(np.int64).ravel())
-        shape = (len(groups.counts), kv_heads, 1)
-        column = torch.arange(width, device=device)
-        own = column + torch.where(column < self._sink, 0, left_out.view(shape))
-        is_chosen = chooses.view(shape).bool() & (column >= self._sink) & (column < self._sink + self._count)
-        columns = torch.where(is_chosen, chosen[..., (column - self._sink).clamp_(0, self._count - 1)], own)
-        table = self._state.page_table
-        pages = table[groups.rows[:, None, None], columns.clamp_(max=table.shape[1] - 1)]
-        heads = torch.arange(kv_heads, device=device)
-        pages = (pages * kv_heads + heads[:, None]).flatten(0, 1)
-        # Queries by group, then by KV head.
-        counts_by_head = np.repeat(groups.counts, kv_heads)
-        firsts = np.repeat(groups.counts.cumsum() - groups.counts, kv_heads)
-        (place,) = send_all(device, np.repeat(firsts, counts_by_head) + ragged_arange(counts_by_head))
-        (head,) = send_all(device, np.repeat(np.tile(np.arange(kv_heads), len(groups.counts)), counts_by_head))
-        index = groups.tokens[place] * kv_heads + head
-        group = q.shape[1] // kv_heads
+        layout = self._layouts.get(streams.tobytes())
+        if layout is None:
+            layout = self._layouts[streams.tobytes()] = self._lay_out(groups, streams)
+        chosen, table = self._choose(groups, layer, q), self._state.page_table
+        columns = torch.where(layout.is_chosen, chosen[..., layout.place], layout.own)
+        pages = table[groups.rows[:, None, None], columns] * self._kv_heads + layout.heads
         k, v = (part.view(-1, 1, *part.shape[2:]) for part in (layer.k, layer.v))
-        self._attention.plan(AttentionBatch(counts_by_head.tolist(), lengths.ravel().tolist(), pages))
-        mine, sums = self._attention.run(LayerKV(k, v, layer.index), q.reshape(-1, group, q.shape[2])[index], scale)
-        out.view(-1, group, q.shape[2])[index] = mine
-        lse.view(-1, group)[index] = sums
+        self._attention.plan(AttentionBatch(layout.queries, layout.lengths, pages.flatten(0, 1)))
+        size = q.shape[1] // self._kv_heads, q.shape[2]
+        mine, sums = self._attention.run(LayerKV(k, v, layer.index), q.reshape(-1, *size)[layout.index], scale)
+        out.view(-1, *size)[layout.index] = mine
+        lse.view(-1, size[0])[layout.index] = sums
+
+    def _lay_out(self, groups: _Groups, streams: Bools) -> _Layout:
+        """Lay out the rows of all layers in which the same KV heads stream. streams: [kv_heads]."""
+        kv_heads, device = self._kv_heads, self._state.device
+        candidates = np.maximum(groups.host_ends - self._sink, 0)[:, None]
+        skipped = np.maximum(
+            candidates - np.where(streams, self._window, self._count), 0
+        )  # [groups, kv_heads], in pages
+        lengths = groups.lasts[:, None] + 1 - skipped * self._state.page_size
+        queries = np.repeat(groups.counts, kv_heads)
+        first = np.repeat(groups.counts.cumsum() - groups.counts, kv_heads)
+        head = np.repeat(np.tile(np.arange(kv_heads), len(groups.counts)), queries)
+        place, heads, left_out, chooses = send_all(
+            device,
+            np.repeat(first, queries) + ragged_arange(queries),
+            head,
+            skipped.ravel(),
+            (~streams & (skipped > 0)).astype(np.int64).ravel(),
+        )
+        shape = (len(groups.counts), kv_heads, 1)
+        column = torch.arange(-(-int(lengths.max()) // self._state.page_size), device=device)
+        own = column + torch.where(column < self._sink, 0, left_out.view(shape))
+        is_listed = (column >= self._sink) & (column < self._sink + self._count)
+        return _Layout(
+            queries.tolist(),
+            lengths.ravel().tolist(),
+            groups.tokens[place] * kv_heads + heads,
+            chooses.view(shape).bool() & is_listed,
+            (column - self._sink).clamp_(0, self._count - 1),
+            own.clamp_(max=self._state.page_table.shape[1] - 1),
+            torch.arange(kv_heads, device=device)[:, None],
+        )
 
 
 def _streams(config: TargetQuestConfig, model: Llama) -> Tensor:
