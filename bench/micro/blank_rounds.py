@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from engine.config.deployment import EngineConfig
 from engine.core import Engine
-from engine.plan import RoundPlan, RowWork
+from engine.plan import RoundPlan, RoundResult, RowWork
 from engine.scheduler.controller import FixedGamma
 from engine.worker.profiler import blank_rows
 from engine.worker.resolve import resolve
@@ -64,8 +64,8 @@ class BlankRounds:
         """Run a round with rows of the first length again."""
         self.engine.profiler.run(RoundPlan(0, self._starts, [], self._work))
 
-    def step(self) -> None:
-        self.engine.profiler.run(RoundPlan(0, [], [], self._work))
+    def step(self) -> RoundResult:
+        return self.engine.profiler.run(RoundPlan(0, [], [], self._work))
 
     def close(self) -> None:
         self.engine.close()
