@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="Rounds of each engine.")
     arguments = parser.parse_args()
     config = cpu_config(arguments.model, arguments.rows, arguments.gamma)
-    model = load_target(config)
+    model = load_target(config, progress=False)
     # One page of the window is the last one, and on average half of it counts; so is the page after a choice.
     chosen = arguments.budget - _SINK - config.cache.page_size
     policies: dict[str, KVConfig] = {
