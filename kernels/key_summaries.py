@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.kv_cache import KVPool, LayerKV
+from kernels.row_sums import row_sum
 
 
 class KeySummaries:
@@ -32,9 +33,13 @@ class KeySummaries:
 
             sum over d of max(q_d min_d, q_d max_d)  =  max(q, 0) · max + min(q, 0) · min
 
-        q: [n, heads, head_dim]. pages: [n, width] int64. Returns [n, kv_heads, width] float32.
+        q: [n, heads, head_dim]. pages: [n, width] int64. Returns [n, kv_heads, width] float32 (float64 for float64
+        queries). Other queries and pages change no bit of a score.
         """
-        bounds = self.bounds[layer.index][:, pages].float()  # [2, n, width, kv_heads, head_dim]
-        grouped = q.float().view(len(q), bounds.shape[3], -1, q.shape[-1])  # [n, kv_heads, group, head_dim]
-        signs = torch.stack([grouped.clamp(max=0).sum(2), grouped.clamp(min=0).sum(2)])
-        return torch.einsum("bnwhd,bnhd->nhw", bounds, signs)
+        low, high = self.bounds[layer.index]
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        grouped = q.to(dtype).view(len(q), low.shape[1], -1, q.shape[-1]).transpose(2, 3)
+        # [n, 1, kv_heads, head_dim]
+        negative, positive = (row_sum(part)[:, None, ..., 0] for part in (grouped.clamp(max=0), grouped.clamp(min=0)))
+        products = (low[pages] * negative).add_(high[pages] * positive)  # [n, width, kv_heads, head_dim]
+        return row_sum(products)[..., 0].transpose(1, 2)

@@ -48,6 +48,30 @@ def test_scores_bound_the_products_with_all_keys(pages: int, page_size: int, gro
     assert not summaries.bounds[0].any()
 
 
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    rows=st.integers(2, 9),
+    width=st.integers(2, 40),
+    group=st.integers(1, 5),
+    seed=st.integers(0, 50),
+)
+@examples(20, 80)
+def test_neighbours_change_no_bit_of_a_score(dtype: torch.dtype, rows: int, width: int, group: int, seed: int) -> None:
+    """A target that chooses by scores would otherwise read other pages beside other rows, or with drafts."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"num_layers": 1, "num_pages": 60, "page_size": 4, "kv_heads": 2, "head_dim": 64}
+    pool = KVPool(**sizes, dtype=dtype, device=torch.device("cpu"))
+    pool.data.normal_()
+    summaries, layer = KeySummaries(pool), pool.layer(0)
+    summaries.update(layer, torch.arange(60))
+    q, pages = torch.randn(rows, 2 * group, 64).to(dtype), torch.randint(60, (rows, width))
+    scores = summaries.scores(layer, q, pages)
+    assert scores.dtype == torch.promote_types(dtype, torch.float32)
+    for row in range(rows):
+        alone = summaries.scores(layer, q[row : row + 1], pages[row : row + 1, 1:])
+        assert torch.equal(alone[0], scores[row, :, 1:])
+
+
 @pytest.mark.parametrize(
     ("drafter", "temperature", "batch_tokens"),
     [("self", 0.0, 40), ("self", 1.0, 40), ("self", 0.0, 300), ("self", 1.0, 300), ("model", 1.0, 40)],
