@@ -8,6 +8,10 @@ from torch import Tensor
 from kernels.kv_cache import KVPool, LayerKV
 from kernels.row_sums import row_sum
 
+_BLOCK_BYTES = 64 << 20
+"""Largest products of queries with bounds at a time, unless one query has more. A recomputed answer of thousands of
+tokens has hundreds of queries that choose from the pages of a long context at once."""
+
 
 class KeySummaries:
     """Element-wise minimum and maximum of the keys of each page and KV head (Quest, arXiv 2406.10774, section 3.3),
@@ -41,5 +45,10 @@ class KeySummaries:
         grouped = q.to(dtype).view(len(q), low.shape[1], -1, q.shape[-1]).transpose(2, 3)
         # [n, 1, kv_heads, head_dim]
         negative, positive = (row_sum(part)[:, None, ..., 0] for part in (grouped.clamp(max=0), grouped.clamp(min=0)))
-        products = (low[pages] * negative).add_(high[pages] * positive)  # [n, width, kv_heads, head_dim]
-        return row_sum(products)[..., 0].transpose(1, 2)
+        block = max(1, _BLOCK_BYTES // (max(1, pages.shape[1]) * low[0].numel() * dtype.itemsize))
+        scores = []
+        for first in range(0, len(q), block):
+            some, listed = slice(first, first + block), pages[first : first + block]
+            products = (low[listed] * negative[some]).add_(high[listed] * positive[some])
+            scores.append(row_sum(products)[..., 0])  # [block, width, kv_heads]
+        return torch.cat(scores).transpose(1, 2)

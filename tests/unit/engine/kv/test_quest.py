@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -55,9 +55,12 @@ def test_scores_bound_the_products_with_all_keys(pages: int, page_size: int, gro
     group=st.integers(1, 5),
     seed=st.integers(0, 50),
 )
-@examples(20, 80)
-def test_neighbours_change_no_bit_of_a_score(dtype: torch.dtype, rows: int, width: int, group: int, seed: int) -> None:
-    """A target that chooses by scores would otherwise read other pages beside other rows, or with drafts."""
+@examples(20, 80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_neighbours_change_no_bit_of_a_score(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, width: int, group: int, seed: int
+) -> None:
+    """Nor does a limit on memory. A target that chooses by scores would otherwise read other pages beside other rows,
+    or with drafts."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"num_layers": 1, "num_pages": 60, "page_size": 4, "kv_heads": 2, "head_dim": 64}
     pool = KVPool(**sizes, dtype=dtype, device=torch.device("cpu"))
@@ -70,6 +73,9 @@ def test_neighbours_change_no_bit_of_a_score(dtype: torch.dtype, rows: int, widt
     for row in range(rows):
         alone = summaries.scores(layer, q[row : row + 1], pages[row : row + 1, 1:])
         assert torch.equal(alone[0], scores[row, :, 1:])
+    with monkeypatch.context() as patch:
+        patch.setattr("kernels.key_summaries._BLOCK_BYTES", 3 * scores.nbytes // rows * 64)
+        assert torch.equal(summaries.scores(layer, q, pages), scores)
 
 
 @pytest.mark.parametrize(
