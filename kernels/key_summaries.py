@@ -51,4 +51,4 @@ class KeySummaries:
             some, listed = slice(first, first + block), pages[first : first + block]
             products = (low[listed] * negative[some]).add_(high[listed] * positive[some])
             scores.append(row_sum(products)[..., 0])  # [block, width, kv_heads]
-        return torch.cat(scores).transpose(1, 2)
+        return torch.cat(scores).transpose(1, 2).contiguous()
