@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 from kernels.kv_cache import KVPool, LayerKV
+from kernels.row_sums import row_sum
+
+_BLOCK_BYTES = 64 << 20
+"""Largest products of queries with bounds at a time, unless one query has more. A recomputed answer of thousands of
+tokens has hundreds of queries that choose from the pages of a long context at once."""
 
 
 class KeySummaries:
@@ -32,9 +37,18 @@ class KeySummaries:
 
             sum over d of max(q_d min_d, q_d max_d)  =  max(q, 0) · max + min(q, 0) · min
 
-        q: [n, heads, head_dim]. pages: [n, width] int64. Returns [n, kv_heads, width] float32.
+        q: [n, heads, head_dim]. pages: [n, width] int64. Returns [n, kv_heads, width] float32 (float64 for float64
+        queries). Other queries and pages change no bit of a score.
         """
-        bounds = self.bounds[layer.index][:, pages].float()  # [2, n, width, kv_heads, head_dim]
-        grouped = q.float().view(len(q), bounds.shape[3], -1, q.shape[-1])  # [n, kv_heads, group, head_dim]
-        signs = torch.stack([grouped.clamp(max=0).sum(2), grouped.clamp(min=0).sum(2)])
-        return torch.einsum("bnwhd,bnhd->nhw", bounds, signs)
+        low, high = self.bounds[layer.index]
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        grouped = q.to(dtype).view(len(q), low.shape[1], -1, q.shape[-1]).transpose(2, 3)
+        # [n, 1, kv_heads, head_dim]
+        negative, positive = (row_sum(part)[:, None, ..., 0] for part in (grouped.clamp(max=0), grouped.clamp(min=0)))
+        block = max(1, _BLOCK_BYTES // (max(1, pages.shape[1]) * low[0].numel() * dtype.itemsize))
+        scores = []
+        for first in range(0, len(q), block):
+            some, listed = slice(first, first + block), pages[first : first + block]
+            products = (low[listed] * negative[some]).add_(high[listed] * positive[some])
+            scores.append(row_sum(products)[..., 0])  # [block, width, kv_heads]
+        return torch.cat(scores).transpose(1, 2).contiguous()

@@ -140,8 +140,8 @@ class Ops(Protocol):
     def best(self, votes: Tensor, count: int) -> Tensor:
         """Return the indices of each row's `count` largest votes, the largest first.
 
-        votes: [rows, units] float32, contiguous, without NaN. Returns [rows, count] int64. Which of equal votes come
-        first, or are left out, differs between implementations.
+        votes: [rows, units] float32, contiguous, without NaN. Returns [rows, count] int64. Equal votes come in order
+        on a CPU, so that smaller ones behind them change nothing; on a GPU in any order.
         """
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

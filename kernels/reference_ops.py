@@ -84,7 +84,7 @@ class TorchFallbackOps:
         return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
 
     def best(self, votes: Tensor, count: int) -> Tensor:
-        return votes.topk(count).indices
+        return votes.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         return merge_segments(outputs, lses)

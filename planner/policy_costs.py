@@ -1,6 +1,6 @@
-"""What the planner knows of each KV policy: what drafts read, what choosing it costs, and how often it is right.
+"""Costs and acceptance of each KV policy: KV that drafts read, cost of choosing it, share of drafts that are accepted.
 
-What follows from settings alone is asked of these (engine.config.kv), at the default page size.
+Whatever follows from settings alone comes from engine.config.kv, at the default page size.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ tokens once they are not recent. Scoring all keys once in so many steps costs li
 class KVState:
     """KV that a policy keeps beside the pages of requests, of each row slot, whatever the length of its context.
 
-    first, ring: number of pages that stay in place, and of pages that wrap around (see engine.kv.ring). queries: number
-    of positions whose queries are kept, in every layer and query head. block: largest number of tokens of one row that
-    a forward may compute through the ring; None: no limit. summaries: number of vectors, as large as a key, that are
-    kept for each page of the pool, in every layer and KV head.
+    first, ring: number of pages that stay in place, and of pages that wrap around (see engine.kv.policy.ring_table).
+    queries: number of positions whose queries are kept, in every layer and query head. block: largest number of tokens
+    of one row that a forward may compute through the ring; None: no limit. summaries: number of vectors, as large as a
+    key, that are kept for each page of the pool, in every layer and KV head.
     """
 
     first: int = 0

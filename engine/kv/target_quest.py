@@ -50,9 +50,9 @@ class _Groups:
 
     counts: [groups], queries of each. lasts: [groups], position of its last query. Both on the host. tokens: [queries]
     int64, their indices in the batch. anchors: [new] int64, indices in the batch of the anchors among them, and new:
-    [new] int64, the groups of these. rows: [groups] int64, row slots. places: [groups] int64, places in the ring of a
-    row's choices. kept: [kept] int64, groups whose choice later forwards may need. ends: [groups], on the host and on
-    the device: number of full pages before the anchor.
+    [new] int64, the groups of these; width: largest number of full pages before one. rows: [groups] int64, row slots.
+    places: [groups] int64, places in the ring of a row's choices. kept: [kept] int64, groups whose choice later
+    forwards may need. ends: [groups], on the host and on the device: number of full pages before the anchor.
     """
 
     counts: Ints
@@ -61,6 +61,7 @@ class _Groups:
     tokens: Tensor
     anchors: Tensor
     new: Tensor
+    width: int
     rows: Tensor
     places: Tensor
     kept: Tensor
@@ -124,7 +125,7 @@ class TargetQuestAttention:
         self._interval, self._count = config.interval, config.budget // page
         self._sink, self._window = -(-config.sink // page), config.window // page
         self._summaries = KeySummaries(pool)
-        self._kv_heads = model.kv_heads
+        self._kv_heads, self._best = model.kv_heads, model.ops.best
         # Choices of the latest groups of each row: of those that a forward may begin again after rejected drafts, and
         # the one before.
         self._ring = -(-max_queries // config.interval) + 2
@@ -180,7 +181,9 @@ class TargetQuestAttention:
         ends = anchor // self._state.page_size
         device = self._state.device
         parts = (token, token[heads][new], new, rows[group_row], group_number % self._ring, kept, ends)
-        return _Groups(counts, position[heads + counts - 1], ends, *send_all(device, *parts))
+        tokens, anchors, new_groups, *others = send_all(device, *parts)
+        lasts, width = position[heads + counts - 1], int(ends[new].max(initial=0))
+        return _Groups(counts, lasts, ends, tokens, anchors, new_groups, width, *others)
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PlannedAttention.run."""
@@ -199,14 +202,16 @@ class TargetQuestAttention:
         """Return the chosen pages of each group, [groups, kv_heads, count] int64. Groups that read all candidates need
         none of them."""
         chosen = self._chosen[layer.index, groups.rows, groups.places]
-        if len(groups.new):
-            tables = self._state.page_table[groups.rows[groups.new], : int(groups.host_ends.max())]
-            scores = self._summaries.scores(layer, q[groups.anchors], tables)
-            page = torch.arange(tables.shape[1], device=q.device)
+        if groups.width:
+            tables = self._state.page_table[groups.rows[groups.new], : groups.width]
+            # KV of a row that fails in this forward may be no numbers, and neither are its scores.
+            scores = self._summaries.scores(layer, q[groups.anchors], tables).nan_to_num_()
+            page = torch.arange(groups.width, device=q.device)
             excluded = (page < self._sink) | (page >= groups.ends[groups.new, None])
             scores.masked_fill_(excluded[:, None], float("-inf"))
-            count = min(self._count, tables.shape[1])
-            chosen[groups.new, :, :count] = scores.topk(count).indices
+            count = min(self._count, groups.width)
+            best = self._best(scores.view(-1, groups.width), count)
+            chosen[groups.new, :, :count] = best.view(len(tables), -1, count)
             kept = groups.kept
             self._chosen[layer.index, groups.rows[kept], groups.places[kept]] = chosen[kept]
         return chosen

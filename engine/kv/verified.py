@@ -42,6 +42,12 @@ class _Vote(NamedTuple):
     ends: Tensor
 
 
+def _split(numbers: Tensor) -> _Vote:
+    """View numbers, [4 * rows], as the vote of so many rows."""
+    rows = len(numbers) // 4
+    return _Vote(numbers[: 2 * rows].view(rows, 2), numbers[2 * rows : 3 * rows], numbers[3 * rows :])
+
+
 class VerifiedPolicy(KVPolicy):
     """A view of the target's pool, of pages that its verify passes choose."""
 
@@ -182,19 +188,20 @@ class _GraphVotes:
 
     def __init__(self, count: VoteCount, rows: int, width: int) -> None:
         choice = count._choice
-        nobody = torch.tensor([-1, -1, choice.nobody, 0], device=choice.pages.device)
-        self._nobody = nobody.repeat(rows, 1)
-        self._numbers = self._nobody.clone()
-        self._vote = _Vote(self._numbers[:, :2], self._numbers[:, 2], self._numbers[:, 3])
+        others = torch.full((rows,), choice.nobody), torch.zeros(rows, dtype=torch.int64)
+        self._nobody = torch.cat([torch.full((2 * rows,), -1), *others])
+        self._numbers = self._nobody.to(choice.pages.device, copy=True)
+        self._vote = _split(self._numbers)
         self._count = count
         self.ballot = count.ballot(self._vote, width)
 
     def copy(self) -> None:
         """See GraphWatch.copy."""
-        self._numbers.copy_(self._nobody)
+        numbers = self._nobody.clone()
         if (vote := self._count.take()) is not None:
-            numbers = torch.cat([vote.voters, vote.slots[:, None], vote.ends[:, None]], 1)
-            self._numbers[: len(numbers)] = send(numbers, self._numbers.device)
+            for part, mine in zip(vote, _split(numbers), strict=True):
+                mine[: len(part)] = part
+        self._numbers.copy_(send(numbers, self._numbers.device))
 
     def around(self, attention: GraphAttention, batch: GraphBatch) -> GraphAttention:
         """See GraphWatch.around."""

@@ -177,7 +177,7 @@ class KVManager:
         adopted = []
         # One page more, so that others see what is computed next (prefill.find_waits).
         self._index.extend(
-            request.digests, request.salt, request.tokens, min(full + 1, request.num_tokens // self._page_size)
+            request.digests, request.salt, request.tokens, min(full + 1, self._indexable(request) // self._page_size)
         )
         for place in range(request.num_indexed, full):
             own, entry = request.pages[place], self._index.find(request.digests[place])

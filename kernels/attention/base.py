@@ -25,8 +25,8 @@ class Ballot:
 
     Each run overwrites `votes`, so that they are those of the layer that ran last. Voting changes no bit of a result.
 
-    voters: [rows, 2] int64, places of the voters, counted back from their row's last query (0: the last one), -1: none.
-        A row that votes with one query has it in the first column.
+    voters: [rows, 2] int64, contiguous, places of the voters, counted back from their row's last query (0: the last
+        one), -1: none. A row that votes with one query has it in the first column.
     unit: number of consecutive listed slots that share a vote: a divisor of the page size, or the page size.
     votes: [rows, kv_heads, units] float32, units * unit >= max(kv_lengths). Per unit, exp(score - lse), the softmax
         weight, summed over the voters, the query heads of the KV head, and the unit's slots. Slots that a voter does

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.attention.base import Ballot
 from kernels.gpu import INTERPRETED
-from kernels.gpu.checks import check_dtype, check_pool
+from kernels.gpu.checks import check_ballot, check_dtype, check_pool
 from kernels.gpu.merge import merge_spans
 from kernels.gpu.tile import masked_scores, product, tile_shape
 from kernels.gpu.votes import VotingRows, count_votes, finish_votes
@@ -285,6 +285,8 @@ def attend(
     if q.stride(2) != 1:
         raise ValueError("attention: elements of a head are not contiguous")
     page_stride = check_pool(kv)
+    if ballot is not None:
+        check_ballot(ballot)
     group = heads // kv_heads
     pages = tiles.pages[kv.index] if tiles.per_layer else tiles.pages
     width = pages.shape[-1]

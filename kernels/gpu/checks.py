@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.attention.base import Ballot
 from kernels.kv_cache import LayerKV
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,3 +26,9 @@ def check_pool(kv: LayerKV) -> int:
     if kv.k.stride() != kv.v.stride() or kv.k.stride()[1:] != (page_size * head_dim, head_dim, 1):
         raise ValueError("pages of the pool are not contiguous, or keys and values lie differently")
     return kv.k.stride(0)
+
+
+def check_ballot(ballot: Ballot) -> None:
+    """Raise ValueError unless kernels find each row's voters where they look for them."""
+    if not ballot.voters.is_contiguous():
+        raise ValueError("voters are not contiguous")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.attention.base import Ballot
 from kernels.gpu import INTERPRETED
-from kernels.gpu.checks import check_pool
+from kernels.gpu.checks import check_ballot, check_pool
 from kernels.gpu.tile import masked_scores, tile_shape
 from kernels.kv_cache import LayerKV
 
@@ -181,6 +181,7 @@ def count_votes(
     pages: [rows, width], or [rows, kv_heads, width]. q: [tokens, heads, head_dim]; the elements of a head are
     contiguous. lse: [tokens, heads] float32, the natural one.
     """
+    check_ballot(ballot)
     _, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = kv.k.shape
     group, width = heads // kv_heads, pages.shape[-1]

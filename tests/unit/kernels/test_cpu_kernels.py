@@ -255,7 +255,7 @@ def test_best(kernels: CpuKernels, rows: int, size: int) -> None:
         for count in {0, 1, min(size, 15), size // 15, size}:
             best = CpuOps(kernels).best(x, count)
             assert torch.equal(best, order[:, :count])
-            assert torch.equal(x.gather(1, best), x.gather(1, REFERENCE.best(x, count)))
+            assert torch.equal(REFERENCE.best(x, count), best)
     with pytest.raises(RuntimeError, match=f"best: {size + 1} of {size}"):
         kernels.best(x, size + 1)
 

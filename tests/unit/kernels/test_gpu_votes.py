@@ -114,6 +114,17 @@ def test_keys_are_read_again_only_where_they_must(
     assert len(again) == (head_dim == 256 or unit < 8)
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_voters_between_other_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
+    """Kernels would take these for voters of later rows."""
+    monkeypatch.setattr("kernels.gpu.attention.VOTE_BYTES", VOTE_BYTES if room else 0)
+    layer, q, backend = pool_layer(9, 1, 16, 16, torch.float32), torch.randn(4, 1, 16), GpuAttention()
+    ballot = Ballot(torch.zeros(2, 4, dtype=torch.int64)[:, :2], 16, torch.zeros(2, 1, 3))
+    backend.plan(AttentionBatch([2, 2], [40, 30], torch.randint(9, (2, 3)), ballot=ballot))
+    with pytest.raises(ValueError, match="voters are not contiguous"):
+        backend.run(layer, q, 0.25)
+
+
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
 @pytest.mark.parametrize("library", ["triton", "flashinfer"])
 def test_rows_that_share_pages_vote(monkeypatch: pytest.MonkeyPatch, library: str, captured: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -46,6 +46,36 @@ def test_scores_bound_the_products_with_all_keys(pages: int, page_size: int, gro
             torch.testing.assert_close(scores[head, page], expected)
             assert scores[head, page] >= (keys[page, head] @ mine.T).amax(0).sum() - 1e-4
     assert not summaries.bounds[0].any()
+
+
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    rows=st.integers(2, 9),
+    width=st.integers(2, 40),
+    group=st.integers(1, 5),
+    seed=st.integers(0, 50),
+)
+@examples(20, 80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_neighbours_change_no_bit_of_a_score(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, width: int, group: int, seed: int
+) -> None:
+    """Nor does a limit on memory. A target that chooses by scores would otherwise read other pages beside other rows,
+    or with drafts."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"num_layers": 1, "num_pages": 60, "page_size": 4, "kv_heads": 2, "head_dim": 64}
+    pool = KVPool(**sizes, dtype=dtype, device=torch.device("cpu"))
+    pool.data.normal_()
+    summaries, layer = KeySummaries(pool), pool.layer(0)
+    summaries.update(layer, torch.arange(60))
+    q, pages = torch.randn(rows, 2 * group, 64).to(dtype), torch.randint(60, (rows, width))
+    scores = summaries.scores(layer, q, pages)
+    assert scores.dtype == torch.promote_types(dtype, torch.float32)
+    for row in range(rows):
+        alone = summaries.scores(layer, q[row : row + 1], pages[row : row + 1, 1:])
+        assert torch.equal(alone[0], scores[row, :, 1:])
+    with monkeypatch.context() as patch:
+        patch.setattr("kernels.key_summaries._BLOCK_BYTES", 3 * scores.nbytes // rows * 64)
+        assert torch.equal(summaries.scores(layer, q, pages), scores)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from engine.config.deployment import ConfigError
 from engine.core import Engine
 from engine.kv.target_quest import TargetQuestAttention
-from engine.messages import AddRequest
+from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
 from kernels.attention.base import AttentionBatch
+from kernels.kv_cache import LayerKV
 from kernels.reference_ops import ReferenceOps
 from models.llama import Llama
 from tests.support.engines import TINY, complete, complete_all, run, tiny_engine, tiny_model, tokens
@@ -120,6 +122,48 @@ def test_a_small_budget_is_lossy() -> None:
     params = SamplingParams(max_tokens=80, temperature=1.0, seed=5, ignore_eos=True)
     text = complete(engine_of(budget=4), prompt_of(100, 2), params)
     assert text != complete(tiny_engine(model(), gamma=0), prompt_of(100, 2), params)
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+def test_a_choice_scores_the_full_pages_of_rows_and_no_later_ones(gamma: int) -> None:
+    engine = engine_of(gamma, max_model_len=200)
+    attention = engine._worker._target.attention
+    assert isinstance(attention, TargetQuestAttention)
+    scores, scored = attention._summaries.scores, []
+
+    def scores_watched(layer: LayerKV, q: Tensor, pages: Tensor) -> Tensor:
+        scored.append(pages.shape[1])
+        return scores(layer, q, pages)
+
+    attention._summaries.scores = scores_watched  # type: ignore[method-assign]
+    complete(engine, prompt_of(50, 2), SamplingParams(max_tokens=21, temperature=1.0, seed=1, ignore_eos=True))
+    assert 50 // PAGE <= min(scored) <= (50 + gamma) // PAGE
+    assert max(scored) <= (50 + 21 + gamma) // PAGE
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+def test_a_row_whose_kv_is_no_number_fails_alone(gamma: int) -> None:
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)
+    requests = [AddRequest(str(i), prompt_of(40 + 9 * i, i), params) for i in range(3)]
+    expected = complete_all(engine_of(cache={"prefix": False}), requests)
+    engine = engine_of(gamma, cache={"prefix": False})
+    for request in requests:
+        engine.add(request)
+    outputs: dict[str, list[RequestOutput]] = {request.id: [] for request in requests}
+    for step in range(100):
+        if step == 6:
+            (victim,) = (each for each in engine._scheduler.running if each.id == "1")
+            assert victim.num_output > 0
+            engine._worker._target.pool.data[:, :, victim.pages[3:9]] = float("nan")
+            attention = engine._worker._target.attention
+            assert isinstance(attention, TargetQuestAttention)
+            attention._summaries.bounds[:, :, victim.pages[3:9]] = float("nan")
+        for output in engine.step():
+            outputs[output.id].append(output)
+    assert not engine.has_work()
+    assert outputs["1"][-1].error is not None
+    for id, found in outputs.items():
+        assert tokens(found) == expected[id][: len(tokens(found)) if id == "1" else None]
 
 
 def test_drafts_of_the_target_itself_are_accepted() -> None:

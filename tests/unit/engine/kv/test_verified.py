@@ -152,6 +152,25 @@ def test_only_rows_that_sample_vote() -> None:
         assert positions == [0, 1, 2, 3, *(page * PAGE + at for page in chosen for at in range(PAGE)), 60]
 
 
+def test_numbers_of_a_captured_vote_follow_the_batch() -> None:
+    """Kernels read voters row by row, without a stride. Rows that are missing from a batch do not vote."""
+    rig = Rig(8, 4)
+    watch: Any = rig.policy.observer.in_graph(3, 4, 9)
+    rig.start(0, 20)
+    rig.start(2, 12)
+    assert watch.ballot.voters.is_contiguous()
+    for _ in range(2):
+        rig.policy.watch(ints(2, 0), ints(30, 45), ints(4, 2), ints(3, 1))
+        watch.copy()
+        assert watch.ballot.voters.tolist() == [[3, 0], [1, 0], [-1, -1]]
+        assert watch._vote.voters is watch.ballot.voters
+        assert watch._vote.slots.tolist() == [2, 0, ROWS]
+        assert watch._vote.ends.tolist() == [31 // PAGE, 46 // PAGE, 0]
+        watch.copy()
+        assert watch.ballot.voters.tolist() == [[-1, -1]] * 3
+        assert watch._vote.slots.tolist() == [ROWS] * 3
+
+
 def test_rows_that_decode_plainly_vote_seldom() -> None:
     rig = Rig(8, 4)
     rig.start(0, 50)

@@ -212,6 +212,17 @@ def waits(kv: KVManager, shares: list[int], *requests: Request) -> list[str]:
     return [each.id for each in find_waits(requests, shares, PAGE)]
 
 
+def test_nobody_waits_for_output_where_the_index_has_prompts_alone() -> None:
+    """A request that computes its output again, after it was preempted, hands out no page of it."""
+    for prompts_only in (False, True):
+        kv = KVManager(40, PAGE, prompts_only=prompts_only)
+        preempted = request([*range(8)], id="preempted")
+        preempted.tokens += range(8, 30)
+        admit(kv, preempted)
+        compute(kv, preempted, 9)
+        assert waits(kv, [12, 12], preempted, request([*range(40)], id="later")) == ["later"] * (not prompts_only)
+
+
 def test_who_waits_for_pages_that_another_prefill_computes() -> None:
     kv = KVManager(100, PAGE)
     a, b = request([*range(40)], id="a"), request([*range(20), *range(60, 80)], id="b")
