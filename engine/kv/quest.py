@@ -18,7 +18,7 @@ from engine.batch.forward_graphs import GraphWatch
 from engine.batch.round_batch import RoundBatch
 from engine.batch.view import View
 from engine.config.kv import QuestConfig
-from engine.kv.page_choice import ChoiceView, PageChoice
+from engine.kv.page_choice import ChoiceView, ListLayout, PageChoice
 from engine.kv.policy import DraftSite, KVPolicy
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch, SharedPrefix
@@ -78,8 +78,9 @@ class QuestView(ChoiceView):
 
     def pages(self, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
         """See View.pages. Lists of layers that choose in this forward are filled when they do."""
-        self._attention.expect(self, rows)
-        return super().pages(rows, contexts, width)
+        layout = self.layout(rows, width)
+        self._attention.expect(rows, layout)
+        return layout.fill(self._choice.pages[:, rows])
 
 
 class QuestAttention:
@@ -93,8 +94,8 @@ class QuestAttention:
         self._inner, self._choice, self._summaries = inner, choice, summaries
         self._interval = interval
         self._step = self._width = 0
-        self._view: QuestView
         self._rows: Tensor
+        self._layout: ListLayout
         self._batch: AttentionBatch
         self._candidates: _Candidates | None = None
 
@@ -102,9 +103,9 @@ class QuestAttention:
         """Begin a round: its first step chooses. width: largest number of pages that a row chooses from."""
         self._step, self._width = 0, width
 
-    def expect(self, view: QuestView, rows: Tensor) -> None:
-        """Prepare for a step over these row slots, [n]."""
-        self._view, self._rows = view, rows
+    def expect(self, rows: Tensor, layout: ListLayout) -> None:
+        """Prepare for a step over these row slots, [n], whose lists have this layout."""
+        self._rows, self._layout = rows, layout
 
     def plan(self, batch: AttentionBatch) -> None:
         chooses, self._step = self._step % self._interval == 0, self._step + 1
@@ -130,7 +131,7 @@ class QuestAttention:
         chosen = choice.pages[layer.index, self._rows]
         chosen[..., :count] = scores.topk(count).indices
         choice.pages[layer.index, self._rows] = chosen
-        lists.copy_(self._view.list(chosen, self._rows, lists.shape[-1]))
+        lists.copy_(self._layout.fill(chosen))
 
 
 @dataclass(frozen=True, slots=True)
