@@ -7,6 +7,8 @@ row of 12 pages, sink 1, budget of 3 pages, chosen when it had 10 full pages:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -69,18 +71,41 @@ class ChoiceView:
         return leading
 
     def pages(self, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
-        return self.list(self._choice.pages[:, rows], rows, width)
+        return self.layout(rows, width).fill(self._choice.pages[:, rows])
 
-    def list(self, chosen: Tensor, rows: Tensor, width: int) -> Tensor:
-        """List the pages of rows. rows: [n] row slots. chosen: [layers, n, (kv_heads,) count], of these rows; also
-        without layers. Returns the same, with width in place of count."""
-        sink, per_head = self._choice.sink, self._choice.per_head
-        rows = rows[:, None, None] if per_head else rows[:, None]
+    def layout(self, rows: Tensor, width: int) -> ListLayout:
+        """Lay out the lists of rows. rows: [n] row slots. width: number of pages to list."""
+        sink = self._choice.sink
+        rows = rows[:, None, None] if self._choice.per_head else rows[:, None]
         candidates = (self._choice.device_ends[rows] - sink).clamp_(min=0)
         read = candidates.clamp(max=self._count)
-        column = torch.arange(width, device=rows.device)
-        # In the sink, and where all candidates are read, a column is its own index.
-        own = column + torch.where(column < sink, 0, candidates - read)
-        is_chosen = (column >= sink) & (column < sink + read) & (candidates > read)
-        columns = torch.where(is_chosen, chosen[..., (column - sink).clamp_(0, self._count - 1)], own)
-        return self.page_table[rows, columns.clamp_(max=self.page_table.shape[1] - 1)]
+        place = torch.arange(width, device=rows.device)
+        own = place + torch.where(place < sink, 0, candidates - read)
+        return ListLayout(
+            self.page_table,
+            rows,
+            own=own.clamp_(max=self.page_table.shape[1] - 1),
+            is_chosen=(place >= sink) & (place < sink + read) & (candidates > read),
+            rank=(place - sink).clamp_(0, self._count - 1),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ListLayout:
+    """Layout of the page lists of rows; the same in all layers.
+
+    rows: [n, 1] row slots, with lists per head [n, 1, 1]. own: [n, (1,) width], for each place of a list, the index of
+    its page in the row's table if it is none of the chosen ones: in the sink, and where all candidates are read, that
+    of the place. is_chosen: [n, (1,) width] bool, places of chosen pages. rank: [width], which chosen one it is there.
+    """
+
+    page_table: Tensor
+    rows: Tensor
+    own: Tensor
+    is_chosen: Tensor
+    rank: Tensor
+
+    def fill(self, chosen: Tensor) -> Tensor:
+        """List the pages. chosen: [(layers,) n, (kv_heads,) count], of these rows. Returns the same, with width instead
+        of count."""
+        return self.page_table[self.rows, torch.where(self.is_chosen, chosen[..., self.rank], self.own)]

@@ -7,7 +7,7 @@ of what all keys have, so it is done once in a few steps (LServe, arXiv 2502.148
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from engine.batch.forward_graphs import GraphWatch
 from engine.batch.round_batch import RoundBatch
 from engine.batch.view import View
 from engine.config.kv import QuestConfig
-from engine.kv.page_choice import ChoiceView, PageChoice
+from engine.kv.page_choice import ChoiceView, ListLayout, PageChoice
 from engine.kv.policy import DraftSite, KVPolicy
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch, SharedPrefix
@@ -42,7 +42,10 @@ class QuestPolicy(KVPolicy):
             site.state, site.model, count=config.budget // page, sink=-(-config.sink // page), per_head=True
         )
         self.observer: PageSummariser = PageSummariser(summaries, page)
-        self.attention: QuestAttention = QuestAttention(site.attention(), self._choice, summaries, config.interval)
+        best = site.model.ops.best
+        self.attention: QuestAttention = QuestAttention(
+            site.attention(), self._choice, summaries, config.interval, best
+        )
         self._state = site.state
         budgets = [config.budget, *site.settings.kv_budgets(page)]
         self._views = {each: QuestView(self._choice, each // page, self.attention) for each in budgets}
@@ -78,8 +81,9 @@ class QuestView(ChoiceView):
 
     def pages(self, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
         """See View.pages. Lists of layers that choose in this forward are filled when they do."""
-        self._attention.expect(self, rows)
-        return super().pages(rows, contexts, width)
+        layout = self.layout(rows, width)
+        self._attention.expect(rows, layout)
+        return layout.fill(self._choice.pages[:, rows])
 
 
 class QuestAttention:
@@ -88,13 +92,20 @@ class QuestAttention:
     Each forward follows a call of QuestView.pages, whose lists it reads.
     """
 
-    def __init__(self, inner: AttentionBackend, choice: PageChoice, summaries: KeySummaries, interval: int) -> None:
-        """inner: reads what is listed. interval: number of steps that read the same choice."""
+    def __init__(
+        self,
+        inner: AttentionBackend,
+        choice: PageChoice,
+        summaries: KeySummaries,
+        interval: int,
+        best: Callable[[Tensor, int], Tensor],
+    ) -> None:
+        """inner: reads what is listed. interval: number of steps that read the same choice. best: Ops.best."""
         self._inner, self._choice, self._summaries = inner, choice, summaries
-        self._interval = interval
+        self._interval, self._best = interval, best
         self._step = self._width = 0
-        self._view: QuestView
         self._rows: Tensor
+        self._layout: ListLayout
         self._batch: AttentionBatch
         self._candidates: _Candidates | None = None
 
@@ -102,14 +113,14 @@ class QuestAttention:
         """Begin a round: its first step chooses. width: largest number of pages that a row chooses from."""
         self._step, self._width = 0, width
 
-    def expect(self, view: QuestView, rows: Tensor) -> None:
-        """Prepare for a step over these row slots, [n]."""
-        self._view, self._rows = view, rows
+    def expect(self, rows: Tensor, layout: ListLayout) -> None:
+        """Prepare for a step over these row slots, [n], whose lists have this layout."""
+        self._rows, self._layout = rows, layout
 
     def plan(self, batch: AttentionBatch) -> None:
         chooses, self._step = self._step % self._interval == 0, self._step + 1
         self._batch, self._candidates = batch, None
-        if chooses:
+        if chooses and self._width:
             choice, rows = self._choice, self._rows
             (last,) = send_all(rows.device, np.cumsum(batch.query_lengths) - 1)
             excluded = choice.excluded(choice.device_ends[rows], self._width)[:, None]
@@ -125,12 +136,14 @@ class QuestAttention:
     def _choose(self, layer: LayerKV, q: Tensor, candidates: _Candidates) -> None:
         """Choose for a layer, and fill in its lists. q: [n, heads, head_dim]."""
         choice, lists = self._choice, self._batch.pages[layer.index]
-        scores = self._summaries.scores(layer, q, candidates.pages).masked_fill_(candidates.excluded, float("-inf"))
+        # KV of a row that is about to fail may be no numbers, and neither are its scores.
+        scores = self._summaries.scores(layer, q, candidates.pages).nan_to_num_()
+        scores.masked_fill_(candidates.excluded, float("-inf"))
         count = min(choice.count, scores.shape[-1])
         chosen = choice.pages[layer.index, self._rows]
-        chosen[..., :count] = scores.topk(count).indices
+        chosen[..., :count] = self._best(scores.flatten(0, 1), count).view(*scores.shape[:2], count)
         choice.pages[layer.index, self._rows] = chosen
-        lists.copy_(self._view.list(chosen, self._rows, lists.shape[-1]))
+        lists.copy_(self._layout.fill(chosen))
 
 
 @dataclass(frozen=True, slots=True)

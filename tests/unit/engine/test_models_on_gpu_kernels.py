@@ -223,7 +223,11 @@ def test_captured_verify_passes_choose_what_drafts_read(policy: str) -> None:
     where nothing is captured."""
     recorded = Recorded()
     asked = [
-        AddRequest(str(i), TEXT[: 31 + 7 * i], SamplingParams(max_tokens=14 + 4 * i, temperature=1.0, seed=i))
+        AddRequest(
+            str(i),
+            [2 + 7 * j % 60 for j in range(31 + 7 * i)],
+            SamplingParams(max_tokens=14 + 4 * i, temperature=1.0, seed=i),
+        )
         for i in range(2)
     ]
     speculation = {"kv": {"policy": policy, "budget": 4, "sink": 4}}
