@@ -263,7 +263,7 @@ def test_bench_decode_refuses_what_does_not_fit(directory: Path, tmp_path: Path)
         (["--json", str(tmp_path / "no" / "x.json")], "is not a directory"),
         (["--temperature", "-1"], "temperature"),
         (["--new-tokens", "0"], "at least 1"),
-        (["--policy", "window,wide"], "'wide' is not one of window, snapkv, topk, all"),
+        (["--policy", "window,wide"], "'wide' is not one of window, verified, "),
     ):
         code, _, error = command(*common, *arguments)
         assert code == 2
