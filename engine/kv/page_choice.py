@@ -7,14 +7,18 @@ row of 12 pages, sink 1, budget of 3 pages, chosen when it had 10 full pages:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.batch.row_state import RowState
-from kernels.ragged import Ints
+from kernels.key_summaries import KeySummaries
+from kernels.kv_cache import LayerKV
+from kernels.ragged import Ints, ragged_arange
 from models.llama import Llama
 
 
@@ -46,8 +50,7 @@ class PageChoice:
 
     def excluded(self, ends: Tensor, width: int) -> Tensor:
         """Return a mask of the pages that cannot be chosen. ends: [n], see above. Returns [n, width] bool."""
-        page = torch.arange(width, device=ends.device)
-        return (page < self.sink) | (page >= ends[:, None])
+        return excluded_pages(ends, self.sink, width)
 
 
 class ChoiceView:
@@ -77,16 +80,9 @@ class ChoiceView:
         """Lay out the lists of rows. rows: [n] row slots. width: number of pages to list."""
         sink = self._choice.sink
         rows = rows[:, None, None] if self._choice.per_head else rows[:, None]
-        candidates = (self._choice.device_ends[rows] - sink).clamp_(min=0)
-        read = candidates.clamp(max=self._count)
-        place = torch.arange(width, device=rows.device)
-        own = place + torch.where(place < sink, 0, candidates - read)
-        return ListLayout(
-            self.page_table,
-            rows,
-            own=own.clamp_(max=self.page_table.shape[1] - 1),
-            is_chosen=(place >= sink) & (place < sink + read) & (candidates > read),
-            rank=(place - sink).clamp_(0, self._count - 1),
+        left_out = (self._choice.device_ends[rows] - sink - self._count).clamp_(min=0)
+        return ListLayout.make(
+            self.page_table, rows, sink=sink, count=self._count, width=width, left_out=left_out, chooses=left_out > 0
         )
 
 
@@ -105,7 +101,61 @@ class ListLayout:
     is_chosen: Tensor
     rank: Tensor
 
+    @classmethod
+    def make(
+        cls, page_table: Tensor, rows: Tensor, *, sink: int, count: int, width: int, left_out: Tensor, chooses: Tensor
+    ) -> Self:
+        """Lay out lists of the first `sink` pages of rows, of `count` chosen ones, and of those after the choice.
+
+        rows: see above. left_out: [n, (kv_heads,) 1] int64, number of pages that a list leaves out. chooses: the same,
+        bool, whether it has chosen pages: those of a list without are the last ones before the end of the choice.
+        """
+        place = torch.arange(width, device=rows.device)
+        own = place + torch.where(place < sink, 0, left_out)
+        return cls(
+            page_table,
+            rows,
+            own=own.clamp_(max=page_table.shape[1] - 1),
+            is_chosen=(place >= sink) & (place < sink + count) & chooses,
+            rank=(place - sink).clamp_(0, count - 1),
+        )
+
     def fill(self, chosen: Tensor) -> Tensor:
         """List the pages. chosen: [(layers,) n, (kv_heads,) count], of these rows. Returns the same, with width instead
         of count."""
         return self.page_table[self.rows, torch.where(self.is_chosen, chosen[..., self.rank], self.own)]
+
+
+def excluded_pages(ends: Tensor, sink: int, width: int) -> Tensor:
+    """Return a mask of the pages that cannot be chosen. ends: [n] int64, number of each row's pages to choose from, the
+    first `sink` of which are read anyway. Returns [n, width] bool."""
+    page = torch.arange(width, device=ends.device)
+    return (page < sink) | (page >= ends[:, None])
+
+
+def best_by_bounds(
+    summaries: KeySummaries,
+    layer: LayerKV,
+    q: Tensor,
+    pages: Tensor,
+    excluded: Tensor,
+    *,
+    count: int,
+    best: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Choose per KV head the pages with the largest bounds of products with queries (KeySummaries.scores).
+
+    q: [n, heads, head_dim]. pages: [n, width] int64. excluded: [n, 1, width] bool. count: at most width. best: see
+    Ops.best. Returns [n, kv_heads, count] int64, indices into each row of `pages`.
+    """
+    # KV of a row that fails in this forward may be no numbers, and neither are its scores.
+    scores = summaries.scores(layer, q, pages).nan_to_num_().masked_fill_(excluded, float("-inf"))
+    return best(scores.flatten(0, 1), count).view(*scores.shape[:2], count)
+
+
+def pages_of(first: Ints, end: Ints, page_size: int) -> tuple[Ints, Ints]:
+    """List the pages that hold positions first[i] … end[i] - 1 of each row i. Returns, for each page, its row and its
+    place in the row's list."""
+    begin = first // page_size
+    count = -(-end // page_size) - begin
+    return np.repeat(np.arange(len(count)), count), np.repeat(begin, count) + ragged_arange(count)

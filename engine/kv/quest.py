@@ -18,13 +18,13 @@ from engine.batch.forward_graphs import GraphWatch
 from engine.batch.round_batch import RoundBatch
 from engine.batch.view import View
 from engine.config.kv import QuestConfig
-from engine.kv.page_choice import ChoiceView, ListLayout, PageChoice
+from engine.kv.page_choice import ChoiceView, ListLayout, PageChoice, best_by_bounds, pages_of
 from engine.kv.policy import DraftSite, KVPolicy
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch, SharedPrefix
 from kernels.key_summaries import KeySummaries
 from kernels.kv_cache import KVPool, LayerKV
-from kernels.ragged import Ints, ragged_arange
+from kernels.ragged import Ints
 from kernels.transfer import send_all
 
 
@@ -67,7 +67,7 @@ class QuestPolicy(KVPolicy):
 
     def keep_drafts(self, rows: Ints, first: Ints, end: Ints) -> None:
         """See KVPolicy.keep_drafts. Their KV is in its place already; their pages are summarised."""
-        index, columns = _pages_of(first, end, self._state.page_size)
+        index, columns = pages_of(first, end, self._state.page_size)
         row_index, column = send_all(self._state.device, rows[index], columns)
         self.observer.summarise(self.full, self._state.page_table[row_index, column])
 
@@ -136,12 +136,11 @@ class QuestAttention:
     def _choose(self, layer: LayerKV, q: Tensor, candidates: _Candidates) -> None:
         """Choose for a layer, and fill in its lists. q: [n, heads, head_dim]."""
         choice, lists = self._choice, self._batch.pages[layer.index]
-        # KV of a row that is about to fail may be no numbers, and neither are its scores.
-        scores = self._summaries.scores(layer, q, candidates.pages).nan_to_num_()
-        scores.masked_fill_(candidates.excluded, float("-inf"))
-        count = min(choice.count, scores.shape[-1])
+        count = min(choice.count, self._width)
         chosen = choice.pages[layer.index, self._rows]
-        chosen[..., :count] = self._best(scores.flatten(0, 1), count).view(*scores.shape[:2], count)
+        chosen[..., :count] = best_by_bounds(
+            self._summaries, layer, q, candidates.pages, candidates.excluded, count=count, best=self._best
+        )
         choice.pages[layer.index, self._rows] = chosen
         lists.copy_(self._layout.fill(chosen))
 
@@ -191,7 +190,7 @@ class _Summarising:
 
     def plan(self, batch: AttentionBatch) -> None:
         lengths, queries = np.array(batch.kv_lengths), np.array(batch.query_lengths)
-        row_index, columns = send_all(batch.pages.device, *_pages_of(lengths - queries, lengths, self._page_size))
+        row_index, columns = send_all(batch.pages.device, *pages_of(lengths - queries, lengths, self._page_size))
         self._written = batch.pages[row_index, columns]
         self._inner.plan(batch)
 
@@ -235,11 +234,3 @@ class _CapturedSummarising:
         written = batch.pages.gather(1, (last[:, None] - behind).clamp_(min=0))
         self._summaries.update(layer, written.flatten())
         return self._inner.run(layer, q, scale)
-
-
-def _pages_of(first: Ints, end: Ints, page_size: int) -> tuple[Ints, Ints]:
-    """List the pages that hold positions first[i] … end[i] - 1 of each row i. Returns, for each page, its row and its
-    place in the row's list."""
-    begin = first // page_size
-    count = -(-end // page_size) - begin
-    return np.repeat(np.arange(len(count)), count), np.repeat(begin, count) + ragged_arange(count)

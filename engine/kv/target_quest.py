@@ -25,6 +25,7 @@ from torch import Tensor
 
 from engine.batch.row_state import RowState
 from engine.config.target_reading import TargetQuestConfig
+from engine.kv.page_choice import ListLayout, best_by_bounds, excluded_pages, pages_of
 from engine.kv.streaming_heads import read_streaming_heads
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.key_summaries import KeySummaries
@@ -73,17 +74,13 @@ class _Layout:
     """Groups as rows of a pool with one KV head, group by group and head by head.
 
     queries, lengths: as in AttentionBatch. index: [queries] int64, each one's index in the batch's queries by KV head.
-    is_chosen: [groups, kv_heads, width] bool, entries of lists that are chosen pages, and place: [width] int64, which
-    of the chosen. own: [groups, kv_heads, width] int64, all other entries, as indices into a row's page table. heads:
-    [kv_heads, 1] int64, their numbers.
+    lists: of each group and KV head. heads: [kv_heads, 1] int64, their numbers.
     """
 
     queries: list[int]
     lengths: list[int]
     index: Tensor
-    is_chosen: Tensor
-    place: Tensor
-    own: Tensor
+    lists: ListLayout
     heads: Tensor
 
 
@@ -144,11 +141,8 @@ class TargetQuestAttention:
         (rows, contexts), self._view.expected = self._view.expected, None
         first, prompt = contexts - 1, self._state.num_prompt[rows]
         queries = np.array(batch.query_lengths)
-        page, device = self._state.page_size, batch.pages.device
-        begin = first // page
-        pages = -(-(first + queries) // page) - begin
-        row, column = np.repeat(np.arange(len(pages)), pages), np.repeat(begin, pages) + ragged_arange(pages)
-        row_index, columns = send_all(device, row, column)
+        device = batch.pages.device
+        row_index, columns = send_all(device, *pages_of(first, first + queries, self._state.page_size))
         self._written = batch.pages[row_index, columns]
         starts = queries.cumsum() - queries
         dense = np.clip(prompt - first, 0, queries)
@@ -204,14 +198,11 @@ class TargetQuestAttention:
         chosen = self._chosen[layer.index, groups.rows, groups.places]
         if groups.width:
             tables = self._state.page_table[groups.rows[groups.new], : groups.width]
-            # KV of a row that fails in this forward may be no numbers, and neither are its scores.
-            scores = self._summaries.scores(layer, q[groups.anchors], tables).nan_to_num_()
-            page = torch.arange(groups.width, device=q.device)
-            excluded = (page < self._sink) | (page >= groups.ends[groups.new, None])
-            scores.masked_fill_(excluded[:, None], float("-inf"))
+            excluded = excluded_pages(groups.ends[groups.new], self._sink, groups.width)[:, None]
             count = min(self._count, groups.width)
-            best = self._best(scores.view(-1, groups.width), count)
-            chosen[groups.new, :, :count] = best.view(len(tables), -1, count)
+            chosen[groups.new, :, :count] = best_by_bounds(
+                self._summaries, layer, q[groups.anchors], tables, excluded, count=count, best=self._best
+            )
             kept = groups.kept
             self._chosen[layer.index, groups.rows[kept], groups.places[kept]] = chosen[kept]
         return chosen
@@ -223,9 +214,7 @@ class TargetQuestAttention:
         layout = self._layouts.get(streams.tobytes())
         if layout is None:
             layout = self._layouts[streams.tobytes()] = self._lay_out(groups, streams)
-        chosen, table = self._choose(groups, layer, q), self._state.page_table
-        columns = torch.where(layout.is_chosen, chosen[..., layout.place], layout.own)
-        pages = table[groups.rows[:, None, None], columns] * self._kv_heads + layout.heads
+        pages = layout.lists.fill(self._choose(groups, layer, q)) * self._kv_heads + layout.heads
         k, v = (part.view(-1, 1, *part.shape[2:]) for part in (layer.k, layer.v))
         self._attention.plan(AttentionBatch(layout.queries, layout.lengths, pages.flatten(0, 1)))
         size = q.shape[1] // self._kv_heads, q.shape[2]
@@ -237,9 +226,8 @@ class TargetQuestAttention:
         """Lay out the rows of all layers in which the same KV heads stream. streams: [kv_heads]."""
         kv_heads, device = self._kv_heads, self._state.device
         candidates = np.maximum(groups.host_ends - self._sink, 0)[:, None]
-        skipped = np.maximum(
-            candidates - np.where(streams, self._window, self._count), 0
-        )  # [groups, kv_heads], in pages
+        # [groups, kv_heads], in pages
+        skipped = np.maximum(candidates - np.where(streams, self._window, self._count), 0)
         lengths = groups.lasts[:, None] + 1 - skipped * self._state.page_size
         queries = np.repeat(groups.counts, kv_heads)
         first = np.repeat(groups.counts.cumsum() - groups.counts, kv_heads)
@@ -252,16 +240,20 @@ class TargetQuestAttention:
             (~streams & (skipped > 0)).astype(np.int64).ravel(),
         )
         shape = (len(groups.counts), kv_heads, 1)
-        column = torch.arange(-(-int(lengths.max()) // self._state.page_size), device=device)
-        own = column + torch.where(column < self._sink, 0, left_out.view(shape))
-        is_listed = (column >= self._sink) & (column < self._sink + self._count)
+        lists = ListLayout.make(
+            self._state.page_table,
+            groups.rows[:, None, None],
+            sink=self._sink,
+            count=self._count,
+            width=-(-int(lengths.max()) // self._state.page_size),
+            left_out=left_out.view(shape),
+            chooses=chooses.view(shape).bool(),
+        )
         return _Layout(
             queries.tolist(),
             lengths.ravel().tolist(),
             groups.tokens[place] * kv_heads + heads,
-            chooses.view(shape).bool() & is_listed,
-            (column - self._sink).clamp_(0, self._count - 1),
-            own.clamp_(max=self._state.page_table.shape[1] - 1),
+            lists,
             torch.arange(kv_heads, device=device)[:, None],
         )
 
