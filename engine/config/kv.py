@@ -204,60 +204,16 @@ class SnapKVConfig(KVSettings):
         return _window_pages(self.budget, page_size, row_pages)
 
 
-class VerifiedConfig(KVSettings):
-    """The KV to which the queries of the latest verify pass gave most weight, per layer, everything newer, and the
-    first tokens (Vegas, arXiv 2602.07223): a view, chosen anew after every verify pass."""
-
-    counts_votes: ClassVar[bool] = True
-    per_layer: ClassVar[bool] = True
-    policy: Literal["verified"]
-    budget: Positive = 256
-    """KV tokens that are chosen per row; a multiple of page_size. A draft step reads the sink and the tokens after the
-    choice in addition: fewer than two pages beyond the drafts."""
-    sink: Positive = 16
-    """Number of first tokens that are always read; rounded up to whole pages."""
-
-    def check(self, page_size: int, drafter: DrafterName) -> None:
-        self._check_pages(page_size, "budget")
-        if drafter == "model":
-            raise ValueError(
-                "speculation.kv: verified chooses from the target's KV, which a draft model does not read; set another "
-                "policy, such as quest, or drafter: self"
-            )
-
-    def budgets(self, page_size: int) -> list[int]:
-        """Return the configured budget, half of it and a quarter: the best tokens of those chosen."""
-        return [budget for budget in _halves(self.budget, page_size) if budget]
-
-    def shares_pages(self, drafter: DrafterName) -> bool:
-        return False
-
-    def tokens_read(self, context: int, page_size: int) -> int:
-        return _read_by_choice(context, self.sink, self.budget, page_size)
-
-    def max_pages(self, page_size: int, max_gamma: int, row_pages: int) -> int:
-        newer = page_size - 1 + MAX_PLAIN_TOKENS + 2 * max_gamma + 1
-        return min(row_pages, -(-self.sink // page_size) + self.budget // page_size + -(-newer // page_size))
-
-
-MAX_PLAIN_TOKENS = 16
-"""Number of plain rounds after which rows vote although nothing was drafted, so that `verified` never has to read many
-tokens that are newer than its choice. Counting votes then costs less than 1 % of such rounds."""
-
-
-class QuestConfig(KVSettings):
-    """The pages whose keys may have the largest products with a draft's query, by bounds of each page's keys, per KV
-    head; everything newer; and the first tokens (Quest, arXiv 2406.10774): a view of all KV."""
+class ChoiceConfig(KVSettings):
+    """Base of policies that choose pages of a view of all KV, and read the first pages and everything newer in addition
+    to the chosen ones."""
 
     per_layer: ClassVar[bool] = True
-    policy: Literal["quest"]
     budget: Positive = 256
     """KV tokens that are chosen per row; a multiple of page_size. A draft step reads the sink and the tokens after the
-    choice in addition: less than a page beyond the drafts."""
+    choice in addition."""
     sink: Positive = 16
     """Number of first tokens that are always read; rounded up to whole pages."""
-    interval: Positive = 4
-    """Number of draft steps that read the same choice. The first step of a round chooses anew."""
 
     def check(self, page_size: int, drafter: DrafterName) -> None:
         self._check_pages(page_size, "budget")
@@ -270,11 +226,54 @@ class QuestConfig(KVSettings):
         return False
 
     def tokens_read(self, context: int, page_size: int) -> int:
-        return _read_by_choice(context, self.sink, self.budget, page_size)
+        """See KVSettings.tokens_read. Half a page and the pending token are newer than the choice, on average."""
+        return min(context, self._sink_pages(page_size) * page_size + self.budget + page_size // 2 + 1)
 
     def max_pages(self, page_size: int, max_gamma: int, row_pages: int) -> int:
-        newer = page_size - 1 + max_gamma + 1
-        return min(row_pages, -(-self.sink // page_size) + self.budget // page_size + -(-newer // page_size))
+        newer = page_size - 1 + self.max_newer_tokens(max_gamma) + 1
+        return min(row_pages, self._sink_pages(page_size) + self.budget // page_size + -(-newer // page_size))
+
+    def max_newer_tokens(self, max_gamma: int) -> int:
+        """Return the largest number of tokens between those that were committed at the choice and the last draft's
+        query."""
+        return max_gamma
+
+    def _sink_pages(self, page_size: int) -> int:
+        return -(-self.sink // page_size)
+
+
+class VerifiedConfig(ChoiceConfig):
+    """The KV to which the queries of the latest verify pass gave most weight, per layer, everything newer, and the
+    first tokens (Vegas, arXiv 2602.07223): a view, chosen anew after every verify pass."""
+
+    counts_votes: ClassVar[bool] = True
+    policy: Literal["verified"]
+
+    def check(self, page_size: int, drafter: DrafterName) -> None:
+        super().check(page_size, drafter)
+        if drafter == "model":
+            raise ValueError(
+                "speculation.kv: verified chooses from the target's KV, which a draft model does not read; set another "
+                "policy, such as quest, or drafter: self"
+            )
+
+    def max_newer_tokens(self, max_gamma: int) -> int:
+        """See ChoiceConfig: accepted drafts of the pass that chose, plain rounds since, and new drafts."""
+        return MAX_PLAIN_TOKENS + 2 * max_gamma
+
+
+MAX_PLAIN_TOKENS = 16
+"""Number of plain rounds after which rows vote although nothing was drafted, so that `verified` never has to read many
+tokens that are newer than its choice. Counting votes then costs less than 1 % of such rounds."""
+
+
+class QuestConfig(ChoiceConfig):
+    """The pages whose keys may have the largest products with a draft's query, by bounds of each page's keys, per KV
+    head; everything newer; and the first tokens (Quest, arXiv 2406.10774): a view of all KV."""
+
+    policy: Literal["quest"]
+    interval: Positive = 4
+    """Number of draft steps that read the same choice. The first step of a round chooses anew."""
 
     def state(self, page_size: int, max_gamma: int, drafter: DrafterName) -> KVState:
         return KVState(summaries=2)
@@ -342,9 +341,3 @@ def _read_by_window(context: int, budget: int, page_size: int) -> int:
 def _window_pages(budget: int, page_size: int, row_pages: int) -> int:
     """Return the largest number of pages that a window lists. Two tokens can follow its last page."""
     return min(row_pages, budget // page_size + 1)
-
-
-def _read_by_choice(context: int, sink: int, budget: int, page_size: int) -> int:
-    """Return the KV tokens that a draft reads of chosen pages, the sink and what is newer than the choice, which is
-    half a page and the pending token on average."""
-    return min(context, -(-sink // page_size) * page_size + budget + page_size // 2 + 1)
