@@ -38,8 +38,29 @@ class Ballot:
     votes: Tensor
 
 
+class _Lists:
+    """Page lists of a batch, as AttentionBatch describes them."""
+
+    __slots__ = ()
+    pages: Tensor
+    per_layer: bool
+    prefixes: Sequence[SharedPrefix] | int
+
+    def __post_init__(self) -> None:
+        assert not (self.per_layer and self.prefixes)
+
+    @property
+    def per_head(self) -> bool:
+        """Whether there is a list per KV head."""
+        return self.pages.dim() - self.per_layer == 3
+
+    def pages_of(self, layer: LayerKV) -> Tensor:
+        """Return the lists of one layer."""
+        return self.pages[layer.index] if self.per_layer else self.pages
+
+
 @dataclass(frozen=True, slots=True)
-class AttentionBatch:
+class AttentionBatch(_Lists):
     """KV that each row's queries read; the same for all layers of a forward, unless lists are per layer.
 
     Row r's queries are at the *end* of its KV ("causal at the bottom right"): with n queries over length L, query i
@@ -71,18 +92,6 @@ class AttentionBatch:
     prefixes: Sequence[SharedPrefix] = ()
     ballot: Ballot | None = None
 
-    def __post_init__(self) -> None:
-        assert not (self.per_layer and self.prefixes)
-
-    @property
-    def per_head(self) -> bool:
-        """Whether there is a list per KV head."""
-        return self.pages.dim() - self.per_layer == 3
-
-    def pages_of(self, layer: LayerKV) -> Tensor:
-        """Return the lists of one layer."""
-        return self.pages[layer.index] if self.per_layer else self.pages
-
 
 class PlannedAttention(Protocol):
     """Exact softmax(q k^T * scale) v over the listed pages of a batch that is planned. One plan serves all layers of a
@@ -107,7 +116,7 @@ class AttentionBackend(PlannedAttention, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class GraphBatch:
+class GraphBatch(_Lists):
     """Rows of a captured forward: tensors at fixed addresses, whose values change between replays.
 
     A row with fewer queries is padded in front: its own queries are its last ones. So a padding query sees fewer slots
@@ -126,18 +135,6 @@ class GraphBatch:
     prefixes: int = 0
     per_layer: bool = False
     ballot: Ballot | None = None
-
-    def __post_init__(self) -> None:
-        assert not (self.per_layer and self.prefixes)
-
-    @property
-    def per_head(self) -> bool:
-        """Whether there is a list per KV head."""
-        return self.pages.dim() - self.per_layer == 3
-
-    def pages_of(self, layer: LayerKV) -> Tensor:
-        """Return the lists of one layer."""
-        return self.pages[layer.index] if self.per_layer else self.pages
 
 
 class GraphAttention(PlannedAttention, Protocol):
