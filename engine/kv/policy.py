@@ -91,6 +91,15 @@ class KVPolicy:
         model that has no other KV of them."""
 
 
+def views_by_budget(site: DraftSite, budget: int, make: Callable[[int], View]) -> dict[int, View]:
+    """Make the view of each budget that a round may ask for; 0: `budget`, the configured one.
+
+    make: makes the view of a budget.
+    """
+    views = {each: make(each) for each in (budget, *site.settings.kv_budgets(site.page_size))}
+    return views | {0: views[budget]}
+
+
 def ring_table(max_rows: int, columns: int, first: int, ring: int) -> Tensor:
     """Build the page table of a pool in which every row slot permanently owns `first` + `ring` pages.
 

@@ -19,7 +19,7 @@ from engine.batch.round_batch import RoundBatch
 from engine.batch.view import View
 from engine.config.kv import QuestConfig
 from engine.kv.page_choice import ChoiceView, ListLayout, PageChoice, best_by_bounds, pages_of
-from engine.kv.policy import DraftSite, KVPolicy
+from engine.kv.policy import DraftSite, KVPolicy, views_by_budget
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch, SharedPrefix
 from kernels.key_summaries import KeySummaries
@@ -47,9 +47,9 @@ class QuestPolicy(KVPolicy):
             site.attention(), self._choice, summaries, config.interval, best
         )
         self._state = site.state
-        budgets = [config.budget, *site.settings.kv_budgets(page)]
-        self._views = {each: QuestView(self._choice, each // page, self.attention) for each in budgets}
-        self._views[0] = self._views[config.budget]
+        self._views = views_by_budget(
+            site, config.budget, lambda budget: QuestView(self._choice, budget // page, self.attention)
+        )
 
     def view(self, budget: int) -> View:
         return self._views[budget]

@@ -21,7 +21,7 @@ from engine.batch.round_batch import RoundBatch
 from engine.batch.view import View
 from engine.config.kv import MAX_PLAIN_TOKENS, VerifiedConfig
 from engine.kv.page_choice import ChoiceView, PageChoice
-from engine.kv.policy import DraftSite, KVPolicy
+from engine.kv.policy import DraftSite, KVPolicy, views_by_budget
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch, SharedPrefix
 from kernels.kv_cache import LayerKV
@@ -58,13 +58,12 @@ class VerifiedPolicy(KVPolicy):
         self._choice = PageChoice(
             site.state, site.model, count=config.budget // page, sink=-(-config.sink // page), per_head=False
         )
-        budgets = [config.budget, *site.settings.kv_budgets(page)]
-        self._views = {each: ChoiceView(self._choice, each // page) for each in budgets}
-        self._views[0] = self._views[config.budget]
+        self._views = views_by_budget(site, config.budget, lambda budget: ChoiceView(self._choice, budget // page))
         self._prefill = np.zeros(site.max_rows, dtype=np.int64)  # number of tokens at a row's start
         self._plain_rounds = 0  # since the last vote
-        # Largest number of tokens after a choice: the rest of a page, accepted drafts, and plain rounds.
-        self._max_newer = page - 1 + site.settings.max_draft_tokens + MAX_PLAIN_TOKENS
+        # Largest number of tokens after a choice, before anything new is drafted.
+        max_gamma = site.settings.max_draft_tokens
+        self._max_newer = page - 1 + config.max_newer_tokens(max_gamma) - max_gamma
         self.observer: VoteCount = VoteCount(self._choice, site.model.ops.best)
 
     def view(self, budget: int) -> View:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.batch.view import View
 from engine.config.kv import WindowConfig
-from engine.kv.policy import DraftSite, KVPolicy, ring_table
+from engine.kv.policy import DraftSite, KVPolicy, ring_table, views_by_budget
 from kernels.attention.relative import RelativeAttention
 from kernels.ragged import Ints
 
@@ -68,9 +68,9 @@ class WindowPolicy(KVPolicy):
             site = replace(site, make_full=lambda: pool)
             self.block = kept.block
         super().__init__(site)
-        budgets = [config.budget, *site.settings.kv_budgets(page)]
-        self._views = {each: WindowView(table, budget=each, sink=config.sink, page_size=page) for each in budgets}
-        self._views[0] = self._views[config.budget]
+        self._views = views_by_budget(
+            site, config.budget, lambda budget: WindowView(table, budget=budget, sink=config.sink, page_size=page)
+        )
         if config.positions == "relative":
             self.captures = False
             self.attention = RelativeAttention(
