@@ -35,7 +35,8 @@ def hash_pages(pool: KVPool, pages: Sequence[int], group: Group) -> list[int]:
     device = pool.data.device
     count = max(1, _COPIED_BYTES * pool.num_pages // pool.data.nbytes)
     hashes = []
-    for index in torch.tensor(pages, device=device).split(count):
+    for first in range(0, len(pages), count):
+        index = torch.tensor(pages[first : first + count], device=device)
         hashes += [_digest(page) for page in _bytes(pool.data[:, :, index].movedim(2, 0).flatten(1))]
     mine = torch.tensor(hashes, dtype=torch.int64, device=device)
     return [int(each) for each in group.all_reduce(mine).tolist()]
