@@ -46,7 +46,7 @@ class KVManager:
         """
         self._page_size = page_size
         self._index = PrefixIndex(page_size)
-        self._pages = PageAllocator(num_pages, self._index.__contains__, self._forget)
+        self._pages = PageAllocator(num_pages, self._index.pages, self._forget)
         self._prefix, self._prompts_only = prefix, prompts_only
         self._num_uncached_tokens = num_uncached_tokens
         self._drafted: set[int] | None = set() if draft_pages else None  # indexed pages whose draft KV is computed
@@ -302,13 +302,14 @@ class KVManager:
 
     def _check_index(self, requests: Sequence[Request]) -> None:
         order = {page: i for i, page in enumerate(self._pages.eviction_order)}
-        for page, *_ in self._index.entries:
-            try:
-                parent = self._index.parent(page)
-            except KeyError:
-                raise PageLeak(f"page {page} has outlived its parent in the index") from None
-            if parent is not None and order.get(parent, len(order)) < order.get(page, len(order)):
-                raise PageLeak(f"page {parent} would be evicted before its child, page {page}")
+        for page, _, digest, _ in self._index.entries:
+            if not digest:
+                continue
+            parent = self._index.find(digest)
+            if parent is None:
+                raise PageLeak(f"page {page} has outlived its parent in the index")
+            if parent.page in order and order[parent.page] < order.get(page, len(order)):
+                raise PageLeak(f"page {parent.page} would be evicted before its child, page {page}")
         for request in requests:
             for place, page in enumerate(request.pages):
                 indexed = page in self._index and (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import chain, compress
 
 
 class PageLeak(AssertionError):
@@ -15,16 +17,16 @@ class PageAllocator:
     fit is refused.
 
     `reserve` gives a page its first owner, `share` adds one. When its last owner has released it, a page is cached if
-    somebody `keeps` it, else free. A reservation takes free pages, then evicts cached ones: those first that were
+    it is `kept`, else free. A reservation takes free pages, then evicts cached ones: those first that were
     released first. Of the pages of one `release` call the last ones are released first.
     """
 
-    def __init__(self, total: int, keeps: Callable[[int], bool], forget: Callable[[int], None]) -> None:
-        """keeps: whether a page that nobody owns any more is to be cached. forget: called with a cached page that
-        becomes free."""
+    def __init__(self, total: int, kept: AbstractSet[int], forget: Callable[[int], None]) -> None:
+        """kept: the pages that are cached when nobody owns them any more, at any time. forget: called with a cached
+        page that becomes free."""
         self.total = total
         self.evictions = 0
-        self._keeps, self._forget = keeps, forget
+        self._kept, self._forget = kept, forget
         self._free = list(range(total - 1, -1, -1))  # a stack: pages just released are reused first, still in cache
         self._cached: OrderedDict[int, None] = OrderedDict()  # the next one to evict comes first
         self._owners = [0] * total
@@ -72,7 +74,7 @@ class PageAllocator:
                 raise PageLeak(f"page {page} is released but nobody owns it")
             self._owners[page] -= 1
             if self._owners[page] == 0:
-                if self._keeps(page):
+                if page in self._kept:
                     self._cached[page] = None
                 else:
                     self._free.append(page)
@@ -89,20 +91,21 @@ class PageAllocator:
         self._forget(page)
 
     def check(self, holdings: Iterable[Sequence[int]]) -> None:
-        """Raise PageLeak unless `holdings`, the page lists of all owners, and the pages that somebody keeps account for
-        every page exactly."""
-        held = Counter(page for pages in holdings for page in pages)
-        for page, owners in enumerate(self._owners):
-            if owners != held[page]:
-                raise PageLeak(f"page {page} counts {owners} owners but is held {held[page]} times")
+        """Raise PageLeak unless `holdings`, the page lists of all owners, and the kept pages account for every page
+        exactly."""
+        held = Counter(chain.from_iterable(holdings))
+        owned = {page: self._owners[page] for page in compress(range(self.total), self._owners)}
+        if owned != dict(held):
+            wrong = next(page for page in chain(range(self.total), held) if owned.get(page, 0) != held[page])
+            raise PageLeak(f"page {wrong} counts {owned.get(wrong, 0)} owners but is held {held[wrong]} times")
         free, cached = set(self._free), set(self._cached)
         if len(free) != len(self._free) or len(free) + len(cached) + len(held) != self.total:
             raise PageLeak(f"{len(held)} pages owned, {len(cached)} cached and {len(self._free)} free of {self.total}")
         if not free.isdisjoint(held) or not free.isdisjoint(cached) or not cached.isdisjoint(held):
             raise PageLeak("a page is in two of the states owned, cached and free")
-        for page in cached | free:
-            if self._keeps(page) != (page in cached):
-                raise PageLeak(f"page {page} is {'cached' if page in cached else 'free'} against the index")
+        if wrong_ones := (cached - self._kept) | (free & self._kept):
+            page = min(wrong_ones)
+            raise PageLeak(f"page {page} is {'cached' if page in cached else 'free'} against the index")
 
     @property
     def eviction_order(self) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from array import array
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -83,14 +83,14 @@ class PrefixIndex:
         return self._by_page[page]
 
     @property
+    def pages(self) -> KeysView[int]:
+        """All indexed pages, at any time."""
+        return self._by_page.keys()
+
+    @property
     def entries(self) -> list[IndexedPage]:
         """All indexed pages, in the order in which they were added."""
         return list(self._by_page.values())
-
-    def parent(self, page: int) -> int | None:
-        """Return the page before this one; None for a first page. Raises KeyError if it is not indexed."""
-        parent = self._by_page[page].parent
-        return self._by_digest[parent].page if parent else None
 
 
 def _new_hash() -> hashlib.blake2b:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.batch.row_state import RowState
 from kernels.kv_cache import KVPool
 from parallel.group import Group, RankFailure
+
+_COPIED_BYTES = 1 << 24
+"""KV copied at a time: a copy per page takes longer than the hash of a small page."""
 
 
 def compare(state: RowState, group: Group, round_number: int) -> None:
@@ -27,10 +32,25 @@ def compare(state: RowState, group: Group, round_number: int) -> None:
 
 def hash_pages(pool: KVPool, pages: Sequence[int], group: Group) -> list[int]:
     """Hash the KV of pages on all ranks together: the sum of each rank's hash, modulo 2^64."""
-    mine = torch.tensor([_hash(pool.data[:, :, page]) for page in pages], dtype=torch.int64, device=pool.data.device)
+    device = pool.data.device
+    count = max(1, _COPIED_BYTES * pool.num_pages // pool.data.nbytes)
+    hashes = []
+    for first in range(0, len(pages), count):
+        index = torch.tensor(pages[first : first + count], device=device)
+        hashes += [_digest(page) for page in _bytes(pool.data[:, :, index].movedim(2, 0).flatten(1))]
+    mine = torch.tensor(hashes, dtype=torch.int64, device=device)
     return [int(each) for each in group.all_reduce(mine).tolist()]
 
 
 def _hash(tensor: Tensor) -> int:
-    data = tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+    return _digest(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    """Return the bytes of each row of a tensor."""
+    data: npt.NDArray[np.uint8] = tensor.contiguous().view(torch.uint8).cpu().numpy()
+    return data
+
+
+def _digest(data: npt.NDArray[np.uint8]) -> int:
+    return int.from_bytes(hashlib.blake2b(data.data, digest_size=8).digest(), "little", signed=True)

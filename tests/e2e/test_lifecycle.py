@@ -48,7 +48,7 @@ def test_the_ready_line_is_a_command_that_works(tiny: Server) -> None:
 
 def test_a_signal_drains(launch: Launch) -> None:
     server = launch(drain_timeout_s=PATIENCE_S)
-    (stream,) = running(server, {**LONG, "max_tokens": 2500})
+    (stream,) = running(server, {**LONG, "max_tokens": 1500})
     server.signal(signal.SIGTERM)
     eventually(lambda: server.get("/ready").status_code == 503)
     refused = server.post("/v1/completions", {"prompt": "x"})

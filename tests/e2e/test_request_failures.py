@@ -19,7 +19,7 @@ JSON_CHAT = {
     "response_format": {"type": "json_object"},
     "max_tokens": 20,
 }
-BESIDE = {"prompt": [5, 6, 7], "max_tokens": 1500, "ignore_eos": True, "temperature": 1, "seed": 4}
+BESIDE = {"prompt": [5, 6, 7], "max_tokens": 600, "ignore_eos": True, "temperature": 1, "seed": 4}
 
 
 def edit(file: Path, **changes: Any) -> None:

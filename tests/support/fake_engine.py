@@ -36,7 +36,7 @@ COMMAND = (
 VOCAB, MAX_LEN, EOS = 320, 64, 2
 PAGES = 1000
 PAGE_SIZE = 16
-COMPILE_S = 6.0
+COMPILE_S = 4.0
 """Time for which the model "compiles" does so."""
 REFUSE, FULL, CRASH, HANG, EXIT, SLOW = 300, 301, 302, 303, 304, 305
 """First prompt tokens that trigger a behaviour. REFUSE: raise RequestError. FULL: raise QueueFull. CRASH: raise in

@@ -29,6 +29,7 @@ from parallel.group import Group
 from tests.support import fake_flashinfer
 from tests.support.engines import TINY, Scripted, run, tiny_engine, tokens
 from tests.support.profiles import only_in_all
+from tests.support.ranks import write_random_model
 from tests.support.rig import PagedRows, pool_layer
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
@@ -49,6 +50,10 @@ VARIANTS = {
     "biases": dataclasses.replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True),
     "qk_norm": dataclasses.replace(TINY, qk_norm=True),
 }
+ONE_HEAD = dataclasses.replace(TINY, num_heads=3, num_kv_heads=1)
+ONE_LAYER = dataclasses.replace(ONE_HEAD, num_layers=1)
+"""Models where only captures are tested: the interpreter takes its time for every head and layer. The tests above these
+captures have several of both, and so have those of kernels."""
 TEXT = [2 + 7 * i % 60 for i in range(14)]
 
 
@@ -87,8 +92,8 @@ def test_whose_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.name != GpuOps().name
 
 
-def model_on(ops: Ops) -> Llama:
-    return random_model(TINY, 0, torch.float32, torch.device("cpu"), Group.single(), ops)
+def model_on(ops: Ops, config: ModelConfig = TINY) -> Llama:
+    return random_model(config, 0, torch.float32, torch.device("cpu"), Group.single(), ops)
 
 
 def requests() -> list[AddRequest]:
@@ -133,14 +138,18 @@ WINDOW = {"policy": "window", "budget": 8, "sink": 4}
     ],
 )
 def test_graphs_change_neither_output_nor_drafts(
-    twin_dir: Path, drafter: str, kv: dict[str, Any], captured: int
+    tmp_path: Path, drafter: str, kv: dict[str, Any], captured: int
 ) -> None:
     """One row or two; with different numbers of drafts, the last queries are padding."""
     recorded = Recorded()
-    model = model_on(GpuOps(make_recorder=lambda: recorded))
-    speculation = {"drafter": drafter, "kv": kv, **({"model": str(twin_dir)} if drafter == "model" else {})}
+    model = model_on(GpuOps(make_recorder=lambda: recorded), ONE_LAYER)
+    speculation = {
+        "drafter": drafter,
+        "kv": kv,
+        **({"model": str(write_random_model(tmp_path / "twin", ONE_LAYER))} if drafter == "model" else {}),
+    }
     settings: dict[str, Any] = {"scheduler": {"max_rows": 2, "max_batch_tokens": 24}, "max_model_len": 200}
-    plain = tiny_engine(model_on(REFERENCE), gamma=3, speculation=speculation, **settings)
+    plain = tiny_engine(model_on(REFERENCE, ONE_LAYER), gamma=3, speculation=speculation, **settings)
     expected = rounds_of(plain, requests())
     assert rounds_of(tiny_engine(model, gamma=3, speculation=speculation, **settings), requests()) == expected
     assert recorded.captured == captured
@@ -157,7 +166,7 @@ def test_engines_of_one_model_capture_into_memory_of_their_own() -> None:
         made.append(Recorded())
         return made[-1]
 
-    model = model_on(GpuOps(make_recorder=make_recorder))
+    model = model_on(GpuOps(make_recorder=make_recorder), ONE_LAYER)
     for number in range(1, 4):
         scheduler = {"max_rows": 1, "max_batch_tokens": 16}
         engine = tiny_engine(model, gamma=1, budget=8, scheduler=scheduler, max_model_len=40)
@@ -171,7 +180,7 @@ def test_engines_of_one_model_capture_into_memory_of_their_own() -> None:
 def test_an_engine_that_fails_to_start_releases_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even while its error, and with it what the failed calls held, is still there."""
     recorded = Recorded()
-    model = model_on(GpuOps(make_recorder=lambda: recorded))
+    model = model_on(GpuOps(make_recorder=lambda: recorded), ONE_LAYER)
     capture = recorded.capture
 
     def capture_three(work: Callable[[], None]) -> Callable[[], None]:
@@ -189,7 +198,7 @@ def test_an_engine_that_fails_to_start_releases_its_graphs(monkeypatch: pytest.M
 def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a round may have different numbers of drafts."""
     recorded = Recorded()
-    model = model_on(GpuOps(make_recorder=lambda: recorded))
+    model = model_on(GpuOps(make_recorder=lambda: recorded), ONE_LAYER)
     asked = [
         AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=8 + 3 * i, temperature=1.0, seed=i))
         for i in range(2)
@@ -202,7 +211,7 @@ def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -
         settings: dict[str, Any] = {"scheduler": {"max_rows": 2}, "max_model_len": 40}
         return tiny_engine(model, gamma=0, budget=8, speculation=speculation, **settings)
 
-    expected = rounds_of(made(model_on(REFERENCE)), asked)
+    expected = rounds_of(made(model_on(REFERENCE, ONE_LAYER)), asked)
     engine = made(model)
     replays, step = [recorded.replayed], engine.step
 
@@ -232,8 +241,8 @@ def test_captured_verify_passes_choose_what_drafts_read(policy: str) -> None:
     ]
     speculation = {"kv": {"policy": policy, "budget": 4, "sink": 4}}
     settings: dict[str, Any] = {"scheduler": {"max_rows": 2}, "max_model_len": 60, "speculation": speculation}
-    expected = rounds_of(tiny_engine(model_on(REFERENCE), gamma=2, page_size=4, **settings), asked)
-    engine = tiny_engine(model_on(GpuOps(make_recorder=lambda: recorded)), gamma=2, page_size=4, **settings)
+    expected = rounds_of(tiny_engine(model_on(REFERENCE, ONE_HEAD), gamma=2, page_size=4, **settings), asked)
+    engine = tiny_engine(model_on(GpuOps(make_recorder=lambda: recorded), ONE_HEAD), gamma=2, page_size=4, **settings)
     assert rounds_of(engine, asked) == expected
     assert recorded.replayed > 5
     stats = engine.stats()

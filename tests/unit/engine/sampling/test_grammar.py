@@ -62,6 +62,13 @@ def requests(**others: Any) -> list[AddRequest]:
     return found
 
 
+@pytest.fixture(scope="module")
+def plain(tokenizer_dir: Path) -> dict[str, list[int]]:
+    """Output of each request without drafts."""
+    outputs = run(tiny_engine(tiny_model(config=SHAPE), gamma=0, directory=tokenizer_dir), requests())
+    return {id: tokens(out) for id, out in outputs.items()}
+
+
 def check(tokenizer_dir: Path, outputs: dict[str, list[int]]) -> None:
     tokenizer = Tokenizer(tokenizer_dir)
     for seed, schema in zip(SEEDS, schemas(), strict=True):
@@ -71,25 +78,24 @@ def check(tokenizer_dir: Path, outputs: dict[str, list[int]]) -> None:
 
 
 @pytest.mark.parametrize("policy", [only_in_all("window"), "verified", only_in_all("quest"), "snapkv"])
-def test_every_output_matches_with_and_without_drafts(tokenizer_dir: Path, policy: str) -> None:
-    model = tiny_model(config=SHAPE)
-    plain = run(tiny_engine(model, gamma=0, directory=tokenizer_dir), requests())
-    check(tokenizer_dir, {id: tokens(out) for id, out in plain.items()})
+def test_every_output_matches_with_and_without_drafts(
+    tokenizer_dir: Path, plain: dict[str, list[int]], policy: str
+) -> None:
+    check(tokenizer_dir, plain)
     kv = {"policy": policy, "budget": 16} | ({"recent": 8} if policy == "snapkv" else {"sink": 4})
-    engine = tiny_engine(model, gamma=3, directory=tokenizer_dir, speculation={"kv": kv})
+    engine = tiny_engine(tiny_model(config=SHAPE), gamma=3, directory=tokenizer_dir, speculation={"kv": kv})
     drafted = run(engine, requests())
-    assert {id: tokens(out) for id, out in drafted.items()} == {id: tokens(out) for id, out in plain.items()}
+    assert {id: tokens(out) for id, out in drafted.items()} == plain
     assert engine.stats().accepted_tokens > engine.stats().rounds / 2  # much of JSON leaves only one choice
     assert engine.stats().rejections > 0
 
 
-def test_preempted_requests_go_on_where_they_were(tokenizer_dir: Path) -> None:
+def test_preempted_requests_go_on_where_they_were(tokenizer_dir: Path, plain: dict[str, list[int]]) -> None:
     model = tiny_model(config=SHAPE)
-    plain = run(tiny_engine(model, gamma=0, directory=tokenizer_dir), requests())
     engine = tiny_engine(model, gamma=2, directory=tokenizer_dir, cache={"num_pages": 75}, max_model_len=290)
     found = run(engine, requests())
     assert engine.stats().preemptions > 0
-    assert {id: tokens(out) for id, out in found.items()} == {id: tokens(out) for id, out in plain.items()}
+    assert {id: tokens(out) for id, out in found.items()} == plain
 
 
 def test_rejection_keeps_to_grammars_too(tokenizer_dir: Path) -> None:
@@ -100,14 +106,13 @@ def test_rejection_keeps_to_grammars_too(tokenizer_dir: Path) -> None:
 
 @pytest.mark.skipif(not shm.available(), reason="needs shared memory between ranks")
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_agree(tokenizer_dir: Path, size: int) -> None:
-    plain = run(tiny_engine(tiny_model(config=SHAPE), gamma=0, directory=tokenizer_dir), requests())
+def test_ranks_agree(tokenizer_dir: Path, plain: dict[str, list[int]], size: int) -> None:
     engine, _ = threaded_engine(
         SHAPE, size, gamma=3, share=True, digest_every=1, model=str(tokenizer_dir), max_model_len=400
     )
     found = run(engine, requests())
     engine.close()
-    assert {id: tokens(out) for id, out in found.items()} == {id: tokens(out) for id, out in plain.items()}
+    assert {id: tokens(out) for id, out in found.items()} == plain
 
 
 def test_a_model_without_a_tokenizer_has_no_grammars() -> None:

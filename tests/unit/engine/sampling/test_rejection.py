@@ -39,7 +39,8 @@ def speculating(drafter: str, draft_dir: Path, gamma: int = 2) -> Engine:
     return tiny_engine(
         model(),
         gamma=gamma,
-        scheduler={"max_rows": 50, "max_batch_tokens": 400, "max_waiting": 4000},
+        max_model_len=112,
+        scheduler={"max_rows": 150, "max_batch_tokens": 1200, "max_waiting": 4000},
         cache={"prefix": drafter == "self"},  # the model's ring would have to catch up on every prompt that is found
         speculation={
             "drafter": drafter,

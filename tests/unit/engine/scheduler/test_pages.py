@@ -15,9 +15,9 @@ OPERATIONS = st.lists(
 
 
 def allocator(total: int) -> tuple[PageAllocator, set[int]]:
-    """Returns an allocator, and the pages that somebody keeps."""
+    """Returns an allocator, and the pages that are kept."""
     kept: set[int] = set()
-    return PageAllocator(total, kept.__contains__, kept.discard), kept
+    return PageAllocator(total, kept, kept.discard), kept
 
 
 @given(total=st.integers(0, 40), operations=OPERATIONS)
@@ -95,12 +95,27 @@ def test_check_notices_a_forgotten_page() -> None:
     made, kept = allocator(3)
     pages = made.reserve(2)
     assert pages is not None
-    with pytest.raises(PageLeak):
+    with pytest.raises(PageLeak, match=f"page {pages[1]} counts 1 owners but is held 0 times"):
         made.check([pages[:1]])
-    with pytest.raises(PageLeak):
+    with pytest.raises(PageLeak, match="counts 1 owners but is held 2 times"):
         made.check([pages, pages])
+    for none in (-1, 3):
+        with pytest.raises(PageLeak, match=f"page {none} counts 0 owners but is held 1 times"):
+            made.check([[*pages, none]])
     made.check([pages])
     made.release(pages)
     kept.add(pages[0])
-    with pytest.raises(PageLeak, match="free against the index"):
+    with pytest.raises(PageLeak, match=f"page {pages[0]} is free against the index"):
+        made.check([])
+
+
+def test_check_notices_a_page_that_is_no_longer_kept() -> None:
+    made, kept = allocator(3)
+    pages = made.reserve(2)
+    assert pages is not None
+    kept |= set(pages)
+    made.release(pages)
+    made.check([])
+    kept.remove(pages[1])
+    with pytest.raises(PageLeak, match=f"page {pages[1]} is cached against the index"):
         made.check([])

@@ -67,7 +67,7 @@ def test_no_drafter_or_policy_changes_output(draft_dir: Path, drafter: str, poli
         scheduler={"max_batch_tokens": data.draw(st.sampled_from([9, 40, 64]))},
         speculation={"drafter": drafter, "model": str(draft_dir) if drafter == "model" else None, "kv": kv},
     )
-    plain = tiny_engine(model(), gamma=0, page_size=16)
+    plain = tiny_engine(model(), gamma=0, page_size=16, max_model_len=200)
     rng = random.Random(data.draw(st.integers(0, 1000)))
     requests, joins, leaves = [], {}, {}
     for i in range(rng.randrange(1, 7)):
@@ -95,8 +95,9 @@ def long_run(engine: Engine, prompt: int, new: int, temperature: float = 1.0) ->
 
 
 @cache
-def hundreds_of_tokens() -> list[int]:
-    return long_run(tiny_engine(model(), gamma=0), 100, 600)
+def plain_run(prompt: int, new: int) -> list[int]:
+    """Output of `long_run` without drafts."""
+    return long_run(tiny_engine(model(), gamma=0, max_model_len=prompt + new), prompt, new)
 
 
 # The other combinations have nothing that runs out or wraps around. The draft model has 512 positions.
@@ -116,7 +117,7 @@ def test_hundreds_of_tokens_past_a_small_budget(draft_dir: Path, drafter: str, p
     kv = kv_of(policy, 8, 4, reselect=100 if drafter == "self" else 0)
     speculation = {"drafter": drafter, "model": str(draft_dir) if drafter == "model" else None, "kv": kv}
     engine = tiny_engine(model(), gamma=3, page_size=8, max_model_len=750, speculation=speculation)
-    assert long_run(engine, 100, 600) == hundreds_of_tokens()
+    assert long_run(engine, 100, 600) == plain_run(100, 600)
     stats = engine.stats()
     assert stats.accepted_tokens > 10
     assert stats.rejections > 10
@@ -142,8 +143,8 @@ def test_a_budget_that_covers_the_context_is_dense(twin_dir: Path, drafter: str,
 @pytest.mark.parametrize("drafter", ["self", "model"])
 @pytest.mark.parametrize("prompt", [1, 10, 33, 70])
 def test_a_row_that_first_drafts_long_after_a_short_prompt(draft_dir: Path, drafter: str, prompt: int) -> None:
-    """A prompt shorter than what SnapKV selects from it leaves nothing to select."""
-    expected = long_run(tiny_engine(model(), gamma=0), prompt, 200)
+    """A prompt shorter than what SnapKV selects from it leaves nothing to select. Drafts begin when the budget of 48
+    tokens is long exceeded."""
     engine = tiny_engine(
         model(),
         gamma=3,
@@ -155,8 +156,8 @@ def test_a_row_that_first_drafts_long_after_a_short_prompt(draft_dir: Path, draf
             "kv": kv_of("snapkv", 8, 4),
         },
     )
-    engine._scheduler.controller = Scripted([0] * 100 + [3] * 100)
-    assert long_run(engine, prompt, 200) == expected
+    engine._scheduler.controller = Scripted([0] * 80 + [3] * 100)
+    assert long_run(engine, prompt, 140) == plain_run(prompt, 140)
     assert engine.stats().draft_tokens > 50
 
 
@@ -265,7 +266,7 @@ def test_a_draft_model_sees_nothing_before_it_drafts(draft_dir: Path, policy: st
 
         patch.setattr(engine._worker, "execute", watched)
         text = long_run(engine, 150, 100)
-    assert text == long_run(tiny_engine(model(), gamma=0), 150, 100)
+    assert text == plain_run(150, 100)
     prompt = -(-150 // 32)
     assert all((fed, drafted) == (0, 0) for _, fed, drafted in rounds[: prompt + 20])
     catching_up = [fed for _, fed, drafted in rounds[prompt + 20 :] if not drafted]
@@ -287,19 +288,27 @@ def test_a_request_that_may_not_draft_costs_a_draft_model_nothing(draft_dir: Pat
         assert sum(found) > 130
 
 
+def long_and_short() -> list[AddRequest]:
+    return [
+        AddRequest(str(i), prompt_of(length, i), SamplingParams(max_tokens=70, temperature=1.0, seed=i))
+        for i, length in enumerate([250, 5, 120, 33, 9, 190])
+    ]
+
+
+@cache
+def plain_texts() -> dict[str, list[int]]:
+    """Output of each of `long_and_short` alone, without drafts."""
+    plain = tiny_engine(model(), gamma=0, max_model_len=400)
+    return {request.id: complete(plain, request.prompt, request.params) for request in long_and_short()}
+
+
 @pytest.mark.parametrize("policy", OF_A_MODEL)
 def test_a_draft_model_as_it_pays(draft_dir: Path, policy: str) -> None:
     """gamma: auto, with long and short prompts: some rows catch up, and the output is unchanged."""
     speculation = {"drafter": "model", "model": str(draft_dir), "kv": kv_of(policy, 4, 6)}
     engine = tiny_engine(model(), gamma="auto", max_model_len=400, speculation=speculation)  # type: ignore[arg-type]
-    requests = [
-        AddRequest(str(i), prompt_of(length, i), SamplingParams(max_tokens=70, temperature=1.0, seed=i))
-        for i, length in enumerate([250, 5, 120, 33, 9, 190])
-    ]
-    outputs = run(engine, requests, joins={"2": 5, "4": 40})
-    plain = tiny_engine(model(), gamma=0)
-    for request in requests:
-        assert tokens(outputs[request.id]) == complete(plain, request.prompt, request.params)
+    outputs = run(engine, long_and_short(), joins={"2": 5, "4": 40})
+    assert {id: tokens(out) for id, out in outputs.items()} == plain_texts()
 
 
 class Budgets(Scripted):
@@ -338,7 +347,7 @@ def test_windows_of_several_budgets(draft_dir: Path, drafter: str, positions: st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "forward", watched)
         text = long_run(engine, 150, 100)
-    assert text == long_run(tiny_engine(model(), gamma=0), 150, 100)
+    assert text == plain_run(150, 100)
     for budget in (64, 32, 16):
         assert any(budget - 4 < each <= budget for each in read)
     assert max(read) <= 64
