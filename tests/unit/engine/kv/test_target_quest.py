@@ -179,6 +179,15 @@ def test_lists_that_are_filled_a_layer_at_a_time(
     assert complete_all(engine_of(gamma, **settings), requests) == expected
 
 
+def test_drafts_by_bounds_share_those_of_the_target() -> None:
+    engine = engine_of(4, speculation={"kv": {"policy": "quest", "budget": 8, "sink": 4}})
+    target, drafter = engine._worker._target, engine._worker._drafter._drafter  # type: ignore[attr-defined]
+    assert drafter._policy.attention._summaries is target.summaries
+    assert not target.observers
+    complete(engine, prompt_of(60, 1), SamplingParams(max_tokens=40, temperature=1.0, seed=2, ignore_eos=True))
+    assert engine.stats().accepted_tokens > 3
+
+
 def test_drafts_of_the_target_itself_are_accepted() -> None:
     """A draft that reads everything agrees with a target whose budget covers the context."""
     engine = engine_of(3, 160, speculation={"kv": {"policy": "all"}})
