@@ -23,8 +23,9 @@ class KeySummaries:
 
     def __init__(self, pool: KVPool, ops: Ops) -> None:
         layers, _, pages, kv_heads, _, head_dim = pool.data.shape
-        shape = (layers, 2, pages, kv_heads, head_dim)
-        self.bounds = torch.zeros(shape, dtype=pool.data.dtype, device=pool.data.device)
+        # Both of a page are neighbours in memory, as they are read together, and pages may be anywhere in the pool.
+        shape = (layers, pages, 2, kv_heads, head_dim)
+        self.bounds = torch.zeros(shape, dtype=pool.data.dtype, device=pool.data.device).transpose(1, 2)
         self._ops = ops
         self._layers: list[tuple[Tensor, Tensor]] = [(low, high) for low, high in self.bounds]
 

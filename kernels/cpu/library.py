@@ -165,11 +165,11 @@ class CpuKernels:
         return indices
 
     def summarise(self, k: Tensor, pages: Tensor, low: Tensor, high: Tensor) -> None:
-        """Summarise pages; see Ops.summarise. head_dim is a multiple of 16, low and high are contiguous."""
+        """Summarise pages; see Ops.summarise. head_dim is a multiple of 16, low and high have equal strides."""
         self._summarise(self._rest, k, pages, low, high)
 
     def bounds(self, q: Tensor, pages: Tensor, low: Tensor, high: Tensor, first: int, ends: Tensor) -> Tensor:
-        """Bound products; see Ops.bounds. head_dim is a multiple of 16, low and high are contiguous."""
+        """Bound products; see Ops.bounds. head_dim is a multiple of 16, low and high have equal strides."""
         scores: Tensor = self._bounds(self._rest, q, pages, low, high, first, ends)
         return scores
 

@@ -20,6 +20,7 @@ inline void test_bounds(Random& random) {
     SummariseArgs args{};
     args.type = type, args.k = k.bytes.data(), args.page_stride = stride, args.pages = &all[from], args.count = count;
     args.kv_heads = kv_heads, args.page_size = page_size, args.head_dim = head_dim, args.low = a.at(0), args.high = b.at(0);
+    args.bounds_stride = size;
     call(threads, args, kernels.summarise);
     return std::make_pair(a, b);
   };
@@ -51,7 +52,7 @@ inline void test_bounds(Random& random) {
     Tensor scores(Type::f32, size_t(count) * kv_heads * width);
     BoundsArgs args{};
     args.type = type, args.q = q.bytes.data() + from * q_stride * size_of(type), args.q_stride = q_stride;
-    args.low = low.at(0), args.high = high.at(0), args.pages = &pages[from * row_stride], args.row_stride = row_stride;
+    args.low = low.at(0), args.high = high.at(0), args.bounds_stride = size, args.pages = &pages[from * row_stride], args.row_stride = row_stride;
     args.rows = count, args.width = width, args.first = first, args.ends = &ends[from];
     args.heads = heads, args.kv_heads = kv_heads, args.head_dim = head_dim;
     args.scores = static_cast<float*>(scores.at(0));

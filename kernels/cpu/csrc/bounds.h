@@ -25,7 +25,7 @@ void summarise(const SummariseArgs& args) {
   for_rows(args.team, args.count * args.kv_heads, size, [&](int64_t i) {
     const int64_t page = args.pages[i / args.kv_heads], head = i % args.kv_heads;
     const T* keys = static_cast<const T*>(args.k) + page * args.page_stride + head * size;
-    const size_t to = (size_t(page) * args.kv_heads + head) * head_dim;
+    const int64_t to = page * args.bounds_stride + head * head_dim;
     for (int d = 0; d < head_dim; d += LANES) {
       f32x16 low = load_floats(keys + d), high = low;
       for (int64_t at = head_dim; at < size; at += head_dim) {
@@ -61,6 +61,13 @@ void sum_signs(const BoundsArgs& args, const T* q, float* negative, float* posit
   }
 }
 
+constexpr int FETCH_PAGES = 4;  // how many pages ahead bounds are prefetched: pages may be anywhere in the pool
+
+template <class T>
+MAGICDEC_INLINE void fetch(const T* low, const T* high, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(low + i), __builtin_prefetch(high + i);
+}
+
 // Number of floats of the sums of a row's queries.
 inline int64_t sums_size(const BoundsArgs& args) { return 2 * int64_t(args.kv_heads) * args.head_dim; }
 
@@ -84,9 +91,12 @@ void bounds(const BoundsArgs& args) {
     float* positive = negative + size;
     sum_signs(args, static_cast<const T*>(args.q) + row * args.q_stride, negative, positive);
     const int64_t* pages = args.pages + row * args.row_stride;
+    const auto low_of = [&](int64_t i) { return static_cast<const T*>(args.low) + pages[i] * args.bounds_stride; };
+    const auto high_of = [&](int64_t i) { return static_cast<const T*>(args.high) + pages[i] * args.bounds_stride; };
+    for (int64_t i = first; i < std::min(end, first + FETCH_PAGES); i++) fetch(low_of(i), high_of(i), size);
     for (int64_t i = first; i < end; i++) {
-      const T* low = static_cast<const T*>(args.low) + pages[i] * size;
-      const T* high = static_cast<const T*>(args.high) + pages[i] * size;
+      if (i + FETCH_PAGES < end) fetch(low_of(i + FETCH_PAGES), high_of(i + FETCH_PAGES), size);
+      const T *low = low_of(i), *high = high_of(i);
       for (int head = 0; head < args.kv_heads; head++) {
         f32x16 below{}, above{};
         for (int64_t at = int64_t(head) * head_dim; at < int64_t(head + 1) * head_dim; at += LANES) {

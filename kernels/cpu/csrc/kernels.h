@@ -121,6 +121,7 @@ struct SummariseArgs {
   int64_t count;
   int kv_heads, page_size, head_dim;  // head_dim: a multiple of 16
   void *low, *high;      // [pages, kv_heads, head_dim]
+  int64_t bounds_stride; // of both, from page to page
 };
 
 // Bounds the products of queries with the keys of pages, summed over the heads of a KV head.
@@ -130,6 +131,7 @@ struct BoundsArgs {
   const void* q;  // [rows, heads, head_dim]
   int64_t q_stride;
   const void *low, *high;  // see SummariseArgs
+  int64_t bounds_stride;
   const int64_t* pages;    // [rows, width]
   int64_t row_stride;      // of pages
   int64_t rows, width;

@@ -276,7 +276,8 @@ Tensor best(int64_t kernels, const Tensor& x, int64_t count) {
 // Fails unless both are the bounds of pages of keys with these heads and this size of heads.
 void check_bounds(const Tensor& low, const Tensor& high, at::ScalarType type, int64_t kv_heads, int64_t head_dim) {
   TORCH_CHECK(low.dim() == 3 && low.size(1) == kv_heads && low.size(2) == head_dim && head_dim % 16 == 0 && low.sizes() == high.sizes(), "bounds: shapes");
-  TORCH_CHECK(low.scalar_type() == type && high.scalar_type() == type && low.is_contiguous() && high.is_contiguous(), "bounds: types, or not contiguous");
+  TORCH_CHECK(low.scalar_type() == type && high.scalar_type() == type && low.strides() == high.strides(), "bounds: types");
+  check_rows(low, 2, "bounds");
 }
 
 void summarise(int64_t kernels, const Tensor& k, const Tensor& pages, Tensor low, Tensor high) {
@@ -297,6 +298,7 @@ void summarise(int64_t kernels, const Tensor& k, const Tensor& pages, Tensor low
   args.head_dim = int(k.size(3));
   args.low = low.mutable_data_ptr();
   args.high = high.mutable_data_ptr();
+  args.bounds_stride = low.stride(0);
   table(kernels).summarise(args);
 }
 
@@ -317,6 +319,7 @@ Tensor bounds(int64_t kernels, const Tensor& q, const Tensor& pages, const Tenso
   args.q_stride = q.stride(0);
   args.low = low.const_data_ptr();
   args.high = high.const_data_ptr();
+  args.bounds_stride = low.stride(0);
   args.pages = pages.const_data_ptr<int64_t>();
   args.row_stride = pages.stride(0);
   args.rows = q.size(0);

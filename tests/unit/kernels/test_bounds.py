@@ -21,7 +21,7 @@ STRANGE = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-40, 6e-8]
 
 
 def summaries_of(ops: Ops, k: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = (torch.full((len(k), k.shape[1], k.shape[3]), 7.0, dtype=k.dtype) for _ in range(2))
+    low, high = torch.full((len(k), 2, k.shape[1], k.shape[3]), 7.0, dtype=k.dtype).unbind(1)
     ops.summarise(k, pages, low, high)
     return low, high
 
