@@ -13,9 +13,11 @@ from torch import Tensor
 
 from engine.config.deployment import ConfigError
 from engine.core import Engine
+from engine.kv.quest import QuestPolicy
 from engine.kv.target_quest import TargetQuestAttention
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
+from engine.speculation.drafters import SelfDrafter
 from kernels.attention.base import AttentionBatch
 from kernels.kv_cache import LayerKV
 from kernels.reference_ops import ReferenceOps
@@ -181,7 +183,9 @@ def test_lists_that_are_filled_a_layer_at_a_time(
 
 def test_drafts_by_bounds_share_those_of_the_target() -> None:
     engine = engine_of(4, speculation={"kv": {"policy": "quest", "budget": 8, "sink": 4}})
-    target, drafter = engine._worker._target, engine._worker._drafter._drafter  # type: ignore[attr-defined]
+    target, drafter = engine._worker._target, engine._worker._drafter._drafter
+    assert isinstance(drafter, SelfDrafter)
+    assert isinstance(drafter._policy, QuestPolicy)
     assert drafter._policy.attention._summaries is target.summaries
     assert not target.observers
     complete(engine, prompt_of(60, 1), SamplingParams(max_tokens=40, temperature=1.0, seed=2, ignore_eos=True))
