@@ -144,6 +144,17 @@ class Ops(Protocol):
         on a CPU, so that smaller ones behind them change nothing; on a GPU in any order.
         """
 
+    def summarise(self, k: Tensor, pages: Tensor, low: Tensor, high: Tensor) -> None:
+        """Write the element-wise minimum and maximum of the keys of some pages to `low` and `high`; NaN where a key
+        is.
+
+        k: [pages, kv_heads, page_size, head_dim]. pages: [n] int64. low, high: [pages, kv_heads, head_dim].
+        """
+
+    def bounds(self, q: Tensor, pages: Tensor, low: Tensor, high: Tensor, first: int, ends: Tensor) -> Tensor:
+        """Bound products of queries with the keys of pages; see kernels.key_summaries.bound_products. Other queries
+        and pages change no bit of a score."""
+
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Merge segments; see kernels.attention.reference_attention.merge_segments."""
 

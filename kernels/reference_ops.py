@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.attention.reference_attention import ReferenceAttention, merge_segments
 from kernels.key_scores import snapkv_scores
+from kernels.key_summaries import bound_products, summarise_keys
 from kernels.kv_cache import LayerKV, write_kv
 from kernels.noise import gumbel_noise
 from kernels.ops import Graphs
@@ -85,6 +86,12 @@ class TorchFallbackOps:
 
     def best(self, votes: Tensor, count: int) -> Tensor:
         return votes.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+    def summarise(self, k: Tensor, pages: Tensor, low: Tensor, high: Tensor) -> None:
+        summarise_keys(k, pages, low, high)
+
+    def bounds(self, q: Tensor, pages: Tensor, low: Tensor, high: Tensor, first: int, ends: Tensor) -> Tensor:
+        return bound_products(q, pages, low, high, first, ends)
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         return merge_segments(outputs, lses)

@@ -127,10 +127,14 @@ def measure(
     scores = [torch.cat([logprobs(each, model, text, num_prompt) for text in texts]).double() for each in configs]
     contenders = _decode(configs, model, prompts, new_tokens)
     dense, results = contenders[0], []
+    interval = max((each.target_kv.interval for each in configs if each.target_kv is not None), default=1)
     compared = min(len(text) for each in contenders for text in each.texts.values())
     for budget, contender, values in zip([None, *budgets], contenders, scores, strict=True):
         rounds, change = contender.rounds[0], scores[0] - values
-        speed, dense_speed = (mean(each.rounds[0].tokens) / each.rounds[0].typical_s for each in (contender, dense))
+        speed, dense_speed = (
+            mean(each.rounds[0].tokens) / typical_seconds(each.rounds[0].seconds, interval)
+            for each in (contender, dense)
+        )
         results.append(
             TargetResult(
                 budget=budget,
@@ -148,6 +152,13 @@ def measure(
             )
         )
     return results
+
+
+def typical_seconds(rounds: Sequence[float], interval: int) -> float:
+    """Return the typical seconds of a round: the median over stretches of `interval` rounds, in each of which a row
+    chooses once. rounds: seconds of each, in order."""
+    stretches = [rounds[first : first + interval] for first in range(0, len(rounds) - interval + 1, interval)]
+    return median(map(mean, stretches or [rounds]))
 
 
 def _decode(

@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.batch.forward_graphs import ForwardGraphs, Observer
 from engine.batch.view import View
 from kernels.attention.base import AttentionBackend
+from kernels.key_summaries import KeySummaries
 from kernels.kv_cache import KVPool
 from models.batch import ForwardBatch
 from models.llama import Llama
@@ -20,6 +21,7 @@ class Runner:
     the KV they read. Each has its own attention backend, since a backend holds the plan of its latest forward.
 
     graphs: replay forwards where they can.
+    summaries: of the pool's keys, where attention keeps them.
     observers: learn from forwards. Graphs replay a forward for which one of them is due only if they captured it too.
     """
 
@@ -29,6 +31,7 @@ class Runner:
     view: View
     graphs: ForwardGraphs | None = None
     observers: tuple[Observer, ...] = ()
+    summaries: KeySummaries | None = None
 
     def forward(self, inputs: ForwardBatch) -> Tensor:
         """Run the model and write the inputs' KV. Returns the requested logits, [n, this rank's vocabulary]."""

@@ -23,7 +23,8 @@ class KVState:
     first, ring: number of pages that stay in place, and of pages that wrap around (see engine.kv.policy.ring_table).
     queries: number of positions whose queries are kept, in every layer and query head. block: largest number of tokens
     of one row that a forward may compute through the ring; None: no limit. summaries: number of vectors, as large as a
-    key, that are kept for each page of the pool, in every layer and KV head.
+    key, that are kept for each page of the pool, in every layer and KV head. choices: number of indices of chosen pages
+    that are kept, in every layer, and with `per_head` in every KV head.
     """
 
     first: int = 0
@@ -31,6 +32,8 @@ class KVState:
     queries: int = 0
     block: int | None = None
     summaries: int = 0
+    choices: int = 0
+    per_head: bool = False
 
     @property
     def pages(self) -> int:
@@ -261,6 +264,9 @@ class VerifiedConfig(ChoiceConfig):
         """See ChoiceConfig: accepted drafts of the pass that chose, plain rounds since, and new drafts."""
         return MAX_PLAIN_TOKENS + 2 * max_gamma
 
+    def state(self, page_size: int, max_gamma: int, drafter: DrafterName) -> KVState:
+        return KVState(choices=self.budget // page_size)
+
 
 MAX_PLAIN_TOKENS = 16
 """Number of plain rounds after which rows vote although nothing was drafted, so that `verified` never has to read many
@@ -276,7 +282,7 @@ class QuestConfig(ChoiceConfig):
     """Number of draft steps that read the same choice. The first step of a round chooses anew."""
 
     def state(self, page_size: int, max_gamma: int, drafter: DrafterName) -> KVState:
-        return KVState(summaries=2)
+        return KVState(summaries=2, choices=self.budget // page_size, per_head=True)
 
 
 class TopKConfig(KVSettings):

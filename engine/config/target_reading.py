@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from engine.config.kv import QuestConfig
+from engine.config.kv import DrafterName, KVState, QuestConfig
 from engine.config.settings import Positive
 
 
@@ -34,6 +34,16 @@ class TargetQuestConfig(QuestConfig):
                 raise ValueError(
                     f"target_kv.{name} ({getattr(self, name)}) must be a multiple of cache.page_size ({page_size})"
                 )
+
+    def state(self, page_size: int, max_gamma: int, drafter: DrafterName) -> KVState:
+        choices = self.ring(max_gamma + 1) * (self.budget // page_size)
+        return KVState(summaries=2, choices=choices, per_head=True)
+
+    def ring(self, max_queries: int) -> int:
+        """Return the number of a row's latest choices that are kept: of those positions that a forward may begin again
+        after rejected drafts, and the one before. max_queries: largest number of queries of a decoding row in a
+        forward."""
+        return -(-max_queries // self.interval) + 2
 
     @property
     def summary(self) -> dict[str, str | int]:

@@ -7,7 +7,6 @@ row of 12 pages, sink 1, budget of 3 pages, chosen when it had 10 full pages:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,8 +15,6 @@ import torch
 from torch import Tensor
 
 from engine.batch.row_state import RowState
-from kernels.key_summaries import KeySummaries
-from kernels.kv_cache import LayerKV
 from kernels.ragged import Ints, ragged_arange
 from models.llama import Llama
 
@@ -25,7 +22,7 @@ from models.llama import Llama
 class PageChoice:
     """Chosen pages of each row slot.
 
-    pages: [layers, max_rows + 1, count] int64, or [layers, max_rows + 1, kv_heads, count]: indices into a row's page
+    pages: [layers, max_rows + 1, count] int32, or [layers, max_rows + 1, kv_heads, count]: indices into a row's page
         table, the best first. Of a row with fewer pages to choose from, only that many are valid.
     ends: [max_rows + 1], on the host and on the device: number of a row's pages when they were chosen, all full and
         committed; 0: not yet.
@@ -39,7 +36,7 @@ class PageChoice:
         self.page_table, self.page_size = state.page_table, state.page_size
         self.nobody, device = len(state.page_table), state.device
         shape = (model.num_layers, self.nobody + 1, *([model.kv_heads] if per_head else []), count)
-        self.pages = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.pages = torch.zeros(shape, dtype=torch.int32, device=device)
         self.ends = np.zeros(self.nobody + 1, dtype=np.int64)
         self.device_ends = torch.zeros(self.nobody + 1, dtype=torch.int64, device=device)
 
@@ -50,7 +47,8 @@ class PageChoice:
 
     def excluded(self, ends: Tensor, width: int) -> Tensor:
         """Return a mask of the pages that cannot be chosen. ends: [n], see above. Returns [n, width] bool."""
-        return excluded_pages(ends, self.sink, width)
+        page = torch.arange(width, device=ends.device)
+        return (page < self.sink) | (page >= ends[:, None])
 
 
 class ChoiceView:
@@ -124,33 +122,6 @@ class ListLayout:
         """List the pages. chosen: [(layers,) n, (kv_heads,) count], of these rows. Returns the same, with width instead
         of count."""
         return self.page_table[self.rows, torch.where(self.is_chosen, chosen[..., self.rank], self.own)]
-
-
-def excluded_pages(ends: Tensor, sink: int, width: int) -> Tensor:
-    """Return a mask of the pages that cannot be chosen. ends: [n] int64, number of each row's pages to choose from, the
-    first `sink` of which are read anyway. Returns [n, width] bool."""
-    page = torch.arange(width, device=ends.device)
-    return (page < sink) | (page >= ends[:, None])
-
-
-def best_by_bounds(
-    summaries: KeySummaries,
-    layer: LayerKV,
-    q: Tensor,
-    pages: Tensor,
-    excluded: Tensor,
-    *,
-    count: int,
-    best: Callable[[Tensor, int], Tensor],
-) -> Tensor:
-    """Choose per KV head the pages with the largest bounds of products with queries (KeySummaries.scores).
-
-    q: [n, heads, head_dim]. pages: [n, width] int64. excluded: [n, 1, width] bool. count: at most width. best: see
-    Ops.best. Returns [n, kv_heads, count] int64, indices into each row of `pages`.
-    """
-    # KV of a row that fails in this forward may be no numbers, and neither are its scores.
-    scores = summaries.scores(layer, q, pages).nan_to_num_().masked_fill_(excluded, float("-inf"))
-    return best(scores.flatten(0, 1), count).view(*scores.shape[:2], count)
 
 
 def pages_of(first: Ints, end: Ints, page_size: int) -> tuple[Ints, Ints]:

@@ -15,6 +15,7 @@ from engine.batch.view import DenseView, View
 from engine.config.speculation import SpeculationConfig
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend
+from kernels.key_summaries import KeySummaries
 from kernels.kv_cache import KVPool
 from kernels.ragged import Ints
 from models.llama import Llama
@@ -25,13 +26,15 @@ class DraftSite:
     """Place of a policy on one rank.
 
     settings: what drafts read with. model: the one whose KV they read: the target, or a draft model. make_full: makes
-    the pool of the KV of all its tokens, laid out by state.page_table; the target's is there already.
+    the pool of the KV of all its tokens, laid out by state.page_table; the target's is there already. summaries: of
+    that pool, where the target's attention keeps them.
     """
 
     settings: SpeculationConfig
     model: Llama
     state: RowState
     make_full: Callable[[], KVPool]
+    summaries: KeySummaries | None = None
 
     @property
     def page_size(self) -> int:

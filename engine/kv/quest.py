@@ -7,8 +7,8 @@ of what all keys have, so it is done once in a few steps (LServe, arXiv 2502.148
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from engine.batch.forward_graphs import GraphWatch
 from engine.batch.round_batch import RoundBatch
 from engine.batch.view import View
 from engine.config.kv import QuestConfig
-from engine.kv.page_choice import ChoiceView, ListLayout, PageChoice, best_by_bounds, pages_of
+from engine.kv.page_choice import ChoiceView, ListLayout, PageChoice, pages_of
 from engine.kv.policy import DraftSite, KVPolicy, views_by_budget
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch, SharedPrefix
@@ -37,15 +37,14 @@ class QuestPolicy(KVPolicy):
     def __init__(self, site: DraftSite, config: QuestConfig) -> None:
         super().__init__(site)
         page = site.page_size
-        summaries = KeySummaries(self.full)
+        summaries = site.summaries or KeySummaries(self.full, site.model.ops)
         self._choice = PageChoice(
             site.state, site.model, count=config.budget // page, sink=-(-config.sink // page), per_head=True
         )
-        self.observer: PageSummariser = PageSummariser(summaries, page)
-        best = site.model.ops.best
-        self.attention: QuestAttention = QuestAttention(
-            site.attention(), self._choice, summaries, config.interval, best
-        )
+        self._summariser = PageSummariser(summaries, page)
+        if site.summaries is None:
+            self.observer = self._summariser
+        self.attention: QuestAttention = QuestAttention(site.attention(), self._choice, summaries, config.interval)
         self._state = site.state
         self._views = views_by_budget(
             site, config.budget, lambda budget: QuestView(self._choice, budget // page, self.attention)
@@ -69,7 +68,7 @@ class QuestPolicy(KVPolicy):
         """See KVPolicy.keep_drafts. Their KV is in its place already; their pages are summarised."""
         index, columns = pages_of(first, end, self._state.page_size)
         row_index, column = send_all(self._state.device, rows[index], columns)
-        self.observer.summarise(self.full, self._state.page_table[row_index, column])
+        self._summariser.summarise(self.full, self._state.page_table[row_index, column])
 
 
 class QuestView(ChoiceView):
@@ -92,17 +91,9 @@ class QuestAttention:
     Each forward follows a call of QuestView.pages, whose lists it reads.
     """
 
-    def __init__(
-        self,
-        inner: AttentionBackend,
-        choice: PageChoice,
-        summaries: KeySummaries,
-        interval: int,
-        best: Callable[[Tensor, int], Tensor],
-    ) -> None:
-        """inner: reads what is listed. interval: number of steps that read the same choice. best: Ops.best."""
-        self._inner, self._choice, self._summaries = inner, choice, summaries
-        self._interval, self._best = interval, best
+    def __init__(self, inner: AttentionBackend, choice: PageChoice, summaries: KeySummaries, interval: int) -> None:
+        """inner: reads what is listed. interval: number of steps that read the same choice."""
+        self._inner, self._choice, self._summaries, self._interval = inner, choice, summaries, interval
         self._step = self._width = 0
         self._rows: Tensor
         self._layout: ListLayout
@@ -119,12 +110,13 @@ class QuestAttention:
 
     def plan(self, batch: AttentionBatch) -> None:
         chooses, self._step = self._step % self._interval == 0, self._step + 1
-        self._batch, self._candidates = batch, None
+        self._candidates = None
         if chooses and self._width:
             choice, rows = self._choice, self._rows
             (last,) = send_all(rows.device, np.cumsum(batch.query_lengths) - 1)
-            excluded = choice.excluded(choice.device_ends[rows], self._width)[:, None]
-            self._candidates = _Candidates(last, choice.page_table[rows, : self._width], excluded)
+            self._candidates = _Candidates(last, choice.page_table[rows, : self._width], choice.device_ends[rows])
+            batch = replace(batch, late=True)
+        self._batch = batch
         self._inner.plan(batch)
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -138,9 +130,7 @@ class QuestAttention:
         choice, lists = self._choice, self._batch.pages[layer.index]
         count = min(choice.count, self._width)
         chosen = choice.pages[layer.index, self._rows]
-        chosen[..., :count] = best_by_bounds(
-            self._summaries, layer, q, candidates.pages, candidates.excluded, count=count, best=self._best
-        )
+        chosen[..., :count] = self._summaries.best(layer, q, candidates.pages, choice.sink, candidates.ends, count)
         choice.pages[layer.index, self._rows] = chosen
         lists.copy_(self._layout.fill(chosen))
 
@@ -148,11 +138,11 @@ class QuestAttention:
 @dataclass(frozen=True, slots=True)
 class _Candidates:
     """What a step chooses from. queries: [n], index of each row's last query. pages: [n, width], the row's first ones.
-    excluded: [n, 1, width] bool, those that cannot be chosen."""
+    ends: [n], how many of them."""
 
     queries: Tensor
     pages: Tensor
-    excluded: Tensor
+    ends: Tensor
 
 
 class PageSummariser:

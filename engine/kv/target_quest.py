@@ -19,69 +19,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.batch.row_state import RowState
 from engine.config.target_reading import TargetQuestConfig
-from engine.kv.page_choice import ListLayout, best_by_bounds, excluded_pages, pages_of
+from engine.kv.page_choice import pages_of
 from engine.kv.streaming_heads import read_streaming_heads
-from kernels.attention.base import AttentionBackend, AttentionBatch
+from engine.kv.target_lists import GroupAttention, QueryGroups
+from kernels.attention.base import AttentionBatch
 from kernels.key_summaries import KeySummaries
 from kernels.kv_cache import KVPool, LayerKV
 from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all
 from models.llama import Llama
 
-Bools = npt.NDArray[np.bool_]
-
 
 @dataclass(frozen=True, slots=True)
 class _Dense:
-    """Queries of prompts, which read everything. tokens: [n] int64, their indices in the batch."""
+    """Queries of prompts, which read everything. tokens: [n] int64, their indices in the batch; None: they are all of
+    it."""
 
-    tokens: Tensor
+    tokens: Tensor | None
     batch: AttentionBatch
 
 
 @dataclass(frozen=True, slots=True)
-class _Groups:
-    """Queries after prompts, in groups that read the same pages.
+class _NewChoices:
+    """Choice of the pages that new groups read, of those whose anchor is in this forward and leaves some out.
 
-    counts: [groups], queries of each. lasts: [groups], position of its last query. Both on the host. tokens: [queries]
-    int64, their indices in the batch. anchors: [new] int64, indices in the batch of the anchors among them, and new:
-    [new] int64, the groups of these; width: largest number of full pages before one. rows: [groups] int64, row slots.
-    places: [groups] int64, places in the ring of a row's choices. kept: [kept] int64, groups whose choice later
-    forwards may need. ends: [groups], on the host and on the device: number of full pages before the anchor.
+    groups: [n] int64. anchors: [n] int64, indices of the anchors in the batch. pages: [n, width] int64, the row's
+    first ones. ends: [n] int64, how many of them. kept: [kept] int64, which of these choices later forwards may need.
+    rows, places: [kept] int64, see QueryGroups.
     """
 
-    counts: Ints
-    lasts: Ints
-    host_ends: Ints
-    tokens: Tensor
+    groups: Tensor
     anchors: Tensor
-    new: Tensor
-    width: int
+    pages: Tensor
+    ends: Tensor
+    kept: Tensor
     rows: Tensor
     places: Tensor
-    kept: Tensor
-    ends: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Groups as rows of a pool with one KV head, group by group and head by head.
-
-    queries, lengths: as in AttentionBatch. index: [queries] int64, each one's index in the batch's queries by KV head.
-    lists: of each group and KV head. heads: [kv_heads, 1] int64, their numbers.
-    """
-
-    queries: list[int]
-    lengths: list[int]
-    index: Tensor
-    lists: ListLayout
-    heads: Tensor
 
 
 class TargetQuestView:
@@ -105,7 +83,10 @@ class TargetQuestView:
 
 
 class TargetQuestAttention:
-    """Attention of the target, over a batch that lists all KV (TargetQuestView)."""
+    """Attention of the target, over a batch that lists all KV (TargetQuestView).
+
+    summaries: of its pool's keys. Each forward summarises the pages to which it writes.
+    """
 
     def __init__(
         self,
@@ -117,24 +98,30 @@ class TargetQuestAttention:
         max_queries: int,
     ) -> None:
         """max_queries: largest number of queries of a decoding row in a forward."""
-        page = state.page_size
+        page, ops = state.page_size, model.ops
         self._state, self._view = state, view
         self._interval, self._count = config.interval, config.budget // page
-        self._sink, self._window = -(-config.sink // page), config.window // page
-        self._summaries = KeySummaries(pool)
-        self._kv_heads, self._best = model.kv_heads, model.ops.best
-        # Choices of the latest groups of each row: of those that a forward may begin again after rejected drafts, and
-        # the one before.
-        self._ring = -(-max_queries // config.interval) + 2
+        self._sink = -(-config.sink // page)
+        self.summaries = KeySummaries(pool, ops)
+        self._ring = config.ring(max_queries)
+        # Choices of the latest groups of each row: indices into its page table.
         shape = (model.num_layers, len(state.tokens), self._ring, model.kv_heads, self._count)
-        self._chosen = torch.zeros(shape, dtype=torch.int64, device=state.device)
-        self._dense_attention = model.ops.attention(page, model.head_dim)
-        self._attention: AttentionBackend = model.ops.attention(page, model.head_dim)
-        self._streams = _streams(config, model)
+        self._chosen = torch.zeros(shape, dtype=torch.int32, device=state.device)
+        self._dense_attention = ops.attention(page, model.head_dim)
+        layers_by_pattern = _layers_by_pattern(config, model)
+        self._patterns = [
+            GroupAttention(np.array(streams), layers, self._chosen, state, config, ops.attention(page, model.head_dim))
+            for streams, layers in layers_by_pattern.items()
+        ]
+        self._pattern_of = {
+            layer: pattern
+            for pattern, layers in zip(self._patterns, layers_by_pattern.values(), strict=True)
+            for layer in layers
+        }
         self._written: Tensor
         self._dense: _Dense | None = None
-        self._groups: _Groups | None = None
-        self._layouts: dict[bytes, _Layout] = {}  # of the planned batch, by which KV heads of a layer stream
+        self._sparse: Tensor | None = None  # [n] int64, indices in the batch of the queries of groups; None: all of it
+        self._choice: _NewChoices | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
         assert self._view.expected is not None, "a batch of another view"
@@ -146,20 +133,24 @@ class TargetQuestAttention:
         self._written = batch.pages[row_index, columns]
         starts = queries.cumsum() - queries
         dense = np.clip(prompt - first, 0, queries)
-        self._dense, self._groups, self._layouts = None, None, {}
-        if (some := np.flatnonzero(dense)).size:
-            count = dense[some]
-            tokens, members = send_all(device, np.repeat(starts[some], count) + ragged_arange(count), some)
-            part = AttentionBatch(count.tolist(), (first + dense)[some].tolist(), batch.pages[members])
-            self._dense = _Dense(tokens, part)
-            self._dense_attention.plan(part)
         sparse = queries - dense
-        if sparse.any():
-            token = np.repeat(starts + dense, sparse) + ragged_arange(sparse)
+        self._dense = self._sparse = self._choice = None
+        token = np.repeat(starts + dense, sparse) + ragged_arange(sparse)
+        if not len(token):
+            self._dense = _Dense(None, batch)
+        elif (some := np.flatnonzero(dense)).size:
+            count = dense[some]
+            tokens = np.repeat(starts[some], count) + ragged_arange(count)
+            prompts, members, self._sparse = send_all(device, tokens, some, token)
+            part = AttentionBatch(count.tolist(), (first + dense)[some].tolist(), batch.pages[members])
+            self._dense = _Dense(prompts, part)
+        if self._dense is not None:
+            self._dense_attention.plan(self._dense.batch)
+        if len(token):
             position = np.repeat(first + dense, sparse) + ragged_arange(sparse)
-            self._groups = self._group(rows, np.repeat(np.arange(len(rows)), sparse), prompt, token, position)
+            self._group(rows, np.repeat(np.arange(len(rows)), sparse), prompt, token, position)
 
-    def _group(self, rows: Ints, row: Ints, prompt: Ints, token: Ints, position: Ints) -> _Groups:
+    def _group(self, rows: Ints, row: Ints, prompt: Ints, token: Ints, position: Ints) -> None:
         """Group queries. row, token, position: [queries], the row of the batch, index in it, and position of each."""
         number = (position - prompt[row]) // self._interval  # of its group, in its row
         new_group = np.ones(len(row), dtype=bool)
@@ -168,102 +159,58 @@ class TargetQuestAttention:
         counts = np.diff(np.append(heads, len(row)))
         group_row, group_number = row[heads], number[heads]
         anchor = prompt[group_row] + group_number * self._interval
-        new = np.flatnonzero(position[heads] == anchor)
+        ends, places = anchor // self._state.page_size, group_number % self._ring
+        lasts = position[heads + counts - 1]
+        row_slots, ring_places = send_all(self._state.device, rows[group_row], places)
+        groups = QueryGroups(counts, lasts, ends, row_slots, ring_places)
+        new = np.flatnonzero((position[heads] == anchor) & (ends > self._sink + self._count))
+        for pattern in self._patterns:
+            pattern.plan(groups, late=bool(new.size))
+        if not new.size:
+            return
         latest = np.zeros(len(rows), dtype=np.int64)
         np.maximum.at(latest, group_row, group_number)
-        kept = new[group_number[new] > latest[group_row[new]] - self._ring]
-        ends = anchor // self._state.page_size
-        device = self._state.device
-        parts = (token, token[heads][new], new, rows[group_row], group_number % self._ring, kept, ends)
-        tokens, anchors, new_groups, *others = send_all(device, *parts)
-        lasts, width = position[heads + counts - 1], int(ends[new].max(initial=0))
-        return _Groups(counts, lasts, ends, tokens, anchors, new_groups, width, *others)
+        kept = np.flatnonzero(group_number[new] > latest[group_row[new]] - self._ring)
+        slots = rows[group_row[new]]
+        parts = (new, token[heads][new], slots, ends[new], kept, slots[kept], places[new][kept])
+        new_groups, anchors, new_rows, new_ends, *others = send_all(self._state.device, *parts)
+        pages = self._state.page_table[new_rows, : int(ends[new].max())]
+        self._choice = _NewChoices(new_groups, anchors, pages, new_ends, *others)
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PlannedAttention.run."""
-        self._summaries.update(layer, self._written)
-        if self._groups is None:
+        self.summaries.update(layer, self._written)
+        dense, sparse = self._dense, self._sparse
+        if dense is not None and dense.tokens is None:
             return self._dense_attention.run(layer, q, scale)
+        pattern = self._pattern_of[layer.index]
+        if self._choice is not None and pattern.chooses:
+            self._choose(self._choice, pattern, layer, q)
+        if dense is None or sparse is None:
+            return pattern.run(layer, q, scale)
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        if self._dense is not None:
-            tokens = self._dense.tokens
-            out[tokens], lse[tokens] = self._dense_attention.run(layer, q[tokens], scale)
-        self._run_groups(self._groups, layer, q, scale, out, lse)
+        out[dense.tokens], lse[dense.tokens] = self._dense_attention.run(layer, q[dense.tokens], scale)
+        out[sparse], lse[sparse] = pattern.run(layer, q[sparse], scale)
         return out, lse
 
-    def _choose(self, groups: _Groups, layer: LayerKV, q: Tensor) -> Tensor:
-        """Return the chosen pages of each group, [groups, kv_heads, count] int64. Groups that read all candidates need
-        none of them."""
-        chosen = self._chosen[layer.index, groups.rows, groups.places]
-        if groups.width:
-            tables = self._state.page_table[groups.rows[groups.new], : groups.width]
-            excluded = excluded_pages(groups.ends[groups.new], self._sink, groups.width)[:, None]
-            count = min(self._count, groups.width)
-            chosen[groups.new, :, :count] = best_by_bounds(
-                self._summaries, layer, q[groups.anchors], tables, excluded, count=count, best=self._best
-            )
-            kept = groups.kept
-            self._chosen[layer.index, groups.rows[kept], groups.places[kept]] = chosen[kept]
-        return chosen
-
-    def _run_groups(self, groups: _Groups, layer: LayerKV, q: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
-        """Attend with all groups. Each of their KV heads is a row of a pool with one KV head, since it has its own list
-        and length."""
-        streams = self._streams[layer.index].numpy()
-        layout = self._layouts.get(streams.tobytes())
-        if layout is None:
-            layout = self._layouts[streams.tobytes()] = self._lay_out(groups, streams)
-        pages = layout.lists.fill(self._choose(groups, layer, q)) * self._kv_heads + layout.heads
-        k, v = (part.view(-1, 1, *part.shape[2:]) for part in (layer.k, layer.v))
-        self._attention.plan(AttentionBatch(layout.queries, layout.lengths, pages.flatten(0, 1)))
-        size = q.shape[1] // self._kv_heads, q.shape[2]
-        mine, sums = self._attention.run(LayerKV(k, v, layer.index), q.reshape(-1, *size)[layout.index], scale)
-        out.view(-1, *size)[layout.index] = mine
-        lse.view(-1, size[0])[layout.index] = sums
-
-    def _lay_out(self, groups: _Groups, streams: Bools) -> _Layout:
-        """Lay out the rows of all layers in which the same KV heads stream. streams: [kv_heads]."""
-        kv_heads, device = self._kv_heads, self._state.device
-        candidates = np.maximum(groups.host_ends - self._sink, 0)[:, None]
-        # [groups, kv_heads], in pages
-        skipped = np.maximum(candidates - np.where(streams, self._window, self._count), 0)
-        lengths = groups.lasts[:, None] + 1 - skipped * self._state.page_size
-        queries = np.repeat(groups.counts, kv_heads)
-        first = np.repeat(groups.counts.cumsum() - groups.counts, kv_heads)
-        head = np.repeat(np.tile(np.arange(kv_heads), len(groups.counts)), queries)
-        place, heads, left_out, chooses = send_all(
-            device,
-            np.repeat(first, queries) + ragged_arange(queries),
-            head,
-            skipped.ravel(),
-            (~streams & (skipped > 0)).astype(np.int64).ravel(),
-        )
-        shape = (len(groups.counts), kv_heads, 1)
-        lists = ListLayout.make(
-            self._state.page_table,
-            groups.rows[:, None, None],
-            sink=self._sink,
-            count=self._count,
-            width=-(-int(lengths.max()) // self._state.page_size),
-            left_out=left_out.view(shape),
-            chooses=chooses.view(shape).bool(),
-        )
-        return _Layout(
-            queries.tolist(),
-            lengths.ravel().tolist(),
-            groups.tokens[place] * kv_heads + heads,
-            lists,
-            torch.arange(kv_heads, device=device)[:, None],
-        )
+    def _choose(self, choice: _NewChoices, pattern: GroupAttention, layer: LayerKV, q: Tensor) -> None:
+        """Choose the pages that new groups read in a layer."""
+        chosen = self.summaries.best(layer, q[choice.anchors], choice.pages, self._sink, choice.ends, self._count)
+        pages = choice.pages[:, None].expand(-1, chosen.shape[1], -1).gather(2, chosen)
+        pattern.write(layer, choice.groups, pages)
+        self._chosen[layer.index, choice.rows, choice.places] = chosen[choice.kept].int()
 
 
-def _streams(config: TargetQuestConfig, model: Llama) -> Tensor:
-    """Return which of this rank's KV heads stream, [layers, kv_heads] bool, on the host."""
+def _layers_by_pattern(config: TargetQuestConfig, model: Llama) -> dict[tuple[bool, ...], list[int]]:
+    """Return the layers in which the same of this rank's KV heads stream, by [kv_heads], whether each does."""
     if config.heads is None:
-        return torch.zeros(model.num_layers, model.kv_heads, dtype=torch.bool)
-    streams = torch.tensor(read_streaming_heads(config.heads, model.config))
-    return streams[:, model.first_kv_head : model.first_kv_head + model.kv_heads]
+        return {(False,) * model.kv_heads: list(range(model.num_layers))}
+    layers: dict[tuple[bool, ...], list[int]] = {}
+    for layer, streams in enumerate(read_streaming_heads(config.heads, model.config)):
+        mine = tuple(streams[model.first_kv_head : model.first_kv_head + model.kv_heads])
+        layers.setdefault(mine, []).append(layer)
+    return layers
 
 
 def make_target_reading(

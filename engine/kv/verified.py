@@ -88,7 +88,7 @@ class VerifiedPolicy(KVPolicy):
         latest = np.maximum(ends[:, None] - 1 - np.arange(choice.count), 0)
         row_index, device_ends, pages = send_all(self._state.device, rows, ends, latest.ravel())
         choice.device_ends[row_index] = device_ends
-        choice.pages[:, row_index] = pages.view(latest.shape)
+        choice.pages[:, row_index] = pages.view(latest.shape).int()
 
     def watch(self, rows: Ints, first: Ints, queries: Ints, drafts: Ints) -> None:
         """Let rows vote in the next forward: all that sample, if any of them drafts or ends its prompt; else after
@@ -158,7 +158,7 @@ class VoteCount:
         # KV of a row that fails in this forward may be no numbers, and neither are its votes.
         sums = votes.sum(1).nan_to_num_().masked_fill_(excluded, -1)
         count = min(self._choice.count, sums.shape[1])
-        self._choice.pages[layer.index, vote.slots, :count] = self._best(sums, count)
+        self._choice.pages[layer.index, vote.slots, :count] = self._best(sums, count).int()
 
 
 class _Voting:

@@ -75,7 +75,7 @@ def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: 
     if config.target_kv is not None:
         max_queries = config.speculation.max_draft_tokens + 1
         view, attention = make_target_reading(config.target_kv, model, state, pool, max_queries)
-        return Runner(model, pool, attention, view)
+        return Runner(model, pool, attention, view, summaries=attention.summaries)
     return Runner(model, pool, _plain_attention(model, state.page_size), DenseView(state.page_table))
 
 
@@ -103,7 +103,7 @@ def make_drafter(
         is_shared = draft.group is None or draft.group.size < group.size
         return target, SharedDrafts(drafter, group) if is_shared else drafter or NoDrafter()
     model = drafting_model(config, target.model, draft) or target.model
-    policy = make_policy(DraftSite(settings, target.model, state, lambda: target.pool))
+    policy = make_policy(DraftSite(settings, target.model, state, lambda: target.pool, target.summaries))
     target = _with_target_graphs(config, target, state, graphs, policy.observer)
     view = policy.view(0)
     runner, steps = Runner(model, policy.pool, policy.attention, view), None

@@ -43,7 +43,7 @@ class Resolved:
     path: the model's directory. shape: its config. ops: the kernels. threads: CPU threads per rank. num_pages: pages of
     the pool, the same on every rank; None: as many as fit on the devices (engine.worker.kv_memory), which may then
     lower max_model_len. kv_token_bytes: KV of one token, over all ranks. token_bytes, fixed_bytes: on the rank with the
-    largest share, KV for each token of the pool, and KV of drafts that does not depend on its size.
+    largest share, KV for each token of the pool, and what is kept whatever its size: KV of drafts, and chosen pages.
     """
 
     path: Path
@@ -107,7 +107,9 @@ def resolve(
     if config.target_kv is not None:
         _check_target_kv(config.target_kv, shape, ranks)
         page = config.cache.page_size
-        token_bytes += _summary_bytes(config.target_kv.state(page, 0, "self"), shape, dtype, max(kv_heads), page)
+        kept = config.target_kv.state(page, config.speculation.max_draft_tokens, "self")
+        token_bytes += _summary_bytes(kept, shape, dtype, max(kv_heads), page)
+        fixed_bytes += config.scheduler.max_rows * _choice_bytes(kept, shape, max(kv_heads))
     head_dims = [each.head_dim for each in (shape, draft) if each is not None]
     resolved = Resolved(
         path=path,
@@ -168,7 +170,7 @@ def target_tokens_read(config: EngineConfig, shape: ModelConfig) -> Callable[[in
 def fit_pool(
     config: EngineConfig, resolved: Resolved, memory: int, source: str, setting: str, *, warns: bool = True
 ) -> Resolved:
-    """Return `resolved` with the pool that fits into `memory` bytes in addition to the KV that drafts keep, and a lower
+    """Return `resolved` with the pool that fits into `memory` bytes in addition to what is kept for rows, and a lower
     max_model_len where the config leaves it open and the pool holds less.
 
     source, setting: that memory and what sets it, in messages. warns: whether to log a lower max_model_len. Raises
@@ -177,11 +179,11 @@ def fit_pool(
     if resolved.fixed_bytes >= memory > 0:
         raise ConfigError(
             f"engine.cache: {setting} leaves {memory / 1e9:.3g} GB, no more than the {resolved.fixed_bytes / 1e9:.3g} "
-            f"GB that drafts keep for {config.scheduler.max_rows} rows; lower speculation.kv.budget or "
+            f"GB that {_keepers(config)} keep for {config.scheduler.max_rows} rows; lower {_budgets(config)} or "
             f"scheduler.max_rows, or raise {setting.partition(' ')[0]}"
         )
     pages = max(0, memory - resolved.fixed_bytes) // (config.cache.page_size * resolved.token_bytes)
-    beside = _describe_drafts(config, resolved.fixed_bytes, source)
+    beside = _describe_kept(config, resolved.fixed_bytes, source)
     return _with_pool(config, resolved, pages, setting, beside, warns=warns)
 
 
@@ -259,9 +261,9 @@ def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | Non
 def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Compute the memory of drafts on the rank with the largest share: bytes per token of the pool, and fixed bytes.
 
-    A draft model that keeps the KV of all tokens has a page for each of the target's, and a policy may summarise pages.
-    SnapKV's cache, the queries that choose, and the window of a draft model are of fixed size. shape: config of the
-    model that drafts.
+    A draft model that keeps the KV of all tokens has a page for each of the target's, and a policy may summarise pages,
+    unless the target itself does. SnapKV's cache, the queries that choose, chosen pages, and a draft model's window are
+    of fixed size. shape: config of the model that drafts.
     """
     settings = config.speculation
     ranks = settings.draft_ranks(config.tensor_parallel_size) or config.tensor_parallel_size
@@ -271,18 +273,27 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
         raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
     kept, page = settings.kv_state(config.cache.page_size), config.cache.page_size
     query_bytes = shape.num_layers * shape.head_dim * dtype.itemsize
-    fixed_bytes = config.scheduler.max_rows * max(
-        kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size) + kept.queries * mine.heads.size * query_bytes
+    rows = config.scheduler.max_rows
+    fixed_bytes = max(
+        rows * kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size)
+        + rows * kept.queries * mine.heads.size * query_bytes
+        + (rows + 1) * _choice_bytes(kept, shape, mine.kv_heads.size)  # one is of no row (PageChoice.nobody)
         for mine in heads
     )
     kv_heads = max(mine.kv_heads.size for mine in heads)
-    summaries = _summary_bytes(kept, shape, dtype, kv_heads, page)
+    shares_summaries = settings.drafter == "self" and config.target_kv is not None
+    summaries = 0 if shares_summaries else _summary_bytes(kept, shape, dtype, kv_heads, page)
     return _kv_bytes(shape, dtype, kv_heads) * settings.has_draft_pages + summaries, fixed_bytes
 
 
 def _summary_bytes(kept: KVState, shape: ModelConfig, dtype: torch.dtype, kv_heads: int, page_size: int) -> int:
     """Return the bytes per token of the vectors that are kept for each page. A key is half of a token's KV."""
     return -(-kept.summaries * _kv_bytes(shape, dtype, kv_heads) // (2 * page_size))
+
+
+def _choice_bytes(kept: KVState, shape: ModelConfig, kv_heads: int) -> int:
+    """Return the bytes per row slot of the chosen pages that are kept, as int32."""
+    return 4 * kept.choices * shape.num_layers * (kv_heads if kept.per_head else 1)
 
 
 def _with_pool(
@@ -313,12 +324,20 @@ def _with_pool(
     return replace(resolved, num_pages=min(pages, needed * config.scheduler.max_rows), max_model_len=length)
 
 
-def _describe_drafts(config: EngineConfig, fixed_bytes: int, source: str) -> str:
-    """Describe, for messages, the KV of drafts that shares the pool's memory."""
+def _keepers(config: EngineConfig) -> str:
+    return "drafts" if config.target_kv is None else "drafts and choices of the target"
+
+
+def _budgets(config: EngineConfig) -> str:
+    return "speculation.kv.budget" if config.target_kv is None else "speculation.kv.budget, target_kv.budget"
+
+
+def _describe_kept(config: EngineConfig, fixed_bytes: int, source: str) -> str:
+    """Describe, for messages, what shares the pool's memory."""
     if not fixed_bytes:
         return ""
     rows = config.scheduler.max_rows
     return (
-        f", beside the {fixed_bytes / 1e9:.3g} GB of {source}, that drafts keep for {rows} rows "
-        "(speculation.kv.budget, scheduler.max_rows),"
+        f", beside the {fixed_bytes / 1e9:.3g} GB of {source}, that {_keepers(config)} keep for {rows} rows "
+        f"({_budgets(config)}, scheduler.max_rows),"
     )

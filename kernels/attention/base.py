@@ -81,6 +81,7 @@ class AttentionBatch(_Lists):
         changes the positions of keys needs it (see kernels.attention.relative).
     prefixes: rows that begin with the same pages, each row in one of them at most. Attention may read the pages of one
         once for all of its rows, and gets the same results without. None with lists per layer.
+    late: whether lists of a layer may change, in place, until it runs.
     ballot: votes to count in each run; None: none.
     """
 
@@ -90,6 +91,7 @@ class AttentionBatch(_Lists):
     per_layer: bool = False
     skipped: Sequence[int] = ()
     prefixes: Sequence[SharedPrefix] = ()
+    late: bool = False
     ballot: Ballot | None = None
 
 

@@ -10,6 +10,7 @@ from kernels.attention.base import AttentionBackend
 from kernels.attention.cpu_attention import CpuAttention
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.cpu.library import SEGMENT, CpuKernels, PackedWeights, pack_gated
+from kernels.key_summaries import bound_products, summarise_keys
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs
 from kernels.reference_ops import TorchFallbackOps
@@ -37,7 +38,7 @@ class CpuLinear:
 
 class CpuOps(TorchFallbackOps):
     """See kernels.ops.Ops. A row's results do not depend on other rows at all, except in attention with a head_dim that
-    is not a multiple of 16, which plain torch computes."""
+    is not a multiple of 16, which plain torch computes, as it does their bounds."""
 
     kind = "cpu"
     make_graphs: Callable[[], Graphs] | None = None
@@ -76,6 +77,14 @@ class CpuOps(TorchFallbackOps):
 
     def best(self, votes: Tensor, count: int) -> Tensor:
         return self._kernels.best(votes, count)
+
+    def summarise(self, k: Tensor, pages: Tensor, low: Tensor, high: Tensor) -> None:
+        summarise = summarise_keys if k.shape[3] % 16 else self._kernels.summarise
+        summarise(k, pages, low, high)
+
+    def bounds(self, q: Tensor, pages: Tensor, low: Tensor, high: Tensor, first: int, ends: Tensor) -> Tensor:
+        bounds = bound_products if q.shape[2] % 16 else self._kernels.bounds
+        return bounds(q, pages, low, high, first, ends)
 
     def shared_stretch(self, head_dim: int) -> int:
         return 0 if head_dim % 16 else SEGMENT

@@ -73,6 +73,7 @@ class CpuKernels:
         # Looked up once: a model makes hundreds of calls per token.
         self._attention, self._linear, self._norm = ops.attention.default, ops.linear.default, ops.norm.default
         self._rotary, self._sample, self._best = ops.rotary.default, ops.sample.default, ops.best.default
+        self._summarise, self._bounds = ops.summarise.default, ops.bounds.default
 
     def attention(
         self,
@@ -162,6 +163,15 @@ class CpuKernels:
         """
         indices: Tensor = self._best(self._rest, x, count)
         return indices
+
+    def summarise(self, k: Tensor, pages: Tensor, low: Tensor, high: Tensor) -> None:
+        """Summarise pages; see Ops.summarise. head_dim is a multiple of 16, low and high have equal strides."""
+        self._summarise(self._rest, k, pages, low, high)
+
+    def bounds(self, q: Tensor, pages: Tensor, low: Tensor, high: Tensor, first: int, ends: Tensor) -> Tensor:
+        """Bound products; see Ops.bounds. head_dim is a multiple of 16, low and high have equal strides."""
+        scores: Tensor = self._bounds(self._rest, q, pages, low, high, first, ends)
+        return scores
 
 
 class PackedWeights:

@@ -68,11 +68,13 @@ class _Prefixes:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Rows of a batch that one wrapper attends to. first, end: their queries, in the order in which parts follow."""
+    """Rows of a batch that one wrapper attends to. first, end: their queries, in the order in which parts follow. rows:
+    [n] int64, their indices among FlashInfer's rows; None: they are all."""
 
     planned: Planned
     first: int
     end: int
+    rows: Tensor | None
 
 
 class FlashInferAttention:
@@ -138,6 +140,8 @@ class FlashInferAttention:
             pool = tuple(part.view(-1, 1, *part.shape[2:]) for part in pool)
         if self._order is not None:
             q = q.index_select(0, self._order)
+        if batch.late:
+            self._list_again(batch, layer)
         # FlashInfer would fill a new output with zeros in every layer.
         out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
         for part in self._parts:
@@ -151,6 +155,13 @@ class FlashInferAttention:
         if self._votes is not None:
             self._votes.count(layer, all_q, scale, lse)
         return out, lse
+
+    def _list_again(self, batch: AttentionBatch, layer: LayerKV) -> None:
+        """List the pages of a layer as they are now."""
+        pages = flat_pages(batch, batch.pages_of(layer))
+        for part in self._parts:
+            some = pages if part.rows is None else pages.index_select(0, part.rows)
+            part.planned.list_again(layer.index, some)
 
     def _add_prefixes(self, prefixes: _Prefixes, pool: tuple[Tensor, ...], q: Tensor, out: Tensor, lse: Tensor) -> None:
         """Attend to shared pages, and merge the results into out and lse."""
@@ -184,9 +195,10 @@ class FlashInferAttention:
         self._order = None if in_order else send(torch.from_numpy(order), self._device)
         pages, self._parts, first = flat_pages(batch, lists), [], 0
         for kind, mine in rows.items():
-            some = pages if len(rows) == 1 else pages.index_select(-2, send(torch.from_numpy(mine), self._device))
+            index = None if len(rows) == 1 else send(torch.from_numpy(mine), self._device)
+            some = pages if index is None else pages.index_select(-2, index)
             planned = self._plan_part(kind, some, queries[mine], lengths[mine], heads, call)
-            self._parts.append(_Part(planned, first, first + int(queries[mine].sum())))
+            self._parts.append(_Part(planned, first, first + int(queries[mine].sum()), index))
             first = self._parts[-1].end
 
     def _plan_prefixes(self, segment: PrefixSegment, pages: Tensor, queries: Ints, call: Call) -> _Prefixes:
@@ -226,7 +238,8 @@ class FlashInferAttention:
             to_pinned(each, self._device)
             for each in (lists, (lengths - 1) % self._page_size + 1, offsets(queries), lengths)
         )
-        list_pages(pages, indptr.to(self._device, non_blocking=True), listed)
+        planned.listed, planned.indptr = listed, indptr.to(self._device, non_blocking=True)
+        list_pages(pages, planned.indptr, listed)
         sizes, listed = (*heads, self._page_size), listed[..., :-1]
         planned.lists, of_first = (listed, listed[0]) if listed.dim() == 2 else (None, listed)
         planned.plan(starts, indptr, of_first, last, *sizes, causal=causal, seq_lens=seq_lens, **call.options)

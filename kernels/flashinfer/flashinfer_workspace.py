@@ -104,8 +104,12 @@ class Planned:
     wrapper again before that copy ends would corrupt the earlier plan, so `plan` waits for it.
 
     lists: [layers, n] int32, flat page lists of each layer; None: all layers read those of the plan. They are equally
-    long, so that one plan fits all. FlashInfer takes lists in `plan` alone, so `run` exchanges the wrapper's.
+    long, so that one plan fits all. FlashInfer takes lists in `plan` alone, so `run` exchanges the wrapper's. listed,
+    indptr: see list_pages; of an eager plan.
     """
+
+    listed: Tensor
+    indptr: Tensor
 
     def __init__(self, wrapper: Any, device: torch.device, floats: Tensor, int_bytes: int) -> None:
         """int_bytes: size of the integers of its plans. FlashInfer allocates 8 MB for them, twice."""
@@ -128,6 +132,10 @@ class Planned:
         if self._device.type == "cuda":
             self._read = self._read or torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._read.record()
+
+    def list_again(self, layer: int, pages: Tensor) -> None:
+        """Replace the list of a layer, or the one of all layers. pages: [rows, width], with lists as long."""
+        list_pages(pages, self.indptr, self.listed if self.lists is None else self.listed[layer])
 
     def run(self, q: Tensor, pool: tuple[Tensor, ...], out: Tensor, lse: Tensor, layer: int = 0) -> None:
         """Write a layer's attention to `out`, and its log-sum-exp to base 2 to `lse`."""

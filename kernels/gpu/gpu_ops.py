@@ -17,6 +17,7 @@ from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, Workspace, load_f
 from kernels.gpu import pointwise, sample, verdict
 from kernels.gpu.merge import merge_prefixes
 from kernels.gpu.snapkv_scores import snapkv_scores
+from kernels.key_summaries import bound_products, summarise_keys
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs, Linear
 from kernels.reference_ops import ReferenceLinear
@@ -117,6 +118,9 @@ class GpuOps:
 
     def best(self, votes: Tensor, count: int) -> Tensor:
         return votes.topk(count).indices
+
+    summarise = staticmethod(summarise_keys)
+    bounds = staticmethod(bound_products)
 
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         return merge_segments(outputs, lses)

@@ -7,6 +7,7 @@
 // double precision, and then with those of calls that have fewer rows, other places and other numbers of threads: they
 // must be the same to the bit.
 #include "attention_harness.h"
+#include "bounds_harness.h"
 #include "kernels_harness.h"
 
 namespace {
@@ -322,6 +323,7 @@ int main(int count, char** arguments) {
     test_rotary(random);
     test_sample(random);
     test_best(random);
+    test_bounds(random);
   }
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures > 0;

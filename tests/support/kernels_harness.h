@@ -8,6 +8,9 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -28,7 +31,7 @@ void call(int threads, Args args, void (*kernel)(const Args&), size_t (*scratch)
                  Pool::instance().run(threads, count, work, context);
                }};
   std::unique_ptr<void, void (*)(void*)> memory(nullptr, std::free);
-  if constexpr (!std::is_same_v<Args, NormArgs> && !std::is_same_v<Args, RotaryArgs>) {
+  if constexpr (!std::is_same_v<Args, NormArgs> && !std::is_same_v<Args, RotaryArgs> && !std::is_same_v<Args, SummariseArgs>) {
     memory.reset(std::aligned_alloc(64, (scratch(args) + 63) / 64 * 64));
     args.scratch = memory.get();
   }

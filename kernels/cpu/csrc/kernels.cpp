@@ -2,6 +2,7 @@
 #include "amx.h"
 #include "attention.h"
 #include "best.h"
+#include "bounds.h"
 #include "dispatch.h"
 #include "kernels.h"
 #include "linear.h"
@@ -26,13 +27,21 @@ static void rotary_any(const RotaryArgs& args) {
   with_type(args.type, [&](auto zero) { rotary<decltype(zero)>(args); });
 }
 
+static void summarise_any(const SummariseArgs& args) {
+  with_type(args.type, [&](auto zero) { summarise<decltype(zero)>(args); });
+}
+
+static void bounds_any(const BoundsArgs& args) {
+  with_type(args.type, [&](auto zero) { bounds<decltype(zero)>(args); });
+}
+
 }  // namespace magicdec
 
 extern "C" __attribute__((visibility("default"))) const magicdec::Kernels* magicdec_kernels() {
   using namespace magicdec;
   static const Kernels kernels = {
-      permitted,  linear_scratch, linear_any, attention_scratch, attention, norm_any,
-      rotary_any, sample_scratch, sample,     best_scratch,      best,
+      permitted,  linear_scratch, linear_any, attention_scratch, attention,     norm_any,       rotary_any,
+      sample_scratch, sample,     best_scratch, best,            summarise_any, bounds_scratch, bounds_any,
   };
   return &kernels;
 }

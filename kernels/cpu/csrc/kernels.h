@@ -111,6 +111,37 @@ struct BestArgs {
   void* scratch;     // best_scratch bytes
 };
 
+// Writes the element-wise minimum and maximum of the keys of each of some pages.
+struct SummariseArgs {
+  Team team;
+  Type type;
+  const void* k;         // [pages, kv_heads, page_size, head_dim]
+  int64_t page_stride;   // of k
+  const int64_t* pages;  // [count]
+  int64_t count;
+  int kv_heads, page_size, head_dim;  // head_dim: a multiple of 16
+  void *low, *high;      // [pages, kv_heads, head_dim]
+  int64_t bounds_stride; // of both, from page to page
+};
+
+// Bounds the products of queries with the keys of pages, summed over the heads of a KV head.
+struct BoundsArgs {
+  Team team;
+  Type type;      // of q, low and high
+  const void* q;  // [rows, heads, head_dim]
+  int64_t q_stride;
+  const void *low, *high;  // see SummariseArgs
+  int64_t bounds_stride;
+  const int64_t* pages;    // [rows, width]
+  int64_t row_stride;      // of pages
+  int64_t rows, width;
+  int64_t first;         // pages before it get -inf, and so do
+  const int64_t* ends;   // [rows]: those from here on
+  int heads, kv_heads, head_dim;  // head_dim: a multiple of 16
+  float* scores;         // [rows, kv_heads, width]
+  void* scratch;         // bounds_scratch bytes, 64-byte aligned
+};
+
 struct Kernels {
   bool (*permitted)();  // asks the system, once per process, for what this instruction set needs
   size_t (*linear_scratch)(const LinearArgs&);
@@ -123,6 +154,9 @@ struct Kernels {
   void (*sample)(const SampleArgs&);
   size_t (*best_scratch)(const BestArgs&);
   void (*best)(const BestArgs&);
+  void (*summarise)(const SummariseArgs&);
+  size_t (*bounds_scratch)(const BoundsArgs&);
+  void (*bounds)(const BoundsArgs&);
 };
 
 }  // namespace magicdec

@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <string>
@@ -272,6 +273,76 @@ Tensor best(int64_t kernels, const Tensor& x, int64_t count) {
   return indices;
 }
 
+// Fails unless both are the bounds of pages of keys with these heads and this size of heads.
+void check_bounds(const Tensor& low, const Tensor& high, at::ScalarType type, int64_t kv_heads, int64_t head_dim) {
+  TORCH_CHECK(low.dim() == 3 && low.size(1) == kv_heads && low.size(2) == head_dim && head_dim % 16 == 0 && low.sizes() == high.sizes(), "bounds: shapes");
+  TORCH_CHECK(low.scalar_type() == type && high.scalar_type() == type && low.strides() == high.strides(), "bounds: types");
+  check_rows(low, 2, "bounds");
+}
+
+void summarise(int64_t kernels, const Tensor& k, const Tensor& pages, Tensor low, Tensor high) {
+  TORCH_CHECK(k.dim() == 4 && low.size(0) == k.size(0) && k.size(2) > 0, "summarise: shapes");
+  check_rows(k, 3, "k");
+  check_bounds(low, high, k.scalar_type(), k.size(1), k.size(3));
+  check_ints(pages, "pages");
+  check_range(pages, k.size(0), "pages");
+  SummariseArgs args{};
+  args.team = team();
+  args.type = type_of(k);
+  args.k = k.const_data_ptr();
+  args.page_stride = k.stride(0);
+  args.pages = pages.const_data_ptr<int64_t>();
+  args.count = pages.numel();
+  args.kv_heads = int(k.size(1));
+  args.page_size = int(k.size(2));
+  args.head_dim = int(k.size(3));
+  args.low = low.mutable_data_ptr();
+  args.high = high.mutable_data_ptr();
+  args.bounds_stride = low.stride(0);
+  table(kernels).summarise(args);
+}
+
+Tensor bounds(int64_t kernels, const Tensor& q, const Tensor& pages, const Tensor& low, const Tensor& high, int64_t first,
+              const Tensor& ends) {
+  TORCH_CHECK(q.dim() == 3 && pages.dim() == 2 && low.dim() == 3 && pages.size(0) == q.size(0) && ends.numel() == q.size(0), "bounds: shapes");
+  TORCH_CHECK(q.size(1) % low.size(1) == 0, "bounds: heads");
+  check_rows(q, 2, "q");
+  check_bounds(low, high, q.scalar_type(), low.size(1), q.size(2));
+  TORCH_CHECK(pages.scalar_type() == at::kLong, "pages: expected int64");
+  check_rows(pages, 1, "pages");
+  check_ints(ends, "ends");
+  TORCH_CHECK(first >= 0, "bounds: first");
+  BoundsArgs args{};
+  args.team = team();
+  args.type = type_of(q);
+  args.q = q.const_data_ptr();
+  args.q_stride = q.stride(0);
+  args.low = low.const_data_ptr();
+  args.high = high.const_data_ptr();
+  args.bounds_stride = low.stride(0);
+  args.pages = pages.const_data_ptr<int64_t>();
+  args.row_stride = pages.stride(0);
+  args.rows = q.size(0);
+  args.width = pages.size(1);
+  args.first = first;
+  args.ends = ends.const_data_ptr<int64_t>();
+  for (int64_t row = 0; row < args.rows; row++)
+    for (int64_t i = first; i < std::min(args.width, args.ends[row]); i++) {
+      const int64_t page = args.pages[row * args.row_stride + i];
+      TORCH_CHECK(page >= 0 && page < low.size(0), "pages: ", page, " is not below ", low.size(0));
+    }
+  args.heads = int(q.size(1));
+  args.kv_heads = int(low.size(1));
+  args.head_dim = int(q.size(2));
+  Tensor scores = at::empty({q.size(0), low.size(1), pages.size(1)}, q.options().dtype(at::kFloat));
+  if (scores.numel() == 0) return scores;
+  args.scores = scores.mutable_data_ptr<float>();
+  Tensor scratch = scratch_of(table(kernels).bounds_scratch(args));
+  args.scratch = scratch.mutable_data_ptr();
+  table(kernels).bounds(args);
+  return scores;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(magicdec_cpu, m) {
@@ -282,6 +353,8 @@ TORCH_LIBRARY(magicdec_cpu, m) {
   m.def("rotary(int kernels, Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k, Tensor(c!) v, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
   m.def("sample(int kernels, Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, int first) -> (Tensor, Tensor)");
   m.def("best(int kernels, Tensor x, int count) -> Tensor");
+  m.def("summarise(int kernels, Tensor k, Tensor pages, Tensor(a!) low, Tensor(b!) high) -> ()");
+  m.def("bounds(int kernels, Tensor q, Tensor pages, Tensor low, Tensor high, int first, Tensor ends) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(magicdec_cpu, CPU, m) {
@@ -291,4 +364,6 @@ TORCH_LIBRARY_IMPL(magicdec_cpu, CPU, m) {
   m.impl("rotary", &rotary);
   m.impl("sample", &sample);
   m.impl("best", &best);
+  m.impl("summarise", &summarise);
+  m.impl("bounds", &bounds);
 }

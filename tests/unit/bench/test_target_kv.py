@@ -13,7 +13,7 @@ import torch
 
 from bench.corpus import BenchError
 from bench.offline.perplexity import logprobs as dense_logprobs
-from bench.offline.target_kv import logprobs, main, measure, table, with_target
+from bench.offline.target_kv import logprobs, main, measure, table, typical_seconds, with_target
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest
@@ -51,6 +51,12 @@ def test_a_budget_over_the_context_loses_nothing(num_prompt: int) -> None:
     if num_prompt == 100:
         lossy = logprobs(with_target(CONFIG, target(4)), model, text, num_prompt)
         assert not torch.allclose(lossy, expected)
+
+
+def test_rounds_that_choose_count() -> None:
+    assert typical_seconds([1, 1, 1, 5] * 3, 4) == 2
+    assert typical_seconds([1, 1, 1, 5, 1, 1, 101, 5, 5, 1, 1, 1, 7], 4) == 2  # one was disturbed
+    assert typical_seconds([1, 3], 4) == 2
 
 
 @pytest.fixture(scope="module")

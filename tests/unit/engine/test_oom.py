@@ -15,6 +15,8 @@ from engine.config.deployment import ConfigError
 from engine.core import Engine
 from engine.kv.quest import QuestPolicy
 from engine.kv.snapkv import SnapKVPolicy
+from engine.kv.target_quest import TargetQuestAttention
+from engine.kv.verified import VerifiedPolicy
 from engine.llm import LLM
 from engine.messages import RETRY_MEMORY, AddRequest
 from engine.oom import OutOfMemory, is_out_of_memory
@@ -168,22 +170,37 @@ KEPT: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("speculation", KEPT)
-def test_memory_gb_bounds_all_kv(tmp_path: Path, speculation: dict[str, Any]) -> None:
-    """All that drafters keep stays within memory_gb, and not one more page would fit."""
+QUEST = {"policy": "quest", "budget": 32, "sink": 4}
+
+
+@pytest.mark.parametrize(
+    ("speculation", "target"),
+    # verified needs a target that reads all KV.
+    [*((each, None) for each in KEPT), *((each, QUEST) for each in KEPT if each["kv"].get("policy") != "verified")],
+)
+def test_memory_gb_bounds_all_kv(tmp_path: Path, speculation: dict[str, Any], target: dict[str, Any] | None) -> None:
+    """All that drafters and the target keep stays within memory_gb, and not one more page would fit."""
     if speculation.get("drafter") == "model":
         speculation = speculation | {"model": str(write_random_model(tmp_path / "draft", DRAFT))}
     memory = 2_000_000
-    engine = tiny_engine(tiny_model(), gamma=3, cache={"memory_gb": memory / 1e9}, speculation=speculation)
+    engine = tiny_engine(
+        tiny_model(), gamma=3, cache={"memory_gb": memory / 1e9}, speculation=speculation, target_kv=target
+    )
     drafter: Any = engine._worker._drafter
     proposer = drafter._drafter
     runners = [engine._worker._target, getattr(proposer, "_full", None), proposer._runner]
     pools = {id(runner.pool): runner.pool.data.nbytes for runner in runners if runner is not None}
-    kept = 0
+    parts: list[torch.Tensor] = []
     if isinstance(policy := proposer._policy, SnapKVPolicy):
-        kept = policy._queries.nbytes
+        parts = [policy._queries]
     elif isinstance(policy, QuestPolicy):
-        kept = policy.attention._summaries.bounds.nbytes
+        parts = [policy.attention._summaries.bounds, policy._choice.pages]
+    elif isinstance(policy, VerifiedPolicy):
+        parts = [policy._choice.pages]
+    attention = engine._worker._target.attention
+    if isinstance(attention, TargetQuestAttention):
+        parts += [attention.summaries.bounds, attention._chosen]
+    kept = sum({part.data_ptr(): part.nbytes for part in parts}.values())
     # A page of 4 tokens, 512 bytes each in the target and 64 in the draft; its summary takes as much as one of them.
     assert memory - 4 * 800 < sum(pools.values()) + kept <= memory
 

@@ -243,6 +243,23 @@ def test_lists_of_pages(data: st.DataObject, heads: int, seed: int) -> None:
     assert (listed[len(expected) : -1] == -1).all()
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("rows", [[(1, 5), (2, 30)], [(1, 5), (130, 9), (3, 11)]])
+def test_lists_that_change_until_a_layer_runs(per_head: bool, rows: list[tuple[int, int]]) -> None:
+    torch.manual_seed(1)
+    layer, ours, oracle = pool_layer(PAGES, 2, 4, 64, torch.float16), backend(4), ReferenceAttention(4)
+    for _ in range(2):  # the first plan waits for the first run
+        batch = batch_of(rows, 4, 2 if per_head else 0)
+        pages = torch.stack([batch.pages, batch.pages, batch.pages])
+        batch = dataclasses.replace(batch, pages=pages, per_layer=True, late=True)
+        oracle.plan(batch)
+        ours.plan(batch)
+        for index in range(3):
+            pages[index] = torch.randint(PAGES, pages.shape[1:])
+            mine, q = LayerKV(layer.k, layer.v, index), torch.randn(sum(batch.query_lengths), 4, 64).half()
+            torch.testing.assert_close(ours.run(mine, q, 0.1)[0], oracle.run(mine, q, 0.1)[0], rtol=2e-3, atol=2e-3)
+
+
 def test_what_flashinfer_cannot_is_refused() -> None:
     ours = backend(4)
     ours.plan(batch_of([(2, 3)], 4))

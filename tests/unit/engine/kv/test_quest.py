@@ -18,6 +18,7 @@ from engine.speculation.drafters import SelfDrafter
 from kernels.attention.base import AttentionBatch
 from kernels.key_summaries import KeySummaries
 from kernels.kv_cache import KVPool, LayerKV
+from kernels.reference_ops import REFERENCE
 from tests.support.engines import complete, tiny_engine, tiny_model
 from tests.support.profiles import examples
 from tests.support.workloads import prompt_of
@@ -32,11 +33,11 @@ def test_scores_bound_the_products_with_all_keys(pages: int, page_size: int, gro
     sizes |= {"kv_heads": kv_heads, "head_dim": head_dim}
     pool = KVPool(**sizes, dtype=torch.float32, device=torch.device("cpu"))
     pool.data.normal_()
-    summaries, layer = KeySummaries(pool), pool.layer(1)
+    summaries, layer = KeySummaries(pool, REFERENCE), pool.layer(1)
     listed = torch.randperm(7)[:pages]
     summaries.update(layer, listed)
     q = torch.randn(1, kv_heads * group, head_dim)
-    scores = summaries.scores(layer, q, listed[None])[0]
+    scores = summaries.scores(layer, q, listed[None], 0, torch.tensor([pages]))[0]
     keys = layer.k[listed]  # [pages, kv_heads, page_size, head_dim]
     for head in range(kv_heads):
         for page in range(pages):
@@ -65,17 +66,18 @@ def test_neighbours_change_no_bit_of_a_score(
     sizes: dict[str, Any] = {"num_layers": 1, "num_pages": 60, "page_size": 4, "kv_heads": 2, "head_dim": 64}
     pool = KVPool(**sizes, dtype=dtype, device=torch.device("cpu"))
     pool.data.normal_()
-    summaries, layer = KeySummaries(pool), pool.layer(0)
+    summaries, layer = KeySummaries(pool, REFERENCE), pool.layer(0)
     summaries.update(layer, torch.arange(60))
     q, pages = torch.randn(rows, 2 * group, 64).to(dtype), torch.randint(60, (rows, width))
-    scores = summaries.scores(layer, q, pages)
+    ends = torch.full((rows,), width)
+    scores = summaries.scores(layer, q, pages, 0, ends)
     assert scores.dtype == torch.promote_types(dtype, torch.float32)
     for row in range(rows):
-        alone = summaries.scores(layer, q[row : row + 1], pages[row : row + 1, 1:])
+        alone = summaries.scores(layer, q[row : row + 1], pages[row : row + 1, 1:], 0, ends[:1])
         assert torch.equal(alone[0], scores[row, :, 1:])
     with monkeypatch.context() as patch:
         patch.setattr("kernels.key_summaries._BLOCK_BYTES", 3 * scores.nbytes // rows * 64)
-        assert torch.equal(summaries.scores(layer, q, pages), scores)
+        assert torch.equal(summaries.scores(layer, q, pages, 0, ends), scores)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,9 @@ def test_pages_are_chosen_in_the_first_step_and_again_after_the_interval() -> No
     spy = policy.attention._inner = Spy(policy)
     scores, scored = policy.attention._summaries.scores, []
 
-    def scores_watched(layer: LayerKV, q: Tensor, pages: Tensor) -> Tensor:
+    def scores_watched(layer: LayerKV, q: Tensor, pages: Tensor, first: int, ends: Tensor) -> Tensor:
         scored.append(pages.shape[1])
-        return scores(layer, q, pages)
+        return scores(layer, q, pages, first, ends)
 
     policy.attention._summaries.scores = scores_watched  # type: ignore[method-assign]
     engine.add(AddRequest("row", prompt_of(101, 3), SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True)))

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from engine.config.deployment import ConfigError
 from engine.kv.streaming_heads import read_streaming_heads
 from engine.kv.target_quest import TargetQuestAttention
 from engine.params import SamplingParams
-from kernels.attention.base import AttentionBatch
+from kernels.attention.base import AttentionBackend, AttentionBatch
+from kernels.kv_cache import LayerKV
 from tests.support.engines import TINY, complete, tiny_engine, tiny_model
 from tests.support.head_files import write_head_shares
 from tests.support.workloads import prompt_of
@@ -69,16 +71,26 @@ def test_a_streaming_head_reads_sink_and_window_and_what_is_newer(tmp_path: Path
     attention = engine._worker._target.attention
     assert isinstance(attention, TargetQuestAttention)
     lists: list[tuple[list[int], list[int], list[list[int]]]] = []
-    plan = attention._attention.plan
 
-    def watched(batch: AttentionBatch) -> None:
-        table = engine._worker._state.page_table[0].tolist()
-        # Places of the listed pages in the row's own list, by KV head.
-        pages = [[table.index(page // 2) for page in row] for row in batch.pages.tolist()]
-        lists.append((list(batch.query_lengths), list(batch.kv_lengths), pages))
-        plan(batch)
+    def watch(inner: AttentionBackend) -> None:
+        plan, run = inner.plan, inner.run
+        batches: list[AttentionBatch] = []
 
-    attention._attention.plan = watched  # type: ignore[method-assign]
+        def plan_watched(batch: AttentionBatch) -> None:
+            batches.append(batch)
+            plan(batch)
+
+        def run_watched(layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+            batch, table = batches[-1], engine._worker._state.page_table[0].tolist()
+            # Places of the listed pages in the row's own list, by KV head.
+            pages = [[table.index(page // 2) for page in row] for row in batch.pages_of(layer).tolist()]
+            lists.append((list(batch.query_lengths), list(batch.kv_lengths), pages))
+            return run(layer, q, scale)
+
+        inner.plan, inner.run = plan_watched, run_watched  # type: ignore[method-assign]
+
+    for pattern in attention._patterns:
+        watch(pattern._attention)
     complete(engine, prompt_of(50, 1), SamplingParams(max_tokens=30, temperature=1.0, seed=1, ignore_eos=True))
     read = 0
     for call, (queries, lengths, pages) in enumerate(lists):

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from engine.config.deployment import ConfigError
 from engine.core import Engine
+from engine.kv.quest import QuestPolicy
 from engine.kv.target_quest import TargetQuestAttention
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
+from engine.speculation.drafters import SelfDrafter
 from kernels.attention.base import AttentionBatch
 from kernels.kv_cache import LayerKV
 from kernels.reference_ops import ReferenceOps
@@ -129,13 +131,13 @@ def test_a_choice_scores_the_full_pages_of_rows_and_no_later_ones(gamma: int) ->
     engine = engine_of(gamma, max_model_len=200)
     attention = engine._worker._target.attention
     assert isinstance(attention, TargetQuestAttention)
-    scores, scored = attention._summaries.scores, []
+    scores, scored = attention.summaries.scores, []
 
-    def scores_watched(layer: LayerKV, q: Tensor, pages: Tensor) -> Tensor:
+    def scores_watched(layer: LayerKV, q: Tensor, pages: Tensor, first: int, ends: Tensor) -> Tensor:
         scored.append(pages.shape[1])
-        return scores(layer, q, pages)
+        return scores(layer, q, pages, first, ends)
 
-    attention._summaries.scores = scores_watched  # type: ignore[method-assign]
+    attention.summaries.scores = scores_watched  # type: ignore[method-assign]
     complete(engine, prompt_of(50, 2), SamplingParams(max_tokens=21, temperature=1.0, seed=1, ignore_eos=True))
     assert 50 // PAGE <= min(scored) <= (50 + gamma) // PAGE
     assert max(scored) <= (50 + 21 + gamma) // PAGE
@@ -157,13 +159,37 @@ def test_a_row_whose_kv_is_no_number_fails_alone(gamma: int) -> None:
             engine._worker._target.pool.data[:, :, victim.pages[3:9]] = float("nan")
             attention = engine._worker._target.attention
             assert isinstance(attention, TargetQuestAttention)
-            attention._summaries.bounds[:, :, victim.pages[3:9]] = float("nan")
+            attention.summaries.bounds[:, :, victim.pages[3:9]] = float("nan")
         for output in engine.step():
             outputs[output.id].append(output)
     assert not engine.has_work()
     assert outputs["1"][-1].error is not None
     for id, found in outputs.items():
         assert tokens(found) == expected[id][: len(tokens(found)) if id == "1" else None]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("gamma", [0, 4])
+def test_lists_that_are_filled_a_layer_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, heads: str, streams: bool, gamma: int
+) -> None:
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)
+    requests = [AddRequest(str(i), prompt_of(40 + 9 * i, i), params) for i in range(3)]
+    settings: dict[str, Any] = {"heads": heads if streams else None}
+    expected = complete_all(engine_of(gamma, **settings), requests)
+    monkeypatch.setattr("engine.kv.target_lists._LIST_BYTES", 1)
+    assert complete_all(engine_of(gamma, **settings), requests) == expected
+
+
+def test_drafts_by_bounds_share_those_of_the_target() -> None:
+    engine = engine_of(4, speculation={"kv": {"policy": "quest", "budget": 8, "sink": 4}})
+    target, drafter = engine._worker._target, engine._worker._drafter._drafter
+    assert isinstance(drafter, SelfDrafter)
+    assert isinstance(drafter._policy, QuestPolicy)
+    assert drafter._policy.attention._summaries is target.summaries
+    assert not target.observers
+    complete(engine, prompt_of(60, 1), SamplingParams(max_tokens=40, temperature=1.0, seed=2, ignore_eos=True))
+    assert engine.stats().accepted_tokens > 3
 
 
 def test_drafts_of_the_target_itself_are_accepted() -> None:
@@ -226,17 +252,18 @@ def test_what_it_reads_is_counted(gamma: int, interval: int, budget: int, length
     engine._stats._draft_tokens_read = lambda context, budget: 0
     attention = engine._worker._target.attention
     assert isinstance(attention, TargetQuestAttention)
-    batches, plan = [], attention._attention.plan
+    (lists,) = attention._patterns
+    batches, plan = [], lists._attention.plan
 
     def watched(batch: AttentionBatch) -> None:
         batches.append(batch)
         plan(batch)
 
-    attention._attention.plan = watched  # type: ignore[method-assign]
+    lists._attention.plan = watched  # type: ignore[method-assign]
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=1, ignore_eos=True)
     complete(engine, prompt_of(length, 1), params)
-    heads = TINY.num_layers * TINY.num_kv_heads
-    assert engine.stats().kv_tokens_read == sum(sum(batch.kv_lengths) for batch in batches) / heads
+    assert all(len(batch.pages) == TINY.num_layers for batch in batches)
+    assert engine.stats().kv_tokens_read == sum(sum(batch.kv_lengths) for batch in batches)
     target = engine._config.target_kv
     assert target is not None
     assert max(max(batch.kv_lengths) for batch in batches) <= target.most_read(PAGE)
