@@ -139,6 +139,14 @@ class TimedOps:
         with self._clock.time("choice of KV"):
             return self._inner.best(votes, count)
 
+    def summarise(self, k: Tensor, pages: Tensor, low: Tensor, high: Tensor) -> None:
+        with self._clock.time("choice of KV"):
+            self._inner.summarise(k, pages, low, high)
+
+    def bounds(self, q: Tensor, pages: Tensor, low: Tensor, high: Tensor, first: int, ends: Tensor) -> Tensor:
+        with self._clock.time("choice of KV"):
+            return self._inner.bounds(q, pages, low, high, first, ends)
+
     def merge(self, outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
         with self._clock.time("merging"):
             return self._inner.merge(outputs, lses)
