@@ -95,6 +95,31 @@ def test_equals_the_oracle(
     check(backend(page_size), batch, layer, kv_heads * group)
 
 
+@given(
+    rows=st.lists(st.tuples(st.sampled_from([1, 5, 30, 130]), st.sampled_from([0, 3, 17])), min_size=1, max_size=4),
+    per_head=st.booleans(),
+    seed=st.integers(0, 100),
+)
+@examples(15, 50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_late_lists_are_read_as_they_are_when_their_layer_runs(
+    rows: list[tuple[int, int]], per_head: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layers, (ours, oracle) = 3, (backend(4), ReferenceAttention(4))
+    first = pool_layer(PAGES, 2, 4, 64, torch.float16)
+    for _ in range(2):  # sizes of heads are known from the second forward on, so `plan` lists pages
+        batch = batch_of(rows, 4, 2 if per_head else 0)
+        lists = batch.pages.expand(layers, *batch.pages.shape).clone()
+        batch = dataclasses.replace(batch, pages=lists, per_layer=True, late=True)
+        ours.plan(batch)
+        oracle.plan(batch)
+        for index in range(layers):
+            lists[index].random_(PAGES)
+            layer = dataclasses.replace(first, index=index)
+            q = torch.randn(sum(batch.query_lengths), 4, 64).half()
+            torch.testing.assert_close(ours.run(layer, q, 0.1), oracle.run(layer, q, 0.1), rtol=2e-3, atol=2e-3)
+
+
 def test_one_backend_serves_many_batches() -> None:
     """Different shapes, numbers of heads and scales, one after another."""
     torch.manual_seed(0)
@@ -283,15 +308,17 @@ class OverTheDouble(ReferenceOps):
 
 
 @pytest.mark.parametrize(
-    "kv",
+    ("kv", "target"),
     [
-        {"budget": 16, "sink": 4},
-        {"budget": 16, "sink": 4, "positions": "relative"},
-        {"policy": "snapkv", "budget": 24, "recent": 8, "queries": 4},
+        ({"budget": 16, "sink": 4}, None),
+        ({"budget": 16, "sink": 4, "positions": "relative"}, None),
+        ({"policy": "snapkv", "budget": 24, "recent": 8, "queries": 4}, None),
+        ({"policy": "quest", "budget": 12, "sink": 4}, None),
+        ({"budget": 16, "sink": 4}, {"policy": "quest", "budget": 8, "sink": 4, "interval": 3}),
     ],
-    ids=["window", "relative", "snapkv"],
+    ids=["window", "relative", "snapkv", "quest", "target"],
 )
-def test_engines_on_it(kv: dict[str, Any]) -> None:
+def test_engines_on_it(kv: dict[str, Any], target: dict[str, Any] | None) -> None:
     """Drafts, views, page lists per head and verify passes give the reference backend's output, except for near
     ties."""
     config = dataclasses.replace(TINY, head_dim=64)
@@ -306,8 +333,8 @@ def test_engines_on_it(kv: dict[str, Any]) -> None:
         )
         for i, temperature in enumerate([0.0, 1.0, 0.7, 0.0])
     ]
-    expected = run(tiny_engine(oracle, gamma=0), requests)
-    engine = tiny_engine(model, gamma=3, speculation={"kv": kv})
+    expected = run(tiny_engine(oracle, gamma=0, target_kv=target), requests)
+    engine = tiny_engine(model, gamma=3, speculation={"kv": kv}, target_kv=target)
     outputs = run(engine, requests)
     assert engine.stats().accepted_tokens > 0
     assert engine.stats().rejections > 0
