@@ -10,8 +10,8 @@ from kernels.ops import Ops
 from kernels.row_sums import row_sum
 
 _BLOCK_BYTES = 64 << 20
-"""Largest products of queries with bounds at a time, unless one query has more. A recomputed answer of thousands of
-tokens has hundreds of queries that choose from the pages of a long context at once."""
+"""Largest products of queries with bounds, and largest scores, at a time, unless one query has more. A recomputed
+answer of thousands of tokens has hundreds of queries that choose from the pages of a long context at once."""
 
 
 class KeySummaries:
@@ -43,8 +43,14 @@ class KeySummaries:
         count: at most width. Returns [n, kv_heads, count] int64, indices into each row of `pages`, the best first. Of a
         row with fewer pages to choose from, only that many are valid.
         """
-        scores = self.scores(layer, q, pages, first, ends)
-        return self._ops.best(scores.flatten(0, 1), count).view(*scores.shape[:2], count)
+        kv_heads, width = self.bounds.shape[3], pages.shape[1]
+        block = max(1, _BLOCK_BYTES // (kv_heads * width * torch.float32.itemsize))
+        parts = []
+        for start in range(0, len(q), block):
+            some = slice(start, start + block)
+            scores = self.scores(layer, q[some], pages[some], first, ends[some])
+            parts.append(self._ops.best(scores.flatten(0, 1), count).view(-1, kv_heads, count))
+        return torch.cat(parts)
 
 
 def summarise_keys(k: Tensor, pages: Tensor, low: Tensor, high: Tensor) -> None:

@@ -78,6 +78,17 @@ def test_neighbours_change_no_bit_of_a_score(
     with monkeypatch.context() as patch:
         patch.setattr("kernels.key_summaries._BLOCK_BYTES", 3 * scores.nbytes // rows * 64)
         assert torch.equal(summaries.scores(layer, q, pages, 0, ends), scores)
+    best, calls = summaries.best(layer, q, pages, 0, ends, 2), []
+
+    def scores_watched(layer: LayerKV, q: Tensor, pages: Tensor, first: int, ends: Tensor) -> Tensor:
+        calls.append(len(q))
+        return KeySummaries.scores(summaries, layer, q, pages, first, ends)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kernels.key_summaries._BLOCK_BYTES", 2 * scores[0].numel() * 4)
+        patch.setattr(summaries, "scores", scores_watched)
+        assert torch.equal(summaries.best(layer, q, pages, 0, ends, 2), best)
+    assert max(calls) == 2
 
 
 @pytest.mark.parametrize(
