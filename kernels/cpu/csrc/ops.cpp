@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
                                      std::optional<Tensor> votes) {
   TORCH_CHECK(q.dim() == 3 && k.dim() == 4 && k.sizes() == v.sizes() && k.strides() == v.strides(), "attention: shapes");
   TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "attention: types differ");
-  TORCH_CHECK(q.size(2) == k.size(3) && q.size(2) % 16 == 0 && q.size(1) % k.size(1) == 0, "attention: heads");
+  TORCH_CHECK(q.size(2) == k.size(3) && q.size(2) % 16 == 0 && k.size(1) > 0 && q.size(1) % k.size(1) == 0, "attention: heads");
   check_rows(q, 2, "q");
   check_rows(k, 3, "k");
   check_ints(queries, "queries");
@@ -305,7 +305,7 @@ void summarise(int64_t kernels, const Tensor& k, const Tensor& pages, Tensor low
 Tensor bounds(int64_t kernels, const Tensor& q, const Tensor& pages, const Tensor& low, const Tensor& high, int64_t first,
               const Tensor& ends) {
   TORCH_CHECK(q.dim() == 3 && pages.dim() == 2 && low.dim() == 3 && pages.size(0) == q.size(0) && ends.numel() == q.size(0), "bounds: shapes");
-  TORCH_CHECK(q.size(1) % low.size(1) == 0, "bounds: heads");
+  TORCH_CHECK(low.size(1) > 0 && q.size(1) % low.size(1) == 0, "bounds: heads");
   check_rows(q, 2, "q");
   check_bounds(low, high, q.scalar_type(), low.size(1), q.size(2));
   TORCH_CHECK(pages.scalar_type() == at::kLong, "pages: expected int64");

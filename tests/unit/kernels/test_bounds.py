@@ -130,3 +130,5 @@ def test_what_does_not_fit_is_refused(kernels: CpuKernels) -> None:
     assert ops.bounds(q, pages, low, low, 0, ends - 1)[0, :, 0].eq(0).all()  # that page is not read
     with pytest.raises(RuntimeError, match="heads"):
         ops.bounds(torch.zeros(1, 3, 16), pages, low, low, 0, ends)
+    with pytest.raises(RuntimeError, match="heads"):
+        ops.bounds(q, pages, low[:, :0], low[:, :0], 0, ends)
