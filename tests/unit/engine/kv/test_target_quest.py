@@ -99,6 +99,21 @@ def test_the_law_of_that_target(
         assert tokens(outputs[request.id]) == complete(alone, request.prompt, request.params)
 
 
+@pytest.mark.parametrize(("gamma", "interval"), [(5, 3), (6, 4), (8, 3)])
+def test_choices_outlive_a_pass_that_rejects_all_drafts(gamma: int, interval: int) -> None:
+    """A pass whose first position ends a group may begin two or more groups after the one that the next pass is in."""
+    requests = [
+        AddRequest(
+            str(i), prompt_of(40 + 7 * i, i), SamplingParams(max_tokens=60, temperature=1.0, seed=i, ignore_eos=True)
+        )
+        for i in range(3)
+    ]
+    settings: dict[str, Any] = {"budget": 8, "interval": interval, "max_model_len": 200}
+    engine = engine_of(gamma, **settings, speculation={"kv": {"budget": 8, "sink": 4}})
+    assert complete_all(engine, requests) == complete_all(engine_of(**settings), requests)
+    assert engine.stats().rejections > 50
+
+
 def test_output_in_a_prompt_is_read_as_a_prompt() -> None:
     """The KV of output is another one than a prompt of the same tokens has, so the prefix cache does not keep it."""
     with_cache, without = engine_of(), engine_of(cache={"prefix": False})
