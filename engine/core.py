@@ -18,17 +18,11 @@ import torch
 from engine.config.deployment import EngineConfig
 from engine.control.auto import AutoGamma
 from engine.control.step_times import StepTimes
-from engine.messages import (
-    FINISH_ABORT,
-    RETRY_MEMORY,
-    AddRequest,
-    EngineStats,
-    Ready,
-    RequestOutput,
-)
+from engine.messages import FINISH_ABORT, RETRY_MEMORY, AddRequest, EngineState, EngineStats, Ready, RequestOutput
 from engine.oom import OutOfMemory
-from engine.plan import RoundPlan, RoundResult
+from engine.plan import RoundPlan, RoundResult, WeightStep
 from engine.ranks.executor import RankExecutor
+from engine.ranks.resident_weights import ResidentWeights
 from engine.scheduler.controller import Controller, FixedGamma
 from engine.scheduler.kv_audit import KVAudit
 from engine.scheduler.kv_manager import KVManager
@@ -38,8 +32,9 @@ from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.stats import StatsRecorder
 from engine.scheduler.validation import check_fields
 from engine.worker.profiler import Profiler, load_profile, profile, profile_key, save_profile
-from engine.worker.resolve import draft_tokens_read, resolve, target_tokens_read
+from engine.worker.resolve import draft_tokens_read, log_started, resolve, target_tokens_read
 from engine.worker.worker import Worker, noop
+from engine.worker.worker_owner import WorkerOwner
 from models.llama import Llama
 from parallel.group import Group
 
@@ -77,7 +72,7 @@ class Engine:
         self._config, self._resolved = config, resolve(config, model, compiling=compiling)
         self._threads_before = torch.get_num_threads()
         try:
-            self._worker = self._start_ranks(model, ranks, progress)
+            self._owner = self._start_ranks(model, ranks, progress)
             self._resolved = dataclasses.replace(  # GPUs are measured once the model is loaded
                 self._resolved, num_pages=self._worker.num_pages, max_model_len=self._worker.max_model_len
             )
@@ -89,12 +84,15 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        self._weights = ResidentWeights(str(self._resolved.path), self._perform)
+        self._paused = False
         self.overlaps = self._resolved.device.type != "cpu"
         self.restarted = False
         self._round_running = False
         self._aborted: list[str] = []  # requests aborted while a round runs
         self._scheduler = self._make_scheduler(controller)
         self._stats = self._make_stats(controller)
+        self._no_grammars = self._worker.no_grammars
         self.weight_bytes = self._worker.weight_bytes
         if self._ranks:
             self.weight_bytes += self._ranks.weight_bytes
@@ -106,13 +104,13 @@ class Engine:
             eos_token_ids=list(shape.eos_token_ids),
             stats=self.stats(),
         )
-        self._log_started()
+        log_started(config, self._resolved, self._kv.total)
 
     # -- start-up ------------------------------------------------------------------------------------------------------
 
     def _start_ranks(
         self, model: Llama | None, ranks: Callable[[EngineConfig, torch.device], RankExecutor], progress: bool
-    ) -> Worker:
+    ) -> WorkerOwner:
         """Start the other ranks, and load this rank's worker while they load theirs."""
         config, resolved = self._config, self._resolved
         if resolved.device.type == "cpu":
@@ -123,10 +121,15 @@ class Engine:
             group = self._ranks.group
         count = config.speculation.draft_ranks(group.size)
         draft_group = self._ranks.join_first(count) if self._ranks and 0 < count < group.size else group
-        worker = Worker.load(config, resolved, resolved.device, group, draft_group, model=model, progress=progress)
+        owner = WorkerOwner(config, resolved, resolved.device, group, draft_group, model=model, progress=progress)
         if self._ranks:
             self._ranks.wait_ready(config.start_timeout_s)
-        return worker
+        return owner
+
+    @property
+    def _worker(self) -> Worker:
+        """This rank's worker; there is none while the engine is asleep."""
+        return self._owner.worker
 
     def make_controller(self) -> Controller:
         """Make the controller that the config describes. Call it only while there are no requests, since it may measure
@@ -191,31 +194,11 @@ class Engine:
             target_kv=config.target_kv.summary if config.target_kv else None,
         )
 
-    def _log_started(self) -> None:
-        resolved, size = self._resolved, self._config.tensor_parallel_size
-        kv_gb = self._kv.total * self._config.cache.page_size * resolved.kv_token_bytes / 1e9
-        log.info(
-            "%s in %s on %s, kernels %s, KV pool of %d pages (%.2f GB)",
-            resolved.path.name,
-            str(resolved.dtype).removeprefix("torch."),
-            f"{size} × {resolved.device.type}" if size > 1 else str(resolved.device),
-            resolved.ops.name,
-            self._kv.total,
-            kv_gb,
-        )
-        if (target := self._config.target_kv) is not None:
-            log.warning(
-                "target_kv: the target reads at most %d KV tokens in each KV head for a position after a prompt (%s); "
-                "its text differs from the dense model's",
-                target.most_read(self._config.cache.page_size),
-                ", ".join(f"{name} {value}" for name, value in target.summary.items()),
-            )
-
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def check(self, request: AddRequest) -> None:
         """Raise RequestError for a request that can never run."""
-        check_fields(request, self.ready.vocab_size, self.ready.eos_token_ids, self._worker.no_grammars)
+        check_fields(request, self.ready.vocab_size, self.ready.eos_token_ids, self._no_grammars)
         self._scheduler.check_request(request)
 
     def add(self, request: AddRequest) -> None:
@@ -237,7 +220,50 @@ class Engine:
         self._scheduler.reset_prefix_cache()
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        """Whether `step` runs a round: not while the engine is paused or asleep."""
+        return self.state is EngineState.RUNNING and self._scheduler.has_work
+
+    # -- pause, and changes of weights ---------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> EngineState:
+        if self._weights.asleep:
+            return EngineState.ASLEEP
+        return EngineState.PAUSED if self._paused else EngineState.RUNNING
+
+    def pause(self, abort: bool = False) -> list[RequestOutput]:
+        """Begin no round until `resume`. Requests wait, running ones with their KV. abort: end all of them; returns
+        their last outputs."""
+        self._paused = True
+        ids = [request.id for request in (*self._scheduler.running, *self._scheduler.waiting)] if abort else []
+        self.abort(ids)
+        return [RequestOutput(id, finish_reason=FINISH_ABORT) for id in ids]
+
+    def resume(self) -> None:
+        """Go on; an engine that is asleep does so once it wakes."""
+        self._paused = False
+
+    def update_weights(self, path: str) -> None:
+        """Replace the target's weights by those of the model directory `path`. Running requests keep their tokens;
+        their KV is computed anew. Raises WeightsRefused: the old weights are in force."""
+        self._weights.check(path)
+        self._scheduler.restart_all()
+        self._weights.replace(path)
+
+    def sleep(self) -> None:
+        """Free the weights and the KV of all ranks, until `wake_up`. Requests wait with their tokens."""
+        if not self._weights.asleep:
+            self._scheduler.restart_all()
+            self._weights.release()
+
+    def wake_up(self) -> None:
+        """Load the weights back. Raises WeightsRefused: the engine is still asleep."""
+        self._weights.wake_up()
+
+    def _perform(self, step: WeightStep) -> str | None:
+        if self._ranks is None:
+            return self._owner.perform(step)
+        return self._ranks.perform(step, self._owner.perform, self._config.start_timeout_s)
 
     # -- rounds --------------------------------------------------------------------------------------------------------
 
@@ -249,7 +275,7 @@ class Engine:
         (Group.can_abandon), RankFailure is raised. If anything else ends the round's work early, such as Ctrl-C, its
         requests are computed anew (`restarted`). Raises RankFailure.
         """
-        if not self._scheduler.has_work:
+        if not self.has_work():
             return []
         self.restarted = False
         began = time.perf_counter()
@@ -329,6 +355,7 @@ class Engine:
         totals, report = self._stats.totals, self._scheduler.controller.report
         return msgspec.structs.replace(
             totals,
+            state=self.state,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             pages_free=self._kv.free,
@@ -359,10 +386,9 @@ class Engine:
         """Free memory and end the other ranks; the engine cannot be used afterwards."""
         if self._ranks:
             self._ranks.close()
-        worker: Worker | None = self.__dict__.pop("_worker", None)
-        if worker is not None:
-            worker.close()
-        del worker
+        owner: WorkerOwner | None = self.__dict__.pop("_owner", None)
+        if owner is not None:
+            owner.close()
         torch.set_num_threads(self._threads_before)
         if self._resolved.device.type == "cuda":
             gc.collect()  # an error's traceback may hold tensors

@@ -5,6 +5,9 @@ Free of torch, so that an API process never loads it.
 
 from __future__ import annotations
 
+from enum import StrEnum
+from typing import Literal
+
 import msgspec
 
 from engine.params import SamplingParams
@@ -14,6 +17,14 @@ FINISH_LENGTH = "length"
 FINISH_ABORT = "abort"
 RETRY_FULL = "queue_full"
 RETRY_MEMORY = "out_of_memory"
+
+
+class EngineState(StrEnum):
+    """State of an engine. PAUSED: no round begins. ASLEEP: nor are there weights or KV."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    ASLEEP = "asleep"
 
 
 class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
@@ -40,7 +51,23 @@ class ResetPrefixCache(msgspec.Struct, tag="reset_prefix_cache"):
     """Forget all KV that the prefix cache holds: no later request finds any of it."""
 
 
-ToEngine = AddRequest | AbortRequests | ResetPrefixCache
+ControlAction = Literal["pause", "resume", "update_weights", "sleep", "wake_up"]
+
+
+class ControlEngine(msgspec.Struct, tag="control", omit_defaults=True):
+    """Do to the engine what the method of engine.core.Engine with the action's name does. It answers with
+    ControlResult."""
+
+    id: str
+    """Chosen by the sender, unique among its messages that are not answered yet."""
+    action: ControlAction
+    abort: bool = False
+    """With pause: end all requests."""
+    path: str = ""
+    """With update_weights: the model directory."""
+
+
+ToEngine = AddRequest | AbortRequests | ResetPrefixCache | ControlEngine
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -98,6 +125,7 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
 class EngineStats(msgspec.Struct, omit_defaults=True):
     """Gauges and running totals since start; every field is one metric."""
 
+    state: EngineState = EngineState.RUNNING
     running: int = 0
     waiting: int = 0
     pages_total: int = 0
@@ -172,10 +200,18 @@ class Outputs(msgspec.Struct, tag="outputs"):
     stats: EngineStats
 
 
+class ControlResult(msgspec.Struct, tag="control_result"):
+    """Answer to ControlEngine, once it is done. refusal: why it was not; nothing has changed then."""
+
+    id: str
+    stats: EngineStats
+    refusal: str | None = None
+
+
 class Dead(msgspec.Struct, tag="dead"):
     """Last message of the engine; every live request of the receiver is lost."""
 
     reason: str
 
 
-FromEngine = Ready | Outputs | Dead
+FromEngine = Ready | Outputs | ControlResult | Dead

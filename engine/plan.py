@@ -1,11 +1,16 @@
-"""Plan and result of a round. Rank 0 sends the plan to all ranks; it contains only changes to their row state."""
+"""Plan and result of a round, and steps between rounds that change weights. Rank 0 sends plans and steps to all ranks;
+a plan contains only changes to their row state."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import msgspec
 
 from engine.messages import PromptLogprobs, TokenLogprobs
 from engine.params import SamplingParams
+
+WeightAction = Literal["check", "load", "build", "release"]
 
 
 class RowStart(msgspec.Struct, array_like=True):
@@ -49,7 +54,7 @@ class RowWork(msgspec.Struct, array_like=True):
     """Computed tokens, the last ones, whose KV a draft model lacks before the round; 0 in chunks of prompts."""
 
 
-class RoundPlan(msgspec.Struct, omit_defaults=True):
+class RoundPlan(msgspec.Struct, tag="round", omit_defaults=True):
     """Plan of one round. `work` is ordered by falling gamma, so that the rows of each draft step are a prefix."""
 
     number: int
@@ -62,6 +67,16 @@ class RoundPlan(msgspec.Struct, omit_defaults=True):
     """Pages to fill with zeros before the round."""
     audit: list[int] = []
     """Pages whose KV is hashed before the round."""
+
+
+class WeightStep(msgspec.Struct, tag="weights", omit_defaults=True):
+    """Step of a change of weights, which all ranks perform together between two rounds."""
+
+    action: WeightAction
+    """check: whether `path` can replace the target's weights; nothing changes. load: free the worker and its KV, then
+    load the target from `path`, and a draft model that is not loaded. build: make a worker of what was loaded. release:
+    free all of it."""
+    path: str = ""
 
 
 class RowFailure(msgspec.Struct, array_like=True):

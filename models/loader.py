@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from parallel.group import Group
 from parallel.layers import Placement
 from parallel.module import WeightSlot
 
+_TOKEN_IDS = ("bos_token_id", "eos_token_ids")
+"""Fields of a ModelConfig that no forward depends on."""
+
 log = logging.getLogger(__name__)
 
 
@@ -36,23 +39,22 @@ def load_model(
     max_positions: int | None = None,
     ops: Ops = REFERENCE,
     int8: bool = False,
+    like: ModelConfig | None = None,
 ) -> Llama:
     """Load a model directory: config.json and *.safetensors. tokenizer.json, if present, is only checked.
 
     Weights are converted to `dtype`. progress: whether to draw a bar on stderr. max_positions: see Llama. ops: the
-    model's arithmetic. int8: round matrices to 8 bits. Pickled weights are never opened.
+    model's arithmetic. int8: round matrices to 8 bits. like: config of the model that this one replaces, which it must
+    have too, except for token ids, and keeps. Pickled weights are never opened.
     Logs what it reads otherwise than it is written, and weights that are not finite: on rank 0, or on a rank that alone
     has that part.
     Raises ModelError: missing or broken files, a model that is not supported, tensors that are missing, unknown or of
     the wrong shape or type.
     """
-    config = read_config(path)
-    stored = find_tensors(path, config.tie_word_embeddings)
-    warnings = [*config.warnings, *stored.warnings, *_check_tokenizer(path, config.vocab_size)]
+    config, stored, warnings = _read(path, like)
     if group.rank == 0:
         for warning in warnings:
             log.warning("%s: %s", path, warning)
-    config = replace(config, tie_word_embeddings=stored.tied)
     model = Llama(config, Placement(group, dtype, device, ops), max_positions)
     slots = {slot.source: slot for slot in model.weight_slots()}
     stored = _wanted(path, set(slots), stored)
@@ -75,6 +77,17 @@ def load_model(
     del slots
     model.prepare(int8)
     return model
+
+
+def check_model(path: Path, like: ModelConfig, group: Group) -> None:
+    """Raise ModelError if `load_model` would, for this rank. Reads no weights but those it has to compare."""
+    config, stored, _ = _read(path, like)
+    model = Llama(config, Placement(group, torch.float32, torch.device("meta")), max_positions=1)
+    slots = {slot.source: slot for slot in model.weight_slots()}
+    for file, tensors in _wanted(path, set(slots), stored).by_file():
+        with opened(file) as checkpoint:
+            for name, stored_name in tensors:
+                _check(slots[name], checkpoint.get_slice(stored_name), file, stored_name)
 
 
 def random_model(
@@ -105,6 +118,21 @@ def random_model(
     return model
 
 
+def _read(path: Path, like: ModelConfig | None) -> tuple[ModelConfig, StoredTensors, list[str]]:
+    """Read what a model directory holds: the config to use, the tensors, and warnings. like: see load_model."""
+    config = read_config(path)
+    stored = find_tensors(path, config.tie_word_embeddings)
+    warnings = [*config.warnings, *stored.warnings, *_check_tokenizer(path, config.vocab_size)]
+    config = replace(config, tie_word_embeddings=stored.tied)
+    if like is None:
+        return config, stored, warnings
+    names = [field.name for field in fields(config) if field.compare and field.name not in _TOKEN_IDS]
+    for name in names:
+        if getattr(config, name) != getattr(like, name):
+            raise ModelError(f"{path}: {name} is not that of the model in use")
+    return like, stored, warnings
+
+
 def _wanted(path: Path, wanted: set[str], stored: StoredTensors) -> StoredTensors:
     """Return the stored tensors without biases that are zero and not `wanted`. Raises ModelError unless these are
     exactly the wanted ones."""
@@ -127,13 +155,18 @@ def _fill(slot: WeightSlot, checkpoint: Any, file: Path, name: str) -> bool:
     """Fill a slot from the stored tensor `name`. Returns whether this rank's part of it is finite, in the slot's
     dtype."""
     source = checkpoint.get_slice(name)
+    _check(slot, source, file, name)
+    slot.tensor.copy_(source[slot.index])
+    return is_finite(slot.tensor)
+
+
+def _check(slot: WeightSlot, source: Any, file: Path, name: str) -> None:
+    """Raise ModelError if a slot cannot be filled from the stored tensor `name`. source: its slice."""
     shape = tuple(source.get_shape())
     if shape != slot.full_shape:
         raise ModelError(f"{file}: tensor {name} has shape {list(shape)}, expected {list(slot.full_shape)}")
     if source.get_dtype() not in FLOATS:
         raise ModelError(f"{file}: tensor {name} has unsupported type {source.get_dtype()}")
-    slot.tensor.copy_(source[slot.index])
-    return is_finite(slot.tensor)
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kernels.cpu.openmp import sleep_while_waiting
-from models.default import default_model_dir, is_model_dir, user_cache
+from models.default import default_model_dir, is_model_dir
+from tests.support.private_cache import use_private_cache
 from tests.support.profiles import load_profiles
 
 sleep_while_waiting()  # before any test module imports torch: several processes share few cores
@@ -19,21 +19,8 @@ for _override in ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):  
     os.environ.pop(_override, None)  # float32 would be computed in TF32, with errors of 1e-3
 
 
-def _private_cache() -> tempfile.TemporaryDirectory[str]:
-    """A cache folder with the user's models, compiled kernels and packages, and nothing else: profiles that engines
-    save are not the user's. Kernels that tests compile stay with the user, under the hash of their source."""
-    cache = tempfile.TemporaryDirectory(prefix="tests-cache-")
-    folder = Path(cache.name) / "magicdec"
-    folder.mkdir()
-    for name in ("models", "kernels", "wheels"):
-        (user_cache() / name).mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(user_cache() / name)
-    return cache
-
-
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the variable
-    _CACHE = _private_cache()
-    os.environ["XDG_CACHE_HOME"] = _CACHE.name
+    use_private_cache()
 
 load_profiles()
 gc.disable()  # while test modules import torch and others: nothing is garbage yet, and collecting takes a fifth of that

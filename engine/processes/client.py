@@ -7,6 +7,7 @@ import contextlib
 import logging
 import shutil
 import sys
+import uuid
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from engine.messages import (
     FINISH_ABORT,
     AbortRequests,
     AddRequest,
+    ControlAction,
+    ControlEngine,
+    ControlResult,
     Dead,
     EngineStats,
     FromEngine,
@@ -45,6 +49,10 @@ _STOP_LOADING_S = 2.0
 logger = logging.getLogger(__name__)
 
 
+class ControlRefused(RuntimeError):
+    """The engine did not do what a ControlEngine says; the message gives the reason."""
+
+
 class EngineClient:
     """Client of one engine process, and owner of the requests sent through it. Use from one event loop.
 
@@ -52,18 +60,19 @@ class EngineClient:
     the engine is gone; None while it is alive.
     """
 
-    def __init__(self, directory: Path, round_s: float, *, owns_directory: bool = False) -> None:
+    def __init__(self, directory: Path, round_s: float, load_s: float, *, owns_directory: bool = False) -> None:
         """Use `start` or `attach`, which wait until the engine is ready."""
         self._process: Process | None = None
         self._directory = directory
         self._owns_directory = owns_directory
-        self._round_s = round_s
+        self._round_s, self._load_s = round_s, load_s
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(f"ipc://{directory / SOCKET}")
         self._live: dict[str, asyncio.Queue[RequestOutput | None]] = {}
+        self._controls: dict[str, asyncio.Future[ControlResult]] = {}
         self._death = asyncio.Event()
         self.dead: str | None = None
         self.stats = EngineStats()
@@ -84,12 +93,13 @@ class EngineClient:
     ) -> EngineClient:
         """Start an engine process and wait until it is ready.
 
-        start_timeout_s: time for it to load, without the time in which it compiles kernels. timeout_s: time for one
-        round, after which the engine counts as hung; a process without any heartbeat counts as hung much sooner.
+        start_timeout_s: time for it to load, also other weights later, without the time in which it compiles kernels.
+        timeout_s: time for one round, after which the engine counts as hung; a process without any heartbeat counts as
+        hung much sooner.
         Raises EngineDead if it does not start. Nothing of it remains then, or if this call is cancelled.
         """
         try:
-            client = cls(new_directory(), timeout_s, owns_directory=True)
+            client = cls(new_directory(), timeout_s, start_timeout_s, owns_directory=True)
         except EndpointError as error:
             raise EngineDead(str(error)) from None
         try:
@@ -117,7 +127,7 @@ class EngineClient:
         meanwhile may be followed by another. timeout_s: see `start`.
         Raises EngineDead if there is none, or if another user may have created the directory.
         """
-        client = cls(directory, timeout_s)
+        client = cls(directory, timeout_s, start_timeout_s)
         try:
             with client._subscribe() as heartbeat:
                 client.ready = await wait_for_engine(client._socket, heartbeat, directory, start_timeout_s)
@@ -191,6 +201,21 @@ class EngineClient:
             raise EngineDead(self.dead)
         self._post(ResetPrefixCache())
 
+    async def control(self, action: ControlAction, *, abort: bool = False, path: str = "") -> None:
+        """Let the engine do what ControlEngine describes, and wait until it has; `stats` shows its state then. Raises
+        ControlRefused, EngineDead."""
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        id = uuid.uuid4().hex
+        future = self._controls[id] = asyncio.get_running_loop().create_future()
+        try:
+            self._post(ControlEngine(id, action, abort, path))
+            result = await future
+        finally:
+            self._controls.pop(id, None)
+        if result.refusal is not None:
+            raise ControlRefused(result.refusal)
+
     async def wait_dead(self) -> str:
         """Return the reason once the engine is gone."""
         await self._death.wait()
@@ -234,7 +259,7 @@ class EngineClient:
         decoder = msgspec.msgpack.Decoder(FromEngine)
         while self.dead is None:
             try:
-                message: Ready | Outputs | Dead = decoder.decode(await self._socket.recv())
+                message: FromEngine = decoder.decode(await self._socket.recv())
             except (zmq.ZMQError, msgspec.MsgspecError) as error:
                 self._mark_dead(f"cannot receive from the engine: {error}")
                 self.kill()
@@ -243,6 +268,11 @@ class EngineClient:
                 self.stats = message.stats
                 for output in message.outputs:
                     self._deliver(output)
+            elif isinstance(message, ControlResult):
+                self.stats = message.stats
+                waiting = self._controls.get(message.id)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message)
             elif isinstance(message, Dead):
                 self._mark_dead(message.reason)
             else:
@@ -266,7 +296,7 @@ class EngineClient:
 
     async def _watch_heartbeat(self) -> None:
         with self._subscribe() as heartbeat:
-            self._mark_dead(await wait_hung(heartbeat, self.ready.heartbeat, self._round_s))
+            self._mark_dead(await wait_hung(heartbeat, self.ready.heartbeat, self._round_s, self._load_s))
         self.kill()
 
     async def _watch_process(self, process: Process) -> None:
@@ -284,6 +314,9 @@ class EngineClient:
         for queue in self._live.values():
             queue.put_nowait(None)
         self._live.clear()
+        for waiting in self._controls.values():
+            if not waiting.done():
+                waiting.set_exception(EngineDead(reason))
 
     def _post(self, message: ToEngine) -> None:
         # The queue to the engine has no limit, so this never waits.

@@ -6,9 +6,10 @@ group, the API process must be able to drain running requests first. torchrun.py
 that torchrun starts.
 
 A ROUTER socket serves any number of API processes, each a DEALER. A peer's first message introduces it, and the engine
-answers with Ready. Between two rounds it acknowledges or refuses new requests. Outputs go to the peer that sent the
-request; about once a second every other peer receives Outputs without content, for the stats. When a peer cannot be
-reached any more, its requests are aborted. A second socket carries the heartbeat (heartbeat.py).
+answers with Ready. Between two rounds it acknowledges or refuses new requests, and changes its state or its weights.
+Outputs go to the peer that sent the request; about once a second every other peer receives Outputs without content, for
+the stats. When a peer cannot be reached any more, its requests are aborted. A second socket carries the heartbeat
+(heartbeat.py).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from engine.messages import (
     RETRY_FULL,
     AbortRequests,
     AddRequest,
+    ControlEngine,
+    ControlResult,
     Dead,
     EngineStats,
     Outputs,
@@ -48,6 +51,7 @@ from engine.messages import (
 from engine.processes.endpoint import HEARTBEAT, SOCKET, remove
 from engine.processes.heartbeat import HeartbeatSender
 from engine.processes.loading_code import without_collecting
+from engine.ranks.resident_weights import WeightsRefused
 from engine.scheduler.validation import QueueFull
 
 _STATS_S = 1.0
@@ -86,6 +90,11 @@ class EngineLike(Protocol):
     def abort(self, ids: Iterable[str]) -> None: ...
     def reset_prefix_cache(self) -> None: ...
     def has_work(self) -> bool: ...
+    def pause(self, abort: bool) -> list[RequestOutput]: ...
+    def resume(self) -> None: ...
+    def update_weights(self, path: str) -> None: ...
+    def sleep(self) -> None: ...
+    def wake_up(self) -> None: ...
     def step(self, meanwhile: Callable[[], None]) -> list[RequestOutput]: ...
     def check_ranks(self) -> float: ...
     def stats(self) -> EngineStats: ...
@@ -164,6 +173,8 @@ class EngineServer:
             elif isinstance(message, ResetPrefixCache):
                 self._engine.reset_prefix_cache()
                 logger.info("the prefix cache was reset")
+            elif isinstance(message, ControlEngine):
+                self._control(peer, message)
             else:
                 self._add(peer, message)
 
@@ -175,6 +186,24 @@ class EngineServer:
         else:
             self._peer_by_request[request.id] = peer
             self._send(peer, Outputs([RequestOutput(request.id, queued=True)], self._engine.stats()))
+
+    def _control(self, peer: bytes, message: ControlEngine) -> None:
+        self._flush()  # what was computed before a change is sent before its answer
+        refusal, engine = None, self._engine
+        logger.info("%s", f"{message.action} {message.path}".rstrip())
+        with self._heartbeat.loading():
+            try:
+                if message.action == "pause":
+                    self._dispatch(engine.pause(message.abort))
+                elif message.action == "update_weights":
+                    engine.update_weights(message.path)
+                else:
+                    {"resume": engine.resume, "sleep": engine.sleep, "wake_up": engine.wake_up}[message.action]()
+            except WeightsRefused as error:
+                refusal = str(error)
+        stats = engine.stats()
+        logger.info("%s: %s", message.action, f"the engine is {stats.state}" if refusal is None else refusal)
+        self._send(peer, ControlResult(message.id, stats, refusal))
 
     def _refuse(self, peer: bytes, id: str, reason: str, retry: str | None = None) -> None:
         refusal = RequestOutput(id=id, finish_reason=FINISH_ABORT, error=reason, retry=retry)
@@ -212,7 +241,7 @@ class EngineServer:
             for peer in quiet:
                 self._send(peer, Outputs([], stats))
 
-    def _send(self, peer: bytes, message: Ready | Outputs) -> None:
+    def _send(self, peer: bytes, message: Ready | Outputs | ControlResult) -> None:
         try:
             self._socket.send_multipart([peer, msgspec.msgpack.encode(message)])
             self._last_sent[peer] = time.monotonic()

@@ -4,7 +4,8 @@ Free of torch.
 Beats have a thread and a socket of their own, so they continue while a round computes. Missing beats mean that the
 process hangs or is stopped, which is detected within seconds; a single round may take longer. A beat also carries the
 process's name, since another process can take over the same path. While the engine starts, beats say whether it
-compiles kernels, which takes minutes and does not count into the time that a start may take.
+compiles kernels, which takes minutes and does not count into the time that a start may take; later they say whether it
+loads weights, which may take as long as a start.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ MISSED_BEATS = 6
 class _Beat(msgspec.Struct, array_like=True):
     name: bytes
     busy: float
-    """Seconds since the loop's current turn began."""
+    """Seconds since the loop's current turn began, or since it began to load weights."""
     compiling: bool = False
+    loading: bool = False
 
 
 class HeartbeatSender:
@@ -45,13 +47,24 @@ class HeartbeatSender:
         self._socket.bind(f"ipc://{path}")
         self.name = os.urandom(8)
         self._turn_began: float | None = None  # loading: no turn yet
-        self._compiling = False
+        self._compiling = self._loading = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)  # owns the socket from now on
 
     def begin_turn(self) -> None:
         """Record that the engine's loop begins a turn."""
         self._turn_began = time.monotonic()
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Let beats say that the engine loads weights; another turn begins before and after it."""
+        self.begin_turn()
+        self._loading = True
+        try:
+            yield
+        finally:
+            self.begin_turn()
+            self._loading = False
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -76,7 +89,7 @@ class HeartbeatSender:
         with self._socket:
             while not self._ended.wait(BEAT_S):
                 busy = 0.0 if self._turn_began is None else time.monotonic() - self._turn_began
-                self._socket.send(msgspec.msgpack.encode(_Beat(self.name, busy, self._compiling)))
+                self._socket.send(msgspec.msgpack.encode(_Beat(self.name, busy, self._compiling, self._loading)))
 
 
 @contextlib.asynccontextmanager
@@ -97,12 +110,12 @@ async def start_timeout(socket: zmq.asyncio.Socket, timeout_s: float) -> AsyncIt
             extending.cancel()
 
 
-async def wait_hung(socket: zmq.asyncio.Socket, name: bytes, turn_s: float) -> str:
+async def wait_hung(socket: zmq.asyncio.Socket, name: bytes, turn_s: float, load_s: float) -> str:
     """Wait until the engine process counts as hung, and return the reason.
 
     socket: SUB, connected to its heartbeat. name: name of the process (Ready.heartbeat). turn_s: time that one turn of
-    its loop may take. Silence is counted in waits, not in clock time: if this process itself is stopped, that counts as
-    one wait, and the beats that arrived meanwhile are read after it.
+    its loop may take. load_s: time that it may take to load weights. Silence is counted in waits, not in clock time: if
+    this process itself is stopped, that counts as one wait, and the beats that arrived meanwhile are read after it.
     """
     missed = 0
     while missed < MISSED_BEATS:
@@ -113,6 +126,8 @@ async def wait_hung(socket: zmq.asyncio.Socket, name: bytes, turn_s: float) -> s
         beat = msgspec.msgpack.decode(await socket.recv(), type=_Beat)
         if beat.name != name:
             return "the engine has been started again"
-        if beat.busy > turn_s:
+        if beat.loading and beat.busy > load_s:
+            return f"the engine has been loading weights for more than {load_s:g} s"
+        if not beat.loading and beat.busy > turn_s:
             return f"the engine has been at one round for more than {turn_s:g} s"
     return f"the engine process was silent for {BEAT_S * MISSED_BEATS:g} s"

@@ -16,7 +16,7 @@ from engine.logs import set_up
 from engine.oom import describe_failure
 from engine.ranks.protocol import RankLaunch, RankReport, send_report, worker_loop
 from engine.worker.resolve import resolve
-from engine.worker.worker import Worker
+from engine.worker.worker_owner import WorkerOwner
 from parallel import rendezvous
 from parallel.channel import Disconnected, Link
 from parallel.group import CollectiveError, Group
@@ -50,9 +50,9 @@ def run_rank(
         draft_group: Group | None = group
         if 0 < count < group.size:
             draft_group = rendezvous.join_first(count, launch.join, device, store, address)
-        worker = Worker.load(config, resolve(config, None), device, group, draft_group)
-        send_report(link, RankReport(weight_bytes=worker.weight_bytes))
-        worker_loop(link, worker.execute)
+        owner = WorkerOwner(config, resolve(config, None), device, group, draft_group)
+        send_report(link, RankReport(weight_bytes=owner.worker.weight_bytes))
+        worker_loop(link, lambda plan: owner.worker.execute(plan), owner.perform)
     except Disconnected:
         return 1
     except Exception as error:

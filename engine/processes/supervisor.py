@@ -13,7 +13,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from engine.messages import FINISH_ABORT, AddRequest, EngineStats, Ready, RequestOutput
+from engine.messages import FINISH_ABORT, AddRequest, ControlAction, EngineStats, Ready, RequestOutput
 from engine.processes.client import EngineClient, EngineDead
 from engine.scheduler.stats import add_totals
 
@@ -139,6 +139,15 @@ class Supervisor:
         if client.dead is not None:
             raise self._error(client)
         client.reset_prefix_cache()
+
+    async def control(self, action: ControlAction, *, abort: bool = False, path: str = "") -> None:
+        """Change the engine's state or weights; see EngineClient.control. Raises ControlRefused, EngineDown,
+        EngineDead."""
+        client = self._client
+        try:
+            await client.control(action, abort=abort, path=path)
+        except EngineDead:
+            raise self._error(client) from None
 
     async def wait_dead(self) -> str:
         """Return the reason once the engine is gone for good."""

@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import Store
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.logs import current_setup
 from engine.oom import OutOfMemory, describe_failure
-from engine.plan import RoundPlan
+from engine.plan import RoundPlan, WeightStep
 from engine.ranks.health import RankHealth
 from engine.ranks.protocol import PING, RankLaunch, WeightBytes
 from parallel import rendezvous, shm
@@ -168,8 +168,8 @@ class RankExecutor:
         self._await_reports(2, timeout_s)
 
     @contextmanager
-    def round(self, plan: RoundPlan) -> Iterator[None]:
-        """Send the plan to all ranks; the body of the `with` block runs rank 0's share.
+    def round(self, plan: RoundPlan | WeightStep) -> Iterator[None]:
+        """Send the plan or step to all ranks; the body of the `with` block runs rank 0's share.
 
         Raises RankFailure, also from all later calls. Passes OutOfMemory on: all ranks abandon the round then.
         """
@@ -194,6 +194,17 @@ class RankExecutor:
             # Any interruption of a round, Ctrl-C included, leaves the other ranks in the middle of it.
             self._broken = f"a round was cut short by {type(error).__name__}"
             raise
+
+    def perform(self, step: WeightStep, own: Callable[[WeightStep], str | None], timeout_s: float) -> str | None:
+        """Perform a step on all ranks. Returns why one refuses it, if any does.
+
+        own: performs rank 0's share. timeout_s: time that the others may take longer. Raises RankFailure.
+        """
+        with self.round(step):
+            refusal = own(step)
+        self._await_reports(self._expected_reports + 1, timeout_s)
+        others = self._health.take_refusal()
+        return others if refusal is None else refusal
 
     def check(self) -> None:
         """Raise RankFailure if a rank is gone. Costs one system call."""

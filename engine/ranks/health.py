@@ -41,6 +41,7 @@ class RankHealth:
         self._hosts = hosts or {}
         self._unreported = set(self.ranks)  # ranks that have not reported why they end
         self._failures: dict[int, RankReport] = {}
+        self._refusals: dict[int, str] = {}
         self._num_reports = dict.fromkeys(self.ranks, 0)  # of each rank, failures not counted
         self._decoder = msgspec.msgpack.Decoder(RankReport)
 
@@ -57,6 +58,13 @@ class RankHealth:
             elif frame is not None:
                 self._num_reports[rank] += 1
                 self.weight_bytes += report.weight_bytes
+                if report.refusal is not None:
+                    self._refusals[rank] = report.refusal
+
+    def take_refusal(self) -> str | None:
+        """Return why the first rank that refused a step did so, and forget all refusals."""
+        refusals, self._refusals = self._refusals, {}
+        return next((f"{self.names([rank])}: {reason}" for rank, reason in sorted(refusals.items())), None)
 
     @property
     def broken(self) -> bool:

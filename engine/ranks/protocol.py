@@ -10,7 +10,7 @@ import msgspec
 
 from engine.logs import LogFormat
 from engine.oom import OutOfMemory
-from engine.plan import RoundPlan
+from engine.plan import RoundPlan, WeightStep
 from parallel.channel import Link
 from parallel.rendezvous import Join
 
@@ -22,7 +22,7 @@ class RankLaunch(msgspec.Struct):
     """First message to a rank.
 
     The rank answers with a RankReport, receives the EngineConfig as JSON, with every setting resolved, answers with a
-    second RankReport once it is ready, and from then on receives RoundPlans and pings.
+    second RankReport once it is ready, and from then on receives RoundPlans, WeightSteps and pings.
     """
 
     join: Join
@@ -47,10 +47,12 @@ class WeightBytes(msgspec.Struct, frozen=True):
 
 
 class RankReport(msgspec.Struct, omit_defaults=True):
-    """A rank's message to rank 0: completion of a start-up step, answer to a ping or, once, the reason why it ends."""
+    """A rank's message to rank 0: completion of a step, answer to a ping or, once, the reason why it ends."""
 
     weight_bytes: WeightBytes = WeightBytes()
-    """Bytes of the rank's shards, once they are loaded."""
+    """Bytes of the rank's shards, once they are loaded at the start."""
+    refusal: str | None = None
+    """Reason why the rank cannot perform a WeightStep."""
     failure: str | None = None
     """Reason why the rank ends, to be read after its name: `failed: …`."""
     lost: bool = False
@@ -65,14 +67,20 @@ def send_report(link: Link, report: RankReport) -> None:
     link.send(msgspec.msgpack.encode(report))
 
 
-def worker_loop(link: Link, execute: Callable[[RoundPlan], object]) -> NoReturn:
-    """Run the rounds that rank 0 sends, and answer its pings. An abandoned round is not reported: rank 0 abandons it
-    too. Raises Disconnected when rank 0 is gone."""
-    decoder = msgspec.msgpack.Decoder(RoundPlan)
+def worker_loop(
+    link: Link, execute: Callable[[RoundPlan], object], perform: Callable[[WeightStep], str | None]
+) -> NoReturn:
+    """Run the rounds that rank 0 sends, perform its steps and answer its pings. An abandoned round is not reported:
+    rank 0 abandons it too. perform: returns why a step is refused. Raises Disconnected when rank 0 is gone."""
+    decoder = msgspec.msgpack.Decoder(RoundPlan | WeightStep)
     while True:
         frame = link.receive()
         if frame == PING:
             send_report(link, RankReport())
+            continue
+        message: RoundPlan | WeightStep = decoder.decode(frame)
+        if isinstance(message, WeightStep):
+            send_report(link, RankReport(refusal=perform(message)))
         else:
             with contextlib.suppress(OutOfMemory):
-                execute(decoder.decode(frame))
+                execute(message)

@@ -47,6 +47,12 @@ class KVAudit:
         self._asked = [_Sight(page, page.digest if self._exact else page.number) for page in chosen]
         return [page.page for page in chosen]
 
+    def forget(self) -> None:
+        """Forget all hashes: from now on the same tokens have other KV."""
+        self._hashes.clear()
+        self._asked = []
+        self._kv.take_replaced()
+
     def compare(self, hashes: Sequence[int]) -> None:
         """Compare the hashes of `next_pages`. Raises PageLeak for a page whose KV is not what it was."""
         for sight, found in zip(self._asked, hashes, strict=True):

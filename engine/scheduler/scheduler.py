@@ -284,6 +284,14 @@ class Scheduler:
         for request in requests:
             self._requeue(request)
 
+    def restart_all(self) -> None:
+        """Preempt all running requests and forget all KV, which other weights have computed. Tokens stay."""
+        self.preemptions += len(self.running)
+        self.restart_rows(self.running[:])
+        self.reset_prefix_cache()
+        if self._audit is not None:
+            self._audit.forget()
+
     def _requeue(self, request: Request) -> None:
         self._release_row(request)
         request.num_computed = request.draft_lag = 0

@@ -115,6 +115,7 @@ def acceptance_rate(stats: EngineStats) -> float:
 
 
 _GAUGES = {
+    "state",
     "running",
     "waiting",
     "pages_total",

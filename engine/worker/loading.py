@@ -6,15 +6,23 @@ import torch
 
 from engine.config.deployment import EngineConfig
 from engine.worker.resolve import Resolved, resolve
+from models.config import ModelConfig
 from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
 
 
 def load_shard(
-    config: EngineConfig, resolved: Resolved, device: torch.device, group: Group, *, progress: bool
+    config: EngineConfig,
+    resolved: Resolved,
+    device: torch.device,
+    group: Group,
+    *,
+    progress: bool,
+    like: ModelConfig | None = None,
 ) -> Llama:
-    """Load this rank's shard of the target. device: this rank's. progress: show a bar on stderr."""
+    """Load this rank's shard of the target. device: this rank's. progress: show a bar on stderr. like: see
+    load_model."""
     return load_model(
         resolved.path,
         dtype=resolved.dtype,
@@ -24,6 +32,7 @@ def load_shard(
         max_positions=resolved.max_model_len,
         ops=resolved.ops,
         int8=config.weights == "int8",
+        like=like,
     )
 
 

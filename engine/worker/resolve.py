@@ -341,3 +341,25 @@ def _describe_kept(config: EngineConfig, fixed_bytes: int, source: str) -> str:
         f", beside the {fixed_bytes / 1e9:.3g} GB of {source}, that {_keepers(config)} keep for {rows} rows "
         f"({_budgets(config)}, scheduler.max_rows),"
     )
+
+
+def log_started(config: EngineConfig, resolved: Resolved, num_pages: int) -> None:
+    """Log what an engine runs with."""
+    kv_gb = num_pages * config.cache.page_size * resolved.kv_token_bytes / 1e9
+    size = config.tensor_parallel_size
+    log.info(
+        "%s in %s on %s, kernels %s, KV pool of %d pages (%.2f GB)",
+        resolved.path.name,
+        str(resolved.dtype).removeprefix("torch."),
+        f"{size} × {resolved.device.type}" if size > 1 else str(resolved.device),
+        resolved.ops.name,
+        num_pages,
+        kv_gb,
+    )
+    if (target := config.target_kv) is not None:
+        log.warning(
+            "target_kv: the target reads at most %d KV tokens in each KV head for a position after a prompt (%s); "
+            "its text differs from the dense model's",
+            target.most_read(config.cache.page_size),
+            ", ".join(f"{name} {value}" for name, value in target.summary.items()),
+        )

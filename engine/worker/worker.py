@@ -61,7 +61,8 @@ def noop() -> None:
 class Worker:
     """Owner of all state of one rank. Only `execute` changes it.
 
-    model: this rank's shard of the target. num_pages: of the target's pool. max_model_len: of a request.
+    model: this rank's shard of the target. draft: that of a draft model. num_pages: of the target's pool.
+    max_model_len: of a request.
     """
 
     @classmethod
@@ -105,7 +106,7 @@ class Worker:
         draft: DraftModel,
     ) -> None:
         """Use `load`."""
-        self.model, self.num_pages, self.max_model_len = model, num_pages, max_model_len
+        self.model, self.draft, self.num_pages, self.max_model_len = model, draft, num_pages, max_model_len
         self._group = group
         self._groups = [group] if draft.group is None or draft.group is group else [group, draft.group]
         self._digest_every = config.digest_every if group.size > 1 else 0
@@ -116,7 +117,6 @@ class Worker:
             device=model.device,
             ops=model.ops,
         )
-        self._draft_model = draft.model
         self._drafting_model = drafting_model(config, model, draft)
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
         eos = model.config.eos_token_ids
@@ -142,7 +142,7 @@ class Worker:
     @property
     def weight_bytes(self) -> WeightBytes:
         """Bytes of this rank's shards."""
-        tables = self.model.table_bytes + (self._draft_model.table_bytes if self._draft_model else 0)
+        tables = self.model.table_bytes + (self.draft.model.table_bytes if self.draft.model else 0)
         drafting = self._drafting_model.matrix_bytes if self._drafting_model else 0
         return WeightBytes(self.model.matrix_bytes, drafting, tables)
 

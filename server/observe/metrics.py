@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from engine.messages import EngineStats
+from engine.messages import EngineState, EngineStats
 from server.observe.request_stats import RequestStats
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -35,6 +35,7 @@ _GAUGES: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ...]
         "Fraction of the target's KV pool that belongs to requests; cached pages do not.",
         lambda s: _owned(s) / s.pages_total if s.pages_total else 0.0,
     ),
+    ("paused", None, "1 while no round begins, paused or asleep.", lambda s: s.state is not EngineState.RUNNING),
     (
         "kv_token_bytes",
         None,

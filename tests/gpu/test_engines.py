@@ -107,6 +107,34 @@ def test_the_pool_takes_what_is_left(model: Llama) -> None:
     assert size_pool(config, sizes, model, Group.single()).num_pages == -(-2000 // 16) * config.scheduler.max_rows
 
 
+def test_other_weights_and_sleep(tmp_path: Path) -> None:
+    """Graphs are captured anew, and a sleeping engine leaves its memory to others."""
+    folders = [write_random_model(tmp_path / str(seed), SHAPE, dtype=torch.float32, seed=seed) for seed in range(2)]
+
+    def start(folder: Path) -> Engine:
+        settings = {"device": "cuda", "dtype": "float32", "max_model_len": 400, "cache": {"memory_gb": 1}}
+        speculation = {"gamma": 3, "weights": "int8", "kv": WINDOW}
+        return Engine(
+            EngineConfig.model_validate({"model": str(folder), "speculation": speculation, **settings}), progress=False
+        )
+
+    wanted = requests(8, seed=2)
+    fresh = start(folders[1])
+    expected = {id: tokens(out) for id, out in run(fresh, wanted).items()}
+    fresh.close()
+    before = torch.cuda.memory_allocated()
+    engine = start(folders[0])
+    run(engine, wanted)
+    engine.update_weights(str(folders[1]))
+    assert {id: tokens(out) for id, out in run(engine, wanted).items()} == expected
+    awake = torch.cuda.memory_allocated()
+    engine.sleep()
+    assert torch.cuda.memory_allocated() - before < 0.05 * (awake - before)
+    engine.wake_up()
+    assert {id: tokens(out) for id, out in run(engine, wanted).items()} == expected
+    engine.close()
+
+
 def test_the_default_model_follows_the_law() -> None:
     directory = default_model_dir()
     if not directory.is_dir():

@@ -56,7 +56,7 @@ def pair() -> Iterator[Pair]:
 
     def live() -> None:
         with suppress(Disconnected), closing(ends[2]):
-            worker_loop(ends[2], lambda plan: pair.followed.append(plan.number))
+            worker_loop(ends[2], lambda plan: pair.followed.append(plan.number), lambda step: step.action)
 
     follower = threading.Thread(target=live)
     follower.start()

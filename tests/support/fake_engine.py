@@ -12,9 +12,11 @@ from typing import Any
 
 from engine.config.deployment import EngineConfig
 from engine.messages import (
+    FINISH_ABORT,
     FINISH_LENGTH,
     FINISH_STOP,
     AddRequest,
+    EngineState,
     EngineStats,
     PromptLogprobs,
     Ready,
@@ -22,6 +24,7 @@ from engine.messages import (
     TokenLogprobs,
 )
 from engine.params import SamplingParams
+from engine.ranks.resident_weights import WeightsRefused
 from tests.support.paths import ROOT
 
 COMMAND = (
@@ -36,6 +39,9 @@ COMMAND = (
 VOCAB, MAX_LEN, EOS = 320, 64, 2
 PAGES = 1000
 PAGE_SIZE = 16
+BAD_WEIGHTS, FATAL_WEIGHTS, LOST_WEIGHTS, SLOW_WEIGHTS, HANGING_WEIGHTS = "/bad", "/fatal", "/lost", "/slow", "/hang"
+"""Paths with which `update_weights` is refused, ends the engine, makes `wake_up` fail, takes some seconds, or a
+minute."""
 COMPILE_S = 4.0
 """Time for which the model "compiles" does so."""
 REFUSE, FULL, CRASH, HANG, EXIT, SLOW = 300, 301, 302, 303, 304, 305
@@ -105,6 +111,8 @@ class FakeEngine:
                 time.sleep(COMPILE_S)
         self._live: dict[str, tuple[AddRequest, list[int]]] = {}
         self._done = 0
+        self.paused = self.asleep = False
+        self.weights: list[str] = []
         self.prefix_cache = prefix_cache or FakePrefixCache()
         self.ready = Ready(
             model=config.model, max_model_len=MAX_LEN, vocab_size=VOCAB, eos_token_ids=[EOS], stats=self.stats()
@@ -129,7 +137,37 @@ class FakeEngine:
         self.prefix_cache.pages.clear()
 
     def has_work(self) -> bool:
-        return bool(self._live)
+        return self.state is EngineState.RUNNING and bool(self._live)
+
+    @property
+    def state(self) -> EngineState:
+        return EngineState.ASLEEP if self.asleep else EngineState.PAUSED if self.paused else EngineState.RUNNING
+
+    def pause(self, abort: bool = False) -> list[RequestOutput]:
+        self.paused = True
+        ids = list(self._live) if abort else []
+        self.abort(ids)
+        return [RequestOutput(id, finish_reason=FINISH_ABORT) for id in ids]
+
+    def resume(self) -> None:
+        self.paused = False
+
+    def update_weights(self, path: str) -> None:
+        if path == BAD_WEIGHTS:
+            raise WeightsRefused(f"{path}: not these")
+        if path == FATAL_WEIGHTS:
+            raise RuntimeError("the former weights cannot be loaded back")
+        if path in (SLOW_WEIGHTS, HANGING_WEIGHTS):
+            time.sleep(3 if path == SLOW_WEIGHTS else 60)
+        self.weights.append(path)
+
+    def sleep(self) -> None:
+        self.asleep = True
+
+    def wake_up(self) -> None:
+        if self.weights[-1:] == [LOST_WEIGHTS]:
+            raise WeightsRefused(f"{LOST_WEIGHTS}: no such model directory")
+        self.asleep = False
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[RequestOutput]:
         meanwhile()
@@ -176,6 +214,7 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(
+            state=self.state,
             running=len(self._live),
             pages_total=PAGES,
             pages_free=PAGES - len(self._live) - len(self.prefix_cache.pages),

@@ -146,7 +146,7 @@ class ThreadRanks:
                     return self.plans[-1]
 
                 link.receive = recorded  # type: ignore[method-assign]
-            worker_loop(link, worker.execute)
+            worker_loop(link, worker.execute, lambda step: "its weights come from no directory")
         except (Disconnected, RankFailure):
             pass  # rank 0 has gone, or detects the same failure itself
         except Exception as error:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from engine.config.deployment import Config, ConfigError, load_config
+from engine.config.deployment import Config, ConfigError, EngineConfig, load_config
+from engine.config.kv import POLICIES
 from tests.support.nested import flatten
 from tests.support.paths import ROOT
 
@@ -153,6 +154,21 @@ def test_the_budget_holds_the_sink_and_a_recent_page(page: int, budget: int, sin
     else:
         assert gamma == 0 or fits
         assert config.engine.speculation.kv.budget == budget
+
+
+def test_no_restart_brings_the_first_weights_back() -> None:
+    assert not load_config(None, {}).server.weight_updates
+    assert load_config(None, {"server.weight_updates": True}).server.weight_updates
+    with pytest.raises(ConfigError, match="restart and weight_updates exclude each other"):
+        load_config(None, {"server.weight_updates": True, "server.restart": True})
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_settings_survive_the_way_to_another_process(policy: str) -> None:
+    speculation = {"drafter": "model", "model": "draft"} if policy == "all" else {}
+    config = EngineConfig.model_validate({"speculation": {**speculation, "kv": {"policy": policy}}})
+    assert EngineConfig.model_validate(config.model_dump(mode="json")) == config
+    assert EngineConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_a_full_batch_must_leave_tokens_for_prefill() -> None:

@@ -9,8 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ import psutil
 import pytest
 
 from engine.config.deployment import EngineConfig
-from engine.messages import AddRequest, RequestOutput
+from engine.messages import RequestOutput
 from engine.processes.client import EngineClient, EngineDead
 from engine.processes.heartbeat import BEAT_S, MISSED_BEATS
 from tests.support import fake_engine
+from tests.support.clients import collect, eventually, run, started, tokens_of
 from tests.support.fake_engine import (
     COMMAND,
     COMPILE_S,
@@ -37,38 +37,6 @@ from tests.support.fake_engine import (
 )
 
 pytestmark = pytest.mark.usefixtures("own_tmp")
-
-Test = Callable[[EngineClient], Coroutine[Any, Any, None]]
-
-
-@asynccontextmanager
-async def started(
-    model: str = "fake", timeout_s: float = 30, start_timeout_s: float = 30
-) -> AsyncIterator[EngineClient]:
-    client = await EngineClient.start(
-        EngineConfig(model=model), start_timeout_s=start_timeout_s, timeout_s=timeout_s, command=COMMAND
-    )
-    try:
-        yield client
-    finally:
-        await client.close()
-
-
-def run(test: Test, **settings: Any) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(60), started(**settings) as client:
-            await test(client)
-
-    asyncio.run(main())
-
-
-async def tokens_of(client: EngineClient, wanted: AddRequest) -> list[int]:
-    return [token async for output in client.generate(wanted) for token in output.tokens]
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.02)
 
 
 def test_requests_get_their_own_tokens() -> None:
@@ -103,10 +71,6 @@ def test_a_refused_request_gets_an_answer_and_others_go_on() -> None:
         assert tokens == expected(wanted)
 
     run(test)
-
-
-async def collect(client: EngineClient, wanted: AddRequest) -> list[RequestOutput]:
-    return [output async for output in client.generate(wanted)]
 
 
 def test_stats_follow_the_engine_also_when_idle() -> None:

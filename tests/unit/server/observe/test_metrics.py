@@ -100,6 +100,6 @@ def test_pages_that_the_load_calls_free_are_all_that_a_request_could_get(directo
             await http.post("/v1/completions", json={"prompt": list(range(10, 50)), "max_tokens": 2})
             assert 'magicdec_pages{model_name="tiny",state="cached"} 2.0' in (await http.get("/metrics")).text
             load = (await http.get("/load")).json()
-            assert load == {"running": 0, "waiting": 0, "pages_total": 1000, "pages_free": 1000}
+            assert load == {"state": "running", "running": 0, "waiting": 0, "pages_total": 1000, "pages_free": 1000}
 
     asyncio.run(main())
