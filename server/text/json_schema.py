@@ -19,7 +19,7 @@ FORMATS = frozenset(
     }
 )
 """Formats of strings that the compiler enforces. Any other is an annotation, as JSON Schema has it."""
-_ANNOTATIONS = frozenset(
+ANNOTATIONS = frozenset(
     ("$comment", "default", "deprecated", "description", "examples", "readOnly", "title", "writeOnly")
 )
 _SCHEMA = frozenset(
@@ -33,6 +33,15 @@ _SCHEMAS = frozenset(("allOf", "anyOf", "items", "oneOf", "prefixItems"))
 """Keywords whose value is a list of schemas."""
 _NAMED_SCHEMAS = frozenset(("$defs", "definitions", "dependentSchemas", "patternProperties", "properties"))
 """Keywords whose value is an object of schemas."""
+_COMBINING = frozenset(("allOf", "dependentSchemas", "if", "not", "unevaluatedProperties"))
+"""Keywords with which several schemas describe one object."""
+_OF_OTHER_PROPERTIES = frozenset(
+    {
+        *("additionalProperties", "patternProperties", "propertyNames", "minProperties"),
+        *("$ref", "$dynamicRef", "anyOf", "oneOf"),  # which say more of the same object
+    }
+)
+"""Keywords beside `properties` that say something of an object's other properties, or may do so."""
 _LITERALS = frozenset(("const", "enum", "required"))
 """Keywords whose value, or whose list of values, the output contains as it is."""
 _MAX_REPEAT = 2**31 - 1
@@ -99,7 +108,32 @@ def rewrite(schema: Any) -> Rewritten:
     return Rewritten(root, places, literals)
 
 
+def close_objects(schema: Any) -> None:
+    """Make objects whose schema lists properties, and says nothing of others, have no others: an uncertain model would
+    add some without end. Where schemas describe an object together, all are left as they are."""
+    objects, work = [], [schema]
+    while work:
+        node = work.pop()
+        if not isinstance(node, dict):
+            continue
+        if node.keys() & _COMBINING:
+            return
+        if "properties" in node and not node.keys() & _OF_OTHER_PROPERTIES:
+            objects.append(node)
+        for key, value in node.items():
+            if key in _SCHEMA:
+                work.append(value)
+            if key in _SCHEMAS and isinstance(value, list):
+                work += value
+            if key in _NAMED_SCHEMAS and isinstance(value, dict):
+                work += value.values()
+    for node in objects:
+        node["additionalProperties"] = False
+
+
 def _drop_empty_constraints(node: dict[str, Any]) -> None:
+    for key in node.keys() & ANNOTATIONS:
+        del node[key]
     if _is_annotation("format", node.get("format")):
         del node["format"]
     if node.get("contains") is not None and node.get("minContains") == 0 and "maxContains" not in node:
@@ -185,7 +219,7 @@ def _constraints(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_annotation(key: str, value: Any) -> bool:
-    return key in _ANNOTATIONS or (key == "format" and isinstance(value, str) and value not in FORMATS)
+    return key in ANNOTATIONS or (key == "format" and isinstance(value, str) and value not in FORMATS)
 
 
 def _allows_all(schema: Any) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from server.errors import ApiError
 from server.limits import MAX_CHOICE_CHARS, MAX_GRAMMAR_CHARS, MAX_GRAMMAR_CHOICES
 from server.text.json_schema import exceeds, rewrite
 
-_WHITESPACE = r"[\x20\x0A\x09]{0,20}"
+WHITESPACE = r"[\x20\x0A\x09]{0,20}"
 """Whitespace allowed between the parts of JSON. Bounded: an uncertain model writes spaces and would never stop."""
 
 _BYTES = LLTokenizer("byte")
@@ -92,12 +93,12 @@ class StructuredOutputs(Body):
         if self.json_object:
             return _of_schema(param, {"type": "object"}, special_names)
         if self.regex is not None:
-            _check_names(param, "the regex", [self.regex.replace("\\", "")], special_names)
+            check_names(param, "the regex", [self.regex.replace("\\", "")], special_names)
             return Grammar(param, grammar_from("regex", _short(param, self.regex)))
         if self.choice is not None:
             if not all(self.choice) or sum(map(len, self.choice)) > MAX_CHOICE_CHARS:
                 raise _wrong(param, f"expected choices that are not empty, of {MAX_CHOICE_CHARS} characters in all")
-            _check_names(param, "a choice", self.choice, special_names)
+            check_names(param, "a choice", self.choice, special_names)
             left = [each for each in self.choice if not any(word in each for word in bad_words)]
             if not left:
                 reason = "bad_words and structured_outputs.choice: together they exclude every choice"
@@ -105,7 +106,7 @@ class StructuredOutputs(Body):
             return Grammar(param, "start: " + " | ".join(msgspec.json.encode(each).decode() for each in left))
         assert self.grammar is not None
         terminals = [text.replace("\\", "") for text in _TERMINAL.findall(self.grammar)]
-        _check_names(param, "a string or regex of the grammar", terminals, special_names)
+        check_names(param, "a string or regex of the grammar", terminals, special_names)
         try:
             return Grammar(param, grammar_from("grammar", _short(param, self.grammar)))
         except (ValueError, RecursionError) as error:
@@ -130,19 +131,6 @@ def grammar_of(
     return asked
 
 
-def checked_grammar(
-    response_format: ResponseFormat | None,
-    structured: StructuredOutputs | None,
-    special_names: Collection[str] = (),
-    bad_words: Collection[str] = (),
-) -> Grammar | None:
-    """Same as grammar_of, and validated. Takes up to some 100 ms: call it off the event loop. Raises ApiError."""
-    grammar = grammar_of(response_format, structured, special_names, bad_words)
-    if grammar is not None:
-        check_grammar(grammar)
-    return grammar
-
-
 def check_grammar(grammar: Grammar) -> None:
     """Validate `grammar` by compiling it. Raises ApiError."""
     matcher = LLMatcher(_BYTES, grammar.text, log_level=0, limits=LIMITS)
@@ -158,28 +146,44 @@ def check_grammar(grammar: Grammar) -> None:
         raise _wrong(grammar.param, "the grammar matches no text")
 
 
-def _of_schema(param: str, schema: Any, special_names: Collection[str]) -> Grammar:
-    """schema: as JSON, if it is a string."""
+def compilable(param: str, schema: Any, special_names: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Rewrite a client's schema for the compiler. Returns also where each keyword occurs first. Raises ApiError.
+
+    schema: as JSON, if it is a string.
+    """
     if exceeds(schema, MAX_GRAMMAR_CHARS):
         raise _too_long(param)
-    try:
+    with _schema_errors(param):
         content = json.loads(schema) if isinstance(schema, str) else schema
         if content is False:
             raise ValueError("false matches nothing")
         if not isinstance(content, dict | bool):
             raise ValueError("expected an object")
         rewritten, places, literals = rewrite({} if content is True else content)
+    check_names(param, "a value, pattern or property name of the JSON schema", literals, special_names)
+    return rewritten, places
+
+
+def _of_schema(param: str, schema: Any, special_names: Collection[str]) -> Grammar:
+    """schema: as JSON, if it is a string."""
+    rewritten, places = compilable(param, schema, special_names)
+    with _schema_errors(param):
         text = _short(param, json.dumps(rewritten, ensure_ascii=False))
-        compiled = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
+        compiled = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
+    return Grammar(param, compiled, places)
+
+
+@contextmanager
+def _schema_errors(param: str) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise _wrong(param, f"not a JSON schema: {error}") from None
     except RecursionError:
         raise _wrong(param, "the JSON schema is nested too deeply") from None
-    _check_names(param, "a value, pattern or property name of the JSON schema", literals, special_names)
-    return Grammar(param, compiled, places)
 
 
-def _check_names(param: str, part: str, texts: Collection[str], special_names: Collection[str]) -> None:
+def check_names(param: str, part: str, texts: Collection[str], special_names: Collection[str]) -> None:
     """Raise ApiError if one of `texts`, which the grammar prescribes, contains the name of a special token. The
     compiler would prescribe that token itself, which is never part of a text."""
     together = "\0".join(texts)

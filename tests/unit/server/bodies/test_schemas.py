@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from engine.messages import EngineStats, Ready
 from engine.params import SamplingParams
+from server.bodies.chat_body import ChatRequest
 from server.bodies.fields import choice_seed
-from server.bodies.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.bodies.schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from server.errors import MAX_MESSAGE, ApiError, from_validation, printable
 
 READY = Ready(model="m", max_model_len=100, vocab_size=50, eos_token_ids=[2], stats=EngineStats())
@@ -199,7 +200,7 @@ def test_out_of_range(fields: dict[str, Any], param: str) -> None:
         ({"cache_salt": 5}, "cache_salt"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
-        ({"suffix": "x"}, "suffix"),
+        ({"suffix": 5}, "suffix"),
         ({"speculation": {"max_draft_tokens": -1}}, "speculation.max_draft_tokens"),
         ({"speculation": {"gamma": 1}}, "speculation.gamma"),
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
@@ -273,7 +274,10 @@ def test_chat_content_parts_are_joined() -> None:
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
         {"role": "user", "content": [{"type": "text"}]},
         {"role": "user", "content": ["a"]},
-        {"role": "tool", "content": "x"},
+        {"role": "tool", "content": None},
+        {"role": "function", "content": "x"},
+        {"role": "user", "content": "x", "tool_call_id": "a"},
+        {"role": "assistant", "tool_calls": []},
         {"role": "user", "content": [{"type": "text", "text": "x", "other": 1}]},
         {"role": "user", "content": "x", "tool_calls": [{}]},
         {"role": "user", "content": "x", "other": 1},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ from llguidance import LLMatcher, LLTokenizer
 from models.tokenizer import Tokenizer
 from server.errors import ApiError
 from server.text import structured
-from server.text.json_schema import FORMATS, exceeds
+from server.text.json_schema import FORMATS, close_objects, exceeds
 from server.text.structured import StructuredOutputs, check_grammar
 
 
@@ -288,3 +289,36 @@ def test_a_schema_that_is_a_boolean(tokenizer: Tokenizer, compiler: LLTokenizer)
     for schema in (False, "false"):
         assert refusal(json=schema) == "structured_outputs: not a JSON schema: false matches nothing"
     assert refusal(json="[1]") == "structured_outputs: not a JSON schema: expected an object"
+
+
+def test_objects_are_closed_where_nothing_is_said_of_other_properties() -> None:
+    inner = {"type": "object", "properties": {"b": {"type": "integer"}}}
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"a": copy.deepcopy(inner), "list": {"type": "array", "items": {"$ref": "#/$defs/x"}}},
+        "$defs": {"x": copy.deepcopy(inner), "open": {**copy.deepcopy(inner), "additionalProperties": True}},
+    }
+    close_objects(schema)
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["a"]["additionalProperties"] is False
+    assert schema["$defs"]["x"]["additionalProperties"] is False
+    assert schema["$defs"]["open"]["additionalProperties"] is True
+    assert schema["properties"]["list"] == {"type": "array", "items": {"$ref": "#/$defs/x"}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object"},
+        {"properties": {"a": {}}, "minProperties": 2},
+        {"properties": {"a": {}}, "patternProperties": {"^x": {}}},
+        {"properties": {"a": {}}, "$ref": "#/$defs/x", "$defs": {"x": {"type": "object"}}},
+        {"allOf": [{"$ref": "#/$defs/x"}], "properties": {"a": {}}, "$defs": {"x": {"properties": {"b": {}}}}},
+        {"const": {"properties": {"a": 1}}},
+        True,
+    ],
+)
+def test_objects_that_other_keywords_describe_stay_open(schema: Any) -> None:
+    before = copy.deepcopy(schema)
+    close_objects(schema)
+    assert schema == before

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from server.bodies import fields
-from server.text.structured import Grammar, checked_grammar
+from server.text.structured import Grammar, check_grammar
 from tests.support.app import server
 from tests.support.contract import COMPLETIONS
 
@@ -49,11 +49,11 @@ def test_grammars_are_converted_off_the_event_loop(
 ) -> None:
     threads = []
 
-    def watched(*arguments: Any) -> Grammar | None:
+    def watched(grammar: Grammar) -> None:
         threads.append(threading.current_thread())
-        return checked_grammar(*arguments)
+        check_grammar(grammar)
 
-    monkeypatch.setattr(fields, "checked_grammar", watched)
+    monkeypatch.setattr(fields, "check_grammar", watched)
     assert grammar_for(directory, **asked) is not None
     (thread,) = threads
     assert thread is not threading.current_thread()

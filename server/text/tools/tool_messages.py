@@ -1,0 +1,58 @@
+"""Messages and tools as chat templates take them: arguments are objects, messages have a text, and results a name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from server.text.tools.functions import Function
+
+
+def for_template(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose calls have arguments as objects, whose content is a text, and whose results of calls have
+    the function's name. Arguments that are no JSON object stay as they are: a model may have written them."""
+    prepared = [_message(message) for message in messages]
+    names: dict[Any, str] = {}
+    for message in prepared:
+        names |= {call.get("id"): call["function"]["name"] for call in message.get("tool_calls", ())}
+        if message["role"] == "tool" and not message.get("name") and message.get("tool_call_id") in names:
+            message["name"] = names[message["tool_call_id"]]
+    return prepared
+
+
+def as_tools(functions: Sequence[Function]) -> list[dict[str, Any]] | None:
+    """Return functions as templates take them; None if there are none."""
+    return [function.as_tool() for function in functions] or None
+
+
+def parse_object(text: str) -> dict[str, Any] | None:
+    """Parse JSON; None if it is no object. Halves of characters, which JSON can escape but UTF-8 cannot encode, become
+    U+FFFD."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            whole = json.dumps(value, ensure_ascii=False)
+            value = json.loads(whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    changed = dict(message)
+    if changed.get("content") is None:
+        changed["content"] = ""
+    calls = changed.pop("tool_calls", None)
+    if calls:
+        changed["tool_calls"] = [_call(call) for call in calls]
+    return changed
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call["function"])
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        parsed = parse_object(arguments or "{}")
+        function["arguments"] = arguments if parsed is None else parsed
+    return {**call, "function": function}
