@@ -86,11 +86,12 @@ class TextStream:
         params: SamplingParams,
         context: Sequence[int] = (),
         stops: Sequence[StopString] | None = None,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         """context: the prompt, if the output continues its text; not part of the output. stops: stop_strings(params),
-        if several streams share them.
+        if several streams share them. shown: special tokens that are not skipped.
         """
-        self._decoder = IncrementalDecoder(tokenizer, params.skip_special_tokens, context)
+        self._decoder = IncrementalDecoder(tokenizer, params.skip_special_tokens, context, shown)
         self._params = params
         self._stops = stop_strings(params) if stops is None else stops
         self._matched = [0] * len(self._stops)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,12 @@ class Tokenizer:
         return text if normalizer is None else normalizer.normalize_str(text)
 
     @property
-    def names_in_grammars(self) -> frozenset[str]:
-        """Texts that the grammar compiler takes for tokens: special tokens, and added ones in angle brackets."""
-        added = (token.content for token in self._tokenizer.get_added_tokens_decoder().values())
-        return self.special_names | {name for name in added if name.startswith("<") and name.endswith(">")}
+    def names_in_grammars(self) -> dict[str, int]:
+        """Texts that the grammar compiler takes for tokens, and their ids: special tokens, and added ones in angle
+        brackets."""
+        added = {id: token.content for id, token in self._tokenizer.get_added_tokens_decoder().items()}
+        bracketed = {id: name for id, name in added.items() if name.startswith("<") and name.endswith(">")}
+        return {name: id for id, name in (self._protected | bracketed).items()}
 
     @property
     def bos_token_id(self) -> int | None:
@@ -97,8 +99,16 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         return None if self.eos_token is None else self._tokenizer.token_to_id(self.eos_token)
 
+    def ids_of(self, names: Collection[str]) -> frozenset[int]:
+        """Return the ids of those names that are a token."""
+        return frozenset(id for name in names if (id := self.id_of(name)) is not None)
+
+    def id_of(self, name: str) -> int | None:
+        """Return the id of the token with this name; None if there is none."""
+        return self._tokenizer.token_to_id(name)
+
     def _has_token(self, text: str) -> bool:
-        return self._tokenizer.token_to_id(text) is not None
+        return self.id_of(text) is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode `text`, which must be encodable as UTF-8 (no lone surrogates)."""
@@ -187,11 +197,22 @@ class IncrementalDecoder:
     all of them again for each token).
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """shown: special tokens that are not skipped."""
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._skips = skip_special_tokens
+        self._shown = shown
+        self._decodes_all = not skip_special_tokens or bool(shown)
         # decode(window)[:given] is already returned; window[:settled] ends at a character's end.
-        self._window = list(context[-(_WINDOW // 2) :])
+        self._window = [
+            token for token in context[-(_WINDOW // 2) :] if not tokenizer.is_skipped(token, skip_special_tokens)
+        ]
         text = self._text()
         if text.endswith(REPLACEMENT):
             self._window, text = [], ""
@@ -199,7 +220,7 @@ class IncrementalDecoder:
 
     def push(self, token: int) -> str:
         """Append `token`. Returns the text that is now certain: often its own piece, sometimes empty."""
-        if self._tokenizer.is_skipped(token, self._skip):
+        if self._tokenizer.is_skipped(token, self._skips) and token not in self._shown:
             return ""
         self._window.append(token)
         text = self._text()
@@ -229,7 +250,7 @@ class IncrementalDecoder:
         return piece
 
     def _text(self) -> str:
-        return self._tokenizer.decode(self._window, self._skip)
+        return self._tokenizer.decode(self._window, not self._decodes_all)
 
     def _undecided(self, text: str, max_bytes: int) -> int:
         """Count the characters at the end that further bytes may change.

@@ -12,7 +12,7 @@ from server.keys import ApiKeys
 from server.limits import BodyLimit
 from server.observe.access_log import AccessLog
 from server.request_ids import RequestIds
-from server.routes import chat, completions, info, openapi, tokens
+from server.routes import anthropic_messages, chat, completions, info, openapi, responses, tokens, trainers
 from server.service import Service
 
 
@@ -56,6 +56,6 @@ def create_app(service: Service, keys: frozenset[str] = frozenset()) -> FastAPI:
     app.add_middleware(ErrorMiddleware)
     app.add_middleware(RequestIds)
     app.add_middleware(AccessLog)
-    for routes in (completions, chat, tokens, info, page, openapi):
+    for routes in (completions, chat, responses, anthropic_messages, tokens, info, trainers, page, openapi):
         app.include_router(routes.router)
     return app

@@ -1,10 +1,12 @@
-"""Error answers: one body shape, short messages, string codes."""
+"""Error answers: short messages, in the shape of the API that the route belongs to."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -23,11 +25,21 @@ _MAX_NAME = 64
 _MAX_FAULTS = 100
 """With more faults than this, the message gives only their number: finding the first would take long."""
 
+_MESSAGES = "/v1/messages"
+"""Route of Anthropic's API; others follow below it."""
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+}
+"""Types of errors in Anthropic's API, by status; of others: see ApiError.messages_body."""
+
 logger = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """Error that is answered with `status` and the error body."""
+    """Error that is answered with `status` and a body."""
 
     def __init__(
         self,
@@ -45,6 +57,14 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
 
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """Return the same error with other names of fields. Names that are plain words too count in the message only
+        where it begins with them."""
+        written = "|".join(rf"\b{name}\b" if "_" in name else rf"^{name}(?=[:.])" for name in names)
+        message = re.sub(written, lambda found: names[found[0]], self.message) if names else self.message
+        param = names.get(self.param or "", self.param)
+        return ApiError(message, status=self.status, code=self.code, param=param, headers=self.headers)
+
     def body(self) -> dict[str, dict[str, str | None]]:
         return {
             "error": {
@@ -55,8 +75,18 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> Response:
-        return Response(msgspec.json.encode(self.body()), self.status, self.headers, media_type="application/json")
+    def messages_body(self) -> dict[str, Any]:
+        """Return the body in the shape of Anthropic's API, which knows statuses by type and codes as details."""
+        other = "overloaded_error" if "Retry-After" in self.headers else "api_error"
+        kind = _MESSAGES_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else other)
+        message = printable(self.message, MAX_MESSAGE)
+        return {"type": "error", "error": {"type": kind, "message": message, "details": {"error_code": self.code}}}
+
+    def response(self, path: str) -> Response:
+        """Create the answer to a request for `path`."""
+        of_messages = path == _MESSAGES or path.startswith(f"{_MESSAGES}/")
+        body = msgspec.json.encode(self.messages_body() if of_messages else self.body())
+        return Response(body, self.status, self.headers, media_type="application/json")
 
 
 def unavailable(message: str, code: str, retry_after_s: int = 1) -> ApiError:
@@ -114,8 +144,8 @@ def printable(text: str, limit: int) -> str:
 
 
 def add_handlers(app: FastAPI) -> None:
-    async def api_error(_: Request, error: Exception) -> Response:
-        return as_api_error(error).response()
+    async def api_error(request: Request, error: Exception) -> Response:
+        return as_api_error(error).response(request.scope["path"])
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -123,7 +153,7 @@ def add_handlers(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         return ApiError(
             f"{where}: {error.detail}", status=error.status_code, code=code, headers=error.headers
-        ).response()
+        ).response(request.scope["path"])
 
     async def gone(_: Request, __: Exception) -> Response:
         return Response(status_code=499)  # the client is gone
@@ -159,4 +189,4 @@ class ErrorMiddleware:
         except Exception as error:
             answer = as_api_error(error)
         if scope["type"] == "http" and not begun:
-            await answer.response()(scope, receive, send)
+            await answer.response(scope["path"])(scope, receive, send)

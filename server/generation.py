@@ -34,6 +34,8 @@ class Choice:
     """Whether it is the first choice of its prompt."""
     continues: bool
     """Whether the output continues the prompt's text (a completion) or stands alone (a chat answer)."""
+    shown: frozenset[int] = frozenset()
+    """Special tokens that are part of the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class Usage:
     completion_tokens: int = 0
     accepted: int = 0
     rejected: int = 0
+    reasoning_tokens: int = 0
+    """Those of completion_tokens that are thinking."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -66,6 +70,7 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens_details": {
+                "reasoning_tokens": self.reasoning_tokens,
                 "accepted_prediction_tokens": self.accepted,
                 "rejected_prediction_tokens": self.rejected,
             },
@@ -131,7 +136,7 @@ class Generation:
             yield ChoiceDelta(choice.index, ended)
             return
         context = choice.prompt if choice.continues else ()
-        stream = TextStream(self.service.tokenizer, choice.params, context, stops)
+        stream = TextStream(self.service.tokenizer, choice.params, context, stops, choice.shown)
         request = AddRequest(
             uuid.uuid4().hex,
             choice.prompt,

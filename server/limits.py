@@ -13,6 +13,12 @@ MAX_CHOICES = 128
 MAX_PROMPTS = 2**16
 MAX_MESSAGES = 4096
 """Largest number of messages in a conversation, and of parts in a message."""
+MAX_METADATA = 16
+"""Largest number of names in a response's metadata."""
+MAX_TOOLS = 128
+MAX_CALLS = 128
+"""Largest number of calls in a message."""
+MAX_FUNCTION_NAME = 64
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKENS = 1024
@@ -24,8 +30,12 @@ MAX_GRAMMAR_CHARS = 2**16
 MAX_GRAMMAR_CHOICES = 1024
 MAX_CHOICE_CHARS = 2**14
 """Total length of all grammar choices of a request."""
+MAX_TOOL_GRAMMAR_CHARS = 2**18
+"""Length of the grammar of all functions of a request."""
 MAX_SALT_CHARS = 1024
 """Length of a cache_salt."""
+MAX_PATH_CHARS = 4096
+"""Length of a path of weights."""
 MAX_INT = 2**31 - 1
 """Largest count or token id."""
 

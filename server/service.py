@@ -15,11 +15,15 @@ from engine.processes.supervisor import Supervisor
 from models.default import resolve_model
 from models.files.generation_defaults import GenerationDefaults, read_generation_defaults
 from models.tokenizer import Tokenizer
+from server.chat.response_store import ResponseStore
 from server.errors import ApiError, draining, engine_dead, engine_restarting, unavailable
 from server.limits import check_tokens
 from server.observe.metrics import Metrics
 from server.observe.tracing import Tracing
+from server.text.infilling import find_infilling
 from server.text.template import ChatTemplate, Rendered
+from server.text.thinking import choose_thinking
+from server.text.tools.tool_registry import choose_format
 from server.version import build
 
 logger = logging.getLogger(__name__)
@@ -46,17 +50,26 @@ async def run_by_length(
 class Service:
     """One model and its engine. Use only from the event loop.
 
-    client: None while the engine is loading.
-    draining: set once the process must end; new requests are refused then.
-    generation_defaults: of sampling parameters that a request leaves open.
-    build: version and commit. tracing: None if it is off.
-    """
+    client: None while the engine is loading. draining: set once the process must end; new requests are refused then.
+    generation_defaults: of sampling parameters that a request leaves open. model_ids: names that clients may use;
+    model_id: the first one. infilling: tokens for texts before a suffix; None: the tokenizer has none. tool_format,
+    thinking: of the model; thinking is None if it does not think. marks_of_calls, marks_of_thinking: special tokens
+    that are part of their texts. responses: those that later requests can continue. build: version and commit.
+    tracing: None if it is off."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, config.server.special_tokens_in_content)
-        self.model_id = config.server.served_model_name or Path(config.engine.model).name
+        setting = config.server.tool_format
+        self.tool_format = choose_format(setting, tokenizer.chat_template)
+        self.thinking = choose_thinking(config.server.thinking, tokenizer.chat_template)
+        self.marks_of_calls = tokenizer.ids_of(self.tool_format.markers)
+        marks = () if self.thinking is None else (self.thinking.begin, self.thinking.end)
+        self.marks_of_thinking = tokenizer.ids_of(marks)
+        self.model_ids = config.server.served_model_name or [Path(config.engine.model).name]
+        self.model_id = self.model_ids[0]
+        self.infilling = find_infilling(tokenizer)
         self.created = int(time.time())
         self.generation_defaults = GenerationDefaults()
         if config.server.generation_config == "model":
@@ -66,6 +79,10 @@ class Service:
             logger.info("defaults of requests, from the model's generation_config.json: %s", text)
         self.client: Supervisor | None = None
         self.draining = asyncio.Event()
+        settings = config.server
+        self.responses = ResponseStore(
+            settings.stored_responses, int(settings.stored_responses_mb * 2**20), settings.stored_responses_s
+        )
         self.build = build()
         self.tracing = Tracing(self.model_id) if config.server.tracing else None
         self.metrics = Metrics(self.model_id, lambda: self.client.stats if self.client else None)
@@ -101,7 +118,7 @@ class Service:
         return client
 
     def check_model(self, model: str | None) -> None:
-        if model is not None and model != self.model_id:
+        if model is not None and model not in self.model_ids:
             raise ApiError(
                 f"model: this server has no model {model[:64]!r}",
                 status=404,
@@ -173,6 +190,8 @@ class Service:
             raise ApiError("prompt: no tokens", code="invalid_value", param="prompt")
         check_tokens("prompt", prompt, ready.vocab_size)
         room = ready.max_model_len - len(prompt)
+        if max_tokens is not None and self.config.server.clamp_max_tokens and room >= 1:
+            max_tokens = min(max_tokens, room)
         wanted = min(room, default or room) if max_tokens is None else max_tokens
         if wanted > room or (max_tokens is None and room < 1):
             asked = "" if max_tokens is None else f" and {max_tokens} to generate"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 
 from engine.config.kv import policy_of
 from engine.config.settings import Positive, Settings
@@ -21,6 +21,14 @@ from engine.logs import LogFormat
 
 class ConfigError(ValueError):
     """A setting is unknown, out of range, or contradicts another; the message names it."""
+
+
+def _listed(value: Any) -> Any:
+    """Take one value for a list of it, and null for an empty one."""
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+Name = Annotated[str, Field(min_length=1)]
 
 
 class CacheConfig(Settings):
@@ -116,14 +124,22 @@ class ServerConfig(Settings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0: a free one that the system chooses, which is printed."""
-    served_model_name: str | None = None
-    """Model id that clients use; None: the model directory's name."""
+    served_model_name: Annotated[list[Name], BeforeValidator(_listed)] = Field(default=[])
+    """Model ids that clients may use, of which the first stands in metrics; none: the model directory's name."""
     special_tokens_in_content: bool = False
     """Encode the names of special tokens in chat messages as those tokens. Whoever writes part of a message, such as a
     document in it, can then end it and begin another."""
     generation_config: Literal["model", "none"] = "model"
     """Defaults of sampling parameters. model: those of the model's generation_config.json, where it names them; none:
     those of the OpenAI API."""
+    tool_format: Literal["auto", "hermes", "llama_json", "mistral", "qwen_xml", "generic_json"] = "auto"
+    """How the model writes calls of functions. auto: as its chat template says, else generic_json."""
+    thinking: Literal["auto", "think", "none"] = "auto"
+    """Text that is not content but thinking. think: that between <think> and </think>, at the beginning of an answer;
+    auto: likewise if the chat template mentions it; none: none."""
+    clamp_max_tokens: bool = False
+    """Whether a request for more tokens than there is room for gets as many as there is room for, and the answer says
+    so (clamped_max_tokens); else it is refused."""
     max_body_mb: Annotated[float, Field(gt=0)] = 8.0
     """Maximum size of a request body in MiB; larger ones are refused with 413."""
     engine_timeout_s: Annotated[float, Field(gt=0)] = 120.0
@@ -135,6 +151,9 @@ class ServerConfig(Settings):
     restart_settled_s: Annotated[float, Field(ge=0)] = 60.0
     """Seconds that an engine must live; one that dies sooner counts as a failed start. After five failed starts in a
     row, no other is tried."""
+    weight_updates: bool = False
+    """Serve the routes that pause the engine, change its weights and free its memory. Needs an API key, or the server
+    does not start."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that running requests may take to finish after SIGTERM; then they are aborted."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -165,6 +184,21 @@ class ServerConfig(Settings):
     max_queued_tokens: Positive | None = None
     """Maximum number of prompt tokens of all running and waiting requests; further requests are refused with 503.
     None: unlimited."""
+    stored_responses: Annotated[int, Field(ge=0)] = 1000
+    """Maximum number of responses of /v1/responses that are kept in memory, for requests that continue them; the oldest
+    is dropped first. 0: none."""
+    stored_responses_mb: Annotated[float, Field(gt=0)] = 64.0
+    """Maximum size of all of them in MiB, conversations included."""
+    stored_responses_s: Annotated[float, Field(gt=0)] = 86400.0
+    """Seconds for which one is kept."""
+
+    @model_validator(mode="after")
+    def _keeps_weights(self) -> Self:
+        if self.restart and self.weight_updates:
+            raise ValueError(
+                "restart and weight_updates exclude each other: a restarted engine would serve the first weights again"
+            )
+        return self
 
 
 class Config(Settings):

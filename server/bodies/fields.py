@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, TypeGuard, TypeVar
 
 import msgspec
@@ -23,6 +23,7 @@ from server.limits import (
     MAX_ALLOWED_TOKENS,
     MAX_BAD_WORDS,
     MAX_CHOICES,
+    MAX_GRAMMAR_CHOICES,
     MAX_INT,
     MAX_LOGIT_BIAS,
     MAX_SALT_CHARS,
@@ -33,19 +34,21 @@ from server.limits import (
 )
 from server.routes.stream import run_until
 from server.service import Service
-from server.text.structured import ResponseFormat, StructuredOutputs, checked_grammar
+from server.text.structured import Grammar, ResponseFormat, StructuredOutputs, check_grammar, grammar_of
 
 Model = TypeVar("Model", bound=Body)
 
+_GUIDED = ("json", "regex", "choice", "grammar")
 _NO_DEFAULTS = GenerationDefaults()
 
 
-async def read(request: Request, model: type[Model]) -> Model:
-    """Parse the body. Raises ApiError, also if the server begins to drain before the whole body has arrived."""
+async def read(request: Request, model: type[Model], empty: bytes = b"") -> Model:
+    """Parse the body. empty: what an empty one stands for. Raises ApiError, also if the server begins to drain before
+    the whole body has arrived."""
     service: Service = request.app.state.service
     body = await run_until(service.draining.wait(), request.body(), draining())
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(body or empty)
     except ValidationError as error:
         raise from_validation(error) from None
 
@@ -187,6 +190,13 @@ class CompletionFields(Body):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    """Former names of the fields of structured_outputs."""
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=MAX_GRAMMAR_CHOICES)] | None = None
+    guided_grammar: str | None = None
+    return_token_ids: bool | None = None
+    """Whether the answer contains the ids of its tokens, and of the prompt's."""
     allowed_token_ids: AllowedTokens = None
     bad_words: BadWords = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
@@ -206,13 +216,8 @@ class CompletionFields(Body):
     use_beam_search: Annotated[Any, AfterValidator(only(False))] = None
     length_penalty: Annotated[Any, AfterValidator(only(1.0, 1))] = None
     spaces_between_special_tokens: Annotated[Any, AfterValidator(only(True))] = None
-    return_token_ids: Annotated[Any, AfterValidator(only(False))] = None
     return_tokens_as_token_ids: Annotated[Any, AfterValidator(only(False))] = None
-    guided_choice: NotServed = None
     guided_decoding_backend: NotServed = None
-    guided_grammar: NotServed = None
-    guided_json: NotServed = None
-    guided_regex: NotServed = None
     guided_whitespace_pattern: NotServed = None
     kv_transfer_params: Annotated[Any, AfterValidator(only({}))] = None
     logits_processors: Annotated[Any, AfterValidator(only([]))] = None
@@ -227,6 +232,17 @@ class CompletionFields(Body):
             raise ApiError("prompt_logprobs: not with stream", param="prompt_logprobs")
         if self.stream_options is not None and not self.stream:
             raise ApiError("stream_options: only with stream", param="stream_options")
+
+    @property
+    def structure(self) -> StructuredOutputs | None:
+        """Constraint on the output, by whatever name. Raises ApiError."""
+        guided = {name: value for name in _GUIDED if (value := getattr(self, f"guided_{name}")) is not None}
+        if not guided:
+            return self.structured_outputs
+        first = f"guided_{next(iter(guided))}"
+        if self.structured_outputs is not None or len(guided) > 1:
+            raise ApiError(f"{first}: give either this or other structured outputs", param=first)
+        return StructuredOutputs.model_validate(guided)
 
     @property
     def choices(self) -> int:
@@ -244,14 +260,16 @@ class CompletionFields(Body):
     def usage_always(self) -> bool:
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
-    async def constraints(self, service: Service) -> dict[str, Any]:
-        """Return the sampling parameters that need a tokenizer or are slow: `grammar`, `bad_words`. Raises ApiError."""
+    async def constraints(
+        self, service: Service, whole: Callable[[Grammar | None], Grammar | None] | None = None
+    ) -> dict[str, Any]:
+        """Return the sampling parameters that need a tokenizer or are slow: `grammar`, `bad_words`. Raises ApiError.
+
+        whole: makes the grammar of whole outputs from that of their content; takes some 100 ms. None: both are the
+        same."""
         found: dict[str, Any] = {}
-        if self.response_format is not None or self.structured_outputs is not None:
-            names = service.tokenizer.names_in_grammars
-            asked = await asyncio.to_thread(
-                checked_grammar, self.response_format, self.structured_outputs, names, self.bad_words or ()
-            )
+        if whole is not None or self.response_format is not None or self.structure is not None:
+            asked = await asyncio.to_thread(self._grammar, service.tokenizer.names_in_grammars, whole or _checked)
             if asked is not None:
                 found["grammar"] = asked.text
         if self.bad_words:
@@ -260,6 +278,14 @@ class CompletionFields(Body):
             spelt = await service.encode(texts, False)
             found["bad_words"] = [list(tokens) for tokens in dict.fromkeys(map(tuple, spelt)) if tokens]
         return found
+
+    def _grammar(self, names: Collection[str], whole: Callable[[Grammar | None], Grammar | None]) -> Grammar | None:
+        structure = self.structure
+        try:
+            return whole(grammar_of(self.response_format, structure, names, self.bad_words or ()))
+        except ApiError as error:
+            given = [name for name in _GUIDED if getattr(self, f"guided_{name}") is not None]
+            raise error.renamed({"structured_outputs": f"guided_{given[0]}"} if given else {}) from None
 
     def sampling(
         self,
@@ -304,6 +330,12 @@ class CompletionFields(Body):
         if self.speculation is None:
             return None
         return 0 if self.speculation.enabled is False else self.speculation.max_draft_tokens
+
+
+def _checked(grammar: Grammar | None) -> Grammar | None:
+    if grammar is not None:
+        check_grammar(grammar)
+    return grammar
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGES = ("server", "bench", "planner", "engine", "models", "parallel", "kernels")
@@ -21,11 +22,21 @@ def main() -> None:
     from server.cli.app import app  # not earlier: the check above ensures that it imports our packages
 
     try:
-        app()
+        app(repeated(sys.argv[1:], "--served-model-name"))
     except (ValueError, RuntimeError, OSError) as error:
         if not is_expected(error):
             raise
         sys.exit(_fail(str(error)))
+
+
+def repeated(arguments: Sequence[str], flag: str) -> list[str]:
+    """Write `flag` before each of the values that follow it: other servers take several at once."""
+    found: list[str] = []
+    values = 0  # that follow the flag
+    for argument in arguments:
+        values = 1 if argument == flag else values + 1 if values and not argument.startswith("-") else 0
+        found += [flag, argument] if values > 2 else [argument]
+    return found
 
 
 def is_expected(error: Exception) -> bool:

@@ -26,6 +26,21 @@ class GenerationConfig(StrEnum):
     none = "none"
 
 
+class CallsAs(StrEnum):
+    auto = "auto"
+    hermes = "hermes"
+    llama_json = "llama_json"
+    mistral = "mistral"
+    qwen_xml = "qwen_xml"
+    generic_json = "generic_json"
+
+
+class ThinksIn(StrEnum):
+    auto = "auto"
+    think = "think"
+    none = "none"
+
+
 class LogLevel(StrEnum):
     debug = "debug"
     info = "info"
@@ -39,7 +54,16 @@ def serve(
     config: options.ConfigFile = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="Model id that clients use.")] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Model ids that clients may use, one or several: --served-model-name A B.")
+    ] = None,
+    clamp_max_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--clamp-max-tokens/--no-clamp-max-tokens",
+            help="Take max_tokens beyond the room left for that room, in place of an error.",
+        ),
+    ] = None,
     special_tokens_in_content: Annotated[
         bool | None,
         typer.Option(
@@ -51,8 +75,25 @@ def serve(
         GenerationConfig | None,
         typer.Option(help="Defaults of sampling parameters: model: its generation_config.json; none: OpenAI's."),
     ] = None,
+    tool_format: Annotated[
+        CallsAs | None,
+        typer.Option(help="How the model writes calls of functions; auto: as its chat template says."),
+    ] = None,
+    thinking: Annotated[
+        ThinksIn | None,
+        typer.Option(
+            help="What is returned as reasoning_content: text in <think> tags, or nothing; auto: by the template."
+        ),
+    ] = None,
     restart: Annotated[
         bool | None, typer.Option("--restart/--no-restart", help="Restart the engine when it dies.")
+    ] = None,
+    weight_updates: Annotated[
+        bool | None,
+        typer.Option(
+            "--weight-updates/--no-weight-updates",
+            help="Serve /pause, /resume, /update_weights, /sleep and /wake_up; needs an API key.",
+        ),
     ] = None,
     engine: Annotated[
         Path | None, typer.Option(help="Socket directory of an engine under torchrun to attach to; starts none.")
@@ -87,9 +128,13 @@ def serve(
         "server.host": host,
         "server.port": port,
         "server.served_model_name": served_model_name,
+        "server.clamp_max_tokens": clamp_max_tokens,
         "server.special_tokens_in_content": special_tokens_in_content,
         "server.generation_config": generation_config and generation_config.value,
+        "server.tool_format": tool_format and tool_format.value,
+        "server.thinking": thinking and thinking.value,
         "server.restart": restart,
+        "server.weight_updates": weight_updates,
         "server.log_level": log_level and log_level.value,
         "server.log_format": log_format and log_format.value,
         "server.api_keys": api_key,
@@ -113,10 +158,12 @@ def _run(config: Config, engine: Path | None) -> int:
     from models.config import read_config
     from models.default import resolve_model
     from models.tokenizer import Tokenizer
-    from server.keys import read_keys
+    from server.keys import check_weight_updates, read_keys
     from server.lifecycle import Lifecycle
     from server.listen import listen
 
+    keys = read_keys([key.get_secret_value() for key in config.server.api_keys], config.server.api_keys_file)
+    check_weight_updates(config.server, keys)
     directory = resolve_model(config.engine.model)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"model": str(directory)})})
     set_up(config.server.log_level, config.server.log_format)
@@ -127,8 +174,6 @@ def _run(config: Config, engine: Path | None) -> int:
 
     def ready(service: Service) -> None:
         typer.echo(f"ready: {example(address, port, service)}")
-
-    keys = read_keys([key.get_secret_value() for key in config.server.api_keys], config.server.api_keys_file)
 
     async def main() -> int:
         return await Lifecycle(config, tokenizer, listener, ready, keys=keys, engine_directory=engine).run()

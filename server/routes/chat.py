@@ -6,19 +6,22 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 
 from engine.messages import TokenLogprobs
+from engine.text import Delta
 from models.tokenizer import Tokenizer
-from server.bodies.fields import choice_seed, read
-from server.bodies.schemas import ChatFields, ChatRequest
-from server.generation import Choice, ChoiceDelta, Generation, Usage
+from server.bodies.chat_body import ChatRequest
+from server.bodies.fields import read
+from server.chat.answer_parser import AnswerDelta, CallDelta
+from server.chat.chat_run import ChatPiece, ChatRun
+from server.errors import ApiError
 from server.observe.speculation_report import SpeculationReports
 from server.request_ids import given_request_id
-from server.routes.completions import finite, prompt_logprobs
+from server.routes.completions import clamped, finite, prompt_logprobs
 from server.routes.stream import respond
 from server.service import Service
 
@@ -32,108 +35,122 @@ async def create(request: Request) -> Response:
     body.check()
     service.check_model(body.model)
     service.engine()
-    answer = await _Answer.prepare(service, body, given_request_id(request.scope))
-    return await respond(request, answer, bool(body.stream))
+    try:
+        run = await ChatRun.prepare(service, body)
+    except ApiError as error:
+        newer = {} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        raise error.renamed({"prompt": "messages", **newer}) from None
+    return await respond(request, _Answer(body, run, given_request_id(request.scope)), bool(body.stream))
 
 
-async def prompt_tokens(service: Service, chat: ChatFields, add_special_tokens: bool | None) -> list[int]:
-    """Tokenize the conversation in the model's own template, which writes all special tokens. Raises ApiError."""
-    messages = [message.model_dump(include={"role", "content", "name"}) for message in chat.messages]
-    for message in messages:
-        if message["name"] is None:
-            del message["name"]
-    generate = True if chat.add_generation_prompt is None else chat.add_generation_prompt
-    rendered = await service.template.render_async(messages, generate)
-    return await service.encode_chat(rendered, bool(add_special_tokens))
+@dataclass(slots=True)
+class _Message:
+    """A choice's answer so far. calls: in the route's format."""
+
+    thinking: str = ""
+    content: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    last: ChatPiece | None = None
+
+    def add(self, delta: AnswerDelta) -> None:
+        self.thinking += delta.thinking
+        self.content += delta.content
+        for call in delta.calls:
+            if call.name is not None:
+                self.calls.append(_call(call))
+            else:
+                self.calls[call.index]["function"]["arguments"] += call.arguments
 
 
 class _Answer:
     """Choices of one request in this route's format."""
 
-    def __init__(self, service: Service, body: ChatRequest, generation: Generation, given_id: str | None) -> None:
+    def __init__(self, body: ChatRequest, run: ChatRun, given_id: str | None) -> None:
         """given_id: the request's X-Request-Id."""
         self.id = f"chatcmpl-{body.request_id or given_id or uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._service = service
-        self._body = body
-        self.generation = generation
-
-    @classmethod
-    async def prepare(cls, service: Service, body: ChatRequest, given_id: str | None) -> _Answer:
-        """Render, tokenize and check. given_id: the request's X-Request-Id. Raises ApiError."""
-        service.check_count(1, body.choices)
-        tokens = await prompt_tokens(service, body, body.add_special_tokens)
-        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        tokens = service.truncate(tokens, body.truncate_prompt_tokens, asked, 1)
-        params = body.sampling(
-            service.engine().ready,
-            max_tokens=service.fit(tokens, asked, None),
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            defaults=service.generation_defaults,
-            constraints=await body.constraints(service),
-        )
-        choices = [
-            Choice(
-                number,
-                tokens,
-                msgspec.structs.replace(params, seed=choice_seed(params.seed, number)),
-                body.priority or 0,
-                body.cache_salt or "",
-                body.wants_report,
-                first=number == 0,
-                continues=False,
-            )
-            for number in range(body.choices)
-        ]
-        return cls(service, body, Generation(service, choices, Usage(len(tokens))), given_id)
+        self._body, self._run = body, run
+        self._asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        self._service, self.generation = run.service, run.generation
 
     async def whole(self) -> dict[str, Any]:
-        texts: list[list[str]] = [[] for _ in self.generation.choices]
-        logprobs: list[list[dict[str, Any]]] = [[] for _ in texts]
-        ends: list[ChoiceDelta | None] = [None] * len(texts)
+        messages = [_Message() for _ in self.generation.choices]
         reports = SpeculationReports()
         prompt: dict[str, Any] = {}
-        async with aclosing(self.generation.pieces()) as pieces:
+        async with aclosing(self._run.pieces()) as pieces:
             async for piece in pieces:
-                texts[piece.index].append(piece.delta.text)
-                logprobs[piece.index] += self._logprobs(piece)
-                ends[piece.index] = piece
-                reports.add(piece.index, piece.report)
-                if piece.prompt is not None:
-                    prompt = {"prompt_logprobs": prompt_logprobs(self._service.tokenizer, piece.prompt)}
+                message = messages[piece.index]
+                message.add(piece.delta)
+                message.logprobs += self._logprobs(piece)
+                message.tokens += piece.raw.delta.tokens
+                message.last = piece
+                reports.add(piece.index, piece.raw.report)
+                if piece.raw.prompt is not None:
+                    prompt = {"prompt_logprobs": prompt_logprobs(self._service.tokenizer, piece.raw.prompt)}
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": "".join(texts[index]), "refusal": None},
-                "logprobs": {"content": logprobs[index], "refusal": None} if self._body.logprobs else None,
-                "finish_reason": end.delta.finish_reason if end else None,
-                "stop_reason": end.delta.stop_reason if end else None,
+                "message": self._message(message),
+                "logprobs": {"content": message.logprobs, "refusal": None} if self._body.logprobs else None,
+                "finish_reason": message.last.finish_reason if message.last else None,
+                "stop_reason": message.last.raw.delta.stop_reason if message.last else None,
                 **reports.fields(index),
+                **self._ids(message.tokens),
             }
-            for index, end in enumerate(ends)
+            for index, message in enumerate(messages)
         ]
-        return self._object("chat.completion", choices) | {"usage": self.generation.usage.as_dict()} | prompt
+        usage = {"usage": self.generation.usage.as_dict()}
+        return self._object("chat.completion", choices) | usage | prompt | self._prompt_ids()
+
+    def _ids(self, tokens: list[int]) -> dict[str, Any]:
+        return {"token_ids": tokens} if self._body.return_token_ids else {}
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self.generation.choices[0].prompt} if self._body.return_token_ids else {}
+
+    def _message(self, message: _Message) -> dict[str, Any]:
+        content = message.content if message.content or not message.calls else None
+        calls = {"tool_calls": message.calls} if message.calls else {}
+        thinking = self._thinking(message.thinking) if message.thinking else {}
+        return {"role": "assistant", "content": content, "refusal": None, **thinking, **calls}
+
+    def _thinking(self, text: str) -> dict[str, Any]:
+        """Return the fields of thinking, which clients know by two names."""
+        return {} if self._body.include_reasoning is False else {"reasoning_content": text, "reasoning": text}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         usage = self.generation.usage
         silent = {choice.index for choice in self.generation.choices}
-        async with aclosing(self.generation.pieces()) as pieces:
+        async with aclosing(self._run.pieces()) as pieces:
             async for piece in pieces:
                 if piece.index in silent:
                     silent.remove(piece.index)
-                    yield self._chunk(_delta(piece.index, {"role": "assistant", "content": ""}))
-                logprobs = self._logprobs(piece)
-                if not (piece.delta.text or logprobs or piece.report or piece.delta.finish_reason):
+                    head = self._chunk(_delta(piece.index, {"role": "assistant", "content": ""}))
+                    yield head | self._prompt_ids()
+                logprobs, delta, ids = (
+                    self._logprobs(piece),
+                    self._delta(piece.delta),
+                    self._ids(piece.raw.delta.tokens),
+                )
+                if not (delta or logprobs or piece.raw.report or piece.finish_reason or ids.get("token_ids")):
                     continue  # the whole piece is held back
-                choice = _delta(piece.index, {"content": piece.delta.text} if piece.delta.text else {})
+                choice = _delta(piece.index, delta) | ids
                 choice["logprobs"] = {"content": logprobs, "refusal": None} if self._body.logprobs else None
-                choice["finish_reason"] = piece.delta.finish_reason
-                choice["stop_reason"] = piece.delta.stop_reason
-                if piece.report is not None:
-                    choice["speculation"] = piece.report
+                choice["finish_reason"] = piece.finish_reason
+                choice["stop_reason"] = piece.raw.delta.stop_reason
+                if piece.raw.report is not None:
+                    choice["speculation"] = piece.raw.report
                 yield self._chunk(choice)
         if self._body.usage_at_end:
             yield self._object("chat.completion.chunk", []) | {"usage": usage.as_dict()}
+
+    def _delta(self, delta: AnswerDelta) -> dict[str, Any]:
+        thinking = self._thinking(delta.thinking) if delta.thinking else {}
+        content = {"content": delta.content} if delta.content else {}
+        calls = {"tool_calls": [_call_delta(call) for call in delta.calls]} if delta.calls else {}
+        return {**thinking, **content, **calls}
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         chunk = self._object("chat.completion.chunk", [choice])
@@ -150,20 +167,32 @@ class _Answer:
             "created": self._created,
             "model": self._service.model_id,
             "choices": choices,
+            **clamped(self.generation, self._asked),
         }
 
-    def _logprobs(self, piece: ChoiceDelta) -> list[dict[str, Any]]:
-        tokenizer = self._service.tokenizer
-        return [
-            _token(tokenizer, token, entry.logprob) | {"top_logprobs": _top(tokenizer, entry)}
-            for token, entry in zip(
-                piece.delta.tokens, piece.delta.logprobs or (), strict=piece.delta.logprobs is not None
-            )
-        ]
+    def _logprobs(self, piece: ChatPiece) -> list[dict[str, Any]]:
+        return token_logprobs(self._service.tokenizer, piece.raw.delta)
 
 
-def _delta(index: int, delta: dict[str, str]) -> dict[str, Any]:
+def token_logprobs(tokenizer: Tokenizer, delta: Delta) -> list[dict[str, Any]]:
+    """Describe all tokens with log-probabilities, those of thinking and calls too."""
+    return [
+        _token(tokenizer, token, entry.logprob) | {"top_logprobs": _top(tokenizer, entry)}
+        for token, entry in zip(delta.tokens, delta.logprobs or (), strict=delta.logprobs is not None)
+    ]
+
+
+def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _call(call: CallDelta) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_delta(call: CallDelta) -> dict[str, Any]:
+    whole = {"function": {"arguments": call.arguments}} if call.name is None else _call(call)
+    return {"index": call.index, **whole}
 
 
 def _top(tokenizer: Tokenizer, entry: TokenLogprobs) -> list[dict[str, Any]]:

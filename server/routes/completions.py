@@ -16,6 +16,7 @@ from engine.messages import PromptLogprobs, TokenLogprobs
 from models.tokenizer import REPLACEMENT, IncrementalDecoder, Tokenizer
 from server.bodies.fields import choice_seed, read
 from server.bodies.schemas import CompletionRequest
+from server.errors import ApiError
 from server.generation import Choice, ChoiceDelta, Generation, Usage
 from server.observe.speculation_report import SpeculationReports
 from server.request_ids import given_request_id
@@ -80,6 +81,8 @@ class _Answer:
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
         ids = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
         encoded = ids or await service.encode(texts, special)  # all prompts are texts, or all are token ids
+        if body.suffix:
+            encoded = await _before(service, encoded, body.suffix)
         for prompt, tokens in zip(body.prompt, encoded, strict=True):
             whole = len(tokens)
             tokens = service.truncate(tokens, body.truncate_prompt_tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
@@ -123,11 +126,13 @@ class _Answer:
         logprobs: list[dict[str, list[Any]] | None] = [None] * len(texts)
         ends: list[ChoiceDelta | None] = [None] * len(texts)
         reports = SpeculationReports()
+        ids: list[list[int]] = [[] for _ in texts]
         prompts: dict[int, dict[str, Any]] = {}
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 texts[piece.index].append(piece.delta.text)
                 ends[piece.index] = piece
+                ids[piece.index] += piece.delta.tokens
                 reports.add(piece.index, piece.report)
                 if self._body.prompt_logprobs is not None and piece.prompt is not None:
                     prompts[piece.index] = {"prompt_logprobs": prompt_logprobs(self._service.tokenizer, piece.prompt)}
@@ -135,7 +140,12 @@ class _Answer:
                     have = logprobs[piece.index]
                     logprobs[piece.index] = more if have is None else {key: have[key] + more[key] for key in more}
         choices = [
-            _choice(index, "".join(texts[index]), logprobs[index], end) | reports.fields(index) | prompts.get(index, {})
+            {
+                **_choice(index, "".join(texts[index]), logprobs[index], end),
+                **reports.fields(index),
+                **prompts.get(index, {}),
+                **self._ids(index, ids[index], with_prompt=True),
+            }
             for index, end in enumerate(ends)
         ]
         return self._object(choices) | {"usage": self.generation.usage.as_dict()}
@@ -143,6 +153,7 @@ class _Answer:
     async def events(self) -> AsyncGenerator[dict[str, Any] | None, None]:
         usage = self.generation.usage
         echoes = [echo.text for echo in self._echoes]
+        silent = {choice.index for choice in self.generation.choices}
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
                 if not (piece.delta.tokens or piece.delta.finish_reason):
@@ -150,10 +161,12 @@ class _Answer:
                     continue
                 text, echoes[piece.index] = echoes[piece.index] + piece.delta.text, ""
                 logprobs = self._logprobs(piece)
-                if not (text or logprobs or piece.report or piece.delta.finish_reason):
+                ids = self._ids(piece.index, piece.delta.tokens, with_prompt=piece.index in silent)
+                silent.discard(piece.index)
+                if not (text or logprobs or ids or piece.report or piece.delta.finish_reason):
                     continue  # the whole piece is held back
                 told = {} if piece.report is None else {"speculation": piece.report}
-                chunk = self._object([_choice(piece.index, text, logprobs, piece) | told])
+                chunk = self._object([_choice(piece.index, text, logprobs, piece) | told | ids])
                 if self._body.usage_always:
                     chunk["usage"] = usage.as_dict()
                 elif self._body.usage_at_end:
@@ -169,7 +182,15 @@ class _Answer:
             "created": self._created,
             "model": self._service.model_id,
             "choices": choices,
+            **clamped(self.generation, self._body.max_tokens),
         }
+
+    def _ids(self, index: int, tokens: list[int], *, with_prompt: bool) -> dict[str, Any]:
+        """Return the ids of a choice's new tokens, if they are asked for."""
+        if not self._body.return_token_ids:
+            return {}
+        prompt = {"prompt_token_ids": self.generation.choices[index].prompt} if with_prompt else {}
+        return {"token_ids": tokens, **prompt}
 
     def _logprobs(self, piece: ChoiceDelta) -> dict[str, list[Any]] | None:
         """Return logprobs of `piece`, and of the prompt if it is echoed; offsets index into the choice's text."""
@@ -209,6 +230,15 @@ class _Answer:
         }
 
 
+async def _before(service: Service, prompts: Sequence[list[int]], suffix: str) -> list[list[int]]:
+    """Return prompts for the text between each of `prompts` and a suffix. Raises ApiError: the model has none."""
+    if service.infilling is None:
+        reason = "suffix: the model's tokenizer has no tokens for a text between two others"
+        raise ApiError(reason, code="not_served", param="suffix")
+    (behind,) = await service.encode([suffix], False)
+    return [service.infilling.prompt(prompt, behind) for prompt in prompts]
+
+
 def _own_text(tokenizer: Tokenizer, prompt: str, add_special_tokens: bool) -> _Echo:
     """Echo a prompt that came as text. Tokens that the tokenizer adds to it take none of it."""
     return _Echo(prompt, tokenizer.encode_with_offsets(prompt, add_special_tokens)[1])
@@ -241,6 +271,12 @@ def _top(tokenizer: Tokenizer, token: str, entry: TokenLogprobs) -> dict[str, fl
         for id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
     }
     return top | {token: finite(entry.logprob)}
+
+
+def clamped(generation: Generation, asked: int | None) -> dict[str, int]:
+    """Return what the answer says of a max_tokens that was more than there was room for."""
+    most = max(choice.params.max_tokens for choice in generation.choices)
+    return {} if asked is None or asked <= most else {"clamped_max_tokens": most}
 
 
 def prompt_logprobs(tokenizer: Tokenizer, told: list[PromptLogprobs]) -> list[dict[str, Any] | None]:

@@ -7,16 +7,18 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
+from engine.messages import EngineState
+from server.errors import unavailable
 from server.service import Service
 
 router = APIRouter()
 
 
-def _card(service: Service) -> dict[str, Any]:
-    """Describe the model. magicdec.target_kv: settings of a target that reads part of its KV, whose text is not the
-    dense model's; null: it reads all."""
+def _card(service: Service, model_id: str) -> dict[str, Any]:
+    """Describe the model under one of its names. magicdec.target_kv: settings of a target that reads part of its KV,
+    whose text is not the dense model's; null: it reads all."""
     return {
-        "id": service.model_id,
+        "id": model_id,
         "object": "model",
         "created": service.created,
         "owned_by": "magicdec",
@@ -29,14 +31,15 @@ def _card(service: Service) -> dict[str, Any]:
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [_card(request.app.state.service)]}
+    service: Service = request.app.state.service
+    return {"object": "list", "data": [_card(service, model_id) for model_id in service.model_ids]}
 
 
 @router.get("/v1/models/{model_id:path}")
 async def model(request: Request, model_id: str) -> dict[str, Any]:
     service: Service = request.app.state.service
     service.check_model(model_id)
-    return _card(service)
+    return _card(service, model_id)
 
 
 @router.get("/health")
@@ -48,7 +51,10 @@ async def health(request: Request) -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, str]:
-    request.app.state.service.engine()
+    """Report whether requests are accepted and run: not while the engine is paused or asleep."""
+    state = request.app.state.service.engine().stats.state
+    if state is not EngineState.RUNNING:
+        raise unavailable(f"the engine is {state}", state)
     return {"status": "ready"}
 
 
@@ -64,10 +70,11 @@ async def version(request: Request) -> dict[str, str]:
 
 
 @router.get("/load")
-async def load(request: Request) -> dict[str, int]:
+async def load(request: Request) -> dict[str, int | str]:
     """Report the load; at most about a second old. Free pages: all that a request could get, cached ones too."""
     stats = request.app.state.service.loaded().stats
     return {
+        "state": stats.state,
         "running": stats.running,
         "waiting": stats.waiting,
         "pages_total": stats.pages_total,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +25,12 @@ PING = b": ping\n\n"
 
 def event(data: Any) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def typed_event(data: Any) -> bytes:
+    """Encode an event whose `type` is its name too."""
+    name: str = data["type"]
+    return b"event: " + name.encode() + b"\n" + event(data)
 
 
 async def wait_disconnected(receive: Receive) -> None:
@@ -64,8 +70,15 @@ class Answer(Protocol):
         """Yield events. None is not sent: it only says that the request has been accepted."""
 
 
-async def respond(request: Request, answer: Answer, streaming: bool) -> Response:
-    """Send `answer`. Its work ends with it, or when the client disconnects.
+async def respond(
+    request: Request,
+    answer: Answer,
+    streaming: bool,
+    *,
+    encode: Callable[[Any], bytes] = event,
+    done: bool = True,
+) -> Response:
+    """Send `answer`. Its work ends with it, or when the client disconnects. encode, done: see `stream`.
 
     X-Request-Id: RequestIds puts the request's own in the place of the answer's id.
     """
@@ -74,17 +87,24 @@ async def respond(request: Request, answer: Answer, streaming: bool) -> Response
     answer.generation.parent = request.headers.get("traceparent")
     if streaming:
         ping_s = request.app.state.service.config.server.ping_s
-        return await stream(request, answer.events(), headers, ping_s)
+        return await stream(request, answer.events(), headers, ping_s, encode=encode, done=done)
     body = msgspec.json.encode(await run_while_connected(request.receive, answer.whole()))
     return Response(body, headers=headers, media_type="application/json")
 
 
 async def stream(
-    request: Request, events: AsyncGenerator[Any, None], headers: Mapping[str, str], ping_s: float
+    request: Request,
+    events: AsyncGenerator[Any, None],
+    headers: Mapping[str, str],
+    ping_s: float,
+    *,
+    encode: Callable[[Any], bytes] = event,
+    done: bool = True,
 ) -> Response:
-    """Answer with `events` (JSON values; None is not sent), then [DONE].
+    """Answer with `events` (JSON values; None is not sent), and with [DONE] if `done`.
 
     Errors before the first event are raised, so that they are answered with their own status. ping_s: see EventStream.
+    encode: writes an event.
     """
 
     async def first() -> Any:
@@ -95,20 +115,23 @@ async def stream(
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(_encoded(head, events), headers, ping_s)
+    return EventStream(_encoded(head, events, encode, done), headers, ping_s)
 
 
-async def _encoded(head: Any, events: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+async def _encoded(
+    head: Any, events: AsyncGenerator[Any, None], encode: Callable[[Any], bytes], done: bool
+) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
         try:
             if head is not None:
-                yield event(head)
+                yield encode(head)
             async for item in events:
                 if item is not None:
-                    yield event(item)
+                    yield encode(item)
         except Exception as error:
             yield event(as_api_error(error).body())
-        yield DONE
+        if done:
+            yield DONE
 
 
 class EventStream(Response):

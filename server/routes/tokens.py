@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from server.bodies.fields import read
-from server.bodies.schemas import ChatFields, DetokenizeRequest, TokenizeRequest
-from server.routes.chat import prompt_tokens
+from server.bodies.schemas import DetokenizeRequest, TokenizeRequest
+from server.chat.chat_run import render
 from server.service import Service
 
 router = APIRouter()
@@ -25,8 +25,8 @@ async def tokenize(request: Request) -> dict[str, Any]:
         special = True if body.add_special_tokens is None else body.add_special_tokens
         (tokens,) = await service.encode([body.prompt], special)
     else:
-        chat = ChatFields(messages=body.messages or [], add_generation_prompt=body.add_generation_prompt)
-        tokens = await prompt_tokens(service, chat, body.add_special_tokens)
+        rendered = await render(service, body, body.messages or [], body.offered())
+        tokens = await service.encode_chat(rendered, bool(body.add_special_tokens))
     strings = None
     if body.return_token_strs:
         strings = [service.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]

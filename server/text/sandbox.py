@@ -59,7 +59,7 @@ def render(template: Template, variables: dict[str, Any], chars: int) -> str:
     """Render within the bounds. chars: length of the messages. Raises TemplateError if time or output exceed them."""
     _until.time = time.monotonic() + MAX_SECONDS
     pieces, left = [], MAX_OUTPUT_CHARS + 4 * chars
-    for piece in template.generate(**variables):
+    for piece in template.generate(variables):
         check_clock()
         pieces.append(piece)
         left -= len(piece)

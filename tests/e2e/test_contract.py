@@ -14,10 +14,13 @@ from tests.support.contract import (
     NOT_SERVED_ON_BOTH,
     NOT_SERVED_ON_CHAT,
     NOT_SERVED_ON_COMPLETIONS,
+    RESPONSES,
     USER,
     fault,
 )
 from tests.support.servers import Server
+
+MESSAGES = "/v1/messages"
 
 HARMLESS_ON_BOTH: dict[str, Any] = {
     "response_format": {"type": "text"},
@@ -86,7 +89,7 @@ def test_sse_framing(tiny: Server) -> None:
     assert usage["usage"]["completion_tokens"] == 160
     assert set(usage["usage"]["prompt_tokens_details"]) == {"cached_tokens"}
     details = usage["usage"]["completion_tokens_details"]
-    assert set(details) == {"accepted_prediction_tokens", "rejected_prediction_tokens"}
+    assert set(details) == {"reasoning_tokens", "accepted_prediction_tokens", "rejected_prediction_tokens"}
     assert all(chunk["usage"] is None for chunk in content)
     reasons: dict[int, list[str | None]] = {}
     for chunk in content:
@@ -127,7 +130,7 @@ def test_about_the_server(tiny: Server) -> None:
     assert tiny.get("/health").json() == {"status": "ok"}
     assert tiny.get("/ready").status_code == 200
     assert set(tiny.get("/version").json()) == {"version", "commit"}
-    assert set(tiny.load()) == {"running", "waiting", "pages_total", "pages_free"}
+    assert set(tiny.load()) == {"state", "running", "waiting", "pages_total", "pages_free"}
     metrics = tiny.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
     for name in ("vllm:num_requests_running", "vllm:spec_decode_num_drafts_total", "vllm:prefix_cache_hits_total"):
@@ -158,7 +161,7 @@ def test_speculation_changes_no_text(tiny: Server) -> None:
     texts = [[choice["text"] for choice in answer["choices"]] for answer in answers]
     assert texts[0] == texts[1] == texts[2]
     plain = answers[1]["usage"]["completion_tokens_details"]
-    assert plain == {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+    assert set(plain.values()) == {0}
     drafted = answers[0]["usage"]["completion_tokens_details"]
     assert sum(drafted.values()) > 0
 
@@ -217,18 +220,52 @@ def test_openapi(tiny: Server) -> None:
     schemas = document["components"]["schemas"]
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references <= set(schemas)
-    for path, name, body in (
-        (COMPLETIONS, "CompletionRequest", {"prompt": [[1, 2], [3]], "stop": "a", "logit_bias": {"5": 1.0}}),
-        (CHAT, "ChatRequest", {"messages": USER, "response_format": {"type": "text"}, "bad_words": ["x"]}),
+    for path, name, limit, body in (
+        (COMPLETIONS, "CompletionRequest", "max_tokens", {"prompt": [[1, 2], [3]], "logit_bias": {"5": 1.0}}),
+        (CHAT, "ChatRequest", "max_tokens", {"messages": USER, "response_format": {"type": "text"}, "stop": "a"}),
+        (
+            RESPONSES,
+            "ResponsesRequest",
+            "max_output_tokens",
+            {"input": USER, "bad_words": ["x"], "tool_choice": "none"},
+        ),
     ):
         validator = jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", **document})
         validator.validate(body)
-        answer = tiny.post(path, body | {"max_tokens": 1})
+        answer = tiny.post(path, body | {limit: 1})
         assert answer.status_code == 200
         declared = document["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
         jsonschema.Draft202012Validator({**declared, **document}).validate(answer.json())
-        wrong = body | {"n": "many"}
+        wrong = body | {"top_k": "many"}
         assert not validator.is_valid(wrong)
         error = fault(tiny.post(path, wrong), 400)
         jsonschema.validate({"error": error}, schemas["Error"])
         assert set(document["paths"][path]["post"]["responses"]) >= {"200", "400", "401", "413", "503"}
+
+
+def test_messages(server: Server) -> None:
+    """A tool that must be called, its result, and the answer to it as a stream."""
+    place = {"type": "string", "maxLength": 20}
+    schema = {"type": "object", "properties": {"city": place}, "required": ["city"], "additionalProperties": False}
+    asked: dict[str, Any] = {
+        "model": "default",
+        "tools": [{"name": "get_weather", "description": "Current weather of a city.", "input_schema": schema}],
+        "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+    }
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    first = server.post(MESSAGES, asked | {"max_tokens": 200, "temperature": 0, "tool_choice": choice})
+    assert first.status_code == 200, first.text
+    (call,) = first.json()["content"]
+    assert (first.json()["stop_reason"], call["type"], call["name"]) == ("tool_use", "tool_use", "get_weather")
+    jsonschema.validate(call["input"], schema)
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": "Sunny, 21 degrees"}
+    asked["messages"] += [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    streamed = server.post(MESSAGES, asked | {"max_tokens": 20, "stream": True})
+    data = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line.startswith("data: ")]
+    found = [json.loads(each) for each in data]
+    assert [found[0]["type"], found[-1]["type"]] == ["message_start", "message_stop"]
+    assert any(event["type"] == "content_block_delta" for event in found)
+    usage = found[-2]["usage"]
+    count = server.post(f"{MESSAGES}/count_tokens", asked).json()["input_tokens"]
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == count
+    assert 0 < usage["output_tokens"] <= 20

@@ -201,13 +201,13 @@ def test_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model=MODEL, prompt=[5] * 2048)
     assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError) as tools:
+    with pytest.raises(openai.BadRequestError) as prediction:
         client.chat.completions.create(
             model=MODEL,
             messages=[{"role": "user", "content": "x"}],
-            tools=[{"type": "function", "function": {"name": "f"}}],
+            prediction={"type": "content", "content": "x"},
         )
-    assert (tools.value.code, tools.value.param) == ("not_served", "tools")
+    assert (prediction.value.code, prediction.value.param) == ("not_served", "prediction")
 
 
 @pytest.mark.parametrize("stream", [True, False])

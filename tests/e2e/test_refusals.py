@@ -84,7 +84,8 @@ def test_completions_that_are_refused(tiny: Server, body: dict[str, Any], param:
         ({"messages": USER, "top_logprobs": 2}, "top_logprobs", "invalid_value"),
         ({"messages": USER, "logprobs": 2}, "logprobs", "invalid_value"),
         ({"messages": USER, "prompt": "x"}, "prompt", "unknown_field"),
-        ({"messages": [{"role": "user", "content": "a" * 9000}]}, "prompt", "context_length_exceeded"),
+        ({"messages": [{"role": "user", "content": "a" * 9000}]}, "messages", "context_length_exceeded"),
+        ({"messages": USER, "tools": [{"type": "web_search"}]}, "tools.0.type", "not_served"),
     ],
 )
 def test_chats_that_are_refused(tiny: Server, body: dict[str, Any], param: str, code: str) -> None:

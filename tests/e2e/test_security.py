@@ -57,7 +57,16 @@ def test_keys_open_every_route(guarded: Server, key: str) -> None:
 
 @pytest.mark.parametrize("key", [None, "third-key", KEYS[0][:-1], KEYS[0] + "x", "ключ"])
 def test_others_open_none_but_the_watched(guarded: Server, key: str | None) -> None:
-    for path in (COMPLETIONS, "/v1/models", "/version", "/load", "/reset_prefix_cache", "/nowhere"):
+    for path in (
+        COMPLETIONS,
+        "/v1/models",
+        "/version",
+        "/load",
+        "/reset_prefix_cache",
+        "/pause",
+        "/update_weights",
+        "/nowhere",
+    ):
         answer = ask(guarded, path, key=key)
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert answer.json()["error"]["code"] == "invalid_api_key"

@@ -11,9 +11,10 @@ from typing import Any, cast
 import httpx
 
 from engine.config.deployment import Config, EngineConfig, SchedulerConfig, ServerConfig
-from engine.messages import RETRY_FULL, AddRequest, RequestOutput
-from engine.processes.client import EngineDead
+from engine.messages import RETRY_FULL, AddRequest, ControlAction, RequestOutput
+from engine.processes.client import ControlRefused, EngineDead
 from engine.processes.supervisor import Supervisor
+from engine.ranks.resident_weights import WeightsRefused
 from models.tokenizer import Tokenizer
 from server.app import create_app
 from server.service import Service
@@ -31,6 +32,7 @@ class FakeClient:
         self.down: str | None = None
         self.aborted: list[str] = []
         self.requests: list[AddRequest] = []
+        self.controls: list[tuple[ControlAction, bool, str]] = []
 
     @property
     def stats(self) -> Any:
@@ -40,6 +42,20 @@ class FakeClient:
         if self.dead is not None:
             raise EngineDead(self.dead)
         self.engine.reset_prefix_cache()
+
+    async def control(self, action: ControlAction, *, abort: bool = False, path: str = "") -> None:
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        self.controls.append((action, abort, path))
+        try:
+            if action == "pause":
+                self.engine.pause(abort)
+            elif action == "update_weights":
+                self.engine.update_weights(path)
+            else:
+                getattr(self.engine, action)()
+        except WeightsRefused as error:
+            raise ControlRefused(str(error)) from None
 
     async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
         if self.dead is not None:
@@ -70,13 +86,16 @@ class FakeClient:
 
 
 @asynccontextmanager
-async def server(directory: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FakeClient, Service]]:
+async def server(
+    directory: Path, client: FakeClient | None = None, **settings: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, FakeClient, Service]]:
+    """client: the engine; None: one that answers with tokens of its own."""
     config = Config(
         engine=EngineConfig(model=str(directory), scheduler=SchedulerConfig(max_rows=4, max_waiting=4)),
-        server=ServerConfig(served_model_name="tiny", **settings),
+        server=ServerConfig(**{"served_model_name": ["tiny"], **settings}),
     )
     service = Service(config, Tokenizer(directory))
-    client = FakeClient()
+    client = client or FakeClient()
     service.client = cast(Supervisor, client)
     transport = httpx.ASGITransport(create_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:

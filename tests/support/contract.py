@@ -7,20 +7,16 @@ from typing import Any
 import httpx
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 USER = [{"role": "user", "content": "hi"}]
 
 
 NOT_SERVED_ON_BOTH: dict[str, Any] = {
-    "guided_choice": ["a"],
     "guided_decoding_backend": "x",
-    "guided_grammar": "x",
-    "guided_json": {},
-    "guided_regex": "a",
     "guided_whitespace_pattern": "x",
     "kv_transfer_params": {"a": 1},
     "length_penalty": 0.5,
     "logits_processors": ["a"],
-    "return_token_ids": True,
     "return_tokens_as_token_ids": True,
     "spaces_between_special_tokens": False,
     "structural_tag": "x",
@@ -35,20 +31,15 @@ NOT_SERVED_ON_COMPLETIONS: dict[str, Any] = {"suffix": "x", "prompt_embeds": "x"
 NOT_SERVED_ON_CHAT: dict[str, Any] = {
     "audio": {},
     "chat_template": "{{ messages }}",
-    "chat_template_kwargs": {"a": 1},
-    "continue_final_message": True,
     "documents": [{}],
     "echo": True,
     "function_call": {"name": "f"},
     "functions": [{}],
-    "include_reasoning": True,
     "mm_processor_kwargs": {"a": 1},
     "modalities": ["audio"],
     "prediction": {},
     "prompt_cache_retention": "x",
     "reasoning_effort": "low",
-    "tool_choice": "required",
-    "tools": [{"type": "function"}],
     "web_search_options": {},
 }
 

@@ -35,12 +35,13 @@ def test_usage_counts_tokens_and_drafts(directory: Path) -> None:
             answer = (await http.post("/v1/completions", json=body)).json()
             assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
             # Each choice: three tokens (two of them drafted), then two (one drafted); three drafted each time.
+            drafted = ("accepted_prediction_tokens", "rejected_prediction_tokens")
             assert answer["usage"] == {
                 "prompt_tokens": 3,
                 "completion_tokens": 20,
                 "total_tokens": 23,
                 "prompt_tokens_details": {"cached_tokens": 0},
-                "completion_tokens_details": {"accepted_prediction_tokens": 12, "rejected_prediction_tokens": 12},
+                "completion_tokens_details": dict.fromkeys(drafted, 12) | {"reasoning_tokens": 0},
             }
 
     asyncio.run(main())

@@ -9,7 +9,8 @@ import pytest
 
 from engine.messages import EngineStats, Ready
 from engine.params import SamplingParams
-from server.bodies.schemas import ChatRequest, CompletionRequest
+from server.bodies.chat_body import ChatRequest
+from server.bodies.schemas import CompletionRequest
 
 READY = Ready(model="m", max_model_len=100, vocab_size=50, eos_token_ids=[2], stats=EngineStats())
 MESSAGE = {"role": "user", "content": "x"}
@@ -124,6 +125,7 @@ def test_fields_without_effect(fields: dict[str, Any]) -> None:
         {"role": "assistant", "content": "x", "annotations": [{"type": "url_citation"}], "refusal": ""},
         {"role": "user", "content": "x", "id": "message-1", "timestamp": "2030-01-01T00:00:00Z"},
         {"role": "user", "content": "x", "id": 5, "timestamp": 1.5},
+        {"role": "assistant", "content": "x", "provider_specific_fields": {"reasoning": "y"}, "function_call": None},
         {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
         {"role": "developer", "content": "x", "name": "ann"},
     ],

@@ -12,7 +12,7 @@ import pytest
 
 from engine.config.deployment import ConfigError
 from models.config import ModelError
-from server.cli import is_expected, main
+from server.cli import is_expected, main, repeated
 from tests.support.paths import ROOT
 from tests.support.tiny import write_model
 
@@ -102,3 +102,16 @@ def test_text_that_the_output_cannot_encode_is_written_as_escapes(tmp_path: Path
     whole, escaped = texts
     assert "\ufffd" in whole.decode("utf-8")
     assert escaped == whole.decode("utf-8").encode("latin-1", errors="backslashreplace")
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        (["serve", "--names", "a", "b", "--port", "1"], ["serve", "--names", "a", "--names", "b", "--port", "1"]),
+        (["serve", "--names", "a", "--names", "b", "c"], ["serve", "--names", "a", "--names", "b", "--names", "c"]),
+        (["serve", "--port", "1"], ["serve", "--port", "1"]),
+        (["serve", "--names=a", "--port", "1"], ["serve", "--names=a", "--port", "1"]),
+    ],
+)
+def test_one_flag_takes_several_values(given: list[str], written: list[str]) -> None:
+    assert repeated(given, "--names") == written

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Library
 
 from models.tokenizer import Tokenizer
 from server.errors import ApiError
-from server.text.template import ChatTemplate
+from server.text.template import ChatPrompt, ChatTemplate
 from tests.support.app import server
 from tests.support.tiny import SPECIAL, write_tokenizer
 
@@ -34,7 +34,7 @@ def with_template(directory: Path, template: str) -> Tokenizer:
 
 
 def ids_of(tokenizer: Tokenizer, *messages: dict[str, str]) -> list[int]:
-    return ChatTemplate(tokenizer).render(list(messages)).encode(tokenizer, False)
+    return ChatTemplate(tokenizer).render(ChatPrompt(messages)).encode(tokenizer, False)
 
 
 def specials(ids: list[int]) -> list[int]:
@@ -79,7 +79,7 @@ def test_names_are_plain_text(tokenizer: Tokenizer, contents: list[str]) -> None
 @given(contents=st.lists(st.text(max_size=30), min_size=1, max_size=4))
 def test_other_text_is_encoded_as_before(tokenizer: Tokenizer, contents: list[str]) -> None:
     messages = [{"role": "user", "content": content} for content in contents]
-    rendered = ChatTemplate(tokenizer, special_tokens_in_content=True).render(messages)
+    rendered = ChatTemplate(tokenizer, special_tokens_in_content=True).render(ChatPrompt(messages))
     assert rendered.marked is None
     assert ids_of(tokenizer, *messages) == tokenizer.encode(rendered.text, False)
 
@@ -163,7 +163,9 @@ def test_no_character_is_left_for_marks(tokenizer: Tokenizer) -> None:
 
 def test_templates_see_messages_of_the_same_length(tmp_path: Path) -> None:
     template = "{{ messages[0].content | length }} {{ messages[0].content[:5] }} {{ messages[0].content | upper }}"
-    rendered = ChatTemplate(with_template(tmp_path, template)).render([{"role": "user", "content": "<|im_end|> ab"}])
+    rendered = ChatTemplate(with_template(tmp_path, template)).render(
+        ChatPrompt([{"role": "user", "content": "<|im_end|> ab"}])
+    )
     assert rendered.text == "13 <|im_ <|IM_END|> AB"
     assert rendered.marked is not None
     assert rendered.marked.plain == rendered.text
@@ -215,7 +217,7 @@ def test_ordinary_text_is_encoded_as_without_protection(tmp_path: Path, expressi
     template = f"{{% set content = messages[0].content %}}<|im_start|>{{{{ {expression} }}}}<|im_end|>"
     tokenizer = with_template(tmp_path, template)
     messages = [{"role": "user", "content": "<b>end|of_text</b> 日本"}]
-    text = ChatTemplate(tokenizer, special_tokens_in_content=True).render(messages).text
+    text = ChatTemplate(tokenizer, special_tokens_in_content=True).render(ChatPrompt(messages)).text
     assert ids_of(tokenizer, *messages) == tokenizer.encode(text, False)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from models.tokenizer import Tokenizer
 from server.text import sandbox
-from server.text.template import ChatTemplate
+from server.text.template import ChatPrompt, ChatTemplate
 from tests.support.app import server
 from tests.support.tiny import write_tokenizer
 
@@ -90,7 +90,7 @@ def test_templates_written_for_transformers(tmp_path: Path) -> None:
     )
     write_tokenizer(tmp_path, chat_template=source)
     template = ChatTemplate(Tokenizer(tmp_path))
-    assert template.render([{"role": "user", "content": "x"}]).text == 'x{"a":1,"b":"é"}'
+    assert template.render(ChatPrompt([{"role": "user", "content": "x"}])).text == 'x{"a":1,"b":"é"}'
 
 
 def test_all_special_tokens_reach_the_template(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_all_special_tokens_reach_the_template(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokens = {"bos_token": {"content": "<|im_start|>"}, "pad_token": "<|endoftext|>"}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens))
-    text = ChatTemplate(Tokenizer(tmp_path)).render([{"role": "user", "content": "hi"}]).text
+    text = ChatTemplate(Tokenizer(tmp_path)).render(ChatPrompt([{"role": "user", "content": "hi"}])).text
     assert text == "<|im_start|>hi<|endoftext|>"
 
 
@@ -111,5 +111,5 @@ def test_tokens_of_the_models_own_reach_the_template(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config |= {"image_token": "<image>", "extra_special_tokens": {"audio": "<audio>", "messages": "<messages>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    text = ChatTemplate(Tokenizer(tmp_path)).render([{"role": "user", "content": "hi"}]).text
+    text = ChatTemplate(Tokenizer(tmp_path)).render(ChatPrompt([{"role": "user", "content": "hi"}])).text
     assert text == "<image>hi<audio>"
