@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.servers import TINY_SETTINGS, Server, start
-from tests.support.tiny import write_model
+from tests.support.tiny import TEMPLATE, write_model, write_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
     """Server of a fast model whose text is noise."""
     running = start(tmp_path_factory.mktemp("tiny-server"), tiny_model, config=TINY_SETTINGS)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def thinker(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
+    """Server of the tiny model with a template after which it thinks, most likely without an end."""
+    directory = tmp_path_factory.mktemp("thinker")
+    model = shutil.copytree(tiny_model, directory / "tiny")
+    write_tokenizer(model, chat_template=TEMPLATE + "<think>{# </think> #}")
+    running = start(directory, model, config=TINY_SETTINGS)
     yield running
     running.stop()
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.browser import CHROMIUM, Page, browser
-from tests.support.servers import Server
+from tests.support.servers import PATIENCE_S, Server
 
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
@@ -20,6 +23,28 @@ def test_one_page_that_asks_nobody_else(tiny: Server) -> None:
     assert "connect-src 'self'" in answer.headers["content-security-policy"]
     assert not re.search(r"""(src|href)=["']""", answer.text)
     assert set(re.findall(r"https?://[^\s\"'`]*", answer.text)) == {"http://www.w3.org/2000/svg"}
+    assert "{{" not in answer.text
+
+
+def test_only_its_own_scripts_run(tiny: Server) -> None:
+    answer = tiny.get("/")
+    policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    for tag, count in (("script", 3), ("style", 1)):
+        inline = re.findall(rf"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inline]
+        assert policy[f"{tag}-src"].split() == [f"'sha256-{digest}'" for digest in digests]
+        assert len(digests) == answer.text.count(f"<{tag}") == count
+
+
+def test_a_browser_keeps_its_copy(tiny: Server) -> None:
+    whole = tiny.get("/")
+    tag = whole.headers["etag"]
+    for known in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+        answer = httpx.get(tiny.url + "/", headers={"If-None-Match": known}, timeout=PATIENCE_S)
+        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", tag)
+        assert answer.headers["content-security-policy"] == whole.headers["content-security-policy"]
+    assert httpx.get(tiny.url + "/", headers={"If-None-Match": '"other"'}, timeout=PATIENCE_S).content == whole.content
 
 
 @pytest.fixture
@@ -43,6 +68,26 @@ def test_the_playground_compares(page: Page, server: Server) -> None:
     kinds = page.run("[...new Set([...document.querySelectorAll('#out-off span')].map(span => span.className))]")
     assert kinds == ["plain"]
     assert page.run("document.querySelectorAll('#out-on span').length") == 60
+    assert page.errors == []
+
+
+@in_a_browser
+def test_thinking_is_compared(page: Page, thinker: Server) -> None:
+    page.open(thinker.url)
+    page.run("document.getElementById('kind').value = 'chat'")
+    page.run("document.getElementById('tokens').value = 40")
+    page.run("document.getElementById('both').click()")
+    page.until("document.getElementById('verdict').textContent !== ''")
+    assert page.run("document.getElementById('verdict').textContent").startswith("The same text")
+    ask = {"messages": [{"role": "user", "content": page.run("document.getElementById('prompt').value")}]}
+    answer = thinker.post("/v1/chat/completions", ask | {"max_tokens": 40, "temperature": 0.7, "seed": 1})
+    message = answer.raise_for_status().json()["choices"][0]["message"]
+    assert message["content"] == ""
+    for side in ("on", "off"):
+        assert (
+            page.run(f"document.getElementById('out-{side}').textContent").strip()
+            == message["reasoning_content"].strip()
+        )
     assert page.errors == []
 
 
