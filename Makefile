@@ -24,7 +24,7 @@ PIP = $(BIN)/python -m pip install $(PIP_FLAGS)
 WORKERS := $(shell nproc 2>/dev/null || echo 2)
 PYTEST = $(BIN)/python -m pytest tests/e2e tests/parallel tests/unit -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup setup-dev model serve test test-all lint format typecheck bench bench-compare gpu-kit test-gpu bench-gpu gpu-check clean
+.PHONY: help setup setup-dev model serve test test-all lint format typecheck bench bench-compare gpu-kit test-gpu bench-gpu gpu-check test-clients clean
 
 help: ## List the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,22 @@ test: $(INSTALLED_DEV) $(KERNELS) model ## Run the tests that need no GPU
 test-all: $(INSTALLED_DEV) $(KERNELS) model ## Run them with all cases, and more random examples
 	@$(PYTEST) --hypothesis-profile=all $(ARGS)
 
+# One environment for clients that need version 2 of OpenAI's package, one for all others. All versions are pinned.
+CLIENTS_VENV := .venv-clients
+
+$(CLIENTS_VENV)/%/.installed: tests/clients/%.txt | $(INSTALLED)
+	@echo "setting up $(@D) (the first time takes a minute)"
+	@$(BIN)/python -m venv --clear --without-pip $(@D)
+	@$(BIN)/python -m pip --python $(@D)/bin/python install -qq --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+.PRECIOUS: $(CLIENTS_VENV)/%/.installed
+
+test-clients: $(CLIENTS_VENV)/openai2/.installed $(CLIENTS_VENV)/openai3/.installed $(KERNELS) model ## Run unmodified clients against real servers
+	@for versions in openai2 openai3; do \
+	    $(CLIENTS_VENV)/$$versions/bin/python -m pytest --confcutdir=tests/clients tests/clients $(ARGS); \
+	done
+
 lint: $(INSTALLED_DEV) ## Check style
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -117,5 +133,5 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED_DEV))
 	    echo "error: no CUDA device is present" >&2; exit 1; }
 
 clean: ## Remove .venv and everything built; downloaded models stay
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(CLIENTS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,97 @@
+"""LiteLLM: openai/… chats with tools and anthropic/… messages, streamed and not; the Messages API over responses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import litellm
+import pytest
+
+from tests.support.client_servers import WEATHER_CALL, ScriptedServer
+from tests.support.servers import PATIENCE_S, Server
+
+QUESTION = {"role": "user", "content": "What is the weather in Ulm?"}
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Look up the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def options(url: str, model: str) -> dict[str, Any]:
+    return {
+        "model": f"openai/{model}",
+        "api_base": url,
+        "api_key": "none",
+        "tools": [WEATHER],
+        "timeout": PATIENCE_S,
+        "num_retries": 0,
+    }
+
+
+def test_tools(scripted: ScriptedServer) -> None:
+    """completion(tools=…): thinking and a call, then the answer from its result and the message sent back."""
+    scripted.answer(f"<think>\nI look it up.\n</think>\n\nLooking. {WEATHER_CALL}", "It has 17 degrees.")
+    ask = options(scripted.url, scripted.model)
+    (choice,) = litellm.completion(**ask, messages=[QUESTION]).choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.reasoning_content.strip() == "I look it up."
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Ulm"})
+    result = {"role": "tool", "tool_call_id": call.id, "content": "17 degrees"}
+    answer = litellm.completion(**ask, messages=[QUESTION, choice.message, result])
+    assert answer.choices[0].message.content == "It has 17 degrees."
+    assert "I look it up." in scripted.prompts()[1]
+
+
+def test_stream(scripted: ScriptedServer) -> None:
+    """completion(tools=…, stream=True), joined by stream_chunk_builder."""
+    scripted.answer(f"Looking. {WEATHER_CALL}")
+    chunks = list(litellm.completion(**options(scripted.url, scripted.model), messages=[QUESTION], stream=True))
+    whole: Any = litellm.stream_chunk_builder(chunks)
+    (call,) = whole.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Ulm"})
+    assert whole.choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_forced_call(server: Server, choice: Any) -> None:
+    """completion(tool_choice=…) by the default model."""
+    ask = options(f"{server.url}/v1", "default") | {"temperature": 0, "parallel_tool_calls": False}
+    message = litellm.completion(**ask, messages=[QUESTION], tool_choice=choice).choices[0].message
+    assert {call.function.name for call in message.tool_calls} == {"get_weather"}
+
+
+def test_anthropic(scripted: ScriptedServer) -> None:
+    """completion(model="anthropic/…") over /v1/messages, whole and streamed."""
+    ask = options(scripted.url, scripted.model) | {"model": f"anthropic/{scripted.model}", "api_base": scripted.root}
+    scripted.answer(f"Looking. {WEATHER_CALL}", f"Looking. {WEATHER_CALL}")
+    whole: Any = litellm.completion(**ask, messages=[QUESTION])
+    streamed: Any = litellm.stream_chunk_builder(list(litellm.completion(**ask, messages=[QUESTION], stream=True)))
+    for answer in (whole, streamed):
+        (call,) = answer.choices[0].message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Ulm"})
+        assert answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_bridge_from_anthropic(scripted: ScriptedServer) -> None:
+    """anthropic_messages(model="openai/…"): LiteLLM serves the Messages API over /v1/responses."""
+    scripted.answer(f"Looking. {WEATHER_CALL}")
+    tool = {"name": "get_weather", "input_schema": WEATHER["function"]["parameters"]}
+    answer: Any = asyncio.run(
+        litellm.anthropic_messages(
+            model=f"openai/{scripted.model}",
+            api_base=scripted.url,
+            api_key="none",
+            max_tokens=500,
+            messages=[QUESTION],
+            tools=[tool],
+        )
+    )
+    assert answer["content"][-1]["input"] == {"city": "Ulm"}
+    assert answer["stop_reason"] == "tool_use"
