@@ -52,9 +52,18 @@ class AnswerParser:
     whether it has called a function.
     """
 
-    def __init__(self, splitter: ThinkingSplitter, calls: CallParser | None, new_id: Callable[[], str]) -> None:
-        """calls: None: whatever the content looks like, it is text."""
+    def __init__(
+        self,
+        splitter: ThinkingSplitter,
+        calls: CallParser | None,
+        new_id: Callable[[], str],
+        *,
+        only_calls: bool = False,
+    ) -> None:
+        """calls: None: whatever the content looks like, it is text. only_calls: whether a grammar allows nothing else:
+        text is then the beginning of a call that has no name yet, and is left out."""
         self._splitter, self._calls, self._new_id = splitter, calls, new_id
+        self._only_calls = only_calls
         self.thinking_tokens = 0
         self._offsets: list[int] = []  # of tokens that may belong to the thinking
         self._counted = False
@@ -101,6 +110,8 @@ class AnswerParser:
     def _sort(self, thinking: str, parts: Sequence[Part], ends: bool) -> AnswerDelta:
         ordered: list[str | CallDelta] = []
         for part in parts:
+            if isinstance(part, str) and self._only_calls:
+                continue
             if isinstance(part, str):
                 text = self._blank + part
                 self._blank = text[len(text.rstrip()) :]

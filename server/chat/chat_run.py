@@ -100,6 +100,7 @@ class ChatRun:
                 ThinkingSplitter(service.thinking, stage),
                 service.tool_format.parser(use.callable) if use.mode != "none" else None,
                 service.tool_format.new_id,
+                only_calls=use.mode == "required",
             )
             for _ in generation.choices
         ]

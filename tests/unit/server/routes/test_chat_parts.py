@@ -119,6 +119,20 @@ def test_a_stop_string_in_a_call_is_the_reason(directory: Path, stop: str, reaso
     assert [each["finish_reason"] for chunk in chunks for each in chunk["choices"]][-1] == reason
 
 
+@pytest.mark.parametrize(("choice", "is_text"), [("required", False), ("auto", True)])
+def test_the_beginning_of_a_call_is_no_text_where_nothing_else_is_allowed(
+    directory: Path, choice: str, is_text: bool
+) -> None:
+    most = len(Tokenizer(directory).encode(CALL[:16], add_special_tokens=False))
+    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": choice, "max_tokens": most}
+    whole, chunks = asyncio.run(ask(directory, CALL, **fields))
+    assert whole["choices"][0]["finish_reason"] == "length"
+    content = whole["choices"][0]["message"]["content"]
+    assert CALL.startswith(content)
+    assert bool(content) == is_text
+    assert joined(chunks).get("content", "") == content
+
+
 def test_tokens_of_the_thinking_are_counted(directory: Path) -> None:
     tokenizer = Tokenizer(directory)
     thinking = "<think>\nIt asks\n</think>"
