@@ -40,8 +40,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield client
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-@pytest.mark.parametrize("choice", ["required", NAMED])
+@pytest.mark.parametrize(("choice", "temperature"), [("required", 1), (NAMED, 0)])
 def test_calls_are_guaranteed(client: openai.OpenAI, choice: Any, temperature: float) -> None:
     def ask(speculation: bool) -> Any:
         answer = client.chat.completions.create(
