@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
 from engine.messages import ControlAction
 from engine.processes.client import ControlRefused
@@ -11,14 +11,16 @@ from server.bodies.schemas import PauseRequest, UpdateWeightsRequest
 from server.errors import ApiError
 from server.service import Service
 
-router = APIRouter()
 
-
-def _check_enabled(service: Service) -> None:
+async def _check_enabled(request: Request) -> None:
+    service: Service = request.app.state.service
     if not service.config.server.weight_updates:
         raise ApiError(
             "not enabled; set server.weight_updates (--weight-updates) at the start", status=404, code="not_enabled"
         )
+
+
+router = APIRouter(dependencies=[Depends(_check_enabled)])
 
 
 async def _control(service: Service, action: ControlAction, *, abort: bool = False, path: str = "") -> dict[str, str]:
@@ -32,7 +34,6 @@ async def _control(service: Service, action: ControlAction, *, abort: bool = Fal
 async def pause(request: Request) -> dict[str, str]:
     """Begin no further round. The running one ends first."""
     service: Service = request.app.state.service
-    _check_enabled(service)
     body = await read(request, PauseRequest, empty=b"{}")
     return await _control(service, "pause", abort=body.mode == "abort")
 
@@ -40,7 +41,6 @@ async def pause(request: Request) -> dict[str, str]:
 @router.post("/resume")
 async def resume(request: Request) -> dict[str, str]:
     service: Service = request.app.state.service
-    _check_enabled(service)
     return await _control(service, "resume")
 
 
@@ -48,7 +48,6 @@ async def resume(request: Request) -> dict[str, str]:
 async def update_weights(request: Request) -> dict[str, str]:
     """Replace the target's weights. The answer comes once they are in force."""
     service: Service = request.app.state.service
-    _check_enabled(service)
     body = await read(request, UpdateWeightsRequest)
     try:
         return await _control(service, "update_weights", path=body.path)
@@ -59,14 +58,12 @@ async def update_weights(request: Request) -> dict[str, str]:
 @router.post("/sleep")
 async def sleep(request: Request) -> dict[str, str]:
     service: Service = request.app.state.service
-    _check_enabled(service)
     return await _control(service, "sleep")
 
 
 @router.post("/wake_up")
 async def wake_up(request: Request) -> dict[str, str]:
     service: Service = request.app.state.service
-    _check_enabled(service)
     try:
         return await _control(service, "wake_up")
     except ControlRefused:  # the engine has logged the reason, which names the server's files
