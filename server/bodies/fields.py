@@ -160,6 +160,12 @@ class SpeculationFields(Body):
     report: bool | None = None
 
 
+def _checked(grammar: Grammar | None) -> Grammar | None:
+    if grammar is not None:
+        check_grammar(grammar)
+    return grammar
+
+
 class CompletionFields(Body):
     """Fields of both routes. SamplingParams defines the ranges of sampling parameters."""
 
@@ -261,15 +267,20 @@ class CompletionFields(Body):
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     async def constraints(
-        self, service: Service, whole: Callable[[Grammar | None], Grammar | None] | None = None
+        self,
+        service: Service,
+        whole: Callable[[Grammar | None], Grammar | None] = _checked,
+        *,
+        is_bound: bool = False,
     ) -> dict[str, Any]:
         """Return the sampling parameters that need a tokenizer or are slow: `grammar`, `bad_words`. Raises ApiError.
 
-        whole: makes the grammar of whole outputs from that of their content; takes some 100 ms. None: both are the
-        same."""
+        whole: makes the grammar of whole outputs from that of their content, and validates it; takes some 100 ms. It is
+        called where the request has a grammar, or `is_bound`: the output has one for other reasons.
+        """
         found: dict[str, Any] = {}
-        if whole is not None or self.response_format is not None or self.structure is not None:
-            asked = await asyncio.to_thread(self._grammar, service.tokenizer.names_in_grammars, whole or _checked)
+        if is_bound or self.response_format is not None or self.structure is not None:
+            asked = await asyncio.to_thread(self._grammar, service.tokenizer.names_in_grammars, whole)
             if asked is not None:
                 found["grammar"] = asked.text
         if self.bad_words:
@@ -330,12 +341,6 @@ class CompletionFields(Body):
         if self.speculation is None:
             return None
         return 0 if self.speculation.enabled is False else self.speculation.max_draft_tokens
-
-
-def _checked(grammar: Grammar | None) -> Grammar | None:
-    if grammar is not None:
-        check_grammar(grammar)
-    return grammar
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -117,9 +117,8 @@ class ChatRun:
         tokens = await service.encode_chat(rendered, bool(body.add_special_tokens))
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         tokens = service.truncate(tokens, body.truncate_prompt_tokens, asked, 1)
-        is_plain = not use.is_bound and (service.thinking is None or stage is Stage.CONTENT) and use.mode == "none"
         constraints = await body.constraints(
-            service, None if is_plain else lambda grammar: _whole_grammar(service, grammar, use, stage)
+            service, lambda content: _whole_grammar(service, content, use, stage), is_bound=use.is_bound
         )
         params = body.sampling(
             service.engine().ready,

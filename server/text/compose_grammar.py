@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from server.text.structured import Grammar
 
 
-def compose(rules: Sequence[str], parts: dict[str, Grammar]) -> Grammar:
-    """Return the grammar with these rules, which refer to each part as @name. All else is that of the first part."""
-    grammars: list[dict[str, Any]] = [{"lark_grammar": "\n".join(rules)}]
-    for name, part in parts.items():
-        first, *others = grammars_of(part)
-        grammars += [{**first, "name": name}, *others]
-    return replace(next(iter(parts.values())), text=json.dumps({"grammars": grammars}))
+def compose(rules: Sequence[str], name: str, part: Grammar) -> str:
+    """Return the text of a grammar with these rules, which refer to another grammar as @name."""
+    first, *others = grammars_of(part)
+    grammars = [{"lark_grammar": "\n".join(rules)}, {**first, "name": name}, *others]
+    return json.dumps({"grammars": grammars})
 
 
 def grammars_of(grammar: Grammar) -> list[dict[str, Any]]:

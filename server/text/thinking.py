@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, NamedTuple
 
@@ -148,4 +148,4 @@ def behind_thinking(answer: Grammar, format: ThinkingFormat | None, stage: Stage
     else:
         begin = f"<[{tokens[format.begin]}]>" if format.begin in tokens else json.dumps(format.begin)
         start = f"start: (SPACE {begin} thinking SPACE)? @answer"
-    return compose([start, *rules], {"answer": answer})
+    return replace(answer, text=compose([start, *rules], "answer", answer))

@@ -32,10 +32,14 @@ def checked_grammar_of_tools(
     special_names: Collection[str],
     answer: Grammar | None = None,
 ) -> Grammar | None:
-    """Same as grammar_of_tools, and validated. Takes up to some 100 ms: call it off the event loop. Raises ApiError."""
+    """Same as grammar_of_tools, and validated. Takes up to some 100 ms: call it off the event loop. Raises ApiError.
+
+    answer: validated before.
+    """
     written_out = grammar_of_tools(use, form, {}, (), answer)
-    if written_out is not None:
-        check_grammar(written_out)  # the check knows no tokens of the model
+    if written_out is None or written_out is answer:
+        return answer
+    check_grammar(written_out)  # the check knows no tokens of the model
     return grammar_of_tools(use, form, tokens, special_names, answer)
 
 
@@ -80,8 +84,7 @@ def grammar_of_tools(
         raise ApiError(f"tools: the schemas have more than {MAX_TOOL_GRAMMAR_CHARS} characters", param=_PARAM)
     if answer is None or use.mode == "required":
         return Grammar(_PARAM, text, writer.places)
-    whole = compose([text], {"content": answer})
-    return Grammar(_PARAM, whole.text, {**writer.places, **answer.places})
+    return Grammar(_PARAM, compose([text], "content", answer), {**writer.places, **answer.places})
 
 
 def _only_calls(calls: str, trigger: str, parallel: bool, write: _Writer) -> str:
