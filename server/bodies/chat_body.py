@@ -118,14 +118,8 @@ class FunctionBody(Body):
     strict: bool | None = None
 
 
-def _only_functions(value: Any) -> str:
-    if value != "function":
-        raise PydanticCustomError("not_served", "only tools of type function are served")
-    return "function"
-
-
 class Tool(Body):
-    type: Annotated[str, PlainValidator(_only_functions, json_schema_input_type=Literal["function"])]
+    type: Annotated[str, AfterValidator(only("function"))]
     function: FunctionBody
     cache_control: Any = None  # marks what to cache; that changes no answer
 
