@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
-from tests.support.servers import TINY_SETTINGS, Server, start
+from tests.support.servers import PATIENCE_S, TINY_SETTINGS, Server, start
 from tests.support.tiny import TEMPLATE, write_model, write_tokenizer
 
 
@@ -22,6 +23,13 @@ def server(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
     running = start(tmp_path_factory.mktemp("server"), model_dir, *flags, config=config)
     yield running
     running.stop()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client of the default model."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE_S, max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from openai.types.responses import FunctionToolParam, ResponseFunctionToolCall
 from pydantic import BaseModel
-
-from tests.support.servers import PATIENCE_S, Server
 
 MODEL = "default"
 WEATHER: FunctionToolParam = {
@@ -31,12 +28,6 @@ WEATHER: FunctionToolParam = {
 class Person(BaseModel):
     name: str
     age: int
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE_S, max_retries=0) as client:
-        yield client
 
 
 def test_text(client: openai.OpenAI) -> None:

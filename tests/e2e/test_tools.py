@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import openai
 import pytest
-
-from tests.support.servers import PATIENCE_S, Server
 
 CITY = {
     "type": "object",
@@ -32,12 +29,6 @@ TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "add", "parameters": SUM, "strict": True}},
 ]
 NAMED = {"type": "function", "function": {"name": "add"}}
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE_S, max_retries=0) as client:
-        yield client
 
 
 @pytest.mark.parametrize(("choice", "temperature"), [("required", 1), (NAMED, 0)])
