@@ -13,11 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.support.client_servers import ScriptedServer, command, serving_script
 from tests.support.private_cache import use_private_cache
-from tests.support.servers import Server, start
+from tests.support.servers import PATIENCE_S, Server, start
 
 use_private_cache()
 os.environ |= {
@@ -67,6 +68,12 @@ def scripted(_scripted: ScriptedServer) -> ScriptedServer:
     """Server of a model whose answers a test writes."""
     _scripted.answer()
     return _scripted
+
+
+@pytest.fixture
+def client(scripted: ScriptedServer) -> openai.OpenAI:
+    """OpenAI's own client of the scripted model."""
+    return openai.OpenAI(base_url=scripted.url, api_key="none", timeout=PATIENCE_S, max_retries=0)
 
 
 @pytest.fixture(scope="session")

@@ -30,11 +30,6 @@ WEATHER: Any = {
 
 
 @pytest.fixture
-def client(scripted: ScriptedServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=scripted.url, api_key="none", timeout=PATIENCE_S, max_retries=0)
-
-
-@pytest.fixture
 def default(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE_S, max_retries=0)
 

@@ -26,11 +26,6 @@ WEATHER: Any = {
 }
 
 
-@pytest.fixture
-def client(scripted: ScriptedServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=scripted.url, api_key="none", timeout=PATIENCE_S, max_retries=0)
-
-
 @pytest.mark.parametrize("keeps", [True, False])
 def test_tools(client: openai.OpenAI, scripted: ScriptedServer, keeps: bool) -> None:
     """create(tools=…): thinking and a call, then the answer, by previous_response_id or by items sent back."""
