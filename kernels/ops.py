@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, GraphAttention, GraphBatch
 from kernels.kv_cache import LayerKV
+from kernels.weights.matrix import Matrix
 
 
 class Linear(Protocol):
@@ -27,12 +28,6 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute x w^T + bias, [rows, features] to [rows, columns], and the epilogue chosen in `Ops.linear`."""
-
-    def quantized(self) -> Linear:
-        """Return the same product with 8-bit weights and one scale per column: a column's largest weight becomes 127.
-
-        Inputs are rounded to 8 bits too, with one scale per row from its largest element. Sums are exact.
-        """
 
 
 class Graphs(Protocol):
@@ -78,11 +73,27 @@ class Ops(Protocol):
         """Create the captures of one engine, whose memory is freed with the last of them. None if capturing gains
         nothing on this device."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> Linear:
+    @property
+    def weight_formats(self) -> frozenset[str]:
+        """Formats that matrices may be rounded to."""
+
+    def takes(self, matrix: Matrix) -> bool:
+        """Whether `linear` takes a matrix as it is; it takes all dense ones."""
+
+    def fastest_format(self, max_rows: int) -> str | None:
+        """Return the format of weights in which products of up to `max_rows` rows take the least time, as measured, or
+        the likely one where nothing can be measured. None: none is faster than dense."""
+
+    def linear(self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> Linear:
         """Prepare a weight matrix for products. The result copies the weights or keeps them.
 
-        weight: [columns, features]. bias: [columns]. gated: the first half of the columns are gates g for the second
-        half u, and the result is silu(g) * u. wide: results are float32, or float64 for float64 weights.
+        matrix: [columns, features]; a dense one has the dtype of inputs. bias: [columns]. gated: the first half of the
+        columns are gates g for the second half u, and the result is silu(g) * u. wide: results are float32, or float64
+        for float64 inputs.
+
+        The result is the product with the matrix's values, but for the rounding of sums; with few bits, inputs may be
+        rounded to 8 bits as well: in groups of features with a scale from the largest of them, or, where
+        `QuantizedMatrix.rounds_inputs` is set, with one scale per row and exact sums.
         """
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:

@@ -15,6 +15,9 @@ from kernels.kv_cache import LayerKV, write_kv
 from kernels.noise import gumbel_noise
 from kernels.ops import Graphs
 from kernels.rope import apply_rope
+from kernels.weights.int8_weights import TINY
+from kernels.weights.matrix import DenseMatrix, Matrix, QuantizedMatrix
+from kernels.weights.weight_format import FORMATS
 
 
 class ReferenceLinear:
@@ -31,44 +34,58 @@ class ReferenceLinear:
         return self._weight.nbytes + (self._bias.nbytes if self._bias is not None else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._finish(F.linear(x, self._weight, self._bias))
+        return self._finish(F.linear(x, self._weight, self._bias), x.dtype)
 
-    def quantized(self) -> Int8Linear:
-        return Int8Linear(self._weight, self._bias, self._gated, self._wide)
-
-    def _finish(self, y: Tensor) -> Tensor:
+    def _finish(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """dtype: of the result, unless it is wide."""
         if self._gated:
             gate, value = y.chunk(2, dim=-1)
             y = F.silu(gate).mul_(value)
-        return y.float() if self._wide and y.dtype != torch.float64 else y
+        if not self._wide:
+            return y.to(dtype)
+        return y.float() if y.dtype != torch.float64 else y
 
 
-class Int8Linear(ReferenceLinear):
-    """Product of 8-bit integers, computed in a float type that represents each of them exactly."""
+class QuantizedLinear(ReferenceLinear):
+    """Product with the values of a quantized matrix, in float32 or wider."""
 
     references_weights = False
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, gated: bool, wide: bool) -> None:
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        whole = weight.to(exact)
-        self._scales = (whole.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        super().__init__((whole / self._scales[:, None]).round().to(torch.int8), bias, gated, wide)
+    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None, gated: bool, wide: bool) -> None:
+        super().__init__(matrix.codes, bias, gated, wide)
+        self._matrix = matrix
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + self._scales.nbytes
+        return self._matrix.nbytes + (self._bias.nbytes if self._bias is not None else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        exact = x.to(self._scales.dtype)
-        scales = (exact.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        sums = F.linear((exact / scales).round(), self._weight.to(exact.dtype)) * scales * self._scales
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        sums = self._sums(exact)
         if self._bias is not None:
             sums += self._bias
-        y = self._finish(sums)
-        return y if self._wide else y.to(x.dtype)
+        return self._finish(sums, x.dtype)
 
-    def quantized(self) -> Int8Linear:
-        return self
+    def _sums(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._matrix.dense(x.dtype))
+
+
+class Int8Linear(QuantizedLinear):
+    """Product of 8-bit integers with one scale per row on both sides, computed in a float type that represents each of
+    them exactly."""
+
+    def _sums(self, x: Tensor) -> Tensor:
+        scales = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=TINY)
+        sums = F.linear((x / scales).round(), self._matrix.codes.to(x.dtype))
+        return sums * scales * self._matrix.scales[:, 0]
+
+
+def reference_linear(matrix: Matrix, bias: Tensor | None, gated: bool, wide: bool) -> ReferenceLinear:
+    """Prepare a matrix of any format; see Ops.linear."""
+    if isinstance(matrix, DenseMatrix):
+        return ReferenceLinear(matrix.weight, bias, gated, wide)
+    assert isinstance(matrix, QuantizedMatrix)
+    return (Int8Linear if matrix.rounds_inputs else QuantizedLinear)(matrix, bias, gated, wide)
 
 
 class TorchFallbackOps:
@@ -80,6 +97,9 @@ class TorchFallbackOps:
 
     def shared_stretch(self, head_dim: int) -> int:
         return 0
+
+    def fastest_format(self, max_rows: int) -> str | None:
+        return None
 
     def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
@@ -103,10 +123,15 @@ class ReferenceOps(TorchFallbackOps):
     kind = name = "reference"
     make_graphs: Callable[[], Graphs] | None = None
 
+    weight_formats = frozenset(FORMATS)
+
+    def takes(self, matrix: Matrix) -> bool:
+        return matrix.format in self.weight_formats
+
     def linear(
-        self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False
+        self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False
     ) -> ReferenceLinear:
-        return ReferenceLinear(weight, bias, gated, wide)
+        return reference_linear(matrix, bias, gated, wide)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         if delta is not None:

@@ -16,15 +16,8 @@ from kernels.kv_cache import KVPool, LayerKV
 from kernels.rope import llama3_frequencies, rotary_frequencies, rotary_tables
 from models.batch import ForwardBatch, TokenInputs
 from models.config import ModelConfig, ModelError, RopeConfig
-from parallel.layers import (
-    GateUpLinear,
-    LMHead,
-    Placement,
-    QKVLinear,
-    RMSNorm,
-    RowLinear,
-    VocabEmbedding,
-)
+from parallel.layers import GateUpLinear, LMHead, QKVLinear, RMSNorm, RowLinear, VocabEmbedding
+from parallel.matrix_layer import Placement
 from parallel.module import Module
 from parallel.split import HeadSplit, split, split_heads
 
@@ -114,8 +107,10 @@ class DecoderLayer(Module):
 
 
 class Llama(Module):
-    """One rank's shard of a decoder. Fill every slot of `weight_slots()` and call `prepare()` before anything else.
+    """One rank's shard of a decoder. Fill every slot of `weight_slots()`, then every one of `matrix_slots()`, and call
+    `prepare()` before anything else.
 
+    weights: formats of its matrices.
     vocab_start, vocab_size: this rank computes the logits of tokens vocab_start … vocab_start + vocab_size - 1.
     heads, kv_heads: numbers of this rank's heads. first_kv_head: the first of its KV heads among the model's. kv_heads,
     head_dim, num_layers: sizes of its KV pool.
@@ -133,7 +128,13 @@ class Llama(Module):
         self.num_layers, self.head_dim = config.num_layers, config.head_dim
         try:
             mine = split_heads(config.num_heads, config.num_kv_heads, place.group.size)[place.group.rank]
-            self._embedding = VocabEmbedding("model.embed_tokens", config.vocab_size, config.hidden_size, place=place)
+            self._embedding = VocabEmbedding(
+                "model.embed_tokens",
+                config.vocab_size,
+                config.hidden_size,
+                place=place,
+                shared=config.tie_word_embeddings,
+            )
             self._layers = [DecoderLayer(f"model.layers.{i}", config, mine, place) for i in range(config.num_layers)]
         except ValueError as error:
             raise ModelError(f"tensor parallel size {place.group.size}: {error}") from error
@@ -145,13 +146,13 @@ class Llama(Module):
         self.vocab_start, self.vocab_size = self._head.vocab.start, self._head.vocab.size
         # Tables as wide as the arithmetic around them: float32 for models of 16 bits, which then round once.
         self.rotary = rotary_tables(
-            _frequencies(config.rope, config.head_dim),
+            model_frequencies(config.rope, config.head_dim),
             max_positions or config.max_model_len,
             dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
             device=self.device,
         )
-        self._int8 = False
-        self._int8_copy: tuple[Self, ...] = ()  # the 8-bit model, once made; in a tuple, so that it is no child
+        self.weights = place.weights
+        self._twin: tuple[Self, ...] = ()  # the model that drafts, once made; in a tuple, so that it is no child
 
     @property
     def max_positions(self) -> int:
@@ -167,7 +168,7 @@ class Llama(Module):
     def with_layers(self, layers: Sequence[int]) -> Llama:
         """Return a model of only these layers, in this order, that shares their weights."""
         left = copy.copy(self)
-        left._int8_copy = ()
+        left._twin = ()
         left.config = dataclasses.replace(self.config, num_layers=len(layers))
         left.num_layers, left._layers = len(layers), [self._layers[i] for i in layers]
         return left
@@ -177,19 +178,15 @@ class Llama(Module):
         """Bytes of the embedding, where the head has its own weights; a forward reads a few rows of it."""
         return 0 if self._head.shares_embedding else self._embedding.weight.nbytes
 
-    def prepare(self, int8: bool = False) -> None:
-        super().prepare(int8)
-        self._int8 = int8
-
-    def quantized(self) -> Self:
-        """Return the model with 8-bit matrices, sharing all else; made once. Returns itself if it has them already."""
-        if self._int8:
+    def drafting(self) -> Self:
+        """Return the model with the matrices of drafts, sharing all else; made once. Itself, if it has none."""
+        if self.weights.drafts is None:
             return self
-        if not self._int8_copy:
-            int8_copy = super().quantized()
-            int8_copy._int8 = True
-            self._int8_copy = (int8_copy,)
-        return self._int8_copy[0]
+        if not self._twin:
+            twin = super().drafting()
+            twin.weights = dataclasses.replace(self.weights, own=self.weights.drafts, drafts=None)
+            self._twin = (twin,)
+        return self._twin[0]
 
     def make_pool(self, num_pages: int, page_size: int) -> KVPool:
         """Allocate a pool for this model's KV, with a scratch page where forwards are captured."""
@@ -232,7 +229,8 @@ class Llama(Module):
         return self._head(states)
 
 
-def _frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+def model_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Return the rotary frequencies of a model: [head_dim / 2]."""
     frequencies = rotary_frequencies(head_dim, rope.theta)
     if rope.kind == "linear":
         return frequencies / rope.factor

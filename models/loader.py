@@ -7,21 +7,24 @@ import logging
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
+from kernels.weights.matrix import DenseMatrix, is_finite
 from models.config import ModelConfig, ModelError, read_config
 from models.files.json_values import short
 from models.files.special_tokens import token_numbers
+from models.layouts.layout import Layout, find_layout
+from models.layouts.weight_files import WeightFiles
 from models.llama import Llama
-from models.weights import FLOATS, NOT_FINITE, PROJECTION_BIAS, StoredTensors, find_tensors, is_finite, is_zero, opened
+from models.weights import NOT_FINITE, PROJECTION_BIAS, StoredTensors, find_tensors, is_zero, opened
 from parallel.group import Group
-from parallel.layers import Placement
-from parallel.module import WeightSlot
+from parallel.matrix_layer import AS_STORED, Placement, WeightChoice
+from parallel.module import MatrixSlot, WeightSlot
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_ids")
 """Fields of a ModelConfig that no forward depends on."""
@@ -38,56 +41,66 @@ def load_model(
     progress: bool,
     max_positions: int | None = None,
     ops: Ops = REFERENCE,
-    int8: bool = False,
+    weights: WeightChoice = AS_STORED,
     like: ModelConfig | None = None,
 ) -> Llama:
     """Load a model directory: config.json and *.safetensors. tokenizer.json, if present, is only checked.
 
-    Weights are converted to `dtype`. progress: whether to draw a bar on stderr. max_positions: see Llama. ops: the
-    model's arithmetic. int8: round matrices to 8 bits. like: config of the model that this one replaces, which it must
-    have too, except for token ids, and keeps. Pickled weights are never opened.
+    dtype: of all that is not quantized. progress: whether to draw a bar on stderr. max_positions: see Llama. ops: the
+    model's arithmetic. weights: formats of its matrices. like: config of the model that this one replaces, which it
+    must have too, except for token ids, and keeps. Pickled weights are never opened.
     Logs what it reads otherwise than it is written, and weights that are not finite: on rank 0, or on a rank that alone
     has that part.
     Raises ModelError: missing or broken files, a model that is not supported, tensors that are missing, unknown or of
     the wrong shape or type.
     """
     config, stored, warnings = _read(path, like)
+    layout = find_layout(path)
     if group.rank == 0:
         for warning in warnings:
             log.warning("%s: %s", path, warning)
-    model = Llama(config, Placement(group, dtype, device, ops), max_positions)
-    slots = {slot.source: slot for slot in model.weight_slots()}
-    stored = _wanted(path, set(slots), stored)
-    total = sum(slot.tensor.nbytes for slot in slots.values())
+    model = Llama(config, Placement(group, dtype, device, ops, weights), max_positions)
+    storage, matrices = list(model.weight_slots()), list(model.matrix_slots())
+    stored = _wanted(path, storage, matrices, layout, stored)
+    total = sum(slot.tensor.nbytes for slot in storage) + sum(_part_bytes(slot, dtype) for slot in matrices)
     not_finite: list[str] = []
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="Loading weights", file=sys.stderr, disable=not progress
-    ) as bar:
-        for file, tensors in stored.by_file():
-            with opened(file) as checkpoint:
-                for name, stored_name in tensors:
-                    slot = slots[name]
-                    finite = _fill(slot, checkpoint, file, stored_name)
-                    if not finite and (group.rank == 0 or slot.tensor.shape != slot.full_shape):
-                        not_finite.append(f"{file}: tensor {stored_name}")
-                    bar.update(slot.tensor.nbytes)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", file=sys.stderr, disable=not progress)
+    with bar, WeightFiles(stored) as files:
+
+        def note(slot: WeightSlot | MatrixSlot, finite: bool, nbytes: int) -> None:
+            is_part = any(part != slice(0, size) for part, size in zip(slot.index, slot.full_shape, strict=True))
+            if not finite and (group.rank == 0 or is_part):
+                not_finite.append(f"{files[layout.tensors(slot.source, stored)[0]].where}")
+            bar.update(nbytes)
+
+        for slot in storage:
+            source = files[slot.source]
+            source.check(slot.full_shape)
+            slot.tensor.copy_(source.read(*slot.index))
+            note(slot, is_finite(slot.tensor), slot.tensor.nbytes)
+        for place in matrices:
+            matrix = layout.read(files, place.source, place.full_shape, *place.reads)
+            note(place, matrix.is_finite(dtype), _part_bytes(place, dtype))
+            place.fill(matrix)
     if not_finite:
         count = f" (the first of {len(not_finite)})" if len(not_finite) > 1 else ""
         log.warning(NOT_FINITE, not_finite[0], count, str(dtype).removeprefix("torch."))
-    del slots
-    model.prepare(int8)
+    del storage, matrices
+    model.prepare()
     return model
 
 
 def check_model(path: Path, like: ModelConfig, group: Group) -> None:
     """Raise ModelError if `load_model` would, for this rank. Reads no weights but those it has to compare."""
     config, stored, _ = _read(path, like)
+    layout = find_layout(path)
     model = Llama(config, Placement(group, torch.float32, torch.device("meta")), max_positions=1)
-    slots = {slot.source: slot for slot in model.weight_slots()}
-    for file, tensors in _wanted(path, set(slots), stored).by_file():
-        with opened(file) as checkpoint:
-            for name, stored_name in tensors:
-                _check(slots[name], checkpoint.get_slice(stored_name), file, stored_name)
+    storage, matrices = list(model.weight_slots()), list(model.matrix_slots())
+    with WeightFiles(_wanted(path, storage, matrices, layout, stored)) as files:
+        for slot in storage:
+            files[slot.source].check(slot.full_shape)
+        for place in matrices:
+            layout.check(files, place.source, place.full_shape)
 
 
 def random_model(
@@ -97,24 +110,28 @@ def random_model(
     device: torch.device,
     group: Group,
     ops: Ops = REFERENCE,
-    int8: bool = False,
+    weights: WeightChoice = AS_STORED,
 ) -> Llama:
     """Create a model with random weights, which depend on config, seed and dtype alone, not on device or rank count.
 
     Matrices preserve the scale of their input, norms are near 1, biases small.
     """
-    model = Llama(config, Placement(group, dtype, device, ops))
-    for slot in model.weight_slots():
+    model = Llama(config, Placement(group, dtype, device, ops, weights))
+
+    def drawn(source: str, shape: tuple[int, ...]) -> Tensor:
         # Seeded by name, and drawn whole before it is cut, so that weights do not depend on the split.
-        key = hashlib.sha256(f"{seed}/{slot.source}".encode()).digest()
+        key = hashlib.sha256(f"{seed}/{source}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        whole = torch.randn(slot.full_shape, generator=generator)
-        if slot.source.endswith("norm.weight"):
-            whole.mul_(0.1).add_(1)
-        else:
-            whole.mul_(0.1 if len(slot.full_shape) == 1 else slot.full_shape[1] ** -0.5)
-        slot.tensor.copy_(whole[slot.index])
-    model.prepare(int8)
+        whole = torch.randn(shape, generator=generator)
+        if source.endswith("norm.weight"):
+            return whole.mul_(0.1).add_(1)
+        return whole.mul_(0.1 if len(shape) == 1 else shape[1] ** -0.5)
+
+    for slot in model.weight_slots():
+        slot.tensor.copy_(drawn(slot.source, slot.full_shape)[slot.index])
+    for place in model.matrix_slots():
+        place.fill(DenseMatrix(drawn(place.source, place.full_shape)[place.reads].to(dtype)))
+    model.prepare()
     return model
 
 
@@ -133,9 +150,14 @@ def _read(path: Path, like: ModelConfig | None) -> tuple[ModelConfig, StoredTens
     return like, stored, warnings
 
 
-def _wanted(path: Path, wanted: set[str], stored: StoredTensors) -> StoredTensors:
-    """Return the stored tensors without biases that are zero and not `wanted`. Raises ModelError unless these are
-    exactly the wanted ones."""
+def _wanted(
+    path: Path, storage: list[WeightSlot], matrices: list[MatrixSlot], layout: Layout, stored: StoredTensors
+) -> StoredTensors:
+    """Return the stored tensors without biases that are zero and have no slot. Raises ModelError unless these are
+    exactly those that fill the slots."""
+    found = {slot.source: layout.tensors(slot.source, stored) for slot in matrices}
+    found |= {slot.source: (slot.source,) for slot in storage if slot.source in stored.sources}
+    wanted = {name for names in found.values() for name in names}
     for file, tensors in stored.by_file():
         for name, stored_name in tensors:
             if name in wanted:
@@ -145,28 +167,18 @@ def _wanted(path: Path, wanted: set[str], stored: StoredTensors) -> StoredTensor
                     if is_zero(checkpoint.get_tensor(stored_name)):
                         continue
             raise ModelError(f"{file}: unexpected tensor {stored_name}")
-    if missing := sorted(wanted - stored.sources.keys()):
+    sources = [*(slot.source for slot in storage), *(slot.source for slot in matrices)]
+    if missing := sorted(source for source in sources if not found.get(source)):
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(f"{path}: tensors missing from the weight files: {names}")
     return replace(stored, sources={name: source for name, source in stored.sources.items() if name in wanted})
 
 
-def _fill(slot: WeightSlot, checkpoint: Any, file: Path, name: str) -> bool:
-    """Fill a slot from the stored tensor `name`. Returns whether this rank's part of it is finite, in the slot's
-    dtype."""
-    source = checkpoint.get_slice(name)
-    _check(slot, source, file, name)
-    slot.tensor.copy_(source[slot.index])
-    return is_finite(slot.tensor)
-
-
-def _check(slot: WeightSlot, source: Any, file: Path, name: str) -> None:
-    """Raise ModelError if a slot cannot be filled from the stored tensor `name`. source: its slice."""
-    shape = tuple(source.get_shape())
-    if shape != slot.full_shape:
-        raise ModelError(f"{file}: tensor {name} has shape {list(shape)}, expected {list(slot.full_shape)}")
-    if source.get_dtype() not in FLOATS:
-        raise ModelError(f"{file}: tensor {name} has unsupported type {source.get_dtype()}")
+def _part_bytes(slot: MatrixSlot, dtype: torch.dtype) -> int:
+    """Count the bytes of this rank's part of a matrix in `dtype`."""
+    rows, features = slot.index
+    size: int = (rows.stop - rows.start) * (features.stop - features.start)
+    return size * dtype.itemsize
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> list[str]:

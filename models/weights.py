@@ -4,7 +4,6 @@ errors."""
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 NOT_FINITE = "%s%s holds values that are NaN or infinite in %s: the text may be nonsense"
 """Warning: a tensor, how many others, dtype."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD_MODULE = "lm_head."
+_PLAIN_HEAD = (HEAD, f"{_HEAD_MODULE}bias")
 
 PROJECTION_BIAS = "_proj.bias"
 """End of the name of a projection's bias."""
@@ -31,8 +32,10 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias|(self_)?attn\.bias|attention\.bias)$")
 """Constants of a model's code that old versions of transformers store with its weights."""
-_CACHE_SCALES = re.compile(r"\.(q|k|v|kv|prob)_scale$")
+_CACHE_SCALES = re.compile(r"\.((q|k|v|kv|prob)_(scale|zero_point)|[kv]_proj\.output_scale)$")
 """Scales of an 8-bit KV cache, which is not used here."""
+_INPUT_SCALES = re.compile(r"\.((input|output)_(scale|zero_point|scale_ub|global_scale)|activation_scale)$")
+"""Scales of inputs and outputs of products, which are not used here."""
 _BLOCK = 4096
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -95,7 +98,7 @@ def find_tensors(path: Path, tied: bool) -> StoredTensors:
     counts. Raises ModelError.
     """
     sources: dict[str, tuple[Path, str]] = {}
-    has_scales, warnings, weight_map = False, [], _weight_map(path)
+    has_scales, has_input_scales, weight_map = False, False, _weight_map(path)
     for file in weight_files(path):
         with opened(file) as checkpoint:
             for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
@@ -108,13 +111,24 @@ def find_tensors(path: Path, tied: bool) -> StoredTensors:
                     del sources[name]  # so that the tensors of one file stay adjacent
                 if _CACHE_SCALES.search(name):
                     has_scales = True
+                elif _INPUT_SCALES.search(name):
+                    has_input_scales = True
                 elif not _BUFFERS.search(name):
                     sources[name] = file, name
     if any(name.startswith(_LAYERS) for name in sources) and not any(name.startswith(_PREFIX) for name in sources):
-        sources = {name if name == HEAD else f"{_PREFIX}{name}": source for name, source in sources.items()}
+        sources = {
+            name if name.startswith(_HEAD_MODULE) else f"{_PREFIX}{name}": source for name, source in sources.items()
+        }
+    warnings = []
     if has_scales:
         warnings.append("scales of an 8-bit KV cache are not used: the cache has the model's precision")
-    if tied and EMBEDDING not in sources and HEAD in sources:
+    if has_input_scales:
+        warnings.append("scales of inputs are not used: products round inputs by their own range, or not at all")
+    has_quantized_head = any(name.startswith(_HEAD_MODULE) for name in sources if name not in _PLAIN_HEAD)
+    if tied and has_quantized_head:
+        tied = False
+        warnings.append("lm_head is quantized, so it is used, although tie_word_embeddings is true")
+    elif tied and EMBEDDING not in sources and HEAD in sources:
         sources = {EMBEDDING if name == HEAD else name: source for name, source in sources.items()}
     elif tied and HEAD in sources:
         equal = _have_equal_values(sources[EMBEDDING], sources[HEAD])
@@ -123,15 +137,10 @@ def find_tensors(path: Path, tied: bool) -> StoredTensors:
             del sources[HEAD]
         elif equal is not None:
             warnings.append(f"{HEAD} differs from {EMBEDDING}, so it is used, although tie_word_embeddings is true")
-    elif not tied and EMBEDDING in sources and HEAD not in sources:
+    elif not tied and EMBEDDING in sources and HEAD not in sources and not has_quantized_head:
         tied = True
         warnings.append(f"{HEAD} is not stored, so {EMBEDDING} is used, although tie_word_embeddings is false")
     return StoredTensors(sources, tied, tuple(warnings))
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinite values."""
-    return not tensor.numel() or all(math.isfinite(bound) for bound in torch.aminmax(tensor))
 
 
 def is_zero(tensor: torch.Tensor) -> bool:

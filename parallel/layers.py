@@ -1,9 +1,7 @@
 """Tensor-parallel layers: each holds one rank's shard of its weights, and declares the shard where it allocates it.
 
-`weight_slots()` lists the storage to fill and its place in a checkpoint. Loading a model copies
-`checkpoint[slot.source][slot.index]` into `slot.tensor` for each slot; no other code depends on how weights are
-sharded. Storage is uninitialised until then. After `prepare()` the slots are gone, unless the device multiplies by the
-storage itself.
+`weight_slots()` lists the storage of norms and biases, and `matrix_slots()` the places of matrices, with their share of
+a checkpoint's tensors. Loading a model fills each of them; no other code depends on how weights are sharded.
 
 Activations are [tokens, features]. Between layers they are whole on every rank. Inside a column-row pair (q/k/v and o,
 gate/up and down) each rank holds its own features.
@@ -11,33 +9,17 @@ gate/up and down) each rank holds its own features.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import Linear, Ops
-from kernels.reference_ops import REFERENCE
-from parallel.group import Group
-from parallel.module import Module, WeightSlot
+from kernels.weights.matrix import DenseMatrix, Matrix
+from kernels.weights.weight_format import FORMATS
+from parallel.matrix_layer import MatrixLayer, MatrixPart, Placement
+from parallel.module import MatrixSlot, Module, WeightSlot
 from parallel.split import HeadSplit, Range, split
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Group, dtype, device and arithmetic of a model's layers."""
-
-    group: Group
-    dtype: torch.dtype
-    device: torch.device
-    ops: Ops = REFERENCE
-
-    def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,64 +39,25 @@ class Columns:
         return size
 
 
-class _LinearLayer(Module):
-    """Layer of one matrix product; subclasses list the slots to fill."""
-
-    def __init__(
-        self, rows: int, columns: int, *, bias: bool, place: Placement, gated: bool = False, wide: bool = False
-    ) -> None:
-        """rows: output features of this rank. columns: input features. gated, wide: see Ops.linear."""
-        self._place, self._gated, self._wide = place, gated, wide
-        self._weight: Tensor | None = place.empty(rows, columns)
-        self._bias = place.empty(rows) if bias else None
-        self._fused_bias = self._bias  # added by the matrix product itself
-        self._linear: Linear | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The storage, [rows, columns]; released once the device has its own copy."""
-        assert self._weight is not None, "prepared: no storage is left"
-        return self._weight
-
-    def prepare(self, int8: bool = False) -> None:
-        linear = self._place.ops.linear(self.weight, self._fused_bias, gated=self._gated, wide=self._wide)
-        self._linear = linear.quantized() if int8 else linear
-        if not self._linear.references_weights:
-            self._weight = None
-
-    def quantized(self) -> Self:
-        twin = copy.copy(self)
-        twin._linear, twin._weight = self.linear.quantized(), None
-        return twin
-
-    @property
-    def matrix_bytes(self) -> int:
-        return self.linear.nbytes
-
-    @property
-    def linear(self) -> Linear:
-        assert self._linear is not None, "not prepared yet"
-        return self._linear
-
-
-class ColumnLinear(_LinearLayer):
+class ColumnLinear(MatrixLayer):
     """Linear layer with sharded output features; can fuse checkpoint tensors with the same input into one product."""
 
     def __init__(
         self, parts: Sequence[Columns], in_features: int, *, bias: bool, place: Placement, gated: bool = False
     ) -> None:
-        self._parts = tuple(parts)
-        self._sizes = [part.size for part in parts]
-        self._in_features = in_features
-        super().__init__(sum(self._sizes), in_features, bias=bias, place=place, gated=gated)
+        self._columns = tuple(parts)
+        features = slice(0, in_features)
+        super().__init__(
+            [MatrixPart(part.name, (part.total, in_features), part.kept, features) for part in parts],
+            bias=bias,
+            place=place,
+            gated=gated,
+        )
 
     def weight_slots(self) -> Iterator[WeightSlot]:
-        columns = slice(0, self._in_features)
-        for part, weight in zip(self._parts, self.weight.split_with_sizes(self._sizes), strict=True):
-            shape = (part.total, self._in_features)
-            yield WeightSlot(weight, f"{part.name}.weight", shape, (part.kept, columns))
         if self._bias is not None:
-            for part, bias in zip(self._parts, self._bias.split_with_sizes(self._sizes), strict=True):
+            sizes = [part.size for part in self._columns]
+            for part, bias in zip(self._columns, self._bias.split_with_sizes(sizes), strict=True):
                 yield WeightSlot(bias, f"{part.name}.bias", (part.total,), (part.kept,))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -170,23 +113,22 @@ class GateUpLinear(ColumnLinear):
         super().__init__(parts, hidden_size, bias=bias, place=place, gated=True)
 
 
-class RowLinear(_LinearLayer):
+class RowLinear(MatrixLayer):
     """Linear layer with sharded input features; one all-reduce sums the ranks' parts."""
 
     def __init__(
         self, name: str, in_features: int, out_features: int, *, mine: slice, bias: bool, place: Placement
     ) -> None:
         """mine: the input features that this rank holds."""
-        self._name, self._shape, self._mine = name, (out_features, in_features), mine
-        super().__init__(out_features, mine.stop - mine.start, bias=bias, place=place)
+        self._name, rows = name, slice(0, out_features)
+        super().__init__([MatrixPart(name, (out_features, in_features), rows, mine)], bias=bias, place=place)
         if place.group.size > 1:
             self._fused_bias = None  # added after the sum over ranks: once, not once per rank
 
     def weight_slots(self) -> Iterator[WeightSlot]:
-        rows = slice(0, self._shape[0])
-        yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, (rows, self._mine))
         if self._bias is not None:
-            yield WeightSlot(self._bias, f"{self._name}.bias", self._shape[:1], (rows,))
+            size = len(self._bias)
+            yield WeightSlot(self._bias, f"{self._name}.bias", (size,), (slice(0, size),))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, this rank's features]. Returns [tokens, out_features], whole on every rank."""
@@ -213,17 +155,29 @@ class RMSNorm(Module):
 
 
 class VocabEmbedding(Module):
-    """Token embeddings, sharded by token id."""
+    """Token embeddings, sharded by token id, in the model's precision."""
 
-    def __init__(self, name: str, vocab_size: int, hidden_size: int, *, place: Placement) -> None:
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, *, place: Placement, shared: bool = False) -> None:
+        """shared: whether an LM head takes the weights too."""
         self.vocab: Range = split(vocab_size, place.group.size)[place.group.rank]
         self._name, self._shape = name, (vocab_size, hidden_size)
-        self._group = place.group
+        self._group, self._shared = place.group, shared
+        self._stored: Matrix | None = None
         self.weight = place.empty(self.vocab.size, hidden_size)
 
-    def weight_slots(self) -> Iterator[WeightSlot]:
+    def matrix_slots(self) -> Iterator[MatrixSlot]:
         index = (self.vocab.slice(), slice(0, self._shape[1]))
-        yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, index)
+        yield MatrixSlot(f"{self._name}.weight", self._shape, index, index, self._fill)
+
+    def _fill(self, matrix: Matrix) -> None:
+        self.weight.copy_(matrix.dense(self.weight.dtype))
+        if self._shared and not isinstance(matrix, DenseMatrix):
+            self._stored = matrix
+
+    def take_matrix(self) -> Matrix:
+        """Return the weights for the head that shares them: as they were stored, or this layer's own storage. Once."""
+        stored, self._stored = self._stored, None
+        return stored or DenseMatrix(self.weight)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """token_ids: [tokens] int64, in the whole vocabulary. Returns [tokens, hidden_size], whole on every rank."""
@@ -235,29 +189,34 @@ class VocabEmbedding(Module):
         return self._group.all_reduce(rows.masked_fill_(elsewhere[:, None], 0))
 
 
-class LMHead(_LinearLayer):
+class LMHead(MatrixLayer):
     """LM head: computes the logits of this rank's shard of the vocabulary."""
 
     def __init__(
         self, name: str, vocab_size: int, hidden_size: int, *, tied: VocabEmbedding | None, place: Placement
     ) -> None:
-        """tied: embedding whose weight the head uses; the head then has no storage and no slots of its own."""
+        """tied: embedding whose weight the head uses; the head then has no slots of its own."""
         self.vocab: Range = tied.vocab if tied else split(vocab_size, place.group.size)[place.group.rank]
-        self._name, self._shape = name, (vocab_size, hidden_size)
-        self._is_tied = tied is not None
-        super().__init__(0 if tied else self.vocab.size, hidden_size, bias=False, place=place, wide=True)
-        if tied:
-            self._weight = tied.weight
+        part = MatrixPart(name, (vocab_size, hidden_size), self.vocab.slice(), slice(0, hidden_size))
+        super().__init__([part], bias=False, place=place, wide=True)
+        self._tied = (tied,) if tied else ()  # in a tuple, so that it is no child
 
-    def weight_slots(self) -> Iterator[WeightSlot]:
-        if not self._is_tied:
-            index = (self.vocab.slice(), slice(0, self._shape[1]))
-            yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, index)
+    def matrix_slots(self) -> Iterator[MatrixSlot]:
+        if not self._tied:
+            yield from super().matrix_slots()
+
+    def prepare(self) -> None:
+        for embedding in self._tied:
+            self._fill(0, embedding.take_matrix())
+        super().prepare()
+
+    def _format_of(self, choice: str) -> str:
+        return FORMATS[choice].head
 
     @property
     def shares_embedding(self) -> bool:
         """Whether the head multiplies by the embedding's own storage."""
-        return self._is_tied and self.linear.references_weights
+        return bool(self._tied) and self.linear.references_weights
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, hidden_size], whole. Returns [tokens, this rank's vocabulary], float32 or wider."""

@@ -1,13 +1,16 @@
-"""Base class of a model's layers, and the walk over their tree that fills, prepares and quantizes weights."""
+"""Base class of a model's layers, and the walk over their tree that fills and prepares weights."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
 from torch import Tensor
+
+from kernels.weights.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,22 @@ class WeightSlot:
     index: tuple[slice, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class MatrixSlot:
+    """Place for this rank's part of one checkpoint matrix.
+
+    source: name of its weight in a checkpoint; no two slots of a model share one. full_shape: of the whole matrix.
+    index: rows and features of this rank's part. reads: those that `fill` takes: more than the part where its rounding
+    depends on others. fill: takes them, once.
+    """
+
+    source: str
+    full_shape: tuple[int, int]
+    index: tuple[slice, slice]
+    reads: tuple[slice, slice]
+    fill: Callable[[Matrix], None]
+
+
 class Module:
     """A layer. Its child layers are its attributes of this class, or lists of them, in the order they were set.
 
@@ -39,27 +58,37 @@ class Module:
                 yield from (each for each in value if isinstance(each, Module))
 
     def weight_slots(self) -> Iterator[WeightSlot]:
-        """Yield the storage to fill before `prepare`, and its place in a checkpoint."""
+        """Yield the storage of norms and biases, to fill first, and its place in a checkpoint."""
         for child in self.children():
             yield from child.weight_slots()
 
-    def prepare(self, int8: bool = False) -> None:
-        """Convert filled matrices into the form that the device multiplies by; int8: rounded to 8 bits. Call once; a
-        layer can be called only afterwards."""
-        for child in self.children():  # one at a time, so that few weights are in memory twice
-            child.prepare(int8)
+    def matrix_slots(self) -> Iterator[MatrixSlot]:
+        """Yield the places of matrices, to fill after all storage. Filled matrices go to the device one at a time, so
+        few are in memory twice."""
+        for child in self.children():
+            yield from child.matrix_slots()
 
-    def quantized(self) -> Self:
-        """Return the same layer with 8-bit matrices, sharing all else."""
+    def prepare(self) -> None:
+        """Finish what filling has begun. Call once; a layer can be called only afterwards."""
+        for child in self.children():
+            child.prepare()
+
+    def drafting(self) -> Self:
+        """Return the same layer with the matrices of drafts, sharing all else; see matrix_layer.WeightChoice."""
         twin = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Module):
-                setattr(twin, name, value.quantized())
+                setattr(twin, name, value.drafting())
             elif isinstance(value, list) and value and isinstance(value[0], Module):
-                setattr(twin, name, [each.quantized() for each in value])
+                setattr(twin, name, [each.drafting() for each in value])
         return twin
 
     @property
+    def matrix_formats(self) -> Counter[str]:
+        """Number of weights of this layer's own matrices in each format that they are multiplied in."""
+        return sum((child.matrix_formats for child in self.children()), Counter())
+
+    @property
     def matrix_bytes(self) -> int:
-        """Bytes of prepared matrices; a forward reads all of them."""
+        """Bytes of this layer's own matrices; a forward reads all of them."""
         return sum(child.matrix_bytes for child in self.children())

@@ -10,6 +10,7 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RoundPlan
 from parallel.group import RankFailure
+from parallel.matrix_layer import AS_STORED, WeightChoice
 from tests.support.engines import run, tokens
 from tests.support.profiles import only_in_all
 from tests.support.rank_law import alone, model, ops_of, requests
@@ -19,9 +20,17 @@ SHAPES = [(8, 8), (9, 3), (8, 2), (8, 1)]
 """Numbers of query heads and KV heads: 1, 3, 4 and 8 query heads per KV head."""
 
 
-def check(shape: tuple[int, int], size: int, gamma: int, dtype: torch.dtype, on_kernels: bool = False) -> None:
-    expected = alone(shape, dtype, on_kernels)
-    engine, _ = threaded_engine(model(*shape), size, gamma=gamma, dtype=dtype, digest_every=3, ops=ops_of(on_kernels))
+def check(
+    shape: tuple[int, int],
+    size: int,
+    gamma: int,
+    dtype: torch.dtype,
+    on_kernels: bool = False,
+    weights: WeightChoice = AS_STORED,
+) -> None:
+    expected = alone(shape, dtype, on_kernels, weights)
+    ops = ops_of(on_kernels)
+    engine, _ = threaded_engine(model(*shape), size, gamma=gamma, dtype=dtype, digest_every=3, ops=ops, weights=weights)
     try:
         outputs = run(engine, requests())
         stats = engine.stats()
@@ -64,10 +73,36 @@ def test_nor_in_float32(size: int, gamma: int) -> None:
     check((9, 3), size, gamma, torch.float32)
 
 
-@pytest.mark.parametrize(("size", "gamma"), [(2, 3), (3, 0), (3, 4), (8, 2)])
-def test_nor_on_compiled_kernels(size: int, gamma: int) -> None:
-    """Drafts use 8-bit weights."""
-    check((9, 3), size, gamma, torch.float32, on_kernels=True)
+@pytest.mark.parametrize(
+    ("size", "gamma", "drafts"), [(2, 3, "int8"), (3, 0, None), (3, 4, "int4"), (8, 2, "fp8"), (2, 2, None)]
+)
+def test_nor_on_compiled_kernels(size: int, gamma: int, drafts: str | None) -> None:
+    check((9, 3), size, gamma, torch.float32, on_kernels=True, weights=WeightChoice(drafts=drafts))
+
+
+@pytest.mark.parametrize("weights", [WeightChoice("int4", "fp8"), WeightChoice("fp8", "int4")], ids=str)
+@pytest.mark.parametrize(("shape", "size"), [((9, 3), 2), ((8, 2), 3)], ids=str)
+def test_nor_with_weights_of_few_bits(shape: tuple[int, int], size: int, weights: WeightChoice) -> None:
+    """Whose inputs the reference kernels do not round: ranks multiply by parts of the same numbers."""
+    check(shape, size, 3, torch.float64, weights=weights)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_speculation_never_changes_the_text_of_few_bits(size: int, weights: str) -> None:
+    """On kernels that round inputs, which each rank does for its own features."""
+    found = []
+    for gamma in (0, 3):
+        chosen = WeightChoice(weights, "int8" if weights == "int4" else "int4")
+        engine, _ = threaded_engine(
+            model(9, 3), size, gamma=gamma, dtype=torch.bfloat16, ops=ops_of(True), weights=chosen
+        )
+        try:
+            found.append({id: tokens(outputs) for id, outputs in run(engine, requests()).items()})
+            assert not gamma or engine.stats().rejections > 0
+        finally:
+            engine.close()
+    assert found[0] == found[1]
 
 
 def test_only_changes_are_broadcast() -> None:

@@ -12,6 +12,7 @@ from engine.params import SamplingParams
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig
+from parallel.matrix_layer import AS_STORED, WeightChoice
 from tests.support.engines import run
 from tests.support.ranks import threaded_engine
 from tests.support.rig import compiled
@@ -66,7 +67,9 @@ def ops_of(on_kernels: bool) -> Ops:
 
 
 @cache
-def alone(shape: tuple[int, int], dtype: torch.dtype, on_kernels: bool = False) -> dict[str, list[RequestOutput]]:
+def alone(
+    shape: tuple[int, int], dtype: torch.dtype, on_kernels: bool = False, weights: WeightChoice = AS_STORED
+) -> dict[str, list[RequestOutput]]:
     """Run the requests on one rank without speculation, as the reference."""
-    engine, _ = threaded_engine(model(*shape), 1, gamma=0, dtype=dtype, ops=ops_of(on_kernels))
+    engine, _ = threaded_engine(model(*shape), 1, gamma=0, dtype=dtype, ops=ops_of(on_kernels), weights=weights)
     return run(engine, requests())

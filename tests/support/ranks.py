@@ -28,6 +28,8 @@ from models.loader import random_model
 from parallel import shm
 from parallel.channel import Disconnected, Link
 from parallel.group import Group, RankFailure
+from parallel.matrix_layer import AS_STORED, WeightChoice
+from tests.support.model_weights import tensors_of
 from tests.support.rig import CPU, ThreadGroup
 from tests.support.tiny import TOKENS, write_tokenizer
 
@@ -79,19 +81,25 @@ class ThreadRanks:
     """
 
     def __init__(
-        self, config: ModelConfig, size: int, dtype: torch.dtype, share: bool = False, ops: Ops = REFERENCE
+        self,
+        config: ModelConfig,
+        size: int,
+        dtype: torch.dtype,
+        share: bool = False,
+        ops: Ops = REFERENCE,
+        weights: WeightChoice = AS_STORED,
     ) -> None:
         """share: exchange tensors through shared memory, like rank processes on one machine."""
         self._share = share
         self._barriers: list[threading.Barrier] = []
         self._groups = self._new_groups(size)
         self._draft_groups: list[Group] = []
-        self._config, self._dtype, self._ops = config, dtype, ops
+        self._config, self._dtype, self._ops, self._weights = config, dtype, ops, weights
         self.workers: dict[int, Worker] = {}
         self.plans: list[bytes] = []
 
     def model(self, rank: int) -> Llama:
-        return random_model(self._config, 0, self._dtype, CPU, self._groups[rank], self._ops)
+        return random_model(self._config, 0, self._dtype, CPU, self._groups[rank], self._ops, self._weights)
 
     def launch(self, config: EngineConfig, device: torch.device) -> RankExecutor:
         links = {}
@@ -179,11 +187,12 @@ def threaded_engine(
     dtype: torch.dtype = torch.float64,
     share: bool = False,
     ops: Ops = REFERENCE,
+    weights: WeightChoice = AS_STORED,
     **others: Any,
 ) -> tuple[Engine, ThreadRanks]:
     """Build an engine over a random model, with `size` - 1 threads as its other ranks. share: see ThreadRanks."""
-    ranks = ThreadRanks(config, size, dtype, share, ops)
-    model = ranks.model(0) if size > 1 else random_model(config, 0, dtype, CPU, Group.single(), ops)
+    ranks = ThreadRanks(config, size, dtype, share, ops, weights)
+    model = ranks.model(0) if size > 1 else random_model(config, 0, dtype, CPU, Group.single(), ops, weights)
     chosen = EngineConfig.model_validate(settings(gamma, tensor_parallel_size=size, **others))
     return Engine(chosen, model=model, ranks=ranks.launch), ranks
 
@@ -195,7 +204,8 @@ def write_random_model(directory: Path, config: ModelConfig, dtype: torch.dtype 
         write_tokenizer(directory)
     directory.mkdir(parents=True, exist_ok=True)
     model = random_model(config, seed, dtype, CPU, Group.single())
-    save_file({slot.source: slot.tensor.contiguous() for slot in model.weight_slots()}, directory / "model.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(model).items()}
+    save_file(tensors, directory / "model.safetensors")
     fields = {
         "model_type": "llama",
         "vocab_size": config.vocab_size,

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.weights.matrix import DenseMatrix
 from models.config import ModelConfig, ModelError
 from models.llama import Llama
 from models.loader import random_model
 from parallel.group import Group
-from parallel.layers import ColumnLinear, Columns, LMHead, Placement, RowLinear, VocabEmbedding
-from parallel.module import WeightSlot
+from parallel.layers import ColumnLinear, Columns, LMHead, RowLinear, VocabEmbedding
+from parallel.matrix_layer import Placement
+from parallel.module import MatrixSlot, Module, WeightSlot
 from parallel.split import split
 from tests.support.rig import CPU, PagedRows, run_ranks
 
@@ -39,10 +41,15 @@ VARIANTS = {
 }
 
 
-def filled(slots: Iterable[WeightSlot], checkpoint: dict[str, Tensor]) -> None:
-    for slot in slots:
-        assert checkpoint[slot.source].shape == slot.full_shape
-        slot.tensor.copy_(checkpoint[slot.source][slot.index])
+def filled(layers: Iterable[Module], checkpoint: dict[str, Tensor]) -> None:
+    for layer in layers:
+        for slot in layer.weight_slots():
+            assert checkpoint[slot.source].shape == slot.full_shape
+            slot.tensor.copy_(checkpoint[slot.source][slot.index])
+        for place in layer.matrix_slots():
+            assert checkpoint[place.source].shape == place.full_shape
+            place.fill(DenseMatrix(checkpoint[place.source][place.reads]))
+        layer.prepare()
 
 
 def place(group: Group) -> Placement:
@@ -65,9 +72,7 @@ def test_column_then_row(size: int, bias: bool) -> None:
         mine, other = (split(total, group.size)[group.rank].slice() for total in (7, 4))
         column = ColumnLinear([Columns("a", 7, mine), Columns("b", 4, other)], 5, bias=bias, place=place(group))
         row = RowLinear("c", 7, 6, mine=mine, bias=bias, place=place(group))
-        filled([*column.weight_slots(), *row.weight_slots()], checkpoint)
-        column.prepare()
-        row.prepare()
+        filled([column, row], checkpoint)
         a, b = column(x).split_with_sizes([mine.stop - mine.start, other.stop - other.start], dim=1)
         return a, b, row(a)
 
@@ -92,9 +97,8 @@ def test_vocabulary(size: int, tied: bool) -> None:
     def work(group: Group) -> tuple[Tensor, Tensor, int]:
         embedding = VocabEmbedding("embed", 11, 4, place=place(group))
         head = LMHead("head", 11, 4, tied=embedding if tied else None, place=place(group))
-        filled([*embedding.weight_slots(), *head.weight_slots()], checkpoint)
-        assert (head.weight is embedding.weight) == tied
-        head.prepare()
+        filled([embedding, head], checkpoint)
+        assert head.shares_embedding == tied
         return embedding(ids), head(x), head.vocab.start
 
     ranks = run_ranks(size, work)
@@ -114,16 +118,18 @@ def test_slots_cover_the_checkpoint(variant: str, size: int) -> None:
     config = VARIANTS[variant]
     held: dict[str, Tensor] = {}
 
-    def work(group: Group) -> list[WeightSlot]:
-        return list(Llama(config, place(group)).weight_slots())
+    def work(group: Group) -> list[WeightSlot | MatrixSlot]:
+        model = Llama(config, place(group))
+        return [*model.weight_slots(), *model.matrix_slots()]
 
     for slots in run_ranks(size, work):
         assert len({slot.source for slot in slots}) == len(slots)
         for slot in slots:
             count = held.setdefault(slot.source, torch.zeros(slot.full_shape, dtype=torch.int64))
             count[slot.index] += 1
-            assert slot.tensor.shape == count[slot.index].shape
-        ranges = sorted((slot.tensor.data_ptr(), slot.tensor.nbytes) for slot in slots)
+        storage = [slot for slot in slots if isinstance(slot, WeightSlot)]
+        assert all(slot.tensor.shape == held[slot.source][slot.index].shape for slot in storage)
+        ranges = sorted((slot.tensor.data_ptr(), slot.tensor.nbytes) for slot in storage)
         assert all(start + size <= after for (start, size), (after, _) in pairwise(ranges))
     for source, count in held.items():
         assert count.min() >= 1

@@ -1,0 +1,69 @@
+"""Weights of 4 bits, in groups of features with a scale and a zero point each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.weights.int8_weights import TINY
+from kernels.weights.matrix import QuantizedMatrix, regular_groups
+from kernels.weights.weight_bits import HEAD_FORMATS, INT4_GROUP
+
+LEVELS = 15
+"""Largest code."""
+SYMMETRIC_ZERO = 8
+"""Code of 0 without zero points."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Format:
+    """Groups of `group_size` features; the last one of a row may have fewer. symmetric: no zero points: the largest
+    weight of a group becomes a code of 0 or 15 around 8. scale_dtype: type that holds the scales: float16 is what
+    devices keep, bfloat16 what checkpoints of that type store."""
+
+    group_size: int = INT4_GROUP
+    symmetric: bool = False
+    scale_dtype: torch.dtype = torch.float16
+    name = "int4"
+    head = HEAD_FORMATS[name]
+
+    def spanned(self, features: slice, total: int) -> slice:
+        size = self.group_size
+        return slice(features.start // size * size, min(-(-features.stop // size) * size, total))
+
+    def quantize(self, weight: Tensor) -> QuantizedMatrix:
+        rows, features = weight.shape
+        size = self.group_size
+        grouped = F.pad(weight.float(), (0, -features % size)).view(rows, -1, size)
+        scales, zeros = self.scales_and_zeros(grouped)
+        codes = ((grouped / scales[..., None]).round() + zeros[..., None]).clamp_(0, LEVELS)
+        return QuantizedMatrix(
+            format=self.name,
+            codes=codes.to(torch.uint8).view(rows, -1)[:, :features],
+            scales=scales,
+            mins=None if self.symmetric else -zeros * scales,
+            groups=regular_groups(features, size).to(weight.device),
+            group_size=size,
+        )
+
+    def scales_and_zeros(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale of each group and its zero point, a whole number, both [rows, groups] float32. Scales have
+        values of `scale_dtype`.
+
+        grouped: [rows, groups, group_size] float32.
+        """
+        if self.symmetric:
+            scales = self._stored(grouped.abs().amax(2) * 2 / LEVELS)
+            return scales, torch.full_like(scales, SYMMETRIC_ZERO)
+        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+        scales = self._stored((high - low) / LEVELS)
+        return scales, (-low / scales).round().clamp(0, LEVELS)
+
+    def _stored(self, scales: Tensor) -> Tensor:
+        """Round scales to the type that holds them; those that it cannot hold stay as they are."""
+        rounded = scales.to(self.scale_dtype).float()
+        holds = (rounded.isfinite()) & (rounded > torch.finfo(self.scale_dtype).tiny)
+        return torch.where(holds, rounded, scales.clamp(min=TINY))
