@@ -34,9 +34,11 @@ from kernels.attention.base import AttentionBatch, Ballot
 from kernels.attention.cpu_attention import CpuAttention
 from kernels.cpu.choice import KernelChoice
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, supported
-from kernels.cpu.library import CpuKernels, PackedWeights
+from kernels.cpu.library import CpuKernels
 from kernels.cpu.micro_profile import choose
+from kernels.cpu.packing import Packed, PackedWeights, pack
 from kernels.kv_cache import KVPool, LayerKV
+from kernels.weights.weight_format import FORMATS
 from models.default import user_cache
 
 _HEADS, _KV_HEADS, _HEAD_DIM, _PAGE = 9, 3, 64, 16
@@ -168,14 +170,18 @@ def attention_flops(rows: int, context: int, queries: int, *, heads: int = _HEAD
     return 4 * rows * queries * (context - (queries - 1) / 2) * heads * head_dim
 
 
-def products(kernels: CpuKernels, row_counts: Sequence[int]) -> None:
-    """Measure the matrix products of all layers, by number of rows and weight format."""
+def products(kernels: CpuKernels, row_counts: Sequence[int], ceiling: float) -> None:
+    """Measure the matrix products of all layers, by number of rows and weight format. ceiling: bytes per second of a
+    read."""
     weights = [[torch.randn(n, k, dtype=torch.bfloat16) for k, n in SHAPES] for _ in range(_LAYERS)]
-    packed = [[PackedWeights(weight) for weight in layer] for layer in weights]
-    coarse = [[each.quantized() for each in layer] for layer in packed]
+    packed = {
+        name: [[pack(FORMATS[format_name].quantize(weight)) for weight in layer] for layer in weights]
+        for name, format_name in (("bf16", "dense"), ("int8", "int8"), ("fp8", "fp8"), ("int4", "int4"))
+    }
+    sizes = {name: sum(each.nbytes for layer in layers for each in layer) for name, layers in packed.items()}
     numbers = sum(weight.numel() for layer in weights for weight in layer)
 
-    def own(inputs: list[Tensor], layers: list[list[PackedWeights]]) -> None:
+    def own(inputs: list[Tensor], layers: Sequence[Sequence[Packed]]) -> None:
         for layer in layers:
             for x, weight in zip(inputs, layer, strict=True):
                 kernels.linear(x, weight)
@@ -185,19 +191,22 @@ def products(kernels: CpuKernels, row_counts: Sequence[int]) -> None:
             for x, weight in zip(inputs, layer, strict=True):
                 F.linear(x, weight)
 
-    print("products      bf16 ms    GB/s GFLOP/s   int8 ms    GB/s GFLOP/s  torch bf16 ms GFLOP/s  torch / ours")
+    heads = "".join(f"   {name} ms    GB/s of read GFLOP/s" for name in packed)
+    print(f"products  {heads}  torch bf16 ms GFLOP/s  torch / ours")
     for rows in row_counts:
         xs = [torch.randn(rows, k, dtype=torch.bfloat16) for k, _ in SHAPES]
-        bf16, int8 = seconds(partial(own, xs, packed), 5), seconds(partial(own, xs, coarse), 5)
-        theirs, flops = seconds(partial(torchs, xs), 5), 2 * rows * numbers
+        flops = 2 * rows * numbers
+        taken = {name: seconds(partial(own, xs, layers), 5) for name, layers in packed.items()}
+        cells = "".join(_cells(each, sizes[name], flops, ceiling) for name, each in taken.items())
+        theirs = seconds(partial(torchs, xs), 5)
         print(
-            f"{rows:4} rows {_cells(bf16, 2 * numbers, flops)} {_cells(int8, numbers, flops)} "
-            f"{1e3 * theirs:14.1f} {flops / theirs / 1e9:7.0f} {theirs / bf16:13.2f}"
+            f"{rows:4} rows {cells} {1e3 * theirs:14.1f} {flops / theirs / 1e9:7.0f} {theirs / taken['bf16']:13.2f}",
         )
 
 
-def _cells(taken: float, size: int, flops: int) -> str:
-    return f"{1e3 * taken:10.1f} {size / taken / 1e9:7.1f} {flops / taken / 1e9:7.0f}"
+def _cells(taken: float, size: int, flops: int, ceiling: float) -> str:
+    speed = size / taken
+    return f"{1e3 * taken:10.1f} {speed / 1e9:7.1f} {speed / ceiling:7.0%} {flops / taken / 1e9:7.0f}"
 
 
 def compare_bits(kernels: CpuKernels, row_counts: Sequence[int]) -> None:
@@ -239,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--set", help=f"instruction set: {', '.join(target.name for target in supported())}")
+    parser.add_argument("--products", action="store_true", help="measure products alone")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     try:
@@ -250,14 +260,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"{'chosen' if given.set is None else 'given'}: attention {choice.attention.name} ({choice.prefetch}), "
         f"products {_product_set(choice.products, choice.tiles_from)}, "
-        f"int8 products {_product_set(choice.products_int8, choice.tiles_from_int8)}, the rest {choice.rest.name}"
+        f"int8 products {_product_set(choice.products_int8, choice.tiles_from_int8)}, "
+        f"int4 products {choice.products_int4.name}, the rest {choice.rest.name}"
     )
-    for rows, context in _DECODING:
-        attention(kernels, rows, context, (1, 2, 4, 7), ceiling)
-    shared_pages(kernels, *_SHARED, (1, 4), ceiling)
-    votes(kernels, *_VOTES, (4, 7, 9))
-    attention(kernels, *_CHUNK[:2], _CHUNK[2:], ceiling)
-    products(kernels, _ROWS)
+    if not given.products:
+        for rows, context in _DECODING:
+            attention(kernels, rows, context, (1, 2, 4, 7), ceiling)
+        shared_pages(kernels, *_SHARED, (1, 4), ceiling)
+        votes(kernels, *_VOTES, (4, 7, 9))
+        attention(kernels, *_CHUNK[:2], _CHUNK[2:], ceiling)
+    products(kernels, _ROWS, ceiling)
     compare_bits(kernels, _ROWS)
 
 

@@ -9,11 +9,15 @@ from torch import Tensor
 from kernels.attention.base import AttentionBackend
 from kernels.attention.cpu_attention import CpuAttention
 from kernels.attention.reference_attention import ReferenceAttention
-from kernels.cpu.library import SEGMENT, CpuKernels, PackedWeights, pack_gated
+from kernels.cpu.library import SEGMENT, CpuKernels
+from kernels.cpu.micro_profile import MicroProfile
+from kernels.cpu.packing import Packed, can_pack, pack
 from kernels.key_summaries import bound_products, summarise_keys
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs
 from kernels.reference_ops import TorchFallbackOps
+from kernels.weights.matrix import Matrix
+from kernels.weights.weight_format import FORMATS
 
 
 class CpuLinear:
@@ -21,7 +25,7 @@ class CpuLinear:
 
     references_weights = False
 
-    def __init__(self, kernels: CpuKernels, weights: PackedWeights, gated: bool, wide: bool) -> None:
+    def __init__(self, kernels: CpuKernels, weights: Packed, gated: bool, wide: bool) -> None:
         self._kernels, self._weights = kernels, weights
         self._gated, self._wide = gated, wide
 
@@ -32,9 +36,6 @@ class CpuLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return self._kernels.linear(x, self._weights, silu_mul=self._gated, float_out=self._wide)
 
-    def quantized(self) -> CpuLinear:
-        return CpuLinear(self._kernels, self._weights.quantized(), self._gated, self._wide)
-
 
 class CpuOps(TorchFallbackOps):
     """See kernels.ops.Ops. A row's results do not depend on other rows at all, except in attention with a head_dim that
@@ -43,17 +44,21 @@ class CpuOps(TorchFallbackOps):
     kind = "cpu"
     make_graphs: Callable[[], Graphs] | None = None
 
-    def __init__(self, kernels: CpuKernels) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: CpuKernels, profile: MicroProfile | None = None) -> None:
+        """profile: measured rates of the kernels."""
+        self._kernels, self._profile = kernels, profile
         self.name = kernels.name
 
-    def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> CpuLinear:
-        if not gated:
-            return CpuLinear(self._kernels, PackedWeights(weight, bias), gated, wide)
-        columns = len(weight) // 2
-        packed = pack_gated(weight)
-        biases = None if bias is None else pack_gated(bias[:, None])[:, 0]
-        return CpuLinear(self._kernels, PackedWeights(packed, biases, columns=columns), gated, wide)
+    weight_formats = frozenset(FORMATS)
+
+    def fastest_format(self, max_rows: int) -> str | None:
+        return "int8" if self._profile is None else self._profile.fastest_format(max_rows)
+
+    def takes(self, matrix: Matrix) -> bool:
+        return can_pack(matrix)
+
+    def linear(self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> CpuLinear:
+        return CpuLinear(self._kernels, pack(matrix, bias, gated=gated), gated, wide)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         return self._kernels.norm(x, delta, weight, eps)

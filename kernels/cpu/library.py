@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention.base import Ballot
 from kernels.cpu.choice import KernelChoice
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, build_kernels, build_operators, supported
+from kernels.cpu.packing import Packed
 
-BLOCK = 32
-"""Number of output features that are packed together; same as BLOCK of csrc/kernels.h."""
 SEGMENT = 1024
 """Number of KV slots of a row that are one piece of work in attention, and that rows share; same as SEGMENT of
 csrc/attention_cut.h."""
-_ELEMENTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 2, torch.int8: 4}
-"""Number of neighbouring input features in a 32-bit word."""
-_WORDS = 16
-"""Words per row come in groups of so many: an AMX tile's width."""
 
 
 def open_set(folder: Path | None, target: InstructionSet) -> tuple[Path, int]:
@@ -64,16 +59,18 @@ class CpuKernels:
         """Key of measurements: it names the libraries, and what each is used for."""
         self._attention_table, self._rest = tables[choice.attention.name], tables[choice.rest.name]
         self._prefetch = (choice.prefetch.blocks, choice.prefetch.to_l2)
-        # By whether weights have 8 bits: the kernels, and the number of rows from which on tiles multiply.
-        self._products = (
-            (tables[choice.products.name], choice.tiles_from),
-            (tables[choice.products_int8.name], choice.tiles_from_int8),
-        )
         ops = torch.ops.magicdec_cpu
         # Looked up once: a model makes hundreds of calls per token.
-        self._attention, self._linear, self._norm = ops.attention.default, ops.linear.default, ops.norm.default
+        self._attention, self._norm = ops.attention.default, ops.norm.default
         self._rotary, self._sample, self._best = ops.rotary.default, ops.sample.default, ops.best.default
         self._summarise, self._bounds = ops.summarise.default, ops.bounds.default
+        # By kind of product: the operator, the kernels, and the operator's last arguments.
+        self._products: dict[str, tuple[Callable[..., Tensor], int, tuple[int, ...]]] = {
+            "products": (ops.linear.default, tables[choice.products.name], (choice.tiles_from,)),
+            "products_int8": (ops.linear.default, tables[choice.products_int8.name], (choice.tiles_from_int8,)),
+            "products_int4": (ops.linear_int4.default, tables[choice.products_int4.name], ()),
+            "products_coded": (ops.linear_coded.default, tables[choice.products.name], ()),
+        }
 
     def attention(
         self,
@@ -98,27 +95,15 @@ class CpuKernels:
         )
         return o, sums
 
-    def linear(self, x: Tensor, weights: PackedWeights, *, silu_mul: bool = False, float_out: bool = False) -> Tensor:
+    def linear(self, x: Tensor, weights: Packed, *, silu_mul: bool = False, float_out: bool = False) -> Tensor:
         """Compute x w^T + bias: [rows, features] to [rows, columns], in x's dtype, or in float32 with float_out.
 
-        weights: in x's dtype, or int8; then x is quantized too, with one scale per row from its largest element.
-        silu_mul: weights are gates and as many values (`pack_gated`), and the result is silu(gate) * value.
+        weights: in x's dtype, or of fewer bits. With int8 of one scale per output feature and with int4, x is rounded
+        to 8 bits too, with one scale per row, or one per group of features as the weights have, from its largest
+        element. silu_mul: weights are gates and as many values (`pack_gated`), and the result is silu(gate) * value.
         """
-        table, tiles_from = self._products[weights.scales is not None]
-        y: Tensor = self._linear(
-            table,
-            x,
-            weights.packed,
-            weights.scales,
-            weights.offsets,
-            weights.bias,
-            weights.features,
-            weights.columns,
-            silu_mul,
-            float_out,
-            tiles_from,
-        )
-        return y
+        product, table, last = self._products[weights.kind]
+        return product(table, weights.arrange(x), *weights.operands, silu_mul, float_out, *last)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """Add delta to x in place, and return the root-mean-square norm of the sum, all [rows, size] of one dtype."""
@@ -172,48 +157,3 @@ class CpuKernels:
         """Bound products; see Ops.bounds. head_dim is a multiple of 16, low and high have equal strides."""
         scores: Tensor = self._bounds(self._rest, q, pages, low, high, first, ends)
         return scores
-
-
-class PackedWeights:
-    """A weight matrix in the layout that `CpuKernels.linear` reads: blocks of BLOCK output features, and in them words
-    of neighbouring input features, [blocks, words, BLOCK, elements of a word]. It takes as much memory as the matrix,
-    rounded up to whole blocks of 16 words. All instruction sets read it, whether for few rows or many.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, columns: int | None = None) -> None:
-        """weight: [n, features] float32, bfloat16, float16 or int8. bias: [n]. columns: of the result, if not n."""
-        rows, self.features = weight.shape
-        self.columns = rows if columns is None else columns
-        self.scales: Tensor | None = None
-        self.offsets: Tensor | None = None
-        padding = -rows % BLOCK
-        self.bias = None if bias is None else F.pad(bias.float(), (0, padding))
-        elements = _ELEMENTS[weight.dtype]
-        padded = F.pad(weight, (0, -self.features % (_WORDS * elements), 0, padding))
-        self.packed = padded.view(-1, BLOCK, padded.shape[1] // elements, elements).transpose(1, 2).contiguous()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.packed, self.scales, self.offsets, self.bias) if part is not None)
-
-    def quantized(self) -> PackedWeights:
-        """Return the same matrix in 8 bits, with one scale per output feature: its largest element becomes 127."""
-        if self.scales is not None:
-            return self
-        wide = self.packed.transpose(1, 2).flatten(2).flatten(0, 1)[:, : self.features].float()
-        scales = (wide.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        whole = (wide / scales[:, None]).round()
-        quantized = PackedWeights(whole.to(torch.int8), self.bias, columns=self.columns)
-        quantized.scales = scales
-        quantized.offsets = (-128 * whole.sum(1)).int()  # inputs are stored as bytes from 0 to 255: 128 is added
-        return quantized
-
-
-def pack_gated(weight: Tensor) -> Tensor:
-    """Interleave gates and as many values, [2 n, features], 16 of each in turn, to [2 m, features].
-
-    m is n rounded up to a multiple of 16; padding is zero.
-    """
-    half = BLOCK // 2
-    parts = F.pad(weight.view(2, len(weight) // 2, -1), (0, 0, 0, -(len(weight) // 2) % half))
-    return parts.view(2, -1, half, weight.shape[1]).transpose(0, 1).flatten(0, 2)

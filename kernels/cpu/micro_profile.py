@@ -11,7 +11,6 @@ import copy
 import functools
 import hashlib
 import logging
-import math
 import os
 import tempfile
 import time
@@ -39,22 +38,27 @@ from kernels.cpu.compiler import (
     supported,
 )
 from kernels.cpu.cpus import usable_cores
-from kernels.cpu.library import CpuKernels, PackedWeights, open_set
+from kernels.cpu.library import CpuKernels, open_set
+from kernels.cpu.packing import Packed, pack
+from kernels.fastest import LEAD, fastest
+from kernels.weights.weight_format import FORMATS
 
 log = logging.getLogger(__name__)
 
 _Input = TypeVar("_Input")
 _Variant = TypeVar("_Variant")
 
-KINDS = ("attention", "products", "products_int8")
+PRODUCTS = {"dense": "products", "int8": "products_int8", "int4": "products_int4"}
+"""Kinds of products, by format of weights."""
+KINDS = ("attention", *PRODUCTS.values())
 """Kinds of kernels, each with an instruction set of its own."""
-_VERSION = 1
+TILED = ("products", "products_int8")
+"""Kinds that AMX tiles multiply."""
+_VERSION = 2
 _SECONDS = 0.05
 """Time spent on each variant and shape."""
 _REPEATS = 3
 """Runs of each variant and shape, at least."""
-_LEAD = 1.1
-"""A variant replaces one listed before it if it is faster by this factor: a choice must not depend on noise."""
 _HEADS, _KV_HEADS, _HEAD_DIM, _PAGE = 12, 4, 64, 16
 _QUERIES = ((4, 2048, 1), (4, 2048, 4), (1, 1024, 256))
 """Shapes of attention: rows, tokens of context, queries per row."""
@@ -85,6 +89,7 @@ class MicroProfile(msgspec.Struct, frozen=True):
     attention: str
     products: str
     products_int8: str
+    products_int4: str
     tiles_from: int
     tiles_from_int8: int
     prefetch: Prefetch
@@ -96,11 +101,24 @@ class MicroProfile(msgspec.Struct, frozen=True):
             named[self.attention],
             named[self.products],
             named[self.products_int8],
+            named[self.products_int4],
             rest=sets[0],
             tiles_from=self.tiles_from,
             tiles_from_int8=self.tiles_from_int8,
             prefetch=self.prefetch,
         )
+
+    def fastest_format(self, max_rows: int) -> str | None:
+        """Return the format of weights in which products of up to `max_rows` rows take the least time, by the geometric
+        mean over the measured numbers of rows; None: no other is faster than dense."""
+        times = {
+            (rate.kernel, rate.shape): rate.seconds
+            for rate in self.rates
+            if rate.kernel != KINDS[0] and rate.variant == getattr(self, rate.kernel)
+        }
+        shapes = [_product_shape(rows) for rows in _ROWS if rows <= max_rows]
+        chosen = fastest([{name: times[kind, shape] for name, kind in PRODUCTS.items()} for shape in shapes])
+        return None if chosen == "dense" else chosen
 
 
 def choose(folder: Path | None) -> KernelChoice:
@@ -114,14 +132,19 @@ def choose(folder: Path | None) -> KernelChoice:
     return KernelChoice.all_of(sets[0]) if profile is None else profile.choice(sets)
 
 
+def kept_profile(folder: Path | None) -> MicroProfile | None:
+    """Return the profile that `choose` goes by; None: nothing is measured. Raises KernelsUnavailable."""
+    return _kept(folder, tuple(usable(folder)))
+
+
 def full_profile(folder: Path | None, *, anew: bool) -> MicroProfile:
-    """Return the profile that `choose` goes by from now on, with the rates of all kernels. anew: measure it even if it
+    """Return the profile that `choose` goes by from now on, also where it cannot be kept. anew: measure it even if it
     is kept. Raises KernelsUnavailable."""
     sets = tuple(usable(folder))
     file = _file(folder, sets)
     kept = None if anew else _read(file, sets)
-    if kept is None or {rate.kernel for rate in kept.rates} != set(KINDS):
-        kept = measure(folder, sets, every=True)
+    if kept is None:
+        kept = measure(folder, sets)
         _keep(kept, file)
     return kept
 
@@ -208,18 +231,17 @@ def _keep(profile: MicroProfile, file: Path | None) -> None:
             os.replace(made, file)  # ranks that measure at the same time keep one result
 
 
-def measure(folder: Path | None, sets: Sequence[InstructionSet], *, every: bool = False) -> MicroProfile:
-    """Measure the kernels of these sets on shapes of all heights, on all cores. every: also those that leave no
-    choice."""
+def measure(folder: Path | None, sets: Sequence[InstructionSet]) -> MicroProfile:
+    """Measure the kernels of these sets on shapes of all heights, on all cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(usable_cores())
     try:
-        return _measure(folder, sets, every)
+        return _measure(folder, sets)
     finally:
         torch.set_num_threads(before)
 
 
-def _measure(folder: Path | None, sets: Sequence[InstructionSet], every: bool) -> MicroProfile:
+def _measure(folder: Path | None, sets: Sequence[InstructionSet]) -> MicroProfile:
     attention = {
         (target.name, prefetch): CpuKernels(folder, replace(KernelChoice.all_of(target), prefetch=prefetch))
         for target in sets
@@ -231,22 +253,22 @@ def _measure(folder: Path | None, sets: Sequence[InstructionSet], every: bool) -
         for shape, taken in times.items()
         for (name, prefetch), seconds in taken.items()
     ]
-    name, prefetch = _fastest(list(times.values()))
-    chosen = dict.fromkeys(KINDS[1:], sets[0].name)
-    tiles_from = dict.fromkeys(chosen, 1)
-    if every or len(sets) > 1 or sets[0].has_tiles:
-        weight = PackedWeights(torch.full((_SIZE, _SIZE), 0.01, dtype=torch.bfloat16))
-        kernels = {target.name: CpuKernels(folder, target) for target in sets}
-        for kind, weights in zip(KINDS[1:], (weight, weight.quantized()), strict=True):
-            copies = _copies(weights)
-            products = {rows: _product_seconds(kernels, rows, copies) for rows in _ROWS}
-            rates += [
-                Rate(kind, f"{rows} rows", each, seconds, *_product_rate(rows, weights, seconds))
-                for rows, taken in products.items()
-                for each, seconds in taken.items()
-            ]
-            chosen[kind] = _fastest(list(products.values()))
-            target = next(each for each in sets if each.name == chosen[kind])
+    name, prefetch = fastest(list(times.values()))
+    chosen, tiles_from = {}, {}
+    weight = torch.full((_SIZE, _SIZE), 0.01, dtype=torch.bfloat16)
+    kernels = {target.name: CpuKernels(folder, target) for target in sets}
+    for format_name, kind in PRODUCTS.items():
+        weights = pack(FORMATS[format_name].quantize(weight))
+        copies = _copies(weights)
+        products = {rows: _product_seconds(kernels, rows, copies) for rows in _ROWS}
+        rates += [
+            Rate(kind, _product_shape(rows), each, seconds, *_product_rate(rows, weights, seconds))
+            for rows, taken in products.items()
+            for each, seconds in taken.items()
+        ]
+        chosen[kind] = fastest(list(products.values()))
+        target = next(each for each in sets if each.name == chosen[kind])
+        if kind in TILED:
             tiles_from[kind] = _tiles_from(folder, target, copies)
     return MicroProfile(
         rates=rates,
@@ -256,18 +278,6 @@ def _measure(folder: Path | None, sets: Sequence[InstructionSet], every: bool) -
         tiles_from_int8=tiles_from["products_int8"],
         **chosen,
     )
-
-
-def _fastest(times: list[dict[_Variant, float]]) -> _Variant:
-    """Return the variant with the least geometric mean of seconds over all shapes; of nearly equal ones the first.
-
-    times: seconds by variant, for each shape.
-    """
-    best, *others = times[0]
-    for other in others:
-        if sum(math.log(taken[best] / taken[other]) for taken in times) / len(times) > math.log(_LEAD):
-            best = other
-    return best
 
 
 def _attention_shape(rows: int, context: int, queries: int) -> str:
@@ -301,25 +311,26 @@ def _attend(kernels: CpuKernels, q: Tensor, lengths: tuple[Tensor, Tensor], page
     return kernels.attention(q, kv[0], kv[1], *lengths, pages, 0.125)
 
 
-def _copies(weights: PackedWeights) -> list[PackedWeights]:
-    copies = [copy.copy(weights) for _ in range(max(2, _POOL_BYTES // weights.nbytes))]
-    for each in copies:
-        each.packed = weights.packed.clone()
-    return copies
+def _copies(weights: Packed) -> list[Packed]:
+    return [copy.deepcopy(weights) for _ in range(max(2, _POOL_BYTES // weights.nbytes))]
 
 
-def _product_seconds(kernels: dict[str, CpuKernels], rows: int, weights: list[PackedWeights]) -> dict[str, float]:
+def _product_shape(rows: int) -> str:
+    return f"{rows} rows"
+
+
+def _product_seconds(kernels: dict[str, CpuKernels], rows: int, weights: list[Packed]) -> dict[str, float]:
     x = torch.full((rows, _SIZE), 0.1, dtype=torch.bfloat16)
     return _seconds({name: partial(each.linear, x) for name, each in kernels.items()}, weights)
 
 
-def _product_rate(rows: int, weights: PackedWeights, seconds: float) -> tuple[float, str]:
+def _product_rate(rows: int, weights: Packed, seconds: float) -> tuple[float, str]:
     if rows <= 16:  # reading weights is the bound
         return weights.nbytes / seconds / 1e9, "bytes"
     return 2 * rows * _SIZE * _SIZE / seconds / 1e9, "FLOP"
 
 
-def _tiles_from(folder: Path | None, target: InstructionSet, weights: list[PackedWeights]) -> int:
+def _tiles_from(folder: Path | None, target: InstructionSet, weights: list[Packed]) -> int:
     """Return the number of rows from which on tiles are faster than what the set has for fewer rows; 1 if tiles of this
     processor do not round like those."""
     if not target.has_tiles:
@@ -329,12 +340,12 @@ def _tiles_from(folder: Path | None, target: InstructionSet, weights: list[Packe
         name: CpuKernels(folder, replace(whole, tiles_from=rows, tiles_from_int8=rows))
         for name, rows in (("tiles", 1), ("vectors", 1 << 30))
     }
-    if not _agree(*kernels.values(), int8=weights[0].scales is not None):
+    if not _agree(*kernels.values(), int8=weights[0].kind == "products_int8"):
         log.warning("AMX tiles round otherwise than specified: they multiply at all numbers of rows")
         return 1
     for rows in _TILES_FROM:
         taken = _product_seconds(kernels, rows, weights)
-        if taken["tiles"] * _LEAD < taken["vectors"]:
+        if taken["tiles"] * LEAD < taken["vectors"]:
             return rows
     return _TILES_FROM[-1]
 
@@ -342,9 +353,9 @@ def _tiles_from(folder: Path | None, target: InstructionSet, weights: list[Packe
 def _agree(one: CpuKernels, other: CpuKernels, *, int8: bool) -> bool:
     """Whether two kernels of products have the same bits."""
     generator = torch.Generator().manual_seed(0)
-    weight = PackedWeights(torch.randn(64, _SIZE, generator=generator).bfloat16(), torch.ones(64))
+    weight = torch.randn(64, _SIZE, generator=generator).bfloat16()
     x = torch.randn(33, _SIZE, generator=generator).bfloat16()
-    packed = weight.quantized() if int8 else weight
+    packed = pack(FORMATS["int8" if int8 else "dense"].quantize(weight), torch.ones(64))
     return torch.equal(one.linear(x, packed, float_out=True), other.linear(x, packed, float_out=True))
 
 

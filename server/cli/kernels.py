@@ -25,7 +25,7 @@ def kernels(
     from engine.worker.kernels import choose_ops, kernels_folder
     from kernels.cpu.compiler import BUILT, INSTRUCTION_SETS, build_kernels, build_operators, processor_name
     from kernels.cpu.cpus import usable_cores
-    from kernels.cpu.micro_profile import KINDS, full_profile
+    from kernels.cpu.micro_profile import KINDS, TILED, full_profile
 
     if every:
         for library in (build_operators(BUILT), *(build_kernels(each, BUILT) for each in INSTRUCTION_SETS)):
@@ -41,7 +41,7 @@ def kernels(
     typer.echo(f"{processor_name() or platform.machine()}, {usable_cores()} threads")
     for kind, variant in chosen.items():
         typer.echo(f"{kind}: {variant}")
-    for kind, rows in zip(KINDS[1:], (profile.tiles_from, profile.tiles_from_int8), strict=True):
+    for kind, rows in zip(TILED, (profile.tiles_from, profile.tiles_from_int8), strict=True):
         if rows > 1:
             typer.echo(f"{kind}: tiles from {rows} rows on")
     for rate in profile.rates:

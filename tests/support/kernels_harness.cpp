@@ -8,6 +8,8 @@
 // must be the same to the bit.
 #include "attention_harness.h"
 #include "bounds_harness.h"
+#include "int4_harness.h"
+#include "coded_harness.h"
 #include "kernels_harness.h"
 
 namespace {
@@ -317,6 +319,8 @@ int main(int count, char** arguments) {
   for (int each = 0; each < cases; each++) {
     Random random{mix64(seed + uint64_t(each))};
     test_linear(random);
+    test_int4(random);
+    test_coded(random);
     test_attention(random);
     test_shared_pages(random);
     test_norm(random);

@@ -88,6 +88,18 @@ inline void tile_dot_bytes() {
   }
 }
 
+// C[m][n] += likewise, with signed bytes of A[m][k] and unsigned ones of B[k][n].
+template <int C, int A, int B>
+inline void tile_dot_codes() {
+  auto& t = software_tiles;
+  for (int m = 0; m < t.shapes.rows[C]; m++) {
+    __m512i sums = _mm512_loadu_si512(t.data[C][m]);
+    for (int k = 0; k < t.shapes.bytes[A] / 4; k++)
+      sums = _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(t.data[B][k]), _mm512_set1_epi32(t.data[A][m][k]));
+    _mm512_storeu_si512(t.data[C][m], sums);
+  }
+}
+
 #elif defined(__AMX_TILE__)
 
 }  // namespace magicdec
@@ -123,6 +135,10 @@ MAGICDEC_INLINE void tile_dot_bf16() {
 template <int C, int A, int B>
 MAGICDEC_INLINE void tile_dot_bytes() {
   asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B>
+MAGICDEC_INLINE void tile_dot_codes() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 #endif

@@ -64,6 +64,12 @@ MAGICDEC_INLINE void store_bytes(uint8_t* to, u32x16 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(bytes));
 }
 
+MAGICDEC_INLINE i32x16 load_bytes(const uint8_t* from) {
+  return i32x16::of([&](int i) __attribute__((always_inline)) {
+    return (i32x16::Part)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * i)));
+  });
+}
+
 // Words of a 16-bit element of each array, the first one in the low half.
 MAGICDEC_INLINE u32x16 load_pairs(const void* first, const void* second) {
   const auto load = [](const void* from) __attribute__((always_inline)) {

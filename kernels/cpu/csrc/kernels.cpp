@@ -3,7 +3,9 @@
 #include "attention.h"
 #include "best.h"
 #include "bounds.h"
+#include "coded.h"
 #include "dispatch.h"
+#include "int4.h"
 #include "kernels.h"
 #include "linear.h"
 #include "pointwise.h"
@@ -40,8 +42,9 @@ static void bounds_any(const BoundsArgs& args) {
 extern "C" __attribute__((visibility("default"))) const magicdec::Kernels* magicdec_kernels() {
   using namespace magicdec;
   static const Kernels kernels = {
-      permitted,  linear_scratch, linear_any, attention_scratch, attention,     norm_any,       rotary_any,
-      sample_scratch, sample,     best_scratch, best,            summarise_any, bounds_scratch, bounds_any,
+      permitted,      linear_scratch, linear_any,   linear_int4_scratch, linear_int4,   coded_scratch,  coded_any,  attention_scratch,
+      attention,      norm_any,       rotary_any,   sample_scratch,      sample,        best_scratch,   best,       summarise_any,
+      bounds_scratch, bounds_any,
   };
   return &kernels;
 }

@@ -9,6 +9,7 @@ namespace magicdec {
 
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Weights : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
+enum class Codes : int { i8 = 0, e4m3 = 1 };
 
 // Threads that share the work of one kernel. run: calls work(context, piece, thread) once for each piece in [0, pieces), with
 // thread < threads, and returns when all are done (pool.h).
@@ -18,27 +19,51 @@ struct Team {
 };
 
 constexpr int BLOCK = 32;  // columns (output features) that are packed together
+constexpr float E4M3_SCALE = 256;  // what kernels decode codes of e4m3 to is so much smaller, which takes fewer instructions
 
-// y = x w^T + bias, or silu(gate) * up of its two halves.
-struct LinearArgs {
+// A product of rows with packed weights: y = x w^T + bias, or silu(gate) * up of its two halves.
+struct ProductArgs {
   Team team;
+  const float* bias;  // [blocks * BLOCK], or null
+  int columns;        // output features; with silu_mul, half of the packed ones
+  bool silu_mul;      // each block: 16 columns of the gate, then the same 16 of up
+  Type in, out;
+  const void* x;      // [rows, features]
+  int features;
+  int64_t x_stride;
+  void* y;            // [rows, columns]
+  int64_t y_stride;
+  int rows;
+  void* scratch;      // as many bytes as the product's function for them returns, 64-byte aligned
+};
+
+struct LinearArgs : ProductArgs {
   Weights format;
   const uint32_t* packed;  // [blocks][words][BLOCK]: words of neighbouring input features
   const float* scales;     // i8: [blocks * BLOCK], one per column
   const int32_t* offsets;  // i8: [blocks * BLOCK], product of an input of all -128, before scaling
-  const float* bias;       // [blocks * BLOCK], or null
   int words;               // per row, a multiple of 16, padded with zeros
-  int columns;             // output features; with silu_mul, half of the packed ones
-  bool silu_mul;           // each block: 16 columns of the gate, then the same 16 of up
-  Type in, out;
-  const void* x;           // [rows, features]
-  int features;
-  int64_t x_stride;
-  void* y;                 // [rows, columns]
-  int64_t y_stride;
-  int rows;
   int tiles_from;          // number of rows from which on AMX tiles multiply, where there are any; results do not depend on it
-  void* scratch;           // linear_scratch bytes, 64-byte aligned
+};
+
+// Weights of 8-bit codes, which are multiplied with inputs as they are.
+struct CodedArgs : ProductArgs {
+  Codes format;
+  const uint8_t* packed;   // [blocks][groups * group_size / 2][BLOCK][2]: pairs of neighbouring input features
+  const float* scales;     // [blocks][groups][BLOCK]; e4m3: times E4M3_SCALE
+  int groups, group_size;  // features of a group, an even number; x has at most as many in all
+};
+
+enum class Zeros : int { eight = 0, points = 1, halves = 2, floats = 3 };
+
+// The same with weights of 4 bits, in groups of features: scale * (code - zero), or scale * code + minimum. The input is rounded
+// to bytes in these groups. packed: [blocks][words][BLOCK] words of codes of eight neighbouring input features (int4.h).
+struct Int4Args : LinearArgs {
+  int groups;                // they divide `words` evenly
+  const void* group_scales;  // [blocks][groups][BLOCK], float16 or float32
+  bool half_scales;
+  const void* group_zeros;   // likewise: bytes of zeros, or minima of float16 or float32; none where zeros are all 8
+  Zeros zeros;
 };
 
 struct AttentionArgs {
@@ -146,6 +171,10 @@ struct Kernels {
   bool (*permitted)();  // asks the system, once per process, for what this instruction set needs
   size_t (*linear_scratch)(const LinearArgs&);
   void (*linear)(const LinearArgs&);
+  size_t (*linear_int4_scratch)(const Int4Args&);
+  void (*linear_int4)(const Int4Args&);
+  size_t (*coded_scratch)(const CodedArgs&);
+  void (*coded)(const CodedArgs&);
   size_t (*attention_scratch)(const AttentionArgs&);
   void (*attention)(const AttentionArgs&);
   void (*norm)(const NormArgs&);

@@ -29,39 +29,46 @@ MAGICDEC_INLINE void widen_row(const T* from, float* to, int features, int words
   for (; i < words; i += LANES) store(to + i, f32x16{});
 }
 
-// Quantizes a row to bytes, round(x / scale) + DotI8::ZERO, with scale = max |x| / 127. Returns the scale. SPREAD: each word
-// becomes two, of its even and of its odd bytes.
+// Stores the low bytes of the first `n` words, or of all if there are fewer.
+MAGICDEC_INLINE void store_bytes(uint8_t* to, u32x16 q, int n) {
+  uint8_t bytes[LANES];
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8((__m512i)q));
+#elif defined(__aarch64__)
+  neon::store_bytes(bytes, q);
+#elif defined(MAGICDEC_AVX2)
+  avx2::store_bytes(bytes, q);
+#else
+  for (int lane = 0; lane < LANES; lane++) bytes[lane] = uint8_t(q[lane]);
+#endif
+  std::memcpy(to, bytes, std::min(LANES, n));
+}
+
+// Quantizes a row to bytes, round(x / scale) + DotI8::ZERO, with scale = max |x| / 127. Returns the scale: NaN where an
+// element is not finite. SPREAD: each word becomes two, of its even and of its odd bytes.
 template <bool SPREAD, class T>
 MAGICDEC_INLINE float quantise_row(const T* x, uint32_t* words_to, int features, int words) {
   auto* to = reinterpret_cast<uint8_t*>(words_to + (SPREAD ? words : 0));
-  f32x16 peak{};
+  f32x16 peak{}, spoilt{};
   int i = 0;
   for (; i + LANES <= features; i += LANES) {
     const f32x16 v = load_floats(x + i);
     peak = maximum(peak, maximum(v, -v));
+    spoilt += v * 0.0f;
   }
   if (i < features) {
     const f32x16 v = load_some(x + i, features - i);
     peak = maximum(peak, maximum(v, -v));
+    spoilt += v * 0.0f;
   }
-  const float largest_x = largest(peak);
+  const float largest_x = largest(peak), spoils = sum(spoilt);
   const float scale = largest_x / 127.0f, inverse = largest_x > 0 ? 127.0f / largest_x : 0.0f;
   for (i = 0; i < words * 4; i += LANES) {
     const int n = std::min(LANES, features - i);
     const f32x16 v = (n == LANES ? load_floats(x + i) : n > 0 ? load_some(x + i, n) : f32x16{}) * inverse;
     // Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits.
     const u32x16 q = bits<u32x16>(v + 12582912.0f) + (DotI8::ZERO - 0x4b400000u);
-    uint8_t bytes[LANES];
-#if defined(__AVX512F__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8((__m512i)q));
-#elif defined(__aarch64__)
-    neon::store_bytes(bytes, q);
-#elif defined(MAGICDEC_AVX2)
-    avx2::store_bytes(bytes, q);
-#else
-    for (int lane = 0; lane < LANES; lane++) bytes[lane] = uint8_t(q[lane]);
-#endif
-    std::memcpy(to + i, bytes, std::min(LANES, words * 4 - i));
+    store_bytes(to + i, q, words * 4 - i);
   }
   if constexpr (SPREAD) {  // from the second half of the memory to all of it
     for (i = 0; i < words; i++) {
@@ -69,7 +76,7 @@ MAGICDEC_INLINE float quantise_row(const T* x, uint32_t* words_to, int features,
       words_to[2 * i] = word & 0x00ff00ff, words_to[2 * i + 1] = word >> 8 & 0x00ff00ff;
     }
   }
-  return scale;
+  return spoils != spoils ? spoils : scale;
 }
 
 template <class Out>
@@ -81,7 +88,7 @@ MAGICDEC_INLINE void store_columns(Out* y, f32x16 v, int n) {
 }
 
 template <class Out, int M>
-MAGICDEC_INLINE void finish(const LinearArgs& args, f32x16 (&sums)[M][2], int row, int block) {
+MAGICDEC_INLINE void finish(const ProductArgs& args, f32x16 (&sums)[M][2], int row, int block) {
   for (int m = 0; m < M; m++) {
     f32x16 first = sums[m][0], second = sums[m][1];
     if (args.bias) {

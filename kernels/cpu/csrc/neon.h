@@ -17,6 +17,10 @@ MAGICDEC_INLINE float largest(f32x16 x) {
   return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.part[0], x.part[1]), vmaxq_f32(x.part[2], x.part[3])));
 }
 
+MAGICDEC_INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) {
+  return f32x16::of([&](int i) __attribute__((always_inline)) { return vfmaq_f32(c.part[i], a.part[i], b.part[i]); });
+}
+
 // Rounds to nearest even.
 MAGICDEC_INLINE i32x16 nearest(f32x16 x) {
   return i32x16::of([&](int i) __attribute__((always_inline)) { return vcvtnq_s32_f32(x.part[i]); });

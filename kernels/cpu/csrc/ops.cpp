@@ -1,5 +1,4 @@
 // The kernels as torch operators, which check their arguments and pass pointers on. kernels: what `open` returned.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -13,13 +12,10 @@
 #include <string>
 #include <tuple>
 
-#include "kernels.h"
-#include "pool.h"
+#include "ops_arguments.h"
+#include "ops_products.h"
 
 namespace {
-
-using at::Tensor;
-using namespace magicdec;
 
 int64_t open(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -28,97 +24,6 @@ int64_t open(const std::string& path) {
   TORCH_CHECK(kernels, path, " holds no kernels");
   TORCH_CHECK(kernels()->permitted(), "the system does not permit the instructions of ", path);
   return reinterpret_cast<int64_t>(kernels());
-}
-
-const Kernels& table(int64_t kernels) { return *reinterpret_cast<const Kernels*>(kernels); }
-
-// As many threads as torch's own operators have: torch.set_num_threads.
-Team team() {
-  return {at::get_num_threads(), [](int threads, int64_t pieces, Pool::Work work, void* context) {
-            Pool::instance().run(threads, pieces, work, context);
-          }};
-}
-
-Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return Type::f32;
-    case at::kBFloat16:
-      return Type::bf16;
-    case at::kHalf:
-      return Type::f16;
-    default:
-      TORCH_CHECK(false, "no kernel for ", x.scalar_type());
-  }
-}
-
-Tensor scratch_of(size_t bytes) { return at::empty({int64_t(bytes)}, at::kByte); }
-
-void check_ints(const Tensor& x, const char* name) {
-  TORCH_CHECK(x.scalar_type() == at::kLong && x.is_contiguous(), name, ": expected contiguous int64");
-}
-
-// Fails unless the last `dims` dimensions of x are contiguous.
-void check_rows(const Tensor& x, int dims, const char* name) {
-  int64_t expected = 1;
-  for (int64_t i = x.dim() - 1; i >= x.dim() - dims; i--) {
-    TORCH_CHECK(x.stride(i) == expected || x.size(i) == 1, name, ": rows must be contiguous");
-    expected *= x.size(i);
-  }
-}
-
-// Fails unless all of x, contiguous int64, are in [0, limit).
-void check_range(const Tensor& x, int64_t limit, const char* name) {
-  const int64_t* values = x.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < x.numel(); i++)
-    TORCH_CHECK(values[i] >= 0 && values[i] < limit, name, ": ", values[i], " is not below ", limit);
-}
-
-const float* floats(const std::optional<Tensor>& x) { return x ? x->const_data_ptr<float>() : nullptr; }
-
-Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
-              const std::optional<Tensor>& offsets, const std::optional<Tensor>& bias, int64_t features, int64_t columns, bool silu_mul,
-              bool float_out, int64_t tiles_from) {
-  TORCH_CHECK(x.dim() == 2 && packed.dim() == 4 && packed.size(2) == BLOCK && packed.is_contiguous(), "linear: shapes");
-  check_rows(x, 1, "x");
-  LinearArgs args{};
-  args.team = team();
-  const bool bytes = packed.scalar_type() == at::kChar;
-  args.format = bytes ? Weights::i8 : Weights(int(type_of(packed)));
-  args.in = type_of(x);
-  TORCH_CHECK(bytes || int(args.format) == int(args.in), "linear: weights are ", packed.scalar_type(), ", x is ", x.scalar_type());
-  TORCH_CHECK(!bytes || (scales && offsets), "linear: bytes need scales and offsets");
-  args.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
-  args.scales = floats(scales);
-  args.offsets = offsets ? offsets->const_data_ptr<int32_t>() : nullptr;
-  args.bias = floats(bias);
-  args.words = int(packed.size(1));
-  args.columns = int(columns);
-  args.silu_mul = silu_mul;
-  args.x = x.const_data_ptr();
-  args.features = int(x.size(1));
-  args.x_stride = x.stride(0);
-  args.rows = int(x.size(0));
-  args.tiles_from = int(tiles_from);
-  const int64_t held = packed.size(1) * packed.size(3);
-  TORCH_CHECK(packed.size(1) % 16 == 0 && features <= held && x.size(1) == features, "linear: x has ", x.size(1), " features, the weights ", features);
-  const int64_t packed_columns = columns * (silu_mul ? 2 : 1);
-  TORCH_CHECK(packed_columns <= packed.size(0) * BLOCK, "linear: more columns than weights");
-  for (const auto* each : {&scales, &offsets, &bias})
-    TORCH_CHECK(!*each || ((*each)->numel() == packed.size(0) * BLOCK && (*each)->is_contiguous()), "linear: one number per packed column");
-  Tensor y = at::empty({x.size(0), columns}, x.options().dtype(float_out ? at::kFloat : x.scalar_type()));
-  args.out = type_of(y);
-  args.y = y.mutable_data_ptr();
-  args.y_stride = columns;
-  if (y.numel() == 0) return y;
-  const size_t bytes_needed = table(kernels).linear_scratch(args);
-  Tensor scratch;
-  if (bytes_needed) {
-    scratch = scratch_of(bytes_needed);
-    args.scratch = scratch.mutable_data_ptr();
-  }
-  table(kernels).linear(args);
-  return y;
 }
 
 std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -348,6 +253,8 @@ Tensor bounds(int64_t kernels, const Tensor& q, const Tensor& pages, const Tenso
 TORCH_LIBRARY(magicdec_cpu, m) {
   m.def("open(str path) -> int", &open);
   m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int features, int columns, bool silu_mul, bool float_out, int tiles_from) -> Tensor");
+  m.def("linear_int4(int kernels, Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int features, int columns, bool silu_mul, bool float_out) -> Tensor");
+  m.def("linear_coded(int kernels, Tensor x, Tensor packed, bool e4m3, Tensor scales, Tensor? bias, int features, int columns, bool silu_mul, bool float_out) -> Tensor");
   m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, int fetch_blocks, bool fetch_to_l2, Tensor? voters, int unit, Tensor(a!)? votes) -> (Tensor, Tensor)");
   m.def("norm(int kernels, Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
   m.def("rotary(int kernels, Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k, Tensor(c!) v, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
@@ -359,6 +266,8 @@ TORCH_LIBRARY(magicdec_cpu, m) {
 
 TORCH_LIBRARY_IMPL(magicdec_cpu, CPU, m) {
   m.impl("linear", &linear);
+  m.impl("linear_int4", &linear_int4);
+  m.impl("linear_coded", &linear_coded);
   m.impl("attention", &attention);
   m.impl("norm", &norm);
   m.impl("rotary", &rotary);

@@ -30,8 +30,6 @@ struct Nothing {
   MAGICDEC_INLINE void operator()(int) const {}
 };
 
-#if defined(MAGICDEC_AVX2)
-
 // Calls f(Count<0>), f(Count<1>) … N times. To elements with constant numbers the compiler gives registers; loops it may unroll
 // too late for that.
 template <class F, size_t... I>
@@ -42,6 +40,8 @@ template <int N, class F>
 MAGICDEC_INLINE void unrolled(F&& f) {
   unrolled(f, std::make_index_sequence<N>{});
 }
+
+#if defined(MAGICDEC_AVX2)
 
 constexpr int TURN = 32;  // words
 

@@ -106,6 +106,21 @@ struct FlushDenormals {
 };
 #endif
 
+MAGICDEC_INLINE i32x16 load_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (i32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(MAGICDEC_AVX2)
+  return avx2::load_bytes(from);
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(LANES / PARTS)));
+  return i32x16::of([&](int i) __attribute__((always_inline)) {
+    Bytes bytes;
+    std::memcpy(&bytes, from + i * sizeof bytes, sizeof bytes);
+    return __builtin_convertvector(bytes, i32x16::Part);
+  });
+#endif
+}
+
 // -- 16-bit floats ----------------------------------------------------------------------------------------------------
 
 struct bf16 {

@@ -18,11 +18,13 @@ from kernels.attention.reference_attention import ReferenceAttention
 from kernels.cpu import compiler
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable
 from kernels.cpu.cpu_ops import CpuOps
-from kernels.cpu.library import CpuKernels, PackedWeights, pack_gated
+from kernels.cpu.library import CpuKernels
+from kernels.cpu.packing import PackedWeights, pack, pack_gated
 from kernels.kv_cache import write_kv
 from kernels.noise import gumbel_noise
 from kernels.reference_ops import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
+from kernels.weights.int8_weights import Int8Format
 from models.default import user_cache
 from tests.support.profiles import examples
 from tests.support.rig import pool_layer
@@ -161,7 +163,14 @@ def test_linear(kernels: CpuKernels, dtype: torch.dtype, rows: int, features: in
     quantized = kernels.linear(x, PackedWeights(weight, bias))
     assert quantized.dtype == dtype
     torch.testing.assert_close(quantized.float(), y, rtol=2**-8, atol=1e-6)
-    coarse = kernels.linear(x, PackedWeights(weight, bias).quantized(), float_out=True)
+    coarse = kernels.linear(
+        x,
+        pack(
+            Int8Format().quantize(weight),
+            bias,
+        ),
+        float_out=True,
+    )
     assert (coarse - expected).norm() < 0.02 * (expected - bias).norm()
 
 
@@ -169,7 +178,7 @@ def test_linear(kernels: CpuKernels, dtype: torch.dtype, rows: int, features: in
 def test_linear_of_a_row_depends_on_nothing_else(kernels: CpuKernels, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(300, 576).to(dtype), torch.randn(200, 576).to(dtype)
-    for packed in (PackedWeights(weight), PackedWeights(weight).quantized()):
+    for packed in (PackedWeights(weight), pack(Int8Format().quantize(weight))):
         whole = kernels.linear(x, packed, float_out=True)
         for first, last in ((0, 1), (3, 8), (10, 40), (299, 300)):
             assert torch.equal(kernels.linear(x[first:last], packed, float_out=True), whole[first:last])
@@ -288,7 +297,7 @@ def test_memory_that_is_not_there_is_not_touched(kernels: CpuKernels) -> None:
 def test_nothing_comes_of_nothing(kernels: CpuKernels) -> None:
     weights = PackedWeights(torch.empty(0, 8))
     assert kernels.linear(torch.randn(3, 8), weights).shape == (3, 0)
-    assert kernels.linear(torch.randn(3, 8), weights.quantized()).shape == (3, 0)
+    assert kernels.linear(torch.randn(3, 8), pack(Int8Format().quantize(torch.empty(0, 8)))).shape == (3, 0)
     assert kernels.linear(torch.randn(0, 8), PackedWeights(torch.randn(5, 8))).shape == (0, 5)
 
 
@@ -296,8 +305,21 @@ def test_sums_of_bytes_are_exact(kernels: CpuKernels) -> None:
     """Kernels store inputs with an offset of 128; over a long sum that offset exceeds the precision of float32."""
     x = torch.tensor([127.0, -127.0]).repeat(4096)[None]
     x[0, 0] = 126.0
-    y = kernels.linear(x, PackedWeights(torch.full((2, x.shape[1]), 127.0)).quantized())
+    y = kernels.linear(x, pack(Int8Format().quantize(torch.full((2, x.shape[1]), 127.0))))
     assert y.tolist() == [[-127.0, -127.0]]
+
+
+@pytest.mark.parametrize("rows", [3, 40], ids=["few", "many"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_inputs_that_are_not_finite_show(kernels: CpuKernels, bad: float, rows: int) -> None:
+    packed, x = pack(Int8Format().quantize(torch.randn(40, 101))), torch.randn(rows, 101)
+    expected = kernels.linear(x, packed)
+    for place in (0, 40, 100):
+        spoilt = x.clone()
+        spoilt[1, place] = bad
+        y = kernels.linear(spoilt, packed)
+        assert y[1].isnan().all()
+        assert torch.equal(y[2:], expected[2:])
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -17,7 +17,17 @@ from kernels.cpu.choice import PREFETCHES, TILES_FROM, KernelChoice, Prefetch
 from kernels.cpu.compiler import SOFTWARE_TILES, InstructionSet, KernelsUnavailable, supported
 from kernels.cpu.cpus import usable_cores
 from kernels.cpu.library import CpuKernels, open_set
-from kernels.cpu.micro_profile import KINDS, MicroProfile, choose, full_profile, measure, usable
+from kernels.cpu.micro_profile import (
+    KINDS,
+    PRODUCTS,
+    MicroProfile,
+    Rate,
+    choose,
+    full_profile,
+    kept_profile,
+    measure,
+    usable,
+)
 from models.default import user_cache
 from server.cli import main
 from tests.support.rig import as_tested, compiled
@@ -81,20 +91,28 @@ def restart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("times", "fastest"),
+    ("seconds", "max_rows", "fastest"),
     [
-        ([{"a": 1.0}], "a"),
-        ([{"a": 1.0, "b": 0.5}], "b"),
-        ([{"a": 1.0, "b": 0.95, "c": 0.92}], "a"),  # all nearly equal
-        ([{"a": 1.0, "b": 0.85, "c": 0.8}], "b"),  # the first of two that are faster
-        ([{"a": 1.0, "b": 0.85, "c": 0.7}], "c"),
-        ([{"a": 1.0, "b": 0.5}, {"a": 1.0, "b": 2.0}], "a"),  # the mean is geometric: 1
-        ([{"a": 1.0, "b": 0.25}, {"a": 100.0, "b": 200.0}], "b"),  # and no shape counts for its length
-        ([{"a": 1.0, "b": 1.0}] * 5, "a"),
+        ({"int4": (1.0, 9.0), "int8": (2.0, 2.0), "dense": (4.0, 4.0)}, 16, "int4"),  # 17 rows are not counted
+        ({"int4": (1.0, 9.0), "int8": (2.0, 2.0), "dense": (4.0, 4.0)}, 17, "int8"),  # geometric means of 3, 2 and 4
+        ({"int4": (1.0, 1.0), "int8": (1.05, 1.05), "dense": (4.0, 4.0)}, 17, "int8"),  # nearly equal: more bits
+        ({"int4": (4.0, 4.0), "int8": (4.0, 4.0), "dense": (3.0, 3.0)}, 1, None),
     ],
 )
-def test_the_fastest_of_all_shapes(times: list[dict[str, float]], fastest: str) -> None:
-    assert micro_profile._fastest(times) == fastest
+def test_the_fastest_format(seconds: dict[str, tuple[float, float]], max_rows: int, fastest: str | None) -> None:
+    """Only the chosen set of each kind counts."""
+    rates = [
+        Rate(PRODUCTS[name], f"{rows} rows", variant, taken if variant == "mine" else 0.1, 1.0, "bytes")
+        for name, each in seconds.items()
+        for rows, taken in zip((1, 17), each, strict=True)
+        for variant in ("mine", "other")
+    ]
+    profile = MicroProfile(rates, "other", "mine", "mine", "mine", 1, 1, PREFETCHES[0])
+    assert profile.fastest_format(max_rows) == fastest
+
+
+def test_the_format_of_drafts_where_nothing_is_measured() -> None:
+    assert compiled().fastest_format(8) == "int8"
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
@@ -120,6 +138,7 @@ def test_it_is_measured_once(tmp_path: Path, measured: list[MicroProfile]) -> No
         b'{"rates": [], "attention": 5}',
         {"attention": "none such"},
         {"products_int8": "none such"},
+        {"products_int4": "none such"},
         {"prefetch": {"blocks": 1000, "to_l2": True}},
     ],
     ids=str,
@@ -162,13 +181,14 @@ def test_the_full_profile_is_what_is_chosen_from_then_on(tmp_path: Path, measure
     choose(tmp_path)
     whole = full_profile(tmp_path, anew=False)
     assert {rate.kernel for rate in whole.rates} == set(KINDS)
-    assert full_profile(tmp_path, anew=False) == whole
-    assert len(measured) == 2
+    assert kept_profile(tmp_path) == whole
+    assert len(measured) == 1
     anew = full_profile(tmp_path, anew=True)
-    assert len(measured) == 3
+    assert len(measured) == 2
     restart()
     assert choose(tmp_path) == anew.choice([BEST])
-    assert len(measured) == 3
+    assert kept_profile(tmp_path) == anew
+    assert len(measured) == 2
 
 
 def test_other_numbers_of_threads_are_measured_apart(
@@ -252,8 +272,9 @@ def test_tiles_beside_another_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_name_tells_what_each_set_is_for() -> None:
     """Times of rounds are kept by this name."""
     folder = user_cache() / "kernels"
-    choices = [KernelChoice(TILES, *others, TILES) for others in ((TILES, BEST), (BEST, TILES), (BEST, BEST))]
-    assert len({CpuKernels(folder, choice).name for choice in choices}) == 3
+    others = ((TILES, BEST, TILES), (BEST, TILES, TILES), (BEST, BEST, TILES), (TILES, TILES, BEST))
+    choices = [KernelChoice(TILES, *each, TILES) for each in others]
+    assert len({CpuKernels(folder, choice).name for choice in choices}) == 4
 
 
 @needs_software_tiles
@@ -311,16 +332,16 @@ def test_the_command_prints_what_is_chosen(
         assert ended.value.code in (0, None)
         return capsys.readouterr().out.splitlines()
 
-    head, attention, products, products_int8, *rates = run()
+    head, attention, products, products_int8, products_int4, *rates = run()
     assert head.endswith(f", {usable_cores()} threads")
     assert attention in [f"attention: {BEST.name}, {prefetch}" for prefetch in PREFETCHES]
-    assert [products, products_int8] == [f"products: {BEST.name}", f"products_int8: {BEST.name}"]
+    assert [products, products_int8, products_int4] == [f"{kind}: {BEST.name}" for kind in PRODUCTS.values()]
     # Two shapes of attention with each way to prefetch, and two of each kind of product.
-    assert len(rates) == 2 * len(PREFETCHES) + 2 * 2
-    assert [line[0] for line in rates].count("*") == 2 + 2 * 2
+    assert len(rates) == 2 * len(PREFETCHES) + 3 * 2
+    assert [line[0] for line in rates].count("*") == 2 + 3 * 2
     assert all(" us " in line and line.endswith(("GB/s", "GFLOP/s")) for line in rates)
     runs = len(measured)
-    assert run() == [head, attention, products, products_int8, *rates]
+    assert run() == [head, attention, products, products_int8, products_int4, *rates]
     assert len(measured) == runs
     run("--measure")
     assert len(measured) == runs + 1

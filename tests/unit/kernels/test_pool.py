@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.cpu.library import PackedWeights
+from kernels.cpu.packing import PackedWeights
 from tests.support.paths import ROOT
 from tests.support.profiles import is_all
 from tests.support.rig import compiled
