@@ -61,9 +61,6 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 def refuse_foreign_keys(data: Json) -> None:
     """Raise ModelError if the content of config.json means another model than the one that would be computed."""
-    for key in ("quantization_config", "compression_config"):
-        if data.get(key) not in _EMPTY:
-            raise ModelError(f"{key}{_method(data[key])} is not supported; use the model's weights in 16 bits")
     for key, neutral in _NEUTRAL.items():
         if data.get(key) not in (*_EMPTY, *neutral):
             raise ModelError(f"{key} {short(data[key])} is not supported")
@@ -78,9 +75,3 @@ def refuse_foreign_keys(data: Json) -> None:
     with_rope = data.get("no_rope_layers") or []  # 1: the layer rotates
     if not isinstance(with_rope, list) or not all(each == 1 for each in with_rope):
         raise ModelError(f"no_rope_layers {short(with_rope)} is not supported; all layers have rotary positions")
-
-
-def _method(value: Any) -> str:
-    """Name the kind of quantization; such objects can have thousands of characters."""
-    method = value.get("quant_method") if isinstance(value, dict) else None
-    return f" ({short(method)})" if method is not None else ""

@@ -46,22 +46,12 @@ def test_keys_of_other_models(key: str, neutral: Any, other: Any) -> None:
         parse_config(llama(**{key: other}))
 
 
-def test_a_quantization_is_named_by_its_method() -> None:
-    layers = {f"group_{i}": {"weights": {"num_bits": 4}} for i in range(200)}
-    config = llama(quantization_config={"quant_method": "compressed-tensors", "config_groups": layers})
-    with pytest.raises(ModelError) as error:
-        parse_config(config)
-    says = "quantization_config ('compressed-tensors') is not supported; use the model's weights in 16 bits"
-    assert str(error.value) == says
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (llama(model_type="gpt2"), "model_type 'gpt2'"),
         (without(LLAMA, "model_type"), "model_type None"),
         (llama(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
-        (llama(quantization_config={"quant_method": "awq"}), "quantization_config .*awq"),
         (llama(num_local_experts=8), "num_local_experts 8"),
         (llama(hidden_act="gelu"), "hidden_act 'gelu'"),
         (llama(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling: rope_type 'yarn'"),
