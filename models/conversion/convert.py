@@ -1,8 +1,9 @@
 """Convert a Llama-family checkpoint into the one format that is served.
 
-The format is a Hugging Face style directory: config.json, bf16 model*.safetensors (tied embeddings stored once),
-tokenizer.json, tokenizer_config.json (special tokens, chat template), generation_config.json. Neither reading it nor
-converting to it runs code from the checkpoint: pickled weights are refused.
+The format is a Hugging Face style directory: config.json, model*.safetensors (tied embeddings stored once),
+tokenizer.json, tokenizer_config.json (special tokens, chat template), generation_config.json. Weights are bf16, or, if
+the source has quantized matrices, those as they are (models.layouts.group_layout) and all others in their own type.
+Neither reading it nor converting to it runs code from the checkpoint: pickled weights are refused.
 """
 
 from __future__ import annotations
@@ -12,27 +13,35 @@ import logging
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoint import Checkpoint, NamedTensors, open_directory
-from models.config import ModelConfig, ModelError, parse_config
-from models.gguf import open_gguf
+from kernels.weights.matrix import QuantizedMatrix, is_finite
+from models.config import ModelError, parse_config
+from models.conversion.checkpoint import Checkpoint, NamedTensors, open_directory
+from models.conversion.gguf import open_gguf
+from models.files.json_values import Json
+from models.layouts.group_layout import SETTINGS, stored_tensors
 from models.llama import Llama
-from models.weights import HEAD, NOT_FINITE, PROJECTION_BIAS, is_finite, is_zero
+from models.weights import HEAD, NOT_FINITE, PROJECTION_BIAS, is_zero
 from parallel.group import Group
-from parallel.layers import Placement
+from parallel.matrix_layer import Placement
 
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 4_000_000_000
+Weights = Literal["stored", "dense"]
+"""Quantized matrices of the source: stored: as they are; dense: as their values in bf16."""
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def convert(src: Path, dst: Path, *, force: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+def convert(
+    src: Path, dst: Path, *, force: bool = False, shard_bytes: int = SHARD_BYTES, weights: Weights = "stored"
+) -> None:
     """Convert `src`, a .gguf file or a directory with safetensors weights, into the directory `dst`.
 
     `dst` appears complete or not at all; `force` replaces an existing one. A weight file holds at most `shard_bytes` of
@@ -40,24 +49,44 @@ def convert(src: Path, dst: Path, *, force: bool = False, shard_bytes: int = SHA
     Raises ModelError: the source cannot be read or served, the destination exists or cannot be written.
     """
     check_destination(src, dst, force)
-    install(_open(src), src, dst, force=force, shard_bytes=shard_bytes)
+    checkpoint = _open(src)
+    if weights == "dense":
+        checkpoint = replace(checkpoint, quantized=False)
+    install(checkpoint, src, dst, force=force, shard_bytes=shard_bytes)
 
 
 def install(
     checkpoint: Checkpoint, src: Path, dst: Path, *, force: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write `checkpoint`, which was read from `src`, to the directory `dst`. See convert."""
+    """Write `checkpoint`, which was read from `src`, to the directory `dst`: all in bf16, unless it is marked as
+    quantized. See convert."""
     try:
-        config = parse_config(checkpoint.config)
-        tensors = _checked(config, checkpoint.tensors, src)
+        config = served_config(checkpoint.config, SETTINGS if checkpoint.quantized else None)
+    except ModelError as error:
+        raise ModelError(f"{src}: {error}") from None
+    write_directory(config, _checked(checkpoint, src), checkpoint.texts, src, dst, force=force, shard_bytes=shard_bytes)
+
+
+def write_directory(
+    config: Json,
+    tensors: NamedTensors,
+    texts: dict[str, str],
+    src: Path,
+    dst: Path,
+    *,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write what was made from `src` to the directory `dst`. See convert."""
+    try:
         part = dst.parent / f".{dst.name}.{secrets.token_hex(4)}.part"
         part.mkdir(parents=True)
         try:
             write_weights(tensors, part, shard_bytes)
-            for name, text in checkpoint.texts.items():
+            for name, text in texts.items():
                 (part / name).parent.mkdir(exist_ok=True)
                 (part / name).write_text(text, encoding="utf-8")
-            _write_json(part / "config.json", served_config(checkpoint.config))
+            _write_json(part / "config.json", config)
             _replace(part, dst, force)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -88,27 +117,35 @@ def check_destination(src: Path, dst: Path, force: bool) -> None:
         raise ModelError(f"{dst}: exists and is not empty (--force replaces it)")
 
 
-def _checked(config: ModelConfig, tensors: NamedTensors, src: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield `tensors`, which were read from `src`, in bf16. Logs, at the end, those that are not finite in it. Raises
-    ModelError unless they are exactly the model's, with its shapes."""
+def _checked(checkpoint: Checkpoint, src: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors to store. Logs, at the end, weights that are not finite in bf16. Raises ModelError unless they
+    are exactly the model's, with its shapes."""
+    config = parse_config(checkpoint.config)
     model = Llama(config, Placement(Group.single(), torch.bfloat16, torch.device("meta")), max_positions=1)
-    missing = {slot.source: slot.full_shape for slot in model.weight_slots()}
+    missing: dict[str, tuple[int, ...]] = {slot.source: slot.full_shape for slot in model.weight_slots()}
+    missing |= {slot.source: slot.full_shape for slot in model.matrix_slots()}
     not_finite: list[str] = []
-    for name, tensor in tensors:
+    for name, weight in checkpoint.weights:
         if config.tie_word_embeddings and name == HEAD:
             continue
         if (shape := missing.pop(name, None)) is None:
-            if name.endswith(PROJECTION_BIAS) and is_zero(tensor):
+            if name.endswith(PROJECTION_BIAS) and isinstance(weight, torch.Tensor) and is_zero(weight):
                 continue
             raise ModelError(f"unexpected tensor {name}")
-        if tuple(tensor.shape) != shape:
-            raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        if tensor.dtype not in _FLOATS:
-            raise ModelError(f"tensor {name} is {tensor.dtype}; only unquantized weights can be converted")
-        rounded = tensor.to(torch.bfloat16).contiguous()
+        if tuple(weight.shape) != shape:
+            raise ModelError(f"tensor {name} has shape {list(weight.shape)}, expected {list(shape)}")
+        if isinstance(weight, QuantizedMatrix):
+            rounded, parts = weight.dense(torch.bfloat16), stored_tensors(name, weight)
+        elif weight.dtype in _FLOATS:
+            rounded, parts = weight.to(torch.bfloat16), iter([(name, weight.contiguous())])
+        else:
+            raise ModelError(f"tensor {name} is {weight.dtype}; only unquantized weights can be converted")
         if not is_finite(rounded):
             not_finite.append(f"{src}: tensor {name}")
-        yield name, rounded
+        if checkpoint.quantized:
+            yield from parts
+        else:
+            yield name, rounded.contiguous()
     if not_finite:
         count = f" (the first of {len(not_finite)})" if len(not_finite) > 1 else ""
         log.warning(NOT_FINITE, not_finite[0], count, "bfloat16")
@@ -149,10 +186,13 @@ def write_weights(tensors: NamedTensors, directory: Path, shard_bytes: int) -> N
     _write_json(directory / "model.safetensors.index.json", index)
 
 
-def served_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Adapt `config` to bf16 weights, and duplicate RoPE under the older keys, for readers that support only those."""
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
+def served_config(config: Json, quantization: Json | None = None) -> Json:
+    """Adapt `config` to bf16 weights, or those that `quantization` describes, and duplicate RoPE under the older keys,
+    for readers that support only those."""
+    config = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
     config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    if quantization is not None:
+        config["quantization_config"] = quantization
     rope = config.get("rope_parameters")
     if rope and not config.get("rope_scaling"):
         scaled = rope.get("rope_type", "default") != "default"

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
 from models.batch import ForwardBatch
-from models.checkpoint import Checkpoint, NamedTensors, open_directory
 from models.config import ModelError, parse_config
-from models.convert import check_destination, install
+from models.conversion.checkpoint import Checkpoint, NamedWeights, Weight, open_directory
+from models.conversion.convert import check_destination, install
 from models.llama import Llama
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -26,7 +26,7 @@ def make_draft(src: Path, dst: Path, layers: Sequence[int], *, force: bool = Fal
     """Write the directory `dst`: the model directory `src` with only these of its layers, in ascending order.
 
     Tensors are read one at a time. Raises ModelError: a layer that the model does not have, and the errors of
-    models.convert.convert.
+    models.conversion.convert.convert.
     """
     check_destination(src, dst, force)
     install(_with_layers(open_directory(src), layers), src, dst, force=force)
@@ -47,17 +47,17 @@ def _with_layers(checkpoint: Checkpoint, layers: Sequence[int]) -> Checkpoint:
     config: dict[str, Any] = checkpoint.config | {"num_hidden_layers": len(kept)}
     if isinstance(kinds := config.get("layer_types"), list) and len(kinds) == count:
         config["layer_types"] = [kinds[i] for i in kept]
-    return replace(checkpoint, config=config, tensors=_renumbered(checkpoint.tensors, kept))
+    return replace(checkpoint, config=config, weights=_renumbered(checkpoint.weights, kept))
 
 
-def _renumbered(tensors: NamedTensors, kept: list[int]) -> Iterator[tuple[str, Tensor]]:
+def _renumbered(weights: NamedWeights, kept: list[int]) -> Iterator[tuple[str, Weight]]:
     place = {layer: i for i, layer in enumerate(kept)}
-    for name, tensor in tensors:
+    for name, weight in weights:
         found = _LAYER.match(name)
         if found is None:
-            yield name, tensor
+            yield name, weight
         elif (layer := int(found[1])) in place:
-            yield f"model.layers.{place[layer]}.{name[found.end() :]}", tensor
+            yield f"model.layers.{place[layer]}.{name[found.end() :]}", weight
 
 
 def choose_layers(

@@ -16,11 +16,12 @@ from engine.core import Engine
 from engine.params import SamplingParams
 from engine.scheduler.stats import acceptance_rate
 from models.config import ModelError, read_config
-from models.draft import choose_layers, evenly_spaced_layers, make_draft
+from models.conversion.draft import choose_layers, evenly_spaced_layers, make_draft
 from models.loader import load_model
 from parallel.group import Group
 from server.cli.app import app
 from tests.support.engines import TINY, complete, tiny_model
+from tests.support.model_weights import tensors_of
 from tests.support.ranks import write_random_model
 from tests.support.rig import CPU
 from tests.support.workloads import prompt_of
@@ -101,7 +102,7 @@ def test_what_is_there_stays(target: Path, tmp_path: Path) -> None:
 
 def test_layers_that_do_nothing_go_first() -> None:
     model = tiny_model(config=replace(DEEP, vocab_size=64))
-    slots = {slot.source: slot.tensor for slot in model.weight_slots()}
+    slots = tensors_of(model)
     for layer in (1, 4):
         for part in ("self_attn.o_proj", "mlp.down_proj"):
             slots[f"model.layers.{layer}.{part}.weight"].zero_()

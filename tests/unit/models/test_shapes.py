@@ -1,0 +1,100 @@
+"""Parameter counts and memory sizes of models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from models.config import ModelConfig, ModelError
+from models.shapes import (
+    SHAPES,
+    active_parameters,
+    find_shape,
+    kv_token_bytes,
+    parameters,
+    rank_kv_token_bytes,
+    rank_matrix_bytes,
+    rank_weight_bytes,
+)
+
+SMALL = ModelConfig(
+    vocab_size=100,
+    hidden_size=10,
+    intermediate_size=20,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=2,
+    max_position_embeddings=100_000,
+)
+# A layer: queries and output 2·10·8, keys and values 2·10·4, MLP 3·10·20. Head: 1000.
+SMALL_ACTIVE = 3 * (160 + 80 + 600) + 1000
+
+
+class TestShapes:
+    @pytest.mark.parametrize(
+        ("name", "count"),
+        [
+            # Parameter counts of the published checkpoints.
+            ("llama-2-7b-32k", 6_738_415_616),
+            ("llama-3.1-8b", 8_030_261_248),
+            ("llama-3.1-70b", 70_553_706_496),
+            ("llama-3.2-1b", 1_235_814_400),
+            ("qwen3-4b", 4_022_468_096),
+            ("qwen3-8b", 8_190_735_360),
+            ("smollm2-135m", 134_515_008),
+            ("tinyllama-1.1b", 1_100_048_384),
+        ],
+    )
+    def test_parameters(self, name: str, count: int) -> None:
+        assert parameters(SHAPES[name]) == count
+
+    def test_what_a_token_meets(self) -> None:
+        assert active_parameters(SMALL) == SMALL_ACTIVE
+        assert parameters(SMALL) == SMALL_ACTIVE + 1000 + 3 * 20 + 10  # embedding, norms
+        tied = replace(SMALL, tie_word_embeddings=True)
+        assert active_parameters(tied) == SMALL_ACTIVE
+        assert parameters(tied) == SMALL_ACTIVE + 3 * 20 + 10
+
+    def test_biases_and_head_norms(self) -> None:
+        more = replace(SMALL, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
+        assert parameters(more) - parameters(SMALL) == 3 * ((4 + 2 * 2) * 2 + 10 + (20 + 20 + 10) + 2 * 2)
+
+    def test_kv(self) -> None:
+        assert kv_token_bytes(SHAPES["llama-3.1-8b"], 2) == 131_072
+        assert kv_token_bytes(SHAPES["llama-2-7b-32k"], 2) == 524_288
+
+    def test_kv_heads_stop_shrinking(self) -> None:
+        shape = SHAPES["llama-3.1-8b"]
+        assert [rank_kv_token_bytes(shape, ranks, 2) for ranks in (1, 2, 8, 16, 32)] == [
+            131_072, 65_536, 16_384, 16_384, 16_384
+        ]  # fmt: skip
+        assert rank_kv_token_bytes(shape, 3, 2) == 131_072 * 3 // 8  # three ranks hold 3, 3 and 2 heads
+
+    def test_rank_weights(self) -> None:
+        total = parameters(SMALL)
+        assert rank_weight_bytes(SMALL, 1, 2) == 2 * total
+        assert rank_weight_bytes(SMALL, 2, 2) == total
+        assert rank_weight_bytes(SMALL, 4, 2) == 2 * ((total - 240) / 4 + 120)  # each rank has one of two KV heads
+
+    def test_rank_weights_of_fewer_bits(self) -> None:
+        """Embedding, norms and biases stay dense; the head of int4 is int8."""
+        layers, others = SMALL_ACTIVE - 1000, parameters(SMALL) - SMALL_ACTIVE
+        assert rank_matrix_bytes(SMALL, 1, 2, "int4") == layers * 4.5 / 8 + 1000
+        assert rank_weight_bytes(SMALL, 1, 2, "int4") == layers * 4.5 / 8 + 1000 + 2 * others
+        assert rank_weight_bytes(SMALL, 2, 2, "fp8") == (SMALL_ACTIVE + 2 * others) / 2
+        assert rank_matrix_bytes(SMALL, 4, 4, "int8") == (SMALL_ACTIVE - 240) / 4 + 120
+        tied = replace(SMALL, tie_word_embeddings=True)
+        assert rank_weight_bytes(tied, 1, 2) == rank_weight_bytes(SMALL, 1, 2) - 2000
+        assert rank_weight_bytes(tied, 1, 2, "int8") == rank_weight_bytes(SMALL, 1, 2, "int8")
+
+    def test_any_directory_will_do(self, tmp_path: Path) -> None:
+        config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
+        config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512}
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert find_shape(str(tmp_path)).num_kv_heads == 2
+        with pytest.raises(ModelError, match=r"'gpt-5' is neither .* llama-3.1-8b"):
+            find_shape("gpt-5")
