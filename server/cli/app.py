@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli import bench, bench_serve, convert, fetch, generate, kernels, make_draft, plan, profile, serve
+from server.cli import bench, bench_serve, convert, fetch, generate, kernels, make_draft, plan, profile, quantize, serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,7 @@ app.command()(fetch.fetch)
 app.command()(convert.convert)
 app.command()(kernels.kernels)
 app.command()(make_draft.make_draft)
+app.command()(quantize.quantize)
 bench.app.command()(bench_serve.serve)
 app.add_typer(bench.app, name="bench")
 app.add_typer(profile.app, name="profile")

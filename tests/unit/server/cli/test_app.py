@@ -27,9 +27,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 def test_help_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     said = capsys.readouterr().out
-    assert all(
-        f" {command} " in said for command in ("serve", "generate", "plan", "make-draft", "bench", "fetch", "convert")
-    )
+    commands = ("serve", "generate", "plan", "make-draft", "bench", "fetch", "convert", "quantize")
+    assert all(f" {command} " in said for command in commands)
 
 
 def test_expected_errors_are_one_line(
@@ -47,11 +46,27 @@ def test_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "no-such-command" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flags", "expected"), [([], "stored"), (["--weights", "dense"], "dense")])
+def test_weights_that_a_conversion_keeps(
+    flags: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[Path, Path, bool, str]] = []
+
+    def convert(src: Path, dst: Path, *, force: bool, weights: str) -> None:
+        asked.append((src, dst, force, weights))
+
+    monkeypatch.setattr("models.conversion.convert.convert", convert)
+    assert run(monkeypatch, "convert", "a.gguf", "b", *flags) == 0
+    assert asked == [(Path("a.gguf"), Path("b"), False, expected)]
+    assert type(asked[0][3]) is str
+    assert run(monkeypatch, "convert", "a.gguf", "b", "--weights", "int4") == 2
+
+
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def broken(src: Path, dst: Path, *, force: bool) -> None:
+    def broken(src: Path, dst: Path, *, force: bool, weights: str) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("models.convert.convert", broken)
+    monkeypatch.setattr("models.conversion.convert.convert", broken)
     monkeypatch.setattr(sys, "argv", ["magicdec", "convert", "a", "b"])
     with pytest.raises(ValueError, match="a bug"):
         main()
