@@ -38,6 +38,8 @@ def table(results: Sequence[GpuResult]) -> str:
             f"{each.tokens_per_second:.0f}",
         )
         said = f"synthetic acceptance {each.alpha:.3g} ({each.accepted:.2f} accepted tokens)"
+        if {each.weights, each.draft_weights} != {"dense"}:
+            said += f", {each.weights} weights, drafts {each.draft_weights}"
         lines.append("".join(f"{cell:>9}" for cell in cells) + f"  {each.shape}, {each.policy}, {said}")
     return "\n".join(lines)
 

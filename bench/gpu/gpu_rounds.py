@@ -18,17 +18,20 @@ import torch
 from bench.corpus import BenchError
 from bench.gpu.device_busy import busy_seconds
 from bench.gpu.synthetic import synthetic_acceptance
+from bench.weight_flags import AUTO_WEIGHTS, WeightFlags
 from engine.config.deployment import EngineConfig
 from engine.config.speculation import SpeculationConfig
 from engine.core import Engine
 from engine.params import SamplingParams
 from engine.plan import PageDelta, RoundPlan, RoundResult, RowStart, RowWork
 from engine.scheduler.controller import FixedGamma
+from engine.worker.weight_choice import target_weights
 from kernels.ops import Ops
+from kernels.weights.matrix import DenseMatrix
 from models.config import ModelConfig
 from models.llama import Llama
 from parallel.group import Group
-from parallel.layers import Placement
+from parallel.matrix_layer import AS_STORED, Placement, WeightChoice
 from planner.cost_model import speedup
 
 _WARM_UPS = 3
@@ -48,7 +51,7 @@ class GpuResult:
     plain round, and of one with drafts, in which the device is idle; None where that was not observed. accepted:
     accepted drafts per row and round. speedup: measured, with synthetic acceptance `alpha`. predicted: the cost model's
     speed-up from the three times. plain_rounds_ms, rounds_ms: every timed round; half of the plain ones come before
-    those with drafts, half after.
+    those with drafts, half after. weights, draft_weights: formats that the target and drafts multiply by.
     """
 
     shape: str
@@ -73,6 +76,8 @@ class GpuResult:
     tokens_per_second: float
     plain_rounds_ms: list[float]
     rounds_ms: list[float]
+    weights: str = "dense"
+    draft_weights: str = "dense"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -88,15 +93,17 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def random_shape(shape: ModelConfig, dtype: torch.dtype, device: torch.device, ops: Ops) -> Llama:
+def random_shape(
+    shape: ModelConfig, dtype: torch.dtype, device: torch.device, ops: Ops, weights: WeightChoice = AS_STORED
+) -> Llama:
     """Build a model with random weights drawn on the device. Tests use those of models.loader.random_model."""
-    model = Llama(shape, Placement(Group.single(), dtype, device, ops))
+    model = Llama(shape, Placement(Group.single(), dtype, device, ops, weights))
     generator = torch.Generator(device).manual_seed(0)
     for slot in model.weight_slots():
-        if len(slot.full_shape) == 1:
-            slot.tensor.fill_(1.0 if slot.source.endswith("norm.weight") else 0.0)
-        else:
-            slot.tensor.normal_(0, slot.full_shape[1] ** -0.5, generator=generator)
+        slot.tensor.fill_(1.0 if slot.source.endswith("norm.weight") else 0.0)
+    for place in model.matrix_slots():
+        weight = torch.empty(place.full_shape, dtype=dtype, device=device)
+        place.fill(DenseMatrix(weight.normal_(0, place.full_shape[1] ** -0.5, generator=generator)))
     model.prepare()
     return model
 
@@ -125,6 +132,7 @@ class Bench:
         rounds: int = 24,
         cuda_graphs: bool = True,
         only_first: bool = False,
+        weights: WeightFlags = AUTO_WEIGHTS,
     ) -> None:
         """points: (rows, context). memory: bytes for weights and KV. policy: KV policy of drafts, one that reads the
         target's pages. temperature: of all rows. only_first: keep only the first of the points that fit."""
@@ -132,9 +140,12 @@ class Bench:
         speculation = SpeculationConfig.model_validate({"gamma": gamma, "kv": {"policy": policy, "budget": budget}})
         self._policy, self._summaries = policy, speculation.kv_state(page_size).summaries
         self._device, self._rounds, self._temperature = device, rounds, temperature
-        self._model = random_shape(shape, dtype, device, ops)
+        usual = EngineConfig(model=name, speculation=speculation)
+        choice = target_weights(weights.apply(usual), ops)
+        self._model = random_shape(shape, dtype, device, ops, choice)
         self.weight_bytes = self._model.matrix_bytes  # bytes that a forward reads
-        weights = self.weight_bytes + self._model.table_bytes
+        drafts = self._model.drafting().matrix_bytes if choice.drafts else 0
+        fixed = self.weight_bytes + drafts + self._model.table_bytes
         self._token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
         # Tokens by which a row can grow while it is measured, with all drafts accepted, and one round's drafts.
         self._room = (rounds + _WARM_UPS + 1) * (gamma + 1) + 1
@@ -145,7 +156,7 @@ class Bench:
                 break
             if context + self._room > shape.max_model_len:
                 self.left_out.append((rows, context, f"longer than the model's {shape.max_model_len} tokens"))
-            elif (needed := weights + self._bytes(rows, context)) > memory:
+            elif (needed := fixed + self._bytes(rows, context)) > memory:
                 reason = f"needs {needed / 1e9:.1f} GB, and {memory / 1e9:.1f} are free"
                 self.left_out.append((rows, context, reason))
             else:
@@ -166,7 +177,7 @@ class Bench:
                 "speculation": speculation,
             }
         )
-        self._engine = Engine(config, model=self._model, controller=FixedGamma(gamma), progress=False)
+        self._engine = Engine(weights.apply(config), model=self._model, controller=FixedGamma(gamma), progress=False)
         self._engine._worker._target.pool.data.normal_(0, 0.1)
         self._run: Callable[[RoundPlan], RoundResult] = self._engine.profiler.run
 
@@ -205,6 +216,8 @@ class Bench:
             tokens_per_second=rows * (accepted + 1) / t_round,
             plain_rounds_ms=[1e3 * each for each in plain],
             rounds_ms=[1e3 * each for each in seconds],
+            weights=self._engine.stats().weights["target"],
+            draft_weights=self._engine.stats().weights["drafts"],
         )
 
     def observe_gaps(self, result: GpuResult) -> GpuResult:

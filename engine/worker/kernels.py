@@ -16,7 +16,7 @@ from engine.config.deployment import ConfigError
 from kernels.cpu.compiler import KernelsUnavailable
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
-from kernels.cpu.micro_profile import choose
+from kernels.cpu.micro_profile import choose, kept_profile
 from kernels.flashinfer.flashinfer_modules import ModulesUnavailable, load_modules, try_attention
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
@@ -80,14 +80,19 @@ def _named(
         raise ConfigError(f"engine.kernels: {name} has none for {named} on {device.type}")
     try:
         if name == "cpu":
-            return CpuOps(CpuKernels(kernels_folder(), choose(kernels_folder())))
+            folder = kernels_folder()
+            return CpuOps(CpuKernels(folder, choose(folder)), kept_profile(folder))
         # Imported where there is a GPU.
         from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, make_workspace
         from kernels.gpu.cuda_graphs import CudaGraphs
         from kernels.gpu.gpu_ops import GpuOps
+        from kernels.gpu.products.fp8_products import multiplies_fp8
 
+        make_gpu_ops = partial(
+            GpuOps, make_recorder=partial(CudaGraphs, device), multiplies_fp8=multiplies_fp8(device, dtype)
+        )
         if name == "triton":
-            return GpuOps(make_recorder=partial(CudaGraphs, device))
+            return make_gpu_ops()
         if head_dims[0] not in HEAD_DIMS:
             raise KernelsUnavailable(f"flashinfer has none for head_dim {head_dims[0]}")
         known = [head_dim for head_dim in dict.fromkeys(head_dims) if head_dim in HEAD_DIMS]
@@ -95,6 +100,6 @@ def _named(
         workspace = make_workspace(device)
         for head_dim in known:
             try_attention(workspace, dtype, head_dim)
-        return GpuOps(workspace, partial(CudaGraphs, device))
+        return make_gpu_ops(workspace)
     except (KernelsUnavailable, ImportError) as error:
         raise ConfigError(f"engine.kernels: {error}") from error

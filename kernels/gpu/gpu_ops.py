@@ -1,10 +1,11 @@
-"""`kernels.ops` on GPUs, for float32, bfloat16 and float16 models: matrix products by torch, the rest in Triton."""
+"""`kernels.ops` on GPUs, for float32, bfloat16 and float16 models: dense products by torch, the rest in Triton."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 import triton
 from torch import Tensor
 
@@ -16,15 +17,21 @@ from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention, can_ca
 from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, Workspace, load_flashinfer
 from kernels.gpu import pointwise, sample, verdict
 from kernels.gpu.merge import merge_prefixes
+from kernels.gpu.products.few_bit_layout import lay_out
+from kernels.gpu.products.few_bit_products import FewBitLinear
+from kernels.gpu.products.format_times import device_seconds, fastest_format
+from kernels.gpu.products.fp8_products import Fp8Linear
 from kernels.gpu.snapkv_scores import snapkv_scores
 from kernels.key_summaries import bound_products, summarise_keys
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs, Linear
-from kernels.reference_ops import ReferenceLinear
+from kernels.reference_ops import reference_linear
+from kernels.weights.matrix import Matrix, QuantizedMatrix
+from kernels.weights.weight_format import FORMATS
 
 
 class GpuLinear:
-    """Product by torch, followed by gating in Triton."""
+    """Product, followed by gating in Triton."""
 
     def __init__(self, inner: Linear, gated: bool) -> None:
         self._inner, self._gated = inner, gated
@@ -40,9 +47,6 @@ class GpuLinear:
     def __call__(self, x: Tensor) -> Tensor:
         y = self._inner(x)
         return pointwise.silu_mul(y) if self._gated else y
-
-    def quantized(self) -> GpuLinear:
-        return GpuLinear(self._inner.quantized(), self._gated)
 
 
 class Recorder(Protocol):
@@ -72,11 +76,19 @@ class GpuOps:
 
     reads_prefixes = True
 
-    def __init__(self, workspace: Workspace | None = None, make_recorder: Callable[[], Recorder] | None = None) -> None:
+    def __init__(
+        self,
+        workspace: Workspace | None = None,
+        make_recorder: Callable[[], Recorder] | None = None,
+        *,
+        multiplies_fp8: bool = False,
+    ) -> None:
         """workspace: FlashInfer's (see kernels.flashinfer.flashinfer_workspace), for float16 and bfloat16 models
         with a head_dim that it supports; None: attention in Triton. make_recorder: creates what captures graphs, once
-        per engine; None: no graphs."""
-        self._workspace = workspace
+        per engine; None: no graphs. multiplies_fp8: whether products of fp8 weights round their inputs to fp8 too
+        (see kernels.gpu.products.fp8_products.multiplies_fp8)."""
+        self._workspace, self._multiplies_fp8 = workspace, multiplies_fp8
+        self._fastest: dict[int, str | None] = {}  # format by number of rows, as measured
         self.make_graphs: Callable[[], Graphs] | None = None
         if make_recorder is not None:
             self.make_graphs = lambda: GpuGraphs(make_recorder(), workspace)
@@ -87,8 +99,30 @@ class GpuOps:
     def shared_stretch(self, head_dim: int) -> int:
         return 1  # whole pages, of any size
 
-    def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> GpuLinear:
-        return GpuLinear(ReferenceLinear(weight, bias, gated=False, wide=wide), gated)
+    weight_formats = frozenset(FORMATS)
+
+    def takes(self, matrix: Matrix) -> bool:
+        return matrix.format in self.weight_formats
+
+    def fastest_format(self, max_rows: int) -> str | None:
+        if max_rows not in self._fastest:
+            self._fastest[max_rows] = None
+            if torch.cuda.is_available():
+                device = torch.device("cuda", torch.cuda.current_device())
+                self._fastest[max_rows] = fastest_format(
+                    lambda matrix: self._product(matrix, None, wide=False), max_rows, device, device_seconds
+                )
+        return self._fastest[max_rows]
+
+    def linear(self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> GpuLinear:
+        return GpuLinear(self._product(matrix, bias, wide), gated)
+
+    def _product(self, matrix: Matrix, bias: Tensor | None, wide: bool) -> Linear:
+        if not isinstance(matrix, QuantizedMatrix):
+            return reference_linear(matrix, bias, gated=False, wide=wide)
+        if self._multiplies_fp8 and Fp8Linear.takes(matrix):
+            return Fp8Linear(matrix, bias, wide)
+        return FewBitLinear(lay_out(matrix), bias, wide)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         return pointwise.norm(x, delta, weight, eps)

@@ -13,7 +13,9 @@ from torch import Tensor
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv_cache import LayerKV
-from kernels.reference_ops import REFERENCE
+from kernels.reference_ops import REFERENCE, QuantizedLinear
+from kernels.weights.matrix import QuantizedMatrix
+from kernels.weights.weight_format import FORMATS
 from tests.support.ballots import VoteCase, check_votes, draw_batch
 from tests.support.profiles import only_in_all
 
@@ -24,6 +26,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'magi
 from kernels.attention.triton_attention import GpuAttention
 from kernels.gpu.attention import assign_tiles, attend
 from kernels.gpu.cuda_graphs import CudaGraphs
+from kernels.gpu.products.few_bit_layout import lay_out
+from kernels.gpu.products.few_bit_products import few_bit_product
+from kernels.gpu.products.fp8_products import Fp8Linear, multiplies_fp8, round_inputs
 from kernels.gpu.sample import sample
 
 CUDA = torch.device("cuda")
@@ -123,3 +128,56 @@ def test_a_step_is_captured_and_replayed_for_other_lengths() -> None:
     values, chosen = REFERENCE.sample(logits.clone(), temperature, seeds, positions, 0)
     torch.testing.assert_close(held["values"], values, rtol=1e-5, atol=1e-5)
     assert torch.equal(held["tokens"], chosen)
+
+
+def rounded(format: str, columns: int, features: int) -> QuantizedMatrix:
+    matrix = FORMATS[format].quantize(torch.randn(columns, features, device=CUDA) * features**-0.5)
+    assert isinstance(matrix, QuantizedMatrix)
+    return matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, only_in_all(torch.float16), only_in_all(torch.float32)], ids=str)
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
+def test_products(format: str, dtype: torch.dtype) -> None:
+    """Codes are unpacked by instructions that the interpreter does not have. Rows with the same inputs, in one tile or
+    in several, have the same results."""
+    torch.manual_seed(0)
+    matrix = rounded(format, 1536, 4096)
+    weights, bias = lay_out(matrix), torch.randn(1536, device=CUDA).to(dtype)
+    for rows in (3, 150):
+        x = torch.randn(rows, 4096, device=CUDA).to(dtype)
+        x[-1] = x[0]
+        found = few_bit_product(x, weights, bias, wide=True)
+        torch.testing.assert_close(found, QuantizedLinear(matrix, bias, False, True)(x), rtol=1e-3, atol=1e-3)
+        assert torch.equal(found[-1], found[0])
+        assert torch.equal(found, few_bit_product(x, weights, bias, wide=True))
+
+
+def test_products_of_few_bits_are_captured_and_replayed() -> None:
+    """With several programs for each column, and features in another order."""
+    torch.manual_seed(0)
+    matrix = rounded("int4", 512, 4096).cut(slice(0, 512), slice(24, 4096))
+    weights, x, held = lay_out(matrix), torch.randn(4, 4072, device=CUDA).bfloat16(), {}
+
+    def work() -> None:
+        held["y"] = few_bit_product(x, weights, None, wide=True)
+
+    replay = CudaGraphs(CUDA).capture(work)
+    x.copy_(torch.randn(4, 4072))
+    replay()
+    torch.testing.assert_close(held["y"], QuantizedLinear(matrix, None, False, True)(x), rtol=1e-3, atol=1e-3)
+
+
+def test_products_of_fp8_by_fp8() -> None:
+    if not multiplies_fp8(CUDA, torch.bfloat16):
+        pytest.skip("the device does not multiply fp8")
+    torch.manual_seed(0)
+    matrix = rounded("fp8", 1536, 4096)
+    for bias in (None, torch.randn(1536, device=CUDA).bfloat16()):
+        linear = Fp8Linear(matrix, bias, wide=True)
+        for rows in (1, 150):
+            x = torch.randn(rows, 4096, device=CUDA).bfloat16()
+            codes, scales = round_inputs(x)
+            expected = (codes.float() * scales) @ matrix.dense(torch.float32).t()
+            expected = expected if bias is None else expected + bias
+            torch.testing.assert_close(linear(x), expected, rtol=2e-2, atol=2e-2)

@@ -27,7 +27,11 @@ from triton.runtime.jit import JITFunction
 from kernels.attention.base import AttentionBatch, Ballot, SharedPrefix
 from kernels.attention.triton_attention import GpuAttention
 from kernels.gpu import merge, pointwise, sample, snapkv_scores, verdict, votes
+from kernels.gpu.products.few_bit_layout import lay_out
+from kernels.gpu.products.few_bit_products import few_bit_product
+from kernels.gpu.products.fp8_products import round_inputs
 from kernels.kv_cache import LayerKV
+from kernels.weights.matrix import QuantizedMatrix, regular_groups
 
 HEADS = (
     (32, 8, 128),
@@ -189,6 +193,37 @@ def sampling(compiler: Compiler, rows: int, size: int) -> None:
     verdict.commit(*state, verdict.accept(*state, index, index, rows))
 
 
+def few_bits(compiler: Compiler, format: str, group: int, mins: str, dtype: torch.dtype, rows: int) -> None:
+    """group: features per group; 0: all. mins: none, zeros or any; see FewBitWeights."""
+    columns, features = 256, 4096
+    compiler.case = f"{format}, groups of {group}, mins: {mins}, {str(dtype)[6:]}, {rows} rows"
+    codes = torch.zeros(columns, features, dtype={"int4": torch.uint8, "int8": torch.int8}.get(format, torch.uint8))
+    groups = regular_groups(features, group or features)
+    scales = torch.full((columns, int(groups[-1]) + 1), 0.5)
+    offsets = {"zeros": -8 * scales, "any": 0.3 * scales}.get(mins)
+    matrix = QuantizedMatrix(
+        format=format, codes=codes, scales=scales, mins=offsets, groups=groups, group_size=group or features
+    )
+    few_bit_product(torch.zeros(rows, features, dtype=dtype), lay_out(matrix), torch.zeros(columns, dtype=dtype))
+
+
+def fp8_inputs(compiler: Compiler, features: int, dtype: torch.dtype) -> None:
+    compiler.case = f"{features} features"
+    round_inputs(torch.zeros(2, features, dtype=dtype))
+
+
+FEW_BITS = (
+    ("int4", 64, "zeros"),
+    ("int4", 128, "none"),
+    ("int4", 32, "any"),
+    ("int8", 0, "none"),
+    ("int8", 32, "none"),
+    ("fp8", 0, "none"),
+    ("fp8", 128, "none"),
+)
+"""Formats, features per group, and kinds of mins; see few_bits."""
+
+
 def few(compiler: Compiler) -> None:
     """One binary of each method of multiplication and number of warps, at its largest."""
     for heads, queries in (
@@ -219,6 +254,12 @@ def few(compiler: Compiler) -> None:
     layer_kernels(compiler, (32, 8, 128), torch.bfloat16)
     wide_norm(compiler, 32768)
     sampling(compiler, 2, 128_256)
+    for format, group, mins in FEW_BITS:
+        few_bits(compiler, format, group, mins, torch.bfloat16, 512)
+    for rows in (1, 64):
+        few_bits(compiler, "int4", 64, "zeros", torch.bfloat16, rows)
+    few_bits(compiler, "int4", 32, "any", torch.float32, 1)
+    fp8_inputs(compiler, 28_672, torch.bfloat16)
 
 
 def everything(compiler: Compiler) -> None:
@@ -235,6 +276,10 @@ def everything(compiler: Compiler) -> None:
             merging(compiler, heads, dtype)
             snapkv(compiler, heads, dtype)
             layer_kernels(compiler, heads, dtype)
+        for format, group, mins in FEW_BITS:
+            for rows in (1, 20, 40, 512):
+                few_bits(compiler, format, group, mins, dtype, rows)
+        fp8_inputs(compiler, 28_672, dtype)
     for size in (5120, 8192, 16384, 32768):
         wide_norm(compiler, size)
     for rows, size in ((2, 128_256), (1, 100), (1, 1), (2, 262_144)):

@@ -270,7 +270,7 @@ def test_the_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     for wrong in (
         *("--points 3", "--points 0x5", "--shapes none", "--gamma 0", "--synthetic-acceptance 2", "--rounds 1"),
         *("--terms none", "--terms vegas --gamma 6", "--terms vegas --budget 512"),
-        "--terms vegas --synthetic-acceptance 0.8",
+        *("--terms vegas --synthetic-acceptance 0.8", "--terms vegas --draft-weights int4"),
     ):
         monkeypatch.setattr(sys, "argv", ["gpu", *wrong.split()])
         with pytest.raises(SystemExit):
@@ -310,6 +310,7 @@ def test_on_the_terms_of_others(
     assert run(monkeypatch, f"--terms vegas --points 12x300 --rounds 8 --json {file}") == 0
     results = json.loads(file.read_text())["results"]
     assert [each["policy"] for each in results] == ["window", "verified", "quest"]
+    assert {(each["weights"], each["draft_weights"]) for each in results} == {("dense", "dense")}
     assert [each["accepted"] + 1 for each in results] == pytest.approx([4.92, 6.24, 5.43], abs=0.3)
     assert {(each["rows"], each["gamma"], each["temperature"], each["budget"]) for each in results} == {
         (12, 6, 0.6, 256)
@@ -317,6 +318,12 @@ def test_on_the_terms_of_others(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[3] for line in lines[-5:-1]] == ["plain", "window", "verified", "quest"]
     assert lines[-1].startswith("quest: ")
+
+
+def test_kernels_without_a_format(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(type(REFERENCE), "weight_formats", frozenset(["dense"]))
+    assert run(monkeypatch, "--points 2x40 --draft-weights int4") == 1
+    assert "error: reference kernels do not multiply by int4 weights" in capsys.readouterr().err
 
 
 def test_less_memory_than_one_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
