@@ -33,6 +33,7 @@ from engine.scheduler.stats import StatsRecorder
 from engine.scheduler.validation import check_fields
 from engine.worker.profiler import Profiler, load_profile, profile, profile_key, save_profile
 from engine.worker.resolve import draft_tokens_read, log_started, resolve, target_tokens_read
+from engine.worker.weight_choice import settle_draft_format
 from engine.worker.worker import Worker, noop
 from engine.worker.worker_owner import WorkerOwner
 from models.llama import Llama
@@ -104,7 +105,7 @@ class Engine:
             eos_token_ids=list(shape.eos_token_ids),
             stats=self.stats(),
         )
-        log_started(config, self._resolved, self._kv.total)
+        log_started(config, self._resolved, self._kv.total, self._owner.weight_formats)
 
     # -- start-up ------------------------------------------------------------------------------------------------------
 
@@ -117,7 +118,10 @@ class Engine:
             torch.set_num_threads(resolved.threads)
         group = Group.single()
         if config.tensor_parallel_size > 1:
-            self._ranks = ranks(resolved.fill_in(config), resolved.device)
+            filled = resolved.fill_in(config)
+            # A model that is loaded has the formats it has.
+            filled = settle_draft_format(filled, resolved.ops) if model is None else filled
+            self._ranks = ranks(filled, resolved.device)
             group = self._ranks.group
         count = config.speculation.draft_ranks(group.size)
         draft_group = self._ranks.join_first(count) if self._ranks and 0 < count < group.size else group
@@ -137,7 +141,7 @@ class Engine:
         speculation = self._config.speculation
         if speculation.gamma != "auto":
             return FixedGamma(speculation.gamma)
-        key = profile_key(self._config, self._resolved)
+        key = profile_key(self._config, self._resolved, self._worker.weight_formats, self._worker.weight_bytes)
         samples = load_profile(key)
         if samples is None:
             samples = profile(self.profiler, self._config)
@@ -356,6 +360,7 @@ class Engine:
         return msgspec.structs.replace(
             totals,
             state=self.state,
+            weights=self._owner.weight_formats,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             pages_free=self._kv.free,

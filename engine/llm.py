@@ -77,8 +77,8 @@ class LLM:
         progress: bool = False,
         **settings: Any,
     ) -> None:
-        """model: a directory, `default`, or a complete config. settings: other fields of EngineConfig. loaded: the
-        model's weights, if they are already in memory. progress: show a bar on stderr while loading.
+        """model: a directory, a default model, or a complete config. settings: other fields of EngineConfig. loaded:
+        the model's weights, if they are already in memory. progress: show a bar on stderr while loading.
 
         Raises ValueError (ConfigError, ModelError, TokenizerError) for settings or files that cannot be served.
         """

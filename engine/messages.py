@@ -171,6 +171,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """Pages of KV that drafts keep for each running request, in addition to the target's pool."""
     target_kv: dict[str, str | int] = {}
     """Settings of a target that reads part of its KV (TargetQuestConfig.summary); empty: it reads all."""
+    weights: dict[str, str] = {}
+    """Formats of the matrices that the target and drafts multiply by; empty while the weights are released."""
     kv_tokens_read: int = 0
     """KV tokens (one token = all layers and heads) read by draft and verify passes of decoding rows. Tokens that are
     read once for several rows count once."""

@@ -60,8 +60,8 @@ class EngineConfig(Settings):
     """Settings of the engine process."""
 
     model: str = "default"
-    """Model directory (config.json, *.safetensors, tokenizer.json), or `default`: the model that `magicdec fetch`
-    installs."""
+    """Model directory (config.json, *.safetensors, tokenizer.json), or a model that `magicdec fetch` installs:
+    `default`, or `default-int4`, the same with matrices of 4 bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """Precision; auto: bfloat16 where the device multiplies it natively, else float32."""
@@ -71,9 +71,10 @@ class EngineConfig(Settings):
     cuda_graphs: bool = True
     """On GPUs, capture forwards of decoding rows at start-up and replay them. Saves host time; costs some memory, and
     some seconds at start-up."""
-    weights: Literal["full", "int8"] = "full"
-    """Format of the matrices. full: in `dtype`. int8: rounded to 8 bits, with one scale per column; inputs are rounded
-    likewise. Refused on GPUs, where it gains nothing."""
+    weights: Literal["auto", "dense", "int8", "int4", "fp8"] = "auto"
+    """Format of the matrices. auto: as the checkpoint stores them. dense: in `dtype`. int8, fp8: rounded to 8 bits,
+    with one scale per output feature. int4: rounded to 4 bits, with a scale and a zero point per group of 64 input
+    features; the LM head has int8. Fewer bits than the checkpoint's change the text a little."""
     tensor_parallel_size: Positive = 1
     """Number of ranks: processes that compute the model together, each with its share of weights and KV."""
     collectives: Literal["auto", "shared", "gloo", "nccl", "symmetric"] = "auto"

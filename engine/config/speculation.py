@@ -25,9 +25,10 @@ class SpeculationConfig(Settings):
     verification: Literal["coupled", "rejection"] = "coupled"
     """Verification of sampled tokens. coupled: draft and target sample with the same noise, and the text does not
     depend on the drafts. rejection: speculative sampling (arXiv 2302.01318), from the same distribution."""
-    weights: Literal["auto", "same", "int8"] = "auto"
-    """Weights of the drafting model. int8: see engine.weights, kept in addition to the target's; auto: int8 where that
-    is faster, which is with compiled kernels on CPUs."""
+    weights: Literal["auto", "same", "int8", "int4", "fp8"] = "auto"
+    """Weights of the drafting model. same: those of the target, or as the draft model's checkpoint stores them. int8,
+    int4, fp8: see engine.weights; kept in addition to the target's. auto: the format that is measured to be the fastest
+    at the rows that drafts have; same if that is dense, and on plain torch."""
     kv: KVConfig = WindowConfig()
     """KV policy of drafts: the KV that they read."""
 

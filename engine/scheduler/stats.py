@@ -126,6 +126,7 @@ _GAUGES = {
     "policy",
     "draft_pages_per_row",
     "target_kv",
+    "weights",
 }
 
 

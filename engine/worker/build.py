@@ -19,6 +19,7 @@ from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
 from engine.speculation.rejection import Proposals, RejectionSampler
+from engine.worker.weight_choice import draft_model_weights
 from kernels.attention.base import AttentionBackend
 from kernels.ops import Graphs, Ops
 from models.default import resolve_model
@@ -51,7 +52,7 @@ def load_draft(config: EngineConfig, target: Llama, max_model_len: int, group: G
         progress=False,
         max_positions=max_model_len,
         ops=target.ops,
-        int8=_drafts_use_int8(config, target),
+        weights=draft_model_weights(config, target.ops),
     )
     return DraftModel(group, model)
 
@@ -116,11 +117,13 @@ def make_drafter(
 
 def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Llama | None:
     """Return the model whose weights a draft step of this rank reads, if that is not the target: the draft model, or
-    the target in 8 bits."""
+    the target with the matrices of drafts."""
     settings = config.speculation
     if settings.max_draft_tokens == 0 or settings.drafter == "model":
         return draft.model
-    return target.quantized() if _drafts_use_int8(config, target) and config.weights != "int8" else None
+    if target.weights.drafts is None or settings.weights not in ("auto", target.weights.drafts):
+        return None
+    return target.drafting()
 
 
 def _model_drafter(
@@ -194,12 +197,6 @@ def _gammas(settings: SpeculationConfig) -> set[int]:
     """Return the numbers of drafts that rounds have. With a fixed gamma, only rounds in which a request ends have
     fewer."""
     return set(range(settings.max_draft_tokens + 1)) if settings.gamma == "auto" else {0, settings.max_draft_tokens}
-
-
-def _drafts_use_int8(config: EngineConfig, target: Llama) -> bool:
-    """Whether drafts use matrices of 8 bits."""
-    wanted = config.speculation.weights
-    return wanted == "int8" or (wanted == "auto" and target.ops.kind == "cpu")
 
 
 def _plain_attention(model: Llama, page_size: int) -> AttentionBackend:

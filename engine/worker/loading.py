@@ -6,10 +6,12 @@ import torch
 
 from engine.config.deployment import EngineConfig
 from engine.worker.resolve import Resolved, resolve
+from engine.worker.weight_choice import target_weights
 from models.config import ModelConfig
 from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
+from parallel.matrix_layer import WeightChoice
 
 
 def load_shard(
@@ -20,9 +22,10 @@ def load_shard(
     *,
     progress: bool,
     like: ModelConfig | None = None,
+    weights: WeightChoice | None = None,
 ) -> Llama:
-    """Load this rank's shard of the target. device: this rank's. progress: show a bar on stderr. like: see
-    load_model."""
+    """Load this rank's shard of the target. device: this rank's. progress: show a bar on stderr. like: see load_model.
+    weights: formats; None: those that settings name."""
     return load_model(
         resolved.path,
         dtype=resolved.dtype,
@@ -31,7 +34,7 @@ def load_shard(
         progress=progress,
         max_positions=resolved.max_model_len,
         ops=resolved.ops,
-        int8=config.weights == "int8",
+        weights=target_weights(config, resolved.ops) if weights is None else weights,
         like=like,
     )
 

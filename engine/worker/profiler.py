@@ -14,7 +14,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +25,14 @@ from engine.config.deployment import EngineConfig
 from engine.control.step_times import StepSample, StepTimes
 from engine.params import SamplingParams
 from engine.plan import PageDelta, RoundPlan, RoundResult, RowStart, RowWork
+from engine.ranks.protocol import WeightBytes
 from engine.worker.resolve import Resolved
 from models.config import ModelConfig, RopeConfig, read_config
 from models.default import resolve_model, user_cache
 
 log = logging.getLogger(__name__)
 
-_VERSION = 6
+_VERSION = 7
 _SECONDS = 8.0
 """Approximate limit of a profile's time."""
 _SHORT, _LONG_TOKENS = 64, 8192
@@ -180,8 +181,12 @@ def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
 # -- the cache ------------------------------------------------------------------------------------------------------
 
 
-def profile_key(config: EngineConfig, sizes: Resolved) -> str:
-    """Return a hash of everything that the measured times depend on, and of nothing else."""
+def profile_key(config: EngineConfig, sizes: Resolved, formats: Mapping[str, str], weight_bytes: WeightBytes) -> str:
+    """Return a hash of everything that the measured times depend on, and of nothing else.
+
+    formats: of loaded matrices (EngineStats.weights), which the settings `auto` and `same` leave open. weight_bytes: of
+    rank 0.
+    """
     speculation = config.speculation
     parts: list[object] = [
         _VERSION,
@@ -189,12 +194,19 @@ def profile_key(config: EngineConfig, sizes: Resolved) -> str:
         str(sizes.dtype),
         sizes.ops.name,
         sizes.shared_stretch,
-        config.weights,
+        sorted(formats.items()),
+        (weight_bytes.target, weight_bytes.draft),
         min(sizes.max_model_len, _LONG_TOKENS + _ROOM),
     ]
     parts += [config.tensor_parallel_size, config.collectives, config.cache.page_size, config.scheduler.max_rows]
     # Left out: settings that change no measured time. Rows are measured greedily, with the profile's own gammas.
-    without: dict[str, bool | set[str]] = {"gamma": True, "model": True, "verification": True, "kv": {"sink"}}
+    without: dict[str, bool | set[str]] = {
+        "gamma": True,
+        "model": True,
+        "verification": True,
+        "weights": True,
+        "kv": {"sink"},
+    }
     parts += [speculation.model_dump_json(exclude=without), _work(sizes.shape)]
     if speculation.draft_model is not None:  # its name does not identify it: another model can take its place
         parts.append(_work(read_config(resolve_model(speculation.draft_model))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from engine.config.kv import KVState
 from engine.config.target_reading import TargetQuestConfig
 from engine.kv.streaming_heads import read_streaming_heads
 from engine.worker.kernels import choose_ops
+from engine.worker.weight_choice import loaded_formats
 from kernels.cpu.compiler import supported
 from kernels.cpu.cpus import usable_cores
 from kernels.kv_cache import KVPool
@@ -94,7 +95,6 @@ def resolve(
     """
     path, ranks = resolve_model(config.model), config.tensor_parallel_size
     device = _device(config.device)
-    _check_weights(config, device)
     shape = read_config(path) if model is None else model.config
     dtype = _dtype(config.dtype, device) if model is None else model.dtype
     try:
@@ -111,12 +111,14 @@ def resolve(
         token_bytes += _summary_bytes(kept, shape, dtype, max(kv_heads), page)
         fixed_bytes += config.scheduler.max_rows * _choice_bytes(kept, shape, max(kv_heads))
     head_dims = [each.head_dim for each in (shape, draft) if each is not None]
+    ops = choose_ops(config.kernels, device, dtype, head_dims, compiling) if model is None else model.ops
+    _check_weights(config, ops, model)
     resolved = Resolved(
         path=path,
         shape=shape,
         device=device,
         dtype=dtype,
-        ops=choose_ops(config.kernels, device, dtype, head_dims, compiling) if model is None else model.ops,
+        ops=ops,
         threads=threads_per_rank(config),
         max_model_len=_max_model_len(config, shape),
         num_pages=None,
@@ -195,19 +197,26 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _check_weights(config: EngineConfig, device: torch.device) -> None:
-    """Raise ConfigError for 8-bit weights on a GPU."""
-    if device.type == "cpu":
-        return
-    for setting, value, other in (
-        ("weights", config.weights, "full"),
-        ("speculation.weights", config.speculation.weights, "same"),
+def _check_weights(config: EngineConfig, ops: Ops, model: Llama | None) -> None:
+    """Raise ConfigError for weights that the kernels do not multiply by, or that a loaded model does not have."""
+    own: set[str | None] | None = None
+    drafts: set[str | None] | None = None
+    if model is not None:
+        own = loaded_formats(model)
+        if config.speculation.max_draft_tokens and config.speculation.drafter == "self":
+            drafts = own | {model.weights.drafts}
+    for setting, wanted, has in (
+        ("weights", config.weights, own),
+        ("speculation.weights", config.speculation.weights, drafts),
     ):
-        if value == "int8":
-            raise ConfigError(
-                f"engine.{setting}: int8 gains nothing on a GPU, where each product would first expand its matrix to "
-                f"float32; set it to {other}"
-            )
+        if wanted in ("auto", "same"):
+            continue
+        if wanted not in ops.weight_formats:
+            known = ", ".join(sorted(ops.weight_formats))
+            reason = f"{ops.kind} kernels do not multiply by {wanted} weights, but by {known}"
+            raise ConfigError(f"engine.{setting}: {reason}")
+        if has is not None and wanted not in has:
+            raise ConfigError(f"engine.{setting}: the model was loaded without {wanted} weights")
 
 
 def _check_target_kv(target: TargetQuestConfig, shape: ModelConfig, ranks: int) -> None:
@@ -343,16 +352,18 @@ def _describe_kept(config: EngineConfig, fixed_bytes: int, source: str) -> str:
     )
 
 
-def log_started(config: EngineConfig, resolved: Resolved, num_pages: int) -> None:
-    """Log what an engine runs with."""
+def log_started(config: EngineConfig, resolved: Resolved, num_pages: int, weights: Mapping[str, str]) -> None:
+    """Log what an engine runs with. weights: see EngineStats."""
+    own, drafts = weights["target"], weights.get("drafts", weights["target"])
     kv_gb = num_pages * config.cache.page_size * resolved.kv_token_bytes / 1e9
     size = config.tensor_parallel_size
     log.info(
-        "%s in %s on %s, kernels %s, KV pool of %d pages (%.2f GB)",
+        "%s in %s on %s, kernels %s, weights %s, KV pool of %d pages (%.2f GB)",
         resolved.path.name,
         str(resolved.dtype).removeprefix("torch."),
         f"{size} × {resolved.device.type}" if size > 1 else str(resolved.device),
         resolved.ops.name,
+        own if drafts == own else f"{own}, drafts {drafts}",
         num_pages,
         kv_gb,
     )

@@ -39,6 +39,7 @@ from engine.worker.build import (
 from engine.worker.kv_memory import size_pool
 from engine.worker.loading import load_shard
 from engine.worker.resolve import Resolved
+from engine.worker.weight_choice import describe_formats
 from kernels.transfer import fetch
 from models.default import resolve_model
 from models.llama import Llama
@@ -118,6 +119,8 @@ class Worker:
             ops=model.ops,
         )
         self._drafting_model = drafting_model(config, model, draft)
+        drafts = (self._drafting_model or model) if config.speculation.max_draft_tokens else None
+        self.weight_formats = describe_formats(model, drafts)  # of this rank
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
         eos = model.config.eos_token_ids
         tokenizer = resolve_model(config.model) / "tokenizer.json"

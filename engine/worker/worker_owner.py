@@ -23,7 +23,8 @@ from parallel.group import Group
 
 
 class WorkerOwner:
-    """Owner of one rank's worker. Every worker has the same settings and sizes; its rows and its KV begin empty.
+    """Owner of one rank's worker. Every worker has the same settings, sizes and formats of weights; its rows and its KV
+    begin empty.
 
     A new worker is loaded when the old one is gone, so the weights are never in memory twice.
     """
@@ -44,7 +45,7 @@ class WorkerOwner:
         worker = Worker.load(config, resolved, device, group, draft_group, model=model, progress=progress)
         self._worker: Worker | None = worker
         self._resolved = replace(resolved, num_pages=worker.num_pages, max_model_len=worker.max_model_len)
-        self._shape = worker.model.config
+        self._shape, self._weights = worker.model.config, worker.model.weights
         self._model: Llama | None = None  # loaded, for the next worker
         self._draft: DraftModel | None = None
 
@@ -52,6 +53,11 @@ class WorkerOwner:
     def worker(self) -> Worker:
         assert self._worker is not None, "the weights are released"
         return self._worker
+
+    @property
+    def weight_formats(self) -> dict[str, str]:
+        """See EngineStats.weights."""
+        return {} if self._worker is None else self._worker.weight_formats
 
     def perform(self, step: WeightStep) -> str | None:
         """Perform a step. Returns why it cannot be performed; None: it was. After a step other than `check` that could
@@ -85,7 +91,9 @@ class WorkerOwner:
         self._release()
         config, length = self._config, self._resolved.max_model_len
         resolved = replace(self._resolved, path=path)
-        model = load_shard(config, resolved, self._device, self._group, progress=False, like=self._shape)
+        model = load_shard(
+            config, resolved, self._device, self._group, progress=False, like=self._shape, weights=self._weights
+        )
         self._draft = draft or load_draft(config, model, length, self._draft_group)
         self._model = model
 

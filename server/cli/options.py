@@ -49,18 +49,18 @@ _TARGET_KV = "engine.target_kv"
 _TARGET_POLICY = f"{_TARGET_KV}.policy"
 
 ENGINE_FLAGS = {
-    "model": EngineFlag("engine.model", str, "Model directory, or `default`."),
+    "model": EngineFlag("engine.model", str, "Model directory, `default` or `default-int4`."),
     "device": EngineFlag("engine.device", str, "auto, cpu or cuda."),
     "dtype": EngineFlag("engine.dtype", str, "auto, float32, bfloat16, float16 or float64."),
     "kernels": EngineFlag("engine.kernels", str, "auto, cpu, triton, flashinfer or reference."),
-    "weights": EngineFlag("engine.weights", str, "full, or int8: matrices rounded to 8 bits."),
+    "weights": EngineFlag("engine.weights", str, "auto: as stored, dense, int8, int4 or fp8."),
     "tensor_parallel_size": EngineFlag("engine.tensor_parallel_size", int, "Ranks per model."),
     "speculation": EngineFlag(
         "engine.speculation.gamma", str, "off, auto, or the number of tokens to draft per round.", gamma
     ),
     "draft": EngineFlag("engine.speculation.model", str, "Directory of a draft model; self: the target drafts."),
     "draft_weights": EngineFlag(
-        "engine.speculation.weights", str, "Weights of drafts: auto, same as the target's, or int8."
+        "engine.speculation.weights", str, "Weights of drafts: auto, same as the target's, int8, int4 or fp8."
     ),
     # Before the budget, which is a setting of the policy.
     "policy": EngineFlag(

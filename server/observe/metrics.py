@@ -178,6 +178,8 @@ class _EngineCollector(Collector):
         yield from self._pools(stats)
         yield from self._positions(stats)
         yield from self._rounds(stats)
+        if stats.weights:
+            yield self._weights(stats.weights)
         if stats.target_kv:
             yield self._target_kv(stats.target_kv)
         if stats.decode_seconds:
@@ -231,6 +233,15 @@ class _EngineCollector(Collector):
         busy.add_metric([self._model_id, "verify"], stats.verify_seconds)
         busy.add_metric([self._model_id, "host"], stats.host_seconds)
         yield busy
+
+    def _weights(self, formats: dict[str, str]) -> Metric:
+        info = GaugeMetricFamily(
+            "magicdec_weights_info",
+            "1: the target and drafts multiply by weights of these formats.",
+            labels=(*_MODEL, *formats),
+        )
+        info.add_metric([self._model_id, *formats.values()], 1)
+        return info
 
     def _target_kv(self, settings: dict[str, str | int]) -> Metric:
         """Return the mark of a target whose text is not the dense model's."""

@@ -16,7 +16,9 @@ router = APIRouter()
 
 def _card(service: Service, model_id: str) -> dict[str, Any]:
     """Describe the model under one of its names. magicdec.target_kv: settings of a target that reads part of its KV,
-    whose text is not the dense model's; null: it reads all."""
+    whose text is not the dense model's; null: it reads all. magicdec.weights: formats of the matrices of the target and
+    of drafts; null while they are released."""
+    stats = service.loaded().stats
     return {
         "id": model_id,
         "object": "model",
@@ -25,7 +27,7 @@ def _card(service: Service, model_id: str) -> dict[str, Any]:
         "root": service.config.engine.model,
         "parent": None,
         "max_model_len": service.loaded().ready.max_model_len,
-        "magicdec": {"target_kv": service.loaded().stats.target_kv or None},
+        "magicdec": {"target_kv": stats.target_kv or None, "weights": stats.weights or None},
     }
 
 

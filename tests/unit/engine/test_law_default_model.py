@@ -1,5 +1,5 @@
-"""Speculation leaves the text of the default model unchanged: in float32, and in bfloat16 on compiled kernels with int8
-drafts."""
+"""Speculation leaves the text of the default model unchanged: in float32, and in bfloat16 on compiled kernels, with
+drafts of int4 weights."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kernels.reference_ops import REFERENCE
 from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
+from parallel.matrix_layer import WeightChoice
 from tests.support.profiles import is_all, only_in_all
 from tests.support.rig import CPU, compiled
 
@@ -35,7 +36,8 @@ PROMPTS = (
 @pytest.fixture(scope="module", params=["float32 reference", "bfloat16 compiled"])
 def model(model_dir: Path, request: pytest.FixtureRequest) -> Llama:
     dtype, ops = (torch.float32, REFERENCE) if "reference" in request.param else (torch.bfloat16, compiled())
-    return load_model(model_dir, dtype=dtype, device=CPU, group=Group.single(), progress=False, ops=ops)
+    place: dict[str, Any] = {"dtype": dtype, "device": CPU, "ops": ops, "weights": WeightChoice(drafts="int4")}
+    return load_model(model_dir, group=Group.single(), progress=False, **place)
 
 
 @pytest.fixture(scope="module")

@@ -176,12 +176,14 @@ def test_generate_prints_the_same_text_with_and_without_speculation(directory: P
     common = ["generate", "--prompt-file", str(prompt), "--model", str(directory), "--dtype", "float64"]
     common += ["--max-tokens", "40", "--temperature", "0.8", "--seed", "7", "--ignore-eos", "--stats"]
     plain = command(*common, "--speculation", "off")
-    drafted = command(*common, "--speculation", "3", "--budget", "64")
+    drafted = command(*common, "--speculation", "3", "--budget", "64", "--draft-weights", "fp8")
     assert plain[0] == drafted[0] == 0
     assert plain[1] == drafted[1]
     assert len(plain[1]) > 40
     assert "acceptance" in drafted[2]
     assert "acceptance" not in plain[2]
+    assert "weights target dense prompt" in plain[2]
+    assert "weights target dense, drafts fp8 prompt" in drafted[2]
 
 
 @pytest.mark.parametrize(

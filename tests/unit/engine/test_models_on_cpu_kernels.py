@@ -23,12 +23,15 @@ from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
 from kernels.cpu.micro_profile import choose
 from kernels.reference_ops import REFERENCE
+from kernels.weights.weight_format import FORMATS
 from models.config import ModelConfig
 from models.default import default_model_dir, user_cache
 from models.llama import Llama
 from models.loader import random_model
 from parallel.group import Group
+from parallel.matrix_layer import WeightChoice
 from tests.support.engines import run, tiny_engine, tokens
+from tests.support.model_weights import tensors_of
 from tests.support.profiles import only_in_all
 from tests.support.rig import CPU, PagedRows, compiled, sets_to_test
 
@@ -53,9 +56,18 @@ VARIANTS = {
 TEXT = random.Random(0).choices(range(2, 211), k=60)
 
 
+CHOICES = {
+    "dense": WeightChoice(None, "int4"),
+    "int8": WeightChoice("int8", "int4"),
+    "int4": WeightChoice("int4", "fp8"),
+    "fp8": WeightChoice("fp8", "int8"),
+}
+"""Formats of targets, each with drafts of another one."""
+
+
 @cache
-def on_kernels(dtype: torch.dtype, variant: str = "tied") -> Llama:
-    return random_model(VARIANTS[variant], 1, dtype, CPU, Group.single(), compiled())
+def on_kernels(dtype: torch.dtype, variant: str = "tied", weights: str = "dense") -> Llama:
+    return random_model(VARIANTS[variant], 1, dtype, CPU, Group.single(), compiled(), CHOICES[weights])
 
 
 def logits(model: Llama) -> torch.Tensor:
@@ -69,33 +81,36 @@ def logits(model: Llama) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("int8", [False, True], ids=["full", "int8"])
-def test_models_agree_with_the_reference(variant: str, int8: bool) -> None:
+@pytest.mark.parametrize("weights", FORMATS)
+def test_models_agree_with_the_reference(variant: str, weights: str) -> None:
     arguments = VARIANTS[variant], 1, torch.float32, CPU, Group.single()
-    ours = logits(random_model(*arguments, compiled(), int8))
-    theirs = logits(random_model(*arguments, REFERENCE, int8))
+    ours = logits(random_model(*arguments, compiled(), WeightChoice(weights)))
+    theirs = logits(random_model(*arguments, REFERENCE, WeightChoice(weights)))
     assert ours.dtype == torch.float32
-    if not int8:
+    if weights == "dense":
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    else:  # sums close to the middle of two integers round differently on the two sides
-        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    else:  # sums close to the middle of two integers round differently on the two sides, or inputs are rounded on one
+        assert (ours - theirs).norm() < 0.03 * theirs.norm()
 
 
 @pytest.mark.parametrize("ops", ["reference", "compiled"])
-def test_the_rounded_twin(ops: str) -> None:
-    """The quantized twin computes what a model quantized while loading computes, shares the embedding, and is made only
-    once."""
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
+def test_the_twin_that_drafts(ops: str, weights: str) -> None:
+    """It computes what a model computes whose own weights have that format, shares the embedding, and is made once."""
     chosen = REFERENCE if ops == "reference" else compiled()
-    model = random_model(SHAPE, 1, torch.float32, CPU, Group.single(), chosen)
-    quantized = random_model(SHAPE, 1, torch.float32, CPU, Group.single(), chosen, int8=True)
+    arguments = SHAPE, 1, torch.float32, CPU, Group.single(), chosen
+    model, quantized = (random_model(*arguments, WeightChoice(*each)) for each in ((None, weights), (weights, None)))
     before = logits(model)
-    twin = model.quantized()
+    twin = model.drafting()
     assert torch.equal(logits(twin), logits(quantized))
     assert torch.equal(logits(model), before)
-    assert 0.005 < (before - logits(twin)).norm() / before.norm() < 0.1
-    assert twin is model.quantized()
-    assert quantized.quantized() is quantized
-    limit = 0.32 if ops == "reference" else 0.41  # kernels pad 72 features to 80 floats, or to 128 bytes
+    assert torch.equal(before, logits(random_model(*arguments)))
+    assert 0.005 < (before - logits(twin)).norm() / before.norm() < (0.1 if weights == "int8" else 0.4)
+    assert twin is model.drafting()
+    assert twin.drafting() is twin
+    assert quantized.drafting() is quantized
+    # Kernels pad 72 features to 80 floats, or to 128 codes; the reference has a byte per code, and wide scales.
+    limit = 0.6 if (ops, weights) == ("reference", "int4") else 0.42
     assert twin.matrix_bytes == quantized.matrix_bytes < limit * model.matrix_bytes
     assert twin.table_bytes == model.table_bytes == 211 * 72 * 4
 
@@ -104,7 +119,7 @@ def test_bytes_of_a_tied_head() -> None:
     model = random_model(VARIANTS["tied"], 1, torch.float32, CPU, Group.single())
     assert model.table_bytes == 0  # the head reads the embedding itself
     assert model.matrix_bytes == sum(
-        s.tensor.nbytes for s in model.weight_slots() if not s.source.endswith("norm.weight")
+        t.nbytes for name, t in tensors_of(model).items() if not name.endswith("norm.weight")
     )
     assert on_kernels(torch.float32).table_bytes == 211 * 72 * 4  # the head reads a packed copy
 
@@ -191,33 +206,37 @@ def choices() -> dict[str, KernelChoice]:
     found = {each.name: KernelChoice.all_of(each) for each in sets}
     found["chosen"] = choose(user_cache() / "kernels")
     found["mixed"] = KernelChoice(
-        attention=sets[0], products=sets[-1], products_int8=sets[len(sets) // 2], rest=sets[0]
+        attention=sets[0],
+        products=sets[-1],
+        products_int8=sets[len(sets) // 2],
+        products_int4=sets[-1],
+        rest=sets[0],
     )
     return found
 
 
 @cache
-def on_choice(name: str, run: int, dtype: torch.dtype, int8: bool) -> Llama:
+def on_choice(name: str, run: int, dtype: torch.dtype, weights: str) -> Llama:
     """The model on kernels of a choice. run: place in BOUNDS."""
     full, rounded = (rows[run] for rows in BOUNDS)
     choice = dataclasses.replace(choices()[name], tiles_from=full, tiles_from_int8=rounded)
     ops = CpuOps(CpuKernels(user_cache() / "kernels", choice))
-    return random_model(VARIANTS["tied"], 1, dtype, CPU, Group.single(), ops, int8)
+    return random_model(VARIANTS["tied"], 1, dtype, CPU, Group.single(), ops, CHOICES[weights])
 
 
 @cache
-def plain(name: str, dtype: torch.dtype, int8: bool) -> dict[str, list[int]]:
+def plain(name: str, dtype: torch.dtype, weights: str) -> dict[str, list[int]]:
     """Output of each request alone, without drafts, on kernels of a choice."""
-    settings: dict[str, Any] = {"max_model_len": 256} | ({"weights": "int8"} if int8 else {})
+    settings: dict[str, Any] = {"max_model_len": 256}
     found: dict[str, list[int]] = {}
     for request in requests(14):
-        engine = tiny_engine(on_choice(name, 0, dtype, int8), gamma=0, page_size=16, **settings)
+        engine = tiny_engine(on_choice(name, 0, dtype, weights), gamma=0, page_size=16, **settings)
         found |= {id: tokens(outputs) for id, outputs in run(engine, [request]).items()}
     return found
 
 
 @pytest.mark.timeout(1800)  # the first one compiles kernels of all sets
-@pytest.mark.parametrize("int8", [False, True], ids=["full", "int8"])
+@pytest.mark.parametrize("weights", CHOICES)
 @pytest.mark.parametrize(
     ("dtype", "policy"),
     [
@@ -238,31 +257,29 @@ def plain(name: str, dtype: torch.dtype, int8: bool) -> dict[str, list[int]]:
         *("chosen", "mixed"),
     ],
 )
-def test_the_law_holds_on_every_set(name: str, dtype: torch.dtype, policy: str, int8: bool) -> None:
+def test_the_law_holds_on_every_set(name: str, dtype: torch.dtype, policy: str, weights: str) -> None:
     """As above, on kernels of each instruction set; also if tiles multiply from other numbers of rows on."""
     settings: dict[str, Any] = {"max_model_len": 256, "speculation": POLICIES[policy]}
-    if int8:
-        settings["weights"] = "int8"
     accepted = rejections = 0
     for turn, gamma, batch_tokens in ((1, 4, 90), (2, 2, 32)):
         engine = tiny_engine(
-            on_choice(name, turn, dtype, int8), gamma=gamma, scheduler={"max_batch_tokens": batch_tokens}, **settings
+            on_choice(name, turn, dtype, weights), gamma=gamma, scheduler={"max_batch_tokens": batch_tokens}, **settings
         )
         outputs = run(engine, requests(14), joins={"2": 3, "4": 7})
-        assert {id: tokens(outputs[id]) for id in outputs} == plain(name, dtype, int8)
+        assert {id: tokens(outputs[id]) for id in outputs} == plain(name, dtype, weights)
         accepted += engine.stats().accepted_tokens
         rejections += engine.stats().rejections
     assert accepted > 0
     assert rejections > 0, "the draft was never wrong: nothing was shown"
 
 
-def test_the_law_holds_for_rounded_targets() -> None:
-    model = random_model(SHAPE, 1, torch.bfloat16, CPU, Group.single(), compiled(), int8=True)
+@pytest.mark.parametrize("weights", CHOICES)
+def test_the_law_holds_for_weights_of_every_format(weights: str) -> None:
     found: list[dict[str, list[int]]] = []
     for gamma in (0, 3):
-        engine = tiny_engine(model, gamma=gamma, max_model_len=256, weights="int8")
+        engine = tiny_engine(on_kernels(torch.bfloat16, "plain", weights), gamma=gamma, max_model_len=256)
         found.append({name: tokens(outputs) for name, outputs in run(engine, requests()).items()})
-        assert (engine.weight_bytes.draft == 0) or gamma
+        assert bool(engine.weight_bytes.draft) == bool(gamma)
     assert found[0] == found[1]
 
 

@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest, EngineState
 from engine.params import SamplingParams
 from engine.plan import WeightStep
 from engine.ranks.resident_weights import WeightsRefused
+from models.loader import load_model
+from parallel.group import Group
+from parallel.matrix_layer import WeightChoice
 from tests.support.engines import TINY, complete, run, tokens
-from tests.support.ranks import DRAFT, write_random_model
+from tests.support.ranks import DRAFT, settings, write_random_model
+from tests.support.rig import CPU
 from tests.support.weights import FAULTS, found, requests, rows, start
 
 INT8 = {"weights": "int8", "kv": {"budget": 64, "sink": 4}}
@@ -239,6 +245,21 @@ def test_an_engine_wakes_with_its_newest_weights(engine: Starter, folders: Path)
         slept.update_weights(str(folders / "3"))
     slept.wake_up()
     assert rows(slept) == rows(engine(2))
+
+
+def test_a_loaded_model_keeps_its_formats(folders: Path) -> None:
+    """Those that it was loaded with, where settings name none."""
+    path, choice = folders / "0", WeightChoice("int4", "int8")
+    one = Group.single()
+    model = load_model(path, dtype=torch.float64, device=CPU, group=one, progress=False, weights=choice)
+    slept = Engine(EngineConfig.model_validate(settings(3, model=str(path), max_model_len=None)), model=model)
+    del model
+    before, formats = rows(slept), slept.stats().weights
+    slept.sleep()
+    slept.wake_up()
+    assert slept.stats().weights == formats == {"target": "int4 and int8", "drafts": "int8"}
+    assert rows(slept) == before
+    slept.close()
 
 
 def test_a_pause_outlasts_sleep(engine: Starter, folders: Path) -> None:

@@ -13,6 +13,7 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from models.loader import load_model
 from parallel.group import Group
+from parallel.matrix_layer import WeightChoice
 from tests.support.engines import TINY, run, tiny_engine
 from tests.support.ranks import write_random_model
 
@@ -46,7 +47,10 @@ def test_graphs_are_captured_anew(tmp_path: Path) -> None:
 
         device, dtype = torch.device("cpu"), torch.float32
         ops = GpuOps(make_recorder=recorder)
-        model = load_model(folder, dtype=dtype, device=device, group=Group.single(), progress=False, ops=ops)
+        weights = WeightChoice(drafts="int8")
+        model = load_model(
+            folder, dtype=dtype, device=device, group=Group.single(), progress=False, ops=ops, weights=weights
+        )
         settings: dict[str, Any] = {"scheduler": {"max_rows": 1}, "speculation": {"weights": "int8"}}
         return tiny_engine(model, gamma=2, budget=8, directory=folder, **settings), made
 

@@ -12,6 +12,7 @@ import pytest
 from engine.config.deployment import EngineConfig
 from engine.control.step_times import StepSample
 from engine.params import SamplingParams
+from engine.ranks.protocol import WeightBytes
 from engine.worker import consistency, worker
 from engine.worker.profiler import _path, load_profile, profile_key, save_profile
 from engine.worker.resolve import resolve
@@ -29,6 +30,7 @@ KV: dict[str, dict[str, Any]] = {
 }
 
 
+DENSE = {"target": "dense", "drafts": "dense"}
 LENGTHS = (4, 8, 20, 127, 128, 129, 140)
 
 
@@ -81,7 +83,7 @@ def test_another_draft_model_in_the_same_place_is_profiled_anew(tmp_path: Path) 
         path = write_random_model(tmp_path / "draft", replace(DRAFT, num_layers=num_layers))
         speculation = {"drafter": "model", "model": str(path)}
         config = tiny_engine(tiny_model(), gamma=2, speculation=speculation)._config
-        return profile_key(config, resolve(config, tiny_model()))
+        return profile_key(config, resolve(config, tiny_model()), DENSE, WeightBytes())
 
     assert TINY.vocab_size == DRAFT.vocab_size
     assert key(1) != key(2)
@@ -92,7 +94,7 @@ def key_of(config: dict[str, Any], shape: ModelConfig = TINY) -> str:
     """Profile key of these settings, for a model of this shape."""
     model = tiny_model(config=shape)
     settings = EngineConfig.model_validate({"model": "tiny", "cache": {"num_pages": 2000, "page_size": 4}} | config)
-    return profile_key(settings, resolve(settings, model))
+    return profile_key(settings, resolve(settings, model), DENSE, WeightBytes())
 
 
 LONG = replace(TINY, max_position_embeddings=20000)
@@ -136,3 +138,14 @@ def test_settings_that_change_times_do_not(config: dict[str, Any], shape: ModelC
 def test_the_settings_of_a_target_that_reads_less_change_times() -> None:
     settings: list[dict[str, Any]] = [{}, {"budget": 512}, {"interval": 2}, {"sink": 32}, {"window": 512}]
     assert len({key_of({"target_kv": {"policy": "quest"} | each}) for each in settings}) == len(settings)
+
+
+def test_formats_of_loaded_weights_count_not_settings() -> None:
+    """`auto` and `same` stand for what a checkpoint has and for what was measured."""
+    config, model = EngineConfig.model_validate({"model": "tiny", "cache": {"num_pages": 2000}}), tiny_model()
+    sizes = resolve(config, model)
+    chosen = config.model_copy(update={"weights": "int4"})
+    formats = [DENSE, DENSE | {"drafts": "int8"}, {"target": "int4 (as stored)", "drafts": "int4 (as stored)"}]
+    keys = [profile_key(config, sizes, each, WeightBytes()) for each in formats]
+    assert len({*keys, profile_key(config, sizes, DENSE, WeightBytes(target=9))}) == 4
+    assert profile_key(chosen, sizes, DENSE, WeightBytes()) == keys[0]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from engine.config.deployment import ConfigError, EngineConfig
+from engine.config.speculation import SpeculationConfig
 from engine.worker.resolve import _dtype, resolve
 from kernels.cpu import compiler
 from kernels.cpu.compiler import instruction_sets
+from kernels.weights.weight_format import FORMATS
 from tests.support.engines import tiny_model
 
 CPU = torch.device("cpu")
@@ -48,19 +52,30 @@ def test_bfloat16_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": "int8"}, r"^engine\.weights: int8 gains nothing on a GPU, .*float32; set it to full$"),
-        ({"speculation": {"weights": "int8"}}, r"^engine\.speculation\.weights: int8 .*; set it to same$"),
-        ({"speculation": {"weights": "int8", "drafter": "model", "model": "none"}}, r"^engine\.speculation\.weights: "),
+        ({"weights": "int8"}, r"^engine\.weights: the model was loaded without int8 weights$"),
+        ({"speculation": {"weights": "int4"}}, r"^engine\.speculation\.weights: .* without int4 weights$"),
     ],
 )
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_gpus_refuse_int8(
-    monkeypatch: pytest.MonkeyPatch, device: str, settings: dict[str, object], message: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    config = EngineConfig.model_validate({"device": device, "max_model_len": 64, **settings})
+def test_a_loaded_model_has_the_weights_it_has(settings: dict[str, object], message: str) -> None:
+    config = EngineConfig.model_validate({"device": "cpu", "max_model_len": 64, **settings})
     with pytest.raises(ConfigError, match=message):
         resolve(config, tiny_model())
+
+
+def test_settings_name_all_formats() -> None:
+    own = get_args(EngineConfig.model_fields["weights"].annotation)
+    drafts = get_args(SpeculationConfig.model_fields["weights"].annotation)
+    assert set(own) == {"auto", *FORMATS}
+    assert set(drafts) == {"auto", "same", *FORMATS} - {"dense"}
+
+
+def test_weights_that_kernels_do_not_multiply_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(type(model.ops), "weight_formats", frozenset(("dense", "int4")))
+    for settings in ({"weights": "fp8"}, {"speculation": {"weights": "fp8"}}):
+        config = EngineConfig.model_validate({"device": "cpu", "max_model_len": 64, **settings})
+        with pytest.raises(ConfigError, match=r"reference kernels do not multiply by fp8 weights, but by dense, int4$"):
+            resolve(config, model)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +84,7 @@ def test_gpus_refuse_int8(
         ("cuda", {}),
         ("cuda", {"speculation": {"weights": "auto"}}),
         ("cuda", {"speculation": {"weights": "same"}}),
-        ("cpu", {"weights": "int8", "speculation": {"weights": "int8"}}),
+        ("cpu", {"speculation": {"weights": "same"}}),
     ],
 )
 def test_other_weights_are_served(monkeypatch: pytest.MonkeyPatch, device: str, settings: dict[str, object]) -> None:

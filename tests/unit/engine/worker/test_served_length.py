@@ -23,7 +23,7 @@ from engine.worker.resolve import resolve
 from engine.worker.worker import Worker
 from models.llama import Llama
 from parallel.group import Group
-from parallel.layers import Placement
+from parallel.matrix_layer import Placement
 from tests.support.engines import TINY, complete_all
 from tests.support.ranks import DRAFT, settings, write_random_model
 from tests.support.rig import CPU

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from engine.config.deployment import EngineConfig
 from engine.control.step_times import StepSample, StepTimes
 from engine.plan import RoundPlan, RoundResult
+from engine.ranks.protocol import WeightBytes
 from engine.worker import profiler as module
 from engine.worker.profiler import Profiler, blank_rows, load_profile, profile, profile_key, save_profile
 from engine.worker.resolve import resolve
@@ -174,6 +175,6 @@ def test_a_kept_profile_keeps_what_was_shared() -> None:
 
 def test_kernels_that_share_are_profiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     config, model = config_of(), tiny_model()
-    before = profile_key(config, resolve(config, model))
+    before = profile_key(config, resolve(config, model), {}, WeightBytes())
     monkeypatch.setattr(ReferenceOps, "shared_stretch", lambda self, head_dim: STRETCH)
-    assert profile_key(config, resolve(config, model)) != before
+    assert profile_key(config, resolve(config, model), {}, WeightBytes()) != before

@@ -21,14 +21,31 @@ def test_a_target_that_reads_less_is_named(directory: Path) -> None:
     async def main() -> None:
         async with server(directory) as (http, client, _):
             (dense,) = (await http.get("/v1/models")).json()["data"]
-            assert dense["magicdec"] == {"target_kv": None}
+            assert dense["magicdec"] == {"target_kv": None, "weights": None}
             assert "target_kv" not in (await http.get("/metrics")).text
             lossy(client)
             (card,) = (await http.get("/v1/models")).json()["data"]
             told = {"policy": "quest", "budget": 512, "sink": 16, "interval": 4, "streaming_window": 256}
-            assert card == dense | {"magicdec": {"target_kv": told}}
+            assert card == dense | {"magicdec": {"target_kv": told, "weights": None}}
             assert card == (await http.get("/v1/models/tiny")).json()
             labels = 'budget="512",interval="4",model_name="tiny",policy="quest",sink="16",streaming_window="256"'
             assert f"magicdec_target_kv_info{{{labels}}} 1.0" in (await http.get("/metrics")).text.splitlines()
+
+    asyncio.run(main())
+
+
+def test_formats_of_weights_are_named(directory: Path) -> None:
+    """Those of the loaded models, not the settings."""
+
+    async def main() -> None:
+        async with server(directory) as (http, client, _):
+            assert "magicdec_weights_info" not in (await http.get("/metrics")).text
+            stats, formats = FakeEngine.stats(client.engine), {"target": "int4 (as stored)", "drafts": "int8"}
+            stats.weights = formats
+            client.engine.stats = lambda: stats  # type: ignore[method-assign]
+            (card,) = (await http.get("/v1/models")).json()["data"]
+            assert card["magicdec"]["weights"] == formats
+            labels = 'drafts="int8",model_name="tiny",target="int4 (as stored)"'
+            assert f"magicdec_weights_info{{{labels}}} 1.0" in (await http.get("/metrics")).text.splitlines()
 
     asyncio.run(main())
