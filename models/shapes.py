@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from models.config import ModelConfig, ModelError, RopeConfig, read_config
+from kernels.weights.weight_bits import HEAD_FORMATS, WEIGHT_BITS
+from models.config import ModelConfig, ModelError, RopeConfig, read_config, read_json
 from models.default import resolve_model
 from models.files.json_values import describe_no_directory
 
@@ -113,7 +114,7 @@ SHAPES = {
 
 
 def find_shape(name: str) -> ModelConfig:
-    """Find the shape for a name in SHAPES, `default`, or a directory with a config.json; needs no weights.
+    """Find the shape for a name in SHAPES, a default model, or a directory with a config.json; needs no weights.
 
     Raises ModelError: none of these, or a config.json that is not supported.
     """
@@ -127,6 +128,14 @@ def find_shape(name: str) -> ModelConfig:
     return read_config(directory)
 
 
+def is_quantized(name: str) -> bool:
+    """Whether `name`, see find_shape, is a directory whose config.json describes quantized weights."""
+    if name in SHAPES:
+        return False
+    file = resolve_model(name) / "config.json"
+    return file.is_file() and bool(read_json(file).get("quantization_config"))
+
+
 def _key_value_parameters(model: ModelConfig) -> int:
     """Count the parameters of the key and value projections of all layers."""
     return 2 * model.num_layers * model.hidden_size * model.num_kv_heads * model.head_dim
@@ -135,10 +144,19 @@ def _key_value_parameters(model: ModelConfig) -> int:
 def active_parameters(model: ModelConfig) -> int:
     """Count the weights that one token is multiplied with: all matrices, including the LM head, without the embedding
     table, of which a token looks up one row."""
+    return _layer_parameters(model) + _key_value_parameters(model) + _table_parameters(model)
+
+
+def _layer_parameters(model: ModelConfig) -> int:
+    """Count the weights of all layers' matrices, without key and value projections."""
     attention = 2 * model.hidden_size * model.num_heads * model.head_dim
     network = 3 * model.hidden_size * model.intermediate_size
-    head = model.vocab_size * model.hidden_size
-    return model.num_layers * (attention + network) + _key_value_parameters(model) + head
+    return model.num_layers * (attention + network)
+
+
+def _table_parameters(model: ModelConfig) -> int:
+    """Count the weights of the LM head, or of the embedding."""
+    return model.vocab_size * model.hidden_size
 
 
 def parameters(model: ModelConfig) -> int:
@@ -148,7 +166,7 @@ def parameters(model: ModelConfig) -> int:
     layer += 2 * model.head_dim * model.qk_norm
     layer += heads * model.head_dim * model.qkv_bias + model.hidden_size * model.o_bias
     layer += (2 * model.intermediate_size + model.hidden_size) * model.mlp_bias
-    embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
+    embedding = 0 if model.tie_word_embeddings else _table_parameters(model)
     return active_parameters(model) + embedding + model.num_layers * layer + model.hidden_size
 
 
@@ -157,11 +175,30 @@ def kv_heads_per_rank(model: ModelConfig, ranks: int) -> int:
     return -(-model.num_kv_heads // ranks)
 
 
-def rank_weight_bytes(model: ModelConfig, ranks: int, element_bytes: int) -> float:
-    """Return the bytes of weights on the fullest rank; the projections of replicated KV heads are replicated, too."""
-    keys_values = _key_value_parameters(model)
-    share = kv_heads_per_rank(model, ranks) / model.num_kv_heads
-    return element_bytes * ((parameters(model) - keys_values) / ranks + keys_values * share)
+def matrix_bytes(model: ModelConfig, element_bytes: int, weights: str = "dense") -> float:
+    """Return the bytes of the weights that one token is multiplied with (`active_parameters`). weights: their format,
+    a key of WEIGHT_BITS; dense: elements of `element_bytes`."""
+    return rank_matrix_bytes(model, 1, element_bytes, weights)
+
+
+def rank_matrix_bytes(model: ModelConfig, ranks: int, element_bytes: int, weights: str = "dense") -> float:
+    """Return the bytes of matrices on the fullest rank; the projections of replicated KV heads are replicated, too."""
+    keys_values = _key_value_parameters(model) * kv_heads_per_rank(model, ranks) / model.num_kv_heads
+    layers = _weight_bytes(weights, element_bytes) * (_layer_parameters(model) / ranks + keys_values)
+    return layers + _weight_bytes(HEAD_FORMATS[weights], element_bytes) * _table_parameters(model) / ranks
+
+
+def _weight_bytes(weights: str, element_bytes: int) -> float:
+    return element_bytes if weights == "dense" else WEIGHT_BITS[weights] / 8
+
+
+def rank_weight_bytes(model: ModelConfig, ranks: int, element_bytes: int, weights: str = "dense") -> float:
+    """Return the bytes of all weights on the fullest rank. An embedding that the LM head is tied to is kept beside a
+    head of fewer bits."""
+    others = parameters(model) - active_parameters(model)
+    if model.tie_word_embeddings and weights != "dense":
+        others += _table_parameters(model)
+    return rank_matrix_bytes(model, ranks, element_bytes, weights) + element_bytes * others / ranks
 
 
 def kv_token_bytes(model: ModelConfig, element_bytes: int) -> int:

@@ -9,7 +9,9 @@ half predicts the time of one forward from shapes and data sheets:
     T_comm = 2·L·(t_ar + 2(N−1)/N·rows·n·d·bytes / link), none for N = 1
     T_0    = L·t_layer
 
-n: query tokens per row. N: ranks, each of F FLOP/s and M bytes/s. P: parameters active for a token. W: their bytes.
+n: query tokens per row. N: ranks, each of F FLOP/s and M bytes/s. P: parameters active for a token. W: their bytes,
+which follow from the weights' format. F is the rate of 16 bits for weights of fewer, which kernels widen while they
+multiply (MARLIN, arXiv 2408.11743), except for T_lin of fp8 weights where a device multiplies these (Device.fp8_flops).
 L: layers, of h query heads, head dimension d_h and hidden size d. k: KV bytes per token, of which the rank with the
 most KV heads reads 1/N'. v: Efficiency.verify_attention. t_ar: Device.all_reduce_s. unique: the tokens of Σcontext,
 those that rows share counted once. One read of them serves all rows (Bifurcated attention, arXiv 2403.08845), but the
@@ -23,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from models.config import ModelConfig
-from models.shapes import active_parameters, rank_kv_token_bytes
+from models.shapes import active_parameters, matrix_bytes, rank_kv_token_bytes
 from planner.hardware import Device
 
 GAMMA_MAX = 16
@@ -107,15 +109,25 @@ REFERENCE_ON_CPU = Efficiency(flops=1.0, weights=0.8, kv=0.04, verify_attention=
 is relative to float32."""
 
 
+def product_seconds(tokens: float, weights: float, nbytes: float, *, flops: float, bandwidth: float) -> float:
+    """Predict T_lin, the seconds of products of `tokens` inputs with so many weights, which take `nbytes`."""
+    return max(2 * weights * tokens / flops, nbytes / bandwidth)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedModel:
-    """One model on `ranks` devices. element_bytes: bytes of an element of weights, KV and activations."""
+    """One model on `ranks` devices.
+
+    element_bytes: bytes of an element of dense weights, KV and activations. weights: format of its matrices, a key of
+    kernels.weights.weight_bits.WEIGHT_BITS.
+    """
 
     model: ModelConfig
     device: Device
     ranks: int
     element_bytes: int = 2
     efficiency: Efficiency = PUBLISHED
+    weights: str = "dense"
 
     def forward_seconds(self, rows: int, context_tokens: float, queries: int = 1, shared_tokens: float = 0) -> float:
         """Predict T, the seconds of a forward of `queries` tokens in each of `rows` rows.
@@ -124,10 +136,12 @@ class PlacedModel:
         shared_tokens: those of them that need no reading, because another row has the same ones.
         """
         model, reached = self.model, self.efficiency
-        weights = active_parameters(model) * self.element_bytes
-        linear = max(
-            self.token_seconds * rows * queries,
-            weights / (self.ranks * self.device.bandwidth * reached.weights),
+        linear = product_seconds(
+            rows * queries,
+            active_parameters(model),
+            self._matrix_bytes,
+            flops=self._linear_flops,
+            bandwidth=self.ranks * self.device.bandwidth * reached.weights,
         )
         products = 4 * model.num_layers * model.num_heads * model.head_dim * context_tokens * queries
         attention = max(products / self._flops, self.kv_token_seconds * (context_tokens - shared_tokens))
@@ -140,17 +154,27 @@ class PlacedModel:
 
         context_tokens: KV tokens read, those that rows share counted once.
         """
-        weights = active_parameters(self.model) * self.element_bytes / self.ranks
-        return weights + context_tokens * self.kv_bytes(1)
+        return self._matrix_bytes / self.ranks + context_tokens * self.kv_bytes(1)
 
     def kv_bytes(self, tokens: int) -> int:
         """Return the bytes of the KV of so many tokens, on the rank with the largest share."""
         return tokens * rank_kv_token_bytes(self.model, self.ranks, self.element_bytes)
 
     @property
+    def _matrix_bytes(self) -> float:
+        """Bytes of the weights that a forward reads, on all ranks together."""
+        return matrix_bytes(self.model, self.element_bytes, self.weights)
+
+    @property
     def _flops(self) -> float:
         """Effective FLOP/s of all ranks together."""
         return self.ranks * self.device.flops * self.efficiency.flops
+
+    @property
+    def _linear_flops(self) -> float:
+        """The same of products with weights."""
+        peak = (self.device.fp8_flops if self.weights == "fp8" else None) or self.device.flops
+        return self.ranks * peak * self.efficiency.flops
 
     @property
     def kv_token_seconds(self) -> float:
@@ -164,7 +188,7 @@ class PlacedModel:
     @property
     def token_seconds(self) -> float:
         """Seconds that one more token adds to a forward whose matrix products are compute-bound."""
-        return 2 * active_parameters(self.model) / self._flops
+        return 2 * active_parameters(self.model) / self._linear_flops
 
     def _communication(self, tokens: int) -> float:
         """Predict the seconds of two all-reduces per layer, each of one hidden state per token."""

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from engine.config.kv import DrafterName, KVState
-from models.shapes import find_shape, rank_weight_bytes
+from models.shapes import find_shape, rank_matrix_bytes, rank_weight_bytes
 from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, Choosing, Efficiency, PlacedModel, SpeculationCost
 from planner.expected_acceptance import expected_alpha
 from planner.hardware import find_device
@@ -30,7 +30,8 @@ class ForecastError(ValueError):
 class Forecast:
     """Forecast of one (batch, context). Times in milliseconds, memory in bytes of one device.
 
-    shared: number of first tokens that are the same in every context. budget: as the policy counts it (a draft step of
+    weights, draft_weights: formats of the matrices of the target and of drafts. shared: number of first tokens that are
+    the same in every context. budget: as the policy counts it (a draft step of
     some reads a few tokens more); None: all KV. t_target_ms: a plain step. t_draft_ms: one draft step. t_verify_ms: the
     verify pass. t_choose_ms: choosing in a round what drafts read, which is in neither of these. draft_row_read_bytes:
     KV that a draft step reads of one row. draft_read_bytes: weights and KV that it reads in all. kv_bytes: the target's
@@ -42,6 +43,8 @@ class Forecast:
 
     model: str
     draft: str
+    weights: str
+    draft_weights: str
     gpu: str
     tensor_parallel: int
     policy: str
@@ -75,7 +78,8 @@ class Forecast:
 class Deployment:
     """A target, its drafter, and their devices.
 
-    policy: one of POLICY_COSTS. alpha: acceptance; None: estimated by `expected_alpha`.
+    draft: `self`: the target drafts, with matrices of its own where `drafter.weights` is another format. policy: one of
+    POLICY_COSTS. alpha: acceptance; None: estimated by `expected_alpha`, as if drafts multiplied by exact weights.
     """
 
     model: str
@@ -92,11 +96,11 @@ class Deployment:
     def expected_alpha(self, budget: int | None, context: int) -> float:
         if self.alpha is not None:
             return self.alpha
-        return expected_alpha(self.policy, budget, context, draft_model=self.has_own_weights)
+        return expected_alpha(self.policy, budget, context, draft_model=self.has_draft_model)
 
     @property
-    def has_own_weights(self) -> bool:
-        return self.drafter is not self.target
+    def has_draft_model(self) -> bool:
+        return self.draft != "self"
 
     def forecast(
         self, batch: int, context: int, *, budgets: tuple[int | None, ...], gamma: int | None, shared: int = 0
@@ -133,6 +137,8 @@ class Deployment:
         return Forecast(
             model=self.model,
             draft=self.draft,
+            weights=self.target.weights,
+            draft_weights=self.drafter.weights,
             gpu=self.target.device.name,
             tensor_parallel=self.target.ranks,
             policy=self.policy,
@@ -164,17 +170,17 @@ class Deployment:
 
     @property
     def _drafter_name(self) -> DrafterName:
-        return "model" if self.has_own_weights else "self"
+        return "model" if self.has_draft_model else "self"
 
     def _cost(self, budget: int | None, shared: int) -> SpeculationCost:
-        # A view with the target's weights reads the target's own pages, and a draft that reads everything has pages
+        # A view of the target's KV reads the target's own pages, and a draft that reads everything has pages
         # beside them; all other drafts have a cache for each row.
         return SpeculationCost(
             target=self.target,
             draft=self.drafter,
             budget=None if budget is None else self.costs.tokens_read(budget),
             shared=shared,
-            draft_shares=budget is None or (self.costs.is_view and not self.has_own_weights),
+            draft_shares=budget is None or (self.costs.is_view and not self.has_draft_model),
             choosing=Choosing() if budget is None else self.costs.choosing(self.drafter),
         )
 
@@ -189,17 +195,19 @@ class Deployment:
         return speed, budget, chosen
 
     def _memory(self, context: int, budget: int | None, gamma: int) -> tuple[float, int, float, int]:
-        """Compute bytes on the rank that holds the most: the target's weights, its KV per row, the draft's own weights,
-        and the draft's own KV per row.
+        """Compute bytes on the rank that holds the most: the target's weights, its KV per row, the draft's own weights
+        (of the target as draft: matrices of another format), and the draft's own KV per row.
 
         A row owns gamma + 1 slots beyond its context. A draft model keeps KV of the whole context if it reads all of
         it, or chooses from it. What else a draft keeps of a row follows from the policy.
         """
         target, draft, tokens = self.target, self.drafter, context + gamma + 1
-        weights = rank_weight_bytes(target.model, target.ranks, target.element_bytes)
-        draft_weights = (
-            rank_weight_bytes(draft.model, draft.ranks, draft.element_bytes) if self.has_own_weights else 0.0
-        )
+        weights = rank_weight_bytes(target.model, target.ranks, target.element_bytes, target.weights)
+        draft_weights = 0.0
+        if self.has_draft_model:
+            draft_weights = rank_weight_bytes(draft.model, draft.ranks, draft.element_bytes, draft.weights)
+        elif draft.weights != target.weights:
+            draft_weights = rank_matrix_bytes(draft.model, draft.ranks, draft.element_bytes, draft.weights)
         kept = KVState() if budget is None else self.costs.state(budget, gamma, self._drafter_name)
         queries = kept.queries * draft.model.num_layers * draft.model.head_dim * draft.element_bytes
         own = draft.kv_bytes(kept.pages) + queries * -(-draft.model.num_heads // draft.ranks)
@@ -207,7 +215,7 @@ class Deployment:
 
     def _keeps_context(self, budget: int | None) -> bool:
         """Whether the draft keeps KV of its own for the whole context, in pages beside the target's."""
-        return self.has_own_weights and (budget is None or self.costs.reads_all_pages("model"))
+        return self.has_draft_model and (budget is None or self.costs.reads_all_pages("model"))
 
     def _draft_page_bytes(self, budget: int | None, tokens: int) -> int:
         """Compute the bytes that drafts keep of a row's pages on the rank that holds the most: their KV, if the target
@@ -235,29 +243,34 @@ def deploy(
     policy: str,
     dtype: str,
     alpha: float | None,
+    weights: str = "dense",
+    draft_weights: str | None = None,
     efficiency: Efficiency | None = None,
 ) -> Deployment:
     """Describe a deployment by names.
 
     model, draft: names in models.shapes.SHAPES or directories; a draft may be `self`. gpu: one of hardware.NAMES.
-    policy: one of POLICY_COSTS. A draft model is split over at most as many ranks as it has query heads. efficiency:
-    None: `default_efficiency`.
+    policy: one of POLICY_COSTS. A draft model is split over at most as many ranks as it has query heads. weights:
+    format of the target's matrices. draft_weights: the same of drafts; None: the target's, or dense of a draft model.
+    efficiency: None: `default_efficiency`.
     Raises ModelError, UnknownDevice, and ForecastError for more ranks than the target has query heads.
     """
     shape, device = find_shape(model), find_device(gpu, ranks)
     if not 1 <= ranks <= shape.num_heads:
         raise ForecastError(f"{model} has {shape.num_heads} query heads, which cannot be split over {ranks} ranks")
     if dtype == "float32" and gpu != "cpu":
-        device = replace(device, flops=device.flops / 2)  # TF32
+        device = replace(device, flops=device.flops / 2, fp8_flops=None)  # TF32
     target = PlacedModel(
         model=shape,
         device=device,
         ranks=ranks,
         element_bytes=ELEMENT_BYTES[dtype],
         efficiency=efficiency or default_efficiency(gpu),
+        weights=weights,
     )
-    drafter = target
-    if draft != "self":
+    if draft == "self":
+        drafter = replace(target, weights=draft_weights or weights)
+    else:
         small = find_shape(draft)
-        drafter = replace(target, model=small, ranks=min(ranks, small.num_heads))
+        drafter = replace(target, model=small, ranks=min(ranks, small.num_heads), weights=draft_weights or "dense")
     return Deployment(model=model, draft=draft, target=target, drafter=drafter, policy=policy, alpha=alpha)

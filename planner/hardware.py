@@ -15,7 +15,7 @@ class Device:
 
     flops: dense 16-bit FLOP/s (on a CPU: float32). bandwidth: memory bandwidth, bytes per second. memory: bytes. link:
     bytes per second to other ranks, in one direction. all_reduce_s: seconds of an all-reduce too small for `link` to
-    matter.
+    matter. fp8_flops: dense FLOP/s of 8-bit floating-point products; None: weights of fp8 are multiplied at 16 bits.
     """
 
     name: str
@@ -24,20 +24,37 @@ class Device:
     memory: float
     link: float
     all_reduce_s: float
+    fp8_flops: float | None = None
 
 
 _NVLINK_S = 10e-6
 _PCIE_S = 30e-6
 
+
+def _hopper(name: str, *, bandwidth: float, memory: float) -> Device:
+    """Describe an H100 or H200: tensor cores multiply fp8 at twice the rate of 16 bits (`torch._scaled_mm`)."""
+    flops, fp8 = 989e12, 1979e12
+    return Device(
+        name=name,
+        flops=flops,
+        fp8_flops=fp8,
+        bandwidth=bandwidth,
+        memory=memory,
+        link=450e9,
+        all_reduce_s=_NVLINK_S,
+    )
+
+
 GPUS = {
     device.name: device
     for device in (
-        # Vendor data sheets, the SXM variant where there are several. NVLink 3 and 4, PCIe 4 x16. The times of a small
-        # all-reduce are typical values, not measured here.
+        # Vendor data sheets, the SXM variant where there are several, without sparsity. NVLink 3 and 4, PCIe 4 x16. The
+        # times of a small all-reduce are typical values, not measured here.
         Device(name="a100-80gb", flops=312e12, bandwidth=2.039e12, memory=80e9, link=300e9, all_reduce_s=_NVLINK_S),
-        Device(name="h100", flops=989e12, bandwidth=3.35e12, memory=80e9, link=450e9, all_reduce_s=_NVLINK_S),
-        Device(name="h200", flops=989e12, bandwidth=4.8e12, memory=141e9, link=450e9, all_reduce_s=_NVLINK_S),
+        _hopper("h100", bandwidth=3.35e12, memory=80e9),
+        _hopper("h200", bandwidth=4.8e12, memory=141e9),
         Device(name="l40s", flops=362e12, bandwidth=0.864e12, memory=48e9, link=32e9, all_reduce_s=_PCIE_S),
+        Device(name="a10", flops=125e12, bandwidth=0.6e12, memory=24e9, link=32e9, all_reduce_s=_PCIE_S),
     )
 }
 

@@ -32,11 +32,18 @@ def table(forecasts: Sequence[Forecast]) -> str:
     ]
     widths = [max(map(len, column)) + 2 for column in zip(*shown, strict=True)]
     title = (
-        f"{first.model} on {first.tensor_parallel} x {first.gpu}, {draft}; "
+        f"{first.model} on {first.tensor_parallel} x {first.gpu}, {draft}{_formats(first)}; "
         f"{first.usable_bytes / 1e9:.1f} GB of each for weights and KV"
     )
     lines = ("".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in shown)
     return "\n".join([title, *lines])
+
+
+def _formats(row: Forecast) -> str:
+    """Describe weights that are not dense."""
+    if {row.weights, row.draft_weights} == {"dense"}:
+        return ""
+    return f", {row.weights} weights, drafts {row.draft_weights}"
 
 
 def _cells(row: Forecast) -> tuple[str, ...]:
@@ -107,6 +114,6 @@ def plot(forecasts: Sequence[Forecast], path: Path) -> None:
     axes.set_ylabel("speed-up over plain decoding, predicted")
     draft = "self-speculation" if first.draft == "self" else f"{first.draft} as draft"
     sharing = f", first {first.shared:,} tokens shared" if first.shared else ""
-    axes.set_title(f"{first.model}, {draft}, {first.tensor_parallel} × {first.gpu}{sharing}")
+    axes.set_title(f"{first.model}, {draft}, {first.tensor_parallel} × {first.gpu}{_formats(first)}{sharing}")
     axes.legend()
     figure.savefig(path, format="png", dpi=150)

@@ -2,7 +2,8 @@
 
 Two constants are fitted, both to speed-ups: the fixed time of a layer, and the acceptance of a small draft model, which
 was not published. All other fields of planner.cost_model.Efficiency keep typical values. Errors are reported for the
-fit and with each row left out. Rows of other GPUs and step times in milliseconds are predicted only, never fitted.
+fit and with each row left out. Rows of other GPUs, step times in milliseconds, and what weights of fewer bits gain are
+predicted only, never fitted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.shapes import SHAPES
-from planner.cost_model import PUBLISHED, Efficiency, PlacedModel, SpeculationCost
+from planner.cost_model import PUBLISHED, Efficiency, PlacedModel, SpeculationCost, product_seconds
 from planner.expected_acceptance import DRAFT_MODEL, expected_alpha
 from planner.hardware import GPUS
 
@@ -87,6 +88,26 @@ class PublishedStep:
         return 1e3 * target.forward_seconds(self.batch, self.batch * self.context)
 
 
+@dataclass(frozen=True, slots=True)
+class PublishedProduct:
+    """One published speed-up of a matrix product by weights of fewer bits, over 16."""
+
+    gpu: str
+    bits: float
+    rows: int
+    speedup: float
+
+    def predict(self, rows: int | None = None) -> float:
+        """Predict the speed-up. rows: other than the published ones."""
+        dense, fewer = (self._seconds(bits, rows or self.rows) for bits in (16, self.bits))
+        return dense / fewer
+
+    def _seconds(self, bits: float, rows: int) -> float:
+        device = GPUS[self.gpu]
+        flops, bandwidth = PUBLISHED.flops * device.flops, PUBLISHED.weights * device.bandwidth
+        return product_seconds(rows, 1, bits / 8, flops=flops, bandwidth=bandwidth)
+
+
 def _place(gpu: str, model: str, ranks: int, efficiency: Efficiency) -> PlacedModel:
     return PlacedModel(model=SHAPES[model], device=GPUS[gpu], ranks=ranks, efficiency=efficiency)
 
@@ -120,6 +141,13 @@ def read_steps() -> list[PublishedStep]:
             milliseconds=float(row["milliseconds"]),
         )
         for row in _read("published_steps.csv")
+    ]
+
+
+def read_products() -> list[PublishedProduct]:
+    return [
+        PublishedProduct(gpu=row["gpu"], bits=float(row["bits"]), rows=int(row["rows"]), speedup=float(row["speedup"]))
+        for row in _read("published_weights.csv")
     ]
 
 
@@ -209,6 +237,14 @@ def main() -> None:
         print(
             f"| {step.tensor_parallel} × {step.gpu} | {step.target} | {step.context} | {step.batch} "
             f"| {step.milliseconds:.1f} | {ms:.1f} | {ms / step.milliseconds - 1:+.1%} |"
+        )
+
+    print("\n| GPU | bits | rows | published | predicted | error |\n|---|---|---|---|---|---|")
+    for product in read_products():
+        gain = product.predict()
+        print(
+            f"| {product.gpu} | {product.bits} | {product.rows} | {product.speedup:.2f} | {gain:.2f} "
+            f"| {gain / product.speedup - 1:+.1%} |"
         )
 
 

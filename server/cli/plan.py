@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from models.shapes import SHAPES
+from models.shapes import SHAPES, is_quantized
 from planner.cost_model import GAMMA_MAX
 from planner.forecast import BUDGETS, default_efficiency, deploy
 from planner.hardware import NAMES
@@ -26,6 +26,20 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
+
+
+class WeightsName(StrEnum):
+    dense = "dense"
+    int8 = "int8"
+    int4 = "int4"
+    fp8 = "fp8"
+
+
+class DraftWeightsName(StrEnum):
+    same = "same"
+    int8 = "int8"
+    int4 = "int4"
+    fp8 = "fp8"
 
 
 _SHAPES = ", ".join(SHAPES)
@@ -67,7 +81,17 @@ def plan(
     policy: Annotated[
         str, typer.Option(help=f"KV that a draft reads, comma-separated: {', '.join(POLICY_COSTS)}.")
     ] = "window",
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of weights and KV.")] = Dtype.bfloat16,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of dense weights and KV.")] = Dtype.bfloat16,
+    weights: Annotated[
+        WeightsName | None, typer.Option(help="Weights of the target; dense if not given.", show_default=False)
+    ] = None,
+    draft_weights: Annotated[
+        DraftWeightsName,
+        typer.Option(
+            help="Weights of drafts. same: the target's, or dense of a draft model. By how much rounding lowers "
+            "acceptance is not estimated: give it with --alpha."
+        ),
+    ] = DraftWeightsName.same,
     layer_us: Annotated[
         float | None,
         typer.Option(
@@ -85,6 +109,8 @@ def plan(
         return
     if model is None:
         raise typer.BadParameter("name a model, or --terms", param_hint="--model")
+    if weights is None and is_quantized(model):
+        raise typer.BadParameter(f"name the format of the quantized weights of {model}", param_hint="--weights")
     policies = options.names(policy, tuple(POLICY_COSTS), "--policy")
     batches, contexts = options.counts(batch, "--batch"), options.counts(context, "--context")
     _check_folder(json_file, "--json")
@@ -99,6 +125,8 @@ def plan(
         policy=policies[0],
         dtype=dtype.value,
         alpha=alpha,
+        weights=(weights or WeightsName.dense).value,
+        draft_weights=None if draft_weights is DraftWeightsName.same else draft_weights.value,
         efficiency=None if layer_us is None else replace(default_efficiency(gpu), layer_s=1e-6 * layer_us),
     )
     budgets = _budgets(budget)

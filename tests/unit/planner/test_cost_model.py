@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine.config.speculation import SpeculationConfig
-from models.config import ModelConfig, ModelError
-from models.shapes import (
-    SHAPES,
-    active_parameters,
-    find_shape,
-    kv_token_bytes,
-    parameters,
-    rank_kv_token_bytes,
-    rank_weight_bytes,
-)
+from kernels.weights.weight_bits import WEIGHT_BITS
+from models.config import ModelConfig
+from models.shapes import SHAPES
 from planner.cost_model import (
     GAMMA_MAX,
     PUBLISHED,
@@ -118,61 +109,6 @@ class TestTimesOfAnyOrigin:
         assert speed == pytest.approx((1 + 0.8 + 0.64) * 10 / (2 * 2 + 11.5))
 
 
-class TestShapes:
-    @pytest.mark.parametrize(
-        ("name", "count"),
-        [
-            # Parameter counts of the published checkpoints.
-            ("llama-2-7b-32k", 6_738_415_616),
-            ("llama-3.1-8b", 8_030_261_248),
-            ("llama-3.1-70b", 70_553_706_496),
-            ("llama-3.2-1b", 1_235_814_400),
-            ("qwen3-4b", 4_022_468_096),
-            ("qwen3-8b", 8_190_735_360),
-            ("smollm2-135m", 134_515_008),
-            ("tinyllama-1.1b", 1_100_048_384),
-        ],
-    )
-    def test_parameters(self, name: str, count: int) -> None:
-        assert parameters(SHAPES[name]) == count
-
-    def test_what_a_token_meets(self) -> None:
-        assert active_parameters(SMALL) == SMALL_ACTIVE
-        assert parameters(SMALL) == SMALL_ACTIVE + 1000 + 3 * 20 + 10  # embedding, norms
-        tied = replace(SMALL, tie_word_embeddings=True)
-        assert active_parameters(tied) == SMALL_ACTIVE
-        assert parameters(tied) == SMALL_ACTIVE + 3 * 20 + 10
-
-    def test_biases_and_head_norms(self) -> None:
-        more = replace(SMALL, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
-        assert parameters(more) - parameters(SMALL) == 3 * ((4 + 2 * 2) * 2 + 10 + (20 + 20 + 10) + 2 * 2)
-
-    def test_kv(self) -> None:
-        assert kv_token_bytes(SHAPES["llama-3.1-8b"], 2) == 131_072
-        assert kv_token_bytes(SHAPES["llama-2-7b-32k"], 2) == 524_288
-
-    def test_kv_heads_stop_shrinking(self) -> None:
-        shape = SHAPES["llama-3.1-8b"]
-        assert [rank_kv_token_bytes(shape, ranks, 2) for ranks in (1, 2, 8, 16, 32)] == [
-            131_072, 65_536, 16_384, 16_384, 16_384
-        ]  # fmt: skip
-        assert rank_kv_token_bytes(shape, 3, 2) == 131_072 * 3 // 8  # three ranks hold 3, 3 and 2 heads
-
-    def test_rank_weights(self) -> None:
-        total = parameters(SMALL)
-        assert rank_weight_bytes(SMALL, 1, 2) == 2 * total
-        assert rank_weight_bytes(SMALL, 2, 2) == total
-        assert rank_weight_bytes(SMALL, 4, 2) == 2 * ((total - 240) / 4 + 120)  # each rank has one of two KV heads
-
-    def test_any_directory_will_do(self, tmp_path: Path) -> None:
-        config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
-        config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512}
-        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        assert find_shape(str(tmp_path)).num_kv_heads == 2
-        with pytest.raises(ModelError, match=r"'gpt-5' is neither .* llama-3.1-8b"):
-            find_shape("gpt-5")
-
-
 class TestForward:
     def test_one_rank_bound_by_reading(self) -> None:
         placement = PlacedModel(model=SMALL, device=ROUND, ranks=1, efficiency=EXACT)
@@ -185,6 +121,18 @@ class TestForward:
         linear = 2 * SMALL_ACTIVE * 10 * 20 / (1e6 * 0.5)
         attention = 4 * 3 * 4 * 2 * 1000 * 20 / (1e6 * 0.5)  # larger than 0.96 s of reading
         assert placement.forward_seconds(10, 1000, 20) == pytest.approx(linear + 1.5 * attention + 0.03)
+
+    def test_weights_of_fewer_bits(self) -> None:
+        """They are read sooner, but multiplied at the rate of 16 bits, except fp8 where the device multiplies these."""
+        device = replace(ROUND, fp8_flops=2e6)
+        times = {}
+        for name in WEIGHT_BITS:
+            placed = PlacedModel(model=SMALL, device=device, ranks=1, efficiency=EXACT, weights=name)
+            times[name] = placed.forward_seconds(1, 0) - 0.03, placed.forward_seconds(100, 0) - 0.03
+            assert placed.read_bytes(0) == pytest.approx(times[name][0] * 1e5 * 0.8)
+        assert times["int4"][0] == pytest.approx((2520 * 4.5 / 8 + 1000) / (1e5 * 0.8))
+        assert times["int8"][0] == times["fp8"][0] == times["dense"][0] / 2
+        assert times["int4"][1] == times["int8"][1] == times["dense"][1] == 2 * times["fp8"][1]
 
     def test_more_ranks_than_kv_heads(self) -> None:
         placement = PlacedModel(model=SMALL, device=ROUND, ranks=4, efficiency=EXACT)

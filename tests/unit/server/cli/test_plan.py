@@ -7,14 +7,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from bench.paper.published import Row, read_rows
 from bench.paper.vegas_terms import TERMS
+from engine.config.deployment import EngineConfig
+from engine.config.speculation import SpeculationConfig
+from kernels.weights.weight_bits import WEIGHT_BITS
 from server.cli import main
-from server.cli.plan import TermsName
+from server.cli.plan import DraftWeightsName, TermsName, WeightsName
 from tests.support.paths import ROOT
 
 FIELDS = {
@@ -22,7 +25,7 @@ FIELDS = {
     *("policy", "largest_batch", "break_even_context", "break_even_limit", "tokens_per_second"),
     *("plain_tokens_per_second", "t_target_ms", "t_draft_ms", "t_verify_ms", "weight_bytes", "kv_bytes"),
     *("draft_bytes", "memory_bytes", "usable_bytes", "shared", "t_choose_ms", "draft_row_read_bytes"),
-    "draft_read_bytes",
+    *("draft_read_bytes", "weights", "draft_weights"),
 }
 
 
@@ -105,6 +108,31 @@ def test_fixed_time_of_a_layer(plan: Planner) -> None:
     assert slow["t_target_ms"] > 32e3
 
 
+def test_weights_of_fewer_bits(
+    plan: Planner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--batch", "8", "--gamma", "3", "--budget", "512", "--layer-us", "20", "--alpha", "0.8")
+    (dense,), (drafts,) = plan(*where), plan(*where, "--draft-weights", "int4")
+    (target,) = plan(*where, "--weights", "int4")
+    formats = [("dense", "dense"), ("dense", "int4"), ("int4", "int4")]
+    assert [(row["weights"], row["draft_weights"]) for row in (dense, drafts, target)] == formats
+    for name in ("t_target_ms", "t_verify_ms", "weight_bytes"):
+        assert drafts[name] == dense[name] > target[name]
+    assert drafts["t_draft_ms"] == target["t_draft_ms"] < 0.5 * dense["t_draft_ms"]
+    assert drafts["speedup"] > 1.3 * dense["speedup"]
+    assert dense["draft_bytes"] == target["draft_bytes"] == 0
+    assert drafts["draft_bytes"] == (32 * 218_103_808 * 4.5 + 128_256 * 4096 * 8) / 8
+    capsys.readouterr()
+    assert run(monkeypatch, *("--model", "llama-3.1-8b", "--gpu", "h100", "--weights", "fp8")) == 0
+    assert ", self-speculation, fp8 weights, drafts fp8; " in capsys.readouterr().out
+
+
+def test_every_format_has_a_forecast() -> None:
+    assert [*WeightsName] == [*WEIGHT_BITS]
+    assert {"auto", *WeightsName} == {*get_args(get_type_hints(EngineConfig)["weights"])}
+    assert {"auto", *DraftWeightsName} == {*get_args(get_type_hints(SpeculationConfig)["weights"])}
+
+
 def test_every_policy_has_a_line(
     plan: Planner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -154,6 +182,19 @@ def test_directory(plan: Planner, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (row,) = plan("--batch", "2", "--context", "500", model=str(tmp_path), gpu="cpu")
     assert row["kv_bytes"] == 2 * (500 + row["gamma"] + 1) * 2 * 2 * 32 * 2
+
+
+def test_the_format_of_quantized_weights_is_asked_for(
+    plan: Planner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512}
+    config |= {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert run(monkeypatch, "--model", str(tmp_path), "--gpu", "h100", "--context", "500") == 2
+    assert "--weights" in capsys.readouterr().err
+    (row,) = plan("--batch", "8", "--context", "500", "--weights", "int4", model=str(tmp_path), gpu="h100")
+    assert row["weights"] == "int4"
 
 
 def test_wider_weights(plan: Planner) -> None:
@@ -220,7 +261,7 @@ def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     [
         (("--model", "gpt-5"), "error: 'gpt-5' is neither a model directory nor one of llama-2-7b-32k, llama-3.1-8b,"),
         (("--draft", "gpt-5"), "error: 'gpt-5' is neither a model directory nor one of llama-2-7b-32k, llama-3.1-8b,"),
-        (("--gpu", "tpu"), "error: 'tpu' is not a known GPU; these are: a100-80gb, h100, h200, l40s, cpu"),
+        (("--gpu", "tpu"), "error: 'tpu' is not a known GPU; these are: a100-80gb, h100, h200, l40s, a10, cpu"),
         (("--tp", "33"), "error: llama-3.1-8b has 32 query heads, which cannot be split over 33 ranks"),
         (("--context", "140000"), "error: llama-3.1-8b is made for 131072 tokens, not 140000"),
         (("--shared", "8001"), "error: a context of 8000 tokens cannot begin with 8001 shared ones"),
