@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from bench.weight_flags import AUTO_WEIGHTS, WeightFlags
 from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.plan import RoundPlan, RoundResult, RowWork
 from engine.scheduler.controller import FixedGamma
 from engine.worker.profiler import blank_rows
 from engine.worker.resolve import resolve
+from engine.worker.weight_choice import target_weights
 from kernels.ops import Ops
 from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
 
 
-def cpu_config(model: str, rows: int, gamma: int) -> EngineConfig:
+def cpu_config(model: str, rows: int, gamma: int, weights: WeightFlags = AUTO_WEIGHTS) -> EngineConfig:
     """Build the config of an engine on the CPU, without a prefix cache; everything else as by default. Raises
     ConfigError."""
-    return EngineConfig.model_validate(
+    config = EngineConfig.model_validate(
         {
             "model": model,
             "device": "cpu",
@@ -28,18 +30,21 @@ def cpu_config(model: str, rows: int, gamma: int) -> EngineConfig:
             "speculation": {"gamma": gamma},
         }
     )
+    return weights.apply(config)
 
 
 def load_with_ops(config: EngineConfig, wrap: Callable[[Ops], Ops]) -> Llama:
     """Load the config's model, with its kernels wrapped. Raises ConfigError, ModelError."""
     sizes = resolve(config, None)
+    ops = wrap(sizes.ops)
     return load_model(
         sizes.path,
         dtype=sizes.dtype,
         device=sizes.device,
         group=Group.single(),
         progress=False,
-        ops=wrap(sizes.ops),
+        ops=ops,
+        weights=target_weights(config, ops),
     )
 
 

@@ -13,6 +13,7 @@ from statistics import median
 
 from bench.machine import describe_processor
 from bench.micro.blank_rounds import BlankRounds, cpu_config
+from bench.weight_flags import add_weight_flags, read_weight_flags
 from engine.config.kv import KVConfig, VerifiedConfig, WindowConfig
 from engine.plan import RoundResult
 from engine.worker.loading import load_target
@@ -28,8 +29,9 @@ def main() -> None:
     parser.add_argument("--gamma", type=int, default=4)
     parser.add_argument("--budget", type=int, default=512, help="KV tokens that the window reads.")
     parser.add_argument("--rounds", type=int, default=20, help="Rounds of each engine.")
+    add_weight_flags(parser)
     arguments = parser.parse_args()
-    config = cpu_config(arguments.model, arguments.rows, arguments.gamma)
+    config = cpu_config(arguments.model, arguments.rows, arguments.gamma, read_weight_flags(arguments))
     model = load_target(config, progress=False)
     # One page of the window is the last one, and on average half of it counts; so is the page after a choice.
     chosen = arguments.budget - _SINK - config.cache.page_size

@@ -23,7 +23,7 @@ class RoundTimes(msgspec.Struct):
     speedup: at the given acceptance. best_gamma: from 0 to the largest measured one; verify passes between measured
     gammas are interpolated. best_speedup: at best_gamma. plain_shared_price, shared_price: time of a KV token that
     attention reads once for all rows, relative to one that it reads for one row, in a plain step and in a verify pass;
-    None: not measured.
+    None: not measured. weights, draft_weights: formats that the target and drafts multiply by.
     """
 
     rows: int
@@ -37,6 +37,8 @@ class RoundTimes(msgspec.Struct):
     best_speedup: float
     plain_shared_price: float | None = None
     shared_price: float | None = None
+    weights: str = "dense"
+    draft_weights: str = "dense"
 
 
 def measure(
@@ -77,7 +79,7 @@ def measure(
                 times = StepTimes([*chain(*batches), *sharing], lambda context, budget: context)
                 prices = {gamma: times.shared_price(count, gamma) for gamma in (0, *gammas)}
             for samples in batches:
-                found += _times(samples, prices, max_gamma, alpha)
+                found += _times(samples, prices, max_gamma, alpha, engine.stats().weights)
     except ValueError as error:
         raise BenchError(str(error)) from error
     finally:
@@ -86,10 +88,14 @@ def measure(
 
 
 def _times(
-    samples: list[StepSample], prices: Mapping[int, float | None], max_gamma: int, alpha: float
+    samples: list[StepSample],
+    prices: Mapping[int, float | None],
+    max_gamma: int,
+    alpha: float,
+    weights: Mapping[str, str],
 ) -> list[RoundTimes]:
     """Convert the samples of one batch. The first sample is the one without drafts. prices: of a shared token, by
-    gamma."""
+    gamma. weights: see EngineStats."""
     plain, *others = samples
     rows, context, target = plain.rows, plain.context, plain.verify_s
     # The number of KV tokens that drafts read does not matter: all samples are of one batch.
@@ -111,6 +117,8 @@ def _times(
             best_speedup=gain,
             plain_shared_price=prices.get(0),
             shared_price=prices.get(sample.gamma),
+            weights=weights["target"],
+            draft_weights=weights["drafts"],
         )
         for sample in others
     ]
@@ -134,6 +142,7 @@ def table(times: Sequence[RoundTimes], alpha: float) -> str:
             f"{at.best_gamma} ({at.best_speedup:.2f})",
         )
         lines.append("".join(f"{cell:>11}" for cell in cells))
+    lines.append(f"weights: {times[0].weights}, drafts {times[0].draft_weights}")
     lines.append(f"x plain and best gamma are what an acceptance of {alpha:g} would give")
     return "\n".join(lines + _price_lines(times))
 

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from bench.micro.blank_rounds import BlankRounds, cpu_config, load_with_ops
+from bench.weight_flags import add_weight_flags, read_weight_flags
 from engine.speculation.verify import accept_drafts, commit_tokens
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.kv_cache import LayerKV
 from kernels.ops import Graphs, Linear, Ops
+from kernels.weights.matrix import Matrix
 
 
 class Clock:
@@ -57,9 +59,6 @@ class TimedLinear:
         with self._clock.time(self._name):
             return self._inner(x)
 
-    def quantized(self) -> TimedLinear:
-        return TimedLinear(self._inner.quantized(), f"{self._name}, int8", self._clock)
-
 
 class TimedAttention:
     """An attention backend whose `run` is timed."""
@@ -86,10 +85,13 @@ class TimedOps:
         self.kind, self.name = inner.kind, inner.name
         self.make_graphs: Callable[[], Graphs] | None = None
         self.shared_stretch, self.reads_prefixes = inner.shared_stretch, inner.reads_prefixes
+        self.weight_formats, self.fastest_format = inner.weight_formats, inner.fastest_format
+        self.takes = inner.takes
 
-    def linear(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> TimedLinear:
-        inner = self._inner.linear(weight, bias, gated=gated, wide=wide)
-        return TimedLinear(inner, "head" if wide else "products", self._clock)
+    def linear(self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> TimedLinear:
+        inner = self._inner.linear(matrix, bias, gated=gated, wide=wide)
+        name = "head" if wide else "products"
+        return TimedLinear(inner, name if matrix.format == "dense" else f"{name}, {matrix.format}", self._clock)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         with self._clock.time("norms"):
@@ -162,8 +164,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=7500)
     parser.add_argument("--gamma", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=8)
+    add_weight_flags(parser)
     arguments = parser.parse_args()
-    config, clock = cpu_config(arguments.model, arguments.rows, arguments.gamma), Clock()
+    flags, clock = read_weight_flags(arguments), Clock()
+    config = cpu_config(arguments.model, arguments.rows, arguments.gamma, flags)
     model = load_with_ops(config, lambda ops: TimedOps(ops, clock))
     context = arguments.context
     rounds = BlankRounds(config, arguments.rows, context, arguments.gamma, arguments.rounds, model)

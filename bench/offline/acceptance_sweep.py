@@ -60,6 +60,7 @@ class Setup:
             "drafter": "self" if self.draft == "self" else "model",
             "model": None if self.draft == "self" else self.draft,
             "kv": {name: value for name, value in kv.items() if value is not None},
+            "weights": config.speculation.weights,
         }
         try:
             return EngineConfig.model_validate(config.model_dump() | {"speculation": speculation})
@@ -192,9 +193,9 @@ def measure(
 ) -> list[AcceptanceResult]:
     """Measure the acceptance of each setup on the target's text after each prompt, with each of `sampling`.
 
-    config: the deployment; its speculation settings are ignored. target: its model, on a single rank. prompts: all of
-    one length. setups: the setups. new_tokens: smallest number of tokens of a text. Raises BenchError if prompt and
-    text do not fit the model, ConfigError for an invalid setup.
+    config: the deployment; its speculation settings but for weights are ignored. target: its model, on a single rank.
+    prompts: all of one length. setups: the setups. new_tokens: smallest number of tokens of a text. Raises BenchError
+    if prompt and text do not fit the model, ConfigError for an invalid setup.
     """
     context, stride = len(prompts[0]), gamma + 1
     rounds = -(-new_tokens // stride)

@@ -37,7 +37,8 @@ class DecodeResult:
     with `auto`. t_verify_ms: the target pass, which for gamma = 0 is the plain step. kv_bytes_per_token: KV bytes read
     per output token, drafts included; shared pages count once. bytes_per_second: weight and KV bytes that a round has
     to read, over its time. speedup: measured, over plain rounds of engines with the same `prefix`. predicted: the cost
-    model's speed-up (planner.cost_model.speedup) from the acceptance and the three times measured here.
+    model's speed-up (planner.cost_model.speedup) from the acceptance and the three times measured here. weights,
+    draft_weights: formats that the target and drafts multiply by.
     """
 
     batch: int
@@ -60,6 +61,8 @@ class DecodeResult:
     predicted: float | None
     rounds: int
     mean_context: float
+    weights: str = "dense"
+    draft_weights: str = "dense"
 
 
 def measure(
@@ -122,7 +125,7 @@ def _result(
     gamma = mean(rounds.gammas)
     speed = mean(rounds.tokens) / seconds
     kv_bytes = rounds.total.kv_tokens_read * engine.stats().kv_token_bytes
-    weights = engine.weight_bytes
+    weights, formats = engine.weight_bytes, engine.stats().weights
     weight_bytes = weights.target + gamma * (weights.draft or weights.target)
     t_target = median(plain.seconds) if plain else None
     alpha = acceptance_rate(rounds.total) if gamma else None
@@ -151,6 +154,8 @@ def _result(
         predicted=predicted,
         rounds=len(rounds.seconds),
         mean_context=mean(rounds.contexts),
+        weights=formats["target"],
+        draft_weights=formats.get("drafts", formats["target"]),
     )
 
 
@@ -202,6 +207,7 @@ def table(results: Sequence[DecodeResult], ceiling: float) -> str:
         )
         lines.append("".join(f"{cell:>11}" for cell in cells))
     lines += comparison(results)
+    lines.append(f"weights: {results[0].weights}, drafts {results[0].draft_weights}")
     lines.append("x model: the cost model's speed-up, Ω·T_T / (γ·T_D + T_V), from the times and acceptance of this run")
     lines.append(f"sequential read on this device: {ceiling / 1e9:.1f} GB/s")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ import msgspec
 
 from bench.corpus import passages, read_text
 from bench.paper.forecast_report import check_plotting
+from bench.weight_flags import add_weight_flags, read_weight_flags
 from engine.config.deployment import CacheConfig, EngineConfig
 from engine.llm import LLM
 from engine.messages import AddRequest
@@ -106,11 +107,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    add_weight_flags(parser)
     arguments = parser.parse_args()
     if arguments.plot:
         check_plotting()
+    config = EngineConfig(model=arguments.model, cache=CacheConfig(prefix=False))  # every row reads its own context
     stretches = measure(
-        EngineConfig(model=arguments.model, cache=CacheConfig(prefix=False)),  # every row reads its own context
+        read_weight_flags(arguments).apply(config),
         rows=arguments.rows,
         start=arguments.start,
         end=arguments.end,

@@ -21,6 +21,7 @@ from typing import Literal
 import msgspec
 
 from bench.corpus import read_text
+from bench.weight_flags import add_weight_flags, read_weight_flags
 from engine.config.deployment import EngineConfig
 from engine.config.speculation import SpeculationConfig
 from engine.llm import LLM
@@ -209,9 +210,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--json", type=Path)
+    add_weight_flags(parser)
     arguments = parser.parse_args()
 
-    base = EngineConfig(model=arguments.model)
+    flags = read_weight_flags(arguments)
+    base = flags.apply(EngineConfig(model=arguments.model))
     text = Tokenizer(resolve_model(base.model)).encode(read_text(arguments.text), add_special_tokens=False)
     model = load_target(base, progress=False)
     load = arrivals(
@@ -223,7 +226,8 @@ def main() -> None:
         for mode in modes:
             gamma = 0 if mode == "off" else mode if mode == "auto" else int(mode)
             speculation = SpeculationConfig.model_validate({"gamma": gamma})
-            outcomes[mode].append(run(base.model_copy(update={"speculation": speculation}), model, load, text))
+            config = flags.apply(base.model_copy(update={"speculation": speculation}))
+            outcomes[mode].append(run(config, model, load, text))
     results = [Result.from_outcomes(mode, runs) for mode, runs in outcomes.items()]
     print(report(results))
     if arguments.json:

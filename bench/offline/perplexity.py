@@ -1,6 +1,9 @@
-"""Measure the cost of int8 weights: perplexity of real text under a model as loaded, and with int8 matrices.
+"""Measure what weights of few bits cost: perplexity of real text, by format of the matrices.
 
-python -m bench.offline.perplexity --text book.txt
+    python -m bench.offline.perplexity --text book.txt --weights dense int8 int4
+    python -m bench.offline.perplexity --model dense-model --model int4-model --weights auto
+
+The first model in the first format is what the others are compared with. All models have the tokenizer of the first.
 """
 
 from __future__ import annotations
@@ -8,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -50,23 +52,37 @@ def logprobs(model: Llama, text: Sequence[int]) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--model", action="append", help="can be repeated; `default` if not given")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--passages", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--weights", nargs="+", default=["dense", "int8"], help="values of engine.weights")
     arguments = parser.parse_args()
-    tokenizer = Tokenizer(resolve_model(arguments.model))
+    models = arguments.model or ["default"]
+    tokenizer = Tokenizer(resolve_model(models[0]))
     texts = passages(tokenizer, read_text(arguments.text), count=arguments.passages, length=arguments.length)
-    model = load_target(EngineConfig(model=arguments.model, device="cpu", dtype=arguments.dtype), progress=False)
-    found = [torch.cat([logprobs(each, text) for text in texts]) for each in (model, model.quantized())]
-    names = str(model.dtype).removeprefix("torch."), "int8"
-    for name, values in zip(names, found, strict=True):
-        print(f"{name:>9}: perplexity {math.exp(-float(values.mean())):.3f} over {len(values)} tokens")
-    for full, quantized in pairwise(found):
-        change = full - quantized
+    found = {
+        f"{model}, {weights}" if len(models) > 1 else weights: _perplexity(model, arguments.dtype, weights, texts)
+        for model in models
+        for weights in arguments.weights
+    }
+    first = next(iter(found.values()))
+    for name, values in found.items():
+        change = first - values
         error = float(change.std()) / len(change) ** 0.5
-        print(f"int8 costs {float(change.mean()):.4f} ± {error:.4f} nats per token")
+        print(
+            f"{name:>9}: perplexity {math.exp(-float(values.mean())):.3f} over {len(values)} tokens, "
+            f"{float(change.mean()):.4f} ± {error:.4f} nats per token more"
+        )
+
+
+def _perplexity(name: str, dtype: str, weights: str, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Return the log-probabilities of the texts' tokens with matrices of one format. name: of the model."""
+    settings = {"model": name, "device": "cpu", "dtype": dtype, "weights": weights}
+    config = EngineConfig.model_validate(settings | {"speculation": {"gamma": 0}})
+    model = load_target(config, progress=False)
+    return torch.cat([logprobs(model, text) for text in texts])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.corpus import BenchError, read_text
+from bench.weight_flags import add_weight_flags, read_weight_flags
 from engine.config.deployment import CacheConfig, EngineConfig, SchedulerConfig
 from engine.config.speculation import SpeculationConfig
 from engine.core import Engine
@@ -241,7 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--longest", type=int, default=1500, help="tokens of the longest prompt and answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path)
+    add_weight_flags(parser)
     given = parser.parse_args(arguments)
+    flags = read_weight_flags(given)
     if min(given.requests, given.rows) < 1:
         parser.error("--requests and --rows must be at least 1")
     try:
@@ -249,18 +252,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gammas = [0 if mode == "off" else mode if mode == "auto" else int(mode) for mode in modes]
         runs = [(gamma, True) for gamma in gammas] + [(gammas[0], False)]
         configs = [
-            EngineConfig(
-                model=given.model,
-                dtype=given.dtype,
-                cache=CacheConfig(prefix=prefix),
-                scheduler=SchedulerConfig(max_rows=given.rows, max_waiting=given.rows),
-                speculation=SpeculationConfig.model_validate({"gamma": gamma}),
+            flags.apply(
+                EngineConfig(
+                    model=given.model,
+                    dtype=given.dtype,
+                    cache=CacheConfig(prefix=prefix),
+                    scheduler=SchedulerConfig(max_rows=given.rows, max_waiting=given.rows),
+                    speculation=SpeculationConfig.model_validate({"gamma": gamma}),
+                )
             )
             for gamma, prefix in runs
         ]
         text = Tokenizer(resolve_model(given.model)).encode(read_text(given.text), add_special_tokens=False)
         load = compose(text, given.requests, rows=given.rows, longest=given.longest, seed=given.seed)
-        model = load_target(configs[0], progress=False)
+        drafts_most = max(configs, key=lambda config: config.speculation.max_draft_tokens)
+        model = load_target(drafts_most, progress=False)  # with the matrices of drafts
         replays = []
         for config in configs:
             name = f"speculation {config.speculation.gamma or 'off'}" + ("" if config.cache.prefix else ", no cache")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bench.corpus import BenchError, passages, read_text
 from bench.offline.interleave import Contender, run_turns, scheduler_for_batch
+from bench.weight_flags import add_weight_flags
 from engine.batch.row_state import RowState
 from engine.config.deployment import ConfigError, EngineConfig, describe
 from engine.params import SamplingParams
@@ -232,12 +233,14 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens to decode per row and target")
     parser.add_argument("--text", type=Path, help="text to read instead of Python's manual")
     parser.add_argument("--json", type=Path, help="file to write the results to")
+    add_weight_flags(parser, drafts=False)
     arguments = parser.parse_args()
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json: {arguments.json.parent} is not a directory")
 
     fields = {"model": arguments.model, "device": arguments.device, "dtype": arguments.dtype}
-    config = with_target(EngineConfig.model_validate(fields | {"threads": arguments.threads}), None)
+    fields |= {"threads": arguments.threads, "weights": arguments.weights}
+    config = with_target(EngineConfig.model_validate(fields), None)
     if config.threads:
         torch.set_num_threads(config.threads)
     tokenizer, prose = Tokenizer(resolve_model(config.model)), read_text(arguments.text)

@@ -16,6 +16,11 @@ get one for every CPU of it, rounded up. Other engines are installed into enviro
 
 The first measures the time to first token of each turn of a chat, in whose history each contender has its own answers;
 the second, rows behind one document. Contenders named "prefix" use what they know of a prompt that begins like another.
+
+    python -m bench.peers.compare --few-bits --quantized build/int4
+
+Weights of fewer bits, rounded by each engine itself, and, of a directory with quantized weights, the same weights for
+magicdec and vLLM.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ from bench.machine import CpuQuota, busy, describe_processor, first_cores
 from bench.paper.forecast_report import check_plotting
 from bench.peers.compare_plan import CHECK_PROMPTS, ChatShape, Plan, parse_points, parse_temperatures
 from bench.peers.compare_report import ChatTimes, ComparisonReport, First, Point, plot, repeated_grams, table
-from bench.peers.contenders import CONTENDERS, Peer, choose, variant
+from bench.peers.contenders import CONTENDERS, Peer, choose, quantized, variant
 from bench.peers.install import PeerError, peers_dir
 from bench.peers.lineup import Contenders, Start, start_contenders, starter
 from models.config import read_config
@@ -46,6 +51,7 @@ from models.default import resolve_model
 from models.tokenizer import Tokenizer
 
 POINTS = "1x2048,1x7000,4x6000,8x4000,16x7500"
+FEW_BITS_POINTS = "1x2048,8x4000,16x7500"
 _CHECK_LENGTH, _CHECK_TOKENS = 64, 16
 
 
@@ -240,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--gguf", type=Path, help="GGUF file of the model for llama.cpp (default model: not needed)")
     parser.add_argument(
-        "--points", help=f"BATCHxCONTEXT, comma-separated ({POINTS}; with --chat none, with --shared 16 rows)"
+        "--points",
+        help=f"BATCHxCONTEXT, comma-separated ({POINTS}; with --few-bits {FEW_BITS_POINTS}; with --chat none, with "
+        "--shared 16 rows)",
     )
     parser.add_argument(
         "--shared", type=int, default=0, help="tokens, part of the context, that all prompts of a point begin with"
@@ -251,6 +259,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--contenders", help=f"comma-separated, of: {', '.join(one.name for one in CONTENDERS)}")
     parser.add_argument(
         "--variant", action="append", default=[], help="NAME: key=value …; add magicdec with these engine settings"
+    )
+    parser.add_argument("--few-bits", action="store_true", help="compare weights of fewer bits")
+    parser.add_argument(
+        "--quantized",
+        type=Path,
+        action="append",
+        default=[],
+        help="directory with quantized weights of the same model; add magicdec and vllm with these",
     )
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens per row of a turn, and of a whole request")
     parser.add_argument("--warm-up", type=int, default=8, help="tokens per row before the turns")
@@ -288,6 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cpus = len(os.sched_getaffinity(0))
         threads = cpus if given.quota is None else min(cpus, math.ceil(given.quota))
     sharing = bool(given.shared or given.chat)
+    if sharing and given.few_bits:
+        parser.error("--few-bits cannot be combined with --shared or --chat")
     first = given.first if given.first is not None else 0 if sharing else 4000
     if given.shared < 0:
         parser.error("--shared must be at least 0")
@@ -300,13 +318,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if given.plot is not None:
             check_plotting()
-        contenders = choose(given.contenders, [variant(text) for text in given.variant], sharing=sharing)
+        more = [variant(text) for text in given.variant]
+        more += [peer for directory in given.quantized for peer in quantized(directory)]
+        contenders = choose(given.contenders, more, sharing=sharing, few_bits=given.few_bits)
         if given.points is not None:
             points = parse_points(given.points)
         elif given.shared:
             points = [(16, given.shared + 200)]
         else:
-            points = [] if given.chat else parse_points(POINTS)
+            points = [] if given.chat else parse_points(FEW_BITS_POINTS if given.few_bits else POINTS)
         plan = Plan(
             points,
             first,

@@ -154,7 +154,7 @@ def acceptance(
     from bench.corpus import BenchError, read_text
     from bench.corpus import passages as cut
     from bench.offline.acceptance_report import plot, table
-    from bench.offline.acceptance_sweep import AcceptanceResult, combine_setups, measure
+    from bench.offline.acceptance_sweep import AcceptanceResult, Setup, combine_setups, measure
     from bench.offline.verification import measure_rounds
     from bench.paper.forecast_report import check_plotting
     from engine.config.deployment import load_config
@@ -171,7 +171,8 @@ def acceptance(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     tokenizer, prose = Tokenizer(resolve_model(settings.model)), read_text(text)
-    target = load_target(settings, progress=sys.stderr.isatty())
+    with_drafts = Setup("self", "all").config(settings, gamma)  # whatever drafts by the config
+    target = load_target(with_drafts, progress=sys.stderr.isatty())
     setups = list(combine_setups([part.strip() for part in draft.split(",")], policies, budgets, recents, reselects))
     if not setups:
         raise typer.BadParameter("snapkv needs a budget larger than --recent", param_hint="--budget")

@@ -24,7 +24,7 @@ _BATCH, _MICRO_BATCH = 2048, 512
 _BF16 = 30
 """ggml's GGML_TYPE_BF16, which the Python package does not define."""
 
-_TYPES = {"F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 """llama.cpp's file types (llama_ftype), by the names used in file names."""
 
 

@@ -10,7 +10,8 @@ from engine.config.deployment import EngineConfig, load_config
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.worker.resolve import threads_per_rank
+from engine.worker.resolve import resolve, threads_per_rank
+from engine.worker.weight_choice import target_weights
 
 
 class Peer:
@@ -23,9 +24,17 @@ class Peer:
         self._temperature = 0.0
         self.max_batch = None
         gamma = self._config.speculation.gamma
-        self.about = f"magicdec, {self._config.dtype} weights, gamma {gamma}, {threads_per_rank(self._config)} threads"
+        self.about = f"magicdec, {self._formats()}, gamma {gamma}, {threads_per_rank(self._config)} threads"
         if self._config.cache.prefix:
             self.about += ", prefix cache"
+
+    def _formats(self) -> str:
+        """Describe the weights. Raises ConfigError, ModelError."""
+        resolved = resolve(self._config, None, sizes_pool=False)
+        chosen = target_weights(self._config, resolved.ops)
+        dtype, own = str(resolved.dtype).removeprefix("torch."), chosen.own or "stored"
+        said = f"{dtype} weights" if own == "dense" else f"{dtype}, {own} weights"
+        return said if chosen.drafts is None else f"{said}, {chosen.drafts} drafts"
 
     def _configure(self) -> EngineConfig:
         """Build the engine's config. Raises ConfigError for invalid options."""

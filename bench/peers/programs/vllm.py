@@ -1,7 +1,8 @@
 """vLLM on the CPU, with its engine in this process, one step at a time.
 
 Options: `speculative_config`: vLLM's setting of that name; by default it does not speculate. `prefix`: its prefix cache
-(default false, since the same prompts are sent more than once), which is emptied where rows are dropped.
+(default false, since the same prompts are sent more than once), which is emptied where rows are dropped. `model`: a
+directory with other weights of the same model, quantized in a way that vLLM reads.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ class Peer:
 
         self._sampling = vllm.SamplingParams
         self._prefix = bool(settings["options"].get("prefix"))
+        model = settings["options"].get("model")
         self._engine = vllm.LLM(
-            model=settings["model"],
+            model=model or settings["model"],
             dtype="bfloat16",
             max_model_len=settings["row_tokens"],
             max_num_seqs=settings["rows"],
@@ -36,7 +38,8 @@ class Peer:
         self._started = 0
         self._seen: dict[str, int] = {}
         self.max_batch = None
-        self.about = f"vllm {vllm.__version__}, bfloat16 weights"
+        weights = "bfloat16 weights" if model is None else f"weights of {os.path.basename(os.path.abspath(model))}"
+        self.about = f"vllm {vllm.__version__}, {weights}"
         if method := settings["options"].get("speculative_config", {}).get("method"):
             self.about += f", {method} speculation"
         if self._prefix:

@@ -63,8 +63,8 @@ def test_passages_that_cannot_be_cut() -> None:
 def test_rows_with_and_without_shared_pages(tmp_path: Path) -> None:
     """Both kinds of engines have plain rounds of their own, and read the same contexts."""
     model = str(write_model(tmp_path))
-    base = {"model": model, "dtype": "float32", "threads": 1, "cache": {"num_pages": 200}}
-    speculation = {"gamma": 2, "kv": {"budget": 64}}
+    base = {"model": model, "dtype": "float32", "threads": 1, "cache": {"num_pages": 200}, "weights": "int8"}
+    speculation = {"gamma": 2, "kv": {"budget": 64}, "weights": "int4"}
     configs = [
         EngineConfig.model_validate({**base, "speculation": speculation, "cache": {"num_pages": 200, "prefix": prefix}})
         for prefix in (True, False)
@@ -83,6 +83,7 @@ def test_rows_with_and_without_shared_pages(tmp_path: Path) -> None:
     assert (once.speedup, each.speedup) == (1.0, 1.0)
     assert all(120 < result.mean_context < 200 for result in found)
     text = table(found, 1e9)
+    assert "weights: int8, drafts int4 and int8" in text.splitlines()
     assert text.count("3 rows of 120 tokens, the first 96 in common") == 2
 
 

@@ -15,6 +15,7 @@ from engine.kv.streaming_heads import HeadShares, read_streaming_heads
 from models.config import read_config
 from server.cli import main
 from tests.support.engines import TINY, tiny_model
+from tests.support.model_weights import tensors_of
 from tests.support.tiny import write_model
 from tests.support.workloads import prompt_of
 
@@ -25,7 +26,7 @@ def test_a_head_that_looks_everywhere_alike() -> None:
     """Zero keys give every token the same weight. The other heads of its layer stay as they were."""
     model, passages = tiny_model(), [prompt_of(CONTEXT, 1), prompt_of(CONTEXT, 2)]
     before = measure(model, passages, sink=SINK, window=WINDOW)
-    (keys,) = [slot.tensor for slot in model.weight_slots() if slot.source == "model.layers.0.self_attn.k_proj.weight"]
+    keys = tensors_of(model)["model.layers.0.self_attn.k_proj.weight"]
     keys[TINY.head_dim :].zero_()  # of the second of two
     after = measure(model, passages, sink=SINK, window=WINDOW)
     positions = torch.linspace(SINK + WINDOW, CONTEXT - 1, 64, dtype=torch.float64).long()

@@ -204,3 +204,23 @@ def test_drafts_in_turns_of_a_chat(llama: FakeLlama, tmp_path: Path) -> None:
         new = turn_of(run, history, 6)
         assert new == answer(history, 6)
         history += new
+
+
+@pytest.mark.parametrize(("weights", "kind"), [("Q4_0", 2), ("Q4_1", 3), ("Q8_0", 7), ("BF16", 32)])
+def test_weights_are_converted_once(
+    llama: FakeLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, kind: int
+) -> None:
+    made: list[tuple[bytes, int, bool]] = []
+
+    def convert(source: bytes, target: bytes, params: Any) -> int:
+        Path(target.decode()).touch()
+        made.append((source, params.ftype, params.allow_requantize))
+        return 0
+
+    monkeypatch.setattr(llama, "llama_model_quantize", convert, raising=False)
+    file = tmp_path / "model.gguf"
+    settings = {"options": {"gguf": str(file), "weights": weights}, "threads": 1, "seed": 0}
+    for _ in range(2):
+        assert load_peer(str(PEERS / "llama_cpp.py"), settings).about.endswith(f"{weights} weights")
+    assert made == [(str(file).encode(), kind, True)]
+    assert (tmp_path / f"model.{weights}.gguf").exists()

@@ -60,6 +60,17 @@ def test_step_times_that_were_never_fitted() -> None:
     assert sum(errors) / len(errors) < 0.06
 
 
+def test_weights_of_four_bits() -> None:
+    """MARLIN: near the ratio of bytes up to 16 to 32 rows, and less and less at 64 to 128."""
+    products = published.read_products()
+    assert [product.rows for product in products] == [1, 16]
+    for product in products:
+        assert product.predict() == pytest.approx(product.speedup, rel=0.01)
+    gains = [products[0].predict(rows) for rows in (32, 64, 128)]
+    assert gains[0] == pytest.approx(3.87, rel=0.01)
+    assert gains[0] > gains[1] > gains[2] > 1.1
+
+
 def test_data_sheets_alone_promise_too_much() -> None:
     errors = [published.roofline(row) / row.speedup - 1 for row in FITTED]
     assert min(errors) > 0.2

@@ -73,6 +73,15 @@ def test_one_context_tells_no_price(tiny_dir: Path, sharing: list[StepSample]) -
     assert "share" not in table(found, 0.8)
 
 
+def test_formats_of_weights_are_named(tiny_dir: Path, sharing: list[StepSample]) -> None:
+    config = EngineConfig.model_validate(
+        {"model": str(tiny_dir), "device": "cpu", "weights": "int8", "speculation": {"weights": "int4"}}
+    )
+    (found,) = measure(config, [1], [64], [1], alpha=0.8)
+    assert (found.weights, found.draft_weights) == ("int8", "int4 and int8")
+    assert "weights: int8, drafts int4 and int8" in table([found], 0.8).splitlines()
+
+
 def test_command(
     tiny_dir: Path,
     tmp_path: Path,
