@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
+from tests.support.profiles import is_all
 from tests.support.servers import PATIENCE_S, Server, eventually
 
 QUESTION = "What is the capital of France? Answer with one word."
@@ -123,7 +124,8 @@ def test_schemathesis(launch: Callable[..., Server], tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(str(Path(sys.executable).parent / "schemathesis"), "run", f"{tiny.url}/openapi.json"),
-            *("--phases", "fuzzing", "--max-examples", "60", "--seed", "7", "--checks", CHECKS, "--no-color"),
+            *("--phases", "fuzzing", "--max-examples", "60" if is_all() else "25"),
+            *("--seed", "7", "--checks", CHECKS, "--no-color"),
         ],
         cwd=tmp_path,  # it writes files to its working directory
         capture_output=True,
