@@ -108,8 +108,9 @@ def test_cpu_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert text.count("the same pages: ") == 2
     assert text.count("ours, one row and several: are the same") == 4
     (head,) = (line for line in text.splitlines() if line.startswith("products  "))
-    assert [word for word in head.split() if word in ("bf16", "int8", "int4")] == ["bf16", "int8", "int4", "bf16"]
-    assert sum(" rows " in line and line.count("%") == 3 for line in text.splitlines()) == 2
+    formats = ["bf16", "int8", "fp8", "int4"]
+    assert [word for word in head.split() if word in formats] == [*formats, "bf16"]
+    assert sum(" rows " in line and line.count("%") == len(formats) for line in text.splitlines()) == 2
 
 
 def test_kernels_of_a_set_that_is_missing() -> None:

@@ -198,6 +198,10 @@ DIMS = (64,)
 full and 8-bit weights."""
 
 
+ALWAYS = {*(("chosen", weights) for weights in CHOICES), ("software_tiles", "dense"), ("software_tiles", "int8")}
+"""Kernels and weights that `make test` has, beside those of int4 on every set."""
+
+
 @cache
 def choices() -> dict[str, KernelChoice]:
     """Kernels of one set, those that are chosen here, and a mixture."""
@@ -236,7 +240,6 @@ def plain(name: str, dtype: torch.dtype, weights: str) -> dict[str, list[int]]:
 
 
 @pytest.mark.timeout(1800)  # the first one compiles kernels of all sets
-@pytest.mark.parametrize("weights", CHOICES)
 @pytest.mark.parametrize(
     ("dtype", "policy"),
     [
@@ -251,10 +254,11 @@ def plain(name: str, dtype: torch.dtype, weights: str) -> dict[str, list[int]]:
     ],
 )
 @pytest.mark.parametrize(
-    "name",
+    ("name", "weights"),
     [
-        *(only_in_all(each.name) if each.name == "avx512" else each.name for each in sets_to_test()),
-        *("chosen", "mixed"),
+        (name, weights) if weights == "int4" or (name, weights) in ALWAYS else only_in_all(name, weights)
+        for name in (*(each.name for each in sets_to_test()), "chosen", "mixed")
+        for weights in CHOICES
     ],
 )
 def test_the_law_holds_on_every_set(name: str, dtype: torch.dtype, policy: str, weights: str) -> None:
