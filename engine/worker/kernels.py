@@ -16,7 +16,7 @@ from engine.config.deployment import ConfigError
 from kernels.cpu.compiler import KernelsUnavailable
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
-from kernels.cpu.micro_profile import choose, kept_profile
+from kernels.cpu.micro_profile import measured_choice
 from kernels.flashinfer.flashinfer_modules import ModulesUnavailable, load_modules, try_attention
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
@@ -81,7 +81,8 @@ def _named(
     try:
         if name == "cpu":
             folder = kernels_folder()
-            return CpuOps(CpuKernels(folder, choose(folder)), kept_profile(folder))
+            choice, profile = measured_choice(folder)
+            return CpuOps(CpuKernels(folder, choice), profile)
         # Imported where there is a GPU.
         from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, make_workspace
         from kernels.gpu.cuda_graphs import CudaGraphs

@@ -122,19 +122,20 @@ class MicroProfile(msgspec.Struct, frozen=True):
 
 
 def choose(folder: Path | None) -> KernelChoice:
+    """Return the choice of `measured_choice`."""
+    return measured_choice(folder)[0]
+
+
+def measured_choice(folder: Path | None) -> tuple[KernelChoice, MicroProfile | None]:
     """Choose instruction sets for this processor by measurement, or the likely best one where no measurement can be
     kept: the next start, or another rank, might choose otherwise.
 
-    folder: of compiled libraries, and of kept measurements. Raises KernelsUnavailable if no set can be used.
+    folder: of compiled libraries, and of kept measurements. Returns the choice and the profile that it goes by, None if
+    nothing is measured. Raises KernelsUnavailable if no set can be used.
     """
     sets = usable(folder)
     profile = _kept(folder, tuple(sets))
-    return KernelChoice.all_of(sets[0]) if profile is None else profile.choice(sets)
-
-
-def kept_profile(folder: Path | None) -> MicroProfile | None:
-    """Return the profile that `choose` goes by; None: nothing is measured. Raises KernelsUnavailable."""
-    return _kept(folder, tuple(usable(folder)))
+    return KernelChoice.all_of(sets[0]) if profile is None else profile.choice(sets), profile
 
 
 def full_profile(folder: Path | None, *, anew: bool) -> MicroProfile:
