@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models.config import ModelConfig, ModelError
+from models.config import ModelError
 from models.shapes import (
     SHAPES,
     active_parameters,
@@ -19,19 +19,7 @@ from models.shapes import (
     rank_matrix_bytes,
     rank_weight_bytes,
 )
-
-SMALL = ModelConfig(
-    vocab_size=100,
-    hidden_size=10,
-    intermediate_size=20,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=2,
-    max_position_embeddings=100_000,
-)
-# A layer: queries and output 2·10·8, keys and values 2·10·4, MLP 3·10·20. Head: 1000.
-SMALL_ACTIVE = 3 * (160 + 80 + 600) + 1000
+from tests.support.small_shape import SMALL, SMALL_ACTIVE
 
 
 class TestShapes:

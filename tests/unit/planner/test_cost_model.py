@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from engine.config.speculation import SpeculationConfig
 from kernels.weights.weight_bits import WEIGHT_BITS
-from models.config import ModelConfig
 from models.shapes import SHAPES
 from planner.cost_model import (
     GAMMA_MAX,
@@ -25,19 +24,8 @@ from planner.cost_model import (
     speedup,
 )
 from planner.hardware import GPUS, Device
+from tests.support.small_shape import SMALL, SMALL_ACTIVE
 
-SMALL = ModelConfig(
-    vocab_size=100,
-    hidden_size=10,
-    intermediate_size=20,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=2,
-    max_position_embeddings=100_000,
-)
-# A layer: queries and output 2·10·8, keys and values 2·10·4, MLP 3·10·20. Head: 1000.
-SMALL_ACTIVE = 3 * (160 + 80 + 600) + 1000
 ROUND = Device(name="round", flops=1e6, bandwidth=1e5, memory=1e6, link=1e4, all_reduce_s=0.001)
 EXACT = Efficiency(flops=0.5, weights=0.8, kv=0.5, verify_attention=1.5, layer_s=0.01)
 
