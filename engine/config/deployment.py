@@ -73,7 +73,7 @@ class EngineConfig(Settings):
     some seconds at start-up."""
     weights: Literal["auto", "dense", "int8", "int4", "fp8"] = "auto"
     """Format of the matrices. auto: as the checkpoint stores them. dense: in `dtype`. int8, fp8: rounded to 8 bits,
-    with one scale per output feature. int4: rounded to 4 bits, with a scale and a zero point per group of 64 input
+    with one scale per output feature. int4: rounded to 4 bits, with a scale and a minimum per group of 32 input
     features; the LM head has int8. Fewer bits than the checkpoint's change the text a little."""
     tensor_parallel_size: Positive = 1
     """Number of ranks: processes that compute the model together, each with its share of weights and KV."""

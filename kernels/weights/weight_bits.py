@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-INT4_GROUP = 64
+INT4_GROUP = 32
 """Features of a group that int4 weights are rounded in."""
 _SCALE_BITS = 16
 

@@ -48,7 +48,7 @@ class DenseFormat:
 
 
 FORMATS: Mapping[str, WeightFormat] = {
-    each.name: each for each in (DenseFormat(), Int8Format(), Int4Format(), Fp8Format())
+    each.name: each for each in (DenseFormat(), Int8Format(), Int4Format(minima=True), Fp8Format())
 }
 """Formats by name in settings."""
 

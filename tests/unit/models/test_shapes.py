@@ -71,8 +71,8 @@ class TestShapes:
     def test_rank_weights_of_fewer_bits(self) -> None:
         """Embedding, norms and biases stay dense; the head of int4 is int8."""
         layers, others = SMALL_ACTIVE - 1000, parameters(SMALL) - SMALL_ACTIVE
-        assert rank_matrix_bytes(SMALL, 1, 2, "int4") == layers * 4.5 / 8 + 1000
-        assert rank_weight_bytes(SMALL, 1, 2, "int4") == layers * 4.5 / 8 + 1000 + 2 * others
+        assert rank_matrix_bytes(SMALL, 1, 2, "int4") == layers * 5 / 8 + 1000
+        assert rank_weight_bytes(SMALL, 1, 2, "int4") == layers * 5 / 8 + 1000 + 2 * others
         assert rank_weight_bytes(SMALL, 2, 2, "fp8") == (SMALL_ACTIVE + 2 * others) / 2
         assert rank_matrix_bytes(SMALL, 4, 4, "int8") == (SMALL_ACTIVE - 240) / 4 + 120
         tied = replace(SMALL, tie_word_embeddings=True)

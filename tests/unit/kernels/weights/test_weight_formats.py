@@ -19,13 +19,15 @@ CODED: list[WeightFormat] = [
     Int8Format(),
     Fp8Format(),
     *(Int4Format(size, symmetric) for size in (32, 64, 128) for symmetric in (False, True)),
+    *(Int4Format(size, minima=True) for size in (32, 64, 128)),
 ]
 
 
 def named(form: WeightFormat) -> str:
     if not isinstance(form, Int4Format):
         return form.name
-    return f"int4, {form.group_size}, {'symmetric' if form.symmetric else 'zero points'}"
+    zeros = "symmetric" if form.symmetric else "minima" if form.minima else "zero points"
+    return f"int4, {form.group_size}, {zeros}"
 
 
 def weight(rows: int, features: int, seed: int = 0) -> torch.Tensor:
@@ -56,14 +58,16 @@ def test_each_weight_is_rounded_to_the_nearest_code(form: WeightFormat, features
         step = torch.maximum(values.abs() / 2**4, step * 2**-10) * 2
     elif isinstance(form, Int4Format):  # the scale itself is rounded, and the zero point; a large weight may be clipped
         step = step * (1.01 if form.symmetric else 2.01)
-    assert (error <= step / 2 * 1.001 + 1e-12).all()
+    held = 0.0 if matrix.mins is None else matrix.mins[:, matrix.groups].abs() * 2**-11  # in float16
+    assert (error <= step / 2 * 1.001 + 1e-12 + held).all()
 
 
 def test_what_int4_holds_exactly() -> None:
-    """Zero is a code, and so are weights that lie on a grid of sixteen."""
+    """Zero is a code, and so are weights that lie on a grid of sixteen; with minima, wherever it begins."""
     grid = torch.arange(-5, 11).float().repeat(2, 4) * 0.0078125
     for size in (32, 64):
         assert torch.equal(quantize(Int4Format(size), grid).dense(torch.float32), grid)
+        assert torch.equal(quantize(Int4Format(size, minima=True), grid + 0.40625).dense(torch.float32), grid + 0.40625)
     zeros = torch.zeros(3, 70)
     for form in CODED:
         assert torch.equal(quantize(form, zeros).dense(torch.float32), zeros)
@@ -72,7 +76,7 @@ def test_what_int4_holds_exactly() -> None:
 def test_scales_that_float16_cannot_hold() -> None:
     for size in (1e-9, 1e6):
         values = weight(4, 64) * size
-        for form in (Int4Format(64), Int4Format(64, symmetric=True)):
+        for form in (Int4Format(64), Int4Format(64, symmetric=True), Int4Format(64, minima=True)):
             error = (quantize(form, values).dense(torch.float32) - values).norm() / values.norm()
             assert error < 0.15
 

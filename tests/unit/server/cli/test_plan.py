@@ -121,7 +121,7 @@ def test_weights_of_fewer_bits(
     assert drafts["t_draft_ms"] == target["t_draft_ms"] < 0.5 * dense["t_draft_ms"]
     assert drafts["speedup"] > 1.3 * dense["speedup"]
     assert dense["draft_bytes"] == target["draft_bytes"] == 0
-    assert drafts["draft_bytes"] == (32 * 218_103_808 * 4.5 + 128_256 * 4096 * 8) / 8
+    assert drafts["draft_bytes"] == (32 * 218_103_808 * 5 + 128_256 * 4096 * 8) / 8
     capsys.readouterr()
     assert run(monkeypatch, *("--model", "llama-3.1-8b", "--gpu", "h100", "--weights", "fp8")) == 0
     assert ", self-speculation, fp8 weights, drafts fp8; " in capsys.readouterr().out
