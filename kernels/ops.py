@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, GraphAttention, GraphBatch
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.weights.matrix import Matrix
 
 

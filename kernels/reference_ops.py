@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.attention.reference_attention import ReferenceAttention, merge_segments
 from kernels.key_scores import snapkv_scores
 from kernels.key_summaries import bound_products, summarise_keys
-from kernels.kv_cache import LayerKV, write_kv
+from kernels.kv.kv_pool import LayerKV, write_kv
 from kernels.noise import gumbel_noise
 from kernels.ops import Graphs
 from kernels.rope import apply_rope

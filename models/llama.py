@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, PlannedAttention
-from kernels.kv_cache import KVPool, LayerKV
+from kernels.kv.kv_pool import KVPool, LayerKV
 from kernels.rope import llama3_frequencies, rotary_frequencies, rotary_tables
 from models.batch import ForwardBatch, TokenInputs
 from models.config import ModelConfig, ModelError, RopeConfig

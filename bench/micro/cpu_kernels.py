@@ -37,7 +37,7 @@ from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, supported
 from kernels.cpu.library import CpuKernels
 from kernels.cpu.micro_profile import choose
 from kernels.cpu.packing import Packed, PackedWeights, pack
-from kernels.kv_cache import KVPool, LayerKV
+from kernels.kv.kv_pool import KVPool, LayerKV
 from kernels.weights.weight_format import FORMATS
 from models.default import user_cache
 

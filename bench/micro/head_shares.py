@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.corpus import BenchError
 from engine.kv.streaming_heads import HeadShares
 from kernels.attention.base import AttentionBackend, AttentionBatch
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from models.batch import ForwardBatch
 from models.llama import Llama
 

@@ -29,7 +29,7 @@ from engine.scheduler.controller import FixedGamma
 from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.outputs import make_output
 from engine.scheduler.scheduler import Scheduler
-from kernels.kv_cache import KVPool
+from kernels.kv.kv_pool import KVPool
 
 _PAGE = 16
 _WARM_UPS = 5

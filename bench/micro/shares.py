@@ -17,7 +17,7 @@ from bench.micro.blank_rounds import BlankRounds, cpu_config, load_with_ops
 from bench.weight_flags import add_weight_flags, read_weight_flags
 from engine.speculation.verify import accept_drafts, commit_tokens
 from kernels.attention.base import AttentionBackend, AttentionBatch
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.ops import Graphs, Linear, Ops
 from kernels.weights.matrix import Matrix
 

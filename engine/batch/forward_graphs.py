@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.attention.base import AttentionBackend, Ballot, GraphAttention, GraphBatch, SharedPrefix
 from kernels.attention.shared_reading import largest, pays
 from kernels.flashinfer.flashinfer_sizes import Heads
-from kernels.kv_cache import KVPool
+from kernels.kv.kv_pool import KVPool
 from kernels.ops import Graphs
 from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all

@@ -10,7 +10,7 @@ from engine.batch.forward_graphs import ForwardGraphs, Observer
 from engine.batch.view import View
 from kernels.attention.base import AttentionBackend
 from kernels.key_summaries import KeySummaries
-from kernels.kv_cache import KVPool
+from kernels.kv.kv_pool import KVPool
 from models.batch import ForwardBatch
 from models.llama import Llama
 

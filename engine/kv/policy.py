@@ -16,7 +16,7 @@ from engine.config.speculation import SpeculationConfig
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend
 from kernels.key_summaries import KeySummaries
-from kernels.kv_cache import KVPool
+from kernels.kv.kv_pool import KVPool
 from kernels.ragged import Ints
 from models.llama import Llama
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, AttentionBatch
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 
 
 class QueryCapture:

@@ -23,7 +23,7 @@ from engine.kv.policy import DraftSite, KVPolicy, views_by_budget
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch, SharedPrefix
 from kernels.key_summaries import KeySummaries
-from kernels.kv_cache import KVPool, LayerKV
+from kernels.kv.kv_pool import KVPool, LayerKV
 from kernels.ragged import Ints
 from kernels.transfer import send_all
 

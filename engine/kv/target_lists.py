@@ -13,7 +13,7 @@ from engine.batch.row_state import RowState
 from engine.config.target_reading import TargetQuestConfig
 from engine.kv.page_choice import ListLayout
 from kernels.attention.base import AttentionBackend, AttentionBatch
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all
 

@@ -29,7 +29,7 @@ from engine.kv.streaming_heads import read_streaming_heads
 from engine.kv.target_lists import GroupAttention, QueryGroups
 from kernels.attention.base import AttentionBatch
 from kernels.key_summaries import KeySummaries
-from kernels.kv_cache import KVPool, LayerKV
+from kernels.kv.kv_pool import KVPool, LayerKV
 from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all
 from models.llama import Llama

@@ -24,7 +24,7 @@ from engine.kv.page_choice import ChoiceView, PageChoice
 from engine.kv.policy import DraftSite, KVPolicy, views_by_budget
 from engine.plan import RowStart
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch, SharedPrefix
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.ragged import Ints
 from kernels.transfer import send, send_all
 

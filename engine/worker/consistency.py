@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.row_state import RowState
-from kernels.kv_cache import KVPool
+from kernels.kv.kv_pool import KVPool
 from parallel.group import Group, RankFailure
 
 _COPIED_BYTES = 1 << 24

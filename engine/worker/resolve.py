@@ -19,7 +19,7 @@ from engine.worker.kernels import choose_ops
 from engine.worker.weight_choice import loaded_formats
 from kernels.cpu.compiler import supported
 from kernels.cpu.cpus import usable_cores
-from kernels.kv_cache import KVPool
+from kernels.kv.kv_pool import KVPool
 from kernels.ops import Ops
 from models.config import ModelConfig, read_config
 from models.default import resolve_model

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 
 
 class SharedPrefix(NamedTuple):

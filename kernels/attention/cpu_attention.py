@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
 from kernels.cpu.library import CpuKernels
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 
 
 class CpuAttention:

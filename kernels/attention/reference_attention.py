@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch, Ballot
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.transfer import send
 
 _QUERY_BLOCK = 128  # queries of one row scored at a time: bounds the score matrix of a prefill chunk

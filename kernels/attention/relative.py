@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.attention.reference_attention import merge_segments
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.rope import apply_rope
 from kernels.transfer import send, send_all
 

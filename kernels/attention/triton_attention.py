@@ -13,7 +13,7 @@ from kernels.attention.shared_reading import pays
 from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.gpu.attention import SPAN, Tiles, assign_tiles, attend
 from kernels.gpu.shared_tiles import SharedTiles, tile_size
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.transfer import send
 
 

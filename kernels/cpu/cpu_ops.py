@@ -13,7 +13,7 @@ from kernels.cpu.library import SEGMENT, CpuKernels
 from kernels.cpu.micro_profile import MicroProfile
 from kernels.cpu.packing import Packed, can_pack, pack
 from kernels.key_summaries import bound_products, summarise_keys
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.ops import Graphs
 from kernels.reference_ops import TorchFallbackOps
 from kernels.weights.matrix import Matrix

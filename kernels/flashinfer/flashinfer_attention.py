@@ -36,7 +36,7 @@ from kernels.flashinfer.flashinfer_workspace import (
     to_natural_log,
     to_pinned,
 )
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.ragged import Ints, offsets, ragged_arange
 from kernels.transfer import send, send_all
 

@@ -33,7 +33,7 @@ from kernels.cpu.compiler import KernelsUnavailable
 from kernels.flashinfer.flashinfer_attention import FlashInferAttention
 from kernels.flashinfer.flashinfer_sizes import Kernels
 from kernels.flashinfer.flashinfer_workspace import Workspace, load_flashinfer
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 
 log = logging.getLogger(__name__)
 

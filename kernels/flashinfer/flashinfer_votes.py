@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch, Ballot, GraphBatch
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 
 
 class FlashInferVotes:

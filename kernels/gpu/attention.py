@@ -21,7 +21,7 @@ from kernels.gpu.checks import check_ballot, check_dtype, check_pool
 from kernels.gpu.merge import merge_spans
 from kernels.gpu.tile import masked_scores, product, tile_shape
 from kernels.gpu.votes import VotingRows, count_votes, finish_votes
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.transfer import send
 
 SPAN = 256

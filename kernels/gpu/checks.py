@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import Ballot
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -23,7 +23,7 @@ from kernels.gpu.products.format_times import device_seconds, fastest_format
 from kernels.gpu.products.fp8_products import Fp8Linear
 from kernels.gpu.snapkv_scores import snapkv_scores
 from kernels.key_summaries import bound_products, summarise_keys
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.ops import Graphs, Linear
 from kernels.reference_ops import reference_linear
 from kernels.weights.matrix import Matrix, QuantizedMatrix

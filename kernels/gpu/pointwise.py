@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.checks import check_dtype, check_pool
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 
 _WIDE = 1024  # elements per program of an elementwise kernel
 

@@ -17,7 +17,7 @@ from kernels.attention.base import Ballot
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_ballot, check_pool
 from kernels.gpu.tile import masked_scores, tile_shape
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 
 _SUMS = 4096  # of a program that finishes votes: voting heads × units
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention
-from kernels.kv_cache import KVPool
+from kernels.kv.kv_pool import KVPool
 from kernels.reference_ops import ReferenceLinear, ReferenceOps, reference_linear
 from kernels.rope import rotary_tables
 from kernels.weights.int4_weights import Int4Format

@@ -9,7 +9,7 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.noise import gumbel_noise, noise_bits
 from models.loader import random_model
 from parallel.group import Group

@@ -12,7 +12,7 @@ from kernels.attention.reference_attention import ReferenceAttention
 from kernels.flashinfer.flashinfer_attention import FlashInferAttention
 from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
 from kernels.flashinfer.flashinfer_workspace import make_workspace
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from tests.support.ballots import VoteCase, check_captured, check_votes, draw_batch
 from tests.support.profiles import only_in_all
 

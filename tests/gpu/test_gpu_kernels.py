@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.reference_ops import REFERENCE, QuantizedLinear
 from kernels.weights.matrix import QuantizedMatrix
 from kernels.weights.weight_format import FORMATS

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch, GraphAttention, GraphBatch, SharedPrefix
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from tests.support.shared_batches import always_share, check_against_reference
 
 if not torch.cuda.is_available():

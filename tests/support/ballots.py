@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch
 from kernels.attention.reference_attention import ReferenceAttention
-from kernels.kv_cache import KVPool, LayerKV
+from kernels.kv.kv_pool import KVPool, LayerKV
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

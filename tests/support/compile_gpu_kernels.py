@@ -30,7 +30,7 @@ from kernels.gpu import merge, pointwise, sample, snapkv_scores, verdict, votes
 from kernels.gpu.products.few_bit_layout import lay_out
 from kernels.gpu.products.few_bit_products import few_bit_product
 from kernels.gpu.products.fp8_products import round_inputs
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.weights.matrix import QuantizedMatrix, regular_groups
 
 HEADS = (

@@ -27,7 +27,7 @@ from kernels.flashinfer.flashinfer_attention import FlashInferAttention
 from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
 from kernels.flashinfer.flashinfer_modules import needed_modules
 from kernels.flashinfer.flashinfer_workspace import Workspace, takes_uniform_queries
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from tests.support.fake_flashinfer import attend
 
 _ABSENT = ("tvm_ffi", "pynvml", "einops", "tabulate")  # FlashInfer imports these to compile, and to ask the driver

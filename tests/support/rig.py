@@ -17,7 +17,7 @@ from kernels.attention.base import AttentionBatch
 from kernels.cpu.compiler import SOFTWARE_TILES, InstructionSet, KernelsUnavailable, supported
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
-from kernels.kv_cache import KVPool, LayerKV
+from kernels.kv.kv_pool import KVPool, LayerKV
 from models.batch import ForwardBatch
 from models.default import user_cache
 from models.llama import Llama

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.attention import shared_reading
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 
 
 def always_share(monkeypatch: pytest.MonkeyPatch) -> None:

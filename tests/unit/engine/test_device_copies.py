@@ -25,7 +25,7 @@ from engine.plan import PageDelta, RoundPlan, RowStart, RowWork
 from engine.sampling.sampler import Sampler
 from kernels.attention.base import AttentionBatch
 from kernels.attention.relative import RelativeAttention
-from kernels.kv_cache import KVPool, LayerKV
+from kernels.kv.kv_pool import KVPool, LayerKV
 from kernels.reference_ops import ReferenceOps
 from parallel.group import Group
 from parallel.vocab_shard import VocabShard

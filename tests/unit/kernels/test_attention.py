@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention, merge_segments
-from kernels.kv_cache import LayerKV, write_kv
+from kernels.kv.kv_pool import LayerKV, write_kv
 from tests.support.profiles import examples
 from tests.support.rig import pool_layer
 

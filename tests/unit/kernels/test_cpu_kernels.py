@@ -20,7 +20,7 @@ from kernels.cpu.compiler import InstructionSet, KernelsUnavailable
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
 from kernels.cpu.packing import PackedWeights, pack, pack_gated
-from kernels.kv_cache import write_kv
+from kernels.kv.kv_pool import write_kv
 from kernels.noise import gumbel_noise
 from kernels.reference_ops import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables

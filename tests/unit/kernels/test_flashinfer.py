@@ -20,7 +20,7 @@ from kernels.flashinfer.flashinfer_attention import FlashInferAttention
 from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention, can_capture
 from kernels.flashinfer.flashinfer_sizes import Heads, eager_float_bytes
 from kernels.flashinfer.flashinfer_workspace import Workspace, flat_pages, list_pages, load_flashinfer
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.reference_ops import REFERENCE, ReferenceOps
 from models.loader import random_model
 from parallel.group import Group

@@ -18,7 +18,7 @@ from engine.speculation.verify import accept_drafts, commit_tokens
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.key_scores import snapkv_scores
-from kernels.kv_cache import LayerKV, write_kv
+from kernels.kv.kv_pool import LayerKV, write_kv
 from kernels.noise import noise_bits
 from kernels.reference_ops import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables

@@ -20,7 +20,7 @@ from kernels.attention.cpu_attention import CpuAttention
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.cpu.compiler import InstructionSet, build_kernels
 from kernels.cpu.library import SEGMENT, CpuKernels
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from models.default import user_cache
 from tests.support.paths import ROOT
 from tests.support.profiles import examples

@@ -16,7 +16,7 @@ from engine.batch.view import DenseView
 from engine.sampling.sampler import Sampler
 from engine.speculation.draft_graphs import DraftGraphs
 from kernels.attention.base import AttentionBatch, GraphBatch, SharedPrefix
-from kernels.kv_cache import KVPool, LayerKV
+from kernels.kv.kv_pool import KVPool, LayerKV
 from models.batch import ForwardBatch
 from parallel.group import Group
 from parallel.vocab_shard import VocabShard

@@ -17,7 +17,7 @@ from engine.params import SamplingParams
 from engine.speculation.drafters import SelfDrafter
 from kernels.attention.base import AttentionBatch
 from kernels.key_summaries import KeySummaries
-from kernels.kv_cache import KVPool, LayerKV
+from kernels.kv.kv_pool import KVPool, LayerKV
 from kernels.reference_ops import REFERENCE
 from tests.support.engines import complete, tiny_engine, tiny_model
 from tests.support.profiles import examples

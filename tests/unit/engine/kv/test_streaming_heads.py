@@ -14,7 +14,7 @@ from engine.kv.streaming_heads import read_streaming_heads
 from engine.kv.target_quest import TargetQuestAttention
 from engine.params import SamplingParams
 from kernels.attention.base import AttentionBackend, AttentionBatch
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from tests.support.engines import TINY, complete, tiny_engine, tiny_model
 from tests.support.head_files import write_head_shares
 from tests.support.workloads import prompt_of

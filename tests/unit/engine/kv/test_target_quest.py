@@ -19,7 +19,7 @@ from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
 from engine.speculation.drafters import SelfDrafter
 from kernels.attention.base import AttentionBatch
-from kernels.kv_cache import LayerKV
+from kernels.kv.kv_pool import LayerKV
 from kernels.reference_ops import ReferenceOps
 from models.llama import Llama
 from tests.support.engines import TINY, complete, complete_all, run, tiny_engine, tiny_model, tokens

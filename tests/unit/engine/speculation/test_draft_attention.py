@@ -19,7 +19,7 @@ from kernels.attention.reference_attention import ReferenceAttention
 from kernels.attention.relative import RelativeAttention
 from kernels.attention.topk_attention import TopKAttention
 from kernels.key_scores import snapkv_scores
-from kernels.kv_cache import LayerKV, write_kv
+from kernels.kv.kv_pool import LayerKV, write_kv
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from tests.support.engines import TINY, tiny_engine, tiny_model
 from tests.support.profiles import examples

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.worker import consistency
-from kernels.kv_cache import KVPool
+from kernels.kv.kv_pool import KVPool
 from parallel.group import Group
 from tests.support.rig import CPU
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from kernels.attention.base import AttentionBatch
-from kernels.kv_cache import KVPool
+from kernels.kv.kv_pool import KVPool
 from kernels.reference_ops import ReferenceLinear, ReferenceOps
 from kernels.weights.int4_weights import Int4Format
 from kernels.weights.matrix import DenseMatrix, Matrix, QuantizedMatrix, regular_groups
