@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.kv.kv_pool import KVPool, LayerKV
+from kernels.kv.kv_pool import FP8, KVPool, LayerKV
 from kernels.ops import Ops
 from kernels.row_sums import row_sum
 
@@ -18,20 +18,30 @@ class KeySummaries:
     """Element-wise minimum and maximum of the keys of each page and KV head (Quest, arXiv 2406.10774, section 3.3),
     kept beside a pool.
 
-    bounds: [layers, 2, pages, kv_heads, head_dim] in the pool's dtype: the minima, and the maxima.
+    bounds: [layers, 2, pages, kv_heads, head_dim] in the pool's dtype, of an fp8 pool in bfloat16, which has
+        all of its numbers: the minima, and the maxima. Pages are those of
+        lists: sealed ones have the bounds of the keys before they were rounded.
     """
 
     def __init__(self, pool: KVPool, ops: Ops) -> None:
-        layers, _, pages, kv_heads, _, head_dim = pool.data.shape
+        layers, _, exact, kv_heads, _, head_dim = pool.data.shape
+        pages = pool.first_exact + exact
         # Both of a page are neighbours in memory, as they are read together, and pages may be anywhere in the pool.
         shape = (layers, pages, 2, kv_heads, head_dim)
-        self.bounds = torch.zeros(shape, dtype=pool.data.dtype, device=pool.data.device).transpose(1, 2)
+        dtype = torch.bfloat16 if pool.data.dtype == FP8 else pool.data.dtype
+        self.bounds = torch.zeros(shape, dtype=dtype, device=pool.data.device).transpose(1, 2)
         self._ops = ops
         self._layers: list[tuple[Tensor, Tensor]] = [(low, high) for low, high in self.bounds]
 
     def update(self, layer: LayerKV, pages: Tensor) -> None:
-        """Summarise pages anew. pages: [n] int64; one that is named twice is summarised twice."""
-        self._ops.summarise(layer.k, pages, *self._layers[layer.index])
+        """Summarise exact pages anew. pages: [n] int64; one that is named twice is summarised twice."""
+        first = layer.num_sealed
+        low, high = self._layers[layer.index]
+        self._ops.summarise(layer.k, pages - first if first else pages, low[first:], high[first:])
+
+    def seal(self, layer: LayerKV, exact: Tensor, pages: Tensor) -> None:
+        """Give sealed pages the bounds of exact ones; see LayerKV.seal."""
+        self.bounds[layer.index, :, pages] = self.bounds[layer.index, :, exact + layer.num_sealed]
 
     def scores(self, layer: LayerKV, q: Tensor, pages: Tensor, first: int, ends: Tensor) -> Tensor:
         """Bound the products of queries with the keys of a layer's pages; see bound_products."""
@@ -55,7 +65,7 @@ class KeySummaries:
 
 def summarise_keys(k: Tensor, pages: Tensor, low: Tensor, high: Tensor) -> None:
     """Summarise pages; see Ops.summarise."""
-    low[pages], high[pages] = k[pages].aminmax(dim=2)
+    low[pages], high[pages] = k[pages].to(low.dtype).aminmax(dim=2)
 
 
 def bound_products(q: Tensor, pages: Tensor, low: Tensor, high: Tensor, first: int, ends: Tensor) -> Tensor:

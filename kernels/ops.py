@@ -77,6 +77,10 @@ class Ops(Protocol):
     def weight_formats(self) -> frozenset[str]:
         """Formats that matrices may be rounded to."""
 
+    @property
+    def kv_formats(self) -> frozenset[str]:
+        """Formats of pages that attention reads."""
+
     def takes(self, matrix: Matrix) -> bool:
         """Whether `linear` takes a matrix as it is; it takes all dense ones."""
 

@@ -89,8 +89,7 @@ class ReferenceAttention:
         heads, head_dim = q.shape[1:]
         pages = self._batch.pages_of(layer).index_select(0, group.rows)[..., : -(-group.length // self._page_size)]
         pages = pages if pages.dim() == 3 else pages[:, None]
-        k = _gather(layer.k, pages, group.length).to(compute)  # [pieces, kv_heads, length, head_dim]
-        v = _gather(layer.v, pages, group.length).to(compute)
+        k, v = (part.to(compute) for part in layer.gather(pages, group.length))  # [pieces, kv_heads, length, head_dim]
         grouped = q[group.queries].to(compute).view(pieces, n, kv_heads, heads // kv_heads, head_dim)
         grouped = (grouped * scale).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [pieces, kv_heads, group * n, head_dim]
         scores = torch.matmul(grouped, k.transpose(2, 3)).view(pieces, kv_heads, -1, n, group.length)
@@ -136,18 +135,6 @@ def _similar(pieces: list[_Piece]) -> list[list[_Piece]]:
     return groups
 
 
-def _gather(cache: Tensor, pages: Tensor, length: int) -> Tensor:
-    """Copy listed pages of `cache` [all_pages, kv_heads, page_size, head_dim] into [rows, kv_heads, length, head_dim].
-
-    pages: [rows, kv_heads or 1, width].
-    """
-    _, kv_heads, page_size, head_dim = cache.shape
-    heads = torch.arange(kv_heads, device=cache.device)[:, None]
-    index = pages * kv_heads + heads  # one head's page is contiguous memory
-    flat = cache.view(-1, page_size * head_dim).index_select(0, index.flatten())
-    return flat.view(pages.shape[0], kv_heads, -1, head_dim)[:, :, :length]
-
-
 def count_votes(batch: AttentionBatch, ballot: Ballot, layer: LayerKV, q: Tensor, scale: float, lse: Tensor) -> None:
     """Count the votes of a run, row by row; see Ballot.
 
@@ -158,7 +145,7 @@ def count_votes(batch: AttentionBatch, ballot: Ballot, layer: LayerKV, q: Tensor
     rows = zip(batch.kv_lengths, ends.tolist(), ballot.voters.tolist(), strict=True)
     for row, (length, end, voters) in enumerate(rows):
         pages = lists[row : row + 1, ..., : -(-length // page_size)]
-        k = _gather(layer.k, pages if pages.dim() == 3 else pages[:, None], length)[0].to(lse.dtype)
+        k = layer.gather(pages if pages.dim() == 3 else pages[:, None], length)[0][0].to(lse.dtype)
         votes = torch.zeros(kv_heads, -(-length // ballot.unit) * ballot.unit, dtype=lse.dtype, device=q.device)
         for behind in (each for each in voters if each >= 0):
             token, sees = end - 1 - behind, length - behind

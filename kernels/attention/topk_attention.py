@@ -41,10 +41,8 @@ class TopKAttention:
         """Attend with one row. q: [n, heads, head_dim]. Returns the output, and its log-sum-exp [n, heads]."""
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         n, heads, head_dim = q.shape
-        k, v = (
-            part[pages].transpose(0, 1).flatten(1, 2)[:, :length].to(compute)  # [kv_heads, length, head_dim]
-            for part in (layer.k, layer.v)
-        )
+        # [kv_heads, length, head_dim]
+        k, v = (part[0].to(compute) for part in layer.gather(pages[None, None], length))
         kv_heads = len(k)
         grouped = (q.to(compute) * scale).view(n, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         scores = torch.einsum("hgnd,hld->hgnl", grouped, k)

@@ -1,0 +1,296 @@
+"""Formats of sealed pages: error bounds, layout of records, and pools that hold them beside exact pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.kv.kv_bits import DRAFT_BITS, KV_FORMATS, SEALED_BITS, SEALED_GROUP, record_bytes, token_bytes
+from kernels.kv.kv_formats import SEALED_FORMATS
+from kernels.kv.kv_pool import LayerKV, write_kv
+from kernels.kv.sealed_format import SealedFormat
+from kernels.kv.sealing_pool import SealingPool
+from tests.support.profiles import examples
+from tests.support.rig import CPU
+
+LARGEST = 65504.0
+LEVELS = {"int8": 255, "int4x2": 15}
+GROUPS: dict[str, Callable[[int], Tensor]] = {
+    "normal": lambda n: torch.randn(n),
+    "outlier": lambda n: torch.randn(n).index_fill(0, torch.randint(n, (1,)), 300.0),
+    "constant": lambda n: torch.randn(()).expand(n) * 1000,
+    "zero": torch.zeros,
+    "huge": lambda n: torch.randn(n) * 30000,
+    "beyond": lambda n: torch.randn(n) * 1e6,
+    "tiny": lambda n: torch.randn(n) * 1e-7,
+    "far": lambda n: 5000 + torch.randn(n) / 100,
+}
+"""Numbers that share a scale. far: a narrow range far from zero, where float16 has steps of 4."""
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """Numbers and what a record says of them, with the groups in rows: [heads, groups, n]."""
+
+    x: Tensor
+    target: Tensor
+    drafts: Tensor
+    scales: Tensor
+    mins: Tensor
+    codes: Tensor
+
+
+@st.composite
+def groups(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(GROUPS)) -> tuple[bool, int, list[str], int]:
+    """Whether they are keys, the head_dim, the kinds of groups, and a seed."""
+    is_key, head_dim = draw(st.booleans()), draw(st.sampled_from([8, 64, 80]))
+    listed = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=8))
+    return is_key, head_dim, listed, draw(st.integers(0, 2**32))
+
+
+def seal(format: SealedFormat, made: tuple[bool, int, list[str], int], *, spoilt: bool = False) -> Sealed:
+    """Seal two heads. spoilt: put a NaN into the first group of each."""
+    is_key, head_dim, kinds, seed = made
+    torch.manual_seed(seed)
+    count, length = (head_dim, SEALED_GROUP) if is_key else (SEALED_GROUP, head_dim)
+    x = torch.stack([GROUPS[kinds[i % len(kinds)]](length) for i in range(2 * count)]).view(2, count, length)
+    if spoilt:
+        x[:, 0, int(torch.randint(length, ()))] = torch.nan
+    page = x.mT.contiguous() if is_key else x
+    records = format.seal_keys(page) if is_key else format.seal_values(page)
+    read = format.read_keys if is_key else format.read_values
+    found = [read(records, head_dim, torch.float32, drafts=drafts) for drafts in (False, True)]
+    codes, parameters = records.tensor_split([records.shape[1] - 4 * count], 1)
+    scales, mins = parameters.contiguous().view(torch.float16).float().chunk(2, 1)
+    target, drafted = ((each.mT if is_key else each) for each in found)
+    return Sealed(x, target, drafted, scales[..., None], mins[..., None], codes)
+
+
+def slack(sealed: Sealed) -> Tensor:
+    """Rounding of float32: of differences, of quotients, and of the result."""
+    return 1e-4 * sealed.scales + 4e-7 * (sealed.x.clamp(-LARGEST, LARGEST).abs() + sealed.mins.abs())
+
+
+def steps(sealed: Sealed, read: Tensor) -> Tensor:
+    """Errors in steps, beyond the rounding of float32. Numbers beyond float16's range count as cut off there."""
+    return ((read - sealed.x.clamp(-LARGEST, LARGEST)).abs() - slack(sealed)) / sealed.scales
+
+
+@given(made=groups())
+@examples(60, 1000)
+def test_int8_is_within_half_a_step(made: tuple[bool, int, list[str], int]) -> None:
+    sealed = seal(SEALED_FORMATS["int8"], made)
+    assert steps(sealed, sealed.target).max() <= 0.5
+    assert sealed.drafts.equal(sealed.target)
+
+
+@given(made=groups())
+@examples(60, 1000)
+def test_int4x2_is_within_half_a_step_of_either_code(made: tuple[bool, int, list[str], int]) -> None:
+    """A lower code that had to become 7 is within a whole step."""
+    sealed = seal(SEALED_FORMATS["int4x2"], made)
+    assert steps(sealed, sealed.drafts).max() <= 0.5
+    largest = (sealed.target - sealed.drafts - sealed.scales * 7 / 16).abs() <= slack(sealed)
+    lower = 16 * steps(sealed, sealed.target)
+    assert torch.where(largest, 0, lower).max() <= 0.5
+    assert lower.max() <= 1.01
+
+
+@pytest.mark.parametrize("name", SEALED_FORMATS)
+@given(made=groups())
+@examples(30, 500)
+def test_steps_are_no_larger_than_a_group_needs(name: str, made: tuple[bool, int, list[str], int]) -> None:
+    """But for what float16 adds to minimum and scale, they are the range over the number of steps."""
+    sealed = seal(SEALED_FORMATS[name], made)
+    low, high = (each[..., None] for each in sealed.x.clamp(-LARGEST, LARGEST).aminmax(dim=-1))
+    most = (high - low + low.abs() / 256 + 1e-6) / LEVELS[name]
+    assert (sealed.scales <= most * (1 + 1 / 256) + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", SEALED_FORMATS)
+@given(made=groups())
+@examples(20, 300)
+def test_no_number_stays_none(name: str, made: tuple[bool, int, list[str], int]) -> None:
+    """And spoils its own group only, as attention would spoil the whole row."""
+    sealed = seal(SEALED_FORMATS[name], made, spoilt=True)
+    for read in (sealed.target, sealed.drafts):
+        assert not read[:, 0].isfinite().any()
+        assert read[:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
+@pytest.mark.parametrize("name", SEALED_FORMATS)
+def test_records_have_the_bytes_that_the_forecast_counts(name: str, head_dim: int) -> None:
+    format, page = SEALED_FORMATS[name], torch.randn(3, 2, SEALED_GROUP, head_dim)
+    records = format.seal_keys(page), format.seal_values(page)
+    assert [each.dtype for each in records] == [torch.uint8] * 2
+    assert [each.shape for each in records] == [(3, 2, size) for size in record_bytes(name, head_dim)]
+    whole = sum(record_bytes(name, head_dim)) / SEALED_GROUP
+    assert whole <= token_bytes(name, head_dim, 4) < whole + 1
+    assert token_bytes(name, head_dim, 4) < token_bytes("dense", head_dim, 2) or head_dim == 8
+
+
+def test_names_of_formats() -> None:
+    assert set(SEALED_FORMATS) == set(SEALED_BITS) <= set(KV_FORMATS)
+    assert {name for name, each in SEALED_FORMATS.items() if each.has_draft_codes} == set(DRAFT_BITS)
+    assert token_bytes("dense", 64, 2) == 256
+    assert token_bytes("int4x2", 64, 2, drafts=True) == 72  # 2 * 64 codes of half a byte, and 4 + 4 bytes
+
+
+@pytest.mark.parametrize("is_key", [True, False])
+def test_drafts_read_the_targets_upper_codes(is_key: bool) -> None:
+    """The first half of the codes and the parameters, as many bytes as the forecast counts, and no other byte."""
+    format, head_dim = SEALED_FORMATS["int4x2"], 64
+    made = (is_key, head_dim, list(GROUPS), 0)
+    sealed = seal(format, made)
+    half = SEALED_GROUP * head_dim // 2
+    upper, lower = sealed.codes.tensor_split([half], 1)
+    pairs = upper.view(2, SEALED_GROUP // 2, head_dim)
+    codes = torch.stack([pairs & 15, pairs >> 4], 2).view(2, SEALED_GROUP, head_dim)
+    by_group = codes.mT if is_key else codes
+    assert torch.allclose(sealed.drafts, sealed.scales * by_group + sealed.mins, rtol=1e-6)
+    record = torch.cat(
+        [upper, lower, *(each[..., 0].half().view(torch.uint8) for each in (sealed.scales, sealed.mins))], 1
+    )
+    read = format.read_keys if is_key else format.read_values
+    others = record.clone()
+    others[:, half : 2 * half] ^= 255
+    before, after = (read(each, head_dim, torch.float32, drafts=True) for each in (record, others))
+    assert before.equal(after)
+    assert not read(record, head_dim, torch.float32, drafts=False).equal(
+        read(others, head_dim, torch.float32, drafts=False)
+    )
+    assert record.shape[1] - half == record_bytes("int4x2", head_dim, drafts=True)[0 if is_key else 1]
+
+
+# -- pools -------------------------------------------------------------------------------------------------------------
+
+SEALED, EXACT, HEADS, DIM = 5, 3, 2, 16
+
+
+def pool_of(name: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> SealingPool:
+    """Make a pool whose sealed pages all hold other numbers, and its exact ones too."""
+    pool = SealingPool(
+        SEALED_FORMATS[name],
+        num_layers=layers,
+        num_pages=SEALED,
+        exact_pages=EXACT,
+        kv_heads=HEADS,
+        head_dim=DIM,
+        dtype=dtype,
+        device=CPU,
+        scratch=True,
+    )
+    torch.manual_seed(0)
+    for index in range(layers):
+        for first in range(0, SEALED, EXACT):
+            pool.data.normal_()
+            pages = torch.arange(first, min(first + EXACT, SEALED))
+            pool.layer(index).seal(pages - first, pages)
+    pool.data.normal_()
+    return pool
+
+
+def page_of(layer: LayerKV, page: int, head: int) -> tuple[Tensor, Tensor]:
+    """Read one page of one head, slowly: [page_size, head_dim] each."""
+    if page >= SEALED:
+        return layer.k[page - SEALED, head], layer.v[page - SEALED, head]
+    sealed = layer.sealed
+    assert sealed is not None
+    dtype, drafts = layer.k.dtype, sealed.drafts
+    k = sealed.format.read_keys(sealed.k[page, head], DIM, dtype, drafts=drafts)
+    return k, sealed.format.read_values(sealed.v[page, head], DIM, dtype, drafts=drafts)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", SEALED_FORMATS)
+def test_lists_mix_sealed_and_exact_pages(name: str, dtype: torch.dtype, drafts: bool) -> None:
+    pool = pool_of(name, dtype)
+    layer = (pool.drafting() if drafts else pool).layer(1)
+    for lists in (torch.tensor([[[0, 6, 4, 5]], [[7, 7, 1, 0]]]), torch.tensor([[[4, 5], [6, 0]]])):
+        length = SEALED_GROUP + 7
+        k, v = layer.gather(lists, length)
+        assert k.shape == v.shape == (len(lists), HEADS, length, DIM)
+        for row, of_heads in enumerate(lists.expand(-1, HEADS, -1).tolist()):
+            for head, pages in enumerate(of_heads):
+                whole = [
+                    torch.cat(parts) for parts in zip(*(page_of(layer, each, head) for each in pages), strict=True)
+                ]
+                assert k[row, head].equal(whole[0][:length])
+                assert v[row, head].equal(whole[1][:length])
+        # One KV head, whose pages are those of all heads.
+        by_head = lists * HEADS + torch.arange(HEADS)[:, None]
+        single = layer.one_head().gather(by_head.flatten(0, 1)[:, None], length)
+        for one, all_heads in zip(single, (k, v), strict=True):
+            assert one.view_as(all_heads).equal(all_heads)
+
+
+@pytest.mark.parametrize("name", SEALED_FORMATS)
+def test_tokens_are_read_as_attention_reads_them(name: str) -> None:
+    pool = pool_of(name)
+    pages, offsets = torch.tensor([6, 0, 0, 4, 6, 2]), torch.tensor([3, 63, 0, 17, 4, 63])
+    found = pool.read_tokens(pages, offsets)
+    assert found.shape == (6, 2, 2, HEADS, DIM)
+    for i, (page, offset) in enumerate(zip(pages.tolist(), offsets.tolist(), strict=True)):
+        for layer in range(2):
+            for head in range(HEADS):
+                k, v = page_of(pool.layer(layer), page, head)
+                assert found[i, layer, 0, head].equal(k[offset])
+                assert found[i, layer, 1, head].equal(v[offset])
+    none = torch.zeros(0, dtype=torch.int64)
+    assert pool.read_tokens(none, none).shape == (0, 2, 2, HEADS, DIM)
+
+
+@pytest.mark.parametrize("name", SEALED_FORMATS)
+def test_bytes_of_pages(name: str) -> None:
+    """They are those of the records of all layers, so that another key or value makes others."""
+    pool = pool_of(name)
+    every = torch.arange(SEALED)
+    found = pool.page_bytes(every)
+    assert pool.bytes_per_page == 2 * HEADS * sum(record_bytes(name, DIM)) == found.shape[1]
+    assert len({bytes(each.tolist()) for each in found}) == SEALED
+    assert pool.page_bytes(torch.tensor([3, 1])).equal(found[[3, 1]])
+    for kind in (0, 1):
+        before = pool.page_bytes(every)
+        pool.data[1, kind, 0, 1] += torch.randn(SEALED_GROUP, DIM)
+        pool.layer(1).seal(torch.tensor([0]), torch.tensor([2]))
+        after = pool.page_bytes(every)
+        assert (before != after).any(1).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("name", SEALED_FORMATS)
+def test_cleared_pages_are_zero(name: str) -> None:
+    pool = pool_of(name)
+    before, exact = pool.page_bytes(torch.arange(SEALED)), pool.data.clone()
+    pool.clear([1, 4])
+    after = pool.page_bytes(torch.arange(SEALED))
+    assert not after[[1, 4]].any()
+    assert after[[0, 2, 3]].equal(before[[0, 2, 3]])
+    assert pool.data.equal(exact)
+    k, v = pool.layer(0).gather(torch.tensor([[[1, 4]]]), 2 * SEALED_GROUP)
+    assert not k.any()
+    assert not v.any()
+
+
+@pytest.mark.parametrize("name", SEALED_FORMATS)
+def test_drafts_read_the_same_memory(name: str) -> None:
+    pool = pool_of(name)
+    drafting = pool.drafting()
+    assert (drafting is pool) == (name not in DRAFT_BITS)
+    assert drafting.num_pages == drafting.first_exact == SEALED
+    assert pool.scratch == SEALED + EXACT
+    write_kv(pool.layer(0), torch.tensor([SEALED_GROUP + 5]), torch.ones(1, HEADS, DIM), torch.ones(1, HEADS, DIM))
+    pool.layer(0).seal(torch.tensor([1]), torch.tensor([3]))
+    mine, theirs = pool.layer(0), drafting.layer(0)
+    assert theirs.k[1, :, 5].eq(1).all()
+    assert mine.sealed is not None
+    assert theirs.sealed is not None
+    assert theirs.sealed.k.data_ptr() == mine.sealed.k.data_ptr()
+    assert theirs.sealed.drafts == (name in DRAFT_BITS)
