@@ -11,7 +11,7 @@ from kernels.kv.kv_pool import LayerKV
 
 
 class CpuAttention:
-    """`AttentionBackend` for float32, bfloat16 and float16 on a CPU, head_dim a multiple of 16.
+    """`AttentionBackend` for float32, bfloat16 and float16 on a CPU, head_dim a multiple of 16, pages sealed or not.
 
     A query's result is bit-identical whatever else is in the batch, and whether the query comes alone, with drafts
     after it or as part of a prefill chunk.
@@ -30,7 +30,15 @@ class CpuAttention:
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
-        pages = self._batch.pages_of(layer)
+        batch = self._batch
         return self._kernels.attention(
-            q, layer.k, layer.v, self._queries, self._lengths, pages, scale, self._batch.ballot
+            q,
+            layer.k,
+            layer.v,
+            self._queries,
+            self._lengths,
+            batch.pages_of(layer),
+            scale,
+            batch.ballot,
+            layer.sealed,
         )

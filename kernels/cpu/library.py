@@ -12,10 +12,13 @@ from kernels.attention.base import Ballot
 from kernels.cpu.choice import KernelChoice
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, build_kernels, build_operators, supported
 from kernels.cpu.packing import Packed
+from kernels.kv.kv_pool import SealedKV
 
 SEGMENT = 1024
 """Number of KV slots of a row that are one piece of work in attention, and that rows share; same as SEGMENT of
 csrc/attention_cut.h."""
+_SEALED_KINDS = {("int8", False): 0, ("int4x2", False): 1, ("int4x2", True): 2}
+"""Numbers of `Sealed` in csrc/kernels.h, by format and whether its draft codes are read."""
 
 
 def open_set(folder: Path | None, target: InstructionSet) -> tuple[Path, int]:
@@ -82,16 +85,25 @@ class CpuKernels:
         pages: Tensor,
         scale: float,
         ballot: Ballot | None = None,
+        sealed: SealedKV | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute attention; see kernels.attention.base.
 
         q: [tokens, heads, head_dim], head_dim a multiple of 16. k, v: [pages, kv_heads, page_size, head_dim]. queries,
-        lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. Returns o, in q's dtype, and the
-        log-sum-exp [tokens, heads] float32, and writes the votes of `ballot`.
+        lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. sealed: pages that come before
+        those of k and v. Returns o, in q's dtype, and the log-sum-exp [tokens, heads] float32, and writes the votes of
+        `ballot`.
         """
         counted = (None, 1, None) if ballot is None else (ballot.voters, ballot.unit, ballot.votes)
+        records: tuple[Tensor | None, Tensor | None, int] = (None, None, 0)
+        if sealed is not None:
+            records = (
+                sealed.k,
+                sealed.v,
+                _SEALED_KINDS[sealed.format.name, sealed.drafts and sealed.format.has_draft_codes],
+            )
         o, sums = self._attention(
-            self._attention_table, q, k, v, queries, lengths, pages, scale, *self._prefetch, *counted
+            self._attention_table, q, k, v, queries, lengths, pages, scale, *self._prefetch, *counted, *records
         )
         return o, sums
 

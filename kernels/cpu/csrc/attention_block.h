@@ -1,16 +1,15 @@
-// Attention over one block of keys and values: find it, pack it, multiply it with queries, with a softmax between.
+// Attention over one block of keys and values (attention_pages.h): pack it, multiply it with queries, with a softmax between.
 // attention_pieces.h divides rows and combines their results.
 #pragma once
 
 #include <algorithm>
 #include <limits>
 
+#include "attention_pages.h"
 #include "dispatch.h"
 #include "tile.h"
 
 namespace magicdec {
-
-constexpr int SLOTS = 64;      // per block
 
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
@@ -48,121 +47,6 @@ inline void merge(Running into, int to, Running from, int row, int head_dim) {
   float* o = into.o + size_t(to) * head_dim;
   const float* other = from.o + size_t(row) * head_dim;
   for (int d = 0; d < head_dim; d += LANES) store(o + d, load<f32x16>(o + d) * mine + load<f32x16>(other + d) * its);
-}
-
-// Transposes 16 × 16 words.
-MAGICDEC_INLINE void transpose(u32x16 (&x)[LANES]) {
-#if defined(__AVX512F__)
-  __m512i a[LANES], b[LANES];
-  for (int i = 0; i < LANES; i++) a[i] = (__m512i)x[i];
-  for (int i = 0; i < 8; i++) {
-    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; i++) {
-    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
-    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
-    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
-    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
-  }
-  // a[4 i + j]: column j of each 128-bit lane, of rows 4 i … 4 i + 3.
-  for (int j = 0; j < 4; j++) {
-    const __m512i low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), high = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-    const __m512i low2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-    const __m512i high2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-    x[j] = (u32x16)_mm512_shuffle_i32x4(low, low2, 0x88);
-    x[8 + j] = (u32x16)_mm512_shuffle_i32x4(low, low2, 0xdd);
-    x[4 + j] = (u32x16)_mm512_shuffle_i32x4(high, high2, 0x88);
-    x[12 + j] = (u32x16)_mm512_shuffle_i32x4(high, high2, 0xdd);
-  }
-#elif defined(__aarch64__)
-  neon::transpose(x);
-#elif defined(MAGICDEC_AVX2)
-  avx2::transpose(x);
-#else
-  uint32_t words[LANES][LANES], turned[LANES][LANES];
-  for (int i = 0; i < LANES; i++) store(words[i], x[i]);
-  for (int i = 0; i < LANES; i++)
-    for (int j = 0; j < LANES; j++) turned[i][j] = words[j][i];
-  for (int i = 0; i < LANES; i++) x[i] = load<u32x16>(turned[i]);
-#endif
-}
-
-// Addresses of a block's keys and values, in groups of sixteen consecutive slots.
-template <class T>
-struct Block {
-  static constexpr int GROUPS = SLOTS / LANES;
-  const T* at[2 * GROUPS];  // keys, then values
-  bool fetch_to_l2;
-
-  MAGICDEC_INLINE const T* keys(int group) const { return at[group]; }
-  MAGICDEC_INLINE const T* values(int group) const { return at[GROUPS + group]; }
-
-  // Prefetches memory that will be read soon: `count` slots of a group of keys (0 … GROUPS - 1) or values (from GROUPS
-  // on). A core has room for few requests at once, and stalls on more, so callers spread them over other work.
-  MAGICDEC_INLINE void fetch(int group, int slot, int count, int head_dim) const {
-    const char* from = reinterpret_cast<const char*>(at[group] + slot * head_dim);
-    const int bytes = count * head_dim * int(sizeof(T));
-    if (fetch_to_l2) {
-#pragma GCC unroll 16
-      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-    } else {
-#pragma GCC unroll 16
-      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 0);
-    }
-  }
-};
-
-// Prefetches a block in equal parts, one at each of `points` points of other work.
-template <class T>
-struct Ahead {
-  const Block<T> next;
-  const int points;
-  int due = 0;
-  unsigned slot = 0;
-  MAGICDEC_INLINE void step(int head_dim) {
-    constexpr int ALL = 2 * SLOTS;
-    for (due += ALL; due >= points; due -= points, slot++) next.fetch(slot / LANES, slot % LANES, 1, head_dim);
-  }
-};
-
-// Returns the block of one KV head that begins at slot `start` of a row whose slots end at `end`. A block is copied to
-// `staged` if its groups may cross pages or it is not full; slots from `end` on become zeros, whatever they hold.
-template <class T>
-MAGICDEC_INLINE Block<T> find_block(const AttentionArgs& args, const int64_t* list, int head, int64_t start, int64_t end, T* staged) {
-  const int head_dim = args.head_dim;
-  const size_t head_offset = size_t(head) * args.page_size * head_dim;
-  const auto* keys = static_cast<const T*>(args.k) + head_offset;
-  const auto* values = static_cast<const T*>(args.v) + head_offset;
-  const auto at = [&](int64_t slot) {
-    return size_t(list[slot / args.page_size]) * args.page_stride + size_t(slot % args.page_size) * head_dim;
-  };
-  Block<T> block;
-  block.fetch_to_l2 = args.fetch_to_l2;
-  if (args.page_size % LANES == 0 && start + SLOTS <= end) {
-    for (int group = 0; group < block.GROUPS; group++) {
-      const size_t place = at(start + group * LANES);
-      block.at[group] = keys + place, block.at[block.GROUPS + group] = values + place;
-    }
-    return block;
-  }
-  for (int group = 0; group < block.GROUPS; group++) {
-    block.at[group] = staged + size_t(group) * LANES * head_dim;
-    block.at[block.GROUPS + group] = block.at[group] + size_t(SLOTS) * head_dim;
-  }
-  const size_t bytes = head_dim * sizeof(T);
-  for (int slot = 0; slot < SLOTS; slot++) {
-    T *key = staged + size_t(slot) * head_dim, *value = key + size_t(SLOTS) * head_dim;
-    if (start + slot < end) {
-      const size_t place = at(start + slot);
-      std::memcpy(key, keys + place, bytes);
-      std::memcpy(value, values + place, bytes);
-    } else {
-      std::memset(key, 0, bytes);
-      std::memset(value, 0, bytes);
-    }
-  }
-  return block;
 }
 
 // Transposes words w … w + 15 of sixteen keys, from [slot][word] to [word][slot].

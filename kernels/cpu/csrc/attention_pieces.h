@@ -23,6 +23,15 @@ MAGICDEC_INLINE Block<T> block_after(const AttentionArgs& args, const Piece& pie
   return find_block<T>(args, args.pages + piece.row * args.row_stride + then * args.head_stride, then, next, end, nullptr);
 }
 
+// The same for records: none if that block is not sealed.
+MAGICDEC_INLINE Records records_after(const AttentionArgs& args, const Piece& piece, int head, int64_t start) {
+  const int heads = piece.head_end - piece.head, ahead = head - piece.head + args.fetch_blocks;
+  const int then = piece.head + ahead % heads;
+  const int64_t next = start + ahead / heads * SLOTS;
+  if (next >= args.lengths[piece.row]) return {};
+  return find_records(args, args.pages + piece.row * args.row_stride + then * args.head_stride, then, next);
+}
+
 template <class T>
 void finish_queries(const AttentionArgs& args, int64_t token, int queries, int head, int group, Running state, int at) {
   for (int i = 0; i < queries; i++) {

@@ -66,6 +66,20 @@ struct Int4Args : LinearArgs {
   Zeros zeros;
 };
 
+// How records of sealed pages are coded (sealed.h); drafts read the upper codes of int4x2 alone.
+enum class Sealed : int { int8 = 0, int4x2 = 1, int4x2_drafts = 2 };
+
+constexpr int SEALED_SLOTS = 64;  // of a sealed page
+
+// Sealed pages: records [count, kv_heads, bytes]. k_stride, v_stride: bytes from page to page; those of its heads follow each
+// other.
+struct SealedPages {
+  Sealed kind;
+  int64_t count;
+  const uint8_t *k, *v;
+  int64_t k_stride, v_stride;
+};
+
 struct AttentionArgs {
   Team team;
   Type type;  // of q, k, v and out
@@ -77,7 +91,8 @@ struct AttentionArgs {
   int64_t page_stride;      // of k and v, from page to page; one head's page is contiguous
   const int64_t* queries;   // [rows]
   const int64_t* lengths;   // [rows]
-  const int64_t* pages;     // [rows, width] or [rows, kv_heads, width]
+  const int64_t* pages;     // [rows, width] or [rows, kv_heads, width]; from sealed.count on, those of k and v
+  SealedPages sealed;       // count 0: there are none; else page_size is SEALED_SLOTS
   int64_t row_stride, head_stride;  // of pages; head_stride 0: one list for all KV heads
   float scale;
   int fetch_blocks;  // how many blocks of 64 slots ahead keys and values are prefetched; results do not depend on it

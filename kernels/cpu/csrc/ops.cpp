@@ -26,10 +26,23 @@ int64_t open(const std::string& path) {
   return reinterpret_cast<int64_t>(kernels());
 }
 
+// Returns what attention reads of records k and v, [pages, kv_heads, bytes] uint8. kind: a number of `Sealed`.
+SealedPages sealed_pages(const Tensor& k, const Tensor& v, int64_t kind, const Tensor& exact) {
+  TORCH_CHECK(kind >= 0 && kind <= int64_t(Sealed::int4x2_drafts) && exact.size(2) == SEALED_SLOTS, "attention: kind of sealed pages");
+  for (const Tensor* part : {&k, &v}) {
+    const int64_t parameters = 4 * (part == &k ? exact.size(3) : SEALED_SLOTS);
+    TORCH_CHECK(part->dim() == 3 && part->scalar_type() == at::kByte && part->size(0) == k.size(0) && part->size(1) == exact.size(1) &&
+                part->size(2) == SEALED_SLOTS * exact.size(3) + parameters, "attention: sealed pages");
+    check_rows(*part, 2, "sealed pages");
+  }
+  return {Sealed(kind), k.size(0), k.const_data_ptr<uint8_t>(), v.const_data_ptr<uint8_t>(), k.stride(0), v.stride(0)};
+}
+
 std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& queries, const Tensor& lengths, const Tensor& pages, double scale,
                                      int64_t fetch_blocks, bool fetch_to_l2, const std::optional<Tensor>& voters, int64_t unit,
-                                     std::optional<Tensor> votes) {
+                                     std::optional<Tensor> votes, const std::optional<Tensor>& sealed_k,
+                                     const std::optional<Tensor>& sealed_v, int64_t sealed_kind) {
   TORCH_CHECK(q.dim() == 3 && k.dim() == 4 && k.sizes() == v.sizes() && k.strides() == v.strides(), "attention: shapes");
   TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "attention: types differ");
   TORCH_CHECK(q.size(2) == k.size(3) && q.size(2) % 16 == 0 && k.size(1) > 0 && q.size(1) % k.size(1) == 0, "attention: heads");
@@ -40,6 +53,7 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
   TORCH_CHECK(pages.scalar_type() == at::kLong && pages.size(0) == queries.size(0) && lengths.numel() == queries.numel(), "attention: pages");
   check_rows(pages, 1, "pages");
   TORCH_CHECK(pages.dim() == 2 || (pages.dim() == 3 && pages.size(1) == k.size(1)), "attention: pages");
+  TORCH_CHECK(!sealed_k == !sealed_v, "attention: sealed keys and values, or none");
   TORCH_CHECK(!voters == !votes, "attention: voters and votes, or none");
   if (voters) {
     check_ints(*voters, "voters");
@@ -77,6 +91,7 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
   args.pages = pages.const_data_ptr<int64_t>();
   args.row_stride = pages.stride(0);
   args.head_stride = pages.dim() == 3 ? pages.stride(1) : 0;
+  if (sealed_k) args.sealed = sealed_pages(*sealed_k, *sealed_v, sealed_kind, k);
   args.scale = float(scale);
   TORCH_CHECK(fetch_blocks >= 1 && fetch_blocks <= 16, "attention: fetch_blocks");
   args.fetch_blocks = int(fetch_blocks);
@@ -255,7 +270,7 @@ TORCH_LIBRARY(magicdec_cpu, m) {
   m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int features, int columns, bool silu_mul, bool float_out, int tiles_from) -> Tensor");
   m.def("linear_int4(int kernels, Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int features, int columns, bool silu_mul, bool float_out) -> Tensor");
   m.def("linear_coded(int kernels, Tensor x, Tensor packed, bool e4m3, Tensor scales, Tensor? bias, int features, int columns, bool silu_mul, bool float_out) -> Tensor");
-  m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, int fetch_blocks, bool fetch_to_l2, Tensor? voters, int unit, Tensor(a!)? votes) -> (Tensor, Tensor)");
+  m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, int fetch_blocks, bool fetch_to_l2, Tensor? voters, int unit, Tensor(a!)? votes, Tensor? sealed_k, Tensor? sealed_v, int sealed_kind) -> (Tensor, Tensor)");
   m.def("norm(int kernels, Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
   m.def("rotary(int kernels, Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k, Tensor(c!) v, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
   m.def("sample(int kernels, Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, int first) -> (Tensor, Tensor)");
