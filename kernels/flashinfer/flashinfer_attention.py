@@ -187,7 +187,7 @@ class FlashInferAttention:
             starts = (starts[:, None] * step + np.arange(step)).ravel()
             queries, lengths = queries.repeat(step), lengths.repeat(step)
             heads = heads.as_rows()
-        rows = {kind: mine for kind, mine in self._by_kind(queries, heads.group).items() if len(mine)}
+        rows = {kind: mine for kind, mine in self._by_kind(queries, heads.group, call).items() if len(mine)}
         by_part = np.concatenate(list(rows.values()))
         counts = queries[by_part]
         order = np.repeat(starts[by_part], counts) + step * ragged_arange(counts)
@@ -209,10 +209,11 @@ class FlashInferAttention:
         planned = self._plan_part("prefix", shared, segment.queries, lengths, call.heads, call, causal=False)
         return _Prefixes(planned, tokens, places)
 
-    def _by_kind(self, queries: Ints, group: int) -> dict[_Kind, Ints]:
-        """Return the rows of each kind, in their order."""
+    def _by_kind(self, queries: Ints, group: int, call: Call) -> dict[_Kind, Ints]:
+        """Return the rows of each kind, in their order. FA3 has one dtype for queries and KV."""
         short = queries * group <= _SHORT
-        fa3 = ~short & (queries >= _FA3_QUERIES) & (self._workspace.capability == (9, 0))
+        hopper = self._workspace.capability == (9, 0) and call.kv_dtype == call.dtype
+        fa3 = ~short & (queries >= _FA3_QUERIES) & hopper
         return {"short": np.flatnonzero(short), "long": np.flatnonzero(~short & ~fa3), "fa3": np.flatnonzero(fa3)}
 
     def _plan_part(

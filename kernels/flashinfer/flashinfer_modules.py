@@ -47,16 +47,16 @@ class ModulesUnavailable(KernelsUnavailable):
 
 
 def needed_modules(
-    dtype: torch.dtype, head_dim: int, capability: tuple[int, int]
+    dtype: torch.dtype, head_dim: int, capability: tuple[int, int], kv_dtype: torch.dtype | None = None
 ) -> list[tuple[Kernels, dict[str, Any]]]:
     """List the compiled modules that attention needs: the arguments of FlashInfer's `gen_batch_prefill_module` and
     `get_batch_prefill_module`, which take them in this order and by these names.
 
-    capability: the GPU's compute capability.
+    capability: the GPU's compute capability. kv_dtype: of the pool; None: `dtype`.
     """
     arguments: dict[str, Any] = {
         "dtype_q": dtype,
-        "dtype_kv": dtype,
+        "dtype_kv": kv_dtype or dtype,
         "dtype_o": dtype,
         "dtype_idx": torch.int32,
         "head_dim_qk": head_dim,
@@ -66,7 +66,7 @@ def needed_modules(
         "use_logits_soft_cap": False,
         "use_fp16_qk_reduction": False,
     }
-    kernels: list[Kernels] = ["fa2", "fa3"] if capability == _HOPPER else ["fa2"]
+    kernels: list[Kernels] = ["fa2", "fa3"] if capability == _HOPPER and kv_dtype is None else ["fa2"]
     return [(each, arguments) for each in kernels]
 
 
@@ -84,12 +84,13 @@ def load_modules(
     dtype: torch.dtype,
     head_dims: Sequence[int],
     compiling: Callable[[], AbstractContextManager[None]],
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """Load the modules that this device needs into this process; compile those that are missing, once per machine and
     user.
 
-    compiling: entered while a compiler works, which takes minutes. Raises ImportError if FlashInfer is not installed,
-    ModulesUnavailable for any other failure.
+    compiling: entered while a compiler works, which takes minutes. kv_dtype: see needed_modules. Raises ImportError if
+    FlashInfer is not installed, ModulesUnavailable for any other failure.
     """
     try:
         importlib.import_module("flashinfer")
@@ -100,7 +101,7 @@ def load_modules(
     try:
         get_module = importlib.import_module("flashinfer.prefill").get_batch_prefill_module
         capability = torch.cuda.get_device_capability(device)
-        modules = [module for head_dim in head_dims for module in needed_modules(dtype, head_dim, capability)]
+        modules = [module for head_dim in head_dims for module in needed_modules(dtype, head_dim, capability, kv_dtype)]
         missing = [each for each in modules if not module_spec(*each).is_compiled]
         ahead = all(module_spec(*each).is_aot for each in modules)
         if missing:

@@ -19,6 +19,8 @@ from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.ragged import Ints
 
 HEAD_DIMS = (64, 128, 256)
+READABLE_KV = frozenset({"dense", "fp8"})
+"""Formats of KV that FlashInfer reads (see kernels.kv.kv_bits)."""
 _DTYPES = (torch.float16, torch.bfloat16)
 
 

@@ -19,7 +19,7 @@ from kernels.attention.base import Ballot
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_ballot, check_dtype, check_pool
 from kernels.gpu.merge import merge_spans
-from kernels.gpu.tile import masked_scores, product, tile_shape
+from kernels.gpu.tile import kv_kind, kv_tensors, load_tile, masked_scores, product, tile_shape
 from kernels.gpu.votes import VotingRows, count_votes, finish_votes
 from kernels.kv.kv_pool import LayerKV
 from kernels.transfer import send
@@ -34,7 +34,7 @@ voting or not. With 32 heads and sums over pages of 16 slots that is 16 bytes pe
 another."""
 _MIN_GRAIN, _VOTING_TILE = 8, 8192
 """Fewest slots of a sum, and largest tile (queries times elements of a head), for which programs have the registers to
-keep sums on sm_80."""
+keep sums on sm_80; half of it with KV that is converted in registers."""
 _STAGES = 5
 """Triton's stages of the loop over slots: page ids, keys and values, and products lie two iterations apart each, so
 that loads of the next two iterations' keys and values are under way. With up to 4 stages they lie one apart, keys and
@@ -116,7 +116,7 @@ def assign_tiles(
 
 _UNTYPED = [
     *("list_stride", "head_list_stride", "rows", "tokens", "span", "spans", "prefix_tiles", "prefix_spans"),
-    "grains",
+    *("grains", "num_sealed"),
 ]
 """Numbers whose values do not make another kernel."""
 
@@ -126,6 +126,9 @@ def _attend_kernel(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
+    k_records: tl.tensor,
+    v_records: tl.tensor,
+    num_sealed: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
     tile_row: tl.tensor,
@@ -154,6 +157,7 @@ def _attend_kernel(
     grains: tl.tensor,
     PREFIXES: tl.constexpr,
     GRAIN: tl.constexpr,
+    KV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -177,6 +181,7 @@ def _attend_kernel(
     GRAIN: slots of which the voters' sums are kept, see votes.py; 0: none vote. Not with PREFIXES. Only tiles that hold
     voters do more for it.
     """
+    dtype: tl.constexpr = q.dtype.element_ty
     head = tl.program_id(1)
     program, part = tl.program_id(0), tl.program_id(2)
     is_prefix = False
@@ -233,10 +238,9 @@ def _attend_kernel(
             slot = at + tl.arange(0, N)
             listed = slot < end  # later slots may hold another request's overflow: they are never read
             page = tl.load(page_list + slot // PAGE_SIZE, mask=listed, other=0)
-            where = page * page_stride + (head * PAGE_SIZE + slot % PAGE_SIZE) * HEAD_DIM
-            inside = listed[:, None] & in_head[None, :]
-            k_tile = tl.load(k + where[:, None] + d[None, :], mask=inside, other=0.0)
-            v_tile = tl.load(v + where[:, None] + d[None, :], mask=inside, other=0.0)
+            of_page = page, at, end, head, num_sealed, page_stride
+            k_tile = load_tile(k, k_records, *of_page, KV, True, dtype, PAGE_SIZE, HEAD_DIM, N, D)
+            v_tile = load_tile(v, v_records, *of_page, KV, False, dtype, PAGE_SIZE, HEAD_DIM, N, D)
             mask = listed[None, :] & (slot[None, :] < visible[:, None])
             scores = masked_scores(q_tile, k_tile, scale, mask, WIDEN)
             new_top = tl.maximum(top, tl.max(scores, 1))
@@ -244,7 +248,7 @@ def _attend_kernel(
             weights = tl.exp(scores - against[:, None])
             shrink = tl.exp(top - against)
             mass = mass * shrink + tl.sum(weights, 1)
-            mixed = mixed * shrink[:, None] + product(weights.to(v.dtype.element_ty), v_tile, WIDEN)
+            mixed = mixed * shrink[:, None] + product(weights.to(dtype), v_tile, WIDEN)
             top = new_top
             if GRAIN:  # noqa: SIM102 (the outer condition decides what is compiled)
                 if has_voters:
@@ -287,11 +291,11 @@ def attend(
     page_stride = check_pool(kv)
     if ballot is not None:
         check_ballot(ballot)
-    group = heads // kv_heads
+    group, kind = heads // kv_heads, kv_kind(kv)
     pages = tiles.pages[kv.index] if tiles.per_layer else tiles.pages
     width = pages.shape[-1]
     lists = pages.stride(0), pages.stride(1) if pages.dim() == 3 else 0
-    shape = tile_shape(tiles.block * group, head_dim, q.dtype)
+    shape = tile_shape(tiles.block * group, head_dim, q.dtype, kind)
     cuts = triton.cdiv(tiles.block * group, shape.m)
     prefixes, prefix_tiles, prefix_spans = tiles.prefixes, 0, 0
     spans, tile_count = 0, len(tiles.row)
@@ -308,7 +312,11 @@ def attend(
     all_spans = spans + prefix_spans
     unused = tiles.row
     grain, sums = math.gcd(ballot.unit, shape.n) if ballot else 0, None
-    if grain >= _MIN_GRAIN and prefixes is None and shape.m * shape.d <= _VOTING_TILE:
+    if (
+        grain >= _MIN_GRAIN
+        and prefixes is None
+        and shape.m * shape.d <= (_VOTING_TILE if kind == "dense" else _VOTING_TILE // 2)
+    ):
         grains = triton.cdiv(width * page_size, shape.n) * shape.n // grain
         sums = _room_for_sums(len(tiles.queries), heads, grains, q.device)
     out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
@@ -319,8 +327,7 @@ def attend(
         part_lse = torch.empty(all_spans, *lse.shape, dtype=torch.float32, device=q.device)
     _attend_kernel[grid](
         q,
-        kv.k,
-        kv.v,
+        *kv_tensors(kv),
         parts,
         part_lse,
         tiles.row,
@@ -348,6 +355,7 @@ def attend(
         0 if sums is None else sums.shape[3],
         PREFIXES=prefixes is not None,
         GRAIN=0 if sums is None else grain,
+        KV=kind,
         PAGE_SIZE=page_size,
         GROUP=group,
         HEAD_DIM=head_dim,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import Ballot
+from kernels.kv.kv_bits import SEALED_GROUP
 from kernels.kv.kv_pool import LayerKV
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,11 +21,15 @@ def check_dtype(x: Tensor) -> None:
 def check_pool(kv: LayerKV) -> int:
     """Return the number of elements from one page to the next.
 
-    Raises ValueError unless pages are contiguous and have the same strides in both tensors.
+    Raises ValueError unless pages are contiguous and have the same strides in both tensors, and records, of pages of
+    SEALED_GROUP tokens, are contiguous.
     """
     _, _, page_size, head_dim = kv.k.shape
     if kv.k.stride() != kv.v.stride() or kv.k.stride()[1:] != (page_size * head_dim, head_dim, 1):
         raise ValueError("pages of the pool are not contiguous, or keys and values lie differently")
+    sealed = kv.sealed
+    if sealed is not None and not (page_size == SEALED_GROUP and sealed.k.is_contiguous() and sealed.v.is_contiguous()):
+        raise ValueError("records of the pool are not contiguous, or are those of other pages")
     return kv.k.stride(0)
 
 

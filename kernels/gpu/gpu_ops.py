@@ -14,7 +14,7 @@ from kernels.attention.reference_attention import merge_segments
 from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention, GpuPrefixGraphAttention
 from kernels.flashinfer.flashinfer_attention import FlashInferAttention
 from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention, can_capture
-from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, Workspace, load_flashinfer
+from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, READABLE_KV, Workspace, load_flashinfer
 from kernels.gpu import pointwise, sample, verdict
 from kernels.gpu.merge import merge_prefixes
 from kernels.gpu.products.few_bit_layout import lay_out
@@ -23,6 +23,7 @@ from kernels.gpu.products.format_times import device_seconds, fastest_format
 from kernels.gpu.products.fp8_products import Fp8Linear
 from kernels.gpu.snapkv_scores import snapkv_scores
 from kernels.key_summaries import bound_products, summarise_keys
+from kernels.kv.kv_bits import KV_FORMATS
 from kernels.kv.kv_pool import LayerKV
 from kernels.ops import Graphs, Linear
 from kernels.reference_ops import reference_linear
@@ -92,6 +93,7 @@ class GpuOps:
         self.make_graphs: Callable[[], Graphs] | None = None
         if make_recorder is not None:
             self.make_graphs = lambda: GpuGraphs(make_recorder(), workspace)
+        self.kv_formats = frozenset(KV_FORMATS) if workspace is None else READABLE_KV
         self.kind = "triton" if workspace is None else "flashinfer"
         library = triton if workspace is None else load_flashinfer()
         self.name = f"{self.kind} {library.__version__}"

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.checks import check_dtype, check_pool
+from kernels.gpu.tile import fp8_codes, kv_kind, kv_tensors
 from kernels.kv.kv_pool import LayerKV
 
 _WIDE = 1024  # elements per program of an elementwise kernel
@@ -107,6 +108,7 @@ def _rotary_kernel(
     eps: tl.tensor,
     PAGE_SIZE: tl.constexpr,
     NORM: tl.constexpr,
+    FP8: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -146,12 +148,15 @@ def _rotary_kernel(
         if is_value:
             of -= kv_heads
         to = page * page_stride + (of * PAGE_SIZE + offset) * (2 * HALF) + i
+        half, half_too = first, second
+        if FP8:
+            half, half_too = fp8_codes(first.to(tl.float32)), fp8_codes(second.to(tl.float32))
         if is_value:
-            tl.store(v + to, first, mask=inside)
-            tl.store(v + to + HALF, second, mask=inside)
+            tl.store(v + to, half, mask=inside)
+            tl.store(v + to + HALF, half_too, mask=inside)
         else:
-            tl.store(k + to, first, mask=inside)
-            tl.store(k + to + HALF, second, mask=inside)
+            tl.store(k + to, half, mask=inside)
+            tl.store(k + to + HALF, half_too, mask=inside)
 
 
 def rotary(
@@ -184,8 +189,7 @@ def rotary(
         sin,
         positions,
         slots,
-        kv.k,
-        kv.v,
+        *kv_tensors(kv)[:2],
         of_q,
         of_k,
         qkv.stride(0),
@@ -195,6 +199,7 @@ def rotary(
         eps,
         PAGE_SIZE=page_size,
         NORM=norms is not None,
+        FP8=kv_kind(kv) == "fp8",
         HALF=half,
         BLOCK=triton.next_power_of_2(half),
         num_warps=1,

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.attention.base import Ballot
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_ballot, check_pool
-from kernels.gpu.tile import masked_scores, tile_shape
+from kernels.gpu.tile import kv_kind, kv_tensors, load_tile, masked_scores, tile_shape
 from kernels.kv.kv_pool import LayerKV
 
 _SUMS = 4096  # of a program that finishes votes: voting heads × units
@@ -78,11 +78,13 @@ def _finish_kernel(
         tl.store(to + unit, total, mask=unit * UNIT < length)
 
 
-@triton.jit(do_not_specialize=["row_stride", "vote_head_stride", "list_stride", "head_list_stride"])
+@triton.jit(do_not_specialize=["num_sealed", "row_stride", "vote_head_stride", "list_stride", "head_list_stride"])
 def _count_kernel(
     votes: tl.tensor,
     q: tl.tensor,
     k: tl.tensor,
+    records: tl.tensor,
+    num_sealed: tl.tensor,
     lse: tl.tensor,
     voters: tl.tensor,
     row_start: tl.tensor,
@@ -97,6 +99,7 @@ def _count_kernel(
     head_list_stride: tl.tensor,
     row_stride: tl.tensor,
     vote_head_stride: tl.tensor,
+    KV: tl.constexpr,
     UNIT: tl.constexpr,
     SLOTS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -127,9 +130,8 @@ def _count_kernel(
             slot = at + tl.arange(0, N)
             listed = slot < end
             page = tl.load(page_list + slot // PAGE_SIZE, mask=listed, other=0)
-            where = page * page_stride + (head * PAGE_SIZE + slot % PAGE_SIZE) * HEAD_DIM
-            inside = listed[:, None] & in_head[None, :]
-            k_tile = tl.load(k + where[:, None] + d[None, :], mask=inside, other=0.0)
+            of_page = page, at, end, head, num_sealed, page_stride
+            k_tile = load_tile(k, records, *of_page, KV, True, q.dtype.element_ty, PAGE_SIZE, HEAD_DIM, N, D)
             for first in range(0, 2 * GROUP, M):
                 m = first + tl.arange(0, M)
                 behind = tl.where(m < GROUP, one, other)
@@ -185,14 +187,17 @@ def count_votes(
     _, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = kv.k.shape
     group, width = heads // kv_heads, pages.shape[-1]
-    shape = tile_shape(2 * group, head_dim, q.dtype)
+    shape = tile_shape(2 * group, head_dim, q.dtype, kv_kind(kv))
     units = shape.n // ballot.unit if shape.n % ballot.unit == 0 else 1
     slots = units * ballot.unit
     blocks = triton.cdiv(_units(ballot, width * page_size), units)
+    keys, _, records, _, num_sealed = kv_tensors(kv)
     _count_kernel[(blocks, kv_heads, len(ballot.voters))](
         ballot.votes,
         q,
-        kv.k,
+        keys,
+        records,
+        num_sealed,
         lse,
         ballot.voters,
         *rows,
@@ -204,6 +209,7 @@ def count_votes(
         pages.stride(0),
         pages.stride(1) if pages.dim() == 3 else 0,
         *ballot.votes.stride()[:2],
+        KV=kv_kind(kv),
         UNIT=ballot.unit,
         SLOTS=slots,
         PAGE_SIZE=page_size,

@@ -30,8 +30,10 @@ from kernels.gpu import merge, pointwise, sample, snapkv_scores, verdict, votes
 from kernels.gpu.products.few_bit_layout import lay_out
 from kernels.gpu.products.few_bit_products import few_bit_product
 from kernels.gpu.products.fp8_products import round_inputs
+from kernels.kv.kv_bits import SEALED_GROUP
 from kernels.kv.kv_pool import LayerKV
 from kernels.weights.matrix import QuantizedMatrix, regular_groups
+from tests.support.kv_layers import KINDS, layer_of
 
 HEADS = (
     (32, 8, 128),
@@ -117,18 +119,22 @@ def attention(
     width: int,
     shared: int = 0,
     unit: int = 0,
+    kind: str = "dense",
 ) -> None:
     """width: pages per list; long lists are split most. shared: first pages that the rows share. unit: slots that share
-    a vote; 0: there are none."""
+    a vote; 0: there are none. kind: see kernels.gpu.tile.kv_kind."""
     q_heads, kv_heads, head_dim = heads
     compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}, {queries} queries, {width} pages"
+    compiler.case += "" if kind == "dense" else f", {kind} KV"
     compiler.case += f", {shared} shared" if shared else f", a vote per {unit}" if unit else ""
-    layer = LayerKV(*torch.zeros(2, 9, kv_heads, 16, head_dim, dtype=dtype))
+    page = SEALED_GROUP if kind in ("int8", "int4x2", "upper") else 16
+    k, v = torch.zeros(2, 9, kv_heads, page, head_dim, dtype=dtype)
+    layer = layer_of(kind, k, v, num_sealed=3)
     backend = GpuAttention()
     prefixes = [SharedPrefix((0, 1), shared)] if shared else []
-    lengths = [900 + 16 * shared] * 2
+    lengths = [900 + page * shared] * 2
     lists = torch.zeros(2, width + shared, dtype=torch.int64)
-    ballot = ballot_of(kv_heads, 16 * width, unit) if unit else None
+    ballot = ballot_of(kv_heads, page * width, unit) if unit else None
     backend.plan(AttentionBatch([queries] * 2, lengths, lists, prefixes=prefixes, ballot=ballot))
     backend.run(layer, torch.zeros(2 * queries, q_heads, head_dim, dtype=dtype), 0.1)
 
@@ -137,14 +143,17 @@ def ballot_of(kv_heads: int, slots: int, unit: int) -> Ballot:
     return Ballot(torch.zeros(2, 2, dtype=torch.int64), unit, torch.zeros(2, kv_heads, slots // unit))
 
 
-def counting(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype, unit: int) -> None:
+def counting(
+    compiler: Compiler, heads: tuple[int, int, int], dtype: torch.dtype, unit: int, kind: str = "dense"
+) -> None:
     """A pass over keys for votes alone."""
     q_heads, kv_heads, head_dim = heads
-    compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}, votes alone, per {unit}"
-    layer = LayerKV(*torch.zeros(2, 9, kv_heads, 16, head_dim, dtype=dtype))
+    compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}, votes alone, per {unit}, {kind} KV"
+    k, v = torch.zeros(2, 9, kv_heads, SEALED_GROUP, head_dim, dtype=dtype)
+    layer = layer_of(kind, k, v, num_sealed=3)
     index, lists = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 64, dtype=torch.int64)
     q, lse = torch.zeros(2, q_heads, head_dim, dtype=dtype), torch.zeros(2, q_heads)
-    ballot = ballot_of(kv_heads, 16 * 64, unit)
+    ballot = ballot_of(kv_heads, SEALED_GROUP * 64, unit)
     votes.count_votes(ballot, votes.VotingRows(index, index, index), lists, layer, q, 0.1, lse)
 
 
@@ -176,6 +185,7 @@ def layer_kernels(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.
     norms = torch.ones(head_dim, dtype=dtype), torch.ones(head_dim, dtype=dtype), 1e-5
     for each in (None, norms):
         pointwise.rotary(qkv, table, table, index, index, layer, each)
+    pointwise.rotary(qkv, table, table, index, index, layer_of("fp8", layer.k, layer.v), norms)
 
 
 def wide_norm(compiler: Compiler, size: int) -> None:
@@ -249,6 +259,13 @@ def few(compiler: Compiler) -> None:
         counting(compiler, heads, torch.bfloat16, unit)
     attention(compiler, (16, 8, 256), torch.float32, 1, 64, unit=16)
     counting(compiler, (16, 8, 256), torch.float32, 1)
+    for kind in KINDS:
+        attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, kind=kind)
+        attention(compiler, (64, 8, 128), torch.bfloat16, 40, 64, kind=kind)
+    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, kind="int4x2")
+    attention(compiler, (32, 8, 128), torch.bfloat16, 5, 64, unit=16, kind="int4x2")
+    attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, SHARED, kind="upper")
+    counting(compiler, (32, 8, 128), torch.bfloat16, 16, "int4x2")
     merging(compiler, (8, 1, 256), torch.bfloat16)
     snapkv(compiler, (8, 1, 256), torch.bfloat16)
     layer_kernels(compiler, (32, 8, 128), torch.bfloat16)
@@ -271,6 +288,12 @@ def everything(compiler: Compiler) -> None:
                 attention(compiler, heads, dtype, queries, 64, SHARED)
                 for unit in (16, 1):
                     attention(compiler, heads, dtype, queries, 64, unit=unit)
+            for kind in KINDS if dtype != torch.float32 else ():  # in which some spill with a head_dim of 256
+                for queries in (1, 4, 40):
+                    attention(compiler, heads, dtype, queries, 64, kind=kind)
+                    attention(compiler, heads, dtype, queries, 64, unit=16, kind=kind)
+                attention(compiler, heads, dtype, 1, 64, SHARED, kind=kind)
+                counting(compiler, heads, dtype, 16, kind)
             for unit in (16, 1):
                 counting(compiler, heads, dtype, unit)
             merging(compiler, heads, dtype)

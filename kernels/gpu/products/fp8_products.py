@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.tile import fp8_codes
 from kernels.weights.fp8_weights import LARGEST
 from kernels.weights.int8_weights import TINY
 from kernels.weights.matrix import QuantizedMatrix
@@ -40,16 +41,7 @@ def _round_inputs_kernel(
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), 0), LARGEST), TINY)
     tl.store(scales + row, scale)
     value = tl.div_rn(value, scale)  # NaN where an input is NaN or infinite
-    is_number = value == value
-    value = tl.minimum(tl.maximum(value, -LARGEST), LARGEST)
-    bits = value.to(tl.int32, bitcast=True)
-    low = bits & 0x7FFFFFFF
-    # 3 bits of significand instead of 23, and 7 instead of 127 for an exponent of 0.
-    normal = ((low + 0x7FFFF + ((low >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 codes count 2^-9; adding 2^23 to so few rounds them.
-    subnormal = ((tl.abs(value) * 512.0 + 8388608.0) - 8388608.0).to(tl.int32)
-    code = tl.where(low < (121 << 23), subnormal, normal) | ((bits >> 24) & 0x80)
-    tl.store(codes + row * size + i, tl.where(is_number, code, 0x7F).to(tl.uint8), mask=inside)
+    tl.store(codes + row * size + i, fp8_codes(value), mask=inside)
 
 
 def round_inputs(x: Tensor) -> tuple[Tensor, Tensor]:

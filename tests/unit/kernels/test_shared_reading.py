@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
 from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.flashinfer.flashinfer_workspace import Workspace
 from tests.support import fake_flashinfer
+from tests.support.drawn_batches import shared_batches
 from tests.support.profiles import examples
 from tests.support.rig import pool_layer
 from tests.support.shared_batches import always_share, check_against_reference
@@ -32,37 +32,6 @@ from kernels.gpu.shared_tiles import SharedTiles
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 PAGES = 31
 WORKSPACE = Workspace(torch.device("cpu"), (9, 0), multiprocessors=132)
-
-
-@st.composite
-def shared_batches(
-    draw: st.DrawFn, *, page_size: int, pages: int, queries: Sequence[int], heads: int = 0, max_rows: int = 5
-) -> AttentionBatch:
-    """Rows in random prefixes, or in none. pages: of the pool. queries: numbers of queries that a row may have. heads:
-    number of page lists per row; 0: one for all heads."""
-    rows = draw(st.integers(2, max_rows))
-    counts = [draw(st.sampled_from(queries)) for _ in range(rows)]
-    shared = [draw(st.integers(1, 9)) for _ in range(2)]
-    owner = [draw(st.integers(0, 2)) for _ in range(rows)]  # 2: no prefix
-    prefixes = [
-        SharedPrefix(tuple(members), shared[each])
-        for each in range(2)
-        if len(members := [row for row in range(rows) if owner[row] == each]) > 1
-    ]
-    before = [0] * rows
-    for prefix in prefixes:
-        for row in prefix.rows:
-            before[row] = prefix.pages * page_size
-    lengths = [n + first + draw(st.sampled_from([0, 1, 70])) for n, first in zip(counts, before, strict=True)]
-    width = -(-max(lengths) // page_size) + 1
-    lists = torch.randint(
-        pages,
-        (rows, heads, width) if heads else (rows, width),
-        generator=torch.Generator().manual_seed(draw(st.integers(0, 1000))),
-    )
-    for prefix in prefixes:
-        lists[list(prefix.rows), ..., : prefix.pages] = lists[prefix.rows[0], ..., : prefix.pages].clone()
-    return AttentionBatch(counts, lengths, lists, prefixes=prefixes)
 
 
 def test_when_sharing_pays() -> None:

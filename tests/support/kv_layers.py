@@ -1,0 +1,33 @@
+"""One layer of a pool in each KV format."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kernels.kv.kv_bits import SEALED_GROUP, record_bytes
+from kernels.kv.kv_formats import SEALED_FORMATS
+from kernels.kv.kv_pool import FP8, LayerKV, SealedKV
+
+KINDS = ("fp8", "int8", "int4x2", "upper")
+"""Kinds of layers beside dense ones. upper: int4x2, as drafts read it."""
+
+
+def layer_of(kind: str, k: Tensor, v: Tensor, num_sealed: int = 0) -> LayerKV:
+    """Make a layer. k, v: [num_sealed + exact pages, kv_heads, page_size, head_dim], numbers of its pages."""
+    if kind == "fp8":
+        return LayerKV(k.to(FP8), v.to(FP8))
+    if kind == "dense":
+        return LayerKV(k, v)
+    format, (_, kv_heads, page_size, head_dim) = SEALED_FORMATS[kind.replace("upper", "int4x2")], k.shape
+    assert page_size == SEALED_GROUP
+    sizes = record_bytes(format.name, head_dim)
+    records = [torch.zeros(num_sealed, kv_heads, size, dtype=torch.uint8, device=k.device) for size in sizes]
+    layer = LayerKV(k, v, sealed=SealedKV(records[0], records[1], format, drafts=kind == "upper"))
+    if num_sealed:
+        some = torch.arange(num_sealed, device=k.device)
+        layer.seal(some, some)
+    exact = [part[num_sealed:].contiguous() for part in (k, v)]
+    return replace(layer, k=exact[0], v=exact[1])
