@@ -138,12 +138,10 @@ class Engine:
     def make_controller(self) -> Controller:
         """Make the controller that the config describes. Call it only while there are no requests, since it may measure
         rounds."""
-        speculation = self._config.speculation
-        if speculation.gamma != "auto":
+        if (speculation := self._config.speculation).gamma != "auto":
             return FixedGamma(speculation.gamma)
         key = profile_key(self._config, self._resolved, self._worker.weight_formats, self._worker.weight_bytes)
-        samples = load_profile(key)
-        if samples is None:
+        if (samples := load_profile(key)) is None:
             samples = profile(self.profiler, self._config)
             save_profile(key, samples)
         times = StepTimes(samples, draft_tokens_read(self._config), drafts_share=speculation.drafts_share)
@@ -180,6 +178,7 @@ class Engine:
             eos_token_ids=self._worker.model.config.eos_token_ids,
             controller=controller,
             draft_kv=config.speculation.draft_model is not None,
+            seals=config.cache.seals,
             audit=KVAudit(self._kv, exact=self._resolved.ops.kind == "cpu") if config.check_invariants else None,
         )
 
@@ -196,6 +195,7 @@ class Engine:
             drafts_share=config.speculation.drafts_share,
             target_tokens_read=target_tokens_read(config, self._resolved.shape),
             target_kv=config.target_kv.summary if config.target_kv else None,
+            kv_format=config.cache.format,
         )
 
     # -- requests ------------------------------------------------------------------------------------------------------

@@ -173,6 +173,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """Settings of a target that reads part of its KV (TargetQuestConfig.summary); empty: it reads all."""
     weights: dict[str, str] = {}
     """Formats of the matrices that the target and drafts multiply by; empty while the weights are released."""
+    kv_format: str = "dense"
+    """Format of the target's computed pages (CacheConfig.format)."""
     kv_tokens_read: int = 0
     """KV tokens (one token = all layers and heads) read by draft and verify passes of decoding rows. Tokens that are
     read once for several rows count once."""

@@ -65,7 +65,7 @@ class GraphInputs:
         assert pool.scratch is not None
         device = pool.data.device
         self._queries, self._prefixes = queries, prefixes
-        padding = [0, 0, pool.scratch * pool.page_size]  # token id, position, KV slot
+        padding = [0, 0, (pool.scratch - pool.first_exact) * pool.page_size]  # token id, position, KV slot
         self._padding = torch.tensor(padding, device=device)[:, None]
         self._tokens = self._padding.repeat(1, rows * queries)
         lists = [layers] * (layers > 0) + [rows] + [heads] * (heads > 0) + [width]

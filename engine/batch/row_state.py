@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.batch.row_failures import RowFailures
 from engine.batch.shared_prefixes import PageLists
+from engine.batch.tail_pages import TailPages
 from engine.batch.view import View
 from engine.plan import RoundPlan
 from kernels.attention.base import AttentionBatch, SharedPrefix
@@ -27,22 +28,35 @@ class RowState:
 
     tokens: [max_rows, max_model_len] int32. Drafts follow the committed tokens until they are committed or
         overwritten.
-    page_table: [max_rows, max_pages] int64, page ids in order.
+    page_table: [max_rows, max_pages] int64, page ids in order: what drafts read, and tokens are written to.
+    sealed_table: the same, with the page that a group is sealed to where `page_table` has the exact one that the row
+        holds; without sealed pages it is `page_table`.
+    first_exact: first page id that tokens are written to.
     computed: [max_rows] int64, number of committed tokens whose target KV is valid.
     num_prompt: [max_rows] int64, on the host: number of a row's first tokens that are its prompt.
     failures: host, rows that have failed.
     """
 
     def __init__(
-        self, *, max_rows: int, max_model_len: int, page_size: int, device: torch.device, ops: Ops = REFERENCE
+        self,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        page_size: int,
+        device: torch.device,
+        ops: Ops = REFERENCE,
+        tails: TailPages | None = None,
+        first_exact: int = 0,
     ) -> None:
-        """ops: arithmetic of `device`."""
+        """ops: arithmetic of `device`. tails: exact pages of rows, where others are sealed."""
         self.page_size = page_size
         self.device = device
         self.ops = ops
         self.failures = RowFailures(max_rows)
         self.tokens = torch.zeros(max_rows, max_model_len, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(max_rows, -(-max_model_len // page_size), dtype=torch.int64, device=device)
+        self.first_exact, self._tails = first_exact, tails
+        self.sealed_table = self.page_table if tails is None else torch.zeros_like(self.page_table)
         self.computed = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.num_prompt = np.zeros(max_rows, dtype=np.int64)
         self._lists = PageLists(*self.page_table.shape)
@@ -55,6 +69,8 @@ class RowState:
             self.computed[start.row].fill_(start.computed)
             self.num_prompt[start.row] = start.num_prompt
             self._lists.clear(start.row)
+            if self._tails is not None:
+                self._tails.drop(start.row)
         for delta in plan.pages:
             self._lists.write(delta.row, delta.first, delta.pages)
         if plan.pages:
@@ -64,14 +80,30 @@ class RowState:
             page = np.concatenate([np.array(delta.pages, dtype=np.int64) for delta in plan.pages])
             row_index, columns, pages = self.to_device(np.stack([row, column, page]))
             self.page_table[row_index, columns] = pages
+            self.sealed_table[row_index, columns] = pages
+        if self._tails is not None:
+            self._place_tails(self._tails, plan)
+
+    def _place_tails(self, tails: TailPages, plan: RoundPlan) -> None:
+        """Enter into the page table the exact pages that rows hold, and take out those that they hold no more."""
+        old = tails.update(plan)
+        held = tails.pages_of(work.row for work in plan.work)
+        old_rows, old_columns, rows, columns, pages = send_all(self.device, *old, *held)
+        self.page_table[old_rows, old_columns] = self.sealed_table[old_rows, old_columns]
+        self.page_table[rows, columns] = pages + self.first_exact
 
     def reset_rows(self, plan: RoundPlan) -> None:
         """Zero the rows of an abandoned round. Ranks left them in different states; zeroed, they agree again until the
         rows start anew."""
         for work in plan.work:
             self._lists.clear(work.row)
-            for state in (self.tokens, self.page_table, self.computed):
+            for state in (self.tokens, self.page_table, self.sealed_table, self.computed):
                 state[work.row].zero_()
+        if self._tails is not None:
+            self._tails.abandon(plan)
+            rows, columns, pages = send_all(self.device, *self._tails.pages_of(range(len(self.tokens))))
+            self.page_table.copy_(self.sealed_table)
+            self.page_table[rows, columns] = pages + self.first_exact
 
     def forward_inputs(
         self, rows: Ints, computed: Ints, ahead: Ints, queries: Ints, view: View, logit_index: Ints
@@ -88,13 +120,15 @@ class RowState:
         )
         position = self.computed[row_index] + offset
         page = view.page_table[row_index, position // self.page_size]
+        # A table of another pool has no exact pages beside sealed ones.
+        first_page = self.first_exact if view.page_table is self.page_table else 0
         context = computed + ahead + 1  # tokens that each row's first query may read
         skipped = view.skipped(rows, context)
         kv_lengths = context + queries - 1 - skipped
         return ForwardBatch(
             token_ids=self.tokens[row_index, position].long(),
             positions=position,
-            slots=page * self.page_size + position % self.page_size,
+            slots=(page - first_page) * self.page_size + position % self.page_size,
             attention=AttentionBatch(
                 query_lengths=queries.tolist(),
                 kv_lengths=kv_lengths.tolist(),
@@ -113,10 +147,13 @@ class RowState:
     def _prefixes(self, rows: Ints, context: Ints, view: View) -> list[SharedPrefix]:
         """Return the prefixes that rows share, if attention makes use of them. context: tokens that each row's first
         query may read, itself included: it sees all shared pages, and at least one slot after them."""
-        if not self.ops.reads_prefixes or len(rows) < 2 or view.per_layer or view.page_table is not self.page_table:
+        lists_pages = view.page_table is self.page_table or view.page_table is self.sealed_table
+        if not self.ops.reads_prefixes or len(rows) < 2 or view.per_layer or not lists_pages:
             return []  # a table of another pool: its rows have pages of their own
-        slots = np.minimum(view.leading(rows, context), context - 1)
-        return self._lists.prefixes(rows, slots // self.page_size)
+        pages = np.minimum(view.leading(rows, context), context - 1) // self.page_size
+        if self._tails is not None:  # drafts list the group before their own exactly, and each row has its own page
+            pages = np.maximum(pages - 1, 0)
+        return self._lists.prefixes(rows, pages)
 
     def to_device(self, array: Ints) -> Tensor:
         """Copy a host array to the device without waiting for it."""

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, model_validator
 
 from engine.config.kv import policy_of
 from engine.config.settings import Positive, Settings
 from engine.config.speculation import SpeculationConfig
 from engine.config.target_reading import TargetQuestConfig
 from engine.logs import LogFormat
+from kernels.kv.kv_bits import SEALED_BITS, SEALED_GROUP, page_size_of
 
 
 class ConfigError(ValueError):
@@ -31,11 +32,21 @@ def _listed(value: Any) -> Any:
 Name = Annotated[str, Field(min_length=1)]
 
 
+def _page_size(value: Any, info: ValidationInfo) -> Any:
+    """Return the page size of a cache that sets none. info: has the fields before it."""
+    return page_size_of(info.data.get("format", "dense"), 16) if value is None else value
+
+
 class CacheConfig(Settings):
     """Settings of the KV of target and drafts."""
 
-    page_size: Positive = 16
-    """KV slots per page."""
+    format: Literal["dense", "fp8", "int8", "int4x2"] = "dense"
+    """Numbers that the target's KV is stored in. dense: the model's. fp8: 8 bits of floating point (e4m3), for each
+    token by itself; not on CPU kernels. int8: 8 bits, with a scale and a minimum per channel of a page's keys, and per
+    token of its values. int4x2: the same, in two halves, of which drafts read the upper one. With these two, a row's
+    latest page has the model's numbers. Fewer bits change the text a little."""
+    page_size: Annotated[Positive, BeforeValidator(_page_size), Field(validate_default=True)] = None  # type: ignore[assignment]
+    """KV slots per page. None: 64 where pages are stored in fewer bits, else 16."""
     num_pages: Positive | None = None
     """Pages in the target's pool; None: as many as `memory_gb` holds in addition to the KV that drafts keep."""
     memory_gb: Annotated[float, Field(gt=0)] | None = None
@@ -45,6 +56,17 @@ class CacheConfig(Settings):
     """Share of each GPU's memory that may be in use, by this and all other processes."""
     prefix: bool = True
     """Keep the KV of finished requests while memory lasts, for prompts that begin with the same tokens."""
+
+    @property
+    def seals(self) -> bool:
+        """Whether pages of committed tokens are stored in fewer bits."""
+        return self.format in SEALED_BITS
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if self.seals and self.page_size != SEALED_GROUP:
+            raise ValueError(f"page_size ({self.page_size}): pages of format {self.format} have {SEALED_GROUP} tokens")
+        return self
 
 
 class SchedulerConfig(Settings):
@@ -104,6 +126,8 @@ class EngineConfig(Settings):
     def _consistent(self) -> Self:
         self.speculation.check(self.cache.page_size, self.tensor_parallel_size)
         if self.target_kv is not None:
+            if self.cache.seals:
+                raise ValueError(f"target_kv: a target reads all of its KV with cache.format {self.cache.format}")
             self.target_kv.check_target(self.cache.page_size)
             if self.speculation.max_draft_tokens and self.speculation.kv.counts_votes:
                 raise ValueError(

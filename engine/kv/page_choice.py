@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.row_state import RowState
 from kernels.ragged import Ints, ragged_arange
 from models.llama import Llama
 
@@ -29,12 +28,14 @@ class PageChoice:
     nobody: the last index, which is that of no row.
     """
 
-    def __init__(self, state: RowState, model: Llama, *, count: int, sink: int, per_head: bool) -> None:
-        """count: number of pages to choose. sink: number of first pages that are always read. per_head: whether each KV
-        head has a choice of its own."""
+    def __init__(
+        self, page_table: Tensor, page_size: int, model: Llama, *, count: int, sink: int, per_head: bool
+    ) -> None:
+        """page_table: [max_rows, max_pages] int64. count: number of pages to choose. sink: number of first pages that
+        are always read. per_head: whether each KV head has a choice of its own."""
         self.count, self.sink, self.per_head, self.kv_heads = count, sink, per_head, model.kv_heads
-        self.page_table, self.page_size = state.page_table, state.page_size
-        self.nobody, device = len(state.page_table), state.device
+        self.page_table, self.page_size = page_table, page_size
+        self.nobody, device = len(page_table), page_table.device
         shape = (model.num_layers, self.nobody + 1, *([model.kv_heads] if per_head else []), count)
         self.pages = torch.zeros(shape, dtype=torch.int32, device=device)
         self.ends = np.zeros(self.nobody + 1, dtype=np.int64)

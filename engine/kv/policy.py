@@ -26,8 +26,8 @@ class DraftSite:
     """Place of a policy on one rank.
 
     settings: what drafts read with. model: the one whose KV they read: the target, or a draft model. make_full: makes
-    the pool of the KV of all its tokens, laid out by state.page_table; the target's is there already. summaries: of
-    that pool, where the target's attention keeps them.
+    the pool of the KV of all its tokens, laid out by `page_table`; the target's is there already. summaries: of that
+    pool, where the target's attention keeps them.
     """
 
     settings: SpeculationConfig
@@ -35,6 +35,11 @@ class DraftSite:
     state: RowState
     make_full: Callable[[], KVPool]
     summaries: KeySummaries | None = None
+
+    @property
+    def page_table(self) -> Tensor:
+        """Pages of rows in the full pool. A draft model seals none of its own."""
+        return self.state.sealed_table if self.settings.drafter == "model" else self.state.page_table
 
     @property
     def page_size(self) -> int:
@@ -67,8 +72,9 @@ class KVPolicy:
     block: int | None = None
 
     def __init__(self, site: DraftSite) -> None:
-        self.pool = self.full = site.make_full()
-        self.full_view: View = DenseView(site.state.page_table)
+        self.full = site.make_full()
+        self.pool = self.full.drafting()
+        self.full_view: View = DenseView(site.page_table)
         self.attention = self.full_attention = site.attention()
 
     def view(self, budget: int) -> View:

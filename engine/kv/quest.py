@@ -39,7 +39,7 @@ class QuestPolicy(KVPolicy):
         page = site.page_size
         summaries = site.summaries or KeySummaries(self.full, site.model.ops)
         self._choice = PageChoice(
-            site.state, site.model, count=config.budget // page, sink=-(-config.sink // page), per_head=True
+            site.page_table, page, site.model, count=config.budget // page, sink=-(-config.sink // page), per_head=True
         )
         self._summariser = PageSummariser(summaries, page)
         if site.summaries is None:
@@ -68,7 +68,7 @@ class QuestPolicy(KVPolicy):
         """See KVPolicy.keep_drafts. Their KV is in its place already; their pages are summarised."""
         index, columns = pages_of(first, end, self._state.page_size)
         row_index, column = send_all(self._state.device, rows[index], columns)
-        self._summariser.summarise(self.full, self._state.page_table[row_index, column])
+        self._summariser.summarise(self.full, self._choice.page_table[row_index, column])
 
 
 class QuestView(ChoiceView):

@@ -35,12 +35,12 @@ class SnapKVPolicy(KVPolicy):
         kept = site.settings.kv_state(page)
         self._config = config
         self._reselect = config.reselect or 0
-        self._state = state
+        self._state, self._full_table = state, site.page_table
         self._ops, self._scale = model.ops, model.head_dim**-0.5
         self._chosen, self._recent, self._per_row = kept.first, config.recent // page, kept.pages  # in pages
         table = ring_table(max_rows, state.page_table.shape[1], kept.first, kept.ring).to(state.device)
         self._view = WindowView(table, budget=config.budget, sink=config.budget - config.recent, page_size=page)
-        self.pool = model.make_pool(max_rows * self._per_row, page)
+        self.pool = model.make_pool(max_rows * self._per_row, page, self.full.data.dtype)
         self._places = kept.queries  # by position
         shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
         self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
@@ -90,7 +90,7 @@ class SnapKVPolicy(KVPolicy):
             missing.append(self._readable(first, stop))
         self._copied[slots] = np.maximum(self._copied[slots], end)
         full, cache, offset = self._locate(np.repeat(slots, [len(each) for each in missing]), np.concatenate(missing))
-        self.pool.data[:, :, cache, :, offset] = self.full.data[:, :, full, :, offset]
+        self.pool.data[:, :, cache, :, offset] = self.full.read_tokens(full, offset)
 
     def keep_drafts(self, rows: Ints, first: Ints, end: Ints) -> None:
         count = end - first
@@ -104,7 +104,7 @@ class SnapKVPolicy(KVPolicy):
         page = self._state.page_size
         row_index, position = self._state.to_device(slots), self._state.to_device(positions)
         column, offset = position // page, position % page
-        return self._state.page_table[row_index, column], self._view.page_table[row_index, column], offset
+        return self._full_table[row_index, column], self._view.page_table[row_index, column], offset
 
     def _first_recent(self, end: int) -> int:
         """Return the first position that is read as recent by a query at `end`, the draft's first one."""
@@ -132,11 +132,11 @@ class SnapKVPolicy(KVPolicy):
         num_queries = min(self._config.queries, length)
         places = row * self._places + np.arange(length - num_queries, length) % self._places
         queries = self._queries[:, self._state.to_device(places)]
-        pages = self._state.page_table[row, : -(-length // self._state.page_size)]
+        pages = self._full_table[row, : -(-length // self._state.page_size)]
         for index in range(len(queries)):
-            layer = self.full.layer(index)
             # [kv_heads, slots, head_dim]
-            keys, values = (part[pages].transpose(0, 1).flatten(1, 2) for part in (layer.k, layer.v))
+            both = self.full.layer(index).read(pages[None, None])
+            keys, values = (part[0].flatten(1, 2).to(queries.dtype) for part in both)
             scores = self._ops.snapkv_scores(
                 queries[index], keys[:, :length], self._scale, candidates=candidates, kernel=self._config.kernel
             )

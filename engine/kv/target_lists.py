@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -148,11 +148,10 @@ class GroupAttention:
         """See PlannedAttention.run. q: [tokens, heads, head_dim], of all groups."""
         index = self._enter(layer)
         if self._is_even:
-            return self._attention.run(LayerKV(layer.k, layer.v, index), q, scale)
-        k, v = (part.view(-1, 1, *part.shape[2:]) for part in (layer.k, layer.v))
+            return self._attention.run(replace(layer, index=index), q, scale)
         split = q.reshape(-1, q.shape[1] // self._kv_heads, q.shape[2])
         out, lse = self._attention.run(
-            LayerKV(k, v, index), split if self._order is None else split[self._order], scale
+            replace(layer.one_head(), index=index), split if self._order is None else split[self._order], scale
         )
         if self._order is not None:
             out, lse = (torch.empty_like(each).index_copy_(0, self._order, each) for each in (out, lse))

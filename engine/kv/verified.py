@@ -56,7 +56,7 @@ class VerifiedPolicy(KVPolicy):
         page = site.page_size
         self._state = site.state
         self._choice = PageChoice(
-            site.state, site.model, count=config.budget // page, sink=-(-config.sink // page), per_head=False
+            site.page_table, page, site.model, count=config.budget // page, sink=-(-config.sink // page), per_head=False
         )
         self._views = views_by_budget(site, config.budget, lambda budget: ChoiceView(self._choice, budget // page))
         self._prefill = np.zeros(site.max_rows, dtype=np.int64)  # number of tokens at a row's start

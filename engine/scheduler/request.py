@@ -53,13 +53,16 @@ class Request:
         "row",
         "salt",
         "scheduled",
+        "sealed_group",
         "stop_reason",
         "tokens",
     )
 
-    def __init__(self, message: AddRequest, eos: Sequence[int], number: int) -> None:
+    def __init__(self, message: AddRequest, eos: Sequence[int], number: int, sealed_group: int | None = None) -> None:
+        """sealed_group: tokens of a page where full pages are sealed."""
         self.id = message.id
         self.number = number
+        self.sealed_group = sealed_group
         self.params: SamplingParams = message.params
         self.arrival = message.arrival
         self.priority = message.priority
@@ -104,10 +107,13 @@ class Request:
     @property
     def max_draft_tokens(self) -> int:
         """Largest useful number of drafts: a verify pass yields up to one token more, and none beyond `max_tokens` is
-        needed."""
-        remaining = self.params.max_tokens - self.num_output - 1
-        limit = self.params.max_draft_tokens
-        return remaining if limit is None else min(remaining, limit)
+        needed. Where pages are sealed, drafts end with a page."""
+        limits = [self.params.max_tokens - self.num_output - 1]
+        if self.params.max_draft_tokens is not None:
+            limits.append(self.params.max_draft_tokens)
+        if self.sealed_group is not None:
+            limits.append(-self.num_tokens % self.sealed_group)
+        return min(limits)
 
     @property
     def stop_ids(self) -> set[int]:

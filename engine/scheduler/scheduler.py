@@ -57,10 +57,12 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         controller: Controller,
         draft_kv: bool = False,
+        seals: bool = False,
         audit: KVAudit | None = None,
     ) -> None:
         """draft_kv: whether drafts read KV of their own, which must be computed for a row's tokens before it drafts.
-        audit: checks the KV of cached pages.
+        seals: whether full pages are sealed: then drafts of a row end with the page of its pending token, so that all
+        queries of a decoding row read the same pages sealed. audit: checks the KV of cached pages.
         """
         self._kv = kv
         self._page_size = page_size
@@ -70,6 +72,7 @@ class Scheduler:
         self._eos = tuple(eos_token_ids)
         self.controller = controller
         self._draft_kv = draft_kv
+        self._seals = seals
         self._audit = audit
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._by_id: dict[str, Request] = {}
@@ -89,7 +92,7 @@ class Scheduler:
             raise RequestError(f"request id {message.id!r} is in use")
         if len(self._by_id) >= self._max_requests:
             raise QueueFull(f"{len(self._by_id)} requests are running or waiting already")
-        request = Request(message, self._eos, next(self._numbers))
+        request = Request(message, self._eos, next(self._numbers), self._page_size if self._seals else None)
         self._by_id[request.id] = request
         insort(self.waiting, request, key=_urgency)
 

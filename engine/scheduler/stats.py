@@ -30,11 +30,12 @@ class StatsRecorder:
         drafts_share: bool,
         target_tokens_read: Callable[[int, int, int], int] | None = None,
         target_kv: dict[str, str | int] | None = None,
+        kv_format: str = "dense",
     ) -> None:
         """draft_tokens_read: maps a row's tokens and a budget to the KV slots that a draft step reads. policy,
-        draft_pages_per_row, target_kv: see EngineStats. drafts_share: see KVSettings.shares_pages. target_tokens_read:
-        maps a row's prompt tokens, a position and a number of queries from it on to the KV slots that the target reads;
-        None: all."""
+        draft_pages_per_row, target_kv, kv_format: see EngineStats. drafts_share: see KVSettings.shares_pages.
+        target_tokens_read: maps a row's prompt tokens, a position and a number of queries from it on to the KV slots
+        that the target reads; None: all."""
         self._draft_tokens_read = draft_tokens_read
         self._target_tokens_read = target_tokens_read or (lambda num_prompt, first, queries: first + queries)
         self._drafts_share = drafts_share
@@ -45,6 +46,7 @@ class StatsRecorder:
             policy=policy,
             draft_pages_per_row=draft_pages_per_row,
             target_kv=target_kv or {},
+            kv_format=kv_format,
             accepted_per_position=[0] * gamma_max,
             gamma_chosen=[0] * (gamma_max + 1),
         )
@@ -126,6 +128,7 @@ _GAUGES = {
     "policy",
     "draft_pages_per_row",
     "target_kv",
+    "kv_format",
     "weights",
 }
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from engine.batch.forward_graphs import ForwardGraphs, Observer, graph_row_counts
 from engine.batch.row_state import RowState
 from engine.batch.runner import Runner
+from engine.batch.tail_pages import TailPages, num_exact_pages
 from engine.batch.view import DenseView
 from engine.config.deployment import EngineConfig
-from engine.config.speculation import SpeculationConfig
 from engine.kv.policy import DraftSite
 from engine.kv.registry import make_policy
+from engine.kv.sealed_reading import SealedAttention, SealedView
 from engine.kv.target_quest import make_target_reading
 from engine.sampling.grammar import Grammars
 from engine.sampling.sampler import Sampler
@@ -21,6 +22,9 @@ from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
 from engine.speculation.rejection import Proposals, RejectionSampler
 from engine.worker.weight_choice import draft_model_weights
 from kernels.attention.base import AttentionBackend
+from kernels.key_summaries import KeySummaries
+from kernels.kv.kv_formats import SEALED_FORMATS
+from kernels.kv.kv_pool import FP8
 from kernels.ops import Graphs, Ops
 from models.default import resolve_model
 from models.llama import Llama
@@ -72,12 +76,38 @@ def make_graphs(config: EngineConfig, ops: Ops) -> Graphs | None:
 
 def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: int) -> Runner:
     """Make the target's runner, over a pool of its own. `make_drafter` captures its forwards."""
-    pool = model.make_pool(num_pages, state.page_size)
+    if config.cache.seals:
+        return _sealing_target(config, model, state, num_pages)
+    pool = model.make_pool(num_pages, state.page_size, FP8 if config.cache.format == "fp8" else None)
     if config.target_kv is not None:
         max_queries = config.speculation.max_draft_tokens + 1
         view, attention = make_target_reading(config.target_kv, model, state, pool, max_queries)
         return Runner(model, pool, attention, view, summaries=attention.summaries)
     return Runner(model, pool, _plain_attention(model, state.page_size), DenseView(state.page_table))
+
+
+def _sealing_target(config: EngineConfig, model: Llama, state: RowState, num_pages: int) -> Runner:
+    settings = config.speculation
+    pool = model.make_sealing_pool(SEALED_FORMATS[config.cache.format], num_pages, num_exact_pages(config))
+    summarises = settings.drafter == "self" and settings.kv_state(state.page_size).summaries > 0
+    summaries = KeySummaries(pool, model.ops) if summarises else None
+    view = SealedView(state)
+    attention = SealedAttention(_plain_attention(model, state.page_size), view, state, summaries)
+    return Runner(model, pool, attention, view, summaries=summaries)
+
+
+def make_row_state(config: EngineConfig, model: Llama, num_pages: int, max_model_len: int) -> RowState:
+    """Make the state of a rank's rows. num_pages: of the target's pool."""
+    seals = config.cache.seals
+    return RowState(
+        max_rows=config.scheduler.max_rows,
+        max_model_len=max_model_len,
+        page_size=config.cache.page_size,
+        device=model.device,
+        ops=model.ops,
+        tails=TailPages(config.scheduler.max_rows, num_exact_pages(config), config.cache.page_size) if seals else None,
+        first_exact=num_pages if seals else 0,
+    )
 
 
 def make_drafter(
@@ -157,14 +187,15 @@ def _with_target_graphs(
     """Return the target's runner with captured forwards, and with one more observer."""
     if observer is not None:
         target = replace(target, observers=(*target.observers, observer))
-    if graphs is None or config.target_kv is not None:  # which chooses on the host what each layer reads
+    # Not captured: choices of a target_kv on the host, and rows that are cut where a page is sealed.
+    if graphs is None or config.target_kv is not None or config.cache.seals:
         return target
     forwards = ForwardGraphs(
         target.model,
         target.pool,
         graphs,
         rows=graph_row_counts(config.scheduler.max_rows),
-        queries={gamma + 1 for gamma in _gammas(config.speculation)},  # a plain step, and verify passes
+        queries={gamma + 1 for gamma in _gammas(config)},  # a plain step, and verify passes
         width=state.page_table.shape[1],
         shares=config.cache.prefix,
         observer=observer,
@@ -185,7 +216,7 @@ def _with_graphs(
     settings, model = config.speculation, runner.model
     width = settings.kv.max_pages(state.page_size, settings.max_draft_tokens, state.page_table.shape[1])
     layers = model.num_layers if runner.view.per_layer else 0
-    rows, gammas = graph_row_counts(config.scheduler.max_rows), _gammas(settings) - {0}
+    rows, gammas = graph_row_counts(config.scheduler.max_rows), _gammas(config) - {0}
     if runner.graphs is None:
         forwards = ForwardGraphs(model, runner.pool, graphs, rows=rows, queries={1, first}, width=width, layers=layers)
         runner = replace(runner, graphs=forwards)
@@ -193,10 +224,13 @@ def _with_graphs(
     return runner, steps
 
 
-def _gammas(settings: SpeculationConfig) -> set[int]:
+def _gammas(config: EngineConfig) -> set[int]:
     """Return the numbers of drafts that rounds have. With a fixed gamma, only rounds in which a request ends have
-    fewer."""
-    return set(range(settings.max_draft_tokens + 1)) if settings.gamma == "auto" else {0, settings.max_draft_tokens}
+    fewer, or, where pages are sealed, a page."""
+    settings = config.speculation
+    if settings.gamma == "auto" or config.cache.seals:
+        return set(range(settings.max_draft_tokens + 1))
+    return {0, settings.max_draft_tokens}
 
 
 def _plain_attention(model: Llama, page_size: int) -> AttentionBackend:

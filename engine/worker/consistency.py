@@ -20,7 +20,12 @@ _COPIED_BYTES = 1 << 24
 
 def compare(state: RowState, group: Group, round_number: int) -> None:
     """Compare tokens, page tables and lengths of all row slots between ranks. Raises RankFailure, on every rank."""
-    held = {"tokens": state.tokens, "page tables": state.page_table, "lengths": state.computed}
+    held = {
+        "tokens": state.tokens,
+        "page tables": state.page_table,
+        "sealed pages": state.sealed_table,
+        "lengths": state.computed,
+    }
     mine = torch.tensor([_hash(tensor) for tensor in held.values()], device=state.device)
     everyone = group.all_gather(mine)
     differs = (everyone != everyone[0]).tolist()
@@ -33,11 +38,11 @@ def compare(state: RowState, group: Group, round_number: int) -> None:
 def hash_pages(pool: KVPool, pages: Sequence[int], group: Group) -> list[int]:
     """Hash the KV of pages on all ranks together: the sum of each rank's hash, modulo 2^64."""
     device = pool.data.device
-    count = max(1, _COPIED_BYTES * pool.num_pages // pool.data.nbytes)
+    count = max(1, _COPIED_BYTES // pool.bytes_per_page)
     hashes = []
     for first in range(0, len(pages), count):
         index = torch.tensor(pages[first : first + count], device=device)
-        hashes += [_digest(page) for page in _bytes(pool.data[:, :, index].movedim(2, 0).flatten(1))]
+        hashes += [_digest(page) for page in _bytes(pool.page_bytes(index))]
     mine = torch.tensor(hashes, dtype=torch.int64, device=device)
     return [int(each) for each in group.all_reduce(mine).tolist()]
 

@@ -18,6 +18,7 @@ from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
 from kernels.cpu.micro_profile import measured_choice
 from kernels.flashinfer.flashinfer_modules import ModulesUnavailable, load_modules, try_attention
+from kernels.kv.kv_pool import FP8
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from models.default import user_cache
@@ -34,22 +35,25 @@ def choose_ops(
     dtype: torch.dtype,
     head_dims: Sequence[int],
     compiling: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    *,
+    kv_format: str = "dense",
 ) -> Ops:
     """Choose kernels for models of this dtype on this device. The first use of compiled kernels on a machine compiles
     them; kernels that cannot be compiled, loaded or run here are not available.
 
     setting: `engine.kernels`. head_dims: those of the target and, if there is one, the draft model. compiling: entered
-    while a compiler of GPU kernels works, which takes minutes.
+    while a compiler of GPU kernels works, which takes minutes. kv_format: `engine.cache.format`, which FlashInfer may
+    not read.
     Raises ConfigError if kernels that the setting names are not available.
     """
     if setting == "reference":
         return REFERENCE
     if setting != "auto":
-        return _named(setting, device, dtype, head_dims, compiling)
+        return _named(setting, device, dtype, head_dims, compiling, kv_format)
     reasons = []
     for name in ("cpu",) if device.type == "cpu" else ("flashinfer", "triton"):
         try:
-            return _named(name, device, dtype, head_dims, compiling)
+            return _named(name, device, dtype, head_dims, compiling, kv_format)
         except ConfigError as error:
             reasons.append(str(error).removeprefix("engine.kernels: "))
             if isinstance(error.__cause__, ModulesUnavailable):
@@ -73,6 +77,7 @@ def _named(
     dtype: torch.dtype,
     head_dims: Sequence[int],
     compiling: Callable[[], AbstractContextManager[None]],
+    kv_format: str,
 ) -> Ops:
     dtypes = _HALVES if name == "flashinfer" else (torch.float32, *_HALVES)
     if (name == "cpu") != (device.type == "cpu") or dtype not in dtypes:
@@ -84,7 +89,7 @@ def _named(
             choice, profile = measured_choice(folder)
             return CpuOps(CpuKernels(folder, choice), profile)
         # Imported where there is a GPU.
-        from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, make_workspace
+        from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, READABLE_KV, make_workspace
         from kernels.gpu.cuda_graphs import CudaGraphs
         from kernels.gpu.gpu_ops import GpuOps
         from kernels.gpu.products.fp8_products import multiplies_fp8
@@ -96,8 +101,12 @@ def _named(
             return make_gpu_ops()
         if head_dims[0] not in HEAD_DIMS:
             raise KernelsUnavailable(f"flashinfer has none for head_dim {head_dims[0]}")
+        if kv_format not in READABLE_KV:
+            raise KernelsUnavailable(f"flashinfer does not read {kv_format} KV; triton does")
         known = [head_dim for head_dim in dict.fromkeys(head_dims) if head_dim in HEAD_DIMS]
         load_modules(device, dtype, known, compiling)
+        if kv_format == "fp8":
+            load_modules(device, dtype, known[:1], compiling, FP8)
         workspace = make_workspace(device)
         for head_dim in known:
             try_attention(workspace, dtype, head_dim)

@@ -62,7 +62,7 @@ class Profiler:
         """run: a round on all ranks. config, num_pages, max_model_len: the engine's. shared_stretch: see Ops."""
         self.run = run
         self._stretch = shared_stretch
-        self._page = config.cache.page_size
+        self._page, self._seals = config.cache.page_size, config.cache.seals
         self._max_rows = config.scheduler.max_rows
         self._max_model_len = max_model_len
         self._room = min(_ROOM, max(3, max_model_len // 2))
@@ -90,8 +90,9 @@ class Profiler:
         first = self.run(RoundPlan(0, starts, pages, work, clear=self._fresh(rows, context)))
         if first.verify_seconds > _SLOW_S:
             repeats = 1
-        again = [] if self._room == _ROOM else starts  # short rows must not grow
-        results = [self.run(RoundPlan(0, again, [], work)) for _ in range(repeats)]
+        # Short rows must not grow, nor rows out of the groups that they hold exact pages for.
+        again = [] if self._room == _ROOM and not self._seals else starts
+        results = [self.run(RoundPlan(0, again, pages if again else [], work)) for _ in range(repeats)]
         fastest = min(results, key=lambda result: result.draft_seconds + result.verify_seconds)
         return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds, (rows - 1) * shareable)
 
@@ -198,7 +199,8 @@ def profile_key(config: EngineConfig, sizes: Resolved, formats: Mapping[str, str
         (weight_bytes.target, weight_bytes.draft),
         min(sizes.max_model_len, _LONG_TOKENS + _ROOM),
     ]
-    parts += [config.tensor_parallel_size, config.collectives, config.cache.page_size, config.scheduler.max_rows]
+    parts += [config.tensor_parallel_size, config.collectives, config.scheduler.max_rows]
+    parts += [config.cache.format, config.cache.page_size]
     # Left out: settings that change no measured time. Rows are measured greedily, with the profile's own gammas.
     without: dict[str, bool | set[str]] = {
         "gamma": True,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from engine.batch.tail_pages import num_exact_pages
 from engine.config.deployment import CacheConfig, ConfigError, EngineConfig
 from engine.config.kv import KVState
 from engine.config.target_reading import TargetQuestConfig
@@ -19,7 +20,7 @@ from engine.worker.kernels import choose_ops
 from engine.worker.weight_choice import loaded_formats
 from kernels.cpu.compiler import supported
 from kernels.cpu.cpus import usable_cores
-from kernels.kv.kv_pool import KVPool
+from kernels.kv.kv_bits import KV_FORMATS, token_bytes
 from kernels.ops import Ops
 from models.config import ModelConfig, read_config
 from models.default import resolve_model
@@ -44,7 +45,8 @@ class Resolved:
     path: the model's directory. shape: its config. ops: the kernels. threads: CPU threads per rank. num_pages: pages of
     the pool, the same on every rank; None: as many as fit on the devices (engine.worker.kv_memory), which may then
     lower max_model_len. kv_token_bytes: KV of one token, over all ranks. token_bytes, fixed_bytes: on the rank with the
-    largest share, KV for each token of the pool, and what is kept whatever its size: KV of drafts, and chosen pages.
+    largest share, KV for each token of the pool, and what is kept whatever its size: KV of drafts, exact pages of rows,
+    and chosen pages.
     """
 
     path: Path
@@ -102,17 +104,23 @@ def resolve(
     except ValueError as error:
         raise ConfigError(f"engine.tensor_parallel_size: {error}") from error
     draft = _draft_shape(config, shape)
-    token_bytes, fixed_bytes = _draft_bytes(config, draft or shape, dtype)
-    token_bytes += _kv_bytes(shape, dtype, max(kv_heads))
+    pool_bytes, fixed_bytes = _draft_bytes(config, draft or shape, dtype)
+    pool_bytes += _kv_bytes(shape, dtype, max(kv_heads), config.cache.format)
+    fixed_bytes += num_exact_pages(config) * config.cache.page_size * _kv_bytes(shape, dtype, max(kv_heads))
     if config.target_kv is not None:
         _check_target_kv(config.target_kv, shape, ranks)
         page = config.cache.page_size
         kept = config.target_kv.state(page, config.speculation.max_draft_tokens, "self")
-        token_bytes += _summary_bytes(kept, shape, dtype, max(kv_heads), page)
+        pool_bytes += _summary_bytes(kept, shape, dtype, max(kv_heads), page)
         fixed_bytes += config.scheduler.max_rows * _choice_bytes(kept, shape, max(kv_heads))
     head_dims = [each.head_dim for each in (shape, draft) if each is not None]
-    ops = choose_ops(config.kernels, device, dtype, head_dims, compiling) if model is None else model.ops
+    ops = (
+        model.ops
+        if model is not None
+        else choose_ops(config.kernels, device, dtype, head_dims, compiling, kv_format=config.cache.format)
+    )
     _check_weights(config, ops, model)
+    check_kv_format(config, ops)
     resolved = Resolved(
         path=path,
         shape=shape,
@@ -122,8 +130,8 @@ def resolve(
         threads=threads_per_rank(config),
         max_model_len=_max_model_len(config, shape),
         num_pages=None,
-        kv_token_bytes=_kv_bytes(shape, dtype, sum(kv_heads)),
-        token_bytes=token_bytes,
+        kv_token_bytes=_kv_bytes(shape, dtype, sum(kv_heads), config.cache.format),
+        token_bytes=pool_bytes,
         fixed_bytes=fixed_bytes,
     )
     if not sizes_pool:
@@ -197,6 +205,14 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_kv_format(config: EngineConfig, ops: Ops) -> None:
+    """Raise ConfigError for KV that the kernels do not read."""
+    wanted = config.cache.format
+    if wanted not in ops.kv_formats:
+        known = ", ".join(each for each in KV_FORMATS if each in ops.kv_formats)
+        raise ConfigError(f"engine.cache.format: {ops.kind} kernels do not read {wanted} KV, but {known}")
+
+
 def _check_weights(config: EngineConfig, ops: Ops, model: Llama | None) -> None:
     """Raise ConfigError for weights that the kernels do not multiply by, or that a loaded model does not have."""
     own: set[str | None] | None = None
@@ -249,9 +265,9 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len
 
 
-def _kv_bytes(shape: ModelConfig, dtype: torch.dtype, kv_heads: int) -> int:
-    """Return the bytes of KV per token."""
-    return KVPool.bytes_per_token(num_layers=shape.num_layers, kv_heads=kv_heads, head_dim=shape.head_dim, dtype=dtype)
+def _kv_bytes(shape: ModelConfig, dtype: torch.dtype, kv_heads: int, format: str = "dense") -> int:
+    """Return the bytes of KV per token. format: of the pages that hold it."""
+    return shape.num_layers * kv_heads * token_bytes(format, shape.head_dim, dtype.itemsize)
 
 
 def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | None:
@@ -282,9 +298,9 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
         raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
     kept, page = settings.kv_state(config.cache.page_size), config.cache.page_size
     query_bytes = shape.num_layers * shape.head_dim * dtype.itemsize
-    rows = config.scheduler.max_rows
+    rows, own = config.scheduler.max_rows, settings.drafter == "self" and config.cache.format == "fp8"
     fixed_bytes = max(
-        rows * kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size)
+        rows * kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size, "fp8" if own else "dense")
         + rows * kept.queries * mine.heads.size * query_bytes
         + (rows + 1) * _choice_bytes(kept, shape, mine.kv_heads.size)  # one is of no row (PageChoice.nobody)
         for mine in heads
@@ -334,10 +350,15 @@ def _with_pool(
 
 
 def _keepers(config: EngineConfig) -> str:
+    """Name what keeps KV for rows, in messages."""
+    if config.cache.seals:
+        return "drafts and pages that are not sealed"
     return "drafts" if config.target_kv is None else "drafts and choices of the target"
 
 
 def _budgets(config: EngineConfig) -> str:
+    if config.cache.seals:
+        return "speculation.kv.budget, scheduler.max_batch_tokens"
     return "speculation.kv.budget" if config.target_kv is None else "speculation.kv.budget, target_kv.budget"
 
 
@@ -358,7 +379,7 @@ def log_started(config: EngineConfig, resolved: Resolved, num_pages: int, weight
     kv_gb = num_pages * config.cache.page_size * resolved.kv_token_bytes / 1e9
     size = config.tensor_parallel_size
     log.info(
-        "%s in %s on %s, kernels %s, weights %s, KV pool of %d pages (%.2f GB)",
+        "%s in %s on %s, kernels %s, weights %s, KV pool of %d pages (%.2f GB), %s: %d bytes per token",
         resolved.path.name,
         str(resolved.dtype).removeprefix("torch."),
         f"{size} × {resolved.device.type}" if size > 1 else str(resolved.device),
@@ -366,6 +387,8 @@ def log_started(config: EngineConfig, resolved: Resolved, num_pages: int, weight
         own if drafts == own else f"{own}, drafts {drafts}",
         num_pages,
         kv_gb,
+        config.cache.format,
+        resolved.kv_token_bytes,
     )
     if (target := config.target_kv) is not None:
         log.warning(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from engine.batch.round_batch import RoundBatch
-from engine.batch.row_state import RowState
 from engine.batch.stopwatch import Stopwatch
 from engine.config.deployment import EngineConfig
 from engine.messages import PromptLogprobs, TokenLogprobs
@@ -33,6 +32,7 @@ from engine.worker.build import (
     load_draft,
     make_drafter,
     make_graphs,
+    make_row_state,
     make_sampler,
     make_target,
 )
@@ -111,13 +111,7 @@ class Worker:
         self._group = group
         self._groups = [group] if draft.group is None or draft.group is group else [group, draft.group]
         self._digest_every = config.digest_every if group.size > 1 else 0
-        self._state = RowState(
-            max_rows=config.scheduler.max_rows,
-            max_model_len=max_model_len,
-            page_size=config.cache.page_size,
-            device=model.device,
-            ops=model.ops,
-        )
+        self._state = make_row_state(config, model, num_pages, max_model_len)
         self._drafting_model = drafting_model(config, model, draft)
         drafts = (self._drafting_model or model) if config.speculation.max_draft_tokens else None
         self.weight_formats = describe_formats(model, drafts)  # of this rank

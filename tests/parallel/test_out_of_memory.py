@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from engine.batch.round_batch import RoundBatch
-from engine.messages import RETRY_MEMORY, RequestOutput
+from engine.messages import RETRY_MEMORY, AddRequest, RequestOutput
+from engine.params import SamplingParams
+from engine.plan import RoundPlan
 from engine.speculation.verify import Verdict
 from engine.worker.worker import Worker
+from kernels.kv.kv_bits import SEALED_GROUP
 from parallel import shm
 from parallel.shm import ShmGroup
 from tests.support.engines import run, tokens
@@ -131,6 +134,46 @@ def test_the_batch_fails_and_the_rest_goes_on(draft_dir: Path, size: int, specul
         assert set(shortage.happened) >= set(product(range(size), PLACES))
         shortage.end()
         assert check(run(engine, requests()), expected) == 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_ranks_hold_the_same_exact_pages_afterwards(nth: int, before: bool) -> None:
+    """One rank fails before, or behind, the changes that a plan makes to its rows."""
+    engine, ranks = threaded_engine(
+        model(*SHAPE),
+        2,
+        gamma=2,
+        share=True,
+        digest_every=1,
+        cache={"format": "int8", "num_pages": 40, "memory_gb": None, "page_size": SEALED_GROUP},
+        max_model_len=250,
+        speculation={"gamma": 2, "kv": {"policy": "all"}},
+        scheduler={"max_rows": 3, "max_batch_tokens": 100},
+    )
+    ranks.workers[0] = engine._worker
+    try:
+        state, calls = ranks.workers[1]._state, count(1)
+        apply = state.apply
+
+        def failing(plan: RoundPlan) -> None:
+            fails = next(calls) == nth
+            if fails and before:
+                torch.empty(1 << 60, dtype=torch.uint8)
+            apply(plan)
+            if fails:
+                torch.empty(1 << 60, dtype=torch.uint8)
+
+        state.apply = failing  # type: ignore[method-assign]
+        params = SamplingParams(max_tokens=40, ignore_eos=True)
+        for turn in range(2):
+            sent = [
+                AddRequest(f"{turn}.{i}", [2 + (7 * place + i) % 59 for place in range(70)], params) for i in range(3)
+            ]
+            failed = [outputs[-1].error is not None for outputs in run(engine, sent).values()]
+            assert any(failed) == (turn == 0)
     finally:
         engine.close()
 

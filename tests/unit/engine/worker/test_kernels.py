@@ -107,6 +107,17 @@ def test_a_module_for_other_gpus(
     ]
 
 
+def test_formats_of_kv(install: Any) -> None:
+    """It does not read sealed pages, which Triton does. Of fp8, FA3 has none beside queries of another type."""
+    modules = install(Modules())
+    assert choose_ops("auto", CUDA, torch.bfloat16, (128,), kv_format="int8").kind == "triton"
+    with pytest.raises(ConfigError, match=r"engine\.kernels: flashinfer does not read int8 KV; triton does"):
+        choose_ops("flashinfer", CUDA, torch.bfloat16, (128,), kv_format="int8")
+    assert not modules.loaded
+    assert choose_ops("auto", CUDA, torch.bfloat16, (128,), kv_format="fp8").kind == "flashinfer"
+    assert modules.loaded == [("fa2", 128), ("fa3", 128), ("fa2", 128)]
+
+
 def test_head_dims_that_it_lacks(install: Any, caplog: pytest.LogCaptureFixture) -> None:
     modules = install(Modules())
     assert choose_ops("auto", CUDA, torch.bfloat16, (96, 64)).kind == "triton"
