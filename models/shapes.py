@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kernels.kv.kv_bits import token_bytes
 from kernels.weights.weight_bits import HEAD_FORMATS, WEIGHT_BITS
 from models.config import ModelConfig, ModelError, RopeConfig, read_config, read_json
 from models.default import resolve_model
@@ -201,11 +202,16 @@ def rank_weight_bytes(model: ModelConfig, ranks: int, element_bytes: int, weight
     return rank_matrix_bytes(model, ranks, element_bytes, weights) + element_bytes * others / ranks
 
 
-def kv_token_bytes(model: ModelConfig, element_bytes: int) -> int:
-    """Return the KV bytes of one token: all layers, all KV heads, each once."""
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * element_bytes
+def kv_token_bytes(model: ModelConfig, element_bytes: int, kv_format: str = "dense") -> int:
+    """Return the KV bytes of one token: all layers, all KV heads, each once. kv_format: see kernels.kv.kv_bits; dense:
+    numbers of `element_bytes`."""
+    return rank_kv_token_bytes(model, 1, element_bytes, kv_format)
 
 
-def rank_kv_token_bytes(model: ModelConfig, ranks: int, element_bytes: int) -> int:
-    """Return the KV bytes of one token on the fullest rank; with more ranks than KV heads they no longer shrink."""
-    return 2 * model.num_layers * kv_heads_per_rank(model, ranks) * model.head_dim * element_bytes
+def rank_kv_token_bytes(
+    model: ModelConfig, ranks: int, element_bytes: int, kv_format: str = "dense", *, drafts: bool = False
+) -> int:
+    """Return the KV bytes of one token on the fullest rank; with more ranks than KV heads they no longer shrink.
+    kv_format: see kv_token_bytes. drafts: those that drafts read."""
+    head = token_bytes(kv_format, model.head_dim, element_bytes, drafts=drafts)
+    return model.num_layers * kv_heads_per_rank(model, ranks) * head

@@ -12,8 +12,9 @@ half predicts the time of one forward from shapes and data sheets:
 n: query tokens per row. N: ranks, each of F FLOP/s and M bytes/s. P: parameters active for a token. W: their bytes,
 which follow from the weights' format. F is the rate of 16 bits for weights of fewer, which kernels widen while they
 multiply (MARLIN, arXiv 2408.11743), except for T_lin of fp8 weights where a device multiplies these (Device.fp8_flops).
-L: layers, of h query heads, head dimension d_h and hidden size d. k: KV bytes per token, of which the rank with the
-most KV heads reads 1/N'. v: Efficiency.verify_attention. t_ar: Device.all_reduce_s. unique: the tokens of Σcontext,
+L: layers, of h query heads, head dimension d_h and hidden size d. k: KV bytes per token, in the format that is read, of
+which the rank with the most KV heads reads 1/N'; where pages are sealed, a row's latest tokens have those of dense KV
+(PlacedModel.exact_tokens). v: Efficiency.verify_attention. t_ar: Device.all_reduce_s. unique: the tokens of Σcontext,
 those that rows share counted once. One read of them serves all rows (Bifurcated attention, arXiv 2403.08845), but the
 queries of every row compute with them.
 """
@@ -24,12 +25,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kernels.kv.kv_bits import SEALED_BITS, SEALED_GROUP
 from models.config import ModelConfig
 from models.shapes import active_parameters, matrix_bytes, rank_kv_token_bytes
 from planner.hardware import Device
 
 GAMMA_MAX = 16
 """Largest number of tokens a round drafts per row; engine.config allows no larger gamma."""
+EXACT_PAGES = 2
+"""Pages per row that tokens are written to where pages are sealed (engine.batch.tail_pages). Those that prompts are
+written to, some MB for all rows together, are not counted."""
 
 
 def expected_tokens(gamma: int, alpha: float) -> float:
@@ -119,7 +124,8 @@ class PlacedModel:
     """One model on `ranks` devices.
 
     element_bytes: bytes of an element of dense weights, KV and activations. weights: format of its matrices, a key of
-    kernels.weights.weight_bits.WEIGHT_BITS.
+    kernels.weights.weight_bits.WEIGHT_BITS. kv_format: format of the KV that it reads, see kernels.kv.kv_bits. drafts:
+    whether it drafts, and so reads the fewer bits that some formats have for drafts.
     """
 
     model: ModelConfig
@@ -128,6 +134,8 @@ class PlacedModel:
     element_bytes: int = 2
     efficiency: Efficiency = PUBLISHED
     weights: str = "dense"
+    kv_format: str = "dense"
+    drafts: bool = False
 
     def forward_seconds(self, rows: int, context_tokens: float, queries: int = 1, shared_tokens: float = 0) -> float:
         """Predict T, the seconds of a forward of `queries` tokens in each of `rows` rows.
@@ -144,21 +152,52 @@ class PlacedModel:
             bandwidth=self.ranks * self.device.bandwidth * reached.weights,
         )
         products = 4 * model.num_layers * model.num_heads * model.head_dim * context_tokens * queries
-        attention = max(products / self._flops, self.kv_token_seconds * (context_tokens - shared_tokens))
+        reading = self.kv_seconds(self.kv_read_bytes(rows, context_tokens - shared_tokens))
+        attention = max(products / self._flops, reading)
         if queries > 1:
             attention *= reached.verify_attention
         return linear + attention + self._communication(rows * queries) + model.num_layers * reached.layer_s
 
-    def read_bytes(self, context_tokens: float) -> float:
-        """Return the bytes of weights and KV that a forward reads, on the rank with the largest share of KV.
+    def read_bytes(self, rows: int, context_tokens: float) -> float:
+        """Return the bytes of weights and KV that a forward reads, on the rank with the largest share of KV. See
+        kv_read_bytes."""
+        return self._matrix_bytes / self.ranks + self.kv_read_bytes(rows, context_tokens)
 
-        context_tokens: KV tokens read, those that rows share counted once.
+    def kv_read_bytes(self, rows: int, context_tokens: float) -> float:
+        """Return the bytes of KV that a forward reads, on the rank with the largest share.
+
+        context_tokens: KV tokens read, summed over rows, those that rows share counted once.
         """
-        return self._matrix_bytes / self.ranks + context_tokens * self.kv_bytes(1)
+        exact = min(context_tokens, rows * self.exact_tokens)
+        return exact * self.dense_kv_bytes(1) + (context_tokens - exact) * self._kv_token_bytes
+
+    @property
+    def exact_tokens(self) -> int:
+        """Number of a row's latest tokens that are read before they are sealed, on average: half of a group, and those
+        of a group more in drafts (engine.batch.tail_pages)."""
+        if self.kv_format not in SEALED_BITS:
+            return 0
+        return SEALED_GROUP // 2 + SEALED_GROUP * self.drafts
+
+    @property
+    def _kv_token_bytes(self) -> int:
+        """Bytes that are read of the KV of a token, unless it is exact."""
+        return rank_kv_token_bytes(self.model, self.ranks, self.element_bytes, self.kv_format, drafts=self.drafts)
 
     def kv_bytes(self, tokens: int) -> int:
-        """Return the bytes of the KV of so many tokens, on the rank with the largest share."""
+        """Return the bytes that the KV of so many tokens takes, on the rank with the largest share, without exact
+        pages."""
+        return tokens * rank_kv_token_bytes(self.model, self.ranks, self.element_bytes, self.kv_format)
+
+    def dense_kv_bytes(self, tokens: int) -> int:
+        """Return the bytes of dense KV of so many tokens, on the rank with the largest share."""
         return tokens * rank_kv_token_bytes(self.model, self.ranks, self.element_bytes)
+
+    @property
+    def exact_page_bytes(self) -> int:
+        """Bytes of the pages that a row's tokens are written to before they are sealed, on the rank with the largest
+        share."""
+        return self.dense_kv_bytes(EXACT_PAGES * SEALED_GROUP) if self.kv_format in SEALED_BITS else 0
 
     @property
     def _matrix_bytes(self) -> float:
@@ -178,8 +217,14 @@ class PlacedModel:
 
     @property
     def kv_token_seconds(self) -> float:
-        """Seconds to read one token's KV, on the rank with the largest share of it."""
-        return self.kv_seconds(self.kv_bytes(1))
+        """Seconds to read one token's KV, unless it is exact, on the rank with the largest share of it."""
+        return self.kv_seconds(self._kv_token_bytes)
+
+    @property
+    def exact_seconds(self) -> float:
+        """Seconds to read a row's exact tokens, beyond those of as many others, on the rank with the largest share."""
+        tokens = self.exact_tokens
+        return self.kv_seconds(self.kv_read_bytes(1, tokens)) - tokens * self.kv_token_seconds
 
     def kv_seconds(self, nbytes: float) -> float:
         """Predict the seconds to read so many bytes of KV on one rank, or what is kept beside it."""
@@ -220,7 +265,7 @@ class Choosing:
 class SpeculationCost:
     """Cost of speculation for one pair of target and draft.
 
-    draft: the target itself (the same object), or a separate model. budget: KV tokens per row that a draft step reads;
+    draft: the target itself, or a separate model. budget: KV tokens per row that a draft step reads;
     None: all. shared: number of first tokens of every context that are the same. draft_shares: whether a draft that
     reads whole contexts reads these once, as the target does; drafts with a cache of their own do not. A budget below
     the context leaves drafts little that they could share: the sink. choosing: see there.
@@ -252,7 +297,7 @@ class SpeculationCost:
 
     def draft_bytes(self, rows: int, context: int) -> float:
         """Return the bytes of weights and KV that one draft step reads, on the rank with the largest share of KV."""
-        return self.draft.read_bytes(rows * self.draft_context(context) - self._draft_shared(rows, context))
+        return self.draft.read_bytes(rows, rows * self.draft_context(context) - self._draft_shared(rows, context))
 
     def verify_seconds(self, rows: int, context: int, gamma: int) -> float:
         """Predict T_V, the seconds of a verify pass, without choosing. With gamma = 0 it is a plain step."""
@@ -294,21 +339,23 @@ class SpeculationCost:
     def break_even_limit(self, gamma: int, alpha: float) -> float:
         """Compute the break-even context in tokens for large batches, where costs shared by a batch are negligible:
 
-            S* = C + [γ·(a_D + b_D·K) + (γ + 1 − Ω)·a + c·C] / [b·(Ω − v) − c]
+            S* = C + [γ·(a_D + e_D + b_D·K) + (γ + 1 − Ω)·a − e·(Ω − v) + c·C] / [b·(Ω − v) − c]
 
-        a, b: seconds of one token's matrix products, and of reading its KV. a_D, b_D: the same for the draft. K: the
-        budget. v: relative time of attention in a verify pass. c: seconds of choosing, for a token of a context. C:
-        shared tokens of a context, whose one read is one of the costs shared by a batch. For self-speculation, v = 1,
-        c = 0 and C = 0 this is [(2γ + 1 − Ω)·a/b + γ·K] / (Ω − 1). Infinite if no context is long enough.
+        a, b: seconds of one token's matrix products, and of reading its KV. e: seconds that a row's exact tokens take
+        to read beyond those of others. a_D, b_D, e_D: the same for the draft. K: the budget. v: relative time of
+        attention in a verify pass. c: seconds of choosing, for a token of a context. C: shared tokens of a context,
+        whose one read is one of the costs shared by a batch. For self-speculation, v = 1, e = 0, c = 0 and C = 0 this
+        is [(2γ + 1 − Ω)·a/b + γ·K] / (Ω − 1). Infinite if no context is long enough.
         """
         target, draft = self.target, self.draft
         tokens, choosing = expected_tokens(gamma, alpha), self.choosing_seconds(1, 1, gamma)
-        saved = target.kv_token_seconds * (tokens - target.efficiency.verify_attention) - choosing
+        passes = tokens - target.efficiency.verify_attention
+        saved = target.kv_token_seconds * passes - choosing
         if self.budget is None or saved <= 0:
             return math.inf
-        drafting = gamma * (draft.token_seconds + draft.kv_token_seconds * self.budget)
+        drafting = gamma * (draft.token_seconds + draft.exact_seconds + draft.kv_token_seconds * self.budget)
         verifying = (gamma + 1 - tokens) * target.token_seconds
-        return self.shared + (drafting + verifying + choosing * self.shared) / saved
+        return self.shared + (drafting + verifying - target.exact_seconds * passes + choosing * self.shared) / saved
 
     def _draft_shared(self, rows: int, context: int) -> int:
         """Return the tokens that a draft step need not read, because it reads them of another row."""

@@ -13,7 +13,7 @@ from models.shapes import find_shape, rank_matrix_bytes, rank_weight_bytes
 from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, Choosing, Efficiency, PlacedModel, SpeculationCost
 from planner.expected_acceptance import expected_alpha
 from planner.hardware import find_device
-from planner.policy_costs import PAGE_SIZE, POLICY_COSTS, PolicyCosts
+from planner.policy_costs import POLICY_COSTS, PolicyCosts
 
 BUDGETS = (512, 128, 256, 1024, 2048)
 """Budgets to try if none is given. Ties go to the first."""
@@ -30,21 +30,22 @@ class ForecastError(ValueError):
 class Forecast:
     """Forecast of one (batch, context). Times in milliseconds, memory in bytes of one device.
 
-    weights, draft_weights: formats of the matrices of the target and of drafts. shared: number of first tokens that are
-    the same in every context. budget: as the policy counts it (a draft step of
-    some reads a few tokens more); None: all KV. t_target_ms: a plain step. t_draft_ms: one draft step. t_verify_ms: the
+    weights, draft_weights: formats of the matrices of the target and of drafts. kv_format: of the target's KV. shared:
+    number of first tokens that are the same in every context. budget: as the policy counts it (a draft step of some
+    reads a few tokens more); None: all KV. t_target_ms: a plain step. t_draft_ms: one draft step. t_verify_ms: the
     verify pass. t_choose_ms: choosing in a round what drafts read, which is in neither of these. draft_row_read_bytes:
     KV that a draft step reads of one row. draft_read_bytes: weights and KV that it reads in all. kv_bytes: the target's
-    KV of the whole batch. draft_bytes: weights and KV that only the draft has. All bytes count shared tokens once.
-    largest_batch: the largest that fits at this context. break_even_context: shortest context at which drafting is
-    faster at this batch and budget; None: never. break_even_limit: the same for large batches, at this gamma and alpha;
-    None: never.
+    KV of the whole batch, with exact pages. draft_bytes: weights and KV that only the draft has. All bytes count shared
+    tokens once. largest_batch: the largest that fits at this context. break_even_context: shortest context at which
+    drafting is faster at this batch and budget; None: never. break_even_limit: the same for large batches, at this
+    gamma and alpha; None: never.
     """
 
     model: str
     draft: str
     weights: str
     draft_weights: str
+    kv_format: str
     gpu: str
     tensor_parallel: int
     policy: str
@@ -80,6 +81,7 @@ class Deployment:
 
     draft: `self`: the target drafts, with matrices of its own where `drafter.weights` is another format. policy: one of
     POLICY_COSTS. alpha: acceptance; None: estimated by `expected_alpha`, as if drafts multiplied by exact weights.
+    Drafts that read pages of the target read its KV format; their caches, and a draft model's KV, are dense.
     """
 
     model: str
@@ -91,12 +93,13 @@ class Deployment:
 
     @property
     def costs(self) -> PolicyCosts:
-        return POLICY_COSTS[self.policy]
+        return POLICY_COSTS[self.policy].stored(self.target.kv_format)
 
     def expected_alpha(self, budget: int | None, context: int) -> float:
         if self.alpha is not None:
             return self.alpha
-        return expected_alpha(self.policy, budget, context, draft_model=self.has_draft_model)
+        kv_format = self._reading_drafter(budget).kv_format
+        return expected_alpha(self.policy, budget, context, draft_model=self.has_draft_model, kv_format=kv_format)
 
     @property
     def has_draft_model(self) -> bool:
@@ -139,6 +142,7 @@ class Deployment:
             draft=self.draft,
             weights=self.target.weights,
             draft_weights=self.drafter.weights,
+            kv_format=self.target.kv_format,
             gpu=self.target.device.name,
             tensor_parallel=self.target.ranks,
             policy=self.policy,
@@ -159,7 +163,7 @@ class Deployment:
             t_draft_ms=1e3 * speculation.draft_seconds(batch, context),
             t_verify_ms=1e3 * speculation.verify_seconds(batch, context, chosen),
             t_choose_ms=1e3 * speculation.choosing_seconds(batch, context, chosen),
-            draft_row_read_bytes=self.drafter.kv_bytes(speculation.draft_context(context)),
+            draft_row_read_bytes=speculation.draft.kv_read_bytes(1, speculation.draft_context(context)),
             draft_read_bytes=speculation.draft_bytes(batch, context),
             weight_bytes=weights,
             kv_bytes=kv_bytes,
@@ -172,12 +176,17 @@ class Deployment:
     def _drafter_name(self) -> DrafterName:
         return "model" if self.has_draft_model else "self"
 
+    def _reading_drafter(self, budget: int | None) -> PlacedModel:
+        """Return the drafter with the format of the KV that it reads."""
+        reads_target = not self.has_draft_model and (budget is None or self.costs.is_view)
+        return replace(self.drafter, drafts=True, kv_format=self.target.kv_format if reads_target else "dense")
+
     def _cost(self, budget: int | None, shared: int) -> SpeculationCost:
         # A view of the target's KV reads the target's own pages, and a draft that reads everything has pages
         # beside them; all other drafts have a cache for each row.
         return SpeculationCost(
             target=self.target,
-            draft=self.drafter,
+            draft=self._reading_drafter(budget),
             budget=None if budget is None else self.costs.tokens_read(budget),
             shared=shared,
             draft_shares=budget is None or (self.costs.is_view and not self.has_draft_model),
@@ -210,8 +219,9 @@ class Deployment:
             draft_weights = rank_matrix_bytes(draft.model, draft.ranks, draft.element_bytes, draft.weights)
         kept = KVState() if budget is None else self.costs.state(budget, gamma, self._drafter_name)
         queries = kept.queries * draft.model.num_layers * draft.model.head_dim * draft.element_bytes
-        own = draft.kv_bytes(kept.pages) + queries * -(-draft.model.num_heads // draft.ranks)
-        return weights, target.kv_bytes(tokens), draft_weights, own + self._draft_page_bytes(budget, tokens)
+        own = draft.dense_kv_bytes(kept.pages) + queries * -(-draft.model.num_heads // draft.ranks)
+        kv = target.kv_bytes(tokens) + target.exact_page_bytes
+        return weights, kv, draft_weights, own + self._draft_page_bytes(budget, tokens)
 
     def _keeps_context(self, budget: int | None) -> bool:
         """Whether the draft keeps KV of its own for the whole context, in pages beside the target's."""
@@ -220,9 +230,10 @@ class Deployment:
     def _draft_page_bytes(self, budget: int | None, tokens: int) -> int:
         """Compute the bytes that drafts keep of a row's pages on the rank that holds the most: their KV, if the target
         does not have it, and their summaries."""
-        own = self.drafter.kv_bytes(tokens) if self._keeps_context(budget) else 0
+        dense = self.drafter.dense_kv_bytes(tokens)
+        own = dense if self._keeps_context(budget) else 0
         kept = KVState() if budget is None else self.costs.state(budget, 1, self._drafter_name)
-        return own + -(-kept.summaries * self.drafter.kv_bytes(tokens) // (2 * PAGE_SIZE))  # a key is half of the KV
+        return own + -(-kept.summaries * dense // (2 * self.costs.page_size))  # a key is half of the KV
 
     def _shared_bytes(self, budget: int | None, shared: int) -> tuple[int, int]:
         """Compute bytes of the shared tokens on the rank that holds the most: of the target, and of the draft."""
@@ -245,6 +256,7 @@ def deploy(
     alpha: float | None,
     weights: str = "dense",
     draft_weights: str | None = None,
+    kv_format: str = "dense",
     efficiency: Efficiency | None = None,
 ) -> Deployment:
     """Describe a deployment by names.
@@ -252,7 +264,7 @@ def deploy(
     model, draft: names in models.shapes.SHAPES or directories; a draft may be `self`. gpu: one of hardware.NAMES.
     policy: one of POLICY_COSTS. A draft model is split over at most as many ranks as it has query heads. weights:
     format of the target's matrices. draft_weights: the same of drafts; None: the target's, or dense of a draft model.
-    efficiency: None: `default_efficiency`.
+    kv_format: of the target's KV, see kernels.kv.kv_bits. efficiency: None: `default_efficiency`.
     Raises ModelError, UnknownDevice, and ForecastError for more ranks than the target has query heads.
     """
     shape, device = find_shape(model), find_device(gpu, ranks)
@@ -267,6 +279,7 @@ def deploy(
         element_bytes=ELEMENT_BYTES[dtype],
         efficiency=efficiency or default_efficiency(gpu),
         weights=weights,
+        kv_format=kv_format,
     )
     if draft == "self":
         drafter = replace(target, weights=draft_weights or weights)

@@ -1,17 +1,18 @@
 """Costs and acceptance of each KV policy: KV that drafts read, cost of choosing it, share of drafts that are accepted.
 
-Whatever follows from settings alone comes from engine.config.kv, at the default page size.
+Whatever follows from settings alone comes from engine.config.kv, at the page size of a deployment that sets none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.deployment import CacheConfig
 from engine.config.kv import DrafterName, KVConfig, KVState, QuestConfig
 from engine.config.speculation import SpeculationConfig
+from kernels.kv.kv_bits import page_size_of
 from models.shapes import kv_heads_per_rank
 from planner.cost_model import Choosing, PlacedModel, acceptance_for
 
@@ -20,7 +21,7 @@ PUBLISHED_GAMMA = 6
 PUBLISHED_TOKENS = {"window": 4.92, "verified": 6.24, "quest": 5.43}
 """Mean tokens of a row per round of PUBLISHED_GAMMA drafts, accepted ones and one more, as Vegas (arXiv 2602.07223)
 published them for Qwen3-8B."""
-_ENDLESS = PAGE_SIZE << 30
+_ENDLESS = 1 << 40
 """A context longer than any, in whole pages."""
 
 
@@ -28,17 +29,26 @@ _ENDLESS = PAGE_SIZE << 30
 class PolicyCosts:
     """Costs and acceptance of one KV policy.
 
-    rejections: relative to sink + window at the same budget. choosing: cost of choosing what drafts read, from the
-    model that drafts.
+    rejections: relative to sink + window at the same budget. choice: cost of choosing what drafts read, from the model
+    that drafts and the page size. page_size: tokens per page.
     """
 
     name: str
     rejections: float = 1.0
-    choosing: Callable[[PlacedModel], Choosing] = lambda _: Choosing()
+    choice: Callable[[PlacedModel, int], Choosing] = lambda placed, page_size: Choosing()
+    page_size: int = PAGE_SIZE
+
+    def stored(self, kv_format: str) -> PolicyCosts:
+        """Return the costs at the page size of a KV format."""
+        return replace(self, page_size=page_size_of(kv_format, PAGE_SIZE))
+
+    def choosing(self, placed: PlacedModel) -> Choosing:
+        """Compute what choosing costs. placed: the model that drafts."""
+        return self.choice(placed, self.page_size)
 
     def check(self, budget: int | None, drafter: DrafterName) -> None:
         """Raise ValueError for a budget or drafter that the policy does not allow. budget: None: all KV."""
-        self._settings(budget).check(PAGE_SIZE, drafter)
+        self._settings(budget).check(self.page_size, drafter)
 
     @property
     def is_view(self) -> bool:
@@ -47,7 +57,7 @@ class PolicyCosts:
 
     def tokens_read(self, budget: int) -> int:
         """Return the KV tokens that a draft step reads of a row which has more."""
-        return self._settings(budget).tokens_read(_ENDLESS, PAGE_SIZE)
+        return self._settings(budget).tokens_read(_ENDLESS, self.page_size)
 
     def state(self, budget: int | None, gamma: int, drafter: DrafterName) -> KVState:
         """Return the KV that the policy keeps of each row, in pages of one token. budget: None: the policy's default.
@@ -74,7 +84,7 @@ def _published_rejections(name: str) -> float:
     return ours / window
 
 
-def _count_votes(placed: PlacedModel) -> Choosing:
+def _count_votes(placed: PlacedModel, page_size: int) -> Choosing:
     """Compute what votes in a verify pass cost, where attention counts them while it reads keys (kernels/gpu/votes.py).
 
     Of each page it writes and reads a float32 for each of two voters and query heads. The votes for each KV head are
@@ -83,14 +93,14 @@ def _count_votes(placed: PlacedModel) -> Choosing:
     """
     sums = 2 * 2 * -(-placed.model.num_heads // placed.ranks)
     votes = 3 * kv_heads_per_rank(placed.model, placed.ranks)
-    return Choosing(verify_bytes=4 * placed.model.num_layers * (sums + votes) / PAGE_SIZE)
+    return Choosing(verify_bytes=4 * placed.model.num_layers * (sums + votes) / page_size)
 
 
-def _compare_pages(placed: PlacedModel) -> Choosing:
-    """Compute what choosing by the bounds of each page's keys costs: a choice reads all of them."""
+def _compare_pages(placed: PlacedModel, page_size: int) -> Choosing:
+    """Compute what choosing by the bounds of each page's keys costs: a choice reads all of them. They are dense."""
     settings = QuestConfig(policy="quest")
-    vectors = settings.state(PAGE_SIZE, 1, "self").summaries / PAGE_SIZE
-    return Choosing(draft_bytes=vectors * placed.kv_bytes(1) / 2, interval=settings.interval)
+    vectors = settings.state(page_size, 1, "self").summaries / page_size
+    return Choosing(draft_bytes=vectors * placed.dense_kv_bytes(1) / 2, interval=settings.interval)
 
 
 POLICY_COSTS = {
@@ -98,8 +108,8 @@ POLICY_COSTS = {
     for costs in (
         PolicyCosts(name="window"),
         PolicyCosts(name="snapkv", rejections=0.75),  # assumed, not measured
-        PolicyCosts(name="verified", rejections=_published_rejections("verified"), choosing=_count_votes),
-        PolicyCosts(name="quest", rejections=_published_rejections("quest"), choosing=_compare_pages),
+        PolicyCosts(name="verified", rejections=_published_rejections("verified"), choice=_count_votes),
+        PolicyCosts(name="quest", rejections=_published_rejections("quest"), choice=_compare_pages),
     )
 }
 """Policies that forecasts know, by name. `topk` saves no time; `all` is a budget of None."""

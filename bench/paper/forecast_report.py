@@ -40,10 +40,11 @@ def table(forecasts: Sequence[Forecast]) -> str:
 
 
 def _formats(row: Forecast) -> str:
-    """Describe weights that are not dense."""
-    if {row.weights, row.draft_weights} == {"dense"}:
-        return ""
-    return f", {row.weights} weights, drafts {row.draft_weights}"
+    """Describe weights and KV that are not dense."""
+    said = "" if row.kv_format == "dense" else f", {row.kv_format} KV"
+    if {row.weights, row.draft_weights} != {"dense"}:
+        said += f", {row.weights} weights, drafts {row.draft_weights}"
+    return said
 
 
 def _cells(row: Forecast) -> tuple[str, ...]:

@@ -42,6 +42,13 @@ class DraftWeightsName(StrEnum):
     fp8 = "fp8"
 
 
+class KVFormatName(StrEnum):
+    dense = "dense"
+    int8 = "int8"
+    int4x2 = "int4x2"
+    fp8 = "fp8"
+
+
 _SHAPES = ", ".join(SHAPES)
 
 
@@ -92,6 +99,10 @@ def plan(
             "acceptance is not estimated: give it with --alpha."
         ),
     ] = DraftWeightsName.same,
+    kv_format: Annotated[
+        KVFormatName,
+        typer.Option(help="Numbers that the target's KV is stored in. int4x2: 8 bits, of which drafts read 4."),
+    ] = KVFormatName.dense,
     layer_us: Annotated[
         float | None,
         typer.Option(
@@ -127,6 +138,7 @@ def plan(
         alpha=alpha,
         weights=(weights or WeightsName.dense).value,
         draft_weights=None if draft_weights is DraftWeightsName.same else draft_weights.value,
+        kv_format=kv_format.value,
         efficiency=None if layer_us is None else replace(default_efficiency(gpu), layer_s=1e-6 * layer_us),
     )
     budgets = _budgets(budget)

@@ -55,6 +55,20 @@ class TestShapes:
         assert kv_token_bytes(SHAPES["llama-3.1-8b"], 2) == 131_072
         assert kv_token_bytes(SHAPES["llama-2-7b-32k"], 2) == 524_288
 
+    def test_kv_of_fewer_bits(self) -> None:
+        """Of each of 256 heads, 64 tokens have 2 · 8192 codes, with 2 float16 for 128 channels and 64 tokens."""
+        shape = SHAPES["llama-3.1-8b"]
+        for name, drafts, token in (
+            ("dense", True, 512),
+            ("int8", True, (2 * 8192 + 4 * (128 + 64)) / 64),
+            ("int4x2", False, (2 * 8192 + 4 * (128 + 64)) / 64),
+            ("int4x2", True, (8192 + 4 * (128 + 64)) / 64),
+            ("fp8", True, 256),
+        ):
+            assert rank_kv_token_bytes(shape, 1, 2, name, drafts=drafts) == 256 * token
+            assert rank_kv_token_bytes(shape, 16, 2, name, drafts=drafts) == 32 * token
+        assert kv_token_bytes(shape, 2, "int4x2") == rank_kv_token_bytes(shape, 1, 4, "int8")
+
     def test_kv_heads_stop_shrinking(self) -> None:
         shape = SHAPES["llama-3.1-8b"]
         assert [rank_kv_token_bytes(shape, ranks, 2) for ranks in (1, 2, 8, 16, 32)] == [

@@ -128,7 +128,7 @@ def test_each_matrix_is_rounded_by_the_inputs_that_the_rounded_ones_before_it_ca
     )
     (tmp_path / "back" / "config.json").symlink_to(source / "config.json")
     inputs = inputs_of(tmp_path / "back")
-    int4, first = Int4Format(SIZE, symmetric, torch.bfloat16), ""
+    int4, first = Int4Format(SIZE, symmetric, scale_dtype=torch.bfloat16), ""
     differing = total = better = 0
     for name in sorted(found, key=lambda name: (name.split(".")[2], "qkvogud".index(name.split(".")[4][0]))):
         first = name if name in inputs else first
@@ -155,7 +155,7 @@ def test_all_tokens_weigh_the_same() -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_without_text_matrices_are_rounded_to_nearest(source: Path, tmp_path: Path, symmetric: bool) -> None:
     quantize(source, tmp_path / "int4", [], group_size=SIZE, symmetric=symmetric)
-    dense, int4 = load_file(source / "model.safetensors"), Int4Format(SIZE, symmetric, torch.bfloat16)
+    dense, int4 = load_file(source / "model.safetensors"), Int4Format(SIZE, symmetric, scale_dtype=torch.bfloat16)
     for name, matrix in matrices_of(tmp_path / "int4", symmetric).items():
         nearest = int4.quantize(dense[name])
         assert torch.equal(matrix.codes, nearest.codes)

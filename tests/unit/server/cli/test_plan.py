@@ -13,11 +13,12 @@ import pytest
 
 from bench.paper.published import Row, read_rows
 from bench.paper.vegas_terms import TERMS
-from engine.config.deployment import EngineConfig
+from engine.config.deployment import CacheConfig, EngineConfig
 from engine.config.speculation import SpeculationConfig
+from kernels.kv.kv_bits import KV_FORMATS, ROUNDED_BYTES
 from kernels.weights.weight_bits import WEIGHT_BITS
 from server.cli import main
-from server.cli.plan import DraftWeightsName, TermsName, WeightsName
+from server.cli.plan import DraftWeightsName, KVFormatName, TermsName, WeightsName
 from tests.support.paths import ROOT
 
 FIELDS = {
@@ -25,7 +26,7 @@ FIELDS = {
     *("policy", "largest_batch", "break_even_context", "break_even_limit", "tokens_per_second"),
     *("plain_tokens_per_second", "t_target_ms", "t_draft_ms", "t_verify_ms", "weight_bytes", "kv_bytes"),
     *("draft_bytes", "memory_bytes", "usable_bytes", "shared", "t_choose_ms", "draft_row_read_bytes"),
-    *("draft_read_bytes", "weights", "draft_weights"),
+    *("draft_read_bytes", "weights", "draft_weights", "kv_format"),
 }
 
 
@@ -128,6 +129,7 @@ def test_weights_of_fewer_bits(
 
 
 def test_every_format_has_a_forecast() -> None:
+    assert {*KVFormatName} == {*KV_FORMATS, *ROUNDED_BYTES} >= {*get_args(get_type_hints(CacheConfig)["format"])}
     assert [*WeightsName] == [*WEIGHT_BITS]
     assert {"auto", *WeightsName} == {*get_args(get_type_hints(EngineConfig)["weights"])}
     assert {"auto", *DraftWeightsName} == {*get_args(get_type_hints(SpeculationConfig)["weights"])}
@@ -298,6 +300,7 @@ def test_one_line(
             ("--policy", "window,all"),
             ("--policy", ""),
             ("--dtype", "int3"),
+            ("--kv-format", "int3"),
             ("--json", "/no/such/dir/x.json"),
             ("--plot", "/no/such/dir/x"),
         ),
@@ -354,6 +357,7 @@ def test_terms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         *((("--dtype", "bfloat16"), "--dtype"), (("--batch", "1,2"), "--batch"), (("--gpu", "cpu"), "--gpu")),
         *((("--layer-us", "20"), "--layer-us"), (("--batch", "x"), "--batch")),
         (("--shared", "8"), "--shared"),
+        (("--kv-format", "int8"), "--kv-format"),
         (("--json", "/no/such/dir/x.json"), "--json"),
     ],
 )
