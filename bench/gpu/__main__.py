@@ -26,12 +26,12 @@ from pathlib import Path
 import torch
 
 from bench.corpus import BenchError
+from bench.format_flags import USUAL_FORMATS, FormatFlags, add_format_flags, read_format_flags
 from bench.gpu.gpu_report import GpuReport, device_state, table
 from bench.gpu.gpu_rounds import Bench, GpuResult, free_bytes
 from bench.micro.bandwidth import copy_bandwidth
 from bench.paper import vegas_terms
 from bench.paper.vegas_terms import TERMS, TermsLine, terms_budget
-from bench.weight_flags import AUTO_WEIGHTS, WeightFlags, add_weight_flags, read_weight_flags
 from engine.oom import OutOfMemory, is_out_of_memory
 from engine.worker.kernels import choose_ops
 from models.shapes import SHAPES
@@ -55,10 +55,13 @@ class Program:
         cuda = self._device.type == "cuda"
         self._shapes = arguments.shapes or (self._terms.shapes if self._terms else _SHAPES)
         head_dims = [SHAPES[shape].head_dim for shape in self._shapes]
-        self._ops = ops = choose_ops(arguments.kernels, self._device, torch.bfloat16, head_dims)
-        self._weights = WeightFlags("dense", "same") if self._terms else read_weight_flags(arguments)
-        if missing := self._weights.missing(ops.weight_formats):
+        self._formats = FormatFlags("dense", "same") if self._terms else read_format_flags(arguments)
+        kv_format = self._formats.kv
+        self._ops = ops = choose_ops(arguments.kernels, self._device, torch.bfloat16, head_dims, kv_format=kv_format)
+        if missing := self._formats.missing(ops.weight_formats):
             raise BenchError(f"{ops.kind} kernels do not multiply by {missing[0]} weights")
+        if kv_format not in ops.kv_formats:
+            raise BenchError(f"{ops.kind} kernels do not read {kv_format} KV")
         ceiling = copy_bandwidth(self._device, size=2 << 30 if cuda else 1 << 28)
         self._graphs = ops.make_graphs is not None and not arguments.no_graphs
         name = torch.cuda.get_device_name(self._device) if cuda else "CPU"
@@ -136,7 +139,7 @@ class Program:
                 rounds=self._arguments.rounds,
                 cuda_graphs=self._graphs,
                 only_first=largest,
-                weights=self._weights,
+                formats=self._formats,
             )
             # Of points that fall, only the last one that does not fit tells something.
             for rows, context, reason in bench.left_out[-1:] if largest else bench.left_out:
@@ -229,7 +232,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, help="512 if not given")
     parser.add_argument("--synthetic-acceptance", type=float, metavar="ALPHA", help="0.8 if not given")
     parser.add_argument("--kernels", default="auto", choices=("auto", "flashinfer", "triton", "cpu", "reference"))
-    add_weight_flags(parser)
+    add_format_flags(parser)
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel individually")
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -241,8 +244,8 @@ def _arguments() -> argparse.Namespace:
             setattr(arguments, name, usual)
         elif arguments.terms:
             parser.error(f"--terms {arguments.terms} sets --{name.replace('_', '-')}")
-    if arguments.terms and read_weight_flags(arguments) != AUTO_WEIGHTS:
-        parser.error(f"--terms {arguments.terms} sets dense weights")
+    if arguments.terms and read_format_flags(arguments) != USUAL_FORMATS:
+        parser.error(f"--terms {arguments.terms} sets dense weights and KV")
     arguments.shapes = arguments.shapes.split(",") if arguments.shapes else None
     try:
         arguments.points = _read_points(arguments.points) if arguments.points else None

@@ -40,6 +40,8 @@ def table(results: Sequence[GpuResult]) -> str:
         said = f"synthetic acceptance {each.alpha:.3g} ({each.accepted:.2f} accepted tokens)"
         if {each.weights, each.draft_weights} != {"dense"}:
             said += f", {each.weights} weights, drafts {each.draft_weights}"
+        if each.kv_format != "dense":
+            said += f", {each.kv_format} KV"
         lines.append("".join(f"{cell:>9}" for cell in cells) + f"  {each.shape}, {each.policy}, {said}")
     return "\n".join(lines)
 

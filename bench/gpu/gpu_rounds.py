@@ -16,16 +16,19 @@ from statistics import median
 import torch
 
 from bench.corpus import BenchError
+from bench.format_flags import USUAL_FORMATS, FormatFlags
 from bench.gpu.device_busy import busy_seconds
 from bench.gpu.synthetic import synthetic_acceptance
-from bench.weight_flags import AUTO_WEIGHTS, WeightFlags
-from engine.config.deployment import EngineConfig
+from engine.batch.tail_pages import num_exact_pages
+from engine.config.deployment import EngineConfig, SchedulerConfig
 from engine.config.speculation import SpeculationConfig
 from engine.core import Engine
 from engine.params import SamplingParams
 from engine.plan import PageDelta, RoundPlan, RoundResult, RowStart, RowWork
 from engine.scheduler.controller import FixedGamma
 from engine.worker.weight_choice import target_weights
+from kernels.kv.kv_bits import page_size_of, token_bytes
+from kernels.kv.kv_pool import KVPool
 from kernels.ops import Ops
 from kernels.weights.matrix import DenseMatrix
 from models.config import ModelConfig
@@ -51,7 +54,8 @@ class GpuResult:
     plain round, and of one with drafts, in which the device is idle; None where that was not observed. accepted:
     accepted drafts per row and round. speedup: measured, with synthetic acceptance `alpha`. predicted: the cost model's
     speed-up from the three times. plain_rounds_ms, rounds_ms: every timed round; half of the plain ones come before
-    those with drafts, half after. weights, draft_weights: formats that the target and drafts multiply by.
+    those with drafts, half after. weights, draft_weights: formats that the target and drafts multiply by. kv_format:
+    of the target's computed pages.
     """
 
     shape: str
@@ -78,6 +82,7 @@ class GpuResult:
     rounds_ms: list[float]
     weights: str = "dense"
     draft_weights: str = "dense"
+    kv_format: str = "dense"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -132,21 +137,26 @@ class Bench:
         rounds: int = 24,
         cuda_graphs: bool = True,
         only_first: bool = False,
-        weights: WeightFlags = AUTO_WEIGHTS,
+        formats: FormatFlags = USUAL_FORMATS,
     ) -> None:
         """points: (rows, context). memory: bytes for weights and KV. policy: KV policy of drafts, one that reads the
         target's pages. temperature: of all rows. only_first: keep only the first of the points that fit."""
+        page_size = page_size_of(formats.kv, page_size)
         self._name, self._gamma, self._budget, self._page = name, gamma, budget, page_size
         speculation = SpeculationConfig.model_validate({"gamma": gamma, "kv": {"policy": policy, "budget": budget}})
         self._policy, self._summaries = policy, speculation.kv_state(page_size).summaries
         self._device, self._rounds, self._temperature = device, rounds, temperature
-        usual = EngineConfig(model=name, speculation=speculation)
-        choice = target_weights(weights.apply(usual), ops)
+        self._config = formats.apply(
+            EngineConfig.model_validate({"model": name, "device": device.type, "speculation": speculation})
+        )
+        choice = target_weights(self._config, ops)
         self._model = random_shape(shape, dtype, device, ops, choice)
         self.weight_bytes = self._model.matrix_bytes  # bytes that a forward reads
         drafts = self._model.drafting().matrix_bytes if choice.drafts else 0
         fixed = self.weight_bytes + drafts + self._model.table_bytes
-        self._token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+        heads = shape.num_layers * shape.num_kv_heads
+        self._exact_bytes = heads * token_bytes("dense", shape.head_dim, dtype.itemsize)
+        self._token_bytes = heads * token_bytes(formats.kv, shape.head_dim, dtype.itemsize)
         # Tokens by which a row can grow while it is measured, with all drafts accepted, and one round's drafts.
         self._room = (rounds + _WARM_UPS + 1) * (gamma + 1) + 1
         self.points: list[tuple[int, int]] = []
@@ -166,19 +176,17 @@ class Bench:
         longest = max(context for _, context in self.points) + self._room
         pages = max(rows * self._width(context) for rows, context in self.points)
         max_rows = max(rows for rows, _ in self.points)
-        config = EngineConfig.model_validate(
-            {
-                "model": name,
-                "device": device.type,
+        cache = {"page_size": page_size, "num_pages": max(pages, -(-longest // page_size))}
+        config = self._config.model_copy(
+            update={
                 "max_model_len": longest,
                 "cuda_graphs": cuda_graphs,
-                "cache": {"page_size": page_size, "num_pages": max(pages, -(-longest // page_size))},
-                "scheduler": {"max_rows": max_rows, "max_batch_tokens": max_rows * (gamma + 1) + 1},
-                "speculation": speculation,
+                "cache": self._config.cache.model_copy(update=cache),
+                "scheduler": self._scheduler(max_rows),
             }
         )
-        self._engine = Engine(weights.apply(config), model=self._model, controller=FixedGamma(gamma), progress=False)
-        self._engine._worker._target.pool.data.normal_(0, 0.1)
+        self._engine = Engine(config, model=self._model, controller=FixedGamma(gamma), progress=False)
+        _fill(self._engine._worker._target.pool, shape.num_layers)
         self._run: Callable[[RoundPlan], RoundResult] = self._engine.profiler.run
 
     def measure(self, rows: int, context: int, *, alpha: float, ceiling: float) -> GpuResult:
@@ -218,6 +226,7 @@ class Bench:
             rounds_ms=[1e3 * each for each in seconds],
             weights=self._engine.stats().weights["target"],
             draft_weights=self._engine.stats().weights["drafts"],
+            kv_format=self._config.cache.format,
         )
 
     def observe_gaps(self, result: GpuResult) -> GpuResult:
@@ -277,10 +286,14 @@ class Bench:
         return [context + 1] * rows
 
     def _round(self, lengths: list[int], gamma: int) -> RoundResult:
-        result = self._run(RoundPlan(0, [], [], [RowWork(i, n, 1, gamma, True) for i, n in enumerate(lengths)]))
+        """Run a round, and let the rows grow. As in the scheduler, drafts end with a page that is sealed."""
+        seals, page = self._config.cache.seals, self._page
+        work = [RowWork(i, n, 1, min(gamma, -(n + 1) % page) if seals else gamma, True) for i, n in enumerate(lengths)]
+        work.sort(key=lambda each: -each.gamma)
+        result = self._run(RoundPlan(0, [], [], work))
         self._check(result)
-        for i, row in enumerate(result.rows):
-            lengths[i] += row.accepted + 1
+        for each, row in zip(work, result.rows, strict=True):
+            lengths[each.row] += row.accepted + 1
         return result
 
     def _check(self, result: RoundResult) -> None:
@@ -293,5 +306,19 @@ class Bench:
 
     def _bytes(self, rows: int, context: int) -> int:
         """Return the bytes of the rows' pages and of what the policy keeps of these."""
-        page_bytes = self._page * self._token_bytes + self._summaries * self._token_bytes // 2  # a key is half of a KV
-        return rows * self._width(context) * page_bytes
+        page_bytes = self._page * self._token_bytes + self._summaries * self._exact_bytes // 2  # a key is half of a KV
+        exact_pages = num_exact_pages(self._config.model_copy(update={"scheduler": self._scheduler(rows)}))
+        return rows * self._width(context) * page_bytes + exact_pages * self._page * self._exact_bytes
+
+    def _scheduler(self, rows: int) -> SchedulerConfig:
+        return SchedulerConfig(max_rows=rows, max_batch_tokens=rows * (self._gamma + 1) + 1)
+
+
+def _fill(pool: KVPool, num_layers: int) -> None:
+    """Fill the pages of a pool at random."""
+    pool.data.normal_(0, 0.1)
+    count, device = pool.data.shape[2], pool.data.device
+    for layer in map(pool.layer, range(num_layers)):
+        for first in range(0, layer.num_sealed, count):
+            pages = torch.arange(first, min(first + count, layer.num_sealed), device=device)
+            layer.seal(pages - first, pages)

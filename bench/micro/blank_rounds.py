@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench.weight_flags import AUTO_WEIGHTS, WeightFlags
+from bench.format_flags import USUAL_FORMATS, FormatFlags
 from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.plan import RoundPlan, RoundResult, RowWork
@@ -18,7 +18,7 @@ from models.loader import load_model
 from parallel.group import Group
 
 
-def cpu_config(model: str, rows: int, gamma: int, weights: WeightFlags = AUTO_WEIGHTS) -> EngineConfig:
+def cpu_config(model: str, rows: int, gamma: int, formats: FormatFlags = USUAL_FORMATS) -> EngineConfig:
     """Build the config of an engine on the CPU, without a prefix cache; everything else as by default. Raises
     ConfigError."""
     config = EngineConfig.model_validate(
@@ -30,7 +30,7 @@ def cpu_config(model: str, rows: int, gamma: int, weights: WeightFlags = AUTO_WE
             "speculation": {"gamma": gamma},
         }
     )
-    return weights.apply(config)
+    return formats.apply(config)
 
 
 def load_with_ops(config: EngineConfig, wrap: Callable[[Ops], Ops]) -> Llama:
@@ -57,10 +57,14 @@ class BlankRounds:
     def __init__(
         self, config: EngineConfig, rows: int, context: int, gamma: int, rounds: int, model: Llama | None = None
     ) -> None:
-        """Start the engine, and run a first round. context: tokens per row. rounds: how often `step` will be called
+        """Start the engine, and run a first round. context: tokens per row; where pages are sealed, up to gamma less,
+        as drafts end with a page. rounds: how often `step` will be called
         before a restart, at most. model: used instead of the config's. Raises ConfigError, ModelError."""
         self.engine = Engine(config, model=model, controller=FixedGamma(gamma), progress=False)
-        width = (context + rounds * (gamma + 1) + 64) // config.cache.page_size + 1
+        page = config.cache.page_size
+        if config.cache.seals:
+            context -= max(0, context % page + gamma + 1 - page)
+        width = (context + rounds * (gamma + 1) + 64) // page + 1
         self._starts, pages = blank_rows(rows, context, width, rows * width)
         self._work = [RowWork(row, context, 1, gamma, True) for row in range(rows)]
         self.engine.profiler.run(RoundPlan(0, self._starts, pages, self._work, clear=list(range(rows * width))))

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from statistics import median
 
+from bench.format_flags import add_format_flags, read_format_flags
 from bench.machine import describe_processor
 from bench.micro.blank_rounds import BlankRounds, cpu_config
-from bench.weight_flags import add_weight_flags, read_weight_flags
 from engine.config.kv import KVConfig, VerifiedConfig, WindowConfig
 from engine.plan import RoundResult
 from engine.worker.loading import load_target
@@ -29,12 +29,13 @@ def main() -> None:
     parser.add_argument("--gamma", type=int, default=4)
     parser.add_argument("--budget", type=int, default=512, help="KV tokens that the window reads.")
     parser.add_argument("--rounds", type=int, default=20, help="Rounds of each engine.")
-    add_weight_flags(parser)
+    add_format_flags(parser)
     arguments = parser.parse_args()
-    config = cpu_config(arguments.model, arguments.rows, arguments.gamma, read_weight_flags(arguments))
+    config = cpu_config(arguments.model, arguments.rows, arguments.gamma, read_format_flags(arguments))
     model = load_target(config, progress=False)
     # One page of the window is the last one, and on average half of it counts; so is the page after a choice.
-    chosen = arguments.budget - _SINK - config.cache.page_size
+    page = config.cache.page_size
+    chosen = arguments.budget - -(-_SINK // page) * page - page
     policies: dict[str, KVConfig] = {
         "window": WindowConfig(budget=arguments.budget, sink=_SINK),
         "verified": VerifiedConfig(policy="verified", budget=chosen, sink=_SINK),

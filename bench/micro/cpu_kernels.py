@@ -4,9 +4,9 @@
 
 The kernels are those that are chosen for this processor, or those of one of its instruction sets. Attention cycles
 through the layers of a KV pool larger than the CPU caches, by rows with pages of their own and by rows that list the
-same pages, which it reads once. Matrix products read the weights of a 30-layer model. Data are random, in the default
-model's shapes: 9 query heads and 3 KV heads of dimension 64, hidden size 576. Votes are those of two queries per row,
-per page and per slot; choosing the best of them is compared with torch's topk.
+same pages, which it reads once; then sealed pages beside dense ones. Matrix products read the weights of a 30-layer
+model. Data are random, in the default model's shapes: 9 query heads and 3 KV heads of dimension 64, hidden size 576.
+Votes are those of two queries per row, per page and per slot; choosing the best of them is compared with torch's topk.
 
 The last lines say whether the bits of a row's product in torch depend on the number of rows, and whether they are ours.
 A row's result must be the same beside any others: torch could multiply many rows only if it also multiplied single
@@ -37,7 +37,10 @@ from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, supported
 from kernels.cpu.library import CpuKernels
 from kernels.cpu.micro_profile import choose
 from kernels.cpu.packing import Packed, PackedWeights, pack
+from kernels.kv.kv_bits import SEALED_GROUP, record_bytes
+from kernels.kv.kv_formats import SEALED_FORMATS
 from kernels.kv.kv_pool import KVPool, LayerKV
+from kernels.kv.sealing_pool import SealingPool
 from kernels.weights.weight_format import FORMATS
 from models.default import user_cache
 
@@ -52,6 +55,8 @@ _CHUNK = (1, 4096, 512)
 """Rows, context and queries per row of attention in a chunk of a prompt."""
 _SHARED = (16, 6144)
 """Rows and context of attention while decoding, of rows that list the same pages."""
+_SEALED = ((4, 7500), (16, 7500))
+"""Rows and context of attention over sealed pages."""
 _VOTES = (16, 7500)
 """Rows and context of attention whose queries vote."""
 _ROWS = (1, 2, 4, 8, 16, 64, 256, 512)
@@ -142,6 +147,62 @@ def votes(kernels: CpuKernels, rows: int, context: int, queries: Sequence[int]) 
         best = counted.shape[1] // 15
         ours, theirs = seconds(lambda: kernels.best(counted, best), 20), seconds(lambda: counted.topk(best), 20)  # noqa: B023
         print(f"best {best} of {tuple(counted.shape)}, per {name}: {1e6 * ours:.0f} µs, topk {1e6 * theirs:.0f} µs")
+
+
+def sealed_pages(kernels: CpuKernels, rows: int, context: int, queries: Sequence[int], ceiling: float) -> None:
+    """Measure one layer's attention over dense pages and over sealed ones, as the target and as drafts read them, by
+    turns. ceiling: bytes per second of a read."""
+    formats = [("dense", False), *((name, False) for name in SEALED_FORMATS)]
+    formats += [(name, True) for name, each in SEALED_FORMATS.items() if each.has_draft_codes]
+    for dtype in (torch.float32, torch.bfloat16):
+        pools = {each: _pool_of(*each, rows, context, dtype) for each in formats}
+        for count in queries:
+            q = torch.randn(rows * count, _HEADS, _HEAD_DIM, dtype=dtype)
+            turns = {each: cycle(layers) for each, (layers, _, _) in pools.items()}
+            taken: dict[tuple[str, bool], list[float]] = {each: [] for each in formats}
+            for _ in range(30):
+                for each in formats:
+                    backend = CpuAttention(kernels)
+                    backend.plan(AttentionBatch([count] * rows, [context] * rows, pools[each][1]))
+                    began = time.perf_counter()
+                    backend.run(next(turns[each]), q, 0.125)
+                    taken[each].append(time.perf_counter() - began)
+            cells = []
+            for each in formats:
+                middle = median(taken[each][2:])
+                speed = pools[each][2] / middle
+                name = f"{each[0]} drafts" if each[1] else each[0]
+                cells.append(f"{name} {1e6 * middle:.0f} µs, {speed / 1e9:.1f} GB/s, {speed / ceiling:.0%} of a read")
+            print(f"sealed {rows:3} x {context:5}, {count} queries, {str(dtype)[6:]}: {'; '.join(cells)}")
+
+
+def _pool_of(name: str, drafts: bool, rows: int, context: int, dtype: torch.dtype) -> tuple[list[LayerKV], Tensor, int]:
+    """Return the layers of a pool larger than the CPU caches, lists of its pages, one for each row, and the bytes that
+    attention reads of a layer. Sealed pages hold copies of a few."""
+    width, few = -(-context // SEALED_GROUP), 16
+    pages = torch.arange(rows * width).view(rows, width)
+    count = pages.numel()
+    sizes = {"kv_heads": _KV_HEADS, "head_dim": _HEAD_DIM, "dtype": dtype, "device": torch.device("cpu")}
+    if name not in SEALED_FORMATS:
+        read = 2 * count * _KV_HEADS * SEALED_GROUP * _HEAD_DIM * dtype.itemsize
+        layers = max(2, int(_POOL_BYTES / read))
+        dense = KVPool(num_layers=layers, num_pages=count, page_size=SEALED_GROUP, **sizes)  # type: ignore[arg-type]
+        dense.data.normal_()
+        return [dense.layer(index) for index in range(layers)], pages, read
+    stored, read = (count * _KV_HEADS * sum(record_bytes(name, _HEAD_DIM, drafts=each)) for each in (False, drafts))
+    layers = max(2, int(_POOL_BYTES / stored))
+    pool = SealingPool(SEALED_FORMATS[name], num_layers=layers, num_pages=count, exact_pages=few, **sizes)  # type: ignore[arg-type]
+    pool.data.normal_()
+    pool.layer(0).seal(torch.arange(few), torch.arange(few))
+    views = [(pool.drafting() if drafts else pool).layer(index) for index in range(layers)]
+    first = pool.layer(0).sealed
+    assert first is not None
+    copies = [part[torch.arange(count) % few] for part in (first.k, first.v)]
+    for view in views:
+        assert view.sealed is not None
+        view.sealed.k.copy_(copies[0])
+        view.sealed.v.copy_(copies[1])
+    return views, pages, read
 
 
 def kv_bytes(rows: int, context: int) -> int:
@@ -267,6 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for rows, context in _DECODING:
             attention(kernels, rows, context, (1, 2, 4, 7), ceiling)
         shared_pages(kernels, *_SHARED, (1, 4), ceiling)
+        for rows, context in _SEALED:
+            sealed_pages(kernels, rows, context, (1, 4), ceiling)
         votes(kernels, *_VOTES, (4, 7, 9))
         attention(kernels, *_CHUNK[:2], _CHUNK[2:], ceiling)
     products(kernels, _ROWS, ceiling)

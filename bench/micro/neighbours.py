@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from bench.corpus import BenchError
+from bench.format_flags import USUAL_FORMATS, FormatFlags, add_format_flags, read_format_flags
 from bench.machine import CpuQuota, busy, describe_processor, first_cores
 from bench.micro.blank_rounds import BlankRounds, cpu_config
-from bench.weight_flags import AUTO_WEIGHTS, WeightFlags, add_weight_flags, read_weight_flags
 from kernels.cpu.cpus import usable_cores
 
 
@@ -41,7 +41,7 @@ class Steps:
     gamma: int
     steps: int
     turns: int
-    weights: WeightFlags = AUTO_WEIGHTS
+    formats: FormatFlags = USUAL_FORMATS
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ def serve(pipe: Connection, steps: Steps, entry: Path | None) -> None:
     """Measure a turn for every message, until an empty one. entry: of a control group, entered first."""
     if entry is not None:
         entry.write_text("0", encoding="ascii")
-    config = cpu_config(steps.model, steps.rows, steps.gamma, steps.weights)
+    config = cpu_config(steps.model, steps.rows, steps.gamma, steps.formats)
     rounds = BlankRounds(config, steps.rows, steps.context, steps.gamma, steps.steps)
     pipe.send(torch.get_num_threads())
     while pipe.recv():
@@ -151,12 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=5, help="turns of each condition")
     parser.add_argument("--quota", type=float, help="quota in CPUs; default: half a CPU less than there are cores")
-    add_weight_flags(parser)
+    add_format_flags(parser)
     given = parser.parse_args(arguments)
     if min(given.rows, given.context, given.steps, given.turns) < 1 or given.gamma < 0:
         parser.error("--rows, --context, --steps and --turns must be at least 1, --gamma at least 0")
     quota = usable_cores() - 0.5 if given.quota is None else given.quota
-    flags = read_weight_flags(given)
+    flags = read_format_flags(given)
     steps = Steps(given.model, given.rows, given.context, given.gamma, given.steps, given.turns, flags)
     try:
         print(table(steps, measure(steps, quota, lambda line: print(line, file=sys.stderr))))

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 
 from bench.corpus import BenchError
+from bench.format_flags import USUAL_FORMATS, FormatFlags, add_format_flags, read_format_flags
 from bench.machine import describe_processor
 from bench.micro.blank_rounds import cpu_config, load_with_ops
 from bench.micro.cpu_kernels import attention_flops, seconds
 from bench.micro.shares import Clock, TimedOps
-from bench.weight_flags import AUTO_WEIGHTS, WeightFlags, add_weight_flags, read_weight_flags
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
@@ -81,9 +81,9 @@ def prefill(engine: Engine, prompt: Sequence[int]) -> float:
     return perf_counter() - began
 
 
-def measure(model: str, tokens: int, repeats: int, weights: WeightFlags = AUTO_WEIGHTS) -> str:
+def measure(model: str, tokens: int, repeats: int, formats: FormatFlags = USUAL_FORMATS) -> str:
     """Measure prompts of `tokens` tokens, and return the report. Raises BenchError, ConfigError, ModelError."""
-    config, clock = cpu_config(model, 1, 0, weights), Clock()
+    config, clock = cpu_config(model, 1, 0, formats), Clock()
     loaded = load_with_ops(config, lambda ops: TimedOps(ops, clock))
     engine = Engine(config, model=loaded, controller=FixedGamma(0), progress=False)
     shape, rows = loaded.config, min(tokens, config.scheduler.max_batch_tokens)
@@ -138,12 +138,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=3)
-    add_weight_flags(parser, drafts=False)
+    add_format_flags(parser, drafts=False)
     given = parser.parse_args(arguments)
     if min(given.tokens, given.repeats) < 1:
         parser.error("--tokens and --repeats must be at least 1")
     try:
-        print(measure(given.model, given.tokens, given.repeats, read_weight_flags(given)))
+        print(measure(given.model, given.tokens, given.repeats, read_format_flags(given)))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from bench.format_flags import add_format_flags, read_format_flags
 from bench.micro.blank_rounds import BlankRounds, cpu_config, load_with_ops
-from bench.weight_flags import add_weight_flags, read_weight_flags
 from engine.speculation.verify import accept_drafts, commit_tokens
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.kv.kv_pool import LayerKV
@@ -86,6 +86,7 @@ class TimedOps:
         self.make_graphs: Callable[[], Graphs] | None = None
         self.shared_stretch, self.reads_prefixes = inner.shared_stretch, inner.reads_prefixes
         self.weight_formats, self.fastest_format = inner.weight_formats, inner.fastest_format
+        self.kv_formats = inner.kv_formats
         self.takes = inner.takes
 
     def linear(self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> TimedLinear:
@@ -164,9 +165,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=7500)
     parser.add_argument("--gamma", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=8)
-    add_weight_flags(parser)
+    add_format_flags(parser)
     arguments = parser.parse_args()
-    flags, clock = read_weight_flags(arguments), Clock()
+    flags, clock = read_format_flags(arguments), Clock()
     config = cpu_config(arguments.model, arguments.rows, arguments.gamma, flags)
     model = load_with_ops(config, lambda ops: TimedOps(ops, clock))
     context = arguments.context

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bench.corpus import BenchError
+from bench.offline.interleave import scheduler_for_batch
 from engine.batch.round_batch import RoundBatch
-from engine.batch.row_state import RowState
 from engine.config.deployment import ConfigError, EngineConfig, describe
 from engine.params import SamplingParams
 from engine.plan import PageDelta, RoundPlan, RowStart, RowWork
@@ -29,7 +29,7 @@ from engine.sampling.sampler import Sampler
 from engine.speculation.drafters import Drafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
-from engine.worker.build import DraftModel, load_draft, make_drafter, make_target
+from engine.worker.build import DraftModel, load_draft, make_drafter, make_row_state, make_target
 from models.llama import Llama
 from parallel.group import Group
 from parallel.vocab_shard import VocabShard
@@ -204,14 +204,15 @@ def measure(
         raise BenchError(f"{length} tokens of context and text, but the model has {target.max_positions}")
     texts = seeded(prompts, sampling)
     row_width = -(-length // config.cache.page_size)
-    state = RowState(max_rows=len(texts), max_model_len=length, page_size=config.cache.page_size, device=target.device)
     group = Group.single()
     vocab = VocabShard(target.vocab_start, target.vocab_size, target.config.vocab_size, group)
-    sampler = Sampler(state, vocab, target.ops)
     # A target with target_kv keeps its choices for passes of so many queries.
     drafting = config.speculation.model_copy(update={"gamma": gamma})
+    scheduler = scheduler_for_batch(config.scheduler, len(texts), gamma)
     # Every setup would capture its own graphs.
-    config = config.model_copy(update={"cuda_graphs": False, "speculation": drafting})
+    config = config.model_copy(update={"cuda_graphs": False, "speculation": drafting, "scheduler": scheduler})
+    state = make_row_state(config, target, len(texts) * row_width, length)
+    sampler = Sampler(state, vocab, target.ops)
     runner = make_target(config, target, state, len(texts) * row_width)
 
     @cache

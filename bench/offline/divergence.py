@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from bench.corpus import passages, read_text
-from bench.weight_flags import add_weight_flags, read_weight_flags
+from bench.format_flags import add_format_flags, read_format_flags
 from engine.llm import LLM
 from engine.params import SamplingParams
 
@@ -27,14 +27,15 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--text", type=Path)
-    add_weight_flags(parser)
+    add_format_flags(parser)
     arguments = parser.parse_args()
-    flags = read_weight_flags(arguments)
+    flags = read_format_flags(arguments)
 
     texts = []
     for gamma in (0, arguments.gamma):
         speculation = {"gamma": gamma, "kv": {"budget": arguments.budget}, "weights": flags.draft_weights}
-        cache = {"prefix": False}  # passages of a short text overlap, and each row must compute its own
+        # Passages of a short text overlap, and each row must compute its own.
+        cache = {"prefix": False, "format": flags.kv}
         settings = {"dtype": arguments.dtype, "weights": flags.weights, "speculation": speculation, "cache": cache}
         with LLM(arguments.model, **settings) as llm:
             prompts = passages(llm.tokenizer, read_text(arguments.text), count=arguments.rows, length=arguments.context)

@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 
 from bench.corpus import passages, read_text
+from bench.format_flags import add_format_flags, read_format_flags
 from bench.paper.forecast_report import check_plotting
-from bench.weight_flags import add_weight_flags, read_weight_flags
 from engine.config.deployment import CacheConfig, EngineConfig
 from engine.llm import LLM
 from engine.messages import AddRequest
@@ -107,13 +107,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    add_weight_flags(parser)
+    add_format_flags(parser)
     arguments = parser.parse_args()
     if arguments.plot:
         check_plotting()
     config = EngineConfig(model=arguments.model, cache=CacheConfig(prefix=False))  # every row reads its own context
     stretches = measure(
-        read_weight_flags(arguments).apply(config),
+        read_format_flags(arguments).apply(config),
         rows=arguments.rows,
         start=arguments.start,
         end=arguments.end,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.weight_flags import add_weight_flags
+from bench.format_flags import add_format_flags
 from engine.config.deployment import CacheConfig, EngineConfig
 from engine.config.speculation import SpeculationConfig
 from engine.core import Engine
@@ -59,22 +59,24 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--ranks", default="1,2,3")
     parser.add_argument("--tokens", type=int, default=40000, help="KV tokens of the pool")
-    add_weight_flags(parser, drafts=False)
+    add_format_flags(parser, drafts=False)
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.ranks.split(",")]
     if len(sizes) > 1:  # each in a fresh process
         for size in sizes:
             command = [sys.executable, "-m", "bench.offline.memory", "--ranks", str(size), "--model", arguments.model]
             command += ["--dtype", arguments.dtype, "--tokens", str(arguments.tokens), "--weights", arguments.weights]
+            command += ["--kv-format", arguments.kv_format]
             subprocess.run(command, check=True)
         return
+    cache = CacheConfig(format=arguments.kv_format)
     report(
         EngineConfig(
             model=arguments.model,
             dtype=arguments.dtype,
             weights=arguments.weights,
             tensor_parallel_size=sizes[0],
-            cache=CacheConfig(num_pages=arguments.tokens // CacheConfig().page_size),
+            cache=cache.model_copy(update={"num_pages": arguments.tokens // cache.page_size}),
             speculation=SpeculationConfig(gamma=0),
         )
     )

@@ -21,7 +21,7 @@ from typing import Literal
 import msgspec
 
 from bench.corpus import read_text
-from bench.weight_flags import add_weight_flags, read_weight_flags
+from bench.format_flags import add_format_flags, read_format_flags
 from engine.config.deployment import EngineConfig
 from engine.config.speculation import SpeculationConfig
 from engine.llm import LLM
@@ -210,10 +210,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--json", type=Path)
-    add_weight_flags(parser)
+    add_format_flags(parser)
     arguments = parser.parse_args()
 
-    flags = read_weight_flags(arguments)
+    flags = read_format_flags(arguments)
     base = flags.apply(EngineConfig(model=arguments.model))
     text = Tokenizer(resolve_model(base.model)).encode(read_text(arguments.text), add_special_tokens=False)
     model = load_target(base, progress=False)

@@ -1,53 +1,63 @@
-"""Measure what weights of few bits cost: perplexity of real text, by format of the matrices.
+"""Measure what weights and KV of few bits cost: perplexity of real text, by format of the matrices and of KV.
 
     python -m bench.offline.perplexity --text book.txt --weights dense int8 int4
     python -m bench.offline.perplexity --model dense-model --model int4-model --weights auto
+    python -m bench.offline.perplexity --text book.txt --weights auto --kv-format dense int8 int4x2
 
-The first model in the first format is what the others are compared with. All models have the tokenizer of the first.
+The first model in the first formats is what the others are compared with. All models have the tokenizer of the first.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.corpus import passages, read_text
-from engine.config.deployment import EngineConfig
+from bench.format_flags import FormatFlags
+from engine.config.deployment import CacheConfig, ConfigError, EngineConfig
+from engine.params import SamplingParams
+from engine.plan import PageDelta, RoundPlan, RowStart, RowWork
+from engine.worker.build import make_row_state, make_target
 from engine.worker.loading import load_target
-from kernels.attention.base import AttentionBatch
-from models.batch import ForwardBatch
+from engine.worker.resolve import check_kv_format
+from kernels.ragged import Ints
 from models.default import resolve_model
 from models.llama import Llama
 from models.tokenizer import Tokenizer
 
-_PAGE, _CHUNK = 16, 256
+_CHUNK = 256
 
 
 @torch.inference_mode()
-def logprobs(model: Llama, text: Sequence[int]) -> Tensor:
-    """Compute the log-probability of each token of a text except the first: [len(text) - 1] float32."""
-    width = -(-len(text) // _PAGE)
-    pool = model.make_pool(width, _PAGE)
-    attention = model.ops.attention(_PAGE, model.head_dim)
-    tokens, pages = torch.tensor(text), torch.arange(width)[None]
-    parts = []
+def logprobs(model: Llama, text: Sequence[int], config: EngineConfig | None = None) -> Tensor:
+    """Compute the log-probability of each token of a text except the first: [len(text) - 1] float32. config: of the KV
+    that the model reads; dense without one."""
+    config = config or EngineConfig()
+    width = -(-len(text) // config.cache.page_size)
+    state = make_row_state(config, model, width, len(text))
+    runner = make_target(config, model, state, width)
+    starts, pages = [RowStart(0, list(text), len(text), SamplingParams(), [])], [PageDelta(0, 0, list(range(width)))]
+    tokens, parts = torch.tensor(text), []
     for first in range(0, len(text) - 1, _CHUNK):
-        positions = torch.arange(first, min(first + _CHUNK, len(text) - 1))
-        batch = ForwardBatch(
-            token_ids=tokens[positions],
-            positions=positions,
-            slots=positions,
-            attention=AttentionBatch([len(positions)], [int(positions[-1]) + 1], pages),
-            logit_index=torch.arange(len(positions)),
-        )
-        expected = model.forward(batch, pool, attention).float().log_softmax(-1)
-        parts.append(expected.gather(-1, tokens[positions + 1, None])[:, 0])
+        count = min(_CHUNK, len(text) - 1 - first)
+        state.apply(RoundPlan(0, starts, pages, [RowWork(0, first, count, 0, False)]))
+        starts, pages = [], []
+        inputs = state.forward_inputs(_one(0), _one(0), _one(first), _one(count), runner.view, np.arange(count))
+        expected = runner.forward(inputs).float().log_softmax(-1)
+        parts.append(expected.gather(-1, tokens[first + 1 : first + count + 1, None])[:, 0])
     return torch.cat(parts)
+
+
+def _one(value: int) -> Ints:
+    return np.array([value], dtype=np.int64)
 
 
 def main() -> None:
@@ -58,15 +68,23 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--weights", nargs="+", default=["dense", "int8"], help="values of engine.weights")
+    choices = get_args(CacheConfig.model_fields["format"].annotation)
+    parser.add_argument(
+        "--kv-format", nargs="+", choices=choices, default=["dense"], help="values of engine.cache.format"
+    )
     arguments = parser.parse_args()
     models = arguments.model or ["default"]
     tokenizer = Tokenizer(resolve_model(models[0]))
     texts = passages(tokenizer, read_text(arguments.text), count=arguments.passages, length=arguments.length)
-    found = {
-        f"{model}, {weights}" if len(models) > 1 else weights: _perplexity(model, arguments.dtype, weights, texts)
-        for model in models
-        for weights in arguments.weights
-    }
+    found = {}
+    try:
+        for model in models:
+            for weights in arguments.weights:
+                for kv, values in _perplexity(model, arguments.dtype, weights, arguments.kv_format, texts):
+                    names = [model] * (len(models) > 1) + [weights] + [f"KV {kv}"] * (len(arguments.kv_format) > 1)
+                    found[", ".join(names)] = values
+    except ConfigError as refusal:
+        sys.exit(f"error: {refusal}")
     first = next(iter(found.values()))
     for name, values in found.items():
         change = first - values
@@ -77,12 +95,18 @@ def main() -> None:
         )
 
 
-def _perplexity(name: str, dtype: str, weights: str, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Return the log-probabilities of the texts' tokens with matrices of one format. name: of the model."""
-    settings = {"model": name, "device": "cpu", "dtype": dtype, "weights": weights}
-    config = EngineConfig.model_validate(settings | {"speculation": {"gamma": 0}})
+def _perplexity(
+    name: str, dtype: str, weights: str, kv_formats: Sequence[str], texts: Sequence[Sequence[int]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the log-probabilities of the texts' tokens with matrices of one format, by format of KV. name: of the
+    model."""
+    settings = {"model": name, "device": "cpu", "dtype": dtype, "speculation": {"gamma": 0}}
+    config = FormatFlags(weights).apply(EngineConfig.model_validate(settings))
     model = load_target(config, progress=False)
-    return torch.cat([logprobs(model, text) for text in texts])
+    for kv in kv_formats:
+        own = FormatFlags(weights, kv=kv).apply(config)
+        check_kv_format(own, model.ops)
+        yield kv, torch.cat([logprobs(model, text, own) for text in texts])
 
 
 if __name__ == "__main__":

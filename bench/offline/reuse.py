@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.corpus import BenchError, read_text
-from bench.weight_flags import add_weight_flags, read_weight_flags
+from bench.format_flags import add_format_flags, read_format_flags
 from engine.config.deployment import CacheConfig, EngineConfig, SchedulerConfig
 from engine.config.speculation import SpeculationConfig
 from engine.core import Engine
@@ -242,9 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--longest", type=int, default=1500, help="tokens of the longest prompt and answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path)
-    add_weight_flags(parser)
+    add_format_flags(parser)
     given = parser.parse_args(arguments)
-    flags = read_weight_flags(given)
+    flags = read_format_flags(given)
     if min(given.requests, given.rows) < 1:
         parser.error("--requests and --rows must be at least 1")
     try:

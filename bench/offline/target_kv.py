@@ -24,8 +24,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bench.corpus import BenchError, passages, read_text
+from bench.format_flags import add_format_flags
 from bench.offline.interleave import Contender, run_turns, scheduler_for_batch
-from bench.weight_flags import add_weight_flags
 from engine.batch.row_state import RowState
 from engine.config.deployment import ConfigError, EngineConfig, describe
 from engine.params import SamplingParams
@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens to decode per row and target")
     parser.add_argument("--text", type=Path, help="text to read instead of Python's manual")
     parser.add_argument("--json", type=Path, help="file to write the results to")
-    add_weight_flags(parser, drafts=False)
+    add_format_flags(parser, drafts=False, kv=False)  # such a target reads dense KV
     arguments = parser.parse_args()
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json: {arguments.json.parent} is not a directory")

@@ -17,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure speed and acceptance.")
 
 TextFile = Annotated[Path | None, typer.Option(help="Take prompts from this file instead of Python's manual.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
+ACCEPTANCE_BUDGETS = (64, 128, 256, 512, 1024)
 ACCEPTANCE_POLICIES = (*POLICIES, "relative")
 
 
@@ -117,7 +118,10 @@ def acceptance(
     policy: Annotated[
         str, typer.Option(help=f"KV that a draft reads: {', '.join(ACCEPTANCE_POLICIES)}; comma-separated.")
     ] = "window,relative,snapkv",
-    budget: Annotated[str, typer.Option(help="KV tokens per draft step, comma-separated.")] = "64,128,256,512,1024",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="KV tokens per draft step, comma-separated; 64 to 1024 if not given, of two pages at least."),
+    ] = None,
     recent: Annotated[str, typer.Option(help="Recent tokens that snapkv keeps, comma-separated.")] = "64",
     reselect: Annotated[
         str, typer.Option(help="Tokens after which snapkv selects again, comma-separated; 0: never.")
@@ -142,7 +146,7 @@ def acceptance(
     All drafters propose after the same tokens of one text. With --verification each one runs by itself, as in
     serving.
     """
-    contexts, budgets = options.counts(context, "--context"), options.counts(budget, "--budget")
+    contexts, given_budgets = options.counts(context, "--context"), budget and options.counts(budget, "--budget")
     recents, reselects = options.counts(recent, "--recent"), options.counts(reselect, "--reselect", minimum=0)
     policies = options.names(policy, ACCEPTANCE_POLICIES, "--policy")
     verifications = options.names(verification, ("coupled", "rejection"), "--verification") if verification else []
@@ -168,6 +172,7 @@ def acceptance(
     settings = load_config(config, overrides).engine
     if settings.tensor_parallel_size > 1:
         raise BenchError("acceptance is measured on one rank: it does not depend on their number")
+    budgets = given_budgets or [each for each in ACCEPTANCE_BUDGETS if each >= 2 * settings.cache.page_size]
     if settings.threads:
         torch.set_num_threads(settings.threads)
     tokenizer, prose = Tokenizer(resolve_model(settings.model)), read_text(text)

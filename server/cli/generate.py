@@ -90,6 +90,7 @@ def _report(stats: EngineStats, tokens: int, prefill: float, decode: float) -> N
     rounds = sum(stats.gamma_chosen)
     lines = [
         "weights       " + ", ".join(f"{model} {formats}" for model, formats in stats.weights.items()),
+        f"KV            {stats.kv_format}, {stats.kv_token_bytes} bytes per token",
         f"prompt        {stats.prompt_tokens} tokens in {prefill:.2f} s",
         f"output        {tokens} tokens, {(tokens - 1) / decode if decode else 0:.1f} tokens/s after the first",
         f"rounds        {rounds}, {(tokens - 1) / rounds if rounds else 0:.2f} tokens each",

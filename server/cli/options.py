@@ -54,6 +54,11 @@ ENGINE_FLAGS = {
     "dtype": EngineFlag("engine.dtype", str, "auto, float32, bfloat16, float16 or float64."),
     "kernels": EngineFlag("engine.kernels", str, "auto, cpu, triton, flashinfer or reference."),
     "weights": EngineFlag("engine.weights", str, "auto: as stored, dense, int8, int4 or fp8."),
+    "kv_format": EngineFlag(
+        "engine.cache.format",
+        str,
+        "Numbers that KV is stored in: dense; fp8, int8 and int4x2 change the text.",
+    ),
     "tensor_parallel_size": EngineFlag("engine.tensor_parallel_size", int, "Ranks per model."),
     "speculation": EngineFlag(
         "engine.speculation.gamma", str, "off, auto, or the number of tokens to draft per round.", gamma

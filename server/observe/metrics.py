@@ -180,6 +180,7 @@ class _EngineCollector(Collector):
         yield from self._rounds(stats)
         if stats.weights:
             yield self._weights(stats.weights)
+        yield self._kv_format(stats.kv_format)
         if stats.target_kv:
             yield self._target_kv(stats.target_kv)
         if stats.decode_seconds:
@@ -241,6 +242,16 @@ class _EngineCollector(Collector):
             labels=(*_MODEL, *formats),
         )
         info.add_metric([self._model_id, *formats.values()], 1)
+        return info
+
+    def _kv_format(self, name: str) -> Metric:
+        info = GaugeMetricFamily(
+            "magicdec_kv_format_info",
+            "1: computed pages of the target's KV have this format; with any but dense, its text is not the dense "
+            "model's.",
+            labels=(*_MODEL, "format"),
+        )
+        info.add_metric([self._model_id, name], 1)
         return info
 
     def _target_kv(self, settings: dict[str, str | int]) -> Metric:

@@ -17,7 +17,8 @@ router = APIRouter()
 def _card(service: Service, model_id: str) -> dict[str, Any]:
     """Describe the model under one of its names. magicdec.target_kv: settings of a target that reads part of its KV,
     whose text is not the dense model's; null: it reads all. magicdec.weights: formats of the matrices of the target and
-    of drafts; null while they are released."""
+    of drafts; null while they are released. magicdec.kv_format: of the target's computed pages; any but dense changes
+    the text."""
     stats = service.loaded().stats
     return {
         "id": model_id,
@@ -27,7 +28,11 @@ def _card(service: Service, model_id: str) -> dict[str, Any]:
         "root": service.config.engine.model,
         "parent": None,
         "max_model_len": service.loaded().ready.max_model_len,
-        "magicdec": {"target_kv": stats.target_kv or None, "weights": stats.weights or None},
+        "magicdec": {
+            "target_kv": stats.target_kv or None,
+            "weights": stats.weights or None,
+            "kv_format": stats.kv_format,
+        },
     }
 
 

@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from engine.config.deployment import Config, ConfigError, load_config
+from engine.config.kv import POLICIES
 from server.cli import options
 from server.cli.serve import serve
 from tests.support.nested import flatten
@@ -144,12 +145,54 @@ def test_faults_are_named(arguments: list[str], says: str) -> None:
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("kv_format", ["int8", "int4x2"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_formats_of_kv_need_no_other_flag(kv_format: str, policy: str) -> None:
+    """Nor another value of any policy's setting."""
+    for where in ((), ("--config", str(CPU_YAML))):
+        engine = parse(*where, "--kv-format", kv_format, "--policy", policy).engine
+        assert (engine.cache.format, engine.cache.page_size) == (kv_format, 64)
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        assert parse("--config", str(path), "--kv-format", kv_format).engine.cache.page_size == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "says"),
+    [
+        ("", ["--target-kv", "quest"], ": Value error, target_kv: a target reads all of its KV with cache.format int8"),
+        (
+            "",
+            ["--budget", "96"],
+            ": Value error, speculation.kv.budget (96) must be a multiple of cache.page_size (64)",
+        ),
+        (
+            "engine: {cache: {page_size: 32}}",
+            [],
+            ".cache: Value error, page_size (32): pages of format int8 have 64 tokens",
+        ),
+        (
+            "engine: {speculation: {kv: {policy: snapkv, recent: 32}}}",
+            [],
+            ": Value error, speculation.kv.recent (32) must be a multiple of cache.page_size (64)",
+        ),
+        ("", ["--kv-format", "int3"], ".cache.format: Input should be 'dense', 'fp8', 'int8' or 'int4x2'"),
+    ],
+)
+def test_faults_of_formats_of_kv_are_one_line(tmp_path: Path, text: str, arguments: list[str], says: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse("--config", str(path), "--kv-format", "int8", *arguments)
+    assert str(caught.value) == f"engine{says}"
+
+
 FLAGS = {
     "--model": "m",
     "--device": "cpu",
     "--dtype": "float32",
     "--kernels": "reference",
     "--weights": "int8",
+    "--kv-format": "int8",
     "--tensor-parallel-size": "2",
     "--speculation": "5",
     "--draft": "d",
@@ -219,6 +262,7 @@ def test_cpu_config_names_the_flag_of_every_setting_that_has_one(monkeypatch: py
         ("server.tls_cert", "--tls-key"),
         ("server.tls_key", "--tls-cert"),
         ("engine.target_kv", "--target-budget"),
+        ("engine.cache.page_size", "--kv-format"),
     }
     assert changed - pairs == documented
 

@@ -1,4 +1,4 @@
-"""Formats of weights in benches: the same two flags everywhere, and none of them without effect."""
+"""Formats of weights and KV in benches: the same flags everywhere, and none of them without effect."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from typer.testing import CliRunner
 
 from bench.corpus import BenchError
+from bench.format_flags import FormatFlags, add_format_flags, read_format_flags
 from bench.gpu.gpu_rounds import Bench
 from bench.micro.blank_rounds import BlankRounds, cpu_config, load_with_ops
 from bench.offline import perplexity, reuse
 from bench.offline.acceptance_sweep import Setup
-from bench.weight_flags import WeightFlags, add_weight_flags, read_weight_flags
-from engine.config.deployment import EngineConfig
+from engine.config.deployment import ConfigError, EngineConfig
 from engine.worker.weight_choice import target_weights
 from kernels.reference_ops import REFERENCE
 from server.cli.app import app
@@ -46,24 +46,29 @@ def test_benches_have_the_flags(name: str, monkeypatch: pytest.MonkeyPatch, caps
     said = capsys.readouterr().out
     assert "--weights" in said
     assert ("--draft-weights" in said) == (name in DRAFTING)
+    assert ("--kv-format" in said) == (name != "bench.offline.target_kv")  # whose targets read dense KV
 
 
 def test_flags() -> None:
     parser = argparse.ArgumentParser()
-    add_weight_flags(parser)
-    assert read_weight_flags(parser.parse_args([])) == WeightFlags("auto", "auto")
-    flags = read_weight_flags(parser.parse_args(["--weights", "int4", "--draft-weights", "fp8"]))
+    add_format_flags(parser)
+    assert read_format_flags(parser.parse_args([])) == FormatFlags("auto", "auto")
+    flags = read_format_flags(parser.parse_args(["--weights", "int4", "--draft-weights", "fp8"]))
     config = flags.apply(EngineConfig.model_validate({"model": "m", "speculation": {"gamma": 2}}))
     assert (config.weights, config.speculation.weights, config.speculation.gamma) == ("int4", "fp8", 2)
     assert flags.missing(frozenset({"dense", "int4"})) == ["fp8"]
-    assert WeightFlags("dense", "same").missing(frozenset({"dense"})) == []
-    for wrong in (["--weights", "int3"], ["--weights", "same"], ["--draft-weights", "dense"]):
+    assert FormatFlags("dense", "same").missing(frozenset({"dense"})) == []
+    sealed = read_format_flags(parser.parse_args(["--kv-format", "int4x2"])).apply(EngineConfig())
+    assert (sealed.cache.format, sealed.cache.page_size) == ("int4x2", 64)
+    with pytest.raises(ConfigError, match=r"speculation\.kv\.budget \(96\) must be a multiple of .* \(64\)"):
+        FormatFlags(kv="int8").apply(EngineConfig.model_validate({"speculation": {"kv": {"budget": 96}}}))
+    for wrong in (["--kv-format", "fp4"], ["--weights", "int3"], ["--weights", "same"], ["--draft-weights", "dense"]):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
 
 
 def test_wrapped_kernels_get_the_weights(tiny_dir: Path) -> None:
-    config = cpu_config(str(tiny_dir), 1, 1, WeightFlags("int8", "int4"))
+    config = cpu_config(str(tiny_dir), 1, 1, FormatFlags("int8", "int4"))
     model = load_with_ops(config, lambda ops: ops)
     rounds = BlankRounds(config, 1, 20, 1, 2, model)
     assert rounds.engine.stats().weights == {"target": "int8", "drafts": "int4 and int8"}
@@ -103,7 +108,7 @@ def test_rounds_with_weights_of_fewer_bits() -> None:
         memory=1 << 30,
         page_size=4,
         rounds=2,
-        weights=WeightFlags("int8", "int4"),
+        formats=FormatFlags("int8", "int4"),
     )
     found = made.measure(2, 50, alpha=0.5, ceiling=1e9)
     assert (found.weights, found.draft_weights) == ("int8", "int4 and int8")
@@ -113,7 +118,7 @@ def test_rounds_with_weights_of_fewer_bits() -> None:
 def test_perplexity_of_several_models(
     tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(perplexity, "_perplexity", lambda *given: torch.tensor([-1.0, -2.0]))
+    monkeypatch.setattr(perplexity, "_perplexity", lambda *given: [(kv, torch.tensor([-1.0, -2.0])) for kv in given[3]])
     text = tmp_path / "text"
     text.write_text("words of a text " * 100, encoding="utf-8")
     flags = ["--model", str(tiny_dir), "--model", "other", "--weights", "dense", "int4", "--length", "20"]

@@ -1,0 +1,63 @@
+"""The flags --weights, --draft-weights and --kv-format, for benches that have their own command line."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from engine.config.deployment import CacheConfig, ConfigError, EngineConfig, describe
+from engine.config.settings import Settings
+from engine.config.speculation import SpeculationConfig
+from kernels.kv.kv_bits import page_size_of
+
+
+@dataclass(frozen=True, slots=True)
+class FormatFlags:
+    """Values of engine.weights, engine.speculation.weights and engine.cache.format."""
+
+    weights: str = "auto"
+    draft_weights: str = "auto"
+    kv: str = "dense"
+
+    def apply(self, config: EngineConfig) -> EngineConfig:
+        """Return `config` with these formats, and with the page size that its KV must have. Raises ConfigError for
+        settings that do not fit that."""
+        fields = config.model_dump()
+        fields["weights"], fields["speculation"]["weights"] = self.weights, self.draft_weights
+        fields["cache"] |= {"format": self.kv, "page_size": page_size_of(self.kv, config.cache.page_size)}
+        try:
+            return EngineConfig.model_validate(fields)
+        except ValidationError as error:
+            raise ConfigError(describe(error)) from None
+
+    def missing(self, formats: frozenset[str]) -> list[str]:
+        """Return the formats of weights that were asked for and are not among `formats`."""
+        return sorted({self.weights, self.draft_weights} - {"auto", "same"} - formats)
+
+
+USUAL_FORMATS = FormatFlags()
+
+
+def add_format_flags(parser: argparse.ArgumentParser, *, drafts: bool = True, kv: bool = True) -> None:
+    """Add the flags. drafts: whether the bench drafts. kv: whether it runs with KV of any format."""
+    choices = _values(EngineConfig, "weights")
+    parser.add_argument("--weights", choices=choices, default="auto", help="see engine.weights")
+    if drafts:
+        choices = _values(SpeculationConfig, "weights")
+        parser.add_argument("--draft-weights", choices=choices, default="auto", help="see engine.speculation.weights")
+    if kv:
+        choices = _values(CacheConfig, "format")
+        parser.add_argument("--kv-format", choices=choices, default="dense", help="see engine.cache.format")
+
+
+def read_format_flags(arguments: argparse.Namespace) -> FormatFlags:
+    """Read the values of `add_format_flags`."""
+    given = vars(arguments)
+    return FormatFlags(arguments.weights, given.get("draft_weights", "auto"), given.get("kv_format", "dense"))
+
+
+def _values(settings: type[Settings], name: str) -> tuple[Any, ...]:
+    return get_args(settings.model_fields[name].annotation)

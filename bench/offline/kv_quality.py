@@ -1,0 +1,155 @@
+"""Measure what KV of few bits costs: perplexity of long texts, greedy texts that differ, and the error of each layer.
+
+    python -m bench.offline.kv_quality --text book.txt --length 2048 7500
+    python -m bench.offline.kv_quality --text book.txt --formats dense int8 --layers
+
+Formats are values of engine.cache.format; int4x2:draft is a target that reads what drafts of int4x2 read. The first one
+is what the others are compared with. Tokens of the first half of each text count as context only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from bench.corpus import passages, read_text
+from engine.llm import LLM
+from engine.params import SamplingParams
+from kernels.attention.base import AttentionBackend, AttentionBatch
+from kernels.kv.kv_bits import SEALED_GROUP
+from kernels.kv.kv_formats import SEALED_FORMATS
+from kernels.kv.kv_pool import LayerKV
+from models.default import resolve_model
+from models.tokenizer import Tokenizer
+
+_DRAFT = ":draft"
+Texts = Sequence[Sequence[int]]
+
+
+def load(model: str, dtype: str, kv_format: str) -> LLM:
+    """Load an engine without drafts, whose target reads KV of a format."""
+    name = kv_format.removesuffix(_DRAFT)
+    cache = {"format": name, "prefix": False}
+    llm = LLM(model, dtype=dtype, device="cpu", weights="dense", speculation={"gamma": 0}, cache=cache)
+    if kv_format != name:
+        worker = llm.engine._worker
+        worker._target = replace(worker._target, pool=worker._target.pool.drafting())
+    return llm
+
+
+def logprobs(llm: LLM, texts: Texts) -> Tensor:
+    """Return the log-probabilities of the second half of each text: [tokens] float32."""
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    found = []
+    for completion in llm.generate(texts, [params] * len(texts)):
+        assert completion.prompt_logprobs is not None
+        scores = [each.logprob for each in completion.prompt_logprobs]
+        found += scores[len(scores) // 2 :]
+    return torch.tensor(found)
+
+
+def greedy(llm: LLM, texts: Texts, new_tokens: int) -> list[list[int]]:
+    """Continue each text greedily."""
+    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    return [completion.token_ids for completion in llm.generate(texts, [params] * len(texts))]
+
+
+def describe(scores: Tensor, first: Tensor, answers: list[list[int]], own: list[list[int]]) -> str:
+    """Describe one format beside the first one: scores and texts of both."""
+    loss = first - scores
+    error = float(loss.std()) / len(loss) ** 0.5
+    same = [
+        next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[0]))
+        for pair in zip(own, answers, strict=True)
+    ]
+    whole = sum(count == len(answer) for count, answer in zip(same, answers, strict=True))
+    return (
+        f"perplexity {math.exp(-float(scores.mean())):.3f} over {len(scores)} tokens, {float(loss.mean()):.4f} ± "
+        f"{error:.4f} nats per token more; {whole} of {len(answers)} greedy texts the same, others for "
+        f"{median(same):.0f} tokens (median)"
+    )
+
+
+class ComparingAttention:
+    """Attention over exact KV, which also attends to the same KV in another format. Own groups of queries count as any
+    other: the error is at most that of a sealing target.
+
+    errors: by layer, the sums of squares of differences, and of results.
+    """
+
+    def __init__(self, inner: AttentionBackend, kv_format: str) -> None:
+        self._inner, self._format = inner, SEALED_FORMATS[kv_format.removesuffix(_DRAFT)]
+        self._drafts = kv_format.endswith(_DRAFT)
+        self.errors: dict[int, tuple[float, float]] = {}
+
+    def plan(self, batch: AttentionBatch) -> None:
+        self._inner.plan(batch)
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """See PlannedAttention.run."""
+        head_dim, dtype, form = layer.k.shape[-1], layer.k.dtype, self._format
+        k = form.read_keys(form.seal_keys(layer.k), head_dim, dtype, drafts=self._drafts)
+        v = form.read_values(form.seal_values(layer.v), head_dim, dtype, drafts=self._drafts)
+        out, lse = self._inner.run(layer, q, scale)
+        other, _ = self._inner.run(LayerKV(k, v, layer.index), q, scale)
+        squares = float((other - out).float().square().sum()), float(out.float().square().sum())
+        before = self.errors.get(layer.index, (0.0, 0.0))
+        self.errors[layer.index] = before[0] + squares[0], before[1] + squares[1]
+        return out, lse
+
+
+def layer_errors(model: str, dtype: str, kv_format: str, texts: Texts) -> list[float]:
+    """Return, by layer, the error of attention's results over some texts, relative to their size."""
+    pages = sum(-(-len(text) // SEALED_GROUP) + 1 for text in texts)
+    cache = {"page_size": SEALED_GROUP, "prefix": False, "num_pages": pages}
+    length = max(map(len, texts)) + 1
+    with LLM(
+        model, dtype=dtype, device="cpu", weights="dense", speculation={"gamma": 0}, cache=cache, max_model_len=length
+    ) as llm:
+        worker = llm.engine._worker
+        comparing = ComparingAttention(worker._target.attention, kv_format)
+        worker._target = replace(worker._target, attention=comparing)
+        greedy(llm, texts, 1)
+    return [(wrong / size) ** 0.5 for _, (wrong, size) in sorted(comparing.errors.items())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--dtype", default="auto")
+    drafts = [f"{name}{_DRAFT}" for name, each in SEALED_FORMATS.items() if each.has_draft_codes]
+    known = ["dense", *SEALED_FORMATS, *drafts]
+    parser.add_argument("--formats", nargs="+", choices=known, default=known)
+    parser.add_argument("--length", type=int, nargs="+", default=[2048, 7500])
+    parser.add_argument("--passages", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--layers", action="store_true", help="only the error of each layer")
+    arguments = parser.parse_args()
+    tokenizer = Tokenizer(resolve_model(arguments.model))
+    text = read_text(arguments.text)
+    for length in arguments.length:
+        texts = passages(tokenizer, text, count=arguments.passages, length=length)
+        print(f"{arguments.passages} texts of {length} tokens")
+        if arguments.layers:
+            for kv_format in (each for each in arguments.formats if each != "dense"):
+                errors = layer_errors(arguments.model, arguments.dtype, kv_format, texts)
+                print(f"{kv_format:>14}: " + " ".join(f"{error:.4f}" for error in errors), flush=True)
+            continue
+        first: tuple[Tensor, list[list[int]]] | None = None
+        for kv_format in arguments.formats:
+            with load(arguments.model, arguments.dtype, kv_format) as llm:
+                scores, answers = logprobs(llm, texts), greedy(llm, texts, arguments.new_tokens)
+            first = first or (scores, answers)
+            print(f"{kv_format:>14}: {describe(scores, first[0], answers, first[1])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
