@@ -73,7 +73,9 @@ class Int4Format:
         """Return the scale of each group and its minimum, both [rows, groups] float32, with values of `scale_dtype`."""
         low, high = grouped.aminmax(dim=2)
         rounded = low.to(self.scale_dtype).float()
-        mins = torch.where(rounded.isfinite(), rounded, low)
+        # The type holds a minimum if rounding moves it by little, beside itself or a step; others stay as they are.
+        little = torch.maximum(low.abs() / 2**8, (high - low) / (LEVELS * 2**6))
+        mins = torch.where(rounded.isfinite() & ((rounded - low).abs() <= little), rounded, low)
         return self._stored((high - mins) / LEVELS), mins
 
     def _stored(self, scales: Tensor) -> Tensor:
