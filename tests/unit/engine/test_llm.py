@@ -182,8 +182,8 @@ def test_generate_prints_the_same_text_with_and_without_speculation(directory: P
     assert len(plain[1]) > 40
     assert "acceptance" in drafted[2]
     assert "acceptance" not in plain[2]
-    assert "weights target dense prompt" in plain[2]
-    assert "weights target dense, drafts fp8 prompt" in drafted[2]
+    assert "weights target dense KV dense, " in plain[2]
+    assert "weights target dense, drafts fp8 KV dense, " in drafted[2]
 
 
 @pytest.mark.parametrize(
