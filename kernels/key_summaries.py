@@ -18,9 +18,9 @@ class KeySummaries:
     """Element-wise minimum and maximum of the keys of each page and KV head (Quest, arXiv 2406.10774, section 3.3),
     kept beside a pool.
 
-    bounds: [layers, 2, pages, kv_heads, head_dim] in the pool's dtype, of an fp8 pool in bfloat16, which has
-        all of its numbers: the minima, and the maxima. Pages are those of
-        lists: sealed ones have the bounds of the keys before they were rounded.
+    bounds: [layers, 2, pages, kv_heads, head_dim], the minima, and the maxima, in the pool's dtype; of an fp8 pool in
+        bfloat16, which has all of its numbers. Pages are those of lists: sealed ones have the bounds of the keys before
+        they were rounded.
     """
 
     def __init__(self, pool: KVPool, ops: Ops) -> None:

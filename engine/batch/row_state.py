@@ -79,8 +79,9 @@ class RowState:
             column = np.repeat([delta.first for delta in plan.pages], counts) + ragged_arange(np.array(counts))
             page = np.concatenate([np.array(delta.pages, dtype=np.int64) for delta in plan.pages])
             row_index, columns, pages = self.to_device(np.stack([row, column, page]))
-            self.page_table[row_index, columns] = pages
             self.sealed_table[row_index, columns] = pages
+            if self._tails is not None:
+                self.page_table[row_index, columns] = pages
         if self._tails is not None:
             self._place_tails(self._tails, plan)
 

@@ -92,7 +92,8 @@ class SealedAttention:
         rows, columns, full_rows, full_columns, lasts = send_all(
             state.device, pieces.rows, pieces.columns, pieces.rows[is_full], pieces.columns[is_full], pieces.lasts
         )
-        self._written = batch.pages[rows, columns]
+        if self.summaries is not None:
+            self._written = batch.pages[rows, columns]
         self._sealing = None
         if len(full_rows):
             at = slots[full_rows], full_columns

@@ -23,8 +23,7 @@ from engine.speculation.rejection import Proposals, RejectionSampler
 from engine.worker.weight_choice import draft_model_weights
 from kernels.attention.base import AttentionBackend
 from kernels.key_summaries import KeySummaries
-from kernels.kv.kv_formats import SEALED_FORMATS
-from kernels.kv.kv_pool import FP8
+from kernels.kv.kv_formats import POOL_DTYPES, SEALED_FORMATS
 from kernels.ops import Graphs, Ops
 from models.default import resolve_model
 from models.llama import Llama
@@ -78,7 +77,7 @@ def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: 
     """Make the target's runner, over a pool of its own. `make_drafter` captures its forwards."""
     if config.cache.seals:
         return _sealing_target(config, model, state, num_pages)
-    pool = model.make_pool(num_pages, state.page_size, FP8 if config.cache.format == "fp8" else None)
+    pool = model.make_pool(num_pages, state.page_size, POOL_DTYPES.get(config.cache.format))
     if config.target_kv is not None:
         max_queries = config.speculation.max_draft_tokens + 1
         view, attention = make_target_reading(config.target_kv, model, state, pool, max_queries)
