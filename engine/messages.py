@@ -178,6 +178,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     kv_tokens_read: int = 0
     """KV tokens (one token = all layers and heads) read by draft and verify passes of decoding rows. Tokens that are
     read once for several rows count once."""
+    draft_kv_tokens_read: int = 0
+    """Those of them that drafts read."""
     kv_token_bytes: int = 0
     engine_restarts: int = 0
     """Engines that replaced a dead one. engine.processes.supervisor counts this field and the next."""

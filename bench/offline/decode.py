@@ -4,9 +4,11 @@ All requests are prefilled first and not timed. Then the same rows are decoded i
 value of gamma, repeatedly, so that machine noise and the growing context affect all values alike. The comparison is
 fair because speculation does not change the tokens.
 
-Each KV policy has its own engine with the same prompts, and turns alternate between the engines. A policy's rounds
-therefore include the cost of its own draft cache and of no other. On one rank the engines share the target's weights.
-Plain rounds are measured once, as the baseline of all.
+Each KV policy and each KV format has its own engine with the same prompts, and turns alternate between the engines. A
+policy's rounds therefore include the cost of its own draft cache and of no other. On one rank the engines share the
+target's weights. Plain rounds are measured once for each KV format, as the baseline of all policies.
+
+Temperatures follow one another. Where there are several, engines keep prefixes, so that prompts are computed once.
 
 With prompts that begin with the same tokens, engines with the prefix cache, whose rows share the pages of those tokens,
 alternate with engines without it, whose rows have pages of their own. Each kind has its own plain rounds.
@@ -21,9 +23,13 @@ from statistics import mean, median
 
 from bench.offline.interleave import Contender, Gamma, RoundMeasurements, run_turns, scheduler_for_batch
 from engine.config.deployment import EngineConfig
+from engine.messages import EngineStats
 from engine.scheduler.stats import acceptance_rate
 from engine.worker.loading import load_target
 from engine.worker.resolve import threads_per_rank
+from kernels.kv import kv_bits
+from models.config import read_config
+from models.default import resolve_model
 from planner.cost_model import speedup
 
 
@@ -32,13 +38,14 @@ class DecodeResult:
     """Result of one (batch, context, gamma). Times are medians over rounds, in milliseconds; other values are means.
 
     shared: number of tokens that all prompts begin with. prefix: whether rows share the pages of these tokens.
+    kv_format: of the target's pool. temperature: of sampling.
     tokens_per_second: for the whole batch, mean tokens per round over the typical round time (Rounds.typical_s). gamma:
     mean over the rounds. t_target_ms: a plain round of the same run, if measured. t_draft_ms: one draft step; None
     with `auto`. t_verify_ms: the target pass, which for gamma = 0 is the plain step. kv_bytes_per_token: KV bytes read
     per output token, drafts included; shared pages count once. bytes_per_second: weight and KV bytes that a round has
-    to read, over its time. speedup: measured, over plain rounds of engines with the same `prefix`. predicted: the cost
-    model's speed-up (planner.cost_model.speedup) from the acceptance and the three times measured here. weights,
-    draft_weights: formats that the target and drafts multiply by.
+    to read, over its time. speedup: measured, over plain rounds of engines with the same `prefix` and KV format.
+    predicted: the cost model's speed-up (planner.cost_model.speedup) from the acceptance and the three times measured
+    here. weights, draft_weights: formats that the target and drafts multiply by.
     """
 
     batch: int
@@ -63,6 +70,8 @@ class DecodeResult:
     mean_context: float
     weights: str = "dense"
     draft_weights: str = "dense"
+    kv_format: str = "dense"
+    temperature: float = 0.0
 
 
 def measure(
@@ -72,12 +81,12 @@ def measure(
     *,
     new_tokens: int,
     history: int = 0,
-    temperature: float = 0.0,
+    temperatures: Sequence[float] = (0.0,),
     shared: int = 0,
 ) -> list[DecodeResult]:
-    """Decode `new_tokens` per row with each of `gammas` and each of `configs`.
+    """Decode `new_tokens` per row at each of `temperatures` with each of `gammas` and each of `configs`.
 
-    configs: differ only in their speculation and in `cache.prefix`. If `auto` is among the gammas, their own gamma must
+    configs: differ only in their speculation and their cache. If `auto` is among the gammas, their own gamma must
     be `auto`, and their gamma_max bounds it. prompts: one per row, all of one length. history: tokens per row that
     `auto` learns from before it is timed. shared: number of tokens that all prompts begin with. Raises BenchError if
     prompt and output do not fit the model.
@@ -96,21 +105,29 @@ def measure(
             contender = Contender(settings, target, max_gamma, "auto" in gammas)
             stack.callback(contender.engine.close)
             contenders.append(contender)
-            contender.prefill(prompts, len(gammas), max_gamma, new_tokens, history, temperature)
         drafting = [gamma for gamma in gammas if gamma]
-        baselines: dict[bool, Contender] = {}
+        baselines: dict[tuple[str, bool], Contender] = {}
         for contender in contenders:
-            baselines.setdefault(contender.config.cache.prefix, contender)
+            baselines.setdefault(_kind(contender), contender)
         turns = [
             (contender, gamma)
             for contender in contenders
             for gamma in (gammas if contender in baselines.values() else drafting)
         ]
-        run_turns(turns, new_tokens * batch, history)
-        return [
-            _result(gamma, contender, baselines[contender.config.cache.prefix].rounds.get(0), prompts, shared)
-            for contender, gamma in turns
-        ]
+        results: list[DecodeResult] = []
+        for temperature in temperatures:
+            for contender in contenders:
+                contender.prefill(prompts, len(gammas), max_gamma, new_tokens, history, temperature)
+            run_turns(turns, new_tokens * batch, history)
+            for contender, gamma in turns:
+                plain = baselines[_kind(contender)].rounds.get(0)
+                results.append(_result(gamma, contender, plain, prompts, shared, temperature))
+        return results
+
+
+def _kind(contender: Contender) -> tuple[str, bool]:
+    """Return what plain rounds depend on."""
+    return contender.config.cache.format, contender.config.cache.prefix
 
 
 def _result(
@@ -119,12 +136,13 @@ def _result(
     plain: RoundMeasurements | None,
     prompts: Sequence[Sequence[int]],
     shared: int,
+    temperature: float,
 ) -> DecodeResult:
     rounds, engine, kv = contender.rounds[speculation], contender.engine, contender.config.speculation.kv
     seconds, t_verify = rounds.typical_s, median(rounds.verify)
     gamma = mean(rounds.gammas)
     speed = mean(rounds.tokens) / seconds
-    kv_bytes = rounds.total.kv_tokens_read * engine.stats().kv_token_bytes
+    kv_bytes = _kv_bytes(rounds.total, engine.stats().kv_token_bytes, contender.config)
     weights, formats = engine.weight_bytes, engine.stats().weights
     weight_bytes = weights.target + gamma * (weights.draft or weights.target)
     t_target = median(plain.seconds) if plain else None
@@ -156,7 +174,16 @@ def _result(
         mean_context=mean(rounds.contexts),
         weights=formats["target"],
         draft_weights=formats.get("drafts", formats["target"]),
+        kv_format=contender.config.cache.format,
+        temperature=temperature,
     )
+
+
+def _kv_bytes(total: EngineStats, token_bytes: int, config: EngineConfig) -> float:
+    """Compute the KV bytes that were read. token_bytes: of a token in the target's pool."""
+    head_dim, format = read_config(resolve_model(config.model)).head_dim, config.cache.format
+    full, drafts = (kv_bits.token_bytes(format, head_dim, 1, drafts=drafts) for drafts in (False, True))
+    return token_bytes * (total.kv_tokens_read - total.draft_kv_tokens_read * (1 - drafts / full))
 
 
 def _ms(seconds: float | None) -> float | None:
@@ -169,6 +196,8 @@ def table(results: Sequence[DecodeResult], ceiling: float) -> str:
         "batch",
         "context",
         "shared",
+        "KV",
+        "T",
         "policy",
         "draft",
         "gamma",
@@ -189,7 +218,9 @@ def table(results: Sequence[DecodeResult], ceiling: float) -> str:
         cells = (
             str(result.batch),
             str(result.context),
-            str(result.shared) if result.prefix else "-",
+            str(result.shared) if result.prefix and result.shared else "-",
+            result.kv_format,
+            f"{result.temperature:g}",
             result.policy,
             str(result.speculation or "off"),
             f"{result.gamma:.2f}",
@@ -216,8 +247,9 @@ def table(results: Sequence[DecodeResult], ceiling: float) -> str:
 def comparison(results: Sequence[DecodeResult]) -> list[str]:
     """Describe what shared pages bring: a line for each (batch, context, policy, draft) measured with and without."""
 
-    def place(result: DecodeResult) -> tuple[int, int, str, Gamma]:
-        return result.batch, result.context, result.policy, result.speculation
+    def place(result: DecodeResult) -> tuple[int, int, str, float, str, Gamma]:
+        where = result.batch, result.context, result.kv_format, result.temperature
+        return *where, result.policy, result.speculation
 
     own = {place(result): result for result in results if not result.prefix}
     lines = []

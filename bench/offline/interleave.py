@@ -86,7 +86,7 @@ class RoundMeasurements:
         self.contexts.append(context)
         chosen = [b - a for a, b in zip(before.gamma_chosen, after.gamma_chosen, strict=True)]
         self.gammas.append(sum(gamma * count for gamma, count in enumerate(chosen)) / max(1, sum(chosen)))
-        for name in ("accepted_tokens", "rejections", "kv_tokens_read", "generated_tokens"):
+        for name in ("accepted_tokens", "rejections", "kv_tokens_read", "draft_kv_tokens_read", "generated_tokens"):
             setattr(self.total, name, getattr(self.total, name) + getattr(after, name) - getattr(before, name))
 
 
@@ -102,9 +102,8 @@ class Contender:
         self.texts: dict[str, list[int]] = {}
         self._controller = InterleavedController(gamma_max)
         self._batch = self._context = 0
+        self._auto = auto
         self.engine = Engine(config, model=target, controller=self._controller, progress=False)
-        if auto:
-            self._controller.auto = self.engine.make_controller()
 
     def prefill(
         self,
@@ -115,11 +114,16 @@ class Contender:
         history: int,
         temperature: float,
     ) -> None:
-        """Prefill until every row decodes.
+        """Prefill until every row decodes. Rows and measurements of earlier prompts are dropped.
 
         Raises BenchError if the model has no room for `history` and then `turns` x `new_tokens` more tokens per row.
         """
         batch, context, room = len(prompts), len(prompts[0]), self.engine.ready.max_model_len
+        self.engine.abort(self.texts)
+        self.rounds, self.texts = {}, {}
+        if self._auto:
+            self._controller.auto = self.engine.make_controller()
+        self._controller.gamma = 0
         self._batch, self._context = batch, context
         # Rows that finish prefill early decode while the others are prefilled. Rows that a draft model has prefilled
         # draft while it prefills the others. A turn can overshoot.

@@ -20,13 +20,14 @@ the second, rows behind one document. Contenders named "prefix" use what they kn
     python -m bench.peers.compare --few-bits --quantized build/int4
 
 Weights of fewer bits, rounded by each engine itself, and, of a directory with quantized weights, the same weights for
-magicdec and vLLM.
+magicdec and vLLM. --few-bits-kv compares KV of fewer bits.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import sys
@@ -51,7 +52,7 @@ from models.default import resolve_model
 from models.tokenizer import Tokenizer
 
 POINTS = "1x2048,1x7000,4x6000,8x4000,16x7500"
-FEW_BITS_POINTS = "1x2048,8x4000,16x7500"
+_POINTS = {"weights": "1x2048,8x4000,16x7500", "kv": "4x7500,16x7500"}
 _CHECK_LENGTH, _CHECK_TOKENS = 64, 16
 
 
@@ -99,47 +100,55 @@ class _Failures:
             return None
 
 
-def measure_point(
-    lineup: Contenders, prompts: Sequence[Sequence[int]], limit: int, plan: Plan, temperature: float
-) -> list[Point]:
-    """Measure one (batch, context) at one temperature.
+def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: int, plan: Plan) -> list[Point]:
+    """Measure one (batch, context) at all temperatures.
 
     prompts: one per row, all of one length. limit: maximum new tokens per row.
     """
     batch, names = len(prompts), list(lineup.running)
     turns = _Failures(lineup)
-    points = {name: Point(name, batch, len(prompts[0]), temperature=temperature) for name in names}
-    texts: dict[str, list[list[int]]] = {name: [[] for _ in prompts] for name in names}
+    points = {
+        (temperature, name): Point(name, batch, len(prompts[0]), temperature=temperature)
+        for temperature in plan.temperatures
+        for name in names
+    }
+    texts: dict[tuple[float, str], list[list[int]]] = {which: [[] for _ in prompts] for which in points}
     for name in names:
         max_batch = lineup.running[name].max_batch
         if max_batch is not None and batch > max_batch:
             turns.errors[name] = f"takes {max_batch} row{'s' * (max_batch > 1)} at most"
-    for group in [[name] for name in names] if plan.separately else [names]:
+    groups = [[name] for name in names] if plan.separately else [names]
+    for group, temperature in itertools.product(groups, plan.temperatures):
+        again = plan.keep_prompts and temperature != plan.temperatures[0]
         for name in group:
-            if answer := turns.ask(name, "start", prompts=prompts, limit=limit, temperature=temperature):
-                points[name].prefill_s = answer["first_token_s"]
-                _append(texts[name], answer["tokens"])
+            point, text = points[temperature, name], texts[temperature, name]
+            fields: dict[str, Any] = {"limit": limit, "temperature": temperature}
+            if not again:
+                fields["prompts"] = prompts
+            if answer := turns.ask(name, "again" if again else "start", **fields):
+                point.prefill_s = None if again else answer["first_token_s"]
+                _append(text, answer["tokens"])
                 if plan.warm_up and (answer := turns.ask(name, "decode", new_tokens=plan.warm_up)):
-                    _append(texts[name], answer["tokens"])
+                    _append(text, answer["tokens"])
         for i in range(plan.rounds):
             shift = i % len(group)  # so that none always follows the same one
             for name in (*group[shift:], *group[:shift]):
                 if answer := turns.ask(name, "decode", new_tokens=plan.new_tokens):
                     count = sum(map(len, answer["tokens"]))
-                    points[name].step_ms.append(1e3 * answer["decode_s"] * batch / count)
-                    _append(texts[name], answer["tokens"])
+                    points[temperature, name].step_ms.append(1e3 * answer["decode_s"] * batch / count)
+                    _append(texts[temperature, name], answer["tokens"])
         for name in group:
-            turns.ask(name, "stop")
-    for _ in range(plan.totals):
-        for name in names:
-            fields = {"prompts": prompts, "new_tokens": plan.new_tokens, "temperature": temperature}
-            if answer := turns.ask(name, "complete", **fields):
-                points[name].total_s.append(answer["total_s"])
-    reference = next((texts[name] for name in names if points[name].step_ms), [])
-    for name, point in points.items():
+            if not plan.keep_prompts or temperature == plan.temperatures[-1]:
+                turns.ask(name, "stop")
+    for temperature, _, name in itertools.product(plan.temperatures, range(plan.totals), names):
+        fields = {"prompts": prompts, "new_tokens": plan.new_tokens, "temperature": temperature}
+        if answer := turns.ask(name, "complete", **fields):
+            points[temperature, name].total_s.append(answer["total_s"])
+    for (temperature, name), point in points.items():
         if not temperature:
-            point.same = same_tokens(reference, texts[name])
-        point.repeated = repeated_grams(texts[name])
+            reference = next((texts[temperature, one] for one in names if points[temperature, one].step_ms), [])
+            point.same = same_tokens(reference, texts[temperature, name])
+        point.repeated = repeated_grams(texts[temperature, name])
         point.error = turns.errors.get(name)
     return list(points.values())
 
@@ -228,8 +237,7 @@ def run(
             limit = plan.row_tokens(batch, context, settings["row_tokens"]) - context
             prompts = cut(batch, context, plan.shared)
             measured += prompts
-            for temperature in plan.temperatures:
-                report.points += measure_point(lineup, prompts, limit, plan, temperature)
+            report.points += measure_point(lineup, prompts, limit, plan)
             say(table(report, only=(batch, context)))
         report.prompts_repeated = repeated_grams(measured)
         if plan.first:
@@ -247,8 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gguf", type=Path, help="GGUF file of the model for llama.cpp (default model: not needed)")
     parser.add_argument(
         "--points",
-        help=f"BATCHxCONTEXT, comma-separated ({POINTS}; with --few-bits {FEW_BITS_POINTS}; with --chat none, with "
-        "--shared 16 rows)",
+        help=f"BATCHxCONTEXT, comma-separated ({POINTS}; with --few-bits {_POINTS['weights']}; with --few-bits-kv "
+        f"{_POINTS['kv']}; with --chat none, with --shared 16 rows)",
     )
     parser.add_argument(
         "--shared", type=int, default=0, help="tokens, part of the context, that all prompts of a point begin with"
@@ -261,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--variant", action="append", default=[], help="NAME: key=value …; add magicdec with these engine settings"
     )
     parser.add_argument("--few-bits", action="store_true", help="compare weights of fewer bits")
+    parser.add_argument("--few-bits-kv", action="store_true", help="compare KV of fewer bits")
     parser.add_argument(
         "--quantized",
         type=Path,
@@ -277,6 +286,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--separately", action="store_true", help="run contenders one after the other at each point, to save memory"
+    )
+    parser.add_argument(
+        "--keep-prompts",
+        action="store_true",
+        help="keep the KV of prompts from one temperature to the next, to save time",
     )
     parser.add_argument(
         "--threads", type=int, help="threads of each contender; default: all CPUs, or as the quota says"
@@ -304,8 +318,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cpus = len(os.sched_getaffinity(0))
         threads = cpus if given.quota is None else min(cpus, math.ceil(given.quota))
     sharing = bool(given.shared or given.chat)
-    if sharing and given.few_bits:
-        parser.error("--few-bits cannot be combined with --shared or --chat")
+    sets = {"shared": sharing, "weights": given.few_bits, "kv": given.few_bits_kv}
+    if sum(sets.values()) > 1:
+        parser.error("--few-bits, --few-bits-kv and prompts that share tokens (--shared, --chat) exclude each other")
+    chosen = next((name for name, asked in sets.items() if asked), "usual")
     first = given.first if given.first is not None else 0 if sharing else 4000
     if given.shared < 0:
         parser.error("--shared must be at least 0")
@@ -320,13 +336,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_plotting()
         more = [variant(text) for text in given.variant]
         more += [peer for directory in given.quantized for peer in quantized(directory)]
-        contenders = choose(given.contenders, more, sharing=sharing, few_bits=given.few_bits)
+        contenders = choose(given.contenders, more, chosen)
         if given.points is not None:
             points = parse_points(given.points)
         elif given.shared:
             points = [(16, given.shared + 200)]
         else:
-            points = [] if given.chat else parse_points(FEW_BITS_POINTS if given.few_bits else POINTS)
+            points = [] if given.chat else parse_points(_POINTS.get(chosen, POINTS))
         plan = Plan(
             points,
             first,
@@ -340,6 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.quota,
             given.shared,
             ChatShape.parse(given.chat) if given.chat else None,
+            given.keep_prompts,
         )
         first_cores(plan.busy)
         if plan.quota is not None:

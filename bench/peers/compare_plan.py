@@ -99,6 +99,8 @@ class Plan:
     shared: int = 0
     """Number of tokens that all prompts of a point begin with."""
     chat: ChatShape | None = None
+    keep_prompts: bool = False
+    """Whether contenders keep the KV of a point's prompts from one temperature to the next."""
 
     def row_tokens(self, batch: int, context: int, longest: int) -> int:
         """Return the largest number of tokens of a row. longest: the model's maximum length. Raises BenchError if a row
@@ -130,4 +132,5 @@ class Plan:
             "row_tokens": longest,
             "kv_bytes": max([longest, *sizes]) * bytes_per_token,
             "seed": _SEED,
+            "keep_prompts": self.keep_prompts,
         }

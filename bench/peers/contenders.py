@@ -19,12 +19,8 @@ class Peer:
     name: str
     peer: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    usual: bool = True
-    """Whether it is measured if --contenders is not given."""
-    shares: bool = False
-    """The same where prompts share tokens."""
-    few_bits: bool = False
-    """The same where weights of fewer bits are compared."""
+    sets: Sequence[str] = ("usual",)
+    """Those of SETS that it belongs to."""
 
 
 _VLLM_NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
@@ -33,34 +29,41 @@ _OFF, _AUTO = ({"engine.weights": "dense", "engine.speculation.gamma": gamma} fo
 _PREFIX = {"engine.cache.prefix": True}
 
 
-def _weights(name: str) -> tuple[Peer, Peer]:
-    """Return magicdec with these weights, without and with speculation."""
-    chosen = {"engine.weights": name}
+SETS = ("usual", "shared", "weights", "kv")
+"""Sets of contenders: of comparisons in general, of prompts that share tokens, of weights and of KV of fewer bits."""
+
+
+def _pair(name: str, sets: Sequence[str], settings: Mapping[str, Any]) -> tuple[Peer, Peer]:
+    """Return magicdec with these settings, without and with speculation."""
     return (
-        Peer(f"magicdec {name} off", "magicdec", _OFF | chosen, usual=False, few_bits=True),
-        Peer(f"magicdec {name} auto", "magicdec", _AUTO | chosen, usual=False, few_bits=True),
+        Peer(f"magicdec {name} off", "magicdec", {**_OFF, **settings}, sets),
+        Peer(f"magicdec {name} auto", "magicdec", {**_AUTO, **settings}, sets),
     )
 
 
 CONTENDERS = (
-    Peer("magicdec off", "magicdec", _OFF, shares=True, few_bits=True),
-    Peer("magicdec auto", "magicdec", _AUTO, shares=True, few_bits=True),
-    *_weights("int8"),
-    *_weights("int4"),
-    Peer("magicdec prefix", "magicdec", _OFF | _PREFIX, usual=False, shares=True),
-    Peer("magicdec prefix auto", "magicdec", _AUTO | _PREFIX, usual=False, shares=True),
-    Peer("vllm", "vllm", few_bits=True),
+    Peer("magicdec off", "magicdec", _OFF, SETS),
+    Peer("magicdec auto", "magicdec", _AUTO, SETS),
+    *_pair("int8", ("weights",), {"engine.weights": "int8"}),
+    *_pair("int4", ("weights",), {"engine.weights": "int4"}),
+    *_pair("int8 KV", ("kv",), {"engine.cache.format": "int8"}),
+    *_pair("int4x2 KV", ("kv",), {"engine.cache.format": "int4x2"}),
+    Peer("magicdec prefix", "magicdec", _OFF | _PREFIX, ("shared",)),
+    Peer("magicdec prefix auto", "magicdec", _AUTO | _PREFIX, ("shared",)),
+    Peer("vllm", "vllm", sets=("usual", "weights", "kv")),
     Peer("vllm ngram", "vllm", {"speculative_config": _VLLM_NGRAM}),
-    Peer("vllm prefix", "vllm", {"prefix": True}, usual=False, shares=True),
-    Peer("llama.cpp bf16", "llama_cpp", {"weights": "BF16"}, few_bits=True),
+    Peer("vllm prefix", "vllm", {"prefix": True}, ("shared",)),
+    Peer("vllm fp8 KV", "vllm", {"kv": "fp8"}, ("kv",)),
+    Peer("llama.cpp bf16", "llama_cpp", {"weights": "BF16"}, ("usual", "weights")),
     Peer("llama.cpp ngram", "llama_cpp", {"weights": "BF16", "lookup": 2}),  # what its documentation advises for CPUs
-    Peer("llama.cpp prefix", "llama_cpp", {"weights": "BF16", "prefix": True}, usual=False, shares=True),
-    Peer("llama.cpp q8_0", "llama_cpp", {"weights": "Q8_0"}, usual=False, few_bits=True),
-    Peer("llama.cpp q4_0", "llama_cpp", {"weights": "Q4_0"}, usual=False, few_bits=True),
-    Peer("llama.cpp as is", "llama_cpp", usual=False, few_bits=True),  # the default model: Q4_1
+    Peer("llama.cpp prefix", "llama_cpp", {"weights": "BF16", "prefix": True}, ("shared",)),
+    Peer("llama.cpp q8_0", "llama_cpp", {"weights": "Q8_0"}, ("weights",)),
+    Peer("llama.cpp q4_0", "llama_cpp", {"weights": "Q4_0"}, ("weights",)),
+    Peer("llama.cpp as is", "llama_cpp", sets=("weights", "kv")),  # the default model: Q4_1
+    Peer("llama.cpp q8_0 KV", "llama_cpp", {"kv": "q8_0", "flash": True}, ("kv",)),
     Peer("transformers", "transformers"),
     Peer("transformers lookup", "transformers", {"lookup": 4}),
-    Peer("transformers continuous", "transformers", {"continuous": True}, usual=False),
+    Peer("transformers continuous", "transformers", {"continuous": True}, ()),
 )
 
 
@@ -86,19 +89,14 @@ def quantized(directory: Path) -> list[Peer]:
     ]
 
 
-def choose(names: str | None, more: Sequence[Peer], *, sharing: bool = False, few_bits: bool = False) -> list[Peer]:
+def choose(names: str | None, more: Sequence[Peer], chosen: str = "usual") -> list[Peer]:
     """Select contenders. Raises BenchError.
 
-    names: comma-separated; None: the usual ones. more: variants, always included. sharing: whether prompts share
-    tokens. few_bits: whether weights of fewer bits are compared.
+    names: comma-separated; None: those of the set `chosen`. more: variants, always included.
     """
-
-    def is_usual(one: Peer) -> bool:
-        return one.few_bits if few_bits else one.shares if sharing else one.usual
-
     known = {contender.name: contender for contender in (*CONTENDERS, *more)}
     if names is None:
-        return [one for one in known.values() if one in more or is_usual(one)]
+        return [one for one in known.values() if one in more or chosen in one.sets]
     wanted = [name.strip() for name in names.split(",")]
     if unknown := [name for name in wanted if name not in known]:
         raise BenchError(f"no contender {unknown[0]!r}; there are: {', '.join(known)}")

@@ -61,7 +61,9 @@ class StatsRecorder:
                 self._decode_row(request, work, plan.budget)
                 decoding.append(work)
         if shared_tokens:
-            self.totals.kv_tokens_read -= shared_tokens + self._shared_by_drafts(decoding, plan.budget, shared_tokens)
+            by_drafts = self._shared_by_drafts(decoding, plan.budget, shared_tokens)
+            self.totals.draft_kv_tokens_read -= by_drafts
+            self.totals.kv_tokens_read -= shared_tokens + by_drafts
 
     def _shared_by_drafts(self, decoding: Sequence[RowWork], budget: int, shared_tokens: int) -> int:
         """Estimate the shared tokens of all draft steps. Drafts that read whole contexts share as the target does;
@@ -79,8 +81,10 @@ class StatsRecorder:
     def _decode_row(self, request: Request, work: RowWork, budget: int) -> None:
         totals, context = self.totals, work.computed + 1
         totals.gamma_chosen[work.gamma] += 1
-        totals.kv_tokens_read += self._target_tokens_read(request.num_prompt, work.computed, work.gamma + 1)
-        totals.kv_tokens_read += sum(self._draft_tokens_read(context + step, budget) for step in range(work.gamma))
+        by_drafts = sum(self._draft_tokens_read(context + step, budget) for step in range(work.gamma))
+        by_target = self._target_tokens_read(request.num_prompt, work.computed, work.gamma + 1)
+        totals.draft_kv_tokens_read += by_drafts
+        totals.kv_tokens_read += by_target + by_drafts
 
     def record_row(self, request: Request, drafted: int, accepted: int, tokens: int) -> None:
         """Count a row's `tokens` output tokens, of which the first `accepted` were among its `drafted` ones.

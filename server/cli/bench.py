@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.config.kv import POLICIES
+from kernels.kv.kv_bits import KV_FORMATS
 from server.cli import options
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and acceptance.")
@@ -27,7 +28,7 @@ def bench() -> None:
 
 
 @app.command()
-@options.engine_flags("speculation", "policy", "max_model_len", "prefix_cache")
+@options.engine_flags("speculation", "policy", "max_model_len", "prefix_cache", "kv_format")
 def decode(
     overrides: dict[str, Any],
     batch: Annotated[str, typer.Option(help="Numbers of rows, comma-separated.")] = "4",
@@ -46,13 +47,16 @@ def decode(
     policy: Annotated[
         str | None, typer.Option(help=f"KV that a draft reads: {', '.join(POLICIES)}; comma-separated.")
     ] = None,
+    kv_format: Annotated[
+        str | None, typer.Option(help=f"Numbers that KV is stored in: {', '.join(KV_FORMATS)}; comma-separated.")
+    ] = None,
     text: TextFile = None,
     json_file: JsonFile = None,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    temperature: Annotated[str, typer.Option(help="Sampling temperatures, comma-separated; 0 is greedy.")] = "0",
     config: options.ConfigFile = None,
 ) -> None:
-    """Measure offline decoding of real text. Prefill is not timed; all values of --speculation and --policy share
-    one run.
+    """Measure offline decoding of real text. Prefill is not timed; all values of --speculation, --policy and
+    --kv-format share one run.
 
     Rows have pages of their own. With --shared, engines whose rows share the pages of their common tokens, by the
     prefix cache, take turns with these.
@@ -62,6 +66,8 @@ def decode(
         raise typer.BadParameter(f"must be less than --context, {min(contexts)}", param_hint="--shared")
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
     policies = options.names(policy, POLICIES, "--policy") if policy is not None else [None]
+    formats = options.names(kv_format, KV_FORMATS, "--kv-format") if kv_format is not None else [None]
+    temperatures = options.temperatures(temperature, "--temperature")
     import torch
 
     from bench.corpus import read_text, spread
@@ -73,8 +79,6 @@ def decode(
     from models.tokenizer import Tokenizer
 
     _check_file(json_file, "--json")
-    if not 0 <= temperature <= 100:
-        raise typer.BadParameter("must be from 0 to 100", param_hint="--temperature")
     if new_tokens < 1:
         raise typer.BadParameter("must be at least 1", param_hint="--new-tokens")
     fixed = [gamma for gamma in gammas if gamma != "auto"]
@@ -82,9 +86,16 @@ def decode(
     if max(fixed, default=0) > SpeculationConfig().gamma_max:
         overrides["engine.speculation.gamma_max"] = max(fixed)
     settings = [
-        load_config(config, options.policy_override(name) | overrides | {"engine.cache.prefix": prefix}).engine
+        load_config(
+            config,
+            options.policy_override(name)
+            | ({} if format is None else {"engine.cache.format": format})
+            | overrides
+            | {"engine.cache.prefix": prefix},
+        ).engine
+        for format in formats
         for name in policies
-        for prefix in ((True, False) if shared else (False,))
+        for prefix in ((True, False) if shared else (len(temperatures) > 1,))
     ]
     tokenizer = Tokenizer(resolve_model(settings[0].model))
     prose = tokenizer.encode(read_text(text), add_special_tokens=False)
@@ -99,7 +110,7 @@ def decode(
                 gammas,
                 new_tokens=new_tokens,
                 history=history,
-                temperature=temperature,
+                temperatures=temperatures,
                 shared=shared,
             )
     where = "cuda" if settings[0].device != "cpu" and torch.cuda.is_available() else "cpu"

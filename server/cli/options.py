@@ -169,6 +169,17 @@ def counts(text: str, flag: str, minimum: int = 1) -> list[int]:
     return [int(value) for value in values]
 
 
+def temperatures(text: str, flag: str) -> list[float]:
+    """Read the temperatures of a comma-separated list, each once. Raises typer.BadParameter."""
+    try:
+        values = list(dict.fromkeys(float(value) for value in text.split(",")))
+    except ValueError:
+        values = []
+    if not values or not all(0 <= value <= 100 for value in values):
+        raise typer.BadParameter(f"{text!r} is not a list of numbers from 0 to 100", param_hint=flag)
+    return values
+
+
 def names(text: str, known: Sequence[str], flag: str) -> list[str]:
     """Read the names of a comma-separated list, each once. Raises typer.BadParameter for one that is not known."""
     values = list(dict.fromkeys(value.strip() for value in text.split(",")))

@@ -4,10 +4,11 @@
 
 SETTINGS is a JSON object. `model`: directory. `threads`: number of threads; null: the contender chooses. `rows`:
 largest number of rows at once. `row_tokens`: largest number of tokens of a row. `kv_bytes`: KV bytes of the largest
-batch. `seed`: of sampling. `options`: settings of this contender. The first output line is {"ready": {...}}; then one
-line answers each request:
+batch. `seed`: of sampling. `keep_prompts`: whether `again` will be asked for. `options`: settings of this contender.
+The first output line is {"ready": {...}}; then one line answers each request:
 
     {"op": "start", "prompts": [[ids]], "limit": n, "temperature": t}          {"first_token_s", "tokens"}
+    {"op": "again", "limit": n, "temperature": t}                              {"first_token_s", "tokens"}
     {"op": "decode", "new_tokens": n}                                          {"decode_s", "tokens"}
     {"op": "stop"}                                                             {}
     {"op": "complete", "prompts": [[ids]], "new_tokens": n, "temperature": t}  {"first_token_s", "decode_s", "total_s",
@@ -15,12 +16,13 @@ line answers each request:
     {"op": "turn", "prompt": [ids], "new_tokens": n, "room": n, "temperature": t}
                                                                                {"first_token_s", "decode_s", "tokens"}
 
-`start` prefills until every row has its first token. `decode` continues until rows have n new tokens each on average.
-`complete` generates exactly n tokens per row, as a server does. `turn` does so for one row and keeps memory, and with
-it what the contender knows of this prompt, for the next `turn`; `room`: tokens of the longest one and its answer.
-`temperature`: of sampling, without truncation; 0: greedy. `tokens` are the new tokens of this request, by row. Seconds
-cover the steps only, not the allocation and release of memory. A failed request is answered by {"error": "..."}; the
-next `start` or `complete` begins afresh, and so does a `turn` after `stop`.
+`start` prefills until every row has its first token. `again` begins the same rows anew, with the KV of their prompts
+that is there already: contenders that cannot keep it compute it again. `decode` continues until rows have n new tokens
+each on average. `complete` generates exactly n tokens per row, as a server does. `turn` does so for one row and keeps
+memory, and with it what the contender knows of this prompt, for the next `turn`; `room`: tokens of the longest one and
+its answer. `temperature`: of sampling, without truncation; 0: greedy. `tokens` are the new tokens of this request, by
+row. Seconds cover the steps only, not the allocation and release of memory. A failed request is answered by
+{"error": "..."}; the next `start` or `complete` begins afresh, and so does a `turn` after `stop`.
 """
 
 from __future__ import annotations
@@ -52,6 +54,10 @@ class Peer(Protocol):
         together: rows that finish prefill early should not get far ahead of the others.
         """
 
+    def again(self, limit: int, temperature: float) -> None:
+        """Drop the rows of `start`, and queue the same prompts, to be sampled at `temperature`, with what it keeps of
+        their KV."""
+
     def step(self) -> Sequence[tuple[int, Sequence[int]]]:
         """Run one step of all rows, or a part of prefill. Returns (row, new tokens) of rows that got tokens: several
         tokens of a row whose drafts were accepted."""
@@ -74,6 +80,9 @@ class Driver:
         if op == "start":
             first_s, tokens = self._start(request["prompts"], request["limit"], request["temperature"], together=True)
             return {"first_token_s": first_s, "tokens": tokens}
+        if op == "again":
+            first_s, tokens = self._again(request["limit"], request["temperature"])
+            return {"first_token_s": first_s, "tokens": tokens}
         if op == "decode":
             return self._decode(request["new_tokens"])
         if op == "complete":
@@ -94,12 +103,26 @@ class Driver:
             raise ValueError(f"{rows} rows, but it takes {self._peer.max_batch} at most")
         self._peer.prepare(rows, min(self._row_tokens, max(map(len, prompts)) + limit), temperature)
         self._left = [limit] * rows
-        tokens: list[list[int]] = [[] for _ in prompts]
         began = perf_counter()
         self._peer.start(prompts, limit, together=together)
+        tokens = self._first_tokens()
+        return perf_counter() - began, tokens
+
+    def _again(self, limit: int, temperature: float) -> tuple[float, list[list[int]]]:
+        if not self._left:
+            raise ValueError("nothing was started")
+        self._left = [limit] * len(self._left)
+        began = perf_counter()
+        self._peer.again(limit, temperature)
+        tokens = self._first_tokens()
+        return perf_counter() - began, tokens
+
+    def _first_tokens(self) -> list[list[int]]:
+        """Step until every row has a token."""
+        tokens: list[list[int]] = [[] for _ in self._left]
         while not all(tokens):
             self._step(tokens)
-        return perf_counter() - began, tokens
+        return tokens
 
     def _decode(self, new_tokens: int) -> dict[str, Any]:
         rows = len(self._left)

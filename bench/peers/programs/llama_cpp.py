@@ -1,10 +1,10 @@
 """llama.cpp through llama-cpp-python's low-level API: several sequences in one context, as in its server.
 
 Options: `gguf`: the model file. `weights`: type to convert the weights to; None: unchanged. `flash`: flash attention
-(default false). `kv`: type of the KV cache, f16 or bf16 (default f16). `prefix`: one cache for all rows, in which rows
-share the KV of tokens that all prompts begin with, and a row keeps what its next prompt has in common with the last one
-(default false). `lookup`: number of tokens that a row drafts by prompt lookup, with the package's own drafter and its
-default n-grams (default 0). The other defaults were fastest on a CPU with AVX-512.
+(default false). `kv`: type of the KV cache, f16, bf16 or, with flash attention, q8_0 (default f16). `prefix`: one cache
+for all rows, in which rows share the KV of tokens that all prompts begin with, and a row keeps what its next prompt has
+in common with the last one (default false). `lookup`: number of tokens that a row drafts by prompt lookup, with the
+package's own drafter and its default n-grams (default 0). The other defaults were fastest on a CPU with AVX-512.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 _BATCH, _MICRO_BATCH = 2048, 512
 """Largest number of tokens of one call, and computed at once. llama.cpp's own defaults."""
 
-_BF16 = 30
-"""ggml's GGML_TYPE_BF16, which the Python package does not define."""
+_KV_TYPES = {"f16": 1, "q8_0": 8, "bf16": 30}
+"""ggml's types. The Python package does not define all of them."""
 
 _TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 """llama.cpp's file types (llama_ftype), by the names used in file names."""
@@ -34,7 +34,8 @@ class Peer:
         self._threads = settings["threads"]
         self._flash = options.get("flash", False)
         self._prefix = bool(options.get("prefix"))
-        self._kv = {"f16": llama_cpp.GGML_TYPE_F16, "bf16": _BF16}[options.get("kv", "f16")]
+        kv = options.get("kv", "f16")
+        self._kv = _KV_TYPES[kv]
         llama_cpp.llama_backend_init()
         gguf = _with_weights(Path(options["gguf"]), options.get("weights"), self._threads)
         self._model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), llama_cpp.llama_model_default_params())
@@ -52,6 +53,8 @@ class Peer:
         self._sampler: Any = None
         self.max_batch = None
         self.about = f"llama-cpp-python {llama_cpp.__version__}, {gguf.stem.rpartition('.')[2]} weights"
+        if kv != "f16":
+            self.about += f", {kv} KV"
         if self._prefix:
             self.about += ", shared prefixes"
         self._lookup: Any = None
@@ -87,6 +90,18 @@ class Peer:
         self._tokens = [array("i", prompt) for prompt in prompts]
         self._computed = computed
         self._prompts = [len(prompt) for prompt in prompts]
+        self._limit = limit
+
+    def again(self, limit: int, temperature: float) -> None:
+        """See driver.Peer.again. The last token of each prompt is computed again, for its logits."""
+        if self._sampler:
+            llama_cpp.llama_sampler_free(self._sampler)
+        self._sampler = _sampler(temperature, self._seed) if temperature else None
+        memory = llama_cpp.llama_get_memory(self._context)
+        for row, prompt in enumerate(self._prompts):
+            del self._tokens[row][prompt:]
+            self._computed[row] = prompt - 1
+            llama_cpp.llama_memory_seq_rm(memory, row, prompt - 1, -1)
         self._limit = limit
 
     def step(self) -> list[tuple[int, list[int]]]:

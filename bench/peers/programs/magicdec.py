@@ -1,4 +1,5 @@
-"""magicdec. Options: engine settings, {"engine.speculation.gamma": 0, …}. Unless they say so, no prefix cache."""
+"""magicdec. Options: engine settings, {"engine.speculation.gamma": 0, …}. It uses the prefix cache where they say so
+and where prompts are kept."""
 
 from __future__ import annotations
 
@@ -21,10 +22,13 @@ class Peer:
         self._engine: Engine | None = None
         self._controller = InterleavedController(self._config.speculation.max_draft_tokens)
         self._waiting: set[int] = set()
+        self._prompts: Sequence[Sequence[int]] = []
         self._temperature = 0.0
         self.max_batch = None
         gamma = self._config.speculation.gamma
         self.about = f"magicdec, {self._formats()}, gamma {gamma}, {threads_per_rank(self._config)} threads"
+        if self._config.cache.format != "dense":
+            self.about += f", {self._config.cache.format} KV"
         if self._config.cache.prefix:
             self.about += ", prefix cache"
 
@@ -38,7 +42,7 @@ class Peer:
 
     def _configure(self) -> EngineConfig:
         """Build the engine's config. Raises ConfigError for invalid options."""
-        own = {"engine.model": self._settings["model"], "engine.cache.prefix": False}  # as with vllm
+        own = {"engine.model": self._settings["model"], "engine.cache.prefix": self._settings["keep_prompts"]}
         if self._settings["threads"] is not None:
             own["engine.threads"] = self._settings["threads"]
         config = load_config(None, own | self._settings["options"]).engine
@@ -66,6 +70,7 @@ class Peer:
         """See driver.Peer.start. together: do not draft before all rows decode; until then, prefilled rows get a token
         per round."""
         assert self._engine is not None
+        self._prompts = prompts
         for row, prompt in enumerate(prompts):
             params = SamplingParams(
                 max_tokens=limit,
@@ -75,6 +80,13 @@ class Peer:
             )
             self._engine.add(AddRequest(str(row), list(prompt), params))
         self._waiting = set(range(len(prompts))) if together else set()
+
+    def again(self, limit: int, temperature: float) -> None:
+        assert self._engine is not None
+        self._engine.abort([str(row) for row in range(len(self._prompts))])
+        self._controller.auto = self._engine.make_controller()
+        self._temperature = temperature
+        self.start(self._prompts, limit, together=True)
 
     def step(self) -> list[tuple[int, list[int]]]:
         assert self._engine is not None

@@ -27,21 +27,30 @@ class Peer:
         self._sampling: dict[str, Any] = {}
         torch.manual_seed(settings["seed"])
         self._run: _Generation | _Continuous | None = None
+        self._prompts: Sequence[Sequence[int]] = []
+        self._row_tokens = 0
         self.max_batch = 1 if self._lookup else None
         self.about = f"transformers {transformers.__version__}, bfloat16 weights"
 
     def prepare(self, rows: int, row_tokens: int, temperature: float) -> None:
         """See driver.Peer.prepare. The cache of `generate` grows by itself; only continuous batching has a pool."""
-        self._sampling = _sampling(temperature)
+        self._sampling, self._row_tokens = _sampling(temperature), row_tokens
         if self._continuous:
             self._run = _Continuous(self._model, rows, row_tokens, self._sampling)
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
+        self._prompts = prompts
         if isinstance(self._run, _Continuous):
             self._run.add(prompts, limit)
         else:
             self.stop()
             self._run = _Generation(self._model, prompts, limit, self._lookup, self._sampling)
+
+    def again(self, limit: int, temperature: float) -> None:
+        """See driver.Peer.again. Prompts are computed again."""
+        self.stop()
+        self.prepare(len(self._prompts), self._row_tokens, temperature)
+        self.start(self._prompts, limit, together=True)
 
     def step(self) -> list[tuple[int, list[int]]]:
         assert self._run is not None

@@ -2,7 +2,8 @@
 
 Options: `speculative_config`: vLLM's setting of that name; by default it does not speculate. `prefix`: its prefix cache
 (default false, since the same prompts are sent more than once), which is emptied where rows are dropped. `model`: a
-directory with other weights of the same model, quantized in a way that vLLM reads.
+directory with other weights of the same model, quantized in a way that vLLM reads. `kv`: vLLM's type of the KV cache
+(default auto). Where prompts are kept, the prefix cache keeps them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Peer:
         import vllm
 
         self._sampling = vllm.SamplingParams
-        self._prefix = bool(settings["options"].get("prefix"))
+        self._prefix = bool(settings["options"].get("prefix") or settings["keep_prompts"])
+        kv = settings["options"].get("kv", "auto")
         model = settings["options"].get("model")
         self._engine = vllm.LLM(
             model=model or settings["model"],
@@ -30,6 +32,7 @@ class Peer:
             max_model_len=settings["row_tokens"],
             max_num_seqs=settings["rows"],
             enable_prefix_caching=self._prefix,
+            kv_cache_dtype=kv,
             disable_log_stats=True,
             speculative_config=settings["options"].get("speculative_config"),
             seed=settings["seed"],
@@ -37,11 +40,14 @@ class Peer:
         self._temperature = 0.0
         self._started = 0
         self._seen: dict[str, int] = {}
+        self._prompts: Sequence[Sequence[int]] = []
         self.max_batch = None
         weights = "bfloat16 weights" if model is None else f"weights of {os.path.basename(os.path.abspath(model))}"
         self.about = f"vllm {vllm.__version__}, {weights}"
         if method := settings["options"].get("speculative_config", {}).get("method"):
             self.about += f", {method} speculation"
+        if kv != "auto":
+            self.about += f", {kv} KV"
         if self._prefix:
             self.about += ", prefix cache"
 
@@ -55,11 +61,17 @@ class Peer:
             temperature=self._temperature, top_p=1.0, top_k=0, max_tokens=limit, ignore_eos=True, detokenize=False
         )
         self._started += 1
+        self._prompts = prompts
         for row, prompt in enumerate(prompts):
             # The engine uses ids of its own internally, and returns these with its outputs.
             name = f"{self._started}-{row}"
             self._seen[name] = 0
             self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+
+    def again(self, limit: int, temperature: float) -> None:
+        self._drop()
+        self._temperature = temperature
+        self.start(self._prompts, limit, together=True)
 
     def step(self) -> list[tuple[int, list[int]]]:
         if not self._engine.has_unfinished_requests():
@@ -74,9 +86,12 @@ class Peer:
         return yielded
 
     def stop(self) -> None:
+        self._drop()
+        if self._prefix:
+            self._engine.reset_prefix_cache()
+
+    def _drop(self) -> None:
         self._engine.abort_request(list(self._seen))
         while self._engine.has_unfinished_requests():
             self._engine.step()
         self._seen.clear()
-        if self._prefix:
-            self._engine.reset_prefix_cache()

@@ -44,6 +44,10 @@ class Peer:
             raise RuntimeError("bad luck")
         self.rows = [[row, 0, limit] for row in range(len(prompts))]
 
+    def again(self, limit, temperature):
+        print("temperature", temperature)
+        self.rows = [[row, 0, limit] for row in range(len(self.rows))]
+
     def step(self):
         if self.rows and self.rows[0][2] == 999:
             raise SystemExit(3)
@@ -157,28 +161,32 @@ def test_steps_of_several_tokens_are_counted(start: Start) -> None:
     assert [len(row) for row in peer.ask("decode", new_tokens=4)["tokens"]] == [6, 6]
 
 
-def test_greedy_beside_sampled(start: Start) -> None:
-    """Each point has both temperatures; tokens are compared at 0 only. Texts that do not repeat themselves say so."""
-    plan = Plan([(1, 20), (2, 10)], first=5, warm_up=0, new_tokens=9, rounds=1, totals=1, temperatures=(0, 0.5), busy=1)
-    settings = {"threads": 1, "row_tokens": 4000}
-    asked: list[tuple[str, float]] = []
+def recorded(start: Start, asked: list[tuple[str, float | None]]) -> Start:
+    """Return `start` with requests recorded, and their temperatures."""
 
     def start_recorded(contender: Peer) -> PeerProcess:
         process = start(contender)
         ask = process.ask
 
-        def recorded(op: str, **fields: Any) -> dict[str, Any]:
-            if "temperature" in fields:
-                asked.append((op, fields["temperature"]))
+        def ask_recorded(op: str, **fields: Any) -> dict[str, Any]:
+            asked.append((op, fields.get("temperature")))
             return ask(op, **fields)
 
-        process.ask = recorded  # type: ignore[method-assign]
+        process.ask = ask_recorded  # type: ignore[method-assign]
         return process
 
+    return start_recorded
+
+
+def test_greedy_beside_sampled(start: Start) -> None:
+    """Each point has both temperatures; tokens are compared at 0 only. Texts that do not repeat themselves say so."""
+    plan = Plan([(1, 20), (2, 10)], first=5, warm_up=0, new_tokens=9, rounds=1, totals=1, temperatures=(0, 0.5), busy=1)
+    settings = {"threads": 1, "row_tokens": 4000}
+    asked: list[tuple[str, float | None]] = []
     cut = lambda n, length, shared: [[1] * length] * n  # noqa: E731
-    report = run([Peer("x", "fake")], start_recorded, plan, cut, settings, lambda line: None)
-    of_point = [("start", 0), ("complete", 0), ("start", 0.5), ("complete", 0.5)]
-    assert asked == [("complete", 0), *of_point, *of_point, ("complete", 0)]
+    report = run([Peer("x", "fake")], recorded(start, asked), plan, cut, settings, lambda line: None)
+    of_point = [("start", 0), ("start", 0.5), ("complete", 0), ("complete", 0.5)]
+    assert [each for each in asked if each[1] is not None] == [("complete", 0), *of_point, *of_point, ("complete", 0)]
     assert report.contenders[0].same == 1
     found = [(at.batch, at.temperature, at.same, at.repeated) for at in report.points]
     assert found == [(1, 0, 1, 0), (1, 0.5, None, 0), (2, 0, 1, 0), (2, 0.5, None, 0)]
@@ -192,6 +200,24 @@ def test_greedy_beside_sampled(start: Start) -> None:
     assert "time to the first token of 5 (T = 0), s:" in text
     assert "1 busy process on the first CPUs" in text
     assert report.date in text
+
+
+def test_prompts_that_are_kept(start: Start) -> None:
+    """Prompts are sent once for both temperatures, and rows begin anew."""
+    plan = Plan([(2, 20)], 0, 0, new_tokens=4, rounds=1, totals=0, temperatures=(0, 0.5), keep_prompts=True)
+    settings = {"threads": 1, "row_tokens": 4000}
+    asked: list[tuple[str, float | None]] = []
+    cut = lambda n, length, shared: [[1] * length] * n  # noqa: E731
+    report = run([Peer("x", "fake")], recorded(start, asked), plan, cut, settings, lambda line: None)
+    assert [op for op, _ in asked] == ["complete", "start", "decode", "again", "decode", "stop"]
+    greedy, sampled = report.points
+    assert (greedy.temperature, sampled.temperature) == (0, 0.5)
+    assert greedy.prefill_s is not None
+    assert sampled.prefill_s is None
+    assert len(greedy.step_ms) == len(sampled.step_ms) == 1
+    peer = start(Peer("alone", "fake"))
+    with pytest.raises(PeerError, match="nothing was started"):
+        peer.ask("again", limit=3, temperature=0)
 
 
 def test_temperatures() -> None:
@@ -322,7 +348,7 @@ def test_contenders() -> None:
     assert {"vllm ngram", "llama.cpp ngram", "transformers lookup"} < set(usual)
     assert "llama.cpp q8_0" not in usual
     assert "vllm prefix" not in usual
-    sharing = [one.name for one in choose(None, [fast], sharing=True)]
+    sharing = [one.name for one in choose(None, [fast], "shared")]
     assert sharing == [
         "magicdec off",
         "magicdec auto",
@@ -332,7 +358,7 @@ def test_contenders() -> None:
         "llama.cpp prefix",
         "fast",
     ]
-    few_bits = {one.name for one in choose(None, [fast], few_bits=True)}
+    few_bits = {one.name for one in choose(None, [fast], "weights")}
     ours = {f"magicdec {weights}{mode}" for weights in ("", "int8 ", "int4 ") for mode in ("off", "auto")}
     theirs = {"vllm", "llama.cpp bf16", "llama.cpp q8_0", "llama.cpp q4_0", "llama.cpp as is"}
     assert few_bits == ours | theirs | {"fast"}

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.corpus import BenchError, spread
-from bench.offline.decode import DecodeResult, comparison, measure, table
+from bench.offline.decode import DecodeResult, _kv_bytes, comparison, measure, table
 from bench.offline.interleave import InterleavedController
 from engine.config.deployment import EngineConfig
+from engine.messages import EngineStats
 from engine.scheduler.controller import ControllerReport, FixedGamma
 from engine.scheduler.request import Request
 from tests.support.tiny import write_model
@@ -110,3 +111,38 @@ def test_auto_learns_of_shared_tokens() -> None:
     assert controller.choose([], 512) == []
     assert auto.told == 512
     assert controller.report == ControllerReport()
+
+
+def test_formats_of_kv_and_temperatures(tmp_path: Path) -> None:
+    """Every format has plain rounds of its own. Rows begin anew at each temperature, with the prompts' KV kept, and
+    drafts of int4x2 read half as many bytes as those of int8."""
+    model = str(write_model(tmp_path))
+    base = {"model": model, "dtype": "float32", "threads": 1, "speculation": {"gamma": 2, "kv": {"policy": "all"}}}
+    configs = [
+        EngineConfig.model_validate({**base, "cache": {"num_pages": 40, "prefix": True, "format": name}})
+        for name in ("dense", "int8", "int4x2")
+    ]
+    prompts = spread([10 + i % 300 for i in range(600)], count=2, length=200)
+    found = measure(configs, prompts, [0, 2], new_tokens=12, temperatures=[0.0, 0.8])
+    assert [(each.temperature, each.kv_format, each.speculation) for each in found] == [
+        (temperature, name, gamma)
+        for temperature in (0.0, 0.8)
+        for name in ("dense", "int8", "int4x2")
+        for gamma in (0, 2)
+    ]
+    assert all(each.speedup == 1.0 for each in found if not each.speculation)
+    assert all(200 < each.mean_context < 260 for each in found)
+    dense, int8, int4x2 = (each.kv_bytes_per_token for each in found[:6:2])
+    assert int8 == pytest.approx(int4x2, rel=0.1)
+    assert dense > 3 * int8
+    drafted = {each.kv_format: each for each in found[:6] if each.speculation}
+    assert drafted["int4x2"].acceptance is not None
+    assert " int4x2 " in table(found, 1e9)
+
+
+def test_bytes_of_drafts_at_fewer_bits(tmp_path: Path) -> None:
+    model = str(write_model(tmp_path))
+    read = EngineStats(kv_tokens_read=300, draft_kv_tokens_read=200)
+    for name, expected in (("dense", 3000), ("int8", 3000), ("int4x2", 1000 + 2000 * 11 / 20)):
+        config = EngineConfig.model_validate({"model": model, "cache": {"format": name}})
+        assert _kv_bytes(read, 10, config) == pytest.approx(expected, rel=0.05)

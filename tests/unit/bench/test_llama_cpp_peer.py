@@ -21,7 +21,6 @@ class FakeLlama(ModuleType):
     """Binding whose next token depends on all tokens of a sequence. sequences: KV by sequence, as {position: token}.
     computed: number of tokens that were decoded. parts: by call, the different numbers of tokens per sequence."""
 
-    GGML_TYPE_F16 = 1
     LLAMA_FLASH_ATTN_TYPE_ENABLED, LLAMA_FLASH_ATTN_TYPE_DISABLED = 1, 0
     __version__ = "0"
 
@@ -224,3 +223,21 @@ def test_weights_are_converted_once(
         assert load_peer(str(PEERS / "llama_cpp.py"), settings).about.endswith(f"{weights} weights")
     assert made == [(str(file).encode(), kind, True)]
     assert (tmp_path / f"model.{weights}.gguf").exists()
+
+
+def test_rows_begin_again(tmp_path: Path, llama: FakeLlama) -> None:
+    """Prompts are computed once. Sampled rows do not continue greedy ones."""
+    run = driver(tmp_path, prefix=False)
+    prompts = [[1, 2, 3, 4, 5], [6, 7, 8]]
+    first = run.answer({"op": "start", "prompts": prompts, "limit": 20, "temperature": 0})["tokens"]
+    first = [
+        row + more for row, more in zip(first, run.answer({"op": "decode", "new_tokens": 3})["tokens"], strict=True)
+    ]
+    assert first == [answer(prompt, 4) for prompt in prompts]
+    llama.computed, llama.sampled = 0, 1
+    again = run.answer({"op": "again", "limit": 20, "temperature": 1.0})["tokens"]
+    assert llama.computed == 2
+    again = [
+        row + more for row, more in zip(again, run.answer({"op": "decode", "new_tokens": 3})["tokens"], strict=True)
+    ]
+    assert again == [answer(prompt, 4, 1) for prompt in prompts]

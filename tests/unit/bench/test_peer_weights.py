@@ -17,8 +17,8 @@ from tests.support.tiny import write_model
 
 
 def magicdec(contender: Peer, model: Path) -> Any:
-    settings = {"model": str(model), "threads": 1, "rows": 2, "row_tokens": 200, "options": contender.options}
-    return load_peer(str(PEERS / "magicdec.py"), settings)
+    settings = {"model": str(model), "threads": 1, "rows": 2, "row_tokens": 200, "keep_prompts": False}
+    return load_peer(str(PEERS / "magicdec.py"), {**settings, "options": contender.options})
 
 
 @pytest.mark.parametrize("name", ["magicdec off", "magicdec auto", "magicdec prefix", "magicdec prefix auto"])
@@ -60,7 +60,15 @@ def test_vllm_takes_a_directory(directory: str | None, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "vllm", fake)
     for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING"):
         monkeypatch.setenv(name, "")
-    settings = {"model": "m", "threads": 1, "rows": 2, "row_tokens": 200, "kv_bytes": 1, "seed": 0}
+    settings = {
+        "model": "m",
+        "threads": 1,
+        "rows": 2,
+        "row_tokens": 200,
+        "kv_bytes": 1,
+        "seed": 0,
+        "keep_prompts": False,
+    }
     peer = load_peer(str(PEERS / "vllm.py"), settings | {"options": {"model": directory} if directory else {}})
     assert asked["model"] == (directory or "m")
     assert peer.about == ("vllm 0, weights of int4" if directory else "vllm 0, bfloat16 weights")
