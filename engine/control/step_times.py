@@ -38,14 +38,18 @@ class StepSample(msgspec.Struct, frozen=True):
 class _Line:
     """Linear interpolation between known points; the outer segments extend beyond them."""
 
-    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
-        """points: (x, y), distinct x, in rising order; one point is a constant."""
+    def __init__(self, points: Sequence[tuple[float, float]], beyond: float | None = None) -> None:
+        """points: (x, y), distinct x, in rising order; one point is a constant. beyond: slope after the last of several
+        points; None: that of the last segment."""
         self._x = [x for x, _ in points]
         self._y = [y for _, y in points]
+        self._beyond = beyond
 
     def __call__(self, x: float) -> float:
         if len(self._x) == 1:
             return self._y[0]
+        if self._beyond is not None and x > self._x[-1]:
+            return self._y[-1] + self._beyond * (x - self._x[-1])
         i = min(max(bisect_right(self._x, x), 1), len(self._x) - 1)
         x0, x1, y0, y1 = self._x[i - 1], self._x[i], self._y[i - 1], self._y[i]
         return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
@@ -155,9 +159,21 @@ def _effective(tokens: float, shared: float, price: float | None) -> float:
     return tokens if price is None else tokens - (1 - price) * shared
 
 
+def _common_slope(lines: Iterable[Sequence[tuple[float, float]]]) -> float:
+    """Fit one slope, of at least 0, to what each line rises by between its ends. lines: points in rising order."""
+    rises = [(line[-1][0] - line[0][0], line[-1][1] - line[0][1]) for line in lines]
+    squares = sum([x * x for x, _ in rises])
+    return max(0.0, sum([x * y for x, y in rises]) / squares) if squares else 0.0
+
+
 class _Plane:
     """Seconds over rows and effective KV tokens: a line over tokens for each number of rows, linear in rows between the
-    two nearest lines."""
+    two nearest lines.
+
+    Real batches have many times the measured tokens. A line's own slope, from two noisy points, would be off by far
+    there, and the difference between two of them by more. So all lines have one slope beyond their ends: the least
+    squares of what was measured, and never below 0.
+    """
 
     def __init__(self, points: Iterable[_Point]) -> None:
         """points: the fastest of those at the same place counts. Those that share tokens give prices only."""
@@ -168,10 +184,12 @@ class _Plane:
                 by_rows.setdefault(point.rows, {}).setdefault(point.tokens, []).append(point.seconds)
             elif point.rows not in sharing or point.shared > sharing[point.rows].shared:
                 sharing[point.rows] = point  # noise matters least where most is shared
-        self._lines = {
-            rows: _Line([(tokens, min(seconds)) for tokens, seconds in sorted(by_tokens.items())])
+        fastest = {
+            rows: [(tokens, min(seconds)) for tokens, seconds in sorted(by_tokens.items())]
             for rows, by_tokens in sorted(by_rows.items())
         }
+        beyond = _common_slope(fastest.values())
+        self._lines = {rows: _Line(points, beyond) for rows, points in fastest.items()}
         self._between: dict[int, tuple[_Line, _Line, float]] = {}
         prices = [
             (rows, self._measured_price(self._lines[rows], point))
