@@ -1,8 +1,12 @@
-"""The flags --weights, --draft-weights and --kv-format, for benches that have their own command line."""
+"""The flags --weights, --draft-weights and --kv-format, for benches that have their own command line, and what these do
+about settings that cannot be."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -11,7 +15,7 @@ from pydantic import ValidationError
 from engine.config.deployment import CacheConfig, ConfigError, EngineConfig, describe
 from engine.config.settings import Settings
 from engine.config.speculation import SpeculationConfig
-from kernels.kv.kv_bits import page_size_of
+from kernels.kv.kv_bits import KV_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class FormatFlags:
         settings that do not fit that."""
         fields = config.model_dump()
         fields["weights"], fields["speculation"]["weights"] = self.weights, self.draft_weights
-        fields["cache"] |= {"format": self.kv, "page_size": page_size_of(self.kv, config.cache.page_size)}
+        fields["cache"] |= {"format": self.kv, "page_size": KV_BITS[self.kv].page_size(config.cache.page_size)}
         try:
             return EngineConfig.model_validate(fields)
         except ValidationError as error:
@@ -57,6 +61,18 @@ def read_format_flags(arguments: argparse.Namespace) -> FormatFlags:
     """Read the values of `add_format_flags`."""
     given = vars(arguments)
     return FormatFlags(arguments.weights, given.get("draft_weights", "auto"), given.get("kv_format", "dense"))
+
+
+@contextmanager
+def exits_on_error() -> Iterator[None]:
+    """Print `error: …` and exit with status 1 where settings, a model or a file cannot be used: no traceback. For the
+    `main` of a bench."""
+    try:
+        yield
+    except ValidationError as error:
+        sys.exit(f"error: {describe(error)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def _values(settings: type[Settings], name: str) -> tuple[Any, ...]:

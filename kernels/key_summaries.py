@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.kv.kv_pool import FP8, KVPool, LayerKV
+from kernels.kv.kv_pool import KVPool, LayerKV
 from kernels.ops import Ops
 from kernels.row_sums import row_sum
 
@@ -18,18 +18,14 @@ class KeySummaries:
     """Element-wise minimum and maximum of the keys of each page and KV head (Quest, arXiv 2406.10774, section 3.3),
     kept beside a pool.
 
-    bounds: [layers, 2, pages, kv_heads, head_dim], the minima, and the maxima, in the pool's dtype; of an fp8 pool in
-        bfloat16, which has all of its numbers. Pages are those of lists: sealed ones have the bounds of the keys before
-        they were rounded.
+    bounds: [layers, 2, pages, kv_heads, head_dim], the minima, and the maxima, in the pool's `wide_dtype`. Pages are
+        those of lists: sealed ones have the bounds of the keys before they were rounded.
     """
 
     def __init__(self, pool: KVPool, ops: Ops) -> None:
-        layers, _, exact, kv_heads, _, head_dim = pool.data.shape
-        pages = pool.first_exact + exact
         # Both of a page are neighbours in memory, as they are read together, and pages may be anywhere in the pool.
-        shape = (layers, pages, 2, kv_heads, head_dim)
-        dtype = torch.bfloat16 if pool.data.dtype == FP8 else pool.data.dtype
-        self.bounds = torch.zeros(shape, dtype=dtype, device=pool.data.device).transpose(1, 2)
+        shape = (pool.num_layers, pool.page_ids, 2, pool.kv_heads, pool.head_dim)
+        self.bounds = torch.zeros(shape, dtype=pool.wide_dtype, device=pool.device).transpose(1, 2)
         self._ops = ops
         self._layers: list[tuple[Tensor, Tensor]] = [(low, high) for low, high in self.bounds]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.attention.reference_attention import ReferenceAttention, merge_segments
 from kernels.key_scores import snapkv_scores
 from kernels.key_summaries import bound_products, summarise_keys
-from kernels.kv.kv_bits import KV_FORMATS
+from kernels.kv.kv_bits import KV_BITS
 from kernels.kv.kv_pool import LayerKV, write_kv
 from kernels.noise import gumbel_noise
 from kernels.ops import Graphs
@@ -92,7 +92,7 @@ def reference_linear(matrix: Matrix, bias: Tensor | None, gated: bool, wide: boo
 class TorchFallbackOps:
     """Operations of kernels.ops.Ops for which plain torch is good enough on any CPU."""
 
-    kv_formats = frozenset(KV_FORMATS)
+    kv_formats = frozenset(KV_BITS)
     accept = None
     commit = None
     reads_prefixes = False

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, PlannedAttention
+from kernels.kv.kv_formats import KV_FORMATS
 from kernels.kv.kv_pool import KVPool, LayerKV
-from kernels.kv.sealed_format import SealedFormat
-from kernels.kv.sealing_pool import SealingPool
 from kernels.rope import llama3_frequencies, rotary_frequencies, rotary_tables
 from models.batch import ForwardBatch, TokenInputs
 from models.config import ModelConfig, ModelError, RopeConfig
@@ -190,27 +189,14 @@ class Llama(Module):
             self._twin = (twin,)
         return self._twin[0]
 
-    def make_pool(self, num_pages: int, page_size: int, dtype: torch.dtype | None = None) -> KVPool:
-        """Allocate a pool for this model's KV, with a scratch page where forwards are captured. dtype: of its numbers;
-        None: the model's."""
-        return KVPool(
+    def make_pool(self, num_pages: int, page_size: int, format: str = "dense", exact_pages: int = 0) -> KVPool:
+        """Allocate a pool for this model's KV, with a scratch page where forwards are captured. format: a key of
+        KV_FORMATS. exact_pages: see KVFormat.make_pool."""
+        return KV_FORMATS[format].make_pool(
+            exact_pages,
             num_layers=self.num_layers,
             num_pages=num_pages,
             page_size=page_size,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            dtype=dtype or self.dtype,
-            device=self.device,
-            scratch=self.ops.make_graphs is not None,
-        )
-
-    def make_sealing_pool(self, format: SealedFormat, num_pages: int, exact_pages: int) -> SealingPool:
-        """Allocate a pool whose pages are sealed; see SealingPool."""
-        return SealingPool(
-            format,
-            num_layers=self.num_layers,
-            num_pages=num_pages,
-            exact_pages=exact_pages,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             dtype=self.dtype,

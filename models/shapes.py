@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.kv.kv_bits import token_bytes
+from kernels.kv.kv_bits import KV_BITS
 from kernels.weights.weight_bits import HEAD_FORMATS, WEIGHT_BITS
 from models.config import ModelConfig, ModelError, RopeConfig, read_config, read_json
 from models.default import resolve_model
@@ -213,5 +213,5 @@ def rank_kv_token_bytes(
 ) -> int:
     """Return the KV bytes of one token on the fullest rank; with more ranks than KV heads they no longer shrink.
     kv_format: see kv_token_bytes. drafts: those that drafts read."""
-    head = token_bytes(kv_format, model.head_dim, element_bytes, drafts=drafts)
+    head = KV_BITS[kv_format].token_bytes(model.head_dim, element_bytes, drafts=drafts)
     return model.num_layers * kv_heads_per_rank(model, ranks) * head

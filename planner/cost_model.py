@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kernels.kv.kv_bits import SEALED_BITS, SEALED_GROUP
+from kernels.kv.kv_bits import KV_BITS
 from models.config import ModelConfig
 from models.shapes import active_parameters, matrix_bytes, rank_kv_token_bytes
 from planner.hardware import Device
@@ -175,9 +175,8 @@ class PlacedModel:
     def exact_tokens(self) -> int:
         """Number of a row's latest tokens that are read before they are sealed, on average: half of a group, and those
         of a group more in drafts (engine.batch.tail_pages)."""
-        if self.kv_format not in SEALED_BITS:
-            return 0
-        return SEALED_GROUP // 2 + SEALED_GROUP * self.drafts
+        group = KV_BITS[self.kv_format].group
+        return group // 2 + group * self.drafts
 
     @property
     def _kv_token_bytes(self) -> int:
@@ -197,7 +196,7 @@ class PlacedModel:
     def exact_page_bytes(self) -> int:
         """Bytes of the pages that a row's tokens are written to before they are sealed, on the rank with the largest
         share."""
-        return self.dense_kv_bytes(EXACT_PAGES * SEALED_GROUP) if self.kv_format in SEALED_BITS else 0
+        return self.dense_kv_bytes(EXACT_PAGES * KV_BITS[self.kv_format].group)
 
     @property
     def _matrix_bytes(self) -> float:

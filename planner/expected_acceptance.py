@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 
+from kernels.kv.kv_bits import KV_BITS
 from planner.policy_costs import POLICY_COSTS
 
 _CONTEXTS = (4000, 8000, 16000, 32000, 64000, 100000)
@@ -18,8 +19,8 @@ text; this value is lower to allow for that."""
 DRAFT_MODEL = 0.75
 """Upper bound of the acceptance of a small draft model, whatever KV it reads. Fitted to the published speed-ups of
 TinyLlama-1.1B for Llama-2-7B (bench/paper/published.py); other pairs can differ widely."""
-DRAFT_CODES = {"int4x2": 0.9}
-"""Upper bound of the acceptance of drafts that read fewer bits than the target, by KV format. QuantSpec (arXiv
+DRAFT_CODES = 0.9
+"""Upper bound of the acceptance of drafts that read fewer bits of the KV than the target. QuantSpec (arXiv
 2502.10424, abstract) published "> 90 %" for drafts that read all KV in 4 bits, and weights of 4 bits."""
 
 
@@ -37,9 +38,10 @@ def expected_alpha(
     policy: one of POLICY_COSTS. budget: KV tokens that the policy may choose; None or at least `context`: the draft
     reads what the target reads. draft_model: whether the draft has weights of its own. The estimate is then the lower
     of two: `ceiling`, the acceptance of a draft model that reads everything, and that of the target's weights at this
-    budget. kv_format: of the KV that drafts read. The estimate is at most DRAFT_CODES of it, in the same way.
+    budget. kv_format: of the KV that drafts read. If they read fewer bits of it, the estimate is at most DRAFT_CODES.
     """
-    upper = min(ceiling if draft_model else 1.0, DRAFT_CODES.get(kv_format, 1.0))
+    codes = 1.0 if KV_BITS[kv_format].draft_bits is None else DRAFT_CODES
+    upper = min(ceiling if draft_model else 1.0, codes)
     if budget is None or budget >= context:
         return upper
     rejections = (1 - _published(context)) * math.pow(_BUDGET / budget, _BUDGET_EXPONENT)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from engine.config.kv import DrafterName, KVState
+from kernels.kv.kv_bits import KV_BITS
 from models.shapes import find_shape, rank_matrix_bytes, rank_weight_bytes
 from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, Choosing, Efficiency, PlacedModel, SpeculationCost
 from planner.expected_acceptance import expected_alpha
@@ -178,8 +179,12 @@ class Deployment:
 
     def _reading_drafter(self, budget: int | None) -> PlacedModel:
         """Return the drafter with the format of the KV that it reads."""
-        reads_target = not self.has_draft_model and (budget is None or self.costs.is_view)
-        return replace(self.drafter, drafts=True, kv_format=self.target.kv_format if reads_target else "dense")
+        kv_format = self.target.kv_format
+        if self.has_draft_model:
+            kv_format = "dense"
+        elif budget is not None and not self.costs.is_view:
+            kv_format = KV_BITS[kv_format].written  # a cache of copies
+        return replace(self.drafter, drafts=True, kv_format=kv_format)
 
     def _cost(self, budget: int | None, shared: int) -> SpeculationCost:
         # A view of the target's KV reads the target's own pages, and a draft that reads everything has pages
@@ -219,7 +224,7 @@ class Deployment:
             draft_weights = rank_matrix_bytes(draft.model, draft.ranks, draft.element_bytes, draft.weights)
         kept = KVState() if budget is None else self.costs.state(budget, gamma, self._drafter_name)
         queries = kept.queries * draft.model.num_layers * draft.model.head_dim * draft.element_bytes
-        own = draft.dense_kv_bytes(kept.pages) + queries * -(-draft.model.num_heads // draft.ranks)
+        own = self._reading_drafter(budget).kv_bytes(kept.pages) + queries * -(-draft.model.num_heads // draft.ranks)
         kv = target.kv_bytes(tokens) + target.exact_page_bytes
         return weights, kv, draft_weights, own + self._draft_page_bytes(budget, tokens)
 

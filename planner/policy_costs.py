@@ -12,7 +12,7 @@ from typing import Any
 from engine.config.deployment import CacheConfig
 from engine.config.kv import DrafterName, KVConfig, KVState, QuestConfig
 from engine.config.speculation import SpeculationConfig
-from kernels.kv.kv_bits import page_size_of
+from kernels.kv.kv_bits import KV_BITS
 from models.shapes import kv_heads_per_rank
 from planner.cost_model import Choosing, PlacedModel, acceptance_for
 
@@ -40,7 +40,7 @@ class PolicyCosts:
 
     def stored(self, kv_format: str) -> PolicyCosts:
         """Return the costs at the page size of a KV format."""
-        return replace(self, page_size=page_size_of(kv_format, PAGE_SIZE))
+        return replace(self, page_size=KV_BITS[kv_format].page_size(PAGE_SIZE))
 
     def choosing(self, placed: PlacedModel) -> Choosing:
         """Compute what choosing costs. placed: the model that drafts."""

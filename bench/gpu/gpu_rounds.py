@@ -27,8 +27,7 @@ from engine.params import SamplingParams
 from engine.plan import PageDelta, RoundPlan, RoundResult, RowStart, RowWork
 from engine.scheduler.controller import FixedGamma
 from engine.worker.weight_choice import target_weights
-from kernels.kv.kv_bits import page_size_of, token_bytes
-from kernels.kv.kv_pool import KVPool
+from kernels.kv.kv_bits import KV_BITS
 from kernels.ops import Ops
 from kernels.weights.matrix import DenseMatrix
 from models.config import ModelConfig
@@ -141,7 +140,7 @@ class Bench:
     ) -> None:
         """points: (rows, context). memory: bytes for weights and KV. policy: KV policy of drafts, one that reads the
         target's pages. temperature: of all rows. only_first: keep only the first of the points that fit."""
-        page_size = page_size_of(formats.kv, page_size)
+        page_size = KV_BITS[formats.kv].page_size(page_size)
         self._name, self._gamma, self._budget, self._page = name, gamma, budget, page_size
         speculation = SpeculationConfig.model_validate({"gamma": gamma, "kv": {"policy": policy, "budget": budget}})
         self._policy, self._summaries = policy, speculation.kv_state(page_size).summaries
@@ -155,8 +154,8 @@ class Bench:
         drafts = self._model.drafting().matrix_bytes if choice.drafts else 0
         fixed = self.weight_bytes + drafts + self._model.table_bytes
         heads = shape.num_layers * shape.num_kv_heads
-        self._exact_bytes = heads * token_bytes("dense", shape.head_dim, dtype.itemsize)
-        self._token_bytes = heads * token_bytes(formats.kv, shape.head_dim, dtype.itemsize)
+        self._exact_bytes = heads * KV_BITS["dense"].token_bytes(shape.head_dim, dtype.itemsize)
+        self._token_bytes = heads * KV_BITS[formats.kv].token_bytes(shape.head_dim, dtype.itemsize)
         # Tokens by which a row can grow while it is measured, with all drafts accepted, and one round's drafts.
         self._room = (rounds + _WARM_UPS + 1) * (gamma + 1) + 1
         self.points: list[tuple[int, int]] = []
@@ -186,7 +185,7 @@ class Bench:
             }
         )
         self._engine = Engine(config, model=self._model, controller=FixedGamma(gamma), progress=False)
-        _fill(self._engine._worker._target.pool, shape.num_layers)
+        self._engine._worker._target.pool.fill_random(0.1)
         self._run: Callable[[RoundPlan], RoundResult] = self._engine.profiler.run
 
     def measure(self, rows: int, context: int, *, alpha: float, ceiling: float) -> GpuResult:
@@ -312,13 +311,3 @@ class Bench:
 
     def _scheduler(self, rows: int) -> SchedulerConfig:
         return SchedulerConfig(max_rows=rows, max_batch_tokens=rows * (self._gamma + 1) + 1)
-
-
-def _fill(pool: KVPool, num_layers: int) -> None:
-    """Fill the pages of a pool at random."""
-    pool.data.normal_(0, 0.1)
-    count, device = pool.data.shape[2], pool.data.device
-    for layer in map(pool.layer, range(num_layers)):
-        for first in range(0, layer.num_sealed, count):
-            pages = torch.arange(first, min(first + count, layer.num_sealed), device=device)
-            layer.seal(pages - first, pages)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from statistics import median
 
-from bench.format_flags import add_format_flags, read_format_flags
+from bench.format_flags import add_format_flags, exits_on_error, read_format_flags
 from bench.machine import describe_processor
 from bench.micro.blank_rounds import BlankRounds, cpu_config
 from engine.config.kv import KVConfig, VerifiedConfig, WindowConfig
@@ -21,6 +21,7 @@ from engine.worker.loading import load_target
 _SINK = 16
 
 
+@exits_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")

@@ -34,13 +34,12 @@ from kernels.attention.base import AttentionBatch, Ballot
 from kernels.attention.cpu_attention import CpuAttention
 from kernels.cpu.choice import KernelChoice
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, supported
-from kernels.cpu.library import CpuKernels
+from kernels.cpu.library import READABLE_KV, CpuKernels
 from kernels.cpu.micro_profile import choose
 from kernels.cpu.packing import Packed, PackedWeights, pack
-from kernels.kv.kv_bits import SEALED_GROUP, record_bytes
-from kernels.kv.kv_formats import SEALED_FORMATS
+from kernels.kv.kv_bits import KV_BITS, SEALED_GROUP
+from kernels.kv.kv_formats import KV_FORMATS
 from kernels.kv.kv_pool import KVPool, LayerKV
-from kernels.kv.sealing_pool import SealingPool
 from kernels.weights.weight_format import FORMATS
 from models.default import user_cache
 
@@ -49,6 +48,7 @@ SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
 """Input and output features of a layer's products."""
 _LAYERS = 30
 _POOL_BYTES = 400e6
+_EXACT_PAGES = 16
 _DECODING = ((1, 2048), (8, 8192), (16, 7500), (16, 512))
 """Rows and context of attention while decoding."""
 _CHUNK = (1, 4096, 512)
@@ -152,8 +152,8 @@ def votes(kernels: CpuKernels, rows: int, context: int, queries: Sequence[int]) 
 def sealed_pages(kernels: CpuKernels, rows: int, context: int, queries: Sequence[int], ceiling: float) -> None:
     """Measure one layer's attention over dense pages and over sealed ones, as the target and as drafts read them, by
     turns. ceiling: bytes per second of a read."""
-    formats = [("dense", False), *((name, False) for name in SEALED_FORMATS)]
-    formats += [(name, True) for name, each in SEALED_FORMATS.items() if each.has_draft_codes]
+    formats = [(name, False) for name in KV_BITS if name in READABLE_KV]
+    formats += [(name, True) for name, _ in formats if KV_BITS[name].draft_bits is not None]
     for dtype in (torch.float32, torch.bfloat16):
         pools = {each: _pool_of(*each, rows, context, dtype) for each in formats}
         for count in queries:
@@ -179,30 +179,24 @@ def sealed_pages(kernels: CpuKernels, rows: int, context: int, queries: Sequence
 def _pool_of(name: str, drafts: bool, rows: int, context: int, dtype: torch.dtype) -> tuple[list[LayerKV], Tensor, int]:
     """Return the layers of a pool larger than the CPU caches, lists of its pages, one for each row, and the bytes that
     attention reads of a layer. Sealed pages hold copies of a few."""
-    width, few = -(-context // SEALED_GROUP), 16
+    width, bits = -(-context // SEALED_GROUP), KV_BITS[name]
     pages = torch.arange(rows * width).view(rows, width)
-    count = pages.numel()
-    sizes = {"kv_heads": _KV_HEADS, "head_dim": _HEAD_DIM, "dtype": dtype, "device": torch.device("cpu")}
-    if name not in SEALED_FORMATS:
-        read = 2 * count * _KV_HEADS * SEALED_GROUP * _HEAD_DIM * dtype.itemsize
-        layers = max(2, int(_POOL_BYTES / read))
-        dense = KVPool(num_layers=layers, num_pages=count, page_size=SEALED_GROUP, **sizes)  # type: ignore[arg-type]
-        dense.data.normal_()
-        return [dense.layer(index) for index in range(layers)], pages, read
-    stored, read = (count * _KV_HEADS * sum(record_bytes(name, _HEAD_DIM, drafts=each)) for each in (False, drafts))
-    layers = max(2, int(_POOL_BYTES / stored))
-    pool = SealingPool(SEALED_FORMATS[name], num_layers=layers, num_pages=count, exact_pages=few, **sizes)  # type: ignore[arg-type]
-    pool.data.normal_()
-    pool.layer(0).seal(torch.arange(few), torch.arange(few))
-    views = [(pool.drafting() if drafts else pool).layer(index) for index in range(layers)]
-    first = pool.layer(0).sealed
-    assert first is not None
-    copies = [part[torch.arange(count) % few] for part in (first.k, first.v)]
-    for view in views:
-        assert view.sealed is not None
-        view.sealed.k.copy_(copies[0])
-        view.sealed.v.copy_(copies[1])
-    return views, pages, read
+    tokens = pages.numel() * _KV_HEADS * SEALED_GROUP
+    stored, read = (tokens * bits.token_bytes(_HEAD_DIM, dtype.itemsize, drafts=each) for each in (False, drafts))
+    pool = KV_FORMATS[name].make_pool(
+        _EXACT_PAGES if bits.seals else 0,
+        num_layers=max(2, int(_POOL_BYTES / stored)),
+        num_pages=pages.numel(),
+        page_size=SEALED_GROUP,
+        kv_heads=_KV_HEADS,
+        head_dim=_HEAD_DIM,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        scratch=False,
+    )
+    pool.fill_random()
+    view = pool.drafting() if drafts else pool
+    return [view.layer(index) for index in range(pool.num_layers)], pages, read
 
 
 def kv_bytes(rows: int, context: int) -> int:
@@ -222,8 +216,8 @@ def _pool(rows: int, context: int) -> tuple[list[LayerKV], Tensor]:
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
     )
-    pool.data.normal_()
-    return [pool.layer(index) for index in range(len(pool.data))], torch.arange(rows * width).view(rows, width)
+    pool.fill_random()
+    return [pool.layer(index) for index in range(pool.num_layers)], torch.arange(rows * width).view(rows, width)
 
 
 def attention_flops(rows: int, context: int, queries: int, *, heads: int = _HEADS, head_dim: int = _HEAD_DIM) -> float:

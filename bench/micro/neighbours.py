@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bench.corpus import BenchError
-from bench.format_flags import USUAL_FORMATS, FormatFlags, add_format_flags, read_format_flags
+from bench.format_flags import USUAL_FORMATS, FormatFlags, add_format_flags, exits_on_error, read_format_flags
 from bench.machine import CpuQuota, busy, describe_processor, first_cores
 from bench.micro.blank_rounds import BlankRounds, cpu_config
 from kernels.cpu.cpus import usable_cores
@@ -158,10 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quota = usable_cores() - 0.5 if given.quota is None else given.quota
     flags = read_format_flags(given)
     steps = Steps(given.model, given.rows, given.context, given.gamma, given.steps, given.turns, flags)
-    try:
+    with exits_on_error():
         print(table(steps, measure(steps, quota, lambda line: print(line, file=sys.stderr))))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

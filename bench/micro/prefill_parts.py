@@ -10,7 +10,6 @@ turns with the prompts.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.corpus import BenchError
-from bench.format_flags import USUAL_FORMATS, FormatFlags, add_format_flags, read_format_flags
+from bench.format_flags import USUAL_FORMATS, FormatFlags, add_format_flags, exits_on_error, read_format_flags
 from bench.machine import describe_processor
 from bench.micro.blank_rounds import cpu_config, load_with_ops
 from bench.micro.cpu_kernels import attention_flops, seconds
@@ -142,10 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if min(given.tokens, given.repeats) < 1:
         parser.error("--tokens and --repeats must be at least 1")
-    try:
+    with exits_on_error():
         print(measure(given.model, given.tokens, given.repeats, read_format_flags(given)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

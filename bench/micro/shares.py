@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from bench.format_flags import add_format_flags, read_format_flags
+from bench.format_flags import add_format_flags, exits_on_error, read_format_flags
 from bench.micro.blank_rounds import BlankRounds, cpu_config, load_with_ops
 from engine.speculation.verify import accept_drafts, commit_tokens
 from kernels.attention.base import AttentionBackend, AttentionBatch
@@ -158,6 +158,7 @@ class TimedOps:
         return TimedAttention(self._inner.attention(page_size, head_dim), self._clock)
 
 
+@exits_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")

@@ -27,7 +27,7 @@ from engine.messages import EngineStats
 from engine.scheduler.stats import acceptance_rate
 from engine.worker.loading import load_target
 from engine.worker.resolve import threads_per_rank
-from kernels.kv import kv_bits
+from kernels.kv.kv_bits import KV_BITS
 from models.config import read_config
 from models.default import resolve_model
 from planner.cost_model import speedup
@@ -182,7 +182,7 @@ def _result(
 def _kv_bytes(total: EngineStats, token_bytes: int, config: EngineConfig) -> float:
     """Compute the KV bytes that were read. token_bytes: of a token in the target's pool."""
     head_dim, format = read_config(resolve_model(config.model)).head_dim, config.cache.format
-    full, drafts = (kv_bits.token_bytes(format, head_dim, 1, drafts=drafts) for drafts in (False, True))
+    full, drafts = (KV_BITS[format].token_bytes(head_dim, 1, drafts=drafts) for drafts in (False, True))
     return token_bytes * (total.kv_tokens_read - total.draft_kv_tokens_read * (1 - drafts / full))
 
 

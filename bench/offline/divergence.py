@@ -11,11 +11,12 @@ import argparse
 from pathlib import Path
 
 from bench.corpus import passages, read_text
-from bench.format_flags import add_format_flags, read_format_flags
+from bench.format_flags import add_format_flags, exits_on_error, read_format_flags
 from engine.llm import LLM
 from engine.params import SamplingParams
 
 
+@exits_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from bench.corpus import passages, read_text
-from bench.format_flags import add_format_flags, read_format_flags
+from bench.format_flags import add_format_flags, exits_on_error, read_format_flags
 from bench.paper.forecast_report import check_plotting
 from engine.config.deployment import CacheConfig, EngineConfig
 from engine.llm import LLM
@@ -97,6 +97,7 @@ def plot(stretches: Sequence[Stretch], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@exits_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")

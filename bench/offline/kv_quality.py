@@ -23,8 +23,9 @@ from bench.corpus import passages, read_text
 from engine.llm import LLM
 from engine.params import SamplingParams
 from kernels.attention.base import AttentionBackend, AttentionBatch
-from kernels.kv.kv_bits import SEALED_GROUP
-from kernels.kv.kv_formats import SEALED_FORMATS
+from kernels.cpu.library import READABLE_KV
+from kernels.kv.kv_bits import KV_BITS, SEALED_GROUP
+from kernels.kv.kv_formats import KV_FORMATS
 from kernels.kv.kv_pool import LayerKV
 from models.default import resolve_model
 from models.tokenizer import Tokenizer
@@ -85,7 +86,7 @@ class ComparingAttention:
     """
 
     def __init__(self, inner: AttentionBackend, kv_format: str) -> None:
-        self._inner, self._format = inner, SEALED_FORMATS[kv_format.removesuffix(_DRAFT)]
+        self._inner, self._format = inner, KV_FORMATS[kv_format.removesuffix(_DRAFT)]
         self._drafts = kv_format.endswith(_DRAFT)
         self.errors: dict[int, tuple[float, float]] = {}
 
@@ -94,9 +95,7 @@ class ComparingAttention:
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PlannedAttention.run."""
-        head_dim, dtype, form = layer.k.shape[-1], layer.k.dtype, self._format
-        k = form.read_keys(form.seal_keys(layer.k), head_dim, dtype, drafts=self._drafts)
-        v = form.read_values(form.seal_values(layer.v), head_dim, dtype, drafts=self._drafts)
+        k, v = self._format.rounded(layer.k, layer.v, drafts=self._drafts)
         out, lse = self._inner.run(layer, q, scale)
         other, _ = self._inner.run(LayerKV(k, v, layer.index), q, scale)
         squares = float((other - out).float().square().sum()), float(out.float().square().sum())
@@ -124,8 +123,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
     parser.add_argument("--dtype", default="auto")
-    drafts = [f"{name}{_DRAFT}" for name, each in SEALED_FORMATS.items() if each.has_draft_codes]
-    known = ["dense", *SEALED_FORMATS, *drafts]
+    known = [name for name in KV_BITS if name in READABLE_KV]
+    known += [f"{name}{_DRAFT}" for name in known if KV_BITS[name].draft_bits is not None]
     parser.add_argument("--formats", nargs="+", choices=known, default=known)
     parser.add_argument("--length", type=int, nargs="+", default=[2048, 7500])
     parser.add_argument("--passages", type=int, default=4)

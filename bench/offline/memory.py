@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.format_flags import add_format_flags
+from bench.format_flags import add_format_flags, exits_on_error
 from engine.config.deployment import CacheConfig, EngineConfig
 from engine.config.speculation import SpeculationConfig
 from engine.core import Engine
@@ -53,6 +53,7 @@ def report(config: EngineConfig) -> None:
         engine.close()
 
 
+@exits_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
@@ -67,7 +68,8 @@ def main() -> None:
             command = [sys.executable, "-m", "bench.offline.memory", "--ranks", str(size), "--model", arguments.model]
             command += ["--dtype", arguments.dtype, "--tokens", str(arguments.tokens), "--weights", arguments.weights]
             command += ["--kv-format", arguments.kv_format]
-            subprocess.run(command, check=True)
+            if status := subprocess.run(command, check=False).returncode:  # it has said why
+                sys.exit(status)
         return
     cache = CacheConfig(format=arguments.kv_format)
     report(

@@ -21,7 +21,7 @@ from typing import Literal
 import msgspec
 
 from bench.corpus import read_text
-from bench.format_flags import add_format_flags, read_format_flags
+from bench.format_flags import add_format_flags, exits_on_error, read_format_flags
 from engine.config.deployment import EngineConfig
 from engine.config.speculation import SpeculationConfig
 from engine.llm import LLM
@@ -198,6 +198,7 @@ def report(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+@exits_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")

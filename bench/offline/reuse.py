@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.corpus import BenchError, read_text
-from bench.format_flags import add_format_flags, read_format_flags
+from bench.format_flags import add_format_flags, exits_on_error, read_format_flags
 from engine.config.deployment import CacheConfig, EngineConfig, SchedulerConfig
 from engine.config.speculation import SpeculationConfig
 from engine.core import Engine
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = read_format_flags(given)
     if min(given.requests, given.rows) < 1:
         parser.error("--requests and --rows must be at least 1")
-    try:
+    with exits_on_error():
         modes = [value.strip() for value in given.speculation.split(",")]
         gammas = [0 if mode == "off" else mode if mode == "auto" else int(mode) for mode in modes]
         runs = [(gamma, True) for gamma in gammas] + [(gammas[0], False)]
@@ -272,8 +272,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = f"speculation {config.speculation.gamma or 'off'}" + ("" if config.cache.prefix else ", no cache")
             print(f"{name} …", file=sys.stderr)
             replays.append(run(name, config, model, load))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(report(replays, possible_hits(load, replays[0], configs[0].cache.page_size)))
     if differences(replays):
         sys.exit(1)

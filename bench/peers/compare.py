@@ -40,6 +40,7 @@ from typing import Any
 import msgspec
 
 from bench.corpus import read_text, spread
+from bench.format_flags import exits_on_error
 from bench.machine import CpuQuota, busy, describe_processor, first_cores
 from bench.paper.forecast_report import check_plotting
 from bench.peers.compare_plan import CHECK_PROMPTS, ChatShape, Plan, parse_points, parse_temperatures
@@ -331,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if given.busy < 0 or (given.quota is not None and given.quota < 0.01):
         parser.error("--busy must be at least 0, --quota at least 0.01")
-    try:
+    with exits_on_error():
         if given.plot is not None:
             check_plotting()
         more = [variant(text) for text in given.variant]
@@ -387,8 +388,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
         if given.plot is not None:
             plot(report, given.plot)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class GraphInputs:
         """width: largest number of pages in a list. pool: has a scratch page. prefixes: room for prefixes that rows
         share. layers, heads: numbers of lists that each row has, one per layer, and one per KV head; 0: one for all."""
         assert pool.scratch is not None
-        device = pool.data.device
+        device = pool.device
         self._queries, self._prefixes = queries, prefixes
         padding = [0, 0, (pool.scratch - pool.first_exact) * pool.page_size]  # token id, position, KV slot
         self._padding = torch.tensor(padding, device=device)[:, None]
@@ -222,7 +222,7 @@ class ForwardGraphs:
         return self._model.logits(graph.states[place[inputs.logit_index]])
 
     def _pays(self, shape: _Shape, prefixes: Sequence[SharedPrefix]) -> bool:
-        return pays(prefixes, self._pool.page_size, self._heads, self._pool.data.itemsize, shape.tokens)
+        return pays(prefixes, self._pool.page_size, self._heads, self._pool.itemsize, shape.tokens)
 
     def _capture(self, shape: _Shape) -> _CapturedForward:
         sizes = {"rows": shape.rows, "queries": shape.queries, "width": self._width}

@@ -121,15 +121,13 @@ class RowState:
         )
         position = self.computed[row_index] + offset
         page = view.page_table[row_index, position // self.page_size]
-        # A table of another pool has no exact pages beside sealed ones.
-        first_page = self.first_exact if view.page_table is self.page_table else 0
         context = computed + ahead + 1  # tokens that each row's first query may read
         skipped = view.skipped(rows, context)
         kv_lengths = context + queries - 1 - skipped
         return ForwardBatch(
             token_ids=self.tokens[row_index, position].long(),
             positions=position,
-            slots=(page - first_page) * self.page_size + position % self.page_size,
+            slots=(page - view.first_page) * self.page_size + position % self.page_size,
             attention=AttentionBatch(
                 query_lengths=queries.tolist(),
                 kv_lengths=kv_lengths.tolist(),
@@ -141,6 +139,7 @@ class RowState:
                 per_layer=view.per_layer,
                 skipped=skipped.tolist(),
                 prefixes=self._prefixes(rows, context, view),
+                rows=row_slots,
             ),
             logit_index=logits,
         )
@@ -148,9 +147,8 @@ class RowState:
     def _prefixes(self, rows: Ints, context: Ints, view: View) -> list[SharedPrefix]:
         """Return the prefixes that rows share, if attention makes use of them. context: tokens that each row's first
         query may read, itself included: it sees all shared pages, and at least one slot after them."""
-        lists_pages = view.page_table is self.page_table or view.page_table is self.sealed_table
-        if not self.ops.reads_prefixes or len(rows) < 2 or view.per_layer or not lists_pages:
-            return []  # a table of another pool: its rows have pages of their own
+        if not self.ops.reads_prefixes or len(rows) < 2 or view.per_layer or not view.shares:
+            return []
         pages = np.minimum(view.leading(rows, context), context - 1) // self.page_size
         if self._tails is not None:  # drafts list the group before their own exactly, and each row has its own page
             pages = np.maximum(pages - 1, 0)

@@ -87,7 +87,13 @@ class TailPages:
 def num_exact_pages(config: EngineConfig) -> int:
     """Return the number of exact pages that are enough for any round, 0 where no page is sealed. A row holds two, or as
     many as its tokens need, which begin and end within a group."""
-    if not config.cache.seals:
+    if not config.cache.seals:  # all pages are
         return 0
     scheduler = config.scheduler
     return 2 * scheduler.max_rows + -(-scheduler.max_batch_tokens // config.cache.page_size)
+
+
+def make_tails(config: EngineConfig) -> TailPages | None:
+    """Make the owner of a rank's exact pages; None where no page is sealed."""
+    count = num_exact_pages(config)
+    return TailPages(config.scheduler.max_rows, count, config.cache.page_size) if count else None

@@ -22,6 +22,14 @@ class View(Protocol):
         """[max_rows, max_pages] int64: the pages that hold each row's positions."""
 
     @property
+    def first_page(self) -> int:
+        """Page id that slots count from: that of the pool's first page that tokens are written to."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether rows whose tokens begin alike may list the same pages. False where every row has pages of its own."""
+
+    @property
     def per_layer(self) -> bool:
         """Whether each layer has lists of its own."""
 
@@ -48,6 +56,8 @@ class DenseView:
     """The view of all KV."""
 
     page_table: Tensor
+    first_page: int = 0
+    shares: bool = True
     per_layer: bool = False
 
     def skipped(self, rows: Ints, contexts: Ints) -> Ints:

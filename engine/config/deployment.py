@@ -17,7 +17,7 @@ from engine.config.settings import Positive, Settings
 from engine.config.speculation import SpeculationConfig
 from engine.config.target_reading import TargetQuestConfig
 from engine.logs import LogFormat
-from kernels.kv.kv_bits import SEALED_BITS, SEALED_GROUP, page_size_of
+from kernels.kv.kv_bits import KV_BITS, KVBits
 
 
 class ConfigError(ValueError):
@@ -34,7 +34,7 @@ Name = Annotated[str, Field(min_length=1)]
 
 def _page_size(value: Any, info: ValidationInfo) -> Any:
     """Return the page size of a cache that sets none. info: has the fields before it."""
-    return page_size_of(info.data.get("format", "dense"), 16) if value is None else value
+    return KV_BITS[info.data.get("format", "dense")].page_size(16) if value is None else value
 
 
 class CacheConfig(Settings):
@@ -58,14 +58,20 @@ class CacheConfig(Settings):
     """Keep the KV of finished requests while memory lasts, for prompts that begin with the same tokens."""
 
     @property
+    def bits(self) -> KVBits:
+        """Sizes of the format."""
+        return KV_BITS[self.format]
+
+    @property
     def seals(self) -> bool:
-        """Whether pages of committed tokens are stored in fewer bits."""
-        return self.format in SEALED_BITS
+        """See KVBits.seals."""
+        return self.bits.seals
 
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
-        if self.seals and self.page_size != SEALED_GROUP:
-            raise ValueError(f"page_size ({self.page_size}): pages of format {self.format} have {SEALED_GROUP} tokens")
+        if self.page_size != self.bits.page_size(self.page_size):
+            group = self.bits.group
+            raise ValueError(f"page_size ({self.page_size}): pages of format {self.format} have {group} tokens")
         return self
 
 

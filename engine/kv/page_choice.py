@@ -55,11 +55,12 @@ class PageChoice:
 class ChoiceView:
     """View of the first pages, of the best chosen ones, and of all that is newer."""
 
+    shares = True
     per_layer = True
 
-    def __init__(self, choice: PageChoice, count: int) -> None:
-        """count: number of chosen pages to read, at most choice.count."""
-        self._choice, self._count = choice, count
+    def __init__(self, choice: PageChoice, count: int, first_page: int) -> None:
+        """count: number of chosen pages to read, at most choice.count. first_page: see View."""
+        self._choice, self._count, self.first_page = choice, count, first_page
         self.page_table = choice.page_table
 
     def skipped(self, rows: Ints, contexts: Ints) -> Ints:

@@ -42,6 +42,11 @@ class DraftSite:
         return self.state.sealed_table if self.settings.drafter == "model" else self.state.page_table
 
     @property
+    def first_page(self) -> int:
+        """See View.first_page, of views of that pool."""
+        return 0 if self.settings.drafter == "model" else self.state.first_exact
+
+    @property
     def page_size(self) -> int:
         return self.state.page_size
 
@@ -74,7 +79,7 @@ class KVPolicy:
     def __init__(self, site: DraftSite) -> None:
         self.full = site.make_full()
         self.pool = self.full.drafting()
-        self.full_view: View = DenseView(site.page_table)
+        self.full_view: View = DenseView(site.page_table, site.first_page)
         self.attention = self.full_attention = site.attention()
 
     def view(self, budget: int) -> View:

@@ -47,7 +47,7 @@ class QuestPolicy(KVPolicy):
         self.attention: QuestAttention = QuestAttention(site.attention(), self._choice, summaries, config.interval)
         self._state = site.state
         self._views = views_by_budget(
-            site, config.budget, lambda budget: QuestView(self._choice, budget // page, self.attention)
+            site, config.budget, lambda budget: QuestView(self._choice, budget // page, site.first_page, self.attention)
         )
 
     def view(self, budget: int) -> View:
@@ -74,8 +74,8 @@ class QuestPolicy(KVPolicy):
 class QuestView(ChoiceView):
     """View of pages that attention chooses while it runs."""
 
-    def __init__(self, choice: PageChoice, count: int, attention: QuestAttention) -> None:
-        super().__init__(choice, count)
+    def __init__(self, choice: PageChoice, count: int, first_page: int, attention: QuestAttention) -> None:
+        super().__init__(choice, count, first_page)
         self._attention = attention
 
     def pages(self, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
@@ -167,7 +167,7 @@ class PageSummariser:
 
     def summarise(self, pool: KVPool, pages: Tensor) -> None:
         """Summarise pages to which a forward without observer wrote. pages: [n] int64."""
-        for index in range(len(pool.data)):
+        for index in range(pool.num_layers):
             self._summaries.update(pool.layer(index), pages)
 
 

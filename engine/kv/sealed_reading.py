@@ -24,13 +24,12 @@ from kernels.transfer import send_all
 class SealedView:
     """View of all KV. Groups before that of a row's first query are listed as they are sealed, others exactly."""
 
+    shares = True
     per_layer = False
 
     def __init__(self, state: RowState) -> None:
-        self.page_table = state.page_table
+        self.page_table, self.first_page = state.page_table, state.first_exact
         self._state = state
-        self.rows: Tensor
-        """Row slots of the latest lists."""
 
     def skipped(self, rows: Ints, contexts: Ints) -> Ints:
         return contexts * 0
@@ -39,7 +38,7 @@ class SealedView:
         return contexts
 
     def pages(self, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
-        state, self.rows = self._state, rows
+        state = self._state
         own = (contexts - 1) // state.page_size
         is_sealed = torch.arange(width, device=rows.device) < own[:, None]
         return torch.where(is_sealed, state.sealed_table[rows, :width], state.page_table[rows, :width])
@@ -72,13 +71,11 @@ class _Pieces:
 
 
 class SealedAttention:
-    """Attention of the target's forwards. Each follows a call of SealedView.pages, whose lists it reads."""
+    """Attention of the target's forwards, over lists of SealedView."""
 
-    def __init__(
-        self, inner: AttentionBackend, view: SealedView, state: RowState, summaries: KeySummaries | None
-    ) -> None:
+    def __init__(self, inner: AttentionBackend, state: RowState, summaries: KeySummaries | None) -> None:
         """inner: reads what is listed. summaries: of the pool's keys, kept up to date."""
-        self._inner, self._view, self._state = inner, view, state
+        self._inner, self._state = inner, state
         self.summaries = summaries
         self._written: Tensor
         self._sealing: tuple[Tensor, Tensor] | None = None
@@ -88,7 +85,8 @@ class SealedAttention:
         state, page = self._state, self._state.page_size
         pieces = _Pieces.cut(np.array(batch.query_lengths), np.array(batch.kv_lengths), page)
         is_full = pieces.lengths == (pieces.columns + 1) * page
-        slots = self._view.rows
+        slots = batch.rows
+        assert slots is not None
         rows, columns, full_rows, full_columns, lasts = send_all(
             state.device, pieces.rows, pieces.columns, pieces.rows[is_full], pieces.columns[is_full], pieces.lasts
         )
@@ -121,6 +119,7 @@ class SealedAttention:
             skipped=(),
             prefixes=(),
             ballot=ballot,
+            rows=slots,
         )
 
     def _cut_ballot(self, ballot: Ballot, pieces: _Pieces, lasts: Tensor) -> Ballot:

@@ -39,8 +39,10 @@ class SnapKVPolicy(KVPolicy):
         self._ops, self._scale = model.ops, model.head_dim**-0.5
         self._chosen, self._recent, self._per_row = kept.first, config.recent // page, kept.pages  # in pages
         table = ring_table(max_rows, state.page_table.shape[1], kept.first, kept.ring).to(state.device)
-        self._view = WindowView(table, budget=config.budget, sink=config.budget - config.recent, page_size=page)
-        self.pool = model.make_pool(max_rows * self._per_row, page, self.full.data.dtype)
+        self._view = WindowView(
+            table, budget=config.budget, sink=config.budget - config.recent, page_size=page, shares=False
+        )
+        self.pool = self.full.cache(max_rows * self._per_row)
         self._places = kept.queries  # by position
         shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
         self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
@@ -90,12 +92,12 @@ class SnapKVPolicy(KVPolicy):
             missing.append(self._readable(first, stop))
         self._copied[slots] = np.maximum(self._copied[slots], end)
         full, cache, offset = self._locate(np.repeat(slots, [len(each) for each in missing]), np.concatenate(missing))
-        self.pool.data[:, :, cache, :, offset] = self.full.read_tokens(full, offset)
+        self.pool.write_tokens(cache, offset, self.full.read_tokens(full, offset))
 
     def keep_drafts(self, rows: Ints, first: Ints, end: Ints) -> None:
         count = end - first
         full, cache, offset = self._locate(np.repeat(rows, count), np.repeat(first, count) + ragged_arange(count))
-        self.full.data[:, :, full, :, offset] = self.pool.data[:, :, cache, :, offset]
+        self.full.write_tokens(full, offset, self.pool.read_tokens(cache, offset))
         self._copied[rows] = end
 
     def _locate(self, slots: Ints, positions: Ints) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +143,6 @@ class SnapKVPolicy(KVPolicy):
                 queries[index], keys[:, :length], self._scale, candidates=candidates, kernel=self._config.kernel
             )
             best = scores.topk(count).indices.sort(-1).values
-            chosen = self.pool.data[index, :, row * self._per_row :][:, : self._chosen]  # [2, pages, kv_heads, page, …]
-            for target, part in zip(chosen, (keys, values), strict=True):
-                picked = part.gather(1, best[..., None].expand(-1, -1, part.shape[-1]))
-                target.copy_(picked.view(len(part), self._chosen, -1, part.shape[-1]).transpose(0, 1))
+            place = best[..., None].expand(-1, -1, keys.shape[-1])
+            picked = (part.gather(1, place) for part in (keys, values))
+            self.pool.layer(index).write_pages(row * self._per_row, *picked)

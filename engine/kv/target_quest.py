@@ -65,6 +65,8 @@ class _NewChoices:
 class TargetQuestView:
     """View of all KV, whose attention reads less. It tells attention the rows and positions of a forward."""
 
+    first_page = 0
+    shares = True
     per_layer = False
 
     def __init__(self, page_table: Tensor) -> None:

@@ -25,12 +25,22 @@ class WindowView:
 
     per_layer = False
 
-    def __init__(self, page_table: Tensor, *, budget: int, sink: int, page_size: int) -> None:
+    def __init__(
+        self,
+        page_table: Tensor,
+        *,
+        budget: int,
+        sink: int,
+        page_size: int,
+        first_page: int = 0,
+        shares: bool = True,
+    ) -> None:
         """budget: KV tokens, a multiple of page_size. sink: number of first tokens always read, rounded up to pages.
+        first_page, shares: see View.
 
         Raises ValueError if the budget is not a multiple of the page size or leaves no page after the sink.
         """
-        self.page_table = page_table
+        self.page_table, self.first_page, self.shares = page_table, first_page, shares
         self._page_size = page_size
         self._sink = -(-sink // page_size)
         self._width = budget // page_size
@@ -69,7 +79,16 @@ class WindowPolicy(KVPolicy):
             self.block = kept.block
         super().__init__(site)
         self._views = views_by_budget(
-            site, config.budget, lambda budget: WindowView(table, budget=budget, sink=config.sink, page_size=page)
+            site,
+            config.budget,
+            lambda budget: WindowView(
+                table,
+                budget=budget,
+                sink=config.sink,
+                page_size=page,
+                first_page=0 if own else site.first_page,
+                shares=not own,
+            ),
         )
         if config.positions == "relative":
             self.captures = False

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from engine.batch.forward_graphs import ForwardGraphs, Observer, graph_row_counts
 from engine.batch.row_state import RowState
 from engine.batch.runner import Runner
-from engine.batch.tail_pages import TailPages, num_exact_pages
+from engine.batch.tail_pages import make_tails, num_exact_pages
 from engine.batch.view import DenseView
 from engine.config.deployment import EngineConfig
 from engine.kv.policy import DraftSite
@@ -23,7 +23,6 @@ from engine.speculation.rejection import Proposals, RejectionSampler
 from engine.worker.weight_choice import draft_model_weights
 from kernels.attention.base import AttentionBackend
 from kernels.key_summaries import KeySummaries
-from kernels.kv.kv_formats import POOL_DTYPES, SEALED_FORMATS
 from kernels.ops import Graphs, Ops
 from models.default import resolve_model
 from models.llama import Llama
@@ -75,37 +74,31 @@ def make_graphs(config: EngineConfig, ops: Ops) -> Graphs | None:
 
 def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: int) -> Runner:
     """Make the target's runner, over a pool of its own. `make_drafter` captures its forwards."""
-    if config.cache.seals:
-        return _sealing_target(config, model, state, num_pages)
-    pool = model.make_pool(num_pages, state.page_size, POOL_DTYPES.get(config.cache.format))
+    pool = model.make_pool(num_pages, state.page_size, config.cache.format, num_exact_pages(config))
     if config.target_kv is not None:
         max_queries = config.speculation.max_draft_tokens + 1
         view, attention = make_target_reading(config.target_kv, model, state, pool, max_queries)
         return Runner(model, pool, attention, view, summaries=attention.summaries)
-    return Runner(model, pool, _plain_attention(model, state.page_size), DenseView(state.page_table))
-
-
-def _sealing_target(config: EngineConfig, model: Llama, state: RowState, num_pages: int) -> Runner:
+    plain = _plain_attention(model, state.page_size)
+    if not pool.seals:
+        return Runner(model, pool, plain, DenseView(state.page_table))
     settings = config.speculation
-    pool = model.make_sealing_pool(SEALED_FORMATS[config.cache.format], num_pages, num_exact_pages(config))
     summarises = settings.drafter == "self" and settings.kv_state(state.page_size).summaries > 0
     summaries = KeySummaries(pool, model.ops) if summarises else None
-    view = SealedView(state)
-    attention = SealedAttention(_plain_attention(model, state.page_size), view, state, summaries)
-    return Runner(model, pool, attention, view, summaries=summaries)
+    return Runner(model, pool, SealedAttention(plain, state, summaries), SealedView(state), summaries=summaries)
 
 
 def make_row_state(config: EngineConfig, model: Llama, num_pages: int, max_model_len: int) -> RowState:
     """Make the state of a rank's rows. num_pages: of the target's pool."""
-    seals = config.cache.seals
+    tails = make_tails(config)
     return RowState(
         max_rows=config.scheduler.max_rows,
         max_model_len=max_model_len,
         page_size=config.cache.page_size,
         device=model.device,
         ops=model.ops,
-        tails=TailPages(config.scheduler.max_rows, num_exact_pages(config), config.cache.page_size) if seals else None,
-        first_exact=num_pages if seals else 0,
+        tails=tails,
+        first_exact=0 if tails is None else num_pages,
     )
 
 

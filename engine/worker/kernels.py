@@ -18,7 +18,7 @@ from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
 from kernels.cpu.micro_profile import measured_choice
 from kernels.flashinfer.flashinfer_modules import ModulesUnavailable, load_modules, try_attention
-from kernels.kv.kv_pool import FP8
+from kernels.kv.kv_formats import KV_FORMATS
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from models.default import user_cache
@@ -105,8 +105,8 @@ def _named(
             raise KernelsUnavailable(f"flashinfer does not read {kv_format} KV; triton does")
         known = [head_dim for head_dim in dict.fromkeys(head_dims) if head_dim in HEAD_DIMS]
         load_modules(device, dtype, known, compiling)
-        if kv_format == "fp8":
-            load_modules(device, dtype, known[:1], compiling, FP8)
+        if (written := KV_FORMATS[kv_format].dtype) is not None:
+            load_modules(device, dtype, known[:1], compiling, written)
         workspace = make_workspace(device)
         for head_dim in known:
             try_attention(workspace, dtype, head_dim)

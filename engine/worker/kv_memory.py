@@ -13,7 +13,6 @@ from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
 from kernels.flashinfer.flashinfer_sizes import Heads, captured_memory
 from kernels.flashinfer.flashinfer_workspace import load_flashinfer, takes_uniform_queries
-from kernels.kv.kv_formats import POOL_DTYPES
 from models.batch import ForwardBatch
 from models.llama import Llama
 from parallel.group import Group
@@ -117,5 +116,5 @@ def run_largest_round(config: EngineConfig, model: Llama) -> None:
     num_logits = min(tokens, config.scheduler.max_rows * (config.speculation.max_draft_tokens + 1))
     attention = AttentionBatch([tokens], [tokens], lists)
     inputs = ForwardBatch(torch.zeros_like(position), position, position, attention, position[:num_logits])
-    pool = model.make_pool(pages, page_size, POOL_DTYPES.get(config.cache.format))
+    pool = model.make_pool(pages, page_size, config.cache.bits.written)
     model.forward(inputs, pool, model.ops.attention(page_size, model.head_dim))

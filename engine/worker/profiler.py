@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from engine.batch.tail_pages import num_exact_pages
 from engine.config.deployment import EngineConfig
 from engine.control.step_times import StepSample, StepTimes
 from engine.params import SamplingParams
@@ -62,7 +63,7 @@ class Profiler:
         """run: a round on all ranks. config, num_pages, max_model_len: the engine's. shared_stretch: see Ops."""
         self.run = run
         self._stretch = shared_stretch
-        self._page, self._seals = config.cache.page_size, config.cache.seals
+        self._page, self._holds_exact = config.cache.page_size, num_exact_pages(config) > 0
         self._max_rows = config.scheduler.max_rows
         self._max_model_len = max_model_len
         self._room = min(_ROOM, max(3, max_model_len // 2))
@@ -91,7 +92,7 @@ class Profiler:
         if first.verify_seconds > _SLOW_S:
             repeats = 1
         # Short rows must not grow, nor rows out of the groups that they hold exact pages for.
-        again = [] if self._room == _ROOM and not self._seals else starts
+        again = [] if self._room == _ROOM and not self._holds_exact else starts
         results = [self.run(RoundPlan(0, again, pages if again else [], work)) for _ in range(repeats)]
         fastest = min(results, key=lambda result: result.draft_seconds + result.verify_seconds)
         return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds, (rows - 1) * shareable)

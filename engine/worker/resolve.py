@@ -20,7 +20,7 @@ from engine.worker.kernels import choose_ops
 from engine.worker.weight_choice import loaded_formats
 from kernels.cpu.compiler import supported
 from kernels.cpu.cpus import usable_cores
-from kernels.kv.kv_bits import KV_FORMATS, token_bytes
+from kernels.kv.kv_bits import KV_BITS
 from kernels.ops import Ops
 from models.config import ModelConfig, read_config
 from models.default import resolve_model
@@ -209,7 +209,7 @@ def check_kv_format(config: EngineConfig, ops: Ops) -> None:
     """Raise ConfigError for KV that the kernels do not read."""
     wanted = config.cache.format
     if wanted not in ops.kv_formats:
-        known = ", ".join(each for each in KV_FORMATS if each in ops.kv_formats)
+        known = ", ".join(each for each in KV_BITS if each in ops.kv_formats)
         raise ConfigError(f"engine.cache.format: {ops.kind} kernels do not read {wanted} KV, but {known}")
 
 
@@ -267,7 +267,7 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 def _kv_bytes(shape: ModelConfig, dtype: torch.dtype, kv_heads: int, format: str = "dense") -> int:
     """Return the bytes of KV per token. format: of the pages that hold it."""
-    return shape.num_layers * kv_heads * token_bytes(format, shape.head_dim, dtype.itemsize)
+    return shape.num_layers * kv_heads * KV_BITS[format].token_bytes(shape.head_dim, dtype.itemsize)
 
 
 def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | None:
@@ -298,9 +298,9 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
         raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
     kept, page = settings.kv_state(config.cache.page_size), config.cache.page_size
     query_bytes = shape.num_layers * shape.head_dim * dtype.itemsize
-    rows, own = config.scheduler.max_rows, settings.drafter == "self" and config.cache.format == "fp8"
+    rows, copied = config.scheduler.max_rows, config.cache.bits.written if settings.drafter == "self" else "dense"
     fixed_bytes = max(
-        rows * kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size, "fp8" if own else "dense")
+        rows * kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size, copied)
         + rows * kept.queries * mine.heads.size * query_bytes
         + (rows + 1) * _choice_bytes(kept, shape, mine.kv_heads.size)  # one is of no row (PageChoice.nobody)
         for mine in heads
@@ -351,13 +351,13 @@ def _with_pool(
 
 def _keepers(config: EngineConfig) -> str:
     """Name what keeps KV for rows, in messages."""
-    if config.cache.seals:
+    if num_exact_pages(config):
         return "drafts and pages that are not sealed"
     return "drafts" if config.target_kv is None else "drafts and choices of the target"
 
 
 def _budgets(config: EngineConfig) -> str:
-    if config.cache.seals:
+    if num_exact_pages(config):
         return "speculation.kv.budget, scheduler.max_batch_tokens"
     return "speculation.kv.budget" if config.target_kv is None else "speculation.kv.budget, target_kv.budget"
 

@@ -83,6 +83,8 @@ class AttentionBatch(_Lists):
         once for all of its rows, and gets the same results without. None with lists per layer.
     late: whether lists of a layer may change, in place, until it runs.
     ballot: votes to count in each run; None: none.
+    rows: [rows] int64, the engine's slot of each row, for attention that knows more of it than its list; None: there
+        are none.
     """
 
     query_lengths: Sequence[int]
@@ -93,6 +95,7 @@ class AttentionBatch(_Lists):
     prefixes: Sequence[SharedPrefix] = ()
     late: bool = False
     ballot: Ballot | None = None
+    rows: Tensor | None = None
 
 
 class PlannedAttention(Protocol):

@@ -47,7 +47,7 @@ class GpuAttention:
         tokens, heads, head_dim = q.shape
         kv_heads, page_size = layer.k.shape[1:3]
         sizes = Heads(heads, kv_heads, head_dim)
-        if pays(batch.prefixes, page_size, sizes, 1 if layer.sealed is not None else layer.k.itemsize, tokens):
+        if pays(batch.prefixes, page_size, sizes, layer.itemsize, tokens):
             shared = SharedTiles(
                 np.array(batch.query_lengths, dtype=np.int64),
                 np.array(batch.kv_lengths, dtype=np.int64),

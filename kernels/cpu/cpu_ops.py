@@ -9,11 +9,10 @@ from torch import Tensor
 from kernels.attention.base import AttentionBackend
 from kernels.attention.cpu_attention import CpuAttention
 from kernels.attention.reference_attention import ReferenceAttention
-from kernels.cpu.library import SEGMENT, CpuKernels
+from kernels.cpu.library import READABLE_KV, SEGMENT, CpuKernels
 from kernels.cpu.micro_profile import MicroProfile
 from kernels.cpu.packing import Packed, can_pack, pack
 from kernels.key_summaries import bound_products, summarise_keys
-from kernels.kv.kv_bits import KV_FORMATS
 from kernels.kv.kv_pool import LayerKV
 from kernels.ops import Graphs
 from kernels.reference_ops import TorchFallbackOps
@@ -51,7 +50,7 @@ class CpuOps(TorchFallbackOps):
         self.name = kernels.name
 
     weight_formats = frozenset(FORMATS)
-    kv_formats = frozenset(KV_FORMATS) - {"fp8"}
+    kv_formats = READABLE_KV
 
     def fastest_format(self, max_rows: int) -> str | None:
         return "int8" if self._profile is None else self._profile.fastest_format(max_rows)

@@ -17,8 +17,10 @@ from kernels.kv.kv_pool import SealedKV
 SEGMENT = 1024
 """Number of KV slots of a row that are one piece of work in attention, and that rows share; same as SEGMENT of
 csrc/attention_cut.h."""
-_SEALED_KINDS = {("int8", False): 0, ("int4x2", False): 1, ("int4x2", True): 2}
-"""Numbers of `Sealed` in csrc/kernels.h, by format and whether its draft codes are read."""
+_SEALED_KINDS = {"int8": 0, "int4x2": 1, "upper": 2}
+"""Numbers of `Sealed` in csrc/kernels.h, by kind of layer (LayerKV.kind)."""
+READABLE_KV = frozenset({"dense", "int8", "int4x2"})
+"""Formats of KV that the kernels read (see kernels.kv.kv_bits)."""
 
 
 def open_set(folder: Path | None, target: InstructionSet) -> tuple[Path, int]:
@@ -97,11 +99,7 @@ class CpuKernels:
         counted = (None, 1, None) if ballot is None else (ballot.voters, ballot.unit, ballot.votes)
         records: tuple[Tensor | None, Tensor | None, int] = (None, None, 0)
         if sealed is not None:
-            records = (
-                sealed.k,
-                sealed.v,
-                _SEALED_KINDS[sealed.format.name, sealed.drafts and sealed.format.has_draft_codes],
-            )
+            records = sealed.k, sealed.v, _SEALED_KINDS[sealed.kind]
         o, sums = self._attention(
             self._attention_table, q, k, v, queries, lengths, pages, scale, *self._prefetch, *counted, *records
         )

@@ -19,7 +19,7 @@ from kernels.attention.base import Ballot
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_ballot, check_dtype, check_pool
 from kernels.gpu.merge import merge_spans
-from kernels.gpu.tile import kv_kind, kv_tensors, load_tile, masked_scores, product, tile_shape
+from kernels.gpu.tile import kv_tensors, load_tile, masked_scores, product, tile_shape
 from kernels.gpu.votes import VotingRows, count_votes, finish_votes
 from kernels.kv.kv_pool import LayerKV
 from kernels.transfer import send
@@ -291,7 +291,7 @@ def attend(
     page_stride = check_pool(kv)
     if ballot is not None:
         check_ballot(ballot)
-    group, kind = heads // kv_heads, kv_kind(kv)
+    group, kind = heads // kv_heads, kv.kind
     pages = tiles.pages[kv.index] if tiles.per_layer else tiles.pages
     width = pages.shape[-1]
     lists = pages.stride(0), pages.stride(1) if pages.dim() == 3 else 0

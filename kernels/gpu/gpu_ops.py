@@ -23,7 +23,7 @@ from kernels.gpu.products.format_times import device_seconds, fastest_format
 from kernels.gpu.products.fp8_products import Fp8Linear
 from kernels.gpu.snapkv_scores import snapkv_scores
 from kernels.key_summaries import bound_products, summarise_keys
-from kernels.kv.kv_bits import KV_FORMATS
+from kernels.kv.kv_bits import KV_BITS
 from kernels.kv.kv_pool import LayerKV
 from kernels.ops import Graphs, Linear
 from kernels.reference_ops import reference_linear
@@ -93,7 +93,7 @@ class GpuOps:
         self.make_graphs: Callable[[], Graphs] | None = None
         if make_recorder is not None:
             self.make_graphs = lambda: GpuGraphs(make_recorder(), workspace)
-        self.kv_formats = frozenset(KV_FORMATS) if workspace is None else READABLE_KV
+        self.kv_formats = frozenset(KV_BITS) if workspace is None else READABLE_KV
         self.kind = "triton" if workspace is None else "flashinfer"
         library = triton if workspace is None else load_flashinfer()
         self.name = f"{self.kind} {library.__version__}"

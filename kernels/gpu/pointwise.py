@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.checks import check_dtype, check_pool
-from kernels.gpu.tile import fp8_codes, kv_kind, kv_tensors
+from kernels.gpu.tile import fp8_codes, kv_tensors
 from kernels.kv.kv_pool import LayerKV
 
 _WIDE = 1024  # elements per program of an elementwise kernel
@@ -199,7 +199,7 @@ def rotary(
         eps,
         PAGE_SIZE=page_size,
         NORM=norms is not None,
-        FP8=kv_kind(kv) == "fp8",
+        FP8=kv.kind == "fp8",
         HALF=half,
         BLOCK=triton.next_power_of_2(half),
         num_warps=1,

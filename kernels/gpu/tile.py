@@ -32,7 +32,7 @@ def tile_shape(queries: int, head_dim: int, dtype: torch.dtype, kv: str = "dense
 
     queries: number of queries, of all heads of a KV head, that belong together; more than m are cut into several
     programs. m is at most 64. m and n are 16 in float32, which GPUs multiply outside tensor cores, with both tiles in
-    registers. kv: see kv_kind.
+    registers. kv: see LayerKV.kind.
 
     Loads must keep the memory busy: full bandwidth takes bandwidth × latency bytes under way (Little's law). With 1 µs
     of latency under load, that is 2.0 TB/s / 108 = 19 KB for each multiprocessor of an A100, 3.35 TB/s / 132 = 25 KB of
@@ -91,14 +91,6 @@ def masked_scores(q: tl.tensor, k: tl.tensor, scale: tl.tensor, visible: tl.tens
 # -- keys and values -------------------------------------------------------------------------------------------------
 
 
-def kv_kind(kv: LayerKV) -> str:
-    """Return how kernels read a layer: `dense`, `fp8`, the name of the format of its sealed pages, or, of these, only
-    the upper codes: `upper`."""
-    if kv.sealed is not None:
-        return "upper" if kv.sealed.drafts else kv.sealed.format.name
-    return "fp8" if kv.k.dtype == FP8 else "dense"
-
-
 def kv_tensors(kv: LayerKV) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Return what `load_tile` reads of a layer: the exact pages of keys and of values, the records of both, and the
     number of sealed pages. Numbers of 8 bits are bytes: GPUs before 8.9 do not have them."""
@@ -127,7 +119,7 @@ def load_tile(
 ) -> tl.tensor:
     """Load the keys or values of a KV head in the slots at … at + N - 1 of a list: [N, D] of type DTYPE, 0 from slot
     `end` on. KEYS: whether they are keys. page: [N] int64, the listed pages of the slots, 0 from `end` on. KV: see
-    kv_kind.
+    LayerKV.kind.
 
     Where pages are sealed, a tile is part of one page. A masked load reads nothing, so only one of both kinds is read.
     """

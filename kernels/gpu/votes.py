@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.attention.base import Ballot
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_ballot, check_pool
-from kernels.gpu.tile import kv_kind, kv_tensors, load_tile, masked_scores, tile_shape
+from kernels.gpu.tile import kv_tensors, load_tile, masked_scores, tile_shape
 from kernels.kv.kv_pool import LayerKV
 
 _SUMS = 4096  # of a program that finishes votes: voting heads × units
@@ -187,7 +187,7 @@ def count_votes(
     _, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = kv.k.shape
     group, width = heads // kv_heads, pages.shape[-1]
-    shape = tile_shape(2 * group, head_dim, q.dtype, kv_kind(kv))
+    shape = tile_shape(2 * group, head_dim, q.dtype, kv.kind)
     units = shape.n // ballot.unit if shape.n % ballot.unit == 0 else 1
     slots = units * ballot.unit
     blocks = triton.cdiv(_units(ballot, width * page_size), units)
@@ -209,7 +209,7 @@ def count_votes(
         pages.stride(0),
         pages.stride(1) if pages.dim() == 3 else 0,
         *ballot.votes.stride()[:2],
-        KV=kv_kind(kv),
+        KV=kv.kind,
         UNIT=ballot.unit,
         SLOTS=slots,
         PAGE_SIZE=page_size,

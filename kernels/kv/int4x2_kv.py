@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.kv.kv_bits import SEALED_GROUP
-from kernels.kv.sealed_format import GroupedCodes
+from kernels.kv.grouped_codes import GroupedCodes
+from kernels.kv.kv_bits import KV_BITS, SEALED_GROUP
 
 _FINER = 16
 """Steps of the lower codes in one of the upper ones."""
@@ -20,8 +20,7 @@ class Int4x2KV(GroupedCodes):
     increased by 8: two tokens per byte, the earlier one in the low half, [SEALED_GROUP / 2, head_dim].
     """
 
-    name = "int4x2"
-    has_draft_codes = True
+    bits = KV_BITS["int4x2"]
     levels = 15
 
     def _codes(self, x: Tensor) -> Tensor:

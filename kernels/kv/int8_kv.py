@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.kv.kv_bits import SEALED_GROUP
-from kernels.kv.sealed_format import GroupedCodes
+from kernels.kv.grouped_codes import GroupedCodes
+from kernels.kv.kv_bits import KV_BITS, SEALED_GROUP
 
 
 class Int8KV(GroupedCodes):
     """Codes from 0 to 255, one per byte: [SEALED_GROUP, head_dim]. A number is within half a step of its value."""
 
-    name = "int8"
-    has_draft_codes = False
+    bits = KV_BITS["int8"]
     levels = 255
 
     def _codes(self, x: Tensor) -> Tensor:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
+from kernels.kv.dense_kv import DenseKV
+from kernels.kv.fp8_kv import Fp8KV
 from kernels.kv.int4x2_kv import Int4x2KV
 from kernels.kv.int8_kv import Int8KV
-from kernels.kv.kv_pool import FP8
-from kernels.kv.sealed_format import SealedFormat
+from kernels.kv.kv_format import KVFormat
 
-SEALED_FORMATS: Mapping[str, SealedFormat] = {each.name: each for each in (Int8KV(), Int4x2KV())}
-"""Formats that seal pages."""
-POOL_DTYPES: Mapping[str, torch.dtype] = {"fp8": FP8}
-"""Numbers of pools, by format, that are not those of the model."""
+_FORMATS: tuple[KVFormat, ...] = (DenseKV(), Fp8KV(), Int8KV(), Int4x2KV())
+KV_FORMATS: Mapping[str, KVFormat] = {each.bits.name: each for each in _FORMATS}
+"""Formats by name, a value of engine.cache.format."""

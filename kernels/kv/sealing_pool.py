@@ -8,33 +8,38 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.kv.kv_bits import SEALED_GROUP, record_bytes
 from kernels.kv.kv_pool import KVPool, LayerKV, SealedKV, zeros
-from kernels.kv.sealed_format import SealedFormat
+from kernels.kv.sealed_codes import SealedCodes
 
 
 class SealingPool(KVPool):
-    """A pool whose first `num_pages` pages hold records of `format`. Tokens are written to further pages, of exact
+    """A pool whose first `num_pages` pages hold records of `codes`. Tokens are written to further pages, of exact
     numbers, and LayerKV.seal makes records of these."""
+
+    seals = True
 
     def __init__(
         self,
-        format: SealedFormat,
+        codes: SealedCodes,
         *,
         num_layers: int,
         num_pages: int,
         exact_pages: int,
+        page_size: int,
         kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
         scratch: bool = False,
     ) -> None:
-        """exact_pages: number of pages that tokens are written to. Pages have SEALED_GROUP tokens."""
+        """exact_pages: number of pages that tokens are written to. Raises ValueError for pages that are not sealed
+        groups."""
+        if page_size != codes.bits.group:
+            raise ValueError(f"pages of format {codes.bits.name} have {codes.bits.group} tokens, not {page_size}")
         super().__init__(
             num_layers=num_layers,
             num_pages=exact_pages,
-            page_size=SEALED_GROUP,
+            page_size=page_size,
             kv_heads=kv_heads,
             head_dim=head_dim,
             dtype=dtype,
@@ -44,12 +49,13 @@ class SealingPool(KVPool):
         self.num_pages = self.first_exact = num_pages
         if self.scratch is not None:
             self.scratch += num_pages
-        shapes = [(num_layers, num_pages, kv_heads, size) for size in record_bytes(format.name, head_dim)]
+        self.page_ids += num_pages
+        shapes = [(num_layers, num_pages, kv_heads, size) for size in codes.bits.record_bytes(head_dim)]
         self._records = [zeros(shape, torch.uint8, device) for shape in shapes]  # of keys, and of values
-        sealed = [SealedKV(k, v, format) for k, v in zip(*self._records, strict=True)]
+        sealed = [SealedKV(k, v, codes) for k, v in zip(*self._records, strict=True)]
         self._layers = [replace(layer, sealed=each) for layer, each in zip(self._layers, sealed, strict=True)]
         self._drafting: SealingPool | None = None
-        if format.has_draft_codes:
+        if codes.bits.draft_bits is not None:
             self._drafting = copy.copy(self)
             self._drafting._layers = [
                 replace(layer, sealed=replace(each, drafts=True))
@@ -59,6 +65,11 @@ class SealingPool(KVPool):
     def drafting(self) -> SealingPool:
         """See KVPool.drafting."""
         return self._drafting or self
+
+    @property
+    def nbytes(self) -> int:
+        """See KVPool.nbytes."""
+        return super().nbytes + sum(part.nbytes for part in self._records)
 
     @property
     def bytes_per_page(self) -> int:
@@ -80,6 +91,19 @@ class SealingPool(KVPool):
             return super().read_tokens(pages, offsets)
         distinct, places = torch.unique(pages, return_inverse=True)
         return torch.stack([_tokens_of(layer, distinct, places, offsets) for layer in self._layers], 1)
+
+    def fill_random(self, std: float = 1.0) -> None:
+        """See KVPool.fill_random. Sealed pages hold the numbers of exact ones, in turn."""
+        super().fill_random(std)
+        for layer in self._layers:
+            assert layer.sealed is not None
+            codes = layer.sealed.codes
+            for sealed, records in (
+                (layer.sealed.k, codes.seal_keys(layer.k)),
+                (layer.sealed.v, codes.seal_values(layer.v)),
+            ):
+                for pages in sealed.split(len(records)):
+                    pages.copy_(records[: len(pages)])
 
 
 def _tokens_of(layer: LayerKV, pages: Tensor, places: Tensor, offsets: Tensor) -> Tensor:

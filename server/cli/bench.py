@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.config.kv import POLICIES
-from kernels.kv.kv_bits import KV_FORMATS
+from kernels.kv.kv_bits import KV_BITS
 from server.cli import options
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and acceptance.")
@@ -48,7 +48,7 @@ def decode(
         str | None, typer.Option(help=f"KV that a draft reads: {', '.join(POLICIES)}; comma-separated.")
     ] = None,
     kv_format: Annotated[
-        str | None, typer.Option(help=f"Numbers that KV is stored in: {', '.join(KV_FORMATS)}; comma-separated.")
+        str | None, typer.Option(help=f"Numbers that KV is stored in: {', '.join(KV_BITS)}; comma-separated.")
     ] = None,
     text: TextFile = None,
     json_file: JsonFile = None,
@@ -66,7 +66,7 @@ def decode(
         raise typer.BadParameter(f"must be less than --context, {min(contexts)}", param_hint="--shared")
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
     policies = options.names(policy, POLICIES, "--policy") if policy is not None else [None]
-    formats = options.names(kv_format, KV_FORMATS, "--kv-format") if kv_format is not None else [None]
+    formats = options.names(kv_format, KV_BITS, "--kv-format") if kv_format is not None else [None]
     temperatures = options.temperatures(temperature, "--temperature")
     import torch
 

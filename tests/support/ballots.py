@@ -130,7 +130,7 @@ def draw_batch(case: VoteCase, dtype: torch.dtype, device: str = "cpu") -> VoteB
         dtype=dtype,
         device=torch.device(device),
     )
-    pool.data.copy_(torch.randn(pool.data.shape))
+    pool._data.copy_(torch.randn(pool._data.shape))
     shape = [2] * case.per_layer + [len(case.rows)] + [case.kv_heads] * case.per_head + [width]
     pages = torch.randint(num_pages, shape)
     if case.shared:

@@ -122,7 +122,7 @@ def attention(
     kind: str = "dense",
 ) -> None:
     """width: pages per list; long lists are split most. shared: first pages that the rows share. unit: slots that share
-    a vote; 0: there are none. kind: see kernels.gpu.tile.kv_kind."""
+    a vote; 0: there are none. kind: see LayerKV.kind."""
     q_heads, kv_heads, head_dim = heads
     compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}, {queries} queries, {width} pages"
     compiler.case += "" if kind == "dense" else f", {kind} KV"

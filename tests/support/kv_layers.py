@@ -7,10 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.kv.kv_bits import SEALED_GROUP, record_bytes
-from kernels.kv.kv_formats import SEALED_FORMATS
+from kernels.kv.grouped_codes import GroupedCodes
+from kernels.kv.kv_bits import SEALED_GROUP
+from kernels.kv.kv_formats import KV_FORMATS
 from kernels.kv.kv_pool import FP8, LayerKV, SealedKV
 
+SEALING = {name: each for name, each in KV_FORMATS.items() if isinstance(each, GroupedCodes)}
+"""Formats that seal pages."""
 KINDS = ("fp8", "int8", "int4x2", "upper")
 """Kinds of layers beside dense ones. upper: int4x2, as drafts read it."""
 
@@ -21,9 +24,9 @@ def layer_of(kind: str, k: Tensor, v: Tensor, num_sealed: int = 0) -> LayerKV:
         return LayerKV(k.to(FP8), v.to(FP8))
     if kind == "dense":
         return LayerKV(k, v)
-    format, (_, kv_heads, page_size, head_dim) = SEALED_FORMATS[kind.replace("upper", "int4x2")], k.shape
+    format, (_, kv_heads, page_size, head_dim) = SEALING[kind.replace("upper", "int4x2")], k.shape
     assert page_size == SEALED_GROUP
-    sizes = record_bytes(format.name, head_dim)
+    sizes = format.bits.record_bytes(head_dim)
     records = [torch.zeros(num_sealed, kv_heads, size, dtype=torch.uint8, device=k.device) for size in sizes]
     layer = LayerKV(k, v, sealed=SealedKV(records[0], records[1], format, drafts=kind == "upper"))
     if num_sealed:

@@ -40,7 +40,7 @@ def pool_layer(pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: 
         dtype=dtype,
         device=CPU,
     )
-    pool.data.normal_()
+    pool._data.normal_()
     return pool.layer(0)
 
 
@@ -83,7 +83,7 @@ class PagedRows:
         self.computed = [0] * len(lengths)
         self.attention = model.ops.attention(page_size, model.head_dim)
         self.pool = model.make_pool(sum(widths) + 3, page_size)
-        self.pool.data.fill_(1e3)
+        self.pool._data.fill_(1e3)
 
     def forward(self, feed: Mapping[int, Sequence[int]], wanted: Mapping[int, Sequence[int]]) -> Tensor:
         """Append feed[row] to each row in `feed`. Returns logits at wanted[row], indices into feed[row]."""

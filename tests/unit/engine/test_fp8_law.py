@@ -79,7 +79,7 @@ def test_tokens_are_rounded_the_same_whatever_else_happens(
 ) -> None:
     pages = 100 if spare is None else -(-LONGEST // page) + spare
     engine = engine_of(gamma, policy, page, cache={"num_pages": pages}, scheduler={"max_batch_tokens": batch_tokens})
-    assert engine._worker._target.pool.data.dtype == FP8
+    assert engine._worker._target.pool._data.dtype == FP8
     if varying and gamma > 1:
         engine._scheduler.controller = Scripted(VARYING * 400)
     rng = random.Random(seed)

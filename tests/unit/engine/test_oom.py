@@ -189,7 +189,7 @@ def test_memory_gb_bounds_all_kv(tmp_path: Path, speculation: dict[str, Any], ta
     drafter: Any = engine._worker._drafter
     proposer = drafter._drafter
     runners = [engine._worker._target, getattr(proposer, "_full", None), proposer._runner]
-    pools = {id(runner.pool): runner.pool.data.nbytes for runner in runners if runner is not None}
+    pools = {id(runner.pool): runner.pool.nbytes for runner in runners if runner is not None}
     parts: list[torch.Tensor] = []
     if isinstance(policy := proposer._policy, SnapKVPolicy):
         parts = [policy._queries]

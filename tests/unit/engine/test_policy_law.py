@@ -318,7 +318,7 @@ def test_a_row_whose_kv_is_no_number_fails_alone(policy: str) -> None:
         if step == 6:
             (victim,) = (each for each in engine._scheduler.running if each.id == "1")
             assert victim.num_output > 0
-            engine._worker._target.pool.data[:, :, victim.pages[3:9]] = float("nan")
+            engine._worker._target.pool._data[:, :, victim.pages[3:9]] = float("nan")
         for output in engine.step():
             outputs[output.id].append(output)
     assert not engine.has_work()
@@ -338,8 +338,8 @@ def test_draft_kv_that_is_no_number_changes_nothing(draft_dir: Path, policy: str
         engine.add(request)
     for step in range(200):
         if step in (0, 6):
-            drafter._drafter._policy.full.data[:, :, 5:20] = float("nan")
-            drafter._drafter._policy.pool.data[:, :, 2:5] = float("nan")
+            drafter._drafter._policy.full._data[:, :, 5:20] = float("nan")
+            drafter._drafter._policy.pool._data[:, :, 2:5] = float("nan")
         for output in engine.step():
             outputs[output.id].append(output)
     assert not engine.has_work()

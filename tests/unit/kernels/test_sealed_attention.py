@@ -16,9 +16,9 @@ from kernels.attention.cpu_attention import CpuAttention
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.cpu.library import SEGMENT, CpuKernels
 from kernels.kv.kv_bits import SEALED_GROUP
-from kernels.kv.kv_formats import SEALED_FORMATS
 from kernels.kv.kv_pool import LayerKV
 from kernels.kv.sealing_pool import SealingPool
+from tests.support.kv_layers import SEALING
 from tests.support.profiles import examples
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -32,10 +32,11 @@ def sealed_layer(
     """Return a layer of `pages` sealed pages and EXACT others. Channels, and tokens, differ in size and offset."""
     name, drafts = read
     pool = SealingPool(
-        SEALED_FORMATS[name],
+        SEALING[name],
         num_layers=1,
         num_pages=pages,
         exact_pages=max(pages, EXACT),
+        page_size=SEALED_GROUP,
         kv_heads=kv_heads,
         head_dim=head_dim,
         dtype=dtype,

@@ -165,7 +165,7 @@ def test_forwards_name_the_prefixes_that_all_queries_see() -> None:
     assert prefixes(state, dense, (0, 0, -9, 0)) == [SharedPrefix((0, 1), 4)]
     assert prefixes(state, dense, (0, -9, -9, 0)) == [SharedPrefix((0, 1, 2), 2)]
     assert prefixes(state, dense, (0, -20, -20, 0)) == []
-    other_pool = DenseView(state.page_table.clone())
+    other_pool = DenseView(state.page_table.clone(), shares=False)
     assert prefixes(state, other_pool) == []
     assert prefixes(state_of(ReferenceOps()), DenseView(state.page_table)) == []
 

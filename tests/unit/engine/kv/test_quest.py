@@ -32,7 +32,7 @@ def test_scores_bound_the_products_with_all_keys(pages: int, page_size: int, gro
     sizes: dict[str, Any] = {"num_layers": 2, "num_pages": 7, "page_size": page_size}
     sizes |= {"kv_heads": kv_heads, "head_dim": head_dim}
     pool = KVPool(**sizes, dtype=torch.float32, device=torch.device("cpu"))
-    pool.data.normal_()
+    pool._data.normal_()
     summaries, layer = KeySummaries(pool, REFERENCE), pool.layer(1)
     listed = torch.randperm(7)[:pages]
     summaries.update(layer, listed)
@@ -65,7 +65,7 @@ def test_neighbours_change_no_bit_of_a_score(
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"num_layers": 1, "num_pages": 60, "page_size": 4, "kv_heads": 2, "head_dim": 64}
     pool = KVPool(**sizes, dtype=dtype, device=torch.device("cpu"))
-    pool.data.normal_()
+    pool._data.normal_()
     summaries, layer = KeySummaries(pool, REFERENCE), pool.layer(0)
     summaries.update(layer, torch.arange(60))
     q, pages = torch.randn(rows, 2 * group, 64).to(dtype), torch.randint(60, (rows, width))
@@ -116,7 +116,7 @@ def test_summaries_are_those_of_committed_keys(
     (request,) = engine._scheduler.running
     full = policy._state.page_table[request.row, : (request.num_computed - request.draft_lag) // 4]
     assert len(full) > 40
-    for index in range(policy.full.data.shape[0]):
+    for index in range(policy.full._data.shape[0]):
         keys = policy.full.layer(index).k[full]
         assert torch.equal(policy.attention._summaries.bounds[index, 0, full], keys.amin(2))
         assert torch.equal(policy.attention._summaries.bounds[index, 1, full], keys.amax(2))

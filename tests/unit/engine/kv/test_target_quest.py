@@ -171,7 +171,7 @@ def test_a_row_whose_kv_is_no_number_fails_alone(gamma: int) -> None:
         if step == 6:
             (victim,) = (each for each in engine._scheduler.running if each.id == "1")
             assert victim.num_output > 0
-            engine._worker._target.pool.data[:, :, victim.pages[3:9]] = float("nan")
+            engine._worker._target.pool._data[:, :, victim.pages[3:9]] = float("nan")
             attention = engine._worker._target.attention
             assert isinstance(attention, TargetQuestAttention)
             attention.summaries.bounds[:, :, victim.pages[3:9]] = float("nan")

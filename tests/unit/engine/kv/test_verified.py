@@ -40,7 +40,7 @@ class Rig:
         order = torch.randperm(ROWS * width, generator=generator)
         self.state.page_table.copy_(order.view(ROWS, width))
         self.pool = model.make_pool(ROWS * width, PAGE)
-        self.pool.data.copy_(torch.randn(self.pool.data.shape, generator=generator) * 2)
+        self.pool._data.copy_(torch.randn(self.pool._data.shape, generator=generator) * 2)
         self.model, self.generator = model, generator
         settings = SpeculationConfig(gamma=3, kv={"policy": "verified", "budget": budget, "sink": sink})  # type: ignore[arg-type]
         self.policy = VerifiedPolicy(DraftSite(settings, model, self.state, lambda: self.pool), settings.kv)  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ def test_kv_that_is_no_number_chooses_pages_of_the_row() -> None:
     rig = Rig(8, 4)
     rig.start(0, 60)
     rig.start(1, 60)
-    rig.pool.data[:, :, rig.state.page_table[0, 5:9]] = float("nan")
+    rig.pool._data[:, :, rig.state.page_table[0, 5:9]] = float("nan")
     best, seen = rig.policy.observer._best, []
 
     def watched(votes: torch.Tensor, count: int) -> torch.Tensor:

@@ -105,7 +105,7 @@ def test_kv_that_is_not_finite_fails_no_later_request() -> None:
     def execute_and_spoil(plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:
         result = execute(plan, meanwhile)
         if next(rounds) == 0:
-            engine._worker._target.pool.data[:, :, engine._scheduler.running[0].pages[1]] = float("nan")
+            engine._worker._target.pool._data[:, :, engine._scheduler.running[0].pages[1]] = float("nan")
         return result
 
     engine._worker.execute = execute_and_spoil  # type: ignore[method-assign]

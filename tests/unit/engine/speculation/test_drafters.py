@@ -204,7 +204,7 @@ def test_nothing_is_read_that_was_not_written(draft_dir: Path, drafter: str, pol
     proposer: Any = engine._worker._drafter
     for runner in (engine._worker._target, proposer._drafter._runner, getattr(proposer._drafter, "_full", None)):
         if runner is not None:
-            runner.pool.data.fill_(float("nan"))
+            runner.pool._data.fill_(float("nan"))
     forward = Runner.forward
 
     def watched(runner: Runner, batch: ForwardBatch) -> Tensor:

@@ -18,8 +18,8 @@ def test_each_page_has_its_own_hash(monkeypatch: pytest.MonkeyPatch, copied: int
     pool = KVPool(
         num_layers=2, num_pages=9, page_size=4, kv_heads=2, head_dim=8, dtype=torch.bfloat16, device=CPU, scratch=True
     )
-    pool.data.normal_()
-    pool.data[:, :, 3] = pool.data[:, :, 5]
+    pool._data.normal_()
+    pool._data[:, :, 3] = pool._data[:, :, 5]
 
     def hashes(*pages: int) -> list[int]:
         return consistency.hash_pages(pool, pages, Group.single())
@@ -30,7 +30,7 @@ def test_each_page_has_its_own_hash(monkeypatch: pytest.MonkeyPatch, copied: int
     order = [7, 0, 3, 8, 5, 1, 0, 2]
     assert hashes(*order) == [alone[page] for page in order]
     for layer, kind, head, slot, element in ((0, 0, 0, 0, 0), (1, 1, 1, 3, 7)):
-        pool.data[layer, kind, 5, head, slot, element] += 1
+        pool._data[layer, kind, 5, head, slot, element] += 1
         changed = hashes(*range(9))
         assert [page for page in range(9) if changed[page] != alone[page]] == [5]
         alone[5] = changed[5]

@@ -13,7 +13,7 @@ from engine.config.speculation import SpeculationConfig
 from engine.worker.resolve import Resolved, _dtype, resolve
 from kernels.cpu import compiler
 from kernels.cpu.compiler import instruction_sets
-from kernels.kv.kv_bits import KV_FORMATS, SEALED_BITS
+from kernels.kv.kv_bits import KV_BITS
 from kernels.weights.weight_format import FORMATS
 from models.shapes import SHAPES
 from tests.support.engines import tiny_model
@@ -131,7 +131,7 @@ def resolved(directory: str, kv_format: str, **settings: object) -> Resolved:
 
 
 @pytest.mark.parametrize(("dtype", "gain"), [("float32", 3.0), ("bfloat16", 1.8)])
-@pytest.mark.parametrize("kv_format", SEALED_BITS)
+@pytest.mark.parametrize("kv_format", [name for name, bits in KV_BITS.items() if bits.seals])
 def test_pools_of_fewer_bits_hold_more_rows(default_shape: str, kv_format: str, dtype: str, gain: float) -> None:
     """As many as are to run, each with two exact pages."""
     rows, scheduler = {}, {"max_rows": 44 if dtype == "bfloat16" else 64}
@@ -149,7 +149,7 @@ def test_messages_name_the_exact_pages(default_shape: str) -> None:
 
 
 def test_settings_name_all_formats_of_kv() -> None:
-    assert get_args(CacheConfig.model_fields["format"].annotation) == KV_FORMATS
+    assert get_args(CacheConfig.model_fields["format"].annotation) == tuple(KV_BITS)
 
 
 def test_kv_that_kernels_do_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.kv.kv_bits import DRAFT_BITS, KV_FORMATS, SEALED_BITS, SEALED_GROUP, record_bytes, token_bytes
-from kernels.kv.kv_formats import SEALED_FORMATS
+from kernels.kv.grouped_codes import GroupedCodes
+from kernels.kv.kv_bits import KV_BITS, SEALED_GROUP
+from kernels.kv.kv_formats import KV_FORMATS
 from kernels.kv.kv_pool import LayerKV, write_kv
-from kernels.kv.sealed_format import SealedFormat
 from kernels.kv.sealing_pool import SealingPool
+from tests.support.kv_layers import SEALING
 from tests.support.profiles import examples
 from tests.support.rig import CPU
 
 LARGEST = 65504.0
+DRAFTING = {"int4x2"}
+"""Formats of which drafts read less."""
 LEVELS = {"int8": 255, "int4x2": 15}
 GROUPS: dict[str, Callable[[int], Tensor]] = {
     "normal": lambda n: torch.randn(n),
@@ -54,7 +57,7 @@ def groups(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(GROUPS)) -> tuple[boo
     return is_key, head_dim, listed, draw(st.integers(0, 2**32))
 
 
-def seal(format: SealedFormat, made: tuple[bool, int, list[str], int], *, spoilt: bool = False) -> Sealed:
+def seal(format: GroupedCodes, made: tuple[bool, int, list[str], int], *, spoilt: bool = False) -> Sealed:
     """Seal two heads. spoilt: put a NaN into the first group of each."""
     is_key, head_dim, kinds, seed = made
     torch.manual_seed(seed)
@@ -85,7 +88,7 @@ def steps(sealed: Sealed, read: Tensor) -> Tensor:
 @given(made=groups())
 @examples(60, 1000)
 def test_int8_is_within_half_a_step(made: tuple[bool, int, list[str], int]) -> None:
-    sealed = seal(SEALED_FORMATS["int8"], made)
+    sealed = seal(SEALING["int8"], made)
     assert steps(sealed, sealed.target).max() <= 0.5
     assert sealed.drafts.equal(sealed.target)
 
@@ -94,7 +97,7 @@ def test_int8_is_within_half_a_step(made: tuple[bool, int, list[str], int]) -> N
 @examples(60, 1000)
 def test_int4x2_is_within_half_a_step_of_either_code(made: tuple[bool, int, list[str], int]) -> None:
     """A lower code that had to become 7 is within a whole step."""
-    sealed = seal(SEALED_FORMATS["int4x2"], made)
+    sealed = seal(SEALING["int4x2"], made)
     assert steps(sealed, sealed.drafts).max() <= 0.5
     largest = (sealed.target - sealed.drafts - sealed.scales * 7 / 16).abs() <= slack(sealed)
     lower = 16 * steps(sealed, sealed.target)
@@ -102,51 +105,52 @@ def test_int4x2_is_within_half_a_step_of_either_code(made: tuple[bool, int, list
     assert lower.max() <= 1.01
 
 
-@pytest.mark.parametrize("name", SEALED_FORMATS)
+@pytest.mark.parametrize("name", SEALING)
 @given(made=groups())
 @examples(30, 500)
 def test_steps_are_no_larger_than_a_group_needs(name: str, made: tuple[bool, int, list[str], int]) -> None:
     """But for what float16 adds to minimum and scale, they are the range over the number of steps."""
-    sealed = seal(SEALED_FORMATS[name], made)
+    sealed = seal(SEALING[name], made)
     low, high = (each[..., None] for each in sealed.x.clamp(-LARGEST, LARGEST).aminmax(dim=-1))
     most = (high - low + low.abs() / 256 + 1e-6) / LEVELS[name]
     assert (sealed.scales <= most * (1 + 1 / 256) + 1e-6).all()
 
 
-@pytest.mark.parametrize("name", SEALED_FORMATS)
+@pytest.mark.parametrize("name", SEALING)
 @given(made=groups())
 @examples(20, 300)
 def test_no_number_stays_none(name: str, made: tuple[bool, int, list[str], int]) -> None:
     """And spoils its own group only, as attention would spoil the whole row."""
-    sealed = seal(SEALED_FORMATS[name], made, spoilt=True)
+    sealed = seal(SEALING[name], made, spoilt=True)
     for read in (sealed.target, sealed.drafts):
         assert not read[:, 0].isfinite().any()
         assert read[:, 1:].isfinite().all()
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
-@pytest.mark.parametrize("name", SEALED_FORMATS)
+@pytest.mark.parametrize("name", SEALING)
 def test_records_have_the_bytes_that_the_forecast_counts(name: str, head_dim: int) -> None:
-    format, page = SEALED_FORMATS[name], torch.randn(3, 2, SEALED_GROUP, head_dim)
+    format, page = SEALING[name], torch.randn(3, 2, SEALED_GROUP, head_dim)
     records = format.seal_keys(page), format.seal_values(page)
     assert [each.dtype for each in records] == [torch.uint8] * 2
-    assert [each.shape for each in records] == [(3, 2, size) for size in record_bytes(name, head_dim)]
-    whole = sum(record_bytes(name, head_dim)) / SEALED_GROUP
-    assert whole <= token_bytes(name, head_dim, 4) < whole + 1
-    assert token_bytes(name, head_dim, 4) < token_bytes("dense", head_dim, 2) or head_dim == 8
+    assert [each.shape for each in records] == [(3, 2, size) for size in KV_BITS[name].record_bytes(head_dim)]
+    whole = sum(KV_BITS[name].record_bytes(head_dim)) / SEALED_GROUP
+    assert whole <= KV_BITS[name].token_bytes(head_dim, 4) < whole + 1
+    assert KV_BITS[name].token_bytes(head_dim, 4) < KV_BITS["dense"].token_bytes(head_dim, 2) or head_dim == 8
 
 
 def test_names_of_formats() -> None:
-    assert set(SEALED_FORMATS) == set(SEALED_BITS) <= set(KV_FORMATS)
-    assert {name for name, each in SEALED_FORMATS.items() if each.has_draft_codes} == set(DRAFT_BITS)
-    assert token_bytes("dense", 64, 2) == 256
-    assert token_bytes("int4x2", 64, 2, drafts=True) == 72  # 2 * 64 codes of half a byte, and 4 + 4 bytes
+    assert list(KV_FORMATS) == list(KV_BITS) == ["dense", "fp8", "int8", "int4x2"]
+    assert all(each.bits is KV_BITS[name] for name, each in KV_FORMATS.items())
+    assert [*SEALING] == [name for name, bits in KV_BITS.items() if bits.seals] == ["int8", "int4x2"]
+    assert KV_BITS["dense"].token_bytes(64, 2) == 256
+    assert KV_BITS["int4x2"].token_bytes(64, 2, drafts=True) == 72  # 2 * 64 codes of half a byte, and 4 + 4 bytes
 
 
 @pytest.mark.parametrize("is_key", [True, False])
 def test_drafts_read_the_targets_upper_codes(is_key: bool) -> None:
     """The first half of the codes and the parameters, as many bytes as the forecast counts, and no other byte."""
-    format, head_dim = SEALED_FORMATS["int4x2"], 64
+    format, head_dim = SEALING["int4x2"], 64
     made = (is_key, head_dim, list(GROUPS), 0)
     sealed = seal(format, made)
     half = SEALED_GROUP * head_dim // 2
@@ -166,7 +170,7 @@ def test_drafts_read_the_targets_upper_codes(is_key: bool) -> None:
     assert not read(record, head_dim, torch.float32, drafts=False).equal(
         read(others, head_dim, torch.float32, drafts=False)
     )
-    assert record.shape[1] - half == record_bytes("int4x2", head_dim, drafts=True)[0 if is_key else 1]
+    assert record.shape[1] - half == KV_BITS["int4x2"].record_bytes(head_dim, drafts=True)[0 if is_key else 1]
 
 
 # -- pools -------------------------------------------------------------------------------------------------------------
@@ -177,10 +181,11 @@ SEALED, EXACT, HEADS, DIM = 5, 3, 2, 16
 def pool_of(name: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> SealingPool:
     """Make a pool whose sealed pages all hold other numbers, and its exact ones too."""
     pool = SealingPool(
-        SEALED_FORMATS[name],
+        SEALING[name],
         num_layers=layers,
         num_pages=SEALED,
         exact_pages=EXACT,
+        page_size=SEALED_GROUP,
         kv_heads=HEADS,
         head_dim=DIM,
         dtype=dtype,
@@ -190,10 +195,10 @@ def pool_of(name: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> S
     torch.manual_seed(0)
     for index in range(layers):
         for first in range(0, SEALED, EXACT):
-            pool.data.normal_()
+            pool._data.normal_()
             pages = torch.arange(first, min(first + EXACT, SEALED))
             pool.layer(index).seal(pages - first, pages)
-    pool.data.normal_()
+    pool._data.normal_()
     return pool
 
 
@@ -204,13 +209,13 @@ def page_of(layer: LayerKV, page: int, head: int) -> tuple[Tensor, Tensor]:
     sealed = layer.sealed
     assert sealed is not None
     dtype, drafts = layer.k.dtype, sealed.drafts
-    k = sealed.format.read_keys(sealed.k[page, head], DIM, dtype, drafts=drafts)
-    return k, sealed.format.read_values(sealed.v[page, head], DIM, dtype, drafts=drafts)
+    k = sealed.codes.read_keys(sealed.k[page, head], DIM, dtype, drafts=drafts)
+    return k, sealed.codes.read_values(sealed.v[page, head], DIM, dtype, drafts=drafts)
 
 
 @pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", SEALED_FORMATS)
+@pytest.mark.parametrize("name", SEALING)
 def test_lists_mix_sealed_and_exact_pages(name: str, dtype: torch.dtype, drafts: bool) -> None:
     pool = pool_of(name, dtype)
     layer = (pool.drafting() if drafts else pool).layer(1)
@@ -232,7 +237,7 @@ def test_lists_mix_sealed_and_exact_pages(name: str, dtype: torch.dtype, drafts:
             assert one.view_as(all_heads).equal(all_heads)
 
 
-@pytest.mark.parametrize("name", SEALED_FORMATS)
+@pytest.mark.parametrize("name", SEALING)
 def test_tokens_are_read_as_attention_reads_them(name: str) -> None:
     pool = pool_of(name)
     pages, offsets = torch.tensor([6, 0, 0, 4, 6, 2]), torch.tensor([3, 63, 0, 17, 4, 63])
@@ -248,42 +253,42 @@ def test_tokens_are_read_as_attention_reads_them(name: str) -> None:
     assert pool.read_tokens(none, none).shape == (0, 2, 2, HEADS, DIM)
 
 
-@pytest.mark.parametrize("name", SEALED_FORMATS)
+@pytest.mark.parametrize("name", SEALING)
 def test_bytes_of_pages(name: str) -> None:
     """They are those of the records of all layers, so that another key or value makes others."""
     pool = pool_of(name)
     every = torch.arange(SEALED)
     found = pool.page_bytes(every)
-    assert pool.bytes_per_page == 2 * HEADS * sum(record_bytes(name, DIM)) == found.shape[1]
+    assert pool.bytes_per_page == 2 * HEADS * sum(KV_BITS[name].record_bytes(DIM)) == found.shape[1]
     assert len({bytes(each.tolist()) for each in found}) == SEALED
     assert pool.page_bytes(torch.tensor([3, 1])).equal(found[[3, 1]])
     for kind in (0, 1):
         before = pool.page_bytes(every)
-        pool.data[1, kind, 0, 1] += torch.randn(SEALED_GROUP, DIM)
+        pool._data[1, kind, 0, 1] += torch.randn(SEALED_GROUP, DIM)
         pool.layer(1).seal(torch.tensor([0]), torch.tensor([2]))
         after = pool.page_bytes(every)
         assert (before != after).any(1).tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize("name", SEALED_FORMATS)
+@pytest.mark.parametrize("name", SEALING)
 def test_cleared_pages_are_zero(name: str) -> None:
     pool = pool_of(name)
-    before, exact = pool.page_bytes(torch.arange(SEALED)), pool.data.clone()
+    before, exact = pool.page_bytes(torch.arange(SEALED)), pool._data.clone()
     pool.clear([1, 4])
     after = pool.page_bytes(torch.arange(SEALED))
     assert not after[[1, 4]].any()
     assert after[[0, 2, 3]].equal(before[[0, 2, 3]])
-    assert pool.data.equal(exact)
+    assert pool._data.equal(exact)
     k, v = pool.layer(0).gather(torch.tensor([[[1, 4]]]), 2 * SEALED_GROUP)
     assert not k.any()
     assert not v.any()
 
 
-@pytest.mark.parametrize("name", SEALED_FORMATS)
+@pytest.mark.parametrize("name", SEALING)
 def test_drafts_read_the_same_memory(name: str) -> None:
     pool = pool_of(name)
     drafting = pool.drafting()
-    assert (drafting is pool) == (name not in DRAFT_BITS)
+    assert (drafting is pool) == (name not in DRAFTING)
     assert drafting.num_pages == drafting.first_exact == SEALED
     assert pool.scratch == SEALED + EXACT
     write_kv(pool.layer(0), torch.tensor([SEALED_GROUP + 5]), torch.ones(1, HEADS, DIM), torch.ones(1, HEADS, DIM))
@@ -293,4 +298,4 @@ def test_drafts_read_the_same_memory(name: str) -> None:
     assert mine.sealed is not None
     assert theirs.sealed is not None
     assert theirs.sealed.k.data_ptr() == mine.sealed.k.data_ptr()
-    assert theirs.sealed.drafts == (name in DRAFT_BITS)
+    assert theirs.sealed.drafts == (name in DRAFTING)

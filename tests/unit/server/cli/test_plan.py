@@ -15,7 +15,7 @@ from bench.paper.published import Row, read_rows
 from bench.paper.vegas_terms import TERMS
 from engine.config.deployment import CacheConfig, EngineConfig
 from engine.config.speculation import SpeculationConfig
-from kernels.kv.kv_bits import KV_FORMATS, ROUNDED_BYTES
+from kernels.kv.kv_bits import KV_BITS
 from kernels.weights.weight_bits import WEIGHT_BITS
 from server.cli import main
 from server.cli.plan import DraftWeightsName, KVFormatName, TermsName, WeightsName
@@ -129,7 +129,7 @@ def test_weights_of_fewer_bits(
 
 
 def test_every_format_has_a_forecast() -> None:
-    assert {*KVFormatName} == {*KV_FORMATS, *ROUNDED_BYTES} >= {*get_args(get_type_hints(CacheConfig)["format"])}
+    assert {*KVFormatName} == {*KV_BITS} >= {*get_args(get_type_hints(CacheConfig)["format"])}
     assert [*WeightsName] == [*WEIGHT_BITS]
     assert {"auto", *WeightsName} == {*get_args(get_type_hints(EngineConfig)["weights"])}
     assert {"auto", *DraftWeightsName} == {*get_args(get_type_hints(SpeculationConfig)["weights"])}

@@ -10,12 +10,14 @@ Scales and minima are float16. They are rounded outward, so that codes reach all
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from kernels.kv.kv_bits import SEALED_GROUP
+from kernels.kv.kv_bits import SEALED_GROUP, KVBits
+from kernels.kv.kv_pool import PoolSizes
+from kernels.kv.sealing_pool import SealingPool
 
 _LARGEST = torch.finfo(torch.float16).max
 _ULP = 2.0**-10
@@ -24,35 +26,27 @@ _TINY = 2.0**-23
 """More than twice the error of rounding to float16 near zero."""
 
 
-class SealedFormat(Protocol):
-    """Codes of one format. Keys and values: [..., SEALED_GROUP, head_dim]; records: [..., bytes] uint8."""
-
-    @property
-    def name(self) -> str:
-        """Value of engine.cache.format."""
-
-    @property
-    def has_draft_codes(self) -> bool:
-        """Whether drafts can read fewer bits than the target."""
-
-    def seal_keys(self, keys: Tensor) -> Tensor:
-        """Return the records of keys."""
-
-    def seal_values(self, values: Tensor) -> Tensor:
-        """Return the records of values."""
-
-    def read_keys(self, records: Tensor, head_dim: int, dtype: torch.dtype, *, drafts: bool) -> Tensor:
-        """Return the keys of records, computed in float32 and rounded once. drafts: as drafts read them."""
-
-    def read_values(self, records: Tensor, head_dim: int, dtype: torch.dtype, *, drafts: bool) -> Tensor:
-        """Return the values of records, likewise."""
-
-
 class GroupedCodes:
-    """What sealed formats have in common: a scale and a minimum for each group of numbers."""
+    """What formats that seal pages have in common: a scale and a minimum for each group of numbers."""
 
+    bits: KVBits
+    dtype = None
     levels: int
     """Steps between the minimum and the maximum of a group."""
+
+    def make_pool(self, exact_pages: int = 0, **sizes: Unpack[PoolSizes]) -> SealingPool:
+        """See KVFormat.make_pool."""
+        if not exact_pages:
+            raise ValueError(f"a pool of {self.bits.name} needs exact pages: tokens are written to these")
+        return SealingPool(self, exact_pages=exact_pages, **sizes)
+
+    def rounded(self, k: Tensor, v: Tensor, *, drafts: bool = False) -> tuple[Tensor, Tensor]:
+        """See KVFormat.rounded."""
+        head_dim = k.shape[-1]
+        return (
+            self.read_keys(self.seal_keys(k), head_dim, k.dtype, drafts=drafts),
+            self.read_values(self.seal_values(v), head_dim, v.dtype, drafts=drafts),
+        )
 
     def seal_keys(self, keys: Tensor) -> Tensor:
         return self._seal(keys, -2)
