@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,14 +15,15 @@ import torch
 from typer.testing import CliRunner
 
 from bench.corpus import BenchError
-from bench.format_flags import FormatFlags, add_format_flags, read_format_flags
+from bench.format_flags import FormatFlags, add_format_flags, exits_on_error, read_format_flags
 from bench.gpu.gpu_rounds import Bench
 from bench.micro.blank_rounds import BlankRounds, cpu_config, load_with_ops
-from bench.offline import perplexity, reuse
+from bench.offline import memory, perplexity, reuse
 from bench.offline.acceptance_sweep import Setup
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.worker.weight_choice import target_weights
-from kernels.reference_ops import REFERENCE
+from kernels.cpu.cpu_ops import CpuOps
+from kernels.reference_ops import REFERENCE, ReferenceOps
 from server.cli.app import app
 from tests.support.engines import TINY
 from tests.support.rig import CPU
@@ -65,6 +68,51 @@ def test_flags() -> None:
     for wrong in (["--kv-format", "fp4"], ["--weights", "int3"], ["--weights", "same"], ["--draft-weights", "dense"]):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bench.offline.memory", "bench.offline.growth", "bench.offline.divergence", "bench.offline.mixed"),
+        *("bench.micro.choosing", "bench.micro.shares"),
+    ],
+)
+def test_formats_that_kernels_do_not_read(name: str, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ops in (CpuOps, ReferenceOps):
+        monkeypatch.setattr(ops, "kv_formats", frozenset({"dense"}))
+    monkeypatch.setattr(sys, "argv", ["bench", "--model", str(tiny_dir), "--kv-format", "int8"])
+    if name == "bench.offline.memory":
+        sys.argv += ["--ranks", "1"]
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main()
+    assert re.fullmatch(
+        r"error: engine\.cache\.format: \w+ kernels do not read int8 KV, but dense", str(ended.value.code)
+    )
+
+
+def test_memory_ends_as_its_processes_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[list[str]] = []
+
+    def fail(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        run.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    monkeypatch.setattr(sys, "argv", ["bench", "--ranks", "1,2", "--kv-format", "fp8"])
+    with pytest.raises(SystemExit) as ended:
+        memory.main()
+    assert ended.value.code == 3
+    assert len(run) == 1
+
+
+def test_errors_of_settings() -> None:
+    with (
+        pytest.raises(SystemExit, match=r"^error: cache\.page_size: Input should be greater than 0$"),
+        exits_on_error(),
+    ):
+        EngineConfig.model_validate({"cache": {"page_size": 0}})
+    with pytest.raises(KeyError), exits_on_error():
+        raise KeyError("a bug")
 
 
 def test_wrapped_kernels_get_the_weights(tiny_dir: Path) -> None:

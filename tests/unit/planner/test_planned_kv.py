@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from engine.batch.tail_pages import TailPages, num_exact_pages
@@ -20,6 +21,7 @@ from planner.cost_model import EXACT_PAGES, PUBLISHED, PlacedModel, SpeculationC
 from planner.forecast import Deployment, Forecast, ForecastError, deploy
 from planner.hardware import GPUS
 from server.cli.app import app
+from tests.support.engines import TINY, tiny_engine, tiny_model
 
 DENSE, INT8, UPPER, FP8 = 131_072, 68_608, 35_840, 65_536
 """Bytes of Llama-3.1-8B's KV per token: of each of 256 heads 512, (17,408 - 256) / 64, (9,216 - 256) / 64 and 256."""
@@ -110,13 +112,14 @@ class TestBytes:
         assert everything.draft_row_read_bytes == latest * DENSE + (8000 - latest) * DRAFTED[kv_format]
 
     def test_drafts_with_kv_of_their_own(self, kv_format: str) -> None:
-        """It is dense: SnapKV's cache, and a draft model's window or pages."""
-        for policy, budget, draft in (
-            ("snapkv", 512, "self"),
-            ("window", 512, "llama-3.2-1b"),
-            ("window", None, "llama-3.2-1b"),
+        """A draft model's window or pages are dense. SnapKV's cache has the numbers that tokens are written in."""
+        copied = "fp8" if kv_format == "fp8" else "dense"
+        for policy, budget, draft, own in (
+            ("snapkv", 512, "self", copied),
+            ("window", 512, "llama-3.2-1b", "dense"),
+            ("window", None, "llama-3.2-1b", "dense"),
         ):
-            ours, dense = (found(each, policy, budget, draft) for each in (kv_format, "dense"))
+            ours, dense = (found(each, policy, budget, draft) for each in (kv_format, own))
             for name in ("draft_row_read_bytes", "draft_read_bytes", "t_draft_ms", "draft_bytes"):
                 assert getattr(ours, name) == getattr(dense, name)
 
@@ -137,6 +140,30 @@ class TestBytes:
         target = place(kv_format, efficiency=replace(PUBLISHED, layer_s=0.0))
         cost = SpeculationCost(target=target, draft=replace(target, drafts=True), budget=512, shared=shared)
         assert cost.break_even(10**7, lambda _: 0.8, 3) == pytest.approx(cost.break_even_limit(3, 0.8), abs=2)
+
+
+@pytest.mark.parametrize("kv_format", STORED)
+def test_copies_of_tokens_are_those_of_the_engine(kv_format: str) -> None:
+    """SnapKV's cache, and the queries that choose."""
+    engine = tiny_engine(
+        tiny_model(dtype=torch.float32),
+        gamma=2,
+        page_size=64,
+        speculation={"kv": {"policy": "snapkv", "budget": 256, "recent": 64}},
+        cache={"format": kv_format},
+    )
+    drafter: Any = engine._worker._drafter
+    policy = drafter._drafter._policy
+    target = PlacedModel(model=TINY, device=GPUS["h100"], ranks=1, element_bytes=4, kv_format=kv_format)
+    deployment = Deployment("tiny", "self", target, target, "snapkv", alpha=0.8)
+    forecast = deployment.forecast(1, 500, budgets=(256,), gamma=2)
+    token, query = policy.pool.bytes_per_page / 64, policy._queries[:, 0].nbytes
+    kept = deployment.costs.state(256, 2, "self")
+    assert forecast.draft_bytes == kept.pages * token + kept.queries * query
+    assert forecast.draft_row_read_bytes == 256 * token
+    # The engine counts what it allocates.
+    exact = num_exact_pages(engine._config) * 64 * target.dense_kv_bytes(1)
+    assert engine._resolved.fixed_bytes == policy.pool.nbytes + policy._queries.nbytes + exact
 
 
 def test_page_sizes() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.kv.grouped_codes import GroupedCodes
 from kernels.kv.kv_bits import KV_BITS, SEALED_GROUP
 from kernels.kv.kv_formats import KV_FORMATS
-from kernels.kv.kv_pool import LayerKV, write_kv
+from kernels.kv.kv_pool import KVPool, LayerKV, write_kv
 from kernels.kv.sealing_pool import SealingPool
 from tests.support.kv_layers import SEALING
 from tests.support.profiles import examples
@@ -299,3 +299,96 @@ def test_drafts_read_the_same_memory(name: str) -> None:
     assert theirs.sealed is not None
     assert theirs.sealed.k.data_ptr() == mine.sealed.k.data_ptr()
     assert theirs.sealed.drafts == (name in DRAFTING)
+
+
+def make_pool(name: str, page_size: int = SEALED_GROUP, scratch: bool = True, exact: int | None = None) -> KVPool:
+    """exact: None: EXACT where pages are sealed."""
+    return KV_FORMATS[name].make_pool(
+        EXACT * KV_BITS[name].seals if exact is None else exact,
+        num_layers=3,
+        num_pages=9,
+        page_size=page_size,
+        kv_heads=HEADS,
+        head_dim=DIM,
+        dtype=torch.float32,
+        device=CPU,
+        scratch=scratch,
+    )
+
+
+@pytest.mark.parametrize("name", KV_FORMATS)
+def test_pools_of_all_formats(name: str) -> None:
+    pool, bits = make_pool(name), KV_BITS[name]
+    assert (pool.seals, pool.layer(0).kind, pool.num_pages) == (bits.seals, name, 9)
+    assert (pool.num_layers, pool.kv_heads, pool.head_dim, pool.device) == (3, HEADS, DIM, CPU)
+    assert pool.page_ids - 1 == pool.scratch == 9 + EXACT * bits.seals
+    assert pool.itemsize == (1 if name != "dense" else 4)
+    assert pool.bytes_per_page == 3 * HEADS * SEALED_GROUP * bits.token_bytes(DIM, 4)
+    exact = 3 * HEADS * SEALED_GROUP * KV_BITS[bits.written].token_bytes(DIM, 4)
+    assert pool.nbytes == 9 * pool.bytes_per_page + (1 + EXACT * bits.seals) * exact
+    assert (pool.drafting().layer(0).kind == "upper") == (name in DRAFTING)
+    copies = pool.cache(2)
+    assert (copies.layer(2).kind, copies.num_pages, copies.scratch) == (bits.written, 2, 2)
+    assert copies.bytes_per_page == exact
+    assert make_pool(name, scratch=False).cache(2).scratch is None
+
+
+def test_pools_that_cannot_be() -> None:
+    for name, exact, message in (
+        ("dense", 1, "a dense pool seals no pages"),
+        ("fp8", 1, "an fp8 pool seals no pages"),
+        ("int8", 0, "a pool of int8 needs exact pages"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_pool(name, exact=exact)
+    with pytest.raises(ValueError, match="pages of format int4x2 have 64 tokens, not 16"):
+        make_pool("int4x2", page_size=16)
+
+
+@pytest.mark.parametrize("name", KV_FORMATS)
+def test_random_pools(name: str) -> None:
+    """No page is empty, and the spread is the one asked for."""
+    torch.manual_seed(0)
+    pool = make_pool(name)
+    pool.fill_random(0.1)
+    for index in range(3):
+        k, v = pool.layer(index).read(torch.arange(pool.page_ids)[None, None])
+        for part in (k, v):
+            each = part.float().flatten(3).std(-1)
+            assert 0.07 < each.min() < each.max() < 0.13
+
+
+@pytest.mark.parametrize("name", KV_FORMATS)
+def test_written_tokens_are_read_back(name: str) -> None:
+    """Those of other places stay."""
+    torch.manual_seed(0)
+    pool = make_pool(name)
+    pages = pool.first_exact + torch.tensor([1, 0, 1])
+    offsets, tokens = torch.tensor([3, 63, 4]), torch.randn(3, 3, 2, HEADS, DIM).bfloat16().float().round()
+    pool.write_tokens(pages, offsets, tokens.to(pool._data.dtype))
+    assert pool.read_tokens(pages, offsets).float().equal(tokens)
+    everything = pool._data.float()
+    everything[:, :, pages - pool.first_exact, :, offsets] = 0
+    assert not everything.any()
+    k, v = torch.randn(2, HEADS, 2 * SEALED_GROUP, DIM).round()
+    layer = pool.layer(1)
+    layer.write_pages(1, k, v)
+    for part, written in ((layer.k, k), (layer.v, v)):
+        assert part[1:3].transpose(0, 1).flatten(1, 2).float().equal(written)
+        assert not part[3:].float().any()
+
+
+@pytest.mark.parametrize("name", KV_FORMATS)
+@pytest.mark.parametrize("drafts", [False, True])
+def test_rounded_pages_are_what_is_read(name: str, drafts: bool) -> None:
+    torch.manual_seed(0)
+    pool, (k, v) = make_pool(name), torch.randn(2, 1, HEADS, SEALED_GROUP, DIM) * 3
+    layer, slots = pool.layer(0), torch.arange(SEALED_GROUP)
+    write_kv(layer, slots, k[0].transpose(0, 1), v[0].transpose(0, 1))
+    if pool.seals:
+        layer.seal(torch.tensor([0]), torch.tensor([0]))
+    read = (pool.drafting() if drafts else pool).layer(0).read(torch.zeros(1, 1, 1, dtype=torch.int64))
+    for rounded, found, exact in zip(KV_FORMATS[name].rounded(k, v, drafts=drafts), read, (k, v), strict=True):
+        assert rounded.dtype == torch.float32
+        assert rounded.equal(found[:, :, 0].float())
+        assert rounded.equal(exact) == (name == "dense")
