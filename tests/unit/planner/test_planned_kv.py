@@ -155,7 +155,7 @@ def test_copies_of_tokens_are_those_of_the_engine(kv_format: str) -> None:
     drafter: Any = engine._worker._drafter
     policy = drafter._drafter._policy
     target = PlacedModel(model=TINY, device=GPUS["h100"], ranks=1, element_bytes=4, kv_format=kv_format)
-    deployment = Deployment("tiny", "self", target, target, "snapkv", alpha=0.8)
+    deployment = Deployment(model="tiny", draft="self", target=target, drafter=target, policy="snapkv", alpha=0.8)
     forecast = deployment.forecast(1, 500, budgets=(256,), gamma=2)
     token, query = policy.pool.bytes_per_page / 64, policy._queries[:, 0].nbytes
     kept = deployment.costs.state(256, 2, "self")
