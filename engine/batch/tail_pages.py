@@ -87,7 +87,7 @@ class TailPages:
 def num_exact_pages(config: EngineConfig) -> int:
     """Return the number of exact pages that are enough for any round, 0 where no page is sealed. A row holds two, or as
     many as its tokens need, which begin and end within a group."""
-    if not config.cache.seals:  # all pages are
+    if not config.cache.seals:  # tokens stay where they are written
         return 0
     scheduler = config.scheduler
     return 2 * scheduler.max_rows + -(-scheduler.max_batch_tokens // config.cache.page_size)
