@@ -102,7 +102,8 @@ class SealingPool(KVPool):
                 (layer.sealed.k, codes.seal_keys(layer.k)),
                 (layer.sealed.v, codes.seal_values(layer.v)),
             ):
-                for pages in sealed.split(len(records)):
+                for first in range(0, len(sealed), len(records)):
+                    pages = sealed[first : first + len(records)]
                     pages.copy_(records[: len(pages)])
 
 
