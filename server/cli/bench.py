@@ -66,7 +66,7 @@ def decode(
         raise typer.BadParameter(f"must be less than --context, {min(contexts)}", param_hint="--shared")
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
     policies = options.names(policy, POLICIES, "--policy") if policy is not None else [None]
-    formats = options.names(kv_format, KV_BITS, "--kv-format") if kv_format is not None else [None]
+    formats = options.names(kv_format, list(KV_BITS), "--kv-format") if kv_format is not None else [None]
     temperatures = options.temperatures(temperature, "--temperature")
     import torch
 
