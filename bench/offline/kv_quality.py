@@ -5,6 +5,10 @@
 
 Formats are values of engine.cache.format; int4x2:draft is a target that reads what drafts of int4x2 read. The first one
 is what the others are compared with. Tokens of the first half of each text count as context only.
+
+    python -m bench.offline.kv_quality --text book.txt --length 2048 --passages 1 --layers --think 0 0.4
+
+The errors of the last queries of each forward, with a share of the keys' channels left out (ThinK, arXiv 2407.21018).
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ from models.default import resolve_model
 from models.tokenizer import Tokenizer
 
 _DRAFT = ":draft"
+_RECENT = 32
+"""Last queries that choose channels, and last keys that keep all (ThinK, section 4)."""
 Texts = Sequence[Sequence[int]]
 
 
@@ -85,27 +91,54 @@ class ComparingAttention:
     errors: by layer, the sums of squares of differences, and of results.
     """
 
-    def __init__(self, inner: AttentionBackend, kv_format: str) -> None:
-        self._inner, self._format = inner, KV_FORMATS[kv_format.removesuffix(_DRAFT)]
+    def __init__(self, inner: AttentionBackend, kv_format: str, think: float | None = None) -> None:
+        """think: share of the keys' channels that the last queries do not read, see without_weak_channels; None: all
+        queries are compared, and read all."""
+        self._inner, self._format, self._think = inner, KV_FORMATS[kv_format.removesuffix(_DRAFT)], think
         self._drafts = kv_format.endswith(_DRAFT)
         self.errors: dict[int, tuple[float, float]] = {}
 
     def plan(self, batch: AttentionBatch) -> None:
+        self._batch = batch
         self._inner.plan(batch)
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PlannedAttention.run."""
         k, v = self._format.rounded(layer.k, layer.v, drafts=self._drafts)
         out, lse = self._inner.run(layer, q, scale)
+        if self._think is not None:
+            pages, length = self._batch.pages[0], self._batch.kv_lengths[0]
+            k[pages] = without_weak_channels(layer.k[pages], k[pages], q, length, self._think)
         other, _ = self._inner.run(LayerKV(k, v, layer.index), q, scale)
+        if self._think is not None:
+            out, other = out[-_RECENT:], other[-_RECENT:]
         squares = float((other - out).float().square().sum()), float(out.float().square().sum())
         before = self.errors.get(layer.index, (0.0, 0.0))
         self.errors[layer.index] = before[0] + squares[0], before[1] + squares[1]
         return out, lse
 
 
-def layer_errors(model: str, dtype: str, kv_format: str, texts: Texts) -> list[float]:
-    """Return, by layer, the error of attention's results over some texts, relative to their size."""
+def without_weak_channels(exact: Tensor, keys: Tensor, q: Tensor, length: int, share: float) -> Tensor:
+    """Set to zero the channels of keys that matter least to the last queries (ThinK, equation 3): those with the
+    smallest product of the norms of queries and keys. The last keys stay whole.
+
+    exact, keys: [pages, kv_heads, page_size, head_dim], one row's, as written and as read. q: [n, heads, head_dim].
+    length: number of keys. share: of the channels of each KV head.
+    """
+    by_head = exact.transpose(0, 1).flatten(1, 2)[:, :length].float()  # [kv_heads, length, head_dim]
+    recent = q[-_RECENT:].float()
+    queries = recent.reshape(len(recent), len(by_head), -1, recent.shape[-1])  # [n, kv_heads, group, head_dim]
+    scores = queries.square().sum((0, 2)).sqrt() * by_head.square().sum(1).sqrt()
+    weak = scores.argsort(-1)[:, : int(share * scores.shape[-1])]
+    kept = keys.transpose(0, 1).flatten(1, 2).clone()
+    index = weak[:, None].expand(-1, max(0, length - _RECENT), -1)
+    kept[:, : max(0, length - _RECENT)] = kept[:, : max(0, length - _RECENT)].scatter(2, index, 0)
+    return kept.view(len(kept), *keys.shape[0:1], *keys.shape[2:]).transpose(0, 1)
+
+
+def layer_errors(model: str, dtype: str, kv_format: str, texts: Texts, think: float | None = None) -> list[float]:
+    """Return, by layer, the error of attention's results over some texts, relative to their size. think: see
+    ComparingAttention; one text after another."""
     pages = sum(-(-len(text) // SEALED_GROUP) + 1 for text in texts)
     cache = {"page_size": SEALED_GROUP, "prefix": False, "num_pages": pages}
     length = max(map(len, texts)) + 1
@@ -113,9 +146,10 @@ def layer_errors(model: str, dtype: str, kv_format: str, texts: Texts) -> list[f
         model, dtype=dtype, device="cpu", weights="dense", speculation={"gamma": 0}, cache=cache, max_model_len=length
     ) as llm:
         worker = llm.engine._worker
-        comparing = ComparingAttention(worker._target.attention, kv_format)
+        comparing = ComparingAttention(worker._target.attention, kv_format, think)
         worker._target = replace(worker._target, attention=comparing)
-        greedy(llm, texts, 1)
+        for each in [texts] if think is None else [[text] for text in texts]:
+            greedy(llm, each, 1)
     return [(wrong / size) ** 0.5 for _, (wrong, size) in sorted(comparing.errors.items())]
 
 
@@ -131,6 +165,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--layers", action="store_true", help="only the error of each layer")
+    parser.add_argument("--think", type=float, nargs="+", help="with --layers, shares of key channels to leave out")
     arguments = parser.parse_args()
     tokenizer = Tokenizer(resolve_model(arguments.model))
     text = read_text(arguments.text)
@@ -139,8 +174,10 @@ def main() -> None:
         print(f"{arguments.passages} texts of {length} tokens")
         if arguments.layers:
             for kv_format in (each for each in arguments.formats if each != "dense"):
-                errors = layer_errors(arguments.model, arguments.dtype, kv_format, texts)
-                print(f"{kv_format:>14}: " + " ".join(f"{error:.4f}" for error in errors), flush=True)
+                for think in arguments.think or [None]:
+                    errors = layer_errors(arguments.model, arguments.dtype, kv_format, texts, think)
+                    without = "" if think is None else f" without {100 * think:g} % of key channels"
+                    print(f"{kv_format:>14}{without}: " + " ".join(f"{error:.4f}" for error in errors), flush=True)
             continue
         first: tuple[Tensor, list[list[int]]] | None = None
         for kv_format in arguments.formats:
