@@ -21,7 +21,7 @@ LAYERS = ("server", "bench", "planner", "engine", "models", "parallel", "kernels
 """Layers from top to bottom: a module imports its own layer and those below."""
 ROOMS = (
     *("processes", "llm", "core", "worker", "ranks", "speculation", "kv", "sampling", "batch", "control", "scheduler"),
-    *("config", "text", "plan", "messages", "params", "oom", "logs"),
+    *("ngram", "config", "text", "plan", "messages", "params", "oom", "logs"),
 )
 """The same order for folders and modules inside engine/."""
 MAX_FILES, MAX_LINES = 14, 400
