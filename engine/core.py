@@ -11,19 +11,18 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import msgspec
 import torch
 
 from engine.config.deployment import EngineConfig
-from engine.control.auto import AutoGamma
-from engine.control.step_times import StepTimes
 from engine.messages import FINISH_ABORT, RETRY_MEMORY, AddRequest, EngineState, EngineStats, Ready, RequestOutput
 from engine.oom import OutOfMemory
 from engine.plan import RoundPlan, RoundResult, WeightStep
 from engine.ranks.executor import RankExecutor
 from engine.ranks.resident_weights import ResidentWeights
-from engine.scheduler.controller import Controller, FixedGamma
+from engine.scheduler.controller import Controller
 from engine.scheduler.kv_audit import KVAudit
 from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.outputs import failed_output, make_output
@@ -31,8 +30,9 @@ from engine.scheduler.request import Request
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.stats import StatsRecorder
 from engine.scheduler.validation import check_fields
-from engine.worker.profiler import Profiler, load_profile, profile, profile_key, save_profile
-from engine.worker.resolve import draft_tokens_read, log_started, resolve, target_tokens_read
+from engine.worker.controllers import draft_tokens_read, make_controller, make_request_ngrams, target_tokens_read
+from engine.worker.profiler import Profiler
+from engine.worker.resolve import log_started, resolve
 from engine.worker.weight_choice import settle_draft_format
 from engine.worker.worker import Worker, noop
 from engine.worker.worker_owner import WorkerOwner
@@ -72,6 +72,7 @@ class Engine:
         """
         self._config, self._resolved = config, resolve(config, model, compiling=compiling)
         self._threads_before = torch.get_num_threads()
+        self._ngrams = make_request_ngrams(config, self._resolved, lambda *asked: self._worker.count_allowed(*asked))
         try:
             self._owner = self._start_ranks(model, ranks, progress)
             self._resolved = dataclasses.replace(  # GPUs are measured once the model is loaded
@@ -138,15 +139,7 @@ class Engine:
     def make_controller(self) -> Controller:
         """Make the controller that the config describes. Call it only while there are no requests, since it may measure
         rounds."""
-        if (speculation := self._config.speculation).gamma != "auto":
-            return FixedGamma(speculation.gamma)
-        key = profile_key(self._config, self._resolved, self._worker.weight_formats, self._worker.weight_bytes)
-        if (samples := load_profile(key)) is None:
-            samples = profile(self.profiler, self._config)
-            save_profile(key, samples)
-        times = StepTimes(samples, draft_tokens_read(self._config), drafts_share=speculation.drafts_share)
-        budgets = speculation.kv_budgets(self._config.cache.page_size) or [0]
-        return AutoGamma(times, speculation.gamma_max, budgets, speculation.kv.budget)
+        return make_controller(self._config, self._resolved, self._worker, self.profiler)
 
     @property
     def _shared_stretch(self) -> int:
@@ -180,6 +173,7 @@ class Engine:
             draft_kv=config.speculation.draft_model is not None,
             seals=config.cache.seals,
             audit=KVAudit(self._kv, exact=self._resolved.ops.kind == "cpu") if config.check_invariants else None,
+            ngrams=self._ngrams,
         )
 
     def _make_stats(self, controller: Controller) -> StatsRecorder:
@@ -190,7 +184,7 @@ class Engine:
             bytes_per_token=self._resolved.kv_token_bytes,
             gamma_max=controller.gamma_max,
             draft_tokens_read=draft_tokens_read(config) if controller.gamma_max else lambda context, budget: 0,
-            policy=config.speculation.kv.policy if config.speculation.max_draft_tokens else "",
+            policy=config.speculation.kv.policy if config.speculation.max_model_drafts else "",
             draft_pages_per_row=config.speculation.kv_state(config.cache.page_size).pages,
             drafts_share=config.speculation.drafts_share,
             target_tokens_read=target_tokens_read(config, self._resolved.shape),
@@ -289,7 +283,7 @@ class Engine:
             # With a grammar, the host waits for drafts before the whole round is sent to the device.
             if any(request.params.grammar is not None for request in requests):
                 meanwhile()
-            result = self._run(plan, meanwhile)
+            result = self._run(plan, partial(self._while_busy, requests, meanwhile))
         except OutOfMemory as error:
             meanwhile()  # the round may have failed before its own call
             outputs = self._fail(requests, error)
@@ -307,6 +301,12 @@ class Engine:
         if self._config.check_invariants:
             self._scheduler.check()
         return outputs
+
+    def _while_busy(self, requests: list[Request], meanwhile: Callable[[], None]) -> None:
+        """Do the host's work beside a round of these requests."""
+        meanwhile()
+        if self._ngrams is not None:
+            self._ngrams.prepare(requests)
 
     def reset(self) -> None:
         """Drop all requests, whatever state an interrupted `step` has left them in."""
@@ -331,11 +331,11 @@ class Engine:
     def _commit(self, plan: RoundPlan, requests: list[Request], result: RoundResult) -> list[RequestOutput]:
         self._stats.record_plan(plan, requests, self._scheduler.shared_tokens)
         outputs = []
-        for request, tokens, row, failure in self._scheduler.commit(plan, requests, result):
+        for request, tokens, row, failure, from_text in self._scheduler.commit(plan, requests, result):
             drafted, accepted = (row.drafted, min(row.accepted, len(tokens))) if row else (0, 0)
-            self._stats.record_row(request, drafted, accepted, len(tokens))
+            self._stats.record_row(request, drafted, accepted, len(tokens), from_text)
             if failure is None or tokens:
-                outputs.append(make_output(request, tokens, row))
+                outputs.append(make_output(request, tokens, row, from_text))
             if failure is not None:
                 outputs.append(failed_output(request, failure))
         return outputs

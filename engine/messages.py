@@ -105,6 +105,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     drafted: int = 0
     accepted: int = 0
     """In this round: number of tokens that the draft proposed, and number of `tokens`, the first ones, among them."""
+    from_text: int = 0
+    """Those of the drafted tokens, the first ones, that were found in text."""
     finish_reason: str | None = None
     stop_reason: int | None = None
     """The token id that ended the request, unless it was the model's own end-of-sequence token."""
@@ -175,6 +177,10 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     """Formats of the matrices that the target and drafts multiply by; empty while the weights are released."""
     kv_format: str = "dense"
     """Format of the target's computed pages (CacheConfig.format)."""
+    text_draft_tokens: int = 0
+    """Those of the drafted tokens that were found in text."""
+    text_accepted_tokens: int = 0
+    """Those of them that were accepted."""
     kv_tokens_read: int = 0
     """KV tokens (one token = all layers and heads) read by draft and verify passes of decoding rows. Tokens that are
     read once for several rows count once."""

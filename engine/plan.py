@@ -52,10 +52,18 @@ class RowWork(msgspec.Struct, array_like=True):
     """Number of new tokens, the first ones, that need prompt logprobs: each gives those of the token after it."""
     draft_lag: int = 0
     """Computed tokens, the last ones, whose KV a draft model lacks before the round; 0 in chunks of prompts."""
+    proposed: list[int] = []
+    """The first of the `gamma` drafts, found in text by the host. A model drafts the rest, after them."""
+
+    @property
+    def model_drafts(self) -> int:
+        """Number of drafts that a model makes."""
+        return self.gamma - len(self.proposed)
 
 
 class RoundPlan(msgspec.Struct, tag="round", omit_defaults=True):
-    """Plan of one round. `work` is ordered by falling gamma, so that the rows of each draft step are a prefix."""
+    """Plan of one round. `work` is ordered by falling `model_drafts`, so that the rows of each draft step are a
+    prefix."""
 
     number: int
     starts: list[RowStart]

@@ -14,13 +14,19 @@ from bench.corpus import BenchError
 from engine.config.deployment import EngineConfig, SchedulerConfig
 from engine.core import Engine
 from engine.messages import AddRequest, EngineStats, RequestOutput
+from engine.ngram.ngram_drafts import Proposal
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult
-from engine.scheduler.controller import Controller, ControllerReport, FixedGamma
+from engine.scheduler.controller import Controller, ControllerReport, FixedGamma, RowDrafts
 from engine.scheduler.request import Request
 from models.llama import Llama
 
 _TURN = 4  # rounds per turn
+_COUNTED = (
+    *("accepted_tokens", "rejections", "text_accepted_tokens"),
+    *("kv_tokens_read", "draft_kv_tokens_read", "generated_tokens"),
+)
+"""Counters of EngineStats that are summed over measured rounds."""
 
 Gamma = int | Literal["auto"]
 
@@ -31,8 +37,9 @@ class InterleavedController:
     With "auto" it delegates to the controller `auto`, which learns only from those rounds.
     """
 
-    def __init__(self, gamma_max: int) -> None:
-        self._gamma_max = gamma_max
+    def __init__(self, gamma_max: int, *, model: bool = True) -> None:
+        """gamma_max: largest number of drafts. model: whether there is a model that drafts."""
+        self._gamma_max, self._model = gamma_max, model
         self.gamma: Gamma = 0
         self.auto: Controller = FixedGamma(gamma_max)
         self.report = ControllerReport()
@@ -42,13 +49,15 @@ class InterleavedController:
     def gamma_max(self) -> int:
         return self._gamma_max
 
-    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
+    def choose(
+        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+    ) -> list[RowDrafts]:
         if self.gamma == "auto":
-            gammas = self.auto.choose(rows, shared_tokens)
+            drafts = self.auto.choose(rows, shared_tokens, proposals)
             self.budget = self.auto.budget
-            return gammas
+            return drafts
         self.budget = 0
-        return [self.gamma] * len(rows)
+        return FixedGamma(self.gamma, model=self._model).choose(rows, shared_tokens, proposals)
 
     def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
         """Pass rounds with "auto" to its controller. Measured times come from the engine's statistics instead."""
@@ -86,7 +95,7 @@ class RoundMeasurements:
         self.contexts.append(context)
         chosen = [b - a for a, b in zip(before.gamma_chosen, after.gamma_chosen, strict=True)]
         self.gammas.append(sum(gamma * count for gamma, count in enumerate(chosen)) / max(1, sum(chosen)))
-        for name in ("accepted_tokens", "rejections", "kv_tokens_read", "draft_kv_tokens_read", "generated_tokens"):
+        for name in _COUNTED:
             setattr(self.total, name, getattr(self.total, name) + getattr(after, name) - getattr(before, name))
 
 
@@ -100,7 +109,7 @@ class Contender:
         self.config = config
         self.rounds: dict[Gamma, RoundMeasurements] = {}
         self.texts: dict[str, list[int]] = {}
-        self._controller = InterleavedController(gamma_max)
+        self._controller = InterleavedController(gamma_max, model=config.speculation.max_model_drafts > 0)
         self._batch = self._context = 0
         self._auto = auto
         self.engine = Engine(config, model=target, controller=self._controller, progress=False)
@@ -160,7 +169,8 @@ class Contender:
             if gamma == "auto":
                 warm = after.generated_tokens - first >= history * self._batch
             else:
-                warm = after.gamma_chosen[gamma] - before.gamma_chosen[gamma] == self._batch
+                drafting = after.gamma_chosen[gamma] - before.gamma_chosen[gamma]
+                warm = drafting == self._batch or not self.config.speculation.max_model_drafts  # text may propose fewer
             if warm:
                 return
             self._check_running(after)

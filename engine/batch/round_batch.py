@@ -35,10 +35,12 @@ class SamplePositions:
 
 
 class RoundBatch:
-    """The rows of one round, in the order of its plan: `work` sorted by falling gamma.
+    """The rows of one round, in the order of its plan: `work` sorted by falling number of model drafts.
 
     row, computed, new, gamma, catch_up, draft_lag, num_prompt_logprobs: host, [rows], as in RowWork. sampling: host,
         [rows] bool, rows that sample.
+    num_proposed: host, [rows], number of drafts that the plan contains; a model drafts after them.
+    max_steps: largest number of drafts that a model makes for a row: of forwards that draft.
     budget: see RoundPlan.
     samples: the positions that the round samples: of each sampling row its drafts' and one more.
     gamma_device: [rows] int64, gamma on the device.
@@ -67,6 +69,10 @@ class RoundBatch:
         self.sampling = np.array([item.samples for item in work], dtype=bool)
         self.num_prompt_logprobs = np.array([item.num_prompt_logprobs for item in work], dtype=np.int64)
         self.gamma_max = int(self.gamma.max(initial=0))
+        self._proposed = [item.proposed for item in work]
+        self.num_proposed = np.array([len(item.proposed) for item in work], dtype=np.int64)
+        self._steps = self.gamma - self.num_proposed
+        self.max_steps = int(self._steps.max(initial=0))
 
         self._num_samples = np.where(self.sampling, self.gamma + 1, 0)  # a row's drafts and one more
         offset = ragged_arange(self._num_samples)
@@ -78,7 +84,7 @@ class RoundBatch:
 
     @property
     def num_drafting(self) -> int:
-        """Number of rows that draft: the first ones."""
+        """Number of rows that a model drafts for: the first ones."""
         return self._drafting(0)
 
     @property
@@ -93,17 +99,31 @@ class RoundBatch:
 
     # -- drafting ----------------------------------------------------------------------------------------------------
 
-    def draft_inputs(self, step: int, view: View, lag: Ints | None = None) -> ForwardBatch:
-        """Build the inputs of the forward that drafts token `step`. Its logits are those of `draft_samples`.
+    def place_proposals(self) -> None:
+        """Write the drafts that the plan contains to the places they have if accepted."""
+        tokens = [token for proposed in self._proposed for token in proposed]
+        if tokens:
+            rows, ahead = np.repeat(self.row, self.num_proposed), ragged_arange(self.num_proposed)
+            samples = self._sample_positions(rows, ahead + 1, ahead)
+            self.place_drafts(samples, self.state.to_device(np.array(tokens, dtype=np.int64)))
 
-        lag: [drafting rows], number of committed tokens before the pending one that have no KV in the draft's pool yet
-        (first step only); None: none is missing, and each row is one query.
+    def draft_inputs(self, step: int, view: View, lag: Ints | None = None) -> ForwardBatch:
+        """Build the inputs of the forward that drafts token `step` after a row's proposed ones. Its logits are those of
+        `draft_samples`.
+
+        In the first step a row has a query for its pending token and each proposed one. lag: [drafting rows], number of
+        committed tokens before the pending one that have no KV in the draft's pool yet (first step only); None: none is
+        missing.
         """
         count = self._drafting(step)
-        missing = np.zeros(count, dtype=np.int64) if lag is None else lag
-        queries = missing + 1
+        proposed = self.num_proposed[:count]
+        if step:
+            ahead, queries = proposed + step, np.ones(count, dtype=np.int64)
+        else:
+            missing = np.zeros(count, dtype=np.int64) if lag is None else lag
+            ahead, queries = -missing, missing + proposed + 1
         last = queries.cumsum() - 1
-        return self.state.forward_inputs(self.row[:count], self.computed[:count], step - missing, queries, view, last)
+        return self.state.forward_inputs(self.row[:count], self.computed[:count], ahead, queries, view, last)
 
     def drafts(self, steps: Sequence[int]) -> tuple[Ints, Ints]:
         """List the drafts of some steps, one step after another. Returns the step and the row of each, [n]: rows by
@@ -116,16 +136,18 @@ class RoundBatch:
         `drafts`."""
         step, row = self.drafts(range(1, gamma))
         ones, no_logits = np.ones(len(row), dtype=np.int64), np.empty(0, dtype=np.int64)
-        return self.state.forward_inputs(self.row[row], self.computed[row], step, ones, view, no_logits)
+        ahead = self.num_proposed[row] + step
+        return self.state.forward_inputs(self.row[row], self.computed[row], ahead, ones, view, no_logits)
 
     def draft_samples(self, steps: Sequence[int]) -> SamplePositions:
         """Return the positions that the `drafts` of these steps are sampled at."""
         step, row = self.drafts(steps)
-        return self._sample_positions(self.row[row], step + 1, step)
+        drafted = self.num_proposed[row] + step
+        return self._sample_positions(self.row[row], drafted + 1, drafted)
 
     def _drafting(self, step: int) -> int:
         """Return the number of rows that draft token `step`: the first ones."""
-        return int((self.gamma > step).sum())
+        return int((self._steps > step).sum())
 
     def place_drafts(self, samples: SamplePositions, tokens: Tensor) -> None:
         """Write drafted `tokens` [n] to the places they have if accepted. Committed tokens are not touched."""

@@ -135,7 +135,7 @@ class EngineConfig(Settings):
             if self.cache.seals:
                 raise ValueError(f"target_kv: a target reads all of its KV with cache.format {self.cache.format}")
             self.target_kv.check_target(self.cache.page_size)
-            if self.speculation.max_draft_tokens and self.speculation.kv.counts_votes:
+            if self.speculation.max_model_drafts and self.speculation.kv.counts_votes:
                 raise ValueError(
                     f"speculation.kv: {self.speculation.kv.policy} chooses by what the target reads, which is all KV "
                     "only without target_kv"

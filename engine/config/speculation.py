@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from engine.config.kv import DrafterName, KVConfig, KVState, WindowConfig
 from engine.config.settings import Positive, Settings
+
+Source = Literal["self", "model", "ngram", "together"]
+DRAFTERS: tuple[str, ...] = get_args(Source)
 
 
 class SpeculationConfig(Settings):
@@ -16,10 +19,16 @@ class SpeculationConfig(Settings):
     for each round and row."""
     gamma_max: Annotated[int, Field(ge=1, le=16)] = 8
     """Largest number of drafts that auto chooses."""
-    drafter: DrafterName = "self"
-    """Model that drafts. self: the target itself, with sparse KV. model: a smaller model with the same vocabulary."""
+    drafter: Source = "self"
+    """Where drafts come from. self: the target itself, with sparse KV. model: a smaller model with the same vocabulary.
+    ngram: the text, prompt and output of the request and `store`: what followed the same tokens there. together: the
+    text, and the target or, if `model` is set, the draft model, as each row gains most."""
     model: str | None = None
     """Directory of the draft model, if there is one."""
+    ngram_gamma_max: Annotated[int, Field(ge=1, le=16)] = 16
+    """Largest number of drafts from the text that auto chooses for a row. They cost no more than their verification."""
+    store: str | None = None
+    """Text store that is searched in addition to the request's own text (magicdec store build)."""
     tensor_parallel_size: Positive | None = None
     """Number of ranks, the first ones, that the draft model is split over; None: all."""
     verification: Literal["coupled", "rejection"] = "coupled"
@@ -35,61 +44,90 @@ class SpeculationConfig(Settings):
     @property
     def draft_model(self) -> str | None:
         """Draft model to load, if any."""
-        return self.model if self.max_draft_tokens and self.drafter == "model" else None
+        return self.model if self.max_model_drafts and self.drafting_model == "model" else None
+
+    @property
+    def drafting_model(self) -> DrafterName:
+        """Model that drafts, if one does (`max_model_drafts`): the target itself, or a smaller one."""
+        return "model" if self.model is not None else "self"
+
+    @property
+    def searches_text(self) -> bool:
+        """Whether drafts come from the text, perhaps beside those of a model."""
+        return self.gamma != 0 and self.drafter in ("ngram", "together")
 
     def draft_ranks(self, ranks: int) -> int:
         """Return the number of the target's ranks that share the draft model; 0: there is none."""
         return 0 if self.draft_model is None else self.tensor_parallel_size or ranks
 
     @property
+    def max_model_drafts(self) -> int:
+        """Largest number of drafts per row and round if a model makes some of them; 0: none does."""
+        if self.drafter == "ngram":
+            return 0
+        return self.gamma_max if self.gamma == "auto" else self.gamma
+
+    @property
+    def max_text_drafts(self) -> int:
+        """Largest number of drafts per row and round that come from the text alone."""
+        if not self.searches_text:
+            return 0
+        return self.ngram_gamma_max if self.gamma == "auto" else self.gamma
+
+    @property
     def max_draft_tokens(self) -> int:
         """Largest number of drafts per row and round."""
-        return self.gamma_max if self.gamma == "auto" else self.gamma
+        return max(self.max_model_drafts, self.max_text_drafts)
 
     @property
     def resolved_kv(self) -> KVConfig:
         """`kv` with every default resolved."""
-        return self.kv.resolve(self.drafter)
+        return self.kv.resolve(self.drafting_model)
 
     @property
     def num_uncached_tokens(self) -> int:
         """Number of tokens at its end that a new row must compute itself."""
-        return self.kv.num_uncached_tokens if self.max_draft_tokens else 1
+        return self.kv.num_uncached_tokens if self.max_model_drafts else 1
 
     def kv_state(self, page_size: int) -> KVState:
         """Return the KV that drafts keep beside the pages of requests."""
-        if not self.max_draft_tokens:
+        if not self.max_model_drafts:
             return KVState()
-        return self.resolved_kv.state(page_size, self.max_draft_tokens, self.drafter)
+        return self.resolved_kv.state(page_size, self.max_draft_tokens, self.drafting_model)
 
     def kv_budgets(self, page_size: int) -> list[int]:
         """Return the budgets among which each round chooses, the largest first; empty: drafts read as configured."""
-        return self.kv.budgets(page_size) if self.gamma == "auto" else []
+        return self.kv.budgets(page_size) if self.gamma == "auto" and self.max_model_drafts else []
 
     @property
     def has_draft_pages(self) -> bool:
         """Whether a draft model keeps the KV of all tokens, in pages beside the target's."""
-        return self.draft_model is not None and self.kv.reads_all_pages(self.drafter)
+        return self.draft_model is not None and self.kv.reads_all_pages(self.drafting_model)
 
     @property
     def drafts_share(self) -> bool:
         """See KVSettings.shares_pages."""
-        return self.kv.shares_pages(self.drafter)
+        return self.kv.shares_pages(self.drafting_model)
 
     def check(self, page_size: int, ranks: int) -> None:
         """Raise ValueError for settings that do not fit this page size or number of ranks."""
         if self.max_draft_tokens == 0:
             return
         self._check_drafter(ranks)
-        self.kv.check(page_size, self.drafter)
+        if self.max_model_drafts:
+            self.kv.check(page_size, self.drafting_model)
 
     def _check_drafter(self, ranks: int) -> None:
-        if (self.drafter == "model") != (self.model is not None):
-            raise ValueError("speculation.model is required with drafter: model, and allowed only with it")
+        if self.model is None and self.drafter == "model":
+            raise ValueError("speculation.model is required with drafter: model")
+        if self.model is not None and self.drafter not in ("model", "together"):
+            raise ValueError("speculation.model is allowed only with drafter: model or together")
+        if self.store is not None and not self.searches_text:
+            raise ValueError("speculation.store is searched only with drafter: ngram or together")
         mine = self.tensor_parallel_size
+        if mine is not None and self.draft_model is None:
+            raise ValueError("speculation.tensor_parallel_size is that of a draft model, and there is none")
         if mine not in (None, ranks) and self.verification == "rejection":
             raise ValueError("speculation.verification: rejection needs the draft model on all ranks")
-        if mine is not None and self.drafter != "model":
-            raise ValueError("speculation.tensor_parallel_size is that of a draft model, and there is none")
         if mine is not None and mine > ranks:
             raise ValueError(f"speculation.tensor_parallel_size: {mine} of {ranks} ranks")

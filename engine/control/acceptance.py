@@ -29,6 +29,11 @@ class AcceptanceRecord:
         self.accepted = self.accepted * fade + accepted
         self.judged = self.judged * fade + accepted + rejected
 
+    def fade(self, kept: float) -> None:
+        """Keep a share of the record."""
+        self.accepted *= kept
+        self.judged *= kept
+
     def alpha(self, prior: float, trials: float) -> float:
         """Compute the share of accepted drafts, after `trials` further ones as the prior predicts."""
         return (self.accepted + prior * trials) / (self.judged + trials)

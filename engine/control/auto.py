@@ -16,8 +16,11 @@ from engine.control.calibration import Calibration
 from engine.control.catch_up import CatchUp, needs_catch_up, only_smallest_lag
 from engine.control.goodput import Batch, Goodput, Option, Options, draft_bucket, verify_bucket
 from engine.control.step_times import StepTimes
+from engine.control.text_acceptance import TextAcceptance
+from engine.control.text_options import TextChooser
+from engine.ngram.ngram_drafts import Proposal
 from engine.plan import RoundPlan, RoundResult
-from engine.scheduler.controller import ControllerReport
+from engine.scheduler.controller import ControllerReport, RowDrafts
 from engine.scheduler.request import Request
 
 _HYSTERESIS = 1.02
@@ -38,22 +41,37 @@ class _Decision:
     chosen: Option
     plain_s: float
 
+    @property
+    def matches(self) -> dict[str, int]:
+        """Proposal.match by request."""
+        pairs = zip(self.batch.rows, self.batch.proposals, strict=False)
+        return {row.id: proposal.match for row, proposal in pairs}
+
 
 class AutoGamma:
     """Controller that chooses gamma per round and row. Host-side, O(rows × gamma_max)."""
 
     def __init__(
-        self, times: StepTimes, gamma_max: int, budgets: Sequence[int], tokens_read: int | None = None
+        self,
+        times: StepTimes,
+        gamma_max: int,
+        budgets: Sequence[int],
+        tokens_read: int | None = None,
+        text_gamma_max: int = 0,
     ) -> None:
-        """times: of this engine. budgets: KV tokens per row that drafts may read, the largest first; (0,) if there is
-        no choice. tokens_read: largest number that drafts read; None: the largest budget, or all tokens if that is 0.
+        """times: of this engine. gamma_max, text_gamma_max: largest numbers of drafts per row that a model makes, and
+        that come from the text alone; 0: none do. budgets: KV tokens per row that drafts may read, the largest first;
+        (0,) if there is no choice. tokens_read: largest number that drafts read; None: the largest budget, or all
+        tokens if that is 0.
         """
         self._times = times
-        self._gamma_max = gamma_max
+        self._model_gamma_max, self._gamma_max = gamma_max, max(gamma_max, text_gamma_max)
         self._budgets = tuple(budgets)
         self._calibration = Calibration()
         self._acceptance = AcceptanceEstimates(budgets[0], tokens_read or budgets[0])
-        self._goodput = Goodput(times, self._calibration, self._acceptance, gamma_max)
+        self._text = TextAcceptance()
+        text = TextChooser(self._text, self._gamma_max, gamma_max) if text_gamma_max else None
+        self._goodput = Goodput(times, self._calibration, self._acceptance, self._gamma_max, text)
         self._catch_up = CatchUp()
         self._rounds = 0
         self._explorations = 0
@@ -71,10 +89,14 @@ class AutoGamma:
 
     # -- choosing ----------------------------------------------------------------------------------------------------
 
-    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
+    def choose(
+        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+    ) -> list[RowDrafts]:
         """See Controller.choose."""
         self._rounds += 1
-        batch = Batch.from_requests(rows, self._gamma_max, shared_tokens)
+        batch = Batch.from_requests(rows, self._model_gamma_max, shared_tokens, proposals)
+        if proposals:
+            self._text.fade(row.id for row in rows)
         options = self._goodput.options(batch, self._current_budget)
         if self._rounds % _EXPLORE_EVERY == 0:
             options = self._compare_budgets(batch, options)
@@ -86,9 +108,9 @@ class AutoGamma:
         self._max_gamma = self._stay(options)
         best = options[self._max_gamma]
         chosen = self._explore(drafting, batch, options, best) or best
-        self._pending = _Decision(batch, best, chosen, float(options.seconds[0]))
+        self._pending = _Decision(batch, best, chosen, options.plain_s)
         self.budget = chosen.budget
-        return chosen.gammas
+        return chosen.drafts
 
     def _stay(self, options: Options) -> int:
         """Return the best max_gamma, or the current one if that is about as good."""
@@ -116,21 +138,34 @@ class AutoGamma:
             return None
         turn = self._explorations % len(self._budgets)
         self._explorations += 1
+        if self._tries_plain(best, options) and not turn:
+            candidates = [options.plain]
+        else:
+            candidates = self._other_options(drafting, batch, options, turn)
+        losses = [each.seconds - each.tokens / best.rate for each in candidates]
+        if not losses or min(losses) > self._explore_credit:
+            return None  # too expensive for now; the next option may not be
+        self._explored_at = self._rounds
+        return candidates[losses.index(min(losses))]
+
+    def _tries_plain(self, best: Option, options: Options) -> bool:
+        """Whether an exploration is a plain round: where a model drafts, and by turns where only text is drafted."""
+        if any(drafts.model for drafts in best.drafts):
+            return True
+        from_text = any(drafts.proposed for drafts in best.drafts)
+        return from_text and (len(options) == 1 or self._explorations // len(self._budgets) % 2 == 0)
+
+    def _other_options(self, drafting: Batch, batch: Batch, options: Options, turn: int) -> list[Option]:
+        """Return options in which a model drafts: with another budget, if it is its turn."""
         if turn:
             options = self._goodput.options(
                 drafting, [budget for budget in self._budgets if budget != self._current_budget][turn - 1]
             )
-        elif not drafting.limits.any():
+        elif batch.limits.any() and not drafting.limits.any():
             options = self._goodput.options(
                 batch.limited(only_smallest_lag(batch.rows, batch.limits)), self._current_budget
             )
-        others = range(1, len(options)) if turn or not any(best.gammas) else range(1)
-        losses = {each: float(options.seconds[each] - options.tokens[each] / best.rate) for each in others}
-        max_gamma = min(losses, key=losses.__getitem__, default=0)
-        if not losses or losses[max_gamma] > self._explore_credit:
-            return None  # too expensive for now; the next option may not be
-        self._explored_at = self._rounds
-        return options[max_gamma]
+        return [options[max_gamma] for max_gamma in range(1, len(options))]
 
     # -- learning ----------------------------------------------------------------------------------------------------
 
@@ -138,7 +173,8 @@ class AutoGamma:
         """See Controller.observe."""
         outcomes = iter(result.rows)
         tokens, decoding = 0, not plan.starts
-        judged, ended = [], []
+        judged, from_text, ended = [], [], []
+        matches = self._pending.matches if self._pending is not None else {}
         for request, work in zip(requests, plan.work, strict=True):
             if work.new != 1 or not work.samples:
                 decoding = False
@@ -146,14 +182,20 @@ class AutoGamma:
                 continue
             outcome = next(outcomes)
             tokens += outcome.accepted + 1
-            if outcome.drafted:
-                judged.append((request.id, work.computed + 1, outcome.accepted, outcome.accepted < outcome.drafted))
+            proposed, accepted = len(work.proposed), outcome.accepted
+            if proposed:
+                match = matches.get(request.id, 0)
+                from_text.append((request.id, match, min(accepted, proposed), accepted < proposed))
+            if work.model_drafts and accepted >= proposed:
+                judged.append((request.id, work.computed + 1, accepted - proposed, accepted < outcome.drafted))
             if request.finish_reason is not None:
                 ended.append(request.id)
         self._acceptance.update(plan.budget, judged)
-        for request_id in ended:
-            self._acceptance.forget(request_id)
-        self._acceptance.retain((request.id for request in requests), beyond=6 * len(requests) + 1000)
+        self._text.update(from_text)
+        for estimates in (self._acceptance, self._text):
+            for request_id in ended:
+                estimates.forget(request_id)
+            estimates.retain((request.id for request in requests), beyond=6 * len(requests) + 1000)
         decision, self._pending = self._pending, None
         if decision is None:
             return
@@ -169,20 +211,19 @@ class AutoGamma:
         self, decision: _Decision, plan: RoundPlan, result: RoundResult, tokens: int, caught_up: int
     ) -> None:
         """Learn from the times of a round that only decoded."""
-        batch, gammas = decision.batch, [work.gamma for work in plan.work]
-        mean = sum(gammas) / batch.count
+        batch, steps = decision.batch, [work.model_drafts for work in plan.work]
+        mean = sum([work.gamma for work in plan.work]) / batch.count
         predicted = batch.verify_seconds(self._times, [mean])[0]
         kind = "verify" if mean else "plain"
         where = verify_bucket(batch, self._times, round(mean))
         self._calibration.update(kind, where, result.verify_seconds, predicted)
-        drafting = 0.0
-        if mean:
-            drafting = sum(batch.draft_seconds(self._times, plan.budget, rows) for rows in _rows_by_step(gammas))
+        drafting = sum([batch.draft_seconds(self._times, plan.budget, rows) for rows in _rows_by_step(steps)])
         where = draft_bucket(batch, self._times, plan.budget)
+        mixed = any(work.proposed and work.model_drafts for work in plan.work)
         if caught_up:  # the time of the drafts alone is unknown
             drafting *= self._calibration.factor("draft", where)
             self._catch_up.record(caught_up, result.draft_seconds - drafting)
-        elif mean:
+        elif drafting and not mixed:  # else the model has computed drafts from the text too
             self._calibration.update("draft", where, result.draft_seconds, drafting)
         seconds = result.draft_seconds + result.verify_seconds
         self._charge(decision, seconds, seconds, tokens)
@@ -190,7 +231,8 @@ class AutoGamma:
         self.report.decode_seconds += seconds
         self.report.plain_seconds += plain
         self.report.forecast_seconds += plain * (chosen.seconds / chosen.tokens) / (decision.plain_s / batch.count)
-        self.report.alpha = self._acceptance.alpha(plan.budget)
+        if self._model_gamma_max:
+            self.report.alpha = self._acceptance.alpha(plan.budget)
 
     def _charge(self, decision: _Decision, earned: float, seconds: float, tokens: float) -> None:
         """Earn credit for explorations, a share of `earned` seconds, and pay for this round of `seconds` and `tokens`
@@ -200,9 +242,9 @@ class AutoGamma:
             self._explore_credit -= max(0.0, seconds - tokens / decision.best.rate)
 
 
-def _rows_by_step(gammas: Sequence[int]) -> list[int]:
-    """Number of rows that take part in each draft step."""
-    last = [0] * (max(gammas) + 1)
-    for gamma in gammas:
-        last[gamma] += 1
+def _rows_by_step(steps: Sequence[int]) -> list[int]:
+    """Number of rows that take part in each draft step. steps: of each row."""
+    last = [0] * (max(steps) + 1)
+    for count in steps:
+        last[count] += 1
     return list(accumulate(last[:0:-1]))[::-1]

@@ -7,7 +7,7 @@ one option: all rows draft that many, or each row drafts as many as are worth th
     goodput = (rows + sum over rows of alpha + alpha^2 + ... + alpha^gamma) / (verify + draft steps)
 
 with each row's own gamma and acceptance probability alpha. Section 3 of MagicDec (arXiv 2408.11049) has the same ratio
-for one gamma.
+for one gamma. Where text is searched, rows also choose between its tokens and a model's (engine.control.text_options).
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import numpy.typing as npt
 from engine.control.acceptance import AcceptanceEstimates
 from engine.control.calibration import Calibration
 from engine.control.step_times import StepTimes
+from engine.control.text_options import TextChooser
+from engine.ngram.ngram_drafts import Proposal
+from engine.scheduler.controller import RowDrafts
 from engine.scheduler.request import Request
 
 Ints = npt.NDArray[np.int64]
@@ -31,11 +34,15 @@ class Batch:
     """The rows of one round, prepared once for all options.
 
     contexts: number of committed tokens of each. total: of all. shared: those that need no reading (Controller.choose).
-    limits: [rows], largest number of drafts of each.
+    limits: [rows], largest number of drafts that a model makes of each. proposals: what its text proposes to each;
+    empty where none of them proposes anything.
     """
 
-    def __init__(self, rows: Sequence[Request], limits: Ints, shared_tokens: int) -> None:
+    def __init__(
+        self, rows: Sequence[Request], limits: Ints, shared_tokens: int, proposals: Sequence[Proposal] = ()
+    ) -> None:
         self.rows = rows
+        self.proposals = proposals if any(proposal.tokens for proposal in proposals) else ()
         self.contexts = [len(request.tokens) for request in rows]
         self.count, self.total = len(rows), sum(self.contexts)
         self.shared = shared_tokens
@@ -43,13 +50,16 @@ class Batch:
         self._read: dict[int, tuple[float, float]] = {}
 
     @classmethod
-    def from_requests(cls, rows: Sequence[Request], gamma_max: int, shared_tokens: int) -> Batch:
+    def from_requests(
+        cls, rows: Sequence[Request], gamma_max: int, shared_tokens: int, proposals: Sequence[Proposal] = ()
+    ) -> Batch:
+        """gamma_max: largest number of drafts that a model makes."""
         limits = np.array([request.max_draft_tokens for request in rows], dtype=np.int64)
-        return cls(rows, limits.clip(0, gamma_max), shared_tokens)
+        return cls(rows, limits.clip(0, gamma_max), shared_tokens, proposals)
 
     def limited(self, limits: Ints) -> Batch:
         """Return the same rows with other limits."""
-        return Batch(self.rows, limits, self.shared)
+        return Batch(self.rows, limits, self.shared, self.proposals)
 
     def draft_seconds(self, times: StepTimes, budget: int, rows: int) -> float:
         """Predict the seconds of a draft step of `rows` of these rows, before calibration."""
@@ -66,9 +76,9 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option. gammas: per row. seconds, tokens: predicted, of the whole batch."""
+    """One option. drafts: per row. seconds, tokens: predicted, of the whole batch."""
 
-    gammas: list[int]
+    drafts: list[RowDrafts]
     budget: int
     seconds: float
     tokens: float
@@ -80,9 +90,10 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Options of each max_gamma from 0, plain decoding.
+    """Options of each max_gamma from 0: plain decoding, or, where text is searched, drafts from it alone.
 
-    seconds, tokens, rates: [max_gammas]. drafts: [max_gammas, rows].
+    seconds, tokens, rates: [max_gammas]. drafts: [max_gammas, rows], a model's. proposed: the same, drafts from the
+    text before them; None: there are none. plain_s: of a plain round.
     """
 
     budget: int
@@ -90,13 +101,24 @@ class Options:
     tokens: Floats
     rates: Floats
     drafts: Ints
+    plain_s: float
+    proposed: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.rates)
 
     def __getitem__(self, max_gamma: int) -> Option:
         seconds, tokens = float(self.seconds[max_gamma]), float(self.tokens[max_gamma])
-        return Option(self.drafts[max_gamma].tolist(), self.budget, seconds, tokens)
+        drafts = self.drafts[max_gamma].tolist()
+        proposed = [0] * len(drafts) if self.proposed is None else self.proposed[max_gamma].tolist()
+        rows = [RowDrafts(*each) for each in zip(proposed, drafts, strict=True)]
+        return Option(rows, self.budget, seconds, tokens)
+
+    @property
+    def plain(self) -> Option:
+        """Return the option without drafts."""
+        count = self.drafts.shape[1]
+        return Option([RowDrafts()] * count, self.budget, self.plain_s, count)
 
     @property
     def best(self) -> int:
@@ -108,13 +130,21 @@ class Goodput:
     """Predictor of the options of one engine. O(rows × gamma_max) for a batch and a budget."""
 
     def __init__(
-        self, times: StepTimes, calibration: Calibration, acceptance: AcceptanceEstimates, gamma_max: int
+        self,
+        times: StepTimes,
+        calibration: Calibration,
+        acceptance: AcceptanceEstimates,
+        gamma_max: int,
+        text: TextChooser | None = None,
     ) -> None:
+        """gamma_max: largest number of drafts of a row, whoever makes them. text: drafts from the text, where it is
+        searched."""
         self._times = times
         self._calibration = calibration
         self._acceptance = acceptance
         self._gamma_max = gamma_max
         self._steps = np.arange(1, gamma_max + 1)
+        self._text = text
 
     def options(self, batch: Batch, budget: int) -> Options:
         """Predict all options with one budget."""
@@ -124,7 +154,8 @@ class Goodput:
         plain = np.array([verify[0]]), np.array([float(count)])
         if not longest:
             no_drafts = np.zeros((1, count), dtype=np.int64)
-            return Options(budget, *plain, plain[1] / plain[0], no_drafts)
+            options = Options(budget, *plain, plain[1] / plain[0], no_drafts, verify[0])
+            return self._with_text(options, batch, verify, (0.0, 0.0), np.zeros(count))
         first_row_s, further_row_s = self._draft(batch, budget)
         max_gammas = steps = self._steps[:longest]
 
@@ -155,7 +186,27 @@ class Goodput:
         round_seconds = np.concatenate([plain[0], np.where(better, round_seconds, even_seconds)])
         gammas = np.zeros((longest + 1, count), dtype=np.int64)
         gammas[1:] = np.where(better[:, None], worth.sum(2), np.minimum(max_gammas[:, None], batch.limits))
-        return Options(budget, round_seconds, tokens, tokens / round_seconds, gammas)
+        options = Options(budget, round_seconds, tokens, tokens / round_seconds, gammas, verify[0])
+        return self._with_text(options, batch, verify, (first_row_s, further_row_s), alphas)
+
+    def _with_text(
+        self, options: Options, batch: Batch, verify: Sequence[float], step_s: tuple[float, float], alphas: Floats
+    ) -> Options:
+        """Return the options with drafts from the text, where these are better. step_s: seconds of a draft step, with
+        one row and for each further row. alphas: [rows], acceptance of a model's drafts."""
+        if self._text is None or not batch.proposals:
+            return options
+        work = self._text.choose(batch, verify, step_s, alphas, options.rates)
+        better = work.rates > options.rates
+        return Options(
+            options.budget,
+            np.where(better, work.seconds, options.seconds),
+            np.where(better, work.tokens, options.tokens),
+            np.where(better, work.rates, options.rates),
+            np.where(better[:, None], work.drafts, options.drafts),
+            options.plain_s,
+            np.where(better[:, None], work.proposed, 0),
+        )
 
     def _verify(self, batch: Batch) -> list[float]:
         """Predict the seconds of a verify pass, by gamma."""

@@ -22,7 +22,8 @@ from engine.scheduler.controller import shared_in_part
 
 
 class StepSample(msgspec.Struct, frozen=True):
-    """One measured batch: `rows` rows of `context` tokens each, all with `gamma` drafts."""
+    """One measured batch: `rows` rows of `context` tokens each, all with `gamma` drafts, which a model made unless
+    `from_text`."""
 
     rows: int
     context: int
@@ -33,6 +34,7 @@ class StepSample(msgspec.Struct, frozen=True):
     """Seconds of the target's pass; for gamma = 0, of a plain step."""
     shared: int = 0
     """KV tokens of the contexts that needed no reading, because another row listed the same pages."""
+    from_text: bool = False
 
 
 class _Line:
@@ -97,14 +99,15 @@ class StepTimes:
             _Plane(_Point(s.rows, s.rows * s.context, s.shared, s.verify_s) for s in listed if s.gamma == gamma)
             for gamma in self.gammas
         ]
+        drafted = [s for s in listed if s.gamma and not s.from_text]
         # Rows of one length: windows over them coincide where those of real rows would not, so they give no price.
         self._draft = _Plane(
             _Point(s.rows, s.rows * tokens_read(s.context, 0), s.shared, s.draft_s / s.gamma)
-            for s in listed
-            if s.gamma and (not s.shared or (drafts_share and tokens_read(s.context, 0) >= s.context))
+            for s in drafted
+            if not s.shared or (drafts_share and tokens_read(s.context, 0) >= s.context)
         )
         self._min_verify = 0.1 * min(sample.verify_s for sample in listed)
-        self._min_draft = 0.1 * min(sample.draft_s / sample.gamma for sample in listed if sample.gamma)
+        self._min_draft = 0.1 * min([s.draft_s / s.gamma for s in drafted], default=0.0)
 
     def verify(
         self, rows: int, context_tokens: float, gammas: Iterable[float], shared_tokens: float = 0
@@ -149,8 +152,8 @@ class StepTimes:
         return shared_in_part(shared_tokens, contexts, whole)
 
     def draft(self, rows: int, read: float, shared_tokens: float = 0) -> float:
-        """Return the time of one draft step of `rows` rows that reads `read` KV tokens of each. shared_tokens: those of
-        all rows' that need no reading."""
+        """Return the time of one draft step of `rows` rows that reads `read` KV tokens of each, of which a profile of a
+        model that drafts is needed. shared_tokens: those of all rows' that need no reading."""
         return max(self._min_draft, self._draft(rows, rows * read, shared_tokens))
 
 

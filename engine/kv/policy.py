@@ -39,12 +39,12 @@ class DraftSite:
     @property
     def page_table(self) -> Tensor:
         """Pages of rows in the full pool. A draft model seals none of its own."""
-        return self.state.sealed_table if self.settings.drafter == "model" else self.state.page_table
+        return self.state.sealed_table if self.settings.drafting_model == "model" else self.state.page_table
 
     @property
     def first_page(self) -> int:
         """See View.first_page, of views of that pool."""
-        return 0 if self.settings.drafter == "model" else self.state.first_exact
+        return 0 if self.settings.drafting_model == "model" else self.state.first_exact
 
     @property
     def page_size(self) -> int:

@@ -70,7 +70,7 @@ class WindowPolicy(KVPolicy):
     """A view of the target's pool; for a draft model, of a pool that holds only what the window reads, as a ring."""
 
     def __init__(self, site: DraftSite, config: WindowConfig) -> None:
-        page, table, own = site.page_size, site.page_table, site.settings.drafter == "model"
+        page, table, own = site.page_size, site.page_table, site.settings.drafting_model == "model"
         if own:
             kept = site.settings.kv_state(page)
             table = ring_table(site.max_rows, table.shape[1], kept.first, kept.ring).to(site.state.device)

@@ -91,14 +91,30 @@ class Grammars:
             if mine.error is not None:
                 if first + failed_at == 0:
                     raise GrammarError(mine.error)
-                if mine.rolls_back:  # a matcher never leaves an error
-                    mine.matcher = self._compile(mine.grammar)
-                    _advance(mine.matcher, mine.output)
+                if mine.rolls_back:
+                    self._rebuild(mine)
         return words[:, : -(-self._vocab_size // 32)]
+
+    def count_allowed(self, row: int, tokens: Sequence[int]) -> int:
+        """Count the leading ones of `tokens` that may follow the row's committed tokens. A row without a grammar allows
+        all."""
+        if (mine := self._rows.get(row)) is None:
+            return len(tokens)
+        allowed = int(mine.matcher.validate_tokens(list(tokens)))
+        if not mine.matcher.is_error():
+            return allowed
+        with self._failures.guard(row, _WORK):
+            self._rebuild(mine)
+        return 0
 
     def error(self, row: int) -> str | None:
         """Return why the row's grammar failed after a draft of this round, if it did."""
         return self._rows[row].error if row in self._rows else None
+
+    def _rebuild(self, mine: _Row) -> None:
+        """Replace a row's matcher, which never leaves an error."""
+        mine.matcher = self._compile(mine.grammar)
+        _advance(mine.matcher, mine.output)
 
     def _compile(self, grammar: str) -> LLMatcher:
         if self._tokenizer is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from engine.ngram.ngram_drafts import Proposal
 from engine.plan import RoundPlan, RoundResult
 from engine.scheduler.request import Request
 
@@ -25,6 +26,14 @@ class ControllerReport:
     alpha: float = 0.0
 
 
+class RowDrafts(NamedTuple):
+    """Drafts of one row in a round: the first `proposed` tokens found in its text, and `model` tokens that a model
+    drafts after them."""
+
+    proposed: int = 0
+    model: int = 0
+
+
 class Controller(Protocol):
     """Interface of controllers. Host-side, O(rows) per round."""
 
@@ -41,12 +50,15 @@ class Controller(Protocol):
         """Largest number of drafts per row and round."""
         ...
 
-    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
-        """Choose the number of drafts of each decoding row; 0 is plain decoding.
+    def choose(
+        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+    ) -> list[RowDrafts]:
+        """Choose the drafts of each decoding row; none is plain decoding.
 
-        shared_tokens: KV tokens of the rows' contexts that need no reading, because another row of the batch has the
-        same pages and attention reads them once for all (Ops.shared_stretch).
-        The scheduler may lower it, never raise it. It calls this once per round that has decoding rows.
+        proposals: tokens found in the text of each row; empty where text is not searched. shared_tokens: KV tokens of
+        the rows' contexts that need no reading, because another row of the batch has the same pages and attention reads
+        them once for all (Ops.shared_stretch).
+        The scheduler may lower them, never raise them. It calls this once per round that has decoding rows.
         """
         ...
 
@@ -68,10 +80,11 @@ def shared_in_part(shared_tokens: float, contexts: Sequence[int], part: Sequence
 
 
 class FixedGamma:
-    """The same gamma for every row and round."""
+    """The same gamma for every row and round: tokens found in the text, as far as there are any, then a model's."""
 
-    def __init__(self, gamma: int) -> None:
-        self._gamma = gamma
+    def __init__(self, gamma: int, *, model: bool = True) -> None:
+        """model: whether there is a model that drafts."""
+        self._gamma, self._model = gamma, model
         self.report = ControllerReport()
         self.budget = 0
 
@@ -79,8 +92,11 @@ class FixedGamma:
     def gamma_max(self) -> int:
         return self._gamma
 
-    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
-        return [self._gamma] * len(rows)
+    def choose(
+        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+    ) -> list[RowDrafts]:
+        counts = [min(len(proposal.tokens), self._gamma) for proposal in proposals] or [0] * len(rows)
+        return [RowDrafts(count, self._gamma - count if self._model else 0) for count in counts]
 
     def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
         """Do nothing: a fixed choice does not learn."""

@@ -9,11 +9,11 @@ from engine.plan import RowFailure, RowResult
 from engine.scheduler.request import Request
 
 
-def make_output(request: Request, tokens: list[int], row: RowResult | None) -> RequestOutput:
+def make_output(request: Request, tokens: list[int], row: RowResult | None, from_text: int = 0) -> RequestOutput:
     """Build a request's output for one round.
 
     tokens: those that the round added to the request, which may have ended with them. row: the request's result; None
-    if it sampled nothing.
+    if it sampled nothing. from_text: number of its drafts that were found in text.
     """
     return RequestOutput(
         id=request.id,
@@ -22,6 +22,7 @@ def make_output(request: Request, tokens: list[int], row: RowResult | None) -> R
         prompt_logprobs=_prompt_logprobs(request) if request.num_output == len(tokens) else None,
         drafted=row.drafted if row else 0,
         accepted=min(row.accepted, len(tokens)) if row else 0,
+        from_text=from_text,
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
         scheduled=request.scheduled or 0.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from engine.messages import FINISH_LENGTH, FINISH_STOP, AddRequest, PromptLogprobs
+from engine.ngram.ngram_index import NgramIndex
 from engine.params import SamplingParams
 from engine.scheduler.prefix_index import IndexedPage
 
@@ -19,7 +20,8 @@ class Request:
 
     The scheduler owns every field; `row` is None while the request waits. draft_lag: number of computed tokens that a
     draft model lacks and has to compute before it drafts; stays 0 where drafts read the target's own KV. number: its
-    place in order of arrival. cached_tokens: prompt tokens found in the prefix cache at the first admission.
+    place in order of arrival. cached_tokens: prompt tokens found in the prefix cache at the first admission. ngrams:
+    index of its tokens, once they are searched for drafts.
 
     Of the KV manager: digests: those of its leading full pages, as far as they were needed. matched: pages found while
     it waits; matched_at: the index's `removals` when they were last checked. num_indexed: leading pages that the prefix
@@ -39,6 +41,7 @@ class Request:
         "is_private",
         "matched",
         "matched_at",
+        "ngrams",
         "num_computed",
         "num_counted",
         "num_drafted",
@@ -74,6 +77,7 @@ class Request:
         self.is_private = False
         self.cached_tokens = 0
         self.prompt_logprobs: list[PromptLogprobs] = []
+        self.ngrams: NgramIndex | None = None
         self.tokens: list[int] = list(message.prompt)
         self.num_prompt = len(message.prompt)
         self.num_computed = 0

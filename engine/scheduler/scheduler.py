@@ -9,12 +9,14 @@ from itertools import count, islice
 from typing import NamedTuple
 
 from engine.messages import AddRequest
+from engine.ngram.ngram_drafts import NO_PROPOSAL
 from engine.plan import PageDelta, RoundPlan, RoundResult, RowFailure, RowResult, RowStart, RowWork
 from engine.scheduler.controller import Controller
 from engine.scheduler.kv_audit import KVAudit
 from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.prefill import PrefillNeed, find_waits, share_prefill
 from engine.scheduler.request import Request
+from engine.scheduler.request_ngrams import RequestNgrams
 from engine.scheduler.validation import QueueFull, RequestError
 
 _MAX_PROMPT_LOGPROBS = 256
@@ -23,12 +25,13 @@ _MAX_PROMPT_LOGPROBS = 256
 
 class Committed(NamedTuple):
     """Outcome of a round for one request. tokens: those appended to it. row: None if it sampled none. failure: why it
-    has failed; its tokens are valid."""
+    has failed; its tokens are valid. from_text: drafts, the first ones, that were found in text."""
 
     request: Request
     tokens: list[int]
     row: RowResult | None
     failure: RowFailure | None
+    from_text: int
 
 
 class Scheduler:
@@ -59,10 +62,12 @@ class Scheduler:
         draft_kv: bool = False,
         seals: bool = False,
         audit: KVAudit | None = None,
+        ngrams: RequestNgrams | None = None,
     ) -> None:
         """draft_kv: whether drafts read KV of their own, which must be computed for a row's tokens before it drafts.
         seals: whether full pages are sealed: then drafts of a row end with the page of its pending token, so that all
-        queries of a decoding row read the same pages sealed. audit: checks the KV of cached pages.
+        queries of a decoding row read the same pages sealed. audit: checks the KV of cached pages. ngrams: finds drafts
+        in the rows' text.
         """
         self._kv = kv
         self._page_size = page_size
@@ -74,6 +79,7 @@ class Scheduler:
         self._draft_kv = draft_kv
         self._seals = seals
         self._audit = audit
+        self._ngrams = ngrams
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._by_id: dict[str, Request] = {}
         self.waiting: list[Request] = []  # most urgent first
@@ -140,7 +146,7 @@ class Scheduler:
         tokens_left = self._max_batch_tokens
         tokens_left -= self._plan_decodes(plan, work, tokens_left)
         self._plan_prefills(plan, work, tokens_left)
-        work.sort(key=lambda item: -item[1].gamma)
+        work.sort(key=lambda item: -item[1].model_drafts)
         plan.work = [item for _, item in work]
         if self._adopted:
             rows = {item.row for item in plan.work}
@@ -169,20 +175,33 @@ class Scheduler:
         share = spare // len(rows)
         planned, catch_up_left = 0, self._max_batch_tokens
         self.shared_tokens = self._kv.shared_tokens
-        gammas = self.controller.choose(rows, self.shared_tokens)
+        proposals = [NO_PROPOSAL] * len(rows) if self._ngrams is None else self._ngrams.propose(rows, share)
+        choices = self.controller.choose(rows, self.shared_tokens, proposals)
         plan.budget = self.controller.budget
-        for request, wanted in zip(rows, gammas, strict=True):
-            gamma = max(0, min(wanted, share, request.max_draft_tokens))
+        for request, proposal, choice in zip(rows, proposals, choices, strict=True):
+            proposed = proposal.tokens[: choice.proposed]
+            if self._ngrams is not None:
+                self._ngrams.record(request, proposal, bool(proposed))
+            gamma = max(0, min(len(proposed) + choice.model, share, request.max_draft_tokens))
             catch_up = 0
-            if gamma and request.draft_lag > 1:  # one missing token is fed together with the pending one
+            if gamma > len(proposed) and request.draft_lag > 1:  # one missing token is fed with the pending one
                 catch_up = min(request.draft_lag, catch_up_left)
                 catch_up_left -= catch_up
-                gamma = gamma if catch_up == request.draft_lag else 0
+                gamma = gamma if catch_up == request.draft_lag else len(proposed)
             if not self._reserve(plan, request, request.num_tokens + gamma):
                 gamma = min(gamma, request.num_reserved - request.num_tokens)
             assert request.row is not None
             planned += 1 + gamma
-            row_work = RowWork(request.row, request.num_computed, 1, gamma, True, catch_up, draft_lag=request.draft_lag)
+            row_work = RowWork(
+                request.row,
+                request.num_computed,
+                1,
+                gamma,
+                True,
+                catch_up,
+                draft_lag=request.draft_lag,
+                proposed=proposed[:gamma],
+            )
             work.append((request, row_work))
         return planned
 
@@ -329,8 +348,10 @@ class Scheduler:
             if work.samples:
                 outcome = next(outcomes)
                 request.num_computed += outcome.accepted
-                if self._draft_kv and work.gamma:  # if all drafts were accepted, the last one was never fed
+                if self._draft_kv and work.model_drafts:  # if all drafts were accepted, the last one was never fed
                     request.draft_lag = int(outcome.accepted == work.gamma)
+                elif self._draft_kv:  # it was fed none of those that the plan contained
+                    request.draft_lag += outcome.accepted
                 tokens = request.commit(outcome.tokens)
             failure = failures.get(work.row) if request.finish_reason is None else None
             if failure is not None and not failure.is_request_fault:
@@ -343,7 +364,7 @@ class Scheduler:
                 self._release_row(request)
                 del self._by_id[request.id]
             if outcome is not None or failure is not None or request.finish_reason is not None:
-                committed.append(Committed(request, tokens, outcome, failure))
+                committed.append(Committed(request, tokens, outcome, failure, len(work.proposed)))
         if self._audit is not None:
             self._audit.compare(result.audit)
         self.controller.observe(plan, requests, result)

@@ -72,8 +72,8 @@ class StatsRecorder:
             return 0
         contexts = [work.computed + 1 for work in decoding]
         found = 0.0
-        for step in range(max((work.gamma for work in decoding), default=0)):
-            drafting = [work.computed + 1 for work in decoding if work.gamma > step]
+        for step in range(max((work.model_drafts for work in decoding), default=0)):
+            drafting = [work.computed + 1 for work in decoding if work.model_drafts > step]
             whole = [each for each in drafting if self._draft_tokens_read(each + step, budget) >= each + step]
             found += shared_in_part(shared_tokens, contexts, whole)
         return round(found)
@@ -81,13 +81,15 @@ class StatsRecorder:
     def _decode_row(self, request: Request, work: RowWork, budget: int) -> None:
         totals, context = self.totals, work.computed + 1
         totals.gamma_chosen[work.gamma] += 1
-        by_drafts = sum(self._draft_tokens_read(context + step, budget) for step in range(work.gamma))
+        steps = range(len(work.proposed), work.gamma)
+        by_drafts = sum(self._draft_tokens_read(context + step, budget) for step in steps)
         by_target = self._target_tokens_read(request.num_prompt, work.computed, work.gamma + 1)
         totals.draft_kv_tokens_read += by_drafts
         totals.kv_tokens_read += by_target + by_drafts
 
-    def record_row(self, request: Request, drafted: int, accepted: int, tokens: int) -> None:
-        """Count a row's `tokens` output tokens, of which the first `accepted` were among its `drafted` ones.
+    def record_row(self, request: Request, drafted: int, accepted: int, tokens: int, from_text: int = 0) -> None:
+        """Count a row's `tokens` output tokens, of which the first `accepted` were among its `drafted` ones. from_text:
+        drafts, the first ones, that were found in text.
 
         Drafts after the token that ended a request were never verified: they count as drafted, but not as rejected.
         """
@@ -98,6 +100,8 @@ class StatsRecorder:
         totals.accepted_tokens += accepted
         totals.drafts += drafted > 0
         totals.draft_tokens += drafted
+        totals.text_draft_tokens += from_text
+        totals.text_accepted_tokens += min(accepted, from_text)
         totals.rejections += accepted < min(drafted, tokens)
         for position in range(accepted):
             totals.accepted_per_position[position] += 1

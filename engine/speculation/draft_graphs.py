@@ -94,7 +94,7 @@ class DraftGraphs:
     def draft(self, batch: RoundBatch, view: View, lag: Ints | None) -> bool:
         """Draft for all drafting rows of the round; see engine.speculation.drafters.draft. Returns False, and does
         nothing, where no graph fits."""
-        rows, gamma = batch.num_drafting, batch.gamma_max
+        rows, gamma = batch.num_drafting, batch.max_steps
         count = round_up(self._rows, rows)
         if count is None or gamma not in self._gammas or not self._sampler.is_plain(batch.row[:rows]):
             return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from engine.batch.round_batch import RoundBatch
@@ -21,7 +20,8 @@ from kernels.ragged import Ints
 
 
 class Drafter(Protocol):
-    """Interface of drafters: propose tokens after the committed ones of each row; never change committed state."""
+    """Interface of drafters: propose tokens after the committed ones of each row, and after those that the plan
+    contains; never change committed state."""
 
     def start(self, start: RowStart) -> None:
         """Start a request in a row slot; called before the first round that the row is in."""
@@ -40,16 +40,16 @@ class Drafter(Protocol):
 
 
 class NoDrafter:
-    """Drafter that proposes nothing: every round decodes plainly. For deployments whose gamma is always 0."""
+    """Drafter without a model: a round has the drafts that its plan contains, or decodes plainly."""
 
     def start(self, start: RowStart) -> None:
         """Do nothing: no state is kept."""
 
     def propose(self, batch: RoundBatch) -> Tensor:
-        return torch.zeros_like(batch.gamma_device)
+        return batch.gamma_device
 
     def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
-        """Do nothing: no token was drafted."""
+        """Do nothing: there is nothing to learn from."""
 
 
 class SelfDrafter:
@@ -86,13 +86,13 @@ class SelfDrafter:
 def draft(
     batch: RoundBatch, runner: Runner, view: View, sampler: Sampler, graphs: DraftGraphs | None, lag: Ints | None = None
 ) -> None:
-    """Draft up to gamma tokens after each row, one forward per token.
+    """Draft each row's tokens after its proposed ones, one forward per token.
 
     view: KV that is read. graphs: replay all steps where they can. lag: see RoundBatch.draft_inputs.
     """
     if graphs is not None and graphs.draft(batch, view, lag):
         return
-    for step in range(batch.gamma_max):
+    for step in range(batch.max_steps):
         inputs, samples = batch.draft_inputs(step, view, lag), batch.draft_samples([step])
         batch.place_drafts(samples, sampler.draft(runner.forward(inputs), samples))
         lag = None

@@ -11,6 +11,7 @@ from engine.speculation.verify import Verdict, commit, verify
 
 def run_round(batch: RoundBatch, target: Runner, drafter: Drafter, sampler: Sampler) -> Verdict:
     """Draft, verify, commit. The verify pass includes prefill chunks; a row with gamma = 0 decodes plainly."""
+    batch.place_proposals()
     drafted = drafter.propose(batch)  # number of tokens placed after each row
     logits = target.forward(batch.verify_inputs(target.view))  # only where a token is sampled
     verdict = verify(drafted, logits, batch, sampler)

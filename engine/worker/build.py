@@ -61,7 +61,7 @@ def load_draft(config: EngineConfig, target: Llama, max_model_len: int, group: G
 
 def make_sampler(config: EngineConfig, state: RowState, vocab: VocabShard, ops: Ops, grammars: Grammars) -> Sampler:
     """Make the target's sampler."""
-    if config.speculation.verification == "rejection" and config.speculation.max_draft_tokens:
+    if config.speculation.verification == "rejection" and config.speculation.max_model_drafts:
         proposals = Proposals(len(state.tokens), config.speculation.max_draft_tokens)
         return RejectionSampler(state, vocab, proposals, ops, grammars)
     return Sampler(state, vocab, ops, grammars)
@@ -83,7 +83,7 @@ def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: 
     if not pool.seals:
         return Runner(model, pool, plain, DenseView(state.page_table))
     settings = config.speculation
-    summarises = settings.drafter == "self" and settings.kv_state(state.page_size).summaries > 0
+    summarises = settings.drafting_model == "self" and settings.kv_state(state.page_size).summaries > 0
     summaries = KeySummaries(pool, model.ops) if summarises else None
     return Runner(model, pool, SealedAttention(plain, state, summaries), SealedView(state), summaries=summaries)
 
@@ -118,9 +118,9 @@ def make_drafter(
     nothing is captured.
     """
     settings = config.speculation
-    if settings.max_draft_tokens == 0:
+    if settings.max_model_drafts == 0:
         return _with_target_graphs(config, target, state, graphs), NoDrafter()
-    if settings.drafter == "model":
+    if settings.drafting_model == "model":
         target = _with_target_graphs(config, target, state, graphs)
         drafter = _model_drafter(config, state, target.pool.num_pages, sampler, draft, graphs)
         is_shared = draft.group is None or draft.group.size < group.size
@@ -141,7 +141,7 @@ def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Ll
     """Return the model whose weights a draft step of this rank reads, if that is not the target: the draft model, or
     the target with the matrices of drafts."""
     settings = config.speculation
-    if settings.max_draft_tokens == 0 or settings.drafter == "model":
+    if settings.max_model_drafts == 0 or settings.drafting_model == "model":
         return draft.model
     if target.weights.drafts is None or settings.weights not in ("auto", target.weights.drafts):
         return None
@@ -208,7 +208,7 @@ def _with_graphs(
     settings, model = config.speculation, runner.model
     width = settings.kv.max_pages(state.page_size, settings.max_draft_tokens, state.page_table.shape[1])
     layers = model.num_layers if runner.view.per_layer else 0
-    rows, gammas = graph_row_counts(config.scheduler.max_rows), _gammas(config) - {0}
+    rows, gammas = graph_row_counts(config.scheduler.max_rows), _steps(config)
     if runner.graphs is None:
         forwards = ForwardGraphs(model, runner.pool, graphs, rows=rows, queries={1, first}, width=width, layers=layers)
         runner = replace(runner, graphs=forwards)
@@ -217,12 +217,20 @@ def _with_graphs(
 
 
 def _gammas(config: EngineConfig) -> set[int]:
-    """Return the numbers of drafts that rounds have. With a fixed gamma, only rounds in which a request ends have
-    fewer, or, where pages are sealed, a page."""
+    """Return the numbers of drafts that rounds have. With a fixed gamma of a model's drafts, only rounds in which a
+    request ends have fewer, or, where pages are sealed, a page."""
     settings = config.speculation
-    if settings.gamma == "auto" or config.cache.seals:
+    if settings.gamma == "auto" or config.cache.seals or settings.searches_text:
         return set(range(settings.max_draft_tokens + 1))
     return {0, settings.max_draft_tokens}
+
+
+def _steps(config: EngineConfig) -> set[int]:
+    """Return the numbers of drafts that a model makes in a round: fewer where others come from the text."""
+    settings = config.speculation
+    if settings.searches_text:
+        return set(range(1, settings.max_model_drafts + 1))
+    return _gammas(config) - {0}
 
 
 def _plain_attention(model: Llama, page_size: int) -> AttentionBackend:

@@ -51,7 +51,7 @@ def size_pool(
     left = int(memory.total * share) - memory.used - memory.running
     if config.cuda_graphs and model.ops.make_graphs is not None:
         left -= memory.running  # about what the tensors of captured forwards take
-        if settings.max_draft_tokens and settings.kv.counts_votes:
+        if settings.max_model_drafts and settings.kv.counts_votes:
             from kernels.gpu.attention import VOTE_BYTES  # the import needs Triton
 
             left -= VOTE_BYTES
@@ -80,10 +80,10 @@ def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_
 
     prefixes = prefix_room if config.cache.prefix else None
     scratch, own = attention(model, list(range(1, gamma + 2)), width, prefixes)
-    if gamma:
+    if steps := settings.max_model_drafts:
         narrow = settings.kv.max_pages(page, gamma, width) * (model.num_layers if settings.kv.per_layer else 1)
         # Single forwards with one query and with two, and steps, of which the first may have two.
-        needed, drafts = attention(draft or model, [1, 2, 2] + [1] * (gamma - 1), narrow)
+        needed, drafts = attention(draft or model, [1, 2, 2] + [1] * (steps - 1), narrow)
         # Drafts are captured after the target, whose graphs keep the smaller memory that they were captured with.
         scratch += needed if needed > scratch else 0
         own += drafts

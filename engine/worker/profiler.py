@@ -33,7 +33,7 @@ from models.default import resolve_model, user_cache
 
 log = logging.getLogger(__name__)
 
-_VERSION = 7
+_VERSION = 8
 _SECONDS = 8.0
 """Approximate limit of a profile's time."""
 _SHORT, _LONG_TOKENS = 64, 8192
@@ -63,6 +63,7 @@ class Profiler:
         """run: a round on all ranks. config, num_pages, max_model_len: the engine's. shared_stretch: see Ops."""
         self.run = run
         self._stretch = shared_stretch
+        self._max_model_drafts = config.speculation.max_model_drafts
         self._page, self._holds_exact = config.cache.page_size, num_exact_pages(config) > 0
         self._max_rows = config.scheduler.max_rows
         self._max_model_len = max_model_len
@@ -76,8 +77,9 @@ class Profiler:
     ) -> StepSample:
         """Measure `rows` rows of `context` tokens each, all with gamma drafts; the fastest of `repeats`.
 
-        sharing: the rows list the same pages, as far as attention can read them once for all (`shareable`). Otherwise
-        they share nothing. Raises ValueError for more rows or tokens than the engine supports.
+        A model makes the drafts, unless that is more than it ever makes. sharing: the rows list the same pages, as far
+        as attention can read them once for all (`shareable`). Otherwise they share nothing. Raises ValueError for more
+        rows or tokens than the engine supports.
         """
         if not 1 <= rows <= self._max_rows:
             raise ValueError(f"{rows} rows, but the engine has {self._max_rows}")
@@ -85,7 +87,9 @@ class Profiler:
             raise ValueError(f"a context of {context}, but there is room for 1 to {self.max_context} tokens")
         if gamma > self.max_draft_tokens:
             raise ValueError(f"{gamma} drafts, but there is room for {self.max_draft_tokens}")
-        work = [RowWork(row, context, 1, gamma, True) for row in range(rows)]
+        from_text = gamma > self._max_model_drafts
+        proposed = [0] * gamma if from_text else []
+        work = [RowWork(row, context, 1, gamma, True, proposed=proposed) for row in range(rows)]
         shareable = self.shareable(context) if sharing else 0
         starts, pages = self._starts(rows, context, -(-shareable // self._page))
         first = self.run(RoundPlan(0, starts, pages, work, clear=self._fresh(rows, context)))
@@ -95,7 +99,8 @@ class Profiler:
         again = [] if self._room == _ROOM and not self._holds_exact else starts
         results = [self.run(RoundPlan(0, again, pages if again else [], work)) for _ in range(repeats)]
         fastest = min(results, key=lambda result: result.draft_seconds + result.verify_seconds)
-        return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds, (rows - 1) * shareable)
+        shared = (rows - 1) * shareable
+        return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds, shared, from_text)
 
     def shareable(self, context: int) -> int:
         """Return the number of tokens of a context that attention can read once for all rows that begin with them: in
@@ -160,7 +165,8 @@ def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
     """Measure a few informative batches, within the time limit: a short and a long context for each number of rows, and
     rows that share pages where attention reads these once."""
     max_gamma = min(config.speculation.max_draft_tokens, profiler.max_draft_tokens)
-    gammas = sorted({gamma for gamma in _GAMMAS if gamma < max_gamma} | {max_gamma})
+    models = min(config.speculation.max_model_drafts, max_gamma)
+    gammas = sorted({gamma for gamma in (*_GAMMAS, models) if gamma < max_gamma} | {max_gamma})
     longest = profiler.max_context
     began = time.perf_counter()
     samples: list[StepSample] = []
@@ -206,6 +212,7 @@ def profile_key(config: EngineConfig, sizes: Resolved, formats: Mapping[str, str
     without: dict[str, bool | set[str]] = {
         "gamma": True,
         "model": True,
+        "store": True,
         "verification": True,
         "weights": True,
         "kv": {"sink"},

@@ -155,28 +155,6 @@ def threads_per_rank(config: EngineConfig) -> int:
     return config.threads or max(1, min(torch.get_num_threads(), usable_cores()) // config.tensor_parallel_size)
 
 
-def draft_tokens_read(config: EngineConfig) -> Callable[[int, int], int]:
-    """Return a function from a row's tokens and a budget to the KV slots that a draft step reads; budget 0: the
-    configured one."""
-    speculation, page_size = config.speculation, config.cache.page_size
-    kinds = {budget: speculation.kv.with_budget(budget) for budget in speculation.kv_budgets(page_size)}
-    kinds[0] = speculation.kv
-    return lambda context, budget: kinds[budget].tokens_read(context, page_size)
-
-
-def target_tokens_read(config: EngineConfig, shape: ModelConfig) -> Callable[[int, int, int], int] | None:
-    """Return a function from a row's prompt tokens, a position and a number of queries to the KV slots that a pass of a
-    target with target_kv reads; None without it."""
-    target, page_size = config.target_kv, config.cache.page_size
-    if target is None:
-        return None
-    heads = shape.num_layers * shape.num_kv_heads
-    streaming = heads // 2 / heads if target.heads else 0.0
-    return lambda num_prompt, first, queries: target.tokens_read_by_pass(
-        num_prompt, first, queries, page_size, streaming
-    )
-
-
 def fit_pool(
     config: EngineConfig, resolved: Resolved, memory: int, source: str, setting: str, *, warns: bool = True
 ) -> Resolved:
@@ -219,7 +197,7 @@ def _check_weights(config: EngineConfig, ops: Ops, model: Llama | None) -> None:
     drafts: set[str | None] | None = None
     if model is not None:
         own = loaded_formats(model)
-        if config.speculation.max_draft_tokens and config.speculation.drafter == "self":
+        if config.speculation.max_model_drafts and config.speculation.drafting_model == "self":
             drafts = own | {model.weights.drafts}
     for setting, wanted, has in (
         ("weights", config.weights, own),
@@ -298,7 +276,8 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
         raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
     kept, page = settings.kv_state(config.cache.page_size), config.cache.page_size
     query_bytes = shape.num_layers * shape.head_dim * dtype.itemsize
-    rows, copied = config.scheduler.max_rows, config.cache.bits.written if settings.drafter == "self" else "dense"
+    rows, drafts_itself = config.scheduler.max_rows, settings.drafting_model == "self"
+    copied = config.cache.bits.written if drafts_itself else "dense"
     fixed_bytes = max(
         rows * kept.pages * page * _kv_bytes(shape, dtype, mine.kv_heads.size, copied)
         + rows * kept.queries * mine.heads.size * query_bytes
@@ -306,8 +285,9 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
         for mine in heads
     )
     kv_heads = max(mine.kv_heads.size for mine in heads)
-    shares_summaries = settings.drafter == "self" and config.target_kv is not None
-    summaries = 0 if shares_summaries else _summary_bytes(kept, shape, dtype, kv_heads, page)
+    summaries = (
+        0 if drafts_itself and config.target_kv is not None else _summary_bytes(kept, shape, dtype, kv_heads, page)
+    )
     return _kv_bytes(shape, dtype, kv_heads) * settings.has_draft_pages + summaries, fixed_bytes
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Self
 
@@ -113,7 +113,7 @@ class Worker:
         self._digest_every = config.digest_every if group.size > 1 else 0
         self._state = make_row_state(config, model, num_pages, max_model_len)
         self._drafting_model = drafting_model(config, model, draft)
-        drafts = (self._drafting_model or model) if config.speculation.max_draft_tokens else None
+        drafts = (self._drafting_model or model) if config.speculation.max_model_drafts else None
         self.weight_formats = describe_formats(model, drafts)  # of this rank
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
         eos = model.config.eos_token_ids
@@ -147,6 +147,10 @@ class Worker:
     def no_grammars(self) -> str | None:
         """Why output cannot be constrained by a grammar; None if it can be."""
         return self._grammars.unavailable
+
+    def count_allowed(self, row: int, tokens: Sequence[int]) -> int:
+        """Count the leading ones of `tokens` that the row's grammar allows next."""
+        return self._grammars.count_allowed(row, tokens)
 
     @torch.inference_mode()
     def execute(self, plan: RoundPlan, meanwhile: Callable[[], None] = noop) -> RoundResult:

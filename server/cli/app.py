@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from server.cli import bench, bench_serve, convert, fetch, generate, kernels, make_draft, plan, profile, quantize, serve
+from server.cli import (
+    bench,
+    bench_serve,
+    checkpoints,
+    generate,
+    kernels,
+    make_draft,
+    plan,
+    profile,
+    quantize,
+    serve,
+    store,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,14 +30,15 @@ app = typer.Typer(
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(plan.plan)
-app.command()(fetch.fetch)
-app.command()(convert.convert)
+app.command()(checkpoints.fetch)
+app.command()(checkpoints.convert)
 app.command()(kernels.kernels)
 app.command()(make_draft.make_draft)
 app.command()(quantize.quantize)
 bench.app.command()(bench_serve.serve)
 app.add_typer(bench.app, name="bench")
 app.add_typer(profile.app, name="profile")
+app.add_typer(store.app, name="store")
 
 
 def _print_version(wanted: bool) -> None:

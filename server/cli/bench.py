@@ -6,11 +6,12 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from engine.config.kv import POLICIES
+from engine.config.speculation import DRAFTERS
 from kernels.kv.kv_bits import KV_BITS
 from server.cli import options
 
@@ -28,7 +29,7 @@ def bench() -> None:
 
 
 @app.command()
-@options.engine_flags("speculation", "policy", "max_model_len", "prefix_cache", "kv_format")
+@options.engine_flags("speculation", "policy", "max_model_len", "prefix_cache", "kv_format", "drafter")
 def decode(
     overrides: dict[str, Any],
     batch: Annotated[str, typer.Option(help="Numbers of rows, comma-separated.")] = "4",
@@ -50,13 +51,19 @@ def decode(
     kv_format: Annotated[
         str | None, typer.Option(help=f"Numbers that KV is stored in: {', '.join(KV_BITS)}; comma-separated.")
     ] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="Where drafts come from: self, model, ngram, together; comma-separated.")
+    ] = None,
+    task: Annotated[
+        Literal["free", "summary", "edit", "json"], typer.Option(help="Kind of work in the prompts.")
+    ] = "free",
     text: TextFile = None,
     json_file: JsonFile = None,
     temperature: Annotated[str, typer.Option(help="Sampling temperatures, comma-separated; 0 is greedy.")] = "0",
     config: options.ConfigFile = None,
 ) -> None:
-    """Measure offline decoding of real text. Prefill is not timed; all values of --speculation, --policy and
-    --kv-format share one run.
+    """Measure offline decoding of real text. Prefill is not timed; all values of --speculation, --drafter, --policy
+    and --kv-format share one run.
 
     Rows have pages of their own. With --shared, engines whose rows share the pages of their common tokens, by the
     prefix cache, take turns with these.
@@ -67,12 +74,16 @@ def decode(
     gammas = list(dict.fromkeys(options.gamma(value.strip()) for value in speculation.split(",")))
     policies = options.names(policy, POLICIES, "--policy") if policy is not None else [None]
     formats = options.names(kv_format, list(KV_BITS), "--kv-format") if kv_format is not None else [None]
+    drafters = options.names(drafter, DRAFTERS, "--drafter") if drafter is not None else [None]
+    if shared and task != "free":
+        raise typer.BadParameter("needs --task free", param_hint="--shared")
     temperatures = options.temperatures(temperature, "--temperature")
     import torch
 
     from bench.corpus import read_text, spread
     from bench.micro.bandwidth import read_bandwidth
     from bench.offline.decode import DecodeResult, measure, table
+    from bench.tasks import task_prompts
     from engine.config.deployment import load_config
     from engine.config.speculation import SpeculationConfig
     from models.default import resolve_model
@@ -90,20 +101,25 @@ def decode(
             config,
             options.policy_override(name)
             | ({} if format is None else {"engine.cache.format": format})
-            | overrides
+            | _overrides_of(source, overrides)
             | {"engine.cache.prefix": prefix},
         ).engine
         for format in formats
+        for source in drafters
         for name in policies
         for prefix in ((True, False) if shared else (len(temperatures) > 1,))
     ]
     tokenizer = Tokenizer(resolve_model(settings[0].model))
-    prose = tokenizer.encode(read_text(text), add_special_tokens=False)
+    prose = read_text(text)
     results: list[DecodeResult] = []
     for rows in batches:
         for length in contexts:
             print(f"batch {rows}, context {length} …", file=sys.stderr)
-            prompts = spread(prose, count=rows, length=length, shared=shared)
+            prompts = (
+                spread(tokenizer.encode(prose, add_special_tokens=False), count=rows, length=length, shared=shared)
+                if shared
+                else task_prompts(task, tokenizer, prose, count=rows, length=length)
+            )
             results += measure(
                 settings,
                 prompts,
@@ -221,6 +237,18 @@ def _sampling(text: str) -> tuple[float, float]:
     if not (0 <= drawn[0] <= 100 and 1e-6 <= drawn[1] <= 1):
         raise typer.BadParameter(f"{text!r} is not a temperature, nor temperature:top-p", param_hint="--sampling")
     return drawn
+
+
+def _overrides_of(drafter: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return the overrides of one drafter in a comparison: without a draft model or a store that is not for it."""
+    if drafter is None:
+        return overrides
+    foreign = {
+        *(["engine.speculation.model"] if drafter in ("self", "ngram") else []),
+        *(["engine.speculation.store"] if drafter in ("self", "model") else []),
+    }
+    own = {name: value for name, value in overrides.items() if name not in foreign}
+    return own | {"engine.speculation.drafter": drafter}
 
 
 def _check_file(file: Path | None, flag: str) -> None:

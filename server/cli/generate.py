@@ -96,6 +96,8 @@ def _report(stats: EngineStats, tokens: int, prefill: float, decode: float) -> N
         f"rounds        {rounds}, {(tokens - 1) / rounds if rounds else 0:.2f} tokens each",
         f"drafted       {stats.draft_tokens} tokens, {stats.accepted_tokens} accepted",
     ]
+    if stats.text_draft_tokens:
+        lines.append(f"  from text   {stats.text_draft_tokens} tokens, {stats.text_accepted_tokens} accepted")
     if stats.draft_tokens:
         lines.append(f"acceptance    {acceptance_rate(stats):.3f}")
     lines.append(

@@ -44,7 +44,7 @@ def gamma(speculation: str) -> int | Literal["auto"]:
     )
 
 
-_DRAFT_MODEL = "engine.speculation.model"
+_DRAFTER, _DRAFT_MODEL = "engine.speculation.drafter", "engine.speculation.model"
 _TARGET_KV = "engine.target_kv"
 _TARGET_POLICY = f"{_TARGET_KV}.policy"
 
@@ -64,6 +64,12 @@ ENGINE_FLAGS = {
         "engine.speculation.gamma", str, "off, auto, or the number of tokens to draft per round.", gamma
     ),
     "draft": EngineFlag("engine.speculation.model", str, "Directory of a draft model; self: the target drafts."),
+    "drafter": EngineFlag(
+        _DRAFTER,
+        str,
+        "Where drafts come from: self, model (with --draft DIR), ngram: the text itself, or together.",
+    ),
+    "store": EngineFlag("engine.speculation.store", str, "Text store to search for drafts, with ngram or together."),
     "draft_weights": EngineFlag(
         "engine.speculation.weights", str, "Weights of drafts: auto, same as the target's, int8, int4 or fp8."
     ),
@@ -138,7 +144,7 @@ def engine_overrides(given: dict[str, Any]) -> dict[str, Any]:
     }
     if (draft := overrides.get(_DRAFT_MODEL)) is not None:
         drafter, model = ("self", None) if draft == "self" else ("model", draft)
-        overrides |= {"engine.speculation.drafter": drafter, _DRAFT_MODEL: model}
+        overrides = {_DRAFTER: drafter} | overrides | {_DRAFT_MODEL: model}
     if overrides.get(_TARGET_POLICY) == "none":
         del overrides[_TARGET_POLICY]
         overrides = {_TARGET_KV: None, **overrides}

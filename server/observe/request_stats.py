@@ -25,6 +25,7 @@ class RequestStats:
     """Arrival times of the first and the newest output."""
     tokens: int = 0
     drafted: int = 0
+    accepted_from_text: int = 0
     held: Counter[int] = field(default_factory=Counter)
     """Number of rounds, by number of accepted drafts."""
     reason: str | None = None
@@ -51,6 +52,7 @@ class RequestStats:
         self.cached_tokens = self.cached_tokens or output.cached_tokens
         self.tokens += len(delta.tokens)
         self.drafted += output.drafted
+        self.accepted_from_text += min(output.from_text, delta.accepted)
         self.held[delta.accepted] += 1
         self.reason = delta.finish_reason
         return self.last - before

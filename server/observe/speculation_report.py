@@ -8,15 +8,18 @@ from engine.messages import RequestOutput
 from engine.text import Delta
 from server.observe.request_stats import RequestStats
 
-Origin = Literal["accepted", "bonus", "plain"]
-"""accepted: drafted, and the target agreed. bonus: the target's own, after drafts. plain: of a round without any."""
+Origin = Literal["accepted", "text", "bonus", "plain"]
+"""accepted: drafted by a model, and the target agreed. text: found in text, likewise. bonus: the target's own, after
+drafts. plain: of a round without any."""
 
 
 def round_report(stats: RequestStats, output: RequestOutput, delta: Delta) -> dict[str, Any]:
     """Report one round; the last report adds the totals of all rounds. stats: includes this round. `offsets`: start
     of each of the round's tokens in the generated text of the choice."""
     rest: Origin = "bonus" if output.drafted else "plain"
-    origins: list[Origin] = ["accepted"] * delta.accepted
+    from_text = min(output.from_text, delta.accepted)
+    origins: list[Origin] = ["text"] * from_text
+    origins += ["accepted"] * (delta.accepted - from_text)
     origins += [rest] * (len(delta.tokens) - delta.accepted)
     said = {"drafted": output.drafted, "accepted": delta.accepted, "origins": origins, "offsets": delta.offsets}
     return said if delta.finish_reason is None else said | {"total": _total(stats)}
@@ -27,6 +30,7 @@ def _total(stats: RequestStats) -> dict[str, Any]:
         "rounds": stats.rounds,
         "drafted": stats.drafted,
         "accepted": stats.accepted,
+        "accepted_from_text": stats.accepted_from_text,
         "mean_drafted": stats.drafted / stats.rounds,
         "accepted_per_round": [stats.held[held] for held in range(max(stats.held) + 1)],
         "queue_s": max(0.0, stats.scheduled - stats.arrival) if stats.scheduled else None,

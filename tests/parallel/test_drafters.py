@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from engine.core import Engine
+from engine.ngram.ngram_drafts import Proposal
 from engine.plan import RoundPlan
-from engine.scheduler.controller import FixedGamma
+from engine.scheduler.controller import FixedGamma, RowDrafts
 from engine.scheduler.request import Request
 from tests.support.engines import run, tokens
 from tests.support.profiles import only_in_all
@@ -45,9 +46,15 @@ class InTurns(FixedGamma):
         super().__init__(3)
         self._round = 0
 
-    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
+    def choose(
+        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+    ) -> list[RowDrafts]:
         self._round += 1
-        return [3 if (self._round // 5 + i) % 3 else 0 for i in range(len(rows))]
+        gammas = [3 if (self._round // 5 + i) % 3 else 0 for i in range(len(rows))]
+        found = [len(each.tokens) for each in proposals] or [0] * len(rows)
+        return [
+            RowDrafts(min(gamma, count), gamma - min(gamma, count)) for gamma, count in zip(gammas, found, strict=True)
+        ]
 
 
 def start(size: int, speculation: dict[str, Any], gamma: int = 3) -> Engine:
@@ -114,6 +121,29 @@ def test_ranks_agree_on_who_has_caught_up(draft_dir: Path, policy: str, size: in
     plans = [msgspec.msgpack.decode(frame, type=RoundPlan) for frame in ranks.plans if frame]
     kinds = {(work.gamma > 0, work.catch_up > 0) for plan in plans for work in plan.work}
     assert kinds == {(False, False), (False, True), (True, False), (True, True)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("drafter", "policy", "count"),
+    [
+        ("ngram", "window", None),
+        *(("together", policy, None) for policy in ("window", "verified", "quest", "snapkv")),
+        *(("together", policy, 1) for policy in ("window", "snapkv")),
+    ],
+)
+def test_drafts_from_the_text(draft_dir: Path, drafter: str, policy: str, count: int | None, size: int) -> None:
+    """Rank 0 searches the text, and all ranks verify what it found, alone or before the drafts of a model."""
+    speculation = of_model(draft_dir, policy, count) if count else {"gamma": 3, "kv": KV[policy]}
+    engine = start(size, speculation | {"drafter": drafter})
+    engine._scheduler.controller = InTurns() if drafter == "together" else engine._scheduler.controller
+    try:
+        outputs = run(engine, requests())
+        stats = engine.stats()
+    finally:
+        engine.close()
+    assert {request.id: tokens(outputs[request.id]) for request in requests()} == expected()
+    assert stats.text_draft_tokens > 0
 
 
 @pytest.mark.parametrize("drafter", ["self", "model"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest, RequestOutput
+from engine.ngram.ngram_drafts import NO_PROPOSAL, Proposal
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult
-from engine.scheduler.controller import ControllerReport
+from engine.scheduler.controller import ControllerReport, RowDrafts
 from engine.scheduler.request import Request
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
@@ -62,16 +64,25 @@ def tiny_engine(
 
 
 class Scripted:
-    """Controller that cycles through scripted rounds: one gamma for all rows, or a gamma per row."""
+    """Controller that cycles through scripted rounds: one gamma for all rows, or a gamma per row. Of these drafts none,
+    one or all come from the text where that proposes any, by turns."""
 
     def __init__(self, gammas: Sequence[int | Sequence[int]]) -> None:
         self._gammas = iter([[each] if isinstance(each, int) else each for each in gammas])
         self.gamma_max = max(each if isinstance(each, int) else max(each) for each in gammas)
         self.budget, self.report = 0, ControllerReport()
+        self._turns = count()
 
-    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
-        gammas = next(self._gammas)
-        return [gammas[i % len(gammas)] for i in range(len(rows))]
+    def choose(
+        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+    ) -> list[RowDrafts]:
+        gammas, turn = next(self._gammas), next(self._turns)
+        chosen = []
+        for i, proposal in enumerate(proposals or [NO_PROPOSAL] * len(rows)):
+            gamma = gammas[i % len(gammas)]
+            proposed = min(gamma, len(proposal.tokens), (0, 1, gamma)[(turn + i) % 3])
+            chosen.append(RowDrafts(proposed, gamma - proposed))
+        return chosen
 
     def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
         pass

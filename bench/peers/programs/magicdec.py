@@ -20,7 +20,7 @@ class Peer:
         self._settings = settings
         self._config = self._configure()
         self._engine: Engine | None = None
-        self._controller = InterleavedController(self._config.speculation.max_draft_tokens)
+        self._controller = self._make_controller()
         self._waiting: set[int] = set()
         self._prompts: Sequence[Sequence[int]] = []
         self._temperature = 0.0
@@ -53,6 +53,10 @@ class Peer:
         scheduler = config.scheduler.model_copy(update={"max_rows": rows, "max_batch_tokens": tokens})
         return config.model_copy(update={"scheduler": scheduler})
 
+    def _make_controller(self) -> InterleavedController:
+        speculation = self._config.speculation
+        return InterleavedController(speculation.max_draft_tokens, model=speculation.max_model_drafts > 0)
+
     def prepare(self, rows: int, row_tokens: int, temperature: float) -> None:
         self._temperature = temperature
         page, longest = self._config.cache.page_size, self._settings["row_tokens"]
@@ -61,7 +65,7 @@ class Peer:
         pages = max(rows * per_row, -(-longest // page) + 1)
         cache = self._config.cache.model_copy(update={"num_pages": pages})
         config = self._config.model_copy(update={"cache": cache, "max_model_len": longest})
-        self._controller = InterleavedController(config.speculation.max_draft_tokens)
+        self._controller = self._make_controller()
         self._engine = Engine(config, controller=self._controller, progress=False)
         self._controller.auto = self._engine.make_controller()
         self._engine.profiler.fill()  # allocates the pool, which other engines have done by now

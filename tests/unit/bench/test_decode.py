@@ -15,7 +15,8 @@ from bench.offline.decode import DecodeResult, _kv_bytes, comparison, measure, t
 from bench.offline.interleave import InterleavedController
 from engine.config.deployment import EngineConfig
 from engine.messages import EngineStats
-from engine.scheduler.controller import ControllerReport, FixedGamma
+from engine.ngram.ngram_drafts import Proposal
+from engine.scheduler.controller import ControllerReport, FixedGamma, RowDrafts
 from engine.scheduler.request import Request
 from tests.support.tiny import write_model
 
@@ -102,7 +103,9 @@ def test_auto_learns_of_shared_tokens() -> None:
     class Auto(FixedGamma):
         told = -1
 
-        def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
+        def choose(
+            self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+        ) -> list[RowDrafts]:
             self.told = shared_tokens
             return []
 

@@ -22,8 +22,9 @@ from engine.config.kv import MAX_PLAIN_TOKENS, POLICIES
 from engine.control.step_times import StepSample
 from engine.core import Engine
 from engine.messages import AddRequest, RequestOutput
+from engine.ngram.ngram_drafts import Proposal
 from engine.params import SamplingParams
-from engine.scheduler.controller import ControllerReport, FixedGamma
+from engine.scheduler.controller import ControllerReport, FixedGamma, RowDrafts
 from engine.scheduler.request import Request
 from kernels.attention.base import AttentionBatch
 from kernels.ragged import Ints
@@ -61,15 +62,18 @@ class Restless(FixedGamma):
         self.report = ControllerReport()
         self._plain = 0
 
-    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
+    def choose(
+        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+    ) -> list[RowDrafts]:
         """Choose at random, with plain phases that are longer than any policy's patience."""
         self.budget = self._rng.choice(self._budgets)
         if self._plain == 0 and self._rng.random() < 0.05:
             self._plain = 20
         self._plain = max(0, self._plain - 1)
         if self._plain:
-            return [0] * len(rows)
-        return [self._rng.choice([0, self.gamma_max, self._rng.randint(0, self.gamma_max)]) for _ in rows]
+            return [RowDrafts()] * len(rows)
+        drafts = [self._rng.choice([0, self.gamma_max, self._rng.randint(0, self.gamma_max)]) for _ in rows]
+        return [RowDrafts(0, gamma) for gamma in drafts]
 
 
 def settings_of(draw: st.DrawFn, policy: str, page: int, drafter: str) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.core import Engine
+from engine.ngram.ngram_drafts import Proposal
+from engine.scheduler.controller import RowDrafts
 from engine.scheduler.request import Request
 from kernels.cpu.library import SEGMENT
 from models.llama import Llama
@@ -193,9 +195,11 @@ class SharedTokens(Scripted):
         super().__init__(VARYING * 400)
         self.seen: list[int] = []
 
-    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
+    def choose(
+        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+    ) -> list[RowDrafts]:
         self.seen.append(shared_tokens)
-        return super().choose(rows, shared_tokens)
+        return super().choose(rows, shared_tokens, proposals)
 
 
 @pytest.mark.parametrize("policy", [only_in_all("window"), "all"])

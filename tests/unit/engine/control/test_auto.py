@@ -17,6 +17,7 @@ from engine.control.step_times import StepSample, StepTimes
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
+from engine.scheduler.controller import FixedGamma
 from engine.scheduler.request import Request
 from tests.support.profiles import examples
 
@@ -112,7 +113,8 @@ class Load:
 
     def _round(self) -> None:
         gammas = [
-            min(g, row.max_draft_tokens) for g, row in zip(self.controller.choose(self.rows), self.rows, strict=True)
+            min(drafts.model, row.max_draft_tokens)
+            for drafts, row in zip(self.controller.choose(self.rows), self.rows, strict=True)
         ]
         contexts = [row.num_tokens for row in self.rows]
         work, results = [], []
@@ -154,7 +156,7 @@ class Load:
 def fixed(machine: Machine, contexts: list[int], alphas: list[float], gamma: int, rounds: int = 400) -> float:
     """Tokens per second with the same gamma in every round."""
     load = Load(machine, contexts, alphas)
-    load.controller.choose = lambda rows, shared_tokens=0: [gamma] * len(rows)  # type: ignore[method-assign]
+    load.controller.choose = FixedGamma(gamma).choose  # type: ignore[method-assign]
     return load.run(rounds)
 
 

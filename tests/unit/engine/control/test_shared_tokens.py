@@ -75,7 +75,7 @@ def drafts_after(machine: SharingMachine, rows: int, shared: int, rounds: int = 
     controller = AutoGamma(StepTimes(machine.samples(known), machine.reads), GAMMA_MAX, (BUDGET,))
     batch, rng, chosen = requests(rows), random.Random(0), []
     for _ in range(rounds):
-        gammas = controller.choose(batch, shared)
+        gammas = [drafts.model for drafts in controller.choose(batch, shared)]
         results = []
         for gamma in gammas:
             accepted = 0

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.messages import AddRequest, PromptLogprobs
+from engine.ngram.ngram_drafts import Proposal
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult, RowFailure, RowResult, RowWork
-from engine.scheduler.controller import FixedGamma
+from engine.scheduler.controller import FixedGamma, RowDrafts
 from engine.scheduler.kv_audit import KVAudit
 from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.request import Request
@@ -234,9 +235,11 @@ class RandomGamma(FixedGamma):
         self._rng, self.stretch, self.expected = rng, stretch, 0
         self.preempted = False
 
-    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
+    def choose(
+        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+    ) -> list[RowDrafts]:
         assert shared_tokens <= self.expected  # preemptions lower it
-        return [self._rng.randint(0, self.gamma_max) for _ in rows]
+        return [RowDrafts(0, self._rng.randint(0, self.gamma_max)) for _ in rows]
 
 
 class Load:
@@ -338,7 +341,7 @@ def play(
         result = ranks.execute(plan, requests)
         if rng.random() < 0.02:
             made.reset_prefix_cache()
-        for request, _, _, failure in made.commit(plan, requests, result):
+        for request, _, _, failure, _ in made.commit(plan, requests, result):
             if request.params.prompt_logprobs is not None and failure is None:
                 marks = extend_marks([hash(load.salts[request.id])], request.tokens)
                 assert [each.token for each in request.prompt_logprobs] == marks[1 : request.num_prompt]

@@ -167,7 +167,7 @@ def test_random_admit_accept_reject_abort_preempt(
         result = ranks.execute(plan, requests)
         if plan.work and rng.random() < 0.05:
             result.failures = [RowFailure(rng.choice(plan.work).row, "no reason", False)]
-        for request, appended, row, failure in made.commit(plan, requests, result):
+        for request, appended, row, failure, _ in made.commit(plan, requests, result):
             got[request.id] += len(appended)
             assert (len(appended) >= 1) == (row is not None)
             if failure is not None:

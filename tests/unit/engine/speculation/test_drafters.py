@@ -20,8 +20,10 @@ from engine.batch.runner import Runner
 from engine.config.deployment import ConfigError
 from engine.core import Engine
 from engine.messages import AddRequest
+from engine.ngram.ngram_drafts import Proposal
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult
+from engine.scheduler.controller import RowDrafts
 from engine.scheduler.request import Request
 from engine.scheduler.stats import acceptance_rate
 from models.batch import ForwardBatch
@@ -318,7 +320,9 @@ class Budgets(Scripted):
         super().__init__([gamma] * 500)
         self._budgets = cycle(budgets)
 
-    def choose(self, rows: Sequence[Request], shared_tokens: int = 0) -> list[int]:
+    def choose(
+        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+    ) -> list[RowDrafts]:
         self.budget = next(self._budgets)
         return super().choose(rows)
 

@@ -195,7 +195,9 @@ FLAGS = {
     "--kv-format": "int8",
     "--tensor-parallel-size": "2",
     "--speculation": "5",
+    "--drafter": "ngram",
     "--draft": "d",
+    "--store": "s",
     "--draft-weights": "int8",
     "--policy": "snapkv",
     "--budget": "128",
@@ -247,11 +249,12 @@ def test_cpu_config_names_the_flag_of_every_setting_that_has_one(monkeypatch: py
     for flag, value in FLAGS.items():
         seen: list[Config] = []
         monkeypatch.setattr("server.cli.serve._run", lambda config, engine, seen=seen: seen.append(config) or 0)
-        # Certificate and key are valid only together, and a target's budget only with its policy.
+        # Certificate and key are valid only together, a target's budget only with its policy, a store with a drafter.
         other = {
             "--tls-cert": ["--tls-key", "k"],
             "--tls-key": ["--tls-cert", "c"],
             "--target-budget": ["--target-kv", "quest"],
+            "--store": ["--drafter", "ngram"],
         }.get(flag, [])
         done = CliRunner().invoke(app, [ON.get(flag, flag), *([] if value is None else [value]), *other])
         assert done.exit_code == 0, done.output
@@ -262,6 +265,8 @@ def test_cpu_config_names_the_flag_of_every_setting_that_has_one(monkeypatch: py
         ("server.tls_cert", "--tls-key"),
         ("server.tls_key", "--tls-cert"),
         ("engine.target_kv", "--target-budget"),
+        ("engine.speculation.drafter", "--draft"),
+        ("engine.speculation.drafter", "--store"),
         ("engine.cache.page_size", "--kv-format"),
     }
     assert changed - pairs == documented

@@ -1,4 +1,4 @@
-"""`magicdec convert`: make a checkpoint servable."""
+"""`magicdec fetch` and `magicdec convert`: get checkpoints, and make them servable."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from models.default import default_model_dir, missing_models
 
 _WEIGHTS = (
     "Matrices that the file holds in few bits: stored: with the same codes and scales, where this format has them "
@@ -25,3 +27,14 @@ def convert(
 
     run(src, dst, force=force, weights=weights)
     typer.echo(dst)
+
+
+def fetch() -> None:
+    """Download and convert the models `default` and `default-int4` unless they exist, and print the directory of the
+    first."""
+    directory = default_model_dir()
+    if missing_models():
+        from models.fetch import fetch as run
+
+        run(lambda line: typer.echo(line, err=True))
+    typer.echo(directory)

@@ -1,0 +1,158 @@
+"""Where each row's drafts come from: its text, a model, or its text and then a model.
+
+With lambda tokens per second, a draft must yield more than its time would yield elsewhere. Let v be the time that one
+more draft adds to the verify pass and f what one more row adds to a draft step. A row takes the most valuable of
+
+    text            sum over s <= p of b^s                                 - lambda v p
+    model           sum over s <= j of a^s                                 - lambda (v + f) j
+    text, model     sum over s <= p of b^s + b^p (sum over s <= j of a^s)  - lambda (v (p + j) + f (p + j))
+
+a and b are its acceptance probabilities of a model's drafts and of those from the text, p and j the largest numbers of
+drafts that are worth their time. In the last way the model also computes the text's drafts, in its first step. lambda
+is the rate that the options of the round have without text, and then the one that this choice has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.control.text_acceptance import TextAcceptance
+from engine.ngram.ngram_drafts import Proposal
+from engine.scheduler.request import Request
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+_TEXT, _MODEL, _BOTH = range(3)
+
+
+class ProposedBatch(Protocol):
+    """What the choice needs of a batch (engine.control.goodput.Batch)."""
+
+    rows: Sequence[Request]
+    proposals: Sequence[Proposal]
+    limits: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class TextChoice:
+    """Choice for each largest number of draft steps. seconds, tokens, rates: [max_gammas]. proposed, drafts:
+    [max_gammas, rows], drafts from the text and, after them, of a model."""
+
+    seconds: Floats
+    tokens: Floats
+    rates: Floats
+    proposed: Ints
+    drafts: Ints
+
+
+class TextChooser:
+    """Chooser of the ways to draft. O(rows x gamma_max^2) for a batch, in some fifty numpy operations."""
+
+    def __init__(self, acceptance: TextAcceptance, gamma_max: int, max_model_drafts: int) -> None:
+        """gamma_max: largest number of drafts from the text. max_model_drafts: largest number of drafts of a row that a
+        model takes part in."""
+        self._acceptance = acceptance
+        self._steps = np.arange(1, gamma_max + 1)
+        self._model_steps = np.arange(1, max_model_drafts + 1)
+
+    def choose(
+        self,
+        batch: ProposedBatch,
+        verify: Sequence[float],
+        step_s: tuple[float, float],
+        alphas: Floats,
+        rates: Floats,
+    ) -> TextChoice:
+        """Choose for each largest number of draft steps from 0.
+
+        verify: seconds of a verify pass by drafts per row. step_s: seconds of a draft step, with one row and for each
+        further row. alphas: [rows], acceptance of a model's drafts. rates: [max_gammas], tokens per second without
+        text.
+        """
+        matches = [proposal.match for proposal in batch.proposals]
+        betas: Floats = np.array(self._acceptance.alphas([row.id for row in batch.rows], matches))
+        lengths = np.array([len(proposal.tokens) for proposal in batch.proposals])
+        survival: Floats = betas[:, None] ** self._steps * (self._steps <= lengths[:, None])  # [rows, steps]
+        after: Floats = alphas[:, None] ** self._model_steps * (self._model_steps <= batch.limits[:, None])
+        # A verify pass has several slopes over drafts, as kernels and what bounds them change. Three views of it are
+        # tried: as if all rows drafted alike, its mean slope, and its first one.
+        rises = np.diff(np.array(verify)).clip(min=0) / len(lengths)
+        views = np.stack([rises, np.full_like(rises, rises.mean()), np.full_like(rises, rises[0])])
+        count = len(rates)
+        tried, slope = np.tile(rates, len(views)), np.repeat(views, count, axis=0)
+        allowed = self._model_steps <= np.tile(np.arange(count), len(views))[:, None, None]
+        best: TextChoice | None = None
+        for _ in range(2):
+            choice = self._at_rate(tried, slope, survival, after, allowed, batch.limits, verify, step_s)
+            best = _better(best, choice, count)
+            tried = np.tile(best.rates, len(views))
+        assert best is not None
+        return best
+
+    def _at_rate(
+        self,
+        rates: Floats,
+        slope: Floats,
+        survival: Floats,
+        after: Floats,
+        allowed: npt.NDArray[np.bool_],
+        limits: Ints,
+        verify: Sequence[float],
+        step_s: tuple[float, float],
+    ) -> TextChoice:
+        """Choose where a second is worth `rates` tokens. slope: [options, steps], seconds of one more draft. survival,
+        after: [rows, steps], probability that drafts from the text, and a model's alone, are accepted up to a step.
+        allowed: [options, 1, model steps]. limits: [rows], drafts of a row that a model takes part in."""
+        first_row_s, further_row_s = step_s
+        count, rows = len(survival), np.arange(len(survival))
+        text_price, model_price = rates[:, None] * slope, rates * (slope.mean(1) + further_row_s)  # in tokens
+        p = ((survival > 0) & (survival >= text_price[:, None])).cumprod(2).sum(2)  # [options, rows]
+        reached = np.concatenate([np.ones((count, 1)), survival], 1)[rows, p]
+        worth = allowed & (after > 0)
+        alone = (worth & (after >= model_price[:, None, None])).sum(2)
+        fits = self._model_steps + p[:, :, None] <= limits[:, None]
+        behind = (worth & fits & (after * reached[:, :, None] >= model_price[:, None, None])).sum(2)
+        text_tokens, model_tokens = _sums(survival), _sums(after)
+        from_text, text_cost = text_tokens[rows, p], np.take_along_axis(_sums(text_price), p, 1)
+        price = model_price[:, None]
+        both = from_text + reached * model_tokens[rows, behind] - text_cost - price * behind
+        both -= (rates * further_row_s)[:, None] * p  # the model computes them
+        gains = np.stack([from_text - text_cost, model_tokens[rows, alone] - price * alone, both])
+        way = gains.argmax(0)
+        proposed = np.where(way == _MODEL, 0, p)
+        drafts = np.where(way == _TEXT, 0, np.where(way == _MODEL, alone, behind))
+        tokens = np.where(way == _MODEL, 0.0, from_text)
+        tokens += np.where(way == _MODEL, 1.0, reached) * model_tokens[rows, drafts]
+        tokens = count + tokens.sum(1)
+        steps = drafts.max(1)
+        computed = (drafts + np.where(drafts > 0, proposed, 0)).sum(1)
+        seconds = np.interp((proposed + drafts).sum(1) / count, np.arange(len(verify)), verify)
+        seconds = seconds + steps * first_row_s + (computed - steps) * further_row_s
+        return TextChoice(seconds, tokens, tokens / seconds, proposed, drafts)
+
+
+def _better(best: TextChoice | None, choice: TextChoice, count: int) -> TextChoice:
+    """Return the better option for each of `count` max_gammas. choice: several for each, one set after another."""
+    index = choice.rates.reshape(-1, count).argmax(0) * count + np.arange(count)
+    found = TextChoice(*(getattr(choice, name)[index] for name in TextChoice.__slots__))
+    if best is None:
+        return found
+    is_better = found.rates > best.rates
+
+    def pick(name: str) -> npt.NDArray[Any]:
+        new, old = getattr(found, name), getattr(best, name)
+        chosen: npt.NDArray[Any] = np.where(is_better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        return chosen
+
+    return TextChoice(*(pick(name) for name in TextChoice.__slots__))
+
+
+def _sums(values: Floats) -> Floats:
+    """Sum up the first values, by their number: [n, steps + 1]. values: [n, steps]."""
+    return np.concatenate([np.zeros((len(values), 1)), values.cumsum(1)], 1)
