@@ -4,8 +4,8 @@ All requests are prefilled first and not timed. Then the same rows are decoded i
 value of gamma, repeatedly, so that machine noise and the growing context affect all values alike. The comparison is
 fair because speculation does not change the tokens.
 
-Each KV policy and each KV format has its own engine with the same prompts, and turns alternate between the engines. A
-policy's rounds therefore include the cost of its own draft cache and of no other. On one rank the engines share the
+Each drafter, KV policy and KV format has its own engine with the same prompts, and turns alternate between the engines.
+A policy's rounds therefore include the cost of its own draft cache and of no other. On one rank the engines share the
 target's weights. Plain rounds are measured once for each KV format, as the baseline of all policies.
 
 Temperatures follow one another. Where there are several, engines keep prefixes, so that prompts are computed once.
@@ -38,7 +38,8 @@ class DecodeResult:
     """Result of one (batch, context, gamma). Times are medians over rounds, in milliseconds; other values are means.
 
     shared: number of tokens that all prompts begin with. prefix: whether rows share the pages of these tokens.
-    kv_format: of the target's pool. temperature: of sampling.
+    kv_format: of the target's pool. temperature: of sampling. drafter: see SpeculationConfig. from_text: share of the
+    accepted tokens that were found in the text.
     tokens_per_second: for the whole batch, mean tokens per round over the typical round time (Rounds.typical_s). gamma:
     mean over the rounds. t_target_ms: a plain round of the same run, if measured. t_draft_ms: one draft step; None
     with `auto`. t_verify_ms: the target pass, which for gamma = 0 is the plain step. kv_bytes_per_token: KV bytes read
@@ -72,6 +73,8 @@ class DecodeResult:
     draft_weights: str = "dense"
     kv_format: str = "dense"
     temperature: float = 0.0
+    drafter: str = "self"
+    from_text: float = 0.0
 
 
 def measure(
@@ -95,7 +98,8 @@ def measure(
     ranks = config.tensor_parallel_size
     target = load_target(config, progress=False) if len(configs) > 1 and ranks == 1 else None
     threads = threads_per_rank(config)  # before an engine changes the count
-    max_gamma = max(config.speculation.gamma_max if gamma == "auto" else gamma for gamma in gammas)
+    auto = max(config.speculation.max_draft_tokens for config in configs)
+    max_gamma = max(auto if gamma == "auto" else gamma for gamma in gammas)
     scheduler = scheduler_for_batch(config.scheduler, batch, max_gamma)
     history = history if "auto" in gammas else 0
     contenders: list[Contender] = []
@@ -138,7 +142,7 @@ def _result(
     shared: int,
     temperature: float,
 ) -> DecodeResult:
-    rounds, engine, kv = contender.rounds[speculation], contender.engine, contender.config.speculation.kv
+    rounds, engine, settings = contender.rounds[speculation], contender.engine, contender.config.speculation
     seconds, t_verify = rounds.typical_s, median(rounds.verify)
     gamma = mean(rounds.gammas)
     speed = mean(rounds.tokens) / seconds
@@ -158,8 +162,8 @@ def _result(
         prefix=contender.config.cache.prefix,
         speculation=speculation,
         gamma=gamma,
-        policy=kv.policy if gamma else "none",
-        budget=kv.budget or 0 if gamma else 0,
+        policy=settings.kv.policy if gamma and settings.max_model_drafts else "none",
+        budget=settings.kv.budget or 0 if gamma and settings.max_model_drafts else 0,
         tokens_per_second=speed,
         acceptance=alpha,
         t_target_ms=_ms(t_target),
@@ -176,6 +180,8 @@ def _result(
         draft_weights=formats.get("drafts", formats["target"]),
         kv_format=contender.config.cache.format,
         temperature=temperature,
+        drafter=settings.drafter if speculation else "none",
+        from_text=rounds.total.text_accepted_tokens / max(1, rounds.total.accepted_tokens),
     )
 
 
@@ -198,6 +204,7 @@ def table(results: Sequence[DecodeResult], ceiling: float) -> str:
         "shared",
         "KV",
         "T",
+        "drafter",
         "policy",
         "draft",
         "gamma",
@@ -205,6 +212,7 @@ def table(results: Sequence[DecodeResult], ceiling: float) -> str:
         "x off",
         "x model",
         "accept",
+        "of text",
         "T_T ms",
         "T_D ms",
         "T_V ms",
@@ -221,6 +229,7 @@ def table(results: Sequence[DecodeResult], ceiling: float) -> str:
             str(result.shared) if result.prefix and result.shared else "-",
             result.kv_format,
             f"{result.temperature:g}",
+            result.drafter,
             result.policy,
             str(result.speculation or "off"),
             f"{result.gamma:.2f}",
@@ -228,6 +237,7 @@ def table(results: Sequence[DecodeResult], ceiling: float) -> str:
             _cell(result.speedup, 2),
             _cell(result.predicted, 2),
             _cell(result.acceptance, 3),
+            f"{100 * result.from_text:.0f} %",
             _cell(result.t_target_ms, 1),
             _cell(result.t_draft_ms, 1),
             f"{result.t_verify_ms:.1f}",
@@ -247,9 +257,9 @@ def table(results: Sequence[DecodeResult], ceiling: float) -> str:
 def comparison(results: Sequence[DecodeResult]) -> list[str]:
     """Describe what shared pages bring: a line for each (batch, context, policy, draft) measured with and without."""
 
-    def place(result: DecodeResult) -> tuple[int, int, str, float, str, Gamma]:
+    def place(result: DecodeResult) -> tuple[int, int, str, float, str, str, Gamma]:
         where = result.batch, result.context, result.kv_format, result.temperature
-        return *where, result.policy, result.speculation
+        return *where, result.drafter, result.policy, result.speculation
 
     own = {place(result): result for result in results if not result.prefix}
     lines = []
