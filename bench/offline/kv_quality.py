@@ -110,9 +110,9 @@ class ComparingAttention:
             pages, length = self._batch.pages[0], self._batch.kv_lengths[0]
             k[pages] = without_weak_channels(layer.k[pages], k[pages], q, length, self._think)
         other, _ = self._inner.run(LayerKV(k, v, layer.index), q, scale)
-        if self._think is not None:
-            out, other = out[-_RECENT:], other[-_RECENT:]
-        squares = float((other - out).float().square().sum()), float(out.float().square().sum())
+        compared = slice(None) if self._think is None else slice(-_RECENT, None)
+        difference, exact = (other - out)[compared].float(), out[compared].float()
+        squares = float(difference.square().sum()), float(exact.square().sum())
         before = self.errors.get(layer.index, (0.0, 0.0))
         self.errors[layer.index] = before[0] + squares[0], before[1] + squares[1]
         return out, lse
