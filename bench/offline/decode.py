@@ -148,7 +148,8 @@ def _result(
     speed = mean(rounds.tokens) / seconds
     kv_bytes = _kv_bytes(rounds.total, engine.stats().kv_token_bytes, contender.config)
     weights, formats = engine.weight_bytes, engine.stats().weights
-    weight_bytes = weights.target + gamma * (weights.draft or weights.target)
+    steps = gamma * (1 - rounds.total.text_draft_tokens / max(1, rounds.total.draft_tokens))
+    weight_bytes = weights.target + steps * (weights.draft or weights.target)
     t_target = median(plain.seconds) if plain else None
     alpha = acceptance_rate(rounds.total) if gamma else None
     t_draft = median(rounds.draft) / gamma if gamma and speculation != "auto" else None

@@ -23,7 +23,7 @@ from models.llama import Llama
 
 _TURN = 4  # rounds per turn
 _COUNTED = (
-    *("accepted_tokens", "rejections", "text_accepted_tokens"),
+    *("draft_tokens", "text_draft_tokens", "accepted_tokens", "rejections", "text_accepted_tokens"),
     *("kv_tokens_read", "draft_kv_tokens_read", "generated_tokens"),
 )
 """Counters of EngineStats that are summed over measured rounds."""

@@ -9,11 +9,15 @@ from engine.control.acceptance import AcceptanceRecord
 
 _LONGER = (3, 5, 9, 16)
 """Matches from which the next class begins."""
-_START_ALPHAS, _START_TRIALS = (0.25, 0.4, 0.6, 0.75, 0.9), 10.0
-"""Priors of the classes before anything was judged, and their weight in judged tokens."""
-_REQUEST_TRIALS = 6.0
-_REQUEST_MEMORY, _CLASS_MEMORY = 60.0, 500.0
+_START_ALPHAS, _START_TRIALS = (0.6, 0.7, 0.8, 0.85, 0.9), 5.0
+"""Priors of the classes before anything was judged, and their weight in judged tokens. Optimistic: a draft that is not
+taken costs little more than its verification, and one that is not made is never judged."""
+_REQUEST_TRIALS = 4.0
+_REQUEST_MEMORY, _CLASS_MEMORY = 60.0, 300.0
 """As in engine.control.acceptance."""
+_HOPE = 0.5
+"""Weight of the optimistic prior in that of a request, beside what others had. Requests differ: what is copied in one
+is made up in the next."""
 _REQUEST_FADE, _CLASS_FADE = 0.98, 0.998
 """Shares of a request's record, and of a class's, that are left after a round. Text that begins to repeat itself is
 found again, although it was not worth drafting before."""
@@ -42,7 +46,8 @@ class TextAcceptance:
         matches: tokens before the proposal that its source has in common with the text; 0: there is none.
         """
         priors = [
-            record.alpha(start, _START_TRIALS) for record, start in zip(self._classes, _START_ALPHAS, strict=True)
+            _HOPE * start + (1 - _HOPE) * record.alpha(start, _START_TRIALS)
+            for record, start in zip(self._classes, _START_ALPHAS, strict=True)
         ]
         found = []
         for request, match in zip(requests, matches, strict=True):

@@ -160,14 +160,14 @@ def test_what_pays_is_found(model: bool, beta: float, text: bool) -> None:
 def test_estimates_follow_a_request() -> None:
     estimates = TextAcceptance()
     start = estimates.alphas(["a", "b"], [2, 20])
-    assert start[0] < 0.5 < start[1]
+    assert start[0] < start[1]
     for _ in range(40):
         estimates.update([("a", 2, 6, False), ("b", 20, 0, True)])
     copies, invents = estimates.alphas(["a", "b"], [2, 20])
     assert copies > 0.9
     assert invents < 0.2
     # Another request starts from what others had, and a length of match has an estimate of its own.
-    assert estimates.alphas(["c"], [2])[0] > 0.85
+    assert start[0] + 0.1 < estimates.alphas(["c"], [2])[0] < copies
     assert estimates.alphas(["a"], [8])[0] == TextAcceptance().alphas(["a"], [8])[0]
     estimates.forget("a")
     assert estimates.alphas(["a"], [2]) == estimates.alphas(["c"], [2])
@@ -194,7 +194,7 @@ def test_a_kind_of_match_that_did_not_pay_is_tried_again() -> None:
     low = estimates.alphas(["a"], [8])[0]
     for _ in range(3000):
         estimates.fade([])
-    assert low < 0.1
+    assert low < 0.6 * start
     assert estimates.alphas(["a"], [8])[0] > 0.9 * start
 
 
