@@ -9,7 +9,6 @@ drafts are proposed.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from statistics import median, quantiles
 from time import perf_counter
 
 from bench.corpus import BenchError, read_text
+from bench.format_flags import exits_on_error
 from bench.machine import describe_processor
 from engine.ngram.ngram_drafts import NgramDrafts
 from engine.ngram.ngram_index import NgramIndex
@@ -78,6 +78,7 @@ def table(costs: Sequence[NgramCosts]) -> str:
     return "\n".join(lines)
 
 
+@exits_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default", help="model whose tokenizer is used")
@@ -87,18 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="take the text from this file instead of Python's manual")
     parser.add_argument("--store", type=Path, help="text store to search in addition")
     given = parser.parse_args(arguments)
-    try:
-        model = resolve_model(given.model)
-        tokens = Tokenizer(model).encode(read_text(given.text), add_special_tokens=False)
-        store = TextStore(given.store, fingerprint(model / "tokenizer.json")) if given.store else None
-        contexts = [int(part) for part in given.contexts.split(",")]
-        if min(contexts, default=0) < 1 or given.new_tokens < 2 or given.limit < 1:
-            raise BenchError("--contexts and --limit must be at least 1, --new-tokens at least 2")
-        if max(contexts) + given.new_tokens > len(tokens):
-            raise BenchError(f"the text has {len(tokens)} tokens, too few for the longest context")
-        costs = [measure(tokens, context, new=given.new_tokens, limit=given.limit, store=store) for context in contexts]
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    model = resolve_model(given.model)
+    tokens = Tokenizer(model).encode(read_text(given.text), add_special_tokens=False)
+    store = TextStore(given.store, fingerprint(model / "tokenizer.json")) if given.store else None
+    contexts = [int(part) for part in given.contexts.split(",")]
+    if min(contexts, default=0) < 1 or given.new_tokens < 2 or given.limit < 1:
+        raise BenchError("--contexts and --limit must be at least 1, --new-tokens at least 2")
+    if max(contexts) + given.new_tokens > len(tokens):
+        raise BenchError(f"the text has {len(tokens)} tokens, too few for the longest context")
+    costs = [measure(tokens, context, new=given.new_tokens, limit=given.limit, store=store) for context in contexts]
     print(table(costs))
     print(f"{describe_processor()}; drafts of up to {given.limit} tokens")
 

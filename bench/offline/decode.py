@@ -42,9 +42,9 @@ class DecodeResult:
     accepted tokens that were found in the text.
     tokens_per_second: for the whole batch, mean tokens per round over the typical round time (Rounds.typical_s). gamma:
     mean over the rounds. t_target_ms: a plain round of the same run, if measured. t_draft_ms: one draft step; None
-    with `auto`. t_verify_ms: the target pass, which for gamma = 0 is the plain step. kv_bytes_per_token: KV bytes read
-    per output token, drafts included; shared pages count once. bytes_per_second: weight and KV bytes that a round has
-    to read, over its time. speedup: measured, over plain rounds of engines with the same `prefix` and KV format.
+    with `auto`, or if no model drafts. t_verify_ms: the target pass, which for gamma = 0 is the plain step.
+    kv_bytes_per_token: KV bytes read per output token, drafts included; shared pages count once. bytes_per_second:
+    weight and KV bytes that a round has to read, over its time. speedup: measured, over plain rounds of engines with the same `prefix` and KV format.
     predicted: the cost model's speed-up (planner.cost_model.speedup) from the acceptance and the three times measured
     here. weights, draft_weights: formats that the target and drafts multiply by.
     """
@@ -152,9 +152,10 @@ def _result(
     weight_bytes = weights.target + steps * (weights.draft or weights.target)
     t_target = median(plain.seconds) if plain else None
     alpha = acceptance_rate(rounds.total) if gamma else None
-    t_draft = median(rounds.draft) / gamma if gamma and speculation != "auto" else None
+    t_draft = median(rounds.draft) / steps if steps and speculation != "auto" else None
     predicted = None
-    if t_target is not None and alpha is not None and t_draft is not None and speculation != "auto":
+    only_models = not rounds.total.text_draft_tokens
+    if t_target is not None and alpha is not None and t_draft is not None and speculation != "auto" and only_models:
         predicted = speedup(speculation, alpha, t_target, t_draft, t_verify)
     return DecodeResult(
         batch=len(prompts),

@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="only the error of each layer")
     parser.add_argument("--think", type=float, nargs="+", help="with --layers, shares of key channels to leave out")
     arguments = parser.parse_args()
+    if arguments.think and not arguments.layers:
+        parser.error("--think needs --layers")
     tokenizer = Tokenizer(resolve_model(arguments.model))
     text = read_text(arguments.text)
     for length in arguments.length:

@@ -107,7 +107,7 @@ def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: i
     prompts: one per row, all of one length. limit: maximum new tokens per row.
     """
     batch, names = len(prompts), list(lineup.running)
-    turns = _Failures(lineup)
+    turns = {temperature: _Failures(lineup) for temperature in plan.temperatures}
     points = {
         (temperature, name): Point(name, batch, len(prompts[0]), temperature=temperature)
         for temperature in plan.temperatures
@@ -117,7 +117,8 @@ def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: i
     for name in names:
         max_batch = lineup.running[name].max_batch
         if max_batch is not None and batch > max_batch:
-            turns.errors[name] = f"takes {max_batch} row{'s' * (max_batch > 1)} at most"
+            for each in turns.values():
+                each.errors[name] = f"takes {max_batch} row{'s' * (max_batch > 1)} at most"
     groups = [[name] for name in names] if plan.separately else [names]
     for group, temperature in itertools.product(groups, plan.temperatures):
         again = plan.keep_prompts and temperature != plan.temperatures[0]
@@ -126,31 +127,31 @@ def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: i
             fields: dict[str, Any] = {"limit": limit, "temperature": temperature}
             if not again:
                 fields["prompts"] = prompts
-            if answer := turns.ask(name, "again" if again else "start", **fields):
+            if answer := turns[temperature].ask(name, "again" if again else "start", **fields):
                 point.prefill_s = None if again else answer["first_token_s"]
                 _append(text, answer["tokens"])
-                if plan.warm_up and (answer := turns.ask(name, "decode", new_tokens=plan.warm_up)):
+                if plan.warm_up and (answer := turns[temperature].ask(name, "decode", new_tokens=plan.warm_up)):
                     _append(text, answer["tokens"])
         for i in range(plan.rounds):
             shift = i % len(group)  # so that none always follows the same one
             for name in (*group[shift:], *group[:shift]):
-                if answer := turns.ask(name, "decode", new_tokens=plan.new_tokens):
+                if answer := turns[temperature].ask(name, "decode", new_tokens=plan.new_tokens):
                     count = sum(map(len, answer["tokens"]))
                     points[temperature, name].step_ms.append(1e3 * answer["decode_s"] * batch / count)
                     _append(texts[temperature, name], answer["tokens"])
         for name in group:
             if not plan.keep_prompts or temperature == plan.temperatures[-1]:
-                turns.ask(name, "stop")
+                turns[temperature].ask(name, "stop")
     for temperature, _, name in itertools.product(plan.temperatures, range(plan.totals), names):
         fields = {"prompts": prompts, "new_tokens": plan.new_tokens, "temperature": temperature}
-        if answer := turns.ask(name, "complete", **fields):
+        if answer := turns[temperature].ask(name, "complete", **fields):
             points[temperature, name].total_s.append(answer["total_s"])
     for (temperature, name), point in points.items():
         if not temperature:
             reference = next((texts[temperature, one] for one in names if points[temperature, one].step_ms), [])
             point.same = same_tokens(reference, texts[temperature, name])
         point.repeated = repeated_grams(texts[temperature, name])
-        point.error = turns.errors.get(name)
+        point.error = turns[temperature].errors.get(name)
     return list(points.values())
 
 

@@ -18,7 +18,7 @@ class SpeculationConfig(Settings):
     """Number of drafts per row and round; 0 is plain decoding. auto: the number with the highest predicted throughput,
     for each round and row."""
     gamma_max: Annotated[int, Field(ge=1, le=16)] = 8
-    """Largest number of drafts that auto chooses."""
+    """Largest number of drafts that auto chooses for a row if a model makes some of them."""
     drafter: Source = "self"
     """Where drafts come from. self: the target itself, with sparse KV. model: a smaller model with the same vocabulary.
     ngram: the text, prompt and output of the request and `store`: what followed the same tokens there. together: the
@@ -119,9 +119,9 @@ class SpeculationConfig(Settings):
 
     def _check_drafter(self, ranks: int) -> None:
         if self.model is None and self.drafter == "model":
-            raise ValueError("speculation.model is required with drafter: model")
+            raise ValueError("speculation.model is required with drafter: model (--draft DIR)")
         if self.model is not None and self.drafter not in ("model", "together"):
-            raise ValueError("speculation.model is allowed only with drafter: model or together")
+            raise ValueError("speculation.model is allowed only with drafter: model or together (--draft self: none)")
         if self.store is not None and not self.searches_text:
             raise ValueError("speculation.store is searched only with drafter: ngram or together")
         mine = self.tensor_parallel_size

@@ -69,7 +69,7 @@ class AutoGamma:
         self._budgets = tuple(budgets)
         self._calibration = Calibration()
         self._acceptance = AcceptanceEstimates(budgets[0], tokens_read or budgets[0])
-        self._text = TextAcceptance()
+        self._text, self._searches_text = TextAcceptance(), text_gamma_max > 0
         text = TextChooser(self._text, self._gamma_max, gamma_max) if text_gamma_max else None
         self._goodput = Goodput(times, self._calibration, self._acceptance, self._gamma_max, text)
         self._catch_up = CatchUp()
@@ -95,7 +95,7 @@ class AutoGamma:
         """See Controller.choose."""
         self._rounds += 1
         batch = Batch.from_requests(rows, self._model_gamma_max, shared_tokens, proposals)
-        if proposals:
+        if self._searches_text:
             self._text.fade(row.id for row in rows)
         options = self._goodput.options(batch, self._current_budget)
         if self._rounds % _EXPLORE_EVERY == 0:

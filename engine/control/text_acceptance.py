@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from engine.control.acceptance import AcceptanceRecord
 
-_LONGER = (3, 5, 9, 16)
+_CLASS_STARTS = (3, 5, 9, 16)
 """Matches from which the next class begins."""
 _START_ALPHAS, _START_TRIALS = (0.6, 0.7, 0.8, 0.85, 0.9), 5.0
 """Priors of the classes before anything was judged, and their weight in judged tokens. Optimistic: a draft that is not
@@ -15,7 +15,7 @@ taken costs little more than its verification, and one that is not made is never
 _REQUEST_TRIALS = 4.0
 _REQUEST_MEMORY, _CLASS_MEMORY = 60.0, 300.0
 """As in engine.control.acceptance."""
-_HOPE = 0.5
+_START_WEIGHT = 0.5
 """Weight of the optimistic prior in that of a request, beside what others had. Requests differ: what is copied in one
 is made up in the next."""
 _REQUEST_FADE, _CLASS_FADE = 0.98, 0.998
@@ -46,12 +46,12 @@ class TextAcceptance:
         matches: tokens before the proposal that its source has in common with the text; 0: there is none.
         """
         priors = [
-            _HOPE * start + (1 - _HOPE) * record.alpha(start, _START_TRIALS)
+            _START_WEIGHT * start + (1 - _START_WEIGHT) * record.alpha(start, _START_TRIALS)
             for record, start in zip(self._classes, _START_ALPHAS, strict=True)
         ]
         found = []
         for request, match in zip(requests, matches, strict=True):
-            length = bisect_right(_LONGER, match)
+            length = bisect_right(_CLASS_STARTS, match)
             own = self._requests.get(request)
             record = own[length] if own is not None else None
             if record is None:
@@ -67,7 +67,7 @@ class TextAcceptance:
         text.
         """
         for request, match, accepted, rejected in rows:
-            length = bisect_right(_LONGER, match)
+            length = bisect_right(_CLASS_STARTS, match)
             own = self._requests.setdefault(request, [None] * len(_START_ALPHAS))
             if (record := own[length]) is None:
                 record = own[length] = AcceptanceRecord()

@@ -1,4 +1,4 @@
-"""Where each row's drafts come from: its text, a model, or its text and then a model.
+"""Choice of each row's source of drafts: its text, a model, or its text and then a model.
 
 With lambda tokens per second, a draft must yield more than its time would yield elsewhere. Let v be the time that one
 more draft adds to the verify pass and f what one more row adds to a draft step. A row takes the most valuable of
@@ -32,7 +32,7 @@ _TEXT, _MODEL, _BOTH = range(3)
 
 
 class ProposedBatch(Protocol):
-    """What the choice needs of a batch (engine.control.goodput.Batch)."""
+    """Part of a batch that the choice needs (engine.control.goodput.Batch)."""
 
     rows: Sequence[Request]
     proposals: Sequence[Proposal]

@@ -11,10 +11,10 @@ from engine.ngram.ngram_index import MAX_PLACES, MIN_MATCH, NgramIndex
 from engine.ngram.text_store import TextStore
 
 _LONGER = 4.0
-"""Weight of a place over that of one which matches a token less. Few enough shorter matches are outvoted."""
+"""Weight of a place relative to one that matches one token less: more than four of those outvote it."""
 _OLDER = 0.95
-"""Weight of a place over that of the next one in its list: the older one in the output, and in a sorted text the one
-whose context is further from the request's."""
+"""Weight of a place relative to the one before it in its list: the newer one in the output, and in a sorted text the
+one whose context is nearer to the request's."""
 
 _Read = Callable[[int], int | None]
 

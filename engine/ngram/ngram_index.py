@@ -1,4 +1,4 @@
-"""What followed the last tokens of one request earlier in it: in its prompt, and in its output so far."""
+"""Index of what followed each context earlier in one request: in its prompt, and in its output so far."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from engine.ngram.context_array import MAX_MATCH, ContextArray
 MIN_MATCH = 2
 """Smallest number of last tokens that a continuation must follow."""
 MAX_PLACES = 16
-"""Largest number of places that one part of a text contributes to a proposal."""
+"""Largest number of places of the output that vote, and of those on each side of the best match in a sorted text."""
 
 
 class NgramIndex:
     """Index of a request's tokens, which only grow. The prompt is sorted once; output tokens are entered one by one.
 
-    num_tokens: leading tokens that are indexed. idle: rounds since drafts were last taken from it.
+    num_tokens: leading tokens that are indexed. idle: rounds since a proposal was not taken; 0 again
+    once one is.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:

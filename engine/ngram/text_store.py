@@ -14,12 +14,14 @@ import mmap
 import os
 import struct
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from engine.ngram.context_array import ContextArray, pack_reversed, sort_contexts
@@ -44,20 +46,24 @@ def build_store(texts: Iterable[Sequence[int]], tokenizer: str, file: Path) -> i
     A file that is there is replaced at once: engines that have it mapped keep what they have. tokenizer: see
     fingerprint. Returns the number of tokens. Raises StoreError for texts without tokens, OSError.
     """
-    tokens: list[int] = []
+    tokens = array("I")
     for text in texts:
         if len(text):
-            tokens += [*text, SEPARATOR]
+            tokens.extend(text)
+            tokens.append(SEPARATOR)
     if not tokens:
         raise StoreError("the texts have no tokens")
-    packed = pack_reversed(tokens[:-1])
+    packed = pack_reversed(np.frombuffer(tokens, dtype=np.uint32)[:-1])
     order: npt.NDArray[Any] = sort_contexts(packed)
     if len(order) < 2**31:
         order = order.astype(np.int32)
     arrays: dict[str, npt.NDArray[Any]] = {"order": order, "reversed": packed.view(np.uint8)}
     with tempfile.TemporaryDirectory(prefix=".store-", dir=file.parent) as folder:
         part = Path(folder) / "store"
-        save_file(arrays, part, metadata={"kind": _KIND, "tokenizer": tokenizer})
+        try:
+            save_file(arrays, part, metadata={"kind": _KIND, "tokenizer": tokenizer})
+        except SafetensorError as error:
+            raise StoreError(f"{file} cannot be written: {error}") from None
         os.replace(part, file)
     return len(order)
 
@@ -77,11 +83,11 @@ class TextStore:
         except OSError as error:
             raise StoreError(f"{file}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, struct.error):
-            raise StoreError(f"{file}: it is not a text store") from None
+            raise StoreError(f"{file}: it is not a text store; `magicdec store build` makes one") from None
         if kind != _KIND:
-            raise StoreError(f"{file}: it is not a text store that this version reads")
+            raise StoreError(f"{file}: it is not a text store that this version reads; build it again")
         if made_by != tokenizer:
-            raise StoreError(f"{file}: it was built with another tokenizer than the model's")
+            raise StoreError(f"{file}: it was built with another tokenizer than the model's; build it with --model")
         self.texts = ContextArray(parts["reversed"], parts["order"])
         self.num_tokens = len(self.texts)
 

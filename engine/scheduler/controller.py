@@ -55,9 +55,9 @@ class Controller(Protocol):
     ) -> list[RowDrafts]:
         """Choose the drafts of each decoding row; none is plain decoding.
 
-        proposals: tokens found in the text of each row; empty where text is not searched. shared_tokens: KV tokens of
-        the rows' contexts that need no reading, because another row of the batch has the same pages and attention reads
-        them once for all (Ops.shared_stretch).
+        proposals: tokens found in the text of each row, none where nothing was; may be left out. shared_tokens: KV
+        tokens of the rows' contexts that need no reading, because another row of the batch has the same pages and
+        attention reads them once for all (Ops.shared_stretch).
         The scheduler may lower them, never raise them. It calls this once per round that has decoding rows.
         """
         ...

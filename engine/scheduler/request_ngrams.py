@@ -9,9 +9,9 @@ from engine.ngram.ngram_index import NgramIndex
 from engine.scheduler.request import Request
 
 _PATIENCE = 8
-"""Rounds in which no draft was taken from a request's text, after which it is searched only once in as many."""
+"""Number of rounds without a draft taken from a request's text, after which it is searched only once in as many."""
 _INDEXED_TOKENS = 16_384
-"""Tokens that are indexed beside one round, or a few more: about 10 ms."""
+"""Number of tokens after which no further prompt is indexed beside a round. One prompt is indexed whole."""
 
 CountAllowed = Callable[[int, Sequence[int]], int]
 """From a row slot and tokens, the number of leading ones that the row's grammar allows next."""

@@ -33,7 +33,7 @@ def make_controller(config: EngineConfig, resolved: Resolved, worker: Worker, pr
 
 
 def make_request_ngrams(config: EngineConfig, resolved: Resolved, count_allowed: CountAllowed) -> RequestNgrams | None:
-    """Make what searches text for drafts, if the config says so. count_allowed: what grammars of rows allow. Raises
+    """Make the search of text for drafts, if the config says so. count_allowed: what grammars of rows allow. Raises
     ConfigError for a text store that cannot be used."""
     speculation = config.speculation
     if not speculation.searches_text:
@@ -41,7 +41,7 @@ def make_request_ngrams(config: EngineConfig, resolved: Resolved, count_allowed:
     store = None
     if speculation.store is not None:
         try:
-            store = TextStore(Path(speculation.store), fingerprint(resolved.path / "tokenizer.json"))
+            store = TextStore(Path(speculation.store).expanduser(), fingerprint(resolved.path / "tokenizer.json"))
         except (StoreError, OSError) as error:
             raise ConfigError(f"engine.speculation.store: {error}") from error
     drafts = NgramDrafts(resolved.shape.vocab_size, store)

@@ -55,7 +55,8 @@ def decode(
         str | None, typer.Option(help="Where drafts come from: self, model, ngram, together; comma-separated.")
     ] = None,
     task: Annotated[
-        Literal["free", "summary", "edit", "json"], typer.Option(help="Kind of work in the prompts.")
+        Literal["free", "summary", "edit", "json"],
+        typer.Option(help="Kind of work in the prompts. edit and json do not use --text."),
     ] = "free",
     text: TextFile = None,
     json_file: JsonFile = None,
@@ -137,7 +138,8 @@ def decode(
 
 @app.command()
 @options.engine_flags(
-    "speculation", "draft", "policy", "budget", "verification", "max_model_len", "tensor_parallel_size", "prefix_cache"
+    *("speculation", "drafter", "draft", "store", "policy", "budget", "verification"),
+    *("max_model_len", "tensor_parallel_size", "prefix_cache"),
 )
 def acceptance(
     overrides: dict[str, Any],
@@ -244,11 +246,10 @@ def _overrides_of(drafter: str | None, overrides: dict[str, Any]) -> dict[str, A
     if drafter is None:
         return overrides
     foreign = {
-        *(["engine.speculation.model"] if drafter in ("self", "ngram") else []),
-        *(["engine.speculation.store"] if drafter in ("self", "model") else []),
+        **({"engine.speculation.model": None} if drafter in ("self", "ngram") else {}),
+        **({"engine.speculation.store": None} if drafter in ("self", "model") else {}),
     }
-    own = {name: value for name, value in overrides.items() if name not in foreign}
-    return own | {"engine.speculation.drafter": drafter}
+    return overrides | foreign | {"engine.speculation.drafter": drafter}
 
 
 def _check_file(file: Path | None, flag: str) -> None:

@@ -61,7 +61,8 @@ def _is_given(command: typer.Context, name: str) -> bool:
 
 @app.command()
 @options.engine_flags(
-    *("tensor_parallel_size", "speculation", "draft", "draft_weights", "policy", "budget", "verification"),
+    *("tensor_parallel_size", "speculation", "drafter", "draft", "store", "draft_weights"),
+    *("policy", "budget", "verification"),
     *("target_kv", "target_budget", "kv_format", "max_model_len", "gpu_memory_utilization", "prefix_cache"),
 )
 def heads(

@@ -1,4 +1,4 @@
-"""`magicdec store`: text stores, which drafts are searched in."""
+"""`magicdec store`: text stores, which are searched for drafts."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def build(
     from models.default import resolve_model
     from models.tokenizer import Tokenizer
 
+    if out.is_dir():
+        raise typer.BadParameter(f"{out} is a directory; name a file", param_hint="OUT")
     if out.exists() and not force:
         raise typer.BadParameter(f"{out} exists; replace it with --force", param_hint="OUT")
     if not out.parent.is_dir():
