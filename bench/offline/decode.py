@@ -39,14 +39,14 @@ class DecodeResult:
 
     shared: number of tokens that all prompts begin with. prefix: whether rows share the pages of these tokens.
     kv_format: of the target's pool. temperature: of sampling. drafter: see SpeculationConfig. from_text: share of the
-    accepted tokens that were found in the text.
-    tokens_per_second: for the whole batch, mean tokens per round over the typical round time (Rounds.typical_s). gamma:
-    mean over the rounds. t_target_ms: a plain round of the same run, if measured. t_draft_ms: one draft step; None
-    with `auto`, or if no model drafts. t_verify_ms: the target pass, which for gamma = 0 is the plain step.
-    kv_bytes_per_token: KV bytes read per output token, drafts included; shared pages count once. bytes_per_second:
-    weight and KV bytes that a round has to read, over its time. speedup: measured, over plain rounds of engines with the same `prefix` and KV format.
-    predicted: the cost model's speed-up (planner.cost_model.speedup) from the acceptance and the three times measured
-    here. weights, draft_weights: formats that the target and drafts multiply by.
+    accepted tokens that were found in the text. tokens_per_second: for the whole batch, mean tokens per round over the
+    typical round time (Rounds.typical_s). gamma: mean over the rounds. t_target_ms: a plain round of the same run, if
+    measured. t_draft_ms: one draft step; None with `auto`, or if no model drafts. t_verify_ms: the target pass, which
+    for gamma = 0 is the plain step. kv_bytes_per_token: KV bytes read per output token, drafts included; shared pages
+    count once. bytes_per_second: weight and KV bytes that a round has to read, over its time. speedup: measured, over
+    plain rounds of engines with the same `prefix` and KV format. predicted: the cost model's speed-up
+    (planner.cost_model.speedup) from the acceptance and the three times measured here. weights, draft_weights: formats
+    that the target and drafts multiply by.
     """
 
     batch: int
