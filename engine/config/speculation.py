@@ -49,7 +49,7 @@ class SpeculationConfig(Settings):
     @property
     def drafting_model(self) -> DrafterName:
         """Model that drafts, if one does (`max_model_drafts`): the target itself, or a smaller one."""
-        return "model" if self.model is not None else "self"
+        return "model" if self.drafter == "model" or self.model is not None else "self"
 
     @property
     def searches_text(self) -> bool:

@@ -293,8 +293,8 @@ def test_a_start_that_fails_when_all_ranks_are_ready(
         ready.extend(set(psutil.Process().children()) - set(others))
         raise failed
 
-    monkeypatch.setattr("engine.core.load_profile", lambda key: None)
-    monkeypatch.setattr("engine.core.profile", profile)
+    monkeypatch.setattr("engine.worker.controllers.load_profile", lambda key: None)
+    monkeypatch.setattr("engine.worker.controllers.profile", profile)
     with pytest.raises(failed) as caught:
         start(random_dir, 2, speculation={"gamma": "auto", "kv": {"budget": 16, "sink": 4}})
     assert len(ready) == 1

@@ -130,7 +130,7 @@ class Case:
         pages = 900 if self.spare is None else -(-LONGEST // self.page) + self.spare
         with pytest.MonkeyPatch.context() as patch:
             samples = [StepSample(1, 64, gamma, 0.001 * gamma, 0.01) for gamma in (0, 1, 5)]
-            patch.setattr("engine.core.load_profile", lambda key: samples)
+            patch.setattr("engine.worker.controllers.load_profile", lambda key: samples)
             engine = tiny_engine(
                 target,
                 gamma=self.gamma,  # type: ignore[arg-type]
