@@ -1,4 +1,4 @@
-// Decoding of sealed pages: keys and values of few bits (kernels/kv/sealed_format.py).
+// Decoding of sealed pages: keys and values of few bits (kernels/kv/grouped_codes.py).
 //
 // A record holds SEALED_SLOTS slots of one KV head: codes, then float16 scales, then float16 minima. Keys have those of each
 // channel, values of each slot.
