@@ -16,7 +16,7 @@ from engine.control.calibration import Calibration
 from engine.control.catch_up import CatchUp, needs_catch_up, only_smallest_lag
 from engine.control.goodput import Batch, Goodput, Option, Options, draft_bucket, verify_bucket
 from engine.control.step_times import StepTimes
-from engine.control.text_acceptance import TextAcceptance
+from engine.control.text_acceptance import JudgedProposal, TextAcceptance
 from engine.control.text_options import TextChooser
 from engine.ngram.ngram_drafts import Proposal
 from engine.plan import RoundPlan, RoundResult
@@ -42,10 +42,10 @@ class _Decision:
     plain_s: float
 
     @property
-    def matches(self) -> dict[str, int]:
-        """Proposal.match by request."""
+    def proposals(self) -> dict[str, Proposal]:
+        """What was found in the text, by request."""
         pairs = zip(self.batch.rows, self.batch.proposals, strict=False)
-        return {row.id: proposal.match for row, proposal in pairs}
+        return {row.id: proposal for row, proposal in pairs if proposal.tokens}
 
 
 class AutoGamma:
@@ -174,7 +174,7 @@ class AutoGamma:
         outcomes = iter(result.rows)
         tokens, decoding = 0, not plan.starts
         judged, from_text, ended = [], [], []
-        matches = self._pending.matches if self._pending is not None else {}
+        proposals = self._pending.proposals if self._pending is not None else {}
         for request, work in zip(requests, plan.work, strict=True):
             if work.new != 1 or not work.samples:
                 decoding = False
@@ -183,9 +183,8 @@ class AutoGamma:
             outcome = next(outcomes)
             tokens += outcome.accepted + 1
             proposed, accepted = len(work.proposed), outcome.accepted
-            if proposed:
-                match = matches.get(request.id, 0)
-                from_text.append((request.id, match, min(accepted, proposed), accepted < proposed))
+            if proposal := proposals.get(request.id):
+                from_text.append(_judge(request.id, proposal, outcome.tokens))
             if work.model_drafts and accepted >= proposed:
                 judged.append((request.id, work.computed + 1, accepted - proposed, accepted < outcome.drafted))
             if request.finish_reason is not None:
@@ -240,6 +239,12 @@ class AutoGamma:
         self._explore_credit = min(self._explore_credit + _EXPLORE * earned, 10 * earned)
         if decision.chosen is not decision.best:
             self._explore_credit -= max(0.0, seconds - tokens / decision.best.rate)
+
+
+def _judge(request: str, proposal: Proposal, tokens: Sequence[int]) -> JudgedProposal:
+    """Judge a proposal by the tokens that followed, drafted or not."""
+    same = [ours == theirs for ours, theirs in zip(proposal.tokens, tokens, strict=False)]
+    return JudgedProposal(request, proposal.match, same.index(False) if False in same else len(same), False in same)
 
 
 def _rows_by_step(steps: Sequence[int]) -> list[int]:

@@ -3,13 +3,14 @@
 With lambda tokens per second, a draft must yield more than its time would yield elsewhere. Let v be the time that one
 more draft adds to the verify pass and f what one more row adds to a draft step. A row takes the most valuable of
 
-    text            sum over s <= p of b^s                                 - lambda v p
+    text            sum over s <= p of b_s                                 - lambda v p
     model           sum over s <= j of a^s                                 - lambda (v + f) j
-    text, model     sum over s <= p of b^s + b^p (sum over s <= j of a^s)  - lambda (v (p + j) + f (p + j))
+    text, model     sum over s <= p of b_s + b_p (sum over s <= j of a^s)  - lambda (v (p + j) + f (p + j))
 
-a and b are its acceptance probabilities of a model's drafts and of those from the text, p and j the largest numbers of
-drafts that are worth their time. In the last way the model also computes the text's drafts, in its first step. lambda
-is the rate that the options of the round have without text, and then the one that this choice has.
+a is its acceptance probability of a model's drafts, b_s = first * later^(s - 1) the probability that s drafts from the
+text are accepted (engine.control.text_acceptance), p and j the largest numbers of drafts that are worth their time. In
+the last way the model also computes the text's drafts, in its first step. lambda is the rate that the options of the
+round have without text, and then the one that this choice has.
 """
 
 from __future__ import annotations
@@ -76,9 +77,10 @@ class TextChooser:
         text.
         """
         matches = [proposal.match for proposal in batch.proposals]
-        betas: Floats = np.array(self._acceptance.alphas([row.id for row in batch.rows], matches))
+        betas: Floats = np.array(self._acceptance.alphas([row.id for row in batch.rows], matches))  # [rows, 2]
         lengths = np.array([len(proposal.tokens) for proposal in batch.proposals])
-        survival: Floats = betas[:, None] ** self._steps * (self._steps <= lengths[:, None])  # [rows, steps]
+        survival: Floats = betas[:, :1] * betas[:, 1:] ** (self._steps - 1)  # [rows, steps]
+        survival = survival * (self._steps <= lengths[:, None])
         after: Floats = alphas[:, None] ** self._model_steps * (self._model_steps <= batch.limits[:, None])
         # A verify pass has several slopes over drafts, as kernels and what bounds them change. Three views of it are
         # tried: as if all rows drafted alike, its mean slope, and its first one.
