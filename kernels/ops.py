@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from kernels.attention.base import AttentionBackend, GraphAttention, GraphBatch
 from kernels.kv.kv_pool import LayerKV
 from kernels.weights.matrix import Matrix
+
+Gate = Literal["silu", "gelu_tanh"]
+"""Function of gates: silu(g) = g / (1 + exp(-g));
+gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3)))."""
 
 
 class Linear(Protocol):
@@ -28,6 +32,17 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute x w^T + bias, [rows, features] to [rows, columns], and the epilogue chosen in `Ops.linear`."""
+
+
+class Experts(Protocol):
+    """Networks of a mixture of experts, of which a few compute each token."""
+
+    def __call__(self, x: Tensor, scores: Tensor) -> Tensor:
+        """Sum the networks of each token, weighted; see kernels.reference_experts.
+
+        x: [tokens, features]. scores: [tokens, networks], the router's, in float32 or wider. Returns [tokens,
+        columns] in the dtype of scores.
+        """
 
 
 class Graphs(Protocol):
@@ -78,6 +93,10 @@ class Ops(Protocol):
         """Formats that matrices may be rounded to."""
 
     @property
+    def expert_formats(self) -> frozenset[str]:
+        """Those that `experts` takes."""
+
+    @property
     def kv_formats(self) -> frozenset[str]:
         """Formats of pages that attention reads."""
 
@@ -88,16 +107,24 @@ class Ops(Protocol):
         """Return the format of weights in which products of up to `max_rows` rows take the least time, as measured, or
         the likely one where nothing can be measured. None: none is faster than dense."""
 
-    def linear(self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> Linear:
+    def linear(self, matrix: Matrix, bias: Tensor | None, *, gated: Gate | None = None, wide: bool = False) -> Linear:
         """Prepare a weight matrix for products. The result copies the weights or keeps them.
 
         matrix: [columns, features]; a dense one has the dtype of inputs. bias: [columns]. gated: the first half of the
-        columns are gates g for the second half u, and the result is silu(g) * u. wide: results are float32, or float64
+        columns are gates g for the second half u, and the result is gated(g) * u. wide: results are float32, or float64
         for float64 inputs.
 
         The result is the product with the matrix's values, but for the rounding of sums; with few bits, inputs may be
         rounded to 8 bits as well: in groups of features with a scale from the largest of them, or, where
         `QuantizedMatrix.rounds_inputs` is set, with one scale per row and exact sums.
+        """
+
+    def experts(self, networks: Sequence[tuple[Linear, Linear]], *, per_token: int, normalised: bool) -> Experts:
+        """Prepare a mixture of experts. It may move the weights of `networks`, which stay usable.
+
+        networks: a gated product, and a wide one of its results, both of `linear`. per_token: number of networks that
+        compute each token. normalised: whether their weights are scaled to sum to 1. Raises ValueError for formats
+        that are not in `expert_formats`.
         """
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:

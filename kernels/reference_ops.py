@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from kernels.key_summaries import bound_products, summarise_keys
 from kernels.kv.kv_bits import KV_BITS
 from kernels.kv.kv_pool import LayerKV, write_kv
 from kernels.noise import gumbel_noise
-from kernels.ops import Graphs
+from kernels.ops import Experts, Gate, Graphs, Linear
+from kernels.reference_experts import LoopedExperts
 from kernels.rope import apply_rope
 from kernels.weights.int8_weights import TINY
 from kernels.weights.matrix import DenseMatrix, Matrix, QuantizedMatrix
@@ -26,22 +27,23 @@ class ReferenceLinear:
 
     references_weights = True
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, gated: bool, wide: bool) -> None:
-        self._weight, self._bias = weight, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, gated: Gate | None, wide: bool) -> None:
+        self.weight, self._bias = weight, bias
         self._gated, self._wide = gated, wide
 
     @property
     def nbytes(self) -> int:
-        return self._weight.nbytes + (self._bias.nbytes if self._bias is not None else 0)
+        return self.weight.nbytes + (self._bias.nbytes if self._bias is not None else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._finish(F.linear(x, self._weight, self._bias), x.dtype)
+        return self._finish(F.linear(x, self.weight, self._bias), x.dtype)
 
     def _finish(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """dtype: of the result, unless it is wide."""
         if self._gated:
             gate, value = y.chunk(2, dim=-1)
-            y = F.silu(gate).mul_(value)
+            active = F.silu(gate) if self._gated == "silu" else F.gelu(gate, approximate="tanh")
+            y = active.mul_(value)
         if not self._wide:
             return y.to(dtype)
         return y.float() if y.dtype != torch.float64 else y
@@ -52,7 +54,7 @@ class QuantizedLinear(ReferenceLinear):
 
     references_weights = False
 
-    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None, gated: bool, wide: bool) -> None:
+    def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None, gated: Gate | None, wide: bool) -> None:
         super().__init__(matrix.codes, bias, gated, wide)
         self._matrix = matrix
 
@@ -81,7 +83,7 @@ class Int8Linear(QuantizedLinear):
         return sums * scales * self._matrix.scales[:, 0]
 
 
-def reference_linear(matrix: Matrix, bias: Tensor | None, gated: bool, wide: bool) -> ReferenceLinear:
+def reference_linear(matrix: Matrix, bias: Tensor | None, gated: Gate | None, wide: bool) -> ReferenceLinear:
     """Prepare a matrix of any format; see Ops.linear."""
     if isinstance(matrix, DenseMatrix):
         return ReferenceLinear(matrix.weight, bias, gated, wide)
@@ -96,12 +98,16 @@ class TorchFallbackOps:
     accept = None
     commit = None
     reads_prefixes = False
+    expert_formats = frozenset(FORMATS)
 
     def shared_stretch(self, head_dim: int) -> int:
         return 0
 
     def fastest_format(self, max_rows: int) -> str | None:
         return None
+
+    def experts(self, networks: Sequence[tuple[Linear, Linear]], *, per_token: int, normalised: bool) -> Experts:
+        return LoopedExperts(networks, per_token, normalised)
 
     def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
         return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
@@ -131,7 +137,7 @@ class ReferenceOps(TorchFallbackOps):
         return matrix.format in self.weight_formats
 
     def linear(
-        self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False
+        self, matrix: Matrix, bias: Tensor | None, *, gated: Gate | None = None, wide: bool = False
     ) -> ReferenceLinear:
         return reference_linear(matrix, bias, gated, wide)
 

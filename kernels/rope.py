@@ -9,15 +9,21 @@ float32 angles, which differ from exact ones by up to 1e-4 rad at position 4,000
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
+def rotary_periods(head_dim: int, theta: float) -> Tensor:
+    """Compute the positions per radian of each pair: theta^(2i / head_dim). Returns [head_dim / 2] float32."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return theta**exponent
+
+
 def rotary_frequencies(head_dim: int, theta: float) -> Tensor:
     """Compute the radians per position of each pair: theta^(-2i / head_dim). Returns [head_dim / 2] float32."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    return torch.reciprocal(theta**exponent)
+    return torch.reciprocal(rotary_periods(head_dim, theta))
 
 
 def llama3_frequencies(
@@ -72,3 +78,68 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)
     return out.to(x.dtype)
+
+
+def yarn_frequencies(
+    periods: Tensor,
+    *,
+    theta: float,
+    factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    original_max_positions: int,
+    truncate: bool,
+) -> Tensor:
+    """Apply YaRN (arXiv 2309.00071, section 3.2): keep frequencies that make more than beta_fast turns over the
+    original positions, divide those with fewer than beta_slow by `factor`, and interpolate linearly between, by the
+    number of the pair.
+
+    periods: [pairs] float32, see rotary_periods. theta: more than 1. truncate: whether the numbers of the first and the
+    last pair between are rounded, down and up. Returns radians per position, [pairs] float32.
+    """
+    pairs = len(periods)
+
+    def pair_of(turns: float) -> float:
+        return 2 * pairs * math.log(original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_of(beta_fast), pair_of(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    if low == high:
+        high += 0.001
+    slow = ((torch.arange(pairs, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    keep = 1 - slow
+    return torch.reciprocal(factor * periods) * (1 - keep) + torch.reciprocal(periods) * keep
+
+
+def yarn_attention_factor(
+    factor: float, attention_factor: float | None, mscale: float | None, mscale_all_dim: float | None
+) -> float:
+    """Return the factor of cosines and sines: attention_factor, or by default 0.1 ln(factor) + 1 (YaRN, section 3.4);
+    with both mscales, the quotient of 0.1 mscale ln(factor) + 1 and the same with mscale_all_dim."""
+
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if attention_factor is not None:
+        return attention_factor
+    if mscale and mscale_all_dim:
+        return scale(mscale) / scale(mscale_all_dim)
+    return scale(1.0)
+
+
+def longrope_frequencies(periods: Tensor, factors: Sequence[float]) -> Tensor:
+    """Multiply each period by its factor (LongRoPE, arXiv 2402.13753). periods: [pairs] float32, see rotary_periods.
+    Returns radians per position, [pairs] float32."""
+    return torch.reciprocal(torch.tensor(factors, dtype=torch.float32) * periods)
+
+
+def query_scales(positions: Tensor, beta: float, original_max_positions: int) -> Tensor:
+    """Compute the factors of queries by which Llama 4 and Ministral 3 sharpen attention in long texts:
+    1 + beta ln(1 + floor(position / original_max_positions)).
+
+    positions: [tokens] int64. Returns [tokens] float32, as transformers does.
+    """
+    spans = torch.div(positions, original_max_positions, rounding_mode="floor")
+    return 1 + beta * torch.log(1 + spans.to(torch.float32))

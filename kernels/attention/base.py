@@ -46,9 +46,6 @@ class _Lists:
     per_layer: bool
     prefixes: Sequence[SharedPrefix] | int
 
-    def __post_init__(self) -> None:
-        assert not (self.per_layer and self.prefixes)
-
     @property
     def per_head(self) -> bool:
         """Whether there is a list per KV head."""
@@ -85,6 +82,9 @@ class AttentionBatch(_Lists):
     ballot: votes to count in each run; None: none.
     rows: [rows] int64, the engine's slot of each row, for attention that knows more of it than its list; None: there
         are none.
+    window: largest number of slots that a query sees, the last ones of those it would see (sliding-window attention);
+        0: all. Lists are as long as without a window, so that a slot's place is that of its token; pages that no query
+        sees may hold anything. Only with one list per row for all layers, and without prefixes and ballot.
     """
 
     query_lengths: Sequence[int]
@@ -96,6 +96,14 @@ class AttentionBatch(_Lists):
     late: bool = False
     ballot: Ballot | None = None
     rows: Tensor | None = None
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        assert not (self.per_layer and self.prefixes)
+        if self.window:
+            assert self.pages.dim() == 2
+            assert not self.prefixes
+            assert self.ballot is None
 
 
 class PlannedAttention(Protocol):
@@ -140,6 +148,9 @@ class GraphBatch(_Lists):
     prefixes: int = 0
     per_layer: bool = False
     ballot: Ballot | None = None
+
+    def __post_init__(self) -> None:
+        assert not (self.per_layer and self.prefixes)
 
 
 class GraphAttention(PlannedAttention, Protocol):

@@ -41,4 +41,5 @@ class CpuAttention:
             scale,
             batch.ballot,
             layer.sealed,
+            batch.window,
         )

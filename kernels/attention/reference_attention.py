@@ -69,7 +69,7 @@ class ReferenceAttention:
                 pieces.append(_Piece(first + start, stop - start, row, length - n + stop))
             first += n
         pieces.sort(key=lambda piece: (piece.n, piece.length))
-        self._groups = [_pad(members, batch.pages.device) for members in _similar(pieces)]
+        self._groups = [_pad(members, batch.window, batch.pages.device) for members in _similar(pieces)]
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See AttentionBackend.run."""
@@ -95,20 +95,23 @@ class ReferenceAttention:
         scores = torch.matmul(grouped, k.transpose(2, 3)).view(pieces, kv_heads, -1, n, group.length)
         scores[..., group.unmasked :].masked_fill_(group.hidden, float("-inf"))
         sums[group.queries] = torch.logsumexp(scores, -1).permute(0, 3, 1, 2).flatten(2, 3)
-        # A weight of zero does not cancel a NaN, and slots past a piece's end may hold another request's overflow.
-        v[:, :, group.unmasked :].masked_fill_(group.hidden[:, 0, :, -1, :, None], 0.0)
+        # A weight of zero does not cancel a NaN, and slots that no query of a piece sees may hold anything.
+        v[:, :, group.unmasked :].masked_fill_(group.hidden[:, 0].all(2)[..., None], 0.0)
         weights = torch.softmax(scores, -1).flatten(2, 3)
         mixed = torch.matmul(weights, v).view(pieces, kv_heads, -1, n, head_dim)
         out[group.queries] = mixed.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out.dtype)
 
 
-def _pad(pieces: list[_Piece], device: torch.device) -> _Group:
-    """Make a group of pieces, the longest last."""
+def _pad(pieces: list[_Piece], window: int, device: torch.device) -> _Group:
+    """Make a group of pieces, the longest last. window: see AttentionBatch."""
     n, length = pieces[0].n, pieces[-1].length
-    unmasked = min(piece.length for piece in pieces) - n + 1
+    unmasked = 0 if window else min(piece.length for piece in pieces) - n + 1
     steps = torch.arange(n)
     visible = torch.tensor([piece.length for piece in pieces])[:, None] - n + 1 + steps  # [pieces, n]
-    hidden = torch.arange(unmasked, length) >= visible[..., None]
+    slots = torch.arange(unmasked, length)
+    hidden = slots >= visible[..., None]
+    if window:
+        hidden |= slots < visible[..., None] - window
     return _Group(
         rows=send(torch.tensor([piece.row for piece in pieces]), device),
         queries=send(torch.tensor([piece.first for piece in pieces])[:, None] + steps, device),

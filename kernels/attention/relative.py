@@ -60,9 +60,10 @@ class RelativeAttention:
         self._sink: _Sink | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
-        """batch.pages: [rows, width]. Without a ballot."""
+        """batch.pages: [rows, width]. Without a ballot and a window."""
         assert not batch.per_layer
         assert batch.ballot is None
+        assert not batch.window, "lists that leave tokens out tell nothing of the distance that a window is"
         skipped = np.array(batch.skipped, dtype=np.int64)
         far = skipped > 0
         self._sink = None

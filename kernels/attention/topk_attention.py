@@ -21,7 +21,7 @@ class TopKAttention:
         self._batch: AttentionBatch
 
     def plan(self, batch: AttentionBatch) -> None:
-        """batch.pages: [rows, width]; `run` searches these lists for the best keys. Without a ballot."""
+        """batch.pages: [rows, width]; `run` searches these lists, in a window, for the best keys. Without a ballot."""
         assert not batch.per_layer
         assert batch.ballot is None
         self._batch = batch
@@ -47,7 +47,13 @@ class TopKAttention:
         grouped = (q.to(compute) * scale).view(n, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         scores = torch.einsum("hgnd,hld->hgnl", grouped, k)
         seen = torch.arange(length - n, length, device=q.device)[:, None]
-        scores.masked_fill_(torch.arange(length, device=q.device) > seen, float("-inf"))
+        slots = torch.arange(length, device=q.device)
+        hidden = slots > seen
+        if self._batch.window:
+            hidden |= slots <= seen - self._batch.window
+        scores.masked_fill_(hidden, float("-inf"))
+        # A weight of zero does not cancel a NaN, and slots that no query sees may hold anything.
+        v = v.masked_fill(hidden.all(0)[:, None], 0.0)
         mass = torch.softmax(scores, -1).sum(1)  # [kv_heads, n, length]
         best = mass.topk(min(self._budget, length)).indices
         dropped = torch.ones_like(mass, dtype=torch.bool).scatter_(-1, best, False)

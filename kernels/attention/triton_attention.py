@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ class GpuAttention:
             return shared.tiles(send(torch.from_numpy(shared.numbers), q.device), batch.pages)
         queries = torch.tensor(batch.query_lengths, dtype=torch.int64)
         lengths = torch.tensor(batch.kv_lengths, dtype=torch.int64)
-        return assign_tiles(queries, lengths, batch.pages, tokens, per_layer=batch.per_layer).to(q.device)
+        tiles = assign_tiles(queries, lengths, batch.pages, tokens, per_layer=batch.per_layer).to(q.device)
+        return replace(tiles, window=batch.window)
 
 
 class GpuGraphAttention:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from kernels.cpu.micro_profile import MicroProfile
 from kernels.cpu.packing import Packed, can_pack, pack
 from kernels.key_summaries import bound_products, summarise_keys
 from kernels.kv.kv_pool import LayerKV
-from kernels.ops import Graphs
+from kernels.ops import Experts, Gate, Graphs, Linear
 from kernels.reference_ops import TorchFallbackOps
 from kernels.weights.matrix import Matrix
 from kernels.weights.weight_format import FORMATS
@@ -25,16 +25,34 @@ class CpuLinear:
 
     references_weights = False
 
-    def __init__(self, kernels: CpuKernels, weights: Packed, gated: bool, wide: bool) -> None:
-        self._kernels, self._weights = kernels, weights
-        self._gated, self._wide = gated, wide
+    def __init__(self, kernels: CpuKernels, weights: Packed, gated: Gate | None, wide: bool) -> None:
+        self._kernels, self.weights = kernels, weights
+        self.gated, self._wide = gated, wide
 
     @property
     def nbytes(self) -> int:
-        return self._weights.nbytes
+        return self.weights.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._kernels.linear(x, self._weights, silu_mul=self._gated, float_out=self._wide)
+        return self._kernels.linear(x, self.weights, gate=self.gated, float_out=self._wide)
+
+
+class CpuExperts:
+    """Mixture of experts in one call, for float32 scores."""
+
+    def __init__(
+        self,
+        kernels: CpuKernels,
+        products: Sequence[tuple[Packed, Packed]],
+        gate: Gate,
+        per_token: int,
+        normalised: bool,
+    ) -> None:
+        self._kernels, self._networks = kernels, kernels.networks(products, gate)
+        self._per_token, self._normalised = per_token, normalised
+
+    def __call__(self, x: Tensor, scores: Tensor) -> Tensor:
+        return self._kernels.experts(self._networks, x, scores, self._per_token, self._normalised)
 
 
 class CpuOps(TorchFallbackOps):
@@ -58,8 +76,22 @@ class CpuOps(TorchFallbackOps):
     def takes(self, matrix: Matrix) -> bool:
         return can_pack(matrix)
 
-    def linear(self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> CpuLinear:
-        return CpuLinear(self._kernels, pack(matrix, bias, gated=gated), gated, wide)
+    def linear(
+        self, matrix: Matrix, bias: Tensor | None, *, gated: Gate | None = None, wide: bool = False
+    ) -> CpuLinear:
+        return CpuLinear(self._kernels, pack(matrix, bias, gated=gated is not None), gated, wide)
+
+    def experts(self, networks: Sequence[tuple[Linear, Linear]], *, per_token: int, normalised: bool) -> Experts:
+        pairs = [
+            (first, second)
+            for first, second in networks
+            if isinstance(first, CpuLinear) and isinstance(second, CpuLinear)
+        ]
+        products = [(first.weights, second.weights) for first, second in pairs]
+        gate = pairs[0][0].gated if len(pairs) == len(networks) else None
+        if gate is None or any(weights.order is not None for pair in products for weights in pair):
+            return super().experts(networks, per_token=per_token, normalised=normalised)
+        return CpuExperts(self._kernels, products, gate, per_token, normalised)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         return self._kernels.norm(x, delta, weight, eps)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,15 @@ from kernels.cpu.choice import KernelChoice
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable, build_kernels, build_operators, supported
 from kernels.cpu.packing import Packed
 from kernels.kv.kv_pool import SealedKV
+from kernels.ops import Gate
 
 SEGMENT = 1024
 """Number of KV slots of a row that are one piece of work in attention, and that rows share; same as SEGMENT of
 csrc/attention_cut.h."""
 _SEALED_KINDS = {"int8": 0, "int4x2": 1, "upper": 2}
 """Numbers of `Sealed` in csrc/kernels.h, by kind of layer (LayerKV.kind)."""
+_GATES: dict[Gate | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
+"""Numbers of `Gate` in csrc/kernels.h."""
 READABLE_KV = frozenset({"dense", "int8", "int4x2"})
 """Formats of KV that the kernels read (see kernels.kv.kv_bits)."""
 
@@ -68,6 +72,7 @@ class CpuKernels:
         # Looked up once: a model makes hundreds of calls per token.
         self._attention, self._norm = ops.attention.default, ops.norm.default
         self._rotary, self._sample, self._best = ops.rotary.default, ops.sample.default, ops.best.default
+        self._experts = ops.experts.default
         self._summarise, self._bounds = ops.summarise.default, ops.bounds.default
         # By kind of product: the operator, the kernels, and the operator's last arguments.
         self._products: dict[str, tuple[Callable[..., Tensor], int, tuple[int, ...]]] = {
@@ -88,32 +93,50 @@ class CpuKernels:
         scale: float,
         ballot: Ballot | None = None,
         sealed: SealedKV | None = None,
+        window: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Compute attention; see kernels.attention.base.
 
         q: [tokens, heads, head_dim], head_dim a multiple of 16. k, v: [pages, kv_heads, page_size, head_dim]. queries,
         lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. sealed: pages that come before
-        those of k and v. Returns o, in q's dtype, and the log-sum-exp [tokens, heads] float32, and writes the votes of
-        `ballot`.
+        those of k and v. window: see AttentionBatch; pages that no query sees may have any ids. Returns o, in q's
+        dtype, and the log-sum-exp [tokens, heads] float32, and writes the votes of `ballot`.
         """
         counted = (None, 1, None) if ballot is None else (ballot.voters, ballot.unit, ballot.votes)
         records: tuple[Tensor | None, Tensor | None, int] = (None, None, 0)
         if sealed is not None:
             records = sealed.k, sealed.v, _SEALED_KINDS[sealed.kind]
         o, sums = self._attention(
-            self._attention_table, q, k, v, queries, lengths, pages, scale, *self._prefetch, *counted, *records
+            self._attention_table, q, k, v, queries, lengths, pages, scale, *self._prefetch, window, *counted, *records
         )
         return o, sums
 
-    def linear(self, x: Tensor, weights: Packed, *, silu_mul: bool = False, float_out: bool = False) -> Tensor:
+    def linear(self, x: Tensor, weights: Packed, *, gate: Gate | None = None, float_out: bool = False) -> Tensor:
         """Compute x w^T + bias: [rows, features] to [rows, columns], in x's dtype, or in float32 with float_out.
 
         weights: in x's dtype, or of fewer bits. With int8 of one scale per output feature and with int4, x is rounded
         to 8 bits too, with one scale per row, or one per group of features as the weights have, from its largest
-        element. silu_mul: weights are gates and as many values (`pack_gated`), and the result is silu(gate) * value.
+        element. gate: weights are gates and as many values (`pack_gated`), and the result is gate(gates) * values.
         """
         product, table, last = self._products[weights.kind]
-        return product(table, weights.arrange(x), *weights.operands, silu_mul, float_out, *last)
+        return product(table, weights.arrange(x), *weights.operands, _GATES[gate], float_out, *last)
+
+    def networks(self, products: Sequence[tuple[Packed, Packed]], gate: Gate) -> Any:
+        """Join networks for `experts`. products: gates and values of each (`pack_gated`), and what multiplies their
+        results; without an order of features."""
+        joined = torch.classes.magicdec_cpu.Networks()
+        for pair in products:
+            for weights, gated in zip(pair, (gate, None), strict=True):
+                _, table, last = self._products[weights.kind]
+                *operands, features, columns = weights.operands
+                kind, tensors, number = _network_product(weights.kind, operands, last)
+                joined.add(kind, table, *tensors, features, columns, _GATES[gated], number)
+        return joined
+
+    def experts(self, networks: Any, x: Tensor, scores: Tensor, per_token: int, normalised: bool) -> Tensor:
+        """Compute a mixture of experts; see kernels.ops.Experts. networks: joined. scores: float32."""
+        total: Tensor = self._experts(networks, x, scores, per_token, normalised)
+        return total
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """Add delta to x in place, and return the root-mean-square norm of the sum, all [rows, size] of one dtype."""
@@ -167,3 +190,19 @@ class CpuKernels:
         """Bound products; see Ops.bounds. head_dim is a multiple of 16, low and high have equal strides."""
         scores: Tensor = self._bounds(self._rest, q, pages, low, high, first, ends)
         return scores
+
+
+def _network_product(
+    kind: str, operands: Sequence[Tensor | int | None], last: tuple[int, ...]
+) -> tuple[int, list[Tensor | int | None], int]:
+    """Return a product's kind, four tensors, and last number as `Networks.add` of csrc/ops_experts.h takes them.
+
+    operands: Packed.operands without sizes. last: the last arguments of the product's operator.
+    """
+    if kind == "products_int4":
+        return 1, list(operands), 0
+    if kind == "products_coded":
+        codes, e4m3, scales, bias = operands
+        assert isinstance(e4m3, int)
+        return 2, [codes, scales, None, bias], int(e4m3)
+    return 0, list(operands), last[0]

@@ -42,6 +42,10 @@ class Packed(Protocol):
     def nbytes(self) -> int:
         """Bytes of all tensors."""
 
+    @property
+    def order(self) -> Tensor | None:
+        """Order of features that the operator takes, [features] int64; None: that of the matrix."""
+
     def arrange(self, x: Tensor) -> Tensor:
         """Return the input, [rows, features], in the order of features that the operator takes."""
 
@@ -51,6 +55,8 @@ class PackedWeights:
     of neighbouring input features, [blocks, words, BLOCK, elements of a word]. It takes as much memory as the matrix,
     rounded up to whole blocks of 16 words. All instruction sets read it, whether for few rows or many.
     """
+
+    order: Tensor | None = None
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None, *, columns: int | None = None

@@ -110,7 +110,8 @@ class FlashInferAttention:
         self._votes: FlashInferVotes | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
-        """See AttentionBackend.plan."""
+        """See AttentionBackend.plan. The batch has no window."""
+        assert not batch.window
         self._batch = batch
         self._parts = []
         self._votes = None

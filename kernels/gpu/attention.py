@@ -1,14 +1,14 @@
 """Paged attention: ragged queries over page lists. Long lists are split over programs and merged by log-sum-exp.
 
 A tile holds some queries of one row, for all query heads of one KV head, so that one read of a page serves them all,
-and their votes (votes.py).
-Pages that rows share are a row of their own, with the queries of all of these rows (shared_tiles.py).
+and their votes (votes.py). Pages that rows share are a row of their own, with the queries of all of these rows
+(shared_tiles.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -67,7 +67,7 @@ class Tiles:
     [tiles] int64, the tile's first query in its row. start: [rows] int64, a row's first query in the batch. queries,
     lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64, with [layers] in front of these where
     per_layer is true. block: queries per tile. prefixes: what else there is to know where pages are shared: some of the
-    rows are then prefixes.
+    rows are then prefixes. window: see AttentionBatch.
     """
 
     row: Tensor
@@ -79,11 +79,12 @@ class Tiles:
     block: int
     prefixes: PrefixTiles | None = None
     per_layer: bool = False
+    window: int = 0
 
     def to(self, device: torch.device) -> Tiles:
         parts = self.row, self.first, self.start, self.queries, self.lengths
         row, first, start, queries, lengths = (send(part, device) for part in parts)
-        return Tiles(row, first, start, queries, lengths, self.pages, self.block, per_layer=self.per_layer)
+        return replace(self, row=row, first=first, start=start, queries=queries, lengths=lengths)
 
 
 def queries_per_tile(tokens: int, rows: int) -> int:
@@ -157,6 +158,7 @@ def _attend_kernel(
     grains: tl.tensor,
     PREFIXES: tl.constexpr,
     GRAIN: tl.constexpr,
+    WINDOW: tl.constexpr,
     KV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -180,6 +182,9 @@ def _attend_kernel(
 
     GRAIN: slots of which the voters' sums are kept, see votes.py; 0: none vote. Not with PREFIXES. Only tiles that hold
     voters do more for it.
+
+    WINDOW: see AttentionBatch.window. The list is cut from the first slot on that a query of the program sees; where
+    tiles may be of sealed pages, from the tile on that has it. Not with PREFIXES or GRAIN.
     """
     dtype: tl.constexpr = q.dtype.element_ty
     head = tl.program_id(1)
@@ -214,6 +219,10 @@ def _attend_kernel(
         mass = tl.zeros([M], tl.float32)
         mixed = tl.zeros([M, D], tl.float32)
         first = 0
+        if WINDOW:
+            first = tl.maximum(tl.min(tl.where(live, visible, length), 0) - WINDOW, 0)
+            if KV != "dense" and KV != "fp8":
+                first = first // N * N
         of_list = row
         out_part = part
         if PREFIXES:
@@ -242,6 +251,8 @@ def _attend_kernel(
             k_tile = load_tile(k, k_records, *of_page, KV, True, dtype, PAGE_SIZE, HEAD_DIM, N, D)
             v_tile = load_tile(v, v_records, *of_page, KV, False, dtype, PAGE_SIZE, HEAD_DIM, N, D)
             mask = listed[None, :] & (slot[None, :] < visible[:, None])
+            if WINDOW:
+                mask = mask & (slot[None, :] >= visible[:, None] - WINDOW)
             scores = masked_scores(q_tile, k_tile, scale, mask, WIDEN)
             new_top = tl.maximum(top, tl.max(scores, 1))
             against = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -300,7 +311,8 @@ def attend(
     prefixes, prefix_tiles, prefix_spans = tiles.prefixes, 0, 0
     spans, tile_count = 0, len(tiles.row)
     if prefixes is None:
-        spans = _spans(width * page_size, tile_count * cuts * kv_heads, span)
+        slots = min(width * page_size, tiles.window + tiles.block - 1) if tiles.window else width * page_size
+        spans = _spans(slots, tile_count * cuts * kv_heads, span)
         grid = tile_count * cuts, kv_heads, spans
     else:
         prefix_tiles, tile_count = prefixes.tiles, tile_count - prefixes.tiles
@@ -330,15 +342,8 @@ def attend(
         *kv_tensors(kv),
         parts,
         part_lse,
-        tiles.row,
-        tiles.first,
-        tiles.start,
-        tiles.queries,
-        tiles.lengths,
-        pages,
-        prefixes.skipped if prefixes else unused,
-        prefixes.listed if prefixes else unused,
-        prefixes.tokens if prefixes else unused,
+        *(tiles.row, tiles.first, tiles.start, tiles.queries, tiles.lengths, pages),
+        *((prefixes.skipped, prefixes.listed, prefixes.tokens) if prefixes else (unused, unused, unused)),
         ballot.voters if ballot else unused,
         unused if sums is None else sums,
         scale,
@@ -355,6 +360,7 @@ def attend(
         0 if sums is None else sums.shape[3],
         PREFIXES=prefixes is not None,
         GRAIN=0 if sums is None else grain,
+        WINDOW=tiles.window,
         KV=kind,
         PAGE_SIZE=page_size,
         GROUP=group,

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.gpu.checks import check_dtype, check_pool
 from kernels.gpu.tile import fp8_codes, kv_tensors
 from kernels.kv.kv_pool import LayerKV
+from kernels.ops import Gate
 
 _WIDE = 1024  # elements per program of an elementwise kernel
 
@@ -66,27 +67,34 @@ def _warps(elements: int) -> int:
 
 
 @triton.jit
-def _silu_mul_kernel(pairs: tl.tensor, out: tl.tensor, stride: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
-    """Gate a block of features. One program per row and block."""
+def _gate_kernel(
+    pairs: tl.tensor, out: tl.tensor, stride: tl.tensor, size: tl.tensor, GELU: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """Gate a block of features. One program per row and block. GELU: by gelu_tanh, or else by silu; both are
+    g / (1 + e^-z)."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     gate = tl.load(pairs + row * stride + i, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(pairs + row * stride + size + i, mask=inside, other=0.0).to(tl.float32)
-    result = gate / (1.0 + tl.exp(-gate)) * value
+    z = gate
+    if GELU:
+        z = gate * (gate * gate * 0.044715 + 1.0) * 1.5957691216057308  # 2 sqrt(2 / pi)
+    result = gate / (1.0 + tl.exp(-z)) * value
     tl.store(out + row * size + i, result.to(out.dtype.element_ty), mask=inside)
 
 
-def silu_mul(pairs: Tensor) -> Tensor:
-    """Compute silu(gate) * value: [rows, 2 size], gates first, to [rows, size]."""
+def apply_gate(pairs: Tensor, gate: Gate) -> Tensor:
+    """Compute gate(gates) * values: [rows, 2 size], gates first, to [rows, size]."""
     check_dtype(pairs)
     rows, size = pairs.shape[0], pairs.shape[1] // 2
     if pairs.stride(1) != 1:
-        raise ValueError("silu_mul: elements of a row are not contiguous")
+        raise ValueError("apply_gate: elements of a row are not contiguous")
     out = torch.empty(rows, size, dtype=pairs.dtype, device=pairs.device)
     if rows:
         block = min(_WIDE, triton.next_power_of_2(size))
-        _silu_mul_kernel[(rows, triton.cdiv(size, block))](pairs, out, pairs.stride(0), size, BLOCK=block)
+        grid = rows, triton.cdiv(size, block)
+        _gate_kernel[grid](pairs, out, pairs.stride(0), size, GELU=gate == "gelu_tanh", BLOCK=block)
     return out
 
 

@@ -18,8 +18,8 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.worker.kv_memory import measure, size_pool
 from engine.worker.resolve import resolve
+from models.decoder import DecoderModel
 from models.default import default_model_dir
-from models.llama import Llama
 from models.loader import random_model
 from models.tokenizer import Tokenizer
 from parallel.group import Group
@@ -41,7 +41,7 @@ SNAPKV = {"policy": "snapkv", "budget": 32, "recent": 16}
 
 
 @pytest.fixture(scope="module")
-def model() -> Llama:
+def model() -> DecoderModel:
     """Model in float32, so that batch shapes cannot tip a near tie."""
     return random_model(SHAPE, 0, torch.float32, CUDA, Group.single(), GpuOps(make_recorder=partial(CudaGraphs, CUDA)))
 
@@ -67,7 +67,9 @@ def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kv", [WINDOW, SNAPKV], ids=["window", "snapkv"])
 @pytest.mark.parametrize("drafter", ["self", "model"])
-def test_graphs_and_speculation_change_nothing(model: Llama, draft_dir: Path, drafter: str, kv: dict[str, Any]) -> None:
+def test_graphs_and_speculation_change_nothing(
+    model: DecoderModel, draft_dir: Path, drafter: str, kv: dict[str, Any]
+) -> None:
     wanted = requests(12, seed=1)
     plain = {id: tokens(out) for id, out in run(tiny_engine(model, gamma=0, cuda_graphs=False), wanted).items()}
     speculation = {"kv": kv, "drafter": drafter, **({"model": str(draft_dir)} if drafter == "model" else {})}
@@ -84,7 +86,7 @@ def test_graphs_and_speculation_change_nothing(model: Llama, draft_dir: Path, dr
     assert accepted[3, True] == pytest.approx(accepted[3, False], abs=0.02)
 
 
-def test_a_random_load_stays_right(model: Llama) -> None:
+def test_a_random_load_stays_right(model: DecoderModel) -> None:
     """Requests join and leave at any time, and pages are so few that some requests are preempted."""
     engine = tiny_engine(model, gamma=3, speculation={"kv": WINDOW}, cache={"num_pages": 300}, max_model_len=400)
     for seed in range(6 if is_all() else 2):
@@ -98,7 +100,7 @@ def test_a_random_load_stays_right(model: Llama) -> None:
     engine.close()
 
 
-def test_the_pool_takes_what_is_left(model: Llama) -> None:
+def test_the_pool_takes_what_is_left(model: DecoderModel) -> None:
     config = EngineConfig.model_validate({"model": "tiny", "device": "cuda", "max_model_len": 2000})
     memory = measure(config, model)
     assert 0 < memory.running < memory.total

@@ -148,7 +148,7 @@ def test_products(format: str, dtype: torch.dtype) -> None:
         x = torch.randn(rows, 4096, device=CUDA).to(dtype)
         x[-1] = x[0]
         found = few_bit_product(x, weights, bias, wide=True)
-        torch.testing.assert_close(found, QuantizedLinear(matrix, bias, False, True)(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found, QuantizedLinear(matrix, bias, None, True)(x), rtol=1e-3, atol=1e-3)
         assert torch.equal(found[-1], found[0])
         assert torch.equal(found, few_bit_product(x, weights, bias, wide=True))
 
@@ -165,7 +165,7 @@ def test_products_of_few_bits_are_captured_and_replayed() -> None:
     replay = CudaGraphs(CUDA).capture(work)
     x.copy_(torch.randn(4, 4072))
     replay()
-    torch.testing.assert_close(held["y"], QuantizedLinear(matrix, None, False, True)(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(held["y"], QuantizedLinear(matrix, None, None, True)(x), rtol=1e-3, atol=1e-3)
 
 
 def test_products_of_fp8_by_fp8() -> None:

@@ -11,13 +11,16 @@ struct AttentionShape {
   int kv_heads, group, head_dim, page_size, pool;
   bool per_head;  // lists per KV head
   std::vector<int64_t> queries, lengths;
+  int64_t window = 0;
   int rows() const { return int(queries.size()); }
   int lists() const { return per_head ? kv_heads : 1; }  // of a row
+  int64_t first_seen(int64_t seen) const { return window > 0 ? std::max<int64_t>(seen - window, 0) : 0; }
   int64_t width() const { return (*std::max_element(lengths.begin(), lengths.end()) + page_size - 1) / page_size; }
 };
 
 // Number of pieces of work for two threads: rows of few queries are cut by segment, and where all of their queries see a
-// segment that others list too, the pages before included, there is one piece for them all per KV head.
+// segment that others list too, the pages before included, there is one piece for them all per KV head. With a window, no
+// pieces before it, and none for several rows.
 inline int64_t expected_pieces(const AttentionShape& shape, const std::vector<int64_t>& pages) {
   constexpr int64_t SEGMENT = 1024, TALL = 64, WIDE = 192;
   int64_t count = 0;
@@ -30,8 +33,8 @@ inline int64_t expected_pieces(const AttentionShape& shape, const std::vector<in
       count += (n + most - 1) / most * shape.kv_heads;
       continue;
     }
-    for (int64_t end = SEGMENT; end - SEGMENT < length; end += SEGMENT) {
-      if (shape.per_head || length <= SEGMENT || length - n + 1 < end) count++;
+    for (int64_t end = shape.first_seen(length - n + 1) / SEGMENT * SEGMENT + SEGMENT; end - SEGMENT < length; end += SEGMENT) {
+      if (shape.window > 0 || shape.per_head || length <= SEGMENT || length - n + 1 < end) count++;
       else rows_of[{list, list + (end + shape.page_size - 1) / shape.page_size}]++;
     }
   }
@@ -54,9 +57,9 @@ struct Poll {
 
 // pages: [rows][lists][width].
 inline void check_attention(Random& random, const char* name, const AttentionShape& shape, std::vector<int64_t> pages) {
-  const auto& [type, kv_heads, group, head_dim, page_size, pool, per_head, queries, lengths] = shape;
+  const auto& [type, kv_heads, group, head_dim, page_size, pool, per_head, queries, lengths, window] = shape;
   const int rows = shape.rows(), heads = kv_heads * group, q_gap = random.of({0, 0, 1, 16}), page_gap = random.of({0, 0, 1, 64});
-  const std::string what = describe(name, int(type), kv_heads, group, head_dim, page_size, per_head, rows, queries[0], lengths[0]);
+  const std::string what = describe(name, int(type), kv_heads, group, head_dim, page_size, per_head, rows, queries[0], lengths[0], window);
   std::vector<int64_t> starts;
   int64_t tokens = 0;
   for (const int64_t n : queries) starts.push_back(tokens), tokens += n;
@@ -69,6 +72,7 @@ inline void check_attention(Random& random, const char* name, const AttentionSha
   args.heads = heads, args.kv_heads = kv_heads, args.head_dim = head_dim, args.page_size = page_size;
   args.q_stride = q_stride, args.page_stride = page_stride;
   args.row_stride = width * shape.lists(), args.head_stride = per_head ? width : 0;
+  args.window = window;
   args.scale = float(1 / std::sqrt(double(head_dim)));
   do args.vote_unit = random.of({1, page_size, 1 + int(random.below(page_size))});
   while (page_size % args.vote_unit);
@@ -82,7 +86,12 @@ inline void check_attention(Random& random, const char* name, const AttentionSha
     Tensor out(type, size_t(total) * heads * head_dim);
     lse = Tensor(Type::f32, size_t(total) * heads);
     args.q = q.at(size_t(token) * q_stride), args.out = out.at(0), args.lse = static_cast<float*>(lse.at(0));
-    args.rows = count, args.queries = n, args.lengths = length, args.pages = pages.data() + first_row * args.row_stride;
+    std::vector<int64_t> listed(pages.begin() + first_row * args.row_stride, pages.end());
+    for (int64_t i = 0; i < count * shape.lists(); i++) {  // pages that no query sees, and that are not there
+      const int64_t row = i / shape.lists();
+      std::fill_n(listed.begin() + i * width, shape.first_seen(length[row] - n[row] + 1) / page_size, int64_t(1) << 40);
+    }
+    args.rows = count, args.queries = n, args.lengths = length, args.pages = listed.data();
     args.voters = poll ? poll->voters.data() : nullptr;
     args.votes = poll ? static_cast<float*>(poll->votes.at(0)) : nullptr;
     args.fetch_blocks = random.of({1, 2, 3}), args.fetch_to_l2 = random.below(2);
@@ -102,13 +111,13 @@ inline void check_attention(Random& random, const char* name, const AttentionSha
     };
     std::vector<double> weights(seen);
     double peak = -INFINITY, total = 0;
-    for (int64_t slot = 0; slot < seen; slot++) {
+    for (int64_t slot = shape.first_seen(seen); slot < seen; slot++) {
       double score = 0;
       const size_t from = at(slot);
       for (int d = 0; d < head_dim; d++) score += q.get(query_at + d) * k.get(from + d);
       weights[slot] = score * args.scale, peak = std::max(peak, weights[slot]);
     }
-    for (double& weight : weights) total += weight = std::exp(weight - peak);
+    for (int64_t slot = 0; slot < seen; slot++) total += weights[slot] = slot < shape.first_seen(seen) ? 0 : std::exp(weights[slot] - peak);
     const double error = type == Type::f32 ? 1e-5 : type == Type::bf16 ? 0x1p-7 : 0x1p-10;  // of weights, and of the result
     std::vector<double> expected(head_dim), sizes(head_dim);
     for (int64_t slot = 0; slot < seen; slot++) {
@@ -123,10 +132,11 @@ inline void check_attention(Random& random, const char* name, const AttentionSha
   }
   // Votes, which change no result.
   Poll poll = ask(rows, queries.data());
-  const Tensor same = run(0, rows, queries.data(), lengths.data(), 0, 2, lse_part, &poll);
+  Poll* const asked = window > 0 ? nullptr : &poll;
+  const Tensor same = run(0, rows, queries.data(), lengths.data(), 0, 2, lse_part, asked);
   check_same(what + " with votes", same, out, 0, out.size());
   check_same(what + " lse with votes", lse_part, lse, 0, lse.size());
-  for (int sample = 0; sample < 2; sample++) {
+  for (int sample = 0; asked && sample < 2; sample++) {
     const int row = int(random.below(rows)), head = int(random.below(kv_heads));
     const int64_t* voters = &poll.voters[2 * row];
     const int64_t own = (lengths[row] + args.vote_unit - 1) / args.vote_unit;
@@ -160,7 +170,7 @@ inline void check_attention(Random& random, const char* name, const AttentionSha
     const auto check_part = [&](int first_row, int count, int64_t query, const int64_t* n, const int64_t* length, int threads) {
       const int64_t token = starts[first_row] + query;
       Poll votes = ask(count, n);
-      const Tensor part = run(first_row, count, n, length, token, threads, lse_part, random.below(2) ? &votes : nullptr);
+      const Tensor part = run(first_row, count, n, length, token, threads, lse_part, asked && random.below(2) ? &votes : nullptr);
       check_same(what, part, out, token * size, part.size());
       check_same(what + " lse", lse_part, lse, token * heads, lse_part.size());
     };
@@ -190,6 +200,7 @@ inline void test_attention(Random& random) {
     if (too_much()) length = n + random.of({1, 63, 130});
     shape.queries.push_back(n), shape.lengths.push_back(length);
   }
+  if (random.below(2)) shape.window = random.of({1, 2, 15, 16, 17, 63, 64, 65, 100, 512, 1024, 1025, 3000});
   std::vector<int64_t> pages(shape.rows() * shape.lists() * shape.width());
   for (int64_t& page : pages) page = random.below(shape.pool);
   check_attention(random, "attention", shape, pages);

@@ -18,9 +18,10 @@ inline void test_coded(Random& random) {
   const int groups = group_size > 64 ? 1 + int(random.below(3)) : 1 + int(random.below(9)), held = groups * group_size;
   const int features = held - int(random.below(std::min(group_size, 20))), columns = random.near({1, 5, 16, 32, 48, 64, 100});
   const int rows = random.near({1, 4, 6, 12, 16, 24, 96, 200}), x_stride = features + random.of({0, 0, 1, 6});
-  const bool gated = random.below(3) == 0, with_bias = random.below(2);
+  const auto gate = random.below(3) ? Gate::none : Gate(1 + random.below(2));
+  const bool gated = gate != Gate::none, with_bias = random.below(2);
   const int blocks = gated ? (columns + 15) / 16 : (columns + BLOCK - 1) / BLOCK;
-  const std::string what = describe("coded", int(format), int(in), int(out), rows, groups, group_size, features, columns, x_stride, gated, with_bias);
+  const std::string what = describe("coded", int(format), int(in), int(out), rows, groups, group_size, features, columns, x_stride, int(gate), with_bias);
 
   const Tensor x = normal(random, in, size_t(rows - 1) * x_stride + features);
   // Packed columns, and as they are packed.
@@ -41,7 +42,7 @@ inline void test_coded(Random& random) {
   CodedArgs args{};
   args.format = format, args.packed = packed.data(), args.scales = scales.data(), args.groups = groups, args.group_size = group_size;
   if (with_bias) args.bias = bias.data();
-  args.columns = columns, args.silu_mul = gated, args.in = in, args.out = out;
+  args.columns = columns, args.gate = gate, args.in = in, args.out = out;
   args.features = features, args.x_stride = x_stride, args.y_stride = columns;
   const auto run = [&](int first, int count, int threads) {
     Tensor rows_of_x(in, size_t(count - 1) * x_stride + features), y(out, size_t(count) * columns);
@@ -68,9 +69,9 @@ inline void test_coded(Random& random) {
       if (gated) {
         double of_gate, of_value;
         const int at = column / 16 * BLOCK + column % 16;
-        const double gate = product(at, of_gate), value = product(at + 16, of_value), silu = gate / (1 + std::exp(-gate));
-        expected = silu * value;
-        error = 1.1 * of_gate * std::abs(value) + of_value * std::abs(silu) + 2e-6 * std::abs(expected) + 1e-30;
+        const double active = activation(gate, product(at, of_gate)), value = product(at + 16, of_value);
+        expected = active * value;
+        error = 1.13 * of_gate * std::abs(value) + of_value * std::abs(active) + 2e-6 * std::abs(expected) + 1e-30;
       } else {
         expected = product(column, error);
       }

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels.attention.base import AttentionBatch, Ballot, SharedPrefix
 from kernels.attention.triton_attention import GpuAttention
-from kernels.gpu import merge, pointwise, sample, snapkv_scores, verdict, votes
+from kernels.gpu import gpu_experts, merge, pointwise, sample, snapkv_scores, verdict, votes
 from kernels.gpu.products.few_bit_layout import lay_out
 from kernels.gpu.products.few_bit_products import few_bit_product
 from kernels.gpu.products.fp8_products import round_inputs
@@ -120,12 +120,14 @@ def attention(
     shared: int = 0,
     unit: int = 0,
     kind: str = "dense",
+    window: int = 0,
 ) -> None:
     """width: pages per list; long lists are split most. shared: first pages that the rows share. unit: slots that share
-    a vote; 0: there are none. kind: see LayerKV.kind."""
+    a vote; 0: there are none. kind: see LayerKV.kind. window: see AttentionBatch."""
     q_heads, kv_heads, head_dim = heads
     compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}, {queries} queries, {width} pages"
     compiler.case += "" if kind == "dense" else f", {kind} KV"
+    compiler.case += f", a window of {window}" if window else ""
     compiler.case += f", {shared} shared" if shared else f", a vote per {unit}" if unit else ""
     page = SEALED_GROUP if kind in ("int8", "int4x2", "upper") else 16
     k, v = torch.zeros(2, 9, kv_heads, page, head_dim, dtype=dtype)
@@ -135,7 +137,7 @@ def attention(
     lengths = [900 + page * shared] * 2
     lists = torch.zeros(2, width + shared, dtype=torch.int64)
     ballot = ballot_of(kv_heads, page * width, unit) if unit else None
-    backend.plan(AttentionBatch([queries] * 2, lengths, lists, prefixes=prefixes, ballot=ballot))
+    backend.plan(AttentionBatch([queries] * 2, lengths, lists, prefixes=prefixes, ballot=ballot, window=window))
     backend.run(layer, torch.zeros(2 * queries, q_heads, head_dim, dtype=dtype), 0.1)
 
 
@@ -177,7 +179,8 @@ def layer_kernels(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.
     x = torch.zeros(2, q_heads * head_dim, dtype=dtype)
     pointwise.norm(x, x.clone(), x[0], 1e-5)
     pointwise.norm(x, None, x[0], 1e-5)
-    pointwise.silu_mul(x)
+    pointwise.apply_gate(x, "silu")
+    pointwise.apply_gate(x, "gelu_tanh")
     layer = LayerKV(*torch.zeros(2, 9, kv_heads, 16, head_dim, dtype=dtype))
     qkv = torch.zeros(2, q_heads + 2 * kv_heads, head_dim, dtype=dtype)
     table = torch.zeros(9, head_dim // 2)
@@ -222,6 +225,16 @@ def fp8_inputs(compiler: Compiler, features: int, dtype: torch.dtype) -> None:
     round_inputs(torch.zeros(2, features, dtype=dtype))
 
 
+def grouped(compiler: Compiler, dtype: torch.dtype, tokens: int) -> None:
+    """Products of a mixture of experts in one of its shapes; weights need no memory."""
+    compiler.case = f"{str(dtype)[6:]}, {tokens} tokens"
+    chosen, factors = torch.arange(8).repeat(tokens, 1), torch.zeros(tokens, 8)
+    pairs = gpu_experts.sort_pairs(chosen, factors, 16)
+    gate_up, down = (torch.empty(16, n, f, dtype=dtype) for n, f in ((2 * 768, 2048), (2048, 768)))
+    inner = gpu_experts.grouped_product(torch.zeros(tokens, 2048, dtype=dtype), gate_up, pairs, per_token=8, gated=True)
+    gpu_experts.grouped_product(inner, down, pairs, per_token=8, gated=False)
+
+
 FEW_BITS = (
     ("int4", 64, "zeros"),
     ("int4", 128, "none"),
@@ -263,6 +276,11 @@ def few(compiler: Compiler) -> None:
         attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, kind=kind)
         attention(compiler, (64, 8, 128), torch.bfloat16, 40, 64, kind=kind)
     attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, kind="int4x2")
+    for heads, queries in (((32, 8, 128), 1), ((64, 8, 128), 40), ((8, 1, 256), 40)):
+        attention(compiler, heads, torch.bfloat16, queries, 64, window=512)
+    attention(compiler, (16, 8, 256), torch.float32, 1, 64, window=512)
+    attention(compiler, (64, 8, 128), torch.bfloat16, 40, 64, kind="int8", window=4096)
+    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, kind="int4x2", window=4096)
     attention(compiler, (32, 8, 128), torch.bfloat16, 5, 64, unit=16, kind="int4x2")
     attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, SHARED, kind="upper")
     counting(compiler, (32, 8, 128), torch.bfloat16, 16, "int4x2")
@@ -277,6 +295,9 @@ def few(compiler: Compiler) -> None:
         few_bits(compiler, "int4", 64, "zeros", torch.bfloat16, rows)
     few_bits(compiler, "int4", 32, "any", torch.float32, 1)
     fp8_inputs(compiler, 28_672, torch.bfloat16)
+    for tokens in (1, 40, 300):
+        grouped(compiler, torch.bfloat16, tokens)
+    grouped(compiler, torch.float32, 300)
 
 
 def everything(compiler: Compiler) -> None:
@@ -286,11 +307,13 @@ def everything(compiler: Compiler) -> None:
                 for width in (64, 8192):
                     attention(compiler, heads, dtype, queries, width)
                 attention(compiler, heads, dtype, queries, 64, SHARED)
+                attention(compiler, heads, dtype, queries, 64, window=512)
                 for unit in (16, 1):
                     attention(compiler, heads, dtype, queries, 64, unit=unit)
             for kind in KINDS if dtype != torch.float32 else ():  # in which some spill with a head_dim of 256
                 for queries in (1, 4, 40):
                     attention(compiler, heads, dtype, queries, 64, kind=kind)
+                    attention(compiler, heads, dtype, queries, 64, kind=kind, window=4096)
                     attention(compiler, heads, dtype, queries, 64, unit=16, kind=kind)
                 attention(compiler, heads, dtype, 1, 64, SHARED, kind=kind)
                 counting(compiler, heads, dtype, 16, kind)
@@ -303,6 +326,8 @@ def everything(compiler: Compiler) -> None:
             for rows in (1, 20, 40, 512):
                 few_bits(compiler, format, group, mins, dtype, rows)
         fp8_inputs(compiler, 28_672, dtype)
+        for tokens in (1, 40, 300):
+            grouped(compiler, dtype, tokens)
     for size in (5120, 8192, 16384, 32768):
         wide_norm(compiler, size)
     for rows, size in ((2, 128_256), (1, 100), (1, 1), (2, 262_144)):

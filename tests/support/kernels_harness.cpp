@@ -22,12 +22,13 @@ void test_linear(Random& random) {
   const Type in = bytes ? any_type(random) : Type(int(format)), out = random.below(2) ? Type::f32 : in;
   const int features = random.near({1, 3, 16, 32, 37, 64, 96, 128, 202, 577}), columns = random.near({1, 5, 16, 32, 48, 64, 100});
   const int rows = random.near({1, 4, 6, 12, 16, 24, 32, 64, 96}), x_stride = features + random.of({0, 0, 1, 6});
-  const bool gated = random.below(3) == 0, with_bias = random.below(2);
+  const auto gate = random.below(3) ? Gate::none : Gate(1 + random.below(2));
+  const bool gated = gate != Gate::none, with_bias = random.below(2);
   const bool denormal = !bytes && random.below(8) == 0;  // products and biases: all paths treat them alike
   const int elements = bytes ? 4 : format == Weights::f32 ? 1 : 2;
   const int words = (features + 16 * elements - 1) / (16 * elements) * 16;
   const int blocks = gated ? (columns + 15) / 16 : (columns + BLOCK - 1) / BLOCK;
-  const std::string what = describe("linear", int(format), int(in), int(out), rows, features, columns, x_stride, gated, with_bias);
+  const std::string what = describe("linear", int(format), int(in), int(out), rows, features, columns, x_stride, int(gate), with_bias);
 
   // Bytes: the largest input is 127 / 128, so that quantizing is exact and so are the sums.
   Tensor x = normal(random, in, size_t(rows - 1) * x_stride + features, denormal ? 1e-20 : 1);
@@ -66,7 +67,7 @@ void test_linear(Random& random) {
   args.format = format, args.packed = packed.data();
   if (bytes) args.scales = scales.data(), args.offsets = offsets.data();
   if (with_bias) args.bias = bias.data();
-  args.words = words, args.columns = columns, args.silu_mul = gated;
+  args.words = words, args.columns = columns, args.gate = gate;
   args.in = in, args.out = out, args.features = features, args.x_stride = x_stride, args.y_stride = columns;
   const auto run = [&](int first, int count, int threads) {
     Tensor y(out, size_t(count) * columns);
@@ -99,9 +100,9 @@ void test_linear(Random& random) {
       if (gated) {
         double of_gate, of_value;
         const int at = column / 16 * BLOCK + column % 16;
-        const double gate = product(at, of_gate), value = product(at + 16, of_value), silu = gate / (1 + std::exp(-gate));
-        expected = silu * value;
-        error = 1.1 * of_gate * std::abs(value) + of_value * std::abs(silu) + 2e-6 * std::abs(expected) + 1e-30;
+        const double active = activation(gate, product(at, of_gate)), value = product(at + 16, of_value);
+        expected = active * value;
+        error = 1.13 * of_gate * std::abs(value) + of_value * std::abs(active) + 2e-6 * std::abs(expected) + 1e-30;
       } else {
         expected = product(column, error);
       }

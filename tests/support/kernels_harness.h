@@ -76,6 +76,12 @@ inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 // Largest relative error of a rounded number.
 inline double rounding(Type type) { return type == Type::f32 ? 0x1p-24 : type == Type::bf16 ? 0x1p-8 : 0x1p-11; }
 
+// The function of a gate.
+inline double activation(Gate gate, double g) {
+  constexpr double ROOT = 0.7978845608028654;  // sqrt(2 / pi)
+  return gate == Gate::silu ? g / (1 + std::exp(-g)) : g / 2 * (1 + std::tanh(ROOT * (g + 0.044715 * g * g * g)));
+}
+
 // An array of exactly the bytes that it needs, so that sanitizers see every access past its end.
 struct Tensor {
   Type type;

@@ -6,7 +6,8 @@
 // Gimelshein, arXiv 1805.02867). Segments, which may go to different threads, are merged in ascending order.
 //
 // A query's result therefore depends on its own slots alone, not on other queries, other rows, or the number of
-// threads. Slots that a query must not see get a weight of exactly zero.
+// threads. Slots that a query must not see get a weight of exactly zero. Where queries see a window, a piece of work begins
+// at the block in which the window of its first query does; pages before that window are not read.
 #pragma once
 
 #include <type_traits>

@@ -138,13 +138,15 @@ MAGICDEC_INLINE void transpose_weights(__m512i (&x)[LANES]) {
 }
 
 // Converts the scores of a group, whose first row is `row`, to weights, and updates its running softmax.
-// PART: some queries do not see all slots of the block; visible: how many each one sees.
+// PART: some queries do not see all slots of the block; each one sees [hidden, visible) of them.
 // meanwhile: called with each i < WEIGH_POINTS, in ascending order.
 template <bool PART, class F>
-MAGICDEC_INLINE void weigh_group(const float* scores, i32x16 visible, float scale, Running state, int row, int head_dim,
+MAGICDEC_INLINE void weigh_group(const float* scores, i32x16 hidden, i32x16 visible, float scale, Running state, int row, int head_dim,
                                  uint32_t* weights, F&& meanwhile) {
   const auto visible_at = [&](int slot) -> __mmask16 {
-    return PART ? _mm512_cmpgt_epi32_mask((__m512i)visible, _mm512_set1_epi32(slot)) : 0xffff;
+    if (!PART) return 0xffff;
+    const __m512i each = _mm512_set1_epi32(slot);
+    return _mm512_mask_cmple_epi32_mask(_mm512_cmpgt_epi32_mask((__m512i)visible, each), (__m512i)hidden, each);
   };
   const auto score_at = [&](int slot) { return _mm512_load_ps(scores + slot * LANES); };
   __m512 highest[4];
@@ -239,10 +241,11 @@ struct ByTiles {
     const Running state = Running::at(space.segment, padded * heads);
     const Running all = Running::at(space.all, rows * heads);
     all.clear(rows * heads, args.head_dim);
+    const int64_t begin = first_seen(args, piece.seen) / SLOTS * SLOTS;
     for (int64_t segment = piece.first; segment < piece.last; segment += SEGMENT) {
       const int64_t end = std::min(piece.last, segment + SEGMENT);
       state.clear(padded * heads, args.head_dim);
-      for (int64_t start = segment; start < end; start += SLOTS)
+      for (int64_t start = std::max(segment, begin); start < end; start += SLOTS)
         for (int h = 0; h < heads; h++) add_block(args, voting ? &votes : nullptr, piece, h, start, end, state, space);
       if (piece.part) continue;
       for (int h = 0; h < heads; h++)
@@ -268,15 +271,19 @@ struct ByTiles {
   static void add_block(const AttentionArgs& args, const Votes<bf16>* votes, const Piece& piece, int h, int64_t start, int64_t end,
                         Running state, const Space& space) {
     const int head_dim = D > 0 ? D : args.head_dim, head = piece.head + h, group = args.heads / args.kv_heads;
-    const int rows = piece.queries * group, padded = to_whole_groups(rows), groups = padded / TILE_ROWS;
+    const int rows = piece.queries * group, padded = to_whole_groups(rows);
     const int64_t* list = args.pages + piece.row * args.row_stride + head * args.head_stride;
-    const Block<bf16> block = find_block(args, list, head, start, end, reinterpret_cast<bf16*>(space.staged));
+    const Block<bf16> block = find_block(args, list, head, start, first_seen(args, piece.seen), end, reinterpret_cast<bf16*>(space.staged));
     const float scale = args.scale * 1.44269504f;
 
     // Slots of the block that the piece's first query sees. Later groups see more: the first ones may see none.
     const int64_t visible = piece.seen - start;
     int first = 0;
     while (visible + space.query_of[first * TILE_ROWS + TILE_ROWS - 1] <= 0) first++;
+    // By a window, the last groups may see none.
+    const int64_t hidden = args.window > 0 ? visible - args.window : -(1 << 30);  // slots that the first query does not see
+    int groups = padded / TILE_ROWS;
+    while (hidden + space.query_of[(groups - 1) * TILE_ROWS] >= SLOTS) groups--;
 
     const int steps = product_steps(head_dim);  // of each of a group's two products
     Ahead<bf16> ahead{block_after(args, piece, head, start, block), PACK_POINTS + (groups - first) * (WEIGH_POINTS + 2 * steps)};
@@ -309,10 +316,10 @@ struct ByTiles {
       uint32_t* weights = space.weights + g % 2 * GROUP_WEIGHTS;
       const int row = h * padded + g * TILE_ROWS;
       const i32x16 queries = load<i32x16>(space.query_of + g * TILE_ROWS);
-      if (visible + queries[0] >= SLOTS)
-        weigh_group<false>(scores, queries, scale, state, row, head_dim, weights, meanwhile);
+      if (visible + queries[0] >= SLOTS && hidden + queries[TILE_ROWS - 1] <= 0)
+        weigh_group<false>(scores, queries, queries, scale, state, row, head_dim, weights, meanwhile);
       else
-        weigh_group<true>(scores, queries + int(visible), scale, state, row, head_dim, weights, meanwhile);
+        weigh_group<true>(scores, queries + int(hidden), queries + int(visible), scale, state, row, head_dim, weights, meanwhile);
       if (!votes) continue;
       for (int i = 0; i < std::min(TILE_ROWS, rows - g * TILE_ROWS); i++) {
         const auto* kept = reinterpret_cast<const bf16*>(weights + i * TILE_WORDS);

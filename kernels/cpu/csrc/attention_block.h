@@ -278,14 +278,15 @@ MAGICDEC_INLINE f32x16 store_weights(const f32x16 (&x)[SLOTS / LANES], T* weight
   return total;
 }
 
-// Converts the scores of one query against a block to weights, and updates its running softmax. seen: number of the
-// block's slots that the query sees.
+// Converts the scores of one query against a block to weights, and updates its running softmax. The query sees the block's
+// slots [hidden, seen), at least one.
 template <class T>
-MAGICDEC_INLINE void weigh(const float* scores, int seen, float scale, Running state, int row, int head_dim, T* weights) {
+MAGICDEC_INLINE void weigh(const float* scores, int hidden, int seen, float scale, Running state, int row, int head_dim, T* weights) {
   f32x16 s[SLOTS / LANES], highest = splat(NOTHING);
   for (int i = 0; i < SLOTS / LANES; i++) {
     s[i] = load<f32x16>(scores + i * LANES) * scale;
     if (seen < (i + 1) * LANES) s[i] = select(lane_numbers() < seen - i * LANES, s[i], splat(NOTHING));
+    if (hidden > i * LANES) s[i] = select(lane_numbers() < hidden - i * LANES, splat(NOTHING), s[i]);
     highest = maximum(highest, s[i]);
   }
   float peak = state.peak[row];

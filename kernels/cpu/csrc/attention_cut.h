@@ -19,7 +19,7 @@ constexpr int WIDE = 3 * TALL;  // largest product of other pieces
 struct Piece {
   int row, query, queries, head, head_end;  // query: the first one, of the row
   int64_t first, last;
-  int64_t seen;        // number of slots that the first query sees, counted from the first of the list; the next sees one more
+  int64_t seen;        // number of slots that the first query would see without a window; the next would see one more
   bool part;           // one segment of rows that are cut by segment; else all slots of its queries
   const int* members;  // rows that share the segment, `row` being one, which list it identically; null: none but `row`
   int count;           // of members
@@ -36,7 +36,7 @@ struct Cut {
   int group;    // query heads per KV head
   int queries;  // per piece
   bool tall;
-  int64_t segments;
+  int64_t first_segment, segments;  // the first one that a query sees; number of segments from it on
 
   Cut(const AttentionArgs& args, int row) {
     group = args.heads / args.kv_heads;
@@ -44,7 +44,8 @@ struct Cut {
     tall = n * group > TALL;
     queries = int(n);
     if (tall) queries = std::max(1, int(piece_rows(args, n * group, args.rows * args.kv_heads, 4)) / group);
-    segments = (args.lengths[row] + SEGMENT - 1) / SEGMENT;
+    first_segment = first_seen(args, args.lengths[row] - n + 1) / SEGMENT;
+    segments = (args.lengths[row] + SEGMENT - 1) / SEGMENT - first_segment;
   }
   bool by_segment() const { return !tall && segments > 1; }
   // Number of floats of the partial results of one segment.
@@ -88,7 +89,7 @@ class Division {
       rows_[row] = {token, floats, 0, 0};
       token += args.queries[row];
       floats += cut.partials(args);
-      if (cut.by_segment() && args.head_stride == 0) candidates[found++] = row;
+      if (cut.by_segment() && args.head_stride == 0 && args.window == 0) candidates[found++] = row;
     }
     add_shared(candidates, found, 0);
     for (int row = 0; row < args.rows; row++) add_own(row);
@@ -101,7 +102,7 @@ class Division {
   // Result of a segment of a row that is cut by segment: [heads][queries], or rather [kv_heads][queries][group].
   Running partial(int row, int64_t segment) const {
     const Cut cut(args_, row);
-    return Running::at(rows_[row].partials + segment * cut.partial(args_), cut.queries * args_.heads);
+    return Running::at(rows_[row].partials + (segment - cut.first_segment) * cut.partial(args_), cut.queries * args_.heads);
   }
 
   int64_t first_token(int row) const { return rows_[row].token; }
@@ -147,12 +148,13 @@ class Division {
       // The last queries see the most slots, so they go first.
       for (int64_t query = (n - 1) / cut.queries * cut.queries; query >= 0; query -= cut.queries) {
         const int queries = int(std::min<int64_t>(cut.queries, n - query));
+        const int64_t first = first_seen(args_, seen + query) / SEGMENT * SEGMENT;
         for (int head = 0; head < args_.kv_heads; head++)
-          pieces[count++] = {row, int(query), queries, head, head + 1, 0, seen + query + queries - 1, seen + query, false, nullptr, 0};
+          pieces[count++] = {row, int(query), queries, head, head + 1, first, seen + query + queries - 1, seen + query, false, nullptr, 0};
       }
       return;
     }
-    for (int64_t first = rows_[row].shared * SEGMENT; first < length; first += SEGMENT)
+    for (int64_t first = (cut.first_segment + rows_[row].shared) * SEGMENT; first < length; first += SEGMENT)
       pieces[count++] = {row, 0, int(n), 0, args_.kv_heads, first, std::min(length, first + SEGMENT), seen, cut.segments > 1, nullptr, 0};
   }
 

@@ -9,6 +9,11 @@ namespace magicdec {
 
 constexpr int SLOTS = SEALED_SLOTS;  // per block: those of a sealed page
 
+// Returns the first slot that a query sees, by its window. seen: number of slots that it would see without one.
+MAGICDEC_INLINE int64_t first_seen(const AttentionArgs& args, int64_t seen) {
+  return args.window > 0 ? std::max<int64_t>(seen - args.window, 0) : 0;
+}
+
 // Addresses of a block's keys and values, in groups of sixteen consecutive slots.
 template <class T>
 struct Block {
@@ -140,9 +145,11 @@ MAGICDEC_INLINE Block<T> decoded_block(const AttentionArgs& args, Records record
 
 // Returns the block of one KV head that begins at slot `start` of a row whose slots end at `end`. A block is copied to
 // `staged` if its groups may cross pages or it is not full, or decoded if its page is sealed; slots from `end` on become
-// zeros, whatever they hold. staged: null: the block is only prefetched.
+// zeros, whatever they hold. begin: the first slot that a query sees. Pages before it, which may be another row's by now, are
+// not read: zeros take their place, or slots that are seen. staged: null: the block is only prefetched.
 template <class T>
-MAGICDEC_INLINE Block<T> find_block(const AttentionArgs& args, const int64_t* list, int head, int64_t start, int64_t end, T* staged) {
+MAGICDEC_INLINE Block<T> find_block(const AttentionArgs& args, const int64_t* list, int head, int64_t start, int64_t begin, int64_t end,
+                                    T* staged) {
   if (const Records records = find_records(args, list, head, start); records.keys)
     return staged ? decoded_block(args, records, std::min<int64_t>(end - start, SLOTS), staged) : coded_block<T>(args, records);
   const int head_dim = args.head_dim;
@@ -157,7 +164,7 @@ MAGICDEC_INLINE Block<T> find_block(const AttentionArgs& args, const int64_t* li
   block.parameters[0] = nullptr;
   if (args.page_size % LANES == 0 && start + SLOTS <= end) {
     for (int group = 0; group < block.GROUPS; group++) {
-      const size_t place = at(start + group * LANES);
+      const size_t place = at(std::max(start + group * LANES, begin / LANES * LANES));
       block.at[group] = keys + place, block.at[block.GROUPS + group] = values + place;
     }
     return block;
@@ -169,7 +176,7 @@ MAGICDEC_INLINE Block<T> find_block(const AttentionArgs& args, const int64_t* li
   const size_t bytes = head_dim * sizeof(T);
   for (int slot = 0; slot < SLOTS; slot++) {
     T *key = staged + size_t(slot) * head_dim, *value = key + size_t(SLOTS) * head_dim;
-    if (start + slot < end) {
+    if (start + slot >= begin && start + slot < end) {
       const size_t place = at(start + slot);
       std::memcpy(key, keys + place, bytes);
       std::memcpy(value, values + place, bytes);

@@ -20,7 +20,7 @@ MAGICDEC_INLINE Block<T> block_after(const AttentionArgs& args, const Piece& pie
   const int then = piece.head + ahead % heads;
   const int64_t next = start + ahead / heads * SLOTS, end = args.lengths[piece.row];
   if (next + SLOTS > end || args.page_size % LANES != 0) return block;
-  return find_block<T>(args, args.pages + piece.row * args.row_stride + then * args.head_stride, then, next, end, nullptr);
+  return find_block<T>(args, args.pages + piece.row * args.row_stride + then * args.head_stride, then, next, next, end, nullptr);
 }
 
 // The same for records: none if that block is not sealed.
@@ -78,7 +78,7 @@ void finish_row(const AttentionArgs& args, const Division& division, const Votes
   for (int head = 0; cut.by_segment() && head < args.kv_heads; head++) {
     total.clear(rows, args.head_dim);
     for (int64_t segment = 0; segment < cut.segments; segment++) {
-      const Running part = division.partial(row, segment);
+      const Running part = division.partial(row, cut.first_segment + segment);
       for (int i = 0; i < rows; i++) merge(total, i, part, head * rows + i, args.head_dim);
     }
     finish_queries<T>(args, division.first_token(row), cut.queries, head, cut.group, total, 0);

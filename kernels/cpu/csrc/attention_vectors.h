@@ -158,15 +158,16 @@ void attend(const AttentionArgs& args, const Division& division, const Votes<T>&
   // A segment of one row goes where its partial results belong.
   const bool direct = piece.part && !piece.members;
   const Running state = direct ? division.partial(piece.row, piece.first / SEGMENT) : Running::at(space.segment, rows * heads);
-  const bool whole = !piece.part && piece.last <= SEGMENT;
+  const bool whole = !piece.part && piece.last - piece.first <= SEGMENT;
   const Running all = Running::at(space.all, rows * heads);
   if (!piece.part && !whole) all.clear(rows * heads, head_dim);
 
+  const int64_t begin = first_seen(args, piece.seen);
   const int64_t* lists = args.pages + piece.row * args.row_stride;
   for (int64_t segment = piece.first; segment < piece.last; segment += SEGMENT) {
     const int64_t segment_end = std::min(piece.last, segment + SEGMENT);
     state.clear(rows * heads, head_dim);
-    for (int64_t start = segment; start < segment_end; start += SLOTS) {
+    for (int64_t start = std::max(segment, begin / SLOTS * SLOTS); start < segment_end; start += SLOTS) {
       for (int h = 0; h < heads; h++) {
         const int64_t* list = lists + (piece.head + h) * args.head_stride;
         const Records records = multiplies_codes<T>() ? find_records(args, list, piece.head + h, start) : Records{};
@@ -175,12 +176,13 @@ void attend(const AttentionArgs& args, const Division& division, const Votes<T>&
         float* o = state.o + size_t(h) * rows * head_dim;
         const auto weigh_rows = [&](int first, int count, const float* scores, T* to) {
           for (int row = first; row < first + count; row++, scores += SLOTS, to += SLOTS) {
-            const int64_t visible = std::min<int64_t>(piece.seen + row / group - start, SLOTS);
-            if (visible <= 0) {
+            const int64_t seen = piece.seen + row / group, visible = std::min<int64_t>(seen - start, SLOTS);
+            const int64_t hidden = std::max<int64_t>(first_seen(args, seen) - start, 0);
+            if (visible <= hidden) {
               std::memset(to, 0, SLOTS * sizeof(T));
               continue;
             }
-            weigh(scores, int(visible), scale, state, h * rows + row, head_dim, to);
+            weigh(scores, int(hidden), int(visible), scale, state, h * rows + row, head_dim, to);
             if (voting)
               votes.keep(space.voter_of[row / group], piece.head + h, row % group, start, to, to + SLOTS / 2, state.peak[h * rows + row]);
           }
@@ -192,7 +194,7 @@ void attend(const AttentionArgs& args, const Division& division, const Votes<T>&
             continue;
           }
         }
-        const Block<T> block = find_block(args, list, piece.head + h, start, segment_end, reinterpret_cast<T*>(space.staged));
+        const Block<T> block = find_block(args, list, piece.head + h, start, begin, segment_end, reinterpret_cast<T*>(space.staged));
         const Block<T> next = block_after(args, piece, piece.head + h, start, block);
         if (rows <= IN_PLACE) {
           // Calls f(count, row) for tiles of at most FEW rows.

@@ -279,7 +279,7 @@ inline size_t coded_scratch(const CodedArgs& args) {
 
 template <class Dot, class Code>
 void coded_product(const CodedArgs& args, const CodedInput& input, Rows x) {
-  const int columns = args.silu_mul ? args.columns * 2 : args.columns;
+  const int columns = packed_columns(args);
   const int blocks = (columns + BLOCK - 1) / BLOCK;
   if (args.rows <= MAX_FEW)
     return for_pieces(args.team, blocks, [&](int64_t block, int) {

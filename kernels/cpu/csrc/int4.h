@@ -152,7 +152,7 @@ inline void linear_int4(const Int4Args& args) {
   constexpr size_t CACHED = 1 << 19;  // bytes of rows that stay in the L2 cache while all weights are read
   const Int4Rows x = int4_rows_of(args);
   with_type(args.in, [&](auto zero) { quantise_rows<decltype(zero)>(args, x); });
-  const int columns = args.silu_mul ? args.columns * 2 : args.columns;
+  const int columns = packed_columns(args);
   const int blocks = (columns + BLOCK - 1) / BLOCK;
   const int height = int(std::clamp<size_t>(CACHED / (x.stride * sizeof(uint32_t)), 2 * INT4_ROWS, 96));
   const int64_t chunks = (args.rows + height - 1) / height;

@@ -10,6 +10,7 @@ namespace magicdec {
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Weights : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
 enum class Codes : int { i8 = 0, e4m3 = 1 };
+enum class Gate : int { none = 0, silu = 1, gelu_tanh = 2 };
 
 // Threads that share the work of one kernel. run: calls work(context, piece, thread) once for each piece in [0, pieces), with
 // thread < threads, and returns when all are done (pool.h).
@@ -21,12 +22,12 @@ struct Team {
 constexpr int BLOCK = 32;  // columns (output features) that are packed together
 constexpr float E4M3_SCALE = 256;  // what kernels decode codes of e4m3 to is so much smaller, which takes fewer instructions
 
-// A product of rows with packed weights: y = x w^T + bias, or silu(gate) * up of its two halves.
+// A product of rows with packed weights: y = x w^T + bias, or the function of the gate times up of its two halves.
 struct ProductArgs {
   Team team;
   const float* bias;  // [blocks * BLOCK], or null
-  int columns;        // output features; with silu_mul, half of the packed ones
-  bool silu_mul;      // each block: 16 columns of the gate, then the same 16 of up
+  int columns;        // output features; with a gate, half of the packed ones
+  Gate gate;          // but for none, each block: 16 columns of the gate, then the same 16 of up
   Type in, out;
   const void* x;      // [rows, features]
   int features;
@@ -92,6 +93,7 @@ struct AttentionArgs {
   const int64_t* queries;   // [rows]
   const int64_t* lengths;   // [rows]
   const int64_t* pages;     // [rows, width] or [rows, kv_heads, width]; from sealed.count on, those of k and v
+  int64_t window;           // a query sees the last ones of its slots, this many at most; 0: all. Then no votes
   SealedPages sealed;       // count 0: there are none; else page_size is SEALED_SLOTS
   int64_t row_stride, head_stride;  // of pages; head_stride 0: one list for all KV heads
   float scale;

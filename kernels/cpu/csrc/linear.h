@@ -103,7 +103,7 @@ void linear(const LinearArgs& args) {
       else
         copy_row(from, to, args.features, args.words, Dot::ELEMENTS);
     });
-  const int columns = args.silu_mul ? args.columns * 2 : args.columns;
+  const int columns = packed_columns(args);
   const int blocks = (columns + BLOCK - 1) / BLOCK;
   const int height = row_chunk(args, input.tiles);
   const int64_t chunks = (args.rows + height - 1) / height;

@@ -87,6 +87,16 @@ MAGICDEC_INLINE void store_columns(Out* y, f32x16 v, int n) {
     store_some(y, v, n);
 }
 
+// Packed columns that a product's result comes from.
+inline int packed_columns(const ProductArgs& args) { return args.gate == Gate::none ? args.columns : args.columns * 2; }
+
+// The function of gates; both are g / (1 + e^-z). For gelu_tanh, (1 + tanh(z / 2)) / 2 = 1 / (1 + e^-z).
+MAGICDEC_INLINE f32x16 activate(Gate gate, f32x16 g) {
+  constexpr float TWICE_ROOT = 1.59576912f;  // 2 sqrt(2 / pi)
+  const f32x16 z = gate == Gate::silu ? g : g * (g * g * 0.044715f + 1.0f) * TWICE_ROOT;
+  return g / (1.0f + exponential(-z));
+}
+
 template <class Out, int M>
 MAGICDEC_INLINE void finish(const ProductArgs& args, f32x16 (&sums)[M][2], int row, int block) {
   for (int m = 0; m < M; m++) {
@@ -96,9 +106,9 @@ MAGICDEC_INLINE void finish(const ProductArgs& args, f32x16 (&sums)[M][2], int r
       second += load<f32x16>(args.bias + block * BLOCK + LANES);
     }
     Out* y = static_cast<Out*>(args.y) + (row + m) * args.y_stride;
-    if (args.silu_mul) {
+    if (args.gate != Gate::none) {
       const int column = block * LANES;
-      store_columns(y + column, first / (1.0f + exponential(-first)) * second, args.columns - column);
+      store_columns(y + column, activate(args.gate, first) * second, args.columns - column);
     } else {
       const int column = block * BLOCK;
       store_columns(y + column, first, args.columns - column);

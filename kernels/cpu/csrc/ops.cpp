@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "ops_arguments.h"
+#include "ops_experts.h"
 #include "ops_products.h"
 
 namespace {
@@ -40,8 +41,8 @@ SealedPages sealed_pages(const Tensor& k, const Tensor& v, int64_t kind, const T
 
 std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& queries, const Tensor& lengths, const Tensor& pages, double scale,
-                                     int64_t fetch_blocks, bool fetch_to_l2, const std::optional<Tensor>& voters, int64_t unit,
-                                     std::optional<Tensor> votes, const std::optional<Tensor>& sealed_k,
+                                     int64_t fetch_blocks, bool fetch_to_l2, int64_t window, const std::optional<Tensor>& voters,
+                                     int64_t unit, std::optional<Tensor> votes, const std::optional<Tensor>& sealed_k,
                                      const std::optional<Tensor>& sealed_v, int64_t sealed_kind) {
   TORCH_CHECK(q.dim() == 3 && k.dim() == 4 && k.sizes() == v.sizes() && k.strides() == v.strides(), "attention: shapes");
   TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "attention: types differ");
@@ -62,6 +63,7 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
     TORCH_CHECK(votes->dim() == 3 && votes->scalar_type() == at::kFloat && votes->size(0) == queries.numel() && votes->size(1) == k.size(1), "attention: votes");
     check_rows(*votes, 1, "votes");
   }
+  TORCH_CHECK(window >= 0 && (window == 0 || !voters), "attention: a window of ", window, voters ? " slots, and votes" : " slots");
   int64_t tokens = 0;
   for (int64_t row = 0; row < queries.numel(); row++) {
     const int64_t n = queries.const_data_ptr<int64_t>()[row], length = lengths.const_data_ptr<int64_t>()[row];
@@ -91,6 +93,7 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
   args.pages = pages.const_data_ptr<int64_t>();
   args.row_stride = pages.stride(0);
   args.head_stride = pages.dim() == 3 ? pages.stride(1) : 0;
+  args.window = window;
   if (sealed_k) args.sealed = sealed_pages(*sealed_k, *sealed_v, sealed_kind, k);
   args.scale = float(scale);
   TORCH_CHECK(fetch_blocks >= 1 && fetch_blocks <= 16, "attention: fetch_blocks");
@@ -266,11 +269,13 @@ Tensor bounds(int64_t kernels, const Tensor& q, const Tensor& pages, const Tenso
 }  // namespace
 
 TORCH_LIBRARY(magicdec_cpu, m) {
+  m.class_<Networks>("Networks").def(torch::init<>()).def("add", &Networks::add);
   m.def("open(str path) -> int", &open);
-  m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int features, int columns, bool silu_mul, bool float_out, int tiles_from) -> Tensor");
-  m.def("linear_int4(int kernels, Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int features, int columns, bool silu_mul, bool float_out) -> Tensor");
-  m.def("linear_coded(int kernels, Tensor x, Tensor packed, bool e4m3, Tensor scales, Tensor? bias, int features, int columns, bool silu_mul, bool float_out) -> Tensor");
-  m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, int fetch_blocks, bool fetch_to_l2, Tensor? voters, int unit, Tensor(a!)? votes, Tensor? sealed_k, Tensor? sealed_v, int sealed_kind) -> (Tensor, Tensor)");
+  m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int features, int columns, int gate, bool float_out, int tiles_from) -> Tensor");
+  m.def("linear_int4(int kernels, Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int features, int columns, int gate, bool float_out) -> Tensor");
+  m.def("linear_coded(int kernels, Tensor x, Tensor packed, bool e4m3, Tensor scales, Tensor? bias, int features, int columns, int gate, bool float_out) -> Tensor");
+  m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, int fetch_blocks, bool fetch_to_l2, int window, Tensor? voters, int unit, Tensor(a!)? votes, Tensor? sealed_k, Tensor? sealed_v, int sealed_kind) -> (Tensor, Tensor)");
+  m.def("experts(__torch__.torch.classes.magicdec_cpu.Networks networks, Tensor x, Tensor scores, int per_token, bool normalised) -> Tensor");
   m.def("norm(int kernels, Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
   m.def("rotary(int kernels, Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k, Tensor(c!) v, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
   m.def("sample(int kernels, Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, int first) -> (Tensor, Tensor)");
@@ -283,6 +288,7 @@ TORCH_LIBRARY_IMPL(magicdec_cpu, CPU, m) {
   m.impl("linear", &linear);
   m.impl("linear_int4", &linear_int4);
   m.impl("linear_coded", &linear_coded);
+  m.impl("experts", &experts);
   m.impl("attention", &attention);
   m.impl("norm", &norm);
   m.impl("rotary", &rotary);

@@ -9,15 +9,16 @@ namespace {
 
 // Sets what all products have in common, and returns their result's memory. blocks: of the weights.
 Tensor prepare(ProductArgs& args, const Tensor& x, int64_t blocks, const std::optional<Tensor>& bias, int64_t features, int64_t columns,
-               bool silu_mul, bool float_out) {
+               int64_t gate, bool float_out) {
   check_rows(x, 1, "x");
   TORCH_CHECK(x.size(1) == features, "linear: x has ", x.size(1), " features, the weights ", features);
-  TORCH_CHECK(columns * (silu_mul ? 2 : 1) <= blocks * BLOCK, "linear: more columns than weights");
+  TORCH_CHECK(gate >= 0 && gate <= 2, "linear: gate ", gate);
+  TORCH_CHECK(columns * (gate ? 2 : 1) <= blocks * BLOCK, "linear: more columns than weights");
   TORCH_CHECK(!bias || (bias->numel() == blocks * BLOCK && bias->is_contiguous()), "linear: one number per packed column");
   args.team = team();
   args.bias = floats(bias);
   args.columns = int(columns);
-  args.silu_mul = silu_mul;
+  args.gate = Gate(int(gate));
   args.in = type_of(x);
   args.x = x.const_data_ptr();
   args.features = int(features);
@@ -42,7 +43,7 @@ void run(const Args& args, void (*kernel)(const Args&), size_t (*scratch_size)(c
 }
 
 Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scales,
-              const std::optional<Tensor>& offsets, const std::optional<Tensor>& bias, int64_t features, int64_t columns, bool silu_mul,
+              const std::optional<Tensor>& offsets, const std::optional<Tensor>& bias, int64_t features, int64_t columns, int64_t gate,
               bool float_out, int64_t tiles_from) {
   TORCH_CHECK(x.dim() == 2 && packed.dim() == 4 && packed.size(2) == BLOCK && packed.is_contiguous(), "linear: shapes");
   LinearArgs args{};
@@ -58,13 +59,13 @@ Tensor linear(int64_t kernels, const Tensor& x, const Tensor& packed, const std:
   TORCH_CHECK(packed.size(1) % 16 == 0 && features <= packed.size(1) * packed.size(3), "linear: ", features, " features");
   for (const auto* each : {&scales, &offsets})
     TORCH_CHECK(!*each || ((*each)->numel() == packed.size(0) * BLOCK && (*each)->is_contiguous()), "linear: one number per packed column");
-  Tensor y = prepare(args, x, packed.size(0), bias, features, columns, silu_mul, float_out);
+  Tensor y = prepare(args, x, packed.size(0), bias, features, columns, gate, float_out);
   if (y.numel()) run(args, table(kernels).linear, table(kernels).linear_scratch);
   return y;
 }
 
 Tensor linear_coded(int64_t kernels, const Tensor& x, const Tensor& packed, bool e4m3, const Tensor& scales,
-                    const std::optional<Tensor>& bias, int64_t features, int64_t columns, bool silu_mul, bool float_out) {
+                    const std::optional<Tensor>& bias, int64_t features, int64_t columns, int64_t gate, bool float_out) {
   TORCH_CHECK(x.dim() == 2 && packed.dim() == 4 && packed.size(2) == BLOCK && packed.size(3) == 2 && packed.scalar_type() == at::kByte &&
               packed.is_contiguous(), "linear_coded: codes");
   TORCH_CHECK(scales.dim() == 3 && scales.size(0) == packed.size(0) && scales.size(2) == BLOCK && scales.is_contiguous(), "linear_coded: scales");
@@ -76,14 +77,14 @@ Tensor linear_coded(int64_t kernels, const Tensor& x, const Tensor& packed, bool
   TORCH_CHECK(args.groups > 0 && packed.size(1) % args.groups == 0 && packed.size(1) > 0, "linear_coded: groups");
   args.group_size = int(packed.size(1) / args.groups * 2);
   TORCH_CHECK(features <= packed.size(1) * 2, "linear_coded: ", features, " features");
-  Tensor y = prepare(args, x, packed.size(0), bias, features, columns, silu_mul, float_out);
+  Tensor y = prepare(args, x, packed.size(0), bias, features, columns, gate, float_out);
   if (y.numel()) run(args, table(kernels).coded, table(kernels).coded_scratch);
   return y;
 }
 
 // zeros: bytes, or minima as scales are; none: 8.
 Tensor linear_int4(int64_t kernels, const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
-                   const std::optional<Tensor>& bias, int64_t features, int64_t columns, bool silu_mul, bool float_out) {
+                   const std::optional<Tensor>& bias, int64_t features, int64_t columns, int64_t gate, bool float_out) {
   TORCH_CHECK(x.dim() == 2 && codes.dim() == 4 && codes.size(2) == BLOCK && codes.size(3) == 4 && codes.is_contiguous() &&
               codes.scalar_type() == at::kByte, "linear_int4: codes");
   const int64_t blocks = codes.size(0), words = codes.size(1), groups = scales.size(1);
@@ -103,7 +104,7 @@ Tensor linear_int4(int64_t kernels, const Tensor& x, const Tensor& codes, const 
                : zeros->scalar_type() == at::kByte ? Zeros::points
                : zeros->scalar_type() == at::kHalf ? Zeros::halves
                                                    : Zeros::floats;
-  Tensor y = prepare(args, x, blocks, bias, features, columns, silu_mul, float_out);
+  Tensor y = prepare(args, x, blocks, bias, features, columns, gate, float_out);
   if (y.numel()) run(args, table(kernels).linear_int4, table(kernels).linear_int4_scratch);
   return y;
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
 from kernels.cpu.packing import PackedCoded, can_pack, pack
+from kernels.ops import Gate
 from kernels.weights.matrix import QuantizedMatrix, regular_groups
 from kernels.weights.weight_format import FORMATS
 
@@ -128,10 +129,10 @@ def test_a_row_depends_on_nothing_else(kernels: CpuKernels, form: str, size: int
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("gated", [None, "silu", "gelu_tanh"])
 @pytest.mark.parametrize("rows", [1, 30])
 @pytest.mark.parametrize("form", FORMS)
-def test_linear_of_the_device(kernels: CpuKernels, form: str, rows: int, gated: bool, wide: bool) -> None:
+def test_linear_of_the_device(kernels: CpuKernels, form: str, rows: int, gated: Gate | None, wide: bool) -> None:
     torch.manual_seed(2)
     weights = matrix(form, 84, 96, 32)
     x, bias = torch.randn(rows, 96).bfloat16(), torch.randn(84).bfloat16()
@@ -140,7 +141,9 @@ def test_linear_of_the_device(kernels: CpuKernels, form: str, rows: int, gated: 
     expected = x.float() @ weights.dense(torch.float32).T + bias
     if gated:
         gate, value = expected.chunk(2, 1)
-        expected = torch.nn.functional.silu(gate) * value
+        functional = torch.nn.functional
+        gate = functional.silu(gate) if gated == "silu" else functional.gelu(gate, approximate="tanh")
+        expected = gate * value
     y = linear(x)
     assert y.dtype == (torch.float32 if wide else torch.bfloat16)
     torch.testing.assert_close(y.float(), expected, rtol=1e-5 if wide else 2**-8, atol=1e-5)

@@ -19,7 +19,7 @@ from kernels.cpu import compiler
 from kernels.cpu.compiler import InstructionSet, KernelsUnavailable
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
-from kernels.cpu.packing import PackedWeights, pack, pack_gated
+from kernels.cpu.packing import PackedWeights, pack
 from kernels.kv.kv_pool import write_kv
 from kernels.noise import gumbel_noise
 from kernels.reference_ops import REFERENCE
@@ -182,14 +182,6 @@ def test_linear_of_a_row_depends_on_nothing_else(kernels: CpuKernels, dtype: tor
         whole = kernels.linear(x, packed, float_out=True)
         for first, last in ((0, 1), (3, 8), (10, 40), (299, 300)):
             assert torch.equal(kernels.linear(x[first:last], packed, float_out=True), whole[first:last])
-
-
-def test_gated_linear(kernels: CpuKernels) -> None:
-    torch.manual_seed(0)
-    x, gate, value = torch.randn(7, 64), torch.randn(48, 64) / 8, torch.randn(48, 64) / 8
-    y = kernels.linear(x, PackedWeights(pack_gated(torch.cat([gate, value])), columns=len(gate)), silu_mul=True)
-    expected = torch.nn.functional.silu(x @ gate.T) * (x @ value.T)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

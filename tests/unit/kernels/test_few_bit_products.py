@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.ops import Gate
 from kernels.reference_ops import QuantizedLinear, reference_linear
 from kernels.weights.fp8_weights import LARGEST
 from kernels.weights.int4_weights import Int4Format
@@ -111,7 +112,7 @@ def test_products(
     matrix = draw(format, columns, features, min(size, features), mins, permuted)
     x = randn(rows, features + 3, dtype=dtype)[:, :features]  # rows are not contiguous
     added = randn(columns, dtype=dtype) if bias else None
-    expected = QuantizedLinear(matrix, added, gated=False, wide=wide)(x)
+    expected = QuantizedLinear(matrix, added, gated=None, wide=wide)(x)
     ours = few_bit_product(x, lay_out(matrix), added, wide=wide)
     assert ours.dtype == expected.dtype
     check(ours, expected, torch.float32 if wide else dtype)
@@ -145,7 +146,7 @@ def test_splits_are_added_in_order(format: str, monkeypatch: pytest.MonkeyPatch)
     torch.manual_seed(0)
     matrix, x = draw(format, 40, 800, 64, "none", False), randn(2, 800, dtype=torch.bfloat16)
     bias = randn(40, dtype=torch.bfloat16)
-    expected = QuantizedLinear(matrix, bias, gated=False, wide=True)(x)
+    expected = QuantizedLinear(matrix, bias, gated=None, wide=True)(x)
     weights = lay_out(matrix)
     for splits in (1, 2, 5, 100):
         shape = product_shape(2, weights, x.dtype)._replace(splits=splits)
@@ -188,8 +189,8 @@ def test_what_a_matrix_takes_in_memory() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("gated", [False, True])
-def test_linear_of_every_format(format: str, dtype: torch.dtype, gated: bool) -> None:
+@pytest.mark.parametrize("gated", [None, "silu", "gelu_tanh"])
+def test_linear_of_every_format(format: str, dtype: torch.dtype, gated: Gate | None) -> None:
     """Results are those of the reference; of 8-bit integers, those without rounding of inputs."""
     torch.manual_seed(0)
     assert GpuOps.weight_formats == set(FORMATS)
@@ -242,7 +243,7 @@ def test_fp8_products_where_the_device_has_them() -> None:
     for bias in (None, randn(64, dtype=torch.bfloat16)):
         for rows in (1, 40):
             x = randn(rows, 256, dtype=torch.bfloat16)
-            exact = QuantizedLinear(matrix, bias, gated=False, wide=True)(x)
+            exact = QuantizedLinear(matrix, bias, gated=None, wide=True)(x)
             found = ops.linear(matrix, bias, wide=True)(x)
             assert found.dtype == torch.float32
             assert (found - exact).norm() < 0.04 * exact.norm()

@@ -26,7 +26,7 @@ from kernels.flashinfer.flashinfer_sizes import (
     eager_int_bytes,
 )
 from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS
-from models.shapes import SHAPES
+from models.known_shapes import SHAPES
 from parallel.split import split_heads
 from tests.support.paths import ROOT
 from tests.support.wheels import unpacked

@@ -31,7 +31,7 @@ def test_the_format_with_the_least_time(
 
     class Product:
         def __init__(self, matrix: Matrix) -> None:
-            self._name, self._linear = matrix.format, reference_linear(matrix, None, False, False)
+            self._name, self._linear = matrix.format, reference_linear(matrix, None, None, False)
             self.nbytes, self.references_weights = self._linear.nbytes, False
 
         def __call__(self, x: torch.Tensor) -> torch.Tensor:

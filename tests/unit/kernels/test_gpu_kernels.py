@@ -6,6 +6,7 @@ The interpreter truncates to bfloat16 where a GPU rounds, so tolerances allow on
 from __future__ import annotations
 
 import os
+from typing import get_args
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from kernels.attention.reference_attention import ReferenceAttention
 from kernels.key_scores import snapkv_scores
 from kernels.kv.kv_pool import LayerKV, write_kv
 from kernels.noise import noise_bits
+from kernels.ops import Gate
 from kernels.reference_ops import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
+from kernels.weights.matrix import DenseMatrix
 from tests.support.profiles import examples
 from tests.support.rig import pool_layer
 from tests.support.verdicts import DecidedRound, rounds
@@ -33,6 +36,7 @@ from kernels.gpu import pointwise, sample
 from kernels.gpu import snapkv_scores as triton_snapkv
 from kernels.gpu import verdict as triton_verdict
 from kernels.gpu.attention import assign_tiles, attend
+from kernels.gpu.gpu_ops import GpuOps
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") else "cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -70,13 +74,18 @@ def test_norm(dtype: torch.dtype, size: int, add: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [16, 1100])
-def test_silu_mul(dtype: torch.dtype, size: int) -> None:
+@pytest.mark.parametrize("function", get_args(Gate))
+def test_apply_gate(dtype: torch.dtype, size: int, function: Gate) -> None:
     torch.manual_seed(0)
     pairs = randn(2, 2 * size, dtype=dtype)
+    pairs[0, :4] = torch.tensor([-300.0, 300.0, -3e4, 3e4], dtype=dtype)
     gate, value = pairs.float().chunk(2, 1)
-    out = pointwise.silu_mul(pairs)
+    out = pointwise.apply_gate(pairs, function)
     assert out.dtype == dtype
-    close(out, F.silu(gate) * value, dtype)
+    close(out, (F.silu(gate) if function == "silu" else F.gelu(gate, approximate="tanh")) * value, dtype)
+    ops = GpuOps()
+    weight = DenseMatrix(torch.eye(2 * size, dtype=dtype, device=DEVICE))
+    assert torch.equal(ops.linear(weight, None, gated=function)(pairs), out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

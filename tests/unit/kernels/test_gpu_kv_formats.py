@@ -89,6 +89,27 @@ def test_attention(
     check_against_reference(ours.run(layer, q, head_dim**-0.5), drawn, layer, q, head_dim**-0.5)
 
 
+@pytest.mark.parametrize("window", [1, 50, 130])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_to_a_window(kind: str, window: int) -> None:
+    """A page of NaN is listed in place of those that no query sees."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, PAGES, 2, SEALED_GROUP, 16)
+    k[-1] = v[-1] = float("nan")
+    layer, q = layer_of(kind, k, v, SEALED), torch.randn(8, 6, 16)
+    queries, lengths = [1, 2, 5], [3 * SEALED_GROUP + 9, 64, 250]
+    pages = torch.tensor([[0, 8, 2, 3], [10, 0, 0, 0], [9, 1, 4, 11]])
+    oracle, ours = ReferenceAttention(SEALED_GROUP), GpuAttention(64)
+    oracle.plan(AttentionBatch(queries, lengths, pages, window=window))
+    expected, expected_lse = oracle.run(layer, q, 0.25)
+    for row, (n, length) in enumerate(zip(queries, lengths, strict=True)):
+        pages[row, : max(0, length - n + 1 - window) // SEALED_GROUP] = PAGES - 1
+    ours.plan(AttentionBatch(queries, lengths, pages, window=window))
+    o, lse = ours.run(layer, q, 0.25)
+    torch.testing.assert_close(o, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4x2", "upper"])
 def test_values_beyond_a_row_are_not_read(kind: str) -> None:
     """A page may hold what is no number beyond the row's end."""

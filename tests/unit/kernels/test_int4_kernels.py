@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
 from kernels.cpu.packing import PackedInt4, pack
+from kernels.ops import Gate
 from kernels.weights.int4_weights import Int4Format
 from kernels.weights.matrix import QuantizedMatrix, regular_groups
 from tests.support.profiles import examples
@@ -144,8 +145,13 @@ def test_epilogues(kernels: CpuKernels, dtype: torch.dtype, columns: int, symmet
     assert torch.equal(ops.linear(matrix, bias, wide=True)(x), plain + bias)
     assert torch.equal(ops.linear(matrix, bias)(x), (plain + bias).to(dtype))
     gate, value = (plain + bias).chunk(2, 1)
-    gated = ops.linear(matrix, bias, gated=True, wide=True)(x)
-    torch.testing.assert_close(gated, torch.nn.functional.silu(gate) * value, rtol=1e-5, atol=1e-6)
+    cases: tuple[tuple[Gate, Tensor], ...] = (
+        ("silu", torch.nn.functional.silu(gate)),
+        ("gelu_tanh", torch.nn.functional.gelu(gate, approximate="tanh")),
+    )
+    for gates, active in cases:
+        gated = ops.linear(matrix, bias, gated=gates, wide=True)(x)
+        torch.testing.assert_close(gated, active * value, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_packed() -> None:

@@ -5,9 +5,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
-from kernels.rope import apply_rope, llama3_frequencies, rotary_frequencies, rotary_tables
+from kernels.rope import apply_rope, llama3_frequencies, query_scales, rotary_frequencies, rotary_tables
+from models.files.rope_config import parse_rope
+from models.parts.rotary import make_rotary, model_frequencies, rotary_factor
 
 CPU = torch.device("cpu")
 
@@ -40,6 +44,66 @@ def test_llama3_tables_equal_transformers(original: int) -> None:
     assert slowed.any()
     assert (~kept & ~slowed).any()  # the ramp between them is tested too
     assert_same_tables(config, frequencies, 4096)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1 + i / 100 for i in range(24)],
+    "long_factor": [1.5 + 1.7 * i for i in range(24)],
+    "original_max_position_embeddings": 512,
+    "partial_rotary_factor": 0.75,
+}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        YARN,
+        {**YARN, "truncate": False, "beta_fast": 20.0, "beta_slow": 2.0},
+        {**YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 1.0},
+        {**YARN, "mscale": 0.707},
+        {**YARN, "attention_factor": 1.25, "partial_rotary_factor": 0.5},
+        {**YARN, "original_max_position_embeddings": 4},  # the slowest pair that is kept is none
+        LONGROPE,
+        {**LONGROPE, "factor": 2.0},
+        {**LONGROPE, "attention_factor": 0.9},
+        {"rope_type": "linear", "factor": 3.0, "partial_rotary_factor": 0.25},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+            "partial_rotary_factor": 0.5,
+        },
+    ],
+)
+def test_scaled_frequencies_equal_transformers(parameters: dict[str, Any]) -> None:
+    """Equal to the bit, from config.json on; so is the factor of cosines and sines."""
+    parameters = {"rope_theta": 500000.0, **parameters}
+    config = transformers.LlamaConfig(
+        hidden_size=256, num_attention_heads=4, max_position_embeddings=2048, rope_parameters={**parameters}
+    )
+    rope = parse_rope({"rope_parameters": parameters}, 2048)
+    rotated = rope.num_rotated(64)
+    for served in (512, 513):
+        expected, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, CPU, seq_len=served)
+        assert torch.equal(model_frequencies(rope, rotated, served), expected)
+        assert rotary_factor(rope) == factor
+        cos, sin = make_rotary(rope, 64, 20, dtype=torch.float32, device=CPU, served=served)
+        angles = torch.arange(20)[:, None] * expected
+        pairs = rotated // 2
+        assert torch.equal(cos[:, :pairs], angles.cos() * factor)
+        assert torch.equal(sin[:, :pairs], angles.sin() * factor)
+        assert torch.equal(cos[:, pairs:], torch.ones(20, 32 - pairs))
+        assert not sin[:, pairs:].any()
+
+
+def test_query_scales_equal_transformers() -> None:
+    positions = torch.tensor([0, 1, 15, 16, 17, 31, 32, 47, 48, 10**6])
+    expected = get_llama_4_attn_scale(positions[None], 0.1, 16)[0, 0, :, 0]
+    assert torch.equal(query_scales(positions, 0.1, 16), expected)
 
 
 def assert_same_tables(config: Any, frequencies: torch.Tensor, positions: int) -> None:
