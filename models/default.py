@@ -1,4 +1,4 @@
-"""Location of the default models: outside the checkout, one copy per user. Free of torch."""
+"""Location of the models that have names: outside the checkout, one copy per user. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ NAME = "SmolLM2-135M-Instruct"
 MODELS = {"default": NAME, "default-int4": f"{NAME}-int4"}
 """Directories of the models that `magicdec fetch` installs, by their names in settings. default: in bfloat16.
 default-int4: with the codes and scales of the file that both are made from: matrices of 4 bits, an embedding of 8."""
+GEMMA = "gemma-3-270m"
+OPTIONAL = {GEMMA: GEMMA}
+"""Directories of models that `magicdec fetch NAME` alone installs, by their names in settings."""
 
 
 def user_cache() -> Path:
@@ -35,8 +38,8 @@ def cache_dir() -> Path:
 
 
 def default_model_dir(model: str = "default") -> Path:
-    """Return the directory of a model of MODELS; it exists once `magicdec fetch` has run."""
-    return cache_dir() / MODELS[model]
+    """Return the directory of a model of MODELS or OPTIONAL; it exists once `magicdec fetch` has run."""
+    return cache_dir() / (MODELS | OPTIONAL)[model]
 
 
 def is_model_dir(directory: Path) -> bool:
@@ -50,13 +53,14 @@ def missing_models() -> list[str]:
 
 
 def resolve_model(model: str) -> Path:
-    """Return the directory for the setting `engine.model`, which is a path or a name of MODELS.
+    """Return the directory for the setting `engine.model`, which is a path or a name of MODELS or OPTIONAL.
 
     Raises ModelError if that model is not installed. Any other path is checked when the model is read.
     """
-    if model not in MODELS:
+    if model not in MODELS and model not in OPTIONAL:
         return Path(model).expanduser()
     directory = default_model_dir(model)
     if not is_model_dir(directory):
-        raise ModelError(f"the model {model!r} is not installed; `magicdec fetch` downloads and converts it")
+        command = "magicdec fetch" if model in MODELS else f"magicdec fetch {model}"
+        raise ModelError(f"the model {model!r} is not installed; `{command}` downloads and converts it")
     return directory

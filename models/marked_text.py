@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +48,8 @@ class MarkedEncoder:
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(described))
         self._plain.encode_special_tokens = True
         self._id_of = {name: id for id, name in special_names.items()}
-        self._aliases: dict[str, str] = {}
         self._ids: dict[int, list[int]] = {}
-        self._separator = self._add([], {"normalized": False})
+        (self._separator,) = self._add([([], {"normalized": False})])
         # Some models spell a name with its special token even so; a separator, which is no token, divides those.
         self._spelt = {}
         for id, name in special_names.items():
@@ -59,9 +58,11 @@ class MarkedEncoder:
                 if id != _unknown_id(described):
                     parts = self._plain.encode(self._spelt[name], add_special_tokens=False).ids
                     self._ids[id] = [part for part in parts if part not in self._ids]
-        for id, name in special_names.items():
-            flags = {flag: getattr(added[id], flag) for flag in ("lstrip", "rstrip", "normalized")}
-            self._aliases[name] = self._add([id], flags)
+        flags = [
+            {flag: getattr(added[id], flag) for flag in ("lstrip", "rstrip", "normalized")} for id in special_names
+        ]
+        aliases = self._add([([id], own) for id, own in zip(special_names, flags, strict=True)])
+        self._aliases = dict(zip(special_names.values(), aliases, strict=True))
 
     def find_names(self, text: MarkedText) -> list[tuple[int, int]]:
         """Find the names of special tokens without marks: the token of each, and the place where it ends."""
@@ -85,14 +86,18 @@ class MarkedEncoder:
         added = encoding.special_tokens_mask
         return [token for i, id in enumerate(encoding.ids) for token in ([id] if added[i] else self._ids.get(id, [id]))]
 
-    def _add(self, ids: list[int], flags: dict[str, bool]) -> str:
-        """Add a token that stands for `ids`. Returns its text."""
-        alias = "".join(chr(secrets.choice(_ALIAS_CHARS)) for _ in range(8))
-        self._plain.add_tokens([tokenizers.AddedToken(alias, **flags)])
-        new = self._plain.token_to_id(alias)
-        assert new is not None
-        self._ids[new] = ids
-        return alias
+    def _add(self, tokens: Sequence[tuple[list[int], dict[str, bool]]]) -> list[str]:
+        """Add tokens that stand for ids, with their flags. Returns their texts. All at once: each call makes an index
+        of all added tokens, of which some models have thousands."""
+        aliases = ["".join(chr(secrets.choice(_ALIAS_CHARS)) for _ in range(8)) for _ in tokens]
+        self._plain.add_tokens(
+            [tokenizers.AddedToken(alias, **flags) for alias, (_, flags) in zip(aliases, tokens, strict=True)]
+        )
+        for alias, (ids, _) in zip(aliases, tokens, strict=True):
+            new = self._plain.token_to_id(alias)
+            assert new is not None
+            self._ids[new] = ids
+        return aliases
 
 
 def _unknown_id(described: dict[str, Any]) -> int | None:

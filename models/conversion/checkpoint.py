@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from kernels.weights.matrix import QuantizedMatrix
-from models.files.json_values import ModelError, describe_lfs_pointer, flag, is_lfs_pointer, read_json
+from models.config import parse_config
+from models.files.json_values import ModelError, describe_lfs_pointer, is_lfs_pointer, read_json
+from models.files.nested_text import text_model
 from models.layouts.dense_layout import DENSE
 from models.layouts.group_layout import GroupLayout
 from models.layouts.layout import parse_layout
@@ -49,7 +51,8 @@ class Checkpoint:
 
 
 def open_directory(src: Path) -> Checkpoint:
-    """Open a directory. Its config says of tied embeddings what the stored tensors say (models.weights).
+    """Open a directory; of a model that reads more than text, its text model. Its config says of tied embeddings what
+    the stored tensors say (models.weights).
 
     Raises ModelError: config.json, tokenizer.json or safetensors weights are missing or broken.
     """
@@ -70,6 +73,7 @@ def open_directory(src: Path) -> Checkpoint:
         raise ModelError(f"{src}: {error}") from error
     config = read_json(src / "config.json")
     try:
+        config = text_model(config)
         layout = parse_layout(config)
     except ModelError as error:
         raise ModelError(f"{src}: {error}") from None
@@ -77,7 +81,7 @@ def open_directory(src: Path) -> Checkpoint:
     if layout is not DENSE and own is None:
         raise ModelError(f"{src}: has quantized weights, which are served as they are")
     try:
-        tied = flag(config, _TIED)
+        tied = parse_config(config).tie_word_embeddings
     except ModelError as error:
         raise ModelError(f"{src}: {error}") from None
     stored = find_tensors(src, tied)

@@ -1,4 +1,4 @@
-"""Convert a Llama-family checkpoint into the one format that is served.
+"""Convert a checkpoint into the one format that is served.
 
 The format is a Hugging Face style directory: config.json, model*.safetensors (tied embeddings stored once),
 tokenizer.json, tokenizer_config.json (special tokens, chat template), generation_config.json. Weights are bf16, or, if
@@ -24,9 +24,11 @@ from kernels.weights.matrix import QuantizedMatrix, is_finite
 from models.config import ModelError, parse_config
 from models.conversion.checkpoint import Checkpoint, NamedTensors, open_directory
 from models.conversion.gguf import open_gguf
+from models.decoder import DecoderModel
+from models.families.sliding import FULL, SLIDING
 from models.files.json_values import Json
+from models.files.rope_config import has_own_rope
 from models.layouts.group_layout import SETTINGS, stored_tensors
-from models.llama import Llama
 from models.weights import HEAD, NOT_FINITE, PROJECTION_BIAS, is_zero
 from parallel.group import Group
 from parallel.matrix_layer import Placement
@@ -121,7 +123,7 @@ def _checked(checkpoint: Checkpoint, src: Path) -> Iterator[tuple[str, torch.Ten
     """Yield the tensors to store. Logs, at the end, weights that are not finite in bf16. Raises ModelError unless they
     are exactly the model's, with its shapes."""
     config = parse_config(checkpoint.config)
-    model = Llama(config, Placement(Group.single(), torch.bfloat16, torch.device("meta")), max_positions=1)
+    model = DecoderModel(config, Placement(Group.single(), torch.bfloat16, torch.device("meta")), max_positions=1)
     missing: dict[str, tuple[int, ...]] = {slot.source: slot.full_shape for slot in model.weight_slots()}
     missing |= {slot.source: slot.full_shape for slot in model.matrix_slots()}
     not_finite: list[str] = []
@@ -195,6 +197,10 @@ def served_config(config: Json, quantization: Json | None = None) -> Json:
         config["quantization_config"] = quantization
     rope = config.get("rope_parameters")
     if rope and not config.get("rope_scaling"):
+        if has_own_rope(config, FULL):
+            rope = rope[FULL]
+        if has_own_rope(config, SLIDING):
+            config["rope_local_base_freq"] = config["rope_parameters"][SLIDING].get("rope_theta")
         scaled = rope.get("rope_type", "default") != "default"
         config["rope_theta"] = parse_config(config).rope.theta
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None

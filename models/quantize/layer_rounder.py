@@ -10,13 +10,14 @@ from torch import Tensor
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv.kv_pool import KVPool
+from kernels.ops import Gate
 from kernels.reference_ops import ReferenceLinear, ReferenceOps, reference_linear
-from kernels.rope import rotary_tables
 from kernels.weights.int4_weights import Int4Format
 from kernels.weights.matrix import DenseMatrix, Matrix, QuantizedMatrix, is_finite
-from models.batch import TokenInputs
 from models.config import ModelConfig, ModelError
-from models.llama import DecoderLayer, LayerInputs, model_frequencies
+from models.decoder import DecoderLayer
+from models.parts.rotary import make_query_scales, make_rotary
+from models.parts.self_attention import AttentionInputs
 from models.quantize.gptq_rounding import gptq
 from parallel.group import Group
 from parallel.matrix_layer import Placement
@@ -72,7 +73,7 @@ class CalibratingOps(ReferenceOps):
         self.made: list[CalibratedLinear] = []
 
     def linear(  # type: ignore[override]
-        self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False
+        self, matrix: Matrix, bias: Tensor | None, *, gated: Gate | None = None, wide: bool = False
     ) -> CalibratedLinear:
         made = CalibratedLinear(matrix, self._int4, lambda rounded: reference_linear(rounded, bias, gated, wide))
         self.made.append(made)
@@ -103,20 +104,34 @@ class LayerRounder:
         token_ids = torch.tensor(texts).flatten()
         if (largest := int(token_ids.max())) >= len(embedding):
             raise ModelError(f"the text has token {largest}, but the model embeds {len(embedding)} tokens")
-        self._x = embedding[token_ids].to(device, torch.float32)
+        self._x = embedding[token_ids].to(device, torch.float32) * config.embedding_scale
         self._delta: Tensor | None = None
-        attention = ReferenceAttention(page_size=length)  # each text is one page
         pages = torch.arange(rows, device=device)[:, None]
-        attention.plan(AttentionBatch([length] * rows, [length] * rows, pages))
-        self._inputs = LayerInputs(
-            TokenInputs(
-                token_ids=token_ids.to(device),
-                positions=torch.arange(length, device=device).repeat(rows),
-                slots=torch.arange(rows * length, device=device),
-            ),
-            rotary_tables(model_frequencies(config.rope, config.head_dim), length, dtype=torch.float32, device=device),
-            attention,
-        )
+        positions = torch.arange(length, device=device).repeat(rows)
+        slots = torch.arange(rows * length, device=device)
+
+        def attend(window: int) -> ReferenceAttention:
+            attention = ReferenceAttention(page_size=length)  # each text is one page
+            attention.plan(AttentionBatch([length] * rows, [length] * rows, pages, window=window))
+            return attention
+
+        full, sliding = attend(0), attend(config.sliding_window or 0)
+        tables = {
+            kind: make_rotary(
+                kind, config.head_dim, length, dtype=torch.float32, device=device, served=config.max_model_len
+            )
+            for kind in {config.rope_of(layer) for layer in range(config.num_layers)}
+        }
+        self._inputs = [
+            AttentionInputs(
+                tables[config.rope_of(layer)],
+                positions,
+                slots,
+                sliding if layer in config.sliding_layers else full,
+                make_query_scales(config.rope_of(layer), positions),
+            )
+            for layer in range(config.num_layers)
+        ]
         self._kv = KVPool(
             num_layers=1,
             num_pages=rows,
@@ -135,22 +150,24 @@ class LayerRounder:
         read: returns the tensor of a name. Raises ModelError: the layer's activations are not finite.
         """
         whole = split_heads(self._config.num_heads, self._config.num_kv_heads, 1)[0]
-        layer = DecoderLayer(f"model.layers.{number}", self._config, whole, self._place)
+        layer = DecoderLayer(self._config, number, whole, self._place, slides=False, index=0)
         for slot in layer.weight_slots():
-            slot.tensor.copy_(read(slot.source))
+            slot.tensor.copy_(read(slot.source).float() + slot.offset)
         self._ops.made.clear()
-        places: list[tuple[str, int, slice]] = []
+        places: dict[str, tuple[int, slice]] = {}
         first = 0
         for place in layer.matrix_slots():
-            product, rows = len(self._ops.made), place.full_shape[0]
-            place.fill(DenseMatrix(read(place.source)))
-            places.append((place.source, product, slice(first, first + rows)))
+            product, rows = len(self._ops.made), place.reads[0].stop - place.reads[0].start
+            place.fill(DenseMatrix(read(place.source)[place.reads]))
+            # Parts of a matrix that the checkpoint has joined follow each other in its own order.
+            start = places[place.source][1].start if place.source in places else first
+            places[place.source] = product, slice(start, first + rows)
             first = first + rows if len(self._ops.made) == product else 0
         try:
-            self._delta = layer(self._x, self._delta, self._inputs, self._kv)
+            self._delta = layer(self._x, self._delta, self._inputs[number], self._kv)
         except NotFiniteError:
             raise ModelError(f"layer {number}: the text leads to activations that are infinite or NaN") from None
         return {
             source: self._ops.made[product].quantized.cut(rows, slice(None)).to(torch.device("cpu"))
-            for source, product, rows in places
+            for source, (product, rows) in places.items()
         }

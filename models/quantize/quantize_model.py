@@ -15,8 +15,8 @@ from kernels.weights.matrix import is_finite
 from models.config import ModelConfig, ModelError, parse_config
 from models.conversion.checkpoint import open_directory
 from models.conversion.convert import check_destination, served_config, write_directory
+from models.decoder import DecoderModel
 from models.layouts.weight_files import WeightFiles
-from models.llama import Llama
 from models.loader import check_model
 from models.quantize.compressed_writer import compression_settings, stored_tensors
 from models.quantize.layer_rounder import LayerRounder
@@ -77,9 +77,9 @@ def _quantized(
     progress: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the quantized model."""
-    model = Llama(config, Placement(Group.single(), torch.float32, torch.device("meta")), max_positions=1)
+    model = DecoderModel(config, Placement(Group.single(), torch.float32, torch.device("meta")), max_positions=1)
     matrices = {slot.source: slot.full_shape for slot in model.matrix_slots()}
-    others = [slot.source for slot in model.weight_slots()]
+    others = dict.fromkeys(slot.source for slot in model.weight_slots())
     layers = [f"model.layers.{number}." for number in range(config.num_layers)]
     rounded = {name: shape for name, shape in matrices.items() if name.startswith(tuple(layers))}
     for name, (_, features) in rounded.items():

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from models.default import default_model_dir, missing_models
+from models.default import MODELS, OPTIONAL, default_model_dir, missing_models
 
 _WEIGHTS = (
     "Matrices that the file holds in few bits: stored: with the same codes and scales, where this format has them "
@@ -21,7 +21,7 @@ def convert(
     weights: Annotated[Literal["stored", "dense"], typer.Option(help=_WEIGHTS)] = "stored",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
 ) -> None:
-    """Convert a Llama-family checkpoint to the format that magicdec serves: safetensors, bf16 or quantized, and
+    """Convert a checkpoint to the format that magicdec serves: safetensors, bf16 or quantized, and
     tokenizer.json."""
     from models.conversion.convert import convert as run
 
@@ -29,12 +29,18 @@ def convert(
     typer.echo(dst)
 
 
-def fetch() -> None:
-    """Download and convert the models `default` and `default-int4` unless they exist, and print the directory of the
-    first."""
-    directory = default_model_dir()
-    if missing_models():
+def fetch(
+    model: Annotated[str, typer.Argument(help=f"One of: {', '.join([*MODELS, *OPTIONAL])}.")] = "default",
+) -> None:
+    """Download and convert a model that has a name, unless it is installed, and print its directory.
+
+    `default` and `default-int4` are installed together. All others have licences of their own, and are served by name
+    once they are installed.
+    """
+    if model not in MODELS and model not in OPTIONAL:
+        raise typer.BadParameter(f"{model!r} is none of: {', '.join([*MODELS, *OPTIONAL])}", param_hint="MODEL")
+    if model in OPTIONAL or missing_models():
         from models.fetch import fetch as run
 
-        run(lambda line: typer.echo(line, err=True))
-    typer.echo(directory)
+        run(lambda line: typer.echo(line, err=True), model)
+    typer.echo(default_model_dir(model))

@@ -49,7 +49,7 @@ _TARGET_KV = "engine.target_kv"
 _TARGET_POLICY = f"{_TARGET_KV}.policy"
 
 ENGINE_FLAGS = {
-    "model": EngineFlag("engine.model", str, "Model directory, `default` or `default-int4`."),
+    "model": EngineFlag("engine.model", str, "Model directory, or a name that `magicdec fetch` knows."),
     "device": EngineFlag("engine.device", str, "auto, cpu or cuda."),
     "dtype": EngineFlag("engine.dtype", str, "auto, float32, bfloat16, float16 or float64."),
     "kernels": EngineFlag("engine.kernels", str, "auto, cpu, triton, flashinfer or reference."),

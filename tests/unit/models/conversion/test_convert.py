@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.config import ModelError, parse_config
 from models.conversion.convert import convert
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import load_model
 from parallel.group import Group
 from parallel.matrix_layer import Placement
@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
 
 
 def random_weights(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Weights:
-    model = Llama(parse_config(config), Placement(Group.single(), torch.float32, torch.device("meta")))
+    model = DecoderModel(parse_config(config), Placement(Group.single(), torch.float32, torch.device("meta")))
     generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {slot.source: slot.full_shape for slot in model.weight_slots()}
     shapes |= {slot.source: slot.full_shape for slot in model.matrix_slots()}

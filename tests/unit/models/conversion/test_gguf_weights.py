@@ -16,7 +16,7 @@ from torch import Tensor
 from models.config import ModelError, parse_config
 from models.conversion.convert import convert
 from models.conversion.draft import make_draft
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import load_model, random_model
 from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
@@ -71,18 +71,18 @@ def dequantized(path: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
 
-def load(path: Path, weights: WeightChoice | None = None) -> Llama:
+def load(path: Path, weights: WeightChoice | None = None) -> DecoderModel:
     choice = weights or WeightChoice()
     return load_model(path, dtype=torch.float32, device=CPU, group=Group.single(), progress=False, weights=choice)
 
 
 @torch.no_grad()
-def logits_of(model: Llama) -> Tensor:
+def logits_of(model: DecoderModel) -> Tensor:
     return PagedRows(model, [len(TEXT)], 16).forward({0: TEXT}, {0: range(len(TEXT))})
 
 
 @torch.no_grad()
-def assert_same_logits(model: Llama, oracle: Any) -> None:
+def assert_same_logits(model: DecoderModel, oracle: Any) -> None:
     expected = oracle(torch.tensor([TEXT])).logits[0]
     torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=1e-4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.params import SamplingParams
 from engine.scheduler.stats import acceptance_rate
-from models.config import ModelError, read_config
-from models.conversion.draft import choose_layers, evenly_spaced_layers, make_draft
+from models.architectures import ARCHITECTURES
+from models.config import ModelError, parse_config, read_config
+from models.conversion.checkpoint import Checkpoint
+from models.conversion.draft import _with_layers, choose_layers, evenly_spaced_layers, make_draft
 from models.loader import load_model
 from parallel.group import Group
 from server.cli.app import app
@@ -144,3 +147,43 @@ def test_the_command(target: Path, tmp_path: Path) -> None:
         assert code == 2
         assert says in said
     assert run(str(tmp_path / "0"))[1].endswith("not empty (--force replaces it)")
+
+
+_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+_MIXED: dict[str, dict[str, Any]] = {
+    "exaone4": {"sliding_window": 64, "sliding_window_pattern": 4},
+    "gemma3_text": {"sliding_window": 64},
+    "mixtral": {"sliding_window": 64},
+    "olmo3": {"sliding_window": 64},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 4, "sliding_window": 64},
+    "qwen2_moe": {"num_experts": 4, "mlp_only_layers": [0, 5]},
+    "qwen3_moe": {"num_experts": 8, "decoder_sparse_step": 2},
+}
+"""Keys with which layers differ."""
+
+
+@pytest.mark.parametrize("kept", [[0, 3, 5, 7], [3, 7], [0, 1], [4]])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_layers_stay_what_they_were(model_type: str, kept: list[int]) -> None:
+    """Also where a pattern, which counts from the first layer, tells them apart."""
+    config = {"model_type": model_type, **_SIZES, **_MIXED.get(model_type, {})}
+    draft = _with_layers(Checkpoint(config, iter(()), {}, False), kept)
+    assert parse_config(draft.config) == parse_config(config).with_layers(kept)
+
+
+def test_a_draft_of_which_some_layers_slide_is_refused(tmp_path: Path) -> None:
+    """No server would take it."""
+    source = write_random_model(tmp_path / "mixed", replace(DEEP, sliding_window=8, sliding_layers=(0, 1, 3, 4)))
+    with pytest.raises(ModelError, match="1 of these layers slide"):
+        make_draft(source, tmp_path / "draft", [2, 3])
+    make_draft(source, tmp_path / "draft", [2, 5])
+    assert not read_config(tmp_path / "draft").sliding_layers

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from kernels.attention.base import AttentionBatch
 from kernels.kv.kv_pool import KVPool
+from kernels.ops import Gate
 from kernels.reference_ops import ReferenceLinear, ReferenceOps
 from kernels.weights.int4_weights import Int4Format
 from kernels.weights.matrix import DenseMatrix, Matrix, QuantizedMatrix, regular_groups
@@ -82,7 +83,7 @@ class RecordingOps(ReferenceOps):
         self.inputs: list[Tensor] = []
 
     def linear(
-        self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False
+        self, matrix: Matrix, bias: Tensor | None, *, gated: Gate | None = None, wide: bool = False
     ) -> ReferenceLinear:
         assert isinstance(matrix, DenseMatrix)
         number, inputs = len(self.inputs), self.inputs
