@@ -16,11 +16,11 @@ from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from kernels.weights.matrix import DenseMatrix, is_finite
 from models.config import ModelConfig, ModelError, read_config
+from models.decoder import DecoderModel
 from models.files.json_values import short
 from models.files.special_tokens import token_numbers
 from models.layouts.layout import Layout, find_layout
 from models.layouts.weight_files import WeightFiles
-from models.llama import Llama
 from models.weights import NOT_FINITE, PROJECTION_BIAS, StoredTensors, find_tensors, is_zero, opened
 from parallel.group import Group
 from parallel.matrix_layer import AS_STORED, Placement, WeightChoice
@@ -43,12 +43,12 @@ def load_model(
     ops: Ops = REFERENCE,
     weights: WeightChoice = AS_STORED,
     like: ModelConfig | None = None,
-) -> Llama:
+) -> DecoderModel:
     """Load a model directory: config.json and *.safetensors. tokenizer.json, if present, is only checked.
 
-    dtype: of all that is not quantized. progress: whether to draw a bar on stderr. max_positions: see Llama. ops: the
-    model's arithmetic. weights: formats of its matrices. like: config of the model that this one replaces, which it
-    must have too, except for token ids, and keeps. Pickled weights are never opened.
+    dtype: of all that is not quantized. progress: whether to draw a bar on stderr. max_positions: see DecoderModel.
+    ops: the model's arithmetic. weights: formats of its matrices. like: config of the model that this one replaces,
+    which it must have too, except for token ids, and keeps. Pickled weights are never opened.
     Logs what it reads otherwise than it is written, and weights that are not finite: on rank 0, or on a rank that alone
     has that part.
     Raises ModelError: missing or broken files, a model that is not supported, tensors that are missing, unknown or of
@@ -59,24 +59,25 @@ def load_model(
     if group.rank == 0:
         for warning in warnings:
             log.warning("%s: %s", path, warning)
-    model = Llama(config, Placement(group, dtype, device, ops, weights), max_positions)
+    model = DecoderModel(config, Placement(group, dtype, device, ops, weights), max_positions)
     storage, matrices = list(model.weight_slots()), list(model.matrix_slots())
     stored = _wanted(path, storage, matrices, layout, stored)
     total = sum(slot.tensor.nbytes for slot in storage) + sum(_part_bytes(slot, dtype) for slot in matrices)
-    not_finite: list[str] = []
+    not_finite: dict[str, None] = {}
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", file=sys.stderr, disable=not progress)
     with bar, WeightFiles(stored) as files:
 
         def note(slot: WeightSlot | MatrixSlot, finite: bool, nbytes: int) -> None:
             is_part = any(part != slice(0, size) for part, size in zip(slot.index, slot.full_shape, strict=True))
             if not finite and (group.rank == 0 or is_part):
-                not_finite.append(f"{files[layout.tensors(slot.source, stored)[0]].where}")
+                not_finite[files[layout.tensors(slot.source, stored)[0]].where] = None
             bar.update(nbytes)
 
         for slot in storage:
             source = files[slot.source]
             source.check(slot.full_shape)
-            slot.tensor.copy_(source.read(*slot.index))
+            values = source.read(*slot.index)
+            slot.tensor.copy_(values.to(torch.promote_types(values.dtype, torch.float32)) + slot.offset)
             note(slot, is_finite(slot.tensor), slot.tensor.nbytes)
         for place in matrices:
             matrix = layout.read(files, place.source, place.full_shape, *place.reads)
@@ -84,7 +85,7 @@ def load_model(
             place.fill(matrix)
     if not_finite:
         count = f" (the first of {len(not_finite)})" if len(not_finite) > 1 else ""
-        log.warning(NOT_FINITE, not_finite[0], count, str(dtype).removeprefix("torch."))
+        log.warning(NOT_FINITE, next(iter(not_finite)), count, str(dtype).removeprefix("torch."))
     del storage, matrices
     model.prepare()
     return model
@@ -94,7 +95,7 @@ def check_model(path: Path, like: ModelConfig, group: Group) -> None:
     """Raise ModelError if `load_model` would, for this rank. Reads no weights but those it has to compare."""
     config, stored, _ = _read(path, like)
     layout = find_layout(path)
-    model = Llama(config, Placement(group, torch.float32, torch.device("meta")), max_positions=1)
+    model = DecoderModel(config, Placement(group, torch.float32, torch.device("meta")), max_positions=1)
     storage, matrices = list(model.weight_slots()), list(model.matrix_slots())
     with WeightFiles(_wanted(path, storage, matrices, layout, stored)) as files:
         for slot in storage:
@@ -111,12 +112,12 @@ def random_model(
     group: Group,
     ops: Ops = REFERENCE,
     weights: WeightChoice = AS_STORED,
-) -> Llama:
+) -> DecoderModel:
     """Create a model with random weights, which depend on config, seed and dtype alone, not on device or rank count.
 
     Matrices preserve the scale of their input, norms are near 1, biases small.
     """
-    model = Llama(config, Placement(group, dtype, device, ops, weights))
+    model = DecoderModel(config, Placement(group, dtype, device, ops, weights))
 
     def drawn(source: str, shape: tuple[int, ...]) -> Tensor:
         # Seeded by name, and drawn whole before it is cut, so that weights do not depend on the split.
@@ -167,7 +168,7 @@ def _wanted(
                     if is_zero(checkpoint.get_tensor(stored_name)):
                         continue
             raise ModelError(f"{file}: unexpected tensor {stored_name}")
-    sources = [*(slot.source for slot in storage), *(slot.source for slot in matrices)]
+    sources = {*(slot.source for slot in storage), *(slot.source for slot in matrices)}
     if missing := sorted(source for source in sources if not found.get(source)):
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ModelError(f"{path}: tensors missing from the weight files: {names}")

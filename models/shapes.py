@@ -1,117 +1,18 @@
-"""Parameter counts and memory sizes of models, and the shapes of well-known ones. Free of torch and of weights."""
+"""Parameter counts and memory sizes of models. Free of torch and of weights."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 from kernels.kv.kv_bits import KV_BITS
-from kernels.weights.weight_bits import HEAD_FORMATS, WEIGHT_BITS
-from models.config import ModelConfig, ModelError, RopeConfig, read_config, read_json
+from kernels.weights.weight_bits import EXPERTS_ALONE, HEAD_FORMATS, WEIGHT_BITS
+from models.config import ModelConfig, ModelError, read_config, read_json
 from models.default import resolve_model
 from models.files.json_values import describe_no_directory
-
-_LLAMA_31_ROPE = RopeConfig(
-    theta=500000.0, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
-)
-_LLAMA_32_ROPE = RopeConfig(
-    theta=500000.0, kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
-)
-
-SHAPES = {
-    "llama-2-7b-32k": ModelConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        max_position_embeddings=32768,
-        rope=RopeConfig(kind="linear", factor=8.0),
-    ),
-    "llama-3.1-8b": ModelConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        max_position_embeddings=131072,
-        rope=_LLAMA_31_ROPE,
-    ),
-    "llama-3.1-70b": ModelConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_layers=80,
-        num_heads=64,
-        num_kv_heads=8,
-        head_dim=128,
-        max_position_embeddings=131072,
-        rope=_LLAMA_31_ROPE,
-    ),
-    "llama-3.2-1b": ModelConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_layers=16,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=64,
-        max_position_embeddings=131072,
-        rope=_LLAMA_32_ROPE,
-        tie_word_embeddings=True,
-    ),
-    "qwen3-4b": ModelConfig(
-        model_type="qwen3",
-        vocab_size=151936,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_layers=36,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        rope=RopeConfig(theta=1000000.0),
-        tie_word_embeddings=True,
-        qk_norm=True,
-    ),
-    "qwen3-8b": ModelConfig(
-        model_type="qwen3",
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_layers=36,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        rope=RopeConfig(theta=1000000.0),
-        qk_norm=True,
-    ),
-    "smollm2-135m": ModelConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        rope=RopeConfig(theta=100000.0),
-        tie_word_embeddings=True,
-    ),
-    "tinyllama-1.1b": ModelConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_layers=22,
-        num_heads=32,
-        num_kv_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-    ),
-}
-"""Shapes by name, as published by the models' makers."""
+from models.files.nested_text import text_model
+from models.known_shapes import SHAPES
+from models.model_config import ExpertsConfig
 
 
 def find_shape(name: str) -> ModelConfig:
@@ -134,41 +35,96 @@ def is_quantized(name: str) -> bool:
     if name in SHAPES:
         return False
     file = resolve_model(name) / "config.json"
-    return file.is_file() and bool(read_json(file).get("quantization_config"))
+    return file.is_file() and bool(text_model(read_json(file)).get("quantization_config"))
 
 
-def _key_value_parameters(model: ModelConfig) -> int:
-    """Count the parameters of the key and value projections of all layers."""
-    return 2 * model.num_layers * model.hidden_size * model.num_kv_heads * model.head_dim
+def distinct_experts(experts: ExpertsConfig, tokens: float) -> float:
+    """Return the expected number of a layer's experts that `tokens` tokens are given to:
+
+        count · (1 − (1 − per_token / count)^tokens)
+
+    It takes every token's experts to be drawn uniformly and independently of those of other tokens. Routers are less
+    even than that, and tokens of one text alike, so the true number is smaller.
+    """
+    return experts.count * (1 - math.pow(1 - experts.per_token / experts.count, tokens))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Matrices:
+    """Numbers of weights of the matrices of a model, all layers together.
+
+    keys_values: projections that ranks replicate with the KV heads. routers: of experts, and the gates of shared ones;
+    dense in every format, and whole on every rank. expert: one expert of each layer that has some. layers: all else.
+    head: the LM head, or the embedding.
+    """
+
+    layers: int
+    keys_values: int
+    routers: int
+    expert: int
+    head: int
+
+
+def _matrices(model: ModelConfig) -> _Matrices:
+    hidden, experts = model.hidden_size, model.experts
+    attention = 2 * model.num_layers * hidden * model.num_heads * model.head_dim
+    mixed = 0 if experts is None else model.num_layers - len(experts.dense_layers)
+    networks = (model.num_layers - mixed) * 3 * hidden * model.intermediate_size
+    routers = expert = 0
+    if experts is not None:
+        networks += mixed * 3 * hidden * experts.shared_size
+        routers = mixed * hidden * (experts.count + (experts.shared_size > 0))
+        expert = mixed * 3 * hidden * experts.size
+    return _Matrices(
+        layers=attention + networks,
+        keys_values=2 * model.num_layers * hidden * model.num_kv_heads * model.head_dim,
+        routers=routers,
+        expert=expert,
+        head=model.vocab_size * hidden,
+    )
+
+
+def _matrix_parameters(model: ModelConfig, experts: int) -> int:
+    """Count the weights of matrices, with so many experts per layer."""
+    found = _matrices(model)
+    return found.layers + found.keys_values + found.routers + experts * found.expert + found.head
 
 
 def active_parameters(model: ModelConfig) -> int:
-    """Count the weights that one token is multiplied with: all matrices, including the LM head, without the embedding
-    table, of which a token looks up one row."""
-    return _layer_parameters(model) + _key_value_parameters(model) + _table_parameters(model)
-
-
-def _layer_parameters(model: ModelConfig) -> int:
-    """Count the weights of all layers' matrices, without key and value projections."""
-    attention = 2 * model.hidden_size * model.num_heads * model.head_dim
-    network = 3 * model.hidden_size * model.intermediate_size
-    return model.num_layers * (attention + network)
-
-
-def _table_parameters(model: ModelConfig) -> int:
-    """Count the weights of the LM head, or of the embedding."""
-    return model.vocab_size * model.hidden_size
+    """Count the weights that one token is multiplied with: all matrices, including the LM head, and of experts those
+    that it is given to; without the embedding table, of which a token looks up one row."""
+    return _matrix_parameters(model, model.experts.per_token if model.experts else 0)
 
 
 def parameters(model: ModelConfig) -> int:
-    """Count all parameters: matrices, embedding (once, if the LM head is tied to it), norms and biases."""
+    """Count all parameters: matrices, all experts, embedding (once, if the LM head is tied to it), norms, biases and
+    sinks."""
+    embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
+    return _all_matrices(model) + embedding + _vectors(model)
+
+
+def _all_matrices(model: ModelConfig) -> int:
+    """Count the weights of all matrices."""
+    return _matrix_parameters(model, model.experts.count if model.experts else 0)
+
+
+def _vectors(model: ModelConfig) -> int:
+    """Count the parameters of norms, biases and sinks. Where mlp_bias is set, experts and routers have biases too."""
+    names, experts, hidden = model.names, model.experts, model.hidden_size
+    norms = (names.before_attention, names.after_attention, names.before_mlp, names.after_mlp)
     heads = model.num_heads + 2 * model.num_kv_heads
-    layer = 2 * model.hidden_size
-    layer += 2 * model.head_dim * model.qk_norm
-    layer += heads * model.head_dim * model.qkv_bias + model.hidden_size * model.o_bias
-    layer += (2 * model.intermediate_size + model.hidden_size) * model.mlp_bias
-    embedding = 0 if model.tie_word_embeddings else _table_parameters(model)
-    return active_parameters(model) + embedding + model.num_layers * layer + model.hidden_size
+    normed = {"none": 0, "head": 2, "all": model.num_heads + model.num_kv_heads}[model.qk_norm]
+    layer = hidden * sum(map(bool, norms)) + model.head_dim * normed + model.num_heads * model.has_sinks
+    layer += heads * model.head_dim * model.qkv_bias + hidden * model.o_bias
+    network, total = 2 * model.intermediate_size + hidden, model.num_layers * layer + hidden
+    if not model.mlp_bias:
+        return total
+    if experts is None:
+        return total + model.num_layers * network
+    mixed = experts.count * (2 * experts.size + hidden + 1)
+    mixed += (2 * experts.shared_size + hidden) * (experts.shared_size > 0)
+    dense = len(experts.dense_layers)
+    return total + dense * network + (model.num_layers - dense) * mixed
 
 
 def kv_heads_per_rank(model: ModelConfig, ranks: int) -> int:
@@ -176,17 +132,31 @@ def kv_heads_per_rank(model: ModelConfig, ranks: int) -> int:
     return -(-model.num_kv_heads // ranks)
 
 
-def matrix_bytes(model: ModelConfig, element_bytes: int, weights: str = "dense") -> float:
-    """Return the bytes of the weights that one token is multiplied with (`active_parameters`). weights: their format,
-    a key of WEIGHT_BITS; dense: elements of `element_bytes`."""
-    return rank_matrix_bytes(model, 1, element_bytes, weights)
+def matrix_bytes(
+    model: ModelConfig, element_bytes: int, weights: str = "dense", *, tokens: float | None = None
+) -> float:
+    """Return the bytes of all matrices, including the LM head. weights: their format, a key of WEIGHT_BITS; dense:
+    elements of `element_bytes`. tokens: of a forward, which reads only the experts that these are given to
+    (`distinct_experts`); None: all."""
+    return rank_matrix_bytes(model, 1, element_bytes, weights, tokens=tokens)
 
 
-def rank_matrix_bytes(model: ModelConfig, ranks: int, element_bytes: int, weights: str = "dense") -> float:
-    """Return the bytes of matrices on the fullest rank; the projections of replicated KV heads are replicated, too."""
-    keys_values = _key_value_parameters(model) * kv_heads_per_rank(model, ranks) / model.num_kv_heads
-    layers = _weight_bytes(weights, element_bytes) * (_layer_parameters(model) / ranks + keys_values)
-    return layers + _weight_bytes(HEAD_FORMATS[weights], element_bytes) * _table_parameters(model) / ranks
+def rank_matrix_bytes(
+    model: ModelConfig, ranks: int, element_bytes: int, weights: str = "dense", *, tokens: float | None = None
+) -> float:
+    """Return the bytes of matrices on the fullest rank; the projections of replicated KV heads are replicated, too, and
+    routers. tokens: see matrix_bytes."""
+    found, experts = _matrices(model), 0.0
+    if model.experts is not None:
+        experts = model.experts.count if tokens is None else distinct_experts(model.experts, tokens)
+    keys_values = found.keys_values * kv_heads_per_rank(model, ranks) / model.num_kv_heads
+    others = "dense" if weights in EXPERTS_ALONE else weights
+    return (
+        _weight_bytes(others, element_bytes) * (found.layers / ranks + keys_values)
+        + _weight_bytes(weights, element_bytes) * experts * found.expert / ranks
+        + element_bytes * found.routers
+        + _weight_bytes(HEAD_FORMATS[weights], element_bytes) * found.head / ranks
+    )
 
 
 def _weight_bytes(weights: str, element_bytes: int) -> float:
@@ -196,22 +166,29 @@ def _weight_bytes(weights: str, element_bytes: int) -> float:
 def rank_weight_bytes(model: ModelConfig, ranks: int, element_bytes: int, weights: str = "dense") -> float:
     """Return the bytes of all weights on the fullest rank. An embedding that the LM head is tied to is kept beside a
     head of fewer bits."""
-    others = parameters(model) - active_parameters(model)
-    if model.tie_word_embeddings and weights != "dense":
-        others += _table_parameters(model)
+    others = parameters(model) - _all_matrices(model)
+    if model.tie_word_embeddings and HEAD_FORMATS[weights] != "dense":
+        others += model.vocab_size * model.hidden_size
     return rank_matrix_bytes(model, ranks, element_bytes, weights) + element_bytes * others / ranks
 
 
 def kv_token_bytes(model: ModelConfig, element_bytes: int, kv_format: str = "dense") -> int:
-    """Return the KV bytes of one token: all layers, all KV heads, each once. kv_format: see kernels.kv.kv_bits; dense:
-    numbers of `element_bytes`."""
+    """Return the KV bytes of one token in the layers that keep the KV of all tokens (`attention_groups`): all KV heads,
+    each once. kv_format: see kernels.kv.kv_bits; dense: numbers of `element_bytes`."""
     return rank_kv_token_bytes(model, 1, element_bytes, kv_format)
 
 
 def rank_kv_token_bytes(
     model: ModelConfig, ranks: int, element_bytes: int, kv_format: str = "dense", *, drafts: bool = False
 ) -> int:
-    """Return the KV bytes of one token on the fullest rank; with more ranks than KV heads they no longer shrink.
-    kv_format: see kv_token_bytes. drafts: those that drafts read."""
+    """Return the same on the fullest rank; with more ranks than KV heads they no longer shrink. kv_format: see
+    kv_token_bytes. drafts: those that drafts read."""
     head = KV_BITS[kv_format].token_bytes(model.head_dim, element_bytes, drafts=drafts)
-    return model.num_layers * kv_heads_per_rank(model, ranks) * head
+    return len(model.attention_groups[0]) * kv_heads_per_rank(model, ranks) * head
+
+
+def rank_sliding_token_bytes(model: ModelConfig, ranks: int, element_bytes: int) -> int:
+    """Return the KV bytes of one token, on the fullest rank, in the layers that keep the KV of a window only, which is
+    dense."""
+    head = KV_BITS["dense"].token_bytes(model.head_dim, element_bytes)
+    return len(model.attention_groups[1]) * kv_heads_per_rank(model, ranks) * head

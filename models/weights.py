@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from models.files.json_values import ModelError, describe_lfs_pointer, is_lfs_pointer, read_json, short
+from models.files.json_values import (
+    ModelError,
+    describe_lfs_pointer,
+    is_lfs_pointer,
+    read_json,
+    read_json_if_any,
+    short,
+)
+from models.files.nested_text import text_tensor
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights that can be loaded, as safetensors names them."""
@@ -94,27 +102,31 @@ def find_tensors(path: Path, tied: bool) -> StoredTensors:
     """Find the tensors of the model directory `path`, whose config.json says whether embedding and LM head are `tied`.
 
     As in transformers, what is stored decides: two different weights are not tied; the only one serves for both. Names
-    may lack the prefix `model.`, if all do. Of a tensor in several files, the one in the file that the index names
+    may lack the prefix `model.`, if all do. Of a model that reads more than text, those of its text model are found. Of
+    a tensor in several files, the one in the file that the index names
     counts. Raises ModelError.
     """
     sources: dict[str, tuple[Path, str]] = {}
     has_scales, has_input_scales, weight_map = False, False, _weight_map(path)
+    config = read_json_if_any(path / "config.json")
     for file in weight_files(path):
         with opened(file) as checkpoint:
-            for name in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
+            for stored in checkpoint.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
+                if (name := text_tensor(stored, config)) is None:
+                    continue
                 if name in sources:
-                    indexed = weight_map.get(name)
+                    indexed = weight_map.get(stored)
                     if indexed == sources[name][0].name:
                         continue
                     if indexed != file.name:
-                        raise ModelError(f"{file}: tensor {name} is also in another file")
+                        raise ModelError(f"{file}: tensor {stored} is also in another file")
                     del sources[name]  # so that the tensors of one file stay adjacent
                 if _CACHE_SCALES.search(name):
                     has_scales = True
                 elif _INPUT_SCALES.search(name):
                     has_input_scales = True
                 elif not _BUFFERS.search(name):
-                    sources[name] = file, name
+                    sources[name] = file, stored
     if any(name.startswith(_LAYERS) for name in sources) and not any(name.startswith(_PREFIX) for name in sources):
         sources = {
             name if name.startswith(_HEAD_MODULE) else f"{_PREFIX}{name}": source for name, source in sources.items()

@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.ops import Gate
 from kernels.weights.matrix import DenseMatrix, Matrix
 from kernels.weights.weight_format import FORMATS
 from parallel.matrix_layer import MatrixLayer, MatrixPart, Placement
@@ -39,11 +41,25 @@ class Columns:
         return size
 
 
+def _columns(
+    prefix: str, names: Sequence[str], sizes: Sequence[int], kept: Sequence[slice], joined: str
+) -> list[Columns]:
+    """List the parts of a fused product. joined: name of the matrix that has all of them, one above the other, in a
+    checkpoint; empty: each has its own."""
+    if not joined:
+        return [Columns(f"{prefix}.{name}", size, mine) for name, size, mine in zip(names, sizes, kept, strict=True)]
+    first = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        Columns(f"{prefix}.{joined}", sum(sizes), slice(start + part.start, start + part.stop))
+        for start, part in zip(first, kept, strict=True)
+    ]
+
+
 class ColumnLinear(MatrixLayer):
     """Linear layer with sharded output features; can fuse checkpoint tensors with the same input into one product."""
 
     def __init__(
-        self, parts: Sequence[Columns], in_features: int, *, bias: bool, place: Placement, gated: bool = False
+        self, parts: Sequence[Columns], in_features: int, *, bias: bool, place: Placement, gated: Gate | None = None
     ) -> None:
         self._columns = tuple(parts)
         features = slice(0, in_features)
@@ -79,13 +95,12 @@ class QKVLinear(ColumnLinear):
         mine: HeadSplit,
         bias: bool,
         place: Placement,
+        joined: str = "",
     ) -> None:
+        """joined: see models.model_config.WeightNames.qkv."""
         heads, kv_heads = mine.heads.slice(head_dim), mine.kv_heads.slice(head_dim)
-        parts = (
-            Columns(f"{prefix}.q_proj", num_heads * head_dim, heads),
-            Columns(f"{prefix}.k_proj", num_kv_heads * head_dim, kv_heads),
-            Columns(f"{prefix}.v_proj", num_kv_heads * head_dim, kv_heads),
-        )
+        sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        parts = _columns(prefix, ("q_proj", "k_proj", "v_proj"), sizes, (heads, kv_heads, kv_heads), joined)
         super().__init__(parts, hidden_size, bias=bias, place=place)
         self._head_dim = head_dim
 
@@ -96,7 +111,8 @@ class QKVLinear(ColumnLinear):
 
 
 class GateUpLinear(ColumnLinear):
-    """The two projections of a gated MLP in one product, sharded by intermediate feature: silu(gate) * up."""
+    """The two projections of a gated feed-forward network in one product, sharded by intermediate feature:
+    activation(gate) * up."""
 
     def __init__(
         self,
@@ -107,10 +123,14 @@ class GateUpLinear(ColumnLinear):
         mine: slice,
         bias: bool,
         place: Placement,
+        activation: Gate = "silu",
+        names: tuple[str, str] = ("gate_proj", "up_proj"),
+        joined: str = "",
     ) -> None:
-        """mine: the intermediate features that this rank holds."""
-        parts = [Columns(f"{prefix}.{name}", intermediate_size, mine) for name in ("gate_proj", "up_proj")]
-        super().__init__(parts, hidden_size, bias=bias, place=place, gated=True)
+        """mine: the intermediate features that this rank holds. names: of gate and up in a checkpoint. joined: see
+        models.model_config.WeightNames.gate_up."""
+        parts = _columns(prefix, names, [intermediate_size] * 2, [mine] * 2, joined)
+        super().__init__(parts, hidden_size, bias=bias, place=place, gated=activation)
 
 
 class RowLinear(MatrixLayer):
@@ -139,19 +159,47 @@ class RowLinear(MatrixLayer):
 
 
 class RMSNorm(Module):
-    """Root-mean-square norm over the last dimension, whole on every rank; computed in float32 or wider."""
+    """Root-mean-square norm over the last dimension, whole on every rank; computed in float32 or wider.
 
-    def __init__(self, name: str, size: int, *, eps: float, place: Placement) -> None:
-        self._name, self._ops = name, place.ops
+    weight: [size], with the offset that was added to the checkpoint's.
+    """
+
+    def __init__(self, name: str, size: int, *, eps: float, place: Placement, offset: float = 0.0) -> None:
+        self._name, self._ops, self._offset = name, place.ops, offset
         self.weight, self.eps = place.empty(size), eps
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         shape = tuple(self.weight.shape)
-        yield WeightSlot(self.weight, f"{self._name}.weight", shape, (slice(0, shape[0]),))
+        yield WeightSlot(self.weight, f"{self._name}.weight", shape, (slice(0, shape[0]),), self._offset)
 
     def __call__(self, x: Tensor, delta: Tensor | None) -> Tensor:
         """Add delta, if not None, to x [tokens, size] in place. Returns the norm of the sum."""
         return self._ops.norm(x, delta, self.weight, self.eps)
+
+
+class HeadsNorm(Module):
+    """Root-mean-square norm over the elements of all heads of the model, sharded by head (OLMo 2, arXiv 2501.00656)."""
+
+    def __init__(
+        self, name: str, num_heads: int, head_dim: int, mine: Range, counts: bool, *, eps: float, place: Placement
+    ) -> None:
+        """mine: heads that this rank holds. counts: whether this rank is the one, of those that hold them, that adds
+        them to the sum over ranks."""
+        self._name, self._place, self._counts, self._eps = name, place, counts, eps
+        self._shape, self._index = (num_heads * head_dim,), (mine.slice(head_dim),)
+        self.weight = place.empty(mine.size * head_dim)
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        yield WeightSlot(self.weight, f"{self._name}.weight", self._shape, self._index)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [tokens, this rank's elements], contiguous. Returns the same shape."""
+        if self._place.group.size == 1:
+            return self._place.ops.norm(x, None, self.weight, self._eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True) * self._counts
+        mean = self._place.group.all_reduce(squares) / self._shape[0]
+        return (wide * (mean + self._eps).rsqrt() * self.weight).to(x.dtype)
 
 
 class VocabEmbedding(Module):

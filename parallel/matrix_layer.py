@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kernels.ops import Linear, Ops
+from kernels.ops import Gate, Linear, Ops
 from kernels.reference_ops import REFERENCE
 from kernels.weights.matrix import DenseMatrix, Matrix, join
 from kernels.weights.weight_format import FORMATS, convert
@@ -83,7 +83,13 @@ class MatrixLayer(Module):
     device with its bias, as soon as all of its parts are there."""
 
     def __init__(
-        self, parts: Sequence[MatrixPart], *, bias: bool, place: Placement, gated: bool = False, wide: bool = False
+        self,
+        parts: Sequence[MatrixPart],
+        *,
+        bias: bool,
+        place: Placement,
+        gated: Gate | None = None,
+        wide: bool = False,
     ) -> None:
         """parts: one above the other. gated, wide: see Ops.linear."""
         self._place, self._gated, self._wide = place, gated, wide

@@ -18,23 +18,25 @@ class WeightSlot:
     """Storage for this rank's part of one checkpoint tensor.
 
     tensor: the storage, of shape `full_shape` cut by `index`; often a view into fused storage.
-    source: the checkpoint tensor's name; no two slots of a model share one.
+    source: the checkpoint tensor's name; no two slots of a model share the same part of one.
     index: one slice per dimension.
+    offset: added to the checkpoint's values.
     """
 
     tensor: Tensor
     source: str
     full_shape: tuple[int, ...]
     index: tuple[slice, ...]
+    offset: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixSlot:
     """Place for this rank's part of one checkpoint matrix.
 
-    source: name of its weight in a checkpoint; no two slots of a model share one. full_shape: of the whole matrix.
-    index: rows and features of this rank's part. reads: those that `fill` takes: more than the part where its rounding
-    depends on others. fill: takes them, once.
+    source: name of its weight in a checkpoint; no two slots of a model share the same part of one.
+    full_shape: of the whole matrix. index: rows and features of this rank's part. reads: those that `fill` takes: more
+    than the part where its rounding depends on others. fill: takes them, once.
     """
 
     source: str

@@ -59,19 +59,20 @@ _ACTIVATIONS = ("silu", "swish")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def refuse_foreign_keys(data: Json) -> None:
-    """Raise ModelError if the content of config.json means another model than the one that would be computed."""
+def refuse_foreign_keys(data: Json, read: frozenset[str] = frozenset()) -> None:
+    """Raise ModelError if the content of config.json means another model than the one that would be computed. read:
+    keys that the architecture reads itself."""
     for key, neutral in _NEUTRAL.items():
-        if data.get(key) not in (*_EMPTY, *neutral):
+        if key not in read and data.get(key) not in (*_EMPTY, *neutral):
             raise ModelError(f"{key} {short(data[key])} is not supported")
     if data.get("is_causal") not in (None, True):
         raise ModelError("is_causal false is not supported; a text is continued by causal attention")
     for key in ("hidden_act", "hidden_activation"):
-        if data.get(key) not in (None, *_ACTIVATIONS):
+        if key not in read and data.get(key) not in (None, *_ACTIVATIONS):
             raise ModelError(f"{key} {short(data[key])} is not supported; only silu is")
     layer_types = data.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind not in _LAYER_TYPES for kind in layer_types):
         raise ModelError(f"layer_types {short(layer_types)} is not supported; these are: {', '.join(_LAYER_TYPES)}")
     with_rope = data.get("no_rope_layers") or []  # 1: the layer rotates
-    if not isinstance(with_rope, list) or not all(each == 1 for each in with_rope):
+    if "no_rope_layers" not in read and (not isinstance(with_rope, list) or not all(each == 1 for each in with_rope)):
         raise ModelError(f"no_rope_layers {short(with_rope)} is not supported; all layers have rotary positions")

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from kernels.weights.matrix import Matrix
 from models.files.json_values import Json, ModelError, read_json, short
+from models.files.nested_text import text_model
 from models.layouts.awq import AwqLayout
 from models.layouts.compressed_tensors import CompressedTensorsLayout
 from models.layouts.dense_layout import DENSE
@@ -62,6 +63,7 @@ def find_layout(directory: Path) -> Layout:
 
 def parse_layout(config: Json) -> Layout:
     """Return the layout that the content of a config.json describes. Raises ModelError."""
+    config = text_model(config)
     for key in _KEYS:
         settings = config.get(key)
         if settings in _EMPTY:

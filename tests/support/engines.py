@@ -20,7 +20,7 @@ from engine.scheduler.request import Request
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import random_model
 from parallel.group import Group
 
@@ -39,12 +39,18 @@ TINY = ModelConfig(
 
 def tiny_model(
     seed: int = 0, dtype: torch.dtype = torch.float64, config: ModelConfig = TINY, ops: Ops = REFERENCE
-) -> Llama:
+) -> DecoderModel:
     return random_model(config, seed=seed, dtype=dtype, device=torch.device("cpu"), group=Group.single(), ops=ops)
 
 
 def tiny_engine(
-    model: Llama, *, gamma: int, budget: int = 16, page_size: int = 4, directory: Path | None = None, **settings: Any
+    model: DecoderModel,
+    *,
+    gamma: int,
+    budget: int = 16,
+    page_size: int = 4,
+    directory: Path | None = None,
+    **settings: Any,
 ) -> Engine:
     """Build an engine whose draft KV budget is so small that drafts are often wrong. directory: the tokenizer's, if
     there is one."""

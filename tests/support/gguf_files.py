@@ -1,8 +1,8 @@
-"""GGUF files of tiny Llama models, written with the gguf package."""
+"""GGUF files of tiny models of Llama and Gemma 3, written with the gguf package."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,18 @@ ALPHABET = [*"0123456789abcdefghij", "Ġ", "Ċ"]
 SPECIAL = ["<unk>", "<s>", "</s>"]
 MERGES = ["a b", "ab c", "Ġ Ġ"]
 TOKENS = [*SPECIAL, *ALPHABET, "ab", "abc", "ĠĠ"]
+
+PIECES = (
+    *(("<pad>", 3), ("<eos>", 3), ("<bos>", 3), ("<unk>", 3), ("<start_of_turn>", 3), ("<end_of_turn>", 3)),
+    *(("\n", 4), ("\n\n", 4), ("  ", 4), ("   ", 4), ("<b>", 4), ("[x]", 4)),
+    *((f"<0x{byte:02X}>", 6) for byte in range(256)),
+    *(
+        (piece, 1)
+        for piece in ("in", "▁i", "▁in", "bb", "bbb", "ing", "ng", "▁the", "he", "th", "the", "▁t", "[x", "x]")
+    ),
+    *((char, 1) for char in "▁abcdefghijklmnopqrstuvwxyz[]<>é"),
+)
+"""Pieces and kinds of a tokenizer with scores, the best first."""
 
 _NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -32,6 +44,13 @@ _TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
+}
+_GEMMA_NAMES = _NAMES | {
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 _HALVES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q5_0": (0,), "Q6_K": (208,), "Q8_0": (0,), "Q5_K": (0, 2)}
 """Offsets of float16 numbers in a block, by type."""
@@ -96,6 +115,72 @@ def write_gguf(
             writer.add_tensor(target, values)
         else:
             writer.add_tensor(target, _blocks(kind, values, number), raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_gemma3_gguf(
+    path: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    types: Mapping[str, str] | None = None,
+    left_out: Collection[str] = (),
+    **extra: Any,
+) -> Path:
+    """Write a text model of Gemma 3 with the tokenizer PIECES. types, extra: see write_gguf. left_out: keys."""
+    writer = gguf.GGUFWriter(path, "gemma3")
+    values: dict[str, Any] = {
+        "gemma3.context_length": config["max_position_embeddings"],
+        "gemma3.embedding_length": config["hidden_size"],
+        "gemma3.block_count": config["num_hidden_layers"],
+        "gemma3.feed_forward_length": config["intermediate_size"],
+        "gemma3.attention.head_count": config["num_attention_heads"],
+        "gemma3.attention.head_count_kv": config["num_key_value_heads"],
+        "gemma3.attention.key_length": config["head_dim"],
+        "gemma3.attention.value_length": config["head_dim"],
+        "gemma3.attention.sliding_window": config["sliding_window"],
+        "gemma3.attention.layer_norm_rms_epsilon": 1e-6,
+        "gemma3.rope.freq_base": config["rope_theta"],
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
+        **{key.replace("__", "."): value for key, value in extra.items()},
+    }
+    for key, value in values.items():
+        if key in left_out:
+            continue
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
+    if "tokenizer.ggml.tokens" not in left_out:
+        writer.add_token_list([piece for piece, _ in PIECES])
+        writer.add_token_types([kind for _, kind in PIECES])
+        writer.add_token_scores([-float(token) if kind == 1 else -1000.0 for token, (_, kind) in enumerate(PIECES)])
+    for number, (name, tensor) in enumerate(weights.items()):
+        target, kind = _TOP.get(name, name), (types or {}).get(name)
+        if name.startswith("model.layers."):
+            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+            target = f"blk.{layer}.{_GEMMA_NAMES[part]}.weight"
+        array = tensor.float().numpy() + np.float32(name.endswith("norm.weight"))
+        if kind is None:
+            writer.add_tensor(target, array)
+        else:
+            writer.add_tensor(target, _blocks(kind, array, number), raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

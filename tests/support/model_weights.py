@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
-from models.llama import Llama
+from models.decoder import DecoderModel
 from parallel.layers import VocabEmbedding
 from parallel.matrix_layer import MatrixLayer
 from parallel.module import Module
 
 
-def tensors_of(model: Llama) -> dict[str, Tensor]:
-    """Return the storage of every weight, by its name in a checkpoint. Matrices are dense."""
+def tensors_of(model: DecoderModel) -> dict[str, Tensor]:
+    """Return the storage of every weight, by its name in a checkpoint, or a copy where a checkpoint joins matrices.
+    Matrices are dense."""
     found = {slot.source: slot.tensor for slot in model.weight_slots()}
     for layer in _layers(model):
         if isinstance(layer, VocabEmbedding):
@@ -22,10 +24,11 @@ def tensors_of(model: Llama) -> dict[str, Tensor]:
         elif isinstance(layer, MatrixLayer):
             slots = list(layer.matrix_slots())
             sizes = [slot.index[0].stop - slot.index[0].start for slot in slots]
-            weight: Tensor = layer.linear._weight  # type: ignore[attr-defined]
+            weight: Tensor = layer.linear.weight  # type: ignore[attr-defined]
             if slots:
-                parts = weight.split_with_sizes(sizes)
-                found |= {slot.source: part for slot, part in zip(slots, parts, strict=True)}
+                for slot, part in zip(slots, weight.split_with_sizes(sizes), strict=True):
+                    joined = [found[slot.source]] if slot.source in found else []
+                    found[slot.source] = torch.cat([*joined, part]) if joined else part
     return found
 
 

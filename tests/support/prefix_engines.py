@@ -17,7 +17,7 @@ from engine.oom import OutOfMemory
 from engine.plan import RoundPlan, RoundResult
 from engine.worker.worker import noop
 from models.config import ModelConfig
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import random_model
 from parallel.group import Group
 from tests.support.conversations import Played
@@ -42,17 +42,17 @@ ON_KERNELS = ModelConfig(
 
 
 @cache
-def model(dtype: torch.dtype = torch.float64) -> Llama:
+def model(dtype: torch.dtype = torch.float64) -> DecoderModel:
     return tiny_model(dtype=dtype)
 
 
 @cache
-def model_on_kernels(dtype: torch.dtype) -> Llama:
+def model_on_kernels(dtype: torch.dtype) -> DecoderModel:
     return random_model(ON_KERNELS, 1, dtype, CPU, Group.single(), compiled())
 
 
 @cache
-def plain(target: Llama) -> Engine:
+def plain(target: DecoderModel) -> Engine:
     """The engine whose answers are the reference: no prefix cache, no speculation, no lack of pages."""
     settings: dict[str, Any] = {
         "cache": {"prefix": False, "num_pages": PAGES},
@@ -61,7 +61,7 @@ def plain(target: Llama) -> Engine:
     return tiny_engine(target, gamma=0, page_size=16, scheduler={"max_rows": 16}, **settings)
 
 
-def reference(target: Llama, played: Played) -> dict[str, list[RequestOutput]]:
+def reference(target: DecoderModel, played: Played) -> dict[str, list[RequestOutput]]:
     engine = plain(target)
     found = run(engine, played.requests)
     assert not any(output.cached_tokens for outputs in found.values() for output in outputs)
@@ -71,7 +71,7 @@ def reference(target: Llama, played: Played) -> dict[str, list[RequestOutput]]:
 
 
 def cached_engine(
-    target: Llama,
+    target: DecoderModel,
     *,
     page_size: int,
     gamma: int = 0,

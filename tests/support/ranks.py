@@ -23,7 +23,8 @@ from engine.worker.worker import Worker
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig
-from models.llama import Llama
+from models.decoder import DecoderModel
+from models.families.sliding import FULL, SLIDING
 from models.loader import random_model
 from parallel import shm
 from parallel.channel import Disconnected, Link
@@ -98,7 +99,7 @@ class ThreadRanks:
         self.workers: dict[int, Worker] = {}
         self.plans: list[bytes] = []
 
-    def model(self, rank: int) -> Llama:
+    def model(self, rank: int) -> DecoderModel:
         return random_model(self._config, 0, self._dtype, CPU, self._groups[rank], self._ops, self._weights)
 
     def launch(self, config: EngineConfig, device: torch.device) -> RankExecutor:
@@ -222,5 +223,8 @@ def write_random_model(directory: Path, config: ModelConfig, dtype: torch.dtype 
         "eos_token_id": list(config.eos_token_ids),
         "hidden_act": "silu",
     }
+    if config.sliding_layers:
+        kinds = [SLIDING if layer in config.sliding_layers else FULL for layer in range(config.num_layers)]
+        fields |= {"sliding_window": config.sliding_window, "layer_types": kinds}
     (directory / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     return directory

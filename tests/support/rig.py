@@ -19,8 +19,8 @@ from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
 from kernels.kv.kv_pool import KVPool, LayerKV
 from models.batch import ForwardBatch
+from models.decoder import DecoderModel
 from models.default import user_cache
-from models.llama import Llama
 from parallel.group import Group
 from tests.support.profiles import is_all
 
@@ -70,10 +70,12 @@ def sets_to_test() -> list[InstructionSet]:
 
 
 class PagedRows:
-    """Rows of one model over one pool. Pages are assigned in random order, and the pool starts full of junk values."""
+    """Rows of one model, of whose layers all slide or none, over one pool. Pages are assigned in random order, and the
+    pool starts full of junk values."""
 
-    def __init__(self, model: Llama, lengths: Sequence[int], page_size: int, seed: int = 0) -> None:
+    def __init__(self, model: DecoderModel, lengths: Sequence[int], page_size: int, seed: int = 0) -> None:
         """lengths: largest number of tokens of each row."""
+        assert not model.num_sliding_layers, "see tests.support.oracle_models"
         self.model, self.page_size = model, page_size
         widths = [-(-length // page_size) for length in lengths]
         order = torch.randperm(sum(widths) + 3, generator=torch.Generator().manual_seed(seed))
@@ -103,6 +105,7 @@ class PagedRows:
             query_lengths=[len(new) for new in feed.values()],
             kv_lengths=[self.computed[row] for row in feed],
             pages=self.pages[list(feed)],
+            window=self.model.window,
         )
         batch = ForwardBatch(
             token_ids=torch.tensor(tokens),

@@ -53,37 +53,60 @@ def test_llama_2_and_its_kin() -> None:
 
 def test_mistral() -> None:
     config = parse_config(of_type("mistral", sliding_window=None, head_dim=64, attention_bias=True))
-    assert (config.head_dim, config.qkv_bias, config.o_bias, config.qk_norm) == (64, False, False, False)
+    assert (config.head_dim, config.qkv_bias, config.o_bias, config.qk_norm) == (64, False, False, "none")
     assert config.sliding_window is None
     assert config.max_model_len == 131072
-    assert parse_config(of_type("mistral", sliding_window=4096)).max_model_len == 4096
-    assert parse_config(of_type("mistral")).max_model_len == 4096  # the family's default
-    assert parse_config(of_type("mistral", sliding_window=10**6)).max_model_len == 131072
+    for keys in ({"sliding_window": 4096}, {}):  # the family's default
+        slides = parse_config(of_type("mistral", **keys))
+        assert (slides.max_model_len, slides.sliding_window) == (131072, 4096)
+        assert slides.sliding_layers == tuple(range(32))
+        assert slides.attention_groups == (tuple(range(32)), ())
+    wide = parse_config(of_type("mistral", sliding_window=10**6))
+    assert (wide.max_model_len, wide.sliding_window, wide.sliding_layers) == (131072, None, ())
 
 
 def test_qwen2() -> None:
     window = {"sliding_window": 4096, "max_window_layers": 28}
     config = parse_config(of_type("qwen2", use_sliding_window=False, **window))
-    assert (config.qkv_bias, config.o_bias, config.qk_norm) == (True, False, False)
+    assert (config.qkv_bias, config.o_bias, config.qk_norm) == (True, False, "none")
     assert config.sliding_window is None
-    assert parse_config(of_type("qwen2", use_sliding_window=True, **window)).max_model_len == 4096
-    assert (
-        parse_config(of_type("qwen2", use_sliding_window=True, num_hidden_layers=28, **window)).sliding_window is None
-    )
+    slides = parse_config(of_type("qwen2", use_sliding_window=True, **window))
+    assert (slides.max_model_len, slides.sliding_window) == (131072, 4096)
+    assert slides.sliding_layers == (28, 29, 30, 31)
+    assert slides.attention_groups == (tuple(range(28)), (28, 29, 30, 31))
+    few = parse_config(of_type("qwen2", use_sliding_window=True, num_hidden_layers=28, **window))
+    assert few.sliding_window is None
     layers = {"layer_types": ["full_attention"] * 32}
     assert parse_config(of_type("qwen2", use_sliding_window=True, **window, **layers)).sliding_window is None
-    layers = {"layer_types": ["full_attention"] * 31 + ["sliding_attention"]}
-    assert parse_config(of_type("qwen2", use_sliding_window=True, **window, **layers)).sliding_window == 4096
+    layers = {"layer_types": ["sliding_attention"] + ["full_attention"] * 31}
+    assert parse_config(of_type("qwen2", use_sliding_window=True, **window, **layers)).sliding_layers == (0,)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "seed_oss", "internlm3", "qwen2", "qwen3", "mistral"])
 def test_sliding_layers_of_any_family(model_type: str) -> None:
-    """Only dense attention is computed, so a window caps the length wherever a layer has one."""
+    """layer_types counts before the family's own rule. A window changes no length."""
     data = without(llama(model_type=model_type, sliding_window=1024), "architectures", "rope_scaling")
     layers = ["full_attention"] * 31 + ["sliding_attention"]
-    assert parse_config({**data, "layer_types": layers}).max_model_len == 1024
-    dense = {**data, "layer_types": ["full_attention"] * 32}
-    assert parse_config(dense).max_model_len == (1024 if model_type == "mistral" else 131072)
+    config = parse_config({**data, "layer_types": layers})
+    assert (config.max_model_len, config.sliding_window, config.sliding_layers) == (131072, 1024, (31,))
+    dense = parse_config({**data, "layer_types": ["full_attention"] * 32})
+    assert (dense.max_model_len, dense.sliding_window, dense.sliding_layers) == (131072, None, ())
+
+
+def test_rotary_embedding_by_type_of_layer() -> None:
+    types = {"layer_types": ["full_attention", "sliding_attention"] * 16, "sliding_window": 1024}
+    sets = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5.0},
+    }
+    config = parse_config(llama(rope_scaling=None, rope_parameters=sets, **types))
+    assert config.rope_of(0) == RopeConfig(theta=7.0, kind="linear", factor=2.0)
+    assert config.rope_of(1) == RopeConfig(theta=5.0)
+    same = sets | {"sliding_attention": sets["full_attention"]}
+    assert parse_config(llama(rope_scaling=None, rope_parameters=same, **types)).sliding_rope is None
+    # A window that hides nothing tells layers apart, if their rotary embeddings differ.
+    wide = parse_config(llama(rope_scaling=None, rope_parameters=sets, **types | {"sliding_window": 10**6}))
+    assert wide.rope_of(1) == RopeConfig(theta=5.0)
 
 
 def test_other_spellings_of_nothing() -> None:
@@ -94,7 +117,7 @@ def test_other_spellings_of_nothing() -> None:
 
 def test_qwen3() -> None:
     config = parse_config(of_type("qwen3", hidden_size=1024, num_attention_heads=16))
-    assert (config.head_dim, config.qk_norm, config.qkv_bias) == (128, True, False)
+    assert (config.head_dim, config.qk_norm, config.qkv_bias) == (128, "head", False)
     assert parse_config(of_type("qwen3", head_dim=64, attention_bias=True)).o_bias
 
 

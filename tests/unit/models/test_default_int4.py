@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from kernels.weights.matrix import QuantizedMatrix
+from models.decoder import DecoderModel
 from models.layouts.group_layout import SETTINGS, GroupLayout
-from models.llama import Llama
 from models.loader import load_model
 from models.weights import find_tensors
 from parallel.group import Group
@@ -62,11 +62,11 @@ def test_formats(int4_model_dir: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(int4_model_dir: Path) -> Llama:
+def model(int4_model_dir: Path) -> DecoderModel:
     return load_model(int4_model_dir, dtype=torch.float32, device=CPU, group=Group.single(), progress=False)
 
 
-def test_logits(model: Llama, int4_model_dir: Path) -> None:
+def test_logits(model: DecoderModel, int4_model_dir: Path) -> None:
     """Those of transformers with the same values in float32; see test_default_model_logits for the tolerance."""
     config = transformers.AutoConfig.from_pretrained(int4_model_dir)
     del config.quantization_config

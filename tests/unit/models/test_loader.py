@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.config import ModelError, parse_config
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import load_model, random_model
 from parallel.group import Group
 from tests.support.configs import SMALL as CONFIG
@@ -31,11 +31,11 @@ def write(path: Path, tensors: dict[str, Tensor], file: str = "model.safetensors
     save_file(tensors, path / file)
 
 
-def load(path: Path, *, dtype: torch.dtype = torch.float32, progress: bool = False) -> Llama:
+def load(path: Path, *, dtype: torch.dtype = torch.float32, progress: bool = False) -> DecoderModel:
     return load_model(path, dtype=dtype, device=CPU, group=Group.single(), progress=progress)
 
 
-def assert_holds(model: Llama, tensors: dict[str, Tensor]) -> None:
+def assert_holds(model: DecoderModel, tensors: dict[str, Tensor]) -> None:
     held = tensors_of(model)
     assert held.keys() == tensors.keys()
     indices = {slot.source: slot.index for slot in model.weight_slots()}

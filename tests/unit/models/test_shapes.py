@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from models.config import ModelError
+from models.known_shapes import SHAPES
 from models.shapes import (
-    SHAPES,
     active_parameters,
     find_shape,
     kv_token_bytes,
@@ -35,10 +35,25 @@ class TestShapes:
             ("qwen3-8b", 8_190_735_360),
             ("smollm2-135m", 134_515_008),
             ("tinyllama-1.1b", 1_100_048_384),
+            ("qwen3-32b", 32_762_123_264),
+            ("qwen3-30b-a3b", 30_532_122_624),
+            ("mixtral-8x7b", 46_702_792_704),
+            ("gemma-3-27b", 27_009_346_304),  # of 27,432,406,640 with the vision tower and its projection
+            ("gpt-oss-20b", 20_914_757_184),
         ],
     )
     def test_parameters(self, name: str, count: int) -> None:
         assert parameters(SHAPES[name]) == count
+
+    @pytest.mark.parametrize(
+        ("name", "billions"),
+        [("qwen3-30b-a3b", 3.35), ("mixtral-8x7b", 12.88), ("gpt-oss-20b", 3.61 + 0.58)],
+    )
+    def test_active_parameters(self, name: str, billions: float) -> None:
+        """As published: 3.3, 12.9 and, without the embedding, 3.6 billion."""
+        shape = SHAPES[name]
+        with_embedding = active_parameters(shape) + shape.vocab_size * shape.hidden_size
+        assert round(with_embedding / 1e9, 2) == pytest.approx(billions)
 
     def test_what_a_token_meets(self) -> None:
         assert active_parameters(SMALL) == SMALL_ACTIVE
@@ -48,7 +63,7 @@ class TestShapes:
         assert parameters(tied) == SMALL_ACTIVE + 3 * 20 + 10
 
     def test_biases_and_head_norms(self) -> None:
-        more = replace(SMALL, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
+        more = replace(SMALL, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm="head")
         assert parameters(more) - parameters(SMALL) == 3 * ((4 + 2 * 2) * 2 + 10 + (20 + 20 + 10) + 2 * 2)
 
     def test_kv(self) -> None:

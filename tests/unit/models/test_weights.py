@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.config import ModelError, parse_config
 from models.conversion.convert import convert
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import load_model, random_model
 from models.shapes import find_shape
 from models.tokenizer import Tokenizer, TokenizerError
@@ -40,11 +40,11 @@ def write(path: Path, tensors: dict[str, Tensor], **changes: Any) -> Path:
     return path
 
 
-def load(path: Path, group: Group | None = None) -> Llama:
+def load(path: Path, group: Group | None = None) -> DecoderModel:
     return load_model(path, dtype=torch.float32, device=CPU, group=group or Group.single(), progress=False)
 
 
-def held(model: Llama) -> dict[str, Tensor]:
+def held(model: DecoderModel) -> dict[str, Tensor]:
     return tensors_of(model)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.weights.matrix import DenseMatrix
 from models.config import ModelConfig, ModelError
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import random_model
 from parallel.group import Group
 from parallel.layers import ColumnLinear, Columns, LMHead, RowLinear, VocabEmbedding
@@ -36,7 +36,7 @@ VARIANTS = {
     "plain": CONFIG,
     "tied": dataclasses.replace(CONFIG, tie_word_embeddings=True),
     "biases": dataclasses.replace(CONFIG, qkv_bias=True, o_bias=True, mlp_bias=True),
-    "qk_norm": dataclasses.replace(CONFIG, qk_norm=True),
+    "qk_norm": dataclasses.replace(CONFIG, qk_norm="head"),
     "one KV head": dataclasses.replace(CONFIG, num_kv_heads=1),
 }
 
@@ -119,7 +119,7 @@ def test_slots_cover_the_checkpoint(variant: str, size: int) -> None:
     held: dict[str, Tensor] = {}
 
     def work(group: Group) -> list[WeightSlot | MatrixSlot]:
-        model = Llama(config, place(group))
+        model = DecoderModel(config, place(group))
         return [*model.weight_slots(), *model.matrix_slots()]
 
     for slots in run_ranks(size, work):
@@ -168,6 +168,6 @@ def test_ranks_agree_with_one(variant: str) -> None:
 def test_more_ranks_than_heads() -> None:
     def work(group: Group) -> None:
         with pytest.raises(ModelError, match="tensor parallel size 7: 6 query heads cannot be split over 7 ranks"):
-            Llama(CONFIG, place(group))
+            DecoderModel(CONFIG, place(group))
 
     run_ranks(7, work)

@@ -16,9 +16,9 @@ from kernels.reference_ops import REFERENCE
 from kernels.weights.matrix import QuantizedMatrix
 from models.config import ModelError
 from models.conversion.convert import convert
+from models.decoder import DecoderModel
 from models.layouts.layout import find_layout
 from models.layouts.weight_files import WeightFiles
-from models.llama import Llama
 from models.loader import check_model, load_model
 from models.weights import find_tensors
 from parallel.group import Group
@@ -44,13 +44,13 @@ def expected(directory: Path, name: str) -> Tensor:
     return tensor
 
 
-def load(directory: Path, group: Group, weights: WeightChoice) -> Llama:
+def load(directory: Path, group: Group, weights: WeightChoice) -> DecoderModel:
     return load_model(
         directory, dtype=torch.float32, device=CPU, group=group, progress=False, ops=REFERENCE, weights=weights
     )
 
 
-def logits(directory: Path, model: Llama) -> Tensor:
+def logits(directory: Path, model: DecoderModel) -> Tensor:
     token_ids = expected(directory, "token_ids").tolist()
     rows = PagedRows(model, [len(token_ids)], 16)
     return rows.forward({0: token_ids}, {0: range(len(token_ids))})

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.config import ModelError, parse_config
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import check_model, load_model, random_model
 from models.weights import EMBEDDING, HEAD
 from parallel.group import Group
@@ -54,11 +54,11 @@ def write(path: Path, packed: dict[str, Packed], settings: dict[str, Any], **cha
     return values
 
 
-def load(path: Path, group: Group | None = None) -> Llama:
+def load(path: Path, group: Group | None = None) -> DecoderModel:
     return load_model(path, dtype=torch.float32, device=CPU, group=group or Group.single(), progress=False)
 
 
-def logits(model: Llama) -> Tensor:
+def logits(model: DecoderModel) -> Tensor:
     return PagedRows(model, [len(TOKENS)], 16).forward({0: TOKENS}, {0: range(len(TOKENS))})
 
 
@@ -75,7 +75,7 @@ def find_layer(module: Module, kind: type[MatrixLayer]) -> MatrixLayer | None:
     return next((each for each in found if each is not None), None)
 
 
-def is_joined(model: Llama, kind: type[MatrixLayer]) -> bool:
+def is_joined(model: DecoderModel, kind: type[MatrixLayer]) -> bool:
     layer = find_layer(model, kind)
     assert layer is not None
     return isinstance(layer.linear, JoinedLinear)
