@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from engine.config.deployment import SchedulerConfig
 from engine.config.kv import DrafterName, KVState
 from kernels.kv.kv_bits import KV_BITS
+from kernels.weights.weight_bits import EXPERTS_ALONE
 from models.shapes import find_shape, rank_matrix_bytes, rank_weight_bytes
-from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, Choosing, Efficiency, PlacedModel, SpeculationCost
+from planner.cost_model import Choosing, SpeculationCost
 from planner.expected_acceptance import expected_alpha
 from planner.hardware import find_device
+from planner.placed_model import PUBLISHED, REFERENCE_ON_CPU, Efficiency, PlacedModel
 from planner.policy_costs import POLICY_COSTS, PolicyCosts
 
 BUDGETS = (512, 128, 256, 1024, 2048)
@@ -21,6 +24,8 @@ BUDGETS = (512, 128, 256, 1024, 2048)
 USABLE_MEMORY = 0.9
 """Fraction of a device's memory for weights and KV; the rest is for activations, workspaces and the driver."""
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+CHUNK = SchedulerConfig().max_batch_tokens
+"""Tokens of a round whose KV sliding layers hold beside windows, while prompts are computed."""
 
 
 class ForecastError(ValueError):
@@ -36,10 +41,10 @@ class Forecast:
     reads a few tokens more); None: all KV. t_target_ms: a plain step. t_draft_ms: one draft step. t_verify_ms: the
     verify pass. t_choose_ms: choosing in a round what drafts read, which is in neither of these. draft_row_read_bytes:
     KV that a draft step reads of one row. draft_read_bytes: weights and KV that it reads in all. kv_bytes: the target's
-    KV of the whole batch, with exact pages. draft_bytes: weights and KV that only the draft has. All bytes count shared
-    tokens once. largest_batch: the largest that fits at this context. break_even_context: shortest context at which
-    drafting is faster at this batch and budget; None: never. break_even_limit: the same for large batches, at this
-    gamma and alpha; None: never.
+    KV of the whole batch, with exact pages and the windows of sliding layers. draft_bytes: weights and KV that only the
+    draft has. All bytes count shared tokens once. largest_batch: the largest that fits at this context.
+    break_even_context: shortest context at which drafting is faster at this batch and budget; None: never.
+    break_even_limit: the same for large batches, at this gamma and alpha; None: never.
     """
 
     model: str
@@ -111,14 +116,10 @@ class Deployment:
     ) -> Forecast:
         """Forecast one (batch, context) with the best of `budgets`. gamma: None: the best. shared: see Forecast.
 
-        Raises ForecastError for a context that the target does not support, or that is shorter than what is shared, and
-        for a budget or drafter that the policy does not allow.
+        Raises ForecastError for a context that the target does not support, or that is shorter than what is shared, for
+        a budget or drafter that the policy does not allow, and for what sliding layers exclude.
         """
-        try:
-            for each in budgets:
-                self.costs.check(each, self._drafter_name)
-        except ValueError as error:
-            raise ForecastError(str(error)) from None
+        self._check(budgets)
         if context > self.target.model.max_model_len:
             raise ForecastError(f"{self.model} is made for {self.target.model.max_model_len} tokens, not {context}")
         if shared > context:
@@ -135,9 +136,11 @@ class Deployment:
         shared_kv, shared_draft_kv = self._shared_bytes(budget, shared)
         kv, draft_kv = kv - shared_kv, draft_kv - shared_draft_kv  # of one row alone
         usable = USABLE_MEMORY * self.target.device.memory
+        windows = self._windows(context, chosen, shared)
         free = usable - weights - draft_weights - shared_kv - shared_draft_kv
-        largest = max(0, int(free // (kv + draft_kv)))
+        largest = max(0, *(int((free - fixed) // (kv + draft_kv + row)) for fixed, row in windows))
         kv_bytes, draft_bytes = shared_kv + batch * kv, draft_weights + shared_draft_kv + batch * draft_kv
+        kv_bytes += min(fixed + batch * row for fixed, row in windows)
         return Forecast(
             model=self.model,
             draft=self.draft,
@@ -164,7 +167,7 @@ class Deployment:
             t_draft_ms=1e3 * speculation.draft_seconds(batch, context),
             t_verify_ms=1e3 * speculation.verify_seconds(batch, context, chosen),
             t_choose_ms=1e3 * speculation.choosing_seconds(batch, context, chosen),
-            draft_row_read_bytes=speculation.draft.kv_read_bytes(1, speculation.draft_context(context)),
+            draft_row_read_bytes=speculation.draft_row_bytes(context),
             draft_read_bytes=speculation.draft_bytes(batch, context),
             weight_bytes=weights,
             kv_bytes=kv_bytes,
@@ -172,6 +175,20 @@ class Deployment:
             memory_bytes=weights + kv_bytes + draft_bytes,
             usable_bytes=usable,
         )
+
+    def _check(self, budgets: tuple[int | None, ...]) -> None:
+        """Raise ForecastError for what a server refuses."""
+        try:
+            for each in budgets:
+                self.costs.check(each, self._drafter_name)
+        except ValueError as error:
+            raise ForecastError(str(error)) from None
+        drafting = self.drafter.model if self.has_draft_model else self.target.model
+        if self.has_draft_model and drafting.attention_groups[1]:
+            raise ForecastError(f"some layers of {self.draft} slide, which is not served in a draft model")
+        if self.policy == "verified" and drafting.sliding_layers and not drafting.attention_groups[1]:
+            name = self.draft if self.has_draft_model else self.model
+            raise ForecastError(f"all layers of {name} slide, so that no pass sees all keys")
 
     @property
     def _drafter_name(self) -> DrafterName:
@@ -209,8 +226,8 @@ class Deployment:
         return speed, budget, chosen
 
     def _memory(self, context: int, budget: int | None, gamma: int) -> tuple[float, int, float, int]:
-        """Compute bytes on the rank that holds the most: the target's weights, its KV per row, the draft's own weights
-        (of the target as draft: matrices of another format), and the draft's own KV per row.
+        """Compute bytes on the rank that holds the most: the target's weights, its KV per row without sliding layers,
+        the draft's own weights (of the target as draft: matrices of another format), and the draft's own KV per row.
 
         A row owns gamma + 1 slots beyond its context. A draft model keeps KV of the whole context if it reads all of
         it, or chooses from it. What else a draft keeps of a row follows from the policy.
@@ -223,7 +240,8 @@ class Deployment:
         elif draft.weights != target.weights:
             draft_weights = rank_matrix_bytes(draft.model, draft.ranks, draft.element_bytes, draft.weights)
         kept = KVState() if budget is None else self.costs.state(budget, gamma, self._drafter_name)
-        queries = kept.queries * draft.model.num_layers * draft.model.head_dim * draft.element_bytes
+        layers = len(draft.model.attention_groups[0])
+        queries = kept.queries * layers * draft.model.head_dim * draft.element_bytes
         own = self._reading_drafter(budget).kv_bytes(kept.pages) + queries * -(-draft.model.num_heads // draft.ranks)
         kv = target.kv_bytes(tokens) + target.exact_page_bytes
         return weights, kv, draft_weights, own + self._draft_page_bytes(budget, tokens)
@@ -239,6 +257,18 @@ class Deployment:
         own = dense if self._keeps_context(budget) else 0
         kept = KVState() if budget is None else self.costs.state(budget, 1, self._drafter_name)
         return own + -(-kept.summaries * dense // (2 * self.costs.page_size))  # a key is half of the KV
+
+    def _windows(self, context: int, gamma: int, shared: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Compute bytes of the KV of sliding layers on the rank that holds the most: the lower of two sums, each of
+        bytes for all rows together and bytes per row.
+
+        No more is kept than of other layers; and of each row at most a window, drafts, and three pages that begin
+        before or end behind them, beside the tokens that a round computes of prompts.
+        """
+        target, page = self.target, self.costs.page_size
+        size = target.window_bytes(1)
+        window = page * (math.ceil((target.window + gamma) / page) + 3)
+        return (size * shared, size * (context + gamma + 1 - shared)), (size * CHUNK, size * window)
 
     def _shared_bytes(self, budget: int | None, shared: int) -> tuple[int, int]:
         """Compute bytes of the shared tokens on the rank that holds the most: of the target, and of the draft."""
@@ -270,11 +300,14 @@ def deploy(
     policy: one of POLICY_COSTS. A draft model is split over at most as many ranks as it has query heads. weights:
     format of the target's matrices. draft_weights: the same of drafts; None: the target's, or dense of a draft model.
     kv_format: of the target's KV, see kernels.kv.kv_bits. efficiency: None: `default_efficiency`.
-    Raises ModelError, UnknownDevice, and ForecastError for more ranks than the target has query heads.
+    Raises ModelError, UnknownDevice, and ForecastError for more ranks than the target has query heads, and for a format
+    of experts where there are none.
     """
     shape, device = find_shape(model), find_device(gpu, ranks)
     if not 1 <= ranks <= shape.num_heads:
         raise ForecastError(f"{model} has {shape.num_heads} query heads, which cannot be split over {ranks} ranks")
+    if shape.experts is None and {weights, draft_weights} & EXPERTS_ALONE:
+        raise ForecastError(f"{model} has no experts, whose format {', '.join(EXPERTS_ALONE)} is")
     if dtype == "float32" and gpu != "cpu":
         device = replace(device, flops=device.flops / 2, fp8_flops=None)  # TF32
     target = PlacedModel(

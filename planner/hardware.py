@@ -11,7 +11,7 @@ from time import perf_counter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One GPU, or one rank's share of a CPU machine. Peak values; cost_model.Efficiency has the fractions reached.
+    """One GPU, or one rank's share of a CPU machine. Peak values; placed_model.Efficiency has the fractions reached.
 
     flops: dense 16-bit FLOP/s (on a CPU: float32). bandwidth: memory bandwidth, bytes per second. memory: bytes. link:
     bytes per second to other ranks, in one direction. all_reduce_s: seconds of an all-reduce too small for `link` to
@@ -31,16 +31,15 @@ _NVLINK_S = 10e-6
 _PCIE_S = 30e-6
 
 
-def _hopper(name: str, *, bandwidth: float, memory: float) -> Device:
+def _hopper(name: str, *, bandwidth: float, memory: float, flops: float = 989.5e12, link: float = 450e9) -> Device:
     """Describe an H100 or H200: tensor cores multiply fp8 at twice the rate of 16 bits (`torch._scaled_mm`)."""
-    flops, fp8 = 989e12, 1979e12
     return Device(
         name=name,
         flops=flops,
-        fp8_flops=fp8,
+        fp8_flops=2 * flops,
         bandwidth=bandwidth,
         memory=memory,
-        link=450e9,
+        link=link,
         all_reduce_s=_NVLINK_S,
     )
 
@@ -52,6 +51,7 @@ GPUS = {
         # times of a small all-reduce are typical values, not measured here.
         Device(name="a100-80gb", flops=312e12, bandwidth=2.039e12, memory=80e9, link=300e9, all_reduce_s=_NVLINK_S),
         _hopper("h100", bandwidth=3.35e12, memory=80e9),
+        _hopper("h100-nvl", bandwidth=3.9e12, memory=94e9, flops=835.5e12, link=300e9),
         _hopper("h200", bandwidth=4.8e12, memory=141e9),
         Device(name="l40s", flops=362e12, bandwidth=0.864e12, memory=48e9, link=32e9, all_reduce_s=_PCIE_S),
         Device(name="a10", flops=125e12, bandwidth=0.6e12, memory=24e9, link=32e9, all_reduce_s=_PCIE_S),

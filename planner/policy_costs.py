@@ -14,7 +14,8 @@ from engine.config.kv import DrafterName, KVConfig, KVState, QuestConfig
 from engine.config.speculation import SpeculationConfig
 from kernels.kv.kv_bits import KV_BITS
 from models.shapes import kv_heads_per_rank
-from planner.cost_model import Choosing, PlacedModel, acceptance_for
+from planner.cost_model import Choosing, acceptance_for
+from planner.placed_model import PlacedModel
 
 PAGE_SIZE = CacheConfig().page_size
 PUBLISHED_GAMMA = 6
@@ -93,7 +94,7 @@ def _count_votes(placed: PlacedModel, page_size: int) -> Choosing:
     """
     sums = 2 * 2 * -(-placed.model.num_heads // placed.ranks)
     votes = 3 * kv_heads_per_rank(placed.model, placed.ranks)
-    return Choosing(verify_bytes=4 * placed.model.num_layers * (sums + votes) / page_size)
+    return Choosing(verify_bytes=4 * len(placed.model.attention_groups[0]) * (sums + votes) / page_size)
 
 
 def _compare_pages(placed: PlacedModel, page_size: int) -> Choosing:

@@ -1,7 +1,7 @@
 """Fit the cost model's constants to results that MagicDec's authors published, and report its errors.
 
 Two constants are fitted, both to speed-ups: the fixed time of a layer, and the acceptance of a small draft model, which
-was not published. All other fields of planner.cost_model.Efficiency keep typical values. Errors are reported for the
+was not published. All other fields of planner.placed_model.Efficiency keep typical values. Errors are reported for the
 fit and with each row left out. Rows of other GPUs, step times in milliseconds, and what weights of fewer bits gain are
 predicted only, never fitted.
 """
@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from models.shapes import SHAPES
-from planner.cost_model import PUBLISHED, Efficiency, PlacedModel, SpeculationCost, product_seconds
+from models.known_shapes import SHAPES
+from planner.cost_model import SpeculationCost
 from planner.expected_acceptance import DRAFT_MODEL, expected_alpha
 from planner.hardware import GPUS
+from planner.placed_model import PUBLISHED, Efficiency, PlacedModel, product_seconds
 
 _HERE = Path(__file__).parent
 _BOUNDS = {"layer_s": (0.02e-3, 0.5e-3), "draft_model": (0.5, 0.9)}

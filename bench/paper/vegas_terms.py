@@ -1,18 +1,22 @@
 """Terms on which Vegas (arXiv 2602.07223) compared ways to speculate, and its numbers beside ours.
 
-Published: Qwen3 on one H100 with 94 GB, about 10,000 tokens of context, at most 128 rows, temperature 0.6, γ = 6.
-`python -m bench.gpu --terms vegas` measures on these terms, `magicdec plan --terms vegas` predicts. Ours differ:
+Published: Qwen3 and gpt-oss-20b on one H100 with 94 GB, about 10,000 tokens of context, at most 128 rows, temperature
+0.6, γ = 6 (`vegas`); and with about 100,000 tokens, one GPU for prefill and one for decoding (`vegas-long`).
+`python -m bench.gpu --terms vegas` measures on the first terms, with the dense models of Qwen3, `magicdec plan --terms`
+predicts. Ours differ:
 
 - Published runs are closed loops inside vLLM: requests of different lengths that grow, end, and give way to others,
   whose prefill takes time too. Ours are rounds of equal rows at one context, without scheduling and prefill.
 - Acceptance there comes from AIME25. Here drafts are accepted at random, with the published mean of tokens per round,
-  since weights are random; that mean is taken for both models.
+  since weights are random. That mean is of Qwen3-8B, and is taken for all models and both contexts.
 - As many rows run as fit at the full context; rows that are still short make room for more.
 - The budgets of sink + window and of Quest are not stated; ours are that of Vegas, 7 % of the context and at least 256.
   The policies that choose, `verified` and `quest`, read the first page and the newest tokens in addition.
 - Choosing took 5.9 % of a published round of Vegas. Rounds that are measured here have all of it, predictions only what
   the bytes take that it moves (planner.policy_costs).
 - Published Quest chooses in every draft step; ours in the first of a round and again every four steps.
+- gpt-oss-20b, which is not served here, has experts of 4 bits as published (mxfp4), all other weights are of 16 bits.
+- 100,000 tokens are more than Qwen3 states in its files; the published runs must have stretched its positions.
 """
 
 from __future__ import annotations
@@ -23,13 +27,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from planner.cost_model import CAPTURED, PUBLISHED, Efficiency, acceptance_for
-from planner.forecast import deploy
+from planner.cost_model import acceptance_for
+from planner.forecast import Deployment, deploy
+from planner.placed_model import CAPTURED, PUBLISHED, Efficiency
 from planner.policy_costs import PAGE_SIZE, PUBLISHED_GAMMA, PUBLISHED_TOKENS
 
 _FILE = Path(__file__).parent / "published_vegas.csv"
 _COLUMNS = {"window": "magicdec_window", "verified": "vegas", "quest": "quest"}
 """Column of the published table by KV policy."""
+_SHORT = "AIME25"
+_FORECASTS = {"qwen3-8b": "dense", "qwen3-4b": "dense", "qwen3-30b-a3b": "dense", "gpt-oss-20b": "mxfp4"}
 _NOTES = {
     "quest": "quest: its engine replays no forward from CUDA graphs, plain ones neither; predictions do not know that"
 }
@@ -38,9 +45,12 @@ _NOTES = {
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """tokens: mean tokens of a row per round, accepted ones and one more, by KV policy."""
+    """setting: name of the terms in the published table. shapes: those that can be measured. forecasts: weight formats
+    of those that are predicted. tokens: mean tokens of a row per round, accepted ones and one more, by KV policy."""
 
+    setting: str
     shapes: tuple[str, ...]
+    forecasts: Mapping[str, str]
     context: int
     max_rows: int
     gamma: int
@@ -50,13 +60,25 @@ class Terms:
 
 TERMS = {
     "vegas": Terms(
+        setting=_SHORT,
         shapes=("qwen3-8b", "qwen3-4b"),
+        forecasts=_FORECASTS,
         context=10_000,
         max_rows=128,
         gamma=PUBLISHED_GAMMA,
         temperature=0.6,
         tokens=PUBLISHED_TOKENS,
-    )
+    ),
+    "vegas-long": Terms(
+        setting="long",
+        shapes=(),
+        forecasts=_FORECASTS,
+        context=100_000,
+        max_rows=128,
+        gamma=PUBLISHED_GAMMA,
+        temperature=0.6,
+        tokens={policy: tokens for policy, tokens in PUBLISHED_TOKENS.items() if policy != "quest"},
+    ),
 }
 
 
@@ -99,14 +121,14 @@ def terms_budget(context: int) -> int:
     return PAGE_SIZE * math.ceil(max(256, 0.07 * context) / PAGE_SIZE)
 
 
-def read_published() -> dict[str, dict[str, float]]:
-    """Read the published tokens/s at about 10,000 tokens of context, by model and column."""
+def read_published(setting: str = _SHORT) -> dict[str, dict[str, float]]:
+    """Read the published tokens/s, by model and column."""
     lines = _FILE.read_text(encoding="utf-8").splitlines()
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     return {
-        row["model"]: {name: float(row[name]) for name in ("vllm", *_COLUMNS.values())}
+        row["model"]: {name: float(row[name]) for name in ("vllm", *_COLUMNS.values()) if row[name]}
         for row in rows
-        if row["setting"] == "AIME25"
+        if row["setting"] == setting
     }
 
 
@@ -114,18 +136,22 @@ def predict(terms: Terms, gpu: str, efficiency: Efficiency, rows: int | None = N
     """Predict all lines for one GPU. rows: even if they do not fit; None: as many as fit. Raises UnknownDevice."""
     lines = []
     budgets = (terms_budget(terms.context),)
-    for shape in terms.shapes:
+    for shape, weights in terms.forecasts.items():
         for policy, tokens in terms.tokens.items():
             alpha = acceptance_for(terms.gamma, tokens)
-            deployment = deploy(
-                model=shape,
-                draft="self",
-                gpu=gpu,
-                ranks=1,
-                policy=policy,
-                dtype="bfloat16",
-                alpha=alpha,
-                efficiency=efficiency,
+            deployment = _stretch(
+                deploy(
+                    model=shape,
+                    draft="self",
+                    gpu=gpu,
+                    ranks=1,
+                    policy=policy,
+                    dtype="bfloat16",
+                    alpha=alpha,
+                    weights=weights,
+                    efficiency=efficiency,
+                ),
+                terms.context,
             )
             largest = deployment.forecast(1, terms.context, budgets=budgets, gamma=terms.gamma).largest_batch
             count = min(terms.max_rows, max(1, largest)) if rows is None else rows
@@ -148,22 +174,30 @@ def predict(terms: Terms, gpu: str, efficiency: Efficiency, rows: int | None = N
     return lines
 
 
-def table(lines: Sequence[TermsLine]) -> str:
+def _stretch(deployment: Deployment, context: int) -> Deployment:
+    """Return a deployment whose target, which drafts too, has as many positions as a context."""
+    model = deployment.target.model
+    model = replace(model, max_position_embeddings=max(context, model.max_position_embeddings))
+    target, drafter = (replace(each, model=model) for each in (deployment.target, deployment.drafter))
+    return replace(deployment, target=target, drafter=drafter)
+
+
+def table(lines: Sequence[TermsLine], setting: str = _SHORT) -> str:
     """Format lines as a text table, with published numbers, goals and notes. Each shape and number of rows begins with
-    plain decoding."""
+    plain decoding. setting: of the published numbers. error: of plain tokens/s, and of gains over them."""
     head = ("shape", "rows", "context", "policy", "tok/round", "T_T ms", "T_D ms", "T_V ms", "choose ms", "tok/s")
     cells: tuple[object, ...]
-    text = [_format(*head, "x plain", "theirs", "x theirs", "goal")]
-    published, before = read_published(), None
+    text = [_format(*head, "x plain", "theirs", "x theirs", "error", "goal")]
+    published, before = read_published(setting), None
     for line in lines:
         theirs = published.get(line.shape, {})
         plain = theirs.get("vllm")
         if (place := (line.shape, line.rows, line.context)) != before:
             goal = None if plain is None else _goal(line.plain_tokens_per_second, plain, ".0f")
             cells = (*place, "plain", "1.00", f"{line.t_target_ms:.2f}", "-", "-", "-")
-            text.append(
-                _format(*cells, f"{line.plain_tokens_per_second:.0f}", "1.00", plain, 1.0 if plain else None, goal)
-            )
+            error = _error(line.plain_tokens_per_second, plain)
+            cells = (*cells, f"{line.plain_tokens_per_second:.0f}", "1.00")
+            text.append(_format(*cells, plain, 1.0 if plain else None, error, goal))
             before = place
         speed = theirs.get(_COLUMNS[line.policy])
         ratio = None if speed is None or plain is None else speed / plain
@@ -171,7 +205,8 @@ def table(lines: Sequence[TermsLine]) -> str:
         times = (f"{each:.2f}" for each in (line.t_target_ms, line.t_draft_ms, line.t_verify_ms))
         choosing = "-" if line.t_choose_ms is None else f"{line.t_choose_ms:.2f}"
         cells = (*place, line.policy, f"{line.tokens_per_round:.2f}", *times, choosing)
-        text.append(_format(*cells, f"{line.tokens_per_second:.0f}", f"{line.speedup:.2f}", speed, ratio, goal))
+        cells = (*cells, f"{line.tokens_per_second:.0f}", f"{line.speedup:.2f}")
+        text.append(_format(*cells, speed, ratio, _error(line.speedup, ratio), goal))
     drawn = {line.policy for line in lines}
     return "\n".join([*text, *(note for policy, note in _NOTES.items() if policy in drawn)])
 
@@ -182,8 +217,12 @@ def _goal(ours: float, theirs: float, digits: str) -> str:
     return f">= {said}: {'reached' if float(f'{ours:{digits}}') >= float(said) else 'not reached'}"
 
 
+def _error(ours: float, theirs: float | None) -> str | None:
+    return None if theirs is None else f"{ours / theirs - 1:+.0%}"
+
+
 def _format(*cells: object) -> str:
-    *rest, speed, ratio, goal = cells
+    shape, *rest, speed, ratio, error, goal = cells
     shown = [*rest, f"{speed:.0f}" if isinstance(speed, float) else speed or "-"]
-    shown.append(f"{ratio:.2f}" if isinstance(ratio, float) else ratio or "-")
-    return "".join(f"{cell:>10}" for cell in shown) + f"  {goal or '-'}"
+    shown += [f"{ratio:.2f}" if isinstance(ratio, float) else ratio or "-", error or "-"]
+    return f"{shape:>14}" + "".join(f"{cell:>10}" for cell in shown) + f"  {goal or '-'}"

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from models.shapes import SHAPES, is_quantized
+from models.known_shapes import SHAPES
+from models.shapes import is_quantized
 from planner.cost_model import GAMMA_MAX
 from planner.forecast import BUDGETS, default_efficiency, deploy
 from planner.hardware import NAMES
@@ -20,6 +21,7 @@ from server.cli import options
 
 class TermsName(StrEnum):
     vegas = "vegas"
+    vegas_long = "vegas-long"
 
 
 class Dtype(StrEnum):
@@ -33,6 +35,7 @@ class WeightsName(StrEnum):
     int8 = "int8"
     int4 = "int4"
     fp8 = "fp8"
+    mxfp4 = "mxfp4"
 
 
 class DraftWeightsName(StrEnum):
@@ -90,7 +93,11 @@ def plan(
     ] = "window",
     dtype: Annotated[Dtype, typer.Option(help="Dtype of dense weights and KV.")] = Dtype.bfloat16,
     weights: Annotated[
-        WeightsName | None, typer.Option(help="Weights of the target; dense if not given.", show_default=False)
+        WeightsName | None,
+        typer.Option(
+            help="Weights of the target; dense if not given. mxfp4: of experts alone, and not served.",
+            show_default=False,
+        ),
     ] = None,
     draft_weights: Annotated[
         DraftWeightsName,
@@ -172,7 +179,9 @@ def _plan_terms(ctx: typer.Context, terms: TermsName, gpu: str, batch: str, json
             raise typer.BadParameter("--terms take one number of rows", param_hint="--batch")
     _check_folder(json_file, "--json")
     forecasts = {name: predict(TERMS[terms.value], gpu, each, rows) for name, each in EFFICIENCIES.items()}
-    print("\n\n".join(f"Predicted for one {gpu}, {name}:\n{table(lines)}" for name, lines in forecasts.items()))
+    setting = TERMS[terms.value].setting
+    shown = (f"Predicted for one {gpu}, {name}:\n{table(lines, setting)}" for name, lines in forecasts.items())
+    print("\n\n".join(shown))
     if json_file is not None:
         listed = [{"assumed": name, **asdict(line)} for name, lines in forecasts.items() for line in lines]
         _write_json(json_file, listed)

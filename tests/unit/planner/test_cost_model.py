@@ -11,19 +11,10 @@ from hypothesis import strategies as st
 
 from engine.config.speculation import SpeculationConfig
 from kernels.weights.weight_bits import WEIGHT_BITS
-from models.shapes import SHAPES
-from planner.cost_model import (
-    GAMMA_MAX,
-    PUBLISHED,
-    Efficiency,
-    PlacedModel,
-    SpeculationCost,
-    acceptance_for,
-    best_gamma,
-    expected_tokens,
-    speedup,
-)
+from models.known_shapes import SHAPES
+from planner.cost_model import GAMMA_MAX, SpeculationCost, acceptance_for, best_gamma, expected_tokens, speedup
 from planner.hardware import GPUS, Device
+from planner.placed_model import PUBLISHED, Efficiency, PlacedModel
 from tests.support.small_shape import SMALL, SMALL_ACTIVE
 
 ROUND = Device(name="round", flops=1e6, bandwidth=1e5, memory=1e6, link=1e4, all_reduce_s=0.001)
@@ -161,12 +152,13 @@ class TestForward:
         target = replace(place(model, ranks=1), device=replace(GPUS["h100"], flops=flops))
         cost = SpeculationCost(target=target, draft=target, budget=512, shared=same)
         seconds = cost.verify_seconds(rows, same + own, gamma)
-        by_reading = target.forward_seconds(rows, same + rows * own, gamma + 1)
+        window = rows * target.window_tokens(same + own)
+        by_reading = target.forward_seconds(rows, same + rows * own, gamma + 1, window_tokens=window)
         assert target.forward_seconds(rows, rows * (same + own), gamma + 1) >= seconds >= by_reading
         reading = replace(target, device=replace(target.device, flops=1e30))
         cost = replace(cost, target=reading, draft=reading)
         assert cost.verify_seconds(rows, same + own, gamma) == pytest.approx(
-            reading.forward_seconds(rows, same + rows * own, gamma + 1)
+            reading.forward_seconds(rows, same + rows * own, gamma + 1, window_tokens=window)
         )
         computing = replace(target, device=replace(target.device, flops=1e3))
         cost = replace(cost, target=computing, draft=computing)
@@ -182,7 +174,9 @@ class TestForward:
         cost = SpeculationCost(target=target, draft=target, budget=512, shared=0)
         assert cost.target_seconds(rows, context) == target.forward_seconds(rows, rows * context)
         assert cost.verify_seconds(rows, context, gamma) == target.forward_seconds(rows, rows * context, gamma + 1)
-        assert cost.draft_seconds(rows, context) == target.forward_seconds(rows, rows * min(context, 512))
+        window = rows * target.window_tokens(context)
+        drafting = target.forward_seconds(rows, rows * min(context, 512), window_tokens=window)
+        assert cost.draft_seconds(rows, context) == drafting
         alone = replace(cost, shared=context)  # with one row, nobody is there to share with
         assert alone.speedup(1, context, gamma, alpha) == cost.speedup(1, context, gamma, alpha)
 

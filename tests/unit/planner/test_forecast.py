@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.shapes import SHAPES, active_parameters, rank_weight_bytes
-from planner.cost_model import PlacedModel, expected_tokens
+from models.known_shapes import SHAPES
+from models.shapes import active_parameters, rank_weight_bytes
+from planner.cost_model import expected_tokens
 from planner.expected_acceptance import DRAFT_MODEL, expected_alpha
 from planner.forecast import Deployment, ForecastError
 from planner.hardware import GPUS, find_device
+from planner.placed_model import PlacedModel
 from planner.policy_costs import POLICY_COSTS
 
 

@@ -16,10 +16,12 @@ from engine.batch.tail_pages import TailPages, num_exact_pages
 from engine.config.deployment import EngineConfig
 from engine.plan import RoundPlan, RowWork
 from kernels.kv.kv_bits import SEALED_GROUP
-from models.shapes import SHAPES, rank_weight_bytes
-from planner.cost_model import EXACT_PAGES, PUBLISHED, PlacedModel, SpeculationCost
+from models.known_shapes import SHAPES
+from models.shapes import rank_weight_bytes
+from planner.cost_model import SpeculationCost
 from planner.forecast import Deployment, Forecast, ForecastError, deploy
 from planner.hardware import GPUS
+from planner.placed_model import EXACT_PAGES, PUBLISHED, PlacedModel
 from server.cli.app import app
 from tests.support.engines import TINY, tiny_engine, tiny_model
 

@@ -10,17 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config.kv import POLICIES, QuestConfig, VerifiedConfig
-from models.shapes import SHAPES
-from planner.cost_model import (
-    PUBLISHED,
-    Choosing,
-    PlacedModel,
-    SpeculationCost,
-    acceptance_for,
-    expected_tokens,
-    speedup,
-)
+from models.known_shapes import SHAPES
+from planner.cost_model import Choosing, SpeculationCost, acceptance_for, expected_tokens, speedup
 from planner.hardware import GPUS
+from planner.placed_model import PUBLISHED, PlacedModel
 from planner.policy_costs import POLICY_COSTS, PUBLISHED_TOKENS
 
 TARGET = PlacedModel(model=SHAPES["llama-3.1-8b"], device=GPUS["h100"], ranks=1)
