@@ -28,6 +28,7 @@ from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.outputs import failed_output, make_output
 from engine.scheduler.request import Request
 from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.sliding_pages import make_sliding_pages
 from engine.scheduler.stats import StatsRecorder
 from engine.scheduler.validation import check_fields
 from engine.worker.controllers import draft_tokens_read, make_controller, make_request_ngrams, target_tokens_read
@@ -36,7 +37,7 @@ from engine.worker.resolve import log_started, resolve
 from engine.worker.weight_choice import settle_draft_format
 from engine.worker.worker import Worker, noop
 from engine.worker.worker_owner import WorkerOwner
-from models.llama import Llama
+from models.decoder import DecoderModel
 from parallel.group import Group
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Engine:
         self,
         config: EngineConfig,
         *,
-        model: Llama | None = None,
+        model: DecoderModel | None = None,
         controller: Controller | None = None,
         ranks: Callable[[EngineConfig, torch.device], RankExecutor] = RankExecutor.launch,
         compiling: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
@@ -79,8 +80,8 @@ class Engine:
                 self._resolved, num_pages=self._worker.num_pages, max_model_len=self._worker.max_model_len
             )
             self._kv = self._make_kv()
-            sizes = self._worker.num_pages, self._resolved.max_model_len
-            self.profiler = Profiler(self._run_blank, config, *sizes, self._shared_stretch)
+            sizes = self._kv.total, self._resolved.max_model_len, self._shared_stretch, self._kv.total_sliding
+            self.profiler = Profiler(self._run_blank, config, *sizes, vocab_size=self._resolved.shape.vocab_size)
             if controller is None:
                 controller = self.make_controller()
         except BaseException:
@@ -111,7 +112,7 @@ class Engine:
     # -- start-up ------------------------------------------------------------------------------------------------------
 
     def _start_ranks(
-        self, model: Llama | None, ranks: Callable[[EngineConfig, torch.device], RankExecutor], progress: bool
+        self, model: DecoderModel | None, ranks: Callable[[EngineConfig, torch.device], RankExecutor], progress: bool
     ) -> WorkerOwner:
         """Start the other ranks, and load this rank's worker while they load theirs."""
         config, resolved = self._config, self._resolved
@@ -147,16 +148,16 @@ class Engine:
         return 0 if self._config.target_kv is not None else self._resolved.shared_stretch
 
     def _make_kv(self) -> KVManager:
-        config = self._config
-        speculation, page_size = config.speculation, config.cache.page_size
+        config, speculation = self._config, self._config.speculation
         return KVManager(
-            self._worker.num_pages,
-            page_size,
+            pages := self._worker.num_pages,
+            config.cache.page_size,
             prefix=config.cache.prefix,
             prompts_only=config.target_kv is not None,
             num_uncached_tokens=speculation.num_uncached_tokens,
             draft_pages=speculation.has_draft_pages,
             shared_stretch=self._shared_stretch,
+            sliding=make_sliding_pages(config, self._worker.model.config, pages),
         )
 
     def _make_scheduler(self, controller: Controller) -> Scheduler:
@@ -311,8 +312,7 @@ class Engine:
     def reset(self) -> None:
         """Drop all requests, whatever state an interrupted `step` has left them in."""
         self._round_running, self._aborted = False, []
-        before = self._kv
-        self._kv = self._make_kv()
+        before, self._kv = self._kv, self._make_kv()
         self._kv.continue_counts(before)
         preemptions = self._scheduler.preemptions
         self._scheduler = self._make_scheduler(self._scheduler.controller)
@@ -349,7 +349,7 @@ class Engine:
         return [RequestOutput(r.id, finish_reason=FINISH_ABORT, error=reason, retry=RETRY_MEMORY) for r in requests]
 
     def _check_if_idle(self) -> None:
-        if not self._scheduler.running and self._kv.available != self._kv.total:
+        if not self._scheduler.running and self._kv.owned:
             self._scheduler.check()  # raises, and names the page
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -363,12 +363,8 @@ class Engine:
             weights=self._owner.weight_formats,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
-            pages_free=self._kv.free,
-            pages_cached=self._kv.cached,
             preemptions=self._scheduler.preemptions,
-            prefix_queries=self._kv.queries,
-            prefix_hits=self._kv.hits,
-            prefix_evictions=self._kv.evictions,
+            **self._kv.counters(),
             decode_seconds=report.decode_seconds,
             plain_seconds=report.plain_seconds,
             forecast_seconds=report.forecast_seconds,

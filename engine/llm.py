@@ -25,8 +25,8 @@ from engine.oom import OutOfMemory
 from engine.params import SamplingParams
 from engine.scheduler.validation import QueueFull, RequestError
 from engine.text import Delta, TextStream
+from models.decoder import DecoderModel
 from models.default import resolve_model
-from models.llama import Llama
 from models.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -73,7 +73,7 @@ class LLM:
         self,
         model: str | Path | EngineConfig = "default",
         *,
-        loaded: Llama | None = None,
+        loaded: DecoderModel | None = None,
         progress: bool = False,
         **settings: Any,
     ) -> None:

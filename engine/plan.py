@@ -34,6 +34,8 @@ class PageDelta(msgspec.Struct, array_like=True):
     first: int
     """Index in the row's page list of the first of `pages`."""
     pages: list[int]
+    sliding: bool = False
+    """Whether it is the table of the pages of sliding layers."""
 
 
 class RowWork(msgspec.Struct, array_like=True):
@@ -72,7 +74,7 @@ class RoundPlan(msgspec.Struct, tag="round", omit_defaults=True):
     budget: int = 0
     """KV tokens that draft steps of this round read per row, if that number can be chosen; 0: as configured."""
     clear: list[int] = []
-    """Pages to fill with zeros before the round."""
+    """Pages to fill with zeros before the round, and those of the same ids in the pool of sliding layers."""
     audit: list[int] = []
     """Pages whose KV is hashed before the round."""
 

@@ -31,7 +31,7 @@ from kernels.kv.kv_bits import KV_BITS
 from kernels.ops import Ops
 from kernels.weights.matrix import DenseMatrix
 from models.config import ModelConfig
-from models.llama import Llama
+from models.decoder import DecoderModel
 from parallel.group import Group
 from parallel.matrix_layer import AS_STORED, Placement, WeightChoice
 from planner.cost_model import speedup
@@ -99,9 +99,9 @@ def release_memory(device: torch.device) -> None:
 
 def random_shape(
     shape: ModelConfig, dtype: torch.dtype, device: torch.device, ops: Ops, weights: WeightChoice = AS_STORED
-) -> Llama:
+) -> DecoderModel:
     """Build a model with random weights drawn on the device. Tests use those of models.loader.random_model."""
-    model = Llama(shape, Placement(Group.single(), dtype, device, ops, weights))
+    model = DecoderModel(shape, Placement(Group.single(), dtype, device, ops, weights))
     generator = torch.Generator(device).manual_seed(0)
     for slot in model.weight_slots():
         slot.tensor.fill_(1.0 if slot.source.endswith("norm.weight") else 0.0)
@@ -153,7 +153,7 @@ class Bench:
         self.weight_bytes = self._model.matrix_bytes  # bytes that a forward reads
         drafts = self._model.drafting().matrix_bytes if choice.drafts else 0
         fixed = self.weight_bytes + drafts + self._model.table_bytes
-        heads = shape.num_layers * shape.num_kv_heads
+        heads = len(shape.attention_groups[0]) * shape.num_kv_heads  # of layers that read all tokens
         self._exact_bytes = heads * KV_BITS["dense"].token_bytes(shape.head_dim, dtype.itemsize)
         self._token_bytes = heads * KV_BITS[formats.kv].token_bytes(shape.head_dim, dtype.itemsize)
         # Tokens by which a row can grow while it is measured, with all drafts accepted, and one round's drafts.

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from bench.micro.bandwidth import copy_bandwidth, wait
 from engine.worker.kernels import choose_ops
-from kernels.ops import Linear, Ops
+from kernels.ops import Gate, Linear, Ops
 from kernels.weights.weight_format import FORMATS
 from models.config import ModelConfig
-from models.shapes import SHAPES
+from models.known_shapes import SHAPES
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _LAYERS = 2
@@ -73,7 +73,8 @@ def make_layers(shape: ModelConfig, ops: Ops, format: str, device: torch.device)
         layer = []
         for columns, features, gated in matrices(shape):
             weight = torch.randn(columns, features, dtype=torch.bfloat16, device=device) * features**-0.5
-            layer.append((ops.linear(FORMATS[format].quantize(weight), None, gated=gated), features))
+            gate: Gate | None = "silu" if gated else None
+            layer.append((ops.linear(FORMATS[format].quantize(weight), None, gated=gate), features))
         layers.append(layer)
     return layers
 
@@ -137,7 +138,8 @@ def kinds_on(device: torch.device, formats: Sequence[str], kernels: Ops) -> dict
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES, help="default: %(default)s")
+    dense = [name for name, shape in SHAPES.items() if shape.experts is None]
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=dense, help="default: %(default)s")
     parser.add_argument("--formats", default="int8,int4,fp8", help="comma-separated; default: %(default)s")
     parser.add_argument("--rows", default=",".join(map(str, _ROWS)), help="comma-separated; default: %(default)s")
     parser.add_argument("--kernels", default="auto", choices=("auto", "flashinfer", "triton", "cpu", "reference"))

@@ -13,7 +13,7 @@ from engine.worker.profiler import blank_rows
 from engine.worker.resolve import resolve
 from engine.worker.weight_choice import target_weights
 from kernels.ops import Ops
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import load_model
 from parallel.group import Group
 
@@ -33,7 +33,7 @@ def cpu_config(model: str, rows: int, gamma: int, formats: FormatFlags = USUAL_F
     return formats.apply(config)
 
 
-def load_with_ops(config: EngineConfig, wrap: Callable[[Ops], Ops]) -> Llama:
+def load_with_ops(config: EngineConfig, wrap: Callable[[Ops], Ops]) -> DecoderModel:
     """Load the config's model, with its kernels wrapped. Raises ConfigError, ModelError."""
     sizes = resolve(config, None)
     ops = wrap(sizes.ops)
@@ -55,7 +55,7 @@ class BlankRounds:
     """
 
     def __init__(
-        self, config: EngineConfig, rows: int, context: int, gamma: int, rounds: int, model: Llama | None = None
+        self, config: EngineConfig, rows: int, context: int, gamma: int, rounds: int, model: DecoderModel | None = None
     ) -> None:
         """Start the engine, and run a first round. context: tokens per row; where pages are sealed, up to gamma less,
         as drafts end with a page. rounds: how often `step` will be called
@@ -65,7 +65,8 @@ class BlankRounds:
         if config.cache.seals:
             context -= max(0, context % page + gamma + 1 - page)
         width = (context + rounds * (gamma + 1) + 64) // page + 1
-        self._starts, pages = blank_rows(rows, context, width, rows * width)
+        sliding = self.engine.profiler.sliding_pages
+        self._starts, pages = blank_rows(rows, context, width, rows * width, sliding=sliding)
         self._work = [RowWork(row, context, 1, gamma, True) for row in range(rows)]
         self.engine.profiler.run(RoundPlan(0, self._starts, pages, self._work, clear=list(range(rows * width))))
 

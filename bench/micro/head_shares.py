@@ -12,7 +12,7 @@ from engine.kv.streaming_heads import HeadShares
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.kv.kv_pool import LayerKV
 from models.batch import ForwardBatch
-from models.llama import Llama
+from models.decoder import DecoderModel
 
 _PAGE, _CHUNK = 16, 256
 _SAMPLES = 64
@@ -58,7 +58,7 @@ class _Measuring:
 
 
 @torch.inference_mode()
-def measure(model: Llama, passages: Sequence[Sequence[int]], *, sink: int, window: int) -> HeadShares:
+def measure(model: DecoderModel, passages: Sequence[Sequence[int]], *, sink: int, window: int) -> HeadShares:
     """Measure the shares of a model on one rank. passages: all of one length. Raises BenchError if that length is not
     more than sink and window, or more than the model has."""
     context = len(passages[0])
@@ -66,6 +66,8 @@ def measure(model: Llama, passages: Sequence[Sequence[int]], *, sink: int, windo
         raise BenchError(f"{context} tokens of context all belong to a sink of {sink} and a window of {window}")
     if context > model.max_positions:
         raise BenchError(f"{context} tokens of context, but the model has {model.max_positions}")
+    if model.config.sliding_layers:
+        raise BenchError("a model with sliding layers has no target_kv, for which heads are measured")
     width, device = -(-context // _PAGE), model.device
     pool, pages = model.make_pool(width, _PAGE), torch.arange(width, device=device)[None]
     shares = torch.zeros(model.num_layers, model.kv_heads, dtype=torch.float64, device=device)

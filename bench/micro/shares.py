@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -18,7 +18,8 @@ from bench.micro.blank_rounds import BlankRounds, cpu_config, load_with_ops
 from engine.speculation.verify import accept_drafts, commit_tokens
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.kv.kv_pool import LayerKV
-from kernels.ops import Graphs, Linear, Ops
+from kernels.ops import Experts, Gate, Graphs, Linear, Ops
+from kernels.reference_experts import LoopedExperts
 from kernels.weights.matrix import Matrix
 
 
@@ -86,13 +87,19 @@ class TimedOps:
         self.make_graphs: Callable[[], Graphs] | None = None
         self.shared_stretch, self.reads_prefixes = inner.shared_stretch, inner.reads_prefixes
         self.weight_formats, self.fastest_format = inner.weight_formats, inner.fastest_format
-        self.kv_formats = inner.kv_formats
+        self.kv_formats, self.expert_formats = inner.kv_formats, inner.expert_formats
         self.takes = inner.takes
 
-    def linear(self, matrix: Matrix, bias: Tensor | None, *, gated: bool = False, wide: bool = False) -> TimedLinear:
+    def linear(
+        self, matrix: Matrix, bias: Tensor | None, *, gated: Gate | None = None, wide: bool = False
+    ) -> TimedLinear:
         inner = self._inner.linear(matrix, bias, gated=gated, wide=wide)
         name = "head" if wide else "products"
         return TimedLinear(inner, name if matrix.format == "dense" else f"{name}, {matrix.format}", self._clock)
+
+    def experts(self, networks: Sequence[tuple[Linear, Linear]], *, per_token: int, normalised: bool) -> Experts:
+        """Make experts whose products are timed, so that they run one after the other."""
+        return LoopedExperts(networks, per_token, normalised)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         with self._clock.time("norms"):

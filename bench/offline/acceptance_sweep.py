@@ -30,7 +30,7 @@ from engine.speculation.drafters import Drafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
 from engine.worker.build import DraftModel, load_draft, make_drafter, make_row_state, make_target
-from models.llama import Llama
+from models.decoder import DecoderModel
 from parallel.group import Group
 from parallel.vocab_shard import VocabShard
 
@@ -183,7 +183,7 @@ class RecordingDrafters:
 @torch.inference_mode()
 def measure(
     config: EngineConfig,
-    target: Llama,
+    target: DecoderModel,
     prompts: Sequence[Sequence[int]],
     setups: Sequence[Setup],
     *,
@@ -213,7 +213,7 @@ def measure(
     config = config.model_copy(update={"cuda_graphs": False, "speculation": drafting, "scheduler": scheduler})
     state = make_row_state(config, target, len(texts) * row_width, length)
     sampler = Sampler(state, vocab, target.ops)
-    runner = make_target(config, target, state, len(texts) * row_width)
+    runner = make_target(config, target, state, len(texts) * row_width, len(texts) * row_width)
 
     @cache
     def draft_model(directory: str) -> DraftModel:
@@ -242,7 +242,8 @@ def measure(
 
     chunk = config.scheduler.max_batch_tokens
     for row, (prompt, params) in enumerate(texts):
-        pages = [PageDelta(row, 0, list(range(row * row_width, (row + 1) * row_width)))]
+        own = list(range(row * row_width, (row + 1) * row_width))
+        pages = [PageDelta(row, 0, own, sliding) for sliding in (False, True)]
         start = RowStart(row, list(prompt), context, params, [])
         for first in range(0, context, chunk):
             new = min(chunk, context - first)

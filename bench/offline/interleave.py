@@ -19,7 +19,7 @@ from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult
 from engine.scheduler.controller import Controller, ControllerReport, FixedGamma, RowDrafts
 from engine.scheduler.request import Request
-from models.llama import Llama
+from models.decoder import DecoderModel
 
 _TURN = 4  # rounds per turn
 _COUNTED = (
@@ -105,7 +105,7 @@ class Contender:
     texts: output tokens by the row's request.
     """
 
-    def __init__(self, config: EngineConfig, target: Llama | None, gamma_max: int, auto: bool) -> None:
+    def __init__(self, config: EngineConfig, target: DecoderModel | None, gamma_max: int, auto: bool) -> None:
         self.config = config
         self.rounds: dict[Gamma, RoundMeasurements] = {}
         self.texts: dict[str, list[int]] = {}

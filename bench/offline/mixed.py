@@ -28,8 +28,8 @@ from engine.llm import LLM
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.worker.loading import load_target
+from models.decoder import DecoderModel
 from models.default import resolve_model
-from models.llama import Llama
 from models.tokenizer import Tokenizer
 
 
@@ -80,7 +80,7 @@ def arrivals(count: int, rate: float, documents: float, longest: int, text: int,
     return found
 
 
-def run(config: EngineConfig, model: Llama, load: Sequence[Arrival], text: Sequence[int]) -> Outcome:
+def run(config: EngineConfig, model: DecoderModel, load: Sequence[Arrival], text: Sequence[int]) -> Outcome:
     """Serve the load once, in real time."""
     with LLM(config, loaded=model) as llm:
         engine, todo = llm.engine, list(load)

@@ -29,22 +29,23 @@ from engine.worker.build import make_row_state, make_target
 from engine.worker.loading import load_target
 from engine.worker.resolve import check_kv_format
 from kernels.ragged import Ints
+from models.decoder import DecoderModel
 from models.default import resolve_model
-from models.llama import Llama
 from models.tokenizer import Tokenizer
 
 _CHUNK = 256
 
 
 @torch.inference_mode()
-def logprobs(model: Llama, text: Sequence[int], config: EngineConfig | None = None) -> Tensor:
+def logprobs(model: DecoderModel, text: Sequence[int], config: EngineConfig | None = None) -> Tensor:
     """Compute the log-probability of each token of a text except the first: [len(text) - 1] float32. config: of the KV
     that the model reads; dense without one."""
     config = config or EngineConfig()
     width = -(-len(text) // config.cache.page_size)
     state = make_row_state(config, model, width, len(text))
-    runner = make_target(config, model, state, width)
-    starts, pages = [RowStart(0, list(text), len(text), SamplingParams(), [])], [PageDelta(0, 0, list(range(width)))]
+    runner = make_target(config, model, state, width, width)
+    starts = [RowStart(0, list(text), len(text), SamplingParams(), [])]
+    pages = [PageDelta(0, 0, list(range(width)), sliding) for sliding in (False, True)]
     tokens, parts = torch.tensor(text), []
     for first in range(0, len(text) - 1, _CHUNK):
         count = min(_CHUNK, len(text) - 1 - first)

@@ -28,8 +28,8 @@ from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.worker.loading import load_target
+from models.decoder import DecoderModel
 from models.default import resolve_model
-from models.llama import Llama
 from models.tokenizer import Tokenizer
 
 _SYSTEMS = (160, 300)
@@ -130,7 +130,7 @@ class Replay:
         return self.hits / self.queries if self.queries else 0.0
 
 
-def run(name: str, config: EngineConfig, model: Llama, load: Sequence[Turn]) -> Replay:
+def run(name: str, config: EngineConfig, model: DecoderModel, load: Sequence[Turn]) -> Replay:
     """Run all requests, wave by wave. Raises BenchError if one fails."""
     engine, replay = Engine(config, model=model, progress=False), Replay(name, config.cache.prefix)
     prompts, texts = replay.prompts, replay.texts

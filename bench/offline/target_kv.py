@@ -33,8 +33,8 @@ from engine.plan import PageDelta, RoundPlan, RowStart
 from engine.worker.build import make_target
 from engine.worker.loading import load_target
 from kernels.ragged import Ints
+from models.decoder import DecoderModel
 from models.default import resolve_model
-from models.llama import Llama
 from models.tokenizer import Tokenizer
 
 _CHUNK = 256
@@ -61,7 +61,7 @@ class TargetResult:
 
 
 @torch.inference_mode()
-def logprobs(config: EngineConfig, model: Llama, text: Sequence[int], num_prompt: int) -> Tensor:
+def logprobs(config: EngineConfig, model: DecoderModel, text: Sequence[int], num_prompt: int) -> Tensor:
     """Compute the log-probability of each token that follows one after the prompt: [len(text) - num_prompt - 1].
 
     config: the deployment, of one rank; its target_kv counts. num_prompt: number of the text's first tokens that are
@@ -163,7 +163,7 @@ def typical_seconds(rounds: Sequence[float], interval: int) -> float:
 
 
 def _decode(
-    configs: Sequence[EngineConfig], model: Llama, prompts: Sequence[Sequence[int]], new_tokens: int
+    configs: Sequence[EngineConfig], model: DecoderModel, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> list[Contender]:
     """Decode greedily with an engine for each config, in turns."""
     contenders: list[Contender] = []

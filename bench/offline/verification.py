@@ -15,12 +15,12 @@ from engine.config.deployment import EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
-from models.llama import Llama
+from models.decoder import DecoderModel
 
 
 def measure_rounds(
     config: EngineConfig,
-    target: Llama,
+    target: DecoderModel,
     prompts: Sequence[Sequence[int]],
     setup: Setup,
     verification: str,

@@ -26,7 +26,7 @@ from kernels.ops import Graphs
 from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all
 from models.batch import ForwardBatch, TokenInputs
-from models.llama import Llama
+from models.decoder import DecoderModel
 
 _STRIDE = 32
 """Limit up to which row counts are powers of two; beyond it, they are its multiples."""
@@ -165,7 +165,7 @@ class ForwardGraphs:
 
     def __init__(
         self,
-        model: Llama,
+        model: DecoderModel,
         pool: KVPool,
         graphs: Graphs,
         *,
@@ -200,7 +200,7 @@ class ForwardGraphs:
             self._captured = {shape: self._capture(shape) for shape in shapes}
 
     def forward(self, inputs: ForwardBatch) -> Tensor | None:
-        """Same as Llama.forward; None if no graph has room for the inputs."""
+        """Same as DecoderModel.forward; None if no graph has room for the inputs."""
         queries = inputs.attention.query_lengths
         if not queries:
             return None

@@ -6,6 +6,8 @@ waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from engine.batch.row_failures import RowFailures
 from engine.batch.shared_prefixes import PageLists
 from engine.batch.tail_pages import TailPages
 from engine.batch.view import View
-from engine.plan import RoundPlan
+from engine.plan import PageDelta, RoundPlan
 from kernels.attention.base import AttentionBatch, SharedPrefix
 from kernels.ops import Ops
 from kernels.ragged import Ints, ragged_arange
@@ -32,6 +34,8 @@ class RowState:
     sealed_table: the same, with the page that a group is sealed to where `page_table` has the exact one that the row
         holds; without sealed pages it is `page_table`.
     first_exact: first page id that tokens are written to.
+    sliding_table: [max_rows, max_pages] int64, or [0, 0] where no layer slides: page ids in the pool of sliding layers,
+        in order. Those behind a row's window may be any valid ids, and are not read.
     computed: [max_rows] int64, number of committed tokens whose target KV is valid.
     num_prompt: [max_rows] int64, on the host: number of a row's first tokens that are its prompt.
     failures: host, rows that have failed.
@@ -47,8 +51,10 @@ class RowState:
         ops: Ops = REFERENCE,
         tails: TailPages | None = None,
         first_exact: int = 0,
+        sliding_window: int = 0,
     ) -> None:
-        """ops: arithmetic of `device`. tails: exact pages of rows, where others are sealed."""
+        """ops: arithmetic of `device`. tails: exact pages of rows, where others are sealed. sliding_window: of sliding
+        layers; 0: the model has none."""
         self.page_size = page_size
         self.device = device
         self.ops = ops
@@ -57,6 +63,9 @@ class RowState:
         self.page_table = torch.zeros(max_rows, -(-max_model_len // page_size), dtype=torch.int64, device=device)
         self.first_exact, self._tails = first_exact, tails
         self.sealed_table = self.page_table if tails is None else torch.zeros_like(self.page_table)
+        self._window = sliding_window
+        sizes = self.page_table.shape if sliding_window else (0, 0)
+        self.sliding_table = torch.zeros(sizes, dtype=torch.int64, device=device)
         self.computed = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.num_prompt = np.zeros(max_rows, dtype=np.int64)
         self._lists = PageLists(*self.page_table.shape)
@@ -71,19 +80,27 @@ class RowState:
             self._lists.clear(start.row)
             if self._tails is not None:
                 self._tails.drop(start.row)
-        for delta in plan.pages:
+        deltas = [delta for delta in plan.pages if not delta.sliding]
+        for delta in deltas:
             self._lists.write(delta.row, delta.first, delta.pages)
-        if plan.pages:
-            counts = [len(delta.pages) for delta in plan.pages]
-            row = np.repeat([delta.row for delta in plan.pages], counts)
-            column = np.repeat([delta.first for delta in plan.pages], counts) + ragged_arange(np.array(counts))
-            page = np.concatenate([np.array(delta.pages, dtype=np.int64) for delta in plan.pages])
-            row_index, columns, pages = self.to_device(np.stack([row, column, page]))
-            self.sealed_table[row_index, columns] = pages
-            if self._tails is not None:
-                self.page_table[row_index, columns] = pages
+        tables = [self.sealed_table] if self._tails is None else [self.sealed_table, self.page_table]
+        self._enter(tables, deltas)
+        if self._window:
+            self._enter([self.sliding_table], [delta for delta in plan.pages if delta.sliding])
         if self._tails is not None:
             self._place_tails(self._tails, plan)
+
+    def _enter(self, tables: Sequence[Tensor], deltas: Sequence[PageDelta]) -> None:
+        """Enter pages into page tables."""
+        if not deltas:
+            return
+        counts = [len(delta.pages) for delta in deltas]
+        row = np.repeat([delta.row for delta in deltas], counts)
+        column = np.repeat([delta.first for delta in deltas], counts) + ragged_arange(np.array(counts))
+        page = np.concatenate([np.array(delta.pages, dtype=np.int64) for delta in deltas])
+        row_index, columns, pages = self.to_device(np.stack([row, column, page]))
+        for table in tables:
+            table[row_index, columns] = pages
 
     def _place_tails(self, tails: TailPages, plan: RoundPlan) -> None:
         """Enter into the page table the exact pages that rows hold, and take out those that they hold no more."""
@@ -100,6 +117,8 @@ class RowState:
             self._lists.clear(work.row)
             for state in (self.tokens, self.page_table, self.sealed_table, self.computed):
                 state[work.row].zero_()
+            if self._window:
+                self.sliding_table[work.row].zero_()
         if self._tails is not None:
             self._tails.abandon(plan)
             rows, columns, pages = send_all(self.device, *self._tails.pages_of(range(len(self.tokens))))
@@ -124,6 +143,17 @@ class RowState:
         context = computed + ahead + 1  # tokens that each row's first query may read
         skipped = view.skipped(rows, context)
         kv_lengths = context + queries - 1 - skipped
+        sliding_slots, sliding = None, None
+        if self._window:
+            own, lengths = self.sliding_table[row_index, position // self.page_size], context + queries - 1
+            sliding_slots = own * self.page_size + position % self.page_size
+            width = -(-int(lengths.max()) // self.page_size)
+            sliding = AttentionBatch(
+                query_lengths=queries.tolist(),
+                kv_lengths=lengths.tolist(),
+                pages=self.sliding_table[row_slots, :width],
+                window=self._window,
+            )
         return ForwardBatch(
             token_ids=self.tokens[row_index, position].long(),
             positions=position,
@@ -140,14 +170,17 @@ class RowState:
                 skipped=skipped.tolist(),
                 prefixes=self._prefixes(rows, context, view),
                 rows=row_slots,
+                window=view.window,
             ),
             logit_index=logits,
+            sliding_slots=sliding_slots,
+            sliding_attention=sliding,
         )
 
     def _prefixes(self, rows: Ints, context: Ints, view: View) -> list[SharedPrefix]:
         """Return the prefixes that rows share, if attention makes use of them. context: tokens that each row's first
         query may read, itself included: it sees all shared pages, and at least one slot after them."""
-        if not self.ops.reads_prefixes or len(rows) < 2 or view.per_layer or not view.shares:
+        if not self.ops.reads_prefixes or len(rows) < 2 or view.per_layer or view.window or not view.shares:
             return []
         pages = np.minimum(view.leading(rows, context), context - 1) // self.page_size
         if self._tails is not None:  # drafts list the group before their own exactly, and each row has its own page

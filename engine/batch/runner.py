@@ -11,8 +11,8 @@ from engine.batch.view import View
 from kernels.attention.base import AttentionBackend
 from kernels.key_summaries import KeySummaries
 from kernels.kv.kv_pool import KVPool
-from models.batch import ForwardBatch
-from models.llama import Llama
+from models.batch import ForwardBatch, SlidingKV
+from models.decoder import DecoderModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +23,17 @@ class Runner:
     graphs: replay forwards where they can.
     summaries: of the pool's keys, where attention keeps them.
     observers: learn from forwards. Graphs replay a forward for which one of them is due only if they captured it too.
+    sliding: KV of the model's sliding layers; None: it has none. Nobody observes how they are read.
     """
 
-    model: Llama
+    model: DecoderModel
     pool: KVPool
     attention: AttentionBackend
     view: View
     graphs: ForwardGraphs | None = None
     observers: tuple[Observer, ...] = ()
     summaries: KeySummaries | None = None
+    sliding: SlidingKV | None = None
 
     def forward(self, inputs: ForwardBatch) -> Tensor:
         """Run the model and write the inputs' KV. Returns the requested logits, [n, this rank's vocabulary]."""
@@ -43,4 +45,4 @@ class Runner:
         attention = self.attention
         for observer in due:
             attention = observer.around(attention)
-        return self.model.forward(inputs, self.pool, attention)
+        return self.model.forward(inputs, self.pool, attention, self.sliding)

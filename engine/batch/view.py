@@ -33,6 +33,10 @@ class View(Protocol):
     def per_layer(self) -> bool:
         """Whether each layer has lists of its own."""
 
+    @property
+    def window(self) -> int:
+        """See AttentionBatch.window."""
+
     def skipped(self, rows: Ints, contexts: Ints) -> Ints:
         """Return the number of KV slots that each row's list leaves out.
 
@@ -53,12 +57,13 @@ class View(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DenseView:
-    """The view of all KV."""
+    """The view of all KV, or of the window that a model has in all layers."""
 
     page_table: Tensor
     first_page: int = 0
     shares: bool = True
     per_layer: bool = False
+    window: int = 0
 
     def skipped(self, rows: Ints, contexts: Ints) -> Ints:
         return contexts * 0

@@ -89,7 +89,7 @@ class EngineConfig(Settings):
 
     model: str = "default"
     """Model directory (config.json, *.safetensors, tokenizer.json), or a model that `magicdec fetch` installs:
-    `default`, or `default-int4`, the same with matrices of 4 bits."""
+    `default`; `default-int4`, the same with matrices of 4 bits; `gemma-3-270m`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """Precision; auto: bfloat16 where the device multiplies it natively, else float32."""

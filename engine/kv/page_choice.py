@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.ragged import Ints, ragged_arange
-from models.llama import Llama
+from models.decoder import DecoderModel
 
 
 class PageChoice:
@@ -29,14 +29,14 @@ class PageChoice:
     """
 
     def __init__(
-        self, page_table: Tensor, page_size: int, model: Llama, *, count: int, sink: int, per_head: bool
+        self, page_table: Tensor, page_size: int, model: DecoderModel, *, count: int, sink: int, per_head: bool
     ) -> None:
         """page_table: [max_rows, max_pages] int64. count: number of pages to choose. sink: number of first pages that
         are always read. per_head: whether each KV head has a choice of its own."""
         self.count, self.sink, self.per_head, self.kv_heads = count, sink, per_head, model.kv_heads
         self.page_table, self.page_size = page_table, page_size
         self.nobody, device = len(page_table), page_table.device
-        shape = (model.num_layers, self.nobody + 1, *([model.kv_heads] if per_head else []), count)
+        shape = (model.num_kv_layers, self.nobody + 1, *([model.kv_heads] if per_head else []), count)
         self.pages = torch.zeros(shape, dtype=torch.int32, device=device)
         self.ends = np.zeros(self.nobody + 1, dtype=np.int64)
         self.device_ends = torch.zeros(self.nobody + 1, dtype=torch.int64, device=device)
@@ -57,6 +57,7 @@ class ChoiceView:
 
     shares = True
     per_layer = True
+    window = 0
 
     def __init__(self, choice: PageChoice, count: int, first_page: int) -> None:
         """count: number of chosen pages to read, at most choice.count. first_page: see View."""

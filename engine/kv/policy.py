@@ -18,7 +18,7 @@ from kernels.attention.base import AttentionBackend
 from kernels.key_summaries import KeySummaries
 from kernels.kv.kv_pool import KVPool
 from kernels.ragged import Ints
-from models.llama import Llama
+from models.decoder import DecoderModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class DraftSite:
     """
 
     settings: SpeculationConfig
-    model: Llama
+    model: DecoderModel
     state: RowState
     make_full: Callable[[], KVPool]
     summaries: KeySummaries | None = None
@@ -79,7 +79,7 @@ class KVPolicy:
     def __init__(self, site: DraftSite) -> None:
         self.full = site.make_full()
         self.pool = self.full.drafting()
-        self.full_view: View = DenseView(site.page_table, site.first_page)
+        self.full_view: View = DenseView(site.page_table, site.first_page, window=site.model.window)
         self.attention = self.full_attention = site.attention()
 
     def view(self, budget: int) -> View:

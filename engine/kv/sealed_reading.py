@@ -27,8 +27,9 @@ class SealedView:
     shares = True
     per_layer = False
 
-    def __init__(self, state: RowState) -> None:
-        self.page_table, self.first_page = state.page_table, state.first_exact
+    def __init__(self, state: RowState, window: int = 0) -> None:
+        """window: see View."""
+        self.page_table, self.first_page, self.window = state.page_table, state.first_exact, window
         self._state = state
 
     def skipped(self, rows: Ints, contexts: Ints) -> Ints:

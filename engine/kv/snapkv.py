@@ -44,7 +44,7 @@ class SnapKVPolicy(KVPolicy):
         )
         self.pool = self.full.cache(max_rows * self._per_row)
         self._places = kept.queries  # by position
-        shape = (model.num_layers, max_rows * self._places, model.heads, model.head_dim)
+        shape = (model.num_kv_layers, max_rows * self._places, model.heads, model.head_dim)
         self._queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.observer: QueryCapture = QueryCapture(self._queries)
         # Host, per row slot, in positions: end of prefill; end of the copied KV; end of the queries that are kept; the

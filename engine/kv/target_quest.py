@@ -32,7 +32,7 @@ from kernels.key_summaries import KeySummaries
 from kernels.kv.kv_pool import KVPool, LayerKV
 from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all
-from models.llama import Llama
+from models.decoder import DecoderModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class TargetQuestView:
     first_page = 0
     shares = True
     per_layer = False
+    window = 0
 
     def __init__(self, page_table: Tensor) -> None:
         self.page_table = page_table
@@ -92,7 +93,7 @@ class TargetQuestAttention:
 
     def __init__(
         self,
-        model: Llama,
+        model: DecoderModel,
         state: RowState,
         pool: KVPool,
         view: TargetQuestView,
@@ -107,7 +108,7 @@ class TargetQuestAttention:
         self.summaries = KeySummaries(pool, ops)
         self._ring = config.ring(max_queries)
         # Choices of the latest groups of each row: indices into its page table.
-        shape = (model.num_layers, len(state.tokens), self._ring, model.kv_heads, self._count)
+        shape = (model.num_kv_layers, len(state.tokens), self._ring, model.kv_heads, self._count)
         self._chosen = torch.zeros(shape, dtype=torch.int32, device=state.device)
         self._dense_attention = ops.attention(page, model.head_dim)
         layers_by_pattern = _layers_by_pattern(config, model)
@@ -204,10 +205,10 @@ class TargetQuestAttention:
         self._chosen[layer.index, choice.rows, choice.places] = chosen[choice.kept].int()
 
 
-def _layers_by_pattern(config: TargetQuestConfig, model: Llama) -> dict[tuple[bool, ...], list[int]]:
+def _layers_by_pattern(config: TargetQuestConfig, model: DecoderModel) -> dict[tuple[bool, ...], list[int]]:
     """Return the layers in which the same of this rank's KV heads stream, by [kv_heads], whether each does."""
     if config.heads is None:
-        return {(False,) * model.kv_heads: list(range(model.num_layers))}
+        return {(False,) * model.kv_heads: list(range(model.num_kv_layers))}
     layers: dict[tuple[bool, ...], list[int]] = {}
     for layer, streams in enumerate(read_streaming_heads(config.heads, model.config)):
         mine = tuple(streams[model.first_kv_head : model.first_kv_head + model.kv_heads])
@@ -216,7 +217,7 @@ def _layers_by_pattern(config: TargetQuestConfig, model: Llama) -> dict[tuple[bo
 
 
 def make_target_reading(
-    config: TargetQuestConfig, model: Llama, state: RowState, pool: KVPool, max_queries: int
+    config: TargetQuestConfig, model: DecoderModel, state: RowState, pool: KVPool, max_queries: int
 ) -> tuple[TargetQuestView, TargetQuestAttention]:
     """Make view and attention of a target that reads less than all KV. max_queries: see TargetQuestAttention."""
     view = TargetQuestView(state.page_table)

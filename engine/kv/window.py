@@ -34,13 +34,14 @@ class WindowView:
         page_size: int,
         first_page: int = 0,
         shares: bool = True,
+        window: int = 0,
     ) -> None:
         """budget: KV tokens, a multiple of page_size. sink: number of first tokens always read, rounded up to pages.
-        first_page, shares: see View.
+        first_page, shares, window: see View.
 
         Raises ValueError if the budget is not a multiple of the page size or leaves no page after the sink.
         """
-        self.page_table, self.first_page, self.shares = page_table, first_page, shares
+        self.page_table, self.first_page, self.shares, self.window = page_table, first_page, shares, window
         self._page_size = page_size
         self._sink = -(-sink // page_size)
         self._width = budget // page_size
@@ -88,16 +89,18 @@ class WindowPolicy(KVPolicy):
                 page_size=page,
                 first_page=0 if own else site.first_page,
                 shares=not own,
+                window=0 if config.positions == "relative" else site.model.window,
             ),
         )
         if config.positions == "relative":
-            self.captures = False
+            self.captures, rotary = False, site.model.rotary
+            assert rotary is not None, "relative positions need one rotary embedding for all layers"
             self.attention = RelativeAttention(
                 site.attention(),
                 site.attention(),
                 page_size=page,
                 sink_pages=-(-config.sink // page),
-                rotary=site.model.rotary,
+                rotary=rotary,
                 merge=site.model.ops.merge,
             )
         if own:

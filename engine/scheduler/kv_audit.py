@@ -1,4 +1,5 @@
-"""Audit of cached KV: a debug check that pages in the prefix index hold what the index says."""
+"""Audit of cached KV: a debug check that pages in the prefix index hold what the index says. Those of sliding
+layers are not audited."""
 
 from __future__ import annotations
 

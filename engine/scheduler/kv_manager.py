@@ -5,10 +5,20 @@ from __future__ import annotations
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from engine.scheduler.pages import PageAllocator, PageLeak
 from engine.scheduler.prefix_index import IndexedPage, PrefixIndex
 from engine.scheduler.request import Request
+from engine.scheduler.sliding_pages import SlidingPages
+
+
+class AdoptedPages(NamedTuple):
+    """Pages that a request has adopted in place of its own, each with its place in the request's list. sliding: the
+    same in the pool of sliding layers."""
+
+    pages: list[tuple[int, int]]
+    sliding: list[tuple[int, int]]
 
 
 class KVManager:
@@ -22,6 +32,9 @@ class KVManager:
     rows that begin with the same tokens list the same pages, and whoever owns a page owns its parents. When a request
     is admitted, it takes over the pages that it finds (`match`, `admit`). Pages of requests that end or are preempted
     stay cached until they are evicted, least recently used first, children before parents.
+
+    Where some layers slide, requests own pages of a second pool too (engine.scheduler.sliding_pages). A request takes
+    over so many pages that those of the window before their end are there as well.
 
     queries, hits: prompt tokens looked up at first admissions, and those found. shared_tokens: KV tokens of decoding
     requests that attention need not read, because it reads the same pages for another one. num_distrusted: number of
@@ -38,11 +51,13 @@ class KVManager:
         num_uncached_tokens: int = 1,
         draft_pages: bool = False,
         shared_stretch: int = 0,
+        sliding: SlidingPages | None = None,
     ) -> None:
         """prefix: whether there is a prefix index. prompts_only: whether it has pages of prompts only, because KV of
         output depends on where the prompt ended. num_uncached_tokens: number of tokens at the end of a request that
         it always computes itself. draft_pages: whether the pages also hold a draft model's KV, which requests compute
-        later than the target's, or not at all. shared_stretch: see kernels.ops.Ops.
+        later than the target's, or not at all. shared_stretch: see kernels.ops.Ops. sliding: owner of the pages of
+        sliding layers; None: no layer slides.
         """
         self._page_size = page_size
         self._index = PrefixIndex(page_size)
@@ -53,6 +68,7 @@ class KVManager:
         self._stretch = max(1, shared_stretch // page_size) if shared_stretch else 0  # in pages
         self._readers: dict[int, int] = {}  # number of decoding requests, by the last page of a stretch
         self._replaced: list[IndexedPage] | None = None
+        self._sliding = sliding
         self.queries = self.hits = self.shared_tokens = self.num_distrusted = 0
 
     # -- sizes -------------------------------------------------------------------------------------------------------
@@ -60,6 +76,16 @@ class KVManager:
     @property
     def total(self) -> int:
         return self._pages.total
+
+    @property
+    def total_sliding(self) -> int:
+        """Number of pages of the sliding pool; 0: there is none."""
+        return 0 if self._sliding is None else self._sliding.total
+
+    @property
+    def owned_sliding(self) -> int:
+        """Number of pages of the sliding pool that requests own."""
+        return 0 if self._sliding is None else self._sliding.owned
 
     @property
     def free(self) -> int:
@@ -75,8 +101,26 @@ class KVManager:
         return self._pages.available
 
     @property
+    def owned(self) -> int:
+        """Number of pages that requests own, sliding ones included."""
+        return self.total - self.available + self.owned_sliding
+
+    @property
     def evictions(self) -> int:
-        return self._pages.evictions
+        """Number of cached pages, sliding ones too, that other requests were given."""
+        return self._pages.evictions + (0 if self._sliding is None else self._sliding.evictions)
+
+    def counters(self) -> dict[str, int]:
+        """Return the fields of EngineStats that tell of pages."""
+        return {
+            "pages_free": self.free,
+            "pages_cached": self.cached,
+            "sliding_pages_total": self.total_sliding,
+            "sliding_pages_owned": self.owned_sliding,
+            "prefix_queries": self.queries,
+            "prefix_hits": self.hits,
+            "prefix_evictions": self.evictions,
+        }
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -98,7 +142,8 @@ class KVManager:
             if entry is None:
                 break
             matched.append(entry)
-        return matched
+        request.num_found = len(matched) if self._sliding is None else self._sliding.longest(request)
+        return matched if request.num_found == len(matched) else matched[: request.num_found]
 
     def _looks_up(self, request: Request) -> bool:
         """Whether a request takes over pages. Log-probabilities of a prompt need all of its tokens to be computed."""
@@ -116,12 +161,13 @@ class KVManager:
         Sets `num_computed`, `draft_lag` to the number of these tokens whose draft KV the pages lack, and, at the first
         admission, `cached_tokens`.
         """
-        found = [entry.page for entry in self.match(request)]
+        found, branch = [entry.page for entry in self.match(request)], len(request.matched)
         for page in found:
             self._pages.share(page)
         new = self._pages.reserve(self._num_pages(request.num_tokens) - len(found))
         assert new is not None
         request.matched.clear()
+        request.num_found = 0
         request.num_indexed, request.num_drafted = len(found), self._num_drafted(found)
         request.num_computed = len(found) * self._page_size
         request.draft_lag = request.num_computed - request.num_drafted * self._page_size
@@ -130,6 +176,8 @@ class KVManager:
             self.queries += request.num_prompt
             self.hits += request.num_computed
         self._append(request, found + new)
+        if self._sliding is not None:
+            self._sliding.admit(request, branch)
 
     def _num_drafted(self, pages: Sequence[int]) -> int:
         """Return the number of leading pages whose draft KV is computed."""
@@ -147,15 +195,20 @@ class KVManager:
             self._append(request, pages)
         return pages
 
-    def commit(self, request: Request) -> Sequence[tuple[int, int]]:
-        """Enter the pages that are full of computed tokens into the index.
+    def cover(self, request: Request, end: int) -> tuple[int, list[int]]:
+        """Extend a running request's sliding pages to those of a round that computes positions up to end - 1, for which
+        it has the other pages. Returns the place of the first new one, and the new ones."""
+        return (0, []) if self._sliding is None else self._sliding.cover(request, end)
 
-        Returns the pages that the request has adopted in place of its own: their places in its list, and the pages. The
-        index names the same pages whether rows draft or not, so the draft KV of an adopted page may have to be computed
-        again: `draft_lag` grows.
+    def commit(self, request: Request) -> AdoptedPages:
+        """Enter the pages that are full of computed tokens into the index, and release the sliding pages that nothing
+        reads any more.
+
+        The index names the same pages whether rows draft or not, so the draft KV of an adopted page may have to be
+        computed again: `draft_lag` grows.
         """
         full = min(request.num_computed, self._indexable(request)) // self._page_size
-        adopted: Sequence[tuple[int, int]] = ()
+        adopted = AdoptedPages([], [])
         if full > request.num_indexed and self._prefix and not request.is_private:
             adopted = self._add_to_index(request, full)
         if self._drafted is not None and not request.is_private:
@@ -165,21 +218,27 @@ class KVManager:
             request.num_drafted = drafted
         if self._stretch and request.num_counted < request.num_indexed and request.decoding:
             self._count_reader(request)
+        if self._sliding is not None:
+            self._sliding.trim(request)
+            kept = [each for each in adopted.sliding if each[0] >= request.sliding_first]
+            adopted = adopted._replace(sliding=kept)
         return adopted
 
     def _indexable(self, request: Request) -> int:
         """Return the number of first tokens whose KV the index can have."""
         return request.num_prompt if self._prompts_only else request.num_tokens
 
-    def _add_to_index(self, request: Request, full: int) -> list[tuple[int, int]]:
+    def _add_to_index(self, request: Request, full: int) -> AdoptedPages:
         """Enter the first `full` pages into the index, as far as they are not in it. Returns those that the request has
         adopted."""
-        adopted = []
+        adopted = AdoptedPages([], [])
         # One page more, so that others see what is computed next (prefill.find_waits).
         self._index.extend(
             request.digests, request.salt, request.tokens, min(full + 1, self._indexable(request) // self._page_size)
         )
         for place in range(request.num_indexed, full):
+            if self._sliding is not None and (page := self._sliding.enter(request, place)) is not None:
+                adopted.sliding.append((place, page))
             own, entry = request.pages[place], self._index.find(request.digests[place])
             if entry is None:
                 self._index.add(request.digests, place, own)
@@ -191,7 +250,7 @@ class KVManager:
             if self._drafted is not None and entry.page not in self._drafted:
                 request.draft_lag = max(request.draft_lag, request.num_computed - place * self._page_size)
             request.pages[place] = entry.page
-            adopted.append((place, entry.page))
+            adopted.pages.append((place, entry.page))
         request.num_indexed = full
         return adopted
 
@@ -211,14 +270,19 @@ class KVManager:
     def distrust(self, request: Request, running: Sequence[Request]) -> None:
         """Forget the KV of a running request that has failed through no fault of its own, and all that was computed
         with it: what is wrong with it would fail others. Only pages that another request decodes with are known to be
-        right.
+        right. Where layers slide, all KV is forgotten: a sliding page may have another origin than the others of its
+        tokens.
 
         running: all requests with pages. Those that own a forgotten page compute for themselves from now on.
         """
-        decoding = (other for other in running if other is not request and other.decoding)
-        trusted = {page for other in decoding for page in other.pages[: other.num_indexed]}
-        mine = request.pages[: request.num_indexed]
-        wrong = {self._index.entry(page).digest for page in mine if page in self._index and page not in trusted}
+        if self._sliding is None:
+            decoding = (other for other in running if other is not request and other.decoding)
+            trusted = {page for other in decoding for page in other.pages[: other.num_indexed]}
+            mine = request.pages[: request.num_indexed]
+            wrong = {self._index.entry(page).digest for page in mine if page in self._index and page not in trusted}
+        else:
+            self._sliding.forget_all()
+            wrong = {entry.digest for entry in self._index.entries}
         forgotten = set()
         for page, digest, parent, _ in self._index.entries:  # parents before children
             if digest in wrong or parent in wrong:
@@ -229,7 +293,7 @@ class KVManager:
                 else:
                     self._forget(page)
         for other in running:
-            if not forgotten.isdisjoint(other.pages):
+            if self._sliding is not None or not forgotten.isdisjoint(other.pages):
                 other.is_private = True
         self.num_distrusted += 1
 
@@ -246,16 +310,21 @@ class KVManager:
         request.pages, request.num_reserved = [], 0
         request.num_indexed = request.num_drafted = request.num_counted = 0
         request.is_private = False
+        if self._sliding is not None:
+            self._sliding.release(request)
 
     def reset(self, requests: Iterable[Request]) -> None:
         """Forget all KV that the index names, and free the pages that nobody owns. requests: all there are."""
         self._index.clear()
         self._pages.drop_cached()
+        if self._sliding is not None:
+            self._sliding.reset()
         if self._drafted is not None:
             self._drafted.clear()
         for request in requests:
             request.digests.clear()
             request.matched.clear()
+            request.num_found = 0
             request.is_private = bool(request.pages)  # what running ones have computed stays their own
 
     def continue_counts(self, before: KVManager) -> None:
@@ -299,6 +368,8 @@ class KVManager:
         self._pages.check(request.pages for request in listed)
         if self._prefix:
             self._check_index(listed)
+        if self._sliding is not None:
+            self._sliding.check(listed)
 
     def _check_index(self, requests: Sequence[Request]) -> None:
         order = {page: i for i, page in enumerate(self._pages.eviction_order)}

@@ -85,7 +85,7 @@ def _next_digest(request: Request, page_size: int) -> bytes | None:
 
 def _start(request: Request, page_size: int) -> int:
     """Return the first token that a request computes, once admitted if it waits."""
-    return request.num_computed if request.row is not None else len(request.matched) * page_size
+    return request.num_computed if request.row is not None else request.num_found * page_size
 
 
 def _is_common(request: Request, other: Request, end: int, page_size: int) -> bool:

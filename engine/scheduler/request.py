@@ -24,10 +24,13 @@ class Request:
     index of its tokens, once they are searched for drafts.
 
     Of the KV manager: digests: those of its leading full pages, as far as they were needed. matched: pages found while
-    it waits; matched_at: the index's `removals` when they were last checked. num_indexed: leading pages that the prefix
+    it waits; matched_at: the index's `removals` when they were last checked. num_found: leading ones of `matched` that
+    it can take over; matched_window: what that was last computed for. num_indexed: leading pages that the prefix
     index names, or named until it became private. num_drafted: those of them that are known to hold a draft model's KV.
-    num_counted: leading pages whose readers include it, once it decodes. is_private: whether its pages are its own, and
-    the index names none that it computes from now on.
+    num_counted: leading pages whose readers include it, once it decodes. sliding_pages: its pages in the pool of
+    sliding layers, from place sliding_first on. sliding_branch: number of its first pages that another request had
+    computed when it was admitted. is_private: whether its pages are its own, and the index names none
+    that it computes from now on.
     """
 
     __slots__ = (
@@ -41,10 +44,12 @@ class Request:
         "is_private",
         "matched",
         "matched_at",
+        "matched_window",
         "ngrams",
         "num_computed",
         "num_counted",
         "num_drafted",
+        "num_found",
         "num_indexed",
         "num_prompt",
         "num_reserved",
@@ -57,6 +62,9 @@ class Request:
         "salt",
         "scheduled",
         "sealed_group",
+        "sliding_branch",
+        "sliding_first",
+        "sliding_pages",
         "stop_reason",
         "tokens",
     )
@@ -72,7 +80,8 @@ class Request:
         self.salt = message.cache_salt
         self.digests: list[bytes] = []
         self.matched: list[IndexedPage] = []
-        self.matched_at = 0
+        self.matched_at = self.num_found = 0
+        self.matched_window = (0, 0)
         self.num_indexed = self.num_drafted = self.num_counted = 0
         self.is_private = False
         self.cached_tokens = 0
@@ -84,6 +93,8 @@ class Request:
         self.draft_lag = 0
         self.num_reserved = 0
         self.pages: list[int] = []
+        self.sliding_first = self.sliding_branch = 0
+        self.sliding_pages: list[int] = []
         self.row: int | None = None
         self.eos = frozenset(eos if message.params.ends_at_eos else ())
         self.scheduled: float | None = None

@@ -192,6 +192,7 @@ class Scheduler:
                 gamma = min(gamma, request.num_reserved - request.num_tokens)
             assert request.row is not None
             planned += 1 + gamma
+            self._cover(plan, request, request.num_tokens + gamma)
             row_work = RowWork(
                 request.row,
                 request.num_computed,
@@ -211,11 +212,14 @@ class Scheduler:
             return
         for request, new in self._share_prefill(tokens_left):
             if request.row is None:
+                if self._kv.num_needed(request) > self._kv.available:
+                    continue  # a row before it has evicted the window of pages that it was to share
                 self._admit(plan, request)
             logprobs = 0
             if request.params.prompt_logprobs is not None:
                 logprobs = max(0, min(new, request.num_prompt - 1 - request.num_computed))
             assert request.row is not None
+            self._cover(plan, request, request.num_computed + new)
             samples = new == request.num_uncomputed and request.params.max_tokens > 0
             row_work = RowWork(request.row, request.num_computed, new, 0, samples, num_prompt_logprobs=logprobs)
             work.append((request, row_work))
@@ -275,6 +279,8 @@ class Scheduler:
             )
         )
         plan.pages.append(PageDelta(request.row, 0, request.pages[:]))
+        if request.sliding_pages:
+            plan.pages.append(PageDelta(request.row, request.sliding_first, request.sliding_pages[:], sliding=True))
 
     def _reserve(self, plan: RoundPlan, request: Request, slots: int) -> bool:
         """Reserve pages for `slots` KV slots in total; False, and nothing changes, if too few are available."""
@@ -287,6 +293,13 @@ class Scheduler:
         assert request.row is not None
         plan.pages.append(PageDelta(request.row, first, pages))
         return True
+
+    def _cover(self, plan: RoundPlan, request: Request, end: int) -> None:
+        """Give a row the sliding pages of positions up to end - 1, the last one that the round computes."""
+        assert request.row is not None
+        first, pages = self._kv.cover(request, end)
+        if pages:
+            plan.pages.append(PageDelta(request.row, first, pages, sliding=True))
 
     def _reserve_or_preempt(self, plan: RoundPlan, request: Request, slots: int) -> bool:
         """Reserve, preempting the least urgent requests; False if `request` itself was preempted."""
@@ -358,8 +371,9 @@ class Scheduler:
                 self._kv.distrust(request, self.running)
             if failure is None:
                 request.finish_if_scored()
-                for place, page in self._kv.commit(request):
-                    self._adopted.append(PageDelta(work.row, place, [page]))
+                adopted = self._kv.commit(request)
+                self._adopted += [PageDelta(work.row, place, [page]) for place, page in adopted.pages]
+                self._adopted += [PageDelta(work.row, place, [page], sliding=True) for place, page in adopted.sliding]
             if request.finish_reason is not None or failure is not None:
                 self._release_row(request)
                 del self._by_id[request.id]

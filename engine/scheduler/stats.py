@@ -133,6 +133,8 @@ _GAUGES = {
     "pages_cached",
     "page_size",
     "kv_token_bytes",
+    "sliding_pages_total",
+    "sliding_pages_owned",
     "policy",
     "draft_pages_per_row",
     "target_kv",

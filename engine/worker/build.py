@@ -16,16 +16,19 @@ from engine.kv.sealed_reading import SealedAttention, SealedView
 from engine.kv.target_quest import make_target_reading
 from engine.sampling.grammar import Grammars
 from engine.sampling.sampler import Sampler
+from engine.scheduler.sliding_pages import num_sliding_pages
 from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
 from engine.speculation.rejection import Proposals, RejectionSampler
+from engine.worker.sliding_limits import captures
 from engine.worker.weight_choice import draft_model_weights
 from kernels.attention.base import AttentionBackend
 from kernels.key_summaries import KeySummaries
 from kernels.ops import Graphs, Ops
+from models.batch import SlidingKV
+from models.decoder import DecoderModel
 from models.default import resolve_model
-from models.llama import Llama
 from models.loader import load_model
 from parallel.group import Group
 from parallel.vocab_shard import VocabShard
@@ -36,10 +39,10 @@ class DraftModel:
     """A separate draft model: the ranks that share it, and this rank's shard. Both are None on a rank without one."""
 
     group: Group | None = None
-    model: Llama | None = None
+    model: DecoderModel | None = None
 
 
-def load_draft(config: EngineConfig, target: Llama, max_model_len: int, group: Group | None) -> DraftModel:
+def load_draft(config: EngineConfig, target: DecoderModel, max_model_len: int, group: Group | None) -> DraftModel:
     """Load this rank's shard of the draft model, if it has one.
 
     group: the ranks that share the draft model; None on all others. Raises ModelError.
@@ -67,28 +70,41 @@ def make_sampler(config: EngineConfig, state: RowState, vocab: VocabShard, ops: 
     return Sampler(state, vocab, ops, grammars)
 
 
-def make_graphs(config: EngineConfig, ops: Ops) -> Graphs | None:
-    """Make what captures an engine's forwards; None where nothing is captured."""
-    return ops.make_graphs() if ops.make_graphs is not None and config.cuda_graphs else None
+def make_graphs(config: EngineConfig, model: DecoderModel, draft: DecoderModel | None) -> Graphs | None:
+    """Make what captures an engine's forwards; None where nothing is captured. draft: a draft model, if there is
+    one."""
+    if model.ops.make_graphs is None or not captures(config, model, draft):
+        return None
+    return model.ops.make_graphs()
 
 
-def make_target(config: EngineConfig, model: Llama, state: RowState, num_pages: int) -> Runner:
-    """Make the target's runner, over a pool of its own. `make_drafter` captures its forwards."""
+def make_target(
+    config: EngineConfig, model: DecoderModel, state: RowState, num_pages: int, num_sliding: int | None = None
+) -> Runner:
+    """Make the target's runner, over pools of its own. `make_drafter` captures its forwards. num_sliding: number of
+    pages of the pool of sliding layers, if there are any; None: as many as an engine has."""
     pool = model.make_pool(num_pages, state.page_size, config.cache.format, num_exact_pages(config))
+    sliding = None
+    if model.num_sliding_layers:
+        if num_sliding is None:
+            num_sliding = num_sliding_pages(config, model.sliding_window, num_pages)
+        sliding_pool = model.make_sliding_pool(num_sliding, state.page_size)
+        sliding = SlidingKV(sliding_pool, _plain_attention(model, state.page_size))
     if config.target_kv is not None:
         max_queries = config.speculation.max_draft_tokens + 1
         view, attention = make_target_reading(config.target_kv, model, state, pool, max_queries)
         return Runner(model, pool, attention, view, summaries=attention.summaries)
     plain = _plain_attention(model, state.page_size)
     if not pool.seals:
-        return Runner(model, pool, plain, DenseView(state.page_table))
+        return Runner(model, pool, plain, DenseView(state.page_table, window=model.window), sliding=sliding)
     settings = config.speculation
     summarises = settings.drafting_model == "self" and settings.kv_state(state.page_size).summaries > 0
     summaries = KeySummaries(pool, model.ops) if summarises else None
-    return Runner(model, pool, SealedAttention(plain, state, summaries), SealedView(state), summaries=summaries)
+    sealed = SealedAttention(plain, state, summaries)
+    return Runner(model, pool, sealed, SealedView(state, model.window), summaries=summaries, sliding=sliding)
 
 
-def make_row_state(config: EngineConfig, model: Llama, num_pages: int, max_model_len: int) -> RowState:
+def make_row_state(config: EngineConfig, model: DecoderModel, num_pages: int, max_model_len: int) -> RowState:
     """Make the state of a rank's rows. num_pages: of the target's pool."""
     tails = make_tails(config)
     return RowState(
@@ -99,6 +115,7 @@ def make_row_state(config: EngineConfig, model: Llama, num_pages: int, max_model
         ops=model.ops,
         tails=tails,
         first_exact=0 if tails is None else num_pages,
+        sliding_window=model.sliding_window,
     )
 
 
@@ -129,7 +146,8 @@ def make_drafter(
     policy = make_policy(DraftSite(settings, target.model, state, lambda: target.pool, target.summaries))
     target = _with_target_graphs(config, target, state, graphs, policy.observer)
     view = policy.view(0)
-    runner, steps = Runner(model, policy.pool, policy.attention, view), None
+    sliding = target.sliding and replace(target.sliding, attention=_plain_attention(model, state.page_size))
+    runner, steps = Runner(model, policy.pool, policy.attention, view, sliding=sliding), None
     if policy.captures:
         if policy.pool is target.pool and model is target.model and not view.per_layer:
             runner = replace(runner, graphs=target.graphs)
@@ -137,7 +155,7 @@ def make_drafter(
     return target, SelfDrafter(runner, sampler, policy, steps)
 
 
-def drafting_model(config: EngineConfig, target: Llama, draft: DraftModel) -> Llama | None:
+def drafting_model(config: EngineConfig, target: DecoderModel, draft: DraftModel) -> DecoderModel | None:
     """Return the model whose weights a draft step of this rank reads, if that is not the target: the draft model, or
     the target with the matrices of drafts."""
     settings = config.speculation
@@ -207,7 +225,7 @@ def _with_graphs(
         return runner, None
     settings, model = config.speculation, runner.model
     width = settings.kv.max_pages(state.page_size, settings.max_draft_tokens, state.page_table.shape[1])
-    layers = model.num_layers if runner.view.per_layer else 0
+    layers = model.num_kv_layers if runner.view.per_layer else 0
     rows, gammas = graph_row_counts(config.scheduler.max_rows), _steps(config)
     if runner.graphs is None:
         forwards = ForwardGraphs(model, runner.pool, graphs, rows=rows, queries={1, first}, width=width, layers=layers)
@@ -233,5 +251,5 @@ def _steps(config: EngineConfig) -> set[int]:
     return _gammas(config) - {0}
 
 
-def _plain_attention(model: Llama, page_size: int) -> AttentionBackend:
+def _plain_attention(model: DecoderModel, page_size: int) -> AttentionBackend:
     return model.ops.attention(page_size, model.head_dim)

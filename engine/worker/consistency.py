@@ -24,6 +24,7 @@ def compare(state: RowState, group: Group, round_number: int) -> None:
         "tokens": state.tokens,
         "page tables": state.page_table,
         "sealed pages": state.sealed_table,
+        "pages of sliding layers": state.sliding_table,
         "lengths": state.computed,
     }
     mine = torch.tensor([_hash(tensor) for tensor in held.values()], device=state.device)

@@ -10,11 +10,12 @@ import torch
 from engine.batch.forward_graphs import graph_row_counts, prefix_room
 from engine.config.deployment import EngineConfig
 from engine.worker.resolve import Resolved, fit_pool
+from engine.worker.sliding_limits import captures
 from kernels.attention.base import AttentionBatch
 from kernels.flashinfer.flashinfer_sizes import Heads, captured_memory
 from kernels.flashinfer.flashinfer_workspace import load_flashinfer, takes_uniform_queries
-from models.batch import ForwardBatch
-from models.llama import Llama
+from models.batch import ForwardBatch, SlidingKV
+from models.decoder import DecoderModel
 from parallel.group import Group
 
 
@@ -31,10 +32,10 @@ class DeviceMemory:
 def size_pool(
     config: EngineConfig,
     resolved: Resolved,
-    model: Llama,
+    model: DecoderModel,
     group: Group,
     memory: DeviceMemory | None = None,
-    draft: Llama | None = None,
+    draft: DecoderModel | None = None,
 ) -> Resolved:
     """Return `resolved` with the size of the pool, the same on every rank: as resolved, or as many pages as fit on the
     rank with the smallest free memory, and a lower max_model_len where the config leaves it open and they hold
@@ -49,7 +50,7 @@ def size_pool(
         memory = measure(config, model)
     share, settings = config.cache.gpu_memory_utilization, config.speculation
     left = int(memory.total * share) - memory.used - memory.running
-    if config.cuda_graphs and model.ops.make_graphs is not None:
+    if model.ops.make_graphs is not None and captures(config, model, draft):
         left -= memory.running  # about what the tensors of captured forwards take
         if settings.max_model_drafts and settings.kv.counts_votes:
             from kernels.gpu.attention import VOTE_BYTES  # the import needs Triton
@@ -63,7 +64,7 @@ def size_pool(
     return fit_pool(config, resolved, int(smallest), named, setting, warns=group.rank == 0)
 
 
-def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_model_len: int) -> int:
+def captured_bytes(config: EngineConfig, model: DecoderModel, draft: DecoderModel | None, max_model_len: int) -> int:
     """Bound the bytes that FlashInfer's captured attention keeps: scratch memory, and plans and page lists of each
     captured forward. draft: a draft model; None: the target drafts for itself, or nothing does."""
     settings, page = config.speculation, config.cache.page_size
@@ -73,7 +74,7 @@ def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_
     width = -(-max_model_len // page)
 
     def attention(
-        model: Llama, queries: list[int], width: int, prefixes: Callable[[int], int] | None = None
+        model: DecoderModel, queries: list[int], width: int, prefixes: Callable[[int], int] | None = None
     ) -> tuple[int, int]:
         heads = Heads(model.heads, model.kv_heads, model.head_dim)
         return captured_memory(heads, rows, queries, width, multiprocessors, uniform, prefixes)
@@ -81,7 +82,7 @@ def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_
     prefixes = prefix_room if config.cache.prefix else None
     scratch, own = attention(model, list(range(1, gamma + 2)), width, prefixes)
     if steps := settings.max_model_drafts:
-        narrow = settings.kv.max_pages(page, gamma, width) * (model.num_layers if settings.kv.per_layer else 1)
+        narrow = settings.kv.max_pages(page, gamma, width) * (model.num_kv_layers if settings.kv.per_layer else 1)
         # Single forwards with one query and with two, and steps, of which the first may have two.
         needed, drafts = attention(draft or model, [1, 2, 2] + [1] * (steps - 1), narrow)
         # Drafts are captured after the target, whose graphs keep the smaller memory that they were captured with.
@@ -90,7 +91,7 @@ def captured_bytes(config: EngineConfig, model: Llama, draft: Llama | None, max_
     return scratch + own
 
 
-def measure(config: EngineConfig, model: Llama) -> DeviceMemory:
+def measure(config: EngineConfig, model: DecoderModel) -> DeviceMemory:
     """Run the model once over as many tokens as a round can have, with as many logits as it can ask for."""
     device = model.device
     torch.cuda.synchronize(device)
@@ -106,7 +107,7 @@ def measure(config: EngineConfig, model: Llama) -> DeviceMemory:
 
 
 @torch.inference_mode()
-def run_largest_round(config: EngineConfig, model: Llama) -> None:
+def run_largest_round(config: EngineConfig, model: DecoderModel) -> None:
     """Run the largest round there can be, over a temporary pool of its own."""
     tokens, page_size = config.scheduler.max_batch_tokens, config.cache.page_size
     tokens = min(tokens, model.max_positions)
@@ -114,7 +115,18 @@ def run_largest_round(config: EngineConfig, model: Llama) -> None:
     position = torch.arange(tokens, device=model.device)
     lists = torch.arange(pages, device=model.device)[None]
     num_logits = min(tokens, config.scheduler.max_rows * (config.speculation.max_draft_tokens + 1))
-    attention = AttentionBatch([tokens], [tokens], lists)
-    inputs = ForwardBatch(torch.zeros_like(position), position, position, attention, position[:num_logits])
+    inputs = ForwardBatch(
+        torch.zeros_like(position),
+        position,
+        position,
+        position,
+        attention=AttentionBatch([tokens], [tokens], lists, window=model.window),
+        logit_index=position[:num_logits],
+        sliding_attention=AttentionBatch([tokens], [tokens], lists, window=model.sliding_window),
+    )
     pool = model.make_pool(pages, page_size, config.cache.bits.written)
-    model.forward(inputs, pool, model.ops.attention(page_size, model.head_dim))
+    attention, sliding = model.ops.attention(page_size, model.head_dim), None
+    if model.num_sliding_layers:
+        sliding_pool = model.make_sliding_pool(pages, page_size)
+        sliding = SlidingKV(sliding_pool, model.ops.attention(page_size, model.head_dim))
+    model.forward(inputs, pool, attention, sliding)

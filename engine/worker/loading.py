@@ -8,7 +8,7 @@ from engine.config.deployment import EngineConfig
 from engine.worker.resolve import Resolved, resolve
 from engine.worker.weight_choice import target_weights
 from models.config import ModelConfig
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import load_model
 from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
@@ -23,7 +23,7 @@ def load_shard(
     progress: bool,
     like: ModelConfig | None = None,
     weights: WeightChoice | None = None,
-) -> Llama:
+) -> DecoderModel:
     """Load this rank's shard of the target. device: this rank's. progress: show a bar on stderr. like: see load_model.
     weights: formats; None: those that settings name."""
     return load_model(
@@ -39,7 +39,7 @@ def load_shard(
     )
 
 
-def load_target(config: EngineConfig, *, progress: bool) -> Llama:
+def load_target(config: EngineConfig, *, progress: bool) -> DecoderModel:
     """Load the whole target, for benchmarks, or for several engines of this process to share. It has positions for
     config.max_model_len, or for the model's own length."""
     resolved = resolve(config.model_copy(update={"tensor_parallel_size": 1}), None, sizes_pool=False)

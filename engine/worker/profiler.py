@@ -1,7 +1,8 @@
 """The start-up profile: times of plain steps, draft steps and verify passes of this engine on this machine.
 
-It runs rounds over rows whose KV is zeros: times depend on shapes, not on values. Saved in the user's cache folder
-under a key of everything that times depend on, so that only the first start spends time on it.
+It runs rounds over rows whose KV is zeros: times depend on shapes, not on values, except for the experts that tokens
+choose, so tokens are drawn from the whole vocabulary. Saved in the user's cache folder under a key of everything that
+times depend on, so that only the first start spends time on it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import math
 import os
 import platform
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +35,7 @@ from models.default import resolve_model, user_cache
 
 log = logging.getLogger(__name__)
 
-_VERSION = 8
+_VERSION = 9
 _SECONDS = 8.0
 """Approximate limit of a profile's time."""
 _SHORT, _LONG_TOKENS = 64, 8192
@@ -45,6 +47,8 @@ _SLOW_S = 0.2
 """Time above which a pass is not repeated."""
 _ROOM = 128
 """Tokens by which a row may grow while it is measured."""
+_DRAWN = 4096
+"""Number of tokens that are drawn for rows and their drafts."""
 _SHARED_STRETCHES = 4
 """Smallest number of stretches (Ops.shared_stretch) that rows with shared pages share, where their length allows it."""
 
@@ -59,9 +63,15 @@ class Profiler:
         num_pages: int,
         max_model_len: int,
         shared_stretch: int = 0,
+        sliding_pages: int = 0,
+        *,
+        vocab_size: int = 1,
     ):
-        """run: a round on all ranks. config, num_pages, max_model_len: the engine's. shared_stretch: see Ops."""
+        """run: a round on all ranks. config, num_pages, max_model_len: the engine's. shared_stretch: see Ops.
+        sliding_pages: number of pages of the sliding pool. vocab_size: the model's."""
         self.run = run
+        self.sliding_pages = sliding_pages
+        self._tokens = random.Random(0).choices(range(vocab_size), k=_DRAWN)
         self._stretch = shared_stretch
         self._max_model_drafts = config.speculation.max_model_drafts
         self._page, self._holds_exact = config.cache.page_size, num_exact_pages(config) > 0
@@ -88,8 +98,10 @@ class Profiler:
         if gamma > self.max_draft_tokens:
             raise ValueError(f"{gamma} drafts, but there is room for {self.max_draft_tokens}")
         from_text = gamma > self._max_model_drafts
-        proposed = [0] * gamma if from_text else []
-        work = [RowWork(row, context, 1, gamma, True, proposed=proposed) for row in range(rows)]
+        work = [
+            RowWork(row, context, 1, gamma, True, proposed=self._drawn(row + 1, gamma) if from_text else [])
+            for row in range(rows)
+        ]
         shareable = self.shareable(context) if sharing else 0
         starts, pages = self._starts(rows, context, -(-shareable // self._page))
         first = self.run(RoundPlan(0, starts, pages, work, clear=self._fresh(rows, context)))
@@ -141,24 +153,36 @@ class Profiler:
         return fresh
 
     def _starts(self, rows: int, context: int, shared: int) -> tuple[list[RowStart], list[PageDelta]]:
-        return blank_rows(rows, context, self._width(context), self._pages, shared)
+        starts, pages = blank_rows(rows, context, self._width(context), self._pages, shared, self.sliding_pages)
+        for start in starts:
+            start.tokens[-1] = self._drawn(start.row, 1)[0]
+        return starts, pages
+
+    def _drawn(self, first: int, count: int) -> list[int]:
+        """Return `count` tokens of the vocabulary, drawn with a fixed seed, from number `first` on. With tokens of one
+        id, all rows would choose the same experts."""
+        return [self._tokens[number % _DRAWN] for number in range(first, first + count)]
 
 
 def blank_rows(
-    rows: int, context: int, width: int, pages: int, shared: int = 0
+    rows: int, context: int, width: int, pages: int, shared: int = 0, sliding: int = 0
 ) -> tuple[list[RowStart], list[PageDelta]]:
     """Build rows of a prompt of `context` computed tokens and a pending token, all 0, over `width` pages each.
 
     They list the first `pages` of the pool in cyclic order, the first `shared` of them in every row. With none shared,
-    no two of up to `pages` rows begin with the same page, so attention that looks for shared pages finds none.
+    no two of up to `pages` rows begin with the same page, so attention that looks for shared pages finds none. sliding:
+    number of pages of the sliding pool, which rows list in cyclic order too; 0: there is none.
     """
-    tokens, params = [0] * (context + 1), SamplingParams(temperature=0.0)
-    starts = [RowStart(row, tokens, context, params, [], context) for row in range(rows)]
+    params = SamplingParams(temperature=0.0)
+    starts = [RowStart(row, [0] * (context + 1), context, params, [], context) for row in range(rows)]
     own = width - shared
     period = pages // math.gcd(own, pages)  # rows after which lists would begin with the same pages again
     firsts = [shared + row * own + row // period for row in range(rows)]
     lists = [[*range(shared), *range(first, first + own)] for first in firsts]
-    return starts, [PageDelta(row, 0, [page % pages for page in listed]) for row, listed in enumerate(lists)]
+    deltas = [PageDelta(row, 0, [page % pages for page in listed]) for row, listed in enumerate(lists)]
+    if sliding:
+        deltas += [PageDelta(delta.row, 0, [page % sliding for page in delta.pages], True) for delta in deltas]
+    return starts, deltas
 
 
 def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
@@ -236,7 +260,7 @@ def _work(shape: ModelConfig) -> ModelConfig:
         max_position_embeddings=0,
         rms_norm_eps=0.0,
         rope=RopeConfig(),
-        sliding_window=None,
+        sliding_rope=None,
         bos_token_id=None,
         eos_token_ids=(),
     )

@@ -16,15 +16,17 @@ from engine.config.deployment import CacheConfig, ConfigError, EngineConfig
 from engine.config.kv import KVState
 from engine.config.target_reading import TargetQuestConfig
 from engine.kv.streaming_heads import read_streaming_heads
+from engine.scheduler.sliding_pages import num_sliding_pages
 from engine.worker.kernels import choose_ops
+from engine.worker.sliding_limits import check_sliding, log_sliding
 from engine.worker.weight_choice import loaded_formats
 from kernels.cpu.compiler import supported
 from kernels.cpu.cpus import usable_cores
 from kernels.kv.kv_bits import KV_BITS
 from kernels.ops import Ops
 from models.config import ModelConfig, read_config
+from models.decoder import DecoderModel
 from models.default import resolve_model
-from models.llama import Llama
 from parallel.split import split_heads
 
 log = logging.getLogger(__name__)
@@ -44,9 +46,10 @@ class Resolved:
 
     path: the model's directory. shape: its config. ops: the kernels. threads: CPU threads per rank. num_pages: pages of
     the pool, the same on every rank; None: as many as fit on the devices (engine.worker.kv_memory), which may then
-    lower max_model_len. kv_token_bytes: KV of one token, over all ranks. token_bytes, fixed_bytes: on the rank with the
-    largest share, KV for each token of the pool, and what is kept whatever its size: KV of drafts, exact pages of rows,
-    and chosen pages.
+    lower max_model_len. kv_token_bytes: KV of one token in the pool, over all ranks. token_bytes, sliding_bytes,
+    fixed_bytes: on the rank with the largest share, KV for each token of the pool, KV for each token of the pool of
+    sliding layers (engine.scheduler.sliding_pages), and what is kept whatever their sizes: KV of drafts, exact pages of
+    rows, and chosen pages.
     """
 
     path: Path
@@ -60,6 +63,7 @@ class Resolved:
     kv_token_bytes: int
     token_bytes: int
     fixed_bytes: int
+    sliding_bytes: int = 0
 
     @property
     def shared_stretch(self) -> int:
@@ -84,7 +88,7 @@ class Resolved:
 
 def resolve(
     config: EngineConfig,
-    model: Llama | None,
+    model: DecoderModel | None,
     *,
     sizes_pool: bool = True,
     compiling: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
@@ -104,6 +108,7 @@ def resolve(
     except ValueError as error:
         raise ConfigError(f"engine.tensor_parallel_size: {error}") from error
     draft = _draft_shape(config, shape)
+    check_sliding(config, shape, draft)
     pool_bytes, fixed_bytes = _draft_bytes(config, draft or shape, dtype)
     pool_bytes += _kv_bytes(shape, dtype, max(kv_heads), config.cache.format)
     fixed_bytes += num_exact_pages(config) * config.cache.page_size * _kv_bytes(shape, dtype, max(kv_heads))
@@ -133,6 +138,7 @@ def resolve(
         kv_token_bytes=_kv_bytes(shape, dtype, sum(kv_heads), config.cache.format),
         token_bytes=pool_bytes,
         fixed_bytes=fixed_bytes,
+        sliding_bytes=len(shape.attention_groups[1]) * _layer_bytes(shape, dtype, max(kv_heads)),
     )
     if not sizes_pool:
         return resolved
@@ -170,7 +176,11 @@ def fit_pool(
             f"GB that {_keepers(config)} keep for {config.scheduler.max_rows} rows; lower {_budgets(config)} or "
             f"scheduler.max_rows, or raise {setting.partition(' ')[0]}"
         )
-    pages = max(0, memory - resolved.fixed_bytes) // (config.cache.page_size * resolved.token_bytes)
+    left, page = max(0, memory - resolved.fixed_bytes), config.cache.page_size
+    pages = left // (page * (resolved.token_bytes + resolved.sliding_bytes))
+    sliding = num_sliding_pages(config, resolved.shape.windows[1], pages)
+    if sliding < pages:  # other layers have what sliding ones need no more
+        pages = (left - sliding * page * resolved.sliding_bytes) // (page * resolved.token_bytes)
     beside = _describe_kept(config, resolved.fixed_bytes, source)
     return _with_pool(config, resolved, pages, setting, beside, warns=warns)
 
@@ -191,7 +201,7 @@ def check_kv_format(config: EngineConfig, ops: Ops) -> None:
         raise ConfigError(f"engine.cache.format: {ops.kind} kernels do not read {wanted} KV, but {known}")
 
 
-def _check_weights(config: EngineConfig, ops: Ops, model: Llama | None) -> None:
+def _check_weights(config: EngineConfig, ops: Ops, model: DecoderModel | None) -> None:
     """Raise ConfigError for weights that the kernels do not multiply by, or that a loaded model does not have."""
     own: set[str | None] | None = None
     drafts: set[str | None] | None = None
@@ -244,8 +254,13 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _kv_bytes(shape: ModelConfig, dtype: torch.dtype, kv_heads: int, format: str = "dense") -> int:
-    """Return the bytes of KV per token. format: of the pages that hold it."""
-    return shape.num_layers * kv_heads * KV_BITS[format].token_bytes(shape.head_dim, dtype.itemsize)
+    """Return the bytes of KV per token in layers that keep all of it. format: of the pages that hold it."""
+    return len(shape.attention_groups[0]) * _layer_bytes(shape, dtype, kv_heads, format)
+
+
+def _layer_bytes(shape: ModelConfig, dtype: torch.dtype, kv_heads: int, format: str = "dense") -> int:
+    """Return the bytes of KV per token and layer. format: of the pages that hold it."""
+    return kv_heads * KV_BITS[format].token_bytes(shape.head_dim, dtype.itemsize)
 
 
 def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | None:
@@ -275,7 +290,7 @@ def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -
     except ValueError as error:
         raise ConfigError(f"engine.speculation.tensor_parallel_size: {error}") from error
     kept, page = settings.kv_state(config.cache.page_size), config.cache.page_size
-    query_bytes = shape.num_layers * shape.head_dim * dtype.itemsize
+    query_bytes = len(shape.attention_groups[0]) * shape.head_dim * dtype.itemsize
     rows, drafts_itself = config.scheduler.max_rows, settings.drafting_model == "self"
     copied = config.cache.bits.written if drafts_itself else "dense"
     fixed_bytes = max(
@@ -298,7 +313,7 @@ def _summary_bytes(kept: KVState, shape: ModelConfig, dtype: torch.dtype, kv_hea
 
 def _choice_bytes(kept: KVState, shape: ModelConfig, kv_heads: int) -> int:
     """Return the bytes per row slot of the chosen pages that are kept, as int32."""
-    return 4 * kept.choices * shape.num_layers * (kv_heads if kept.per_head else 1)
+    return 4 * kept.choices * len(shape.attention_groups[0]) * (kv_heads if kept.per_head else 1)
 
 
 def _with_pool(
@@ -370,6 +385,7 @@ def log_started(config: EngineConfig, resolved: Resolved, num_pages: int, weight
         config.cache.format,
         resolved.kv_token_bytes,
     )
+    log_sliding(config, resolved.shape, config.cuda_graphs and resolved.ops.make_graphs is not None, num_pages)
     if (target := config.target_kv) is not None:
         log.warning(
             "target_kv: the target reads at most %d KV tokens in each KV head for a position after a prompt (%s); "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.config.deployment import EngineConfig
 from kernels.ops import Ops
-from models.llama import Llama
+from models.decoder import DecoderModel
 from parallel.matrix_layer import WeightChoice
 
 
@@ -36,20 +36,20 @@ def settle_draft_format(config: EngineConfig, ops: Ops) -> EngineConfig:
     return config.model_copy(update={"speculation": speculation})
 
 
-def loaded_formats(model: Llama) -> set[str | None]:
+def loaded_formats(model: DecoderModel) -> set[str | None]:
     """Return the formats that `engine.weights` may name for a loaded model: the one that it was loaded with, and that
     of all its matrices, if they have one in common."""
     found = set(model.matrix_formats)
     return {model.weights.own, *(found if len(found) == 1 else ())}
 
 
-def describe_formats(target: Llama, drafting: Llama | None) -> dict[str, str]:
+def describe_formats(target: DecoderModel, drafting: DecoderModel | None) -> dict[str, str]:
     """Describe the formats in which models multiply, the most frequent first. drafting: the model of drafts; None: none
     are made."""
     models = {"target": target} | ({} if drafting is None else {"drafts": drafting})
     return {name: _describe(model) for name, model in models.items()}
 
 
-def _describe(model: Llama) -> str:
+def _describe(model: DecoderModel) -> str:
     formats = " and ".join(name for name, _ in model.matrix_formats.most_common())
     return f"{formats} (as stored)" if model.weights.own is None and formats != "dense" else formats

@@ -41,8 +41,8 @@ from engine.worker.loading import load_shard
 from engine.worker.resolve import Resolved
 from engine.worker.weight_choice import describe_formats
 from kernels.transfer import fetch
+from models.decoder import DecoderModel
 from models.default import resolve_model
-from models.llama import Llama
 from parallel.group import Group, RoundAbandoned
 from parallel.vocab_shard import VocabShard
 
@@ -75,7 +75,7 @@ class Worker:
         group: Group,
         draft_group: Group | None,
         *,
-        model: Llama | None = None,
+        model: DecoderModel | None = None,
         progress: bool = False,
     ) -> Self:
         """Load this rank's shards, size its pool and build it. All ranks do so together.
@@ -98,7 +98,7 @@ class Worker:
 
     def __init__(
         self,
-        model: Llama,
+        model: DecoderModel,
         config: EngineConfig,
         *,
         num_pages: int,
@@ -121,7 +121,7 @@ class Worker:
         self._failures = self._state.failures
         self._grammars = Grammars(self._state, tokenizer, model.config.vocab_size, eos)
         self._sampler = make_sampler(config, self._state, vocab, model.ops, self._grammars)
-        self._graphs = make_graphs(config, model.ops)
+        self._graphs = make_graphs(config, model, draft.model)
         try:
             target = make_target(config, model, self._state, num_pages)
             self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft, self._graphs)
@@ -202,6 +202,8 @@ class Worker:
         began = time.perf_counter()
         if plan.clear:
             self._target.pool.clear(plan.clear)
+            if (sliding := self._target.sliding) is not None:
+                sliding.pool.clear([page for page in plan.clear if page < sliding.pool.num_pages])
         for start in plan.starts:
             self._failures.start(start.row)
             self._sampler.start(start)

@@ -17,7 +17,7 @@ from engine.worker.loading import load_shard
 from engine.worker.resolve import Resolved
 from engine.worker.worker import Worker
 from models.config import ModelError
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import check_model
 from parallel.group import Group
 
@@ -37,7 +37,7 @@ class WorkerOwner:
         group: Group,
         draft_group: Group | None,
         *,
-        model: Llama | None = None,
+        model: DecoderModel | None = None,
         progress: bool = False,
     ) -> None:
         """Load the first worker; see Worker.load."""
@@ -46,7 +46,7 @@ class WorkerOwner:
         self._worker: Worker | None = worker
         self._resolved = replace(resolved, num_pages=worker.num_pages, max_model_len=worker.max_model_len)
         self._shape, self._weights = worker.model.config, worker.model.weights
-        self._model: Llama | None = None  # loaded, for the next worker
+        self._model: DecoderModel | None = None  # loaded, for the next worker
         self._draft: DraftModel | None = None
 
     @property

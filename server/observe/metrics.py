@@ -28,7 +28,7 @@ def _owned(stats: EngineStats) -> int:
 _GAUGES: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ...] = (
     ("requests_running", "num_requests_running", "Requests running.", lambda s: s.running),
     ("requests_waiting", "num_requests_waiting", "Requests waiting.", lambda s: s.waiting),
-    ("pages_total", None, "Pages of the target's KV pool.", lambda s: s.pages_total),
+    ("pages_total", None, "Pages of the target's KV pool, without that of sliding layers.", lambda s: s.pages_total),
     (
         "kv_cache_usage_ratio",
         "kv_cache_usage_perc",
@@ -39,7 +39,7 @@ _GAUGES: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ...]
     (
         "kv_token_bytes",
         None,
-        "Bytes of KV cache per token, all layers and heads.",
+        "Bytes of KV cache per token, all heads, and all layers that keep the KV of all tokens.",
         lambda s: s.kv_token_bytes,
     ),
 )
@@ -204,6 +204,8 @@ class _EngineCollector(Collector):
         used.add_metric([self._model_id, "target"], _owned(stats))
         if stats.draft_pages_per_row:
             used.add_metric([self._model_id, "draft"], stats.running * stats.draft_pages_per_row)
+        if stats.sliding_pages_total:
+            used.add_metric([self._model_id, "sliding"], stats.sliding_pages_owned)
         yield used
 
     def _positions(self, stats: EngineStats) -> Iterator[Metric]:

@@ -15,7 +15,7 @@ from bench.offline.acceptance_sweep import AcceptanceResult, Setup, combine_setu
 from bench.offline.verification import measure_rounds
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.params import SamplingParams
-from models.llama import Llama
+from models.decoder import DecoderModel
 from server.cli.app import app
 from tests.support.engines import complete, tiny_engine, tiny_model
 from tests.support.ranks import DRAFT, write_random_model
@@ -31,11 +31,11 @@ PROMPTS = [prompt_of(100, i) for i in range(3)]
 
 
 @pytest.fixture(scope="module")
-def model() -> Llama:
+def model() -> DecoderModel:
     return tiny_model()
 
 
-def test_what_reads_everything_always_agrees(model: Llama, twin_dir: Path, draft_dir: Path) -> None:
+def test_what_reads_everything_always_agrees(model: DecoderModel, twin_dir: Path, draft_dir: Path) -> None:
     setups = [
         *(Setup("self", policy, 160) for policy in ("window", "relative", "topk")),
         Setup("self", "snapkv", 160, 8, 0),
@@ -51,7 +51,7 @@ def test_what_reads_everything_always_agrees(model: Llama, twin_dir: Path, draft
     assert other.rejected > 3
 
 
-def test_the_target_may_read_less_itself(model: Llama) -> None:
+def test_the_target_may_read_less_itself(model: DecoderModel) -> None:
     """Dense drafts agree with a target whose budget covers the context, and with no smaller one."""
 
     def alpha(budget: int) -> float:
@@ -65,7 +65,7 @@ def test_the_target_may_read_less_itself(model: Llama) -> None:
     assert alpha(4) < 1.0
 
 
-def test_a_drafter_is_judged_alike_in_any_company(model: Llama, draft_dir: Path) -> None:
+def test_a_drafter_is_judged_alike_in_any_company(model: DecoderModel, draft_dir: Path) -> None:
     alone = {}
     setups = [
         WINDOW,
@@ -84,7 +84,7 @@ def test_a_drafter_is_judged_alike_in_any_company(model: Llama, draft_dir: Path)
     assert len({(result.accepted, result.rejected) for result in together}) > 4
 
 
-def test_one_token_drafts_are_those_of_an_engine(model: Llama) -> None:
+def test_one_token_drafts_are_those_of_an_engine(model: DecoderModel) -> None:
     """One-token drafts start at every second token of the text. An engine that starts there accepts the same drafts."""
     (result,) = measure(CONFIG, model, PROMPTS[:1], [WINDOW], gamma=1, new_tokens=40, sampling=[SAMPLED])
     kv = {"budget": 24, "sink": 16}
@@ -100,7 +100,7 @@ def test_one_token_drafts_are_those_of_an_engine(model: Llama) -> None:
     assert (result.accepted, result.rejected) == (agreed, 20 - agreed)
 
 
-def test_real_rounds_of_both_verifications(model: Llama) -> None:
+def test_real_rounds_of_both_verifications(model: DecoderModel) -> None:
     for verification in ("coupled", "rejection"):
         results = measure_rounds(
             CONFIG, model, PROMPTS, WINDOW, verification, gamma=3, new_tokens=40, sampling=[GREEDY, SAMPLED]
@@ -128,7 +128,7 @@ def test_setups_that_mean_nothing_are_left_out() -> None:
     ]
 
 
-def test_refusals(model: Llama, tmp_path: Path) -> None:
+def test_refusals(model: DecoderModel, tmp_path: Path) -> None:
     other = write_random_model(tmp_path / "other", replace(DRAFT, vocab_size=65))
     with pytest.raises(BenchError, match="a vocabulary of 65 tokens, the target has 64"):
         measure(CONFIG, model, PROMPTS, [Setup(str(other), "all")], gamma=1, new_tokens=2, sampling=[GREEDY])

@@ -33,7 +33,7 @@ from engine.plan import RoundPlan, RoundResult, RowFailure
 from engine.speculation import round as round_module
 from engine.speculation.verify import verify
 from kernels.reference_ops import REFERENCE
-from models.shapes import SHAPES
+from models.known_shapes import SHAPES
 from tests.support.engines import TINY
 from tests.support.rig import CPU
 

@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from bench.paper import published
-from models.shapes import SHAPES
-from planner.cost_model import PUBLISHED, REFERENCE_ON_CPU, PlacedModel, SpeculationCost
+from models.known_shapes import SHAPES
+from planner.cost_model import SpeculationCost
 from planner.expected_acceptance import DRAFT_MODEL
 from planner.hardware import Device
+from planner.placed_model import PUBLISHED, REFERENCE_ON_CPU, PlacedModel
 from tests.support.paths import ROOT
 
 ROWS = published.read_rows()

@@ -27,7 +27,7 @@ from engine.scheduler.request import Request
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.validation import RequestError
 from engine.text import TextStream
-from models.llama import Llama
+from models.decoder import DecoderModel
 from tests.support.engines import TINY, tiny_model
 from tests.support.profiles import examples, is_all
 from tests.support.tiny import TOKENS
@@ -38,19 +38,19 @@ PROMPTS = [[5 + i, 9, 40 - i] for i in range(4)]
 
 
 @pytest.fixture(scope="module")
-def model() -> Llama:
+def model() -> DecoderModel:
     return tiny_model(config=replace(TINY, vocab_size=TOKENS, eos_token_ids=(2,)))
 
 
 @pytest.fixture
-def llm(tokenizer_dir: Path, model: Llama) -> Iterator[LLM]:
+def llm(tokenizer_dir: Path, model: DecoderModel) -> Iterator[LLM]:
     settings: dict[str, Any] = {"speculation": {"gamma": 2, "kv": {"budget": 16, "sink": 4}}, "cache": {"page_size": 4}}
     with LLM(str(tokenizer_dir), loaded=model, max_model_len=128, check_invariants=True, **settings) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def expected(tokenizer_dir: Path, model: Llama) -> list[int]:
+def expected(tokenizer_dir: Path, model: DecoderModel) -> list[int]:
     with LLM(str(tokenizer_dir), loaded=model, max_model_len=128, speculation={"gamma": 0}) as plain:
         return plain.generate([7, 8, 9], STREAMED)[0].token_ids
 
@@ -119,7 +119,7 @@ PLACES: list[tuple[Any, str]] = [
 @given(place=st.sampled_from(PLACES), after=st.booleans(), call=st.integers(0, 12))
 @examples(25, 400)
 def test_faults_at_any_place(
-    tokenizer_dir: Path, model: Llama, expected: list[int], place: tuple[Any, str], after: bool, call: int
+    tokenizer_dir: Path, model: DecoderModel, expected: list[int], place: tuple[Any, str], after: bool, call: int
 ) -> None:
     """after: whether the work of the place is done before the fault."""
     owner, name = place
@@ -144,7 +144,7 @@ def test_faults_at_any_place(
     assert went_on or place != (Runner, "forward")
 
 
-def test_closing_ends_open_streams(tokenizer_dir: Path, model: Llama) -> None:
+def test_closing_ends_open_streams(tokenizer_dir: Path, model: DecoderModel) -> None:
     with LLM(str(tokenizer_dir), loaded=model, max_model_len=128) as closed:
         stream = closed.stream([7, 8, 9], STREAMED)
         next(stream)

@@ -18,14 +18,14 @@ from engine.params import SamplingParams
 from engine.plan import RowStart
 from engine.scheduler.stats import acceptance_rate
 from engine.speculation.verify import Verdict
-from models.llama import Llama
+from models.decoder import DecoderModel
 from tests.support.engines import complete, complete_all, run, tiny_engine, tiny_model, tokens
 from tests.support.profiles import examples
 from tests.support.workloads import EDGES, SAMPLING, prompt_of
 
 
 @cache
-def model() -> Llama:
+def model() -> DecoderModel:
     return tiny_model()
 
 

@@ -16,7 +16,7 @@ from engine.messages import EngineStats
 from engine.params import SamplingParams
 from engine.scheduler.stats import acceptance_rate
 from kernels.reference_ops import REFERENCE
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import load_model
 from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
@@ -34,7 +34,7 @@ PROMPTS = (
 
 
 @pytest.fixture(scope="module", params=["float32 reference", "bfloat16 compiled"])
-def model(model_dir: Path, request: pytest.FixtureRequest) -> Llama:
+def model(model_dir: Path, request: pytest.FixtureRequest) -> DecoderModel:
     dtype, ops = (torch.float32, REFERENCE) if "reference" in request.param else (torch.bfloat16, compiled())
     place: dict[str, Any] = {
         "dtype": dtype,
@@ -46,12 +46,12 @@ def model(model_dir: Path, request: pytest.FixtureRequest) -> Llama:
 
 
 @pytest.fixture(scope="module")
-def plain(model: Llama, model_dir: Path) -> list[Completion]:
+def plain(model: DecoderModel, model_dir: Path) -> list[Completion]:
     """Plain completions of every prompt, greedy and sampled."""
     return complete(model, model_dir, {"gamma": 0})[0]
 
 
-def complete(model: Llama, model_dir: Path, speculation: dict[str, Any]) -> tuple[list[Completion], EngineStats]:
+def complete(model: DecoderModel, model_dir: Path, speculation: dict[str, Any]) -> tuple[list[Completion], EngineStats]:
     prompts, params = [], []
     for temperature in (0.0, 0.8):
         for prompt in PROMPTS:
@@ -62,7 +62,9 @@ def complete(model: Llama, model_dir: Path, speculation: dict[str, Any]) -> tupl
 
 
 @pytest.mark.parametrize("policy", ["window", only_in_all("verified"), only_in_all("quest")])
-def test_speculation_never_changes_text(model: Llama, model_dir: Path, plain: list[Completion], policy: str) -> None:
+def test_speculation_never_changes_text(
+    model: DecoderModel, model_dir: Path, plain: list[Completion], policy: str
+) -> None:
     """A ragged batch, prompts of 1 to 500 tokens or more, all of which outgrow the budget."""
     drafted, stats = complete(model, model_dir, {"gamma": 4, "kv": {"policy": policy, "budget": 64}})
     for completion, expected in zip(drafted, plain, strict=True):
@@ -74,7 +76,7 @@ def test_speculation_never_changes_text(model: Llama, model_dir: Path, plain: li
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_speculation_never_changes_what_threads_add_up(model: Llama, model_dir: Path, threads: int) -> None:
+def test_speculation_never_changes_what_threads_add_up(model: DecoderModel, model_dir: Path, threads: int) -> None:
     """The cut of this nucleus falls between two tokens of nearly the same probability. Log-probabilities are equal to
     the bit where kernels compute each row by itself."""
     prompt = [3805, 10190, 2235, 277, 5972, 2526, 803, 725, 3723, 288, 253, 1398]

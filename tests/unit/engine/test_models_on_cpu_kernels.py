@@ -25,8 +25,8 @@ from kernels.cpu.micro_profile import choose
 from kernels.reference_ops import REFERENCE
 from kernels.weights.weight_format import FORMATS
 from models.config import ModelConfig
+from models.decoder import DecoderModel
 from models.default import default_model_dir, user_cache
-from models.llama import Llama
 from models.loader import random_model
 from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
@@ -50,7 +50,7 @@ VARIANTS = {
     "plain": SHAPE,
     "tied": dataclasses.replace(SHAPE, tie_word_embeddings=True),
     "biases": dataclasses.replace(SHAPE, qkv_bias=True, o_bias=True, mlp_bias=True),
-    "qk_norm": dataclasses.replace(SHAPE, qk_norm=True),
+    "qk_norm": dataclasses.replace(SHAPE, qk_norm="head"),
     "odd heads": dataclasses.replace(SHAPE, head_dim=12, intermediate_size=31),
 }
 TEXT = random.Random(0).choices(range(2, 211), k=60)
@@ -66,11 +66,11 @@ CHOICES = {
 
 
 @cache
-def on_kernels(dtype: torch.dtype, variant: str = "tied", weights: str = "dense") -> Llama:
+def on_kernels(dtype: torch.dtype, variant: str = "tied", weights: str = "dense") -> DecoderModel:
     return random_model(VARIANTS[variant], 1, dtype, CPU, Group.single(), compiled(), CHOICES[weights])
 
 
-def logits(model: Llama) -> torch.Tensor:
+def logits(model: DecoderModel) -> torch.Tensor:
     """Logits of a text in two chunks and three single tokens, next to another row."""
     rows = PagedRows(model, [64, 64], page_size=4)
     parts = []
@@ -220,7 +220,7 @@ def choices() -> dict[str, KernelChoice]:
 
 
 @cache
-def on_choice(name: str, run: int, dtype: torch.dtype, weights: str) -> Llama:
+def on_choice(name: str, run: int, dtype: torch.dtype, weights: str) -> DecoderModel:
     """The model on kernels of a choice. run: place in BOUNDS."""
     full, rounded = (rows[run] for rows in BOUNDS)
     choice = dataclasses.replace(choices()[name], tiles_from=full, tiles_from_int8=rounded)

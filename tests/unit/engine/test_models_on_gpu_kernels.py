@@ -23,7 +23,7 @@ from kernels.attention.reference_attention import ReferenceAttention
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import random_model
 from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
@@ -49,7 +49,7 @@ from tests.support.recorded import Recorded
 VARIANTS = {
     "plain": TINY,
     "biases": dataclasses.replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True),
-    "qk_norm": dataclasses.replace(TINY, qk_norm=True),
+    "qk_norm": dataclasses.replace(TINY, qk_norm="head"),
 }
 ONE_HEAD = dataclasses.replace(TINY, num_heads=3, num_kv_heads=1)
 ONE_LAYER = dataclasses.replace(ONE_HEAD, num_layers=1)
@@ -91,13 +91,29 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whose_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
     ops = GpuOps(Workspace(torch.device("cpu"), (9, 0), multiprocessors=132))
-    assert isinstance(ops.attention(16, 64), FlashInferAttention)
     assert isinstance(ops.attention(16, 80), GpuAttention)
     assert isinstance(GpuOps().attention(16, 64), GpuAttention)
     assert ops.name != GpuOps().name
+    ours, oracle, planned = ops.attention(16, 64), ReferenceAttention(16), []
+    for kind in (FlashInferAttention, GpuAttention):
+        plan = kind.plan
+
+        def note(self: Any, batch: AttentionBatch, plan: Callable[..., None] = plan) -> None:
+            planned.append(type(self))
+            plan(self, batch)
+
+        monkeypatch.setattr(kind, "plan", note)
+    torch.manual_seed(0)
+    layer, q = pool_layer(9, 1, 16, 64, torch.float16), torch.randn(5, 2, 64).half()
+    for window in (0, 20, 0):
+        batch = AttentionBatch([1, 4], [50, 70], torch.randint(9, (2, 5)), window=window)
+        for backend in (ours, oracle):
+            backend.plan(batch)
+        torch.testing.assert_close(ours.run(layer, q, 0.1), oracle.run(layer, q, 0.1), rtol=2e-3, atol=2e-3)
+    assert planned == [FlashInferAttention, GpuAttention, FlashInferAttention]
 
 
-def model_on(ops: Ops, config: ModelConfig = TINY) -> Llama:
+def model_on(ops: Ops, config: ModelConfig = TINY) -> DecoderModel:
     return random_model(config, 0, torch.float32, torch.device("cpu"), Group.single(), ops)
 
 
@@ -211,7 +227,7 @@ def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -
     script = [[2, 3], [1, 1], [3, 1], [0, 0], [0, 2], [2, 2], [1, 3]] * 4
     monkeypatch.setattr(Engine, "make_controller", lambda self: Scripted(script))
 
-    def made(model: Llama) -> Engine:
+    def made(model: DecoderModel) -> Engine:
         speculation = {"gamma": "auto", "gamma_max": 3}
         settings: dict[str, Any] = {"scheduler": {"max_rows": 2}, "max_model_len": 40}
         return tiny_engine(model, gamma=0, budget=8, speculation=speculation, **settings)

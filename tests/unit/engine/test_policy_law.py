@@ -29,7 +29,7 @@ from engine.scheduler.request import Request
 from kernels.attention.base import AttentionBatch
 from kernels.ragged import Ints
 from models.batch import ForwardBatch
-from models.llama import Llama
+from models.decoder import DecoderModel
 from tests.support.conversations import Turn, check_answers, check_hits, crowd, play, random_turns
 from tests.support.engines import TINY, complete_all, run, tiny_engine, tiny_model, tokens
 from tests.support.prefix_engines import model_on_kernels, trouble
@@ -43,7 +43,7 @@ GRAMMARS = ["start: /[a-c]{1,9}/", "start: /(ab|c)+ x/", "start: /[^q]*/"]
 
 
 @cache
-def model() -> Llama:
+def model() -> DecoderModel:
     return tiny_model(config=replace(TINY, vocab_size=TOKENS, eos_token_ids=(2,)))
 
 
@@ -122,7 +122,7 @@ class Case:
     seed: int
     count: int
 
-    def engine(self, target: Llama, directory: Path | None, draft: Path | None) -> Engine:
+    def engine(self, target: DecoderModel, directory: Path | None, draft: Path | None) -> Engine:
         """Build the engine. draft: directory of the draft model."""
         speculation: dict[str, Any] = {"kv": self.kv, "gamma_max": 5}
         if self.drafter == "model":

@@ -17,7 +17,7 @@ from engine.ngram.ngram_drafts import Proposal
 from engine.scheduler.controller import RowDrafts
 from engine.scheduler.request import Request
 from kernels.cpu.library import SEGMENT
-from models.llama import Llama
+from models.decoder import DecoderModel
 from tests.support.conversations import Turn, check_answers, check_hits, crowd, play, random_turns
 from tests.support.engines import Scripted
 from tests.support.prefix_engines import (
@@ -35,7 +35,7 @@ from tests.support.workloads import SAMPLING, prompt_of
 
 
 def check(
-    target: Llama, engine: Engine, seed: int, page_size: int, count: int, max_len: int, *, exact: bool = False
+    target: DecoderModel, engine: Engine, seed: int, page_size: int, count: int, max_len: int, *, exact: bool = False
 ) -> None:
     """Play a random load. In a pool for not much more than one request, rows preempt each other from the start."""
     turns = random_turns(random.Random(seed), page_size, count)

@@ -42,7 +42,7 @@ def test_lists_reach_their_rows(layers: int, heads: int) -> None:
     for rows, width in (([2, 0, 3], 4), ([1], WIDTH)):
         pages, tokens = lists_of(len(rows), width, layers, heads), torch.arange(len(rows))
         batch = AttentionBatch([1] * len(rows), [9] * len(rows), pages, per_layer=layers > 0)
-        inputs.copy(ForwardBatch(tokens, tokens, tokens, batch, tokens), np.array(rows))
+        inputs.copy(ForwardBatch(tokens, tokens, tokens, attention=batch, logit_index=tokens), np.array(rows))
         for index, row in enumerate(rows):
             part = parts[row // 2]
             assert part.per_layer == batch.per_layer

@@ -32,10 +32,9 @@ from tests.support.shared_batches import always_share
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
-from kernels.flashinfer.flashinfer_attention import FlashInferAttention
 from kernels.flashinfer.flashinfer_workspace import Workspace
 from kernels.gpu import INTERPRETED
-from kernels.gpu.gpu_ops import GpuOps
+from kernels.gpu.gpu_ops import AttentionByWindow, GpuOps
 
 if not INTERPRETED:
     pytest.skip("tests/gpu has these on a GPU", allow_module_level=True)
@@ -132,8 +131,8 @@ def test_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Rows(GpuOps(Workspace(CPU, (9, 0), multiprocessors=132)), config, torch.float16, False, DenseView)
     for logits, wanted in zip(ours.everything(), expected, strict=True):
         assert (logits - wanted).norm() < 0.01 * wanted.norm()
-    assert isinstance(ours.runner.attention, FlashInferAttention)
-    assert ours.runner.attention._prefixes is not None
+    assert isinstance(ours.runner.attention, AttentionByWindow)
+    assert ours.runner.attention.without._prefixes is not None
 
 
 def test_forwards_that_share_nothing_replay_the_ordinary_capture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from engine.speculation.drafters import SelfDrafter
 from kernels.attention.base import AttentionBatch
 from kernels.kv.kv_pool import LayerKV
 from kernels.reference_ops import ReferenceOps
-from models.llama import Llama
+from models.decoder import DecoderModel
 from tests.support.engines import TINY, complete, complete_all, run, tiny_engine, tiny_model, tokens
 from tests.support.head_files import write_head_shares
 from tests.support.prefix_engines import model_on_kernels
@@ -32,7 +32,7 @@ PAGE = 4
 
 
 @cache
-def model() -> Llama:
+def model() -> DecoderModel:
     return tiny_model()
 
 

@@ -17,7 +17,7 @@ from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.speculation.rejection import RejectionSampler
-from models.llama import Llama
+from models.decoder import DecoderModel
 from tests.support.engines import complete, run, tiny_engine, tiny_model, tokens
 from tests.support.rig import PagedRows
 from tests.support.workloads import kv_of, prompt_of
@@ -31,7 +31,7 @@ WAYS: list[dict[str, Any]] = [
 
 
 @cache
-def model() -> Llama:
+def model() -> DecoderModel:
     return tiny_model()
 
 

@@ -29,7 +29,7 @@ def admit(kv: KVManager, made: Request) -> Request:
 def compute(kv: KVManager, made: Request, tokens: int | None = None) -> list[tuple[int, int]]:
     """Compute tokens of an admitted request, all of them by default."""
     made.num_computed = made.num_tokens if tokens is None else tokens
-    return list(kv.commit(made))
+    return kv.commit(made).pages
 
 
 def finish(kv: KVManager, tokens: list[int], **others: Any) -> None:

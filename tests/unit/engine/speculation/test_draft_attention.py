@@ -94,17 +94,23 @@ def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queri
 
 
 @given(
-    rows=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=4), budget=st.integers(1, 50)
+    rows=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=4),
+    budget=st.integers(1, 50),
+    window=st.sampled_from([0, 1, 5, 20]),
 )
-@examples(20, 80)
-def test_top_k_keeps_the_keys_with_most_attention(rows: list[tuple[int, int]], budget: int) -> None:
+@examples(30, 100)
+def test_top_k_keeps_the_keys_with_most_attention(rows: list[tuple[int, int]], budget: int, window: int) -> None:
+    """Among those that a query sees: slots before the window of all queries hold NaN here."""
     lengths = [max(rows[i]) for i in range(len(rows))]
     queries = [min(rows[i]) for i in range(len(rows))]
     keys = [random(length, KV_HEADS, DIM, seed=i) for i, length in enumerate(lengths)]
     values = [random(length, KV_HEADS, DIM, seed=50 + i) for i, length in enumerate(lengths)]
     q = random(sum(queries), HEADS, DIM, seed=7)
+    for key, value, n, length in zip(keys, values, queries, lengths, strict=True):
+        gone = max(0, length - n + 1 - window) if window else 0
+        key[:gone] = value[:gone] = float("nan")
     layer, table = paged(keys, values)
-    batch = AttentionBatch(queries, lengths, table)
+    batch = AttentionBatch(queries, lengths, table, window=window)
     backend, dense = TopKAttention(PAGE, budget), ReferenceAttention(PAGE)
     backend.plan(batch)
     dense.plan(batch)
@@ -119,9 +125,10 @@ def test_top_k_keeps_the_keys_with_most_attention(rows: list[tuple[int, int]], b
             seen = lengths[row] - n + i + 1
             for head in range(KV_HEADS):
                 mine = q[first + i, head * group : (head + 1) * group]
-                scores = mine @ keys[row][:seen, head].T * 0.7
-                best = torch.softmax(scores, -1).sum(0).topk(min(budget, seen)).indices
-                expected = torch.softmax(scores[:, best], -1) @ values[row][best, head]
+                first_seen = max(0, seen - window) if window else 0
+                scores = mine @ keys[row][first_seen:seen, head].T * 0.7
+                best = torch.softmax(scores, -1).sum(0).topk(min(budget, seen - first_seen)).indices
+                expected = torch.softmax(scores[:, best], -1) @ values[row][first_seen + best, head]
                 torch.testing.assert_close(out[first + i, head * group : (head + 1) * group], expected)
                 torch.testing.assert_close(
                     total[first + i, head * group : (head + 1) * group], scores[:, best].logsumexp(-1)

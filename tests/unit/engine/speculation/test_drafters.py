@@ -27,7 +27,7 @@ from engine.scheduler.controller import RowDrafts
 from engine.scheduler.request import Request
 from engine.scheduler.stats import acceptance_rate
 from models.batch import ForwardBatch
-from models.llama import Llama
+from models.decoder import DecoderModel
 from tests.support.engines import Scripted, complete, complete_all, run, tiny_engine, tiny_model, tokens
 from tests.support.profiles import examples, only_in_all
 from tests.support.ranks import DRAFT, write_random_model
@@ -35,7 +35,7 @@ from tests.support.workloads import EDGES, SAMPLING, kv_of, prompt_of
 
 
 @cache
-def model() -> Llama:
+def model() -> DecoderModel:
     return tiny_model()
 
 

@@ -17,7 +17,7 @@ from engine.core import Engine
 from engine.messages import AddRequest
 from engine.ngram.text_store import build_store, fingerprint
 from engine.params import SamplingParams
-from models.llama import Llama
+from models.decoder import DecoderModel
 from tests.support.engines import TINY, Scripted, complete, complete_all, run, tiny_engine, tiny_model, tokens
 from tests.support.profiles import examples
 from tests.support.tiny import TOKENS
@@ -32,7 +32,7 @@ WAYS = [
 
 
 @cache
-def model() -> Llama:
+def model() -> DecoderModel:
     return tiny_model()
 
 

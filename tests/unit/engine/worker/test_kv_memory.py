@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,20 +13,21 @@ import torch
 
 from engine.batch.forward_graphs import graph_row_counts
 from engine.config.deployment import ConfigError, EngineConfig
+from engine.scheduler.sliding_pages import num_sliding_pages
 from engine.worker.kv_memory import DeviceMemory, captured_bytes, run_largest_round, size_pool
 from engine.worker.resolve import Resolved, resolve
 from kernels.flashinfer.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
-from models.llama import Llama
+from models.decoder import DecoderModel
 from parallel.group import Group
 from tests.support import fake_flashinfer
-from tests.support.engines import tiny_model
+from tests.support.engines import TINY, tiny_model
 from tests.support.rig import run_ranks
 
 MEGABYTE = 1_000_000
 PAGE = 4 * 2 * 2 * 2 * 8 * 8  # bytes: tokens, keys and values, layers, heads, elements, of float64
 
 
-def sized(model: Llama, **cache: Any) -> tuple[EngineConfig, Resolved]:
+def sized(model: DecoderModel, **cache: Any) -> tuple[EngineConfig, Resolved]:
     """Settings and sizes on a GPU when the pool's size is not set."""
     settings = {"model": "tiny", "cache": {"page_size": 4}, "max_model_len": 400}
     sizes = dataclasses.replace(resolve(EngineConfig.model_validate(settings), model), num_pages=None)
@@ -101,13 +103,13 @@ def test_ranks_leave_the_length_open_where_devices_decide() -> None:
 def test_the_largest_round_runs(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     config = EngineConfig.model_validate({"model": "tiny", "scheduler": {"max_batch_tokens": tokens}})
     asked = []
-    logits = Llama.logits
+    logits = DecoderModel.logits
 
-    def watched(self: Llama, states: torch.Tensor) -> torch.Tensor:
+    def watched(self: DecoderModel, states: torch.Tensor) -> torch.Tensor:
         asked.append(len(states))
         return logits(self, states)
 
-    monkeypatch.setattr(Llama, "logits", watched)
+    monkeypatch.setattr(DecoderModel, "logits", watched)
     run_largest_round(config, tiny_model())
     assert asked == [min(tokens, config.scheduler.max_rows * (config.speculation.max_draft_tokens + 1))]
 
@@ -165,3 +167,33 @@ def test_the_pool_leaves_memory_for_captured_attention(monkeypatch: pytest.Monke
     memory = dataclasses.replace(memory, total=40 * MEGABYTE)
     monkeypatch.setattr(model, "ops", SimpleNamespace(kind="triton", make_graphs=object()))
     assert size_pool(config, sizes, model, Group.single(), memory).num_pages == 6 * MEGABYTE // PAGE
+
+
+SLIDING = replace(TINY, num_layers=3, sliding_window=10, sliding_layers=(0, 2))
+
+
+@pytest.mark.parametrize("kilobytes", [60, 110, 190, 201, 203, 206, 212, 900])
+def test_both_pools_share_what_is_left(kilobytes: int) -> None:
+    """And no page more would fit."""
+    model = tiny_model(config=SLIDING)
+    settings = {"model": "tiny", "max_model_len": 40, "scheduler": {"max_rows": 8, "max_batch_tokens": 40}}
+    settings |= {"cache": {"page_size": 4}, "speculation": {"gamma": 3, "kv": {"policy": "all"}}}
+    config = EngineConfig.model_validate(settings)
+    sizes = dataclasses.replace(resolve(config, model), num_pages=None)
+    memory = DeviceMemory(total=1000 * kilobytes, used=0, running=0)
+    config = EngineConfig.model_validate(settings | {"cache": {"page_size": 4, "gpu_memory_utilization": 1.0}})
+    num_pages = size_pool(config, sizes, model, Group.single(), memory).num_pages
+    assert num_pages is not None
+
+    def needed(pages: int) -> int:
+        sliding = model.make_sliding_pool(num_sliding_pages(config, 10, pages), 4)
+        return model.make_pool(pages, 4).nbytes + sliding.nbytes
+
+    assert needed(num_pages) <= 1000 * kilobytes
+    assert num_pages == 8 * 10 or needed(num_pages + 1) > 1000 * kilobytes
+
+
+def test_the_largest_round_of_a_model_with_sliding_layers() -> None:
+    for layers in ((0, 2), (0, 1, 2)):
+        model = tiny_model(config=replace(SLIDING, sliding_layers=layers))
+        run_largest_round(EngineConfig.model_validate({"cache": {"page_size": 4}}), model)

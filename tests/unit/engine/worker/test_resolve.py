@@ -15,7 +15,7 @@ from kernels.cpu import compiler
 from kernels.cpu.compiler import instruction_sets
 from kernels.kv.kv_bits import KV_BITS
 from kernels.weights.weight_format import FORMATS
-from models.shapes import SHAPES
+from models.known_shapes import SHAPES
 from tests.support.engines import tiny_model
 
 CPU = torch.device("cpu")

@@ -21,7 +21,8 @@ from engine.worker.kv_memory import DeviceMemory
 from engine.worker.loading import load_shard, load_target
 from engine.worker.resolve import resolve
 from engine.worker.worker import Worker
-from models.llama import Llama
+from models.decoder import DecoderModel
+from models.parts.rotary import Rotary
 from parallel.group import Group
 from parallel.matrix_layer import Placement
 from tests.support.engines import TINY, complete_all
@@ -41,6 +42,11 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("models") / "draft", replace(DRAFT, max_position_embeddings=40))
 
 
+def tables(model: DecoderModel) -> Rotary:
+    assert model.rotary is not None
+    return model.rotary
+
+
 def configured(directory: Path, **others: Any) -> EngineConfig:
     return EngineConfig.model_validate(settings(3, model=str(directory), dtype="float64", **others))
 
@@ -53,7 +59,7 @@ def test_rotary_tables_have_the_served_length(directory: Path, draft: Path) -> N
     drafting = load_draft(config, target, resolved.max_model_len, group).model
     assert drafting is not None
     for model in (target, drafting):
-        assert [len(table) for table in model.rotary] == [4096, 4096]
+        assert [len(table) for table in tables(model)] == [4096, 4096]
 
 
 def test_rotary_tables_shrink_once_the_length_is_decided(
@@ -73,7 +79,7 @@ def test_rotary_tables_shrink_once_the_length_is_decided(
     assert 0 < worker.max_model_len < 10**4
     for model in (worker.model, drafting):
         assert model.max_positions == worker.max_model_len
-        for table in model.rotary:
+        for table in tables(model):
             held = table.untyped_storage().nbytes()
             assert held == table.nbytes  # the rest is freed
     whole = load_target(config, progress=False)
@@ -93,10 +99,10 @@ def test_a_target_without_a_pool(
 
 def test_shapes_without_weights_cost_nothing() -> None:
     before = torch.randn(1)  # the meta device allocates nothing, and computes nothing on the CPU
-    model = Llama(
+    model = DecoderModel(
         replace(LONG, max_position_embeddings=2**40), Placement(Group.single(), before.dtype, torch.device("meta"))
     )
-    assert len(model.rotary[0]) == 2**40
+    assert len(tables(model)[0]) == 2**40
 
 
 @pytest.mark.parametrize("speculation", ["self", "window", "snapkv", "all"])
@@ -115,7 +121,7 @@ def test_requests_of_the_served_length(directory: Path, draft: Path, speculation
     for gamma in (0, 3):
         config = configured(directory, max_model_len=96, speculation={"gamma": gamma, "kv": kv, **drafter})
         engine = Engine(config, progress=False)
-        assert len(engine._worker.model.rotary[0]) == 96
+        assert len(tables(engine._worker.model)[0]) == 96
         found.append(complete_all(engine, requests))
         engine.close()
     assert found[0] == found[1]

@@ -10,7 +10,7 @@ import torch
 
 from engine.worker.weight_choice import describe_formats
 from kernels.weights.weight_format import FORMATS
-from models.llama import Llama
+from models.decoder import DecoderModel
 from models.loader import random_model
 from parallel.group import Group
 from parallel.matrix_layer import Placement, WeightChoice
@@ -19,13 +19,13 @@ from tests.support.engines import TINY, tiny_engine
 CPU = torch.device("cpu")
 
 
-def model_of(own: str | None, drafts: str | None = None) -> Llama:
+def model_of(own: str | None, drafts: str | None = None) -> DecoderModel:
     return random_model(TINY, 1, torch.float32, CPU, Group.single(), weights=WeightChoice(own, drafts))
 
 
-def stored_as(name: str) -> Llama:
+def stored_as(name: str) -> DecoderModel:
     """A model whose checkpoint stores its matrices in this format, but for the embedding and the head."""
-    model = Llama(TINY, Placement(Group.single(), torch.float32, CPU))
+    model = DecoderModel(TINY, Placement(Group.single(), torch.float32, CPU))
     for weight in model.weight_slots():
         weight.tensor.fill_(1.0)
     for slot in model.matrix_slots():

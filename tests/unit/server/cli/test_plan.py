@@ -16,7 +16,7 @@ from bench.paper.vegas_terms import TERMS
 from engine.config.deployment import CacheConfig, EngineConfig
 from engine.config.speculation import SpeculationConfig
 from kernels.kv.kv_bits import KV_BITS
-from kernels.weights.weight_bits import WEIGHT_BITS
+from kernels.weights.weight_bits import EXPERTS_ALONE, WEIGHT_BITS
 from server.cli import main
 from server.cli.plan import DraftWeightsName, KVFormatName, TermsName, WeightsName
 from tests.support.paths import ROOT
@@ -131,7 +131,7 @@ def test_weights_of_fewer_bits(
 def test_every_format_has_a_forecast() -> None:
     assert {*KVFormatName} == {*KV_BITS} >= {*get_args(get_type_hints(CacheConfig)["format"])}
     assert [*WeightsName] == [*WEIGHT_BITS]
-    assert {"auto", *WeightsName} == {*get_args(get_type_hints(EngineConfig)["weights"])}
+    assert {"auto", *WeightsName} - EXPERTS_ALONE == {*get_args(get_type_hints(EngineConfig)["weights"])}
     assert {"auto", *DraftWeightsName} == {*get_args(get_type_hints(SpeculationConfig)["weights"])}
 
 
@@ -263,7 +263,10 @@ def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     [
         (("--model", "gpt-5"), "error: 'gpt-5' is neither a model directory nor one of llama-2-7b-32k, llama-3.1-8b,"),
         (("--draft", "gpt-5"), "error: 'gpt-5' is neither a model directory nor one of llama-2-7b-32k, llama-3.1-8b,"),
-        (("--gpu", "tpu"), "error: 'tpu' is not a known GPU; these are: a100-80gb, h100, h200, l40s, a10, cpu"),
+        (
+            ("--gpu", "tpu"),
+            "error: 'tpu' is not a known GPU; these are: a100-80gb, h100, h100-nvl, h200, l40s, a10, cpu",
+        ),
         (("--tp", "33"), "error: llama-3.1-8b has 32 query heads, which cannot be split over 33 ranks"),
         (("--context", "140000"), "error: llama-3.1-8b is made for 131072 tokens, not 140000"),
         (("--shared", "8001"), "error: a context of 8000 tokens cannot begin with 8001 shared ones"),
@@ -338,12 +341,13 @@ def test_terms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         lines = [line.split() for line in shown]
         policies = ("plain", "window", "verified", "plain", "quest")
         assert [(line[0], line[3]) for line in lines] == [
-            (shape, policy) for shape in ("qwen3-8b", "qwen3-4b") for policy in policies
+            *((shape, policy) for shape in ("qwen3-8b", "qwen3-4b", "qwen3-30b-a3b") for policy in policies),
+            *(("gpt-oss-20b", policy) for policy in ("plain", "window", "verified", "quest")),  # all with 128 rows
         ]
         assert [lines[place][11] for place in (1, 2, 4)] == ["1576", "1893", "1247"]
         assert note.startswith("quest: ")
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert [row["rows"] for row in found] == [37, 37, 35, 43, 43, 40] * 3
+    assert [row["rows"] for row in found] == [37, 37, 35, 43, 43, 40, 11, 11, 10, 128, 128, 128] * 3
     assert run(monkeypatch, "--terms", "vegas", "--gpu", "h200", "--batch", "64", "--json", str(file)) == 0
     assert {row["rows"] for row in json.loads(file.read_text(encoding="utf-8"))} == {64}
 

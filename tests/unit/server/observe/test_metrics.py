@@ -48,15 +48,19 @@ def test_metrics_of_what_drafts_keep_and_gain() -> None:
         pages_cached=3,
         policy="snapkv",
         draft_pages_per_row=5,
+        sliding_pages_total=20,
+        sliding_pages_owned=7,
         alpha=0.75,
         decode_seconds=2.0,
     )
     lines = Metrics("m", lambda: stats).text().decode().splitlines()
     assert 'magicdec_pages_in_use{model_name="m",pool="target"} 6.0' in lines
     assert 'magicdec_pages_in_use{model_name="m",pool="draft"} 15.0' in lines
+    assert 'magicdec_pages_in_use{model_name="m",pool="sliding"} 7.0' in lines
     assert 'magicdec_acceptance_estimate{model_name="m",policy="snapkv"} 0.75' in lines
     plain = Metrics("m", lambda: EngineStats(pages_total=10)).text().decode()
     assert 'pool="draft"' not in plain
+    assert 'pool="sliding"' not in plain
     assert "acceptance_estimate" not in plain
 
 

@@ -1,0 +1,195 @@
+"""Pages of sliding layers, whose KV is kept for a window of recent tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from engine.config.deployment import EngineConfig
+from engine.scheduler.pages import PageAllocator, PageLeak
+from engine.scheduler.prefix_index import PrefixIndex
+from engine.scheduler.request import Request
+from models.model_config import ModelConfig
+
+
+class SlidingPages:
+    """Owner of the pages of the sliding pool. A page is owned, cached or free.
+
+    Place i of a request's pages has positions i * page_size … (i + 1) * page_size - 1, as in the pool of the other
+    layers. A query reads its own position and the window - 1 before it. So a request owns the pages of a stretch of
+    places:
+
+        computed - window + 1 …                     what its next query reads first
+        … end                                       the last position that a planned round writes (`cover`)
+
+    A page that falls behind is released as soon as the tokens that need it are computed (`commit`). With a prefix index
+    it enters the index under the same digest as the page of the other layers, and at the same time; where the index has
+    the content, the request adopts the indexed page, in each pool by itself. An owned page stays indexed until all is
+    forgotten. So different sliding pages that are owned belong to different owned pages of the other layers, and a pool
+    of as many pages, or of as many as windows and rounds need (`num_sliding_pages`), is never too small.
+
+    Most pages that fall behind serve no one: another request takes over only those of a window before the end of what
+    it has in common. So these are kept longer: before the end of a prompt, of all tokens, and of what a request was
+    found to have in common with one before it.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, window: int, num_uncached_tokens: int = 1) -> None:
+        """num_pages: see num_sliding_pages. window: positions that a query reads, its own included.
+        num_uncached_tokens: see KVManager."""
+        self._page_size, self._window, self._num_uncached_tokens = page_size, window, num_uncached_tokens
+        self._index = PrefixIndex(page_size)
+        self._pages = PageAllocator(num_pages, self._index.pages, self._forget)
+
+    @property
+    def total(self) -> int:
+        return self._pages.total
+
+    @property
+    def owned(self) -> int:
+        return self.total - self._pages.available
+
+    @property
+    def evictions(self) -> int:
+        return self._pages.evictions
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def longest(self, request: Request) -> int:
+        """Return how many of a waiting request's `matched` pages it can take over: as many that the window before their
+        end is indexed too."""
+        count, checked = len(request.matched), (len(request.matched), self._index.removals)
+        if request.matched_window != checked:
+            # The window is looked through again, and all pages only if some of it is gone.
+            if request.matched_window[0] != count or not self._has_window(request.digests, request.num_found):
+                request.num_found = self._longest(request.digests, count)
+            request.matched_window = checked
+        return request.num_found
+
+    def _has_window(self, digests: Sequence[bytes], pages: int) -> bool:
+        places = range(self._first(pages * self._page_size), pages)
+        return all(self._index.find(digests[place]) is not None for place in places)
+
+    def _longest(self, digests: Sequence[bytes], pages: int) -> int:
+        place = pages
+        while place > self._first(pages * self._page_size):
+            place -= 1
+            if self._index.find(digests[place]) is None:
+                pages = place
+        return pages
+
+    def admit(self, request: Request, branch: int) -> None:
+        """Give a request the pages of the window before its computed tokens' end, which are indexed. branch: number of
+        first pages that it has in common with another request."""
+        request.sliding_first = self._first(request.num_computed)
+        request.sliding_branch = branch
+        digests = request.digests[request.sliding_first : request.num_computed // self._page_size]
+        entries = [self._index.find(digest) for digest in digests]
+        request.sliding_pages = [entry.page for entry in entries if entry is not None]
+        assert len(request.sliding_pages) == len(digests)
+        for page in request.sliding_pages:
+            self._pages.share(page)
+
+    def cover(self, request: Request, end: int) -> tuple[int, list[int]]:
+        """Give a running request the pages of positions up to end - 1. Returns the place of the first new one, and the
+        new ones."""
+        first = request.sliding_first + len(request.sliding_pages)
+        pages = self._pages.reserve(max(0, -(-end // self._page_size) - first))
+        assert pages is not None, "a row has more sliding pages than others"
+        request.sliding_pages += pages
+        return first, pages
+
+    def enter(self, request: Request, place: int) -> int | None:
+        """Enter the page of a place into the index, or adopt the indexed one. Returns the adopted one; None: there was
+        none."""
+        index = place - request.sliding_first
+        assert index >= 0
+        own, entry = request.sliding_pages[index], self._index.find(request.digests[place])
+        if entry is None:
+            self._index.add(request.digests, place, own)
+            return None
+        self._pages.share(entry.page)
+        self._pages.release([own])
+        request.sliding_pages[index] = entry.page
+        return entry.page
+
+    def trim(self, request: Request) -> None:
+        """Release the pages that a running request's next queries do not read."""
+        behind = self._first(request.num_computed) - request.sliding_first
+        for place, page in enumerate(request.sliding_pages[: max(0, behind)], request.sliding_first):
+            self._pages.release([page], spent=not self._is_useful(request, place))
+        if behind > 0:
+            del request.sliding_pages[:behind]
+            request.sliding_first += behind
+
+    def _is_useful(self, request: Request, place: int) -> bool:
+        """Whether a page is part of a window that another request may begin after."""
+        page, length, branch = self._page_size, request.num_prompt, request.sliding_branch
+        # The same prompt again computes its last tokens itself.
+        reused = max(0, length - self._num_uncached_tokens) // page * page
+        before_end = self._first(reused) <= place < length // page
+        return before_end or self._first(branch * page) <= place < branch
+
+    def release(self, request: Request) -> None:
+        """Give back all pages of a running request."""
+        self._pages.release(request.sliding_pages[::-1])
+        request.sliding_pages, request.sliding_first = [], 0
+
+    def reset(self) -> None:
+        """Forget all KV that the index names, and free the pages that nobody owns."""
+        self._index.clear()
+        self._pages.drop_cached()
+
+    def forget_all(self) -> None:
+        """Forget what the index names, which may be wrong; digests stay those of their tokens."""
+        self._pages.drop_cached()
+        for entry in self._index.entries:
+            self._forget(entry.page)
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+
+    def _first(self, computed: int) -> int:
+        """Return the place of the first position that a query at `computed` reads."""
+        return max(0, computed - self._window + 1) // self._page_size
+
+    def _forget(self, page: int) -> None:
+        if page in self._index:
+            self._index.remove(page)
+
+    def check(self, requests: Iterable[Request]) -> None:
+        """Raise PageLeak unless all pages are accounted for, each request has the window of its computed tokens, and
+        different sliding pages belong to different pages of the other layers."""
+        listed = list(requests)
+        self._pages.check(request.sliding_pages for request in listed)
+        belongs: dict[int, int] = {}
+        for request in listed:
+            if not request.pages:
+                continue
+            first, end = request.sliding_first, request.sliding_first + len(request.sliding_pages)
+            if first > self._first(request.num_computed) or end * self._page_size < request.num_computed:
+                raise PageLeak(f"request {request.id!r} lacks the window before position {request.num_computed}")
+            for page, other in zip(request.sliding_pages, request.pages[first:], strict=False):
+                if belongs.setdefault(page, other) != other:
+                    raise PageLeak(f"sliding page {page} belongs to pages {belongs[page]} and {other}")
+        if len(set(belongs.values())) != len(belongs):
+            raise PageLeak("several sliding pages belong to one page")
+
+
+def max_sliding_pages(config: EngineConfig, window: int) -> int:
+    """Return the number of pages that windows and rounds need at most: of each row, its window, the drafts of a round
+    and the pending token, which begin and end within pages; and all new tokens of a round."""
+    scheduler, page = config.scheduler, config.cache.page_size
+    per_row = -(-(window + config.speculation.max_draft_tokens) // page) + 2
+    return scheduler.max_rows * per_row + -(-scheduler.max_batch_tokens // page) + scheduler.max_rows
+
+
+def num_sliding_pages(config: EngineConfig, window: int, num_pages: int) -> int:
+    """Return the number of pages of the sliding pool; 0 without a window. num_pages: of the pool of the other layers,
+    of which each row has no fewer."""
+    return min(num_pages, max_sliding_pages(config, window)) if window else 0
+
+
+def make_sliding_pages(config: EngineConfig, model: ModelConfig, num_pages: int) -> SlidingPages | None:
+    """Make the owner of sliding pages; None for a model without. num_pages: see num_sliding_pages."""
+    window = model.windows[1]
+    count = num_sliding_pages(config, window, num_pages)
+    uncached = config.speculation.num_uncached_tokens
+    return SlidingPages(count, config.cache.page_size, window, uncached) if window else None
