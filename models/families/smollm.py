@@ -21,7 +21,7 @@ def smollm3(data: Json, config: ModelConfig) -> ModelConfig:
         rotates = [(layer + 1) % interval for layer in range(config.num_layers)]
     elif not isinstance(rotates, list) or any(each not in (0, 1) for each in rotates):
         raise ModelError("no_rope_layers is not a list of 0 and 1")
-    elif len(rotates) != config.num_layers:
+    elif len(rotates) < config.num_layers:  # more are left over, as in transformers
         raise ModelError(f"no_rope_layers has {len(rotates)} entries for {config.num_layers} layers")
     unrotated = tuple(layer for layer in range(config.num_layers) if not rotates[layer])
     biased = flag(data, "attention_bias")
