@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from models.architectures import Architecture, find_architecture
-from models.families.sliding import SLIDING
 from models.files.foreign_keys import refuse_foreign_keys
 from models.files.json_values import (
     Json,
@@ -22,7 +21,7 @@ from models.files.json_values import (
     token_ids,
 )
 from models.files.nested_text import describe_nesting, text_model
-from models.files.rope_config import RopeConfig, parse_rope, served_positions
+from models.files.rope_config import SLIDING, RopeConfig, parse_rope, served_positions
 from models.files.special_tokens import end_tokens
 from models.model_config import ModelConfig
 

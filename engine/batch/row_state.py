@@ -139,17 +139,18 @@ class RowState:
             self.device, rows, ahead + 1, np.repeat(rows, queries), offsets, logit_index
         )
         position = self.computed[row_index] + offset
-        page = view.page_table[row_index, position // self.page_size]
+        column, place = position // self.page_size, position % self.page_size
+        page = view.page_table[row_index, column]
         context = computed + ahead + 1  # tokens that each row's first query may read
         skipped = view.skipped(rows, context)
-        kv_lengths = context + queries - 1 - skipped
+        lengths, query_lengths = context + queries - 1, queries.tolist()
+        kv_lengths = lengths - skipped
         sliding_slots, sliding = None, None
         if self._window:
-            own, lengths = self.sliding_table[row_index, position // self.page_size], context + queries - 1
-            sliding_slots = own * self.page_size + position % self.page_size
+            sliding_slots = self.sliding_table[row_index, column] * self.page_size + place
             width = -(-int(lengths.max()) // self.page_size)
             sliding = AttentionBatch(
-                query_lengths=queries.tolist(),
+                query_lengths=query_lengths,
                 kv_lengths=lengths.tolist(),
                 pages=self.sliding_table[row_slots, :width],
                 window=self._window,
@@ -157,9 +158,9 @@ class RowState:
         return ForwardBatch(
             token_ids=self.tokens[row_index, position].long(),
             positions=position,
-            slots=(page - view.first_page) * self.page_size + position % self.page_size,
+            slots=(page - view.first_page) * self.page_size + place,
             attention=AttentionBatch(
-                query_lengths=queries.tolist(),
+                query_lengths=query_lengths,
                 kv_lengths=kv_lengths.tolist(),
                 pages=view.pages(
                     row_slots,

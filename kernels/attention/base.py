@@ -46,6 +46,9 @@ class _Lists:
     per_layer: bool
     prefixes: Sequence[SharedPrefix] | int
 
+    def __post_init__(self) -> None:
+        assert not (self.per_layer and self.prefixes)
+
     @property
     def per_head(self) -> bool:
         """Whether there is a list per KV head."""
@@ -99,7 +102,7 @@ class AttentionBatch(_Lists):
     window: int = 0
 
     def __post_init__(self) -> None:
-        assert not (self.per_layer and self.prefixes)
+        _Lists.__post_init__(self)
         if self.window:
             assert self.pages.dim() == 2
             assert not self.prefixes
@@ -148,9 +151,6 @@ class GraphBatch(_Lists):
     prefixes: int = 0
     per_layer: bool = False
     ballot: Ballot | None = None
-
-    def __post_init__(self) -> None:
-        assert not (self.per_layer and self.prefixes)
 
 
 class GraphAttention(PlannedAttention, Protocol):

@@ -51,9 +51,9 @@ class TopKAttention:
         hidden = slots > seen
         if self._batch.window:
             hidden |= slots <= seen - self._batch.window
+            # A weight of zero does not cancel a NaN, and slots that no query sees may hold anything.
+            v = v.masked_fill(hidden.all(0)[:, None], 0.0)
         scores.masked_fill_(hidden, float("-inf"))
-        # A weight of zero does not cancel a NaN, and slots that no query sees may hold anything.
-        v = v.masked_fill(hidden.all(0)[:, None], 0.0)
         mass = torch.softmax(scores, -1).sum(1)  # [kv_heads, n, length]
         best = mass.topk(min(self._budget, length)).indices
         dropped = torch.ones_like(mass, dtype=torch.bool).scatter_(-1, best, False)

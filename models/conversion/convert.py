@@ -25,9 +25,8 @@ from models.config import ModelError, parse_config
 from models.conversion.checkpoint import Checkpoint, NamedTensors, open_directory
 from models.conversion.gguf import open_gguf
 from models.decoder import DecoderModel
-from models.families.sliding import FULL, SLIDING
 from models.files.json_values import Json
-from models.files.rope_config import has_own_rope
+from models.files.rope_config import FULL, SLIDING, has_own_rope
 from models.layouts.group_layout import SETTINGS, stored_tensors
 from models.weights import HEAD, NOT_FINITE, PROJECTION_BIAS, is_zero
 from parallel.group import Group

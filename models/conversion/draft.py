@@ -18,7 +18,7 @@ from models.config import ModelError, parse_config
 from models.conversion.checkpoint import Checkpoint, NamedWeights, Weight, open_directory
 from models.conversion.convert import check_destination, install
 from models.decoder import DecoderModel
-from models.families.sliding import FULL, SLIDING
+from models.files.rope_config import FULL, SLIDING
 from models.model_config import ModelConfig
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from models.conversion.gguf_file import GGUFArchitecture, GGUFFile, GGUFModel, short_decimal
 from models.conversion.piece_tokenizer import make_tokenizer
 from models.files.json_values import Json, ModelError
+from models.files.rope_config import FULL, SLIDING
 
 _LOCAL_THETA = 10000.0
 """Base of the rotary embedding of sliding layers."""
@@ -51,7 +52,7 @@ def _config(file: GGUFFile) -> Json:
         "rope_local_base_freq": short_decimal(file.field("gemma3.rope.freq_base_swa") or _LOCAL_THETA),
         "rope_scaling": _scaling(file),
         "sliding_window": value("attention.sliding_window"),
-        "layer_types": ["sliding_attention" if (layer + 1) % _PATTERN else "full_attention" for layer in range(layers)],
+        "layer_types": [SLIDING if (layer + 1) % _PATTERN else FULL for layer in range(layers)],
         "attention_bias": False,
         "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in file.tensors),
     }

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from models.families.sliding import FULL, SLIDING, slide
+from models.families.sliding import slide
 from models.files.json_values import Json, ModelError, integer, short
+from models.files.rope_config import FULL, SLIDING
 from models.model_config import ModelConfig, WeightNames
 
 _WINDOW, _PATTERN = 4096, 4

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from models.families.sliding import SLIDING, slide
+from models.families.sliding import slide
 from models.files.json_values import Json, ModelError, flag, integer, number, short
-from models.files.rope_config import RopeConfig, has_own_rope, parse_rope
+from models.files.rope_config import SLIDING, RopeConfig, has_own_rope, parse_rope
 from models.model_config import ModelConfig, WeightNames
 
 READS = frozenset({"query_pre_attn_scalar", "hidden_activation", "hidden_act"})

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from models.files.json_values import Json, ModelError, integer
+from models.files.rope_config import SLIDING
 from models.model_config import ModelConfig
-
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def slide(

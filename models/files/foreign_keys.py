@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from models.files.json_values import Json, ModelError, short
+from models.files.rope_config import LAYER_TYPES
 
 _EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 
@@ -56,7 +57,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Keys, each with the values that change nothing, besides empty ones."""
 
 _ACTIVATIONS = ("silu", "swish")
-_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def refuse_foreign_keys(data: Json, read: frozenset[str] = frozenset()) -> None:
@@ -71,8 +71,8 @@ def refuse_foreign_keys(data: Json, read: frozenset[str] = frozenset()) -> None:
         if key not in read and data.get(key) not in (None, *_ACTIVATIONS):
             raise ModelError(f"{key} {short(data[key])} is not supported; only silu is")
     layer_types = data.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind not in _LAYER_TYPES for kind in layer_types):
-        raise ModelError(f"layer_types {short(layer_types)} is not supported; these are: {', '.join(_LAYER_TYPES)}")
+    if not isinstance(layer_types, list) or any(kind not in LAYER_TYPES for kind in layer_types):
+        raise ModelError(f"layer_types {short(layer_types)} is not supported; these are: {', '.join(LAYER_TYPES)}")
     with_rope = data.get("no_rope_layers") or []  # 1: the layer rotates
     if "no_rope_layers" not in read and (not isinstance(with_rope, list) or not all(each == 1 for each in with_rope)):
         raise ModelError(f"no_rope_layers {short(with_rope)} is not supported; all layers have rotary positions")

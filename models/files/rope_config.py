@@ -15,7 +15,8 @@ _THETA = 10000.0
 _KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 _OTHER_NAMES = {"su": "longrope", "mrope": "default"}
 """Other names of kinds: that of the first Phi-3 files; and positions of images, which in text are those of tokens."""
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = FULL, SLIDING = "full_attention", "sliding_attention"
+"""Types of layers, as layer_types names them."""
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -236,8 +237,8 @@ def _scaling(data: Json, layer_type: str | None = None) -> tuple[str, Json]:
     is_own = layer_type is not None and has_own_rope(data, layer_type)
     key = "rope_scaling" if data.get("rope_scaling") and not is_own else "rope_parameters"
     rope = data.get(key) or {}
-    if key == "rope_parameters" and isinstance(rope, dict) and any(kind in rope for kind in _LAYER_TYPES):
-        rope = rope.get(layer_type or "full_attention") or {}
+    if key == "rope_parameters" and isinstance(rope, dict) and any(kind in rope for kind in LAYER_TYPES):
+        rope = rope.get(layer_type or FULL) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ModelError(f"{key} {short(rope)} is not supported; expected parameters of all layers or of each type")
     return key, rope

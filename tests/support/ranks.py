@@ -24,7 +24,7 @@ from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
 from models.config import ModelConfig
 from models.decoder import DecoderModel
-from models.families.sliding import FULL, SLIDING
+from models.files.rope_config import FULL, SLIDING
 from models.loader import random_model
 from parallel import shm
 from parallel.channel import Disconnected, Link
