@@ -14,9 +14,16 @@ from kernels.attention.base import AttentionBackend, GraphAttention, GraphBatch
 from kernels.kv.kv_pool import LayerKV
 from kernels.weights.matrix import Matrix
 
-Gate = Literal["silu", "gelu_tanh"]
-"""Function of gates: silu(g) = g / (1 + exp(-g));
-gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3)))."""
+Gate = Literal["silu", "gelu_tanh", "clamped_silu"]
+"""How a gate g and a value u are joined. silu: u g / (1 + exp(-g)); gelu_tanh:
+u g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3))); clamped_silu, with `CLAMP`:
+(1 + min(max(u, -7), 7)) * h / (1 + exp(-1.702 h)), h = min(g, 7)."""
+
+CLAMP = 7.0
+"""Largest gate, and largest absolute value, of clamped_silu."""
+
+STEEPNESS = 1.702
+"""Factor of the exponent of clamped_silu."""
 
 
 class Linear(Protocol):
@@ -93,10 +100,6 @@ class Ops(Protocol):
         """Formats that matrices may be rounded to."""
 
     @property
-    def expert_formats(self) -> frozenset[str]:
-        """Those that `experts` takes."""
-
-    @property
     def kv_formats(self) -> frozenset[str]:
         """Formats of pages that attention reads."""
 
@@ -111,8 +114,8 @@ class Ops(Protocol):
         """Prepare a weight matrix for products. The result copies the weights or keeps them.
 
         matrix: [columns, features]; a dense one has the dtype of inputs. bias: [columns]. gated: the first half of the
-        columns are gates g for the second half u, and the result is gated(g) * u. wide: results are float32, or float64
-        for float64 inputs.
+        columns are gates for the second half, and the result joins both as `Gate` says. wide: results are float32, or
+        float64 for float64 inputs.
 
         The result is the product with the matrix's values, but for the rounding of sums; with few bits, inputs may be
         rounded to 8 bits as well: in groups of features with a scale from the largest of them, or, where
@@ -122,9 +125,9 @@ class Ops(Protocol):
     def experts(self, networks: Sequence[tuple[Linear, Linear]], *, per_token: int, normalised: bool) -> Experts:
         """Prepare a mixture of experts. It may move the weights of `networks`, which stay usable.
 
-        networks: a gated product, and a wide one of its results, both of `linear`. per_token: number of networks that
-        compute each token. normalised: whether their weights are scaled to sum to 1. Raises ValueError for formats
-        that are not in `expert_formats`.
+        networks: a gated product, and a wide one of its results, both made by `linear` of this object. per_token:
+        number of networks that compute each token. normalised: whether their weights are scaled to sum to 1. Raises
+        ValueError if the matrices of networks differ in a way that the device cannot take.
         """
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:

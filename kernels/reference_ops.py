@@ -14,7 +14,7 @@ from kernels.key_summaries import bound_products, summarise_keys
 from kernels.kv.kv_bits import KV_BITS
 from kernels.kv.kv_pool import LayerKV, write_kv
 from kernels.noise import gumbel_noise
-from kernels.ops import Experts, Gate, Graphs, Linear
+from kernels.ops import CLAMP, STEEPNESS, Experts, Gate, Graphs, Linear
 from kernels.reference_experts import LoopedExperts
 from kernels.rope import apply_rope
 from kernels.weights.int8_weights import TINY
@@ -42,11 +42,19 @@ class ReferenceLinear:
         """dtype: of the result, unless it is wide."""
         if self._gated:
             gate, value = y.chunk(2, dim=-1)
-            active = F.silu(gate) if self._gated == "silu" else F.gelu(gate, approximate="tanh")
-            y = active.mul_(value)
+            y = _join(self._gated, gate, value)
         if not self._wide:
             return y.to(dtype)
         return y.float() if y.dtype != torch.float64 else y
+
+
+def _join(how: Gate, gate: Tensor, value: Tensor) -> Tensor:
+    """See kernels.ops.Gate."""
+    if how == "clamped_silu":
+        gate = gate.clamp(max=CLAMP)
+        return gate.mul(torch.sigmoid(STEEPNESS * gate)).mul_(value.clamp(-CLAMP, CLAMP).add_(1))
+    active = F.silu(gate) if how == "silu" else F.gelu(gate, approximate="tanh")
+    return active.mul_(value)
 
 
 class QuantizedLinear(ReferenceLinear):
@@ -98,7 +106,6 @@ class TorchFallbackOps:
     accept = None
     commit = None
     reads_prefixes = False
-    expert_formats = frozenset(FORMATS)
 
     def shared_stretch(self, head_dim: int) -> int:
         return 0

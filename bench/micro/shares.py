@@ -87,7 +87,7 @@ class TimedOps:
         self.make_graphs: Callable[[], Graphs] | None = None
         self.shared_stretch, self.reads_prefixes = inner.shared_stretch, inner.reads_prefixes
         self.weight_formats, self.fastest_format = inner.weight_formats, inner.fastest_format
-        self.kv_formats, self.expert_formats = inner.kv_formats, inner.expert_formats
+        self.kv_formats = inner.kv_formats
         self.takes = inner.takes
 
     def linear(

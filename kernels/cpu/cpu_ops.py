@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from torch import Tensor
 
@@ -82,14 +83,11 @@ class CpuOps(TorchFallbackOps):
         return CpuLinear(self._kernels, pack(matrix, bias, gated=gated is not None), gated, wide)
 
     def experts(self, networks: Sequence[tuple[Linear, Linear]], *, per_token: int, normalised: bool) -> Experts:
-        pairs = [
-            (first, second)
-            for first, second in networks
-            if isinstance(first, CpuLinear) and isinstance(second, CpuLinear)
-        ]
-        products = [(first.weights, second.weights) for first, second in pairs]
-        gate = pairs[0][0].gated if len(pairs) == len(networks) else None
-        if gate is None or any(weights.order is not None for pair in products for weights in pair):
+        pairs = cast("Sequence[tuple[CpuLinear, CpuLinear]]", networks)  # `linear` made them
+        products = [(gate_up.weights, down.weights) for gate_up, down in pairs]
+        gate = pairs[0][0].gated
+        assert gate is not None
+        if any(weights.order is not None for pair in products for weights in pair):  # of features
             return super().experts(networks, per_token=per_token, normalised=normalised)
         return CpuExperts(self._kernels, products, gate, per_token, normalised)
 

@@ -21,7 +21,7 @@ SEGMENT = 1024
 csrc/attention_cut.h."""
 _SEALED_KINDS = {"int8": 0, "int4x2": 1, "upper": 2}
 """Numbers of `Sealed` in csrc/kernels.h, by kind of layer (LayerKV.kind)."""
-_GATES: dict[Gate | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
+_GATES: dict[Gate | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "clamped_silu": 3}
 """Numbers of `Gate` in csrc/kernels.h."""
 READABLE_KV = frozenset({"dense", "int8", "int4x2"})
 """Formats of KV that the kernels read (see kernels.kv.kv_bits)."""
@@ -116,7 +116,8 @@ class CpuKernels:
 
         weights: in x's dtype, or of fewer bits. With int8 of one scale per output feature and with int4, x is rounded
         to 8 bits too, with one scale per row, or one per group of features as the weights have, from its largest
-        element. gate: weights are gates and as many values (`pack_gated`), and the result is gate(gates) * values.
+        element. gate: weights are gates and as many values (`pack_gated`), and the result joins both, as
+        kernels.ops.Gate says.
         """
         product, table, last = self._products[weights.kind]
         return product(table, weights.arrange(x), *weights.operands, _GATES[gate], float_out, *last)

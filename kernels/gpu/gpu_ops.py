@@ -3,79 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend, AttentionBatch, GraphAttention, GraphBatch, PlannedAttention
+from kernels.attention.base import AttentionBackend, GraphAttention, GraphBatch
 from kernels.attention.reference_attention import merge_segments
 from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention, GpuPrefixGraphAttention
+from kernels.flashinfer.attention_by_window import AttentionByWindow
 from kernels.flashinfer.flashinfer_attention import FlashInferAttention
 from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention, can_capture
 from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, READABLE_KV, Workspace, load_flashinfer
 from kernels.gpu import pointwise, sample, verdict
-from kernels.gpu.gpu_experts import GpuExperts, stack_weights
+from kernels.gpu.experts.gpu_experts import GpuExperts
 from kernels.gpu.merge import merge_prefixes
+from kernels.gpu.products.dense_linear import DenseLinear
 from kernels.gpu.products.few_bit_layout import lay_out
-from kernels.gpu.products.few_bit_products import FewBitLinear
+from kernels.gpu.products.few_bit_linear import FewBitLinear
 from kernels.gpu.products.format_times import device_seconds, fastest_format
 from kernels.gpu.products.fp8_products import Fp8Linear
+from kernels.gpu.products.product import GpuProduct, GroupedProduct, alike, group_products
 from kernels.gpu.snapkv_scores import snapkv_scores
 from kernels.key_summaries import bound_products, summarise_keys
 from kernels.kv.kv_bits import KV_BITS
 from kernels.kv.kv_pool import LayerKV
 from kernels.ops import Experts, Gate, Graphs, Linear
-from kernels.reference_ops import ReferenceLinear, reference_linear
-from kernels.weights.matrix import Matrix, QuantizedMatrix
+from kernels.weights.matrix import DenseMatrix, Matrix, QuantizedMatrix
 from kernels.weights.weight_format import FORMATS
-
-
-class AttentionByWindow:
-    """`AttentionBackend` of FlashInfer, and of Triton for batches with a window.
-
-    FlashInfer compiles other modules for windows, which are not among those that are loaded when kernels are chosen.
-    Nor is it tested that they leave alone what stands in pages before a window, which Triton's kernels do not read.
-    """
-
-    def __init__(self, without: FlashInferAttention) -> None:
-        """without: attention to batches without a window."""
-        self.without, self._with = without, GpuAttention()
-        self._planned: PlannedAttention = without
-
-    def plan(self, batch: AttentionBatch) -> None:
-        backend = self._with if batch.window else self.without
-        backend.plan(batch)
-        self._planned = backend
-
-    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """See PlannedAttention.run."""
-        return self._planned.run(layer, q, scale)
 
 
 class GpuLinear:
     """Product, followed by gating in Triton."""
 
-    def __init__(self, inner: Linear, gated: Gate | None) -> None:
-        self._inner, self.gated = inner, gated
-
-    @property
-    def dense(self) -> ReferenceLinear | None:
-        """The product without gating, if its weights are dense."""
-        return self._inner if isinstance(self._inner, ReferenceLinear) else None
+    def __init__(self, product: GpuProduct, gated: Gate | None) -> None:
+        self.product, self.gated = product, gated
 
     @property
     def nbytes(self) -> int:
-        return self._inner.nbytes
+        return self.product.nbytes
 
     @property
     def references_weights(self) -> bool:
-        return self._inner.references_weights
+        return self.product.references_weights
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._inner(x)
+        y = self.product(x)
         return pointwise.apply_gate(y, self.gated) if self.gated else y
+
+
+def grouped(linears: Sequence[GpuLinear]) -> GroupedProduct:
+    """Group products with one kind of gate. Raises ValueError if their layouts cannot be."""
+    products = alike([each.product for each in linears])
+    for linear, product in zip(linears, products, strict=True):
+        linear.product = product
+    return group_products(products, linears[0].gated)
 
 
 class Recorder(Protocol):
@@ -130,7 +113,6 @@ class GpuOps:
         return 1  # whole pages, of any size
 
     weight_formats = frozenset(FORMATS)
-    expert_formats = frozenset({"dense"})
 
     def takes(self, matrix: Matrix) -> bool:
         return matrix.format in self.weight_formats
@@ -150,21 +132,18 @@ class GpuOps:
     ) -> GpuLinear:
         return GpuLinear(self._product(matrix, bias, wide), gated)
 
-    def _product(self, matrix: Matrix, bias: Tensor | None, wide: bool) -> Linear:
-        if not isinstance(matrix, QuantizedMatrix):
-            return reference_linear(matrix, bias, gated=None, wide=wide)
+    def _product(self, matrix: Matrix, bias: Tensor | None, wide: bool) -> GpuProduct:
+        if isinstance(matrix, DenseMatrix):
+            return DenseLinear(matrix.weight, bias, wide)
+        assert isinstance(matrix, QuantizedMatrix)
         if self._multiplies_fp8 and Fp8Linear.takes(matrix):
             return Fp8Linear(matrix, bias, wide)
         return FewBitLinear(lay_out(matrix), bias, wide)
 
     def experts(self, networks: Sequence[tuple[Linear, Linear]], *, per_token: int, normalised: bool) -> Experts:
-        pairs = [(a, b) for a, b in networks if isinstance(a, GpuLinear) and isinstance(b, GpuLinear)]
-        dense = [(a.dense, b.dense) for a, b in pairs if a.gated == "silu"]
-        gate_up = [each for each, _ in dense if each is not None]
-        down = [each for _, each in dense if each is not None]
-        if not len(gate_up) == len(down) == len(networks):
-            raise ValueError("GPUs multiply only dense experts, with SiLU; these have weights of few bits")
-        return GpuExperts(stack_weights(gate_up), stack_weights(down), per_token, normalised)
+        pairs = cast("Sequence[tuple[GpuLinear, GpuLinear]]", networks)  # `linear` made them
+        gate_up, down = (grouped([pair[place] for pair in pairs]) for place in (0, 1))
+        return GpuExperts(gate_up, down, per_token, normalised)
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         return pointwise.norm(x, delta, weight, eps)

@@ -10,9 +10,10 @@ from torch import Tensor
 from kernels.gpu.checks import check_dtype, check_pool
 from kernels.gpu.tile import fp8_codes, kv_tensors
 from kernels.kv.kv_pool import LayerKV
-from kernels.ops import Gate
+from kernels.ops import CLAMP, STEEPNESS, Gate
 
 _WIDE = 1024  # elements per program of an elementwise kernel
+_CLAMP, _STEEPNESS = tl.constexpr(CLAMP), tl.constexpr(STEEPNESS)
 
 
 @triton.jit
@@ -67,25 +68,35 @@ def _warps(elements: int) -> int:
 
 
 @triton.jit
+def join_halves(gate: tl.tensor, value: tl.tensor, GATE: tl.constexpr) -> tl.tensor:
+    """Join gates and values, in float32. GATE: see kernels.ops.Gate; all of them are g / (1 + e^-z) times a value."""
+    z = gate
+    if GATE == "gelu_tanh":
+        z = gate * (gate * gate * 0.044715 + 1.0) * 1.5957691216057308  # 2 sqrt(2 / pi)
+    if GATE == "clamped_silu":  # by comparisons, because NaN must stay
+        gate = tl.where(gate > _CLAMP, _CLAMP, gate)
+        z = gate * _STEEPNESS
+        value = tl.where(value > _CLAMP, _CLAMP, value)
+        value = tl.where(value < -_CLAMP, -_CLAMP, value) + 1.0
+    return gate / (1.0 + tl.exp(-z)) * value
+
+
+@triton.jit
 def _gate_kernel(
-    pairs: tl.tensor, out: tl.tensor, stride: tl.tensor, size: tl.tensor, GELU: tl.constexpr, BLOCK: tl.constexpr
+    pairs: tl.tensor, out: tl.tensor, stride: tl.tensor, size: tl.tensor, GATE: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
-    """Gate a block of features. One program per row and block. GELU: by gelu_tanh, or else by silu; both are
-    g / (1 + e^-z)."""
+    """Join a block of features. One program per row and block."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     gate = tl.load(pairs + row * stride + i, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(pairs + row * stride + size + i, mask=inside, other=0.0).to(tl.float32)
-    z = gate
-    if GELU:
-        z = gate * (gate * gate * 0.044715 + 1.0) * 1.5957691216057308  # 2 sqrt(2 / pi)
-    result = gate / (1.0 + tl.exp(-z)) * value
+    result = join_halves(gate, value, GATE)
     tl.store(out + row * size + i, result.to(out.dtype.element_ty), mask=inside)
 
 
 def apply_gate(pairs: Tensor, gate: Gate) -> Tensor:
-    """Compute gate(gates) * values: [rows, 2 size], gates first, to [rows, size]."""
+    """Join gates and values: [rows, 2 size], gates first, to [rows, size]."""
     check_dtype(pairs)
     rows, size = pairs.shape[0], pairs.shape[1] // 2
     if pairs.stride(1) != 1:
@@ -94,7 +105,7 @@ def apply_gate(pairs: Tensor, gate: Gate) -> Tensor:
     if rows:
         block = min(_WIDE, triton.next_power_of_2(size))
         grid = rows, triton.cdiv(size, block)
-        _gate_kernel[grid](pairs, out, pairs.stride(0), size, GELU=gate == "gelu_tanh", BLOCK=block)
+        _gate_kernel[grid](pairs, out, pairs.stride(0), size, GATE=gate, BLOCK=block)
     return out
 
 

@@ -125,9 +125,13 @@ class QuantizedMatrix:
         return values.to(dtype)
 
     def is_finite(self, dtype: torch.dtype) -> bool:
-        """See Matrix. Codes, scales and minima decide: values that only `dtype` cannot hold count as finite."""
-        codes = self.codes.float() if self.codes.is_floating_point() else None
-        return all(is_finite(each) for each in (self.scales, self.mins, codes) if each is not None)
+        """See Matrix. Minima, and scales times the largest code, decide: values that only `dtype` cannot hold count as
+        finite."""
+        if not self.codes.numel():
+            return True
+        codes = self.codes.float() if self.codes.is_floating_point() else self.codes
+        largest = max(abs(float(bound) - self.zero) for bound in torch.aminmax(codes))
+        return is_finite(self.scales * largest) and (self.mins is None or is_finite(self.mins))
 
     def to(self, device: torch.device) -> QuantizedMatrix:
         tensors = {name: getattr(self, name) for name in ("codes", "scales", "mins", "groups")}

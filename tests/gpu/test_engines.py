@@ -70,9 +70,21 @@ def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_graphs_and_speculation_change_nothing(
     model: DecoderModel, draft_dir: Path, drafter: str, kv: dict[str, Any]
 ) -> None:
+    speculation = {"kv": kv, "drafter": drafter, **({"model": str(draft_dir)} if drafter == "model" else {})}
+    check_graphs(model, speculation)
+
+
+@pytest.mark.parametrize("sliding", [(0, 2), (0, 1, 2)], ids=["some layers", "all layers"])
+@pytest.mark.parametrize("kv", [WINDOW, SNAPKV], ids=["window", "snapkv"])
+def test_nor_with_sliding_layers(sliding: tuple[int, ...], kv: dict[str, Any]) -> None:
+    shape = dataclasses.replace(SHAPE, sliding_window=40, sliding_layers=sliding)
+    ops = GpuOps(make_recorder=partial(CudaGraphs, CUDA))
+    check_graphs(random_model(shape, 0, torch.float32, CUDA, Group.single(), ops), {"kv": kv})
+
+
+def check_graphs(model: DecoderModel, speculation: dict[str, Any]) -> None:
     wanted = requests(12, seed=1)
     plain = {id: tokens(out) for id, out in run(tiny_engine(model, gamma=0, cuda_graphs=False), wanted).items()}
-    speculation = {"kv": kv, "drafter": drafter, **({"model": str(draft_dir)} if drafter == "model" else {})}
     accepted = {}
     for gamma, graphs in ((0, True), (3, False), (3, True)):
         engine = tiny_engine(model, gamma=gamma, speculation=speculation, cuda_graphs=graphs, max_model_len=400)

@@ -1,38 +1,35 @@
 """Compile every Triton kernel for a GPU that need not be present, in the shapes of real models.
 
-    python -m tests.support.compile_gpu_kernels ARCHITECTURE [few]
+    python -m tests.support.compile_gpu_kernels ARCHITECTURE [few | tall]
 
-ARCHITECTURE: 80 for an A100, 90 for an H100. few: only shapes that need the most registers or memory. Kernel launchers
-run on CPU tensors; instead of launching, Triton compiles to the GPU's machine code. Prints each binary's `Resources`,
-a JSON object per line.
+ARCHITECTURE: 80 for an A100, 90 for an H100. few: only shapes that need the most registers or memory. tall: of these
+the ones whose products an H100 computes in another way than an A100, and decoding. Kernel launchers run on CPU tensors;
+instead of launching, Triton compiles to the GPU's machine code. Prints each binary's `Resources`, a JSON object per
+line.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import replace
 
 import torch
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from kernels.attention.base import AttentionBatch, Ballot, SharedPrefix
 from kernels.attention.triton_attention import GpuAttention
-from kernels.gpu import gpu_experts, merge, pointwise, sample, snapkv_scores, verdict, votes
+from kernels.gpu import merge, pointwise, sample, snapkv_scores, verdict, votes
+from kernels.gpu.experts.dense_grouped import GroupedDense
+from kernels.gpu.experts.few_bit_grouped import GroupedFewBit
+from kernels.gpu.experts.sorted_pairs import SortedPairs, sort_pairs
 from kernels.gpu.products.few_bit_layout import lay_out
 from kernels.gpu.products.few_bit_products import few_bit_product
 from kernels.gpu.products.fp8_products import round_inputs
 from kernels.kv.kv_bits import SEALED_GROUP
 from kernels.kv.kv_pool import LayerKV
+from kernels.ops import Gate
 from kernels.weights.matrix import QuantizedMatrix, regular_groups
+from tests.support.gates import GATES
+from tests.support.gpu_compiler import Compiler
 from tests.support.kv_layers import KINDS, layer_of
 
 HEADS = (
@@ -51,64 +48,6 @@ HEADS = (
 """Query heads, KV heads and head_dim, of whole models and of ranks' shards."""
 SHARED = 1 << 20
 """Pages of a prefix: so many that reading it once pays for every model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """Resources of one binary. shared: bytes per program. stack: bytes per thread, not 0 where registers are spilled.
-    copies: asynchronous copies of 16 bytes to shared memory. divisions: of 64-bit integers."""
-
-    kernel: str
-    case: str
-    shared: int
-    warps: int
-    registers: int
-    stack: int
-    copies: int
-    divisions: int
-
-
-class Compiler:
-    """Compiles at every kernel launch instead of launching, and prints resources."""
-
-    def __init__(self, architecture: int) -> None:
-        self.case = ""
-        self._seen: set[str] = set()
-        target = GPUTarget("cuda", architecture, 32)
-        driver.set_active(
-            SimpleNamespace(
-                get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
-            )
-        )
-        run = JITFunction.run
-
-        def compile_it(function: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
-            kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
-            if kernel.hash not in self._seen:
-                self._seen.add(kernel.hash)
-                print(json.dumps(asdict(self._resources(function.fn.__name__, kernel))), flush=True)
-
-        JITFunction.run = compile_it
-
-    def _resources(self, name: str, kernel: Any) -> Resources:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        assert found, usage
-        ptx = kernel.asm["ptx"]
-        return Resources(
-            name,
-            self.case,
-            kernel.metadata.shared,
-            kernel.metadata.num_warps,
-            int(found[1]),
-            int(found[2]),
-            len(re.findall(r"cp\.async\.cg\.shared\.global .*0x10,", ptx)),
-            len(re.findall(r"\b(?:div|rem)\.[su]64", ptx)),
-        )
 
 
 def attention(
@@ -179,8 +118,8 @@ def layer_kernels(compiler: Compiler, heads: tuple[int, int, int], dtype: torch.
     x = torch.zeros(2, q_heads * head_dim, dtype=dtype)
     pointwise.norm(x, x.clone(), x[0], 1e-5)
     pointwise.norm(x, None, x[0], 1e-5)
-    pointwise.apply_gate(x, "silu")
-    pointwise.apply_gate(x, "gelu_tanh")
+    for gate in GATES:
+        pointwise.apply_gate(x, gate)
     layer = LayerKV(*torch.zeros(2, 9, kv_heads, 16, head_dim, dtype=dtype))
     qkv = torch.zeros(2, q_heads + 2 * kv_heads, head_dim, dtype=dtype)
     table = torch.zeros(9, head_dim // 2)
@@ -210,14 +149,18 @@ def few_bits(compiler: Compiler, format: str, group: int, mins: str, dtype: torc
     """group: features per group; 0: all. mins: none, zeros or any; see FewBitWeights."""
     columns, features = 256, 4096
     compiler.case = f"{format}, groups of {group}, mins: {mins}, {str(dtype)[6:]}, {rows} rows"
+    matrix = zeros(format, group, mins, columns, features)
+    few_bit_product(torch.zeros(rows, features, dtype=dtype), lay_out(matrix), torch.zeros(columns, dtype=dtype))
+
+
+def zeros(format: str, group: int, mins: str, columns: int, features: int) -> QuantizedMatrix:
     codes = torch.zeros(columns, features, dtype={"int4": torch.uint8, "int8": torch.int8}.get(format, torch.uint8))
     groups = regular_groups(features, group or features)
     scales = torch.full((columns, int(groups[-1]) + 1), 0.5)
     offsets = {"zeros": -8 * scales, "any": 0.3 * scales}.get(mins)
-    matrix = QuantizedMatrix(
+    return QuantizedMatrix(
         format=format, codes=codes, scales=scales, mins=offsets, groups=groups, group_size=group or features
     )
-    few_bit_product(torch.zeros(rows, features, dtype=dtype), lay_out(matrix), torch.zeros(columns, dtype=dtype))
 
 
 def fp8_inputs(compiler: Compiler, features: int, dtype: torch.dtype) -> None:
@@ -225,14 +168,44 @@ def fp8_inputs(compiler: Compiler, features: int, dtype: torch.dtype) -> None:
     round_inputs(torch.zeros(2, features, dtype=dtype))
 
 
-def grouped(compiler: Compiler, dtype: torch.dtype, tokens: int) -> None:
-    """Products of a mixture of experts in one of its shapes; weights need no memory."""
-    compiler.case = f"{str(dtype)[6:]}, {tokens} tokens"
-    chosen, factors = torch.arange(8).repeat(tokens, 1), torch.zeros(tokens, 8)
-    pairs = gpu_experts.sort_pairs(chosen, factors, 16)
-    gate_up, down = (torch.empty(16, n, f, dtype=dtype) for n, f in ((2 * 768, 2048), (2048, 768)))
-    inner = gpu_experts.grouped_product(torch.zeros(tokens, 2048, dtype=dtype), gate_up, pairs, per_token=8, gated=True)
-    gpu_experts.grouped_product(inner, down, pairs, per_token=8, gated=False)
+EXPERTS, PER_TOKEN = 16, 8
+WIDE, SIZE = 2048, 768
+"""Features of inputs and of networks, in one of the shapes of mixtures of experts."""
+
+
+def grouped(compiler: Compiler, dtype: torch.dtype, tokens: int, gate: Gate, *, biased: bool) -> None:
+    """Grouped products of dense weights, which need no memory."""
+    compiler.case = f"{str(dtype)[6:]}, {tokens} tokens, {gate}, biased: {biased}"
+    gate_up, down = (
+        GroupedDense(
+            torch.empty(EXPERTS, columns, features, dtype=dtype),
+            torch.empty(EXPERTS, columns, dtype=dtype) if biased else None,
+            how,
+        )
+        for columns, features, how in ((2 * SIZE, WIDE, gate), (WIDE, SIZE, None))
+    )
+    pairs = sorted_pairs(tokens)
+    down(gate_up(torch.zeros(tokens, WIDE, dtype=dtype), pairs), pairs)
+
+
+def grouped_few_bits(
+    compiler: Compiler, format: str, group: int, mins: str, dtype: torch.dtype, tokens: int, *, ordered: bool = False
+) -> None:
+    """ordered: whether features are not in the order of inputs. Others: see few_bits."""
+    compiler.case = f"{format}, groups of {group}, mins: {mins}, ordered: {ordered}, {str(dtype)[6:]}, {tokens} tokens"
+    pairs, x = sorted_pairs(tokens), torch.zeros(tokens, WIDE, dtype=dtype)
+    gates: tuple[Gate | None, ...] = ("silu", None)
+    for columns, features, gate in zip((2 * SIZE, WIDE), (WIDE, SIZE), gates, strict=True):
+        matrix = zeros(format, group, mins, columns, features)
+        if ordered:
+            matrix = replace(matrix, groups=matrix.groups.flip(0))
+        one = lay_out(matrix)
+        stacked = {name: tensor.expand(EXPERTS, *tensor.shape) for name, tensor in one.tensors.items()}
+        x = GroupedFewBit(one.with_tensors(stacked), torch.zeros(EXPERTS, columns, dtype=dtype), gate)(x, pairs)
+
+
+def sorted_pairs(tokens: int) -> SortedPairs:
+    return sort_pairs(torch.arange(PER_TOKEN).repeat(tokens, 1), torch.zeros(tokens, PER_TOKEN), EXPERTS)
 
 
 FEW_BITS = (
@@ -296,8 +269,32 @@ def few(compiler: Compiler) -> None:
     few_bits(compiler, "int4", 32, "any", torch.float32, 1)
     fp8_inputs(compiler, 28_672, torch.bfloat16)
     for tokens in (1, 40, 300):
-        grouped(compiler, torch.bfloat16, tokens)
-    grouped(compiler, torch.float32, 300)
+        grouped(compiler, torch.bfloat16, tokens, "silu", biased=False)
+    grouped(compiler, torch.float32, 300, "gelu_tanh", biased=True)
+    grouped(compiler, torch.bfloat16, 300, "clamped_silu", biased=True)
+    for format, group, mins in FEW_BITS:
+        grouped_few_bits(compiler, format, group, mins, torch.bfloat16, 300)
+    for dtype, tokens in ((torch.bfloat16, 1), (torch.float32, 300)):
+        grouped_few_bits(compiler, "int8", 32, "none", dtype, tokens)
+        grouped_few_bits(compiler, "int4", 32, "any", dtype, tokens)
+    grouped_few_bits(compiler, "int4", 64, "zeros", torch.bfloat16, 300, ordered=True)
+
+
+def tall(compiler: Compiler) -> None:
+    """Tiles of 64 rows and more, which an H100 multiplies by instructions of its own; and a batch that decodes, alone
+    and behind a prefix."""
+    attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64)
+    attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, SHARED)
+    for heads in ((64, 8, 128), (8, 1, 256)):
+        attention(compiler, heads, torch.bfloat16, 40, 64)
+    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, unit=16)
+    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, kind="int4x2")
+    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, window=512)
+    few_bits(compiler, "int4", 32, "any", torch.bfloat16, 512)
+    few_bits(compiler, "fp8", 128, "none", torch.bfloat16, 512)
+    grouped(compiler, torch.bfloat16, 300, "clamped_silu", biased=True)
+    grouped_few_bits(compiler, "int4", 32, "any", torch.bfloat16, 300)
+    grouped_few_bits(compiler, "int8", 32, "none", torch.bfloat16, 300)
 
 
 def everything(compiler: Compiler) -> None:
@@ -327,7 +324,11 @@ def everything(compiler: Compiler) -> None:
                 few_bits(compiler, format, group, mins, dtype, rows)
         fp8_inputs(compiler, 28_672, dtype)
         for tokens in (1, 40, 300):
-            grouped(compiler, dtype, tokens)
+            for gate in GATES:
+                grouped(compiler, dtype, tokens, gate, biased=gate == "clamped_silu")
+            for format, group, mins in FEW_BITS:
+                grouped_few_bits(compiler, format, group, mins, dtype, tokens)
+                grouped_few_bits(compiler, format, group, mins, dtype, tokens, ordered=True)
     for size in (5120, 8192, 16384, 32768):
         wide_norm(compiler, size)
     for rows, size in ((2, 128_256), (1, 100), (1, 1), (2, 262_144)):
@@ -335,4 +336,5 @@ def everything(compiler: Compiler) -> None:
 
 
 if __name__ == "__main__":
-    (few if "few" in sys.argv else everything)(Compiler(int(sys.argv[1])))
+    cases = {"few": few, "tall": tall}.get(sys.argv[-1], everything)
+    cases(Compiler(int(sys.argv[1])))

@@ -10,7 +10,7 @@ namespace magicdec {
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Weights : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
 enum class Codes : int { i8 = 0, e4m3 = 1 };
-enum class Gate : int { none = 0, silu = 1, gelu_tanh = 2 };
+enum class Gate : int { none = 0, silu = 1, gelu_tanh = 2, clamped_silu = 3 };
 
 // Threads that share the work of one kernel. run: calls work(context, piece, thread) once for each piece in [0, pieces), with
 // thread < threads, and returns when all are done (pool.h).
@@ -22,7 +22,7 @@ struct Team {
 constexpr int BLOCK = 32;  // columns (output features) that are packed together
 constexpr float E4M3_SCALE = 256;  // what kernels decode codes of e4m3 to is so much smaller, which takes fewer instructions
 
-// A product of rows with packed weights: y = x w^T + bias, or the function of the gate times up of its two halves.
+// A product of rows with packed weights: y = x w^T + bias, or its two halves joined.
 struct ProductArgs {
   Team team;
   const float* bias;  // [blocks * BLOCK], or null

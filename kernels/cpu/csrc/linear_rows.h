@@ -90,11 +90,19 @@ MAGICDEC_INLINE void store_columns(Out* y, f32x16 v, int n) {
 // Packed columns that a product's result comes from.
 inline int packed_columns(const ProductArgs& args) { return args.gate == Gate::none ? args.columns : args.columns * 2; }
 
-// The function of gates; both are g / (1 + e^-z). For gelu_tanh, (1 + tanh(z / 2)) / 2 = 1 / (1 + e^-z).
-MAGICDEC_INLINE f32x16 activate(Gate gate, f32x16 g) {
+// Joins gates and values; see kernels.ops.Gate. All gates are g / (1 + e^-z). For gelu_tanh, (1 + tanh(z / 2)) / 2 = 1 / (1 + e^-z).
+MAGICDEC_INLINE f32x16 join(Gate gate, f32x16 g, f32x16 value) {
   constexpr float TWICE_ROOT = 1.59576912f;  // 2 sqrt(2 / pi)
-  const f32x16 z = gate == Gate::silu ? g : g * (g * g * 0.044715f + 1.0f) * TWICE_ROOT;
-  return g / (1.0f + exponential(-z));
+  constexpr float CLAMP = 7.0f, STEEPNESS = 1.702f;
+  f32x16 z = g;
+  if (gate == Gate::gelu_tanh) {
+    z = g * (g * g * 0.044715f + 1.0f) * TWICE_ROOT;
+  } else if (gate == Gate::clamped_silu) {  // of two numbers that are not ordered, minimum and maximum return the second: NaN stays
+    g = minimum(splat(CLAMP), g);
+    z = g * STEEPNESS;
+    value = minimum(splat(CLAMP), maximum(splat(-CLAMP), value)) + 1.0f;
+  }
+  return g / (1.0f + exponential(-z)) * value;
 }
 
 template <class Out, int M>
@@ -108,7 +116,7 @@ MAGICDEC_INLINE void finish(const ProductArgs& args, f32x16 (&sums)[M][2], int r
     Out* y = static_cast<Out*>(args.y) + (row + m) * args.y_stride;
     if (args.gate != Gate::none) {
       const int column = block * LANES;
-      store_columns(y + column, activate(args.gate, first) * second, args.columns - column);
+      store_columns(y + column, join(args.gate, first, second), args.columns - column);
     } else {
       const int column = block * BLOCK;
       store_columns(y + column, first, args.columns - column);

@@ -12,7 +12,7 @@ Tensor prepare(ProductArgs& args, const Tensor& x, int64_t blocks, const std::op
                int64_t gate, bool float_out) {
   check_rows(x, 1, "x");
   TORCH_CHECK(x.size(1) == features, "linear: x has ", x.size(1), " features, the weights ", features);
-  TORCH_CHECK(gate >= 0 && gate <= 2, "linear: gate ", gate);
+  TORCH_CHECK(gate >= 0 && gate <= 3, "linear: gate ", gate);
   TORCH_CHECK(columns * (gate ? 2 : 1) <= blocks * BLOCK, "linear: more columns than weights");
   TORCH_CHECK(!bias || (bias->numel() == blocks * BLOCK && bias->is_contiguous()), "linear: one number per packed column");
   args.team = team();

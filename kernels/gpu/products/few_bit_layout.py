@@ -11,12 +11,14 @@ Columns are padded to a multiple of COLUMNS, features to whole lines. Inputs are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.weights.int4_weights import SYMMETRIC_ZERO
 from kernels.weights.matrix import QuantizedMatrix, grouped_order, zero_points
 
 LINE = 32
@@ -53,9 +55,19 @@ class FewBitWeights:
     order: Tensor | None
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of its fields that are tensors."""
+        tensors = {"codes": self.codes, "scales": self.scales, "mins": self.mins, "order": self.order}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> FewBitWeights:
+        """Return the same layout with other tensors of those names."""
+        codes, scales = tensors["codes"], tensors["scales"]
+        return replace(self, codes=codes, scales=scales, mins=tensors.get("mins"), order=tensors.get("order"))
+
+    @property
     def nbytes(self) -> int:
-        tensors = (self.codes, self.scales, self.mins, self.order)
-        return sum(each.nbytes for each in tensors if each is not None)
+        return sum(each.nbytes for each in self.tensors.values())
 
     @property
     def has_zeros(self) -> bool:
@@ -102,6 +114,19 @@ def lay_out(matrix: QuantizedMatrix) -> FewBitWeights:
         group=0 if matrix.scales.shape[1] == 1 and mins is None else group,
         order=order,
     )
+
+
+def with_minima(weights: FewBitWeights) -> FewBitWeights:
+    """Return int4 weights with minima in place of codes of 0, with the same values; others as they are."""
+    if weights.format != "int4" or weights.mins is not None:
+        return weights
+    if weights.has_zeros:
+        scales = weights.scales.to(torch.int16).view(torch.float16).float()
+        mins = (weights.scales >> 16) * -scales
+    else:
+        scales, mins = weights.scales, weights.scales * -SYMMETRIC_ZERO
+    group = weights.group or len(weights.codes) * weights.features_per_line
+    return replace(weights, scales=scales, mins=mins, group=group)
 
 
 def _bytes_of(matrix: QuantizedMatrix) -> Tensor:

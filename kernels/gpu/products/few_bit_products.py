@@ -29,30 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_dtype
-from kernels.gpu.products.few_bit_layout import COLUMNS, LINE, FewBitWeights, codes_per_word
-from kernels.gpu.tile import product
+from kernels.gpu.products.few_bit_layout import COLUMNS, LINE, FewBitWeights
+from kernels.gpu.products.few_bit_sums import few_bit_sums, layout_constants
 
 _REDUCED = 1024  # columns per program of the second kernel
 _LINES = 4  # smallest number for a program to have its loads under way together
 _MULTIPROCESSORS = 108  # of an A100, where there is no device
-
-
-class FewBitLinear:
-    """See kernels.ops.Linear."""
-
-    references_weights = False
-
-    def __init__(self, weights: FewBitWeights, bias: Tensor | None, wide: bool) -> None:
-        self._weights, self._bias, self._wide = weights, bias, wide
-
-    @property
-    def nbytes(self) -> int:
-        return self._weights.nbytes + (0 if self._bias is None else self._bias.nbytes)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return few_bit_product(x, self._weights, self._bias, wide=self._wide)
 
 
 class ProductShape(NamedTuple):
@@ -65,67 +48,6 @@ class ProductShape(NamedTuple):
     splits: int
     warps: int
     stages: int
-
-
-@triton.constexpr_function
-def _assembly(shift: int, mask: int, base: int) -> str:
-    """Instructions for two 16-bit words in one register: words >> shift & mask | base. The table of the last one is
-    that of a & b | c."""
-    shifted = f"shr.b32 t, $1, {shift}" if shift >= 0 else f"shl.b32 t, $1, {-shift}"
-    return f"{{ .reg .b32 t; {shifted}; lop3.b32 $0, t, {(mask & 0xFFFF) * 0x10001:#x}, {base * 0x10001:#x}, 0xEA; }}"
-
-
-@triton.jit
-def _bits(
-    words: tl.tensor, SHIFT: tl.constexpr, MASK: tl.constexpr, BASE: tl.constexpr, WIDEN: tl.constexpr
-) -> tl.tensor:
-    """Compute words >> SHIFT & MASK | BASE, for tensor cores two words at a time. MASK has no bits that would come from
-    another word. SHIFT: negative to the left."""
-    if not WIDEN:
-        bits = tl.inline_asm_elementwise(
-            _assembly(SHIFT, MASK, BASE), "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
-        )
-    elif SHIFT >= 0:
-        bits = ((words >> SHIFT) & MASK) | BASE
-    else:
-        bits = ((words << -SHIFT) & MASK) | BASE
-    return bits
-
-
-@triton.jit
-def _float(bits: tl.tensor, HALF: tl.constexpr, WIDEN: tl.constexpr) -> tl.tensor:
-    """Read bits as numbers of type HALF, as float32 if WIDEN is set (see kernels.gpu.tile.product)."""
-    if WIDEN and tl.bfloat16 == HALF:  # by bits: Triton's interpreter converts subnormal numbers to others
-        value = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif WIDEN:
-        value = bits.to(HALF, bitcast=True).to(tl.float32)
-    else:
-        value = bits.to(HALF, bitcast=True)
-    return value
-
-
-@triton.jit
-def _unpack(
-    words: tl.tensor, zero: tl.tensor, PART: tl.constexpr, FORMAT: tl.constexpr, HALF: tl.constexpr, WIDEN: tl.constexpr
-) -> tl.tensor:
-    """Convert one code of each word to its value, less `zero` for int4, without rounding.
-
-    HALF: bfloat16 or float16. A number of few bits in the lowest bits of 128 (of 1024 in float16) adds to it.
-    """
-    BASE: tl.constexpr = 0x6400 if tl.float16 == HALF else 0x4300
-    if FORMAT == "int4":
-        value = _float(_bits(words, 4 * PART, 0xF, BASE, WIDEN), HALF, WIDEN) - zero
-    elif FORMAT == "int8":  # the low 7 bits, less 128 if the code is negative
-        low, sign = _bits(words, 8 * PART, 0x7F, BASE, WIDEN), _bits(words, 8 * PART, 0x80, BASE, WIDEN)
-        value = _float(low, HALF, WIDEN) - _float(sign, HALF, WIDEN)
-    else:  # the same numbers with smaller exponents, subnormal ones too
-        SHIFT: tl.constexpr = 1 if tl.float16 == HALF else 4
-        MASK: tl.constexpr = 0x3F80 if tl.float16 == HALF else 0x07F0
-        FACTOR: tl.constexpr = 2.0**8 if tl.float16 == HALF else 2.0**120
-        sign = _bits(words, 8 * PART - 8, -0x8000, 0, WIDEN)
-        bits = sign | _bits(words, 8 * PART - 8 + SHIFT, MASK, 0, WIDEN)
-        value = _float(bits, HALF, WIDEN) * FACTOR
-    return value
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -143,13 +65,13 @@ def _few_bit_kernel(
     padded_columns: tl.tensor,
     lines: tl.tensor,
     lines_per_split: tl.tensor,
+    BIAS: tl.constexpr,
     FORMAT: tl.constexpr,
     HALF: tl.constexpr,
     LINE: tl.constexpr,
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     MINS: tl.constexpr,
-    BIAS: tl.constexpr,
     SHARED: tl.constexpr,
     WHOLE: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -161,56 +83,42 @@ def _few_bit_kernel(
     """Multiply a tile of rows by a tile of columns, over the features of one split. Programs of the same columns are
     neighbours, and find their codes in the L2 cache.
 
-    out: [splits, rows, columns]; with several splits, float32, and there is no bias. GROUP, ZEROS, MINS: see
-    FewBitWeights. SHARED: parts of a line in one group. WHOLE: whether lines have no padding.
+    out: [splits, rows, columns]; with several splits, float32, and there is no bias. Others: see few_bit_sums.
     """
-    PARTS: tl.constexpr = 4 if FORMAT == "int4" else 2
-    CHUNKS: tl.constexpr = LINE // CHUNK
-    BASE: tl.constexpr = 0x6400 if tl.float16 == HALF else 0x4300
-    ZERO: tl.constexpr = (1024 if tl.float16 == HALF else 128) + (0 if MINS else 8)
     split = tl.program_id(2)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    place = tl.arange(0, CHUNK)
     present = row < rows
-    of_row = x + row * x_stride
-    in_line = column[:, None] * LINE + place[None, :]
-    line_stride = padded_columns.to(tl.int64) * LINE
-    sums = tl.zeros([COLUMNS, ROWS], tl.float32)
     first = split * lines_per_split
     last = tl.minimum(first + lines_per_split, lines)
-    for step in tl.range(first * CHUNKS, last * CHUNKS, num_stages=STAGES):
-        line, start = step // CHUNKS, step % CHUNKS * CHUNK
-        words = tl.load(codes + line * line_stride + in_line + start)
-        partial = sums if GROUP == 0 else tl.zeros([COLUMNS, ROWS], tl.float32)
-        for part in tl.static_range(PARTS):
-            feature = (line * PARTS + part) * LINE + start
-            read = present[:, None] if WHOLE else present[:, None] & (feature + place < features)[None, :]
-            inputs = tl.load(of_row[:, None] + (feature + place)[None, :], mask=read, other=0.0)
-            at = column if GROUP == 0 else feature // GROUP * padded_columns + column
-            if ZEROS and part % SHARED == 0:
-                word = tl.load(scales + at)
-                zero = _float((word >> 16).to(tl.int16) | BASE, HALF, WIDEN)[:, None]
-                scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            if not ZEROS:
-                zero = tl.full([COLUMNS, 1], ZERO, tl.float32 if WIDEN else HALF)
-                if GROUP != 0 and part % SHARED == 0:
-                    scale = tl.load(scales + at)
-            weights = _unpack(words, zero, part, FORMAT, HALF, WIDEN)
-            partial += product(weights, tl.trans(inputs), WIDEN)
-            if GROUP != 0 and (part + 1) % SHARED == 0:
-                sums += partial * scale[:, None]
-                partial = tl.zeros([COLUMNS, ROWS], tl.float32)
-            if MINS:
-                total = tl.sum(inputs.to(tl.float32), 1)
-                sums += tl.load(mins + at)[:, None] * total[None, :]
-        if GROUP == 0:
-            sums = partial
-    if GROUP == 0:
-        scale = tl.load(scales + column)
-        if ZEROS:
-            scale = scale.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        sums *= scale[:, None]
+    sums = few_bit_sums(
+        x + row * x_stride,
+        present,
+        x,  # there is no order
+        codes,
+        scales,
+        mins,
+        column,
+        features,
+        features,
+        padded_columns,
+        first,
+        last,
+        FORMAT,
+        HALF,
+        LINE,
+        GROUP,
+        ZEROS,
+        MINS,
+        False,
+        SHARED,
+        WHOLE,
+        COLUMNS,
+        ROWS,
+        CHUNK,
+        STAGES,
+        WIDEN,
+    )
     inside = column < columns
     if BIAS:
         sums += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -256,7 +164,7 @@ def few_bit_product(x: Tensor, weights: FewBitWeights, bias: Tensor | None, *, w
     shape = product_shape(rows, weights, x.dtype)
     per_split = triton.cdiv(lines, shape.splits)
     splits = triton.cdiv(lines, per_split)
-    several, parts = splits > 1, codes_per_word(weights.format)
+    several = splits > 1
     sums = torch.empty(splits, rows, columns, dtype=torch.float32, device=x.device) if several else out
     _few_bit_kernel[(triton.cdiv(rows, shape.rows), triton.cdiv(columns, shape.columns), splits)](
         x,
@@ -272,20 +180,12 @@ def few_bit_product(x: Tensor, weights: FewBitWeights, bias: Tensor | None, *, w
         padded_columns,
         lines,
         per_split,
-        FORMAT=weights.format,
-        HALF=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
-        LINE=LINE,
-        GROUP=weights.group,
-        ZEROS=weights.has_zeros,
-        MINS=weights.mins is not None,
         BIAS=bias is not None and not several,
-        SHARED=parts if not weights.group else max(1, min(weights.group & -weights.group, LINE * parts) // LINE),
-        WHOLE=weights.features == lines * weights.features_per_line,
+        **layout_constants(weights, x.dtype),
         COLUMNS=shape.columns,
         ROWS=shape.rows,
         CHUNK=shape.chunk,
         STAGES=shape.stages,
-        WIDEN=INTERPRETED or x.dtype == torch.float32,
         num_warps=shape.warps,
     )
     if several:

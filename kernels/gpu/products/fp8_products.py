@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.products.few_bit_layout import lay_out
+from kernels.gpu.products.few_bit_linear import FewBitLinear
 from kernels.gpu.tile import fp8_codes
 from kernels.weights.fp8_weights import LARGEST
 from kernels.weights.int8_weights import TINY
@@ -65,13 +67,13 @@ def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class Fp8Linear:
-    """See kernels.ops.Linear."""
+    """See GpuProduct."""
 
     references_weights = False
 
     def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None, wide: bool) -> None:
         self._codes, self._bias, self._wide = matrix.codes.contiguous(), bias, wide
-        self._scales = matrix.scales.view(1, -1)
+        self._scales = matrix.scales.reshape(1, -1)
 
     @staticmethod
     def takes(matrix: QuantizedMatrix) -> bool:
@@ -94,3 +96,16 @@ class Fp8Linear:
                 codes, self._codes.t(), scale_a=scales, scale_b=self._scales, bias=self._bias, out_dtype=x.dtype
             )
         return y.float() if self._wide else y
+
+    def groupable(self) -> FewBitLinear:
+        """See GpuProduct. The result keeps inputs as they are."""
+        columns, features = self._codes.shape
+        matrix = QuantizedMatrix(
+            format="fp8",
+            codes=self._codes,
+            scales=self._scales.view(columns, 1),
+            mins=None,
+            groups=torch.zeros(features, dtype=torch.int64, device=self._codes.device),
+            group_size=features,
+        )
+        return FewBitLinear(lay_out(matrix), self._bias, self._wide)

@@ -14,6 +14,7 @@ from kernels.cpu.packing import PackedCoded, can_pack, pack
 from kernels.ops import Gate
 from kernels.weights.matrix import QuantizedMatrix, regular_groups
 from kernels.weights.weight_format import FORMATS
+from tests.support.gates import GATES, joined
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
@@ -129,7 +130,7 @@ def test_a_row_depends_on_nothing_else(kernels: CpuKernels, form: str, size: int
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
-@pytest.mark.parametrize("gated", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize("gated", [None, *GATES])
 @pytest.mark.parametrize("rows", [1, 30])
 @pytest.mark.parametrize("form", FORMS)
 def test_linear_of_the_device(kernels: CpuKernels, form: str, rows: int, gated: Gate | None, wide: bool) -> None:
@@ -140,10 +141,7 @@ def test_linear_of_the_device(kernels: CpuKernels, form: str, rows: int, gated: 
     assert not linear.references_weights
     expected = x.float() @ weights.dense(torch.float32).T + bias
     if gated:
-        gate, value = expected.chunk(2, 1)
-        functional = torch.nn.functional
-        gate = functional.silu(gate) if gated == "silu" else functional.gelu(gate, approximate="tanh")
-        expected = gate * value
+        expected = joined(gated, *expected.chunk(2, 1))
     y = linear(x)
     assert y.dtype == (torch.float32 if wide else torch.bfloat16)
     torch.testing.assert_close(y.float(), expected, rtol=1e-5 if wide else 2**-8, atol=1e-5)

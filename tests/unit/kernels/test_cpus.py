@@ -165,8 +165,9 @@ def test_garbage(machine: Machine, line: str, maximum: str) -> None:
     assert machine.cores() == 8
 
 
-@pytest.mark.parametrize("package", ["engine", "bench", "magicdec"])
-@pytest.mark.parametrize("own", [None, "ACTIVE"])
+@pytest.mark.parametrize(
+    ("package", "own"), [("engine", None), ("bench", None), ("magicdec", None), ("engine", "ACTIVE")]
+)
 def test_threads_of_torch_sleep_while_they_wait(package: str, own: str | None) -> None:
     """The setting is there before torch is loaded, which reads it once."""
     script = f"""

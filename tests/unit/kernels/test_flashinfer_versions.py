@@ -29,6 +29,7 @@ from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS
 from models.known_shapes import SHAPES
 from parallel.split import split_heads
 from tests.support.paths import ROOT
+from tests.support.profiles import only_in_all
 from tests.support.wheels import unpacked
 
 VERSIONS = ["0.6.6", "0.7.2"]
@@ -122,8 +123,14 @@ def captured_shapes(path: Path) -> tuple[tuple[Heads, int, int], ...]:
     return tuple(sorted(shapes))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("device", PROCESSORS)
+@pytest.mark.parametrize(
+    ("path", "device"),
+    [
+        pytest.param(path, device, id=f"{path.stem}-{device}", marks=() if often else only_in_all().marks)
+        for number, path in enumerate(CONFIGS)
+        for often, device in zip((number % 2 == 0, number % 2 == 1), PROCESSORS, strict=True)
+    ],
+)
 def test_captured_plans_have_the_memory_they_need(planner: tuple[Path, bool], path: Path, device: str) -> None:
     """And stand where they stood: a graph's kernels have tiles, numbers of blocks and addresses of its first plan.
 

@@ -32,9 +32,9 @@ def kernel_names() -> set[str]:
 @pytest.mark.parametrize("architecture", SHARED)
 def test_every_kernel_compiles_within_the_devices_limits(architecture: int, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    selection = [] if is_all() else ["few"]
+    selection = "" if is_all() else "few" if architecture == min(SHARED) else "tall"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.compile_gpu_kernels", str(architecture), *selection],
+        [sys.executable, "-m", "tests.support.compile_gpu_kernels", str(architecture), *selection.split()],
         cwd=ROOT,
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
@@ -42,7 +42,7 @@ def test_every_kernel_compiles_within_the_devices_limits(architecture: int, tmp_
     )
     assert done.returncode == 0, done.stderr
     binaries = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {binary["kernel"] for binary in binaries} == kernel_names()
+    assert selection == "tall" or {binary["kernel"] for binary in binaries} == kernel_names()
     for binary in binaries:
         assert binary["stack"] == 0, f"registers are spilled: {binary}"
         assert binary["shared"] <= SHARED[architecture], binary

@@ -66,7 +66,7 @@ def rerun(work: Callable[[], None]) -> Callable[[], None]:
 
 
 @given(case=TRITON)
-@examples(4, 40)
+@examples(3, 40)
 def test_lists_per_layer_in_triton(case: VoteCase) -> None:
     batch = draw_batch(case, torch.float32)
     check_lists(GpuAttention(SPAN), batch)
@@ -74,7 +74,7 @@ def test_lists_per_layer_in_triton(case: VoteCase) -> None:
 
 
 @given(case=VOTES, dtype=st.sampled_from([torch.float32, torch.bfloat16]), room=st.booleans())
-@examples(8, 80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(4, 80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_votes_in_triton(monkeypatch: pytest.MonkeyPatch, case: VoteCase, dtype: torch.dtype, room: bool) -> None:
     """room: whether sums of whole pages are kept while keys are read; else these are read once more."""
     monkeypatch.setattr("kernels.gpu.attention.VOTE_BYTES", VOTE_BYTES if room else 0)
@@ -82,7 +82,7 @@ def test_votes_in_triton(monkeypatch: pytest.MonkeyPatch, case: VoteCase, dtype:
 
 
 @given(case=VOTES, room=st.booleans())
-@examples(4, 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(3, 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_captured_votes_in_triton(monkeypatch: pytest.MonkeyPatch, case: VoteCase, room: bool) -> None:
     monkeypatch.setattr("kernels.gpu.attention.VOTE_BYTES", VOTE_BYTES if room else 0)
     batch = draw_batch(case, torch.float32)

@@ -14,9 +14,9 @@ from torch import Tensor
 from kernels.cpu.cpu_ops import CpuOps
 from kernels.cpu.library import CpuKernels
 from kernels.cpu.packing import PackedInt4, pack
-from kernels.ops import Gate
 from kernels.weights.int4_weights import Int4Format
 from kernels.weights.matrix import QuantizedMatrix, regular_groups
+from tests.support.gates import GATES, joined
 from tests.support.profiles import examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -145,13 +145,9 @@ def test_epilogues(kernels: CpuKernels, dtype: torch.dtype, columns: int, symmet
     assert torch.equal(ops.linear(matrix, bias, wide=True)(x), plain + bias)
     assert torch.equal(ops.linear(matrix, bias)(x), (plain + bias).to(dtype))
     gate, value = (plain + bias).chunk(2, 1)
-    cases: tuple[tuple[Gate, Tensor], ...] = (
-        ("silu", torch.nn.functional.silu(gate)),
-        ("gelu_tanh", torch.nn.functional.gelu(gate, approximate="tanh")),
-    )
-    for gates, active in cases:
-        gated = ops.linear(matrix, bias, gated=gates, wide=True)(x)
-        torch.testing.assert_close(gated, active * value, rtol=1e-5, atol=1e-6)
+    for how in GATES:
+        gated = ops.linear(matrix, bias, gated=how, wide=True)(x)
+        torch.testing.assert_close(gated, joined(how, gate, value), rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_packed() -> None:

@@ -124,7 +124,7 @@ ROW = st.tuples(
     threads=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@examples(10, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(6, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_agrees_with_a_dense_pool(
     kernels: CpuKernels,
     dtype: torch.dtype,

@@ -147,6 +147,12 @@ def test_names_of_formats() -> None:
     assert KV_BITS["int4x2"].token_bytes(64, 2, drafts=True) == 72  # 2 * 64 codes of half a byte, and 4 + 4 bytes
 
 
+def test_drafts_end_with_the_page_that_will_be_sealed() -> None:
+    for pending in range(2 * SEALED_GROUP):
+        fitting = max(n for n in range(4) if (pending + n) // SEALED_GROUP == pending // SEALED_GROUP)
+        assert all(bits.max_drafts(pending + 1, 3) == (fitting if bits.seals else 3) for bits in KV_BITS.values())
+
+
 @pytest.mark.parametrize("is_key", [True, False])
 def test_drafts_read_the_targets_upper_codes(is_key: bool) -> None:
     """The first half of the codes and the parameters, as many bytes as the forecast counts, and no other byte."""
