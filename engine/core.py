@@ -172,7 +172,7 @@ class Engine:
             eos_token_ids=self._worker.model.config.eos_token_ids,
             controller=controller,
             draft_kv=config.speculation.draft_model is not None,
-            seals=config.cache.seals,
+            kv_bits=config.cache.bits,
             audit=KVAudit(self._kv, exact=self._resolved.ops.kind == "cpu") if config.check_invariants else None,
             ngrams=self._ngrams,
         )

@@ -77,6 +77,8 @@ class RoundPlan(msgspec.Struct, tag="round", omit_defaults=True):
     """Pages to fill with zeros before the round, and those of the same ids in the pool of sliding layers."""
     audit: list[int] = []
     """Pages whose KV is hashed before the round."""
+    sliding_audit: list[int] = []
+    """The same, in the pool of sliding layers."""
 
 
 class WeightStep(msgspec.Struct, tag="weights", omit_defaults=True):
@@ -120,4 +122,4 @@ class RoundResult(msgspec.Struct):
     """Prompt logprobs of the plan's rows (RowWork.num_prompt_logprobs), in its order."""
     failures: list[RowFailure] = []
     audit: list[int] = []
-    """Hashes of the plan's `audit` pages, over all ranks."""
+    """Hashes of the plan's `audit` pages, then of its `sliding_audit` pages, over all ranks."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from kernels.attention.base import AttentionBackend, AttentionBatch
+from kernels.attention.base import AttentionBatch, PlannedAttention
 from kernels.kv.kv_pool import KVPool
 
 
@@ -40,10 +41,12 @@ class ForwardBatch(TokenInputs):
     sliding_attention: AttentionBatch | None = None
 
 
+Reads = TypeVar("Reads", bound=PlannedAttention, covariant=True)
+
+
 @dataclass(frozen=True, slots=True)
-class SlidingKV:
-    """KV of a model's sliding layers: the pool that is written to, and the attention that reads it, which forwards
-    plan."""
+class SlidingKV(Generic[Reads]):
+    """KV of a model's sliding layers: the pool that is written to, and the attention that reads it."""
 
     pool: KVPool
-    attention: AttentionBackend
+    attention: Reads

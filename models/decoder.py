@@ -163,19 +163,20 @@ class DecoderModel(Module):
             }
 
     def with_layers(self, layers: Sequence[int]) -> DecoderModel:
-        """Return a model of only these layers, in this order, that shares their weights."""
-        left = copy.copy(self)
-        left._twin = ()
-        left.config = self.config.with_layers(layers)
-        left.num_layers, left._layers = len(layers), []
+        """Return a model of only these layers, in this order, that shares their weights. The KV of each stays in the
+        pool where it was: that of sliding layers, even if no others are left."""
+        part = copy.copy(self)
+        part._twin = ()
+        part.config = self.config.with_layers(layers)
+        part.num_layers, part._layers = len(layers), []
         counts = [0, 0]
         for i in layers:
             layer = copy.copy(self._layers[i])
             layer.index = counts[layer.slides]
             counts[layer.slides] += 1
-            left._layers.append(layer)
-        left.num_kv_layers, left.num_sliding_layers = counts
-        return left
+            part._layers.append(layer)
+        part.num_kv_layers, part.num_sliding_layers = counts
+        return part
 
     @property
     def table_bytes(self) -> int:
@@ -215,7 +216,11 @@ class DecoderModel(Module):
         )
 
     def forward(
-        self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend, sliding: SlidingKV | None = None
+        self,
+        batch: ForwardBatch,
+        pool: KVPool,
+        attention: AttentionBackend,
+        sliding: SlidingKV[AttentionBackend] | None = None,
     ) -> Tensor:
         """Write the batch's keys and values into the pools and compute the requested logits.
 
@@ -235,7 +240,7 @@ class DecoderModel(Module):
         pool: KVPool,
         attention: PlannedAttention,
         index: Tensor | None = None,
-        sliding: SlidingKV | None = None,
+        sliding: SlidingKV[PlannedAttention] | None = None,
     ) -> Tensor:
         """Run `forward` up to the final hidden states, [n, hidden_size]. attention, sliding: planned for the tokens.
         index: [n] int64, tokens whose states are returned; None: all."""
@@ -243,15 +248,16 @@ class DecoderModel(Module):
         x, delta = self._embedding(tokens.token_ids), None
         if self._embedding_scale != 1:
             x.mul_(self._embedding_scale)
+        pools = (pool,) if sliding is None else (pool, sliding.pool)
         for layer in self._layers:
-            kv = sliding.pool if layer.slides and sliding is not None else pool
-            delta = layer(x, delta, inputs[layer.rotary, layer.slides], kv.layer(layer.index))
+            kv = pools[layer.slides].layer(layer.index)
+            delta = layer(x, delta, inputs[layer.rotary, layer.slides], kv)
         if index is not None:
             x, delta = x[index], None if delta is None else delta[index]
         return self._norm(x, delta)
 
     def _attention_inputs(
-        self, tokens: TokenInputs, attention: PlannedAttention, sliding: SlidingKV | None
+        self, tokens: TokenInputs, attention: PlannedAttention, sliding: SlidingKV[PlannedAttention] | None
     ) -> dict[tuple[RopeConfig | None, bool], AttentionInputs]:
         """Return the inputs of attention by rotary embedding, and by whether a layer's KV is in the sliding pool."""
         inputs = {}

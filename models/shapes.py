@@ -109,22 +109,19 @@ def _all_matrices(model: ModelConfig) -> int:
 
 
 def _vectors(model: ModelConfig) -> int:
-    """Count the parameters of norms, biases and sinks. Where mlp_bias is set, experts and routers have biases too."""
+    """Count the parameters of norms, biases and sinks."""
     names, experts, hidden = model.names, model.experts, model.hidden_size
     norms = (names.before_attention, names.after_attention, names.before_mlp, names.after_mlp)
     heads = model.num_heads + 2 * model.num_kv_heads
     normed = {"none": 0, "head": 2, "all": model.num_heads + model.num_kv_heads}[model.qk_norm]
     layer = hidden * sum(map(bool, norms)) + model.head_dim * normed + model.num_heads * model.has_sinks
     layer += heads * model.head_dim * model.qkv_bias + hidden * model.o_bias
-    network, total = 2 * model.intermediate_size + hidden, model.num_layers * layer + hidden
-    if not model.mlp_bias:
-        return total
-    if experts is None:
-        return total + model.num_layers * network
-    mixed = experts.count * (2 * experts.size + hidden + 1)
-    mixed += (2 * experts.shared_size + hidden) * (experts.shared_size > 0)
-    dense = len(experts.dense_layers)
-    return total + dense * network + (model.num_layers - dense) * mixed
+    dense, mixed = (model.num_layers, 0) if experts is None else (len(experts.dense_layers), 0)
+    if experts is not None and experts.biased:
+        mixed = experts.count * (2 * experts.size + hidden + 1)
+        mixed += (2 * experts.shared_size + hidden) * (experts.shared_size > 0)
+    networks = dense * (2 * model.intermediate_size + hidden) * model.mlp_bias + (model.num_layers - dense) * mixed
+    return model.num_layers * layer + hidden + networks
 
 
 def kv_heads_per_rank(model: ModelConfig, ranks: int) -> int:
@@ -192,3 +189,10 @@ def rank_sliding_token_bytes(model: ModelConfig, ranks: int, element_bytes: int)
     dense."""
     head = KV_BITS["dense"].token_bytes(model.head_dim, element_bytes)
     return len(model.attention_groups[1]) * kv_heads_per_rank(model, ranks) * head
+
+
+def window_pages_per_row(window: int, draft_tokens: int, page_size: int) -> int:
+    """Return the largest number of pages of sliding layers that a row owns, besides those that all rows' new tokens of
+    a round fill: of its window, the drafts of a round and the pending token, which begin and end within pages, and one
+    that new tokens fill in part. Each page has `page_size` tokens."""
+    return math.ceil((window + draft_tokens) / page_size) + 3

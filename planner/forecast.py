@@ -12,7 +12,7 @@ from engine.config.deployment import SchedulerConfig
 from engine.config.kv import DrafterName, KVState
 from kernels.kv.kv_bits import KV_BITS
 from kernels.weights.weight_bits import EXPERTS_ALONE
-from models.shapes import find_shape, rank_matrix_bytes, rank_weight_bytes
+from models.shapes import find_shape, rank_matrix_bytes, rank_weight_bytes, window_pages_per_row
 from planner.cost_model import Choosing, SpeculationCost
 from planner.expected_acceptance import expected_alpha
 from planner.hardware import find_device
@@ -262,12 +262,12 @@ class Deployment:
         """Compute bytes of the KV of sliding layers on the rank that holds the most: the lower of two sums, each of
         bytes for all rows together and bytes per row.
 
-        No more is kept than of other layers; and of each row at most a window, drafts, and three pages that begin
-        before or end behind them, beside the tokens that a round computes of prompts.
+        No more is kept than of other layers; and of each row at most the pages of a window, beside the tokens that a
+        round computes of prompts.
         """
         target, page = self.target, self.costs.page_size
         size = target.window_bytes(1)
-        window = page * (math.ceil((target.window + gamma) / page) + 3)
+        window = page * window_pages_per_row(target.window, gamma, page)
         return (size * shared, size * (context + gamma + 1 - shared)), (size * CHUNK, size * window)
 
     def _shared_bytes(self, budget: int | None, shared: int) -> tuple[int, int]:

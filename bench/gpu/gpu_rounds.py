@@ -285,9 +285,9 @@ class Bench:
         return [context + 1] * rows
 
     def _round(self, lengths: list[int], gamma: int) -> RoundResult:
-        """Run a round, and let the rows grow. As in the scheduler, drafts end with a page that is sealed."""
-        seals, page = self._config.cache.seals, self._page
-        work = [RowWork(i, n, 1, min(gamma, -(n + 1) % page) if seals else gamma, True) for i, n in enumerate(lengths)]
+        """Run a round, and let the rows grow."""
+        bits = self._config.cache.bits
+        work = [RowWork(row, n, 1, bits.max_drafts(n + 1, gamma), True) for row, n in enumerate(lengths)]
         work.sort(key=lambda each: -each.gamma)
         result = self._run(RoundPlan(0, [], [], work))
         self._check(result)

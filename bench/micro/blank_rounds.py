@@ -57,13 +57,12 @@ class BlankRounds:
     def __init__(
         self, config: EngineConfig, rows: int, context: int, gamma: int, rounds: int, model: DecoderModel | None = None
     ) -> None:
-        """Start the engine, and run a first round. context: tokens per row; where pages are sealed, up to gamma less,
-        as drafts end with a page. rounds: how often `step` will be called
-        before a restart, at most. model: used instead of the config's. Raises ConfigError, ModelError."""
+        """Start the engine, and run a first round. context: tokens per row; up to gamma less where the KV format limits
+        drafts. rounds: how often `step` will be called before a restart, at most. model: used instead of the config's.
+        Raises ConfigError, ModelError."""
         self.engine = Engine(config, model=model, controller=FixedGamma(gamma), progress=False)
         page = config.cache.page_size
-        if config.cache.seals:
-            context -= max(0, context % page + gamma + 1 - page)
+        context -= gamma - config.cache.bits.max_drafts(context + 1, gamma)
         width = (context + rounds * (gamma + 1) + 64) // page + 1
         sliding = self.engine.profiler.sliding_pages
         self._starts, pages = blank_rows(rows, context, width, rows * width, sliding=sliding)

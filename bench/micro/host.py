@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bench.micro.shares import Clock
-from engine.batch.forward_graphs import GraphInputs
+from engine.batch.graph_inputs import GraphInputs
 from engine.batch.round_batch import RoundBatch
 from engine.batch.row_state import RowState
 from engine.batch.view import DenseView

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batch.graph_inputs import GraphInputs, SlidingRoom
 from kernels.attention.base import AttentionBackend, Ballot, GraphAttention, GraphBatch, SharedPrefix
 from kernels.attention.shared_reading import largest, pays
 from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.kv.kv_pool import KVPool
 from kernels.ops import Graphs
-from kernels.ragged import Ints, ragged_arange
-from kernels.transfer import send_all
-from models.batch import ForwardBatch, TokenInputs
+from models.batch import ForwardBatch, SlidingKV
 from models.decoder import DecoderModel
 
 _STRIDE = 32
@@ -50,65 +49,13 @@ def prefix_room(rows: int) -> int:
     return min(rows // 2, _PREFIXES)
 
 
-class GraphInputs:
-    """Inputs of captured forwards, at fixed addresses: for a number of rows, with room for queries of each.
-
-    A row's queries are the last ones of its room, and those before them padding: so a row's last query is always at the
-    same place. Padding, like rows that are missing, writes to the pool's scratch page, which no request owns.
-    """
-
-    def __init__(
-        self, pool: KVPool, *, rows: int, queries: int, width: int, prefixes: int = 0, layers: int = 0, heads: int = 0
-    ) -> None:
-        """width: largest number of pages in a list. pool: has a scratch page. prefixes: room for prefixes that rows
-        share. layers, heads: numbers of lists that each row has, one per layer, and one per KV head; 0: one for all."""
-        assert pool.scratch is not None
-        device = pool.device
-        self._queries, self._prefixes = queries, prefixes
-        padding = [0, 0, (pool.scratch - pool.first_exact) * pool.page_size]  # token id, position, KV slot
-        self._padding = torch.tensor(padding, device=device)[:, None]
-        self._tokens = self._padding.repeat(1, rows * queries)
-        lists = [layers] * (layers > 0) + [rows] + [heads] * (heads > 0) + [width]
-        self._per_layer = layers > 0
-        self._pages = torch.full(lists, pool.scratch, device=device)
-        self._lengths = torch.ones(rows, dtype=torch.int64, device=device)
-        self.kv_lengths = [1] * rows
-
-    def part(self, first: int, rows: int) -> tuple[TokenInputs, GraphBatch]:
-        """Return the inputs of `rows` rows from `first` on: their tokens, [rows * queries], and what they read."""
-        tokens = self._tokens[:, first * self._queries : (first + rows) * self._queries]
-        pages = self._pages.narrow(int(self._per_layer), first, rows)
-        lengths = self._lengths[first : first + rows]
-        return TokenInputs(*tokens), GraphBatch(self._queries, pages, lengths, self._prefixes, self._per_layer)
-
-    def fits(self, inputs: ForwardBatch) -> bool:
-        return max(inputs.attention.query_lengths) <= self._queries
-
-    def copy(self, inputs: ForwardBatch, rows: Ints) -> Tensor:
-        """Copy in the inputs of the next replay. rows: [rows of `inputs`], places of their rows here. Returns the place
-        of each query, [tokens] int64."""
-        batch = inputs.attention
-        assert batch.per_layer == self._per_layer
-        counts = np.array(batch.query_lengths, dtype=np.int64)
-        lengths = np.ones(len(self.kv_lengths), dtype=np.int64)
-        lengths[rows] = batch.kv_lengths
-        self.kv_lengths = lengths.tolist()
-        places = np.repeat((rows + 1) * self._queries - counts, counts) + ragged_arange(counts)
-        place, row, length = send_all(self._tokens.device, places, rows, lengths)
-        self._tokens.copy_(self._padding)
-        self._tokens[:, place] = torch.stack([inputs.token_ids, inputs.positions, inputs.slots])
-        mine = (slice(None), row) if self._per_layer else (row,)
-        self._pages[(*mine, ..., slice(batch.pages.shape[-1]))] = batch.pages
-        self._lengths.copy_(length)
-        return place
-
-
 @dataclass(frozen=True, slots=True)
 class _CapturedForward:
     """One graph, its inputs and its output. states: [tokens, hidden_size]."""
 
     inputs: GraphInputs
     attention: GraphAttention
+    sliding: SlidingKV[GraphAttention] | None
     states: Tensor
     replay: Callable[[], None]
     watch: GraphWatch | None
@@ -161,7 +108,8 @@ class Observer(Protocol):
 
 
 class ForwardGraphs:
-    """Captured forwards of one model over one pool with a scratch page. All leave their results in the same place."""
+    """Captured forwards of one model over one pool with a scratch page, and over that of its sliding layers. All leave
+    their results in the same place."""
 
     def __init__(
         self,
@@ -174,6 +122,8 @@ class ForwardGraphs:
         width: int,
         layers: int = 0,
         shares: bool = False,
+        window: int = 0,
+        sliding: SlidingRoom | None = None,
         observer: Observer | None = None,
     ) -> None:
         """Capture a forward for each of `rows` with up to each of `queries` per row. Every rank does so at the same
@@ -181,12 +131,13 @@ class ForwardGraphs:
 
         width: largest number of pages in a row's list. layers: see GraphInputs. shares: also capture forwards that read
         pages which rows share once, a second one for each shape that may save time by it; the others are as they are
-        without. observer: learns from forwards; those that it is due for are replayed only where it is captured too.
+        without. window: see AttentionBatch; not with `shares`. sliding: room for sliding layers; None: the model has
+        none. observer: learns from forwards; those that it is due for are replayed only where it is captured too.
         """
         self._model, self._pool, self._graphs = model, pool, graphs
         self._heads = Heads(model.heads, model.kv_heads, model.head_dim)
         self._rows, self._queries = sorted(rows), sorted(queries)
-        self._width, self._layers = width, layers
+        self._width, self._layers, self._window, self._sliding = width, layers, window, sliding
         self.observer = observer
         max_tokens = self._rows[-1] * self._queries[-1]
         self._states = torch.zeros(max_tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
@@ -218,6 +169,8 @@ class ForwardGraphs:
             return None
         place = graph.inputs.copy(inputs, np.arange(len(queries)))
         graph.attention.plan(graph.inputs.kv_lengths, prefixes if shape.shares else ())
+        if graph.sliding is not None:
+            graph.sliding.attention.plan(graph.inputs.sliding_kv_lengths)
         graph.replay()
         return self._model.logits(graph.states[place[inputs.logit_index]])
 
@@ -226,21 +179,41 @@ class ForwardGraphs:
 
     def _capture(self, shape: _Shape) -> _CapturedForward:
         sizes = {"rows": shape.rows, "queries": shape.queries, "width": self._width}
-        inputs = GraphInputs(self._pool, **sizes, prefixes=shape.prefixes, layers=self._layers)
+        inputs = GraphInputs(
+            self._pool,
+            **sizes,
+            prefixes=shape.prefixes,
+            layers=self._layers,
+            window=self._window,
+            sliding=self._sliding,
+        )
         watch = self.observer.in_graph(**sizes) if self.observer is not None else None
-        tokens, batch = inputs.part(0, shape.rows)
+        rows = inputs.part(0, shape.rows)
+        batch = rows.batch
         if watch is not None:
             batch = replace(batch, ballot=watch.ballot)
         attention = self._graphs.attention(self._pool.page_size, self._model.head_dim, batch)
         if watch is not None:
             attention = watch.around(attention, batch)
+        sliding = capture_sliding(self._graphs, self._model, self._sliding, rows.sliding)
         states = self._states[: shape.tokens]
 
         def work() -> None:
-            states.copy_(self._model.states(tokens, self._pool, attention))
+            states.copy_(self._model.states(rows.tokens, self._pool, attention, sliding=sliding))
 
         attention.plan(inputs.kv_lengths)
-        return _CapturedForward(inputs, attention, states, self._graphs.capture(work), watch)
+        if sliding is not None:
+            sliding.attention.plan(inputs.sliding_kv_lengths)
+        return _CapturedForward(inputs, attention, sliding, states, self._graphs.capture(work), watch)
+
+
+def capture_sliding(
+    graphs: Graphs, model: DecoderModel, room: SlidingRoom | None, batch: GraphBatch | None
+) -> SlidingKV[GraphAttention] | None:
+    """Create attention of a captured forward to sliding layers; None: the model has none. batch: see GraphRows."""
+    if room is None or batch is None:
+        return None
+    return SlidingKV(room.pool, graphs.attention(room.pool.page_size, model.head_dim, batch))
 
 
 @contextmanager

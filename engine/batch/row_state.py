@@ -84,14 +84,14 @@ class RowState:
         for delta in deltas:
             self._lists.write(delta.row, delta.first, delta.pages)
         tables = [self.sealed_table] if self._tails is None else [self.sealed_table, self.page_table]
-        self._enter(tables, deltas)
+        self._set_pages(tables, deltas)
         if self._window:
-            self._enter([self.sliding_table], [delta for delta in plan.pages if delta.sliding])
+            self._set_pages([self.sliding_table], [delta for delta in plan.pages if delta.sliding])
         if self._tails is not None:
             self._place_tails(self._tails, plan)
 
-    def _enter(self, tables: Sequence[Tensor], deltas: Sequence[PageDelta]) -> None:
-        """Enter pages into page tables."""
+    def _set_pages(self, tables: Sequence[Tensor], deltas: Sequence[PageDelta]) -> None:
+        """Set the pages of `deltas` in page tables."""
         if not deltas:
             return
         counts = [len(delta.pages) for delta in deltas]
@@ -134,12 +134,12 @@ class RowState:
         counters themselves. ahead: offset of each row's first query from its computed tokens; may be negative. queries:
         number of queries of each row. All [n]. logit_index: [m], indices into all queries.
         """
-        offsets = ragged_arange(queries) + np.repeat(ahead, queries)
-        row_slots, first_ahead, row_index, offset, logits = send_all(
-            self.device, rows, ahead + 1, np.repeat(rows, queries), offsets, logit_index
+        steps = ragged_arange(queries) + np.repeat(ahead, queries)
+        row_slots, first_ahead, row_index, step, logit_places = send_all(
+            self.device, rows, ahead + 1, np.repeat(rows, queries), steps, logit_index
         )
-        position = self.computed[row_index] + offset
-        column, place = position // self.page_size, position % self.page_size
+        position = self.computed[row_index] + step
+        column, offset = position // self.page_size, position % self.page_size
         page = view.page_table[row_index, column]
         context = computed + ahead + 1  # tokens that each row's first query may read
         skipped = view.skipped(rows, context)
@@ -147,7 +147,7 @@ class RowState:
         kv_lengths = lengths - skipped
         sliding_slots, sliding = None, None
         if self._window:
-            sliding_slots = self.sliding_table[row_index, column] * self.page_size + place
+            sliding_slots = self.sliding_table[row_index, column] * self.page_size + offset
             width = -(-int(lengths.max()) // self.page_size)
             sliding = AttentionBatch(
                 query_lengths=query_lengths,
@@ -158,7 +158,7 @@ class RowState:
         return ForwardBatch(
             token_ids=self.tokens[row_index, position].long(),
             positions=position,
-            slots=(page - view.first_page) * self.page_size + place,
+            slots=(page - view.first_page) * self.page_size + offset,
             attention=AttentionBatch(
                 query_lengths=query_lengths,
                 kv_lengths=kv_lengths.tolist(),
@@ -173,7 +173,7 @@ class RowState:
                 rows=row_slots,
                 window=view.window,
             ),
-            logit_index=logits,
+            logit_index=logit_places,
             sliding_slots=sliding_slots,
             sliding_attention=sliding,
         )

@@ -33,7 +33,7 @@ class Runner:
     graphs: ForwardGraphs | None = None
     observers: tuple[Observer, ...] = ()
     summaries: KeySummaries | None = None
-    sliding: SlidingKV | None = None
+    sliding: SlidingKV[AttentionBackend] | None = None
 
     def forward(self, inputs: ForwardBatch) -> Tensor:
         """Run the model and write the inputs' KV. Returns the requested logits, [n, this rank's vocabulary]."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from engine.config.deployment import EngineConfig
 from engine.plan import RoundPlan
+from kernels.kv.kv_bits import EXACT_PAGES
 from kernels.ragged import Ints
 
 
@@ -85,12 +86,12 @@ class TailPages:
 
 
 def num_exact_pages(config: EngineConfig) -> int:
-    """Return the number of exact pages that are enough for any round, 0 where no page is sealed. A row holds two, or as
-    many as its tokens need, which begin and end within a group."""
+    """Return the number of exact pages that are enough for any round, 0 where no page is sealed. A row holds
+    EXACT_PAGES, or as many as its tokens need, which begin and end within a group."""
     if not config.cache.seals:  # tokens stay where they are written
         return 0
     scheduler = config.scheduler
-    return 2 * scheduler.max_rows + -(-scheduler.max_batch_tokens // config.cache.page_size)
+    return EXACT_PAGES * scheduler.max_rows + -(-scheduler.max_batch_tokens // config.cache.page_size)
 
 
 def make_tails(config: EngineConfig) -> TailPages | None:

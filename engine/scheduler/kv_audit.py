@@ -1,5 +1,4 @@
-"""Audit of cached KV: a debug check that pages in the prefix index hold what the index says. Those of sliding
-layers are not audited."""
+"""Audit of cached KV: a debug check that pages in the prefix indices hold what these say."""
 
 from __future__ import annotations
 
@@ -16,14 +15,15 @@ _MAX_HASHES = 1 << 16
 
 
 class _Sight(NamedTuple):
-    """A page whose KV is being hashed. key: what must have the same hash whenever it is seen."""
+    """A page whose KV is hashed. slides: whether it is one of sliding layers."""
 
+    slides: bool
     page: IndexedPage
-    key: bytes | int
 
 
 class KVAudit:
-    """Comparison of hashes of the KV in indexed pages, up to 256 of them per round, which ranks compute.
+    """Comparison of hashes of the KV in indexed pages, up to 256 of them per round, which ranks compute; pages of
+    sliding layers are among them.
 
     A page's KV must not change while it is indexed. Where kernels are exact (a token's KV does not depend on what was
     computed beside it), pages of the same tokens must also have the same KV whenever and by whomever it is computed:
@@ -32,34 +32,40 @@ class KVAudit:
 
     def __init__(self, kv: KVManager, *, exact: bool) -> None:
         self._kv, self._exact = kv, exact
-        self._hashes: dict[bytes | int, int] = {}
+        self._hashes: dict[tuple[bool, bytes | int], int] = {}
         self._asked: list[_Sight] = []
         self._next = self._num_distrusted = 0
-        kv.record_replaced()
+        for index in kv.indices:
+            index.record_replaced()
 
-    def next_pages(self) -> list[int]:
-        """Choose the pages to hash before anything else happens in the next round."""
-        indexed, replaced = self._kv.indexed_pages(), self._kv.take_replaced()
+    def next_pages(self) -> tuple[list[int], list[int]]:
+        """Choose the pages to hash before anything else happens in the next round. Returns those of the pool of all KV,
+        and those of sliding layers."""
+        indices = self._kv.indices
+        indexed = [_Sight(slides > 0, page) for slides, index in enumerate(indices) for page in index.entries]
+        replaced = [_Sight(slides > 0, page) for slides, index in enumerate(indices) for page in index.take_replaced()]
         count = min(len(indexed), _PAGES_PER_ROUND)
         chosen = [indexed[(self._next + i) % len(indexed)] for i in range(count)]
         self._next += count
         if self._exact:
             chosen += replaced
-        self._asked = [_Sight(page, page.digest if self._exact else page.number) for page in chosen]
-        return [page.page for page in chosen]
+        self._asked = sorted(chosen, key=lambda sight: sight.slides)
+        full, sliding = ([sight.page.page for sight in self._asked if sight.slides == kind] for kind in (False, True))
+        return full, sliding
 
     def forget(self) -> None:
         """Forget all hashes: from now on the same tokens have other KV."""
         self._hashes.clear()
         self._asked = []
-        self._kv.take_replaced()
+        for index in self._kv.indices:
+            index.take_replaced()
 
     def compare(self, hashes: Sequence[int]) -> None:
-        """Compare the hashes of `next_pages`. Raises PageLeak for a page whose KV is not what it was."""
-        for sight, found in zip(self._asked, hashes, strict=True):
-            known = self._hashes.setdefault(sight.key, found)
+        """Compare the hashes of `next_pages`, in its order. Raises PageLeak for a page whose KV is not what it was."""
+        for (slides, page), found in zip(self._asked, hashes, strict=True):
+            known = self._hashes.setdefault((slides, page.digest if self._exact else page.number), found)
             if known != found:
-                raise PageLeak(f"page {sight.page.page} holds other KV than the index says")
+                raise PageLeak(f"{'sliding ' * slides}page {page.page} holds other KV than the index says")
         self._asked = []
         if len(self._hashes) > _MAX_HASHES or self._kv.num_distrusted != self._num_distrusted:
             self._num_distrusted = self._kv.num_distrusted

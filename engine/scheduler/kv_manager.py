@@ -67,7 +67,6 @@ class KVManager:
         self._drafted: set[int] | None = set() if draft_pages else None  # indexed pages whose draft KV is computed
         self._stretch = max(1, shared_stretch // page_size) if shared_stretch else 0  # in pages
         self._readers: dict[int, int] = {}  # number of decoding requests, by the last page of a stretch
-        self._replaced: list[IndexedPage] | None = None
         self._sliding = sliding
         self.queries = self.hits = self.shared_tokens = self.num_distrusted = 0
 
@@ -142,7 +141,7 @@ class KVManager:
             if entry is None:
                 break
             matched.append(entry)
-        request.num_found = len(matched) if self._sliding is None else self._sliding.longest(request)
+        request.num_found = len(matched) if self._sliding is None else self._sliding.count_found(request)
         return matched if request.num_found == len(matched) else matched[: request.num_found]
 
     def _looks_up(self, request: Request) -> bool:
@@ -167,7 +166,7 @@ class KVManager:
         new = self._pages.reserve(self._num_pages(request.num_tokens) - len(found))
         assert new is not None
         request.matched.clear()
-        request.num_found = 0
+        request.num_found, request.matched_window = 0, (0, 0)
         request.num_indexed, request.num_drafted = len(found), self._num_drafted(found)
         request.num_computed = len(found) * self._page_size
         request.draft_lag = request.num_computed - request.num_drafted * self._page_size
@@ -245,8 +244,7 @@ class KVManager:
                 continue
             self._pages.share(entry.page)
             self._pages.release([own])
-            if self._replaced is not None:
-                self._replaced.append(entry._replace(page=own))
+            self._index.replace(own, entry)
             if self._drafted is not None and entry.page not in self._drafted:
                 request.draft_lag = max(request.draft_lag, request.num_computed - place * self._page_size)
             request.pages[place] = entry.page
@@ -324,7 +322,7 @@ class KVManager:
         for request in requests:
             request.digests.clear()
             request.matched.clear()
-            request.num_found = 0
+            request.num_found, request.matched_window = 0, (0, 0)
             request.is_private = bool(request.pages)  # what running ones have computed stays their own
 
     def continue_counts(self, before: KVManager) -> None:
@@ -351,15 +349,10 @@ class KVManager:
         """List all pages in the index."""
         return self._index.entries
 
-    def record_replaced(self) -> None:
-        """Record from now on which pages requests give back for indexed ones, for `take_replaced`."""
-        self._replaced = []
-
-    def take_replaced(self) -> list[IndexedPage]:
-        """Return those given back since the last call. They hold the same KV as the indexed ones until the next
-        round."""
-        replaced, self._replaced = self._replaced or [], []
-        return replaced
+    @property
+    def indices(self) -> list[PrefixIndex]:
+        """The prefix index of each pool: the one of sliding layers, if there are any, is the second."""
+        return [self._index] if self._sliding is None else [self._index, self._sliding.index]
 
     def check(self, requests: Iterable[Request]) -> None:
         """Raise PageLeak unless all pages are accounted for, and the index is as described above. requests: all there

@@ -36,6 +36,7 @@ class PrefixIndex:
         self._by_digest: dict[bytes, IndexedPage] = {}
         self._by_page: dict[int, IndexedPage] = {}
         self._numbers = count()
+        self._replaced: list[IndexedPage] | None = None
         self.removals = 0
 
     def __contains__(self, page: int) -> bool:
@@ -67,6 +68,21 @@ class PrefixIndex:
         assert page not in self._by_page
         entry = IndexedPage(page, digest, chain[index - 1] if index else b"", next(self._numbers))
         self._by_digest[digest] = self._by_page[page] = entry
+
+    def replace(self, page: int, entry: IndexedPage) -> None:
+        """Record that a request has given back a page for the indexed one with the same content."""
+        if self._replaced is not None:
+            self._replaced.append(entry._replace(page=page))
+
+    def record_replaced(self) -> None:
+        """Record from now on which pages requests give back for indexed ones, for `take_replaced`."""
+        self._replaced = []
+
+    def take_replaced(self) -> list[IndexedPage]:
+        """Return those given back since the last call. They hold the same KV as the indexed ones until the next
+        round."""
+        replaced, self._replaced = self._replaced or [], []
+        return replaced
 
     def remove(self, page: int) -> None:
         del self._by_digest[self._by_page.pop(page).digest]

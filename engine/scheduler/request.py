@@ -8,6 +8,9 @@ from engine.messages import FINISH_LENGTH, FINISH_STOP, AddRequest, PromptLogpro
 from engine.ngram.ngram_index import NgramIndex
 from engine.params import SamplingParams
 from engine.scheduler.prefix_index import IndexedPage
+from kernels.kv.kv_bits import KV_BITS, KVBits
+
+_DENSE = KV_BITS["dense"]
 
 
 class Request:
@@ -34,6 +37,7 @@ class Request:
     """
 
     __slots__ = (
+        "_kv_bits",
         "arrival",
         "cached_tokens",
         "digests",
@@ -61,7 +65,6 @@ class Request:
         "row",
         "salt",
         "scheduled",
-        "sealed_group",
         "sliding_branch",
         "sliding_first",
         "sliding_pages",
@@ -69,11 +72,11 @@ class Request:
         "tokens",
     )
 
-    def __init__(self, message: AddRequest, eos: Sequence[int], number: int, sealed_group: int | None = None) -> None:
-        """sealed_group: tokens of a page where full pages are sealed."""
+    def __init__(self, message: AddRequest, eos: Sequence[int], number: int, kv_bits: KVBits = _DENSE) -> None:
+        """kv_bits: of the target's KV."""
         self.id = message.id
         self.number = number
-        self.sealed_group = sealed_group
+        self._kv_bits = kv_bits
         self.params: SamplingParams = message.params
         self.arrival = message.arrival
         self.priority = message.priority
@@ -122,13 +125,11 @@ class Request:
     @property
     def max_draft_tokens(self) -> int:
         """Largest useful number of drafts: a verify pass yields up to one token more, and none beyond `max_tokens` is
-        needed. Where pages are sealed, drafts end with a page."""
+        needed. Some KV formats have limits of their own."""
         limits = [self.params.max_tokens - self.num_output - 1]
         if self.params.max_draft_tokens is not None:
             limits.append(self.params.max_draft_tokens)
-        if self.sealed_group is not None:
-            limits.append(-self.num_tokens % self.sealed_group)
-        return min(limits)
+        return self._kv_bits.max_drafts(self.num_tokens, min(limits))
 
     @property
     def stop_ids(self) -> set[int]:

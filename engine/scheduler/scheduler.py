@@ -18,7 +18,9 @@ from engine.scheduler.prefill import PrefillNeed, find_waits, share_prefill
 from engine.scheduler.request import Request
 from engine.scheduler.request_ngrams import RequestNgrams
 from engine.scheduler.validation import QueueFull, RequestError
+from kernels.kv.kv_bits import KV_BITS, KVBits
 
+_DENSE = KV_BITS["dense"]
 _MAX_PROMPT_LOGPROBS = 256
 """Maximum tokens of a chunk that needs prompt logprobs: each takes logits of the whole vocabulary."""
 
@@ -60,14 +62,12 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         controller: Controller,
         draft_kv: bool = False,
-        seals: bool = False,
+        kv_bits: KVBits = _DENSE,
         audit: KVAudit | None = None,
         ngrams: RequestNgrams | None = None,
     ) -> None:
         """draft_kv: whether drafts read KV of their own, which must be computed for a row's tokens before it drafts.
-        seals: whether full pages are sealed: then drafts of a row end with the page of its pending token, so that all
-        queries of a decoding row read the same pages sealed. audit: checks the KV of cached pages. ngrams: finds drafts
-        in the rows' text.
+        kv_bits: of the target's KV. audit: checks the KV of cached pages. ngrams: finds drafts in the rows' text.
         """
         self._kv = kv
         self._page_size = page_size
@@ -77,7 +77,7 @@ class Scheduler:
         self._eos = tuple(eos_token_ids)
         self.controller = controller
         self._draft_kv = draft_kv
-        self._seals = seals
+        self._kv_bits = kv_bits
         self._audit = audit
         self._ngrams = ngrams
         self._free_rows = list(range(max_rows - 1, -1, -1))
@@ -98,7 +98,7 @@ class Scheduler:
             raise RequestError(f"request id {message.id!r} is in use")
         if len(self._by_id) >= self._max_requests:
             raise QueueFull(f"{len(self._by_id)} requests are running or waiting already")
-        request = Request(message, self._eos, next(self._numbers), self._page_size if self._seals else None)
+        request = Request(message, self._eos, next(self._numbers), self._kv_bits)
         self._by_id[request.id] = request
         insort(self.waiting, request, key=_urgency)
 
@@ -141,7 +141,7 @@ class Scheduler:
         self._round += 1
         plan = RoundPlan(self._round, [], [], [])
         if self._audit is not None:
-            plan.audit = self._audit.next_pages()
+            plan.audit, plan.sliding_audit = self._audit.next_pages()
         work: list[tuple[Request, RowWork]] = []
         tokens_left = self._max_batch_tokens
         tokens_left -= self._plan_decodes(plan, work, tokens_left)

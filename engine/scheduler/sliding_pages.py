@@ -9,6 +9,7 @@ from engine.scheduler.pages import PageAllocator, PageLeak
 from engine.scheduler.prefix_index import PrefixIndex
 from engine.scheduler.request import Request
 from models.model_config import ModelConfig
+from models.shapes import window_pages_per_row
 
 
 class SlidingPages:
@@ -30,14 +31,16 @@ class SlidingPages:
     Most pages that fall behind serve no one: another request takes over only those of a window before the end of what
     it has in common. So these are kept longer: before the end of a prompt, of all tokens, and of what a request was
     found to have in common with one before it.
+
+    index: names pages by what they hold.
     """
 
     def __init__(self, num_pages: int, page_size: int, window: int, num_uncached_tokens: int = 1) -> None:
         """num_pages: see num_sliding_pages. window: positions that a query reads, its own included.
         num_uncached_tokens: see KVManager."""
         self._page_size, self._window, self._num_uncached_tokens = page_size, window, num_uncached_tokens
-        self._index = PrefixIndex(page_size)
-        self._pages = PageAllocator(num_pages, self._index.pages, self._forget)
+        self.index = PrefixIndex(page_size)
+        self._pages = PageAllocator(num_pages, self.index.pages, self._forget)
 
     @property
     def total(self) -> int:
@@ -53,36 +56,37 @@ class SlidingPages:
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def longest(self, request: Request) -> int:
+    def count_found(self, request: Request) -> int:
         """Return how many of a waiting request's `matched` pages it can take over: as many that the window before their
         end is indexed too."""
-        count, checked = len(request.matched), (len(request.matched), self._index.removals)
+        count, checked = len(request.matched), (len(request.matched), self.index.removals)
         if request.matched_window != checked:
             # The window is looked through again, and all pages only if some of it is gone.
             if request.matched_window[0] != count or not self._has_window(request.digests, request.num_found):
-                request.num_found = self._longest(request.digests, count)
+                request.num_found = self._longest_hit(request.digests, count)
             request.matched_window = checked
         return request.num_found
 
     def _has_window(self, digests: Sequence[bytes], pages: int) -> bool:
-        places = range(self._first(pages * self._page_size), pages)
-        return all(self._index.find(digests[place]) is not None for place in places)
+        places = range(self._window_start(pages * self._page_size), pages)
+        return all(self.index.find(digests[place]) is not None for place in places)
 
-    def _longest(self, digests: Sequence[bytes], pages: int) -> int:
+    def _longest_hit(self, digests: Sequence[bytes], pages: int) -> int:
+        """Return the largest number of pages, at most `pages`, such that the window before their end is indexed."""
         place = pages
-        while place > self._first(pages * self._page_size):
+        while place > self._window_start(pages * self._page_size):
             place -= 1
-            if self._index.find(digests[place]) is None:
+            if self.index.find(digests[place]) is None:
                 pages = place
         return pages
 
     def admit(self, request: Request, branch: int) -> None:
         """Give a request the pages of the window before its computed tokens' end, which are indexed. branch: number of
         first pages that it has in common with another request."""
-        request.sliding_first = self._first(request.num_computed)
+        request.sliding_first = self._window_start(request.num_computed)
         request.sliding_branch = branch
         digests = request.digests[request.sliding_first : request.num_computed // self._page_size]
-        entries = [self._index.find(digest) for digest in digests]
+        entries = [self.index.find(digest) for digest in digests]
         request.sliding_pages = [entry.page for entry in entries if entry is not None]
         assert len(request.sliding_pages) == len(digests)
         for page in request.sliding_pages:
@@ -93,7 +97,7 @@ class SlidingPages:
         new ones."""
         first = request.sliding_first + len(request.sliding_pages)
         pages = self._pages.reserve(max(0, -(-end // self._page_size) - first))
-        assert pages is not None, "a row has more sliding pages than others"
+        assert pages is not None, "windows and rounds need more pages than num_sliding_pages"
         request.sliding_pages += pages
         return first, pages
 
@@ -102,18 +106,19 @@ class SlidingPages:
         none."""
         index = place - request.sliding_first
         assert index >= 0
-        own, entry = request.sliding_pages[index], self._index.find(request.digests[place])
+        own, entry = request.sliding_pages[index], self.index.find(request.digests[place])
         if entry is None:
-            self._index.add(request.digests, place, own)
+            self.index.add(request.digests, place, own)
             return None
         self._pages.share(entry.page)
         self._pages.release([own])
+        self.index.replace(own, entry)
         request.sliding_pages[index] = entry.page
         return entry.page
 
     def trim(self, request: Request) -> None:
         """Release the pages that a running request's next queries do not read."""
-        behind = self._first(request.num_computed) - request.sliding_first
+        behind = self._window_start(request.num_computed) - request.sliding_first
         for place, page in enumerate(request.sliding_pages[: max(0, behind)], request.sliding_first):
             self._pages.release([page], spent=not self._is_useful(request, place))
         if behind > 0:
@@ -122,11 +127,11 @@ class SlidingPages:
 
     def _is_useful(self, request: Request, place: int) -> bool:
         """Whether a page is part of a window that another request may begin after."""
-        page, length, branch = self._page_size, request.num_prompt, request.sliding_branch
+        size, length, branch = self._page_size, request.num_prompt, request.sliding_branch
         # The same prompt again computes its last tokens itself.
-        reused = max(0, length - self._num_uncached_tokens) // page * page
-        before_end = self._first(reused) <= place < length // page
-        return before_end or self._first(branch * page) <= place < branch
+        reused = max(0, length - self._num_uncached_tokens) // size * size
+        before_end = self._window_start(reused) <= place < length // size
+        return before_end or self._window_start(branch * size) <= place < branch
 
     def release(self, request: Request) -> None:
         """Give back all pages of a running request."""
@@ -135,24 +140,24 @@ class SlidingPages:
 
     def reset(self) -> None:
         """Forget all KV that the index names, and free the pages that nobody owns."""
-        self._index.clear()
+        self.index.clear()
         self._pages.drop_cached()
 
     def forget_all(self) -> None:
         """Forget what the index names, which may be wrong; digests stay those of their tokens."""
         self._pages.drop_cached()
-        for entry in self._index.entries:
+        for entry in self.index.entries:
             self._forget(entry.page)
 
     # -- pages -------------------------------------------------------------------------------------------------------
 
-    def _first(self, computed: int) -> int:
+    def _window_start(self, computed: int) -> int:
         """Return the place of the first position that a query at `computed` reads."""
         return max(0, computed - self._window + 1) // self._page_size
 
     def _forget(self, page: int) -> None:
-        if page in self._index:
-            self._index.remove(page)
+        if page in self.index:
+            self.index.remove(page)
 
     def check(self, requests: Iterable[Request]) -> None:
         """Raise PageLeak unless all pages are accounted for, each request has the window of its computed tokens, and
@@ -164,7 +169,7 @@ class SlidingPages:
             if not request.pages:
                 continue
             first, end = request.sliding_first, request.sliding_first + len(request.sliding_pages)
-            if first > self._first(request.num_computed) or end * self._page_size < request.num_computed:
+            if first > self._window_start(request.num_computed) or end * self._page_size < request.num_computed:
                 raise PageLeak(f"request {request.id!r} lacks the window before position {request.num_computed}")
             for page, other in zip(request.sliding_pages, request.pages[first:], strict=False):
                 if belongs.setdefault(page, other) != other:
@@ -174,16 +179,16 @@ class SlidingPages:
 
 
 def max_sliding_pages(config: EngineConfig, window: int) -> int:
-    """Return the number of pages that windows and rounds need at most: of each row, its window, the drafts of a round
-    and the pending token, which begin and end within pages; and all new tokens of a round."""
+    """Return the number of pages that windows and rounds need at most: those of each row, and all that the new tokens
+    of a round fill."""
     scheduler, page = config.scheduler, config.cache.page_size
-    per_row = -(-(window + config.speculation.max_draft_tokens) // page) + 2
-    return scheduler.max_rows * per_row + -(-scheduler.max_batch_tokens // page) + scheduler.max_rows
+    per_row = window_pages_per_row(window, config.speculation.max_draft_tokens, page)
+    return scheduler.max_rows * per_row + -(-scheduler.max_batch_tokens // page)
 
 
 def num_sliding_pages(config: EngineConfig, window: int, num_pages: int) -> int:
     """Return the number of pages of the sliding pool; 0 without a window. num_pages: of the pool of the other layers,
-    of which each row has no fewer."""
+    of which a row owns at least as many."""
     return min(num_pages, max_sliding_pages(config, window)) if window else 0
 
 

@@ -7,7 +7,7 @@ of its own, so that the device is busy with it while the host prepares the other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.forward_graphs import GraphInputs, log_capture, round_up
+from engine.batch.forward_graphs import capture_sliding, log_capture, round_up
+from engine.batch.graph_inputs import GraphInputs, SlidingRoom
 from engine.batch.round_batch import RoundBatch
 from engine.batch.runner import Runner
 from engine.batch.view import View
@@ -24,7 +25,7 @@ from kernels.attention.base import GraphAttention
 from kernels.ops import Graphs
 from kernels.ragged import Ints
 from kernels.transfer import send_all
-from models.batch import TokenInputs
+from models.batch import SlidingKV, TokenInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,15 @@ class _Step:
 
     tokens: TokenInputs
     attention: GraphAttention
+    sliding: SlidingKV[GraphAttention] | None
     last: Tensor
     chosen: Tensor
+
+    def plan(self, inputs: GraphInputs, first: int, end: int) -> None:
+        """Plan attention. inputs: have this step's rows at places first … end - 1."""
+        self.attention.plan(inputs.kv_lengths[first:end])
+        if self.sliding is not None:
+            self.sliding.attention.plan(inputs.sliding_kv_lengths[first:end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +63,15 @@ class _Bucket:
     seeds: Tensor
     replays: dict[tuple[int, int], Callable[[], None]]
 
-    def replay(self, first: int, end: int, kv_lengths: Sequence[int]) -> None:
-        """Replay steps `first` to end - 1. kv_lengths: of these steps' rows, one step after another's."""
+    def plan(self, first: int, end: int) -> None:
+        """Plan attention of steps `first` to end - 1."""
         for index in range(first, end):
-            at = (index - first) * self.rows
-            self.steps[index].attention.plan(kv_lengths[at : at + self.rows])
+            at = (index - 1) * self.rows if index else 0
+            self.steps[index].plan(self.later if index else self.first, at, at + self.rows)
+
+    def replay(self, first: int, end: int) -> None:
+        """Replay steps `first` to end - 1."""
+        self.plan(first, end)
         self.replays[first, end]()
 
 
@@ -78,13 +90,15 @@ class DraftGraphs:
         width: int,
         layers: int = 0,
         heads: int = 0,
+        sliding: SlidingRoom | None = None,
     ) -> None:
         """Capture, for each of `rows`, each of `gammas` steps. All ranks that share the model do so at the same time.
 
-        first: largest number of queries of a row in the first step; later steps have one. width, layers, heads: see
-        GraphInputs.
+        first: largest number of queries of a row in the first step; later steps have one. width, layers, heads,
+        sliding: see GraphInputs.
         """
         self._model, self._pool, self._graphs, self._sampler = runner.model, runner.pool, graphs, sampler
+        self._window, self._sliding = runner.view.window, sliding
         self._rows, self._gammas = sorted(rows), sorted(gammas)
         self._first, self._width, self._lists = first, width, (layers, heads)
         what = f"drafts of up to {self._gammas[-1]} tokens for up to {self._rows[-1]} rows"
@@ -105,12 +119,12 @@ class DraftGraphs:
         bucket.first.copy(inputs, np.arange(rows))
         samples = batch.draft_samples(range(gamma))
         bucket.temperature[:rows], bucket.seeds[:rows] = self._sampler.temperatures_and_seeds(samples.row_index[:rows])
-        bucket.replay(0, 1, bucket.first.kv_lengths)
+        bucket.replay(0, 1)
         step, row = batch.drafts(range(gamma))
         places = step * count + row  # those of the first step are 0 … rows - 1
         if gamma > 1:
             bucket.later.copy(batch.later_draft_inputs(gamma, view), places[rows:] - count)
-            bucket.replay(1, gamma, bucket.later.kv_lengths)
+            bucket.replay(1, gamma)
         (place,) = send_all(bucket.chosen.device, places)
         batch.place_drafts(samples, bucket.chosen.view(-1)[place])
         return True
@@ -118,9 +132,16 @@ class DraftGraphs:
     def _capture(self, rows: int) -> _Bucket:
         device, steps = self._model.device, self._gammas[-1]
         layers, heads = self._lists
-        sizes = {"width": self._width, "layers": layers, "heads": heads}
-        first = GraphInputs(self._pool, rows=rows, queries=self._first, **sizes)
-        later = GraphInputs(self._pool, rows=rows * (steps - 1), queries=1, **sizes)
+        make = partial(
+            GraphInputs,
+            self._pool,
+            width=self._width,
+            layers=layers,
+            heads=heads,
+            window=self._window,
+            sliding=self._sliding,
+        )
+        first, later = make(rows=rows, queries=self._first), make(rows=rows * (steps - 1), queries=1)
         bucket = _Bucket(
             rows,
             [],
@@ -132,13 +153,13 @@ class DraftGraphs:
             {},
         )
         for index in range(steps):
-            tokens, batch = later.part((index - 1) * rows, rows) if index else first.part(0, rows)
-            attention = self._graphs.attention(self._pool.page_size, self._model.head_dim, batch)
-            last = torch.arange(rows, device=device) * batch.queries + batch.queries - 1
-            bucket.steps.append(_Step(tokens, attention, last, bucket.chosen[index]))
+            part = later.part((index - 1) * rows, rows) if index else first.part(0, rows)
+            attention = self._graphs.attention(self._pool.page_size, self._model.head_dim, part.batch)
+            sliding = capture_sliding(self._graphs, self._model, self._sliding, part.sliding)
+            last = torch.arange(rows, device=device) * part.batch.queries + part.batch.queries - 1
+            bucket.steps.append(_Step(part.tokens, attention, sliding, last, bucket.chosen[index]))
         for begin, end in [*((1, gamma) for gamma in self._gammas[::-1] if gamma > 1), (0, 1)]:
-            for step in bucket.steps[begin:end]:
-                step.attention.plan([1] * rows)
+            bucket.plan(begin, end)
             bucket.replays[begin, end] = self._graphs.capture(partial(self._work, bucket, begin, end))
         return bucket
 
@@ -147,7 +168,7 @@ class DraftGraphs:
             step = bucket.steps[index]
             if index:
                 step.tokens.token_ids.copy_(bucket.chosen[index - 1])
-            states = self._model.states(step.tokens, self._pool, step.attention, step.last)
+            states = self._model.states(step.tokens, self._pool, step.attention, step.last, step.sliding)
             position = step.tokens.positions[step.last] + 1
             sampled = self._sampler.sample(self._model.logits(states), bucket.temperature, bucket.seeds, position)
             step.chosen.copy_(sampled[1])

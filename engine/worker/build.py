@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from engine.batch.forward_graphs import ForwardGraphs, Observer, graph_row_counts
+from engine.batch.graph_inputs import SlidingRoom
 from engine.batch.row_state import RowState
 from engine.batch.runner import Runner
 from engine.batch.tail_pages import make_tails, num_exact_pages
@@ -21,7 +22,6 @@ from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
 from engine.speculation.rejection import Proposals, RejectionSampler
-from engine.worker.sliding_limits import captures
 from engine.worker.weight_choice import draft_model_weights
 from kernels.attention.base import AttentionBackend
 from kernels.key_summaries import KeySummaries
@@ -70,10 +70,9 @@ def make_sampler(config: EngineConfig, state: RowState, vocab: VocabShard, ops: 
     return Sampler(state, vocab, ops, grammars)
 
 
-def make_graphs(config: EngineConfig, model: DecoderModel, draft: DecoderModel | None) -> Graphs | None:
-    """Make what captures an engine's forwards; None where nothing is captured. draft: a draft model, if there is
-    one."""
-    if model.ops.make_graphs is None or not captures(config, model, draft):
+def make_graphs(config: EngineConfig, model: DecoderModel) -> Graphs | None:
+    """Make what captures an engine's forwards; None where nothing is captured."""
+    if model.ops.make_graphs is None or not config.cuda_graphs:
         return None
     return model.ops.make_graphs()
 
@@ -207,7 +206,9 @@ def _with_target_graphs(
         rows=graph_row_counts(config.scheduler.max_rows),
         queries={gamma + 1 for gamma in _gammas(config)},  # a plain step, and verify passes
         width=state.page_table.shape[1],
-        shares=config.cache.prefix,
+        shares=config.cache.prefix and not target.view.window,
+        window=target.view.window,
+        sliding=_sliding_room(target, state),
         observer=observer,
     )
     return replace(target, graphs=forwards)
@@ -227,19 +228,38 @@ def _with_graphs(
     width = settings.kv.max_pages(state.page_size, settings.max_draft_tokens, state.page_table.shape[1])
     layers = model.num_kv_layers if runner.view.per_layer else 0
     rows, gammas = graph_row_counts(config.scheduler.max_rows), _steps(config)
+    sliding = _sliding_room(runner, state)
     if runner.graphs is None:
-        forwards = ForwardGraphs(model, runner.pool, graphs, rows=rows, queries={1, first}, width=width, layers=layers)
+        forwards = ForwardGraphs(
+            model,
+            runner.pool,
+            graphs,
+            rows=rows,
+            queries={1, first},
+            width=width,
+            layers=layers,
+            window=runner.view.window,
+            sliding=sliding,
+        )
         runner = replace(runner, graphs=forwards)
-    steps = DraftGraphs(runner, graphs, sampler, rows=rows, gammas=gammas, first=first, width=width, layers=layers)
+    steps = DraftGraphs(
+        runner, graphs, sampler, rows=rows, gammas=gammas, first=first, width=width, layers=layers, sliding=sliding
+    )
     return runner, steps
 
 
+def _sliding_room(runner: Runner, state: RowState) -> SlidingRoom | None:
+    if runner.sliding is None:
+        return None
+    return SlidingRoom(runner.sliding.pool, runner.model.sliding_window, state.sliding_table.shape[1])
+
+
 def _gammas(config: EngineConfig) -> set[int]:
-    """Return the numbers of drafts that rounds have. With a fixed gamma of a model's drafts, only rounds in which a
-    request ends have fewer, or, where pages are sealed, a page."""
+    """Return the numbers of drafts that verify passes are captured for. With a fixed gamma of a model's drafts, only
+    rounds in which a request ends have fewer, or, where pages are sealed, a page."""
     settings = config.speculation
     if settings.gamma == "auto" or config.cache.seals or settings.searches_text:
-        return set(range(settings.max_draft_tokens + 1))
+        return set(settings.captured_gammas)
     return {0, settings.max_draft_tokens}
 
 

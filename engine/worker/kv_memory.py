@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch.forward_graphs import graph_row_counts, prefix_room
+from engine.batch.graph_inputs import pages_seen
 from engine.config.deployment import EngineConfig
 from engine.worker.resolve import Resolved, fit_pool
-from engine.worker.sliding_limits import captures
 from kernels.attention.base import AttentionBatch
 from kernels.flashinfer.flashinfer_sizes import Heads, captured_memory
 from kernels.flashinfer.flashinfer_workspace import load_flashinfer, takes_uniform_queries
@@ -50,18 +50,45 @@ def size_pool(
         memory = measure(config, model)
     share, settings = config.cache.gpu_memory_utilization, config.speculation
     left = int(memory.total * share) - memory.used - memory.running
-    if model.ops.make_graphs is not None and captures(config, model, draft):
+    if model.ops.make_graphs is not None and config.cuda_graphs:
         left -= memory.running  # about what the tensors of captured forwards take
         if settings.max_model_drafts and settings.kv.counts_votes:
             from kernels.gpu.attention import VOTE_BYTES  # the import needs Triton
 
             left -= VOTE_BYTES
+        left -= captured_list_bytes(config, model, draft, resolved.max_model_len)
         if model.ops.kind == "flashinfer":
             left -= captured_bytes(config, model, draft, resolved.max_model_len)
     smallest = group.all_gather(torch.tensor([left], dtype=torch.int64, device=model.device)).min()
     named = f"the {int(smallest) / 1e9:.3g} that gpu_memory_utilization {share:g} leaves"
     setting = f"cache.gpu_memory_utilization ({share:g})"
     return fit_pool(config, resolved, int(smallest), named, setting, warns=group.rank == 0)
+
+
+def captured_list_bytes(
+    config: EngineConfig, model: DecoderModel, draft: DecoderModel | None, max_model_len: int
+) -> int:
+    """Bound the bytes that captured attention to windows keeps: lists of pages and their lengths. draft: a draft model;
+    None: the target drafts for itself, or nothing does."""
+    settings, page = config.speculation, config.cache.page_size
+    rows = sum(graph_row_counts(config.scheduler.max_rows))
+
+    def lists(model: DecoderModel, queries: list[int]) -> int:
+        window = model.window or model.sliding_window
+        widths = [min(pages_seen(window, each, page), -(-max_model_len // page)) for each in queries]
+        return 8 * rows * sum(width + 1 for width in widths) if window else 0
+
+    twice = 2 if config.cache.prefix else 1  # other layers may read shared pages once
+    total = twice * lists(model, [gamma + 1 for gamma in settings.captured_gammas])
+    if settings.max_model_drafts:
+        total += lists(draft or model, _draft_queries(settings.max_model_drafts))
+    return total
+
+
+def _draft_queries(steps: int) -> list[int]:
+    """Bound the numbers of queries per row in captured forwards of a drafter: in single ones, with one query and with
+    two, and in steps, of which the first may have two."""
+    return [1, 2, 2] + [1] * (steps - 1)
 
 
 def captured_bytes(config: EngineConfig, model: DecoderModel, draft: DecoderModel | None, max_model_len: int) -> int:
@@ -79,12 +106,13 @@ def captured_bytes(config: EngineConfig, model: DecoderModel, draft: DecoderMode
         heads = Heads(model.heads, model.kv_heads, model.head_dim)
         return captured_memory(heads, rows, queries, width, multiprocessors, uniform, prefixes)
 
-    prefixes = prefix_room if config.cache.prefix else None
-    scratch, own = attention(model, list(range(1, gamma + 2)), width, prefixes)
+    scratch = own = 0
+    if not model.window:  # attention to windows is none of FlashInfer's
+        prefixes = prefix_room if config.cache.prefix else None
+        scratch, own = attention(model, [each + 1 for each in settings.captured_gammas], width, prefixes)
     if steps := settings.max_model_drafts:
         narrow = settings.kv.max_pages(page, gamma, width) * (model.num_kv_layers if settings.kv.per_layer else 1)
-        # Single forwards with one query and with two, and steps, of which the first may have two.
-        needed, drafts = attention(draft or model, [1, 2, 2] + [1] * (steps - 1), narrow)
+        needed, drafts = attention(draft or model, _draft_queries(steps), narrow)
         # Drafts are captured after the target, whose graphs keep the smaller memory that they were captured with.
         scratch += needed if needed > scratch else 0
         own += drafts

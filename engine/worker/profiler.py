@@ -23,7 +23,6 @@ from pathlib import Path
 import msgspec
 import torch
 
-from engine.batch.tail_pages import num_exact_pages
 from engine.config.deployment import EngineConfig
 from engine.control.step_times import StepSample, StepTimes
 from engine.params import SamplingParams
@@ -35,7 +34,7 @@ from models.default import resolve_model, user_cache
 
 log = logging.getLogger(__name__)
 
-_VERSION = 9
+_VERSION = 10
 _SECONDS = 8.0
 """Approximate limit of a profile's time."""
 _SHORT, _LONG_TOKENS = 64, 8192
@@ -74,7 +73,7 @@ class Profiler:
         self._tokens = random.Random(0).choices(range(vocab_size), k=_DRAWN)
         self._stretch = shared_stretch
         self._max_model_drafts = config.speculation.max_model_drafts
-        self._page, self._holds_exact = config.cache.page_size, num_exact_pages(config) > 0
+        self._page, self._holds_exact = config.cache.page_size, config.cache.seals
         self._max_rows = config.scheduler.max_rows
         self._max_model_len = max_model_len
         self._room = min(_ROOM, max(3, max_model_len // 2))
@@ -234,6 +233,7 @@ def profile_key(config: EngineConfig, sizes: Resolved, formats: Mapping[str, str
     parts += [config.cache.format, config.cache.page_size]
     # Left out: settings that change no measured time. Rows are measured greedily, with the profile's own gammas.
     without: dict[str, bool | set[str]] = {
+        "drafter": True,
         "gamma": True,
         "model": True,
         "store": True,
@@ -241,7 +241,7 @@ def profile_key(config: EngineConfig, sizes: Resolved, formats: Mapping[str, str
         "weights": True,
         "kv": {"sink"},
     }
-    parts += [speculation.model_dump_json(exclude=without), _work(sizes.shape)]
+    parts += [speculation.source, speculation.model_dump_json(exclude=without), _work(sizes.shape)]
     if speculation.draft_model is not None:  # its name does not identify it: another model can take its place
         parts.append(_work(read_config(resolve_model(speculation.draft_model))))
     if (target := config.target_kv) is not None:  # the file's name says nothing about which heads stream

@@ -346,13 +346,13 @@ def _with_pool(
 
 def _keepers(config: EngineConfig) -> str:
     """Name what keeps KV for rows, in messages."""
-    if num_exact_pages(config):
+    if config.cache.seals:
         return "drafts and pages that are not sealed"
     return "drafts" if config.target_kv is None else "drafts and choices of the target"
 
 
 def _budgets(config: EngineConfig) -> str:
-    if num_exact_pages(config):
+    if config.cache.seals:
         return "speculation.kv.budget, scheduler.max_batch_tokens"
     return "speculation.kv.budget" if config.target_kv is None else "speculation.kv.budget, target_kv.budget"
 
@@ -385,7 +385,7 @@ def log_started(config: EngineConfig, resolved: Resolved, num_pages: int, weight
         config.cache.format,
         resolved.kv_token_bytes,
     )
-    log_sliding(config, resolved.shape, config.cuda_graphs and resolved.ops.make_graphs is not None, num_pages)
+    log_sliding(config, resolved.shape, num_pages)
     if (target := config.target_kv) is not None:
         log.warning(
             "target_kv: the target reads at most %d KV tokens in each KV head for a position after a prompt (%s); "

@@ -1,4 +1,4 @@
-"""What is not served, or not captured in graphs, for models with sliding layers."""
+"""What is not served for models with sliding layers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ import logging
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.config.kv import WindowConfig
 from engine.scheduler.sliding_pages import num_sliding_pages
-from models.decoder import DecoderModel
 from models.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
-
-
-def captures(config: EngineConfig, model: DecoderModel, draft: DecoderModel | None) -> bool:
-    """Whether forwards are captured where the kernels can do so. Captured attention has no window."""
-    return config.cuda_graphs and not any(each.config.sliding_layers for each in (model, draft) if each is not None)
 
 
 def check_sliding(config: EngineConfig, target: ModelConfig, draft: ModelConfig | None) -> None:
@@ -47,9 +41,8 @@ def check_sliding(config: EngineConfig, target: ModelConfig, draft: ModelConfig 
         )
 
 
-def log_sliding(config: EngineConfig, shape: ModelConfig, captures_others: bool, num_pages: int) -> None:
-    """Log what an engine does about sliding layers, if the model has any. captures_others: whether it captures forwards
-    of other models. num_pages: of the pool of the other layers."""
+def log_sliding(config: EngineConfig, shape: ModelConfig, num_pages: int) -> None:
+    """Log the pool of sliding layers, if there is one. num_pages: of the pool of the other layers."""
     if window := shape.windows[1]:
         log.info(
             "%d of %d layers keep the KV of %d tokens per request, in a pool of %d pages",
@@ -58,5 +51,3 @@ def log_sliding(config: EngineConfig, shape: ModelConfig, captures_others: bool,
             window,
             num_sliding_pages(config, window, num_pages),
         )
-    if shape.sliding_layers and captures_others:
-        log.info("forwards of models with sliding layers are not captured in graphs")

@@ -121,7 +121,7 @@ class Worker:
         self._failures = self._state.failures
         self._grammars = Grammars(self._state, tokenizer, model.config.vocab_size, eos)
         self._sampler = make_sampler(config, self._state, vocab, model.ops, self._grammars)
-        self._graphs = make_graphs(config, model, draft.model)
+        self._graphs = make_graphs(config, model)
         try:
             target = make_target(config, model, self._state, num_pages)
             self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft, self._graphs)
@@ -198,7 +198,7 @@ class Worker:
             return None, str(error)
 
     def _run(self, plan: RoundPlan, meanwhile: Callable[[], None]) -> RoundResult:
-        hashes = consistency.hash_pages(self._target.pool, plan.audit, self._group) if plan.audit else []
+        hashes = self._hash_pages(plan)
         began = time.perf_counter()
         if plan.clear:
             self._target.pool.clear(plan.clear)
@@ -226,6 +226,14 @@ class Worker:
         if self._digest_every and plan.number % self._digest_every == 0:
             consistency.compare(self._state, self._group, plan.number)
         return result
+
+    def _hash_pages(self, plan: RoundPlan) -> list[int]:
+        """Hash the pages that the plan audits."""
+        hashes = consistency.hash_pages(self._target.pool, plan.audit, self._group) if plan.audit else []
+        if plan.sliding_audit:
+            assert self._target.sliding is not None
+            hashes += consistency.hash_pages(self._target.sliding.pool, plan.sliding_audit, self._group)
+        return hashes
 
     def _collect_failures(
         self, plan: RoundPlan, results: list[RowResult], prompt_logprobs: list[PromptLogprobs]

@@ -45,9 +45,15 @@ class _Lists:
     pages: Tensor
     per_layer: bool
     prefixes: Sequence[SharedPrefix] | int
+    ballot: Ballot | None
+    window: int
 
     def __post_init__(self) -> None:
         assert not (self.per_layer and self.prefixes)
+        if self.window:
+            assert self.pages.dim() == 2
+            assert not self.prefixes
+            assert self.ballot is None
 
     @property
     def per_head(self) -> bool:
@@ -101,13 +107,6 @@ class AttentionBatch(_Lists):
     rows: Tensor | None = None
     window: int = 0
 
-    def __post_init__(self) -> None:
-        _Lists.__post_init__(self)
-        if self.window:
-            assert self.pages.dim() == 2
-            assert not self.prefixes
-            assert self.ballot is None
-
 
 class PlannedAttention(Protocol):
     """Exact softmax(q k^T * scale) v over the listed pages of a batch that is planned. One plan serves all layers of a
@@ -143,6 +142,8 @@ class GraphBatch(_Lists):
     lengths: [rows] int64, KV slots listed, at least 1.
     prefixes: number of prefixes that attention has room for; 0: it reads every row by itself. 0 with lists per layer.
     ballot: as in AttentionBatch. Its voters are counted back from a row's last query too, so padding never votes.
+    window: as in AttentionBatch. It does not change between replays. A list may begin after slots that no query of the
+        row's own sees, since the window counts back from a query.
     """
 
     queries: int
@@ -151,6 +152,7 @@ class GraphBatch(_Lists):
     prefixes: int = 0
     per_layer: bool = False
     ballot: Ballot | None = None
+    window: int = 0
 
 
 class GraphAttention(PlannedAttention, Protocol):

@@ -71,7 +71,8 @@ class GpuGraphAttention:
         self._span, self._ballot = span, batch.ballot
         queries = torch.full_like(batch.lengths, batch.queries)
         tokens = batch.queries * len(queries)
-        self._tiles = assign_tiles(queries, batch.lengths, batch.pages, tokens, uniform=True, per_layer=batch.per_layer)
+        tiles = assign_tiles(queries, batch.lengths, batch.pages, tokens, uniform=True, per_layer=batch.per_layer)
+        self._tiles = replace(tiles, window=batch.window)
 
     def plan(self, kv_lengths: Sequence[int], prefixes: Sequence[SharedPrefix] = ()) -> None:
         """Do nothing: no part of the plan depends on lengths."""

@@ -35,7 +35,8 @@ from kernels.transfer import send, send_all
 
 
 def can_capture(head_dim: int, batch: GraphBatch) -> bool:
-    """Whether FlashInfer's results are right for rows whose KV is shorter than their padded queries.
+    """Whether the batch has no window, and FlashInfer's results are right for rows whose KV is shorter than their
+    padded queries.
 
     FA2 (BatchPrefillWithPagedKVCacheDevice) computes with unsigned integers, so that for L slots and n > L queries
     L - n is huge. Where that shows, in a tile whose first queries see nothing:
@@ -49,7 +50,7 @@ def can_capture(head_dim: int, batch: GraphBatch) -> bool:
     its own output alone. CTA_TILE_KV is at least 16, and from head_dim 128 down at least 32, on all GPUs from sm_80
     on (100 KB of shared memory).
     """
-    return batch.queries <= (16 if head_dim > 128 else 32)
+    return not batch.window and batch.queries <= (16 if head_dim > 128 else 32)
 
 
 class _GraphPrefixes:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 SEALED_GROUP = 64
 """Tokens that are sealed together: those of one page."""
+EXACT_PAGES = 2
+"""Pages that a row's tokens are written to where pages are sealed: that of the pending token, and the one before it,
+which drafts read exactly."""
 _HALF_BYTES = 2
 
 
@@ -45,6 +48,12 @@ class KVBits:
         if self.seals:
             return -(-sum(self.record_bytes(head_dim, drafts=drafts)) // self.group)
         return 2 * head_dim * (itemsize if self.bits is None else self.bits // 8)
+
+    def max_drafts(self, num_tokens: int, gamma: int) -> int:
+        """Return how many of `gamma` drafts a row of `num_tokens` committed tokens can have. Where pages are sealed,
+        drafts end with the page of the pending token, so that all queries of a decoding row read the same pages
+        sealed."""
+        return min(gamma, -num_tokens % self.group) if self.seals else gamma
 
     def page_size(self, default: int) -> int:
         """Return the page size of a deployment that sets none: that of a sealed group, or `default`."""

@@ -37,6 +37,7 @@ pytest.importorskip("triton", reason="Triton is not installed: there are no buil
 
 from kernels.attention.triton_attention import GpuAttention, GpuGraphAttention
 from kernels.flashinfer.flashinfer_attention import FlashInferAttention
+from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
 from kernels.flashinfer.flashinfer_workspace import Workspace
 from kernels.gpu import INTERPRETED
 from kernels.gpu.gpu_ops import GpuOps
@@ -74,7 +75,8 @@ def logits(config: ModelConfig, ops: Ops, weights: str) -> torch.Tensor:
 )
 def test_models_agree_with_the_reference(variant: str, weights: str) -> None:
     """GPUs do not round the inputs of 8-bit integers, which the head has beside int4."""
-    ours, theirs = (logits(VARIANTS[variant], ops, weights) for ops in (GpuOps(), REFERENCE))
+    config = dataclasses.replace(VARIANTS[variant], num_layers=2 if variant == "plain" else 1)
+    ours, theirs = (logits(config, ops, weights) for ops in (GpuOps(), REFERENCE))
     if weights in ("int8", "int4"):
         assert (ours - theirs).norm() < 0.03 * theirs.norm()
     else:
@@ -111,6 +113,15 @@ def test_whose_attention(monkeypatch: pytest.MonkeyPatch) -> None:
             backend.plan(batch)
         torch.testing.assert_close(ours.run(layer, q, 0.1), oracle.run(layer, q, 0.1), rtol=2e-3, atol=2e-3)
     assert planned == [FlashInferAttention, GpuAttention, FlashInferAttention]
+
+
+def test_whose_captured_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    ops = GpuOps(Workspace(torch.device("cpu"), (9, 0), multiprocessors=132), Recorded)
+    assert ops.make_graphs is not None
+    graphs, pages = ops.make_graphs(), torch.zeros(2, 5, dtype=torch.int64)
+    kinds = [type(graphs.attention(16, 64, GraphBatch(4, pages, pages[:, 0], window=window))) for window in (0, 20)]
+    assert kinds == [FlashInferGraphAttention, GpuGraphAttention]
 
 
 def model_on(ops: Ops, config: ModelConfig = TINY) -> DecoderModel:
@@ -271,11 +282,12 @@ def test_captured_verify_passes_choose_what_drafts_read(policy: str) -> None:
     assert stats.accepted_tokens > 3
 
 
-def test_captured_attention_follows_its_batch() -> None:
+@pytest.mark.parametrize("window", [0, 1, 5])
+def test_captured_attention_follows_its_batch(window: int) -> None:
     """The last row has one query of its own, then none that sees three slots; its padding sees less, or nothing."""
     torch.manual_seed(0)
     layer = pool_layer(9, 2, 4, 16, torch.float32)
-    batch = GraphBatch(4, torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, dtype=torch.int64))
+    batch = GraphBatch(4, torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, dtype=torch.int64), window=window)
     ours, oracle = GpuGraphAttention(batch), ReferenceAttention(4)
     for queries, lengths in (([4, 4], [4, 4]), ([1, 4], [9, 17]), ([3, 1], [20, 1]), ([1, 1], [3, 8])):
         batch.pages.copy_(torch.randint(9, (2, 5)))
@@ -283,7 +295,7 @@ def test_captured_attention_follows_its_batch() -> None:
         ours.plan(lengths)
         q = torch.randn(8, 4, 16)
         own = torch.tensor([4 * row + 4 - count + i for row, count in enumerate(queries) for i in range(count)])
-        oracle.plan(AttentionBatch(queries, lengths, batch.pages))
+        oracle.plan(AttentionBatch(queries, lengths, batch.pages, window=window))
         for result, expected in zip(ours.run(layer, q, 0.25), oracle.run(layer, q[own], 0.25), strict=True):
             torch.testing.assert_close(result[own], expected)
 

@@ -13,15 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 from engine.batch.tail_pages import TailPages, num_exact_pages
-from engine.config.deployment import EngineConfig
 from engine.plan import RoundPlan, RowWork
-from kernels.kv.kv_bits import SEALED_GROUP
+from kernels.kv.kv_bits import EXACT_PAGES, SEALED_GROUP
 from models.known_shapes import SHAPES
 from models.shapes import rank_weight_bytes
 from planner.cost_model import SpeculationCost
 from planner.forecast import Deployment, Forecast, ForecastError, deploy
 from planner.hardware import GPUS
-from planner.placed_model import EXACT_PAGES, PUBLISHED, PlacedModel
+from planner.placed_model import PUBLISHED, PlacedModel
 from server.cli.app import app
 from tests.support.engines import TINY, tiny_engine, tiny_model
 
@@ -47,14 +46,6 @@ def found(kv_format: str, policy: str = "window", budget: int | None = 512, draf
 def exact(kv_format: str, tokens: int) -> int:
     """Return how many of the latest tokens are read exactly, of `tokens`."""
     return 0 if kv_format in ("dense", "fp8") else tokens
-
-
-def test_exact_pages_are_those_of_the_engine() -> None:
-    pages = [
-        num_exact_pages(EngineConfig.model_validate({"cache": {"format": "int8"}, "scheduler": {"max_rows": rows}}))
-        for rows in (20, 21)
-    ]
-    assert pages[1] - pages[0] == EXACT_PAGES
 
 
 def test_exact_tokens_are_those_of_the_engine() -> None:

@@ -16,6 +16,7 @@ from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.request import Request
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.validation import QueueFull, RequestError
+from kernels.kv.kv_bits import KV_BITS
 from tests.support.profiles import examples
 
 EOS = 0
@@ -31,6 +32,7 @@ def scheduler(
     max_len: int = 120,
     max_waiting: int = 20,
     draft_kv: bool = False,
+    kv_format: str = "dense",
 ) -> tuple[Scheduler, KVManager]:
     kv = KVManager(pages, page_size)
     made = Scheduler(
@@ -43,6 +45,7 @@ def scheduler(
         eos_token_ids=[EOS],
         controller=FixedGamma(gamma),
         draft_kv=draft_kv,
+        kv_bits=KV_BITS[kv_format],
     )
     return made, kv
 
@@ -186,6 +189,17 @@ def test_random_admit_accept_reject_abort_preempt(
     assert not live, "requests were starved"
     assert not made.has_work
     assert kv.available == kv.total
+
+
+@pytest.mark.parametrize(("kv_format", "gamma"), [("fp8", 3), ("int8", 2)])
+def test_drafts_end_with_a_sealed_page(kv_format: str, gamma: int) -> None:
+    made, _ = scheduler(page_size=64, batch=80, kv_format=kv_format)
+    ranks = RankExecutor(random.Random(0), page_size=64, batch=80, gamma=3)
+    made.add(AddRequest("a", [5] * 61, SamplingParams(max_tokens=40, ignore_eos=True)))
+    plan, requests = made.schedule()
+    made.commit(plan, requests, ranks.execute(plan, requests))
+    plan, _ = made.schedule()
+    assert [(work.computed, work.gamma) for work in plan.work] == [(61, gamma)]
 
 
 def test_decode_rows_come_first_and_prefill_gets_the_rest() -> None:

@@ -195,6 +195,15 @@ def test_a_hit_ends_where_a_window_is_left() -> None:
     assert late.cached_tokens == kv.hits == 48
 
 
+def test_a_request_that_is_preempted_at_once_finds_its_window_again() -> None:
+    kv, _ = manager(60, 30)
+    kv.release(admit(kv, request([*range(50)])))
+    late = request([*range(49)])
+    kv.admit(late)
+    kv.release(late)
+    assert len(kv.match(late)) == 12
+
+
 def test_what_requests_have_in_common_is_kept_once_two_have_had_it() -> None:
     kv, _ = manager(200, 36)
     for turn in range(1, 4):
@@ -271,7 +280,7 @@ def test_a_window_that_is_evicted_in_the_round_that_would_share_it() -> None:
     for _ in range(3):
         run_round()
     fillers = 0
-    last = own._index.find(made.running[0].digests[37])
+    last = own.index.find(made.running[0].digests[37])
     assert last is not None
     while own._pages.free + own._pages.eviction_order.index(last.page) >= 4:  # until few pages are evicted before it
         fillers += 1

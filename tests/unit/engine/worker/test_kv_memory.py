@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from engine.batch.forward_graphs import graph_row_counts
+from engine.batch.graph_inputs import _GroupLists
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.scheduler.sliding_pages import num_sliding_pages
-from engine.worker.kv_memory import DeviceMemory, captured_bytes, run_largest_round, size_pool
+from engine.worker.kv_memory import DeviceMemory, captured_bytes, captured_list_bytes, run_largest_round, size_pool
 from engine.worker.resolve import Resolved, resolve
 from kernels.flashinfer.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
 from models.decoder import DecoderModel
@@ -29,7 +30,7 @@ PAGE = 4 * 2 * 2 * 2 * 8 * 8  # bytes: tokens, keys and values, layers, heads, e
 
 def sized(model: DecoderModel, **cache: Any) -> tuple[EngineConfig, Resolved]:
     """Settings and sizes on a GPU when the pool's size is not set."""
-    settings = {"model": "tiny", "cache": {"page_size": 4}, "max_model_len": 400}
+    settings = {"model": "tiny", "cache": {"page_size": 4}, "max_model_len": 400, "speculation": {"drafter": "self"}}
     sizes = dataclasses.replace(resolve(EngineConfig.model_validate(settings), model), num_pages=None)
     return EngineConfig.model_validate(settings | {"cache": {"page_size": 4, **cache}}), sizes
 
@@ -123,7 +124,8 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def llama(heads: int, kv_heads: int, head_dim: int) -> Any:
-    return SimpleNamespace(heads=heads, kv_heads=kv_heads, head_dim=head_dim, device=torch.device("cuda"))
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": 0}
+    return SimpleNamespace(**sizes, device=torch.device("cuda"))
 
 
 @pytest.mark.usefixtures("flashinfer")
@@ -191,6 +193,39 @@ def test_both_pools_share_what_is_left(kilobytes: int) -> None:
 
     assert needed(num_pages) <= 1000 * kilobytes
     assert num_pages == 8 * 10 or needed(num_pages + 1) > 1000 * kilobytes
+
+
+@pytest.mark.parametrize("layers", [(0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_the_pool_leaves_memory_for_lists_of_windows(
+    monkeypatch: pytest.MonkeyPatch, layers: tuple[int, ...], prefix: bool
+) -> None:
+    """As much as inputs of captured forwards take: those of a plain step and verify passes, of single drafts, and of
+    the steps of a round."""
+    model = tiny_model(config=replace(SLIDING, sliding_layers=layers))
+    settings = {"max_model_len": 40, "cache": {"page_size": 4, "prefix": prefix}, "speculation": {"gamma": 3}}
+    config = EngineConfig.model_validate(settings | {"scheduler": {"max_rows": 8}})
+    sizes = dataclasses.replace(resolve(config, model), num_pages=None)
+    pool = model.make_pool(1, 4)
+    monkeypatch.setattr(pool, "scratch", 0)
+    rows, needed = [1, 2, 4, 8], 0
+    target = [1, 2, 3, 4] * 2 if prefix and model.num_sliding_layers else [1, 2, 3, 4]
+    for count in rows:
+        for queries in [*target, 1, 1, 1, 1]:
+            window = _GroupLists(pool, [count], 10, queries, window=10)
+            needed += window._pages.nbytes + window._lengths.nbytes
+    found = captured_list_bytes(config, model, None, 40)
+    assert needed <= found < 2 * needed
+    assert captured_list_bytes(config, tiny_model(), None, 40) == 0
+    assert 0 < captured_list_bytes(config, tiny_model(), model, 40) < found  # a draft model
+    monkeypatch.setattr(model, "ops", SimpleNamespace(kind="triton", make_graphs=object()))
+    memory = DeviceMemory(total=200_000, used=0, running=0)
+    eager = config.model_copy(update={"cuda_graphs": False})
+    captured, without, less = (
+        size_pool(each, sizes, model, Group.single(), left).num_pages
+        for each, left in ((config, memory), (eager, memory), (eager, replace(memory, used=found)))
+    )
+    assert captured == less != without
 
 
 def test_the_largest_round_of_a_model_with_sliding_layers() -> None:

@@ -55,7 +55,7 @@ class SharingEngine:
 
 def config_of(rows: int = 16) -> EngineConfig:
     settings = {"model": "tiny", "cache": {"page_size": PAGE}, "scheduler": {"max_rows": rows}}
-    return EngineConfig.model_validate({**settings, "speculation": {"gamma_max": 3}})
+    return EngineConfig.model_validate({**settings, "speculation": {"gamma_max": 3, "drafter": "self"}})
 
 
 def profiler_of(
