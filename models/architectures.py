@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from models.families import ernie, exaone, experts, gemma, glm, granite, ministral, olmo, phi, plain, smollm
+from models.families import ernie, exaone, experts, gemma, glm, gpt_oss, granite, ministral, olmo, phi, plain, smollm
 from models.files.json_values import Json, ModelError, short
 from models.files.rope_config import RopeConfig
 from models.model_config import ModelConfig
@@ -160,6 +160,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         rms_norm_eps=1e-5,
         reads=experts.COUNTS,
     ),
+    "gpt_oss": Architecture(
+        name="GptOssForCausalLM",
+        complete=gpt_oss.gpt_oss,
+        max_positions=131072,
+        kv_heads=8,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=150000.0),
+        reads=gpt_oss.READS,
+    ),
 }
 
 _LATENT, _STATE, _LINEAR = "multi-head latent attention", "state-space layers", "linear attention"
@@ -180,7 +190,6 @@ MISSING: Mapping[str, str] = {
     **dict.fromkeys(("gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "stablelm", "starcoder2"), _LAYER_NORMS),
     **dict.fromkeys(("bloom", "falcon", "mpt"), f"{_LAYER_NORMS}, and ALiBi or parallel attention"),
     **dict.fromkeys(("dots1", "glm4_moe", "minimax_m2"), "experts chosen by sigmoids"),
-    "gpt_oss": "experts with biases, in MXFP4",
     **dict.fromkeys(("mllama", "mllama_text_model"), _CROSS),
     **dict.fromkeys(("bart", "t5", "t5gemma", "whisper"), "an encoder"),
     **dict.fromkeys(("bert", "modernbert", "roberta"), "bidirectional attention, which continues no text"),

@@ -20,8 +20,9 @@ from models.decoder import DecoderModel
 from models.files.json_values import short
 from models.files.special_tokens import token_numbers
 from models.layouts.layout import Layout, find_layout
+from models.layouts.stacked_experts import stacks_of
 from models.layouts.weight_files import WeightFiles
-from models.weights import NOT_FINITE, PROJECTION_BIAS, StoredTensors, find_tensors, is_zero, opened
+from models.weights import NOT_FINITE, PROJECTION_BIAS, StoredTensors, find_tensors, is_zero
 from parallel.group import Group
 from parallel.matrix_layer import AS_STORED, Placement, WeightChoice
 from parallel.module import MatrixSlot, WeightSlot
@@ -139,7 +140,7 @@ def random_model(
 def _read(path: Path, like: ModelConfig | None) -> tuple[ModelConfig, StoredTensors, list[str]]:
     """Read what a model directory holds: the config to use, the tensors, and warnings. like: see load_model."""
     config = read_config(path)
-    stored = find_tensors(path, config.tie_word_embeddings)
+    stored = find_tensors(path, config.tie_word_embeddings, stacks_of(config))
     warnings = [*config.warnings, *stored.warnings, *_check_tokenizer(path, config.vocab_size)]
     config = replace(config, tie_word_embeddings=stored.tied)
     if like is None:
@@ -159,14 +160,10 @@ def _wanted(
     found = {slot.source: layout.tensors(slot.source, stored) for slot in matrices}
     found |= {slot.source: (slot.source,) for slot in storage if slot.source in stored.sources}
     wanted = {name for names in found.values() for name in names}
-    for file, tensors in stored.by_file():
-        for name, stored_name in tensors:
-            if name in wanted:
+    with WeightFiles(stored) as files:
+        for name, (file, stored_name) in stored.sources.items():
+            if name in wanted or (name.endswith(PROJECTION_BIAS) and is_zero(files[name].read())):
                 continue
-            if name.endswith(PROJECTION_BIAS):
-                with opened(file) as checkpoint:
-                    if is_zero(checkpoint.get_tensor(stored_name)):
-                        continue
             raise ModelError(f"{file}: unexpected tensor {stored_name}")
     sources = {*(slot.source for slot in storage), *(slot.source for slot in matrices)}
     if missing := sorted(source for source in sources if not found.get(source)):

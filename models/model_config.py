@@ -10,7 +10,7 @@ from models.files.json_values import ModelError
 from models.files.rope_config import RopeConfig
 
 QKNorm = Literal["none", "head", "all"]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
 
 _PLAIN_ROPE = RopeConfig()
 
@@ -21,7 +21,8 @@ class WeightNames:
 
     before_attention, after_attention, before_mlp, after_mlp: norms of the input or the output of attention and of the
     feed-forward network; empty: there is none. qkv, gate_up: matrices that the checkpoint has joined, one above the
-    other; empty: it has their parts. experts: the block of experts; gate, up, down: matrices of one of them.
+    other; empty: it has their parts. experts: the block of experts; router: its router; gate, up, down: matrices of one
+    of them. stacks_experts: whether tensors hold all experts of a layer (models.layouts.stacked_experts).
     """
 
     before_attention: str = "input_layernorm"
@@ -31,9 +32,11 @@ class WeightNames:
     qkv: str = ""
     gate_up: str = ""
     experts: str = "mlp"
+    router: str = "gate"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    stacks_experts: bool = False
 
 
 _PLAIN_NAMES = WeightNames()
@@ -46,7 +49,8 @@ class ExpertsConfig:
 
     size: intermediate features of each. normalised: whether the probabilities of a token's experts are scaled to sum to
     1. shared_size: intermediate features of an expert that has every token, weighted by a gate of its own; 0: there is
-    none. dense_layers: layers that have a plain network instead.
+    none. biased: whether the router and all networks have biases. dense_layers: layers that have a plain network
+    instead.
     """
 
     count: int
@@ -54,6 +58,7 @@ class ExpertsConfig:
     size: int
     normalised: bool = True
     shared_size: int = 0
+    biased: bool = False
     dense_layers: tuple[int, ...] = ()
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from models.files.json_values import (
     short,
 )
 from models.files.nested_text import text_tensor
+from models.layouts.stacked_experts import ExpertStacks, StackedPart
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights that can be loaded, as safetensors names them."""
@@ -85,12 +86,13 @@ class StoredTensors:
 
     sources: the file of each, and its name there, by the model's name for it; those of one file are adjacent.
     tied: whether the LM head uses the embedding's weight, which is then stored once. warnings: what the files contain
-    that is not served as it is written.
+    that is not served as it is written. parts: of the tensors that are a part of one in a file, which part.
     """
 
     sources: dict[str, tuple[Path, str]]
     tied: bool
     warnings: tuple[str, ...]
+    parts: Mapping[str, StackedPart] = field(default_factory=dict)
 
     def by_file(self) -> Iterator[tuple[Path, list[tuple[str, str]]]]:
         """Yield each file with its tensors: the model's name and the file's."""
@@ -98,8 +100,9 @@ class StoredTensors:
             yield file, [(name, stored) for name, (_, stored) in tensors]
 
 
-def find_tensors(path: Path, tied: bool) -> StoredTensors:
-    """Find the tensors of the model directory `path`, whose config.json says whether embedding and LM head are `tied`.
+def find_tensors(path: Path, tied: bool, stacks: ExpertStacks | None = None) -> StoredTensors:
+    """Find the tensors of the model directory `path`, whose config.json says whether embedding and LM head are `tied`,
+    and which experts are stacked: each part of one is a tensor of its own.
 
     As in transformers, what is stored decides: two different weights are not tied; the only one serves for both. Names
     may lack the prefix `model.`, if all do. Of a model that reads more than text, those of its text model are found. Of
@@ -152,7 +155,27 @@ def find_tensors(path: Path, tied: bool) -> StoredTensors:
     elif not tied and EMBEDDING in sources and HEAD not in sources and not has_quantized_head:
         tied = True
         warnings.append(f"{HEAD} is not stored, so {EMBEDDING} is used, although tie_word_embeddings is false")
-    return StoredTensors(sources, tied, tuple(warnings))
+    found = StoredTensors(sources, tied, tuple(warnings))
+    return found if stacks is None else _split_stacks(found, stacks)
+
+
+def _split_stacks(stored: StoredTensors, stacks: ExpertStacks) -> StoredTensors:
+    """Return each part of an expert in place of the stacks. Raises ModelError."""
+    sources: dict[str, tuple[Path, str]] = {}
+    parts: dict[str, StackedPart] = {}
+    for file, tensors in stored.by_file():
+        with opened(file) as checkpoint:
+            for name, stored_name in tensors:
+                try:
+                    mine = dict(stacks.split(name, tuple(checkpoint.get_slice(stored_name).get_shape())))
+                except ModelError as error:
+                    raise ModelError(f"{file}: tensor {stored_name} {error}") from None
+                parts |= mine
+                for each in mine or (name,):
+                    if each in sources:
+                        raise ModelError(f"{file}: tensor {each} is stored twice, by itself and in a stack of experts")
+                    sources[each] = file, stored_name
+    return replace(stored, sources=sources, parts=parts)
 
 
 def is_zero(tensor: torch.Tensor) -> bool:

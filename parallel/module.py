@@ -36,7 +36,8 @@ class MatrixSlot:
 
     source: name of its weight in a checkpoint; no two slots of a model share the same part of one.
     full_shape: of the whole matrix. index: rows and features of this rank's part. reads: those that `fill` takes: more
-    than the part where its rounding depends on others. fill: takes them, once.
+    than the part where its rounding depends on others. fill: takes them, once. rounds: whether weights may be rounded
+    to few bits.
     """
 
     source: str
@@ -44,6 +45,7 @@ class MatrixSlot:
     index: tuple[slice, slice]
     reads: tuple[slice, slice]
     fill: Callable[[Matrix], None]
+    rounds: bool = True
 
 
 class Module:

@@ -25,14 +25,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernels.kv.kv_bits import KV_BITS
+from kernels.kv.kv_bits import EXACT_PAGES, KV_BITS
 from models.model_config import ModelConfig
 from models.shapes import active_parameters, matrix_bytes, rank_kv_token_bytes, rank_sliding_token_bytes
 from planner.hardware import Device
-
-EXACT_PAGES = 2
-"""Pages per row that tokens are written to where pages are sealed (engine.batch.tail_pages). Those that prompts are
-written to, some MB for all rows together, are not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +181,7 @@ class PlacedModel:
     @property
     def exact_page_bytes(self) -> int:
         """Bytes of the pages that a row's tokens are written to before they are sealed, on the rank with the largest
-        share."""
+        share. Those that prompts are written to, some MB for all rows together, are not counted."""
         return self.dense_kv_bytes(EXACT_PAGES * KV_BITS[self.kv_format].group)
 
     def _matrix_bytes(self, tokens: int) -> float:
@@ -199,8 +195,9 @@ class PlacedModel:
 
     @property
     def _linear_flops(self) -> float:
-        """The same of products with weights."""
-        peak = (self.device.fp8_flops if self.weights == "fp8" else None) or self.device.flops
+        """The same of products with weights. Experts, nearly all products of a model that has them, unpack fp8."""
+        eight_bits = self.weights == "fp8" and self.model.experts is None
+        peak = (self.device.fp8_flops if eight_bits else None) or self.device.flops
         return self.ranks * peak * self.efficiency.flops
 
     @property

@@ -34,7 +34,7 @@ from bench.paper import vegas_terms
 from bench.paper.vegas_terms import TERMS, TermsLine, terms_budget
 from engine.oom import OutOfMemory, is_out_of_memory
 from engine.worker.kernels import choose_ops
-from models.known_shapes import FORECAST_ONLY, SHAPES
+from models.known_shapes import SHAPES
 from planner.cost_model import acceptance_for
 
 _SHAPES = ("llama-3.1-8b", "llama-2-7b-32k")
@@ -227,8 +227,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measured = [name for name, terms in TERMS.items() if terms.shapes]
     parser.add_argument("--terms", choices=measured, help="measure on the terms of others, beside their numbers")
-    served = [shape for shape in SHAPES if shape not in FORECAST_ONLY]
-    parser.add_argument("--shapes", help=f"any of: {', '.join(served)}; {','.join(_SHAPES)} if not given")
+    parser.add_argument("--shapes", help=f"any of: {', '.join(SHAPES)}; {','.join(_SHAPES)} if not given")
     parser.add_argument("--points", help=f"ROWSxCONTEXT, comma-separated; skipped if too large; else {_POINTS}")
     parser.add_argument("--gamma", type=int, help="3 if not given")
     parser.add_argument("--budget", type=int, help="512 if not given")
@@ -253,8 +252,8 @@ def _arguments() -> argparse.Namespace:
         arguments.points = _read_points(arguments.points) if arguments.points else None
     except ValueError:
         parser.error("--points are ROWSxCONTEXT")
-    if unknown := [shape for shape in arguments.shapes or () if shape not in served]:
-        parser.error(f"--shapes: {unknown[0]!r} is not one of {', '.join(served)}")
+    if unknown := [shape for shape in arguments.shapes or () if shape not in SHAPES]:
+        parser.error(f"--shapes: {unknown[0]!r} is not one of {', '.join(SHAPES)}")
     if not 0 <= arguments.synthetic_acceptance <= 1 or not 1 <= arguments.gamma <= 16 or arguments.rounds < 2:
         parser.error("--synthetic-acceptance is from 0 to 1, --gamma from 1 to 16, --rounds at least 2")
     return arguments

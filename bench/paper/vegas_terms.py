@@ -15,7 +15,7 @@ predicts. Ours differ:
 - Choosing took 5.9 % of a published round of Vegas. Rounds that are measured here have all of it, predictions only what
   the bytes take that it moves (planner.policy_costs).
 - Published Quest chooses in every draft step; ours in the first of a round and again every four steps.
-- gpt-oss-20b, which is not served here, has experts of 4 bits as published (mxfp4), all other weights are of 16 bits.
+- gpt-oss-20b has experts of 4 bits as published (mxfp4), all else is of 16 bits. Served, they have codes of 8.
 - 100,000 tokens are more than Qwen3 states in its files; the published runs must have stretched its positions.
 """
 

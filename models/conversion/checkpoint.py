@@ -17,7 +17,9 @@ from models.files.nested_text import text_model
 from models.layouts.dense_layout import DENSE
 from models.layouts.group_layout import GroupLayout
 from models.layouts.layout import parse_layout
-from models.weights import StoredTensors, find_tensors, opened
+from models.layouts.stacked_experts import stacks_of
+from models.layouts.weight_files import WeightFiles
+from models.weights import StoredTensors, find_tensors
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +83,11 @@ def open_directory(src: Path) -> Checkpoint:
     if layout is not DENSE and own is None:
         raise ModelError(f"{src}: has quantized weights, which are served as they are")
     try:
-        tied = parse_config(config).tie_word_embeddings
+        parsed = parse_config(config)
     except ModelError as error:
         raise ModelError(f"{src}: {error}") from None
-    stored = find_tensors(src, tied)
+    tied = parsed.tie_word_embeddings
+    stored = find_tensors(src, tied, stacks_of(parsed))
     for warning in stored.warnings:
         log.warning("%s: %s", src, warning)
     if stored.tied != tied:
@@ -93,7 +96,6 @@ def open_directory(src: Path) -> Checkpoint:
 
 
 def _read_tensors(stored: StoredTensors) -> Iterator[tuple[str, torch.Tensor]]:
-    for file, tensors in stored.by_file():
-        with opened(file) as checkpoint:
-            for name, stored_name in tensors:
-                yield name, checkpoint.get_tensor(stored_name)
+    with WeightFiles(stored) as files:
+        for name in stored.sources:
+            yield name, files[name].read()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention.base import AttentionBatch
+from kernels.attention.base import AttentionBackend, AttentionBatch
 from models.architectures import find_architecture
 from models.batch import ForwardBatch, SlidingKV
 from models.config import ModelError, parse_config
@@ -129,7 +129,7 @@ class _LayerSubsetRunner:
         self._model = model
         self._attention = model.ops.attention(_PAGE, model.head_dim)
         self._pool = model.make_pool(rows * width, _PAGE)
-        self._sliding: SlidingKV | None = None
+        self._sliding: SlidingKV[AttentionBackend] | None = None
         if model.num_sliding_layers:
             sliding_pool = model.make_sliding_pool(rows * width, _PAGE)
             self._sliding = SlidingKV(sliding_pool, model.ops.attention(_PAGE, model.head_dim))

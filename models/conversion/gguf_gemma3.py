@@ -1,4 +1,5 @@
-"""Text models of Gemma 3 in GGUF. Where the file leaves something out, it is what llama.cpp assumes."""
+"""Text models of Gemma 3 in GGUF. config.json has what the file says, and the scale of scores, as llama.cpp derives it.
+For all else that the file leaves out, llama.cpp and transformers have the same defaults."""
 
 from __future__ import annotations
 
@@ -8,15 +9,13 @@ from tokenizers import Tokenizer
 
 from models.conversion.gguf_file import GGUFArchitecture, GGUFFile, GGUFModel, short_decimal
 from models.conversion.piece_tokenizer import make_tokenizer
-from models.files.json_values import Json, ModelError
-from models.files.rope_config import FULL, SLIDING
+from models.files.json_values import Json, ModelError, short
 
-_LOCAL_THETA = 10000.0
-"""Base of the rotary embedding of sliding layers."""
-_PATTERN = 6
-"""Of so many layers, the last is full, and the others slide."""
+_BASES = {"rope_theta": "rope.freq_base", "rope_local_base_freq": "rope.freq_base_swa"}
+"""Names in GGUF of the bases of rotary embeddings, which files may leave out."""
 _LAYERS_OF_27B = 62
-"""Gemma 3 27B alone scales scores by hidden_size / num_attention_heads instead of head_dim."""
+"""Gemma 3 27B alone scales scores by hidden_size / num_attention_heads instead of head_dim. No key of the file says
+so."""
 
 
 def _read(file: GGUFFile) -> GGUFModel:
@@ -44,20 +43,19 @@ def _config(file: GGUFFile) -> Json:
         "num_attention_heads": heads,
         "num_key_value_heads": value("attention.head_count_kv"),
         "head_dim": head_dim,
-        "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": value("context_length"),
         "rms_norm_eps": short_decimal(file.needed("gemma3.attention.layer_norm_rms_epsilon")),
         "query_pre_attn_scalar": hidden_size // heads if layers == _LAYERS_OF_27B else head_dim,
-        "rope_theta": short_decimal(file.field("gemma3.rope.freq_base") or 1e6),
-        "rope_local_base_freq": short_decimal(file.field("gemma3.rope.freq_base_swa") or _LOCAL_THETA),
-        "rope_scaling": _scaling(file),
         "sliding_window": value("attention.sliding_window"),
-        "layer_types": [SLIDING if (layer + 1) % _PATTERN else FULL for layer in range(layers)],
-        "attention_bias": False,
         "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in file.tensors),
     }
-    if (pattern := file.field("gemma3.attention.sliding_window_pattern")) not in (None, _PATTERN):
-        raise ModelError(f"sliding_window_pattern {pattern} is not supported; {_PATTERN} is")
+    config |= {key: short_decimal(base) for key, name in _BASES.items() if (base := file.field(f"gemma3.{name}"))}
+    if scaling := _scaling(file):
+        config["rope_scaling"] = scaling
+    if (pattern := file.field("gemma3.attention.sliding_window_pattern")) is not None:
+        if not isinstance(pattern, int):
+            raise ModelError(f"sliding_window_pattern {short(pattern)} is not supported; a number is")
+        config["sliding_window_pattern"] = pattern
     return config
 
 

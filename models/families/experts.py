@@ -61,6 +61,19 @@ def olmoe(data: Json, config: ModelConfig) -> ModelConfig:
     return slide(data, replace(config, qkv_bias=biased, o_bias=biased, qk_norm="all", experts=experts))
 
 
+def count_experts(data: Json, count: int, per_token: int) -> tuple[int, int]:
+    """Parse the number of experts, and of those that compute a token. count, per_token: those of an absent key. Raises
+    ModelError."""
+    stated = {integer(data, key) for key in COUNTS if data.get(key) is not None}
+    if len(stated) > 1:
+        raise ModelError(f"{' and '.join(sorted(COUNTS))} contradict each other")
+    count = next(iter(stated), count)
+    per_token = integer(data, "num_experts_per_tok", per_token)
+    if per_token > count:
+        raise ModelError(f"num_experts_per_tok ({per_token}) is larger than the number of experts ({count})")
+    return count, per_token
+
+
 def _experts(
     data: Json,
     *,
@@ -72,13 +85,7 @@ def _experts(
     dense_layers: tuple[int, ...] = (),
 ) -> ExpertsConfig:
     """count, per_token: those of an absent key."""
-    stated = {integer(data, key) for key in COUNTS if data.get(key) is not None}
-    if len(stated) > 1:
-        raise ModelError(f"{' and '.join(sorted(COUNTS))} contradict each other")
-    count = next(iter(stated), count)
-    per_token = integer(data, "num_experts_per_tok", per_token)
-    if per_token > count:
-        raise ModelError(f"num_experts_per_tok ({per_token}) is larger than the number of experts ({count})")
+    count, per_token = count_experts(data, count, per_token)
     return ExpertsConfig(
         count=count,
         per_token=per_token,

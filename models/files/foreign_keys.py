@@ -14,6 +14,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_experts": (),
     "num_local_experts": (),
     "n_routed_experts": (),
+    "swiglu_alpha": (),
+    "swiglu_limit": (),
     # layers that differ
     "block_configs": (),
     "num_key_value_heads_per_layer": (),

@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from kernels.weights.matrix import QuantizedMatrix, regular_groups
+from kernels.weights.matrix import QuantizedMatrix
 from models.files.json_values import Json, ModelError, flag, integer, short
 from models.layouts.block_scales import check_scales, read_scales
 from models.layouts.fp8 import parse_block
 from models.layouts.module_layout import MatrixFormat, ModuleLayout, ModuleTensors
+from models.layouts.mxfp4 import GROUP as MX_GROUP
+from models.layouts.mxfp4 import Mxfp4Format
 from models.layouts.packed_codes import (
     INTEGERS,
     count_words,
-    grouped_matrix,
     groups_of,
     integer_matrix,
     parse_group_size,
@@ -29,11 +29,6 @@ from models.weights import EMBEDDING
 PACKED, SHAPE, SCALES, ZEROS = "weight_packed", "weight_shape", "weight_scale", "weight_zero_point"
 """Names of a module's tensors."""
 _INDEX = "weight_g_idx"
-_MX_GROUP = 32
-_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
-"""Twice the values of codes of 4 bits: 1 of sign, 2 of exponent, 1 of mantissa."""
-_E2M1_PAIRS = torch.stack((_E2M1.repeat(16), _E2M1.repeat_interleave(16)), 1)
-"""Those of the two codes in each byte."""
 _FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
     *("mxfp4-pack-quantized", "mxfp8-quantized"),
@@ -96,36 +91,6 @@ class PackedFormat:
     def _groups(self, tensors: ModuleTensors, shape: tuple[int, int]) -> Tensor:
         index = tensors[_INDEX] if self.ordered else None
         return groups_of(shape[1], self.block(shape)[1], index)
-
-
-@dataclass(frozen=True, slots=True)
-class Mxfp4Format:
-    """`mxfp4-pack-quantized`: codes of E2M1 in groups of 32, with scales that are powers of two.
-
-    weight_packed: [rows, features / 2], the first feature in the lower bits. weight_scale: [rows, groups].
-    """
-
-    codes = PACKED
-    others = (SCALES,)
-
-    def check(self, tensors: ModuleTensors, shape: tuple[int, int]) -> None:
-        rows, features = shape
-        tensors[PACKED].check((rows, -(-features // 2)), ("U8",))
-        tensors[SCALES].check((rows, -(-features // _MX_GROUP)), ("U8", "F8_E8M0"))
-
-    def read(self, tensors: ModuleTensors, shape: tuple[int, int], rows: slice, features: slice) -> QuantizedMatrix:
-        octets = slice(features.start // 2, -(-features.stop // 2))
-        packed = tensors[PACKED].read(rows, octets)
-        codes = _E2M1_PAIRS.index_select(0, packed.flatten().int()).view(len(packed), -1)
-        first = features.start - 2 * octets.start
-        return grouped_matrix(
-            INT8,
-            codes[:, first : first + features.stop - features.start],
-            read_scales(tensors[SCALES], shape, (1, _MX_GROUP), rows) / 2,
-            None,
-            regular_groups(shape[1], _MX_GROUP)[features],
-            min(_MX_GROUP, shape[1]),
-        )
 
 
 class CompressedTensorsLayout(ModuleLayout):
@@ -196,8 +161,8 @@ def _parse_weights(weights: Json, written: str, rounds_inputs: bool) -> MatrixFo
     if kind == "float" and not symmetric:
         raise ModelError("symmetric false is not served with type float")
     if written == "mxfp4-pack-quantized":
-        if weights.get("group_size") != _MX_GROUP:
-            raise ModelError(f"group_size {short(weights.get('group_size'))} is not served; {_MX_GROUP} is")
+        if weights.get("group_size") != MX_GROUP:
+            raise ModelError(f"group_size {short(weights.get('group_size'))} is not served; {MX_GROUP} is")
         return Mxfp4Format()
     block = _parse_block(weights)
     if written == "pack-quantized":

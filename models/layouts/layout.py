@@ -18,6 +18,7 @@ from models.layouts.dense_layout import DENSE
 from models.layouts.fp8 import Fp8Layout
 from models.layouts.gptq import GptqLayout
 from models.layouts.group_layout import METHOD, GroupLayout
+from models.layouts.mxfp4 import Mxfp4Layout
 from models.layouts.weight_files import WeightFiles
 from models.weights import StoredTensors
 
@@ -46,6 +47,7 @@ LAYOUTS: Mapping[str, Callable[[Json], Layout]] = {
     "fbgemm_fp8": Fp8Layout,
     "fp8": Fp8Layout,
     "gptq": GptqLayout,
+    "mxfp4": Mxfp4Layout,
     METHOD: GroupLayout,
 }
 """Layouts by `quant_method`. Each is made from the `quantization_config`, and raises ModelError, which names the key in

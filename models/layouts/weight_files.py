@@ -10,25 +10,29 @@ from typing import Any, Self
 from torch import Tensor
 
 from models.files.json_values import ModelError
+from models.layouts.stacked_experts import StackedPart
 from models.weights import FLOATS, StoredTensors, opened
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file. name: there."""
+    """A tensor in a file. name: there. part: the part of it that this is; None: all."""
 
     file: Path
     name: str
     handle: Any  # of safetensors
+    part: StackedPart | None = None
 
     @property
     def where(self) -> str:
         """Where the tensor is, for messages."""
-        return f"{self.file}: tensor {self.name}"
+        of = "" if self.part is None else f"expert {self.part.expert} of "
+        return f"{self.file}: {of}tensor {self.name}"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.handle.get_shape())
+        stored = tuple(self.handle.get_shape())
+        return stored if self.part is None else self.part.shape(stored)
 
     @property
     def dtype(self) -> str:
@@ -38,6 +42,8 @@ class StoredTensor:
 
     def read(self, *index: slice) -> Tensor:
         """Read a part, or, without an index, all of it."""
+        if self.part is not None:
+            return self.part.read(self.handle, *index)
         part: Tensor = self.handle[index] if index else self.handle[:] if self.shape else self.handle[...]
         return part
 
@@ -53,7 +59,7 @@ class WeightFiles:
     """Files of a checkpoint, opened when one of their tensors is first asked for. Use it as a context manager."""
 
     def __init__(self, stored: StoredTensors) -> None:
-        self._sources = stored.sources
+        self._sources, self._parts = stored.sources, stored.parts
         self._open: dict[Path, Any] = {}
         self._stack = ExitStack()
 
@@ -72,4 +78,4 @@ class WeightFiles:
         file, stored_name = self._sources[name]
         if file not in self._open:
             self._open[file] = self._stack.enter_context(opened(file))
-        return StoredTensor(file, stored_name, self._open[file].get_slice(stored_name))
+        return StoredTensor(file, stored_name, self._open[file].get_slice(stored_name), self._parts.get(name))

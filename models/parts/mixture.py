@@ -1,23 +1,25 @@
 """Mixture of experts in place of a layer's feed-forward network.
 
 The router is whole on every rank; the intermediate features of each network are sharded like those of a plain one. Its
-parts are sums over this rank's features, in float32 or wider, and all of them are summed over ranks once.
+parts are sums over this rank's features, in float32 or wider, and all of them are summed over ranks once. Biases of
+sums over features are in the parts of rank 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from kernels.ops import Experts
+from kernels.ops import Experts, Gate
 from models.files.json_values import ModelError
 from models.model_config import ExpertsConfig, ModelConfig
 from parallel.layers import GateUpLinear
 from parallel.matrix_layer import MatrixLayer, MatrixPart, Placement
-from parallel.module import Module
+from parallel.module import MatrixSlot, Module, WeightSlot
 from parallel.split import split
 
 
@@ -25,10 +27,20 @@ class Router(MatrixLayer):
     """Scores of tokens, whole on every rank and never rounded to few bits: an error would choose another network. All
     ranks have the same inputs and the same arithmetic, so they have the same scores."""
 
-    def __init__(self, name: str, in_features: int, count: int, *, place: Placement) -> None:
+    def __init__(self, name: str, in_features: int, count: int, *, bias: bool = False, place: Placement) -> None:
         """count: number of scores of a token."""
         part = MatrixPart(name, (count, in_features), slice(0, count), slice(0, in_features))
-        super().__init__([part], bias=False, place=place, wide=True)
+        super().__init__([part], bias=bias, place=place, wide=True)
+        self._name = name
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        if self._bias is not None:
+            count = len(self._bias)
+            yield WeightSlot(self._bias, f"{self._name}.bias", (count,), (slice(0, count),))
+
+    def matrix_slots(self) -> Iterator[MatrixSlot]:
+        for slot in super().matrix_slots():
+            yield replace(slot, rounds=False)
 
     def _format_of(self, choice: str) -> str:
         return "dense"
@@ -38,19 +50,53 @@ class Router(MatrixLayer):
         return self.linear(x)
 
 
+@dataclass(frozen=True, slots=True)
+class NetworkKind:
+    """Properties that all networks of a mixture share. names: of gate, up and down in a checkpoint. activation: of
+    gates. biased: whether all three have biases."""
+
+    names: tuple[str, str, str]
+    activation: Gate
+    biased: bool
+
+
+class PartialRowLinear(MatrixLayer):
+    """Linear layer with sharded input features, without the sum over ranks. Rank 0 alone has the bias, so that a sum
+    over ranks has it once."""
+
+    def __init__(
+        self, name: str, in_features: int, out_features: int, *, mine: slice, bias: bool, place: Placement
+    ) -> None:
+        """mine: the input features that this rank holds."""
+        part = MatrixPart(name, (out_features, in_features), slice(0, out_features), mine)
+        super().__init__([part], bias=bias and place.group.rank == 0, place=place, wide=True)
+        self._name = name
+        self._share = self._bias if self._bias is not None else place.empty(0) if bias else None
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        if self._share is not None:
+            shape = (self._parts[0].full_shape[0],)
+            yield WeightSlot(self._share, f"{self._name}.bias", shape, (slice(0, len(self._share)),))
+
+
 class PartialNetwork(Module):
     """A gated network without the sum over ranks: gate_up, then down, which are two products."""
 
-    def __init__(
-        self, prefix: str, hidden_size: int, size: int, *, names: tuple[str, str, str], place: Placement
-    ) -> None:
-        """size: intermediate features. names: of gate, up and down in a checkpoint. Raises ValueError if there are
-        fewer features than ranks."""
+    def __init__(self, prefix: str, hidden_size: int, size: int, *, kind: NetworkKind, place: Placement) -> None:
+        """size: intermediate features. Raises ValueError if there are fewer features than ranks."""
         mine = split(size, place.group.size)[place.group.rank].slice()
-        gate, up, down = names
-        self.gate_up = GateUpLinear(prefix, hidden_size, size, mine=mine, bias=False, place=place, names=(gate, up))
-        part = MatrixPart(f"{prefix}.{down}", (hidden_size, size), slice(0, hidden_size), mine)
-        self.down = MatrixLayer([part], bias=False, place=place, wide=True)
+        gate, up, down = kind.names
+        self.gate_up = GateUpLinear(
+            prefix,
+            hidden_size,
+            size,
+            mine=mine,
+            bias=kind.biased,
+            place=place,
+            activation=kind.activation,
+            names=(gate, up),
+        )
+        self.down = PartialRowLinear(f"{prefix}.{down}", size, hidden_size, mine=mine, bias=kind.biased, place=place)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, hidden_size], whole. Returns this rank's part, likewise, in float32 or wider."""
@@ -69,16 +115,14 @@ class RoutedNetworks(Module):
         *,
         per_token: int,
         normalised: bool,
-        names: tuple[str, str, str],
+        kind: NetworkKind,
         place: Placement,
     ) -> None:
         """prefix: of all networks, whose numbers follow it. Others: see models.model_config.ExpertsConfig and
         PartialNetwork."""
-        if place.weights.drafts is not None and place.weights.drafts not in place.ops.expert_formats:
-            place = replace(place, weights=replace(place.weights, drafts=None))  # they draft with the same weights
         self._place, self._per_token, self._normalised = place, per_token, normalised
         self._networks = [
-            PartialNetwork(f"{prefix}.{number}", hidden_size, size, names=names, place=place) for number in range(count)
+            PartialNetwork(f"{prefix}.{number}", hidden_size, size, kind=kind, place=place) for number in range(count)
         ]
         self._experts: Experts | None = None
 
@@ -111,9 +155,11 @@ class MixtureOfExperts(Module):
     def __init__(self, prefix: str, config: ModelConfig, experts: ExpertsConfig, place: Placement) -> None:
         """prefix: of all weights of the block."""
         names = config.names
-        of_network = (names.gate, names.up, names.down)
+        kind = NetworkKind((names.gate, names.up, names.down), config.activation, experts.biased)
         self._place = place
-        self._router = Router(f"{prefix}.gate", config.hidden_size, experts.count, place=place)
+        self._router = Router(
+            f"{prefix}.{names.router}", config.hidden_size, experts.count, bias=experts.biased, place=place
+        )
         self._routed = RoutedNetworks(
             f"{prefix}.experts",
             config.hidden_size,
@@ -121,19 +167,19 @@ class MixtureOfExperts(Module):
             experts.count,
             per_token=experts.per_token,
             normalised=experts.normalised,
-            names=of_network,
+            kind=kind,
             place=place,
         )
         self._shared: PartialNetwork | None = None
         self._shared_gate: Router | None = None
         if experts.shared_size:
             self._shared = PartialNetwork(
-                f"{prefix}.shared_expert", config.hidden_size, experts.shared_size, names=of_network, place=place
+                f"{prefix}.shared_expert", config.hidden_size, experts.shared_size, kind=kind, place=place
             )
             self._shared_gate = Router(f"{prefix}.shared_expert_gate", config.hidden_size, 1, place=place)
 
     def prepare(self) -> None:
-        """See Module. Raises ModelError if the device multiplies no experts in their format."""
+        """See Module. Raises ModelError if the device cannot take how the matrices of experts differ."""
         try:
             super().prepare()
         except ValueError as error:

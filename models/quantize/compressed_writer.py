@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ def stored_tensors(name: str, matrix: QuantizedMatrix) -> Iterator[tuple[str, Te
     yield prefix + SHAPE, torch.tensor(matrix.shape)
 
 
-def compression_settings(int4: Int4Format) -> dict[str, Any]:
-    """Return the `quantization_config` of a model all of whose linear layers but the LM head have this format."""
+def compression_settings(int4: Int4Format, dense: Sequence[str]) -> dict[str, Any]:
+    """Return the `quantization_config` of a model whose linear layers have this format, all but the LM head and those
+    whose names are in `dense`."""
     weights = {
         "num_bits": _BITS,
         "type": "int",
@@ -53,6 +54,6 @@ def compression_settings(int4: Int4Format) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *dense],
         "kv_cache_scheme": None,
     }

@@ -25,28 +25,33 @@ from parallel.split import split_heads
 
 
 class CalibratedLinear:
-    """A dense matrix that is rounded when it is first called, by the inputs of that call. `quantized` holds it then."""
+    """A dense matrix that is rounded when it is first called, by the inputs of that call. `rounds`: whether it is."""
 
     references_weights = False
 
-    def __init__(self, matrix: Matrix, int4: Int4Format, finish: Callable[[QuantizedMatrix], ReferenceLinear]) -> None:
-        """finish: prepares the product with the rounded matrix."""
-        self._dense: Matrix | None = matrix
+    def __init__(self, matrix: Matrix, int4: Int4Format, finish: Callable[[Matrix], ReferenceLinear]) -> None:
+        """finish: prepares the product with a matrix."""
+        self._matrix = matrix
         self._int4, self._finish = int4, finish
-        self.quantized: QuantizedMatrix
+        self._rounded: QuantizedMatrix | None = None
+        self.rounds = True
 
     @property
     def nbytes(self) -> int:
-        return self.quantized.nbytes if self._dense is None else self._dense.nbytes
+        return self._matrix.nbytes
+
+    @property
+    def quantized(self) -> QuantizedMatrix:
+        """The rounded matrix. One that was never called, of an expert that no token chose, is rounded to nearest."""
+        return self._rounded or self._int4.quantize(self._matrix.dense(torch.float32))
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._dense is not None:
+        if self.rounds and self._rounded is None:
             hessian = token_hessian(x)
             if not is_finite(hessian):
                 raise NotFiniteError
-            self.quantized = gptq(self._dense.dense(x.dtype), hessian, self._int4)
-            self._dense = None
-        return self._finish(self.quantized)(x)
+            self._matrix = self._rounded = gptq(self._matrix.dense(x.dtype), hessian, self._int4)
+        return self._finish(self._matrix)(x)
 
 
 def token_hessian(x: Tensor) -> Tensor:
@@ -145,7 +150,7 @@ class LayerRounder:
     @torch.inference_mode()
     def round_layer(self, number: int, read: Callable[[str], Tensor]) -> dict[str, QuantizedMatrix]:
         """Run the texts through layer `number` and return its rounded matrices by the name of their weight, on the
-        CPU. Call it for each layer in order.
+        CPU: all that may be rounded. Call it for each layer in order.
 
         read: returns the tensor of a name. Raises ModelError: the layer's activations are not finite.
         """
@@ -159,10 +164,14 @@ class LayerRounder:
         for place in layer.matrix_slots():
             product, rows = len(self._ops.made), place.reads[0].stop - place.reads[0].start
             place.fill(DenseMatrix(read(place.source)[place.reads]))
+            if not place.rounds:
+                self._ops.made[product].rounds = False
+                continue
             # Parts of a matrix that the checkpoint has joined follow each other in its own order.
             start = places[place.source][1].start if place.source in places else first
             places[place.source] = product, slice(start, first + rows)
             first = first + rows if len(self._ops.made) == product else 0
+        layer.prepare()
         try:
             self._delta = layer(self._x, self._delta, self._inputs[number], self._kv)
         except NotFiniteError:

@@ -16,6 +16,7 @@ from models.config import ModelConfig, ModelError, parse_config
 from models.conversion.checkpoint import open_directory
 from models.conversion.convert import check_destination, served_config, write_directory
 from models.decoder import DecoderModel
+from models.layouts.stacked_experts import stacks_of
 from models.layouts.weight_files import WeightFiles
 from models.loader import check_model
 from models.quantize.compressed_writer import compression_settings, stored_tensors
@@ -37,7 +38,7 @@ def quantize(
     force: bool = False,
 ) -> None:
     """Write the directory `dst`: the dense model directory `src` in the layout of compressed-tensors, in bf16 but for
-    the codes. Embedding and LM head are not rounded.
+    the codes. Embedding, LM head and routers are not rounded.
 
     texts: token ids for GPTQ, all texts of one length; none: weights are rounded to nearest. One layer is in memory at
     a time, beside the texts' activations (LayerRounder). device: where that computes: auto, cpu or cuda. progress:
@@ -55,9 +56,16 @@ def quantize(
     config = parse_config(checkpoint.config)
     check_model(src, config, Group.single())
     int4 = Int4Format(group_size, symmetric, scale_dtype=torch.bfloat16)
-    tensors = _quantized(config, find_tensors(src, config.tie_word_embeddings), int4, texts, place, progress)
-    settings = served_config(checkpoint.config, compression_settings(int4))
+    stored = find_tensors(src, config.tie_word_embeddings, stacks_of(config))
+    tensors = _quantized(config, stored, int4, texts, place, progress)
+    dense = [slot.source.removesuffix(".weight") for slot in _described(config).matrix_slots() if not slot.rounds]
+    settings = served_config(checkpoint.config, compression_settings(int4, dense))
     write_directory(settings, tensors, checkpoint.texts, src, dst, force=force)
+
+
+def _described(config: ModelConfig) -> DecoderModel:
+    """Return the model without its weights."""
+    return DecoderModel(config, Placement(Group.single(), torch.float32, torch.device("meta")), max_positions=1)
 
 
 def _device(name: str) -> torch.device:
@@ -77,11 +85,12 @@ def _quantized(
     progress: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the quantized model."""
-    model = DecoderModel(config, Placement(Group.single(), torch.float32, torch.device("meta")), max_positions=1)
-    matrices = {slot.source: slot.full_shape for slot in model.matrix_slots()}
+    model = _described(config)
+    slots = list(model.matrix_slots())
     others = dict.fromkeys(slot.source for slot in model.weight_slots())
     layers = [f"model.layers.{number}." for number in range(config.num_layers)]
-    rounded = {name: shape for name, shape in matrices.items() if name.startswith(tuple(layers))}
+    matrices = dict.fromkeys(slot.source for slot in slots)
+    rounded = {slot.source: slot.full_shape for slot in slots if slot.rounds and slot.source.startswith(tuple(layers))}
     for name, (_, features) in rounded.items():
         if features % int4.group_size:
             raise ModelError(f"tensor {name} has {features} features, no multiple of --group-size {int4.group_size}")

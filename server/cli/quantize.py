@@ -34,8 +34,8 @@ def quantize(
 ) -> None:
     """Round a model's weights to 4 bits: by GPTQ with --text, else to nearest.
 
-    Writes the layout of compressed-tensors (pack-quantized), which vLLM and transformers read too. Embedding and LM
-    head stay as they are.
+    Writes the layout of compressed-tensors (pack-quantized), which vLLM and transformers read too, but for gpt-oss,
+    whose experts they expect in one tensor. Embedding, LM head and routers stay as they are.
     """
     if tokens is not None and text is None:
         raise typer.BadParameter("counts tokens of a text: needs --text", param_hint="--tokens")

@@ -18,7 +18,7 @@ inline void test_coded(Random& random) {
   const int groups = group_size > 64 ? 1 + int(random.below(3)) : 1 + int(random.below(9)), held = groups * group_size;
   const int features = held - int(random.below(std::min(group_size, 20))), columns = random.near({1, 5, 16, 32, 48, 64, 100});
   const int rows = random.near({1, 4, 6, 12, 16, 24, 96, 200}), x_stride = features + random.of({0, 0, 1, 6});
-  const auto gate = random.below(3) ? Gate::none : Gate(1 + random.below(2));
+  const auto gate = random.below(3) ? Gate::none : Gate(1 + random.below(3));
   const bool gated = gate != Gate::none, with_bias = random.below(2);
   const int blocks = gated ? (columns + 15) / 16 : (columns + BLOCK - 1) / BLOCK;
   const std::string what = describe("coded", int(format), int(in), int(out), rows, groups, group_size, features, columns, x_stride, int(gate), with_bias);
@@ -69,9 +69,9 @@ inline void test_coded(Random& random) {
       if (gated) {
         double of_gate, of_value;
         const int at = column / 16 * BLOCK + column % 16;
-        const double active = activation(gate, product(at, of_gate)), value = product(at + 16, of_value);
-        expected = active * value;
-        error = 1.13 * of_gate * std::abs(value) + of_value * std::abs(active) + 2e-6 * std::abs(expected) + 1e-30;
+        const double g = product(at, of_gate), value = product(at + 16, of_value);
+        error = 0;
+        expected = join(gate, g, value, of_gate, of_value, error);
       } else {
         expected = product(column, error);
       }

@@ -76,10 +76,16 @@ inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 // Largest relative error of a rounded number.
 inline double rounding(Type type) { return type == Type::f32 ? 0x1p-24 : type == Type::bf16 ? 0x1p-8 : 0x1p-11; }
 
-// The function of a gate.
-inline double activation(Gate gate, double g) {
+// A gate and a value, joined. error: added to, from the largest errors of both.
+inline double join(Gate gate, double g, double value, double of_gate, double of_value, double& error) {
   constexpr double ROOT = 0.7978845608028654;  // sqrt(2 / pi)
-  return gate == Gate::silu ? g / (1 + std::exp(-g)) : g / 2 * (1 + std::tanh(ROOT * (g + 0.044715 * g * g * g)));
+  if (gate == Gate::clamped_silu) g = std::min(g, 7.0), value = std::clamp(value, -7.0, 7.0) + 1;
+  const double active = gate == Gate::silu        ? g / (1 + std::exp(-g))
+                        : gate == Gate::gelu_tanh ? g / 2 * (1 + std::tanh(ROOT * (g + 0.044715 * g * g * g)))
+                                                  : g / (1 + std::exp(-1.702 * g));
+  const double joined = active * value;
+  error += 1.13 * of_gate * std::abs(value) + (of_value + 1e-7) * std::abs(active) + 2e-6 * std::abs(joined) + 1e-30;
+  return joined;
 }
 
 // An array of exactly the bytes that it needs, so that sanitizers see every access past its end.

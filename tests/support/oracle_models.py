@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from models.batch import ForwardBatch, SlidingKV
 from models.decoder import DecoderModel
 from models.loader import load_model
 from parallel.group import Group
+from tests.support.rig import CPU, run_ranks
 
 VOCAB = 101
 SIZES: dict[str, Any] = {
@@ -58,7 +61,7 @@ def write_checkpoint(
             if weight.dim() == 1:
                 weight.add_(torch.randn_like(weight), alpha=0.3)  # a norm stays near what it is at first: 0 or 1
             else:
-                weight.normal_(0, 1.5 * weight.flatten(1).shape[1] ** -0.5)
+                weight.normal_(0, 1.5 * weight.shape[-1] ** -0.5)
             if "embed_tokens" in name:
                 weight.mul_(0.5)
     model.save_pretrained(directory)
@@ -68,33 +71,68 @@ def write_checkpoint(
     return type(model).from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def load_served(directory: Path, ops: Ops = REFERENCE) -> DecoderModel:
-    """Load a directory in float32."""
-    device, group = torch.device("cpu"), Group.single()
-    return load_model(directory, dtype=torch.float32, device=device, group=group, progress=False, ops=ops)
+def load_served(
+    directory: Path, ops: Ops = REFERENCE, group: Group | None = None, max_positions: int | None = None
+) -> DecoderModel:
+    """Load a directory in float32. group: of the rank that it is loaded for; None: the only one. max_positions: see
+    models.loader.load_model."""
+    return load_model(
+        directory,
+        dtype=torch.float32,
+        device=CPU,
+        group=group or Group.single(),
+        progress=False,
+        ops=ops,
+        max_positions=max_positions,
+    )
 
 
-def check_served(directory: Path, theirs: Any, *, ops: Ops = REFERENCE, length: int = 90, new_tokens: int = 8) -> None:
-    """Check that the directory is served with the logits of `theirs`, at every position of a text that comes in chunks,
-    and with its greedy tokens after it."""
-    ours = load_served(directory, ops)
+def draw_text(length: int) -> list[int]:
+    """Draw tokens, none of them special."""
     draw = random.Random(5)
-    text = [draw.randrange(3, VOCAB) for _ in range(length)]
-    row = OracleRow(ours, length + new_tokens)
-    parts, start = [], 0
-    while start < length:
-        count = min(draw.choice((1, 2, 7, 30)), length - start)
-        parts.append(row.forward(text[start : start + count]))
-        start += count
-    made = [int(parts[-1][-1].argmax())]
-    while len(made) < new_tokens:
-        parts.append(row.forward(made[-1:]))
-        made.append(int(parts[-1][-1].argmax()))
+    return [draw.randrange(3, VOCAB) for _ in range(length)]
+
+
+def check_served(
+    directory: Path,
+    theirs: Any,
+    *,
+    ops: Ops = REFERENCE,
+    ranks: Sequence[int] = (1,),
+    length: int = 90,
+    new_tokens: int = 8,
+) -> None:
+    """Check that the directory is served with the logits of `theirs`, at every position of a text that comes in chunks
+    and of the greedy tokens that transformers generates after it, and that these have the largest logits here. Each is
+    the greedy one after the same text, so both make the same text.
+
+    ranks: numbers of ranks, each of which is checked. One rank is fed the new tokens one by one, others some of them.
+    """
+    text = draw_text(length)
     with torch.inference_mode():
-        expected = theirs(torch.tensor([text + made[:-1]]), use_cache=False).logits[0]
+        greedy = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 0}
+        whole: list[int] = theirs.generate(torch.tensor([text]), **greedy)[0].tolist()
+        expected = theirs(torch.tensor([whole[:-1]]), use_cache=False).logits[0]
+    assert whole[:length] == text
+    assert len(whole) == length + new_tokens
     assert expected.std() > 0.5
-    torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-4)
-    assert made == expected[length - 1 :].argmax(-1).tolist()
+    for size in ranks:
+        singles = range(length, len(whole) - 1) if size == 1 else (length, length + 1)
+        parts = _cut(whole[:-1], (1, 8, 38, *singles))
+        found = torch.cat(run_ranks(size, partial(_logits, directory, ops, parts)), 1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4, msg=partial("{} ranks: {}".format, size))
+        assert found[length - 1 :].argmax(-1).tolist() == whole[length:], f"{size} ranks"
+
+
+def _cut(text: list[int], starts: Sequence[int]) -> list[list[int]]:
+    """Cut a text into parts, the first of which starts at 0."""
+    return [text[start:stop] for start, stop in pairwise((0, *starts, len(text)))]
+
+
+def _logits(directory: Path, ops: Ops, parts: Sequence[list[int]], group: Group) -> Tensor:
+    """Feed the parts of a text. Returns the logits of all tokens, [tokens, vocab_size of the rank]."""
+    row = OracleRow(load_served(directory, ops, group), sum(map(len, parts)))
+    return torch.cat([row.forward(part) for part in parts])
 
 
 class OracleRow:
@@ -109,7 +147,7 @@ class OracleRow:
         self._pool = model.make_pool(count, _PAGE)
         self._pool._data.fill_(1e3)
         self._attention = self._backend()
-        self._sliding: SlidingKV | None = None
+        self._sliding: SlidingKV[AttentionBackend] | None = None
         if model.num_sliding_layers:
             pool = model.make_sliding_pool(count, _PAGE)
             pool._data.fill_(1e3)

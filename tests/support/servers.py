@@ -32,7 +32,7 @@ TINY_SETTINGS: dict[str, Any] = {
         "threads": 1,
         "check_invariants": True,
         "cache": {"page_size": 16, "num_pages": 2048},
-        "speculation": {"gamma": 3, "kv": {"budget": 64}},
+        "speculation": {"gamma": 3, "drafter": "together", "kv": {"budget": 64}},
     },
     "server": {"max_body_mb": 0.25},
 }

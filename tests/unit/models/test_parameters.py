@@ -74,9 +74,8 @@ CASES: dict[str, tuple[dict[str, Any], ModelConfig]] = {
             PLAIN,
             qkv_bias=True,
             o_bias=True,
-            mlp_bias=True,
             has_sinks=True,
-            experts=ExpertsConfig(count=8, per_token=2, size=40),
+            experts=ExpertsConfig(count=8, per_token=2, size=40, biased=True),
         ),
     ),
 }

@@ -1,4 +1,4 @@
-"""Mixtures of experts against transformers, over ranks, and with weights of few bits."""
+"""Mixtures of experts over ranks, with weights of few bits, and as configs and files describe them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,84 +25,8 @@ from models.parts.mixture import MixtureOfExperts
 from parallel.group import Group
 from parallel.matrix_layer import Placement, WeightChoice
 from parallel.module import MatrixSlot
+from tests.support.architecture_variants import VARIANTS, write_variant
 from tests.support.rig import CPU, PagedRows, compiled, run_ranks
-
-SIZES = {
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "eos_token_id": 1,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
-    "mixtral-window": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 20}),
-    "qwen3": ("qwen3_moe", {"num_experts": 9, "num_experts_per_tok": 4, "moe_intermediate_size": 24}),
-    "qwen3-dense-layers": (
-        "qwen3_moe",
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-        | {"mlp_only_layers": [0], "attention_bias": True},
-    ),
-    "qwen3-sparse-step": (
-        "qwen3_moe",
-        {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "decoder_sparse_step": 2},
-    ),
-    "qwen2": (
-        "qwen2_moe",
-        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
-        | {"shared_expert_intermediate_size": 56, "head_dim": 12},
-    ),
-    "olmoe": (
-        "olmoe",
-        {"num_experts": 8, "num_experts_per_tok": 2, "head_dim": 12, "norm_topk_prob": True},
-    ),
-}
-
-
-def write_transformers(family: str, directory: Path) -> Any:
-    """Write a checkpoint with weights large enough for logits of order 1, and return the model."""
-    model_type, settings = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(model_type, **SIZES | settings)
-    torch.manual_seed(17)
-    model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    for name, weight in model.named_parameters():
-        with torch.no_grad():
-            weight.normal_(0, 0.3 if weight.dim() == 1 else 1.5 * weight.shape[-1] ** -0.5)
-            if name.endswith("norm.weight"):
-                weight.add_(1)
-    model.eval().save_pretrained(directory)
-    return model
-
-
-def chunked(rows: PagedRows, text: list[int]) -> Tensor:
-    """Logits of every position, from chunks of 1 to 9 tokens."""
-    rng, parts = random.Random(len(text)), []
-    while rows.computed[0] < len(text):
-        new = text[rows.computed[0] :][: rng.choice((1, 1, 4, 9))]
-        parts.append(rows.forward({0: new}, {0: range(len(new))}))
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("kernels", ["reference", "compiled"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_greedy_tokens(family: str, kernels: str, tmp_path: Path) -> None:
-    theirs = write_transformers(family, tmp_path)
-    ops: Ops = REFERENCE if kernels == "reference" else compiled()
-    ours = load_model(tmp_path, dtype=torch.float32, device=CPU, group=Group.single(), progress=False, ops=ops)
-    text = random.Random(family).choices(range(2, 101), k=50)
-    with torch.inference_mode():
-        expected = theirs(torch.tensor([text])).logits[0]
-        continued = theirs.generate(torch.tensor([text]), max_new_tokens=30, do_sample=False, eos_token_id=None)
-    assert expected.std() > 0.5
-    rows = PagedRows(ours, [90], page_size=8)
-    torch.testing.assert_close(chunked(rows, text), expected, rtol=0, atol=1e-4)
-    for token in continued[0, 50:].tolist():
-        assert int(expected[-1].argmax()) == token
-        expected = rows.forward({0: [token]}, {0: [0]})
 
 
 def block(config: ModelConfig, experts: ExpertsConfig, group: Group, ops: Ops, weights: WeightChoice) -> Any:
@@ -240,9 +163,9 @@ def test_dense_layers_are_plain_networks() -> None:
 
 
 def test_names_and_sizes_in_config_json(tmp_path: Path) -> None:
-    write_transformers("qwen3-dense-layers", tmp_path)
+    write_variant(VARIANTS["qwen3_moe-plain-layers"], tmp_path)
     data = json.loads((tmp_path / "config.json").read_text())
-    expected = ExpertsConfig(count=4, per_token=2, size=24, normalised=True, dense_layers=(0,))
+    expected = ExpertsConfig(count=4, per_token=2, size=20, normalised=True, dense_layers=(0,))
     assert read_config(tmp_path).experts == expected
     del data["num_local_experts"]
     assert parse_config(data | {"num_experts": 4}).experts == expected
@@ -259,7 +182,7 @@ def test_names_and_sizes_in_config_json(tmp_path: Path) -> None:
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    write_transformers("mixtral", tmp_path)
+    write_variant(VARIANTS["mixtral"], tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.block_sparse_moe.experts.3.w3.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from kernels.weights.matrix import QuantizedMatrix
+from models.config import parse_config
 from models.conversion.convert import convert
 from models.conversion.gguf import open_gguf
 from models.conversion.piece_tokenizer import make_tokenizer
@@ -120,19 +121,29 @@ def test_the_config_is_that_of_transformers(plain: Path) -> None:
     assert found["rope_parameters"]["full_attention"]["rope_theta"] == 5000.0
 
 
+def test_the_config_leaves_out_what_the_file_does(tmp_path: Path) -> None:
+    src = write_gemma3_gguf(tmp_path / "model.gguf", CONFIG, {}, left_out=["gemma3.rope.freq_base"])
+    config = open_gguf(src).config
+    left_out = {"hidden_activation", "layer_types", "rope_theta", "rope_local_base_freq", "rope_scaling"}
+    assert not left_out & config.keys()
+    assert parse_config(config).rope.theta == transformers.Gemma3TextConfig.default_theta["global"]
+
+
 def test_what_differs_between_sizes(tmp_path: Path) -> None:
-    """Scaled positions, the base of sliding layers, the scale of scores of 27B, an untied head."""
+    """Scaled positions, the base and the pattern of sliding layers, the scale of scores of 27B, an untied head."""
     scaled: dict[str, Any] = {"gemma3__rope__scaling__type": "linear", "gemma3__rope__scaling__factor": 8.0}
     src = write_gemma3_gguf(
         tmp_path / "model.gguf",
         CONFIG | {"num_hidden_layers": 62, "num_attention_heads": 4},
         {"lm_head.weight": torch.ones(2, 2)},
         gemma3__rope__freq_base_swa=7.0,
+        gemma3__attention__sliding_window_pattern=4,
         **scaled,
     )
     config = open_gguf(src).config
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
     assert config["rope_local_base_freq"] == 7.0
+    assert parse_config(config).sliding_layers == tuple(layer for layer in range(62) if layer % 4 != 3)
     assert config["query_pre_attn_scalar"] == 24
     assert config["tie_word_embeddings"] is False
 
@@ -207,7 +218,7 @@ def test_what_is_no_tokenizer() -> None:
         ({"gemma3__attention__value_length": 8}, "values of 8 elements with keys of 32"),
         ({"gemma3__final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"gemma3__rope__scaling__type": "yarn"}, "rope scaling 'yarn'"),
-        ({"gemma3__attention__sliding_window_pattern": 4}, "sliding_window_pattern 4"),
+        ({"gemma3__attention__sliding_window_pattern": "all"}, "sliding_window_pattern 'all'"),
         ({"tokenizer__ggml__model": "gpt2"}, "tokenizer is of kind 'gpt2'"),
         ({"tokenizer__ggml__add_space_prefix": True}, "begins texts with a space"),
         ({"tokenizer__ggml__add_eos_token": True}, "add_eos_token is not supported"),

@@ -28,7 +28,7 @@ def compressed(form: object = "pack-quantized", weights: object = INT4, **others
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, **others}
 
 
-SERVED = "awq, compressed-tensors, fbgemm_fp8, fp8, gptq, magicdec"
+SERVED = "awq, compressed-tensors, fbgemm_fp8, fp8, gptq, mxfp4, magicdec"
 IN_GROUP = "config_groups: 'group_0': "
 
 

@@ -24,6 +24,7 @@ from models.config import ModelError
 from models.layouts.group_layout import SETTINGS, stored_tensors
 from models.layouts.packed_codes import pack
 from models.loader import load_model
+from models.model_config import ExpertsConfig
 from models.quantize.gptq_rounding import gptq
 from models.quantize.layer_rounder import token_hessian
 from models.quantize.quantize_model import quantize
@@ -259,3 +260,28 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     assert "not empty (--force replaces it)" in run(*calibrated)[1]
     text.write_text("", encoding="utf-8")
     assert "the text has 0 tokens" in run(*calibrated, "--force")[1]
+
+
+@pytest.mark.parametrize("texts", [[], TEXTS[:1]])
+def test_routers_stay_and_every_expert_is_rounded(texts: list[list[int]], tmp_path: Path) -> None:
+    """Also experts that no token of the text chooses."""
+    experts = ExpertsConfig(count=40, per_token=2, size=SIZE * 2)
+    config = replace(
+        TINY, model_type="qwen3_moe", vocab_size=320, qk_norm="head", experts=experts, tie_word_embeddings=True
+    )
+    source = write_random_model(tmp_path / "dense", config, torch.bfloat16)
+    keys = {"model_type": "qwen3_moe", "num_experts": experts.count, "num_experts_per_tok": experts.per_token}
+    keys |= {"moe_intermediate_size": experts.size, "norm_topk_prob": True, "rope_scaling": None}
+    settings = json.loads((source / "config.json").read_text()) | keys
+    (source / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    quantize(source, tmp_path / "int4", texts, group_size=SIZE, symmetric=False)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "int4" / "model.safetensors")
+    routers = [name for name in before if name.endswith("mlp.gate.weight")]
+    assert len(routers) == config.num_layers
+    assert all(torch.equal(before[name], after[name]) for name in routers)
+    packed = [name for name in after if "experts." in name and name.endswith("_packed")]
+    assert len(packed) == 3 * experts.count * config.num_layers
+    ignored = json.loads((tmp_path / "int4" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored == ["lm_head", *(name.removesuffix(".weight") for name in routers)]
+    model = load_model(tmp_path / "int4", dtype=torch.float32, device=CPU, group=Group.single(), progress=False)
+    assert model.matrix_formats["int4"] > model.matrix_formats["dense"] >= sum(before[name].numel() for name in routers)

@@ -1,0 +1,58 @@
+"""Every architecture against transformers: float32 logits and greedy texts of its variants, on one to three ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from models.architectures import ARCHITECTURES
+from models.config import read_config
+from parallel.split import split_heads
+from tests.support.architecture_variants import ORIGINAL, VARIANTS, WINDOW, transformers_config, write_variant
+from tests.support.oracle_models import check_served
+from tests.support.rig import compiled
+
+LENGTH = 90
+RANKS = (1, 2, 3)
+KERNELS = (
+    *("llama-3.2", "mistral-0.1", "ministral-all-slide", "ministral3", "gemma3-4b", "gemma3-biases", "olmo3-7b"),
+    *("smollm3", "phi4-mini", "glm4-yarn", "ernie4_5", "mixtral", "mixtral-window", "qwen3_moe"),
+    *("qwen3_moe-plain-layers", "qwen2_moe-grouped", "olmoe-grouped"),
+)
+"""Variants that are compared on kernels for CPUs, too: all ways to rotate, to slide, and to choose experts."""
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_transformers(name: str, tmp_path: Path) -> None:
+    """On texts longer than windows and than the original positions of RoPE."""
+    assert max(WINDOW, ORIGINAL) < LENGTH
+    check_served(tmp_path, write_variant(VARIANTS[name], tmp_path), ranks=RANKS, length=LENGTH, new_tokens=32)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_equals_transformers_on_cpu_kernels(name: str, tmp_path: Path) -> None:
+    theirs = write_variant(VARIANTS[name], tmp_path)
+    assert read_config(tmp_path).head_dim % 16 == 0, "plain torch attends with such heads"
+    check_served(tmp_path, theirs, ops=compiled(), length=LENGTH)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_variants_split_in_all_ways(model_type: str) -> None:
+    """Each architecture has variants whose ranks hold different numbers of heads, and the same KV head."""
+    variants = [variant for variant in VARIANTS.values() if variant.model_type == model_type]
+    assert variants, f"tests/support/architecture_variants.py has no {model_type}"
+    uneven, shared = [], []
+    for config in map(transformers_config, variants):
+        assert config.vocab_size % 2
+        assert config.vocab_size % 3
+        for ranks in RANKS[1:]:
+            parts = split_heads(config.num_attention_heads, config.num_key_value_heads, ranks)
+            uneven.append(len({part.heads.size for part in parts}) > 1)
+            shared.append(len({part.kv_heads for part in parts}) < ranks)
+    assert any(uneven)
+    assert any(shared)
+
+
+def test_variants_are_of_served_architectures() -> None:
+    assert {variant.model_type for variant in VARIANTS.values()} <= ARCHITECTURES.keys()
