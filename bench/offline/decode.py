@@ -182,7 +182,7 @@ def _result(
         draft_weights=formats.get("drafts", formats["target"]),
         kv_format=contender.config.cache.format,
         temperature=temperature,
-        drafter=settings.drafter if speculation else "none",
+        drafter=settings.source if speculation else "none",
         from_text=rounds.total.text_accepted_tokens / max(1, rounds.total.accepted_tokens),
     )
 

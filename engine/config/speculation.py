@@ -10,7 +10,9 @@ from engine.config.kv import DrafterName, KVConfig, KVState, WindowConfig
 from engine.config.settings import Positive, Settings
 
 Source = Literal["self", "model", "ngram", "together"]
-DRAFTERS: tuple[str, ...] = get_args(Source)
+DRAFTERS: tuple[str, ...] = ("auto", *get_args(Source))
+
+_CAPTURED_EACH, _CAPTURED_STEP = 8, 4
 
 
 class SpeculationConfig(Settings):
@@ -19,10 +21,10 @@ class SpeculationConfig(Settings):
     for each round and row."""
     gamma_max: Annotated[int, Field(ge=1, le=16)] = 8
     """Largest number of drafts that auto chooses for a row if a model makes some of them."""
-    drafter: Source = "self"
+    drafter: Literal["auto", "self", "model", "ngram", "together"] = "auto"
     """Where drafts come from. self: the target itself, with sparse KV. model: a smaller model with the same vocabulary.
     ngram: the text, prompt and output of the request and `store`: what followed the same tokens there. together: the
-    text, and the target or, if `model` is set, the draft model, as each row gains most."""
+    text, and the target or, if `model` is set, the draft model, as each row gains most. auto: see `source`."""
     model: str | None = None
     """Directory of the draft model, if there is one."""
     ngram_gamma_max: Annotated[int, Field(ge=1, le=16)] = 16
@@ -42,6 +44,16 @@ class SpeculationConfig(Settings):
     """KV policy of drafts: the KV that they read."""
 
     @property
+    def source(self) -> Source:
+        """Where drafts come from, with `drafter: auto` resolved: together, if the number of drafts of a row can be
+        chosen, or `store` is set; of a fixed number the text would fail too often, so that a model makes them."""
+        if self.drafter != "auto":
+            return self.drafter
+        if self.gamma == "auto" or self.store is not None:
+            return "together"
+        return "self" if self.model is None else "model"
+
+    @property
     def draft_model(self) -> str | None:
         """Draft model to load, if any."""
         return self.model if self.max_model_drafts and self.drafting_model == "model" else None
@@ -49,12 +61,12 @@ class SpeculationConfig(Settings):
     @property
     def drafting_model(self) -> DrafterName:
         """Model that drafts, if one does (`max_model_drafts`): the target itself, or a smaller one."""
-        return "model" if self.drafter == "model" or self.model is not None else "self"
+        return "model" if self.source == "model" or self.model is not None else "self"
 
     @property
     def searches_text(self) -> bool:
         """Whether drafts come from the text, perhaps beside those of a model."""
-        return self.gamma != 0 and self.drafter in ("ngram", "together")
+        return self.gamma != 0 and self.source in ("ngram", "together")
 
     def draft_ranks(self, ranks: int) -> int:
         """Return the number of the target's ranks that share the draft model; 0: there is none."""
@@ -63,7 +75,7 @@ class SpeculationConfig(Settings):
     @property
     def max_model_drafts(self) -> int:
         """Largest number of drafts per row and round if a model makes some of them; 0: none does."""
-        if self.drafter == "ngram":
+        if self.source == "ngram":
             return 0
         return self.gamma_max if self.gamma == "auto" else self.gamma
 
@@ -78,6 +90,14 @@ class SpeculationConfig(Settings):
     def max_draft_tokens(self) -> int:
         """Largest number of drafts per row and round."""
         return max(self.max_model_drafts, self.max_text_drafts)
+
+    @property
+    def captured_gammas(self) -> list[int]:
+        """Numbers of drafts per row for which verify passes are captured; others are padded. Each that a model makes,
+        and few of those beyond, which only text reaches: every graph takes time and memory at the start."""
+        most = self.max_draft_tokens
+        each = min(most, max(self.max_model_drafts, _CAPTURED_EACH))
+        return [*range(each + 1), *range(each + _CAPTURED_STEP, most, _CAPTURED_STEP), *([most] if most > each else [])]
 
     @property
     def resolved_kv(self) -> KVConfig:
@@ -118,12 +138,12 @@ class SpeculationConfig(Settings):
             self.kv.check(page_size, self.drafting_model)
 
     def _check_drafter(self, ranks: int) -> None:
-        if self.model is None and self.drafter == "model":
+        if self.model is None and self.source == "model":
             raise ValueError("speculation.model is required with drafter: model (--draft DIR)")
-        if self.model is not None and self.drafter not in ("model", "together"):
-            raise ValueError("speculation.model is allowed only with drafter: model or together (--draft self: none)")
+        if self.model is not None and self.source not in ("model", "together"):
+            raise ValueError("speculation.model is not for drafter: self or ngram (--draft self: none)")
         if self.store is not None and not self.searches_text:
-            raise ValueError("speculation.store is searched only with drafter: ngram or together")
+            raise ValueError("speculation.store is not for drafter: self or model")
         mine = self.tensor_parallel_size
         if mine is not None and self.draft_model is None:
             raise ValueError("speculation.tensor_parallel_size is that of a draft model, and there is none")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from engine.control.acceptance import AcceptanceRecord
 
-_CLASS_STARTS = (3, 5, 9, 16)
+CLASS_STARTS = (3, 5, 9, 16)
 """Matches from which the next class begins."""
 _START_TRIALS = 5.0
 """Weight of the priors below, in judged tokens."""
@@ -97,7 +97,7 @@ class TextAcceptance:
         ]
         found = []
         for request, match in zip(requests, matches, strict=True):
-            length = bisect_right(_CLASS_STARTS, match)
+            length = bisect_right(CLASS_STARTS, match)
             own = self._requests.get(request)
             record = own[length] if own is not None else None
             found.append(priors[length] if record is None else record.alpha(priors[length], _REQUEST_TRIALS))
@@ -106,7 +106,7 @@ class TextAcceptance:
     def update(self, judged: Iterable[JudgedProposal]) -> None:
         """Learn from the proposals of a round."""
         for request, match, accepted, rejected in judged:
-            length = bisect_right(_CLASS_STARTS, match)
+            length = bisect_right(CLASS_STARTS, match)
             own = self._requests.setdefault(request, [None] * len(_START_ALPHAS))
             if (record := own[length]) is None:
                 record = own[length] = _Record()

@@ -10,9 +10,9 @@ from engine.ngram.context_array import MAX_MATCH
 from engine.ngram.ngram_index import MAX_PLACES, MIN_MATCH, NgramIndex
 from engine.ngram.text_store import TextStore
 
-_LONGER = 4.0
+LONGER = 4.0
 """Weight of a place relative to one that matches one token less: more than four of those outvote it."""
-_OLDER = 0.95
+OLDER = 0.95
 """Weight of a place relative to the one before it in its list: the newer one in the output, and in a sorted text the
 one whose context is nearer to the request's."""
 
@@ -59,10 +59,10 @@ class NgramDrafts:
 
         live: list[tuple[float, int, int, _Read]] = []
         for rank, (position, same) in enumerate(index.matches(tokens)):
-            live.append((_LONGER**same * _OLDER**rank, same, position, own))
+            live.append((LONGER**same * OLDER**rank, same, position, own))
         if self._store is not None:
             for rank, (position, same) in enumerate(self._store.matches(tokens[-MAX_MATCH:], MIN_MATCH, MAX_PLACES)):
-                live.append((_LONGER**same * _OLDER**rank, same, position, self._store.token))
+                live.append((LONGER**same * OLDER**rank, same, position, self._store.token))
         match = 0
         for step in range(limit):
             votes: dict[int, float] = {}

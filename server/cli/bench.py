@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from engine.config.deployment import EngineConfig
 from engine.config.kv import POLICIES
 from engine.config.speculation import DRAFTERS
 from kernels.kv.kv_bits import KV_BITS
@@ -52,7 +53,8 @@ def decode(
         str | None, typer.Option(help=f"Numbers that KV is stored in: {', '.join(KV_BITS)}; comma-separated.")
     ] = None,
     drafter: Annotated[
-        str | None, typer.Option(help="Where drafts come from: self, model, ngram, together; comma-separated.")
+        str | None,
+        typer.Option(help="Where drafts come from: auto, self, model, ngram, together; comma-separated. Else a model."),
     ] = None,
     task: Annotated[
         Literal["free", "summary", "edit", "json"],
@@ -81,10 +83,10 @@ def decode(
     temperatures = options.temperatures(temperature, "--temperature")
     import torch
 
-    from bench.corpus import read_text, spread
+    from bench.corpus import read_text
     from bench.micro.bandwidth import read_bandwidth
     from bench.offline.decode import DecodeResult, measure, table
-    from bench.tasks import task_prompts
+    from bench.tasks import cutter
     from engine.config.deployment import load_config
     from engine.config.speculation import SpeculationConfig
     from models.default import resolve_model
@@ -98,32 +100,29 @@ def decode(
     if max(fixed, default=0) > SpeculationConfig().gamma_max:
         overrides["engine.speculation.gamma_max"] = max(fixed)
     settings = [
-        load_config(
-            config,
-            options.policy_override(name)
-            | ({} if format is None else {"engine.cache.format": format})
-            | _overrides_of(source, overrides)
-            | {"engine.cache.prefix": prefix},
-        ).engine
+        _with_drafter(
+            load_config(
+                config,
+                options.policy_override(name)
+                | ({} if format is None else {"engine.cache.format": format})
+                | _overrides_of(source, overrides)
+                | {"engine.cache.prefix": prefix},
+            ).engine,
+            source,
+        )
         for format in formats
         for source in drafters
         for name in policies
         for prefix in ((True, False) if shared else (len(temperatures) > 1,))
     ]
-    tokenizer = Tokenizer(resolve_model(settings[0].model))
-    prose = read_text(text)
+    cut = cutter(task, Tokenizer(resolve_model(settings[0].model)), read_text(text))
     results: list[DecodeResult] = []
     for rows in batches:
         for length in contexts:
             print(f"batch {rows}, context {length} …", file=sys.stderr)
-            prompts = (
-                spread(tokenizer.encode(prose, add_special_tokens=False), count=rows, length=length, shared=shared)
-                if shared
-                else task_prompts(task, tokenizer, prose, count=rows, length=length)
-            )
             results += measure(
                 settings,
-                prompts,
+                cut(rows, length, shared),
                 gammas,
                 new_tokens=new_tokens,
                 history=history,
@@ -250,6 +249,17 @@ def _overrides_of(drafter: str | None, overrides: dict[str, Any]) -> dict[str, A
         **({"engine.speculation.store": None} if drafter in ("self", "model") else {}),
     }
     return overrides | foreign | {"engine.speculation.drafter": drafter}
+
+
+def _with_drafter(engine: EngineConfig, asked: str | None) -> EngineConfig:
+    """Resolve `drafter: auto`. Where no drafter is asked for, and no store set, it is the model that drafts:
+    comparisons vary the number of drafts, and one of a fixed number is not compared with another drafter's."""
+    speculation = engine.speculation
+    if speculation.drafter != "auto":
+        return engine
+    alone = asked is None and speculation.store is None
+    source = speculation.drafting_model if alone else speculation.source
+    return engine.model_copy(update={"speculation": speculation.model_copy(update={"drafter": source})})
 
 
 def _check_file(file: Path | None, flag: str) -> None:

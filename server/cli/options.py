@@ -67,9 +67,9 @@ ENGINE_FLAGS = {
     "drafter": EngineFlag(
         _DRAFTER,
         str,
-        "Where drafts come from: self, model (with --draft DIR), ngram: the text itself, or together.",
+        "Where drafts come from: auto, self, model (with --draft DIR), ngram: the text itself, or together.",
     ),
-    "store": EngineFlag("engine.speculation.store", str, "Text store to search for drafts, with ngram or together."),
+    "store": EngineFlag("engine.speculation.store", str, "Text store to search, beside the request's own text."),
     "draft_weights": EngineFlag(
         "engine.speculation.weights", str, "Weights of drafts: auto, same as the target's, int8, int4 or fp8."
     ),
@@ -143,8 +143,7 @@ def engine_overrides(given: dict[str, Any]) -> dict[str, Any]:
         flag.setting: flag.read(given[name]) for name, flag in ENGINE_FLAGS.items() if given.get(name) is not None
     }
     if (draft := overrides.get(_DRAFT_MODEL)) is not None:
-        drafter, model = ("self", None) if draft == "self" else ("model", draft)
-        overrides = {_DRAFTER: drafter} | overrides | {_DRAFT_MODEL: model}
+        overrides = {_DRAFTER: "auto"} | overrides | {_DRAFT_MODEL: None if draft == "self" else draft}
     if overrides.get(_TARGET_POLICY) == "none":
         del overrides[_TARGET_POLICY]
         overrides = {_TARGET_KV: None, **overrides}

@@ -13,22 +13,26 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from engine.config.deployment import ConfigError
+from engine.config.speculation import SpeculationConfig
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.ngram.text_store import build_store, fingerprint
 from engine.params import SamplingParams
 from models.decoder import DecoderModel
 from tests.support.engines import TINY, Scripted, complete, complete_all, run, tiny_engine, tiny_model, tokens
-from tests.support.profiles import examples
+from tests.support.profiles import examples, only_in_all
 from tests.support.tiny import TOKENS
 from tests.support.workloads import SAMPLING, kv_of, prompt_of
 
 WAYS = [
     ("ngram", None, "window"),
-    *(("together", None, policy) for policy in ("window", "relative", "verified", "quest", "snapkv", "all", "topk")),
-    *(("together", "model", policy) for policy in ("window", "relative", "quest", "snapkv", "all")),
+    *(("together", None, policy) for policy in ("window", "relative", "verified", "quest", "snapkv", "all")),
+    *(("together", "model", policy) for policy in ("window", "snapkv")),
+    *(only_in_all(*each) for each in (("together", None, "topk"), ("together", "model", "relative"))),
+    *(only_in_all("together", "model", policy) for policy in ("quest", "all")),
 ]
-"""Drafters, whether there is a draft model, and policies of its drafts."""
+"""Drafters, whether there is a draft model, and policies of its drafts. test_drafters has the others without drafts
+from the text."""
 
 
 @cache
@@ -48,7 +52,7 @@ def repeating(length: int, seed: int) -> list[int]:
 
 @pytest.mark.parametrize(("drafter", "drafts", "policy"), WAYS)
 @given(data=st.data())
-@examples(4, 16, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(3, 16, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_output_is_unchanged(
     draft_dir: Path, drafter: str, drafts: str | None, policy: str, data: st.DataObject
 ) -> None:
@@ -134,13 +138,46 @@ def test_a_store_of_another_tokenizer(tokenizer_dir: Path, tmp_path: Path) -> No
 
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:
     for speculation, message in (
-        ({"drafter": "self", "store": "s"}, "store is searched only with drafter: ngram or together"),
-        ({"drafter": "ngram", "model": "m"}, "model is allowed only with drafter: model or together"),
+        ({"drafter": "self", "store": "s"}, "store is not for drafter: self or model"),
+        ({"drafter": "ngram", "model": "m"}, "model is not for drafter: self or ngram"),
         ({"drafter": "model"}, "model is required with drafter: model"),
         ({"drafter": "ngram", "tensor_parallel_size": 1}, "that of a draft model, and there is none"),
     ):
         with pytest.raises((ConfigError, ValueError), match=message):
             tiny_engine(model(), gamma=2, speculation=speculation)
+
+
+@pytest.mark.parametrize(
+    ("settings", "source", "most"),
+    [
+        ({}, "together", 16),
+        ({"model": "m"}, "together", 16),
+        ({"gamma": 3}, "self", 3),
+        ({"gamma": 3, "model": "m"}, "model", 3),
+        ({"gamma": 3, "store": "s"}, "together", 3),
+        ({"drafter": "self"}, "self", 8),
+    ],
+)
+def test_the_drafter_that_is_chosen(settings: dict[str, object], source: str, most: int) -> None:
+    speculation = SpeculationConfig.model_validate(settings)
+    speculation.check(page_size=16, ranks=1)
+    assert (speculation.source, speculation.max_draft_tokens) == (source, most)
+    assert speculation.draft_model == settings.get("model")
+
+
+@pytest.mark.parametrize(
+    ("settings", "gammas"),
+    [
+        ({}, [*range(9), 12, 16]),
+        ({"gamma_max": 10}, [*range(11), 14, 16]),
+        ({"drafter": "ngram", "ngram_gamma_max": 9}, [*range(9), 9]),
+        ({"drafter": "self"}, list(range(9))),
+        ({"gamma": 3, "drafter": "together"}, [0, 1, 2, 3]),
+        ({"gamma": 0}, [0]),
+    ],
+)
+def test_few_verify_passes_are_captured(settings: dict[str, object], gammas: list[int]) -> None:
+    assert SpeculationConfig.model_validate(settings).captured_gammas == gammas
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "together"])

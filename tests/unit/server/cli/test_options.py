@@ -48,7 +48,7 @@ def test_every_flag_arrives() -> None:
     assert (engine.model, engine.device, engine.dtype, engine.tensor_parallel_size) == ("m", "cpu", "float32", 2)
     assert (engine.max_model_len, engine.threads) == (99, 3)
     speculation = engine.speculation
-    assert (speculation.gamma, speculation.drafter, speculation.model) == (5, "model", "d")
+    assert (speculation.gamma, speculation.source, speculation.model) == (5, "model", "d")
     assert (speculation.kv.policy, speculation.kv.budget, speculation.verification) == ("snapkv", 128, "rejection")
 
 
