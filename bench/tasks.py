@@ -46,6 +46,21 @@ def task_prompts(task: str, tokenizer: Tokenizer, text: str, *, count: int, leng
     return _TASKS[task](tokenizer, text, count, length)
 
 
+def cutter(task: str, tokenizer: Tokenizer, text: str) -> Callable[[int, int, int], list[list[int]]]:
+    """Return a function from (count, length, shared) to prompts of a task, which begin with the same `shared` tokens:
+    of passages alone."""
+    if task != "free":
+
+        def prompts(count: int, length: int, shared: int) -> list[list[int]]:
+            if shared:
+                raise BenchError("only passages of text, --task free, begin with the same tokens")
+            return task_prompts(task, tokenizer, text, count=count, length=length)
+
+        return prompts
+    ids = _encode(tokenizer, text)
+    return lambda count, length, shared: spread(ids, count=count, length=length, shared=shared)
+
+
 def _free(tokenizer: Tokenizer, text: str, count: int, length: int) -> list[list[int]]:
     return spread(_encode(tokenizer, text), count=count, length=length)
 

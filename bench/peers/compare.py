@@ -39,7 +39,7 @@ from typing import Any
 
 import msgspec
 
-from bench.corpus import read_text, spread
+from bench.corpus import read_text
 from bench.format_flags import exits_on_error
 from bench.machine import CpuQuota, busy, describe_processor, first_cores
 from bench.paper.forecast_report import check_plotting
@@ -48,13 +48,14 @@ from bench.peers.compare_report import ChatTimes, ComparisonReport, First, Point
 from bench.peers.contenders import CONTENDERS, Peer, choose, quantized, variant
 from bench.peers.install import PeerError, peers_dir
 from bench.peers.lineup import Contenders, Start, start_contenders, starter
+from bench.tasks import TASKS, cutter
 from models.config import read_config
 from models.default import resolve_model
 from models.tokenizer import Tokenizer
 
 POINTS = "1x2048,1x7000,4x6000,8x4000,16x7500"
 _POINTS = {"weights": "1x2048,8x4000,16x7500", "kv": "4x7500,16x7500"}
-_CHECK_LENGTH, _CHECK_TOKENS = 64, 16
+_CHECK_LENGTH, _CHECK_TOKENS = 256, 16
 
 
 def same_tokens(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> float | None:
@@ -213,8 +214,7 @@ def run(
 ) -> ComparisonReport:
     """Make all measurements.
 
-    cut: from (count, length, shared) to `count` passages of the text, as token ids, which begin with the same `shared`
-    tokens. settings: see Plan.settings. say: prints progress.
+    cut: see bench.tasks.cutter. settings: see Plan.settings. say: prints progress.
     """
     report = ComparisonReport(
         threads=settings["threads"],
@@ -224,24 +224,23 @@ def run(
         busy=plan.busy,
         quota=plan.quota,
         shared=plan.shared,
+        task=plan.task,
         processor=describe_processor(),
         date=date.today().isoformat(),
     )
     cores = first_cores(plan.busy)
+    points = [(batch, context, cut(batch, context, plan.shared)) for batch, context in plan.points]
     with start_contenders(contenders, start, say) as lineup, contextlib.ExitStack() as neighbours:
         report.contenders = lineup.entries
         # magicdec measures its rounds here, if it has to, and keeps the times: before others disturb it.
         check(lineup, cut(CHECK_PROMPTS, _CHECK_LENGTH, 0))
         neighbours.enter_context(busy(cores))
-        measured: list[list[int]] = []
-        for batch, context in plan.points:
+        for batch, context, prompts in points:
             say(f"batch {batch}, context {context} …")
             limit = plan.row_tokens(batch, context, settings["row_tokens"]) - context
-            prompts = cut(batch, context, plan.shared)
-            measured += prompts
             report.points += measure_point(lineup, prompts, limit, plan)
             say(table(report, only=(batch, context)))
-        report.prompts_repeated = repeated_grams(measured)
+        report.prompts_repeated = repeated_grams([prompt for *_, prompts in points for prompt in prompts])
         if plan.first:
             say(f"first token of {plan.first} …")
             report.firsts = measure_first(lineup, cut(1, plan.first, 0)[0], plan)
@@ -306,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--quota", type=float, help="CPU quota of each contender, in CPUs (a control group; needs root)"
     )
+    parser.add_argument("--task", choices=TASKS, default="free", help="kind of prompts (bench/tasks.py)")
     parser.add_argument("--text", type=Path, help="take prompts from this file instead of Python's manual")
     parser.add_argument("--peers-dir", type=Path, default=peers_dir(), help="directory of other engines' environments")
     parser.add_argument("--no-install", action="store_true", help="measure only engines that are installed")
@@ -323,6 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sets = {"shared": sharing, "weights": given.few_bits, "kv": given.few_bits_kv}
     if sum(sets.values()) > 1:
         parser.error("--few-bits, --few-bits-kv and prompts that share tokens (--shared, --chat) exclude each other")
+    if given.task != "free" and sharing:
+        parser.error("--task needs prompts that share nothing: leave out --shared and --chat")
     chosen = next((name for name, asked in sets.items() if asked), "usual")
     first = given.first if given.first is not None else 0 if sharing else 4000
     if given.shared < 0:
@@ -358,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.quota,
             given.shared,
             ChatShape.parse(given.chat) if given.chat else None,
+            given.task,
             given.keep_prompts,
         )
         first_cores(plan.busy)
@@ -365,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             CpuQuota(plan.quota).close()
         model = resolve_model(given.model)
         settings = plan.settings(model, read_config(model), threads)
-        ids = Tokenizer(model).encode(read_text(given.text), add_special_tokens=False)
+        cut = cutter(given.task, Tokenizer(model), read_text(given.text))
         with tempfile.TemporaryDirectory(prefix="magicdec-compare-") as logs:
             start = starter(
                 settings,
@@ -380,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 contenders,
                 start,
                 plan,
-                lambda count, length, shared: spread(ids, count=count, length=length, shared=shared),
+                cut,
                 settings,
                 lambda line: print(line, file=sys.stderr, flush=True),
             )

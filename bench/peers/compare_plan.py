@@ -99,6 +99,8 @@ class Plan:
     shared: int = 0
     """Number of tokens that all prompts of a point begin with."""
     chat: ChatShape | None = None
+    task: str = "free"
+    """Kind of prompts (bench.tasks)."""
     keep_prompts: bool = False
     """Whether contenders keep the KV of a point's prompts from one temperature to the next."""
 

@@ -73,7 +73,8 @@ class ComparisonReport(msgspec.Struct):
     """threads: of each contender; under a quota, of those that do not choose by it. temperatures: of sampling at each
     point; firsts and chats have the first one. busy: number of processes that computed meanwhile, each on one of the
     first CPUs. quota: of each contender, in CPUs. date: of the measurement, as YYYY-MM-DD. shared: number of tokens
-    that all prompts of a point begin with. prompts_repeated: see repeated_grams, of the prompts of all points."""
+    that all prompts of a point begin with. task: kind of prompts. prompts_repeated: see repeated_grams, of the prompts
+    of all points."""
 
     threads: int
     new_tokens: int
@@ -88,6 +89,7 @@ class ComparisonReport(msgspec.Struct):
     firsts: list[First] = []
     chats: list[ChatTimes] = []
     shared: int = 0
+    task: str = "free"
     prompts_repeated: float | None = None
 
     @property
@@ -98,6 +100,8 @@ class ComparisonReport(msgspec.Struct):
         parts.append(f"temperature{'s' * (len(named) > 1)} {', '.join(named)}")
         if self.quota is not None:
             parts.append(f"a quota of {self.quota:g} CPUs for each")
+        if self.task != "free":
+            parts.append(f"task {self.task}")
         if self.shared:
             parts.append(f"all rows begin with the same {self.shared} tokens")
         if self.busy:

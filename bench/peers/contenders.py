@@ -25,7 +25,8 @@ class Peer:
 
 _VLLM_NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
 """Drafts by looking up the last 4 tokens in what came before; the example of the vLLM documentation."""
-_OFF, _AUTO = ({"engine.weights": "dense", "engine.speculation.gamma": gamma} for gamma in (0, "auto"))
+_OFF = {"engine.weights": "dense", "engine.speculation.gamma": 0}
+_AUTO = {"engine.weights": "dense", "engine.speculation.gamma": "auto", "engine.speculation.drafter": "self"}
 _PREFIX = {"engine.cache.prefix": True}
 
 
@@ -44,6 +45,7 @@ def _pair(name: str, sets: Sequence[str], settings: Mapping[str, Any]) -> tuple[
 CONTENDERS = (
     Peer("magicdec off", "magicdec", _OFF, SETS),
     Peer("magicdec auto", "magicdec", _AUTO, SETS),
+    Peer("magicdec together", "magicdec", _AUTO | {"engine.speculation.drafter": "together"}),
     *_pair("int8", ("weights",), {"engine.weights": "int8"}),
     *_pair("int4", ("weights",), {"engine.weights": "int4"}),
     *_pair("int8 KV", ("kv",), {"engine.cache.format": "int8"}),

@@ -296,7 +296,7 @@ def test_prompts_that_share_tokens(start: Start) -> None:
         return [[1] * length] * count
 
     report = run([Peer("x", "fake")], start, plan, cut, settings, lambda line: None)
-    assert cuts[1:] == [(2, 20, 15)]
+    assert (2, 20, 15) in cuts
     assert "all rows begin with the same 15 tokens" in table(report)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from bench.corpus import BenchError, read_text
 from bench.micro.ngram import measure, table
-from bench.tasks import TASKS, task_prompts
+from bench.tasks import TASKS, cutter, task_prompts
 from engine.ngram.text_store import TextStore, build_store
 from models.tokenizer import Tokenizer
 from tests.support.tiny import write_tokenizer
@@ -59,3 +59,14 @@ def test_costs_of_text_that_repeats_itself(tmp_path: Path) -> None:
     assert measure(fresh, 53, new=200, limit=4, store=store).accepted > 3
     assert measure(fresh, 53, new=200, limit=4).accepted == 0
     assert "  500" in table([found])
+
+
+def test_only_passages_begin_alike(tokenizer: Tokenizer) -> None:
+    text = read_text(None)[:60_000]
+    first, second = cutter("free", tokenizer, text)(2, 100, 40)
+    assert first[:40] == second[:40]
+    assert first[40:] != second[40:]
+    edits = cutter("edit", tokenizer, text)
+    assert edits(2, 900, 0) == task_prompts("edit", tokenizer, text, count=2, length=900)
+    with pytest.raises(BenchError, match="--task free"):
+        edits(2, 900, 40)
