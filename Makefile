@@ -20,8 +20,8 @@ ARGS :=
 SETTINGS = --config $(CONFIG) $(if $(MODEL),--model '$(MODEL)')
 PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 PIP = $(BIN)/python -m pip install $(PIP_FLAGS)
-# Test processes, one per core; those of one file, and all of e2e, run in one process.
-WORKERS := $(shell nproc 2>/dev/null || echo 2)
+# Test processes: one per core, and one more since those of e2e mostly wait. What runs in one process: tests/conftest.py.
+WORKERS := $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 # `model`, unless MODEL is a directory.
 DEFAULT_MODEL = $(if $(filter-out default default-int4,$(MODEL)),,model)
 PYTEST = $(BIN)/python -m pytest tests/e2e tests/parallel tests/unit -n $(WORKERS) --dist loadscope --no-loadscope-reorder

@@ -18,7 +18,8 @@ from tests.support.tiny import TEMPLATE, write_model, write_tokenizer
 def server(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Server]:
     """Server of the default model in float32. gamma is fixed, since the best gamma depends on the machine's other
     load."""
-    config = {"engine": {"cache": {"memory_gb": 0.5}, "check_invariants": True, "speculation": {"gamma": 3}}}
+    engine = {"threads": 2, "cache": {"memory_gb": 0.5}, "check_invariants": True, "speculation": {"gamma": 3}}
+    config = {"engine": engine}
     flags = ("--dtype", "float32", "--max-model-len", "2048", "--served-model-name", "default")
     running = start(tmp_path_factory.mktemp("server"), model_dir, *flags, config=config)
     yield running

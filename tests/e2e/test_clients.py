@@ -124,7 +124,7 @@ def test_schemathesis(launch: Callable[..., Server], tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(str(Path(sys.executable).parent / "schemathesis"), "run", f"{tiny.url}/openapi.json"),
-            *("--phases", "fuzzing", "--max-examples", "60" if is_all() else "25"),
+            *("--phases", "fuzzing", "--max-examples", "60" if is_all() else "15"),
             *("--seed", "7", "--checks", CHECKS, "--no-color"),
         ],
         cwd=tmp_path,  # it writes files to its working directory

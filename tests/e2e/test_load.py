@@ -17,7 +17,7 @@ from tests.support.profiles import is_all
 from tests.support.servers import PATIENCE_S, Server, eventually
 
 SHORT = [1, 2, 3, 5, 8, 13, 16, 17, 21, 30, 33, 40, 55, 64, 70]
-LENGTHS = [*SHORT * 4, 200, 400, 800, 1600]
+LENGTHS = [*SHORT * 4, *((200, 400, 800, 1600) if is_all() else (100, 150, 200, 600))]
 """Number of tokens that each of 64 requests generates."""
 
 
@@ -69,7 +69,8 @@ def test_64_streams_get_exactly_what_each_gets_alone(tiny: Server) -> None:
             for number, got in enumerate(together):
                 wanted = body(number)
                 assert got[1:] == ("length", wanted["max_tokens"])
-                assert got == await complete(http, wanted)
+                if is_all() or number % 2 or number >= 60:  # alone, they take most of the time
+                    assert got == await complete(http, wanted)
 
     asyncio.run(main())
     eventually(lambda: tiny.idle())
@@ -100,7 +101,7 @@ def test_200_clients_that_vanish_leave_nothing_behind(tiny: Server) -> None:
 
 
 def test_many_requests_of_which_a_third_vanishes(tiny: Server) -> None:
-    """600 requests, or in all 2,000, 200 at a time. The server's resources are the same before and after, and it
+    """450 requests, or in all 2,000, 200 at a time. The server's resources are the same before and after, and it
     answers health checks throughout."""
     chance = random.Random(1)
     fates: Counter[str] = Counter()
@@ -137,8 +138,8 @@ def test_many_requests_of_which_a_third_vanishes(tiny: Server) -> None:
     def held() -> tuple[int, int]:
         return tiny.files(), len(process.threads())
 
-    requests = 2000 if is_all() else 600
-    asyncio.run(load(400))  # until everything that grows only once has grown
+    requests = 2000 if is_all() else 450
+    asyncio.run(load(400 if is_all() else 250))  # until everything that grows only once has grown
     eventually(lambda: tiny.idle() and not process.net_connections("tcp")[1:])
     before, memory = held(), process.memory_info().rss
     fates.clear()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from engine.batch.forward_graphs import GraphInputs
+from engine.batch.graph_inputs import GraphInputs
 from engine.batch.round_batch import RoundBatch
 from engine.batch.row_state import RowState
 from engine.batch.view import DenseView

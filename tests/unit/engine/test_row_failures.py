@@ -26,7 +26,7 @@ from engine.speculation.drafters import SelfDrafter
 from models.tokenizer import Tokenizer
 from parallel import shm
 from tests.support.engines import TINY, run, tiny_engine, tiny_model, tokens
-from tests.support.profiles import examples
+from tests.support.profiles import examples, only_in_all
 from tests.support.ranks import threaded_engine
 from tests.support.tiny import TOKENS
 
@@ -118,7 +118,7 @@ def check_outputs(outputs: dict[str, list[RequestOutput]], reference: dict[str, 
 
 @pytest.mark.parametrize("size", [1, 2])
 @given(seed=st.integers(0, 2**32), gamma=st.sampled_from([0, 3]), hooks=st.sets(st.sampled_from(HOOKS), min_size=1))
-@examples(8, 100)
+@examples(4, 100)
 def test_a_fault_fails_its_own_request(
     tokenizer_dir: Path, reference: dict[str, list[int]], size: int, seed: int, gamma: int, hooks: set[tuple[Any, str]]
 ) -> None:
@@ -134,7 +134,7 @@ def test_a_fault_fails_its_own_request(
         engine.close()
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [only_in_all(1), 2])
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: f"{hook[0].__name__}.{hook[1]}")
 def test_a_fault_is_named(
     tokenizer_dir: Path, reference: dict[str, list[int]], size: int, hook: tuple[Any, str]

@@ -64,7 +64,7 @@ def engine_of(
         max_size=5,
     ),
 )
-@examples(25, 120)
+@examples(10, 120)
 def test_the_law_of_that_target(
     gamma: int,
     policy: str,
@@ -260,7 +260,7 @@ def test_refusals(settings: dict[str, Any], message: str) -> None:
     budget=st.integers(1, 4),
     length=st.integers(1, 60),
 )
-@examples(15, 60)
+@examples(6, 60)
 def test_what_it_reads_is_counted(gamma: int, interval: int, budget: int, length: int) -> None:
     """The lists that attention gets are as long as the statistics say, and never longer than the log says."""
     engine = engine_of(gamma, budget * PAGE, interval, max_model_len=120, speculation={"kv": {"policy": "topk"}})
