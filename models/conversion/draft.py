@@ -45,6 +45,16 @@ def evenly_spaced_layers(count: int, keep: int) -> list[int]:
     return [round(i * (count - 1) / max(1, keep - 1)) for i in range(keep)]
 
 
+def check_any_layers(config: ModelConfig) -> None:
+    """Raise ModelError if a draft model cannot have whichever layers are chosen: some of them slide."""
+    full, sliding = config.attention_groups
+    if sliding:
+        raise ModelError(
+            f"{len(sliding)} of {config.num_layers} layers slide, which a draft model's must not; choose among the "
+            f"others: --layers {','.join(map(str, full))}"
+        )
+
+
 _LAYER_KEYS: Mapping[str, Callable[[ModelConfig], Any]] = {
     "layer_types": lambda config: [SLIDING if i in config.sliding_layers else FULL for i in range(config.num_layers)],
     "no_rope_layers": lambda config: [int(i not in config.unrotated_layers) for i in range(config.num_layers)],

@@ -31,18 +31,20 @@ def make_draft(
         raise typer.BadParameter("measures nothing: cannot be combined with --text", param_hint="--spread")
     from models.config import read_config
     from models.conversion.convert import check_destination
-    from models.conversion.draft import evenly_spaced_layers
+    from models.conversion.draft import check_any_layers, evenly_spaced_layers
     from models.conversion.draft import make_draft as run
     from models.default import resolve_model
 
     src = resolve_model(model)
-    count = read_config(src).num_layers
+    config = read_config(src)
+    count = config.num_layers
     check_destination(src, dst, force)
     wanted = keep or -(-2 * count // 3)
     evenly_spaced_layers(count, wanted)  # raises if there are fewer layers
     if layers is not None:
         kept = [_number(part.strip()) for part in layers.split(",")]
     else:
+        check_any_layers(config)  # measuring takes minutes
         kept = (
             evenly_spaced_layers(count, wanted) if spread or wanted == count else _measured(src, wanted, text, tokens)
         )

@@ -12,14 +12,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from kernels.weights.int4_weights import Int4Format
-from models.config import parse_config, read_config
+from models.config import ModelError, parse_config, read_config
 from models.conversion.convert import served_config
 from models.conversion.draft import _LayerSubsetRunner, choose_layers, make_draft
 from models.quantize.layer_rounder import LayerRounder
 from models.quantize.quantize_model import quantize
 from models.shapes import parameters
+from server.cli.app import app
 from tests.support.oracle_models import SIZES, VOCAB, OracleRow, load_served, write_checkpoint
 from tests.support.rig import CPU
 
@@ -110,3 +112,14 @@ def test_old_keys_are_written_beside_new_ones() -> None:
     new = parse_config({k: v for k, v in config.items() if k not in ("rope_scaling", "rope_local_base_freq")})
     assert both == old == new
     assert replace(both, sliding_layers=()) != both
+
+
+@pytest.mark.parametrize("how", [["--keep", "1", "--spread"], ["--keep", "1"], []])
+def test_layers_are_not_chosen_where_some_slide(how: list[str], tmp_path: Path) -> None:
+    """Refused before anything is measured."""
+    write("gemma3_text", tmp_path / "target")
+    done = CliRunner().invoke(app, ["make-draft", str(tmp_path / "draft"), "--model", str(tmp_path / "target"), *how])
+    assert isinstance(done.exception, ModelError)
+    said = "6 of 7 layers slide, which a draft model's must not; choose among the others: --layers 5"
+    assert str(done.exception) == said
+    assert not (tmp_path / "draft").exists()
