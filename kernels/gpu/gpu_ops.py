@@ -17,7 +17,7 @@ from kernels.flashinfer.flashinfer_attention import FlashInferAttention
 from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention, can_capture
 from kernels.flashinfer.flashinfer_workspace import HEAD_DIMS, READABLE_KV, Workspace, load_flashinfer
 from kernels.gpu import pointwise, sample, verdict
-from kernels.gpu.experts.gpu_experts import GpuExperts
+from kernels.gpu.gpu_experts import GpuExperts
 from kernels.gpu.merge import merge_prefixes
 from kernels.gpu.products.dense_linear import DenseLinear
 from kernels.gpu.products.few_bit_layout import lay_out

@@ -18,12 +18,12 @@ import torch
 from kernels.attention.base import AttentionBatch, Ballot, SharedPrefix
 from kernels.attention.triton_attention import GpuAttention
 from kernels.gpu import merge, pointwise, sample, snapkv_scores, verdict, votes
-from kernels.gpu.experts.dense_grouped import GroupedDense
-from kernels.gpu.experts.few_bit_grouped import GroupedFewBit
-from kernels.gpu.experts.sorted_pairs import SortedPairs, sort_pairs
+from kernels.gpu.products.dense_grouped import GroupedDense
+from kernels.gpu.products.few_bit_grouped import GroupedFewBit
 from kernels.gpu.products.few_bit_layout import lay_out
 from kernels.gpu.products.few_bit_products import few_bit_product
 from kernels.gpu.products.fp8_products import round_inputs
+from kernels.gpu.products.sorted_pairs import SortedPairs, sort_pairs
 from kernels.kv.kv_bits import SEALED_GROUP
 from kernels.kv.kv_pool import LayerKV
 from kernels.ops import Gate

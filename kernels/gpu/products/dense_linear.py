@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gpu.experts.dense_grouped import GroupedDense
+from kernels.gpu.products.dense_grouped import GroupedDense
 from kernels.ops import Gate
 
 

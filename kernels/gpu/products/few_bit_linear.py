@@ -7,7 +7,7 @@ from typing import Self
 
 from torch import Tensor
 
-from kernels.gpu.experts.few_bit_grouped import GroupedFewBit
+from kernels.gpu.products.few_bit_grouped import GroupedFewBit
 from kernels.gpu.products.few_bit_layout import FewBitWeights, with_minima
 from kernels.gpu.products.few_bit_products import few_bit_product
 from kernels.ops import Gate

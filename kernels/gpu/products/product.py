@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels.gpu.experts.sorted_pairs import SortedPairs
+from kernels.gpu.products.sorted_pairs import SortedPairs
 from kernels.ops import Gate, Linear
 
 

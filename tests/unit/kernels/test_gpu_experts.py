@@ -21,9 +21,9 @@ from tests.support.gates import GATES
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
 from kernels.gpu import INTERPRETED
-from kernels.gpu.experts.sorted_pairs import sort_pairs
 from kernels.gpu.gpu_ops import GpuLinear, GpuOps
 from kernels.gpu.products.few_bit_layout import lay_out
+from kernels.gpu.products.sorted_pairs import sort_pairs
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") else "cuda")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}

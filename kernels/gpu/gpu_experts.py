@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.gpu.experts.sorted_pairs import sort_pairs
 from kernels.gpu.products.product import GroupedProduct
+from kernels.gpu.products.sorted_pairs import sort_pairs
 from kernels.reference_experts import choose_experts
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_dtype
-from kernels.gpu.experts.sorted_pairs import SortedPairs
 from kernels.gpu.pointwise import join_halves
+from kernels.gpu.products.sorted_pairs import SortedPairs
 from kernels.gpu.tile import product
 from kernels.ops import Gate
 

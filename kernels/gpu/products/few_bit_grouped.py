@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.checks import check_dtype
-from kernels.gpu.experts.sorted_pairs import SortedPairs
 from kernels.gpu.pointwise import apply_gate
 from kernels.gpu.products.few_bit_layout import LINE, FewBitWeights
 from kernels.gpu.products.few_bit_sums import few_bit_sums, layout_constants
+from kernels.gpu.products.sorted_pairs import SortedPairs
 from kernels.ops import Gate
 
 _COLUMNS = 64
