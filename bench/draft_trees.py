@@ -13,7 +13,7 @@ from engine.config.speculation import SpeculationConfig
 from engine.control.acceptance import AcceptanceRecord
 from engine.control.text_acceptance import CLASS_STARTS
 from engine.ngram.context_array import MAX_MATCH
-from engine.ngram.ngram_drafts import LONGER, OLDER
+from engine.ngram.ngram_drafts import weigh
 from engine.ngram.ngram_index import MAX_PLACES, MIN_MATCH, NgramIndex
 from engine.ngram.text_store import TextStore
 
@@ -84,11 +84,7 @@ class Continuations:
         found = [index.matches(tokens)]
         if store is not None:
             found.append(store.matches(tokens[-MAX_MATCH:], MIN_MATCH, MAX_PLACES))
-        self.places = [
-            _Place(LONGER**match * OLDER**rank, match, position, places is not found[0])
-            for places in found
-            for rank, (position, match) in enumerate(places)
-        ]
+        self.places = [_Place(*place, is_stored=places is not found[0]) for places in found for place in weigh(places)]
 
     def votes(self, places: Sequence[_Place], path: Sequence[int]) -> list[_Vote]:
         """Return what these places, which agree with the drafts `path`, vote for next: the most votes first."""

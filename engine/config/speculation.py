@@ -10,7 +10,8 @@ from engine.config.kv import DrafterName, KVConfig, KVState, WindowConfig
 from engine.config.settings import Positive, Settings
 
 Source = Literal["self", "model", "ngram", "together"]
-DRAFTERS: tuple[str, ...] = ("auto", *get_args(Source))
+Drafter = Literal["auto", Source]
+DRAFTERS: tuple[str, ...] = get_args(Drafter)
 
 _CAPTURED_EACH, _CAPTURED_STEP = 8, 4
 
@@ -21,7 +22,7 @@ class SpeculationConfig(Settings):
     for each round and row."""
     gamma_max: Annotated[int, Field(ge=1, le=16)] = 8
     """Largest number of drafts that auto chooses for a row if a model makes some of them."""
-    drafter: Literal["auto", "self", "model", "ngram", "together"] = "auto"
+    drafter: Drafter = "auto"
     """Where drafts come from. self: the target itself, with sparse KV. model: a smaller model with the same vocabulary.
     ngram: the text, prompt and output of the request and `store`: what followed the same tokens there. together: the
     text, and the target or, if `model` is set, the draft model, as each row gains most. auto: see `source`."""

@@ -3,16 +3,16 @@ text and in a text store (SSSD, arXiv 2411.05894)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.ngram.context_array import MAX_MATCH
 from engine.ngram.ngram_index import MAX_PLACES, MIN_MATCH, NgramIndex
 from engine.ngram.text_store import TextStore
 
-LONGER = 4.0
+_LONGER = 4.0
 """Weight of a place relative to one that matches one token less: more than four of those outvote it."""
-OLDER = 0.95
+_OLDER = 0.95
 """Weight of a place relative to the one before it in its list: the newer one in the output, and in a sorted text the
 one whose context is nearer to the request's."""
 
@@ -32,6 +32,13 @@ class Proposal:
 
 
 NO_PROPOSAL = Proposal()
+
+
+def weigh(matches: Iterable[tuple[int, int]]) -> Iterator[tuple[float, int, int]]:
+    """Weigh the votes of places. matches: (position, tokens that are the same), as indices list them. Yields (weight,
+    tokens that are the same, position)."""
+    for rank, (position, same) in enumerate(matches):
+        yield _LONGER**same * _OLDER**rank, same, position
 
 
 class NgramDrafts:
@@ -57,12 +64,10 @@ class NgramDrafts:
         def own(position: int) -> int | None:
             return tokens[position] if position < count else proposed[position - count]
 
-        live: list[tuple[float, int, int, _Read]] = []
-        for rank, (position, same) in enumerate(index.matches(tokens)):
-            live.append((LONGER**same * OLDER**rank, same, position, own))
+        live: list[tuple[float, int, int, _Read]] = [(*place, own) for place in weigh(index.matches(tokens))]
         if self._store is not None:
-            for rank, (position, same) in enumerate(self._store.matches(tokens[-MAX_MATCH:], MIN_MATCH, MAX_PLACES)):
-                live.append((LONGER**same * OLDER**rank, same, position, self._store.token))
+            stored = self._store.matches(tokens[-MAX_MATCH:], MIN_MATCH, MAX_PLACES)
+            live += [(*place, self._store.token) for place in weigh(stored)]
         match = 0
         for step in range(limit):
             votes: dict[int, float] = {}

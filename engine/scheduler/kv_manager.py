@@ -345,10 +345,6 @@ class KVManager:
         if self._drafted is not None:
             self._drafted.discard(page)
 
-    def indexed_pages(self) -> list[IndexedPage]:
-        """List all pages in the index."""
-        return self._index.entries
-
     @property
     def indices(self) -> list[PrefixIndex]:
         """The prefix index of each pool: the one of sliding layers, if there are any, is the second."""

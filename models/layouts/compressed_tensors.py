@@ -13,7 +13,7 @@ from models.layouts.block_scales import check_scales, read_scales
 from models.layouts.fp8 import parse_block
 from models.layouts.module_layout import MatrixFormat, ModuleLayout, ModuleTensors
 from models.layouts.mxfp4 import GROUP as MX_GROUP
-from models.layouts.mxfp4 import Mxfp4Format
+from models.layouts.mxfp4 import PACKED, SCALES, Mxfp4Format
 from models.layouts.packed_codes import (
     INTEGERS,
     count_words,
@@ -26,8 +26,8 @@ from models.layouts.packed_codes import (
 from models.layouts.scaled_codes import FP8, INT8, Block, ScaledFormat
 from models.weights import EMBEDDING
 
-PACKED, SHAPE, SCALES, ZEROS = "weight_packed", "weight_shape", "weight_scale", "weight_zero_point"
-"""Names of a module's tensors."""
+SHAPE, ZEROS = "weight_shape", "weight_zero_point"
+"""Names of a module's tensors, beside those that MXFP4 has too."""
 _INDEX = "weight_g_idx"
 _FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),

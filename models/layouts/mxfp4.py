@@ -16,7 +16,8 @@ from models.layouts.scaled_codes import INT8
 
 GROUP = 32
 """Features of a group."""
-_PACKED, _SCALES = "weight_packed", "weight_scale"
+PACKED, SCALES = "weight_packed", "weight_scale"
+"""Names of a module's tensors."""
 _E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
 """Twice the values of codes of 4 bits: 1 of sign, 2 of exponent, 1 of mantissa."""
 _E2M1_PAIRS = torch.stack((_E2M1.repeat(16), _E2M1.repeat_interleave(16)), 1)
@@ -27,23 +28,23 @@ _E2M1_PAIRS = torch.stack((_E2M1.repeat(16), _E2M1.repeat_interleave(16)), 1)
 class Mxfp4Format:
     """weight_packed: [rows, features / 2], the first feature in the lower bits. weight_scale: [rows, groups]."""
 
-    codes = _PACKED
-    others = (_SCALES,)
+    codes = PACKED
+    others = (SCALES,)
 
     def check(self, tensors: ModuleTensors, shape: tuple[int, int]) -> None:
         rows, features = shape
-        tensors[_PACKED].check((rows, -(-features // 2)), ("U8",))
-        tensors[_SCALES].check((rows, -(-features // GROUP)), ("U8", "F8_E8M0"))
+        tensors[PACKED].check((rows, -(-features // 2)), ("U8",))
+        tensors[SCALES].check((rows, -(-features // GROUP)), ("U8", "F8_E8M0"))
 
     def read(self, tensors: ModuleTensors, shape: tuple[int, int], rows: slice, features: slice) -> QuantizedMatrix:
         octets = slice(features.start // 2, -(-features.stop // 2))
-        packed = tensors[_PACKED].read(rows, octets)
+        packed = tensors[PACKED].read(rows, octets)
         codes = _E2M1_PAIRS.index_select(0, packed.flatten().int()).view(len(packed), -1)
         first = features.start - 2 * octets.start
         return grouped_matrix(
             INT8,
             codes[:, first : first + features.stop - features.start],
-            read_scales(tensors[_SCALES], shape, (1, GROUP), rows) / 2,
+            read_scales(tensors[SCALES], shape, (1, GROUP), rows) / 2,
             None,
             regular_groups(shape[1], GROUP)[features],
             min(GROUP, shape[1]),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kernels.weights.int4_weights import LEVELS, Int4Format
 from kernels.weights.matrix import QuantizedMatrix, zero_points
-from models.layouts.compressed_tensors import PACKED, SCALES, SHAPE, ZEROS
+from models.layouts.compressed_tensors import SHAPE, ZEROS
+from models.layouts.mxfp4 import PACKED, SCALES
 from models.layouts.packed_codes import pack
 
 _BITS = 4

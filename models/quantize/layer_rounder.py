@@ -43,7 +43,9 @@ class CalibratedLinear:
     @property
     def quantized(self) -> QuantizedMatrix:
         """The rounded matrix. One that was never called, of an expert that no token chose, is rounded to nearest."""
-        return self._rounded or self._int4.quantize(self._matrix.dense(torch.float32))
+        if self._rounded is None:
+            self._rounded = self._int4.quantize(self._matrix.dense(torch.float32))
+        return self._rounded
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.rounds and self._rounded is None:

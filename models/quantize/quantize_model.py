@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kernels.weights.int4_weights import Int4Format
 from kernels.weights.matrix import is_finite
-from models.config import ModelConfig, ModelError, parse_config
+from models.config import ModelError, parse_config
 from models.conversion.checkpoint import open_directory
 from models.conversion.convert import check_destination, served_config, write_directory
 from models.decoder import DecoderModel
@@ -57,15 +57,12 @@ def quantize(
     check_model(src, config, Group.single())
     int4 = Int4Format(group_size, symmetric, scale_dtype=torch.bfloat16)
     stored = find_tensors(src, config.tie_word_embeddings, stacks_of(config))
-    tensors = _quantized(config, stored, int4, texts, place, progress)
-    dense = [slot.source.removesuffix(".weight") for slot in _described(config).matrix_slots() if not slot.rounds]
+    # The model without its weights.
+    model = DecoderModel(config, Placement(Group.single(), torch.float32, torch.device("meta")), max_positions=1)
+    tensors = _quantized(model, stored, int4, texts, place, progress)
+    dense = [slot.source.removesuffix(".weight") for slot in model.matrix_slots() if not slot.rounds]
     settings = served_config(checkpoint.config, compression_settings(int4, dense))
     write_directory(settings, tensors, checkpoint.texts, src, dst, force=force)
-
-
-def _described(config: ModelConfig) -> DecoderModel:
-    """Return the model without its weights."""
-    return DecoderModel(config, Placement(Group.single(), torch.float32, torch.device("meta")), max_positions=1)
 
 
 def _device(name: str) -> torch.device:
@@ -77,7 +74,7 @@ def _device(name: str) -> torch.device:
 
 
 def _quantized(
-    config: ModelConfig,
+    model: DecoderModel,
     stored: StoredTensors,
     int4: Int4Format,
     texts: Sequence[Sequence[int]],
@@ -85,8 +82,7 @@ def _quantized(
     progress: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the quantized model."""
-    model = _described(config)
-    slots = list(model.matrix_slots())
+    config, slots = model.config, list(model.matrix_slots())
     others = dict.fromkeys(slot.source for slot in model.weight_slots())
     layers = [f"model.layers.{number}." for number in range(config.num_layers)]
     matrices = dict.fromkeys(slot.source for slot in slots)

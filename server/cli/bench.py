@@ -252,14 +252,13 @@ def _overrides_of(drafter: str | None, overrides: dict[str, Any]) -> dict[str, A
 
 
 def _with_drafter(engine: EngineConfig, asked: str | None) -> EngineConfig:
-    """Resolve `drafter: auto`. Where no drafter is asked for, and no store set, it is the model that drafts:
-    comparisons vary the number of drafts, and one of a fixed number is not compared with another drafter's."""
+    """Let the model alone draft where no drafter is asked for, and no store set: comparisons vary the number of drafts,
+    and one of a fixed number is not compared with another drafter's."""
     speculation = engine.speculation
-    if speculation.drafter != "auto":
+    if asked is not None or speculation.drafter != "auto" or speculation.store is not None:
         return engine
-    alone = asked is None and speculation.store is None
-    source = speculation.drafting_model if alone else speculation.source
-    return engine.model_copy(update={"speculation": speculation.model_copy(update={"drafter": source})})
+    alone = speculation.model_copy(update={"drafter": speculation.drafting_model})
+    return engine.model_copy(update={"speculation": alone})
 
 
 def _check_file(file: Path | None, flag: str) -> None:

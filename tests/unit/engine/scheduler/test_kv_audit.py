@@ -24,7 +24,7 @@ def test_a_cached_page_that_is_overwritten_is_noticed() -> None:
     engine = tiny_engine(tiny_model(), gamma=2)
     complete(engine, PROMPT, PARAMS)
     complete(engine, PROMPT, PARAMS)
-    cached = engine._kv.indexed_pages()[1].page
+    cached = engine._kv.indices[0].entries[1].page
     engine._worker._target.pool._data[-1, 1, cached, 0, 1, 2] += 1e-9
     with pytest.raises(PageLeak, match=f"^page {cached} holds other KV"):
         complete(engine, PROMPT[::-1], PARAMS)

@@ -149,7 +149,7 @@ class MarkedRanks:
     def _check_writes(self, plan: RoundPlan, requests: Sequence[Request]) -> None:
         """A page that a row writes is in the list of no other row, and the index does not name it."""
         listed = Counter(page for request in self._running(requests) for page in request.pages)
-        indexed = {entry.page for entry in self.kv.indexed_pages()}
+        indexed = {entry.page for entry in self.kv.indices[0].entries}
         for work in plan.work:
             table, size = self.rows[work.row].table, self.page_size
             written = table[work.computed // size : -(-(work.computed + work.new + work.gamma) // size)]
