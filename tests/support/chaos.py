@@ -68,6 +68,8 @@ class Summary:
     requests: Counter[str] = field(default_factory=Counter)
     """Number of requests by outcome."""
     faults: Counter[str] = field(default_factory=Counter)
+    deadly: int = 0
+    """Number of faults that are more than a pause: a rank is lost, so the engine must restart."""
     restarts: int = 0
     retried: int = 0
     seconds_down: list[float] = field(default_factory=list)
@@ -106,6 +108,7 @@ class Chaos:
         self._over = False
 
     async def run(self, seconds: float) -> Summary:
+        """Run for this long, or until the first deadly fault if that comes later."""
         before = await self._held()
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=self._server.url, timeout=PATIENCE_S, limits=limits) as http:
@@ -113,6 +116,9 @@ class Chaos:
             watcher = asyncio.create_task(self._watch(http))
             faults = asyncio.create_task(self._faults(http))
             await asyncio.sleep(seconds)
+            while not self.summary.deadly:
+                await self._ready(http)
+                await self._strike("SIGKILL")
             self._over = True
             await asyncio.gather(faults, *clients)
             await self._ready(http)
@@ -204,13 +210,13 @@ class Chaos:
             for _ in range(1 if self._chance.random() < 0.85 else 2):
                 await self._strike()
 
-    async def _strike(self) -> None:
+    async def _strike(self, what: str | None = None) -> None:
         everyone = self._server.everyone()
         self._seen.update(everyone)
         if self._over or not everyone:
             return
         victim = self._chance.choice(everyone)
-        what = self._chance.choices(("SIGKILL", "SIGSTOP", "SIGTERM", "pause"), (4, 3, 1, 1))[0]
+        what = what or self._chance.choices(("SIGKILL", "SIGSTOP", "SIGTERM", "pause"), (4, 3, 1, 1))[0]
         with contextlib.suppress(psutil.NoSuchProcess):
             who = "rank 0" if victim.ppid() == self._server.process.pid else "another rank"
             if what == "pause":
@@ -219,6 +225,7 @@ class Chaos:
                 victim.resume()
             else:
                 victim.send_signal(signal.Signals[what])
+                self.summary.deadly += 1
             self.summary.faults[f"{what} of {who}"] += 1
 
     async def _ready(self, http: httpx.AsyncClient) -> None:
