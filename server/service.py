@@ -22,8 +22,8 @@ from server.observe.metrics import Metrics
 from server.observe.tracing import Tracing
 from server.text.infilling import find_infilling
 from server.text.template import ChatTemplate, Rendered
-from server.text.thinking import choose_thinking
-from server.text.tools.tool_registry import choose_format
+from server.text.thinking.thinking_registry import choose_thinking
+from server.text.tool_formats.tool_registry import choose_format
 from server.version import build
 
 logger = logging.getLogger(__name__)
@@ -53,9 +53,8 @@ class Service:
     client: None while the engine is loading. draining: set once the process must end; new requests are refused then.
     generation_defaults: of sampling parameters that a request leaves open. model_ids: names that clients may use;
     model_id: the first one. infilling: tokens for texts before a suffix; None: the tokenizer has none. tool_format,
-    thinking: of the model; thinking is None if it does not think. marks_of_calls, marks_of_thinking: special tokens
-    that are part of their texts. responses: those that later requests can continue. build: version and commit.
-    tracing: None if it is off."""
+    thinking: of the model. marks_of_calls, marks_of_thinking: special tokens that are part of their texts. responses:
+    those that later requests can continue. build: version and commit. tracing: None if it is off."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         self.config = config
@@ -65,8 +64,7 @@ class Service:
         self.tool_format = choose_format(setting, tokenizer.chat_template)
         self.thinking = choose_thinking(config.server.thinking, tokenizer.chat_template)
         self.marks_of_calls = tokenizer.ids_of(self.tool_format.markers)
-        marks = () if self.thinking is None else (self.thinking.begin, self.thinking.end)
-        self.marks_of_thinking = tokenizer.ids_of(marks)
+        self.marks_of_thinking = tokenizer.ids_of(self.thinking.marks)
         self.model_ids = config.server.served_model_name or [Path(config.engine.model).name]
         self.model_id = self.model_ids[0]
         self.infilling = find_infilling(tokenizer)

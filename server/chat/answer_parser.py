@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from server.text.thinking import Split, Stage, ThinkingSplitter
+from server.text.thinking.thinking_format import Split, Stage, ThinkingSplitter
 from server.text.tools.tool_format import CallParser, Part
 from server.text.tools.tool_messages import parse_object
 
@@ -73,8 +73,8 @@ class AnswerParser:
 
     @property
     def content_start(self) -> int | None:
-        """Offset in the text at which the thinking and its mark end; None: they have not ended yet."""
-        return self._splitter.end
+        """Offset in the text at which the content begins; None: the thinking has not ended yet."""
+        return self._splitter.content_start
 
     @property
     def breaks_off(self) -> bool:
@@ -100,7 +100,7 @@ class AnswerParser:
         if self._counted:
             return
         self._offsets += offsets
-        end = self._splitter.end
+        end = self._splitter.thinking_end
         self._counted = end is not None and self._splitter.stage is Stage.CONTENT
         of_thinking = self._offsets if end is None else [offset for offset in self._offsets if offset < end]
         self.thinking_tokens = len(of_thinking) if self._splitter.stage is not Stage.UNDECIDED else 0

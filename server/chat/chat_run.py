@@ -21,7 +21,7 @@ from server.generation import Choice, ChoiceDelta, Generation, Usage
 from server.service import Service
 from server.text.structured import Grammar, check_grammar
 from server.text.template import ChatPrompt, Rendered
-from server.text.thinking import Stage, ThinkingSplitter, behind_thinking, stage_of
+from server.text.thinking.thinking_format import Stage, behind_thinking
 from server.text.tools.functions import Function, ToolUse
 from server.text.tools.tool_grammar import checked_grammar_of_tools
 
@@ -77,7 +77,7 @@ class ChatPiece:
     """What one round added to one answer.
 
     raw: tokens and text as they are, and their log-probabilities. finish_reason: that of the engine, or tool_calls.
-    content_start: offset in the answer's text at which the thinking ends; None: it has not ended yet.
+    content_start: offset in the answer's text at which the content begins; None: the thinking has not ended yet.
     """
 
     raw: ChoiceDelta
@@ -97,7 +97,7 @@ class ChatRun:
         self.service, self.generation = service, generation
         self._parsers = [
             AnswerParser(
-                ThinkingSplitter(service.thinking, stage),
+                service.thinking.splitter(stage),
                 service.tool_format.parser(use.callable) if use.mode != "none" else None,
                 service.tool_format.new_id,
                 only_calls=use.mode == "required",
@@ -113,7 +113,7 @@ class ChatRun:
         told = use.offered if use.mode != "none" else ()
         rendered = await render(service, body, body.messages, told, body.reasoning_effort)
         prefill = (body.messages[-1].content or "") if body.continue_final_message else None
-        stage = stage_of(service.thinking, rendered.text, prefill)
+        stage = service.thinking.stage_of(rendered.text, prefill)
         tokens = await service.encode_chat(rendered, bool(body.add_special_tokens))
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         tokens = service.truncate(tokens, body.truncate_prompt_tokens, asked, 1)
@@ -166,5 +166,6 @@ def _whole_grammar(service: Service, content: Grammar | None, use: ToolUse, stag
     tokens, special_names = service.tokenizer.names_in_grammars, service.tokenizer.special_names
     if content is not None:
         check_grammar(content)
-    whole = checked_grammar_of_tools(use, service.tool_format, tokens, special_names, content)
+    header = "" if stage is Stage.CONTENT else service.thinking.content_header
+    whole = checked_grammar_of_tools(use, service.tool_format, tokens, special_names, content, header)
     return None if whole is None else behind_thinking(whole, service.thinking, stage, tokens)

@@ -82,7 +82,7 @@ def serve(
     thinking: Annotated[
         ThinksIn | None,
         typer.Option(
-            help="What is returned as reasoning_content: text in <think> tags, or nothing; auto: by the template."
+            help="What is reasoning_content: text in <think> tags, in channels, or nothing; auto: by the template."
         ),
     ] = None,
     restart: Annotated[

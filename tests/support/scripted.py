@@ -20,7 +20,7 @@ class ScriptedClient(FakeClient):
 
     def __init__(self, tokenizer: Tokenizer, text: str, size: int = 3) -> None:
         super().__init__()
-        self.ready = msgspec.structs.replace(self.ready, max_model_len=4096)
+        self.ready = msgspec.structs.replace(self.ready, max_model_len=4096, vocab_size=tokenizer.vocab_size)
         self.tokens, self.size = tokenizer.encode(text, add_special_tokens=False), size
         assert tokenizer.eos_token_id is not None
         self.end = tokenizer.eos_token_id

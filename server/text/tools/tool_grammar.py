@@ -31,16 +31,17 @@ def checked_grammar_of_tools(
     tokens: Mapping[str, int],
     special_names: Collection[str],
     answer: Grammar | None = None,
+    header: str = "",
 ) -> Grammar | None:
     """Same as grammar_of_tools, and validated. Takes up to some 100 ms: call it off the event loop. Raises ApiError.
 
     answer: validated before.
     """
-    written_out = grammar_of_tools(use, form, {}, (), answer)
+    written_out = grammar_of_tools(use, form, {}, (), answer, header)
     if written_out is None or written_out is answer:
         return answer
     check_grammar(written_out)  # the check knows no tokens of the model
-    return grammar_of_tools(use, form, tokens, special_names, answer)
+    return grammar_of_tools(use, form, tokens, special_names, answer, header)
 
 
 def grammar_of_tools(
@@ -49,6 +50,7 @@ def grammar_of_tools(
     tokens: Mapping[str, int],
     special_names: Collection[str],
     answer: Grammar | None = None,
+    header: str = "",
 ) -> Grammar | None:
     """Return the grammar of answers that may call functions, or have to; None: nothing holds them. It is not validated
     yet. Raises ApiError.
@@ -58,10 +60,11 @@ def grammar_of_tools(
 
     tokens: ids of the texts that the compiler takes for tokens (`Tokenizer.names_in_grammars`). special_names: those of
     them that are never part of a text. answer: grammar of an answer without calls: an answer has either that content or
-    calls (where both begin alike, as JSON that has a name in both, the content wins).
+    calls (where both begin alike, as JSON that has a name in both, the content wins). header: what stands before text
+    or that content, but not before calls alone: ThinkingFormat.content_header.
     """
     if not use.is_bound and (answer is None or use.mode == "none"):
-        return answer
+        return _with_header(header, tokens, answer)
     functions = list(use.callable)
     check_names(_PARAM, "the name of a function", [each.name for each in functions], tokens)
     if use.mode == "required" and not functions:
@@ -73,12 +76,12 @@ def grammar_of_tools(
     calls = writer.rule(form.calls(functions, writer, parallel=use.parallel)) if functions else None
     if calls is not None and (use.mode == "required" or answer is not None):
         start = _only_calls(calls, form.trigger, use.parallel, writer)
-        start += "" if use.mode == "required" else " | @content"
+        start += "" if use.mode == "required" else f" | {writer.text(header)} @content"
     elif answer is not None:
-        return answer
+        return _with_header(header, tokens, answer)
     else:
         ids = [id for name, id in tokens.items() if name not in special_names and name not in form.markers]
-        start = _text_and_calls(calls, form, use.parallel, writer, ids)
+        start = _text_and_calls(calls, form, header, use.parallel, writer, ids)
     text = "\n".join([f"start: {start}", *writer.lines])
     if len(text) > MAX_TOOL_GRAMMAR_CHARS:
         raise ApiError(f"tools: the schemas have more than {MAX_TOOL_GRAMMAR_CHARS} characters", param=_PARAM)
@@ -94,7 +97,16 @@ def _only_calls(calls: str, trigger: str, parallel: bool, write: _Writer) -> str
     return f'{call} ("\\n"? {call})*' if parallel else call
 
 
-def _text_and_calls(calls: str | None, form: ToolFormat, parallel: bool, write: _Writer, ids: Sequence[int]) -> str:
+def _with_header(header: str, tokens: Mapping[str, int], answer: Grammar | None) -> Grammar | None:
+    if answer is None or not header:
+        return answer
+    start = f"start: {_Writer(tokens, beside_json=False).text(header)} @content"
+    return replace(answer, text=compose([start], "content", answer))
+
+
+def _text_and_calls(
+    calls: str | None, form: ToolFormat, header: str, parallel: bool, write: _Writer, ids: Sequence[int]
+) -> str:
     """ids: of tokens that text may contain."""
     marks = "|".join(re.escape(mark).replace("/", r"\/") for mark in sorted(form.markers))
     plain = f"& ~/(?s:.*)({marks})(?s:.*)/"
@@ -102,8 +114,11 @@ def _text_and_calls(calls: str | None, form: ToolFormat, parallel: bool, write: 
     any_text = write.terminal(f"/(?s:.+)/ {plain}")
     more = f"({other} {any_text}?)*" if ids else ""
     free = write.rule(f"{any_text}? {more}")
+    text = f"{write.text(header)} {free}"
     if calls is None:
-        return free
+        return text
+    if header and not form.trigger:
+        return f"{calls} | {text}"
     if not form.trigger:
         first = write.terminal(rf"/[ \t\r\n]+|[ \t\r\n]*[^\{{ \t\r\n](?s:.*)/ {plain}")
         return f"{calls} | {first}? {more}"
@@ -113,7 +128,7 @@ def _text_and_calls(calls: str | None, form: ToolFormat, parallel: bool, write: 
         lead = write.terminal(f"{write.terminal(f'/(?s:.*)/ {plain}')} {json.dumps(form.trigger)}")
         before = f"({any_text}? {other})* " if ids else ""
         call = f"{before}{lead} {calls}"
-    return f"({call}){'*' if parallel else '?'} {free}"
+    return f"{write.text(header)} ({call}){'*' if parallel else '?'} {free}"
 
 
 class _Writer:

@@ -21,6 +21,28 @@ def for_template(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return prepared
 
 
+def one_call_each(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split messages of several calls, which some templates refuse, into one for each call, its result after it."""
+    groups: list[list[dict[str, Any]]] = []
+    group_of: dict[Any, list[dict[str, Any]]] = {}
+    """Message of each call that was split off, by the id of the call."""
+    for message in messages:
+        calls = message.get("tool_calls", ())
+        if message.get("role") == "tool" and (group := group_of.pop(message.get("tool_call_id"), None)) is not None:
+            group.append(message)
+            continue
+        if len(calls) < 2:
+            groups.append([message])
+            continue
+        group_of = {}
+        for call in calls:
+            groups.append([{**message, "tool_calls": [call]}])
+            message = {**message, "content": ""}  # its texts stand before the first call
+            message.pop("reasoning_content", None)
+            group_of[call.get("id")] = groups[-1]
+    return [message for group in groups for message in group]
+
+
 def as_tools(functions: Sequence[Function]) -> list[dict[str, Any]] | None:
     """Return functions as templates take them; None if there are none."""
     return [function.as_tool() for function in functions] or None

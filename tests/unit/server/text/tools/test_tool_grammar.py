@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from models.tokenizer import Tokenizer
 from server.errors import ApiError
 from server.text.structured import Grammar, StructuredOutputs
+from server.text.tool_formats.tool_registry import FORMATS
 from server.text.tools.functions import Function, ToolUse
 from server.text.tools.tool_format import CallPart, ToolFormat
 from server.text.tools.tool_grammar import checked_grammar_of_tools, grammar_of_tools
-from server.text.tools.tool_registry import FORMATS
 from tests.support.tool_walks import Walker, check_calls, functions, parse, write_tool_tokenizer
 
 TOKENS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"]
+TOKENS += ["<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"]
 CITY = {
     "type": "object",
     "properties": {"city": {"type": "string"}},
@@ -89,7 +90,8 @@ def test_calls_whose_arguments_are_bound(
     chance = random.Random(seed)
     model, text = chance.choice(models), "hm, <tool " if talks else ""
     grammar = model.grammar(ToolUse(offered, offered, "auto", parallel), form)
-    answer = model.walker.walk(grammar, chance, text + form.trigger if form.trigger else "{")
+    begins = {"llama_json": "{", "harmony": "<|channel|>"}  # and have no trigger
+    answer = model.walker.walk(grammar, chance, begins.get(form.name, text + form.trigger))
     parts = parse(form.parser(offered), [answer])
     calls = check_calls(parts, offered)
     assert calls, answer

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from server.text.tool_formats.qwen_xml import QwenXmlFormat
 from server.text.tools.functions import Function
 from server.text.tools.parameter_values import to_json, types_of
-from server.text.tools.qwen_xml import QwenXmlFormat
 from server.text.tools.tool_format import CallPart
 from tests.support.tool_walks import Call, check_parser, parse
 

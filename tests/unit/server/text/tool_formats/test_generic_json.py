@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from server.text.tool_formats.generic_json import GenericJsonFormat
+from server.text.tool_formats.hermes import HermesFormat
 from server.text.tools.functions import Function
-from server.text.tools.generic_json import GenericJsonFormat
-from server.text.tools.hermes import HermesFormat
 from tests.support.tool_walks import Call, check_parser
 
 FUNCTIONS = [Function("now", {}, "Tells the time."), Function("f", {"type": "object"})]

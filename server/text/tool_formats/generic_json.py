@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from server.text.tool_formats.hermes import BEGIN, END, HermesFormat
 from server.text.tools.functions import Function
-from server.text.tools.hermes import BEGIN, END, HermesFormat
 from server.text.tools.tool_messages import for_template
 
 _INTRODUCTION = f"""You may call functions. These are the functions, one on each line:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from server.text.tools.generic_json import GenericJsonFormat
-from server.text.tools.hermes import HermesFormat
-from server.text.tools.llama_json import LlamaJsonFormat
-from server.text.tools.mistral import MistralFormat
-from server.text.tools.qwen_xml import QwenXmlFormat
+from server.text.tool_formats.generic_json import GenericJsonFormat
+from server.text.tool_formats.harmony_calls import HarmonyFormat
+from server.text.tool_formats.hermes import HermesFormat
+from server.text.tool_formats.llama_json import LlamaJsonFormat
+from server.text.tool_formats.mistral import MistralFormat
+from server.text.tool_formats.qwen_xml import QwenXmlFormat
 from server.text.tools.tool_format import ToolFormat
 
 _FORMATS: tuple[ToolFormat, ...] = (
     QwenXmlFormat(),  # its templates have <tool_call> too
     HermesFormat(),
     MistralFormat(),
+    HarmonyFormat(),
     LlamaJsonFormat(),
     GenericJsonFormat(),  # takes any template
 )

@@ -8,10 +8,12 @@ import pytest
 
 from models.tokenizer import Tokenizer
 from server.text.structured import Grammar
-from server.text.thinking import THINK, Stage, ThinkingFormat, behind_thinking
+from server.text.thinking.tagged_thinking import TaggedThinking
+from server.text.thinking.thinking_format import Stage, behind_thinking
 from tests.support.tool_walks import Walker, write_tool_tokenizer
 
-SHOUT = ThinkingFormat("[THINK]", "[/THINK]")
+THINK = TaggedThinking("think", "<think>", "</think>")
+SHOUT = TaggedThinking("shout", "[THINK]", "[/THINK]")
 DIGITS = Grammar("p", "start: /[0-9]+/")
 JSON = Grammar("p", '{"grammars": [{"json_schema": {"type": "integer"}}]}')
 
@@ -19,7 +21,7 @@ JSON = Grammar("p", '{"grammars": [{"json_schema": {"type": "integer"}}]}')
 @pytest.mark.parametrize("grammar", [DIGITS, JSON])
 @pytest.mark.parametrize("format", [THINK, SHOUT])
 @pytest.mark.parametrize("kind", ["text", "tokens", "special"])
-def test_what_follows_the_thinking_matches(tmp_path: Path, grammar: Grammar, format: ThinkingFormat, kind: str) -> None:
+def test_what_follows_the_thinking_matches(tmp_path: Path, grammar: Grammar, format: TaggedThinking, kind: str) -> None:
     names = [] if kind == "text" else [format.begin, format.end]
     walker = Walker(write_tool_tokenizer(tmp_path, names, special=kind == "special"))
     # The compiler takes names without angle brackets for tokens only if they are special.

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from models.tokenizer import Tokenizer
 from server.text.structured import ResponseFormat
-from server.text.thinking import THINK, Stage, ThinkingSplitter, behind_thinking, choose_thinking, stage_of
+from server.text.thinking.tagged_thinking import TaggedThinking
+from server.text.thinking.thinking_format import Stage, ThinkingSplitter, behind_thinking
+from server.text.thinking.thinking_registry import THINKING_FORMATS, choose_thinking
 from tests.support.tool_walks import Walker, write_tool_tokenizer
 
+THINK = TaggedThinking("think", "<think>", "</think>")
 ANSWERS = [
     ("<think>\nSeven times six.\n</think>\n\nIt is 42.", Stage.UNDECIDED, "Seven times six.", "It is 42."),
     ("\n<think>a</think>b", Stage.UNDECIDED, "a", "b"),
@@ -31,7 +34,7 @@ ANSWERS = [
 
 
 def split(pieces: list[str], stage: Stage) -> tuple[str, str, ThinkingSplitter]:
-    splitter = ThinkingSplitter(THINK, stage)
+    splitter = THINK.splitter(stage)
     parts = [splitter.feed(piece) for piece in pieces] + [splitter.finish()]
     return "".join(part.thinking for part in parts), "".join(part.content for part in parts), splitter
 
@@ -54,7 +57,7 @@ def test_cuts_change_nothing(text: str, stage: Stage, data: st.DataObject) -> No
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     whole, cut = split([text], stage), split(pieces, stage)
     assert cut[:2] == whole[:2]
-    assert (cut[2].end, cut[2].stage) == (whole[2].end, whole[2].stage)
+    assert (cut[2].thinking_end, cut[2].stage) == (whole[2].thinking_end, whole[2].stage)
     # Nothing is lost but the marks, and spaces beside them.
     left, marks = "".join(cut[0].split() + cut[1].split()), "".join(text.split())
     assert left in (marks, marks.removeprefix(THINK.begin), *(without(marks, THINK.begin, THINK.end)))
@@ -62,9 +65,9 @@ def test_cuts_change_nothing(text: str, stage: Stage, data: st.DataObject) -> No
 
 def test_the_end_of_the_thinking_is_known_in_characters() -> None:
     text = "<think>\nabc\n</think>\n\nd"
-    assert split([text], Stage.UNDECIDED)[2].end == text.index("</think>") + len("</think>")
-    assert split(["abc"], Stage.THINKING)[2].end is None
-    assert split(["abc"], Stage.UNDECIDED)[2].end == 0
+    assert split([text], Stage.UNDECIDED)[2].thinking_end == text.index("</think>") + len("</think>")
+    assert split(["abc"], Stage.THINKING)[2].thinking_end is None
+    assert split(["abc"], Stage.UNDECIDED)[2].thinking_end == 0
 
 
 @pytest.mark.parametrize(
@@ -79,16 +82,18 @@ def test_the_end_of_the_thinking_is_known_in_characters() -> None:
     ],
 )
 def test_the_prompt_says_where_an_answer_begins(prompt: str, prefill: str | None, stage: Stage) -> None:
-    assert stage_of(THINK, prompt, prefill) is stage
-    assert stage_of(None, prompt, prefill) is Stage.CONTENT
+    assert THINK.stage_of(prompt, prefill) is stage
+    assert choose_thinking("none", None).stage_of(prompt, prefill) is Stage.CONTENT
 
 
 def test_formats_are_chosen_by_setting_or_template() -> None:
-    assert choose_thinking("auto", "… '</think>' …") is THINK
-    assert choose_thinking("auto", "…") is None
-    assert choose_thinking("auto", None) is None
-    assert choose_thinking("think", None) is THINK
-    assert choose_thinking("none", "</think>") is None
+    assert choose_thinking("auto", "… '</think>' …").name == "think"
+    assert choose_thinking("auto", "… '<|channel|>final<|message|>' …").name == "harmony"
+    assert choose_thinking("auto", "…").name == "none"
+    assert choose_thinking("auto", None).name == "none"
+    for name, format in THINKING_FORMATS.items():
+        assert format.name == name
+        assert choose_thinking(name, "</think>") is format
 
 
 @pytest.mark.parametrize("special", [True, False])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.text.tools.mistral import MistralFormat
+from server.text.tool_formats.mistral import MistralFormat
 from tests.support.tool_walks import Call, check_parser
 
 OSLO, NOW = '{"name": "get_weather", "arguments": {"city": "Oslo"}}', '{"name": "now", "arguments": {}}'

@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server.text.tools.char_parser import CharParser, Reading
+from server.text.tool_formats.char_parser import CharParser, Reading
+from server.text.tool_formats.hermes import BEGIN, END, HermesFormat
+from server.text.tool_formats.xml_grammar import write_parameters
 from server.text.tools.functions import Function
-from server.text.tools.hermes import BEGIN, END, HermesFormat
 from server.text.tools.parameter_values import is_text, quote, schema_of, to_json, types_of
 from server.text.tools.tool_format import CallParser, GrammarWriter
-from server.text.tools.xml_grammar import write_parameters
 
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"

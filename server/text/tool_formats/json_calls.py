@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from server.text.tools.char_parser import SPACES, CharParser, Malformed, Reading
+from server.text.tool_formats.char_parser import SPACES, CharParser, Malformed, Reading
 from server.text.tools.functions import Function
 from server.text.tools.tool_format import GrammarWriter
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.text.tool_formats.tool_registry import FORMATS
 from server.text.tools.functions import Function
 from server.text.tools.tool_format import CallPart
-from server.text.tools.tool_registry import FORMATS
 from tests.support.tool_walks import OFFERED, parse
 
 PIECES = [
@@ -25,6 +25,7 @@ PIECES = [
         "now",
         "get_weather",
     ),
+    *("<|channel|>", "<|message|>", "<|call|>", "commentary to=functions.now ", " to=functions.get_weather"),
     *("{", "}", "[", "]", ",", ":", ";", '"', "\\", "\\u00e5", "\\ud83d", "\n", " ", "<", "å", "🙂", "null", "7"),
     *('"name"', '"arguments"', '"parameters"', '"now"', '"{', '{"name": "now", "arguments": {', '{"a": "b"}', "text"),
 ]

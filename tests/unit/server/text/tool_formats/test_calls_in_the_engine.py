@@ -8,9 +8,9 @@ from pathlib import Path
 from engine.llm import LLM, Completion
 from engine.params import SamplingParams
 from models.tokenizer import Tokenizer
+from server.text.tool_formats.tool_registry import FORMATS
 from server.text.tools.functions import Function, ToolUse
 from server.text.tools.tool_grammar import checked_grammar_of_tools
-from server.text.tools.tool_registry import FORMATS
 from tests.support.profiles import is_all
 from tests.support.schemas import random_schema
 from tests.support.tiny import write_model

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from server.text.tool_formats.hermes import HermesFormat
 from server.text.tools.functions import Function
-from server.text.tools.hermes import HermesFormat
 from server.text.tools.tool_format import CallPart, Part
 from tests.support.tool_walks import OFFERED, Call, check_parser, parse
 

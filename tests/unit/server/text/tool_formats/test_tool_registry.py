@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from server.text.tools.tool_registry import FORMATS, choose_format
+from server.text.tool_formats.tool_registry import FORMATS, choose_format
+from tests.support.harmony_model import TEMPLATE as HARMONY_TEMPLATE
 from tests.support.tiny import TEMPLATE
 
 TEMPLATES = {
@@ -14,6 +15,7 @@ return a json object within tags:\n<tool_call>\n{\\"name\\": <function-name>, \\
     "mistral": """{{- "[AVAILABLE_TOOLS] [" }}{{- "[TOOL_CALLS] [" }}""",
     "llama_json": """{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
 {{- '{"name": "' + tool_call.name + '", ' }}{{- '"parameters": ' }}""",
+    "harmony": HARMONY_TEMPLATE,
     "generic_json": TEMPLATE,
 }
 
@@ -44,6 +46,6 @@ def test_formats_by_template(name: str) -> None:
 
 
 def test_a_format_that_is_unknown() -> None:
-    names = "qwen_xml, hermes, mistral, llama_json, generic_json"
+    names = "qwen_xml, hermes, mistral, harmony, llama_json, generic_json"
     with pytest.raises(ValueError, match=f"no tool format 'json', expected auto or one of {names}"):
         choose_format("json", None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.text.tools.llama_json import LlamaJsonFormat
+from server.text.tool_formats.llama_json import LlamaJsonFormat
 from tests.support.tool_walks import Call, check_parser
 
 OSLO, NOW = '{"name": "get_weather", "parameters": {"city": "Oslo"}}', '{"name": "now", "parameters": {}}'

@@ -10,9 +10,9 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server.text.tools.char_parser import Malformed, Reading
+from server.text.tool_formats.char_parser import Malformed, Reading
+from server.text.tool_formats.json_calls import JsonCallParser, write_call
 from server.text.tools.functions import Function
-from server.text.tools.json_calls import JsonCallParser, write_call
 from server.text.tools.tool_format import CallParser, GrammarWriter
 from server.text.tools.tool_messages import as_tools, for_template
 

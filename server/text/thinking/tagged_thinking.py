@@ -1,0 +1,106 @@
+"""Thinking between two tags at the beginning of an answer, such as `<think>` and `</think>`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from server.text.held_back import overlap
+from server.text.thinking.thinking_format import Split, Stage, ThinkingSplitter, rules_of_thinking
+
+
+class TaggedThinking:
+    """Format of models that think between two texts."""
+
+    content_header = ""
+
+    def __init__(self, name: str, begin: str, end: str) -> None:
+        self.name, self.begin, self.end = name, begin, end
+        self.marks = frozenset((begin, end))
+
+    def recognises(self, template: str) -> bool:
+        return self.end in template
+
+    def stage_of(self, prompt: str, prefill: str | None) -> Stage:
+        if prefill is not None:
+            if prefill.rfind(self.begin) > prefill.rfind(self.end):
+                return Stage.THINKING
+            return Stage.CONTENT if prefill.strip() else Stage.UNDECIDED
+        written = prompt.rstrip()
+        if written.endswith(self.begin):
+            return Stage.THINKING
+        return Stage.CONTENT if written.endswith(self.end) else Stage.UNDECIDED
+
+    def splitter(self, stage: Stage) -> ThinkingSplitter:
+        return _Splitter(self.begin, self.end, stage)
+
+    def rules(self, stage: Stage, tokens: Mapping[str, int]) -> list[str]:
+        if stage is Stage.THINKING:
+            start = "start: thinking SPACE @answer"
+        else:
+            begin = f"<[{tokens[self.begin]}]>" if self.begin in tokens else json.dumps(self.begin)
+            start = f"start: (SPACE {begin} thinking SPACE)? @answer"
+        return [start, r"SPACE: /[ \n]*/", *rules_of_thinking(self.end, tokens)]
+
+
+class _Splitter:
+    def __init__(self, begin: str, end: str, stage: Stage) -> None:
+        self._begin_mark, self._end_mark = begin, end
+        self.stage = stage
+        self.thinking_end: int | None = 0 if stage is Stage.CONTENT else None
+        self._held = ""
+        self._taken = 0  # characters before those held back
+        self._trims = stage is Stage.THINKING  # leading spaces
+
+    @property
+    def content_start(self) -> int | None:
+        return self.thinking_end
+
+    def feed(self, text: str) -> Split:
+        if self.stage is Stage.CONTENT and not self._held and not self._trims:
+            self._taken += len(text)
+            return Split("", text)
+        self._held += text
+        thinking = content = ""
+        if self.stage is Stage.UNDECIDED:
+            content += self._begin()
+        if self.stage is Stage.THINKING:
+            thinking = self._think()
+        if self.stage is Stage.CONTENT:
+            content += self._take(len(self._held))
+        return Split(thinking, content)
+
+    def finish(self) -> Split:
+        rest = self._take(len(self._held))
+        return Split(rest.rstrip(), "") if self.stage is Stage.THINKING else Split("", rest)
+
+    def _begin(self) -> str:
+        """Decide whether the answer begins with thinking."""
+        begin, written = self._begin_mark, self._held.lstrip()
+        if written.startswith(begin):
+            self._take(len(self._held) - len(written) + len(begin))
+            self.stage, self._trims = Stage.THINKING, True
+        elif not begin.startswith(written):
+            self.stage, self.thinking_end = Stage.CONTENT, 0
+            return self._take(len(self._held))
+        return ""
+
+    def _think(self) -> str:
+        mark = self._end_mark
+        found = self._held.find(mark)
+        if found >= 0:
+            thinking = self._take(found).rstrip()
+            self._trims = False
+            self._take(len(mark))
+            self.stage, self.thinking_end, self._trims = Stage.CONTENT, self._taken, True
+            return thinking
+        certain = self._held[: len(self._held) - overlap(self._held, mark)].rstrip()
+        return self._take(len(certain))
+
+    def _take(self, count: int) -> str:
+        taken, self._held = self._held[:count], self._held[count:]
+        self._taken += count
+        if self._trims:
+            taken = taken.lstrip()
+            self._trims = not taken
+        return taken
