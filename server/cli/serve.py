@@ -31,6 +31,7 @@ class CallsAs(StrEnum):
     hermes = "hermes"
     llama_json = "llama_json"
     mistral = "mistral"
+    harmony = "harmony"
     qwen_xml = "qwen_xml"
     generic_json = "generic_json"
 
@@ -38,6 +39,7 @@ class CallsAs(StrEnum):
 class ThinksIn(StrEnum):
     auto = "auto"
     think = "think"
+    harmony = "harmony"
     none = "none"
 
 

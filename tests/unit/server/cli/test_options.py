@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
 import yaml
 from typer.testing import CliRunner
 
-from engine.config.deployment import Config, ConfigError, load_config
+from engine.config.deployment import Config, ConfigError, ServerConfig, load_config
 from engine.config.kv import POLICIES
 from server.cli import options
-from server.cli.serve import serve
+from server.cli.serve import CallsAs, GenerationConfig, LogLevel, LogStyle, ThinksIn, serve
 from tests.support.nested import flatten
 from tests.support.paths import ROOT
 
@@ -287,3 +287,17 @@ def setting_lines(text: str) -> dict[str, str]:
     assert isinstance(root, yaml.MappingNode)
     walk(root, "")
     return found
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [
+        ("tool_format", CallsAs),
+        ("thinking", ThinksIn),
+        ("generation_config", GenerationConfig),
+        ("log_level", LogLevel),
+        ("log_format", LogStyle),
+    ],
+)
+def test_flags_take_all_that_their_settings_take(setting: str, flag: Any) -> None:
+    assert {each.value for each in flag} == set(get_args(get_type_hints(ServerConfig)[setting]))
