@@ -103,7 +103,7 @@ class Continuations:
         the path, as repetitions do."""
         at, known = place.position + len(path), len(self._tokens)
         if place.is_stored:
-            return self._store.token(at) if self._store is not None else None
+            return next(iter(self._store.following(at, 1)), None) if self._store is not None else None
         return self._tokens[at] if at < known else path[at - known]
 
     def tree(self, odds: VoteOdds, width: int, limit: int) -> list[Node]:

@@ -7,6 +7,7 @@ search finds the longest match of any length.
 
 from __future__ import annotations
 
+import struct
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
@@ -71,10 +72,11 @@ class ContextArray:
     def num_bytes(self) -> int:
         return len(self._bytes) + self._order.nbytes
 
-    def token(self, position: int) -> int:
-        """Return the token at a position of the text."""
-        at = _TOKEN_BYTES * (self._count - 1 - position)
-        return int.from_bytes(self._bytes[at : at + _TOKEN_BYTES], "big")
+    def tokens(self, first: int, count: int) -> tuple[int, ...]:
+        """Return up to `count` tokens of the text from a position on; fewer at its end."""
+        count = max(0, min(count, self._count - first))
+        end = _TOKEN_BYTES * (self._count - first)
+        return struct.unpack(f">{count}I", self._bytes[end - _TOKEN_BYTES * count : end])[::-1]
 
     def matches(self, context: Sequence[int], minimum: int, limit: int) -> Iterator[tuple[int, int]]:
         """Find positions before which the last tokens of `context` stand.
@@ -86,12 +88,13 @@ class ContextArray:
         wanted = b"".join(token.to_bytes(_TOKEN_BYTES, "big") for token in reversed(context[-MAX_MATCH:]))
         place = bisect_left(self._order, wanted, key=self._context)
         for step, first in ((1, place), (-1, place - 1)):
-            index = first
-            while 0 <= index < self._count and abs(index - first) < limit:
+            index, left = first, limit
+            while 0 <= index < self._count and left:
                 same = _common_tokens(wanted, self._context(self._order[index]))
                 if same < minimum:
                     break
                 if self._order[index]:  # the reversed text's first suffix ends the text
+                    left -= 1
                     yield self._count - self._order[index], same
                 index += step
 

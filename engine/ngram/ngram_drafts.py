@@ -3,7 +3,7 @@ text and in a text store (SSSD, arXiv 2411.05894)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.ngram.context_array import MAX_MATCH
@@ -16,7 +16,7 @@ _OLDER = 0.95
 """Weight of a place relative to the one before it in its list: the newer one in the output, and in a sorted text the
 one whose context is nearer to the request's."""
 
-_Read = Callable[[int], int | None]
+_Continuation = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +52,46 @@ class NgramDrafts:
     def propose(self, index: NgramIndex, tokens: Sequence[int], limit: int) -> Proposal:
         """Propose up to `limit` tokens after `tokens`, all of the request. `index` is brought up to date.
 
-        At each step the places that have agreed so far vote for their next token. A place at the end of the text goes
-        on into what was proposed, as repetitions do.
+        At each step the places that have agreed so far vote for their next token, all places with the same
+        continuation as one.
         """
         index.update(tokens)
         if limit < 1 or len(tokens) < MIN_MATCH:
             return NO_PROPOSAL
-        count = len(tokens)
+        # A place that goes on votes for its own tokens alone, so continuations are known beforehand.
+        weights: dict[_Continuation, float] = {}
+        matches: dict[_Continuation, int] = {}
+        for weight, same, following in self._continuations(index, tokens, limit):
+            weights[following] = weights.get(following, 0.0) + weight
+            matches[following] = max(matches.get(following, 0), same)
+        live = list(weights)
         proposed: list[int] = []
-
-        def own(position: int) -> int | None:
-            return tokens[position] if position < count else proposed[position - count]
-
-        live: list[tuple[float, int, int, _Read]] = [(*place, own) for place in weigh(index.matches(tokens))]
-        if self._store is not None:
-            stored = self._store.matches(tokens[-MAX_MATCH:], MIN_MATCH, MAX_PLACES)
-            live += [(*place, self._store.token) for place in weigh(stored)]
         match = 0
-        for step in range(limit):
+        while live and len(proposed) < limit:
+            step = len(proposed)
             votes: dict[int, float] = {}
-            said: list[int | None] = []
-            for weight, _, position, read in live:
-                token = read(position + step)
-                said.append(token)
-                if token is not None and token < self._vocab_size:
-                    votes[token] = votes.get(token, 0.0) + weight
-            if not votes:
-                break
+            for following in live:
+                votes[following[step]] = votes.get(following[step], 0.0) + weights[following]
             best = max(votes, key=votes.__getitem__)
-            proposed.append(best)
-            live = [place for place, token in zip(live, said, strict=True) if token == best]
-            if not step:
-                match = max(same for _, same, _, _ in live)
+            live = [following for following in live if following[step] == best]
+            match = match or max(matches[following] for following in live)
+            proposed += live[0][step:] if len(live) == 1 else (best,)
+            live = [following for following in live if len(following) > len(proposed)]
         return Proposal(proposed, match)
+
+    def _continuations(
+        self, index: NgramIndex, tokens: Sequence[int], limit: int
+    ) -> Iterator[tuple[float, int, _Continuation]]:
+        """List the places' weights, numbers of matching tokens, and the tokens after them, from 1 to `limit`. A place
+        near the end of the text goes on as if that were repeated."""
+        for weight, same, position in weigh(index.matches(tokens)):
+            own = tuple(tokens[position : position + limit])
+            yield weight, same, (own * -(-limit // len(own)))[:limit]
+        if self._store is None:
+            return
+        stored = self._store.matches(tokens[-MAX_MATCH:], MIN_MATCH, MAX_PLACES)
+        for weight, same, position in weigh(stored):
+            following = self._store.following(position, limit)
+            unknown = (at for at, token in enumerate(following) if token >= self._vocab_size)
+            if known := following[: next(unknown, limit)]:
+                yield weight, same, known

@@ -44,7 +44,8 @@ class NgramIndex:
             return
         context = tokens[-MAX_MATCH:]
         for position in reversed(self._after.get((context[-2], context[-1]), ())[-MAX_PLACES:]):
-            same = MIN_MATCH
+            # Of text that repeats itself, all of the context is the same.
+            same = MAX_MATCH if tokens[max(0, position - MAX_MATCH) : position] == context else MIN_MATCH
             while same < min(MAX_MATCH, position) and tokens[position - 1 - same] == context[-1 - same]:
                 same += 1
             yield position, same

@@ -95,12 +95,10 @@ class TextStore:
         """See ContextArray.matches."""
         return self.texts.matches(context, minimum, limit)
 
-    def token(self, position: int) -> int | None:
-        """Return the token at a position, or None at the end of a text."""
-        if position >= self.num_tokens:
-            return None
-        token = self.texts.token(position)
-        return None if token == SEPARATOR else token
+    def following(self, first: int, count: int) -> tuple[int, ...]:
+        """Return up to `count` tokens from a position on, as far as its text goes."""
+        found = self.texts.tokens(first, count)
+        return found[: found.index(SEPARATOR)] if SEPARATOR in found else found
 
 
 def _read_header(memory: mmap.mmap) -> tuple[dict[str, memoryview], str, str]:

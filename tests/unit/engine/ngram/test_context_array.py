@@ -47,7 +47,7 @@ def test_matches(text: list[int], context: list[int], minimum: int, limit: int) 
     if limit > len(text):
         assert dict(found) == {at: same for at, same in expected.items() if same >= minimum}
     for at, _ in found:
-        assert array.token(at) == text[at]
+        assert array.tokens(at, 3) == tuple(text[at : at + 3])
 
 
 @pytest.mark.parametrize("tokens", [[], [7]])

@@ -25,8 +25,9 @@ def test_a_store_finds_what_its_texts_contain(tmp_path: Path) -> None:
         at = rng.randrange(3, count)
         context = whole[at - 3 : at]
         assert list(store.matches(context, 2, 16)) == list(array.matches(context, 2, 16))
-    tokens = [store.token(at) for at in range(count + 2)]
-    assert tokens == [None if token == SEPARATOR else token for token in whole] + [None, None]
+    for at in range(count + 2):
+        rest = whole[at : at + 5]
+        assert store.following(at, 5) == tuple(rest[: rest.index(SEPARATOR)] if SEPARATOR in rest else rest)
 
 
 @pytest.mark.parametrize("texts", [[], [[]], [[], []]])
@@ -43,7 +44,7 @@ def test_a_store_that_is_replaced_stays_readable(tmp_path: Path) -> None:
     old = TextStore(file, "t")
     build_store([[1, 2, 3]], "t", file)
     assert list(old.matches([40_000, 40_001], 2, 3)) == [(40_002, 2)]
-    assert old.token(40_002) == 40_002
+    assert old.following(40_002, 1) == (40_002,)
     assert TextStore(file, "t").num_tokens == 3
     assert [each.name for each in tmp_path.iterdir()] == ["s"]
 
