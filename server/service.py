@@ -53,8 +53,9 @@ class Service:
     client: None while the engine is loading. draining: set once the process must end; new requests are refused then.
     generation_defaults: of sampling parameters that a request leaves open. model_ids: names that clients may use;
     model_id: the first one. infilling: tokens for texts before a suffix; None: the tokenizer has none. tool_format,
-    thinking: of the model. marks_of_calls, marks_of_thinking: special tokens that are part of their texts. responses:
-    those that later requests can continue. build: version and commit. tracing: None if it is off."""
+    thinking: of the model. marks_of_calls, marks_of_thinking: tokens that are part of their texts; of thinking, their
+    names by id. responses: those that later requests can continue. build: version and commit. tracing: None if it is
+    off."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         self.config = config
@@ -64,7 +65,8 @@ class Service:
         self.tool_format = choose_format(setting, tokenizer.chat_template)
         self.thinking = choose_thinking(config.server.thinking, tokenizer.chat_template)
         self.marks_of_calls = tokenizer.ids_of(self.tool_format.markers)
-        self.marks_of_thinking = tokenizer.ids_of(self.thinking.marks)
+        names = {tokenizer.id_of(name): name for name in self.thinking.marks}
+        self.marks_of_thinking = {id: name for id, name in names.items() if id is not None}
         self.model_ids = config.server.served_model_name or [Path(config.engine.model).name]
         self.model_id = self.model_ids[0]
         self.infilling = find_infilling(tokenizer)

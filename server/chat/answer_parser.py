@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from server.text.thinking.thinking_format import Split, Stage, ThinkingSplitter
-from server.text.tools.tool_format import CallParser, Part
+from server.text.thinking.thinking_format import Kind, Mark, ThinkingSplitter
+from server.text.tools.tool_format import CallParser, CallPart
 from server.text.tools.tool_messages import parse_object
 
 
@@ -48,8 +49,8 @@ class AnswerDelta:
 class AnswerParser:
     """Parser of one answer.
 
-    thinking_tokens: number of its tokens so far that belong to the thinking, the mark of its end included. has_calls:
-    whether it has called a function.
+    thinking_tokens: number of its tokens so far that belong to the thinking, its marks included. has_calls: whether it
+    has called a function.
     """
 
     def __init__(
@@ -65,8 +66,7 @@ class AnswerParser:
         self._splitter, self._calls, self._new_id = splitter, calls, new_id
         self._only_calls = only_calls
         self.thinking_tokens = 0
-        self._offsets: list[int] = []  # of tokens that may belong to the thinking
-        self._counted = False
+        self._undecided: deque[int] = deque()  # offsets of tokens that may belong to the thinking
         self.has_calls = False
         self._arguments: list[str] = []  # of the last call
         self._blank = ""  # spaces and line breaks that are content only if other text follows before a call
@@ -81,33 +81,36 @@ class AnswerParser:
         """Whether the last call has not all of its arguments."""
         return self.has_calls and parse_object("".join(self._arguments)) is None
 
-    def feed(self, text: str, offsets: Sequence[int], *, ends: bool) -> AnswerDelta:
-        """Parse more text. offsets: those of its tokens in the answer's text. ends: whether nothing follows."""
-        split = self._splitter.feed(text)
+    def feed(self, text: str, offsets: Sequence[int], marks: Sequence[Mark] = (), *, ends: bool) -> AnswerDelta:
+        """Parse more text. offsets: those of its tokens in the answer's text. marks: those of them that are marks of
+        thinking. ends: whether nothing follows."""
+        split = self._splitter.feed(text, marks)
         if ends:
-            rest = self._splitter.finish()
-            split = Split(split.thinking + rest.thinking, split.content + rest.content)
-        self._count(offsets)
-        if self._calls is None:
-            return AnswerDelta(split.thinking, [split.content] if split.content else ())
-        parts = self._calls.feed(split.content)
-        if ends:
+            split += self._splitter.finish()
+        self._count(offsets, ends)
+        thinking = "".join(part.text for part in split if part.kind is Kind.THINKING)
+        parts: list[CallPart | str] = []
+        for kind, content in split:
+            if kind is Kind.CONTENT and self._calls is not None:
+                parts += self._calls.feed(content)
+            elif kind is not Kind.THINKING and content:
+                parts.append(content)
+        if ends and self._calls is not None:
             parts += self._calls.finish()
-        return self._sort(split.thinking, parts, ends)
+        if self._calls is None:
+            content = "".join(part for part in parts if isinstance(part, str))
+            return AnswerDelta(thinking, [content] if content else ())
+        return self._sort(thinking, parts, ends)
 
-    def _count(self, offsets: Sequence[int]) -> None:
-        """Count the tokens of the thinking: those that begin before its end."""
-        if self._counted:
-            return
-        self._offsets += offsets
-        end = self._splitter.thinking_end
-        self._counted = end is not None and self._splitter.stage is Stage.CONTENT
-        of_thinking = self._offsets if end is None else [offset for offset in self._offsets if offset < end]
-        self.thinking_tokens = len(of_thinking) if self._splitter.stage is not Stage.UNDECIDED else 0
-        if self._counted:
-            self._offsets = []
+    def _count(self, offsets: Sequence[int], ends: bool) -> None:
+        """Count the tokens of the thinking."""
+        self._undecided += offsets
+        while self._undecided and (ends or self._undecided[0] < self._splitter.decided):
+            offset = self._undecided.popleft()
+            spans = self._splitter.thinking
+            self.thinking_tokens += any(begin <= offset and (end is None or offset < end) for begin, end in spans)
 
-    def _sort(self, thinking: str, parts: Sequence[Part], ends: bool) -> AnswerDelta:
+    def _sort(self, thinking: str, parts: Sequence[str | CallPart], ends: bool) -> AnswerDelta:
         ordered: list[str | CallDelta] = []
         for part in parts:
             if isinstance(part, str) and self._only_calls:

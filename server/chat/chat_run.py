@@ -21,7 +21,7 @@ from server.generation import Choice, ChoiceDelta, Generation, Usage
 from server.service import Service
 from server.text.structured import Grammar, check_grammar
 from server.text.template import ChatPrompt, Rendered
-from server.text.thinking.thinking_format import Stage, behind_thinking
+from server.text.thinking.thinking_format import Mark, Stage, behind_thinking
 from server.text.tools.functions import Function, ToolUse
 from server.text.tools.tool_grammar import checked_grammar_of_tools
 
@@ -127,7 +127,7 @@ class ChatRun:
             defaults=service.generation_defaults,
             constraints=constraints,
         )
-        shown = service.marks_of_thinking | (service.marks_of_calls if use.mode != "none" else frozenset())
+        shown = frozenset(service.marks_of_thinking) | (service.marks_of_calls if use.mode != "none" else frozenset())
         choices = [
             Choice(
                 number,
@@ -150,7 +150,10 @@ class ChatRun:
             async for piece in pieces:
                 parser, raw = self._parsers[piece.index], piece.delta
                 reason = raw.finish_reason
-                delta = parser.feed(raw.text, raw.offsets, ends=reason is not None)
+                names = self.service.marks_of_thinking
+                tokens = zip(raw.tokens, raw.offsets, strict=True)
+                marks = [Mark(offset, names[token]) for token, offset in tokens if token in names]
+                delta = parser.feed(raw.text, raw.offsets, marks, ends=reason is not None)
                 is_cut = raw.stop_reason is not None and parser.breaks_off  # by the client's own stop string or token
                 if parser.has_calls and reason == FINISH_STOP and not is_cut:
                     reason = FINISH_CALLS
@@ -166,6 +169,8 @@ def _whole_grammar(service: Service, content: Grammar | None, use: ToolUse, stag
     tokens, special_names = service.tokenizer.names_in_grammars, service.tokenizer.special_names
     if content is not None:
         check_grammar(content)
-    header = "" if stage is Stage.CONTENT else service.thinking.content_header
-    whole = checked_grammar_of_tools(use, service.tool_format, tokens, special_names, content, header)
-    return None if whole is None else behind_thinking(whole, service.thinking, stage, tokens)
+    thinking = service.thinking
+    whole = checked_grammar_of_tools(
+        use, service.tool_format, tokens, special_names, content, lambda write: thinking.headers(stage, write)
+    )
+    return None if whole is None else behind_thinking(whole, thinking, stage, tokens)

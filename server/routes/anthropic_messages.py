@@ -56,7 +56,7 @@ async def count_tokens(request: Request) -> dict[str, int]:
 
 
 def _chat(service: Service, body: CountTokensRequest) -> ChatRequest:
-    return body.chat(thinks=service.thinking.name != "none", knows=service.template.knows)
+    return body.chat(thinks=service.thinking.thinks, knows=service.template.knows)
 
 
 class _Answer:

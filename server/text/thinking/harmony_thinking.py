@@ -3,30 +3,42 @@
     <|channel|>analysis<|message|>It asks for the sum.<|end|><|start|>assistant<|channel|>final<|message|>42
 
 What is written to `analysis`, or to `commentary` for nobody in particular, is thinking; `final` is content. A message
-to someone, such as `functions.now`, is a call: from there on the content is the text as it is, for a parser of calls.
+to someone, such as `functions.now`, is a call: its header and text are content for a parser of calls. Marks are special
+tokens alone: a model may write about their names.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from enum import Enum
+from collections import deque
+from collections.abc import Mapping, Sequence
 
-from server.text.held_back import overlap
-from server.text.thinking.thinking_format import Split, Stage, ThinkingSplitter, rules_of_thinking
+from server.text.thinking.thinking_format import (
+    Kind,
+    Mark,
+    Part,
+    Span,
+    Stage,
+    ThinkingSplitter,
+    rules_of_thinking,
+)
+from server.text.tools.tool_format import GrammarWriter, Headers
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
 RECIPIENT = re.compile(r"\bto=([^\s<]+)")
+MAX_HEADER = 256
+"""Characters of a header."""
 
 _CHANNEL_NAME = re.compile(re.escape(CHANNEL) + r"\s*(\w+)")
-_ASSISTANT = re.compile(rf"\s*{re.escape(START)}\s*assistant\b")
-_THINKING_ENDS, _CONTENT_ENDS = (END, RETURN, CALL, START, CHANNEL), (END, RETURN)
-_HEADER_BEGINS = (START, CHANNEL, MESSAGE, "to=")
-_MAX_HEADER = 256
+_BARE_RECIPIENT = re.compile(r"to=\S*\s*")
+_ASSISTANT = "assistant"
+_ROLE = re.compile(rf"^\s*{re.escape(START)}\s*{_ASSISTANT}")
+_ANYBODY = ("user", "assistant")
+"""Recipients of messages that are no calls."""
 _GAP = "\n\n"
-"""Between messages of thinking."""
+"""Between messages of one kind."""
 
 
 class HarmonyThinking:
@@ -34,7 +46,7 @@ class HarmonyThinking:
 
     name = "harmony"
     marks = frozenset((START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN))
-    content_header = f"{CHANNEL}final{MESSAGE}"
+    thinks = True
 
     def recognises(self, template: str) -> bool:
         return CHANNEL in template and MESSAGE in template
@@ -42,13 +54,19 @@ class HarmonyThinking:
     def stage_of(self, prompt: str, prefill: str | None) -> Stage:
         if prefill is not None:
             return Stage.CONTENT  # the template has written its header
-        header = prompt.rstrip().rpartition(START)[2]
-        if not header.endswith(MESSAGE):
+        header, message, text = prompt.rpartition(START)[2].rpartition(MESSAGE)
+        if not message or text.strip():
             return Stage.UNDECIDED
-        return Stage.THINKING if _kind_of(header) is _Kind.THINKING else Stage.CONTENT
+        return Stage.THINKING if _kind_of(header) is Kind.THINKING else Stage.CONTENT
 
     def splitter(self, stage: Stage) -> ThinkingSplitter:
         return _Splitter(stage)
+
+    def headers(self, stage: Stage, write: GrammarWriter) -> Headers:
+        if stage is Stage.CONTENT:  # of a message that has begun, and has to end before a call
+            text = write.terminal("/(?s:.+)/")
+            return Headers(calls=f"{text}? {write.text(END + START + 'assistant')}")
+        return Headers(text=f"{write.text(CHANNEL + 'final')} {write_type(write)} {write.text(MESSAGE)}")
 
     def rules(self, stage: Stage, tokens: Mapping[str, int]) -> list[str]:
         def mark(name: str) -> str:
@@ -64,120 +82,133 @@ class HarmonyThinking:
         ]
 
 
-class _Kind(Enum):
-    """Kind of a message, by its header."""
-
-    THINKING = 0
-    CONTENT = 1
-    AS_IS = 2  # content, with its header: a call, or a message that is not the assistant's
+def write_type(write: GrammarWriter) -> str:
+    """Write what a header may say of the type of its message."""
+    return f'(" "? {write.text(CONSTRAIN)} "json" | " json")?'
 
 
-def _kind_of(header: str) -> _Kind:
-    if RECIPIENT.search(header) or START in header:
-        return _Kind.AS_IS
+def _kind_of(header: str) -> Kind:
+    recipient = RECIPIENT.search(header)
+    if recipient and recipient[1] not in _ANYBODY:
+        return Kind.CONTENT
     channel = _CHANNEL_NAME.search(header)
-    return _Kind.THINKING if channel and channel[1] in ("analysis", "commentary") else _Kind.CONTENT
-
-
-def _may_begin_header(text: str) -> bool:
-    written = text.lstrip()
-    if len(written) > _MAX_HEADER or "\n" in written:
-        return False
-    return any(written.startswith(begin) or begin.startswith(written) for begin in _HEADER_BEGINS)
+    return Kind.THINKING if channel and channel[1] in ("analysis", "commentary") else Kind.PLAIN
 
 
 class _Splitter:
     def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.thinking_end: int | None = None
-        self.content_start: int | None = None
-        self._kind: _Kind | None = None  # of the message that is being read; None: its header is
-        self._held = ""
-        self._taken = 0  # characters before those held back
-        self._last_end = 0  # of thinking, its mark included
-        self._thinking: list[str] = []
-        self._content: list[str] = []
-        self._thought = False  # whether there has been thinking
-        self._begins = True  # whether the message has no text yet
-        if stage is Stage.THINKING:
-            self._kind = _Kind.THINKING
-        elif stage is Stage.CONTENT:
-            self._begin_content(_Kind.CONTENT)
-            self._begins = False  # the prompt has its beginning
+        self.thinking = [Span(0)] if stage is Stage.THINKING else []
+        self.content_start = 0 if stage is Stage.CONTENT else None
+        of_stage = {Stage.THINKING: Kind.THINKING, Stage.CONTENT: Kind.PLAIN}
+        self._kind = of_stage.get(stage)  # of the message that is being read; None: its header is
+        self._marks: deque[Mark] = deque()  # those to come
+        self._held, self._at = "", 0  # text that has not been read, and its offset
+        self._header, self._header_at = "", 0
+        self._header_marks: set[str] = set()
+        self._begins = stage is not Stage.CONTENT  # whether the message has no text yet
+        self._spaces: list[str] = []  # at the end of thinking so far
+        self._given: set[Kind] = set()
+        self._parts: list[Part] = []
 
-    def feed(self, text: str) -> Split:
+    @property
+    def decided(self) -> int:
+        return self._header_at if self._kind is None else self._at
+
+    def feed(self, text: str, marks: Sequence[Mark] = ()) -> list[Part]:
+        self._marks += marks
         self._held += text
-        while self._held and self._read():
-            pass
+        while self._marks:
+            at, name = self._marks[0]
+            if self._at + len(self._held) < at + len(name):
+                break
+            self._marks.popleft()
+            self._read_text(self._take(at - self._at))
+            self._take(len(name))
+            self._read_mark(name, at)
+        self._read_text(self._take(self._marks[0].offset - self._at if self._marks else len(self._held)))
         return self._give()
 
-    def finish(self) -> Split:
-        rest = self._take(len(self._held))
-        if self._kind is _Kind.THINKING:
-            self._add_thinking(rest.rstrip())
-        elif self._kind is not None or not rest.lstrip().startswith(_HEADER_BEGINS):  # else a header that breaks off
-            self._content.append(rest)
+    def finish(self) -> list[Part]:
+        if self._kind is None and self._header and not self._header_marks:
+            self._begin(Kind.CONTENT, self._header)
         return self._give()
 
-    def _read(self) -> bool:
-        """Read a header, or the text of a message as far as it is certain. Returns whether that has ended."""
-        if self._kind is None:
-            return self._read_header()
-        if self._kind is _Kind.AS_IS:
-            self._content.append(self._take(len(self._held)))
+    def _read_text(self, text: str) -> None:
+        if self._kind is not None:
+            self._add(self._kind, text)
+            return
+        self._header += text
+        if not self._is_header():
+            self._begin(Kind.CONTENT, self._header)
+
+    def _read_mark(self, name: str, at: int) -> None:
+        if self._kind is None and name == MESSAGE:
+            kind = _kind_of(self._header)
+            # A parser of calls needs the header.
+            self._begin(kind, _ROLE.sub("", self._header) + name if kind is Kind.CONTENT else "")
+        elif self._kind is None and name in (CHANNEL, CONSTRAIN):
+            self._header += name
+            self._header_marks.add(name)
+        elif self._kind is not None and name in (MESSAGE, CONSTRAIN):
+            self._add(self._kind, name)
+        else:  # a message ends, or another begins
+            begins = name in (START, CHANNEL)
+            self._header, self._header_at = (name, at) if begins else ("", self._at)
+            self._header_marks = {name} if begins else set()
+            if self._kind is Kind.THINKING:
+                self.thinking[-1] = Span(self.thinking[-1].begin, self._header_at)
+            self._kind = None
+
+    def _is_header(self) -> bool:
+        """Whether the header may still be one: it has a channel, or the assistant's role and a recipient at most."""
+        if len(self._header) > MAX_HEADER:
             return False
-        thinks = self._kind is _Kind.THINKING
-        ends = _THINKING_ENDS if thinks else _CONTENT_ENDS
-        found = min((at for mark in ends if (at := self._held.find(mark)) >= 0), default=None)
-        certain = len(self._held) - max(overlap(self._held, mark) for mark in ends) if found is None else found
-        text = self._take(len(self._held[:certain].rstrip()) if thinks or found is None else certain)
-        (self._add_thinking if thinks else self._add_content)(text)
-        if found is None:
-            return False
-        self._held, spaces = self._held.lstrip(), len(self._held) - len(self._held.lstrip())
-        self._taken += spaces
-        self._take(next((len(mark) for mark in (END, RETURN, CALL) if self._held.startswith(mark)), 0))
-        self._last_end, self._begins = self._taken, True
-        self._kind = None if thinks else _Kind.AS_IS
-        return True
+        if CHANNEL in self._header_marks:
+            return True
+        rest = self._header.lstrip()
+        if START in self._header_marks:
+            rest = rest.removeprefix(START).lstrip()
+            if _ASSISTANT.startswith(rest):
+                return True
+            if not rest.startswith(_ASSISTANT):
+                return False
+            rest = rest.removeprefix(_ASSISTANT).lstrip()
+        return "to=".startswith(rest) or _BARE_RECIPIENT.fullmatch(rest) is not None
 
-    def _read_header(self) -> bool:
-        header, mark, _ = self._held.partition(MESSAGE)
-        fits = _may_begin_header(header + mark)
-        if fits and not mark:
-            return False
-        role = _ASSISTANT.match(header)
-        begin = role.end() if fits and role else 0
-        kind = _kind_of(header[begin:]) if fits else _Kind.AS_IS
-        self._take(begin if kind is _Kind.AS_IS else len(header + mark))
-        if kind is _Kind.THINKING:
-            self._kind, self.stage = kind, Stage.THINKING
-        else:
-            self._begin_content(kind)
-        return True
+    def _begin(self, kind: Kind, text: str) -> None:
+        """Begin a message. text: of its header, as far as that is part of it."""
+        self._kind, self._begins, self._header = kind, True, ""
+        self._spaces.clear()
+        if kind is Kind.THINKING:
+            self.thinking.append(Span(self._header_at))
+        elif self.content_start is None:
+            self.content_start = self._at if kind is Kind.PLAIN else self._header_at
+        self._add(kind, text)
 
-    def _begin_content(self, kind: _Kind) -> None:
-        self._kind, self.stage = kind, Stage.CONTENT
-        self.thinking_end, self.content_start = self._last_end, self._taken
-
-    def _add_thinking(self, text: str) -> None:
-        text = text.lstrip() if self._begins else text
-        if text:
-            self._thinking.append(_GAP + text if self._begins and self._thought else text)
-            self._begins, self._thought = False, True
-
-    def _add_content(self, text: str) -> None:
-        text = text.lstrip() if self._begins else text
-        if text:
-            self._content.append(text)
-            self._begins = False
-
-    def _give(self) -> Split:
-        given = Split("".join(self._thinking), "".join(self._content))
-        self._thinking, self._content = [], []
-        return given
+    def _add(self, kind: Kind, text: str) -> None:
+        if kind is not Kind.CONTENT and self._begins:
+            text = text.lstrip()
+            if text and kind in self._given:
+                text = _GAP + text
+        if not text:
+            return
+        self._begins = False
+        self._given.add(kind)
+        if kind is Kind.THINKING:
+            visible = text.rstrip()
+            if visible:
+                visible, spaces = "".join((*self._spaces, visible)), text[len(visible) :]
+                self._spaces = [spaces]
+            else:
+                self._spaces.append(text)
+            text = visible
+        self._parts.append(Part(kind, text))
 
     def _take(self, count: int) -> str:
         taken, self._held = self._held[:count], self._held[count:]
-        self._taken += count
+        self._at += len(taken)
         return taken
+
+    def _give(self) -> list[Part]:
+        given, self._parts = self._parts, []
+        return given

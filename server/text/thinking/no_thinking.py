@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from server.text.thinking.thinking_format import Split, Stage, ThinkingSplitter
+from server.text.thinking.thinking_format import Kind, Mark, Part, Span, Stage, ThinkingSplitter
+from server.text.tools.tool_format import NO_HEADERS, GrammarWriter, Headers
 
 
 class NoThinking:
@@ -12,7 +13,7 @@ class NoThinking:
 
     name = "none"
     marks = frozenset[str]()
-    content_header = ""
+    thinks = False
 
     def recognises(self, template: str) -> bool:
         return True
@@ -23,18 +24,22 @@ class NoThinking:
     def splitter(self, stage: Stage) -> ThinkingSplitter:
         return _Splitter()
 
+    def headers(self, stage: Stage, write: GrammarWriter) -> Headers:
+        return NO_HEADERS
+
     def rules(self, stage: Stage, tokens: Mapping[str, int]) -> list[str]:
-        raise AssertionError("there is no stage before the content")
+        return ["start: @answer"]
 
 
 class _Splitter:
     def __init__(self) -> None:
-        self.stage = Stage.CONTENT
-        self.thinking_end: int | None = 0
+        self.thinking: list[Span] = []
         self.content_start: int | None = 0
+        self.decided = 0
 
-    def feed(self, text: str) -> Split:
-        return Split("", text)
+    def feed(self, text: str, marks: Sequence[Mark] = ()) -> list[Part]:
+        self.decided += len(text)
+        return [Part(Kind.CONTENT, text)]
 
-    def finish(self) -> Split:
-        return Split("", "")
+    def finish(self) -> list[Part]:
+        return []

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from server.text.held_back import overlap
-from server.text.thinking.thinking_format import Split, Stage, ThinkingSplitter, rules_of_thinking
+from server.text.thinking.thinking_format import (
+    Kind,
+    Mark,
+    Part,
+    Span,
+    Stage,
+    ThinkingSplitter,
+    rules_of_thinking,
+)
+from server.text.tools.tool_format import NO_HEADERS, GrammarWriter, Headers
 
 
 class TaggedThinking:
     """Format of models that think between two texts."""
 
-    content_header = ""
+    thinks = True
 
     def __init__(self, name: str, begin: str, end: str) -> None:
         self.name, self.begin, self.end = name, begin, end
@@ -34,6 +43,9 @@ class TaggedThinking:
     def splitter(self, stage: Stage) -> ThinkingSplitter:
         return _Splitter(self.begin, self.end, stage)
 
+    def headers(self, stage: Stage, write: GrammarWriter) -> Headers:
+        return NO_HEADERS
+
     def rules(self, stage: Stage, tokens: Mapping[str, int]) -> list[str]:
         if stage is Stage.THINKING:
             start = "start: thinking SPACE @answer"
@@ -46,42 +58,45 @@ class TaggedThinking:
 class _Splitter:
     def __init__(self, begin: str, end: str, stage: Stage) -> None:
         self._begin_mark, self._end_mark = begin, end
-        self.stage = stage
-        self.thinking_end: int | None = 0 if stage is Stage.CONTENT else None
+        self._stage = stage
+        self.thinking = [Span(0)] if stage is Stage.THINKING else []
+        self.content_start = 0 if stage is Stage.CONTENT else None
         self._held = ""
         self._taken = 0  # characters before those held back
         self._trims = stage is Stage.THINKING  # leading spaces
 
     @property
-    def content_start(self) -> int | None:
-        return self.thinking_end
+    def decided(self) -> int:
+        return 0 if self._stage is Stage.UNDECIDED else self._taken + len(self._held)
 
-    def feed(self, text: str) -> Split:
-        if self.stage is Stage.CONTENT and not self._held and not self._trims:
+    def feed(self, text: str, marks: Sequence[Mark] = ()) -> list[Part]:
+        if self._stage is Stage.CONTENT and not self._held and not self._trims:
             self._taken += len(text)
-            return Split("", text)
+            return [Part(Kind.CONTENT, text)]
         self._held += text
-        thinking = content = ""
-        if self.stage is Stage.UNDECIDED:
-            content += self._begin()
-        if self.stage is Stage.THINKING:
-            thinking = self._think()
-        if self.stage is Stage.CONTENT:
-            content += self._take(len(self._held))
-        return Split(thinking, content)
+        parts: list[Part] = []
+        if self._stage is Stage.UNDECIDED:
+            parts.append(Part(Kind.CONTENT, self._begin()))
+        if self._stage is Stage.THINKING:
+            parts.append(Part(Kind.THINKING, self._think()))
+        if self._stage is Stage.CONTENT:
+            parts.append(Part(Kind.CONTENT, self._take(len(self._held))))
+        return parts
 
-    def finish(self) -> Split:
+    def finish(self) -> list[Part]:
         rest = self._take(len(self._held))
-        return Split(rest.rstrip(), "") if self.stage is Stage.THINKING else Split("", rest)
+        thinks = self._stage is Stage.THINKING
+        return [Part(Kind.THINKING, rest.rstrip()) if thinks else Part(Kind.CONTENT, rest)]
 
     def _begin(self) -> str:
         """Decide whether the answer begins with thinking."""
         begin, written = self._begin_mark, self._held.lstrip()
         if written.startswith(begin):
             self._take(len(self._held) - len(written) + len(begin))
-            self.stage, self._trims = Stage.THINKING, True
+            self._stage, self._trims = Stage.THINKING, True
+            self.thinking = [Span(0)]
         elif not begin.startswith(written):
-            self.stage, self.thinking_end = Stage.CONTENT, 0
+            self._stage, self.content_start = Stage.CONTENT, 0
             return self._take(len(self._held))
         return ""
 
@@ -92,7 +107,8 @@ class _Splitter:
             thinking = self._take(found).rstrip()
             self._trims = False
             self._take(len(mark))
-            self.stage, self.thinking_end, self._trims = Stage.CONTENT, self._taken, True
+            self._stage, self._trims = Stage.CONTENT, True
+            self.thinking, self.content_start = [Span(0, self._taken)], self._taken
             return thinking
         certain = self._held[: len(self._held) - overlap(self._held, mark)].rstrip()
         return self._take(len(certain))

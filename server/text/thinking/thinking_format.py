@@ -7,13 +7,14 @@ that arrive in pieces, and says in a grammar what may stand before content.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 from server.text.compose_grammar import compose
 from server.text.structured import Grammar
+from server.text.tools.tool_format import GrammarWriter, Headers
 
 
 class Stage(Enum):
@@ -24,34 +25,54 @@ class Stage(Enum):
     CONTENT = 2
 
 
-class Split(NamedTuple):
-    """Parts of a piece of text."""
+class Kind(Enum):
+    """Kind of a part of an answer."""
 
-    thinking: str
-    content: str
+    THINKING = 0
+    PLAIN = 1  # content without calls, whatever it looks like
+    CONTENT = 2  # content that may have calls
+
+
+class Part(NamedTuple):
+    """Part of an answer."""
+
+    kind: Kind
+    text: str
+
+
+class Mark(NamedTuple):
+    """A special token of ThinkingFormat.marks. offset: in the answer's text, which shows it by its name."""
+
+    offset: int
+    name: str
+
+
+class Span(NamedTuple):
+    """A range of the answer's text, in characters. end: None: it goes on."""
+
+    begin: int
+    end: int | None = None
 
 
 class ThinkingSplitter(Protocol):
     """Splits one answer, which arrives in pieces, into thinking and content. Its parts join to the same, wherever the
     text is split; spaces and line breaks beside the marks of thinking belong to neither.
 
-    stage: of the text so far.
+    thinking: ranges of the text so far, their marks included. content_start: offset of the content; None: not yet
+    known. decided: number of characters for which it is known whether they are thinking.
     """
 
-    stage: Stage
+    thinking: list[Span]
+    content_start: int | None
 
     @property
-    def thinking_end(self) -> int | None:
-        """Number of characters up to the end of the thinking and its mark; None: not yet known."""
+    def decided(self) -> int: ...
 
-    @property
-    def content_start(self) -> int | None:
-        """Number of characters up to the content, before which may be more marks; None: not yet known."""
+    def feed(self, text: str, marks: Sequence[Mark] = ()) -> list[Part]:
+        """Return what is certain after more text. marks: of the tokens that came with it; their own text may come
+        later."""
 
-    def feed(self, text: str) -> Split:
-        """Return what is certain after more text."""
-
-    def finish(self) -> Split:
+    def finish(self) -> list[Part]:
         """Return what was held back, at the end of the text. Thinking that has not ended stays thinking."""
 
 
@@ -59,13 +80,12 @@ class ThinkingFormat(Protocol):
     """How a family of models thinks.
 
     name: value of the setting `server.thinking` that selects it. marks: texts around thinking and content; where they
-    are names of special tokens, answers show them only to the splitter. content_header: the mark that content needs
-    before it, after thinking or without; empty: none.
+    are names of special tokens, answers show them only to the splitter. thinks: whether there may be thinking.
     """
 
     name: str
     marks: frozenset[str]
-    content_header: str
+    thinks: bool
 
     def recognises(self, template: str) -> bool:
         """Whether a chat template is that of a model which thinks like this."""
@@ -76,6 +96,9 @@ class ThinkingFormat(Protocol):
 
     def splitter(self, stage: Stage) -> ThinkingSplitter:
         """Create a splitter of an answer that begins in a stage."""
+
+    def headers(self, stage: Stage, write: GrammarWriter) -> Headers:
+        """Write what stands before content, in an answer that begins in a stage."""
 
     def rules(self, stage: Stage, tokens: Mapping[str, int]) -> list[str]:
         """Write a grammar of answers that may think first, if they begin in this stage, which is not CONTENT. Its first

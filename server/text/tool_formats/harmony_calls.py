@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server.text.thinking.harmony_thinking import CALL, CHANNEL, CONSTRAIN, MESSAGE, RECIPIENT
+from server.text.thinking.harmony_thinking import (
+    CALL,
+    CHANNEL,
+    CONSTRAIN,
+    MAX_HEADER,
+    MESSAGE,
+    RECIPIENT,
+    write_type,
+)
 from server.text.tool_formats.char_parser import Malformed, Reading
 from server.text.tool_formats.hermes import HermesFormat
 from server.text.tool_formats.json_calls import JsonCallParser
@@ -17,15 +25,14 @@ from server.text.tools.tool_format import CallParser, GrammarWriter
 from server.text.tools.tool_messages import as_tools, for_template, one_call_each
 
 _FUNCTIONS = "functions."
-_MAX_HEADER = 256
 
 
 class HarmonyFormat(HermesFormat):
-    """Format of models whose template writes channels. An answer has one call."""
+    """Format of models whose template writes channels. They end an answer after one call, so grammars have one."""
 
     name = "harmony"
     markers = frozenset((CHANNEL, CONSTRAIN, MESSAGE, CALL))
-    trigger = ""
+    trigger = begin = ""
 
     def recognises(self, template: str) -> bool:
         return CHANNEL in template and f'"{_FUNCTIONS}"' in template
@@ -47,8 +54,10 @@ class HarmonyFormat(HermesFormat):
         return write.rule(" | ".join(self._call(function, write) for function in functions))
 
     def _call(self, function: Function, write: GrammarWriter) -> str:
-        header = f"{CHANNEL}commentary to={_FUNCTIONS}{function.name} {CONSTRAIN}json{MESSAGE}"
-        return f"{write.text(header)} {write.arguments(function)}"
+        channel = f'{write.text(CHANNEL)} ("commentary" | "analysis")'
+        recipient = write.text(f" to={_FUNCTIONS}{function.name}")
+        end = f"{write_type(write)} {write.text(MESSAGE)}"
+        return f"({channel} {recipient} | {recipient} {channel}) {end} {write.arguments(function)}"
 
     def parser(self, functions: Sequence[Function]) -> CallParser:
         return _Parser(functions)
@@ -70,15 +79,14 @@ class _Parser(JsonCallParser):
             while not header.endswith(MESSAGE):
                 char = yield from self._next()
                 header += char
-                if char == "\n" or len(header) > _MAX_HEADER:
+                if char == "\n" or len(header) > MAX_HEADER:
                     raise Malformed
             found = RECIPIENT.search(header)
             name = found[1].removeprefix(_FUNCTIONS) if found and found[1].startswith(_FUNCTIONS) else ""
             if name not in self._functions:
                 return
             self._name = name
-            if (char := (yield from self._skip_space())) != "{":
-                raise Malformed
+            char = yield from self._skip_space()
             yield from self._read_arguments(char)
             yield from self._skip_end(CALL)
         except Malformed:

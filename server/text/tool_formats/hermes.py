@@ -21,6 +21,7 @@ class HermesFormat:
     name = "hermes"
     markers = frozenset((BEGIN, END))
     trigger = BEGIN
+    begin = ""
 
     def recognises(self, template: str) -> bool:
         return BEGIN in template and '"arguments": ' in template.replace("\\", "")

@@ -22,6 +22,7 @@ class LlamaJsonFormat(HermesFormat):
     name = "llama_json"
     markers = frozenset((_TAG,))
     trigger = ""
+    begin = "{"
 
     def recognises(self, template: str) -> bool:
         return "<|start_header_id|>" in template and '"parameters": ' in template

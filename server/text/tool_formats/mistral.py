@@ -28,6 +28,7 @@ class MistralFormat:
     name = "mistral"
     markers = frozenset((_BEGIN, _ID, _ARGUMENTS))
     trigger = _BEGIN
+    begin = ""
 
     def recognises(self, template: str) -> bool:
         return _BEGIN in template

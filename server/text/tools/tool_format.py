@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from server.text.tools.functions import Function
 
@@ -69,17 +69,29 @@ class GrammarWriter(Protocol):
         """Define a terminal, which may combine regexes, and return its name."""
 
 
+class Headers(NamedTuple):
+    """What an answer has before its text and before its calls, each as an expression of a grammar; empty: nothing."""
+
+    text: str = ""
+    calls: str = ""
+
+
+NO_HEADERS = Headers()
+
+
 class ToolFormat(Protocol):
     """How a family of models writes calls.
 
     name: value of the setting `server.tool_format` that selects it. markers: texts that only calls have. Where they are
     names of special tokens, answers show them only to its parser. trigger: text with which calls begin wherever they
-    stand in an answer; empty: an answer that calls begins with the call.
+    stand in an answer; empty: an answer that calls begins with the call. begin: the sign with which such calls begin,
+    and text does not; empty: their beginning is no text.
     """
 
     name: str
     markers: frozenset[str]
     trigger: str
+    begin: str
 
     def recognises(self, template: str) -> bool:
         """Whether a chat template is that of a model which writes this format."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from server.text.json_schema import close_objects
 from server.text.structured import WHITESPACE, Grammar, check_grammar, check_names, compilable
 from server.text.tools.functions import Function, ToolUse
 from server.text.tools.parameter_values import types_of
-from server.text.tools.tool_format import ToolFormat
+from server.text.tools.tool_format import NO_HEADERS, GrammarWriter, Headers, ToolFormat
 
 _PARAM = "tools"
 _ANY_OBJECT = {"type": "object"}
@@ -31,17 +31,17 @@ def checked_grammar_of_tools(
     tokens: Mapping[str, int],
     special_names: Collection[str],
     answer: Grammar | None = None,
-    header: str = "",
+    write_headers: Callable[[GrammarWriter], Headers] | None = None,
 ) -> Grammar | None:
     """Same as grammar_of_tools, and validated. Takes up to some 100 ms: call it off the event loop. Raises ApiError.
 
     answer: validated before.
     """
-    written_out = grammar_of_tools(use, form, {}, (), answer, header)
+    written_out = grammar_of_tools(use, form, {}, (), answer, write_headers)
     if written_out is None or written_out is answer:
         return answer
     check_grammar(written_out)  # the check knows no tokens of the model
-    return grammar_of_tools(use, form, tokens, special_names, answer, header)
+    return grammar_of_tools(use, form, tokens, special_names, answer, write_headers)
 
 
 def grammar_of_tools(
@@ -50,38 +50,39 @@ def grammar_of_tools(
     tokens: Mapping[str, int],
     special_names: Collection[str],
     answer: Grammar | None = None,
-    header: str = "",
+    write_headers: Callable[[GrammarWriter], Headers] | None = None,
 ) -> Grammar | None:
     """Return the grammar of answers that may call functions, or have to; None: nothing holds them. It is not validated
     yet. Raises ApiError.
 
-    An answer that has to call is nothing but calls. Any other may have text too; in a format whose answers begin with
-    the call, that text begins with no brace.
+    An answer that has to call is nothing but calls. Any other may have text too; in a format without a trigger,
+    that text does not begin like a call.
 
     tokens: ids of the texts that the compiler takes for tokens (`Tokenizer.names_in_grammars`). special_names: those of
     them that are never part of a text. answer: grammar of an answer without calls: an answer has either that content or
-    calls (where both begin alike, as JSON that has a name in both, the content wins). header: what stands before text
-    or that content, but not before calls alone: ThinkingFormat.content_header.
+    calls (where both begin alike, as JSON that has a name in both, the content wins). write_headers: writes what
+    stands before text or that content, and what before calls alone; None: nothing.
     """
+    beside_json = answer is not None and grammars_of(answer)[0].get("json_schema") is not None
+    writer = _Writer(tokens, beside_json=beside_json)
+    headers = NO_HEADERS if write_headers is None else write_headers(writer)
     if not use.is_bound and (answer is None or use.mode == "none"):
-        return _with_header(header, tokens, answer)
+        return _behind(headers.text, writer, answer)
     functions = list(use.callable)
     check_names(_PARAM, "the name of a function", [each.name for each in functions], tokens)
     if use.mode == "required" and not functions:
         raise ApiError("tools: no function, but one has to be called", param=_PARAM)
     if use.mode != "required":
         functions = [each if each.strict else replace(each, parameters=_ANY_OBJECT) for each in functions]
-    beside_json = answer is not None and grammars_of(answer)[0].get("json_schema") is not None
-    writer = _Writer(tokens, beside_json=beside_json)
     calls = writer.rule(form.calls(functions, writer, parallel=use.parallel)) if functions else None
     if calls is not None and (use.mode == "required" or answer is not None):
-        start = _only_calls(calls, form.trigger, use.parallel, writer)
-        start += "" if use.mode == "required" else f" | {writer.text(header)} @content"
+        start = f"{headers.calls} {_only_calls(calls, form.trigger, use.parallel, writer)}"
+        start += "" if use.mode == "required" else f" | {headers.text} @content"
     elif answer is not None:
-        return _with_header(header, tokens, answer)
+        return _behind(headers.text, writer, answer)
     else:
         ids = [id for name, id in tokens.items() if name not in special_names and name not in form.markers]
-        start = _text_and_calls(calls, form, header, use.parallel, writer, ids)
+        start = _text_and_calls(calls, form, headers, use.parallel, writer, ids)
     text = "\n".join([f"start: {start}", *writer.lines])
     if len(text) > MAX_TOOL_GRAMMAR_CHARS:
         raise ApiError(f"tools: the schemas have more than {MAX_TOOL_GRAMMAR_CHARS} characters", param=_PARAM)
@@ -97,15 +98,15 @@ def _only_calls(calls: str, trigger: str, parallel: bool, write: _Writer) -> str
     return f'{call} ("\\n"? {call})*' if parallel else call
 
 
-def _with_header(header: str, tokens: Mapping[str, int], answer: Grammar | None) -> Grammar | None:
+def _behind(header: str, writer: _Writer, answer: Grammar | None) -> Grammar | None:
     if answer is None or not header:
         return answer
-    start = f"start: {_Writer(tokens, beside_json=False).text(header)} @content"
-    return replace(answer, text=compose([start], "content", answer))
+    rules = [f"start: {header} @content", *writer.lines]
+    return replace(answer, text=compose(["\n".join(rules)], "content", answer))
 
 
 def _text_and_calls(
-    calls: str | None, form: ToolFormat, header: str, parallel: bool, write: _Writer, ids: Sequence[int]
+    calls: str | None, form: ToolFormat, headers: Headers, parallel: bool, write: _Writer, ids: Sequence[int]
 ) -> str:
     """ids: of tokens that text may contain."""
     marks = "|".join(re.escape(mark).replace("/", r"\/") for mark in sorted(form.markers))
@@ -114,21 +115,21 @@ def _text_and_calls(
     any_text = write.terminal(f"/(?s:.+)/ {plain}")
     more = f"({other} {any_text}?)*" if ids else ""
     free = write.rule(f"{any_text}? {more}")
-    text = f"{write.text(header)} {free}"
     if calls is None:
-        return text
-    if header and not form.trigger:
-        return f"{calls} | {text}"
+        return f"{headers.text} {free}"
     if not form.trigger:
-        first = write.terminal(rf"/[ \t\r\n]+|[ \t\r\n]*[^\{{ \t\r\n](?s:.*)/ {plain}")
-        return f"{calls} | {first}? {more}"
+        if form.begin:
+            begin = re.escape(form.begin)
+            first = write.terminal(rf"/[ \t\r\n]+|[ \t\r\n]*[^{begin} \t\r\n](?s:.*)/ {plain}")
+            free = f"{first}? {more}"
+        return f"{headers.calls} {calls} | {headers.text} {free}"
     if form.trigger in write.tokens:
         call = f"{free} {write.text(form.trigger)} {calls}"
     else:
         lead = write.terminal(f"{write.terminal(f'/(?s:.*)/ {plain}')} {json.dumps(form.trigger)}")
         before = f"({any_text}? {other})* " if ids else ""
         call = f"{before}{lead} {calls}"
-    return f"{write.text(header)} ({call}){'*' if parallel else '?'} {free}"
+    return f"{headers.text} ({call}){'*' if parallel else '?'} {free}"
 
 
 class _Writer:

@@ -16,8 +16,9 @@ def for_template(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     names: dict[Any, str] = {}
     for message in prepared:
         names |= {call.get("id"): call["function"]["name"] for call in message.get("tool_calls", ())}
-        if message["role"] == "tool" and not message.get("name") and message.get("tool_call_id") in names:
-            message["name"] = names[message["tool_call_id"]]
+        called = names.get(message.get("tool_call_id"))
+        if message["role"] == "tool" and not message.get("name") and called is not None:
+            message["name"] = called
     return prepared
 
 

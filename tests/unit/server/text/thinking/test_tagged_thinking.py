@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models.tokenizer import Tokenizer
 from server.text.structured import ResponseFormat
 from server.text.thinking.tagged_thinking import TaggedThinking
-from server.text.thinking.thinking_format import Stage, ThinkingSplitter, behind_thinking
+from server.text.thinking.thinking_format import Kind, Stage, ThinkingSplitter, behind_thinking
 from server.text.thinking.thinking_registry import THINKING_FORMATS, choose_thinking
 from tests.support.tool_walks import Walker, write_tool_tokenizer
 
@@ -35,8 +35,10 @@ ANSWERS = [
 
 def split(pieces: list[str], stage: Stage) -> tuple[str, str, ThinkingSplitter]:
     splitter = THINK.splitter(stage)
-    parts = [splitter.feed(piece) for piece in pieces] + [splitter.finish()]
-    return "".join(part.thinking for part in parts), "".join(part.content for part in parts), splitter
+    parts = [part for piece in pieces for part in splitter.feed(piece)] + splitter.finish()
+    kinds = (Kind.THINKING, Kind.CONTENT)
+    thinking, content = ("".join(part.text for part in parts if part.kind is kind) for kind in kinds)
+    return thinking, content, splitter
 
 
 @pytest.mark.parametrize(("text", "stage", "thinking", "content"), ANSWERS)
@@ -57,7 +59,8 @@ def test_cuts_change_nothing(text: str, stage: Stage, data: st.DataObject) -> No
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     whole, cut = split([text], stage), split(pieces, stage)
     assert cut[:2] == whole[:2]
-    assert (cut[2].thinking_end, cut[2].stage) == (whole[2].thinking_end, whole[2].stage)
+    for name in ("thinking", "content_start", "decided"):
+        assert getattr(cut[2], name) == getattr(whole[2], name)
     # Nothing is lost but the marks, and spaces beside them.
     left, marks = "".join(cut[0].split() + cut[1].split()), "".join(text.split())
     assert left in (marks, marks.removeprefix(THINK.begin), *(without(marks, THINK.begin, THINK.end)))
@@ -65,9 +68,15 @@ def test_cuts_change_nothing(text: str, stage: Stage, data: st.DataObject) -> No
 
 def test_the_end_of_the_thinking_is_known_in_characters() -> None:
     text = "<think>\nabc\n</think>\n\nd"
-    assert split([text], Stage.UNDECIDED)[2].thinking_end == text.index("</think>") + len("</think>")
-    assert split(["abc"], Stage.THINKING)[2].thinking_end is None
-    assert split(["abc"], Stage.UNDECIDED)[2].thinking_end == 0
+    end = text.index("</think>") + len("</think>")
+    whole, open_ended, none = (
+        split([text], Stage.UNDECIDED)[2],
+        split(["abc"], Stage.THINKING)[2],
+        split(["abc"], Stage.UNDECIDED)[2],
+    )
+    assert (whole.thinking, whole.content_start) == ([(0, end)], end)
+    assert (open_ended.thinking, open_ended.content_start) == ([(0, None)], None)
+    assert (none.thinking, none.content_start) == ([], 0)
 
 
 @pytest.mark.parametrize(

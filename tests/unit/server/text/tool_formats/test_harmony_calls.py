@@ -15,9 +15,10 @@ from server.text.thinking.harmony_thinking import HarmonyThinking
 from server.text.thinking.thinking_format import Stage, behind_thinking
 from server.text.tool_formats.harmony_calls import HarmonyFormat
 from server.text.tools.functions import Function, ToolUse
+from server.text.tools.tool_format import CallPart
 from server.text.tools.tool_grammar import checked_grammar_of_tools
 from tests.support.harmony_model import write_harmony_tokenizer
-from tests.support.tool_walks import Call, Walker, check_parser
+from tests.support.tool_walks import Call, Walker, check_parser, parse
 
 
 def to(name: str, arguments: str) -> str:
@@ -49,6 +50,8 @@ ANSWERS: dict[str, tuple[str, list[str | Call]]] = {
     "no function": (to("now", "{}").replace("functions.", ""), [to("now", "{}").replace("functions.", "")]),
     "content": ("<|channel|>final<|message|>42", ["<|channel|>final<|message|>42"]),
     "no JSON": (to("now", "12"), [to("now", "12")]),
+    "a string of arguments": (to("now", '"{}"'), [NOW_CALL]),
+    "null": (to("now", "null"), [NOW_CALL]),
     "a line break in the header": ("<|channel|>commentary\nto=functions.now<|message|>{}", [BROKEN, NOW_CALL]),
     "truncated in the header": (OSLO[:40], [OSLO[:40]]),
     "truncated in the arguments": (OSLO[:-4], [("get_weather", '{"city": "Os')]),
@@ -130,7 +133,12 @@ def test_what_grammars_hold(directory: Path, mode: Any, bound: bool, answers: di
     names = tokenizer.names_in_grammars
     use = ToolUse([GET], [GET], mode)
     held = checked_grammar_of_tools(
-        use, HarmonyFormat(), names, tokenizer.special_names, content, format.content_header
+        use,
+        HarmonyFormat(),
+        names,
+        tokenizer.special_names,
+        content,
+        lambda write: format.headers(Stage.UNDECIDED, write),
     )
     assert held is not None
     grammar = behind_thinking(held, format, Stage.UNDECIDED, names).text
@@ -138,9 +146,55 @@ def test_what_grammars_hold(directory: Path, mode: Any, bound: bool, answers: di
         assert walker.matches(grammar, thought + answer) == matches, answer
 
 
-def test_a_continued_answer_has_no_header(directory: Path) -> None:
-    tokenizer, walker = Tokenizer(directory), Walker(directory / "tokenizer.json")
-    names = tokenizer.names_in_grammars
-    held = checked_grammar_of_tools(ToolUse(), HarmonyFormat(), names, tokenizer.special_names, CONTENT.compiled(), "")
+@pytest.mark.parametrize(
+    "call",
+    [
+        " to=functions.get_weather<|channel|>commentary json<|message|>",
+        " to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>",
+        "<|channel|>commentary to=functions.get_weather json<|message|>",
+        "<|channel|>commentary to=functions.get_weather<|message|>",
+        "<|channel|>analysis to=functions.get_weather <|constrain|>json<|message|>",
+    ],
+)
+def test_headers_of_calls_may_differ(directory: Path, call: str) -> None:
+    """Templates write earlier calls in another order than models are taught."""
+    tokenizer, walker, format = Tokenizer(directory), Walker(directory / "tokenizer.json"), HarmonyThinking()
+    names, special = tokenizer.names_in_grammars, tokenizer.special_names
+    use = ToolUse([GET], [GET], "required")
+    held = checked_grammar_of_tools(
+        use, HarmonyFormat(), names, special, None, lambda write: format.headers(Stage.UNDECIDED, write)
+    )
     assert held is not None
-    assert walker.matches(behind_thinking(held, HarmonyThinking(), Stage.CONTENT, names).text, "yes")
+    grammar = behind_thinking(held, format, Stage.UNDECIDED, names).text
+    for thought in ("", THOUGHT):
+        assert walker.matches(grammar, thought + call + '{"city": "Oslo"}')
+        assert not walker.matches(grammar, thought + call + '{"city": 1}')
+    assert parse(HarmonyFormat().parser([GET]), [call, '{"city": "Oslo"}']) == [
+        CallPart(0, "get_weather", '{"city": "Oslo"}')
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "bound", "answers"),
+    [
+        ("none", True, {"yes": True, "no": False, f"{FINAL}yes": False}),
+        ("auto", False, {"{": True, f" b<|end|><|start|>assistant{OSLO}": True, OSLO: False, f"<|end|>{OSLO}": False}),
+        ("required", False, {"b": False, f"<|end|><|start|>assistant{OSLO}": True, OSLO: False}),
+    ],
+)
+def test_continued_answers(directory: Path, mode: Any, bound: bool, answers: dict[str, bool]) -> None:
+    """The prompt has the header of their text; a call is another message."""
+    tokenizer, walker, format = Tokenizer(directory), Walker(directory / "tokenizer.json"), HarmonyThinking()
+    names, special = tokenizer.names_in_grammars, tokenizer.special_names
+    held = checked_grammar_of_tools(
+        ToolUse([GET], [GET], mode),
+        HarmonyFormat(),
+        names,
+        special,
+        CONTENT.compiled() if bound else None,
+        lambda write: format.headers(Stage.CONTENT, write),
+    )
+    assert held is not None
+    grammar = behind_thinking(held, format, Stage.CONTENT, names).text
+    for answer, matches in answers.items():
+        assert walker.matches(grammar, answer) == matches, answer
