@@ -70,6 +70,8 @@ class TailPages:
         """Free the pages of the rows of a round that did not finish. Afterwards all ranks hold the same pages, wherever
         in the round they were."""
         if self._plan is not plan:
+            for start in plan.starts:
+                self.drop(start.row)
             self.update(plan)
         for work in plan.work:
             self.drop(work.row)

@@ -172,12 +172,10 @@ class AutoGamma:
     def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
         """See Controller.observe."""
         outcomes = iter(result.rows)
-        tokens, decoding = 0, not plan.starts
+        tokens = 0
         judged, from_text, ended = [], [], []
         proposals = self._pending.proposals if self._pending is not None else {}
         for request, work in zip(requests, plan.work, strict=True):
-            if work.new != 1 or not work.samples:
-                decoding = False
             if not work.samples:
                 continue
             outcome = next(outcomes)
@@ -199,7 +197,7 @@ class AutoGamma:
         if decision is None:
             return
         caught_up = sum([work.catch_up for work in plan.work])
-        if decoding:
+        if len(plan.work) == decision.batch.count:  # all of them are decoding rows, none of which is ever left out
             self._observe_time(decision, plan, result, tokens, caught_up)
         else:
             # With prompts in the round the time of its drafts is unknown, so an exploration is charged as predicted.
@@ -214,7 +212,7 @@ class AutoGamma:
         mean = sum([work.gamma for work in plan.work]) / batch.count
         predicted = batch.verify_seconds(self._times, [mean])[0]
         kind = "verify" if mean else "plain"
-        where = verify_bucket(batch, self._times, round(mean))
+        where = verify_bucket(batch, self._times, max(1, round(mean)) if mean else 0)
         self._calibration.update(kind, where, result.verify_seconds, predicted)
         drafting = sum([batch.draft_seconds(self._times, plan.budget, rows) for rows in _rows_by_step(steps)])
         where = draft_bucket(batch, self._times, plan.budget)

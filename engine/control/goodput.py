@@ -173,10 +173,11 @@ class Goodput:
         even_seconds = seconds(allowed.sum(0).cumsum(), max_gammas)
         even_rates = even_tokens / even_seconds
         # A row's next draft must yield more tokens than its time would yield elsewhere.
-        min_acceptance = even_rates * (np.diff(verify[: longest + 1]) / count + further_row_s)
-        worth = (
-            (accepted >= min_acceptance[:, None, None]) & allowed & (steps <= max_gammas[:, None, None])
-        )  # [max_gammas, rows, steps]
+        rises = np.diff(verify[: longest + 1]).clip(min=0)  # measured passes may be faster with more drafts
+        min_acceptance = even_rates * (rises / count + further_row_s)
+        worth = ((accepted >= min_acceptance[:, None, None]) & allowed & (steps <= max_gammas[:, None, None])).cumprod(
+            2, dtype=bool
+        )  # [max_gammas, rows, steps]; a row's drafts are its first ones
         by_step = worth.sum(1)
         drafts = by_step.sum(1)
         tokens = count + (accepted * worth).sum((1, 2))

@@ -79,7 +79,8 @@ class SnapKVPolicy(KVPolicy):
     def prepare(self, batch: RoundBatch, end: Ints) -> None:
         count = batch.num_drafting
         slots, lengths = batch.row[:count], batch.computed[:count]
-        self._copied[slots] = np.minimum(self._copied[slots], lengths)  # minus rejected drafts
+        # Drafts of earlier rounds may have been rejected, also where others have been committed in their place since.
+        self._copied[slots] = np.minimum(self._copied[slots], lengths - batch.draft_lag[:count])
         if self._reselect:
             self._captured[slots] = end
         missing = []

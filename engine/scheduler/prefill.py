@@ -77,10 +77,12 @@ def find_waits(requests: Sequence[Request], shares: Sequence[int], page_size: in
 
 
 def _next_digest(request: Request, page_size: int) -> bytes | None:
-    """Return the digest of the page that a request goes on with; None for one that would not take over that page."""
+    """Return the digest of the page that a request goes on with; None for one that would not take over that page, or
+    would keep it to itself."""
     place = _start(request, page_size) // page_size
     looks_up = request.row is not None or request.params.prompt_logprobs is None
-    return request.digests[place] if looks_up and place < len(request.digests) else None
+    shares = looks_up and not request.is_private
+    return request.digests[place] if shares and place < len(request.digests) else None
 
 
 def _start(request: Request, page_size: int) -> int:

@@ -26,14 +26,14 @@ class Request:
     place in order of arrival. cached_tokens: prompt tokens found in the prefix cache at the first admission. ngrams:
     index of its tokens, once they are searched for drafts.
 
-    Of the KV manager: digests: those of its leading full pages, as far as they were needed. matched: pages found while
-    it waits; matched_at: the index's `removals` when they were last checked. num_found: leading ones of `matched` that
-    it can take over; matched_window: what that was last computed for. num_indexed: leading pages that the prefix
-    index names, or named until it became private. num_drafted: those of them that are known to hold a draft model's KV.
-    num_counted: leading pages whose readers include it, once it decodes. sliding_pages: its pages in the pool of
-    sliding layers, from place sliding_first on. sliding_branch: number of its first pages that another request had
-    computed when it was admitted. is_private: whether its pages are its own, and the index names none
-    that it computes from now on.
+    Of the KV manager: digests: those of its leading full pages, as far as they were needed. matched: pages found
+    while it waits; matched_at: the index's `removals` when they were last checked. num_found: leading ones of
+    `matched` that it can take over; matched_window, missing_pages: what that was computed for, and what it lacked.
+    num_indexed: leading pages that the prefix index names, or named until it became private. num_drafted: those of
+    them that are known to hold a draft model's KV. num_counted: leading pages whose readers include it, once it
+    decodes. sliding_pages: its pages in the pool of sliding layers, from place sliding_first on. sliding_branch:
+    number of its first pages that another request had computed when it was admitted. is_private: whether its pages
+    are its own, and the index names none that it computes from now on.
     """
 
     __slots__ = (
@@ -49,6 +49,7 @@ class Request:
         "matched",
         "matched_at",
         "matched_window",
+        "missing_pages",
         "ngrams",
         "num_computed",
         "num_counted",
@@ -85,6 +86,7 @@ class Request:
         self.matched: list[IndexedPage] = []
         self.matched_at = self.num_found = 0
         self.matched_window = (0, 0)
+        self.missing_pages: tuple[int, ...] = ()
         self.num_indexed = self.num_drafted = self.num_counted = 0
         self.is_private = False
         self.cached_tokens = 0

@@ -22,7 +22,7 @@ class SlidingPages:
         computed - window + 1 …                     what its next query reads first
         … end                                       the last position that a planned round writes (`cover`)
 
-    A page that falls behind is released as soon as the tokens that need it are computed (`commit`). With a prefix index
+    A page that falls behind is released as soon as the tokens that need it are computed (`trim`). With a prefix index
     it enters the index under the same digest as the page of the other layers, and at the same time; where the index has
     the content, the request adopts the indexed page, in each pool by itself. An owned page stays indexed until all is
     forgotten. So different sliding pages that are owned belong to different owned pages of the other layers, and a pool
@@ -59,26 +59,30 @@ class SlidingPages:
     def count_found(self, request: Request) -> int:
         """Return how many of a waiting request's `matched` pages it can take over: as many that the window before their
         end is indexed too."""
-        count, checked = len(request.matched), (len(request.matched), self.index.removals)
-        if request.matched_window != checked:
-            # The window is looked through again, and all pages only if some of it is gone.
-            if request.matched_window[0] != count or not self._has_window(request.digests, request.num_found):
-                request.num_found = self._longest_hit(request.digests, count)
-            request.matched_window = checked
+        before, after = request.matched_window, (len(request.matched), self.index.removals)
+        if (
+            before[0] != after[0]
+            or any(self.index.find(request.digests[place]) is not None for place in request.missing_pages)
+            or (before != after and not self._has_window(request.digests, request.num_found))
+        ):
+            request.num_found, request.missing_pages = self._longest_hit(request.digests, after[0])
+        request.matched_window = after
         return request.num_found
 
     def _has_window(self, digests: Sequence[bytes], pages: int) -> bool:
         places = range(self._window_start(pages * self._page_size), pages)
         return all(self.index.find(digests[place]) is not None for place in places)
 
-    def _longest_hit(self, digests: Sequence[bytes], pages: int) -> int:
-        """Return the largest number of pages, at most `pages`, such that the window before their end is indexed."""
-        place = pages
+    def _longest_hit(self, digests: Sequence[bytes], pages: int) -> tuple[int, tuple[int, ...]]:
+        """Return the largest number of pages, at most `pages`, such that the window before their end is indexed, and
+        the first and the last place that was missing for more: once another request enters one, there may be."""
+        place, missing = pages, []
         while place > self._window_start(pages * self._page_size):
             place -= 1
             if self.index.find(digests[place]) is None:
                 pages = place
-        return pages
+                missing.append(place)
+        return pages, tuple(missing[:1] + missing[1:][-1:])
 
     def admit(self, request: Request, branch: int) -> None:
         """Give a request the pages of the window before its computed tokens' end, which are indexed. branch: number of

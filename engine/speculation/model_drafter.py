@@ -115,7 +115,7 @@ class SharedDrafts:
     def propose(self, batch: RoundBatch) -> Tensor:
         if self._drafter is not None:
             self._drafter.propose(batch)
-        if batch.gamma_max:
+        if batch.max_steps:  # all ranks have the drafts found in the text
             drafts = batch.read_drafts()
             batch.write_drafts(self._group.all_reduce(drafts if self._group.rank == 0 else torch.zeros_like(drafts)))
         return batch.gamma_device

@@ -1,4 +1,4 @@
-"""KV of fewer bits over ranks: the same answers as on one rank without speculation, a prefix cache or other requests."""
+"""KV of fewer bits over ranks: the same answers as on one rank without speculation or a prefix cache."""
 
 from __future__ import annotations
 

@@ -118,3 +118,16 @@ def test_rows_hold_the_groups_that_they_read_exactly(seed: int, max_rows: int, b
 
 def test_dense_pages_need_no_others() -> None:
     assert num_exact_pages(EngineConfig()) == 0
+
+
+def test_a_round_that_failed_before_its_rows_began_holds_nothing() -> None:
+    """The slots of new requests still had the pages of former ones."""
+    config = EngineConfig.model_validate(
+        {"cache": {"format": "int8"}, "scheduler": {"max_rows": 4, "max_batch_tokens": 128}}
+    )
+    total = num_exact_pages(config)
+    tails = TailPages(4, total, SEALED_GROUP)
+    tails.update(RoundPlan(0, [], [], [RowWork(row, 2 * SEALED_GROUP - 1, 2, 0, True) for row in range(4)]))
+    starts = [RowStart(row, [0] * 32, 32, SamplingParams(), []) for row in range(4)]
+    tails.abandon(RoundPlan(1, starts, [], [RowWork(row, 0, 32, 0, True) for row in range(4)]))
+    assert sorted(tails._free) == list(range(total))

@@ -294,3 +294,41 @@ def test_a_window_that_is_evicted_in_the_round_that_would_share_it() -> None:
     assert [each.id for each in made.waiting] == ["shares"]
     while made.running or made.waiting:
         run_round()
+
+
+@pytest.mark.parametrize("evicted", [False, True])
+def test_pages_that_another_request_enters_are_found(evicted: bool) -> None:
+    """A request that waits for another one's prefill takes over its window, also if that had been evicted before."""
+    page_size, prompt = 4, list(range(100, 165))
+    sliding = SlidingPages(40, page_size, 8)
+    scheduler = Scheduler(
+        kv=KVManager(400, page_size, sliding=sliding),
+        page_size=page_size,
+        max_rows=4,
+        max_batch_tokens=BATCH,
+        max_waiting=10,
+        max_model_len=MAX_LEN,
+        eos_token_ids=[EOS],
+        controller=Scripted([0] * 99),
+    )
+    computed: Counter[str] = Counter()
+
+    def finish(*ids: str) -> None:
+        for id in ids:
+            scheduler.add(AddRequest(id=id, prompt=prompt, params=SamplingParams(max_tokens=1), arrival=0.0))
+        while scheduler.has_work:
+            plan, requests = scheduler.schedule()
+            for request, work in zip(requests, plan.work, strict=True):
+                computed[request.id] += work.new
+            rows = [RowResult(0, 0, [7], None) for work in plan.work if work.samples]
+            scheduler.commit(plan, requests, RoundResult(plan.number, rows, 0, 0))
+            scheduler.check()
+
+    finish("before")
+    if evicted:
+        pages = sliding._pages.reserve(sliding._pages.available)
+        assert pages is not None
+        sliding._pages.release(pages)
+    finish("first", "second")
+    assert computed["first"] == (len(prompt) if evicted else 1)
+    assert computed["second"] == 1
