@@ -174,13 +174,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 _LATENT, _STATE, _LINEAR = "multi-head latent attention", "state-space layers", "linear attention"
 _LAYER_NORMS, _CAPPED, _CROSS = "layer norms with a mean", "logit softcapping", "cross-attention layers"
+_SIGMOIDS = "experts chosen by sigmoids"
 
 MISSING: Mapping[str, str] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "kimi_vl"), _LATENT),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "mistral4"), _LATENT),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "jamba", "falcon_h1", "nemotron_h", "bamba"), _STATE),
     **dict.fromkeys(("granitemoehybrid", "zamba", "zamba2"), _STATE),
-    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "minimax", "kimi_linear", "olmo_hybrid"), _LINEAR),
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5", "qwen3_5_moe", "minimax", "minimax_m1", "kimi_linear", "olmo_hybrid"), _LINEAR
+    ),
     **dict.fromkeys(("bailing_hybrid", "recurrent_gemma", "rwkv", "xlstm"), _LINEAR),
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), "convolution layers"),
     **dict.fromkeys(("llama4", "llama4_text"), "chunked attention"),
@@ -189,11 +192,21 @@ MISSING: Mapping[str, str] = {
     **dict.fromkeys(("cohere", "cohere2", "dbrx", "nemotron", "olmo", "persimmon", "phi", "phimoe"), _LAYER_NORMS),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "stablelm", "starcoder2"), _LAYER_NORMS),
     **dict.fromkeys(("bloom", "falcon", "mpt"), f"{_LAYER_NORMS}, and ALiBi or parallel attention"),
-    **dict.fromkeys(("dots1", "glm4_moe", "minimax_m2"), "experts chosen by sigmoids"),
+    **dict.fromkeys(
+        ("afmoe", "dots1", "glm4_moe", "glm4v_moe", "mimo_v2_flash", "minimax_m2", "solar_open"), _SIGMOIDS
+    ),
+    **dict.fromkeys(("bailing_moe_v2", "exaone_moe", "nemotron_h_moe"), _SIGMOIDS),
+    **dict.fromkeys(("ernie4_5_moe", "ernie4_5_vl_moe"), "a correction of the scores that choose experts"),
+    **dict.fromkeys(("granitemoe", "granitemoeshared", "jetmoe", "qwen3_vl_moe"), "experts stacked in its own layout"),
+    "apertus": "the activation xIELU",
+    "arcee": "an MLP without a gate",
+    **dict.fromkeys(("baichuan", "chatglm", "internlm2", "qwen"), "joined projections in its own layout"),
+    **dict.fromkeys(("deci", "nemotron-nas", "openelm"), "layers of different shapes"),
+    "diffllama": "differential attention",
     **dict.fromkeys(("mllama", "mllama_text_model"), _CROSS),
     **dict.fromkeys(("bart", "t5", "t5gemma", "whisper"), "an encoder"),
     **dict.fromkeys(("bert", "modernbert", "roberta"), "bidirectional attention, which continues no text"),
-    "hunyuan_v1_dense": "norms of queries and keys after they are rotated",
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe"), "norms of queries and keys after they are rotated"),
 }
 """What architectures that are not served would need, by model type."""
 

@@ -136,7 +136,7 @@ def find_tensors(path: Path, tied: bool, stacks: ExpertStacks | None = None) -> 
         }
     warnings = []
     if has_scales:
-        warnings.append("scales of an 8-bit KV cache are not used: the cache has the model's precision")
+        warnings.append("scales of an 8-bit KV cache are not used: engine.cache.format says what the cache stores")
     if has_input_scales:
         warnings.append("scales of inputs are not used: products round inputs by their own range, or not at all")
     has_quantized_head = any(name.startswith(_HEAD_MODULE) for name in sources if name not in _PLAIN_HEAD)

@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=2000, help="output tokens")
     parser.add_argument("--limit", type=int, default=16, help="drafts of a proposal")
     parser.add_argument("--text", type=Path, help="take the text from this file instead of Python's manual")
+    parser.add_argument("--repeat", type=int, default=0, help="repeat so many tokens of the text, again and again")
     parser.add_argument("--store", type=Path, help="text store to search in addition")
     given = parser.parse_args(arguments)
     model = resolve_model(given.model)
@@ -94,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contexts = [int(part) for part in given.contexts.split(",")]
     if min(contexts, default=0) < 1 or given.new_tokens < 2 or given.limit < 1:
         raise BenchError("--contexts and --limit must be at least 1, --new-tokens at least 2")
+    if given.repeat > 0:
+        tokens = tokens[: given.repeat] * -(-(max(contexts) + given.new_tokens) // given.repeat)
     if max(contexts) + given.new_tokens > len(tokens):
         raise BenchError(f"the text has {len(tokens)} tokens, too few for the longest context")
     costs = [measure(tokens, context, new=given.new_tokens, limit=given.limit, store=store) for context in contexts]

@@ -60,6 +60,15 @@ PANELS: list[tuple[str, str, dict[str, str]]] = [
         {"{{position}}": "sum by (position) (rate(magicdec_accepted_tokens_per_position_total[$__rate_interval]))"},
     ),
     (
+        "Accepted drafts per second, by origin",
+        "short",
+        {
+            "text": "sum(rate(magicdec_text_accepted_tokens_total[$__rate_interval]))",
+            "model": "sum(rate(magicdec_accepted_tokens_total[$__rate_interval]))"
+            " - sum(rate(magicdec_text_accepted_tokens_total[$__rate_interval]))",
+        },
+    ),
+    (
         "Where rounds' time goes",
         "s",
         {"{{part}}": "sum by (part) (rate(magicdec_round_seconds_total[$__rate_interval]))"},

@@ -111,7 +111,7 @@ def test_scales_that_are_not_used_are_named(caplog: pytest.LogCaptureFixture) ->
         load(DIRECTORIES["ct-fp8-kv"], Group.single(), WeightChoice())
     says = [record.getMessage().partition(": ")[2] for record in caplog.records]
     assert says == [
-        "scales of an 8-bit KV cache are not used: the cache has the model's precision",
+        "scales of an 8-bit KV cache are not used: engine.cache.format says what the cache stores",
         "scales of inputs are not used: products round inputs by their own range, or not at all",
     ]
 
