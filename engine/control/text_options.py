@@ -30,6 +30,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _TEXT, _MODEL, _BOTH = range(3)
+_MANY, _ROUNDING = 1000, 1e-9
 
 
 class ProposedBatch(Protocol):
@@ -53,7 +54,8 @@ class TextChoice:
 
 
 class TextChooser:
-    """Chooser of the ways to draft. O(rows x gamma_max^2) for a batch, in some fifty numpy operations."""
+    """Chooser of the ways to draft. O(rows x gamma_max^2) for a batch, in some sixty numpy operations: 1 ms, and 3 for
+    128 rows with proposals."""
 
     def __init__(self, acceptance: TextAcceptance, gamma_max: int, max_model_drafts: int) -> None:
         """gamma_max: largest number of drafts from the text. max_model_drafts: largest number of drafts of a row that a
@@ -88,10 +90,10 @@ class TextChooser:
         views = np.stack([rises, np.full_like(rises, rises.mean()), np.full_like(rises, rises[0])])
         count = len(rates)
         tried, slope = np.tile(rates, len(views)), np.repeat(views, count, axis=0)
-        allowed = self._model_steps <= np.tile(np.arange(count), len(views))[:, None, None]
+        most = np.minimum(np.tile(np.arange(count), len(views))[:, None], batch.limits)
         best: TextChoice | None = None
         for _ in range(2):
-            choice = self._at_rate(tried, slope, survival, after, allowed, batch.limits, verify, step_s)
+            choice = self._at_rate(tried, slope, survival, after, alphas, most, batch.limits, verify, step_s)
             best = _better(best, choice, count)
             tried = np.tile(best.rates, len(views))
         assert best is not None
@@ -103,23 +105,27 @@ class TextChooser:
         slope: Floats,
         survival: Floats,
         after: Floats,
-        allowed: npt.NDArray[np.bool_],
+        alphas: Floats,
+        most: Ints,
         limits: Ints,
         verify: Sequence[float],
         step_s: tuple[float, float],
     ) -> TextChoice:
         """Choose where a second is worth `rates` tokens. slope: [options, steps], seconds of one more draft. survival,
         after: [rows, steps], probability that drafts from the text, and a model's alone, are accepted up to a step.
-        allowed: [options, 1, model steps]. limits: [rows], drafts of a row that a model takes part in."""
+        alphas: [rows], of a model's drafts. most: [options, rows], drafts of a model alone. limits: [rows], drafts of a
+        row that a model takes part in."""
         first_row_s, further_row_s = step_s
         count, rows = len(survival), np.arange(len(survival))
         text_price, model_price = rates[:, None] * slope, rates * (slope.mean(1) + further_row_s)  # in tokens
-        p = ((survival > 0) & (survival >= text_price[:, None])).cumprod(2).sum(2)  # [options, rows]
+        p = np.zeros((len(rates), count), dtype=np.int64)
+        proposes = np.flatnonzero(survival[:, 0])
+        p[:, proposes] = _leading((survival > 0)[proposes] & (survival[proposes] >= text_price[:, None]))
         reached = np.concatenate([np.ones((count, 1)), survival], 1)[rows, p]
-        worth = allowed & (after > 0)
-        alone = (worth & (after >= model_price[:, None, None])).sum(2)
-        fits = self._model_steps + p[:, :, None] <= limits[:, None]
-        behind = (worth & fits & (after * reached[:, :, None] >= model_price[:, None, None])).sum(2)
+        alone = np.minimum(_powers_above(model_price[:, None], alphas), most)
+        with np.errstate(divide="ignore"):
+            least = model_price[:, None] / reached
+        behind = np.minimum(_powers_above(least, alphas), np.minimum(most, limits - p).clip(min=0))
         text_tokens, model_tokens = _sums(survival), _sums(after)
         from_text, text_cost = text_tokens[rows, p], np.take_along_axis(_sums(text_price), p, 1)
         price = model_price[:, None]
@@ -153,6 +159,22 @@ def _better(best: TextChoice | None, choice: TextChoice, count: int) -> TextChoi
         return chosen
 
     return TextChoice(*(pick(name) for name in TextChoice.__slots__))
+
+
+def _leading(holds: npt.NDArray[np.bool_]) -> Ints:
+    """Count the leading places, along the last axis, that hold."""
+    counts: Ints = np.where(holds.all(-1), holds.shape[-1], holds.argmin(-1))
+    return counts
+
+
+def _powers_above(least: Floats, bases: Floats) -> Ints:
+    """Return the largest j such that base^j >= least; 0 where there is none, and a large number where there are any.
+
+    least: [options, rows], not negative. bases: [rows], from 0 to 1.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        powers = np.log(least) / np.log(bases)  # both negative, or infinite
+    return np.nan_to_num(powers + _ROUNDING, nan=_MANY, posinf=_MANY).clip(0, _MANY).astype(np.int64)
 
 
 def _sums(values: Floats) -> Floats:
