@@ -73,7 +73,7 @@ class Engine:
         """
         self._config, self._resolved = config, resolve(config, model, compiling=compiling)
         self._threads_before = torch.get_num_threads()
-        self._ngrams = make_request_ngrams(config, self._resolved, lambda *asked: self._worker.count_allowed(*asked))
+        self._ngrams = make_request_ngrams(config, self._resolved, lambda *drafts: self._worker.count_allowed(*drafts))
         try:
             self._owner = self._start_ranks(model, ranks, progress)
             self._resolved = dataclasses.replace(  # GPUs are measured once the model is loaded

@@ -17,8 +17,7 @@ from kernels.noise import gumbel_noise
 from kernels.ops import CLAMP, STEEPNESS, Experts, Gate, Graphs, Linear
 from kernels.reference_experts import LoopedExperts
 from kernels.rope import apply_rope
-from kernels.weights.int8_weights import TINY
-from kernels.weights.matrix import DenseMatrix, Matrix, QuantizedMatrix
+from kernels.weights.matrix import TINY, DenseMatrix, Matrix, QuantizedMatrix
 from kernels.weights.weight_format import FORMATS
 
 

@@ -11,9 +11,8 @@ import numpy.typing as npt
 import torch
 
 from engine.oom import is_out_of_memory
+from kernels.ragged import Ints
 from parallel.group import CollectiveError, RankFailure, RoundAbandoned
-
-Ints = npt.NDArray[np.int64]
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from engine.control.acceptance import AcceptanceEstimates
 from engine.control.calibration import Calibration
-from engine.control.catch_up import CatchUp, needs_catch_up, only_smallest_lag
+from engine.control.catch_up import CatchUp, only_smallest_lag
 from engine.control.goodput import Batch, Goodput, Option, Options, draft_bucket, verify_bucket
 from engine.control.step_times import StepTimes
 from engine.control.text_acceptance import JudgedProposal, TextAcceptance
@@ -101,7 +101,7 @@ class AutoGamma:
         if self._rounds % _EXPLORE_EVERY == 0:
             options = self._compare_budgets(batch, options)
         drafting = batch
-        if any(needs_catch_up(request) for request in rows):
+        if any(request.needs_catch_up for request in rows):
             saved = 1 / options.rates[0] - 1 / options.rates.max()
             drafting = batch.limited(self._catch_up.worthwhile(rows, batch.limits, saved))
             options = self._goodput.options(drafting, self._current_budget)

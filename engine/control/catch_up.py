@@ -41,16 +41,11 @@ class CatchUp:
         """
         found = limits.copy()
         for i, request in enumerate(rows):
-            if needs_catch_up(request):
+            if request.needs_catch_up:
                 left = min(_HORIZON, request.params.max_tokens - request.num_output)
                 if self.seconds(request.draft_lag) > saved * left or saved <= 0:
                     found[i] = 0
         return found
-
-
-def needs_catch_up(request: Request) -> bool:
-    """Whether a draft model lacks more tokens than it feeds along with the pending one."""
-    return request.draft_lag > 1
 
 
 def only_smallest_lag(rows: Sequence[Request], limits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

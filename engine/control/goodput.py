@@ -25,8 +25,8 @@ from engine.control.text_options import TextChooser
 from engine.ngram.ngram_drafts import Proposal
 from engine.scheduler.controller import RowDrafts
 from engine.scheduler.request import Request
+from kernels.ragged import Ints
 
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 

@@ -25,8 +25,8 @@ import numpy.typing as npt
 from engine.control.text_acceptance import TextAcceptance
 from engine.ngram.ngram_drafts import Proposal
 from engine.scheduler.request import Request
+from kernels.ragged import Ints
 
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _TEXT, _MODEL, _BOTH = range(3)

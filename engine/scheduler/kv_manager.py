@@ -244,7 +244,7 @@ class KVManager:
                 continue
             self._pages.share(entry.page)
             self._pages.release([own])
-            self._index.replace(own, entry)
+            self._index.note_given_back(own, entry)
             if self._drafted is not None and entry.page not in self._drafted:
                 request.draft_lag = max(request.draft_lag, request.num_computed - place * self._page_size)
             request.pages[place] = entry.page
@@ -362,14 +362,14 @@ class KVManager:
 
     def _check_index(self, requests: Sequence[Request]) -> None:
         order = {page: i for i, page in enumerate(self._pages.eviction_order)}
-        for page, _, digest, _ in self._index.entries:
-            if not digest:
+        for entry in self._index.entries:
+            if not entry.parent:
                 continue
-            parent = self._index.find(digest)
+            parent = self._index.find(entry.parent)
             if parent is None:
-                raise PageLeak(f"page {page} has outlived its parent in the index")
-            if parent.page in order and order[parent.page] < order.get(page, len(order)):
-                raise PageLeak(f"page {parent.page} would be evicted before its child, page {page}")
+                raise PageLeak(f"page {entry.page} has outlived its parent in the index")
+            if parent.page in order and order[parent.page] < order.get(entry.page, len(order)):
+                raise PageLeak(f"page {parent.page} would be evicted before its child, page {entry.page}")
         for request in requests:
             for place, page in enumerate(request.pages):
                 indexed = page in self._index and (

@@ -36,7 +36,7 @@ class PrefixIndex:
         self._by_digest: dict[bytes, IndexedPage] = {}
         self._by_page: dict[int, IndexedPage] = {}
         self._numbers = count()
-        self._replaced: list[IndexedPage] | None = None
+        self._given_back: list[IndexedPage] | None = None
         self.removals = 0
 
     def __contains__(self, page: int) -> bool:
@@ -69,20 +69,20 @@ class PrefixIndex:
         entry = IndexedPage(page, digest, chain[index - 1] if index else b"", next(self._numbers))
         self._by_digest[digest] = self._by_page[page] = entry
 
-    def replace(self, page: int, entry: IndexedPage) -> None:
+    def note_given_back(self, page: int, entry: IndexedPage) -> None:
         """Record that a request has given back a page for the indexed one with the same content."""
-        if self._replaced is not None:
-            self._replaced.append(entry._replace(page=page))
+        if self._given_back is not None:
+            self._given_back.append(entry._replace(page=page))
 
-    def record_replaced(self) -> None:
-        """Record from now on which pages requests give back for indexed ones, for `take_replaced`."""
-        self._replaced = []
+    def list_given_back(self) -> None:
+        """Record from now on which pages requests give back for indexed ones, for `take_given_back`."""
+        self._given_back = []
 
-    def take_replaced(self) -> list[IndexedPage]:
+    def take_given_back(self) -> list[IndexedPage]:
         """Return those given back since the last call. They hold the same KV as the indexed ones until the next
         round."""
-        replaced, self._replaced = self._replaced or [], []
-        return replaced
+        given_back, self._given_back = self._given_back or [], []
+        return given_back
 
     def remove(self, page: int) -> None:
         del self._by_digest[self._by_page.pop(page).digest]

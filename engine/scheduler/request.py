@@ -107,6 +107,11 @@ class Request:
         self.stop_reason: int | None = None
 
     @property
+    def needs_catch_up(self) -> bool:
+        """Whether a draft model lacks more tokens than the one that it computes along with the pending one."""
+        return self.draft_lag > 1
+
+    @property
     def num_tokens(self) -> int:
         """Committed tokens: prompt and output."""
         return len(self.tokens)

@@ -184,7 +184,7 @@ class Scheduler:
                 self._ngrams.record(request, proposal, bool(proposed))
             gamma = max(0, min(len(proposed) + choice.model, share, request.max_draft_tokens))
             catch_up = 0
-            if gamma > len(proposed) and request.draft_lag > 1:  # one missing token is fed with the pending one
+            if gamma > len(proposed) and request.needs_catch_up:
                 catch_up = min(request.draft_lag, catch_up_left)
                 catch_up_left -= catch_up
                 gamma = gamma if catch_up == request.draft_lag else len(proposed)

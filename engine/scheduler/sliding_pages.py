@@ -116,7 +116,7 @@ class SlidingPages:
             return None
         self._pages.share(entry.page)
         self._pages.release([own])
-        self.index.replace(own, entry)
+        self.index.note_given_back(own, entry)
         request.sliding_pages[index] = entry.page
         return entry.page
 

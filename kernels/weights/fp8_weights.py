@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.weights.int8_weights import TINY
-from kernels.weights.matrix import QuantizedMatrix, regular_groups
+from kernels.weights.matrix import TINY, QuantizedMatrix, regular_groups
 from kernels.weights.weight_bits import HEAD_FORMATS
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max

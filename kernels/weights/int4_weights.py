@@ -7,14 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.weights.int8_weights import TINY
-from kernels.weights.matrix import QuantizedMatrix, regular_groups
+from kernels.weights.matrix import SYMMETRIC_ZERO, TINY, QuantizedMatrix, regular_groups
 from kernels.weights.weight_bits import HEAD_FORMATS, INT4_GROUP
 
 LEVELS = 15
 """Largest code."""
-SYMMETRIC_ZERO = 8
-"""Code of 0 without zero points."""
 
 
 @dataclass(frozen=True, slots=True)

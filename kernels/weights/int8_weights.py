@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.weights.matrix import QuantizedMatrix, regular_groups
+from kernels.weights.matrix import TINY, QuantizedMatrix, regular_groups
 from kernels.weights.weight_bits import HEAD_FORMATS
-
-TINY = torch.finfo(torch.float32).tiny
-"""Smallest scale, of rows of zeros."""
 
 
 class Int8Format:

@@ -10,6 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+TINY = torch.finfo(torch.float32).tiny
+"""Smallest scale, of weights that are all zero."""
+SYMMETRIC_ZERO = 8
+"""Code of 0 of int4 without minima."""
+
 
 class Matrix(Protocol):
     """A weight matrix [rows, features] in some format. Its tensors are not written to."""
@@ -104,7 +109,7 @@ class QuantizedMatrix:
     @property
     def zero(self) -> int:
         """Code of the weight 0 in a group without a minimum."""
-        return 8 if self.format == "int4" and self.mins is None else 0
+        return SYMMETRIC_ZERO if self.format == "int4" and self.mins is None else 0
 
     def cut(self, rows: slice, features: slice) -> QuantizedMatrix:
         """Return a part of the matrix. Groups that are cut keep their scales; groups without features go."""

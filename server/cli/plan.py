@@ -95,7 +95,7 @@ def plan(
     weights: Annotated[
         WeightsName | None,
         typer.Option(
-            help="Weights of the target; dense if not given. mxfp4: of experts alone, and not served.",
+            help="Weights of the target; dense if not given. mxfp4: of experts alone; served in codes of 8 bits.",
             show_default=False,
         ),
     ] = None,

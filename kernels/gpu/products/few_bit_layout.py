@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.weights.int4_weights import SYMMETRIC_ZERO
-from kernels.weights.matrix import QuantizedMatrix, grouped_order, zero_points
+from kernels.weights.matrix import SYMMETRIC_ZERO, QuantizedMatrix, grouped_order, zero_points
 
 LINE = 32
 """Words of a line."""

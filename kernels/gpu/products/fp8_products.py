@@ -18,8 +18,7 @@ from kernels.gpu.products.few_bit_layout import lay_out
 from kernels.gpu.products.few_bit_linear import FewBitLinear
 from kernels.gpu.tile import fp8_codes
 from kernels.weights.fp8_weights import LARGEST
-from kernels.weights.int8_weights import TINY
-from kernels.weights.matrix import QuantizedMatrix
+from kernels.weights.matrix import TINY, QuantizedMatrix
 
 _ALIGNMENT = 16  # of both sizes of a matrix, for torch._scaled_mm
 
