@@ -11,18 +11,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.batch.round_batch import RoundBatch
 from engine.batch.runner import Runner
 from engine.config.deployment import ConfigError
 from engine.core import Engine
-from engine.kv.snapkv import SnapKVPolicy
 from engine.messages import AddRequest
 from engine.ngram.ngram_drafts import Proposal
 from engine.params import SamplingParams
@@ -30,7 +26,6 @@ from engine.plan import RoundPlan, RoundResult
 from engine.scheduler.controller import RowDrafts
 from engine.scheduler.request import Request
 from engine.scheduler.stats import acceptance_rate
-from kernels.ragged import Ints
 from models.batch import ForwardBatch
 from models.decoder import DecoderModel
 from tests.support.engines import Scripted, complete, complete_all, run, tiny_engine, tiny_model, tokens
@@ -234,39 +229,6 @@ def test_nothing_is_read_that_was_not_written(draft_dir: Path, drafter: str, pol
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "forward", watched)
         run(engine, requests, joins=joins)
-
-
-@pytest.mark.parametrize("pause", [0, 1, 2])
-def test_a_draft_cache_that_holds_everything_is_a_copy(draft_dir: Path, pause: int) -> None:
-    """Also after rejected drafts in whose place other tokens have been committed without drafts."""
-    engine = tiny_engine(
-        tiny_model(),
-        gamma=4,
-        page_size=4,
-        max_model_len=200,
-        speculation={
-            "drafter": "model",
-            "model": str(draft_dir),
-            "kv": {"policy": "snapkv", "budget": 256, "recent": 64, "queries": 4},
-        },
-    )
-    engine._scheduler.controller = Scripted([4, *[0] * pause] * 100)
-    checked = []
-    prepare = SnapKVPolicy.prepare
-
-    def compared(policy: SnapKVPolicy, batch: RoundBatch, end: Ints) -> None:
-        prepare(policy, batch, end)
-        for row, stop in zip(batch.row[: batch.num_drafting].tolist(), end.tolist(), strict=True):
-            full, cache, offset = policy._locate(np.full(stop, row), np.arange(stop))
-            checked.append(torch.equal(policy.full.read_tokens(full, offset), policy.pool.read_tokens(cache, offset)))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SnapKVPolicy, "prepare", compared)
-        params = SamplingParams(max_tokens=60, temperature=1.0, ignore_eos=True)
-        run(engine, [AddRequest("0", prompt_of(38, 0), params)])
-    assert engine.stats().rejections > 5
-    assert len(checked) > 10
-    assert all(checked)
 
 
 def forwards(patch: pytest.MonkeyPatch, engine: Engine) -> list[int]:
