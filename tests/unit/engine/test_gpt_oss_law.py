@@ -16,7 +16,9 @@ from models.decoder import DecoderModel
 from models.files.rope_config import RopeConfig
 from models.model_config import ExpertsConfig, ModelConfig
 from tests.support.engines import run, tiny_engine, tiny_model, tokens
+from tests.support.profiles import only_in_all
 from tests.support.rig import compiled
+from tests.support.workloads import kv_of
 
 SHAPE = ModelConfig(
     model_type="gpt_oss",
@@ -69,14 +71,26 @@ def told(outputs: list[RequestOutput]) -> tuple[list[int], list[float]]:
     return tokens(outputs), [at.logprob for output in outputs for at in output.logprobs or ()]
 
 
-@pytest.mark.parametrize("gamma", [1, 3])
+@pytest.mark.parametrize(
+    ("gamma", "policy", "drafter"),
+    [
+        (1, "window", "self"),
+        only_in_all(3, "window", "self"),
+        (3, "quest", "together"),
+        (2, "verified", "together"),
+        only_in_all(3, "snapkv", "together"),
+    ],
+)
 @pytest.mark.parametrize(("kernels", "dtype"), KERNELS, ids=str)
-def test_speculation_never_changes_text(kernels: str, dtype: torch.dtype, gamma: int) -> None:
+def test_speculation_never_changes_text(
+    kernels: str, dtype: torch.dtype, gamma: int, policy: str, drafter: str
+) -> None:
     """On compiled kernels log-probabilities are the same to the bit, too."""
     served = model(kernels, dtype)
     plain = tiny_engine(served, gamma=0)
     expected = {each.id: told(run(plain, [each])[each.id]) for each in requests()}
-    engine = tiny_engine(served, gamma=gamma, speculation={"kv": {"policy": "window", "budget": 16, "sink": 4}})
+    speculation = {"drafter": drafter, "kv": kv_of(policy, 4, 2)}
+    engine = tiny_engine(served, gamma=gamma, page_size=4, speculation=speculation)
     found = {id: told(each) for id, each in run(engine, requests()).items()}
     if kernels == "compiled":
         assert found == expected

@@ -27,6 +27,7 @@ from kernels.weights.weight_format import FORMATS
 from models.config import ModelConfig
 from models.decoder import DecoderModel
 from models.default import default_model_dir, user_cache
+from models.files.rope_config import RopeConfig
 from models.loader import random_model
 from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
@@ -51,6 +52,15 @@ VARIANTS = {
     "tied": dataclasses.replace(SHAPE, tie_word_embeddings=True),
     "biases": dataclasses.replace(SHAPE, qkv_bias=True, o_bias=True, mlp_bias=True),
     "qk_norm": dataclasses.replace(SHAPE, qk_norm="head"),
+    "scaled": dataclasses.replace(
+        SHAPE,
+        qk_norm="all",
+        residual_scale=0.22,
+        embedding_scale=12.0,
+        logits_scale=0.5,
+        attention_scale=0.3,
+        rope=RopeConfig(interleaved=True, rotated=0.5),
+    ),
     "odd heads": dataclasses.replace(SHAPE, head_dim=12, intermediate_size=31),
 }
 TEXT = random.Random(0).choices(range(2, 211), k=60)

@@ -50,22 +50,39 @@ def repeating(length: int, seed: int) -> list[int]:
     return text[:length]
 
 
+@pytest.fixture(scope="module")
+def store(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of texts like the prompts."""
+    file = tmp_path_factory.mktemp("store") / "store"
+    build_store([repeating(90, seed) for seed in range(50)], fingerprint(tokenizer_dir / "tokenizer.json"), file)
+    return file
+
+
 @pytest.mark.parametrize(("drafter", "drafts", "policy"), WAYS)
 @given(data=st.data())
 @examples(3, 16, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_output_is_unchanged(
-    draft_dir: Path, drafter: str, drafts: str | None, policy: str, data: st.DataObject
+    draft_dir: Path,
+    tokenizer_dir: Path,
+    store: Path,
+    drafter: str,
+    drafts: str | None,
+    policy: str,
+    data: st.DataObject,
 ) -> None:
-    """Rows with none, some or all of their drafts from the text, in ragged batches that rows join and leave, chunked
-    prompts and preemption."""
+    """Rows with none, some or all of their drafts from the text or a store, in ragged batches that rows join and leave,
+    chunked prompts, a prefix cache and preemption."""
     page_size = data.draw(st.sampled_from([4, 8]))
     gammas = data.draw(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3), min_size=1, max_size=4))
     pages = data.draw(st.sampled_from([None, 200 // page_size + 4]))
     speculation: dict[str, Any] = {"drafter": drafter, "kv": kv_of(policy, page_size, data.draw(st.integers(1, 5)), 0)}
     if drafts is not None:
         speculation["model"] = str(draft_dir)
+    if data.draw(st.booleans()):
+        speculation["store"] = str(store)
     engine = tiny_engine(
         model(),
+        directory=tokenizer_dir,
         gamma=6,
         page_size=page_size,
         max_model_len=200,
