@@ -168,13 +168,16 @@ def _leading(holds: npt.NDArray[np.bool_]) -> Ints:
 
 
 def _powers_above(least: Floats, bases: Floats) -> Ints:
-    """Return the largest j such that base^j >= least; 0 where there is none, and a large number where there are any.
+    """Return the largest j such that 0 < base^j >= least; 0 where there is none, and a large number where there is no
+    largest.
 
-    least: [options, rows], not negative. bases: [rows], from 0 to 1.
+    least: [options, rows]. bases: [rows], from 0 to 1.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        powers = np.log(least) / np.log(bases)  # both negative, or infinite
-    return np.nan_to_num(powers + _ROUNDING, nan=_MANY, posinf=_MANY).clip(0, _MANY).astype(np.int64)
+        powers = np.log(least.clip(min=0)) / np.log(bases) + _ROUNDING  # of logarithms that are negative, or infinite
+    powers = np.where(bases < 1, powers, np.where(least <= 1, _MANY, 0))
+    found: Ints = np.where(bases > 0, powers, 0).clip(0, _MANY).astype(np.int64)
+    return found
 
 
 def _sums(values: Floats) -> Floats:

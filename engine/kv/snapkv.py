@@ -63,6 +63,7 @@ class SnapKVPolicy(KVPolicy):
 
     def watch(self, rows: Ints, first: Ints, queries: Ints, drafts: Ints) -> None:
         """Keep queries of the next forward; those of decoding rows only if choosing is repeated."""
+        self._copied[rows] = np.minimum(self._copied[rows], first)  # what is computed again is copied again
         prefill = first < self._prefill[rows]
         max_queries = self._places if self._reselect else np.where(prefill, self._config.queries, 0)
         kept = np.minimum(queries, max_queries)
@@ -79,7 +80,7 @@ class SnapKVPolicy(KVPolicy):
     def prepare(self, batch: RoundBatch, end: Ints) -> None:
         count = batch.num_drafting
         slots, lengths = batch.row[:count], batch.computed[:count]
-        # Drafts of earlier rounds may have been rejected, also where others have been committed in their place since.
+        # Drafts may have been rejected, also where other tokens have been committed in their place since.
         self._copied[slots] = np.minimum(self._copied[slots], lengths - batch.draft_lag[:count])
         if self._reselect:
             self._captured[slots] = end

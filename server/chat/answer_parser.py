@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from server.text.thinking.thinking_format import Kind, Mark, ThinkingSplitter
 from server.text.tools.tool_format import CallParser, CallPart
@@ -56,14 +56,17 @@ class AnswerParser:
     def __init__(
         self,
         splitter: ThinkingSplitter,
-        calls: CallParser | None,
+        new_calls: Callable[[], CallParser] | None,
         new_id: Callable[[], str],
         *,
         only_calls: bool = False,
     ) -> None:
-        """calls: None: whatever the content looks like, it is text. only_calls: whether a grammar allows nothing else:
-        text is then the beginning of a call that has no name yet, and is left out."""
-        self._splitter, self._calls, self._new_id = splitter, calls, new_id
+        """new_calls: makes a parser of calls; None: whatever the content looks like, it is text. only_calls: whether a
+        grammar allows nothing else: text is then the beginning of a call that has no name yet, and is left out."""
+        self._splitter, self._new_calls, self._new_id = splitter, new_calls, new_id
+        self._calls = None if new_calls is None else new_calls()
+        self._before = self._num_calls = 0  # calls before those of this parser of calls, and all calls
+        self._span = 0  # of the thinking, in which undecided tokens may be
         self._only_calls = only_calls
         self.thinking_tokens = 0
         self._undecided: deque[int] = deque()  # offsets of tokens that may belong to the thinking
@@ -90,13 +93,16 @@ class AnswerParser:
         self._count(offsets, ends)
         thinking = "".join(part.text for part in split if part.kind is Kind.THINKING)
         parts: list[CallPart | str] = []
-        for kind, content in split:
+        for kind, content, begins in split:
+            if begins and self._new_calls is not None:
+                parts += self._end_calls()
+                self._calls = self._new_calls()
             if kind is Kind.CONTENT and self._calls is not None:
-                parts += self._calls.feed(content)
+                parts += self._numbered(self._calls.feed(content))
             elif kind is not Kind.THINKING and content:
                 parts.append(content)
-        if ends and self._calls is not None:
-            parts += self._calls.finish()
+        if ends:
+            parts += self._end_calls()
         if self._calls is None:
             content = "".join(part for part in parts if isinstance(part, str))
             return AnswerDelta(thinking, [content] if content else ())
@@ -106,9 +112,28 @@ class AnswerParser:
         """Count the tokens of the thinking."""
         self._undecided += offsets
         while self._undecided and (ends or self._undecided[0] < self._splitter.decided):
-            offset = self._undecided.popleft()
-            spans = self._splitter.thinking
-            self.thinking_tokens += any(begin <= offset and (end is None or offset < end) for begin, end in spans)
+            offset, spans = self._undecided.popleft(), self._splitter.thinking
+            while self._span < len(spans) and (end := spans[self._span].end) is not None and end <= offset:
+                self._span += 1
+            self.thinking_tokens += self._span < len(spans) and spans[self._span].begin <= offset
+
+    def _end_calls(self) -> list[CallPart | str]:
+        """Return what the parser of calls holds back; its calls have ended."""
+        if self._calls is None:
+            return []
+        rest = self._numbered(self._calls.finish())
+        self._before = self._num_calls
+        return rest
+
+    def _numbered(self, parts: Iterable[CallPart | str]) -> list[CallPart | str]:
+        """Number calls through all parsers of calls."""
+        numbered: list[CallPart | str] = []
+        for part in parts:
+            if isinstance(part, CallPart):
+                part = replace(part, index=self._before + part.index)
+                self._num_calls = max(self._num_calls, part.index + 1)
+            numbered.append(part)
+        return numbered
 
     def _sort(self, thinking: str, parts: Sequence[str | CallPart], ends: bool) -> AnswerDelta:
         ordered: list[str | CallDelta] = []

@@ -98,7 +98,7 @@ class ChatRun:
         self._parsers = [
             AnswerParser(
                 service.thinking.splitter(stage),
-                service.tool_format.parser(use.callable) if use.mode != "none" else None,
+                (lambda: service.tool_format.parser(use.callable)) if use.mode != "none" else None,
                 service.tool_format.new_id,
                 only_calls=use.mode == "required",
             )

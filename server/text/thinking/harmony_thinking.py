@@ -3,8 +3,8 @@
     <|channel|>analysis<|message|>It asks for the sum.<|end|><|start|>assistant<|channel|>final<|message|>42
 
 What is written to `analysis`, or to `commentary` for nobody in particular, is thinking; `final` is content. A message
-to someone, such as `functions.now`, is a call: its header and text are content for a parser of calls. Marks are special
-tokens alone: a model may write about their names.
+to a function, such as `functions.now`, is a call: its header and text go to a parser of calls. A message to anyone else
+is content with its header. Marks are special tokens alone: a model may write about their names.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ MAX_HEADER = 256
 """Characters of a header."""
 
 _CHANNEL_NAME = re.compile(re.escape(CHANNEL) + r"\s*(\w+)")
-_BARE_RECIPIENT = re.compile(r"to=\S*\s*")
+_BARE_RECIPIENT = re.compile(r"to=\S*(\s+\w*)?\s*")
 _ASSISTANT = "assistant"
 _ROLE = re.compile(rf"^\s*{re.escape(START)}\s*{_ASSISTANT}")
-_ANYBODY = ("user", "assistant")
-"""Recipients of messages that are no calls."""
+FUNCTIONS = "functions."
+"""Recipients of calls begin with this."""
+_ANYBODY = ("all", "assistant", "user")
+"""Recipients of messages that are nothing special."""
 _GAP = "\n\n"
 """Between messages of one kind."""
 
@@ -64,8 +66,7 @@ class HarmonyThinking:
 
     def headers(self, stage: Stage, write: GrammarWriter) -> Headers:
         if stage is Stage.CONTENT:  # of a message that has begun, and has to end before a call
-            text = write.terminal("/(?s:.+)/")
-            return Headers(calls=f"{text}? {write.text(END + START + 'assistant')}")
+            return Headers(calls=write.text(END + START + _ASSISTANT))
         return Headers(text=f"{write.text(CHANNEL + 'final')} {write_type(write)} {write.text(MESSAGE)}")
 
     def rules(self, stage: Stage, tokens: Mapping[str, int]) -> list[str]:
@@ -88,11 +89,16 @@ def write_type(write: GrammarWriter) -> str:
 
 
 def _kind_of(header: str) -> Kind:
-    recipient = RECIPIENT.search(header)
-    if recipient and recipient[1] not in _ANYBODY:
-        return Kind.CONTENT
+    recipient = _special_recipient(header)
+    if recipient is not None:
+        return Kind.CONTENT if recipient.startswith(FUNCTIONS) else Kind.PLAIN
     channel = _CHANNEL_NAME.search(header)
     return Kind.THINKING if channel and channel[1] in ("analysis", "commentary") else Kind.PLAIN
+
+
+def _special_recipient(header: str) -> str | None:
+    recipient = RECIPIENT.search(header)
+    return None if recipient is None or recipient[1] in _ANYBODY else recipient[1]
 
 
 class _Splitter:
@@ -107,7 +113,8 @@ class _Splitter:
         self._header_marks: set[str] = set()
         self._begins = stage is not Stage.CONTENT  # whether the message has no text yet
         self._spaces: list[str] = []  # at the end of thinking so far
-        self._given: set[Kind] = set()
+        self._last: Kind | None = None  # of what has been given
+        self._thought = False
         self._parts: list[Part] = []
 
     @property
@@ -129,8 +136,10 @@ class _Splitter:
         return self._give()
 
     def finish(self) -> list[Part]:
+        # What comes behind the place of a mark is the beginning of its name.
+        self._read_text(self._take(self._marks[0].offset - self._at if self._marks else len(self._held)))
         if self._kind is None and self._header and not self._header_marks:
-            self._begin(Kind.CONTENT, self._header)
+            self._begin(Kind.PLAIN, self._header)
         return self._give()
 
     def _read_text(self, text: str) -> None:
@@ -139,13 +148,12 @@ class _Splitter:
             return
         self._header += text
         if not self._is_header():
-            self._begin(Kind.CONTENT, self._header)
+            self._begin(Kind.PLAIN, self._header)
 
     def _read_mark(self, name: str, at: int) -> None:
         if self._kind is None and name == MESSAGE:
-            kind = _kind_of(self._header)
-            # A parser of calls needs the header.
-            self._begin(kind, _ROLE.sub("", self._header) + name if kind is Kind.CONTENT else "")
+            shows = _special_recipient(self._header) is not None
+            self._begin(_kind_of(self._header), _ROLE.sub("", self._header) + name if shows else "")
         elif self._kind is None and name in (CHANNEL, CONSTRAIN):
             self._header += name
             self._header_marks.add(name)
@@ -163,7 +171,7 @@ class _Splitter:
         """Whether the header may still be one: it has a channel, or the assistant's role and a recipient at most."""
         if len(self._header) > MAX_HEADER:
             return False
-        if CHANNEL in self._header_marks:
+        if self._header_marks - {START}:
             return True
         rest = self._header.lstrip()
         if START in self._header_marks:
@@ -176,25 +184,28 @@ class _Splitter:
         return "to=".startswith(rest) or _BARE_RECIPIENT.fullmatch(rest) is not None
 
     def _begin(self, kind: Kind, text: str) -> None:
-        """Begin a message. text: of its header, as far as that is part of it."""
-        self._kind, self._begins, self._header = kind, True, ""
+        """Begin a message. text: of its header, as far as that is shown."""
+        self._kind, self._begins, self._header = kind, not text, ""
         self._spaces.clear()
         if kind is Kind.THINKING:
             self.thinking.append(Span(self._header_at))
         elif self.content_start is None:
-            self.content_start = self._at if kind is Kind.PLAIN else self._header_at
-        self._add(kind, text)
+            self.content_start = self._header_at if text else self._at
+        if text:
+            self._parts.append(Part(kind, text, begins=True))
+            self._last = kind
 
     def _add(self, kind: Kind, text: str) -> None:
-        if kind is not Kind.CONTENT and self._begins:
+        begins = self._begins
+        if begins:
             text = text.lstrip()
-            if text and kind in self._given:
-                text = _GAP + text
         if not text:
             return
-        self._begins = False
-        self._given.add(kind)
+        if begins and (self._thought if kind is Kind.THINKING else self._last is kind):
+            text = _GAP + text
+        self._begins, self._last = False, kind
         if kind is Kind.THINKING:
+            self._thought = True
             visible = text.rstrip()
             if visible:
                 visible, spaces = "".join((*self._spaces, visible)), text[len(visible) :]
@@ -202,7 +213,7 @@ class _Splitter:
             else:
                 self._spaces.append(text)
             text = visible
-        self._parts.append(Part(kind, text))
+        self._parts.append(Part(kind, text, begins))
 
     def _take(self, count: int) -> str:
         taken, self._held = self._held[:count], self._held[count:]

@@ -34,10 +34,11 @@ class Kind(Enum):
 
 
 class Part(NamedTuple):
-    """Part of an answer."""
+    """Part of an answer. begins: whether calls before it have ended, complete or not."""
 
     kind: Kind
     text: str
+    begins: bool = False
 
 
 class Mark(NamedTuple):

@@ -11,10 +11,11 @@ from typing import Any
 from server.text.thinking.harmony_thinking import (
     CALL,
     CHANNEL,
-    CONSTRAIN,
+    FUNCTIONS,
     MAX_HEADER,
     MESSAGE,
     RECIPIENT,
+    HarmonyThinking,
     write_type,
 )
 from server.text.tool_formats.char_parser import Malformed, Reading
@@ -24,18 +25,16 @@ from server.text.tools.functions import Function
 from server.text.tools.tool_format import CallParser, GrammarWriter
 from server.text.tools.tool_messages import as_tools, for_template, one_call_each
 
-_FUNCTIONS = "functions."
-
 
 class HarmonyFormat(HermesFormat):
     """Format of models whose template writes channels. They end an answer after one call, so grammars have one."""
 
     name = "harmony"
-    markers = frozenset((CHANNEL, CONSTRAIN, MESSAGE, CALL))
+    markers = HarmonyThinking.marks
     trigger = begin = ""
 
     def recognises(self, template: str) -> bool:
-        return CHANNEL in template and f'"{_FUNCTIONS}"' in template
+        return HarmonyThinking().recognises(template)
 
     def prepare(
         self, messages: Sequence[Mapping[str, Any]], functions: Sequence[Function]
@@ -55,7 +54,7 @@ class HarmonyFormat(HermesFormat):
 
     def _call(self, function: Function, write: GrammarWriter) -> str:
         channel = f'{write.text(CHANNEL)} ("commentary" | "analysis")'
-        recipient = write.text(f" to={_FUNCTIONS}{function.name}")
+        recipient = write.text(f" to={FUNCTIONS}{function.name}")
         end = f"{write_type(write)} {write.text(MESSAGE)}"
         return f"({channel} {recipient} | {recipient} {channel}) {end} {write.arguments(function)}"
 
@@ -66,7 +65,7 @@ class HarmonyFormat(HermesFormat):
 class _Parser(JsonCallParser):
     def _read(self) -> Reading[None]:
         while True:
-            mark = yield from self._find(CHANNEL, f"to={_FUNCTIONS}")
+            mark = yield from self._find(CHANNEL, f"to={FUNCTIONS}")
             yield from self._read_message(mark)
             self._in_call = False
             if not self._holds_space():
@@ -79,10 +78,10 @@ class _Parser(JsonCallParser):
             while not header.endswith(MESSAGE):
                 char = yield from self._next()
                 header += char
-                if char == "\n" or len(header) > MAX_HEADER:
+                if len(header) > MAX_HEADER:
                     raise Malformed
             found = RECIPIENT.search(header)
-            name = found[1].removeprefix(_FUNCTIONS) if found and found[1].startswith(_FUNCTIONS) else ""
+            name = found[1].removeprefix(FUNCTIONS) if found and found[1].startswith(FUNCTIONS) else ""
             if name not in self._functions:
                 return
             self._name = name

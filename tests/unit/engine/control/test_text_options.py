@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engine.control.auto import AutoGamma
 from engine.control.step_times import StepSample, StepTimes
 from engine.control.text_acceptance import JudgedProposal, TextAcceptance, TextAlpha
-from engine.control.text_options import TextChooser
+from engine.control.text_options import _MANY, TextChooser, _powers_above
 from engine.messages import AddRequest
 from engine.ngram.ngram_drafts import NO_PROPOSAL, Proposal
 from engine.params import SamplingParams
@@ -244,3 +244,14 @@ def test_records_of_requests_that_are_gone() -> None:
     assert len(estimates._requests) == 20
     estimates.retain(["3"], beyond=10)
     assert list(estimates._requests) == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("base", "least", "expected"),
+    [
+        *((0.5, 0.25, 2), (0.6, 0.36, 2), (0.5, 0.26, 1), (0.5, 2.0, 0), (0.5, np.inf, 0), (0.5, 0.0, _MANY)),
+        *((0.5, -1.0, _MANY), (1.0, 0.3, _MANY), (1.0, 1.0, _MANY), (1.0, 2.0, 0), (0.0, 0.1, 0), (0.0, -1.0, 0)),
+    ],
+)
+def test_powers_that_are_worth_a_price(base: float, least: float, expected: int) -> None:
+    assert _powers_above(np.array([[least]]), np.array([base])).tolist() == [[expected]]

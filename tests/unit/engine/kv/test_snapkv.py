@@ -18,22 +18,24 @@ from tests.support.ranks import DRAFT, write_random_model
 from tests.support.workloads import prompt_of
 
 
-@pytest.mark.parametrize("pause", [0, 1, 2])
-def test_a_draft_cache_that_holds_everything_is_a_copy(tmp_path: Path, pause: int) -> None:
-    """Also after rejected drafts in whose place other tokens have been committed without drafts."""
+@pytest.mark.parametrize(("pause", "batch"), [(0, 64), (1, 64), (2, 64), (12, 9), (24, 9)])
+def test_a_draft_cache_that_holds_everything_is_a_copy(tmp_path: Path, pause: int, batch: int) -> None:
+    """Also after rejected drafts in whose place other tokens have been committed without drafts, and where the draft
+    model computes what it lacks in several rounds."""
     draft = write_random_model(tmp_path / "draft", DRAFT, seed=3)
     engine = tiny_engine(
         tiny_model(),
         gamma=4,
         page_size=4,
         max_model_len=200,
+        scheduler={"max_batch_tokens": batch},
         speculation={
             "drafter": "model",
             "model": str(draft),
             "kv": {"policy": "snapkv", "budget": 256, "recent": 64, "queries": 4},
         },
     )
-    engine._scheduler.controller = Scripted([4, *[0] * pause] * 100)
+    engine._scheduler.controller = Scripted([*[4] * (6 if pause > 2 else 1), *[0] * pause] * 100)
     checked = []
     prepare = SnapKVPolicy.prepare
 
@@ -45,7 +47,7 @@ def test_a_draft_cache_that_holds_everything_is_a_copy(tmp_path: Path, pause: in
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SnapKVPolicy, "prepare", compared)
-        params = SamplingParams(max_tokens=60, temperature=1.0, ignore_eos=True)
+        params = SamplingParams(max_tokens=120, temperature=1.0, ignore_eos=True)
         run(engine, [AddRequest("0", prompt_of(38, 0), params)])
     assert engine.stats().rejections > 5
     assert len(checked) > 10

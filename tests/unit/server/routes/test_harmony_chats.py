@@ -91,6 +91,36 @@ def test_messages_follow_each_other(harmony: Path) -> None:
     assert [call["function"]["name"] for call in message["tool_calls"]] == ["add"]
 
 
+BROKEN = CALL.removeprefix(THOUGHT)[:-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (f"x <<|end|><|start|>assistant{FINAL.removeprefix(THOUGHT)}", "x <\n\nGrößer, n.", []),
+        (f"{CALL}<|call|><|start|>assistant{CALL.removeprefix(THOUGHT)}", None, ['{"a": 1}'] * 2),
+        (f"{BROKEN}<|call|><|start|>assistant{CALL.removeprefix(THOUGHT)}", None, ['{"a": 1', '{"a": 1}']),
+        (f"{BROKEN}<|call|><|start|>assistant{FINAL.removeprefix(THOUGHT)}", "Größer, n.", ['{"a": 1']),
+        ('to=functions.add {"a": 1}', 'to=functions.add {"a": 1}', []),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_a_message_ends_what_was_before_it(
+    harmony: Path, text: str, content: str | None, calls: list[str], size: int
+) -> None:
+    whole, chunks, _ = chat(harmony, text, size, tools=TOOLS)
+    message = whole["choices"][0]["message"]
+    assert message["content"] == content
+    assert [call["function"]["arguments"] for call in message.get("tool_calls", ())] == calls
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == (content or "")
+    streamed = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [
+        "".join(call["function"]["arguments"] for call in streamed if call["index"] == index)
+        for index in range(len(calls))
+    ] == calls
+
+
 class Spelled(ScriptedClient):
     """Answers in which what stands between two ¦ has no special tokens."""
 

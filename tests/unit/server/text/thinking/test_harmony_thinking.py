@@ -22,6 +22,8 @@ NEXT = "<|end|><|start|>assistant"
 CALL = "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}"
 OTHER = " to=functions.now<|channel|>commentary json<|message|>{}"
 PYTHON = "<|channel|>analysis to=python code<|message|>1"
+TYPED, PLAINLY = (f" to=functions.f {type}<|message|>{{}}" for type in ("<|constrain|>json", "json"))
+THINKS = "<|channel|>analysis to=functions.now<|message|>{}"
 SPELLED = "\\"
 """Before a mark: it is spelled in ordinary tokens."""
 
@@ -35,7 +37,10 @@ ANSWERS = {
     "content for somebody": ("<|channel|>final to=user<|message|>hi", "", "hi", ""),
     "several messages": (f"{ANALYSIS}a{NEXT}{COMMENTARY}b{NEXT}{ANALYSIS}c{NEXT}{FINAL}d", "a\n\nb\n\nc", "d", ""),
     "content twice": (f"{FINAL}a{NEXT}{FINAL}b", "", "a\n\nb", ""),
-    "thinking after content": (f"{FINAL}a{NEXT}{ANALYSIS}b{NEXT}{FINAL}c", "b", "a\n\nc", ""),
+    "thinking after content": (f"{FINAL}a{NEXT}{ANALYSIS}b{NEXT}{FINAL}c", "b", "ac", ""),
+    "content for all": ("<|channel|>final to=all<|message|>hi", "", "hi", ""),
+    "a call of a type without a channel": (f"{ANALYSIS}a{NEXT}{TYPED}", "a", "", TYPED),
+    "a call of a plain type without a channel": (f"{ANALYSIS}a{NEXT}{PLAINLY}", "a", "", PLAINLY),
     "a call after content": (f"{ANALYSIS}a{NEXT}{FINAL}b{NEXT}{CALL}", "a", "b", CALL),
     "several calls": (f"{CALL}<|call|><|start|>assistant{CALL}<|end|>", "", "", CALL + CALL),
     "empty thinking": (f"{ANALYSIS}{NEXT}{ANALYSIS} \n{NEXT}{FINAL}d", "", "d", ""),
@@ -49,16 +54,18 @@ ANSWERS = {
     "a call that ends": (f"{CALL}<|call|>", "", "", CALL),
     "a call in another order": (f"{ANALYSIS}a{NEXT}{OTHER}", "a", "", OTHER),
     "a call in another order, without thinking": (OTHER, "", "", OTHER),
-    "a call in the channel of thinking": (PYTHON, "", "", PYTHON),
-    "another's message": (f"{ANALYSIS}a<|end|><|start|>user<|message|>b", "a", "", "<|start|>user<|message|>b"),
+    "a message for a program": (PYTHON, "", PYTHON, ""),
+    "a call in the channel of thinking": (THINKS, "", "", THINKS),
+    "another's message": (f"{ANALYSIS}a<|end|><|start|>user<|message|>b", "a", "<|start|>user<|message|>b", ""),
     "another channel": ("<|channel|>verse<|message|>a", "", "a", ""),
     "no channel": ("<|message|>a", "", "a", ""),
-    "plain text": ("It is 42.", "", "", "It is 42."),
-    "plain text like a recipient": ("to=5", "", "", "to=5"),
+    "plain text": ("It is 42.", "", "It is 42.", ""),
+    "plain text like a recipient": ("to=5", "", "to=5", ""),
+    "plain text like a call": ("to=functions.now {}", "", "to=functions.now {}", ""),
     "marks that are spelled": (f"{ANALYSIS}a\\<|channel|>{NEXT}{FINAL}\\<|end|>b", "a<|channel|>", "<|end|>b", ""),
-    "plain text that spells a mark": (f"{SPELLED}<|channel|> is a mark", "", "", "<|channel|> is a mark"),
+    "plain text that spells a mark": (f"{SPELLED}<|channel|> is a mark", "", "<|channel|> is a mark", ""),
     "a mark in a message": (f"{FINAL}a<|message|>b", "", "a<|message|>b", ""),
-    "a long header": (f"<|channel|>{'x' * 300}", "", "", f"<|channel|>{'x' * 300}"),
+    "a long header": (f"<|channel|>{'x' * 300}", "", f"<|channel|>{'x' * 300}", ""),
     "cut in a header": ("<|channel|>ana", "", "", ""),
     "cut in a second header": (f"{ANALYSIS}a{NEXT}<|channel|>fi", "a", "", ""),
     "cut in thinking": (f"{ANALYSIS}a b ", "a b", "", ""),

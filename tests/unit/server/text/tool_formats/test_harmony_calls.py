@@ -28,7 +28,6 @@ def to(name: str, arguments: str) -> str:
 OSLO, NOW = to("get_weather", '{"city": "Oslo"}'), to("now", "{}")
 OSLO_CALL, NOW_CALL = ("get_weather", '{"city": "Oslo"}'), ("now", "{}")
 NESTED, MARKS = '{"x": [{"y": {"z": "}]"}}, []]}', '{"city": "<|call|><|channel|>"}'
-BROKEN = "<|channel|>commentary\n"
 
 ANSWERS: dict[str, tuple[str, list[str | Call]]] = {
     "nothing": ("", []),
@@ -52,7 +51,7 @@ ANSWERS: dict[str, tuple[str, list[str | Call]]] = {
     "no JSON": (to("now", "12"), [to("now", "12")]),
     "a string of arguments": (to("now", '"{}"'), [NOW_CALL]),
     "null": (to("now", "null"), [NOW_CALL]),
-    "a line break in the header": ("<|channel|>commentary\nto=functions.now<|message|>{}", [BROKEN, NOW_CALL]),
+    "line breaks in the header": ("<|channel|>commentary\nto=functions.now json\n<|message|>{}", [NOW_CALL]),
     "truncated in the header": (OSLO[:40], [OSLO[:40]]),
     "truncated in the arguments": (OSLO[:-4], [("get_weather", '{"city": "Os')]),
     "broken off in the arguments": (to("now", '{"a": [1]}}'), [("now", '{"a": [1]}'), "}"]),
@@ -178,7 +177,8 @@ def test_headers_of_calls_may_differ(directory: Path, call: str) -> None:
     ("mode", "bound", "answers"),
     [
         ("none", True, {"yes": True, "no": False, f"{FINAL}yes": False}),
-        ("auto", False, {"{": True, f" b<|end|><|start|>assistant{OSLO}": True, OSLO: False, f"<|end|>{OSLO}": False}),
+        ("auto", True, {"yes": True, "no": False, f"<|end|><|start|>assistant{OSLO}": True, OSLO: False}),
+        ("auto", False, {"{": True, f"<|end|><|start|>assistant{OSLO}": True, OSLO: False, f"<|end|>{OSLO}": False}),
         ("required", False, {"b": False, f"<|end|><|start|>assistant{OSLO}": True, OSLO: False}),
     ],
 )
