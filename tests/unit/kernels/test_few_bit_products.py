@@ -18,8 +18,7 @@ from kernels.ops import Gate
 from kernels.reference_ops import QuantizedLinear, reference_linear
 from kernels.weights.fp8_weights import LARGEST
 from kernels.weights.int4_weights import Int4Format
-from kernels.weights.int8_weights import TINY
-from kernels.weights.matrix import DenseMatrix, QuantizedMatrix, regular_groups
+from kernels.weights.matrix import TINY, DenseMatrix, QuantizedMatrix, regular_groups
 from kernels.weights.weight_format import FORMATS
 from tests.support.gates import GATES
 from tests.support.profiles import examples
