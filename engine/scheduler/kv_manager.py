@@ -165,8 +165,7 @@ class KVManager:
             self._pages.share(page)
         new = self._pages.reserve(self._num_pages(request.num_tokens) - len(found))
         assert new is not None
-        request.matched.clear()
-        request.num_found, request.matched_window, request.missing_pages = 0, (0, 0), ()
+        request.forget_matches()
         request.num_indexed, request.num_drafted = len(found), self._num_drafted(found)
         request.num_computed = len(found) * self._page_size
         request.draft_lag = request.num_computed - request.num_drafted * self._page_size
@@ -321,8 +320,7 @@ class KVManager:
             self._drafted.clear()
         for request in requests:
             request.digests.clear()
-            request.matched.clear()
-            request.num_found, request.matched_window, request.missing_pages = 0, (0, 0), ()
+            request.forget_matches()
             request.is_private = bool(request.pages)  # what running ones have computed stays their own
 
     def continue_counts(self, before: KVManager) -> None:

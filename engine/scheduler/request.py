@@ -106,6 +106,11 @@ class Request:
         self.finish_reason: str | None = None
         self.stop_reason: int | None = None
 
+    def forget_matches(self) -> None:
+        """Forget what was found while the request waited."""
+        self.matched.clear()
+        self.num_found, self.matched_window, self.missing_pages = 0, (0, 0), ()
+
     @property
     def needs_catch_up(self) -> bool:
         """Whether a draft model lacks more tokens than the one that it computes along with the pending one."""

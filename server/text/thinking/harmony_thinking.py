@@ -9,7 +9,6 @@ is content with its header. Marks are special tokens alone: a model may write ab
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from server.text.thinking.thinking_format import (
     Stage,
     ThinkingSplitter,
     rules_of_thinking,
+    write_mark,
 )
 from server.text.tools.tool_format import GrammarWriter, Headers
 
@@ -70,14 +70,12 @@ class HarmonyThinking:
         return Headers(text=f"{write.text(CHANNEL + 'final')} {write_type(write)} {write.text(MESSAGE)}")
 
     def rules(self, stage: Stage, tokens: Mapping[str, int]) -> list[str]:
-        def mark(name: str) -> str:
-            return f"<[{tokens[name]}]>" if name in tokens else json.dumps(name)
-
-        ended = f'thinking {mark(START)} "assistant"'
+        start, channel, message = (write_mark(name, tokens) for name in (START, CHANNEL, MESSAGE))
+        ended = f'thinking {start} "assistant"'
         first = ended if stage is Stage.THINKING else ""
         return [
             f"start: {first} message* @answer",
-            f"message: {mark(CHANNEL)} NAME {mark(MESSAGE)} {ended}",
+            f"message: {channel} NAME {message} {ended}",
             "NAME: /analysis|commentary/",
             *rules_of_thinking(END, tokens),
         ]
@@ -136,8 +134,6 @@ class _Splitter:
         return self._give()
 
     def finish(self) -> list[Part]:
-        # What comes behind the place of a mark is the beginning of its name.
-        self._read_text(self._take(self._marks[0].offset - self._at if self._marks else len(self._held)))
         if self._kind is None and self._header and not self._header_marks:
             self._begin(Kind.PLAIN, self._header)
         return self._give()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 from server.text.held_back import overlap
@@ -14,6 +13,7 @@ from server.text.thinking.thinking_format import (
     Stage,
     ThinkingSplitter,
     rules_of_thinking,
+    write_mark,
 )
 from server.text.tools.tool_format import NO_HEADERS, GrammarWriter, Headers
 
@@ -50,8 +50,7 @@ class TaggedThinking:
         if stage is Stage.THINKING:
             start = "start: thinking SPACE @answer"
         else:
-            begin = f"<[{tokens[self.begin]}]>" if self.begin in tokens else json.dumps(self.begin)
-            start = f"start: (SPACE {begin} thinking SPACE)? @answer"
+            start = f"start: (SPACE {write_mark(self.begin, tokens)} thinking SPACE)? @answer"
         return [start, r"SPACE: /[ \n]*/", *rules_of_thinking(self.end, tokens)]
 
 

@@ -6,6 +6,7 @@ that arrive in pieces, and says in a grammar what may stand before content.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -114,9 +115,14 @@ def behind_thinking(answer: Grammar, format: ThinkingFormat, stage: Stage, token
     return replace(answer, text=compose(format.rules(stage, tokens), "answer", answer))
 
 
+def write_mark(name: str, tokens: Mapping[str, int]) -> str:
+    """Write a mark in a grammar: the token with this name, or else its text."""
+    return f"<[{tokens[name]}]>" if name in tokens else json.dumps(name)
+
+
 def rules_of_thinking(end: str, tokens: Mapping[str, int]) -> list[str]:
     """Write the rule `thinking`: any text up to the mark `end`, which is part of it."""
     text = re.escape(end).replace("/", r"\/")
     if end in tokens:  # the same text in other tokens would end the thinking too
-        return [f"thinking: TEXT <[{tokens[end]}]>", f"TEXT: /(?s:.*)/ & ~/(?s:.*){text}(?s:.*)/"]
+        return [f"thinking: TEXT {write_mark(end, tokens)}", f"TEXT: /(?s:.*)/ & ~/(?s:.*){text}(?s:.*)/"]
     return [f"thinking[lazy]: /(?s:.*){text}/"]
