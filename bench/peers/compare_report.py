@@ -210,7 +210,8 @@ def _line(point: Point, base: float | None, width: int) -> str:
         _percent(point.same),
         _percent(point.repeated),
     )
-    line = "".join(f"{cell:>{space}}" for cell, space in zip(cells, _WIDTHS.values(), strict=True))
+    # A value wider than its column stays apart from the one before.
+    line = "".join(f" {cell:>{space - 1}}" for cell, space in zip(cells, _WIDTHS.values(), strict=True))
     return f"{point.contender:<{width}}{line}{_note(point.error)}"
 
 

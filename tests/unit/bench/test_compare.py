@@ -194,7 +194,7 @@ def test_greedy_beside_sampled(start: Start) -> None:
     text = table(report)
     rows = [line.split() for line in text.splitlines() if line.startswith("x ")]
     assert [row[1:4] for row in rows[:4]] == [[*place, t] for place in (["1", "20"], ["2", "10"]) for t in ("0", "0.5")]
-    assert [row[7] for row in rows[:4]] == ["1.00"] * 4
+    assert [row[8] for row in rows[:4]] == ["1.00"] * 4
     assert "temperatures 0 (greedy), 0.5;" in text
     assert "in the prompts it is 84.2 %" in text
     assert "time to the first token of 5 (T = 0), s:" in text
