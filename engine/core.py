@@ -28,7 +28,7 @@ from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.outputs import failed_output, make_output
 from engine.scheduler.request import Request
 from engine.scheduler.scheduler import Scheduler
-from engine.scheduler.sliding_pages import make_sliding_pages
+from engine.scheduler.sliding_pages import make_sliding_pages, pool_pages
 from engine.scheduler.stats import StatsRecorder
 from engine.scheduler.validation import check_fields
 from engine.worker.controllers import draft_tokens_read, make_controller, make_request_ngrams, target_tokens_read
@@ -107,7 +107,7 @@ class Engine:
             eos_token_ids=list(shape.eos_token_ids),
             stats=self.stats(),
         )
-        log_started(config, self._resolved, self._kv.total, self._owner.weight_formats)
+        log_started(config, self._resolved, self._worker.num_pages, self._owner.weight_formats)
 
     # -- start-up ------------------------------------------------------------------------------------------------------
 
@@ -148,16 +148,17 @@ class Engine:
         return 0 if self._config.target_kv is not None else self._resolved.shared_stretch
 
     def _make_kv(self) -> KVManager:
-        config, speculation = self._config, self._config.speculation
+        config, speculation, shape = self._config, self._config.speculation, self._worker.model.config
+        pages = pool_pages(config, shape, self._worker.num_pages, self._worker.max_model_len)
         return KVManager(
-            pages := self._worker.num_pages,
+            pages.full,
             config.cache.page_size,
             prefix=config.cache.prefix,
             prompts_only=config.target_kv is not None,
             num_uncached_tokens=speculation.num_uncached_tokens,
             draft_pages=speculation.has_draft_pages,
             shared_stretch=self._shared_stretch,
-            sliding=make_sliding_pages(config, self._worker.model.config, pages),
+            sliding=make_sliding_pages(config, shape, pages.sliding),
         )
 
     def _make_scheduler(self, controller: Controller) -> Scheduler:

@@ -131,7 +131,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     running: int = 0
     waiting: int = 0
     pages_total: int = 0
-    """Pages of the target's pool. This and the next two fields leave out the pool of sliding layers."""
+    """Pages of the target's pool. This and the next two fields leave out the pool of sliding layers beside others."""
     pages_free: int = 0
     pages_cached: int = 0
     """Pages that no request owns and that the prefix cache can still hand out. All others are owned or free."""
@@ -183,7 +183,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     text_accepted_tokens: int = 0
     """Those of them that were accepted."""
     kv_tokens_read: int = 0
-    """KV tokens (one token = all heads, and all layers that keep the KV of all tokens) read by draft and verify passes
+    """KV tokens (one token = all heads, and all layers that do not slide beside others) read by draft and verify passes
     of decoding rows. Tokens that are read once for several rows count once. Where all layers slide, tokens before the
     window count too."""
     draft_kv_tokens_read: int = 0
@@ -191,7 +191,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     kv_token_bytes: int = 0
     """Bytes of such a token."""
     sliding_pages_total: int = 0
-    """Pages of the pool of sliding layers; 0: the model has none beside layers that keep the KV of all tokens."""
+    """Pages of the pool of sliding layers; 0: the model has none beside others."""
     sliding_pages_owned: int = 0
     """Those of them that requests own."""
     engine_restarts: int = 0

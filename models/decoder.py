@@ -168,15 +168,33 @@ class DecoderModel(Module):
         part = copy.copy(self)
         part._twin = ()
         part.config = self.config.with_layers(layers)
-        part.num_layers, part._layers = len(layers), []
-        counts = [0, 0]
-        for i in layers:
-            layer = copy.copy(self._layers[i])
+        part.num_layers = len(layers)
+        part._set_layers([self._layers[i] for i in layers])
+        return part
+
+    def keeping_all_kv(self, keeps: bool = True) -> DecoderModel:
+        """Return a model that shares all with this one, and of which, if all layers slide, they keep the KV of all
+        tokens, or of the window only. See ModelConfig.attention_groups."""
+        if not self.config.all_slide or keeps == self.config.keeps_all_kv:
+            return self
+        other = copy.copy(self)
+        other._twin = ()
+        other.config = replace(self.config, keeps_all_kv=keeps)
+        other.window, other.sliding_window = other.config.windows
+        other._set_layers(self._layers, slides=not keeps)
+        return other
+
+    def _set_layers(self, layers: Sequence[DecoderLayer], slides: bool | None = None) -> None:
+        """Set the layers to copies of `layers`, each at the next place of its pool. slides: of all of them; None: as
+        they are."""
+        counts, self._layers = [0, 0], []
+        for each in layers:
+            layer = copy.copy(each)
+            layer.slides = each.slides if slides is None else slides
             layer.index = counts[layer.slides]
             counts[layer.slides] += 1
-            part._layers.append(layer)
-        part.num_kv_layers, part.num_sliding_layers = counts
-        return part
+            self._layers.append(layer)
+        self.num_kv_layers, self.num_sliding_layers = counts
 
     @property
     def table_bytes(self) -> int:

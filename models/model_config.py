@@ -106,6 +106,8 @@ class ModelConfig:
     """Layers that slide, ascending."""
     sliding_rope: RopeConfig | None = None
     """Rotary embedding of sliding layers; None: that of the others."""
+    keeps_all_kv: bool = field(default=False, compare=False)
+    """Whether the KV of all tokens is kept although all layers slide: something reads more of it than the window."""
     unrotated_layers: tuple[int, ...] = ()
     """Layers without rotary embedding (NoPE, arXiv 2305.19466), ascending."""
     experts: ExpertsConfig | None = None
@@ -130,11 +132,14 @@ class ModelConfig:
 
     @property
     def attention_groups(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Layers whose KV is kept for all tokens, and those whose KV is kept for the window only. Where all layers
-        slide, they are the first, and keep all KV."""
-        if len(self.sliding_layers) in (0, self.num_layers):
-            return tuple(range(self.num_layers)), ()
+        """Layers whose KV is kept for all tokens, and those whose KV is kept for the window only."""
+        if self.all_slide and self.keeps_all_kv:
+            return self.sliding_layers, ()
         return tuple(i for i in range(self.num_layers) if i not in self.sliding_layers), self.sliding_layers
+
+    @property
+    def all_slide(self) -> bool:
+        return len(self.sliding_layers) == self.num_layers
 
     @property
     def windows(self) -> tuple[int, int]:

@@ -85,7 +85,8 @@ class SpeculationCost:
     draft: the target itself, or a separate model. budget: KV tokens per row that a draft step reads;
     None: all. shared: number of first tokens of every context that are the same. draft_shares: whether a draft that
     reads whole contexts reads these once, as the target does; drafts with a cache of their own do not. A budget below
-    the context leaves drafts little that they could share: the sink. choosing: see there.
+    the context leaves drafts little that they could share: the sink. narrows: whether drafts read no more than the
+    budget in sliding layers too. choosing: see there.
     """
 
     target: PlacedModel
@@ -93,11 +94,17 @@ class SpeculationCost:
     budget: int | None
     shared: int = 0
     draft_shares: bool = True
+    narrows: bool = False
     choosing: Choosing = Choosing()
 
     def draft_context(self, context: int) -> int:
         """Return the number of KV tokens of a row that a draft step reads, in layers that do not slide."""
         return self.draft.context_tokens(context) if self.budget is None else min(context, self.budget)
+
+    def draft_window(self, context: float) -> float:
+        """Return the same in sliding layers."""
+        most = math.inf if self.budget is None or not self.narrows else self.budget
+        return min(self.draft.window_tokens(context), most)
 
     def shared_tokens(self, rows: int, context: int) -> int:
         """Return the tokens of the contexts that need no reading, because another row has the same ones."""
@@ -113,17 +120,17 @@ class SpeculationCost:
             rows,
             rows * self.draft_context(context),
             shared_tokens=self._draft_shared(rows, context),
-            window_tokens=rows * self.draft.window_tokens(context),
+            window_tokens=rows * self.draft_window(context),
         )
 
     def draft_bytes(self, rows: int, context: int) -> float:
         """Return the bytes of weights and KV that one draft step reads, on the rank with the largest share of KV."""
         tokens = rows * self.draft_context(context) - self._draft_shared(rows, context)
-        return self.draft.read_bytes(rows, tokens, rows * self.draft.window_tokens(context))
+        return self.draft.read_bytes(rows, tokens, rows * self.draft_window(context))
 
     def draft_row_bytes(self, context: int) -> float:
         """Return the bytes of KV that one draft step reads of one row, on the rank with the largest share."""
-        return self.draft.kv_read_bytes(1, self.draft_context(context), self.draft.window_tokens(context))
+        return self.draft.kv_read_bytes(1, self.draft_context(context), self.draft_window(context))
 
     def verify_seconds(self, rows: int, context: int, gamma: int) -> float:
         """Predict T_V, the seconds of a verify pass, without choosing. With gamma = 0 it is a plain step."""
@@ -183,7 +190,8 @@ class SpeculationCost:
         saved = target.kv_token_seconds * passes - choosing
         if self.budget is None or saved <= 0:
             return math.inf
-        read, drafted = (each.exact_seconds + each.window_seconds for each in (target, draft))
+        windows = draft.kv_seconds(draft.window_bytes(1) * self.draft_window(math.inf))
+        read, drafted = target.exact_seconds + target.window_seconds, draft.exact_seconds + windows
         drafting = gamma * (draft.token_seconds + drafted + draft.kv_token_seconds * self.budget)
         verifying = (gamma + 1 - tokens) * target.token_seconds
         limit = self.shared + (drafting + verifying - read * passes + choosing * self.shared) / saved

@@ -186,7 +186,7 @@ class Deployment:
         drafting = self.drafter.model if self.has_draft_model else self.target.model
         if self.has_draft_model and drafting.attention_groups[1]:
             raise ForecastError(f"some layers of {self.draft} slide, which is not served in a draft model")
-        if self.policy == "verified" and drafting.sliding_layers and not drafting.attention_groups[1]:
+        if self.policy == "verified" and drafting.all_slide:
             name = self.draft if self.has_draft_model else self.model
             raise ForecastError(f"all layers of {name} slide, so that no pass sees all keys")
 
@@ -205,13 +205,19 @@ class Deployment:
 
     def _cost(self, budget: int | None, shared: int) -> SpeculationCost:
         # A view of the target's KV reads the target's own pages, and a draft that reads everything has pages
-        # beside them; all other drafts have a cache for each row.
+        # beside them; all other drafts have a cache for each row. Where all layers slide, a pass takes as long whether
+        # they keep all KV or not.
+        target, draft = (
+            replace(each, model=replace(each.model, keeps_all_kv=True))
+            for each in (self.target, self._reading_drafter(budget))
+        )
         return SpeculationCost(
-            target=self.target,
-            draft=self._reading_drafter(budget),
+            target=target,
+            draft=draft,
             budget=None if budget is None else self.costs.tokens_read(budget),
             shared=shared,
             draft_shares=budget is None or (self.costs.is_view and not self.has_draft_model),
+            narrows=self.costs.fits_windows and not self.has_draft_model,
             choosing=Choosing() if budget is None else self.costs.choosing(self.drafter),
         )
 
@@ -304,6 +310,10 @@ def deploy(
     of experts where there are none.
     """
     shape, device = find_shape(model), find_device(gpu, ranks)
+    # As engine.worker.sliding_limits.grouped has it.
+    costs = POLICY_COSTS[policy]
+    needs_all = not costs.fits_windows if draft == "self" else costs.reads_all_pages("model")
+    shape = replace(shape, keeps_all_kv=shape.all_slide and (kv_format != "dense" or needs_all))
     if not 1 <= ranks <= shape.num_heads:
         raise ForecastError(f"{model} has {shape.num_heads} query heads, which cannot be split over {ranks} ranks")
     if shape.experts is None and {weights, draft_weights} & EXPERTS_ALONE:
@@ -323,5 +333,6 @@ def deploy(
         drafter = replace(target, weights=draft_weights or weights)
     else:
         small = find_shape(draft)
+        small = replace(small, keeps_all_kv=True)
         drafter = replace(target, model=small, ranks=min(ranks, small.num_heads), weights=draft_weights or "dense")
     return Deployment(model=model, draft=draft, target=target, drafter=drafter, policy=policy, alpha=alpha)

@@ -66,6 +66,12 @@ class PolicyCosts:
         settings = SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=self._settings(budget))
         return settings.kv_state(1)
 
+    @property
+    def fits_windows(self) -> bool:
+        """Whether drafts of the target itself need no KV that its sliding layers read no more, and read no more of
+        these than their budget."""
+        return self._settings(None).fits_windows
+
     def reads_all_pages(self, drafter: DrafterName) -> bool:
         """Whether a draft model keeps the KV of all tokens."""
         return self._settings(None).reads_all_pages(drafter)

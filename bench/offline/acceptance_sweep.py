@@ -204,7 +204,7 @@ def measure(
         raise BenchError(f"{length} tokens of context and text, but the model has {target.max_positions}")
     texts = seeded(prompts, sampling)
     row_width = -(-length // config.cache.page_size)
-    group = Group.single()
+    group, target = Group.single(), target.keeping_all_kv()
     vocab = VocabShard(target.vocab_start, target.vocab_size, target.config.vocab_size, group)
     # A target with target_kv keeps its choices for passes of so many queries.
     drafting = config.speculation.model_copy(update={"gamma": gamma})

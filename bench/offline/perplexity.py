@@ -40,7 +40,7 @@ _CHUNK = 256
 def logprobs(model: DecoderModel, text: Sequence[int], config: EngineConfig | None = None) -> Tensor:
     """Compute the log-probability of each token of a text except the first: [len(text) - 1] float32. config: of the KV
     that the model reads; dense without one."""
-    config = config or EngineConfig()
+    config, model = config or EngineConfig(), model.keeping_all_kv()
     width = -(-len(text) // config.cache.page_size)
     state = make_row_state(config, model, width, len(text))
     runner = make_target(config, model, state, width, width)

@@ -72,7 +72,7 @@ def logprobs(config: EngineConfig, model: DecoderModel, text: Sequence[int], num
     state = RowState(max_rows=1, max_model_len=len(text), page_size=page, device=device, ops=model.ops)
     start = RowStart(0, list(text), num_prompt, SamplingParams(), [])
     state.apply(RoundPlan(0, [start], [PageDelta(0, 0, list(range(width)))], []))
-    runner = make_target(config, model, state, width)
+    runner = make_target(config, model, state, width, width)
     tokens, parts = torch.tensor(text, device=device), []
     for first, last in _chunks(num_prompt, len(text) - 1):
         count, is_prompt = last - first, first < num_prompt

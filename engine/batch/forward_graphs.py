@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.graph_inputs import GraphInputs, SlidingRoom
-from kernels.attention.base import AttentionBackend, Ballot, GraphAttention, GraphBatch, SharedPrefix
+from kernels.attention.base import AttentionBackend, Ballot, GraphAttention, GraphBatch, NoAttention, SharedPrefix
 from kernels.attention.shared_reading import largest, pays
 from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.kv.kv_pool import KVPool
@@ -192,7 +192,7 @@ class ForwardGraphs:
         batch = rows.batch
         if watch is not None:
             batch = replace(batch, ballot=watch.ballot)
-        attention = self._graphs.attention(self._pool.page_size, self._model.head_dim, batch)
+        attention = capture_attention(self._graphs, self._model, self._pool, batch)
         if watch is not None:
             attention = watch.around(attention, batch)
         sliding = capture_sliding(self._graphs, self._model, self._sliding, rows.sliding)
@@ -205,6 +205,11 @@ class ForwardGraphs:
         if sliding is not None:
             sliding.attention.plan(inputs.sliding_kv_lengths)
         return _CapturedForward(inputs, attention, sliding, states, self._graphs.capture(work), watch)
+
+
+def capture_attention(graphs: Graphs, model: DecoderModel, pool: KVPool, batch: GraphBatch) -> GraphAttention:
+    """Create attention of a captured forward to the layers that keep the KV of all tokens."""
+    return graphs.attention(pool.page_size, model.head_dim, batch) if model.num_kv_layers else NoAttention()
 
 
 def capture_sliding(

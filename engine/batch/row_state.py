@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.batch.row_failures import RowFailures
 from engine.batch.shared_prefixes import PageLists
 from engine.batch.tail_pages import TailPages
-from engine.batch.view import View
+from engine.batch.view import DenseView, View
 from engine.plan import PageDelta, RoundPlan
 from kernels.attention.base import AttentionBatch, SharedPrefix
 from kernels.ops import Ops
@@ -63,9 +63,9 @@ class RowState:
         self.page_table = torch.zeros(max_rows, -(-max_model_len // page_size), dtype=torch.int64, device=device)
         self.first_exact, self._tails = first_exact, tails
         self.sealed_table = self.page_table if tails is None else torch.zeros_like(self.page_table)
-        self._window = sliding_window
         sizes = self.page_table.shape if sliding_window else (0, 0)
         self.sliding_table = torch.zeros(sizes, dtype=torch.int64, device=device)
+        self._windows = DenseView(self.sliding_table, shares=False, window=sliding_window) if sliding_window else None
         self.computed = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.num_prompt = np.zeros(max_rows, dtype=np.int64)
         self._lists = PageLists(*self.page_table.shape)
@@ -85,7 +85,7 @@ class RowState:
             self._lists.write(delta.row, delta.first, delta.pages)
         tables = [self.sealed_table] if self._tails is None else [self.sealed_table, self.page_table]
         self._set_pages(tables, deltas)
-        if self._window:
+        if self._windows is not None:
             self._set_pages([self.sliding_table], [delta for delta in plan.pages if delta.sliding])
         if self._tails is not None:
             self._place_tails(self._tails, plan)
@@ -117,7 +117,7 @@ class RowState:
             self._lists.clear(work.row)
             for state in (self.tokens, self.page_table, self.sealed_table, self.computed):
                 state[work.row].zero_()
-            if self._window:
+            if self._windows is not None:
                 self.sliding_table[work.row].zero_()
         if self._tails is not None:
             self._tails.abandon(plan)
@@ -142,37 +142,31 @@ class RowState:
         column, offset = position // self.page_size, position % self.page_size
         page = view.page_table[row_index, column]
         context = computed + ahead + 1  # tokens that each row's first query may read
-        skipped = view.skipped(rows, context)
-        lengths, query_lengths = context + queries - 1, queries.tolist()
-        kv_lengths = lengths - skipped
-        sliding_slots, sliding = None, None
-        if self._window:
-            sliding_slots = self.sliding_table[row_index, column] * self.page_size + offset
-            width = -(-int(lengths.max()) // self.page_size)
-            sliding = AttentionBatch(
-                query_lengths=query_lengths,
-                kv_lengths=lengths.tolist(),
-                pages=self.sliding_table[row_slots, :width],
-                window=self._window,
-            )
-        return ForwardBatch(
-            token_ids=self.tokens[row_index, position].long(),
-            positions=position,
-            slots=(page - view.first_page) * self.page_size + offset,
-            attention=AttentionBatch(
+        contexts, query_lengths = self.computed[row_slots] + first_ahead, queries.tolist()
+
+        def read(view: View) -> AttentionBatch:
+            skipped = view.skipped(rows, context)
+            kv_lengths = context + queries - 1 - skipped
+            return AttentionBatch(
                 query_lengths=query_lengths,
                 kv_lengths=kv_lengths.tolist(),
-                pages=view.pages(
-                    row_slots,
-                    self.computed[row_slots] + first_ahead,
-                    -(-int(kv_lengths.max()) // self.page_size),
-                ),
+                pages=view.pages(row_slots, contexts, -(-int(kv_lengths.max()) // self.page_size)),
                 per_layer=view.per_layer,
                 skipped=skipped.tolist(),
                 prefixes=self._prefixes(rows, context, view),
                 rows=row_slots,
                 window=view.window,
-            ),
+            )
+
+        sliding_slots, sliding = None, None
+        if self._windows is not None:
+            sliding_slots = self.sliding_table[row_index, column] * self.page_size + offset
+            sliding = read(view.sliding or self._windows)
+        return ForwardBatch(
+            token_ids=self.tokens[row_index, position].long(),
+            positions=position,
+            slots=(page - view.first_page) * self.page_size + offset,
+            attention=read(view),
             logit_index=logit_places,
             sliding_slots=sliding_slots,
             sliding_attention=sliding,

@@ -8,11 +8,16 @@ from torch import Tensor
 
 from engine.batch.forward_graphs import ForwardGraphs, Observer
 from engine.batch.view import View
-from kernels.attention.base import AttentionBackend
+from kernels.attention.base import AttentionBackend, NoAttention
 from kernels.key_summaries import KeySummaries
 from kernels.kv.kv_pool import KVPool
 from models.batch import ForwardBatch, SlidingKV
 from models.decoder import DecoderModel
+
+
+def make_attention(model: DecoderModel, page_size: int) -> AttentionBackend:
+    """Make attention to the layers of a model that keep the KV of all tokens."""
+    return model.ops.attention(page_size, model.head_dim) if model.num_kv_layers else NoAttention()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,10 @@ class View(Protocol):
     def window(self) -> int:
         """See AttentionBatch.window."""
 
+    @property
+    def sliding(self) -> View | None:
+        """The view of the KV of sliding layers, of the same queries; None: their window, as the target reads it."""
+
     def skipped(self, rows: Ints, contexts: Ints) -> Ints:
         """Return the number of KV slots that each row's list leaves out.
 
@@ -57,13 +61,14 @@ class View(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DenseView:
-    """The view of all KV, or of the window that a model has in all layers."""
+    """The view of all KV, or of a window that all layers have."""
 
     page_table: Tensor
     first_page: int = 0
     shares: bool = True
     per_layer: bool = False
     window: int = 0
+    sliding: View | None = None
 
     def skipped(self, rows: Ints, contexts: Ints) -> Ints:
         return contexts * 0

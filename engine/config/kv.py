@@ -58,6 +58,11 @@ class KVSettings(Settings):
     def check(self, page_size: int, drafter: DrafterName) -> None:
         """Raise ValueError for settings that do not fit this page size or drafter."""
 
+    @property
+    def fits_windows(self) -> bool:
+        """Whether drafts can do without KV that the target's layers read no more, where all of these slide."""
+        return False
+
     def resolve(self, drafter: DrafterName) -> Self:
         """Return the settings with every default resolved."""
         return self
@@ -132,6 +137,10 @@ class WindowConfig(KVSettings):
         first = self._sink_pages(page_size)
         ring = self.budget // page_size - first + -(-max(max_gamma, block) // page_size)
         return KVState(first=first, ring=ring, block=block)
+
+    @property
+    def fits_windows(self) -> bool:
+        return self.positions == "absolute"
 
     def reads_all_pages(self, drafter: DrafterName) -> bool:
         return False
@@ -303,6 +312,10 @@ class AllConfig(KVSettings):
     policy: Literal["all"]
     budget: None = None
     """The policy has no budget."""
+
+    @property
+    def fits_windows(self) -> bool:
+        return True
 
     @model_validator(mode="before")
     @classmethod

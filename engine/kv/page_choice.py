@@ -57,6 +57,7 @@ class ChoiceView:
 
     shares = True
     per_layer = True
+    sliding = None
     window = 0
 
     def __init__(self, choice: PageChoice, count: int, first_page: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.batch.forward_graphs import Observer
 from engine.batch.round_batch import RoundBatch
 from engine.batch.row_state import RowState
+from engine.batch.runner import make_attention
 from engine.batch.view import DenseView, View
 from engine.config.speculation import SpeculationConfig
 from engine.plan import RowStart
@@ -56,7 +57,7 @@ class DraftSite:
 
     def attention(self) -> AttentionBackend:
         """Make attention that reads what is listed."""
-        return self.model.ops.attention(self.page_size, self.model.head_dim)
+        return make_attention(self.model, self.page_size)
 
 
 class KVPolicy:

@@ -26,6 +26,7 @@ class SealedView:
 
     shares = True
     per_layer = False
+    sliding = None
 
     def __init__(self, state: RowState, window: int = 0) -> None:
         """window: see View."""

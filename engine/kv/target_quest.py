@@ -68,6 +68,7 @@ class TargetQuestView:
     first_page = 0
     shares = True
     per_layer = False
+    sliding = None
     window = 0
 
     def __init__(self, page_table: Tensor) -> None:

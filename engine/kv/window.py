@@ -35,13 +35,17 @@ class WindowView:
         first_page: int = 0,
         shares: bool = True,
         window: int = 0,
+        kept: int | None = None,
+        sliding: View | None = None,
     ) -> None:
         """budget: KV tokens, a multiple of page_size. sink: number of first tokens always read, rounded up to pages.
-        first_page, shares, window: see View.
+        first_page, shares, window, sliding: see View. kept: largest context that still has its first tokens; None: all
+        have. Longer ones read recent tokens in place of the sink.
 
         Raises ValueError if the budget is not a multiple of the page size or leaves no page after the sink.
         """
-        self.page_table, self.first_page, self.shares, self.window = page_table, first_page, shares, window
+        self.page_table, self.first_page, self.shares = page_table, first_page, shares
+        self.window, self.sliding, self._kept = window, sliding, kept
         self._page_size = page_size
         self._sink = -(-sink // page_size)
         self._width = budget // page_size
@@ -63,7 +67,10 @@ class WindowView:
     def pages(self, rows: Tensor, contexts: Tensor, width: int) -> Tensor:
         listed = torch.arange(width, device=rows.device)
         skipped = (-(-contexts // self._page_size) - self._width).clamp_(min=0)
-        columns = listed + torch.where(listed < self._sink, 0, skipped[:, None])
+        leading = listed < self._sink
+        if self._kept is not None:
+            leading = leading & (contexts <= self._kept)[:, None]
+        columns = listed + torch.where(leading, 0, skipped[:, None])
         return self.page_table[rows[:, None], columns.clamp_(max=self.page_table.shape[1] - 1)]
 
 
@@ -90,6 +97,7 @@ class WindowPolicy(KVPolicy):
                 first_page=0 if own else site.first_page,
                 shares=not own,
                 window=0 if config.positions == "relative" else site.model.window,
+                sliding=_sliding_view(site, budget, config.sink),
             ),
         )
         if config.positions == "relative":
@@ -108,3 +116,12 @@ class WindowPolicy(KVPolicy):
 
     def view(self, budget: int) -> View:
         return self._views[budget]
+
+
+def _sliding_view(site: DraftSite, budget: int, sink: int) -> View | None:
+    """Make the view of the same budget of sliding layers; None: there are none, or it has room for their window."""
+    window = site.model.sliding_window
+    if budget >= window:
+        return None
+    table, page = site.state.sliding_table, site.page_size
+    return WindowView(table, budget=budget, sink=sink, page_size=page, shares=False, window=window, kept=window)

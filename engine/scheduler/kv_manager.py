@@ -111,11 +111,13 @@ class KVManager:
 
     def counters(self) -> dict[str, int]:
         """Return the fields of EngineStats that tell of pages."""
+        alone = self._sliding is not None and self._sliding.is_alone
+        pool = self._sliding if self._sliding is not None and alone else self
         return {
-            "pages_free": self.free,
-            "pages_cached": self.cached,
-            "sliding_pages_total": self.total_sliding,
-            "sliding_pages_owned": self.owned_sliding,
+            "pages_free": pool.free,
+            "pages_cached": pool.cached,
+            "sliding_pages_total": 0 if alone else self.total_sliding,
+            "sliding_pages_owned": 0 if alone else self.owned_sliding,
             "prefix_queries": self.queries,
             "prefix_hits": self.hits,
             "prefix_evictions": self.evictions,
@@ -153,6 +155,10 @@ class KVManager:
         # Owned pages come first, since whoever owns a page owns its parents.
         owned = bisect(self.match(request), 0, key=lambda entry: self._pages.owners(entry.page) == 0)
         return self._num_pages(request.num_tokens) - owned
+
+    def num_fitting(self, requests: Sequence[Request]) -> int:
+        """Return how many of these waiting requests, the first ones, the sliding pool has room for."""
+        return len(requests) if self._sliding is None else self._sliding.num_fitting(requests)
 
     def admit(self, request: Request) -> None:
         """Give a waiting request pages for all of its tokens, which must be available, those that it finds among them.

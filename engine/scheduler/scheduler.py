@@ -247,9 +247,8 @@ class Scheduler:
         """Find the waiting requests that could be admitted together, most urgent first, while rows and pages last."""
         found: list[Request] = []
         available, running = self._kv.available, len(self.running)
-        for request in self.waiting:
-            if len(found) == len(self._free_rows):
-                break
+        waiting = self.waiting[: len(self._free_rows)]
+        for request in waiting[: self._kv.num_fitting(waiting)]:
             needed = self._kv.num_needed(request)
             # One page per running row stays available, so that an admission does not cause a preemption in the next
             # round.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from engine.config.deployment import EngineConfig
 from engine.scheduler.pages import PageAllocator, PageLeak
@@ -10,6 +11,18 @@ from engine.scheduler.prefix_index import PrefixIndex
 from engine.scheduler.request import Request
 from models.model_config import ModelConfig
 from models.shapes import window_pages_per_row
+
+
+class WindowRoom(NamedTuple):
+    """Pages of the sliding pool that are owned at most. of_row: by a row, besides those that all rows' new tokens of a
+    round fill. of_round: these."""
+
+    of_row: int
+    of_round: int
+
+    def pages(self, rows: int, tokens: int) -> int:
+        """Return the number of pages that `rows` rows with `tokens` pages of tokens in all need at most."""
+        return min(tokens, rows * self.of_row + self.of_round)
 
 
 class SlidingPages:
@@ -26,7 +39,9 @@ class SlidingPages:
     it enters the index under the same digest as the page of the other layers, and at the same time; where the index has
     the content, the request adopts the indexed page, in each pool by itself. An owned page stays indexed until all is
     forgotten. So different sliding pages that are owned belong to different owned pages of the other layers, and a pool
-    of as many pages, or of as many as windows and rounds need (`num_sliding_pages`), is never too small.
+    of as many pages, or of as many as windows and rounds need (WindowRoom), is never too small. Where all layers slide,
+    the other pool has no bytes and many pages: there only as many requests run as this pool has room for, even if each
+    of them becomes as long as it may (`num_fitting`).
 
     Most pages that fall behind serve no one: another request takes over only those of a window before the end of what
     it has in common. So these are kept longer: before the end of a prompt, of all tokens, and of what a request was
@@ -35,10 +50,18 @@ class SlidingPages:
     index: names pages by what they hold.
     """
 
-    def __init__(self, num_pages: int, page_size: int, window: int, num_uncached_tokens: int = 1) -> None:
-        """num_pages: see num_sliding_pages. window: positions that a query reads, its own included.
-        num_uncached_tokens: see KVManager."""
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        window: int,
+        num_uncached_tokens: int = 1,
+        room: WindowRoom | None = None,
+    ) -> None:
+        """num_pages: see pool_pages. window: positions that a query reads, its own included. num_uncached_tokens: see
+        KVManager. room: bounds what running requests need; None: the other pool does."""
         self._page_size, self._window, self._num_uncached_tokens = page_size, window, num_uncached_tokens
+        self._room, self._running, self._longest = room, 0, 0
         self.index = PrefixIndex(page_size)
         self._pages = PageAllocator(num_pages, self.index.pages, self._forget)
 
@@ -49,6 +72,19 @@ class SlidingPages:
     @property
     def owned(self) -> int:
         return self.total - self._pages.available
+
+    @property
+    def free(self) -> int:
+        return self._pages.free
+
+    @property
+    def cached(self) -> int:
+        return self._pages.cached
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether all layers slide, so that this pool has all KV."""
+        return self._room is not None
 
     @property
     def evictions(self) -> int:
@@ -84,9 +120,25 @@ class SlidingPages:
                 missing.append(place)
         return pages, tuple(missing[:1] + missing[1:][-1:])
 
+    def num_fitting(self, requests: Sequence[Request]) -> int:
+        """Return how many of these waiting requests, the first ones, have room beside those that run."""
+        if self._room is None:
+            return len(requests)
+        tokens = self._longest
+        for count, request in enumerate(requests, 1):
+            tokens += self._most_pages(request)
+            if self._room.pages(self._running + count, tokens) > self.total:
+                return count - 1
+        return len(requests)
+
+    def _most_pages(self, request: Request) -> int:
+        """Return the number of pages of all tokens that a request can have."""
+        return -(-(request.num_prompt + request.params.max_tokens) // self._page_size)
+
     def admit(self, request: Request, branch: int) -> None:
         """Give a request the pages of the window before its computed tokens' end, which are indexed. branch: number of
         first pages that it has in common with another request."""
+        self._running, self._longest = self._running + 1, self._longest + self._most_pages(request)
         request.sliding_first = self._window_start(request.num_computed)
         request.sliding_branch = branch
         digests = request.digests[request.sliding_first : request.num_computed // self._page_size]
@@ -101,7 +153,7 @@ class SlidingPages:
         new ones."""
         first = request.sliding_first + len(request.sliding_pages)
         pages = self._pages.reserve(max(0, -(-end // self._page_size) - first))
-        assert pages is not None, "windows and rounds need more pages than num_sliding_pages"
+        assert pages is not None, "windows and rounds need more pages than there are"
         request.sliding_pages += pages
         return first, pages
 
@@ -139,6 +191,7 @@ class SlidingPages:
 
     def release(self, request: Request) -> None:
         """Give back all pages of a running request."""
+        self._running, self._longest = self._running - 1, self._longest - self._most_pages(request)
         self._pages.release(request.sliding_pages[::-1])
         request.sliding_pages, request.sliding_first = [], 0
 
@@ -182,23 +235,40 @@ class SlidingPages:
             raise PageLeak("several sliding pages belong to one page")
 
 
+class PoolPages(NamedTuple):
+    """Numbers of pages. full: of the pool of layers that keep the KV of all tokens. sliding: of that of sliding layers;
+    0: there are none."""
+
+    full: int
+    sliding: int
+
+
+def pool_pages(config: EngineConfig, model: ModelConfig, num_pages: int, max_model_len: int) -> PoolPages:
+    """Return the sizes of a model's pools. num_pages: of the first, of which a row owns at least as many as of the
+    second. Where no layer keeps the KV of all tokens, it is that of the second, and the first, which has no bytes, has
+    all pages that rows can list."""
+    if not model.attention_groups[0]:
+        return PoolPages(config.scheduler.max_rows * (-(-max_model_len // config.cache.page_size) + 1), num_pages)
+    window = model.windows[1]
+    return PoolPages(num_pages, min(num_pages, max_sliding_pages(config, window)) if window else 0)
+
+
+def window_room(config: EngineConfig, window: int) -> WindowRoom:
+    """Return the pages that windows and rounds need at most."""
+    page = config.cache.page_size
+    of_row = window_pages_per_row(window, config.speculation.max_draft_tokens, page)
+    return WindowRoom(of_row, -(-config.scheduler.max_batch_tokens // page))
+
+
 def max_sliding_pages(config: EngineConfig, window: int) -> int:
-    """Return the number of pages that windows and rounds need at most: those of each row, and all that the new tokens
-    of a round fill."""
-    scheduler, page = config.scheduler, config.cache.page_size
-    per_row = window_pages_per_row(window, config.speculation.max_draft_tokens, page)
-    return scheduler.max_rows * per_row + -(-scheduler.max_batch_tokens // page)
-
-
-def num_sliding_pages(config: EngineConfig, window: int, num_pages: int) -> int:
-    """Return the number of pages of the sliding pool; 0 without a window. num_pages: of the pool of the other layers,
-    of which a row owns at least as many."""
-    return min(num_pages, max_sliding_pages(config, window)) if window else 0
+    """Return the number of pages that all rows together need at most, however long they are."""
+    rows, room = config.scheduler.max_rows, window_room(config, window)
+    return rows * room.of_row + room.of_round
 
 
 def make_sliding_pages(config: EngineConfig, model: ModelConfig, num_pages: int) -> SlidingPages | None:
-    """Make the owner of sliding pages; None for a model without. num_pages: see num_sliding_pages."""
-    window = model.windows[1]
-    count = num_sliding_pages(config, window, num_pages)
+    """Make the owner of sliding pages; None for a model without. num_pages: of the sliding pool."""
+    window, alone = model.windows[1], not model.attention_groups[0]
+    room = window_room(config, window) if alone else None
     uncached = config.speculation.num_uncached_tokens
-    return SlidingPages(count, config.cache.page_size, window, uncached) if window else None
+    return SlidingPages(num_pages, config.cache.page_size, window, uncached, room) if window else None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.forward_graphs import capture_sliding, log_capture, round_up
+from engine.batch.forward_graphs import capture_attention, capture_sliding, log_capture, round_up
 from engine.batch.graph_inputs import GraphInputs, SlidingRoom
 from engine.batch.round_batch import RoundBatch
 from engine.batch.runner import Runner
@@ -154,7 +154,7 @@ class DraftGraphs:
         )
         for index in range(steps):
             part = later.part((index - 1) * rows, rows) if index else first.part(0, rows)
-            attention = self._graphs.attention(self._pool.page_size, self._model.head_dim, part.batch)
+            attention = capture_attention(self._graphs, self._model, self._pool, part.batch)
             sliding = capture_sliding(self._graphs, self._model, self._sliding, part.sliding)
             last = torch.arange(rows, device=device) * part.batch.queries + part.batch.queries - 1
             bucket.steps.append(_Step(part.tokens, attention, sliding, last, bucket.chosen[index]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from engine.batch.forward_graphs import ForwardGraphs, Observer, graph_row_counts
 from engine.batch.graph_inputs import SlidingRoom
 from engine.batch.row_state import RowState
-from engine.batch.runner import Runner
+from engine.batch.runner import Runner, make_attention
 from engine.batch.tail_pages import make_tails, num_exact_pages
 from engine.batch.view import DenseView
 from engine.config.deployment import EngineConfig
@@ -17,7 +17,6 @@ from engine.kv.sealed_reading import SealedAttention, SealedView
 from engine.kv.target_quest import make_target_reading
 from engine.sampling.grammar import Grammars
 from engine.sampling.sampler import Sampler
-from engine.scheduler.sliding_pages import num_sliding_pages
 from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
@@ -59,7 +58,7 @@ def load_draft(config: EngineConfig, target: DecoderModel, max_model_len: int, g
         ops=target.ops,
         weights=draft_model_weights(config, target.ops),
     )
-    return DraftModel(group, model)
+    return DraftModel(group, model.keeping_all_kv())
 
 
 def make_sampler(config: EngineConfig, state: RowState, vocab: VocabShard, ops: Ops, grammars: Grammars) -> Sampler:
@@ -77,23 +76,19 @@ def make_graphs(config: EngineConfig, model: DecoderModel) -> Graphs | None:
     return model.ops.make_graphs()
 
 
-def make_target(
-    config: EngineConfig, model: DecoderModel, state: RowState, num_pages: int, num_sliding: int | None = None
-) -> Runner:
-    """Make the target's runner, over pools of its own. `make_drafter` captures its forwards. num_sliding: number of
-    pages of the pool of sliding layers, if there are any; None: as many as an engine has."""
+def make_target(config: EngineConfig, model: DecoderModel, state: RowState, num_pages: int, num_sliding: int) -> Runner:
+    """Make the target's runner, over pools of its own. `make_drafter` captures its forwards. num_pages, num_sliding:
+    see pool_pages."""
     pool = model.make_pool(num_pages, state.page_size, config.cache.format, num_exact_pages(config))
     sliding = None
     if model.num_sliding_layers:
-        if num_sliding is None:
-            num_sliding = num_sliding_pages(config, model.sliding_window, num_pages)
         sliding_pool = model.make_sliding_pool(num_sliding, state.page_size)
-        sliding = SlidingKV(sliding_pool, _plain_attention(model, state.page_size))
+        sliding = SlidingKV(sliding_pool, _sliding_attention(model, state.page_size))
     if config.target_kv is not None:
         max_queries = config.speculation.max_draft_tokens + 1
         view, attention = make_target_reading(config.target_kv, model, state, pool, max_queries)
         return Runner(model, pool, attention, view, summaries=attention.summaries)
-    plain = _plain_attention(model, state.page_size)
+    plain = make_attention(model, state.page_size)
     if not pool.seals:
         return Runner(model, pool, plain, DenseView(state.page_table, window=model.window), sliding=sliding)
     settings = config.speculation
@@ -145,7 +140,7 @@ def make_drafter(
     policy = make_policy(DraftSite(settings, target.model, state, lambda: target.pool, target.summaries))
     target = _with_target_graphs(config, target, state, graphs, policy.observer)
     view = policy.view(0)
-    sliding = target.sliding and replace(target.sliding, attention=_plain_attention(model, state.page_size))
+    sliding = target.sliding and replace(target.sliding, attention=_sliding_attention(model, state.page_size))
     runner, steps = Runner(model, policy.pool, policy.attention, view, sliding=sliding), None
     if policy.captures:
         if policy.pool is target.pool and model is target.model and not view.per_layer:
@@ -206,7 +201,7 @@ def _with_target_graphs(
         rows=graph_row_counts(config.scheduler.max_rows),
         queries={gamma + 1 for gamma in _gammas(config)},  # a plain step, and verify passes
         width=state.page_table.shape[1],
-        shares=config.cache.prefix and not target.view.window,
+        shares=config.cache.prefix and target.model.num_kv_layers > 0 and not target.view.window,
         window=target.view.window,
         sliding=_sliding_room(target, state),
         observer=observer,
@@ -229,6 +224,8 @@ def _with_graphs(
     layers = model.num_kv_layers if runner.view.per_layer else 0
     rows, gammas = graph_row_counts(config.scheduler.max_rows), _steps(config)
     sliding = _sliding_room(runner, state)
+    if sliding is not None and runner.view.sliding is not None:
+        sliding = sliding._replace(width=width)
     if runner.graphs is None:
         forwards = ForwardGraphs(
             model,
@@ -271,5 +268,5 @@ def _steps(config: EngineConfig) -> set[int]:
     return _gammas(config) - {0}
 
 
-def _plain_attention(model: DecoderModel, page_size: int) -> AttentionBackend:
+def _sliding_attention(model: DecoderModel, page_size: int) -> AttentionBackend:
     return model.ops.attention(page_size, model.head_dim)

@@ -9,6 +9,7 @@ import torch
 
 from engine.batch.forward_graphs import graph_row_counts, prefix_room
 from engine.batch.graph_inputs import pages_seen
+from engine.batch.runner import make_attention
 from engine.config.deployment import EngineConfig
 from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
@@ -107,7 +108,7 @@ def captured_bytes(config: EngineConfig, model: DecoderModel, draft: DecoderMode
         return captured_memory(heads, rows, queries, width, multiprocessors, uniform, prefixes)
 
     scratch = own = 0
-    if not model.window:  # attention to windows is none of FlashInfer's
+    if model.num_kv_layers and not model.window:  # attention to windows is none of FlashInfer's
         prefixes = prefix_room if config.cache.prefix else None
         scratch, own = attention(model, [each + 1 for each in settings.captured_gammas], width, prefixes)
     if steps := settings.max_model_drafts:
@@ -153,7 +154,7 @@ def run_largest_round(config: EngineConfig, model: DecoderModel) -> None:
         sliding_attention=AttentionBatch([tokens], [tokens], lists, window=model.sliding_window),
     )
     pool = model.make_pool(pages, page_size, config.cache.bits.written)
-    attention, sliding = model.ops.attention(page_size, model.head_dim), None
+    attention, sliding = make_attention(model, page_size), None
     if model.num_sliding_layers:
         sliding_pool = model.make_sliding_pool(pages, page_size)
         sliding = SlidingKV(sliding_pool, model.ops.attention(page_size, model.head_dim))

@@ -16,9 +16,9 @@ from engine.config.deployment import CacheConfig, ConfigError, EngineConfig
 from engine.config.kv import KVState
 from engine.config.target_reading import TargetQuestConfig
 from engine.kv.streaming_heads import read_streaming_heads
-from engine.scheduler.sliding_pages import num_sliding_pages
+from engine.scheduler.sliding_pages import max_sliding_pages, window_room
 from engine.worker.kernels import choose_ops
-from engine.worker.sliding_limits import check_sliding, log_sliding
+from engine.worker.sliding_limits import check_sliding, grouped, log_sliding
 from engine.worker.weight_choice import loaded_formats
 from kernels.cpu.compiler import supported
 from kernels.cpu.cpus import usable_cores
@@ -45,11 +45,12 @@ class Resolved:
     """Resolved settings, all but possibly the size of the pool.
 
     path: the model's directory. shape: its config. ops: the kernels. threads: CPU threads per rank. num_pages: pages of
-    the pool, the same on every rank; None: as many as fit on the devices (engine.worker.kv_memory), which may then
-    lower max_model_len. kv_token_bytes: KV of one token in the pool, over all ranks. token_bytes, sliding_bytes,
-    fixed_bytes: on the rank with the largest share, KV for each token of the pool, KV for each token of the pool of
-    sliding layers (engine.scheduler.sliding_pages), and what is kept whatever their sizes: KV of drafts, exact pages of
-    rows, and chosen pages.
+    the pool, the same on every rank, or, where no layer keeps the KV of all tokens, of the pool of sliding layers
+    (engine.scheduler.sliding_pages.pool_pages); None: as many as fit on the devices (engine.worker.kv_memory), which
+    may then lower max_model_len. kv_token_bytes: KV of one token in that pool, over all ranks. token_bytes,
+    sliding_bytes, fixed_bytes: on the rank with the largest share, KV for each token of the pool, KV for each token of
+    the pool of sliding layers, and what is kept whatever their sizes: KV of drafts, exact pages of rows, and chosen
+    pages.
     """
 
     path: Path
@@ -67,8 +68,8 @@ class Resolved:
 
     @property
     def shared_stretch(self) -> int:
-        """See Ops.shared_stretch."""
-        return self.ops.shared_stretch(self.shape.head_dim)
+        """See Ops.shared_stretch. Rows share no reads of windows."""
+        return 0 if self.shape.all_slide else self.ops.shared_stretch(self.shape.head_dim)
 
     def fill_in(self, config: EngineConfig) -> EngineConfig:
         """Return the same config with these values, for ranks that must not resolve anything themselves. Where devices
@@ -108,6 +109,7 @@ def resolve(
     except ValueError as error:
         raise ConfigError(f"engine.tensor_parallel_size: {error}") from error
     draft = _draft_shape(config, shape)
+    shape = grouped(config, shape)
     check_sliding(config, shape, draft)
     pool_bytes, fixed_bytes = _draft_bytes(config, draft or shape, dtype)
     pool_bytes += _kv_bytes(shape, dtype, max(kv_heads), config.cache.format)
@@ -135,7 +137,8 @@ def resolve(
         threads=threads_per_rank(config),
         max_model_len=_max_model_len(config, shape),
         num_pages=None,
-        kv_token_bytes=_kv_bytes(shape, dtype, sum(kv_heads), config.cache.format),
+        kv_token_bytes=len(shape.attention_groups[0] or shape.attention_groups[1])
+        * _layer_bytes(shape, dtype, sum(kv_heads), config.cache.format),
         token_bytes=pool_bytes,
         fixed_bytes=fixed_bytes,
         sliding_bytes=len(shape.attention_groups[1]) * _layer_bytes(shape, dtype, max(kv_heads)),
@@ -177,9 +180,9 @@ def fit_pool(
             f"scheduler.max_rows, or raise {setting.partition(' ')[0]}"
         )
     left, page = max(0, memory - resolved.fixed_bytes), config.cache.page_size
-    pages = left // (page * (resolved.token_bytes + resolved.sliding_bytes))
-    sliding = num_sliding_pages(config, resolved.shape.windows[1], pages)
-    if sliding < pages:  # other layers have what sliding ones need no more
+    pages, window = left // (page * (resolved.token_bytes + resolved.sliding_bytes)), resolved.shape.windows[1]
+    if window and resolved.token_bytes and (sliding := max_sliding_pages(config, window)) < pages:
+        # Other layers have what sliding ones need no more.
         pages = (left - sliding * page * resolved.sliding_bytes) // (page * resolved.token_bytes)
     beside = _describe_kept(config, resolved.fixed_bytes, source)
     return _with_pool(config, resolved, pages, setting, beside, warns=warns)
@@ -267,7 +270,7 @@ def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | Non
     """Read the config of the draft model, if there is one. Raises ConfigError if it cannot draft for the target."""
     if config.speculation.draft_model is None:
         return None
-    shape = read_config(resolve_model(config.speculation.draft_model))
+    shape = replace(read_config(resolve_model(config.speculation.draft_model)), keeps_all_kv=True)
     if shape.vocab_size != target.vocab_size:
         raise ConfigError(
             f"engine.speculation.model: it has a vocabulary of {shape.vocab_size} tokens, the target of "
@@ -325,7 +328,10 @@ def _with_pool(
     Raises ConfigError unless the longest request fits alone, so that every admitted request can finish.
     """
     page_size, length = config.cache.page_size, resolved.max_model_len
-    if pages * page_size < length and pages and config.max_model_len is None:
+    needed = -(-length // page_size)
+    if not resolved.shape.attention_groups[0]:
+        needed = window_room(config, resolved.shape.windows[1]).pages(1, needed)
+    if pages < needed and pages and config.max_model_len is None:
         if warns:
             log.warning(
                 "max_model_len is %d tokens, of the model's %d: %s holds no more%s; raise it to serve longer requests",
@@ -334,14 +340,14 @@ def _with_pool(
                 setting,
                 beside.rstrip(","),
             )
-        length = pages * page_size
-    needed = -(-length // page_size)
+        length, needed = pages * page_size, pages
     if pages < needed:
         raise ConfigError(
             f"engine.cache: {pages} pages of {page_size} tokens{beside} hold less than one request of "
             f"max_model_len {length} ({needed} pages); raise {setting.partition(' ')[0]} or lower max_model_len"
         )
-    return replace(resolved, num_pages=min(pages, needed * config.scheduler.max_rows), max_model_len=length)
+    most = config.scheduler.max_rows * -(-length // page_size)
+    return replace(resolved, num_pages=min(pages, most), max_model_len=length)
 
 
 def _keepers(config: EngineConfig) -> str:
@@ -385,7 +391,7 @@ def log_started(config: EngineConfig, resolved: Resolved, num_pages: int, weight
         config.cache.format,
         resolved.kv_token_bytes,
     )
-    log_sliding(config, resolved.shape, num_pages)
+    log_sliding(config, resolved.shape, num_pages, resolved.max_model_len)
     if (target := config.target_kv) is not None:
         log.warning(
             "target_kv: the target reads at most %d KV tokens in each KV head for a position after a prompt (%s); "

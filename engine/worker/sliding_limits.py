@@ -1,15 +1,27 @@
-"""What is not served for models with sliding layers."""
+"""Models with sliding layers: which of them keep all KV, and what is not served."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.config.kv import WindowConfig
-from engine.scheduler.sliding_pages import num_sliding_pages
+from engine.scheduler.sliding_pages import pool_pages
 from models.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
+
+
+def grouped(config: EngineConfig, target: ModelConfig) -> ModelConfig:
+    """Return the target's config with the attention groups that it is served with. Where all layers slide, they keep
+    the KV of a window only, unless something reads more of it: pages that are sealed or have few bits are in one pool
+    with all KV, drafts choose from it, and a draft model has pages beside it."""
+    settings = config.speculation
+    drafts_itself = settings.max_model_drafts > 0 and settings.drafting_model == "self"
+    chooses = drafts_itself and not settings.kv.fits_windows
+    keeps = config.cache.format != "dense" or settings.has_draft_pages or chooses
+    return replace(target, keeps_all_kv=target.all_slide and keeps)
 
 
 def check_sliding(config: EngineConfig, target: ModelConfig, draft: ModelConfig | None) -> None:
@@ -29,7 +41,7 @@ def check_sliding(config: EngineConfig, target: ModelConfig, draft: ModelConfig 
         return
     drafting = target if draft is None else draft
     kv = settings.kv
-    if kv.counts_votes and drafting.sliding_layers and not drafting.attention_groups[1]:
+    if kv.counts_votes and drafting.all_slide:
         raise ConfigError(
             f"engine.speculation.kv: {kv.policy} chooses by what all KV is read for, but all layers of the model slide"
         )
@@ -41,13 +53,19 @@ def check_sliding(config: EngineConfig, target: ModelConfig, draft: ModelConfig 
         )
 
 
-def log_sliding(config: EngineConfig, shape: ModelConfig, num_pages: int) -> None:
-    """Log the pool of sliding layers, if there is one. num_pages: of the pool of the other layers."""
+def log_sliding(config: EngineConfig, shape: ModelConfig, num_pages: int, max_model_len: int) -> None:
+    """Log the pool of sliding layers, if there is one, or that they keep all KV. num_pages: see pool_pages."""
     if window := shape.windows[1]:
+        pages = pool_pages(config, shape, num_pages, max_model_len).sliding
         log.info(
             "%d of %d layers keep the KV of %d tokens per request, in a pool of %d pages",
             len(shape.sliding_layers),
             shape.num_layers,
             window,
-            num_sliding_pages(config, window, num_pages),
+            pages,
+        )
+    elif shape.all_slide:
+        log.info(
+            "all layers read a window of %d tokens, but keep all KV, as its format or the reading of drafts needs it",
+            shape.windows[0],
         )

@@ -22,6 +22,7 @@ from engine.plan import RoundPlan, RoundResult, RowFailure, RowResult, RowWork
 from engine.ranks.protocol import WeightBytes
 from engine.sampling.grammar import Grammars
 from engine.sampling.sampler import NOT_FINITE, NOTHING_LEFT, LogprobTensors, PromptLogprobTensors
+from engine.scheduler.sliding_pages import pool_pages
 from engine.speculation.drafters import TimedDrafter
 from engine.speculation.round import run_round
 from engine.speculation.verify import Verdict
@@ -86,6 +87,7 @@ class Worker:
         is_shared = model is not None
         if model is None:
             model = load_shard(config, resolved, device, group, progress=progress)
+        model = model.keeping_all_kv(resolved.shape.keeps_all_kv)
         draft = load_draft(config, model, resolved.max_model_len, draft_group)
         resolved = size_pool(config, resolved, model, group, draft=draft.model)
         assert resolved.num_pages is not None
@@ -123,7 +125,8 @@ class Worker:
         self._sampler = make_sampler(config, self._state, vocab, model.ops, self._grammars)
         self._graphs = make_graphs(config, model)
         try:
-            target = make_target(config, model, self._state, num_pages)
+            pages = pool_pages(config, model.config, num_pages, max_model_len)
+            target = make_target(config, model, self._state, *pages)
             self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft, self._graphs)
         except BaseException:
             self.close()

@@ -130,6 +130,16 @@ class AttentionBackend(PlannedAttention, Protocol):
         """Prepare for `batch`. The plan stays valid until the next one."""
 
 
+class NoAttention:
+    """Attention to the KV of layers of which a model has none."""
+
+    def plan(self, *batch: object) -> None:
+        """Plan nothing."""
+
+    def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        raise AssertionError("no layer has such KV")
+
+
 @dataclass(frozen=True, slots=True)
 class GraphBatch(_Lists):
     """Rows of a captured forward: tensors at fixed addresses, whose values change between replays.

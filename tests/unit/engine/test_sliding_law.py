@@ -211,10 +211,42 @@ def test_rows_are_preempted_and_windows_evicted() -> None:
     assert min(stats.preemptions, stats.prefix_hits, sliding._pages.evictions) > 0
 
 
+def test_windows_alone_wait_for_room() -> None:
+    """Where all layers slide, rows become long in a pool that none of them would fit into, without preemption."""
+    engine = engine_of("all layers", 3, "window", cache={"num_pages": 30}, scheduler={"max_batch_tokens": 20})
+    assert engine._kv.total > 30
+    played = play(engine, crowd(5, 60) + random_turns(random.Random(2), 4, 12), LONGEST)
+    check_answers(played, run(plain("all layers"), played.requests))
+    check_hits(engine, played)
+    stats = engine.stats()
+    assert (stats.pages_total, stats.sliding_pages_total, stats.preemptions) == (30, 0, 0)
+    assert stats.pages_free + stats.pages_cached == 30
+    assert min(stats.prefix_hits, stats.prefix_evictions, stats.accepted_tokens) > 0
+
+
+@pytest.mark.parametrize("layers", SHAPES)
+def test_drafts_read_less_than_a_window(layers: str) -> None:
+    """The first tokens and the most recent ones, while the row has the first ones; then recent ones alone."""
+    wide = tiny_model(config=replace(SHAPES[layers], sliding_window=40))
+    turns = [Turn(str(i), prompt_of(20 + 30 * i, i), params={"max_tokens": 60, "ignore_eos": True}) for i in range(3)]
+    settings: dict[str, Any] = {"page_size": 4, "max_model_len": LONGEST, "scheduler": {"max_rows": 6}}
+    oracle = tiny_engine(wide, gamma=0, **settings)
+    for budget, fewer in ((16, True), (40, False)):
+        kv = {"policy": "window", "budget": budget, "sink": 4}
+        engine = tiny_engine(wide, gamma=3, speculation={"kv": kv}, **settings)
+        view = engine._worker._drafter._drafter._runner.view  # type: ignore[attr-defined]
+        assert (view.sliding is not None) is fewer
+        played = play(engine, turns, LONGEST)
+        check_answers(played, run(oracle, played.requests))
+        stats = engine.stats()
+        assert stats.accepted_tokens > 0
+        assert (stats.rejections > 0) is (fewer or layers == "most layers")
+
+
 @pytest.mark.parametrize("layers", SHAPES)
 @pytest.mark.parametrize("kv_format", ["int8", "int4x2", "fp8"])
 def test_nor_the_format_of_the_other_layers(layers: str, kv_format: str) -> None:
-    """Sliding layers are dense. Where all layers slide, they have the format."""
+    """Sliding layers are dense. Where all layers slide, they have the format, and keep all KV."""
     longest = 3 * SEALED_GROUP
     page = 8 if kv_format == "fp8" else SEALED_GROUP
     rng = random.Random(3)
@@ -249,8 +281,28 @@ def test_sliding_layers_keep_their_window_only() -> None:
         assert engine.stats().sliding_pages_owned == (owned[-1] if engine._scheduler.running else 0)
     assert max(owned) <= -(-(WINDOW + 3) // 4) + 1
     assert engine.stats().sliding_pages_total == pool.pool.num_pages
-    assert run(plain("all layers"), [AddRequest("short", [5], SamplingParams(max_tokens=2))])
-    assert plain("all layers").stats().sliding_pages_total == 0
+
+
+def test_so_they_do_where_all_layers_slide() -> None:
+    """A request of 1,100 tokens in memory for 60. Drafts that choose and KV of few bits need all KV."""
+    settings: dict[str, Any] = {"scheduler": {"max_batch_tokens": 24}, "max_model_len": 1200}
+    engine = engine_of("all layers", 3, "window", cache={"num_pages": 15}, **settings)
+    target, sliding = engine._worker._target, engine._worker._target.sliding
+    assert sliding is not None
+    assert (target.pool.nbytes, sliding.pool.num_pages) == (0, 15)
+    engine.add(AddRequest("long", prompt_of(1000, 1), SamplingParams(max_tokens=100, ignore_eos=True)))
+    outputs = []
+    while engine.has_work():
+        outputs += engine.step()
+        owned = sum(len(request.sliding_pages) for request in engine._scheduler.running)
+        stats = engine.stats()
+        assert stats.pages_total - stats.pages_free - stats.pages_cached == owned <= 15
+    request = AddRequest("long", prompt_of(1000, 1), SamplingParams(max_tokens=100, ignore_eos=True))
+    oracle = engine_of("all layers", 0, page_size=16, cache={"prefix": False}, max_model_len=1200)
+    assert tokens(outputs) == tokens(run(oracle, [request])["long"])
+    for policy, kv_format, page in (("quest", "dense", 4), ("window", "fp8", 8)):
+        kept = engine_of("all layers", 3, policy, page, cache={"format": kv_format})
+        assert kept._worker._target.pool.num_layers == 2
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from models.known_shapes import SHAPES
 from models.model_config import ModelConfig
 from models.shapes import kv_token_bytes, rank_kv_token_bytes, rank_sliding_token_bytes
 from planner.cost_model import SpeculationCost
-from planner.forecast import CHUNK, Deployment, ForecastError
+from planner.forecast import CHUNK, Deployment, ForecastError, deploy
 from planner.hardware import GPUS, Device
 from planner.placed_model import Efficiency, PlacedModel
 from planner.policy_costs import POLICY_COSTS
@@ -24,6 +26,7 @@ ROUND = Device(name="round", flops=1e9, bandwidth=1e5, memory=1e6, link=1e4, all
 EXACT = Efficiency(flops=0.5, weights=0.8, kv=0.5, verify_attention=1.0, layer_s=0.0)
 SLIDING = replace(SMALL, sliding_window=100, sliding_layers=(0, 2))
 ALL_SLIDE = replace(SMALL, sliding_window=100, sliding_layers=(0, 1, 2))
+KEPT = replace(ALL_SLIDE, keeps_all_kv=True)
 LINEAR = 2 * SMALL_ACTIVE / 8e4
 """Seconds of matrix products."""
 
@@ -42,7 +45,8 @@ def deployed(model: ModelConfig, policy: str = "window", gpu: str = "h100", **fi
 def test_bytes_of_a_token() -> None:
     """A layer of SMALL has 2·2·2·2 bytes per token. Sliding layers are dense in every format."""
     assert (kv_token_bytes(SLIDING, 2), rank_sliding_token_bytes(SLIDING, 1, 2)) == (16, 32)
-    assert (kv_token_bytes(ALL_SLIDE, 2), rank_sliding_token_bytes(ALL_SLIDE, 1, 2)) == (48, 0)
+    assert (kv_token_bytes(ALL_SLIDE, 2), rank_sliding_token_bytes(ALL_SLIDE, 1, 2)) == (0, 48)
+    assert (kv_token_bytes(KEPT, 2), rank_sliding_token_bytes(KEPT, 1, 2)) == (48, 0)
     assert rank_kv_token_bytes(SLIDING, 2, 2, "fp8") == 4
     assert rank_sliding_token_bytes(SLIDING, 2, 2) == 16
     assert place(SLIDING, kv_format="fp8").kv_read_bytes(1, 1000, 100) == 8 * 1000 + 32 * 100
@@ -76,10 +80,22 @@ class TestReads:
 
     def test_all_layers_slide(self) -> None:
         """Plain steps read the window, drafts their budget."""
-        cost = SpeculationCost(target=place(ALL_SLIDE), draft=place(ALL_SLIDE), budget=64, shared=900)
+        cost = SpeculationCost(target=place(KEPT), draft=place(KEPT), budget=64, shared=900)
         assert cost.target_seconds(4, 1000) == pytest.approx(LINEAR + 4 * 48 * 100 / 5e4)
         assert cost.draft_seconds(4, 1000) == pytest.approx(LINEAR + 4 * 48 * 64 / 5e4)
         assert replace(cost, budget=None).draft_seconds(4, 1000) == cost.target_seconds(4, 1000)
+
+    def test_drafts_read_less_than_a_window(self) -> None:
+        """A budget below the window bounds what they read in sliding layers, if their policy does."""
+        cost = SpeculationCost(target=place(SLIDING), draft=place(SLIDING), budget=64, narrows=True)
+        assert cost.draft_row_bytes(1000) == (16 + 32) * 64
+        assert replace(cost, budget=128).draft_row_bytes(1000) == 16 * 128 + 32 * 100
+        assert replace(cost, budget=None).draft_row_bytes(1000) == 16 * 1000 + 32 * 100
+        assert cost.draft_seconds(4, 1000) == pytest.approx(LINEAR + 4 * (16 + 32) * 64 / 5e4)
+        assert cost.target_seconds(4, 1000) == replace(cost, narrows=False).target_seconds(4, 1000)
+        for policy, row in (("window", 10 * 512 + 52 * 512), ("quest", 10 * (512 + 16 + 9) + 52 * 1024)):
+            found = deployed(SHAPES["gemma-3-27b"], policy).forecast(1, 8000, budgets=(512,), gamma=3)
+            assert found.draft_row_read_bytes == 8192 * row
 
     def test_choosing_is_among_the_other_layers(self) -> None:
         for policy, costs in POLICY_COSTS.items():
@@ -111,7 +127,7 @@ class TestBreakEven:
         assert cost.break_even_limit(1, 0.99) == 100
 
     def test_limit_where_all_layers_slide(self) -> None:
-        target = place(ALL_SLIDE, device=replace(ROUND, flops=1e30))
+        target = place(KEPT, device=replace(ROUND, flops=1e30))
         cost = SpeculationCost(target=target, draft=target, budget=16)
         assert cost.break_even_limit(2, 0.8) == pytest.approx(2 * 16 / (0.8 + 0.64))
         assert replace(cost, budget=99).break_even_limit(2, 0.8) == math.inf
@@ -127,6 +143,30 @@ class TestMemory:
         assert found.memory_bytes == found.weight_bytes + found.kv_bytes
         free = found.usable_bytes - found.weight_bytes - CHUNK * 425_984
         assert found.largest_batch == free // (8004 * 81_920 + window * 425_984)
+
+    @pytest.mark.parametrize(
+        ("policy", "kv_format", "kept"), [("window", "dense", 1), ("quest", "dense", 2), ("window", "fp8", 2)]
+    )
+    def test_all_layers_slide(self, policy: str, kv_format: str, kept: int, tmp_path: Path) -> None:
+        """Only a window is kept, unless drafts choose among all KV, or it has few bits."""
+        shape = {"model_type": "mistral", "sliding_window": 256, "max_position_embeddings": 8192}
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        }
+        (tmp_path / "config.json").write_text(json.dumps({**shape, **sizes, "vocab_size": 300}), encoding="utf-8")
+        usual: dict[str, Any] = {"draft": "self", "gpu": "h100", "ranks": 1, "dtype": "bfloat16", "alpha": 0.8}
+        made = deploy(model=str(tmp_path), policy=policy, kv_format=kv_format, **usual)
+        found = made.forecast(4, 8000, budgets=(64,), gamma=3)
+        row = 2 * 2 * 64 * (2 if kv_format == "dense" else 1)
+        window = 16 * (math.ceil((256 + 3) / 16) + 3)
+        expected = (4 * window + CHUNK) * row if kept == 1 else 4 * 8004 * row
+        assert found.kv_bytes == expected
+        same = replace(made, target=replace(made.target, model=replace(made.target.model, keeps_all_kv=True)))
+        assert same.forecast(4, 8000, budgets=(64,), gamma=3).speedup == found.speedup
 
     def test_no_more_than_other_layers(self) -> None:
         found = deployed(SHAPES["gemma-3-27b"]).forecast(2, 1000, budgets=(512,), gamma=3)

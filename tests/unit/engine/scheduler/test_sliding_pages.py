@@ -18,7 +18,7 @@ from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.pages import PageLeak
 from engine.scheduler.request import Request
 from engine.scheduler.scheduler import Scheduler
-from engine.scheduler.sliding_pages import SlidingPages, max_sliding_pages, num_sliding_pages
+from engine.scheduler.sliding_pages import SlidingPages, max_sliding_pages, window_room
 from tests.support.engines import Scripted
 from tests.support.profiles import examples
 
@@ -93,18 +93,28 @@ def prompt(rng: random.Random, page_size: int) -> list[int]:
     window=st.sampled_from([1, 2, 5, 10, 40]),
     spare=st.integers(0, 90),
     prefix=st.booleans(),
+    alone=st.booleans(),
 )
-@examples(60, 600)
-def test_rows_read_their_own_windows(seed: int, page_size: int, window: int, spare: int, prefix: bool) -> None:
-    run_at_random(seed, page_size, window, spare, prefix)
+@examples(80, 900)
+def test_rows_read_their_own_windows(
+    seed: int, page_size: int, window: int, spare: int, prefix: bool, alone: bool
+) -> None:
+    seen = run_at_random(seed, page_size, window, spare, prefix, alone)
+    assert not alone or not seen["preemptions"]
 
 
-def run_at_random(seed: int, page_size: int, window: int, spare: int, prefix: bool = True) -> Counter[str]:
-    """Run random rounds in a pool with room for the longest request and `spare` pages. Returns what happened."""
-    rng = random.Random(seed)
-    pages = -(-MAX_LEN // page_size) + spare
-    count = num_sliding_pages(config(page_size), window, pages)
-    kv = KVManager(pages, page_size, prefix=prefix, sliding=SlidingPages(count, page_size, window))
+def run_at_random(
+    seed: int, page_size: int, window: int, spare: int, prefix: bool = True, alone: bool = False
+) -> Counter[str]:
+    """Run random rounds in a pool with room for the longest request and `spare` pages. alone: the pool of sliding
+    layers is that one. Returns what happened."""
+    rng, room = random.Random(seed), window_room(config(page_size), window)
+    longest = -(-MAX_LEN // page_size)
+    pages, count = longest + spare, min(longest + spare, max_sliding_pages(config(page_size), window))
+    if alone:
+        pages, count = ROWS * (longest + 1), room.pages(1, longest) + spare
+    sliding = SlidingPages(count, page_size, window, room=room if alone else None)
+    kv = KVManager(pages, page_size, prefix=prefix, sliding=sliding)
     made = Scheduler(
         kv=kv,
         page_size=page_size,
@@ -146,6 +156,26 @@ def run_at_random(seed: int, page_size: int, window: int, spare: int, prefix: bo
 def test_all_of_that_happens() -> None:
     seen = sum((run_at_random(seed, 4, 10, 0) for seed in range(12)), Counter[str]())
     assert min(seen["hits"], seen["failures"], seen["preemptions"]) > 0
+    alone = sum((run_at_random(seed, 4, 10, 8, alone=True) for seed in range(12)), Counter[str]())
+    assert min(alone["hits"], alone["failures"]) > 0
+
+
+def test_rows_run_while_windows_have_room() -> None:
+    """Where all layers slide, as many rows run as the pool has windows for, short ones as many as their tokens fit."""
+    page, window = 4, 10
+    room = window_room(config(page), window)
+    per_row, kv = room.of_row, KVManager(1000, page, sliding=SlidingPages(60, page, window, room=room))
+    long, short = (
+        [Request(AddRequest(str(i), [5] * 8, SamplingParams(max_tokens=count)), [], 0) for i in range(20)]
+        for count in (300, 8)
+    )
+    assert kv.num_fitting(long) == (60 - room.of_round) // per_row
+    assert kv.num_fitting(short) == 60 // 4
+    kv.admit(long[0])
+    assert kv.num_fitting(long[1:]) == (60 - room.of_round) // per_row - 1
+    kv.release(long[0])
+    assert kv.num_fitting(long) == (60 - room.of_round) // per_row
+    kv.check([])
 
 
 # -- one thing at a time ---------------------------------------------------------------------------------------------
@@ -252,7 +282,7 @@ def test_a_window_that_is_evicted_in_the_round_that_would_share_it() -> None:
     """Two requests are admissible together. The first one's pages evict the window that the second counts on. So the
     second needs more pages than there are, and waits."""
     page, window, pages = 4, 10, 100
-    own = SlidingPages(num_sliding_pages(config(page, 3, 200), window, pages), page, window)
+    own = SlidingPages(min(pages, max_sliding_pages(config(page, 3, 200), window)), page, window)
     kv = KVManager(pages, page, sliding=own)
     made = Scheduler(
         kv=kv,

@@ -14,7 +14,7 @@ import torch
 from engine.batch.forward_graphs import graph_row_counts
 from engine.batch.graph_inputs import _GroupLists
 from engine.config.deployment import ConfigError, EngineConfig
-from engine.scheduler.sliding_pages import num_sliding_pages
+from engine.scheduler.sliding_pages import pool_pages
 from engine.worker.kv_memory import DeviceMemory, captured_bytes, captured_list_bytes, run_largest_round, size_pool
 from engine.worker.resolve import Resolved, resolve
 from kernels.flashinfer.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
@@ -124,7 +124,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def llama(heads: int, kv_heads: int, head_dim: int) -> Any:
-    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": 0}
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": 0, "num_kv_layers": 4}
     return SimpleNamespace(**sizes, device=torch.device("cuda"))
 
 
@@ -188,8 +188,8 @@ def test_both_pools_share_what_is_left(kilobytes: int) -> None:
     assert num_pages is not None
 
     def needed(pages: int) -> int:
-        sliding = model.make_sliding_pool(num_sliding_pages(config, 10, pages), 4)
-        return model.make_pool(pages, 4).nbytes + sliding.nbytes
+        sizes = pool_pages(config, SLIDING, pages, 40)
+        return model.make_pool(sizes.full, 4).nbytes + model.make_sliding_pool(sizes.sliding, 4).nbytes
 
     assert needed(num_pages) <= 1000 * kilobytes
     assert num_pages == 8 * 10 or needed(num_pages + 1) > 1000 * kilobytes
