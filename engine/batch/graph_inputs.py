@@ -60,17 +60,16 @@ class GraphInputs:
         width: int,
         prefixes: int = 0,
         layers: int = 0,
-        heads: int = 0,
         window: int = 0,
         sliding: SlidingRoom | None = None,
     ) -> None:
         """width: largest number of pages in a list. pool: has a scratch page. prefixes: room for prefixes that rows
-        share. layers, heads: numbers of lists that each row has, one per layer, and one per KV head; 0: one for all.
+        share. layers: number of lists that each row has, one per layer; 0: one for all.
         window: see AttentionBatch. sliding: room for sliding layers; None: the model has none."""
         device = pool.device
         self._queries = queries
         padding = [0, 0, _scratch_slot(pool)]  # token id, position, KV slot
-        lists = [layers] * (layers > 0) + [rows] + [heads] * (heads > 0)
+        lists = [layers] * (layers > 0) + [rows]
         self._lists = _GroupLists(pool, lists, width, queries, prefixes=prefixes, per_layer=layers > 0, window=window)
         self._sliding: _GroupLists | None = None
         if sliding is not None:

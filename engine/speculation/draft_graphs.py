@@ -89,18 +89,17 @@ class DraftGraphs:
         first: int,
         width: int,
         layers: int = 0,
-        heads: int = 0,
         sliding: SlidingRoom | None = None,
     ) -> None:
         """Capture, for each of `rows`, each of `gammas` steps. All ranks that share the model do so at the same time.
 
-        first: largest number of queries of a row in the first step; later steps have one. width, layers, heads,
-        sliding: see GraphInputs.
+        first: largest number of queries of a row in the first step; later steps have one. width, layers, sliding:
+        see GraphInputs.
         """
         self._model, self._pool, self._graphs, self._sampler = runner.model, runner.pool, graphs, sampler
         self._window, self._sliding = runner.view.window, sliding
         self._rows, self._gammas = sorted(rows), sorted(gammas)
-        self._first, self._width, self._lists = first, width, (layers, heads)
+        self._first, self._width, self._layers = first, width, layers
         what = f"drafts of up to {self._gammas[-1]} tokens for up to {self._rows[-1]} rows"
         with log_capture(what, self._model.device):  # the largest first, so that the others fit into its memory
             self._buckets = {count: self._capture(count) for count in self._rows[::-1]}
@@ -131,13 +130,11 @@ class DraftGraphs:
 
     def _capture(self, rows: int) -> _Bucket:
         device, steps = self._model.device, self._gammas[-1]
-        layers, heads = self._lists
         make = partial(
             GraphInputs,
             self._pool,
             width=self._width,
-            layers=layers,
-            heads=heads,
+            layers=self._layers,
             window=self._window,
             sliding=self._sliding,
         )

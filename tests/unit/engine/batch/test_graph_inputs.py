@@ -27,27 +27,21 @@ from tests.support.rig import CPU
 WIDTH = 6
 
 
-def lists_of(rows: int, width: int, layers: int, heads: int) -> Tensor:
-    return torch.randint(9, [*[layers] * (layers > 0), rows, *[heads] * (heads > 0), width])
-
-
 @pytest.mark.parametrize("layers", [0, 3])
-@pytest.mark.parametrize("heads", [0, 2])
-def test_lists_reach_their_rows(layers: int, heads: int) -> None:
-    """Of a smaller batch too, in any order; a part has its rows' lists, of every layer and KV head, at fixed
-    addresses."""
+def test_lists_reach_their_rows(layers: int) -> None:
+    """Of a smaller batch too, in any order; a part has its rows' lists, of every layer, at fixed addresses."""
     sizes = {"num_layers": 3, "num_pages": 9, "page_size": 4, "kv_heads": 2, "head_dim": 4}
     pool = KVPool(**sizes, dtype=torch.float32, device=CPU, scratch=True)
-    inputs = GraphInputs(pool, rows=4, queries=2, width=WIDTH, layers=layers, heads=heads)
+    inputs = GraphInputs(pool, rows=4, queries=2, width=WIDTH, layers=layers)
     parts = [inputs.part(first, 2).batch for first in (0, 2)]
     for rows, width in (([2, 0, 3], 4), ([1], WIDTH)):
-        pages, tokens = lists_of(len(rows), width, layers, heads), torch.arange(len(rows))
+        pages = torch.randint(9, [*[layers] * (layers > 0), len(rows), width])
+        tokens = torch.arange(len(rows))
         batch = AttentionBatch([1] * len(rows), [9] * len(rows), pages, per_layer=layers > 0)
         inputs.copy(ForwardBatch(tokens, tokens, tokens, attention=batch, logit_index=tokens), np.array(rows))
         for index, row in enumerate(rows):
             part = parts[row // 2]
             assert part.per_layer == batch.per_layer
-            assert part.per_head == batch.per_head == (heads > 0)
             for layer in map(pool.layer, range(3)):
                 found = part.pages_of(layer)[row % 2, ..., :width]
                 assert torch.equal(found, batch.pages_of(layer)[index])
@@ -116,7 +110,7 @@ def test_queries_see_their_windows(page_size: int, window: int, slides: bool) ->
 
 
 def test_lists_per_layer_have_no_prefixes() -> None:
-    pages, prefix = lists_of(2, 3, 2, 0), SharedPrefix((0, 1), 1)
+    pages, prefix = torch.randint(9, [2, 2, 3]), SharedPrefix((0, 1), 1)
     with pytest.raises(AssertionError):
         AttentionBatch([1, 1], [9, 9], pages, per_layer=True, prefixes=[prefix])
     with pytest.raises(AssertionError):
@@ -157,9 +151,9 @@ def test_drafts_read_lists_per_layer() -> None:
     runner = Runner(model, pool, model.ops.attention(4, model.head_dim), DenseView(state.page_table))
     graphs = _Graphs()
     sampler = Sampler(state, VocabShard(0, 64, 64, Group.single()))
-    DraftGraphs(runner, graphs, sampler, rows=[2], gammas=[3], first=2, width=WIDTH, layers=2, heads=1)
-    assert [batch.pages.shape for batch in graphs.batches] == [(2, 2, 1, WIDTH)] * 3
-    assert all(batch.per_layer and batch.per_head for batch in graphs.batches)
+    DraftGraphs(runner, graphs, sampler, rows=[2], gammas=[3], first=2, width=WIDTH, layers=2)
+    assert [batch.pages.shape for batch in graphs.batches] == [(2, 2, WIDTH)] * 3
+    assert all(batch.per_layer for batch in graphs.batches)
     assert len({batch.pages.data_ptr() for batch in graphs.batches}) == 3
 
 
