@@ -16,14 +16,17 @@ from tests.support.rank_law import model
 from tests.support.ranks import threaded_engine
 from tests.support.workloads import kv_of
 
-SHAPE = replace(model(9, 3), vocab_size=67, num_layers=3, sliding_window=10, sliding_layers=(0, 2))
+SHAPES = {
+    "some": replace(model(9, 3), vocab_size=67, num_layers=3, sliding_window=10, sliding_layers=(0, 2)),
+    "all": replace(model(9, 3), vocab_size=67, num_layers=2, sliding_window=30, sliding_layers=(0, 1)),
+}
 MAX_LEN, PAGE = 150, 4
 
 
-def start(size: int, gamma: int, policy: str = "all", prefix: bool = True) -> Engine:
+def start(layers: str, size: int, gamma: int, policy: str = "all", prefix: bool = True) -> Engine:
     """Start an engine that compares the row state of all ranks after every round."""
     engine, _ = threaded_engine(
-        SHAPE,
+        SHAPES[layers],
         size,
         gamma=gamma,
         dtype=torch.float64,
@@ -37,15 +40,20 @@ def start(size: int, gamma: int, policy: str = "all", prefix: bool = True) -> En
 
 
 @cache
-def plain() -> Engine:
-    return start(1, 0, prefix=False)
+def plain(layers: str) -> Engine:
+    return start(layers, 1, 0, prefix=False)
 
 
-@pytest.mark.parametrize(("size", "policy"), [(2, "window"), (3, "quest")])
-def test_ranks_change_nothing(size: int, policy: str) -> None:
-    engine = start(size, 3, policy)
+@pytest.mark.parametrize(
+    ("layers", "size", "policy"),
+    [("some", 2, "window"), ("some", 3, "quest"), ("all", 2, "window"), ("all", 3, "quest")],
+)
+def test_ranks_change_nothing(layers: str, size: int, policy: str) -> None:
+    """Where all layers slide, drafts by window leave the window's KV alone, those that choose have all KV."""
+    engine = start(layers, size, 3, policy)
+    assert (engine._worker.model.num_kv_layers == 0) is (layers == "all" and policy == "window")
     played = play(engine, random_turns(random.Random(size), PAGE, 8), MAX_LEN)
-    check_answers(played, run(plain(), played.requests))
+    check_answers(played, run(plain(layers), played.requests))
     check_hits(engine, played)
     assert engine.stats().prefix_hits > 0
     engine.close()

@@ -19,6 +19,7 @@ from engine.oom import describe_failure
 from engine.ranks.executor import RankExecutor
 from engine.ranks.protocol import RankReport, send_report, worker_loop
 from engine.worker.build import load_draft
+from engine.worker.sliding_limits import grouped
 from engine.worker.worker import Worker
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
@@ -136,6 +137,7 @@ class ThreadRanks:
             assert config.cache.num_pages
             assert config.max_model_len
             model = self.model(rank)
+            model = model.keeping_all_kv(grouped(config, model.config).keeps_all_kv)
             draft_group = self._draft_groups[rank] if rank < len(self._draft_groups) else None
             self.workers[rank] = worker = Worker(
                 model,
