@@ -56,6 +56,8 @@ class RowWork(msgspec.Struct, array_like=True):
     """Computed tokens, the last ones, whose KV a draft model lacks before the round; 0 in chunks of prompts."""
     proposed: list[int] = []
     """The first of the `gamma` drafts, found in text by the host. A model drafts the rest, after them."""
+    latest: bool = False
+    """Whether the drafts read the latest pages in place of those that a policy has chosen, where it allows both."""
 
     @property
     def model_drafts(self) -> int:

@@ -39,6 +39,7 @@ class RoundBatch:
 
     row, computed, new, gamma, catch_up, draft_lag, num_prompt_logprobs: host, [rows], as in RowWork. sampling: host,
         [rows] bool, rows that sample.
+    latest: host, [rows] bool, as in RowWork.
     num_proposed: host, [rows], number of drafts that the plan contains; a model drafts after them.
     max_steps: largest number of drafts that a model makes for a row: of forwards that draft.
     budget: see RoundPlan.
@@ -67,6 +68,7 @@ class RoundBatch:
         self.draft_lag = np.array([item.draft_lag for item in work], dtype=np.int64)
         self.catch_up = np.array([item.catch_up for item in work], dtype=np.int64)
         self.sampling = np.array([item.samples for item in work], dtype=bool)
+        self.latest = np.array([item.latest for item in work], dtype=bool)
         self.num_prompt_logprobs = np.array([item.num_prompt_logprobs for item in work], dtype=np.int64)
         self.gamma_max = int(self.gamma.max(initial=0))
         self._proposed = [item.proposed for item in work]

@@ -63,6 +63,11 @@ class KVSettings(Settings):
         """Whether drafts can do without KV that the target's layers read no more, where all of these slide."""
         return False
 
+    @property
+    def reads_latest(self) -> bool:
+        """Whether a controller may let rows read the latest pages in place of chosen ones (RowWork.latest)."""
+        return False
+
     def resolve(self, drafter: DrafterName) -> Self:
         """Return the settings with every default resolved."""
         return self
@@ -260,6 +265,13 @@ class VerifiedConfig(ChoiceConfig):
 
     counts_votes: ClassVar[bool] = True
     policy: Literal["verified"]
+    latest: Literal["auto", "never"] = "auto"
+    """auto: with `gamma: auto`, drafts of a row read the latest pages in place of the chosen ones while more of them
+    are accepted then."""
+
+    @property
+    def reads_latest(self) -> bool:
+        return self.latest == "auto"
 
     def check(self, page_size: int, drafter: DrafterName) -> None:
         super().check(page_size, drafter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _START_ALPHA, _START_TRIALS = 0.9, 10.0
 """Prior before anything was drafted, and its weight in judged tokens. Optimistic: over-drafting corrects itself,
@@ -39,62 +40,84 @@ class AcceptanceRecord:
         return (self.accepted + prior * trials) / (self.judged + trials)
 
 
+class Reading(NamedTuple):
+    """What drafts of a row read. budget: KV tokens. latest: see RowWork."""
+
+    budget: int
+    latest: bool = False
+
+
+class Judged(NamedTuple):
+    """Drafts of a row in a round. accepted: number of them before the first rejection. rejected: whether there was
+    one."""
+
+    request: str
+    context: int
+    accepted: int
+    rejected: bool
+    latest: bool = False
+
+
 class AcceptanceEstimates:
-    """Acceptance at three levels, each the prior of the next: a budget; rows whose contexts are about as many budgets
+    """Acceptance at three levels, each the prior of the next: a reading; rows whose contexts are about as many budgets
     long; one request. A new request thus starts from the record of others."""
 
     def __init__(self, budget: int, reads: int) -> None:
         """budget: the largest one, as in plans. reads: KV tokens that drafts read with it per row; 0: all."""
         self._budget = budget
         self._reads = reads
-        self._overall: dict[int, AcceptanceRecord] = {}
-        self._priors: dict[tuple[int, int], AcceptanceRecord] = {}
-        self._requests: dict[tuple[str, int], AcceptanceRecord] = {}
+        self._overall: dict[Reading, AcceptanceRecord] = {}
+        self._priors: dict[tuple[Reading, int], AcceptanceRecord] = {}
+        self._requests: dict[tuple[str, Reading], AcceptanceRecord] = {}
 
-    def alpha(self, budget: int) -> float:
+    def alpha(self, reading: Reading) -> float:
         """Estimate the probability that a draft is accepted, given that those before it were."""
-        expected = _START_ALPHA
+        budget, expected = reading.budget, _START_ALPHA
         if budget != self._budget:
-            expected = 1 - (1 - self.alpha(self._budget)) * (self._budget / budget) ** _BUDGET_EXPONENT
-        record = self._overall.get(budget)
+            widest = self.alpha(reading._replace(budget=self._budget))
+            expected = 1 - (1 - widest) * (self._budget / budget) ** _BUDGET_EXPONENT
+        record = self._overall.get(reading)
         return record.alpha(max(0.0, expected), _START_TRIALS) if record else max(0.0, expected)
 
-    def alphas(self, requests: Sequence[str], contexts: Sequence[int], budget: int) -> list[float]:
+    def judged(self, reading: Reading) -> float:
+        """Return the number of judged drafts that are remembered."""
+        record = self._overall.get(reading)
+        return record.judged if record else 0.0
+
+    def alphas(self, requests: Sequence[str], contexts: Sequence[int], reading: Reading) -> list[float]:
         """Return `alpha` of each request."""
-        alpha = self.alpha(budget)
+        alpha = self.alpha(reading)
         priors: dict[int, float] = {}
         found = []
         for request, context in zip(requests, contexts, strict=True):
             context_bucket = self._context_bucket(context)
             if context_bucket not in priors:
-                prior = self._priors.get((budget, context_bucket))
+                prior = self._priors.get((reading, context_bucket))
                 priors[context_bucket] = prior.alpha(alpha, _START_TRIALS) if prior else alpha
-            record = self._requests.get((request, budget))
+            record = self._requests.get((request, reading))
             found.append(record.alpha(priors[context_bucket], _REQUEST_TRIALS) if record else priors[context_bucket])
         return found
 
-    def update(self, budget: int, rows: Iterable[tuple[str, int, int, bool]]) -> None:
-        """Learn from a round's drafts with this budget.
-
-        rows: (request, context, drafts accepted, whether one was rejected after them) of each row that drafted.
-        """
-        sums: dict[int, list[int]] = {}
-        for request, context, accepted, rejected in rows:
-            own = self._requests.get((request, budget))
+    def update(self, budget: int, rows: Iterable[Judged]) -> None:
+        """Learn from a round's drafts with this budget."""
+        sums: dict[tuple[Reading, int], list[int]] = {}
+        for row in rows:
+            reading = Reading(budget, row.latest)
+            own = self._requests.get((row.request, reading))
             if own is None:
-                own = self._requests[request, budget] = AcceptanceRecord()
-            own.add(accepted, rejected, _REQUEST_MEMORY)
-            similar = sums.setdefault(self._context_bucket(context), [0, 0])
-            similar[0] += accepted
-            similar[1] += rejected
-        for context_bucket, (accepted, rejections) in sums.items():
-            prior = self._priors.setdefault((budget, context_bucket), AcceptanceRecord())
-            for record in (prior, self._overall.setdefault(budget, AcceptanceRecord())):
+                own = self._requests[row.request, reading] = AcceptanceRecord()
+            own.add(row.accepted, row.rejected, _REQUEST_MEMORY)
+            similar = sums.setdefault((reading, self._context_bucket(row.context)), [0, 0])
+            similar[0] += row.accepted
+            similar[1] += row.rejected
+        for (reading, context_bucket), (accepted, rejections) in sums.items():
+            prior = self._priors.setdefault((reading, context_bucket), AcceptanceRecord())
+            for record in (prior, self._overall.setdefault(reading, AcceptanceRecord())):
                 record.add(accepted, rejections, _PRIOR_MEMORY)
 
     def forget(self, request: str) -> None:
-        for budget in self._overall:
-            self._requests.pop((request, budget), None)
+        for reading in self._overall:
+            self._requests.pop((request, reading), None)
 
     def retain(self, requests: Iterable[str], beyond: int) -> None:
         """Drop the records of all other requests if there are more than `beyond`: aborted requests are not reported."""

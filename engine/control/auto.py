@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from engine.control.acceptance import AcceptanceEstimates
+from engine.control.acceptance import AcceptanceEstimates, Judged, Reading
 from engine.control.calibration import Calibration
 from engine.control.catch_up import CatchUp, only_smallest_lag
 from engine.control.goodput import Batch, Goodput, Option, Options, draft_bucket, verify_bucket
@@ -28,7 +28,10 @@ _HYSTERESIS = 1.02
 _EXPLORE = 0.01
 """Share of time that may be lost to exploring options that are not predicted to be best."""
 _EXPLORE_EVERY = 16
-"""Smallest number of rounds between two explorations, and between two comparisons of budgets."""
+"""Smallest number of rounds between two explorations, and between two comparisons of budgets; number of rounds in one
+of which a row reads what seems worse."""
+_LEARN_EVERY, _LEARN_TRIALS = 4, 100
+"""The same number of rounds while fewer drafts than the second have been judged with both readings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +61,13 @@ class AutoGamma:
         budgets: Sequence[int],
         tokens_read: int | None = None,
         text_gamma_max: int = 0,
+        *,
+        reads_latest: bool = False,
     ) -> None:
         """times: of this engine. gamma_max, text_gamma_max: largest numbers of drafts per row that a model makes, and
         that come from the text alone; 0: none do. budgets: KV tokens per row that drafts may read, the largest first;
         (0,) if there is no choice. tokens_read: largest number that drafts read; None: the largest budget, or all
-        tokens if that is 0.
+        tokens if that is 0. reads_latest: whether rows choose what drafts read, see RowWork.latest.
         """
         self._times = times
         self._model_gamma_max, self._gamma_max = gamma_max, max(gamma_max, text_gamma_max)
@@ -71,7 +76,10 @@ class AutoGamma:
         self._acceptance = AcceptanceEstimates(budgets[0], tokens_read or budgets[0])
         self._text, self._searches_text = TextAcceptance(), text_gamma_max > 0
         text = TextChooser(self._text, self._gamma_max, gamma_max) if text_gamma_max else None
-        self._goodput = Goodput(times, self._calibration, self._acceptance, self._gamma_max, text)
+        self._goodput = Goodput(
+            times, self._calibration, self._acceptance, self._gamma_max, text, reads_latest=reads_latest
+        )
+        self._reads_latest = reads_latest
         self._catch_up = CatchUp()
         self._rounds = 0
         self._explorations = 0
@@ -110,7 +118,17 @@ class AutoGamma:
         chosen = self._explore(drafting, batch, options, best) or best
         self._pending = _Decision(batch, best, chosen, options.plain_s)
         self.budget = chosen.budget
-        return chosen.drafts
+        return self._try_readings(rows, chosen) if self._reads_latest else chosen.drafts
+
+    def _try_readings(self, rows: Sequence[Request], chosen: Option) -> list[RowDrafts]:
+        """Return the option's drafts, of which those of a few rows read what seems worse for them, each in its turn, so
+        that its acceptance does not go stale."""
+        judged = min(self._acceptance.judged(Reading(chosen.budget, latest)) for latest in (False, True))
+        every = _EXPLORE_EVERY if judged >= _LEARN_TRIALS else _LEARN_EVERY
+        return [
+            drafts._replace(latest=not drafts.latest) if (self._rounds + row.number) % every == 0 else drafts
+            for row, drafts in zip(rows, chosen.drafts, strict=True)
+        ]
 
     def _stay(self, options: Options) -> int:
         """Return the best max_gamma, or the current one if that is about as good."""
@@ -184,7 +202,8 @@ class AutoGamma:
             if proposal := proposals.get(request.id):
                 from_text.append(_judge(request.id, proposal, outcome.tokens))
             if work.model_drafts and accepted >= proposed:
-                judged.append((request.id, work.computed + 1, accepted - proposed, accepted < outcome.drafted))
+                rejected = accepted < outcome.drafted
+                judged.append(Judged(request.id, work.computed + 1, accepted - proposed, rejected, work.latest))
             if request.finish_reason is not None:
                 ended.append(request.id)
         self._acceptance.update(plan.budget, judged)
@@ -229,7 +248,8 @@ class AutoGamma:
         self.report.plain_seconds += plain
         self.report.forecast_seconds += plain * (chosen.seconds / chosen.tokens) / (decision.plain_s / batch.count)
         if self._model_gamma_max:
-            self.report.alpha = self._acceptance.alpha(plan.budget)
+            readings = (Reading(plan.budget, latest) for latest in (False, True)[: 1 + self._reads_latest])
+            self.report.alpha = max(self._acceptance.alpha(reading) for reading in readings)
 
     def _charge(self, decision: _Decision, earned: float, seconds: float, tokens: float) -> None:
         """Earn credit for explorations, a share of `earned` seconds, and pay for this round of `seconds` and `tokens`

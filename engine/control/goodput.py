@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.control.acceptance import AcceptanceEstimates
+from engine.control.acceptance import AcceptanceEstimates, Reading
 from engine.control.calibration import Calibration
 from engine.control.step_times import StepTimes
 from engine.control.text_options import TextChooser
@@ -28,6 +28,7 @@ from engine.scheduler.request import Request
 from kernels.ragged import Ints
 
 Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 
 
 class Batch:
@@ -93,7 +94,7 @@ class Options:
     """Options of each max_gamma from 0: plain decoding, or, where text is searched, drafts from it alone.
 
     seconds, tokens, rates: [max_gammas]. drafts: [max_gammas, rows], a model's. proposed: the same, drafts from the
-    text before them; None: there are none. plain_s: of a plain round.
+    text before them; None: there are none. latest: [rows], see RowWork; None: of no row. plain_s: of a plain round.
     """
 
     budget: int
@@ -103,6 +104,7 @@ class Options:
     drafts: Ints
     plain_s: float
     proposed: Ints | None = None
+    latest: Flags | None = None
 
     def __len__(self) -> int:
         return len(self.rates)
@@ -111,7 +113,8 @@ class Options:
         seconds, tokens = float(self.seconds[max_gamma]), float(self.tokens[max_gamma])
         drafts = self.drafts[max_gamma].tolist()
         proposed = [0] * len(drafts) if self.proposed is None else self.proposed[max_gamma].tolist()
-        rows = [RowDrafts(*each) for each in zip(proposed, drafts, strict=True)]
+        latest = [False] * len(drafts) if self.latest is None else self.latest.tolist()
+        rows = [RowDrafts(*each) for each in zip(proposed, drafts, latest, strict=True)]
         return Option(rows, self.budget, seconds, tokens)
 
     @property
@@ -136,15 +139,17 @@ class Goodput:
         acceptance: AcceptanceEstimates,
         gamma_max: int,
         text: TextChooser | None = None,
+        *,
+        reads_latest: bool = False,
     ) -> None:
         """gamma_max: largest number of drafts of a row, whoever makes them. text: drafts from the text, where it is
-        searched."""
+        searched. reads_latest: whether each row chooses what its drafts read, see RowWork.latest."""
         self._times = times
         self._calibration = calibration
         self._acceptance = acceptance
         self._gamma_max = gamma_max
         self._steps = np.arange(1, gamma_max + 1)
-        self._text = text
+        self._text, self._reads_latest = text, reads_latest
 
     def options(self, batch: Batch, budget: int) -> Options:
         """Predict all options with one budget."""
@@ -166,7 +171,7 @@ class Goodput:
             round_seconds: Floats = verifying + forwards * first_row_s + (drafts - forwards) * further_row_s
             return round_seconds
 
-        alphas = np.array(self._acceptance.alphas([row.id for row in batch.rows], batch.contexts, budget))
+        alphas, latest = self._alphas(batch, budget)
         allowed = steps <= batch.limits[:, None]
         accepted = alphas[:, None] ** steps * allowed  # [rows, steps]: draft s is accepted with probability alpha^s
         even_tokens = count + accepted.sum(0).cumsum()
@@ -187,7 +192,7 @@ class Goodput:
         round_seconds = np.concatenate([plain[0], np.where(better, round_seconds, even_seconds)])
         gammas = np.zeros((longest + 1, count), dtype=np.int64)
         gammas[1:] = np.where(better[:, None], worth.sum(2), np.minimum(max_gammas[:, None], batch.limits))
-        options = Options(budget, round_seconds, tokens, tokens / round_seconds, gammas, verify[0])
+        options = Options(budget, round_seconds, tokens, tokens / round_seconds, gammas, verify[0], None, latest)
         return self._with_text(options, batch, verify, (first_row_s, further_row_s), alphas)
 
     def _with_text(
@@ -207,7 +212,18 @@ class Goodput:
             np.where(better[:, None], work.drafts, options.drafts),
             options.plain_s,
             np.where(better[:, None], work.proposed, 0),
+            options.latest,
         )
+
+    def _alphas(self, batch: Batch, budget: int) -> tuple[Floats, Flags | None]:
+        """Estimate the acceptance of a model's drafts, [rows], with what is best for each row to read, and whether that
+        is the latest pages; None: there is no choice."""
+        ids = [row.id for row in batch.rows]
+        chosen = np.array(self._acceptance.alphas(ids, batch.contexts, Reading(budget)))
+        if not self._reads_latest:
+            return chosen, None
+        latest = np.array(self._acceptance.alphas(ids, batch.contexts, Reading(budget, latest=True)))
+        return np.maximum(chosen, latest), latest > chosen
 
     def _verify(self, batch: Batch) -> list[float]:
         """Predict the seconds of a verify pass, by gamma."""

@@ -3,7 +3,8 @@
 A verify pass computes the softmax weights of all KV anyway. Two queries of each row vote with theirs: that of the
 pending token, and that of the last draft, behind which the bonus token is sampled. Votes are summed over heads and over
 the tokens of a page. A draft step then reads, in each layer, the sink, the pages with the most votes, and every token
-that is newer than the choice: a view into the target's own pool, one list per layer.
+that is newer than the choice: a view into the target's own pool, one list per layer. A row may read as many of the
+latest pages in their place, as with sink + window, while a controller finds that more of its drafts are accepted then.
 """
 
 from __future__ import annotations
@@ -76,10 +77,12 @@ class VerifiedPolicy(KVPolicy):
         self._choice.clear(start.row)
 
     def prepare(self, batch: RoundBatch, end: Ints) -> None:
-        """See KVPolicy.prepare. A row without a choice, or whose choice is too old, reads the most recent pages: one
-        that was preempted may draft as soon as only its pending token is left, before it has voted."""
-        rows, page = batch.row[: batch.num_drafting], self._state.page_size
-        late = end - self._choice.ends[rows] * page > self._max_newer
+        """See KVPolicy.prepare. The most recent pages are read by rows for which the plan says so, and by a row without
+        a choice, or whose choice is too old: one that was preempted may draft as soon as only its pending token is
+        left, before it has voted."""
+        count, page = batch.num_drafting, self._state.page_size
+        rows = batch.row[:count]
+        late = batch.latest[:count] | (end - self._choice.ends[rows] * page > self._max_newer)
         if late.any():
             self._choose_latest(rows[late], end[late] // page)
 

@@ -28,10 +28,11 @@ class ControllerReport:
 
 class RowDrafts(NamedTuple):
     """Drafts of one row in a round: the first `proposed` tokens found in its text, and `model` tokens that a model
-    drafts after them."""
+    drafts after them. latest: see RowWork."""
 
     proposed: int = 0
     model: int = 0
+    latest: bool = False
 
 
 class Controller(Protocol):

@@ -202,6 +202,7 @@ class Scheduler:
                 catch_up,
                 draft_lag=request.draft_lag,
                 proposed=proposed[:gamma],
+                latest=choice.latest,
             )
             work.append((request, row_work))
         return planned

@@ -29,7 +29,14 @@ def make_controller(config: EngineConfig, resolved: Resolved, worker: Worker, pr
         save_profile(key, samples)
     times = StepTimes(samples, draft_tokens_read(config), drafts_share=speculation.drafts_share)
     budgets = speculation.kv_budgets(config.cache.page_size) or [0]
-    return AutoGamma(times, speculation.max_model_drafts, budgets, speculation.kv.budget, speculation.max_text_drafts)
+    return AutoGamma(
+        times,
+        speculation.max_model_drafts,
+        budgets,
+        speculation.kv.budget,
+        speculation.max_text_drafts,
+        reads_latest=speculation.kv.reads_latest,
+    )
 
 
 def make_request_ngrams(config: EngineConfig, resolved: Resolved, count_allowed: CountAllowed) -> RequestNgrams | None:

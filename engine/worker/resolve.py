@@ -346,8 +346,8 @@ def _with_pool(
             f"engine.cache: {pages} pages of {page_size} tokens{beside} hold less than one request of "
             f"max_model_len {length} ({needed} pages); raise {setting.partition(' ')[0]} or lower max_model_len"
         )
-    most = config.scheduler.max_rows * -(-length // page_size)
-    return replace(resolved, num_pages=min(pages, most), max_model_len=length)
+    pages = min(pages, config.scheduler.max_rows * -(-length // page_size))
+    return replace(resolved, num_pages=pages, max_model_len=length)
 
 
 def _keepers(config: EngineConfig) -> str:

@@ -54,7 +54,7 @@ def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Restless(FixedGamma):
-    """Controller under which every round has another budget and every row another number of drafts."""
+    """Controller under which every round has another budget, and every row another number of drafts and reading."""
 
     def __init__(self, rng: random.Random, gamma_max: int, budgets: Sequence[int]) -> None:
         super().__init__(gamma_max)
@@ -73,7 +73,7 @@ class Restless(FixedGamma):
         if self._plain:
             return [RowDrafts()] * len(rows)
         drafts = [self._rng.choice([0, self.gamma_max, self._rng.randint(0, self.gamma_max)]) for _ in rows]
-        return [RowDrafts(0, gamma) for gamma in drafts]
+        return [RowDrafts(0, gamma, latest=self._rng.random() < 0.3) for gamma in drafts]
 
 
 def settings_of(draw: st.DrawFn, policy: str, page: int, drafter: str) -> dict[str, Any]:

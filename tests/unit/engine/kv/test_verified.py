@@ -224,7 +224,7 @@ def test_a_row_that_drafts_before_it_votes_reads_the_most_recent_pages(pages: in
         rig.start(row, tokens)
     rig.forward(ints(1), ints(79), ints(1), ints(0))
     voted = rig.listed(1, 81)
-    batch: Any = SimpleNamespace(row=ints(0, 1, 2), num_drafting=3)
+    batch: Any = SimpleNamespace(row=ints(0, 1, 2), num_drafting=3, latest=np.zeros(3, dtype=bool))
     rig.policy.prepare(batch, ints(99, 80, 9))
     recent = list(range(100)) if pages == 30 else [0, 1, 2, 3, *range(92, 96), *range(88, 92), *range(96, 100)]
     assert rig.listed(0, 100) == [recent] * rig.model.num_layers
@@ -232,3 +232,20 @@ def test_a_row_that_drafts_before_it_votes_reads_the_most_recent_pages(pages: in
     assert rig.listed(2, 10) == [list(range(10))] * rig.model.num_layers
     rig.start(0, 100)
     assert rig.listed(0, 100) == [list(range(100))] * rig.model.num_layers
+
+
+def test_a_row_reads_the_latest_pages_where_the_plan_says_so() -> None:
+    """As with sink + window, until its next vote. A row that drafts nothing keeps its choice."""
+    rig = Rig(2 * PAGE, 4)
+    for row in range(3):
+        rig.start(row, 80)
+    rig.forward(ints(0, 1, 2), ints(79, 79, 79), ints(1, 1, 1), ints(0, 0, 0))
+    voted = [rig.listed(row, 81) for row in range(3)]
+    batch: Any = SimpleNamespace(row=ints(1, 0, 2), num_drafting=2, latest=np.array([True, False, True]))
+    rig.policy.prepare(batch, ints(80, 80))
+    latest = [0, 1, 2, 3, *range(76, 80), *range(72, 76), 80]
+    assert rig.listed(1, 81) == [latest] * rig.model.num_layers
+    assert (rig.listed(0, 81), rig.listed(2, 81)) == (voted[0], voted[2])
+    assert latest not in voted[1]
+    rig.forward(ints(1), ints(80), ints(3), ints(2))
+    assert rig.listed(1, 83) != [latest] * rig.model.num_layers
