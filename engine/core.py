@@ -33,7 +33,8 @@ from engine.scheduler.stats import StatsRecorder
 from engine.scheduler.validation import check_fields
 from engine.worker.controllers import draft_tokens_read, make_controller, make_request_ngrams, target_tokens_read
 from engine.worker.profiler import Profiler
-from engine.worker.resolve import log_started, resolve
+from engine.worker.resolve import resolve
+from engine.worker.start_log import log_started
 from engine.worker.weight_choice import settle_draft_format
 from engine.worker.worker import Worker, noop
 from engine.worker.worker_owner import WorkerOwner
@@ -80,7 +81,7 @@ class Engine:
                 self._resolved, num_pages=self._worker.num_pages, max_model_len=self._worker.max_model_len
             )
             self._kv = self._make_kv()
-            sizes = self._kv.total, self._resolved.max_model_len, self._shared_stretch, self._kv.total_sliding
+            sizes = self._worker.num_pages, self._resolved.max_model_len, self._shared_stretch, self._kv.total_sliding
             self.profiler = Profiler(self._run_blank, config, *sizes, vocab_size=self._resolved.shape.vocab_size)
             if controller is None:
                 controller = self.make_controller()

@@ -142,6 +142,11 @@ class ModelConfig:
         return len(self.sliding_layers) == self.num_layers
 
     @property
+    def mixes_layers(self) -> bool:
+        """Whether some layers slide and others do not, which those of a draft model must not."""
+        return 0 < len(self.sliding_layers) < self.num_layers
+
+    @property
     def windows(self) -> tuple[int, int]:
         """Number of tokens that a query sees, its own included, in the layers of each of `attention_groups`; 0: all."""
         window = (self.sliding_window or 0) if self.sliding_layers else 0

@@ -99,7 +99,8 @@ class SpeculationCost:
 
     def draft_context(self, context: int) -> int:
         """Return the number of KV tokens of a row that a draft step reads, in layers that do not slide."""
-        return self.draft.context_tokens(context) if self.budget is None else min(context, self.budget)
+        tokens = self.draft.context_tokens(context)
+        return tokens if self.budget is None else min(tokens, self.budget)
 
     def draft_window(self, context: float) -> float:
         """Return the same in sliding layers."""

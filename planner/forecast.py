@@ -128,15 +128,15 @@ class Deployment:
             (self._speed(batch, context, budget, shared, gamma) for budget in budgets),
             key=lambda found: found[0],
         )
-        speculation = self._cost(budget, shared)
+        speculation, kept = self._cost(budget, shared), self._keeping(budget)
         alpha = self.expected_alpha(budget, context)
         limit = speculation.break_even_limit(chosen, alpha)
         t_target = speculation.target_seconds(batch, context)
-        weights, kv, draft_weights, draft_kv = self._memory(context, budget, chosen)
-        shared_kv, shared_draft_kv = self._shared_bytes(budget, shared)
+        weights, kv, draft_weights, draft_kv = kept._memory(context, budget, chosen)
+        shared_kv, shared_draft_kv = kept._shared_bytes(budget, shared)
         kv, draft_kv = kv - shared_kv, draft_kv - shared_draft_kv  # of one row alone
         usable = USABLE_MEMORY * self.target.device.memory
-        windows = self._windows(context, chosen, shared)
+        windows = kept._windows(context, chosen, shared)
         free = usable - weights - draft_weights - shared_kv - shared_draft_kv
         largest = max(0, *(int((free - fixed) // (kv + draft_kv + row)) for fixed, row in windows))
         kv_bytes, draft_bytes = shared_kv + batch * kv, draft_weights + shared_draft_kv + batch * draft_kv
@@ -184,11 +184,19 @@ class Deployment:
         except ValueError as error:
             raise ForecastError(str(error)) from None
         drafting = self.drafter.model if self.has_draft_model else self.target.model
-        if self.has_draft_model and drafting.attention_groups[1]:
+        if self.has_draft_model and drafting.mixes_layers:
             raise ForecastError(f"some layers of {self.draft} slide, which is not served in a draft model")
         if self.policy == "verified" and drafting.all_slide:
             name = self.draft if self.has_draft_model else self.model
             raise ForecastError(f"all layers of {name} slide, so that no pass sees all keys")
+
+    def _keeping(self, budget: int | None) -> Deployment:
+        """Return the deployment with the KV that is kept where all layers slide (engine.worker.sliding_limits)."""
+        chooses = not self.has_draft_model and budget is not None and not self.costs.fits_windows
+        keeps = self.target.kv_format != "dense" or chooses or self._keeps_context(budget)
+        target = replace(self.target, model=replace(self.target.model, keeps_all_kv=keeps))
+        drafts = replace(self.drafter.model, keeps_all_kv=keeps or self.has_draft_model)
+        return replace(self, target=target, drafter=replace(self.drafter, model=drafts))
 
     @property
     def _drafter_name(self) -> DrafterName:
@@ -310,10 +318,6 @@ def deploy(
     of experts where there are none.
     """
     shape, device = find_shape(model), find_device(gpu, ranks)
-    # As engine.worker.sliding_limits.grouped has it.
-    costs = POLICY_COSTS[policy]
-    needs_all = not costs.fits_windows if draft == "self" else costs.reads_all_pages("model")
-    shape = replace(shape, keeps_all_kv=shape.all_slide and (kv_format != "dense" or needs_all))
     if not 1 <= ranks <= shape.num_heads:
         raise ForecastError(f"{model} has {shape.num_heads} query heads, which cannot be split over {ranks} ranks")
     if shape.experts is None and {weights, draft_weights} & EXPERTS_ALONE:
@@ -333,6 +337,5 @@ def deploy(
         drafter = replace(target, weights=draft_weights or weights)
     else:
         small = find_shape(draft)
-        small = replace(small, keeps_all_kv=True)
         drafter = replace(target, model=small, ranks=min(ranks, small.num_heads), weights=draft_weights or "dense")
     return Deployment(model=model, draft=draft, target=target, drafter=drafter, policy=policy, alpha=alpha)

@@ -111,9 +111,10 @@ def captured_bytes(config: EngineConfig, model: DecoderModel, draft: DecoderMode
     if model.num_kv_layers and not model.window:  # attention to windows is none of FlashInfer's
         prefixes = prefix_room if config.cache.prefix else None
         scratch, own = attention(model, [each + 1 for each in settings.captured_gammas], width, prefixes)
-    if steps := settings.max_model_drafts:
+    steps, drafting = settings.max_model_drafts, draft or model
+    if steps and drafting.num_kv_layers and not drafting.window:
         narrow = settings.kv.max_pages(page, gamma, width) * (model.num_kv_layers if settings.kv.per_layer else 1)
-        needed, drafts = attention(draft or model, _draft_queries(steps), narrow)
+        needed, drafts = attention(drafting, _draft_queries(steps), narrow)
         # Drafts are captured after the target, whose graphs keep the smaller memory that they were captured with.
         scratch += needed if needed > scratch else 0
         own += drafts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from engine.config.target_reading import TargetQuestConfig
 from engine.kv.streaming_heads import read_streaming_heads
 from engine.scheduler.sliding_pages import max_sliding_pages, window_room
 from engine.worker.kernels import choose_ops
-from engine.worker.sliding_limits import check_sliding, grouped, log_sliding
+from engine.worker.sliding_limits import check_sliding, grouped
 from engine.worker.weight_choice import loaded_formats
 from kernels.cpu.compiler import supported
 from kernels.cpu.cpus import usable_cores
@@ -328,23 +328,25 @@ def _with_pool(
     Raises ConfigError unless the longest request fits alone, so that every admitted request can finish.
     """
     page_size, length = config.cache.page_size, resolved.max_model_len
-    needed = -(-length // page_size)
+    needed, also = -(-length // page_size), ""
     if not resolved.shape.attention_groups[0]:
         needed = window_room(config, resolved.shape.windows[1]).pages(1, needed)
+        also = " or lower scheduler.max_batch_tokens"  # tokens that a row may have beside its window
     if pages < needed and pages and config.max_model_len is None:
         if warns:
             log.warning(
-                "max_model_len is %d tokens, of the model's %d: %s holds no more%s; raise it to serve longer requests",
+                "max_model_len is %d tokens, of the model's %d: %s holds no more%s; raise it%s for longer requests",
                 pages * page_size,
                 length,
                 setting,
                 beside.rstrip(","),
+                also,
             )
         length, needed = pages * page_size, pages
     if pages < needed:
         raise ConfigError(
             f"engine.cache: {pages} pages of {page_size} tokens{beside} hold less than one request of "
-            f"max_model_len {length} ({needed} pages); raise {setting.partition(' ')[0]} or lower max_model_len"
+            f"max_model_len {length} ({needed} pages); raise {setting.partition(' ')[0]} or lower max_model_len{also}"
         )
     pages = min(pages, config.scheduler.max_rows * -(-length // page_size))
     return replace(resolved, num_pages=pages, max_model_len=length)
@@ -372,30 +374,3 @@ def _describe_kept(config: EngineConfig, fixed_bytes: int, source: str) -> str:
         f", beside the {fixed_bytes / 1e9:.3g} GB of {source}, that {_keepers(config)} keep for {rows} rows "
         f"({_budgets(config)}, scheduler.max_rows),"
     )
-
-
-def log_started(config: EngineConfig, resolved: Resolved, num_pages: int, weights: Mapping[str, str]) -> None:
-    """Log what an engine runs with. weights: see EngineStats."""
-    own, drafts = weights["target"], weights.get("drafts", weights["target"])
-    kv_gb = num_pages * config.cache.page_size * resolved.kv_token_bytes / 1e9
-    size = config.tensor_parallel_size
-    log.info(
-        "%s in %s on %s, kernels %s, weights %s, KV pool of %d pages (%.2f GB), %s: %d bytes per token",
-        resolved.path.name,
-        str(resolved.dtype).removeprefix("torch."),
-        f"{size} × {resolved.device.type}" if size > 1 else str(resolved.device),
-        resolved.ops.name,
-        own if drafts == own else f"{own}, drafts {drafts}",
-        num_pages,
-        kv_gb,
-        config.cache.format,
-        resolved.kv_token_bytes,
-    )
-    log_sliding(config, resolved.shape, num_pages, resolved.max_model_len)
-    if (target := config.target_kv) is not None:
-        log.warning(
-            "target_kv: the target reads at most %d KV tokens in each KV head for a position after a prompt (%s); "
-            "its text differs from the dense model's",
-            target.most_read(config.cache.page_size),
-            ", ".join(f"{name} {value}" for name, value in target.summary.items()),
-        )

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.config.kv import WindowConfig
-from engine.scheduler.sliding_pages import pool_pages
 from models.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ def check_sliding(config: EngineConfig, target: ModelConfig, draft: ModelConfig 
             f"engine.target_kv: it chooses from the KV of all tokens, but {len(target.sliding_layers)} of the model's "
             f"{target.num_layers} layers slide"
         )
-    if draft is not None and draft.attention_groups[1]:
+    if draft is not None and draft.mixes_layers:
         raise ConfigError(
             f"engine.speculation.model: {len(draft.sliding_layers)} of its {draft.num_layers} layers slide, which a "
             "draft model's must not; use --draft self"
@@ -50,22 +49,4 @@ def check_sliding(config: EngineConfig, target: ModelConfig, draft: ModelConfig 
         raise ConfigError(
             "engine.speculation.kv.positions: relative needs one rotary embedding, but the model's layers have "
             f"{len(kinds)}"
-        )
-
-
-def log_sliding(config: EngineConfig, shape: ModelConfig, num_pages: int, max_model_len: int) -> None:
-    """Log the pool of sliding layers, if there is one, or that they keep all KV. num_pages: see pool_pages."""
-    if window := shape.windows[1]:
-        pages = pool_pages(config, shape, num_pages, max_model_len).sliding
-        log.info(
-            "%d of %d layers keep the KV of %d tokens per request, in a pool of %d pages",
-            len(shape.sliding_layers),
-            shape.num_layers,
-            window,
-            pages,
-        )
-    elif shape.all_slide:
-        log.info(
-            "all layers read a window of %d tokens, but keep all KV, as its format or the reading of drafts needs it",
-            shape.windows[0],
         )

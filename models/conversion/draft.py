@@ -33,8 +33,9 @@ def make_draft(src: Path, dst: Path, layers: Sequence[int], *, force: bool = Fal
     """
     check_destination(src, dst, force)
     draft = _with_layers(open_directory(src), layers)
-    if sliding := parse_config(draft.config).attention_groups[1]:
-        raise ModelError(f"{len(sliding)} of these layers slide, which a draft model's must not, unless all do")
+    if (config := parse_config(draft.config)).mixes_layers:
+        count = len(config.sliding_layers)
+        raise ModelError(f"{count} of these layers slide, which a draft model's must not, unless all do")
     install(draft, src, dst, force=force)
 
 
@@ -47,11 +48,11 @@ def evenly_spaced_layers(count: int, keep: int) -> list[int]:
 
 def check_any_layers(config: ModelConfig) -> None:
     """Raise ModelError if a draft model cannot have whichever layers are chosen: some of them slide."""
-    full, sliding = config.attention_groups
-    if sliding:
+    if config.mixes_layers:
+        full = config.attention_groups[0]
         raise ModelError(
-            f"{len(sliding)} of {config.num_layers} layers slide, which a draft model's must not; choose among the "
-            f"others: --layers {','.join(map(str, full))}"
+            f"{len(config.sliding_layers)} of {config.num_layers} layers slide, which a draft model's must not; choose "
+            f"among the others: --layers {','.join(map(str, full))}"
         )
 
 

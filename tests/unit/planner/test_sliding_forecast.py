@@ -163,10 +163,14 @@ class TestMemory:
         found = made.forecast(4, 8000, budgets=(64,), gamma=3)
         row = 2 * 2 * 64 * (2 if kv_format == "dense" else 1)
         window = 16 * (math.ceil((256 + 3) / 16) + 3)
-        expected = (4 * window + CHUNK) * row if kept == 1 else 4 * 8004 * row
-        assert found.kv_bytes == expected
-        same = replace(made, target=replace(made.target, model=replace(made.target.model, keeps_all_kv=True)))
-        assert same.forecast(4, 8000, budgets=(64,), gamma=3).speedup == found.speedup
+        least = (4 * window + CHUNK) * row
+        assert found.kv_bytes == (least if kept == 1 else 4 * 8004 * row)
+        assert made.forecast(4, 8000, budgets=(None,), gamma=3).kv_bytes == (
+            4 * 8004 * row if kv_format == "fp8" else least
+        )
+        wide = made.forecast(4, 8000, budgets=(512,), gamma=3)  # no more than the window
+        assert wide.draft_row_read_bytes == 256 * row or policy == "quest"
+        assert (found.draft_bytes > 0) is (policy == "quest")
 
     def test_no_more_than_other_layers(self) -> None:
         found = deployed(SHAPES["gemma-3-27b"]).forecast(2, 1000, budgets=(512,), gamma=3)
