@@ -34,7 +34,7 @@ from models.default import resolve_model, user_cache
 
 log = logging.getLogger(__name__)
 
-_VERSION = 10
+_VERSION = 11
 _SECONDS = 8.0
 """Approximate limit of a profile's time."""
 _SHORT, _LONG_TOKENS = 64, 8192
@@ -239,7 +239,7 @@ def profile_key(config: EngineConfig, sizes: Resolved, formats: Mapping[str, str
         "store": True,
         "verification": True,
         "weights": True,
-        "kv": {"sink"},
+        "kv": {"sink", "latest"},
     }
     parts += [speculation.source, speculation.model_dump_json(exclude=without), _work(sizes.shape)]
     if speculation.draft_model is not None:  # its name does not identify it: another model can take its place

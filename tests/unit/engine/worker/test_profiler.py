@@ -116,6 +116,11 @@ def test_settings_that_change_no_times_share_a_profile(config: dict[str, Any], s
     assert key_of(config, shape) == key_of({"cache": {"num_pages": 6000, "page_size": 4}}, LONG)
 
 
+def test_pages_that_rows_may_read_change_no_times() -> None:
+    keys = [key_of({"speculation": {"kv": {"policy": "verified", "latest": each}}}) for each in ("auto", "never")]
+    assert keys[0] == keys[1] != key_of({})
+
+
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
