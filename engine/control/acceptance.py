@@ -1,4 +1,4 @@
-"""Online acceptance estimates: of each request, and of similar requests, for each budget that drafts read with."""
+"""Online acceptance estimates: of each request, and of similar requests, for each reading of drafts."""
 
 from __future__ import annotations
 
@@ -79,10 +79,13 @@ class AcceptanceEstimates:
         record = self._overall.get(reading)
         return record.alpha(max(0.0, expected), _START_TRIALS) if record else max(0.0, expected)
 
-    def judged(self, reading: Reading) -> float:
-        """Return the number of judged drafts that are remembered."""
-        record = self._overall.get(reading)
-        return record.judged if record else 0.0
+    def mean(self, budget: int) -> float:
+        """Return the mean of `alpha` with a budget, by the number of drafts that were judged with each reading."""
+        readings = [reading for reading in (Reading(budget), Reading(budget, latest=True)) if reading in self._overall]
+        judged = sum(self._overall[reading].judged for reading in readings)
+        if not judged:
+            return self.alpha(Reading(budget))
+        return sum(self.alpha(reading) * self._overall[reading].judged for reading in readings) / judged
 
     def alphas(self, requests: Sequence[str], contexts: Sequence[int], reading: Reading) -> list[float]:
         """Return `alpha` of each request."""

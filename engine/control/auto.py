@@ -1,8 +1,8 @@
 """Controller that decides when to speculate, and how much (MagicDec, arXiv 2408.11049, section 3).
 
-Each round runs the option with the highest predicted tokens per second (engine.control.goodput): gamma per row, and the
-budget where drafts can read with several. Plain decoding, gamma = 0, is always an option. Predictions start from the
-profile and are corrected by the times and the acceptance of real rounds.
+Each round runs the option with the highest predicted tokens per second (engine.control.goodput): gamma per row, what
+its drafts read where a row may choose, and the budget where drafts can read with several. Plain decoding, gamma = 0, is
+always an option. Predictions start from the profile and are corrected by the times and the acceptance of real rounds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from engine.control.acceptance import AcceptanceEstimates, Judged, Reading
+from engine.control.acceptance import AcceptanceEstimates, Judged
 from engine.control.calibration import Calibration
 from engine.control.catch_up import CatchUp, only_smallest_lag
 from engine.control.goodput import Batch, Goodput, Option, Options, draft_bucket, verify_bucket
@@ -28,10 +28,7 @@ _HYSTERESIS = 1.02
 _EXPLORE = 0.01
 """Share of time that may be lost to exploring options that are not predicted to be best."""
 _EXPLORE_EVERY = 16
-"""Smallest number of rounds between two explorations, and between two comparisons of budgets; number of rounds in one
-of which a row reads what seems worse."""
-_LEARN_EVERY, _LEARN_TRIALS = 4, 100
-"""The same number of rounds while fewer drafts than the second have been judged with both readings."""
+"""Smallest number of rounds between two explorations, and between two comparisons of budgets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +76,7 @@ class AutoGamma:
         self._goodput = Goodput(
             times, self._calibration, self._acceptance, self._gamma_max, text, reads_latest=reads_latest
         )
-        self._reads_latest = reads_latest
+        self._turns = len(self._budgets) + reads_latest  # kinds of explorations
         self._catch_up = CatchUp()
         self._rounds = 0
         self._explorations = 0
@@ -118,17 +115,7 @@ class AutoGamma:
         chosen = self._explore(drafting, batch, options, best) or best
         self._pending = _Decision(batch, best, chosen, options.plain_s)
         self.budget = chosen.budget
-        return self._try_readings(rows, chosen) if self._reads_latest else chosen.drafts
-
-    def _try_readings(self, rows: Sequence[Request], chosen: Option) -> list[RowDrafts]:
-        """Return the option's drafts, of which those of a few rows read what seems worse for them, each in its turn, so
-        that its acceptance does not go stale."""
-        judged = min(self._acceptance.judged(Reading(chosen.budget, latest)) for latest in (False, True))
-        every = _EXPLORE_EVERY if judged >= _LEARN_TRIALS else _LEARN_EVERY
-        return [
-            drafts._replace(latest=not drafts.latest) if (self._rounds + row.number) % every == 0 else drafts
-            for row, drafts in zip(rows, chosen.drafts, strict=True)
-        ]
+        return chosen.drafts
 
     def _stay(self, options: Options) -> int:
         """Return the best max_gamma, or the current one if that is about as good."""
@@ -146,7 +133,7 @@ class AutoGamma:
 
     def _explore(self, drafting: Batch, batch: Batch, options: Options, best: Option) -> Option | None:
         """Return, at intervals, an option that is not predicted to be best: drafts when they are off, none when they
-        are on, another budget.
+        are on, another budget, the other reading of each row.
 
         Times that are not measured go stale, and a batch that should speculate again would go undetected. Where a draft
         model lacks the tokens of all rows, it catches up on one row, a part with each exploration. This time is charged
@@ -154,7 +141,7 @@ class AutoGamma:
         """
         if self._rounds - self._explored_at < _EXPLORE_EVERY:
             return None
-        turn = self._explorations % len(self._budgets)
+        turn = self._explorations % self._turns
         self._explorations += 1
         if self._tries_plain(best, options) and not turn:
             candidates = [options.plain]
@@ -171,11 +158,13 @@ class AutoGamma:
         if any(drafts.model for drafts in best.drafts):
             return True
         from_text = any(drafts.proposed for drafts in best.drafts)
-        return from_text and (len(options) == 1 or self._explorations // len(self._budgets) % 2 == 0)
+        return from_text and (len(options) == 1 or self._explorations // self._turns % 2 == 0)
 
     def _other_options(self, drafting: Batch, batch: Batch, options: Options, turn: int) -> list[Option]:
-        """Return options in which a model drafts: with another budget, if it is its turn."""
-        if turn:
+        """Return options in which a model drafts: with another budget or the other readings, if it is their turn."""
+        if turn == len(self._budgets):
+            options = self._goodput.options(drafting, self._current_budget, worse=True)
+        elif turn:
             options = self._goodput.options(
                 drafting, [budget for budget in self._budgets if budget != self._current_budget][turn - 1]
             )
@@ -248,8 +237,7 @@ class AutoGamma:
         self.report.plain_seconds += plain
         self.report.forecast_seconds += plain * (chosen.seconds / chosen.tokens) / (decision.plain_s / batch.count)
         if self._model_gamma_max:
-            readings = (Reading(plan.budget, latest) for latest in (False, True)[: 1 + self._reads_latest])
-            self.report.alpha = max(self._acceptance.alpha(reading) for reading in readings)
+            self.report.alpha = self._acceptance.mean(plan.budget)
 
     def _charge(self, decision: _Decision, earned: float, seconds: float, tokens: float) -> None:
         """Earn credit for explorations, a share of `earned` seconds, and pay for this round of `seconds` and `tokens`

@@ -1,8 +1,9 @@
 """Goodput: predicted tokens per second of each option for the next round (the word is SmartSpec's, arXiv 2406.14066).
 
-An option is a number of drafts per row, and the budget that they read with. Its time comes from the profile, corrected
-by calibration; its tokens from acceptance estimates. For each max_gamma, the largest number of drafts per row, there is
-one option: all rows draft that many, or each row drafts as many as are worth their time, whichever has more goodput.
+An option is a number of drafts per row, what they read, and the budget that they read with. Its time comes from the
+profile, corrected by calibration; its tokens from acceptance estimates. For each max_gamma, the largest number of
+drafts per row, there is one option: all rows draft that many, or each row drafts as many as are worth their time,
+whichever has more goodput.
 
     goodput = (rows + sum over rows of alpha + alpha^2 + ... + alpha^gamma) / (verify + draft steps)
 
@@ -26,6 +27,9 @@ from engine.ngram.ngram_drafts import Proposal
 from engine.scheduler.controller import RowDrafts
 from engine.scheduler.request import Request
 from kernels.ragged import Ints
+
+_MARGIN = 0.01
+"""Acceptance by which the latest pages must be better than chosen ones."""
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -114,7 +118,10 @@ class Options:
         drafts = self.drafts[max_gamma].tolist()
         proposed = [0] * len(drafts) if self.proposed is None else self.proposed[max_gamma].tolist()
         latest = [False] * len(drafts) if self.latest is None else self.latest.tolist()
-        rows = [RowDrafts(*each) for each in zip(proposed, drafts, latest, strict=True)]
+        rows = [
+            RowDrafts(text, model, late and model > 0)
+            for text, model, late in zip(proposed, drafts, latest, strict=True)
+        ]
         return Option(rows, self.budget, seconds, tokens)
 
     @property
@@ -151,8 +158,8 @@ class Goodput:
         self._steps = np.arange(1, gamma_max + 1)
         self._text, self._reads_latest = text, reads_latest
 
-    def options(self, batch: Batch, budget: int) -> Options:
-        """Predict all options with one budget."""
+    def options(self, batch: Batch, budget: int, *, worse: bool = False) -> Options:
+        """Predict all options with one budget. worse: each row reads what is not best for it."""
         count = batch.count
         longest = int(batch.limits.max(initial=0))
         verify = self._verify(batch)
@@ -171,7 +178,7 @@ class Goodput:
             round_seconds: Floats = verifying + forwards * first_row_s + (drafts - forwards) * further_row_s
             return round_seconds
 
-        alphas, latest = self._alphas(batch, budget)
+        alphas, latest = self._alphas(batch, budget, worse)
         allowed = steps <= batch.limits[:, None]
         accepted = alphas[:, None] ** steps * allowed  # [rows, steps]: draft s is accepted with probability alpha^s
         even_tokens = count + accepted.sum(0).cumsum()
@@ -215,15 +222,17 @@ class Goodput:
             options.latest,
         )
 
-    def _alphas(self, batch: Batch, budget: int) -> tuple[Floats, Flags | None]:
-        """Estimate the acceptance of a model's drafts, [rows], with what is best for each row to read, and whether that
-        is the latest pages; None: there is no choice."""
+    def _alphas(self, batch: Batch, budget: int, worse: bool) -> tuple[Floats, Flags | None]:
+        """Estimate the acceptance of a model's drafts, [rows], with what each row reads, and whether that is the latest
+        pages; None: there is no choice. worse: see `options`."""
         ids = [row.id for row in batch.rows]
         chosen = np.array(self._acceptance.alphas(ids, batch.contexts, Reading(budget)))
         if not self._reads_latest:
             return chosen, None
         latest = np.array(self._acceptance.alphas(ids, batch.contexts, Reading(budget, latest=True)))
-        return np.maximum(chosen, latest), latest > chosen
+        differ = np.array(batch.contexts) > budget  # others read everything
+        reads_latest = ((latest > chosen + _MARGIN) ^ worse) & differ
+        return np.where(reads_latest, latest, chosen), reads_latest
 
     def _verify(self, batch: Batch) -> list[float]:
         """Predict the seconds of a verify pass, by gamma."""

@@ -78,8 +78,8 @@ class VerifiedPolicy(KVPolicy):
 
     def prepare(self, batch: RoundBatch, end: Ints) -> None:
         """See KVPolicy.prepare. The most recent pages are read by rows for which the plan says so, and by a row without
-        a choice, or whose choice is too old: one that was preempted may draft as soon as only its pending token is
-        left, before it has voted."""
+        a choice, or whose choice is too old, though it counts as chosen: one that was preempted may draft as soon as
+        only its pending token is left, before it has voted."""
         count, page = batch.num_drafting, self._state.page_size
         rows = batch.row[:count]
         late = batch.latest[:count] | (end - self._choice.ends[rows] * page > self._max_newer)

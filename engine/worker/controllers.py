@@ -35,7 +35,7 @@ def make_controller(config: EngineConfig, resolved: Resolved, worker: Worker, pr
         budgets,
         speculation.kv.budget,
         speculation.max_text_drafts,
-        reads_latest=speculation.kv.reads_latest,
+        reads_latest=speculation.max_model_drafts > 0 and speculation.kv.reads_latest,
     )
 
 

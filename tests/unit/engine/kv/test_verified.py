@@ -247,5 +247,7 @@ def test_a_row_reads_the_latest_pages_where_the_plan_says_so() -> None:
     assert rig.listed(1, 81) == [latest] * rig.model.num_layers
     assert (rig.listed(0, 81), rig.listed(2, 81)) == (voted[0], voted[2])
     assert latest not in voted[1]
-    rig.forward(ints(1), ints(80), ints(3), ints(2))
-    assert rig.listed(1, 83) != [latest] * rig.model.num_layers
+    asked = rig.forward(ints(1), ints(80), ints(3), ints(2))
+    for layer, queries in enumerate(asked):
+        best = rig.best(1, layer, [(queries[0], 81), (queries[2], 83)], range(1, 20), 2)
+        assert rig.listed(1, 83)[layer][:12] == [0, 1, 2, 3, *(4 * page + at for page in best for at in range(4))]
