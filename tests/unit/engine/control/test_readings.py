@@ -101,7 +101,7 @@ def test_the_controller_of_an_engine(
 
 def odd_rows(batch: Batch, budget: int, worse: bool) -> tuple[Floats, Flags]:
     """Rows with an odd number read the latest pages, and draft more than others."""
-    odd = np.array([row.row % 2 == 1 for row in batch.rows])
+    odd = np.array([(row.row or 0) % 2 == 1 for row in batch.rows])
     return np.where(odd, 0.95, 0.8), odd
 
 

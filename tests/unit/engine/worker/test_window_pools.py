@@ -18,7 +18,12 @@ WINDOW, PAGE = 40, 4
 
 
 def model() -> DecoderModel:
-    layers = {"num_layers": 2, "sliding_window": WINDOW, "sliding_layers": (0, 1), "max_position_embeddings": 2048}
+    layers: dict[str, Any] = {
+        "num_layers": 2,
+        "sliding_window": WINDOW,
+        "sliding_layers": (0, 1),
+        "max_position_embeddings": 2048,
+    }
     return tiny_model(config=replace(TINY, **layers))
 
 
