@@ -335,7 +335,8 @@ def _with_pool(
     if pages < needed and pages and config.max_model_len is None:
         if warns:
             log.warning(
-                "max_model_len is %d tokens, of the model's %d: %s holds no more%s; raise it%s for longer requests",
+                "max_model_len is %d tokens, of the model's %d: %s holds no more%s; raise it%s to serve longer "
+                "requests",
                 pages * page_size,
                 length,
                 setting,

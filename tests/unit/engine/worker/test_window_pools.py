@@ -51,7 +51,7 @@ def test_memory_for_less_than_a_window_and_a_round(caplog: pytest.LogCaptureFixt
     one = window_room(config(), WINDOW).pages(1, 2048 // PAGE)
     with caplog.at_level(logging.WARNING):
         assert resolve(config(num_pages=one - 1), model()).max_model_len == (one - 1) * PAGE
-    assert "raise it or lower scheduler.max_batch_tokens for longer requests" in caplog.text
+    assert "raise it or lower scheduler.max_batch_tokens to serve longer requests" in caplog.text
     given = config(num_pages=one - 1).model_copy(update={"max_model_len": 2048})
     message = rf"one request of max_model_len 2048 \({one} pages\); .* or lower scheduler\.max_batch_tokens$"
     with pytest.raises(ConfigError, match=message):
