@@ -75,6 +75,7 @@ class PagedRows:
 
     def __init__(self, model: DecoderModel, lengths: Sequence[int], page_size: int, seed: int = 0) -> None:
         """lengths: largest number of tokens of each row."""
+        model = model.keeping_all_kv()
         assert not model.num_sliding_layers, "see tests.support.oracle_models"
         self.model, self.page_size = model, page_size
         widths = [-(-length // page_size) for length in lengths]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def test_mistral() -> None:
         slides = parse_config(of_type("mistral", **keys))
         assert (slides.max_model_len, slides.sliding_window) == (131072, 4096)
         assert slides.sliding_layers == tuple(range(32))
-        assert slides.attention_groups == (tuple(range(32)), ())
+        assert (slides.attention_groups, slides.windows) == (((), tuple(range(32))), (0, 4096))
+        kept = replace(slides, keeps_all_kv=True)
+        assert (kept.attention_groups, kept.windows) == ((tuple(range(32)), ()), (4096, 0))
     wide = parse_config(of_type("mistral", sliding_window=10**6))
     assert (wide.max_model_len, wide.sliding_window, wide.sliding_layers) == (131072, None, ())
 
