@@ -265,7 +265,7 @@ class VerifiedConfig(ChoiceConfig):
 
     counts_votes: ClassVar[bool] = True
     policy: Literal["verified"]
-    latest: Literal["auto", "never"] = "auto"
+    latest: Literal["auto", "never"] = "never"
     """auto: with `gamma: auto`, drafts of a row read the latest pages in place of the chosen ones while more of them
     are accepted then."""
 

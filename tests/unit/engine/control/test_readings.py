@@ -66,12 +66,12 @@ def test_rows_that_are_read_whole_have_no_choice() -> None:
 @pytest.mark.parametrize(
     ("kv", "gamma", "drafter", "reads"),
     [
-        ({"policy": "verified"}, "auto", "self", True),
-        ({"policy": "verified"}, "auto", "ngram", False),
-        ({"policy": "verified", "latest": "never"}, "auto", "self", False),
+        ({"policy": "verified", "latest": "auto"}, "auto", "self", True),
+        ({"policy": "verified", "latest": "auto"}, "auto", "ngram", False),
+        ({"policy": "verified"}, "auto", "self", False),
         ({"policy": "quest"}, "auto", "self", False),
         ({"policy": "window"}, "auto", "self", False),
-        ({"policy": "verified"}, 3, "self", False),
+        ({"policy": "verified", "latest": "auto"}, 3, "self", False),
     ],
 )
 def test_the_controller_of_an_engine(
