@@ -28,7 +28,7 @@ from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.outputs import failed_output, make_output
 from engine.scheduler.request import Request
 from engine.scheduler.scheduler import Scheduler
-from engine.scheduler.sliding_pages import make_sliding_pages, pool_pages
+from engine.scheduler.sliding_pages import make_sliding_pages
 from engine.scheduler.stats import StatsRecorder
 from engine.scheduler.validation import check_fields
 from engine.worker.controllers import draft_tokens_read, make_controller, make_request_ngrams, target_tokens_read
@@ -149,8 +149,7 @@ class Engine:
         return 0 if self._config.target_kv is not None else self._resolved.shared_stretch
 
     def _make_kv(self) -> KVManager:
-        config, speculation, shape = self._config, self._config.speculation, self._worker.model.config
-        pages = pool_pages(config, shape, self._worker.num_pages, self._worker.max_model_len)
+        config, speculation, pages = self._config, self._config.speculation, self._worker.pages
         return KVManager(
             pages.full,
             config.cache.page_size,
@@ -159,7 +158,7 @@ class Engine:
             num_uncached_tokens=speculation.num_uncached_tokens,
             draft_pages=speculation.has_draft_pages,
             shared_stretch=self._shared_stretch,
-            sliding=make_sliding_pages(config, shape, pages.sliding),
+            sliding=make_sliding_pages(config, self._worker.model.config, pages.sliding),
         )
 
     def _make_scheduler(self, controller: Controller) -> Scheduler:

@@ -79,12 +79,12 @@ class KVManager:
     @property
     def total_sliding(self) -> int:
         """Number of pages of the sliding pool; 0: there is none."""
-        return 0 if self._sliding is None else self._sliding.total
+        return 0 if self._sliding is None else self._sliding.allocator.total
 
     @property
     def owned_sliding(self) -> int:
         """Number of pages of the sliding pool that requests own."""
-        return 0 if self._sliding is None else self._sliding.owned
+        return 0 if self._sliding is None else self._sliding.allocator.owned
 
     @property
     def free(self) -> int:
@@ -102,22 +102,23 @@ class KVManager:
     @property
     def owned(self) -> int:
         """Number of pages that requests own, sliding ones included."""
-        return self.total - self.available + self.owned_sliding
+        return self._pages.owned + self.owned_sliding
 
     @property
     def evictions(self) -> int:
         """Number of cached pages, sliding ones too, that other requests were given."""
-        return self._pages.evictions + (0 if self._sliding is None else self._sliding.evictions)
+        return self._pages.evictions + (0 if self._sliding is None else self._sliding.allocator.evictions)
 
     def counters(self) -> dict[str, int]:
         """Return the fields of EngineStats that tell of pages."""
-        alone = self._sliding is not None and self._sliding.is_alone
-        pool = self._sliding if self._sliding is not None and alone else self
+        pages, total_sliding, owned_sliding = self._pages, self.total_sliding, self.owned_sliding
+        if self._sliding is not None and self._sliding.is_alone:
+            pages, total_sliding, owned_sliding = self._sliding.allocator, 0, 0
         return {
-            "pages_free": pool.free,
-            "pages_cached": pool.cached,
-            "sliding_pages_total": 0 if alone else self.total_sliding,
-            "sliding_pages_owned": 0 if alone else self.owned_sliding,
+            "pages_free": pages.free,
+            "pages_cached": pages.cached,
+            "sliding_pages_total": total_sliding,
+            "sliding_pages_owned": owned_sliding,
             "prefix_queries": self.queries,
             "prefix_hits": self.hits,
             "prefix_evictions": self.evictions,

@@ -45,6 +45,10 @@ class PageAllocator:
         """Number of pages that can be reserved."""
         return len(self._free) + self.cached
 
+    @property
+    def owned(self) -> int:
+        return self.total - self.available
+
     def owners(self, page: int) -> int:
         return self._owners[page]
 

@@ -47,7 +47,7 @@ class SlidingPages:
     it has in common. So these are kept longer: before the end of a prompt, of all tokens, and of what a request was
     found to have in common with one before it.
 
-    index: names pages by what they hold.
+    index: names pages by what they hold. allocator: of the pool's pages.
     """
 
     def __init__(
@@ -63,32 +63,12 @@ class SlidingPages:
         self._page_size, self._window, self._num_uncached_tokens = page_size, window, num_uncached_tokens
         self._room, self._running, self._longest = room, 0, 0
         self.index = PrefixIndex(page_size)
-        self._pages = PageAllocator(num_pages, self.index.pages, self._forget)
-
-    @property
-    def total(self) -> int:
-        return self._pages.total
-
-    @property
-    def owned(self) -> int:
-        return self.total - self._pages.available
-
-    @property
-    def free(self) -> int:
-        return self._pages.free
-
-    @property
-    def cached(self) -> int:
-        return self._pages.cached
+        self.allocator = PageAllocator(num_pages, self.index.pages, self._forget)
 
     @property
     def is_alone(self) -> bool:
         """Whether all layers slide, so that this pool has all KV."""
         return self._room is not None
-
-    @property
-    def evictions(self) -> int:
-        return self._pages.evictions
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -127,7 +107,7 @@ class SlidingPages:
         tokens = self._longest
         for count, request in enumerate(requests, 1):
             tokens += self._most_pages(request)
-            if self._room.pages(self._running + count, tokens) > self.total:
+            if self._room.pages(self._running + count, tokens) > self.allocator.total:
                 return count - 1
         return len(requests)
 
@@ -146,13 +126,13 @@ class SlidingPages:
         request.sliding_pages = [entry.page for entry in entries if entry is not None]
         assert len(request.sliding_pages) == len(digests)
         for page in request.sliding_pages:
-            self._pages.share(page)
+            self.allocator.share(page)
 
     def cover(self, request: Request, end: int) -> tuple[int, list[int]]:
         """Give a running request the pages of positions up to end - 1. Returns the place of the first new one, and the
         new ones."""
         first = request.sliding_first + len(request.sliding_pages)
-        pages = self._pages.reserve(max(0, -(-end // self._page_size) - first))
+        pages = self.allocator.reserve(max(0, -(-end // self._page_size) - first))
         assert pages is not None, "windows and rounds need more pages than there are"
         request.sliding_pages += pages
         return first, pages
@@ -166,8 +146,8 @@ class SlidingPages:
         if entry is None:
             self.index.add(request.digests, place, own)
             return None
-        self._pages.share(entry.page)
-        self._pages.release([own])
+        self.allocator.share(entry.page)
+        self.allocator.release([own])
         self.index.note_given_back(own, entry)
         request.sliding_pages[index] = entry.page
         return entry.page
@@ -176,7 +156,7 @@ class SlidingPages:
         """Release the pages that a running request's next queries do not read."""
         behind = self._window_start(request.num_computed) - request.sliding_first
         for place, page in enumerate(request.sliding_pages[: max(0, behind)], request.sliding_first):
-            self._pages.release([page], spent=not self._is_useful(request, place))
+            self.allocator.release([page], spent=not self._is_useful(request, place))
         if behind > 0:
             del request.sliding_pages[:behind]
             request.sliding_first += behind
@@ -192,17 +172,17 @@ class SlidingPages:
     def release(self, request: Request) -> None:
         """Give back all pages of a running request."""
         self._running, self._longest = self._running - 1, self._longest - self._most_pages(request)
-        self._pages.release(request.sliding_pages[::-1])
+        self.allocator.release(request.sliding_pages[::-1])
         request.sliding_pages, request.sliding_first = [], 0
 
     def reset(self) -> None:
         """Forget all KV that the index names, and free the pages that nobody owns."""
         self.index.clear()
-        self._pages.drop_cached()
+        self.allocator.drop_cached()
 
     def forget_all(self) -> None:
         """Forget what the index names, which may be wrong; digests stay those of their tokens."""
-        self._pages.drop_cached()
+        self.allocator.drop_cached()
         for entry in self.index.entries:
             self._forget(entry.page)
 
@@ -220,7 +200,7 @@ class SlidingPages:
         """Raise PageLeak unless all pages are accounted for, each request has the window of its computed tokens, and
         different sliding pages belong to different pages of the other layers."""
         listed = list(requests)
-        self._pages.check(request.sliding_pages for request in listed)
+        self.allocator.check(request.sliding_pages for request in listed)
         belongs: dict[int, int] = {}
         for request in listed:
             if not request.pages:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.config.kv import WindowConfig
 from models.model_config import ModelConfig
-
-log = logging.getLogger(__name__)
 
 
 def grouped(config: EngineConfig, target: ModelConfig) -> ModelConfig:

@@ -63,8 +63,8 @@ def noop() -> None:
 class Worker:
     """Owner of all state of one rank. Only `execute` changes it.
 
-    model: this rank's shard of the target. draft: that of a draft model. num_pages: of the target's pool.
-    max_model_len: of a request.
+    model: this rank's shard of the target. draft: that of a draft model. num_pages: of the target's pool. pages: of the
+    pool of each attention group (pool_pages). max_model_len: of a request.
     """
 
     @classmethod
@@ -110,6 +110,7 @@ class Worker:
     ) -> None:
         """Use `load`."""
         self.model, self.draft, self.num_pages, self.max_model_len = model, draft, num_pages, max_model_len
+        self.pages = pool_pages(config, model.config, num_pages, max_model_len)
         self._group = group
         self._groups = [group] if draft.group is None or draft.group is group else [group, draft.group]
         self._digest_every = config.digest_every if group.size > 1 else 0
@@ -125,8 +126,7 @@ class Worker:
         self._sampler = make_sampler(config, self._state, vocab, model.ops, self._grammars)
         self._graphs = make_graphs(config, model)
         try:
-            pages = pool_pages(config, model.config, num_pages, max_model_len)
-            target = make_target(config, model, self._state, *pages)
+            target = make_target(config, model, self._state, *self.pages)
             self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft, self._graphs)
         except BaseException:
             self.close()

@@ -208,7 +208,7 @@ def test_rows_are_preempted_and_windows_evicted() -> None:
     check_hits(engine, played)
     stats, sliding = engine.stats(), engine._kv._sliding
     assert sliding is not None
-    assert min(stats.preemptions, stats.prefix_hits, sliding._pages.evictions) > 0
+    assert min(stats.preemptions, stats.prefix_hits, sliding.allocator.evictions) > 0
 
 
 def test_windows_alone_wait_for_room() -> None:

@@ -203,7 +203,7 @@ def test_a_request_keeps_its_window_only() -> None:
     kv, sliding = manager(40, 30)
     made = admit(kv, request([*range(50)]))
     assert (made.sliding_first, len(made.sliding_pages)) == (10, 3)  # positions 41 … 49, in pages 10 to 12
-    assert (sliding.owned, sliding._pages.cached) == (3, 10)
+    assert (sliding.allocator.owned, sliding.allocator.cached) == (3, 10)
     assert kv.cover(made, 53) == (13, [made.sliding_pages[-1]])
     kv.check([made])
 
@@ -217,7 +217,7 @@ def test_a_hit_ends_where_a_window_is_left() -> None:
     kv.release(admit(kv, request([*range(50)])))
     assert found(kv, 25) == 6
     kv.release(admit(kv, request([*range(100, 121)])))  # takes the pages of the first ones
-    assert sliding.owned == sliding.total - 16
+    assert sliding.allocator.owned == sliding.allocator.total - 16
     assert [found(kv, length) for length in (9, 17, 25, 49, 60)] == [0, 0, 6, 12, 12], "the end is there longest"
     late = request([*range(49)])
     kv.admit(late)
@@ -266,13 +266,13 @@ def test_nothing_is_found_that_a_failed_request_may_have_computed() -> None:
     assert not kv.match(request([*range(20)]))
     kv.release(failed)
     kv.release(other)
-    assert sliding._pages.free == 40
+    assert sliding.allocator.free == 40
 
 
 def test_check_notices_a_window_that_is_gone() -> None:
     kv, sliding = manager(40, 40)
     made = admit(kv, request([*range(20)]))
-    sliding._pages.release([made.sliding_pages.pop(0)])
+    sliding.allocator.release([made.sliding_pages.pop(0)])
     made.sliding_first += 1
     with pytest.raises(PageLeak, match="lacks the window before position 20"):
         kv.check([made])
@@ -312,7 +312,9 @@ def test_a_window_that_is_evicted_in_the_round_that_would_share_it() -> None:
     fillers = 0
     last = own.index.find(made.running[0].digests[37])
     assert last is not None
-    while own._pages.free + own._pages.eviction_order.index(last.page) >= 4:  # until few pages are evicted before it
+    while (
+        own.allocator.free + own.allocator.eviction_order.index(last.page) >= 4
+    ):  # until few pages are evicted before it
         fillers += 1
         add(f"filler {fillers}", [*range(10_000 * fillers, 10_000 * fillers + 6)], 1)
         run_round()
@@ -356,9 +358,9 @@ def test_pages_that_another_request_enters_are_found(evicted: bool) -> None:
 
     finish("before")
     if evicted:
-        pages = sliding._pages.reserve(sliding._pages.available)
+        pages = sliding.allocator.reserve(sliding.allocator.available)
         assert pages is not None
-        sliding._pages.release(pages)
+        sliding.allocator.release(pages)
     finish("first", "second")
     assert computed["first"] == (len(prompt) if evicted else 1)
     assert computed["second"] == 1
