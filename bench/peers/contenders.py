@@ -53,6 +53,7 @@ CONTENDERS = (
     Peer("magicdec prefix", "magicdec", _OFF | _PREFIX, ("shared",)),
     Peer("magicdec prefix auto", "magicdec", _AUTO | _PREFIX, ("shared",)),
     Peer("vllm", "vllm", sets=("usual", "weights", "kv")),
+    Peer("vllm float32", "vllm", {"dtype": "float32"}, ()),
     Peer("vllm ngram", "vllm", {"speculative_config": _VLLM_NGRAM}),
     Peer("vllm prefix", "vllm", {"prefix": True}, ("shared",)),
     Peer("vllm fp8 KV", "vllm", {"kv": "fp8"}, ("kv",)),

@@ -3,7 +3,8 @@
 Options: `speculative_config`: vLLM's setting of that name; by default it does not speculate. `prefix`: its prefix cache
 (default false, since the same prompts are sent more than once), which is emptied where rows are dropped. `model`: a
 directory with other weights of the same model, quantized in a way that vLLM reads. `kv`: vLLM's type of the KV cache
-(default auto). Where prompts are kept, the prefix cache keeps them.
+(default auto). `dtype`: of weights and KV (default bfloat16; float32 may be faster on processors without bfloat16
+products). Where prompts are kept, the prefix cache keeps them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ class Peer:
     def __init__(self, settings: dict[str, Any]) -> None:
         # vllm reads these on import. The KV size is in whole GiB; the binding lists one core per thread.
         cores = sorted(os.sched_getaffinity(0))[: settings["threads"]]
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(-(-int(1.05 * settings["kv_bytes"]) // (1 << 30)))
+        dtype = settings["options"].get("dtype", "bfloat16")
+        kv_bytes = settings["kv_bytes"] * (2 if dtype == "float32" else 1)  # settings say bytes in 16 bits
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(-(-int(1.05 * kv_bytes) // (1 << 30)))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         import vllm
@@ -28,7 +31,7 @@ class Peer:
         model = settings["options"].get("model")
         self._engine = vllm.LLM(
             model=model or settings["model"],
-            dtype="bfloat16",
+            dtype=dtype,
             max_model_len=settings["row_tokens"],
             max_num_seqs=settings["rows"],
             enable_prefix_caching=self._prefix,
@@ -42,7 +45,7 @@ class Peer:
         self._seen: dict[str, int] = {}
         self._prompts: Sequence[Sequence[int]] = []
         self.max_batch = None
-        weights = "bfloat16 weights" if model is None else f"weights of {os.path.basename(os.path.abspath(model))}"
+        weights = f"{dtype} weights" if model is None else f"weights of {os.path.basename(os.path.abspath(model))}"
         self.about = f"vllm {vllm.__version__}, {weights}"
         if method := settings["options"].get("speculative_config", {}).get("method"):
             self.about += f", {method} speculation"
