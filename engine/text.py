@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from engine.messages import FINISH_STOP, RequestOutput, TokenLogprobs
 from engine.params import SamplingParams
@@ -69,6 +71,32 @@ class StopString:
         return matched + 1 if self.text[matched] == char else 0
 
 
+class Seen(NamedTuple):
+    """Text that stop strings match: a range of the stream's text, in characters, behind others that are no part of it,
+    if this text is longer than the range."""
+
+    text: str
+    begin: int
+    end: int
+
+
+class StopScope(Protocol):
+    """Finds the part of a growing text that stop strings match.
+
+    decided: number of characters of the text for which it is known whether they match.
+    """
+
+    @property
+    def decided(self) -> int: ...
+
+    def feed(self, text: str, token: int, offset: int) -> list[Seen]:
+        """Return what is certain after a token, which adds `text`. offset: at which the token's own text begins; it may
+        come later."""
+
+    def finish(self, text: str) -> list[Seen]:
+        """Return the rest, after text that is the last one."""
+
+
 def stop_strings(params: SamplingParams) -> list[StopString]:
     return [StopString(stop) for stop in params.stop if stop]
 
@@ -77,7 +105,8 @@ class TextStream:
     """Text of one request. The chunks join to the same text, however the tokens were split into rounds.
 
     Text that may be the beginning of a stop string is held back until that is decided. A stop string counts only if the
-    token that completes it is the `min_tokens`-th or a later one.
+    token that completes it is the `min_tokens`-th or a later one. They match all of the text, or what a StopScope finds
+    in it; the text is cut where the match begins.
     """
 
     def __init__(
@@ -87,14 +116,18 @@ class TextStream:
         context: Sequence[int] = (),
         stops: Sequence[StopString] | None = None,
         shown: frozenset[int] = frozenset(),
+        scope: StopScope | None = None,
     ) -> None:
         """context: the prompt, if the output continues its text; not part of the output. stops: stop_strings(params),
-        if several streams share them. shown: special tokens that are not skipped.
+        if several streams share them. shown: special tokens that are not skipped. scope: None: all of the text.
         """
         self._decoder = IncrementalDecoder(tokenizer, params.skip_special_tokens, context, shown)
         self._params = params
         self._stops = stop_strings(params) if stops is None else stops
         self._matched = [0] * len(self._stops)
+        self._scope = scope
+        longest = max((len(stop.text) for stop in self._stops), default=0)
+        self._places: deque[tuple[int, int]] = deque(maxlen=longest)  # begin and end of the last characters seen
         self._tokens = 0
         self._length = 0  # length of the text so far, including held-back text
         self._held = ""
@@ -136,41 +169,53 @@ class TextStream:
                 break
             piece = self._decoder.push(token)
             offsets.append(self._length + self._decoder.owed(token, piece))
-            if stopped := self._take(piece, ready):
+            scoped = self._scope.feed(piece, token, offsets[-1]) if self._stops and self._scope else None
+            if stopped := self._take(piece, scoped, ready):
                 return TextChunk("".join(ready), offsets, stopped)
         return TextChunk("".join(ready), offsets)
 
     def finish(self) -> TextChunk:
         """Return the held-back text. Call it after the last token, if no chunk stopped."""
         ready: list[str] = []
-        stopped = self._take(self._decoder.flush(), ready)
+        piece = self._decoder.flush()
+        scoped = self._scope.finish(piece) if self._stops and self._scope else None
+        stopped = self._take(piece, scoped, ready)
         if not stopped:
             ready.append(self._held)
             self._held = ""
         return TextChunk("".join(ready), [], stopped)
 
-    def _take(self, piece: str, ready: list[str]) -> str | None:
-        """Append the text that is now certain to `ready`. Returns the stop string that `piece` completes, if any."""
+    def _take(self, piece: str, scoped: Sequence[Seen] | None, ready: list[str]) -> str | None:
+        """Append the text that is now certain to `ready`. Returns the stop string that has been completed, if any.
+
+        scoped: what became certain of the text that counts; None: `piece`.
+        """
+        first = self._length - len(self._held)  # offset of the text that is not in `ready` yet
         self._length += len(piece)
-        if not piece:
-            return None
         if not self._stops:
             ready.append(piece)
             return None
-        text, before = self._held + piece, len(self._held)
-        for position, char in enumerate(piece, before + 1):
-            complete: list[str] = []
-            for index, stop in enumerate(self._stops):
-                self._matched[index], whole = stop.feed(self._matched[index], char)
-                if whole:
-                    complete.append(stop.text)
-            if complete and self._tokens >= self._params.min_tokens:
-                longest = max(complete, key=len)
-                dropped = 0 if self._params.include_stop_str_in_output else len(longest)
-                ready.append(text[: position - dropped])
-                self._held = ""
-                return longest
-        held = max(self._matched)
-        ready.append(text[: len(text) - held])
-        self._held = text[len(text) - held :]
+        text = self._held + piece
+        for seen in [Seen(piece, self._length - len(piece), self._length)] if scoped is None else scoped:
+            for to_come, char in zip(range(len(seen.text) - 1, -1, -1), seen.text, strict=True):
+                end = seen.end - to_come
+                self._places.append((max(seen.begin, end - 1), max(seen.begin, end)))
+                complete: list[str] = []
+                for index, stop in enumerate(self._stops):
+                    self._matched[index], whole = stop.feed(self._matched[index], char)
+                    if whole:
+                        complete.append(stop.text)
+                if complete and self._tokens >= self._params.min_tokens:
+                    longest = max(complete, key=len)
+                    keeps = self._params.include_stop_str_in_output
+                    cut = self._places[-1][1] if keeps else self._places[-len(longest)][0]
+                    ready.append(text[: max(0, cut - first)])
+                    self._held = ""
+                    return longest
+        certain = self._length if self._scope is None else self._scope.decided
+        if held := max(self._matched):
+            certain = min(certain, self._places[-held][0])
+        given = max(0, certain - first)
+        ready.append(text[:given])
+        self._held = text[given:]
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from engine.messages import FINISH_ABORT, FINISH_LENGTH, AddRequest, PromptLogprobs, RequestOutput
 from engine.params import SamplingParams
 from engine.processes.supervisor import Supervisor
-from engine.text import Delta, StopString, TextStream, stop_strings
+from engine.text import Delta, StopScope, StopString, TextStream, stop_strings
 from server.errors import ApiError, unavailable
 from server.observe.request_stats import RequestStats
 from server.observe.speculation_report import round_report
@@ -36,6 +36,8 @@ class Choice:
     """Whether the output continues the prompt's text (a completion) or stands alone (a chat answer)."""
     shown: frozenset[int] = frozenset()
     """Special tokens that are part of the text."""
+    new_scope: Callable[[], StopScope] | None = None
+    """Makes the part of the text that stop strings match; None: all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,8 @@ class Generation:
             yield ChoiceDelta(choice.index, ended)
             return
         context = choice.prompt if choice.continues else ()
-        stream = TextStream(self.service.tokenizer, choice.params, context, stops, choice.shown)
+        scope = choice.new_scope() if choice.new_scope else None
+        stream = TextStream(self.service.tokenizer, choice.params, context, stops, choice.shown, scope)
         request = AddRequest(
             uuid.uuid4().hex,
             choice.prompt,

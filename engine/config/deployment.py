@@ -231,6 +231,16 @@ class ServerConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _reads_channels_or_not(self) -> Self:
+        formats = {self.thinking, self.tool_format} - {"auto"}
+        if "harmony" in formats and len(formats) > 1:
+            raise ValueError(
+                f"thinking ({self.thinking}) and tool_format ({self.tool_format}) exclude each other: "
+                "harmony has thinking and calls in the same channels, so it is for both or for neither"
+            )
+        return self
+
 
 class Config(Settings):
     """Settings of one deployment: the content of one YAML file."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from server.text.thinking.thinking_format import Kind, Mark, ThinkingSplitter
 from server.text.tools.tool_format import CallParser, CallPart
 from server.text.tools.tool_messages import parse_object
+
+Place = tuple[int, int]
+"""A range of an answer's text, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +32,14 @@ class CallDelta:
 class AnswerDelta:
     """What one piece of text added to an answer.
 
-    parts: content and parts of calls, in their order; texts are not empty. They follow the thinking.
+    parts: content and parts of calls, in their order; texts are not empty. They follow the thinking. places: where each
+    text in `parts` stands, which may begin with a gap that has no place; None: not known, since a parser of calls has
+    read it; empty: none is known.
     """
 
     thinking: str = ""
     parts: Sequence[str | CallDelta] = ()
+    places: Sequence[Place | None] = ()
 
     @property
     def content(self) -> str:
@@ -44,6 +51,13 @@ class AnswerDelta:
 
     def __bool__(self) -> bool:
         return bool(self.thinking or self.parts)
+
+
+class _Text(NamedTuple):
+    """Content. place: see AnswerDelta."""
+
+    text: str
+    place: Place | None
 
 
 class AnswerParser:
@@ -72,7 +86,9 @@ class AnswerParser:
         self._undecided: deque[int] = deque()  # offsets of tokens that may belong to the thinking
         self.has_calls = False
         self._arguments: list[str] = []  # of the last call
-        self._blank = ""  # spaces and line breaks that are content only if other text follows before a call
+        self._blank: list[
+            _Text
+        ] = []  # spaces and line breaks that are content only if other text follows before a call
 
     @property
     def content_start(self) -> int | None:
@@ -92,21 +108,25 @@ class AnswerParser:
             split += self._splitter.finish()
         self._count(offsets, ends)
         thinking = "".join(part.text for part in split if part.kind is Kind.THINKING)
-        parts: list[CallPart | str] = []
-        for kind, content, begins in split:
+        parts: list[CallPart | _Text] = []
+        for kind, content, begins, place in split:
             if begins and self._new_calls is not None:
                 parts += self._end_calls()
                 self._calls = self._new_calls()
-            if kind is Kind.CONTENT and self._calls is not None:
+            if kind in (Kind.CONTENT, Kind.CALL) and self._calls is not None:
                 parts += self._numbered(self._calls.feed(content))
             elif kind is not Kind.THINKING and content:
-                parts.append(content)
+                parts.append(_Text(content, place))
         if ends:
             parts += self._end_calls()
-        if self._calls is None:
-            content = "".join(part for part in parts if isinstance(part, str))
-            return AnswerDelta(thinking, [content] if content else ())
-        return self._sort(thinking, parts, ends)
+        sorted = parts if self._calls is None else self._sort(parts, ends)
+        joined = _join(sorted)
+        texts = [part for part in joined if isinstance(part, _Text)]
+        return AnswerDelta(
+            thinking,
+            [part.text if isinstance(part, _Text) else part for part in joined],
+            [text.place for text in texts],
+        )
 
     def _count(self, offsets: Sequence[int], ends: bool) -> None:
         """Count the tokens of the thinking."""
@@ -117,7 +137,7 @@ class AnswerParser:
                 self._span += 1
             self.thinking_tokens += self._span < len(spans) and spans[self._span].begin <= offset
 
-    def _end_calls(self) -> list[CallPart | str]:
+    def _end_calls(self) -> list[CallPart | _Text]:
         """Return what the parser of calls holds back; its calls have ended."""
         if self._calls is None:
             return []
@@ -125,35 +145,63 @@ class AnswerParser:
         self._before = self._num_calls
         return rest
 
-    def _numbered(self, parts: Iterable[CallPart | str]) -> list[CallPart | str]:
+    def _numbered(self, parts: Iterable[CallPart | str]) -> list[CallPart | _Text]:
         """Number calls through all parsers of calls."""
-        numbered: list[CallPart | str] = []
+        numbered: list[CallPart | _Text] = []
         for part in parts:
-            if isinstance(part, CallPart):
-                part = replace(part, index=self._before + part.index)
-                self._num_calls = max(self._num_calls, part.index + 1)
-            numbered.append(part)
+            if isinstance(part, str):
+                numbered.append(_Text(part, None))
+                continue
+            numbered.append(replace(part, index=self._before + part.index))
+            self._num_calls = max(self._num_calls, self._before + part.index + 1)
         return numbered
 
-    def _sort(self, thinking: str, parts: Sequence[str | CallPart], ends: bool) -> AnswerDelta:
-        ordered: list[str | CallDelta] = []
+    def _sort(self, parts: Iterable[CallPart | _Text], ends: bool) -> list[CallDelta | _Text]:
+        """Leave out text that is none, and give calls their ids."""
+        ordered: list[CallDelta | _Text] = []
         for part in parts:
-            if isinstance(part, str) and self._only_calls:
+            if isinstance(part, _Text):
+                if not self._only_calls:
+                    ordered += self._without_blank(part)
                 continue
-            if isinstance(part, str):
-                text = self._blank + part
-                self._blank = text[len(text.rstrip()) :]
-                if visible := text.rstrip():
-                    ordered.append(visible)
-                continue
-            self._blank = ""
+            self._blank = []
             self.has_calls = True
             new_id = None if part.name is None else self._new_id()
             if new_id is not None:
                 self._arguments = []
             self._arguments.append(part.arguments)
             ordered.append(CallDelta(part.index, new_id, part.name, part.arguments))
-        if ends and not self.has_calls and self._blank:
-            ordered.append(self._blank)
-            self._blank = ""
-        return AnswerDelta(thinking, ordered)
+        if ends and not self.has_calls:
+            ordered += self._blank
+            self._blank = []
+        return ordered
+
+    def _without_blank(self, part: _Text) -> list[_Text]:
+        """Return a text without spaces and line breaks at its end, which wait, behind those that have waited for it."""
+        text, place = part
+        visible = text.rstrip()
+        middle = None if place is None else max(place[0], place[1] - len(text) + len(visible))
+        shown: list[_Text] = []
+        if visible:
+            shown = [*self._blank, _Text(visible, None if place is None or middle is None else (place[0], middle))]
+            self._blank = []
+        if visible != text:
+            rest = text[len(visible) :]
+            self._blank.append(_Text(rest, None if place is None or middle is None else (middle, place[1])))
+        return shown
+
+
+def _join(parts: Iterable[CallDelta | _Text]) -> list[CallDelta | _Text]:
+    """Join texts that follow each other in the answer's text, or whose places are not known."""
+    joined: list[CallDelta | _Text] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if not isinstance(part, _Text) or not isinstance(last, _Text):
+            joined.append(part)
+        elif last.place is None and part.place is None:
+            joined[-1] = _Text(last.text + part.text, None)
+        elif last.place is not None and part.place is not None and last.place[1] == part.place[0]:
+            joined[-1] = _Text(last.text + part.text, (last.place[0], part.place[1]))
+        else:
+            joined.append(part)
+    return joined

@@ -16,6 +16,7 @@ from engine.messages import FINISH_STOP
 from server.bodies.chat_body import ChatRequest, Message, PromptFields
 from server.bodies.fields import choice_seed
 from server.chat.answer_parser import AnswerDelta, AnswerParser
+from server.chat.content_scope import ContentScope
 from server.errors import ApiError
 from server.generation import Choice, ChoiceDelta, Generation, Usage
 from server.service import Service
@@ -128,6 +129,11 @@ class ChatRun:
             constraints=constraints,
         )
         shown = frozenset(service.marks_of_thinking) | (service.marks_of_calls if use.mode != "none" else frozenset())
+
+        def new_scope() -> ContentScope:
+            splitter = service.thinking.splitter(stage)
+            return ContentScope(splitter, service.marks_of_thinking, has_calls=use.mode != "none")
+
         choices = [
             Choice(
                 number,
@@ -139,6 +145,7 @@ class ChatRun:
                 first=number == 0,
                 continues=False,
                 shown=shown,
+                new_scope=new_scope if service.thinking.thinks else None,
             )
             for number in range(body.choices)
         ]

@@ -127,16 +127,20 @@ class ContentTokens:
         whether a text that comes first begins a message."""
         self._text += piece.raw.delta.text
         self._waiting += zip(piece.raw.delta.offsets, tokens, strict=True)
-        found = []
+        found, places = [], iter(piece.delta.places)
         for part in piece.delta.parts:
             if isinstance(part, str):
-                found.append(self._take(part, self._start(piece, part) if begins else self._end))
+                place = next(places, None)
+                if place is None:
+                    start = self._start(piece, part) if begins else self._end
+                    place = start, start + len(part)
+                found.append(self._take(*place))
             begins = not isinstance(part, str)
         return found
 
-    def _take(self, text: str, start: int) -> list[dict[str, Any]]:
-        """Return the tokens of text that stands at `start`, and forget those before it."""
-        self._end = start + len(text)
+    def _take(self, start: int, end: int) -> list[dict[str, Any]]:
+        """Return the tokens of text that stands from `start` to `end`, and forget those before it."""
+        self._end = end
         before = [self._waiting.popleft() for _ in range(self._count(self._end))]
         return [token for offset, token in before if offset >= start]
 

@@ -89,7 +89,7 @@ def write_type(write: GrammarWriter) -> str:
 def _kind_of(header: str) -> Kind:
     recipient = _special_recipient(header)
     if recipient is not None:
-        return Kind.CONTENT if recipient.startswith(FUNCTIONS) else Kind.PLAIN
+        return Kind.CALL if recipient.startswith(FUNCTIONS) else Kind.PLAIN
     channel = _CHANNEL_NAME.search(header)
     return Kind.THINKING if channel and channel[1] in ("analysis", "commentary") else Kind.PLAIN
 
@@ -188,7 +188,7 @@ class _Splitter:
         elif self.content_start is None:
             self.content_start = self._header_at if text else self._at
         if text:
-            self._parts.append(Part(kind, text, begins=True))
+            self._parts.append(Part(kind, text, begins=True, place=(self._at - len(text), self._at)))
             self._last = kind
 
     def _add(self, kind: Kind, text: str) -> None:
@@ -198,7 +198,9 @@ class _Splitter:
         if not text:
             return
         if begins and (self._thought if kind is Kind.THINKING else self._last is kind):
-            text = _GAP + text
+            self._parts.append(Part(kind, _GAP, begins, (self._at - len(text),) * 2))
+            begins = False
+        place = self._at - len(text), self._at
         self._begins, self._last = False, kind
         if kind is Kind.THINKING:
             self._thought = True
@@ -209,7 +211,7 @@ class _Splitter:
             else:
                 self._spaces.append(text)
             text = visible
-        self._parts.append(Part(kind, text, begins))
+        self._parts.append(Part(kind, text, begins, place))
 
     def _take(self, count: int) -> str:
         taken, self._held = self._held[:count], self._held[count:]

@@ -39,7 +39,7 @@ class _Splitter:
 
     def feed(self, text: str, marks: Sequence[Mark] = ()) -> list[Part]:
         self.decided += len(text)
-        return [Part(Kind.CONTENT, text)]
+        return [Part(Kind.CONTENT, text, place=(self.decided - len(text), self.decided))]
 
     def finish(self) -> list[Part]:
         return []

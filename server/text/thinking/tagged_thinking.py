@@ -71,21 +71,21 @@ class _Splitter:
     def feed(self, text: str, marks: Sequence[Mark] = ()) -> list[Part]:
         if self._stage is Stage.CONTENT and not self._held and not self._trims:
             self._taken += len(text)
-            return [Part(Kind.CONTENT, text)]
+            return [self._content(text)]
         self._held += text
         parts: list[Part] = []
         if self._stage is Stage.UNDECIDED:
-            parts.append(Part(Kind.CONTENT, self._begin()))
+            parts.append(self._content(self._begin()))
         if self._stage is Stage.THINKING:
             parts.append(Part(Kind.THINKING, self._think()))
         if self._stage is Stage.CONTENT:
-            parts.append(Part(Kind.CONTENT, self._take(len(self._held))))
+            parts.append(self._content(self._take(len(self._held))))
         return parts
 
     def finish(self) -> list[Part]:
         rest = self._take(len(self._held))
         thinks = self._stage is Stage.THINKING
-        return [Part(Kind.THINKING, rest.rstrip()) if thinks else Part(Kind.CONTENT, rest)]
+        return [Part(Kind.THINKING, rest.rstrip()) if thinks else self._content(rest)]
 
     def _begin(self) -> str:
         """Decide whether the answer begins with thinking."""
@@ -111,6 +111,10 @@ class _Splitter:
             return thinking
         certain = self._held[: len(self._held) - overlap(self._held, mark)].rstrip()
         return self._take(len(certain))
+
+    def _content(self, text: str) -> Part:
+        """Create a part of text that was just taken."""
+        return Part(Kind.CONTENT, text, place=(self._taken - len(text), self._taken))
 
     def _take(self, count: int) -> str:
         taken, self._held = self._held[:count], self._held[count:]

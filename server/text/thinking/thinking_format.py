@@ -32,14 +32,17 @@ class Kind(Enum):
     THINKING = 0
     PLAIN = 1  # content without calls, whatever it looks like
     CONTENT = 2  # content that may have calls
+    CALL = 3  # a message that is a call, or content if it turns out to be none
 
 
 class Part(NamedTuple):
-    """Part of an answer. begins: whether calls before it have ended, complete or not."""
+    """Part of an answer. begins: whether calls before it have ended, complete or not. place: of all kinds but thinking,
+    the range of the answer's text that it is, in characters; empty if it is no part of that."""
 
     kind: Kind
     text: str
     begins: bool = False
+    place: tuple[int, int] = (0, 0)
 
 
 class Mark(NamedTuple):

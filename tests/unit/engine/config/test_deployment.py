@@ -163,6 +163,27 @@ def test_no_restart_brings_the_first_weights_back() -> None:
         load_config(None, {"server.weight_updates": True, "server.restart": True})
 
 
+@pytest.mark.parametrize(
+    ("thinking", "calls"),
+    [("harmony", "generic_json"), ("harmony", "hermes"), ("think", "harmony"), ("none", "harmony")],
+)
+def test_channels_are_read_by_both_formats(thinking: str, calls: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"server.thinking": thinking, "server.tool_format": calls})
+    (line,) = str(caught.value).splitlines()
+    assert f"thinking ({thinking})" in line
+    assert f"tool_format ({calls})" in line
+
+
+@pytest.mark.parametrize(
+    ("thinking", "calls"),
+    [("harmony", "harmony"), ("harmony", "auto"), ("auto", "harmony"), ("auto", "hermes"), ("think", "hermes")],
+)
+def test_formats_that_go_together(thinking: str, calls: str) -> None:
+    server = load_config(None, {"server.thinking": thinking, "server.tool_format": calls}).server
+    assert (server.thinking, server.tool_format) == (thinking, calls)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_settings_survive_the_way_to_another_process(policy: str) -> None:
     speculation = {"drafter": "model", "model": "draft"} if policy == "all" else {}

@@ -119,6 +119,24 @@ def test_a_stop_string_in_a_call_is_the_reason(directory: Path, stop: str, reaso
     assert [each["finish_reason"] for chunk in chunks for each in chunk["choices"]][-1] == reason
 
 
+@pytest.mark.parametrize("size", [1, 4, 100])
+@pytest.mark.parametrize(
+    ("stop", "content"),
+    [("asks", None), ("think", None), ("</think>", None), ("\n", "Looking."), ("k", "Loo"), ("Looking", "")],
+)
+def test_stop_strings_do_not_match_thinking(directory: Path, stop: str, content: str | None, size: int) -> None:
+    """None: the stop string matches nothing."""
+    whole, chunks = asyncio.run(ask(directory, "<think>\nIt asks\n</think>\n\nLooking.\nDone", size, stop=stop))
+    (choice,) = whole["choices"]
+    assert choice["stop_reason"] == (None if content is None else stop)
+    message = choice["message"]
+    assert (message["reasoning_content"], message["content"]) == (
+        "It asks",
+        "Looking.\nDone" if content is None else content,
+    )
+    assert joined(chunks).get("content", "") == message["content"]
+
+
 @pytest.mark.parametrize(("choice", "is_text"), [("required", False), ("auto", True)])
 def test_the_beginning_of_a_call_is_no_text_where_nothing_else_is_allowed(
     directory: Path, choice: str, is_text: bool

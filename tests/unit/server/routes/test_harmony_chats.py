@@ -175,6 +175,115 @@ def test_responses_have_items_of_each_kind(harmony: Path) -> None:
     run_scripted(harmony, CALL, call)
 
 
+NEXT = "<|end|><|start|>assistant"
+TWICE = "<|channel|>final<|message|>"
+THINKS_AGAIN = "<|channel|>analysis<|message|>fin"
+CALLS = CALL.removeprefix(THOUGHT)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize(
+    ("text", "texts"),
+    [
+        (f"{TWICE}fin {NEXT}{TWICE}\n final{NEXT}{TWICE}n", ["fin \n\nfinal\n\nn"]),
+        (f"{THOUGHT}{TWICE}a{NEXT}{THINKS_AGAIN}{NEXT}{TWICE}Größe", ["a", "Größe"]),
+        (f"{TWICE}message {NEXT}{CALLS}<|call|><|start|>assistant{TWICE}sage", ["message", "sage"]),
+    ],
+    ids=["finals in a row", "thinking between", "a call between"],
+)
+def test_each_message_has_the_logprobs_of_its_own_tokens(harmony: Path, text: str, texts: list[str], size: int) -> None:
+    """A line break between two messages in a row is the server's, and has no token."""
+
+    async def test(http: httpx.AsyncClient, client: ScriptedClient, service: Service) -> None:
+        client.size = size
+        tool = {"type": "function", "name": "add", "parameters": SCHEMA}
+        for tools in ([tool], []) if CALLS not in text else ([tool],):
+            body = {"input": "hi", "include": ["message.output_text.logprobs"], "tools": tools}
+            items = (await ask_both_ways(http, body))["output"]
+            parts = [part for item in items if item["type"] == "message" for part in item["content"]]
+            if size < 1000:  # of one piece, the thinking comes first
+                assert [part["text"] for part in parts] == texts
+            assert "".join(part["text"] for part in parts) == "".join(texts)
+            for part in parts:
+                said = b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]).decode()
+                assert said == part["text"].replace("\n\n", "")
+
+    run_scripted(harmony, text, test)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+@pytest.mark.parametrize(
+    ("text", "stop", "content"),
+    [
+        (FINAL, "final", None),
+        (FINAL, "assistant", None),
+        (FINAL, "<|message|>", None),
+        (FINAL, "asks", None),
+        (FINAL, ".G", None),
+        (FINAL, "ßer", "Grö"),
+        (FINAL, ", n.", "Größer"),
+        (f"{TWICE}\n a", "\n", None),
+        (f"{TWICE}my final{NEXT}{TWICE}b", "final", "my "),
+        (f"{TWICE}my fin{NEXT}{TWICE}al", "final", None),
+        (f"{TWICE}a{NEXT}{TWICE}\nb", "\n\n", "a"),
+        (f"{TWICE}ab{NEXT}{TWICE}cd", "b\n\nc", "a"),
+        (f"{TWICE}ab{NEXT}{THINKS_AGAIN}{NEXT}{TWICE}cd", "bc", "a"),
+        ("to=5 is", "5", "to="),
+        ("assistant", "sis", "as"),
+    ],
+)
+def test_stop_strings_match_what_the_client_sees(
+    harmony: Path, text: str, stop: str, content: str | None, size: int
+) -> None:
+    """None: they match nothing."""
+    free, _, _ = chat(harmony, text, size)
+    for include in (False, True):
+        fields = {"stop": stop, "include_stop_str_in_output": include}
+        whole, chunks, _ = chat(harmony, text, size, **fields)
+        (choice,) = whole["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None if content is None else stop)
+        if content is None:
+            assert whole["choices"] == free["choices"]
+            assert whole["usage"] == free["usage"]
+        elif stop != "\n\n":  # what stands between two messages comes with the second one
+            assert choice["message"]["content"] == content + (stop if include else "")
+        else:
+            assert choice["message"]["content"] == content
+        deltas = [each["delta"] for chunk in chunks for each in chunk["choices"]]
+        assert "".join(delta.get("content") or "" for delta in deltas) == choice["message"]["content"]
+        assert chunks[-1]["choices"][0]["stop_reason"] == choice["stop_reason"]
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [(f"{THOUGHT}<|channel|>analysis to=python code<|message|>1", "python"), (CALL, "functions")],
+)
+def test_stop_strings_match_headers_that_are_content(harmony: Path, text: str, stop: str, size: int) -> None:
+    """A header that is cut short is none, as at the end of any answer."""
+    whole, _, _ = chat(harmony, text, size, stop=stop)
+    (choice,) = whole["choices"]
+    assert (choice["message"]["content"], choice["stop_reason"]) == ("", stop)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_the_token_that_ends_a_stop_string_is_the_last(harmony: Path, size: int) -> None:
+    whole, _, _ = chat(harmony, f"{FINAL} And more.", size, stop="ßer", return_token_ids=True)
+    used = whole["choices"][0]["token_ids"]
+    text = Tokenizer(harmony).decode(used, skip_special_tokens=False)
+    assert text.endswith("Größer")
+    assert whole["usage"]["completion_tokens"] == len(used)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("stop", ["add", "json", "a"])
+def test_stop_strings_do_not_match_calls(harmony: Path, stop: str, size: int) -> None:
+    whole, _, _ = chat(harmony, CALL, size, tools=TOOLS, stop=stop)
+    (choice,) = whole["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("tool_calls", None)
+    assert [call["function"]["arguments"] for call in choice["message"]["tool_calls"]] == ['{"a": 1}']
+
+
 def test_messages_have_blocks_of_each_kind(harmony: Path) -> None:
     async def main() -> list[Any]:
         client = ScriptedClient(Tokenizer(harmony), CALL, 2)

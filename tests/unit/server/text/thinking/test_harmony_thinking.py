@@ -91,7 +91,7 @@ def split(text: str, cuts: Sequence[int], stage: Stage) -> tuple[list[str], Thin
     for begin, end in zip([0, *cuts], [*cuts, len(plain)], strict=True):
         parts += splitter.feed(plain[begin:end], [mark for mark in marks if begin <= mark.offset < end])
     parts += splitter.finish()
-    kinds = (Kind.THINKING, Kind.PLAIN, Kind.CONTENT)
+    kinds = (Kind.THINKING, Kind.PLAIN, Kind.CALL)
     return ["".join(part.text for part in parts if part.kind is kind) for kind in kinds], splitter
 
 
