@@ -61,9 +61,11 @@ class Service:
         self.config = config
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, config.server.special_tokens_in_content)
-        setting = config.server.tool_format
-        self.tool_format = choose_format(setting, tokenizer.chat_template)
-        self.thinking = choose_thinking(config.server.thinking, tokenizer.chat_template)
+        thinking, tool_format = config.server.thinking, config.server.tool_format
+        if "harmony" in (thinking, tool_format):  # the other setting is the same or auto
+            thinking = tool_format = "harmony"
+        self.tool_format = choose_format(tool_format, tokenizer.chat_template)
+        self.thinking = choose_thinking(thinking, tokenizer.chat_template)
         self.marks_of_calls = tokenizer.ids_of(self.tool_format.markers)
         names = {tokenizer.id_of(name): name for name in self.thinking.marks}
         self.marks_of_thinking = {id: name for id, name in names.items() if id is not None}

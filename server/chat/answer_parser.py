@@ -86,9 +86,8 @@ class AnswerParser:
         self._undecided: deque[int] = deque()  # offsets of tokens that may belong to the thinking
         self.has_calls = False
         self._arguments: list[str] = []  # of the last call
-        self._blank: list[
-            _Text
-        ] = []  # spaces and line breaks that are content only if other text follows before a call
+        # Spaces and line breaks that are content only if other text follows before a call.
+        self._blank: list[_Text] = []
 
     @property
     def content_start(self) -> int | None:
@@ -119,13 +118,14 @@ class AnswerParser:
                 parts.append(_Text(content, place))
         if ends:
             parts += self._end_calls()
-        sorted = parts if self._calls is None else self._sort(parts, ends)
-        joined = _join(sorted)
-        texts = [part for part in joined if isinstance(part, _Text)]
+        if self._calls is None:
+            joined = _join(part for part in parts if isinstance(part, _Text))
+        else:
+            joined = self._sort(parts, ends)
         return AnswerDelta(
             thinking,
             [part.text if isinstance(part, _Text) else part for part in joined],
-            [text.place for text in texts],
+            [part.place for part in joined if isinstance(part, _Text)],
         )
 
     def _count(self, offsets: Sequence[int], ends: bool) -> None:
@@ -174,20 +174,20 @@ class AnswerParser:
         if ends and not self.has_calls:
             ordered += self._blank
             self._blank = []
-        return ordered
+        return _join(ordered)
 
     def _without_blank(self, part: _Text) -> list[_Text]:
         """Return a text without spaces and line breaks at its end, which wait, behind those that have waited for it."""
-        text, place = part
-        visible = text.rstrip()
-        middle = None if place is None else max(place[0], place[1] - len(text) + len(visible))
-        shown: list[_Text] = []
-        if visible:
-            shown = [*self._blank, _Text(visible, None if place is None or middle is None else (place[0], middle))]
-            self._blank = []
-        if visible != text:
-            rest = text[len(visible) :]
-            self._blank.append(_Text(rest, None if place is None or middle is None else (middle, place[1])))
+        visible = part.text.rstrip()
+        rest = part.text[len(visible) :]
+        before = behind = None
+        if part.place is not None:
+            begin, end = part.place
+            middle = max(begin, end - len(rest))
+            before, behind = (begin, middle), (middle, end)
+        shown = [*self._blank, _Text(visible, before)] if visible else []
+        waiting = [_Text(rest, behind)] if rest else []
+        self._blank = waiting if visible else self._blank + waiting
         return shown
 
 

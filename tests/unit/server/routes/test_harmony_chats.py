@@ -303,3 +303,13 @@ def test_messages_have_blocks_of_each_kind(harmony: Path) -> None:
 
     thinking, call = asyncio.run(main())
     assert (thinking["thinking"], call["name"], call["input"]) == ("It asks.", "add", {"a": 1})
+
+
+@pytest.mark.parametrize("setting", ["thinking", "tool_format"])
+def test_harmony_by_hand_is_for_thinking_and_calls(directory: Path, setting: str) -> None:
+    async def main() -> tuple[str, str]:
+        settings: dict[str, Any] = {setting: "harmony"}
+        async with server(directory, **settings) as (_, _, service):
+            return service.thinking.name, service.tool_format.name
+
+    assert asyncio.run(main()) == ("harmony", "harmony")
