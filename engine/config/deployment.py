@@ -168,8 +168,8 @@ class ServerConfig(Settings):
     generic_json."""
     thinking: Literal["auto", "think", "harmony", "none"] = "auto"
     """Text that is not content but thinking. think: that between <think> and </think>, at the beginning of an answer;
-    harmony: that in other channels than `final`; auto: harmony if `tool_format` is, else as the chat template says, else
-    none; none: none."""
+    harmony: that in other channels than `final`; auto: harmony if `tool_format` is, else as the chat template says,
+    else none; none: none."""
     clamp_max_tokens: bool = False
     """Whether a request for more tokens than there is room for gets as many as there is room for, and the answer says
     so (clamped_max_tokens); else it is refused."""
