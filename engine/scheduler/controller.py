@@ -51,6 +51,11 @@ class Controller(Protocol):
         """Largest number of drafts per row and round."""
         ...
 
+    def begin_round(self) -> None:
+        """Begin a round, with decoding rows or without. A choice that was not observed is of a round that failed: it is
+        dropped, and teaches nothing."""
+        ...
+
     def choose(
         self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
     ) -> list[RowDrafts]:
@@ -111,6 +116,9 @@ class FixedGamma:
     @property
     def gamma_max(self) -> int:
         return self._gamma
+
+    def begin_round(self) -> None:
+        """Do nothing: no choice is kept."""
 
     def choose(
         self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
