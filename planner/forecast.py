@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass, replace
 
 from engine.config.deployment import SchedulerConfig
-from engine.config.kv import DrafterName, KVState
+from engine.config.kv import AllConfig, DrafterName, KVState
+from engine.config.speculation import SpeculationConfig
 from kernels.kv.kv_bits import KV_BITS
 from kernels.weights.weight_bits import EXPERTS_ALONE
 from models.shapes import find_shape, rank_matrix_bytes, rank_weight_bytes, window_pages_per_row
@@ -191,9 +192,8 @@ class Deployment:
             raise ForecastError(f"all layers of {name} slide, so that no pass sees all keys")
 
     def _keeping(self, budget: int | None) -> Deployment:
-        """Return the deployment with the KV that is kept where all layers slide (engine.worker.sliding_limits)."""
-        chooses = not self.has_draft_model and budget is not None and not self.costs.fits_windows
-        keeps = self.target.kv_format != "dense" or chooses or self._keeps_context(budget)
+        """Return the deployment with the KV that is kept where all layers slide."""
+        keeps = self._speculation(budget).needs_all_kv(self.target.kv_format)
         target = replace(self.target, model=replace(self.target.model, keeps_all_kv=keeps))
         drafts = replace(self.drafter.model, keeps_all_kv=keeps or self.has_draft_model)
         return replace(self, target=target, drafter=replace(self.drafter, model=drafts))
@@ -262,7 +262,12 @@ class Deployment:
 
     def _keeps_context(self, budget: int | None) -> bool:
         """Whether the draft keeps KV of its own for the whole context, in pages beside the target's."""
-        return self.has_draft_model and (budget is None or self.costs.reads_all_pages("model"))
+        return self._speculation(budget).has_draft_pages
+
+    def _speculation(self, budget: int | None) -> SpeculationConfig:
+        """Return the settings of a server that drafts like this. budget: None: all KV."""
+        kv = AllConfig(policy="all") if budget is None else self.costs.settings(budget)
+        return SpeculationConfig(drafter=self._drafter_name, model=self.draft if self.has_draft_model else None, kv=kv)
 
     def _draft_page_bytes(self, budget: int | None, tokens: int) -> int:
         """Compute the bytes that drafts keep of a row's pages on the rank that holds the most: their KV, if the target

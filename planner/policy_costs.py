@@ -49,7 +49,7 @@ class PolicyCosts:
 
     def check(self, budget: int | None, drafter: DrafterName) -> None:
         """Raise ValueError for a budget or drafter that the policy does not allow. budget: None: all KV."""
-        self._settings(budget).check(self.page_size, drafter)
+        self.settings(budget).check(self.page_size, drafter)
 
     @property
     def is_view(self) -> bool:
@@ -58,25 +58,22 @@ class PolicyCosts:
 
     def tokens_read(self, budget: int) -> int:
         """Return the KV tokens that a draft step reads of a row which has more."""
-        return self._settings(budget).tokens_read(_ENDLESS, self.page_size)
+        return self.settings(budget).tokens_read(_ENDLESS, self.page_size)
 
     def state(self, budget: int | None, gamma: int, drafter: DrafterName) -> KVState:
         """Return the KV that the policy keeps of each row, in pages of one token. budget: None: the policy's default.
         gamma: largest number of drafts."""
-        settings = SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=self._settings(budget))
+        settings = SpeculationConfig(drafter=drafter, gamma=max(1, gamma), kv=self.settings(budget))
         return settings.kv_state(1)
 
     @property
     def fits_windows(self) -> bool:
         """Whether drafts of the target itself need no KV that its sliding layers read no more, and read no more of
         these than their budget."""
-        return self._settings(None).fits_windows
+        return self.settings(None).fits_windows
 
-    def reads_all_pages(self, drafter: DrafterName) -> bool:
-        """Whether a draft model keeps the KV of all tokens."""
-        return self._settings(None).reads_all_pages(drafter)
-
-    def _settings(self, budget: int | None) -> KVConfig:
+    def settings(self, budget: int | None) -> KVConfig:
+        """Return the policy's settings. budget: None: its default."""
         kv: dict[str, Any] = {"policy": self.name} | ({} if budget is None else {"budget": budget})
         return SpeculationConfig.model_validate({"kv": kv}).kv
 

@@ -26,12 +26,15 @@ from engine.core import Engine
 from engine.params import SamplingParams
 from engine.plan import PageDelta, RoundPlan, RoundResult, RowStart, RowWork
 from engine.scheduler.controller import FixedGamma
+from engine.scheduler.sliding_pages import pool_pages
+from engine.worker.sliding_limits import grouped
 from engine.worker.weight_choice import target_weights
 from kernels.kv.kv_bits import KV_BITS
 from kernels.ops import Ops
 from kernels.weights.matrix import DenseMatrix
 from models.config import ModelConfig
 from models.decoder import DecoderModel
+from models.shapes import kv_token_bytes, rank_sliding_token_bytes
 from parallel.group import Group
 from parallel.matrix_layer import AS_STORED, Placement, WeightChoice
 from planner.cost_model import speedup
@@ -146,16 +149,24 @@ class Bench:
         self._policy, self._summaries = policy, speculation.kv_state(page_size).summaries
         self._device, self._rounds, self._temperature = device, rounds, temperature
         self._config = formats.apply(
-            EngineConfig.model_validate({"model": name, "device": device.type, "speculation": speculation})
+            EngineConfig.model_validate(
+                {
+                    "model": name,
+                    "device": device.type,
+                    "speculation": speculation,
+                    "cache": {"page_size": page_size},
+                }
+            )
         )
+        self._shape = shape = grouped(self._config, shape)
         choice = target_weights(self._config, ops)
         self._model = random_shape(shape, dtype, device, ops, choice)
         self.weight_bytes = self._model.matrix_bytes  # bytes that a forward reads
         drafts = self._model.drafting().matrix_bytes if choice.drafts else 0
         fixed = self.weight_bytes + drafts + self._model.table_bytes
-        heads = len(shape.attention_groups[0]) * shape.num_kv_heads  # of layers that read all tokens
-        self._exact_bytes = heads * KV_BITS["dense"].token_bytes(shape.head_dim, dtype.itemsize)
-        self._token_bytes = heads * KV_BITS[formats.kv].token_bytes(shape.head_dim, dtype.itemsize)
+        self._exact_bytes = kv_token_bytes(shape, dtype.itemsize)
+        self._token_bytes = kv_token_bytes(shape, dtype.itemsize, formats.kv)
+        self._sliding_bytes = rank_sliding_token_bytes(shape, 1, dtype.itemsize)
         # Tokens by which a row can grow while it is measured, with all drafts accepted, and one round's drafts.
         self._room = (rounds + _WARM_UPS + 1) * (gamma + 1) + 1
         self.points: list[tuple[int, int]] = []
@@ -175,7 +186,7 @@ class Bench:
         longest = max(context for _, context in self.points) + self._room
         pages = max(rows * self._width(context) for rows, context in self.points)
         max_rows = max(rows for rows, _ in self.points)
-        cache = {"page_size": page_size, "num_pages": max(pages, -(-longest // page_size))}
+        cache = {"num_pages": max(pages, -(-longest // page_size))}
         config = self._config.model_copy(
             update={
                 "max_model_len": longest,
@@ -185,7 +196,9 @@ class Bench:
             }
         )
         self._engine = Engine(config, model=self._model, controller=FixedGamma(gamma), progress=False)
-        self._engine._worker._target.pool.fill_random(0.1)
+        target = self._engine._worker._target
+        for pool in (target.pool, *([target.sliding.pool] if target.sliding else [])):
+            pool.fill_random(0.1)
         self._run: Callable[[RoundPlan], RoundResult] = self._engine.profiler.run
 
     def measure(self, rows: int, context: int, *, alpha: float, ceiling: float) -> GpuResult:
@@ -199,7 +212,7 @@ class Bench:
         t_verify = median(result.verify_seconds for result in drafted)
         t_draft = median(result.draft_seconds for result in drafted) / self._gamma
         accepted = sum(row.accepted for result in drafted for row in result.rows) / (rows * len(drafted))
-        read = self.weight_bytes + rows * context * self._token_bytes
+        read = self.weight_bytes + rows * self._read_bytes(context)
         return GpuResult(
             shape=self._name,
             rows=rows,
@@ -274,12 +287,16 @@ class Bench:
         """Assign rows to row slots, each over pages of its own, which lie scattered as they do after some time of
         serving. Returns their lengths."""
         width, tokens = self._width(context), [0] * (context + 1)
+        windows = self._engine.profiler.sliding_pages // rows  # pages of each row, which its windows pass through
         order = random.Random(0).sample(range(rows * width), rows * width)
         starts, pages = [], []
         for row in range(rows):
             params = SamplingParams(temperature=self._temperature, seed=row)
             starts.append(RowStart(row, tokens, context + 1, params, [], context))
             pages.append(PageDelta(row, 0, order[row * width : (row + 1) * width]))
+            if windows:
+                listed = [row * windows + column % windows for column in range(width)]
+                pages.append(PageDelta(row, 0, listed, sliding=True))
         work = [RowWork(row, context, 1, 0, True) for row in range(rows)]
         self._check(self._run(RoundPlan(0, starts, pages, work)))
         return [context + 1] * rows
@@ -304,10 +321,18 @@ class Bench:
         return -(-(context + self._room) // self._page)
 
     def _bytes(self, rows: int, context: int) -> int:
-        """Return the bytes of the rows' pages and of what the policy keeps of these."""
+        """Return the bytes of the rows' pages, also of sliding layers, and of what the policy keeps of these."""
         page_bytes = self._page * self._token_bytes + self._summaries * self._exact_bytes // 2  # a key is half of a KV
-        exact_pages = num_exact_pages(self._config.model_copy(update={"scheduler": self._scheduler(rows)}))
-        return rows * self._width(context) * page_bytes + exact_pages * self._page * self._exact_bytes
+        config = self._config.model_copy(update={"scheduler": self._scheduler(rows)})
+        kept = num_exact_pages(config) * self._exact_bytes
+        num_pages = rows * self._width(context)
+        kept += pool_pages(config, self._shape, num_pages, context + self._room).sliding * self._sliding_bytes
+        return num_pages * page_bytes + self._page * kept
+
+    def _read_bytes(self, context: int) -> int:
+        """Return the bytes of a row's KV that a plain round reads: in layers with a window, no more than that."""
+        full, sliding = (min(context, window or context) for window in self._shape.windows)
+        return full * self._token_bytes + sliding * self._sliding_bytes
 
     def _scheduler(self, rows: int) -> SchedulerConfig:
         return SchedulerConfig(max_rows=rows, max_batch_tokens=rows * (self._gamma + 1) + 1)

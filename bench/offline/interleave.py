@@ -49,6 +49,9 @@ class InterleavedController:
     def gamma_max(self) -> int:
         return self._gamma_max
 
+    def begin_round(self) -> None:
+        self.auto.begin_round()
+
     def choose(
         self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
     ) -> list[RowDrafts]:

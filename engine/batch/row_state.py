@@ -36,6 +36,7 @@ class RowState:
     first_exact: first page id that tokens are written to.
     sliding_table: [max_rows, max_pages] int64, or [0, 0] where no layer slides: page ids in the pool of sliding layers,
         in order. Those behind a row's window may be any valid ids, and are not read.
+    windows: view of these, as the target reads them; None: no layer slides.
     computed: [max_rows] int64, number of committed tokens whose target KV is valid.
     num_prompt: [max_rows] int64, on the host: number of a row's first tokens that are its prompt.
     failures: host, rows that have failed.
@@ -65,7 +66,7 @@ class RowState:
         self.sealed_table = self.page_table if tails is None else torch.zeros_like(self.page_table)
         sizes = self.page_table.shape if sliding_window else (0, 0)
         self.sliding_table = torch.zeros(sizes, dtype=torch.int64, device=device)
-        self._windows = DenseView(self.sliding_table, shares=False, window=sliding_window) if sliding_window else None
+        self.windows = DenseView(self.sliding_table, shares=False, window=sliding_window) if sliding_window else None
         self.computed = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.num_prompt = np.zeros(max_rows, dtype=np.int64)
         self._lists = PageLists(*self.page_table.shape)
@@ -85,7 +86,7 @@ class RowState:
             self._lists.write(delta.row, delta.first, delta.pages)
         tables = [self.sealed_table] if self._tails is None else [self.sealed_table, self.page_table]
         self._set_pages(tables, deltas)
-        if self._windows is not None:
+        if self.windows is not None:
             self._set_pages([self.sliding_table], [delta for delta in plan.pages if delta.sliding])
         if self._tails is not None:
             self._place_tails(self._tails, plan)
@@ -117,7 +118,7 @@ class RowState:
             self._lists.clear(work.row)
             for state in (self.tokens, self.page_table, self.sealed_table, self.computed):
                 state[work.row].zero_()
-            if self._windows is not None:
+            if self.windows is not None:
                 self.sliding_table[work.row].zero_()
         if self._tails is not None:
             self._tails.abandon(plan)
@@ -159,9 +160,9 @@ class RowState:
             )
 
         sliding_slots, sliding = None, None
-        if self._windows is not None:
-            sliding_slots = self.sliding_table[row_index, column] * self.page_size + offset
-            sliding = read(view.sliding or self._windows)
+        if view.sliding is not None:
+            sliding_slots = view.sliding.page_table[row_index, column] * self.page_size + offset
+            sliding = read(view.sliding)
         return ForwardBatch(
             token_ids=self.tokens[row_index, position].long(),
             positions=position,

@@ -39,7 +39,7 @@ class View(Protocol):
 
     @property
     def sliding(self) -> View | None:
-        """The view of the KV of sliding layers, of the same queries; None: their window, as the target reads it."""
+        """The view of the KV of sliding layers, of the same queries; None: the model that reads has none."""
 
     def skipped(self, rows: Ints, contexts: Ints) -> Ints:
         """Return the number of KV slots that each row's list leaves out.

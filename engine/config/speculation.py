@@ -125,6 +125,13 @@ class SpeculationConfig(Settings):
         """Whether a draft model keeps the KV of all tokens, in pages beside the target's."""
         return self.draft_model is not None and self.kv.reads_all_pages(self.drafting_model)
 
+    def needs_all_kv(self, kv_format: str) -> bool:
+        """Whether something reads more than the window of a target whose layers all slide: pages that are sealed or
+        have few bits are in one pool with all KV, drafts choose from it, and a draft model has pages beside it.
+        kv_format: of the target's KV."""
+        chooses = self.max_model_drafts > 0 and self.drafting_model == "self" and not self.kv.fits_windows
+        return kv_format != "dense" or self.has_draft_pages or chooses
+
     @property
     def drafts_share(self) -> bool:
         """See KVSettings.shares_pages."""

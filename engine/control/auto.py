@@ -94,6 +94,10 @@ class AutoGamma:
 
     # -- choosing ----------------------------------------------------------------------------------------------------
 
+    def begin_round(self) -> None:
+        """See Controller.begin_round."""
+        self._pending = None
+
     def choose(
         self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
     ) -> list[RowDrafts]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from engine.scheduler.controller import shared_in_part
+from engine.scheduler.controller import shared_by_drafts
 
 
 class StepSample(msgspec.Struct, frozen=True):
@@ -141,15 +141,11 @@ class StepTimes:
         return sum([self._tokens_read(context, budget) for context in contexts]) / len(contexts)
 
     def draft_shared(self, contexts: Sequence[int], budget: int, shared_tokens: float) -> float:
-        """Estimate the shared tokens that a draft step over all these rows reads. shared_tokens: of their contexts.
-
-        Drafts that read whole contexts share as the target does. A window begins with the sink alone, too little to be
-        read for several rows at once, and goes on with tokens that rows seldom share: it shares nothing.
-        """
+        """Estimate the shared tokens that a draft step over all these rows need not read. shared_tokens: of their
+        contexts."""
         if not shared_tokens or not self._drafts_share:
             return 0.0
-        whole = [context for context in contexts if self._tokens_read(context, budget) >= context]
-        return shared_in_part(shared_tokens, contexts, whole)
+        return shared_by_drafts(shared_tokens, contexts, contexts, self._tokens_read, budget)
 
     def draft(self, rows: int, read: float, shared_tokens: float = 0) -> float:
         """Return the time of one draft step of `rows` rows that reads `read` KV tokens of each, of which a profile of a

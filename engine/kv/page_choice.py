@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batch.view import View
 from kernels.ragged import Ints, ragged_arange
 from models.decoder import DecoderModel
 
@@ -57,12 +58,11 @@ class ChoiceView:
 
     shares = True
     per_layer = True
-    sliding = None
     window = 0
 
-    def __init__(self, choice: PageChoice, count: int, first_page: int) -> None:
-        """count: number of chosen pages to read, at most choice.count. first_page: see View."""
-        self._choice, self._count, self.first_page = choice, count, first_page
+    def __init__(self, choice: PageChoice, count: int, first_page: int, sliding: View | None) -> None:
+        """count: number of chosen pages to read, at most choice.count. first_page, sliding: see View."""
+        self._choice, self._count, self.first_page, self.sliding = choice, count, first_page, sliding
         self.page_table = choice.page_table
 
     def skipped(self, rows: Ints, contexts: Ints) -> Ints:

@@ -48,6 +48,11 @@ class DraftSite:
         return 0 if self.settings.drafting_model == "model" else self.state.first_exact
 
     @property
+    def sliding(self) -> View | None:
+        """See View.sliding, of views that read the window as the target does."""
+        return self.state.windows if self.model.num_sliding_layers else None
+
+    @property
     def page_size(self) -> int:
         return self.state.page_size
 
@@ -80,7 +85,9 @@ class KVPolicy:
     def __init__(self, site: DraftSite) -> None:
         self.full = site.make_full()
         self.pool = self.full.drafting()
-        self.full_view: View = DenseView(site.page_table, site.first_page, window=site.model.window)
+        self.full_view: View = DenseView(
+            site.page_table, site.first_page, window=site.model.window, sliding=site.sliding
+        )
         self.attention = self.full_attention = site.attention()
 
     def view(self, budget: int) -> View:

@@ -47,7 +47,9 @@ class QuestPolicy(KVPolicy):
         self.attention: QuestAttention = QuestAttention(site.attention(), self._choice, summaries, config.interval)
         self._state = site.state
         self._views = views_by_budget(
-            site, config.budget, lambda budget: QuestView(self._choice, budget // page, site.first_page, self.attention)
+            site,
+            config.budget,
+            lambda budget: QuestView(self._choice, budget // page, site.first_page, site.sliding, self.attention),
         )
 
     def view(self, budget: int) -> View:
@@ -74,8 +76,10 @@ class QuestPolicy(KVPolicy):
 class QuestView(ChoiceView):
     """View of pages that attention chooses while it runs."""
 
-    def __init__(self, choice: PageChoice, count: int, first_page: int, attention: QuestAttention) -> None:
-        super().__init__(choice, count, first_page)
+    def __init__(
+        self, choice: PageChoice, count: int, first_page: int, sliding: View | None, attention: QuestAttention
+    ) -> None:
+        super().__init__(choice, count, first_page, sliding)
         self._attention = attention
 
     def pages(self, rows: Tensor, contexts: Tensor, width: int) -> Tensor:

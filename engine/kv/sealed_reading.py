@@ -26,12 +26,11 @@ class SealedView:
 
     shares = True
     per_layer = False
-    sliding = None
 
     def __init__(self, state: RowState, window: int = 0) -> None:
         """window: see View."""
         self.page_table, self.first_page, self.window = state.page_table, state.first_exact, window
-        self._state = state
+        self.sliding, self._state = state.windows, state
 
     def skipped(self, rows: Ints, contexts: Ints) -> Ints:
         return contexts * 0

@@ -40,7 +40,12 @@ class SnapKVPolicy(KVPolicy):
         self._chosen, self._recent, self._per_row = kept.first, config.recent // page, kept.pages  # in pages
         table = ring_table(max_rows, state.page_table.shape[1], kept.first, kept.ring).to(state.device)
         self._view = WindowView(
-            table, budget=config.budget, sink=config.budget - config.recent, page_size=page, shares=False
+            table,
+            budget=config.budget,
+            sink=config.budget - config.recent,
+            page_size=page,
+            shares=False,
+            sliding=site.sliding,
         )
         self.pool = self.full.cache(max_rows * self._per_row)
         self._places = kept.queries  # by position

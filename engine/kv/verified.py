@@ -60,7 +60,7 @@ class VerifiedPolicy(KVPolicy):
             site.page_table, page, site.model, count=config.budget // page, sink=-(-config.sink // page), per_head=False
         )
         self._views = views_by_budget(
-            site, config.budget, lambda budget: ChoiceView(self._choice, budget // page, site.first_page)
+            site, config.budget, lambda budget: ChoiceView(self._choice, budget // page, site.first_page, site.sliding)
         )
         self._prefill = np.zeros(site.max_rows, dtype=np.int64)  # number of tokens at a row's start
         self._plain_rounds = 0  # since the last vote

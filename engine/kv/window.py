@@ -119,9 +119,9 @@ class WindowPolicy(KVPolicy):
 
 
 def _sliding_view(site: DraftSite, budget: int, sink: int) -> View | None:
-    """Make the view of the same budget of sliding layers; None: there are none, or it has room for their window."""
+    """Make the view of the same budget of sliding layers; the target's, if that has room for their window."""
     window = site.model.sliding_window
     if budget >= window:
-        return None
+        return site.sliding
     table, page = site.state.sliding_table, site.page_size
     return WindowView(table, budget=budget, sink=sink, page_size=page, shares=False, window=window, kept=window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -51,6 +51,11 @@ class Controller(Protocol):
         """Largest number of drafts per row and round."""
         ...
 
+    def begin_round(self) -> None:
+        """Begin a round, with decoding rows or without. A choice that was not observed is of a round that failed: it is
+        dropped, and teaches nothing."""
+        ...
+
     def choose(
         self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
     ) -> list[RowDrafts]:
@@ -80,6 +85,25 @@ def shared_in_part(shared_tokens: float, contexts: Sequence[int], part: Sequence
     return shared_tokens * sum(part) / sum(contexts) * (1 - 1 / len(part)) / (1 - 1 / len(contexts))
 
 
+def shared_by_drafts(
+    shared_tokens: float,
+    contexts: Sequence[int],
+    drafting: Sequence[int],
+    tokens_read: Callable[[int, int], int],
+    budget: int,
+    step: int = 0,
+) -> float:
+    """Estimate how many of a batch's shared tokens a draft step need not read. contexts, drafting: tokens of all rows,
+    and of those that draft. tokens_read: maps a row's tokens and a budget to the KV tokens that a draft step reads.
+    step: number of drafts that the rows have already.
+
+    Drafts that read whole contexts share as the target does. A window begins with the sink alone, too little to be
+    read for several rows at once, and goes on with tokens that rows seldom share: it shares nothing.
+    """
+    whole = [context for context in drafting if tokens_read(context + step, budget) >= context + step]
+    return shared_in_part(shared_tokens, contexts, whole)
+
+
 class FixedGamma:
     """The same gamma for every row and round: tokens found in the text, as far as there are any, then a model's."""
 
@@ -92,6 +116,9 @@ class FixedGamma:
     @property
     def gamma_max(self) -> int:
         return self._gamma
+
+    def begin_round(self) -> None:
+        """Do nothing: no choice is kept."""
 
     def choose(
         self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()

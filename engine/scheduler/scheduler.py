@@ -139,6 +139,7 @@ class Scheduler:
     def schedule(self) -> tuple[RoundPlan, list[Request]]:
         """Plan the next round. Returns the plan and the requests of its `work`, in the same order."""
         self._round += 1
+        self.controller.begin_round()
         plan = RoundPlan(self._round, [], [], [])
         if self._audit is not None:
             plan.audit, plan.sliding_audit = self._audit.next_pages()

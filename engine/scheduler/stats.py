@@ -10,7 +10,7 @@ import msgspec
 
 from engine.messages import EngineStats
 from engine.plan import RoundPlan, RoundResult, RowWork
-from engine.scheduler.controller import shared_in_part
+from engine.scheduler.controller import shared_by_drafts
 from engine.scheduler.request import Request
 
 
@@ -66,16 +66,14 @@ class StatsRecorder:
             self.totals.kv_tokens_read -= shared_tokens + by_drafts
 
     def _shared_by_drafts(self, decoding: Sequence[RowWork], budget: int, shared_tokens: int) -> int:
-        """Estimate the shared tokens of all draft steps. Drafts that read whole contexts share as the target does;
-        windows share no more than the sink."""
+        """Estimate the shared tokens of all draft steps."""
         if not self._drafts_share:
             return 0
         contexts = [work.computed + 1 for work in decoding]
         found = 0.0
         for step in range(max((work.model_drafts for work in decoding), default=0)):
             drafting = [work.computed + 1 for work in decoding if work.model_drafts > step]
-            whole = [each for each in drafting if self._draft_tokens_read(each + step, budget) >= each + step]
-            found += shared_in_part(shared_tokens, contexts, whole)
+            found += shared_by_drafts(shared_tokens, contexts, drafting, self._draft_tokens_read, budget, step)
         return round(found)
 
     def _decode_row(self, request: Request, work: RowWork, budget: int) -> None:

@@ -90,7 +90,8 @@ def make_target(config: EngineConfig, model: DecoderModel, state: RowState, num_
         return Runner(model, pool, attention, view, summaries=attention.summaries)
     plain = make_attention(model, state.page_size)
     if not pool.seals:
-        return Runner(model, pool, plain, DenseView(state.page_table, window=model.window), sliding=sliding)
+        all_kv = DenseView(state.page_table, window=model.window, sliding=state.windows)
+        return Runner(model, pool, plain, all_kv, sliding=sliding)
     settings = config.speculation
     summarises = settings.drafting_model == "self" and settings.kv_state(state.page_size).summaries > 0
     summaries = KeySummaries(pool, model.ops) if summarises else None
@@ -224,7 +225,7 @@ def _with_graphs(
     layers = model.num_kv_layers if runner.view.per_layer else 0
     rows, gammas = graph_row_counts(config.scheduler.max_rows), _steps(config)
     sliding = _sliding_room(runner, state)
-    if sliding is not None and runner.view.sliding is not None:
+    if sliding is not None and runner.view.sliding is not state.windows:
         sliding = sliding._replace(width=width)
     if runner.graphs is None:
         forwards = ForwardGraphs(

@@ -11,13 +11,8 @@ from models.model_config import ModelConfig
 
 def grouped(config: EngineConfig, target: ModelConfig) -> ModelConfig:
     """Return the target's config with the attention groups that it is served with. Where all layers slide, they keep
-    the KV of a window only, unless something reads more of it: pages that are sealed or have few bits are in one pool
-    with all KV, drafts choose from it, and a draft model has pages beside it."""
-    settings = config.speculation
-    drafts_itself = settings.max_model_drafts > 0 and settings.drafting_model == "self"
-    chooses = drafts_itself and not settings.kv.fits_windows
-    keeps = config.cache.format != "dense" or settings.has_draft_pages or chooses
-    return replace(target, keeps_all_kv=target.all_slide and keeps)
+    the KV of a window only, unless something reads more of it (SpeculationConfig.needs_all_kv)."""
+    return replace(target, keeps_all_kv=target.all_slide and config.speculation.needs_all_kv(config.cache.format))
 
 
 def check_sliding(config: EngineConfig, target: ModelConfig, draft: ModelConfig | None) -> None:

@@ -79,6 +79,9 @@ class Scripted:
         self.budget, self.report = 0, ControllerReport()
         self._turns = count()
 
+    def begin_round(self) -> None:
+        pass
+
     def choose(
         self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
     ) -> list[RowDrafts]:

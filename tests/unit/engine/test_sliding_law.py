@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.batch.runner import Runner
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.core import Engine
 from engine.messages import AddRequest
@@ -31,6 +32,7 @@ from tests.support.conversations import Turn, check_answers, check_hits, crowd, 
 from tests.support.engines import TINY, Scripted, run, tiny_engine, tiny_model, tokens
 from tests.support.prefix_engines import VARYING, trouble
 from tests.support.profiles import examples
+from tests.support.ranks import DRAFT, write_random_model
 from tests.support.workloads import SAMPLING, kv_of, prompt_of
 
 WINDOW, LONGEST = 10, 150
@@ -235,7 +237,7 @@ def test_drafts_read_less_than_a_window(layers: str) -> None:
         kv = {"policy": "window", "budget": budget, "sink": 4}
         engine = tiny_engine(wide, gamma=3, speculation={"kv": kv}, **settings)
         view = engine._worker._drafter._drafter._runner.view  # type: ignore[attr-defined]
-        assert (view.sliding is not None) is fewer
+        assert (view.sliding is not engine._worker._state.windows) is fewer
         played = play(engine, turns, LONGEST)
         check_answers(played, run(oracle, played.requests))
         stats = engine.stats()
@@ -303,6 +305,27 @@ def test_so_they_do_where_all_layers_slide() -> None:
     for policy, kv_format, page in (("quest", "dense", 4), ("window", "fp8", 8)):
         kept = engine_of("all layers", 3, policy, page, cache={"format": kv_format})
         assert kept._worker._target.pool.num_layers == 2
+
+
+@pytest.mark.parametrize("policy", ["window", "snapkv", "quest", "all"])
+def test_a_draft_model_lists_no_sliding_layers(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target's are not listed for it either, while it computes prompts or drafts."""
+    through, seen = Runner.forward, set()
+
+    def recorded(runner: Runner, inputs: ForwardBatch) -> Tensor:
+        listed = inputs.sliding_attention is not None, inputs.sliding_slots is not None
+        seen.add((runner is engine._worker._target, *listed))
+        return through(runner, inputs)
+
+    monkeypatch.setattr(Runner, "forward", recorded)
+    model = str(write_random_model(tmp_path / "draft", DRAFT))
+    speculation = {"kv": kv_of(policy, 4, 3), "drafter": "model", "model": model}
+    engine = tiny_engine(target("most layers"), gamma=3, speculation=speculation, max_model_len=LONGEST)
+    requests = [AddRequest(str(i), prompt_of(9 + 40 * i, i), SamplingParams(max_tokens=30)) for i in range(3)]
+    outputs = run(engine, requests)
+    assert seen == {(True, True, True), (False, False, False)}
+    oracle = run(plain("most layers"), requests)
+    assert [tokens(outputs[each.id]) for each in requests] == [tokens(oracle[each.id]) for each in requests]
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

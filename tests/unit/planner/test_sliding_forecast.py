@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.config.deployment import EngineConfig
+from engine.worker.sliding_limits import grouped
 from models.known_shapes import SHAPES
 from models.model_config import ModelConfig
 from models.shapes import kv_token_bytes, rank_kv_token_bytes, rank_sliding_token_bytes
@@ -171,6 +173,20 @@ class TestMemory:
         wide = made.forecast(4, 8000, budgets=(512,), gamma=3)  # no more than the window
         assert wide.draft_row_read_bytes == 256 * row or policy == "quest"
         assert (found.draft_bytes > 0) is (policy == "quest")
+
+    @pytest.mark.parametrize("policy", ["window", "quest", "snapkv"])
+    @pytest.mark.parametrize("draft", ["self", "small"])
+    @pytest.mark.parametrize("kv_format", ["dense", "int8"])
+    @pytest.mark.parametrize("budget", [None, 256])
+    def test_a_server_keeps_the_same(self, policy: str, draft: str, kv_format: str, budget: int | None) -> None:
+        target = place(ALL_SLIDE, device=GPUS["h100"], kv_format=kv_format)
+        made = deployed(ALL_SLIDE, policy, target=target, draft=draft, drafter=replace(target, model=SMALL))
+        drafter = {"drafter": "self"} if draft == "self" else {"drafter": "model", "model": draft}
+        kv = {"policy": "all"} if budget is None else {"policy": policy, "budget": budget}
+        config = EngineConfig.model_validate({"cache": {"format": kv_format}, "speculation": {**drafter, "kv": kv}})
+        kept = rank_kv_token_bytes(grouped(config, ALL_SLIDE), 1, 2, kv_format)
+        found, longer = (made.forecast(1, context, budgets=(budget,), gamma=3) for context in (8000, 8001))
+        assert longer.kv_bytes - found.kv_bytes == kept
 
     def test_no_more_than_other_layers(self) -> None:
         found = deployed(SHAPES["gemma-3-27b"]).forecast(2, 1000, budgets=(512,), gamma=3)

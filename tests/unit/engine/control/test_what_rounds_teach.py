@@ -9,7 +9,9 @@ from engine.messages import AddRequest
 from engine.ngram.ngram_drafts import NO_PROPOSAL, Proposal
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
+from engine.scheduler.kv_manager import KVManager
 from engine.scheduler.request import Request
+from engine.scheduler.scheduler import Scheduler
 
 
 def controller_of_text() -> AutoGamma:
@@ -57,3 +59,30 @@ def test_rounds_that_finish_prompts_teach_no_times() -> None:
     work = [RowWork(row, 100, 1, 0, True) for row in range(9)]
     controller.observe(RoundPlan(1, [], [], work), rows, RoundResult(1, [RowResult(0, 0, [3], None)] * 9, 0.0, 0.02))
     assert controller.report.decode_seconds == 0
+
+
+def test_a_round_that_failed_leaves_no_choice_to_the_next() -> None:
+    """The next one computes the row's tokens anew: its time is not that of the plain step that was chosen."""
+    controller = controller_of_text()
+    scheduler = Scheduler(
+        kv=KVManager(100, 4),
+        page_size=4,
+        max_rows=1,
+        max_batch_tokens=200,
+        max_waiting=1,
+        max_model_len=400,
+        eos_token_ids=[0],
+        controller=controller,
+    )
+    scheduler.add(AddRequest("a", [1] * 100, SamplingParams(max_tokens=50)))
+
+    def commit() -> None:
+        plan, requests = scheduler.schedule()
+        scheduler.commit(plan, requests, RoundResult(1, [RowResult(0, 0, [3], None)], 0.0, 0.02))
+
+    commit()
+    scheduler.restart_rows(scheduler.schedule()[1])
+    commit()
+    assert (scheduler.running[0].num_output, controller.report.decode_seconds) == (2, 0)
+    commit()
+    assert (scheduler.running[0].num_output, controller.report.decode_seconds) == (3, 0.02)

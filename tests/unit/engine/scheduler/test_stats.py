@@ -77,3 +77,13 @@ def test_drafts_with_pages_or_lists_of_their_own_share_none() -> None:
     gammas = [3, 2, 1]
     apart = tokens_read(gammas, 0, everything, False)
     assert tokens_read(gammas, 2 * SHARED, everything, False) == apart - 2 * SHARED
+
+
+def test_a_draft_step_beyond_the_budget_shares_nothing() -> None:
+    """Rows of 1,001 tokens fill a budget of 1,002 with the second of three steps."""
+
+    def reads(context: int, budget: int) -> int:
+        return min(context, CONTEXT + 2)
+
+    apart = tokens_read([3, 3], 0, reads)
+    assert tokens_read([3, 3], SHARED, reads) == apart - (1 + 2) * SHARED
