@@ -107,7 +107,7 @@ def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         only_in_all(3, {"kv": SNAPKV}),
         (2, {"kv": WINDOW, "verification": "rejection"}),
         only_in_all(2, {"kv": SNAPKV, "drafter": "model"}),
-        only_in_all(3, {"kv": QUEST, "drafter": "model", "tensor_parallel_size": 2}),
+        (3, {"kv": QUEST, "drafter": "model", "tensor_parallel_size": 2}),
         (3, {"kv": SNAPKV, "drafter": "model", "tensor_parallel_size": 1}),
     ],
 )

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +82,13 @@ def speculation(policy: str, draft_dir: Path | None, count: int | None) -> dict[
 @pytest.mark.parametrize(
     ("drafter", "policy", "size", "count"),
     [
-        *(("self", "verified", 3, 2), ("self", "quest", 2, None), ("model", "all", 3, 2)),
-        *(only_in_all(*each) for each in (("self", "verified", 2, None), ("self", "quest", 3, 2))),
-        only_in_all("model", "all", 2, None),
-        *(
-            only_in_all(*each, *ranks)
-            for each in (
-                *product(["self"], ["window", "snapkv", "topk"]),
-                *product(["model"], ["window", "quest", "snapkv"]),
-            )
-            for ranks in ((2, None), (3, 2))
-        ),
+        each if each in (("self", "verified", 3, 2), ("self", "quest", 2, None)) else only_in_all(*each)
+        for drafter, policies in (
+            ("self", ("window", "verified", "quest", "snapkv", "topk")),
+            ("model", ("window", "all", "quest", "snapkv")),
+        )
+        for policy in policies
+        for each in ((drafter, policy, 2, None), (drafter, policy, 3, 2))
     ],
 )
 def test_ranks_with_a_prefix_cache_never_change_output(

@@ -113,16 +113,26 @@ def pids(engine: Engine) -> dict[int, int]:
     return engine._ranks._processes.pids
 
 
-def test_processes_never_change_output(random_dir: Path) -> None:
-    """Over both transports, and with two engines at the same time."""
+def drafts_of_a_model(directory: Path, count: int) -> dict[str, Any]:
+    """Write a draft model. Returns settings of speculation by it on the first `count` ranks."""
+    config = replace(PROCESS_MODEL, num_layers=1, num_heads=6, num_kv_heads=2)
+    draft = write_random_model(directory / "draft", config, seed=1)
+    speculation = {"gamma": 2, "drafter": "model", "model": str(draft), "tensor_parallel_size": count}
+    return speculation | {"kv": {"budget": 16, "sink": 4}}
+
+
+def test_processes_never_change_output(random_dir: Path, tmp_path: Path) -> None:
+    """Over both transports, and with two engines at the same time; in `make test` one of them has a draft model on its
+    first rank."""
     plain = start(random_dir, 1, gamma=0)
     expected = run(plain, requests())
     plain.close()
-    engines = [start(random_dir, up_to(3), digest_every=4), start(random_dir, 2, collectives="gloo")]
+    drafts = {} if is_all() else {"speculation": drafts_of_a_model(tmp_path, 1)}
+    engines = [start(random_dir, up_to(3), digest_every=4, **drafts), start(random_dir, 2, collectives="gloo")]
     try:
         for engine in engines:
             outputs = run(engine, requests())
-            assert engine.stats().draft_tokens > 0
+            assert engine.stats().accepted_tokens > 0
             for request in requests():
                 assert tokens(outputs[request.id]) == tokens(expected[request.id])
     finally:
@@ -130,16 +140,13 @@ def test_processes_never_change_output(random_dir: Path) -> None:
             engine.close()
 
 
-@pytest.mark.parametrize("collectives", ["shared", only_in_all("gloo")])
+@whole_test_only_in_all
+@pytest.mark.parametrize("collectives", ["shared", "gloo"])
 def test_a_draft_model_on_the_first_ranks(random_dir: Path, tmp_path: Path, collectives: str) -> None:
-    draft = write_random_model(
-        tmp_path / "draft", replace(PROCESS_MODEL, num_layers=1, num_heads=6, num_kv_heads=2), seed=1
-    )
     plain = start(random_dir, 1, gamma=0)
     expected = run(plain, requests())
     plain.close()
-    speculation = {"gamma": 2, "drafter": "model", "model": str(draft), "tensor_parallel_size": 2}
-    speculation["kv"] = {"budget": 16, "sink": 4}
+    speculation = drafts_of_a_model(tmp_path, 2)
     engine = start(random_dir, 3, collectives=collectives, digest_every=4, speculation=speculation)
     try:
         outputs = run(engine, requests())
@@ -204,6 +211,7 @@ def test_killed_at_work(random_dir: Path, collectives: str) -> None:
     timer.join()
 
 
+@whole_test_only_in_all
 def test_killed_while_idle(random_dir: Path) -> None:
     engine = start(random_dir, 2)
     engine.check_ranks()
@@ -236,12 +244,12 @@ def test_a_group_of_the_first_ranks_notices_too(random_dir: Path) -> None:
         engine.close()
 
 
+@whole_test_only_in_all
 def test_an_exception(random_dir: Path) -> None:
-    size = up_to(3)
-    engine = start(random_dir, size)
+    engine = start(random_dir, 3)
     assert engine._ranks
-    engine._ranks._channel.send(size - 1, b"no plan")
-    fails(engine, f"rank {size - 1} failed: ValidationError")
+    engine._ranks._channel.send(2, b"no plan")
+    fails(engine, "rank 2 failed: ValidationError")
 
 
 def test_only_rank_0_can_be_interrupted(random_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,8 +334,9 @@ def test_settings_that_cannot_be(random_dir: Path, others: dict[str, Any], named
         Engine(EngineConfig.model_validate(config), progress=False)
 
 
+@whole_test_only_in_all
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize("collectives", [only_in_all("auto"), "symmetric"])
+@pytest.mark.parametrize("collectives", ["auto", "symmetric"])
 def test_symmetric_memory_that_does_not_work(
     random_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, collectives: str
 ) -> None:
