@@ -307,6 +307,7 @@ def run(monkeypatch: pytest.MonkeyPatch, flags: str) -> int:
     return gpu.main()
 
 
+@whole_test_only_in_all
 def test_on_the_terms_of_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

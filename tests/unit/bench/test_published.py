@@ -42,6 +42,7 @@ def test_fitted_rows() -> None:
     assert sum(errors) / len(errors) < 0.06
 
 
+@whole_test_only_in_all
 def test_rows_left_out() -> None:
     predictions = published.left_out(FITTED)
     errors = [abs(value / row.speedup - 1) for row, value in zip(FITTED, predictions, strict=True)]
