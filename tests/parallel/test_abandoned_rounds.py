@@ -14,9 +14,10 @@ import torch
 from parallel import shm
 from parallel.group import CollectiveError, Group, RoundAbandoned
 from parallel.shm import ShmGroup
+from tests.support.profiles import is_all
 
 pytestmark = pytest.mark.skipif(not shm.available(), reason="needs shared memory between ranks")
-ROUNDS = 300
+ROUNDS = 300 if is_all() else 100
 
 
 class Failing(ShmGroup):

@@ -19,6 +19,7 @@ from models.loader import random_model
 from parallel import rendezvous, shm
 from parallel.group import CollectiveError, Group
 from tests.support.paths import ROOT
+from tests.support.profiles import only_in_all
 from tests.support.rig import CPU, PagedRows
 
 CONFIG = ModelConfig(
@@ -36,20 +37,16 @@ TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64)
 
 
-def rank_main(rank: int, size: int, directory: Path, memory: int) -> None:
-    """Compute the results of one rank and save them in `directory` as safetensors. memory: file descriptor of the
-    shared group."""
+def rank_main(rank: int, size: int, directory: Path, memory: int, *memories: int) -> None:
+    """Compute the results of one rank and save them in `directory` as safetensors; then run first_ranks for each count
+    of ranks up to all of them. memory: file descriptor of the shared group. memories: one per count."""
     store = FileStore(f"{directory}/store", size)
     gloo = Group(rendezvous.connect(store, rank, size, CPU, timedelta(seconds=60)))
     for name, group in (("gloo", gloo), ("shared", shm.ShmGroup(memory, rank, size, 60))):
         assert (group.rank, group.size) == (rank, size)
         save_file(exercise(group), directory / f"{name}.{rank}.safetensors")
-
-
-def first_main(rank: int, size: int, directory: Path, *memories: int) -> None:
-    """Run first_ranks for each count of ranks up to all of them. memories: one per count."""
-    for count, memory in enumerate(memories, 1):
-        first_ranks(rank, size, count, directory / str(count), memory)
+    for count, other in enumerate(memories, 1):
+        first_ranks(rank, size, count, directory / str(count), other)
 
 
 def first_ranks(rank: int, size: int, count: int, directory: Path, memory: int) -> None:
@@ -88,13 +85,15 @@ def exercise(group: Group) -> dict[str, torch.Tensor]:
     return results
 
 
-def run_processes(work: str, size: int, directory: Path, groups: int = 1) -> None:
-    """Run `work`, a function of this file, in one process per rank: work(rank, size, directory, memory, …).
-
-    groups: number of groups, each with a memory of its own.
-    """
-    command = [sys.executable, "-m", "tests.parallel.test_group", work]
-    memories = [shm.create(size) for _ in range(groups)]
+@pytest.fixture(scope="module", params=[only_in_all(2), 3, only_in_all(4)])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """Run rank_main in one process per rank. Returns the number of ranks, and the directory of what they saved."""
+    size: int = request.param
+    directory = tmp_path_factory.mktemp("ranks")
+    for count in range(1, size + 1):
+        (directory / str(count)).mkdir()
+    command = [sys.executable, "-m", "tests.parallel.test_group"]
+    memories = [shm.create(size) for _ in range(1 + size)]
     ranks = [
         subprocess.Popen(
             [*command, *map(str, (rank, size, directory, *memories))],
@@ -113,25 +112,23 @@ def run_processes(work: str, size: int, directory: Path, groups: int = 1) -> Non
         for process in ranks:
             process.kill()
     assert [process.returncode for process in ranks] == [0] * size, "\n".join(errors)
+    return size, directory
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_in_processes(size: int, tmp_path: Path) -> None:
-    """Sums and gathers of every dtype, and a model over fewer and over more ranks than it has KV heads."""
-    run_processes("rank_main", size, tmp_path)
+def test_ranks_in_processes(saved: tuple[int, Path]) -> None:
+    """Sums and gathers of every dtype, and a model over as many ranks as it has KV heads, over fewer and over more."""
+    size, directory = saved
     for name in ("gloo", "shared"):
-        check([load_file(tmp_path / f"{name}.{rank}.safetensors") for rank in range(size)])
+        check([load_file(directory / f"{name}.{rank}.safetensors") for rank in range(size)])
 
 
-def test_a_group_of_the_first_ranks(tmp_path: Path) -> None:
-    for count in (1, 2, 3):
-        (tmp_path / str(count)).mkdir()
-    run_processes("first_main", 3, tmp_path, groups=3)
-    for count, rank in product((1, 2, 3), range(3)):
-        results = load_file(tmp_path / str(count) / f"{rank}.safetensors")
+def test_a_group_of_the_first_ranks(saved: tuple[int, Path]) -> None:
+    size, directory = saved
+    for count, rank in product(range(1, size + 1), range(size)):
+        results = load_file(directory / str(count) / f"{rank}.safetensors")
         for name in ("gloo", "shared"):
             for turn in range(3):
-                assert results[f"{name}.all.{turn}"].tolist() == [111 + 3 * turn]
+                assert results[f"{name}.all.{turn}"].tolist() == [sum(10**r for r in range(size)) + size * turn]
                 if rank < count:
                     assert results[f"{name}.first.{turn}"].tolist() == [[other + turn] for other in range(count)]
 
@@ -187,5 +184,5 @@ def test_shared_memory_names_the_rank_that_does_not_come() -> None:
 
 
 if __name__ == "__main__":
-    function, own_rank, ranks, place, *descriptors = sys.argv[1:]
-    globals()[function](int(own_rank), int(ranks), Path(place), *map(int, descriptors))
+    own_rank, ranks, place, *descriptors = sys.argv[1:]
+    rank_main(int(own_rank), int(ranks), Path(place), *map(int, descriptors))

@@ -23,7 +23,9 @@ from kernels.kv.kv_bits import SEALED_GROUP
 from parallel import shm
 from parallel.shm import ShmGroup
 from tests.support.engines import run, tokens
-from tests.support.rank_law import alone, model, requests
+from tests.support.profiles import is_all, only_in_all
+from tests.support.rank_law import alone, model
+from tests.support.rank_law import requests as all_requests
 from tests.support.ranks import DRAFT, ThreadRanks, threaded_engine, write_random_model
 
 pytestmark = pytest.mark.skipif(not shm.available(), reason="needs shared memory between ranks")
@@ -33,6 +35,11 @@ WINDOW = {"budget": 16, "sink": 4}
 VERIFIED = {"policy": "verified", "budget": 8, "sink": 4}
 QUEST = {"policy": "quest", "budget": 8, "sink": 4}
 SNAPKV = {"policy": "snapkv", "budget": 16, "recent": 8, "queries": 5, "kernel": 3}
+
+
+def requests() -> list[AddRequest]:
+    """Requests of all kinds, more than fit into a batch."""
+    return all_requests() if is_all() else all_requests()[::2]
 
 
 class Shortage:
@@ -97,9 +104,9 @@ def draft_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("size", "speculation"),
     [
         (2, {"kv": VERIFIED}),
-        (3, {"kv": SNAPKV}),
+        only_in_all(3, {"kv": SNAPKV}),
         (2, {"kv": WINDOW, "verification": "rejection"}),
-        (2, {"kv": SNAPKV, "drafter": "model"}),
+        only_in_all(2, {"kv": SNAPKV, "drafter": "model"}),
         (3, {"kv": QUEST, "drafter": "model", "tensor_parallel_size": 2}),
         (3, {"kv": SNAPKV, "drafter": "model", "tensor_parallel_size": 1}),
     ],
@@ -138,8 +145,16 @@ def test_the_batch_fails_and_the_rest_goes_on(draft_dir: Path, size: int, specul
         engine.close()
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
-@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("nth", "before"),
+    [
+        pytest.param(1, True, id="1-before"),
+        pytest.param(2, False, id="2-behind"),
+        pytest.param(4, True, id="4-before"),
+        *(only_in_all(nth, True, id=f"{nth}-before") for nth in (2, 3)),
+        *(only_in_all(nth, False, id=f"{nth}-behind") for nth in (1, 3, 4)),
+    ],
+)
 def test_ranks_hold_the_same_exact_pages_afterwards(nth: int, before: bool) -> None:
     """One rank fails before, or behind, the changes that a plan makes to its rows."""
     engine, ranks = threaded_engine(

@@ -58,7 +58,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kv", "view", "size"), [("int4x2", "verified", 2), ("int8", "window", 3), *OTHERS])
+@pytest.mark.parametrize(("kv", "view", "size"), [("int4x2", "verified", 2), only_in_all("int8", "window", 3), *OTHERS])
 def test_ranks_change_nothing(kv: str, view: str, size: int) -> None:
     engine = start(size, kv, view, gamma=3)
     turns = random_turns(random.Random(size + 4), SEALED_GROUP, 5 if is_all() else 3, 150, 80)

@@ -12,6 +12,7 @@ import torch
 from engine.core import Engine
 from tests.support.conversations import check_answers, check_hits, play, random_turns
 from tests.support.engines import run
+from tests.support.profiles import only_in_all
 from tests.support.rank_law import model
 from tests.support.ranks import threaded_engine
 from tests.support.workloads import kv_of
@@ -46,7 +47,7 @@ def plain(layers: str) -> Engine:
 
 @pytest.mark.parametrize(
     ("layers", "size", "policy"),
-    [("some", 2, "window"), ("some", 3, "quest"), ("all", 2, "window"), ("all", 3, "quest")],
+    [only_in_all("some", 2, "window"), ("some", 3, "quest"), ("all", 2, "window"), only_in_all("all", 3, "quest")],
 )
 def test_ranks_change_nothing(layers: str, size: int, policy: str) -> None:
     """Where all layers slide, drafts by window leave the window's KV alone, those that choose have all KV."""

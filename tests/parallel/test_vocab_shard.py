@@ -42,7 +42,7 @@ def choose(
 
 
 @given(data=st.data(), size=st.sampled_from([2, 3, 5]), dtype=st.sampled_from([torch.float32, torch.float64]))
-@examples(30, 120)
+@examples(15, 120)
 def test_slices_choose_as_one(data: st.DataObject, size: int, dtype: torch.dtype) -> None:
     """Few distinct logits, so that ties occur at every cut, and across ranks."""
     total = data.draw(st.integers(size, 24))
@@ -86,7 +86,7 @@ def test_one_candidate_decides_a_top_p_of_zero() -> None:
 
 
 @given(seed=st.integers(0, 1000), size=st.sampled_from([2, 4]))
-@examples(10, 40)
+@examples(6, 40)
 def test_few_candidates_decide_as_all_do(seed: int, size: int) -> None:
     """With a top-k, the exchanged data grows with k and not with the vocabulary; the cut equals that over whole
     rows."""

@@ -7,12 +7,15 @@ Hypothesis may be missing where only tests of GPUs run; there is the first profi
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
 if TYPE_CHECKING:
     from hypothesis import settings
+
+Test = TypeVar("Test", bound=Callable[..., object])
 
 FAST, ALL, GPU = "fast", "all", "gpu"
 _HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
@@ -42,6 +45,12 @@ def is_all() -> bool:
 def only_in_all(*values: Any, **more: Any) -> Any:
     """A parameter set that `make test` skips: another one, which always runs, finds the same faults less directly."""
     return pytest.param(*values, marks=pytest.mark.skipif(not is_all(), reason="only in `make test-all`"), **more)
+
+
+def whole_test_only_in_all(test: Test) -> Test:
+    """Decorate a test that `make test` skips: one that always runs finds the same faults less directly, or the test is
+    of a program that only measures."""
+    return pytest.mark.skipif(not is_all(), reason="only in `make test-all`")(test)
 
 
 def examples(fast: int, every: int, **more: Any) -> settings:

@@ -18,6 +18,7 @@ from engine.params import SamplingParams
 from models.decoder import DecoderModel
 from server.cli.app import app
 from tests.support.engines import complete, tiny_engine, tiny_model
+from tests.support.profiles import is_all
 from tests.support.ranks import DRAFT, write_random_model
 from tests.support.tiny import write_model
 from tests.support.workloads import prompt_of
@@ -76,6 +77,7 @@ def test_a_drafter_is_judged_alike_in_any_company(model: DecoderModel, draft_dir
         Setup(str(draft_dir), "window", 24),
         Setup(str(draft_dir), "all"),
     ]
+    setups = setups if is_all() else setups[::2]
     sampling = [GREEDY, SAMPLED]
     for setup in setups:
         alone[setup] = measure(CONFIG, model, PROMPTS, [setup], gamma=2, new_tokens=30, sampling=sampling)
@@ -101,21 +103,22 @@ def test_one_token_drafts_are_those_of_an_engine(model: DecoderModel) -> None:
 
 
 def test_real_rounds_of_both_verifications(model: DecoderModel) -> None:
+    new = 40 if is_all() else 24
     for verification in ("coupled", "rejection"):
         results = measure_rounds(
-            CONFIG, model, PROMPTS, WINDOW, verification, gamma=3, new_tokens=40, sampling=[GREEDY, SAMPLED]
+            CONFIG, model, PROMPTS, WINDOW, verification, gamma=3, new_tokens=new, sampling=[GREEDY, SAMPLED]
         )
         assert [result.temperature for result in results] == [0, 1]
         for result in results:
             assert result.verification == verification
             # Each row yields its first token, then accepted + 1 tokens per round; only the last round may be cut short.
-            assert 0 < result.accepted < 3 * 40
+            assert 0 < result.accepted < 3 * new
             assert result.rejected > 3
     engine = tiny_engine(model, gamma=3, speculation={"kv": {"budget": 24, "sink": 16}})
     for i, prompt in enumerate(PROMPTS):
-        complete(engine, prompt, SamplingParams(max_tokens=40, temperature=1.0, seed=i, ignore_eos=True))
+        complete(engine, prompt, SamplingParams(max_tokens=new, temperature=1.0, seed=i, ignore_eos=True))
     stats = engine.stats()
-    (coupled,) = measure_rounds(CONFIG, model, PROMPTS, WINDOW, "coupled", gamma=3, new_tokens=40, sampling=[SAMPLED])
+    (coupled,) = measure_rounds(CONFIG, model, PROMPTS, WINDOW, "coupled", gamma=3, new_tokens=new, sampling=[SAMPLED])
     assert (coupled.accepted, coupled.rejected) == (stats.accepted_tokens, stats.rejections)
 
 

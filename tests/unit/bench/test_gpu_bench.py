@@ -35,6 +35,7 @@ from engine.speculation.verify import verify
 from kernels.reference_ops import REFERENCE
 from models.known_shapes import SHAPES
 from tests.support.engines import TINY
+from tests.support.profiles import only_in_all, whole_test_only_in_all
 from tests.support.rig import CPU
 
 SHAPE = dataclasses.replace(TINY, num_heads=4, head_dim=16, hidden_size=64)
@@ -56,7 +57,9 @@ def bench(points: list[tuple[int, int]], memory: int = 1 << 30, **settings: Any)
     )
 
 
-@pytest.mark.parametrize(("alpha", "accepted"), [(0.0, 0.0), (1.0, 3.0), (0.8, 0.8 + 0.64 + 0.512)])
+@pytest.mark.parametrize(
+    ("alpha", "accepted"), [only_in_all(0.0, 0.0), only_in_all(1.0, 3.0), (0.8, 0.8 + 0.64 + 0.512)]
+)
 def test_chance_accepts(alpha: float, accepted: float) -> None:
     made = bench([(5, 100)])
     found = made.measure(5, 100, alpha=alpha, ceiling=1e9)
@@ -119,6 +122,7 @@ def test_nothing_keeps_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == ["empty", "ask"]
 
 
+@whole_test_only_in_all
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # outputs of padding queries are undefined
 def test_captured_rounds() -> None:
     """Rows that sample replay graphs as greedy ones do, and graphs keep no model either."""
@@ -303,6 +307,7 @@ def run(monkeypatch: pytest.MonkeyPatch, flags: str) -> int:
     return gpu.main()
 
 
+@whole_test_only_in_all
 def test_on_the_terms_of_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

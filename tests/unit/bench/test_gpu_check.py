@@ -16,6 +16,7 @@ from bench.gpu import check
 from bench.gpu.check import Step
 from bench.gpu.check_report import Finding, read_tests
 from tests.support.paths import ROOT
+from tests.support.profiles import whole_test_only_in_all
 
 PYTEST = (*check._PYTEST, "-o", "addopts=-ra")
 FILES = {
@@ -119,6 +120,7 @@ def test_steps_go_on_after_failures(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert str(tmp_path / "logs") in out
 
 
+@whole_test_only_in_all
 def test_a_hanging_step_is_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

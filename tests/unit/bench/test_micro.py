@@ -15,6 +15,7 @@ from bench.micro.shares import Clock
 from kernels.cpu.compiler import KernelsUnavailable, supported
 from models.default import user_cache
 from tests.support.engines import TINY
+from tests.support.profiles import is_all, whole_test_only_in_all
 from tests.support.tiny import write_model
 
 
@@ -40,6 +41,7 @@ def test_no_prompt_is_known() -> None:
     assert [request.tokens[0] for request in waiting] == [0, 1, 2]
 
 
+@whole_test_only_in_all
 def test_neighbours(tiny_dir: Path) -> None:
     said: list[str] = []
     steps = Steps(str(tiny_dir), 1, 40, 0, steps=3, turns=2)
@@ -51,6 +53,7 @@ def test_neighbours(tiny_dir: Path) -> None:
     assert "a busy process anywhere" in neighbours.table(steps, found)
 
 
+@whole_test_only_in_all
 def test_neighbours_of_no_model(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="process ended"):
         neighbours.measure(Steps(str(tmp_path), 1, 40, 0, steps=1, turns=1), 1.0, print)
@@ -90,6 +93,8 @@ def test_cpu_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(cpu_kernels, "_DECODING", ((2, 64),))
     monkeypatch.setattr(cpu_kernels, "_SHARED", (2, 1100))
     monkeypatch.setattr(cpu_kernels, "_VOTES", (2, 480))
+    if not is_all():
+        monkeypatch.setattr(cpu_kernels, "_SEALED", ((2, 300),))
     monkeypatch.setattr(cpu_kernels, "_CHUNK", (1, 128, 64))
     monkeypatch.setattr(cpu_kernels, "_ROWS", (1, 3))
     monkeypatch.setattr(cpu_kernels, "_LAYERS", 1)

@@ -14,6 +14,7 @@ from planner.expected_acceptance import DRAFT_MODEL
 from planner.hardware import Device
 from planner.placed_model import PUBLISHED, REFERENCE_ON_CPU, PlacedModel
 from tests.support.paths import ROOT
+from tests.support.profiles import whole_test_only_in_all
 
 ROWS = published.read_rows()
 FITTED = [row for row in ROWS if row.fit]
@@ -41,6 +42,7 @@ def test_fitted_rows() -> None:
     assert sum(errors) / len(errors) < 0.06
 
 
+@whole_test_only_in_all
 def test_rows_left_out() -> None:
     predictions = published.left_out(FITTED)
     errors = [abs(value / row.speedup - 1) for row, value in zip(FITTED, predictions, strict=True)]
@@ -77,6 +79,7 @@ def test_data_sheets_alone_promise_too_much() -> None:
     assert min(errors) > 0.2
 
 
+@whole_test_only_in_all
 def test_it_runs() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench.paper.published"], cwd=ROOT, capture_output=True, text=True, check=True

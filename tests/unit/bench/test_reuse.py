@@ -10,6 +10,7 @@ import pytest
 from bench.corpus import BenchError
 from bench.offline import reuse
 from bench.offline.reuse import Replay, Turn, compose, differences, possible_hits, report
+from tests.support.profiles import is_all
 from tests.support.tiny import write_model
 
 
@@ -81,9 +82,10 @@ def test_one_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, book = write_model(tmp_path / "model", max_model_len=700), tmp_path / "book"
     book.write_text("the quick brown fox jumps over the lazy dog. größer. " * 200, encoding="utf-8")
     flags = ["--model", str(model), "--dtype", "float64", "--text", str(book), "--longest", "600"]
-    reuse.main([*flags, "--requests", "20", "--rows", "4", "--speculation", "off,3"])
+    count = 20 if is_all() else 8
+    reuse.main([*flags, "--requests", str(count), "--rows", "4", "--speculation", "off,3"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("20 requests, ")
+    assert lines[0].startswith(f"{count} requests, ")
     assert [line.partition(":")[0].strip() for line in lines[1:4]] == [
         "speculation off",
         "speculation 3",

@@ -19,6 +19,7 @@ from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from tests.support.engines import run, tiny_model
+from tests.support.profiles import only_in_all
 from tests.support.tiny import write_model
 from tests.support.workloads import prompt_of
 
@@ -29,7 +30,7 @@ def target(budget: int, **others: Any) -> dict[str, Any]:
     return {"policy": "quest", "budget": budget, "sink": 4, "interval": 3, "window": 4} | others
 
 
-@pytest.mark.parametrize("length", [90, 700])
+@pytest.mark.parametrize("length", [90, only_in_all(700)])
 def test_texts_are_scored_as_the_served_target_would(length: int) -> None:
     """Greedy output of an engine with that target has the log-probabilities that the benchmark computes."""
     config, model = with_target(CONFIG, target(8)), tiny_model()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +16,7 @@ from bench.micro.ngram import measure, table
 from bench.tasks import TASKS, cutter, task_prompts
 from engine.ngram.text_store import TextStore, build_store
 from models.tokenizer import Tokenizer
+from tests.support.profiles import is_all
 from tests.support.tiny import write_tokenizer
 
 
@@ -20,6 +25,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory = tmp_path_factory.mktemp("model")
     write_tokenizer(directory)
     return Tokenizer(directory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A library of a few files of Python's, which take less time to encode than all."""
+    if is_all():
+        yield
+        return
+    folder = tmp_path_factory.mktemp("library")
+    for name in ("bisect.py", "heapq.py", "queue.py"):
+        shutil.copy(Path(sysconfig.get_path("stdlib")) / name, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.tasks.sysconfig", SimpleNamespace(get_path=lambda name: str(folder)))
+        yield
 
 
 @pytest.mark.parametrize("task", TASKS)
