@@ -48,7 +48,7 @@ def model() -> DecoderModel:
         max_size=7,
     ),
 )
-@examples(10, 120)
+@examples(8, 120)
 def test_speculation_never_changes_output(
     gamma: int,
     page_size: int,
@@ -95,11 +95,12 @@ def test_speculation_never_changes_output(
 @pytest.mark.parametrize("temperature", [only_in_all(0.0), 1.0])
 def test_hundreds_of_tokens_past_a_small_budget(temperature: float) -> None:
     prompt = prompt_of(100, 1)
-    params = SamplingParams(max_tokens=250, temperature=temperature, seed=3, ignore_eos=True)
+    new = 250 if is_all() else 130
+    params = SamplingParams(max_tokens=new, temperature=temperature, seed=3, ignore_eos=True)
     plain = complete(tiny_engine(model(), gamma=0), prompt, params)
     engine = tiny_engine(model(), gamma=3, budget=64, page_size=16)
     assert complete(engine, prompt, params) == plain
-    assert len(plain) == 250
+    assert len(plain) == new
     stats = engine.stats()
     # The draft must be neither always right nor always wrong, or the equality above shows little.
     assert stats.rejections > 10

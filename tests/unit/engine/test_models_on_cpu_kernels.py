@@ -155,7 +155,7 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
-NEW_TOKENS, FEW_TOKENS = (30, 14) if is_all() else (18, 10)
+NEW_TOKENS, FEW_TOKENS = (30, 14) if is_all() else (14, 9)
 HERE = {torch.bfloat16: ("window", "same weights", "verified", "topk"), torch.float32: ("quest",)}
 HERE |= {torch.float16: ("relative", "snapkv")}
 """Policies that `make test` has, too, by dtype."""
@@ -212,8 +212,8 @@ full and 8-bit weights."""
 
 
 SETS = [each.name for each in sets_to_test()]
-ALWAYS = {*(("chosen", weights) for weights in CHOICES if weights != "int4"), *((name, "int4") for name in SETS)}
-ALWAYS |= {("mixed", "int4"), ("software_tiles", "dense"), ("software_tiles", "int8")}
+ALWAYS = {*((name, "int4") for name in SETS), ("mixed", "int4"), ("chosen", "fp8")}
+ALWAYS |= {("software_tiles", "dense"), ("software_tiles", "int8")}
 """Kernels and weights that `make test` has."""
 
 
