@@ -233,8 +233,7 @@ def test_drafts_read_less_than_a_window(layers: str) -> None:
     wide = tiny_model(config=replace(SHAPES[layers], sliding_window=40))
     count, new = (3, 60) if is_all() else (2, 30)
     turns = [
-        Turn(str(i), prompt_of(20 + 30 * i, i), params={"max_tokens": new, "ignore_eos": True})
-        for i in range(3 if is_all() else 2)
+        Turn(str(i), prompt_of(20 + 30 * i, i), params={"max_tokens": new, "ignore_eos": True}) for i in range(count)
     ]
     settings: dict[str, Any] = {"page_size": 4, "max_model_len": LONGEST, "scheduler": {"max_rows": 6}}
     oracle = tiny_engine(wide, gamma=0, **settings)
