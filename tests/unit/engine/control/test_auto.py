@@ -26,6 +26,9 @@ def fixed(machine: Machine, contexts: list[int], alphas: list[float], gamma: int
 ROWS, CONTEXTS, ALPHAS = (1, 4, 16), (100, 2000, 8000, 30000), (0.3, 0.7, 0.9)
 
 
+# `make test` has some acceptance rates and contexts, each with one number of rows.
+
+
 @pytest.mark.parametrize(
     ("alpha", "context", "rows"),
     [
