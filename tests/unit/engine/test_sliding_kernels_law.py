@@ -151,7 +151,7 @@ def test_no_policy_changes_a_bit(layers: str, dtype: torch.dtype) -> None:
         assert stats.prefix_hits >= 2 * 80
         assert (stats.accepted_tokens > 10) == bool(policy)
         rejections += stats.rejections
-    assert rejections > 25, "drafts were hardly ever wrong: nothing was shown"
+    assert rejections > (25 if is_all() else 8), "drafts were hardly ever wrong: nothing was shown"
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_a_row_that_first_drafts_long_after_a_short_prompt(draft_dir: Path, draf
             "kv": kv_of("snapkv", 8, 4),
         },
     )
-    plain, new = (80, 140) if is_all() else (60, 100)
+    plain, new = (80, 140) if is_all() else (60, 120)
     engine._scheduler.controller = Scripted([0] * plain + [3] * 100)
     assert long_run(engine, prompt, new) == plain_run(prompt, new)
     assert engine.stats().draft_tokens > 50
