@@ -18,6 +18,7 @@ from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
 from engine.scheduler.validation import RequestError
 from server.cli.app import app
+from tests.support.profiles import whole_test_only_in_all
 from tests.support.tiny import write_model
 
 SAMPLED = SamplingParams(max_tokens=24, temperature=1.0, seed=3, ignore_eos=True)
@@ -225,6 +226,7 @@ def test_bench_decode_writes_what_it_measured(directory: Path, tmp_path: Path) -
     assert "sequential read" in out
 
 
+@whole_test_only_in_all
 def test_bench_decode_of_several_policies(directory: Path, tmp_path: Path) -> None:
     target = tmp_path / "results.json"
     arguments = ["bench", "decode", "--model", str(directory), "--dtype", "float32", "--budget", "96"]
@@ -244,6 +246,7 @@ def test_bench_decode_of_several_policies(directory: Path, tmp_path: Path) -> No
     assert "x model" in out
 
 
+@whole_test_only_in_all
 def test_bench_decode_of_a_draft_model(directory: Path, tmp_path: Path) -> None:
     """The draft is the target itself, over KV of its own: it is never wrong once its KV of the prompts exists, and
     computing that is not measured."""

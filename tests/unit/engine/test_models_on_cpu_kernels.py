@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import sys
 from functools import cache
@@ -33,7 +34,7 @@ from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
 from tests.support.engines import run, tiny_engine, tokens
 from tests.support.model_weights import tensors_of
-from tests.support.profiles import only_in_all
+from tests.support.profiles import is_all, only_in_all
 from tests.support.rig import CPU, PagedRows, compiled, sets_to_test
 
 SHAPE = ModelConfig(
@@ -154,7 +155,13 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 
-def requests(new_tokens: int = 30) -> list[AddRequest]:
+NEW_TOKENS, FEW_TOKENS = (30, 14) if is_all() else (14, 9)
+HERE = {torch.bfloat16: ("window", "same weights", "verified", "topk"), torch.float32: ("quest",)}
+HERE |= {torch.float16: ("relative", "snapkv")}
+"""Policies that `make test` has, too, by dtype."""
+
+
+def requests(new_tokens: int = NEW_TOKENS) -> list[AddRequest]:
     return [
         AddRequest(
             str(i), TEXT[: 2 + 9 * i], SamplingParams(max_tokens=new_tokens, seed=i, ignore_eos=True, **sampling)
@@ -176,14 +183,9 @@ def alone(dtype: torch.dtype) -> dict[str, list[int]]:
 @pytest.mark.parametrize(
     ("dtype", "policy"),
     [
-        *((torch.bfloat16, policy) for policy in POLICIES),
-        *((dtype, policy) for dtype in (torch.float32, torch.float16) for policy in ("relative", "quest", "snapkv")),
-        *(
-            only_in_all(dtype, policy)
-            for dtype in (torch.float32, torch.float16)
-            for policy in POLICIES
-            if policy not in ("relative", "quest", "snapkv")
-        ),
+        (dtype, policy) if policy in policies else only_in_all(dtype, policy)
+        for dtype, policies in HERE.items()
+        for policy in POLICIES
     ],
     ids=str,
 )
@@ -209,8 +211,10 @@ DIMS = (64,)
 full and 8-bit weights."""
 
 
-ALWAYS = {*(("chosen", weights) for weights in CHOICES), ("software_tiles", "dense"), ("software_tiles", "int8")}
-"""Kernels and weights that `make test` has, beside those of int4 on every set."""
+SETS = [each.name for each in sets_to_test()]
+ALWAYS = {*((name, "int4") for name in SETS), ("mixed", "int4"), ("chosen", "fp8")}
+ALWAYS |= {("software_tiles", "dense"), ("software_tiles", "int8")}
+"""Kernels and weights that `make test` has."""
 
 
 @cache
@@ -244,7 +248,7 @@ def plain(name: str, dtype: torch.dtype, weights: str) -> dict[str, list[int]]:
     """Output of each request alone, without drafts, on kernels of a choice."""
     settings: dict[str, Any] = {"max_model_len": 256}
     found: dict[str, list[int]] = {}
-    for request in requests(14):
+    for request in requests(FEW_TOKENS):
         engine = tiny_engine(on_choice(name, 0, dtype, weights), gamma=0, page_size=16, **settings)
         found |= {id: tokens(outputs) for id, outputs in run(engine, [request]).items()}
     return found
@@ -266,11 +270,7 @@ def plain(name: str, dtype: torch.dtype, weights: str) -> dict[str, list[int]]:
 )
 @pytest.mark.parametrize(
     ("name", "weights"),
-    [
-        (name, weights) if weights == "int4" or (name, weights) in ALWAYS else only_in_all(name, weights)
-        for name in (*(each.name for each in sets_to_test()), "chosen", "mixed")
-        for weights in CHOICES
-    ],
+    [each if each in ALWAYS else only_in_all(*each) for each in itertools.product((*SETS, "chosen", "mixed"), CHOICES)],
 )
 def test_the_law_holds_on_every_set(name: str, dtype: torch.dtype, policy: str, weights: str) -> None:
     """As above, on kernels of each instruction set; also if tiles multiply from other numbers of rows on."""
@@ -280,7 +280,7 @@ def test_the_law_holds_on_every_set(name: str, dtype: torch.dtype, policy: str, 
         engine = tiny_engine(
             on_choice(name, turn, dtype, weights), gamma=gamma, scheduler={"max_batch_tokens": batch_tokens}, **settings
         )
-        outputs = run(engine, requests(14), joins={"2": 3, "4": 7})
+        outputs = run(engine, requests(FEW_TOKENS), joins={"2": 3, "4": 7})
         assert {id: tokens(outputs[id]) for id in outputs} == plain(name, dtype, weights)
         accepted += engine.stats().accepted_tokens
         rejections += engine.stats().rejections
@@ -293,7 +293,7 @@ def test_the_law_holds_for_weights_of_every_format(weights: str) -> None:
     found: list[dict[str, list[int]]] = []
     for gamma in (0, 3):
         engine = tiny_engine(on_kernels(torch.bfloat16, "plain", weights), gamma=gamma, max_model_len=256)
-        found.append({name: tokens(outputs) for name, outputs in run(engine, requests()).items()})
+        found.append({name: tokens(outputs) for name, outputs in run(engine, requests(FEW_TOKENS + 4)).items()})
         assert bool(engine.weight_bytes.draft) == bool(gamma)
     assert found[0] == found[1]
 

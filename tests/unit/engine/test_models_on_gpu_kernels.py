@@ -29,7 +29,7 @@ from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
 from tests.support import fake_flashinfer
 from tests.support.engines import TINY, Scripted, run, tiny_engine, tokens
-from tests.support.profiles import only_in_all
+from tests.support.profiles import is_all, only_in_all
 from tests.support.ranks import write_random_model
 from tests.support.rig import PagedRows, pool_layer
 
@@ -52,30 +52,31 @@ VARIANTS = {
     "biases": dataclasses.replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True),
     "qk_norm": dataclasses.replace(TINY, qk_norm="head"),
 }
-ONE_HEAD = dataclasses.replace(TINY, num_heads=3, num_kv_heads=1)
+ONE_HEAD = dataclasses.replace(TINY, num_heads=3 if is_all() else 1, num_kv_heads=1)
 ONE_LAYER = dataclasses.replace(ONE_HEAD, num_layers=1)
 """Models where only captures are tested: the interpreter takes its time for every head and layer. The tests above these
 captures have several of both, and so have those of kernels."""
 TEXT = [2 + 7 * i % 60 for i in range(14)]
+NEW_TOKENS = 10 if is_all() else 6
 
 
 def logits(config: ModelConfig, ops: Ops, weights: str) -> torch.Tensor:
-    """Logits of a text in a chunk and two single tokens, next to another row."""
+    """Logits of a text in a chunk and single tokens, next to another row."""
     model = random_model(config, 1, torch.float32, torch.device("cpu"), Group.single(), ops, WeightChoice(weights))
     rows = PagedRows(model, [16, 16], page_size=4)
     parts = []
-    for first, last in ((0, 12), (12, 13), (13, 14)):
+    for first, last in ((0, 12), (12, 13), (13, 14)) if is_all() else ((0, 6), (6, 7)):
         parts.append(rows.forward({0: TEXT[first:last], 1: TEXT[::-1][first:last]}, {0: range(last - first)}))
     return torch.cat(parts)
 
 
 @pytest.mark.parametrize(
     ("variant", "weights"),
-    [("plain", "dense"), ("biases", "dense"), ("biases", "int4"), ("qk_norm", "int8"), ("plain", "fp8")],
+    [("plain", "dense"), only_in_all("biases", "dense"), ("biases", "int4"), ("qk_norm", "int8"), ("plain", "fp8")],
 )
 def test_models_agree_with_the_reference(variant: str, weights: str) -> None:
     """GPUs do not round the inputs of 8-bit integers, which the head has beside int4."""
-    config = dataclasses.replace(VARIANTS[variant], num_layers=2 if variant == "plain" else 1)
+    config = dataclasses.replace(VARIANTS[variant], num_layers=2 if variant == "plain" and is_all() else 1)
     ours, theirs = (logits(config, ops, weights) for ops in (GpuOps(), REFERENCE))
     if weights in ("int8", "int4"):
         assert (ours - theirs).norm() < 0.03 * theirs.norm()
@@ -131,15 +132,16 @@ def model_on(ops: Ops, config: ModelConfig = TINY) -> DecoderModel:
 def requests() -> list[AddRequest]:
     sampling: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 9}]
     return [
-        AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=10, seed=i, ignore_eos=True, **each))
+        AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=NEW_TOKENS, seed=i, ignore_eos=True, **each))
         for i, each in enumerate(sampling)
     ]
 
 
 def test_speculation_never_changes_output() -> None:
     """The engine without speculation runs on plain torch, which the interpreter takes a hundred times as long for."""
-    plain = run(tiny_engine(model_on(REFERENCE), gamma=0), requests())
-    engine = tiny_engine(model_on(GpuOps()), gamma=3, budget=8)
+    config = TINY if is_all() else dataclasses.replace(TINY, num_layers=1, num_heads=4)
+    plain = run(tiny_engine(model_on(REFERENCE, config), gamma=0), requests())
+    engine = tiny_engine(model_on(GpuOps(), config), gamma=3, budget=8)
     drafted = run(engine, requests())
     assert {name: tokens(out) for name, out in drafted.items()} == {name: tokens(out) for name, out in plain.items()}
     assert engine.stats().rejections > 0
@@ -180,7 +182,8 @@ def test_graphs_change_neither_output_nor_drafts(
         "kv": kv,
         **({"model": str(write_random_model(tmp_path / "twin", ONE_LAYER))} if drafter == "model" else {}),
     }
-    settings: dict[str, Any] = {"scheduler": {"max_rows": 2, "max_batch_tokens": 24}, "max_model_len": 200}
+    length = 200 if is_all() else 32
+    settings: dict[str, Any] = {"scheduler": {"max_rows": 2, "max_batch_tokens": 24}, "max_model_len": length}
     plain = tiny_engine(model_on(REFERENCE, ONE_LAYER), gamma=3, speculation=speculation, **settings)
     expected = rounds_of(plain, requests())
     assert rounds_of(tiny_engine(model, gamma=3, speculation=speculation, **settings), requests()) == expected
@@ -231,8 +234,9 @@ def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -
     """Rows of a round may have different numbers of drafts."""
     recorded = Recorded()
     model = model_on(GpuOps(make_recorder=lambda: recorded), ONE_LAYER)
+    new = 8 if is_all() else 4
     asked = [
-        AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=8 + 3 * i, temperature=1.0, seed=i))
+        AddRequest(str(i), TEXT[: 3 + 5 * i], SamplingParams(max_tokens=new + 3 * i, temperature=1.0, seed=i))
         for i in range(2)
     ]
     script = [[2, 3], [1, 1], [3, 1], [0, 0], [0, 2], [2, 2], [1, 3]] * 4
@@ -262,17 +266,17 @@ def test_drafts_of_any_number_are_two_replays(monkeypatch: pytest.MonkeyPatch) -
 def test_captured_verify_passes_choose_what_drafts_read(policy: str) -> None:
     """With lists per layer; rows that vote, and rows that are missing from a graph. The same drafts are accepted as
     where nothing is captured."""
-    recorded = Recorded()
+    recorded, (first, new) = Recorded(), (31, 14) if is_all() else (17, 10)
     asked = [
         AddRequest(
             str(i),
-            [2 + 7 * j % 60 for j in range(31 + 7 * i)],
-            SamplingParams(max_tokens=14 + 4 * i, temperature=1.0, seed=i),
+            [2 + 7 * j % 60 for j in range(first + 7 * i)],
+            SamplingParams(max_tokens=new + 4 * i, temperature=1.0, seed=i),
         )
         for i in range(2)
     ]
     speculation = {"kv": {"policy": policy, "budget": 4, "sink": 4}}
-    settings: dict[str, Any] = {"scheduler": {"max_rows": 2}, "max_model_len": 60, "speculation": speculation}
+    settings: dict[str, Any] = {"scheduler": {"max_rows": 2}, "max_model_len": first + 29, "speculation": speculation}
     expected = rounds_of(tiny_engine(model_on(REFERENCE, ONE_HEAD), gamma=2, page_size=4, **settings), asked)
     engine = tiny_engine(model_on(GpuOps(make_recorder=lambda: recorded), ONE_HEAD), gamma=2, page_size=4, **settings)
     assert rounds_of(engine, asked) == expected

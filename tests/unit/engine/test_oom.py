@@ -24,6 +24,7 @@ from engine.params import SamplingParams
 from engine.plan import RoundPlan
 from models.batch import ForwardBatch
 from tests.support.engines import complete, run, tiny_engine, tiny_model, tokens
+from tests.support.profiles import only_in_all
 from tests.support.ranks import DRAFT, write_random_model
 from tests.support.tiny import write_tokenizer
 
@@ -70,7 +71,7 @@ def requests() -> list[AddRequest]:
     ]
 
 
-@pytest.mark.parametrize("forward", [1, 5, 12])
+@pytest.mark.parametrize("forward", [only_in_all(1), 5, only_in_all(12)])
 def test_the_batch_fails_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, forward: int) -> None:
     engine = tiny_engine(tiny_model(), gamma=3, scheduler={"max_rows": 3})
     expected = {request.id: complete(engine, request.prompt, request.params) for request in requests()}

@@ -20,7 +20,7 @@ from kernels.kv.kv_bits import SEALED_GROUP
 from tests.support.conversations import check_answers, check_hits, crowd, play, random_turns
 from tests.support.engines import Scripted, complete, run, tiny_engine, tiny_model
 from tests.support.prefix_engines import VARYING, model_on_kernels, trouble
-from tests.support.profiles import examples, only_in_all
+from tests.support.profiles import examples, is_all, only_in_all
 from tests.support.workloads import prompt_of
 
 LONGEST = 5 * SEALED_GROUP + 20
@@ -91,9 +91,9 @@ def plain(exact: bool, kv_format: str) -> Engine:
     batch_tokens=st.sampled_from([7, 64, 100, 600]),
     spare=st.none() | st.integers(0, 3),
     cut=st.booleans(),
-    count=st.integers(1, 8),
+    count=st.integers(1, 8 if is_all() else 4),
 )
-@examples(4, 60)
+@examples(3, 60)
 def test_sealed_pages_read_the_same_whatever_else_happens(
     draft_dir: Path,
     exact: bool,
@@ -126,7 +126,8 @@ def test_sealed_pages_read_the_same_whatever_else_happens(
     rng = random.Random(seed)
     if cut:
         trouble(engine, rng)
-    turns = (crowd(3, 150) if spare is not None else []) + random_turns(rng, SEALED_GROUP, count, 200, 150)
+    answer = 150 if is_all() else 90
+    turns = (crowd(3, 150) if spare is not None else []) + random_turns(rng, SEALED_GROUP, count, 200, answer)
     played = play(engine, turns, LONGEST)
     check_answers(played, run(plain(exact, kv_format), played.requests), exact=exact)
     if not cut:
@@ -145,7 +146,7 @@ def test_drafts_end_with_a_group(kv_format: str) -> None:
         return execute(plan, *rest)
 
     engine._worker.execute = watch  # type: ignore[method-assign, assignment]
-    complete(engine, prompt_of(10, 1), SamplingParams(max_tokens=200, ignore_eos=True))
+    complete(engine, prompt_of(10, 1), SamplingParams(max_tokens=200 if is_all() else 80, ignore_eos=True))
     assert all(first // SEALED_GROUP == (first + gamma) // SEALED_GROUP for first, gamma in rounds)
     assert any((first + gamma + 1) % SEALED_GROUP == 0 and gamma for first, gamma in rounds)
 
@@ -164,9 +165,10 @@ def test_drafts_read_the_upper_codes_where_there_are_any(kv_format: str) -> None
 
 def test_the_formats_are_read() -> None:
     """Log-probabilities differ from those of dense KV, a little."""
-    prompts = [prompt_of(200, seed) for seed in range(6)]
+    prompts = [prompt_of(200, seed) for seed in range(6 if is_all() else 2)]
+    new = 40 if is_all() else 15
     requests = [
-        AddRequest(str(i), prompt, SamplingParams(max_tokens=40, ignore_eos=True, logprobs=0))
+        AddRequest(str(i), prompt, SamplingParams(max_tokens=new, ignore_eos=True, logprobs=0))
         for i, prompt in enumerate(prompts)
     ]
     dense = run(engine_of(False, "dense", 0), requests)

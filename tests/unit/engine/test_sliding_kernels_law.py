@@ -109,7 +109,7 @@ def prompt(length: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(2, 64), k=length)
 
 
-PARAMS = {"max_tokens": 16, "ignore_eos": True, "logprobs": 2}
+PARAMS = {"max_tokens": 16 if is_all() else 12, "ignore_eos": True, "logprobs": 2}
 TURNS = [
     Turn("scored", prompt(70, 5), params=PARAMS | {"prompt_logprobs": 1}),
     Turn("greedy", prompt(130, 1), params=PARAMS),
@@ -127,8 +127,8 @@ TURNS = [
 @pytest.mark.parametrize(
     ("layers", "dtype"),
     [
-        *((layers, torch.bfloat16) for layers in SHAPES),
-        *((layers, torch.float32) for layers in ("most layers", "all layers")),
+        *(("most layers", torch.bfloat16), ("all layers", torch.float32), ("experts", torch.bfloat16)),
+        *(only_in_all("all layers", torch.bfloat16), only_in_all("most layers", torch.float32)),
         only_in_all("experts", torch.float32),
     ],
     ids=str,
@@ -138,7 +138,7 @@ def test_no_policy_changes_a_bit(layers: str, dtype: torch.dtype) -> None:
     model, rejections = target(layers, dtype), 0
     reference: dict[str, list[RequestOutput]] = {}
     drafters = ("self", "together") if dtype == torch.float32 else ("together", "self")
-    policies = POLICIES[layers] if dtype == torch.bfloat16 or is_all() else POLICIES[layers][::2]
+    policies = POLICIES[layers] if is_all() else POLICIES[layers][layers == "all layers" :: 2]
     for turn, policy in enumerate(["", *policies]):
         gamma, drafter = 1 + turn % 4 if policy else 0, drafters[turn % 2]
         settings: dict[str, Any] = {"scheduler": {"max_batch_tokens": CHUNKS[turn % len(CHUNKS)]}}
@@ -151,17 +151,16 @@ def test_no_policy_changes_a_bit(layers: str, dtype: torch.dtype) -> None:
         assert stats.prefix_hits >= 2 * 80
         assert (stats.accepted_tokens > 10) == bool(policy)
         rejections += stats.rejections
-    assert rejections > 25, "drafts were hardly ever wrong: nothing was shown"
+    assert rejections > (25 if is_all() else 8), "drafts were hardly ever wrong: nothing was shown"
 
 
-@pytest.mark.parametrize("layers", ["most layers", "all layers"])
 @pytest.mark.parametrize(
-    ("kv_format", "dtype"),
+    ("kv_format", "dtype", "layers"),
     [
-        ("int8", torch.float32),
-        ("int4x2", torch.bfloat16),
-        only_in_all("int8", torch.bfloat16),
-        only_in_all("int4x2", torch.float32),
+        *(("int8", torch.float32, "most layers"), ("int4x2", torch.bfloat16, "all layers")),
+        *(only_in_all("int8", torch.float32, "all layers"), only_in_all("int4x2", torch.bfloat16, "most layers")),
+        *(only_in_all("int8", torch.bfloat16, layers) for layers in ("most layers", "all layers")),
+        *(only_in_all("int4x2", torch.float32, layers) for layers in ("most layers", "all layers")),
     ],
     ids=str,
 )

@@ -31,11 +31,12 @@ from models.model_config import ModelConfig
 from tests.support.conversations import Turn, check_answers, check_hits, crowd, play, random_turns
 from tests.support.engines import TINY, Scripted, run, tiny_engine, tiny_model, tokens
 from tests.support.prefix_engines import VARYING, trouble
-from tests.support.profiles import examples
+from tests.support.profiles import examples, is_all, only_in_all
 from tests.support.ranks import DRAFT, write_random_model
 from tests.support.workloads import SAMPLING, kv_of, prompt_of
 
 WINDOW, LONGEST = 10, 150
+LONG = 1000 if is_all() else 300
 SHAPES: dict[str, ModelConfig] = {
     "most layers": replace(
         TINY, num_layers=3, sliding_window=WINDOW, sliding_layers=(0, 2), sliding_rope=RopeConfig(theta=100.0)
@@ -142,9 +143,9 @@ def test_the_window_matters() -> None:
     batch_tokens=st.sampled_from([7, 20, 64]),
     spare=st.none() | st.integers(0, 12),
     cut=st.booleans(),
-    count=st.integers(1, 8),
+    count=st.integers(1, 8 if is_all() else 5),
 )
-@examples(5, 120)
+@examples(3, 120)
 def test_nothing_changes_the_text(
     layers: str,
     data: st.DataObject,
@@ -183,14 +184,16 @@ def test_nothing_changes_the_text(
 @pytest.mark.parametrize("gamma", [0, 3])
 def test_nor_does_any_policy(layers: str, gamma: int) -> None:
     """Each policy, over rows far longer than window and budget, and prompts that are found in the prefix cache."""
-    params = {"max_tokens": 30, "ignore_eos": True}
+    params = {"max_tokens": 30 if is_all() else 20, "ignore_eos": True}
     turns = [
         Turn("greedy", prompt_of(60, 1), params=params),
         Turn("sampled", prompt_of(50, 2), params=params | {"temperature": 1.0}),
         Turn("again", prompt_of(9, 3), after="greedy", params=params),
         Turn("branch", prompt_of(60, 1)[:49] + prompt_of(9, 4), wait=20, params=params),
     ]
-    for policy in policies_of(layers) if gamma else ["all"]:
+    kept = ("window", "verified", "snapkv") if layers == "most layers" else ("all", "relative", "quest", "topk")
+    policies = [policy for policy in policies_of(layers) if is_all() or policy in kept]
+    for policy in policies if gamma else ["all"]:
         engine = engine_of(layers, gamma, policy, scheduler={"max_batch_tokens": 33}, max_model_len=200)
         played = play(engine, turns, 200)
         check_answers(played, run(plain(layers), played.requests))
@@ -230,7 +233,10 @@ def test_windows_alone_wait_for_room() -> None:
 def test_drafts_read_less_than_a_window(layers: str) -> None:
     """The first tokens and the most recent ones, while the row has the first ones; then recent ones alone."""
     wide = tiny_model(config=replace(SHAPES[layers], sliding_window=40))
-    turns = [Turn(str(i), prompt_of(20 + 30 * i, i), params={"max_tokens": 60, "ignore_eos": True}) for i in range(3)]
+    count, new = (3, 60) if is_all() else (2, 30)
+    turns = [
+        Turn(str(i), prompt_of(20 + 30 * i, i), params={"max_tokens": new, "ignore_eos": True}) for i in range(count)
+    ]
     settings: dict[str, Any] = {"page_size": 4, "max_model_len": LONGEST, "scheduler": {"max_rows": 6}}
     oracle = tiny_engine(wide, gamma=0, **settings)
     for budget, fewer in ((16, True), (40, False)):
@@ -245,14 +251,20 @@ def test_drafts_read_less_than_a_window(layers: str) -> None:
         assert (stats.rejections > 0) is (fewer or layers == "most layers")
 
 
-@pytest.mark.parametrize("layers", SHAPES)
-@pytest.mark.parametrize("kv_format", ["int8", "int4x2", "fp8"])
+@pytest.mark.parametrize(
+    ("layers", "kv_format"),
+    [
+        *(("all layers", "int8"), ("most layers", "int4x2"), ("all layers", "fp8")),
+        *(only_in_all(*each) for each in (("most layers", "int8"), ("all layers", "int4x2"), ("most layers", "fp8"))),
+    ],
+)
 def test_nor_the_format_of_the_other_layers(layers: str, kv_format: str) -> None:
     """Sliding layers are dense. Where all layers slide, they have the format, and keep all KV."""
     longest = 3 * SEALED_GROUP
     page = 8 if kv_format == "fp8" else SEALED_GROUP
     rng = random.Random(3)
-    for gamma, policy in ((4, "window"), (3, "quest")):
+    ways = [(4, "window"), (3, "quest")]
+    for gamma, policy in ways if is_all() else [ways[kv_format == "int8"]]:
         engine = engine_of(
             layers,
             gamma,
@@ -262,7 +274,7 @@ def test_nor_the_format_of_the_other_layers(layers: str, kv_format: str) -> None
             scheduler={"max_batch_tokens": 100},
             max_model_len=longest,
         )
-        played = play(engine, random_turns(rng, page, 5, 100, 50), longest)
+        played = play(engine, random_turns(rng, page, 5 if is_all() else 3, 100, 50), longest)
         check_answers(played, run(plain(layers, kv_format), played.requests))
         check_hits(engine, played)
 
@@ -275,7 +287,7 @@ def test_sliding_layers_keep_their_window_only() -> None:
     assert pool.pool.num_layers == model.num_sliding_layers == 2
     assert engine._worker._target.pool.num_layers == model.num_kv_layers == 1
     assert pool.pool.num_pages == max_sliding_pages(engine._config, WINDOW) == 6 * (4 + 2) + 6 + 6
-    engine.add(AddRequest("long", prompt_of(1000, 1), SamplingParams(max_tokens=100, ignore_eos=True)))
+    engine.add(AddRequest("long", prompt_of(LONG, 1), SamplingParams(max_tokens=100, ignore_eos=True)))
     owned = []
     while engine.has_work():
         engine.step()
@@ -286,20 +298,20 @@ def test_sliding_layers_keep_their_window_only() -> None:
 
 
 def test_so_they_do_where_all_layers_slide() -> None:
-    """A request of 1,100 tokens in memory for 60. Drafts that choose and KV of few bits need all KV."""
+    """A request of hundreds of tokens in memory for 60. Drafts that choose and KV of few bits need all KV."""
     settings: dict[str, Any] = {"scheduler": {"max_batch_tokens": 24}, "max_model_len": 1200}
     engine = engine_of("all layers", 3, "window", cache={"num_pages": 15}, **settings)
     target, sliding = engine._worker._target, engine._worker._target.sliding
     assert sliding is not None
     assert (target.pool.nbytes, sliding.pool.num_pages) == (0, 15)
-    engine.add(AddRequest("long", prompt_of(1000, 1), SamplingParams(max_tokens=100, ignore_eos=True)))
+    engine.add(AddRequest("long", prompt_of(LONG, 1), SamplingParams(max_tokens=100, ignore_eos=True)))
     outputs = []
     while engine.has_work():
         outputs += engine.step()
         owned = sum(len(request.sliding_pages) for request in engine._scheduler.running)
         stats = engine.stats()
         assert stats.pages_total - stats.pages_free - stats.pages_cached == owned <= 15
-    request = AddRequest("long", prompt_of(1000, 1), SamplingParams(max_tokens=100, ignore_eos=True))
+    request = AddRequest("long", prompt_of(LONG, 1), SamplingParams(max_tokens=100, ignore_eos=True))
     oracle = engine_of("all layers", 0, page_size=16, cache={"prefix": False}, max_model_len=1200)
     assert tokens(outputs) == tokens(run(oracle, [request])["long"])
     for policy, kv_format, page in (("quest", "dense", 4), ("window", "fp8", 8)):

@@ -27,7 +27,7 @@ from models.loader import random_model
 from parallel.group import Group
 from tests.support import fake_flashinfer
 from tests.support.engines import TINY
-from tests.support.profiles import only_in_all
+from tests.support.profiles import is_all, only_in_all
 from tests.support.rig import CPU
 from tests.support.shared_batches import always_share
 
@@ -44,7 +44,8 @@ if not INTERPRETED:
 from tests.support.recorded import Recorded
 
 PAGE, ROWS, LENGTH = 4, 6, 80
-SMALL = dataclasses.replace(TINY, num_layers=1, num_heads=3, num_kv_heads=1)  # the interpreter is slow
+SMALL = dataclasses.replace(TINY, num_layers=1, num_heads=3 if is_all() else 1, num_kv_heads=1)
+"""The interpreter is slow."""
 SYSTEM, DOCUMENT = [0, 1], [2, 3, 4]
 SHARED = [SYSTEM + DOCUMENT, SYSTEM + DOCUMENT, SYSTEM, SYSTEM, SYSTEM + DOCUMENT, []]
 """Pages that each row shares: rows 0, 1 and 4 a document, 2 and 3 only what all but row 5 begin with."""
@@ -109,6 +110,27 @@ ROUNDS: Sequence[dict[int, tuple[int, int]]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def dense() -> tuple[Recorded, list[Tensor], list[bool]]:
+    """Run all rows with captures. Returns what made these, the logits, and whether each replay was one of rows that
+    share."""
+    recorded, replayed = Recorded(), list[bool]()
+    with pytest.MonkeyPatch.context() as patch:
+        always_share(patch)
+        ours = Rows(GpuOps(make_recorder=lambda: recorded), SMALL, torch.float32, True, DenseView)
+        graphs = ours.runner.graphs
+        assert graphs is not None
+        for shape, forward in list(graphs._captured.items()):
+
+            def replay(again: object = forward.replay, shares: bool = shape.shares) -> None:
+                replayed.append(shares)
+                assert callable(again)
+                again()
+
+            graphs._captured[shape] = dataclasses.replace(forward, replay=replay)
+        return recorded, ours.everything(), replayed
+
+
 WINDOW = partial(WindowView, budget=12, sink=4, page_size=PAGE)
 
 
@@ -122,12 +144,21 @@ WINDOW = partial(WindowView, budget=12, sink=4, page_size=PAGE)
         only_in_all(True, WINDOW, id="captured-window"),
     ],
 )
-def test_triton(monkeypatch: pytest.MonkeyPatch, captured: bool, make_view: Callable[[Tensor], View]) -> None:
+def test_triton(
+    monkeypatch: pytest.MonkeyPatch,
+    captured: bool,
+    make_view: Callable[[Tensor], View],
+    dense: tuple[Recorded, list[Tensor], list[bool]],
+) -> None:
     always_share(monkeypatch)
     recorded = Recorded()
     expected = Rows(REFERENCE, SMALL, torch.float32, False, make_view).everything()
-    ours = Rows(GpuOps(make_recorder=lambda: recorded), SMALL, torch.float32, captured, make_view)
-    for logits, wanted in zip(ours.everything(), expected, strict=True):
+    if captured and make_view is DenseView:
+        recorded, found, _ = dense
+    else:
+        ops = GpuOps(make_recorder=lambda: recorded)
+        found = Rows(ops, SMALL, torch.float32, captured, make_view).everything()
+    for logits, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
         assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
     assert recorded.captured == (3 if captured else 0)  # two shapes, one of them of more than one row
@@ -146,24 +177,11 @@ def test_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours.runner.attention.without._prefixes is not None
 
 
-def test_forwards_that_share_nothing_replay_the_ordinary_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forwards_that_share_nothing_replay_the_ordinary_capture(
+    dense: tuple[Recorded, list[Tensor], list[bool]],
+) -> None:
     """So it costs nothing that another exists. Where sharing cannot pay, none exists."""
     never = Recorded()
     Rows(GpuOps(make_recorder=lambda: never), SMALL, torch.float32, True, DenseView)
     assert never.captured == 2
-    always_share(monkeypatch)
-    recorded = Recorded()
-    ours = Rows(GpuOps(make_recorder=lambda: recorded), SMALL, torch.float32, True, DenseView)
-    graphs = ours.runner.graphs
-    assert graphs is not None
-    replayed: list[bool] = []
-    for shape, forward in list(graphs._captured.items()):
-
-        def replay(again: object = forward.replay, shares: bool = shape.shares) -> None:
-            replayed.append(shares)
-            assert callable(again)
-            again()
-
-        graphs._captured[shape] = dataclasses.replace(forward, replay=replay)
-    ours.everything()
-    assert replayed[-3:] == [True, True, False]
+    assert dense[2][-3:] == [True, True, False]

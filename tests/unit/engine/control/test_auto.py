@@ -13,7 +13,7 @@ from engine.control.calibration import Calibration
 from engine.control.step_times import StepSample, StepTimes
 from engine.scheduler.controller import FixedGamma
 from tests.support.loads import BUDGET, GAMMA_MAX, Load, Machine, reads
-from tests.support.profiles import examples
+from tests.support.profiles import examples, is_all, only_in_all
 
 
 def fixed(machine: Machine, contexts: list[int], alphas: list[float], gamma: int, rounds: int = 400) -> float:
@@ -23,9 +23,21 @@ def fixed(machine: Machine, contexts: list[int], alphas: list[float], gamma: int
     return load.run(rounds)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 16])
-@pytest.mark.parametrize("context", [100, 2000, 8000, 30000])
-@pytest.mark.parametrize("alpha", [0.3, 0.7, 0.9])
+ROWS, CONTEXTS, ALPHAS = (1, 4, 16), (100, 2000, 8000, 30000), (0.3, 0.7, 0.9)
+
+
+# `make test` has some acceptance rates and contexts, each with one number of rows.
+
+
+@pytest.mark.parametrize(
+    ("alpha", "context", "rows"),
+    [
+        (alpha, context, rows) if (i + j) % 3 == k and i < 2 + j else only_in_all(alpha, context, rows)
+        for j, alpha in enumerate(ALPHAS)
+        for i, context in enumerate(CONTEXTS)
+        for k, rows in enumerate(ROWS)
+    ],
+)
 def test_as_fast_as_the_best_fixed_gamma(rows: int, context: int, alpha: float) -> None:
     machine = Machine()
     contexts, alphas = [context] * rows, [alpha] * rows
@@ -49,7 +61,7 @@ def test_it_turns_on_again() -> None:
     load = Load(Machine(), [20000] * 4, [0.8] * 4, known=Machine(drafts=40.0))
     load.run(20)
     assert load.share_off(20) > 0.9
-    load.run(3000)
+    load.run(3000 if is_all() else 1500)
     assert load.share_off(100) < 0.1
 
 
@@ -68,8 +80,9 @@ def test_trying_costs_little() -> None:
     machine = Machine()
     load = Load(machine, [100] * 4, [0.0] * 4)
     load.run(100)
-    assert load.run(2000) > 0.98 * fixed(machine, [100] * 4, [0.0] * 4, 0)
-    assert any(any(gammas) for gammas in load.chosen[-2000:])
+    rounds = 2000 if is_all() else 1000
+    assert load.run(rounds) > 0.98 * fixed(machine, [100] * 4, [0.0] * 4, 0)
+    assert any(any(gammas) for gammas in load.chosen[-rounds:])
 
 
 def test_a_slower_machine_changes_nothing() -> None:
@@ -179,7 +192,7 @@ def test_the_budget_that_pays(by_budget: dict[int, float], best: int) -> None:
     otherwise it keeps the largest."""
     machine = Machine(base=2e-3, kv=5e-6)
     load = Load(machine, [8000] * 8, [0.0] * 8, budgets=(512, 256, 128), by_budget=by_budget)
-    load.run(1500)
+    load.run(1500 if is_all() else 600)
     budgets = []
     for _ in range(100):
         load.run(1)
@@ -196,15 +209,16 @@ def test_a_budget_that_was_not_tried_is_taken_to_be_worse() -> None:
     assert estimates.alphas(["new"], [4000], Reading(512)) == [pytest.approx(0.9, abs=0.01)]
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", [only_in_all(False), True])
 def test_trying_costs_what_it_may_also_among_prompts(mixed: bool) -> None:
     """Rounds that include prompts give no step times, but explorations in them are charged all the same."""
     machine = Machine()
     load = Load(machine, [100] * 4, [0.3] * 4, prompts=mixed)
-    load.run(2000)
+    rounds = 2000 if is_all() else 1000
+    load.run(rounds)
     plain = 4 / machine.verify([100] * 4, [0] * 4)
-    assert load.run(2000) > 0.98 * plain
-    assert load.share_off(2000) < 1.0
+    assert load.run(rounds) > 0.98 * plain
+    assert load.share_off(rounds) < 1.0
 
 
 def test_rows_catch_up_where_that_pays() -> None:
@@ -224,7 +238,7 @@ def test_rows_do_not_catch_up_where_that_costs_more_than_it_brings(lag: int, oth
     load = Load(Machine(), contexts, alphas, lags=[lag] + [0] * others, catch_up_s=1e-3, max_tokens=2000)
     load.run(200)  # the controller learns the cost of catching up
     before = load.caught_up
-    load.run(2000)
+    load.run(2000 if is_all() else 900)
     assert (load.caught_up - before) * 1e-3 < 0.03 * load.seconds
     if others:
         assert all(gammas[0] == 0 for gammas in load.chosen[-200:])
@@ -240,9 +254,10 @@ def test_trying_a_row_that_is_late_costs_what_trying_may() -> None:
     load = Load(machine, [3000] * 4, [0.0] * 4, lags=[3000] * 4, catch_up_s=0.1e-3)
     load.run(100)
     plain = fixed(machine, [3000] * 4, [0.0] * 4, 0)
-    assert load.run(20000) > 0.98 * plain
+    rounds = 20000 if is_all() else 3000
+    assert load.run(rounds) > 0.98 * plain
     assert load.caught_up > 3000
-    assert any(any(gammas) for gammas in load.chosen[-10000:])
+    assert any(any(gammas) for gammas in load.chosen[-rounds // 2 :])
 
 
 def test_catching_up_teaches_nothing_about_drafts() -> None:

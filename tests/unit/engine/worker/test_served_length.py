@@ -26,10 +26,12 @@ from models.parts.rotary import Rotary
 from parallel.group import Group
 from parallel.matrix_layer import Placement
 from tests.support.engines import TINY, complete_all
+from tests.support.profiles import is_all, only_in_all
 from tests.support.ranks import DRAFT, settings, write_random_model
 from tests.support.rig import CPU
 
-LONG = replace(TINY, max_position_embeddings=4_194_304)
+LONGEST = 4_194_304 if is_all() else 524_288
+LONG = replace(TINY, max_position_embeddings=LONGEST)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_rotary_tables_shrink_once_the_length_is_decided(
     speculation = {"gamma": 3, "drafter": "model", "model": str(draft)}
     config = configured(directory, max_model_len=None, speculation=speculation, cache={"page_size": 4})
     resolved, group = resolve(config, None, sizes_pool=False), Group.single()
-    assert (resolved.num_pages, resolved.max_model_len) == (None, 4_194_304)
+    assert (resolved.num_pages, resolved.max_model_len) == (None, LONGEST)
     monkeypatch.setattr(
         "engine.worker.kv_memory.measure", lambda config, model: DeviceMemory(total=3 * 10**6, used=0, running=0)
     )
@@ -84,10 +86,10 @@ def test_rotary_tables_shrink_once_the_length_is_decided(
             assert held == table.nbytes  # the rest is freed
     whole = load_target(config, progress=False)
     shared = Worker.load(config, resolved, CPU, group, group, model=whole)
-    assert shared.max_model_len < whole.max_positions == 4_194_304  # other engines may use it, too
+    assert shared.max_model_len < whole.max_positions == LONGEST  # other engines may use it, too
 
 
-@pytest.mark.parametrize(("stated", "positions"), [(4096, 4096), (None, 4_194_304)])
+@pytest.mark.parametrize(("stated", "positions"), [(4096, 4096), (None, LONGEST)])
 def test_a_target_without_a_pool(
     directory: Path, stated: int | None, positions: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,7 +107,7 @@ def test_shapes_without_weights_cost_nothing() -> None:
     assert len(tables(model)[0]) == 2**40
 
 
-@pytest.mark.parametrize("speculation", ["self", "window", "snapkv", "all"])
+@pytest.mark.parametrize("speculation", ["self", only_in_all("window"), "snapkv", only_in_all("all")])
 def test_requests_of_the_served_length(directory: Path, draft: Path, speculation: str) -> None:
     """Every position of the longest request is in the tables, also those that are only drafted."""
     kv: dict[str, Any] = {"policy": "window" if speculation == "self" else speculation, "budget": 16}

@@ -18,6 +18,7 @@ from engine.worker.profiler import Profiler, blank_rows, load_profile, profile, 
 from engine.worker.resolve import resolve
 from kernels.reference_ops import ReferenceOps
 from tests.support.engines import tiny_engine, tiny_model
+from tests.support.profiles import only_in_all
 
 PAGE, STRETCH, PRICE = 16, 64, 0.4
 
@@ -157,7 +158,7 @@ def test_the_limit_of_time_holds(slower: float, monkeypatch: pytest.MonkeyPatch)
         assert {1, 4, 16} <= {sample.rows for sample in samples}
 
 
-@pytest.mark.parametrize("length", [4, 8, 20, 128, 140, 300])
+@pytest.mark.parametrize("length", [4, only_in_all(8), only_in_all(20), only_in_all(128), 140, only_in_all(300)])
 def test_any_engine_can_run_rows_that_share(length: int) -> None:
     engine = tiny_engine(tiny_model(), gamma=3, max_model_len=length, cache={"num_pages": -(-length // 4)})
     profiler = Profiler(engine._run, engine._config, -(-length // 4), length, 8)
