@@ -79,9 +79,8 @@ def test_preempted_and_aborted_choices_leave_no_page_behind() -> None:
     expected = alone(requests(count))
     aborts: list[dict[str, int]] = [{}, {"0": 30, "3": 12}, {"0": 4}, {"1": 8, "2": 9}]
     for leaves in aborts if is_all() else aborts[:2]:
-        outputs = run(
-            engine, requests(count), leaves=leaves
-        )  # checks after every round that all pages are accounted for
+        # It checks after every round that all pages are accounted for.
+        outputs = run(engine, requests(count), leaves=leaves)
         for id, out in outputs.items():
             found = tokens(out)
             assert found == (expected[id][: len(found)] if id in leaves else expected[id])
