@@ -127,7 +127,7 @@ def test_processes_never_change_output(random_dir: Path, tmp_path: Path) -> None
     plain = start(random_dir, 1, gamma=0)
     expected = run(plain, requests())
     plain.close()
-    drafts = {} if is_all() else {"speculation": drafts_of_a_model(tmp_path, 1)}
+    drafts: dict[str, Any] = {} if is_all() else {"speculation": drafts_of_a_model(tmp_path, 1)}
     engines = [start(random_dir, up_to(3), digest_every=4, **drafts), start(random_dir, 2, collectives="gloo")]
     try:
         for engine in engines:

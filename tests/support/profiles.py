@@ -50,7 +50,9 @@ def only_in_all(*values: Any, **more: Any) -> Any:
 def whole_test_only_in_all(test: Test) -> Test:
     """Decorate a test that `make test` skips: one that always runs finds the same faults less directly, or the test is
     of a program that only measures."""
-    return pytest.mark.skipif(not is_all(), reason="only in `make test-all`")(test)
+    mark = pytest.mark.skipif(not is_all(), reason="only in `make test-all`")
+    marked: Test = mark(test)
+    return marked
 
 
 def examples(fast: int, every: int, **more: Any) -> settings:
