@@ -7,12 +7,15 @@ Hypothesis may be missing where only tests of GPUs run; there is the first profi
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
 if TYPE_CHECKING:
     from hypothesis import settings
+
+Test = TypeVar("Test", bound=Callable[..., object])
 
 FAST, ALL, GPU = "fast", "all", "gpu"
 _HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
@@ -44,8 +47,28 @@ def only_in_all(*values: Any, **more: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.skipif(not is_all(), reason="only in `make test-all`"), **more)
 
 
+def whole_test_only_in_all(test: Test) -> Test:
+    """Decorate a test that `make test` skips: one that always runs finds the same faults less directly, or the test is
+    of a program that only measures."""
+    return pytest.mark.skipif(not is_all(), reason="only in `make test-all`")(test)
+
+
 def examples(fast: int, every: int, **more: Any) -> settings:
     """Settings of a property test: its number of examples in the profiles FAST and ALL."""
     from hypothesis import settings
 
     return settings(max_examples=every if is_all() else fast, **more)
+
+
+def each_value(*axes: list[Any] | tuple[Any, ...]) -> list[Any]:
+    """Parameter sets of all combinations of the axes' values. `make test` runs as many as the longest axis has values:
+    the first values of all axes, the second ones, and so on, from the start again where an axis is shorter. So each
+    value occurs, but not each pair."""
+    places: list[tuple[int, ...]] = [()]
+    for axis in axes:
+        places = [(*place, number) for place in places for number in range(len(axis))]
+    kept = {tuple(number % len(axis) for axis in axes) for number in range(max(map(len, axes)))}
+    return [
+        (pytest.param if place in kept else only_in_all)(*(axis[at] for axis, at in zip(axes, place, strict=True)))
+        for place in places
+    ]

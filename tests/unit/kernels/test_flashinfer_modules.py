@@ -25,7 +25,7 @@ from kernels.flashinfer.flashinfer_modules import (
 from kernels.flashinfer.flashinfer_workspace import Workspace
 from tests.support import fake_flashinfer
 from tests.support.paths import ROOT
-from tests.support.profiles import only_in_all
+from tests.support.profiles import is_all, only_in_all
 from tests.support.rig import CPU
 from tests.support.wheels import unpacked
 
@@ -170,8 +170,12 @@ def test_modules_compiled_ahead_are_those_that_are_loaded(flashinfer: dict[str, 
     assert len(names) == 2
     assert names[1].endswith("_sm90")  # fa3
     flashinfer["FLASHINFER_CUDA_ARCH_LIST"] = "9.0a"
-    ahead, compiled, failed = (json.loads(line) for line in python("-c", LOAD, str(into), nothing, nothing)[-3:])
+    folders = [str(into), nothing, nothing] if is_all() else [str(into)]
+    ahead, *others = (json.loads(line) for line in python("-c", LOAD, *folders)[-len(folders) :])
     assert ahead == [[str(into / name / f"{name}.so") for name in names], 0, ""]
+    if not is_all():
+        return  # the rest was compiled before, and would be once more
+    compiled, failed = others
     assert compiled[1:] == [1, ""]
     assert [Path(path).name for path in compiled[0]] == [f"{name}.so" for name in names]
     assert all(path.startswith(flashinfer["FLASHINFER_WORKSPACE_BASE"]) for path in compiled[0])

@@ -14,6 +14,7 @@ from engine.config.deployment import ConfigError
 from models.config import ModelError
 from server.cli import is_expected, main, repeated
 from tests.support.paths import ROOT
+from tests.support.profiles import is_all
 from tests.support.tiny import write_model
 
 
@@ -108,15 +109,17 @@ def test_text_that_the_output_cannot_encode_is_written_as_escapes(tmp_path: Path
     code = "import sys; from server import cli; sys.argv[0] = 'magicdec'; cli.main()"
     arguments = ("generate", "hi", "--model", model, "--temperature", "1", "--seed", "1", "--max-tokens", "90")
     texts = []
-    for encoding in ("utf-8", "latin-1"):
+    for encoding in ("utf-8", "latin-1") if is_all() else ("latin-1",):
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
         command = [sys.executable, "-c", code, *arguments, "--ignore-eos"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
         assert done.returncode == 0, done.stderr
         texts.append(done.stdout)
-    whole, escaped = texts
-    assert "\ufffd" in whole.decode("utf-8")
-    assert escaped == whole.decode("utf-8").encode("latin-1", errors="backslashreplace")
+    *more, escaped = texts
+    assert b"\\ufffd" in escaped
+    for whole in more:
+        assert "\ufffd" in whole.decode("utf-8")
+        assert escaped == whole.decode("utf-8").encode("latin-1", errors="backslashreplace")
 
 
 @pytest.mark.parametrize(
