@@ -7,7 +7,7 @@ from tests.support.profiles import is_all
 
 
 def test_a_little_chaos() -> None:
-    summary = chaos.run(8 if is_all() else 4, seed=3, calm_s=1.0)
+    summary = chaos.run(8 if is_all() else 3, seed=3, calm_s=1.0)
     print(summary)
     assert summary.wrong == []
     assert summary.requests["answered"] > 0
