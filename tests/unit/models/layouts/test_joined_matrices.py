@@ -24,7 +24,7 @@ from parallel.group import Group
 from parallel.matrix_layer import Placement
 from tests.support.model_weights import tensors_of
 from tests.support.packed_weights import LAYOUTS, Drawn, Packed
-from tests.support.profiles import is_all
+from tests.support.profiles import each_value, is_all
 from tests.support.rig import CPU, PagedRows, run_ranks
 from tests.support.tiny import write_tokenizer
 
@@ -184,8 +184,10 @@ def test_conversion_keeps_them(tmp_path: Path) -> None:
     assert all(torch.equal(made[name], weights[name]) for name in made)
 
 
-@pytest.mark.parametrize("texts", [[], [[1 + (7 * i + j) % 39 for i in range(24)] for j in range(8)]])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("symmetric", "texts"),
+    each_value([False, True], [[], [[1 + (7 * i + j) % 39 for i in range(24)] for j in range(8)]]),
+)
 def test_quantized_like_their_parts(symmetric: bool, texts: list[list[int]], tmp_path: Path) -> None:
     """`magicdec quantize` rounds a joined matrix to what it makes of the parts: their rows have the same inputs."""
     changes = {"intermediate_size": 32}
