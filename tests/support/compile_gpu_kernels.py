@@ -237,7 +237,7 @@ def few(compiler: Compiler) -> None:
     layer_kernels(compiler, (32, 8, 128), torch.bfloat16)
     wide_norm(compiler, 32768)
     sampling(compiler, 2, 128_256)
-    for format, group, mins, rows in (("int4", 64, "zeros", 1), ("int8", 0, "none", 64), ("fp8", 128, "none", 512)):
+    for format, group, mins, rows in (("int4", 64, "zeros", 1), ("int8", 0, "none", 40), ("fp8", 128, "none", 512)):
         few_bits(compiler, format, group, mins, torch.bfloat16, rows)
     fp8_inputs(compiler, 28_672, torch.bfloat16)
     grouped(compiler, torch.bfloat16, 40, "silu", biased=False)
