@@ -3,6 +3,7 @@ traceback."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from engine.config.deployment import ConfigError
 from models.config import ModelError
 from server.cli import is_expected, main, repeated
 from tests.support.paths import ROOT
-from tests.support.profiles import is_all
+from tests.support.profiles import whole_test_only_in_all
 from tests.support.tiny import write_model
 
 
@@ -104,22 +105,30 @@ except SystemExit:
     assert done.returncode == 0, done.stderr
 
 
+def test_what_an_output_cannot_encode_is_written_as_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("models.conversion.convert.convert", lambda *paths, **flags: print("\xe5\u65e5"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "latin-1"))
+    assert run(monkeypatch, "convert", "a", "b") == 0
+    sys.stdout.flush()
+    assert b"\xe5\\u65e5" in written.getvalue()
+
+
+@whole_test_only_in_all
 def test_text_that_the_output_cannot_encode_is_written_as_escapes(tmp_path: Path) -> None:
     model = str(write_model(tmp_path / "model"))
     code = "import sys; from server import cli; sys.argv[0] = 'magicdec'; cli.main()"
     arguments = ("generate", "hi", "--model", model, "--temperature", "1", "--seed", "1", "--max-tokens", "90")
     texts = []
-    for encoding in ("utf-8", "latin-1") if is_all() else ("latin-1",):
+    for encoding in ("utf-8", "latin-1"):
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
         command = [sys.executable, "-c", code, *arguments, "--ignore-eos"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
         assert done.returncode == 0, done.stderr
         texts.append(done.stdout)
-    *more, escaped = texts
-    assert b"\\ufffd" in escaped
-    for whole in more:
-        assert "\ufffd" in whole.decode("utf-8")
-        assert escaped == whole.decode("utf-8").encode("latin-1", errors="backslashreplace")
+    whole, escaped = texts
+    assert "\ufffd" in whole.decode("utf-8")
+    assert escaped == whole.decode("utf-8").encode("latin-1", errors="backslashreplace")
 
 
 @pytest.mark.parametrize(

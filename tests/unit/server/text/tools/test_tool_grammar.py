@@ -64,7 +64,7 @@ def form(request: pytest.FixtureRequest) -> ToolFormat:
     return FORMATS[request.param]
 
 
-WALKS = examples(10, 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+WALKS = examples(7, 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 """In each format."""
 
 
