@@ -68,7 +68,8 @@ def each_value(*axes: list[Any] | tuple[Any, ...]) -> list[Any]:
     for axis in axes:
         places = [(*place, number) for place in places for number in range(len(axis))]
     kept = {tuple(number % len(axis) for axis in axes) for number in range(max(map(len, axes)))}
-    return [
-        (pytest.param if place in kept else only_in_all)(*(axis[at] for axis, at in zip(axes, place, strict=True)))
-        for place in places
-    ]
+    sets = []
+    for place in places:
+        values = [axis[at] for axis, at in zip(axes, place, strict=True)]
+        sets.append(pytest.param(*values) if place in kept else only_in_all(*values))
+    return sets
