@@ -252,7 +252,6 @@ def tall(compiler: Compiler) -> None:
     attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64)
     attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, SHARED)
     attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64)
-    few_bits(compiler, "fp8", 128, "none", torch.bfloat16, 512)
     grouped(compiler, torch.bfloat16, 300, "clamped_silu", biased=True)
     grouped_few_bits(compiler, "int4", 32, "any", torch.bfloat16, 300)
 

@@ -25,7 +25,7 @@ from kernels.reference_ops import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from kernels.weights.matrix import DenseMatrix
 from tests.support.gates import GATES, joined
-from tests.support.profiles import each_value, examples
+from tests.support.profiles import each_value, examples, only_in_all
 from tests.support.rig import pool_layer
 from tests.support.verdicts import DecidedRound, rounds
 
@@ -72,9 +72,7 @@ def test_norm(dtype: torch.dtype, size: int, add: bool) -> None:
     assert pointwise.norm(x[:0], None, weight, 1e-5).shape == (0, size)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [16, 1100])
-@pytest.mark.parametrize("function", GATES)
+@pytest.mark.parametrize(("function", "size", "dtype"), each_value(GATES, [1100, 16], DTYPES), ids=str)
 def test_apply_gate(dtype: torch.dtype, size: int, function: Gate) -> None:
     torch.manual_seed(0)
     pairs = randn(2, 2 * size, dtype=dtype)
@@ -128,7 +126,7 @@ def test_noise_has_the_integers_of_its_definition(rows: list[tuple[int, int]], s
     assert torch.equal(ours, noise_bits(seeds, positions, start, start + size))
 
 
-@pytest.mark.parametrize("size", [700, 5003])
+@pytest.mark.parametrize("size", [only_in_all(700), 5003])
 def test_sample(size: int) -> None:
     torch.manual_seed(0)
     rows, first = 8, 900
