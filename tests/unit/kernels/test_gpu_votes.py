@@ -38,9 +38,10 @@ from tests.support.recorded import Recorded
 SPAN = 64
 BEFORE = 100 if is_all() else 70
 """Largest number of slots before queries: more than a span."""
-TRITON = vote_cases(max_queries=5, max_before=BEFORE, head_dims=(16, 20), page_sizes=(1, 7, 16))
+ROWS = 4 if is_all() else 2
+TRITON = vote_cases(max_queries=5, max_before=BEFORE, max_rows=ROWS, head_dims=(16, 20), page_sizes=(1, 7, 16))
 """Lists of one and of several spans."""
-VOTES = vote_cases(max_queries=5, max_before=BEFORE, head_dims=(16, 20), page_sizes=(7, 16, 24, 80))
+VOTES = vote_cases(max_queries=5, max_before=BEFORE, max_rows=ROWS, head_dims=(16, 20), page_sizes=(7, 16, 24, 80))
 """Also pages that are cut by tiles of keys."""
 FLASHINFER = vote_cases(max_queries=5, max_before=60, head_dims=(64,), page_sizes=(1, 7, 16))
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 3e-3}
